@@ -1,0 +1,97 @@
+"""What the stage commands share: their options, and how a recipe is found."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stages.contract.errors import LorryError, UsageError
+from stages.contract.roots import Roots
+
+if TYPE_CHECKING:
+    from stages.contract.run import Run
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """RECIPE, --profile, --set, --run: which run, made from what."""
+    for decorate in (
+        click.option("--run", "run_name", metavar="NAME", help="Run folder below the runs mount; default: the recipe's name."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value: train.epochs=2"),
+        click.option("--profile", metavar="NAME", help="Profile of the recipe to apply, such as tiny."),
+        click.argument("recipe", required=False),
+    ):
+        command = decorate(command)
+    return command
+
+
+def stage_command(name: str, summary: str, load_work: Callable[[], Callable[..., None]]) -> click.Command:
+    """The click command of a stage; `load_work` imports its work, which may take seconds, only when it runs."""
+
+    @click.command(name=f"lorry-{name}", help=f"{summary}\n\nRECIPE is a file, or a name in recipes/; "
+                   "without it, the run's own recipe.yaml is used.")
+    @recipe_options
+    @click.option("--force", is_flag=True, help="Do it again from nothing, even if it is done.")
+    @one_line_errors
+    def command(recipe: str | None, profile: str | None, overrides: tuple[str, ...], run_name: str | None, force: bool) -> None:
+        from stages.contract.stage import run_stage
+
+        run = open_run(recipe, profile, overrides, run_name)
+
+        def work(stage: Any) -> None:
+            load_work()(stage)
+
+        sys.exit(run_stage(run, name, work, force))
+
+    return command
+
+
+def one_line_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show a LorryError as one line on standard error and exit with its code."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except LorryError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+
+    return wrapped
+
+
+def recipe_path(recipe: str) -> Path:
+    """The file of a recipe given by path or by name."""
+    for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise UsageError(f"{recipe}: no such recipe file, and no such name in {RECIPES}; there are: {names}")
+
+
+def open_run(recipe: str | None, profile: str | None, overrides: tuple[str, ...], run_name: str | None) -> "Run":
+    """The run that the options name."""
+    from stages.contract.recipe import load_recipe
+    from stages.contract.run import Run
+    from stages.tasks import task_names
+
+    roots = Roots.from_environment()
+    if recipe is not None:
+        path = recipe_path(recipe)
+    elif run_name is not None:
+        path = roots.runs / run_name / "recipe.yaml"
+        if not path.is_file():
+            raise UsageError(f"{path}: no such run; name a RECIPE to begin one")
+    else:
+        raise UsageError("name a RECIPE, or --run with the name of a run")
+    loaded = load_recipe(path, profile, overrides)
+    if loaded.task not in task_names():
+        raise UsageError(f"{path}: task: no task {loaded.task!r}; there are: {', '.join(task_names())}")
+    name = run_name or path.stem
+    if name in (".", "..") or "/" in name:
+        raise UsageError(f"--run {name}: a run's name is one folder name, without '/'")
+    return Run(name, loaded, roots)

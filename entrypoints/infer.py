@@ -1,0 +1,17 @@
+"""The command `lorry-infer`."""
+
+from collections.abc import Callable
+
+from entrypoints.common import stage_command
+
+
+def _work() -> Callable[..., None]:
+    from stages.infer.stage import work
+
+    return work
+
+
+main = stage_command("infer", "Answer the test samples with the base model and every adapter.", _work)
+
+if __name__ == "__main__":
+    main()

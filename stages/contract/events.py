@@ -1,0 +1,130 @@
+"""Progress: each stage appends events to its `events.jsonl`; console, `lorry status` and report read that.
+
+An event is `{"time": epoch seconds, "event": name, ...}`. Progress events carry `step`, `total`, `unit` and whatever
+is known of `loss`, `tokens_per_second`, `memory_gib`, `eta_seconds`.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from stages.contract.files import JsonlJournal
+
+CONSOLE_INTERVAL = 5.0
+"""Seconds between progress lines where the console is no terminal."""
+
+EVENT_INTERVAL = 0.5
+"""Seconds between progress events: a stage of a million records must not write a million lines."""
+
+
+class Events:
+    """Writes events to a file and shows progress on the console."""
+
+    def __init__(self, path: Path, stage: str, console: IO[str]) -> None:
+        self._journal = JsonlJournal(path)
+        self._stage = stage
+        self._console = console
+        self._terminal = console.isatty()
+        self._activity = ""
+        self._began = (0.0, 0)  # time and step at which this activity began in this process
+        self._emitted = self._shown = 0.0
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Append one event; fields that are None are left out."""
+        known = {key: value for key, value in fields.items() if value is not None}
+        self._journal.append([{"time": round(time.time(), 3), "event": event, **known}])
+        self._journal.records.clear()  # only the file is read back; a long run must not grow in memory
+
+    def say(self, text: str) -> None:
+        """Print one line, prefixed with the stage."""
+        self._clear_bar()
+        print(f"{self._stage}: {text}", file=self._console, flush=True)
+
+    def progress(self, activity: str, step: int, total: int, unit: str, **fields: Any) -> None:
+        """Report that `step` of `total` units of an activity (`render pages`, `train tuned`) are done."""
+        now = time.monotonic()
+        if activity != self._activity:
+            self._activity, self._began, self._emitted, self._shown = activity, (now, step), 0.0, 0.0
+        last = step >= total
+        elapsed, done = now - self._began[0], step - self._began[1]
+        eta = round(elapsed / done * (total - step), 1) if done > 0 else None
+        if last or now - self._emitted >= EVENT_INTERVAL:
+            self.emit("progress", activity=activity, step=step, total=total, unit=unit, eta_seconds=eta, **fields)
+            self._emitted = now
+        if last or now - self._shown >= (0.1 if self._terminal else CONSOLE_INTERVAL):
+            self._show(activity, step, total, unit, eta, fields, last)
+            self._shown = now
+
+    def _show(
+        self, activity: str, step: int, total: int, unit: str, eta: float | None, fields: dict[str, Any], last: bool
+    ) -> None:
+        extras = "".join(f"  {key} {_short(value)}" for key, value in fields.items() if value is not None)
+        left = f"  {_clock(eta)} left" if eta is not None and not last else ""
+        text = f"{self._stage}: {activity} {step}/{total} {unit}{extras}{left}"
+        if not self._terminal:
+            print(text, file=self._console, flush=True)
+            return
+        width = 24
+        filled = width * step // max(total, 1)
+        self._console.write(f"\r\x1b[2K[{'#' * filled}{'.' * (width - filled)}] {text}" + ("\n" if last else ""))
+        self._console.flush()
+
+    def _clear_bar(self) -> None:
+        if self._terminal:
+            self._console.write("\r\x1b[2K")
+
+    def close(self) -> None:
+        self._clear_bar()
+        self._journal.close()
+
+
+def read_last_event(path: Path) -> dict[str, Any] | None:
+    """The newest whole event of a file, read from its end."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 65_536))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            return dict(json.loads(line))
+    return None
+
+
+@contextlib.contextmanager
+def output_to(log: Path) -> Iterator[IO[str]]:
+    """Send everything this process and its children print to a log file; yield the real console.
+
+    Libraries print hundreds of lines; a person needs the progress, and the log when something breaks.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as file, os.fdopen(os.dup(saved[1]), "w", encoding="utf-8") as console:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield console
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, real in enumerate(saved, start=1):
+                os.dup2(real, number)
+                os.close(real)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

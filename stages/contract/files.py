@@ -1,0 +1,202 @@
+"""Files that survive a kill: atomic writes, JSON Lines with a torn tail, digests."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from stages.contract.errors import DoesNotFitError, LorryError, UsageError
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling per value: sorted keys, no spaces, real characters. Equal values give equal text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """sha256 (hex) of a JSON value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def written_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears under `path` only once it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically."""
+    with written_atomically(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; None when the file is absent. A file that is no JSON raises UsageError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error}); it was damaged outside Lorry: delete it and run again")
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
+    """Write records atomically, one JSON object a line. Returns how many."""
+    count = 0
+    with written_atomically(path) as file:
+        for count, record in enumerate(records, start=1):  # noqa: B007 - the last value is the count
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    return count
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines file that Lorry wrote whole."""
+    # not str.splitlines: it also splits at U+2028, which JSON text may hold
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+class JsonlJournal:
+    """A JSON Lines file that is appended to record by record and may lose its last line to a kill.
+
+    Opening it reads the whole records that are there and cuts off a torn last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.records: list[dict[str, Any]] = []
+        whole = 0
+        if path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    try:
+                        self.records.append(json.loads(line))
+                    except ValueError:
+                        break
+                    whole += len(line)
+            os.truncate(path, whole)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Add records; once this returns a SIGKILL of this process no longer loses them."""
+        new = list(records)
+        self._file.write("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in new))
+        self._file.flush()
+        self.records.extend(new)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "JsonlJournal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class FileHashes:
+    """sha256 of files, remembered by size and modification time so that unchanged files are not read again.
+
+    The memory is one JSON file in the run folder. Losing it costs time, never correctness. A file changed within
+    the last two seconds is not remembered: a later change could leave the same size and time stamp.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
+        self._known: dict[str, list[Any]] = {}
+        self._changed = False
+        try:
+            self._known = json.loads(memory.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+
+    def file(self, path: Path) -> str:
+        """sha256 (hex) of one file."""
+        stat = path.stat()
+        name, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        known = self._known.get(name)
+        if known and known[:3] == stamp:
+            return str(known[3])
+        digest = sha256_file(path)
+        if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
+            self._known[name] = [*stamp, digest]
+            self._changed = True
+        return digest
+
+    def tree(self, folder: Path) -> tuple[str, int]:
+        """Digest of a folder's visible files, by relative name and content, and their number."""
+        entries = {str(p.relative_to(folder)): self.file(p) for p in visible_files(folder)}
+        return digest_of(entries), len(entries)
+
+    def save(self) -> None:
+        """Keep the memory; a folder that cannot be written only costs time at the next start."""
+        if self._changed:
+            try:
+                write_json(self._memory, self._known)
+            except OSError:
+                return
+            self._changed = False
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Regular files below a folder, sorted by name, hidden files and folders left out."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [Path(root) / name for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def disk_error(error: BaseException) -> LorryError | None:
+    """The one-line error for a full or unwritable disk, or None when `error` is something else.
+
+    Libraries in C and Rust raise their own types for a full disk, so their texts are read as well.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        code = seen.errno if isinstance(seen, OSError) else None
+        where = f" at {seen.filename}" if isinstance(seen, OSError) and seen.filename else ""
+        text = str(seen)
+        if code == errno.ENOSPC or code == errno.EDQUOT or "No space left on device" in text or "os error 28" in text:
+            return DoesNotFitError(
+                f"the disk is full{where}: free some space and run the same command again; finished work is kept"
+            )
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return UsageError(
+                f"not permitted{where}: {os.strerror(code)}; the data and model folders must be readable and the"
+                f" run folder writable for uid {os.getuid()}"
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,0 +1,268 @@
+"""The recipe: one YAML file that says what to do, the same on every machine.
+
+Reading it resolves a profile and `--set` overrides, and refuses unknown keys by name and line.
+Paths in it are relative to the three mounts (`roots.py`), so that a resolved recipe holds no machine's paths.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from stages.contract.errors import UsageError
+from stages.contract.files import digest_of
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""A name that is also a folder: letters, digits, `.`, `_`, `-`."""
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class Model(Section):
+    path: str = Field(description="Folder of an ordinary Hugging Face model, relative to the model mount or absolute")
+    swift_type: str = Field(description="ms-swift's --model_type, which local folders need")
+    swift_template: str = Field(description="ms-swift's --template, which local folders need")
+
+
+class Data(Section):
+    path: str = Field(description="Folder with the task's input, relative to the data mount or absolute")
+    test_fraction: Fraction = Field(0.25, description="Share of groups (documents) held out for test")
+    validation_fraction: Fraction = Field(0.1, description="Share of groups held out for validation")
+
+
+class Pages(Section):
+    max_pixels: int = Field(1_229_312, ge=28 * 28, description="Pixel budget of a rendered page")
+    jpeg_quality: int = Field(90, ge=1, le=100)
+    show: Literal["text", "image"] = Field("image", description="What the model sees of a page")
+
+
+class Retrieval(Section):
+    embedder: str = Field(description="Folder of a sentence-transformers model, relative to the model mount")
+    top_k: int = Field(2, ge=1, description="Pages shown with a question")
+    batch_size: int = Field(32, ge=1)
+
+
+class Preprocess(Section):
+    workers: int | None = Field(None, ge=1, description="Rendering processes; null: one per CPU")
+    page_timeout: float = Field(60.0, gt=0, description="Seconds for a page before its worker is ended")
+    pages: Pages
+    retrieval: Retrieval
+
+
+class Adapter(Section):
+    name: FileName
+
+    @model_validator(mode="after")
+    def _not_base(self) -> "Adapter":
+        if self.name == "base":
+            raise ValueError("an adapter cannot be named 'base': that names the untuned model in every table")
+        return self
+
+
+class Train(Section):
+    adapters: list[Adapter] = Field(min_length=1)
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: Fraction = 0.05
+    target_modules: list[str] = Field(["all-linear"], min_length=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    lora_plus_ratio: float | None = Field(None, gt=0, description="LoRA+: learning rate of B over that of A")
+    epochs: float = Field(1.0, gt=0)
+    effective_batch: int = Field(16, ge=1, description="Samples per optimizer step, over all GPUs")
+    micro_batch: int = Field(1, ge=1, description="Samples per forward pass on one GPU")
+    max_length: int = Field(2048, ge=16, description="Tokens; a longer sample is counted and left out, never cut")
+    warmup_ratio: Fraction = 0.05
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta2: Fraction = 0.95
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+    log_every: int = Field(5, ge=1, description="Optimizer steps")
+    checkpoint_every: int = Field(50, ge=1, description="Optimizer steps")
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Train":
+        names = [adapter.name for adapter in self.adapters]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"adapter names must differ; found twice: {', '.join(twice)}")
+        return self
+
+
+class Infer(Section):
+    engine: Literal["vllm", "transformers"] = "vllm"
+    max_new_tokens: int = Field(64, ge=1)
+    batch_size: int = Field(16, ge=1, description="Sequences decoded together")
+    chunk_size: int = Field(256, ge=1, description="Records submitted at once, and the most a kill can lose")
+
+
+class Eval(Section):
+    bootstrap: int = Field(2000, ge=100, description="Resamples behind each 95% interval")
+    worst: int = Field(10, ge=0, description="Worst answers shown in the report")
+
+
+class Recipe(Section):
+    """A resolved recipe: no profile is left to apply."""
+
+    description: str = ""
+    task: FileName
+    seed: int = Field(42, ge=0)
+    profile: str | None = Field(None, description="The profile that was applied; set by Lorry")
+    model: Model
+    data: Data
+    preprocess: Preprocess
+    train: Train
+    infer: Infer = Infer()
+    eval: Eval = Eval()
+
+    def digest(self, *sections: str) -> str:
+        """sha256 of the named sections' values, or of all that can change a result."""
+        values = self.model_dump(mode="json", exclude={"description", "profile"})
+        return digest_of({name: values[name] for name in (sections or values)})
+
+
+def load_recipe(path: Path, profile: str | None = None, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file, apply a profile and `section.key=value` overrides, and validate the result.
+
+    Raises UsageError with the file, the line, what was found and the nearest known name.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the recipe ({error})") from error
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    profiles = values.pop("profiles", None) or {}
+    if not isinstance(profiles, dict):
+        raise UsageError(f"{path}: `profiles` must map a profile's name to the values that it overrides")
+    prefix: tuple[str, ...] = ()
+    if profile is not None:
+        if profile not in profiles:
+            raise UsageError(f"{path}: no profile {profile!r}; it has: {', '.join(profiles) or 'none'}")
+        values = _merged(values, profiles[profile] or {}, f"{path}: profiles.{profile}")
+        values["profile"] = profile
+        prefix = ("profiles", profile)
+    for override in overrides:
+        values = _merged(values, _parsed_override(override), f"--set {override}")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_explained(error, path, text, prefix)) from error
+
+
+def profile_names(path: Path) -> list[str]:
+    """Names of a recipe file's profiles."""
+    values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader) or {}
+    return list(values.get("profiles") or {})
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """A resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets a later key silently replace an earlier one; a recipe must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _merged(base: Any, over: Any, where: str) -> dict[str, Any]:
+    """Mappings merge key by key; anything else, lists included, is replaced whole."""
+    if not isinstance(over, dict):
+        raise UsageError(f"{where}: expected a mapping of keys to values, found {over!r}")
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value, where) if both else value
+    return result
+
+
+def _parsed_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UsageError(f"--set {text}: write it as section.key=value, as in train.learning_rate=2e-4")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text}: {value!r} is not a YAML value") from error
+    parsed = _number(parsed)
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 (no dot) as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explained(error: ValidationError, path: Path, text: str, prefix: tuple[str, ...]) -> str:
+    """The first few problems, one clause each, with line and nearest known name."""
+    problems = []
+    for detail in error.errors()[:3]:
+        location = detail["loc"]
+        line = _line_of(text, prefix + location) or _line_of(text, location)
+        where = f"{path}:{line}" if line else str(path)
+        key = ".".join(str(part) for part in location) or "recipe"
+        if detail["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            problems.append(f"{where}: unknown key {key!r}; {hint}")
+        elif detail["type"] == "missing":
+            problems.append(f"{where}: {key!r} is missing")
+        else:
+            problems.append(f"{where}: {key}: {detail['msg']} (found {detail['input']!r})")
+    more = error.error_count() - len(problems)
+    return "; ".join(problems) + (f"; and {more} more" if more > 0 else "")
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        arguments = [*getattr(annotation, "__args__", ()), annotation]
+        section = next(a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel))
+    return list(section.model_fields)
+
+
+def _line_of(text: str, location: tuple[int | str, ...]) -> int | None:
+    """1-based line of a key in YAML text, or None when it does not stand there."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == part]
+            if not found:
+                return None
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return None
+    return line

@@ -1,0 +1,51 @@
+"""The records that stages hand to each other, as JSON Lines; joined by `id`, never by position.
+
+A sample is ms-swift's message format with what scoring needs beside it, so that it feeds training as it is. A
+prediction is one model's answer to a sample; a failed one has `error` and no answer, and is counted.
+"""
+
+from typing import Any, TypedDict
+
+
+class Message(TypedDict):
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+
+
+class Sample(TypedDict):
+    id: str
+    messages: list[Message]
+    """The conversation. In train and validation it ends with the assistant's answer; in test it does not."""
+    images: list[str]
+    """Paths relative to the run folder, one for each `<image>` in the messages."""
+    references: list[str]
+    """Every answer that counts as right."""
+    meta: dict[str, Any]
+    """Set by the task; `group` (str) names what must not straddle a split, such as a document."""
+
+
+class Prediction(TypedDict):
+    id: str
+    answer: str | None
+    """What the task read out of the text; None when it failed."""
+    text: str | None
+    """The completion as generated."""
+    finish_reason: str | None
+    """`stop`, or `length` when max_new_tokens cut it off."""
+    prompt_tokens: int
+    completion_tokens: int
+    error: str | None
+
+
+def failed_prediction(sample_id: str, error: str, prompt_tokens: int = 0) -> Prediction:
+    """A record of a failure: no answer, and why."""
+    return {
+        "id": sample_id,
+        "answer": None,
+        "text": None,
+        "finish_reason": None,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": 0,
+        "error": error,
+    }

@@ -1,0 +1,24 @@
+"""The three mounts: `/data` and `/models` (read only) and `/runs` (the only place written).
+
+Without containers they are folders, named by LORRY_DATA, LORRY_MODELS and LORRY_RUNS.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Roots:
+    data: Path
+    models: Path
+    runs: Path
+
+    @staticmethod
+    def from_environment() -> "Roots":
+        """The mounts as the environment names them; the stage images set /data, /models and /runs."""
+        return Roots(
+            data=Path(os.environ.get("LORRY_DATA", "recipes/data")).absolute(),
+            models=Path(os.environ.get("LORRY_MODELS", "models")).absolute(),
+            runs=Path(os.environ.get("LORRY_RUNS", "runs")).absolute(),
+        )

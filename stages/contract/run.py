@@ -1,0 +1,176 @@
+"""The run folder: where each stage writes, and how the next one finds it.
+
+    <runs>/<run>/recipe.yaml                 the resolved recipe, as run
+    <runs>/<run>/<stage>/manifest.json       written last: the stage is done exactly when it exists and matches
+    <runs>/<run>/<stage>/state.json          present while the stage is half done: which key the half belongs to
+    <runs>/<run>/<stage>/{events.jsonl,log.txt}
+"""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.contract.errors import InterruptedRunError, UsageError
+from stages.contract.files import FileHashes, digest_of, read_json, visible_files
+from stages.contract.recipe import Recipe
+from stages.contract.roots import Roots
+
+STAGES = ("preprocess", "train", "infer", "eval")
+
+CONTRACT_VERSION = 1
+"""Raised when what the stages hand to each other changes meaning; older runs are then made again."""
+
+SECTIONS = {
+    "preprocess": ("task", "seed", "data", "preprocess"),
+    "train": ("task", "seed", "model", "train"),
+    "infer": ("task", "seed", "model", "infer"),
+    "eval": ("task", "seed", "eval"),
+}
+"""The recipe sections that a stage's result depends on."""
+
+REUSABLE = {"preprocess": ("cache", "pages")}
+"""What a stage may keep when its inputs change, since it checks every piece against that piece's own input."""
+
+UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
+    "preprocess": {},
+    "train": {"preprocess": ("samples/train.jsonl", "samples/validation.jsonl")},
+    "infer": {"preprocess": ("samples/test.jsonl",), "train": ("adapters/",)},
+    "eval": {
+        "preprocess": ("samples/test.jsonl", "pages/"),
+        "train": ("metrics.jsonl",),
+        "infer": ("predictions/",),
+    },
+}
+"""The outputs of earlier stages that a stage reads, by their name or the beginning of it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder with its recipe and mounts."""
+
+    name: str
+    recipe: Recipe
+    roots: Roots
+
+    @property
+    def folder(self) -> Path:
+        return self.roots.runs / self.name
+
+    def stage_folder(self, stage: str) -> Path:
+        return self.folder / stage
+
+    def path(self, stage: str, *parts: str) -> Path:
+        """A file of a stage."""
+        return self.stage_folder(stage).joinpath(*parts)
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """A stage's manifest, or None while the stage is not done."""
+        manifest: dict[str, Any] | None = read_json(self.path(stage, "manifest.json"))
+        if manifest is not None and manifest.get("contract") != CONTRACT_VERSION:
+            return None
+        return manifest
+
+    @property
+    def data(self) -> Path:
+        """The folder with the task's input. Raises UsageError when it is not there."""
+        folder = self.roots.data / self.recipe.data.path
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such data folder (data.path in the recipe, LORRY_DATA is {self.roots.data})")
+        return folder
+
+    def model(self, path: str, key: str) -> Path:
+        """A model folder named by the recipe's `key`. Raises UsageError when it is not a whole Hugging Face folder."""
+        folder = self.roots.models / path
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such model folder ({key} in the recipe, LORRY_MODELS is {self.roots.models})")
+        for needed in ("config.json", "*.safetensors"):
+            if not any(folder.glob(needed)):
+                raise UsageError(f"{folder}: holds no {needed}; {key} must name an ordinary Hugging Face model folder")
+        return folder
+
+    def inputs(self, stage: str, hashes: FileHashes) -> dict[str, str]:
+        """sha256 of everything that a stage reads, by name.
+
+        Raises UsageError when an earlier stage has not run, or its output is no longer what its manifest says.
+        """
+        found: dict[str, str] = {}
+        for earlier, names in UPSTREAM[stage].items():
+            shows_images = earlier == "preprocess" and self.recipe.preprocess.pages.show == "image"
+            wanted = (*names, "pages/") if shows_images else names
+            manifest = self.manifest(earlier)
+            if manifest is None:
+                raise UsageError(f"{self.folder}: {stage} needs {earlier}, which is not done; run {earlier} first")
+            for name, output in manifest["outputs"].items():
+                if not name.startswith(wanted):
+                    continue
+                if not output_is_intact(self.stage_folder(earlier), name, output, hashes):
+                    raise UsageError(
+                        f"{self.path(earlier, name)}: missing or changed since {earlier} wrote it; run {earlier} again"
+                    )
+                found[f"{earlier}/{name}"] = output["sha256"]
+        if stage == "preprocess":
+            for path in visible_files(self.data):
+                found[f"data/{path.relative_to(self.data)}"] = hashes.file(path)
+            embedder = self.recipe.preprocess.retrieval.embedder
+            found["models/embedder"] = hashes.tree(self.model(embedder, "preprocess.retrieval.embedder"))[0]
+        if stage in ("train", "infer"):
+            found["models/base"] = hashes.tree(self.model(self.recipe.model.path, "model.path"))[0]
+        return found
+
+    def key(self, stage: str, inputs: dict[str, str]) -> str:
+        """Digest of all that a stage's result depends on: equal keys, equal results."""
+        recipe = self.recipe.digest(*SECTIONS[stage])
+        return digest_of({"contract": CONTRACT_VERSION, "stage": stage, "recipe": recipe, "inputs": inputs})
+
+    def is_done(self, stage: str, hashes: FileHashes) -> bool:
+        """Whether the stage has finished with these very inputs and its outputs are still as it wrote them."""
+        manifest = self.manifest(stage)
+        if manifest is None or manifest.get("key") != self.key(stage, self.inputs(stage, hashes)):
+            return False
+        folder = self.stage_folder(stage)
+        return all(output_is_intact(folder, *entry, hashes) for entry in manifest["outputs"].items())
+
+
+def describe_output(folder: Path, name: str, records: int | None, hashes: FileHashes) -> dict[str, Any]:
+    """A manifest's entry for an output: a file, or a whole folder when the name ends in `/`."""
+    path = folder / name
+    if name.endswith("/"):
+        digest, files = hashes.tree(path)
+        return {"sha256": digest, "files": files, "bytes": sum(p.stat().st_size for p in visible_files(path))}
+    entry: dict[str, Any] = {"sha256": hashes.file(path), "bytes": path.stat().st_size}
+    return entry if records is None else {**entry, "records": records}
+
+
+def output_is_intact(folder: Path, name: str, entry: dict[str, Any], hashes: FileHashes) -> bool:
+    """Whether an output still has the content that the manifest names."""
+    path = folder / name
+    if name.endswith("/"):
+        return path.is_dir() and hashes.tree(path)[0] == entry["sha256"]
+    return path.is_file() and path.stat().st_size == entry["bytes"] and hashes.file(path) == entry["sha256"]
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[int]:
+    """Hold a stage's folder for this process and its children; yields the lock's file descriptor.
+
+    The kernel drops the lock when the last holder dies, however it dies. Raises InterruptedRunError (75) when
+    another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            raise InterruptedRunError(f"{folder}: {holder} is running this stage; wait for it, then run again") from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield descriptor
+    finally:
+        os.close(descriptor)

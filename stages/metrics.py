@@ -1,0 +1,57 @@
+"""Metrics that more than one task uses. Each scores one answer in 0..1."""
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = set(string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """SQuAD's normalisation, in its order: lower case, ASCII punctuation out, articles out, white space squeezed.
+
+    Source: the official SQuAD v1.1 evaluation script (Rajpurkar et al. 2016).
+    """
+    text = "".join(character for character in text.lower() if character not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 when both are equal after normalisation (SQuAD v1.1)."""
+    return float(normalize(answer) == normalize(reference))
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 over bags of white-space tokens after normalisation (SQuAD v1.1). 0 when no token is shared, both empty too.
+
+    Chinese text has no spaces, so a phrase is one token and this falls to exact match; see `character_f1`.
+    """
+    return _bag_f1(normalize(answer).split(), normalize(reference).split())
+
+
+def character_f1(answer: str, reference: str) -> float:
+    """F1 over bags of characters: compatibility forms folded, case folded, white space and punctuation left out."""
+    return _bag_f1(_characters(answer), _characters(reference))
+
+
+def best(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
+    """The best score over all references. Raises ValueError where there is none: nothing can be scored."""
+    if not references:
+        raise ValueError("a sample without references cannot be scored")
+    return max(metric(answer, reference) for reference in references)
+
+
+def _characters(text: str) -> list[str]:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return [c for c in folded if not c.isspace() and not unicodedata.category(c).startswith("P")]
+
+
+def _bag_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
+    shared = sum((Counter(answer) & Counter(reference)).values())
+    if shared == 0:
+        return 0.0
+    precision, recall = shared / len(answer), shared / len(reference)
+    return 2 * precision * recall / (precision + recall)

@@ -1,0 +1,230 @@
+"""Render many documents in parallel, page range by page range; finished ranges are kept across restarts."""
+
+import hashlib
+import multiprocessing
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from concurrent.futures import Future, TimeoutError, as_completed
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pymupdf
+from pebble import ProcessExpired, ProcessPool
+
+from stages.contract.errors import DataError
+from stages.contract.files import FileHashes, digest_of, read_json, visible_files, write_json, written_atomically
+from stages.contract.recipe import Preprocess
+from stages.contract.stage import Stage
+from stages.contract.stop import die_with_parent
+from stages.preprocess.render import PageRange, open_document, render_range
+
+RANGE = 16
+"""Pages that a worker renders at once: what a kill can cost, and small enough to share one long document out."""
+
+PAGE_TABLE = pa.schema(
+    [
+        ("document", pa.string()),
+        ("page", pa.int32()),
+        ("image", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
+        ("text", pa.string()),
+        ("words", pa.list_(pa.struct([("box", pa.list_(pa.float32(), 4)), ("word", pa.string())]))),
+    ]
+)
+"""Columns of pages.parquet. Row i is row i of vectors.npy; `box` is x0, y0, x1, y1 in 0..1 of the page."""
+
+
+def document_ids(documents: list[Path], folder: Path) -> dict[str, Path]:
+    """Documents by id: their path below the folder, ending included, so that no two files share one."""
+    return {unicodedata.normalize("NFC", str(path.relative_to(folder))): path for path in documents}
+
+
+def picture_folder(document: str) -> str:
+    """A folder name for a document's pictures: readable where it can be, unique always, safe on any file system."""
+    readable = re.sub(r"[^\w-]+", "_", Path(document).stem)[:40].strip("_")
+    return f"{readable or 'document'}-{hashlib.sha256(document.encode()).hexdigest()[:8]}"
+
+
+def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str, Any]]:
+    """Render every page of every document and write pages.parquet. Returns the usable pages' records, in its order.
+
+    Each record has the table's columns but for the words, which for many pages would not fit in memory. Unreadable
+    documents, blank pages and failing pages go to `stage.skip`. Raises DataError when no page is left.
+    """
+    settings = stage.run.recipe.preprocess
+    hashes = FileHashes(stage.path(".pages.json"))
+    ranges = list(_ranges(stage, documents))
+    stage.counts["documents"] = len({pages.document for pages in ranges})
+    done: dict[PageRange, list[dict[str, Any]]] = {}
+    missing: list[PageRange] = []
+    for pages in ranges:
+        records = _kept(stage, pages, hashes)
+        if records is None:
+            missing.append(pages)
+        else:
+            done[pages] = records
+    _render_missing(stage, missing, done, settings)
+    usable = [record for pages in ranges for record in done[pages] if _is_usable(stage, pages.document, record)]
+    if not usable:
+        raise DataError(f"{stage.run.data}: no document has a readable page; see {stage.path('log.txt')} for the reasons")
+    _remove_strangers(stage, usable)
+    for record in usable:  # remember the digests, so that a restart does not read every picture
+        hashes.file(stage.run.folder / record["image"])
+    hashes.save()
+    _write_table(stage, ranges)
+    stage.outputs["pages/"] = None
+    stage.outputs["pages.parquet"] = len(usable)
+    return usable
+
+
+def _is_usable(stage: Stage, document: str, record: dict[str, Any]) -> bool:
+    """Count a page, and name it in the manifest if it cannot be used."""
+    stage.counts["pages"] += 1
+    where = f"{document} page {record['page']}"
+    if record["status"] == "blank":
+        stage.skip(where, "blank page")
+    elif record["status"] != "ok":
+        stage.counts["failed pages"] += 1
+        stage.skip(where, "unreadable page", record["status"])
+    return bool(record["status"] == "ok")
+
+
+def _write_table(stage: Stage, ranges: list[PageRange]) -> None:
+    """Write pages.parquet range by range, so that the words of all pages are never in memory at once."""
+    with (
+        written_atomically(stage.path("pages.parquet"), "wb") as file,
+        pq.ParquetWriter(file, PAGE_TABLE) as writer,
+    ):
+        rows: list[dict[str, Any]] = []
+        for pages in ranges:
+            for record in read_json(_range_file(stage, pages))["records"]:
+                if record["status"] == "ok":
+                    words = [{"box": word[:4], "word": word[4]} for word in record["words"]]
+                    rows.append({**record, "words": words})
+            if len(rows) >= 1024:
+                writer.write_table(pa.Table.from_pylist(rows, schema=PAGE_TABLE))
+                rows = []
+        writer.write_table(pa.Table.from_pylist(rows, schema=PAGE_TABLE))
+
+
+def _ranges(stage: Stage, documents: dict[str, Path]) -> Iterator[PageRange]:
+    for name, path in documents.items():
+        try:
+            with open_document(path) as document:
+                count = document.page_count
+        except (ValueError, RuntimeError) as error:
+            stage.skip(name, "unreadable document", str(error))
+            stage.events.say(f"skipped {name}: {error}")
+            continue
+        for first in range(0, count, RANGE):
+            yield PageRange(name, path, first, min(first + RANGE, count))
+
+
+def _range_file(stage: Stage, pages: PageRange) -> Path:
+    return stage.cache_file("pages", picture_folder(pages.document), f"{pages.first}-{pages.last}.json")
+
+
+def _light(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "words"} for record in records]
+
+
+def _range_key(stage: Stage, pages: PageRange, hashes: FileHashes) -> str:
+    look = stage.run.recipe.preprocess.pages
+    made_from = [hashes.file(pages.source), pages.first, pages.last, look.max_pixels, look.jpeg_quality]
+    return digest_of([*made_from, pymupdf.VersionBind])
+
+
+def _kept(stage: Stage, pages: PageRange, hashes: FileHashes) -> list[dict[str, Any]] | None:
+    """Records of a range that an earlier start finished, if its pictures are all still there."""
+    kept = read_json(_range_file(stage, pages))
+    if kept is None or kept["key"] != _range_key(stage, pages, hashes):
+        return None
+    folder = stage.path("pages", picture_folder(pages.document))
+    for record in kept["records"]:
+        picture = folder / f"{record['page']}.jpg"
+        if record["status"] == "ok" and not (picture.is_file() and hashes.file(picture) == record["sha256"]):
+            return None
+    return _light(kept["records"])
+
+
+def _render_missing(
+    stage: Stage, missing: list[PageRange], done: dict[PageRange, list[dict[str, Any]]], settings: Preprocess
+) -> None:
+    """Render ranges in worker processes. A worker that crashes or hangs costs the one page that does it."""
+    if not missing:
+        return
+    hashes = FileHashes(stage.path(".pages.json"))
+    total = sum(pages.last - pages.first for pages in missing)
+    rendered = 0
+    workers = min(settings.workers or len(os.sched_getaffinity(0)), len(missing))
+    pool = ProcessPool(
+        max_workers=workers,
+        context=multiprocessing.get_context("spawn"),
+        initializer=die_with_parent,
+        initargs=(os.getpid(),),
+    )
+    waiting: dict[Future[list[dict[str, Any]]], PageRange] = {}
+    collected: dict[PageRange, list[dict[str, Any]]] = {pages: [] for pages in missing}
+
+    def submit(pages: PageRange) -> None:
+        folder = stage.path("pages", picture_folder(pages.document))
+        folder.mkdir(parents=True, exist_ok=True)
+        look = settings.pages
+        future = pool.schedule(
+            render_range,
+            args=(pages, folder, look.max_pixels, look.jpeg_quality),
+            timeout=settings.page_timeout * (pages.last - pages.first),
+        )
+        waiting[future] = pages
+
+    def whole(pages: PageRange) -> PageRange:
+        return next(r for r in missing_of[pages.document] if r.first <= pages.first < r.last)
+
+    missing_of: dict[str, list[PageRange]] = {}
+    for pages in missing:
+        missing_of.setdefault(pages.document, []).append(pages)
+        submit(pages)
+    try:
+        while waiting:
+            future = next(as_completed(waiting))
+            pages = waiting.pop(future)
+            try:
+                records = future.result()
+            except (ProcessExpired, TimeoutError) as error:
+                if pages.last - pages.first > 1:  # find the page that does it
+                    for index in range(pages.first, pages.last):
+                        submit(PageRange(pages.document, pages.source, index, index + 1))
+                    continue
+                what = "took too long" if isinstance(error, TimeoutError) else "crashed its worker"
+                records = [{"page": pages.first + 1, "status": f"page {what}"}]
+            target = whole(pages)
+            collected[target] += records
+            rendered += len(records)
+            if len(collected[target]) == target.last - target.first:
+                finished = sorted(collected.pop(target), key=lambda record: int(record["page"]))
+                image = f"preprocess/pages/{picture_folder(target.document)}"
+                for record in finished:
+                    record |= {"document": target.document, "image": f"{image}/{record['page']}.jpg"}
+                kept = {"key": _range_key(stage, target, hashes), "records": finished}
+                write_json(_range_file(stage, target), kept)
+                done[target] = _light(finished)
+            stage.events.progress("render pages", rendered, total, "pages")
+            stage.stop.check()
+    finally:
+        pool.stop()
+        pool.join()
+    hashes.save()
+
+
+def _remove_strangers(stage: Stage, usable: list[dict[str, Any]]) -> None:
+    """Pictures of documents that are gone, or of pages that are now skipped."""
+    wanted = {stage.run.folder / record["image"] for record in usable}
+    for path in visible_files(stage.path("pages")):
+        if path not in wanted:
+            path.unlink()

@@ -1,0 +1,58 @@
+"""Embed texts with a sentence-transformers model, chunk by chunk; finished chunks are kept across restarts."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from stages.contract.files import FileHashes, digest_of, written_atomically
+from stages.contract.stage import Stage
+
+CHUNK = 256
+"""Texts between two saves: what a kill can cost."""
+
+Vectors = npt.NDArray[np.float32]
+
+
+def embed(stage: Stage, texts: list[str], what: str) -> Vectors:
+    """Unit vectors of texts: float32, shape (texts, dimensions). An empty text gets the zero vector."""
+    settings = stage.run.recipe.preprocess.retrieval
+    model = stage.run.model(settings.embedder, "preprocess.retrieval.embedder")
+    hashes = FileHashes(stage.path(".hashes.json"))
+    made_from = [hashes.tree(model)[0], settings.batch_size]
+    embedder = _Embedder(model, settings.batch_size)
+    parts = []
+    for start in range(0, len(texts), CHUNK):
+        chunk = texts[start : start + CHUNK]
+        path = stage.cache_file("vectors", f"{digest_of([*made_from, chunk])}.npy")
+        if not path.is_file():
+            vectors = embedder.encode(chunk)
+            with written_atomically(path, "wb") as file:
+                np.save(file, vectors, allow_pickle=False)
+        parts.append(np.load(path, allow_pickle=False))
+        stage.events.progress(f"embed {what}", start + len(chunk), len(texts), what)
+        stage.stop.check()
+    return np.concatenate(parts)
+
+
+class _Embedder:
+    """Loads the model when the first chunk needs it: a restart with all chunks kept does not."""
+
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self._folder = folder
+        self._batch_size = batch_size
+        self._model = None
+
+    def encode(self, texts: list[str]) -> Vectors:
+        if self._model is None:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+            from sentence_transformers import SentenceTransformer
+
+            self._model = SentenceTransformer(str(self._folder), local_files_only=True)
+        vectors = self._model.encode(
+            texts, batch_size=self._batch_size, normalize_embeddings=True, show_progress_bar=False
+        )
+        vectors = np.asarray(vectors, dtype=np.float32)
+        vectors[[not text.strip() for text in texts]] = 0
+        return vectors

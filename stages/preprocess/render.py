@@ -1,0 +1,129 @@
+"""Pages of PDFs as pictures at a pixel budget, with their text layer. Runs in worker processes: keep imports light.
+
+Rendering straight to the budget costs a tenth of rendering at 600 DPI and shrinking; `benchmarks/render.py` measures.
+"""
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pymupdf
+
+PATCH = 28
+"""Vision models of the Qwen2-VL family take sides that are multiples of this (14-pixel patches merged 2 x 2)."""
+
+MAX_RATIO = 200
+"""Longest over shortest side: the same family's processors refuse more."""
+
+
+@dataclass(frozen=True)
+class PageRange:
+    """Some pages of one document: what a worker does at once, and the most a kill can lose of a document."""
+
+    document: str
+    """Path below the documents folder: the document's id."""
+    source: Path
+    first: int
+    """0-based, inclusive."""
+    last: int
+    """0-based, exclusive."""
+
+
+def open_document(source: Path) -> pymupdf.Document:
+    """Open a PDF. Raises ValueError, with the reason in a few words, for what cannot be read as one."""
+    if source.stat().st_size == 0:
+        raise ValueError("empty file")
+    with source.open("rb") as file:
+        if b"%PDF-" not in file.read(1024):  # the header may stand a little way in (ISO 32000-1, annex H.3.4.1)
+            raise ValueError("not a PDF")
+    try:
+        document = pymupdf.open(source, filetype="pdf")
+    except (pymupdf.FileDataError, RuntimeError) as error:
+        raise ValueError(f"damaged PDF: {error}") from error
+    if document.needs_pass:
+        raise ValueError("encrypted: needs a password")
+    if document.page_count == 0:
+        raise ValueError("damaged PDF: no pages")
+    return document
+
+
+def picture_size(width: float, height: float, max_pixels: int) -> tuple[int, int]:
+    """Pixels (width, height) nearest to a page's shape within the budget, both multiples of PATCH.
+
+    A page is never drawn larger than its 200 DPI size: a small page has no more to show. Raises ValueError for a shape
+    that no vision model takes.
+    """
+    if not (width > 0 and height > 0 and math.isfinite(width * height)):
+        raise ValueError("page without a size")
+    if max(width, height) / min(width, height) > MAX_RATIO:
+        raise ValueError(f"sides differ more than {MAX_RATIO} to 1")
+    budget = min(max_pixels, width * height * (200 / 72) ** 2)
+    scale = math.sqrt(budget / (width * height))
+    columns = max(PATCH, math.floor(width * scale / PATCH) * PATCH)
+    rows = max(PATCH, math.floor(height * scale / PATCH) * PATCH)
+    # a thin page: the side held up to one patch leaves less room for the other
+    columns = min(columns, max_pixels // rows // PATCH * PATCH)
+    rows = min(rows, max_pixels // columns // PATCH * PATCH)
+    return columns, rows
+
+
+def render_page(page: pymupdf.Page, max_pixels: int) -> pymupdf.Pixmap:
+    """Draw a page at exactly `picture_size`."""
+    width, height = picture_size(page.rect.width, page.rect.height, max_pixels)
+    scale = pymupdf.Matrix(width / page.rect.width, height / page.rect.height)
+    picture = page.get_pixmap(matrix=scale, colorspace=pymupdf.csRGB, alpha=False)
+    if (picture.width, picture.height) != (width, height):  # rounding at the edges may add a row or column
+        picture = pymupdf.Pixmap(picture, width, height, None)
+    return picture
+
+
+def render_range(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: int) -> list[dict[str, Any]]:
+    """Render pages into `folder/<number>.jpg` (1-based). Returns a record for each page.
+
+    A record has `page`, `status` (`ok`, `blank` or a reason), and for `ok`: `width`, `height` (pixels), `text`,
+    `words` (`[x0, y0, x1, y1, word]`, in 0..1 of the page's width and height) and the picture's `sha256`.
+    """
+    records = []
+    with open_document(pages.source) as document:
+        for index in range(pages.first, pages.last):
+            try:
+                record = _render_one(document[index], folder / f"{index + 1}.jpg", max_pixels, jpeg_quality)
+            except (RuntimeError, ValueError) as error:  # PyMuPDF raises RuntimeErrors of its own for bad content
+                record = {"status": f"page cannot be rendered: {error}"}
+            records.append({"page": index + 1, **record})
+    return records
+
+
+_CJK = r"[\u3000-\u9fff\uf900-\ufaff\uff00-\uffef]"
+_BREAK_INSIDE_CJK = re.compile(rf"(?<={_CJK})[^\S\n]*\n\s*(?={_CJK})")
+
+
+def flowing(text: str) -> str:
+    """Lines of a page joined: with a space, but between Chinese or Japanese characters with nothing."""
+    return " ".join(_BREAK_INSIDE_CJK.sub("", text).split())
+
+
+def _render_one(page: pymupdf.Page, path: Path, max_pixels: int, jpeg_quality: int) -> dict[str, Any]:
+    width, height = page.rect.width, page.rect.height
+    words = [
+        [round(x0 / width, 4), round(y0 / height, 4), round(x1 / width, 4), round(y1 / height, 4), word]
+        for x0, y0, x1, y1, word, *_ in page.get_text("words", sort=True)
+    ]
+    picture = render_page(page, max_pixels)
+    if not words and picture.is_unicolor:
+        return {"status": "blank"}
+    content = picture.tobytes("jpeg", jpg_quality=jpeg_quality)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+    return {
+        "status": "ok",
+        "width": picture.width,
+        "height": picture.height,
+        "text": flowing(page.get_text("text", sort=True)),
+        "words": words,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }

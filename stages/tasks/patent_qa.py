@@ -1,0 +1,256 @@
+"""patent_qa: questions about patent PDFs, answered from the pages that a question names or that are most like it.
+
+Data folder: `documents/` with PDFs (folders below it are read too) and either `questions.jsonl`, split by document,
+or `train.jsonl` and `test.jsonl`. One question a line:
+
+    {"id": "q1", "question": "...", "document": "CN000000001A.pdf", "answer": "..." or [...], "pages": [3], "kind": "..."}
+
+`question` and `document` are needed, `answer` too where it is trained on or scored. `pages` (1-based, the evidence)
+lets retrieval be scored; `kind` breaks the scores down; a missing `id` becomes `<file>-<line>`.
+"""
+
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages import metrics
+from stages.contract.errors import DataError
+from stages.contract.files import visible_files
+from stages.contract.recipe import Recipe
+from stages.contract.records import Message, Sample
+from stages.tasks import Skip
+
+SYSTEM = "Answer with the shortest exact words from the pages."
+
+
+@dataclass(frozen=True)
+class PatentQuestion:
+    id: str
+    text: str
+    document: str
+    """Path of the PDF below `documents/`, with its ending."""
+    page: int | None
+    """1-based page that the text names."""
+    answers: tuple[str, ...]
+    evidence: tuple[int, ...]
+    kind: str
+    split: str | None
+    """`train` or `test` where the data say so, else None."""
+
+
+def find_documents(folder: Path) -> list[Path]:
+    """All files below `documents/`; what is no PDF is found out when it is opened, and counted."""
+    documents = folder / "documents"
+    found = visible_files(documents) if documents.is_dir() else []
+    if not found:
+        raise DataError(f"{documents}: no documents; put the PDFs there")
+    return found
+
+
+def read_questions(folder: Path, documents: set[str], skip: Skip) -> list[PatentQuestion]:
+    """Read the questions files. A bad line is skipped and counted with its line number."""
+    sources = [(folder / f"{split}.jsonl", split) for split in ("train", "test")]
+    if not all(path.is_file() for path, _ in sources):
+        sources = [(folder / "questions.jsonl", None)]  # type: ignore[list-item]
+    questions: dict[str, PatentQuestion] = {}
+    for path, split in sources:
+        if not path.is_file():
+            raise DataError(f"{folder}: no questions.jsonl, and no pair of train.jsonl and test.jsonl")
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+            where = f"{path.name}:{number}"
+            if not line.strip():
+                continue
+            try:
+                question = _parse(line, f"{path.stem}-{number}", split, documents)
+            except _BadLineError as error:
+                skip(where, error.reason, str(error))
+                continue
+            if question.id in questions:
+                skip(where, "duplicate id", question.id)
+                continue
+            questions[question.id] = question
+    if not questions:
+        raise DataError(f"{folder}: no usable question in {' or '.join(path.name for path, _ in sources)}")
+    return _without_leaks(list(questions.values()), skip)
+
+
+class _BadLineError(Exception):
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def _parse(line: bytes, default_id: str, split: str | None, documents: set[str]) -> PatentQuestion:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise _BadLineError("not JSON", str(error)) from error
+    if not isinstance(record, dict):
+        raise _BadLineError("not a JSON object", f"found {type(record).__name__}")
+    text = _text(record, "question")
+    document = unicodedata.normalize("NFC", _text(record, "document"))
+    if document not in documents:
+        raise _BadLineError("unknown document", document)
+    return PatentQuestion(
+        id=_text(record, "id") if "id" in record else default_id,
+        text=text,
+        document=document,
+        page=page_named(text),
+        answers=_answers(record),
+        evidence=_evidence(record),
+        kind=str(record.get("kind", "")),
+        split=split,
+    )
+
+
+def _text(record: dict[str, Any], field: str) -> str:
+    if field not in record:
+        raise _BadLineError(f"no {field}")
+    value = record[field]
+    if isinstance(value, int) and field == "id":
+        value = str(value)
+    if not isinstance(value, str):
+        raise _BadLineError(f"{field} is no text", repr(value)[:100])
+    if not value.strip():
+        raise _BadLineError(f"empty {field}")
+    return value.strip()
+
+
+def _answers(record: dict[str, Any]) -> tuple[str, ...]:
+    value = record.get("answer", [])
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
+        raise _BadLineError("answer is neither text nor a list of texts", repr(value)[:100])
+    return tuple(v.strip() for v in values)
+
+
+def _evidence(record: dict[str, Any]) -> tuple[int, ...]:
+    value = record.get("pages", [])
+    if not isinstance(value, list) or not all(type(v) is int and v >= 1 for v in value):
+        raise _BadLineError("pages is no list of page numbers", repr(value)[:100])
+    return tuple(value)
+
+
+def _without_leaks(questions: list[PatentQuestion], skip: Skip) -> list[PatentQuestion]:
+    """Given splits: a document with test questions gives no training question."""
+    tested = {question.document for question in questions if question.split == "test"}
+    kept = []
+    for question in questions:
+        if question.split == "train" and question.document in tested:
+            skip(question.id, "training question on a test document", question.document)
+        else:
+            kept.append(question)
+    return kept
+
+
+# -- the page that a question names ------------------------------------------------------------------------------
+
+_DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
+_UNITS = {"十": 10, "百": 100, "千": 1000}
+_CHINESE_NUMBER = "[零〇一二两三四五六七八九十百千]+"
+_PAGE_PATTERNS = (
+    re.compile(rf"第\s*(\d+|{_CHINESE_NUMBER})\s*[页頁]"),
+    re.compile(r"\bpage\s*(?:no\.?|number)?\s*(\d+)\b", re.IGNORECASE),
+    re.compile(r"\b(\d+)(?:st|nd|rd|th)\s+page\b", re.IGNORECASE),
+)
+
+
+def page_named(text: str) -> int | None:
+    """1-based page that a question names: `第6页`, `第 六 页`, `page 6`, `6th page`; None where it names none.
+
+    Full-width digits count as digits. The first page named wins. A page number of 0 names no page.
+    """
+    text = unicodedata.normalize("NFKC", text)
+    matches = [match for pattern in _PAGE_PATTERNS if (match := pattern.search(text))]
+    if not matches:
+        return None
+    number = min(matches, key=lambda match: match.start()).group(1)
+    page = int(number) if number.isdecimal() else chinese_number(number)
+    return page or None
+
+
+def chinese_number(text: str) -> int | None:
+    """Value of a Chinese numeral below ten thousand, or None for what is no well-formed number.
+
+    `二十一` -> 21, `一百零五` -> 105, `一百五` -> 150 (as it is spoken), and a row of digits: `一二` -> 12.
+    """
+    if text and all(character in _DIGITS for character in text):
+        return int("".join(str(_DIGITS[character]) for character in text))
+    total, digit, after_zero, last_unit = 0, None, False, 10_000
+    for character in text:
+        if character in _UNITS:
+            unit = _UNITS[character]
+            bare_ten = unit == 10 and total == 0 and digit is None and not after_zero
+            if unit >= last_unit or (digit is None and not bare_ten):
+                return None
+            total += unit * (digit or 1)
+            digit, after_zero, last_unit = None, False, unit
+        elif _DIGITS[character] == 0:
+            if digit is not None or after_zero or total == 0:
+                return None
+            after_zero = True
+        elif digit is not None:
+            return None
+        else:
+            digit = _DIGITS[character]
+    if digit is None:
+        return total if text and not after_zero else None
+    spoken_short = last_unit >= 100 and last_unit < 10_000 and not after_zero
+    return total + digit * (last_unit // 10 if spoken_short else 1)
+
+
+# -- samples -----------------------------------------------------------------------------------------------------
+
+
+def build_sample(question: PatentQuestion, pages: list[dict[str, Any]], recipe: Recipe) -> Sample:
+    """One sample; `pages` as chosen for the question, shown in the order of the document.
+
+    `pages` have `page` (1-based), `text` and `image` (path relative to the run).
+    """
+    shown = sorted(pages, key=lambda page: int(page["page"]))
+    as_images = recipe.preprocess.pages.show == "image"
+    parts = [f"Page {page['page']}: {'<image>' if as_images else page['text']}" for page in shown]
+    content = "\n".join([*parts, f"Question: {question.text}"])
+    messages: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+    return {
+        "id": question.id,
+        "messages": messages,
+        "images": [page["image"] for page in shown] if as_images else [],
+        "references": list(question.answers),
+        "meta": {
+            "group": question.document,
+            "kind": question.kind,
+            "question": question.text,
+            "page_named": question.page,
+            "evidence": list(question.evidence),
+            "pages": [page["page"] for page in shown],
+            "page_images": [page["image"] for page in shown],
+        },
+    }
+
+
+def read_answer(text: str) -> str:
+    """The answer in a completion: its first line, without a full stop at the end."""
+    lines = text.strip().split("\n")
+    return lines[0].strip().rstrip("。.").strip()
+
+
+def score(answer: str, sample: Sample) -> dict[str, float]:
+    """Exact match and F1 by SQuAD's rules, and F1 over characters, which Chinese needs."""
+    references = sample["references"]
+    return {
+        "exact_match": metrics.best(metrics.exact_match, answer, references),
+        "f1": metrics.best(metrics.token_f1, answer, references),
+        "character_f1": metrics.best(metrics.character_f1, answer, references),
+    }
+
+
+def facts(sample: Sample) -> dict[str, float]:
+    """Retrieval recall: the share of the evidence pages that are shown, where the data name them."""
+    evidence = set(sample["meta"]["evidence"])
+    if not evidence:
+        return {}
+    return {"retrieval_recall": len(evidence & set(sample["meta"]["pages"])) / len(evidence)}

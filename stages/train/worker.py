@@ -1,0 +1,224 @@
+"""The training process: one adapter, by ms-swift, in a process of its own that the stage starts and watches.
+
+Run as `python -m stages.train.worker JOB.json`; the file's fields are `Job`'s. It tells its progress in JSON Lines on
+the file descriptor `job.reports`, and exits with the codes of `stages.contract.errors`. What it leaves:
+
+    <work>/checkpoint-<step>/complete.json   a checkpoint with this file is whole
+    <adapter>/                               the adapter, there only once it is whole, with `training.json`
+"""
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError
+from stages.contract.files import disk_error, read_json, read_jsonl, remove, write_json, write_jsonl
+from stages.contract.recipe import Model, Train
+from stages.contract.stop import StopRequest, die_with_parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, with everything decided."""
+
+    run_folder: Path
+    model: Path
+    work: Path
+    """Checkpoints and scratch of this adapter."""
+    adapter: Path
+    """Where the finished adapter goes."""
+    train: list[Path]
+    validation: list[Path]
+    seed: int
+    dtype: str
+    micro_batch: int
+    accumulation: int
+    use_cpu: bool
+    model_settings: Model
+    settings: Train
+    reports: int
+    parent: int
+
+    @staticmethod
+    def read(path: Path) -> "Job":
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values |= {name: Path(values[name]) for name in ("run_folder", "model", "work", "adapter")}
+        values |= {name: [Path(p) for p in values[name]] for name in ("train", "validation")}
+        values["model_settings"] = Model(**values["model_settings"])
+        values["settings"] = Train(**values["settings"])
+        return Job(**values)
+
+
+def checkpoints(work: Path) -> list[Path]:
+    """Whole checkpoints, oldest first. A kill while one was being written leaves it without complete.json."""
+    found = [path for path in work.glob("checkpoint-*") if (path / "complete.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def newest_good_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint whose files still have the sizes they were written with; broken ones are deleted."""
+    good = None
+    for path in sorted(work.glob("checkpoint-*")):
+        complete = read_json(path / "complete.json")
+        if complete is None or _sizes(path) != complete["sizes"]:
+            remove(path)
+    for path in checkpoints(work):
+        good = path
+    return good
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir()) if p.name != "complete.json"}
+
+
+class Reports:
+    """Progress to the stage, one JSON object a line."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file = os.fdopen(descriptor, "w", encoding="utf-8")
+
+    def send(self, **fields: Any) -> None:
+        self._file.write(json.dumps(fields) + "\n")
+        self._file.flush()
+
+
+def train(job: Job, reports: Reports, stop: StopRequest) -> None:
+    """Train the adapter, from the newest good checkpoint if there is one.
+
+    Raises InterruptedRunError after saving a checkpoint when a stop was asked for.
+    """
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    scratch = job.work / "scratch"
+    remove(scratch)
+    scratch.mkdir(parents=True)
+    os.environ |= {"HF_DATASETS_CACHE": str(scratch / "datasets"), "MODELSCOPE_CACHE": str(scratch / "modelscope")}
+
+    from stages.train.swift_sft import LorrySft  # imports torch and swift: seconds, and only in this process
+
+    resume = newest_good_checkpoint(job.work)
+    sft = LorrySft(_arguments(job, scratch, resume), job, reports, stop)
+    counts = {}
+    for split, sources in (("train", job.train), ("validation", job.validation)):
+        samples = [sample for source in sources for sample in read_jsonl(source)]
+        kept, left_out = sft.fitting(samples)
+        counts[split] = len(kept)
+        if left_out:
+            reports.send(event="left_out", split=split, ids=left_out)
+        write_jsonl(scratch / f"{split}.jsonl", kept)
+    if not counts["train"]:
+        raise DataError(
+            f"{job.train[0]}: no training sample fits in train.max_length {job.settings.max_length}; raise it"
+        )
+    if not counts["validation"]:
+        sft.args.val_dataset = []
+    reports.send(event="loaded", samples=counts, resumed_from=resume.name if resume else None)
+    sft.main()
+    stop.check()
+    _publish(job, counts)
+    remove(scratch)
+
+
+def _publish(job: Job, counts: dict[str, int]) -> None:
+    """Move the last checkpoint's adapter to its place, in one step."""
+    last = newest_good_checkpoint(job.work)
+    assert last is not None, "training ended without a checkpoint"
+    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
+    partial = job.adapter.with_name(f".{job.adapter.name}")
+    remove(partial)
+    partial.mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copyfile(last / name, partial / name)
+    wanted = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "token_acc", "eval_token_acc")
+    log = [{key: entry[key] for key in wanted if key in entry} for entry in state["log_history"]]
+    log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
+    write_json(partial / "training.json", {"steps": state["global_step"], "samples": counts, "log": log})
+    partial.rename(job.adapter)
+
+
+def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
+    """The command line of `swift sft`. Batch, precision and length are decided before; nothing is left to defaults
+    that look at the machine."""
+    settings = job.settings
+    values: dict[str, Any] = {
+        "model": job.model,
+        "model_type": job.model_settings.swift_type,
+        "template": job.model_settings.swift_template,
+        "torch_dtype": job.dtype,
+        "dataset": scratch / "train.jsonl",
+        "val_dataset": scratch / "validation.jsonl",
+        "split_dataset_ratio": 0,
+        "output_dir": job.work,
+        "add_version": False,
+        "check_model": False,  # else a hub is asked for a newer model, with seconds of retries
+        "report_to": "none",
+        "use_cpu": job.use_cpu,
+        "tuner_type": "lora",
+        "lora_rank": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": settings.target_modules,
+        "lora_dtype": "float32",
+        "learning_rate": settings.learning_rate,
+        "lorap_lr_ratio": settings.lora_plus_ratio,
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": job.micro_batch,
+        "per_device_eval_batch_size": job.micro_batch,
+        "gradient_accumulation_steps": job.accumulation,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "max_length": settings.max_length,
+        "truncation_strategy": "raise",  # too long samples were left out by then; a cut one must never pass
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": settings.warmup_ratio,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": 0.9,
+        "adam_beta2": settings.adam_beta2,
+        "max_grad_norm": settings.max_grad_norm,
+        "logging_steps": settings.log_every,
+        "save_strategy": "steps",
+        "save_steps": settings.checkpoint_every,
+        "save_total_limit": settings.keep_checkpoints,
+        "eval_strategy": "steps",
+        "eval_steps": settings.checkpoint_every,
+        "seed": job.seed,
+        "data_seed": job.seed,
+        "dataset_shuffle": False,  # the trainer's sampler shuffles, by the seed
+        "lazy_tokenize": True,
+        "dataloader_num_workers": 0,
+        "resume_from_checkpoint": resume,
+    }
+    arguments: list[str] = []
+    for name, value in values.items():
+        if value is not None:
+            texts = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+            arguments += [f"--{name}", *texts]
+    return arguments
+
+
+def main() -> None:
+    """Entry point; every problem ends in one line to the stage and an exit code."""
+    job = Job.read(Path(sys.argv[1]))
+    die_with_parent(job.parent)
+    reports = Reports(job.reports)
+    stop = StopRequest()
+    stop.install()
+    try:
+        train(job, reports, stop)
+    except BaseException as error:  # noqa: BLE001 - the stage must hear of every end
+        explained = error if isinstance(error, LorryError) else disk_error(error)
+        if explained is None and stop.signal is not None:
+            explained = InterruptedRunError(f"stopped by {stop.signal.name}; run the same command again")
+        if not isinstance(explained, InterruptedRunError):
+            traceback.print_exc()
+        text = str(explained) if explained else f"{type(error).__name__}: {error}"
+        reports.send(event="error", text=text)
+        sys.exit(explained.exit_code if explained else Exit.CRASHED)
+
+
+if __name__ == "__main__":
+    main()
+
