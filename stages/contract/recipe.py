@@ -97,9 +97,16 @@ class Train(Section):
 
 class Infer(Section):
     engine: Literal["vllm", "transformers"] = "vllm"
+    max_length: int = Field(8192, ge=16, description="Tokens of prompt and answer; a longer prompt is counted as failed")
     max_new_tokens: int = Field(64, ge=1)
     batch_size: int = Field(16, ge=1, description="Sequences decoded together")
     chunk_size: int = Field(256, ge=1, description="Records submitted at once, and the most a kill can lose")
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> "Infer":
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError("max_new_tokens leaves no room for a prompt in max_length")
+        return self
 
 
 class Eval(Section):
@@ -164,6 +171,14 @@ def profile_names(path: Path) -> list[str]:
     """Names of a recipe file's profiles."""
     values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader) or {}
     return list(values.get("profiles") or {})
+
+
+def recipe_file_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file: a recipe and its profiles, each of which may override any part of it."""
+    schema = Recipe.model_json_schema()
+    schema["properties"].pop("profile")
+    schema["properties"]["profiles"] = {"type": "object", "additionalProperties": {"type": "object"}}
+    return schema
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -91,8 +91,8 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
     stop = StopRequest()
     stop.install()
     try:
-        write_recipe(run)
         with only_writer(run.stage_folder(name)) as lock:
+            write_recipe(run)
             return _run_locked(run, name, work, force, stop, lock)
     except LorryError as error:
         print(f"{name}: {error}", flush=True)

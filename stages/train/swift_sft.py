@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.pipelines.train.sft import SwiftSft
-from swift.template import MaxLengthError
+from swift.template.base import MaxLengthError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.contract.errors import UsageError

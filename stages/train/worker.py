@@ -171,7 +171,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "gradient_accumulation_steps": job.accumulation,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "max_length": settings.max_length,
-        "truncation_strategy": "raise",  # too long samples were left out by then; a cut one must never pass
+        "truncation_strategy": "delete",  # the template raises; too long samples are left out before, none is ever cut
         "lr_scheduler_type": "cosine",
         "warmup_ratio": settings.warmup_ratio,
         "weight_decay": settings.weight_decay,

@@ -1,0 +1,84 @@
+"""Pages a second: straight to the pixel budget, against 600 DPI, JPEG, reload and shrink to the same size.
+
+    python -m benchmarks.render
+
+Both ways in one process and in turn, page by page, so that a busy machine slows both; then ours with more processes.
+The way at 600 DPI is how a known pipeline prepared pages for a vision model.
+"""
+
+import io
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pymupdf
+from PIL import Image
+
+from benchmarks.rows import write_rows
+from stages.preprocess.render import PageRange, picture_size, render_page, render_range
+
+DOCUMENTS = Path(__file__).parents[1] / "recipes" / "data" / "patent-qa" / "documents"
+MAX_PIXELS = 1_229_312
+
+
+def at_600_dpi(page: pymupdf.Page) -> bytes:
+    """600 DPI, saved as JPEG, reloaded, shrunk to the budget, saved as JPEG."""
+    large = page.get_pixmap(dpi=600).tobytes("jpeg", jpg_quality=90)
+    with Image.open(io.BytesIO(large)) as picture:
+        small = picture.resize(picture_size(page.rect.width, page.rect.height, MAX_PIXELS), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    small.save(out, "jpeg", quality=90)
+    return out.getvalue()
+
+
+def straight(page: pymupdf.Page) -> bytes:
+    """At the budget, saved as JPEG."""
+    return bytes(render_page(page, MAX_PIXELS).tobytes("jpeg", jpg_quality=90))
+
+
+def compare() -> dict[str, object]:
+    """Seconds of both ways over the demo's pages, in turn."""
+    seconds = {"straight": 0.0, "at 600 DPI": 0.0}
+    pages = 0
+    for path in sorted(DOCUMENTS.glob("*.pdf")):
+        with pymupdf.open(path) as document:
+            for page in document:
+                page.get_pixmap(dpi=20)  # parse the page once, for neither
+                for name, way in (("straight", straight), ("at 600 DPI", at_600_dpi)):
+                    before = time.perf_counter()
+                    way(page)
+                    seconds[name] += time.perf_counter() - before
+                pages += 1
+    return {
+        "what": "one process",
+        "pages": pages,
+        "straight pages/s": round(pages / seconds["straight"], 2),
+        "600 DPI pages/s": round(pages / seconds["at 600 DPI"], 2),
+        "ratio": round(seconds["at 600 DPI"] / seconds["straight"], 2),
+    }
+
+
+def with_processes(processes: int, repeats: int) -> dict[str, object]:
+    """The stage's own renderer over the demo's pages, text layer and words included."""
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        jobs = []
+        for path in sorted(DOCUMENTS.glob("*.pdf")) * repeats:
+            with pymupdf.open(path) as document:
+                jobs.append((PageRange(path.name, path, 0, len(document)), Path(folder)))
+        list(pool.map(_render, jobs[:processes * 2]))  # workers are up
+        before = time.perf_counter()
+        pages = sum(pool.map(_render, jobs))
+        seconds = time.perf_counter() - before
+    return {"what": f"{processes} process(es), with text", "pages": pages, "straight pages/s": round(pages / seconds, 2)}
+
+
+def _render(job: tuple[PageRange, Path]) -> int:
+    with tempfile.TemporaryDirectory(dir=job[1]) as folder:
+        return len(render_range(job[0], Path(folder), MAX_PIXELS, 90))
+
+
+if __name__ == "__main__":
+    rows = [compare(), with_processes(1, 2), with_processes(2, 2), with_processes(1, 2), with_processes(2, 2)]
+    write_rows("render", rows, "python -m benchmarks.render")

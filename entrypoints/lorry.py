@@ -1,0 +1,165 @@
+"""The host command `lorry`: run a recipe's stages, look at recipes, see how runs stand."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from entrypoints.common import RECIPES, one_line_errors, open_run, recipe_options, recipe_path
+
+
+@click.group()
+def main() -> None:
+    """Carry a fine-tuning job from raw documents to scored answers."""
+
+
+@main.command()
+@recipe_options
+@click.option("--force", is_flag=True, help="Do every stage again from nothing.")
+@one_line_errors
+def run(recipe: str | None, profile: str | None, overrides: tuple[str, ...], run_name: str | None, force: bool) -> None:
+    """Run the four stages in order; those that are done are skipped.
+
+    RECIPE is a file, or a name in recipes/; without it, the run's own recipe.yaml is used.
+    """
+    from stages.contract.errors import UsageError
+    from stages.contract.files import FileHashes
+    from stages.contract.run import STAGES
+
+    opened = open_run(recipe, profile, overrides, run_name)
+    arguments = [a for a in sys.argv[sys.argv.index("run") + 1 :]]
+    for stage in STAGES:
+        hashes = FileHashes(opened.stage_folder(stage) / ".hashes.json")
+        try:
+            done = not force and opened.is_done(stage, hashes)
+        except UsageError:  # the stage itself says what is wrong
+            done = False
+        if done:
+            click.echo(f"{stage}: up to date")
+            continue
+        code = _run_stage(stage, arguments)
+        if code != 0:
+            sys.exit(code)
+    report = opened.path("eval", "report.html")
+    click.echo(f"all four stages are up to date; report: {report}")
+
+
+def _run_stage(stage: str, arguments: list[str]) -> int:
+    """A stage in a process of its own, so that its memory is free before the next; a stop is passed on to it."""
+    from stages.contract.errors import Exit
+    from stages.contract.stop import die_with_parent
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"entrypoints.{stage}", *arguments],
+        preexec_fn=functools.partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
+    )
+    # Ctrl-C reaches the stage by itself; `kill` reaches only this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+    code = process.wait()
+    if code < 0:
+        name = signal.Signals(-code).name
+        click.echo(f"{stage}: ended by {name}; run the same command again to go on", err=True)
+        return int(Exit.INTERRUPTED) if name in ("SIGTERM", "SIGINT") else int(Exit.CRASHED)
+    return code
+
+
+@main.command()
+@click.argument("run_name", metavar="[RUN]", required=False)
+def status(run_name: str | None) -> None:
+    """Show how far a run is, or all runs."""
+    from stages.contract.roots import Roots
+
+    runs = Roots.from_environment().runs
+    folders = [runs / run_name] if run_name else sorted(path.parent for path in runs.glob("*/recipe.yaml"))
+    if not folders or not (folders[0] / "recipe.yaml").is_file():
+        click.echo(f"no run in {runs}" if run_name is None else f"error: {folders[0]}: no such run", err=True)
+        sys.exit(0 if run_name is None else 2)
+    for folder in folders:
+        click.echo(folder.name)
+        for line in _stage_lines(folder):
+            click.echo(f"  {line}")
+
+
+def _stage_lines(folder: Path) -> list[str]:
+    from stages.contract.events import read_last_event
+    from stages.contract.run import STAGES, is_held
+
+    lines = []
+    for stage in STAGES:
+        try:
+            manifest = json.loads((folder / stage / "manifest.json").read_text())
+            lines.append(f"{stage:<11}done, {manifest['seconds']:.0f} s, {manifest['end']}")
+            continue
+        except (OSError, ValueError):
+            last = read_last_event(folder / stage / "events.jsonl")
+        if last is None:
+            lines.append(f"{stage:<11}not run")
+            continue
+        state = "running" if is_held(folder / stage) else "stopped, half done"
+        ago = f"{max(time.time() - last['time'], 0):.0f} s ago"
+        if last["event"] == "progress":
+            eta = f", {last['eta_seconds']:.0f} s left" if "eta_seconds" in last and state == "running" else ""
+            what = f"{last['activity']} {last['step']}/{last['total']} {last['unit']}{eta}"
+        else:
+            what = last.get("error", last["event"])
+        lines.append(f"{stage:<11}{state}: {what} ({ago})")
+    return lines
+
+
+@main.group()
+def recipe() -> None:
+    """Look at recipes."""
+
+
+@recipe.command("list")
+def list_recipes() -> None:
+    """List the recipes that come with Lorry."""
+    import yaml
+
+    from stages.contract.recipe import profile_names
+
+    for path in sorted(RECIPES.glob("*.yaml")):
+        description = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("description", "")
+        profiles = ", ".join(profile_names(path))
+        click.echo(f"{path.stem:<16}{description}" + (f" (profiles: {profiles})" if profiles else ""))
+
+
+@recipe.command()
+@recipe_options
+@one_line_errors
+def show(recipe: str | None, profile: str | None, overrides: tuple[str, ...], run_name: str | None) -> None:
+    """Print a recipe as it would run, profile and overrides applied."""
+    from stages.contract.recipe import dump_recipe
+
+    click.echo(dump_recipe(open_run(recipe, profile, overrides, run_name).recipe), nl=False)
+
+
+@recipe.command()
+@click.argument("recipe")
+@one_line_errors
+def validate(recipe: str) -> None:
+    """Check a recipe with each of its profiles."""
+    from stages.contract.recipe import profile_names
+
+    for profile in [None, *profile_names(recipe_path(recipe))]:
+        open_run(recipe, profile, (), None)
+        click.echo(f"{recipe}: valid" + (f" with profile {profile}" if profile else ""))
+
+
+@recipe.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from stages.contract.recipe import recipe_file_schema
+
+    click.echo(json.dumps(recipe_file_schema(), indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Samples and predictions in, scores with their intervals and a report out."""

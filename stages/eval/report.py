@@ -1,0 +1,225 @@
+"""The report: one HTML file with everything in it, made from the scores and the manifests of the run.
+
+It holds no time of its own making: the same inputs give the same report.
+"""
+
+import base64
+import io
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from stages.contract.files import read_jsonl, written_atomically
+from stages.contract.records import Sample
+from stages.contract.run import STAGES
+from stages.contract.stage import Stage
+from stages.eval.scores import Figures, Scores, worst
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+PICTURE_WIDTH = 500
+"""Pixels; enough to read a drawing's part numbers, small enough for twenty pages in one file."""
+
+COLOURS = 6
+"""Colours that the template's style sheet has: `--model-0` for base, the others for adapters in turn."""
+
+GIB = 1024**3
+
+
+def write_report(
+    stage: Stage,
+    scores: Scores,
+    figures: dict[str, Figures],
+    differences: dict[str, Figures],
+    groups: dict[str, dict[str, dict[str, Figures]]],
+) -> None:
+    """Write `report.html`. `groups` is, for each of `group` and `kind`, a breakdown as of `scores.breakdown`."""
+    recipe = stage.run.recipe
+    adapters = [name for name in scores.models if name != "base"]
+    curve = read_jsonl(metrics) if (metrics := stage.run.path("train", "metrics.jsonl")).is_file() else []
+    # adapter names and model output are untrusted: everything is escaped but what is Markup here
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["interval"] = with_interval
+    colours = {"base": 0} | {name: 1 + index % (COLOURS - 1) for index, name in enumerate(adapters)}
+    html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        run=stage.run,
+        recipe=recipe,
+        scores=scores,
+        figures=figures,
+        differences=differences,
+        adapters=adapters,
+        not_run=[adapter.name for adapter in recipe.train.adapters if adapter.name not in scores.models],
+        colours=colours,
+        documents=len(set(scores.groups("group"))),
+        counts=stage.counts,
+        losses=_loss_table(curve),
+        loss_curve=loss_curve(curve, colours),
+        groups=groups,
+        worst=_worst_answers(stage, scores),
+        stages=[_stage_facts(stage, name) for name in STAGES if name != stage.name],
+    )
+    with written_atomically(stage.path("report.html")) as file:
+        file.write(html)
+
+
+def with_interval(figure: dict[str, Any], sign: str = "-") -> str:
+    """`34.4 [25.0, 43.8]`; `sign` as in a format specification: `+` shows the sign of a gain, too."""
+    return f"{figure['value']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
+
+
+# -- the loss curve ----------------------------------------------------------------------------------------------
+
+_INK = "#010203"  # stands for the colour of the text, which a dark page changes
+
+
+def _colour(index: int) -> str:
+    return f"#0405{index:02x}"  # stands for the style sheet's colour of a model
+
+
+def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup | None:
+    """Training (thin) and validation loss (dashed, with points) over steps, as inline SVG; None without a point.
+
+    `curve` has the lines of train's metrics.jsonl. The same lines give the same SVG, byte for byte.
+    """
+    if not any("loss" in entry or "eval_loss" in entry for entry in curve):
+        return None
+    import matplotlib as mpl
+    from matplotlib.figure import Figure  # without pyplot, matplotlib draws by no screen and keeps no figure
+
+    style = {"svg.hashsalt": "lorry", "svg.fonttype": "none", "font.size": 10, "text.color": _INK}
+    style |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+    text = io.StringIO()
+    with mpl.rc_context(style):
+        drawing = Figure(figsize=(7.6, 3.2), layout="constrained")
+        axes = drawing.subplots()
+        for adapter in dict.fromkeys(entry["adapter"] for entry in curve):
+            own = [entry for entry in curve if entry["adapter"] == adapter]
+            colour = _colour(colours.get(adapter, 0))
+            train = [(entry["step"], entry["loss"]) for entry in own if "loss" in entry]
+            validation = [(entry["step"], entry["eval_loss"]) for entry in own if "eval_loss" in entry]
+            axes.plot(*_columns(train), color=colour, linewidth=1.4, marker="." if len(train) == 1 else "")
+            axes.plot(*_columns(validation), color=colour, linewidth=1.8, linestyle="--", marker="o", markersize=4)
+        axes.set(xlabel="optimizer step", ylabel="loss")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", alpha=0.15, color=_INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        drawing.savefig(
+            text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    for index in range(COLOURS):
+        svg = svg.replace(_colour(index), f"var(--model-{index})")
+    return Markup(svg)  # noqa: S704 - matplotlib's output; it holds numbers and our labels, no text from outside
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _loss_table(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """First, last and best losses of each adapter; None for what was not measured."""
+    rows = []
+    for adapter in dict.fromkeys(entry["adapter"] for entry in curve):
+        own = [entry for entry in curve if entry["adapter"] == adapter]
+        train = [entry["loss"] for entry in own if "loss" in entry]
+        validation = [entry["eval_loss"] for entry in own if "eval_loss" in entry]
+        rows.append(
+            {
+                "adapter": adapter,
+                "steps": max(entry["step"] for entry in own),
+                "first": train[0] if train else None,
+                "last": train[-1] if train else None,
+                "validation": validation[-1] if validation else None,
+                "lowest": min(validation) if validation else None,
+            }
+        )
+    return rows
+
+
+# -- the worst answers -------------------------------------------------------------------------------------------
+
+
+def _worst_answers(stage: Stage, scores: Scores) -> list[dict[str, Any]]:
+    """What the report shows of the first adapter's worst answers (of base's, where there is no adapter)."""
+    name = next((model for model in scores.models if model != "base"), "base")
+    shown = []
+    for row in worst(scores, name, stage.run.recipe.eval.worst):
+        sample = scores.samples[row]
+        meta = sample["meta"]
+        answers = {
+            model: {
+                "answer": (graded.predictions[row] or {}).get("answer"),
+                "error": graded.errors[row],
+                "values": dict(zip(scores.metrics, graded.values[row].tolist(), strict=True)),
+            }
+            for model, graded in scores.models.items()
+            if model in ("base", name)
+        }
+        shown.append(
+            {
+                "sample": sample,
+                "question": question_of(sample),
+                "answers": answers,
+                "pictures": [
+                    {"page": page, "path": path, "data": picture_data(stage.run.folder / path)}
+                    for page, path in zip(meta.get("pages", []), meta.get("page_images", []), strict=True)
+                ],
+            }
+        )
+    return shown
+
+
+def question_of(sample: Sample) -> str:
+    """The question alone where the task says it, else the whole last message."""
+    return str(sample["meta"].get("question") or sample["messages"][-1]["content"])
+
+
+def picture_data(path: Path) -> str | None:
+    """A picture as a data URI, shrunk to PICTURE_WIDTH; None where it cannot be read: a report is still a report."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    try:
+        with Image.open(path) as picture:
+            picture.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
+            picture.convert("RGB").save(content, "JPEG", quality=70)
+    except OSError:
+        return None
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+# -- how the run went --------------------------------------------------------------------------------------------
+
+
+def _stage_facts(stage: Stage, name: str) -> dict[str, Any]:
+    """What the report tells of an earlier stage, from its manifest; `manifest` is None where it has not run."""
+    manifest = stage.run.manifest(name)
+    if manifest is None:
+        return {"name": name, "manifest": None}
+    skipped = Counter(entry["reason"] for entry in manifest["skipped"])
+    examples: dict[str, list[str]] = defaultdict(list)
+    for entry in manifest["skipped"]:
+        examples[entry["reason"]].append(entry["what"])
+    return {
+        "name": name,
+        "manifest": manifest,
+        "time": _clock(manifest["seconds"]),
+        "memory": f"{manifest['peak_memory_bytes'] / GIB:.2f} GiB",
+        "gpus": [f"{gpu['name']} ({gpu['uuid']}, driver {gpu['driver']})" for gpu in manifest["gpus"]],
+        "skipped": [(reason, count, examples[reason][:5]) for reason, count in skipped.most_common()],
+    }
+
+
+def _clock(seconds: float) -> str:
+    """`8.4 s`, `3 min 05 s`, `2 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s"

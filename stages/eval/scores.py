@@ -1,0 +1,214 @@
+"""Score every model's answers to the same samples: means, bootstrap intervals, breakdowns, worst answers.
+
+A failed answer scores 0 in every metric and stays in `n`; nothing is dropped to make a figure look better.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.contract.errors import DataError
+from stages.contract.records import Prediction, Sample
+
+Values = NDArray[np.float64]
+"""Scores in 0..1, a row for each sample and a column for each metric; NaN where a sample lacks a metric."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model's answers; entry i of every field belongs to sample i."""
+
+    predictions: list[Prediction | None]
+    """None where inference left no record of the sample."""
+    errors: list[str | None]
+    """Why there is no answer; None where there is one."""
+    values: Values
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All models' scores on the same samples."""
+
+    samples: list[Sample]
+    metrics: list[str]
+    """Columns of every model's `values`: what answers are scored by, then the facts of the samples."""
+    facts: list[str]
+    """Those of `metrics` that no answer changes; they are the same for every model."""
+    models: dict[str, Model]
+    """By name, `base` first."""
+
+    def groups(self, key: str) -> list[str]:
+        """Each sample's value of `meta[key]`, as text; empty where it has none."""
+        return [str(sample["meta"].get(key, "")) for sample in self.samples]
+
+
+def score_models(task: Any, samples: Sequence[Sample], predictions: Mapping[str, Sequence[Prediction]]) -> Scores:
+    """Score predictions, by model name, of samples that have references.
+
+    Raises DataError where a model has two predictions of one sample.
+    """
+    answered = {name: _joined(samples, records, name) for name, records in predictions.items()}
+    errors = {name: [error_of(record) for record in records] for name, records in answered.items()}
+    facts = [task.facts(sample) for sample in samples]
+    scored = {name: _scored(task, samples, answered[name], errors[name]) for name in answered}
+    names = list(dict.fromkeys(metric for rows in scored.values() for row in rows for metric in row))
+    fact_names = list(dict.fromkeys(fact for row in facts for fact in row))
+    models = {}
+    for name, rows in scored.items():
+        full = [{**row, **fact} for row, fact in zip(rows, facts, strict=True)]
+        table = [[row.get(metric, np.nan) for metric in names + fact_names] for row in full]
+        models[name] = Model(answered[name], errors[name], np.array(table, dtype=np.float64))
+    return Scores(list(samples), names + fact_names, fact_names, models)
+
+
+def error_of(prediction: Prediction | None) -> str | None:
+    """Why a prediction counts as failed, or None."""
+    if prediction is None:
+        return "no prediction"
+    if prediction["error"] is None and prediction["answer"] is None:
+        return "neither answer nor error"
+    return prediction["error"]
+
+
+def _joined(samples: Sequence[Sample], predictions: Sequence[Prediction], name: str) -> list[Prediction | None]:
+    by_id: dict[str, Prediction] = {}
+    for prediction in predictions:
+        if prediction["id"] in by_id:
+            raise DataError(f"predictions of {name}: two of sample {prediction['id']!r}; run infer again")
+        by_id[prediction["id"]] = prediction
+    return [by_id.get(sample["id"]) for sample in samples]
+
+
+def _scored(
+    task: Any, samples: Sequence[Sample], predictions: Sequence[Prediction | None], errors: Sequence[str | None]
+) -> list[dict[str, float]]:
+    rows = []
+    for sample, prediction, error in zip(samples, predictions, errors, strict=True):
+        if prediction is None or error is not None:
+            # a reference, taken as the answer, tells which metrics the task scores this sample by
+            rows.append(dict.fromkeys(task.score(sample["references"][0], sample), 0.0))
+        else:
+            rows.append(task.score(prediction["answer"], sample))
+    return rows
+
+
+# -- means and their intervals -----------------------------------------------------------------------------------
+
+
+def cluster_bootstrap(values: Values, groups: Sequence[str], resamples: int, seed: int) -> Values:
+    """95% percentile intervals of the columns' means. `values` (rows, columns) -> (2, columns): low, high.
+
+    Whole groups are drawn with replacement, not rows: questions of one document share its pages and fall together,
+    so that an interval from rows would be too narrow (Field and Welsh 2007, 'Bootstrapping clustered data'). With a
+    single group rows are drawn, as nothing else can be. All columns see the same draws. NaN is left out of a mean.
+    """
+    codes = np.unique(groups, return_inverse=True)[1]
+    if codes.max() == 0:
+        codes = np.arange(len(values))
+    count = int(codes.max()) + 1
+    sums, sizes = np.zeros((count, values.shape[1])), np.zeros((count, values.shape[1]))
+    np.add.at(sums, codes, np.nan_to_num(values))
+    np.add.at(sizes, codes, ~np.isnan(values))
+    generator = np.random.default_rng(seed)
+    means = np.empty((resamples, values.shape[1]))
+    step = max(1, 1_000_000 // count)  # draws held at once: 8 MB
+    for first in range(0, resamples, step):
+        rows = min(step, resamples - first)
+        drawn = generator.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # 0/0: a draw without any sample that has the metric
+            means[first : first + rows] = (times @ sums) / (times @ sizes)
+    return np.asarray(np.nanpercentile(means, [2.5, 97.5], axis=0))
+
+
+Figures = dict[str, dict[str, Any]]
+"""By metric: `value`, perhaps `low` and `high` (percent), `n` and `failed` (samples)."""
+
+
+def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    """Every model's figures, and by how much each adapter is above base, both with 95% intervals, in percent.
+
+    The differences are paired: both models answered the same samples, and are drawn together. Facts do not differ.
+    """
+    base = scores.models["base"].values
+    adapters = [name for name in scores.models if name != "base"]
+    blocks = [model.values for model in scores.models.values()]
+    blocks += [scores.models[name].values - base for name in adapters]
+    table = np.hstack(blocks)
+    low, high = cluster_bootstrap(table, scores.groups("group"), resamples, seed)
+    cells = [
+        {"value": _percent(v), "low": _percent(a), "high": _percent(b)}
+        for v, a, b in zip(np.nanmean(table, axis=0), low, high, strict=True)
+    ]
+    width = len(scores.metrics)
+    parts = [dict(zip(scores.metrics, cells[at : at + width], strict=True)) for at in range(0, len(cells), width)]
+    everything = [True] * len(scores.samples)
+    figures = {
+        name: {metric: {**part[metric], **counts} for metric, counts in _counts(scores, name, everything).items()}
+        for name, part in zip(scores.models, parts, strict=False)
+    }
+    differences = {
+        name: {metric: cell for metric, cell in part.items() if metric not in scores.facts}
+        for name, part in zip(adapters, parts[len(scores.models) :], strict=True)
+    }
+    return figures, differences
+
+
+def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
+    """Each model's figures, without intervals, for each value of `meta[key]`: model -> value -> metric -> figures."""
+    rows: dict[str, list[bool]] = {}
+    groups = scores.groups(key)
+    for group in sorted(set(groups)):
+        rows[group] = [other == group for other in groups]
+    result: dict[str, dict[str, Figures]] = defaultdict(dict)
+    for name, model in scores.models.items():
+        for group, chosen in rows.items():
+            counts = _counts(scores, name, chosen)
+            part = model.values[chosen]
+            result[name][group] = {
+                metric: {"value": _percent(float(np.nanmean(part[:, column]))), **counts[metric]}
+                for column, metric in enumerate(scores.metrics)
+                if metric in counts
+            }
+    return dict(result)
+
+
+def _counts(scores: Scores, name: str, chosen: Sequence[bool]) -> dict[str, dict[str, int]]:
+    """`n` and `failed` of the chosen samples by metric, for the metrics that any of them has. No fact ever fails."""
+    model = scores.models[name]
+    present = ~np.isnan(model.values[chosen])
+    failed = np.array([error is not None for error in model.errors])[chosen]
+    counts = {}
+    for column, metric in enumerate(scores.metrics):
+        if present[:, column].any():
+            lost = 0 if metric in scores.facts else int((present[:, column] & failed).sum())
+            counts[metric] = {"n": int(present[:, column].sum()), "failed": lost}
+    return counts
+
+
+def _percent(value: float) -> float:
+    return round(100 * float(value), 4)
+
+
+# -- the worst answers -------------------------------------------------------------------------------------------
+
+
+def worst(scores: Scores, name: str, count: int) -> list[int]:
+    """Rows of a model's worst answers, worst first: failures, then by score, ties by sample id. None is perfect.
+
+    Scores are compared from a task's last metric to its first: tasks list the strictest first, and the most lenient
+    tells most about how wrong an answer is.
+    """
+    model = scores.models[name]
+    answers = model.values[:, : len(scores.metrics) - len(scores.facts)]
+
+    def rank(row: int) -> tuple[bool, tuple[float, ...], str]:
+        backwards = np.nan_to_num(answers[row, ::-1], nan=1.0)
+        return model.errors[row] is None, tuple(backwards), scores.samples[row]["id"]
+
+    imperfect = [row for row in range(len(scores.samples)) if np.nanmin(answers[row]) < 1]
+    return sorted(imperfect, key=rank)[:count]

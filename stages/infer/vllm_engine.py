@@ -1,0 +1,66 @@
+"""The engine of every target: vLLM offline, base and adapters on one load, continuous batching."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from stages.contract.files import read_json
+from stages.infer.engine import Completion, EngineSettings, Prompt
+
+
+class VllmEngine:
+    """Adapters are LoRA requests on one base; prefixes that prompts share are computed once."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        os.environ |= {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",  # it would report over the network
+            "DO_NOT_TRACK": "1",
+            "VLLM_PLUGINS": "",  # ms-swift plugs itself in where both are installed, and breaks it without torchvision
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        ranks = [read_json(folder / "adapter_config.json")["r"] for folder in settings.adapters.values()]
+        options: dict[str, Any] = {}
+        if ranks:
+            options = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": _supported_rank(max(ranks))}
+        self._llm = LLM(
+            model=str(settings.model),
+            dtype=settings.dtype,
+            max_model_len=settings.max_length,
+            max_num_seqs=settings.batch_size,
+            enable_prefix_caching=True,
+            seed=settings.seed,
+            disable_log_stats=True,
+            **options,
+        )
+        self._sampling = SamplingParams(temperature=0, max_tokens=settings.max_new_tokens)
+        self._requests = {
+            name: LoRARequest(name, number, str(Path(folder)))
+            for number, (name, folder) in enumerate(settings.adapters.items(), start=1)
+        }
+
+    def generate(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+        """Greedy completions; all prompts are submitted at once and the engine batches them."""
+        request = self._requests[adapter] if adapter is not None else None
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt.tokens} for prompt in prompts],
+            self._sampling,
+            lora_request=request,
+            use_tqdm=False,
+        )
+        return [
+            Completion(out.text, len(out.token_ids) - (out.finish_reason == "stop"), str(out.finish_reason))
+            for out in (output.outputs[0] for output in outputs)
+        ]
+
+    def close(self) -> None:
+        del self._llm  # ends the engine's process
+
+
+def _supported_rank(rank: int) -> int:
+    """vLLM takes these ranks only; a larger one than needed wastes memory and time."""
+    return next((allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), rank)

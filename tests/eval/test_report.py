@@ -1,0 +1,145 @@
+"""What the report shows, and what it must never hold."""
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from stages.contract.errors import Exit
+from stages.contract.records import Prediction, Sample
+from stages.contract.run import Run
+from stages.contract.stage import run_stage
+from stages.eval.report import loss_curve
+from stages.eval.stage import work
+from tests.eval.conftest import LOSSES, answer, make_sample
+
+Predictions = dict[str, list[Prediction]]
+Build = Callable[..., Run]
+
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&</style>"
+
+
+class Page(HTMLParser):
+    """Collects elements and attributes, and checks that elements nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "img", "br"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+
+def report_of(run: Run) -> str:
+    assert run_stage(run, "eval", work) == Exit.DONE
+    text = run.path("eval", "report.html").read_text(encoding="utf-8")
+    Page(text)
+    return text
+
+
+def test_it_shows_the_run(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    text = report_of(build(samples, predictions))
+    for shown in ("patent-qa", "tiny", "SmolLM2-135M-Instruct", "US0000001A.pdf", "position", "optimizer step"):
+        assert shown in text
+    for shown in ("2 min 00 s", "3.00 GiB", "1 × blank page", "precision = <b>float32</b>", "6 documents"):
+        assert shown in text
+    assert "failed: prompt of 1203 tokens does not fit in 1024" in text
+    assert "在第2页的图中，部件9是什么？" in text
+    assert "踏板支架" in text
+
+
+def test_it_needs_nothing_from_elsewhere(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    text = report_of(build(samples, predictions))
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "img" in page.tags
+    for name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "data"):
+            assert value.startswith(("data:image/jpeg;base64,", "#"))
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_untrusted_text_stays_text(build: Build) -> None:
+    samples = [make_sample(0, question=ATTACK, kind=ATTACK, group=ATTACK, page_images=[f"{ATTACK}.jpg"], pages=[1])]
+    samples[0]["id"] = ATTACK
+    run = build(samples, {"base": [answer(samples[0], ATTACK)], "tuned": [answer(samples[0], ATTACK)]}, pictures=False)
+    text = report_of(run)
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert text.count("&lt;script&gt;alert(1)") >= 6
+
+
+def test_pictures_are_shrunk(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    page = Page(report_of(build(samples, predictions)))
+    pictures = [value for name, value in page.attributes if name == "src"]
+    assert len(pictures) == 2 * 7  # six wrong answers and a failed one, two pages each
+    with Image.open(io.BytesIO(base64.b64decode(pictures[0].partition(",")[2]))) as picture:
+        assert (picture.format, picture.width) == ("JPEG", 500)
+
+
+def test_missing_and_broken_pictures_are_named(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    text = report_of(build(samples, predictions, pictures=False))
+    assert "no picture at preprocess/pages/d1/2.jpg" in text
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ([], "not run"),
+        ([entry for entry in LOSSES if "loss" in entry], "not measured"),
+        ([entry for entry in LOSSES if "eval_loss" in entry], "not measured"),
+        (LOSSES[:1], "not measured"),
+    ],
+)
+def test_few_or_no_loss_points(
+    build: Build, samples: list[Sample], predictions: Predictions, losses: list[dict[str, float]], shown: str
+) -> None:
+    assert shown in report_of(build(samples, predictions, losses=losses))
+
+
+def test_base_alone(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    text = report_of(build(samples, {"base": predictions["base"]}))
+    assert "Worst answers of base" in text
+    assert '<td>tuned</td><td colspan="5" class="muted">not run</td>' in text
+
+
+def test_nothing_wrong(build: Build, samples: list[Sample]) -> None:
+    right = [answer(sample, sample["references"][0]) for sample in samples]
+    text = report_of(build(samples, {"base": right, "tuned": right}))
+    assert "every answer is perfect" in text
+
+
+def test_many_adapters(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    text = report_of(build(samples, {"base": predictions["base"]} | {f"a{i}": predictions["tuned"] for i in range(9)}))
+    assert "a8" in text
+
+
+def test_the_loss_curve_is_reproducible_and_takes_the_page_s_colours() -> None:
+    first, second = (loss_curve(LOSSES, {"tuned": 1}) for _ in range(2))
+    assert first is not None
+    assert first == second
+    assert "currentColor" in first
+    assert "var(--model-1)" in first
+    assert "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", first)
+    assert loss_curve([{"adapter": "tuned", "step": 1, "epoch": 0.1}], {"tuned": 1}) is None

@@ -1,0 +1,147 @@
+"""The whole stage, through `run_stage`, on a run folder of real files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.contract.errors import Exit
+from stages.contract.files import read_json
+from stages.contract.records import Prediction, Sample
+from stages.contract.run import Run
+from stages.contract.stage import run_stage
+from stages.eval.stage import work
+from tests.eval.conftest import answer, make_sample
+
+Predictions = dict[str, list[Prediction]]
+Build = Callable[..., Run]
+
+
+def scores_of(run: Run) -> dict[str, Any]:
+    return dict(read_json(run.path("eval", "scores.json")))
+
+
+def test_scores_have_the_promised_form(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    run = build(samples, predictions)
+    assert run_stage(run, "eval", work) == Exit.DONE
+    scores = scores_of(run)
+    assert list(scores) == ["base", "tuned"]
+    for figures in scores.values():
+        assert list(figures) == ["exact_match", "f1", "character_f1", "retrieval_recall"]
+        for figure in figures.values():
+            assert list(figure) == ["value", "low", "high", "n", "failed"]
+            assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 100
+            assert figure["n"] == len(samples)
+    assert scores["base"]["exact_match"]["value"] == round(100 * 4 / 24, 4)
+    assert scores["tuned"]["exact_match"]["value"] == round(100 * 17 / 24, 4)
+    assert scores["tuned"]["exact_match"]["failed"] == 1
+    assert scores["base"]["retrieval_recall"] == scores["tuned"]["retrieval_recall"]
+    manifest = run.manifest("eval")
+    assert manifest is not None
+    assert set(manifest["outputs"]) == {"scores.json", "differences.json", "by_group.json", "report.html"}
+    assert manifest["counts"] == {"samples": 24, "scored": 24, "without references": 0, "failed": 1}
+
+
+def test_same_inputs_give_the_same_bytes(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    run = build(samples, predictions)
+    names = ("scores.json", "by_group.json", "differences.json", "report.html")
+    found = []
+    for _ in range(2):
+        assert run_stage(run, "eval", work, force=True) == Exit.DONE
+        found.append([run.path("eval", name).read_bytes() for name in names])
+    assert found[0] == found[1]
+
+
+def test_order_of_predictions_does_not_matter(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    run = build(samples, predictions)
+    run_stage(run, "eval", work)
+    before = scores_of(run)
+    run = build(samples, {name: records[::-1] for name, records in predictions.items()})
+    run_stage(run, "eval", work)
+    assert scores_of(run) == before
+
+
+def test_a_missing_prediction_is_a_failure(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    run = build(samples, {**predictions, "tuned": predictions["tuned"][:-2]})
+    assert run_stage(run, "eval", work) == Exit.DONE
+    figure = scores_of(run)["tuned"]["exact_match"]
+    assert (figure["n"], figure["failed"]) == (24, 3)
+    assert figure["value"] == round(100 * 15 / 24, 4)
+
+
+def test_by_group_adds_up(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+    run = build(samples, predictions)
+    run_stage(run, "eval", work)
+    parts = read_json(run.path("eval", "by_group.json"))["tuned"]
+    assert set(parts["group"]) == {sample["meta"]["group"] for sample in samples}
+    assert set(parts["kind"]) == {"name", "number", "position", "function"}
+    whole = scores_of(run)["tuned"]["f1"]
+    for part in parts.values():
+        figures = [value["f1"] for value in part.values()]
+        assert sum(figure["n"] for figure in figures) == whole["n"]
+        assert sum(figure["failed"] for figure in figures) == whole["failed"]
+        total = sum(figure["value"] * figure["n"] for figure in figures)
+        assert total / whole["n"] == pytest.approx(whole["value"], abs=1e-3)
+
+
+def test_samples_without_references_are_counted_and_told(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
+    samples = [make_sample(0), make_sample(1, references=[])]
+    run = build(samples, {"base": [answer(sample, "lever") for sample in samples]})
+    assert run_stage(run, "eval", work) == Exit.DONE
+    assert scores_of(run)["base"]["exact_match"]["n"] == 1
+    assert run.manifest("eval")["counts"]["without references"] == 1  # type: ignore[index]
+    assert "1 of 2 test samples have no reference" in capfd.readouterr().err
+    assert "1 of 2 test samples have no reference" in run.path("eval", "report.html").read_text(encoding="utf-8")
+
+
+def test_no_reference_at_all_is_an_error(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
+    samples = [make_sample(0, references=[])]
+    assert run_stage(build(samples, {"base": [answer(samples[0], "x")]}), "eval", work) == Exit.DATA
+    assert "none of 1 test samples has a reference" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: {**p, "tuned": [*p["tuned"], {**p["tuned"][0], "id": "stranger"}]}, "'stranger' is no test sample"),
+        (lambda p: {**p, "tuned": [*p["tuned"], p["tuned"][0]]}, "two of sample 'US0000001A-q0'"),
+        (lambda p: {"tuned": p["tuned"]}, "no base.jsonl"),
+    ],
+)
+def test_predictions_that_do_not_fit_are_named(
+    build: Build,
+    samples: list[Sample],
+    predictions: Predictions,
+    change: Callable[[Predictions], Predictions],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert run_stage(build(samples, change(predictions)), "eval", work) == Exit.DATA
+    assert message in capfd.readouterr().err
+
+
+def test_the_console_shows_base_against_each_adapter(
+    build: Build, samples: list[Sample], predictions: Predictions, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = build(samples, {**predictions, "a-second-adapter-with-a-very-long-name-of-its-own": predictions["base"]})
+    run_stage(run, "eval", work)
+    shown = capfd.readouterr().err
+    lines = shown.splitlines()
+    assert max(len(line) for line in lines if str(run.folder) not in line) <= 100
+    assert sum("exact_match" in line for line in lines) == 2
+    assert "16.7 [" in shown
+    assert "70.8 [" in shown
+    assert "+54.2 [" in shown
+    assert "0 / 1" in shown
+    assert f"report: {run.path('eval', 'report.html')}" in shown
+
+
+def test_nothing_is_done_twice(build: Build, samples: list[Sample], predictions: Predictions, tmp_path: Path) -> None:
+    run = build(samples, predictions)
+    run_stage(run, "eval", work)
+    written = run.path("eval", "report.html").stat().st_mtime_ns
+    assert run_stage(run, "eval", work) == Exit.DONE
+    assert run.path("eval", "report.html").stat().st_mtime_ns == written
+    json.loads(run.path("eval", "manifest.json").read_text(encoding="utf-8"))

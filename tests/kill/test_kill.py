@@ -1,0 +1,212 @@
+"""Kill every stage with SIGKILL at random moments, run the same command again, and compare with an undisturbed run.
+
+Twenty-four kills: six for each stage, at moments drawn from a seed over the stage's own undisturbed duration. Samples,
+predictions and scores must be the same bytes; adapter weights equal within ADAPTER_TOLERANCE. What was finished before
+the kill must not be done again.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stages.contract.files import sha256_file
+
+KILLS = 6
+ADAPTER_TOLERANCE = 1e-6
+"""Largest difference of an adapter weight. 0 is seen here; sums may be ordered otherwise on another machine."""
+
+OUTPUTS = {
+    "preprocess": ["samples/train.jsonl", "samples/validation.jsonl", "samples/test.jsonl", "pages.parquet", "vectors.npy"],
+    "infer": ["predictions/base.jsonl", "predictions/tuned.jsonl"],
+    "eval": ["scores.json", "by_group.json"],
+}
+
+pytestmark = pytest.mark.kill
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory, small_models: Path, demo_subset: Path) -> Iterator["Arena"]:
+    """An undisturbed run of all four stages, and the place for the disturbed ones."""
+    arena = Arena(tmp_path_factory.mktemp("kill"), small_models, demo_subset)
+    for stage in ("preprocess", "train", "infer", "eval"):
+        before = time.monotonic()
+        code = arena.start("calm", stage).wait()
+        assert code == 0, arena.log("calm", stage)
+        arena.seconds[stage] = time.monotonic() - before
+    yield arena
+
+
+class Arena:
+    """Runs below one folder, all of one recipe."""
+
+    def __init__(self, folder: Path, models: Path, data: Path) -> None:
+        self.runs = folder / "runs"
+        self.seconds: dict[str, float] = {}
+        self.environment = {
+            **os.environ,
+            "LORRY_RUNS": str(self.runs),
+            "LORRY_MODELS": str(models),
+            "LORRY_DATA": str(data.parent),
+        }
+        self.options = ["patent-qa", "--profile", "tiny", "--set", f"data.path={data.name}"]
+        for override in (
+            "model.path=random-llama",
+            "train.effective_batch=4",
+            "train.micro_batch=2",
+            "train.checkpoint_every=2",
+            "train.epochs=2",
+            "infer.chunk_size=4",
+            "infer.batch_size=2",
+            "infer.max_new_tokens=16",
+        ):
+            self.options += ["--set", override]
+
+    def start(self, run: str, stage: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", f"entrypoints.{stage}", *self.options, "--run", run]
+        return subprocess.Popen(
+            command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def log(self, run: str, stage: str) -> str:
+        path = self.runs / run / stage / "log.txt"
+        return path.read_text(errors="replace")[-3000:] if path.is_file() else "no log"
+
+    def begin(self, run: str, stage: str) -> None:
+        """A run whose earlier stages are the calm run's."""
+        for earlier in ("preprocess", "train", "infer", "eval"):
+            if earlier == stage:
+                return
+            shutil.copytree(self.runs / "calm" / earlier, self.runs / run / earlier)
+
+    def events(self, run: str, stage: str) -> list[dict[str, object]]:
+        path = self.runs / run / stage / "events.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+        return [json.loads(line) for line in lines]
+
+
+def test_preprocess_survives_kills(arena: Arena) -> None:
+    def finished() -> dict[str, int]:
+        """Modification times of the pictures of page ranges that are finished."""
+        folder = arena.runs / "killed-preprocess" / "preprocess"
+        times = {}
+        for kept in (folder / "cache" / "pages").glob("*/*.json"):
+            for record in json.loads(kept.read_text())["records"]:
+                picture = folder.parent / record["image"]
+                times[str(picture)] = picture.stat().st_mtime_ns
+        return times
+
+    kill_repeatedly(arena, "preprocess", finished)
+    same_bytes(arena, "preprocess")
+
+
+def test_train_survives_kills(arena: Arena) -> None:
+    def finished() -> dict[str, int]:
+        """Steps of whole checkpoints; a restart must not begin before the newest."""
+        folder = arena.runs / "killed-train" / "train" / "checkpoints" / "tuned"
+        steps = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/complete.json")]
+        return {"newest": max(steps, default=0)}
+
+    kill_repeatedly(arena, "train", finished, grows=True)
+    from safetensors.numpy import load_file
+
+    calm, killed = (
+        load_file(arena.runs / run / "train" / "adapters" / "tuned" / "adapter_model.safetensors")
+        for run in ("calm", "killed-train")
+    )
+    assert calm.keys() == killed.keys()
+    worst = max(float(abs(calm[name] - killed[name]).max()) for name in calm)
+    print(f"largest difference of an adapter weight after {KILLS} kills: {worst}")
+    assert worst <= ADAPTER_TOLERANCE
+    metrics = [(arena.runs / run / "train" / "metrics.jsonl").read_text() for run in ("calm", "killed-train")]
+    assert metrics[0] == metrics[1]
+
+
+def test_infer_survives_kills(arena: Arena) -> None:
+    def finished() -> dict[str, int]:
+        """Records answered so far."""
+        folder = arena.runs / "killed-infer" / "infer" / "partial"
+        return {path.name: path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl")}
+
+    kill_repeatedly(arena, "infer", finished, grows=True)
+    same_bytes(arena, "infer")
+
+
+def test_eval_survives_kills(arena: Arena) -> None:
+    kill_repeatedly(arena, "eval", dict)
+    same_bytes(arena, "eval")
+
+
+def kill_repeatedly(arena: Arena, stage: str, finished, grows: bool = False) -> None:  # type: ignore[no-untyped-def]
+    """Kill the stage KILLS times, each time some way into what is left of it, then let it finish.
+
+    After each kill nothing of it is alive, and what `finished` says was done is still so at the end of the next start:
+    unchanged, or grown.
+    """
+    run = f"killed-{stage}"
+    arena.begin(run, stage)
+    draw = random.Random(f"{stage} 7")
+    # starting up takes most of a short run: moments are drawn over all of it, so that kills also land in the work
+    moments = [draw.uniform(0.15, 1.0) * arena.seconds[stage] for _ in range(KILLS)]
+    landed = 0
+    before: dict[str, int] = {}
+    for moment in moments:
+        process = arena.start(run, stage)
+        try:
+            process.wait(timeout=moment)
+            # it ended before the kill: begin the stage anew so that the next kill has something to hit
+            assert process.returncode == 0, arena.log(run, stage)
+            same_bytes(arena, stage)
+            shutil.rmtree(arena.runs / run / stage)
+            before = {}
+            process = arena.start(run, stage)
+            time.sleep(moment * 0.6)
+        except subprocess.TimeoutExpired:
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        landed += 1
+        nothing_left_of(process.pid)
+        now = finished()
+        for name, value in before.items():
+            assert now.get(name, 0) >= value if grows else now.get(name) == value, (name, value, now.get(name))
+        before = now
+    last = arena.start(run, stage)
+    assert last.wait() == 0, arena.log(run, stage)
+    assert landed == KILLS
+    if stage == "train":
+        resumed = [d for d in json.loads((arena.runs / run / "train" / "manifest.json").read_text())["decisions"]]
+        steps = [int(str(d["value"]).split("-")[1]) for d in resumed if d["what"] == "resumed" and d["value"]]
+        assert max(steps, default=0) == before["newest"]
+
+
+def nothing_left_of(session: int) -> None:
+    """No process of the killed command's session is alive, a moment later."""
+    for _ in range(50):
+        alive = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True).stdout.split()
+        alive = [pid for pid in alive if "Z" not in _state(pid)]
+        if not alive:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still alive after the kill: {alive}")
+
+
+def _state(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def same_bytes(arena: Arena, stage: str) -> None:
+    for name in OUTPUTS.get(stage, []):
+        calm, killed = (arena.runs / run / stage / name for run in ("calm", f"killed-{stage}"))
+        assert sha256_file(calm) == sha256_file(killed), name
