@@ -2,11 +2,6 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-DATA ?=
-# the demo's own data, or a folder of the user's in a run of its own
-DEMO_RUN := $(if $(DATA),demo-$(notdir $(patsubst %/,%,$(abspath $(DATA)))),demo)
-DEMO_DATA := $(if $(DATA),--set data.path=$(abspath $(DATA)))
-
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -18,7 +13,9 @@ help: ## list the verbs
 setup: .venv/.ready models/.ready ## install what a CPU needs into .venv and make the small models (once)
 
 demo: setup ## PDFs to scored answers on this CPU; DATA=folder takes your own documents and questions
-	@$(BIN)/lorry run patent-qa --profile tiny --run $(DEMO_RUN) $(DEMO_DATA)
+	@if [ -n "$(DATA)" ]; then \
+	  exec $(BIN)/lorry run patent-qa --profile tiny --data "$(DATA)" --run "demo-$$(basename "$$(realpath "$(DATA)")")"; \
+	else exec $(BIN)/lorry run patent-qa --profile tiny --run demo; fi
 
 test: setup ## the tests, real models included (about 10 minutes on 2 cores)
 	@$(BIN)/python -m pytest

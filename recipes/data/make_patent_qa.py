@@ -105,9 +105,7 @@ class Drawing:
         if part != "-" and part not in self.anchors:
             self.anchors[part] = anchor or centre
 
-    def outline(
-        self, shape: pymupdf.Shape, name: str, points: list[pymupdf.Point], number: float
-    ) -> pymupdf.Point:
+    def outline(self, shape: pymupdf.Shape, name: str, points: list[pymupdf.Point], number: float) -> pymupdf.Point:
         """Add the path of a shape; return its centre on the canvas."""
         placed = [self.place(point) for point in points]
         centre = sum(points, pymupdf.Point()) / len(points)
@@ -163,8 +161,7 @@ def spring_points(start: pymupdf.Point, end: pymupdf.Point, width: float) -> lis
     turns = max(4, round(abs(end - start) / 7))
     across = sideways(start, end) * (width / 2)
     zigzag = [
-        start + (end - start) * ((turn + 0.5) / turns) + across * (1 if turn % 2 else -1)
-        for turn in range(turns)
+        start + (end - start) * ((turn + 0.5) / turns) + across * (1 if turn % 2 else -1) for turn in range(turns)
     ]
     return [start, *zigzag, end]
 
@@ -187,8 +184,8 @@ def label_spots(anchors: dict[str, pymupdf.Point], layout: str) -> dict[str, pym
     order = sorted(anchors, key=lambda part: anchors[part].y if along_x else anchors[part].x)
     half = {"right": 0, "left": len(order)}.get(layout, len(order) // 2)
     spots: dict[str, pymupdf.Point] = {}
-    for group, edge in ((order[:half], -22), (order[half:], (CANVAS.y1 if along_x else CANVAS.x1) + 22)):
-        group = sorted(group, key=lambda part: anchors[part].x if along_x else anchors[part].y)
+    for side, edge in ((order[:half], -22), (order[half:], (CANVAS.y1 if along_x else CANVAS.x1) + 22)):
+        group = sorted(side, key=lambda part: anchors[part].x if along_x else anchors[part].y)
         wanted = [anchors[part].x if along_x else anchors[part].y - 8 for part in group]
         for part, spot in zip(group, spread(wanted, 34, 0, CANVAS.x1 if along_x else CANVAS.y1), strict=True):
             spots[part] = pymupdf.Point(spot, edge) if along_x else pymupdf.Point(edge, spot)
@@ -244,9 +241,7 @@ def write_parts(page: pymupdf.Page, text: str, top: float, style: Style) -> floa
     """Write a parts list, each line one ``number name``; return the height below it."""
     for line in text.strip().splitlines():
         put(page, (MARGIN + 20, top), line, style.body, style.size)
-        page.draw_line(
-            (MARGIN + 16, top + 6), (PAGE_WIDTH - MARGIN - 140, top + 6), color=(0.75,) * 3, width=0.5
-        )
+        page.draw_line((MARGIN + 16, top + 6), (PAGE_WIDTH - MARGIN - 140, top + 6), color=(0.75,) * 3, width=0.5)
         top += style.size * 1.8
     return top + style.size * 0.5
 
@@ -263,9 +258,7 @@ def write_drawing(page: pymupdf.Page, lines: str, top: float, style: Style) -> f
     return bottom + 30
 
 
-def write_page(
-    document: pymupdf.Document, source: dict[str, str], name: str, style: Style, first: bool
-) -> None:
+def write_page(document: pymupdf.Document, source: dict[str, str], name: str, style: Style, first: bool) -> None:
     """Add one page: a heading and, as the source has them, text, parts list, drawing and caption."""
     page = document.new_page(width=PAGE_WIDTH, height=PAGE_HEIGHT)
     put(page, (MARGIN, 56), name, "helv", 10)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,11 @@ def sha256_file(path: Path) -> str:
     """sha256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_name(path: Path) -> str:
+    """A path as text that can be written to a file: bytes that are no UTF-8, as in old archives, become `\\xb5`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @contextmanager
@@ -59,7 +65,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({error}); it was damaged outside Lorry: delete it and run again")
+        raise UsageError(
+            f"{path}: not JSON ({error}); it was damaged outside Lorry: delete it and run again"
+        ) from error
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
@@ -119,7 +127,7 @@ class JsonlJournal:
 
 
 class FileHashes:
-    """sha256 of files, remembered by size and modification time so that unchanged files are not read again.
+    """sha256 of files, remembered by size and time stamps so that unchanged files are not read again.
 
     The memory is one JSON file in the run folder. Losing it costs time, never correctness. A file changed within
     the last two seconds is not remembered: a later change could leave the same size and time stamp.
@@ -137,19 +145,20 @@ class FileHashes:
     def file(self, path: Path) -> str:
         """sha256 (hex) of one file."""
         stat = path.stat()
-        name, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        # the change time too: copies can carry over size and modification time
+        name, stamp = stored_name(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._known.get(name)
-        if known and known[:3] == stamp:
-            return str(known[3])
+        if known and known[:-1] == stamp:
+            return str(known[-1])
         digest = sha256_file(path)
-        if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000:
             self._known[name] = [*stamp, digest]
             self._changed = True
         return digest
 
     def tree(self, folder: Path) -> tuple[str, int]:
         """Digest of a folder's visible files, by relative name and content, and their number."""
-        entries = {str(p.relative_to(folder)): self.file(p) for p in visible_files(folder)}
+        entries = {stored_name(p.relative_to(folder)): self.file(p) for p in visible_files(folder)}
         return digest_of(entries), len(entries)
 
     def save(self) -> None:
@@ -166,9 +175,14 @@ def visible_files(folder: Path) -> list[Path]:
     """Regular files below a folder, sorted by name, hidden files and folders left out."""
     found = []
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(root) / name for name in names if not name.startswith(".")]
+        folders[:] = sorted(f for f in folders if not _is_hidden(f))
+        found += [Path(root) / name for name in names if not _is_hidden(name)]
     return sorted(path for path in found if path.is_file())
+
+
+def _is_hidden(name: str) -> bool:
+    """One dot in front hides; two are an odd name, such as a title's ellipsis, that must not get lost in silence."""
+    return name.startswith(".") and not name.startswith("..")
 
 
 def remove(path: Path) -> None:
@@ -177,6 +191,9 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+_FULL = re.compile(r"No space left on device|os error 28|\d+ requested and \d+ written")  # the last is numpy's
 
 
 def disk_error(error: BaseException) -> LorryError | None:
@@ -189,7 +206,7 @@ def disk_error(error: BaseException) -> LorryError | None:
         code = seen.errno if isinstance(seen, OSError) else None
         where = f" at {seen.filename}" if isinstance(seen, OSError) and seen.filename else ""
         text = str(seen)
-        if code == errno.ENOSPC or code == errno.EDQUOT or "No space left on device" in text or "os error 28" in text:
+        if code in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(text):
             return DoesNotFitError(
                 f"the disk is full{where}: free some space and run the same command again; finished work is kept"
             )

@@ -5,6 +5,7 @@ Paths in it are relative to the three mounts (`roots.py`), so that a resolved re
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -97,7 +98,9 @@ class Train(Section):
 
 class Infer(Section):
     engine: Literal["vllm", "transformers"] = "vllm"
-    max_length: int = Field(8192, ge=16, description="Tokens of prompt and answer; a longer prompt is counted as failed")
+    max_length: int = Field(
+        8192, ge=16, description="Tokens of prompt and answer; a longer prompt is counted as failed"
+    )
     max_new_tokens: int = Field(64, ge=1)
     batch_size: int = Field(16, ge=1, description="Sequences decoded together")
     chunk_size: int = Field(256, ge=1, description="Records submitted at once, and the most a kill can lose")
@@ -134,8 +137,10 @@ class Recipe(Section):
         return digest_of({name: values[name] for name in (sections or values)})
 
 
-def load_recipe(path: Path, profile: str | None = None, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe file, apply a profile and `section.key=value` overrides, and validate the result.
+def load_recipe(
+    path: Path, profile: str | None = None, overrides: tuple[str, ...] = (), data: Path | None = None
+) -> Recipe:
+    """Read a recipe file, apply a profile, a data folder and `section.key=value` overrides, and validate the result.
 
     Raises UsageError with the file, the line, what was found and the nearest known name.
     """
@@ -159,6 +164,8 @@ def load_recipe(path: Path, profile: str | None = None, overrides: tuple[str, ..
         values = _merged(values, profiles[profile] or {}, f"{path}: profiles.{profile}")
         values["profile"] = profile
         prefix = ("profiles", profile)
+    if data is not None:
+        values = _merged(values, {"data": {"path": str(data.absolute())}}, "--data")
     for override in overrides:
         values = _merged(values, _parsed_override(override), f"--set {override}")
     try:
@@ -192,10 +199,18 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a plain name", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 2e-4 (no dot) as text; people mean a number
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _merged(base: Any, over: Any, where: str) -> dict[str, Any]:
@@ -214,23 +229,12 @@ def _parsed_override(text: str) -> dict[str, Any]:
     if not equals or not all(key.split(".")):
         raise UsageError(f"--set {text}: write it as section.key=value, as in train.learning_rate=2e-4")
     try:
-        parsed: Any = yaml.safe_load(value)
+        parsed: Any = yaml.load(value, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {text}: {value!r} is not a YAML value") from error
-    parsed = _number(parsed)
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return dict(parsed)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 2e-4 (no dot) as text; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _explained(error: ValidationError, path: Path, text: str, prefix: tuple[str, ...]) -> str:

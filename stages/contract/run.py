@@ -1,9 +1,9 @@
 """The run folder: where each stage writes, and how the next one finds it.
 
-    <runs>/<run>/recipe.yaml                 the resolved recipe, as run
-    <runs>/<run>/<stage>/manifest.json       written last: the stage is done exactly when it exists and matches
-    <runs>/<run>/<stage>/state.json          present while the stage is half done: which key the half belongs to
-    <runs>/<run>/<stage>/{events.jsonl,log.txt}
+<runs>/<run>/recipe.yaml                 the resolved recipe, as run
+<runs>/<run>/<stage>/manifest.json       written last: the stage is done exactly when it exists and matches
+<runs>/<run>/<stage>/state.json          present while the stage is half done: which key the half belongs to
+<runs>/<run>/<stage>/{events.jsonl,log.txt}
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import InterruptedRunError, UsageError
-from stages.contract.files import FileHashes, digest_of, read_json, visible_files
+from stages.contract.files import FileHashes, digest_of, read_json, stored_name, visible_files
 from stages.contract.recipe import Recipe
 from stages.contract.roots import Roots
 
@@ -80,14 +80,18 @@ class Run:
         """The folder with the task's input. Raises UsageError when it is not there."""
         folder = self.roots.data / self.recipe.data.path
         if not folder.is_dir():
-            raise UsageError(f"{folder}: no such data folder (data.path in the recipe, LORRY_DATA is {self.roots.data})")
+            raise UsageError(
+                f"{folder}: no such data folder (data.path in the recipe, LORRY_DATA is {self.roots.data})"
+            )
         return folder
 
     def model(self, path: str, key: str) -> Path:
         """A model folder named by the recipe's `key`. Raises UsageError when it is not a whole Hugging Face folder."""
         folder = self.roots.models / path
         if not folder.is_dir():
-            raise UsageError(f"{folder}: no such model folder ({key} in the recipe, LORRY_MODELS is {self.roots.models})")
+            raise UsageError(
+                f"{folder}: no such model folder ({key} in the recipe, LORRY_MODELS is {self.roots.models})"
+            )
         for needed in ("config.json", "*.safetensors"):
             if not any(folder.glob(needed)):
                 raise UsageError(f"{folder}: holds no {needed}; {key} must name an ordinary Hugging Face model folder")
@@ -115,7 +119,7 @@ class Run:
                 found[f"{earlier}/{name}"] = output["sha256"]
         if stage == "preprocess":
             for path in visible_files(self.data):
-                found[f"data/{path.relative_to(self.data)}"] = hashes.file(path)
+                found[f"data/{stored_name(path.relative_to(self.data))}"] = hashes.file(path)
             embedder = self.recipe.preprocess.retrieval.embedder
             found["models/embedder"] = hashes.tree(self.model(embedder, "preprocess.retrieval.embedder"))[0]
         if stage in ("train", "infer"):
@@ -133,7 +137,7 @@ class Run:
         if manifest is None or manifest.get("key") != self.key(stage, self.inputs(stage, hashes)):
             return False
         folder = self.stage_folder(stage)
-        return all(output_is_intact(folder, *entry, hashes) for entry in manifest["outputs"].items())
+        return all(output_is_intact(folder, name, entry, hashes) for name, entry in manifest["outputs"].items())
 
 
 def describe_output(folder: Path, name: str, records: int | None, hashes: FileHashes) -> dict[str, Any]:
@@ -168,7 +172,9 @@ def only_writer(folder: Path) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
-            raise InterruptedRunError(f"{folder}: {holder} is running this stage; wait for it, then run again") from error
+            raise InterruptedRunError(
+                f"{folder}: {holder} is running this stage; wait for it, then run again"
+            ) from error
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield descriptor

@@ -5,7 +5,6 @@ import os
 import platform
 import resource
 import subprocess
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stages.contract.errors import Exit, InterruptedRunError, LorryError, UsageError
+from stages.contract.errors import Exit, InterruptedRunError, LorryError
 from stages.contract.events import Events, output_to
 from stages.contract.files import (
     FileHashes,
@@ -114,9 +113,7 @@ def write_recipe(run: Run) -> None:
             file.write(text)
 
 
-def _run_locked(
-    run: Run, name: str, work: Callable[[Stage], None], force: bool, stop: StopRequest, lock: int
-) -> Exit:
+def _run_locked(run: Run, name: str, work: Callable[[Stage], None], force: bool, stop: StopRequest, lock: int) -> Exit:
     folder = run.stage_folder(name)
     hashes = FileHashes(folder / ".hashes.json")
     inputs = run.inputs(name, hashes)
@@ -185,15 +182,16 @@ def _emit_quietly(stage: Stage, error: LorryError) -> None:
 
 
 def _clear(folder: Path, keep: tuple[str, ...] = ()) -> None:
-    """Empty a stage's folder, but for hidden files (lock, digests) and what to keep."""
-    for path in folder.iterdir():
+    """Empty a stage's folder, but for hidden files (lock, digests) and what to keep.
+
+    The files that say what the others were made from go last: killed in between, the next start clears the rest.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in ("state.json", "manifest.json")):
         if not path.name.startswith(".") and path.name not in keep:
             remove(path)
 
 
-def _manifest(
-    stage: Stage, key: str, inputs: dict[str, str], starts: list[str], hashes: FileHashes
-) -> dict[str, Any]:
+def _manifest(stage: Stage, key: str, inputs: dict[str, str], starts: list[str], hashes: FileHashes) -> dict[str, Any]:
     from stages.hardware.probe import probe  # the card may be asked for its driver: not on the path of --help
 
     run, machine = stage.run, probe()

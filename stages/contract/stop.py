@@ -27,7 +27,9 @@ class StopRequest:
     def check(self) -> None:
         """Raise InterruptedRunError if a stop was asked for. Called where everything finished is saved."""
         if self.signal is not None:
-            raise InterruptedRunError(f"stopped by {self.signal.name}; finished work is saved: run the same command again")
+            raise InterruptedRunError(
+                f"stopped by {self.signal.name}; finished work is saved: run the same command again"
+            )
 
 
 def die_with_parent(parent: int) -> None:

@@ -91,7 +91,7 @@ def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup |
     import matplotlib as mpl
     from matplotlib.figure import Figure  # without pyplot, matplotlib draws by no screen and keeps no figure
 
-    style = {"svg.hashsalt": "lorry", "svg.fonttype": "none", "font.size": 10, "text.color": _INK}
+    style: Any = {"svg.hashsalt": "lorry", "svg.fonttype": "none", "font.size": 10, "text.color": _INK}
     style |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     text = io.StringIO()
     with mpl.rc_context(style):
@@ -115,7 +115,7 @@ def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup |
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     for index in range(COLOURS):
         svg = svg.replace(_colour(index), f"var(--model-{index})")
-    return Markup(svg)  # noqa: S704 - matplotlib's output; it holds numbers and our labels, no text from outside
+    return Markup(svg)  # matplotlib's own output: numbers and our two labels, no text from outside
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -154,8 +154,9 @@ def _worst_answers(stage: Stage, scores: Scores) -> list[dict[str, Any]]:
         meta = sample["meta"]
         answers = {
             model: {
-                "answer": (graded.predictions[row] or {}).get("answer"),
+                "answer": prediction["answer"] if (prediction := graded.predictions[row]) else None,
                 "error": graded.errors[row],
+                "cut_off": bool(prediction and prediction["finish_reason"] == "length"),
                 "values": dict(zip(scores.metrics, graded.values[row].tolist(), strict=True)),
             }
             for model, graded in scores.models.items()

@@ -110,18 +110,19 @@ def cluster_bootstrap(values: Values, groups: Sequence[str], resamples: int, see
     if codes.max() == 0:
         codes = np.arange(len(values))
     count = int(codes.max()) + 1
-    sums, sizes = np.zeros((count, values.shape[1])), np.zeros((count, values.shape[1]))
-    np.add.at(sums, codes, np.nan_to_num(values))
-    np.add.at(sizes, codes, ~np.isnan(values))
+    width = values.shape[1]
+    totals = np.zeros((count, 2 * width))  # of each group: sums of its scores, then how many there are
+    np.add.at(totals, codes, np.hstack([np.nan_to_num(values), ~np.isnan(values)]))
     generator = np.random.default_rng(seed)
-    means = np.empty((resamples, values.shape[1]))
+    means = np.empty((resamples, width))
     step = max(1, 1_000_000 // count)  # draws held at once: 8 MB
     for first in range(0, resamples, step):
         rows = min(step, resamples - first)
         drawn = generator.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
         times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
+        drawn_totals = times @ totals
         with np.errstate(invalid="ignore"):  # 0/0: a draw without any sample that has the metric
-            means[first : first + rows] = (times @ sums) / (times @ sizes)
+            means[first : first + rows] = drawn_totals[:, :width] / drawn_totals[:, width:]
     return np.asarray(np.nanpercentile(means, [2.5, 97.5], axis=0))
 
 
@@ -146,7 +147,7 @@ def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figure
     ]
     width = len(scores.metrics)
     parts = [dict(zip(scores.metrics, cells[at : at + width], strict=True)) for at in range(0, len(cells), width)]
-    everything = [True] * len(scores.samples)
+    everything = range(len(scores.samples))
     figures = {
         name: {metric: {**part[metric], **counts} for metric, counts in _counts(scores, name, everything).items()}
         for name, part in zip(scores.models, parts, strict=False)
@@ -160,13 +161,12 @@ def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figure
 
 def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
     """Each model's figures, without intervals, for each value of `meta[key]`: model -> value -> metric -> figures."""
-    rows: dict[str, list[bool]] = {}
-    groups = scores.groups(key)
-    for group in sorted(set(groups)):
-        rows[group] = [other == group for other in groups]
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, group in enumerate(scores.groups(key)):
+        rows[group].append(row)
     result: dict[str, dict[str, Figures]] = defaultdict(dict)
     for name, model in scores.models.items():
-        for group, chosen in rows.items():
+        for group, chosen in sorted(rows.items()):
             counts = _counts(scores, name, chosen)
             part = model.values[chosen]
             result[name][group] = {
@@ -177,8 +177,8 @@ def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
     return dict(result)
 
 
-def _counts(scores: Scores, name: str, chosen: Sequence[bool]) -> dict[str, dict[str, int]]:
-    """`n` and `failed` of the chosen samples by metric, for the metrics that any of them has. No fact ever fails."""
+def _counts(scores: Scores, name: str, chosen: Sequence[int]) -> dict[str, dict[str, int]]:
+    """`n` and `failed` of the chosen rows by metric, for the metrics that any of them has. No fact ever fails."""
     model = scores.models[name]
     present = ~np.isnan(model.values[chosen])
     failed = np.array([error is not None for error in model.errors])[chosen]
@@ -191,7 +191,7 @@ def _counts(scores: Scores, name: str, chosen: Sequence[bool]) -> dict[str, dict
 
 
 def _percent(value: float) -> float:
-    return round(100 * float(value), 4)
+    return round(100 * float(value), 4) + 0.0  # -0.0 becomes 0.0
 
 
 # -- the worst answers -------------------------------------------------------------------------------------------

@@ -75,14 +75,15 @@ def _show(stage: Stage, scores: Scores, figures: dict[str, Figures], differences
 
 def _table(name: str, figures: dict[str, Figures], differences: Figures) -> Any:
     """Base against one adapter, or base alone, as a rich table."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     models = list(dict.fromkeys(["base", name]))
-    table = Table("metric")
+    table = Table("metric", box=SIMPLE_HEAD, padding=0)
     for model in models:
-        table.add_column(model, justify="right", overflow="fold")
+        table.add_column(model, justify="right", overflow="fold", min_width=len("100.0 [100.0, 100.0]"))
     if differences:
-        table.add_column("difference", justify="right")
+        table.add_column("difference", justify="right", no_wrap=True)
     table.add_column("n", justify="right")
     table.add_column("failed", justify="right")
     for metric, base in figures["base"].items():

@@ -37,8 +37,14 @@ def _target(name: str, values: dict[str, object]) -> Target:
     fields = dict(values)
     capability = fields.pop("capability", None)
     parts = tuple(int(part) for part in str(capability).split(".")) if capability else None
-    quantisation = tuple(fields.pop("quantisation"))  # type: ignore[arg-type]
-    defaults = {"memory_gib": None, "cuda": None, "min_driver": None, "node_label": None, "environment": {}}
+    quantisation: tuple[str, ...] = tuple(fields.pop("quantisation"))  # type: ignore[arg-type]
+    defaults: dict[str, object] = {
+        "memory_gib": None,
+        "cuda": None,
+        "min_driver": None,
+        "node_label": None,
+        "environment": {},
+    }
     return Target(name=name, capability=parts, quantisation=quantisation, **{**defaults, **fields})  # type: ignore[arg-type]
 
 
@@ -52,7 +58,9 @@ def target_of(machine: Machine, targets: dict[str, Target]) -> Target:
     if not capabilities:
         return targets["cpu"]
     if len(capabilities) > 1:
-        raise UsageError(f"the visible GPUs differ in compute capability {sorted(capabilities)}: choose GPUs of one kind")
+        raise UsageError(
+            f"the visible GPUs differ in compute capability {sorted(capabilities)}: choose GPUs of one kind"
+        )
     found = capabilities.pop()
     fitting = [t for t in targets.values() if t.capability is not None and t.capability <= found]
     if not fitting:

@@ -70,6 +70,8 @@ class TransformersEngine:
         ends = [i for i, token in enumerate(tokens) if token in self._end_tokens]
         length = ends[0] if ends else len(tokens)
         text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        if not ends:
+            text = text.rstrip("\ufffd")  # the limit may cut a character's bytes in two; vLLM leaves such a half out too
         return Completion(text, length, "stop" if ends else "length")
 
     def close(self) -> None:
@@ -82,5 +84,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     found = configured if isinstance(configured, list) else [configured]
     ends = [token for token in dict.fromkeys([tokenizer.eos_token_id, *found]) if token is not None]
     if not ends:
-        raise ValueError(f"the model in {model.name_or_path} names no end token: {json.dumps(model.config.to_dict())[:200]}")
+        raise ValueError(
+            f"the model in {model.name_or_path} names no end token: {json.dumps(model.config.to_dict())[:200]}"
+        )
     return ends

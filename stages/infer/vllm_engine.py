@@ -19,7 +19,9 @@ class VllmEngine:
             "VLLM_PLUGINS": "",  # ms-swift plugs itself in where both are installed, and breaks it without torchvision
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "TOKENIZERS_PARALLELISM": "false",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # else a CPU build leaves one of two processors idle
         }
+        import torch
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -27,9 +29,11 @@ class VllmEngine:
         options: dict[str, Any] = {}
         if ranks:
             options = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": _supported_rank(max(ranks))}
+        if not torch.cuda.is_available():
+            options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings)
         self._llm = LLM(
             model=str(settings.model),
-            dtype=settings.dtype,
+            dtype=settings.dtype,  # type: ignore[arg-type]
             max_model_len=settings.max_length,
             max_num_seqs=settings.batch_size,
             enable_prefix_caching=True,
@@ -46,8 +50,10 @@ class VllmEngine:
     def generate(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
         """Greedy completions; all prompts are submitted at once and the engine batches them."""
         request = self._requests[adapter] if adapter is not None else None
+        from vllm.inputs import TokensPrompt
+
         outputs = self._llm.generate(
-            [{"prompt_token_ids": prompt.tokens} for prompt in prompts],
+            [TokensPrompt(prompt_token_ids=prompt.tokens) for prompt in prompts],
             self._sampling,
             lora_request=request,
             use_tqdm=False,
@@ -59,6 +65,20 @@ class VllmEngine:
 
     def close(self) -> None:
         del self._llm  # ends the engine's process
+
+
+def _kv_cache_bytes(settings: EngineSettings) -> int:
+    """Bytes of keys and values for a full batch, in float32.
+
+    On a CPU vLLM would take nine tenths of all memory for them, and refuse to start where others use some.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(settings.model, local_files_only=True).get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
+    block = 128  # tokens; the last block of each sequence is partly empty
+    return int(token * settings.batch_size * (settings.max_length + block))
 
 
 def _supported_rank(rank: int) -> int:

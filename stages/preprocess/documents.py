@@ -16,7 +16,15 @@ import pymupdf
 from pebble import ProcessExpired, ProcessPool
 
 from stages.contract.errors import DataError
-from stages.contract.files import FileHashes, digest_of, read_json, visible_files, write_json, written_atomically
+from stages.contract.files import (
+    FileHashes,
+    digest_of,
+    read_json,
+    stored_name,
+    visible_files,
+    write_json,
+    written_atomically,
+)
 from stages.contract.recipe import Preprocess
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
@@ -42,7 +50,7 @@ PAGE_TABLE = pa.schema(
 
 def document_ids(documents: list[Path], folder: Path) -> dict[str, Path]:
     """Documents by id: their path below the folder, ending included, so that no two files share one."""
-    return {unicodedata.normalize("NFC", str(path.relative_to(folder))): path for path in documents}
+    return {unicodedata.normalize("NFC", stored_name(path.relative_to(folder))): path for path in documents}
 
 
 def picture_folder(document: str) -> str:
@@ -72,7 +80,9 @@ def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str,
     _render_missing(stage, missing, done, settings)
     usable = [record for pages in ranges for record in done[pages] if _is_usable(stage, pages.document, record)]
     if not usable:
-        raise DataError(f"{stage.run.data}: no document has a readable page; see {stage.path('log.txt')} for the reasons")
+        raise DataError(
+            f"{stage.run.data}: no document has a readable page; see {stage.path('log.txt')} for the reasons"
+        )
     _remove_strangers(stage, usable)
     for record in usable:  # remember the digests, so that a restart does not read every picture
         hashes.file(stage.run.folder / record["image"])
@@ -189,14 +199,16 @@ def _render_missing(
     missing_of: dict[str, list[PageRange]] = {}
     for pages in missing:
         missing_of.setdefault(pages.document, []).append(pages)
-        submit(pages)
     try:
+        for pages in missing:
+            submit(pages)
         while waiting:
             future = next(as_completed(waiting))
             pages = waiting.pop(future)
             try:
                 records = future.result()
             except (ProcessExpired, TimeoutError) as error:
+                stage.stop.check()  # a stop sent to the whole process group ends the workers too: no fault of the page
                 if pages.last - pages.first > 1:  # find the page that does it
                     for index in range(pages.first, pages.last):
                         submit(PageRange(pages.document, pages.source, index, index + 1))
@@ -216,6 +228,9 @@ def _render_missing(
                 done[target] = _light(finished)
             stage.events.progress("render pages", rendered, total, "pages")
             stage.stop.check()
+    except RuntimeError:
+        stage.stop.check()  # the same stop, while workers start or hand over, breaks the pool itself
+        raise
     finally:
         pool.stop()
         pool.join()

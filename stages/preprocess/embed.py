@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,7 @@ class _Embedder:
     def __init__(self, folder: Path, batch_size: int) -> None:
         self._folder = folder
         self._batch_size = batch_size
-        self._model = None
+        self._model: Any = None
 
     def encode(self, texts: list[str]) -> Vectors:
         if self._model is None:

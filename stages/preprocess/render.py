@@ -12,6 +12,8 @@ from typing import Any
 
 import pymupdf
 
+from stages.contract.files import stored_name
+
 PATCH = 28
 """Vision models of the Qwen2-VL family take sides that are multiples of this (14-pixel patches merged 2 x 2)."""
 
@@ -36,16 +38,19 @@ def open_document(source: Path) -> pymupdf.Document:
     """Open a PDF. Raises ValueError, with the reason in a few words, for what cannot be read as one."""
     if source.stat().st_size == 0:
         raise ValueError("empty file")
+    if stored_name(source) != str(source):
+        raise ValueError("its name is not UTF-8, which MuPDF cannot open: rename it")
     with source.open("rb") as file:
         if b"%PDF-" not in file.read(1024):  # the header may stand a little way in (ISO 32000-1, annex H.3.4.1)
             raise ValueError("not a PDF")
     try:
         document = pymupdf.open(source, filetype="pdf")
-    except (pymupdf.FileDataError, RuntimeError) as error:
-        raise ValueError(f"damaged PDF: {error}") from error
-    if document.needs_pass:
+        locked, count = document.needs_pass, document.page_count
+    except RuntimeError as error:  # pymupdf.FileDataError is one
+        raise ValueError(f"damaged PDF: {error}".replace(str(source), source.name)) from error
+    if locked:
         raise ValueError("encrypted: needs a password")
-    if document.page_count == 0:
+    if count == 0:
         raise ValueError("damaged PDF: no pages")
     return document
 
@@ -64,7 +69,9 @@ def picture_size(width: float, height: float, max_pixels: int) -> tuple[int, int
     scale = math.sqrt(budget / (width * height))
     columns = max(PATCH, math.floor(width * scale / PATCH) * PATCH)
     rows = max(PATCH, math.floor(height * scale / PATCH) * PATCH)
-    # a thin page: the side held up to one patch leaves less room for the other
+    # a thin page: the side held up to one patch leaves less room for the other, and rounding down sharpens the ratio
+    longest = max_pixels // PATCH // PATCH * PATCH
+    columns, rows = min(columns, longest, rows * MAX_RATIO), min(rows, longest, columns * MAX_RATIO)
     columns = min(columns, max_pixels // rows // PATCH * PATCH)
     rows = min(rows, max_pixels // columns // PATCH * PATCH)
     return columns, rows
@@ -91,7 +98,9 @@ def render_range(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: 
         for index in range(pages.first, pages.last):
             try:
                 record = _render_one(document[index], folder / f"{index + 1}.jpg", max_pixels, jpeg_quality)
-            except (RuntimeError, ValueError) as error:  # PyMuPDF raises RuntimeErrors of its own for bad content
+            except (OSError, MemoryError):  # no fault of the page
+                raise
+            except Exception as error:  # noqa: BLE001 - for bad content PyMuPDF raises many kinds, IndexError among them
                 record = {"status": f"page cannot be rendered: {error}"}
             records.append({"page": index + 1, **record})
     return records

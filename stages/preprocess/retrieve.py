@@ -8,7 +8,8 @@ from stages.preprocess.embed import Vectors
 def cosine(pages: Vectors, question: Vectors) -> Vectors:
     """Cosine of each page, shape (pages, dimensions), with one question, shape (dimensions,); 0 for a zero vector."""
     lengths = np.linalg.norm(pages, axis=1) * np.linalg.norm(question)
-    return np.divide(pages @ question, lengths, out=np.zeros(len(pages), np.float32), where=lengths > 0)
+    cosines: Vectors = np.divide(pages @ question, lengths, out=np.zeros(len(pages), np.float32), where=lengths > 0)
+    return cosines
 
 
 def choose_pages(numbers: list[int], scores: Vectors, named: int | None, top_k: int) -> list[int]:

@@ -15,6 +15,7 @@ from stages.preprocess.retrieve import choose_pages, cosine
 from stages.preprocess.split import SPLITS, split_groups
 from stages.tasks import load_task
 
+
 def work(stage: Stage) -> None:
     """The stage's work, for `run_stage`."""
     recipe, data = stage.run.recipe, stage.run.data
@@ -24,6 +25,8 @@ def work(stage: Stage) -> None:
     stage.counts["questions"] = len(questions)
 
     asked = {question.document for question in questions}
+    # before the hours of work: it may find that nothing can be held out
+    splits = split_groups(asked, {q.document: q.split for q in questions}, recipe.data, recipe.seed)
     pages = render_documents(stage, documents)
     page_vectors = embed(stage, [page["text"] for page in pages], "pages")
     question_vectors = embed(stage, [question.text for question in questions], "questions")
@@ -31,7 +34,6 @@ def work(stage: Stage) -> None:
         np.save(file, page_vectors, allow_pickle=False)
     stage.outputs["vectors.npy"] = len(pages)
 
-    splits = split_groups(asked, {q.document: q.split for q in questions}, recipe.data, recipe.seed)
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for question, shown in zip(questions, _shown(stage, questions, question_vectors, pages, page_vectors), strict=True):
         split = splits[question.document]
@@ -41,8 +43,8 @@ def work(stage: Stage) -> None:
         elif split != "test" and not sample["references"]:
             stage.skip(question.id, "no answer to train on")
         elif split != "test":
-            answer = {"role": "assistant", "content": sample["references"][0]}
-            samples[split].append({**sample, "messages": [*sample["messages"], answer]})  # type: ignore[list-item]
+            sample["messages"].append({"role": "assistant", "content": sample["references"][0]})
+            samples[split].append(sample)
         else:
             if not shown:  # it stays in the test set, to be counted as failed
                 sample["meta"]["error"] = f"no readable page in {question.document}"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stages.contract.errors import UsageError
-from stages.contract.records import Sample
 from stages.contract.recipe import Recipe
+from stages.contract.records import Sample
 
 
 class Skip(Protocol):

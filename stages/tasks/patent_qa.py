@@ -3,7 +3,7 @@
 Data folder: `documents/` with PDFs (folders below it are read too) and either `questions.jsonl`, split by document,
 or `train.jsonl` and `test.jsonl`. One question a line:
 
-    {"id": "q1", "question": "...", "document": "CN000000001A.pdf", "answer": "..." or [...], "pages": [3], "kind": "..."}
+    {"id": "q1", "question": "...", "document": "CN000000001A.pdf", "answer": "..." or [...], "pages": [3], "kind": ""}
 
 `question` and `document` are needed, `answer` too where it is trained on or scored. `pages` (1-based, the evidence)
 lets retrieval be scored; `kind` breaks the scores down; a missing `id` becomes `<file>-<line>`.
@@ -86,7 +86,8 @@ class _BadLineError(Exception):
 def _parse(line: bytes, default_id: str, split: str | None, documents: set[str]) -> PatentQuestion:
     try:
         record = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+        json.dumps(record, ensure_ascii=False).encode()  # half a character, "\\ud83d", is valid JSON but no text
+    except (ValueError, RecursionError) as error:
         raise _BadLineError("not JSON", str(error)) from error
     if not isinstance(record, dict):
         raise _BadLineError("not a JSON object", f"found {type(record).__name__}")
@@ -110,7 +111,7 @@ def _text(record: dict[str, Any], field: str) -> str:
     if field not in record:
         raise _BadLineError(f"no {field}")
     value = record[field]
-    if isinstance(value, int) and field == "id":
+    if type(value) is int and field == "id":
         value = str(value)
     if not isinstance(value, str):
         raise _BadLineError(f"{field} is no text", repr(value)[:100])
@@ -150,11 +151,12 @@ def _without_leaks(questions: list[PatentQuestion], skip: Skip) -> list[PatentQu
 
 _DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _UNITS = {"十": 10, "百": 100, "千": 1000}
-_CHINESE_NUMBER = "[零〇一二两三四五六七八九十百千]+"
+_CHINESE_NUMBER = "[零〇一二两三四五六七八九十百千]{1,12}"
 _PAGE_PATTERNS = (
-    re.compile(rf"第\s*(\d+|{_CHINESE_NUMBER})\s*[页頁]"),
-    re.compile(r"\bpage\s*(?:no\.?|number)?\s*(\d+)\b", re.IGNORECASE),
-    re.compile(r"\b(\d+)(?:st|nd|rd|th)\s+page\b", re.IGNORECASE),
+    re.compile(rf"第\s*(\d{{1,6}}|{_CHINESE_NUMBER})\s*[页頁]"),
+    # not \b: Chinese characters are word characters to it, and stand next to English ones without a space
+    re.compile(r"(?<![a-z])page\s*(?:no\.?|number)?\s*(\d{1,6})(?![a-z\d])", re.IGNORECASE),
+    re.compile(r"(?<![a-z\d])(\d{1,6})(?:st|nd|rd|th)\s+page(?![a-z])", re.IGNORECASE),
 )
 
 
@@ -164,12 +166,13 @@ def page_named(text: str) -> int | None:
     Full-width digits count as digits. The first page named wins. A page number of 0 names no page.
     """
     text = unicodedata.normalize("NFKC", text)
-    matches = [match for pattern in _PAGE_PATTERNS if (match := pattern.search(text))]
-    if not matches:
-        return None
-    number = min(matches, key=lambda match: match.start()).group(1)
-    page = int(number) if number.isdecimal() else chinese_number(number)
-    return page or None
+    matches = [match for pattern in _PAGE_PATTERNS for match in pattern.finditer(text)]
+    for match in sorted(matches, key=lambda match: match.start()):
+        number = match.group(1)
+        page = int(number) if number.isdecimal() else chinese_number(number)
+        if page:
+            return page
+    return None
 
 
 def chinese_number(text: str) -> int | None:
@@ -205,6 +208,11 @@ def chinese_number(text: str) -> int | None:
 # -- samples -----------------------------------------------------------------------------------------------------
 
 
+def _plain(text: str) -> str:
+    """Break up what ms-swift would take for a placeholder: each of those must have its file, and data have none."""
+    return re.sub(r"<(?=(?:image|video|audio|bbox|ref-object)>)", "< ", text)
+
+
 def build_sample(question: PatentQuestion, pages: list[dict[str, Any]], recipe: Recipe) -> Sample:
     """One sample; `pages` as chosen for the question, shown in the order of the document.
 
@@ -212,8 +220,8 @@ def build_sample(question: PatentQuestion, pages: list[dict[str, Any]], recipe: 
     """
     shown = sorted(pages, key=lambda page: int(page["page"]))
     as_images = recipe.preprocess.pages.show == "image"
-    parts = [f"Page {page['page']}: {'<image>' if as_images else page['text']}" for page in shown]
-    content = "\n".join([*parts, f"Question: {question.text}"])
+    parts = [f"Page {page['page']}: {'<image>' if as_images else _plain(page['text'])}" for page in shown]
+    content = "\n".join([*parts, f"Question: {_plain(question.text)}"])
     messages: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
     return {
         "id": question.id,

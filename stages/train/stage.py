@@ -116,7 +116,8 @@ def _follow(stage: Stage, adapter: Adapter, worker: "subprocess.Popen[bytes]", r
             elif report["event"] == "loaded":
                 resumed = f", resuming from {report['resumed_from']}" if report["resumed_from"] else ""
                 stage.events.say(f"{activity}: {report['samples']['train']} samples{resumed}")
-                stage.decisions.append({"what": "resumed", "value": report["resumed_from"], "why": adapter.name})
+                if resumed:
+                    stage.decisions.append({"what": "resumed", "value": report["resumed_from"], "why": adapter.name})
             elif report["event"] == "left_out":
                 for sample in report["ids"]:
                     stage.skip(sample, "longer than train.max_length", f"{report['split']}, adapter {adapter.name}")

@@ -27,7 +27,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         Raises UsageError where swift's template renders a conversation otherwise than the model's own chat template,
         which inference uses: the adapter would be tuned on prompts that it never sees.
         """
-        kept, left_out = [], []
+        kept: list[dict[str, Any]] = []
+        left_out: list[str] = []
         for sample in samples:
             row: dict[str, Any] = {"messages": sample["messages"]}
             if sample["images"]:
@@ -50,8 +51,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         )
         if tokens[:prompt] != list(own):
             raise UsageError(
-                f"model.swift_template {self._job.model_settings.swift_template!r} renders the prompt otherwise than the"
-                f" chat template in {self._job.model}; name the matching one. ms-swift:"
+                f"model.swift_template {self._job.model_settings.swift_template!r} renders the prompt otherwise than"
+                f" the chat template in {self._job.model}; name the matching one. ms-swift:"
                 f" {self.tokenizer.decode(tokens[:prompt])[:300]!r}; the model: {self.tokenizer.decode(own)[:300]!r}"
             )
         if self.tokenizer.eos_token_id not in labels[prompt:]:

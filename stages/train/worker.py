@@ -221,4 +221,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-

@@ -47,6 +47,10 @@ def make_sample(number: int, **changes: Any) -> Sample:
     }
 
 
+def make_samples() -> list[Sample]:
+    return [make_sample(number) for number in range(24)]
+
+
 def answer(sample: Sample, text: str) -> Prediction:
     """A prediction that worked."""
     return {**failed_prediction(sample["id"], ""), "answer": text, "text": text, "finish_reason": "stop", "error": None}
@@ -58,10 +62,9 @@ def make_run(
     predictions: dict[str, list[Prediction]],
     losses: list[dict[str, Any]] | None = None,
     pictures: bool = True,
-    overrides: tuple[str, ...] = (),
 ) -> Run:
     """Write preprocess, train and infer as if they had run."""
-    recipe = load_recipe(RECIPE, "tiny", overrides)
+    recipe = load_recipe(RECIPE, "tiny")
     run = Run("patent-qa", recipe, Roots(data=folder / "data", models=folder / "models", runs=folder / "runs"))
     write_jsonl(run.path("preprocess", "samples", "test.jsonl"), samples)  # type: ignore[arg-type]
     for image in {path for sample in samples for path in sample["meta"]["page_images"] if pictures}:
@@ -106,7 +109,7 @@ def _manifest(run: Run, stage: str, outputs: dict[str, int | None]) -> None:
 @pytest.fixture
 def samples() -> list[Sample]:
     """24 questions on 6 documents."""
-    return [make_sample(number) for number in range(24)]
+    return make_samples()
 
 
 @pytest.fixture

@@ -121,7 +121,13 @@ def test_few_or_no_loss_points(
 def test_base_alone(build: Build, samples: list[Sample], predictions: Predictions) -> None:
     text = report_of(build(samples, {"base": predictions["base"]}))
     assert "Worst answers of base" in text
-    assert '<td>tuned</td><td colspan="5" class="muted">not run</td>' in text
+    assert '<td class="model">tuned</td><td colspan="5" class="muted">not run</td>' in text
+
+
+def test_an_answer_that_was_cut_off_says_so(build: Build) -> None:
+    sample = make_sample(0)
+    cut: Prediction = {**answer(sample, "the lever that"), "finish_reason": "length"}
+    assert "cut off at infer.max_new_tokens" in report_of(build([sample], {"base": [cut]}))
 
 
 def test_nothing_wrong(build: Build, samples: list[Sample]) -> None:

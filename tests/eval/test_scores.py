@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from scipy.stats import bootstrap
 
 from stages.contract.errors import DataError
 from stages.contract.records import Prediction, Sample, failed_prediction
@@ -104,8 +105,6 @@ def test_a_single_sample() -> None:
 
 
 def test_agrees_with_scipy_on_rows() -> None:
-    from scipy.stats import bootstrap
-
     values = np.random.default_rng(3).random(200)
     expected = bootstrap((values,), np.mean, n_resamples=5000, method="percentile", random_state=1).confidence_interval
     low, high = cluster_bootstrap(values[:, None], [str(i) for i in range(200)], 5000, 1)[:, 0]
@@ -116,9 +115,13 @@ def test_agrees_with_scipy_on_rows() -> None:
 def test_ten_thousand_samples_take_under_a_second(groups: int) -> None:
     values = np.random.default_rng(0).random((10_000, 12))  # base, two adapters and a difference, three metrics each
     names = [str(row % groups) for row in range(10_000)]
+    assert min(timed(values, names) for _ in range(3)) < 1  # the best of three: others may use this machine
+
+
+def timed(values: np.ndarray, groups: list[str]) -> float:
     began = time.process_time()
-    cluster_bootstrap(values, names, 2000, 1)
-    assert time.process_time() - began < 1
+    cluster_bootstrap(values, groups, 2000, 1)
+    return time.process_time() - began
 
 
 def test_differences_are_paired() -> None:
@@ -129,7 +132,7 @@ def test_differences_are_paired() -> None:
     figures, differences = overall(scores, 500, 1)
     assert figures["base"]["f1"]["high"] - figures["base"]["f1"]["low"] > 20
     assert differences == {
-        "tuned": dict.fromkeys(("exact_match", "f1", "character_f1"), {"value": 0.0, "low": 0.0, "high": 0.0})
+        "tuned": {name: {"value": 0.0, "low": 0.0, "high": 0.0} for name in ("exact_match", "f1", "character_f1")}
     }
 
 

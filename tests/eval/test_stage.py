@@ -1,8 +1,6 @@
 """The whole stage, through `run_stage`, on a run folder of real files."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from stages.contract.records import Prediction, Sample
 from stages.contract.run import Run
 from stages.contract.stage import run_stage
 from stages.eval.stage import work
-from tests.eval.conftest import answer, make_sample
+from tests.eval.conftest import answer, make_sample, make_samples
 
 Predictions = dict[str, list[Prediction]]
 Build = Callable[..., Run]
@@ -112,13 +110,12 @@ def test_no_reference_at_all_is_an_error(build: Build, capfd: pytest.CaptureFixt
 )
 def test_predictions_that_do_not_fit_are_named(
     build: Build,
-    samples: list[Sample],
     predictions: Predictions,
     change: Callable[[Predictions], Predictions],
     message: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert run_stage(build(samples, change(predictions)), "eval", work) == Exit.DATA
+    assert run_stage(build(make_samples(), change(predictions)), "eval", work) == Exit.DATA
     assert message in capfd.readouterr().err
 
 
@@ -138,10 +135,9 @@ def test_the_console_shows_base_against_each_adapter(
     assert f"report: {run.path('eval', 'report.html')}" in shown
 
 
-def test_nothing_is_done_twice(build: Build, samples: list[Sample], predictions: Predictions, tmp_path: Path) -> None:
+def test_nothing_is_done_twice(build: Build, samples: list[Sample], predictions: Predictions) -> None:
     run = build(samples, predictions)
     run_stage(run, "eval", work)
     written = run.path("eval", "report.html").stat().st_mtime_ns
     assert run_stage(run, "eval", work) == Exit.DONE
     assert run.path("eval", "report.html").stat().st_mtime_ns == written
-    json.loads(run.path("eval", "manifest.json").read_text(encoding="utf-8"))

@@ -1,50 +1,5 @@
-"""Small but real inputs: a random Llama with SmolLM2's tokenizer, the real embedder, and a few of the demo's documents."""
+"""Fixtures of the kill tests."""
 
-import json
-import shutil
-from pathlib import Path
+from tests.small_inputs import demo_subset, small_models
 
-import pytest
-
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("CN1000003A", "US1000001A", "US1000004A", "US1000006A")
-
-
-@pytest.fixture(scope="session")
-def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models mount with `random-llama` (float32, 2 layers) and `all-MiniLM-L6-v2`."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models")
-    real = ROOT / "models"
-    (folder / "all-MiniLM-L6-v2").symlink_to(real / "all-MiniLM-L6-v2")
-    config = LlamaConfig.from_pretrained(
-        real / "SmolLM2-135M-Instruct",
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder / "random-llama")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(real / "SmolLM2-135M-Instruct" / name, folder / "random-llama" / name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def demo_subset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with four of the demo's documents and their questions."""
-    folder = tmp_path_factory.mktemp("data") / "few"
-    (folder / "documents").mkdir(parents=True)
-    source = ROOT / "recipes" / "data" / "patent-qa"
-    for name in DOCUMENTS:
-        shutil.copy(source / "documents" / f"{name}.pdf", folder / "documents")
-    lines = (source / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if json.loads(line)["document"].removesuffix(".pdf") in DOCUMENTS]
-    (folder / "questions.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
-    return folder
+__all__ = ["demo_subset", "small_models"]

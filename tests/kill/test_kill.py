@@ -25,7 +25,13 @@ ADAPTER_TOLERANCE = 1e-6
 """Largest difference of an adapter weight. 0 is seen here; sums may be ordered otherwise on another machine."""
 
 OUTPUTS = {
-    "preprocess": ["samples/train.jsonl", "samples/validation.jsonl", "samples/test.jsonl", "pages.parquet", "vectors.npy"],
+    "preprocess": [
+        "samples/train.jsonl",
+        "samples/validation.jsonl",
+        "samples/test.jsonl",
+        "pages.parquet",
+        "vectors.npy",
+    ],
     "infer": ["predictions/base.jsonl", "predictions/tuned.jsonl"],
     "eval": ["scores.json", "by_group.json"],
 }
@@ -183,15 +189,17 @@ def kill_repeatedly(arena: Arena, stage: str, finished, grows: bool = False) -> 
     assert last.wait() == 0, arena.log(run, stage)
     assert landed == KILLS
     if stage == "train":
-        resumed = [d for d in json.loads((arena.runs / run / "train" / "manifest.json").read_text())["decisions"]]
-        steps = [int(str(d["value"]).split("-")[1]) for d in resumed if d["what"] == "resumed" and d["value"]]
+        resumed = json.loads((arena.runs / run / "train" / "manifest.json").read_text())["decisions"]
+        steps = [int(str(d["value"]).split("-")[1]) for d in resumed if d["what"] == "resumed"]
         assert max(steps, default=0) == before["newest"]
 
 
 def nothing_left_of(session: int) -> None:
     """No process of the killed command's session is alive, a moment later."""
     for _ in range(50):
-        alive = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True).stdout.split()
+        alive = subprocess.run(
+            ["pgrep", "-s", str(session)], check=False, capture_output=True, text=True
+        ).stdout.split()
         alive = [pid for pid in alive if "Z" not in _state(pid)]
         if not alive:
             return

@@ -1,0 +1,180 @@
+"""What the tests share: PDFs made on the spot, the real models, and the real commands in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pymupdf
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+MODELS = Path(os.environ.get("LORRY_MODELS", REPOSITORY / "models")).absolute()
+
+MINIMAL_RECIPE = """\
+task: patent_qa
+model: {path: SmolLM2-135M-Instruct, swift_type: llama, swift_template: chatml}
+data: {path: few}
+preprocess:
+  pages: {max_pixels: 50176, show: text}
+  retrieval: {embedder: all-MiniLM-L6-v2}
+train:
+  adapters:
+    - name: tuned
+"""
+"""The least that a recipe must say, with pages small enough to render in milliseconds."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    output: str
+    """Standard output and error, as a person sees them."""
+    seconds: float
+
+    @property
+    def lines(self) -> list[str]:
+        return self.output.strip().splitlines()
+
+
+@dataclass(frozen=True)
+class Lorry:
+    """Runs the commands with mounts of the test's own."""
+
+    data: Path
+    models: Path
+    runs: Path
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        mounts = {"LORRY_DATA": self.data, "LORRY_MODELS": self.models, "LORRY_RUNS": self.runs}
+        return {**os.environ, **{name: str(path) for name, path in mounts.items()}, **self.extra}
+
+    def start(self, module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """Start `python -m module arguments` in a session of its own, so that a test may signal the whole group."""
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=REPOSITORY,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+
+    def __call__(self, module: str, *arguments: str) -> Finished:
+        """Run `python -m module arguments` to its end."""
+        began = time.monotonic()
+        process = self.start(module, *arguments)
+        try:
+            output, _ = process.communicate(timeout=300)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return Finished(process.returncode, output, time.monotonic() - began)
+
+    def preprocess(self, *arguments: str) -> Finished:
+        return self("entrypoints.preprocess", *arguments)
+
+
+def need_model(name: str) -> Path:
+    """A real model's folder; the test is skipped where it has not been made."""
+    folder = MODELS / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"{folder} is not there: `make setup` makes it (LORRY_MODELS names another place)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedder() -> Path:
+    return need_model("all-MiniLM-L6-v2")
+
+
+@pytest.fixture(scope="session")
+def language_model() -> Path:
+    return need_model("SmolLM2-135M-Instruct")
+
+
+def make_pdf(path: Path, texts: list[str], size: tuple[float, float] = (200, 280), **save: Any) -> Path:
+    """A PDF with one page for each text; an empty text makes a blank page. `size` in points."""
+    document = pymupdf.open()
+    for text in texts:
+        page = document.new_page(width=size[0], height=size[1])
+        if text:
+            page.insert_text((10, 30), text, fontname="china-s", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document.save(path, **save)
+    document.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def pdf() -> Callable[..., Path]:
+    """Makes a PDF: `pdf(path, ["text of page 1", ...])`."""
+    return make_pdf
+
+
+def write_questions(path: Path, questions: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
+    return path
+
+
+PARTS = ("gear", "lever", "spring", "valve", "piston", "bracket")
+
+
+def make_data(folder: Path, documents: int = 4, pages: int = 3) -> Path:
+    """A data folder with small PDFs, each page of which names one part, and a question on each page."""
+    questions = []
+    for number in range(1, documents + 1):
+        name = f"D{number}.pdf"
+        parts = [PARTS[(number + page) % len(PARTS)] for page in range(pages)]
+        make_pdf(folder / "documents" / name, [f"Part {10 * i + number} is a {p}." for i, p in enumerate(parts)])
+        questions += [
+            {
+                "id": f"d{number}-{page}",
+                "question": f"What is part {10 * page + number}?",
+                "document": name,
+                "answer": part,
+                "pages": [page + 1],
+            }
+            for page, part in enumerate(parts)
+        ]
+    write_questions(folder / "questions.jsonl", questions)
+    return folder
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(MINIMAL_RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def lorry(tmp_path: Path) -> Iterator[Lorry]:
+    """The commands, with empty mounts for data and runs, and the real models."""
+    for name in ("data", "runs"):
+        (tmp_path / name).mkdir()
+    yield Lorry(tmp_path / "data", MODELS, tmp_path / "runs")
+
+
+@pytest.fixture
+def few(lorry: Lorry) -> Path:
+    """Four small documents of three pages and their twelve questions, where the minimal recipe looks for them."""
+    return make_data(lorry.data / "few")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Content of every visible file below a folder, by relative name."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,0 +1,39 @@
+"""A run folder whose stages take no time."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stages.contract.recipe import load_recipe
+from stages.contract.roots import Roots
+from stages.contract.run import Run
+from tests.conftest import Lorry, make_data
+
+
+@pytest.fixture
+def small_mounts(lorry: Lorry, tmp_path: Path) -> Lorry:
+    """Mounts with data and two model folders that are only ever hashed: right in form, of a few bytes."""
+    for name in ("all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"):
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(name.encode())
+    make_data(lorry.data / "few", documents=2, pages=1)
+    return replace(lorry, models=tmp_path / "models")
+
+
+@pytest.fixture
+def run(small_mounts: Lorry, recipe_file: Path) -> Run:
+    return Run("r", load_recipe(recipe_file), Roots(small_mounts.data, small_mounts.models, small_mounts.runs))
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """`run_stage` listens to signals; the tests' own process goes on after it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

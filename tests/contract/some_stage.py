@@ -1,0 +1,87 @@
+"""A stage whose work is a few lines, run by `run_stage` as the real ones are: `python -m tests.contract.some_stage WORK`.
+
+The tests of the runner start it as a process, to signal and to kill it.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.contract.errors import DataError
+from stages.contract.files import JsonlJournal, write_jsonl
+from stages.contract.recipe import load_recipe
+from stages.contract.roots import Roots
+from stages.contract.run import Run
+from stages.contract.stage import Stage, run_stage
+
+STEPS = 20
+
+
+def count(stage: Stage) -> None:
+    """Twenty records, one each 50 ms; an interrupted start goes on where it was."""
+    with JsonlJournal(stage.path("records.jsonl")) as journal:
+        for step in range(len(journal.records), STEPS):
+            journal.append([{"step": step, "process": os.getpid()}])
+            stage.events.progress("count", step + 1, STEPS, "steps")
+            time.sleep(0.05)
+            stage.stop.check()
+    stage.outputs["records.jsonl"] = STEPS
+
+
+def write(stage: Stage) -> None:
+    """Samples, pages and a cache, at once."""
+    for name in ("train", "validation", "test"):
+        path = f"samples/{name}.jsonl"
+        stage.outputs[path] = write_jsonl(stage.path(path), [{"id": name}])
+    stage.path("pages").mkdir(exist_ok=True)
+    stage.path("pages", "1.jpg").write_bytes(b"one")
+    stage.path("pages", "2.jpg").write_bytes(b"two")
+    stage.outputs["pages/"] = None
+    stage.skip("q1", "empty question")
+
+
+def wait(stage: Stage) -> None:
+    """Hold the stage until killed."""
+    stage.events.say("waiting")
+    while True:
+        time.sleep(0.05)
+        stage.stop.check()
+
+
+def deaf(stage: Stage) -> None:
+    """Never come to a safe point."""
+    stage.events.say("waiting")
+    while True:
+        time.sleep(0.05)
+
+
+def crash(stage: Stage) -> None:
+    print("a library's last words")
+    raise ZeroDivisionError("a defect of ours")
+
+
+def unusable(stage: Stage) -> None:
+    raise DataError("x.jsonl: nothing in it")
+
+
+def out_of_memory(stage: Stage) -> None:
+    raise MemoryError
+
+
+def killed(stage: Stage) -> None:
+    stage.path("half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+WORKS: dict[str, Callable[[Stage], None]] = {
+    work.__name__: work for work in (count, write, wait, deaf, crash, unusable, out_of_memory, killed)
+}
+
+if __name__ == "__main__":
+    recipe = load_recipe(Path(sys.argv[2]))
+    sys.exit(
+        run_stage(Run("r", recipe, Roots.from_environment()), "preprocess", WORKS[sys.argv[1]], "--force" in sys.argv)
+    )

@@ -1,0 +1,68 @@
+"""`--help` answers at once, because it imports nothing heavy."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+HEAVY = [
+    "torch",
+    "transformers",
+    "peft",
+    "swift",
+    "vllm",
+    "sentence_transformers",
+    "pymupdf",
+    "pyarrow",
+    "numpy",
+    "pandas",
+    "PIL",
+    "datasets",
+    "pebble",
+    "pydantic",
+    "stages.contract.recipe",
+    "stages.tasks.patent_qa",
+]
+
+COMMANDS = ["preprocess", "train", "infer", "eval", "lorry"]
+
+PROGRAM = """
+import runpy, sys
+sys.argv = [sys.argv[1], *sys.argv[2:]]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__")
+finally:
+    print("IMPORTED", *sorted(sys.modules))
+"""
+
+
+def imported_by(module: str, *arguments: str) -> tuple[str, set[str]]:
+    """What a command prints, and the modules that it imports to do so."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, module, *arguments], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    output, _, modules = done.stdout.rpartition("IMPORTED")
+    return output, set(modules.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_heavy(command: str) -> None:
+    if importlib.util.find_spec(f"entrypoints.{command}") is None:
+        pytest.skip(f"entrypoints.{command} is not written yet")
+    output, modules = imported_by(f"entrypoints.{command}", "--help")
+    assert "Usage:" in output
+    assert modules & set(HEAVY) == set()
+
+
+def test_the_check_sees_a_heavy_import() -> None:
+    _, modules = imported_by("stages.preprocess.render")
+    assert "pymupdf" in modules
+
+
+@pytest.mark.parametrize("module", ["stages.contract.stage", "stages.contract.recipe", "stages.hardware.targets"])
+def test_contract_and_hardware_are_light(module: str) -> None:
+    _, modules = imported_by(module)
+    assert modules & (set(HEAVY) - {"pydantic", "stages.contract.recipe"}) == set()

@@ -1,0 +1,274 @@
+"""Recipes: what is accepted, and what a wrong one is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.contract.errors import UsageError
+from stages.contract.recipe import Recipe, dump_recipe, load_recipe, profile_names, recipe_file_schema
+from tests.conftest import MINIMAL_RECIPE, REPOSITORY
+
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+ALL = [(path, profile) for path in RECIPES for profile in (None, *profile_names(path))]
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(path: Path, profile: str | None = None, *overrides: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path, profile, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def minimal(**changes: object) -> Recipe:
+    return Recipe.model_validate({**yaml.safe_load(MINIMAL_RECIPE), **changes})
+
+
+def test_there_are_recipes_to_check() -> None:
+    assert (REPOSITORY / "recipes" / "patent-qa.yaml") in RECIPES
+
+
+@pytest.mark.parametrize(("path", "profile"), ALL, ids=lambda value: getattr(value, "stem", str(value)))
+def test_every_recipe_is_valid_with_every_profile(path: Path, profile: str | None) -> None:
+    recipe = load_recipe(path, profile)
+    assert recipe.profile == profile
+    assert recipe.description
+
+
+@pytest.mark.parametrize(("path", "profile"), ALL, ids=lambda value: getattr(value, "stem", str(value)))
+def test_the_recipe_kept_in_a_run_reads_back_as_the_same(path: Path, profile: str | None, tmp_path: Path) -> None:
+    recipe = load_recipe(path, profile, ("train.learning_rate=3e-7",))
+    assert load_recipe(written(tmp_path, dump_recipe(recipe))) == recipe
+
+
+def test_a_resolved_recipe_holds_no_path_of_this_machine(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    stored = json.dumps(recipe.model_dump(mode="json")) + dump_recipe(recipe)
+    assert str(recipe_file.parent) not in stored
+    assert str(REPOSITORY) not in stored
+
+
+def test_every_recipe_file_satisfies_the_exported_schema() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    for path in RECIPES:
+        jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), recipe_file_schema())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "found", "nearest"),
+    [
+        ("task: patent_qa", "task: patent_qa\nsead: 1", 2, "'sead'", "'seed'"),
+        ("    - name: tuned", "    - name: tuned\n  learnin_rate: 1.0", 10, "'train.learnin_rate'", "'learning_rate'"),
+        ("    - name: tuned", "    - nmae: tuned", 9, "'train.adapters.0.nmae'", "'name'"),
+        ("data: {path: few}", "data: {path: few, test_fracton: 0.5}", 3, "'data.test_fracton'", "'test_fraction'"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known(
+    tmp_path: Path, old: str, new: str, line: int, found: str, nearest: str
+) -> None:
+    path = written(tmp_path, MINIMAL_RECIPE.replace(old, new))
+    message = refused(path)
+    assert f"{path}:{line}: unknown key {found}; did you mean {nearest}?" in message
+
+
+def test_an_unknown_key_like_no_other_lists_the_known_ones(tmp_path: Path) -> None:
+    message = refused(written(tmp_path, MINIMAL_RECIPE.replace("{path: few}", "{path: few, zzz: 1}")))
+    assert "known keys: path, test_fraction, validation_fraction" in message
+
+
+def test_an_unknown_key_in_a_profile_is_found_on_the_profiles_line(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL_RECIPE + "profiles:\n  big:\n    train:\n      epoch: 3\n")
+    load_recipe(path)
+    assert f"{path}:13: unknown key 'train.epoch'; did you mean 'epochs'?" in refused(path, "big")
+
+
+def test_a_wrong_type_is_told_with_line_and_value(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL_RECIPE + "  rank: eight\n")
+    message = refused(path)
+    assert f"{path}:10: train.rank:" in message
+    assert "'eight'" in message
+
+
+def test_a_text_is_no_number_even_if_it_looks_like_one(tmp_path: Path) -> None:
+    assert "train.rank" in refused(written(tmp_path, MINIMAL_RECIPE + "  rank: '8'\n"))
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    assert "'data.path' is missing" in refused(written(tmp_path, MINIMAL_RECIPE.replace("{path: few}", "{}")))
+
+
+def test_many_problems_are_told_in_one_line(tmp_path: Path) -> None:
+    text = MINIMAL_RECIPE + "  rank: 0\n  alpha: 0\n  epochs: 0\n  log_every: 0\n"
+    assert refused(written(tmp_path, text)).endswith("; and 1 more")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("seed: 1\nseed: 2\n" + MINIMAL_RECIPE, 2), (MINIMAL_RECIPE + "  rank: 1\n  rank: 2\n", 11)]
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, line: int) -> None:
+    message = refused(written(tmp_path, text))
+    assert "stands twice" in message
+    assert f"line {line}" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "- a\n- b\n",
+        "just text",
+        "a: [1\n",
+        "a: *b\n",
+        "? [a, b]\n: 1\n",
+        "? {a: b}\n: 1\n",
+        "1: 2\n",
+        "\0",
+        "profiles: 3",
+    ],
+)
+def test_what_is_no_recipe_is_refused_with_the_files_name(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text)
+    assert refused(path).startswith(str(path))
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x80")
+    assert "cannot read the recipe" in refused(path)
+    assert "cannot read the recipe" in refused(tmp_path / "nowhere.yaml")
+
+
+def test_an_unknown_profile_lists_the_known(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL_RECIPE + "profiles: {tiny: {seed: 1}, large: {}}\n")
+    assert "no profile 'tny'; it has: tiny, large" in refused(path, "tny")
+    assert load_recipe(path, "large").profile == "large"
+    assert "it has: none" in refused(written(tmp_path, MINIMAL_RECIPE), "tiny")
+
+
+def test_a_profile_overrides_only_what_it_names(tmp_path: Path) -> None:
+    text = MINIMAL_RECIPE + "  rank: 4\nprofiles: {tiny: {train: {alpha: 3}, data: {path: other}}}\n"
+    recipe = load_recipe(written(tmp_path, text), "tiny")
+    assert (recipe.train.rank, recipe.train.alpha, recipe.data.path) == (4, 3, "other")
+    assert [adapter.name for adapter in recipe.train.adapters] == ["tuned"]
+
+
+# -- --set ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["2e-4", "2E-4", "+2e-4", "0.2e-3", "2.e-4", "0.0002", ".0002", "20e-5"])
+def test_numbers_are_read_as_people_write_them(recipe_file: Path, tmp_path: Path, number: str) -> None:
+    assert load_recipe(recipe_file, overrides=(f"train.learning_rate={number}",)).train.learning_rate == 2e-4
+    in_file = written(tmp_path, MINIMAL_RECIPE + f"  learning_rate: {number}\n")
+    assert load_recipe(in_file).train.learning_rate == 2e-4
+
+
+@given(st.floats(min_value=1e-300, max_value=1e300, allow_nan=False))
+def test_any_number_that_python_prints_is_read_back(number: float) -> None:
+    path = REPOSITORY / "recipes" / "patent-qa.yaml"
+    assert load_recipe(path, None, (f"train.learning_rate={number!r}",)).train.learning_rate == number
+
+
+def test_overrides_reach_lists_nested_mappings_and_null(recipe_file: Path) -> None:
+    overrides = (
+        "train.adapters=[{name: a}, {name: b}]",
+        "train.target_modules=[q_proj, v_proj]",
+        "preprocess.pages={max_pixels: 784}",
+        "train.lora_plus_ratio=16",
+        "train.lora_plus_ratio=null",
+        "description=x=y",
+    )
+    recipe = load_recipe(recipe_file, overrides=overrides)
+    assert [adapter.name for adapter in recipe.train.adapters] == ["a", "b"]
+    assert recipe.train.target_modules == ["q_proj", "v_proj"]
+    assert recipe.preprocess.pages.max_pixels == 784
+    assert recipe.preprocess.pages.show == "text", "a mapping is merged, not replaced"
+    assert recipe.train.lora_plus_ratio is None
+    assert recipe.description == "x=y"
+
+
+def test_an_override_wins_over_the_profile(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL_RECIPE + "  rank: 4\nprofiles: {tiny: {train: {rank: 2}}}\n")
+    assert load_recipe(path, "tiny", ("train.rank=16",)).train.rank == 16
+
+
+@pytest.mark.parametrize("override", ["train.rank", "=3", "train..rank=3", ".rank=3", "train.=3", ""])
+def test_an_override_in_the_wrong_form_says_how_to_write_it(recipe_file: Path, override: str) -> None:
+    assert f"--set {override}: write it as section.key=value" in refused(recipe_file, None, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.rank=[1", "is not a YAML value"),
+        ("train.rnk=3", "did you mean 'rank'?"),
+        ("train.rank.deep=3", "train.rank"),
+        ("train.adapters.0.name=x", "train.adapters"),
+        ("train=3", "train"),
+        ("profiles.tiny={}", "unknown key 'profiles'"),
+        ("train.learning_rate=.inf", "train.learning_rate"),
+        ("train.learning_rate=.nan", "train.learning_rate"),
+        ("train.learning_rate=-1e-4", "train.learning_rate"),
+        ("data.test_fraction=1", "data.test_fraction"),
+        ("preprocess.pages.max_pixels=783", "preprocess.pages.max_pixels"),
+        ("preprocess.pages.max_pixels=1e6", "preprocess.pages.max_pixels"),
+        ("infer.max_new_tokens=100000", "max_new_tokens"),
+    ],
+)
+def test_a_bad_override_is_told_in_one_line(recipe_file: Path, override: str, told: str) -> None:
+    assert told in refused(recipe_file, None, override)
+
+
+# -- adapters ------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_have_names_of_their_own(recipe_file: Path) -> None:
+    assert "cannot be named 'base'" in refused(recipe_file, None, "train.adapters=[{name: base}]")
+    assert "found twice: a" in refused(recipe_file, None, "train.adapters=[{name: a}, {name: b}, {name: a}]")
+    assert "train.adapters" in refused(recipe_file, None, "train.adapters=[]")
+
+
+@pytest.mark.parametrize("name", ["../up", ".hidden", "a/b", "", "名", "x" * 65, "a b"])
+def test_an_adapters_name_must_do_as_a_folders(recipe_file: Path, name: str) -> None:
+    assert "train.adapters.0.name" in refused(recipe_file, None, f"train.adapters=[{{name: {json.dumps(name)}}}]")
+
+
+# -- digest --------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_leaves_out_what_changes_no_result(tmp_path: Path) -> None:
+    plain = load_recipe(written(tmp_path, MINIMAL_RECIPE))
+    lines = MINIMAL_RECIPE.splitlines()
+    reordered = "\n".join(["description: other words", *lines[1:3], lines[0], *lines[3:], "profiles: {same: {}}"])
+    other = load_recipe(written(tmp_path, reordered), "same")
+    assert other.description != plain.description
+    assert other.digest() == plain.digest()
+
+
+def test_a_default_written_out_is_the_same_recipe() -> None:
+    assert minimal(seed=42).digest() == minimal().digest()
+
+
+@pytest.mark.parametrize(
+    ("override", "section"),
+    [
+        ("seed=1", "seed"),
+        ("train.rank=3", "train"),
+        ("data.path=x", "data"),
+        ("preprocess.retrieval.top_k=1", "preprocess"),
+    ],
+)
+def test_the_digest_of_a_section_follows_that_section_alone(recipe_file: Path, override: str, section: str) -> None:
+    before, after = load_recipe(recipe_file), load_recipe(recipe_file, overrides=(override,))
+    assert before.digest() != after.digest()
+    changed = {name for name in ("seed", "train", "data", "preprocess") if before.digest(name) != after.digest(name)}
+    assert changed == {section}

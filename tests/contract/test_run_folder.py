@@ -1,0 +1,247 @@
+"""A stage is done exactly when its manifest matches its inputs, its recipe sections and its outputs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stages.contract import stage as stage_module
+from stages.contract.errors import Exit, UsageError
+from stages.contract.files import FileHashes, remove, write_jsonl
+from stages.contract.recipe import load_recipe
+from stages.contract.run import REUSABLE, Run
+from stages.contract.stage import Stage, run_stage
+from tests.contract import some_stage
+
+
+def fresh(run: Run) -> FileHashes:
+    return FileHashes(run.folder / "nothing remembered")
+
+
+def key(run: Run, stage: str = "preprocess") -> str:
+    return run.key(stage, run.inputs(stage, fresh(run)))
+
+
+def with_override(run: Run, recipe_file: Path, override: str) -> Run:
+    return replace(run, recipe=load_recipe(recipe_file, None, (override,)))
+
+
+@pytest.fixture
+def preprocessed(run: Run) -> Run:
+    assert run_stage(run, "preprocess", some_stage.write) == Exit.DONE
+    assert run.is_done("preprocess", fresh(run))
+    return run
+
+
+# -- the key -------------------------------------------------------------------------------------------------------
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "a question": lambda mounts: (mounts / "data/few/questions.jsonl").open("a").write("\n"),
+    "a document": lambda mounts: (mounts / "data/few/documents/D1.pdf").open("ab").write(b" "),
+    "one more file": lambda mounts: (mounts / "data/few/documents/D9.pdf").write_bytes(b""),
+    "one file less": lambda mounts: (mounts / "data/few/documents/D1.pdf").unlink(),
+    "a new name": lambda mounts: (mounts / "data/few/documents/D1.pdf").rename(mounts / "data/few/documents/E.pdf"),
+    "the embedder": lambda mounts: (mounts / "models/all-MiniLM-L6-v2/model.safetensors").write_bytes(b"other"),
+}
+
+NO_CHANGES: dict[str, Callable[[Path], object]] = {
+    "a time stamp": lambda mounts: (mounts / "data/few/documents/D1.pdf").touch(),
+    "a hidden file": lambda mounts: (mounts / "data/few/.DS_Store").write_bytes(b"x"),
+    "another data folder": lambda mounts: (mounts / "data/many").mkdir(),
+    "the model to tune": lambda mounts: (mounts / "models/SmolLM2-135M-Instruct/model.safetensors").write_bytes(b"x"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_input_changes_the_key(run: Run, tmp_path: Path, change: str) -> None:
+    before = key(run)
+    CHANGES[change](tmp_path)
+    assert key(run) != before
+
+
+@pytest.mark.parametrize("change", NO_CHANGES)
+def test_what_is_no_input_does_not(run: Run, tmp_path: Path, change: str) -> None:
+    before = key(run)
+    NO_CHANGES[change](tmp_path)
+    assert key(run) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("seed=1", {"preprocess", "train"}),
+        ("data.test_fraction=0.5", {"preprocess"}),
+        ("preprocess.retrieval.top_k=1", {"preprocess"}),
+        ("train.rank=2", {"train"}),
+        ("model.swift_type=qwen2", {"train"}),
+        ("infer.batch_size=2", set()),
+        ("eval.worst=1", set()),
+        ("description=other", set()),
+    ],
+)
+def test_a_changed_recipe_changes_the_keys_of_the_stages_that_read_it(
+    preprocessed: Run, recipe_file: Path, override: str, changed: set[str]
+) -> None:
+    other = with_override(preprocessed, recipe_file, override)
+    assert {stage for stage in ("preprocess", "train") if key(other, stage) != key(preprocessed, stage)} == changed
+
+
+def test_the_key_does_not_depend_on_where_the_mounts_are(run: Run, tmp_path: Path) -> None:
+    before = key(run)
+    (tmp_path / "elsewhere").mkdir()
+    for mount in ("data", "models", "runs"):
+        (tmp_path / mount).rename(tmp_path / "elsewhere" / mount)
+    roots = type(run.roots)(*(tmp_path / "elsewhere" / mount for mount in ("data", "models", "runs")))
+    assert key(replace(run, roots=roots)) == before
+
+
+# -- outputs -------------------------------------------------------------------------------------------------------
+
+TAMPERING: dict[str, Callable[[Path], object]] = {
+    "a changed byte": lambda folder: (folder / "samples/train.jsonl").write_text('{"id": "Train"}\n'),
+    "a shorter file": lambda folder: (folder / "samples/test.jsonl").write_text(""),
+    "a missing file": lambda folder: (folder / "samples/test.jsonl").unlink(),
+    "a missing picture": lambda folder: (folder / "pages/1.jpg").unlink(),
+    "a changed picture": lambda folder: (folder / "pages/1.jpg").write_bytes(b"eno"),
+    "one more picture": lambda folder: (folder / "pages/3.jpg").write_bytes(b""),
+    "two pictures swapped": lambda folder: (folder / "pages/1.jpg").replace(folder / "pages/2.jpg"),
+    "no pictures": lambda folder: remove(folder / "pages"),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("tampering", TAMPERING)
+def test_a_stage_whose_output_was_touched_is_not_done_and_is_mended(preprocessed: Run, tampering: str) -> None:
+    run, folder = preprocessed, preprocessed.stage_folder("preprocess")
+    TAMPERING[tampering](folder)
+    assert not run.is_done("preprocess", fresh(run))
+
+    def mend(stage: Stage) -> None:
+        remove(stage.path("pages"))
+        some_stage.write(stage)
+
+    assert run_stage(run, "preprocess", mend) == Exit.DONE
+    assert run.is_done("preprocess", fresh(run))
+
+
+def test_a_later_stage_refuses_an_output_that_was_touched(preprocessed: Run) -> None:
+    preprocessed.path("preprocess", "samples", "train.jsonl").write_text('{"id": "Train"}\n')
+    with pytest.raises(UsageError, match=r"train\.jsonl: missing or changed since preprocess wrote it"):
+        preprocessed.inputs("train", fresh(preprocessed))
+
+
+def test_pictures_are_an_input_of_training_only_where_they_are_shown(preprocessed: Run, recipe_file: Path) -> None:
+    assert "preprocess/pages/" not in preprocessed.inputs("train", fresh(preprocessed))
+    images = with_override(preprocessed, recipe_file, "preprocess.pages.show=image")
+    assert "preprocess/pages/" in images.inputs("train", fresh(images))
+
+
+def test_a_manifest_of_another_contract_is_none(preprocessed: Run) -> None:
+    path = preprocessed.path("preprocess", "manifest.json")
+    path.write_text(path.read_text().replace('"contract": 1', '"contract": 0'))
+    assert preprocessed.manifest("preprocess") is None
+    assert not preprocessed.is_done("preprocess", fresh(preprocessed))
+
+
+def test_a_run_folder_may_be_moved(preprocessed: Run) -> None:
+    preprocessed.folder.rename(preprocessed.roots.runs / "moved")
+    moved = replace(preprocessed, name="moved")
+    assert moved.is_done("preprocess", fresh(moved))
+
+
+def test_the_manifest_says_what_was_made_from_what(preprocessed: Run) -> None:
+    manifest = preprocessed.manifest("preprocess")
+    assert manifest is not None
+    assert manifest["status"] == "done"
+    assert manifest["outputs"]["samples/train.jsonl"]["records"] == 1
+    assert manifest["outputs"]["pages/"]["files"] == 2
+    assert set(manifest["inputs"]) == {
+        "data/questions.jsonl",
+        "data/documents/D1.pdf",
+        "data/documents/D2.pdf",
+        "models/embedder",
+    }
+    assert manifest["skipped"] == [{"what": "q1", "reason": "empty question", "detail": ""}]
+    assert manifest["recipe"] == preprocessed.recipe.digest()
+    assert manifest["seed"] == 42
+    assert manifest["peak_memory_bytes"] > 1 << 20
+
+
+# -- what is missing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["train", "infer", "eval"])
+def test_a_stage_before_its_turn_exits_2_and_names_the_one_to_run(
+    run: Run, stage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage(run, stage, some_stage.write) == Exit.USAGE
+    told = capfd.readouterr().out.strip()
+    assert "\n" not in told
+    assert "which is not done; run preprocess first" in told
+
+
+def test_a_missing_mount_names_folder_recipe_key_and_variable(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "models" / "all-MiniLM-L6-v2" / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"holds no \*\.safetensors"):
+        run.inputs("preprocess", fresh(run))
+    remove(tmp_path / "models" / "all-MiniLM-L6-v2")
+    with pytest.raises(UsageError, match=r"all-MiniLM-L6-v2: no such model folder .*embedder.* LORRY_MODELS"):
+        run.inputs("preprocess", fresh(run))
+    remove(tmp_path / "data" / "few")
+    with pytest.raises(UsageError, match=r"few: no such data folder .*data\.path.* LORRY_DATA"):
+        run.inputs("preprocess", fresh(run))
+
+
+# -- changed inputs ------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_other_inputs_is_left_but_what_is_checked_piece_by_piece(
+    preprocessed: Run, recipe_file: Path
+) -> None:
+    other = with_override(preprocessed, recipe_file, "seed=1")
+    preprocessed.path("preprocess", "cache").mkdir()
+    seen: list[str] = []
+
+    def look(stage: Stage) -> None:
+        seen.extend(path.name for path in stage.folder.iterdir() if not path.name.startswith("."))
+
+    assert run_stage(other, "preprocess", look) == Exit.DONE
+    own = {"state.json", "events.jsonl", "log.txt"}
+    assert set(seen) - own == set(REUSABLE["preprocess"])
+
+
+@pytest.mark.parametrize("deletions", range(8))
+def test_a_kill_while_clearing_leaves_nothing_old_to_be_taken_for_new(
+    run: Run, recipe_file: Path, monkeypatch: pytest.MonkeyPatch, deletions: int
+) -> None:
+    """The folder is cleared of what came from other inputs; the kill may come between any two deletions."""
+
+    def leave_journals(stage: Stage) -> None:
+        for name in ("a.jsonl", "m.jsonl", "z.jsonl"):
+            write_jsonl(stage.path(name), [{"seed": stage.run.recipe.seed}])
+        stage.outputs["a.jsonl"] = 1
+
+    assert run_stage(run, "preprocess", leave_journals) == Exit.DONE
+    other = with_override(run, recipe_file, "seed=1")
+    done = 0
+
+    def remove_until_killed(path: Path) -> None:
+        nonlocal done
+        if done == deletions:
+            raise SystemExit
+        done += 1
+        remove(path)
+
+    monkeypatch.setattr(stage_module, "remove", remove_until_killed)
+    try:
+        run_stage(other, "preprocess", lambda stage: None)
+    except SystemExit:
+        monkeypatch.setattr(stage_module, "remove", remove)
+        found: list[str] = []
+
+        def look(stage: Stage) -> None:
+            found.extend(path.name for path in stage.folder.glob("?.jsonl"))
+
+        assert run_stage(other, "preprocess", look) == Exit.DONE
+        assert found == []

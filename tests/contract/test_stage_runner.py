@@ -1,0 +1,191 @@
+"""What happens around a stage's work: skip, force, stop, kill, crash, and two at once."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.contract.files import read_jsonl
+from tests.conftest import Finished, Lorry
+from tests.contract.some_stage import STEPS
+
+MODULE = "tests.contract.some_stage"
+
+
+class Runner:
+    """Runs `some_stage` in processes of its own."""
+
+    def __init__(self, lorry: Lorry, recipe: Path) -> None:
+        self.lorry, self.recipe = lorry, str(recipe)
+        self.folder = lorry.runs / "r" / "preprocess"
+
+    def __call__(self, work: str, *options: str) -> Finished:
+        return self.lorry(MODULE, work, self.recipe, *options)
+
+    def start(self, work: str) -> subprocess.Popen[str]:
+        return self.lorry.start(MODULE, work, self.recipe)
+
+    def events(self) -> list[dict[str, object]]:
+        return read_jsonl(self.folder / "events.jsonl")
+
+    def wait_for_records(self, count: int) -> None:
+        path = self.folder / "records.jsonl"
+        deadline = time.monotonic() + 30
+        while not path.exists() or path.read_bytes().count(b"\n") < count:
+            assert time.monotonic() < deadline, "it does not begin"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def stage(small_mounts: Lorry, recipe_file: Path) -> Runner:
+    return Runner(small_mounts, recipe_file)
+
+
+def wait_until_waiting(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "preprocess: waiting\n"
+
+
+# -- done, forced --------------------------------------------------------------------------------------------------
+
+
+def test_done_and_unchanged_is_skipped_in_one_line(stage: Runner) -> None:
+    first = stage("write")
+    assert (first.code, first.lines[-1]) == (0, "preprocess: done in 0 s, 1 skipped")
+    written = (stage.folder / "manifest.json").read_bytes()
+    again = stage("write")
+    assert (again.code, again.lines) == (0, ["preprocess: up to date"])
+    assert (stage.folder / "manifest.json").read_bytes() == written
+
+
+def test_force_does_it_again_from_nothing(stage: Runner) -> None:
+    stage("count")
+    first = read_jsonl(stage.folder / "records.jsonl")
+    forced = stage("count", "--force")
+    assert forced.code == 0
+    second = read_jsonl(stage.folder / "records.jsonl")
+    assert len(second) == STEPS
+    assert {record["process"] for record in first}.isdisjoint(record["process"] for record in second)
+
+
+# -- stopped, killed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_in_the_middle_saves_and_exits_75_and_the_next_start_goes_on(stage: Runner, number: int) -> None:
+    process = stage.start("count")
+    stage.wait_for_records(3)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    last = output.strip().splitlines()[-1]
+    assert (
+        last
+        == f"preprocess: stopped by {signal.Signals(number).name}; finished work is saved: run the same command again"
+    )
+    before = read_jsonl(stage.folder / "records.jsonl")
+    assert 3 <= len(before) < STEPS
+    assert not (stage.folder / "manifest.json").exists()
+
+    assert stage("count").code == 0
+    after = read_jsonl(stage.folder / "records.jsonl")
+    assert after[: len(before)] == before, "finished records are not made again"
+    assert [record["step"] for record in after] == list(range(STEPS))
+    manifest = json.loads((stage.folder / "manifest.json").read_text())
+    assert len(manifest["starts"]) == 2
+    assert manifest["outputs"]["records.jsonl"]["records"] == STEPS
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_safe_point(stage: Runner) -> None:
+    process = stage.start("deaf")
+    wait_until_waiting(process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert "Traceback" not in output
+
+
+def test_a_kill_leaves_no_manifest_and_the_next_start_goes_on(stage: Runner) -> None:
+    process = stage.start("count")
+    stage.wait_for_records(5)
+    process.kill()
+    process.communicate(timeout=10)
+    assert not (stage.folder / "manifest.json").exists()
+    before = read_jsonl(stage.folder / "records.jsonl")
+    assert stage("count").code == 0
+    assert read_jsonl(stage.folder / "records.jsonl")[: len(before)] == before
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_a_crash_exits_1_and_leaves_the_traceback_in_the_log(stage: Runner) -> None:
+    done = stage("crash")
+    assert done.code == 1
+    log = stage.folder / "log.txt"
+    assert done.lines == [f"preprocess: failed: ZeroDivisionError: a defect of ours; the traceback is in {log}"]
+    assert "Traceback" in log.read_text()
+    assert "a library's last words" in log.read_text()
+    assert "crashed" in [event["event"] for event in stage.events()]
+    assert not (stage.folder / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "told"), [("unusable", 3, "x.jsonl: nothing in it"), ("out_of_memory", 4, "memory")]
+)
+def test_known_errors_are_one_line_with_their_code(stage: Runner, work: str, code: int, told: str) -> None:
+    done = stage(work)
+    assert done.code == code
+    assert len(done.lines) == 1
+    assert told in done.output
+    stopped = next(event for event in stage.events() if event["event"] == "stopped")
+    assert stopped["exit_code"] == code
+
+
+# -- two at once ---------------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_exits_75_and_names_the_first(stage: Runner) -> None:
+    first = stage.start("wait")
+    try:
+        wait_until_waiting(first)
+        second = stage("write")
+        assert second.code == 75
+        assert len(second.lines) == 1
+        assert f"process {first.pid} on {os.uname().nodename} is running this stage" in second.output
+        assert not (stage.folder / "samples").exists(), "the second must not touch the folder"
+    finally:
+        first.kill()
+        first.communicate()
+    assert stage("write").code == 0, "a dead process holds no lock"
+
+
+def test_another_recipe_is_not_written_into_a_run_that_is_busy(stage: Runner, tmp_path: Path) -> None:
+    first = stage.start("wait")
+    try:
+        wait_until_waiting(first)
+        kept = stage.lorry.runs / "r" / "recipe.yaml"
+        before = kept.read_text()
+        other = tmp_path / "other.yaml"
+        other.write_text(Path(stage.recipe).read_text() + "seed: 7\n")
+        assert stage.lorry(MODULE, "write", str(other)).code == 75
+        assert kept.read_text() == before
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_of_many_started_at_once_one_runs(stage: Runner) -> None:
+    processes = [stage.start("count") for _ in range(4)]
+    codes = [(process.communicate(timeout=60), process.returncode)[1] for process in processes]
+    assert sorted(set(codes)) in ([0], [0, 75])
+    records = read_jsonl(stage.folder / "records.jsonl")
+    assert [record["step"] for record in records] == list(range(STEPS))
+    assert len({record["process"] for record in records}) == 1

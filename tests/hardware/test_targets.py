@@ -1,0 +1,95 @@
+"""The card decides by its compute capability."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.contract.errors import UsageError
+from stages.hardware.probe import Gpu, Machine, probe
+from stages.hardware.targets import load_targets, target_of
+
+TARGETS = load_targets()
+
+
+def machine(*capabilities: tuple[int, int], name: str = "a card") -> Machine:
+    gpus = [
+        Gpu(index, f"GPU-{index}", name, capability, 24 << 30, 23 << 30, "580.65.06")
+        for index, capability in enumerate(capabilities)
+    ]
+    return Machine(cpus=2, memory_bytes=8 << 30, gpus=tuple(gpus))
+
+
+def test_the_targets_of_the_design_are_there() -> None:
+    assert set(TARGETS) >= {"cpu", "v100", "a800", "rtx4090", "h100"}
+
+
+def test_every_target_says_what_its_image_needs() -> None:
+    for target in TARGETS.values():
+        assert target.dtype in ("float32", "float16", "bfloat16"), target.name
+        assert all(isinstance(value, str) for value in target.environment.values()), target.name
+        if target.name != "cpu":
+            assert target.capability
+            assert target.memory_gib
+            assert target.cuda
+            assert target.min_driver
+            assert target.node_label
+
+
+def test_bf16_only_where_the_card_computes_in_it() -> None:
+    """torch.cuda.is_bf16_supported() says yes on a V100, which only emulates it."""
+    for target in TARGETS.values():
+        if target.dtype == "bfloat16":
+            assert target.capability is not None
+            assert target.capability >= (8, 0)
+
+
+def test_kernels_that_a_v100_has_not_are_not_promised() -> None:
+    assert not {"awq", "fp8"} & set(TARGETS["v100"].quantisation)
+    assert "fp8" not in TARGETS["a800"].quantisation
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((7, 0), "v100"), ((8, 0), "a800"), ((8, 9), "rtx4090"), ((9, 0), "h100"), ((7, 5), "v100"), ((8, 6), "a800")],
+)
+def test_a_card_takes_the_newest_target_that_is_not_newer(capability: tuple[int, int], target: str) -> None:
+    assert target_of(machine(capability, capability), TARGETS).name == target
+
+
+def test_a_card_newer_than_all_takes_the_newest_target() -> None:
+    newest = max((t for t in TARGETS.values() if t.capability), key=lambda t: t.capability or (0, 0))
+    assert target_of(machine((99, 0)), TARGETS) == newest
+
+
+def test_the_name_decides_nothing() -> None:
+    assert target_of(machine((8, 0), name="Tesla V100"), TARGETS).name == "a800"
+
+
+def test_cards_of_different_kinds_are_refused() -> None:
+    with pytest.raises(UsageError, match="differ in compute capability"):
+        target_of(machine((8, 0), (8, 9)), TARGETS)
+
+
+def test_a_card_too_old_is_refused_by_its_capability() -> None:
+    with pytest.raises(UsageError, match=r"6\.1 is older"):
+        target_of(machine((6, 1)), TARGETS)
+
+
+def test_no_card_is_the_cpu() -> None:
+    target = target_of(machine(), TARGETS)
+    assert (target.name, target.capability, target.dtype) == ("cpu", None, "float32")
+
+
+def test_this_machine_can_be_probed() -> None:
+    found = probe()
+    assert found.cpus >= 1
+    assert found.memory_bytes > 1 << 28
+    for gpu in found.gpus:
+        assert "memory_free" not in gpu.identity(), "a manifest must not change with the neighbours"
+
+
+def test_an_unknown_fact_about_a_card_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "targets.toml"
+    path.write_text('[cpu]\ndtype = "float32"\nquantisation = []\nmemory_gb = 3\n')
+    with pytest.raises(TypeError, match="memory_gb"):
+        load_targets(path)

@@ -1,0 +1,33 @@
+"""Stand-ins for `render_range` that misbehave on some pages. Worker processes import them by name."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from stages.preprocess.render import PageRange
+from stages.preprocess.render import render_range as real_render_range
+
+
+def crash_on_page_2(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: int) -> list[dict[str, Any]]:
+    """As a segmentation fault in a library would: the process is gone, without an exception."""
+    if pages.document == "bad.pdf" and pages.first <= 1 < pages.last:
+        os._exit(139)
+    return real_render_range(pages, folder, max_pixels, jpeg_quality)
+
+
+def crash(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: int) -> list[dict[str, Any]]:
+    os._exit(143)
+
+
+def hang_on_page_2(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: int) -> list[dict[str, Any]]:
+    if pages.document == "bad.pdf" and pages.first <= 1 < pages.last:
+        time.sleep(600)
+    return real_render_range(pages, folder, max_pixels, jpeg_quality)
+
+
+def note_worker(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: int) -> list[dict[str, Any]]:
+    """Leave the worker's process id beside the pictures."""
+    with (folder.parents[1] / "workers.txt").open("a") as file:
+        file.write(f"{os.getpid()} {pages.first}\n")
+    return real_render_range(pages, folder, max_pixels, jpeg_quality)

@@ -1,0 +1,147 @@
+"""Which pages are shown with a question, and which documents are held out."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.contract.errors import DataError
+from stages.contract.recipe import Data
+from stages.preprocess.retrieve import choose_pages, cosine
+from stages.preprocess.split import SPLITS, split_groups
+
+vectors = st.lists(st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=3), min_size=1, max_size=8).map(
+    lambda rows: np.array(rows, np.float32)
+)
+scored_pages = st.dictionaries(st.integers(1, 50), st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0]), max_size=12)
+
+
+# -- cosine --------------------------------------------------------------------------------------------------------
+
+
+def test_cosine_does_not_depend_on_lengths() -> None:
+    pages = np.array([[3, 0], [0, 5], [1, 1], [-2, 0]], np.float32)
+    assert cosine(pages, np.array([10, 0], np.float32)) == pytest.approx([1, 0, 2**-0.5, -1])
+
+
+def test_a_zero_vector_is_like_nothing() -> None:
+    pages = np.array([[0, 0], [1, 0]], np.float32)
+    assert cosine(pages, np.array([1, 0], np.float32)).tolist() == [0, 1]
+    assert cosine(pages, np.array([0, 0], np.float32)).tolist() == [0, 0]
+    assert cosine(np.zeros((0, 2), np.float32), np.array([1, 0], np.float32)).shape == (0,)
+
+
+@given(vectors, st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=3))
+def test_cosine_is_between_minus_one_and_one(pages, question) -> None:  # type: ignore[no-untyped-def]
+    scores = cosine(pages, np.array(question, np.float32))
+    assert np.all(np.isfinite(scores))
+    assert np.all(np.abs(scores) <= 1.001)
+
+
+# -- pages ---------------------------------------------------------------------------------------------------------
+
+
+@given(scored_pages, st.none() | st.integers(1, 50), st.integers(1, 5))
+def test_the_pages_chosen_are_the_named_one_and_then_the_best(scored, named, top_k) -> None:  # type: ignore[no-untyped-def]
+    chosen = choose_pages(list(scored), np.array(list(scored.values()), np.float32), named, top_k)
+    assert len(chosen) == len(set(chosen)) == min(top_k, len(scored))
+    assert set(chosen) <= set(scored)
+    if named in scored:
+        assert chosen[0] == named
+    rest = [number for number in chosen if number != named]
+    assert [scored[number] for number in rest] == sorted((scored[number] for number in rest), reverse=True)
+    left_out = [scored[number] for number in scored if number not in chosen]
+    if rest and left_out:
+        assert min(scored[number] for number in rest) >= max(left_out)
+
+
+@given(scored_pages, st.randoms())
+def test_the_choice_does_not_depend_on_the_pages_order(scored, random) -> None:  # type: ignore[no-untyped-def]
+    items = list(scored.items())
+    random.shuffle(items)
+
+    def choose(pairs: list[tuple[int, float]]) -> list[int]:
+        return choose_pages([n for n, _ in pairs], np.array([s for _, s in pairs], np.float32), None, 3)
+
+    assert choose(items) == choose(sorted(items))
+
+
+def test_equal_scores_go_by_page_number() -> None:
+    assert choose_pages([7, 2, 5], np.zeros(3, np.float32), None, 2) == [2, 5]
+
+
+@pytest.mark.parametrize("named", [4, 99, None])
+def test_a_named_page_that_is_blank_or_missing_is_left_to_retrieval(named: int | None) -> None:
+    assert choose_pages([1, 2, 3], np.array([0.1, 0.9, 0.5], np.float32), named, 2) == [2, 3]
+
+
+# -- splits --------------------------------------------------------------------------------------------------------
+
+names = st.sets(st.text(min_size=1, max_size=8), min_size=2, max_size=30)
+fractions = st.floats(0.01, 0.9)
+
+
+def free(groups: set[str]) -> dict[str, str | None]:
+    return dict.fromkeys(groups)
+
+
+@given(names, fractions, st.floats(0, 0.9), st.integers(0, 5))
+def test_every_group_is_in_one_split_and_train_and_test_have_one(groups, test, validation, seed) -> None:  # type: ignore[no-untyped-def]
+    data = Data(path="x", test_fraction=test, validation_fraction=validation)
+    splits = split_groups(groups, free(groups), data, seed)
+    assert set(splits) == groups
+    assert set(splits.values()) <= set(SPLITS)
+    assert {"train", "test"} <= set(splits.values())
+    held_out = sum(split == "test" for split in splits.values())
+    assert held_out >= min(test * len(groups), len(groups) - 1)
+    assert splits == split_groups(groups, free(groups), data, seed)
+
+
+@given(st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=30, unique=True), st.randoms())
+def test_the_split_does_not_depend_on_the_order_of_the_groups(groups, random) -> None:  # type: ignore[no-untyped-def]
+    data = Data(path="x")
+    shuffled = groups.copy()
+    random.shuffle(shuffled)
+    assert split_groups(set(groups), free(set(groups)), data, 1) == split_groups(
+        set(shuffled), free(set(shuffled)), data, 1
+    )
+
+
+def test_the_seed_changes_the_split() -> None:
+    groups = {f"d{number}" for number in range(30)}
+    data = Data(path="x")
+    assert split_groups(groups, free(groups), data, 1) != split_groups(groups, free(groups), data, 2)
+
+
+@given(names, st.data())
+def test_given_splits_are_kept(groups, data) -> None:  # type: ignore[no-untyped-def]
+    ordered = sorted(groups)
+    count = data.draw(st.integers(1, len(ordered) - 1))
+    given_splits: dict[str, str | None] = {g: "test" if i < count else "train" for i, g in enumerate(ordered)}
+    splits = split_groups(groups, given_splits, Data(path="x"), 0)
+    for group, split in splits.items():
+        assert (split == "test") == (given_splits[group] == "test")
+    assert "train" in splits.values()
+
+
+@pytest.mark.parametrize("groups", [set(), {"only"}])
+def test_too_few_documents_to_hold_one_out(groups: set[str]) -> None:
+    with pytest.raises(DataError, match="both need at least one"):
+        split_groups(groups, free(groups), Data(path="x"), 0)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_given_splits_that_leave_one_empty_are_refused(split: str) -> None:
+    with pytest.raises(DataError, match="both need at least one"):
+        split_groups({"a", "b"}, {"a": split, "b": split}, Data(path="x"), 0)
+
+
+def test_two_documents_are_enough() -> None:
+    splits = split_groups({"a", "b"}, free({"a", "b"}), Data(path="x"), 0)
+    assert sorted(splits.values()) == ["test", "train"]
+
+
+def test_no_validation_where_none_is_asked_for() -> None:
+    groups = {f"d{number}" for number in range(20)}
+    splits = split_groups(groups, free(groups), Data(path="x", validation_fraction=0), 0)
+    assert "validation" not in splits.values()

@@ -1,0 +1,393 @@
+"""The command itself, with the real embedder: what it writes, kills, stops, full and read-only disks, bad input.
+
+The embedder takes ten seconds to load, so most tests here start from the vectors of the one undisturbed run: the stage
+keeps them by the digest of model and texts, and a start that finds them loads no model.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pymupdf
+import pytest
+
+from stages.contract.files import read_jsonl
+from stages.preprocess.documents import picture_folder
+from tests.conftest import MINIMAL_RECIPE, MODELS, Finished, Lorry, make_data, make_pdf, snapshot
+
+SPLITS = ("train", "validation", "test")
+RESULTS = ("samples", "pages", "vectors.npy", "pages.parquet")
+
+
+@dataclass(frozen=True)
+class Calm:
+    """An undisturbed run and what it was made from."""
+
+    lorry: Lorry
+    recipe: Path
+    first: Finished
+
+    @property
+    def folder(self) -> Path:
+        return self.lorry.runs / "calm" / "preprocess"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
+        return manifest
+
+    def samples(self, *splits: str) -> dict[str, dict[str, Any]]:
+        rows = [row for split in splits or SPLITS for row in read_jsonl(self.folder / "samples" / f"{split}.jsonl")]
+        return {row["id"]: row for row in rows}
+
+    def give_vectors(self, run: Path) -> None:
+        """Put this run's vectors into another run's folder."""
+        shutil.copytree(self.folder / "cache" / "vectors", run / "preprocess" / "cache" / "vectors")
+
+
+def make_mixed_data(folder: Path) -> None:
+    """Good documents with good questions, and between them everything that must be skipped."""
+    make_data(folder, documents=4)
+    documents = folder / "documents"
+    make_pdf(documents / "sub" / "D1.pdf", ["Part 77 is a handle."])
+    make_pdf(documents / "D1.PDF", ["Part 78 is a shield."])
+    make_pdf(documents / "..x..pdf", ["Part 79 is a wheel."])
+    make_pdf(documents / "专 利.v2.pdf", ["部件14是踏板。", "", "部件16是铰链。"])
+    make_pdf(documents / "locked.pdf", ["x"], encryption=pymupdf.PDF_ENCRYPT_AES_256, user_pw="u", owner_pw="o")
+    (documents / "empty.pdf").write_bytes(b"")
+    (documents / "notes.txt").write_text("no PDF")
+    more: list[dict[str, Any] | str] = [
+        {"id": "sub", "question": "What is part 77?", "document": "sub/D1.pdf", "answer": "handle"},
+        {"id": "capital", "question": "What is part 78?", "document": "D1.PDF", "answer": "shield"},
+        {"id": "dots", "question": "What is part 79?", "document": "..x..pdf", "answer": "wheel"},
+        {"id": "named", "question": "第三页中，部件16是什么？", "document": "专 利.v2.pdf", "answer": "铰链"},
+        {"id": "blank", "question": "第2页中，部件14是什么？", "document": "专 利.v2.pdf", "answer": "踏板"},
+        {"id": "beyond", "question": "On page 9, what is it?", "document": "专 利.v2.pdf", "answer": "踏板"},
+        {"id": "locked", "question": "What is it?", "document": "locked.pdf", "answer": "x"},
+        {"id": "up", "question": "What is it?", "document": "../x.pdf", "answer": "x"},
+        {"id": "d1-0", "question": "Again?", "document": "D1.pdf", "answer": "x"},
+        '{"id": "torn", "question": "What is',
+        {"id": "silent", "question": " ", "document": "D1.pdf", "answer": "x"},
+        {"id": "mute", "question": "What is part 1?", "document": "D1.pdf"},
+    ]
+    with (folder / "questions.jsonl").open("a", encoding="utf-8") as file:
+        for record in more:
+            file.write((record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)) + "\n")
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, embedder: Path) -> Calm:
+    folder = tmp_path_factory.mktemp("calm")
+    lorry = Lorry(folder / "data", embedder.parent, folder / "runs")
+    make_mixed_data(lorry.data / "few")
+    recipe = folder / "small.yaml"
+    recipe.write_text(MINIMAL_RECIPE + "seed: 1\n")
+    return Calm(lorry, recipe, lorry.preprocess(str(recipe), "--run", "calm"))
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Every byte that a later stage may read."""
+    return {name: content for name, content in snapshot(folder).items() if name.split("/")[0] in RESULTS}
+
+
+def make_run(calm: Calm, name: str) -> Finished:
+    return calm.lorry.preprocess(str(calm.recipe), "--run", name)
+
+
+# -- the undisturbed run -------------------------------------------------------------------------------------------
+
+
+def test_it_is_done_and_tells_what_it_did(calm: Calm) -> None:
+    assert calm.first.code == 0, calm.first.output
+    assert calm.first.lines[-1].startswith("preprocess: done in ")
+    assert "samples from 18 pages of 8 documents" in calm.first.output
+    assert "skipped 3: unreadable document" in calm.first.output
+    assert "skipped 1: blank page" in calm.first.output
+
+
+def test_every_record_left_out_is_named_with_its_reason(calm: Calm) -> None:
+    skipped = {(entry["what"], entry["reason"]) for entry in calm.manifest["skipped"]}
+    expected = {
+        ("questions.jsonl:20", "unknown document"),
+        ("questions.jsonl:21", "duplicate id"),
+        ("questions.jsonl:22", "not JSON"),
+        ("questions.jsonl:23", "empty question"),
+        ("locked.pdf", "unreadable document"),
+        ("empty.pdf", "unreadable document"),
+        ("notes.txt", "unreadable document"),
+        ("专 利.v2.pdf page 2", "blank page"),
+    }
+    assert expected <= skipped
+    left = {what for what, _ in skipped - expected}
+    assert left <= {"locked", "mute"}, "these two only where their document is trained on"
+
+
+def test_every_question_is_a_sample_or_named_as_skipped(calm: Calm) -> None:
+    asked = {f"d{number}-{page}" for number in range(1, 5) for page in range(3)}
+    asked |= {"sub", "capital", "dots", "named", "blank", "beyond", "locked", "mute"}
+    assert set(calm.samples()) | {entry["what"] for entry in calm.manifest["skipped"]} >= asked
+    counts = calm.manifest["counts"]
+    assert sum(counts[split] for split in SPLITS) == len(calm.samples())
+    assert counts["questions"] == len(asked)
+
+
+def test_no_document_is_in_two_splits(calm: Calm) -> None:
+    groups = {split: {s["meta"]["group"] for s in calm.samples(split).values()} for split in SPLITS}
+    assert groups["train"]
+    assert groups["test"]
+    assert not groups["train"] & groups["test"]
+    assert not groups["train"] & groups["validation"]
+    assert not groups["validation"] & groups["test"]
+
+
+def test_samples_end_with_the_answer_only_where_it_is_learnt(calm: Calm) -> None:
+    for sample in calm.samples("train", "validation").values():
+        assert sample["messages"][-1] == {"role": "assistant", "content": sample["references"][0]}
+    for sample in calm.samples("test").values():
+        assert sample["messages"][-1]["role"] == "user"
+        assert not any(message["role"] == "assistant" for message in sample["messages"])
+
+
+def test_the_right_pages_are_shown(calm: Calm) -> None:
+    samples = calm.samples()
+    for name, shown in {
+        "named": [1, 3],
+        "blank": [1, 3],
+        "beyond": [1, 3],
+        "sub": [1],
+        "capital": [1],
+        "dots": [1],
+    }.items():
+        assert samples[name]["meta"]["pages"] == shown, name
+    assert "Part 77" in samples["sub"]["messages"][1]["content"]
+    assert "Part 78" in samples["capital"]["messages"][1]["content"]
+    assert calm.manifest["counts"]["named page missing"] == 2
+    for sample in samples.values():
+        if "error" not in sample["meta"]:
+            assert all((calm.folder.parent / image).is_file() for image in sample["meta"]["page_images"])
+
+
+def test_vectors_and_pages_are_stored_row_by_row(calm: Calm) -> None:
+    vectors = np.load(calm.folder / "vectors.npy", allow_pickle=False)
+    table = pq.read_table(calm.folder / "pages.parquet")
+    assert vectors.shape == (table.num_rows, 384)
+    assert vectors.dtype == np.float32
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(len(vectors)), abs=1e-5)
+    own = {(row["document"], row["page"]): index for index, row in enumerate(table.to_pylist())}
+    alike = vectors @ vectors[own["D1.pdf", 1]]
+    other_script = own["专 利.v2.pdf", 1]
+    assert alike[own["D2.pdf", 1]] > alike[other_script], "texts that are alike have vectors that are"
+
+
+def test_nothing_for_later_stages_holds_a_path_of_this_machine(calm: Calm) -> None:
+    stored = results(calm.folder)
+    stored |= {name: (calm.folder.parent / name).read_bytes() for name in ("recipe.yaml", "preprocess/manifest.json")}
+    for name, content in stored.items():
+        for path in (calm.lorry.data, calm.lorry.runs, MODELS):
+            assert str(path).encode() not in content, name
+
+
+def test_a_done_stage_is_skipped_within_a_second_and_without_heavy_imports(calm: Calm) -> None:
+    calm.lorry.preprocess(str(calm.recipe), "--run", "calm")  # by now every input is old enough to be remembered
+    tries = []
+    for _ in range(3):
+        tries.append(calm.lorry.preprocess(str(calm.recipe), "--run", "calm"))
+        assert (tries[-1].code, tries[-1].lines) == (0, ["preprocess: up to date"])
+    assert min(done.seconds for done in tries) < 1.0
+    listing = replace(calm.lorry, extra={"PYTHONPROFILEIMPORTTIME": "1"})
+    imported = {
+        line.split("|")[-1].strip().split(".")[0]
+        for line in listing.preprocess(str(calm.recipe), "--run", "calm").lines
+        if line.startswith("import time:")
+    }
+    assert "stages" in imported
+    assert not imported & {"torch", "pymupdf", "pyarrow", "numpy", "sentence_transformers", "transformers", "pebble"}
+
+
+def test_the_run_alone_is_enough_to_go_on(calm: Calm) -> None:
+    """Without a recipe, the run's own is used."""
+    done = calm.lorry.preprocess("--run", "calm")
+    assert (done.code, done.lines) == (0, ["preprocess: up to date"])
+
+
+# -- killed and stopped --------------------------------------------------------------------------------------------
+
+
+def finished_pages(folder: Path) -> dict[str, int]:
+    """Pictures of finished ranges, and when each was written."""
+    times = {}
+    for kept in folder.glob("cache/pages/*/*.json"):
+        for record in json.loads(kept.read_text())["records"]:
+            if record["status"] == "ok":
+                picture = folder / "pages" / picture_folder(record["document"]) / f"{record['page']}.jpg"
+                times[str(picture)] = picture.stat().st_mtime_ns
+    return times
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes_and_renders_no_finished_page_twice(calm: Calm) -> None:
+    """SIGKILL at random moments; the embedder is loaded for real here, so that its vectors are compared too."""
+    folder = calm.lorry.runs / "killed" / "preprocess"
+    chance = random.Random(2)
+    known: dict[str, int] = {}
+    killed = 0
+    for longest in (0.6, 1.0, 1.4, 1.8, 2.2, 9.0):
+        process = calm.lorry.start("entrypoints.preprocess", str(calm.recipe), "--run", "killed")
+        try:
+            process.wait(chance.uniform(0.4, longest))
+        except subprocess.TimeoutExpired:
+            killed += 1
+        os.kill(process.pid, signal.SIGKILL)  # the stage alone: its workers must end by themselves
+        process.communicate()
+        before, known = known, finished_pages(folder) if folder.exists() else {}
+        assert {path: known[path] for path in before} == before
+    assert killed >= 5
+    done = make_run(calm, "killed")
+    assert done.code == 0, done.output
+    after = finished_pages(folder)
+    assert {path: after[path] for path in known} == known
+    assert results(folder) == results(calm.folder)
+
+
+def test_a_stop_of_the_whole_group_while_rendering_exits_75_and_loses_no_page(calm: Calm) -> None:
+    run = calm.lorry.runs / "stopped"
+    calm.give_vectors(run)
+    process = calm.lorry.start("entrypoints.preprocess", str(calm.recipe), "--run", "stopped")
+    deadline = time.monotonic() + 30
+    while not (run / "preprocess" / "pages").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "stopped by SIGTERM" in output.strip().splitlines()[-1]
+    assert make_run(calm, "stopped").code == 0
+    assert results(run / "preprocess") == results(calm.folder)
+
+
+# -- full and read-only disks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 8 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "lorry-test", str(path)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"may not mount a tmpfs here: {mounted.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def remount(path: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True)
+
+
+def blocks(path: Path) -> int:
+    """KiB that a file or folder takes on a tmpfs, whose pages are 4 KiB."""
+    return -(-path.stat().st_size // 4096) * 4 if path.is_file() else 0
+
+
+def test_a_disk_full_at_any_point_is_one_line_and_the_same_command_goes_on_when_there_is_room(
+    calm: Calm, small_disk: Path
+) -> None:
+    lorry = replace(calm.lorry, runs=small_disk)
+    calm.give_vectors(small_disk / "r")
+    given = sum(blocks(path) for path in small_disk.rglob("*"))
+    needed = sum(blocks(path) for path in calm.folder.rglob("*"))
+    full = 0
+    for share in (0.02, 0.2, 0.5, 0.7, 0.8, 0.9, 0.97):
+        remount(small_disk, f"size={given + int((needed - given) * share)}k")
+        done = lorry.preprocess(str(calm.recipe), "--run", "r")
+        if done.code == 0:
+            break
+        full += 1
+        assert done.code == 4, f"{share}: {done.output}"
+        told = [line for line in done.lines if "the disk is full" in line]
+        assert told == done.lines[-1:], f"{share}: {done.output}"
+        assert "run the same command again" in told[0]
+        assert "Traceback" not in done.output
+    assert full >= 4
+    remount(small_disk, "size=8m")
+    assert lorry.preprocess(str(calm.recipe), "--run", "r").code == 0
+    assert results(small_disk / "r" / "preprocess") == results(calm.folder)
+
+
+def test_a_read_only_run_folder_is_one_line(calm: Calm, small_disk: Path) -> None:
+    (small_disk / "r").mkdir()
+    remount(small_disk, "ro")
+    done = replace(calm.lorry, runs=small_disk).preprocess(str(calm.recipe), "--run", "r")
+    assert done.code == 2
+    assert len(done.lines) == 1, done.output
+    assert f"not permitted at {small_disk}/r/preprocess: Read-only file system" in done.output
+
+
+# -- input that cannot be used -------------------------------------------------------------------------------------
+
+
+def refused(lorry: Lorry, *arguments: str) -> tuple[int, str]:
+    """Exit code and the one line of a command that cannot run."""
+    done = lorry.preprocess(*arguments)
+    assert len(done.lines) == 1, done.output
+    return done.code, done.output
+
+
+def test_an_empty_data_folder(lorry: Lorry, recipe_file: Path) -> None:
+    (lorry.data / "few").mkdir()
+    code, told = refused(lorry, str(recipe_file))
+    assert code == 3
+    assert f"{lorry.data}/few/documents: no documents; put the PDFs there" in told
+
+
+def test_no_questions(lorry: Lorry, recipe_file: Path, few: Path) -> None:
+    (few / "questions.jsonl").unlink()
+    code, told = refused(lorry, str(recipe_file))
+    assert code == 3
+    assert "no questions.jsonl" in told
+
+
+def test_questions_on_one_document_only(lorry: Lorry, recipe_file: Path, few: Path) -> None:
+    one = [line for line in (few / "questions.jsonl").read_text().splitlines() if '"D1.pdf"' in line]
+    (few / "questions.jsonl").write_text("\n".join(one))
+    code, told = refused(lorry, str(recipe_file))
+    assert code == 3, "and at once, not after the pages are rendered"
+    assert "both need at least one" in told
+
+
+def test_no_data_folder_and_no_model(lorry: Lorry, recipe_file: Path, few: Path, tmp_path: Path) -> None:
+    code, told = refused(lorry, str(recipe_file), "--set", "data.path=nowhere")
+    assert (code, "nowhere: no such data folder" in told) == (2, True)
+    code, told = refused(lorry, str(recipe_file), "--set", "preprocess.retrieval.embedder=nothing")
+    assert (code, "nothing: no such model folder" in told) == (2, True)
+    code, told = refused(replace(lorry, models=tmp_path), str(recipe_file))
+    assert (code, f"LORRY_MODELS is {tmp_path}" in told) == (2, True)
+
+
+def test_a_recipe_that_is_none(lorry: Lorry, recipe_file: Path) -> None:
+    for arguments, expected in {
+        ("no-such-recipe",): "there are: patent-qa",
+        (): "name a RECIPE",
+        ("--run", "never-made"): "no such run",
+        (str(recipe_file), "--run", "../up"): "one folder name",
+        (str(recipe_file), "--profile", "tiny"): "no profile 'tiny'",
+        (str(recipe_file), "--set", "train.rnk=2"): "did you mean 'rank'?",
+        (str(recipe_file), "--set", "task=patent"): "no task 'patent'; there are: patent_qa",
+    }.items():
+        code, told = refused(lorry, *arguments)
+        assert code == 2, arguments
+        assert expected in told, arguments
+    assert list(lorry.runs.iterdir()) == [], "a command that is wrong leaves no run behind"

@@ -1,0 +1,250 @@
+"""One page as a picture: its size, its words, and PDFs that are none."""
+
+import io
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pymupdf
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from stages.preprocess.render import MAX_RATIO, PATCH, PageRange, flowing, open_document, picture_size, render_range
+from tests.conftest import REPOSITORY, make_pdf
+
+sides = st.floats(0.5, 60_000, allow_nan=False)
+budgets = st.integers(PATCH * PATCH, 4_000_000)
+DEMO = sorted((REPOSITORY / "recipes" / "data" / "patent-qa" / "documents").glob("*.pdf"))
+
+
+# -- the size of a picture -----------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.01, 60_000), st.floats(1, MAX_RATIO * 0.999), st.booleans(), budgets)
+@example(10, 199, False, 784)
+@example(10, 150, True, 100_352)
+@example(10, 199, False, 1_229_312)
+@example(0.01, 1, False, 784)
+def test_a_picture_is_within_its_budget_and_what_the_model_takes(
+    short: float, ratio: float, wide: bool, budget: int
+) -> None:
+    width, height = (short * ratio, short) if wide else (short, short * ratio)
+    columns, rows = picture_size(width, height, budget)
+    assert columns > 0
+    assert rows > 0
+    assert columns % PATCH == 0
+    assert rows % PATCH == 0
+    assert columns * rows <= budget
+    assert max(columns, rows) <= MAX_RATIO * min(columns, rows), "the model's processor refuses a sharper ratio"
+
+
+@given(st.floats(50, 5_000), st.floats(1, 8), st.integers(200_000, 4_000_000))
+def test_a_picture_has_nearly_the_pages_shape(height: float, ratio: float, budget: int) -> None:
+    width = height * ratio
+    columns, rows = picture_size(width, height, budget)
+    assert columns / rows == pytest.approx(ratio, rel=PATCH / min(columns, rows) * 1.01)
+
+
+@given(st.floats(400, 5_000), st.floats(1, 4), st.integers(200_000, 1_300_000))
+def test_the_budget_is_used(height: float, ratio: float, budget: int) -> None:
+    columns, rows = picture_size(height * ratio, height, budget)
+    assert (columns + PATCH) * (rows + PATCH) > min(budget, height * ratio * height * (200 / 72) ** 2) * 0.999
+
+
+def test_known_sizes() -> None:
+    assert picture_size(595, 842, 1_229_312) == (924, 1316)  # A4 at the default budget
+    assert picture_size(72, 72, 1_229_312) == (196, 196), "a small page is not blown up beyond 200 DPI"
+    assert picture_size(1, 1, 784) == (28, 28)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(0, 10), (-5, 10), (math.nan, 10), (math.inf, 10), (10, 2010), (20_001, 100)]
+)
+def test_shapes_that_no_model_takes(width: float, height: float) -> None:
+    with pytest.raises(ValueError, match="size|sides differ"):
+        picture_size(width, height, 1_229_312)
+
+
+# -- pages ---------------------------------------------------------------------------------------------------------
+
+
+def rendered(path: Path, folder: Path, max_pixels: int = 100_352) -> list[dict[str, object]]:
+    folder.mkdir(exist_ok=True)
+    with open_document(path) as document:
+        pages = PageRange(path.name, path, 0, document.page_count)
+    return render_range(pages, folder, max_pixels, 80)
+
+
+def test_a_page_becomes_a_picture_of_exactly_the_size_told(tmp_path: Path) -> None:
+    path = make_pdf(tmp_path / "a.pdf", ["Part 12 is a gear.", "部件14是踏板"], size=(333.3, 478.9))
+    records = rendered(path, tmp_path / "out")
+    assert [record["status"] for record in records] == ["ok", "ok"]
+    for record in records:
+        with Image.open(tmp_path / "out" / f"{record['page']}.jpg") as picture:
+            assert picture.size == (record["width"], record["height"]) == picture_size(333.3, 478.9, 100_352)
+            assert picture.convert("L").getextrema()[0] < 100, "the words must be drawn"
+    assert records[0]["text"] == "Part 12 is a gear."
+    assert records[1]["text"] == "部件14是踏板"
+
+
+def test_words_come_with_boxes_in_fractions_of_the_page(tmp_path: Path) -> None:
+    words = rendered(make_pdf(tmp_path / "a.pdf", ["Part 12"], size=(200, 400)), tmp_path / "out")[0]["words"]
+    assert [word[4] for word in words] == ["Part", "12"]  # type: ignore[attr-defined]
+    for x0, y0, x1, y1, _ in words:  # type: ignore[attr-defined]
+        assert 0 <= x0 < x1 <= 1
+        assert 0 <= y0 < y1 <= 1
+    assert words[0][0] == pytest.approx(10 / 200, abs=0.01)  # type: ignore[index]
+
+
+def test_blank_pages_are_found_and_make_no_picture(tmp_path: Path) -> None:
+    records = rendered(make_pdf(tmp_path / "a.pdf", ["", "x", ""]), tmp_path / "out")
+    assert [record["status"] for record in records] == ["blank", "ok", "blank"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["2.jpg"]
+
+
+def test_a_page_with_only_a_drawing_is_not_blank(tmp_path: Path) -> None:
+    document = pymupdf.open()
+    document.new_page().draw_line((100, 100), (200, 300))
+    document.save(tmp_path / "a.pdf")
+    assert rendered(tmp_path / "a.pdf", tmp_path / "out")[0]["status"] == "ok"
+
+
+def test_a_page_20_metres_wide(tmp_path: Path) -> None:
+    metre = 72 / 0.0254
+    content = b"BT /F1 900 Tf 500 700 Td (a very wide page) Tj ET"
+    user_unit = 20 * metre / 14_400  # a page's box ends at 14,400 units (ISO 32000-1, annex C.2): the unit grows
+    (tmp_path / "a.pdf").write_bytes(
+        b"%%PDF-1.6\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj\n"
+        b"3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 14400 2000]/UserUnit %.4f/Contents 4 0 R"
+        b"/Resources<</Font<</F1 5 0 R>>>>>>endobj\n"
+        b"4 0 obj<</Length %d>>stream\n%b\nendstream endobj\n"
+        b"5 0 obj<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>endobj\ntrailer<</Root 1 0 R>>\n"
+        % (user_unit, len(content), content)
+    )
+    with open_document(tmp_path / "a.pdf") as document:
+        assert document[0].rect.width == pytest.approx(20 * metre, rel=0.001)
+    record = rendered(tmp_path / "a.pdf", tmp_path / "out", 1_229_312)[0]
+    assert record["status"] == "ok"
+    assert record["text"] == "a very wide page"
+    with Image.open(tmp_path / "out" / "1.jpg") as picture:
+        assert picture.size == picture_size(14_400, 2_000, 1_229_312)
+
+
+def test_a_strip_is_skipped_with_the_reason_and_its_neighbours_are_not(tmp_path: Path) -> None:
+    document = pymupdf.open()
+    for width, height in ((200, 300), (14_000, 60), (14_000, 100)):
+        document.new_page(width=width, height=height).insert_text((10, 30), "words")
+    document.save(tmp_path / "a.pdf")
+    statuses = [record["status"] for record in rendered(tmp_path / "a.pdf", tmp_path / "out", 50_176)]
+    assert statuses == ["ok", "page cannot be rendered: sides differ more than 200 to 1", "ok"]
+
+
+def test_a_turned_page_is_rendered_as_it_is_read(tmp_path: Path) -> None:
+    document = pymupdf.open()
+    page = document.new_page(width=200, height=400)
+    page.insert_text((10, 30), "turned")
+    page.set_rotation(90)
+    document.save(tmp_path / "a.pdf")
+    record = rendered(tmp_path / "a.pdf", tmp_path / "out")[0]
+    assert record["width"] > record["height"]  # type: ignore[operator]
+
+
+def test_the_same_page_gives_the_same_bytes(tmp_path: Path) -> None:
+    records = [rendered(DEMO[0], tmp_path / name) for name in ("a", "b")]
+    assert records[0] == records[1]
+    assert (tmp_path / "a" / "1.jpg").read_bytes() == (tmp_path / "b" / "1.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "joined"),
+    [
+        ("one\ntwo\n\n three", "one two three"),
+        ("第一行\n第二行", "第一行第二行"),
+        ("部件\n12 是", "部件 12 是"),
+        ("，\n图", "，图"),
+        ("", ""),
+    ],
+)
+def test_lines_are_joined_as_their_script_asks(text: str, joined: str) -> None:
+    assert flowing(text) == joined
+
+
+# -- files that are no PDFs, or bad ones -----------------------------------------------------------------------------
+
+
+def encrypted(path: Path) -> None:
+    make_pdf(path, ["secret"], encryption=pymupdf.PDF_ENCRYPT_AES_256, user_pw="u", owner_pw="o")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(make_pdf(path, ["x"]).read_bytes()[:60])
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "zero bytes": (lambda path: path.write_bytes(b""), "empty file"),
+    "no PDF": (lambda path: path.write_text("notes"), "not a PDF"),
+    "a zip": (lambda path: path.write_bytes(b"PK\3\4" + bytes(500)), "not a PDF"),
+    "a picture": (lambda path: Image.new("RGB", (9, 9)).save(path, "PNG"), "not a PDF"),
+    "only a header": (lambda path: path.write_bytes(b"%PDF-1.7\n"), "damaged PDF"),
+    "garbage behind a header": (
+        lambda path: path.write_bytes(b"%PDF-1.7\n" + random.Random(0).randbytes(5000)),
+        "damaged PDF",
+    ),
+    "cut short": (cut, "damaged PDF"),
+    "pages that loop": (
+        lambda path: path.write_bytes(
+            b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n"
+            b"2 0 obj<</Type/Pages/Kids[2 0 R]/Count 3>>endobj\ntrailer<</Root 1 0 R>>\n"
+        ),
+        "damaged PDF",
+    ),
+    "encrypted": (encrypted, "encrypted: needs a password"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_cannot_be_opened_says_why_without_this_machines_paths(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "bad.pdf"
+    make, reason = BAD[kind]
+    make(path)
+    with pytest.raises(ValueError, match=reason) as caught:
+        open_document(path)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_pdf_that_may_be_read_but_not_changed_is_read(tmp_path: Path) -> None:
+    path = make_pdf(tmp_path / "a.pdf", ["x"], encryption=pymupdf.PDF_ENCRYPT_AES_256, user_pw="", owner_pw="o")
+    assert rendered(path, tmp_path / "out")[0]["status"] == "ok"
+
+
+def test_a_header_a_little_way_in_is_a_pdf(tmp_path: Path) -> None:
+    path = make_pdf(tmp_path / "a.pdf", ["x"])
+    path.write_bytes(b"\n" * 100 + path.read_bytes())
+    assert rendered(path, tmp_path / "out")[0]["status"] == "ok"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damage_anywhere_is_an_unreadable_document_or_page_never_a_crash(tmp_path: Path, seed: int) -> None:
+    """A real document, cut or with bytes changed at random places."""
+    chance = random.Random(seed)
+    content = bytearray(DEMO[seed % len(DEMO)].read_bytes())
+    if chance.random() < 0.3:
+        del content[chance.randrange(20, len(content)) :]
+    else:
+        for _ in range(chance.choice([1, 10, 200])):
+            content[chance.randrange(9, len(content))] = chance.choice(b"0123456789-<>[]/ \xff\0")
+    path = tmp_path / "a.pdf"
+    path.write_bytes(content)
+    try:
+        records = rendered(path, tmp_path / "out", 25_088)
+    except ValueError as error:
+        assert "PDF" in str(error) or "password" in str(error)
+        return
+    for record in records:
+        assert record["status"] in ("ok", "blank") or str(record["status"]).startswith("page cannot be rendered")
+        str(record).encode()
+        if record["status"] == "ok":
+            Image.open(io.BytesIO((tmp_path / "out" / f"{record['page']}.jpg").read_bytes())).verify()

@@ -1,0 +1,434 @@
+"""patent_qa: which page a question names, what a questions file may hold, what a sample looks like."""
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.contract.errors import DataError, UsageError
+from stages.contract.recipe import load_recipe
+from stages.tasks import load_task, task_names
+from stages.tasks.patent_qa import (
+    PatentQuestion,
+    build_sample,
+    chinese_number,
+    facts,
+    find_documents,
+    page_named,
+    read_answer,
+    read_questions,
+    score,
+)
+from tests.conftest import REPOSITORY
+
+Skipped = list[tuple[str, str, str]]
+
+
+def in_chinese(number: int) -> str:
+    """1..9999 written out, by the schoolbook: units in turn, one 零 for a gap, 一十 at the front as 十."""
+    text, gap = "", False
+    for unit, name in ((1000, "千"), (100, "百"), (10, "十"), (1, "")):
+        digit = number // unit % 10
+        if digit:
+            text += ("零" if gap and text else "") + "零一二三四五六七八九"[digit] + name
+            gap = False
+        else:
+            gap = True
+    return text.removeprefix("一") if text.startswith("一十") else text
+
+
+def full_width(number: int) -> str:
+    return "".join(chr(ord(c) + 0xFEE0) for c in str(number))
+
+
+spaces = st.sampled_from(["", " ", "  ", "\u3000", "\t"])
+pages = st.integers(1, 9999)
+
+
+# -- the page that a question names ------------------------------------------------------------------------------
+
+
+def test_the_number_writer_of_these_tests_is_right() -> None:
+    known = {
+        1: "一",
+        10: "十",
+        15: "十五",
+        20: "二十",
+        21: "二十一",
+        101: "一百零一",
+        110: "一百一十",
+        1001: "一千零一",
+    }
+    known |= {
+        120: "一百二十",
+        999: "九百九十九",
+        1010: "一千零一十",
+        2305: "二千三百零五",
+        9000: "九千",
+        1100: "一千一百",
+    }
+    assert {number: in_chinese(number) for number in known} == known
+
+
+def test_every_chinese_numeral_is_read_back() -> None:
+    wrong = [n for n in range(1, 10_000) if chinese_number(in_chinese(n)) != n]
+    assert wrong == []
+
+
+@given(pages, spaces, spaces, st.sampled_from([str, full_width, in_chinese]), st.sampled_from("页頁"))
+def test_a_chinese_question_names_its_page(number, before, after, spelled, leaf) -> None:  # type: ignore[no-untyped-def]
+    assert page_named(f"在文件中第{before}{spelled(number)}{after}{leaf}的图中，部件3是什么？") == number
+
+
+@given(
+    pages,
+    st.sampled_from(
+        ["page {}", "Page {}", "PAGE {}", "page{}", "page  {}", "page no. {}", "page number {}", "{}th page"]
+    ),
+    st.sampled_from([str, full_width]),
+    st.sampled_from(["On {}, what is part 12?", "What does {} show", "根据{}的图，部件5是什么？", "{}", "({})"]),
+)
+def test_an_english_question_names_its_page(number, form, spelled, sentence) -> None:  # type: ignore[no-untyped-def]
+    assert page_named(sentence.format(form.format(spelled(number)))) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "page"),
+    [
+        ("第两页", 2),
+        ("第二页", 2),
+        ("第一百五页", 150),
+        ("第一百零五页", 105),
+        ("第一二页", 12),
+        ("第〇页", None),
+        ("第二〇页", 20),
+        ("第 6 页", 6),
+        ("第06页", 6),
+        ("第⑥页", 6),
+        ("On the 1st page", 1),
+        ("the 22nd page", 22),
+        ("the 3RD Page", 3),
+    ],
+)
+def test_unusual_spellings(text: str, page: int | None) -> None:
+    assert page_named(text) == page
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "部件3相对于部件5的位置关系是？",
+        "What is part 12?",
+        "第三个部件是什么？",
+        "第页",
+        "共6页",
+        "第6图",
+        "homepage 3 is not one",
+        "pages and pages",
+        "page twelve",
+        "page 12a",
+        "claim 4, figure 2",
+        "第十十页",
+        "第百页",
+        "第0页",
+        "page 0",
+        "page " + "9" * 5000,
+        "第" + "9" * 5000 + "页",
+        "第" + "九" * 5000 + "页",
+    ],
+)
+def test_what_names_no_page(text: str) -> None:
+    assert page_named(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "page"),
+    [
+        ("第3页和第5页", 3),
+        ("page 7, not page 2", 7),
+        ("page 9 (第4页)", 9),
+        ("第四页 (page 9)", 4),
+        ("the 2nd page after page 5", 2),
+        ("第0页 or page 3", 3),
+        ("第十十页，第五页", 5),
+    ],
+)
+def test_the_first_page_named_wins(text: str, page: int) -> None:
+    assert page_named(text) == page
+
+
+@given(st.text(max_size=60))
+def test_any_text_names_a_page_or_none(text: str) -> None:
+    page = page_named(text)
+    assert page is None or page >= 1
+
+
+@given(st.text("零〇一二两三四五六七八九十百千", max_size=8))
+def test_any_row_of_numerals_is_a_number_below_ten_thousand_or_none_unless_all_digits(numerals: str) -> None:
+    value = chinese_number(numerals)
+    if value is not None and any(unit in numerals for unit in "十百千"):
+        assert 0 < value < 10_000
+
+
+# -- the questions file ------------------------------------------------------------------------------------------
+
+DOCUMENTS = {"a.pdf", "b.pdf", "sub/a.pdf", "图.pdf"}
+
+
+def read(folder: Path, **files: bytes) -> tuple[list[PatentQuestion], Skipped]:
+    """Write `<name>.jsonl` files and read them."""
+    for name, content in files.items():
+        (folder / f"{name}.jsonl").write_bytes(content)
+    skipped: Skipped = []
+
+    def skip(what: str, reason: str, detail: str = "") -> None:
+        skipped.append((what, reason, detail))
+
+    return read_questions(folder, DOCUMENTS, skip), skipped
+
+
+def line(**changes: Any) -> bytes:
+    record = {"id": "q", "question": "Which part?", "document": "a.pdf", "answer": "gear", **changes}
+    return json.dumps({key: value for key, value in record.items() if value is not ...}).encode() + b"\n"
+
+
+GOOD = line(id="good")
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b'{"question": "x", "docu\n', "not JSON"),
+        (b"plain words\n", "not JSON"),
+        (b"\xff\xfe\x00\n", "not JSON"),
+        (b"[" * 100_000 + b"\n", "not JSON"),
+        (b'{"id": "h", "question": "\\ud83d", "document": "a.pdf"}\n', "not JSON"),
+        (b'{"id": "h", "question": "x", "document": "a.pdf", "answer": "\\udc00"}\n', "not JSON"),
+        (b'["a", "list"]\n', "not a JSON object"),
+        (b"null\n", "not a JSON object"),
+        (line(question=...), "no question"),
+        (line(document=...), "no document"),
+        (line(question=""), "empty question"),
+        (line(question="  \u3000 "), "empty question"),
+        (line(question=3), "question is no text"),
+        (line(question=None), "question is no text"),
+        (line(question=["x"]), "question is no text"),
+        (line(document="c.pdf"), "unknown document"),
+        (line(document="../x.pdf"), "unknown document"),
+        (line(document="/etc/passwd"), "unknown document"),
+        (line(document="A.pdf"), "unknown document"),
+        (line(document=7), "document is no text"),
+        (line(id=""), "empty id"),
+        (line(id=1.5), "id is no text"),
+        (line(id=True), "id is no text"),
+        (line(id=None), "id is no text"),
+        (line(answer=3), "answer is neither text nor a list of texts"),
+        (line(answer=[""]), "answer is neither text nor a list of texts"),
+        (line(answer=""), "answer is neither text nor a list of texts"),
+        (line(answer=["a", 2]), "answer is neither text nor a list of texts"),
+        (line(answer={"a": 1}), "answer is neither text nor a list of texts"),
+        (line(pages=3), "pages is no list of page numbers"),
+        (line(pages=[0]), "pages is no list of page numbers"),
+        (line(pages=["3"]), "pages is no list of page numbers"),
+        (line(pages=[True]), "pages is no list of page numbers"),
+    ],
+)
+def test_a_bad_line_is_skipped_with_its_number_and_the_others_stay(tmp_path: Path, bad: bytes, reason: str) -> None:
+    questions, skipped = read(tmp_path, questions=GOOD + bad + line(id="last"))
+    assert [question.id for question in questions] == ["good", "last"]
+    assert [(what, why) for what, why, _ in skipped] == [("questions.jsonl:2", reason)]
+    json.dumps(skipped, ensure_ascii=False).encode()  # it must be possible to store and to print the reason
+
+
+def test_the_second_of_two_equal_ids_is_skipped(tmp_path: Path) -> None:
+    questions, skipped = read(tmp_path, questions=line(question="first") + line(question="second") + line(id="r"))
+    assert [(q.id, q.text) for q in questions] == [("q", "first"), ("r", "Which part?")]
+    assert skipped == [("questions.jsonl:2", "duplicate id", "q")]
+
+
+def test_a_number_is_an_id_and_equals_the_same_number_as_text(tmp_path: Path) -> None:
+    questions, skipped = read(tmp_path, questions=line(id=7) + line(id="7"))
+    assert [question.id for question in questions] == ["7"]
+    assert [reason for _, reason, _ in skipped] == ["duplicate id"]
+
+
+def test_a_question_without_an_id_gets_its_file_and_line(tmp_path: Path) -> None:
+    questions, _ = read(tmp_path, questions=b"\n" + line(id=...) + line(id=...))
+    assert [question.id for question in questions] == ["questions-2", "questions-3"]
+
+
+def test_a_byte_order_mark_crlf_and_blank_lines_are_no_problem(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + line(id="1") + b"\n   \n\t\r\n" + line(id="2") + line(id="3").rstrip(b"\n")
+    questions, skipped = read(tmp_path, questions=content.replace(b"\n", b"\r\n"))
+    assert [question.id for question in questions] == ["1", "2", "3"]
+    assert all(question.answers == ("gear",) for question in questions)
+    assert skipped == []
+
+
+def test_a_line_separator_inside_a_question_does_not_end_the_line(tmp_path: Path) -> None:
+    content = json.dumps({"question": "a\u2028b", "document": "a.pdf"}, ensure_ascii=False).encode()
+    questions, skipped = read(tmp_path, questions=content)
+    assert [question.text for question in questions] == ["a\u2028b"]
+    assert skipped == []
+
+
+def test_answers_are_one_text_a_list_or_none(tmp_path: Path) -> None:
+    content = line(id="1", answer=" gear ") + line(id="2", answer=["gear", "cog"]) + line(id="3", answer=...)
+    questions, _ = read(tmp_path, questions=content + line(id="4", answer=[]))
+    assert [question.answers for question in questions] == [("gear",), ("gear", "cog"), (), ()]
+
+
+def test_the_document_may_be_spelled_in_either_unicode_form(tmp_path: Path) -> None:
+    """macOS stores names decomposed; questions are typed composed, or the other way round."""
+    (tmp_path / "questions.jsonl").write_bytes(line(document=unicodedata.normalize("NFD", "é.pdf")))
+    questions = read_questions(tmp_path, {unicodedata.normalize("NFC", "é.pdf")}, lambda *_: None)
+    assert len(questions) == 1
+
+
+def test_a_document_in_a_folder_is_named_with_it(tmp_path: Path) -> None:
+    questions, _ = read(tmp_path, questions=line(document="sub/a.pdf"))
+    assert questions[0].document == "sub/a.pdf"
+
+
+def test_page_and_evidence_are_kept(tmp_path: Path) -> None:
+    questions, _ = read(tmp_path, questions=line(question="On page 4, what is 3?", pages=[4, 2], kind="name"))
+    assert (questions[0].page, questions[0].evidence, questions[0].kind) == (4, (4, 2), "name")
+
+
+def test_a_pair_of_train_and_test_gives_the_splits(tmp_path: Path) -> None:
+    train, test = line(id="1", document="a.pdf"), line(id="2", document="b.pdf")
+    questions, skipped = read(tmp_path, train=train, test=test, questions=line(id="unused"))
+    assert [(q.id, q.split) for q in questions] == [("1", "train"), ("2", "test")]
+    assert skipped == []
+
+
+def test_a_training_question_on_a_test_document_is_left_out(tmp_path: Path) -> None:
+    train = line(id="1", document="a.pdf") + line(id="2", document="b.pdf")
+    questions, skipped = read(tmp_path, train=train, test=line(id="3", document="b.pdf"))
+    assert [question.id for question in questions] == ["1", "3"]
+    assert skipped == [("2", "training question on a test document", "b.pdf")]
+
+
+def test_one_id_in_both_files_counts_once(tmp_path: Path) -> None:
+    questions, skipped = read(tmp_path, train=line(document="a.pdf"), test=line(document="b.pdf"))
+    assert len(questions) == 1
+    assert skipped == [("test.jsonl:1", "duplicate id", "q")]
+
+
+def test_half_a_pair_is_no_pair(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pair of train.jsonl and test.jsonl"):
+        read(tmp_path, train=GOOD)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf\n", b"no json\n", line(document="c.pdf")])
+def test_a_file_without_a_usable_question_is_unusable(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(DataError, match="no usable question in questions.jsonl"):
+        read(tmp_path, questions=content)
+
+
+def test_a_utf16_file_is_no_crash(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        read(tmp_path, questions=GOOD.decode().encode("utf-16"))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_skipped(tmp_path_factory, content) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path_factory.mktemp("any")
+    questions, skipped = read(folder, questions=GOOD + content.replace(b"\n", b" ") + b"\n" + line(id="last"))
+    assert [question.id for question in questions] == ["good", "last"]
+    assert len(skipped) == bool(content.replace(b"\n", b" ").strip())
+
+
+def test_documents_are_all_visible_files_below_the_folder(tmp_path: Path) -> None:
+    names = ["b.pdf", "a.PDF", "sub/a.pdf", "notes.txt", ".hidden.pdf", ".git/x.pdf"]
+    for name in names:
+        path = tmp_path / "documents" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    found = [str(path.relative_to(tmp_path / "documents")) for path in find_documents(tmp_path)]
+    assert found == ["a.PDF", "b.pdf", "notes.txt", "sub/a.pdf"]
+
+
+def test_no_documents_says_where_they_belong(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"{tmp_path}/documents: no documents"):
+            find_documents(tmp_path)
+        (tmp_path / "documents").mkdir(exist_ok=True)
+
+
+# -- samples -----------------------------------------------------------------------------------------------------
+
+PAGES = [{"page": page, "text": f"text of {page}", "image": f"preprocess/pages/a/{page}.jpg"} for page in (12, 3, 7)]
+QUESTION = PatentQuestion("q", "Which part?", "a.pdf", 12, ("gear", "cog"), (12, 4), "name", None)
+
+
+@pytest.mark.parametrize("show", ["text", "image"])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_pages_are_shown_in_the_documents_order_with_as_many_placeholders_as_images(show: str, count: int) -> None:
+    recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", None, (f"preprocess.pages.show={show}",))
+    chosen = PAGES[:count]
+    sample = build_sample(QUESTION, chosen, recipe)
+    content = sample["messages"][-1]["content"]
+    numbers = sorted(page["page"] for page in chosen)
+    assert sample["meta"]["pages"] == numbers
+    positions = [content.index(f"Page {number}:") for number in numbers]
+    assert positions == sorted(positions)
+    assert content.endswith("Question: Which part?")
+    assert content.count("<image>") == len(sample["images"]) == (count if show == "image" else 0)
+    assert sample["meta"]["page_images"] == [f"preprocess/pages/a/{number}.jpg" for number in numbers]
+    assert all((f"text of {page['page']}" in content) == (show == "text") for page in chosen)
+    assert sample["references"] == ["gear", "cog"]
+    assert (sample["id"], sample["meta"]["group"]) == ("q", "a.pdf")
+    assert [message["role"] for message in sample["messages"]] == ["system", "user"]
+
+
+@pytest.mark.parametrize("show", ["text", "image"])
+def test_a_placeholder_written_in_the_data_is_not_taken_for_an_image(show: str) -> None:
+    """A document about HTML, or a question that says <image>, must not break the count that the template checks."""
+    recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", None, (f"preprocess.pages.show={show}",))
+    question = PatentQuestion("q", "What is <image> here?", "a.pdf", None, ("x",), (), "", None)
+    sample = build_sample(question, [{**PAGES[0], "text": "the tag <image> of a page"}], recipe)
+    assert sample["messages"][-1]["content"].count("<image>") == len(sample["images"])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("gear", "gear"), (" gear.\nBecause", "gear"), ("踏板。", "踏板"), ("", ""), ("\n\n", ""), ("3.5 mm.", "3.5 mm")],
+)
+def test_the_answer_is_the_first_line(text: str, answer: str) -> None:
+    assert read_answer(text) == answer
+
+
+def test_a_right_answer_scores_full_and_a_wrong_one_nothing() -> None:
+    sample = build_sample(QUESTION, PAGES, load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml"))
+    assert set(score("gear", sample).values()) == {1.0}
+    assert score("xyz", sample)["exact_match"] == score("xyz", sample)["f1"] == 0.0
+
+
+def test_recall_counts_the_evidence_that_is_shown() -> None:
+    recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml")
+    assert facts(build_sample(QUESTION, PAGES, recipe)) == {"retrieval_recall": 0.5}
+    without = PatentQuestion("q", "x", "a.pdf", None, (), (), "", None)
+    assert facts(build_sample(without, PAGES, recipe)) == {}
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_tasks_module_has_all_that_the_stages_call() -> None:
+    for name in task_names():
+        module = load_task(name)
+        for function in ("find_documents", "read_questions", "build_sample", "read_answer", "score", "facts"):
+            assert callable(getattr(module, function)), (name, function)
+
+
+def test_an_unknown_task_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="no task 'patent_q'; there are: .*patent_qa"):
+        load_task("patent_q")
+    with pytest.raises(UsageError):
+        load_task("../patent_qa")
