@@ -193,7 +193,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-_FULL = re.compile(r"No space left on device|os error 28|\d+ requested and \d+ written")  # the last is numpy's
+# Rust's, numpy's and torch's own words, which come without the error's number
+_FULL = re.compile(
+    r"No space left on device|os error 28|Not enough free space to write|\d+ requested and \d+ written"
+    r"|PytorchStreamWriter failed writing"
+)
 
 
 def disk_error(error: BaseException) -> LorryError | None:

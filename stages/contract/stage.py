@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -94,13 +95,13 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
             write_recipe(run)
             return _run_locked(run, name, work, force, stop, lock)
     except LorryError as error:
-        print(f"{name}: {error}", flush=True)
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except OSError as error:
         explained = disk_error(error)
         if explained is None:
             raise
-        print(f"{name}: {explained}", flush=True)
+        print(f"{name}: {explained}", file=sys.stderr, flush=True)
         return explained.exit_code
 
 

@@ -31,6 +31,7 @@ class VllmEngine:
             options = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": _supported_rank(max(ranks))}
         if not torch.cuda.is_available():
             options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings)
+            options["enforce_eager"] = True  # compiling for a CPU needs g++ and takes longer than it saves
         self._llm = LLM(
             model=str(settings.model),
             dtype=settings.dtype,  # type: ignore[arg-type]

@@ -77,7 +77,11 @@ def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str,
             missing.append(pages)
         else:
             done[pages] = records
-    _render_missing(stage, missing, done, settings)
+    try:
+        _render_missing(stage, missing, done, settings)
+    except RuntimeError:
+        stage.stop.check()  # a stop sent to the whole process group, while workers start, breaks their pool
+        raise
     usable = [record for pages in ranges for record in done[pages] if _is_usable(stage, pages.document, record)]
     if not usable:
         raise DataError(
@@ -228,9 +232,6 @@ def _render_missing(
                 done[target] = _light(finished)
             stage.events.progress("render pages", rendered, total, "pages")
             stage.stop.check()
-    except RuntimeError:
-        stage.stop.check()  # the same stop, while workers start or hand over, breaks the pool itself
-        raise
     finally:
         pool.stop()
         pool.join()

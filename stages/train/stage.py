@@ -52,7 +52,6 @@ def work(stage: Stage) -> None:
                 model_settings=recipe.model,
                 settings=recipe.train,
                 reports=-1,
-                parent=os.getpid(),
             )
             _run_worker(stage, adapter, job)
         training = read_json(folder / "training.json")

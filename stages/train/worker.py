@@ -19,7 +19,7 @@ from typing import Any
 from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError
 from stages.contract.files import disk_error, read_json, read_jsonl, remove, write_json, write_jsonl
 from stages.contract.recipe import Model, Train
-from stages.contract.stop import StopRequest, die_with_parent
+from stages.contract.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Job:
     model_settings: Model
     settings: Train
     reports: int
-    parent: int
+    """File descriptor to report progress on."""
 
     @staticmethod
     def read(path: Path) -> "Job":
@@ -202,7 +202,6 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
 def main() -> None:
     """Entry point; every problem ends in one line to the stage and an exit code."""
     job = Job.read(Path(sys.argv[1]))
-    die_with_parent(job.parent)
     reports = Reports(job.reports)
     stop = StopRequest()
     stop.install()

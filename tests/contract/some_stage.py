@@ -1,4 +1,4 @@
-"""A stage whose work is a few lines, run by `run_stage` as the real ones are: `python -m tests.contract.some_stage WORK`.
+"""A stage whose work is a few lines, run by `run_stage` as the real ones: `python -m tests.contract.some_stage WORK`.
 
 The tests of the runner start it as a process, to signal and to kill it.
 """

@@ -116,10 +116,11 @@ def test_preprocess_survives_kills(arena: Arena) -> None:
 
 def test_train_survives_kills(arena: Arena) -> None:
     def finished() -> dict[str, int]:
-        """Steps of whole checkpoints; a restart must not begin before the newest."""
-        folder = arena.runs / "killed-train" / "train" / "checkpoints" / "tuned"
-        steps = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/complete.json")]
-        return {"newest": max(steps, default=0)}
+        """Steps of whole checkpoints, and whether the adapter is there; a restart must not begin before either."""
+        folder = arena.runs / "killed-train" / "train"
+        whole = folder.glob("checkpoints/tuned/checkpoint-*/complete.json")
+        steps = [int(path.parent.name.split("-")[1]) for path in whole]
+        return {"newest": max(steps, default=0), "adapter": int((folder / "adapters" / "tuned").is_dir())}
 
     kill_repeatedly(arena, "train", finished, grows=True)
     from safetensors.numpy import load_file
@@ -191,7 +192,7 @@ def kill_repeatedly(arena: Arena, stage: str, finished, grows: bool = False) -> 
     if stage == "train":
         resumed = json.loads((arena.runs / run / "train" / "manifest.json").read_text())["decisions"]
         steps = [int(str(d["value"]).split("-")[1]) for d in resumed if d["what"] == "resumed"]
-        assert max(steps, default=0) == before["newest"]
+        assert steps == [before["newest"]] if before["newest"] and not before["adapter"] else steps == []
 
 
 def nothing_left_of(session: int) -> None:

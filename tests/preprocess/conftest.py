@@ -17,7 +17,7 @@ from tests.conftest import MODELS
 
 @pytest.fixture
 def new_stage(tmp_path: Path, recipe_file: Path) -> Iterator[Callable[..., Stage]]:
-    """Makes a preprocess stage of the minimal recipe with overrides; each call is a new start on the same run folder."""
+    """Makes a preprocess stage of the minimal recipe with overrides; each call is a new start on one run folder."""
     opened: list[Events] = []
 
     def make(*overrides: str) -> Stage:

@@ -52,8 +52,8 @@ def pictures(stage: Stage) -> dict[str, int]:
 
 NAMES = [
     "a.pdf", "a.PDF", "sub/a.pdf", "sub/sub/a.pdf", "a b.pdf", " a.pdf", "a.b.c.pdf", "..x..pdf.pdf", "..hidden..x.pdf",
-    "专利 说明书.pdf", "专利_说明书.pdf", "é.pdf", "a", "a.pdf.pdf", "x" * 200 + ".pdf", "图" * 80 + ".pdf", "-rf.pdf", "%41.pdf",
-    "new\nline.pdf", "'quoted\".pdf",
+    "专利 说明书.pdf", "专利_说明书.pdf", "é.pdf", "a", "a.pdf.pdf", "x" * 200 + ".pdf", "图" * 80 + ".pdf", "-rf.pdf",
+    "%41.pdf", "new\nline.pdf", "'quoted\".pdf",
 ]  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import pytest
 
 from stages.contract.files import read_jsonl
 from stages.preprocess.documents import picture_folder
-from tests.conftest import MINIMAL_RECIPE, MODELS, Finished, Lorry, make_data, make_pdf, snapshot
+from tests.conftest import MINIMAL_RECIPE, MODELS, Finished, Lorry, make_data, make_pdf, remount, snapshot
 
 SPLITS = ("train", "validation", "test")
 RESULTS = ("samples", "pages", "vectors.npy", "pages.parquet")
@@ -275,26 +274,6 @@ def test_a_stop_of_the_whole_group_while_rendering_exits_75_and_loses_no_page(ca
 
 
 # -- full and read-only disks --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 8 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "lorry-test", str(path)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"may not mount a tmpfs here: {mounted.stderr.strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-def remount(path: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True)
 
 
 def blocks(path: Path) -> int:

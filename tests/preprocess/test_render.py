@@ -64,7 +64,7 @@ def test_known_sizes() -> None:
     ("width", "height"), [(0, 10), (-5, 10), (math.nan, 10), (math.inf, 10), (10, 2010), (20_001, 100)]
 )
 def test_shapes_that_no_model_takes(width: float, height: float) -> None:
-    with pytest.raises(ValueError, match="size|sides differ"):
+    with pytest.raises(ValueError, match=r"size|sides differ"):
         picture_size(width, height, 1_229_312)
 
 

@@ -321,13 +321,13 @@ def test_one_id_in_both_files_counts_once(tmp_path: Path) -> None:
 
 
 def test_half_a_pair_is_no_pair(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no pair of train.jsonl and test.jsonl"):
+    with pytest.raises(DataError, match=r"no pair of train\.jsonl and test\.jsonl"):
         read(tmp_path, train=GOOD)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf\n", b"no json\n", line(document="c.pdf")])
 def test_a_file_without_a_usable_question_is_unusable(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(DataError, match="no usable question in questions.jsonl"):
+    with pytest.raises(DataError, match=r"no usable question in questions\.jsonl"):
         read(tmp_path, questions=content)
 
 
@@ -428,7 +428,7 @@ def test_a_tasks_module_has_all_that_the_stages_call() -> None:
 
 
 def test_an_unknown_task_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="no task 'patent_q'; there are: .*patent_qa"):
+    with pytest.raises(UsageError, match=r"no task 'patent_q'; there are: .*patent_qa"):
         load_task("patent_q")
     with pytest.raises(UsageError):
         load_task("../patent_qa")
