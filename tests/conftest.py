@@ -22,7 +22,7 @@ task: patent_qa
 model: {path: SmolLM2-135M-Instruct, swift_type: llama, swift_template: chatml}
 data: {path: few}
 preprocess:
-  pages: {max_pixels: 50176, show: text}
+  pages: {max_pixels: 50176}
   retrieval: {embedder: all-MiniLM-L6-v2}
 train:
   adapters:

@@ -40,7 +40,6 @@ class Data(Section):
 class Pages(Section):
     max_pixels: int = Field(1_229_312, ge=28 * 28, description="Pixel budget of a rendered page")
     jpeg_quality: int = Field(90, ge=1, le=100)
-    show: Literal["text", "image"] = Field("image", description="What the model sees of a page")
 
 
 class Retrieval(Section):

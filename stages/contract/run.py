@@ -104,9 +104,7 @@ class Run:
         Raises UsageError when an earlier stage has not run, or its output is no longer what its manifest says.
         """
         found: dict[str, str] = {}
-        for earlier, names in UPSTREAM[stage].items():
-            shows_images = earlier == "preprocess" and self.recipe.preprocess.pages.show == "image"
-            wanted = (*names, "pages/") if shows_images else names
+        for earlier, wanted in UPSTREAM[stage].items():
             manifest = self.manifest(earlier)
             if manifest is None:
                 raise UsageError(f"{self.folder}: {stage} needs {earlier}, which is not done; run {earlier} first")
@@ -198,8 +196,8 @@ def _lock(descriptor: int, tries: int = 5) -> None:
 def is_held(folder: Path) -> bool:
     """Whether a living process runs the stage of this folder."""
     try:
-        with (folder / ".lock").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (folder / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:

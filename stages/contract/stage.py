@@ -131,6 +131,8 @@ def _run_locked(run: Run, name: str, work: Callable[[Stage], None], force: bool,
         # what is there was made from other inputs: nothing old may pass for new
         _clear(folder, keep=REUSABLE.get(name, ()))
     (folder / "manifest.json").unlink(missing_ok=True)
+    for litter in folder.rglob(".*.partial"):  # of writes that a kill cut off
+        litter.unlink()
     starts = [*state.get("starts", []), _now()] if state.get("key") == key and "starts" in state else [_now()]
     write_json(folder / "state.json", {"key": key, "starts": starts})
 

@@ -71,7 +71,9 @@ class TransformersEngine:
         length = ends[0] if ends else len(tokens)
         text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
         if not ends:
-            text = text.rstrip("\ufffd")  # the limit may cut a character's bytes in two; vLLM leaves such a half out too
+            text = text.rstrip(
+                "\ufffd"
+            )  # the limit may cut a character's bytes in two; vLLM leaves such a half out too
         return Completion(text, length, "stop" if ends else "length")
 
     def close(self) -> None:

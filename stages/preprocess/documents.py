@@ -1,19 +1,17 @@
 """Render many documents in parallel, page range by page range; finished ranges are kept across restarts."""
 
 import hashlib
-import multiprocessing
 import os
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future, TimeoutError, as_completed
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pymupdf
-from pebble import ProcessExpired, ProcessPool
 
 from stages.contract.errors import DataError
 from stages.contract.files import (
@@ -27,8 +25,8 @@ from stages.contract.files import (
 )
 from stages.contract.recipe import Preprocess
 from stages.contract.stage import Stage
-from stages.contract.stop import die_with_parent
 from stages.preprocess.render import PageRange, open_document, render_range
+from stages.preprocess.workers import in_workers
 
 RANGE = 16
 """Pages that a worker renders at once: what a kill can cost, and small enough to share one long document out."""
@@ -170,72 +168,43 @@ def _kept(stage: Stage, pages: PageRange, hashes: FileHashes) -> list[dict[str, 
 def _render_missing(
     stage: Stage, missing: list[PageRange], done: dict[PageRange, list[dict[str, Any]]], settings: Preprocess
 ) -> None:
-    """Render ranges in worker processes. A worker that crashes or hangs costs the one page that does it."""
-    if not missing:
-        return
+    """Render ranges in worker processes, and keep each as soon as it is whole."""
     hashes = FileHashes(stage.path(".pages.json"))
-    total = sum(pages.last - pages.first for pages in missing)
-    rendered = 0
+    look, rendered, total = settings.pages, 0, sum(len(pages) for pages in missing)
+    collected: dict[PageRange, list[dict[str, Any]]] = defaultdict(list)
+    whole = {(pages.document, index): pages for pages in missing for index in range(pages.first, pages.last)}
+
+    def folder(pages: PageRange) -> Path:
+        path = stage.path("pages", picture_folder(pages.document))
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
     workers = min(settings.workers or len(os.sched_getaffinity(0)), len(missing))
-    pool = ProcessPool(
-        max_workers=workers,
-        context=multiprocessing.get_context("spawn"),
-        initializer=die_with_parent,
-        initargs=(os.getpid(),),
-    )
-    waiting: dict[Future[list[dict[str, Any]]], PageRange] = {}
-    collected: dict[PageRange, list[dict[str, Any]]] = {pages: [] for pages in missing}
-
-    def submit(pages: PageRange) -> None:
-        folder = stage.path("pages", picture_folder(pages.document))
-        folder.mkdir(parents=True, exist_ok=True)
-        look = settings.pages
-        future = pool.schedule(
-            render_range,
-            args=(pages, folder, look.max_pixels, look.jpeg_quality),
-            timeout=settings.page_timeout * (pages.last - pages.first),
-        )
-        waiting[future] = pages
-
-    def whole(pages: PageRange) -> PageRange:
-        return next(r for r in missing_of[pages.document] if r.first <= pages.first < r.last)
-
-    missing_of: dict[str, list[PageRange]] = {}
-    for pages in missing:
-        missing_of.setdefault(pages.document, []).append(pages)
-    try:
-        for pages in missing:
-            submit(pages)
-        while waiting:
-            future = next(as_completed(waiting))
-            pages = waiting.pop(future)
-            try:
-                records = future.result()
-            except (ProcessExpired, TimeoutError) as error:
-                stage.stop.check()  # a stop sent to the whole process group ends the workers too: no fault of the page
-                if pages.last - pages.first > 1:  # find the page that does it
-                    for index in range(pages.first, pages.last):
-                        submit(PageRange(pages.document, pages.source, index, index + 1))
-                    continue
-                what = "took too long" if isinstance(error, TimeoutError) else "crashed its worker"
-                records = [{"page": pages.first + 1, "status": f"page {what}"}]
-            target = whole(pages)
-            collected[target] += records
-            rendered += len(records)
-            if len(collected[target]) == target.last - target.first:
-                finished = sorted(collected.pop(target), key=lambda record: int(record["page"]))
-                image = f"preprocess/pages/{picture_folder(target.document)}"
-                for record in finished:
-                    record |= {"document": target.document, "image": f"{image}/{record['page']}.jpg"}
-                kept = {"key": _range_key(stage, target, hashes), "records": finished}
-                write_json(_range_file(stage, target), kept)
-                done[target] = _light(finished)
-            stage.events.progress("render pages", rendered, total, "pages")
-            stage.stop.check()
-    finally:
-        pool.stop()
-        pool.join()
+    for part, records in in_workers(
+        lambda pages: (render_range, (pages, folder(pages), look.max_pixels, look.jpeg_quality)),
+        missing,
+        workers,
+        settings.page_timeout,
+        stage.stop,
+    ):
+        target = whole[part.document, part.first]
+        collected[target] += records
+        rendered += len(records)
+        if len(collected[target]) == len(target):
+            done[target] = _keep(stage, target, collected.pop(target), hashes)
+        stage.events.progress("render pages", rendered, total, "pages")
+        stage.stop.check()
     hashes.save()
+
+
+def _keep(stage: Stage, pages: PageRange, records: list[dict[str, Any]], hashes: FileHashes) -> list[dict[str, Any]]:
+    """Write a finished range's records, for this start and the next. Returns them without the words."""
+    folder = f"preprocess/pages/{picture_folder(pages.document)}"
+    finished = sorted(records, key=lambda record: int(record["page"]))
+    for record in finished:
+        record |= {"document": pages.document, "image": f"{folder}/{record['page']}.jpg"}
+    write_json(_range_file(stage, pages), {"key": _range_key(stage, pages, hashes), "records": finished})
+    return _light(finished)
 
 
 def _remove_strangers(stage: Stage, usable: list[dict[str, Any]]) -> None:

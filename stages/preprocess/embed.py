@@ -1,7 +1,6 @@
 """Embed texts with a sentence-transformers model, chunk by chunk; finished chunks are kept across restarts."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,36 +15,33 @@ CHUNK = 256
 Vectors = npt.NDArray[np.float32]
 
 
-def embed(stage: Stage, texts: list[str], what: str) -> Vectors:
-    """Unit vectors of texts: float32, shape (texts, dimensions). An empty text gets the zero vector."""
-    settings = stage.run.recipe.preprocess.retrieval
-    model = stage.run.model(settings.embedder, "preprocess.retrieval.embedder")
-    hashes = FileHashes(stage.path(".hashes.json"))
-    made_from = [hashes.tree(model)[0], settings.batch_size]
-    embedder = _Embedder(model, settings.batch_size)
-    parts = []
-    for start in range(0, len(texts), CHUNK):
-        chunk = texts[start : start + CHUNK]
-        path = stage.cache_file("vectors", f"{digest_of([*made_from, chunk])}.npy")
-        if not path.is_file():
-            vectors = embedder.encode(chunk)
-            with written_atomically(path, "wb") as file:
-                np.save(file, vectors, allow_pickle=False)
-        parts.append(np.load(path, allow_pickle=False))
-        stage.events.progress(f"embed {what}", start + len(chunk), len(texts), what)
-        stage.stop.check()
-    return np.concatenate(parts)
+class Embedder:
+    """The recipe's embedder. It is loaded when the first chunk needs it: a restart with all chunks kept does not."""
 
-
-class _Embedder:
-    """Loads the model when the first chunk needs it: a restart with all chunks kept does not."""
-
-    def __init__(self, folder: Path, batch_size: int) -> None:
-        self._folder = folder
-        self._batch_size = batch_size
+    def __init__(self, stage: Stage) -> None:
+        settings = stage.run.recipe.preprocess.retrieval
+        self._stage = stage
+        self._folder = stage.run.model(settings.embedder, "preprocess.retrieval.embedder")
+        self._batch_size = settings.batch_size
+        digest, _ = FileHashes(stage.path(".hashes.json")).tree(self._folder)
+        self._made_from = [digest, settings.batch_size]
         self._model: Any = None
 
-    def encode(self, texts: list[str]) -> Vectors:
+    def embed(self, texts: list[str], what: str) -> Vectors:
+        """Unit vectors of texts: float32, shape (texts, dimensions). An empty text gets the zero vector."""
+        parts = []
+        for start in range(0, len(texts), CHUNK):
+            chunk = texts[start : start + CHUNK]
+            path = self._stage.cache_file("vectors", f"{digest_of([*self._made_from, chunk])}.npy")
+            if not path.is_file():
+                with written_atomically(path, "wb") as file:
+                    np.save(file, self._encode(chunk), allow_pickle=False)
+            parts.append(np.load(path, allow_pickle=False))
+            self._stage.events.progress(f"embed {what}", start + len(chunk), len(texts), what)
+            self._stage.stop.check()
+        return np.concatenate(parts)
+
+    def _encode(self, texts: list[str]) -> Vectors:
         if self._model is None:
             os.environ["HF_HUB_OFFLINE"] = "1"
             from sentence_transformers import SentenceTransformer

@@ -33,6 +33,13 @@ class PageRange:
     last: int
     """0-based, exclusive."""
 
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def pages(self) -> list["PageRange"]:
+        """The same pages, one by one."""
+        return [PageRange(self.document, self.source, i, i + 1) for i in range(self.first, self.last)]
+
 
 def open_document(source: Path) -> pymupdf.Document:
     """Open a PDF. Raises ValueError, with the reason in a few words, for what cannot be read as one."""

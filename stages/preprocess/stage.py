@@ -10,7 +10,7 @@ from stages.contract.files import write_jsonl, written_atomically
 from stages.contract.records import Sample
 from stages.contract.stage import Stage
 from stages.preprocess.documents import document_ids, render_documents
-from stages.preprocess.embed import Vectors, embed
+from stages.preprocess.embed import Embedder, Vectors
 from stages.preprocess.retrieve import choose_pages, cosine
 from stages.preprocess.split import SPLITS, split_groups
 from stages.tasks import load_task
@@ -28,8 +28,9 @@ def work(stage: Stage) -> None:
     # before the hours of work: it may find that nothing can be held out
     splits = split_groups(asked, {q.document: q.split for q in questions}, recipe.data, recipe.seed)
     pages = render_documents(stage, documents)
-    page_vectors = embed(stage, [page["text"] for page in pages], "pages")
-    question_vectors = embed(stage, [question.text for question in questions], "questions")
+    embedder = Embedder(stage)
+    page_vectors = embedder.embed([page["text"] for page in pages], "pages")
+    question_vectors = embedder.embed([question.text for question in questions], "questions")
     with written_atomically(stage.path("vectors.npy"), "wb") as file:
         np.save(file, page_vectors, allow_pickle=False)
     stage.outputs["vectors.npy"] = len(pages)
@@ -37,7 +38,7 @@ def work(stage: Stage) -> None:
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for question, shown in zip(questions, _shown(stage, questions, question_vectors, pages, page_vectors), strict=True):
         split = splits[question.document]
-        sample = task.build_sample(question, shown, recipe)
+        sample = task.build_sample(question, shown)
         if split != "test" and not shown:
             stage.skip(question.id, "no readable page in its document", question.document)
         elif split != "test" and not sample["references"]:

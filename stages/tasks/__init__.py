@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stages.contract.errors import UsageError
-from stages.contract.recipe import Recipe
 from stages.contract.records import Sample
 
 
@@ -38,7 +37,7 @@ class Task(Protocol):
     def read_questions(self, folder: Path, documents: set[str], skip: Skip) -> list[Any]:
         """All usable questions; the others go to `skip`. Raises DataError when none is left."""
 
-    def build_sample(self, question: Any, pages: list[dict[str, Any]], recipe: Recipe) -> Sample:
+    def build_sample(self, question: Any, pages: list[dict[str, Any]]) -> Sample:
         """One sample from a question and the pages shown with it, best first."""
 
     def read_answer(self, text: str) -> str:

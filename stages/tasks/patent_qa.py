@@ -19,7 +19,6 @@ from typing import Any
 from stages import metrics
 from stages.contract.errors import DataError
 from stages.contract.files import visible_files
-from stages.contract.recipe import Recipe
 from stages.contract.records import Message, Sample
 from stages.tasks import Skip
 
@@ -52,9 +51,14 @@ def find_documents(folder: Path) -> list[Path]:
 
 def read_questions(folder: Path, documents: set[str], skip: Skip) -> list[PatentQuestion]:
     """Read the questions files. A bad line is skipped and counted with its line number."""
-    sources = [(folder / f"{split}.jsonl", split) for split in ("train", "test")]
-    if not all(path.is_file() for path, _ in sources):
-        sources = [(folder / "questions.jsonl", None)]  # type: ignore[list-item]
+    sources: list[tuple[Path, str | None]] = [(folder / f"{split}.jsonl", split) for split in ("train", "test")]
+    pair = [path.is_file() for path, _ in sources]
+    if any(pair) and not all(pair):
+        raise DataError(
+            f"{folder}: {sources[pair.index(False)][0].name} is missing; train.jsonl and test.jsonl go together"
+        )
+    if not any(pair):
+        sources = [(folder / "questions.jsonl", None)]
     questions: dict[str, PatentQuestion] = {}
     for path, split in sources:
         if not path.is_file():
@@ -213,20 +217,19 @@ def _plain(text: str) -> str:
     return re.sub(r"<(?=(?:image|video|audio|bbox|ref-object)>)", "< ", text)
 
 
-def build_sample(question: PatentQuestion, pages: list[dict[str, Any]], recipe: Recipe) -> Sample:
-    """One sample; `pages` as chosen for the question, shown in the order of the document.
+def build_sample(question: PatentQuestion, pages: list[dict[str, Any]]) -> Sample:
+    """One sample with the text of the pages chosen for the question, in the order of the document.
 
     `pages` have `page` (1-based), `text` and `image` (path relative to the run).
     """
     shown = sorted(pages, key=lambda page: int(page["page"]))
-    as_images = recipe.preprocess.pages.show == "image"
-    parts = [f"Page {page['page']}: {'<image>' if as_images else _plain(page['text'])}" for page in shown]
+    parts = [f"Page {page['page']}: {_plain(page['text'])}" for page in shown]
     content = "\n".join([*parts, f"Question: {_plain(question.text)}"])
     messages: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
     return {
         "id": question.id,
         "messages": messages,
-        "images": [page["image"] for page in shown] if as_images else [],
+        "images": [],
         "references": list(question.answers),
         "meta": {
             "group": question.document,

@@ -38,7 +38,6 @@ def work(stage: Stage) -> None:
         folder = stage.path("adapters", adapter.name)
         if not folder.is_dir():
             job = Job(
-                run_folder=stage.run.folder,
                 model=stage.run.model(recipe.model.path, "model.path"),
                 work=stage.path("checkpoints", adapter.name),
                 adapter=folder,

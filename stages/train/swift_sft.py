@@ -31,14 +31,12 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         left_out: list[str] = []
         for sample in samples:
             row: dict[str, Any] = {"messages": sample["messages"]}
-            if sample["images"]:
-                row["images"] = [str(self._job.run_folder / image) for image in sample["images"]]
             try:
                 encoded = self.template.encode(dict(row))
             except MaxLengthError:
                 left_out.append(str(sample["id"]))
                 continue
-            if not kept and not sample["images"]:
+            if not kept:
                 self._check_prompt(sample["messages"], encoded)
             kept.append(row)
         return kept, left_out

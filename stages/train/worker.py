@@ -26,7 +26,6 @@ from stages.contract.stop import StopRequest
 class Job:
     """What to train, with everything decided."""
 
-    run_folder: Path
     model: Path
     work: Path
     """Checkpoints and scratch of this adapter."""
@@ -47,7 +46,7 @@ class Job:
     @staticmethod
     def read(path: Path) -> "Job":
         values = json.loads(path.read_text(encoding="utf-8"))
-        values |= {name: Path(values[name]) for name in ("run_folder", "model", "work", "adapter")}
+        values |= {name: Path(values[name]) for name in ("model", "work", "adapter")}
         values |= {name: [Path(p) for p in values[name]] for name in ("train", "validation")}
         values["model_settings"] = Model(**values["model_settings"])
         values["settings"] = Train(**values["settings"])

@@ -191,7 +191,7 @@ def test_overrides_reach_lists_nested_mappings_and_null(recipe_file: Path) -> No
     assert [adapter.name for adapter in recipe.train.adapters] == ["a", "b"]
     assert recipe.train.target_modules == ["q_proj", "v_proj"]
     assert recipe.preprocess.pages.max_pixels == 784
-    assert recipe.preprocess.pages.show == "text", "a mapping is merged, not replaced"
+    assert recipe.preprocess.pages.jpeg_quality == 90, "a mapping is merged, not replaced"
     assert recipe.train.lora_plus_ratio is None
     assert recipe.description == "x=y"
 

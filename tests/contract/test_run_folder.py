@@ -131,12 +131,6 @@ def test_a_later_stage_refuses_an_output_that_was_touched(preprocessed: Run) -> 
         preprocessed.inputs("train", fresh(preprocessed))
 
 
-def test_pictures_are_an_input_of_training_only_where_they_are_shown(preprocessed: Run, recipe_file: Path) -> None:
-    assert "preprocess/pages/" not in preprocessed.inputs("train", fresh(preprocessed))
-    images = with_override(preprocessed, recipe_file, "preprocess.pages.show=image")
-    assert "preprocess/pages/" in images.inputs("train", fresh(images))
-
-
 def test_a_manifest_of_another_contract_is_none(preprocessed: Run) -> None:
     path = preprocessed.path("preprocess", "manifest.json")
     path.write_text(path.read_text().replace('"contract": 1', '"contract": 0'))

@@ -1,0 +1,55 @@
+"""Worker processes that may crash or hang on a malformed page without taking the others' work along."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from stages.contract.stop import StopRequest, die_with_parent
+from stages.preprocess.render import PageRange
+
+Records = list[dict[str, Any]]
+
+
+def in_workers(
+    call: Callable[[PageRange], tuple[Callable[..., Records], tuple[Any, ...]]],
+    ranges: list[PageRange],
+    workers: int,
+    page_timeout: float,
+    stop: StopRequest,
+) -> Iterator[tuple[PageRange, Records]]:
+    """Render ranges in processes; yields each with its records, in the order in which they finish.
+
+    `call` gives the function and arguments for a range. A range whose worker crashes or takes longer than
+    `page_timeout` seconds a page is tried again page by page, and the page that does it yields a record with that
+    status. A few ranges for each worker are in flight, so that a million are no more to look through than ten.
+    """
+    if not ranges:
+        return
+    todo, flying = deque(ranges), dict[Future[Records], PageRange]()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPool(workers, initializer=die_with_parent, initargs=(os.getpid(),), context=context)
+    try:
+        while todo or flying:
+            while todo and len(flying) < 4 * workers:
+                pages = todo.popleft()
+                function, arguments = call(pages)
+                flying[pool.schedule(function, args=arguments, timeout=page_timeout * len(pages))] = pages
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                pages = flying.pop(future)
+                try:
+                    yield pages, future.result()
+                except (ProcessExpired, TimeoutError) as error:
+                    stop.check()  # a stop sent to the whole process group ends the workers too: no fault of the page
+                    if len(pages) > 1:
+                        todo.extend(pages.pages())
+                    else:
+                        what = "took too long" if isinstance(error, TimeoutError) else "crashed its worker"
+                        yield pages, [{"page": pages.first + 1, "status": f"page {what}"}]
+    finally:
+        pool.stop()
+        pool.join()
