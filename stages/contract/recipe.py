@@ -70,7 +70,11 @@ class Train(Section):
     rank: int = Field(8, ge=1)
     alpha: int = Field(32, ge=1)
     dropout: Fraction = 0.05
-    target_modules: list[str] = Field(["all-linear"], min_length=1)
+    target_modules: list[str] | str = Field(
+        ["all-linear"],
+        min_length=1,
+        description="As PEFT's: names of modules, or one regular expression for their paths",
+    )
     learning_rate: float = Field(1e-4, gt=0)
     lora_plus_ratio: float | None = Field(None, gt=0, description="LoRA+: learning rate of B over that of A")
     epochs: float = Field(1.0, gt=0)

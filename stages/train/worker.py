@@ -160,7 +160,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "lora_rank": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
-        "target_modules": settings.target_modules,
+        "target_regex" if isinstance(settings.target_modules, str) else "target_modules": settings.target_modules,
         "lora_dtype": "float32",
         "learning_rate": settings.learning_rate,
         "lorap_lr_ratio": settings.lora_plus_ratio,

@@ -170,7 +170,7 @@ def test_a_stage_before_its_turn_exits_2_and_names_the_one_to_run(
     run: Run, stage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run_stage(run, stage, some_stage.write) == Exit.USAGE
-    told = capfd.readouterr().out.strip()
+    told = capfd.readouterr().err.strip()
     assert "\n" not in told
     assert "which is not done; run preprocess first" in told
 

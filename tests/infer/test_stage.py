@@ -1,0 +1,135 @@
+"""The inference stage around its engine: failures are counted, a broken engine is no failing sample."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.contract.errors import Exit
+from stages.contract.files import FileHashes, read_json, read_jsonl, write_json, write_jsonl
+from stages.contract.recipe import load_recipe
+from stages.contract.roots import Roots
+from stages.contract.run import CONTRACT_VERSION, Run, describe_output
+from stages.contract.stage import run_stage
+from stages.infer import stage as infer
+from stages.infer.engine import Completion, Prompt
+from tests.conftest import REPOSITORY
+
+Answer = Callable[[list[Prompt], str | None], list[Completion]]
+
+
+class ScriptedEngine:
+    """Stands where an engine stands, to fail on purpose."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.generate = answer
+
+    def close(self) -> None:
+        return None
+
+
+@pytest.fixture
+def run(tmp_path: Path, small_models: Path) -> Run:
+    """A run with six test samples and an adapter folder."""
+    overrides = ("model.path=random-llama", "infer.chunk_size=3", "infer.max_length=64", "infer.max_new_tokens=8")
+    recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", overrides)
+    run = Run("r", recipe, Roots(tmp_path / "data", small_models, tmp_path / "runs"))
+    samples = [sample(f"s{i}", "word " * i) for i in range(6)]
+    write_jsonl(run.path("preprocess", "samples", "test.jsonl"), samples)
+    write_json(run.path("train", "adapters", "tuned", "adapter_config.json"), {"r": 8})
+    for stage, name in (("preprocess", "samples/test.jsonl"), ("train", "adapters/tuned/adapter_config.json")):
+        describe(run, stage, name)
+    return run
+
+
+def sample(name: str, text: str, **meta: Any) -> dict[str, Any]:
+    return {
+        "id": name,
+        "messages": [{"role": "user", "content": text}],
+        "images": [],
+        "references": ["x"],
+        "meta": meta,
+    }
+
+
+def describe(run: Run, stage: str, name: str) -> None:
+    outputs = {name: describe_output(run.stage_folder(stage), name, None, FileHashes(run.folder / "none"))}
+    write_json(run.path(stage, "manifest.json"), {"contract": CONTRACT_VERSION, "outputs": outputs})
+
+
+def answers(run: Run, monkeypatch: pytest.MonkeyPatch, answer: Answer) -> Exit:
+    monkeypatch.setattr(infer, "_start_engine", lambda *_: ScriptedEngine(answer))
+    return run_stage(run, "infer", infer.work)
+
+
+def echo(prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+    return [Completion(f"{adapter} {len(prompt.tokens)}", 2, "stop") for prompt in prompts]
+
+
+def test_predictions_are_in_the_samples_order_for_base_and_adapter(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answers(run, monkeypatch, echo) == Exit.DONE
+    for name, adapter in (("base", None), ("tuned", "tuned")):
+        found = read_jsonl(run.path("infer", "predictions", f"{name}.jsonl"))
+        assert [p["id"] for p in found] == [f"s{i}" for i in range(6)]
+        assert all(p["text"] == f"{adapter} {p['prompt_tokens']}" and p["error"] is None for p in found)
+
+
+def test_a_sample_that_fails_is_counted_and_the_others_are_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_on_s1(prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+        if any(prompt.id == "s1" for prompt in prompts):
+            raise ValueError("bad sample")
+        return echo(prompts, adapter)
+
+    assert answers(run, monkeypatch, fails_on_s1) == Exit.DONE
+    found = {p["id"]: p for p in read_jsonl(run.path("infer", "predictions", "base.jsonl"))}
+    assert found["s1"]["error"] == "ValueError: bad sample"
+    assert found["s1"]["answer"] is None and found["s1"]["text"] is None
+    assert all(p["error"] is None for name, p in found.items() if name != "s1")
+    assert read_json(run.path("infer", "manifest.json"))["counts"] == {"answered": 10, "failed": 2}
+
+
+def test_an_engine_that_fails_on_everything_ends_the_stage(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+        raise RuntimeError("engine is dead")
+
+    assert answers(run, monkeypatch, broken) == Exit.CRASHED
+    assert not run.path("infer", "manifest.json").exists()
+    assert answers(run, monkeypatch, echo) == Exit.DONE, "the same command goes on"
+
+
+def test_a_restart_asks_only_for_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def stops_after_one_chunk(prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+        if asked:
+            raise RuntimeError("killed")
+        asked.extend(prompt.id for prompt in prompts)
+        return echo(prompts, adapter)
+
+    assert answers(run, monkeypatch, stops_after_one_chunk) == Exit.CRASHED
+    assert asked == ["s0", "s1", "s2"]
+    again: list[tuple[str | None, str]] = []
+
+    def notes(prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+        again.extend((adapter, prompt.id) for prompt in prompts)
+        return echo(prompts, adapter)
+
+    assert answers(run, monkeypatch, notes) == Exit.DONE
+    everything = [(adapter, f"s{i}") for adapter in (None, "tuned") for i in range(6)]
+    assert again == everything[3:]
+
+
+def test_a_prompt_without_room_or_pages_is_a_failed_record(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [
+        sample("long", "word " * 100),
+        sample("blind", "?", error="no readable page in a.pdf"),
+        sample("ok", "?"),
+    ]
+    write_jsonl(run.path("preprocess", "samples", "test.jsonl"), samples)
+    describe(run, "preprocess", "samples/test.jsonl")
+    assert answers(run, monkeypatch, echo) == Exit.DONE
+    found = {p["id"]: p["error"] for p in read_jsonl(run.path("infer", "predictions", "tuned.jsonl"))}
+    assert "leaves no room for an answer in infer.max_length" in found["long"]
+    assert found["blind"] == "no readable page in a.pdf"
+    assert found["ok"] is None

@@ -1,0 +1,92 @@
+"""Checkpoints: which one a restart takes; and what swift is told."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.contract.files import write_json
+from stages.contract.recipe import load_recipe
+from stages.train.worker import Job, _arguments, newest_good_checkpoint
+from tests.conftest import REPOSITORY
+
+
+def checkpoint(work: Path, step: int, whole: bool = True) -> Path:
+    folder = work / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "optimizer.pt"):
+        (folder / name).write_bytes(b"x" * step)
+    if whole:
+        write_json(folder / "complete.json", {"sizes": {p.name: step for p in folder.iterdir()}})
+    return folder
+
+
+def test_the_newest_whole_checkpoint_is_taken_by_step_not_by_name(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        checkpoint(tmp_path, step)
+    assert newest_good_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_a_checkpoint_without_its_mark_is_deleted(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 10)
+    torn = checkpoint(tmp_path, 20, whole=False)
+    assert newest_good_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+def test_a_checkpoint_with_a_cut_or_lost_file_is_deleted(tmp_path: Path, name: str) -> None:
+    checkpoint(tmp_path, 10)
+    for step, harm in ((20, lambda path: path.write_bytes(b"x")), (30, lambda path: path.unlink())):
+        harm(checkpoint(tmp_path, step) / name)
+    assert newest_good_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert newest_good_checkpoint(tmp_path) is None
+
+
+def told(tmp_path: Path, *overrides: str) -> dict[str, list[str]]:
+    """What swift is told, by option."""
+    recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", overrides)
+    job = Job(
+        model=tmp_path / "model",
+        work=tmp_path / "work",
+        adapter=tmp_path / "adapter",
+        train=[],
+        validation=[],
+        seed=7,
+        dtype="float16",
+        micro_batch=2,
+        accumulation=5,
+        use_cpu=True,
+        model_settings=recipe.model,
+        settings=recipe.train,
+        reports=0,
+    )
+    options: dict[str, list[str]] = {}
+    for argument in _arguments(job, tmp_path, None):
+        if argument.startswith("--"):
+            options[argument] = []
+        else:
+            options[list(options)[-1]].append(argument)
+    return options
+
+
+def test_swift_is_told_batch_precision_and_seed(tmp_path: Path) -> None:
+    options = told(tmp_path)
+    assert options["--torch_dtype"] == ["float16"]
+    assert options["--lora_dtype"] == ["float32"]  # on a V100 the cure for 'Attempting to unscale FP16 gradients'
+    assert options["--per_device_train_batch_size"] == ["2"]
+    assert options["--gradient_accumulation_steps"] == ["5"]
+    assert options["--seed"] == options["--data_seed"] == ["7"]
+    assert options["--split_dataset_ratio"] == ["0"]  # a split by rows would leak documents
+    assert "--resume_from_checkpoint" not in options
+
+
+def test_target_modules_are_names_or_one_regular_expression(tmp_path: Path) -> None:
+    names = told(tmp_path, "train.target_modules=[q_proj, v_proj]")
+    assert names["--target_modules"] == ["q_proj", "v_proj"]
+    pattern = told(tmp_path, r"train.target_modules='.*\.[12]\..*_proj'")
+    assert pattern["--target_regex"] == [r".*\.[12]\..*_proj"]
+    assert "--target_modules" not in pattern
