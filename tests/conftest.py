@@ -77,7 +77,7 @@ class Lorry:
         began = time.monotonic()
         process = self.start(module, *arguments)
         try:
-            output, _ = process.communicate(timeout=300)
+            output, _ = process.communicate(timeout=1500)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import subprocess
 from types import FrameType
 
 from stages.contract.errors import InterruptedRunError
@@ -13,16 +14,25 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._child: subprocess.Popen[bytes] | None = None
 
     def install(self) -> None:
         """Listen to SIGTERM and SIGINT; must be called from the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
+    def pass_on_to(self, child: "subprocess.Popen[bytes]") -> None:
+        """Send a stop to a child process too, at once: this one may be waiting for it."""
+        self._child = child
+        if self.signal is not None:
+            child.send_signal(signal.SIGTERM)
+
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is signal.Signals.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if self._child is not None:
+            self._child.send_signal(signal.SIGTERM)  # nothing happens to one that has ended
 
     def check(self) -> None:
         """Raise InterruptedRunError if a stop was asked for. Called where everything finished is saved."""

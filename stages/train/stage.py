@@ -56,6 +56,9 @@ def work(stage: Stage) -> None:
         training = read_json(folder / "training.json")
         stage.counts[f"{adapter.name} samples"] = training["samples"]["train"]
         stage.counts[f"{adapter.name} steps"] = training["steps"]
+        for split, samples in training["left_out"].items():
+            for sample in samples:
+                stage.skip(sample, "longer than train.max_length", f"{split}, adapter {adapter.name}")
         log += [{"adapter": adapter.name, **entry} for entry in training["log"]]
         for name in ("adapter_model.safetensors", "adapter_config.json", "training.json"):
             stage.outputs[f"adapters/{adapter.name}/{name}"] = None
@@ -75,7 +78,8 @@ def _run_worker(stage: Stage, adapter: Adapter, job: Job) -> None:
         preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     ) as worker:
         os.close(writing)
-        error = _follow(stage, adapter, worker, reading)
+        stage.stop.pass_on_to(worker)
+        error = _follow(stage, adapter, reading)
         code = worker.wait()
     if code == Exit.DONE:
         return
@@ -93,15 +97,11 @@ def _run_worker(stage: Stage, adapter: Adapter, job: Job) -> None:
     raise failure
 
 
-def _follow(stage: Stage, adapter: Adapter, worker: "subprocess.Popen[bytes]", reading: int) -> str | None:
-    """Show the worker's reports until it ends; pass a stop on to it. Returns its last error text."""
+def _follow(stage: Stage, adapter: Adapter, reading: int) -> str | None:
+    """Show the worker's reports until it ends. Returns its last error text."""
     activity, loss, error = f"train {adapter.name}", None, None
-    asked = False
     with os.fdopen(reading, "r", encoding="utf-8") as reports:
         while True:
-            if stage.stop.signal is not None and not asked:
-                worker.send_signal(signal.SIGTERM)
-                asked = True
             line = reports.readline()
             if not line:
                 return error
@@ -116,9 +116,6 @@ def _follow(stage: Stage, adapter: Adapter, worker: "subprocess.Popen[bytes]", r
                 stage.events.say(f"{activity}: {report['samples']['train']} samples{resumed}")
                 if resumed:
                     stage.decisions.append({"what": "resumed", "value": report["resumed_from"], "why": adapter.name})
-            elif report["event"] == "left_out":
-                for sample in report["ids"]:
-                    stage.skip(sample, "longer than train.max_length", f"{report['split']}, adapter {adapter.name}")
             elif report["event"] == "error":
                 error = report["text"]
 

@@ -101,13 +101,11 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
 
     resume = newest_good_checkpoint(job.work)
     sft = LorrySft(_arguments(job, scratch, resume), job, reports, stop)
-    counts = {}
+    counts, left_out = {}, {}
     for split, sources in (("train", job.train), ("validation", job.validation)):
         samples = [sample for source in sources for sample in read_jsonl(source)]
-        kept, left_out = sft.fitting(samples)
+        kept, left_out[split] = sft.fitting(samples)
         counts[split] = len(kept)
-        if left_out:
-            reports.send(event="left_out", split=split, ids=left_out)
         write_jsonl(scratch / f"{split}.jsonl", kept)
     if not counts["train"]:
         raise DataError(
@@ -118,24 +116,26 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
     reports.send(event="loaded", samples=counts, resumed_from=resume.name if resume else None)
     sft.main()
     stop.check()
-    _publish(job, counts)
+    _publish(job, {"samples": counts, "left_out": left_out})
     remove(scratch)
 
 
-def _publish(job: Job, counts: dict[str, int]) -> None:
-    """Move the last checkpoint's adapter to its place, in one step."""
+def _publish(job: Job, facts: dict[str, Any]) -> None:
+    """Move the last checkpoint's adapter to its place, in one step, with what the stage has to know of its training."""
     last = newest_good_checkpoint(job.work)
     assert last is not None, "training ended without a checkpoint"
     state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
     partial = job.adapter.with_name(f".{job.adapter.name}")
     remove(partial)
     partial.mkdir(parents=True)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copyfile(last / name, partial / name)
+    shutil.copyfile(last / "adapter_model.safetensors", partial / "adapter_model.safetensors")
     wanted = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "token_acc", "eval_token_acc")
     log = [{key: entry[key] for key in wanted if key in entry} for entry in state["log_history"]]
     log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
-    write_json(partial / "training.json", {"steps": state["global_step"], "samples": counts, "log": log})
+    write_json(partial / "training.json", {"steps": state["global_step"], **facts, "log": log})
+    config = json.loads((last / "adapter_config.json").read_text(encoding="utf-8"))
+    # the base by its name below the model mount: an adapter must not differ by the machine that it was trained on
+    write_json(partial / "adapter_config.json", {**config, "base_model_name_or_path": job.model_settings.path})
     partial.rename(job.adapter)
 
 

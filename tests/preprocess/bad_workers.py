@@ -1,6 +1,7 @@
 """Stand-ins for `render_range` that misbehave on some pages. Worker processes import them by name."""
 
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def hang_on_page_2(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality
 
 
 def note_worker(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: int) -> list[dict[str, Any]]:
-    """Leave the worker's process id beside the pictures."""
+    """Leave the worker's process id and its peak memory in KiB beside the pictures."""
+    records = real_render_range(pages, folder, max_pixels, jpeg_quality)
     with (folder.parents[1] / "workers.txt").open("a") as file:
-        file.write(f"{os.getpid()} {pages.first}\n")
-    return real_render_range(pages, folder, max_pixels, jpeg_quality)
+        file.write(f"{os.getpid()} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\n")
+    return records

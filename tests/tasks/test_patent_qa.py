@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.contract.errors import DataError, UsageError
-from stages.contract.recipe import load_recipe
 from stages.tasks import load_task, task_names
 from stages.tasks.patent_qa import (
     PatentQuestion,
@@ -23,7 +22,6 @@ from stages.tasks.patent_qa import (
     read_questions,
     score,
 )
-from tests.conftest import REPOSITORY
 
 Skipped = list[tuple[str, str, str]]
 
@@ -321,8 +319,8 @@ def test_one_id_in_both_files_counts_once(tmp_path: Path) -> None:
 
 
 def test_half_a_pair_is_no_pair(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no pair of train\.jsonl and test\.jsonl"):
-        read(tmp_path, train=GOOD)
+    with pytest.raises(DataError, match=r"test\.jsonl is missing"):
+        read(tmp_path, train=GOOD, questions=GOOD)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf\n", b"no json\n", line(document="c.pdf")])
@@ -400,16 +398,15 @@ def test_the_answer_is_the_first_line(text: str, answer: str) -> None:
 
 
 def test_a_right_answer_scores_full_and_a_wrong_one_nothing() -> None:
-    sample = build_sample(QUESTION, PAGES, load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml"))
+    sample = build_sample(QUESTION, PAGES)
     assert set(score("gear", sample).values()) == {1.0}
     assert score("xyz", sample)["exact_match"] == score("xyz", sample)["f1"] == 0.0
 
 
 def test_recall_counts_the_evidence_that_is_shown() -> None:
-    recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml")
-    assert facts(build_sample(QUESTION, PAGES, recipe)) == {"retrieval_recall": 0.5}
+    assert facts(build_sample(QUESTION, PAGES)) == {"retrieval_recall": 0.5}
     without = PatentQuestion("q", "x", "a.pdf", None, (), (), "", None)
-    assert facts(build_sample(without, PAGES, recipe)) == {}
+    assert facts(build_sample(without, PAGES)) == {}
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------
