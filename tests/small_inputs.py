@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+RANDOM_LLAMA = ("model.path=random-llama", "train.target_modules=[all-linear]")
+"""Overrides of the tiny profile for the random Llama: it has two layers only."""
+
 DOCUMENTS = ("CN1000003A", "US1000001A", "US1000004A", "US1000006A")
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from stages.contract.files import read_jsonl
 from tests.conftest import Lorry
+from tests.small_inputs import RANDOM_LLAMA
 
 Job = tuple[Lorry, tuple[str, ...]]
 
@@ -118,7 +119,7 @@ def test_sigterm_in_training_saves_and_goes_on(job: Job, small_models: Path, tmp
     lorry, options = job
     quick = Lorry(lorry.data, small_models, tmp_path)
     # no validation documents either: a job that has none must train all the same
-    overrides = ("data.validation_fraction=0", "model.path=random-llama", "train.epochs=40", "train.effective_batch=4")
+    overrides = ("data.validation_fraction=0", *RANDOM_LLAMA, "train.epochs=40", "train.effective_batch=4")
     slow = (*options, *(word for override in overrides for word in ("--set", override)))
     assert quick("entrypoints.preprocess", *slow).code == 0
     process = quick.start("entrypoints.train", *slow)

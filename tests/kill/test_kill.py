@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from stages.contract.files import sha256_file
+from tests.small_inputs import RANDOM_LLAMA
 
 KILLS = 6
 ADAPTER_TOLERANCE = 1e-6
@@ -65,7 +66,7 @@ class Arena:
         }
         self.options = ["patent-qa", "--profile", "tiny", "--set", f"data.path={data.name}"]
         for override in (
-            "model.path=random-llama",
+            *RANDOM_LLAMA,
             "train.effective_batch=4",
             "train.micro_batch=2",
             "train.checkpoint_every=2",
