@@ -13,8 +13,8 @@ help: ## list the verbs
 setup: .venv/.ready models/.ready ## install what a CPU needs into .venv and make the small models (once)
 
 demo: setup ## PDFs to scored answers on this CPU; DATA=folder takes your own documents and questions
-	@if [ -n "$(DATA)" ]; then \
-	  exec $(BIN)/lorry run patent-qa --profile tiny --data "$(DATA)" --run "demo-$$(basename "$$(realpath "$(DATA)")")"; \
+	@export LORRY_TARGET=cpu CUDA_VISIBLE_DEVICES=; if [ -n "$(DATA)" ]; then \
+	  exec $(BIN)/lorry run patent-qa --profile tiny --data "$(DATA)" --run "demo-$$(basename "$(DATA)")-$$(realpath "$(DATA)" | cksum | cut -d " " -f 1)"; \
 	else exec $(BIN)/lorry run patent-qa --profile tiny --run demo; fi
 
 test: setup ## the tests, real models included (about 10 minutes on 2 cores)

@@ -39,10 +39,10 @@ def straight(page: pymupdf.Page) -> bytes:
 
 
 def compare() -> dict[str, object]:
-    """Seconds of both ways over the demo's pages, in turn."""
+    """Seconds of both ways over every fourth document's pages, in turn."""
     seconds = {"straight": 0.0, "at 600 DPI": 0.0}
     pages = 0
-    for path in sorted(DOCUMENTS.glob("*.pdf")):
+    for path in sorted(DOCUMENTS.glob("*.pdf"))[::4]:
         with pymupdf.open(path) as document:
             for page in document:
                 page.get_pixmap(dpi=20)  # parse the page once, for neither

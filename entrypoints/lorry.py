@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from entrypoints.common import RECIPES, one_line_errors, open_run, recipe_options, recipe_path
+
+if TYPE_CHECKING:
+    from stages.contract.stop import StopRequest
 
 
 @click.group()
@@ -29,29 +32,33 @@ def run(force: bool, **options: Any) -> None:
 
     RECIPE is a file, or a name in recipes/; without it, the run's own recipe.yaml is used.
     """
-    from stages.contract.errors import UsageError
+    from stages.contract.errors import LorryError
     from stages.contract.files import FileHashes
     from stages.contract.run import STAGES
+    from stages.contract.stop import StopRequest
 
+    stop = StopRequest()
+    stop.install()
     opened = open_run(**options)
     arguments = sys.argv[sys.argv.index("run") + 1 :]
     for stage in STAGES:
         hashes = FileHashes(opened.stage_folder(stage) / ".hashes.json")
         try:
             done = not force and opened.is_done(stage, hashes)
-        except UsageError:  # the stage itself says what is wrong
+        except (LorryError, OSError):  # the stage itself says what is wrong
             done = False
+        stop.check()
         if done:
             click.echo(f"{stage}: up to date")
             continue
-        code = _run_stage(stage, arguments)
+        code = _run_stage(stage, arguments, stop)
         if code != 0:
             sys.exit(code)
     report = opened.path("eval", "report.html")
     click.echo(f"all four stages are up to date; report: {report}")
 
 
-def _run_stage(stage: str, arguments: list[str]) -> int:
+def _run_stage(stage: str, arguments: list[str], stop: "StopRequest") -> int:
     """A stage in a process of its own, so that its memory is free before the next; a stop is passed on to it."""
     from stages.contract.errors import Exit
     from stages.contract.stop import die_with_parent
@@ -60,9 +67,7 @@ def _run_stage(stage: str, arguments: list[str]) -> int:
         [sys.executable, "-m", f"entrypoints.{stage}", *arguments],
         preexec_fn=functools.partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     )
-    # Ctrl-C reaches the stage by itself; `kill` reaches only this process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+    stop.pass_on_to(process)
     code = process.wait()
     if code < 0:
         name = signal.Signals(-code).name

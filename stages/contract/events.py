@@ -1,7 +1,7 @@
 """Progress: each stage appends events to its `events.jsonl`; console, `lorry status` and report read that.
 
 An event is `{"time": epoch seconds, "event": name, ...}`. Progress events carry `step`, `total`, `unit` and whatever
-is known of `loss`, `tokens_per_second`, `memory_gib`, `eta_seconds`.
+is known of `loss`, `tokens_per_second`, `eta_seconds`.
 """
 
 import contextlib

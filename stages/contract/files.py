@@ -200,10 +200,13 @@ _FULL = re.compile(
 )
 
 
-def disk_error(error: BaseException) -> LorryError | None:
-    """The one-line error for a full or unwritable disk, or None when `error` is something else.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
 
-    Libraries in C and Rust raise their own types for a full disk, so their texts are read as well.
+
+def machine_error(error: BaseException) -> LorryError | None:
+    """The one-line error for a full or unwritable disk or for lack of memory, or None when `error` is something else.
+
+    Libraries in C and Rust raise their own types for these, so their texts are read as well.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -214,6 +217,8 @@ def disk_error(error: BaseException) -> LorryError | None:
             return DoesNotFitError(
                 f"the disk is full{where}: free some space and run the same command again; finished work is kept"
             )
+        if isinstance(seen, MemoryError) or _OUT_OF_MEMORY.search(text):
+            return DoesNotFitError(f"out of memory ({' '.join(text.split())[:200]}); take a smaller batch or length")
         if code in (errno.EROFS, errno.EACCES, errno.EPERM):
             return UsageError(
                 f"not permitted{where}: {os.strerror(code)}; the data and model folders must be readable and the"

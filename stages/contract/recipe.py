@@ -147,19 +147,7 @@ def load_recipe(
 
     Raises UsageError with the file, the line, what was found and the nearest known name.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the recipe ({error})") from error
-    try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
-    profiles = values.pop("profiles", None) or {}
-    if not isinstance(profiles, dict):
-        raise UsageError(f"{path}: `profiles` must map a profile's name to the values that it overrides")
+    values, profiles, text = _read(path)
     prefix: tuple[str, ...] = ()
     if profile is not None:
         if profile not in profiles:
@@ -177,10 +165,27 @@ def load_recipe(
         raise UsageError(_explained(error, path, text, prefix)) from error
 
 
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """A recipe file's values, its profiles, and its text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the recipe ({error})") from error
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    profiles = values.pop("profiles", None) or {}
+    if not isinstance(profiles, dict):
+        raise UsageError(f"{path}: `profiles` must map a profile's name to the values that it overrides")
+    return values, profiles, text
+
+
 def profile_names(path: Path) -> list[str]:
     """Names of a recipe file's profiles."""
-    values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader) or {}
-    return list(values.get("profiles") or {})
+    return list(_read(path)[1])
 
 
 def recipe_file_schema() -> dict[str, Any]:

@@ -108,6 +108,7 @@ class Run:
             manifest = self.manifest(earlier)
             if manifest is None:
                 raise UsageError(f"{self.folder}: {stage} needs {earlier}, which is not done; run {earlier} first")
+            self._refuse_stale(earlier, manifest)
             for name, output in manifest["outputs"].items():
                 if not name.startswith(wanted):
                     continue
@@ -124,6 +125,20 @@ class Run:
         if stage in ("train", "infer"):
             found["models/base"] = hashes.tree(self.model(self.recipe.model.path, "model.path"))[0]
         return found
+
+    def _refuse_stale(self, stage: str, manifest: dict[str, Any]) -> None:
+        """Raise UsageError if a stage was made by another recipe, or from what an earlier one has since replaced.
+
+        Otherwise an adapter that was trained on one split could answer, and be scored on, the test set of another.
+        """
+        if manifest["key"] != self.key(stage, manifest["inputs"]):
+            raise UsageError(f"{self.folder}: {stage} was made with another recipe than this one; run {stage} again")
+        for name, digest in manifest["inputs"].items():
+            earlier, _, output = name.partition("/")
+            if earlier in STAGES:
+                current = (self.manifest(earlier) or {"outputs": {}})["outputs"].get(output, {})
+                if current.get("sha256") != digest:
+                    raise UsageError(f"{self.folder}: {earlier} has changed since {stage} used it; run {stage} again")
 
     def key(self, stage: str, inputs: dict[str, str]) -> str:
         """Digest of all that a stage's result depends on: equal keys, equal results."""

@@ -18,7 +18,7 @@ from stages.contract.errors import Exit, InterruptedRunError, LorryError
 from stages.contract.events import Events, output_to
 from stages.contract.files import (
     FileHashes,
-    disk_error,
+    machine_error,
     read_json,
     remove,
     visible_files,
@@ -92,13 +92,12 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
     stop.install()
     try:
         with only_writer(run.stage_folder(name)) as lock:
-            write_recipe(run)
             return _run_locked(run, name, work, force, stop, lock)
     except LorryError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except OSError as error:
-        explained = disk_error(error)
+        explained = machine_error(error)
         if explained is None:
             raise
         print(f"{name}: {explained}", file=sys.stderr, flush=True)
@@ -119,22 +118,14 @@ def _run_locked(run: Run, name: str, work: Callable[[Stage], None], force: bool,
     hashes = FileHashes(folder / ".hashes.json")
     inputs = run.inputs(name, hashes)
     key = run.key(name, inputs)
-    if force:
-        _clear(folder)
-    elif run.is_done(name, hashes):
+    if not force and run.is_done(name, hashes):
+        (folder / "state.json").unlink(missing_ok=True)  # of a kill just after the manifest was written
         hashes.save()
         print(f"{name}: up to date", flush=True)
         return Exit.DONE
     hashes.save()
-    state = read_json(folder / "state.json") or read_json(folder / "manifest.json") or {}
-    if state and state.get("key") != key:
-        # what is there was made from other inputs: nothing old may pass for new
-        _clear(folder, keep=REUSABLE.get(name, ()))
-    (folder / "manifest.json").unlink(missing_ok=True)
-    for litter in folder.rglob(".*.partial"):  # of writes that a kill cut off
-        litter.unlink()
-    starts = [*state.get("starts", []), _now()] if state.get("key") == key and "starts" in state else [_now()]
-    write_json(folder / "state.json", {"key": key, "starts": starts})
+    write_recipe(run)
+    starts = _begin(folder, key, force, REUSABLE.get(name, ()))
 
     with output_to(folder / "log.txt") as console:
         events = Events(folder / "events.jsonl", name, console)
@@ -159,14 +150,29 @@ def _run_locked(run: Run, name: str, work: Callable[[Stage], None], force: bool,
     return Exit.DONE
 
 
+def _begin(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> list[str]:
+    """Make a stage's folder fit to begin or go on in. Returns the times of this and earlier starts of the same work.
+
+    Only a half that was begun with the same key is gone on with (and, with `force`, only one that was forced too);
+    anything else was made from other inputs or has been tampered with, and nothing of it may pass for new.
+    """
+    state = read_json(folder / "state.json") or {}
+    goes_on = state.get("key") == key and (state["forced"] or not force)
+    if not goes_on:
+        _clear(folder, keep=() if force else reusable)
+    starts = [*(state["starts"] if goes_on else []), _now()]
+    write_json(folder / "state.json", {"key": key, "forced": force or (goes_on and state["forced"]), "starts": starts})
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for litter in folder.rglob(".*.partial"):  # of writes that a kill cut off
+        litter.unlink()
+    return starts
+
+
 def _failed(stage: Stage, error: BaseException) -> Exit:
     """Tell how the stage ended and return the exit code. The log has the traceback of whatever is no LorryError."""
-    explained = error if isinstance(error, LorryError) else disk_error(error)
+    explained = error if isinstance(error, LorryError) else machine_error(error)
     if explained is None and isinstance(error, KeyboardInterrupt):
         explained = InterruptedRunError("interrupted; finished work is saved: run the same command again")
-    if explained is None and isinstance(error, MemoryError):
-        explained = LorryError(f"out of memory; see {stage.path('log.txt')}")
-        explained.exit_code = Exit.DOES_NOT_FIT
     if explained is not None:
         _emit_quietly(stage, explained)
         stage.events.say(str(explained))

@@ -28,10 +28,10 @@ class StopRequest:
             child.send_signal(signal.SIGTERM)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is signal.Signals.SIGINT and number == signal.SIGINT:
+        if self.signal is signal.Signals.SIGINT and number == signal.SIGINT and self._child is None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        if self._child is not None:
+        if self._child is not None and number == signal.SIGTERM:  # Ctrl-C reaches a child by itself
             self._child.send_signal(signal.SIGTERM)  # nothing happens to one that has ended
 
     def check(self) -> None:

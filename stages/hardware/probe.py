@@ -31,9 +31,13 @@ class Machine:
 
 
 def probe() -> Machine:
-    """Look at the machine. A host without the NVIDIA driver has no cards; that is no error."""
+    """Look at the machine. A host without the NVIDIA driver has no cards; that is no error.
+
+    With LORRY_TARGET=cpu, which the CPU images and the demo set, cards that are there are left alone.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(cpus=len(os.sched_getaffinity(0)), memory_bytes=memory, gpus=_gpus())
+    gpus = () if os.environ.get("LORRY_TARGET") == "cpu" else _gpus()
+    return Machine(cpus=len(os.sched_getaffinity(0)), memory_bytes=memory, gpus=gpus)
 
 
 def _gpus() -> tuple[Gpu, ...]:

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from stages.contract.files import JsonlJournal, read_jsonl, write_jsonl
+from stages.contract.files import JsonlJournal, machine_error, read_jsonl, write_jsonl
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.stage import Stage
 from stages.hardware.probe import probe
@@ -109,8 +109,8 @@ def _start_engine(stage: Stage, model: Path, max_length: int) -> Engine:
 def _answer_chunk(
     stage: Stage, engine: Engine, adapter: str | None, chunk: list[Sample], prompts: dict[str, Prompt]
 ) -> list[Prediction]:
-    """Predictions for a chunk. If the engine fails on it, its samples are tried one by one and the failing ones
-    are recorded as failed."""
+    """Predictions for a chunk. If the engine fails on it, its samples are tried one by one and those that fail again
+    are recorded as failed; but what is the machine's or the engine's fault is raised, and no sample bears it."""
     task = load_task(stage.run.recipe.task)
     able = [prompts[sample["id"]] for sample in chunk if sample["id"] in prompts]
     found: dict[str, Prediction] = {
@@ -121,15 +121,15 @@ def _answer_chunk(
     try:
         completions = engine.generate(able, adapter) if able else []
     except Exception as error:
+        _raise_if_not_the_samples_fault(stage, error)
         if len(able) == 1:
             prompt = able[0]
             print(f"sample {prompt.id} failed: {error!r}")  # into the log
-            failure = failed_prediction(prompt.id, f"{type(error).__name__}: {error}", len(prompt.tokens))
-            return [failure if sample["id"] == prompt.id else found[sample["id"]] for sample in chunk]
-        alone = [_answer_chunk(stage, engine, adapter, [sample], prompts)[0] for sample in chunk]
-        if all(prediction["error"] for prediction in alone):
-            raise  # the engine is broken, not a sample
-        return alone
+            found[prompt.id] = failed_prediction(prompt.id, f"{type(error).__name__}: {error}", len(prompt.tokens))
+            if not _answers_another(engine, adapter, prompt, prompts):
+                raise
+            return [found[sample["id"]] for sample in chunk]
+        return [_answer_chunk(stage, engine, adapter, [sample], prompts)[0] for sample in chunk]
     for prompt, completion in zip(able, completions, strict=True):
         found[prompt.id] = {
             "id": prompt.id,
@@ -141,3 +141,23 @@ def _answer_chunk(
             "error": None,
         }
     return [found[sample["id"]] for sample in chunk]
+
+
+def _raise_if_not_the_samples_fault(stage: Stage, error: Exception) -> None:
+    stage.stop.check()  # a Ctrl-C reaches an engine's own processes too
+    explained = machine_error(error)
+    if explained is not None:
+        raise explained from error
+
+
+def _answers_another(engine: Engine, adapter: str | None, failed: Prompt, prompts: dict[str, Prompt]) -> bool:
+    """Whether the engine still answers something: the shortest other prompt."""
+    others = sorted((p for p in prompts.values() if p.id != failed.id), key=lambda p: len(p.tokens))
+    for prompt in others[:3]:
+        try:
+            engine.generate([prompt], adapter)
+        except Exception as error:  # noqa: BLE001 - any failure means: not this one
+            print(f"after {failed.id}, {prompt.id} failed too: {error!r}")
+        else:
+            return True
+    return False

@@ -1,12 +1,15 @@
 """preprocess: render pages, embed pages and questions, choose pages for each question, write samples."""
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from stages.contract.errors import DataError
-from stages.contract.files import write_jsonl, written_atomically
+from stages.contract.files import FileHashes, write_jsonl, written_atomically
 from stages.contract.records import Sample
 from stages.contract.stage import Stage
 from stages.preprocess.documents import document_ids, render_documents
@@ -24,20 +27,20 @@ def work(stage: Stage) -> None:
     questions = task.read_questions(data, set(documents), stage.skip)
     stage.counts["questions"] = len(questions)
 
-    asked = {question.document for question in questions}
     # before the hours of work: it may find that nothing can be held out
-    splits = split_groups(asked, {q.document: q.split for q in questions}, recipe.data, recipe.seed)
+    splits = _splits(stage, questions, documents)
     pages = render_documents(stage, documents)
     embedder = Embedder(stage)
     page_vectors = embedder.embed([page["text"] for page in pages], "pages")
     question_vectors = embedder.embed([question.text for question in questions], "questions")
-    with written_atomically(stage.path("vectors.npy"), "wb") as file:
-        np.save(file, page_vectors, allow_pickle=False)
-    stage.outputs["vectors.npy"] = len(pages)
+    _write_vectors(stage, page_vectors, questions, question_vectors)
 
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for question, shown in zip(questions, _shown(stage, questions, question_vectors, pages, page_vectors), strict=True):
         split = splits[question.document]
+        if question.split == "train" and split == "test":
+            stage.skip(question.id, "training question on a test document", f"{question.document}, by its content")
+            continue
         sample = task.build_sample(question, shown)
         if split != "test" and not shown:
             stage.skip(question.id, "no readable page in its document", question.document)
@@ -57,6 +60,33 @@ def work(stage: Stage) -> None:
         stage.outputs[name] = write_jsonl(stage.path(name), members)  # type: ignore[arg-type]
         stage.counts[split] = len(members)
     _tell(stage)
+
+
+def _splits(stage: Stage, questions: list[Any], documents: dict[str, Path]) -> dict[str, str]:
+    """The split of each document. Documents of the same content, under whatever names, fall into the same one."""
+    hashes = FileHashes(stage.path(".pages.json"))
+    asked = sorted({question.document for question in questions})
+    content = {name: hashes.file(documents[name]) for name in asked}
+    first = {digest: name for name, digest in reversed(content.items())}  # by name, whose order is the listing's
+    twin = {name: first[digest] for name, digest in content.items()}
+    given: dict[str, str | None] = {}
+    for question in questions:
+        if given.get(twin[question.document]) != "test":
+            given[twin[question.document]] = question.split
+    recipe = stage.run.recipe
+    splits = split_groups(set(twin.values()), given, recipe.data, recipe.seed)
+    return {name: splits[twin[name]] for name in asked}
+
+
+def _write_vectors(stage: Stage, pages: Vectors, questions: list[Any], of_questions: Vectors) -> None:
+    """vectors.npy goes with pages.parquet row by row; the questions' vectors stand beside their ids."""
+    with written_atomically(stage.path("vectors.npy"), "wb") as file:
+        np.save(file, pages, allow_pickle=False)
+    stage.outputs["vectors.npy"] = len(pages)
+    table = pa.table({"id": [question.id for question in questions], "vector": list(of_questions)})
+    with written_atomically(stage.path("questions.parquet"), "wb") as file:
+        pq.write_table(table, file)
+    stage.outputs["questions.parquet"] = len(questions)
 
 
 def _shown(

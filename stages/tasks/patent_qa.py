@@ -12,7 +12,7 @@ lets retrieval be scored; `kind` breaks the scores down; a missing `id` becomes 
 import json
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def find_documents(folder: Path) -> list[Path]:
 
 def read_questions(folder: Path, documents: set[str], skip: Skip) -> list[PatentQuestion]:
     """Read the questions files. A bad line is skipped and counted with its line number."""
-    sources: list[tuple[Path, str | None]] = [(folder / f"{split}.jsonl", split) for split in ("train", "test")]
+    sources: list[tuple[Path, str | None]] = [(folder / f"{split}.jsonl", split) for split in ("test", "train")]
     pair = [path.is_file() for path, _ in sources]
     if any(pair) and not all(pair):
         raise DataError(
@@ -72,6 +72,8 @@ def read_questions(folder: Path, documents: set[str], skip: Skip) -> list[Patent
             except _BadLineError as error:
                 skip(where, error.reason, str(error))
                 continue
+            if question.id in questions and questions[question.id].split != split:  # both files count from 1
+                question = replace(question, id=f"{split}-{question.id}")
             if question.id in questions:
                 skip(where, "duplicate id", question.id)
                 continue

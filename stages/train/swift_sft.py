@@ -86,10 +86,6 @@ class _Checkpoints(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._stop.signal is not None:
-            self._reports.send(event="stopping", step=state.global_step)
-
     def on_log(
         self,
         args: TrainingArguments,

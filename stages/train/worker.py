@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError
-from stages.contract.files import disk_error, read_json, read_jsonl, remove, write_json, write_jsonl
+from stages.contract.files import machine_error, read_json, read_jsonl, remove, write_json, write_jsonl
 from stages.contract.recipe import Model, Train
 from stages.contract.stop import StopRequest
 
@@ -207,7 +207,7 @@ def main() -> None:
     try:
         train(job, reports, stop)
     except BaseException as error:  # noqa: BLE001 - the stage must hear of every end
-        explained = error if isinstance(error, LorryError) else disk_error(error)
+        explained = error if isinstance(error, LorryError) else machine_error(error)
         if explained is None and stop.signal is not None:
             explained = InterruptedRunError(f"stopped by {stop.signal.name}; run the same command again")
         if not isinstance(explained, InterruptedRunError):

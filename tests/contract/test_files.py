@@ -19,7 +19,7 @@ from stages.contract.files import (
     FileHashes,
     JsonlJournal,
     digest_of,
-    disk_error,
+    machine_error,
     read_json,
     read_jsonl,
     visible_files,
@@ -235,12 +235,12 @@ def test_a_file_name_that_is_no_utf8_is_hashed_and_remembered(tmp_path: Path, mo
 
 
 def test_a_full_disk_is_told_apart_from_a_forbidden_one() -> None:
-    full = disk_error(OSError(errno.ENOSPC, "No space left on device", "/runs/a"))
+    full = machine_error(OSError(errno.ENOSPC, "No space left on device", "/runs/a"))
     assert isinstance(full, DoesNotFitError)
     assert "/runs/a" in str(full)
-    assert isinstance(disk_error(OSError(errno.EROFS, "Read-only file system", "/runs/a")), UsageError)
-    assert isinstance(disk_error(RuntimeError("I/O error: No space left on device (os error 28)")), DoesNotFitError)
-    assert disk_error(ValueError("something else")) is None
+    assert isinstance(machine_error(OSError(errno.EROFS, "Read-only file system", "/runs/a")), UsageError)
+    assert isinstance(machine_error(RuntimeError("I/O error: No space left on device (os error 28)")), DoesNotFitError)
+    assert machine_error(ValueError("something else")) is None
 
 
 def test_a_full_disk_behind_a_librarys_own_error_is_found() -> None:
@@ -250,7 +250,7 @@ def test_a_full_disk_behind_a_librarys_own_error_is_found() -> None:
         except OSError as cause:
             raise RuntimeError("could not save the checkpoint") from cause
     except RuntimeError as error:
-        assert isinstance(disk_error(error), DoesNotFitError)
+        assert isinstance(machine_error(error), DoesNotFitError)
 
 
 def test_the_libraries_own_errors_on_a_full_disk_are_known(small_disk: Path) -> None:
@@ -271,7 +271,7 @@ def test_the_libraries_own_errors_on_a_full_disk_are_known(small_disk: Path) -> 
         with pytest.raises(Exception) as caught:
             write(small_disk / name)
         (small_disk / name).unlink(missing_ok=True)
-        assert isinstance(disk_error(caught.value), DoesNotFitError), (name, caught.value)
+        assert isinstance(machine_error(caught.value), DoesNotFitError), (name, caught.value)
 
 
 def test_hidden_files_are_left_out_and_a_name_with_two_dots_in_front_is_not(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.contract import stage as stage_module
-from stages.contract.errors import Exit, UsageError
+from stages.contract.errors import Exit, InterruptedRunError, UsageError
 from stages.contract.files import FileHashes, remove, write_jsonl
 from stages.contract.recipe import load_recipe
 from stages.contract.run import REUSABLE, Run
@@ -84,7 +84,72 @@ def test_a_changed_recipe_changes_the_keys_of_the_stages_that_read_it(
     preprocessed: Run, recipe_file: Path, override: str, changed: set[str]
 ) -> None:
     other = with_override(preprocessed, recipe_file, override)
-    assert {stage for stage in ("preprocess", "train") if key(other, stage) != key(preprocessed, stage)} == changed
+    inputs = {stage: preprocessed.inputs(stage, fresh(preprocessed)) for stage in ("preprocess", "train")}
+    assert {s for s in inputs if other.key(s, inputs[s]) != preprocessed.key(s, inputs[s])} == changed
+
+
+def train_once(stage: Stage) -> None:
+    """Writes its adapter unless an earlier start has: as training does."""
+    path = stage.path("adapters", "tuned")
+    if not path.exists():
+        write_jsonl(path, [{"trained": True}])
+    stage.outputs["adapters/tuned"] = 1
+
+
+def test_a_stage_made_with_another_recipe_is_refused(preprocessed: Run, recipe_file: Path) -> None:
+    """Its samples may be split otherwise: what was trained on could be scored."""
+    assert run_stage(preprocessed, "train", train_once) == Exit.DONE
+    other = with_override(preprocessed, recipe_file, "data.test_fraction=0.5")
+    with pytest.raises(UsageError, match="preprocess was made with another recipe than this one; run preprocess again"):
+        other.inputs("train", fresh(other))
+    other = with_override(preprocessed, recipe_file, "train.rank=2")
+    with pytest.raises(UsageError, match="train was made with another recipe"):
+        other.inputs("infer", fresh(other))
+
+
+def test_an_adapter_of_other_samples_is_refused(preprocessed: Run, tmp_path: Path) -> None:
+    assert run_stage(preprocessed, "train", train_once) == Exit.DONE
+
+    def other_samples(stage: Stage) -> None:
+        some_stage.write(stage)
+        write_jsonl(stage.path("samples/train.jsonl"), [{"id": "another"}])
+
+    (tmp_path / "data/few/questions.jsonl").open("a").write("\n")
+    assert run_stage(preprocessed, "preprocess", other_samples) == Exit.DONE
+    with pytest.raises(UsageError, match="preprocess has changed since train used it; run train again"):
+        preprocessed.inputs("infer", fresh(preprocessed))
+
+
+def test_a_touched_adapter_is_made_again_and_not_blessed(preprocessed: Run) -> None:
+    assert run_stage(preprocessed, "train", train_once) == Exit.DONE
+    path = preprocessed.path("train", "adapters", "tuned")
+    for harm in (lambda: path.write_text("harmed"), path.unlink):
+        harm()
+        assert run_stage(preprocessed, "train", train_once) == Exit.DONE
+        assert "trained" in path.read_text()
+
+
+def test_what_a_kill_left_without_its_state_is_not_gone_on_with(preprocessed: Run) -> None:
+    path = preprocessed.path("train", "adapters", "tuned")
+    path.parent.mkdir(parents=True)
+    path.write_text("of unknown inputs")
+    assert run_stage(preprocessed, "train", train_once) == Exit.DONE
+    assert "trained" in path.read_text()
+
+
+def test_an_interrupted_force_goes_on(preprocessed: Run) -> None:
+    def stopped(stage: Stage) -> None:
+        train_once(stage)
+        raise InterruptedRunError("stopped")
+
+    path = preprocessed.path("train", "adapters", "tuned")
+    assert run_stage(preprocessed, "train", train_once) == Exit.DONE
+    path.parent.joinpath("old").write_text("x")
+    assert run_stage(preprocessed, "train", stopped, force=True) == Exit.INTERRUPTED
+    assert not path.parent.joinpath("old").exists()
+    written = path.stat().st_mtime_ns
+    assert run_stage(preprocessed, "train", train_once, force=True) == Exit.DONE
+    assert path.stat().st_mtime_ns == written
 
 
 def test_the_key_does_not_depend_on_where_the_mounts_are(run: Run, tmp_path: Path) -> None:

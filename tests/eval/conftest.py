@@ -88,6 +88,8 @@ def _manifest(run: Run, stage: str, outputs: dict[str, int | None]) -> None:
         "contract": CONTRACT_VERSION,
         "stage": stage,
         "status": "done",
+        "key": run.key(stage, {}),
+        "inputs": {},
         "recipe": run.recipe.digest(),
         "outputs": {name: describe_output(folder, name, count, hashes) for name, count in outputs.items()},
         "counts": {"documents": 20, "pages": 86} if stage == "preprocess" else {},

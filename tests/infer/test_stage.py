@@ -55,7 +55,8 @@ def sample(name: str, text: str, **meta: Any) -> dict[str, Any]:
 
 def describe(run: Run, stage: str, name: str) -> None:
     outputs = {name: describe_output(run.stage_folder(stage), name, None, FileHashes(run.folder / "none"))}
-    write_json(run.path(stage, "manifest.json"), {"contract": CONTRACT_VERSION, "outputs": outputs})
+    manifest = {"contract": CONTRACT_VERSION, "key": run.key(stage, {}), "inputs": {}, "outputs": outputs}
+    write_json(run.path(stage, "manifest.json"), manifest)
 
 
 def answers(run: Run, monkeypatch: pytest.MonkeyPatch, answer: Answer) -> Exit:

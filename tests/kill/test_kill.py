@@ -163,25 +163,23 @@ def kill_repeatedly(arena: Arena, stage: str, finished, grows: bool = False) -> 
     arena.begin(run, stage)
     draw = random.Random(f"{stage} 7")
     # starting up takes most of a short run: moments are drawn over all of it, so that kills also land in the work
-    moments = [draw.uniform(0.15, 1.0) * arena.seconds[stage] for _ in range(KILLS)]
     landed = 0
     before: dict[str, int] = {}
-    for moment in moments:
+    for _ in range(4 * KILLS):
+        if landed == KILLS:
+            break
         process = arena.start(run, stage)
         try:
-            process.wait(timeout=moment)
+            process.wait(timeout=draw.uniform(0.15, 1.0) * arena.seconds[stage])
             # it ended before the kill: begin the stage anew so that the next kill has something to hit
             assert process.returncode == 0, arena.log(run, stage)
             same_bytes(arena, stage)
             shutil.rmtree(arena.runs / run / stage)
             before = {}
-            process = arena.start(run, stage)
-            time.sleep(moment * 0.6)
+            continue
         except subprocess.TimeoutExpired:
-            pass
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        landed += 1
+            process.send_signal(signal.SIGKILL)
+        landed += process.wait() == -signal.SIGKILL
         nothing_left_of(process.pid)
         now = finished()
         for name, value in before.items():

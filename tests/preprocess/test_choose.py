@@ -1,5 +1,8 @@
 """Which pages are shown with a question, and which documents are held out."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from stages.contract.errors import DataError
 from stages.contract.recipe import Data
+from stages.preprocess import stage as preprocess_stage
 from stages.preprocess.retrieve import choose_pages, cosine
 from stages.preprocess.split import SPLITS, split_groups
 
@@ -145,3 +149,18 @@ def test_no_validation_where_none_is_asked_for() -> None:
     groups = {f"d{number}" for number in range(20)}
     splits = split_groups(groups, free(groups), Data(path="x", validation_fraction=0), 0)
     assert "validation" not in splits.values()
+
+
+def test_documents_of_one_content_fall_into_one_split(new_stage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A copy under another name must not carry training text into the test set."""
+    documents = {}
+    for name, content in (("a", "x"), ("copy of a", "x"), ("b", "y"), ("c", "z"), ("d", "w")):
+        (tmp_path / name).write_text(content)
+        documents[name] = tmp_path / name
+    for seed in range(20):
+        stage = new_stage(f"seed={seed}", "data.test_fraction=0.4")
+        questions = [SimpleNamespace(document=name, split=None) for name in documents]
+        splits = preprocess_stage._splits(stage, questions, documents)
+        assert splits["a"] == splits["copy of a"]
+    pair = [SimpleNamespace(document=n, split=s) for n, s in (("a", "test"), ("copy of a", "train"), ("b", "train"))]
+    assert preprocess_stage._splits(stage, pair, documents) == {"a": "test", "copy of a": "test", "b": "train"}
