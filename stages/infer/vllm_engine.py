@@ -18,6 +18,8 @@ class VllmEngine:
             "DO_NOT_TRACK": "1",
             "VLLM_PLUGINS": "",  # ms-swift plugs itself in where both are installed, and breaks it without torchvision
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            # the engine core in this process: in one of its own it would outlive a SIGKILL, and keep its memory
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # else a CPU build leaves one of two processors idle
         }

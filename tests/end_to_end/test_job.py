@@ -28,7 +28,8 @@ def test_samples_are_split_by_document(job: Job) -> None:
 def test_training_lowers_the_loss_and_keeps_the_adapter(job: Job) -> None:
     folder = job[0].runs / "job" / "train"
     losses = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
-    assert losses[-1] < losses[0]
+    assert len(losses) == 8
+    assert sum(losses[-2:]) < sum(losses[:2])
     assert {path.name for path in (folder / "adapters" / "tuned").iterdir()} == {
         "adapter_model.safetensors",
         "adapter_config.json",
@@ -119,7 +120,7 @@ def test_sigterm_in_training_saves_and_goes_on(job: Job, small_models: Path, tmp
     lorry, options = job
     quick = Lorry(lorry.data, small_models, tmp_path)
     # no validation documents either: a job that has none must train all the same
-    overrides = ("data.validation_fraction=0", *RANDOM_LLAMA, "train.epochs=40", "train.effective_batch=4")
+    overrides = ("data.validation_fraction=0", *RANDOM_LLAMA, "train.epochs=40")
     slow = (*options, *(word for override in overrides for word in ("--set", override)))
     assert quick("entrypoints.preprocess", *slow).code == 0
     process = quick.start("entrypoints.train", *slow)
