@@ -1,7 +1,6 @@
 """Stand-ins for `render_range` that misbehave on some pages. Worker processes import them by name."""
 
 import os
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,9 @@ def hang_on_page_2(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality
 def note_worker(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: int) -> list[dict[str, Any]]:
     """Leave the worker's process id and its peak memory in KiB beside the pictures."""
     records = real_render_range(pages, folder, max_pixels, jpeg_quality)
+    # not getrusage: its maximum survives the exec of a process that was forked from a large one
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0])
     with (folder.parents[1] / "workers.txt").open("a") as file:
-        file.write(f"{os.getpid()} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\n")
+        file.write(f"{os.getpid()} {peak}\n")
     return records
