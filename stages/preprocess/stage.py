@@ -64,7 +64,7 @@ def work(stage: Stage) -> None:
 
 def _splits(stage: Stage, questions: list[Any], documents: dict[str, Path]) -> dict[str, str]:
     """The split of each document. Documents of the same content, under whatever names, fall into the same one."""
-    hashes = FileHashes(stage.path(".pages.json"))
+    hashes = FileHashes(stage.path(".hashes.json"))  # knows the documents from when the stage's inputs were hashed
     asked = sorted({question.document for question in questions})
     content = {name: hashes.file(documents[name]) for name in asked}
     first = {digest: name for name, digest in reversed(content.items())}  # by name, whose order is the listing's

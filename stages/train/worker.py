@@ -53,22 +53,19 @@ class Job:
         return Job(**values)
 
 
-def checkpoints(work: Path) -> list[Path]:
-    """Whole checkpoints, oldest first. A kill while one was being written leaves it without complete.json."""
-    found = [path for path in work.glob("checkpoint-*") if (path / "complete.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
 def newest_good_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint whose files still have the sizes they were written with; broken ones are deleted."""
-    good = None
-    for path in sorted(work.glob("checkpoint-*")):
+    """The newest checkpoint whose files still have the sizes they were written with; broken ones are deleted.
+
+    A kill while one was being written leaves it without complete.json.
+    """
+    good = []
+    for path in work.glob("checkpoint-*"):
         complete = read_json(path / "complete.json")
         if complete is None or _sizes(path) != complete["sizes"]:
             remove(path)
-    for path in checkpoints(work):
-        good = path
-    return good
+        else:
+            good.append(path)
+    return max(good, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
