@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes cpu.txt and dev.txt from cpu.in and dev.in. Needs `uv`; called by `make lock`.
+# Writes host.txt, cpu.txt and dev.txt from their .in files. Needs `uv`; called by `make lock`.
 #
 # Not emitted into the lock, though something asks for them:
 #   torch                               installed first by `make setup`: which build fits is the machine's affair
@@ -7,11 +7,14 @@
 #   oss2 and what only it needs         cloud storage of one vendor, needs a C compiler to install
 set -eu
 cd "$(dirname "$0")"
+export UV_FIND_LINKS="${UV_FIND_LINKS-${PIP_FIND_LINKS-}}" # where this machine's pip finds the CPU build of torch
 common="--python-version 3.11 --generate-hashes --no-header --quiet"
 # shellcheck disable=SC2086
 uv pip compile $common cpu.in -o cpu.txt \
   --no-emit-package torch --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
   --no-emit-package oss2 --no-emit-package crcmod --no-emit-package aliyun-python-sdk-core \
   --no-emit-package aliyun-python-sdk-kms --no-emit-package pycryptodome
+# shellcheck disable=SC2086
+uv pip compile $common --constraints cpu.txt host.in -o host.txt
 # shellcheck disable=SC2086
 uv pip compile $common dev.in -o dev.txt

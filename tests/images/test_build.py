@@ -1,0 +1,123 @@
+"""images/build.sh where it must refuse, and the files beside it that must agree. No engine is needed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.hardware.targets import load_targets
+from tests.conftest import REPOSITORY
+
+IMAGES = REPOSITORY / "images"
+
+
+def build(*arguments: str, folder: Path = REPOSITORY, user: int | None = None, **variables: str) -> tuple[int, str]:
+    command = [str(folder / "images" / "build.sh"), *arguments]
+    if user is not None:
+        command = ["setpriv", "--reuid", str(user), "--clear-groups", *command]
+    environment = {**os.environ, "DOCKER_HOST": "unix:///nowhere/docker.sock", **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("p100",), ("cpu", "serve"), ("v100-gptq", "infer"), ("--push", "p100")])
+def test_an_unknown_target_or_stage_is_refused_with_the_known_ones(arguments: tuple[str, ...]) -> None:
+    code, error = build(*arguments)
+    assert code == 2
+    assert len(error.splitlines()) == 1
+    assert "there are: " in error
+
+
+def test_a_missing_lock_is_named(tmp_path: Path) -> None:
+    shutil.copytree(IMAGES, tmp_path / "images")
+    (tmp_path / "images" / "train" / "cu128.txt").unlink()
+    code, error = build("a800", folder=tmp_path)
+    assert code == 2
+    assert error.splitlines() == ["error: images/train/cu128.txt, the lock of train for a800, is missing: make lock"]
+
+
+def test_no_engine_is_told() -> None:
+    code, error = build("cpu")
+    assert code == 2
+    assert len(error.splitlines()) == 1 and "no Docker engine answers (unix:///nowhere/docker.sock)" in error
+
+
+def test_a_socket_that_does_not_admit_us_is_told(tmp_path: Path) -> None:
+    import socket
+
+    if os.getuid() != 0:
+        pytest.skip("only root can become somebody else")
+    path = Path("/tmp") / f"lorry-{os.getpid()}.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        path.chmod(0o600)
+        try:
+            copy = Path("/tmp") / f"lorry-build-{os.getpid()}"
+            shutil.copytree(IMAGES, copy / "images")
+            code, error = build("cpu", folder=copy, user=1000, DOCKER_HOST=f"unix://{path}")
+        finally:
+            path.unlink()
+            shutil.rmtree(copy, ignore_errors=True)
+    assert code == 2
+    assert len(error.splitlines()) == 1 and "does not admit uid 1000" in error
+
+
+def test_bake_knows_every_target_and_its_line() -> None:
+    bake = (IMAGES / "docker-bake.hcl").read_text()
+    table = re.search(r'"LINE_OF_TARGET".*?default = \{(.*?)\}', bake, re.S)
+    assert table is not None
+    lines = dict(re.findall(r'([\w-]+) = "([\w-]+)"', table[1]))
+    targets = load_targets()
+    assert set(lines) == set(targets)
+    for name, target in targets.items():
+        if target.variant_of is None:
+            assert lines[name] == (target.cuda or "cpu")
+        assert f'group "{name}"' in bake
+    cards = re.search(r"card = \[(.*?)\]", bake)
+    assert cards is not None
+    assert set(re.findall(r'"(.*?)"', cards[1])) == {n for n, target in targets.items() if target.variant_of is None}
+
+
+def test_versions_of_a_line_carry_the_code_of_its_cards() -> None:
+    """Facts of the wheels: torch 2.11 and vLLM 0.20 are the first without code for sm_70."""
+    for name, target in load_targets().items():
+        if target.capability != (7, 0) or target.variant_of:
+            continue
+        versions = (IMAGES / "base" / f"{target.cuda}.versions").read_text()
+        assert re.search(r"^torch==2\.(\d+)", versions, re.M)[1] <= "10", name  # type: ignore[index]
+        assert int(re.search(r"^vllm==0\.(\d+)", versions, re.M)[1]) < 20, name  # type: ignore[index]
+
+
+def test_each_target_has_an_env_file_that_agrees() -> None:
+    for name, target in load_targets().items():
+        if target.variant_of:
+            continue
+        text = (REPOSITORY / "compose" / f"{name}.env").read_text()
+        values = dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
+        assert values.pop("LORRY_DEVICES") == ("none" if target.capability is None else "gpu")
+        assert values.pop("LORRY_SHM")
+        assert values == target.environment
+
+
+def test_one_version_everywhere() -> None:
+    project = re.search(r'^version = "(.*)"$', (REPOSITORY / "pyproject.toml").read_text(), re.M)
+    assert project is not None
+    assert f'variable "VERSION" {{ default = "{project[1]}" }}' in (IMAGES / "docker-bake.hcl").read_text()
+    stages = (REPOSITORY / "compose" / "stages.yaml").read_text()
+    assert set(re.findall(r"LORRY_VERSION:-(.*?)\}", stages)) == {project[1]}
+
+
+def test_locks_are_what_their_inputs_give() -> None:
+    """Compiled again: needs the package index, as installing does. New releases do not count, changed inputs do."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, str(IMAGES / "lock.py"), "--check"],
+        env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
