@@ -2,8 +2,8 @@
 
     PATH=<a folder without gcc and clang> CC=images/base/cc python -m benchmarks.triton_compiler
 
-Needs a card, tcc and Python.h. Prints one JSON row; results/triton_compiler.json keeps the one of an H100. Triton compiles
-a stub in C for every new kernel signature; inductor's kernels, which vLLM runs, are Triton's.
+Needs a card, tcc and Python.h. Prints one JSON row; results/triton_compiler.json keeps the one of an H100. Triton
+compiles a stub in C for every new kernel signature; inductor's kernels, which vLLM runs, are Triton's.
 """
 
 import json

@@ -1,0 +1,53 @@
+"""What the stage images weigh, what they share, what is in them, and how long it takes to build them again unchanged.
+
+    python -m benchmarks.images cpu a800 v100 v100-gptq
+
+Needs the engine that has the images (`make images TARGET=…`). Writes results/images.json. Sizes are of the unpacked
+layers, in GB of 1e9 bytes, as `docker image ls` shows them.
+"""
+
+import importlib.metadata
+import subprocess
+import sys
+import time
+from typing import Any
+
+import docker
+
+from benchmarks.rows import write_rows
+
+VERSION = importlib.metadata.version("lorry")
+STAGES = ("preprocess", "train", "infer", "eval")
+
+
+def main() -> None:
+    client = docker.from_env(timeout=600)
+    rows: list[dict[str, Any]] = []
+    for target in sys.argv[1:]:
+        stages = ("train",) if target == "v100-gptq" else STAGES
+        images = {stage: client.images.get(f"lorry-{stage}:{VERSION}-{target}") for stage in stages}
+        before = time.monotonic()
+        subprocess.run(["images/build.sh", target], check=True, capture_output=True)
+        again = round(time.monotonic() - before, 1)
+        rows.append({"target": target, "unchanged build s": again, "together GB": _together(client, images)})
+        for stage, image in images.items():
+            test = client.containers.run(image, ["selftest"], remove=True, network_mode="none", stderr=True).decode()
+            told = [line for line in test.splitlines() if line.startswith(("code in", "torch ", "vllm ", "swift "))]
+            size = round(image.attrs["Size"] / 1e9, 2)
+            rows.append({"target": target, "stage": stage, "GB": size, "selftest": told})
+    write_rows("images", rows, f"python -m benchmarks.images {' '.join(sys.argv[1:])}")
+
+
+def _together(client: docker.DockerClient, images: dict[str, Any]) -> float:
+    """GB of the layers of these images, each counted once: those that images share begin their history."""
+    layers: dict[str, int] = {}
+    for image in images.values():
+        chain = ""
+        for step in reversed(client.api.history(image.id)):
+            chain += f"{step['CreatedBy']} {step['Created']}\n"
+            layers[chain] = step["Size"]
+    return round(sum(layers.values()) / 1e9, 2)
+
+
+if __name__ == "__main__":
+    main()
