@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def stored_name(path: Path) -> str:
 def written_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -50,6 +51,11 @@ def written_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _partial(path: Path) -> Path:
+    """A name beside a file that no other process writes under: containers on one storage have the same process ids."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -185,6 +191,23 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") and not name.startswith("..")
 
 
+def place_same(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`: a hard link, or a copy where the file system has none.
+
+    Only for files that are replaced whole and never written into.
+    """
+    if target.exists() and target.samefile(source):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(target)
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
 def remove(path: Path) -> None:
     """Delete a file or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -220,9 +243,29 @@ def machine_error(error: BaseException) -> LorryError | None:
         if isinstance(seen, MemoryError) or _OUT_OF_MEMORY.search(text):
             return DoesNotFitError(f"out of memory ({' '.join(text.split())[:200]}); take a smaller batch or length")
         if code in (errno.EROFS, errno.EACCES, errno.EPERM):
-            return UsageError(
-                f"not permitted{where}: {os.strerror(code)}; the data and model folders must be readable and the"
-                f" run folder writable for uid {os.getuid()}"
-            )
+            return UsageError(f"not permitted{where}: {os.strerror(code)}; {_who_may(code, seen)}")
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _who_may(code: int, error: BaseException) -> str:
+    """Whose the forbidden file, or the folder that was to hold it, is, and what gives this process leave."""
+    filename = error.filename if isinstance(error, OSError) else None
+    needs = "the data and model folders must be readable and the run folder writable"
+    if code == errno.EROFS:
+        return f"{needs}: mount the run folder read-write"
+    uid, gid = os.getuid(), os.getgid()
+    if not isinstance(filename, str | bytes):
+        return f"{needs} for uid {uid}"
+    path = Path(os.fsdecode(filename)).absolute()
+    while not os.access(path, os.F_OK):  # up to what is there and may be looked at
+        path = path.parent
+    if path.stat().st_uid == uid and os.access(path, os.R_OK | os.W_OK):  # then it is its folder that forbids
+        path = path.parent
+    owner, folder = path.stat().st_uid, path if path.is_dir() else path.parent
+    if owner == uid:
+        return f"{path} is uid {uid}'s own, but its mode forbids it: chmod -R u+rwX {folder}"
+    return (
+        f"{path} belongs to uid {owner}, this process is uid {uid}: chown -R {uid}:{gid} {folder}, or start as its"
+        " owner (Compose: LORRY_UID=$(id -u) LORRY_GID=$(id -g))"
+    )

@@ -4,9 +4,12 @@
 <runs>/<run>/<stage>/manifest.json       written last: the stage is done exactly when it exists and matches
 <runs>/<run>/<stage>/state.json          present while the stage is half done: which key the half belongs to
 <runs>/<run>/<stage>/{events.jsonl,log.txt}
+<runs>/<run>/shards/<stage>/<i>-of-<n>/  the same four for a shard of the stage, with what it made
+<runs>/<run>/nodes/train/<rank>/         what the machines but the first write when several train together
 """
 
 import fcntl
+import importlib.metadata
 import os
 import socket
 import time
@@ -18,6 +21,7 @@ from typing import Any
 
 from stages.contract.errors import InterruptedRunError, UsageError
 from stages.contract.files import FileHashes, digest_of, read_json, stored_name, visible_files
+from stages.contract.part import Node, Part, Shard
 from stages.contract.recipe import Recipe
 from stages.contract.roots import Roots
 
@@ -62,16 +66,21 @@ class Run:
     def folder(self) -> Path:
         return self.roots.runs / self.name
 
-    def stage_folder(self, stage: str) -> Path:
+    def stage_folder(self, stage: str, part: Part = None) -> Path:
+        """Where a stage writes, or a part of it."""
+        if isinstance(part, Shard):
+            return self.folder / "shards" / stage / part.folder
+        if isinstance(part, Node) and part.rank > 0:
+            return self.folder / "nodes" / stage / str(part.rank)
         return self.folder / stage
 
     def path(self, stage: str, *parts: str) -> Path:
         """A file of a stage."""
         return self.stage_folder(stage).joinpath(*parts)
 
-    def manifest(self, stage: str) -> dict[str, Any] | None:
-        """A stage's manifest, or None while the stage is not done."""
-        manifest: dict[str, Any] | None = read_json(self.path(stage, "manifest.json"))
+    def manifest(self, stage: str, shard: Shard | None = None) -> dict[str, Any] | None:
+        """The manifest of a stage or a shard of it, or None while that is not done."""
+        manifest: dict[str, Any] | None = read_json(self.stage_folder(stage, shard) / "manifest.json")
         if manifest is not None and manifest.get("contract") != CONTRACT_VERSION:
             return None
         return manifest
@@ -105,6 +114,7 @@ class Run:
         """
         found: dict[str, str] = {}
         for earlier, wanted in UPSTREAM[stage].items():
+            self.refuse_other_version(earlier, reader=stage)
             manifest = self.manifest(earlier)
             if manifest is None:
                 raise UsageError(f"{self.folder}: {stage} needs {earlier}, which is not done; run {earlier} first")
@@ -126,6 +136,23 @@ class Run:
             found["models/base"] = hashes.tree(self.model(self.recipe.model.path, "model.path"))[0]
         return found
 
+    def refuse_other_version(self, stage: str, shard: Shard | None = None, reader: str | None = None) -> None:
+        """Raise UsageError if a stage, or a shard of it, was done by a Lorry of another major.minor version than this.
+
+        `reader` is the later stage that would read it; without one it is the stage itself that would go on there.
+        """
+        manifest = read_json(self.stage_folder(stage, shard) / "manifest.json")
+        ours = importlib.metadata.version("lorry")
+        if manifest is None or same_series(str(manifest.get("version")), ours):
+            return
+        made = f"Lorry {manifest.get('version')} ({manifest.get('image') or 'a local process'})"
+        this = f"Lorry {ours} ({os.environ.get('LORRY_IMAGE') or 'a local process'})"
+        what = f"{stage} (shard {shard})" if shard else stage
+        raise UsageError(
+            f"{self.folder}: {what} was made by {made}, this {reader or stage} is {this}: take the images of that"
+            f" version, give the run another name (--run), or run {stage} again with --force"
+        )
+
     def _refuse_stale(self, stage: str, manifest: dict[str, Any]) -> None:
         """Raise UsageError if a stage was made by another recipe, or from what an earlier one has since replaced.
 
@@ -145,13 +172,37 @@ class Run:
         recipe = self.recipe.digest(*SECTIONS[stage])
         return digest_of({"contract": CONTRACT_VERSION, "stage": stage, "recipe": recipe, "inputs": inputs})
 
-    def is_done(self, stage: str, hashes: FileHashes) -> bool:
-        """Whether the stage has finished with these very inputs and its outputs are still as it wrote them."""
-        manifest = self.manifest(stage)
-        if manifest is None or manifest.get("key") != self.key(stage, self.inputs(stage, hashes)):
+    def is_done(self, stage: str, hashes: FileHashes, shard: Shard | None = None) -> bool:
+        """Whether the stage, or the shard of it, has finished with these very inputs and is still as it was written."""
+        self.refuse_other_version(stage, shard)
+        return self._fits(stage, shard, self.key(stage, self.inputs(stage, hashes)), hashes)
+
+    def _fits(self, stage: str, shard: Shard | None, key: str, hashes: FileHashes) -> bool:
+        manifest = self.manifest(stage, shard)
+        if manifest is None or manifest.get("key") != key:
             return False
-        folder = self.stage_folder(stage)
+        folder = self.stage_folder(stage, shard)
         return all(output_is_intact(folder, name, entry, hashes) for name, entry in manifest["outputs"].items())
+
+    def shards(self, stage: str) -> list[Shard]:
+        """Every shard of a stage that has ever begun, whatever has become of it."""
+        found = []
+        for folder in (self.folder / "shards" / stage).glob("*-of-*"):
+            index, _, count = folder.name.partition("-of-")
+            found.append(Shard(int(index), int(count)))
+        return sorted(found, key=lambda shard: (shard.count, shard.index))
+
+    def finished_shards(self, stage: str, key: str, hashes: FileHashes) -> list[Shard]:
+        """The shards whose results belong to this key, whole and untouched."""
+        fitting = [shard for shard in self.shards(stage) if self._fits(stage, shard, key, hashes)]
+        for shard in fitting:
+            self.refuse_other_version(stage, shard)
+        return fitting
+
+
+def same_series(version: str, other: str) -> bool:
+    """Whether two versions of Lorry read each other's runs: same major and minor."""
+    return version.split(".")[:2] == other.split(".")[:2]
 
 
 def describe_output(folder: Path, name: str, records: int | None, hashes: FileHashes) -> dict[str, Any]:

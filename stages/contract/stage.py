@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stages.contract.errors import Exit, InterruptedRunError, LorryError
+from stages.contract.errors import Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.events import Events, output_to
 from stages.contract.files import (
     FileHashes,
@@ -25,6 +25,7 @@ from stages.contract.files import (
     write_json,
     written_atomically,
 )
+from stages.contract.part import Node, Part, Shard
 from stages.contract.recipe import dump_recipe
 from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, only_writer
 from stages.contract.stop import StopRequest
@@ -45,6 +46,12 @@ class Stage:
     """File descriptor of the folder's lock, for children to inherit."""
     console: int
     """File descriptor of the real console."""
+    part: Part = None
+    """The shard or node that this process is; None when it does the whole stage."""
+    key: str = ""
+    """Digest of all that the result depends on."""
+    finished_shards: list[Path] = field(default_factory=list)
+    """Folders of finished shards, whose results the plain stage takes over."""
     outputs: dict[str, int | None] = field(default_factory=dict)
     """Output files (or folders, ending in `/`) relative to the stage's folder, with their record counts."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -53,13 +60,30 @@ class Stage:
     """Every record or file left out: `{"what", "reason", "detail"}`."""
     decisions: list[dict[str, Any]] = field(default_factory=list)
     """What was decided on this machine: engine, precision, batch plan."""
+    gpus: list[dict[str, Any]] = field(default_factory=list)
+    """Cards that others used for what is taken over."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Anything else that belongs in the manifest."""
     _cache_used: set[Path] = field(default_factory=set)
 
     @property
     def folder(self) -> Path:
-        return self.run.stage_folder(self.name)
+        return self.run.stage_folder(self.name, self.part)
+
+    @property
+    def shard(self) -> Shard | None:
+        return self.part if isinstance(self.part, Shard) else None
+
+    def has(self, number: int) -> bool:
+        """Whether piece `number` (0-based: a document, adapter or chunk) is for this process to do."""
+        return self.shard is None or number % self.shard.count == self.shard.index
+
+    def nothing_to_do(self, pieces: int, unit: str) -> bool:
+        """Whether this is a shard too many; says so."""
+        if self.shard is None or self.shard.index < pieces:
+            return False
+        self.events.say(f"shard {self.shard} has nothing to do: there are only {pieces} {unit}")
+        return True
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
@@ -86,13 +110,19 @@ class Stage:
         self.events.say(f"{what}: {value} ({why})")
 
 
-def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = False) -> Exit:
-    """Run one stage of a run, or find that it is done. Returns its exit code; problems are printed in one line."""
+def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = False, part: Part = None) -> Exit:
+    """Run one stage of a run or a part of it, or find that it is done. Returns its exit code; problems are printed in
+    one line. Without a part, finished shards of the same key are taken over, unless it is forced."""
     stop = StopRequest()
     stop.install()
     try:
-        with only_writer(run.stage_folder(name)) as lock:
-            return _run_locked(run, name, work, force, stop, lock)
+        if isinstance(part, Node) and force:
+            raise UsageError(
+                f"--force on {part.count} nodes: they cannot agree when to begin anew; delete"
+                f" {run.stage_folder(name)} and start them without it"
+            )
+        with only_writer(run.stage_folder(name, part)) as lock:
+            return _run_locked(run, name, work, force, stop, lock, part)
     except LorryError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -113,26 +143,37 @@ def write_recipe(run: Run) -> None:
             file.write(text)
 
 
-def _run_locked(run: Run, name: str, work: Callable[[Stage], None], force: bool, stop: StopRequest, lock: int) -> Exit:
-    folder = run.stage_folder(name)
+def _run_locked(
+    run: Run, name: str, work: Callable[[Stage], None], force: bool, stop: StopRequest, lock: int, part: Part
+) -> Exit:
+    folder = run.stage_folder(name, part)
+    label = f"{name} {part.label}" if part else name
+    helps = isinstance(part, Node) and part.rank > 0  # node 0 begins, and writes results and manifest
     hashes = FileHashes(folder / ".hashes.json")
     inputs = run.inputs(name, hashes)
     key = run.key(name, inputs)
-    if not force and run.is_done(name, hashes):
+    if not force and run.is_done(name, hashes, part if isinstance(part, Shard) else None):
         (folder / "state.json").unlink(missing_ok=True)  # of a kill just after the manifest was written
         hashes.save()
-        print(f"{name}: up to date", flush=True)
+        print(f"{label}: up to date", flush=True)
         return Exit.DONE
     hashes.save()
-    write_recipe(run)
-    starts = _begin(folder, key, force, REUSABLE.get(name, ()))
+    state: dict[str, Any] = {"starts": [_now()], "forced": False}
+    if not helps:
+        write_recipe(run)
+        state = _begin(folder, key, force, REUSABLE.get(name, ()))
 
     with output_to(folder / "log.txt") as console:
-        events = Events(folder / "events.jsonl", name, console)
-        stage = Stage(run, name, events, stop, lock, console.fileno())
-        events.emit("start", key=key, starts=len(starts))
+        events = Events(folder / "events.jsonl", label, console)
+        stage = Stage(run, name, events, stop, lock, console.fileno(), part, key)
+        events.emit("start", key=key, starts=len(state["starts"]))
         try:
+            if not (helps or stage.shard or state["forced"]):
+                _find_shards(stage)
             work(stage)
+            if helps:
+                events.say("done")
+                return Exit.DONE
             stage.remove_unused_cache()
         except BaseException as error:  # noqa: BLE001 - every end of a stage is told in its own way
             return _failed(stage, error)
@@ -140,18 +181,37 @@ def _run_locked(run: Run, name: str, work: Callable[[Stage], None], force: bool,
             events.emit("end")
             events.close()
         hashes = FileHashes(folder / ".hashes.json")
-        manifest = _manifest(stage, key, inputs, starts, hashes)
+        manifest = _manifest(stage, key, inputs, state["starts"], hashes)
         write_json(folder / "manifest.json", manifest)
         (folder / "state.json").unlink(missing_ok=True)
         hashes.save()
         skipped = f", {len(stage.skipped)} skipped" if stage.skipped else ""
         failed = f", {stage.counts['failed']} failed" if stage.counts["failed"] else ""
-        print(f"{name}: done in {manifest['seconds']:.0f} s{skipped}{failed}", file=console, flush=True)
+        print(f"{label}: done in {manifest['seconds']:.0f} s{skipped}{failed}", file=console, flush=True)
     return Exit.DONE
 
 
-def _begin(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> list[str]:
-    """Make a stage's folder fit to begin or go on in. Returns the times of this and earlier starts of the same work.
+def _find_shards(stage: Stage) -> None:
+    """Note which shards this start takes over, and in their manifests on which cards and with which decisions."""
+    every = stage.run.shards(stage.name)
+    if not every:
+        return
+    finished = stage.run.finished_shards(stage.name, stage.key, FileHashes(stage.path(".hashes.json")))
+    stage.finished_shards = [stage.run.stage_folder(stage.name, shard) for shard in finished]
+    ignored = ", ".join(str(shard) for shard in every if shard not in finished)
+    if ignored:
+        stage.events.say(f"ignored shards, unfinished or of other inputs or recipe: {ignored}")
+    if finished:
+        stage.decide("shards taken over", ", ".join(map(str, finished)), "finished, with these inputs and this recipe")
+    for shard in finished:
+        manifest = stage.run.manifest(stage.name, shard) or {}
+        stage.gpus += manifest["gpus"]
+        stage.decisions += [{**made, "why": f"{made['why']}; shard {shard}"} for made in manifest["decisions"]]
+
+
+def _begin(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> dict[str, Any]:
+    """Make a stage's folder fit to begin or go on in. Returns its state: `starts`, the times of this and earlier starts
+    of the same work, and whether they were `forced`.
 
     Only a half that was begun with the same key is gone on with (and, with `force`, only one that was forced too);
     anything else was made from other inputs or has been tampered with, and nothing of it may pass for new.
@@ -161,11 +221,12 @@ def _begin(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> li
     if not goes_on:
         _clear(folder, keep=() if force else reusable)
     starts = [*(state["starts"] if goes_on else []), _now()]
-    write_json(folder / "state.json", {"key": key, "forced": force or (goes_on and state["forced"]), "starts": starts})
+    state = {"key": key, "forced": force or (goes_on and state["forced"]), "starts": starts}
+    write_json(folder / "state.json", state)
     (folder / "manifest.json").unlink(missing_ok=True)
     for litter in folder.rglob(".*.partial"):  # of writes that a kill cut off
         litter.unlink()
-    return starts
+    return state
 
 
 def _failed(stage: Stage, error: BaseException) -> Exit:
@@ -225,7 +286,7 @@ def _manifest(stage: Stage, key: str, inputs: dict[str, str], starts: list[str],
         "revision": _revision(),
         "image": os.environ.get("LORRY_IMAGE"),
         "target": os.environ.get("LORRY_TARGET"),
-        "gpus": [gpu.identity() for gpu in machine.gpus],
+        "gpus": list({gpu["uuid"]: gpu for gpu in [*(gpu.identity() for gpu in machine.gpus), *stage.gpus]}.values()),
         "machine": {"cpus": machine.cpus, "memory_bytes": machine.memory_bytes, "python": platform.python_version()},
         "dependencies": _dependencies(),
         "starts": starts,

@@ -3,10 +3,16 @@
 import ctypes
 import os
 import signal
-import subprocess
 from types import FrameType
+from typing import Protocol
 
 from stages.contract.errors import InterruptedRunError
+
+
+class Child(Protocol):
+    """A child process, or several."""
+
+    def send_signal(self, sig: int, /) -> None: ...
 
 
 class StopRequest:
@@ -14,16 +20,20 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
+        self._hears_ctrl_c = True
 
     def install(self) -> None:
         """Listen to SIGTERM and SIGINT; must be called from the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
-    def pass_on_to(self, child: "subprocess.Popen[bytes]") -> None:
-        """Send a stop to a child process too, at once: this one may be waiting for it."""
-        self._child = child
+    def pass_on_to(self, child: Child, hears_ctrl_c: bool = True) -> None:
+        """Send a stop to a child process too, at once: this one may be waiting for it.
+
+        `hears_ctrl_c`: whether the terminal's Ctrl-C reaches the child by itself. It does not in another session.
+        """
+        self._child, self._hears_ctrl_c = child, hears_ctrl_c
         if self.signal is not None:
             child.send_signal(signal.SIGTERM)
 
@@ -31,8 +41,8 @@ class StopRequest:
         if self.signal is signal.Signals.SIGINT and number == signal.SIGINT and self._child is None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        if self._child is not None and number == signal.SIGTERM:  # Ctrl-C reaches a child by itself
-            self._child.send_signal(signal.SIGTERM)  # nothing happens to one that has ended
+        if self._child is not None and (number == signal.SIGTERM or not self._hears_ctrl_c):
+            self._child.send_signal(number)  # nothing happens to one that has ended
 
     def check(self) -> None:
         """Raise InterruptedRunError if a stop was asked for. Called where everything finished is saved."""

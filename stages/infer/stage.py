@@ -8,7 +8,7 @@ from stages.contract.files import JsonlJournal, machine_error, read_jsonl, write
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.stage import Stage
 from stages.hardware.probe import probe
-from stages.hardware.targets import load_targets, target_of
+from stages.hardware.targets import load_targets, working_target
 from stages.infer.engine import Engine, EngineSettings, Prompt, load_tokenizer, render
 from stages.tasks import load_task
 
@@ -18,37 +18,55 @@ def work(stage: Stage) -> None:
     recipe = stage.run.recipe
     samples: list[Sample] = read_jsonl(stage.run.path("preprocess", "samples", "test.jsonl"))  # type: ignore[assignment]
     names: list[str | None] = [None, *(adapter.name for adapter in recipe.train.adapters)]
+    chunks = _chunks(names, samples, recipe.infer.chunk_size)
+    if stage.nothing_to_do(len(chunks), "chunks of samples"):
+        return
     journals = {name: JsonlJournal(stage.path("partial", f"{name or 'base'}.jsonl")) for name in names}
     model = stage.run.model(recipe.model.path, "model.path")
-    missing = {name: _unanswered(samples, journal) for name, journal in journals.items()}
-    if any(missing.values()):
-        _answer(stage, model, samples, missing, journals)
+    for name, journal in journals.items():
+        _take_over(stage, name, journal)
+    mine = [chunk for number, chunk in enumerate(chunks) if stage.has(number)]
+    answered = {name: {prediction["id"] for prediction in journal.records} for name, journal in journals.items()}
+    if any(sample["id"] not in answered[name] for name, members in mine for sample in members):
+        _answer(stage, model, samples, mine, journals, answered)
     for name, journal in journals.items():
         journal.close()
         by_id = {prediction["id"]: prediction for prediction in journal.records}
+        wanted = [sample["id"] for who, members in mine if who == name for sample in members]
         output = f"predictions/{name or 'base'}.jsonl"
-        stage.outputs[output] = write_jsonl(stage.path(output), [by_id[sample["id"]] for sample in samples])
-        outcomes = Counter("failed" if prediction["error"] else "answered" for prediction in by_id.values())
+        stage.outputs[output] = write_jsonl(stage.path(output), [by_id[sample_id] for sample_id in wanted])
+        outcomes = Counter("failed" if by_id[sample_id]["error"] else "answered" for sample_id in wanted)
         stage.counts.update(outcomes)
 
 
-def _unanswered(samples: list[Sample], journal: JsonlJournal) -> list[Sample]:
-    answered = {prediction["id"] for prediction in journal.records}
-    return [sample for sample in samples if sample["id"] not in answered]
+def _chunks(names: list[str | None], samples: list[Sample], size: int) -> list[tuple[str | None, list[Sample]]]:
+    """What is submitted at once: base first, then adapter by adapter.
+
+    The chunks are cut from all samples, whatever is missing or another shard's, so that the same samples are always
+    batched together: sums in another order can turn a greedy answer at a near tie.
+    """
+    return [(name, samples[start : start + size]) for name in names for start in range(0, len(samples), size)]
+
+
+def _take_over(stage: Stage, name: str | None, journal: JsonlJournal) -> None:
+    """Put the answers of finished shards beside those that an earlier start found."""
+    known = {prediction["id"] for prediction in journal.records}
+    for folder in stage.finished_shards:
+        path = folder / "predictions" / f"{name or 'base'}.jsonl"
+        new = [row for row in read_jsonl(path) if row["id"] not in known] if path.is_file() else []  # surplus: none
+        journal.append(new)
+        known |= {prediction["id"] for prediction in new}
 
 
 def _answer(
     stage: Stage,
     model: Path,
     samples: list[Sample],
-    missing: dict[str | None, list[Sample]],
+    chunks: list[tuple[str | None, list[Sample]]],
     journals: dict[str | None, JsonlJournal],
+    answered: dict[str | None, set[str]],
 ) -> None:
-    """Answer what is missing, chunk by chunk, the base first and then adapter by adapter.
-
-    The chunks are cut from all samples, whatever is missing, so that a restart batches the same samples together:
-    sums in another order can turn a greedy answer at a near tie.
-    """
+    """Answer those samples of the chunks that are not answered yet."""
     recipe = stage.run.recipe
     tokenizer = load_tokenizer(model)
     prompts = {sample["id"]: render(tokenizer, sample) for sample in samples if "error" not in sample["meta"]}
@@ -60,28 +78,29 @@ def _answer(
     longest = max((len(prompt.tokens) for prompt in prompts.values()), default=1)
     engine = _start_engine(stage, model, longest + recipe.infer.max_new_tokens)
     try:
-        for name, journal in journals.items():
-            wanted = {sample["id"] for sample in missing[name]}
-            size = recipe.infer.chunk_size
-            for start in range(0, len(samples), size):
-                chunk = samples[start : start + size]
-                if not any(sample["id"] in wanted for sample in chunk):
-                    continue
-                before = time.monotonic()
-                new = _answer_chunk(stage, engine, name, chunk, prompts)
-                tokens = sum(prediction["completion_tokens"] for prediction in new)
-                journal.append(prediction for prediction in new if prediction["id"] in wanted)  # type: ignore[misc]
-                rate = round(tokens / (time.monotonic() - before), 1)
-                who, done = name or "base", min(start + size, len(samples))
-                stage.events.progress(f"answer with {who}", done, len(samples), "samples", tokens_per_second=rate)
-                stage.stop.check()
+        done, total = Counter[str | None](), Counter[str | None]()
+        for name, chunk in chunks:
+            total[name] += len(chunk)
+        for name, chunk in chunks:
+            done[name] += len(chunk)
+            wanted = {sample["id"] for sample in chunk} - answered[name]
+            if not wanted:
+                continue
+            before = time.monotonic()
+            new = _answer_chunk(stage, engine, name, chunk, prompts)
+            tokens = sum(prediction["completion_tokens"] for prediction in new)
+            journals[name].append(prediction for prediction in new if prediction["id"] in wanted)  # type: ignore[misc]
+            rate = round(tokens / (time.monotonic() - before), 1)
+            activity = f"answer with {name or 'base'}"
+            stage.events.progress(activity, done[name], total[name], "samples", tokens_per_second=rate)
+            stage.stop.check()
     finally:
         engine.close()
 
 
 def _start_engine(stage: Stage, model: Path, max_length: int) -> Engine:
     recipe = stage.run.recipe
-    target = target_of(probe(), load_targets())
+    target = working_target(probe(), load_targets())
     settings = EngineSettings(
         model=model,
         adapters={a.name: stage.run.path("train", "adapters", a.name) for a in recipe.train.adapters},

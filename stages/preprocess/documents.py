@@ -81,14 +81,16 @@ def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str,
         stage.stop.check()  # a stop sent to the whole process group, while workers start, breaks their pool
         raise
     usable = [record for pages in ranges for record in done[pages] if _is_usable(stage, pages.document, record)]
-    if not usable:
+    if not usable and stage.shard is None:
         raise DataError(
             f"{stage.run.data}: no document has a readable page; see {stage.path('log.txt')} for the reasons"
         )
     _remove_strangers(stage, usable)
     for record in usable:  # remember the digests, so that a restart does not read every picture
-        hashes.file(stage.run.folder / record["image"])
+        hashes.file(_picture(stage, record))
     hashes.save()
+    if stage.shard is not None:  # the plain stage writes the table
+        return usable
     _write_table(stage, ranges)
     stage.outputs["pages/"] = None
     stage.outputs["pages.parquet"] = len(usable)
@@ -207,9 +209,14 @@ def _keep(stage: Stage, pages: PageRange, records: list[dict[str, Any]], hashes:
     return _light(finished)
 
 
+def _picture(stage: Stage, record: dict[str, Any]) -> Path:
+    """A page's picture. Its record names the place that it has in the end, also while a shard holds it."""
+    return stage.path(str(Path(record["image"]).relative_to(stage.name)))
+
+
 def _remove_strangers(stage: Stage, usable: list[dict[str, Any]]) -> None:
     """Pictures of documents that are gone, or of pages that are now skipped."""
-    wanted = {stage.run.folder / record["image"] for record in usable}
+    wanted = {_picture(stage, record) for record in usable}
     for path in visible_files(stage.path("pages")):
         if path not in wanted:
             path.unlink()

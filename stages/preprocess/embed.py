@@ -15,6 +15,11 @@ CHUNK = 256
 Vectors = npt.NDArray[np.float32]
 
 
+def chunked(texts: list[str]) -> list[list[str]]:
+    """Texts in order, as many at once as are computed and kept together."""
+    return [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
+
+
 class Embedder:
     """The recipe's embedder. It is loaded when the first chunk needs it: a restart with all chunks kept does not."""
 
@@ -27,17 +32,23 @@ class Embedder:
         self._made_from = [digest, settings.batch_size]
         self._model: Any = None
 
-    def embed(self, texts: list[str], what: str) -> Vectors:
-        """Unit vectors of texts: float32, shape (texts, dimensions). An empty text gets the zero vector."""
-        parts = []
-        for start in range(0, len(texts), CHUNK):
-            chunk = texts[start : start + CHUNK]
+    def embed(self, groups: list[list[str]], what: str) -> Vectors:
+        """Unit vectors of texts: float32, shape (texts, dimensions). An empty text gets the zero vector.
+
+        Texts of one group (a document's pages) are computed together, and never with another group's: a shard of the
+        documents then gets the very bytes of the whole.
+        """
+        chunks = [chunk for texts in groups for chunk in chunked(texts)]
+        parts: list[Vectors] = [np.zeros((0, 0), np.float32)] if not chunks else []
+        done, total = 0, sum(map(len, chunks))
+        for chunk in chunks:
             path = self._stage.cache_file("vectors", f"{digest_of([*self._made_from, chunk])}.npy")
             if not path.is_file():
                 with written_atomically(path, "wb") as file:
                     np.save(file, self._encode(chunk), allow_pickle=False)
             parts.append(np.load(path, allow_pickle=False))
-            self._stage.events.progress(f"embed {what}", start + len(chunk), len(texts), what)
+            done += len(chunk)
+            self._stage.events.progress(f"embed {what}", done, total, what)
             self._stage.stop.check()
         return np.concatenate(parts)
 

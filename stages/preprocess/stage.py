@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.contract.errors import DataError
-from stages.contract.files import FileHashes, write_jsonl, written_atomically
+from stages.contract.files import FileHashes, place_same, visible_files, write_jsonl, written_atomically
 from stages.contract.records import Sample
 from stages.contract.stage import Stage
 from stages.preprocess.documents import document_ids, render_documents
-from stages.preprocess.embed import Embedder, Vectors
+from stages.preprocess.embed import Embedder, Vectors, chunked
 from stages.preprocess.retrieve import choose_pages, cosine
 from stages.preprocess.split import SPLITS, split_groups
 from stages.tasks import load_task
@@ -29,30 +29,35 @@ def work(stage: Stage) -> None:
 
     # before the hours of work: it may find that nothing can be held out
     splits = _splits(stage, questions, documents)
-    pages = render_documents(stage, documents)
+    if stage.nothing_to_do(len(documents), "documents"):
+        return
+    _take_over(stage)
+    pages = render_documents(stage, {name: documents[name] for n, name in enumerate(documents) if stage.has(n)})
     embedder = Embedder(stage)
-    page_vectors = embedder.embed([page["text"] for page in pages], "pages")
-    question_vectors = embedder.embed([question.text for question in questions], "questions")
+    texts: dict[str, list[str]] = defaultdict(list)
+    for page in pages:
+        texts[page["document"]].append(page["text"])
+    page_vectors = embedder.embed(list(texts.values()), "pages")
+    chunks = chunked([question.text for question in questions])  # questions are shared out by chunk
+    question_vectors = embedder.embed([chunk for n, chunk in enumerate(chunks) if stage.has(n)], "questions")
+    if stage.shard is not None:
+        _leave_for_merging(stage)
+        return
     _write_vectors(stage, page_vectors, questions, question_vectors)
 
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for question, shown in zip(questions, _shown(stage, questions, question_vectors, pages, page_vectors), strict=True):
         split = splits[question.document]
-        if question.split == "train" and split == "test":
-            stage.skip(question.id, "training question on a test document", f"{question.document}, by its content")
-            continue
         sample = task.build_sample(question, shown)
-        if split != "test" and not shown:
-            stage.skip(question.id, "no readable page in its document", question.document)
-        elif split != "test" and not sample["references"]:
-            stage.skip(question.id, "no answer to train on")
-        elif split != "test":
+        reason = _reason_to_skip(question, split, sample, shown)
+        if reason is not None:
+            stage.skip(question.id, *reason)
+            continue
+        if split != "test":
             sample["messages"].append({"role": "assistant", "content": sample["references"][0]})
-            samples[split].append(sample)
-        else:
-            if not shown:  # it stays in the test set, to be counted as failed
-                sample["meta"]["error"] = f"no readable page in {question.document}"
-            samples[split].append(sample)
+        elif not shown:  # it stays in the test set, to be counted as failed
+            sample["meta"]["error"] = f"no readable page in {question.document}"
+        samples[split].append(sample)
     if not samples["train"]:
         raise DataError(f"{data}: no question to train on is left; see the skipped ones in {stage.path('log.txt')}")
     for split, members in samples.items():
@@ -60,6 +65,33 @@ def work(stage: Stage) -> None:
         stage.outputs[name] = write_jsonl(stage.path(name), members)  # type: ignore[arg-type]
         stage.counts[split] = len(members)
     _tell(stage)
+
+
+def _take_over(stage: Stage) -> None:
+    """Put pictures, page records and vectors of finished shards where an earlier start of this stage would have."""
+    for folder in stage.finished_shards:
+        for path in [*visible_files(folder / "pages"), *visible_files(folder / "cache")]:
+            place_same(path, stage.path(str(path.relative_to(folder))))
+
+
+def _leave_for_merging(stage: Stage) -> None:
+    """What a shard hands to the plain stage, which writes tables and samples."""
+    for name in ("pages/", "cache/"):
+        stage.path(name).mkdir(exist_ok=True)  # with no readable document there are none
+        stage.outputs[name] = None
+
+
+def _reason_to_skip(question: Any, split: str, sample: Sample, shown: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """Why a question becomes no sample, with the detail. Of test questions only what was meant for training is left
+    out: all others are scored, or counted as failed."""
+    if split == "test":
+        if question.split == "train":
+            return "training question on a test document", f"{question.document}, by its content"
+    elif not shown:
+        return "no readable page in its document", question.document
+    elif not sample["references"]:
+        return "no answer to train on", ""
+    return None
 
 
 def _splits(stage: Stage, questions: list[Any], documents: dict[str, Path]) -> dict[str, str]:

@@ -3,131 +3,111 @@
 The process is ended with its memory before anything else is tried on the card, and a crash of it is not ours.
 """
 
-import json
-import os
-import signal
-import subprocess
-import sys
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from stages.contract.errors import Exit, InterruptedRunError, LorryError
-from stages.contract.files import read_json, remove, write_json, write_jsonl
-from stages.contract.recipe import Adapter
+from stages.contract.files import place_same, read_json, remove, visible_files, write_jsonl
+from stages.contract.part import Node
 from stages.contract.stage import Stage
-from stages.contract.stop import die_with_parent
-from stages.hardware.batch import plan_batch
+from stages.hardware.batch import BatchPlan, plan_batch
 from stages.hardware.probe import probe
-from stages.hardware.targets import load_targets, target_of
+from stages.hardware.targets import Target, load_targets, working_target
+from stages.train.launch import train_adapter
+from stages.train.nodes import adapters_announced_by_the_first, announced
 from stages.train.worker import Job
 
 
 def work(stage: Stage) -> None:
     """The stage's work, for `run_stage`."""
     recipe = stage.run.recipe
-    machine = probe()
-    target = target_of(machine, load_targets())
-    stage.decide("precision", target.dtype, f"target {target.name}")
-    gpus = min(len(machine.gpus), 1)  # one process; several GPUs come with torchrun
-    batch = plan_batch(recipe.train.effective_batch, recipe.train.micro_batch, gpus)
-    stage.decide("effective batch", str(batch), f"train.effective_batch is {recipe.train.effective_batch}")
+    plan: _Plan | None = None  # only once something is to be trained: taking over what is there needs no card
+    node = stage.part if isinstance(stage.part, Node) else None
+    if node is not None and node.rank > 0:
+        for name in adapters_announced_by_the_first(stage):
+            plan = plan or _plan(stage, node)
+            _train(stage, name, plan, node)
+        return
+    if stage.nothing_to_do(len(recipe.train.adapters), "adapters"):
+        return
     log: list[dict[str, Any]] = []
-    for adapter in recipe.train.adapters:
-        folder = stage.path("adapters", adapter.name)
+    for name in [adapter.name for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]:
+        folder = stage.path("adapters", name)
         if not folder.is_dir():
-            job = Job(
-                model=stage.run.model(recipe.model.path, "model.path"),
-                work=stage.path("checkpoints", adapter.name),
-                adapter=folder,
-                train=[stage.run.path("preprocess", "samples", "train.jsonl")],
-                validation=[stage.run.path("preprocess", "samples", "validation.jsonl")],
-                seed=recipe.seed,
-                dtype=target.dtype,
-                micro_batch=batch.micro_batch,
-                accumulation=batch.accumulation,
-                use_cpu=not machine.gpus,
-                model_settings=recipe.model,
-                settings=recipe.train,
-                reports=-1,
-            )
-            _run_worker(stage, adapter, job)
+            _take_over(stage, name)
+        if not folder.is_dir():
+            plan = plan or _plan(stage, node)
+            with announced(stage, name, node):
+                _train(stage, name, plan, node)
         training = read_json(folder / "training.json")
-        stage.counts[f"{adapter.name} samples"] = training["samples"]["train"]
-        stage.counts[f"{adapter.name} steps"] = training["steps"]
+        stage.counts[f"{name} samples"] = training["samples"]["train"]
+        stage.counts[f"{name} steps"] = training["steps"]
         for split, samples in training["left_out"].items():
             for sample in samples:
-                stage.skip(sample, "longer than train.max_length", f"{split}, adapter {adapter.name}")
-        log += [{"adapter": adapter.name, **entry} for entry in training["log"]]
-        for name in ("adapter_model.safetensors", "adapter_config.json", "training.json"):
-            stage.outputs[f"adapters/{adapter.name}/{name}"] = None
+                stage.skip(sample, "longer than train.max_length", f"{split}, adapter {name}")
+        log += [{"adapter": name, **entry} for entry in training["log"]]
+        for file in ("adapter_model.safetensors", "adapter_config.json", "training.json"):
+            stage.outputs[f"adapters/{name}/{file}"] = None
         stage.stop.check()
     stage.outputs["metrics.jsonl"] = write_jsonl(stage.path("metrics.jsonl"), log)
     remove(stage.path("checkpoints"))  # everything of them that is used from here on is in the adapters
 
 
-def _run_worker(stage: Stage, adapter: Adapter, job: Job) -> None:
-    """Train one adapter. Raises what the worker's exit code says."""
-    reading, writing = os.pipe()
-    job_file = stage.path("checkpoints", adapter.name, "job.json")
-    write_json(job_file, _plain({**asdict(job), "reports": writing}))
-    with subprocess.Popen(
-        [sys.executable, "-m", "stages.train.worker", str(job_file)],
-        pass_fds=[writing, stage.lock],  # a worker that outlives this process still holds the stage
-        preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
-    ) as worker:
-        os.close(writing)
-        stage.stop.pass_on_to(worker)
-        error = _follow(stage, adapter, reading)
-        code = worker.wait()
-    if code == Exit.DONE:
-        return
-    if code == Exit.INTERRUPTED:
-        raise InterruptedRunError(error or "stopped; run the same command again")
-    if code < 0:
-        name = signal.Signals(-code).name
-        raise LorryError(
-            f"training {adapter.name} was ended by {name}"
-            + (" (the kernel does that when memory runs out)" if name == "SIGKILL" else "")
-            + f"; run the same command again to go on from the last checkpoint; log: {stage.path('log.txt')}"
-        )
-    failure = LorryError(f"training {adapter.name} failed: {error}; log: {stage.path('log.txt')}")
-    failure.exit_code = Exit(code) if code in tuple(Exit) else Exit.CRASHED
-    raise failure
+def _take_over(stage: Stage, name: str) -> None:
+    """Take an adapter that a shard has trained; it appears once it is whole."""
+    for shard in stage.finished_shards:
+        source = shard / "adapters" / name
+        if source.is_dir():
+            partial = stage.path("adapters", f".{name}")
+            remove(partial)
+            for path in visible_files(source):
+                place_same(path, partial / path.relative_to(source))
+            partial.rename(stage.path("adapters", name))
+            return
 
 
-def _follow(stage: Stage, adapter: Adapter, reading: int) -> str | None:
-    """Show the worker's reports until it ends. Returns its last error text."""
-    activity, loss, error = f"train {adapter.name}", None, None
-    with os.fdopen(reading, "r", encoding="utf-8") as reports:
-        while True:
-            line = reports.readline()
-            if not line:
-                return error
-            report = json.loads(line)
-            if report["event"] == "step":
-                stage.events.progress(activity, report["step"], report["total"], "steps", loss=loss)
-            elif report["event"] == "loss":
-                loss = report["loss"]
-                stage.events.emit("loss", adapter=adapter.name, step=report["step"], loss=loss)
-            elif report["event"] == "loaded":
-                resumed = f", resuming from {report['resumed_from']}" if report["resumed_from"] else ""
-                stage.events.say(f"{activity}: {report['samples']['train']} samples{resumed}")
-                if resumed:
-                    stage.decisions.append({"what": "resumed", "value": report["resumed_from"], "why": adapter.name})
-            elif report["event"] == "error":
-                error = report["text"]
+@dataclass(frozen=True)
+class _Plan:
+    target: Target
+    batch: BatchPlan
+    here: int
+    """Training processes on this machine."""
+    use_cpu: bool
 
 
-def _plain(value: Any) -> Any:
-    """A job as JSON values."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    return value
+def _plan(stage: Stage, node: Node | None) -> _Plan:
+    """How to train on this machine's cards, and with the other machines'; they must fit the image."""
+    machine, settings = probe(), stage.run.recipe.train
+    target = working_target(machine, load_targets())
+    stage.decide("precision", target.dtype, f"target {target.name}")
+    here = max(len(machine.gpus), 1)
+    processes = here * (node.count if node else 1)
+    if processes > 1:
+        where = f"{node.count} nodes with {here} each, meeting at {node.rendezvous}" if node else "one for each GPU"
+        stage.decide("training processes", processes, where)
+    batch = plan_batch(settings.effective_batch, settings.micro_batch, processes)
+    stage.decide("effective batch", str(batch), f"train.effective_batch is {settings.effective_batch}")
+    return _Plan(target, batch, here, use_cpu=not machine.gpus)
+
+
+def _train(stage: Stage, name: str, plan: _Plan, node: Node | None) -> None:
+    """Train one adapter. With several machines, this one's part of it: checkpoints and adapter are node 0's."""
+    run, recipe = stage.run, stage.run.recipe
+    own = stage.path("checkpoints", name)
+    job = Job(
+        model=run.model(recipe.model.path, "model.path"),
+        work=run.path("train", "checkpoints", name) if node else own,
+        scratch=own / "scratch",
+        adapter=run.path("train", "adapters", name) if node else stage.path("adapters", name),
+        train=[run.path("preprocess", "samples", "train.jsonl")],
+        validation=[run.path("preprocess", "samples", "validation.jsonl")],
+        seed=recipe.seed,
+        dtype=plan.target.dtype,
+        micro_batch=plan.batch.micro_batch,
+        accumulation=plan.batch.accumulation,
+        processes=plan.batch.gpus,
+        use_cpu=plan.use_cpu,
+        model_settings=recipe.model,
+        settings=recipe.train,
+        reports=-1,
+    )
+    train_adapter(stage, job, plan.here, node, plan.target.environment)

@@ -11,15 +11,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stages.contract.errors import UsageError
 from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
+from stages.train.together import Together
 from stages.train.worker import Job, Reports, _sizes
 
 
 class LorrySft(SwiftSft):  # type: ignore[misc]
     """`swift sft` for one job."""
 
-    def __init__(self, arguments: list[str], job: Job, reports: Reports, stop: StopRequest) -> None:
+    def __init__(self, arguments: list[str], job: Job, reports: Reports, stop: StopRequest, together: Together) -> None:
         super().__init__(arguments)
-        self._job, self._reports, self._stop = job, reports, stop
+        self._job, self._reports, self._stop, self._together = job, reports, stop, together
 
     def fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
         """Samples that fit max_length, stripped to what swift reads, and the ids of those that do not.
@@ -60,29 +61,37 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             )
 
     def train(self, trainer: Any) -> Any:
-        trainer.add_callback(_Checkpoints(self._job.work, self._reports, self._stop))
+        trainer.add_callback(_Checkpoints(self._job.work, self._reports, self._stop, self._together))
         return super().train(trainer)
 
 
 class _Checkpoints(TrainerCallback):
     """Marks checkpoints as whole, reports progress, and turns a stop into a saved checkpoint."""
 
-    def __init__(self, work: Path, reports: Reports, stop: StopRequest) -> None:
-        self._work, self._reports, self._stop = work, reports, stop
+    def __init__(self, work: Path, reports: Reports, stop: StopRequest, together: Together) -> None:
+        self._work, self._reports, self._stop, self._together = work, reports, stop, together
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoint = self._work / f"checkpoint-{state.global_step}"
+        # each process has put its random state there, and the first may not yet see those of other machines
+        random_states = self._together.of_all(_saved(checkpoint / f"rng_state_{self._together.rank}.pth"))
+        if not self._together.first:
+            return
         remove(checkpoint / "complete.json")
         for name in ("args.json", "README.md", "additional_config.json"):
             remove(checkpoint / name)
         for path in checkpoint.iterdir():  # on the disk before the mark is: a power cut must not leave a mark alone
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        write_json(checkpoint / "complete.json", {"sizes": _sizes(checkpoint)})
+        sizes = _sizes(checkpoint)
+        for state_of_one in random_states:
+            sizes |= state_of_one
+        write_json(checkpoint / "complete.json", {"sizes": dict(sorted(sizes.items()))})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._reports.send(event="step", step=state.global_step, total=state.max_steps)
-        if self._stop.signal is not None or state.global_step >= state.max_steps:
+        stopped = self._together.any(self._stop.signal is not None)
+        if stopped or state.global_step >= state.max_steps:
             control.should_save = True
             control.should_training_stop = True
 
@@ -97,3 +106,13 @@ class _Checkpoints(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None:
             self._reports.send(event="loss", step=state.global_step, loss=float(loss))
+
+
+def _saved(path: Path) -> dict[str, int]:
+    """Put a file safely on the disk. Returns its size by its name; nothing where there is none: alone, the first
+    process finds it with the others."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {path.name: path.stat().st_size}

@@ -1,6 +1,7 @@
 """The training process: one adapter, by ms-swift, in a process of its own that the stage starts and watches.
 
-Run as `python -m stages.train.worker JOB.json`; the file's fields are `Job`'s. It tells its progress in JSON Lines on
+Run as `python -m stages.train.worker JOB.json`, or by torchrun as one of several that train the adapter together; the
+file's fields are `Job`'s. It tells its progress in JSON Lines on
 the file descriptor `job.reports`, and exits with the codes of `stages.contract.errors`. What it leaves:
 
     <work>/checkpoint-<step>/complete.json   a checkpoint with this file is whole
@@ -16,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError
+from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.files import machine_error, read_json, read_jsonl, remove, write_json, write_jsonl
 from stages.contract.recipe import Model, Train
-from stages.contract.stop import StopRequest
+from stages.contract.stop import StopRequest, die_with_parent
+from stages.train.together import Together, lost_the_others
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Job:
 
     model: Path
     work: Path
-    """Checkpoints and scratch of this adapter."""
+    """Checkpoints of this adapter."""
+    scratch: Path
+    """What only this machine's processes need."""
     adapter: Path
     """Where the finished adapter goes."""
     train: list[Path]
@@ -37,6 +41,8 @@ class Job:
     dtype: str
     micro_batch: int
     accumulation: int
+    processes: int
+    """How many train together, over all machines."""
     use_cpu: bool
     model_settings: Model
     settings: Train
@@ -46,7 +52,7 @@ class Job:
     @staticmethod
     def read(path: Path) -> "Job":
         values = json.loads(path.read_text(encoding="utf-8"))
-        values |= {name: Path(values[name]) for name in ("model", "work", "adapter")}
+        values |= {name: Path(values[name]) for name in ("model", "work", "scratch", "adapter")}
         values |= {name: [Path(p) for p in values[name]] for name in ("train", "validation")}
         values["model_settings"] = Model(**values["model_settings"])
         values["settings"] = Train(**values["settings"])
@@ -86,18 +92,24 @@ class Reports:
 def train(job: Job, reports: Reports, stop: StopRequest) -> None:
     """Train the adapter, from the newest good checkpoint if there is one.
 
-    Raises InterruptedRunError after saving a checkpoint when a stop was asked for.
+    Raises InterruptedRunError after saving a checkpoint when a stop was asked for, here or in another process.
     """
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    scratch = job.work / "scratch"
+    scratch = job.scratch if job.processes == 1 else job.scratch / os.environ["LOCAL_RANK"]
     remove(scratch)
     scratch.mkdir(parents=True)
     os.environ |= {"HF_DATASETS_CACHE": str(scratch / "datasets"), "MODELSCOPE_CACHE": str(scratch / "modelscope")}
 
     from stages.train.swift_sft import LorrySft  # imports torch and swift: seconds, and only in this process
 
-    resume = newest_good_checkpoint(job.work)
-    sft = LorrySft(_arguments(job, scratch, resume), job, reports, stop)
+    together = Together(job.processes, job.use_cpu)
+    _agree_on_the_job(job, together)
+    resume = newest_good_checkpoint(job.work) if together.first else None
+    name = together.of_first(resume and resume.name)
+    resume = job.work / name if name else None
+    if not together.first:
+        reports = Reports(os.open(os.devnull, os.O_WRONLY))
+    sft = LorrySft(_arguments(job, scratch, resume), job, reports, stop, together)
     counts, left_out = {}, {}
     for split, sources in (("train", job.train), ("validation", job.validation)):
         samples = [sample for source in sources for sample in read_jsonl(source)]
@@ -112,9 +124,25 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
         sft.args.val_dataset = []
     reports.send(event="loaded", samples=counts, resumed_from=resume.name if resume else None)
     sft.main()
-    stop.check()
-    _publish(job, {"samples": counts, "left_out": left_out})
+    together.check(stop)
+    if together.first:
+        _publish(job, {"samples": counts, "left_out": left_out})
+    together.leave()
     remove(scratch)
+
+
+def _agree_on_the_job(job: Job, together: Together) -> None:
+    """Raise UsageError where this process was told otherwise than the first: their gradients would not fit together."""
+    told = {
+        "adapter": job.adapter.name,
+        "precision": job.dtype,
+        "processes": job.processes,
+        "micro-batch": job.micro_batch,
+        "accumulation": job.accumulation,
+    }
+    first = together.of_first(told)
+    if told != first:
+        raise UsageError(f"node 0 has {first}, this node {told}: nodes need the same kind and number of GPUs")
 
 
 def _publish(job: Job, facts: dict[str, Any]) -> None:
@@ -132,7 +160,10 @@ def _publish(job: Job, facts: dict[str, Any]) -> None:
     write_json(partial / "training.json", {"steps": state["global_step"], **facts, "log": log})
     config = json.loads((last / "adapter_config.json").read_text(encoding="utf-8"))
     # the base by its name below the model mount: an adapter must not differ by the machine that it was trained on
-    write_json(partial / "adapter_config.json", {**config, "base_model_name_or_path": job.model_settings.path})
+    config["base_model_name_or_path"] = job.model_settings.path
+    if isinstance(config["target_modules"], list):  # PEFT keeps a set, whose order changes from process to process
+        config["target_modules"].sort()
+    write_json(partial / "adapter_config.json", config)
     partial.rename(job.adapter)
 
 
@@ -153,6 +184,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "check_model": False,  # else a hub is asked for a newer model, with seconds of retries
         "report_to": "none",
         "use_cpu": job.use_cpu,
+        "ddp_backend": ("gloo" if job.use_cpu else "nccl") if job.processes > 1 else None,
         "tuner_type": "lora",
         "lora_rank": settings.rank,
         "lora_alpha": settings.alpha,
@@ -201,17 +233,26 @@ def main() -> None:
     reports = Reports(job.reports)
     stop = StopRequest()
     stop.install()
+    if job.processes > 1:
+        die_with_parent(os.getppid())  # the launcher, which dies with the stage
+        reports.send(event="process", id=os.getpid())
     try:
         train(job, reports, stop)
     except BaseException as error:  # noqa: BLE001 - the stage must hear of every end
         explained = error if isinstance(error, LorryError) else machine_error(error)
         if explained is None and stop.signal is not None:
             explained = InterruptedRunError(f"stopped by {stop.signal.name}; run the same command again")
+        if explained is None and job.processes > 1 and lost_the_others(error):
+            explained = InterruptedRunError(
+                f"the other training processes are gone ({' '.join(str(error).split())[:100]}); run the same command"
+                " again to go on from the last checkpoint"
+            )
         if not isinstance(explained, InterruptedRunError):
             traceback.print_exc()
         text = str(explained) if explained else f"{type(error).__name__}: {error}"
-        reports.send(event="error", text=text)
-        sys.exit(explained.exit_code if explained else Exit.CRASHED)
+        code = explained.exit_code if explained else Exit.CRASHED
+        reports.send(event="error", text=text, code=int(code))
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stages.contract.errors import DataError
 from stages.contract.files import JsonlJournal, write_jsonl
+from stages.contract.part import part_of
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
@@ -82,6 +83,13 @@ WORKS: dict[str, Callable[[Stage], None]] = {
 
 if __name__ == "__main__":
     recipe = load_recipe(Path(sys.argv[2]))
+    shard = sys.argv[sys.argv.index("--shard") + 1] if "--shard" in sys.argv else None
     sys.exit(
-        run_stage(Run("r", recipe, Roots.from_environment()), "preprocess", WORKS[sys.argv[1]], "--force" in sys.argv)
+        run_stage(
+            Run("r", recipe, Roots.from_environment()),
+            "preprocess",
+            WORKS[sys.argv[1]],
+            "--force" in sys.argv,
+            part_of("preprocess", shard, {}),
+        )
     )

@@ -1,20 +1,17 @@
 """The inference stage around its engine: failures are counted, a broken engine is no failing sample."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from stages.contract.errors import Exit
-from stages.contract.files import FileHashes, read_json, read_jsonl, write_json, write_jsonl
-from stages.contract.recipe import load_recipe
-from stages.contract.roots import Roots
-from stages.contract.run import CONTRACT_VERSION, Run, describe_output
+from stages.contract.files import read_json, read_jsonl, write_jsonl
+from stages.contract.part import Part
+from stages.contract.run import Run
 from stages.contract.stage import run_stage
 from stages.infer import stage as infer
 from stages.infer.engine import Completion, Prompt
-from tests.conftest import REPOSITORY
+from tests.infer.conftest import describe, sample
 
 Answer = Callable[[list[Prompt], str | None], list[Completion]]
 
@@ -29,39 +26,9 @@ class ScriptedEngine:
         return None
 
 
-@pytest.fixture
-def run(tmp_path: Path, small_models: Path) -> Run:
-    """A run with six test samples and an adapter folder."""
-    overrides = ("model.path=random-llama", "infer.chunk_size=3", "infer.max_length=64", "infer.max_new_tokens=8")
-    recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", overrides)
-    run = Run("r", recipe, Roots(tmp_path / "data", small_models, tmp_path / "runs"))
-    samples = [sample(f"s{i}", "word " * i) for i in range(6)]
-    write_jsonl(run.path("preprocess", "samples", "test.jsonl"), samples)
-    write_json(run.path("train", "adapters", "tuned", "adapter_config.json"), {"r": 8})
-    for stage, name in (("preprocess", "samples/test.jsonl"), ("train", "adapters/tuned/adapter_config.json")):
-        describe(run, stage, name)
-    return run
-
-
-def sample(name: str, text: str, **meta: Any) -> dict[str, Any]:
-    return {
-        "id": name,
-        "messages": [{"role": "user", "content": text}],
-        "images": [],
-        "references": ["x"],
-        "meta": meta,
-    }
-
-
-def describe(run: Run, stage: str, name: str) -> None:
-    outputs = {name: describe_output(run.stage_folder(stage), name, None, FileHashes(run.folder / "none"))}
-    manifest = {"contract": CONTRACT_VERSION, "key": run.key(stage, {}), "inputs": {}, "outputs": outputs}
-    write_json(run.path(stage, "manifest.json"), manifest)
-
-
-def answers(run: Run, monkeypatch: pytest.MonkeyPatch, answer: Answer) -> Exit:
+def answers(run: Run, monkeypatch: pytest.MonkeyPatch, answer: Answer, part: Part = None) -> Exit:
     monkeypatch.setattr(infer, "_start_engine", lambda *_: ScriptedEngine(answer))
-    return run_stage(run, "infer", infer.work)
+    return run_stage(run, "infer", infer.work, part=part)
 
 
 def echo(prompts: list[Prompt], adapter: str | None) -> list[Completion]:

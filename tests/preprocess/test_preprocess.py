@@ -219,6 +219,66 @@ def test_the_run_alone_is_enough_to_go_on(calm: Calm) -> None:
     assert (done.code, done.lines) == (0, ["preprocess: up to date"])
 
 
+# -- in shards -----------------------------------------------------------------------------------------------------
+
+
+def shard(calm: Calm, name: str, which: str) -> "subprocess.Popen[str]":
+    return calm.lorry.start("entrypoints.preprocess", str(calm.recipe), "--run", name, "--shard", which)
+
+
+def test_two_shards_at_once_one_of_them_killed_merge_to_the_bytes_of_one_run(calm: Calm) -> None:
+    """The embedder is loaded for real in each shard, and not at all by the merge."""
+    run = calm.lorry.runs / "sharded"
+    both = [shard(calm, "sharded", f"{index}/2") for index in range(2)]
+    deadline = time.monotonic() + 60
+    folder = run / "shards" / "preprocess" / "1-of-2"
+    while not finished_pages(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    both[1].kill()
+    both[1].communicate()
+    known = finished_pages(folder)
+    again = shard(calm, "sharded", "1/2")
+    for process in (both[0], again):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    after = finished_pages(folder)
+    assert {path: after[path] for path in known} == known, "finished pages are not rendered again"
+    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "shards"}
+
+    without_embedder = replace(calm.lorry, extra={"PYTHONPROFILEIMPORTTIME": "1"})
+    merged = without_embedder.preprocess(str(calm.recipe), "--run", "sharded")
+    assert merged.code == 0, merged.output
+    log = (run / "preprocess" / "log.txt").read_text()
+    assert "stages.preprocess.embed" in log
+    assert "sentence_transformers" not in log
+    assert results(run / "preprocess") == results(calm.folder)
+    manifest = json.loads((run / "preprocess" / "manifest.json").read_text())
+    for part in ("key", "inputs", "counts", "skipped"):
+        assert manifest[part] == calm.manifest[part], part
+    assert {name: entry["sha256"] for name, entry in manifest["outputs"].items()}.items() >= {
+        (name, entry["sha256"]) for name, entry in calm.manifest["outputs"].items() if name != "questions.parquet"
+    }
+    assert [made["value"] for made in manifest["decisions"]] == ["0/2, 1/2"]
+    assert calm.lorry.preprocess("--run", "sharded", "--shard", "0/2").lines == ["preprocess 0/2: up to date"]
+
+
+def test_a_shard_too_many_is_done_at_once_and_a_missing_one_is_made_up_for(calm: Calm) -> None:
+    run = calm.lorry.runs / "gaps"
+    for index in (1, 30):
+        shutil.copytree(
+            calm.folder / "cache" / "vectors", run / "shards" / "preprocess" / f"{index}-of-31" / "cache" / "vectors"
+        )
+        output, _ = (process := shard(calm, "gaps", f"{index}/31")).communicate(timeout=60)
+        assert process.returncode == 0, output
+    assert "shard 30/31 has nothing to do: there are only 11 documents" in output
+    calm.give_vectors(run)
+    merged = make_run(calm, "gaps")
+    assert merged.code == 0
+    assert "shards taken over: 1/31, 30/31" in merged.output
+    assert results(run / "preprocess") == results(calm.folder)
+
+
 # -- killed and stopped --------------------------------------------------------------------------------------------
 
 

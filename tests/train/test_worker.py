@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from stages.contract.files import write_json
+from stages.contract.part import Node
 from stages.contract.recipe import load_recipe
+from stages.train.launch import torchrun
 from stages.train.worker import Job, _arguments, newest_good_checkpoint
 from tests.conftest import REPOSITORY
 
@@ -46,12 +48,13 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert newest_good_checkpoint(tmp_path) is None
 
 
-def told(tmp_path: Path, *overrides: str) -> dict[str, list[str]]:
+def told(tmp_path: Path, *overrides: str, processes: int = 1) -> dict[str, list[str]]:
     """What swift is told, by option."""
     recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", overrides)
     job = Job(
         model=tmp_path / "model",
         work=tmp_path / "work",
+        scratch=tmp_path / "scratch",
         adapter=tmp_path / "adapter",
         train=[],
         validation=[],
@@ -59,6 +62,7 @@ def told(tmp_path: Path, *overrides: str) -> dict[str, list[str]]:
         dtype="float16",
         micro_batch=2,
         accumulation=5,
+        processes=processes,
         use_cpu=True,
         model_settings=recipe.model,
         settings=recipe.train,
@@ -90,3 +94,19 @@ def test_target_modules_are_names_or_one_regular_expression(tmp_path: Path) -> N
     pattern = told(tmp_path, r"train.target_modules='.*\.[12]\..*_proj'")
     assert pattern["--target_regex"] == [r".*\.[12]\..*_proj"]
     assert "--target_modules" not in pattern
+
+
+def test_several_processes_are_told_how_to_talk(tmp_path: Path) -> None:
+    assert "--ddp_backend" not in told(tmp_path)
+    assert told(tmp_path, processes=2)["--ddp_backend"] == ["gloo"]
+
+
+def test_one_machine_needs_no_meeting_and_nodes_keep_their_ranks(tmp_path: Path) -> None:
+    alone = torchrun(tmp_path / "job.json", 4, None)
+    assert alone[1:] == [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
+        *("-m", "stages.train.worker", str(tmp_path / "job.json")),
+    ]
+    second = torchrun(tmp_path / "job.json", 8, Node(1, 2, "node-0.train:29500"))
+    where = ("--nnodes=2", "--node-rank=1", "--master-addr=node-0.train", "--master-port=29500", "--nproc-per-node=8")
+    assert set(where) < set(second)

@@ -1,0 +1,105 @@
+"""Which part of a stage this process does: all of it, a shard of it, or one node's share of a training.
+
+A shard (`--shard 1/4`) does every fourth document, adapter or chunk by itself; the plain command merges the shards.
+A node is one of several machines that train the same adapter together.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from stages.contract.errors import UsageError
+
+SHARDED = ("preprocess", "train", "infer")
+"""Stages that can be done in shards."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Shard `index` (0-based) of `count`."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def label(self) -> str:
+        """What its lines on the console name it."""
+        return str(self)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.index}-of-{self.count}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """Machine `rank` (0-based) of `count` that train together."""
+
+    rank: int
+    count: int
+    rendezvous: str
+    """`host:port` of node 0, where the nodes meet."""
+
+    @property
+    def label(self) -> str:
+        """What its lines on the console name it."""
+        return f"node {self.rank}"
+
+
+Part = Shard | Node | None
+
+
+def part_of(stage: str, option: str | None, environment: Mapping[str, str]) -> Part:
+    """What `--shard` and the environment ask for; None is the whole stage on one machine.
+
+    Raises UsageError for values that are wrong, given by half, or do not go together.
+    """
+    shard = _shard(option, environment)
+    if shard is not None and stage not in SHARDED:
+        raise UsageError(f"shard {shard}: {stage} is not done in shards; run it once, without --shard and LORRY_SHARD")
+    node = _node(environment) if stage == "train" else None
+    if shard is not None and node is not None:
+        raise UsageError(f"shard {shard} of {node.count} nodes: a shard is trained on one node; drop one of the two")
+    return shard or node
+
+
+def _shard(option: str | None, environment: Mapping[str, str]) -> Shard | None:
+    index, count = environment.get("JOB_COMPLETION_INDEX"), environment.get("LORRY_SHARDS")
+    if option is not None:
+        text, said = option, "--shard"
+    elif environment.get("LORRY_SHARD"):
+        text, said = environment["LORRY_SHARD"], "LORRY_SHARD"
+    elif index and count:  # an Indexed Job of Kubernetes; one without LORRY_SHARDS has no shards
+        text, said = f"{index}/{count}", "JOB_COMPLETION_INDEX/LORRY_SHARDS"
+    else:
+        return None
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UsageError(f"{said} {text}: write a shard as I/N, counted from 0: 0/4, 1/4, 2/4 or 3/4 of four")
+    return Shard(int(found[1]), int(found[2]))
+
+
+def _node(environment: Mapping[str, str]) -> Node | None:
+    count, rendezvous = environment.get("LORRY_NODES"), environment.get("LORRY_RENDEZVOUS")
+    rank = environment.get("LORRY_NODE_RANK")
+    if not count:
+        if rank or rendezvous:
+            raise UsageError("LORRY_NODE_RANK and LORRY_RENDEZVOUS need LORRY_NODES, the number of machines")
+        return None
+    rank = rank or environment.get("JOB_COMPLETION_INDEX")
+    if not count.isdecimal() or int(count) < 1:
+        raise UsageError(f"LORRY_NODES {count}: a whole number of machines, 1 or more")
+    if int(count) == 1:
+        return None
+    if not rank or not rank.isdecimal() or int(rank) >= int(count):
+        last = int(count) - 1
+        raise UsageError(
+            f"LORRY_NODE_RANK {rank or 'is not set'}: with LORRY_NODES {count} it is 0 to {last}, a different one on"
+            " each machine (an Indexed Job's JOB_COMPLETION_INDEX does it too)"
+        )
+    if not rendezvous or not re.fullmatch(r"[^\s:]+:[0-9]{1,5}", rendezvous):
+        raise UsageError(f"LORRY_RENDEZVOUS {rendezvous or 'is not set'}: host:port of node 0, such as node-0:29500")
+    return Node(int(rank), int(count), rendezvous)

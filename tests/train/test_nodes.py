@@ -1,0 +1,129 @@
+"""Two machines train together; here they are two processes that meet on this one."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.contract.files import read_json, read_jsonl
+from stages.train.worker import newest_good_checkpoint
+from tests.train.conftest import Training
+
+
+@pytest.fixture
+def nodes(training: Training) -> "TwoNodes":
+    return TwoNodes(Training(training.lorry, (*training.overrides, "train.epochs=12")))
+
+
+class TwoNodes:
+    """Starts the same command on both."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+
+    def start(self) -> "list[subprocess.Popen[str]]":
+        meeting = {"LORRY_NODES": "2", "LORRY_RENDEZVOUS": f"127.0.0.1:{free_port()}", "OMP_NUM_THREADS": "1"}
+        return [self.training.start(**meeting, LORRY_NODE_RANK=str(rank)) for rank in range(2)]
+
+    def log(self) -> str:
+        folders = self.training.run.stage_folder("train"), self.training.run.folder / "nodes" / "train" / "1"
+        return "\n".join((folder / "log.txt").read_text()[-3000:] for folder in folders if folder.is_dir())
+
+    def wait_for_steps(self, process: "subprocess.Popen[str]") -> None:
+        """Until this start has trained a little."""
+        events = self.training.run.path("train", "events.jsonl")
+        before = events.read_text().count('"loss"') if events.is_file() else 0
+        deadline = time.monotonic() + 120
+        while not events.is_file() or events.read_text().count('"loss"') < before + 3:
+            assert process.poll() is None and time.monotonic() < deadline, self.log()
+            time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def processes_naming(folder: Path) -> dict[int, str]:
+    """Living processes whose command line names something below a folder."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(folder) in command:
+                found[int(path.parent.name)] = command
+    return found
+
+
+def ended(processes: "list[subprocess.Popen[str]]") -> tuple[list[int], str]:
+    """Exit codes, and what was printed."""
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    return [process.returncode for process in processes], "\n".join(outputs)
+
+
+def test_two_nodes_train_together_and_survive_a_kill_and_a_stop(nodes: TwoNodes) -> None:
+    """One long test: every start of two nodes takes its time."""
+    first, second = nodes.start()
+    nodes.wait_for_steps(first)
+    started = processes_naming(nodes.training.run.folder / "nodes")
+    (worker,) = [process for process, command in started.items() if "torch.distributed.run" not in command]
+    os.kill(worker, signal.SIGKILL)
+    codes, output = ended([first, second])
+    assert codes == [75, 1], output + nodes.log()  # the other node is asked to try again; a crash counts as one
+    assert "the other training processes are gone" in output
+    assert "was ended from outside" in output
+    assert not processes_naming(nodes.training.run.folder), "nothing may be left behind"
+    assert not nodes.training.run.path("train", "adapters").exists()
+
+    first, second = nodes.start()
+    nodes.wait_for_steps(first)
+    second.send_signal(signal.SIGTERM)
+    codes, output = ended([first, second])
+    assert codes == [75, 75], output + nodes.log()
+    work = nodes.training.run.path("train", "checkpoints", "tuned")
+    saved = newest_good_checkpoint(work)
+    assert saved is not None
+    sizes = read_json(saved / "complete.json")["sizes"]
+    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= sizes.keys()
+
+    codes, output = ended(nodes.start())
+    assert codes == [0, 0], output + nodes.log()
+    assert f"resuming from {saved.name}" in output
+    manifest = nodes.training.manifest()
+    assert manifest["counts"] == {"tuned samples": 24, "tuned steps": 72}
+    decisions = {made["what"]: made["value"] for made in manifest["decisions"]}
+    assert decisions["training processes"] == 2
+    assert decisions["effective batch"] == "1 x 2 x 2 GPU(s) = 4"
+    steps = [row["step"] for row in read_jsonl(nodes.training.run.path("train", "metrics.jsonl")) if "loss" in row]
+    assert steps == list(range(1, 73)), "one process speaks for all, and no step is lost or done twice"
+
+    late = nodes.training(LORRY_NODES="2", LORRY_RENDEZVOUS="127.0.0.1:1", JOB_COMPLETION_INDEX="1")
+    assert late == (0, "train node 1: up to date\n")
+
+
+def test_a_stop_while_waiting_for_the_other_node_exits_75_at_once(nodes: TwoNodes) -> None:
+    meeting = {"LORRY_NODES": "2", "LORRY_RENDEZVOUS": f"127.0.0.1:{free_port()}"}
+    for rank, waiting in enumerate(("training processes: 2", "waiting for node 0")):
+        process = nodes.training.start(**meeting, LORRY_NODE_RANK=str(rank))
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any(waiting in line for line in lines)
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        codes, output = ended([process])
+        assert codes == [75], output
+        assert "stopped by SIGTERM" in output
+    assert not processes_naming(nodes.training.run.folder)
+
+
+def test_force_cannot_be_agreed_on(nodes: TwoNodes) -> None:
+    meeting = {"LORRY_NODES": "2", "LORRY_RENDEZVOUS": "127.0.0.1:1"}
+    code, output = nodes.training("--force", **meeting, LORRY_NODE_RANK="0")
+    assert (code, len(output.splitlines())) == (2, 1)
+    assert "cannot agree when to begin anew" in output
