@@ -1,10 +1,6 @@
 """The host command `lorry`: run a recipe's stages, look at recipes, see how runs stand."""
 
-import functools
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from entrypoints.common import RECIPES, one_line_errors, open_run, recipe_options, recipe_path
+from entrypoints.launch import launch, run_process
 
 if TYPE_CHECKING:
-    from stages.contract.stop import StopRequest
+    pass
 
 
 @click.group()
 def main() -> None:
     """Carry a fine-tuning job from raw documents to scored answers."""
+
+
+main.add_command(launch)
 
 
 @main.command()
@@ -51,29 +51,11 @@ def run(force: bool, **options: Any) -> None:
         if done:
             click.echo(f"{stage}: up to date")
             continue
-        code = _run_stage(stage, arguments, stop)
+        code = run_process(stage, arguments, stop)
         if code != 0:
             sys.exit(code)
     report = opened.path("eval", "report.html")
     click.echo(f"all four stages are up to date; report: {report}")
-
-
-def _run_stage(stage: str, arguments: list[str], stop: "StopRequest") -> int:
-    """A stage in a process of its own, so that its memory is free before the next; a stop is passed on to it."""
-    from stages.contract.errors import Exit
-    from stages.contract.stop import die_with_parent
-
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"entrypoints.{stage}", *arguments],
-        preexec_fn=functools.partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
-    )
-    stop.pass_on_to(process)
-    code = process.wait()
-    if code < 0:
-        name = signal.Signals(-code).name
-        click.echo(f"{stage}: ended by {name}; run the same command again to go on", err=True)
-        return int(Exit.INTERRUPTED) if name in ("SIGTERM", "SIGINT") else int(Exit.CRASHED)
-    return code
 
 
 @main.command()
@@ -103,10 +85,13 @@ def _stage_lines(folder: Path) -> list[str]:
             manifest = json.loads((folder / stage / "manifest.json").read_text())
             lines.append(f"{stage:<11}done, {manifest['seconds']:.0f} s, {manifest['end']}")
             continue
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):  # not there, damaged, or of another version
             last = read_last_event(folder / stage / "events.jsonl")
+        shards = _shards_line(folder, stage)
+        if shards:
+            lines.append(f"{stage:<11}{shards}")
         if last is None:
-            lines.append(f"{stage:<11}not run")
+            lines += [] if shards else [f"{stage:<11}not run"]
             continue
         state = "running" if is_held(folder / stage) else "stopped, half done"
         ago = f"{max(time.time() - last['time'], 0):.0f} s ago"
@@ -117,6 +102,21 @@ def _stage_lines(folder: Path) -> list[str]:
             what = last.get("error", last["event"])
         lines.append(f"{stage:<11}{state}: {what} ({ago})")
     return lines
+
+
+def _shards_line(folder: Path, stage: str) -> str:
+    """How many shards of a stage are done, for each number that it was divided by; empty where it was not."""
+    from stages.contract.run import is_held
+
+    counts: dict[int, list[Path]] = {}
+    for shard in (folder / "shards" / stage).glob("*-of-*"):
+        counts.setdefault(int(shard.name.partition("-of-")[2]), []).append(shard)
+    told = []
+    for count, shards in sorted(counts.items()):
+        done = sum((shard / "manifest.json").is_file() for shard in shards)
+        running = sum(is_held(shard) for shard in shards)
+        told.append(f"{done} of {count} shards done" + (f", {running} running" if running else ""))
+    return "; ".join(told)
 
 
 @main.group()

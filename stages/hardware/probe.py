@@ -33,14 +33,33 @@ class Machine:
 def probe() -> Machine:
     """Look at the machine. A host without the NVIDIA driver has no cards; that is no error.
 
-    With LORRY_TARGET=cpu, which the CPU images and the demo set, cards that are there are left alone.
+    CUDA_VISIBLE_DEVICES, which the launcher sets for a local process, hides cards here as it does from CUDA. With
+    LORRY_TARGET=cpu, which the CPU images and the demo set, cards that are there are left alone.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    gpus = () if os.environ.get("LORRY_TARGET") == "cpu" else _gpus()
+    gpus = (
+        ()
+        if os.environ.get("LORRY_TARGET") == "cpu"
+        else visible(installed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    )
     return Machine(cpus=len(os.sched_getaffinity(0)), memory_bytes=memory, gpus=gpus)
 
 
-def _gpus() -> tuple[Gpu, ...]:
+def visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
+    """The cards that CUDA_VISIBLE_DEVICES leaves: numbers or UUIDs, up to the first that is neither."""
+    if setting is None:
+        return gpus
+    chosen: list[Gpu] = []
+    for name in setting.split(","):
+        found = [gpu for gpu in gpus if name.strip() in (str(gpu.index), gpu.uuid)]
+        if not found:
+            break
+        chosen += found
+    return tuple(chosen)
+
+
+def installed_gpus() -> tuple[Gpu, ...]:
+    """Every card that the NVIDIA driver shows; none without a driver."""
     import pynvml
 
     try:

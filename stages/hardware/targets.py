@@ -1,10 +1,11 @@
 """Facts about cards, read from the one place that has them: images/targets.toml."""
 
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.contract.errors import UsageError
+from stages.contract.errors import DoesNotFitError, UsageError
 from stages.hardware.probe import Machine
 
 TARGETS_FILE = Path(__file__).parents[2] / "images" / "targets.toml"
@@ -25,12 +26,23 @@ class Target:
     quantisation: tuple[str, ...]
     environment: dict[str, str]
     node_label: str | None
+    variant_of: str | None
+    """The target whose card this one is for, with other software."""
 
 
 def load_targets(path: Path = TARGETS_FILE) -> dict[str, Target]:
-    """All targets by name."""
+    """All targets by name; a variant has its card's facts, where it does not state its own."""
     table = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {name: _target(name, values) for name, values in table.items()}
+    return {
+        name: _target(name, {**table.get(values.get("variant_of"), {}), **values}) for name, values in table.items()
+    }
+
+
+def named_target(name: str, targets: dict[str, Target]) -> Target:
+    """The target of that name. Raises UsageError with the known ones."""
+    if name not in targets:
+        raise UsageError(f"no target {name!r}; there are: {', '.join(targets)}")
+    return targets[name]
 
 
 def _target(name: str, values: dict[str, object]) -> Target:
@@ -43,6 +55,7 @@ def _target(name: str, values: dict[str, object]) -> Target:
         "cuda": None,
         "min_driver": None,
         "node_label": None,
+        "variant_of": None,
         "environment": {},
     }
     return Target(name=name, capability=parts, quantisation=quantisation, **{**defaults, **fields})  # type: ignore[arg-type]
@@ -62,7 +75,43 @@ def target_of(machine: Machine, targets: dict[str, Target]) -> Target:
             f"the visible GPUs differ in compute capability {sorted(capabilities)}: choose GPUs of one kind"
         )
     found = capabilities.pop()
-    fitting = [t for t in targets.values() if t.capability is not None and t.capability <= found]
+    cards = [target for target in targets.values() if target.variant_of is None]
+    fitting = [target for target in cards if target.capability is not None and target.capability <= found]
     if not fitting:
         raise UsageError(f"compute capability {found[0]}.{found[1]} is older than every target in {TARGETS_FILE.name}")
     return max(fitting, key=lambda target: target.capability or (0, 0))
+
+
+def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
+    """What a stage computes as, once it really needs a card: by its cards, which must fit the image it runs in.
+
+    LORRY_TARGET says what the image was built for; without it (no image) the cards alone decide. Raises
+    DoesNotFitError when there is no card, it is older than the image's kernels, or its driver too old for their CUDA.
+    """
+    name = os.environ.get("LORRY_TARGET")
+    if not name:
+        return target_of(machine, targets)
+    image = named_target(name, targets)
+    if image.capability is None:
+        return image
+    if not machine.gpus:
+        raise DoesNotFitError(
+            f"this image is for {name} cards and no GPU is visible: hand it one (make: GPUS=0; docker run: --gpus;"
+            " Kubernetes: a limit of nvidia.com/gpu), or take TARGET=cpu"
+        )
+    card, cards_target = machine.gpus[0], target_of(machine, targets)
+    if card.capability < image.capability:
+        raise DoesNotFitError(
+            f"this image is for {name} (compute capability {_dotted(image.capability)}), newer than the card,"
+            f" {card.name} ({_dotted(card.capability)}): take TARGET={cards_target.name}"
+        )
+    if image.min_driver and int(card.driver.split(".")[0]) < image.min_driver:
+        raise DoesNotFitError(
+            f"this image's CUDA ({image.cuda}) needs NVIDIA driver {image.min_driver} or newer, and this machine has"
+            f" {card.driver}: update it, or take a target of an older CUDA ({TARGETS_FILE.name})"
+        )
+    return image if image.capability == cards_target.capability else cards_target
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

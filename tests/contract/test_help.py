@@ -22,6 +22,7 @@ HEAVY = [
     "PIL",
     "datasets",
     "pebble",
+    "docker",
     "pydantic",
     "stages.contract.recipe",
     "stages.tasks.patent_qa",

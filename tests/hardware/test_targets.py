@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from stages.contract.errors import UsageError
-from stages.hardware.probe import Gpu, Machine, probe
-from stages.hardware.targets import load_targets, target_of
+from stages.contract.errors import DoesNotFitError, UsageError
+from stages.hardware.probe import Gpu, Machine, probe, visible
+from stages.hardware.targets import load_targets, target_of, working_target
 
 TARGETS = load_targets()
 
 
-def machine(*capabilities: tuple[int, int], name: str = "a card") -> Machine:
+def machine(*capabilities: tuple[int, int], name: str = "a card", driver: str = "580.65.06") -> Machine:
     gpus = [
-        Gpu(index, f"GPU-{index}", name, capability, 24 << 30, 23 << 30, "580.65.06")
+        Gpu(index, f"GPU-{index}", name, capability, 24 << 30, 23 << 30, driver)
         for index, capability in enumerate(capabilities)
     ]
     return Machine(cpus=2, memory_bytes=8 << 30, gpus=tuple(gpus))
@@ -78,6 +78,89 @@ def test_a_card_too_old_is_refused_by_its_capability() -> None:
 def test_no_card_is_the_cpu() -> None:
     target = target_of(machine(), TARGETS)
     assert (target.name, target.capability, target.dtype) == ("cpu", None, "float32")
+
+
+def test_a_variant_has_its_cards_facts_and_is_never_chosen_by_a_card() -> None:
+    variant = TARGETS["v100-gptq"]
+    assert (variant.variant_of, variant.capability, variant.dtype) == ("v100", (7, 0), "float16")
+    assert variant.cuda != TARGETS["v100"].cuda
+    assert target_of(machine((7, 0)), TARGETS).name == "v100"
+
+
+# -- an image and the cards that it finds --------------------------------------------------------------------------
+
+
+def working(monkeypatch: pytest.MonkeyPatch, image: str, found: Machine) -> str:
+    monkeypatch.setenv("LORRY_TARGET", image)
+    return working_target(found, TARGETS).name
+
+
+def test_outside_an_image_the_cards_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORRY_TARGET", raising=False)
+    assert working_target(machine((8, 0)), TARGETS).name == "a800"
+    assert working(monkeypatch, "", machine()) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("image", "capability", "works_as"),
+    [
+        ("a800", (8, 0), "a800"),
+        ("a800", (9, 0), "h100"),  # the card's own precision and quantisation, whatever image it is
+        ("v100", (8, 0), "a800"),
+        ("v100-gptq", (7, 0), "v100-gptq"),
+    ],
+)
+def test_an_image_works_on_its_card_and_newer_ones(
+    monkeypatch: pytest.MonkeyPatch, image: str, capability: tuple[int, int], works_as: str
+) -> None:
+    assert working(monkeypatch, image, machine(capability)) == works_as
+
+
+def test_the_cpu_image_needs_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert working(monkeypatch, "cpu", machine()) == "cpu"
+
+
+def test_no_gpu_visible_says_how_to_hand_it_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        working(monkeypatch, "a800", machine())
+    for words in ("for a800 cards and no GPU is visible", "GPUS=0", "--gpus", "nvidia.com/gpu", "TARGET=cpu"):
+        assert words in str(caught.value)
+
+
+def test_a_card_older_than_the_image_gets_the_right_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DoesNotFitError, match=r"for a800 \(compute capability 8\.0\).*Tesla.*\(7\.0\).*TARGET=v100"):
+        working(monkeypatch, "a800", machine((7, 0), name="Tesla V100-SXM2-32GB"))
+
+
+def test_a_driver_too_old_for_the_images_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DoesNotFitError, match=r"\(cu130\) needs NVIDIA driver 580 or newer.*has 535\.183\.01"):
+        working(monkeypatch, "h100", machine((9, 0), driver="535.183.01"))
+    assert working(monkeypatch, "a800", machine((8, 0), driver="535.183.01")) == "a800"
+
+
+def test_an_unknown_target_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no target 'a100'; there are: cpu, v100"):
+        working(monkeypatch, "a100", machine((8, 0)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "left"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("2,0", [2, 0]),
+        ("GPU-1", [1]),
+        ("1,9,2", [1]),
+        ("-1", []),
+        (" 1 , 2", [1, 2]),
+    ],
+)
+def test_cards_that_cuda_does_not_see_are_not_counted(setting: str | None, left: list[int]) -> None:
+    found = visible(machine((8, 0), (8, 0), (8, 0)).gpus, setting)
+    assert [gpu.index for gpu in found] == left
+
+
+# -- the machine and the file --------------------------------------------------------------------------------------
 
 
 def test_this_machine_can_be_probed() -> None:

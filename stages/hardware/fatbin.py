@@ -1,0 +1,93 @@
+"""Which cards a CUDA library has code for, read from the library itself: images hold no cuobjdump.
+
+A CUDA library keeps its device code in the ELF section `.nv_fatbin`: fatbins one after another, each a header and
+entries, each of those a header and code (maybe compressed; headers never are) for one architecture. The layout is not
+published; this is what CUDA 11 to 13 write, and it finds what `cuobjdump --list-elf --list-ptx` lists. Relocatable
+code (`__nv_relfatbin`) is left out, as it is there: it was linked into `.nv_fatbin`.
+"""
+
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from stages.contract.errors import UsageError
+
+FATBIN = struct.Struct("<IHHQ")
+"""Magic, version, bytes of this header, bytes of the entries."""
+MAGIC = 0xBA55ED50
+ENTRY = struct.Struct("<HHIQ 12x I 8x Q")
+"""Kind (1 PTX, 2 binary), version, bytes of this header, bytes of the code, ..., architecture, ..., flags."""
+ARCHITECTURE_SPECIFIC = 0x100000
+"""The flag of sm_90a and its like."""
+
+
+def architectures(library: Path) -> set[str]:
+    """What a shared library was compiled for, in nvcc's words: binaries `sm_80`, `sm_90a`, PTX `compute_80`."""
+    found = set()
+    with library.open("rb") as file:
+        for offset, size in _sections(file, library, b".nv_fatbin"):
+            for kind, architecture, flags in _entries(file, offset, offset + size):
+                suffix = "a" if flags & ARCHITECTURE_SPECIFIC else ""
+                found.add(f"{'compute' if kind == 1 else 'sm'}_{architecture}{suffix}")
+    return found
+
+
+def _sections(file: IO[bytes], path: Path, wanted: bytes) -> Iterator[tuple[int, int]]:
+    """Offset and size of the sections of that name in a 64-bit little-endian ELF file (System V ABI, chapter 4)."""
+    header = file.read(64)
+    if header[:6] != b"\x7fELF\x02\x01" or len(header) < 64:
+        raise UsageError(f"{path}: not a 64-bit ELF library")
+    (table,) = struct.unpack_from("<Q", header, 40)
+    each, count, names = struct.unpack_from("<HHH", header, 58)
+    file.seek(table)
+    rows = [struct.unpack("<IIQQQQ", file.read(each)[:40]) for _ in range(count)]
+    file.seek(rows[names][4])
+    text = file.read(rows[names][5])
+    for name, *_, offset, size in rows:
+        if text[name : text.index(b"\0", name)] == wanted:
+            yield offset, size
+
+
+def _entries(file: IO[bytes], position: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Kind, architecture and flags of every entry of the fatbins between two offsets of a file."""
+    while position + FATBIN.size <= end:
+        file.seek(position)
+        magic, _, header, size = FATBIN.unpack(file.read(FATBIN.size))
+        if magic != MAGIC:  # padding
+            position += 8
+            continue
+        position += header
+        stop = position + size
+        while position + ENTRY.size <= stop:
+            file.seek(position)
+            kind, _, entry_header, code, architecture, flags = ENTRY.unpack(file.read(ENTRY.size))
+            yield kind, architecture, flags
+            position += entry_header + code
+        position = stop
+
+
+def serves(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Whether a library compiled for these architectures is meant to run on a card of this compute capability.
+
+    NVIDIA, CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility": a binary for X.y runs on X.z
+    with z >= y and on no other major version (one with an `a`, on X.y only); PTX is compiled by the driver for any
+    card that is not older. PTX is taken as an answer only by cards newer than every binary: a library that dropped a
+    card may still hold a lone kernel as old PTX (vLLM has one for 5.2), which says nothing about the others.
+    """
+    parsed = [_parsed(name) for name in compiled]
+    binaries = [(number, suffix) for kind, number, suffix in parsed if kind == "sm"]
+    for number, suffix in binaries:
+        if number == capability or (not suffix and number[0] == capability[0] and number <= capability):
+            return True
+    newer = all(number < capability for number, _ in binaries)
+    return newer and any(kind == "compute" and not suffix and number <= capability for kind, number, suffix in parsed)
+
+
+def _parsed(name: str) -> tuple[str, tuple[int, int], str]:
+    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)(\D?)", name)
+    if found is None:
+        raise UsageError(f"{name}: not the name of a CUDA architecture, such as sm_80")
+    kind, major, minor, suffix = found.groups()
+    return kind, (int(major), int(minor)), suffix
