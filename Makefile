@@ -4,11 +4,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# What a job runs on and what it does: make train GPUS=0,1,2,3,4 RECIPE=patent-qa SET="train.epochs=3 seed=7"
+RECIPE ?= patent-qa
+ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) $(if $(DATA),--data $(DATA)) \
+  $(foreach setting,$(SET),--set $(setting)) $(if $(GPUS),--gpus $(GPUS)) $(if $(TARGET),--target $(TARGET))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test kill-test lint bench lock clean
+.PHONY: help setup demo preprocess train infer eval images push .env k8s-run test image-test kill-test lint bench lock clean
 
 help: ## list the verbs
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9. -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/^preprocess.*eval/preprocess, train, infer, eval/' | expand -t 32
 
 setup: .venv/.ready models/.ready ## install what a CPU needs into .venv and make the small models (once)
 
@@ -17,36 +22,60 @@ demo: setup ## PDFs to scored answers on this CPU; DATA=folder takes your own do
 	  exec $(BIN)/lorry run patent-qa --profile tiny --data "$(DATA)" --run "demo-$$(basename "$(DATA)")-$$(realpath "$(DATA)" | cksum | cut -d " " -f 1)"; \
 	else exec $(BIN)/lorry run patent-qa --profile tiny --run demo; fi
 
+preprocess train infer eval: .venv/.host ## a stage of RECIPE (PROFILE= RUN= DATA= SET=) on GPUS=0,1: in a container if an engine answers
+	@$(BIN)/lorry launch $@ $(ARGS)
+
+images: ## build the stage images of TARGET=cpu|v100|a800|rtx4090|h100|v100-gptq (STAGE=train: one of them)
+	@images/build.sh "$(TARGET)" "$(STAGE)"
+
+push: ## tag the images of TARGET for REGISTRY=host/team and push them
+	@REGISTRY="$(REGISTRY)" images/build.sh --push "$(TARGET)" "$(STAGE)"
+
+k8s-run: ## the four stages as Kubernetes Jobs, in order, on cards of TARGET
+	@k8s/run.sh "$(TARGET)" $(NAMESPACE)
+
 test: setup ## the tests, real models included (about 10 minutes on 2 cores)
 	@$(BIN)/python -m pytest
+
+image-test: setup ## build the cpu images and run the demo in them by Docker Compose; starts an engine where none answers
+	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
 
 kill-test: setup ## kill every stage at random moments and compare with an undisturbed run (about 15 minutes)
 	@$(BIN)/python -m pytest tests/kill -m '' --timeout 3600
 
-lint: setup ## style, types and the one-way import rule
+lint: setup ## style, types, the one-way import rule, Dockerfiles and shell scripts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+	@$(BIN)/hadolint images/*/Dockerfile && $(BIN)/shellcheck images/*.sh images/base/*.sh images/base/cc k8s/*.sh \
+	  tests/images/*.sh requirements/lock.sh .ci/run
 
 bench: setup ## measure every figure of the README again (benchmarks/README.md)
 	@$(BIN)/python -m benchmarks.all
 
-lock: ## write requirements/*.txt again from requirements/*.in (needs uv)
-	@sh requirements/lock.sh
+lock: setup ## write the locked requirements of host and images again, from their inputs
+	@PATH="$$PWD/$(BIN):$$PATH" sh requirements/lock.sh && PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python images/lock.py
+
+.env: ## settings for `docker compose up infer`: your uid, and the kind of card as TARGET
+	@printf 'TARGET=%s\nLORRY_UID=%s\nLORRY_GID=%s\n' "$(or $(TARGET),a800)" "$$(id -u)" "$$(id -g)" > $@ && cat $@
 
 clean: ## delete the demo's run and what Python leaves behind; keeps .venv and models
 	@rm -rf runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.venv/.ready: requirements/cpu.txt requirements/dev.txt pyproject.toml
+.venv/.host: requirements/host.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' \
 	  || { echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 2; }
-	@echo "installing into .venv (some minutes, 4.3 GB)"
 	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/host.txt
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/.ready: requirements/cpu.txt requirements/dev.txt .venv/.host
+	@echo "installing into .venv (some minutes, 4.3 GB)"
 	@# torch by itself: which build suits is the machine's affair (README, "Set-up"); all else is locked with hashes
 	@$(BIN)/pip install --quiet torch==2.13.0
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.txt
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/dev.txt
-	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 models/.ready: recipes/demo_models.py | .venv/.ready

@@ -102,7 +102,9 @@ def in_containers(
 
 def image_name(stage: str, version: str, target: Target) -> str:
     """The image of a stage, as images/docker-bake.hcl names it."""
-    return f"{os.environ.get('REGISTRY', '')}lorry-{stage}:{version}-{image_target(stage, target)}"
+    registry = os.environ.get("REGISTRY")
+    prefix = f"{registry}/" if registry else ""
+    return f"{prefix}lorry-{stage}:{version}-{image_target(stage, target)}"
 
 
 def image_target(stage: str, target: Target) -> str:

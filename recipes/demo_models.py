@@ -92,6 +92,8 @@ def main() -> None:
             made = Path(scratch) / name
             made.mkdir()
             make(wheel, made)
+            for path in (made, *made.rglob("*")):  # a container may read them as another user than made them
+                path.chmod(0o755 if path.is_dir() else 0o644)
             made.rename(target)
 
 

@@ -96,8 +96,6 @@ def test_versions_of_a_line_carry_the_code_of_its_cards() -> None:
 
 def test_each_target_has_an_env_file_that_agrees() -> None:
     for name, target in load_targets().items():
-        if target.variant_of:
-            continue
         text = (REPOSITORY / "compose" / f"{name}.env").read_text()
         values = dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
         assert values.pop("LORRY_DEVICES") == ("none" if target.capability is None else "gpu")
