@@ -2,8 +2,8 @@
 
     python -m benchmarks.images cpu a800 v100 v100-gptq
 
-Needs the engine that has the images (`make images TARGET=…`). Writes results/images.json. Sizes are of the unpacked
-layers, in GB of 1e9 bytes, as `docker image ls` shows them.
+Builds them where they are missing (`make images` says what that needs). Writes results/images.json. Sizes are of the
+unpacked layers, in GB of 1e9 bytes, as `docker image ls` shows them.
 """
 
 import importlib.metadata
@@ -25,9 +25,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for target in sys.argv[1:]:
         stages = ("train",) if target == "v100-gptq" else STAGES
+        build = ["images/build.sh", target]
+        subprocess.run(build, check=True, capture_output=True)  # of this very code
         images = {stage: client.images.get(f"lorry-{stage}:{VERSION}-{target}") for stage in stages}
         before = time.monotonic()
-        subprocess.run(["images/build.sh", target], check=True, capture_output=True)
+        subprocess.run(build, check=True, capture_output=True)
         again = round(time.monotonic() - before, 1)
         rows.append({"target": target, "unchanged build s": again, "together GB": _together(client, images)})
         for stage, image in images.items():

@@ -103,6 +103,14 @@ def test_each_target_has_an_env_file_that_agrees() -> None:
         assert values == target.environment
 
 
+def test_the_readme_names_every_target() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    for name, target in load_targets().items():
+        assert f"`{name}`" in readme, name
+        if target.min_driver is not None:
+            assert str(target.min_driver) in readme
+
+
 def test_one_version_everywhere() -> None:
     project = re.search(r'^version = "(.*)"$', (REPOSITORY / "pyproject.toml").read_text(), re.M)
     assert project is not None

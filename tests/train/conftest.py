@@ -48,11 +48,11 @@ class Training:
         manifest: dict[str, Any] = read_json(self.run.path("train", "manifest.json"))
         return manifest
 
-    def with_samples(self) -> "Training":
+    def with_samples(self, number: int = 24) -> "Training":
         """Put the outputs of preprocess into the run."""
         run = self.run
         outputs = {}
-        for split, count in (("train", 24), ("validation", 2)):
+        for split, count in (("train", number), ("validation", 2)):
             name = f"samples/{split}.jsonl"
             write_jsonl(run.path("preprocess", name), [_sample(f"{split}{i}") for i in range(count)])
             outputs[name] = describe_output(run.stage_folder("preprocess"), name, None, FileHashes(run.folder / "none"))

@@ -8,7 +8,7 @@ from stages.contract.files import write_json
 from stages.contract.part import Node
 from stages.contract.recipe import load_recipe
 from stages.train.launch import torchrun
-from stages.train.worker import Job, _arguments, newest_good_checkpoint
+from stages.train.worker import Job, _arguments, newest_good_checkpoint, shared_evenly
 from tests.conftest import REPOSITORY
 
 
@@ -110,3 +110,11 @@ def test_one_machine_needs_no_meeting_and_nodes_keep_their_ranks(tmp_path: Path)
     second = torchrun(tmp_path / "job.json", 8, Node(1, 2, "node-0.train:29500"))
     where = ("--nnodes=2", "--node-rank=1", "--master-addr=node-0.train", "--master-port=29500", "--nproc-per-node=8")
     assert set(where) < set(second)
+
+
+@pytest.mark.parametrize(
+    ("samples", "processes", "shared"),
+    [("abc", 1, "abc"), ("abcd", 2, "abcd"), ("abc", 2, "abca"), ("ab", 5, "ababa"), ("", 4, "")],
+)
+def test_each_process_gets_as_many_samples_and_none_is_left_out(samples: str, processes: int, shared: str) -> None:
+    assert shared_evenly(list(samples), processes) == list(shared)
