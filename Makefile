@@ -31,8 +31,8 @@ images: ## build the stage images of TARGET=cpu|v100|a800|rtx4090|h100|v100-gptq
 push: ## tag the images of TARGET for REGISTRY=host/team and push them
 	@REGISTRY="$(REGISTRY)" images/build.sh --push "$(TARGET)" "$(STAGE)"
 
-k8s-run: ## the four stages as Kubernetes Jobs, in order, on cards of TARGET
-	@k8s/run.sh "$(TARGET)" $(NAMESPACE)
+k8s-run: ## the four stages as Kubernetes Jobs, in order, on cards of TARGET, images from REGISTRY
+	@REGISTRY="$(REGISTRY)" k8s/run.sh "$(TARGET)" $(NAMESPACE)
 
 test: setup ## the tests, real models included (about 10 minutes on 2 cores)
 	@$(BIN)/python -m pytest
@@ -55,7 +55,10 @@ lock: setup ## write the locked requirements of host and images again, from thei
 	@PATH="$$PWD/$(BIN):$$PATH" sh requirements/lock.sh && PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python images/lock.py
 
 .env: ## settings for `docker compose up infer`: your uid, and the kind of card as TARGET
-	@printf 'TARGET=%s\nLORRY_UID=%s\nLORRY_GID=%s\n' "$(or $(TARGET),a800)" "$$(id -u)" "$$(id -g)" > $@ && cat $@
+	@[ ! -e $@ ] || { echo "error: $@ is there already; edit it, or delete it first" >&2; exit 2; }
+	@# never root: uid 0 becomes the images' own 1000
+	@uid=$$(id -u) gid=$$(id -g); printf 'TARGET=%s\nLORRY_UID=%s\nLORRY_GID=%s\n' "$(or $(TARGET),a800)" \
+	  "$${uid/#0/1000}" "$${gid/#0/1000}" > $@ && cat $@
 
 clean: ## delete the demo's run and what Python leaves behind; keeps .venv and models
 	@rm -rf runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

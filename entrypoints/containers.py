@@ -173,13 +173,15 @@ def _host_side(options: dict[str, Any]) -> dict[str, str]:
     for folder, name in ((data, "LORRY_DATA"), (roots.models, "LORRY_MODELS")):
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder to mount ({name})")
-    uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (USER, USER)
-    if not roots.runs.exists():
-        roots.runs.mkdir(parents=True)
+    uid = int(os.environ.get("LORRY_UID") or os.getuid()) or USER
+    gid = int(os.environ.get("LORRY_GID") or os.getgid()) or USER
+    roots.runs.mkdir(parents=True, exist_ok=True)
+    if os.getuid() == 0 and roots.runs.stat().st_uid == 0:  # a checkout of root's: containers never run as root
         os.chown(roots.runs, uid, gid)
     mounts = {"LORRY_DATA": str(data), "LORRY_MODELS": str(roots.models), "LORRY_RUNS": str(roots.runs)}
-    owner = {"LORRY_UID": os.environ.get("LORRY_UID") or str(uid), "LORRY_GID": os.environ.get("LORRY_GID") or str(gid)}
-    return {**mounts, **owner}
+    # empty rather than unset: what `.env` says of these has not been looked at above
+    images = {"REGISTRY": os.environ.get("REGISTRY", ""), "PULL": os.environ.get("PULL", "")}
+    return {**mounts, **images, "LORRY_UID": str(uid), "LORRY_GID": str(gid)}
 
 
 def _container_side(name: str, options: dict[str, Any]) -> list[str]:
@@ -251,6 +253,9 @@ def _send(engine: Any, name: str, number: signal.Signals) -> bool:
 
 def killed(stage: str, number: int) -> int:
     """Exit code of a stage that a signal ended."""
+    if number not in signal.valid_signals():
+        click.echo(f"{stage}: ended with {128 + number}", err=True)
+        return int(Exit.CRASHED)
     name = signal.Signals(number).name
     click.echo(f"{stage}: ended by {name}; run the same command again to go on", err=True)
     return int(Exit.INTERRUPTED) if name in ("SIGTERM", "SIGINT") else int(Exit.CRASHED)

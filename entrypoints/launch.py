@@ -38,6 +38,8 @@ def launch(stage: str, gpus: str | None, target: str | None, force: bool, shard:
     RECIPE and the other options are those of the stage's own command.
     """
     cards = installed_gpus()
+    if not gpus and cards and (not target or named_target(target, load_targets()).capability):
+        gpus = "0"  # as plain Compose does: not every card of a box that others share
     chosen = choose_gpus(gpus, cards)
     card = choose_target(target, chosen, cards)
     if options["recipe"]:
@@ -45,6 +47,11 @@ def launch(stage: str, gpus: str | None, target: str | None, force: bool, shard:
     stages = (stage,) if shard else STAGES[: STAGES.index(stage) + 1]
     only_last = [*(["--force"] if force else []), *(["--shard", shard] if shard else [])]
     engine, address = find_engine()
+    if engine is not None and int(os.environ.get("LORRY_NODES") or 1) > 1:
+        raise UsageError(
+            "LORRY_NODES: containers started here have no network, and cannot train over several machines; start"
+            " `lorry-train` itself on each, or see k8s/scale-out/train-multinode.yaml"
+        )
     run: Runner
     if engine is None:
         click.echo(f"no Docker engine answers at {address}: running as a local process")

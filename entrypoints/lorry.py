@@ -4,15 +4,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from entrypoints.common import RECIPES, one_line_errors, open_run, recipe_options, recipe_path
 from entrypoints.launch import launch, run_process
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group()

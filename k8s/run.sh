@@ -5,6 +5,8 @@
 # Ctrl-C leaves the Job of the moment to the cluster. Started again, this makes the Jobs again: a stage that is done
 # says so in a second, one half done goes on where it was.
 #
+# REGISTRY=host/team in the environment stands before the images' names, as `make push` put them there.
+#
 # Exit codes: 0 done; 2 wrong target, no kubectl, no cluster, or the cluster refuses; 75 a Job of that name still runs;
 # else the failed stage's own, or 1 where no pod is left to ask.
 set -eu
@@ -38,7 +40,8 @@ answer=$(kubectl version --request-timeout=20s 2>&1) ||
 manifests=$(kubectl kustomize "$overlay") || fail 2 "$overlay cannot be built"
 
 apply() { # component: that part of the overlay. Jobs are started here, in turn, so not suspended
-    printf '%s\n' "$manifests" | sed 's/^  suspend: true$/  suspend: false/' |
+    printf '%s\n' "$manifests" |
+        sed -e 's/^  suspend: true$/  suspend: false/' -e "s#image: lorry-#image: ${REGISTRY:+$REGISTRY/}lorry-#" |
         kube apply --selector "app.kubernetes.io/component=$1" --filename - ||
         fail 2 "the cluster refused the manifests of '$1'"
 }
@@ -96,6 +99,11 @@ wait_for() { # job, stage: until it is complete. `kubectl wait` for that alone w
                 echo "$2: $state"
                 shown=$state
             fi
+            case $state in
+            *ImagePullBackOff | *InvalidImageName | *ErrImageNeverPull)
+                fail 2 "$2: the nodes cannot pull its image ($state): make push REGISTRY=…, then make k8s-run REGISTRY=…"
+                ;;
+            esac
         else
             case $held in *NotFound*) fail 1 "job/$1 was deleted while it was waited for" ;; esac
             unanswered=$((unanswered + 1))

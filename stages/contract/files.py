@@ -266,6 +266,11 @@ def _who_may(code: int, error: BaseException) -> str:
     if owner == uid:
         return f"{path} is uid {uid}'s own, but its mode forbids it: chmod -R u+rwX {folder}"
     return (
-        f"{path} belongs to uid {owner}, this process is uid {uid}: chown -R {uid}:{gid} {folder}, or start as its"
-        " owner (Compose: LORRY_UID=$(id -u) LORRY_GID=$(id -g))"
+        f"{path} belongs to uid {owner}, this process is uid {uid}: chown -R {uid}:{gid} {_on_the_host(folder)}, or"
+        " start as its owner (Compose: LORRY_UID=$(id -u) LORRY_GID=$(id -g))"
     )
+
+
+def _on_the_host(folder: Path) -> str:
+    """How to name a folder to somebody outside the container, where there is one."""
+    return f"the host's folder mounted as {folder}" if "LORRY_IMAGE" in os.environ else str(folder)

@@ -115,7 +115,7 @@ def _train_together(stage: Stage, job: Job, here: int, node: Node | None, enviro
 
 def torchrun(job_file: Path, here: int, node: Node | None) -> list[str]:
     """The command that starts `here` processes on this machine. With nodes, that of rank 0 is the first."""
-    where = ["--standalone"]
+    where = ["--standalone", "--local-addr=127.0.0.1"]  # a container without network cannot look up its own name
     if node is not None:
         host, _, port = node.rendezvous.rpartition(":")
         where = [f"--nnodes={node.count}", f"--node-rank={node.rank}", f"--master-addr={host}", f"--master-port={port}"]

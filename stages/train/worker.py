@@ -14,14 +14,17 @@ import shutil
 import sys
 import traceback
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.files import machine_error, read_json, read_jsonl, remove, write_json, write_jsonl
 from stages.contract.recipe import Model, Train
 from stages.contract.stop import StopRequest, die_with_parent
 from stages.train.together import Together, lost_the_others
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
         samples = [sample for source in sources for sample in read_jsonl(source)]
         kept, left_out[split] = sft.fitting(samples)
         counts[split] = len(kept)
-        write_jsonl(scratch / f"{split}.jsonl", kept)
+        write_jsonl(scratch / f"{split}.jsonl", shared_evenly(kept, job.processes) if split == "train" else kept)
     if not counts["train"]:
         raise DataError(
             f"{job.train[0]}: no training sample fits in train.max_length {job.settings.max_length}; raise it"
@@ -129,6 +132,14 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
         _publish(job, {"samples": counts, "left_out": left_out})
     together.leave()
     remove(scratch)
+
+
+def shared_evenly(samples: list[T], processes: int) -> list[T]:
+    """The samples, with the first of them again until each process gets as many as the others.
+
+    ms-swift leaves the last ones out of every epoch instead, and then the steps of an epoch depend on the GPUs.
+    """
+    return [*samples, *islice(cycle(samples), -len(samples) % processes)]
 
 
 def _agree_on_the_job(job: Job, together: Together) -> None:

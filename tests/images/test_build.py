@@ -90,7 +90,7 @@ def test_versions_of_a_line_carry_the_code_of_its_cards() -> None:
         if target.capability != (7, 0) or target.variant_of:
             continue
         versions = (IMAGES / "base" / f"{target.cuda}.versions").read_text()
-        assert re.search(r"^torch==2\.(\d+)", versions, re.M)[1] <= "10", name  # type: ignore[index]
+        assert int(re.search(r"^torch==2\.(\d+)", versions, re.M)[1]) <= 10, name  # type: ignore[index]
         assert int(re.search(r"^vllm==0\.(\d+)", versions, re.M)[1]) < 20, name  # type: ignore[index]
 
 
@@ -98,6 +98,7 @@ def test_each_target_has_an_env_file_that_agrees() -> None:
     for name, target in load_targets().items():
         text = (REPOSITORY / "compose" / f"{name}.env").read_text()
         values = dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
+        assert values.pop("LORRY_CARD") == (target.variant_of or name)
         assert values.pop("LORRY_DEVICES") == ("none" if target.capability is None else "gpu")
         assert values.pop("LORRY_SHM")
         assert values == target.environment

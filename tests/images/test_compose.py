@@ -159,10 +159,10 @@ def test_containers_are_as_closed_as_they_can_be(job: Path, containers: Containe
 def test_the_cards_asked_for_reach_the_engine(containers: Containers, call: Compose) -> None:
     """No card is needed to hand a request over: the engine looks for them when the container starts."""
     client = containers.client
-    for stage in ("preprocess", "train", "infer", "eval"):
-        client.images.get(f"lorry-{stage}:0.1.0-cpu").tag(f"lorry-{stage}", "test-rtx4090")
     variables = {"TARGET": "rtx4090", "GPUS": "0,2", "LORRY_VERSION": "test", "COMPOSE_PROJECT_NAME": "lorry-cards"}
     try:
+        for stage in ("preprocess", "train", "infer", "eval"):
+            client.images.get(f"lorry-{stage}:0.1.0-cpu").tag(f"lorry-{stage}", "test-rtx4090")
         created = call("create", **variables)
         assert created.returncode == 0, created.stderr
         found = client.containers.list(all=True, filters={"label": "com.docker.compose.project=lorry-cards"})
@@ -173,9 +173,10 @@ def test_the_cards_asked_for_reach_the_engine(containers: Containers, call: Comp
         assert not asked["preprocess"] and not asked["eval"]
         [train] = [c for c in found if c.labels["com.docker.compose.service"] == "train"]
         assert "NCCL_P2P_DISABLE=1" in train.attrs["Config"]["Env"]
-        started = call("up", "train", "--no-deps", **variables)
-        assert started.returncode != 0 and "nvidia" in started.stderr  # this machine has no NVIDIA runtime
+        if "nvidia" not in client.info()["Runtimes"]:  # then no card that was asked for may silently be left out
+            started = call("up", "train", "--no-deps", **variables)
+            assert started.returncode != 0 and "nvidia" in started.stderr
     finally:
-        call("down", **variables)
+        call("down", "--volumes", **variables)
         for stage in ("preprocess", "train", "infer", "eval"):
-            client.images.remove(f"lorry-{stage}:test-rtx4090")
+            client.images.remove(f"lorry-{stage}:test-rtx4090", force=True)

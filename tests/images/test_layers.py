@@ -42,18 +42,9 @@ def lock_of(layer: str) -> Path:
 def test_selftest_passes_for_any_user_without_network_on_a_read_only_root(
     stage: str, images: dict[str, str], containers: Containers
 ) -> None:
-    volume = containers.client.volumes.create()
-    try:
-        mount = {volume.name: {"bind": "/caches", "mode": "rw"}}
-        done = containers.run(
-            images[stage], "selftest", user="4321:4321", volumes=mount, tmpfs={"/tmp": "", "/runs": "mode=1777"},
-            **{key: value for key, value in AS_COMPOSE_DOES.items() if key != "tmpfs"},
-        )  # fmt: skip
-        for container in containers.started:
-            container.remove(force=True)
-        containers.started.clear()
-    finally:
-        volume.remove(force=True)
+    options = {**AS_COMPOSE_DOES, "tmpfs": {"/tmp": "mode=1777", "/runs": "mode=1777"}}
+    # a volume without a name goes with its container
+    done = containers.run(images[stage], "selftest", user="4321:4321", volumes=["/caches"], **options)
     assert done.code == 0, done.output
     assert f"lorry {VERSION}" in done.output and f"lorry-{stage}:{VERSION}-cpu" in done.output
     assert ("GPU not used by this stage" if stage == "eval" else "no GPU visible") in done.output
@@ -91,10 +82,10 @@ def test_holds_no_compiler_but_tritons(stage: str, images: dict[str, str], conta
     assert looked.output == ""
     compiled = containers.shell(
         images[stage],
-        "cd /tmp && echo '#include <Python.h>\nint f(void) { return 7; }' > a.c && mkdir x && echo > e.c"
+        "cd /caches && echo '#include <Python.h>\nint f(void) { return 7; }' > a.c && mkdir x && echo > e.c"
         " && tcc -shared -o x/libcuda.so.1 e.c"
-        " && $CC a.c -O3 -shared -fPIC -Wno-psabi -o a.so -l:libcuda.so.1 -L/tmp/x -I/usr/include/python3.11"
-        " && LD_LIBRARY_PATH=/tmp/x python3 -c \"import ctypes; print(ctypes.PyDLL('/tmp/a.so').f())\"",
+        " && $CC a.c -O3 -shared -fPIC -Wno-psabi -o a.so -l:libcuda.so.1 -L/caches/x -I/usr/include/python3.11"
+        " && LD_LIBRARY_PATH=/caches/x python3 -c \"import ctypes; print(ctypes.PyDLL('/tmp/a.so').f())\"",
     )
     assert compiled.output.strip() == "7"
 
@@ -153,6 +144,31 @@ def test_torch_computes_on_the_cpu(stage: str, images: dict[str, str], container
     script = 'python3 -c "import torch; a = torch.ones(64, 64); print(torch.__version__, (a @ a).sum().item())"'
     version = dict(pins(lock_of("torch")))["torch"]
     assert containers.shell(images[stage], script, **AS_COMPOSE_DOES).output.split() == [version, "262144.0"]
+
+
+TWO_PROCESSES = """
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+mine = torch.tensor([dist.get_rank() + 1])
+dist.all_reduce(mine)
+print("sum", mine.item(), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_processes_of_one_training_find_each_other_without_a_network(
+    images: dict[str, str], containers: Containers
+) -> None:
+    from stages.train.launch import torchrun
+
+    options = torchrun(Path("job.json"), 2, None)[3:]
+    launcher = " ".join(option for option in options if option.startswith("--"))
+    script = f"cat > /tmp/two.py <<'E'\n{TWO_PROCESSES}E\n"
+    script += f"timeout 120 python3 -m torch.distributed.run {launcher} /tmp/two.py"
+    told = containers.shell(images["train"], script, environment={"GLOO_SOCKET_IFNAME": "lo"}, **AS_COMPOSE_DOES)
+    assert told.code == 0, told.output
+    assert [line for line in told.output.splitlines() if line.startswith("sum")] == ["sum 3", "sum 3"]
 
 
 def test_images_of_a_line_share_their_layers(images: dict[str, str], client: docker.DockerClient) -> None:

@@ -104,7 +104,7 @@ def test_several_processes_are_told_how_to_talk(tmp_path: Path) -> None:
 def test_one_machine_needs_no_meeting_and_nodes_keep_their_ranks(tmp_path: Path) -> None:
     alone = torchrun(tmp_path / "job.json", 4, None)
     assert alone[1:] == [
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
+        *("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=4"),
         *("-m", "stages.train.worker", str(tmp_path / "job.json")),
     ]
     second = torchrun(tmp_path / "job.json", 8, Node(1, 2, "node-0.train:29500"))
