@@ -29,6 +29,11 @@ def cards(*capabilities: tuple[int, int]) -> tuple[Gpu, ...]:
     )
 
 
+def test_an_exit_code_that_no_signal_has_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert containers.killed("train", 255 - 128) == 1
+    assert capsys.readouterr().err == "train: ended with 255\n"
+
+
 # -- GPUs and target -----------------------------------------------------------------------------------------------
 
 

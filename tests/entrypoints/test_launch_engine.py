@@ -125,6 +125,21 @@ def test_the_outputs_belong_to_the_caller(launched: Lorry) -> None:
     assert [path.stat().st_uid for path in launched.runs.iterdir()] == [owner]
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="about root as the caller")
+def test_roots_own_runs_folder_is_handed_to_the_images_user(launched: Lorry) -> None:
+    launched.runs.chmod(0o755)  # as a checkout of root's has it
+    assert launch(launched, "preprocess", "--run", "r").code == 0
+    assert launched.runs.stat().st_uid == UID
+    assert launch(launched, "preprocess", "--run", "r", LORRY_UID="0").code == 0  # never as root
+    assert [path.stat().st_uid for path in launched.runs.iterdir()] == [UID]
+
+
+def test_several_machines_are_refused(launched: Lorry) -> None:
+    done = launch(launched, "train", "--run", "r", LORRY_NODES="2")
+    assert done.code == 2
+    assert len(done.lines) == 1 and "no network" in done.lines[0]
+
+
 def test_a_missing_runs_folder_is_made_for_the_caller(launched: Lorry) -> None:
     fresh = replace(launched, runs=launched.runs / "not" / "yet")
     assert launch(fresh, "preprocess", "--run", "r").code == 0
