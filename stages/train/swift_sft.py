@@ -1,9 +1,11 @@
 """ms-swift's fine-tuning with what Lorry adds: whole checkpoints are marked, a stop saves, the prompt is checked."""
 
 import os
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from swift.pipelines.train.sft import SwiftSft
 from swift.template.base import MaxLengthError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,6 +15,12 @@ from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
 from stages.train.together import Together
 from stages.train.worker import Job, Reports, _sizes
+
+# A checkpoint's adapter is read into the processors' memory and copied from there. PEFT reads it to "cuda", which
+# safetensors takes for the first card: going on from a checkpoint, every process would hold memory there.
+PeftModel.load_adapter = partialmethod(  # type: ignore[assignment, method-assign]
+    PeftModel.load_adapter, torch_device="cpu"
+)
 
 
 class LorrySft(SwiftSft):  # type: ignore[misc]

@@ -1,0 +1,236 @@
+"""Training on two GPUs against one: losses, stops, kills, going on with another number of GPUs, and speed.
+
+    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.two_gpus [small | large]
+
+Needs two GPUs, the tokenizer of SmolLM2-135M-Instruct below models, and a run `prepared` with the demo's samples, made
+anywhere by `lorry-preprocess patent-qa --profile tiny --run prepared`. The models are Llamas with random weights.
+Everything is done by the train command, in processes of its own; nothing is asserted: the rows say what happened.
+"""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import write_rows
+from stages.contract.files import read_json, read_jsonl
+from stages.contract.roots import Roots
+
+ROOTS = Roots.from_environment()
+SMALL = ("model.path=random-llama", "train.target_modules=[all-linear]", "train.epochs=5", "train.micro_batch=1")
+LARGE = (  # all 104 samples a step
+    *("model.path=random-1.7b", "train.target_modules=[all-linear]", "train.epochs=16", "train.effective_batch=104"),
+    *("train.micro_batch=52", "train.gradient_checkpointing=true", "train.checkpoint_every=1000"),
+)
+RANDOM_LLAMA = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+RANDOM_LARGE = {
+    **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "head_dim": 64},
+    **{"num_attention_heads": 32, "num_key_value_heads": 32},
+}
+BOTH = "0,1"
+rows: list[dict[str, Any]] = []
+
+
+def make_model(name: str, shape: dict[str, int]) -> None:
+    """A Llama of a shape, with random weights and SmolLM2's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source, folder = ROOTS.models / "SmolLM2-135M-Instruct", ROOTS.models / name
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model: Any = LlamaForCausalLM(LlamaConfig.from_pretrained(str(source), **shape))  # type: ignore[arg-type]
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / file, folder)
+
+
+def make_in_a_process_of_its_own(name: str, shape: dict[str, int]) -> None:
+    """So that this one never holds a GPU."""
+    code = f"from benchmarks.two_gpus import make_model; make_model({name!r}, {shape!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Training:
+    """One start of the train command; its row is written when it has ended."""
+
+    def __init__(self, what: str, run: str, gpus: str, settings: tuple[str, ...] = SMALL) -> None:
+        self.run, self.folder, self.began = run, ROOTS.runs / run / "train", time.monotonic()
+        if not self.folder.is_dir():
+            shutil.copytree(ROOTS.runs / "prepared" / "preprocess", ROOTS.runs / run / "preprocess")
+        self.row: dict[str, Any] = {"what": what, "run": run, "CUDA_VISIBLE_DEVICES": gpus}
+        self.events = self.folder / "events.jsonl"
+        self.earlier = len(read_jsonl(self.events)) if self.events.is_file() else 0
+        sets = [word for setting in settings for word in ("--set", setting)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "entrypoints.train", "patent-qa", "--profile", "tiny", "--run", run, *sets],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The steps of this start, as its events tell them."""
+        with suppress(OSError, json.JSONDecodeError):  # not there yet, or half a line
+            return [event for event in read_jsonl(self.events)[self.earlier :] if event["event"] == "loss"]
+        return []
+
+    def workers(self) -> list[int]:
+        """Process ids of the training processes, by rank."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                command = (path / "cmdline").read_bytes().split(b"\0")
+                launcher = b"torch.distributed.run" in command
+                if b"stages.train.worker" in command and not launcher and bytes(self.folder) in b" ".join(command):
+                    variables = dict(v.split(b"=", 1) for v in (path / "environ").read_bytes().split(b"\0") if v)
+                    found.append((int(variables.get(b"RANK", b"0")), int(path.name)))
+        return [process for _, process in sorted(found)]
+
+    def reach(self, step: int) -> "Training":
+        """Wait for a step, and look how many processes each GPU has then."""
+        while self.process.poll() is None and (not self.steps() or self.steps()[-1]["step"] < step):
+            time.sleep(0.01)
+        self.row["on GPUs"] = on_gpus()
+        return self
+
+    def disturb(self, sig: signal.Signals, worker: int | None = None, at: int = 20) -> "Training":
+        """Send a signal in the middle: to the stage, or to one of its training processes."""
+        self.reach(at)
+        self.row["signal"] = f"{sig.name} to {'the stage' if worker is None else f'process {worker}'}"
+        self.row["sent at step"] = self.steps()[-1]["step"] if self.steps() else None
+        with suppress(IndexError, ProcessLookupError):
+            os.kill(self.process.pid if worker is None else self.workers()[worker], sig)
+        self.row["seconds to its end"] = -time.monotonic()
+        return self
+
+    def end(self, alone: bool = True) -> "Training":
+        """Wait for the end. `alone`: nothing else uses the GPUs, which must be empty soon."""
+        try:
+            output, _ = self.process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            self.row["too slow"] = True
+            os.killpg(self.process.pid, signal.SIGKILL)
+            output, _ = self.process.communicate()
+        except BaseException:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+        now = time.monotonic()
+        if "seconds to its end" in self.row:
+            self.row["seconds to its end"] = round(self.row["seconds to its end"] + now, 2)
+        self.row |= {"exit code": self.process.returncode, "seconds": round(now - self.began, 1)}
+        self.row["said"] = output.strip().splitlines()[-1:]
+        if alone:
+            while time.monotonic() < now + 45 and (any(on_gpus()) or self.workers()):
+                time.sleep(0.1)
+            self.row["on GPUs after"] = on_gpus()
+            self.row["processes after"] = self.workers()
+            self.row["seconds until they were gone"] = round(time.monotonic() - now, 1)
+        self.row["checkpoints"] = sorted(path.name for path in self.folder.glob("checkpoints/*/checkpoint-*"))
+        self.row |= self._results()
+        rows.append(self.row)
+        print(json.dumps(self.row), flush=True)
+        if self.process.returncode not in (0, 75, -signal.SIGKILL):
+            print(output[-1500:], (self.folder / "log.txt").read_text()[-3000:], sep="\n--- log\n", flush=True)
+        return self
+
+    def _results(self) -> dict[str, Any]:
+        """What the manifest and the metrics of a finished training say."""
+        times = [event["time"] for event in self.steps()]
+        pace = [b - a for a, b in pairwise(times[3:])]
+        speed = {"median seconds a step": round(statistics.median(pace), 4)} if pace else {}
+        manifest = read_json(self.folder / "manifest.json")
+        if manifest is None:
+            return speed
+        found = speed | {made["what"]: made["value"] for made in manifest["decisions"]}
+        found["cards"] = [gpu["name"] for gpu in manifest["gpus"]]
+        found["counts"], found["training seconds"] = manifest["counts"], manifest["seconds"]
+        found["peak host memory GiB"] = round(manifest["peak_memory_bytes"] / 2**30, 1)
+        losses = self.losses()
+        found["each step once"] = list(losses) == list(range(1, len(losses) + 1))
+        numbers = list(losses.values())
+        found["first losses"], found["last losses"] = numbers[:3], numbers[-3:]
+        return found
+
+    def losses(self) -> dict[int, float]:
+        return {row["step"]: row["loss"] for row in read_jsonl(self.folder / "metrics.jsonl") if "loss" in row}
+
+
+def on_gpus() -> list[int]:
+    """How many processes the driver sees on each GPU."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    return [len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) for handle in handles]
+
+
+def compare(what: str, one: Training, other: Training) -> None:
+    """A row with how far the losses of two finished trainings are apart."""
+    if one.process.returncode or other.process.returncode:
+        return
+    first, second = one.losses(), other.losses()
+    apart = [abs(first[step] - second[step]) for step in first.keys() & second.keys()]
+    row = {"what": what, "steps": [len(first), len(second)], "largest difference of a step's loss": max(apart)}
+    rows.append({**row, "mean difference": round(statistics.mean(apart), 5)})
+    print(json.dumps(rows[-1]), flush=True)
+
+
+def tokens_a_sample() -> float:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(ROOTS.models / "random-1.7b")
+    samples = read_jsonl(ROOTS.runs / "prepared" / "preprocess" / "samples" / "train.jsonl")
+    texts = [tokenizer.apply_chat_template(sample["messages"], tokenize=False) for sample in samples]
+    return statistics.mean(len(tokenizer(text)["input_ids"]) for text in texts)
+
+
+def small() -> None:
+    """What must hold on two GPUs, with a model so small that its speed says nothing."""
+    make_in_a_process_of_its_own("random-llama", RANDOM_LLAMA)
+    two = Training("two GPUs", "two", BOTH).end()
+    one = Training("one GPU", "one", "0")
+    Training("the other GPU, stopped; beside it the row below", "one-first", "1").disturb(signal.SIGTERM).end(False)
+    compare("two GPUs against one", two, one.end())
+    Training("two GPUs, stopped", "stopped", BOTH).disturb(signal.SIGTERM).end()
+    shutil.copytree(ROOTS.runs / "stopped", ROOTS.runs / "two-first")
+    compare("stopped and gone on against undisturbed", two, Training("two go on after a stop", "stopped", BOTH).end())
+    compare("one after two against undisturbed", two, Training("one goes on after two", "two-first", "0").end())
+    compare("two after one against undisturbed", two, Training("two go on after one", "one-first", BOTH).end())
+    Training("two GPUs, a process killed", "killed", BOTH).disturb(signal.SIGKILL, worker=1).end()
+    Training("they go on, and the stage is killed", "killed", BOTH).disturb(signal.SIGKILL).end()
+    compare("killed twice against undisturbed", two, Training("two go on after both", "killed", BOTH).end())
+
+
+def large() -> None:
+    """Speed, with a model that keeps a GPU busy and gradient checkpointing; stopped and gone on with, too."""
+    make_in_a_process_of_its_own("random-1.7b", RANDOM_LARGE)
+    stopped = Training("1.7B, two GPUs, stopped", "large-two", BOTH, LARGE).disturb(signal.SIGTERM, at=12).end()
+    two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).reach(14).end()
+    one = Training("1.7B, one GPU", "large-one", "0", LARGE).end()
+    compare("1.7B: two GPUs against one", two, one)
+    tokens = tokens_a_sample()
+    for training in (stopped, one):
+        rate = 104 / training.row["median seconds a step"]
+        training.row |= {"samples a second": round(rate, 1), "tokens a second": round(rate * tokens)}
+
+
+if __name__ == "__main__":
+    try:
+        for part in sys.argv[1:] or ["small", "large"]:
+            {"small": small, "large": large}[part]()
+    finally:
+        write_rows("two_gpus", rows, f"python -m benchmarks.two_gpus {' '.join(sys.argv[1:])}".strip())
