@@ -68,6 +68,7 @@ def ended(processes: "list[subprocess.Popen[str]]") -> tuple[list[int], str]:
     return [process.returncode for process in processes], "\n".join(outputs)
 
 
+@pytest.mark.kill
 def test_two_nodes_train_together_and_survive_a_kill_and_a_stop(nodes: TwoNodes) -> None:
     """One long test: every start of two nodes takes its time."""
     first, second = nodes.start()

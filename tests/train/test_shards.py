@@ -5,12 +5,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import snapshot
 from tests.train.conftest import Training
 
 COUNTS = {"samples": 24, "steps": 6}
 
 
+@pytest.mark.kill
 def test_two_shards_at_once_one_of_them_killed_merge_to_the_bytes_of_one_run(
     training: Training, tmp_path: Path
 ) -> None:
