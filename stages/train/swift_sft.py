@@ -89,8 +89,7 @@ class _Checkpoints(TrainerCallback):
         for name in ("args.json", "README.md", "additional_config.json"):
             remove(checkpoint / name)
         for path in checkpoint.iterdir():  # on the disk before the mark is: a power cut must not leave a mark alone
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(path)
         sizes = _sizes(checkpoint)
         for state_of_one in random_states:
             sizes |= state_of_one
@@ -116,11 +115,15 @@ class _Checkpoints(TrainerCallback):
             self._reports.send(event="loss", step=state.global_step, loss=float(loss))
 
 
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _saved(path: Path) -> dict[str, int]:
     """Put a file safely on the disk. Returns its size by its name; nothing where there is none: alone, the first
     process finds it with the others."""
     if not path.is_file():
         return {}
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    _sync(path)
     return {path.name: path.stat().st_size}

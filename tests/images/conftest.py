@@ -36,14 +36,13 @@ class Containers:
         container.start()
         return container
 
-    def run(self, image: str, *arguments: str, errors: bool = False, **options: Any) -> Finished:
-        """Run to the end. With `errors`, lines with ERROR in the log are expected."""
+    def run(self, image: str, *arguments: str, **options: Any) -> Finished:
+        """Run to the end."""
         container = self.start(image, *arguments, **options)
         code = container.wait(timeout=900)["StatusCode"]
         output = container.logs().decode(errors="replace")
-        if not errors:
-            bad = [line for line in output.splitlines() if "ERROR" in line or "Traceback" in line]
-            assert not bad, f"{image} {' '.join(arguments)}:\n{output}"
+        bad = [line for line in output.splitlines() if "ERROR" in line or "Traceback" in line]
+        assert not bad, f"{image} {' '.join(arguments)}:\n{output}"
         return Finished(code, output)
 
     def shell(self, image: str, script: str, **options: Any) -> Finished:
