@@ -85,7 +85,19 @@ class Train(Section):
     weight_decay: float = Field(0.1, ge=0)
     adam_beta2: Fraction = 0.95
     max_grad_norm: float = Field(1.0, gt=0)
+    max_pixels: int | None = Field(None, ge=28 * 28, description="Pixel budget of an image; null: the model's own")
     gradient_checkpointing: bool = False
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="What the frozen base computes in; auto: by compute capability. LoRA weights are float32"
+    )
+    load_in_4bit: bool = Field(False, description="Keep the frozen base in 4 bits (bitsandbytes' NF4) while training")
+    sharding: Literal["auto", "none", "zero2", "zero3"] = Field(
+        "auto", description="DeepSpeed ZeRO over several GPUs; auto: none where it fits, else what does"
+    )
+    least_max_length: int | None = Field(
+        None, ge=16, description="Where memory runs out whatever else is done, max_length may go down to this"
+    )
+    least_max_pixels: int | None = Field(None, ge=28 * 28, description="The same for max_pixels")
     log_every: int = Field(5, ge=1, description="Optimizer steps")
     checkpoint_every: int = Field(50, ge=1, description="Optimizer steps")
     keep_checkpoints: int = Field(2, ge=1)
@@ -96,6 +108,20 @@ class Train(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"adapter names must differ; found twice: {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> "Train":
+        if self.load_in_4bit and self.sharding == "zero3":
+            raise ValueError("sharding zero3 cannot share out a base in 4 bits: take zero2, or leave load_in_4bit out")
+        return self
+
+    @model_validator(mode="after")
+    def _leasts_are_less(self) -> "Train":
+        if self.least_max_length is not None and self.least_max_length > self.max_length:
+            raise ValueError("least_max_length is above max_length")
+        if self.least_max_pixels is not None and (self.max_pixels is None or self.least_max_pixels > self.max_pixels):
+            raise ValueError("least_max_pixels needs a max_pixels that is not below it")
         return self
 
 

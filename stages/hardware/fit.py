@@ -1,0 +1,150 @@
+"""Which way of training an adapter fits the cards: the recipe's own, or one that gives the same result in less memory.
+
+Micro-batch, gradient checkpointing and sharding change memory and speed, not the result: the plan may change those by
+itself. A base in 4 bits, fewer pixels or shorter samples do change it: those are only proposed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from stages.contract.recipe import Train
+from stages.hardware.batch import BatchPlan, plan_batch
+from stages.hardware.memory import Estimate, Lengths, adapter_parameters, estimate
+from stages.hardware.shape import ModelShape
+
+SHORT = 64
+"""Tokens of a sample so short that hardly any job has only such."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train."""
+
+    settings: Train
+    batch: BatchPlan
+    sharding: str
+    """`none`, `zero2` or `zero3`."""
+    dtype: str
+    estimate: Estimate
+    changes: tuple[str, ...] = ()
+    """What differs from the recipe, in words."""
+
+    def fits(self, memory: int | None) -> bool:
+        return memory is None or self.estimate.total <= memory
+
+
+def plan_training(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int | None, lengths: Lengths | None = None
+) -> Way:
+    """The first way that fits in `memory` bytes on each GPU (None: no limit, as on a CPU), or else the leanest.
+
+    `lengths` are the samples'; without them every sample is taken to be as long as max_length allows, answer included.
+    """
+    lengths = lengths or Lengths(settings.max_length, settings.max_length)
+    ways = list(_ways(shape, settings, processes, dtype, lengths))
+    leanest = min(ways, key=lambda way: way.estimate.total)
+    return next((way for way in ways if way.fits(memory)), leanest)
+
+
+def as_asked(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Way:
+    """The recipe's own way; with sharding `auto`, unsharded."""
+    return next(_ways(shape, settings, processes, dtype, lengths))
+
+
+def least_memory(shape: ModelShape, settings: Train, processes: int, dtype: str) -> int:
+    """Bytes on each GPU that no change which keeps the result can go below, whatever the samples are."""
+    lengths = Lengths(SHORT, SHORT // 4)
+    return min(way.estimate.total for way in _ways(shape, settings, processes, dtype, lengths))
+
+
+def _ways(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Iterator[Way]:
+    """Every way that keeps the result, the fastest first: smaller micro-batches, checkpointing, then sharding."""
+    shardings = ["none", "zero2", "zero3"] if processes > 1 else ["none"]
+    if settings.load_in_4bit or shape.quantisation is not None:
+        shardings = shardings[:2]  # ZeRO-3 cannot share out a quantised base
+    if settings.sharding != "auto":
+        shardings = [settings.sharding]
+    for sharding in shardings:
+        for checkpointing in sorted({settings.gradient_checkpointing, True}):
+            for micro_batch in _halves(settings.micro_batch):
+                changed = settings.model_copy(
+                    update={"micro_batch": micro_batch, "gradient_checkpointing": checkpointing}
+                )
+                batch = plan_batch(settings.effective_batch, micro_batch, processes)
+                found = estimate(shape, changed, batch, dtype, sharding, lengths)
+                yield Way(changed, batch, sharding, dtype, found, _changes(settings, changed, sharding))
+
+
+def _halves(most: int) -> list[int]:
+    found = [most]
+    while found[-1] > 1:
+        found.append(found[-1] // 2)
+    return found
+
+
+def _changes(asked: Train, changed: Train, sharding: str) -> tuple[str, ...]:
+    found = []
+    if changed.micro_batch != asked.micro_batch:
+        found.append(f"train.micro_batch={changed.micro_batch} for {asked.micro_batch}")
+    if changed.gradient_checkpointing != asked.gradient_checkpointing:
+        found.append("train.gradient_checkpointing=true")
+    if asked.sharding == "auto" and sharding != "none":
+        found.append(f"train.sharding={sharding}")
+    return tuple(found)
+
+
+def smallest_changes(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
+) -> list[Way]:
+    """Ways to fit, the smallest change first; each is the smallest of its kind. Empty when nothing that we know helps.
+
+    Only the first kind keeps the result; the others say in their changes what they give up or take.
+    """
+    kinds: list[Iterator[Way]] = [
+        iter([plan_training(shape, settings, processes, dtype, memory, lengths)]),
+        _on_more_gpus(shape, settings, processes, dtype, memory, lengths),
+        _in_4bit(shape, settings, processes, dtype, memory, lengths),
+        _shorter(shape, settings, processes, dtype, memory, lengths),
+    ]
+    first_of_each = (next((way for way in kind if way.fits(memory)), None) for kind in kinds)
+    return [way for way in first_of_each if way is not None]
+
+
+def _on_more_gpus(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
+) -> Iterator[Way]:
+    """On more GPUs, of which ZeRO-3 gives each a part of the base."""
+    free = settings.model_copy(update={"sharding": "auto"})
+    for gpus in (2, 4, 8):
+        if gpus > processes:
+            way = plan_training(shape, free, gpus, dtype, memory, lengths)
+            yield replace(way, changes=(f"{gpus} GPUs", *way.changes))
+
+
+def _in_4bit(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
+) -> Iterator[Way]:
+    """With the frozen base in 4 bits, which ZeRO-3 cannot share out."""
+    if shape.quantisation is None and not settings.load_in_4bit and settings.sharding != "zero3":
+        changed = settings.model_copy(update={"load_in_4bit": True, "sharding": "none"})
+        way = plan_training(shape, changed, processes, dtype, memory, lengths)
+        yield replace(way, changes=("train.load_in_4bit=true", *way.changes))
+
+
+def _shorter(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
+) -> Iterator[Way]:
+    """With shorter samples; those that are longer would be left out."""
+    length = lengths.longest
+    while (length := length * 3 // 4) >= SHORT:
+        shorter = replace(lengths, longest=length, answer=min(lengths.answer, length))
+        changed = settings.model_copy(update={"max_length": length})
+        way = plan_training(shape, changed, processes, dtype, memory, shorter)
+        yield replace(way, changes=(f"train.max_length={length}, longer samples left out", *way.changes))
+
+
+def disk_bytes(shape: ModelShape, settings: Train) -> int:
+    """What training writes: each adapter, and while one is trained its checkpoints with the optimizer's two moments."""
+    adapter = 4 * adapter_parameters(shape, settings)
+    checkpoints = (settings.keep_checkpoints + 1) * 4 * adapter  # weights, master copy under ZeRO, two moments
+    return len(settings.adapters) * adapter + checkpoints

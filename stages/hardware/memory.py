@@ -1,0 +1,189 @@
+"""How much memory training an adapter takes on each GPU, estimated from the model's shape alone.
+
+What autograd keeps is counted tensor by tensor for a decoder layer as transformers runs it: RMSNorm in float32, scaled
+dot-product attention, a gated MLP, and PEFT's LoRA in float32 under autocast. The constants that no source states were
+measured on an H200 with torch 2.11 (benchmarks/memory.py; README, "Measured"). Sizes are in bytes.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from stages.contract.recipe import Recipe, Train
+from stages.hardware.batch import BatchPlan
+from stages.hardware.shape import ModelShape
+
+FLOAT32 = 4
+
+FRAMEWORK = 862_000_000
+"""The CUDA context with the kernels that training loads (795 MB), and cuBLAS' two workspaces (67 MB)."""
+NCCL = 1_000_000_000
+"""Its buffers and channels, for each process that has a group; measured with a group of one (under ZeRO-2)."""
+
+ZERO_BUCKET, ZERO3_LIVE, ZERO3_PREFETCH = 20_000_000, 200_000_000, 50_000_000
+"""Elements that ZeRO holds beside its share: gradients under way, and weights that it has gathered for use. They are
+what stages/train/sharding.py asks for."""
+
+LOSS_PER_LOGIT = 12.05
+"""Bytes for each logit when the loss's backward begins: log-softmax and its gradient in float32, and copies of them."""
+SAVED_PER_LOGIT = 4
+"""What stays of a logit after the forward pass: its log-softmax."""
+FRAGMENTS_PER_LOGIT = 3.55
+"""The allocator finds no hole for one of these tensors, which are larger than everything else, and takes new memory."""
+FRAGMENTS_SHARE = 0.01
+"""What it loses on everything else, with expandable segments."""
+
+NF4_BYTES = 0.5 + 1 / 64
+"""A weight in bitsandbytes' NF4 with double quantisation: 4 bits, and a byte for each block of 64."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the samples are like, in tokens."""
+
+    longest: int
+    """Of the longest sample, images included."""
+    answer: int
+    """Of the longest answer: logits are made where a token carries a loss."""
+    shortest_prompt: int | None = None
+    """What stands before the answer, of the sample where that is shortest; None: all samples are alike."""
+
+    def logits(self, micro_batch: int) -> int:
+        """Positions of a micro-batch that get logits, at most. Of several samples, ms-swift takes every position from
+        where the first answer begins to the end of the longest sample."""
+        if micro_batch == 1 or self.shortest_prompt is None:
+            return micro_batch * self.answer
+        return micro_batch * (self.longest - min(self.shortest_prompt, self.longest - self.answer))
+
+
+def lengths_at_most(recipe: Recipe) -> Lengths:
+    """What the recipe allows, before there are samples: its longest, with an answer as long as it asks of inference."""
+    longest = recipe.train.max_length
+    return Lengths(longest, min(longest, recipe.infer.max_new_tokens))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The peak on one GPU, by what takes it at that moment."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    framework: int
+    fragmentation: int
+
+    def parts(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+
+def estimate(
+    shape: ModelShape, settings: Train, batch: BatchPlan, dtype: str, sharding: str, lengths: Lengths
+) -> Estimate:
+    """The peak on one GPU.
+
+    There are two moments that can be it, and it is the larger: the loss, with the layers' activations and the logits;
+    and the backward pass through a layer, with what that layer makes and, at the end of it, all gradients.
+    """
+    size = FLOAT32 if dtype == "float32" else 2
+    tokens = batch.micro_batch * lengths.longest
+    adapter = adapter_parameters(shape, settings)
+    shards = batch.gpus if sharding != "none" else 1
+    # under ZeRO the adapter is kept in the base's precision, its master copy in float32 with the optimizer's moments
+    held = adapter * (FLOAT32 if sharding == "none" else size)
+    moments = adapter * FLOAT32 * (2 if sharding == "none" else 3) // shards
+    gradients = adapter * FLOAT32 if sharding == "none" else adapter * size + ZERO_BUCKET * FLOAT32
+
+    layer = _layer_activations(shape, settings, size, batch.micro_batch, lengths.longest) * tokens
+    working = _layer_working_set(shape, settings, sharding) * tokens
+    kept = shape.layers * (2 * shape.hidden * size // 2 * tokens if settings.gradient_checkpointing else layer)
+    logits = (lengths.logits(batch.micro_batch) + batch.micro_batch) * shape.vocabulary
+    earlier = gradients if batch.accumulation > 1 else 0  # of the micro-batches before
+    at_loss = (kept, round(LOSS_PER_LOGIT * logits), earlier)
+    recomputed = layer if settings.gradient_checkpointing else 0
+    in_first = (kept + recomputed + working, SAVED_PER_LOGIT * logits // 2, earlier)
+    in_last = (layer + working, 0, gradients)
+    activations, of_logits, alive = max(at_loss, in_first, in_last, key=sum)
+
+    weights = _weights(shape, settings, size, sharding, batch.gpus)
+    grouped = batch.gpus > 1 or sharding != "none"
+    parts = weights + held + moments + activations
+    return Estimate(
+        weights=weights,
+        adapter=held,
+        gradients=alive,
+        optimizer=moments,
+        activations=activations,
+        logits=of_logits,
+        framework=FRAMEWORK + (NCCL if grouped else 0),
+        fragmentation=round(FRAGMENTS_PER_LOGIT * logits + FRAGMENTS_SHARE * (parts - weights)),
+    )
+
+
+def adapter_parameters(shape: ModelShape, settings: Train) -> int:
+    """How many parameters LoRA adds: rank x (inputs + outputs) for each module that it adapts."""
+    return sum(settings.rank * sum(shape.linears[name]) for name in adapted_modules(shape, settings))
+
+
+def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
+    """The linear modules that get LoRA: as PEFT chooses them, never the head, the vision tower or its connector."""
+    language = [name for name in shape.linears if not _is_vision(name) and name.rpartition(".")[2] != "lm_head"]
+    wanted = settings.target_modules
+    if isinstance(wanted, str):
+        return [name for name in language if re.fullmatch(wanted, name)]
+    if "all-linear" in wanted:
+        return language
+    return [name for name in language if any(name == one or name.endswith(f".{one}") for one in wanted)]
+
+
+def _is_vision(module: str) -> bool:
+    return bool({"visual", "vision_tower", "vision_model", "multi_modal_projector"} & set(module.split(".")))
+
+
+def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
+    """The frozen base on one GPU. What a file keeps in integers (GPTQ) stays as it is."""
+    total = 0.0
+    in_4bit = set(shape.linears) - {"lm_head"} if settings.load_in_4bit and shape.quantisation is None else set()
+    for weight in shape.weights:
+        if weight.name.rpartition(".")[0] in in_4bit and len(weight.shape) == 2:
+            total += weight.count * NF4_BYTES
+        elif weight.dtype.startswith(("F", "BF")):
+            total += weight.count * size
+        else:
+            total += weight.stored_bytes
+    if sharding != "zero3" or gpus == 1:
+        return round(total)
+    largest = max(weight.count for weight in shape.weights)
+    return round(total / gpus) + size * (max(ZERO3_LIVE, largest) + ZERO3_PREFETCH)
+
+
+def _inputs_of(shape: ModelShape, modules: Iterable[str]) -> int:
+    return sum(shape.linears[name][0] for name in modules)
+
+
+def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batch: int, length: int) -> int:
+    """Bytes that one decoder layer keeps for its backward pass, for each token."""
+    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    norms = 2 * FLOAT32 * shape.hidden  # two of them, each keeps its input in float32
+    attention = size * (2 * queries + 2 * keys)  # query, key, value, output
+    if micro_batch > 1:  # samples of other lengths need a mask, and then keys and values are repeated for each head
+        attention += size * 2 * (queries - keys)
+    mlp = 3 * size * shape.intermediate  # gate, its activation, up
+    adapted = adapted_modules(shape, settings)
+    # LoRA casts its input to float32 and autocast back: a copy for each module; dropout keeps a mask of a byte
+    copies = (size + bool(settings.dropout)) * _inputs_of(shape, adapted) // shape.layers
+    return norms + attention + mlp + copies + 2 * size * settings.rank * len(adapted) // shape.layers
+
+
+def _layer_working_set(shape: ModelShape, settings: Train, sharding: str) -> int:
+    """Bytes for each token that one layer's backward pass needs beside what was kept; most in the MLP."""
+    adapts_mlp = any(shape.linears[name][0] == shape.intermediate for name in adapted_modules(shape, settings))
+    # without sharding LoRA is in float32, and so is what goes back through it
+    in_float32 = adapts_mlp and sharding == "none"
+    return 12 * shape.intermediate if in_float32 else 6 * shape.intermediate + 4 * shape.hidden

@@ -1,0 +1,65 @@
+"""Model folders with the headers of true shapes and no weights: the files are sparse."""
+
+import json
+import struct
+from math import prod
+from pathlib import Path
+from typing import Any
+
+QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "dtype": "bfloat16"}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {
+        **QWEN,
+        **{"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+        **{"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    },
+    "Qwen2.5-7B": {
+        **QWEN,
+        **{"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+        **{"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+    },
+    "Qwen2.5-14B": {
+        **QWEN,
+        **{"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40},
+        **{"num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
+    },
+}
+
+
+def tensors(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Names and shapes of a Qwen2's weights."""
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    found = {"model.embed_tokens.weight": [config["vocab_size"], hidden], "model.norm.weight": [hidden]}
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = [config["vocab_size"], hidden]
+    for layer in range(layers):
+        here = f"model.layers.{layer}"
+        for name, outputs in (("q_proj", hidden), ("k_proj", keys), ("v_proj", keys)):
+            found |= {f"{here}.self_attn.{name}.weight": [outputs, hidden], f"{here}.self_attn.{name}.bias": [outputs]}
+        found[f"{here}.self_attn.o_proj.weight"] = [hidden, hidden]
+        found |= {f"{here}.mlp.{name}.weight": [inner, hidden] for name in ("gate_proj", "up_proj")}
+        found[f"{here}.mlp.down_proj.weight"] = [hidden, inner]
+        found |= {f"{here}.{name}.weight": [hidden] for name in ("input_layernorm", "post_attention_layernorm")}
+    return found
+
+
+def write_safetensors(path: Path, shapes: dict[str, list[int]], dtype: str = "BF16", width: int = 2) -> None:
+    """A safetensors file with these tensors, all zeros, that takes no room on the disk."""
+    header, size = {}, 0
+    for name, shape in shapes.items():
+        length = width * prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [size, size + length]}
+        size += length
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size)
+
+
+def make_shape(folder: Path, name: str) -> Path:
+    """The folder of a model of CONFIGS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    write_safetensors(folder / "model.safetensors", tensors(CONFIGS[name]))
+    return folder

@@ -1,0 +1,97 @@
+"""Which way of training is taken on which card, and what is proposed when none fits."""
+
+import pytest
+
+from stages.contract.recipe import Train
+from stages.hardware.fit import as_asked, disk_bytes, least_memory, plan_training, smallest_changes
+from stages.hardware.memory import Lengths
+from stages.hardware.shape import ModelShape, read_shape
+from tests.hardware.shapes import make_shape
+
+GIB = 1024**3
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    return read_shape(make_shape(tmp_path_factory.mktemp("shape"), "Qwen2.5-7B"))
+
+
+def settings(**values: object) -> Train:
+    fields = {"adapters": [{"name": "a"}], "max_length": 2048, "effective_batch": 16, **values}
+    return Train.model_validate(fields)
+
+
+LENGTHS = Lengths(2048, 64)
+
+
+def test_what_fits_is_left_as_it_was_asked_for(seven: ModelShape) -> None:
+    asked = settings(micro_batch=2)
+    way = plan_training(seven, asked, 1, "bfloat16", 80 * GIB, LENGTHS)
+    assert way.settings == asked
+    assert way.changes == ()
+    assert way.sharding == "none"
+
+
+def test_a_cpu_has_no_limit(seven: ModelShape) -> None:
+    assert plan_training(seven, settings(micro_batch=64), 1, "float32", None).changes == ()
+
+
+def test_first_a_smaller_micro_batch_then_checkpointing(seven: ModelShape) -> None:
+    asked = settings(micro_batch=8)
+    need = {gib: plan_training(seven, asked, 1, "bfloat16", gib * GIB, Lengths(512, 64)) for gib in (45, 24, 18)}
+    assert need[45].changes == ("train.micro_batch=4 for 8",)
+    assert need[24].settings.micro_batch < 4
+    assert need[18].settings.gradient_checkpointing
+    for way in need.values():
+        assert way.batch.effective == 16
+        assert way.settings.max_length == asked.max_length  # what would change the result is never touched
+
+
+def test_several_small_cards_share_the_base_out(seven: ModelShape) -> None:
+    way = plan_training(seven, settings(), 4, "bfloat16", 12 * GIB, LENGTHS)
+    assert way.sharding == "zero3"
+    assert way.fits(12 * GIB)
+    assert "train.sharding=zero3" in way.changes
+    assert plan_training(seven, settings(sharding="none"), 4, "bfloat16", 12 * GIB, LENGTHS).sharding == "none"
+
+
+def test_a_quantised_base_is_never_shared_out(seven: ModelShape) -> None:
+    way = plan_training(seven, settings(load_in_4bit=True), 8, "bfloat16", 1 * GIB, LENGTHS)
+    assert way.sharding != "zero3"
+
+
+def test_where_none_fits_the_leanest_is_returned(seven: ModelShape) -> None:
+    way = plan_training(seven, settings(micro_batch=4), 1, "bfloat16", 4 * GIB, LENGTHS)
+    assert not way.fits(4 * GIB)
+    assert way.settings.micro_batch == 1
+    assert way.settings.gradient_checkpointing
+
+
+def test_the_least_is_below_every_way_and_above_the_weights(seven: ModelShape) -> None:
+    least = least_memory(seven, settings(), 1, "bfloat16")
+    assert seven.disk_bytes < least < as_asked(seven, settings(), 1, "bfloat16", LENGTHS).estimate.total
+
+
+def test_proposals_fit_and_say_what_they_change(seven: ModelShape) -> None:
+    memory = 12 * GIB
+    found = smallest_changes(seven, settings(), 1, "bfloat16", memory, LENGTHS)
+    assert [way.changes[0] for way in found] == ["2 GPUs", "train.load_in_4bit=true"]
+    assert all(way.fits(memory) for way in found)
+
+
+def test_a_shorter_sample_is_proposed_where_it_is_what_does_not_fit(seven: ModelShape) -> None:
+    asked = settings(max_length=32768, gradient_checkpointing=True)
+    found = smallest_changes(seven, asked, 8, "bfloat16", 23 * GIB, Lengths(32768, 32768))
+    assert any(change.startswith("train.max_length=") for way in found for change in way.changes)
+
+
+def test_nothing_is_proposed_for_a_card_that_is_far_too_small(seven: ModelShape) -> None:
+    assert smallest_changes(seven, settings(sharding="none"), 1, "bfloat16", GIB // 2, LENGTHS) == []
+
+
+def test_disk_holds_adapters_and_their_checkpoints(seven: ModelShape) -> None:
+    one = disk_bytes(seven, settings(keep_checkpoints=1))
+    assert one > 4 * 20_185_088 * 5
+    assert disk_bytes(seven, settings(keep_checkpoints=3)) > one
+    two = settings(keep_checkpoints=1, adapters=[{"name": "a"}, {"name": "b"}])
+    assert disk_bytes(seven, two) == one + 4 * 20_185_088
