@@ -5,6 +5,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # What a job runs on and what it does: make train GPUS=0,1,2,3,4 RECIPE=patent-qa SET="train.epochs=3 seed=7"
+# GPUS: numbers or UUIDs; auto or auto:4, those with enough free memory; never one in LORRY_GPU_DENY=5,6,7; default 0
 RECIPE ?= patent-qa
 ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) $(if $(DATA),--data $(DATA)) \
   $(foreach setting,$(SET),--set $(setting)) $(if $(GPUS),--gpus $(GPUS)) $(if $(TARGET),--target $(TARGET))
@@ -22,7 +23,7 @@ demo: setup ## PDFs to scored answers on this CPU; DATA=folder takes your own do
 	  exec $(BIN)/lorry run patent-qa --profile tiny --data "$(DATA)" --run "demo-$$(basename "$(DATA)")-$$(realpath "$(DATA)" | cksum | cut -d " " -f 1)"; \
 	else exec $(BIN)/lorry run patent-qa --profile tiny --run demo; fi
 
-preprocess train infer eval: .venv/.host ## a stage of RECIPE (PROFILE= RUN= DATA= SET=) on GPUS=0,1: in a container if an engine answers
+preprocess train infer eval: .venv/.host ## a stage of RECIPE (PROFILE= RUN= DATA= SET=) on GPUS=0,1 or auto:2: in a container if an engine answers
 	@$(BIN)/lorry launch $@ $(ARGS)
 
 images: ## build the stage images of TARGET=cpu|v100|a800|rtx4090|h100|v100-gptq (STAGE=train: one of them)

@@ -33,8 +33,8 @@ Runner = Callable[[str, list[str]], int]
 """Runs one stage with some more arguments; returns its exit code."""
 
 
-def find_engine() -> tuple[Any, str]:
-    """A client of the Docker engine (None when there is none) and the address asked.
+def find_engine(timeout: float = 20) -> tuple[Any, str]:
+    """A client of the Docker engine (None when there is none) and the address asked. `timeout` in seconds.
 
     That is DOCKER_HOST, or the current context's, as for `docker` itself. Raises UsageError when an engine is there
     and refuses us.
@@ -45,7 +45,7 @@ def find_engine() -> tuple[Any, str]:
         raise UsageError("docker-py is not installed here: run `make setup`") from error
     address = os.environ.get("DOCKER_HOST") or docker.ContextAPI.get_current_context().Host
     try:
-        engine = docker.from_env(environment={**os.environ, "DOCKER_HOST": address}, timeout=20)
+        engine = docker.from_env(environment={**os.environ, "DOCKER_HOST": address}, timeout=timeout)
         engine.ping()
     except (docker.errors.DockerException, OSError) as error:
         cause = _system_error(error)
@@ -73,19 +73,24 @@ def _system_error(error: BaseException) -> OSError | None:
 
 
 def in_containers(
-    engine: Any, stages: tuple[str, ...], options: dict[str, Any], devices: list[str], target: Target
+    engine: Any,
+    stages: tuple[str, ...],
+    options: dict[str, Any],
+    devices: Callable[[str], list[str]],
+    target: Target,
 ) -> tuple[Runner, str]:
-    """A runner for containers, and the image of the last stage. Raises what would keep one of them from running."""
-    compose = _compose_command()
+    """A runner for containers, and the image of the last stage. Raises what would keep one of them from running.
+
+    `devices` names the cards that a stage is to see, by UUID.
+    """
+    compose = compose_command()
     if target.capability and set(stages) & set(ON_CARDS):
-        _refuse_without_nvidia(engine.info(), target)
+        refuse_without_nvidia(engine.info(), target)
     version = os.environ.get("LORRY_VERSION") or importlib.metadata.version("lorry")
     images = {stage: image_name(stage, version, target) for stage in stages}
     for stage, image in images.items():
-        _refuse_image(engine, image, version, image_target(stage, target))
+        refuse_image(engine, image, version, image_target(stage, target))
     environment = {**os.environ, **_host_side(options), "LORRY_VERSION": version}
-    if devices:
-        environment["GPUS"] = ",".join(devices)
     signals = _listen()
 
     def run(stage: str, more: list[str]) -> int:
@@ -93,7 +98,7 @@ def in_containers(
             raise InterruptedRunError(f"stopped by {signals[0].name}; run the same command again")
         name = f"lorry-{stage}-{uuid.uuid4().hex[:8]}"
         command = [*compose, *_container_side(name, options), stage, *stage_arguments(_as_mounted(options)), *more]
-        environment["TARGET"] = image_target(stage, target)
+        environment.update({"TARGET": image_target(stage, target), "GPUS": ",".join(devices(stage))})
         code = _follow(engine, name, command, environment, signals)
         return killed(stage, code - 128) if code > 128 else code
 
@@ -115,8 +120,8 @@ def image_target(stage: str, target: Target) -> str:
 # -- what would keep a container from running ----------------------------------------------------------------------
 
 
-def _compose_command() -> list[str]:
-    """`docker compose` of the first docker client that has it."""
+def compose_command() -> list[str]:
+    """`docker compose` of the first docker client that has it. Raises UsageError where none has."""
     for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
         client = shutil.which("docker", path=folder)
         if client and subprocess.run([client, "compose", "version"], capture_output=True, check=False).returncode == 0:
@@ -127,7 +132,7 @@ def _compose_command() -> list[str]:
     )
 
 
-def _refuse_without_nvidia(info: dict[str, Any], target: Target) -> None:
+def refuse_without_nvidia(info: dict[str, Any], target: Target) -> None:
     """Raise DoesNotFitError when the engine cannot hand a GPU to a container: no runtime, hook or CDI device for it."""
     devices = [str(device.get("ID")) for device in info.get("DiscoveredDevices") or ()]  # CDI, from Docker 28 on
     cdi = any(device.startswith("nvidia.com/gpu") for device in devices)
@@ -139,7 +144,8 @@ def _refuse_without_nvidia(info: dict[str, Any], target: Target) -> None:
         )
 
 
-def _refuse_image(engine: Any, image: str, version: str, target: str) -> None:
+def refuse_image(engine: Any, image: str, version: str, target: str) -> None:
+    """Raise UsageError when the engine has no such image, or one that holds another version of Lorry."""
     from docker.errors import ImageNotFound
 
     if os.environ.get("PULL", "never") not in ("", "never"):
@@ -173,8 +179,7 @@ def _host_side(options: dict[str, Any]) -> dict[str, str]:
     for folder, name in ((data, "LORRY_DATA"), (roots.models, "LORRY_MODELS")):
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder to mount ({name})")
-    uid = int(os.environ.get("LORRY_UID") or os.getuid()) or USER
-    gid = int(os.environ.get("LORRY_GID") or os.getgid()) or USER
+    uid, gid = container_user()
     roots.runs.mkdir(parents=True, exist_ok=True)
     if os.getuid() == 0 and roots.runs.stat().st_uid == 0:  # a checkout of root's: containers never run as root
         os.chown(roots.runs, uid, gid)
@@ -182,6 +187,13 @@ def _host_side(options: dict[str, Any]) -> dict[str, str]:
     # empty rather than unset: what `.env` says of these has not been looked at above
     images = {"REGISTRY": os.environ.get("REGISTRY", ""), "PULL": os.environ.get("PULL", "")}
     return {**mounts, **images, "LORRY_UID": str(uid), "LORRY_GID": str(gid)}
+
+
+def container_user() -> tuple[int, int]:
+    """The uid and gid that containers run as."""
+    uid = int(os.environ.get("LORRY_UID") or os.getuid()) or USER
+    gid = int(os.environ.get("LORRY_GID") or os.getgid()) or USER
+    return uid, gid
 
 
 def _container_side(name: str, options: dict[str, Any]) -> list[str]:

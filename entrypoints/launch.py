@@ -8,18 +8,21 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 import click
 
+from entrypoints.cards import Chosen, choose_cards, choose_target, to_do
 from entrypoints.common import one_line_errors, recipe_options, recipe_path
 from entrypoints.containers import Runner, find_engine, in_containers, killed, stage_arguments
 from entrypoints.selftest import LIBRARIES, ON_CARDS
-from stages.contract.errors import Exit, UsageError
+from stages.contract.errors import DoesNotFitError, Exit, UsageError
 from stages.contract.stop import StopRequest, die_with_parent
-from stages.hardware.probe import Gpu, Machine, installed_gpus
-from stages.hardware.targets import Target, load_targets, named_target, target_of
+from stages.hardware.holds import Holds
+from stages.hardware.probe import Cards, read_cards
+from stages.hardware.targets import refuse_old_driver
 
 STAGES = tuple(LIBRARIES)
 
@@ -29,7 +32,13 @@ STAGES = tuple(LIBRARIES)
 @recipe_options
 @click.option("--force", is_flag=True, help="Do STAGE again from nothing; the earlier ones only where needed.")
 @click.option("--shard", metavar="I/N", envvar="LORRY_SHARD", help="Do only this share of STAGE, and no earlier stage.")
-@click.option("--gpus", metavar="LIST", envvar="GPUS", help="GPUs of this machine, as nvidia-smi counts them: 0,2")
+@click.option(
+    "--gpus",
+    metavar="LIST",
+    envvar="GPUS",
+    help="GPUs of this machine, by nvidia-smi's numbers or UUIDs: 0,2; auto or auto:4: those with enough free memory,"
+    " held against other lorries. Default: 0. Never one in LORRY_GPU_DENY.",
+)
 @click.option("--target", metavar="NAME", envvar="TARGET", help="Kind of card; default: by this machine's cards.")
 @one_line_errors
 def launch(stage: str, gpus: str | None, target: str | None, force: bool, shard: str | None, **options: Any) -> None:
@@ -37,74 +46,78 @@ def launch(stage: str, gpus: str | None, target: str | None, force: bool, shard:
 
     RECIPE and the other options are those of the stage's own command.
     """
-    cards = installed_gpus()
-    if not gpus and cards and (not target or named_target(target, load_targets()).capability):
-        gpus = "0"  # as plain Compose does: not every card of a box that others share
-    chosen = choose_gpus(gpus, cards)
-    card = choose_target(target, chosen, cards)
     if options["recipe"]:
         options["recipe"] = str(recipe_path(options["recipe"]).absolute())
     stages = (stage,) if shard else STAGES[: STAGES.index(stage) + 1]
+    if gpus and gpus.strip().startswith("auto") and not shard:  # what is done takes no card, and is not started
+        left = to_do(stages, stage, force, options)
+        click.echo("".join(f"{name}: up to date\n" for name in stages if name not in left), nl=False)
+        if not left:
+            return
+        stages = left
     only_last = [*(["--force"] if force else []), *(["--shard", shard] if shard else [])]
+    with closing(Holds()) as holds:  # the kernel closes them if this process is killed
+        found = read_cards()
+        chosen = choose_cards(gpus, target, stages, options, found, holds)
+        for line in chosen.lines:
+            click.echo(line)
+        run = _runner(stages, options, target, chosen, found)
+        for number, name in enumerate(stages):
+            code = run(name, only_last if name == stage else [])
+            if code == Exit.CRASHED:
+                _tell_fallen(chosen, name)
+            if code != Exit.DONE:
+                sys.exit(code)
+            later = [following for following in stages[number + 1 :] if following in ON_CARDS]
+            holds.keep({gpu.uuid for following in later for gpu in chosen.cards_of(following)})
+
+
+def _runner(
+    stages: tuple[str, ...], options: dict[str, Any], target: str | None, chosen: Chosen, found: Cards
+) -> Runner:
+    """What runs a stage: containers, or local processes where no engine answers. Says which."""
+    card = choose_target(target, chosen, found.gpus)
     engine, address = find_engine()
     if engine is not None and int(os.environ.get("LORRY_NODES") or 1) > 1:
         raise UsageError(
             "LORRY_NODES: containers started here have no network, and cannot train over several machines; start"
             " `lorry-train` itself on each, or see k8s/scale-out/train-multinode.yaml"
         )
-    run: Runner
     if engine is None:
         click.echo(f"no Docker engine answers at {address}: running as a local process")
-        run = _processes(stages, options, chosen, target)
-    else:
-        devices = [card.uuid for number in chosen for card in cards if card.index == number] or [*map(str, chosen)]
-        run, image = in_containers(engine, stages, options, devices, card)
-        told = f" with GPUs {gpus or '0'}" if stage in ON_CARDS and card.capability else ""
-        click.echo(f"engine {engine.version()['Version']} at {address}: running {image}{told}")
-    for name in stages:
-        code = run(name, only_last if name == stage else [])
-        if code != Exit.DONE:
-            sys.exit(code)
+        return _processes(stages, options, chosen, target)
+    if chosen.cards and set(stages) & set(ON_CARDS):
+        refuse_old_driver(card, found.driver)
+    run, image = in_containers(engine, stages, options, chosen.devices, card)
+    stage = stages[-1]
+    told = f" with GPUs {chosen.numbers(stage) or '0'}" if stage in ON_CARDS and card.capability else ""
+    click.echo(f"engine {engine.version()['Version']} at {address}: running {image}{told}")
+    return run
 
 
-# -- what was asked for --------------------------------------------------------------------------------------------
-
-
-def choose_gpus(text: str | None, cards: tuple[Gpu, ...]) -> tuple[int, ...]:
-    """The GPU numbers of a list such as `0,2`. Raises UsageError for one that this machine has not (if NVML tells)."""
-    if not text:
-        return ()
-    here = "; ".join(f"{card.index} {card.name}" for card in cards) or "none that NVML shows"
-    names = [name.strip() for name in text.split(",")]
-    if not all(name.isdecimal() for name in names):
-        raise UsageError(f"GPUS={text}: not a list of GPU numbers such as 0,2; this machine has: {here}")
-    numbers = tuple(int(name) for name in names)
-    if len(set(numbers)) < len(numbers):
-        raise UsageError(f"GPUS={text}: names a GPU twice; this machine has: {here}")
-    unknown = sorted(set(numbers) - {card.index for card in cards})
-    if cards and unknown:
-        raise UsageError(f"GPUS={text}: there is no GPU {unknown[0]}; this machine has: {here}")
-    return numbers
-
-
-def choose_target(name: str | None, chosen: tuple[int, ...], cards: tuple[Gpu, ...]) -> Target:
-    """The target that was named, or that of the chosen (or all) cards of this machine."""
-    targets = load_targets()
-    if name:
-        target = named_target(name, targets)
-        if target.capability is None and chosen:
-            raise UsageError(f"target {name} takes no GPUs: leave GPUS out, or name the cards' target")
-        return target
-    if chosen and not cards:
-        raise UsageError(f"NVML shows no cards here: name their target, TARGET= one of {', '.join(targets)}")
-    taken = tuple(card for card in cards if card.index in chosen or not chosen)
-    return target_of(Machine(cpus=0, memory_bytes=0, gpus=taken), targets)
+def _tell_fallen(chosen: Chosen, stage: str) -> None:
+    """After a crash: raise DoesNotFitError if one of the stage's cards no longer answers, which would be the cause."""
+    if not chosen.cards:
+        return
+    now = read_cards()
+    if now.problem:
+        click.echo(f"{stage}: {now.problem}", err=True)
+        return
+    alive = {gpu.uuid for gpu in now.gpus if not gpu.lost}
+    for gpu in chosen.cards_of(stage):
+        if gpu.uuid not in alive:
+            says = next((other.lost for other in now.gpus if other.index == gpu.index and other.lost), "no such card")
+            others = ",".join(str(other.index) for other in chosen.cards if other.uuid in alive)
+            raise DoesNotFitError(
+                f"{stage}: {gpu} has fallen off the bus (NVML: {says}): see `dmesg | grep Xid`, and reset it or"
+                f" reboot; run again without it: GPUS={others or 'auto'}"
+            )
 
 
 # -- local processes -----------------------------------------------------------------------------------------------
 
 
-def _processes(stages: tuple[str, ...], options: dict[str, Any], chosen: tuple[int, ...], target: str | None) -> Runner:
+def _processes(stages: tuple[str, ...], options: dict[str, Any], chosen: Chosen, target: str | None) -> Runner:
     for stage in stages:
         missing = [library for library in LIBRARIES[stage] if importlib.util.find_spec(library) is None]
         if missing:
@@ -112,8 +125,6 @@ def _processes(stages: tuple[str, ...], options: dict[str, Any], chosen: tuple[i
                 f"{stage} needs {missing[0]}, which is not installed here: run `make setup`, or start Docker"
             )
     environment = dict(os.environ)
-    if chosen:  # numbers, counted as nvidia-smi does: libraries read them as integers and break on UUIDs
-        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     if target:
         environment["LORRY_TARGET"] = target
     stop = StopRequest()
@@ -121,6 +132,9 @@ def _processes(stages: tuple[str, ...], options: dict[str, Any], chosen: tuple[i
 
     def run(stage: str, more: list[str]) -> int:
         stop.check()
+        if chosen.auto or chosen.numbers(stage):  # counted as nvidia-smi does; none where `auto` took none
+            environment["CUDA_VISIBLE_DEVICES"] = chosen.numbers(stage)
+            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         return run_process(stage, [*stage_arguments(options), *more], stop, environment)
 
     return run

@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from entrypoints.common import RECIPES, one_line_errors, open_run, recipe_options, recipe_path
+from entrypoints.doctor import doctor
 from entrypoints.launch import launch, run_process
+from entrypoints.plan import plan
 
 
 @click.group()
@@ -18,6 +20,8 @@ def main() -> None:
 
 
 main.add_command(launch)
+main.add_command(doctor)
+main.add_command(plan)
 
 
 @main.command()

@@ -1,8 +1,30 @@
 """What this machine has: processors, memory, NVIDIA cards."""
 
 import os
+import pwd
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+PROC = Path("/proc")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that uses a card. `?` stands for what cannot be seen, as from inside a container."""
+
+    pid: int
+    name: str
+    user: str
+    memory: int | None
+    """Bytes on the card; None where the driver does not tell."""
+
+    def __str__(self) -> str:
+        seen = self.name != "?" or self.user != "?"
+        return f"{self.name} ({self.user}, pid {self.pid})" if seen else f"pid {self.pid}, not visible from here,"
 
 
 @dataclass(frozen=True)
@@ -16,10 +38,31 @@ class Gpu:
     memory_total: int
     memory_free: int
     driver: str
+    processes: tuple[Holder, ...] = ()
+    mig: bool = False
+    """Whether the card is cut into MIG slices."""
+    lost: str = ""
+    """What NVML says of a card that no longer answers, such as `GPU is lost`. Of such a card nothing else is sure:
+    uuid and name are what is still told, capability and memory are 0."""
+
+    def __str__(self) -> str:
+        return f"GPU {self.index} ({self.name})" if self.name else f"GPU {self.index}"
 
     def identity(self) -> dict[str, Any]:
-        """What a manifest records of the card."""
-        return {key: value for key, value in asdict(self).items() if key != "memory_free"}
+        """What a manifest records of the card: nothing that changes with the neighbours."""
+        passing = ("memory_free", "processes", "lost")
+        return {key: value for key, value in asdict(self).items() if key not in passing}
+
+
+@dataclass(frozen=True)
+class Cards:
+    """What the NVIDIA driver shows, and what is wrong where it should show cards and does not."""
+
+    gpus: tuple[Gpu, ...]
+    driver: str = ""
+    """Its version; empty where it does not answer."""
+    problem: str = ""
+    """Why a driver that is here cannot be asked, and the cure, in one line."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +71,26 @@ class Machine:
     """Processors that this process may use."""
     memory_bytes: int
     gpus: tuple[Gpu, ...]
+    problem: str = ""
+    """Why the cards of this machine cannot be seen, where it seems to have some."""
 
 
 def probe() -> Machine:
     """Look at the machine. A host without the NVIDIA driver has no cards; that is no error.
 
     CUDA_VISIBLE_DEVICES, which the launcher sets for a local process, hides cards here as it does from CUDA. With
-    LORRY_TARGET=cpu, which the CPU images and the demo set, cards that are there are left alone.
+    LORRY_TARGET=cpu, which the CPU images and the demo set, cards that are there are left alone. A card that no longer
+    answers is left out: nothing can compute on it.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    gpus = (
-        ()
-        if os.environ.get("LORRY_TARGET") == "cpu"
-        else visible(installed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    cards = Cards(()) if os.environ.get("LORRY_TARGET") == "cpu" else read_cards()
+    shown = visible(cards.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Machine(
+        cpus=len(os.sched_getaffinity(0)),
+        memory_bytes=memory,
+        gpus=tuple(gpu for gpu in shown if not gpu.lost),
+        problem=cards.problem,
     )
-    return Machine(cpus=len(os.sched_getaffinity(0)), memory_bytes=memory, gpus=gpus)
 
 
 def visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
@@ -51,37 +99,137 @@ def visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
         return gpus
     chosen: list[Gpu] = []
     for name in setting.split(","):
-        found = [gpu for gpu in gpus if name.strip() in (str(gpu.index), gpu.uuid)]
+        found = [gpu for gpu in gpus if name.strip() in (str(gpu.index), gpu.uuid) and name.strip()]
         if not found:
             break
         chosen += found
     return tuple(chosen)
 
 
-def installed_gpus() -> tuple[Gpu, ...]:
-    """Every card that the NVIDIA driver shows; none without a driver."""
+def read_cards() -> Cards:
+    """Every card that the NVIDIA driver shows, those that no longer answer too. Never raises for the driver's sake."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
+    except pynvml.NVMLError as error:
+        return Cards((), problem=_driver_problem(pynvml, error))
     try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        return tuple(_gpu(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount()))
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        return Cards(tuple(_gpu(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount())), driver)
+    except pynvml.NVMLError as error:
+        return Cards((), problem=f"the NVIDIA driver has stopped answering ({error}): see `dmesg`, and reboot")
     finally:
-        pynvml.nvmlShutdown()
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def card_on_bus() -> bool:
+    """Whether an NVIDIA card is on the PCI bus, driver or not."""
+    for device in PCI_DEVICES.glob("*"):
+        try:
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:
+            continue
+        if vendor == "0x10de" and kind.startswith("0x03"):  # NVIDIA; display controllers, compute cards among them
+            return True
+    return False
+
+
+def _driver_problem(pynvml: Any, error: Any) -> str:
+    """What is wrong with a driver that NVML cannot talk to; empty where there is none."""
+    if isinstance(error, pynvml.NVMLError_LibraryNotFound):
+        return ""
+    if isinstance(error, pynvml.NVMLError_LibRmVersionMismatch):
+        return (
+            "NVIDIA driver/library version mismatch: the driver was updated and the old kernel module still runs:"
+            " reboot, or end what uses the cards and reload it (sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia;"
+            " sudo modprobe nvidia)"
+        )
+    if isinstance(error, pynvml.NVMLError_DriverNotLoaded):
+        if not card_on_bus():  # the library alone, as in an image or on a build machine
+            return ""
+        return (
+            "the NVIDIA kernel module is not loaded, and a card is on the PCI bus: sudo modprobe nvidia (after a"
+            " kernel update, install the driver again)"
+        )
+    return f"the NVIDIA driver does not answer ({error}): see `nvidia-smi` and `dmesg`"
 
 
 def _gpu(pynvml: Any, index: int, driver: str) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    return Gpu(
-        index=index,
-        uuid=pynvml.nvmlDeviceGetUUID(handle),
-        name=pynvml.nvmlDeviceGetName(handle),
-        capability=pynvml.nvmlDeviceGetCudaComputeCapability(handle),
-        memory_total=memory.total,
-        memory_free=memory.free,
-        driver=driver,
-    )
+    """One card. One that does not tell what every card tells is lost; the rest it may refuse."""
+    uuid = name = ""
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        uuid, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
+        total, free = _memory(pynvml, handle)
+        return Gpu(
+            index=index,
+            uuid=uuid,
+            name=name,
+            capability=pynvml.nvmlDeviceGetCudaComputeCapability(handle),
+            memory_total=total,
+            memory_free=free,
+            driver=driver,
+            processes=_holders(pynvml, handle),
+            mig=_in_mig_mode(pynvml, handle),
+        )
+    except pynvml.NVMLError as error:
+        return Gpu(index, uuid, name, (0, 0), 0, 0, driver, lost=str(error))
+
+
+def _memory(pynvml: Any, handle: Any) -> tuple[int, int]:
+    """Bytes of a card in all, and free. Zero where it does not tell: one that shares the processor's memory, or one in
+    MIG mode to a user who may not ask."""
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
+        return 0, 0
+    return int(memory.total), int(memory.free)
+
+
+def _in_mig_mode(pynvml: Any, handle: Any) -> bool:
+    try:
+        current, _pending = pynvml.nvmlDeviceGetMigMode(handle)
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):  # cards, and drivers, before MIG
+        return False
+    return bool(current == pynvml.NVML_DEVICE_MIG_ENABLE)
+
+
+def _holders(pynvml: Any, handle: Any) -> tuple[Holder, ...]:
+    """The processes on a card, the largest first. Not telling them is no reason to give a card up; being lost is."""
+    found: dict[int, Any] = {}
+    for ask in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses):
+        for process in _listed(pynvml, ask, handle):
+            found.setdefault(process.pid, process.usedGpuMemory)
+    holders = [Holder(pid, _name_of(pid), user_of(pid), memory) for pid, memory in found.items()]
+    return tuple(sorted(holders, key=lambda holder: (-(holder.memory or 0), holder.pid)))
+
+
+def _listed(pynvml: Any, ask: Callable[[Any], list[Any]], handle: Any) -> list[Any]:
+    try:
+        return ask(handle)
+    except (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired):
+        raise
+    except pynvml.NVMLError:  # not supported, no permission, or an unknown error of old drivers
+        return []
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return (PROC / str(pid) / "comm").read_text(errors="replace").strip() or "?"
+    except OSError:
+        return "?"
+
+
+def user_of(pid: int) -> str:
+    """Whose process it is; `?` where it cannot be seen."""
+    try:
+        lines = (PROC / str(pid) / "status").read_text(errors="replace").splitlines()
+        uid = next(int(line.split()[1]) for line in lines if line.startswith("Uid:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return "?"
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -89,6 +89,8 @@ def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
     DoesNotFitError when there is no card, it is older than the image's kernels, or its driver too old for their CUDA.
     """
     name = os.environ.get("LORRY_TARGET")
+    if name != "cpu" and machine.problem:  # there are cards, and none can be used: no reason to take hours on a CPU
+        raise DoesNotFitError(f"{machine.problem} (LORRY_TARGET=cpu computes without cards)")
     if not name:
         return target_of(machine, targets)
     image = named_target(name, targets)
@@ -105,12 +107,38 @@ def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
             f"this image is for {name} (compute capability {_dotted(image.capability)}), newer than the card,"
             f" {card.name} ({_dotted(card.capability)}): take TARGET={cards_target.name}"
         )
-    if image.min_driver and int(card.driver.split(".")[0]) < image.min_driver:
+    refuse_old_driver(image, card.driver)
+    return image if image.capability == cards_target.capability else cards_target
+
+
+def refuse_old_driver(image: Target, driver: str) -> None:
+    """Raise DoesNotFitError where the NVIDIA driver is older than the CUDA of the target's images needs."""
+    if image.min_driver and int(driver.partition(".")[0]) < image.min_driver:
         raise DoesNotFitError(
             f"this image's CUDA ({image.cuda}) needs NVIDIA driver {image.min_driver} or newer, and this machine has"
-            f" {card.driver}: update it, or take a target of an older CUDA ({TARGETS_FILE.name})"
+            f" {driver}: update it, or take a target of an older CUDA ({TARGETS_FILE.name})"
         )
-    return image if image.capability == cards_target.capability else cards_target
+
+
+def precision_of(setting: str, target: Target) -> str:
+    """What the frozen base computes in: `float32`, `float16` or `bfloat16`; `setting` is the recipe's train.precision.
+
+    By the target's compute capability and not by what torch says: it has bfloat16 on a V100, too, emulated and slow.
+    Raises DoesNotFitError for a named one that these cards do not have.
+    """
+    if setting == "auto":
+        return target.dtype
+    if target.capability is None and setting != "float32":
+        raise DoesNotFitError(
+            f"train.precision {setting}: a processor trains in float32 (torch scales no float16 gradients there, and"
+            " bfloat16 is slower than float32 without special instructions): leave it at auto"
+        )
+    if setting == "bfloat16" and target.capability is not None and target.capability < (8, 0):
+        raise DoesNotFitError(
+            f"train.precision bfloat16 needs compute capability 8.0 and this is {target.name}"
+            f" ({_dotted(target.capability)}), where it is only emulated: leave it at auto, which is {target.dtype}"
+        )
+    return setting
 
 
 def _dotted(capability: tuple[int, int]) -> str:

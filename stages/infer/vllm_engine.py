@@ -7,6 +7,10 @@ from typing import Any
 from stages.contract.files import read_json
 from stages.infer.engine import Completion, EngineSettings, Prompt
 
+MOST_OF_A_CARD, SPARE = 0.9, 0.02
+"""Shares of a card's memory: what vLLM takes at most (its own default), and what is left free of a card that others
+use, too. vLLM counts the share of the whole card and refuses to start where less is free."""
+
 
 class VllmEngine:
     """Adapters are LoRA requests on one base; prefixes that prompts share are computed once."""
@@ -31,7 +35,10 @@ class VllmEngine:
         options: dict[str, Any] = {}
         if ranks:
             options = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": _supported_rank(max(ranks))}
-        if not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            options["gpu_memory_utilization"] = round(min(MOST_OF_A_CARD, free / total - SPARE), 3)
+        else:
             options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings)
             options["enforce_eager"] = True  # compiling for a CPU needs g++ and takes longer than it saves
         self._llm = LLM(

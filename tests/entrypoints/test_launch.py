@@ -2,31 +2,29 @@
 
 import hashlib
 import json
+import os
 import signal
 import socket
 import stat
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from entrypoints import containers, launch
+from entrypoints.cards import Chosen, answering_bytes, choose_cards, choose_target, needed
 from stages.contract.errors import DoesNotFitError, UsageError
-from stages.hardware.probe import Gpu
-from stages.hardware.targets import load_targets
+from stages.hardware.holds import Holds
+from stages.hardware.probe import read_cards
+from stages.hardware.targets import Target, load_targets
 from tests.conftest import Lorry
+from tests.hardware.recorded import Box
 from tests.other_user import as_other_user, folder_for_all
 
 NO_ENGINE = "unix:///nowhere/docker.sock"
-
-
-def cards(*capabilities: tuple[int, int]) -> tuple[Gpu, ...]:
-    return tuple(
-        Gpu(index, f"GPU-{index}", f"card of {major}.{minor}", (major, minor), 1, 1, "580")
-        for index, (major, minor) in enumerate(capabilities)
-    )
 
 
 def test_an_exit_code_that_no_signal_has_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,47 +35,93 @@ def test_an_exit_code_that_no_signal_has_is_told(capsys: pytest.CaptureFixture[s
 # -- GPUs and target -----------------------------------------------------------------------------------------------
 
 
-def test_gpus_are_numbers_of_this_machine() -> None:
-    assert launch.choose_gpus("0,2", cards(*[(8, 0)] * 3)) == (0, 2)
-    assert launch.choose_gpus("3, 1", cards(*[(8, 0)] * 4)) == (3, 1)
-    assert launch.choose_gpus(None, cards((8, 0))) == ()
+@pytest.fixture
+def holds(tmp_path: Path) -> Iterator[Holds]:
+    found = Holds(tmp_path / "holds")
+    yield found
+    found.close()
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("0,7", "there is no GPU 7; this machine has: 0 card of 8.0; 1 card of 8.0"),
-        ("0,0", "names a GPU twice"),
-        ("0,,1", "not a list of GPU numbers such as 0,2; this machine has: 0 card of 8.0"),
-        ("all", "not a list of GPU numbers"),
-        ("-1", "not a list of GPU numbers"),
-    ],
-)
-def test_gpus_that_are_not_there_are_refused_with_those_that_are(text: str, told: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        launch.choose_gpus(text, cards((8, 0), (8, 0)))
-    assert told in str(caught.value)
+def choose(text: str | None, holds: Holds, stage: str = "train", target: str | None = None) -> Chosen:
+    return choose_cards(text, target, (stage,), {}, read_cards(), holds)
 
 
-def test_where_nvml_shows_no_card_any_number_may_be_one() -> None:
-    assert launch.choose_gpus("6", ()) == (6,)
+def test_cards_reach_containers_by_uuid_and_local_processes_by_number(box: Box, holds: Holds) -> None:
+    chosen = choose(f"3,{box.uuid(1)}", holds)
+    assert chosen.devices("train") == chosen.devices("infer") == [box.uuid(3), box.uuid(1)]
+    assert chosen.numbers("train") == "3,1"
+
+
+def test_without_a_list_it_is_card_0_unless_that_is_denied(
+    box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose(None, holds).numbers("train") == choose(" ", holds).numbers("train") == "0"
+    monkeypatch.setenv("LORRY_GPU_DENY", "0,5")
+    told = r"GPUS is not given, which means GPU 0: GPU 0 \(NVIDIA.*is not to be taken: it is in LORRY_GPU_DENY"
+    with pytest.raises(UsageError, match=told):
+        choose(None, holds)
+    assert choose(None, holds, "eval") == Chosen(), "which takes no card"
+
+
+def test_the_machine_without_cards_needs_no_list(box: Box, holds: Holds) -> None:
+    box.keep(0)
+    assert choose(None, holds) == Chosen()
+
+
+def test_where_nvml_shows_no_card_any_may_be_one(box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.keep(0)
+    chosen = choose("6,GPU-8f5e", holds)
+    assert chosen.devices("train") == ["6", "GPU-8f5e"]
     with pytest.raises(UsageError, match="NVML shows no cards here: name their target"):
-        launch.choose_target(None, (6,), ())
-    assert launch.choose_target("a800", (6,), ()).name == "a800"
+        choose_target(None, chosen, ())
+    assert choose_target("a800", chosen, ()).name == "a800"
+    for text, told in (("1,1", "names a GPU twice"), ("-1", "'-1' is not a GPU's number"), ("MIG-1", "is a MIG slice")):
+        with pytest.raises(UsageError, match=told):
+            choose(text, holds)
+    monkeypatch.setenv("LORRY_GPU_DENY", "5, 6")
+    with pytest.raises(UsageError, match="GPU 6 is not to be taken: it is in LORRY_GPU_DENY"):
+        choose("6", holds)
+    assert choose(None, holds, "train", "a800") == Chosen(), "Compose hands it card 0"
+    monkeypatch.setenv("LORRY_GPU_DENY", "0")
+    with pytest.raises(UsageError, match="which means GPU 0, and that is in LORRY_GPU_DENY"):
+        choose(None, holds, "train", "a800")
 
 
-def test_the_target_is_that_of_the_chosen_cards() -> None:
-    mixed = cards((7, 0), (8, 9))
-    assert launch.choose_target(None, (1,), mixed).name == "rtx4090"
-    assert launch.choose_target(None, (), ()).name == "cpu"
-    assert launch.choose_target("v100-gptq", (0,), mixed).name == "v100-gptq"
+def test_the_target_is_that_of_the_chosen_cards(box: Box) -> None:
+    for index, capability in enumerate(([7, 0], [8, 9])):
+        box.cards[index]["cuda_compute_capability"] = capability
+    box.keep(2)
+    gpus = read_cards().gpus
+    assert choose_target(None, Chosen(gpus[1:]), gpus).name == "rtx4090"
+    assert choose_target(None, Chosen(), gpus).name == "v100", "none is needed: the first says which images there are"
+    assert choose_target(None, Chosen(), ()).name == "cpu"
+    assert choose_target("v100-gptq", Chosen(gpus[:1]), gpus).name == "v100-gptq"
     with pytest.raises(UsageError, match="choose GPUs of one kind"):
-        launch.choose_target(None, (), mixed)
+        choose_target(None, Chosen(gpus), gpus)
+    box.lose(0)
+    assert choose_target(None, Chosen(), read_cards().gpus).name == "rtx4090"
 
 
-def test_the_cpu_takes_no_gpus() -> None:
+@pytest.mark.parametrize("text", ["0", "auto"])
+def test_the_cpu_takes_no_gpus(box: Box, holds: Holds, text: str) -> None:
     with pytest.raises(UsageError, match="target cpu takes no GPUs"):
-        launch.choose_target("cpu", (0,), cards((8, 0)))
+        choose(text, holds, target="cpu")
+
+
+def test_named_cards_are_held_only_where_a_stage_computes_on_them(box: Box, holds: Holds) -> None:
+    choose("1", holds, "preprocess")
+    assert holds.holders(box.uuid(1)) == []
+    choose("1", holds, "infer")
+    assert [lock.exclusive for lock in holds.holders(box.uuid(1))] == [False]
+
+
+def test_a_driver_that_does_not_answer_is_not_a_machine_without_cards(box: Box, holds: Holds) -> None:
+    box.recorded["init_error"] = "LIB_RM_VERSION_MISMATCH"
+    box.save()
+    for stage, target in (("train", None), ("train", "a800"), ("eval", None)):
+        with pytest.raises(DoesNotFitError, match=r"driver/library version mismatch.*reboot.*or take TARGET=cpu"):
+            choose(None, holds, stage, target)
+    assert choose(None, holds, "train", "cpu") == choose(None, holds, "eval", "a800") == Chosen()
 
 
 def test_a_variant_is_an_image_of_train_only() -> None:
@@ -94,13 +138,13 @@ def test_a_variant_is_an_image_of_train_only() -> None:
     ],
 )
 def test_an_engine_that_hands_gpus_on(info: dict[str, object]) -> None:
-    containers._refuse_without_nvidia(info, load_targets()["a800"])
+    containers.refuse_without_nvidia(info, load_targets()["a800"])
 
 
 def test_an_engine_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(DoesNotFitError, match=r"target a800 needs GPUs.*nvidia-container-toolkit"):
-        containers._refuse_without_nvidia({"Runtimes": {"runc": {}}, "DiscoveredDevices": None}, load_targets()["a800"])
+        containers.refuse_without_nvidia({"Runtimes": {"runc": {}}, "DiscoveredDevices": None}, load_targets()["a800"])
 
 
 @pytest.mark.parametrize(
@@ -108,6 +152,8 @@ def test_an_engine_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("--target", "a100"), "no target 'a100'; there are: cpu, v100"),
         (("--target", "a800", "--gpus", "1,1"), "GPUS=1,1: names a GPU twice"),
+        (("--target", "a800", "--gpus", "0,,1"), "GPUS=0,,1: has an empty element"),
+        (("patent-qa", "--gpus", "auto:-2"), "GPUS=auto:-2: write auto, or auto:4"),
         (("no-such-recipe",), "no such recipe file, and no such name"),
     ],
 )
@@ -157,39 +203,295 @@ def test_earlier_stages_run_first_but_not_for_a_shard(bare: Lorry, recipe_file: 
     assert "train needs preprocess, which is not done" in done.output
 
 
-@pytest.mark.parametrize("given", ["option", "environment"])
-def test_gpus_reach_a_local_process_as_numbers(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    seen: list[tuple[str, list[str], dict[str, str]]] = []
+@dataclass
+class Launched:
+    """What a launch did, in this process, with the stages replaced."""
 
-    def run_process(stage: str, arguments: list[str], _stop: object, environment: dict[str, str]) -> int:
-        seen.append((stage, arguments, environment))
-        return 0
+    code: int
+    seen: list[tuple[str, list[str], dict[str, str]]]
+    output: str
 
-    monkeypatch.setattr(launch, "run_process", run_process)
-    monkeypatch.setattr(launch, "installed_gpus", lambda: cards(*[(8, 0)] * 5))
-    for name, value in (("DOCKER_HOST", NO_ENGINE), ("GPUS", "0,3"), ("TARGET", "a800")):
-        monkeypatch.setenv(name, value if given == "environment" or name == "DOCKER_HOST" else "")
-    options = ["--gpus", "0,3", "--target", "a800"] if given == "option" else []
+    @property
+    def visible(self) -> list[tuple[str, str | None]]:
+        return [(stage, environment.get("CUDA_VISIBLE_DEVICES")) for stage, _, environment in self.seen]
+
+
+Launch = Callable[..., Launched]
+
+
+@pytest.fixture
+def local(
+    box: Box, lorry: Lorry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Launch]:
+    """Launches local processes on the box of eight cards, but for the processes: `end` is what a stage does."""
+    for name, value in {"DOCKER_HOST": NO_ENGINE, "LORRY_DATA": lorry.data, "LORRY_RUNS": lorry.runs}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LORRY_MODELS", str(lorry.models))
+    monkeypatch.setattr(launch, "LIBRARIES", dict.fromkeys(launch.STAGES, ()))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        launch.launch(["train", "patent-qa", "--run", "r", "--force", *options], standalone_mode=False)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+    def run(*arguments: str, end: Callable[[str], int] = lambda _: 0) -> Launched:
+        seen: list[tuple[str, list[str], dict[str, str]]] = []
+
+        def run_process(stage: str, arguments: list[str], _stop: object, environment: dict[str, str]) -> int:
+            seen.append((stage, arguments, dict(environment)))
+            return end(stage)
+
+        monkeypatch.setattr(launch, "run_process", run_process)
+        code = 0
+        try:
+            launch.launch([*arguments], standalone_mode=False)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        captured = capsys.readouterr()
+        return Launched(code, seen, captured.out + captured.err)
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("given", ["option", "environment"])
+def test_gpus_reach_a_local_process_as_numbers(
+    box: Box, local: Launch, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    gpus = f"0,{box.uuid(3)}"
+    if given == "environment":
+        monkeypatch.setenv("GPUS", gpus)
+        monkeypatch.setenv("TARGET", "a800")
+    options = ["--gpus", gpus, "--target", "a800"] if given == "option" else []
+    done = local("train", "patent-qa", "--run", "r", "--force", *options)
     recipe = str(containers.REPOSITORY / "recipes" / "patent-qa.yaml")
-    assert [(stage, arguments) for stage, arguments, _ in seen] == [
+    assert [(stage, arguments) for stage, arguments, _ in done.seen] == [
         ("preprocess", [recipe, "--run", "r"]),
         ("train", [recipe, "--run", "r", "--force"]),
     ]
-    environment = seen[-1][2]
+    environment = done.seen[-1][2]
     found = [environment[name] for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "LORRY_TARGET")]
     assert found == ["0,3", "PCI_BUS_ID", "a800"]
+
+
+def test_a_list_stays_a_list_for_infer(local: Launch) -> None:
+    assert local("infer", "patent-qa", "--gpus", "0,3").visible == [
+        (s, "0,3") for s in ("preprocess", "train", "infer")
+    ]
+
+
+# -- auto ----------------------------------------------------------------------------------------------------------
+
+
+def small(local: Launch, stage: str, *arguments: str, **options: Any) -> Launched:
+    """A launch of the tiny model, which fits on a card with 10 GiB free, and of no document."""
+    return local(stage, "patent-qa", "--profile", "tiny", "--run", "r", *arguments, **options)
+
+
+def test_auto_takes_what_fits_tells_it_and_infer_sees_the_first_alone(
+    box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORRY_GPU_DENY", "5,6,7")
+    done = small(local, "infer", "--gpus", "auto:3")
+    assert done.visible == [("preprocess", "1,2,3"), ("train", "1,2,3"), ("infer", "1")], done.output
+    taken = [line for line in done.output.splitlines() if ": taken, " in line]
+    assert [line.partition(":")[0] for line in taken] == [f"GPU {n} (NVIDIA A800-SXM4-80GB)" for n in (1, 2, 3)]
+
+
+def test_auto_takes_no_more_cards_than_the_effective_batch(
+    box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORRY_GPU_DENY", "5,6,7")
+    assert small(local, "train", "--gpus", "auto").visible[-1] == ("train", "0,1,2,3,4")
+    done = small(local, "train", "--gpus", "auto", "--set", "train.effective_batch=2")
+    assert done.visible[-1] == ("train", "1,3"), done.output
+
+
+def test_auto_takes_cards_that_only_a_leaner_way_fits_on(
+    box: Box, local: Launch, lorry: Lorry, language_model: Path
+) -> None:
+    recipe = {"recipe": "patent-qa", "profile": "tiny", "data": None, "overrides": (), "run_name": "r"}
+    need = needed(("train",), recipe)
+    asked, least = need.asked(2, (8, 0)), need.least(2, (8, 0))
+    assert least < asked
+    box.free(*[(asked + least) / 2 / 2**30] * 8)
+    done = small(local, "train", "--gpus", "auto:2")
+    assert done.visible[-1] == ("train", "0,1"), done.output
+    assert "no 2 cards have that free: the same result in less memory, down to" in done.output
+    box.free(*[(least - 1) / 2**30] * 8)
+    assert small(local, "train", "--gpus", "auto:2").code == 4
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "eval"])
+def test_auto_picks_nothing_for_stages_without_a_card(box: Box, local: Launch, stage: str) -> None:
+    done = small(local, stage, "--gpus", "auto:4", "--shard", "0/2")
+    assert done.visible == [(stage, "")]
+    assert "taken" not in done.output
+    assert not box.holds.exists()
+
+
+def test_auto_for_infer_alone_takes_one_card(box: Box, local: Launch, language_model: Path) -> None:
+    done = small(local, "infer", "--gpus", "auto", "--shard", "0/2")
+    assert done.visible == [("infer", "1")], done.output
+    assert "GPU 1 (NVIDIA A800-SXM4-80GB): taken, 72.5 GiB free of 80.0, 2.3 asked for" in done.output
+
+
+def test_infer_takes_one_card_of_as_many_as_it_is_given(box: Box, local: Launch, language_model: Path) -> None:
+    done = small(local, "infer", "--gpus", "auto:4", "--shard", "0/2")
+    assert done.visible == [("infer", "1")], done.output
+    assert "infer computes on one card: GPUS=auto:4 takes one" in done.output
+
+
+def test_cards_are_let_go_once_no_later_stage_computes_on_them(box: Box, local: Launch, language_model: Path) -> None:
+    held: list[list[int]] = []
+
+    def end(_: str) -> int:
+        held.append([index for index in range(8) if Holds().holders(box.uuid(index))])
+        return 0
+
+    assert small(local, "eval", "--gpus", "auto:3", end=end).code == 0
+    assert held == [[1, 2, 3], [1, 2, 3], [1], []], "while preprocess, train, infer and eval run"
+
+
+def test_auto_where_all_are_busy_is_one_line_and_exit_4(box: Box, local: Launch, language_model: Path) -> None:
+    box.free(*[0.5] * 8)
+    done = small(local, "infer", "--gpus", "auto", "--shard", "0/2")
+    assert (done.code, done.seen, len(done.output.splitlines())) == (4, [], 1)
+    assert (
+        "error: GPUS=auto: no card has 2.3 GiB free: GPU 0: 0.5 GiB free of 80.0, held by python (alice" in done.output
+    )
+
+
+def test_auto_without_the_model_says_so(box: Box, local: Launch) -> None:
+    done = local("infer", "patent-qa", "--set", "model.path=not-there", "--gpus", "auto")
+    assert (done.code, len(done.output.splitlines())) == (2, 1)
+    assert "not-there: no such model folder (model.path in the recipe" in done.output
+
+
+def test_two_launches_do_not_get_the_same_card(box: Box, local: Launch, language_model: Path) -> None:
+    within: list[Launched] = []
+
+    def end(_: str) -> int:  # while the first one runs
+        within.append(small(local, "infer", "--gpus", "auto", "--shard", "1/2"))
+        return 0
+
+    small(local, "infer", "--gpus", "auto", "--shard", "0/2", end=end)
+    assert within[0].visible == [("infer", "3")]
+
+
+def test_a_card_that_an_auto_launch_has_is_refused_by_name(box: Box, local: Launch, language_model: Path) -> None:
+    within: list[Launched] = []
+
+    def end(_: str) -> int:
+        within.append(local("infer", "patent-qa", "--gpus", "0,1"))
+        return 0
+
+    small(local, "infer", "--gpus", "auto", "--shard", "0/2", end=end)
+    assert (within[0].code, within[0].seen) == (75, [])
+    assert f"GPUS=0,1: GPU 1 (NVIDIA A800-SXM4-80GB) is held by lorry, pid {os.getpid()} of " in within[0].output
+
+
+@pytest.mark.parametrize("gpus", ["0", "auto"])
+def test_holds_that_cannot_be_kept_are_one_line(
+    box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch, gpus: str
+) -> None:
+    box.holds.write_text("in the way")
+    done = small(local, "infer", "--gpus", gpus, "--shard", "0/2")
+    assert (done.code, done.seen, len(done.output.splitlines())) == (2, [], 1)
+    assert f"{box.holds}/choosing: cannot be used to hold a card (Not a directory)" in done.output
+
+
+def test_answering_needs_its_weights_and_a_fifth_more() -> None:
+    assert answering_bytes(15_231_233_024) == pytest.approx(20.4e9, rel=0.01), "Qwen2.5-7B in half precision"
+
+
+def test_what_is_done_is_not_started_and_takes_no_card(
+    box: Box, lorry: Lorry, few: Path, recipe_file: Path, local: Launch, embedder: Path
+) -> None:
+    done = replace(lorry, extra={"LORRY_TARGET": "cpu"}).preprocess(str(recipe_file), "--run", "r")
+    assert done.code == 0, done.output
+    again = local("preprocess", str(recipe_file), "--run", "r", "--gpus", "auto")
+    assert (again.code, again.seen, again.output) == (0, [], "preprocess: up to date\n")
+    forced = local("preprocess", str(recipe_file), "--run", "r", "--gpus", "auto", "--force")
+    assert forced.visible == [("preprocess", "")]
+
+
+# -- an engine -----------------------------------------------------------------------------------------------------
+
+
+def test_containers_get_uuids_and_an_old_driver_is_told_before(
+    box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[tuple[str, list[str]]] = []
+
+    class Engine:
+        def version(self) -> dict[str, str]:
+            return {"Version": "28"}
+
+    def in_containers(
+        _e: object, stages: tuple[str, ...], _o: object, of: Callable[[str], list[str]], target: Target
+    ) -> Any:
+        devices.extend((stage, of(stage)) for stage in stages)
+        return (lambda _stage, _more: 0), f"lorry-x-{target.name}"
+
+    monkeypatch.setattr(launch, "find_engine", lambda: (Engine(), "unix:///x"))
+    monkeypatch.setattr(launch, "in_containers", in_containers)
+    done = small(local, "infer", "--gpus", "2,GPU-c6")
+    assert devices == [(stage, [box.uuid(2), box.uuid(3)]) for stage in ("preprocess", "train", "infer")]
+    assert "engine 28 at unix:///x: running lorry-x-a800 with GPUs 2,3" in done.output
+    box.recorded["driver_version"] = "515.105.01"
+    box.save()
+    refused = small(local, "infer", "--gpus", "0")
+    assert (refused.code, len(refused.output.splitlines())) == (4, 1)
+    assert "(cu128) needs NVIDIA driver 525 or newer, and this machine has 515.105.01" in refused.output
+
+
+# -- a card that falls away ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gpus", "others"), [("2,3,4", "2,4"), ("3", "auto")])
+def test_a_card_that_falls_off_the_bus_is_named(box: Box, local: Launch, gpus: str, others: str) -> None:
+    def end(stage: str) -> int:
+        if stage == "preprocess":
+            return 0
+        box.lose(3)
+        return 1
+
+    done = local("train", "patent-qa", "--gpus", gpus, end=end)
+    assert done.code == 4
+    told = (
+        "error: train: GPU 3 (NVIDIA A800-SXM4-80GB) has fallen off the bus (NVML: GPU is lost): see `dmesg | grep Xid`"
+    )
+    assert told in done.output.splitlines()[-1]
+    assert done.output.splitlines()[-1].endswith(f"run again without it: GPUS={others}")
+
+
+def test_a_card_that_nvml_no_longer_counts_is_named_too(box: Box, local: Launch) -> None:
+    def end(_: str) -> int:
+        box.keep(7)
+        return 1
+
+    done = local("infer", "patent-qa", "--gpus", "6,7", "--shard", "0/2", end=end)
+    assert done.code == 4
+    assert "GPU 7 (NVIDIA A800-SXM4-80GB) has fallen off the bus (NVML: no such card)" in done.output
+
+
+def test_a_crash_with_all_cards_there_stays_a_crash(local: Launch) -> None:
+    assert local("infer", "patent-qa", "--gpus", "6", "--shard", "0/2", end=lambda _: 1).code == 1
+
+
+def test_a_driver_that_dies_with_the_stage_is_told(box: Box, local: Launch) -> None:
+    def end(_: str) -> int:
+        box.recorded["init_error"] = "UNKNOWN"
+        box.save()
+        return 1
+
+    done = local("infer", "patent-qa", "--gpus", "6", "--shard", "0/2", end=end)
+    assert done.code == 1
+    assert "infer: the NVIDIA driver does not answer (Unknown Error)" in done.output
 
 
 def test_a_host_without_the_libraries_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "LIBRARIES", {"train": ("click", "no_such_library")})
     with pytest.raises(UsageError, match=r"train needs no_such_library.*make setup.*or start Docker"):
-        launch._processes(("train",), {}, (), None)
+        launch._processes(("train",), {}, Chosen(), None)
 
 
 def test_a_stop_reaches_the_local_process(bare: Lorry, few: Path, recipe_file: Path) -> None:

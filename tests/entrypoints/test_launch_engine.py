@@ -201,6 +201,16 @@ def test_a_stop_before_the_container_is_there_is_not_lost(launched: Lorry) -> No
     assert process.returncode == 75
 
 
+def test_doctor_sees_the_engine_and_its_images(launched: Lorry, engine: Any) -> None:
+    done = launched("entrypoints.lorry", "doctor")
+    assert done.code == 0, done.output
+    assert f"ok          engine: Docker {engine.version()['Version']} at " in done.output
+    assert f"ok          images: of cpu, version {VERSION}: preprocess, train, infer, eval" in done.output
+    other = replace(launched, extra={**launched.extra, "LORRY_VERSION": "0.0.0-none"})("entrypoints.lorry", "doctor")
+    assert other.code == 2
+    assert "FAIL        images: no image lorry-train:0.0.0-none-cpu: make images TARGET=cpu" in other.output
+
+
 # -- wrong use -----------------------------------------------------------------------------------------------------
 
 

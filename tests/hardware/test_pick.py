@@ -1,0 +1,271 @@
+"""Which cards a job gets on a shared box: by name, and by `auto`."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
+from stages.hardware.holds import Holds
+from stages.hardware.pick import Need, Pick, denied_cards, hold_named, named_cards, parse_wish, pick_cards
+from stages.hardware.probe import Gpu, read_cards
+from tests.conftest import REPOSITORY
+from tests.hardware.recorded import GIB, Box
+
+
+def named(box: Box, text: str, deny: str | None = None) -> list[int]:
+    gpus = read_cards().gpus
+    return [gpu.index for gpu in named_cards(parse_wish(text), gpus, denied_cards(deny, gpus))]
+
+
+def refused(box: Box, text: str, deny: str | None = None) -> str:
+    with pytest.raises((UsageError, DoesNotFitError)) as caught:
+        named(box, text, deny)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- by name -------------------------------------------------------------------------------------------------------
+
+
+def test_cards_are_named_by_number_and_by_uuid(box: Box) -> None:
+    assert named(box, "0,1,2,3,4") == [0, 1, 2, 3, 4]
+    assert named(box, " 3, 1 ") == [3, 1]
+    assert named(box, f"0,{box.uuid(2)}") == [0, 2]
+    assert named(box, "GPU-2ac,gpu-C61B,4") == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("0,8", "GPUS=0,8: there is no GPU 8; this machine has: 0 NVIDIA A800-SXM4-80GB; 1 NVIDIA"),
+        ("0,0", "names a GPU twice, GPU 0 (NVIDIA A800-SXM4-80GB)"),
+        ("2,GPU-2ac", "names a GPU twice, GPU 2"),
+        ("0,,1", "has an empty element; write it as 0,2"),
+        ("0,", "has an empty element"),
+        ("-1", "'-1' is not a GPU's number or UUID, as in 0,2 or GPU-8f5e; this machine has: 0 NVIDIA"),
+        ("all", "'all' is not a GPU's number or UUID"),
+        ("²", "is not a GPU's number"),
+        ("0 1", "'0 1' is not a GPU's number"),
+        ("GPU-8f5e", "2 GPUs begin with GPU-8f5e: 0 GPU-8f5e3c1a-"),
+        ("GPU-0000", "no GPU's UUID begins with GPU-0000; this machine has: 0 GPU-8f5e3c1a"),
+        ("MIG-41e9d2b6-8a05-4f7c-9d13-7c2f6e8b0a59", "is a MIG slice, and Lorry binds whole cards"),
+        ("auto:0", "write auto, or auto:4 for exactly four cards"),
+        ("auto:x", "write auto, or auto:4"),
+        ("auto:", "write auto, or auto:4"),
+        ("auto,1", "a list of cards has no auto"),
+    ],
+)
+def test_what_is_no_list_of_cards_is_refused_in_a_line(box: Box, text: str, told: str) -> None:
+    assert told in refused(box, text)
+
+
+def test_a_card_in_mig_mode_is_refused_with_what_to_do(box: Box) -> None:
+    box.slice(1)
+    told = refused(box, "0,1")
+    assert "GPU 1 (NVIDIA A800-SXM4-80GB) is in MIG mode, and Lorry binds whole cards" in told
+    assert "nvidia-smi -i 1 -mig 0" in told
+
+
+@pytest.mark.parametrize("deny", ["5,6,7", " 5 , 6 ,7", "GPU-41e9,6,7"])
+def test_a_denied_card_is_refused(box: Box, deny: str) -> None:
+    assert named(box, "0,4", deny) == [0, 4]
+    assert "GPU 5 (NVIDIA A800-SXM4-80GB) is not to be taken: it is in LORRY_GPU_DENY" in refused(box, "0,5", deny)
+
+
+@pytest.mark.parametrize(
+    ("deny", "told"),
+    [
+        ("5,8", "LORRY_GPU_DENY=5,8: there is no GPU 8"),
+        ("5;6", "'5;6' is not a GPU's number"),
+        ("5,,6", "'' is not a GPU's number"),
+        ("GPU-8f5e", "2 GPUs begin with GPU-8f5e"),
+        ("GPU-1234", "no GPU's UUID begins with GPU-1234"),
+        ("MIG-1", "MIG-1 is a MIG slice"),
+    ],
+)
+def test_a_slip_in_the_deny_list_is_not_passed_over(box: Box, deny: str, told: str) -> None:
+    assert told in refused(box, "0", deny)
+
+
+def test_the_deny_list_may_name_a_card_that_no_longer_tells_its_uuid(box: Box) -> None:
+    lost = box.uuid(6)
+    box.lose(6)
+    assert named(box, "0", f"5,{lost}") == [0]
+    assert "no longer answers (NVML: GPU is lost): see `dmesg | grep Xid`" in refused(box, "6")
+
+
+# -- auto ----------------------------------------------------------------------------------------------------------
+
+
+def auto(box: Box, text: str = "auto", need: int | Need = 1, deny: str | None = "5,6,7", **more: object) -> Pick:
+    gpus = read_cards().gpus
+    need = need if isinstance(need, Need) else Need.of(need * GIB, most=16)
+    return pick_cards(parse_wish(text), need, gpus, denied_cards(deny, gpus), Holds(), **more)  # type: ignore[arg-type]
+
+
+def indexes(pick: Pick) -> list[int]:
+    return [gpu.index for gpu in pick.cards]
+
+
+def no_room(box: Box, text: str = "auto", need: int | Need = 1, deny: str | None = "5,6,7") -> str:
+    with pytest.raises(DoesNotFitError) as caught:
+        auto(box, text, need, deny)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_auto_takes_every_card_that_fits(box: Box) -> None:
+    pick = auto(box, need=20)
+    assert indexes(pick) == [1, 2, 3], "free are 12.1, 72.5, 39.2, 55.5 and 14.5 GiB; three are denied"
+    assert pick.lines == (
+        "GPU 1 (NVIDIA A800-SXM4-80GB): taken, 72.5 GiB free of 80.0, 20.0 asked for",
+        "GPU 2 (NVIDIA A800-SXM4-80GB): taken, 39.2 GiB free of 80.0, 20.0 asked for",
+        "GPU 3 (NVIDIA A800-SXM4-80GB): taken, 55.5 GiB free of 80.0, 20.0 asked for",
+    )
+
+
+def test_auto_with_a_number_takes_those_with_the_most_free_memory(box: Box) -> None:
+    assert indexes(auto(box, "auto:2", need=20)) == [1, 3]
+
+
+def test_equally_free_cards_are_taken_from_the_lowest_number_on(box: Box) -> None:
+    box.free(*[40.0] * 8)
+    assert indexes(auto(box, "auto:3", need=20, deny="0")) == [1, 2, 3]
+
+
+def test_never_more_cards_than_the_job_can_use(box: Box) -> None:
+    assert indexes(auto(box, need=Need.of(GIB, most=2))) == [1, 3]
+
+
+def test_a_denied_card_is_never_taken_however_free(box: Box) -> None:
+    box.free(*[70.0] * 8)
+    assert indexes(auto(box, need=20)) == [0, 1, 2, 3, 4]
+
+
+def test_more_cards_may_need_less_of_each(box: Box) -> None:
+    sharded = Need(lambda number, _: 90 * GIB // number, lambda number, _: 90 * GIB // number, most=16)
+    assert indexes(auto(box, need=sharded)) == [1, 2, 3], "45 of two, 30 of three, 22.5 of four, which only three have"
+    assert "no 2 cards of one kind have 45.0 GiB" in no_room(box, need=sharded, deny="1,2,3,5,6,7")
+
+
+def test_where_what_is_asked_does_not_fit_the_leanest_way_is_taken_and_told(box: Box) -> None:
+    need = Need(lambda *_: 75 * GIB, lambda *_: 50 * GIB, most=16)
+    pick = auto(box, "auto:2", need=need)
+    assert indexes(pick) == [1, 3]
+    assert pick.lines[-1] == "no 2 cards have that free: the same result in less memory, down to 50.0 GiB a card"
+
+
+def test_all_busy_says_what_is_in_the_way_on_every_card(box: Box) -> None:
+    box.slice(4)
+    box.lose(7)
+    told = no_room(box, "auto:4", need=30, deny="5,6")
+    assert told.startswith("GPUS=auto:4: no 4 cards of one kind have 30.0 GiB free: GPU 0: 12.1 GiB free of 80.0,")
+    for words in (
+        "GPU 0: 12.1 GiB free of 80.0, held by python (alice, pid 41120) 67.4;",
+        "GPU 1: would do;",
+        "GPU 4: in MIG mode;",
+        "GPU 5: in LORRY_GPU_DENY;",
+        "GPU 7: no longer answers (GPU is lost);",
+        "wait, take fewer, or see `lorry plan`",
+    ):
+        assert words in told
+
+
+def test_the_neighbours_are_named_on_a_full_card(box: Box) -> None:
+    told = no_room(box, need=79, deny=None)
+    assert "GPU 2: 39.2 GiB free of 80.0, held by VLLM::EngineCor (chen, pid 41988) 22.1, python3 (alice" in told
+
+
+def test_cards_of_one_kind_only_and_the_kind_with_the_most_that_fit(box: Box) -> None:
+    for index in (1, 3):
+        box.cards[index]["cuda_compute_capability"] = [9, 0]
+    box.free(*[50.0] * 8)
+    assert indexes(auto(box, "auto:2", need=20)) == [0, 2]
+    assert indexes(auto(box, "auto:2", need=20, deny="0,5,6,7")) == [1, 3], "two of each fit: the newer"
+    assert "no 4 cards of one kind have 20.0 GiB" in no_room(box, "auto:4", need=20)
+
+
+def test_cards_older_than_the_target_are_not_taken(box: Box) -> None:
+    box.cards[1]["cuda_compute_capability"] = [7, 0]
+    box.save()
+    assert indexes(auto(box, "auto:1", need=20, oldest=(8, 0))) == [3]
+
+
+def test_a_machine_without_cards(box: Box) -> None:
+    box.keep(0)
+    assert "NVML shows no cards here to choose from" in no_room(box, deny=None)
+
+
+# -- against other lorries -----------------------------------------------------------------------------------------
+
+
+def test_what_auto_took_is_not_taken_again(box: Box) -> None:
+    first, second = Holds(), Holds()
+    gpus = read_cards().gpus
+    need = Need.of(20 * GIB, most=16)
+    one = pick_cards(parse_wish("auto:2"), need, gpus, frozenset({5, 6, 7}), first)
+    two = pick_cards(parse_wish("auto"), need, gpus, frozenset({5, 6, 7}), second)
+    assert (indexes(one), indexes(two)) == ([1, 3], [2])
+    second.close()
+    told = no_room(box, "auto:2", need=20)
+    assert "GPU 1: held by lorry, pid" in told and "GPU 2: would do" in told
+    first.close()
+    assert indexes(auto(box, "auto:2", need=20)) == [1, 3]
+
+
+RACER = """
+import sys
+from stages.hardware.holds import Holds
+from stages.hardware.pick import Need, denied_cards, parse_wish, pick_cards
+from stages.hardware.probe import read_cards
+gpus = read_cards().gpus
+pick = pick_cards(parse_wish("auto:2"), Need.of(10 * 2**30), gpus, denied_cards("5,6,7", gpus), Holds())
+print(*(gpu.index for gpu in pick.cards), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_processes_that_pick_at_once_share_the_box_out(box: Box) -> None:
+    racing = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER],
+            cwd=REPOSITORY,
+            env={**os.environ, **box.variables},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    got = [process.stdout.readline().split() for process in racing if process.stdout]
+    errors = [process.communicate()[1] for process in racing]
+    assert sorted(got) == [[], ["1", "3"], ["2", "4"]], errors
+    (refusal,) = [error for error in errors if error]
+    assert "GPU 0: would do" in refusal and refusal.count("held by lorry, pid") == 4
+
+
+def test_a_refusal_holds_nothing(box: Box) -> None:
+    holds, gpus = Holds(), read_cards().gpus
+    with pytest.raises(DoesNotFitError):
+        pick_cards(parse_wish("auto:8"), Need.of(GIB, 8), gpus, frozenset(), holds, (9, 9))
+    with pytest.raises(DoesNotFitError):
+        pick_cards(parse_wish("auto:8"), Need.of(70 * GIB, 8), gpus, frozenset(), holds)
+    assert indexes(auto(box, "auto:1", need=70)) == [1]
+
+
+def test_two_jobs_may_be_put_on_one_card_by_name_but_auto_takes_another(box: Box) -> None:
+    gpus, holds = read_cards().gpus, [Holds(), Holds()]
+    for one in holds:
+        hold_named((gpus[1],), "GPUS=1", one)
+    assert indexes(auto(box, "auto:1", need=20)) == [3]
+
+
+def test_a_card_that_auto_holds_is_refused_by_name(box: Box) -> None:
+    gpu: Gpu = auto(box, "auto:1", need=20).cards[0]
+    with pytest.raises(
+        InterruptedRunError, match=r"GPUS=1: GPU 1 \(NVIDIA.*held by lorry, pid \d+ of \w+, whose GPUS="
+    ):
+        hold_named((gpu,), "GPUS=1", Holds())
