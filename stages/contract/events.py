@@ -1,7 +1,7 @@
 """Progress: each stage appends events to its `events.jsonl`; console, `lorry status` and report read that.
 
 An event is `{"time": epoch seconds, "event": name, ...}`. Progress events carry `step`, `total`, `unit` and whatever
-is known of `loss`, `tokens_per_second`, `eta_seconds`.
+is known of `loss`, `tokens_per_second`, `memory` (bytes on one GPU), `eta_seconds`.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class Events:
     def _show(
         self, activity: str, step: int, total: int, unit: str, eta: float | None, fields: dict[str, Any], last: bool
     ) -> None:
-        extras = "".join(f"  {key} {_short(value)}" for key, value in fields.items() if value is not None)
+        extras = "".join(f"  {_short(key, value)}" for key, value in fields.items() if value is not None)
         left = f"  {_clock(eta)} left" if eta is not None and not last else ""
         text = f"{self._stage}: {activity} {step}/{total} {unit}{extras}{left}"
         if not self._terminal:
@@ -120,8 +120,12 @@ def output_to(log: Path) -> Iterator[IO[str]]:
                 os.close(real)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _short(key: str, value: Any) -> str:
+    if key == "tokens_per_second":
+        return f"{value:,.0f} tokens/s"
+    if key == "memory":
+        return f"{value / 1024**3:.1f} GiB"
+    return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
 
 
 def _clock(seconds: float) -> str:

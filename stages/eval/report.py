@@ -39,6 +39,7 @@ def write_report(
     """Write `report.html`. `groups` is, for each of `group` and `kind`, a breakdown as of `scores.breakdown`."""
     recipe = stage.run.recipe
     adapters = [name for name in scores.models if name != "base"]
+    trained = stage.run.manifest("train") or {"decisions": []}
     curve = read_jsonl(metrics) if (metrics := stage.run.path("train", "metrics.jsonl")).is_file() else []
     # adapter names and model output are untrusted: everything is escaped but what is Markup here
     environment = Environment(
@@ -57,7 +58,8 @@ def write_report(
         colours=colours,
         documents=len(set(scores.groups("group"))),
         counts=stage.counts,
-        losses=_loss_table(curve),
+        losses=_loss_table(curve, trained),
+        rungs=[made for made in trained["decisions"] if made["what"] == "out of memory"],
         loss_curve=loss_curve(curve, colours),
         groups=groups,
         worst=_worst_answers(stage, scores),
@@ -122,8 +124,9 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _loss_table(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """First, last and best losses of each adapter; None for what was not measured."""
+def _loss_table(curve: list[dict[str, Any]], trained: dict[str, Any]) -> list[dict[str, Any]]:
+    """First, last and best losses of each adapter, and from train's manifest memory and speed; None for what was not
+    measured."""
     rows = []
     for adapter in dict.fromkeys(entry["adapter"] for entry in curve):
         own = [entry for entry in curve if entry["adapter"] == adapter]
@@ -137,6 +140,8 @@ def _loss_table(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "last": train[-1] if train else None,
                 "validation": validation[-1] if validation else None,
                 "lowest": min(validation) if validation else None,
+                "memory": (peak := trained.get("gpu_memory", {}).get(adapter)) and f"{peak['reserved'] / GIB:.1f} GiB",
+                "speed": (speed := trained.get("tokens_per_second", {}).get(adapter)) and f"{speed:,.0f}",
             }
         )
     return rows

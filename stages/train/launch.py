@@ -21,7 +21,11 @@ from stages.contract.files import write_json
 from stages.contract.part import Node
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
+from stages.train.ladder import MemoryRanOutError, Shortage
 from stages.train.worker import Job
+
+WORKER = "stages.train.worker"
+"""The module that the processes run."""
 
 JOIN_SECONDS = 900
 """How long the first machine waits for the last one: a new node of a cluster may have to fetch its image first."""
@@ -35,25 +39,39 @@ class _Heard:
     """Process ids, of those that torchrun started."""
     errors: list[tuple[Exit, str]] = field(default_factory=list)
     """Exit code and text of each process that failed and could say so, the first one first."""
+    shortages: list[Shortage] = field(default_factory=list)
+    """Those of them that ran out of memory on their cards."""
+    tokens: int = 0
+    seconds: float = 0.0
+    """Of all steps but the first of this start, which has CUDA's and the kernels' own start in it."""
+    steps: int = 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds else None
 
 
-def train_adapter(stage: Stage, job: Job, here: int, node: Node | None, environment: Mapping[str, str]) -> None:
-    """Train one adapter with `here` processes on this machine. Raises what their exit codes and last words say.
+def train_adapter(stage: Stage, job: Job, here: int, node: Node | None, environment: Mapping[str, str]) -> float | None:
+    """Train one adapter with `here` processes on this machine; returns tokens per second over all of them, where there
+    was more than one step.
 
+    Raises what their exit codes and last words say; MemoryRanOutError when a card's memory was too small.
     `environment` has what the cards' target asks for; what is set already wins.
     """
+    heard = _Heard()
     if job.processes == 1:
-        _train_alone(stage, job)
+        _train_alone(stage, job, heard)
     else:
-        _train_together(stage, job, here, node, {**environment, **os.environ})
+        _train_together(stage, job, here, node, {**environment, **os.environ}, heard)
+    return heard.tokens_per_second
 
 
-def _train_alone(stage: Stage, job: Job) -> None:
-    name, heard = job.adapter.name, _Heard()
+def _train_alone(stage: Stage, job: Job, heard: _Heard) -> None:
+    name = job.adapter.name
     reading, writing = os.pipe()
     job_file = _write_job(replace(job, reports=writing), job.work)
     with subprocess.Popen(
-        [sys.executable, "-m", "stages.train.worker", str(job_file)],
+        [sys.executable, "-m", WORKER, str(job_file)],
         pass_fds=[writing, stage.lock],  # a worker that outlives this process still holds the stage
         preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     ) as worker:
@@ -66,6 +84,8 @@ def _train_alone(stage: Stage, job: Job) -> None:
         return
     if code == Exit.INTERRUPTED:
         raise InterruptedRunError(error or "stopped; run the same command again")
+    if heard.shortages:
+        raise MemoryRanOutError("out of memory", heard.shortages[0], (worker.pid,))
     if code < 0:
         ended_by = signal.Signals(-code).name
         raise LorryError(
@@ -91,7 +111,9 @@ class _Workers:
                 os.kill(process, sig)
 
 
-def _train_together(stage: Stage, job: Job, here: int, node: Node | None, environment: Mapping[str, str]) -> None:
+def _train_together(
+    stage: Stage, job: Job, here: int, node: Node | None, environment: Mapping[str, str], heard: _Heard
+) -> None:
     reading, writing = os.pipe()
     # torchrun hands no other descriptor than the standard ones on, and nobody reads the standard input
     job_file = _write_job(replace(job, reports=0), job.scratch)
@@ -104,11 +126,12 @@ def _train_together(stage: Stage, job: Job, here: int, node: Node | None, enviro
         preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     ) as launcher:
         os.close(writing)
-        heard = _Heard()
         workers = _Workers(launcher, heard.processes)
         stage.stop.pass_on_to(workers, hears_ctrl_c=False)
         _follow(stage, job.adapter.name, reading, heard, workers)
         code = launcher.wait()
+    if heard.shortages:  # before the errors of those whom the one that ran out left alone
+        raise MemoryRanOutError("out of memory", heard.shortages[0], tuple(heard.processes))
     if code != Exit.DONE:
         raise _why(stage, job.adapter.name, node, heard)
 
@@ -120,7 +143,7 @@ def torchrun(job_file: Path, here: int, node: Node | None) -> list[str]:
         host, _, port = node.rendezvous.rpartition(":")
         where = [f"--nnodes={node.count}", f"--node-rank={node.rank}", f"--master-addr={host}", f"--master-port={port}"]
         where += [f"--rdzv-conf=timeout={JOIN_SECONDS}"]
-    worker = ["-m", "stages.train.worker", str(job_file)]
+    worker = ["-m", WORKER, str(job_file)]
     return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={here}", *worker]
 
 
@@ -159,7 +182,13 @@ def _follow(stage: Stage, name: str, reading: int, heard: _Heard, workers: _Work
         for line in reports:
             report = json.loads(line)
             if report["event"] == "step":
-                stage.events.progress(activity, report["step"], report["total"], "steps", loss=loss)
+                speed = report["tokens"] / report["seconds"] if report["seconds"] > 0 else None
+                heard.steps += 1
+                if heard.steps > 1:
+                    heard.tokens += report["tokens"]
+                    heard.seconds += report["seconds"]
+                shown = {"loss": loss, "tokens_per_second": speed and round(speed, 1), "memory": report["memory"]}
+                stage.events.progress(activity, report["step"], report["total"], "steps", **shown)
             elif report["event"] == "loss":
                 loss = report["loss"]
                 stage.events.emit("loss", adapter=name, step=report["step"], loss=loss)
@@ -167,13 +196,16 @@ def _follow(stage: Stage, name: str, reading: int, heard: _Heard, workers: _Work
                 resumed = f", resuming from {report['resumed_from']}" if report["resumed_from"] else ""
                 stage.events.say(f"{activity}: {report['samples']['train']} samples{resumed}")
                 if resumed:
-                    stage.decisions.append({"what": "resumed", "value": report["resumed_from"], "why": name})
+                    why = name if report["random_states"] else f"{name}, with new random numbers for its dropout"
+                    stage.decisions.append({"what": "resumed", "value": report["resumed_from"], "why": why})
             elif report["event"] == "process":
                 heard.processes.append(report["id"])
                 if workers is not None and stage.stop.signal is not None:  # it came after the stop
                     workers.send_signal(signal.SIGTERM)
             elif report["event"] == "error":
                 heard.errors.append((Exit(report["code"]), report["text"]))
+                if "shortage" in report:
+                    heard.shortages.append(Shortage(**report["shortage"]))
 
 
 def _write_job(job: Job, folder: Path) -> Path:

@@ -1,20 +1,36 @@
 """train: one LoRA adapter for each entry of `train.adapters`, each trained in a process of its own.
 
-The process is ended with its memory before anything else is tried on the card, and a crash of it is not ours.
+The process is ended with its memory before anything else is tried on the card, and a crash of it is not ours. When a
+card's memory runs out, the next one begins a rung lower on the ladder (`ladder.py`), from the newest checkpoint.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
+from stages.contract.errors import DoesNotFitError
 from stages.contract.files import place_same, read_json, remove, visible_files, write_jsonl
 from stages.contract.part import Node
+from stages.contract.recipe import Train
 from stages.contract.stage import Stage
-from stages.hardware.batch import BatchPlan, plan_batch
-from stages.hardware.probe import probe
-from stages.hardware.targets import Target, load_targets, working_target
+from stages.hardware.fit import Way, least_memory, plan_training, smallest_changes
+from stages.hardware.memory import Lengths
+from stages.hardware.probe import Gpu, probe
+from stages.hardware.shape import ModelShape, read_shape
+from stages.hardware.targets import Target, load_targets, precision_of, working_target
+from stages.train.ladder import Footing, Ladder, MemoryRanOutError, by_hand, next_rung, what_would_help
 from stages.train.launch import train_adapter
+from stages.train.lengths import read_lengths
 from stages.train.nodes import adapters_announced_by_the_first, announced
 from stages.train.worker import Job
+
+GIB = 1024**3
+
+MEMORY_SLACK = 256 * 1024**2
+"""Bytes by which a card's free memory may be less than before: neighbours breathe."""
+
+MEMORY_PATIENCE = 60.0
+"""Seconds that a dead process's memory may take to come back."""
 
 
 def work(stage: Stage) -> None:
@@ -41,15 +57,28 @@ def work(stage: Stage) -> None:
         training = read_json(folder / "training.json")
         stage.counts[f"{name} samples"] = training["samples"]["train"]
         stage.counts[f"{name} steps"] = training["steps"]
-        for split, samples in training["left_out"].items():
-            for sample in samples:
-                stage.skip(sample, "longer than train.max_length", f"{split}, adapter {name}")
+        _tell_of(stage, name, training)
         log += [{"adapter": name, **entry} for entry in training["log"]]
         for file in ("adapter_model.safetensors", "adapter_config.json", "training.json"):
             stage.outputs[f"adapters/{name}/{file}"] = None
         stage.stop.check()
     stage.outputs["metrics.jsonl"] = write_jsonl(stage.path("metrics.jsonl"), log)
     remove(stage.path("checkpoints"))  # everything of them that is used from here on is in the adapters
+
+
+def _tell_of(stage: Stage, name: str, training: dict[str, Any]) -> None:
+    """What the manifest says of one adapter, from its training.json: this start may not be the one that trained it."""
+    wanted, used = stage.run.recipe.train.max_length, training["max_length"]
+    reason = "longer than train.max_length" + ("" if used == wanted else f", which memory brought down to {used}")
+    for split, samples in training["left_out"].items():
+        for sample in samples:
+            stage.skip(sample, reason, f"{split}, adapter {name}")
+    if "memory" in training:
+        stage.facts.setdefault("gpu_memory", {})[name] = training["memory"]
+    for rung in training.get("out_of_memory", []):
+        # a shard's decisions are there already, with the shard's name behind
+        if not any(made["value"] == rung["value"] and made["why"].startswith(rung["why"]) for made in stage.decisions):
+            stage.decisions.append(rung)
 
 
 def _take_over(stage: Stage, name: str) -> None:
@@ -68,46 +97,170 @@ def _take_over(stage: Stage, name: str) -> None:
 @dataclass(frozen=True)
 class _Plan:
     target: Target
-    batch: BatchPlan
-    here: int
-    """Training processes on this machine."""
-    use_cpu: bool
+    way: Way
+    gpus: tuple[Gpu, ...]
+    """This machine's; none on a CPU."""
+
+    @property
+    def here(self) -> int:
+        """Training processes on this machine."""
+        return max(len(self.gpus), 1)
+
+    @property
+    def footing(self) -> Footing:
+        return Footing(self.way.settings, self.way.batch, eval_micro_batch=self.way.batch.micro_batch)
 
 
 def _plan(stage: Stage, node: Node | None) -> _Plan:
-    """How to train on this machine's cards, and with the other machines'; they must fit the image."""
-    machine, settings = probe(), stage.run.recipe.train
+    """How to train on this machine's cards, and with the other machines'; they must fit the image.
+
+    Raises DoesNotFitError where no way of training can fit, before any process starts.
+    """
+    machine, recipe = probe(), stage.run.recipe
+    settings, gpus = recipe.train, machine.gpus
     target = working_target(machine, load_targets())
-    stage.decide("precision", target.dtype, f"target {target.name}")
-    here = max(len(machine.gpus), 1)
+    dtype = precision_of(settings.precision, target)
+    stage.decide("precision", dtype, f"target {target.name}" if settings.precision == "auto" else "train.precision")
+    if settings.load_in_4bit and "bitsandbytes" not in target.quantisation:
+        raise DoesNotFitError(f"train.load_in_4bit: bitsandbytes has no kernels for target {target.name}; set it false")
+    here = max(len(gpus), 1)
     processes = here * (node.count if node else 1)
     if processes > 1:
         where = f"{node.count} nodes with {here} each, meeting at {node.rendezvous}" if node else "one for each GPU"
         stage.decide("training processes", processes, where)
-    batch = plan_batch(settings.effective_batch, settings.micro_batch, processes)
-    stage.decide("effective batch", str(batch), f"train.effective_batch is {settings.effective_batch}")
-    return _Plan(target, batch, here, use_cpu=not machine.gpus)
+    model = stage.run.model(recipe.model.path, "model.path")
+    shape = read_shape(model)
+    lengths = read_lengths(stage.run.path("preprocess", "samples", "train.jsonl"), model, settings)
+    telling = [gpu for gpu in gpus if gpu.memory_total]  # some cards do not tell their memory
+    fullest = min(telling, key=lambda gpu: gpu.memory_free, default=None)
+    way = plan_training(shape, settings, processes, dtype, fullest.memory_free if fullest else None, lengths)
+    if fullest:
+        if least_memory(shape, settings, processes, dtype) > fullest.memory_free:
+            raise _cannot_fit(shape, settings, processes, dtype, lengths, fullest)
+        free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}"
+        needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
+        stage.decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
+    for change in way.changes:
+        stage.decide("fit", change, "so that it fits; the result is the same")
+    if settings.sharding in ("zero2", "zero3"):
+        stage.decide("sharding", settings.sharding, "train.sharding")
+    stage.decide("effective batch", str(way.batch), f"train.effective_batch is {settings.effective_batch}")
+    stage.facts["estimate"] = {**way.estimate.parts(), "total": way.estimate.total}
+    return _Plan(target, way, gpus)
+
+
+def _cannot_fit(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths, gpu: Gpu
+) -> DoesNotFitError:
+    """The error where the least that training takes is more than a card has free, with what cures it."""
+    least, free = least_memory(shape, settings, processes, dtype), gpu.memory_free
+    holders = f" (held by {', '.join(map(str, gpu.processes))})" if gpu.processes else ""
+    cures = ["free that card or take another (make: GPUS=...)"] if least <= gpu.memory_total else []
+    for way in smallest_changes(shape, settings, processes, dtype, free, lengths):
+        cures.append("with " + " and ".join(way.changes))
+    return DoesNotFitError(
+        f"training takes {least / GIB:.1f} GiB at the very least on each GPU, and {gpu} has {free / GIB:.1f} of"
+        f" {gpu.memory_total / GIB:.1f} GiB free{holders}; what fits: {', or '.join(cures) or 'only a smaller model'}"
+    )
 
 
 def _train(stage: Stage, name: str, plan: _Plan, node: Node | None) -> None:
-    """Train one adapter. With several machines, this one's part of it: checkpoints and adapter are node 0's."""
+    """Train one adapter, a rung lower each time that memory runs out. Raises DoesNotFitError below the last."""
+    # with several machines, checkpoints and adapter are node 0's
+    work = stage.run.path("train", "checkpoints", name) if node else stage.path("checkpoints", name)
+    ladder = Ladder.of(work)
+    footing = ladder.descended(plan.footing)
+    for made in ladder.decisions:
+        stage.events.say(f"train {name}: out of memory in an earlier start: {made['value']}")
+    while True:
+        before = probe().gpus if plan.gpus else ()
+        try:
+            speed = train_adapter(
+                stage, _job(stage, name, plan, footing, node), plan.here, node, plan.target.environment
+            )
+        except MemoryRanOutError as error:
+            footing = _one_rung_lower(stage, name, ladder, footing, error, node)
+            _wait_for_memory(stage, before, error.processes)
+            continue
+        if speed is not None:
+            stage.facts.setdefault("tokens_per_second", {})[name] = round(speed, 1)
+        return
+
+
+def _one_rung_lower(
+    stage: Stage, name: str, ladder: Ladder, footing: Footing, error: MemoryRanOutError, node: Node | None
+) -> Footing:
+    shortage = error.shortage
+    change = next_rung(footing, shortage.during)
+    if change is None:
+        tried = "" if shortage.during == "loading" else ", and nothing is left to make smaller"
+        raise DoesNotFitError(
+            f"training {name}: out of memory {shortage}{tried}; {what_would_help(footing)}; log:"
+            f" {stage.path('log.txt')}"
+        )
+    if node is not None:  # another number of processes waits in each machine, and none may begin alone
+        raise DoesNotFitError(
+            f"training {name}: out of memory {shortage}; start all {node.count} nodes again with {by_hand(change)}"
+        )
+    after = ladder.take(name, shortage, change, footing)
+    made = ladder.decisions[-1]  # training.json brings it into the manifest
+    stage.events.emit("decision", **made)
+    stage.events.say(f"{made['what']}: {made['value']} ({made['why']})")
+    return after
+
+
+def _wait_for_memory(stage: Stage, before: tuple[Gpu, ...], processes: tuple[int, ...]) -> None:
+    """Wait until the cards no longer know these processes; where that cannot be seen, until the memory is back."""
+    if not before:
+        return
+    began = time.monotonic()
+    free_before = {gpu.uuid: gpu.memory_free - MEMORY_SLACK for gpu in before}
+    while True:
+        stage.stop.check()
+        held = [gpu for gpu in probe().gpus if _still_held(gpu, processes, free_before.get(gpu.uuid, 0))]
+        waited = time.monotonic() - began
+        if not held:
+            stage.events.say(f"the GPUs' memory is free again after {waited:.1f} s")
+            return
+        if waited > MEMORY_PATIENCE:
+            cards = ", ".join(f"{gpu}: {gpu.memory_free / GIB:.1f} GiB free" for gpu in held)
+            stage.events.say(f"not all memory came back in {waited:.0f} s ({cards}); trying all the same")
+            return
+        time.sleep(0.5)
+
+
+def _still_held(gpu: Gpu, processes: tuple[int, ...], free_before: int) -> bool:
+    if any(one.pid in processes for one in gpu.processes):
+        return True
+    # in a container the driver names the processes by other numbers, or not at all; where it names each one, what is
+    # missing has been taken by others
+    others_are_known = bool(gpu.processes) and all(one.name != "?" for one in gpu.processes)
+    return gpu.memory_free < free_before and not others_are_known
+
+
+def _job(stage: Stage, name: str, plan: _Plan, footing: Footing, node: Node | None) -> Job:
+    """With several machines, this one's part of it: checkpoints and adapter are node 0's."""
     run, recipe = stage.run, stage.run.recipe
     own = stage.path("checkpoints", name)
-    job = Job(
+    return Job(
         model=run.model(recipe.model.path, "model.path"),
         work=run.path("train", "checkpoints", name) if node else own,
         scratch=own / "scratch",
         adapter=run.path("train", "adapters", name) if node else stage.path("adapters", name),
+        run=run.folder,
         train=[run.path("preprocess", "samples", "train.jsonl")],
         validation=[run.path("preprocess", "samples", "validation.jsonl")],
         seed=recipe.seed,
-        dtype=plan.target.dtype,
-        micro_batch=plan.batch.micro_batch,
-        accumulation=plan.batch.accumulation,
-        processes=plan.batch.gpus,
-        use_cpu=plan.use_cpu,
+        dtype=plan.way.dtype,
+        sharding=plan.way.sharding,
+        micro_batch=footing.batch.micro_batch,
+        accumulation=footing.batch.accumulation,
+        processes=footing.batch.gpus,
+        eval_micro_batch=footing.eval_micro_batch,
+        evaluate=footing.evaluate,
+        use_cpu=not plan.gpus,
+        cards=[f"{gpu}, {gpu.uuid}" for gpu in plan.gpus],
         model_settings=recipe.model,
-        settings=recipe.train,
+        settings=footing.settings,
         reports=-1,
     )
-    train_adapter(stage, job, plan.here, node, plan.target.environment)

@@ -1,18 +1,28 @@
 """ms-swift's fine-tuning with what Lorry adds: whole checkpoints are marked, a stop saves, the prompt is checked."""
 
+import copy
 import os
-from functools import partialmethod
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from peft import PeftModel
+from PIL import Image, UnidentifiedImageError
 from swift.pipelines.train.sft import SwiftSft
 from swift.template.base import MaxLengthError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stages.contract.errors import UsageError
+from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
+from stages.train.optimizer_state import keep_by_name
+from stages.train.sharding import compute_in
 from stages.train.together import Together
 from stages.train.worker import Job, Reports, _sizes
 
@@ -29,24 +39,32 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
     def __init__(self, arguments: list[str], job: Job, reports: Reports, stop: StopRequest, together: Together) -> None:
         super().__init__(arguments)
         self._job, self._reports, self._stop, self._together = job, reports, stop, together
+        self.log: list[dict[str, Any]] = []
+        """The trainer's log of all steps, once it has trained; and the tokens of all steps, without padding."""
+        self.tokens = 0
 
     def fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
         """Samples that fit max_length, stripped to what swift reads, and the ids of those that do not.
 
         Raises UsageError where swift's template renders a conversation otherwise than the model's own chat template,
-        which inference uses: the adapter would be tuned on prompts that it never sees.
+        which inference uses: the adapter would be tuned on prompts that it never sees. The first sample without a
+        picture is compared: what a picture becomes is not in the chat template but in the model's image processor.
         """
         kept: list[dict[str, Any]] = []
         left_out: list[str] = []
+        compared = False
         for sample in samples:
             row: dict[str, Any] = {"messages": sample["messages"]}
+            if sample.get("images"):
+                row["images"] = [str(_picture(self._job.run / name, str(sample["id"]))) for name in sample["images"]]
             try:
-                encoded = self.template.encode(dict(row))
+                encoded = self.template.encode(copy.deepcopy(row))  # it puts the opened pictures in place of the names
             except MaxLengthError:
                 left_out.append(str(sample["id"]))
                 continue
-            if not kept:
+            if not compared and "images" not in row:
                 self._check_prompt(sample["messages"], encoded)
+                compared = True
             kept.append(row)
         return kept, left_out
 
@@ -69,24 +87,116 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             )
 
     def train(self, trainer: Any) -> Any:
-        trainer.add_callback(_Checkpoints(self._job.work, self._reports, self._stop, self._together))
-        return super().train(trainer)
+        count = _TokenCount(trainer.data_collator, self._reports)
+        trainer.data_collator = count.collate
+        trainer.add_callback(_Checkpoints(self._job, self._reports, self._stop, self._together, count))
+        trainer._evaluate = partial(_evaluate_apart, trainer, trainer._evaluate, self._reports)
+        # transformers 4 takes the micro-batch of the checkpoint that it goes on from; it may have been made with more
+        trainer._inner_training_loop = _with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
+        if self._job.sharding != "none":
+            compute_in(self._job.dtype, trainer.model)
+        keep_by_name(trainer, self._together)
+        try:
+            return super().train(trainer)
+        finally:
+            self.log, self.tokens = trainer.state.log_history, trainer.state.num_input_tokens_seen
+
+
+def _picture(path: Path, sample: str) -> Path:
+    """The file, if it is one: ms-swift takes a name without a file for the picture itself, in base64."""
+    try:
+        with Image.open(path):
+            return path
+    except (FileNotFoundError, UnidentifiedImageError) as error:
+        raise DataError(f"{path}: no picture, and sample {sample} needs it; run preprocess again") from error
+
+
+def _with_micro_batch(training_loop: Any, micro_batch: int) -> Any:
+    def loop(batch_size: int | None = None, **others: Any) -> Any:
+        return training_loop(batch_size=micro_batch, **others)
+
+    return loop
+
+
+def _evaluate_apart(trainer: Any, evaluate: Any, reports: Reports, *arguments: Any, **named: Any) -> Any:
+    """Evaluate so that training is as if it had not been: the checkpoint of this step is saved before, in case that the
+    evaluation runs out of memory, and the random state is afterwards what it was."""
+    if trainer.control.should_save:
+        trainer._save_checkpoint(trainer.model, None)
+        trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    reports.during = "evaluation"
+    with _random_state_kept():
+        metrics = evaluate(*arguments, **named)
+    reports.during = "training"
+    return metrics
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, numbers = random.getstate(), numpy.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numbers)
+
+
+class _TokenCount:
+    """Counts the tokens of a step as its micro-batches are put together, still in the processor's memory.
+
+    The trainer puts together the micro-batches of one step, and only those, before it begins it.
+    """
+
+    def __init__(self, collate: Any, reports: Reports) -> None:
+        self._collate, self._reports = collate, reports
+        self._tokens = 0
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self._collate(samples)
+        if self._reports.during == "training":
+            mask = batch.get("attention_mask")
+            # a mask that a model makes itself says nothing: padding is counted then
+            self._tokens += int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
+        return batch
+
+    def take(self) -> int:
+        """The tokens since the last time."""
+        tokens, self._tokens = self._tokens, 0
+        return tokens
 
 
 class _Checkpoints(TrainerCallback):
     """Marks checkpoints as whole, reports progress, and turns a stop into a saved checkpoint."""
 
-    def __init__(self, work: Path, reports: Reports, stop: StopRequest, together: Together) -> None:
-        self._work, self._reports, self._stop, self._together = work, reports, stop, together
+    def __init__(self, job: Job, reports: Reports, stop: StopRequest, together: Together, count: _TokenCount) -> None:
+        self._job, self._reports, self._stop, self._together, self._count = job, reports, stop, together, count
+        self._since = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._reports.during, self._reports.step = "training", state.global_step
+        # a checkpoint is saved before the evaluation at its step: going on from it, that is still to be done
+        every, last = int(args.eval_steps or 0), state.global_step >= state.max_steps
+        if args.eval_strategy != "no" and state.global_step and (last or state.global_step % every == 0):
+            args.eval_on_start = not any(
+                "eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history
+            )
+        self._since = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        checkpoint = self._work / f"checkpoint-{state.global_step}"
+        self._mark_whole(state)
+        self._since = time.monotonic()
+
+    def _mark_whole(self, state: TrainerState) -> None:
+        checkpoint = self._job.work / f"checkpoint-{state.global_step}"
         # each process has put its random state there, and the first may not yet see those of other machines
         random_states = self._together.of_all(_saved(checkpoint / f"rng_state_{self._together.rank}.pth"))
         if not self._together.first:
             return
         remove(checkpoint / "complete.json")
-        for name in ("args.json", "README.md", "additional_config.json"):
+        # what nobody reads; but additional_config.json says that there is LoRA+, for ms-swift when it goes on
+        for name in ("args.json", "README.md", "training_args.bin"):
             remove(checkpoint / name)
         for path in checkpoint.iterdir():  # on the disk before the mark is: a power cut must not leave a mark alone
             _sync(path)
@@ -96,11 +206,27 @@ class _Checkpoints(TrainerCallback):
         write_json(checkpoint / "complete.json", {"sizes": dict(sorted(sizes.items()))})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._reports.send(event="step", step=state.global_step, total=state.max_steps)
-        stopped = self._together.any(self._stop.signal is not None)
-        if stopped or state.global_step >= state.max_steps:
+        stops, tokens = self._together.sums(int(self._stop.signal is not None), self._count.take())
+        state.num_input_tokens_seen += tokens  # the trainer does not count; this way checkpoints keep it
+        now = time.monotonic()
+        self._reports.step = state.global_step
+        self._reports.send(
+            event="step",
+            step=state.global_step,
+            total=state.max_steps,
+            tokens=tokens,
+            seconds=now - self._since,
+            memory=None if self._job.use_cpu else torch.cuda.max_memory_reserved(),
+        )
+        self._since = now
+        if stops or state.global_step >= state.max_steps:
             control.should_save = True
             control.should_training_stop = True
+        if stops:  # there may be little time; the next start evaluates
+            control.should_evaluate = False
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._since = time.monotonic()
 
     def on_log(
         self,

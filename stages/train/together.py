@@ -14,12 +14,14 @@ T = TypeVar("T")
 
 
 class Together:
-    """The processes that torchrun started, which train one adapter."""
+    """The processes that torchrun started, which train one adapter. `sharding` as in `Job`."""
 
-    def __init__(self, processes: int, use_cpu: bool) -> None:
+    def __init__(self, processes: int, use_cpu: bool, sharding: str = "none") -> None:
         self.rank = 0
         self._group: Any = None
         if processes == 1:
+            if sharding != "none":
+                _group_of_one(use_cpu)
             return
         import torch
         import torch.distributed as dist
@@ -51,16 +53,20 @@ class Together:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process, in all."""
+    def sums(self, *values: int) -> list[int]:
+        """The sum of each value over the processes, in all."""
         if self._group is None:
-            return flag
+            return list(values)
         import torch
         import torch.distributed as dist
 
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flags.item())
+        sums = torch.tensor(values)
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=self._group)
+        return [int(value) for value in sums.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process, in all."""
+        return bool(self.sums(int(flag))[0])
 
     def check(self, stop: StopRequest) -> None:
         """Raise InterruptedRunError in all processes if any was asked to stop."""
@@ -71,10 +77,20 @@ class Together:
     def leave(self) -> None:
         """Wait for the others a last time, and part."""
         self.of_all(None)
-        if self._group is not None:
-            import torch.distributed as dist
+        import torch.distributed as dist
 
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _group_of_one(use_cpu: bool) -> None:
+    """What DeepSpeed wants even where there is only one process: a group, and the variables that torchrun sets."""
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
+
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {**one, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # nobody calls there
+    dist.init_process_group("gloo" if use_cpu else "nccl", store=HashStore(), rank=0, world_size=1)
 
 
 def lost_the_others(error: BaseException) -> bool:

@@ -9,19 +9,23 @@ the file descriptor `job.reports`, and exits with the codes of `stages.contract.
 """
 
 import json
+import math
 import os
+import shlex
 import shutil
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError, UsageError
+from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.files import machine_error, read_json, read_jsonl, remove, write_json, write_jsonl
 from stages.contract.recipe import Model, Train
 from stages.contract.stop import StopRequest, die_with_parent
+from stages.train.ladder import During, Ladder, Shortage, lost_card, shortage_of
+from stages.train.sharding import check_sharding, deepspeed_config, keep_constants_exact
 from stages.train.together import Together, lost_the_others
 
 T = TypeVar("T")
@@ -38,15 +42,23 @@ class Job:
     """What only this machine's processes need."""
     adapter: Path
     """Where the finished adapter goes."""
+    run: Path
+    """The run's folder, which pictures are named relative to."""
     train: list[Path]
     validation: list[Path]
     seed: int
     dtype: str
+    sharding: str
+    """`none`, `zero2` or `zero3`."""
     micro_batch: int
     accumulation: int
     processes: int
     """How many train together, over all machines."""
+    eval_micro_batch: int
+    evaluate: bool
     use_cpu: bool
+    cards: list[str]
+    """This machine's GPUs in words, by local rank."""
     model_settings: Model
     settings: Train
     reports: int
@@ -55,7 +67,7 @@ class Job:
     @staticmethod
     def read(path: Path) -> "Job":
         values = json.loads(path.read_text(encoding="utf-8"))
-        values |= {name: Path(values[name]) for name in ("model", "work", "scratch", "adapter")}
+        values |= {name: Path(values[name]) for name in ("model", "work", "scratch", "adapter", "run")}
         values |= {name: [Path(p) for p in values[name]] for name in ("train", "validation")}
         values["model_settings"] = Model(**values["model_settings"])
         values["settings"] = Train(**values["settings"])
@@ -86,8 +98,16 @@ class Reports:
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8")
+        self.only_problems = False
+        """Of several processes one speaks for all."""
+        self.during: During = "loading"
+        """What this process is at: it decides what running out of memory changes."""
+        self.step = 0
+        """The last optimizer step that was finished."""
 
     def send(self, **fields: Any) -> None:
+        if self.only_problems and fields["event"] != "error":
+            return
         self._file.write(json.dumps(fields) + "\n")
         self._file.flush()
 
@@ -97,7 +117,9 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
 
     Raises InterruptedRunError after saving a checkpoint when a stop was asked for, here or in another process.
     """
+    check_sharding(job.sharding, job.use_cpu)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    _let_memory_segments_grow()
     scratch = job.scratch if job.processes == 1 else job.scratch / os.environ["LOCAL_RANK"]
     remove(scratch)
     scratch.mkdir(parents=True)
@@ -105,14 +127,22 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
 
     from stages.train.swift_sft import LorrySft  # imports torch and swift: seconds, and only in this process
 
-    together = Together(job.processes, job.use_cpu)
+    together = Together(job.processes, job.use_cpu, job.sharding)
     _agree_on_the_job(job, together)
     resume = newest_good_checkpoint(job.work) if together.first else None
     name = together.of_first(resume and resume.name)
     resume = job.work / name if name else None
-    if not together.first:
-        reports = Reports(os.open(os.devnull, os.O_WRONLY))
-    sft = LorrySft(_arguments(job, scratch, resume), job, reports, stop, together)
+    reports.only_problems = not together.first
+    if job.sharding != "none":
+        batch = job.micro_batch, job.accumulation
+        config = deepspeed_config(job.sharding, job.dtype, *batch, job.settings.max_grad_norm)
+        write_json(scratch / "deepspeed.json", config)
+    if job.sharding == "zero3":
+        keep_constants_exact()
+    arguments = _arguments(job, scratch, resume)
+    if together.first:
+        print("swift sft", shlex.join(arguments), flush=True)  # in the log: the same by hand
+    sft = LorrySft(arguments, job, reports, stop, together)
     counts, left_out = {}, {}
     for split, sources in (("train", job.train), ("validation", job.validation)):
         samples = [sample for source in sources for sample in read_jsonl(source)]
@@ -123,15 +153,52 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
         raise DataError(
             f"{job.train[0]}: no training sample fits in train.max_length {job.settings.max_length}; raise it"
         )
-    if not counts["validation"]:
+    if not counts["validation"] or not job.evaluate:
         sft.args.val_dataset = []
-    reports.send(event="loaded", samples=counts, resumed_from=resume.name if resume else None)
+    random_states = resume is not None and has_random_states(resume, job.processes)
+    reports.send(event="loaded", samples=counts, resumed_from=name, random_states=random_states)
     sft.main()
     together.check(stop)
+    memory = largest(together.of_all(memory_on_the_card(job)))
     if together.first:
-        _publish(job, {"samples": counts, "left_out": left_out})
+        facts = {"samples": counts, "left_out": left_out, "max_length": job.settings.max_length, "tokens": sft.tokens}
+        rungs = Ladder.of(job.work).decisions
+        facts |= ({"memory": memory} if memory else {}) | ({"out_of_memory": rungs} if rungs else {})
+        _publish(job, sft.log, facts)
     together.leave()
     remove(scratch)
+
+
+def _let_memory_segments_grow() -> None:
+    """Have torch's allocator grow its segments instead of asking for a new one for each longer sample.
+
+    Every micro-batch has another length, and segments of fixed sizes that none of the later ones fits would stay
+    reserved: memory that is neither used nor free. The variable's older name is the only one that torch before 2.9
+    reads. A person's own setting stands.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if not any(name in os.environ for name in names):
+        os.environ |= dict.fromkeys(names, "expandable_segments:True")
+
+
+def memory_on_the_card(job: Job) -> dict[str, int]:
+    """Bytes on this process's GPU: the most that tensors took, and that torch kept reserved for them; and what all
+    processes hold there now, CUDA's own part included. Nothing on a CPU."""
+    if job.use_cpu:
+        return {}
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "allocated": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "device_used": total - free,
+    }
+
+
+def largest(measured: list[dict[str, int]]) -> dict[str, int]:
+    """Of several processes' figures the largest, one by one."""
+    return {name: max(one[name] for one in measured) for name in measured[0]}
 
 
 def shared_evenly(samples: list[T], processes: int) -> list[T]:
@@ -142,6 +209,12 @@ def shared_evenly(samples: list[T], processes: int) -> list[T]:
     return [*samples, *islice(cycle(samples), -len(samples) % processes)]
 
 
+def has_random_states(checkpoint: Path, processes: int) -> bool:
+    """Whether each process finds its random state in a checkpoint; those of another number of processes do not fit."""
+    saved = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    return saved == ({"rng_state.pth"} if processes == 1 else {f"rng_state_{rank}.pth" for rank in range(processes)})
+
+
 def _agree_on_the_job(job: Job, together: Together) -> None:
     """Raise UsageError where this process was told otherwise than the first: their gradients would not fit together."""
     told = {
@@ -150,14 +223,20 @@ def _agree_on_the_job(job: Job, together: Together) -> None:
         "processes": job.processes,
         "micro-batch": job.micro_batch,
         "accumulation": job.accumulation,
+        "sharding": job.sharding,
+        "gradient checkpointing": job.settings.gradient_checkpointing,
+        "max_length": job.settings.max_length,
     }
     first = together.of_first(told)
     if told != first:
         raise UsageError(f"node 0 has {first}, this node {told}: nodes need the same kind and number of GPUs")
 
 
-def _publish(job: Job, facts: dict[str, Any]) -> None:
-    """Move the last checkpoint's adapter to its place, in one step, with what the stage has to know of its training."""
+def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Move the last checkpoint's adapter to its place, in one step, with what the stage has to know of its training.
+
+    `history` has the trainer's log of all steps: the checkpoint's own ends before the evaluation at its step.
+    """
     last = newest_good_checkpoint(job.work)
     assert last is not None, "training ended without a checkpoint"
     state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
@@ -166,7 +245,8 @@ def _publish(job: Job, facts: dict[str, Any]) -> None:
     partial.mkdir(parents=True)
     shutil.copyfile(last / "adapter_model.safetensors", partial / "adapter_model.safetensors")
     wanted = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "token_acc", "eval_token_acc")
-    log = [{key: entry[key] for key in wanted if key in entry} for entry in state["log_history"]]
+    # the norm of a gradient that overflowed in float16, in a step that was left out for it, is no number
+    log = [{key: entry[key] for key in wanted if key in entry and math.isfinite(entry[key])} for entry in history]
     log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
     write_json(partial / "training.json", {"steps": state["global_step"], **facts, "log": log})
     config = json.loads((last / "adapter_config.json").read_text(encoding="utf-8"))
@@ -187,6 +267,10 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "model_type": job.model_settings.swift_type,
         "template": job.model_settings.swift_template,
         "torch_dtype": job.dtype,
+        # said too: ms-swift takes float32 for a wish for mixed precision with float16
+        "fp16": job.dtype == "float16",
+        "bf16": job.dtype == "bfloat16",
+        **_four_bits(job),
         "dataset": scratch / "train.jsonl",
         "val_dataset": scratch / "validation.jsonl",
         "split_dataset_ratio": 0,
@@ -196,6 +280,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "report_to": "none",
         "use_cpu": job.use_cpu,
         "ddp_backend": ("gloo" if job.use_cpu else "nccl") if job.processes > 1 else None,
+        "deepspeed": None if job.sharding == "none" else scratch / "deepspeed.json",
         "tuner_type": "lora",
         "lora_rank": settings.rank,
         "lora_alpha": settings.alpha,
@@ -206,9 +291,13 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "lorap_lr_ratio": settings.lora_plus_ratio,
         "num_train_epochs": settings.epochs,
         "per_device_train_batch_size": job.micro_batch,
-        "per_device_eval_batch_size": job.micro_batch,
+        "per_device_eval_batch_size": job.eval_micro_batch,
         "gradient_accumulation_steps": job.accumulation,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        # of a vision-language model: nothing of the frozen tower is kept for a backward pass, with or without
+        "freeze_vit": True,
+        "vit_gradient_checkpointing": False,
+        "max_pixels": settings.max_pixels,
         "max_length": settings.max_length,
         "truncation_strategy": "delete",  # the template raises; too long samples are left out before, none is ever cut
         "lr_scheduler_type": "cosine",
@@ -221,7 +310,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "save_strategy": "steps",
         "save_steps": settings.checkpoint_every,
         "save_total_limit": settings.keep_checkpoints,
-        "eval_strategy": "steps",
+        "eval_strategy": "steps" if job.evaluate else "no",
         "eval_steps": settings.checkpoint_every,
         "seed": job.seed,
         "data_seed": job.seed,
@@ -238,6 +327,33 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
     return arguments
 
 
+def _four_bits(job: Job) -> dict[str, Any]:
+    """NF4 with double quantisation, computed in the base's precision (QLoRA, arXiv:2305.14314)."""
+    if not job.settings.load_in_4bit:
+        return {}
+    kind = {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return {**kind, "bnb_4bit_compute_dtype": job.dtype}
+
+
+def _explained(job: Job, error: BaseException, reports: Reports) -> tuple[LorryError | None, Shortage | None]:
+    """An error for people, and what ran out if it was memory on a card; None for a defect of ours."""
+    if isinstance(error, LorryError):
+        return error, None
+    shortage = shortage_of(error, reports.during, reports.step)
+    if shortage is not None:
+        return DoesNotFitError(f"out of memory {shortage}"), shortage
+    words = lost_card(error)
+    if words is not None:
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        card = job.cards[rank] if rank < len(job.cards) else "the GPU"
+        # the code of what cannot run on this hardware: with the same cards, another try may well end the same way
+        return DoesNotFitError(
+            f"{card} fell away after step {reports.step} ({words}); run the same command again, without it if it fails"
+            " again, to go on from the last checkpoint"
+        ), None
+    return machine_error(error), None
+
+
 def main() -> None:
     """Entry point; every problem ends in one line to the stage and an exit code."""
     job = Job.read(Path(sys.argv[1]))
@@ -250,7 +366,7 @@ def main() -> None:
     try:
         train(job, reports, stop)
     except BaseException as error:  # noqa: BLE001 - the stage must hear of every end
-        explained = error if isinstance(error, LorryError) else machine_error(error)
+        explained, shortage = _explained(job, error, reports)
         if explained is None and stop.signal is not None:
             explained = InterruptedRunError(f"stopped by {stop.signal.name}; run the same command again")
         if explained is None and job.processes > 1 and lost_the_others(error):
@@ -262,7 +378,8 @@ def main() -> None:
             traceback.print_exc()
         text = str(explained) if explained else f"{type(error).__name__}: {error}"
         code = explained.exit_code if explained else Exit.CRASHED
-        reports.send(event="error", text=text, code=int(code))
+        fields = {"shortage": asdict(shortage)} if shortage else {}
+        reports.send(event="error", text=" ".join(text.split())[:1000], code=int(code), **fields)
         sys.exit(code)
 
 

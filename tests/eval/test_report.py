@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from stages.contract.errors import Exit
+from stages.contract.files import read_json, write_json
 from stages.contract.records import Prediction, Sample
 from stages.contract.run import Run
 from stages.contract.stage import run_stage
@@ -116,6 +117,26 @@ def test_few_or_no_loss_points(
     build: Build, samples: list[Sample], predictions: Predictions, losses: list[dict[str, float]], shown: str
 ) -> None:
     assert shown in report_of(build(samples, predictions, losses=losses))
+
+
+def test_rungs_memory_and_speed_of_training_are_shown(
+    build: Build, samples: list[Sample], predictions: Predictions
+) -> None:
+    run = build(samples, predictions)
+    path = run.path("train", "manifest.json")
+    manifest = read_json(path)
+    rung = {"what": "out of memory", "value": "micro-batch 2", "why": "adapter tuned, in training after step 3: <b>"}
+    manifest["decisions"].append(rung)
+    manifest["gpu_memory"] = {"tuned": {"allocated": 3 * 2**30, "reserved": 7 * 2**29, "device_used": 2**33}}
+    manifest["tokens_per_second"] = {"tuned": 12345.6}
+    assert "Memory ran out" not in report_of(run)
+    write_json(path, manifest)
+    assert run_stage(run, "eval", work, force=True) == Exit.DONE
+    text = run.path("eval", "report.html").read_text(encoding="utf-8")
+    Page(text)
+    assert "Memory ran out once" in text
+    assert '<th scope="row">micro-batch 2</th><td>adapter tuned, in training after step 3: &lt;b&gt;</td>' in text
+    assert '<td class="number">12,346</td><td class="number">3.5 GiB</td>' in text
 
 
 def test_base_alone(build: Build, samples: list[Sample], predictions: Predictions) -> None:

@@ -36,7 +36,8 @@ class Training:
 
     def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         lorry = replace(self.lorry, extra={"LORRY_TARGET": "cpu", **environment})
-        return lorry.start("entrypoints.train", *self.options, *arguments)
+        module = "tests.train.hungry_train" if "HUNGER" in environment else "entrypoints.train"
+        return lorry.start(module, *self.options, *arguments)
 
     def __call__(self, *arguments: str, **environment: str) -> tuple[int, str]:
         """Exit code and output."""
@@ -48,13 +49,13 @@ class Training:
         manifest: dict[str, Any] = read_json(self.run.path("train", "manifest.json"))
         return manifest
 
-    def with_samples(self, number: int = 24) -> "Training":
-        """Put the outputs of preprocess into the run."""
+    def with_samples(self, number: int = 24, images: tuple[str, ...] = ()) -> "Training":
+        """Put the outputs of preprocess into the run; every sample has the same images."""
         run = self.run
         outputs = {}
         for split, count in (("train", number), ("validation", 2)):
             name = f"samples/{split}.jsonl"
-            write_jsonl(run.path("preprocess", name), [_sample(f"{split}{i}") for i in range(count)])
+            write_jsonl(run.path("preprocess", name), [_sample(f"{split}{i}", images) for i in range(count)])
             outputs[name] = describe_output(run.stage_folder("preprocess"), name, None, FileHashes(run.folder / "none"))
         manifest = {"contract": CONTRACT_VERSION, "version": importlib.metadata.version("lorry")}
         manifest |= {"key": run.key("preprocess", {}), "inputs": {}, "outputs": outputs}
@@ -62,10 +63,10 @@ class Training:
         return self
 
 
-def _sample(name: str) -> dict[str, Any]:
+def _sample(name: str, images: tuple[str, ...]) -> dict[str, Any]:
     said = {"system": "Answer.", "user": f"What is {name}?", "assistant": f"It is {name}."}
     messages = [{"role": role, "content": content} for role, content in said.items()]
-    return {"id": name, "messages": messages, "images": [], "references": ["x"], "meta": {}}
+    return {"id": name, "messages": messages, "images": list(images), "references": ["x"], "meta": {}}
 
 
 @pytest.fixture

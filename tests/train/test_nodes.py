@@ -92,7 +92,7 @@ def test_two_nodes_train_together_and_survive_a_kill_and_a_stop(nodes: TwoNodes)
     saved = newest_good_checkpoint(work)
     assert saved is not None
     sizes = read_json(saved / "complete.json")["sizes"]
-    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= sizes.keys()
+    assert {"adapter_model.safetensors", "optimizer.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= sizes.keys()
 
     codes, output = ended(nodes.start())
     assert codes == [0, 0], output + nodes.log()

@@ -1,21 +1,33 @@
 """Checkpoints: which one a restart takes; and what swift is told."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from stages.contract.errors import DoesNotFitError
 from stages.contract.files import write_json
 from stages.contract.part import Node
 from stages.contract.recipe import load_recipe
 from stages.train.launch import torchrun
-from stages.train.worker import Job, _arguments, newest_good_checkpoint, shared_evenly
+from stages.train.worker import (
+    Job,
+    Reports,
+    _arguments,
+    _explained,
+    _let_memory_segments_grow,
+    largest,
+    newest_good_checkpoint,
+    shared_evenly,
+)
 from tests.conftest import REPOSITORY
 
 
 def checkpoint(work: Path, step: int, whole: bool = True) -> Path:
     folder = work / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    for name in ("adapter_model.safetensors", "optimizer.pt"):
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         (folder / name).write_bytes(b"x" * step)
     if whole:
         write_json(folder / "complete.json", {"sizes": {p.name: step for p in folder.iterdir()}})
@@ -35,7 +47,7 @@ def test_a_checkpoint_without_its_mark_is_deleted(tmp_path: Path) -> None:
     assert not torn.exists()
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors"])
 def test_a_checkpoint_with_a_cut_or_lost_file_is_deleted(tmp_path: Path, name: str) -> None:
     checkpoint(tmp_path, 10)
     for step, harm in ((20, lambda path: path.write_bytes(b"x")), (30, lambda path: path.unlink())):
@@ -48,14 +60,14 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert newest_good_checkpoint(tmp_path) is None
 
 
-def told(tmp_path: Path, *overrides: str, processes: int = 1) -> dict[str, list[str]]:
-    """What swift is told, by option."""
+def job(tmp_path: Path, *overrides: str, processes: int = 1) -> Job:
     recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", overrides)
-    job = Job(
+    return Job(
         model=tmp_path / "model",
         work=tmp_path / "work",
         scratch=tmp_path / "scratch",
         adapter=tmp_path / "adapter",
+        run=tmp_path,
         train=[],
         validation=[],
         seed=7,
@@ -63,13 +75,21 @@ def told(tmp_path: Path, *overrides: str, processes: int = 1) -> dict[str, list[
         micro_batch=2,
         accumulation=5,
         processes=processes,
+        sharding="none",
+        eval_micro_batch=3,
+        evaluate=True,
         use_cpu=True,
+        cards=[],
         model_settings=recipe.model,
         settings=recipe.train,
         reports=0,
     )
+
+
+def told(tmp_path: Path, *overrides: str, processes: int = 1) -> dict[str, list[str]]:
+    """What swift is told, by option."""
     options: dict[str, list[str]] = {}
-    for argument in _arguments(job, tmp_path, None):
+    for argument in _arguments(job(tmp_path, *overrides, processes=processes), tmp_path, None):
         if argument.startswith("--"):
             options[argument] = []
         else:
@@ -99,6 +119,54 @@ def test_target_modules_are_names_or_one_regular_expression(tmp_path: Path) -> N
 def test_several_processes_are_told_how_to_talk(tmp_path: Path) -> None:
     assert "--ddp_backend" not in told(tmp_path)
     assert told(tmp_path, processes=2)["--ddp_backend"] == ["gloo"]
+
+
+def test_memory_decides_batches_of_evaluation_pixels_and_bits(tmp_path: Path) -> None:
+    plain = told(tmp_path)
+    assert plain["--per_device_eval_batch_size"] == ["3"]
+    assert plain["--fp16"] == ["True"] and plain["--bf16"] == ["False"]
+    assert plain["--vit_gradient_checkpointing"] == ["False"]
+    assert not {"--max_pixels", "--quant_method"} & set(plain)
+    lean = told(tmp_path, "train.max_pixels=50176", "train.load_in_4bit=true")
+    assert lean["--max_pixels"] == ["50176"]
+    assert (lean["--quant_method"], lean["--quant_bits"], lean["--bnb_4bit_quant_type"]) == (["bnb"], ["4"], ["nf4"])
+    assert lean["--bnb_4bit_compute_dtype"] == ["float16"]
+
+
+def test_a_lost_card_is_named_with_cuda_s_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = replace(job(tmp_path), processes=2, cards=["GPU 3 (A800), GPU-a", "GPU 5 (A800), GPU-b"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    reports = Reports(os.open(os.devnull, os.O_WRONLY))
+    reports.during, reports.step = "training", 12
+    error = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
+    explained, shortage = _explained(lost, error, reports)
+    assert isinstance(explained, DoesNotFitError) and shortage is None
+    assert str(explained).startswith(
+        "GPU 5 (A800), GPU-b fell away after step 12 (CUDA error: unspecified launch failure); run the same command"
+    )
+    assert _explained(lost, RuntimeError("CUDA error: device-side assert triggered"), reports) == (None, None)
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_segments_grow_unless_a_person_set_it_otherwise(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:64")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    _let_memory_segments_grow()
+    expected = {own: "max_split_size_mb:64"} if own else dict.fromkeys(names, "expandable_segments:True")
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected
+
+
+def test_of_several_processes_the_largest_memory_counts() -> None:
+    assert largest([{"reserved": 3, "allocated": 2}, {"reserved": 2, "allocated": 5}]) == {
+        "reserved": 3,
+        "allocated": 5,
+    }
 
 
 def test_one_machine_needs_no_meeting_and_nodes_keep_their_ranks(tmp_path: Path) -> None:

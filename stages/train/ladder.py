@@ -1,0 +1,228 @@
+"""Out of memory in the middle of training: what the next try does with less, and how that is remembered.
+
+Each rung asks for less memory and leaves the effective batch as it is. What would change what the adapter learns
+from, the pixels and the length, is only touched where the recipe allows it. An evaluation that does not fit changes
+only the evaluation.
+
+    <checkpoints>/ladder.json   the rungs taken, so that a later start of the same work begins at the last of them
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.contract.errors import DoesNotFitError
+from stages.contract.files import read_json, write_json
+from stages.contract.recipe import Train
+from stages.hardware.batch import BatchPlan, plan_batch
+
+During = Literal["loading", "training", "evaluation"]
+
+WHAT = "out of memory"
+"""The name of these decisions in the manifest."""
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """An out-of-memory, as a training process tells it."""
+
+    during: During
+    step: int
+    """The last optimizer step that was finished."""
+    said: str
+    """What was asked for and what was free, in torch's words."""
+
+    def __str__(self) -> str:
+        at = "while the model was loaded" if self.during == "loading" else f"in {self.during} after step {self.step}"
+        return f"{at}: {self.said}"
+
+
+class MemoryRanOutError(DoesNotFitError):
+    """Training ended out of memory. The processes that had it are gone."""
+
+    def __init__(self, text: str, shortage: Shortage, processes: tuple[int, ...] = ()) -> None:
+        super().__init__(text)
+        self.shortage, self.processes = shortage, processes
+
+
+@dataclass(frozen=True)
+class Footing:
+    """What of a training depends on how much memory there is."""
+
+    settings: Train
+    batch: BatchPlan
+    eval_micro_batch: int
+    """Samples per forward pass of an evaluation, on one GPU."""
+    evaluate: bool = True
+
+
+Change = dict[str, int | bool]
+"""What a rung sets: `micro_batch`, `eval_micro_batch`, `evaluate`, or a field of the recipe's `train`."""
+
+
+def next_rung(footing: Footing, during: During) -> Change | None:
+    """What to try with less memory; None when nothing is left that the recipe allows."""
+    if during == "evaluation":
+        return _lighter_evaluation(footing)
+    if during == "training":
+        return _lighter_training(footing)
+    return None  # while loading not one sample was on the card: no batch is small enough
+
+
+def _lighter_training(footing: Footing) -> Change | None:
+    settings, micro_batch = footing.settings, footing.batch.micro_batch
+    if micro_batch > 1:
+        return {"micro_batch": micro_batch // 2}
+    if not settings.gradient_checkpointing:
+        return {"gradient_checkpointing": True}
+    if settings.least_max_pixels and settings.max_pixels and settings.max_pixels > settings.least_max_pixels:
+        return {"max_pixels": max(settings.max_pixels * 2 // 3, settings.least_max_pixels)}
+    if settings.least_max_length and settings.max_length > settings.least_max_length:
+        return {"max_length": max(settings.max_length // 2, settings.least_max_length)}
+    return None
+
+
+def _lighter_evaluation(footing: Footing) -> Change | None:
+    if footing.eval_micro_batch > 1:
+        return {"eval_micro_batch": footing.eval_micro_batch // 2}
+    return {"evaluate": False} if footing.evaluate else None
+
+
+def lowered(footing: Footing, change: Change) -> Footing:
+    """The footing with a rung's change, where it is not below that already: a start may have other cards."""
+    batch, settings = footing.batch, footing.settings
+    if "micro_batch" in change:
+        batch = plan_batch(batch.wanted, min(batch.micro_batch, int(change["micro_batch"])), batch.gpus)
+    update: Change = {}
+    if "gradient_checkpointing" in change:
+        update["gradient_checkpointing"] = True
+    if "max_pixels" in change:
+        update["max_pixels"] = min(settings.max_pixels or int(change["max_pixels"]), int(change["max_pixels"]))
+    if "max_length" in change:
+        update["max_length"] = min(settings.max_length, int(change["max_length"]))
+    return replace(
+        footing,
+        settings=settings.model_copy(update=update),
+        batch=batch,
+        eval_micro_batch=min(footing.eval_micro_batch, int(change.get("eval_micro_batch", footing.eval_micro_batch))),
+        evaluate=footing.evaluate and bool(change.get("evaluate", True)),
+    )
+
+
+def in_words(change: Change, after: Footing) -> str:
+    """What a rung does, for the console, the manifest and the report."""
+    batch = after.batch
+    words = {
+        "micro_batch": f"micro-batch {batch.micro_batch}, accumulation {batch.accumulation}: {batch}",
+        "gradient_checkpointing": f"gradient checkpointing on, effective batch still {batch.effective}",
+        "max_pixels": f"max_pixels {after.settings.max_pixels}",
+        "max_length": f"max_length {after.settings.max_length}: longer samples are left out",
+        "eval_micro_batch": f"evaluation {after.eval_micro_batch} at a time; training as it was",
+        "evaluate": "no evaluation any more; training as it was",
+    }
+    return "; ".join(words[name] for name in change)
+
+
+def by_hand(change: Change) -> str:
+    """The same as options of the command. An evaluation has none of its own: it goes by training's."""
+    if "evaluate" in change:
+        return "--set data.validation_fraction=0 (and preprocess, which that concerns)"
+    return " ".join(f"--set train.{name.removeprefix('eval_')}={str(value).lower()}" for name, value in change.items())
+
+
+def what_would_help(footing: Footing) -> str:
+    """For an error's end: what a person can change when no rung is left."""
+    settings = footing.settings
+    ways = ["GPUs with more free memory"]
+    if not settings.load_in_4bit:
+        ways.append("the base in 4 bits (train.load_in_4bit=true)")
+    ways.append("ZeRO-3 over more GPUs (train.sharding=zero3)")
+    if settings.max_pixels and settings.max_pixels > (settings.least_max_pixels or 0):
+        ways.append(f"fewer pixels (train.max_pixels below {settings.max_pixels})")
+    ways.append(f"shorter samples (train.max_length below {settings.max_length})")
+    return f"what helps: {', '.join(ways[:-1])}, or {ways[-1]}"
+
+
+@dataclass
+class Ladder:
+    """The rungs that one adapter's training has taken, over all starts of the same work."""
+
+    path: Path
+    rungs: list[dict[str, Any]] = field(default_factory=list)
+    """`{"decision": as the manifest has it, "change": Change}`"""
+
+    @staticmethod
+    def of(work: Path) -> "Ladder":
+        """That of the adapter with these checkpoints."""
+        path = work / "ladder.json"
+        return Ladder(path, (read_json(path) or {"rungs": []})["rungs"])
+
+    @property
+    def decisions(self) -> list[dict[str, Any]]:
+        return [dict(rung["decision"]) for rung in self.rungs]
+
+    def descended(self, footing: Footing) -> Footing:
+        """The footing, with every rung that was taken before."""
+        for rung in self.rungs:
+            footing = lowered(footing, rung["change"])
+        return footing
+
+    def take(self, adapter: str, shortage: Shortage, change: Change, footing: Footing) -> Footing:
+        """Go down one rung, and remember it."""
+        after = lowered(footing, change)
+        decision = {"what": WHAT, "value": in_words(change, after), "why": f"adapter {adapter}, {shortage}"}
+        self.rungs.append({"decision": decision, "change": change})
+        write_json(self.path, {"rungs": self.rungs})
+        return after
+
+
+# -- in the training process -------------------------------------------------------------------------------------
+
+_NO_MEMORY = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|NCCL.*out of memory|Cuda failure.*out of memory|DefaultCPUAllocator: can't allocate memory",
+    re.DOTALL,
+)
+"""Texts of plain RuntimeErrors. Only the allocator of torch has a type of its own for this."""
+
+_LOST = re.compile(
+    r"unspecified launch failure|GPU is lost|fallen off the bus|uncorrectable ECC|no CUDA-capable device"
+    r"|CUDA error: (?:unknown error|an illegal instruction|hardware stack error|system not yet initialized)"
+    r"|CUDA-capable device\(s\) is/are busy or unavailable|device kernel image is invalid",
+    re.IGNORECASE,
+)
+"""CUDA's words for a card that works no more. An assertion on the device is not among them: that is a defect."""
+
+
+def shortage_of(error: BaseException, during: During, step: int) -> Shortage | None:
+    """What ran out, or None when the error is something else."""
+    for one in _with_causes(error):
+        if type(one).__name__ == "OutOfMemoryError" or (isinstance(one, RuntimeError) and _NO_MEMORY.search(str(one))):
+            return Shortage(during, step, _asked(str(one)))
+    return None
+
+
+def lost_card(error: BaseException) -> str | None:
+    """What CUDA says of a card that fell away, or None when the error is something else."""
+    for one in _with_causes(error):
+        if isinstance(one, RuntimeError) and _LOST.search(str(one)):
+            return str(one).strip().splitlines()[0][:200]
+    return None
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _asked(text: str) -> str:
+    """`asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free` of torch's long text; else its beginning."""
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+    free = re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text)
+    if asked is None:
+        return " ".join(text.split())[:150]
+    return f"asked for {asked[1]}" + (f", {free[2]} of {free[1]} free" if free else "")

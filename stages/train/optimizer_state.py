@@ -1,0 +1,290 @@
+"""The optimizer's state in a checkpoint, by the names of the weights: training goes on from it on any number of GPUs,
+with ZeRO or without.
+
+    adapter_model.safetensors   the LoRA weights as the optimizer has them, in float32
+    optimizer.safetensors       `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step` for each of them, by the same names
+    optimizer.json              where the schedule stands; with float16, the loss scale
+
+DeepSpeed's own checkpoints fit one number of GPUs and one stage only, and are pickles. The states' names are those of
+torch's AdamW (https://arxiv.org/abs/1711.05101).
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import transformers.trainer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from stages.contract.files import write_json
+from stages.train.together import Together
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def keep_by_name(trainer: Any, together: Together) -> None:
+    """Have a transformers Trainer save and load its optimizer and schedule so. To be called before it trains."""
+    saving = _Saving(trainer, together)
+    trainer._save_optimizer_and_scheduler = saving.save
+    trainer._load_optimizer_and_scheduler = saving.load
+    trainer._save_scaler = trainer._load_scaler = lambda checkpoint: None  # with the others
+    if trainer.is_deepspeed_enabled:
+        trainer.save_model = saving.save_model
+        # is called before the method above, and would want DeepSpeed's own folders
+        vars(transformers.trainer)["deepspeed_load_checkpoint"] = lambda *_, **__: None
+
+
+def name_in_file(parameter: str) -> str:
+    """A LoRA weight's name as PEFT writes it: without the adapter's."""
+    return re.sub(r"\.default(?=\.|$)", "", parameter)
+
+
+class States(Protocol):
+    """An optimizer's state, by the weights' names."""
+
+    def read(self) -> dict[str, Tensor]:
+        """Everything, whole. All processes must call this; with ZeRO it is complete in each."""
+
+    def write(self, states: Mapping[str, Tensor]) -> None:
+        """Put back what `read` gave, here or with other processes."""
+
+
+class TorchStates:
+    """The state of a torch optimizer that each process has whole."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[Parameter, str]) -> None:
+        self._optimizer, self._names = optimizer, names
+
+    def read(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for parameter, name in self._names.items():
+            for what, value in self._optimizer.state.get(parameter, {}).items():
+                found[f"{name}.{what}"] = value
+        return found
+
+    def write(self, states: Mapping[str, Tensor]) -> None:
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        state = {}
+        for number, parameter in enumerate(parameters):
+            name = self._names[parameter]
+            found = {what: states[f"{name}.{what}"] for what in (*MOMENTS, "step") if f"{name}.{what}" in states}
+            if found:
+                state[number] = found
+        # torch puts each where its own step would have made it
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of a weight that this process has, in the flat tensor of its group."""
+
+    in_flat: int
+    in_weight: int
+    size: int
+
+
+class ZeroStates:
+    """The state of DeepSpeed's ZeRO-2 or ZeRO-3 optimizer: each group of weights is one flat float32 tensor, or in
+    ZeRO-3 several, of which each process has a part.
+
+    Not done by `deepspeed.utils.safe_*`: those know the moments of the first group only (ZeRO-2) before a second step,
+    and fail where a weight does not divide by the number of GPUs (ZeRO-3).
+    """
+
+    def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
+        self._optimizer, self._names = zero.optimizer, names
+        self._zero, self._is_3 = zero, hasattr(zero, "fp32_partitioned_groups_flat")
+        self._flats: list[Tensor] = zero.fp32_partitioned_groups_flat if self._is_3 else _flats_of_2(zero)
+        self._groups: list[list[Parameter]] = zero.fp16_groups if self._is_3 else zero.bit16_groups
+
+    def read(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for flat, group in zip(self._flats, self._groups, strict=True):
+            state = self._optimizer.state.get(flat, {})
+            for parameter in group if state else ():
+                name = self._names[parameter]
+                found |= {f"{name}.{what}": self._whole(parameter, state[what]) for what in MOMENTS}
+                found[f"{name}.step"] = state["step"].clone()
+        return found
+
+    def write(self, states: Mapping[str, Tensor]) -> None:
+        for number, (flat, group) in enumerate(zip(self._flats, self._groups, strict=True)):
+            steps = [states[f"{self._names[p]}.step"] for p in group if f"{self._names[p]}.step" in states]
+            if not steps:
+                continue
+            # a group has one count. Weights' counts differ only where some had no gradient in some steps
+            step = torch.stack(steps).max().to(flat.device if self._counts_on_gpu(number) else "cpu")
+            state = {what: torch.zeros_like(flat, requires_grad=False) for what in MOMENTS}
+            self._optimizer.state[flat] = {"step": step, **state}
+            for parameter in group:
+                for what in MOMENTS:
+                    self._put(parameter, state[what], states.get(f"{self._names[parameter]}.{what}"))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The float32 weights, whole, by name. All processes must call this."""
+        pairs = zip(self._flats, self._groups, strict=True)
+        return {self._names[parameter]: self._whole(parameter, flat) for flat, group in pairs for parameter in group}
+
+    def write_weights(self, weight: Callable[[str], Tensor]) -> None:
+        """Set the float32 weights. Those that the model computes with have been made of the same before."""
+        for flat, group in zip(self._flats, self._groups, strict=True):
+            for parameter in group:
+                self._put(parameter, flat, weight(self._names[parameter]))
+
+    def _counts_on_gpu(self, number: int) -> bool:
+        group = self._zero.sub_group_to_group_id[number] if self._is_3 else number
+        settings = self._optimizer.param_groups[group]
+        return bool(settings.get("fused") or settings.get("capturable"))
+
+    def _fragment(self, parameter: Any) -> Fragment | None:
+        if self._is_3:
+            _, start, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            first = size * dist.get_rank()
+            size = min(size, parameter.ds_numel - first)  # the last ones are filled up, or have nothing but filling
+            return Fragment(start, first, size) if size > 0 else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        address = mapping.hp_fragment_address
+        return Fragment(address.start, mapping.lp_fragment_address.start, address.numel)
+
+    @torch.no_grad()
+    def _whole(self, parameter: Any, flat: Tensor) -> Tensor:
+        """A weight's part of a flat tensor, gathered from all processes."""
+        shape = parameter.ds_shape if self._is_3 else parameter.shape
+        whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=flat.device)
+        fragment = self._fragment(parameter)
+        if fragment is not None:
+            part = flat.narrow(0, fragment.in_flat, fragment.size)
+            whole.narrow(0, fragment.in_weight, fragment.size).copy_(part)
+        dist.all_reduce(whole)  # every element is of one process, and 0 in the others
+        return whole.view(shape).cpu()
+
+    @torch.no_grad()
+    def _put(self, parameter: Any, flat: Tensor, whole: Tensor | None) -> None:
+        fragment = self._fragment(parameter)
+        if fragment is not None and whole is not None:
+            part = whole.flatten().narrow(0, fragment.in_weight, fragment.size)
+            flat.narrow(0, fragment.in_flat, fragment.size).copy_(part)
+
+
+def _flats_of_2(zero: Any) -> list[Tensor]:
+    flats: list[Tensor] = zero.single_partition_of_fp32_groups
+    return flats
+
+
+class _Saving:
+    """What the trainer's methods are replaced by."""
+
+    def __init__(self, trainer: Any, together: Together) -> None:
+        self._trainer, self._together = trainer, together
+
+    def _names(self) -> dict[Parameter, str]:
+        named = self._trainer.model.named_parameters()
+        return {parameter: name_in_file(name) for name, parameter in named if parameter.requires_grad}
+
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer, or None."""
+        return self._trainer.model_wrapped.optimizer if self._trainer.is_deepspeed_enabled else None
+
+    def _states(self) -> States:
+        zero = self._zero()
+        if zero is not None:
+            return ZeroStates(zero, self._names())
+        optimizer = self._trainer.optimizer
+        return TorchStates(getattr(optimizer, "optimizer", optimizer), self._names())  # without accelerate's wrapper
+
+    def save(self, checkpoint: str) -> None:
+        states, folder = self._states().read(), Path(checkpoint)
+        if self._together.first:
+            save_file({name: value.detach().cpu().contiguous() for name, value in states.items()}, folder / STATES)
+            schedule, scale = read_schedule(self._trainer.lr_scheduler), self._read_loss_scale()
+            write_json(folder / POSITION, {"schedule": schedule, "loss_scale": scale})
+
+    def load(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        states = self._states()
+        states.write(load_file(folder / STATES))
+        if isinstance(states, ZeroStates):
+            with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+                states.write_weights(weights.get_tensor)
+        position = json.loads((folder / POSITION).read_text(encoding="utf-8"))
+        write_schedule(self._trainer.lr_scheduler, position["schedule"])
+        if position["loss_scale"] is not None:
+            self._write_loss_scale(position["loss_scale"])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter from the float32 weights, so that it is the same with ZeRO as without.
+
+        The trainer would take the 16-bit ones, and with ZeRO-2 copy the whole base to do so, in each process.
+        """
+        zero = self._zero()
+        weights = ZeroStates(zero, {p: n for n, p in self._trainer.model.named_parameters()}).weights()
+        if self._together.first:
+            self._trainer._save(output_dir, state_dict=weights)
+
+    def _read_loss_scale(self) -> dict[str, Any] | None:
+        """The scale, and the steps since it last changed."""
+        zero = self._zero()
+        if zero is not None:
+            return read_loss_scale_of_zero(zero.loss_scaler)
+        scaler = self._trainer.accelerator.scaler
+        if scaler is None or not scaler.is_enabled():
+            return None
+        state = scaler.state_dict()
+        return {"scale": state["scale"], "steps": state["_growth_tracker"]}
+
+    def _write_loss_scale(self, saved: Mapping[str, Any]) -> None:
+        zero = self._zero()
+        if zero is not None:
+            write_loss_scale_of_zero(zero.loss_scaler, saved)
+            return
+        scaler = self._trainer.accelerator.scaler
+        if scaler is not None and scaler.is_enabled():  # not where the type is another than when it was saved
+            now = {"scale": saved["scale"], "_growth_tracker": saved["steps"]}
+            scaler.load_state_dict({**scaler.state_dict(), **now})
+
+
+STATES = "optimizer.safetensors"
+POSITION = "optimizer.json"
+
+
+def read_schedule(schedule: Any) -> dict[str, Any]:
+    """Where a torch LambdaLR stands, and what it varies: a rate for each group of weights."""
+    rates = [float(rate) for rate in schedule.base_lrs]
+    return {"last_epoch": schedule.last_epoch, "step_count": schedule._step_count, "learning_rates": rates}
+
+
+def write_schedule(schedule: Any, saved: Mapping[str, Any]) -> None:
+    """Go on from there, with the learning rates of that step."""
+    if saved["learning_rates"] != schedule.base_lrs:
+        raise ValueError(f"learning rates were {saved['learning_rates']}, and are now {schedule.base_lrs}")
+    schedule.last_epoch, schedule._step_count = saved["last_epoch"], saved["step_count"]
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
+
+
+def read_loss_scale_of_zero(scaler: Any) -> dict[str, Any] | None:
+    """DeepSpeed counts steps from the beginning, and remembers the last one whose gradients overflowed."""
+    if not scaler.dynamic:
+        return None
+    steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+    return {"scale": float(scaler.cur_scale), "steps": steps % scaler.scale_window}
+
+
+def write_loss_scale_of_zero(scaler: Any, saved: Mapping[str, Any]) -> None:
+    """See `read_loss_scale_of_zero`; nothing where the scale is fixed."""
+    if scaler.dynamic:
+        scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = saved["scale"], saved["steps"], -1

@@ -1,0 +1,8 @@
+"""`lorry-train` with a worker that runs out of memory (`hungry_worker.py`)."""
+
+import stages.train.launch
+from entrypoints.train import main
+
+if __name__ == "__main__":
+    stages.train.launch.WORKER = "tests.train.hungry_worker"
+    main()
