@@ -57,7 +57,9 @@ def make_model(name: str, shape: dict[str, int]) -> None:
 
 
 def make_in_a_process_of_its_own(name: str, shape: dict[str, int]) -> None:
-    """So that this one never holds a GPU."""
+    """So that this one never holds a GPU. One that is there is kept: trainings may be reading it."""
+    if (ROOTS.models / name / "model.safetensors").is_file():
+        return
     code = f"from benchmarks.two_gpus import make_model; make_model({name!r}, {shape!r})"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,0 +1,305 @@
+"""The estimated against the measured peak of a GPU's memory, for true model shapes with random weights.
+
+    LORRY_MODELS=... LORRY_RUNS=... python -m benchmarks.memory [NAME...]
+
+Needs an NVIDIA GPU with 80 GB or more, 65 GB for the models (made by benchmarks.random_models, where they are not there
+yet) and SmolLM2's tokenizer. Each setting is a training of its own by the train command, with samples of exactly
+`length` tokens; several run at once where their memory allows. Measured is what the driver says of the training
+process at most, sampled ten times a second: what nvidia-smi shows. Nothing is asserted; misses are rows too.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.random_models import CONFIGS, make_model
+from benchmarks.rows import write_rows
+from entrypoints.common import open_run
+from stages.contract.files import FileHashes, read_json, write_jsonl
+from stages.contract.roots import Roots
+from stages.contract.stage import Stage, run_stage
+from stages.hardware.fit import as_asked
+from stages.hardware.memory import lengths_at_most
+from stages.hardware.shape import read_shape
+
+ROOTS = Roots.from_environment()
+EFFECTIVE = 2
+"""Micro-batches of an optimizer step, and GPUs at most: gradients of the first are held during the second."""
+STEPS = 4
+ONCE, BUDGET = 6, 70e9
+"""Trainings at a time, and bytes over which no other is begun: each must find its own need free when it plans."""
+PICTURE = (1120, 1092)
+"""Width and height: 1560 tokens, near the pixel budget of patent pages."""
+PICTURE_TOKENS = 1562
+"""Of that picture, with the two that stand around it."""
+TEMPLATE_TOKENS = 16
+"""What the template puts around question and answer, but for the three tokens that count as the answer's."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    model: str
+    length: int
+    answer: int
+    """Tokens of the answer, its end token included."""
+    micro_batch: int = 1
+    sets: tuple[str, ...] = ()
+    gpus: int = 1
+    picture: bool = False
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        vision = "vision_config" in CONFIGS[self.model]
+        kind = ("qwen2_5_vl", "qwen2_5_vl") if vision else ("qwen2", "chatml")
+        return (
+            f"model.path={self.model}",
+            f"model.swift_type={kind[0]}",
+            f"model.swift_template={kind[1]}",
+            "preprocess.retrieval.embedder=none",  # no pages here; a folder that is quickly read
+            "train.target_modules=[all-linear]",
+            f"train.max_length={self.length}",
+            f"infer.max_new_tokens={self.answer}",
+            f"infer.max_length={max(2 * self.answer, 8192)}",
+            f"train.micro_batch={self.micro_batch}",
+            f"train.effective_batch={self.micro_batch * EFFECTIVE}",
+            "train.epochs=1",
+            "train.checkpoint_every=2",
+            "train.dropout=0.05",
+            "train.gradient_checkpointing=true",
+            *self.sets,
+        )
+
+
+PLAIN, R64 = "train.gradient_checkpointing=false", ("train.rank=64", "train.alpha=64")
+SETTINGS = (
+    Setting("0.5B, 512, micro-batch 8, no checkpointing", "Qwen2.5-0.5B", 512, 480, 8, (PLAIN,)),
+    Setting("0.5B, 2048, no checkpointing", "Qwen2.5-0.5B", 2048, 64, 1, (PLAIN,)),
+    Setting("0.5B, 8192, r64", "Qwen2.5-0.5B", 8192, 8000, 1, R64),
+    Setting("0.5B, 2048, whole sample learnt", "Qwen2.5-0.5B", 2048, 2000),
+    Setting("7B, 1024, r64, no checkpointing", "Qwen2.5-7B", 1024, 256, 1, (PLAIN, *R64)),
+    Setting("7B, 2048, micro-batch 4", "Qwen2.5-7B", 2048, 512, 4),
+    Setting("7B, 4096", "Qwen2.5-7B", 4096, 64),
+    Setting("7B, 8192, whole sample learnt", "Qwen2.5-7B", 8192, 8000),
+    Setting("7B, 2048, r64", "Qwen2.5-7B", 2048, 64, 1, R64),
+    Setting("7B, 2048, 4-bit", "Qwen2.5-7B", 2048, 64, 1, ("train.load_in_4bit=true",)),
+    Setting("7B, 2048, float16", "Qwen2.5-7B", 2048, 1024, 1, ("train.precision=float16",)),
+    Setting("7B, 2048, ZeRO-2 on one", "Qwen2.5-7B", 2048, 64, 1, ("train.sharding=zero2",)),
+    Setting("7B, 2048, ZeRO-3 on one", "Qwen2.5-7B", 2048, 64, 1, ("train.sharding=zero3",)),
+    Setting("14B, 2048", "Qwen2.5-14B", 2048, 512),
+    Setting("14B, 1024, r64, no checkpointing", "Qwen2.5-14B", 1024, 64, 1, (PLAIN, *R64)),
+    Setting("VL-7B, 2048, a page's picture", "Qwen2.5-VL-7B", 2048, 64, picture=True),
+    Setting("VL-7B, 2048, no checkpointing", "Qwen2.5-VL-7B", 2048, 64, 1, (PLAIN,), picture=True),
+    Setting("7B, 2048, two GPUs", "Qwen2.5-7B", 2048, 64, gpus=2),
+    Setting("7B, 2048, ZeRO-2 on two", "Qwen2.5-7B", 2048, 64, 1, ("train.sharding=zero2",), 2),
+    Setting("7B, 2048, ZeRO-3 on two", "Qwen2.5-7B", 2048, 64, 1, ("train.sharding=zero3",), 2),
+    Setting("14B, 8192, ZeRO-3 on two", "Qwen2.5-14B", 8192, 64, 1, ("train.sharding=zero3",), 2),
+)
+
+
+# -- samples -------------------------------------------------------------------------------------------------------
+
+
+def prepare(setting: Setting, number: int) -> str:
+    """A run with samples of the setting's lengths, as if preprocess had made them. Returns its name."""
+    name = f"memory-{number:02}"
+    run = open_run("patent-qa", None, str(Path("recipes/data/patent-qa").absolute()), setting.overrides, name)
+
+    def work(stage: Stage) -> None:
+        picture = []
+        if setting.picture:
+            picture = [_picture(stage)]
+        # of a micro-batch of several, every other sample is a little shorter, as in life: then there is padding
+        lengths = [setting.length - 9 * (i % 2) * (setting.micro_batch > 1) for i in range(STEPS * EFFECTIVE * 8)]
+        samples = [_sample(i, length, setting.answer, picture) for i, length in enumerate(lengths)]
+        train = samples[: STEPS * EFFECTIVE * setting.micro_batch]
+        for split, rows in (("train", train), ("validation", samples[:2]), ("test", samples[:1])):
+            stage.outputs[f"samples/{split}.jsonl"] = write_jsonl(stage.path("samples", f"{split}.jsonl"), rows)
+
+    if run_stage(run, "preprocess", work):
+        raise SystemExit(f"{name}: no samples")
+    _remember_digests(setting.model, run.stage_folder("train"))
+    return name
+
+
+def _remember_digests(model: str, folder: Path) -> None:
+    """Have the stage know a model's digest, as it does from its second start on: it takes half a minute for 30 GB."""
+    known = ROOTS.runs / f".{model}.json"
+    if not known.is_file():
+        hashes = FileHashes(known)
+        hashes.tree(ROOTS.models / model)
+        hashes.save()
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(known, folder / ".hashes.json")
+
+
+def _sample(number: int, length: int, answer: int, pictures: list[str]) -> dict[str, Any]:
+    """A conversation of so many tokens of SmolLM2's, in which ` the` is one."""
+    words = length - answer - TEMPLATE_TOKENS - len(pictures) * PICTURE_TOKENS
+    question = "<image>" * len(pictures) + "x" + " the" * words
+    contents = {"system": "s", "user": question, "assistant": "y" + " the" * (answer - 3)}
+    messages = [{"role": role, "content": content} for role, content in contents.items()]
+    return {"id": str(number), "messages": messages, "images": pictures, "references": [], "meta": {"group": "all"}}
+
+
+def _picture(stage: Stage) -> str:
+    from PIL import Image
+
+    path = stage.path("pages", "page.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise(PICTURE, 100).convert("RGB").save(path)
+    stage.outputs["pages/"] = None
+    return str(path.relative_to(stage.run.folder))
+
+
+# -- trainings -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """A start of the train command, watched."""
+
+    setting: Setting
+    run: str
+    estimate: dict[str, int]
+    process: "subprocess.Popen[str]"
+    began: float = field(default_factory=time.monotonic)
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Most bytes by process, as the driver tells them."""
+
+    @staticmethod
+    def start(setting: Setting, number: int) -> "Training":
+        name = prepare(setting, number)
+        opened = open_run("patent-qa", None, None, setting.overrides, name)
+        train = opened.recipe.train
+        lengths = lengths_at_most(opened.recipe)
+        shape = read_shape(ROOTS.models / setting.model)
+        way = as_asked(shape, train, setting.gpus, "bfloat16", lengths)
+        sets = [word for one in setting.overrides for word in ("--set", one)]
+        data = str(Path("recipes/data/patent-qa").absolute())
+        devices = ",".join(map(str, range(setting.gpus)))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "entrypoints.train", "patent-qa", "--run", name, "--data", data, *sets],
+            env={**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": devices},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return Training(setting, name, {**way.estimate.parts(), "total": way.estimate.total}, process)
+
+    def look(self, used: dict[int, int]) -> None:
+        """Note what the driver says of this training's processes."""
+        for pid in _descendants(self.process.pid):
+            if pid in used:
+                self.peaks[str(pid)] = max(self.peaks.get(str(pid), 0), used[pid])
+
+    def row(self) -> dict[str, Any]:
+        output = self.process.communicate()[0]
+        measured = max(self.peaks.values(), default=0)
+        row: dict[str, Any] = {
+            "setting": self.setting.name,
+            "exit code": self.process.returncode,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "estimated bytes": self.estimate["total"],
+            "measured bytes": measured,
+            "estimate over measured, percent": round(100 * (self.estimate["total"] / measured - 1), 1)
+            if measured
+            else None,
+            "parts": self.estimate,
+            "sets": list(self.setting.overrides),
+            "GPUs": self.setting.gpus,
+        }
+        folder = ROOTS.runs / self.run / "train"
+        if manifest := read_json(folder / "manifest.json"):
+            row["torch says"] = manifest.get("gpu_memory")
+            row["decisions"] = {made["what"]: made["value"] for made in manifest["decisions"]}
+        if self.process.returncode:
+            row["said"] = output.strip().splitlines()[-3:]
+            log = folder / "log.txt"
+            print(output[-800:], log.read_text()[-1500:] if log.is_file() else "", sep="\n--- log\n", flush=True)
+        print(json.dumps({key: row[key] for key in list(row)[:6]}), flush=True)
+        return row
+
+
+def _descendants(root: int) -> set[int]:
+    """A process and all that it started."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(path.parent.name))
+    found, left = set(), [root]
+    while left:
+        found.add(one := left.pop())
+        left += children.get(one, [])
+    return found
+
+
+def measure(settings: list[Setting]) -> list[dict[str, Any]]:
+    """A row for each setting. Those for more GPUs than there are here are not run, and their rows say so."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    rows: list[dict[str, Any]] = []
+    waiting = []
+    for number, one in enumerate(settings):
+        if one.gpus > len(handles):
+            rows.append({"setting": one.name, "not run": f"{one.gpus} GPUs, and {len(handles)} here"})
+        else:
+            waiting.append((number, one))
+    waiting.sort(key=lambda item: -len(item[1].model))  # the large models first: they take longest
+    running: list[Training] = []
+
+    def look() -> None:
+        while waiting or running:
+            used = {
+                process.pid: process.usedGpuMemory or 0
+                for handle in handles
+                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            }
+            for training in list(running):
+                training.look(used)
+            time.sleep(0.1)
+
+    threading.Thread(target=look, daemon=True).start()
+    while waiting or running:
+        for training in [one for one in running if one.process.poll() is not None]:
+            rows.append(training.row())
+            running.remove(training)
+        taken = sum(training.estimate["total"] * training.setting.gpus for training in running)
+        if waiting and len(running) < ONCE and taken < BUDGET:
+            number, setting = waiting[0]
+            running.append(Training.start(setting, number))
+            waiting.pop(0)
+        time.sleep(0.1)
+    return rows
+
+
+def main() -> None:
+    wanted = [one for one in SETTINGS if not sys.argv[1:] or one.name in sys.argv[1:]]
+    none = ROOTS.models / "none"
+    none.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "none.safetensors"):
+        (none / name).write_text("{}")
+    for model in dict.fromkeys(one.model for one in wanted):
+        if not (ROOTS.models / model / "model.safetensors.index.json").is_file():
+            make_model(ROOTS.models / model, CONFIGS[model])
+    rows: list[dict[str, Any]] = []
+    try:
+        rows += measure(wanted)
+    finally:
+        write_rows("memory", rows, "python -m benchmarks.memory")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""What training does on one real GPU: precision, stops and kills, other programs' memory, wrong use, and its own cost.
+
+    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.one_gpu [precision | kills | hog | full | speed | use]
+
+Needs an NVIDIA GPU of 80 GB or more, SmolLM2's tokenizer, and a run `prepared` (see benchmarks.two_gpus). The models
+have random weights. Everything is done by the commands, in processes of their own; nothing is asserted: the rows say
+what happened.
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory import Setting, prepare
+from benchmarks.random_models import CONFIGS, make_model
+from benchmarks.rows import write_rows
+from benchmarks.two_gpus import RANDOM_LLAMA, SMALL, Training, make_in_a_process_of_its_own, on_gpus
+from stages.contract.files import read_json, read_jsonl
+from stages.contract.roots import Roots
+
+ROOTS = Roots.from_environment()
+DATA = str(Path("recipes/data/patent-qa").absolute())
+GIB = 1024**3
+rows: list[dict[str, Any]] = []
+
+
+def note(**row: Any) -> None:
+    rows.append(row)
+    print(json.dumps(row)[:1500], flush=True)
+
+
+# -- precision -----------------------------------------------------------------------------------------------------
+
+
+def precision() -> None:
+    """The rule of a V100, forced: base in float16, LoRA in float32, 208 steps; beside it the same in bfloat16."""
+    long = (*SMALL, "train.epochs=16", "train.log_every=1", "train.checkpoint_every=100")
+    started = [
+        Training(f"{dtype}, 208 steps", f"precision-{dtype}", "0", (*long, f"train.precision={dtype}"))
+        for dtype in ("float16", "bfloat16")
+    ]
+    for training in started:
+        training.end(alone=False)
+        losses = training.losses() if not training.process.returncode else {}
+        log = (training.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        training.row |= {
+            "steps": len(losses),
+            "all losses finite": all(math.isfinite(loss) for loss in losses.values()),
+            "mean of the last 13 losses": round(statistics.mean(list(losses.values())[-13:]), 4) if losses else None,
+            "unscale errors in the log": len(re.findall("unscale", log)),
+        }
+    note(**{training.row["what"]: training.row["all losses finite"] for training in started})
+
+
+# -- kills ---------------------------------------------------------------------------------------------------------
+
+
+def kills() -> None:
+    """A job killed with SIGTERM and SIGKILL goes on, to the losses of an undisturbed one."""
+    from benchmarks.two_gpus import compare
+
+    whole = Training("one GPU, undisturbed", "kill-none", "0")
+    stopped = Training("one GPU, stopped", "kill-term", "0").disturb(signal.SIGTERM).end(alone=False)
+    killed = Training("one GPU, killed", "kill-kill", "0").disturb(signal.SIGKILL, at=30).end(alone=False)
+    worker = Training("one GPU, training process killed", "kill-worker", "0")
+    worker.disturb(signal.SIGKILL, worker=0).end(alone=False)
+    whole.end(alone=False)
+    began = [(first, Training(f"{first.row['what']}: goes on", first.run, "0")) for first in (stopped, killed, worker)]
+    for first, again in began:
+        again.end(alone=False)
+        compare(f"{first.row['what']} and gone on with, against undisturbed", whole, again)
+
+
+# -- memory that others hold -----------------------------------------------------------------------------------------
+
+HOG = """
+import sys, torch
+held = [torch.zeros(1, device="cuda")]
+print("ready", flush=True)
+for line in sys.stdin:
+    size = int(torch.cuda.mem_get_info()[0] - float(line) * 2**30)
+    if size > 2**20:
+        held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+    print(torch.cuda.mem_get_info()[0] / 2**30, flush=True)
+"""
+
+
+class Hog:
+    """A process that, when told to, holds all but so many GiB of the card."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._say, self._hear = self._process.stdin, self._process.stdout
+        self._hear.readline()
+
+    def take_all_but(self, gib: float) -> float:
+        """GiB that are left."""
+        self._say.write(f"{gib}\n")
+        self._say.flush()
+        return round(float(self._hear.readline()), 2)
+
+    def __enter__(self) -> "Hog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._process.kill()
+        self._process.wait()
+        while any(on_gpus()):
+            time.sleep(0.1)
+
+
+HUNGRY = (
+    *("model.path=Qwen2.5-0.5B", "model.swift_type=qwen2", "train.target_modules=[all-linear]"),
+    *("train.micro_batch=8", "train.effective_batch=8", "train.epochs=2", "train.checkpoint_every=5"),
+)
+
+
+def hog() -> None:
+    """Other programs hold most of the card: the plan adapts or refuses, the ladder descends, and the losses join up."""
+    if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
+        make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
+    whole = Training("0.5B, the card is free", "hog-none", "0", HUNGRY).end()
+    memory = _memory_by_step(whole)
+    note(what="memory at steps of the undisturbed run", GiB=memory)
+    jump, before = max((memory[b] - memory[a], a) for a, b in pairwise(memory) if a > 5)
+    with Hog() as other:
+        late = Training("0.5B, another program takes the rest in mid-run", "hog-late", "0", HUNGRY).reach(before)
+        _disturbed(late, other, jump / 2, whole)
+    with Hog() as other:
+        early = Training("0.5B, another program takes all but 8 GiB once the plan is made", "hog-early", "0", HUNGRY)
+        while not early.events.is_file() or "effective batch" not in early.events.read_text():
+            time.sleep(0.02)
+        _disturbed(early, other, 8, whole)
+
+
+def full() -> None:
+    """Another program holds most of the card from the start: the plan takes less, or refuses."""
+    if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
+        make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
+    for leave in (1, 5):
+        with Hog() as other:
+            left = other.take_all_but(leave)
+            begun = Training(f"0.5B, {leave} GiB are free from the start", f"hog-{leave}", "0", HUNGRY)
+            begun.row["left by the other, GiB"] = left
+            _finish(begun, None)
+
+
+def _disturbed(training: Training, other: Hog, leave: float, whole: Training) -> None:
+    training.row["left by the other, GiB"] = other.take_all_but(leave)
+    _finish(training, whole)
+
+
+def _finish(training: Training, whole: Training | None) -> None:
+    training.end(alone=False)
+    manifest = read_json(training.folder / "manifest.json") or {"decisions": []}
+    rungs = [made for made in manifest["decisions"] if made["what"] in ("out of memory", "fit", "memory")]
+    note(what=f"{training.row['what']}: what was decided", decisions=rungs)
+    if whole is not None:
+        _joined(whole, training)
+
+
+def _memory_by_step(training: Training) -> dict[int, float]:
+    steps = [event for event in read_jsonl(training.events) if event.get("unit") == "steps" and event.get("memory")]
+    return {event["step"]: round(event["memory"] / GIB, 2) for event in steps}
+
+
+def _joined(whole: Training, other: Training) -> None:
+    """How the loss curve of a training that was begun again compares with the undisturbed one."""
+    if whole.process.returncode or other.process.returncode:
+        return
+    one, two = whole.losses(), other.losses()
+    apart = {step: round(abs(one[step] - two[step]), 5) for step in one.keys() & two.keys()}
+    note(
+        **{
+            "what": f"{other.row['what']}: its losses against undisturbed",
+            "steps": [len(one), len(two)],
+            "each step once": sorted(two) == list(range(1, len(two) + 1)),
+            "largest difference": max(apart.values()),
+            "largest step to step change of the undisturbed": round(
+                max(abs(b - a) for a, b in pairwise(one.values())), 5
+            ),
+        }
+    )
+
+
+# -- what the wrapper costs ------------------------------------------------------------------------------------------
+
+
+def speed() -> None:
+    """Tokens a second by the train command and by `swift sft` with the same arguments, in turn."""
+    model = "Qwen2.5-7B" if (ROOTS.models / "Qwen2.5-7B").is_dir() else "Qwen2.5-0.5B"
+    if not (ROOTS.models / model).is_dir():
+        make_model(ROOTS.models / model, CONFIGS[model])
+    setting = Setting(
+        "speed", model, 1024, 64, 4, ("train.epochs=3", "train.log_every=1", "train.checkpoint_every=999")
+    )
+    found: dict[str, list[float]] = {"lorry": [], "swift": []}
+    for turn in range(2):
+        name = prepare(setting, 91 + turn)
+        sets = [word for one in setting.overrides for word in ("--set", one)]
+        command = [sys.executable, "-m", "entrypoints.train", "patent-qa", "--run", name, "--data", DATA, *sets]
+        done = _run(command, {"CUDA_VISIBLE_DEVICES": "0"})
+        log = (ROOTS.runs / name / "train" / "log.txt").read_text(encoding="utf-8", errors="replace")
+        found["lorry"] += _pace(log)
+        if done.returncode:
+            print(done.stdout[-500:], done.stderr[-500:], log[-1500:], flush=True)
+        arguments = _arguments_of(log)
+        if not arguments:
+            continue
+        output = ROOTS.runs / f"by-hand-{turn}"
+        arguments = _by_hand(arguments, name, output)
+        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
+        by_hand = _run([sys.executable, "-m", "swift.cli.sft", *arguments], offline)
+        found["swift"] += _pace(by_hand.stdout + by_hand.stderr)
+        if by_hand.returncode:
+            print(by_hand.stdout[-800:], by_hand.stderr[-1500:], flush=True)
+    tokens = 2 * setting.micro_batch * setting.length
+    note(
+        what=f"{model}, 12 steps of 8 x {setting.length} tokens",
+        seconds_a_step=found,
+        tokens_per_second={name: [round(tokens / one) for one in each] for name, each in found.items()},
+        lorry_over_swift=round(statistics.mean(found["swift"]) / statistics.mean(found["lorry"]), 4)
+        if found["swift"] and found["lorry"]
+        else None,
+    )
+
+
+def _pace(log: str) -> list[float]:
+    """Seconds a step, as the trainer says it with its last step: over all of them, the first and slowest too."""
+    return [float(text) for text in re.findall(r"'loss': .*'train_speed\(s/it\)': '([0-9.]+)'", log)][-1:]
+
+
+def _arguments_of(log: str) -> list[str]:
+    """The command line that the training process gave to ms-swift, from its log."""
+    found = re.findall(r"^swift sft (.*)$", log, re.MULTILINE)
+    return shlex.split(found[-1]) if found else []
+
+
+def _by_hand(arguments: list[str], run: str, output: Path) -> list[str]:
+    """The same arguments with an output folder of its own and the same samples, which the stage has cleared away."""
+    samples = output.with_suffix(".jsonl")
+    source = ROOTS.runs / run / "preprocess" / "samples" / "train.jsonl"
+    rows_of_it = [{"messages": sample["messages"]} for sample in read_jsonl(source)]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows_of_it), encoding="utf-8")
+    found = list(arguments)
+    for name, value in (("--output_dir", str(output)), ("--dataset", str(samples)), ("--val_dataset", str(samples))):
+        if name in found:
+            found[found.index(name) + 1] = value
+    return found
+
+
+# -- use -------------------------------------------------------------------------------------------------------------
+
+
+def use() -> None:
+    """`lorry doctor` and `lorry plan` here, and wrong use of GPUS: exit code, seconds and last line of each."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(0))
+    lorry = [sys.executable, "-m", "entrypoints.lorry"]
+    tiny = ["patent-qa", "--profile", "tiny", *(word for one in SMALL for word in ("--set", one))]
+    train = [*lorry, "launch", "train", *tiny, "--run", "prepared", "--shard", "0/1"]
+    commands: list[tuple[str, list[str], dict[str, str]]] = [
+        ("doctor", [*lorry, "doctor"], {}),
+        ("plan here", [*lorry, "plan", *tiny], {}),
+        ("plan for a 4090", [*lorry, "plan", *tiny, "--target", "rtx4090"], {}),
+        ("no such GPU", [*train, "--gpus", "7"], {}),
+        ("twice", [*train, "--gpus", "0,0"], {}),
+        ("twice, by index and UUID", [*train, "--gpus", f"0,{uuid}"], {}),
+        ("no such UUID", [*train, "--gpus", "GPU-00000000"], {}),
+        ("a MIG name", [*train, "--gpus", "MIG-00000000-0000-0000-0000-000000000000"], {}),
+        ("denied", [*train, "--gpus", "0"], {"LORRY_GPU_DENY": "0"}),
+        ("auto, all denied", [*train, "--gpus", "auto"], {"LORRY_GPU_DENY": uuid}),
+        ("auto:2 of one", [*train, "--gpus", "auto:2"], {}),
+    ]
+    for what, command, environment in commands:
+        _use(what, command, environment, 40 if what in ("doctor", "plan here") else 2)
+    with Hog() as other:
+        other.take_all_but(0.5)
+        _use("auto, all busy", [*train, "--gpus", "auto"], {}, 6)
+    _use("by UUID", [*train, "--gpus", uuid[:12]], {}, 6)
+
+
+def _use(what: str, command: list[str], environment: dict[str, str], lines: int) -> None:
+    began = time.monotonic()
+    done = _run(command, environment)
+    said = (done.stdout + done.stderr).strip().splitlines()[-lines:]
+    note(**{"what": what, "exit code": done.returncode, "seconds": round(time.monotonic() - began, 2), "said": said})
+
+
+def _run(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240
+    )
+
+
+def main() -> None:
+    parts = {"precision": precision, "kills": kills, "hog": hog, "full": full, "speed": speed, "use": use}
+    make_in_a_process_of_its_own("random-llama", RANDOM_LLAMA)
+    import traceback
+
+    from benchmarks import two_gpus
+
+    for part in sys.argv[1:] or parts:
+        try:
+            parts[part]()
+        except Exception:  # noqa: BLE001 - the other parts are worth having
+            traceback.print_exc()
+        for row in [*two_gpus.rows, *rows]:
+            row.setdefault("part", part)
+        name = "_".join(["one_gpu", *sys.argv[1:]])  # parts may be measured apart
+        write_rows(name, [*two_gpus.rows, *rows], f"python -m benchmarks.one_gpu {' '.join(sys.argv[1:])}".strip())
+
+
+if __name__ == "__main__":
+    main()

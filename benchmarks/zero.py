@@ -1,0 +1,147 @@
+"""ZeRO-2 and ZeRO-3 against training without: losses, and going on with another sharding and number of processes.
+
+    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.zero
+
+Needs a GPU, DeepSpeed, SmolLM2's tokenizer, and a run `prepared` (see `benchmarks.two_gpus`); what is for two GPUs is
+not run where there is one. Every training is the train command in processes of its own;
+several run at a time, so that their speeds say nothing. Nothing is asserted: the rows say what happened.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import write_rows
+from benchmarks.two_gpus import RANDOM_LLAMA, ROOTS, Training, compare, make_in_a_process_of_its_own, rows
+from stages.contract.files import read_json, read_jsonl
+
+SETTINGS = (
+    *("model.path=random-llama", "train.target_modules=[all-linear]", "train.epochs=8", "train.micro_batch=1"),
+    *("train.lora_plus_ratio=4", "train.checkpoint_every=1000", "train.dropout=0"),  # its random numbers differ by rank
+)
+HALF = (*SETTINGS, "train.precision=float16")
+STOPS = (20, 50)
+ONCE = 5
+"""Trainings at a time."""
+
+
+class Start(Training):
+    """A start of the train command with a sharding and a number of processes; see `forced_train.py`."""
+
+    def __init__(
+        self, run: str, sharding: str, processes: int, settings: tuple[str, ...] = SETTINGS, **environment: str
+    ) -> None:
+        self.run, self.folder, self.began = run, ROOTS.runs / run / "train", time.monotonic()
+        if not self.folder.is_dir():
+            shutil.copytree(ROOTS.runs / "prepared" / "preprocess", ROOTS.runs / run / "preprocess")
+        self.row: dict[str, Any] = {"what": f"{sharding}, {processes} process(es)", "run": run, **environment}
+        self.events = self.folder / "events.jsonl"
+        self.earlier = len(read_jsonl(self.events)) if self.events.is_file() else 0
+        gpus = ",".join(map(str, range(processes)))
+        forced = {"FORCED_SHARDING": sharding, "CUDA_VISIBLE_DEVICES": gpus}
+        sets = [word for setting in settings for word in ("--set", setting)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.forced_train", "patent-qa", "--profile", "tiny", "--run", run, *sets],
+            env={**os.environ, "OMP_NUM_THREADS": "2", **forced, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self, alone: bool = False) -> "Start":
+        super().end(alone)
+        manifest = read_json(self.folder / "manifest.json")
+        if self.process.returncode == 0 and manifest is not None:
+            self.row["gpu_memory"] = manifest.get("gpu_memory")
+        return self
+
+
+def gpu_count() -> int:
+    import pynvml
+
+    pynvml.nvmlInit()
+    return int(pynvml.nvmlDeviceGetCount())
+
+
+def undisturbed(sharding: str, processes: int, kind: str = "", **environment: str) -> Start:
+    settings = HALF if kind.startswith("half") else SETTINGS
+    return Start(f"{kind or 'whole'}-{sharding}-{processes}", sharding, processes, settings, **environment).end()
+
+
+def in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[str, ...] = SETTINGS) -> Start:
+    """One training, stopped and gone on with in another way, until it is done."""
+    for (sharding, processes), stop in zip(ways[:-1], STOPS, strict=False):
+        start = Start(name, sharding, processes, settings)
+        start.disturb(signal.SIGTERM, at=stop)
+        start.end()
+        checkpoints = sorted(start.folder.glob("checkpoints/*/checkpoint-*"))
+        start.row["files"] = sorted(path.name for folder in checkpoints[-1:] for path in folder.iterdir())
+        if start.process.returncode != 75:
+            return start
+    return Start(name, *ways[-1], settings).end()
+
+
+def without_nvcc() -> dict[str, str]:
+    """As in the images, which have no compiler for the GPU."""
+    paths = [path for path in os.environ["PATH"].split(":") if not (Path(path) / "nvcc").exists()]
+    return {"PATH": ":".join(paths), "CUDA_HOME": "/nowhere"}
+
+
+def tried(work: Callable[[], Start]) -> Start | None:
+    """One part's failure must not keep the others' rows from being written."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exc()
+        rows.append({"what": "a part of this benchmark failed", "error": f"{type(error).__name__}: {error}"})
+        return None
+
+
+def main() -> None:
+    make_in_a_process_of_its_own("random-llama", RANDOM_LLAMA)
+    parts: dict[str, Callable[[], Start]] = {
+        "none 1": lambda: undisturbed("none", 1),
+        "none 2": lambda: undisturbed("none", 2),
+        "zero2 1 without nvcc": lambda: undisturbed("zero2", 1, **without_nvcc()),
+        "zero3 1": lambda: undisturbed("zero3", 1),
+        "zero2 2": lambda: undisturbed("zero2", 2),
+        "zero3 2": lambda: undisturbed("zero3", 2),
+        "half none 1": lambda: undisturbed("none", 1, "half"),
+        "half zero2 2": lambda: undisturbed("zero2", 2, "half"),
+        "none, on, none": lambda: in_turn("turn-none", (("none", 1), ("none", 1))),
+        "zero3, none": lambda: in_turn("turn-3-0", (("zero3", 1), ("none", 1))),
+        "none, zero2, zero3": lambda: in_turn("turn-0-2-3", (("none", 1), ("zero2", 1), ("zero3", 1))),
+        "zero2: 2, 1, 2": lambda: in_turn("turn-2", (("zero2", 2), ("zero2", 1), ("zero2", 2))),
+        "zero3: 2, 1, 2": lambda: in_turn("turn-3", (("zero3", 2), ("zero3", 1), ("zero3", 2))),
+        "half: none 1, zero3 2, zero2 1": lambda: in_turn("turn-half", (("none", 1), ("zero3", 2), ("zero2", 1)), HALF),
+    }
+    if gpu_count() < 2:
+        for name in [name for name in parts if "2" in name.replace("zero2", "")]:
+            rows.append({"what": name, "not run": "two GPUs, and one here"})
+            del parts[name]
+    longest_first = sorted(parts, key=lambda name: -name.count(","))
+    with ThreadPoolExecutor(ONCE) as pool:
+        running = {name: pool.submit(tried, parts[name]) for name in longest_first}
+        ended = {name: running[name].result() for name in parts}
+    for name, one in ended.items():
+        other = ended.get("half none 1" if name.startswith("half") else "none 1")
+        if one is not None and other is not None and one is not other:
+            compare(f"{name} against none 1", other, one)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    finally:
+        write_rows("zero", rows, "python -m benchmarks.zero")
+        print(json.dumps([row for row in rows if "largest difference of a step's loss" in row], indent=1))
