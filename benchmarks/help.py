@@ -1,4 +1,4 @@
-"""Seconds that `--help` takes, whole process, median of several; and whether a heavy library is imported on the way.
+"""Seconds that `--help`, `lorry plan` and `lorry doctor` take, whole process, median of several.
 
 python -m benchmarks.help
 """
@@ -10,17 +10,28 @@ import time
 
 from benchmarks.rows import write_rows
 
-COMMANDS = ("preprocess", "train", "infer", "eval", "lorry")
+PLAN = ("plan", "patent-qa", "--profile", "tiny", "--target", "rtx4090")
+COMMANDS = {
+    **{command: (command, "--help") for command in ("preprocess", "train", "infer", "eval", "lorry")},
+    "lorry plan": ("lorry", *PLAN),
+    "lorry doctor": ("lorry", "doctor", "--target", "cpu"),
+}
 
 if __name__ == "__main__":
     rows = []
-    for command in COMMANDS:
+    for name, (command, *arguments) in COMMANDS.items():
         seconds = []
         for _ in range(11):
             before = time.perf_counter()
-            subprocess.run([sys.executable, "-m", f"entrypoints.{command}", "--help"], check=True, capture_output=True)
+            whole = [sys.executable, "-m", f"entrypoints.{command}", *arguments]
+            done = subprocess.run(whole, check=False, capture_output=True)
             seconds.append(time.perf_counter() - before)
         rows.append(
-            {"command": command, "median s": round(statistics.median(seconds), 3), "max s": round(max(seconds), 3)}
+            {
+                "command": name,
+                "median s": round(statistics.median(seconds), 3),
+                "max s": round(max(seconds), 3),
+                "exit code": done.returncode,
+            }
         )
     write_rows("help", rows, "python -m benchmarks.help")

@@ -35,7 +35,7 @@ ONCE = 5
 
 
 class Start(Training):
-    """A start of the train command with a sharding and a number of processes; see `forced_train.py`."""
+    """A start of the train command with a sharding and a number of processes."""
 
     def __init__(
         self, run: str, sharding: str, processes: int, settings: tuple[str, ...] = SETTINGS, **environment: str
@@ -47,11 +47,10 @@ class Start(Training):
         self.events = self.folder / "events.jsonl"
         self.earlier = len(read_jsonl(self.events)) if self.events.is_file() else 0
         gpus = ",".join(map(str, range(processes)))
-        forced = {"FORCED_SHARDING": sharding, "CUDA_VISIBLE_DEVICES": gpus}
-        sets = [word for setting in settings for word in ("--set", setting)]
+        sets = [word for setting in (*settings, f"train.sharding={sharding}") for word in ("--set", setting)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.forced_train", "patent-qa", "--profile", "tiny", "--run", run, *sets],
-            env={**os.environ, "OMP_NUM_THREADS": "2", **forced, **environment},
+            [sys.executable, "-m", "entrypoints.train", "patent-qa", "--profile", "tiny", "--run", run, *sets],
+            env={**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpus, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -319,12 +319,10 @@ def _unreadable(folder: Path, user: _User) -> Path | None:
 
 def _two_levels(folder: Path) -> Iterator[Path]:
     yield folder
-    for path in sorted(folder.glob("*")):
-        if path.exists():
-            yield path
-    for path in sorted(folder.glob("*/*")):
-        if path.exists():
-            yield path
+    for pattern in ("*", "*/*"):
+        for path in folder.glob(pattern):
+            if path.exists():
+                yield path
 
 
 def _writable(runs: Path, user: _User, gid: int, in_containers: bool) -> Finding:
@@ -373,13 +371,13 @@ def _weights(roots: Roots, run: "Run | None") -> Iterator[Finding]:
 
 
 def _whole(folder: Path) -> Finding:
-    from stages.hardware.shape import read_shape
+    from stages.hardware.shape import UnknownShapeError, read_shape
 
     try:
         shape = read_shape(folder)
+    except UnknownShapeError:  # whole or not, it is no model to train
+        return _unchecked("weights", f"{folder}: its config.json is not that of a decoder or an encoder known here")
     except UsageError as error:
-        if "memory is estimated for" in str(error):  # whole or not, it is no model to train
-            return _unchecked("weights", f"{folder}: its config.json is not that of a decoder or an encoder known here")
         return _failed("weights", error)
     return _ok("weights", f"{folder}: {len(shape.weights)} tensors, {shape.disk_bytes / GB:.1f} GB, whole")
 

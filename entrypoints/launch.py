@@ -64,7 +64,7 @@ def launch(stage: str, gpus: str | None, target: str | None, force: bool, shard:
         run = _runner(stages, options, target, chosen, found)
         for number, name in enumerate(stages):
             code = run(name, only_last if name == stage else [])
-            if code == Exit.CRASHED:
+            if code in (Exit.CRASHED, Exit.DOES_NOT_FIT, Exit.INTERRUPTED):
                 _tell_fallen(chosen, name)
             if code != Exit.DONE:
                 sys.exit(code)

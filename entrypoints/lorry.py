@@ -98,7 +98,9 @@ def _stage_lines(folder: Path) -> list[str]:
         ago = f"{max(time.time() - last['time'], 0):.0f} s ago"
         if last["event"] == "progress":
             eta = f", {last['eta_seconds']:.0f} s left" if "eta_seconds" in last and state == "running" else ""
-            what = f"{last['activity']} {last['step']}/{last['total']} {last['unit']}{eta}"
+            speed = f", {last['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in last else ""
+            memory = f", {last['memory'] / 1024**3:.1f} GiB" if "memory" in last else ""
+            what = f"{last['activity']} {last['step']}/{last['total']} {last['unit']}{speed}{memory}{eta}"
         else:
             what = last.get("error", last["event"])
         lines.append(f"{stage:<11}{state}: {what} ({ago})")

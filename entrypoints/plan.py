@@ -63,11 +63,13 @@ def plan(target: str | None, count: int | None, memory: float | None, **options:
 
 
 def _cards(target: str | None, count: int, memory: float | None, precision: str) -> _Cards:
-    from stages.contract.errors import UsageError
+    from stages.contract.errors import DoesNotFitError, UsageError
     from stages.hardware.probe import probe
     from stages.hardware.targets import load_targets, named_target, precision_of, target_of
 
     targets, machine = load_targets(), probe()
+    if machine.problem and not target:
+        raise DoesNotFitError(f"{machine.problem}; name a --target to plan for other cards")
     card = named_target(target, targets) if target else target_of(machine, targets)
     dtype = precision_of(precision, card)
     if card.capability is None:
@@ -78,9 +80,9 @@ def _cards(target: str | None, count: int, memory: float | None, precision: str)
     if memory:
         return _Cards(count, f"{where} of {memory:g} GiB, in {dtype}", round(memory * USABLE * GIB), dtype)
     if not target:  # the cards that are here, the freest first
-        free = sorted((gpu.memory_free for gpu in machine.gpus), reverse=True)
+        free = sorted((gpu.memory_free for gpu in machine.gpus if gpu.memory_total), reverse=True)
         if len(free) < count:
-            raise UsageError(f"--gpus {count}: this machine has {len(free)}; name a --target to plan for others")
+            raise UsageError(f"--gpus {count}: this machine has {len(free)} that tell their memory; name a --target")
         what = f"the {count} freest cards of this machine" if count > 1 else "the freest card of this machine"
         return _Cards(count, f"{what} ({card.name}), in {dtype}", free[count - 1], dtype)
     return _Cards(

@@ -125,6 +125,12 @@ class Train(Section):
         return self
 
 
+ONLY_ROOM = {
+    *("micro_batch", "gradient_checkpointing", "sharding", "least_max_length", "least_max_pixels", "keep_checkpoints")
+}
+"""What of `train` changes memory, disk and speed, and not what is learnt."""
+
+
 class Infer(Section):
     engine: Literal["vllm", "transformers"] = "vllm"
     max_length: int = Field(
@@ -161,8 +167,11 @@ class Recipe(Section):
     eval: Eval = Eval()
 
     def digest(self, *sections: str) -> str:
-        """sha256 of the named sections' values, or of all that can change a result."""
-        values = self.model_dump(mode="json", exclude={"description", "profile"})
+        """sha256 of the named sections' values, or of all that can change a result.
+
+        How training finds room is not among them: it may be changed, as after an out-of-memory, and gone on with.
+        """
+        values = self.model_dump(mode="json", exclude={"description": True, "profile": True, "train": ONLY_ROOM})
         return digest_of({name: values[name] for name in (sections or values)})
 
 

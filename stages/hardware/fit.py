@@ -14,6 +14,8 @@ from stages.hardware.shape import ModelShape
 
 SHORT = 64
 """Tokens of a sample so short that hardly any job has only such."""
+LEAST_PIXELS = 200_000
+"""Of a picture on which a page's text can just be told from its drawing."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,13 @@ def plan_training(
     ways = list(_ways(shape, settings, processes, dtype, lengths))
     leanest = min(ways, key=lambda way: way.estimate.total)
     return next((way for way in ways if way.fits(memory)), leanest)
+
+
+def unplanned(settings: Train, processes: int, dtype: str) -> Way:
+    """The recipe's own way for a model whose memory cannot be estimated."""
+    sharding = "none" if settings.sharding == "auto" else settings.sharding
+    batch = plan_batch(settings.effective_batch, settings.micro_batch, processes)
+    return Way(settings, batch, sharding, dtype, Estimate(*[0] * 8))
 
 
 def as_asked(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Way:
@@ -104,6 +113,7 @@ def smallest_changes(
         iter([plan_training(shape, settings, processes, dtype, memory, lengths)]),
         _on_more_gpus(shape, settings, processes, dtype, memory, lengths),
         _in_4bit(shape, settings, processes, dtype, memory, lengths),
+        _fewer_pixels(shape, settings, processes, dtype, memory, lengths),
         _shorter(shape, settings, processes, dtype, memory, lengths),
     ]
     first_of_each = (next((way for way in kind if way.fits(memory)), None) for kind in kinds)
@@ -129,6 +139,21 @@ def _in_4bit(
         changed = settings.model_copy(update={"load_in_4bit": True, "sharding": "none"})
         way = plan_training(shape, changed, processes, dtype, memory, lengths)
         yield replace(way, changes=("train.load_in_4bit=true", *way.changes))
+
+
+def _fewer_pixels(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
+) -> Iterator[Way]:
+    """With smaller pictures: a sample of at least one is shorter by the tokens that it loses."""
+    if shape.vision is None or settings.max_pixels is None:
+        return
+    side = int(shape.vision.get("patch_size", 14)) * int(shape.vision.get("spatial_merge_size", 1))
+    pixels = settings.max_pixels
+    while (pixels := pixels * 2 // 3) >= LEAST_PIXELS:
+        length = max(lengths.longest - (settings.max_pixels - pixels) // side**2, lengths.answer)
+        changed = settings.model_copy(update={"max_pixels": pixels})
+        way = plan_training(shape, changed, processes, dtype, memory, replace(lengths, longest=length))
+        yield replace(way, changes=(f"train.max_pixels={pixels} for {settings.max_pixels}", *way.changes))
 
 
 def _shorter(

@@ -20,9 +20,14 @@ FRAMEWORK = 862_000_000
 NCCL = 1_000_000_000
 """Its buffers and channels, for each process that has a group; measured with a group of one (under ZeRO-2)."""
 
-ZERO_BUCKET, ZERO3_LIVE, ZERO3_PREFETCH = 20_000_000, 200_000_000, 50_000_000
-"""Elements that ZeRO holds beside its share: gradients under way, and weights that it has gathered for use. They are
-what stages/train/sharding.py asks for."""
+ZERO_BUCKET = 20_000_000
+"""Elements that ZeRO reduces or gathers at a time: a buffer of 40 to 80 MB. DeepSpeed's own 500 million would hold 1 GB
+or more for gradients that LoRA never has."""
+ZERO3_LIVE = 200_000_000
+"""Weights that a GPU keeps whole at a time under ZeRO-3, beside the layer at work: 0.4 GB in 16 bits; a layer of a 7B
+model has 233 million. DeepSpeed's own 1 billion would hold 2 GB."""
+ZERO3_PREFETCH = 50_000_000
+"""Weights fetched under ZeRO-3 while the layer before them computes, 0.1 GB."""
 
 LOSS_PER_LOGIT = 12.05
 """Bytes for each logit when the loss's backward begins: log-softmax and its gradient in float32, and copies of them."""

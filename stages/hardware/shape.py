@@ -13,6 +13,11 @@ from stages.contract.errors import UsageError
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes of an element, by the names of the safetensors format; 8-bit floats begin with F8."""
 
+
+class UnknownShapeError(UsageError):
+    """A model in good order, of a kind whose memory we cannot estimate."""
+
+
 MAX_HEADER = 100_000_000
 """The safetensors format's own limit."""
 
@@ -53,18 +58,22 @@ class ModelShape:
     """`gptq`, `awq` and the like where the weights are stored so."""
     vision: dict[str, Any] | None
     """The config of the vision tower."""
+    bits: int = 4
+    """Of a weight that is stored quantised."""
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every linear module, with the numbers of its inputs and outputs; quantised ones too."""
         found: dict[str, tuple[int, int]] = {}
+        scales = {weight.name: weight.shape for weight in self.weights if weight.name.endswith(".scales")}
         for weight in self.weights:
             module, _, kind = weight.name.rpartition(".")
             if kind == "weight" and len(weight.shape) == 2 and not _is_embedding(module):
                 found[module] = (weight.shape[1], weight.shape[0])
-            elif kind == "qweight":  # GPTQ packs eight 4-bit values of the input side in one integer
-                scales = next(w for w in self.weights if w.name == f"{module}.scales")
-                found[module] = (weight.shape[0] * 8, scales.shape[1])
+            elif kind == "qweight" and f"{module}.scales" in scales:
+                # GPTQ packs several values of the input side in one integer of 32 bits, AWQ of the output side
+                inputs = weight.shape[0] if self.quantisation == "awq" else weight.shape[0] * 32 // self.bits
+                found[module] = (inputs, scales[f"{module}.scales"][1])
         return found
 
     @property
@@ -88,6 +97,7 @@ def read_shape(folder: Path) -> ModelShape:
     """The shape of the model in a Hugging Face folder. Raises UsageError for what is not one, or is cut short."""
     config = _read_json(folder / "config.json")
     text = {**config, **(config.get("text_config") or {})}
+    quantisation = config.get("quantization_config") or {}
     try:
         heads = int(text["num_attention_heads"])
         return ModelShape(
@@ -100,11 +110,12 @@ def read_shape(folder: Path) -> ModelShape:
             intermediate=int(text["intermediate_size"]),
             vocabulary=int(text["vocab_size"]),
             tied=bool(text.get("tie_word_embeddings", False)),
-            quantisation=(config.get("quantization_config") or {}).get("quant_method"),
+            quantisation=quantisation.get("quant_method"),
             vision=config.get("vision_config"),
+            bits=int(quantisation.get("bits") or 4),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
+        raise UnknownShapeError(
             f"{folder / 'config.json'}: no usable {error}: memory is estimated for decoders such as Llama and Qwen"
         ) from error
 

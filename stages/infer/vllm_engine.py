@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from stages.contract.errors import DoesNotFitError
 from stages.contract.files import read_json
 from stages.infer.engine import Completion, EngineSettings, Prompt
 
@@ -37,7 +38,12 @@ class VllmEngine:
             options = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": _supported_rank(max(ranks))}
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
-            options["gpu_memory_utilization"] = round(min(MOST_OF_A_CARD, free / total - SPARE), 3)
+            share = min(MOST_OF_A_CARD, free / total - SPARE)
+            if share < SPARE:
+                raise DoesNotFitError(
+                    f"the GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: take another (make: GPUS=...)"
+                )
+            options["gpu_memory_utilization"] = round(share, 3)
         else:
             options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings)
             options["enforce_eager"] = True  # compiling for a CPU needs g++ and takes longer than it saves

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.contract.errors import DoesNotFitError
+from stages.contract.errors import DoesNotFitError, InterruptedRunError
 from stages.contract.files import read_json, write_json
 from stages.contract.recipe import Train
 from stages.hardware.batch import BatchPlan, plan_batch
@@ -45,6 +45,10 @@ class MemoryRanOutError(DoesNotFitError):
     def __init__(self, text: str, shortage: Shortage, processes: tuple[int, ...] = ()) -> None:
         super().__init__(text)
         self.shortage, self.processes = shortage, processes
+
+
+class LostCardError(InterruptedRunError):
+    """A card works no more. What is saved can be gone on with, on other cards."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +155,15 @@ class Ladder:
 
     path: Path
     rungs: list[dict[str, Any]] = field(default_factory=list)
-    """`{"decision": as the manifest has it, "change": Change}`"""
+    """`{"decision": as the manifest has it, "change": Change, "room": as below}`"""
+    room: int = 0
+    """Bytes of the smallest card. A rung that was taken on smaller ones says nothing of these."""
 
     @staticmethod
-    def of(work: Path) -> "Ladder":
+    def of(work: Path, room: int = 0) -> "Ladder":
         """That of the adapter with these checkpoints."""
         path = work / "ladder.json"
-        return Ladder(path, (read_json(path) or {"rungs": []})["rungs"])
+        return Ladder(path, (read_json(path) or {"rungs": []})["rungs"], room)
 
     @property
     def decisions(self) -> list[dict[str, Any]]:
@@ -166,14 +172,15 @@ class Ladder:
     def descended(self, footing: Footing) -> Footing:
         """The footing, with every rung that was taken before."""
         for rung in self.rungs:
-            footing = lowered(footing, rung["change"])
+            if self.room <= rung["room"]:
+                footing = lowered(footing, rung["change"])
         return footing
 
     def take(self, adapter: str, shortage: Shortage, change: Change, footing: Footing) -> Footing:
         """Go down one rung, and remember it."""
         after = lowered(footing, change)
         decision = {"what": WHAT, "value": in_words(change, after), "why": f"adapter {adapter}, {shortage}"}
-        self.rungs.append({"decision": decision, "change": change})
+        self.rungs.append({"decision": decision, "change": change, "room": self.room})
         write_json(self.path, {"rungs": self.rungs})
         return after
 
@@ -181,7 +188,7 @@ class Ladder:
 # -- in the training process -------------------------------------------------------------------------------------
 
 _NO_MEMORY = re.compile(
-    r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"CUDA out of memory|CUDA (?:driver )?error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
     r"|NCCL.*out of memory|Cuda failure.*out of memory|DefaultCPUAllocator: can't allocate memory",
     re.DOTALL,
 )

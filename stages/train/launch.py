@@ -41,6 +41,8 @@ class _Heard:
     """Exit code and text of each process that failed and could say so, the first one first."""
     shortages: list[Shortage] = field(default_factory=list)
     """Those of them that ran out of memory on their cards."""
+    lost: list[str] = field(default_factory=list)
+    """What those said whose cards fell away."""
     tokens: int = 0
     seconds: float = 0.0
     """Of all steps but the first of this start, which has CUDA's and the kernels' own start in it."""
@@ -152,13 +154,15 @@ def _why(stage: Stage, name: str, node: Node | None, heard: _Heard) -> LorryErro
     for code, text in heard.errors:
         if code != Exit.INTERRUPTED:
             return _failure(stage, name, code, text)
-    if len(heard.processes) > len(heard.errors):  # one died without a word, and others may have stopped for that
+    told = heard.lost or [text for _, text in heard.errors]  # where a card fell away, the others stopped for that
+    if len(heard.processes) > len(heard.errors) and not heard.lost:
+        # one died without a word, and others may have stopped for that
         return LorryError(
             f"a process that trains {name} was ended from outside (the kernel does that when memory runs out); run the"
             f" same command again to go on from the last checkpoint; log: {stage.path('log.txt')}"
         )
-    if heard.errors:
-        return InterruptedRunError(heard.errors[0][1])
+    if told:
+        return InterruptedRunError(told[0])
     if stage.stop.signal is not None:
         return InterruptedRunError(f"stopped by {stage.stop.signal.name}; run the same command again")
     if node is not None:
@@ -204,6 +208,8 @@ def _follow(stage: Stage, name: str, reading: int, heard: _Heard, workers: _Work
                     workers.send_signal(signal.SIGTERM)
             elif report["event"] == "error":
                 heard.errors.append((Exit(report["code"]), report["text"]))
+                if "lost" in report:
+                    heard.lost.append(report["text"])
                 if "shortage" in report:
                     heard.shortages.append(Shortage(**report["shortage"]))
 

@@ -18,11 +18,11 @@ OF_A_MESSAGE, OF_A_PROMPT = 6, 24
 def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train) -> Lengths:
     """The longest sample and the longest answer that are trained on, in tokens.
 
-    A sample with pictures counts as max_length: what a picture becomes is the model's own affair. So does all where the
-    model has no tokenizer.json.
+    Samples with pictures count as max_length: what a picture becomes is the model's own affair. So does all, answers
+    too, where the model has no tokenizer.json.
     """
     limit = settings.max_length
-    if not samples or not (model / "tokenizer.json").is_file() or any(sample.get("images") for sample in samples):
+    if not samples or not (model / "tokenizer.json").is_file():
         return Lengths(limit, limit)
     from tokenizers import Tokenizer
 
@@ -35,7 +35,12 @@ def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train) -> L
     longest = heapq.nlargest(CANDIDATES, contents, key=lambda texts: sum(map(len, texts)))
     prompts = heapq.nsmallest(CANDIDATES, (texts[:-1] for texts in contents), key=lambda texts: sum(map(len, texts)))
     answers = heapq.nlargest(CANDIDATES, (texts[-1] for texts in contents), key=len)
-    whole = max(sum(tokens(text) + OF_A_MESSAGE for text in texts) for texts in longest) + OF_A_PROMPT
+    pictures = any(sample.get("images") for sample in samples)
+    whole = (
+        limit
+        if pictures
+        else max(sum(tokens(text) + OF_A_MESSAGE for text in texts) for texts in longest) + OF_A_PROMPT
+    )
     answer = max(map(tokens, answers)) + OF_A_MESSAGE
     shortest = min(sum(map(tokens, texts)) for texts in prompts)  # what the template adds is left out: it errs upward
     return Lengths(min(whole, limit), min(answer, limit), shortest)

@@ -10,20 +10,13 @@ from functools import partialmethod
 from typing import TYPE_CHECKING, Any
 
 from stages.contract.errors import UsageError
+from stages.hardware.memory import ZERO3_LIVE, ZERO3_PREFETCH, ZERO_BUCKET
 
 if TYPE_CHECKING:
     import torch
 
 STAGES = {"zero2": 2, "zero3": 3}
 
-BUCKET = 20_000_000
-"""Elements reduced or gathered at a time: a buffer of 40 to 80 MB. DeepSpeed's own 500 million would hold 1 GB or more
-for gradients that LoRA never has."""
-LIVE = 200_000_000
-"""ZeRO-3: weights that a GPU keeps whole at a time, beside the layer at work: 0.4 GB in 16 bits; a layer of a 7B model
-has 233 million. DeepSpeed's own 1 billion would hold 2 GB."""
-PREFETCH = 50_000_000
-"""ZeRO-3: weights fetched while the layer before them computes, 0.1 GB."""
 KEPT_WHOLE = 100_000
 """ZeRO-3: a tensor up to this size is not divided: norms, biases and small LoRA weights, some 40 MB of a 7B model. To
 gather them one by one would cost more time than they cost memory."""
@@ -41,16 +34,16 @@ def deepspeed_config(
     zero: dict[str, Any] = {
         "stage": STAGES[sharding],
         "contiguous_gradients": True,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
+        "reduce_bucket_size": ZERO_BUCKET,
+        "allgather_bucket_size": ZERO_BUCKET,
         "overlap_comm": False,  # LoRA's gradients are small: a second buffer is not worth its memory
     }
     if sharding == "zero3":
         zero |= {
             "overlap_comm": True,  # the next layer's weights come while this one computes
-            "stage3_max_live_parameters": LIVE,
-            "stage3_max_reuse_distance": LIVE,
-            "stage3_prefetch_bucket_size": PREFETCH,
+            "stage3_max_live_parameters": ZERO3_LIVE,
+            "stage3_max_reuse_distance": ZERO3_LIVE,
+            "stage3_prefetch_bucket_size": ZERO3_PREFETCH,
             "stage3_param_persistence_threshold": KEPT_WHOLE,
         }
     return {

@@ -4,6 +4,7 @@ The process is ended with its memory before anything else is tried on the card, 
 card's memory runs out, the next one begins a rung lower on the ladder (`ladder.py`), from the newest checkpoint.
 """
 
+import importlib.util
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,10 @@ from stages.contract.files import place_same, read_json, remove, visible_files, 
 from stages.contract.part import Node
 from stages.contract.recipe import Train
 from stages.contract.stage import Stage
-from stages.hardware.fit import Way, least_memory, plan_training, smallest_changes
+from stages.hardware.fit import Way, least_memory, plan_training, smallest_changes, unplanned
 from stages.hardware.memory import Lengths
 from stages.hardware.probe import Gpu, probe
-from stages.hardware.shape import ModelShape, read_shape
+from stages.hardware.shape import ModelShape, UnknownShapeError, read_shape
 from stages.hardware.targets import Target, load_targets, precision_of, working_target
 from stages.train.ladder import Footing, Ladder, MemoryRanOutError, by_hand, next_rung, what_would_help
 from stages.train.launch import train_adapter
@@ -128,20 +129,31 @@ def _plan(stage: Stage, node: Node | None) -> _Plan:
     if processes > 1:
         where = f"{node.count} nodes with {here} each, meeting at {node.rendezvous}" if node else "one for each GPU"
         stage.decide("training processes", processes, where)
+    if settings.sharding == "auto" and importlib.util.find_spec("deepspeed") is None:
+        settings = settings.model_copy(update={"sharding": "none"})
     model = stage.run.model(recipe.model.path, "model.path")
-    shape = read_shape(model)
+    try:
+        shape = read_shape(model)
+    except UnknownShapeError as error:
+        stage.decide("memory", "not estimated", str(error))
+        way = unplanned(settings, processes, dtype)
+        stage.decide("effective batch", str(way.batch), f"train.effective_batch is {settings.effective_batch}")
+        return _Plan(target, way, gpus)
     lengths = read_lengths(stage.run.path("preprocess", "samples", "train.jsonl"), model, settings)
     telling = [gpu for gpu in gpus if gpu.memory_total]  # some cards do not tell their memory
     fullest = min(telling, key=lambda gpu: gpu.memory_free, default=None)
-    way = plan_training(shape, settings, processes, dtype, fullest.memory_free if fullest else None, lengths)
+    # machines that train together must go the same way, and have not the same memory free
+    memory = fullest.memory_free if fullest and node is None else None
+    way = plan_training(shape, settings, processes, dtype, memory, lengths)
     if fullest:
         if least_memory(shape, settings, processes, dtype) > fullest.memory_free:
             raise _cannot_fit(shape, settings, processes, dtype, lengths, fullest)
-        free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}"
+        free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}, {fullest.uuid[:12]}"
         needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
         stage.decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
     for change in way.changes:
-        stage.decide("fit", change, "so that it fits; the result is the same")
+        why = "so that it fits" if way.fits(memory) else "the least there is"
+        stage.decide("fit", change, f"{why}; the result is the same")
     if settings.sharding in ("zero2", "zero3"):
         stage.decide("sharding", settings.sharding, "train.sharding")
     stage.decide("effective batch", str(way.batch), f"train.effective_batch is {settings.effective_batch}")
@@ -159,8 +171,9 @@ def _cannot_fit(
     for way in smallest_changes(shape, settings, processes, dtype, free, lengths):
         cures.append("with " + " and ".join(way.changes))
     return DoesNotFitError(
-        f"training takes {least / GIB:.1f} GiB at the very least on each GPU, and {gpu} has {free / GIB:.1f} of"
-        f" {gpu.memory_total / GIB:.1f} GiB free{holders}; what fits: {', or '.join(cures) or 'only a smaller model'}"
+        f"training takes {least / GIB:.1f} GiB at the very least on each GPU, and {gpu}, {gpu.uuid[:12]}, has"
+        f" {free / GIB:.1f} of {gpu.memory_total / GIB:.1f} GiB free{holders};"
+        f" what fits: {', or '.join(cures) or 'only a smaller model'}"
     )
 
 
@@ -168,7 +181,7 @@ def _train(stage: Stage, name: str, plan: _Plan, node: Node | None) -> None:
     """Train one adapter, a rung lower each time that memory runs out. Raises DoesNotFitError below the last."""
     # with several machines, checkpoints and adapter are node 0's
     work = stage.run.path("train", "checkpoints", name) if node else stage.path("checkpoints", name)
-    ladder = Ladder.of(work)
+    ladder = Ladder.of(work, min((gpu.memory_total for gpu in plan.gpus), default=0))
     footing = ladder.descended(plan.footing)
     for made in ladder.decisions:
         stage.events.say(f"train {name}: out of memory in an earlier start: {made['value']}")

@@ -87,6 +87,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             )
 
     def train(self, trainer: Any) -> Any:
+        _refuse_adapted_vision(trainer.model)
         count = _TokenCount(trainer.data_collator, self._reports)
         trainer.data_collator = count.collate
         trainer.add_callback(_Checkpoints(self._job, self._reports, self._stop, self._together, count))
@@ -100,6 +101,19 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             return super().train(trainer)
         finally:
             self.log, self.tokens = trainer.state.log_history, trainer.state.num_input_tokens_seen
+
+
+def _refuse_adapted_vision(model: Any) -> None:
+    """Raise UsageError where LoRA has landed on the vision tower, as plain names of modules make it: no engine serves
+    that, vLLM leaves it out with a warning."""
+    meta = model.model_meta
+    towers = (getattr(meta.model_arch, "vision_tower", None) or []) if meta.is_multimodal else []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and any(f".{tower}." in f".{name}" for tower in towers):
+            raise UsageError(
+                f"train.target_modules puts LoRA on the vision tower, too ({name}), where inference leaves it out: take"
+                " [all-linear], or a regular expression that names the language model's modules"
+            )
 
 
 def _picture(path: Path, sample: str) -> Path:

@@ -24,7 +24,7 @@ from stages.contract.errors import DataError, DoesNotFitError, Exit, Interrupted
 from stages.contract.files import machine_error, read_json, read_jsonl, remove, write_json, write_jsonl
 from stages.contract.recipe import Model, Train
 from stages.contract.stop import StopRequest, die_with_parent
-from stages.train.ladder import During, Ladder, Shortage, lost_card, shortage_of
+from stages.train.ladder import During, Ladder, LostCardError, Shortage, lost_card, shortage_of
 from stages.train.sharding import check_sharding, deepspeed_config, keep_constants_exact
 from stages.train.together import Together, lost_the_others
 
@@ -346,8 +346,7 @@ def _explained(job: Job, error: BaseException, reports: Reports) -> tuple[LorryE
     if words is not None:
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         card = job.cards[rank] if rank < len(job.cards) else "the GPU"
-        # the code of what cannot run on this hardware: with the same cards, another try may well end the same way
-        return DoesNotFitError(
+        return LostCardError(
             f"{card} fell away after step {reports.step} ({words}); run the same command again, without it if it fails"
             " again, to go on from the last checkpoint"
         ), None
@@ -378,7 +377,8 @@ def main() -> None:
             traceback.print_exc()
         text = str(explained) if explained else f"{type(error).__name__}: {error}"
         code = explained.exit_code if explained else Exit.CRASHED
-        fields = {"shortage": asdict(shortage)} if shortage else {}
+        fields: dict[str, Any] = {"shortage": asdict(shortage)} if shortage else {}
+        fields |= {"lost": True} if isinstance(explained, LostCardError) else {}
         reports.send(event="error", text=" ".join(text.split())[:1000], code=int(code), **fields)
         sys.exit(code)
 

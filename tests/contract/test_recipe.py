@@ -254,6 +254,27 @@ def test_the_digest_leaves_out_what_changes_no_result(tmp_path: Path) -> None:
     assert other.digest() == plain.digest()
 
 
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("train.micro_batch=2", True),
+        ("train.gradient_checkpointing=true", True),
+        ("train.sharding=zero3", True),
+        ("train.least_max_length=64", True),
+        ("train.keep_checkpoints=5", True),
+        ("train.effective_batch=8", False),
+        ("train.max_length=512", False),
+        ("train.precision=float32", False),
+        ("train.load_in_4bit=true", False),
+    ],
+)
+def test_how_training_finds_room_may_change_and_the_work_be_gone_on_with(
+    tmp_path: Path, override: str, same: bool
+) -> None:
+    path = written(tmp_path, MINIMAL_RECIPE)
+    assert (load_recipe(path).digest("train") == load_recipe(path, None, (override,)).digest("train")) is same
+
+
 def test_a_default_written_out_is_the_same_recipe() -> None:
     assert minimal(seed=42).digest() == minimal().digest()
 

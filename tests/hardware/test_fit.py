@@ -1,5 +1,7 @@
 """Which way of training is taken on which card, and what is proposed when none fits."""
 
+from dataclasses import replace
+
 import pytest
 
 from stages.contract.recipe import Train
@@ -83,6 +85,17 @@ def test_a_shorter_sample_is_proposed_where_it_is_what_does_not_fit(seven: Model
     asked = settings(max_length=32768, gradient_checkpointing=True)
     found = smallest_changes(seven, asked, 8, "bfloat16", 23 * GIB, Lengths(32768, 32768))
     assert any(change.startswith("train.max_length=") for way in found for change in way.changes)
+
+
+def test_fewer_pixels_are_proposed_for_a_model_that_sees(seven: ModelShape) -> None:
+    seeing = replace(seven, vision={"patch_size": 14, "spatial_merge_size": 2})
+    asked = settings(max_pixels=1_229_312, sharding="none", load_in_4bit=True, gradient_checkpointing=True)
+    memory = as_asked(seeing, asked, 1, "bfloat16", LENGTHS).estimate.total - 50_000_000
+    found = smallest_changes(seeing, asked, 1, "bfloat16", memory, LENGTHS)
+    assert found[0].settings.max_pixels == 819541
+    assert found[0].changes == ("train.max_pixels=819541 for 1229312",)
+    blind = smallest_changes(seven, asked, 1, "bfloat16", memory, LENGTHS)
+    assert not any("max_pixels" in change for way in blind for change in way.changes)
 
 
 def test_nothing_is_proposed_for_a_card_that_is_far_too_small(seven: ModelShape) -> None:

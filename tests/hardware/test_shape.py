@@ -24,18 +24,22 @@ def test_linear_modules_are_found_and_embeddings_are_none(tmp_path: Path) -> Non
     assert shape.linears["lm_head"] == (3584, 152064)
 
 
-def test_a_gptq_model_is_counted_unpacked(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "bits", "packed_shape"),
+    [("gptq", 4, [4864 // 8, 896]), ("gptq", 8, [4864 // 4, 896]), ("awq", 4, [4864, 896 // 8])],
+)
+def test_a_quantised_model_is_counted_unpacked(tmp_path: Path, method: str, bits: int, packed_shape: list[int]) -> None:
     make_shape(tmp_path, "Qwen2.5-0.5B")
-    packed = {"model.layers.0.mlp.down_proj.qweight": [4864 // 8, 896]}
+    packed = {"model.layers.0.mlp.down_proj.qweight": packed_shape}
     write_safetensors(tmp_path / "packed.safetensors", packed, "I32", 4)
     write_safetensors(tmp_path / "scales.safetensors", {"model.layers.0.mlp.down_proj.scales": [38, 896]}, "F16")
     names = {name: shape for name, shape in tensors(CONFIGS["Qwen2.5-0.5B"]).items() if "layers.0.mlp.down" not in name}
     write_safetensors(tmp_path / "model.safetensors", names)
     (tmp_path / "config.json").write_text(
-        json.dumps({**CONFIGS["Qwen2.5-0.5B"], "quantization_config": {"quant_method": "gptq"}})
+        json.dumps({**CONFIGS["Qwen2.5-0.5B"], "quantization_config": {"quant_method": method, "bits": bits}})
     )
     shape = read_shape(tmp_path)
-    assert shape.quantisation == "gptq"
+    assert shape.quantisation == method
     assert shape.linears["model.layers.0.mlp.down_proj"] == (4864, 896)
     assert shape.parameters == pytest.approx(494.0e6, rel=1e-4)
 

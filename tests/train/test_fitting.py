@@ -1,5 +1,6 @@
 """Before and between the training processes: precision, plan and refusal by what the cards have, on a recorded box."""
 
+import importlib.util
 import io
 import signal
 import threading
@@ -17,8 +18,10 @@ from stages.contract.recipe import Adapter, Train
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
 from stages.hardware.batch import plan_batch
+from stages.hardware.fit import Way, plan_training
 from stages.hardware.memory import Lengths
 from stages.hardware.probe import probe
+from stages.hardware.shape import ModelShape, UnknownShapeError
 from stages.hardware.targets import load_targets, precision_of
 from stages.train import stage as train_stage
 from stages.train.ladder import Footing, Ladder, MemoryRanOutError, Shortage
@@ -80,7 +83,8 @@ def test_a_full_card_is_refused_before_any_process_starts(training: Training, bo
     code, output = training(CUDA_VISIBLE_DEVICES="3", **box.variables)
     assert code == 4, output
     last = output.splitlines()[-1]
-    assert "at the very least on each GPU, and GPU 3 (NVIDIA A800-SXM4-80GB) has 0.4 of 80.0 GiB free (held by" in last
+    assert "at the very least on each GPU, and GPU 3 (NVIDIA A800-SXM4-80GB), GPU-" in last
+    assert ", has 0.4 of 80.0 GiB free (held by" in last
     assert "free that card or take another" in last
     assert not training.run.path("train", "checkpoints").exists()
     assert time.monotonic() - began < 20
@@ -204,3 +208,36 @@ def test_several_machines_are_told_what_to_set(stage: Told, tmp_path: Path) -> N
     assert not ladder.rungs
     after = _one_rung_lower(stage, "tuned", ladder, footing, error, None)
     assert after == replace(footing, batch=plan_batch(16, 2, 2))
+
+
+def test_a_model_whose_memory_cannot_be_estimated_is_trained_as_asked(
+    stage: Told, box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(_: Path) -> None:
+        raise UnknownShapeError("config.json: no usable 'num_attention_heads'")
+
+    monkeypatch.setattr(train_stage, "read_shape", unknown)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    plan = _plan(stage, None)
+    assert (plan.way.sharding, plan.way.changes) == ("none", ())
+    assert plan.way.batch.effective == stage.run.recipe.train.effective_batch
+    assert {made["what"]: made["value"] for made in stage.decisions}["memory"] == "not estimated"
+    assert "estimate" not in stage.facts
+    assert "effective batch" in {made["what"] for made in stage.decisions}
+
+
+def test_without_deepspeed_nothing_is_shared_out(stage: Told, box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the image of v100-gptq; a plan that does not fit would else end in a library that is not there."""
+    asked: list[str] = []
+
+    def planned(shape: ModelShape, settings: Train, *others: Any) -> Way:
+        asked.append(settings.sharding)
+        return plan_training(shape, settings, *others)
+
+    monkeypatch.setattr(train_stage, "plan_training", planned)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    box.free(*[70.0] * 8)
+    for there in (None, object()):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _, there=there: there)
+        _plan(stage, None)
+    assert asked == ["none", "auto"]

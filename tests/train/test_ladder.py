@@ -86,6 +86,14 @@ def test_no_batch_is_small_enough_for_a_model_that_cannot_be_loaded() -> None:
     assert next_rung(footing(micro_batch=8), "loading") is None
 
 
+def test_a_rung_taken_on_smaller_cards_says_nothing_of_larger_ones(tmp_path: Path) -> None:
+    start = footing(micro_batch=4)
+    after = Ladder.of(tmp_path, 24).take("tuned", SHORT, {"micro_batch": 2}, start)
+    assert Ladder.of(tmp_path, 24).descended(start) == after
+    assert Ladder.of(tmp_path, 16).descended(start) == after
+    assert Ladder.of(tmp_path, 80).descended(start) == start
+
+
 def test_rungs_are_remembered_and_hold_on_other_cards(tmp_path: Path) -> None:
     ladder, start = Ladder.of(tmp_path), footing(micro_batch=4)
     after = ladder.take("tuned", SHORT, {"micro_batch": 2}, start)

@@ -84,3 +84,18 @@ def test_a_vision_language_model_is_trained_on_pictures(training: Training, tmp_
     code, output = seeing("--force")
     assert code == 3, output
     assert "one.png: no picture, and sample train0 needs it" in output.splitlines()[-1]
+
+
+def test_lora_on_the_vision_tower_is_refused(training: Training, tmp_path: Path) -> None:
+    """Plain names match the tower's modules, too."""
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "all-MiniLM-L6-v2").symlink_to(training.lorry.models / "all-MiniLM-L6-v2")
+    make_llava(models / "llava")
+    overrides = ("model.path=llava", "model.swift_type=llava1_5_hf", "model.swift_template=llava1_5_hf")
+    both = Training(
+        replace(training.lorry, models=models), (*training.overrides, *overrides, "train.target_modules=[q_proj]")
+    ).with_samples(4)
+    code, output = both()
+    assert code == 2, output
+    assert "puts LoRA on the vision tower, too" in output.splitlines()[-1]

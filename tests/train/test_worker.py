@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.contract.errors import DoesNotFitError
 from stages.contract.files import write_json
 from stages.contract.part import Node
 from stages.contract.recipe import load_recipe
+from stages.train.ladder import LostCardError
 from stages.train.launch import torchrun
 from stages.train.worker import (
     Job,
@@ -140,7 +140,8 @@ def test_a_lost_card_is_named_with_cuda_s_words(tmp_path: Path, monkeypatch: pyt
     reports.during, reports.step = "training", 12
     error = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
     explained, shortage = _explained(lost, error, reports)
-    assert isinstance(explained, DoesNotFitError) and shortage is None
+    assert isinstance(explained, LostCardError) and shortage is None
+    assert explained.exit_code == 75, "what is saved can be gone on with"
     assert str(explained).startswith(
         "GPU 5 (A800), GPU-b fell away after step 12 (CUDA error: unspecified launch failure); run the same command"
     )
