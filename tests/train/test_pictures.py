@@ -61,19 +61,23 @@ def make_llava(folder: Path) -> None:
     shutil.copy(source / "chat_template.jinja", folder)
 
 
-def test_a_vision_language_model_is_trained_on_pictures(training: Training, tmp_path: Path) -> None:
-    models = tmp_path / "models"
+def with_pictures(training: Training, folder: Path, samples: int, *overrides: str) -> tuple[Training, Path]:
+    """A LLaVA's training whose samples share one picture, and the picture."""
+    models = folder / "models"
     models.mkdir()
     (models / "all-MiniLM-L6-v2").symlink_to(training.lorry.models / "all-MiniLM-L6-v2")
     make_llava(models / "llava")
-    overrides = ("model.path=llava", "model.swift_type=llava1_5_hf", "model.swift_template=llava1_5_hf")
-    seeing = Training(
-        replace(training.lorry, models=models), (*training.overrides, *overrides, "train.epochs=1")
-    ).with_samples(8, images=("preprocess/pages/one.png",))
+    kind = ("model.path=llava", "model.swift_type=llava1_5_hf", "model.swift_template=llava1_5_hf", "train.epochs=1")
+    seeing = Training(replace(training.lorry, models=models), (*training.overrides, *kind, *overrides))
+    seeing = seeing.with_samples(samples, images=("preprocess/pages/one.png",))
     page = seeing.run.path("preprocess", "pages", "one.png")
     page.parent.mkdir(parents=True)
     Image.new("RGB", (300, 200), "red").save(page)
+    return seeing, page
 
+
+def test_a_vision_language_model_is_trained_on_pictures(training: Training, tmp_path: Path) -> None:
+    seeing, page = with_pictures(training, tmp_path, 8)
     code, output = seeing()
     assert code == 0, output + seeing.run.path("train", "log.txt").read_text()[-3000:]
     assert [row["step"] for row in read_jsonl(seeing.run.path("train", "metrics.jsonl")) if "loss" in row] == [1, 2]
@@ -88,14 +92,7 @@ def test_a_vision_language_model_is_trained_on_pictures(training: Training, tmp_
 
 def test_lora_on_the_vision_tower_is_refused(training: Training, tmp_path: Path) -> None:
     """Plain names match the tower's modules, too."""
-    models = tmp_path / "models"
-    models.mkdir()
-    (models / "all-MiniLM-L6-v2").symlink_to(training.lorry.models / "all-MiniLM-L6-v2")
-    make_llava(models / "llava")
-    overrides = ("model.path=llava", "model.swift_type=llava1_5_hf", "model.swift_template=llava1_5_hf")
-    both = Training(
-        replace(training.lorry, models=models), (*training.overrides, *overrides, "train.target_modules=[q_proj]")
-    ).with_samples(4)
-    code, output = both()
+    seeing, _ = with_pictures(training, tmp_path, 4, "train.target_modules=[q_proj]")
+    code, output = seeing()
     assert code == 2, output
     assert "puts LoRA on the vision tower, too" in output.splitlines()[-1]
