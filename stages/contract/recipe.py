@@ -43,9 +43,14 @@ class Pages(Section):
 
 
 class Retrieval(Section):
-    embedder: str = Field(description="Folder of a sentence-transformers model, relative to the model mount")
-    top_k: int = Field(2, ge=1, description="Pages shown with a question")
-    batch_size: int = Field(32, ge=1)
+    embedder: str = Field(
+        description="Folder of a sentence-transformers model, which reads a page's text, or of GME-Qwen2-VL, which sees"
+        " its picture; relative to the model mount"
+    )
+    top_k: int = Field(2, ge=1, description="Pages shown with a question that names none")
+    batch_size: int = Field(32, ge=1, description="Texts or pages embedded together, and the most that a kill can cost")
+    max_pixels: int = Field(1280 * 28 * 28, ge=28 * 28, description="Pixel budget of a page that is embedded")
+    vectors: Literal["float32", "float16"] = Field("float32", description="How the vectors are kept")
 
 
 class Preprocess(Section):
@@ -53,6 +58,12 @@ class Preprocess(Section):
     page_timeout: float = Field(60.0, gt=0, description="Seconds for a page before its worker is ended")
     pages: Pages
     retrieval: Retrieval
+    classifier: Literal["off", "rule", "model"] = Field(
+        "off",
+        description="Who tells which questions on a page are answered from its drawing alone: a rule of the task, the"
+        " model that is tuned, or nobody",
+    )
+    samples: dict[str, Any] = Field({}, description="The task's own settings of what a sample shows")
 
 
 class Adapter(Section):
@@ -86,6 +97,9 @@ class Train(Section):
     adam_beta2: Fraction = 0.95
     max_grad_norm: float = Field(1.0, gt=0)
     max_pixels: int | None = Field(None, ge=28 * 28, description="Pixel budget of an image; null: the model's own")
+    freeze_vision: bool = Field(
+        True, description="Leave a vision tower as it is. One that is adapted can be served merged only (infer.merged)"
+    )
     gradient_checkpointing: bool = False
     precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="What the frozen base computes in; auto: by compute capability. LoRA weights are float32"
@@ -136,9 +150,21 @@ class Infer(Section):
     max_length: int = Field(
         8192, ge=16, description="Tokens of prompt and answer; a longer prompt is counted as failed"
     )
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, description="Of the longest of the task's passes")
     batch_size: int = Field(16, ge=1, description="Sequences decoded together")
-    chunk_size: int = Field(256, ge=1, description="Records submitted at once, and the most a kill can lose")
+    chunk_size: int = Field(
+        256, ge=1, description="Records submitted at once; with transformers the most that a kill can lose, too"
+    )
+    passes: dict[str, Any] = Field({}, description="The task's own settings of what the model is asked, and in turn")
+    ablate: list[FileName] = Field(
+        [], description="Components of the task: the test samples are answered again without each of them in turn"
+    )
+    merged: bool = Field(False, description="Answer with adapters merged into copies of the weights, one by one")
+    tensor_parallel: int | None = Field(
+        None,
+        ge=1,
+        description="GPUs that share the weights (vllm); null: as many as the machine shows and the model allows",
+    )
 
     @model_validator(mode="after")
     def _leaves_room(self) -> "Infer":

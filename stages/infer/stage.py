@@ -7,9 +7,9 @@ from pathlib import Path
 from stages.contract.files import JsonlJournal, machine_error, read_jsonl, write_jsonl
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.stage import Stage
+from stages.engines.engine import Engine, EngineSettings, Prompt, load_tokenizer, render
 from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
-from stages.infer.engine import Engine, EngineSettings, Prompt, load_tokenizer, render
 from stages.tasks import load_task
 
 
@@ -114,11 +114,11 @@ def _start_engine(stage: Stage, model: Path, max_length: int) -> Engine:
     before = time.monotonic()
     engine: Engine
     if recipe.infer.engine == "vllm":
-        from stages.infer.vllm_engine import VllmEngine
+        from stages.engines.vllm_engine import VllmEngine
 
         engine = VllmEngine(settings)
     else:
-        from stages.infer.transformers_engine import TransformersEngine
+        from stages.engines.transformers_engine import TransformersEngine
 
         engine = TransformersEngine(settings)
     stage.facts["engine_start_seconds"] = round(time.monotonic() - before, 2)

@@ -12,8 +12,8 @@ from stages.contract.files import read_json, read_jsonl
 from stages.contract.part import Shard
 from stages.contract.run import Run
 from stages.contract.stage import run_stage
+from stages.engines.engine import Completion, Prompt
 from stages.infer import stage as infer
-from stages.infer.engine import Completion, Prompt
 from tests.conftest import snapshot
 from tests.infer.conftest import describe
 from tests.infer.test_stage import Answer, answers, echo

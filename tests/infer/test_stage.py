@@ -9,8 +9,8 @@ from stages.contract.files import read_json, read_jsonl, write_jsonl
 from stages.contract.part import Part
 from stages.contract.run import Run
 from stages.contract.stage import run_stage
+from stages.engines.engine import Completion, Prompt
 from stages.infer import stage as infer
-from stages.infer.engine import Completion, Prompt
 from tests.infer.conftest import describe, sample
 
 Answer = Callable[[list[Prompt], str | None], list[Completion]]

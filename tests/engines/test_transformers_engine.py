@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from stages.infer.engine import EngineSettings, Prompt, load_tokenizer, render
+from stages.engines.engine import EngineSettings, Prompt, load_tokenizer, render
 
 TEXTS = [
     "What is part 12?",
@@ -33,7 +33,7 @@ def adapters(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def engine(model: Path, adapters: dict[str, Path], batch_size: int) -> Any:
-    from stages.infer.transformers_engine import TransformersEngine
+    from stages.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(EngineSettings(model, adapters, "float32", 12, batch_size, 256, 0))
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from stages.infer.engine import Completion, EngineSettings, Prompt, load_tokenizer
+from stages.engines.engine import Completion, EngineSettings, Prompt, load_tokenizer
 
 
 class TransformersEngine:

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.contract.errors import DoesNotFitError
 from stages.contract.files import read_json
-from stages.infer.engine import Completion, EngineSettings, Prompt
+from stages.engines.engine import Completion, EngineSettings, Prompt
 
 MOST_OF_A_CARD, SPARE = 0.9, 0.02
 """Shares of a card's memory: what vLLM takes at most (its own default), and what is left free of a card that others

@@ -1,0 +1,1 @@
+"""Language models that answer prompts: transformers and vLLM behind one interface."""

@@ -1,0 +1,110 @@
+"""Pictures at a vision-language model's pixel budget.
+
+Models of the Qwen2-VL family read a picture in patches of `patch_size`, merged `merge_size` by `merge_size` into one
+token: both sides become multiples of their product (28 for Qwen2-VL and Qwen2.5-VL), and a picture of W x H costs
+W x H / 28 / 28 tokens (arXiv:2409.12191, section 2.1).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.contract.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_RATIO = 200
+"""Longest over shortest side: the family's own processors refuse more."""
+
+
+@dataclass(frozen=True)
+class PictureRules:
+    """How a model reads pictures."""
+
+    factor: int = 28
+    """Both sides are multiples of it, in pixels; one token is factor x factor."""
+    min_pixels: int = 56 * 56
+    max_pixels: int = 16384 * 28 * 28
+
+    def size(self, width: int, height: int, budget: int | None = None) -> tuple[int, int]:
+        """Pixels (width, height) at which a picture is read: the family's own rule, `smart_resize`.
+
+        Raises DataError for a shape that no model of the family takes.
+        """
+        if max(width, height) > MAX_RATIO * min(width, height):
+            raise DataError(f"a picture of {width} x {height}: its sides differ more than {MAX_RATIO} to 1")
+        limit = min(budget or self.max_pixels, self.max_pixels)
+        columns, rows = (max(round(side / self.factor) * self.factor, self.factor) for side in (width, height))
+        if columns * rows > limit:
+            shrink = math.sqrt(width * height / limit)
+            columns, rows = (self._floor(side / shrink) for side in (width, height))
+        elif columns * rows < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (width * height))
+            columns, rows = (math.ceil(side * grow / self.factor) * self.factor for side in (width, height))
+        return columns, rows
+
+    def _floor(self, side: float) -> int:
+        return max(math.floor(side / self.factor) * self.factor, self.factor)
+
+    def tokens(self, width: int, height: int) -> int:
+        """Tokens of a picture that is read at this size."""
+        return (width // self.factor) * (height // self.factor)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file and the size at which it is read."""
+
+    path: Path
+    width: int
+    height: int
+
+    def load(self) -> "Image":
+        """The picture in RGB at its size. Raises DataError where the file is no picture."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(self.path) as opened:
+                opened.draft("RGB", (self.width, self.height))  # a JPEG of twice the size is decoded at half of it
+                picture = opened.convert("RGB")
+        except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
+            raise DataError(f"{self.path}: no picture ({error}); run preprocess again") from error
+        if picture.size != (self.width, self.height):
+            picture = picture.resize((self.width, self.height), Image.Resampling.BICUBIC)
+        return picture
+
+
+def read_rules(model: Path) -> PictureRules:
+    """A model's rules, from its preprocessor_config.json. Raises UsageError for a model of another family."""
+    path = model / "preprocessor_config.json"
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error}): {model.name} must be a model that sees pictures"
+        ) from error
+    if "patch_size" not in values or "merge_size" not in values:
+        raise UsageError(
+            f"{path}: no patch_size and merge_size: pictures are answered by models of the Qwen2-VL family"
+        )
+    size = values.get("size") or {}
+    return PictureRules(
+        factor=int(values["patch_size"]) * int(values["merge_size"]),
+        min_pixels=int(values.get("min_pixels") or size.get("shortest_edge") or PictureRules.min_pixels),
+        max_pixels=int(values.get("max_pixels") or size.get("longest_edge") or PictureRules.max_pixels),
+    )
+
+
+def open_picture(path: Path, rules: PictureRules, budget: int | None = None) -> Picture:
+    """A picture file at the size that rules and budget give it; only its header is read. Raises DataError."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            width, height = opened.size
+    except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{path}: no picture ({error}); run preprocess again") from error
+    return Picture(path, *rules.size(width, height, budget))
