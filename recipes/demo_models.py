@@ -72,6 +72,7 @@ TINY = {
     **{"rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "attention_dropout": 0.0},
     **{"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "use_sliding_window": False},
     **{"bos_token_id": 1, "eos_token_id": 2, "dtype": "float32", "torch_dtype": "float32"},
+    "transformers_version": "4.57.6",  # without it newer ones take every tokenizer for one with a known flaw
     **{"vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654},
     **{"image_token_id": 151655, "video_token_id": 151656},
 }
