@@ -1,4 +1,5 @@
-"""What the text of a question points at: a page of its document. Chinese and English, digits and numerals."""
+"""What the text of a question points at: pages and figures of its document, positions. Chinese and English, digits and
+numerals."""
 
 import re
 import unicodedata
@@ -6,27 +7,89 @@ import unicodedata
 _DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _UNITS = {"十": 10, "百": 100, "千": 1000}
 _CHINESE_NUMBER = "[零〇一二两三四五六七八九十百千]{1,12}"
+_NUMBER = rf"(?:\d{{1,6}}|{_CHINESE_NUMBER})"
+# not \b: Chinese characters are word characters to it, and stand next to English ones without a space
 _PAGE_PATTERNS = (
-    re.compile(rf"第\s*(\d{{1,6}}|{_CHINESE_NUMBER})\s*[页頁]"),
-    # not \b: Chinese characters are word characters to it, and stand next to English ones without a space
-    re.compile(r"(?<![a-z])page\s*(?:no\.?|number)?\s*(\d{1,6})(?![a-z\d])", re.IGNORECASE),
+    re.compile(rf"第\s*({_NUMBER}(?:\s*(?:以及|[、,和与與及])\s*第?\s*{_NUMBER}){{0,9}})\s*[页頁]"),
+    re.compile(r"(?<![a-z])page\s*(?:(?:no\.?|number)\s*)?(\d{1,6})(?![a-z\d])", re.IGNORECASE),
+    re.compile(
+        r"(?<![a-z])pages\s*(\d{1,6}(?:(?:\s*,\s*|\s*&\s*|\s+)(?:and\s*)?\d{1,6}){0,9})(?![a-z\d])", re.IGNORECASE
+    ),
     re.compile(r"(?<![a-z\d])(\d{1,6})(?:st|nd|rd|th)\s+page(?![a-z])", re.IGNORECASE),
 )
+
+# 图一侧, 图一样, 图三维: the numeral belongs to the next word. 图两侧 names no figure 2 either: 两 never numbers one
+_NO_NUMERAL = "(?![样般些个種种侧側端面直定致起边邊维維角周分零〇一二三四五六七八九十百千])"
+_LETTER = r"(?:([a-z])(?![a-z\d])|\s?\(\s?([a-z])\s?\))?"
+_FIGURE_PATTERNS = (
+    re.compile(
+        rf"[图圖]\s*(?:(\d{{1,4}})(?!\d)|([一二三四五六七八九十百零〇]{{1,7}}){_NO_NUMERAL}){_LETTER}", re.IGNORECASE
+    ),
+    re.compile(rf"(?<![a-z])(?:figures?|figs?)\s*(?:\.\s*)?(\d{{1,4}})(?!\d)(){_LETTER}", re.IGNORECASE),
+    re.compile(r"第\s*(?:(\d{1,4})|([一二三四五六七八九十]{1,3}))\s*[幅张張个個]?\s*[图圖]()()"),
+)
+
+_POSITION = re.compile(
+    "位置|方位|位于|位於|哪里|哪裡|哪儿|何处|哪一?[侧边面]|[上下左右前后]方|[左右两]侧|[上下左右前后里外]边|之间"
+    "|(?<![a-z])(?:where|position(?:ed|s)?|locat(?:ed|ion)|relative to|above|below|beneath|under|underneath|behind"
+    "|in front of|on top of|beside|next to|between|(?:left|right) (?:of|end|side)|(?:on|to|at) the (?:left|right))"
+    "(?![a-z])",
+    re.IGNORECASE,
+)
+
+
+def pages_named(text: str) -> list[int]:
+    """1-based pages that a question names, in its order, each once: `第3页和第5页`, `第3、5页`, `pages 3 and 5`.
+
+    Full-width digits count as digits. A page number of 0 names no page. Of a span, `pages 3-5`, only the first.
+    """
+    text = unicodedata.normalize("NFKC", text)
+    matches = [match for pattern in _PAGE_PATTERNS for match in pattern.finditer(text)]
+    pages = []
+    for match in sorted(matches, key=lambda match: match.start()):
+        for number in re.findall(_NUMBER, match.group(1)):
+            pages.append(int(number) if number.isdecimal() else chinese_number(number))
+    return list(dict.fromkeys(page for page in pages if page))
 
 
 def page_named(text: str) -> int | None:
     """1-based page that a question names: `第6页`, `第 六 页`, `page 6`, `6th page`; None where it names none.
 
-    Full-width digits count as digits. The first page named wins. A page number of 0 names no page.
+    The first page named wins.
+    """
+    return next(iter(pages_named(text)), None)
+
+
+def figure_named(text: str) -> str | None:
+    """Figure that a question names, as number and small letter: `图2` -> `2`, `FIG. 2A` and `图二(a)` -> `2a`.
+
+    Also `附图3`, `第2幅图`, `Figure 2(b)`. The first figure named wins. None where none is, as in `第6页的图中`.
     """
     text = unicodedata.normalize("NFKC", text)
-    matches = [match for pattern in _PAGE_PATTERNS for match in pattern.finditer(text)]
-    for match in sorted(matches, key=lambda match: match.start()):
-        number = match.group(1)
-        page = int(number) if number.isdecimal() else chinese_number(number)
-        if page:
-            return page
+    matches = [match for pattern in _FIGURE_PATTERNS for match in pattern.finditer(text)]
+    figures = (_figure(match) for match in sorted(matches, key=lambda match: match.start()))
+    return next((figure for figure in figures if figure), None)
+
+
+def figure_labelled(text: str) -> tuple[str, str] | None:
+    """Figure that a text begins with, and what follows it: `图2 剖视图` -> (`2`, ` 剖视图`). None for other texts."""
+    text = unicodedata.normalize("NFKC", text).strip().removeprefix("附")
+    for match in filter(None, (pattern.match(text) for pattern in _FIGURE_PATTERNS[:2])):
+        figure = _figure(match)
+        return (figure, text[match.end() :]) if figure else None
     return None
+
+
+def _figure(match: re.Match[str]) -> str | None:
+    digits, numeral, *letters = match.groups()
+    number = int(digits) if digits else chinese_number(numeral)
+    return f"{number}{''.join(filter(None, letters)).lower()}" if number else None
+
+
+def asks_position(text: str) -> bool:
+    """Whether a question asks how parts lie to each other: it has a word of place, such as `位置`, `上方`, `where` or
+    `below`. Told by these words alone, not by what they mean in the sentence."""
+    return _POSITION.search(unicodedata.normalize("NFKC", text)) is not None
 
 
 def chinese_number(text: str) -> int | None:
