@@ -6,8 +6,10 @@ from entrypoints.common import stage_command
 
 
 def _work() -> Callable[..., None]:
+    from stages.hardware.pick import hide_denied_cards
     from stages.preprocess.stage import work
 
+    hide_denied_cards(needs_one=False)
     return work
 
 

@@ -6,8 +6,10 @@ from entrypoints.common import stage_command
 
 
 def _work() -> Callable[..., None]:
+    from stages.hardware.pick import hide_denied_cards
     from stages.train.stage import work
 
+    hide_denied_cards()
     return work
 
 

@@ -1,5 +1,6 @@
 """Which cards a job gets: those named one by one, or the freest that it fits on (`auto`)."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from itertools import groupby
 
 from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
 from stages.hardware.holds import Holds
-from stages.hardware.probe import Gpu
+from stages.hardware.probe import Gpu, read_cards, visible
 
 GIB = 2**30
 
@@ -80,6 +81,28 @@ def denied_cards(text: str | None, gpus: tuple[Gpu, ...]) -> frozenset[int]:
             continue
         denied.add(_find(name, gpus, where).index)
     return frozenset(denied)
+
+
+def hide_denied_cards(needs_one: bool = True) -> None:
+    """Have CUDA_VISIBLE_DEVICES show this process, and those that it starts, no card in LORRY_GPU_DENY.
+
+    For a stage that is started by itself, without a launcher that chose its cards. Raises UsageError for an entry that
+    is no card, and DoesNotFitError where no card is left and the stage needs one: it would take hours on a CPU.
+    """
+    text = os.environ.get("LORRY_GPU_DENY", "").strip()
+    gpus = read_cards().gpus if text and os.environ.get("LORRY_TARGET") != "cpu" else ()
+    shown = visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not shown:
+        return
+    denied = denied_cards(text, gpus)
+    left = [gpu for gpu in shown if gpu.index not in denied]
+    if not left and needs_one:
+        raise DoesNotFitError(
+            f"LORRY_GPU_DENY={text}: no other card is left here ({_listed(shown)}); LORRY_TARGET=cpu computes without"
+        )
+    if len(left) < len(shown):  # NVML counts the cards by their place on the bus
+        numbers = ",".join(str(gpu.index) for gpu in left)
+        os.environ |= {"CUDA_VISIBLE_DEVICES": numbers, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def named_cards(wish: Wish, gpus: tuple[Gpu, ...], denied: frozenset[int]) -> tuple[Gpu, ...]:

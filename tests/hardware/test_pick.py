@@ -8,8 +8,17 @@ import pytest
 
 from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
 from stages.hardware.holds import Holds
-from stages.hardware.pick import Need, Pick, denied_cards, hold_named, named_cards, parse_wish, pick_cards
-from stages.hardware.probe import Gpu, read_cards
+from stages.hardware.pick import (
+    Need,
+    Pick,
+    denied_cards,
+    hide_denied_cards,
+    hold_named,
+    named_cards,
+    parse_wish,
+    pick_cards,
+)
+from stages.hardware.probe import Gpu, probe, read_cards
 from tests.conftest import REPOSITORY
 from tests.hardware.recorded import GIB, Box
 
@@ -94,6 +103,54 @@ def test_the_deny_list_may_name_a_card_that_no_longer_tells_its_uuid(box: Box) -
     box.lose(6)
     assert named(box, "0", f"5,{lost}") == [0]
     assert "no longer answers (NVML: GPU is lost): see `dmesg | grep Xid`" in refused(box, "6")
+
+
+# -- a stage by itself, without a launcher ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("deny", "visible", "left"),
+    [
+        ("5,6,7", None, "0,1,2,3,4"),
+        ("5,6,7", "6,4,5,1", "4,1"),
+        ("5,6,7", "1,2", "1,2"),
+        ("GPU-2ac", "2,3", "3"),
+        ("", "6", "6"),
+        ("", None, None),
+    ],
+)
+def test_a_stage_sees_no_denied_card(
+    box: Box, monkeypatch: pytest.MonkeyPatch, deny: str, visible: str | None, left: str | None
+) -> None:
+    monkeypatch.setenv("LORRY_GPU_DENY", deny)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    hide_denied_cards()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
+    if left is not None and left != visible:
+        assert ",".join(str(gpu.index) for gpu in probe().gpus) == left
+        assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_where_all_are_denied_a_stage_does_not_go_on_for_hours_without(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.keep(2)
+    monkeypatch.setenv("LORRY_GPU_DENY", "0,1")
+    with pytest.raises(DoesNotFitError, match=r"LORRY_GPU_DENY=0,1: no other card is left here \(0 NVIDIA A800"):
+        hide_denied_cards()
+    hide_denied_cards(needs_one=False)
+    assert os.environ.pop("CUDA_VISIBLE_DEVICES") == ""
+    monkeypatch.setenv("LORRY_TARGET", "cpu")
+    hide_denied_cards()
+    monkeypatch.setenv("LORRY_TARGET", "")
+    monkeypatch.setenv("LORRY_GPU_DENY", "0,9")
+    with pytest.raises(UsageError, match="there is no GPU 9"):
+        hide_denied_cards()
+    box.keep(0)
+    hide_denied_cards()  # a machine without cards, where the variable is set for all
 
 
 # -- auto ----------------------------------------------------------------------------------------------------------
