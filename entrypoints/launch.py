@@ -6,10 +6,12 @@ image or a card that is not there, is told in one line.
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,11 +20,11 @@ from entrypoints.cards import Chosen, choose_cards, choose_target, to_do
 from entrypoints.common import one_line_errors, recipe_options, recipe_path
 from entrypoints.containers import Runner, find_engine, in_containers, killed, stage_arguments
 from entrypoints.selftest import LIBRARIES, ON_CARDS
-from stages.contract.errors import DoesNotFitError, Exit, UsageError
+from stages.contract.errors import DoesNotFitError, Exit, InterruptedRunError, UsageError
 from stages.contract.stop import StopRequest, die_with_parent
 from stages.hardware.holds import Holds
 from stages.hardware.probe import Cards, read_cards
-from stages.hardware.targets import refuse_old_driver
+from stages.hardware.targets import load_targets, refuse_old_driver, refuse_old_driver_for
 
 STAGES = tuple(LIBRARIES)
 
@@ -65,7 +67,7 @@ def launch(stage: str, gpus: str | None, target: str | None, force: bool, shard:
         for number, name in enumerate(stages):
             code = run(name, only_last if name == stage else [])
             if code in (Exit.CRASHED, Exit.DOES_NOT_FIT, Exit.INTERRUPTED):
-                _tell_fallen(chosen, name)
+                _tell_fallen(chosen, name, Exit(code))
             if code != Exit.DONE:
                 sys.exit(code)
             later = [following for following in stages[number + 1 :] if following in ON_CARDS]
@@ -83,10 +85,14 @@ def _runner(
             "LORRY_NODES: containers started here have no network, and cannot train over several machines; start"
             " `lorry-train` itself on each, or see k8s/scale-out/train-multinode.yaml"
         )
+    on_cards = bool(chosen.cards and set(stages) & set(ON_CARDS))
     if engine is None:
         click.echo(f"no Docker engine answers at {address}: running as a local process")
+        cuda = installed_cuda() if on_cards else None
+        if cuda:
+            refuse_old_driver_for(cuda, found.driver, load_targets())
         return _processes(stages, options, chosen, target)
-    if chosen.cards and set(stages) & set(ON_CARDS):
+    if on_cards:
         refuse_old_driver(card, found.driver)
     run, image = in_containers(engine, stages, options, chosen.devices, card)
     stage = stages[-1]
@@ -95,8 +101,9 @@ def _runner(
     return run
 
 
-def _tell_fallen(chosen: Chosen, stage: str) -> None:
-    """After a crash: raise DoesNotFitError if one of the stage's cards no longer answers, which would be the cause."""
+def _tell_fallen(chosen: Chosen, stage: str, code: Exit) -> None:
+    """After a crash: raise DoesNotFitError if one of the stage's cards no longer answers, which would be the cause.
+    A stage that ended with 75 has saved its state: then InterruptedRunError, so that the code stays what it said."""
     if not chosen.cards:
         return
     now = read_cards()
@@ -108,10 +115,20 @@ def _tell_fallen(chosen: Chosen, stage: str) -> None:
         if gpu.uuid not in alive:
             says = next((other.lost for other in now.gpus if other.index == gpu.index and other.lost), "no such card")
             others = ",".join(str(other.index) for other in chosen.cards if other.uuid in alive)
-            raise DoesNotFitError(
+            error = InterruptedRunError if code == Exit.INTERRUPTED else DoesNotFitError
+            raise error(
                 f"{stage}: {gpu} has fallen off the bus (NVML: {says}): see `dmesg | grep Xid`, and reset it or"
                 f" reboot; run again without it: GPUS={others or 'auto'}"
             )
+
+
+def installed_cuda() -> str | None:
+    """The CUDA version that the torch of local processes is built for, read without importing it; None without one."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return None
+    found = re.search(r"^cuda\b.*'([0-9.]+)'", Path(torch.origin).with_name("version.py").read_text(), re.MULTILINE)
+    return found[1] if found else None
 
 
 # -- local processes -----------------------------------------------------------------------------------------------

@@ -120,6 +120,18 @@ def refuse_old_driver(image: Target, driver: str) -> None:
         )
 
 
+def refuse_old_driver_for(cuda: str, driver: str, targets: dict[str, Target]) -> None:
+    """The same for a CUDA version such as `12.8` of a torch that is in no image: all of one major version need the same
+    driver. One that no target has is passed."""
+    major = f"cu{cuda.partition('.')[0]}"
+    least = min((t.min_driver for t in targets.values() if t.min_driver and (t.cuda or "")[:4] == major), default=0)
+    if int(driver.partition(".")[0]) < least:
+        raise DoesNotFitError(
+            f"the torch installed here is built for CUDA {cuda}, which needs NVIDIA driver {least} or newer, and this"
+            f" machine has {driver}: update it, or install torch for an older CUDA"
+        )
+
+
 def precision_of(setting: str, target: Target) -> str:
     """What the frozen base computes in: `float32`, `float16` or `bfloat16`; `setting` is the recipe's train.precision.
 

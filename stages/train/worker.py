@@ -24,6 +24,7 @@ from stages.contract.errors import DataError, DoesNotFitError, Exit, Interrupted
 from stages.contract.files import machine_error, read_json, read_jsonl, remove, write_json, write_jsonl
 from stages.contract.recipe import Model, Train
 from stages.contract.stop import StopRequest, die_with_parent
+from stages.hardware.probe import read_cards
 from stages.train.ladder import During, Ladder, LostCardError, Shortage, lost_card, shortage_of
 from stages.train.sharding import check_sharding, deepspeed_config, keep_constants_exact
 from stages.train.together import Together, lost_the_others
@@ -125,6 +126,8 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
     scratch.mkdir(parents=True)
     os.environ |= {"HF_DATASETS_CACHE": str(scratch / "datasets"), "MODELSCOPE_CACHE": str(scratch / "modelscope")}
 
+    if not job.use_cpu:
+        _refuse_dead_cards(job)
     from stages.train.swift_sft import LorrySft  # imports torch and swift: seconds, and only in this process
 
     together = Together(job.processes, job.use_cpu, job.sharding)
@@ -167,6 +170,25 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
         _publish(job, sft.log, facts)
     together.leave()
     remove(scratch)
+
+
+def _refuse_dead_cards(job: Job) -> None:
+    """Raise DoesNotFitError where there are cards and torch can compute on none: it would say that late and oddly."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    driver = read_cards().driver or "of an unknown version"
+    cards, version = "; ".join(job.cards), torch.__version__
+    if torch.version.cuda is None:
+        raise DoesNotFitError(
+            f"{cards}: torch {version} is built without CUDA: install one with it, or LORRY_TARGET=cpu trains without"
+            f" cards (the NVIDIA driver is {driver})"
+        )
+    raise DoesNotFitError(
+        f"{cards}: torch {version} cannot use them: it is built for CUDA {torch.version.cuda}, and the NVIDIA driver is"
+        f" {driver}: update the driver, or install torch for an older CUDA (see also `lorry doctor`)"
+    )
 
 
 def _let_memory_segments_grow() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -504,6 +505,47 @@ def test_a_stop_reaches_the_local_process(bare: Lorry, few: Path, recipe_file: P
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert "run the same command again" in output
+
+
+def test_a_stage_that_said_75_keeps_it_though_a_card_fell_away(box: Box, local: Launch) -> None:
+    def end(stage: str) -> int:
+        if stage == "preprocess":
+            return 0
+        box.lose(3)
+        return 75
+
+    done = local("train", "patent-qa", "--gpus", "2,3", end=end)
+    assert done.code == 75
+    assert "error: train: GPU 3 (NVIDIA A800-SXM4-80GB) has fallen off the bus" in done.output.splitlines()[-1]
+
+
+def test_an_old_driver_is_told_before_a_local_process_starts(
+    box: Box, local: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.recorded["driver_version"] = "450.80.02"
+    box.save()
+    monkeypatch.setattr(launch, "installed_cuda", lambda: "12.8")
+    done = local("train", "patent-qa", "--gpus", "1")
+    assert (done.code, done.seen) == (4, [])
+    told = "CUDA 12.8, which needs NVIDIA driver 525 or newer, and this machine has 450.80.02"
+    assert told in done.output.splitlines()[-1]
+    assert local("preprocess", "patent-qa", "--gpus", "1").code == 0, "which computes on no card"
+    box.recorded["driver_version"] = "535.183.06"
+    box.save()
+    assert local("train", "patent-qa", "--gpus", "1").code == 0
+    monkeypatch.setattr(launch, "installed_cuda", lambda: "13.0")
+    assert "needs NVIDIA driver 580 or newer" in local("train", "patent-qa", "--gpus", "1").output
+
+
+def test_the_cuda_of_torch_is_read_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = tmp_path / "torch" / "version.py"
+    version.parent.mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for text, cuda in (("cuda: Optional[str] = '12.8'", "12.8"), ("cuda = None", None), ("git = 'a1'", None)):
+        version.write_text(f"debug = False\n{text}\nhip: Optional[str] = None\n")
+        assert launch.installed_cuda() == cuda
 
 
 # -- an engine that refuses ----------------------------------------------------------------------------------------
