@@ -61,6 +61,8 @@ class Picture:
     path: Path
     width: int
     height: int
+    tokens: int = 0
+    """Of the model that reads it."""
 
     def load(self) -> "Image":
         """The picture in RGB at its size. Raises DataError where the file is no picture."""
@@ -107,4 +109,5 @@ def open_picture(path: Path, rules: PictureRules, budget: int | None = None) -> 
             width, height = opened.size
     except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
         raise DataError(f"{path}: no picture ({error}); run preprocess again") from error
-    return Picture(path, *rules.size(width, height, budget))
+    columns, rows = rules.size(width, height, budget)
+    return Picture(path, columns, rows, rules.tokens(columns, rows))

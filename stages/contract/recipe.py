@@ -193,12 +193,18 @@ class Recipe(Section):
     eval: Eval = Eval()
 
     def digest(self, *sections: str) -> str:
-        """sha256 of the named sections' values, or of all that can change a result.
+        """sha256 of the named sections' values (or of `section.key`), or of all that can change a result.
 
         How training finds room is not among them: it may be changed, as after an out-of-memory, and gone on with.
         """
         values = self.model_dump(mode="json", exclude={"description": True, "profile": True, "train": ONLY_ROOM})
-        return digest_of({name: values[name] for name in (sections or values)})
+        if not sections:
+            return digest_of(values)
+        found = {}
+        for name in sections:
+            section, _, key = name.partition(".")
+            found[name] = values[section][key] if key else values[section]
+        return digest_of(found)
 
 
 def load_recipe(

@@ -30,12 +30,15 @@ class Prediction(TypedDict):
     answer: str | None
     """What the task read out of the text; None when it failed."""
     text: str | None
-    """The completion as generated."""
+    """The completion of the last pass, as generated."""
     finish_reason: str | None
     """`stop`, or `length` when max_new_tokens cut it off."""
     prompt_tokens: int
+    """Of all passes, pictures included."""
     completion_tokens: int
     error: str | None
+    passes: dict[str, str]
+    """What the passes before the last one wrote, by their names."""
 
 
 def failed_prediction(sample_id: str, error: str, prompt_tokens: int = 0) -> Prediction:
@@ -48,4 +51,5 @@ def failed_prediction(sample_id: str, error: str, prompt_tokens: int = 0) -> Pre
         "prompt_tokens": prompt_tokens,
         "completion_tokens": 0,
         "error": error,
+        "passes": {},
     }

@@ -27,28 +27,28 @@ from stages.contract.roots import Roots
 
 STAGES = ("preprocess", "train", "infer", "eval")
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 """Raised when what the stages hand to each other changes meaning; older runs are then made again."""
 
 SECTIONS = {
     "preprocess": ("task", "seed", "data", "preprocess"),
     "train": ("task", "seed", "model", "train"),
-    "infer": ("task", "seed", "model", "infer"),
+    "infer": ("task", "seed", "model", "infer", "preprocess.classifier", "preprocess.samples"),
     "eval": ("task", "seed", "eval"),
 }
 """The recipe sections that a stage's result depends on."""
 
-REUSABLE = {"preprocess": ("cache", "pages")}
+REUSABLE = {"preprocess": ("cache", "pages"), "infer": ("partial",)}
 """What a stage may keep when its inputs change, since it checks every piece against that piece's own input."""
 
 UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
     "preprocess": {},
-    "train": {"preprocess": ("samples/train.jsonl", "samples/validation.jsonl")},
-    "infer": {"preprocess": ("samples/test.jsonl",), "train": ("adapters/",)},
+    "train": {"preprocess": ("samples/train.jsonl", "samples/validation.jsonl", "pages/")},
+    "infer": {"preprocess": ("samples/test.jsonl", "asked.jsonl", "pages/"), "train": ("adapters/",)},
     "eval": {
         "preprocess": ("samples/test.jsonl", "pages/"),
         "train": ("metrics.jsonl",),
-        "infer": ("predictions/",),
+        "infer": ("predictions/", "ablations/"),
     },
 }
 """The outputs of earlier stages that a stage reads, by their name or the beginning of it."""
@@ -132,7 +132,8 @@ class Run:
                 found[f"data/{stored_name(path.relative_to(self.data))}"] = hashes.file(path)
             embedder = self.recipe.preprocess.retrieval.embedder
             found["models/embedder"] = hashes.tree(self.model(embedder, "preprocess.retrieval.embedder"))[0]
-        if stage in ("train", "infer"):
+        asks_the_model = stage == "preprocess" and self.recipe.preprocess.classifier == "model"
+        if stage in ("train", "infer") or asks_the_model:
             found["models/base"] = hashes.tree(self.model(self.recipe.model.path, "model.path"))[0]
         return found
 

@@ -1,22 +1,38 @@
-"""What an engine is: base and adapters loaded once, prompts in as tokens, completions out.
+"""What an engine is: base and adapters loaded once, prompts in as tokens and pictures, completions out.
 
-Both engines get the same tokens, rendered here by the model's own chat template, so that their greedy answers differ
-only by the arithmetic of their kernels.
+Both engines get the same tokens, rendered here by the model's own chat template, and pictures of the same size, so that
+their greedy answers differ only by the arithmetic of their kernels.
 """
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stages.contract.records import Sample
+from stages.contract.errors import DataError
+from stages.contract.records import Message
+from stages.pictures import Picture, PictureRules, open_picture, read_rules
+
+PLACEHOLDER = "<image>"
+"""Where a picture stands in a message: ms-swift's word for it."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample's prompt as the model reads it."""
+    """A prompt as the model reads it."""
 
     id: str
     tokens: list[int]
+    """One placeholder for each picture."""
+    pictures: tuple[Picture, ...] = ()
+    max_new_tokens: int | None = None
+    """None: as many as the engine's settings say."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt, those of its pictures included."""
+        return len(self.tokens) + sum(picture.tokens - 1 for picture in self.pictures)
 
 
 @dataclass(frozen=True)
@@ -29,8 +45,16 @@ class Completion:
     """`stop`, or `length` when the limit cut it off."""
 
 
+Done = Callable[[int, Completion], None]
+"""Called with the place of a prompt among those submitted and its completion, as soon as that is there."""
+
+
 class Engine(Protocol):
-    def generate(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+    continuous: bool
+    """Whether prompts flow through the engine one by one. If not, they are computed in batches, and which prompts are
+    submitted together decides who shares a batch."""
+
+    def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
         """Greedy completions, in the order of the prompts; `adapter` None asks the base model."""
 
     def close(self) -> None:
@@ -49,6 +73,78 @@ class EngineSettings:
     max_length: int
     """Tokens of the longest prompt with its completion."""
     seed: int
+    tensor_parallel: int = 1
+    """GPUs that share the weights."""
+    max_pictures: int = 0
+    """Pictures of the prompt with the most."""
+    max_pixels: int = 0
+    """Of the largest picture."""
+
+
+class Renderer:
+    """Turns conversations into prompts, by the chat template and the picture rules of one model."""
+
+    def __init__(self, model: Path) -> None:
+        self.tokenizer = load_tokenizer(model)
+        self._model = model
+        self._rules: PictureRules | None = None
+        self._placeholder: int | None = None
+
+    @property
+    def rules(self) -> PictureRules:
+        """How the model reads pictures. Raises UsageError for a model that reads none, or reads them otherwise."""
+        if self._rules is None:
+            self._rules = read_rules(self._model)
+        return self._rules
+
+    def render(
+        self,
+        prompt_id: str,
+        messages: Sequence[Message],
+        pictures: Sequence[Path] = (),
+        max_pixels: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Prompt:
+        """Tokens of a conversation, with the beginning of the answer that the chat template asks for.
+
+        The messages hold `<image>` once for each of `pictures`, each of which gets at most `max_pixels`. Raises
+        DataError where a picture cannot be read or the text itself holds a picture's token.
+        """
+        opened = tuple(open_picture(path, self.rules, max_pixels) for path in pictures)
+        conversation = [_with_parts(message) for message in messages] if opened else list(messages)
+        tokens = list(
+            self.tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
+        if opened:
+            found = tokens.count(self._picture_token())
+            if found != len(opened):
+                raise DataError(f"{found} places for pictures in the prompt, and {len(opened)} pictures")
+        return Prompt(prompt_id, tokens, opened, max_new_tokens)
+
+    def _picture_token(self) -> int:
+        if self._placeholder is None:
+            self._placeholder = picture_token(self._model)
+        return self._placeholder
+
+
+def picture_token(model: Path) -> int:
+    """The number of the token that stands for a picture."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model, local_files_only=True).image_token_id)
+
+
+def _with_parts(message: Message) -> dict[str, Any]:
+    """A message whose content is a list of texts and pictures, as chat templates of vision-language models read it."""
+    parts: list[dict[str, str]] = []
+    for piece in re.split(f"({PLACEHOLDER})", message["content"]):
+        if piece == PLACEHOLDER:
+            parts.append({"type": "image"})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return {"role": message["role"], "content": parts}
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -56,11 +152,3 @@ def load_tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model, local_files_only=True)
-
-
-def render(tokenizer: Any, sample: Sample) -> Prompt:
-    """Tokens of a sample's conversation, with the beginning of the answer that the chat template asks for."""
-    tokens = tokenizer.apply_chat_template(
-        sample["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return Prompt(sample["id"], list(tokens))

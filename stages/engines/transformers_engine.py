@@ -3,60 +3,116 @@
 For cards where vLLM has no kernels, and for small jobs, which are done before vLLM has started.
 """
 
+import importlib.util
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
-from stages.engines.engine import Completion, EngineSettings, Prompt, load_tokenizer
+from stages.engines.engine import Completion, Done, EngineSettings, Prompt, load_tokenizer
 
 
 class TransformersEngine:
     """All adapters on one base; each batch switches in place to the one it asks for."""
 
+    continuous = False
+
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer = load_tokenizer(settings.model)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            settings.model, dtype=getattr(torch, settings.dtype), local_files_only=True
+        config = AutoConfig.from_pretrained(settings.model, local_files_only=True)
+        kind: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        # over several cards layer by layer: one after the other computes, but what fits none of them fits all together
+        spread = torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
+        model: Any = kind.from_pretrained(
+            settings.model,
+            dtype=getattr(torch, settings.dtype),
+            local_files_only=True,
+            device_map="auto" if spread else None,
         )
+        self._picture_token: int = getattr(config, "image_token_id", -1)
+        self._processor: Any = None
         self._end_tokens = _end_tokens(model, self._tokenizer)
         for name, folder in settings.adapters.items():
             if isinstance(model, PeftModel):
                 model.load_adapter(str(folder), adapter_name=name)
             else:
                 model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-        self._model = model.to(self._device).eval()
+        self._model = (model if spread else model.to(self._device)).eval()
 
-    def generate(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+    def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
         """Greedy completions. The prompts form batches of `batch_size`, longest first, padded on the left."""
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].tokens), i))
-        done: dict[int, Completion] = {}
-        size = self._settings.batch_size
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            done |= zip(batch, self._batch([prompts[i].tokens for i in batch], adapter), strict=True)
-        return [done[i] for i in range(len(prompts))]
+        found: dict[int, Completion] = {}
+        for batch in self._batches(prompts):
+            for place, completion in zip(batch, self._batch([prompts[i] for i in batch], adapter), strict=True):
+                found[place] = completion
+                if done is not None:
+                    done(place, completion)
+        return [found[i] for i in range(len(prompts))]
 
-    def _batch(self, prompts: list[list[int]], adapter: str | None) -> list[Completion]:
-        longest = max(map(len, prompts))
+    def _batches(self, prompts: list[Prompt]) -> Iterator[list[int]]:
+        """Places of prompts that are computed together: those that may write as much, the longest first."""
+        order = sorted(range(len(prompts)), key=lambda i: (-self._limit(prompts[i]), -prompts[i].length, i))
+        while order:
+            limit = self._limit(prompts[order[0]])
+            batch = [i for i in order[: self._settings.batch_size] if self._limit(prompts[i]) == limit]
+            yield batch
+            order = order[len(batch) :]
+
+    def _limit(self, prompt: Prompt) -> int:
+        return prompt.max_new_tokens or self._settings.max_new_tokens
+
+    def _batch(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+        pictures = self._pictures(prompts)
+        rows = [self._expanded(prompt) for prompt in prompts]
+        longest = max(map(len, rows))
         pad = self._end_tokens[0]
         # left padding: a decoder writes on from the last position, which must be the prompt's own
-        tokens = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self._device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._device)
+        tokens = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self._device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._device)
+        if pictures:  # which tokens are a picture's: positions in two dimensions hang on it
+            pictures["mm_token_type_ids"] = tokens.eq(self._picture_token).int()
         config = GenerationConfig(
-            max_new_tokens=self._settings.max_new_tokens,
+            max_new_tokens=self._limit(prompts[0]),
             do_sample=False,
             eos_token_id=self._end_tokens,
             pad_token_id=pad,
         )
         with torch.inference_mode(), self._speaking_as(adapter):
-            output = self._model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
+            output = self._model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, **pictures)
         return [self._completion(row[longest:].tolist()) for row in output]
+
+    def _pictures(self, prompts: list[Prompt]) -> dict[str, Any]:
+        """The pictures of all prompts in patches, with their grids; nothing where no prompt has any."""
+        opened = [picture.load() for prompt in prompts for picture in prompt.pictures]
+        if not opened:
+            return {}
+        if self._processor is None:
+            from transformers import AutoImageProcessor
+
+            self._processor = AutoImageProcessor.from_pretrained(self._settings.model, local_files_only=True)
+        found = self._processor(images=opened, do_resize=False, return_tensors="pt")
+        dtype = getattr(torch, self._settings.dtype)
+        return {
+            "pixel_values": found["pixel_values"].to(self._device, dtype),
+            "image_grid_thw": found["image_grid_thw"].to(self._device),
+        }
+
+    def _expanded(self, prompt: Prompt) -> list[int]:
+        """The prompt's tokens with as many placeholders for each picture as it has tokens."""
+        if not prompt.pictures:
+            return prompt.tokens
+        counts = iter([picture.tokens for picture in prompt.pictures])
+        return [
+            same
+            for token in prompt.tokens
+            for same in ([token] * next(counts) if token == self._picture_token else [token])
+        ]
 
     def _speaking_as(self, adapter: str | None) -> Any:
         if not isinstance(self._model, PeftModel):
@@ -78,6 +134,8 @@ class TransformersEngine:
 
     def close(self) -> None:
         del self._model
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

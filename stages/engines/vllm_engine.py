@@ -1,20 +1,27 @@
 """The engine of every target: vLLM offline, base and adapters on one load, continuous batching."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import DoesNotFitError
 from stages.contract.files import read_json
-from stages.engines.engine import Completion, EngineSettings, Prompt
+from stages.engines.engine import Completion, Done, EngineSettings, Prompt
 
 MOST_OF_A_CARD, SPARE = 0.9, 0.02
 """Shares of a card's memory: what vLLM takes at most (its own default), and what is left free of a card that others
 use, too. vLLM counts the share of the whole card and refuses to start where less is free."""
 
+IN_FLIGHT = 2
+"""Prompts given to the engine, for each that it decodes at once: enough that it never waits for one. Pictures are
+decoded as their prompt goes in, so that those of a million prompts are never in memory at once."""
+
 
 class VllmEngine:
     """Adapters are LoRA requests on one base; prefixes that prompts share are computed once."""
+
+    continuous = True
 
     def __init__(self, settings: EngineSettings) -> None:
         os.environ |= {
@@ -29,21 +36,21 @@ class VllmEngine:
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # else a CPU build leaves one of two processors idle
         }
         import torch
-        from vllm import LLM, SamplingParams
+        from vllm import LLM
         from vllm.lora.request import LoRARequest
 
+        self._settings = settings
         ranks = [read_json(folder / "adapter_config.json")["r"] for folder in settings.adapters.values()]
         options: dict[str, Any] = {}
         if ranks:
             options = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": _supported_rank(max(ranks))}
+        if settings.max_pictures:
+            options["limit_mm_per_prompt"] = {"image": settings.max_pictures, "video": 0}
+            # pictures come at their size already; memory is set aside for the largest, not for the model's own limit
+            options["mm_processor_kwargs"] = {"max_pixels": settings.max_pixels}
         if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            share = min(MOST_OF_A_CARD, free / total - SPARE)
-            if share < SPARE:
-                raise DoesNotFitError(
-                    f"the GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: take another (make: GPUS=...)"
-                )
-            options["gpu_memory_utilization"] = round(share, 3)
+            options["tensor_parallel_size"] = settings.tensor_parallel
+            options["gpu_memory_utilization"] = round(_share_of_the_fullest_card(settings.tensor_parallel), 3)
         else:
             options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings)
             options["enforce_eager"] = True  # compiling for a CPU needs g++ and takes longer than it saves
@@ -57,30 +64,71 @@ class VllmEngine:
             disable_log_stats=True,
             **options,
         )
-        self._sampling = SamplingParams(temperature=0, max_tokens=settings.max_new_tokens)
         self._requests = {
             name: LoRARequest(name, number, str(Path(folder)))
             for number, (name, folder) in enumerate(settings.adapters.items(), start=1)
         }
 
-    def generate(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
-        """Greedy completions; all prompts are submitted at once and the engine batches them."""
+    def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
+        """Greedy completions; the engine batches the prompts as they come and go."""
+        found: dict[int, Completion] = {}
+        for place, completion in self._flowing(prompts, adapter):
+            found[place] = completion
+            if done is not None:
+                done(place, completion)
+        return [found[place] for place in range(len(prompts))]
+
+    def _flowing(self, prompts: list[Prompt], adapter: str | None) -> Iterator[tuple[int, Completion]]:
+        """Each prompt's place and completion, in the order in which they are done."""
         request = self._requests[adapter] if adapter is not None else None
+        engine = self._llm.llm_engine
+        places: dict[str, int] = {}
+        waiting = iter(enumerate(prompts))
+        left = len(prompts)
+        try:
+            while left:
+                while len(places) < IN_FLIGHT * self._settings.batch_size and (new := next(waiting, None)) is not None:
+                    places[self._submit(new[1], request)] = new[0]
+                finished: list[Any] = [output for output in engine.step() if output.finished]
+                left -= len(finished)
+                for output in finished:
+                    yield places.pop(output.request_id), _completion(output.outputs[0])
+        finally:
+            if places:  # of a prompt that failed, or of a stop: nothing of them may meet the next prompts
+                engine.abort_request(list(places))
+
+    def _submit(self, prompt: Prompt, request: Any) -> str:
+        """Put one prompt into the engine's queue; returns the name under which its output will come."""
+        from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=prompt.tokens) for prompt in prompts],
-            self._sampling,
-            lora_request=request,
-            use_tqdm=False,
-        )
-        return [
-            Completion(out.text, len(out.token_ids) - (out.finish_reason == "stop"), str(out.finish_reason))
-            for out in (output.outputs[0] for output in outputs)
-        ]
+        sampling = SamplingParams(temperature=0, max_tokens=prompt.max_new_tokens or self._settings.max_new_tokens)
+        tokens = TokensPrompt(prompt_token_ids=prompt.tokens)
+        if prompt.pictures:
+            tokens["multi_modal_data"] = {"image": [picture.load() for picture in prompt.pictures]}
+        (name,) = self._llm.enqueue([tokens], sampling, lora_request=request, use_tqdm=False)
+        return str(name).partition("-")[0]  # behind the hyphen is the engine's own mark
 
     def close(self) -> None:
-        del self._llm  # ends the engine's process
+        del self._llm  # ends the engine's processes, where it has any
+
+
+def _completion(output: Any) -> Completion:
+    ended = output.finish_reason == "stop"
+    return Completion(output.text, len(output.token_ids) - ended, str(output.finish_reason))
+
+
+def _share_of_the_fullest_card(cards: int) -> float:
+    """The share of its memory that vLLM may take of each card. Raises DoesNotFitError where one has hardly any free."""
+    import torch
+
+    free, total = min((torch.cuda.mem_get_info(card) for card in range(cards)), key=lambda one: one[0] / one[1])
+    share = min(MOST_OF_A_CARD, free / total - SPARE)
+    if share < SPARE:
+        raise DoesNotFitError(
+            f"the GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: take another (make: GPUS=...)"
+        )
+    return share
 
 
 def _kv_cache_bytes(settings: EngineSettings) -> int:

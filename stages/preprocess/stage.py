@@ -8,13 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.contract.errors import DataError
-from stages.contract.files import FileHashes, place_same, visible_files, write_jsonl, written_atomically
-from stages.contract.records import Sample
+from stages.contract.files import FileHashes, place_same, visible_files, written_atomically
 from stages.contract.stage import Stage
 from stages.preprocess.documents import document_ids, render_documents
 from stages.preprocess.embed import Embedder, Vectors, chunked
-from stages.preprocess.retrieve import choose_pages, cosine
+from stages.preprocess.rows import write_samples
 from stages.preprocess.split import SPLITS, split_groups
 from stages.tasks import load_task
 
@@ -45,25 +43,7 @@ def work(stage: Stage) -> None:
         return
     _write_vectors(stage, page_vectors, questions, question_vectors)
 
-    samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
-    for question, shown in zip(questions, _shown(stage, questions, question_vectors, pages, page_vectors), strict=True):
-        split = splits[question.document]
-        sample = task.build_sample(question, shown)
-        reason = _reason_to_skip(question, split, sample, shown)
-        if reason is not None:
-            stage.skip(question.id, *reason)
-            continue
-        if split != "test":
-            sample["messages"].append({"role": "assistant", "content": sample["references"][0]})
-        elif not shown:  # it stays in the test set, to be counted as failed
-            sample["meta"]["error"] = f"no readable page in {question.document}"
-        samples[split].append(sample)
-    if not samples["train"]:
-        raise DataError(f"{data}: no question to train on is left; see the skipped ones in {stage.path('log.txt')}")
-    for split, members in samples.items():
-        name = f"samples/{split}.jsonl"
-        stage.outputs[name] = write_jsonl(stage.path(name), members)  # type: ignore[arg-type]
-        stage.counts[split] = len(members)
+    write_samples(stage, task, questions, splits, documents, pages, page_vectors, question_vectors)
     _tell(stage)
 
 
@@ -79,19 +59,6 @@ def _leave_for_merging(stage: Stage) -> None:
     for name in ("pages/", "cache/"):
         stage.path(name).mkdir(exist_ok=True)  # with no readable document there are none
         stage.outputs[name] = None
-
-
-def _reason_to_skip(question: Any, split: str, sample: Sample, shown: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """Why a question becomes no sample, with the detail. Of test questions only what was meant for training is left
-    out: all others are scored, or counted as failed."""
-    if split == "test":
-        if question.split == "train":
-            return "training question on a test document", f"{question.document}, by its content"
-    elif not shown:
-        return "no readable page in its document", question.document
-    elif not sample["references"]:
-        return "no answer to train on", ""
-    return None
 
 
 def _splits(stage: Stage, questions: list[Any], documents: dict[str, Path]) -> dict[str, str]:
@@ -119,25 +86,6 @@ def _write_vectors(stage: Stage, pages: Vectors, questions: list[Any], of_questi
     with written_atomically(stage.path("questions.parquet"), "wb") as file:
         pq.write_table(table, file)
     stage.outputs["questions.parquet"] = len(questions)
-
-
-def _shown(
-    stage: Stage, questions: list[Any], question_vectors: Vectors, pages: list[dict[str, Any]], page_vectors: Vectors
-) -> list[list[dict[str, Any]]]:
-    """The pages chosen for each question."""
-    rows: dict[str, list[int]] = defaultdict(list)
-    for row, page in enumerate(pages):
-        rows[page["document"]].append(row)
-    chosen = []
-    for question, vector in zip(questions, question_vectors, strict=True):
-        own = rows[question.document]
-        by_number = {pages[row]["page"]: pages[row] for row in own}
-        if question.page is not None and question.page not in by_number:
-            stage.counts["named page missing"] += 1
-        scores = cosine(page_vectors[own], vector)
-        numbers = choose_pages(list(by_number), scores, question.page, stage.run.recipe.preprocess.retrieval.top_k)
-        chosen.append([by_number[number] for number in numbers])
-    return chosen
 
 
 def _tell(stage: Stage) -> None:

@@ -3,13 +3,19 @@
 A recipe's `task` names a module here. The four stages know no task by name; they call what `Task` lists.
 """
 
+import difflib
 import importlib
 import pkgutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from stages.contract.errors import UsageError
-from stages.contract.records import Sample
+from stages.contract.recipe import Recipe, Section
+from stages.contract.records import Message, Prediction, Sample
 
 
 class Skip(Protocol):
@@ -29,19 +35,100 @@ class Question(Protocol):
     def page(self) -> int | None:
         """1-based page that the question names."""
 
+    @property
+    def figure(self) -> str | None:
+        """Figure that the question names."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found for a question in its document and among the training questions."""
+
+    pages: Mapping[int, Mapping[str, Any]]
+    """The document's usable pages by number: `text` and `image` (path relative to the run) of each."""
+    ranked: list[int] = field(default_factory=list)
+    """Those pages, the most like the question first."""
+    crop: str | None = None
+    """Picture of the figure that the question names, cut out of its page."""
+    examples: list[str] = field(default_factory=list)
+    """Answers of the training questions that are most like it, none of its own document."""
+    drawing_is_enough: bool | None = None
+    """Of a question on a page, what the classifier said; None where it was not asked."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What has to be found for a question beside the pages."""
+
+    examples: int
+    """Answers of similar training questions."""
+    crops: bool
+    """The figure that a question names, cut out of its page."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a model is asked about a sample in one pass."""
+
+    messages: list[Message]
+    images: list[str] = field(default_factory=list)
+    """Paths relative to the run, one for each `<image>` in the messages."""
+    max_pixels: int | None = None
+    """Budget of each picture; None: the model's own."""
+    max_new_tokens: int | None = None
+    """None: infer.max_new_tokens."""
+
 
 class Task(Protocol):
+    Samples: type[Section]
+    """Settings of `preprocess.samples`."""
+    Passes: type[Section]
+    """Settings of `infer.passes`."""
+    COMPONENTS: tuple[str, ...]
+    """What `infer.ablate` may name."""
+    SHARED: tuple[str, ...]
+    """Passes that the base model does once for all."""
+
     def find_documents(self, folder: Path) -> list[Path]:
         """The documents to render, sorted. Raises DataError when there is none."""
 
     def read_questions(self, folder: Path, documents: set[str], skip: Skip) -> list[Any]:
         """All usable questions; the others go to `skip`. Raises DataError when none is left."""
 
-    def build_sample(self, question: Any, pages: list[dict[str, Any]]) -> Sample:
-        """One sample from a question and the pages shown with it, best first."""
+    def asked_rows(self, folder: Path, tested: list[Any]) -> list[dict[str, Any]]:
+        """What a submission has a line for, in order; `tested` are the questions of the test set."""
+
+    def wanted(self, recipe: Recipe) -> Wanted:
+        """What has to be found for the questions."""
+
+    def classification(self, recipe: Recipe, question: Any) -> Ask | bool | None:
+        """How to find out whether a question's drawing is enough: what to ask a model, or what a rule says of it."""
+
+    def read_classification(self, text: str) -> bool:
+        """What a model's answer to that means."""
+
+    def build_samples(self, recipe: Recipe, question: Any, found: Found, split: str) -> list[Sample]:
+        """The samples of one question, at least one; in the test set exactly one. Without the answer at the end."""
+
+    def passes(self, recipe: Recipe) -> tuple[str, ...]:
+        """What the model is asked in turn; the last is the answer."""
+
+    def ask(
+        self, recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]
+    ) -> Ask | None:
+        """What to ask in a pass, with what came of those before it; None where the sample needs no such pass.
+
+        `without` are the components that are left out.
+        """
+
+    def rehearsal(self, recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
+        """All that may be asked of a sample, each with the most tokens of earlier answers that it will hold."""
 
     def read_answer(self, text: str) -> str:
         """The answer in a completion."""
+
+    def submission(self, row: Mapping[str, Any], prediction: Prediction | None) -> dict[str, str]:
+        """A submission's line, of a row of `asked_rows` and its prediction, if there is any."""
 
     def score(self, answer: str, sample: Sample) -> dict[str, float]:
         """Metrics of one answer, each in 0..1."""
@@ -61,3 +148,32 @@ def load_task(name: str) -> Any:
 def task_names() -> list[str]:
     """Names that a recipe's `task` may have."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def settled(recipe: Recipe, where: str) -> Recipe:
+    """The recipe with every setting of its task spelt out. Raises UsageError, naming the file, for a wrong one."""
+    task = load_task(recipe.task)
+    samples = _settings(task.Samples, recipe.preprocess.samples, f"{where}: preprocess.samples")
+    passes = _settings(task.Passes, recipe.infer.passes, f"{where}: infer.passes")
+    for name in recipe.infer.ablate:
+        if name not in task.COMPONENTS:
+            raise UsageError(f"{where}: infer.ablate: no component {name!r}; there are: {', '.join(task.COMPONENTS)}")
+    return recipe.model_copy(
+        update={
+            "preprocess": recipe.preprocess.model_copy(update={"samples": samples.model_dump(mode="json")}),
+            "infer": recipe.infer.model_copy(update={"passes": passes.model_dump(mode="json")}),
+        }
+    )
+
+
+def _settings(kind: type[Section], values: dict[str, Any], where: str) -> Section:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(map(str, detail["loc"]))
+        if detail["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, kind.model_fields, 1)
+            known = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(kind.model_fields)}"
+            raise UsageError(f"{where}: no such key {key!r}; {known}") from error
+        raise UsageError(f"{where}.{key}: {detail['msg']}, found {detail.get('input')!r}") from error

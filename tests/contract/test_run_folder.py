@@ -10,7 +10,7 @@ from stages.contract import stage as stage_module
 from stages.contract.errors import Exit, InterruptedRunError, UsageError
 from stages.contract.files import FileHashes, remove, write_jsonl
 from stages.contract.recipe import load_recipe
-from stages.contract.run import REUSABLE, Run
+from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run
 from stages.contract.stage import Stage, run_stage
 from tests.contract import some_stage
 
@@ -198,7 +198,7 @@ def test_a_later_stage_refuses_an_output_that_was_touched(preprocessed: Run) -> 
 
 def test_a_manifest_of_another_contract_is_none(preprocessed: Run) -> None:
     path = preprocessed.path("preprocess", "manifest.json")
-    path.write_text(path.read_text().replace('"contract": 1', '"contract": 0'))
+    path.write_text(path.read_text().replace(f'"contract": {CONTRACT_VERSION}', '"contract": 0'))
     assert preprocessed.manifest("preprocess") is None
     assert not preprocessed.is_done("preprocess", fresh(preprocessed))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from stages.engines.engine import EngineSettings, Prompt, load_tokenizer, render
+from stages.engines.engine import EngineSettings, Prompt, Renderer
 
 TEXTS = [
     "What is part 12?",
@@ -39,9 +39,8 @@ def engine(model: Path, adapters: dict[str, Path], batch_size: int) -> Any:
 
 
 def prompts(model: Path) -> list[Prompt]:
-    tokenizer = load_tokenizer(model)
-    samples = [{"id": str(i), "messages": [{"role": "user", "content": text}]} for i, text in enumerate(TEXTS)]
-    return [render(tokenizer, sample) for sample in samples]  # type: ignore[arg-type]
+    renderer = Renderer(model)
+    return [renderer.render(str(i), [{"role": "user", "content": text}]) for i, text in enumerate(TEXTS)]
 
 
 def test_a_padded_batch_answers_as_single_prompts_do(small_models: Path, adapters: dict[str, Path]) -> None:

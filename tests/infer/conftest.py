@@ -23,11 +23,21 @@ def run(tmp_path: Path, small_models: Path) -> Run:
     recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", overrides)
     run = Run("r", recipe, Roots(tmp_path / "data", small_models, tmp_path / "runs"))
     samples = [sample(f"s{i}", "word " * i) for i in range(6)]
-    write_jsonl(run.path("preprocess", "samples", "test.jsonl"), samples)
+    ask(run, samples)
     write_json(run.path("train", "adapters", "tuned", "adapter_config.json"), {"r": 8})
-    for stage, name in (("preprocess", "samples/test.jsonl"), ("train", "adapters/tuned/adapter_config.json")):
-        describe(run, stage, name)
+    describe(run, "train", "adapters/tuned/adapter_config.json")
     return run
+
+
+def ask(run: Run, samples: list[dict[str, Any]]) -> None:
+    """Make these the test samples."""
+    write_jsonl(run.path("preprocess", "samples", "test.jsonl"), samples)
+    rows = [
+        {"idx": str(i), "id": one["id"], "document": "a.pdf", "question": one["messages"][0]["content"]}
+        for i, one in enumerate(samples)
+    ]
+    write_jsonl(run.path("preprocess", "asked.jsonl"), rows)
+    describe(run, "preprocess", "samples/test.jsonl", "asked.jsonl")
 
 
 def sample(name: str, text: str, **meta: Any) -> dict[str, Any]:
@@ -40,8 +50,9 @@ def sample(name: str, text: str, **meta: Any) -> dict[str, Any]:
     }
 
 
-def describe(run: Run, stage: str, name: str) -> None:
-    outputs = {name: describe_output(run.stage_folder(stage), name, None, FileHashes(run.folder / "none"))}
+def describe(run: Run, stage: str, *names: str) -> None:
+    hashes = FileHashes(run.folder / "none")
+    outputs = {name: describe_output(run.stage_folder(stage), name, None, hashes) for name in names}
     version = importlib.metadata.version("lorry")
     manifest = {
         "contract": CONTRACT_VERSION,

@@ -98,7 +98,7 @@ def test_a_stale_shard_is_ignored(run: Run, monkeypatch: pytest.MonkeyPatch, cap
     assert answers(run, monkeypatch, echo, Shard(0, 2)) == Exit.DONE
     samples = run.path("preprocess", "samples", "test.jsonl")
     samples.write_text(samples.read_text().replace("word", "other"))
-    describe(run, "preprocess", "samples/test.jsonl")
+    describe(run, "preprocess", "samples/test.jsonl", "asked.jsonl")
     asked: Asked = []
     assert answers(run, monkeypatch, noting(asked)) == Exit.DONE
     assert len(asked) == 12

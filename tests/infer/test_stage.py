@@ -5,13 +5,13 @@ from collections.abc import Callable
 import pytest
 
 from stages.contract.errors import Exit
-from stages.contract.files import read_json, read_jsonl, write_jsonl
+from stages.contract.files import read_json, read_jsonl
 from stages.contract.part import Part
 from stages.contract.run import Run
 from stages.contract.stage import run_stage
-from stages.engines.engine import Completion, Prompt
+from stages.engines.engine import Completion, Done, Prompt
 from stages.infer import stage as infer
-from tests.infer.conftest import describe, sample
+from tests.infer.conftest import ask, sample
 
 Answer = Callable[[list[Prompt], str | None], list[Completion]]
 
@@ -19,8 +19,17 @@ Answer = Callable[[list[Prompt], str | None], list[Completion]]
 class ScriptedEngine:
     """Stands where an engine stands, to fail on purpose."""
 
+    continuous = False
+
     def __init__(self, answer: Answer) -> None:
-        self.generate = answer
+        self._answer = answer
+
+    def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
+        found = self._answer(prompts, adapter)
+        for place, completion in enumerate(found):
+            if done is not None:
+                done(place, completion)
+        return found
 
     def close(self) -> None:
         return None
@@ -94,8 +103,7 @@ def test_a_prompt_without_room_or_pages_is_a_failed_record(run: Run, monkeypatch
         sample("blind", "?", error="no readable page in a.pdf"),
         sample("ok", "?"),
     ]
-    write_jsonl(run.path("preprocess", "samples", "test.jsonl"), samples)
-    describe(run, "preprocess", "samples/test.jsonl")
+    ask(run, samples)
     assert answers(run, monkeypatch, echo) == Exit.DONE
     found = {p["id"]: p["error"] for p in read_jsonl(run.path("infer", "predictions", "tuned.jsonl"))}
     assert "leaves no room for an answer in infer.max_length" in found["long"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stages.contract.errors import DataError
 from stages.contract.recipe import Data
 from stages.preprocess import stage as preprocess_stage
-from stages.preprocess.retrieve import choose_pages, cosine
+from stages.preprocess.retrieve import cosine, ranking
 from stages.preprocess.split import SPLITS, split_groups
 
 vectors = st.lists(st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=3), min_size=1, max_size=8).map(
@@ -45,38 +45,26 @@ def test_cosine_is_between_minus_one_and_one(pages, question) -> None:  # type: 
 # -- pages ---------------------------------------------------------------------------------------------------------
 
 
-@given(scored_pages, st.none() | st.integers(1, 50), st.integers(1, 5))
-def test_the_pages_chosen_are_the_named_one_and_then_the_best(scored, named, top_k) -> None:  # type: ignore[no-untyped-def]
-    chosen = choose_pages(list(scored), np.array(list(scored.values()), np.float32), named, top_k)
-    assert len(chosen) == len(set(chosen)) == min(top_k, len(scored))
-    assert set(chosen) <= set(scored)
-    if named in scored:
-        assert chosen[0] == named
-    rest = [number for number in chosen if number != named]
-    assert [scored[number] for number in rest] == sorted((scored[number] for number in rest), reverse=True)
-    left_out = [scored[number] for number in scored if number not in chosen]
-    if rest and left_out:
-        assert min(scored[number] for number in rest) >= max(left_out)
+@given(scored_pages)
+def test_pages_are_ranked_by_score(scored) -> None:  # type: ignore[no-untyped-def]
+    ranked = ranking(list(scored), np.array(list(scored.values()), np.float32))
+    assert set(ranked) == set(scored) and len(ranked) == len(scored)
+    assert [scored[number] for number in ranked] == sorted(scored.values(), reverse=True)
 
 
 @given(scored_pages, st.randoms())
-def test_the_choice_does_not_depend_on_the_pages_order(scored, random) -> None:  # type: ignore[no-untyped-def]
+def test_the_ranking_does_not_depend_on_the_pages_order(scored, random) -> None:  # type: ignore[no-untyped-def]
     items = list(scored.items())
     random.shuffle(items)
 
-    def choose(pairs: list[tuple[int, float]]) -> list[int]:
-        return choose_pages([n for n, _ in pairs], np.array([s for _, s in pairs], np.float32), None, 3)
+    def ranked(pairs: list[tuple[int, float]]) -> list[int]:
+        return ranking([n for n, _ in pairs], np.array([s for _, s in pairs], np.float32))
 
-    assert choose(items) == choose(sorted(items))
+    assert ranked(items) == ranked(sorted(items))
 
 
 def test_equal_scores_go_by_page_number() -> None:
-    assert choose_pages([7, 2, 5], np.zeros(3, np.float32), None, 2) == [2, 5]
-
-
-@pytest.mark.parametrize("named", [4, 99, None])
-def test_a_named_page_that_is_blank_or_missing_is_left_to_retrieval(named: int | None) -> None:
-    assert choose_pages([1, 2, 3], np.array([0.1, 0.9, 0.5], np.float32), named, 2) == [2, 3]
+    assert ranking([7, 2, 5], np.zeros(3, np.float32)) == [2, 5, 7]
 
 
 # -- splits --------------------------------------------------------------------------------------------------------

@@ -10,16 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.contract.errors import DataError, UsageError
-from stages.tasks import load_task, task_names
+from stages.contract.recipe import load_recipe
+from stages.contract.records import Sample
+from stages.tasks import Found, Task, load_task, task_names
 from stages.tasks.patent_qa import (
     PatentQuestion,
-    build_sample,
+    build_samples,
     facts,
     find_documents,
     read_answer,
     read_questions,
     score,
 )
+from tests.conftest import REPOSITORY
 
 Skipped = list[tuple[str, str, str]]
 
@@ -214,13 +217,21 @@ def test_no_documents_says_where_they_belong(tmp_path: Path) -> None:
 # -- samples -----------------------------------------------------------------------------------------------------
 
 PAGES = [{"page": page, "text": f"text of {page}", "image": f"preprocess/pages/a/{page}.jpg"} for page in (12, 3, 7)]
-QUESTION = PatentQuestion("q", "Which part?", "a.pdf", 12, ("gear", "cog"), (12, 4), "name", None)
+QUESTION = PatentQuestion("q", "Which part?", "a.pdf", 12, None, ("gear", "cog"), (12, 4), "name", None, 0)
+RECIPE = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", ("preprocess.samples.others=2",))
+
+
+def build(question: PatentQuestion, pages: list[dict[str, Any]]) -> Sample:
+    """The one row of a question, these pages being all of its document, best first."""
+    found = Found(pages={page["page"]: page for page in pages}, ranked=[page["page"] for page in pages])
+    (sample,) = build_samples(RECIPE, question, found, "test")
+    return sample
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_pages_are_shown_in_the_documents_order(count: int) -> None:
     chosen = PAGES[:count]
-    sample = build_sample(QUESTION, chosen)
+    sample = build(QUESTION, chosen)
     content = sample["messages"][-1]["content"]
     numbers = sorted(page["page"] for page in chosen)
     assert sample["meta"]["pages"] == numbers
@@ -236,8 +247,8 @@ def test_pages_are_shown_in_the_documents_order(count: int) -> None:
 
 def test_a_placeholder_written_in_the_data_is_not_taken_for_an_image() -> None:
     """A document about HTML, or a question that says <image>, must not break the count that the template checks."""
-    question = PatentQuestion("q", "What is <image> here?", "a.pdf", None, ("x",), (), "", None)
-    sample = build_sample(question, [{**PAGES[0], "text": "the tag <image> of a page"}])
+    question = PatentQuestion("q", "What is <image> here?", "a.pdf", None, None, ("x",), (), "", None, 0)
+    sample = build(question, [{**PAGES[0], "text": "the tag <image> of a page"}])
     assert sample["messages"][-1]["content"].count("<image>") == len(sample["images"])
 
 
@@ -250,15 +261,15 @@ def test_the_answer_is_the_first_line(text: str, answer: str) -> None:
 
 
 def test_a_right_answer_scores_full_and_a_wrong_one_nothing() -> None:
-    sample = build_sample(QUESTION, PAGES)
+    sample = build(QUESTION, PAGES)
     assert set(score("gear", sample).values()) == {1.0}
     assert score("xyz", sample)["exact_match"] == score("xyz", sample)["f1"] == 0.0
 
 
 def test_recall_counts_the_evidence_that_is_shown() -> None:
-    assert facts(build_sample(QUESTION, PAGES)) == {"retrieval_recall": 0.5}
-    without = PatentQuestion("q", "x", "a.pdf", None, (), (), "", None)
-    assert facts(build_sample(without, PAGES)) == {}
+    assert facts(build(QUESTION, PAGES)) == dict.fromkeys(("retrieval_recall", "recall@1", "recall@2", "recall@5"), 0.5)
+    without = PatentQuestion("q", "x", "a.pdf", None, None, (), (), "", None, 0)
+    assert facts(build(without, PAGES)) == {}
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------
@@ -267,8 +278,10 @@ def test_recall_counts_the_evidence_that_is_shown() -> None:
 def test_a_tasks_module_has_all_that_the_stages_call() -> None:
     for name in task_names():
         module = load_task(name)
-        for function in ("find_documents", "read_questions", "build_sample", "read_answer", "score", "facts"):
-            assert callable(getattr(module, function)), (name, function)
+        for member in (name for name in vars(Task) if not name.startswith("_")):
+            assert callable(getattr(module, member)), (name, member)
+        for member in Task.__annotations__:
+            assert hasattr(module, member), (name, member)
 
 
 def test_an_unknown_task_lists_the_known() -> None:

@@ -1,29 +1,15 @@
-"""patent_qa: questions about patent PDFs, answered from the pages that a question names or that are most like it.
-
-Data folder: `documents/` with PDFs (folders below it are read too) and either `questions.jsonl`, split by document,
-or `train.jsonl` and `test.jsonl`. One question a line:
-
-    {"id": "q1", "question": "...", "document": "CN000000001A.pdf", "answer": "..." or [...], "pages": [3], "kind": ""}
-
-`question` and `document` are needed, `answer` too where it is trained on or scored. `pages` (1-based, the evidence)
-lets retrieval be scored; `kind` breaks the scores down; a missing `id` becomes `<file>-<line>`.
-"""
+"""The questions files, and the documents that they ask about."""
 
 import json
-import re
 import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stages import metrics
 from stages.contract.errors import DataError
 from stages.contract.files import visible_files
-from stages.contract.records import Message, Sample
-from stages.mentions import page_named
+from stages.mentions import figure_named, page_named
 from stages.tasks import Skip
-
-SYSTEM = "Answer with the shortest exact words from the pages."
 
 
 @dataclass(frozen=True)
@@ -34,11 +20,15 @@ class PatentQuestion:
     """Path of the PDF below `documents/`, with its ending."""
     page: int | None
     """1-based page that the text names."""
+    figure: str | None
+    """Figure that the text names, such as `2a`."""
     answers: tuple[str, ...]
     evidence: tuple[int, ...]
     kind: str
     split: str | None
     """`train` or `test` where the data say so, else None."""
+    row: int
+    """0-based place among the lines of its file, as the original's submissions count them."""
 
 
 def find_documents(folder: Path) -> list[Path]:
@@ -64,12 +54,10 @@ def read_questions(folder: Path, documents: set[str], skip: Skip) -> list[Patent
     for path, split in sources:
         if not path.is_file():
             raise DataError(f"{folder}: no questions.jsonl, and no pair of train.jsonl and test.jsonl")
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        for row, (number, line) in enumerate(_lines(path)):
             where = f"{path.name}:{number}"
-            if not line.strip():
-                continue
             try:
-                question = _parse(line, f"{path.stem}-{number}", split, documents)
+                question = replace(_parse(line, f"{path.stem}-{number}", split, documents), row=row)
             except _BadLineError as error:
                 skip(where, error.reason, str(error))
                 continue
@@ -82,6 +70,40 @@ def read_questions(folder: Path, documents: set[str], skip: Skip) -> list[Patent
     if not questions:
         raise DataError(f"{folder}: no usable question in {' or '.join(path.name for path, _ in sources)}")
     return _without_leaks(list(questions.values()), skip)
+
+
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their 1-based numbers."""
+    return [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
+
+
+def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any]]:
+    """What a submission has a line for, in the order of the file: every line of test.jsonl, whatever is wrong with it;
+    where the data name no test set, the questions on the documents that were held out.
+
+    A row has `idx` (0-based, as text), `id` (None where it became no sample), `document` and `question`.
+    """
+    found = {question.row: question for question in tested}
+    given = folder / "test.jsonl"
+    if not given.is_file():
+        return [_row(row, found[row], {}) for row in sorted(found)]
+    return [_row(row, found.get(row), _as_read(line)) for row, (_, line) in enumerate(_lines(given))]
+
+
+def _row(row: int, question: PatentQuestion | None, record: dict[str, Any]) -> dict[str, Any]:
+    if question is not None:
+        record = {"id": question.id, "document": question.document, "question": question.text}
+    else:
+        record = {"id": None, **{key: str(record.get(key, "")) for key in ("document", "question")}}
+    return {"idx": str(row), **record}
+
+
+def _as_read(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 class _BadLineError(Exception):
@@ -107,10 +129,12 @@ def _parse(line: bytes, default_id: str, split: str | None, documents: set[str])
         text=text,
         document=document,
         page=page_named(text),
+        figure=figure_named(text),
         answers=_answers(record),
         evidence=_evidence(record),
         kind=str(record.get("kind", "")),
         split=split,
+        row=0,
     )
 
 
@@ -152,61 +176,3 @@ def _without_leaks(questions: list[PatentQuestion], skip: Skip) -> list[PatentQu
         else:
             kept.append(question)
     return kept
-
-
-# -- samples -----------------------------------------------------------------------------------------------------
-
-
-def _plain(text: str) -> str:
-    """Break up what ms-swift would take for a placeholder: each of those must have its file, and data have none."""
-    return re.sub(r"<(?=(?:image|video|audio|bbox|ref-object)>)", "< ", text)
-
-
-def build_sample(question: PatentQuestion, pages: list[dict[str, Any]]) -> Sample:
-    """One sample with the text of the pages chosen for the question, in the order of the document.
-
-    `pages` have `page` (1-based), `text` and `image` (path relative to the run).
-    """
-    shown = sorted(pages, key=lambda page: int(page["page"]))
-    parts = [f"Page {page['page']}: {_plain(page['text'])}" for page in shown]
-    content = "\n".join([*parts, f"Question: {_plain(question.text)}"])
-    messages: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-    return {
-        "id": question.id,
-        "messages": messages,
-        "images": [],
-        "references": list(question.answers),
-        "meta": {
-            "group": question.document,
-            "kind": question.kind,
-            "question": question.text,
-            "page_named": question.page,
-            "evidence": list(question.evidence),
-            "pages": [page["page"] for page in shown],
-            "page_images": [page["image"] for page in shown],
-        },
-    }
-
-
-def read_answer(text: str) -> str:
-    """The answer in a completion: its first line, without a full stop at the end."""
-    lines = text.strip().split("\n")
-    return lines[0].strip().rstrip("。.").strip()
-
-
-def score(answer: str, sample: Sample) -> dict[str, float]:
-    """Exact match and F1 by SQuAD's rules, and F1 over characters, which Chinese needs."""
-    references = sample["references"]
-    return {
-        "exact_match": metrics.best(metrics.exact_match, answer, references),
-        "f1": metrics.best(metrics.token_f1, answer, references),
-        "character_f1": metrics.best(metrics.character_f1, answer, references),
-    }
-
-
-def facts(sample: Sample) -> dict[str, float]:
-    """Retrieval recall: the share of the evidence pages that are shown, where the data name them."""
-    evidence = set(sample["meta"]["evidence"])
-    if not evidence:
-        return {}
-    return {"retrieval_recall": len(evidence & set(sample["meta"]["pages"])) / len(evidence)}

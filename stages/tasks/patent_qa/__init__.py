@@ -1,0 +1,286 @@
+"""patent_qa: questions about patent PDFs, answered from the pages that a question names or that are most like it.
+
+A question on a page sees that page and a few others, or the page alone where its drawing says all; a question that
+names none sees the pages most like it. Pages are shown as pictures, or as their text to a model that only reads. Up to
+three passes ask the model in turn: is the drawing enough, the answer, and the answer in the style of the data.
+
+Data folder: `documents/` with PDFs (folders below it are read too) and either `questions.jsonl`, split by document,
+or `train.jsonl` and `test.jsonl`. One question a line:
+
+    {"id": "q1", "question": "...", "document": "CN000000001A.pdf", "answer": "..." or [...], "pages": [3], "kind": ""}
+
+`question` and `document` are needed, `answer` too where it is trained on or scored. `pages` (1-based, the evidence)
+lets retrieval be scored; `kind` breaks the scores down; a missing `id` becomes `<file>-<line>`.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from stages import metrics
+from stages.contract.recipe import Recipe, Section
+from stages.contract.records import Prediction, Sample
+from stages.mentions import asks_position
+from stages.tasks import Ask, Found, Wanted
+from stages.tasks.patent_qa import prompts
+from stages.tasks.patent_qa.questions import PatentQuestion, asked_rows, find_documents, read_questions
+
+__all__ = ["asked_rows", "find_documents", "read_questions"]
+
+COMPONENTS = ("classifier", "retrieval", "style", "refine", "position_hint", "adapter")
+
+SHARED = ("classify",)
+
+ALONE = "alone"
+"""Mark of the row that shows a question's page alone, behind its id."""
+
+RECALL_AT = (1, 2, 5)
+
+
+class Samples(Section):
+    """`preprocess.samples`."""
+
+    shows: Literal["pictures", "text"] = Field("text", description="What is shown of a page")
+    others: int = Field(2, ge=0, description="Further pages shown with a page that a question names")
+    pages_pixels: int = Field(1_568_000, ge=28 * 28, description="Pixel budget of each of several pages")
+    page_pixels: int = Field(2_352_000, ge=28 * 28, description="Pixel budget of a page that is shown alone")
+    position_hint: bool = Field(True, description="Tell, with a page alone, how positions are meant")
+    crop_figure: bool = Field(False, description="Show of a page alone only the figure that the question names")
+    examples: int = Field(2, ge=0, description="Answers of similar training questions kept for the refining pass")
+
+
+class Passes(Section):
+    """`infer.passes`."""
+
+    refine: bool = Field(False, description="Bring the answer into the short form of the training answers")
+    page_tokens: int | None = Field(
+        None, ge=1, description="Tokens of an answer to a question on a page; null: infer.max_new_tokens"
+    )
+    refine_tokens: int = Field(768, ge=1)
+    classify_tokens: int = Field(8, ge=1)
+
+
+def _samples(recipe: Recipe) -> Samples:
+    return Samples.model_validate(recipe.preprocess.samples)
+
+
+def _passes(recipe: Recipe) -> Passes:
+    return Passes.model_validate(recipe.infer.passes)
+
+
+# -- samples -----------------------------------------------------------------------------------------------------
+
+
+def wanted(recipe: Recipe) -> Wanted:
+    """What has to be found for the questions."""
+    settings = _samples(recipe)
+    return Wanted(settings.examples, settings.crop_figure and settings.shows == "pictures")
+
+
+def classification(recipe: Recipe, question: PatentQuestion) -> Ask | bool | None:
+    """How to find out whether the drawing on its page is enough for a question; None where nobody is to say."""
+    if question.page is None or recipe.preprocess.classifier == "off":
+        return None
+    if recipe.preprocess.classifier == "rule":
+        return asks_position(question.text)
+    return Ask(prompts.classify(question.text), max_new_tokens=_passes(recipe).classify_tokens)
+
+
+def read_classification(text: str) -> bool:
+    """Whether the model finds the drawing enough."""
+    return prompts.says_yes(text)
+
+
+def build_samples(recipe: Recipe, question: PatentQuestion, found: Found, split: str) -> list[Sample]:
+    """The rows of one question, by the one rule for training and test.
+
+    Shown are: of a question that names no page (or none that can be read), the pages most like it; of one that needs
+    more than its drawing, its page and others; of one that does not, the page alone. Training learns from both rows of
+    the last kind.
+    """
+    settings = _samples(recipe)
+    named = question.page if question.page in found.pages else None
+    meta: dict[str, Any] = {
+        "group": question.document,
+        "kind": question.kind,
+        "question": question.text,
+        "page_named": question.page,
+        "figure_named": question.figure,
+        "named": named,
+        "evidence": list(question.evidence),
+        "ranked": found.ranked[: max(*RECALL_AT, settings.others + recipe.preprocess.retrieval.top_k)],
+        "first": sorted(found.pages)[: recipe.preprocess.retrieval.top_k],
+        "top_k": recipe.preprocess.retrieval.top_k,
+        "crop": found.crop,
+        "drawing_is_enough": found.drawing_is_enough if named else None,
+    }
+    whole: Sample = {
+        "id": question.id,
+        "messages": [],
+        "images": [],
+        "references": list(question.answers),
+        "meta": meta,
+    }
+    if split == "test":
+        meta["examples"] = found.examples
+        _show(recipe, whole, _others(settings, meta, ()), found.pages)
+        candidates = {*meta["ranked"], *meta["first"], *([named] if named else [])}
+        meta["candidates"] = {str(number): _kept(settings, found.pages[number]) for number in sorted(candidates)}
+        return [whole]
+    rows = [whole]
+    _show(recipe, whole, _others(settings, meta, ()), found.pages)
+    if meta["drawing_is_enough"]:
+        alone: Sample = {**whole, "id": f"{question.id}#{ALONE}", "meta": dict(meta)}
+        _show(recipe, alone, [], found.pages)
+        rows.append(alone)
+    return rows
+
+
+def _kept(settings: Samples, page: Mapping[str, Any]) -> dict[str, Any]:
+    """What a test sample keeps of a page that a pass may show."""
+    return {"image": page["image"], **({"text": page["text"]} if settings.shows == "text" else {})}
+
+
+def _others(settings: Samples, meta: Mapping[str, Any], without: Collection[str]) -> list[int]:
+    """The pages beside the one that is named, or instead of it: the most similar, in the order of the document."""
+    ranked = meta["first"] if "retrieval" in without else meta["ranked"]
+    count = meta["top_k"] if meta["named"] is None else settings.others
+    return sorted([number for number in ranked if number != meta["named"]][:count])
+
+
+def _show(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int, Mapping[str, Any]]) -> None:
+    """Write the question with these pages into a sample."""
+    meta = sample["meta"]
+    ask = _answer(recipe, meta, others, {str(number): page for number, page in pages.items()}, ())
+    shown = sorted([*others, *([meta["named"]] if meta["named"] else [])])
+    sample["messages"], sample["images"] = ask.messages, ask.images
+    meta["max_pixels"] = ask.max_pixels
+    meta["pages"] = shown
+    meta["page_images"] = [pages[number]["image"] for number in shown]
+
+
+def _answer(
+    recipe: Recipe,
+    meta: Mapping[str, Any],
+    others: list[int],
+    pages: Mapping[str, Mapping[str, Any]],
+    without: Collection[str],
+) -> Ask:
+    """The question with its page, if it names one, and with the others; `pages` by their numbers as text."""
+    settings, passes = _samples(recipe), _passes(recipe)
+    named = meta["named"]
+    alone = named is not None and not others
+    hint = alone and settings.position_hint and asks_position(meta["question"]) and "position_hint" not in without
+    limit = passes.page_tokens if named is not None else None
+    if settings.shows == "text":
+        shown = sorted([*others, *([named] if named is not None else [])])
+        texts = [(number, str(pages[str(number)]["text"])) for number in shown]
+        return Ask(prompts.from_texts(meta["question"], texts, hint), max_new_tokens=limit)
+    images = [str(pages[str(number)]["image"]) for number in ([named] if named is not None else []) + others]
+    if alone and meta["crop"] is not None:
+        images = [meta["crop"]]
+    messages = prompts.from_pictures(meta["question"], int(named is not None), len(others), hint)
+    return Ask(messages, images, settings.page_pixels if alone else settings.pages_pixels, limit)
+
+
+# -- what the model is asked -------------------------------------------------------------------------------------
+
+
+def passes(recipe: Recipe) -> tuple[str, ...]:
+    """`classify`, where the model is asked whether the drawing is enough; `answer`; `refine`, where it is wanted."""
+    first = ("classify",) if recipe.preprocess.classifier == "model" else ()
+    return (*first, "answer", *(("refine",) if _passes(recipe).refine else ()))
+
+
+def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask | None:
+    """What to ask of a test sample in a pass; None where it needs no such pass."""
+    meta, settings = sample["meta"], _passes(recipe)
+    if name == "classify":
+        if meta.get("named") is None or "classifier" in without:
+            return None
+        return Ask(prompts.classify(meta["question"]), max_new_tokens=settings.classify_tokens)
+    if name == "refine":
+        if "refine" in without:
+            return None
+        examples = [] if "style" in without else meta["examples"]
+        messages = prompts.refine(meta["question"], before["answer"], examples)
+        return Ask(messages, max_new_tokens=settings.refine_tokens)
+    alone = _alone(meta, before, without)
+    if alone or "retrieval" in without:
+        others = [] if alone else _others(_samples(recipe), meta, without)
+        return _answer(recipe, meta, others, meta["candidates"], without)
+    limit = settings.page_tokens if meta.get("named") is not None else None
+    return Ask(sample["messages"], sample["images"], meta.get("max_pixels"), limit)
+
+
+def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
+    """All that may be asked of a sample, each with the most tokens of earlier answers that it will hold."""
+    asks: list[tuple[Ask | None, int]] = [
+        (ask(recipe, sample, "answer", {"classify": word}, without), 0) for word in "YN"
+    ]
+    longest = max((each.max_new_tokens or recipe.infer.max_new_tokens for each, _ in asks if each), default=0)
+    for name in passes(recipe):
+        if name != "answer":
+            asks.append((ask(recipe, sample, name, {"answer": ""}, without), longest if name == "refine" else 0))
+    return [(each, spare) for each, spare in asks if each is not None]
+
+
+def _alone(meta: Mapping[str, Any], before: Mapping[str, str], without: Collection[str]) -> bool:
+    """Whether a question's page is shown alone."""
+    if meta.get("named") is None or "classifier" in without:
+        return False
+    if "classify" in before:
+        return read_classification(before["classify"])
+    return bool(meta["drawing_is_enough"])
+
+
+def read_answer(text: str) -> str:
+    """The answer in a completion: its first line, without a full stop at the end."""
+    lines = text.strip().split("\n")
+    return lines[0].strip().rstrip("。.").strip()
+
+
+def submission(row: Mapping[str, Any], prediction: Prediction | None) -> dict[str, str]:
+    """A line with the original's keys: `question_type` is what the classifier wrote, `answer` the long answer and
+    `style_answer` the final one; both are empty where there is none."""
+    texts = prediction["passes"] if prediction else {}
+    final = (prediction["answer"] if prediction else None) or ""
+    return {
+        "idx": row["idx"],
+        "document": row["document"],
+        "question": row["question"],
+        "question_type": texts.get("classify", ""),
+        "answer": texts.get("answer") or final,
+        "style_answer": final,
+    }
+
+
+# -- scores ------------------------------------------------------------------------------------------------------
+
+
+def score(answer: str, sample: Sample) -> dict[str, float]:
+    """Exact match and F1 by SQuAD's rules, and F1 over characters, which Chinese needs; for questions on positions
+    exact match again, so that they can be told apart."""
+    references = sample["references"]
+    exact = metrics.best(metrics.exact_match, answer, references)
+    found = {
+        "exact_match": exact,
+        "f1": metrics.best(metrics.token_f1, answer, references),
+        "character_f1": metrics.best(metrics.character_f1, answer, references),
+    }
+    if asks_position(sample["meta"].get("question", "")):
+        found["position_exact_match"] = exact
+    return found
+
+
+def facts(sample: Sample) -> dict[str, float]:
+    """Retrieval: the share of the evidence pages that are shown, and that are among the k most similar, where the data
+    name them."""
+    evidence = set(sample["meta"]["evidence"])
+    if not evidence:
+        return {}
+    shown = len(evidence & set(sample["meta"]["pages"])) / len(evidence)
+    ranked = sample["meta"].get("ranked", [])
+    at = {f"recall@{k}": len(evidence & set(ranked[:k])) / len(evidence) for k in RECALL_AT}
+    return {"retrieval_recall": shown, **at}
