@@ -84,11 +84,12 @@ def picture_size(width: float, height: float, max_pixels: int) -> tuple[int, int
     return columns, rows
 
 
-def render_page(page: pymupdf.Page, max_pixels: int) -> pymupdf.Pixmap:
-    """Draw a page at exactly `picture_size`."""
-    width, height = picture_size(page.rect.width, page.rect.height, max_pixels)
-    scale = pymupdf.Matrix(width / page.rect.width, height / page.rect.height)
-    picture = page.get_pixmap(matrix=scale, colorspace=pymupdf.csRGB, alpha=False)
+def render_page(page: pymupdf.Page, max_pixels: int, region: pymupdf.Rect | None = None) -> pymupdf.Pixmap:
+    """Draw a page, or a region of it, at exactly `picture_size`."""
+    drawn = page.rect if region is None else region
+    width, height = picture_size(drawn.width, drawn.height, max_pixels)
+    scale = pymupdf.Matrix(width / drawn.width, height / drawn.height)
+    picture = page.get_pixmap(matrix=scale, clip=region, colorspace=pymupdf.csRGB, alpha=False)
     if (picture.width, picture.height) != (width, height):  # rounding at the edges may add a row or column
         picture = pymupdf.Pixmap(picture, width, height, None)
     return picture
@@ -123,23 +124,28 @@ def flowing(text: str) -> str:
 
 
 def _render_one(page: pymupdf.Page, path: Path, max_pixels: int, jpeg_quality: int) -> dict[str, Any]:
-    width, height = page.rect.width, page.rect.height
-    words = [
-        [round(x0 / width, 4), round(y0 / height, 4), round(x1 / width, 4), round(y1 / height, 4), word]
-        for x0, y0, x1, y1, word, *_ in page.get_text("words", sort=True)
-    ]
+    words = page_words(page)
     picture = render_page(page, max_pixels)
     if not words and picture.is_unicolor:
         return {"status": "blank"}
+    text = flowing(page.get_text("text", sort=True))
+    return {"status": "ok", **write_picture(picture, path, jpeg_quality), "text": text, "words": words}
+
+
+def page_words(page: pymupdf.Page) -> list[list[Any]]:
+    """A page's words with their boxes: `[x0, y0, x1, y1, word]`, in 0..1 of the page's width and height."""
+    width, height = page.rect.width, page.rect.height
+    words = []
+    for *box, word, _, _, _ in page.get_text("words", sort=True):
+        x0, y0, x1, y1 = pymupdf.Rect(box) * page.rotation_matrix  # MuPDF gives them as on the page before it is turned
+        words.append([round(x0 / width, 4), round(y0 / height, 4), round(x1 / width, 4), round(y1 / height, 4), word])
+    return words
+
+
+def write_picture(picture: pymupdf.Pixmap, path: Path, jpeg_quality: int) -> dict[str, Any]:
+    """Write a picture whole or not at all. Returns its `width` and `height` (pixels) and its `sha256`."""
     content = picture.tobytes("jpeg", jpg_quality=jpeg_quality)
     partial = path.with_suffix(".partial")
     partial.write_bytes(content)
     partial.replace(path)
-    return {
-        "status": "ok",
-        "width": picture.width,
-        "height": picture.height,
-        "text": flowing(page.get_text("text", sort=True)),
-        "words": words,
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+    return {"width": picture.width, "height": picture.height, "sha256": hashlib.sha256(content).hexdigest()}

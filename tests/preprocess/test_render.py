@@ -150,6 +150,11 @@ def test_a_turned_page_is_rendered_as_it_is_read(tmp_path: Path) -> None:
     document.save(tmp_path / "a.pdf")
     record = rendered(tmp_path / "a.pdf", tmp_path / "out")[0]
     assert record["width"] > record["height"]  # type: ignore[operator]
+    x0, y0, x1, y1, word = record["words"][0]  # type: ignore[index]
+    assert word == "turned"
+    assert 0.9 < x0 < x1 < 1, "the top of the page is now on the right"
+    assert 0 < y0 < 0.1
+    assert y1 - y0 > x1 - x0, "and the word runs downwards"
 
 
 def test_the_same_page_gives_the_same_bytes(tmp_path: Path) -> None:
