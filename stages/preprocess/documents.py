@@ -46,6 +46,10 @@ PAGE_TABLE = pa.schema(
 """Columns of pages.parquet. Row i is row i of vectors.npy; `box` is x0, y0, x1, y1 in 0..1 of the page."""
 
 
+FIGURE = re.compile(r"[0-9]+-figure-[0-9a-z]+\.jpg")
+"""Names of the pictures below pages/ that are crops of figures, which `figures` looks after."""
+
+
 def document_ids(documents: list[Path], folder: Path) -> dict[str, Path]:
     """Documents by id: their path below the folder, ending included, so that no two files share one."""
     return {unicodedata.normalize("NFC", stored_name(path.relative_to(folder))): path for path in documents}
@@ -218,5 +222,5 @@ def _remove_strangers(stage: Stage, usable: list[dict[str, Any]]) -> None:
     """Pictures of documents that are gone, or of pages that are now skipped."""
     wanted = {_picture(stage, record) for record in usable}
     for path in visible_files(stage.path("pages")):
-        if path not in wanted:
+        if path not in wanted and not FIGURE.fullmatch(path.name):
             path.unlink()

@@ -1,10 +1,11 @@
-"""Stand-ins for `render_range` that misbehave on some pages. Worker processes import them by name."""
+"""Stand-ins for what workers do that misbehave on some pages. Worker processes import them by name."""
 
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+from stages.preprocess.layout import crop_page_figures as real_crop_page_figures
 from stages.preprocess.render import PageRange
 from stages.preprocess.render import render_range as real_render_range
 
@@ -35,3 +36,11 @@ def note_worker(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: i
     with (folder.parents[1] / "workers.txt").open("a") as file:
         file.write(f"{os.getpid()} {peak}\n")
     return records
+
+
+def crash_on_bad_figures(
+    page: PageRange, figures: list[str], folder: Path, max_pixels: int, jpeg_quality: int
+) -> list[dict[str, Any]]:
+    if page.document == "bad.pdf":
+        os._exit(139)
+    return real_crop_page_figures(page, figures, folder, max_pixels, jpeg_quality)

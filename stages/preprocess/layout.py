@@ -1,0 +1,313 @@
+"""Where a figure stands on its page, by its label and by what is drawn. Runs in worker processes: keep imports light.
+
+A page is looked at as ink: booleans, rows x columns, true where something is printed. Boxes are in pixels of that
+array. The page is cut between its labels where that crosses the least ink, until a part has one label; the figure is
+what is drawn in that part, above the label or below it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pymupdf
+
+from stages.mentions import figure_labelled
+from stages.preprocess.render import PageRange, open_document, page_words, render_page, write_picture
+
+Ink = npt.NDArray[np.bool_]
+
+INK_PIXELS = 500_000
+"""At which a page is looked at: 72 DPI for A4, where a hairline still shows."""
+
+FILLS = 0.75
+"""Share of its page from which on a figure is not worth a crop, which would be less than 1.16 times finer."""
+
+WIDE = 0.3
+"""Share of the page's width from which on a line of text is prose, unless something is drawn beside it."""
+
+NOT_FOUND = {"status": "not found"}
+
+
+class Box(NamedTuple):
+    """Columns x0 to x1 and rows y0 to y1, the latter of each exclusive."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    def of(self, ink: Ink) -> Ink:
+        """The part of an array that lies in the box."""
+        return ink[self.y0 : self.y1, self.x0 : self.x1]
+
+    def grown(self, margin: int, within: "Box") -> "Box":
+        x0, y0, x1, y1 = self.x0 - margin, self.y0 - margin, self.x1 + margin, self.y1 + margin
+        return Box(max(x0, within.x0), max(y0, within.y0), min(x1, within.x1), min(y1, within.y1))
+
+    def touches(self, other: "Box") -> bool:
+        return self.x0 < other.x1 and other.x0 < self.x1 and self.y0 < other.y1 and other.y0 < self.y1
+
+
+class Line(NamedTuple):
+    """Words that stand side by side, with no more than a wide space between them."""
+
+    box: Box
+    text: str
+
+
+class Label(NamedTuple):
+    """A label, and the figure that it names: `2` or `2a`."""
+
+    box: Box
+    figure: str
+
+
+def crop_page_figures(
+    page: PageRange, figures: list[str], folder: Path, max_pixels: int, jpeg_quality: int
+) -> list[dict[str, Any]]:
+    """Draw figures of one page into `folder/<page>-figure-<figure>.jpg`. Returns a record for each.
+
+    A record has `figure`, `status` (`ok`, `not found`, `fills its page` or a reason), and for `ok`: `width`, `height`
+    (pixels) and the picture's `sha256`.
+    """
+    records = []
+    for figure in figures:
+        path = folder / f"{page.first + 1}-figure-{figure}.jpg"
+        try:
+            with open_document(page.source) as document:
+                there = page.first < document.page_count
+                record = _crop(document[page.first], figure, path, max_pixels, jpeg_quality) if there else NOT_FOUND
+        except (OSError, MemoryError):  # no fault of the page
+            raise
+        except Exception as error:  # noqa: BLE001 - for bad content PyMuPDF raises many kinds, IndexError among them
+            record = {"status": f"figure cannot be rendered: {error}"}
+        records.append({"figure": figure, **record})
+    return records
+
+
+def _crop(page: pymupdf.Page, figure: str, path: Path, max_pixels: int, jpeg_quality: int) -> dict[str, Any]:
+    box = figure_box(page_words(page), figure, page_ink(page))
+    if box is None:
+        return NOT_FOUND
+    x0, y0, x1, y1 = box
+    if (x1 - x0) * (y1 - y0) > FILLS:
+        return {"status": "fills its page"}
+    width, height = page.rect.width, page.rect.height
+    region = pymupdf.Rect(x0 * width, y0 * height, x1 * width, y1 * height)
+    return {"status": "ok", **write_picture(render_page(page, max_pixels, region), path, jpeg_quality)}
+
+
+def page_ink(page: pymupdf.Page) -> Ink:
+    """Where a page is darker than its paper, in any colour: rows x columns, at most `INK_PIXELS` in all."""
+    picture = render_page(page, INK_PIXELS)
+    colours = np.frombuffer(picture.samples, np.uint8).reshape(picture.height, picture.width, 3)
+    darkest = colours.min(axis=2).astype(np.int16)
+    ink: Ink = darkest < np.median(darkest) - 32
+    return ink
+
+
+def figure_box(words: Iterable[Sequence[Any]], figure: str, ink: Ink) -> tuple[float, float, float, float] | None:
+    """Box (x0, y0, x1, y1) of a figure with its label, in 0..1 of the page. None: no such label, or no drawing.
+
+    `words` are `[x0, y0, x1, y1, word]` in 0..1 of the page; `figure` is as `mentions.figure_named` gives it. A figure
+    `2` that is labelled `2a` and `2b` is both of them; a figure `2b` that has no label of its own is figure `2`.
+    """
+    rows, columns = ink.shape
+    page = Box(0, 0, columns, rows)
+    lines = _lines(words, page)
+    labels = _labels(lines, page)
+    wanted = _wanted(labels, figure)
+    if not wanted:
+        return None
+    drawn = ink.copy()
+    for line in lines:
+        line.box.grown(1, page).of(drawn)[:] = False
+    marks = [label.box for label in labels]
+    prose = [line.box for line in lines if line.box not in marks and _is_prose(line.box, drawn)]
+    others = [line.box for line in lines if line.box not in prose]
+    solid = _with_numbers(drawn, [box for box in others if box not in marks])
+    below = _labels_are_below(marks, drawn)
+    found = []
+    for mark in wanted:
+        part = _part_of(mark, marks, solid, below)
+        side = part._replace(y1=mark.y1) if below else part._replace(y0=mark.y0)
+        drawing = _drawing(side, prose, drawn)
+        if drawing is not None:
+            around = drawing.grown(page.y1 // 50, side)
+            near = [box.grown(0, part) for box in others if box.touches(around)]
+            found.append(_union([drawing, mark, *near]).grown(page.y1 // 150, part))
+    if not found:
+        return None
+    x0, y0, x1, y1 = _union(found)
+    return x0 / columns, y0 / rows, x1 / columns, y1 / rows
+
+
+# -- text ----------------------------------------------------------------------------------------------------------
+
+
+def _lines(words: Iterable[Sequence[Any]], page: Box) -> list[Line]:
+    """Words joined to lines, from left to right."""
+    lines: list[Line] = []
+    for x0, y0, x1, y1, word in sorted(words, key=lambda word: word[0]):
+        exact = Box(round(x0 * page.x1), round(y0 * page.y1), round(x1 * page.x1), round(y1 * page.y1))
+        box = exact.grown(0, page)
+        if box.x0 >= box.x1 or box.y0 >= box.y1:  # beside the page
+            continue
+        for number, line in enumerate(lines):
+            if _continues(line.box, box):
+                lines[number] = Line(_union([line.box, box]), f"{line.text} {word}")
+                break
+        else:
+            lines.append(Line(box, str(word)))
+    return lines
+
+
+def _continues(line: Box, word: Box) -> bool:
+    height = min(line.y1 - line.y0, word.y1 - word.y0)
+    on_one_row = abs((line.y0 + line.y1) - (word.y0 + word.y1)) < height
+    return on_one_row and -height < word.x0 - line.x1 < 1.5 * height
+
+
+def _labels(lines: list[Line], page: Box) -> list[Label]:
+    """What labels the page's figures: `图2` by itself, or else a caption that begins with it."""
+    bare: list[Label] = []
+    captions: list[Label] = []
+    for line in lines:
+        found = figure_labelled(line.text)
+        if found is None or _is_amid_text(line, lines, page):
+            continue
+        figure, rest = found
+        if not rest.strip(" .:。"):
+            bare.append(Label(line.box, figure))
+        elif _is_caption(rest):
+            captions.append(Label(line.box, figure))
+    return bare + [label for label in captions if label.figure not in {known.figure for known in bare}]
+
+
+def _is_caption(rest: str) -> bool:
+    """Whether `Fig. 2` goes on as a caption, ` Sectional view` or `: 剖视图`; not as a sentence, ` shows` or `所示`."""
+    if rest[0] in ".:(—" or rest[:2] == " (":
+        return True
+    text = rest.lstrip()
+    chinese = "\u4e00" <= text[0] <= "\u9fff"
+    return (chinese and text[0] not in "是为中示所的和与及至到或" and "。" not in text) or (
+        rest[0] == " " and text[0].isupper()
+    )
+
+
+def _is_amid_text(line: Line, lines: list[Line], page: Box) -> bool:
+    """Whether a line of prose stands right above: `see\\nFIG. 2` broken over two lines is no label."""
+    x0, y0, x1, y1 = line.box
+    above = Box(x0, y0 - (y1 - y0) // 2, x1, y0)
+    return any(_is_wide(other.box, page.x1) and other.box.touches(above) and other.box.y1 < y1 for other in lines)
+
+
+def _is_wide(box: Box, columns: int) -> bool:
+    return box.x1 - box.x0 > WIDE * columns
+
+
+def _is_prose(box: Box, drawn: Ink) -> bool:
+    """Whether a line of text is no part of a drawing. One in a flow chart has the frame of its box beside it."""
+    beside = np.any(drawn[box.y0 : box.y1], axis=0)
+    return _is_wide(box, drawn.shape[1]) and int(beside.sum()) < 4
+
+
+def _wanted(labels: list[Label], figure: str) -> list[Box]:
+    def number(name: str) -> str:
+        return name.rstrip("abcdefghijklmnopqrstuvwxyz")
+
+    exact = [label.box for label in labels if label.figure == figure]
+    if figure == number(figure):
+        return exact or [label.box for label in labels if number(label.figure) == figure]
+    return exact or [label.box for label in labels if label.figure == number(figure)]
+
+
+# -- ink -----------------------------------------------------------------------------------------------------------
+
+
+def _labels_are_below(marks: list[Box], drawn: Ink) -> bool:
+    """Whether labels stand below their figures: more is drawn above the first of them than below the last."""
+    inked = np.flatnonzero(drawn.any(axis=1))
+    first, last = min(mark.y0 for mark in marks), max(mark.y1 for mark in marks)
+    return bool((inked < first).sum() >= (inked >= last).sum())
+
+
+def _with_numbers(drawn: Ink, texts: list[Box]) -> Ink:
+    """What is drawn, with the numbers that belong to it tied to it: each as a cross that reaches to its leader line.
+
+    No text with its own ink: to cut through a page's head, far from all drawings, costs nothing.
+    """
+    height, width = drawn.shape
+    solid = drawn.copy()
+    for text in texts:
+        x0, y0, x1, y1 = reach = text.grown(height // 100, Box(0, 0, width, height))
+        if reach.of(drawn).any():
+            solid[(y0 + y1) // 2, x0:x1] = True
+            solid[y0:y1, (x0 + x1) // 2] = True
+    return solid
+
+
+def _part_of(mark: Box, marks: list[Box], ink: Ink, below: bool) -> Box:
+    """The part of the page that is left for one label when it is cut away from the others."""
+    part = Box(0, 0, ink.shape[1], ink.shape[0])
+    while len(marks) > 1:
+        cuts = [*_cuts_across(marks, ink, part, below), *_cuts_down(marks, ink, part)]
+        if not cuts:  # labels that overlap
+            return part
+        _, axis, at = min(cuts)
+        if axis == 0:
+            part = part._replace(y1=at) if mark.y1 <= at else part._replace(y0=at)
+            marks = [other for other in marks if (other.y1 <= at) == (mark.y1 <= at)]
+        else:
+            part = part._replace(x1=at) if mark.x1 <= at else part._replace(x0=at)
+            marks = [other for other in marks if (other.x1 <= at) == (mark.x1 <= at)]
+    return part
+
+
+def _cuts_across(marks: list[Box], ink: Ink, part: Box, below: bool) -> Iterator[tuple[int, int, int]]:
+    """Cuts between labels that stand one above the other, close to one of them: (ink crossed, 0, row)."""
+    for upper, lower in pairwise(sorted(marks, key=lambda mark: mark.y1)):
+        end = min(mark.y0 for mark in marks if mark.y1 >= lower.y1)
+        if upper.y1 > end:
+            continue
+        height = upper.y1 - upper.y0
+        rows = np.arange(upper.y1, min(upper.y1 + height, end) + 1)
+        if not below:
+            rows = np.arange(end, max(end - height, upper.y1) - 1, -1)
+        crossed = ink[rows.clip(0, len(ink) - 1), part.x0 : part.x1].sum(axis=1)
+        yield int(crossed.min()), 0, int(rows[crossed.argmin()])
+
+
+def _cuts_down(marks: list[Box], ink: Ink, part: Box) -> Iterator[tuple[int, int, int]]:
+    """Cuts between labels that stand side by side, in the gap nearest to the middle: (ink crossed, 1, column)."""
+    for left, right in pairwise(sorted(marks, key=lambda mark: mark.x1)):
+        end = min(mark.x0 for mark in marks if mark.x1 >= right.x1)
+        if left.x1 > end:
+            continue
+        crossed = ink[part.y0 : part.y1, left.x1 : end + 1].sum(axis=0)
+        free = np.flatnonzero(crossed == crossed.min()) + left.x1
+        gaps = np.split(free, np.flatnonzero(np.diff(free) > 1) + 1)
+        middle = (left.x0 + left.x1 + right.x0 + right.x1) / 4
+        nearest = min(gaps, key=lambda gap: np.abs(gap - middle).min())
+        yield int(crossed.min()), 1, int(nearest[len(nearest) // 2])
+
+
+def _drawing(side: Box, prose: list[Box], drawn: Ink) -> Box | None:
+    """What is drawn in a part of the page: of the stretches between lines of prose the one with most of it."""
+    edges = sorted({side.y0, side.y1, *((box.y0 + box.y1) // 2 for box in prose if box.touches(side))})
+    stretches = [side._replace(y0=top, y1=bottom) for top, bottom in pairwise(edges)]
+    best = max(stretches, key=lambda box: box.of(drawn).any(axis=1).sum(), default=side)
+    rows, columns = (np.flatnonzero(best.of(drawn).any(axis=axis)) for axis in (1, 0))
+    if len(rows) < drawn.shape[0] / 50 or len(columns) < drawn.shape[1] / 50:  # a rule, or a speck of a scan
+        return None
+    return Box(
+        best.x0 + int(columns[0]), best.y0 + int(rows[0]), best.x0 + int(columns[-1]) + 1, best.y0 + int(rows[-1]) + 1
+    )
+
+
+def _union(boxes: Sequence[Box]) -> Box:
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return Box(min(x0), min(y0), max(x1), max(y1))
