@@ -12,8 +12,12 @@ from stages.hardware.batch import BatchPlan, plan_batch
 from stages.hardware.memory import Estimate, Lengths, adapter_parameters, estimate
 from stages.hardware.shape import ModelShape
 
+UNSURE = 0.03
+"""How much an estimate may be too low: up to 2.3 % where it was measured (README, "Does it fit")."""
 SHORT = 64
 """Tokens of a sample so short that hardly any job has only such."""
+MOST_GPUS = 8
+"""Of one machine, as a rule."""
 LEAST_PIXELS = 200_000
 """Of a picture on which a page's text can just be told from its drawing."""
 
@@ -33,6 +37,10 @@ class Way:
 
     def fits(self, memory: int | None) -> bool:
         return memory is None or self.estimate.total <= memory
+
+    def tight(self, memory: int | None) -> bool:
+        """Whether it fits by less than an estimate may be too low."""
+        return memory is not None and self.fits(memory) and self.estimate.total > (1 - UNSURE) * memory
 
 
 def plan_training(
@@ -97,22 +105,39 @@ def _changes(asked: Train, changed: Train, sharding: str) -> tuple[str, ...]:
         found.append(f"train.micro_batch={changed.micro_batch} for {asked.micro_batch}")
     if changed.gradient_checkpointing != asked.gradient_checkpointing:
         found.append("train.gradient_checkpointing=true")
-    if asked.sharding == "auto" and sharding != "none":
+    if sharding != ("none" if asked.sharding == "auto" else asked.sharding):
         found.append(f"train.sharding={sharding}")
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class Offers:
+    """What the cards' software has: what it has not is not proposed."""
+
+    bitsandbytes: bool = True
+    """Kernels for a base in 4 bits."""
+    deepspeed: bool = True
+    """ZeRO."""
+
+
 def smallest_changes(
-    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
+    shape: ModelShape,
+    settings: Train,
+    processes: int,
+    dtype: str,
+    memory: int,
+    lengths: Lengths,
+    offers: Offers = Offers(),
 ) -> list[Way]:
     """Ways to fit, the smallest change first; each is the smallest of its kind. Empty when nothing that we know helps.
 
-    Only the first kind keeps the result; the others say in their changes what they give up or take.
+    The first three kinds keep the result; the others say in their changes what they give up.
     """
     kinds: list[Iterator[Way]] = [
         iter([plan_training(shape, settings, processes, dtype, memory, lengths)]),
-        _on_more_gpus(shape, settings, processes, dtype, memory, lengths),
-        _in_4bit(shape, settings, processes, dtype, memory, lengths),
+        _sharded_otherwise(shape, settings, processes, dtype, memory, lengths, offers),
+        _on_other_gpus(shape, settings, processes, dtype, memory, lengths, offers),
+        _in_4bit(shape, settings, processes, dtype, memory, lengths) if offers.bitsandbytes else iter(()),
         _fewer_pixels(shape, settings, processes, dtype, memory, lengths),
         _shorter(shape, settings, processes, dtype, memory, lengths),
     ]
@@ -120,15 +145,29 @@ def smallest_changes(
     return [way for way in first_of_each if way is not None]
 
 
-def _on_more_gpus(
-    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
+def _sharded_otherwise(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths, offers: Offers
 ) -> Iterator[Way]:
-    """On more GPUs, of which ZeRO-3 gives each a part of the base."""
-    free = settings.model_copy(update={"sharding": "auto"})
-    for gpus in (2, 4, 8):
-        if gpus > processes:
-            way = plan_training(shape, free, gpus, dtype, memory, lengths)
-            yield replace(way, changes=(f"{gpus} GPUs", *way.changes))
+    """On as many GPUs, with another sharding than the recipe names."""
+    if settings.sharding != "auto":
+        free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
+        way = plan_training(shape, free, processes, dtype, memory, lengths)
+        yield replace(way, changes=_changes(settings, way.settings, way.sharding))
+
+
+def _on_other_gpus(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths, offers: Offers
+) -> Iterator[Way]:
+    """On fewer GPUs, which need no NCCL or divide a batch otherwise, or on more, of which ZeRO-3 gives each a part of
+    the base; the nearest number first."""
+    free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
+    most = min(MOST_GPUS, settings.effective_batch)  # more would make the batch larger
+    others = [gpus for gpus in range(1, most + 1) if gpus != processes]
+    for gpus in sorted(others, key=lambda gpus: (abs(gpus - processes), gpus)):
+        for each in (settings, free) if settings.sharding != "auto" else (free,):
+            way = plan_training(shape, each, gpus, dtype, memory, lengths)
+            count = f"{gpus} GPU{'s' if gpus > 1 else ''}"
+            yield replace(way, changes=(count, *_changes(settings, way.settings, way.sharding)))
 
 
 def _in_4bit(

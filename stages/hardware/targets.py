@@ -24,6 +24,8 @@ class Target:
     cuda: str | None
     min_driver: int | None
     quantisation: tuple[str, ...]
+    deepspeed: bool
+    """Whether its image for training has DeepSpeed, which ZeRO needs."""
     environment: dict[str, str]
     node_label: str | None
     variant_of: str | None
@@ -56,6 +58,7 @@ def _target(name: str, values: dict[str, object]) -> Target:
         "min_driver": None,
         "node_label": None,
         "variant_of": None,
+        "deepspeed": True,
         "environment": {},
     }
     return Target(name=name, capability=parts, quantisation=quantisation, **{**defaults, **fields})  # type: ignore[arg-type]
@@ -130,6 +133,12 @@ def refuse_old_driver_for(cuda: str, driver: str, targets: dict[str, Target]) ->
             f"the torch installed here is built for CUDA {cuda}, which needs NVIDIA driver {least} or newer, and this"
             f" machine has {driver}: update it, or install torch for an older CUDA"
         )
+
+
+def refuse_4bit_without_kernels(target: Target) -> None:
+    """Raise DoesNotFitError where nothing computes with a base in 4 bits."""
+    if "bitsandbytes" not in target.quantisation:
+        raise DoesNotFitError(f"train.load_in_4bit: bitsandbytes has no kernels for target {target.name}; set it false")
 
 
 def precision_of(setting: str, target: Target) -> str:

@@ -14,11 +14,11 @@ from stages.contract.files import place_same, read_json, remove, visible_files, 
 from stages.contract.part import Node
 from stages.contract.recipe import Train
 from stages.contract.stage import Stage
-from stages.hardware.fit import Way, least_memory, plan_training, smallest_changes, unplanned
+from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unplanned
 from stages.hardware.memory import Lengths
 from stages.hardware.probe import Gpu, probe
 from stages.hardware.shape import ModelShape, UnknownShapeError, read_shape
-from stages.hardware.targets import Target, load_targets, precision_of, working_target
+from stages.hardware.targets import Target, load_targets, precision_of, refuse_4bit_without_kernels, working_target
 from stages.train.ladder import Footing, Ladder, MemoryRanOutError, by_hand, next_rung, what_would_help
 from stages.train.launch import train_adapter
 from stages.train.lengths import read_lengths
@@ -122,14 +122,15 @@ def _plan(stage: Stage, node: Node | None) -> _Plan:
     target = working_target(machine, load_targets())
     dtype = precision_of(settings.precision, target)
     stage.decide("precision", dtype, f"target {target.name}" if settings.precision == "auto" else "train.precision")
-    if settings.load_in_4bit and "bitsandbytes" not in target.quantisation:
-        raise DoesNotFitError(f"train.load_in_4bit: bitsandbytes has no kernels for target {target.name}; set it false")
+    if settings.load_in_4bit:
+        refuse_4bit_without_kernels(target)
     here = max(len(gpus), 1)
     processes = here * (node.count if node else 1)
     if processes > 1:
         where = f"{node.count} nodes with {here} each, meeting at {node.rendezvous}" if node else "one for each GPU"
         stage.decide("training processes", processes, where)
-    if settings.sharding == "auto" and importlib.util.find_spec("deepspeed") is None:
+    offers = Offers("bitsandbytes" in target.quantisation, importlib.util.find_spec("deepspeed") is not None)
+    if settings.sharding == "auto" and not offers.deepspeed:
         settings = settings.model_copy(update={"sharding": "none"})
     model = stage.run.model(recipe.model.path, "model.path")
     try:
@@ -147,7 +148,7 @@ def _plan(stage: Stage, node: Node | None) -> _Plan:
     way = plan_training(shape, settings, processes, dtype, memory, lengths)
     if fullest:
         if least_memory(shape, settings, processes, dtype) > fullest.memory_free:
-            raise _cannot_fit(shape, settings, processes, dtype, lengths, fullest)
+            raise _cannot_fit(shape, settings, processes, dtype, lengths, fullest, offers)
         free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}, {fullest.uuid[:12]}"
         needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
         stage.decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
@@ -162,13 +163,13 @@ def _plan(stage: Stage, node: Node | None) -> _Plan:
 
 
 def _cannot_fit(
-    shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths, gpu: Gpu
+    shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths, gpu: Gpu, offers: Offers
 ) -> DoesNotFitError:
     """The error where the least that training takes is more than a card has free, with what cures it."""
     least, free = least_memory(shape, settings, processes, dtype), gpu.memory_free
     holders = f" (held by {', '.join(map(str, gpu.processes))})" if gpu.processes else ""
     cures = ["free that card or take another (make: GPUS=...)"] if least <= gpu.memory_total else []
-    for way in smallest_changes(shape, settings, processes, dtype, free, lengths):
+    for way in smallest_changes(shape, settings, processes, dtype, free, lengths, offers):
         cures.append("with " + " and ".join(way.changes))
     return DoesNotFitError(
         f"training takes {least / GIB:.1f} GiB at the very least on each GPU, and {gpu}, {gpu.uuid[:12]}, has"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from stages.contract.recipe import Train
-from stages.hardware.fit import as_asked, disk_bytes, least_memory, plan_training, smallest_changes
+from stages.hardware.fit import Offers, as_asked, disk_bytes, least_memory, plan_training, smallest_changes
 from stages.hardware.memory import Lengths
 from stages.hardware.shape import ModelShape, read_shape
 from tests.hardware.shapes import make_shape
@@ -79,6 +79,42 @@ def test_proposals_fit_and_say_what_they_change(seven: ModelShape) -> None:
     found = smallest_changes(seven, settings(), 1, "bfloat16", memory, LENGTHS)
     assert [way.changes[0] for way in found] == ["2 GPUs", "train.load_in_4bit=true"]
     assert all(way.fits(memory) for way in found)
+
+
+def test_zero_on_the_same_cards_and_fewer_cards_come_before_more(seven: ModelShape) -> None:
+    asked, lengths = settings(sharding="none", max_length=4096, gradient_checkpointing=True), Lengths(4096, 64)
+    memory = round(18.12 * GIB)  # one process needs no NCCL, whose gigabyte two have not
+    assert not plan_training(seven, asked, 2, "bfloat16", memory, lengths).fits(memory)
+    found = smallest_changes(seven, asked, 2, "bfloat16", memory, lengths)
+    assert [way.changes[0] for way in found][:2] == ["train.sharding=zero3", "1 GPU"]
+    assert [way.changes for way in found][1] == ("1 GPU",)
+    without = smallest_changes(seven, asked, 2, "bfloat16", memory, lengths, Offers(deepspeed=False))
+    assert [way.changes[0] for way in without][:2] == ["1 GPU", "train.load_in_4bit=true"]
+
+
+def test_sharding_that_is_not_needed_is_dropped_in_words(seven: ModelShape) -> None:
+    asked = settings(sharding="zero2", gradient_checkpointing=True)
+    sharded = plan_training(seven, asked, 1, "bfloat16", None, LENGTHS).estimate.total
+    found = smallest_changes(seven, asked, 1, "bfloat16", sharded - 1, LENGTHS)
+    assert found[0].changes == ("train.sharding=none",)
+
+
+def test_the_nearest_number_of_cards_is_proposed_and_none_that_enlarges_the_batch(seven: ModelShape) -> None:
+    asked = settings(gradient_checkpointing=True)
+    memory = plan_training(seven, settings(sharding="zero3"), 3, "bfloat16", 1, LENGTHS).estimate.total
+    found = smallest_changes(seven, asked, 1, "bfloat16", memory, LENGTHS, Offers(bitsandbytes=False))
+    assert [way.changes[0] for way in found] == ["3 GPUs"]
+    assert not plan_training(seven, asked, 2, "bfloat16", memory, LENGTHS).fits(memory)
+    few = settings(effective_batch=2)
+    assert smallest_changes(seven, few, 1, "bfloat16", memory, LENGTHS, Offers(bitsandbytes=False)) == []
+
+
+def test_what_fits_by_less_than_estimates_may_be_wrong_is_tight(seven: ModelShape) -> None:
+    way = as_asked(seven, settings(), 1, "bfloat16", LENGTHS)
+    total = way.estimate.total
+    assert [way.tight(memory) for memory in (total - 1, total, round(total * 1.029), round(total * 1.032), None)] == [
+        *(False, True, True, False, False)
+    ]
 
 
 def test_a_shorter_sample_is_proposed_where_it_is_what_does_not_fit(seven: ModelShape) -> None:

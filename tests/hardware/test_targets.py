@@ -6,9 +6,10 @@ import pytest
 
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.hardware.probe import Gpu, Machine, probe, visible
-from stages.hardware.targets import load_targets, target_of, working_target
+from stages.hardware.targets import load_targets, refuse_old_driver_for, target_of, working_target
 
 TARGETS = load_targets()
+LOCKS = Path(__file__).parents[2] / "images" / "train"
 
 
 def machine(*capabilities: tuple[int, int], name: str = "a card", driver: str = "580.65.06") -> Machine:
@@ -33,6 +34,25 @@ def test_every_target_says_what_its_image_needs() -> None:
             assert target.cuda
             assert target.min_driver
             assert target.node_label
+
+
+def test_deepspeed_and_4_bit_kernels_are_in_the_images_that_promise_them() -> None:
+    for target in TARGETS.values():
+        locks = [
+            LOCKS / f"{name}{kind}.txt" for name in (target.name, target.cuda or "cpu") for kind in ("", ".source")
+        ]
+        own = locks[:2] if locks[0].is_file() else locks[2:]
+        packages = "".join(path.read_text() for path in own if path.is_file())
+        assert ("\ndeepspeed==" in f"\n{packages}") == target.deepspeed, target.name
+        assert ("\nbitsandbytes==" in packages) == ("bitsandbytes" in target.quantisation), target.name
+
+
+def test_a_torch_of_another_line_needs_the_driver_of_its_own_cuda() -> None:
+    for cuda, driver in (("12.4", "525.60.13"), ("13.0", "580.65.06"), ("11.8", "450.80.02")):
+        refuse_old_driver_for(cuda, driver, TARGETS)
+    for cuda, driver, least in (("12.4", "450.80.02", 525), ("13.2", "535.183.06", 580)):
+        with pytest.raises(DoesNotFitError, match=f"CUDA {cuda}, which needs NVIDIA driver {least} or newer"):
+            refuse_old_driver_for(cuda, driver, TARGETS)
 
 
 def test_bf16_only_where_the_card_computes_in_it() -> None:
