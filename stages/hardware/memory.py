@@ -62,9 +62,10 @@ class Lengths:
 
 
 def lengths_at_most(recipe: Recipe) -> Lengths:
-    """What the recipe allows, before there are samples: its longest, with an answer as long as it asks of inference."""
+    """What the recipe allows, before there are samples: its longest, with an answer as long as it asks of inference;
+    in a micro-batch of several, beside one with next to no prompt."""
     longest = recipe.train.max_length
-    return Lengths(longest, min(longest, recipe.infer.max_new_tokens))
+    return Lengths(longest, min(longest, recipe.infer.max_new_tokens), shortest_prompt=0)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The estimate against what was measured on a real card, and how it moves with what it depends on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,18 @@ def test_parts_make_the_total(shapes: dict[str, ModelShape]) -> None:
     assert all(value > 0 for value in found.parts().values())
 
 
+def test_before_there_are_samples_a_micro_batch_is_taken_to_be_of_mixed_lengths(shapes: dict[str, ModelShape]) -> None:
+    """Positions get logits from where the first answer begins: beside a sample with hardly any prompt, nearly all."""
+    recipe = load_recipe(RECIPE, "text", ("train.max_length=2048", "train.micro_batch=4"))
+    lengths = lengths_at_most(recipe)
+    assert (lengths.logits(1), lengths.logits(4)) == (64, 4 * 2048)
+    mixed, alike = (
+        as_asked(shapes["Qwen2.5-7B"], recipe.train, 1, "bfloat16", one).estimate.total
+        for one in (lengths, replace(lengths, shortest_prompt=None))
+    )
+    assert mixed - alike > 14e9
+
+
 def test_the_committed_rows_hold_with_the_code_as_it_is(shapes: dict[str, ModelShape]) -> None:
     """What the README says of benchmarks/results/memory.json: nearly all within 10 %, never 5 % too low."""
     rows = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))["rows"]
@@ -105,8 +118,11 @@ def test_the_committed_rows_hold_with_the_code_as_it_is(shapes: dict[str, ModelS
         model = next((one.partition("=")[2] for one in row.get("sets", ()) if one.startswith("model.path=")), None)
         if row.get("exit code") != 0 or model not in shapes:  # not run, cut short, or a vision-language model
             continue
-        recipe = load_recipe(RECIPE, overrides=tuple(row["sets"]))
-        way = as_asked(shapes[model], recipe.train, row["GPUs"], "bfloat16", lengths_at_most(recipe))
+        recipe = load_recipe(RECIPE, "text", tuple(row["sets"]))
+        lengths = (
+            Lengths(**row["lengths"]) if "lengths" in row else replace(lengths_at_most(recipe), shortest_prompt=None)
+        )
+        way = as_asked(shapes[model], recipe.train, row["GPUs"], "bfloat16", lengths)
         off.append(way.estimate.total / row["measured bytes"] - 1)
     assert len(off) >= 10
     assert sum(abs(one) < 0.1 for one in off) >= 0.9 * len(off)
