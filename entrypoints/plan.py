@@ -1,13 +1,18 @@
 """`lorry plan`: whether training a recipe fits the cards, before anything runs; works for cards that are not here."""
 
+import os
 import shutil
 import sys
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from entrypoints.common import one_line_errors, open_run, recipe_options
+
+if TYPE_CHECKING:
+    from stages.hardware.probe import Gpu
+    from stages.hardware.targets import Target
 
 GIB = 1024**3
 
@@ -24,6 +29,9 @@ class _Cards:
     memory: int | None
     """Bytes free on each; None on a CPU."""
     dtype: str
+    target: "Target"
+    fullest: "Gpu | None" = None
+    """Of cards that are here, the one with the least free memory."""
 
 
 @click.command()
@@ -46,6 +54,7 @@ def plan(target: str | None, count: int | None, memory: float | None, **options:
     model = run.model(run.recipe.model.path, "model.path")
     shape = read_shape(model)
     cards = _cards(target, count or 1, memory, train.precision)
+    train = _as_the_software_allows(train, cards.target)
     lengths = lengths_at_most(run.recipe)
     asked = as_asked(shape, train, cards.count, cards.dtype, lengths)
     way = plan_training(shape, train, cards.count, cards.dtype, cards.memory, lengths)
@@ -54,6 +63,12 @@ def plan(target: str | None, count: int | None, memory: float | None, **options:
         f"samples of {lengths.longest} tokens (train.max_length), {lengths.answer} of them the answer"
         " (infer.max_new_tokens)"
     )
+    if train.micro_batch > 1:
+        alike = as_asked(shape, train, cards.count, cards.dtype, replace(lengths, shortest_prompt=None))
+        click.echo(
+            f"of a micro-batch of several, one with next to no prompt: the worst case; were all alike,"
+            f" {alike.estimate.total / GIB:.2f} GiB as asked. train plans again with the real samples"
+        )
     click.echo(f"effective batch: {way.batch}\n")
     _table(asked, way)
     enough_disk = _disk(run, shape)
@@ -62,32 +77,77 @@ def plan(target: str | None, count: int | None, memory: float | None, **options:
     sys.exit(0 if fits and enough_disk else 4)
 
 
+def _as_the_software_allows(train: Any, target: "Target") -> Any:
+    """The settings as training on the target would take them. Raises what it would raise."""
+    from stages.contract.errors import UsageError
+    from stages.hardware.targets import refuse_4bit_without_kernels
+
+    if train.load_in_4bit:
+        refuse_4bit_without_kernels(target)
+    if target.deepspeed or train.sharding == "none":
+        return train
+    if train.sharding != "auto":
+        raise UsageError(
+            f"train.sharding is {train.sharding}, and target {target.name} has no DeepSpeed; set it to auto"
+        )
+    return train.model_copy(update={"sharding": "none"})
+
+
 def _cards(target: str | None, count: int, memory: float | None, precision: str) -> _Cards:
-    from stages.contract.errors import DoesNotFitError, UsageError
-    from stages.hardware.probe import probe
+    from stages.contract.errors import UsageError
     from stages.hardware.targets import load_targets, named_target, precision_of, target_of
 
-    targets, machine = load_targets(), probe()
-    if machine.problem and not target:
-        raise DoesNotFitError(f"{machine.problem}; name a --target to plan for other cards")
-    card = named_target(target, targets) if target else target_of(machine, targets)
+    targets = load_targets()
+    here = () if target else _free_to_take()
+    try:
+        card = named_target(target, targets) if target else target_of(_machine_of(here), targets)
+    except UsageError as error:
+        raise error if target else UsageError(f"{error}, or name a --target") from error
     dtype = precision_of(precision, card)
     if card.capability is None:
         if count > 1 or memory:
             raise UsageError("--gpus and --memory are for cards: name their --target")
-        return _Cards(1, "a CPU", None, dtype)
+        return _Cards(1, "a CPU", None, dtype, card)
     where = f"{count} x {card.name}" if count > 1 else card.name
     if memory:
-        return _Cards(count, f"{where} of {memory:g} GiB, in {dtype}", round(memory * USABLE * GIB), dtype)
-    if not target:  # the cards that are here, the freest first
-        free = sorted((gpu.memory_free for gpu in machine.gpus if gpu.memory_total), reverse=True)
-        if len(free) < count:
-            raise UsageError(f"--gpus {count}: this machine has {len(free)} that tell their memory; name a --target")
+        return _Cards(count, f"{where} of {memory:g} GiB, in {dtype}", round(memory * USABLE * GIB), dtype, card)
+    if not target:
+        freest = sorted((gpu for gpu in here if gpu.memory_total), key=lambda gpu: (-gpu.memory_free, gpu.index))
+        if len(freest) < count:
+            raise UsageError(f"--gpus {count}: this machine has {len(freest)} to take; name a --target")
+        taken = freest[:count]
         what = f"the {count} freest cards of this machine" if count > 1 else "the freest card of this machine"
-        return _Cards(count, f"{what} ({card.name}), in {dtype}", free[count - 1], dtype)
-    return _Cards(
-        count, f"{where} of {card.memory_gib} GiB, in {dtype}", round((card.memory_gib or 0) * USABLE * GIB), dtype
-    )
+        numbers = ",".join(str(gpu.index) for gpu in taken)
+        what = f"{what}, GPU {numbers} ({card.name}), in {dtype}"
+        return _Cards(count, what, taken[-1].memory_free, dtype, card, taken[-1])
+    what = f"{where} of {card.memory_gib} GiB, in {dtype}"
+    return _Cards(count, what, round((card.memory_gib or 0) * USABLE * GIB), dtype, card)
+
+
+def _free_to_take() -> "tuple[Gpu, ...]":
+    """This machine's cards, without those that no launch would take. Raises DoesNotFitError where none is left."""
+    from stages.contract.errors import DoesNotFitError
+    from stages.hardware.pick import denied_cards, out_of_question
+    from stages.hardware.probe import read_cards, visible
+
+    if os.environ.get("LORRY_TARGET") == "cpu":
+        return ()
+    found = read_cards()
+    if found.problem:
+        raise DoesNotFitError(f"{found.problem}; name a --target to plan for other cards")
+    denied = denied_cards(os.environ.get("LORRY_GPU_DENY"), found.gpus) if found.gpus else frozenset()
+    shown = visible(found.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    reasons = {gpu: out_of_question(gpu, denied) for gpu in shown}
+    if shown and all(reasons.values()):
+        told = "; ".join(f"GPU {gpu.index}: {reason}" for gpu, reason in reasons.items())
+        raise DoesNotFitError(f"no card here is to be taken: {told}; name a --target to plan for others")
+    return tuple(gpu for gpu, reason in reasons.items() if not reason)
+
+
+def _machine_of(gpus: "tuple[Gpu, ...]") -> Any:
+    from stages.hardware.probe import Machine
+
+    return Machine(cpus=0, memory_bytes=0, gpus=gpus)
 
 
 def _table(asked: Any, way: Any) -> None:
@@ -117,26 +177,46 @@ def _disk(run: Any, shape: Any) -> bool:
 
 
 def _verdict(shape: Any, train: Any, cards: _Cards, asked: Any, way: Any, lengths: Any) -> bool:
-    from stages.hardware.fit import smallest_changes
+    from stages.hardware.fit import Offers, smallest_changes
+    from stages.hardware.pick import occupied
 
     if cards.memory is None:
         click.echo("fits: no limit is known for a CPU")
         return True
     room = f"{cards.memory / GIB:.1f} GiB"
     if asked.fits(cards.memory):
-        click.echo(f"fits: {asked.estimate.total / GIB:.1f} of {room} on each GPU")
+        click.echo(
+            f"fits: {asked.estimate.total / GIB:.1f} of {room} on each GPU{_tightly(asked, cards, explained=True)}"
+        )
         return True
     click.echo(f"as asked it does not fit: {asked.estimate.total / GIB:.1f} of {room} on each GPU")
     if way.fits(cards.memory):
         click.echo(
             f"fits with {' and '.join(way.changes)}, which train does by itself and which keeps the result:"
-            f" {way.estimate.total / GIB:.1f} of {room}"
+            f" {way.estimate.total / GIB:.1f} of {room}{_tightly(way, cards, explained=True)}"
         )
         return True
-    found = smallest_changes(shape, train, cards.count, cards.dtype, cards.memory, lengths)
+    offers = Offers("bitsandbytes" in cards.target.quantisation, cards.target.deepspeed)
+    found = smallest_changes(shape, train, cards.count, cards.dtype, cards.memory, lengths, offers)
+    freed = cards.fullest is not None and way.fits(int(cards.fullest.memory_total * USABLE))
+    if cards.fullest is not None and freed:
+        click.echo(
+            f"it would fit on a card that is free: {way.estimate.total / GIB:.1f} of"
+            f" {cards.fullest.memory_total / GIB:.1f} GiB; {cards.fullest}: {occupied(cards.fullest)}"
+        )
     for number, each in enumerate(found):
         head = "the smallest change that fits" if number == 0 else "or"
-        click.echo(f"{head}: {' and '.join(each.changes)} ({each.estimate.total / GIB:.1f} of {room})")
-    if not found:
+        total = f"{each.estimate.total / GIB:.1f} of {room}{_tightly(each, cards)}"
+        click.echo(f"{head}: {' and '.join(each.changes)} ({total})")
+    if not found and not freed:
         click.echo("nothing that we know of makes it fit: take a smaller model or a larger card")
     return False
+
+
+def _tightly(way: Any, cards: _Cards, explained: bool = False) -> str:
+    """A warning where an estimate that is a little too low would not fit."""
+    if not way.tight(cards.memory):
+        return ""
+    return ": tight" + (
+        "; estimates were up to 2.3 % too low; out of memory, train goes on with less" if explained else ""
+    )

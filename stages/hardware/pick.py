@@ -192,7 +192,7 @@ def pick_cards(
     with holds.choosing():
         free, reasons = [], {}
         for gpu in sorted(gpus, key=lambda gpu: (-gpu.memory_free, gpu.index)):
-            reason = _out_of_question(gpu, denied, oldest)
+            reason = out_of_question(gpu, denied, oldest)
             if not reason and not holds.take(gpu.uuid, exclusive=True):
                 holder = next(iter(holds.holders(gpu.uuid)), "another lorry")
                 reason = f"held by {holder}"
@@ -212,7 +212,7 @@ def pick_cards(
     return Pick(taken, tuple(_lines(taken, need)))
 
 
-def _out_of_question(gpu: Gpu, denied: frozenset[int], oldest: Capability) -> str:
+def out_of_question(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0)) -> str:
     """Why a card is not to be taken, however much of it is free."""
     if gpu.index in denied:
         return "in LORRY_GPU_DENY"
@@ -267,7 +267,7 @@ def _refusal(wish: Wish, need: Need, gpus: tuple[Gpu, ...], free: list[Gpu], rea
     told = []
     for gpu in gpus:
         fits = gpu.memory_free >= need.least(number, gpu.capability) if gpu in free else False
-        what = reasons.get(gpu.index) or ("would do" if fits else _occupied(gpu))
+        what = reasons.get(gpu.index) or ("would do" if fits else occupied(gpu))
         told.append(f"GPU {gpu.index}: {what}")
     cards = f"no {number} cards of one kind have" if number > 1 else "no card has"
     return (
@@ -276,7 +276,7 @@ def _refusal(wish: Wish, need: Need, gpus: tuple[Gpu, ...], free: list[Gpu], rea
     )
 
 
-def _occupied(gpu: Gpu) -> str:
+def occupied(gpu: Gpu) -> str:
     """How much of a card is free, and who has the rest."""
     largest = [f"{holder} {gib(holder.memory)}" if holder.memory else str(holder) for holder in gpu.processes[:2]]
     more = f" and {len(gpu.processes) - 2} more" if len(gpu.processes) > 2 else ""

@@ -1,11 +1,17 @@
 """`lorry plan`: a table and a verdict for cards that are not here, from headers alone."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Lorry
+from tests.conftest import Finished, Lorry
+from tests.hardware.recorded import Box
 from tests.hardware.shapes import make_shape
+
+RECIPE = ("patent-qa", "--profile", "text")
+"""Qwen2.5-7B on text."""
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +28,7 @@ def lorry(tmp_path: Path, models: Path) -> Lorry:
 
 
 def test_the_table_adds_up_and_the_verdict_is_in_the_exit_code(lorry: Lorry) -> None:
-    done = lorry("entrypoints.lorry", "plan", "patent-qa", "--target", "rtx4090")
+    done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "rtx4090")
     assert done.code == 0, done.output
     assert "Qwen2.5-7B-Instruct, 7.62 billion parameters, on rtx4090 of 24 GiB, in bfloat16" in done.lines[0]
     rows = {line.split()[0]: float(line.split()[1]) for line in done.lines if len(line.split()) == 2}
@@ -38,7 +44,7 @@ def test_what_does_not_fit_gets_the_smallest_change(lorry: Lorry) -> None:
     done = lorry(
         "entrypoints.lorry",
         "plan",
-        "patent-qa",
+        *RECIPE,
         "--set",
         "model.path=Qwen2.5-14B",
         "--memory",
@@ -54,7 +60,7 @@ def test_what_does_not_fit_gets_the_smallest_change(lorry: Lorry) -> None:
 
 def test_what_train_changes_by_itself_is_shown_beside_what_was_asked(lorry: Lorry) -> None:
     asked = ("--set", "train.micro_batch=16", "--set", "train.gradient_checkpointing=false")
-    done = lorry("entrypoints.lorry", "plan", "patent-qa", *asked, "--target", "a800")
+    done = lorry("entrypoints.lorry", "plan", *RECIPE, *asked, "--target", "a800")
     assert done.code == 0, done.output
     assert "as asked" in done.output
     assert "changed" in done.output
@@ -62,11 +68,110 @@ def test_what_train_changes_by_itself_is_shown_beside_what_was_asked(lorry: Lorr
 
 
 def test_a_v100_computes_in_float16_and_takes_no_other(lorry: Lorry) -> None:
-    done = lorry("entrypoints.lorry", "plan", "patent-qa", "--target", "v100", "--gpus", "2")
+    done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "v100", "--gpus", "2")
     assert "on 2 x v100 of 32 GiB, in float16" in done.lines[0]
-    refused = lorry("entrypoints.lorry", "plan", "patent-qa", "--target", "v100", "--set", "train.precision=bfloat16")
+    refused = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "v100", "--set", "train.precision=bfloat16")
     assert refused.code == 4
     assert "needs compute capability 8.0" in refused.lines[-1]
+
+
+def test_zero_and_fewer_cards_are_proposed_before_more_and_what_is_tight_is_told(lorry: Lorry) -> None:
+    asked = ("--target", "a800", "--gpus", "2", "--memory", "18.4", "--set", "train.sharding=none")
+    done = lorry("entrypoints.lorry", "plan", *RECIPE, *asked)
+    assert done.code == 4, done.output
+    assert "the smallest change that fits: train.sharding=zero3 (12.6 of 18.1 GiB)" in done.lines
+    assert "or: 1 GPU (18.1 of 18.1 GiB: tight)" in done.lines
+    one = lorry("entrypoints.lorry", "plan", *RECIPE, *asked[:2], "--gpus", "1", *asked[4:])
+    assert one.code == 0
+    assert one.lines[-1].startswith("fits: 18.1 of 18.1 GiB on each GPU: tight; estimates were up to 2.3 % too low")
+
+
+def test_a_micro_batch_of_several_is_estimated_for_mixed_lengths(lorry: Lorry) -> None:
+    done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", "--set", "train.micro_batch=4")
+    assert done.code == 0, done.output
+    total = float(next(line for line in done.lines if line.startswith("total")).split()[1])
+    alike = float(done.lines[2].partition("were all alike, ")[2].split()[0])
+    assert alike + 15 < total
+    assert f"fits: {total:.1f} of 78.8 GiB" in done.lines[-1]
+    assert "were all alike" not in lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800").output
+
+
+def test_what_the_targets_software_has_not_is_refused_and_not_proposed(lorry: Lorry) -> None:
+    for target in ("v100-gptq", "cpu"):
+        done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", target, "--set", "train.load_in_4bit=true")
+        told = f"bitsandbytes has no kernels for target {target}; set it false"
+        assert (done.code, told in done.lines[-1]) == (4, True), done.output
+    gptq = ("--target", "v100-gptq", "--gpus", "2")
+    small = lorry("entrypoints.lorry", "plan", *RECIPE, *gptq, "--memory", "14")
+    assert small.code == 4
+    assert "4bit" not in small.output and "zero" not in small.output, small.output
+    named = lorry("entrypoints.lorry", "plan", *RECIPE, *gptq, "--set", "train.sharding=zero2")
+    assert (named.code, "target v100-gptq has no DeepSpeed" in named.lines[-1]) == (2, True), named.output
+
+
+# -- the cards that are here -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(box: Box, tmp_path: Path, models: Path) -> Lorry:
+    """`lorry plan` on the recorded box."""
+    paths = [box.variables["PYTHONPATH"], *([os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else [])]
+    return Lorry(tmp_path, models, tmp_path / "runs", {**box.variables, "PYTHONPATH": os.pathsep.join(paths)})
+
+
+def test_the_freest_card_here_is_planned_for(here: Lorry) -> None:
+    done = here("entrypoints.lorry", "plan", *RECIPE)
+    assert done.code == 0, done.output
+    assert "on the freest card of this machine, GPU 1 (a800), in bfloat16" in done.lines[0]
+    assert "of 72.5 GiB on each GPU" in done.lines[-1]
+
+
+def test_cards_that_no_launch_would_take_are_not_planned_for(here: Lorry, box: Box) -> None:
+    def plan(deny: str, *arguments: str) -> Finished:
+        return replace(here, extra={**here.extra, "LORRY_GPU_DENY": deny})(
+            "entrypoints.lorry", "plan", *RECIPE, *arguments
+        )
+
+    assert "GPU 3 (a800)" in plan("1").lines[0]
+    box.slice(3)
+    assert "GPU 1,2 (a800)" in plan("5,6,7", "--gpus", "2").lines[0]
+    unknown = plan("1,9")
+    assert (unknown.code, "LORRY_GPU_DENY=1,9: there is no GPU 9" in unknown.lines[-1]) == (2, True)
+    none = plan("0,1,2,4,5,6,7")
+    assert (none.code, len(none.lines)) == (4, 1)
+    assert "no card here is to be taken: GPU 0: in LORRY_GPU_DENY; " in none.output
+    assert "GPU 3: in MIG mode; " in none.output and "name a --target" in none.output
+    few = plan("0,1,2,5,6,7", "--gpus", "2")
+    assert (few.code, "this machine has 1 to take" in few.lines[-1]) == (2, True), few.output
+
+
+def test_where_cards_are_merely_busy_it_says_that_freeing_one_would_do(here: Lorry, box: Box) -> None:
+    box.free(*[2.0] * 8)
+    done = here("entrypoints.lorry", "plan", *RECIPE)
+    assert done.code == 4
+    told = (
+        "it would fit on a card that is free: 18.1 of 80.0 GiB; GPU 0 (NVIDIA A800-SXM4-80GB): 2.0 GiB free of 80.0, "
+    )
+    assert f"{told}held by pid 41120, not visible from here, 67.4" in done.lines
+    assert "nothing that we know of" not in done.output
+    model = (
+        "--set",
+        "model.path=Qwen2.5-14B",
+        "--set",
+        "train.max_length=32768",
+        "--set",
+        "infer.max_new_tokens=32000",
+    )
+    large = here("entrypoints.lorry", "plan", *RECIPE, *model, "--set", "infer.max_length=65536")
+    assert (large.code, "it would fit on a card" in large.output) == (4, False), large.output
+
+
+def test_a_box_of_mixed_cards_is_told_to_name_a_target(here: Lorry, box: Box) -> None:
+    box.cards[0]["cuda_compute_capability"] = [7, 0]
+    box.save()
+    done = here("entrypoints.lorry", "plan", *RECIPE)
+    assert done.code == 2
+    assert "choose GPUs of one kind, or name a --target" in done.lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +187,7 @@ def test_a_v100_computes_in_float16_and_takes_no_other(lorry: Lorry) -> None:
     ],
 )
 def test_wrong_use_is_one_line(lorry: Lorry, arguments: tuple[str, ...], says: str) -> None:
-    done = lorry("entrypoints.lorry", "plan", "patent-qa", *arguments)
+    done = lorry("entrypoints.lorry", "plan", *RECIPE, *arguments)
     assert done.code == 2, done.output
     assert says in done.lines[-1]
 
@@ -91,6 +196,6 @@ def test_a_damaged_model_is_told(lorry: Lorry, models: Path) -> None:
     folder = make_shape(models / "cut", "Qwen2.5-0.5B")
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
-    done = lorry("entrypoints.lorry", "plan", "patent-qa", "--target", "a800", "--set", "model.path=cut")
+    done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", "--set", "model.path=cut")
     assert done.code == 2
     assert "damaged: copy it again" in done.lines[-1]
