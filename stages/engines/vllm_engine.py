@@ -7,6 +7,7 @@ from typing import Any
 
 from stages.contract.errors import DoesNotFitError
 from stages.contract.files import read_json
+from stages.engines import vllm_children
 from stages.engines.engine import Completion, Done, EngineSettings, Prompt
 
 MOST_OF_A_CARD, SPARE = 0.9, 0.02
@@ -28,14 +29,18 @@ class VllmEngine:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",  # it would report over the network
             "DO_NOT_TRACK": "1",
-            "VLLM_PLUGINS": "",  # ms-swift plugs itself in where both are installed, and breaks it without torchvision
+            # ours alone: ms-swift plugs itself in where both are installed, and breaks it without torchvision
+            "VLLM_PLUGINS": vllm_children.NAME,
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-            # the engine core in this process: in one of its own it would outlive a SIGKILL, and keep its memory
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # else a CPU build leaves one of two processors idle
         }
         import torch
+
+        # on a card the engine's core has a process of its own, which computes while this one prepares pictures; where
+        # nothing would end it with this one, or there is nothing to gain, it stays here
+        apart = torch.cuda.is_available() and vllm_children.is_installed()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 

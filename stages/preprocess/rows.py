@@ -13,6 +13,7 @@ from stages.contract.records import Sample
 from stages.contract.stage import Stage
 from stages.preprocess.classify import drawings_enough
 from stages.preprocess.embed import Vectors
+from stages.preprocess.figures import crop_figures
 from stages.preprocess.retrieve import cosine, ranking
 from stages.preprocess.split import SPLITS
 from stages.tasks import Found
@@ -92,6 +93,9 @@ def _found(
     by_document = {name: {int(pages[row]["page"]): pages[row] for row in own} for name, own in rows.items()}
     vectors = dict(zip([question.id for question in questions], question_vectors, strict=True))
     taught = [q for q in questions if splits[q.document] == "train" and q.answers]
+    named = {q.id: (q.document, q.page, q.figure) for q in questions if q.page and q.figure and wanted.crops}
+    readable = [figure for figure in named.values() if figure[1] in by_document.get(figure[0], {})]
+    crops = crop_figures(stage, readable, dict(documents))
     asks_rule = stage.run.recipe.preprocess.classifier == "rule"
     # what the model says of test questions is a pass of inference
     enough = drawings_enough(stage, task, [q for q in questions if asks_rule or splits[q.document] != "test"])
@@ -105,6 +109,7 @@ def _found(
         found[question.id] = Found(
             pages=by_document.get(question.document, {}),
             ranked=ranking(numbers, cosine(page_vectors[own[0] : own[-1] + 1] if own else None, vectors[question.id])),
+            crop=crops[named[question.id]]["image"] if named.get(question.id) in crops else None,
             examples=_examples(question, taught, vectors, wanted.examples) if tested and wanted.examples else [],
             drawing_is_enough=enough.get(question.id),
         )

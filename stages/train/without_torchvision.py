@@ -1,0 +1,73 @@
+"""Qwen2-VL's family in ms-swift where torchvision is missing, as beside torch's CPU build, for which there is none.
+
+Pictures need none of it: qwen_vl_utils imports it for videos, and transformers' processors of the family insist on a
+reader of videos. Here the import is let pass, and the processor is made of what pictures and text need.
+"""
+
+import importlib.util
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+
+def do_without_torchvision() -> None:
+    """Make the family's models load; does nothing where torchvision is there."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+    if importlib.util.find_spec("qwen_vl_utils") is not None:
+        _import_picture_utils()
+    _load_processors_without_videos()
+    import swift.template.base
+
+    swift.template.base.rescale_image = rescaled
+
+
+def _import_picture_utils() -> None:
+    """Import qwen_vl_utils with stand-ins for what only its functions for videos use; they are gone afterwards, so that
+    nothing else takes torchvision to be there."""
+    names = {"torchvision": ("io", "transforms"), "torchvision.transforms": ("InterpolationMode",)}
+    for name, members in names.items():
+        module = types.ModuleType(name)
+        for member in members:
+            setattr(module, member, None)
+        sys.modules[name] = module
+    try:
+        importlib.import_module("qwen_vl_utils")
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+def _load_processors_without_videos() -> None:
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
+
+    class PictureProcessor(ProcessorMixin):  # type: ignore[misc]
+        """Tokenizer and picture processor of one model."""
+
+        def __init__(self, image_processor: Any = None, tokenizer: Any = None, **others: Any) -> None:
+            super().__init__(image_processor, tokenizer, **others)
+
+    load = AutoProcessor.from_pretrained
+
+    def from_pretrained(folder: Any, **options: Any) -> Any:
+        preprocessor = Path(folder) / "preprocessor_config.json"
+        if not preprocessor.is_file() or "Qwen2VLImageProcessor" not in preprocessor.read_text(encoding="utf-8"):
+            return load(folder, **options)
+        pictures = AutoImageProcessor.from_pretrained(folder, **options)
+        return PictureProcessor(pictures, AutoTokenizer.from_pretrained(folder, **options))
+
+    AutoProcessor.from_pretrained = from_pretrained
+
+
+def rescaled(picture: Any, max_pixels: int) -> Any:
+    """A picture of PIL within the budget, its shape kept: what ms-swift asks torchvision's Resize for."""
+    from PIL import Image
+
+    width, height = picture.size
+    if max_pixels is None or max_pixels <= 0 or width * height <= max_pixels:
+        return picture
+    shrink = math.sqrt(max_pixels / (width * height))
+    size = max(round(width * shrink), 1), max(round(height * shrink), 1)
+    return picture.resize(size, Image.Resampling.BILINEAR)
