@@ -28,6 +28,9 @@ FILLS = 0.75
 WIDE = 0.3
 """Share of the page's width from which on a line of text is prose, unless something is drawn beside it."""
 
+LEAST = 0.02
+"""Share of the page's height and width that a drawing takes at least: less is a rule, or a speck of a scan."""
+
 NOT_FOUND = {"status": "not found"}
 
 
@@ -133,7 +136,7 @@ def figure_box(words: Iterable[Sequence[Any]], figure: str, ink: Ink) -> tuple[f
     found = []
     for mark in wanted:
         part = _part_of(mark, marks, solid, below)
-        side = part._replace(y1=mark.y1) if below else part._replace(y0=mark.y0)
+        side = _side_of(mark, part, drawn, below)
         drawing = _drawing(side, prose, drawn)
         if drawing is not None:
             around = drawing.grown(page.y1 // 50, side)
@@ -177,7 +180,8 @@ def _labels(lines: list[Line], page: Box) -> list[Label]:
     captions: list[Label] = []
     for line in lines:
         found = figure_labelled(line.text)
-        if found is None or _is_amid_text(line, lines, page):
+        upright = line.box.x1 - line.box.x0 > line.box.y1 - line.box.y0
+        if found is None or not upright or _is_amid_text(line, lines, page):
             continue
         figure, rest = found
         if not rest.strip(" .:。"):
@@ -267,18 +271,34 @@ def _part_of(mark: Box, marks: list[Box], ink: Ink, below: bool) -> Box:
     return part
 
 
+def _side_of(mark: Box, part: Box, drawn: Ink, below: bool) -> Box:
+    """The side of a label on which its figure stands, and beyond the label as far as the drawing goes on beside it."""
+    inked = np.any(part.of(drawn), axis=1).tolist()
+    row = mark.y1 if below else mark.y0 - 1
+    step = 1 if below else -1
+    while part.y0 <= row < part.y1 and inked[row - part.y0]:
+        row += step
+    return part._replace(y1=row) if below else part._replace(y0=row + 1)
+
+
 def _cuts_across(marks: list[Box], ink: Ink, part: Box, below: bool) -> Iterator[tuple[int, int, int]]:
-    """Cuts between labels that stand one above the other, close to one of them: (ink crossed, 0, row)."""
+    """Cuts between labels that stand one above the other: (ink crossed, 0, row).
+
+    As near as may be to the label whose figure is on its other side, and with something of the other's figure between
+    the cut and the other label.
+    """
     for upper, lower in pairwise(sorted(marks, key=lambda mark: mark.y1)):
         end = min(mark.y0 for mark in marks if mark.y1 >= lower.y1)
         if upper.y1 > end:
             continue
-        height = upper.y1 - upper.y0
-        rows = np.arange(upper.y1, min(upper.y1 + height, end) + 1)
+        crossed = ink[upper.y1 : end + 1, part.x0 : part.x1].sum(axis=1)
         if not below:
-            rows = np.arange(end, max(end - height, upper.y1) - 1, -1)
-        crossed = ink[rows.clip(0, len(ink) - 1), part.x0 : part.x1].sum(axis=1)
-        yield int(crossed.min()), 0, int(rows[crossed.argmin()])
+            crossed = crossed[::-1]
+        left_over = np.cumsum(crossed[::-1] > 0)[::-1]
+        crossed = crossed[left_over >= len(ink) * LEAST]
+        if len(crossed):
+            step = int(crossed.argmin())
+            yield int(crossed[step]), 0, upper.y1 + step if below else end - step
 
 
 def _cuts_down(marks: list[Box], ink: Ink, part: Box) -> Iterator[tuple[int, int, int]]:
@@ -301,7 +321,7 @@ def _drawing(side: Box, prose: list[Box], drawn: Ink) -> Box | None:
     stretches = [side._replace(y0=top, y1=bottom) for top, bottom in pairwise(edges)]
     best = max(stretches, key=lambda box: box.of(drawn).any(axis=1).sum(), default=side)
     rows, columns = (np.flatnonzero(best.of(drawn).any(axis=axis)) for axis in (1, 0))
-    if len(rows) < drawn.shape[0] / 50 or len(columns) < drawn.shape[1] / 50:  # a rule, or a speck of a scan
+    if len(rows) < drawn.shape[0] * LEAST or len(columns) < drawn.shape[1] * LEAST:
         return None
     return Box(
         best.x0 + int(columns[0]), best.y0 + int(rows[0]), best.x0 + int(columns[-1]) + 1, best.y0 + int(rows[-1]) + 1

@@ -157,6 +157,22 @@ def test_a_number_beside_its_figure_stays_with_it_and_a_head_in_the_middle_is_in
     assert apart(page.box("4"), number)
 
 
+@pytest.mark.parametrize("above", [False, True], ids=["label low", "label high"])
+def test_a_label_beside_the_end_of_its_drawing_does_not_cut_it(above: bool) -> None:
+    page = Page()
+    for number, box in ((1, TOP), (2, BOTTOM)):
+        page.draw(box).write(525, box[1] + 40 if above else box[3] - 30, f"FIG. {number}")
+    for number, own, other in (("1", TOP, BOTTOM), ("2", BOTTOM, TOP)):
+        assert holds(page.box(number), own)
+        assert apart(page.box(number), other)
+
+
+def test_a_figure_lying_on_its_side_is_left_whole() -> None:
+    page = Page().draw((100, 100, 450, 740))
+    page.page.insert_text((500, 400), "图2", fontname="china-s", fontsize=12, rotate=90)
+    assert page.box("2") is None
+
+
 def test_one_figure_over_two_and_two_beside_one() -> None:
     wide, left, right = (80, 60, 500, 350), (60, 430, 280, 700), (330, 470, 540, 700)
     three = Page().draw(wide).draw(left).draw(right)
