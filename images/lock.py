@@ -43,6 +43,8 @@ LEFT_OUT = {
     "pycryptodome": "cpu cu128 cu130 v100-gptq",
     # of the first Qwen, imported nowhere; no wheel
     "transformers-stream-generator": "cpu cu128 cu130 v100-gptq",
+    # of qwen-vl-utils, for videos
+    "av": "cpu v100-gptq",
     # have no CPU build, and vLLM's CPU build works without
     "torchvision": "cpu",
     "torchaudio": "cpu",

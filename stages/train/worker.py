@@ -128,6 +128,9 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
 
     if not job.use_cpu:
         _refuse_dead_cards(job)
+    from stages.train.without_torchvision import do_without_torchvision
+
+    do_without_torchvision()
     from stages.train.swift_sft import LorrySft  # imports torch and swift: seconds, and only in this process
 
     together = Together(job.processes, job.use_cpu, job.sharding)
