@@ -91,6 +91,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         count = _TokenCount(trainer.data_collator, self._reports)
         trainer.data_collator = count.collate
         trainer.add_callback(_Checkpoints(self._job, self._reports, self._stop, self._together, count))
+        # it would delete the last whole checkpoint before the new one is marked as whole; _Checkpoints does it after
+        trainer.args.save_total_limit = None
         trainer._evaluate = partial(_evaluate_apart, trainer, trainer._evaluate, self._reports)
         # transformers 4 takes the micro-batch of the checkpoint that it goes on from; it may have been made with more
         trainer._inner_training_loop = _with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
@@ -182,7 +184,8 @@ class _TokenCount:
 
 
 class _Checkpoints(TrainerCallback):
-    """Marks checkpoints as whole, reports progress, and turns a stop into a saved checkpoint."""
+    """Marks checkpoints as whole and deletes those that are too many, reports progress, and turns a stop into a saved
+    checkpoint."""
 
     def __init__(self, job: Job, reports: Reports, stop: StopRequest, together: Together, count: _TokenCount) -> None:
         self._job, self._reports, self._stop, self._together, self._count = job, reports, stop, together, count
@@ -218,6 +221,9 @@ class _Checkpoints(TrainerCallback):
         for state_of_one in random_states:
             sizes |= state_of_one
         write_json(checkpoint / "complete.json", {"sizes": dict(sorted(sizes.items()))})
+        older = [path for path in self._job.work.glob("checkpoint-*") if _step_of(path) < state.global_step]
+        for path in sorted(older, key=_step_of, reverse=True)[self._job.settings.keep_checkpoints - 1 :]:
+            remove(path)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         stops, tokens = self._together.sums(int(self._stop.signal is not None), self._count.take())
@@ -253,6 +259,10 @@ class _Checkpoints(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None:
             self._reports.send(event="loss", step=state.global_step, loss=float(loss))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _sync(path: Path) -> None:

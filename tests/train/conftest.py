@@ -12,6 +12,7 @@ from stages.contract.files import FileHashes, read_json, write_json, write_jsonl
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output
+from stages.tasks import settled
 from tests.conftest import REPOSITORY, Lorry
 from tests.small_inputs import RANDOM_LLAMA, small_models
 
@@ -27,7 +28,7 @@ class Training:
     @property
     def run(self) -> Run:
         recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", self.overrides)
-        return Run("r", recipe, Roots(self.lorry.data, self.lorry.models, self.lorry.runs))
+        return Run("r", settled(recipe, "patent-qa"), Roots(self.lorry.data, self.lorry.models, self.lorry.runs))
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -49,11 +50,11 @@ class Training:
         manifest: dict[str, Any] = read_json(self.run.path("train", "manifest.json"))
         return manifest
 
-    def with_samples(self, number: int = 24, images: tuple[str, ...] = ()) -> "Training":
+    def with_samples(self, number: int = 24, images: tuple[str, ...] = (), validation: int = 2) -> "Training":
         """Put the outputs of preprocess into the run; every sample has the same images."""
         run = self.run
         outputs = {}
-        for split, count in (("train", number), ("validation", 2)):
+        for split, count in (("train", number), ("validation", validation)):
             name = f"samples/{split}.jsonl"
             write_jsonl(run.path("preprocess", name), [_sample(f"{split}{i}", images) for i in range(count)])
             outputs[name] = describe_output(run.stage_folder("preprocess"), name, None, FileHashes(run.folder / "none"))

@@ -2,11 +2,13 @@
 
 HUNGER says when, as JSON: `{"during": "training", "above": 1, "from_step": 3}` lets no forward pass of training have
 more than one sample once three steps are done. `above` 0 fails whatever is done, and with `unless_checkpointing` only
-without gradient checkpointing; `longer` adds a limit of tokens.
+without gradient checkpointing; `longer` adds a limit of tokens. During "saving" the process is killed instead, once a
+checkpoint's files are written and it is not yet marked as whole.
 """
 
 import json
 import os
+import signal
 from typing import Any
 
 from stages.train import worker
@@ -24,6 +26,17 @@ def make_hungry() -> None:
 
     hunger = json.loads(os.environ["HUNGER"])
     train = swift_sft.LorrySft.train
+
+    def killed(self: Any, trainer: Any) -> Any:
+        real = trainer._save_checkpoint
+
+        def save(*arguments: Any) -> None:
+            real(*arguments)
+            if trainer.state.global_step >= hunger["from_step"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        trainer._save_checkpoint = save
+        return train(self, trainer)
 
     def hungry(self: Any, trainer: Any) -> Any:
         name = {"training": "training_step", "evaluation": "prediction_step"}[hunger["during"]]
@@ -45,6 +58,8 @@ def make_hungry() -> None:
 
     if hunger["during"] == "loading":
         swift_sft.LorrySft._prepare_model_tokenizer = loads_nothing  # type: ignore[method-assign]
+    elif hunger["during"] == "saving":
+        swift_sft.LorrySft.train = killed  # type: ignore[method-assign]
     else:
         swift_sft.LorrySft.train = hungry  # type: ignore[method-assign]
 

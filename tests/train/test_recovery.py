@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from stages.contract.files import read_json, read_jsonl
+from stages.train.worker import newest_good_checkpoint
 from tests.conftest import Lorry
 from tests.small_inputs import RANDOM_LLAMA
 from tests.train.conftest import Training
@@ -180,3 +181,20 @@ def test_a_kill_does_not_forget_the_rung(tmp_path: Path, small_models: Path) -> 
     assert rungs(training) == ["micro-batch 2, accumulation 2: 2 x 2 x 1 GPU(s) = 4"]
     assert list(metrics(training, "loss")) == list(range(1, 49))
     assert load_file(adapter(training) / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("validation", [2, 0])
+def test_a_kill_before_a_checkpoint_is_marked_leaves_the_one_before_though_only_one_is_kept(
+    calm: Training, tmp_path: Path, small_models: Path, validation: int
+) -> None:
+    training = make(tmp_path / "t", small_models, "train.keep_checkpoints=1").with_samples(validation=validation)
+    checkpoints = training.run.path("train", "checkpoints", "tuned")
+    code, output = hungry(training, during="saving", from_step=6)
+    assert (code, "was ended by SIGKILL" in output) == (1, True), output
+    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    newest = newest_good_checkpoint(checkpoints)
+    assert newest is not None and newest.name == "checkpoint-4"
+    code, output = training()
+    assert (code, "resuming from checkpoint-4" in output) == (0, True), output
+    assert metrics(training, "loss") == metrics(calm, "loss")
+    assert metrics(training, "eval_loss") == (metrics(calm, "eval_loss") if validation else {})
