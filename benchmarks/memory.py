@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from stages.contract.files import FileHashes, read_json, write_jsonl
 from stages.contract.roots import Roots
 from stages.contract.stage import Stage, run_stage
 from stages.hardware.fit import as_asked
-from stages.hardware.memory import lengths_at_most
+from stages.hardware.memory import Lengths
 from stages.hardware.shape import read_shape
 
 ROOTS = Roots.from_environment()
@@ -54,6 +54,16 @@ class Setting:
     sets: tuple[str, ...] = ()
     gpus: int = 1
     picture: bool = False
+    shorter: int = 9
+    """Tokens by which every other sample of a micro-batch of several is shorter, as in life: then there is padding."""
+
+    def length_of(self, sample: int) -> int:
+        return self.length - self.shorter * (sample % 2) * (self.micro_batch > 1)
+
+    @property
+    def lengths(self) -> Lengths:
+        """What the plan is told of the samples."""
+        return Lengths(self.length, self.answer, self.length_of(1) - self.answer)
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -86,6 +96,7 @@ SETTINGS = (
     Setting("0.5B, 2048, whole sample learnt", "Qwen2.5-0.5B", 2048, 2000),
     Setting("7B, 1024, r64, no checkpointing", "Qwen2.5-7B", 1024, 256, 1, (PLAIN, *R64)),
     Setting("7B, 2048, micro-batch 4", "Qwen2.5-7B", 2048, 512, 4),
+    Setting("7B, 2048, micro-batch 4, mixed lengths", "Qwen2.5-7B", 2048, 512, 4, shorter=1400),
     Setting("7B, 4096", "Qwen2.5-7B", 4096, 64),
     Setting("7B, 8192, whole sample learnt", "Qwen2.5-7B", 8192, 8000),
     Setting("7B, 2048, r64", "Qwen2.5-7B", 2048, 64, 1, R64),
@@ -107,18 +118,16 @@ SETTINGS = (
 # -- samples -------------------------------------------------------------------------------------------------------
 
 
-def prepare(setting: Setting, number: int) -> str:
-    """A run with samples of the setting's lengths, as if preprocess had made them. Returns its name."""
-    name = f"memory-{number:02}"
-    run = open_run("patent-qa", None, str(Path("recipes/data/patent-qa").absolute()), setting.overrides, name)
+def prepare(setting: Setting, name: str) -> None:
+    """A run with samples of the setting's lengths, as if preprocess had made them."""
+    run = open_run("patent-qa", "text", str(Path("recipes/data/patent-qa").absolute()), setting.overrides, name)
 
     def work(stage: Stage) -> None:
         picture = []
         if setting.picture:
             picture = [_picture(stage)]
-        # of a micro-batch of several, every other sample is a little shorter, as in life: then there is padding
-        lengths = [setting.length - 9 * (i % 2) * (setting.micro_batch > 1) for i in range(STEPS * EFFECTIVE * 8)]
-        samples = [_sample(i, length, setting.answer, picture) for i, length in enumerate(lengths)]
+        number_of_all = STEPS * EFFECTIVE * 8
+        samples = [_sample(i, setting.length_of(i), setting.answer, picture) for i in range(number_of_all)]
         train = samples[: STEPS * EFFECTIVE * setting.micro_batch]
         for split, rows in (("train", train), ("validation", samples[:2]), ("test", samples[:1])):
             stage.outputs[f"samples/{split}.jsonl"] = write_jsonl(stage.path("samples", f"{split}.jsonl"), rows)
@@ -126,7 +135,6 @@ def prepare(setting: Setting, number: int) -> str:
     if run_stage(run, "preprocess", work):
         raise SystemExit(f"{name}: no samples")
     _remember_digests(setting.model, run.stage_folder("train"))
-    return name
 
 
 def _remember_digests(model: str, folder: Path) -> None:
@@ -176,17 +184,29 @@ class Training:
 
     @staticmethod
     def start(setting: Setting, number: int) -> "Training":
-        name = prepare(setting, number)
-        opened = open_run("patent-qa", None, None, setting.overrides, name)
+        name = f"memory-{number:02}"
+        prepare(setting, name)
+        opened = open_run("patent-qa", "text", None, setting.overrides, name)
         train = opened.recipe.train
-        lengths = lengths_at_most(opened.recipe)
         shape = read_shape(ROOTS.models / setting.model)
-        way = as_asked(shape, train, setting.gpus, "bfloat16", lengths)
+        way = as_asked(shape, train, setting.gpus, "bfloat16", setting.lengths)
         sets = [word for one in setting.overrides for word in ("--set", one)]
         data = str(Path("recipes/data/patent-qa").absolute())
         devices = ",".join(map(str, range(setting.gpus)))
         process = subprocess.Popen(
-            [sys.executable, "-m", "entrypoints.train", "patent-qa", "--run", name, "--data", data, *sets],
+            [
+                sys.executable,
+                "-m",
+                "entrypoints.train",
+                "patent-qa",
+                "--profile",
+                "text",
+                "--run",
+                name,
+                "--data",
+                data,
+                *sets,
+            ],
             env={**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": devices},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -214,6 +234,7 @@ class Training:
             else None,
             "parts": self.estimate,
             "sets": list(self.setting.overrides),
+            "lengths": asdict(self.setting.lengths),
             "GPUs": self.setting.gpus,
         }
         folder = ROOTS.runs / self.run / "train"
@@ -298,7 +319,7 @@ def main() -> None:
     try:
         rows += measure(wanted)
     finally:
-        write_rows("memory", rows, "python -m benchmarks.memory")
+        write_rows("memory", rows, f"python -m benchmarks.memory {' '.join(sys.argv[1:])}".strip(), by="setting")
 
 
 if __name__ == "__main__":

@@ -42,24 +42,30 @@ def note(**row: Any) -> None:
 # -- precision -----------------------------------------------------------------------------------------------------
 
 
-def precision() -> None:
-    """The rule of a V100, forced: base in float16, LoRA in float32, 208 steps; beside it the same in bfloat16."""
-    long = (*SMALL, "train.epochs=16", "train.log_every=1", "train.checkpoint_every=100")
-    started = [
-        Training(f"{dtype}, 208 steps", f"precision-{dtype}", "0", (*long, f"train.precision={dtype}"))
-        for dtype in ("float16", "bfloat16")
-    ]
-    for training in started:
-        training.end(alone=False)
-        losses = training.losses() if not training.process.returncode else {}
-        log = (training.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-        training.row |= {
+class Precise(Training):
+    """Its row says, too, whether every loss was a number."""
+
+    def _results(self) -> dict[str, Any]:
+        found = super()._results()
+        losses = self.losses() if not self.process.returncode else {}
+        log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        return {
+            **found,
             "steps": len(losses),
-            "all losses finite": all(math.isfinite(loss) for loss in losses.values()),
+            "all losses finite": bool(losses) and all(math.isfinite(loss) for loss in losses.values()),
             "mean of the last 13 losses": round(statistics.mean(list(losses.values())[-13:]), 4) if losses else None,
             "unscale errors in the log": len(re.findall("unscale", log)),
         }
-    note(**{training.row["what"]: training.row["all losses finite"] for training in started})
+
+
+def precision() -> None:
+    """The rule of a V100, forced: base in float16, LoRA in float32, 208 steps; beside it the same in bfloat16."""
+    long = (*SMALL, "train.epochs=16", "train.log_every=1", "train.checkpoint_every=100")
+    for training in [
+        Precise(f"{dtype}, 208 steps", f"precision-{dtype}", "0", (*long, f"train.precision={dtype}"))
+        for dtype in ("float16", "bfloat16")
+    ]:
+        training.end(alone=False)
 
 
 # -- kills ---------------------------------------------------------------------------------------------------------
@@ -200,47 +206,82 @@ def _joined(whole: Training, other: Training) -> None:
 
 
 def speed() -> None:
-    """Tokens a second by the train command and by `swift sft` with the same arguments, in turn."""
+    """Tokens a second by the train command and by `swift sft` with the same arguments, in turn, the first of a turn in
+    turn too. The first run of all reads the model from the disk and is not counted."""
     model = "Qwen2.5-7B" if (ROOTS.models / "Qwen2.5-7B").is_dir() else "Qwen2.5-0.5B"
     if not (ROOTS.models / model).is_dir():
         make_model(ROOTS.models / model, CONFIGS[model])
     setting = Setting(
         "speed", model, 1024, 64, 4, ("train.epochs=3", "train.log_every=1", "train.checkpoint_every=999")
     )
-    found: dict[str, list[float]] = {"lorry": [], "swift": []}
-    for turn in range(2):
-        name = prepare(setting, 91 + turn)
-        sets = [word for one in setting.overrides for word in ("--set", one)]
-        command = [sys.executable, "-m", "entrypoints.train", "patent-qa", "--run", name, "--data", DATA, *sets]
-        done = _run(command, {"CUDA_VISIBLE_DEVICES": "0"})
-        log = (ROOTS.runs / name / "train" / "log.txt").read_text(encoding="utf-8", errors="replace")
-        found["lorry"] += _pace(log)
-        if done.returncode:
-            print(done.stdout[-500:], done.stderr[-500:], log[-1500:], flush=True)
-        arguments = _arguments_of(log)
-        if not arguments:
-            continue
-        output = ROOTS.runs / f"by-hand-{turn}"
-        arguments = _by_hand(arguments, name, output)
-        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
-        by_hand = _run([sys.executable, "-m", "swift.cli.sft", *arguments], offline)
-        found["swift"] += _pace(by_hand.stdout + by_hand.stderr)
-        if by_hand.returncode:
-            print(by_hand.stdout[-800:], by_hand.stderr[-1500:], flush=True)
+    warm, arguments = _by_command(setting, "warm-up")
+    note(what=f"{model}, warm-up, not counted", **warm)
+    if not arguments:
+        return
+    found: dict[str, list[dict[str, float]]] = {"lorry": [], "swift": []}
+    began = time.monotonic()
+    for turn in range(TURNS):
+        if turn >= 2 and (time.monotonic() - began) * (turn + 1) / turn > SPEED_SECONDS:
+            break  # where a limit of time ends everything, two turns are better than none
+        for who in sorted(found, reverse=bool(turn % 2)):
+            pace = _by_command(setting, str(turn))[0] if who == "lorry" else _by_swift(arguments, setting, turn)
+            if pace:
+                found[who].append(pace)
     tokens = 2 * setting.micro_batch * setting.length
-    note(
-        what=f"{model}, 12 steps of 8 x {setting.length} tokens",
-        seconds_a_step=found,
-        tokens_per_second={name: [round(tokens / one) for one in each] for name, each in found.items()},
-        lorry_over_swift=round(statistics.mean(found["swift"]) / statistics.mean(found["lorry"]), 4)
-        if found["swift"] and found["lorry"]
-        else None,
-    )
+    row: dict[str, Any] = {"what": f"{model}, steps of {2 * setting.micro_batch} x {setting.length} tokens"}
+    for measure in ("all steps", "from the third step on"):
+        seconds = {who: [one[measure] for one in runs] for who, runs in found.items()}
+        middle = {who: statistics.median(each) for who, each in seconds.items() if each}
+        row |= {
+            f"seconds a step, {measure}": seconds,
+            f"tokens per second, median, {measure}": {who: round(tokens / one) for who, one in middle.items()},
+        }
+        if len(middle) == 2:
+            row[f"lorry over swift, {measure}"] = round(middle["swift"] / middle["lorry"], 4)
+    note(**row)
 
 
-def _pace(log: str) -> list[float]:
-    """Seconds a step, as the trainer says it with its last step: over all of them, the first and slowest too."""
-    return [float(text) for text in re.findall(r"'loss': .*'train_speed\(s/it\)': '([0-9.]+)'", log)][-1:]
+TURNS, SPEED_SECONDS = 3, 330
+"""Of both; and seconds that the turns may take, but for the first two."""
+
+
+def _by_command(setting: Setting, turn: str) -> tuple[dict[str, float], list[str]]:
+    """The pace of the train command, and what it told ms-swift; nothing where it failed."""
+    name = f"speed-{turn}"
+    prepare(setting, name)
+    sets = [word for one in setting.overrides for word in ("--set", one)]
+    command = [sys.executable, "-m", "entrypoints.train", "patent-qa", "--profile", "text", "--run", name]
+    done = _run([*command, "--data", DATA, *sets], {"CUDA_VISIBLE_DEVICES": "0"})
+    log = (ROOTS.runs / name / "train" / "log.txt").read_text(encoding="utf-8", errors="replace")
+    if done.returncode:
+        print(done.stdout[-500:], done.stderr[-500:], log[-1500:], flush=True)
+    return pace_of(log), _arguments_of(log)
+
+
+def _by_swift(arguments: list[str], setting: Setting, turn: int) -> dict[str, float]:
+    output = ROOTS.runs / f"by-hand-{turn}"
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
+    by_hand = _by_hand(arguments, "speed-warm-up", output)
+    done = _run([sys.executable, "-m", "swift.cli.sft", *by_hand], offline)
+    if done.returncode:
+        print(done.stdout[-800:], done.stderr[-1500:], flush=True)
+    return pace_of(done.stdout + done.stderr)
+
+
+def pace_of(log: str) -> dict[str, float]:
+    """Seconds a step, from what the trainer says with each: the time since the first step began over the steps so far.
+
+    Over all of them, and without the first two, which are slower; empty where a log has fewer than three.
+    """
+    said = re.findall(r"'global_step/max_steps': '(\d+)/\d+'.*?'train_speed\(s/it\)': '([0-9.]+)'", log)
+    total = {int(step): int(step) * float(pace) for step, pace in said}
+    last = max(total, default=0)
+    if last < 3 or 2 not in total:
+        return {}
+    return {
+        "all steps": round(total[last] / last, 4),
+        "from the third step on": round((total[last] - total[2]) / (last - 2), 4),
+    }
 
 
 def _arguments_of(log: str) -> list[str]:
@@ -322,8 +363,8 @@ def main() -> None:
             traceback.print_exc()
         for row in [*two_gpus.rows, *rows]:
             row.setdefault("part", part)
-        name = "_".join(["one_gpu", *sys.argv[1:]])  # parts may be measured apart
-        write_rows(name, [*two_gpus.rows, *rows], f"python -m benchmarks.one_gpu {' '.join(sys.argv[1:])}".strip())
+        command = f"python -m benchmarks.one_gpu {' '.join(sys.argv[1:])}".strip()
+        write_rows("one_gpu", [*two_gpus.rows, *rows], command, by="part")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ class Training:
     def end(self, alone: bool = True) -> "Training":
         """Wait for the end. `alone`: nothing else uses the GPUs, which must be empty soon."""
         try:
-            output, _ = self.process.communicate(timeout=120)
+            output, _ = self.process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             self.row["too slow"] = True
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -224,15 +224,25 @@ def large() -> None:
     two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).reach(14).end()
     one = Training("1.7B, one GPU", "large-one", "0", LARGE).end()
     compare("1.7B: two GPUs against one", two, one)
+    sharded = [
+        Training(f"1.7B, two GPUs, {name}", f"large-{name}", BOTH, (*LARGE, f"train.sharding={name}")).end()
+        for name in ("zero2", "zero3")
+    ]
+    for training in sharded:
+        compare(f"{training.row['what']}, against none", two, training)
     tokens = tokens_a_sample()
-    for training in (stopped, one):
+    for training in (stopped, one, *sharded):
+        if "median seconds a step" not in training.row:
+            continue
         rate = 104 / training.row["median seconds a step"]
         training.row |= {"samples a second": round(rate, 1), "tokens a second": round(rate * tokens)}
 
 
 if __name__ == "__main__":
-    try:
-        for part in sys.argv[1:] or ["small", "large"]:
+    for part in sys.argv[1:] or ["small", "large"]:
+        try:
             {"small": small, "large": large}[part]()
-    finally:
-        write_rows("two_gpus", rows, f"python -m benchmarks.two_gpus {' '.join(sys.argv[1:])}".strip())
+        finally:
+            for row in rows:
+                row.setdefault("part", part)
+            write_rows("two_gpus", rows, f"python -m benchmarks.two_gpus {' '.join(sys.argv[1:])}".strip(), by="part")
