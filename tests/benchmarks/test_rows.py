@@ -1,0 +1,115 @@
+"""What the benchmarks for cards write down: parts that are measured apart stay together, and paces are read right."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import one_gpu, rows, two_gpus
+from benchmarks.memory import SETTINGS
+from benchmarks.one_gpu import Precise, pace_of
+from benchmarks.rows import write_rows
+from stages.hardware.memory import Lengths
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    return tmp_path / "x.json"
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(results.read_text())["rows"]
+    return found
+
+
+def test_a_part_measured_again_replaces_its_own_rows_alone(results: Path) -> None:
+    first = {"measured": "2026-01-02", "machine": {"gpus": ["H200", "H200"]}, "notes": ["a note"]}
+    old = [{"part": "a", "n": 1}, {"part": "b", "n": 2}, {"part": "b", "n": 3}, {"part": "c", "n": 4}]
+    results.write_text(json.dumps({**first, "rows": old}))
+    write_rows("x", [{"part": "b", "n": 9}, {"part": "c", "not run": "two GPUs, and one here"}], "again", by="part")
+    where = {"measured on": "2026-01-02, H200, H200"}
+    assert read(results) == [{**where, "part": "a", "n": 1}, {**where, "part": "c", "n": 4}, {"part": "b", "n": 9}]
+    value = json.loads(results.read_text())
+    assert (value["command"], value["notes"]) == ("again", ["a note"])
+    write_rows("x", [{"part": "a", "n": 5}], "once more", by="part")
+    assert read(results)[0] == {**where, "part": "c", "n": 4}, "it keeps the day that it was measured on"
+    write_rows("x", [{"n": 1}], "all anew")
+    assert read(results) == [{"n": 1}]
+    assert "notes" not in json.loads(results.read_text())
+
+
+def test_what_was_never_run_is_a_row_too(results: Path) -> None:
+    row = {"setting": "s", "not run": "2 GPUs, and 1 here"}
+    write_rows("x", [row], "first", by="setting")
+    write_rows("x", [row], "second", by="setting")
+    assert read(results) == [row]
+
+
+def test_the_committed_rows_say_which_part_they_are_of() -> None:
+    for name, by in (("two_gpus", "part"), ("one_gpu", "part"), ("memory", "setting")):
+        assert all(by in row for row in read(rows.RESULTS / f"{name}.json")), name
+
+
+def test_the_pace_is_over_all_steps_and_without_the_first_two() -> None:
+    """The trainer says the time so far over the steps so far: here 3, 1, 1 and 1 seconds."""
+    said = [3.0, 2.0, 1.667, 1.5]
+    lines = [
+        f"Train: {step}/4 {{'loss': '1', 'global_step/max_steps': '{step}/4', 'train_speed(s/it)': '{pace}'}}"
+        for step, pace in enumerate(said, start=1)
+    ]
+    assert pace_of("\n".join(lines)) == {"all steps": 1.5, "from the third step on": 1.0}
+    assert pace_of(lines[0]) == pace_of("") == {}
+
+
+def test_speeds_are_medians_and_the_first_run_is_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    order: list[str] = []
+    paces = iter([9.0, 2.0, 4.0, 3.0])
+
+    def by_command(_: object, turn: str) -> tuple[dict[str, float], list[str]]:
+        order.append(f"lorry {turn}")
+        pace = next(paces)
+        return {"all steps": 2 * pace, "from the third step on": pace}, ["--model", "m"]
+
+    def by_swift(_a: object, _s: object, turn: int) -> dict[str, float]:
+        order.append(f"swift {turn}")
+        return {"all steps": 6.0, "from the third step on": 3.0}
+
+    noted: list[dict[str, Any]] = []
+    monkeypatch.setattr(one_gpu, "make_model", lambda *_: None)
+    monkeypatch.setattr(one_gpu, "_by_command", by_command)
+    monkeypatch.setattr(one_gpu, "_by_swift", by_swift)
+    monkeypatch.setattr(one_gpu, "note", lambda **row: noted.append(row))
+    one_gpu.speed()
+    assert order == ["lorry warm-up", "lorry 0", "swift 0", "swift 1", "lorry 1", "lorry 2", "swift 2"]
+    assert noted[-1]["seconds a step, from the third step on"] == {"lorry": [2.0, 4.0, 3.0], "swift": [3.0] * 3}
+    assert noted[-1]["lorry over swift, from the third step on"] == 1.0
+    assert noted[-1]["tokens per second, median, all steps"]["lorry"] == round(8 * 1024 / 6)
+
+
+def test_a_row_of_precision_has_its_losses_when_it_is_first_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": NaN}\n')
+    (tmp_path / "log.txt").write_text("Attempting to unscale FP16 gradients\n")
+    training = Precise.__new__(Precise)
+    training.folder, training.events, training.earlier = tmp_path, tmp_path / "events.jsonl", 0
+    training.row, training.began = {"what": "float16"}, 0.0
+    training.process = SimpleNamespace(communicate=lambda timeout: ("train: done", None), returncode=0)  # type: ignore[assignment]
+    monkeypatch.setattr(two_gpus, "rows", [])
+    training.end(alone=False)
+    (row,) = two_gpus.rows
+    found = [row[name] for name in ("steps", "all losses finite", "unscale errors in the log")]
+    assert found == [2, False, 1]
+
+
+def test_one_setting_has_samples_of_mixed_lengths_in_a_micro_batch() -> None:
+    mixed = next(one for one in SETTINGS if "mixed lengths" in one.name)
+    assert [mixed.length_of(sample) for sample in range(3)] == [2048, 648, 2048]
+    assert mixed.lengths == Lengths(2048, 512, 136)
+    assert mixed.lengths.logits(4) == 4 * (2048 - 136)
+    alike = next(one for one in SETTINGS if one.name == "7B, 2048, micro-batch 4")
+    assert alike.lengths.logits(4) == 4 * (512 + 9)
+    assert len({one.name for one in SETTINGS}) == len(SETTINGS)
