@@ -120,6 +120,10 @@ SETTINGS = (
 
 def prepare(setting: Setting, name: str) -> None:
     """A run with samples of the setting's lengths, as if preprocess had made them."""
+    none = ROOTS.models / "none"  # where the embedder would be
+    none.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "none.safetensors"):
+        (none / file).write_text("{}")
     run = open_run("patent-qa", "text", str(Path("recipes/data/patent-qa").absolute()), setting.overrides, name)
 
     def work(stage: Stage) -> None:
@@ -308,10 +312,6 @@ def measure(settings: list[Setting]) -> list[dict[str, Any]]:
 
 def main() -> None:
     wanted = [one for one in SETTINGS if not sys.argv[1:] or one.name in sys.argv[1:]]
-    none = ROOTS.models / "none"
-    none.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "none.safetensors"):
-        (none / name).write_text("{}")
     for model in dict.fromkeys(one.model for one in wanted):
         if not (ROOTS.models / model / "model.safetensors.index.json").is_file():
             make_model(ROOTS.models / model, CONFIGS[model])

@@ -252,7 +252,8 @@ def _by_command(setting: Setting, turn: str) -> tuple[dict[str, float], list[str
     sets = [word for one in setting.overrides for word in ("--set", one)]
     command = [sys.executable, "-m", "entrypoints.train", "patent-qa", "--profile", "text", "--run", name]
     done = _run([*command, "--data", DATA, *sets], {"CUDA_VISIBLE_DEVICES": "0"})
-    log = (ROOTS.runs / name / "train" / "log.txt").read_text(encoding="utf-8", errors="replace")
+    file = ROOTS.runs / name / "train" / "log.txt"
+    log = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     if done.returncode:
         print(done.stdout[-500:], done.stderr[-500:], log[-1500:], flush=True)
     return pace_of(log), _arguments_of(log)
