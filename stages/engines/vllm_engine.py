@@ -1,7 +1,9 @@
 """The engine of every target: vLLM offline, base and adapters on one load, continuous batching."""
 
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ use, too. vLLM counts the share of the whole card and refuses to start where les
 IN_FLIGHT = 2
 """Prompts given to the engine, for each that it decodes at once: enough that it never waits for one. Pictures are
 decoded as their prompt goes in, so that those of a million prompts are never in memory at once."""
+
+
+READERS, AHEAD = 8, 16
+"""Threads that read pictures, and the prompts whose pictures are read before their turn."""
 
 
 class VllmEngine:
@@ -88,12 +94,12 @@ class VllmEngine:
         request = self._requests[adapter] if adapter is not None else None
         engine = self._llm.llm_engine
         places: dict[str, int] = {}
-        waiting = iter(enumerate(prompts))
+        waiting = enumerate(_with_pictures(prompts))
         left = len(prompts)
         try:
             while left:
                 while len(places) < IN_FLIGHT * self._settings.batch_size and (new := next(waiting, None)) is not None:
-                    places[self._submit(new[1], request)] = new[0]
+                    places[self._submit(*new[1], request)] = new[0]
                 finished: list[Any] = [output for output in engine.step() if output.finished]
                 left -= len(finished)
                 for output in finished:
@@ -102,20 +108,30 @@ class VllmEngine:
             if places:  # of a prompt that failed, or of a stop: nothing of them may meet the next prompts
                 engine.abort_request(list(places))
 
-    def _submit(self, prompt: Prompt, request: Any) -> str:
+    def _submit(self, prompt: Prompt, pictures: list[Any], request: Any) -> str:
         """Put one prompt into the engine's queue; returns the name under which its output will come."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
         sampling = SamplingParams(temperature=0, max_tokens=prompt.max_new_tokens or self._settings.max_new_tokens)
         tokens = TokensPrompt(prompt_token_ids=prompt.tokens)
-        if prompt.pictures:
-            tokens["multi_modal_data"] = {"image": [picture.load() for picture in prompt.pictures]}
+        if pictures:
+            tokens["multi_modal_data"] = {"image": pictures}
         (name,) = self._llm.enqueue([tokens], sampling, lora_request=request, use_tqdm=False)
         return str(name).partition("-")[0]  # behind the hyphen is the engine's own mark
 
     def close(self) -> None:
         del self._llm  # ends the engine's processes, where it has any
+
+
+def _with_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
+    """Each prompt with its pictures, which threads read and shrink ahead of it."""
+    with ThreadPoolExecutor(READERS) as readers:
+        ahead: deque[list[Future[Any]]] = deque()
+        for place, prompt in enumerate(prompts):
+            for next_one in prompts[place + len(ahead) : place + AHEAD]:
+                ahead.append([readers.submit(picture.load) for picture in next_one.pictures])
+            yield prompt, [future.result() for future in ahead.popleft()]
 
 
 def _completion(output: Any) -> Completion:

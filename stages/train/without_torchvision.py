@@ -58,7 +58,7 @@ def _load_processors_without_videos() -> None:
         pictures = AutoImageProcessor.from_pretrained(folder, **options)
         return PictureProcessor(pictures, AutoTokenizer.from_pretrained(folder, **options))
 
-    AutoProcessor.from_pretrained = from_pretrained
+    AutoProcessor.from_pretrained = from_pretrained  # type: ignore[assignment, method-assign]
 
 
 def rescaled(picture: Any, max_pixels: int) -> Any:
