@@ -1,22 +1,23 @@
-"""Patent questions answered in batched passes by one engine, against one request at a time and three calls a question.
+"""Patent questions answered in batched passes, against one request at a time and three calls a question.
 
-    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.passes [prepare | original | lorry | rows] [long | short]
+    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.passes [stage]
 
-Without a word all four, in processes of their own. Needs a GPU of 80 GB, vLLM, and SmolLM2's tokenizer. The model has
-Qwen2.5-VL-7B's shape and random weights, so that every answer is as long as it may be: `long` are the original's
-limits (768 and 2,000 tokens, 768 for the short form), `short` is what a tuned model writes (96 and 24). Both ways get
-the same questions and pages; the original's are its own, drawn at 600 DPI and shrunk by the reader.
+Needs a GPU of 80 GB, vLLM, and SmolLM2's tokenizer. The model has Qwen2.5-VL-7B's shape and random weights, so that
+every answer is as long as it may be: `long` are the original's limits (768 and 2,000 tokens, 768 for the short form),
+`short` is what a tuned model writes (96 and 24). Both ways ask the same engine the same questions about the same pages,
+and take the engine's start for granted; the original's pages are drawn at 600 DPI and shrunk as its calls need them.
+`stage` measures the infer stage itself instead, with base and adapter, its start included.
 """
 
 import importlib.metadata
 import json
-import os
 import random
-import statistics
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from stages.contract.files import FileHashes, read_json, read_jsonl, write_json,
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output
-from stages.engines.engine import Renderer
+from stages.engines.engine import Engine, EngineSettings, Prompt, Renderer
+from stages.pictures import Picture
 from stages.tasks import Found, settled
 from stages.tasks.patent_qa import ask, build_samples
 from stages.tasks.patent_qa.questions import PatentQuestion
@@ -35,7 +37,7 @@ from stages.tasks.patent_qa.questions import PatentQuestion
 MODEL = "Qwen2.5-VL-7B"
 DOCUMENTS, PAGES, QUESTIONS = 32, 6, 96
 ONE_BY_ONE = 8
-"""Questions that are asked the original's way: it takes minutes for what the batch does in seconds."""
+"""Questions, the last ones, that are asked the original's way: it takes minutes for what the batch does in seconds."""
 LIMITS = {
     "long": ("infer.max_new_tokens=2000", "infer.passes.page_tokens=768", "infer.passes.refine_tokens=768"),
     "short": ("infer.max_new_tokens=96", "infer.passes.page_tokens=96", "infer.passes.refine_tokens=24"),
@@ -71,12 +73,16 @@ def prepare() -> None:
         drawn = [
             (run.path("preprocess", "pages"), d, p, 2_352_000) for d in range(DOCUMENTS) for p in range(1, PAGES + 1)
         ]
-        with ProcessPoolExecutor() as pool:
-            list(pool.map(_draw, drawn))
+        if length == next(iter(LIMITS)):
+            with ProcessPoolExecutor() as pool:
+                list(pool.map(_draw, drawn))
+            first = run.path("preprocess", "pages")
+        else:
+            shutil.copytree(first, run.path("preprocess", "pages"), dirs_exist_ok=True)
         _adapter(run, run.path("train", "adapters", "tuned"))
         _describe(run, "preprocess", "samples/test.jsonl", "asked.jsonl", "pages/")
         _describe(run, "train", "adapters/tuned/adapter_config.json", "adapters/tuned/adapter_model.safetensors")
-    shown = {(int(Path(i).parent.name[1:]), int(Path(i).stem)) for s in samples[:ONE_BY_ONE] for i in s["images"]}
+    shown = {(int(Path(i).parent.name[1:]), int(Path(i).stem)) for s in samples[-ONE_BY_ONE:] for i in s["images"]}
     with ProcessPoolExecutor() as pool:  # 4960 x 7016 pixels: A4 at 600 DPI
         list(pool.map(_draw, [(ROOTS.runs / "passes-600dpi", d, p, 4960 * 7016) for d, p in sorted(shown)]))
 
@@ -179,111 +185,140 @@ def _describe(run: Run, stage: str, *names: str) -> None:
 # -- the two ways ------------------------------------------------------------------------------------------------
 
 
-def original(length: str) -> None:
-    """One prompt at a time, three calls a question: classify, answer, refine. Each call reads its own pictures."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"}
-    from PIL import Image
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
+class FineDrawing(Picture):
+    """A page of 600 DPI, decoded whole and then shrunk."""
 
-    run = run_of(length)
-    samples: list[Any] = read_jsonl(run.path("preprocess", "samples", "test.jsonl"))[:ONE_BY_ONE]
-    renderer = Renderer(ROOTS.models / MODEL)
-    started = time.monotonic()
-    llm = LLM(
-        model=str(ROOTS.models / MODEL),
-        dtype="bfloat16",
-        max_model_len=16384,  # the original's 8,192 do not hold three pages with 2,000 tokens of answer
-        max_num_seqs=1,
-        gpu_memory_utilization=0.9,
-        limit_mm_per_prompt={"image": 3},
-        mm_processor_cache_gb=0,  # as in its day: every call prepares its pictures
-        mm_processor_kwargs={"max_pixels": 2_352_000},
-    )
-    started = time.monotonic() - started
+    def load(self) -> Any:
+        from PIL import Image
 
-    def call(wanted: Any) -> str:
-        prompt = renderer.render("x", wanted.messages, [run.folder / i for i in wanted.images], wanted.max_pixels)
-        tokens = TokensPrompt(prompt_token_ids=prompt.tokens)
-        if wanted.images:
-            pages = [ROOTS.runs / "passes-600dpi" / Path(i).parent.name / Path(i).name for i in wanted.images]
-            sizes = [(one.width, one.height) for one in prompt.pictures]
-            tokens["multi_modal_data"] = {
-                "image": [Image.open(p).convert("RGB").resize(s) for p, s in zip(pages, sizes, strict=True)]
-            }
-        limit = SamplingParams(temperature=0, max_tokens=wanted.max_new_tokens or run.recipe.infer.max_new_tokens)
-        return str(llm.generate([tokens], limit, use_tqdm=False)[0].outputs[0].text)
+        return Image.open(self.path).convert("RGB").resize((self.width, self.height))
 
-    call(ask(run.recipe, samples[0], "refine", {"answer": "x"}, ()))  # what a first call compiles
-    seconds, tokens = [], 0
-    for sample in samples:
+
+class Job:
+    """The questions at one length of answers, and an engine to ask."""
+
+    def __init__(self, engine: Engine, length: str) -> None:
+        self._engine, self._length, self._run = engine, length, run_of(length)
+        self._samples: list[Any] = read_jsonl(self._run.path("preprocess", "samples", "test.jsonl"))
+        self._renderer = Renderer(ROOTS.models / MODEL)
+        self._texts: dict[str, dict[str, str]] = {}
+        self._tokens = 0
+
+    def _prompt(self, sample: Any, name: str, fine: bool) -> Prompt | None:
+        wanted = ask(self._run.recipe, sample, name, self._texts[sample["id"]], ())
+        if wanted is None:
+            return None
+        pictures = [self._run.folder / image for image in wanted.images]
+        limit = wanted.max_new_tokens or self._run.recipe.infer.max_new_tokens
+        prompt = self._renderer.render(sample["id"], wanted.messages, pictures, wanted.max_pixels, limit)
+        if not fine:
+            return prompt
+        drawn = [ROOTS.runs / "passes-600dpi" / one.path.parent.name / one.path.name for one in prompt.pictures]
+        sizes = [(one.width, one.height, one.tokens) for one in prompt.pictures]
+        pages = tuple(FineDrawing(path, *size) for path, size in zip(drawn, sizes, strict=True))
+        return replace(prompt, pictures=pages)
+
+    def _call(self, name: str, samples: list[Any], adapter: str | None, fine: bool) -> None:
+        prompts = [prompt for sample in samples if (prompt := self._prompt(sample, name, fine)) is not None]
+        for prompt, completion in zip(prompts, self._engine.generate(prompts, adapter), strict=True):
+            self._texts[prompt.id][name] = completion.text
+            self._tokens += completion.tokens
+
+    def _row(self, way: str, questions: int, seconds: float, **more: Any) -> dict[str, Any]:
+        row = {"way": way, "answers": self._length, "questions": questions, **more}
+        row |= {"seconds a question": round(seconds / questions, 3), "tokens written": self._tokens}
+        print("ROW", json.dumps(row), flush=True)
+        return row
+
+    def one_by_one(self, count: int) -> dict[str, Any]:
+        """A question at a time: classify, answer, refine."""
+        self._texts, self._tokens = {sample["id"]: {} for sample in self._samples}, 0
         began = time.monotonic()
-        texts: dict[str, str] = {}
-        for name in ("classify", "answer", "refine"):
-            wanted = ask(run.recipe, sample, name, texts, ())
-            if wanted is not None:
-                texts[name] = call(wanted)
-        seconds.append(time.monotonic() - began)
-        tokens += sum(len(renderer.tokenizer.encode(text)) for text in texts.values())
-    row = {
-        "way": "one request at a time",
-        "answers": length,
-        "questions": len(samples),
-        "engine start s": round(started, 1),
-    }
-    row |= {"seconds a question": round(statistics.mean(seconds), 3), "tokens written": tokens}
-    print("ROW", json.dumps(row), flush=True)
+        for sample in self._samples[-count:]:
+            for name in PASSES:
+                self._call(name, [sample], None, fine=True)
+        return self._row("one request at a time", count, time.monotonic() - began)
+
+    def batched(self, adapter: str | None, count: int = QUESTIONS) -> dict[str, Any]:
+        """Pass by pass: classify all, answer all, refine all."""
+        samples = self._samples[:count]
+        self._texts, self._tokens = {sample["id"]: {} for sample in self._samples}, 0
+        began, times = time.monotonic(), {}
+        for name in PASSES:
+            before = time.monotonic()
+            self._call(name, samples, adapter, fine=False)
+            times[name] = round(time.monotonic() - before, 1)
+        who = "adapter" if adapter else "base"
+        seconds = time.monotonic() - began
+        return self._row("batched passes", len(samples), seconds, model=who, seconds_of_passes=times)
 
 
-def lorry(length: str) -> None:
-    """The infer stage: base, and the adapter, each in three passes over all questions."""
-    run = run_of(length)
+PASSES = ("classify", "answer", "refine")
+
+
+def compare() -> None:
+    """Both ways through one engine."""
+    from stages.engines.vllm_engine import VllmEngine
+
+    recipe = run_of("long").recipe
     began = time.monotonic()
-    sets = [word for value in (f"model.path={MODEL}", *LIMITS[length]) for word in ("--set", value)]
-    command = [sys.executable, "-m", "entrypoints.infer", "patent-qa", "--run", run.name, *sets]
-    code = subprocess.run(command, check=False).returncode
-    wall = time.monotonic() - began
-    manifest = read_json(run.path("infer", "manifest.json"))
-    if manifest is None:
-        print("ROW", json.dumps({"way": "batched passes", "answers": length, "exit code": code}), flush=True)
-        return
-    for name, took in manifest["answering"].items():
-        found = read_jsonl(run.path("infer", "predictions", f"{name}.jsonl"))
-        row = {"way": "batched passes", "answers": length, "model": name, "questions": took["samples"]}
-        row |= {"seconds a question": round(took["seconds"] / took["samples"], 3)}
-        row |= {"tokens written": sum(one["completion_tokens"] for one in found)}
-        row |= {"failed": sum(one["error"] is not None for one in found)}
-        row |= {"engine start s": manifest["engine_start_seconds"], "stage wall s": round(wall, 1)}
-        row |= {"decisions": {made["what"]: made["value"] for made in manifest["decisions"]}}
-        print("ROW", json.dumps(row, ensure_ascii=False), flush=True)
+    adapter = run_of("long").path("train", "adapters", "tuned")
+    engine = VllmEngine(
+        EngineSettings(
+            model=ROOTS.models / MODEL,
+            adapters={"tuned": adapter},
+            dtype="bfloat16",
+            max_new_tokens=recipe.infer.max_new_tokens,
+            batch_size=recipe.infer.batch_size,
+            max_length=10_000,
+            seed=recipe.seed,
+            max_pictures=3,
+            max_pixels=2_352_000,
+        )
+    )
+    rows: list[dict[str, Any]] = [{"what": "engine start", "seconds": round(time.monotonic() - began, 1)}]
+    Job(engine, "short").batched(None, 8)  # what first calls compile
+    for length, count in (("short", 8), ("long", 4)):
+        job = Job(engine, length)
+        _forget(engine)
+        one = job.one_by_one(count)
+        _forget(engine)
+        ours = job.batched(None)
+        rows += [one, {**ours, "times": round(one["seconds a question"] / ours["seconds a question"], 1)}]
+        write_rows("passes", rows, "python -m benchmarks.passes")
+    engine.close()
+
+
+def _forget(engine: Any) -> None:
+    """Drop what the engine keeps of earlier prompts and pictures: nobody may profit from the other's work."""
+    engine._llm.reset_prefix_cache()
+    engine._llm.reset_mm_cache()
+
+
+def stage() -> None:
+    """The infer stage: base, and the adapter, each in three passes over all questions."""
+    for length, values in LIMITS.items():
+        run = run_of(length)
+        began = time.monotonic()
+        sets = [word for value in (f"model.path={MODEL}", *values) for word in ("--set", value)]
+        command = [sys.executable, "-m", "entrypoints.infer", "patent-qa", "--run", run.name, *sets]
+        code = subprocess.run(command, check=False).returncode
+        manifest = read_json(run.path("infer", "manifest.json")) or {"answering": {}}
+        row = {
+            "what": "infer stage",
+            "answers": length,
+            "exit code": code,
+            "wall s": round(time.monotonic() - began, 1),
+        }
+        for name, took in manifest["answering"].items():
+            row[f"{name}: seconds a question"] = round(took["seconds"] / took["samples"], 3)
+        print("ROW", json.dumps(row), flush=True)
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    lengths = [word for word in words if word in LIMITS] or list(LIMITS)
-    if "prepare" in words:
-        prepare()
-        return
-    if "original" in words or "lorry" in words:
-        for length in lengths:
-            (original if "original" in words else lorry)(length)
-        return
-    rows: list[dict[str, Any]] = []
     if not (ROOTS.models / MODEL / "config.json").is_file():
-        subprocess.run([sys.executable, "-m", "benchmarks.passes", "prepare"], check=True)
-    for length in lengths:
-        for way in ("original", "lorry"):
-            command = [sys.executable, "-m", "benchmarks.passes", way, length]
-            output = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout
-            rows += [json.loads(line.removeprefix("ROW ")) for line in output.splitlines() if line.startswith("ROW ")]
-            write_rows("passes", rows, "python -m benchmarks.passes")
-        one = next((r for r in rows if r["answers"] == length and r["way"].startswith("one")), None)
-        for row in [r for r in rows if r["answers"] == length and "seconds a question" in r and r is not one]:
-            if one is not None:
-                row["times the original's questions a second"] = round(
-                    one["seconds a question"] / row["seconds a question"], 1
-                )
-    write_rows("passes", rows, "python -m benchmarks.passes")
+        prepare()
+    stage() if sys.argv[1:] == ["stage"] else compare()
 
 
 if __name__ == "__main__":
