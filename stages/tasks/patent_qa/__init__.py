@@ -281,6 +281,6 @@ def facts(sample: Sample) -> dict[str, float]:
     if not evidence:
         return {}
     shown = len(evidence & set(sample["meta"]["pages"])) / len(evidence)
-    ranked = sample["meta"].get("ranked", [])
-    at = {f"recall@{k}": len(evidence & set(ranked[:k])) / len(evidence) for k in RECALL_AT}
+    ranked = sample["meta"].get("ranked")
+    at = {} if ranked is None else {f"recall@{k}": len(evidence & set(ranked[:k])) / len(evidence) for k in RECALL_AT}
     return {"retrieval_recall": shown, **at}
