@@ -4,7 +4,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -32,17 +31,16 @@ def work(stage: Stage) -> None:
     _take_over(stage)
     pages = render_documents(stage, {name: documents[name] for n, name in enumerate(documents) if stage.has(n)})
     embedder = Embedder(stage)
-    texts: dict[str, list[str]] = defaultdict(list)
-    for page in pages:
-        texts[page["document"]].append(page["text"])
-    page_vectors = embedder.embed(list(texts.values()), "pages")
+    embedder.pages(pages)
     chunks = chunked([question.text for question in questions])  # questions are shared out by chunk
-    question_vectors = embedder.embed([chunk for n, chunk in enumerate(chunks) if stage.has(n)], "questions")
+    question_vectors = embedder.questions([chunk for n, chunk in enumerate(chunks) if stage.has(n)])
+    embedder.close()
     if stage.shard is not None:
         _leave_for_merging(stage)
         return
-    _write_vectors(stage, page_vectors, questions, question_vectors)
-
+    page_vectors = embedder.write_pages(pages, stage.path("vectors.npy"))
+    stage.outputs["vectors.npy"] = len(pages)
+    _write_questions(stage, questions, question_vectors)
     write_samples(stage, task, questions, splits, documents, pages, page_vectors, question_vectors)
     _tell(stage)
 
@@ -77,12 +75,9 @@ def _splits(stage: Stage, questions: list[Any], documents: dict[str, Path]) -> d
     return {name: splits[twin[name]] for name in asked}
 
 
-def _write_vectors(stage: Stage, pages: Vectors, questions: list[Any], of_questions: Vectors) -> None:
-    """vectors.npy goes with pages.parquet row by row; the questions' vectors stand beside their ids."""
-    with written_atomically(stage.path("vectors.npy"), "wb") as file:
-        np.save(file, pages, allow_pickle=False)
-    stage.outputs["vectors.npy"] = len(pages)
-    table = pa.table({"id": [question.id for question in questions], "vector": list(of_questions)})
+def _write_questions(stage: Stage, questions: list[Any], vectors: Vectors) -> None:
+    """The questions' vectors stand beside their ids; those of pages go with pages.parquet row by row."""
+    table = pa.table({"id": [question.id for question in questions], "vector": list(vectors)})
     with written_atomically(stage.path("questions.parquet"), "wb") as file:
         pq.write_table(table, file)
     stage.outputs["questions.parquet"] = len(questions)

@@ -1,0 +1,145 @@
+"""GME: embeds texts and pictures into one space with a model of Qwen2-VL's architecture (arXiv:2412.16855).
+
+What its authors' gme_inference.py does, in batches: a chat whose user says the text or shows the picture, ended by
+`<|endoftext|>`; the language model reads it with plain positions in a row, not those in two dimensions that generation
+uses; the vector is the last token's state, of length one. Pictures get 256 to 1,280 tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stages.pictures import Picture, PictureRules, open_picture, read_rules
+
+Vectors = npt.NDArray[np.float32]
+
+BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+AFTER = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+SHOWN = "<|vision_start|>", "<|vision_end|>"
+
+MAX_LENGTH = 1800
+"""Tokens; what a text has more is cut, as GME was tuned."""
+MIN_TOKENS = 256
+"""Of a picture: smaller ones are enlarged."""
+READERS = 8
+"""Threads that read pictures while the card computes."""
+
+
+class Gme:
+    """A model folder of GME's, on one device."""
+
+    def __init__(self, folder: Path, device: str, dtype: str, max_pixels: int) -> None:
+        from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+        own = read_rules(folder)
+        least = min(MIN_TOKENS * own.factor**2, max_pixels)
+        self._rules = PictureRules(own.factor, least, max_pixels)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        network: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True
+        )
+        self._network = network.model.to(device).eval()  # without the head: nothing is generated
+        self._picture = int(network.config.image_token_id)
+        self._device, self._dtype = device, getattr(torch, dtype)
+        self._patches = _Patches(folder, device)
+        self._before, self._after, self._start, self._end = (
+            self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in (BEFORE, AFTER, *SHOWN)
+        )
+
+    def texts(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors, float32, shape (texts, dimensions)."""
+        room = MAX_LENGTH - len(self._before) - len(self._after)
+        encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return self._embed([[*self._before, *tokens[:room], *self._after] for tokens in encoded], None)
+
+    def pictures(self, batches: Sequence[Sequence[Path]]) -> Iterator[Vectors]:
+        """Unit vectors of each batch of pictures in turn, float32, shape (pictures, dimensions).
+
+        Threads read the next batch while one is computed. Raises DataError for what is no picture.
+        """
+        with ThreadPoolExecutor(READERS) as readers:
+
+            def read(paths: Sequence[Path]) -> list[Any]:
+                return [readers.submit(self._read, path) for path in paths]
+
+            ahead = read(batches[0]) if batches else []
+            for number in range(len(batches)):
+                batch = [future.result() for future in ahead]
+                ahead = read(batches[number + 1]) if number + 1 < len(batches) else []
+                yield self._batch_of_pictures(batch)
+
+    def _read(self, path: Path) -> tuple[Picture, npt.NDArray[np.uint8]]:
+        picture = open_picture(path, self._rules)
+        return picture, np.asarray(picture.load())
+
+    def _batch_of_pictures(self, batch: list[tuple[Picture, npt.NDArray[np.uint8]]]) -> Vectors:
+        rows = [
+            [*self._before, *self._start, *[self._picture] * picture.tokens, *self._end, *self._after]
+            for picture, _ in batch
+        ]
+        patches, grids = zip(*[self._patches.of(pixels) for _, pixels in batch], strict=True)
+        seen = self._see(torch.cat(patches).to(self._dtype), torch.tensor(grids, device=self._device))
+        return self._embed(rows, seen)
+
+    @torch.inference_mode()
+    def _see(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """What the tower makes of pictures: shape (tokens of all, hidden)."""
+        output = self._network.visual(patches, grid_thw=grids)
+        found: torch.Tensor = getattr(output, "pooler_output", output)
+        return found
+
+    @torch.inference_mode()
+    def _embed(self, rows: list[list[int]], seen: torch.Tensor | None) -> Vectors:
+        longest = max(map(len, rows))
+        # padding on the right, as GME was tuned; what stands there is masked, and no token looks ahead
+        tokens = torch.tensor([row + [self._after[-1]] * (longest - len(row)) for row in rows], device=self._device)
+        lengths = torch.tensor([len(row) for row in rows], device=self._device)
+        mask = torch.arange(longest, device=self._device)[None, :] < lengths[:, None]
+        language = self._network.language_model
+        embedded = language.embed_tokens(tokens)
+        if seen is not None:
+            embedded = embedded.masked_scatter((tokens == self._picture)[..., None], seen.to(embedded.dtype))
+        positions = torch.arange(longest, device=self._device).expand(3, len(rows), -1)
+        output = language(
+            inputs_embeds=embedded,
+            attention_mask=None if bool(mask.all()) else mask.long(),
+            position_ids=positions,
+            use_cache=False,
+        )
+        last = output.last_hidden_state[torch.arange(len(rows), device=self._device), lengths - 1]
+        found: Vectors = torch.nn.functional.normalize(last.float(), dim=1).cpu().numpy()
+        return found
+
+
+class _Patches:
+    """Cuts pictures into patches on the device: transformers' processor of the family, without its detours."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        import json
+
+        values = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        self._patch, self._merge = int(values["patch_size"]), int(values["merge_size"])
+        self._frames = int(values.get("temporal_patch_size", 2))
+        mean, deviation = (torch.tensor(values[key], device=device) for key in ("image_mean", "image_std"))
+        scale = float(values.get("rescale_factor", 1 / 255))
+        self._factor, self._shift = (scale / deviation)[:, None, None], (mean / deviation)[:, None, None]
+        self._device = device
+
+    def of(self, pixels: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, list[int]]:
+        """Patches, float32, shape (rows x columns, channels x frames x side x side), and the grid: 1, rows, columns.
+
+        `pixels` is (height, width, 3), both sides multiples of the patch times the merge size.
+        """
+        picture = torch.from_numpy(pixels.copy()).to(self._device).permute(2, 0, 1).float()
+        picture = picture * self._factor - self._shift
+        rows, columns = picture.shape[1] // self._patch, picture.shape[2] // self._patch
+        side, merge = self._patch, self._merge
+        cut = picture.reshape(3, rows // merge, merge, side, columns // merge, merge, side)
+        cut = cut.permute(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]  # a still picture fills all frames
+        cut = cut.expand(-1, -1, -1, -1, -1, self._frames, -1, -1)
+        return cut.reshape(rows * columns, -1), [1, rows, columns]
