@@ -52,6 +52,16 @@ CONFIGS["Qwen2.5-VL-7B"] = {
         "fullatt_block_indexes": [7, 15, 23, 31],
     },
 }
+CONFIGS["GME-Qwen2-VL-7B"] = {
+    **CONFIGS["Qwen2.5-7B"],
+    **{"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]},
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {
+        **{"model_type": "qwen2_vl", "depth": 32, "hidden_act": "quick_gelu", "embed_dim": 1280, "num_heads": 16},
+        **{"hidden_size": 3584, "in_channels": 3, "in_chans": 3, "mlp_ratio": 4, "patch_size": 14},
+        **{"spatial_merge_size": 2, "temporal_patch_size": 2},
+    },
+}
 SPECIAL = {
     **{"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|vision_pad|>": 151654},
     **{"<|image_pad|>": 151655, "<|video_pad|>": 151656},
