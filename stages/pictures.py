@@ -20,6 +20,10 @@ MAX_RATIO = 200
 """Longest over shortest side: the family's own processors refuse more."""
 
 
+FAMILY = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
+"""What the family's picture processors are called in preprocessor_config.json, or begin with."""
+
+
 @dataclass(frozen=True)
 class PictureRules:
     """How a model reads pictures."""
@@ -77,6 +81,15 @@ class Picture:
         if picture.size != (self.width, self.height):
             picture = picture.resize((self.width, self.height), Image.Resampling.BICUBIC)
         return picture
+
+
+def family_rules(model: Path) -> PictureRules | None:
+    """The rules of a model of the Qwen2-VL family; None for one that reads pictures otherwise, or none."""
+    try:
+        values = json.loads((model / "preprocessor_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return read_rules(model) if str(values.get("image_processor_type")).startswith(FAMILY) else None
 
 
 def read_rules(model: Path) -> PictureRules:

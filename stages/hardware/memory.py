@@ -138,18 +138,38 @@ def adapter_parameters(shape: ModelShape, settings: Train) -> int:
 
 
 def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
-    """The linear modules that get LoRA: as PEFT chooses them, never the head, the vision tower or its connector."""
-    language = [name for name in shape.linears if not _is_vision(name) and name.rpartition(".")[2] != "lm_head"]
+    """The linear modules that get LoRA, as ms-swift and PEFT choose them: never the head, and of a vision tower none
+    while it is frozen."""
+    linears = [name for name in shape.linears if name.rpartition(".")[2] != "lm_head"]
+    if settings.freeze_vision:
+        linears = [name for name in linears if not _is_vision(name)]
     wanted = settings.target_modules
     if isinstance(wanted, str):
-        return [name for name in language if re.fullmatch(wanted, name)]
+        return [name for name in linears if re.fullmatch(wanted, name)]
     if "all-linear" in wanted:
-        return language
-    return [name for name in language if any(name == one or name.endswith(f".{one}") for one in wanted)]
+        return [name for name in linears if not _is_connector(name)]
+    return [name for name in linears if any(name == one or name.endswith(f".{one}") for one in wanted)]
+
+
+def not_estimated(shape: ModelShape, settings: Train) -> str | None:
+    """What of this training's memory is not in the estimate, in words."""
+    if settings.freeze_vision or not any(map(_is_vision, adapted_modules(shape, settings))):
+        return None
+    return "what an adapted vision tower keeps of its pictures for the backward pass (train.freeze_vision is false)"
 
 
 def _is_vision(module: str) -> bool:
-    return bool({"visual", "vision_tower", "vision_model", "multi_modal_projector"} & set(module.split(".")))
+    return bool({"visual", "vision_tower", "vision_model"} & set(module.split("."))) or _is_connector(module)
+
+
+def _is_connector(module: str) -> bool:
+    """Between the tower and the language model."""
+    return any(part == "multi_modal_projector" or "merger" in part for part in module.split("."))
+
+
+def _adapted_in_layers(shape: ModelShape, settings: Train) -> list[str]:
+    """The adapted modules of the decoder layers."""
+    return [name for name in adapted_modules(shape, settings) if not _is_vision(name)]
 
 
 def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
@@ -181,7 +201,7 @@ def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batc
     if micro_batch > 1:  # samples of other lengths need a mask, and then keys and values are repeated for each head
         attention += size * 2 * (queries - keys)
     mlp = 3 * size * shape.intermediate  # gate, its activation, up
-    adapted = adapted_modules(shape, settings)
+    adapted = _adapted_in_layers(shape, settings)
     # LoRA casts its input to float32 and autocast back: a copy for each module; dropout keeps a mask of a byte
     copies = (size + bool(settings.dropout)) * _inputs_of(shape, adapted) // shape.layers
     return norms + attention + mlp + copies + 2 * size * settings.rank * len(adapted) // shape.layers
@@ -189,7 +209,7 @@ def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batc
 
 def _layer_working_set(shape: ModelShape, settings: Train, sharding: str) -> int:
     """Bytes for each token that one layer's backward pass needs beside what was kept; most in the MLP."""
-    adapts_mlp = any(shape.linears[name][0] == shape.intermediate for name in adapted_modules(shape, settings))
+    adapts_mlp = any(shape.linears[name][0] == shape.intermediate for name in _adapted_in_layers(shape, settings))
     # without sharding LoRA is in float32, and so is what goes back through it
     in_float32 = adapts_mlp and sharding == "none"
     return 12 * shape.intermediate if in_float32 else 6 * shape.intermediate + 4 * shape.hidden

@@ -1,25 +1,48 @@
 """How long the samples are, before a training process exists: what memory the plan has to count with."""
 
 import heapq
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from stages.contract.files import read_jsonl
 from stages.contract.recipe import Train
 from stages.hardware.memory import Lengths
+from stages.pictures import family_rules, open_picture
 
 CANDIDATES = 64
-"""Samples that are tokenised: the longest and the shortest by characters. Those by tokens are among them, or near."""
+"""Samples that are tokenised: the longest and the shortest by their size. Those by tokens are among them, or near."""
 
-OF_A_MESSAGE, OF_A_PROMPT = 6, 24
-"""Tokens that chat templates put around a message, and a system prompt of their own."""
+CHARACTERS = 2
+"""Of a text, that weigh as much as a picture's token in that size: in English it would be four, in Chinese one."""
+
+OF_A_MESSAGE, OF_A_PROMPT, OF_A_PICTURE = 6, 24, 2
+"""Tokens that chat templates put around a message and a picture, and a system prompt of their own."""
 
 
-def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train) -> Lengths:
-    """The longest sample and the longest answer that are trained on, in tokens.
+@dataclass(frozen=True)
+class _Sample:
+    texts: list[str]
+    """Of its messages; the last one is the answer."""
+    pictures: int
+    """Tokens of its pictures, with what stands around them."""
 
-    Samples with pictures count as max_length: what a picture becomes is the model's own affair. So does all, answers
-    too, where the model has no tokenizer.json.
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.texts)) + CHARACTERS * self.pictures
+
+    @property
+    def prompt_size(self) -> int:
+        return self.size - len(self.texts[-1])
+
+
+def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run: Path) -> Lengths:
+    """The longest sample and the longest answer that are trained on, in tokens. Pictures are files below `run`.
+
+    What a picture becomes is the model's own affair: it is counted, from the file's header, for the Qwen2-VL family;
+    with others samples with pictures count as max_length. So does all, answers too, where the model has no
+    tokenizer.json. Raises DataError for a picture that is none.
     """
     limit = settings.max_length
     if not samples or not (model / "tokenizer.json").is_file():
@@ -27,25 +50,32 @@ def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train) -> L
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    contents = [[str(message["content"]) for message in sample["messages"]] for sample in samples]
+    rules = family_rules(model)
+
+    @cache  # samples share pages
+    def of_picture(name: str) -> int:
+        return open_picture(run / name, rules, settings.max_pixels).tokens + OF_A_PICTURE if rules else 0
 
     def tokens(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+        pieces = text.split("<image>") if rules else [text]
+        return sum(len(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in pieces)
 
-    longest = heapq.nlargest(CANDIDATES, contents, key=lambda texts: sum(map(len, texts)))
-    prompts = heapq.nsmallest(CANDIDATES, (texts[:-1] for texts in contents), key=lambda texts: sum(map(len, texts)))
-    answers = heapq.nlargest(CANDIDATES, (texts[-1] for texts in contents), key=len)
-    pictures = any(sample.get("images") for sample in samples)
-    whole = (
-        limit
-        if pictures
-        else max(sum(tokens(text) + OF_A_MESSAGE for text in texts) for texts in longest) + OF_A_PROMPT
-    )
+    counted = []
+    for sample in samples:
+        texts = [str(message["content"]) for message in sample["messages"]]
+        counted.append(_Sample(texts, sum(map(of_picture, sample.get("images") or []))))
+    longest = heapq.nlargest(CANDIDATES, counted, key=lambda sample: sample.size)
+    prompts = heapq.nsmallest(CANDIDATES, counted, key=lambda sample: sample.prompt_size)
+    answers = heapq.nlargest(CANDIDATES, (sample.texts[-1] for sample in counted), key=len)
+    whole = max(sum(tokens(text) + OF_A_MESSAGE for text in one.texts) + one.pictures for one in longest) + OF_A_PROMPT
+    if rules is None and any(sample.get("images") for sample in samples):
+        whole = limit
     answer = max(map(tokens, answers)) + OF_A_MESSAGE
-    shortest = min(sum(map(tokens, texts)) for texts in prompts)  # what the template adds is left out: it errs upward
+    # what the template adds is left out: it errs upward
+    shortest = min(sum(map(tokens, one.texts[:-1])) + one.pictures for one in prompts)
     return Lengths(min(whole, limit), min(answer, limit), shortest)
 
 
-def read_lengths(path: Path, model: Path, settings: Train) -> Lengths:
+def read_lengths(path: Path, model: Path, settings: Train, run: Path) -> Lengths:
     """The same, of a file of samples."""
-    return lengths_of(read_jsonl(path), model, settings)
+    return lengths_of(read_jsonl(path), model, settings, run)

@@ -15,7 +15,7 @@ from stages.contract.part import Node
 from stages.contract.recipe import Train
 from stages.contract.stage import Stage
 from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unplanned
-from stages.hardware.memory import Lengths
+from stages.hardware.memory import Lengths, not_estimated
 from stages.hardware.probe import Gpu, probe
 from stages.hardware.shape import ModelShape, UnknownShapeError, read_shape
 from stages.hardware.targets import Target, load_targets, precision_of, refuse_4bit_without_kernels, working_target
@@ -140,7 +140,8 @@ def _plan(stage: Stage, node: Node | None) -> _Plan:
         way = unplanned(settings, processes, dtype)
         stage.decide("effective batch", str(way.batch), f"train.effective_batch is {settings.effective_batch}")
         return _Plan(target, way, gpus)
-    lengths = read_lengths(stage.run.path("preprocess", "samples", "train.jsonl"), model, settings)
+    samples = stage.run.path("preprocess", "samples", "train.jsonl")
+    lengths = read_lengths(samples, model, settings, stage.run.folder)
     telling = [gpu for gpu in gpus if gpu.memory_total]  # some cards do not tell their memory
     fullest = min(telling, key=lambda gpu: gpu.memory_free, default=None)
     # machines that train together must go the same way, and have not the same memory free
@@ -152,6 +153,9 @@ def _plan(stage: Stage, node: Node | None) -> _Plan:
         free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}, {fullest.uuid[:12]}"
         needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
         stage.decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
+    left_out = not_estimated(shape, settings)
+    if left_out:
+        stage.decide("memory not estimated", left_out, "what is left has to hold it")
     for change in way.changes:
         why = "so that it fits" if way.fits(memory) else "the least there is"
         stage.decide("fit", change, f"{why}; the result is the same")

@@ -1,6 +1,7 @@
 """ms-swift's fine-tuning with what Lorry adds: whole checkpoints are marked, a stop saves, the prompt is checked."""
 
 import copy
+import importlib
 import os
 import random
 import time
@@ -21,6 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
+from stages.engines.engine import Renderer
+from stages.pictures import PictureRules, family_rules, open_picture
 from stages.train.optimizer_state import keep_by_name
 from stages.train.sharding import compute_in
 from stages.train.together import Together
@@ -39,6 +42,14 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
     def __init__(self, arguments: list[str], job: Job, reports: Reports, stop: StopRequest, together: Together) -> None:
         super().__init__(arguments)
         self._job, self._reports, self._stop, self._together = job, reports, stop, together
+        self._renderer = Renderer(job.model)
+        self._rules = family_rules(job.model)
+        if self._rules is not None:
+            self.template._load_image = partial(_load_picture, self._rules, job.settings.max_pixels)
+            # what comes after it in ms-swift must leave that size: its own budget, and rounding to four tokens or more
+            self.template.max_pixels = None
+            picture_utils: Any = importlib.import_module("qwen_vl_utils.vision_process")
+            picture_utils.IMAGE_MIN_TOKEN_NUM = 1
         self.log: list[dict[str, Any]] = []
         """The trainer's log of all steps, once it has trained; and the tokens of all steps, without padding."""
         self.tokens = 0
@@ -46,39 +57,63 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
     def fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
         """Samples that fit max_length, stripped to what swift reads, and the ids of those that do not.
 
-        Raises UsageError where swift's template renders a conversation otherwise than the model's own chat template,
-        which inference uses: the adapter would be tuned on prompts that it never sees. The first sample without a
-        picture is compared: what a picture becomes is not in the chat template but in the model's image processor.
+        Raises UsageError where swift's template renders a conversation otherwise than inference does, by the model's
+        own chat template: the adapter would be tuned on prompts that it never sees. The first sample without a picture
+        is compared and, with a model of the Qwen2-VL family, the first with one; in others what a picture becomes is
+        not in the chat template but in the image processor.
         """
         kept: list[dict[str, Any]] = []
         left_out: list[str] = []
-        compared = False
+        compared: set[bool] = set()
         for sample in samples:
             row: dict[str, Any] = {"messages": sample["messages"]}
-            if sample.get("images"):
-                row["images"] = [str(_picture(self._job.run / name, str(sample["id"]))) for name in sample["images"]]
+            files = [self._job.run / name for name in sample.get("images") or []]
+            if files:
+                row["images"] = [str(_picture(file, str(sample["id"]))) for file in files]
             try:
-                encoded = self.template.encode(copy.deepcopy(row))  # it puts the opened pictures in place of the names
+                encoded = self._encoded(row)
             except MaxLengthError:
                 left_out.append(str(sample["id"]))
                 continue
-            if not compared and "images" not in row:
-                self._check_prompt(sample["messages"], encoded)
-                compared = True
+            if bool(files) not in compared and (not files or self._rules is not None):
+                self._check_prompt(str(sample["id"]), sample["messages"], files, encoded)
+                compared.add(bool(files))
             kept.append(row)
         return kept, left_out
 
-    def _check_prompt(self, messages: list[dict[str, str]], encoded: dict[str, Any]) -> None:
+    def _encoded(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A sample as swift's template encodes it. Raises MaxLengthError where it is longer than max_length.
+
+        Where a picture's tokens are known from its size, no pixel is read: blank pictures of one token stand in.
+        """
+        row = copy.deepcopy(row)  # the template puts the opened pictures in place of the names
+        if "images" not in row or self._rules is None:
+            encoded: dict[str, Any] = self.template.encode(row)
+            return encoded
+        pictures = [open_picture(Path(name), self._rules, self._job.settings.max_pixels) for name in row["images"]]
+        blank = Image.new("RGB", (self._rules.factor, self._rules.factor))
+        encoded = self.template.encode({**row, "images": [blank] * len(pictures)})
+        length = len(encoded["input_ids"]) + sum(picture.tokens - 1 for picture in pictures)
+        if length > self._job.settings.max_length:
+            raise MaxLengthError(f"{length} tokens")
+        return encoded
+
+    def _check_prompt(
+        self, sample: str, messages: list[dict[str, str]], pictures: list[Path], encoded: dict[str, Any]
+    ) -> None:
+        """Compare the prompt with what inference makes of it; each of the pictures has one token in both."""
         tokens, labels = list(encoded["input_ids"]), list(encoded["labels"])
         prompt = next(i for i, label in enumerate(labels) if label != -100)
-        own = self.tokenizer.apply_chat_template(
-            messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        if tokens[:prompt] != list(own):
+        said = tokens[:prompt]
+        try:
+            own = self._renderer.render(sample, messages[:-1], pictures).tokens  # type: ignore[arg-type]
+        except DataError as error:
+            raise DataError(f"sample {sample}: {error}") from error
+        if said != own:
             raise UsageError(
                 f"model.swift_template {self._job.model_settings.swift_template!r} renders the prompt otherwise than"
                 f" the chat template in {self._job.model}; name the matching one. ms-swift:"
-                f" {self.tokenizer.decode(tokens[:prompt])[:300]!r}; the model: {self.tokenizer.decode(own)[:300]!r}"
+                f" {self.tokenizer.decode(said)[:300]!r}; the model: {self.tokenizer.decode(own)[:300]!r}"
             )
         if self.tokenizer.eos_token_id not in labels[prompt:]:
             raise UsageError(
@@ -87,7 +122,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             )
 
     def train(self, trainer: Any) -> Any:
-        _refuse_adapted_vision(trainer.model)
+        if self._job.settings.freeze_vision:
+            _refuse_adapted_vision(trainer.model)
         count = _TokenCount(trainer.data_collator, self._reports)
         trainer.data_collator = count.collate
         trainer.add_callback(_Checkpoints(self._job, self._reports, self._stop, self._together, count))
@@ -106,15 +142,16 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
 
 
 def _refuse_adapted_vision(model: Any) -> None:
-    """Raise UsageError where LoRA has landed on the vision tower, as plain names of modules make it: no engine serves
-    that, vLLM leaves it out with a warning."""
+    """Raise UsageError where LoRA has landed on the vision tower that is to be frozen, as plain names of modules make
+    it: vLLM would leave that out with a warning."""
     meta = model.model_meta
     towers = (getattr(meta.model_arch, "vision_tower", None) or []) if meta.is_multimodal else []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(f".{tower}." in f".{name}" for tower in towers):
             raise UsageError(
-                f"train.target_modules puts LoRA on the vision tower, too ({name}), where inference leaves it out: take"
-                " [all-linear], or a regular expression that names the language model's modules"
+                f"train.target_modules puts LoRA on the vision tower, too ({name}), which train.freeze_vision leaves as"
+                " it is: take [all-linear], or a regular expression that names the language model's modules; or"
+                " --set train.freeze_vision=false together with --set infer.merged=true"
             )
 
 
@@ -125,6 +162,15 @@ def _picture(path: Path, sample: str) -> Path:
             return path
     except (FileNotFoundError, UnidentifiedImageError) as error:
         raise DataError(f"{path}: no picture, and sample {sample} needs it; run preprocess again") from error
+
+
+def _load_picture(rules: PictureRules, budget: int | None, picture: Any, load: bool = True) -> Any:
+    """A picture at the size at which inference reads it.
+
+    ms-swift's own way ends above the budget: it shrinks to it and then rounds both sides to the nearest multiple.
+    """
+    name = picture.get("path") if isinstance(picture, dict) else picture
+    return open_picture(Path(name), rules, budget).load() if isinstance(name, str) else picture
 
 
 def _with_micro_batch(training_loop: Any, micro_batch: int) -> Any:

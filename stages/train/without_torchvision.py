@@ -69,5 +69,5 @@ def rescaled(picture: Any, max_pixels: int) -> Any:
     if max_pixels is None or max_pixels <= 0 or width * height <= max_pixels:
         return picture
     shrink = math.sqrt(max_pixels / (width * height))
-    size = max(round(width * shrink), 1), max(round(height * shrink), 1)
+    size = max(int(width * shrink), 1), max(int(height * shrink), 1)  # rounded down, as there: never above the budget
     return picture.resize(size, Image.Resampling.BILINEAR)

@@ -319,9 +319,9 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "per_device_eval_batch_size": job.eval_micro_batch,
         "gradient_accumulation_steps": job.accumulation,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        # of a vision-language model: nothing of the frozen tower is kept for a backward pass, with or without
-        "freeze_vit": True,
-        "vit_gradient_checkpointing": False,
+        # of a vision-language model; nothing of a frozen tower is kept for a backward pass, with or without
+        "freeze_vit": settings.freeze_vision,
+        "vit_gradient_checkpointing": settings.gradient_checkpointing and not settings.freeze_vision,
         "max_pixels": settings.max_pixels,
         "max_length": settings.max_length,
         "truncation_strategy": "delete",  # the template raises; too long samples are left out before, none is ever cut
@@ -340,7 +340,8 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "seed": job.seed,
         "data_seed": job.seed,
         "dataset_shuffle": False,  # the trainer's sampler shuffles, by the seed
-        "lazy_tokenize": True,
+        "lazy_tokenize": True,  # a sample is encoded and its pictures are read when its turn comes
+        "strict": True,  # else a sample that cannot be read is silently replaced by another one
         "dataloader_num_workers": 0,
         "resume_from_checkpoint": resume,
     }

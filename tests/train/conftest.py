@@ -22,18 +22,18 @@ __all__ = ["small_models"]
 class Training:
     """Runs `lorry-train` on one run folder."""
 
-    def __init__(self, lorry: Lorry, overrides: tuple[str, ...]) -> None:
-        self.lorry, self.overrides = lorry, overrides
+    def __init__(self, lorry: Lorry, overrides: tuple[str, ...], profile: str = "tiny") -> None:
+        self.lorry, self.overrides, self.profile = lorry, overrides, profile
 
     @property
     def run(self) -> Run:
-        recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", self.overrides)
+        recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", self.profile, self.overrides)
         return Run("r", settled(recipe, "patent-qa"), Roots(self.lorry.data, self.lorry.models, self.lorry.runs))
 
     @property
     def options(self) -> tuple[str, ...]:
         sets = (word for override in self.overrides for word in ("--set", override))
-        return ("patent-qa", "--profile", "tiny", "--run", "r", *sets)
+        return ("patent-qa", "--profile", self.profile, "--run", "r", *sets)
 
     def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         lorry = replace(self.lorry, extra={"LORRY_TARGET": "cpu", **environment})
@@ -65,7 +65,7 @@ class Training:
 
 
 def _sample(name: str, images: tuple[str, ...]) -> dict[str, Any]:
-    said = {"system": "Answer.", "user": f"What is {name}?", "assistant": f"It is {name}."}
+    said = {"system": "Answer.", "user": f"{'<image>' * len(images)}What is {name}?", "assistant": f"It is {name}."}
     messages = [{"role": role, "content": content} for role, content in said.items()]
     return {"id": name, "messages": messages, "images": list(images), "references": ["x"], "meta": {}}
 

@@ -136,13 +136,13 @@ def test_lengths_are_those_of_the_samples(small_models: Path) -> None:
         messages = [{"content": "word " * words}, {"content": "yes " * answer}]
         return {"messages": messages, **more}
 
-    found = lengths_of([sample(5, 1), sample(100, 7), sample(60, 20)], model, settings)
+    found = lengths_of([sample(5, 1), sample(100, 7), sample(60, 20)], model, settings, model)
     assert 107 <= found.longest <= 107 + 60
     assert 20 <= found.answer <= 20 + 10
     assert found.shortest_prompt in (5, 6), "the words, and perhaps the last space"
-    assert lengths_of([sample(5000, 1)], model, settings).longest == 300, "what is longer is left out"
+    assert lengths_of([sample(5000, 1)], model, settings, model).longest == 300, "what is longer is left out"
     for unknown in ([], [sample(5, 1, images=["page.png"])]):
-        assert lengths_of(unknown, model, settings).longest == 300
+        assert lengths_of(unknown, model, settings, model).longest == 300
 
 
 def _name_no_process(box: Box) -> None:
