@@ -43,10 +43,11 @@ class _Cards:
 def plan(target: str | None, count: int | None, memory: float | None, **options: Any) -> None:
     """Estimate what training RECIPE takes on each GPU and say whether it fits; if not, the smallest change that does.
 
-    Reads the model's config.json and the headers of its weights, and starts nothing. Exits with 4 when it does not fit.
+    Reads the model's config.json and the headers of its weights, and starts nothing. Exits with 4 when training does
+    not fit; how inference fits the same cards is told beside it.
     """
     from stages.hardware.fit import as_asked, plan_training
-    from stages.hardware.memory import lengths_at_most
+    from stages.hardware.memory import lengths_at_most, not_estimated
     from stages.hardware.shape import read_shape
 
     run = open_run(**options)
@@ -71,7 +72,11 @@ def plan(target: str | None, count: int | None, memory: float | None, **options:
         )
     click.echo(f"effective batch: {way.batch}\n")
     _table(asked, way)
+    left_out = not_estimated(shape, train)
+    if left_out:
+        click.echo(f"not in the estimate: {left_out}")
     enough_disk = _disk(run, shape)
+    _inference(run.recipe.infer, shape, cards)
     click.echo()
     fits = _verdict(shape, train, cards, asked, way, lengths)
     sys.exit(0 if fits and enough_disk else 4)
@@ -174,6 +179,30 @@ def _disk(run: Any, shape: Any) -> bool:
     short = "" if needed <= free else ": too little"
     click.echo(f"\ndisk: {needed / GIB:.2f} GiB below {run.roots.runs}, {free / GIB:.1f} GiB free{short}")
     return needed <= free
+
+
+def _inference(settings: Any, shape: Any, cards: _Cards) -> None:
+    """Tell how inference is served on the same cards. The exit code is training's: inference may have others."""
+    from stages.contract.errors import DoesNotFitError, UsageError
+    from stages.hardware.serve import plan_serving
+
+    if cards.memory is None or settings.engine != "vllm":
+        click.echo(f"inference: by {settings.engine}{'' if cards.memory else ' on a CPU'}; its memory is not estimated")
+        return
+    free = [cards.memory] * cards.count
+    try:
+        plan = plan_serving(shape, free, settings.tensor_parallel, cards.target.dtype, settings.max_length)
+    except DoesNotFitError as error:
+        click.echo(f"inference does not fit: it {str(error).removeprefix('inference ')}")
+        return
+    except UsageError as error:
+        click.echo(f"inference cannot be shared out so: {error}")
+        return
+    click.echo(
+        f"inference fits: tensor parallel {plan.tensor_parallel} ({plan.why}),"
+        f" {plan.weights / GIB:.1f} GiB of weights on each, in {cards.target.dtype},"
+        f" infer.max_length {settings.max_length}"
+    )
 
 
 def _verdict(shape: Any, train: Any, cards: _Cards, asked: Any, way: Any, lengths: Any) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import Finished, Lorry
 from tests.hardware.recorded import Box
-from tests.hardware.shapes import make_shape
+from tests.hardware.shapes import make_shape, write_safetensors
 
 RECIPE = ("patent-qa", "--profile", "text")
 """Qwen2.5-7B on text."""
@@ -65,6 +65,50 @@ def test_what_train_changes_by_itself_is_shown_beside_what_was_asked(lorry: Lorr
     assert "as asked" in done.output
     assert "changed" in done.output
     assert "which train does by itself and which keeps the result" in done.lines[-1]
+
+
+def test_how_inference_fits_the_same_cards_is_told_beside_it(lorry: Lorry) -> None:
+    done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", "--gpus", "8")
+    assert done.code == 0, done.output
+    (told,) = [line for line in done.lines if line.startswith("inference")]
+    assert told.startswith("inference fits: tensor parallel 4 (as many of 8 GPU(s) as heads allow; room for ")
+    assert told.endswith(" tokens of all sequences), 3.5 GiB of weights on each, in bfloat16, infer.max_length 8192")
+    cpu = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "cpu")
+    assert "inference: by vllm on a CPU; its memory is not estimated" in cpu.lines
+    other = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", "--set", "infer.engine=transformers")
+    assert "inference: by transformers; its memory is not estimated" in other.lines
+
+
+def test_inference_that_does_not_fit_leaves_the_exit_code_to_training(lorry: Lorry) -> None:
+    """It may have other cards."""
+    done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", "--memory", "19")
+    assert done.code == 0, done.output
+    told = "inference does not fit: it takes 19.6 GiB on each of 1 GPU(s) for one sequence of 8192 tokens, and 18.7 GiB"
+    assert any(line.startswith(told) for line in done.lines), done.output
+    asked = ("--gpus", "3", "--set", "infer.tensor_parallel=3")
+    odd = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", *asked)
+    assert odd.code == 0, odd.output
+    assert "inference cannot be shared out so: infer.tensor_parallel 3: 28 heads and 4 of keys" in odd.output
+
+
+def test_an_adapted_tower_is_counted_and_what_is_not_estimated_is_told(lorry: Lorry, models: Path) -> None:
+    shape = {"model.embed_tokens.weight": [152064, 3584]}
+    shape |= {f"visual.blocks.{block}.attn.qkv.weight": [3840, 1280] for block in range(32)}
+    shape |= {"visual.merger.mlp.0.weight": [5120, 5120], "model.layers.0.self_attn.q_proj.weight": [3584, 3584]}
+    folder = make_shape(models / "seeing", "Qwen2.5-7B")
+    write_safetensors(folder / "model.safetensors", shape)
+    frozen, adapted = (
+        lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", *sets, "--set", "train.rank=1024")
+        for sets in (
+            ("--set", "model.path=seeing"),
+            ("--set", "model.path=seeing", "--set", "train.freeze_vision=false"),
+        )
+    )
+    found = [next(float(line.split()[1]) for line in done.lines if line[:7] == "adapter") for done in (frozen, adapted)]
+    of_tower = 32 * 1024 * (3840 + 1280) * 4 / 2**30  # the merger is left as it is
+    assert found[1] - found[0] == pytest.approx(of_tower, abs=0.011)
+    note = "not in the estimate: what an adapted vision tower keeps of its pictures for the backward pass"
+    assert note in adapted.output and "not in the estimate" not in frozen.output
 
 
 def test_a_v100_computes_in_float16_and_takes_no_other(lorry: Lorry) -> None:
