@@ -94,7 +94,8 @@ def _question(number: int) -> PatentQuestion:
     if page:
         text = f"在文件中第{page}页的图中，部件{number}相对于部件{number + 1}的位置关系是？"
     document = f"D{number % DOCUMENTS}.pdf"
-    return PatentQuestion(f"q{number}", text, document, page, None, ("x",), (), "", "test", number)
+    pages = (page,) if page else ()
+    return PatentQuestion(f"q{number}", text, document, pages, None, ("x",), (), "", "test", number)
 
 
 def _sample(run: Run, question: PatentQuestion) -> Any:

@@ -217,7 +217,7 @@ def test_no_documents_says_where_they_belong(tmp_path: Path) -> None:
 # -- samples -----------------------------------------------------------------------------------------------------
 
 PAGES = [{"page": page, "text": f"text of {page}", "image": f"preprocess/pages/a/{page}.jpg"} for page in (12, 3, 7)]
-QUESTION = PatentQuestion("q", "Which part?", "a.pdf", 12, None, ("gear", "cog"), (12, 4), "name", None, 0)
+QUESTION = PatentQuestion("q", "Which part?", "a.pdf", (12,), None, ("gear", "cog"), (12, 4), "name", None, 0)
 RECIPE = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", ("preprocess.samples.others=2",))
 
 
@@ -247,7 +247,7 @@ def test_pages_are_shown_in_the_documents_order(count: int) -> None:
 
 def test_a_placeholder_written_in_the_data_is_not_taken_for_an_image() -> None:
     """A document about HTML, or a question that says <image>, must not break the count that the template checks."""
-    question = PatentQuestion("q", "What is <image> here?", "a.pdf", None, None, ("x",), (), "", None, 0)
+    question = PatentQuestion("q", "What is <image> here?", "a.pdf", (), None, ("x",), (), "", None, 0)
     sample = build(question, [{**PAGES[0], "text": "the tag <image> of a page"}])
     assert sample["messages"][-1]["content"].count("<image>") == len(sample["images"])
 
@@ -268,7 +268,7 @@ def test_a_right_answer_scores_full_and_a_wrong_one_nothing() -> None:
 
 def test_recall_counts_the_evidence_that_is_shown() -> None:
     assert facts(build(QUESTION, PAGES)) == dict.fromkeys(("retrieval_recall", "recall@1", "recall@2", "recall@5"), 0.5)
-    without = PatentQuestion("q", "x", "a.pdf", None, None, (), (), "", None, 0)
+    without = PatentQuestion("q", "x", "a.pdf", (), None, (), (), "", None, 0)
     assert facts(build(without, PAGES)) == {}
 
 

@@ -80,7 +80,7 @@ def wanted(recipe: Recipe) -> Wanted:
 
 def classification(recipe: Recipe, question: PatentQuestion) -> Ask | bool | None:
     """How to find out whether the drawing on its page is enough for a question; None where nobody is to say."""
-    if question.page is None or recipe.preprocess.classifier == "off":
+    if len(question.pages) != 1 or recipe.preprocess.classifier == "off":  # of several pages none is shown alone
         return None
     if recipe.preprocess.classifier == "rule":
         return asks_position(question.text)
@@ -96,11 +96,12 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found, split:
     """The rows of one question, by the one rule for training and test.
 
     Shown are: of a question that names no page (or none that can be read), the pages most like it; of one that needs
-    more than its drawing, its page and others; of one that does not, the page alone. Training learns from both rows of
-    the last kind.
+    more than its drawing, its page and others, first of all those that it names too; of one that does not, the page
+    alone. Training learns from both rows of the last kind.
     """
     settings = _samples(recipe)
-    named = question.page if question.page in found.pages else None
+    readable = [number for number in question.pages if number in found.pages]
+    named, also = (readable[0], readable[1:]) if readable else (None, [])
     meta: dict[str, Any] = {
         "group": question.document,
         "kind": question.kind,
@@ -108,12 +109,13 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found, split:
         "page_named": question.page,
         "figure_named": question.figure,
         "named": named,
+        "also_named": also,
         "evidence": list(question.evidence),
         "ranked": found.ranked[: max(*RECALL_AT, settings.others + recipe.preprocess.retrieval.top_k)],
         "first": sorted(found.pages)[: recipe.preprocess.retrieval.top_k],
         "top_k": recipe.preprocess.retrieval.top_k,
         "crop": found.crop,
-        "drawing_is_enough": found.drawing_is_enough if named else None,
+        "drawing_is_enough": found.drawing_is_enough if named and not also else None,
     }
     whole: Sample = {
         "id": question.id,
@@ -125,7 +127,7 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found, split:
     if split == "test":
         meta["examples"] = found.examples
         _show(recipe, whole, _others(settings, meta, ()), found.pages)
-        candidates = {*meta["ranked"], *meta["first"], *([named] if named else [])}
+        candidates = {*meta["ranked"], *meta["first"], *readable}
         meta["candidates"] = {str(number): _kept(settings, found.pages[number]) for number in sorted(candidates)}
         return [whole]
     rows = [whole]
@@ -143,10 +145,12 @@ def _kept(settings: Samples, page: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _others(settings: Samples, meta: Mapping[str, Any], without: Collection[str]) -> list[int]:
-    """The pages beside the one that is named, or instead of it: the most similar, in the order of the document."""
+    """The pages beside the one that is named first, or instead of it: those that are named too, then the most similar,
+    in the order of the document."""
     ranked = meta["first"] if "retrieval" in without else meta["ranked"]
-    count = meta["top_k"] if meta["named"] is None else settings.others
-    return sorted([number for number in ranked if number != meta["named"]][:count])
+    count = meta["top_k"] if meta["named"] is None else max(settings.others, len(meta["also_named"]))
+    others = dict.fromkeys([*meta["also_named"], *ranked])
+    return sorted([number for number in others if number != meta["named"]][:count])
 
 
 def _show(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int, Mapping[str, Any]]) -> None:
@@ -167,7 +171,7 @@ def _answer(
     pages: Mapping[str, Mapping[str, Any]],
     without: Collection[str],
 ) -> Ask:
-    """The question with its page, if it names one, and with the others; `pages` by their numbers as text."""
+    """The question with its pages, if it names any, and with the others; `pages` by their numbers as text."""
     settings, passes = _samples(recipe), _passes(recipe)
     named = meta["named"]
     alone = named is not None and not others
@@ -177,10 +181,12 @@ def _answer(
         shown = sorted([*others, *([named] if named is not None else [])])
         texts = [(number, str(pages[str(number)]["text"])) for number in shown]
         return Ask(prompts.from_texts(meta["question"], texts, hint), max_new_tokens=limit)
-    images = [str(pages[str(number)]["image"]) for number in ([named] if named is not None else []) + others]
+    about = [] if named is None else [named, *(number for number in others if number in meta["also_named"])]
+    shown = [*about, *(number for number in others if number not in about)]
+    images = [str(pages[str(number)]["image"]) for number in shown]
     if alone and meta["crop"] is not None:
         images = [meta["crop"]]
-    messages = prompts.from_pictures(meta["question"], int(named is not None), len(others), hint)
+    messages = prompts.from_pictures(meta["question"], len(about), len(shown) - len(about), hint)
     return Ask(messages, images, settings.page_pixels if alone else settings.pages_pixels, limit)
 
 
@@ -197,7 +203,7 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
     """What to ask of a test sample in a pass; None where it needs no such pass."""
     meta, settings = sample["meta"], _passes(recipe)
     if name == "classify":
-        if meta.get("named") is None or "classifier" in without:
+        if meta.get("named") is None or meta["also_named"] or "classifier" in without:
             return None
         return Ask(prompts.classify(meta["question"]), max_new_tokens=settings.classify_tokens)
     if name == "refine":
@@ -228,7 +234,7 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
 
 def _alone(meta: Mapping[str, Any], before: Mapping[str, str], without: Collection[str]) -> bool:
     """Whether a question's page is shown alone."""
-    if meta.get("named") is None or "classifier" in without:
+    if meta.get("named") is None or meta["also_named"] or "classifier" in without:
         return False
     if "classify" in before:
         return read_classification(before["classify"])

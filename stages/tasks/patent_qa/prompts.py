@@ -4,6 +4,7 @@ The first message of a question on pages as text is kept short: a small model ha
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from stages.contract.records import Message
@@ -47,6 +48,7 @@ _ROLE = {
     False: "You know patents and their drawings well. Answer the question from the patent's pages.",
 }
 _PAGE = {True: "问题所指的页面：", False: "The page that the question is about:"}
+_NAMED_PAGES = {True: "问题所指的各页：", False: "The pages that the question is about:"}
 _OTHERS = {True: "同一专利的其他相关页面：", False: "Other pages of the same patent:"}
 _PAGES = {True: "同一专利的相关页面：", False: "Pages of the patent:"}
 _QUESTION = {True: "问题：【{}】", False: "Question: [{}]"}
@@ -54,11 +56,11 @@ _CARE = {True: "请先仔细看图和文字，再给出答案。", False: "Look 
 
 
 def from_pictures(question: str, named: int, others: int, hint: bool) -> list[Message]:
-    """A question with pictures: `named` (0 or 1) of the page that it is about, then `others` of further pages."""
+    """A question with pictures: `named` of the pages that it is about, then `others` of further pages."""
     chinese = is_chinese(question)
     parts = [_ROLE[chinese]]
     if named:
-        parts.append(_PAGE[chinese] + PICTURE * named)
+        parts.append((_PAGE if named == 1 else _NAMED_PAGES)[chinese] + PICTURE * named)
     if others:
         parts.append((_OTHERS if named else _PAGES)[chinese] + PICTURE * others)
     if hint:
@@ -101,7 +103,8 @@ def classify(question: str) -> list[Message]:
 
 def says_yes(text: str) -> bool:
     """Whether a classifier's answer is Y: the first Y, N, yes or no that stands by itself; none of them is a no."""
-    found = re.search(r"(?<![a-z])(y|yes|n|no)(?![a-z])|[是否]", text.lower())
+    text = unicodedata.normalize("NFKC", text).lower()
+    found = re.search(r"(?<![a-z])(?:y|yes|n|no)(?![a-z])|不是|(?<!是)否|是(?!否)", text)
     return found is not None and found.group().startswith(("y", "是"))
 
 

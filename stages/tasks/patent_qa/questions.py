@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.files import visible_files
-from stages.mentions import figure_named, page_named
+from stages.mentions import figure_named, pages_named
 from stages.tasks import Skip
 
 
@@ -18,8 +18,8 @@ class PatentQuestion:
     text: str
     document: str
     """Path of the PDF below `documents/`, with its ending."""
-    page: int | None
-    """1-based page that the text names."""
+    pages: tuple[int, ...]
+    """1-based pages that the text names, in its order."""
     figure: str | None
     """Figure that the text names, such as `2a`."""
     answers: tuple[str, ...]
@@ -29,6 +29,11 @@ class PatentQuestion:
     """`train` or `test` where the data say so, else None."""
     row: int
     """0-based place among the lines of its file, as the original's submissions count them."""
+
+    @property
+    def page(self) -> int | None:
+        """The first page that the text names."""
+        return self.pages[0] if self.pages else None
 
 
 def find_documents(folder: Path) -> list[Path]:
@@ -128,7 +133,7 @@ def _parse(line: bytes, default_id: str, split: str | None, documents: set[str])
         id=_text(record, "id") if "id" in record else default_id,
         text=text,
         document=document,
-        page=page_named(text),
+        pages=tuple(pages_named(text)),
         figure=figure_named(text),
         answers=_answers(record),
         evidence=_evidence(record),
