@@ -1,6 +1,6 @@
 """From questions, pages and vectors to samples: what is shown with each question, and what a submission asks for."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from stages.contract.stage import Stage
 from stages.preprocess.classify import drawings_enough
 from stages.preprocess.embed import Vectors
 from stages.preprocess.figures import crop_figures
-from stages.preprocess.retrieve import cosine, ranking
+from stages.preprocess.search import top_k
 from stages.preprocess.split import SPLITS
 from stages.tasks import Found
 
@@ -99,28 +99,46 @@ def _found(
     asks_rule = stage.run.recipe.preprocess.classifier == "rule"
     # what the model says of test questions is a pass of inference
     enough = drawings_enough(stage, task, [q for q in questions if asks_rule or splits[q.document] != "test"])
+    tested = [q for q in questions if splits[q.document] == "test"]
+    examples = _examples(tested, taught, vectors, wanted.examples)
     found = {}
     for question in questions:
         own = rows.get(question.document, [])
         numbers = [int(pages[row]["page"]) for row in own]
+        of_pages = page_vectors[own[0] : own[-1] + 1] if own else page_vectors[:0]
         if question.page is not None and question.page not in numbers:
             stage.counts["named page missing"] += 1
-        tested = splits[question.document] == "test"
         found[question.id] = Found(
             pages=by_document.get(question.document, {}),
-            ranked=ranking(numbers, cosine(page_vectors[own[0] : own[-1] + 1] if own else None, vectors[question.id])),
+            ranked=_ranked(
+                numbers, page_vectors[own[0] : own[-1] + 1] if own else page_vectors[:0], vectors[question.id]
+            ),
             crop=crops[named[question.id]]["image"] if named.get(question.id) in crops else None,
-            examples=_examples(question, taught, vectors, wanted.examples) if tested and wanted.examples else [],
+            examples=examples.get(question.id, []),
             drawing_is_enough=enough.get(question.id),
         )
     return found
 
 
-def _examples(question: Any, taught: list[Any], vectors: Mapping[str, Vectors], count: int) -> list[str]:
-    """Answers of the training questions that are most like a question, best first; none is of its own document."""
-    others = [one for one in taught if one.document != question.document]
-    if not others:
+def _ranked(numbers: list[int], pages: Vectors, question: Vectors) -> list[int]:
+    """A document's pages by their likeness to a question, best first; those equally like it by number."""
+    if not numbers:
         return []
-    scores = cosine(np.stack([vectors[one.id] for one in others]), vectors[question.id])
-    order = sorted(range(len(others)), key=lambda i: (-float(scores[i]), i))
-    return [others[i].answers[0] for i in order[:count]]
+    _, order = top_k(pages, question[None], len(numbers))
+    return [numbers[place] for place in order[0]]
+
+
+def _examples(tested: list[Any], taught: list[Any], vectors: Mapping[str, Vectors], count: int) -> dict[str, list[str]]:
+    """For each test question the answers of the training questions most like it, best first; none is of its own
+    document."""
+    if not (tested and taught and count):
+        return {}
+    most = max(Counter(one.document for one in taught).values())  # so many may be of its own
+    _, near = top_k(
+        np.stack([vectors[one.id] for one in taught]), np.stack([vectors[one.id] for one in tested]), count + most
+    )
+    found = {}
+    for question, places in zip(tested, near, strict=True):
+        others = [taught[place] for place in places if taught[place].document != question.document]
+        found[question.id] = [one.answers[0] for one in others[:count]]
+    return found

@@ -1,4 +1,4 @@
-"""Which pages are shown with a question, and which documents are held out."""
+"""Which documents are held out."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,60 +11,12 @@ from hypothesis import strategies as st
 from stages.contract.errors import DataError
 from stages.contract.recipe import Data
 from stages.preprocess import stage as preprocess_stage
-from stages.preprocess.retrieve import cosine, ranking
 from stages.preprocess.split import SPLITS, split_groups
 
 vectors = st.lists(st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=3), min_size=1, max_size=8).map(
     lambda rows: np.array(rows, np.float32)
 )
 scored_pages = st.dictionaries(st.integers(1, 50), st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0]), max_size=12)
-
-
-# -- cosine --------------------------------------------------------------------------------------------------------
-
-
-def test_cosine_does_not_depend_on_lengths() -> None:
-    pages = np.array([[3, 0], [0, 5], [1, 1], [-2, 0]], np.float32)
-    assert cosine(pages, np.array([10, 0], np.float32)) == pytest.approx([1, 0, 2**-0.5, -1])
-
-
-def test_a_zero_vector_is_like_nothing() -> None:
-    pages = np.array([[0, 0], [1, 0]], np.float32)
-    assert cosine(pages, np.array([1, 0], np.float32)).tolist() == [0, 1]
-    assert cosine(pages, np.array([0, 0], np.float32)).tolist() == [0, 0]
-    assert cosine(np.zeros((0, 2), np.float32), np.array([1, 0], np.float32)).shape == (0,)
-
-
-@given(vectors, st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=3))
-def test_cosine_is_between_minus_one_and_one(pages, question) -> None:  # type: ignore[no-untyped-def]
-    scores = cosine(pages, np.array(question, np.float32))
-    assert np.all(np.isfinite(scores))
-    assert np.all(np.abs(scores) <= 1.001)
-
-
-# -- pages ---------------------------------------------------------------------------------------------------------
-
-
-@given(scored_pages)
-def test_pages_are_ranked_by_score(scored) -> None:  # type: ignore[no-untyped-def]
-    ranked = ranking(list(scored), np.array(list(scored.values()), np.float32))
-    assert set(ranked) == set(scored) and len(ranked) == len(scored)
-    assert [scored[number] for number in ranked] == sorted(scored.values(), reverse=True)
-
-
-@given(scored_pages, st.randoms())
-def test_the_ranking_does_not_depend_on_the_pages_order(scored, random) -> None:  # type: ignore[no-untyped-def]
-    items = list(scored.items())
-    random.shuffle(items)
-
-    def ranked(pairs: list[tuple[int, float]]) -> list[int]:
-        return ranking([n for n, _ in pairs], np.array([s for _, s in pairs], np.float32))
-
-    assert ranked(items) == ranked(sorted(items))
-
-
-def test_equal_scores_go_by_page_number() -> None:
-    assert ranking([7, 2, 5], np.zeros(3, np.float32)) == [2, 5, 7]
 
 
 # -- splits --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,182 @@
+"""Twenty thousand small pages through preprocess: speed of its parts, memory over time, and what a kill costs.
+
+    python -m benchmarks.many_pages [documents]
+
+Makes 1,000 PDFs of 20 pages in a folder of its own, and lets `lorry-preprocess` render and embed them with tiny-gme at
+a small pixel budget. The memory is the stage's own process's, as the kernel has it, at each quarter of the pages. Once
+half is embedded the stage is killed with SIGKILL and started again.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pymupdf
+
+from benchmarks.rows import write_rows
+from stages.contract.files import read_json
+from stages.preprocess.search import top_k
+
+PAGES = 20
+SETS = (
+    *(
+        "preprocess.pages.max_pixels=12544",
+        "preprocess.retrieval.max_pixels=12544",
+        "preprocess.retrieval.batch_size=20",
+    ),
+    *("preprocess.classifier='off'", "preprocess.retrieval.vectors=float16"),
+)
+"""16 tokens a page: what is measured is the pipeline, not a model."""
+
+
+def make_data(folder: Path, documents: int) -> None:
+    (folder / "documents").mkdir(parents=True)
+    generator = random.Random(0)
+    lines = []
+    for number in range(documents):
+        document = pymupdf.open()
+        for page in range(PAGES):
+            sheet = document.new_page(width=120, height=160)
+            sheet.insert_text((8, 20), f"Part {number} of page {page + 1}", fontsize=9)
+            sheet.draw_line((10, generator.randint(30, 150)), (110, generator.randint(30, 150)))
+        document.save(folder / "documents" / f"D{number:05}.pdf")
+        line = {"question": f"What is part {number}?", "document": f"D{number:05}.pdf", "answer": str(number)}
+        lines.append(json.dumps(line))
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+class Watched:
+    """A start of the stage, whose memory and progress are looked at as it goes."""
+
+    def __init__(self, environment: dict[str, str], events: Path) -> None:
+        sets = [word for value in SETS for word in ("--set", value)]
+        command = [
+            sys.executable,
+            "-m",
+            "entrypoints.preprocess",
+            "patent-qa",
+            "--profile",
+            "tiny-vlm",
+            "--run",
+            "many",
+        ]
+        self._events, self._skip = events, events.stat().st_size if events.is_file() else 0
+        self._process = subprocess.Popen(
+            [*command, "--run", "many", "--set", "data.path=many", *sets], env=environment, stdout=subprocess.DEVNULL
+        )
+        self.seen: list[tuple[float, str, int, int, float]] = []
+        """Seconds, activity, pages done, pages in all, MB of the process."""
+
+    def watch(self, until: tuple[str, int] | None = None) -> int | None:
+        """Look until the stage ends, or has done so many pages of an activity; then kill it. Its exit code."""
+        began = time.monotonic()
+        while self._process.poll() is None:
+            time.sleep(0.5)
+            last = self._last()
+            if last is None:
+                continue
+            self.seen.append((time.monotonic() - began, last["activity"], last["step"], last["total"], self._memory()))
+            if until and last["activity"] == until[0] and last["step"] >= until[1]:
+                self._process.send_signal(signal.SIGKILL)
+        return self._process.wait()
+
+    def _last(self) -> dict[str, Any] | None:
+        try:
+            with self._events.open("rb") as file:
+                file.seek(max(self._skip, self._events.stat().st_size - 4096))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return None
+        whole = [line for line in lines if line.startswith('{"time"') and '"progress"' in line and line.endswith("}")]
+        return dict(json.loads(whole[-1])) if whole else None
+
+    def _memory(self) -> float:
+        try:
+            status = Path(f"/proc/{self._process.pid}/status").read_text()
+        except OSError:
+            return 0.0
+        return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS")), 0.0)
+
+
+def quarters(seen: list[tuple[float, str, int, int, float]], activity: str, known: int = 0) -> list[dict[str, Any]]:
+    """Seconds and memory at each quarter of the pages that this start did."""
+    own = [entry for entry in seen if entry[1] == activity]
+    if not own:
+        return []
+    total, rows, before = own[0][3], [], own[0][0]
+    for quarter in range(1, 5):
+        wanted = known + (total - known) * quarter / 4
+        at = next((entry for entry in own if entry[2] >= wanted), own[-1])
+        rows.append({"pages": at[2], "seconds": round(at[0] - before, 1), "memory MB": round(at[4])})
+        before = at[0]
+    return rows
+
+
+def searched(vectors: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+    """Exact search at two sizes: this job's pages, and a million of a small embedder's."""
+    rows = []
+    generator = np.random.default_rng(0)
+    for what, pages, dimensions in (("20,000 of GME-7B", 20_000, 3584), ("1,000,000 of MiniLM", 1_000_000, 384)):
+        many = generator.standard_normal((pages, dimensions), np.float32).astype(np.float16)
+        queries = generator.standard_normal((100, dimensions), np.float32)
+        began = time.monotonic()
+        top_k(many, queries, 5)
+        seconds = time.monotonic() - began
+        rows.append({"part": "search", "vectors": what, "queries": 100, "seconds": round(seconds, 2)})
+        del many
+    return rows
+
+
+def main() -> None:
+    documents = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    folder = Path(tempfile.mkdtemp(prefix="many-pages-"))
+    try:
+        began = time.monotonic()
+        make_data(folder / "data" / "many", documents)
+        print(f"made {documents} documents in {time.monotonic() - began:.0f} s", flush=True)
+        environment = {**os.environ, "LORRY_DATA": str(folder / "data"), "LORRY_RUNS": str(folder / "runs")}
+        environment |= {"LORRY_TARGET": "cpu"}
+        run = folder / "runs" / "many" / "preprocess"
+        total = documents * PAGES
+        first = Watched(environment, run / "events.jsonl")
+        first.watch(until=("embed pages", total // 2))
+        kept = sum(len(np.load(path)) for path in (run / "cache" / "vectors").glob("*.npy"))
+        told = max(entry[2] for entry in first.seen if entry[1] == "embed pages")
+        second = Watched(environment, run / "events.jsonl")
+        code = second.watch()
+        manifest = read_json(run / "manifest.json")
+        drawn = quarters(first.seen, "render pages")
+        embedded = quarters(second.seen, "embed pages", kept)
+        rendering = sum(row["seconds"] for row in drawn)
+        resumed = [entry for entry in second.seen if entry[1] == "embed pages"]
+        rows: list[dict[str, Any]] = [
+            {"part": "render", "pages": total, "pages a second": round(total / rendering, 1), "quarters": drawn},
+            {
+                **{"part": "kill", "signal": "SIGKILL", "pages told": told, "pages kept": kept},
+                **{"pages rendered again": sum(entry[1] == "render pages" for entry in second.seen)},
+                "first pages told after the restart": resumed[0][2],
+            },
+            {
+                **{"part": "embed", "model": "tiny-gme, 16 tokens a page", "pages": total - kept},
+                "pages a second": round((total - kept) / sum(row["seconds"] for row in embedded), 1),
+                "quarters": embedded,
+            },
+            {"part": "stage", "exit code": code, "peak memory MB": round(manifest["peak_memory_bytes"] / 2**20)},
+        ]
+        rows += searched(np.load(run / "vectors.npy", mmap_mode="r"))
+        write_rows("many_pages", rows, "python -m benchmarks.many_pages")
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
