@@ -104,7 +104,8 @@ def classify(question: str) -> list[Message]:
 def says_yes(text: str) -> bool:
     """Whether a classifier's answer is Y: the first Y, N, yes or no that stands by itself; none of them is a no."""
     text = unicodedata.normalize("NFKC", text).lower()
-    found = re.search(r"(?<![a-z])(?:y|yes|n|no)(?![a-z])|不是|(?<!是)否|是(?!否)", text)
+    word = r"(?<![a-z])(?:y|yes|n|no)(?![a-z])|(?<![\u4e00-\u9fff])(?:是的?|否|不是?)(?![\u4e00-\u9fff])"
+    found = re.search(word, text)
     return found is not None and found.group().startswith(("y", "是"))
 
 
