@@ -33,7 +33,7 @@ SETS = (
         "preprocess.retrieval.max_pixels=12544",
         "preprocess.retrieval.batch_size=20",
     ),
-    *("preprocess.classifier='off'", "preprocess.retrieval.vectors=float16"),
+    *("preprocess.classifier=none", "preprocess.retrieval.vectors=float16"),
 )
 """16 tokens a page: what is measured is the pipeline, not a model."""
 

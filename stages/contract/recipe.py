@@ -58,8 +58,8 @@ class Preprocess(Section):
     page_timeout: float = Field(60.0, gt=0, description="Seconds for a page before its worker is ended")
     pages: Pages
     retrieval: Retrieval
-    classifier: Literal["off", "rule", "model"] = Field(
-        "off",
+    classifier: Literal["none", "rule", "model"] = Field(
+        "none",
         description="Who tells which questions on a page are answered from its drawing alone: a rule of the task, the"
         " model that is tuned, or nobody",
     )

@@ -100,9 +100,9 @@ def _submit(stage: Stage, variant: Variant, predictions: dict[str, Prediction]) 
         raise DataError(f"{variant.submission}: no line is asked for {', '.join(sorted(surplus)[:3])}; run preprocess")
     path = stage.path(variant.submission)
     stage.outputs[variant.submission] = write_jsonl(path, lines)
-    written = [line["idx"] for line in read_jsonl(path)]
-    if written != [row["idx"] for row in rows]:
-        raise DataError(f"{path}: {len(written)} lines for {len(rows)} questions, or in another order")
+    written = [int(line["idx"]) for line in read_jsonl(path)]
+    if written != sorted({int(row["idx"]) for row in rows}):
+        raise DataError(f"{path}: {len(written)} lines for {len(rows)} questions, one twice or in another order")
     answered = {name for name, prediction in predictions.items() if prediction["answer"]}
     empty = sum(row["id"] not in answered for row in rows)
     stage.facts.setdefault("submission", {})[variant.name] = {"lines": len(rows), "without answer": empty}

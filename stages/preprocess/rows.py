@@ -110,9 +110,7 @@ def _found(
             stage.counts["named page missing"] += 1
         found[question.id] = Found(
             pages=by_document.get(question.document, {}),
-            ranked=_ranked(
-                numbers, page_vectors[own[0] : own[-1] + 1] if own else page_vectors[:0], vectors[question.id]
-            ),
+            ranked=_ranked(numbers, of_pages, vectors[question.id]),
             crop=crops[named[question.id]]["image"] if named.get(question.id) in crops else None,
             examples=examples.get(question.id, []),
             drawing_is_enough=enough.get(question.id),

@@ -412,7 +412,7 @@ def test_defect_03_a_missing_picture_is_a_failed_record_and_no_apology(tmp_path:
     assert original(tmp_path / "1.jpg"), "an ablation's apology passes for an answer"
 
     model = need_model("tiny-qwen2.5-vl")
-    overrides = ('preprocess.classifier="off"', "infer.passes.refine=false")
+    overrides = ("preprocess.classifier=none", "infer.passes.refine=false")
     (tmp_path / "models").symlink_to(model.parent)
     job = Job(tmp_path, settled(load_recipe(PATENT_QA, "tiny-vlm", overrides), "patent-qa"))
     run = job.run

@@ -80,7 +80,7 @@ def wanted(recipe: Recipe) -> Wanted:
 
 def classification(recipe: Recipe, question: PatentQuestion) -> Ask | bool | None:
     """How to find out whether the drawing on its page is enough for a question; None where nobody is to say."""
-    if len(question.pages) != 1 or recipe.preprocess.classifier == "off":  # of several pages none is shown alone
+    if len(question.pages) != 1 or recipe.preprocess.classifier == "none":  # of several pages none is shown alone
         return None
     if recipe.preprocess.classifier == "rule":
         return asks_position(question.text)
