@@ -1,12 +1,14 @@
 """eval: score base and every adapter on the test samples, with intervals; a table and a report for people."""
 
 import os
+from dataclasses import asdict
 from typing import Any, cast
 
 from stages.contract.errors import DataError
 from stages.contract.files import read_jsonl, write_json
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
+from stages.eval.ablation import Without, ablated, seconds_a_question
 from stages.eval.report import with_interval, write_report
 from stages.eval.scores import Figures, Scores, breakdown, overall, score_models
 from stages.tasks import load_task
@@ -26,7 +28,8 @@ def work(stage: Stage) -> None:
     if len(scored) < len(samples):
         stage.events.say(f"{len(samples) - len(scored)} of {len(samples)} test samples have no reference: not scored")
 
-    scores = score_models(load_task(recipe.task), scored, predictions)
+    task = load_task(recipe.task)
+    scores = score_models(task, scored, predictions)
     stage.counts["failed"] = sum(error is not None for model in scores.models.values() for error in model.errors)
     stage.stop.check()
     figures, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
@@ -34,10 +37,13 @@ def work(stage: Stage) -> None:
     _write(stage, "scores.json", figures)
     _write(stage, "differences.json", differences)
     _write(stage, "by_group.json", {name: {key: groups[key][name] for key in groups} for name in scores.models})
+    without = ablated(stage, task, scored, predictions)
+    if without:
+        _write(stage, "ablations.json", {each.component: asdict(each) for each in without})
     stage.stop.check()
-    write_report(stage, scores, figures, differences, groups)
+    write_report(stage, scores, figures, differences, groups, without)
     stage.outputs["report.html"] = None
-    _show(stage, scores, figures, differences)
+    _show(stage, scores, figures, differences, without)
 
 
 def _predictions(stage: Stage, ids: set[str]) -> dict[str, list[Prediction]]:
@@ -61,8 +67,15 @@ def _write(stage: Stage, name: str, value: Any) -> None:
     stage.outputs[name] = None
 
 
-def _show(stage: Stage, scores: Scores, figures: dict[str, Figures], differences: dict[str, Figures]) -> None:
-    """Print a table of base against each adapter, and where the report is, on the real console."""
+def _show(
+    stage: Stage,
+    scores: Scores,
+    figures: dict[str, Figures],
+    differences: dict[str, Figures],
+    without: list[Without],
+) -> None:
+    """Print a table of base against each adapter, one of what was ablated, and where the report is, on the real
+    console."""
     from rich.console import Console
 
     with os.fdopen(os.dup(stage.console), "w", encoding="utf-8") as file:
@@ -70,6 +83,13 @@ def _show(stage: Stage, scores: Scores, figures: dict[str, Figures], differences
         for name in [model for model in scores.models if model != "base"] or ["base"]:
             console.print(_table(name, figures, differences.get(name, {})))
         console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
+        times = {name: seconds_a_question(stage, name) for name in scores.models}
+        known = ", ".join(f"{name} {took:g}" for name, took in times.items() if took is not None)
+        if known:
+            console.print(f"seconds a question: {known}", style="dim")
+        if without:
+            console.print(_ablation_table(stage.run.recipe.train.adapters[0].name, without))
+            console.print("points against everything; with intervals in the report", style="dim")
     stage.events.say(f"report: {stage.path('report.html')}")
 
 
@@ -92,4 +112,22 @@ def _table(name: str, figures: dict[str, Figures], differences: Figures) -> Any:
             cells.append(with_interval(differences[metric], sign="+") if metric in differences else "")
         failed = " / ".join(str(figures[model][metric]["failed"]) for model in models)
         table.add_row(metric, *cells, str(base["n"]), failed)
+    return table
+
+
+def _ablation_table(adapter: str, without: list[Without]) -> Any:
+    """By how much the answers are better without each component, as a rich table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    metrics = list(dict.fromkeys(metric for each in without for metric in each.difference))
+    table = Table(f"{adapter} without", box=SIMPLE_HEAD, padding=0)
+    for head in (*metrics, "changed", "failed", "s/question"):
+        table.add_column(head, justify="right")
+    for each in without:
+        found = [each.difference.get(metric) for metric in metrics]
+        cells = [f"{figure['value']:+.1f}" if figure else "" for figure in found]
+        failed = max(figure["failed"] for figure in each.figures.values())
+        seconds = "" if each.seconds is None else f"{each.seconds:g}"
+        table.add_row(each.component, *cells, str(each.changed), str(failed), seconds)
     return table
