@@ -196,14 +196,16 @@ class Asking:
                 done, total = 0, sum(map(len, members))
                 for chunk in members:
                     before, tokens = time.monotonic(), self._tokens
-                    self._answer_chunk(engine, variant, name, chunk)
+                    asked = self._answer_chunk(engine, variant, name, chunk)
                     done += len(chunk)
-                    rate = round((self._tokens - tokens) / (time.monotonic() - before), 1)
-                    activity = f"{name} with {variant.name}"
-                    self._stage.events.progress(activity, done, total, "samples", tokens_per_second=rate)
+                    if asked:
+                        rate = round((self._tokens - tokens) / (time.monotonic() - before), 1)
+                        activity = f"{name} {'' if variant.without else 'with '}{variant.name}"
+                        self._stage.events.progress(activity, done, total, "samples", tokens_per_second=rate)
                     self._stage.stop.check()
 
-    def _answer_chunk(self, engine: Engine, variant: Variant, name: str, chunk: list[Sample]) -> None:
+    def _answer_chunk(self, engine: Engine, variant: Variant, name: str, chunk: list[Sample]) -> bool:
+        """Ask what is missing of a chunk in a pass. Returns whether anything was."""
         missing: dict[str, _Step] = {}
         prompts: list[Prompt] = []
         for sample in chunk:
@@ -219,6 +221,8 @@ class Asking:
                 missing[sample["id"]] = step
         if missing:
             self._generate(engine, prompts, missing)
+            return True
+        return False
 
     def _generate(self, engine: Engine, prompts: list[Prompt], missing: dict[str, _Step]) -> None:
         """Ask these prompts and note those that were missing. If the engine fails on them, they are tried one by one
