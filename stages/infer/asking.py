@@ -71,8 +71,13 @@ class Asking:
             if path not in paths.values():
                 path.unlink()
         self._journals = {name: JsonlJournal(path) for name, path in paths.items()}
+        # answers outlive a change of the recipe; failures do not, as it may have been made for their sake
         self._known = {
-            name: {(record["id"], record["pass"], record["asked"]): record for record in journal.records}
+            name: {
+                (record["id"], record["pass"], record["asked"]): record
+                for record in journal.records
+                if record["error"] is None or record["key"] == stage.key
+            }
             for name, journal in self._journals.items()
         }
 
@@ -274,6 +279,7 @@ class Asking:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion.tokens if completion else 0,
             "error": error,
+            "key": self._stage.key,
             "seconds": round(seconds, 4),
         }
         self._tokens += record["completion_tokens"]

@@ -1,6 +1,7 @@
 """The inference stage around its engine: failures are counted, a broken engine is no failing sample."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -109,3 +110,21 @@ def test_a_prompt_without_room_or_pages_is_a_failed_record(run: Run, monkeypatch
     assert "leaves no room for an answer in infer.max_length" in found["long"]
     assert found["blind"] == "no readable page in a.pdf"
     assert found["ok"] is None
+
+
+def test_a_failure_is_tried_again_once_the_recipe_allows_more(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers outlive a change of the recipe: the same question is not asked twice. Failures do not."""
+    ask(run, [sample("long", "word " * 100), sample("short", "?")])
+    assert answers(run, monkeypatch, echo) == Exit.DONE
+    infer_more = run.recipe.infer.model_copy(update={"max_length": 512})
+    roomy = replace(run, recipe=run.recipe.model_copy(update={"infer": infer_more}))
+    asked: list[str] = []
+
+    def notes(prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+        asked.extend(prompt.id for prompt in prompts)
+        return echo(prompts, adapter)
+
+    assert answers(roomy, monkeypatch, notes) == Exit.DONE
+    found = read_jsonl(run.path("infer", "predictions", "base.jsonl"))
+    assert [prediction["error"] for prediction in found] == [None, None]
+    assert asked.count("long") == 2, "once for base, once for the adapter"
