@@ -4,11 +4,13 @@ Two kinds of models do it: GME-Qwen2-VL sees a page's picture, a sentence-transf
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,6 @@ class Kind:
     folder: Path
     sees: bool
     """Whether it is asked pictures; else texts."""
-    dtype: str
     max_pixels: int
     batch_size: int
     kept: str
@@ -58,18 +59,19 @@ class Piece:
 
 
 class Embedder:
-    """The recipe's embedder. It is loaded when the first piece needs it: a restart with all pieces kept does not."""
+    """The recipe's embedder. It is loaded when the first piece needs it: a restart with all pieces kept does not, nor
+    does it need a card."""
 
     def __init__(self, stage: Stage, devices: Sequence[str] | None = None) -> None:
         settings = stage.run.recipe.preprocess.retrieval
         self._stage = stage
         folder = stage.run.model(settings.embedder, "preprocess.retrieval.embedder")
-        target = working_target(probe(), load_targets())
         sees = (read_json(folder / "config.json") or {}).get("model_type") == "qwen2_vl"
-        self._kind = Kind(folder, sees, target.dtype, settings.max_pixels, settings.batch_size, settings.vectors)
-        self._devices = list(devices or [f"cuda:{n}" for n in range(len(probe().gpus))] or ["cpu"])
+        self._kind = Kind(folder, sees, settings.max_pixels, settings.batch_size, settings.vectors)
+        self._asked = devices
         digest, _ = FileHashes(stage.path(".hashes.json")).tree(folder)
-        self._made_from = [digest, target.dtype, settings.batch_size, settings.vectors]
+        # not the precision, which is the card's: shards of several kinds of cards are merged without any
+        self._made_from = [digest, settings.batch_size, settings.vectors]
         if sees:
             self._made_from.append(settings.max_pixels)
         self._model: _Model | None = None
@@ -163,31 +165,48 @@ class Embedder:
         missing = [piece for piece in pieces if not piece.path.is_file()]
         total = sum(len(piece.items) for piece in pieces)
         done = total - sum(len(piece.items) for piece in missing)
-        devices = self._devices[: len(missing)]
-        embedded = self._here(missing) if len(devices) <= 1 else self._in_processes(missing, devices)
+        if not missing:
+            return
+        dtype, devices = self._place
+        embedded = (
+            self._here(missing, dtype, devices[0])
+            if min(len(devices), len(missing)) == 1
+            else self._in_processes(missing, dtype, devices[: len(missing)])
+        )
         for piece in embedded:
             done += len(piece.items)
             self._stage.events.progress(f"embed {what}", done, total, what)
             self._stage.stop.check()
 
-    def _here(self, pieces: list[Piece]) -> Iterator[Piece]:
-        if pieces and self._model is None:
-            self._model = _Model(self._kind, self._devices[0])
-        if self._model is not None:
-            yield from self._model.keep(pieces)
+    @functools.cached_property
+    def _place(self) -> tuple[str, list[str]]:
+        """Precision and devices: the card is looked for once something is to be embedded."""
+        machine = probe()
+        target = working_target(machine, load_targets())
+        if self._kind.sees:
+            self._stage.decide("embedding in", target.dtype, f"target {target.name}")
+        return target.dtype, list(self._asked or [f"cuda:{n}" for n in range(len(machine.gpus))] or ["cpu"])
 
-    def _in_processes(self, pieces: list[Piece], devices: list[str]) -> Iterator[Piece]:
+    def _here(self, pieces: list[Piece], dtype: str, device: str) -> Iterator[Piece]:
+        if self._model is None:
+            self._model = _Model(self._kind, dtype, device)
+        yield from self._model.keep(pieces)
+
+    def _in_processes(self, pieces: list[Piece], dtype: str, devices: list[str]) -> Iterator[Piece]:
         """A process for each card; what they make are files, so that nothing large goes through a queue."""
         context = multiprocessing.get_context("spawn")
         free = context.SimpleQueue()
         for device in devices:
             free.put(device)
-        arguments = (self._kind, free, os.getpid())
-        with ProcessPoolExecutor(len(devices), context, initializer=_load, initargs=arguments) as pool:
+        arguments = (self._kind, dtype, free, os.getpid())
+        with ProcessPoolExecutor(len(devices), context, initializer=_begin, initargs=arguments) as pool:
             futures = [pool.submit(_keep, piece) for piece in pieces]
             try:
                 for future in as_completed(futures):
                     yield future.result()
+            except BrokenProcessPool:
+                self._stage.stop.check()  # a stop sent to the whole process group ends the processes too
+                raise
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -195,14 +214,14 @@ class Embedder:
 class _Model:
     """The embedder's network on one device."""
 
-    def __init__(self, kind: Kind, device: str) -> None:
+    def __init__(self, kind: Kind, dtype: str, device: str) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
         self._kind = kind
         self._network: Any
         if kind.sees:
             from stages.preprocess.gme import Gme
 
-            self._network = Gme(kind.folder, device, kind.dtype, kind.max_pixels)
+            self._network = Gme(kind.folder, device, dtype, kind.max_pixels)
         else:
             from sentence_transformers import SentenceTransformer
 
@@ -233,15 +252,16 @@ class _Model:
         return vectors
 
 
-_own: _Model
+_own: Callable[[], _Model]
 """Of a worker process."""
 
 
-def _load(kind: Kind, free: Any, parent: int) -> None:
+def _begin(kind: Kind, dtype: str, free: Any, parent: int) -> None:
     global _own  # noqa: PLW0603 - a worker process has one model
     die_with_parent(parent)
-    _own = _Model(kind, free.get())
+    device = free.get()
+    _own = functools.cache(lambda: _Model(kind, dtype, device))  # loaded by the first piece, which tells what is wrong
 
 
 def _keep(piece: Piece) -> Piece:
-    return next(_own.keep([piece]))
+    return next(_own().keep([piece]))

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from stages.contract.errors import UsageError
 from stages.pictures import Picture, PictureRules, open_picture, read_rules
 
 Vectors = npt.NDArray[np.float32]
@@ -40,9 +41,14 @@ class Gme:
         least = min(MIN_TOKENS * own.factor**2, max_pixels)
         self._rules = PictureRules(own.factor, least, max_pixels)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        network: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True
-        )
+        load: Any = AutoModelForImageTextToText.from_pretrained
+        network, loaded = load(folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True)
+        lacking = sorted(name for name in loaded["missing_keys"] if not name.startswith("lm_head"))
+        if lacking:  # transformers makes them up, and the vectors would mean nothing
+            raise UsageError(
+                f"{folder}: its weights lack {len(lacking)} of the network's parameters, such as {lacking[0]}: it must"
+                " be a whole model of Qwen2-VL's architecture"
+            )
         self._network = network.model.to(device).eval()  # without the head: nothing is generated
         self._picture = int(network.config.image_token_id)
         self._device, self._dtype = device, getattr(torch, dtype)

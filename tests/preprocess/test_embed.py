@@ -1,5 +1,10 @@
 """Vectors of pages and questions: kept batch by batch, the same in shards and over several processes."""
 
+import functools
+import multiprocessing
+import os
+import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,8 @@ SEEING = (
 )
 READING = ("preprocess.retrieval.batch_size=2",)
 
+REAL = embed._Model.__init__
+
 
 @pytest.fixture
 def run(lorry: Lorry, recipe_file: Path) -> Callable[..., Run]:
@@ -42,6 +49,19 @@ def few_pages(request: Any, run: Callable[..., Run], few: Path) -> Run:
     need_model("tiny-gme")
     need_model("all-MiniLM-L6-v2")
     return run(*request.param)
+
+
+@pytest.fixture(autouse=True)
+def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every start of these tests finds its embedder loaded; processes of their own still load theirs."""
+    monkeypatch.setattr(embed._Model, "__init__", lambda model, *what: vars(model).update(vars(loaded(*what))))
+
+
+@functools.cache
+def loaded(*what: Any) -> Any:
+    model = object.__new__(embed._Model)
+    REAL(model, *what)
+    return model
 
 
 @pytest.fixture
@@ -105,12 +125,66 @@ def test_shards_make_the_very_bytes_of_the_whole(few_pages: Run) -> None:
     assert whole == {**parts[0], **parts[1], **parts[2]}
 
 
-def test_two_processes_make_the_very_bytes_of_one(few_pages: Run) -> None:
-    together = embedded(few_pages, devices=["cpu", "cpu"])
-    few_pages.path("preprocess", "manifest.json").unlink()
-    for path in few_pages.path("preprocess", "cache", "vectors").iterdir():
+def test_two_processes_make_the_very_bytes_of_one(run: Callable[..., Run], few: Path) -> None:
+    need_model("tiny-gme")
+    seeing = run(*SEEING)
+    together = embedded(seeing, devices=["cpu", "cpu"])
+    seeing.path("preprocess", "manifest.json").unlink()
+    for path in seeing.path("preprocess", "cache", "vectors").iterdir():
         path.unlink()
-    assert embedded(few_pages, devices=["cpu"])["pieces"] == together["pieces"]
+    assert embedded(seeing, devices=["cpu"])["pieces"] == together["pieces"]
+
+
+def test_what_is_wrong_in_a_process_is_told_in_a_line(
+    run: Callable[..., Run], few: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    need_model("tiny-gme")
+    seeing = run(*SEEING)
+
+    def work(stage: Stage) -> None:
+        records = [
+            {"document": "d", "image": f"preprocess/pages/gone/{n}.jpg", "sha256": str(n), "width": 30, "height": 30}
+            for n in range(6)
+        ]
+        Embedder(stage, devices=["cpu", "cpu"]).pages(records)
+
+    assert run_stage(seeing, "preprocess", work) == Exit.DATA
+    assert re.search(r"gone/\d.jpg: no picture .*; run preprocess again", capfd.readouterr().err)
+
+
+def test_all_that_was_embedded_elsewhere_is_taken_over_without_a_card(
+    few_pages: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = embedded(few_pages)
+    few_pages.path("preprocess", "manifest.json").unlink()
+    monkeypatch.setenv("LORRY_TARGET", "a800")  # an image for cards, and there is none here
+    assert embedded(few_pages)["pieces"] == whole["pieces"]
+
+
+def test_a_stop_of_the_whole_group_while_embedding_is_a_stop(
+    run: Callable[..., Run], few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes end by themselves; that is no fault of theirs."""
+    need_model("tiny-gme")
+
+    def work(stage: Stage) -> None:
+        documents = document_ids(sorted((stage.run.data / "documents").iterdir()), stage.run.data / "documents")
+        pages = render_documents(stage, documents)
+        signal.signal(signal.SIGALRM, lambda *_: end_group(stage))
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        Embedder(stage, devices=["cpu", "cpu"]).pages(pages)
+
+    def end_group(stage: Stage) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    try:
+        assert run_stage(run(*SEEING), "preprocess", work) == Exit.INTERRUPTED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_halves_are_kept_where_they_are_asked_for(run: Callable[..., Run], few: Path) -> None:

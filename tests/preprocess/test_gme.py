@@ -1,16 +1,19 @@
 """GME on a random model of its own architecture: the reference is written out one item at a time, as published."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from safetensors.numpy import load_file, save_file
 
-from stages.contract.errors import DataError
+from stages.contract.errors import DataError, UsageError
 from stages.preprocess.gme import Gme
 from tests.conftest import need_model
 
+WEIGHTS = "model.safetensors"
 MAX_PIXELS = 28 * 28 * 40
 
 
@@ -103,6 +106,16 @@ def test_patches_are_those_of_transformers_own_processor(gme: Gme, folder: Path,
 def test_a_long_text_is_cut_and_the_end_is_kept(gme: Gme) -> None:
     long = gme.texts(["word " * 3000])
     assert np.allclose(long, gme.texts(["word " * 4000])), "what is beyond GME's length changes nothing"
+
+
+def test_weights_that_lack_something_are_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers would make it up, with a warning."""
+    broken = tmp_path / "half-gme"
+    shutil.copytree(folder, broken)
+    weights = load_file(broken / WEIGHTS)
+    save_file({name: value for name, value in weights.items() if "visual.merger" not in name}, broken / WEIGHTS)
+    with pytest.raises(UsageError, match=r"half-gme: its weights lack 6 .* such as .*visual\.merger"):
+        Gme(broken, "cpu", "float32", MAX_PIXELS)
 
 
 def test_a_page_without_its_picture_is_told_in_a_line(gme: Gme, pages: list[Path]) -> None:
