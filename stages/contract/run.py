@@ -34,7 +34,7 @@ SECTIONS = {
     "preprocess": ("task", "seed", "data", "preprocess"),
     "train": ("task", "seed", "model", "train"),
     "infer": ("task", "seed", "model", "infer", "preprocess.classifier", "preprocess.samples"),
-    "eval": ("task", "seed", "eval"),
+    "eval": ("task", "seed", "eval", "infer.ablate"),
 }
 """The recipe sections that a stage's result depends on."""
 

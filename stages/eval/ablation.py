@@ -1,65 +1,76 @@
 """What each component of the task is worth: the first adapter's answers with everything, and without each in turn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from stages.contract.files import read_jsonl
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
-from stages.eval.scores import Figures, overall, score_models
+from stages.eval.scores import Figures, Model, overall, score_models
+
+EVERYTHING = "everything"
 
 
 @dataclass(frozen=True)
-class Without:
+class Ablation:
     """The answers without one component, beside those with everything."""
 
     component: str
+    """What is left out; EVERYTHING for the answers that the others are compared with."""
     figures: Figures
     difference: Figures
     """By how much they are better than with everything, paired; below 0 the component is worth something."""
     changed: int
-    """Samples that are answered otherwise."""
+    """Scored samples with another answer."""
     seconds: float | None
     """A question, the engine's start left out; None where another machine answered."""
 
 
-def ablated(
-    stage: Stage, task: Any, samples: Sequence[Sample], predictions: dict[str, list[Prediction]]
-) -> list[Without]:
-    """What was ablated, in the order of the recipe; nothing where nothing was."""
+def ablations(
+    stage: Stage, task: Any, samples: Sequence[Sample], predictions: Mapping[str, list[Prediction]]
+) -> list[Ablation]:
+    """Everything, then what was ablated in the order of the recipe; empty where nothing was.
+
+    `samples` are those with references, `predictions` all models'.
+    """
     recipe = stage.run.recipe
-    whole = predictions.get(recipe.train.adapters[0].name)
-    if whole is None:
+    whole = recipe.train.adapters[0].name
+    if not recipe.infer.ablate or whole not in predictions:
         return []
-    found: dict[str, list[Prediction]] = {}
-    for component in recipe.infer.ablate:
-        path = stage.run.path("infer", "ablations", f"{component}.jsonl")
-        if component == "adapter":
-            found[component] = predictions["base"]
-        elif path.is_file():
-            found[component] = cast(list[Prediction], read_jsonl(path))
-    if not found:
-        return []
-    # "base" is what the others are compared with
-    scores = score_models(task, samples, {"base": whole, **found})
+    without = {component: _answers_without(stage, component, predictions) for component in recipe.infer.ablate}
+    scores = score_models(task, samples, {"base": predictions[whole], **without})  # differences are those from "base"
     figures, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
+    everything = scores.models["base"]
     return [
-        Without(
-            component,
-            {metric: figure for metric, figure in figures[component].items() if metric not in scores.facts},
-            differences[component],
-            _changed(whole, records),
-            seconds_a_question(stage, "base" if component == "adapter" else f"without {component}"),
+        Ablation(
+            component=EVERYTHING if name == "base" else name,
+            figures={metric: figure for metric, figure in figures[name].items() if metric not in scores.facts},
+            difference=differences.get(name, {}),
+            changed=_changed(model, everything),
+            seconds=seconds_a_question(stage, whole if name == "base" else _variant(name)),
         )
-        for component, records in found.items()
+        for name, model in scores.models.items()
     ]
 
 
-def _changed(whole: list[Prediction], others: list[Prediction]) -> int:
-    """How many samples are not answered in the same words."""
-    texts = {prediction["id"]: prediction["text"] for prediction in whole}
-    return sum(prediction["text"] != texts.get(prediction["id"]) for prediction in others)
+def _answers_without(stage: Stage, component: str, predictions: Mapping[str, list[Prediction]]) -> Sequence[Prediction]:
+    """Without the adapter they are the base model's, which infer does not write again."""
+    if component == "adapter":
+        return predictions["base"]
+    return cast(list[Prediction], read_jsonl(stage.run.path("infer", "ablations", f"{component}.jsonl")))
+
+
+def _variant(component: str) -> str:
+    """Its name in infer's manifest."""
+    return "base" if component == "adapter" else f"without {component}"
+
+
+def _changed(model: Model, everything: Model) -> int:
+    answers, others = (
+        [prediction and prediction["answer"] for prediction in each.predictions] for each in (model, everything)
+    )
+    return sum(answer != other for answer, other in zip(answers, others, strict=True))
 
 
 def seconds_a_question(stage: Stage, variant: str) -> float | None:

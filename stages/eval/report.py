@@ -16,7 +16,7 @@ from stages.contract.files import read_jsonl, written_atomically
 from stages.contract.records import Sample
 from stages.contract.run import STAGES
 from stages.contract.stage import Stage
-from stages.eval.ablation import Without, seconds_a_question
+from stages.eval.ablation import EVERYTHING, Ablation, seconds_a_question
 from stages.eval.scores import Figures, Scores, worst
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -36,10 +36,10 @@ def write_report(
     figures: dict[str, Figures],
     differences: dict[str, Figures],
     groups: dict[str, dict[str, dict[str, Figures]]],
-    without: list[Without],
+    ablated: list[Ablation],
 ) -> None:
-    """Write `report.html`. `groups` is, for each of `group` and `kind`, a breakdown as of `scores.breakdown`; `without`
-    is what was ablated."""
+    """Write `report.html`. `groups` is, for each of `group` and `kind`, a breakdown as of `scores.breakdown`;
+    `ablated` is everything and what was left out of it, or empty."""
     recipe = stage.run.recipe
     adapters = [name for name in scores.models if name != "base"]
     trained = stage.run.manifest("train") or {"decisions": []}
@@ -65,7 +65,8 @@ def write_report(
         rungs=[made for made in trained["decisions"] if made["what"] == "out of memory"],
         loss_curve=loss_curve(curve, colours),
         groups=groups,
-        without=without,
+        ablated=ablated,
+        everything=EVERYTHING,
         seconds={name: seconds_a_question(stage, name) for name in scores.models},
         worst=_worst_answers(stage, scores),
         stages=[_stage_facts(stage, name) for name in STAGES if name != stage.name],

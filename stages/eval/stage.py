@@ -8,7 +8,7 @@ from stages.contract.errors import DataError
 from stages.contract.files import read_jsonl, write_json
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
-from stages.eval.ablation import Without, ablated, seconds_a_question
+from stages.eval.ablation import EVERYTHING, Ablation, ablations, seconds_a_question
 from stages.eval.report import with_interval, write_report
 from stages.eval.scores import Figures, Scores, breakdown, overall, score_models
 from stages.tasks import load_task
@@ -37,13 +37,13 @@ def work(stage: Stage) -> None:
     _write(stage, "scores.json", figures)
     _write(stage, "differences.json", differences)
     _write(stage, "by_group.json", {name: {key: groups[key][name] for key in groups} for name in scores.models})
-    without = ablated(stage, task, scored, predictions)
-    if without:
-        _write(stage, "ablations.json", {each.component: asdict(each) for each in without})
+    ablated = ablations(stage, task, scored, predictions)
+    if ablated:
+        _write(stage, "ablations.json", {each.component: asdict(each) for each in ablated})
     stage.stop.check()
-    write_report(stage, scores, figures, differences, groups, without)
+    write_report(stage, scores, figures, differences, groups, ablated)
     stage.outputs["report.html"] = None
-    _show(stage, scores, figures, differences, without)
+    _show(stage, scores, figures, differences, ablated)
 
 
 def _predictions(stage: Stage, ids: set[str]) -> dict[str, list[Prediction]]:
@@ -72,28 +72,25 @@ def _show(
     scores: Scores,
     figures: dict[str, Figures],
     differences: dict[str, Figures],
-    without: list[Without],
+    ablated: list[Ablation],
 ) -> None:
     """Print a table of base against each adapter, one of what was ablated, and where the report is, on the real
     console."""
     from rich.console import Console
 
+    seconds = {name: seconds_a_question(stage, name) for name in scores.models}
     with os.fdopen(os.dup(stage.console), "w", encoding="utf-8") as file:
         console = Console(file=file, width=100, highlight=False, markup=False, emoji=False)
         for name in [model for model in scores.models if model != "base"] or ["base"]:
-            console.print(_table(name, figures, differences.get(name, {})))
+            console.print(_table(name, figures, differences.get(name, {}), seconds))
         console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
-        times = {name: seconds_a_question(stage, name) for name in scores.models}
-        known = ", ".join(f"{name} {took:g}" for name, took in times.items() if took is not None)
-        if known:
-            console.print(f"seconds a question: {known}", style="dim")
-        if without:
-            console.print(_ablation_table(stage.run.recipe.train.adapters[0].name, without))
-            console.print("points against everything; with intervals in the report", style="dim")
+        if ablated:
+            console.print(_ablation_table(stage.run.recipe.train.adapters[0].name, ablated))
+            console.print("percent, then points better or worse; * where the 95% interval leaves out 0", style="dim")
     stage.events.say(f"report: {stage.path('report.html')}")
 
 
-def _table(name: str, figures: dict[str, Figures], differences: Figures) -> Any:
+def _table(name: str, figures: dict[str, Figures], differences: Figures, seconds: dict[str, float | None]) -> Any:
     """Base against one adapter, or base alone, as a rich table."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -112,22 +109,38 @@ def _table(name: str, figures: dict[str, Figures], differences: Figures) -> Any:
             cells.append(with_interval(differences[metric], sign="+") if metric in differences else "")
         failed = " / ".join(str(figures[model][metric]["failed"]) for model in models)
         table.add_row(metric, *cells, str(base["n"]), failed)
+    if any(seconds[model] is not None for model in models):
+        table.add_row("seconds a question", *(_seconds(seconds[model]) for model in models))
     return table
 
 
-def _ablation_table(adapter: str, without: list[Without]) -> Any:
-    """By how much the answers are better without each component, as a rich table."""
+def _seconds(took: float | None) -> str:
+    return "" if took is None else f"{took:.3g}"
+
+
+def _ablation_table(adapter: str, ablated: list[Ablation]) -> Any:
+    """The adapter's figures with everything, and by how much they are better without each component, as a rich
+    table."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    metrics = list(dict.fromkeys(metric for each in without for metric in each.difference))
-    table = Table(f"{adapter} without", box=SIMPLE_HEAD, padding=0)
-    for head in (*metrics, "changed", "failed", "s/question"):
-        table.add_column(head, justify="right")
-    for each in without:
-        found = [each.difference.get(metric) for metric in metrics]
-        cells = [f"{figure['value']:+.1f}" if figure else "" for figure in found]
+    metrics = list(ablated[0].figures)
+    names = [each.component if each.component == EVERYTHING else f"without {each.component}" for each in ablated]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(adapter, overflow="fold", vertical="bottom", min_width=max(map(len, names)))
+    for head in (*metrics, "answers_changed", "failed", "seconds_a_question"):
+        table.add_column(head.replace("_", "\n"), justify="right", vertical="bottom")
+    for name, each in zip(names, ablated, strict=True):
+        everything = each.component == EVERYTHING
+        cells = [
+            f"{each.figures[metric]['value']:.1f} " if everything else _points(each.difference[metric])
+            for metric in metrics
+        ]
+        changed = "" if everything else str(each.changed or "none")
         failed = max(figure["failed"] for figure in each.figures.values())
-        seconds = "" if each.seconds is None else f"{each.seconds:g}"
-        table.add_row(each.component, *cells, str(each.changed), str(failed), seconds)
+        table.add_row(name, *cells, changed, str(failed), _seconds(each.seconds))
     return table
+
+
+def _points(gain: dict[str, Any]) -> str:
+    return f"{gain['value']:+.1f}{'*' if gain['low'] > 0 or gain['high'] < 0 else ' '}"

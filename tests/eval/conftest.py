@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from stages.contract.files import FileHashes, write_json, write_jsonl
-from stages.contract.recipe import load_recipe
+from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output
@@ -62,10 +62,14 @@ def make_run(
     predictions: dict[str, list[Prediction]],
     losses: list[dict[str, Any]] | None = None,
     pictures: bool = True,
+    recipe: Recipe | None = None,
 ) -> Run:
     """Write preprocess, train and infer as if they had run."""
-    recipe = load_recipe(RECIPE, "tiny")
-    run = Run("patent-qa", recipe, Roots(data=folder / "data", models=folder / "models", runs=folder / "runs"))
+    run = Run(
+        "patent-qa",
+        recipe or load_recipe(RECIPE, "tiny"),
+        Roots(data=folder / "data", models=folder / "models", runs=folder / "runs"),
+    )
     write_jsonl(run.path("preprocess", "samples", "test.jsonl"), samples)  # type: ignore[arg-type]
     for image in {path for sample in samples for path in sample["meta"]["page_images"] if pictures}:
         path = run.folder / image

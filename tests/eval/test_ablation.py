@@ -9,11 +9,12 @@ import pytest
 
 from stages.contract.errors import Exit
 from stages.contract.files import read_json, write_json, write_jsonl
+from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample
 from stages.contract.run import Run
 from stages.contract.stage import run_stage
 from stages.eval import stage as evaluation
-from tests.eval.conftest import answer
+from tests.eval.conftest import RECIPE, answer
 
 
 def with_ablations(run: Run, ablations: dict[str, list[Prediction]], answering: dict[str, Any]) -> Run:
@@ -38,19 +39,30 @@ def test_each_component_is_told_with_its_difference(
     run = with_ablations(build(samples, predictions), {"style": worse, "refine": predictions["tuned"]}, answering)
     assert run_stage(run, "eval", evaluation.work) == Exit.DONE
     found = json.loads(run.path("eval", "ablations.json").read_text())
-    assert list(found) == ["style", "refine", "adapter"]
+    assert list(found) == ["everything", "style", "refine", "adapter"]
+    scores = read_json(run.path("eval", "scores.json"))
+    everything = found["everything"]["figures"]
+    assert everything and all(figure == scores["tuned"][metric] for metric, figure in everything.items())
+    assert (found["everything"]["difference"], found["everything"]["changed"]) == ({}, 0)
     assert found["style"]["difference"]["exact_match"]["high"] < 0
     assert (found["style"]["changed"], found["style"]["seconds"]) == (24, 0.25)
     assert found["refine"]["changed"] == 0 and found["refine"]["seconds"] is None
     assert found["refine"]["difference"]["exact_match"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    tuned = read_json(run.path("eval", "scores.json"))["tuned"]["exact_match"]["value"]
-    base = read_json(run.path("eval", "scores.json"))["base"]["exact_match"]["value"]
+    tuned, base = (scores[name]["exact_match"]["value"] for name in ("tuned", "base"))
     assert found["adapter"]["difference"]["exact_match"]["value"] == pytest.approx(base - tuned, abs=1e-3)
-    assert set(read_json(run.path("eval", "scores.json"))) == {"base", "tuned"}, "an ablation is no model"
-    shown = capfd.readouterr().err
-    assert "tuned without" in shown and "seconds a question: base 0.5" in shown
+    assert found["adapter"]["figures"]["exact_match"] == scores["base"]["exact_match"]
+    assert found["adapter"]["seconds"] == 0.5
+    assert set(scores) == {"base", "tuned"}, "an ablation is no model"
+    shown = capfd.readouterr().err.splitlines()
+    rows = {" ".join(words[:2]): words for words in (line.split() for line in shown) if words}
+    assert rows["seconds a"] == ["seconds", "a", "question", "0.5"]
+    style, refine = rows["without style"], rows["without refine"]
+    assert style[2] == f"{found['style']['difference']['exact_match']['value']:+.1f}*" and style[-3:-1] == ["24", "0"]
+    assert refine[2] == "+0.0" and refine[-2:] == ["none", "1"]
     report = run.path("eval", "report.html").read_text()
     assert "What each component is worth" in report and '<td class="number">none</td>' in report
+    assert "Leaving these out changed no answer: refine." in report
+    assert "base 0.5" in report
 
 
 def test_without_ablations_nothing_is_said_of_them(
@@ -60,6 +72,39 @@ def test_without_ablations_nothing_is_said_of_them(
     assert run_stage(run, "eval", evaluation.work) == Exit.DONE
     assert not run.path("eval", "ablations.json").exists()
     assert "What each component" not in run.path("eval", "report.html").read_text()
+
+
+def test_leaving_out_the_adapter_is_told_though_infer_writes_nothing_new_for_it(
+    build: Callable[..., Run], samples: list[Sample], predictions: dict[str, list[Prediction]]
+) -> None:
+    run = build(samples, predictions)
+    assert run_stage(run, "eval", evaluation.work) == Exit.DONE
+    told = with_ablations(run, {}, {})
+    assert run_stage(told, "eval", evaluation.work) == Exit.DONE
+    assert list(json.loads(run.path("eval", "ablations.json").read_text())) == ["everything", "adapter"]
+
+
+def test_only_scored_samples_count_as_changed(
+    build: Callable[..., Run], samples: list[Sample], predictions: dict[str, list[Prediction]]
+) -> None:
+    samples[0]["references"] = []
+    other = [{**predictions["tuned"][0], "answer": "a lever"}, *predictions["tuned"][1:]]
+    run = with_ablations(build(samples, predictions), {"style": other}, {})
+    assert run_stage(run, "eval", evaluation.work) == Exit.DONE
+    assert json.loads(run.path("eval", "ablations.json").read_text())["style"]["changed"] == 0
+
+
+def test_an_adapter_with_a_long_name_and_many_metrics_fits_the_console(
+    build: Callable[..., Run], samples: list[Sample], predictions: dict[str, list[Prediction]], capfd: Any
+) -> None:
+    recipe = load_recipe(RECIPE, "tiny", ("train.adapters=[{name: an-adapter-whose-name-does-not-fit-its-column}]",))
+    (adapter,) = recipe.train.adapters
+    run = build(samples, {"base": predictions["base"], adapter.name: predictions["tuned"]}, recipe=recipe)
+    run = with_ablations(run, {"position_hint": predictions["tuned"]}, {})
+    assert run_stage(run, "eval", evaluation.work) == Exit.DONE
+    shown = capfd.readouterr().err
+    assert max(map(len, shown.splitlines()[:-2])) <= 100
+    assert "without position_hint" in shown and "position_hi…" not in shown
 
 
 def test_the_report_shows_what_earlier_passes_wrote(
