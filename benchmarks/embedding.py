@@ -20,7 +20,6 @@ from typing import Any
 from benchmarks.passes import _draw
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
-from recipes.demo_models import TEMPLATE
 from stages.contract.roots import Roots
 
 MODEL = "GME-Qwen2-VL-7B"
@@ -113,8 +112,7 @@ def main() -> None:
     model = ROOTS.models / ("tiny-gme" if tiny else MODEL)
     if not (model / "config.json").is_file():
         make_model(model, CONFIGS[MODEL])
-        (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    at_budget, fine = pages(tiny)
+        at_budget, fine = pages(tiny)
     few = at_budget[: len(at_budget) // 4]
     rows, vectors = one_by_one(model, device, fine, few)
     gme = Gme(model, device, "bfloat16" if device == "cuda" else "float32", BUDGET)

@@ -23,7 +23,6 @@ from typing import Any
 
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
-from recipes.demo_models import TEMPLATE
 from stages.contract.files import FileHashes, read_json, read_jsonl, write_json, write_jsonl
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
@@ -60,7 +59,6 @@ def prepare() -> None:
     """A model, pages and questions, as preprocess and train would have left them."""
     model = ROOTS.models / MODEL
     make_model(model, CONFIGS[MODEL])
-    (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     _silence_unused_tokens(model)
     for length in LIMITS:
         random.seed(0)

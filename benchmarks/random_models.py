@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from recipes.demo_models import PICTURE_TOKENS, tokenizer_with_pictures
 from stages.contract.roots import Roots
 
 SHARD = 5_000_000_000
@@ -62,17 +63,6 @@ CONFIGS["GME-Qwen2-VL-7B"] = {
         **{"spatial_merge_size": 2, "temporal_patch_size": 2},
     },
 }
-SPECIAL = {
-    **{"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|vision_pad|>": 151654},
-    **{"<|image_pad|>": 151655, "<|video_pad|>": 151656},
-}
-"""Tokens that a vision-language model's template puts around images."""
-
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> None:
@@ -80,7 +70,10 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(config)
     if "vision_config" in config:
-        config |= _tokenizer_with_images(folder)
+        source = Roots.from_environment().models / "SmolLM2-135M-Instruct"
+        tokenizer_with_pictures(source, folder, config["architectures"][0])
+        names = {"vision_start": "vision_start", "vision_end": "vision_end", "image_pad": "image", "video_pad": "video"}
+        config |= {f"{name}_token_id": PICTURE_TOKENS[f"<|{token}|>"] for token, name in names.items()}
     else:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(Roots.from_environment().models / "SmolLM2-135M-Instruct" / name, folder)
@@ -125,31 +118,6 @@ def _write_weights(folder: Path, shapes: dict[str, list[int]]) -> None:
                 left -= file.write(content[: min(left, len(content))])
     weight_map = {weight: name for name, header in zip(names, files, strict=True) for weight in header}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def _tokenizer_with_images(folder: Path) -> dict[str, int]:
-    """SmolLM2's tokenizer with the tokens of images and a plain chat template; returns their ids for the config.
-
-    They have the ids that Qwen2.5's own have: ms-swift knows them by number. What lies between is never produced.
-    """
-    source = Roots.from_environment().models / "SmolLM2-135M-Instruct"
-    tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = tokenizer["model"]["vocab"]
-    first = min(SPECIAL.values())
-    vocabulary |= {f"unused {number}": number for number in range(len(vocabulary), first)} | SPECIAL
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    tokenizer["added_tokens"] += [{"id": number, "content": token, **plain} for token, number in SPECIAL.items()]
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    shutil.copy(source / "tokenizer_config.json", folder)
-    (folder / "chat_template.jinja").write_text(CHATML)
-    processor = {
-        **{"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"},
-        **{"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2},
-        **{"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    names = {"vision_start": "vision_start", "vision_end": "vision_end", "image_pad": "image", "video_pad": "video"}
-    return {f"{name}_token_id": SPECIAL[f"<|{token}|>"] for token, name in names.items()}
 
 
 if __name__ == "__main__":
