@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.data.metrics import squad_metrics  # the official SQuAD 2.0 script, as Hugging Face carries it
 
-from stages.metrics import best, character_f1, exact_match, normalize, token_f1
+from stages.metrics import best, character_f1, exact_match, normalize, normalize_seed_001, token_f1
 
 TEXT = st.text(max_size=30) | st.lists(
     st.sampled_from(
@@ -85,6 +85,31 @@ def test_agrees_with_the_official_script(answer: str, reference: str) -> None:
     assert exact_match(answer, reference) == squad_metrics.compute_exact(reference, answer)
     if normalize(answer) or normalize(reference):
         assert token_f1(answer, reference) == squad_metrics.compute_f1(reference, answer)
+
+
+# -- seed 001 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The  U.S.-based, firm", "u s based firm"),
+        ("3.5%", "3 5"),
+        ("N/A", "n"),  # "a" is an article
+        ("a", ""),
+        ("snake_case", "snake case"),
+        ("《红楼梦》，曹雪芹", "红楼梦 曹雪芹"),  # Chinese characters are letters
+        ("Électricité  de\u3000France", "électricité de france"),
+        ("...", ""),
+    ],
+)
+def test_normalisation_of_seed_001(text: str, normal: str) -> None:
+    assert normalize_seed_001(text) == normal
+
+
+@given(TEXT)
+def test_squads_normalisation_finds_nothing_to_do_after_that_of_seed_001(text: str) -> None:
+    assert normalize(normalize_seed_001(text)) == normalize_seed_001(text)
 
 
 # -- Chinese -----------------------------------------------------------------------------------------------------
