@@ -38,8 +38,10 @@ class Row:
     """Path relative to the folder of the data sets, or the file's name where it stands there itself."""
     number: int
     """1-based line of a text file that it begins on, or row of a table."""
+    place: str
+    """The number, or where others begin on the same line before it, the line's and the record's own: `1-500`."""
     where: str
-    """File and number as a person writes them: `a.jsonl:7`, `b.parquet row 7`."""
+    """File and place as a person writes them: `a.jsonl:7`, `a.json:1 record 500`, `b.parquet row 7`."""
     split: Split | None
     """The split that its file or folder is named after."""
     record: Any
@@ -112,11 +114,16 @@ class MakeRow(Protocol):
 
 def _read(path: Path, file: str, split: Split | None) -> Iterator[Row]:
     ending = path.suffix.lower()
+    count = before = 0
 
     def row(number: int, record: Any = None, *, bad: tuple[str, str] | None = None, last: int | None = None) -> Row:
-        place = f"{file}:{number}" if ending in TEXT else f"{file} row {number}"
-        where = place if last in (None, number) else f"{file} rows {number} to {last}"
-        return Row(file, number, where, split, record, bad)
+        nonlocal count, before
+        count, shared, before = count + 1, number == before, number
+        if ending in TEXT:
+            where = f"{file}:{number} record {count}" if shared else f"{file}:{number}"
+        else:
+            where = f"{file} row {number}" if last in (None, number) else f"{file} rows {number} to {last}"
+        return Row(file, number, f"{number}-{count}" if shared else f"{number}", where, split, record, bad)
 
     if ending in TEXT:
         yield from _read_text(path, row)
@@ -150,7 +157,8 @@ def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
     with path.open("rb") as file:
         beginning = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().decode("utf-8", "replace")
     table = _TABLE.match(beginning)
-    if path.suffix.lower() != ".json" and table is None and not beginning.startswith("["):
+    array_at_once = beginning.startswith("[") and not _first_of_several_lines(path)
+    if path.suffix.lower() != ".json" and table is None and not array_at_once:
         yield from _read_lines(path, row)
         return
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -159,6 +167,18 @@ def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
         yield from _read_elements(text, array + 1, True, row)
     else:
         yield from _read_elements(text, 0, False, row)
+
+
+def _first_of_several_lines(path: Path) -> bool:
+    """Whether a file's first line is a JSON value that others follow."""
+    with path.open("rb") as file:
+        lines = (line for line in file if line.removeprefix(b"\xef\xbb\xbf").strip())
+        first, more = next(lines, b""), next(lines, None) is not None
+    try:
+        _DECODER.decode(first.decode("utf-8-sig", "surrogateescape").strip())
+    except (ValueError, RecursionError):
+        return False
+    return more
 
 
 def _read_lines(path: Path, row: MakeRow) -> Iterator[Row]:

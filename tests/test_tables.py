@@ -65,7 +65,16 @@ def test_lines_under_either_name(tmp_path: Path, name: str) -> None:
 
 def test_a_record_of_an_array_stands_on_the_line_that_it_begins_on(tmp_path: Path) -> None:
     found = rows(tmp_path / "a.json", '[\n  {\n    "id": 1\n  },\n\n  {"id": 2}, {"id": 3},\n  {"id": 4}\n]')
-    assert [(row.number, row.where) for row in found] == [(n, f"a.json:{n}") for n in (2, 6, 6, 7)]
+    assert [(row.number, row.where) for row in found] == [
+        *((2, "a.json:2"), (6, "a.json:6"), (6, "a.json:6 record 3"), (7, "a.json:7")),
+    ]
+    assert [row.place for row in found] == ["2", "6", "6-3", "7"]
+
+
+def test_on_one_line_records_are_counted(tmp_path: Path) -> None:
+    found = rows(tmp_path / "a.json", '[{"id": 1}, {"id": x}, {"id": 3}]')
+    assert [row.where for row in found] == ["a.json:1", "a.json:1 record 2", "a.json:1 record 3"]
+    assert [row.place for row in found] == ["1", "1-2", "1-3"]
 
 
 def test_squads_own_files_have_their_records_in_data(tmp_path: Path) -> None:
@@ -73,6 +82,10 @@ def test_squads_own_files_have_their_records_in_data(tmp_path: Path) -> None:
     for name, table in {"a": {"data": articles, "version": "1.1"}, "b": {"version": "v2.0", "data": articles}}.items():
         for indent in (None, 1):
             assert good(rows(tmp_path / f"{name}.json", json.dumps(table, indent=indent))) == articles
+
+
+def test_lines_that_hold_lists_are_lines(tmp_path: Path) -> None:
+    assert good(rows(tmp_path / "a.jsonl", '[1]\n{"id": 2}')) == [[1], {"id": 2}]
 
 
 def test_one_object_over_several_lines_is_one_record(tmp_path: Path) -> None:
@@ -121,7 +134,7 @@ def test_a_broken_record_of_an_array_costs_no_other(tmp_path: Path, write: Any, 
     found = rows(tmp_path / "a.json", text.replace('"broken"', broken))
     assert good(found) == RECORDS
     ((where, reason),) = bad(found)
-    assert where == f"a.json:{line}"
+    assert where == (f"a.json:1 record {place + 1}" if line == 1 and place else f"a.json:{line}")
     assert reason == ("not UTF-8" if "ud83d" in broken else "not JSON")
 
 
