@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.random_adapters import make_adapter
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
 from stages.contract.files import FileHashes, read_json, read_jsonl, write_json, write_jsonl
@@ -48,7 +49,9 @@ ROOTS = Roots.from_environment()
 
 def run_of(length: str) -> Run:
     sets = (f"model.path={MODEL}", *LIMITS[length])
-    recipe = settled(load_recipe(Path("recipes/patent-qa.yaml"), None, sets), "recipes/patent-qa.yaml")
+    recipe = settled(
+        load_recipe(Path("recipes/patent-qa.yaml"), None, sets), "recipes/patent-qa.yaml", Path("recipes/data")
+    )
     return Run(f"passes-{length}", recipe, ROOTS)
 
 
@@ -65,7 +68,7 @@ def prepare() -> None:
         run = run_of(length)
         questions = [_question(number) for number in range(QUESTIONS)]
         samples = [_sample(run, question) for question in questions]
-        rows = [{"idx": str(q.row), "id": q.id, "document": q.document, "question": q.text} for q in questions]
+        rows = [{"idx": str(q.row), "ids": [q.id], "document": q.document, "question": q.text} for q in questions]
         write_jsonl(run.path("preprocess", "samples", "test.jsonl"), samples)  # type: ignore[arg-type]
         write_jsonl(run.path("preprocess", "asked.jsonl"), rows)
         drawn = [
@@ -77,7 +80,7 @@ def prepare() -> None:
             first = run.path("preprocess", "pages")
         else:
             shutil.copytree(first, run.path("preprocess", "pages"), dirs_exist_ok=True)
-        _adapter(run, run.path("train", "adapters", "tuned"))
+        make_adapter(run.path("train", "adapters", "tuned"), ROOTS.models / MODEL, run.recipe.train.rank, 0)
         _describe(run, "preprocess", "samples/test.jsonl", "asked.jsonl", "pages/")
         _describe(run, "train", "adapters/tuned/adapter_config.json", "adapters/tuned/adapter_model.safetensors")
     shown = {(int(Path(i).parent.name[1:]), int(Path(i).stem)) for s in samples[-ONE_BY_ONE:] for i in s["images"]}
@@ -137,36 +140,6 @@ def _silence_unused_tokens(folder: Path) -> None:
         row = 2 * entry["shape"][1]
         file.seek(8 + length + start + REAL_TOKENS * row)
         file.write(bytes(end - start - REAL_TOKENS * row))
-
-
-def _adapter(run: Run, folder: Path) -> None:
-    """A LoRA adapter with random weights, named as training names them."""
-    import torch
-    from safetensors.torch import save_file
-
-    config, rank = CONFIGS[MODEL], run.recipe.train.rank
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    sizes = {
-        **{
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (hidden, keys),
-            "self_attn.v_proj": (hidden, keys),
-        },
-        **{"self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (hidden, inner), "mlp.up_proj": (hidden, inner)},
-        "mlp.down_proj": (inner, hidden),
-    }
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name, (inputs, outputs) in sizes.items():
-            stem = f"base_model.model.model.language_model.layers.{layer}.{name}"
-            weights[f"{stem}.lora_A.weight"] = torch.randn(rank, inputs) * 0.01
-            weights[f"{stem}.lora_B.weight"] = torch.randn(outputs, rank) * 0.01
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "adapter_model.safetensors")
-    modules = r"^(model\.language_model(?=\.).*\.(v_proj|q_proj|o_proj|up_proj|k_proj|gate_proj|down_proj))$"
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 32, "target_modules": modules, "task_type": "CAUSAL_LM"}
-    write_json(folder / "adapter_config.json", {**settings, "bias": "none", "base_model_name_or_path": MODEL})
 
 
 def _describe(run: Run, stage: str, *names: str) -> None:

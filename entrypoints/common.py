@@ -134,4 +134,4 @@ def open_run(
     name = run_name or path.stem
     if name in (".", "..") or "/" in name:
         raise UsageError(f"--run {name}: a run's name is one folder name, without '/'")
-    return Run(name, settled(loaded, str(path)), roots)
+    return Run(name, settled(loaded, str(path), roots.data), roots)

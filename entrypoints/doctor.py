@@ -353,10 +353,9 @@ def _run_folders(run: "Run | None") -> list[Path]:
 def _weights(roots: Roots, run: "Run | None") -> Iterator[Finding]:
     """Whether the safetensors files are there and as long as their headers say. No weight is read."""
     if run is not None:
-        named = {
-            "model.path": run.recipe.model.path,
-            "preprocess.retrieval.embedder": run.recipe.preprocess.retrieval.embedder,
-        }
+        named = {"model.path": run.recipe.model.path}
+        if run.recipe.preprocess.retrieval is not None:
+            named["preprocess.retrieval.embedder"] = run.recipe.preprocess.retrieval.embedder
         for key, path in named.items():
             try:
                 yield _whole(run.model(path, key))

@@ -18,6 +18,15 @@ from stages.contract.files import digest_of
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A name that is also a folder: letters, digits, `.`, `_`, `-`."""
 
+
+def file_name(text: str) -> str:
+    """A FileName for any text: the text itself where it is one, else what of it can be read, and a digest."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) and text not in ("base", "vote"):
+        return text
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_")[:48]
+    return f"{readable or 'data'}-{digest_of(text)[:8]}"
+
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -35,6 +44,9 @@ class Data(Section):
     path: str = Field(description="Folder with the task's input, relative to the data mount or absolute")
     test_fraction: Fraction = Field(0.25, description="Share of groups (documents) held out for test")
     validation_fraction: Fraction = Field(0.1, description="Share of groups held out for validation")
+    evaluate_on_training: bool = Field(
+        False, description="Score on the samples that are trained on; every table then says so. For tests of a pipeline"
+    )
 
 
 class Pages(Section):
@@ -56,8 +68,8 @@ class Retrieval(Section):
 class Preprocess(Section):
     workers: int | None = Field(None, ge=1, description="Rendering processes; null: one per CPU")
     page_timeout: float = Field(60.0, gt=0, description="Seconds for a page before its worker is ended")
-    pages: Pages
-    retrieval: Retrieval
+    pages: Pages | None = Field(None, description="How pages are rendered; for tasks that read documents")
+    retrieval: Retrieval | None = Field(None, description="How they are searched; for tasks that read documents")
     classifier: Literal["none", "rule", "model"] = Field(
         "none",
         description="Who tells which questions on a page are answered from its drawing alone: a rule of the task, the"
@@ -66,18 +78,87 @@ class Preprocess(Section):
     samples: dict[str, Any] = Field({}, description="The task's own settings of what a sample shows")
 
 
-class Adapter(Section):
-    name: FileName
+class Source(Section):
+    """A part of a data mix: how much of one data set. In a recipe `name` and `name#100` say it shortly."""
+
+    source: str = Field(min_length=1, description="Name of a data set of the task")
+    count: int | None = Field(None, ge=1, description="Samples; more than there are: some come again")
+    fraction: float | None = Field(None, gt=0, description="The same as a share of them, which may exceed 1")
+    seed: int | None = Field(None, ge=0, description="Of the draw; null: the recipe's")
+    draw: Literal["random", "first"] = "random"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        name, hash_sign, count = value.rpartition("#")
+        if not hash_sign:
+            return {"source": value}
+        if not count.isdecimal():
+            raise ValueError("write a part of a data mix as name, or as name#100 for 100 samples of it")
+        return {"source": name, "count": int(count)}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler.resolve_ref_schema(handler(core_schema))]}
 
     @model_validator(mode="after")
-    def _not_base(self) -> "Adapter":
+    def _one_amount(self) -> "Source":
+        if self.count is not None and self.fraction is not None:
+            raise ValueError("give count or fraction, not both")
+        return self
+
+    def __str__(self) -> str:
+        parts = [self.source]
+        if self.count is not None:
+            parts.append(f"#{self.count}")
+        if self.fraction is not None:
+            parts.append(f" x {self.fraction:g}")
+        if self.draw == "first":
+            parts.append(" (the first)")
+        elif self.seed is not None and len(parts) > 1:
+            parts.append(f" (seed {self.seed})")
+        return "".join(parts)
+
+
+class Adapter(Section):
+    name: FileName
+    data: list[Source] = Field([], description="Its data mix: parts of data sets; empty: all there is to train on")
+
+    @model_validator(mode="after")
+    def _not_taken(self) -> "Adapter":
         if self.name == "base":
             raise ValueError("an adapter cannot be named 'base': that names the untuned model in every table")
+        if self.name == "vote":
+            raise ValueError("an adapter cannot be named 'vote': that names the adapters' common answer in every table")
         return self
+
+    @property
+    def mix(self) -> str:
+        """Its data mix in words."""
+        return ", ".join(map(str, self.data)) or "all"
+
+    def covers(self, source: str) -> bool:
+        """Whether its mix has samples of a data set."""
+        return not self.data or any(part.source == source for part in self.data)
 
 
 class Train(Section):
-    adapters: list[Adapter] = Field(min_length=1)
+    adapters: list[Adapter] = Field([], description="One for each data mix")
+    adapter_for_each_source: bool = Field(
+        False, description="Instead: one adapter for each data set of the task, named after it"
+    )
+    keep_going: bool = Field(
+        False,
+        description="Where some adapters cannot be trained, go on to inference with the others. They are always tried"
+        " one by one, and again by the next run",
+    )
+    lora_config: str | None = Field(
+        None,
+        description="JSON file in PEFT's form, relative to the data mount: its r, lora_alpha, lora_dropout and"
+        " target_modules take the place of the recipe's",
+    )
     rank: int = Field(8, ge=1)
     alpha: int = Field(32, ge=1)
     dropout: Fraction = 0.05
@@ -122,6 +203,8 @@ class Train(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"adapter names must differ; found twice: {', '.join(twice)}")
+        if not names and not self.adapter_for_each_source:
+            raise ValueError("name at least one in train.adapters, or set train.adapter_for_each_source")
         return self
 
     @model_validator(mode="after")
@@ -140,9 +223,32 @@ class Train(Section):
 
 
 ONLY_ROOM = {
-    *("micro_batch", "gradient_checkpointing", "sharding", "least_max_length", "least_max_pixels", "keep_checkpoints")
+    *("micro_batch", "gradient_checkpointing", "sharding", "least_max_length", "least_max_pixels", "keep_checkpoints"),
+    "keep_going",
 }
-"""What of `train` changes memory, disk and speed, and not what is learnt."""
+"""What of `train` changes memory, disk, speed and what is done about failures, and not what is learnt."""
+
+
+class Vote(Section):
+    """The adapters' common answer: the one that most of them give."""
+
+    adapters: Literal["all", "greedy"] | list[FileName] = Field(
+        "all", description="Who votes; greedy: adapters are added as long as that helps on the validation samples"
+    )
+    weights: Literal["uniform", "validation"] = Field(
+        "uniform", description="What a vote counts; validation: the adapter's score there"
+    )
+    second_round: bool = Field(
+        False, description="Where no answer has more than half of the votes, ask again with the leading answers only"
+    )
+
+    @model_validator(mode="after")
+    def _someone_votes(self) -> "Vote":
+        if not self.adapters:
+            raise ValueError("adapters: name at least one that votes, or write all or greedy")
+        if len(set(self.adapters)) < len(self.adapters) and isinstance(self.adapters, list):
+            raise ValueError("adapters: one is named twice, and each has one vote")
+        return self
 
 
 class Infer(Section):
@@ -151,7 +257,10 @@ class Infer(Section):
         8192, ge=16, description="Tokens of prompt and answer; a longer prompt is counted as failed"
     )
     max_new_tokens: int = Field(64, ge=1, description="Of the longest of the task's passes")
-    batch_size: int = Field(16, ge=1, description="Sequences decoded together")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        16,
+        description="Sequences decoded together; auto: found out by trying with transformers, with vllm its own choice",
+    )
     chunk_size: int = Field(
         256, ge=1, description="Records submitted at once; with transformers the most that a kill can lose, too"
     )
@@ -159,6 +268,10 @@ class Infer(Section):
     ablate: list[FileName] = Field(
         [], description="Components of the task: the test samples are answered again without each of them in turn"
     )
+    answers: Literal["all", "own sources"] = Field(
+        "all", description="Which test samples an adapter answers; own sources: those of the data sets in its mix"
+    )
+    vote: Vote | None = Field(None, description="Whether the adapters vote, and how")
     merged: bool = Field(False, description="Answer with adapters merged into copies of the weights, one by one")
     tensor_parallel: int | None = Field(
         None,
@@ -172,10 +285,17 @@ class Infer(Section):
             raise ValueError("max_new_tokens leaves no room for a prompt in max_length")
         return self
 
+    @model_validator(mode="after")
+    def _all_can_vote(self) -> "Infer":
+        if self.vote is not None and self.answers != "all":
+            raise ValueError("vote needs answers: all; adapters that answer other samples cannot vote together")
+        return self
+
 
 class Eval(Section):
     bootstrap: int = Field(2000, ge=100, description="Resamples behind each 95% interval")
     worst: int = Field(10, ge=0, description="Worst answers shown in the report")
+    scoring: dict[str, Any] = Field({}, description="The task's own settings of how answers are scored")
 
 
 class Recipe(Section):
@@ -191,6 +311,15 @@ class Recipe(Section):
     train: Train
     infer: Infer = Infer()
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _voters_are_trained(self) -> "Recipe":
+        vote = self.infer.vote
+        if vote is not None and isinstance(vote.adapters, list) and self.train.adapters:
+            unknown = sorted(set(vote.adapters) - {adapter.name for adapter in self.train.adapters})
+            if unknown:
+                raise ValueError(f"infer.vote.adapters: train.adapters has no {', '.join(unknown)}")
+        return self
 
     def digest(self, *sections: str) -> str:
         """sha256 of the named sections' values (or of `section.key`), or of all that can change a result.

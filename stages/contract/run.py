@@ -27,7 +27,7 @@ from stages.contract.roots import Roots
 
 STAGES = ("preprocess", "train", "infer", "eval")
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 """Raised when what the stages hand to each other changes meaning; older runs are then made again."""
 
 SECTIONS = {
@@ -38,17 +38,20 @@ SECTIONS = {
 }
 """The recipe sections that a stage's result depends on."""
 
-REUSABLE = {"preprocess": ("cache", "pages"), "infer": ("partial",)}
+REUSABLE = {"preprocess": ("cache", "pages"), "train": ("adapters",), "infer": ("partial",)}
 """What a stage may keep when its inputs change, since it checks every piece against that piece's own input."""
 
 UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
     "preprocess": {},
     "train": {"preprocess": ("samples/train.jsonl", "samples/validation.jsonl", "pages/")},
-    "infer": {"preprocess": ("samples/test.jsonl", "asked.jsonl", "pages/"), "train": ("adapters/",)},
+    "infer": {
+        "preprocess": ("samples/test.jsonl", "samples/validation_asked.jsonl", "asked.jsonl", "pages/"),
+        "train": ("adapters/",),
+    },
     "eval": {
         "preprocess": ("samples/test.jsonl", "pages/"),
         "train": ("metrics.jsonl",),
-        "infer": ("predictions/", "ablations/"),
+        "infer": ("predictions/", "ablations/", "votes.jsonl"),
     },
 }
 """The outputs of earlier stages that a stage reads, by their name or the beginning of it."""
@@ -130,8 +133,10 @@ class Run:
         if stage == "preprocess":
             for path in visible_files(self.data):
                 found[f"data/{stored_name(path.relative_to(self.data))}"] = hashes.file(path)
-            embedder = self.recipe.preprocess.retrieval.embedder
-            found["models/embedder"] = hashes.tree(self.model(embedder, "preprocess.retrieval.embedder"))[0]
+            retrieval = self.recipe.preprocess.retrieval
+            if retrieval is not None:
+                folder = self.model(retrieval.embedder, "preprocess.retrieval.embedder")
+                found["models/embedder"] = hashes.tree(folder)[0]
         asks_the_model = stage == "preprocess" and self.recipe.preprocess.classifier == "model"
         if stage in ("train", "infer") or asks_the_model:
             found["models/base"] = hashes.tree(self.model(self.recipe.model.path, "model.path"))[0]
@@ -181,6 +186,8 @@ class Run:
     def _fits(self, stage: str, shard: Shard | None, key: str, hashes: FileHashes) -> bool:
         manifest = self.manifest(stage, shard)
         if manifest is None or manifest.get("key") != key:
+            return False
+        if manifest.get("untrained"):  # good enough for the stages after it, and tried again whenever it runs
             return False
         folder = self.stage_folder(stage, shard)
         return all(output_is_intact(folder, name, entry, hashes) for name, entry in manifest["outputs"].items())

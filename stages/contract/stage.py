@@ -50,6 +50,8 @@ class Stage:
     """The shard or node that this process is; None when it does the whole stage."""
     key: str = ""
     """Digest of all that the result depends on."""
+    starts: list[str] = field(default_factory=list)
+    """Times of this and earlier starts of the same work."""
     finished_shards: list[Path] = field(default_factory=list)
     """Folders of finished shards, whose results the plain stage takes over."""
     outputs: dict[str, int | None] = field(default_factory=dict)
@@ -165,7 +167,7 @@ def _run_locked(
 
     with output_to(folder / "log.txt") as console:
         events = Events(folder / "events.jsonl", label, console)
-        stage = Stage(run, name, events, stop, lock, console.fileno(), part, key)
+        stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"])
         events.emit("start", key=key, starts=len(state["starts"]))
         try:
             if not (helps or stage.shard or state["forced"]):

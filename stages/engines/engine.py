@@ -28,6 +28,11 @@ class Prompt:
     pictures: tuple[Picture, ...] = ()
     max_new_tokens: int | None = None
     """None: as many as the engine's settings say."""
+    temperature: float = 0.0
+    """0: greedy."""
+    seed: int = 0
+    """Of the random numbers where it is not: the same prompt with the same seed gives the same answer, whatever is
+    computed beside it."""
 
     @property
     def length(self) -> int:
@@ -55,7 +60,10 @@ class Engine(Protocol):
     submitted together decides who shares a batch."""
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
-        """Greedy completions, in the order of the prompts; `adapter` None asks the base model."""
+        """Completions, in the order of the prompts; `adapter` None asks the base model."""
+
+    def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
+        """Set `batch_size` to what suits these prompts, the longest of all; returns it and why it is that."""
 
     def close(self) -> None:
         """Give the memory back."""
@@ -69,7 +77,8 @@ class EngineSettings:
     adapters: dict[str, Path]
     dtype: str
     max_new_tokens: int
-    batch_size: int
+    batch_size: int | None
+    """Sequences decoded together; None: the engine finds out."""
     max_length: int
     """Tokens of the longest prompt with its completion."""
     seed: int

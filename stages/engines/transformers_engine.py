@@ -7,13 +7,27 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import cycle, islice
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
+from stages.engines import gptq
+from stages.engines.batch_size import best_batch_size
 from stages.engines.engine import Completion, Done, EngineSettings, Prompt, load_tokenizer
+
+TRIED_TOKENS = 16
+"""Tokens of an answer while the batch size is being found: most of the time and memory goes into the prompts."""
 
 
 class TransformersEngine:
@@ -23,33 +37,38 @@ class TransformersEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
+        self.batch_size = settings.batch_size
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer = load_tokenizer(settings.model)
         config = AutoConfig.from_pretrained(settings.model, local_files_only=True)
         kind: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         # over several cards layer by layer: one after the other computes, but what fits none of them fits all together
         spread = torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
-        model: Any = kind.from_pretrained(
-            settings.model,
-            dtype=getattr(torch, settings.dtype),
-            local_files_only=True,
-            device_map="auto" if spread else None,
-        )
+        quantised = gptq.is_gptq(settings.model)  # its kernel is chosen by where its weights are put
+        with gptq.loading(settings.model, on_card=self._device == "cuda", training=False):
+            model: Any = kind.from_pretrained(
+                settings.model,
+                dtype=getattr(torch, settings.dtype),
+                local_files_only=True,
+                device_map="auto" if spread else {"": self._device} if quantised else None,
+            )
+            for name, folder in settings.adapters.items():
+                if isinstance(model, PeftModel):
+                    model.load_adapter(str(folder), adapter_name=name)
+                else:
+                    model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         self._picture_token: int = getattr(config, "image_token_id", -1)
         self._processor: Any = None
         self._end_tokens = _end_tokens(model, self._tokenizer)
-        for name, folder in settings.adapters.items():
-            if isinstance(model, PeftModel):
-                model.load_adapter(str(folder), adapter_name=name)
-            else:
-                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         self._model = (model if spread else model.to(self._device)).eval()
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
-        """Greedy completions. The prompts form batches of `batch_size`, longest first, padded on the left."""
+        """Completions. The prompts form batches of `batch_size`, longest first, padded on the left."""
         found: dict[int, Completion] = {}
         for batch in self._batches(prompts):
-            for place, completion in zip(batch, self._batch([prompts[i] for i in batch], adapter), strict=True):
+            for place, completion in zip(
+                batch, self._batch_or_halves([prompts[i] for i in batch], adapter), strict=True
+            ):
                 found[place] = completion
                 if done is not None:
                     done(place, completion)
@@ -60,12 +79,36 @@ class TransformersEngine:
         order = sorted(range(len(prompts)), key=lambda i: (-self._limit(prompts[i]), -prompts[i].length, i))
         while order:
             limit = self._limit(prompts[order[0]])
-            batch = [i for i in order[: self._settings.batch_size] if self._limit(prompts[i]) == limit]
+            batch = [i for i in order[: self.batch_size] if self._limit(prompts[i]) == limit]
             yield batch
             order = order[len(batch) :]
 
     def _limit(self, prompt: Prompt) -> int:
         return prompt.max_new_tokens or self._settings.max_new_tokens
+
+    def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
+        """Decode these prompts in ever larger batches, with answers cut short; an adapter answers, where there is one:
+        that takes more than the base alone."""
+        tried = [replace(prompt, max_new_tokens=min(TRIED_TOKENS, self._limit(prompt))) for prompt in prompts]
+        adapter = next(iter(self._settings.adapters), None)
+
+        def attempt(size: int) -> None:
+            self._batch(list(islice(cycle(tried), size)), adapter)
+
+        self.batch_size, why = best_batch_size(attempt, most=2 * len(prompts))
+        return self.batch_size, why
+
+    def _batch_or_halves(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+        """A batch; where the card's memory does not suffice for it, its halves."""
+        try:
+            return self._batch(prompts, adapter)
+        except torch.OutOfMemoryError:
+            if len(prompts) == 1:
+                raise
+        torch.cuda.empty_cache()  # not while the error is handled: its traceback holds on to what the batch took
+        half = len(prompts) // 2
+        print(f"out of memory with {len(prompts)} sequences: going on with {half} and {len(prompts) - half}")
+        return [c for part in (prompts[:half], prompts[half:]) for c in self._batch_or_halves(part, adapter)]
 
     def _batch(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
         pictures = self._pictures(prompts)
@@ -84,7 +127,13 @@ class TransformersEngine:
             pad_token_id=pad,
         )
         with torch.inference_mode(), self._speaking_as(adapter):
-            output = self._model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, **pictures)
+            output = self._model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_Sampling(prompts)]),
+                **pictures,
+            )
         return [self._completion(row[longest:].tolist()) for row in output]
 
     def _pictures(self, prompts: list[Prompt]) -> dict[str, Any]:
@@ -136,6 +185,28 @@ class TransformersEngine:
         del self._model
         if self._device == "cuda":
             torch.cuda.empty_cache()
+
+
+class _Sampling(LogitsProcessor):  # type: ignore[misc]
+    """Draws the next token of the prompts that ask for it, each from random numbers of its own: what the same prompt
+    gives does not hang on its batch.
+
+    The largest of logit / temperature + Gumbel noise is a draw from the softmax (Maddison et al. 2014, 'A* sampling').
+    """
+
+    def __init__(self, prompts: list[Prompt]) -> None:
+        self._drawn = [
+            (row, prompt.temperature, torch.Generator().manual_seed(prompt.seed))
+            for row, prompt in enumerate(prompts)
+            if prompt.temperature
+        ]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        for row, temperature, generator in self._drawn:
+            uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
+            noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+            scores[row] = scores[row].float() / temperature + noise.to(scores.device, torch.float32)
+        return scores
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

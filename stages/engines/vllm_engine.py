@@ -21,6 +21,9 @@ IN_FLIGHT = 2
 decoded as their prompt goes in, so that those of a million prompts are never in memory at once."""
 
 
+ITS_OWN_CHOICE, OF_A_CPU = 256, 16
+"""Sequences decoded together where the recipe leaves that to vLLM: more wait until their keys and values have room."""
+
 READERS, AHEAD = 8, 16
 """Threads that read pictures, and the prompts whose pictures are read before their turn."""
 
@@ -51,6 +54,7 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
 
         self._settings = settings
+        self.batch_size = settings.batch_size or (ITS_OWN_CHOICE if torch.cuda.is_available() else OF_A_CPU)
         ranks = [read_json(folder / "adapter_config.json")["r"] for folder in settings.adapters.values()]
         options: dict[str, Any] = {}
         if ranks:
@@ -63,13 +67,13 @@ class VllmEngine:
             options["tensor_parallel_size"] = settings.tensor_parallel
             options["gpu_memory_utilization"] = round(_share_of_the_fullest_card(settings.tensor_parallel), 3)
         else:
-            options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings)
+            options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings, self.batch_size)
             options["enforce_eager"] = True  # compiling for a CPU needs g++ and takes longer than it saves
         self._llm = LLM(
             model=str(settings.model),
             dtype=settings.dtype,  # type: ignore[arg-type]
             max_model_len=settings.max_length,
-            max_num_seqs=settings.batch_size,
+            max_num_seqs=self.batch_size,
             enable_prefix_caching=True,
             seed=settings.seed,
             disable_log_stats=True,
@@ -81,13 +85,17 @@ class VllmEngine:
         }
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
-        """Greedy completions; the engine batches the prompts as they come and go."""
+        """Completions; the engine batches the prompts as they come and go."""
         found: dict[int, Completion] = {}
         for place, completion in self._flowing(prompts, adapter):
             found[place] = completion
             if done is not None:
                 done(place, completion)
         return [found[place] for place in range(len(prompts))]
+
+    def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
+        """As it is: prompts flow, and wait until their keys and values have room."""
+        return self.batch_size, "vLLM's own choice"
 
     def _flowing(self, prompts: list[Prompt], adapter: str | None) -> Iterator[tuple[int, Completion]]:
         """Each prompt's place and completion, in the order in which they are done."""
@@ -98,7 +106,7 @@ class VllmEngine:
         left = len(prompts)
         try:
             while left:
-                while len(places) < IN_FLIGHT * self._settings.batch_size and (new := next(waiting, None)) is not None:
+                while len(places) < IN_FLIGHT * self.batch_size and (new := next(waiting, None)) is not None:
                     places[self._submit(*new[1], request)] = new[0]
                 finished: list[Any] = [output for output in engine.step() if output.finished]
                 left -= len(finished)
@@ -113,7 +121,11 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        sampling = SamplingParams(temperature=0, max_tokens=prompt.max_new_tokens or self._settings.max_new_tokens)
+        sampling = SamplingParams(
+            temperature=prompt.temperature,
+            seed=prompt.seed if prompt.temperature else None,
+            max_tokens=prompt.max_new_tokens or self._settings.max_new_tokens,
+        )
         tokens = TokensPrompt(prompt_token_ids=prompt.tokens)
         if pictures:
             tokens["multi_modal_data"] = {"image": pictures}
@@ -152,7 +164,7 @@ def _share_of_the_fullest_card(cards: int) -> float:
     return share
 
 
-def _kv_cache_bytes(settings: EngineSettings) -> int:
+def _kv_cache_bytes(settings: EngineSettings, batch_size: int) -> int:
     """Bytes of keys and values for a full batch, in float32.
 
     On a CPU vLLM would take nine tenths of all memory for them, and refuse to start where others use some.
@@ -163,7 +175,7 @@ def _kv_cache_bytes(settings: EngineSettings) -> int:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
     block = 128  # tokens; the last block of each sequence is partly empty
-    return int(token * settings.batch_size * (settings.max_length + block))
+    return int(token * batch_size * (settings.max_length + block))
 
 
 def _supported_rank(rank: int) -> int:

@@ -39,7 +39,9 @@ def ablations(
     if not recipe.infer.ablate or whole not in predictions:
         return []
     without = {component: _answers_without(stage, component, predictions) for component in recipe.infer.ablate}
-    scores = score_models(task, samples, {"base": predictions[whole], **without})  # differences are those from "base"
+    scores = score_models(
+        task, recipe, samples, {"base": predictions[whole], **without}
+    )  # differences are those from "base"
     figures, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
     everything = scores.models["base"]
     return [

@@ -18,11 +18,14 @@ from stages.contract.run import STAGES
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, seconds_a_question
 from stages.eval.scores import Figures, Scores, worst
+from stages.eval.votes import VoteReport
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 PICTURE_WIDTH = 500
 """Pixels; enough to read a drawing's part numbers, small enough for twenty pages in one file."""
+
+ON_TRAINING_DATA = "Scored on the data that was trained on: these figures say nothing about other data."
 
 COLOURS = 6
 """Colours that the template's style sheet has: `--model-0` for base, the others for adapters in turn."""
@@ -37,6 +40,7 @@ def write_report(
     differences: dict[str, Figures],
     groups: dict[str, dict[str, dict[str, Figures]]],
     ablated: list[Ablation],
+    vote: VoteReport | None,
 ) -> None:
     """Write `report.html`. `groups` is, for each of `group` and `kind`, a breakdown as of `scores.breakdown`;
     `ablated` is everything and what was left out of it, or empty."""
@@ -66,6 +70,9 @@ def write_report(
         loss_curve=loss_curve(curve, colours),
         groups=groups,
         ablated=ablated,
+        vote=vote,
+        trained_on=ON_TRAINING_DATA if stage.counts["scored on training data"] else None,
+        untrained=trained.get("untrained", {}),
         everything=EVERYTHING,
         seconds={name: seconds_a_question(stage, name) for name in scores.models},
         worst=_worst_answers(stage, scores),

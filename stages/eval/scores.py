@@ -3,8 +3,9 @@
 A failed answer scores 0 in every metric and stays in `n`; nothing is dropped to make a figure look better.
 """
 
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.contract.errors import DataError
+from stages.contract.recipe import Recipe
 from stages.contract.records import Prediction, Sample
 
 Values = NDArray[np.float64]
@@ -46,15 +48,28 @@ class Scores:
         return [str(sample["meta"].get(key, "")) for sample in self.samples]
 
 
-def score_models(task: Any, samples: Sequence[Sample], predictions: Mapping[str, Sequence[Prediction]]) -> Scores:
-    """Score predictions, by model name, of samples that have references.
+Asked = Callable[[str, Sample], bool]
+"""Whether a model, by its name, was asked a sample at all."""
+
+
+def score_models(
+    task: Any,
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    predictions: Mapping[str, Sequence[Prediction]],
+    asked: Asked = lambda name, sample: True,
+) -> Scores:
+    """Score predictions, by model name, of samples that have references. What a model was not asked counts nowhere.
 
     Raises DataError where a model has two predictions of one sample.
     """
     answered = {name: _joined(samples, records, name) for name, records in predictions.items()}
-    errors = {name: [error_of(record) for record in records] for name, records in answered.items()}
+    errors = {
+        name: [error_of(record) if asked(name, s) else None for s, record in zip(samples, records, strict=True)]
+        for name, records in answered.items()
+    }
     facts = [task.facts(sample) for sample in samples]
-    scored = {name: _scored(task, samples, answered[name], errors[name]) for name in answered}
+    scored = {name: _scored(task, recipe, samples, answered[name], errors[name]) for name in answered}
     names = list(dict.fromkeys(metric for rows in scored.values() for row in rows for metric in row))
     fact_names = list(dict.fromkeys(fact for row in facts for fact in row))
     models = {}
@@ -84,15 +99,21 @@ def _joined(samples: Sequence[Sample], predictions: Sequence[Prediction], name: 
 
 
 def _scored(
-    task: Any, samples: Sequence[Sample], predictions: Sequence[Prediction | None], errors: Sequence[str | None]
+    task: Any,
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    predictions: Sequence[Prediction | None],
+    errors: Sequence[str | None],
 ) -> list[dict[str, float]]:
     rows = []
     for sample, prediction, error in zip(samples, predictions, errors, strict=True):
-        if prediction is None or error is not None:
+        if error is not None:
             # a reference, taken as the answer, tells which metrics the task scores this sample by
-            rows.append(dict.fromkeys(task.score(sample["references"][0], sample), 0.0))
+            rows.append(dict.fromkeys(task.score(recipe, sample["references"][0], sample), 0.0))
+        elif prediction is None:  # not asked
+            rows.append({})
         else:
-            rows.append(task.score(prediction["answer"], sample))
+            rows.append(task.score(recipe, prediction["answer"], sample))
     return rows
 
 
@@ -123,7 +144,9 @@ def cluster_bootstrap(values: Values, groups: Sequence[str], resamples: int, see
         drawn_totals = times @ totals
         with np.errstate(invalid="ignore"):  # 0/0: a draw without any sample that has the metric
             means[first : first + rows] = drawn_totals[:, :width] / drawn_totals[:, width:]
-    return np.asarray(np.nanpercentile(means, [2.5, 97.5], axis=0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+        return np.asarray(np.nanpercentile(means, [2.5, 97.5], axis=0))
 
 
 Figures = dict[str, dict[str, Any]]
@@ -141,9 +164,12 @@ def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figure
     blocks += [scores.models[name].values - base for name in adapters]
     table = np.hstack(blocks)
     low, high = cluster_bootstrap(table, scores.groups("group"), resamples, seed)
+    with warnings.catch_warnings():  # a metric that no sample of a model has: it is left out below
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+        means = np.nanmean(table, axis=0)
     cells = [
         {"value": _percent(v), "low": _percent(a), "high": _percent(b)}
-        for v, a, b in zip(np.nanmean(table, axis=0), low, high, strict=True)
+        for v, a, b in zip(means, low, high, strict=True)
     ]
     width = len(scores.metrics)
     parts = [dict(zip(scores.metrics, cells[at : at + width], strict=True)) for at in range(0, len(cells), width)]
@@ -153,7 +179,7 @@ def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figure
         for name, part in zip(scores.models, parts, strict=False)
     }
     differences = {
-        name: {metric: cell for metric, cell in part.items() if metric not in scores.facts}
+        name: {metric: cell for metric, cell in part.items() if metric not in scores.facts and metric in figures[name]}
         for name, part in zip(adapters, parts[len(scores.models) :], strict=True)
     }
     return figures, differences
@@ -210,5 +236,5 @@ def worst(scores: Scores, name: str, count: int) -> list[int]:
         backwards = np.nan_to_num(answers[row, ::-1], nan=1.0)
         return model.errors[row] is None, tuple(backwards), scores.samples[row]["id"]
 
-    imperfect = [row for row in range(len(scores.samples)) if np.nanmin(answers[row]) < 1]
+    imperfect = [row for row in range(len(scores.samples)) if np.nanmin(answers[row], initial=1.0) < 1]
     return sorted(imperfect, key=rank)[:count]

@@ -1,16 +1,20 @@
 """eval: score base and every adapter on the test samples, with intervals; a table and a report for people."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
 from stages.contract.errors import DataError
 from stages.contract.files import read_jsonl, write_json
+from stages.contract.recipe import Recipe
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, ablations, seconds_a_question
-from stages.eval.report import with_interval, write_report
-from stages.eval.scores import Figures, Scores, breakdown, overall, score_models
+from stages.eval.report import ON_TRAINING_DATA, with_interval, write_report
+from stages.eval.scores import Asked, Figures, Scores, breakdown, overall, score_models
+from stages.eval.votes import VOTE, VoteReport, vote_report
+from stages.pipeline_report import dataset_name, dataset_result, pipeline_report, training_facts
 from stages.tasks import load_task
 
 
@@ -29,7 +33,10 @@ def work(stage: Stage) -> None:
         stage.events.say(f"{len(samples) - len(scored)} of {len(samples)} test samples have no reference: not scored")
 
     task = load_task(recipe.task)
-    scores = score_models(task, scored, predictions)
+    scores = score_models(task, recipe, scored, predictions, _was_asked(recipe))
+    trained_on = sum(bool(sample["meta"].get("trained_on")) for sample in scored)
+    if trained_on:
+        stage.counts["scored on training data"] = trained_on
     stage.counts["failed"] = sum(error is not None for model in scores.models.values() for error in model.errors)
     stage.stop.check()
     figures, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
@@ -40,19 +47,77 @@ def work(stage: Stage) -> None:
     ablated = ablations(stage, task, scored, predictions)
     if ablated:
         _write(stage, "ablations.json", {each.component: asdict(each) for each in ablated})
+    vote = vote_report(stage, task, scored, predictions)
+    if vote is not None:
+        _write(stage, "vote.json", asdict(vote))
+    _write_data_sets(stage, figures)
     stage.stop.check()
-    write_report(stage, scores, figures, differences, groups, ablated)
+    write_report(stage, scores, figures, differences, groups, ablated, vote)
     stage.outputs["report.html"] = None
-    _show(stage, scores, figures, differences, ablated)
+    _show(stage, scores, figures, differences, ablated, vote)
+
+
+def _was_asked(recipe: Recipe) -> Asked:
+    """Whether a model answers a sample, by `infer.answers`."""
+    adapters = {adapter.name: adapter for adapter in recipe.train.adapters}
+
+    def was_asked(model: str, sample: Sample) -> bool:
+        own = recipe.infer.answers == "own sources" and model in adapters
+        return not own or adapters[model].covers(sample["meta"]["source"])
+
+    return was_asked
+
+
+def _write_data_sets(stage: Stage, figures: Mapping[str, Figures]) -> None:
+    """Write report.json, anew after each adapter."""
+    run, infer = stage.run, stage.run.manifest("infer") or {}
+    untrained = (run.manifest("train") or {}).get("untrained", {})
+    batch = run.recipe.infer.batch_size
+    for made in infer.get("decisions", []):
+        batch = made["value"] if made["what"] == "batch size" else batch
+    results: list[dict[str, Any]] = []
+    for adapter in run.recipe.train.adapters:
+        result: dict[str, Any] = {"error": untrained.get(adapter.name)}
+        if adapter.name not in untrained:
+            own = figures.get(adapter.name, {})
+            took = infer.get("answering", {}).get(adapter.name)
+            counts = infer.get("submission", {}).get(adapter.name)
+            result = {
+                "training": training_facts(run, adapter, run.path("train", "adapters", adapter.name)),
+                "evaluation": {
+                    "dataset_name": dataset_name(adapter),
+                    "evaluation_time": took and took["seconds"],
+                    "eval_samples": max((figure["n"] for figure in own.values()), default=0),
+                    "batch_size": batch,
+                    "metrics": {metric: figure["value"] for metric, figure in own.items()},
+                    "failed": max((figure["failed"] for figure in own.values()), default=0),
+                    "lines_in_submission": counts and counts["lines"],
+                    "generation_kwargs": _generation(run.recipe),
+                },
+            }
+        results.append(dataset_result(run, adapter, result))
+        write_json(stage.path("report.json"), pipeline_report(run, results, stage.starts))
+
+
+def _generation(recipe: Recipe) -> dict[str, Any]:
+    """How the answers were generated, in transformers' words; a task's retries sample, as its passes say."""
+    return {
+        "max_new_tokens": recipe.infer.max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "max_length": recipe.infer.max_length,
+        "passes": recipe.infer.passes,
+    }
 
 
 def _predictions(stage: Stage, ids: set[str]) -> dict[str, list[Prediction]]:
-    """Predictions by model: base, the recipe's adapters in their order, then any other."""
+    """Predictions by model: base, the vote, the recipe's adapters in their order, then any other."""
     folder = stage.run.path("infer", "predictions")
     found = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
     if "base" not in found:
         raise DataError(f"{folder}: no base.jsonl; run infer again")
-    order = ["base", *(adapter.name for adapter in stage.run.recipe.train.adapters)]
+    order = ["base", VOTE, *(adapter.name for adapter in stage.run.recipe.train.adapters)]
     predictions = {}
     for name in dict.fromkeys([name for name in order if name in found] + list(found)):
         predictions[name] = cast(list[Prediction], read_jsonl(found[name]))
@@ -73,6 +138,7 @@ def _show(
     figures: dict[str, Figures],
     differences: dict[str, Figures],
     ablated: list[Ablation],
+    vote: VoteReport | None,
 ) -> None:
     """Print a table of base against each adapter, one of what was ablated, and where the report is, on the real
     console."""
@@ -81,9 +147,16 @@ def _show(
     seconds = {name: seconds_a_question(stage, name) for name in scores.models}
     with os.fdopen(os.dup(stage.console), "w", encoding="utf-8") as file:
         console = Console(file=file, width=100, highlight=False, markup=False, emoji=False)
+        if stage.counts["scored on training data"]:
+            console.print(ON_TRAINING_DATA, style="bold")
         for name in [model for model in scores.models if model != "base"] or ["base"]:
-            console.print(_table(name, figures, differences.get(name, {}), seconds))
+            table = _table(name, figures, differences.get(name, {}), seconds)
+            table.caption = ON_TRAINING_DATA if stage.counts["scored on training data"] else None
+            console.print(table)
         console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
+        if vote is not None:
+            console.print(_vote_table(vote, figures))
+            console.print(_vote_words(vote), style="dim")
         if ablated:
             console.print(_ablation_table(stage.run.recipe.train.adapters[0].name, ablated))
             console.print("percent, then points better or worse; * where the 95% interval leaves out 0", style="dim")
@@ -103,15 +176,42 @@ def _table(name: str, figures: dict[str, Figures], differences: Figures, seconds
         table.add_column("difference", justify="right", no_wrap=True)
     table.add_column("n", justify="right")
     table.add_column("failed", justify="right")
-    for metric, base in figures["base"].items():
+    for metric in [metric for metric in figures["base"] if metric in figures[name]]:
         cells = [with_interval(figures[model][metric]) for model in models]
         if differences:
             cells.append(with_interval(differences[metric], sign="+") if metric in differences else "")
         failed = " / ".join(str(figures[model][metric]["failed"]) for model in models)
-        table.add_row(metric, *cells, str(base["n"]), failed)
+        table.add_row(metric, *cells, str(figures[name][metric]["n"]), failed)
     if any(seconds[model] is not None for model in models):
         table.add_row("seconds a question", *(_seconds(seconds[model]) for model in models))
     return table
+
+
+def _vote_table(vote: VoteReport, figures: dict[str, Figures]) -> Any:
+    """Each adapter and its part in the vote, as a rich table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    metric = next(iter(figures[VOTE]))
+    table = Table("adapter", "data mix", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in (f"{metric}\nvalidation", f"{metric}\ntest", "votes\nwith", "agrees"):
+        table.add_column(head, justify="right")
+    for voter in vote.voters:
+        test = figures.get(voter.name, {}).get(metric)
+        cells = [voter.validation, test and test["value"], None, voter.agreement]
+        texts = ["" if cell is None else f"{cell:.1f}" for cell in cells]
+        texts[2] = "no" if voter.weight is None else f"{voter.weight:.2f}"
+        table.add_row(voter.name, voter.mix, *texts)
+    return table
+
+
+def _vote_words(vote: VoteReport) -> str:
+    metric, gain = next(iter(vote.over_best.items()))
+    decided = ", ".join(f"{by} {count}" for by, count in sorted(vote.decided_by.items()))
+    return (
+        f"vote over {vote.best}, the best by validation: {metric} {with_interval(gain, '+')}; decided by {decided};"
+        f" mean agreement {vote.agreement:.1f}%, entropy {vote.entropy:.2f} bits; {vote.second_round} in a second round"
+    )
 
 
 def _seconds(took: float | None) -> str:

@@ -141,6 +141,22 @@ def refuse_4bit_without_kernels(target: Target) -> None:
         raise DoesNotFitError(f"train.load_in_4bit: bitsandbytes has no kernels for target {target.name}; set it false")
 
 
+def refuse_4bit_twice(model: Path, quantisation: str | None) -> None:
+    """Raise UsageError for train.load_in_4bit with a base whose weights are quantised as they are stored."""
+    if quantisation:
+        raise UsageError(f"{model}: its weights are {quantisation}'s already: leave train.load_in_4bit out")
+
+
+def refuse_base_without_kernels(model: Path, quantisation: str | None, target: Target) -> None:
+    """Raise DoesNotFitError where nothing computes with a base that is stored quantised: GPTQ, AWQ and the like."""
+    if quantisation and quantisation not in target.quantisation:
+        others = ", ".join(target.quantisation) or "none"
+        raise DoesNotFitError(
+            f"{model}: its weights are {quantisation}'s, for which target {target.name} has no kernels (it has:"
+            f" {others}): name the model's plain weights, or another target"
+        )
+
+
 def precision_of(setting: str, target: Target) -> str:
     """What the frozen base computes in: `float32`, `float16` or `bfloat16`; `setting` is the recipe's train.precision.
 

@@ -6,9 +6,9 @@ asked. A later start asks only for what is missing; so does a variant of the tas
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stages.contract.errors import DataError
 from stages.contract.files import FileHashes, JsonlJournal, digest_of, machine_error, visible_files
@@ -16,6 +16,9 @@ from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.stage import Stage
 from stages.engines.engine import Completion, Engine, Prompt, Renderer
 from stages.tasks import Ask, load_task
+
+NO_ANSWER = "no valid answer in the completion"
+"""Error of a prediction whose completion the task cannot read an answer in: the model abstains."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,13 @@ class Variant:
     adapter: str | None
     """None: the base model."""
     without: str | None = None
+    asks: Literal["test", "validation", "second round"] = "test"
+    """Which samples: those of the test set, those that adapters are compared on, or those to vote on again."""
 
     @property
     def name(self) -> str:
+        if self.asks != "test":
+            return f"{self.adapter or 'base'}, {self.asks}"
         return f"without {self.without}" if self.without else self.adapter or "base"
 
     @property
@@ -37,6 +44,8 @@ class Variant:
     @property
     def output(self) -> str:
         """Its predictions, relative to the stage's folder."""
+        if self.asks != "test":
+            return f"{self.asks.replace(' ', '_')}/{self.adapter or 'base'}.jsonl"
         return f"ablations/{self.without}.jsonl" if self.without else f"predictions/{self.name}.jsonl"
 
     @property
@@ -119,14 +128,16 @@ class Asking:
         prompt_tokens = sum(record["prompt_tokens"] for record in found)
         if last["error"] is not None:
             return failed_prediction(sample["id"], last["error"], prompt_tokens)
+        answer = self._task.read_answer(last["text"], sample)
+        asked = f", asked {len(found)} times" if len(found) > 1 else ""
         return {
             "id": sample["id"],
-            "answer": self._task.read_answer(last["text"]),
+            "answer": answer,
             "text": last["text"],
             "finish_reason": last["finish_reason"],
             "prompt_tokens": prompt_tokens,
             "completion_tokens": sum(record["completion_tokens"] for record in found),
-            "error": None,
+            "error": None if answer is not None else f"{NO_ANSWER}{asked}",
             "passes": {name: record["text"] for name, record in records.items() if record is not last and record},
         }
 
@@ -161,9 +172,14 @@ class Asking:
                     pixels = max([pixels, *(one.width * one.height for one in prompt.pictures)])
         return min(length, self._recipe.infer.max_length), pictures - 1, pixels
 
+    def longest(self) -> list[Prompt]:
+        """The longest prompts of those that `most` has looked at, as many as are ever decoded together."""
+        prompts = [prompt for prompt in self._prompts.values() if isinstance(prompt, Prompt)]
+        return sorted(prompts, key=lambda prompt: (-prompt.length, prompt.id))[:256]
+
     def _asked(self, ask: Ask) -> str:
         """Digest of all that an answer depends on, beside the model."""
-        return digest_of([ask.messages, ask.images, ask.max_pixels, self._limit(ask)])
+        return digest_of([ask.messages, ask.images, ask.max_pixels, self._limit(ask), ask.temperature, ask.seed])
 
     def _limit(self, ask: Ask) -> int:
         return ask.max_new_tokens or self._recipe.infer.max_new_tokens
@@ -181,6 +197,7 @@ class Asking:
             prompt = self._renderer.render(sample_id, ask.messages, pictures, ask.max_pixels, ask.max_new_tokens)
         except DataError as error:
             return str(error)
+        prompt = replace(prompt, temperature=ask.temperature, seed=ask.seed)
         if prompt.length + self._limit(ask) > self._recipe.infer.max_length:
             return f"prompt of {prompt.length} tokens leaves no room for an answer in infer.max_length"
         return prompt

@@ -77,7 +77,7 @@ def _engine(stage: Stage, model: Any, prompts: list[Prompt], limit: int) -> Any:
             adapters={},
             dtype=target.dtype,
             max_new_tokens=limit,
-            batch_size=recipe.infer.batch_size,
+            batch_size=16 if recipe.infer.batch_size == "auto" else recipe.infer.batch_size,
             max_length=max(prompt.length for prompt in prompts) + limit,
             seed=recipe.seed,
         )

@@ -154,6 +154,7 @@ def _light(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _range_key(stage: Stage, pages: PageRange, hashes: FileHashes) -> str:
     look = stage.run.recipe.preprocess.pages
+    assert look is not None  # a recipe of a task that reads documents has it
     made_from = [hashes.file(pages.source), pages.first, pages.last, look.max_pixels, look.jpeg_quality]
     return digest_of([*made_from, pymupdf.VersionBind])
 
@@ -177,6 +178,7 @@ def _render_missing(
     """Render ranges in worker processes, and keep each as soon as it is whole."""
     hashes = FileHashes(stage.path(".pages.json"))
     look, rendered, total = settings.pages, 0, sum(len(pages) for pages in missing)
+    assert look is not None
     collected: dict[PageRange, list[dict[str, Any]]] = defaultdict(list)
     whole = {(pages.document, index): pages for pages in missing for index in range(pages.first, pages.last)}
 

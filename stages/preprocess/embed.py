@@ -64,6 +64,7 @@ class Embedder:
 
     def __init__(self, stage: Stage, devices: Sequence[str] | None = None) -> None:
         settings = stage.run.recipe.preprocess.retrieval
+        assert settings is not None  # a recipe of a task that reads documents has it
         self._stage = stage
         folder = stage.run.model(settings.embedder, "preprocess.retrieval.embedder")
         sees = (read_json(folder / "config.json") or {}).get("model_type") == "qwen2_vl"

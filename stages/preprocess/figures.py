@@ -83,6 +83,7 @@ def _note(stage: Stage, figure: Figure) -> Path:
 
 def _key(stage: Stage, figure: Figure, documents: dict[str, Path], hashes: FileHashes) -> str:
     look = stage.run.recipe.preprocess.pages
+    assert look is not None  # a recipe of a task that reads documents has it
     made_from = [hashes.file(documents[figure[0]]), *figure[1:], look.max_pixels, look.jpeg_quality]
     return digest_of([*made_from, RULES, pymupdf.VersionBind])
 
@@ -116,6 +117,7 @@ def _crop_missing(
         folder = stage.path("pages", picture_folder(page.document))
         folder.mkdir(parents=True, exist_ok=True)
         look = settings.pages
+        assert look is not None
         return crop_page_figures, (page, names[page], folder, look.max_pixels, look.jpeg_quality)
 
     workers = min(settings.workers or len(os.sched_getaffinity(0)), len(names))

@@ -1,7 +1,9 @@
-"""Split samples by group (a document), never by row, so that nothing trained on is scored."""
+"""Split questions by group (a document, a context, a problem), never by row, so that nothing trained on is scored."""
 
 import hashlib
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.recipe import Data
@@ -9,25 +11,66 @@ from stages.contract.recipe import Data
 SPLITS = ("train", "validation", "test")
 
 
-def split_groups(groups: set[str], given: dict[str, str | None], data: Data, seed: int) -> dict[str, str]:
-    """The split of each group. `given` names the groups whose split (`train` or `test`) the data themselves state.
+def split_questions(questions: list[Any], groups: Mapping[str, str], data: Data, seed: int) -> dict[str, str | None]:
+    """The split of each question, by its id; None where it may neither be trained on nor scored.
+
+    `groups` has each question's group, by its id. Every data set is split by itself, so that each has its share of the
+    test set; a group that is in several of them falls into the same split in all. Raises DataError where a data set is
+    left with only one of train and test.
+    """
+    splits = {groups[question.id]: "test" for question in questions if question.split == "test"}
+    divided: dict[str, dict[str, str | None]] = {}
+    for question in questions:
+        if question.split in (None, "train", "test"):
+            given, group = divided.setdefault(question.source, {}), groups[question.id]
+            if given.get(group) != "test":
+                given[group] = question.split
+    for source, given in divided.items():
+        try:
+            splits |= split_groups(set(given), given, data, seed, splits)
+        except DataError as error:
+            raise DataError(f"{source}: {error}" if len(divided) > 1 else str(error)) from error
+    return {question.id: _split_of(question, splits.get(groups[question.id])) for question in questions}
+
+
+def _split_of(question: Any, of_its_group: str | None) -> str | None:
+    if question.split == "asked":
+        return "test"  # without an answer: nothing of it is scored
+    if question.split == "train only":
+        return "train" if of_its_group in ("train", None) else None
+    if question.split == "train" and of_its_group == "test":
+        return None
+    return of_its_group
+
+
+def split_groups(
+    groups: set[str], given: Mapping[str, str | None], data: Data, seed: int, taken: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The split of each group. `given` names the groups whose split (`train` or `test`) the data themselves state,
+    `taken` those that have one already.
 
     Otherwise groups are put in an order drawn from the seed and their names, so that a group's place does not hang on
     how the others are listed. Raises DataError where a group is left for only one of train and test.
     """
+    taken = taken or {}
     order = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).hexdigest())
-    free = [group for group in order if given.get(group) != "test"]
-    if any(given.get(group) for group in groups):
-        test = [group for group in order if given.get(group) == "test"]
-    else:
-        count = min(max(math.ceil(len(order) * data.test_fraction), 1), len(order) - 1) if data.test_fraction else 0
-        test, free = order[:count], order[count:]
-    count = min(max(round(len(free) * data.validation_fraction), 1), len(free) - 1) if data.validation_fraction else 0
-    validation, train = free[:count], free[count:]
-    if not train or not test:
+    test = [group for group in order if "test" in (given.get(group), taken.get(group))]
+    free = [group for group in order if group not in test and group not in taken]
+    if not any(given.get(group) for group in groups) and data.test_fraction and not data.evaluate_on_training:
+        wanted = min(max(math.ceil(len(order) * data.test_fraction), 1), len(order) - 1)
+        count = max(wanted - len(test), 0)
+        test, free = test + free[:count], free[count:]
+    validated = [group for group in order if taken.get(group) == "validation"]
+    if data.validation_fraction:
+        wanted = min(max(round((len(order) - len(test)) * data.validation_fraction), 1), len(free) - 1)
+        count = max(wanted - len(validated), 0)
+        validated, free = validated + free[:count], free[count:]
+    train = free + [group for group in order if taken.get(group) == "train"]
+    if not train or not (test or data.evaluate_on_training):
         raise DataError(
-            f"found questions on {len(groups)} document(s): {len(train)} to train on and {len(test)} to test on;"
-            " splits are by document, so both need at least one"
+            f"found questions on {len(groups)} document(s) or group(s): {len(train)} to train on and {len(test)} to"
+            " test on; splits are by group, so both need at least one (data.evaluate_on_training scores what was"
+            " trained on, and says so in every table)"
         )
-    named = {"train": train, "validation": validation, "test": test}
+    named = {"train": train, "validation": validated, "test": test}
     return {group: split for split, members in named.items() for group in members}

@@ -1,25 +1,32 @@
 """The workloads: how to read questions, build samples, prompt, parse and score. One module each.
 
-A recipe's `task` names a module here. The four stages know no task by name; they call what `Task` lists.
+A recipe's `task` names a module here. The four stages know no task by name; they call what `Task` lists, and for tasks
+whose questions are about documents what `DocumentTask` adds.
 """
 
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import ValidationError
 
-from stages.contract.errors import UsageError
-from stages.contract.recipe import Recipe, Section
+from stages.contract.errors import DataError, UsageError
+from stages.contract.lora_config import with_lora_config
+from stages.contract.recipe import Adapter, Recipe, Section, Source, Train, file_name
 from stages.contract.records import Message, Prediction, Sample
 
 
 class Skip(Protocol):
     def __call__(self, what: str, reason: str, detail: str = "") -> None: ...
+
+
+Given = Literal["train", "test", "train only", "asked"]
+"""What the data themselves say of a question's split. `train`: to train or validate on; `train only`: never to validate
+on, such as a guessed label; `test`: to score; `asked`: without an answer, for the submission. None: as it falls."""
 
 
 class Question(Protocol):
@@ -29,6 +36,23 @@ class Question(Protocol):
     def id(self) -> str: ...
     @property
     def text(self) -> str: ...
+    @property
+    def source(self) -> str:
+        """The data set that it is of, as data mixes name it."""
+
+    @property
+    def group(self) -> str:
+        """What must not straddle train and test: all questions of a group fall into the same split."""
+
+    @property
+    def answers(self) -> tuple[str, ...]: ...
+    @property
+    def split(self) -> Given | None: ...
+
+
+class DocumentQuestion(Question, Protocol):
+    """A question about a document."""
+
     @property
     def document(self) -> str: ...
     @property
@@ -77,41 +101,46 @@ class Ask:
     """Budget of each picture; None: the model's own."""
     max_new_tokens: int | None = None
     """None: infer.max_new_tokens."""
+    temperature: float = 0.0
+    """0: greedy."""
+    seed: int = 0
+    """Of the random numbers where it is not."""
 
 
 class Task(Protocol):
+    READS_DOCUMENTS: bool
+    """Whether it is a DocumentTask."""
     Samples: type[Section]
     """Settings of `preprocess.samples`."""
     Passes: type[Section]
     """Settings of `infer.passes`."""
+    Scoring: type[Section]
+    """Settings of `eval.scoring`."""
     COMPONENTS: tuple[str, ...]
     """What `infer.ablate` may name."""
     SHARED: tuple[str, ...]
     """Passes that the base model does once for all."""
 
-    def find_documents(self, folder: Path) -> list[Path]:
-        """The documents to render, sorted. Raises DataError when there is none."""
+    def sources(self, folder: Path) -> list[str]:
+        """The data sets in the data folder that an adapter can be trained on, sorted. Raises DataError for none."""
 
-    def read_questions(self, folder: Path, documents: set[str], skip: Skip) -> list[Any]:
+    def read_questions(self, recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[Any]:
         """All usable questions; the others go to `skip`. Raises DataError when none is left."""
 
     def asked_rows(self, folder: Path, tested: list[Any]) -> list[dict[str, Any]]:
-        """What a submission has a line for, in order; `tested` are the questions of the test set."""
+        """What a submission has a line for, in order; `tested` are the questions of the test set.
 
-    def wanted(self, recipe: Recipe) -> Wanted:
-        """What has to be found for the questions."""
+        Each row has `ids`, the samples whose answers it takes; each of the test set is in exactly one.
+        """
 
-    def classification(self, recipe: Recipe, question: Any) -> Ask | bool | None:
-        """How to find out whether a question's drawing is enough: what to ask a model, or what a rule says of it."""
+    def build_samples(self, recipe: Recipe, question: Any, found: Found | None, split: str) -> list[Sample]:
+        """The samples of one question, at least one; in the test set exactly one. Without the answer at the end.
 
-    def read_classification(self, text: str) -> bool:
-        """What a model's answer to that means."""
-
-    def build_samples(self, recipe: Recipe, question: Any, found: Found, split: str) -> list[Sample]:
-        """The samples of one question, at least one; in the test set exactly one. Without the answer at the end."""
+        `found` is None where the task reads no documents.
+        """
 
     def passes(self, recipe: Recipe) -> tuple[str, ...]:
-        """What the model is asked in turn; the last is the answer."""
+        """What the model is asked in turn; the last that is asked of a sample is the answer."""
 
     def ask(
         self, recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]
@@ -124,17 +153,36 @@ class Task(Protocol):
     def rehearsal(self, recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
         """All that may be asked of a sample, each with the most tokens of earlier answers that it will hold."""
 
-    def read_answer(self, text: str) -> str:
-        """The answer in a completion."""
+    def read_answer(self, text: str, sample: Sample) -> str | None:
+        """The answer in a completion; None where there is none in it."""
 
-    def submission(self, row: Mapping[str, Any], prediction: Prediction | None) -> dict[str, str]:
-        """A submission's line, of a row of `asked_rows` and its prediction, if there is any."""
+    def narrowed(self, sample: Sample, answers: Sequence[str]) -> Sample | None:
+        """The sample with only these answers to choose from, for a second vote; None where a task cannot ask so."""
 
-    def score(self, answer: str, sample: Sample) -> dict[str, float]:
-        """Metrics of one answer, each in 0..1."""
+    def submission(self, row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
+        """A submission's line, of a row of `asked_rows` and the predictions that there are, by sample id."""
+
+    def score(self, recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
+        """Metrics of one answer, each in 0..1. The first one is what adapters are chosen and weighed by."""
 
     def facts(self, sample: Sample) -> dict[str, float]:
         """Metrics of a sample that no answer changes, such as retrieval recall, each in 0..1."""
+
+
+class DocumentTask(Task, Protocol):
+    """A task whose questions are about documents: they are rendered, embedded and searched for it."""
+
+    def find_documents(self, folder: Path) -> list[Path]:
+        """The documents to render, sorted. Raises DataError when there is none."""
+
+    def wanted(self, recipe: Recipe) -> Wanted:
+        """What has to be found for the questions."""
+
+    def classification(self, recipe: Recipe, question: Any) -> Ask | bool | None:
+        """How to find out whether a question's drawing is enough: what to ask a model, or what a rule says of it."""
+
+    def read_classification(self, text: str) -> bool:
+        """What a model's answer to that means."""
 
 
 def load_task(name: str) -> Any:
@@ -150,20 +198,48 @@ def task_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def settled(recipe: Recipe, where: str) -> Recipe:
-    """The recipe with every setting of its task spelt out. Raises UsageError, naming the file, for a wrong one."""
+def settled(recipe: Recipe, where: str, data: Path) -> Recipe:
+    """The recipe with every setting of its task spelt out, its adapters listed and a file of LoRA settings taken in.
+
+    `data` is the data mount. Raises UsageError, naming the recipe's file, for a setting that is wrong.
+    """
     task = load_task(recipe.task)
     samples = _settings(task.Samples, recipe.preprocess.samples, f"{where}: preprocess.samples")
     passes = _settings(task.Passes, recipe.infer.passes, f"{where}: infer.passes")
+    scoring = _settings(task.Scoring, recipe.eval.scoring, f"{where}: eval.scoring")
     for name in recipe.infer.ablate:
         if name not in task.COMPONENTS:
-            raise UsageError(f"{where}: infer.ablate: no component {name!r}; there are: {', '.join(task.COMPONENTS)}")
-    return recipe.model_copy(
+            there = ", ".join(task.COMPONENTS) or "none"
+            raise UsageError(f"{where}: infer.ablate: no component {name!r}; there are: {there}")
+    for name in ("pages", "retrieval"):
+        if task.READS_DOCUMENTS and getattr(recipe.preprocess, name) is None:
+            raise UsageError(f"{where}: 'preprocess.{name}' is missing; {recipe.task} reads documents")
+    settled = recipe.model_copy(
         update={
             "preprocess": recipe.preprocess.model_copy(update={"samples": samples.model_dump(mode="json")}),
+            "train": _settled_training(recipe, task, where, data),
             "infer": recipe.infer.model_copy(update={"passes": passes.model_dump(mode="json")}),
+            "eval": recipe.eval.model_copy(update={"scoring": scoring.model_dump(mode="json")}),
         }
     )
+    try:
+        return Recipe.model_validate(settled.model_dump())  # voters against the adapters, now that they are listed
+    except ValidationError as error:
+        raise UsageError(f"{where}: {error.errors()[0]['msg']}") from error
+
+
+def _settled_training(recipe: Recipe, task: Any, where: str, data: Path) -> Train:
+    settings = recipe.train
+    if settings.lora_config is not None:
+        settings = with_lora_config(settings, data / settings.lora_config)
+    if not settings.adapter_for_each_source:
+        return settings
+    try:
+        names = task.sources(data / recipe.data.path)
+    except DataError as error:
+        raise UsageError(f"{where}: train.adapter_for_each_source: {error}") from error
+    adapters = [Adapter(name=file_name(name), data=[Source(source=name)]) for name in names]
+    return settings.model_copy(update={"adapters": adapters})
 
 
 def _settings(kind: type[Section], values: dict[str, Any], where: str) -> Section:

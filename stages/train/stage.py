@@ -9,19 +9,32 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from stages.contract.errors import DoesNotFitError
-from stages.contract.files import place_same, read_json, remove, visible_files, write_jsonl
+from stages.contract.errors import DoesNotFitError, InterruptedRunError, LorryError
+from stages.contract.files import (
+    FileHashes,
+    digest_of,
+    place_same,
+    read_json,
+    read_jsonl,
+    remove,
+    visible_files,
+    write_json,
+    write_jsonl,
+)
 from stages.contract.part import Node
-from stages.contract.recipe import Train
+from stages.contract.recipe import ONLY_ROOM, Adapter, Train
+from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
 from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unplanned
 from stages.hardware.memory import Lengths, not_estimated
 from stages.hardware.probe import Gpu, probe
 from stages.hardware.shape import ModelShape, UnknownShapeError, read_shape
 from stages.hardware.targets import Target, load_targets, precision_of, refuse_4bit_without_kernels, working_target
+from stages.pipeline_report import dataset_result, pipeline_report, training_facts
 from stages.train.ladder import Footing, Ladder, MemoryRanOutError, by_hand, next_rung, what_would_help
 from stages.train.launch import train_adapter
 from stages.train.lengths import read_lengths
+from stages.train.mixes import mixed, validated
 from stages.train.nodes import adapters_announced_by_the_first, announced
 from stages.train.worker import Job
 
@@ -34,27 +47,47 @@ MEMORY_PATIENCE = 60.0
 """Seconds that a dead process's memory may take to come back."""
 
 
+LEARNT = set(Train.model_fields) - {*ONLY_ROOM, "adapters", "adapter_for_each_source", "lora_config"}
+"""What of `train` every adapter depends on."""
+
+
 def work(stage: Stage) -> None:
     """The stage's work, for `run_stage`."""
     recipe = stage.run.recipe
     plan: _Plan | None = None  # only once something is to be trained: taking over what is there needs no card
     node = stage.part if isinstance(stage.part, Node) else None
     if node is not None and node.rank > 0:
+        by_name = {adapter.name: adapter for adapter in recipe.train.adapters}
         for name in adapters_announced_by_the_first(stage):
             plan = plan or _plan(stage, node)
-            _train(stage, name, plan, node)
+            _train(stage, by_name[name], "", plan, node)
         return
     if stage.nothing_to_do(len(recipe.train.adapters), "adapters"):
         return
     log: list[dict[str, Any]] = []
-    for name in [adapter.name for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]:
+    results: list[dict[str, Any]] = []
+    failures: dict[str, LorryError] = {}
+    adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]
+    keys = _keep_what_fits(stage, adapters)
+    for adapter in adapters:
+        name = adapter.name
         folder = stage.path("adapters", name)
         if not folder.is_dir():
             _take_over(stage, name)
         if not folder.is_dir():
             plan = plan or _plan(stage, node)
-            with announced(stage, name, node):
-                _train(stage, name, plan, node)
+            try:
+                with announced(stage, name, node):
+                    _train(stage, adapter, keys[name], plan, node)
+            except LorryError as error:
+                # a stop, a lost card or another node's trouble is no matter of this adapter alone
+                if isinstance(error, InterruptedRunError) or node is not None or len(recipe.train.adapters) == 1:
+                    raise
+                failures[name] = error
+                stage.events.say(f"train {name}: {error}")
+                _note_result(stage, results, adapter, {"error": str(error)})
+                continue
+        _note_result(stage, results, adapter, {"training": training_facts(stage.run, adapter, folder)})
         training = read_json(folder / "training.json")
         stage.counts[f"{name} samples"] = training["samples"]["train"]
         stage.counts[f"{name} steps"] = training["steps"]
@@ -63,8 +96,64 @@ def work(stage: Stage) -> None:
         for file in ("adapter_model.safetensors", "adapter_config.json", "training.json"):
             stage.outputs[f"adapters/{name}/{file}"] = None
         stage.stop.check()
+    _settle_failures(stage, failures, len(adapters))
     stage.outputs["metrics.jsonl"] = write_jsonl(stage.path("metrics.jsonl"), log)
-    remove(stage.path("checkpoints"))  # everything of them that is used from here on is in the adapters
+    for path in stage.path("checkpoints").glob("*"):
+        if path.name not in failures:  # all of them that is used from here on is in the adapters
+            remove(path)
+
+
+def _keep_what_fits(stage: Stage, adapters: list[Adapter]) -> dict[str, str]:
+    """The key of each adapter, by its name: a digest of all that it depends on. What earlier starts left of adapters
+    with other keys, or of other names, is removed: a change of one data mix costs the training of one adapter."""
+    run = stage.run
+    train, validation = (read_jsonl(run.path("preprocess", "samples", f"{n}.jsonl")) for n in ("train", "validation"))
+    hashes = FileHashes(stage.path(".hashes.json"))  # knows the model from when the stage's inputs were hashed
+    model, _ = hashes.tree(run.model(run.recipe.model.path, "model.path"))
+    pages = ((run.manifest("preprocess") or {}).get("outputs") or {}).get("pages/", {}).get("sha256")
+    recipe = run.recipe.digest("seed", "model", *(f"train.{name}" for name in Train.model_fields if name in LEARNT))
+    keys = {}
+    for adapter in adapters:
+        samples = [mixed(train, adapter, run.recipe.seed), validated(validation, adapter)]
+        shown = pages if any(sample["images"] for part in samples for sample in part) else None
+        keys[adapter.name] = digest_of([CONTRACT_VERSION, recipe, model, samples, shown])
+    for path in stage.path("adapters").glob("*/"):
+        made = read_json(path / "made.json") or {}
+        whole = all(
+            (path / name).is_file() and hashes.file(path / name) == digest
+            for name, digest in made.get("files", {}).items()
+        )
+        if made.get("key") != keys.get(path.name, "") or not whole:
+            remove(path)
+    return keys
+
+
+def _note_result(stage: Stage, results: list[dict[str, Any]], adapter: Adapter, result: dict[str, Any]) -> None:
+    """Write the report of the adapters so far, so that it is there whatever becomes of the others."""
+    results.append(dataset_result(stage.run, adapter, result))
+    write_json(stage.path("report.json"), pipeline_report(stage.run, results, stage.starts))
+
+
+def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:
+    """Raise for adapters that could not be trained, unless the recipe goes on without them and there are others."""
+    if not failures:
+        return
+    told = "; ".join(f"{name}: {error}" for name, error in failures.items())
+    if len(failures) == adapters or not stage.run.recipe.train.keep_going:
+        others = (
+            ""
+            if len(failures) == adapters
+            else (
+                "; the others are kept: run the same command again to try only these, or go on without them with"
+                " --set train.keep_going=true"
+            )
+        )
+        failure = LorryError(f"{len(failures)} of {adapters} adapters could not be trained: {told}{others}")
+        failure.exit_code = next(iter(failures.values())).exit_code
+        raise failure
+    stage.facts["untrained"] = {name: str(error) for name, error in failures.items()}
+    stage.counts["untrained"] = len(failures)
+    stage.events.say(f"{len(failures)} of {adapters} adapters could not be trained: the next run tries them again")
 
 
 def _tell_of(stage: Stage, name: str, training: dict[str, Any]) -> None:
@@ -182,8 +271,9 @@ def _cannot_fit(
     )
 
 
-def _train(stage: Stage, name: str, plan: _Plan, node: Node | None) -> None:
+def _train(stage: Stage, adapter: Adapter, key: str, plan: _Plan, node: Node | None) -> None:
     """Train one adapter, a rung lower each time that memory runs out. Raises DoesNotFitError below the last."""
+    name = adapter.name
     # with several machines, checkpoints and adapter are node 0's
     work = stage.run.path("train", "checkpoints", name) if node else stage.path("checkpoints", name)
     ladder = Ladder.of(work, min((gpu.memory_total for gpu in plan.gpus), default=0))
@@ -194,7 +284,7 @@ def _train(stage: Stage, name: str, plan: _Plan, node: Node | None) -> None:
         before = probe().gpus if plan.gpus else ()
         try:
             speed = train_adapter(
-                stage, _job(stage, name, plan, footing, node), plan.here, node, plan.target.environment
+                stage, _job(stage, adapter, key, plan, footing, node), plan.here, node, plan.target.environment
             )
         except MemoryRanOutError as error:
             footing = _one_rung_lower(stage, name, ladder, footing, error, node)
@@ -256,9 +346,9 @@ def _still_held(gpu: Gpu, processes: tuple[int, ...], free_before: int) -> bool:
     return gpu.memory_free < free_before and not others_are_known
 
 
-def _job(stage: Stage, name: str, plan: _Plan, footing: Footing, node: Node | None) -> Job:
+def _job(stage: Stage, adapter: Adapter, key: str, plan: _Plan, footing: Footing, node: Node | None) -> Job:
     """With several machines, this one's part of it: checkpoints and adapter are node 0's."""
-    run, recipe = stage.run, stage.run.recipe
+    run, recipe, name = stage.run, stage.run.recipe, adapter.name
     own = stage.path("checkpoints", name)
     return Job(
         model=run.model(recipe.model.path, "model.path"),
@@ -266,6 +356,8 @@ def _job(stage: Stage, name: str, plan: _Plan, footing: Footing, node: Node | No
         scratch=own / "scratch",
         adapter=run.path("train", "adapters", name) if node else stage.path("adapters", name),
         run=run.folder,
+        key=key,
+        mix=adapter,
         train=[run.path("preprocess", "samples", "train.jsonl")],
         validation=[run.path("preprocess", "samples", "validation.jsonl")],
         seed=recipe.seed,

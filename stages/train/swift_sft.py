@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
+from stages.engines import gptq
 from stages.engines.engine import Renderer
 from stages.pictures import PictureRules, family_rules, open_picture
 from stages.train.optimizer_state import keep_by_name
@@ -40,7 +41,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
     """`swift sft` for one job."""
 
     def __init__(self, arguments: list[str], job: Job, reports: Reports, stop: StopRequest, together: Together) -> None:
-        super().__init__(arguments)
+        with gptq.loading(job.model, on_card=not job.use_cpu, training=True):
+            super().__init__(arguments)
         self._job, self._reports, self._stop, self._together = job, reports, stop, together
         self._renderer = Renderer(job.model)
         self._rules = family_rules(job.model)

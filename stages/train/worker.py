@@ -21,15 +21,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError, UsageError
-from stages.contract.files import machine_error, read_json, read_jsonl, remove, write_json, write_jsonl
-from stages.contract.recipe import Model, Train
+from stages.contract.files import machine_error, read_json, read_jsonl, remove, sha256_file, write_json, write_jsonl
+from stages.contract.recipe import Adapter, Model, Train
 from stages.contract.stop import StopRequest, die_with_parent
+from stages.engines.gptq import stored_as
 from stages.hardware.probe import read_cards
+from stages.hardware.targets import refuse_4bit_twice
 from stages.train.ladder import During, Ladder, LostCardError, Shortage, lost_card, shortage_of
+from stages.train.mixes import mixed, validated
 from stages.train.sharding import check_sharding, deepspeed_config, keep_constants_exact
 from stages.train.together import Together, lost_the_others
 
 T = TypeVar("T")
+
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+"""What the trainer measures of a whole training, of its last start."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Job:
     """Where the finished adapter goes."""
     run: Path
     """The run's folder, which pictures are named relative to."""
+    key: str
+    """Digest of all that the adapter depends on."""
+    mix: Adapter
+    """What of the samples it is trained on."""
     train: list[Path]
     validation: list[Path]
     seed: int
@@ -72,6 +82,7 @@ class Job:
         values |= {name: [Path(p) for p in values[name]] for name in ("train", "validation")}
         values["model_settings"] = Model(**values["model_settings"])
         values["settings"] = Train(**values["settings"])
+        values["mix"] = Adapter(**values["mix"])
         return Job(**values)
 
 
@@ -149,12 +160,7 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
     if together.first:
         print("swift sft", shlex.join(arguments), flush=True)  # in the log: the same by hand
     sft = LorrySft(arguments, job, reports, stop, together)
-    counts, left_out = {}, {}
-    for split, sources in (("train", job.train), ("validation", job.validation)):
-        samples = [sample for source in sources for sample in read_jsonl(source)]
-        kept, left_out[split] = sft.fitting(samples)
-        counts[split] = len(kept)
-        write_jsonl(scratch / f"{split}.jsonl", shared_evenly(kept, job.processes) if split == "train" else kept)
+    counts, left_out = _write_samples(job, sft, scratch)
     if not counts["train"]:
         raise DataError(
             f"{job.train[0]}: no training sample fits in train.max_length {job.settings.max_length}; raise it"
@@ -167,12 +173,33 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
     together.check(stop)
     memory = largest(together.of_all(memory_on_the_card(job)))
     if together.first:
-        facts = {"samples": counts, "left_out": left_out, "max_length": job.settings.max_length, "tokens": sft.tokens}
+        facts = {
+            "mix": job.mix.mix,
+            "samples": counts,
+            "micro_batch": job.micro_batch,
+            "accumulation": job.accumulation,
+            "left_out": left_out,
+            "max_length": job.settings.max_length,
+            "tokens": sft.tokens,
+        }
         rungs = Ladder.of(job.work).decisions
         facts |= ({"memory": memory} if memory else {}) | ({"out_of_memory": rungs} if rungs else {})
         _publish(job, sft.log, facts)
     together.leave()
     remove(scratch)
+
+
+def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Write what is trained and validated on for ms-swift. Returns by split how many samples, and the ids of those that
+    are too long."""
+    counts, left_out = {}, {}
+    for split, sources in (("train", job.train), ("validation", job.validation)):
+        samples = [sample for source in sources for sample in read_jsonl(source)]
+        samples = mixed(samples, job.mix, job.seed) if split == "train" else validated(samples, job.mix)
+        kept, left_out[split] = sft.fitting(samples)
+        counts[split] = len(kept)
+        write_jsonl(scratch / f"{split}.jsonl", shared_evenly(kept, job.processes) if split == "train" else kept)
+    return counts, left_out
 
 
 def _refuse_dead_cards(job: Job) -> None:
@@ -274,12 +301,21 @@ def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> 
     log = [{key: entry[key] for key in wanted if key in entry and math.isfinite(entry[key])} for entry in history]
     log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
     write_json(partial / "training.json", {"steps": state["global_step"], **facts, "log": log})
+    # apart, and no output of the stage: what depends on the machine's mood must not make a run another one
+    timed = [entry for entry in history if "train_runtime" in entry]
+    write_json(partial / "timing.json", {key: timed[-1][key] for key in TIMES if key in timed[-1]} if timed else {})
     config = json.loads((last / "adapter_config.json").read_text(encoding="utf-8"))
     # the base by its name below the model mount: an adapter must not differ by the machine that it was trained on
     config["base_model_name_or_path"] = job.model_settings.path
     if isinstance(config["target_modules"], list):  # PEFT keeps a set, whose order changes from process to process
         config["target_modules"].sort()
     write_json(partial / "adapter_config.json", config)
+    made = {
+        name: sha256_file(partial / name)
+        for name in sorted(path.name for path in partial.iterdir())
+        if name != "timing.json"
+    }
+    write_json(partial / "made.json", {"key": job.key, "files": made})
     partial.rename(job.adapter)
 
 
@@ -357,6 +393,7 @@ def _four_bits(job: Job) -> dict[str, Any]:
     """NF4 with double quantisation, computed in the base's precision (QLoRA, arXiv:2305.14314)."""
     if not job.settings.load_in_4bit:
         return {}
+    refuse_4bit_twice(job.model, stored_as(job.model))
     kind = {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     return {**kind, "bnb_4bit_compute_dtype": job.dtype}
 

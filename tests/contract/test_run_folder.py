@@ -89,11 +89,11 @@ def test_a_changed_recipe_changes_the_keys_of_the_stages_that_read_it(
 
 
 def train_once(stage: Stage) -> None:
-    """Writes its adapter unless an earlier start has: as training does."""
-    path = stage.path("adapters", "tuned")
-    if not path.exists():
-        write_jsonl(path, [{"trained": True}])
-    stage.outputs["adapters/tuned"] = 1
+    """Writes its outputs unless an earlier start has: as training does."""
+    for name in ("adapters/tuned", "metrics.jsonl"):
+        if not stage.path(name).exists():
+            write_jsonl(stage.path(name), [{"trained": True}])
+        stage.outputs[name] = 1
 
 
 def test_a_stage_made_with_another_recipe_is_refused(preprocessed: Run, recipe_file: Path) -> None:
@@ -120,9 +120,9 @@ def test_an_adapter_of_other_samples_is_refused(preprocessed: Run, tmp_path: Pat
         preprocessed.inputs("infer", fresh(preprocessed))
 
 
-def test_a_touched_adapter_is_made_again_and_not_blessed(preprocessed: Run) -> None:
+def test_a_touched_output_is_made_again_and_not_blessed(preprocessed: Run) -> None:
     assert run_stage(preprocessed, "train", train_once) == Exit.DONE
-    path = preprocessed.path("train", "adapters", "tuned")
+    path = preprocessed.path("train", "metrics.jsonl")
     for harm in (lambda: path.write_text("harmed"), path.unlink):
         harm()
         assert run_stage(preprocessed, "train", train_once) == Exit.DONE
@@ -130,7 +130,7 @@ def test_a_touched_adapter_is_made_again_and_not_blessed(preprocessed: Run) -> N
 
 
 def test_what_a_kill_left_without_its_state_is_not_gone_on_with(preprocessed: Run) -> None:
-    path = preprocessed.path("train", "adapters", "tuned")
+    path = preprocessed.path("train", "metrics.jsonl")
     path.parent.mkdir(parents=True)
     path.write_text("of unknown inputs")
     assert run_stage(preprocessed, "train", train_once) == Exit.DONE

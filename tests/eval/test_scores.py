@@ -7,10 +7,14 @@ import pytest
 from scipy.stats import bootstrap
 
 from stages.contract.errors import DataError
+from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.eval.scores import breakdown, cluster_bootstrap, error_of, overall, score_models, worst
 from stages.tasks import patent_qa
+from tests.conftest import REPOSITORY
 from tests.eval.conftest import answer, make_sample
+
+RECIPE = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny")
 
 
 def test_a_failed_answer_scores_nothing_even_where_an_empty_one_would() -> None:
@@ -18,7 +22,7 @@ def test_a_failed_answer_scores_nothing_even_where_an_empty_one_would() -> None:
     sample = make_sample(0, references=["the"])
     failed: Prediction = failed_prediction(sample["id"], "out of memory")
     empty = answer(sample, "")
-    scores = score_models(patent_qa, [sample], {"base": [empty], "tuned": [failed], "lost": []})
+    scores = score_models(patent_qa, RECIPE, [sample], {"base": [empty], "tuned": [failed], "lost": []})
     assert scores.models["base"].values[0, 0] == 1
     assert scores.models["tuned"].values[0, :3].tolist() == [0, 0, 0]
     assert scores.models["lost"].values[0, :3].tolist() == [0, 0, 0]
@@ -38,12 +42,12 @@ def test_a_record_with_neither_answer_nor_error_has_failed() -> None:
 def test_two_predictions_of_one_sample_are_refused() -> None:
     sample = make_sample(0)
     with pytest.raises(DataError, match=r"base: two of sample 'US0000001A-q0'"):
-        score_models(patent_qa, [sample], {"base": [answer(sample, "a"), answer(sample, "b")]})
+        score_models(patent_qa, RECIPE, [sample], {"base": [answer(sample, "a"), answer(sample, "b")]})
 
 
 def test_facts_count_only_the_samples_that_have_them() -> None:
     samples = [make_sample(1), make_sample(2, evidence=[])]
-    scores = score_models(patent_qa, samples, {"base": [answer(sample, "x") for sample in samples]})
+    scores = score_models(patent_qa, RECIPE, samples, {"base": [answer(sample, "x") for sample in samples]})
     figures, _ = overall(scores, 100, 0)
     assert figures["base"]["retrieval_recall"] == {"value": 100.0, "low": 100.0, "high": 100.0, "n": 1, "failed": 0}
     assert figures["base"]["f1"]["n"] == 2
@@ -52,7 +56,7 @@ def test_facts_count_only_the_samples_that_have_them() -> None:
 
 def test_no_facts_at_all() -> None:
     samples = [make_sample(1, evidence=[])]
-    scores = score_models(patent_qa, samples, {"base": [answer(samples[0], "x")]})
+    scores = score_models(patent_qa, RECIPE, samples, {"base": [answer(samples[0], "x")]})
     assert scores.facts == []
     assert list(overall(scores, 100, 0)[0]["base"]) == ["exact_match", "f1", "character_f1"]
 
@@ -128,7 +132,7 @@ def test_differences_are_paired() -> None:
     # both models swing with the document, together: each interval is wide, that of the difference is nothing
     samples = [make_sample(number, references=["x y"]) for number in range(40)]
     base = [answer(s, "x" if i // 4 % 2 else "q") for i, s in enumerate(samples)]
-    scores = score_models(patent_qa, samples, {"base": base, "tuned": base})
+    scores = score_models(patent_qa, RECIPE, samples, {"base": base, "tuned": base})
     figures, differences = overall(scores, 500, 1)
     assert figures["base"]["f1"]["high"] - figures["base"]["f1"]["low"] > 20
     assert differences == {
@@ -144,7 +148,7 @@ def test_worst_first_failures_before_all_and_none_that_is_right() -> None:
     answers = ["abcd", "abc", "q", "z", "ab"]
     predictions = [answer(sample, text) for sample, text in zip(samples, answers, strict=False)]
     predictions.append(failed_prediction(samples[5]["id"], "lost"))
-    scores = score_models(patent_qa, samples, {"base": predictions})
+    scores = score_models(patent_qa, RECIPE, samples, {"base": predictions})
     assert worst(scores, "base", 10) == [5, 2, 3, 4, 1]
     assert worst(scores, "base", 2) == [5, 2]
     assert worst(scores, "base", 0) == []

@@ -33,7 +33,7 @@ def ask(run: Run, samples: list[dict[str, Any]]) -> None:
     """Make these the test samples."""
     write_jsonl(run.path("preprocess", "samples", "test.jsonl"), samples)
     rows = [
-        {"idx": str(i), "id": one["id"], "document": "a.pdf", "question": one["messages"][0]["content"]}
+        {"idx": str(i), "ids": [one["id"]], "document": "a.pdf", "question": one["messages"][0]["content"]}
         for i, one in enumerate(samples)
     ]
     write_jsonl(run.path("preprocess", "asked.jsonl"), rows)

@@ -1,7 +1,9 @@
 """Which documents are held out."""
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from stages.contract.errors import DataError
 from stages.contract.recipe import Data
 from stages.preprocess import stage as preprocess_stage
-from stages.preprocess.split import SPLITS, split_groups
+from stages.preprocess.split import SPLITS, split_groups, split_questions
 
 vectors = st.lists(st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=3), min_size=1, max_size=8).map(
     lambda rows: np.array(rows, np.float32)
@@ -99,8 +101,63 @@ def test_documents_of_one_content_fall_into_one_split(new_stage, tmp_path: Path)
         documents[name] = tmp_path / name
     for seed in range(20):
         stage = new_stage(f"seed={seed}", "data.test_fraction=0.4")
-        questions = [SimpleNamespace(document=name, split=None) for name in documents]
-        splits = preprocess_stage._splits(stage, questions, documents)
+        splits = splits_of(stage, [question(name, name) for name in documents], documents)
         assert splits["a"] == splits["copy of a"]
-    pair = [SimpleNamespace(document=n, split=s) for n, s in (("a", "test"), ("copy of a", "train"), ("b", "train"))]
-    assert preprocess_stage._splits(stage, pair, documents) == {"a": "test", "copy of a": "test", "b": "train"}
+    given_splits = [
+        question("a", "a", "test"),
+        question("copy of a", "copy of a", "train"),
+        question("b", "b", "train"),
+    ]
+    assert splits_of(stage, given_splits, documents) == {"a": "test", "copy of a": None, "b": "train"}
+
+
+def question(name: str, document: str, split: str | None = None, source: str = "questions") -> Any:
+    return SimpleNamespace(id=name, document=document, group=document, split=split, source=source)
+
+
+def splits_of(stage: Any, questions: list[Any], documents: dict[str, Path]) -> dict[str, str | None]:
+    groups = preprocess_stage._groups(stage, questions, documents)
+    return split_questions(questions, groups, stage.run.recipe.data, stage.run.recipe.seed)
+
+
+def split(questions: list[Any], **data: Any) -> dict[str, str | None]:
+    return split_questions(questions, {each.id: each.group for each in questions}, Data(path="x", **data), 1)
+
+
+def test_every_data_set_is_split_by_itself() -> None:
+    questions = [question(f"{source}{n}", f"{source}{n}", source=source) for source in "ab" for n in range(8)]
+    splits = split(questions)
+    for source in "ab":
+        assert Counter(splits[f"{source}{n}"] for n in range(8)) == {"test": 2, "validation": 1, "train": 5}
+
+
+def test_a_group_of_two_data_sets_falls_into_one_split() -> None:
+    shared = [f"g{n}" for n in range(10)]
+    questions = [question(f"{source}{group}", group, source=source) for source in "ab" for group in shared]
+    questions += [question(f"only{n}", f"only{n}", source="b") for n in range(10)]
+    splits = split(questions)
+    assert all(splits[f"a{group}"] == splits[f"b{group}"] for group in shared)
+
+
+def test_guessed_labels_are_only_trained_on_and_never_where_their_group_is_scored() -> None:
+    questions = [question(f"q{n}", f"g{n}") for n in range(8)]
+    guessed = [question(f"guess{n}", f"g{n}", "train only", "guesses") for n in range(8)]
+    strangers = [question(f"more{n}", f"h{n}", "train only", "guesses") for n in range(8)]
+    splits = split([*questions, *guessed, *strangers])
+    assert all(splits[f"guess{n}"] == ("train" if splits[f"q{n}"] == "train" else None) for n in range(8))
+    assert {splits[f"more{n}"] for n in range(8)} == {"train"}
+
+
+def test_what_has_no_answer_is_asked_and_takes_no_part_in_the_split() -> None:
+    questions = [question(f"q{n}", f"g{n}") for n in range(8)]
+    asked = [question(f"asked{n}", f"a{n}", "asked", "test") for n in range(3)]
+    splits = split([*questions, *asked])
+    assert {splits[f"asked{n}"] for n in range(3)} == {"test"}
+    assert splits | split(questions) == splits
+
+
+def test_scoring_what_was_trained_on_has_to_be_asked_for() -> None:
+    questions = [question(f"q{n}", f"g{n}") for n in range(4)]
+    with pytest.raises(DataError, match="evaluate_on_training"):
+        split(questions, test_fraction=0.0)
+    assert set(split(questions, evaluate_on_training=True).values()) == {"train", "validation"}

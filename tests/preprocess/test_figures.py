@@ -19,7 +19,7 @@ from stages.contract.files import FileHashes
 from stages.contract.part import Shard
 from stages.contract.stage import Stage
 from stages.preprocess import figures as figures_module
-from stages.preprocess import stage as preprocess_stage
+from stages.preprocess import retrieval
 from stages.preprocess.documents import document_ids, picture_folder, render_documents
 from stages.preprocess.figures import crop_figures
 from stages.preprocess.layout import crop_page_figures, figure_box, page_ink
@@ -406,7 +406,7 @@ def test_the_plain_stage_takes_over_what_a_shard_cropped(new_stage: NewStage, do
     _, found = start(shard, documents, ASKED)
     stage = new_stage()
     stage.finished_shards = [shard.folder]
-    preprocess_stage._take_over(stage)
+    retrieval._take_over(stage)
     before = pictures(stage)
     assert start(stage, documents, ASKED)[1] == found
     assert pictures(stage) == before

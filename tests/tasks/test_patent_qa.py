@@ -26,6 +26,9 @@ from tests.conftest import REPOSITORY
 
 Skipped = list[tuple[str, str, str]]
 
+RECIPE = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny")
+SAMPLE: Sample = {"id": "q", "messages": [], "images": [], "references": ["gear"], "meta": {}}
+
 
 # -- the questions file ------------------------------------------------------------------------------------------
 
@@ -41,7 +44,7 @@ def read(folder: Path, **files: bytes) -> tuple[list[PatentQuestion], Skipped]:
     def skip(what: str, reason: str, detail: str = "") -> None:
         skipped.append((what, reason, detail))
 
-    return read_questions(folder, DOCUMENTS, skip), skipped
+    return read_questions(RECIPE, folder, DOCUMENTS, skip), skipped
 
 
 def line(**changes: Any) -> bytes:
@@ -138,7 +141,7 @@ def test_answers_are_one_text_a_list_or_none(tmp_path: Path) -> None:
 def test_the_document_may_be_spelled_in_either_unicode_form(tmp_path: Path) -> None:
     """macOS stores names decomposed; questions are typed composed, or the other way round."""
     (tmp_path / "questions.jsonl").write_bytes(line(document=unicodedata.normalize("NFD", "é.pdf")))
-    questions = read_questions(tmp_path, {unicodedata.normalize("NFC", "é.pdf")}, lambda *_: None)
+    questions = read_questions(RECIPE, tmp_path, {unicodedata.normalize("NFC", "é.pdf")}, lambda *_: None)
     assert len(questions) == 1
 
 
@@ -257,13 +260,13 @@ def test_a_placeholder_written_in_the_data_is_not_taken_for_an_image() -> None:
     [("gear", "gear"), (" gear.\nBecause", "gear"), ("踏板。", "踏板"), ("", ""), ("\n\n", ""), ("3.5 mm.", "3.5 mm")],
 )
 def test_the_answer_is_the_first_line(text: str, answer: str) -> None:
-    assert read_answer(text) == answer
+    assert read_answer(text, SAMPLE) == answer
 
 
 def test_a_right_answer_scores_full_and_a_wrong_one_nothing() -> None:
     sample = build(QUESTION, PAGES)
-    assert set(score("gear", sample).values()) == {1.0}
-    assert score("xyz", sample)["exact_match"] == score("xyz", sample)["f1"] == 0.0
+    assert set(score(RECIPE, "gear", sample).values()) == {1.0}
+    assert score(RECIPE, "xyz", sample)["exact_match"] == score(RECIPE, "xyz", sample)["f1"] == 0.0
 
 
 def test_recall_counts_the_evidence_that_is_shown() -> None:

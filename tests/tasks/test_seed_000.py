@@ -61,6 +61,7 @@ from tests.train.conftest import Training
 __all__ = ["box"]
 
 PATENT_QA = REPOSITORY / "recipes" / "patent-qa.yaml"
+DATA = REPOSITORY / "recipes" / "data"
 STAND_INS = Path(__file__).parent / "stand_ins"
 OVERRIDES = (
     *("model.path=reader", "data.path=b", "data.validation_fraction=0.25"),
@@ -203,7 +204,9 @@ class Job:
 
 
 def recipe_with(*overrides: str) -> Recipe:
-    return settled(load_recipe(PATENT_QA, "tiny", (*OVERRIDES, *overrides)), "patent-qa")
+    return settled(
+        load_recipe(PATENT_QA, "tiny", (*OVERRIDES, *overrides)), "patent-qa", REPOSITORY / "recipes" / "data"
+    )
 
 
 def mounts(root: Path, language_model: Path) -> None:
@@ -414,7 +417,9 @@ def test_defect_03_a_missing_picture_is_a_failed_record_and_no_apology(tmp_path:
     model = need_model("tiny-qwen2.5-vl")
     overrides = ("preprocess.classifier=none", "infer.passes.refine=false")
     (tmp_path / "models").symlink_to(model.parent)
-    job = Job(tmp_path, settled(load_recipe(PATENT_QA, "tiny-vlm", overrides), "patent-qa"))
+    job = Job(
+        tmp_path, settled(load_recipe(PATENT_QA, "tiny-vlm", overrides), "patent-qa", DATA)
+    )
     run = job.run
     seen, lost = ({**sample(name, "<image>?"), "images": [f"preprocess/pages/{name}.jpg"]} for name in ("seen", "lost"))
     picture = run.folder / seen["images"][0]

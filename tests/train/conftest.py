@@ -28,7 +28,8 @@ class Training:
     @property
     def run(self) -> Run:
         recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", self.profile, self.overrides)
-        return Run("r", settled(recipe, "patent-qa"), Roots(self.lorry.data, self.lorry.models, self.lorry.runs))
+        roots = Roots(self.lorry.data, self.lorry.models, self.lorry.runs)
+        return Run("r", settled(recipe, "patent-qa", roots.data), roots)
 
     @property
     def options(self) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ or `train.jsonl` and `test.jsonl`. One question a line:
 lets retrieval be scored; `kind` breaks the scores down; a missing `id` becomes `<file>-<line>`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -24,9 +25,11 @@ from stages.contract.records import Prediction, Sample
 from stages.mentions import asks_position
 from stages.tasks import Ask, Found, Wanted
 from stages.tasks.patent_qa import prompts
-from stages.tasks.patent_qa.questions import PatentQuestion, asked_rows, find_documents, read_questions
+from stages.tasks.patent_qa.questions import SOURCE, PatentQuestion, asked_rows, find_documents, read_questions
 
 __all__ = ["asked_rows", "find_documents", "read_questions"]
+
+READS_DOCUMENTS = True
 
 COMPONENTS = ("classifier", "retrieval", "style", "refine", "position_hint", "adapter")
 
@@ -61,12 +64,26 @@ class Passes(Section):
     classify_tokens: int = Field(8, ge=1)
 
 
+class Scoring(Section):
+    """`eval.scoring`: nothing can be set."""
+
+
+def sources(folder: Path) -> list[str]:
+    """The one data set."""
+    return [SOURCE]
+
+
 def _samples(recipe: Recipe) -> Samples:
     return Samples.model_validate(recipe.preprocess.samples)
 
 
 def _passes(recipe: Recipe) -> Passes:
     return Passes.model_validate(recipe.infer.passes)
+
+
+def _top_k(recipe: Recipe) -> int:
+    assert recipe.preprocess.retrieval is not None  # the recipe of a task that reads documents has it
+    return recipe.preprocess.retrieval.top_k
 
 
 # -- samples -----------------------------------------------------------------------------------------------------
@@ -99,7 +116,7 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found, split:
     more than its drawing, its page and others, first of all those that it names too; of one that does not, the page
     alone. Training learns from both rows of the last kind.
     """
-    settings = _samples(recipe)
+    settings, top_k = _samples(recipe), _top_k(recipe)
     readable = [number for number in question.pages if number in found.pages]
     named, also = (readable[0], readable[1:]) if readable else (None, [])
     meta: dict[str, Any] = {
@@ -111,9 +128,9 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found, split:
         "named": named,
         "also_named": also,
         "evidence": list(question.evidence),
-        "ranked": found.ranked[: max(*RECALL_AT, settings.others + recipe.preprocess.retrieval.top_k)],
-        "first": sorted(found.pages)[: recipe.preprocess.retrieval.top_k],
-        "top_k": recipe.preprocess.retrieval.top_k,
+        "ranked": found.ranked[: max(*RECALL_AT, settings.others + top_k)],
+        "first": sorted(found.pages)[:top_k],
+        "top_k": top_k,
         "crop": found.crop,
         "drawing_is_enough": found.drawing_is_enough if named and not also else None,
     }
@@ -241,15 +258,20 @@ def _alone(meta: Mapping[str, Any], before: Mapping[str, str], without: Collecti
     return bool(meta["drawing_is_enough"])
 
 
-def read_answer(text: str) -> str:
+def read_answer(text: str, sample: Sample) -> str:
     """The answer in a completion: its first line, without a full stop at the end."""
     lines = text.strip().split("\n")
     return lines[0].strip().rstrip("。.").strip()
 
 
-def submission(row: Mapping[str, Any], prediction: Prediction | None) -> dict[str, str]:
+def narrowed(sample: Sample, answers: Sequence[str]) -> None:
+    """There is nothing to choose from: the answers are free text."""
+
+
+def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, str]:
     """A line with the original's keys: `question_type` is what the classifier wrote, `answer` the long answer and
     `style_answer` the final one; both are empty where there is none."""
+    prediction = next((predictions[name] for name in row["ids"] if name in predictions), None)
     texts = prediction["passes"] if prediction else {}
     final = (prediction["answer"] if prediction else None) or ""
     return {
@@ -265,7 +287,7 @@ def submission(row: Mapping[str, Any], prediction: Prediction | None) -> dict[st
 # -- scores ------------------------------------------------------------------------------------------------------
 
 
-def score(answer: str, sample: Sample) -> dict[str, float]:
+def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     """Exact match and F1 by SQuAD's rules, and F1 over characters, which Chinese needs; for questions on positions
     exact match again, so that they can be told apart."""
     references = sample["references"]

@@ -4,12 +4,16 @@ import json
 import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stages.contract.errors import DataError
 from stages.contract.files import visible_files
+from stages.contract.recipe import Recipe
 from stages.mentions import figure_named, pages_named
 from stages.tasks import Skip
+
+SOURCE = "questions"
+"""The name of the one data set."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,18 @@ class PatentQuestion:
     answers: tuple[str, ...]
     evidence: tuple[int, ...]
     kind: str
-    split: str | None
-    """`train` or `test` where the data say so, else None."""
+    split: Literal["train", "test"] | None
+    """Where the data say so."""
     row: int
     """0-based place among the lines of its file, as the original's submissions count them."""
+
+    @property
+    def source(self) -> str:
+        return SOURCE
+
+    @property
+    def group(self) -> str:
+        return self.document
 
     @property
     def page(self) -> int | None:
@@ -45,9 +57,12 @@ def find_documents(folder: Path) -> list[Path]:
     return found
 
 
-def read_questions(folder: Path, documents: set[str], skip: Skip) -> list[PatentQuestion]:
+def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[PatentQuestion]:
     """Read the questions files. A bad line is skipped and counted with its line number."""
-    sources: list[tuple[Path, str | None]] = [(folder / f"{split}.jsonl", split) for split in ("test", "train")]
+    sources: list[tuple[Path, Literal["train", "test"] | None]] = [
+        (folder / "test.jsonl", "test"),
+        (folder / "train.jsonl", "train"),
+    ]
     pair = [path.is_file() for path, _ in sources]
     if any(pair) and not all(pair):
         raise DataError(
@@ -86,7 +101,7 @@ def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any
     """What a submission has a line for, in the order of the file: every line of test.jsonl, whatever is wrong with it;
     where the data name no test set, the questions on the documents that were held out.
 
-    A row has `idx` (0-based, as text), `id` (None where it became no sample), `document` and `question`.
+    A row has `idx` (0-based, as text), `ids` (none where it became no sample), `document` and `question`.
     """
     found = {question.row: question for question in tested}
     given = folder / "test.jsonl"
@@ -97,9 +112,9 @@ def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any
 
 def _row(row: int, question: PatentQuestion | None, record: dict[str, Any]) -> dict[str, Any]:
     if question is not None:
-        record = {"id": question.id, "document": question.document, "question": question.text}
+        record = {"ids": [question.id], "document": question.document, "question": question.text}
     else:
-        record = {"id": None, **{key: str(record.get(key, "")) for key in ("document", "question")}}
+        record = {"ids": [], **{key: str(record.get(key, "")) for key in ("document", "question")}}
     return {"idx": str(row), **record}
 
 
@@ -117,7 +132,7 @@ class _BadLineError(Exception):
         self.reason = reason
 
 
-def _parse(line: bytes, default_id: str, split: str | None, documents: set[str]) -> PatentQuestion:
+def _parse(line: bytes, default_id: str, split: Literal["train", "test"] | None, documents: set[str]) -> PatentQuestion:
     try:
         record = json.loads(line.decode("utf-8-sig"))
         json.dumps(record, ensure_ascii=False).encode()  # half a character, "\\ud83d", is valid JSON but no text

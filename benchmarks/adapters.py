@@ -1,0 +1,136 @@
+"""Nine adapters in one engine against nine engines with one each: wall time, and engine starts.
+
+    python -m benchmarks.adapters                 # on a GPU: Qwen2.5-7B's shape, random weights, vLLM
+    python -m benchmarks.adapters small           # SmolLM2 on the transformers engine, to try the benchmark itself
+
+The prompts are logic_choice's own, of the demo data; every answer is as long as it may be, since random weights never
+stop. "one adapter's" time is measured in an engine of its own, with room for one; each way answers the same prompts.
+What prompts have in common is forgotten between the adapters: neither way profits from what was asked before.
+"""
+
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.random_adapters import make_adapter
+from benchmarks.random_models import CONFIGS, make_model
+from benchmarks.rows import write_rows
+from stages.contract.roots import Roots
+from stages.engines.engine import Engine, EngineSettings, Prompt, Renderer
+
+ADAPTERS, RANK, PROMPTS, WORDS, NEW_TOKENS = 9, 16, 256, 220, 16
+ROOTS = Roots.from_environment()
+
+
+def prompts_of(model: Path, count: int) -> list[Prompt]:
+    """Prompts as long as a problem with its question and options; no two begin alike."""
+    renderer, words = Renderer(model), random.Random(0)
+    vocabulary = ("red", "cup", "stands", "left", "of", "box", "seven", "and", "nobody", "taller", "than", "Ann", "is")
+    found = []
+    for number in range(count):
+        text = " ".join(words.choice(vocabulary) for _ in range(WORDS))
+        found.append(renderer.render(f"p{number}", [{"role": "user", "content": f"{number}. {text}\nA. yes\nB. no"}]))
+    return found
+
+
+def started(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Engine, float]:
+    """An engine with these adapters, warm, and what its start took in seconds."""
+    settings = EngineSettings(
+        model=model,
+        adapters=adapters,
+        dtype="float32" if small else "bfloat16",
+        max_new_tokens=NEW_TOKENS,
+        batch_size=8 if small else 256,
+        max_length=1024,
+        seed=0,
+    )
+    began = time.perf_counter()
+    if small:
+        from stages.engines.transformers_engine import TransformersEngine as Kind
+    else:
+        from stages.engines.vllm_engine import VllmEngine as Kind  # type: ignore[assignment]
+    engine = Kind(settings)
+    return engine, time.perf_counter() - began
+
+
+def seconds(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[float, list[str]]:
+    if hasattr(engine, "_llm"):
+        engine._llm.reset_prefix_cache()
+    began = time.perf_counter()
+    texts = [completion.text for completion in engine.generate(prompts, adapter)]
+    return time.perf_counter() - began, texts
+
+
+def main(small: bool) -> None:
+    model = ROOTS.models / ("SmolLM2-135M-Instruct" if small else "Qwen2.5-7B")
+    if not model.is_dir():
+        make_model(model, CONFIGS["Qwen2.5-7B"])
+    count, names = (8 if small else PROMPTS), [f"mix-{number}" for number in range(1, ADAPTERS + 1)]
+    folder = ROOTS.runs / "benchmark-adapters"
+    adapters = {name: folder / name for name in names}
+    for number, path in enumerate(adapters.values()):
+        make_adapter(path, model, RANK, number)
+    prompts = prompts_of(model, count)
+    shown = {"model": model.name, "prompts": count, "tokens a prompt": round(sum(p.length for p in prompts) / count)}
+    shown |= {"tokens an answer": NEW_TOKENS, "rank": RANK, "engine": "transformers" if small else "vllm"}
+    rows: list[dict[str, Any]] = []
+
+    engine, start = started(model, adapters, small)
+    seconds(engine, prompts, names[0])  # what first calls compile and load
+    before = time.perf_counter()
+    taken = {name: seconds(engine, prompts, name) for name in names}
+    together = time.perf_counter() - before
+    again = time.perf_counter()
+    for name in names:  # and without a break between them
+        seconds(engine, prompts, name)
+    together = min(together, time.perf_counter() - again)
+    engine.close()
+    del engine
+    different = len({tuple(texts) for _, texts in taken.values()})
+    rows.append(
+        {
+            "what": "nine adapters, one engine",
+            **shown,
+            "engine starts": 1,
+            "start seconds": round(start, 1),
+            "seconds": round(together, 2),
+            "adapters that answer otherwise than the others": different,
+        }
+    )
+    write_rows("adapters", rows, "python -m benchmarks.adapters")
+
+    engine, start = started(model, {names[0]: adapters[names[0]]}, small)
+    seconds(engine, prompts, names[0])
+    singles = [seconds(engine, prompts, names[0]) for _ in range(3)]
+    engine.close()
+    alone = min(taken for taken, _ in singles)
+    same = sum(a == b for a, b in zip(singles[0][1], taken[names[0]][1], strict=True))
+    rows.append(
+        {
+            "what": "one adapter, an engine of its own",
+            **shown,
+            "engine starts": 1,
+            "start seconds": round(start, 1),
+            "seconds": round(alone, 2),
+            "answers as in the engine of nine": f"{same} of {count}",
+        }
+    )
+    rows.append(
+        {
+            "what": "one engine against nine",
+            **shown,
+            "nine adapters over nine times one": round(together / (ADAPTERS * alone), 3),
+            "engine starts saved": ADAPTERS - 1,
+            "seconds saved by starts": round((ADAPTERS - 1) * start, 1),
+            "whole, nine engines over one": round(
+                ADAPTERS * (start + alone) / (rows[0]["start seconds"] + together), 2
+            ),
+        }
+    )
+    write_rows("adapters", rows, "python -m benchmarks.adapters")
+
+
+if __name__ == "__main__":
+    main("small" in sys.argv[1:])

@@ -1,0 +1,93 @@
+"""What the adapters' vote was like: who voted, how far they agree, and whether it is better than the best of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from stages.contract.files import read_jsonl
+from stages.contract.records import Prediction, Sample
+from stages.contract.stage import Stage
+from stages.eval.scores import Figures, overall, score_models
+
+VOTE = "vote"
+"""Its name among the models."""
+
+
+@dataclass(frozen=True)
+class Voter:
+    """An adapter, and its part in the vote."""
+
+    name: str
+    mix: str
+    """Its data mix in words."""
+    validation: float | None
+    """Its score on the validation samples in percent, by which adapters are chosen, weighed and ranked."""
+    weight: float | None
+    """What its vote counts; None where it does not vote."""
+    agreement: float | None
+    """Percent of the samples on which it agrees with the vote; None where it does not vote."""
+    abstained: int
+
+
+@dataclass(frozen=True)
+class VoteReport:
+    """The vote on all test samples, also on those without a reference."""
+
+    voters: list[Voter]
+    decided_by: dict[str, int]
+    second_round: int
+    """Samples that were asked again."""
+    agreement: float
+    """Mean share of the voters that gave the answer, in percent."""
+    entropy: float
+    """Mean entropy of the votes, in bits."""
+    best: str
+    """The voter with the best validation score: never chosen by the test set."""
+    over_best: Figures
+    """By how much the vote is better than that one, paired, with intervals."""
+    disagreements: list[dict[str, Any]]
+    """Lines of votes.jsonl whose voters do not all agree, the least agreement first, each with `right`: whether the
+    vote was right by the task's first metric, or None without a reference."""
+
+
+def vote_report(
+    stage: Stage, task: Any, samples: Sequence[Sample], predictions: Mapping[str, list[Prediction]]
+) -> VoteReport | None:
+    """The vote's report, if there was one. `samples` are those with references."""
+    held = (stage.run.manifest("infer") or {}).get("vote")
+    if held is None or VOTE not in predictions:
+        return None
+    recipe = stage.run.recipe
+    rows = read_jsonl(stage.run.path("infer", "votes.jsonl"))
+    scores = score_models(task, recipe, samples, {"base": predictions[held["best"]], VOTE: predictions[VOTE]})
+    _, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
+    first = scores.models[VOTE].values[:, 0]
+    right = {sample["id"]: bool(value >= 1.0) for sample, value in zip(samples, first, strict=True)}
+    split = [{**row, "right": right.get(row["id"])} for row in rows if row["entropy"] > 0]
+    return VoteReport(
+        voters=[_voter(adapter, held, rows) for adapter in recipe.train.adapters],
+        decided_by=held["decided by"],
+        second_round=held["second round"],
+        agreement=round(100 * fmean(row["agreement"] for row in rows), 4),
+        entropy=round(fmean(row["entropy"] for row in rows), 4),
+        best=held["best"],
+        over_best=differences[VOTE],
+        disagreements=sorted(split, key=lambda row: (row["agreement"], -row["entropy"], row["id"])),
+    )
+
+
+def _voter(adapter: Any, held: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Voter:
+    name = adapter.name
+    score = held["validation"].get(name)
+    votes = name in held["weights"]
+    given = [row["votes"].get(name) for row in rows]
+    agreeing = [answer is not None and answer == row["answer"] for answer, row in zip(given, rows, strict=True)]
+    return Voter(
+        name=name,
+        mix=adapter.mix,
+        validation=None if score is None else round(100 * score, 4),
+        weight=held["weights"].get(name),
+        agreement=round(100 * fmean(agreeing), 4) if votes else None,
+        abstained=sum(answer is None for answer in given) if votes else 0,
+    )
