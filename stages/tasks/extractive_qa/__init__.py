@@ -1,0 +1,118 @@
+"""extractive_qa: questions on a context, answered with its own words; many data sets, and as a rule an adapter each.
+
+Data folder: each entry directly below it is a data set, named as it is without its ending. A file is a JSON array, JSON
+Lines, Parquet or Arrow; a folder holds such files, or is what `datasets` saved, and states its splits where files or
+folders are named train, validation and test. Records have one of two forms, or that of SQuAD's own files:
+
+    {"messages": [{"role": "user", "content": "Context: ...\\nQuestion: ..."}, {"role": "assistant", "content": "..."}]}
+    {"context": "...", "question": "...", "answers": {"text": ["...", ...]}, "id": "", "group": "" or "title": ""}
+
+All questions on the same context, or of the same `group` (or `title`), fall into the same split.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from pydantic import Field
+
+from stages import metrics
+from stages.contract.recipe import Recipe, Section
+from stages.contract.records import Prediction, Sample
+from stages.tasks import Ask, Found
+from stages.tasks.extractive_qa import prompts
+from stages.tasks.extractive_qa.questions import ContextQuestion, asked_rows, read_questions, sources
+
+__all__ = ["asked_rows", "read_questions", "sources"]
+
+READS_DOCUMENTS = False
+
+COMPONENTS: tuple[str, ...] = ()
+
+SHARED: tuple[str, ...] = ()
+
+
+class Samples(Section):
+    """`preprocess.samples`: nothing can be set."""
+
+
+class Passes(Section):
+    """`infer.passes`: nothing can be set."""
+
+
+class Scoring(Section):
+    """`eval.scoring`."""
+
+    normalization: metrics.Normalization = Field(
+        "squad",
+        description="Of answer and reference before they are compared: SQuAD's rules alone, or those of seed 001 before"
+        " them, for scores to set beside its own",
+    )
+
+
+def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None, split: str) -> list[Sample]:
+    """The one sample of a question, the same in every split."""
+    return [
+        {
+            "id": question.id,
+            "messages": prompts.answer(question.context, question.text),
+            "images": [],
+            "references": list(question.answers),
+            "meta": {
+                "group": question.group,
+                "source": question.source,
+                "kind": question.source,
+                "question": question.text,
+                "context_characters": len(question.context),
+            },
+        }
+    ]
+
+
+def passes(recipe: Recipe) -> tuple[str, ...]:
+    """One."""
+    return ("answer",)
+
+
+def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask:
+    """What the sample holds, as training has it."""
+    return Ask(sample["messages"], sample["images"])
+
+
+def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
+    """The one thing that is asked."""
+    return [(ask(recipe, sample, "answer", {}, without), 0)]
+
+
+def read_answer(text: str, sample: Sample) -> str | None:
+    """The first line: every answer that is learnt is one line, and what follows it is explanation."""
+    return text.strip().split("\n")[0].strip() or None
+
+
+def narrowed(sample: Sample, answers: Sequence[str]) -> None:
+    """There is nothing to choose from: the answers are free text."""
+
+
+def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
+    """The question's data set, text and answer; the answer is empty where there is none."""
+    prediction = predictions.get(row["id"])
+    answer = (prediction["answer"] if prediction else None) or ""
+    return {"id": row["id"], "dataset": row["dataset"], "question": row["question"], "answer": answer}
+
+
+def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
+    """Exact match and F1 by SQuAD's rules, and F1 over characters, which Chinese needs; each the best over all
+    references."""
+    settings = Scoring.model_validate(recipe.eval.scoring)
+    first = metrics.normalize_seed_001 if settings.normalization == "seed_001" else str
+    best = partial(metrics.best, answer=first(answer), references=[first(one) for one in sample["references"]])
+    return {
+        "exact_match": best(metrics.exact_match),
+        "f1": best(metrics.token_f1),
+        "character_f1": metrics.best(metrics.character_f1, answer, sample["references"]),
+    }
+
+
+def facts(sample: Sample) -> dict[str, float]:
+    """None: nothing is searched."""
+    return {}

@@ -1,0 +1,25 @@
+"""What the model is asked, in training and inference alike: in Chinese where the question is, else in English."""
+
+from stages.contract.records import Message
+from stages.tasks.patent_qa.prompts import is_chinese, plain
+
+_FROM_CONTEXT = {
+    True: "用上下文中的原文回答问题，越短越好，只写答案。",
+    False: "Answer with the shortest exact words from the context.",
+}
+_ALONE = {True: "回答问题，越短越好，只写答案。", False: "Answer in as few words as possible."}
+_CONTEXT = {True: "上下文：{}\n\n", False: "Context: {}\n\n"}
+_QUESTION = {True: "问题：{}", False: "Question: {}"}
+
+
+def answer(context: str, question: str) -> list[Message]:
+    """A question with its context, which is never cut; an empty one is not mentioned.
+
+    The instruction is the system's message: without one, chat templates put in words of their own.
+    """
+    chinese = is_chinese(question)
+    asked = _QUESTION[chinese].format(plain(question))
+    if not context:
+        return [{"role": "system", "content": _ALONE[chinese]}, {"role": "user", "content": asked}]
+    content = _CONTEXT[chinese].format(plain(context)) + asked
+    return [{"role": "system", "content": _FROM_CONTEXT[chinese]}, {"role": "user", "content": content}]

@@ -1,0 +1,260 @@
+"""The data sets: which there are, and the questions in their records, whatever form these have."""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stages.contract.errors import DataError
+from stages.contract.recipe import Recipe
+from stages.tables import ENDINGS, Split, data_set_name, read_rows
+from stages.tasks import Given, Skip
+from stages.tasks.patent_qa.prompts import plain
+
+
+@dataclass(frozen=True)
+class ContextQuestion:
+    id: str
+    """Begins with the data set's name."""
+    text: str
+    context: str
+    """Empty where the record has none."""
+    answers: tuple[str, ...]
+    """All that count as right, each in one line; the first is learnt."""
+    source: str
+    group: str
+    split: Given | None
+
+
+# -- which data sets there are -----------------------------------------------------------------------------------
+
+
+def sources(folder: Path) -> list[str]:
+    """The names of the data sets in the data folder."""
+    return sorted(_data_sets(folder))
+
+
+def _data_sets(folder: Path) -> dict[str, Path]:
+    """The entries of the data folder that are data sets, by their names."""
+    found: dict[str, Path] = {}
+    for path in _entries(folder):
+        name = data_set_name(path)
+        if name in found:
+            raise DataError(
+                f"{folder}: {found[name].name} and {path.name} are both named {name!r}; rename one, or put both into"
+                f" one folder as parts of one data set"
+            )
+        if name is not None:
+            found[name] = path
+    if not found:
+        raise DataError(
+            f"{folder}: no data set; put files with the endings {', '.join(ENDINGS)} there, or folders of them"
+        )
+    return found
+
+
+def _entries(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; put the data sets there")
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+# -- their questions ---------------------------------------------------------------------------------------------
+
+
+def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ContextQuestion]:
+    """All usable questions, data set by data set. A record that is none is skipped with its file and line."""
+    data_sets = _data_sets(folder)
+    for path in _entries(folder):
+        if path not in data_sets.values() and path.stem.upper() not in ("README", "LICENSE", "NOTICE"):
+            skip(path.name, "not a data set", f"it needs one of the endings {', '.join(ENDINGS)}")
+    questions = [question for name in sorted(data_sets) for question in _read(name, data_sets[name], skip)]
+    if not questions:
+        raise DataError(f"{folder}: no usable question in {', '.join(sorted(data_sets))}")
+    return _grouped(questions)
+
+
+def _read(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
+    """The questions of one data set. `group` is what the record says, or empty."""
+    found: dict[str, ContextQuestion] = {}
+    stated: dict[str, Split | None] = {}
+    files: dict[str, str] = {}
+    for row in read_rows(path):
+        if row.bad is not None:
+            skip(row.where, *row.bad)
+            continue
+        for number, part in enumerate(_flat(row.record)):
+            try:
+                name, question = _parse(part)
+            except _BadRecordError as error:
+                skip(row.where, error.reason, str(error))
+                continue
+            place = f"{Path(row.file).with_suffix('')}-{row.place}" + (f".{number + 1}" if number else "")
+            if name and files.get(name, row.file) != row.file:  # each file of a set may count from 1
+                name = f"{Path(row.file).stem}-{name}"
+            key = f"{source}/{name or place.removeprefix(f'{source}/')}"
+            if key in found:
+                skip(row.where, "duplicate id", key)
+                continue
+            files[name] = row.file
+            stated[key] = row.split
+            found[key] = replace(question, id=key, source=source)
+    splits = _splits({split for split in stated.values() if split})
+    one = len({question.group for question in found.values()}) == 1  # such as a title that says what the set is
+    return [
+        replace(question, split=splits.get(stated[key]), group="" if one else question.group)  # type: ignore[arg-type]
+        for key, question in found.items()
+    ]
+
+
+def _splits(stated: set[Split]) -> dict[Split, Given]:
+    """What the splits that a data set names its files after are used as.
+
+    Test is test. Validation is trained on beside it, for Lorry holds out its own part to choose checkpoints; without a
+    test split it is the test set, as of SQuAD, whose test set is not public. A training split with nothing beside it
+    says nothing: the set is split like any other.
+    """
+    splits: dict[Split, Given] = {"test": "test"}
+    if stated & {"test", "validation"}:
+        splits["train"] = "train"
+    if "test" in stated:
+        splits["validation"] = "train"
+    elif "train" in stated:
+        splits["validation"] = "test"
+    return splits
+
+
+def _grouped(questions: list[ContextQuestion]) -> list[ContextQuestion]:
+    """With one group for all questions on the same context, in whatever data set, and for all that their data set
+    itself puts into one. Its name does not hang on the order."""
+    above: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        while above.setdefault(name, name) != name:
+            above[name] = name = above[above[name]]
+        return name
+
+    shared = [_what_they_share(question) for question in questions]
+    for question, name in zip(questions, shared, strict=True):
+        if question.group:
+            first, second = sorted((top(name), top(f"{question.source}/{question.group}")))
+            above[second] = first
+    return [replace(question, group=top(name)) for question, name in zip(questions, shared, strict=True)]
+
+
+def _what_they_share(question: ContextQuestion) -> str:
+    """A name for the context, or where there is none for the question: case, width and white space do not count."""
+    kind, text = ("context", question.context) if question.context else ("question", question.text)
+    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return f"{kind}-{hashlib.sha256(normal.encode()).hexdigest()[:16]}"
+
+
+def asked_rows(folder: Path, tested: list[ContextQuestion]) -> list[dict[str, Any]]:
+    """A line for each test question, in the order of the data."""
+    return [{"ids": [one.id], "id": one.id, "dataset": one.source, "question": one.text} for one in tested]
+
+
+# -- one record --------------------------------------------------------------------------------------------------
+
+
+class _BadRecordError(Exception):
+    def __init__(self, reason: str, detail: Any = "") -> None:
+        super().__init__(detail if isinstance(detail, str) else repr(detail)[:100])
+        self.reason = reason
+
+
+def _flat(record: Any) -> Iterator[Any]:
+    """The records in a record: SQuAD's own files nest questions in paragraphs in articles."""
+    if not isinstance(record, dict):
+        yield record
+    elif isinstance(record.get("data"), list):
+        for article in record["data"]:
+            yield from _flat(article)
+    elif isinstance(record.get("paragraphs"), list):
+        for paragraph in record["paragraphs"]:
+            yield from _flat({"title": record.get("title"), **paragraph} if isinstance(paragraph, dict) else paragraph)
+    elif isinstance(record.get("qas"), list):
+        above = {key: record.get(key) for key in ("title", "group", "context")}
+        for question in record["qas"]:
+            yield {**above, **question} if isinstance(question, dict) else question
+    else:
+        yield record
+
+
+def _parse(record: Any) -> tuple[str, ContextQuestion]:
+    """A record's id, or an empty text, and its question, which has neither id nor source yet."""
+    if not isinstance(record, dict):
+        raise _BadRecordError("not a record", f"found {type(record).__name__}")
+    if record.get("messages") is not None:
+        context, text, answers = _from_messages(record["messages"])
+    else:
+        context = _text(record, "context") if record.get("context") is not None else ""
+        text, answers = _text(record, "question"), _answers(record)
+    if not text:
+        raise _BadRecordError("empty question")
+    if not answers:
+        raise _BadRecordError("no answer")
+    if plain(answers[0]) != answers[0]:  # training would take it for a picture, or for the end
+        raise _BadRecordError("answer holds a placeholder", answers[0][:100])
+    group = _name(record, "group") or _name(record, "title")
+    return _name(record, "id"), ContextQuestion("", text, context, answers, "", group, None)
+
+
+_CONTEXT = re.compile(r"\s*(?:context|上下文)\s*[:：]", re.IGNORECASE)
+_QUESTION = re.compile(r"^[^\S\n]*(?:question|问题)\s*[:：]", re.IGNORECASE | re.MULTILINE)
+
+
+def _from_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
+    """Context, question and answer of a conversation. A system message is allowed and left out: what the model is told
+    is the task's own.
+
+    The context begins behind the marker at the very beginning, and the question behind the last one that begins a
+    line, so that either may hold the words themselves. Without both markers all is the question.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise _BadRecordError("messages is no list of messages", messages)
+    roles = [message.get("role") for message in messages]
+    if roles[:1] == ["system"]:
+        messages, roles = messages[1:], roles[1:]
+    if roles != ["user", "assistant"]:
+        raise _BadRecordError("not one user and one assistant message", f"found {roles}"[:100])
+    asked, answer = (_text(message, "content") for message in messages)
+    context, questions = _CONTEXT.match(asked), list(_QUESTION.finditer(asked))
+    found = ("", asked)
+    if context and questions and questions[-1].start() >= context.end():
+        found = (asked[context.end() : questions[-1].start()].strip(), asked[questions[-1].end() :].strip())
+    return *found, _lines([answer])
+
+
+def _text(record: dict[str, Any], field: str) -> str:
+    if record.get(field) is None:
+        raise _BadRecordError(f"no {field}")
+    if not isinstance(record[field], str):
+        raise _BadRecordError(f"{field} is no text", record[field])
+    return str(record[field]).strip()
+
+
+def _answers(record: dict[str, Any]) -> tuple[str, ...]:
+    """Of `answers` or `answer`: a text, a list of texts or of `{"text"}`, or `{"text": [...]}`."""
+    value = record["answers"] if record.get("answers") is not None else record.get("answer")
+    if isinstance(value, dict):
+        value = value.get("text")
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    texts = [one.get("text") if isinstance(one, dict) else one for one in values]
+    if not all(isinstance(text, str) for text in texts):
+        raise _BadRecordError("answer is neither text nor a list of texts", value)
+    return _lines(texts)
+
+
+def _lines(texts: list[Any]) -> tuple[str, ...]:
+    """Each text in one line, as an answer is read; empty and repeated ones left out."""
+    return tuple(dict.fromkeys(line for line in (" ".join(text.split()) for text in texts) if line))
+
+
+def _name(record: dict[str, Any], field: str) -> str:
+    """A text or whole number, else nothing: a record without an id has its place."""
+    value = record.get(field)
+    return str(value).strip() if isinstance(value, str) or type(value) is int else ""
