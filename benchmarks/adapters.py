@@ -80,12 +80,12 @@ def main(small: bool) -> None:
     engine, start = started(model, adapters, small)
     seconds(engine, prompts, names[0])  # what first calls compile and load
     before = time.perf_counter()
-    taken = {name: seconds(engine, prompts, name) for name in names}
-    together = time.perf_counter() - before
-    again = time.perf_counter()
-    for name in names:  # and without a break between them
+    taken = {name: seconds(engine, prompts, name) for name in names}  # eight adapters are read from the disk now
+    first = time.perf_counter() - before
+    before = time.perf_counter()
+    for name in names:
         seconds(engine, prompts, name)
-    together = min(together, time.perf_counter() - again)
+    together = time.perf_counter() - before
     engine.close()
     del engine
     different = len({tuple(texts) for _, texts in taken.values()})
@@ -96,6 +96,7 @@ def main(small: bool) -> None:
             "engine starts": 1,
             "start seconds": round(start, 1),
             "seconds": round(together, 2),
+            "seconds, adapters read on the way": round(first, 2),
             "adapters that answer otherwise than the others": different,
         }
     )
@@ -122,6 +123,7 @@ def main(small: bool) -> None:
             "what": "one engine against nine",
             **shown,
             "nine adapters over nine times one": round(together / (ADAPTERS * alone), 3),
+            "the same, adapters read on the way": round(first / (ADAPTERS * alone), 3),
             "engine starts saved": ADAPTERS - 1,
             "seconds saved by starts": round((ADAPTERS - 1) * start, 1),
             "whole, nine engines over one": round(
