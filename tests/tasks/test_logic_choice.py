@@ -1,0 +1,603 @@
+"""logic_choice: what the problem files may hold, what is asked, which letter a completion means, what is submitted."""
+
+import importlib.util
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.contract.errors import DataError
+from stages.contract.recipe import Recipe, load_recipe
+from stages.contract.records import Prediction, Sample, failed_prediction
+from stages.tasks import Task, load_task, settled
+from stages.tasks.logic_choice import (
+    ask,
+    asked_rows,
+    build_samples,
+    narrowed,
+    passes,
+    read_answer,
+    read_questions,
+    rehearsal,
+    score,
+    sources,
+    submission,
+)
+from stages.tasks.logic_choice.problems import LogicQuestion
+from stages.tasks.logic_choice.prompts import letter_in
+from tests.conftest import REPOSITORY
+
+Skipped = list[tuple[str, str, str]]
+RECIPE = REPOSITORY / "recipes" / "logic-choice.yaml"
+
+
+def recipe(*overrides: str) -> Recipe:
+    return settled(load_recipe(RECIPE, "tiny", overrides), "logic-choice", REPOSITORY / "recipes" / "data")
+
+
+def part(answer: Any = "A", options: Any = ("red", "blue", "green"), **more: Any) -> dict[str, Any]:
+    options = list(options) if isinstance(options, tuple) else options
+    return {"question": "Which?", "options": options, **({} if answer is ... else {"answer": answer}), **more}
+
+
+def problem(name: str, *parts: dict[str, Any], text: str | None = None) -> dict[str, Any]:
+    return {"id": name, "problem": text or f"Facts of {name}.", "questions": list(parts or [part()])}
+
+
+def read(folder: Path, **files: list[Any]) -> tuple[list[LogicQuestion], Skipped]:
+    """Write files, `sources__more` as sources/more.jsonl, and read them. A line may be given as bytes."""
+    for name, rows in files.items():
+        path = folder / f"{name.replace('__', '/')}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+    skipped: Skipped = []
+
+    def skip(what: str, reason: str, detail: str = "") -> None:
+        skipped.append((what, reason, detail))
+
+    return read_questions(recipe(), folder, set(), skip), skipped
+
+
+def one_sample(split: str = "test", **changes: Any) -> Sample:
+    values: dict[str, Any] = {
+        **{"id": "p/0", "problem_id": "p", "index": 0, "problem": "Tom has the hat.", "text": "Which?"},
+        **{"options": ("red", "blue", "green"), "answers": ("B",), "source": "train", "group": "g"},
+        **{"split": None, "label_source": None, **changes},
+    }
+    return build_samples(recipe(), LogicQuestion(**values), None, split)[0]
+
+
+def test_it_is_a_task() -> None:
+    task = load_task("logic_choice")
+    wanted = [name for name in [*vars(Task), *Task.__annotations__] if not name.startswith("_")]
+    assert [name for name in wanted if not hasattr(task, name)] == []
+    assert not task.READS_DOCUMENTS
+
+
+# -- the problem files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b'{"id": "x", "prob', "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"id": "h", "problem": "\\ud83d", "questions": []}', "not JSON"),
+        (b'["a"]', "not a JSON object"),
+        ({"problem": "x", "questions": [part()]}, "no id"),
+        ({"id": " ", "problem": "x", "questions": [part()]}, "empty id"),
+        ({"id": 1.5, "problem": "x", "questions": [part()]}, "id is no text"),
+        ({"id": "x", "questions": [part()]}, "no problem"),
+        ({"id": "x", "problem": "\u3000", "questions": [part()]}, "empty problem"),
+        ({"id": "x", "problem": "y"}, "no questions"),
+        ({"id": "x", "problem": "y", "questions": {}}, "no questions"),
+        (problem("good"), "duplicate id"),
+    ],
+)
+def test_a_bad_line_is_skipped_with_its_number(tmp_path: Path, bad: Any, reason: str) -> None:
+    questions, skipped = read(tmp_path, train=[problem("good"), bad, problem("after")])
+    assert [(what, why) for what, why, _ in skipped] == [("train.jsonl:2", reason)]
+    assert [question.id for question in questions] == ["good/0", "after/0"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("words", "question is no JSON object"),
+        (part(options=("only",)), "not 2 to 7 options"),
+        (part(options=tuple("abcdefgh")), "not 2 to 7 options"),
+        (part(options="red, blue"), "options are no list of texts"),
+        (part(options=("red", "")), "options are no list of texts"),
+        (part(options=("red", 3)), "options are no list of texts"),
+        ({"options": ["a", "b"], "answer": "A"}, "no question"),
+        (part(question=" "), "empty question"),
+        (part("D"), "answer is no option"),
+        (part(0), "answer is no text"),
+        (part("a", options=("x", "a")), "ambiguous answer"),
+        (part("same", options=("same", "Same")), "ambiguous answer"),
+        (part(...), "no answer to train on"),
+    ],
+)
+def test_a_bad_sub_question_is_skipped_and_the_others_keep_their_places(tmp_path: Path, bad: Any, reason: str) -> None:
+    questions, skipped = read(tmp_path, train=[problem("p", part(), bad, part("C"))])
+    assert [(what, why) for what, why, _ in skipped] == [("train.jsonl:1, question 2", reason)]
+    assert [(question.id, question.answers) for question in questions] == [("p/0", ("A",)), ("p/2", ("C",))]
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "letter"),
+    [
+        ("B", ("red", "blue"), "B"),
+        (" b ", ("red", "blue"), "B"),
+        ("Ｂ", ("red", "blue"), "B"),
+        ("Blue", ("red", "blue"), "B"),
+        ("是", ("否", "是"), "B"),
+        ("A", ("B", "A"), "A"),  # a capital letter is a letter, as the data are said to write it
+        ("C", ("C", "D"), "A"),  # no letter of two options, but the text of one
+        ("a", ("a", "x"), "A"),
+    ],
+)
+def test_an_answer_may_be_a_letter_or_an_options_text(
+    tmp_path: Path, answer: str, options: tuple[str, ...], letter: str
+) -> None:
+    questions, _ = read(tmp_path, train=[problem("p", part(answer, options=options))])
+    assert questions[0].answers == (letter,)
+
+
+def test_splits_are_as_the_files_say(tmp_path: Path) -> None:
+    unlabelled = problem("t", part(...), part(...))
+    questions, skipped = read(tmp_path, train=[problem("p")], test=[unlabelled], sources__more=[problem("m")])
+    assert [(q.id, q.source, q.split) for q in questions] == [
+        ("t/0", "train", "asked"),
+        ("t/1", "train", "asked"),
+        ("p/0", "train", None),
+        ("m/0@more", "more", "train only"),
+    ]
+    assert not skipped
+    questions, _ = read(tmp_path, test=[problem("t", part("B"), part(...))])
+    assert [(q.id, q.split) for q in questions][:3] == [("t/0", "test"), ("t/1", "asked"), ("p/0", "train")]
+
+
+def test_the_same_problem_is_one_group_under_any_id_and_in_any_file(tmp_path: Path) -> None:
+    text = "小明  有帽子ＡＢ，\n小红没有。"
+    questions, _ = read(
+        tmp_path,
+        train=[problem("p", text=text), problem("other")],
+        sources__more=[problem("m", text=" ".join(unicodedata.normalize("NFKC", text).split()))],
+        test=[problem("t", text=f" {text}\n")],
+    )
+    groups = {question.problem_id: question.group for question in questions}
+    assert groups["p"] == groups["m"] == groups["t"] != groups["other"]
+
+
+def test_ids_differ_where_files_share_them(tmp_path: Path) -> None:
+    questions, skipped = read(
+        tmp_path,
+        train=[problem("1"), problem("2")],
+        test=[problem("1", text="Another.")],
+        sources__more=[problem("1", text="A third.")],
+    )
+    assert [question.id for question in questions] == ["1/0", "1/0@train", "2/0", "1/0@more"]
+    assert not skipped
+
+
+def test_guessed_answers_join_by_problem_and_place(tmp_path: Path) -> None:
+    questions, skipped = read(
+        tmp_path,
+        train=[problem("p", part("A"), part("B"))],
+        test=[problem("t", part(...), part(..., options=("no",)), part(...))],
+        labels__guessed=[
+            {"id": "t", "questions": [{"answer": "c"}, {"answer": "A"}, {"answer": "blue"}]},
+            {"id": "p", "questions": [{"answer": "C"}, {"answer": "G"}]},
+            {"id": "nobody", "questions": [{"answer": "A"}]},
+            {"id": "t", "questions": [{"answer": "A"}] * 3},
+            b"{",
+        ],
+        labels__short=[{"id": "p", "questions": [{"answer": "A"}]}, {"id": "t", "questions": [{}, {}, {"answer": ""}]}],
+    )
+    guessed = [question for question in questions if question.label_source]
+    assert [(q.id, q.answers, q.source, q.split, q.label_source) for q in guessed] == [
+        ("t/0@guessed", ("C",), "guessed", "train only", "guessed"),
+        ("t/2@guessed", ("B",), "guessed", "train only", "guessed"),
+        ("p/0@guessed", ("C",), "guessed", "train only", "guessed"),
+    ]
+    assert [(what, why) for what, why, _ in skipped] == [
+        ("test.jsonl:1, question 2", "not 2 to 7 options"),
+        ("labels/guessed.jsonl:1, question 2", "label of a question that cannot be used"),
+        ("labels/guessed.jsonl:2, question 2", "label: answer is no option"),
+        ("labels/guessed.jsonl:3", "label of an unknown problem"),
+        ("labels/guessed.jsonl:4", "duplicate id"),
+        ("labels/guessed.jsonl:5", "not JSON"),
+        ("labels/short.jsonl:1", "label with another number of sub-questions"),
+        ("labels/short.jsonl:2, question 1", "label: no answer"),
+        ("labels/short.jsonl:2, question 2", "label of a question that cannot be used"),
+        ("labels/short.jsonl:2, question 3", "label: no answer"),
+    ]
+    assert one_sample(label_source="guessed")["meta"]["label_source"] == "guessed"
+
+
+def test_a_label_of_an_id_with_two_meanings_is_skipped(tmp_path: Path) -> None:
+    label = {"id": "1", "questions": [{"answer": "A"}]}
+    two = {"train": [problem("1")], "test": [problem("1", text="Another.")]}
+    _, skipped = read(tmp_path, **two, labels__g=[label])
+    assert skipped[-1][:2] == ("labels/g.jsonl:1", "label of an id that several problems have")
+    _, skipped = read(tmp_path, test=[problem("1")])
+    assert not skipped, "twice the same problem means the same"
+
+
+def test_sources_are_the_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing to train on"):
+        sources(tmp_path)
+    read(tmp_path, train=[problem("p")], sources__more=[problem("m")], labels__g=[])
+    (tmp_path / "labels" / "notes.txt").write_text("")
+    assert sources(tmp_path) == ["g", "more", "train"]
+    (tmp_path / "labels" / "more.jsonl").write_text("")
+    with pytest.raises(DataError, match="rename more"):
+        sources(tmp_path)
+
+
+def test_nothing_usable_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no usable question"):
+        read(tmp_path, train=[b"no"])
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), st.lists, max_leaves=4))
+def test_no_value_in_a_line_is_fatal(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    rows = [problem("p", part(value), part(options=value), {"question": value, "options": value})]
+    more = [{"id": value, "problem": value, "questions": value}, value]
+    questions, _ = read(folder, train=[problem("good"), *rows, *more], test=more, labels__l=[*rows, *more])
+    assert questions
+    asked_rows(folder, questions)
+
+
+# -- samples -----------------------------------------------------------------------------------------------------
+
+
+def test_an_english_and_a_chinese_prompt() -> None:
+    english = one_sample()["messages"]
+    assert [message["role"] for message in english] == ["system", "user"]
+    assert "what the facts do not say or imply is false" in english[0]["content"]
+    assert english[1]["content"].startswith("Tom has the hat.\nQuestion: Which?\nA. red\nB. blue\nC. green\n")
+    assert "`Answer: `" in english[1]["content"]
+    chinese = one_sample(problem="小明有帽子。", text="哪个？", options=("红", "蓝"))["messages"]
+    assert "封闭世界" in chinese[0]["content"]
+    for words in ("题目：小明有帽子。\n问题：哪个？\nA. 红\nB. 蓝\n", "单选题", "答案是："):
+        assert words in chinese[1]["content"]
+
+
+def test_the_line_alone_is_taught_and_the_letter_is_scored() -> None:
+    assert one_sample("train")["references"] == ["Answer: B"]
+    assert one_sample("validation", problem="小明有帽子。")["references"] == ["答案是：B"]
+    tested = one_sample("test")
+    assert tested["references"] == ["B"]
+    assert [score(recipe(), answer, tested) for answer in "BA"] == [{"accuracy": 1.0}, {"accuracy": 0.0}]
+    assert read_answer(one_sample("train")["references"][0], tested) == "B"
+
+
+def test_meta_says_where_a_sample_is_from() -> None:
+    meta = one_sample(options=("x", "y"), id="p/3@g", index=3, source="g", label_source="g")["meta"]
+    assert meta["kind"] == "2 options" and meta["options"] == {"A": "x", "B": "y"}
+    assert (meta["problem_id"], meta["index"], meta["source"], meta["label_source"]) == ("p", 3, "g", "g")
+
+
+def test_data_holds_no_tokens_of_a_template() -> None:
+    text = one_sample(problem="<|im_end|> <image>", text="<|x|>?", options=("<image>", "b"))["messages"][1]["content"]
+    assert "<|" not in text and "<image>" not in text
+
+
+# -- completions -------------------------------------------------------------------------------------------------
+
+HATS = {"A": "red hat", "B": "blue hat", "C": "green hat"}
+PEOPLE = {"A": "Ann", "B": "Tom", "C": "Ben", "D": "Eve"}
+CHINESE = {"A": "小明", "B": "小红", "C": "小刚"}
+YES = {"A": "Yes", "B": "No"}
+SHI = {"A": "是", "B": "否"}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        *[(text, "B") for text in ("Answer: B", "Answer: b", "answer is **B**.", "The answer is (B)", "Answer: `B`")],
+        *[
+            (text, "B")
+            for text in (
+                "答案是：B",
+                "答案是Ｂ。",
+                "答案：（B）",
+                "答案 B",
+                "【答案】B",
+                "答案是选项B",
+                "答案应为 B 项",
+            )
+        ],
+        *[
+            (text, "B")
+            for text in ("Answer:\n\nB", "The correct option is B", "Answer to question 2: B", r"Answer: \boxed{B}")
+        ],
+        *[(text, "B") for text in ("B", "b", "B.", "(B)", " B\n", "Ⓑ", r"$\boxed{B}$", "B. blue hat", "B) Blue hat.")],
+        *[(text, "B") for text in ("so it is this one\nB", "It is the blue hat, not the red hat.", "BLUE  HAT")],
+        ("Answer: A. No, wait. Answer: C", "C"),
+        ("Answer: B. Wait. Answer: G", "B"),  # G is no option
+        ("选项A是错的，答案是B", "B"),
+        ("答案是B，选项A错误", "B"),
+        ("故选C", "C"),
+        ("I choose (C)", "C"),
+        ("Answer: A", "A"),
+        ("Answer: A because Tom has it", "A"),
+        ("Answer: A\nTom has it", "A"),
+        ("A: red hat", "A"),
+    ],
+)
+def test_the_letter_is_found(text: str, letter: str) -> None:
+    assert letter_in(text, HATS) == letter
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "  \n",
+            "Answer:",
+            "答案是：",
+            "Answer: D",
+            "答案是：H",
+            "D",
+            "Answer: 2",
+            "Answer: Apple",
+            "Answer: A-frame",
+        ),
+        *("A man has it.", "Let A be a hat. Then B.", "The answer is a hat", "Answer: A hat", "It is a hat."),
+        *("Answer: A or B", "答案是A和B", "答案是AB", "Answer: A/B/C", "答案是A、B、C中的一个", "Answer: A, C."),
+        *("The answer is not B", "答案不是B", "not the blue hat", "red hat or blue hat", "blue hatter"),
+        *("A. red hat\nB. blue hat\nC. green hat", "A. blue", "选项B", "BLUE", "abc"),
+    ],
+)
+def test_no_letter_is_made_up(text: str) -> None:
+    assert letter_in(text, HATS) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "letter"),
+    [
+        ("The answer is a blue hat.", HATS, "B"),  # an article, and what follows it
+        ("Answer: A blue hat", HATS, "B"),
+        ("Answer: A red hat", HATS, "A"),
+        ("It is Tom.", PEOPLE, "B"),
+        ("Tomorrow", PEOPLE, None),
+        ("Ben's", PEOPLE, "C"),
+        ("Neither Tom nor Eve", PEOPLE, None),
+        ("Yes", YES, "A"),
+        ("No, he is not.", YES, "B"),
+        ("There is no way to tell.", YES, None),
+        ("是", SHI, "A"),
+        ("否。", SHI, "B"),
+        ("不是", SHI, None),
+        ("这是他的帽子", SHI, None),
+        ("答案是小红", CHINESE, "B"),
+        ("不是小红", CHINESE, None),
+        ("小红和小刚", CHINESE, None),
+        ("the dark red one", {"A": "red", "B": "dark red"}, "B"),
+        ("B", {"A": "B", "B": "A"}, "B"),
+        ("Answer: D", {"B": "x", "D": "y"}, "D"),
+        ("Answer: A", {"B": "x", "D": "y"}, None),
+        ("1", {"A": "3", "B": "1"}, "B"),
+        ("in 1 hour", {"A": "3", "B": "1"}, None),
+    ],
+)
+def test_options_by_their_text(text: str, options: Mapping[str, str], letter: str | None) -> None:
+    assert letter_in(text, options) == letter
+
+
+@given(st.text(alphabet="ABCDEFGHabcdefgh answeris:.,()答案是选项不和or\n*", max_size=60), st.integers(2, 7))
+def test_a_letter_outside_the_options_is_never_read(text: str, count: int) -> None:
+    options = dict(zip("ABCDEFG", ["one", "two", "three", "four", "five", "six", "seven"][:count], strict=False))
+    assert letter_in(text, options) in (None, *options)
+
+
+def test_long_completions_take_no_time() -> None:
+    for text in (
+        "answer " + "is " * 5000,
+        "答案" * 5000,
+        "answer to " + "a" * 20_000,
+        "不是" * 5000,
+        "( " * 5000 + "A",
+    ):
+        assert letter_in(text, HATS) is None or text.endswith("A")
+
+
+# -- passes ------------------------------------------------------------------------------------------------------
+
+
+def test_retries_stop_at_the_first_valid_letter() -> None:
+    one, three = one_sample(), recipe("infer.passes={retries: 3, retry_temperature: 0.5}")
+    assert passes(three) == ("answer", "retry_1", "retry_2", "retry_3")
+    assert passes(recipe("infer.passes.retries=0")) == ("answer",)
+    first = ask(three, one, "answer", {}, ())
+    assert first is not None and first.temperature == 0 and first.messages == one["messages"]
+    before = {"answer": "Answer: G"}
+    again = [ask(three, one, name, before, ()) for name in passes(three)[1:]]
+    assert all(each is not None and each.temperature == 0.5 and each.messages == one["messages"] for each in again)
+    assert len({each.seed for each in again if each}) == 3
+    assert ask(three, one, "retry_2", {**before, "retry_1": "Answer: C"}, ()) is None
+    assert ask(three, one, "retry_1", before, ("retry",)) is None
+    assert ask(three, one, "retry_1", {"answer": "Answer: A"}, ()) is None
+
+
+def test_a_retrys_seed_is_the_samples_own() -> None:
+    def seed(name: str) -> int:
+        asked = ask(recipe(), one_sample(id=name), "retry_1", {"answer": ""}, ())
+        assert asked is not None
+        return asked.seed
+
+    assert seed("p/0") == seed("p/0") != seed("p/1")
+
+
+def test_rehearsal_has_the_prompt() -> None:
+    ((rehearsed, spare),) = rehearsal(recipe(), one_sample(), ())
+    assert rehearsed.messages == one_sample()["messages"] and spare == 0
+
+
+def test_a_narrowed_question_keeps_its_letters() -> None:
+    whole = one_sample()
+    fewer = narrowed(whole, ["A", "C"])
+    assert fewer is not None
+    assert "A. red\nC. green\n" in fewer["messages"][1]["content"] and "blue" not in fewer["messages"][1]["content"]
+    assert [read_answer(f"Answer: {letter}", fewer) for letter in "ABC"] == ["A", None, "C"]
+    assert whole == one_sample() and fewer["references"] == ["B"]
+    assert narrowed(whole, ["A"]) is None
+
+
+# -- submission --------------------------------------------------------------------------------------------------
+
+
+def answered(name: str, letter: str | None) -> Prediction:
+    return {**failed_prediction(name, "no answer"), "answer": letter, "error": None if letter else "no answer"}
+
+
+def test_a_submission_has_every_problem_in_the_files_order(tmp_path: Path) -> None:
+    questions, _ = read(
+        tmp_path,
+        train=[problem("p")],
+        test=[
+            problem("z", part(...), part(..., options=("one",)), part(...)),
+            b"{",
+            problem("a", part(...)),
+            problem("a"),
+        ],
+    )
+    rows = asked_rows(tmp_path, questions)
+    assert [row["places"] for row in rows] == [["z/0", None, "z/2"], [], ["a/0"], [None]]
+    found = {"z/2": answered("z/2", "C"), "a/0": answered("a/0", None)}
+    assert [submission(row, found) for row in rows] == [
+        {"id": "z", "questions": [{"answer": ""}, {"answer": ""}, {"answer": "C"}]},
+        {"id": "", "questions": []},
+        {"id": "a", "questions": [{"answer": ""}]},
+        {"id": "a", "questions": [{"answer": ""}]},
+    ]
+
+
+def test_what_is_held_out_beside_test_data_gets_no_line(tmp_path: Path) -> None:
+    questions, _ = read(tmp_path, train=[problem("p")], test=[problem("b", part(...)), problem("a", part(...))])
+    rows = asked_rows(tmp_path, questions)
+    assert sorted(name for row in rows for name in row["ids"]) == ["a/0", "b/0", "p/0"]
+    lines = [submission(row, {"p/0": answered("p/0", "A"), "a/0": answered("a/0", "B")}) for row in rows]
+    assert lines == [{"id": "b", "questions": [{"answer": ""}]}, {"id": "a", "questions": [{"answer": "B"}]}]
+
+
+def test_without_test_data_the_held_out_problems_are_submitted(tmp_path: Path) -> None:
+    questions, _ = read(tmp_path, train=[problem("c"), problem("a"), problem("b", part(), part())])
+    held_out = [question for question in questions if question.problem_id != "a"]
+    assert [(row["id"], row["ids"]) for row in asked_rows(tmp_path, held_out)] == [
+        ("c", ["c/0"]),
+        ("b", ["b/0", "b/1"]),
+    ]
+
+
+# -- the recipe's data -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    path = REPOSITORY / "recipes" / "data" / "make_logic_choice.py"
+    spec = importlib.util.spec_from_file_location("make_logic_choice", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_data_are_as_the_script_writes_them(maker: ModuleType, tmp_path: Path) -> None:
+    maker.make(tmp_path, 3, 320, 80, 80, answers=False)
+    ours = REPOSITORY / "recipes" / "data" / "logic-choice"
+    names = sorted(str(path.relative_to(ours)) for path in ours.rglob("*.jsonl"))
+    assert names == sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl"))
+    for name in names:
+        assert (ours / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_the_data_can_be_used_whole() -> None:
+    skipped: Skipped = []
+    folder = REPOSITORY / "recipes" / "data" / "logic-choice"
+    questions = read_questions(recipe(), folder, set(), lambda *what: skipped.append(what))  # type: ignore[arg-type]
+    assert not skipped
+    problems = {
+        (question.source, question.problem_id) for question in questions if question.source in ("train", "test")
+    }
+    assert len(problems) >= 300
+    assert {len(question.options) for question in questions} == {2, 3, 4, 5, 6, 7}
+    assert any("\u4e00" <= question.problem[0] <= "\u9fff" for question in questions)
+    for question in questions:
+        own = "asked" if question.problem_id.startswith("test") else None
+        assert question.split == (own if question.source == "train" else "train only")
+
+
+def test_some_guessed_answers_are_wrong(maker: ModuleType) -> None:
+    known = maker.make_file(3, "test", 80)
+    right = {(one["id"], n): q["answer"] for one in known for n, q in enumerate(one["questions"])}
+    folder = REPOSITORY / "recipes" / "data" / "logic-choice" / "labels"
+    for name, share in maker.LABELS.items():
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        hits = Counter(q["answer"] == right[row["id"], n] for row in rows for n, q in enumerate(row["questions"]))
+        assert abs(hits[True] / hits.total() - share) < 0.1 and hits[False]
+
+
+def test_hats_by_hand(maker: ModuleType) -> None:
+    """The one whose colour is told, the one whose hat is not the third colour, and the third: all follow."""
+    for number in range(200):
+        one = maker.make_problem(1, "hats", number * 6 + 5)
+        if not one["problem"].isascii():
+            continue
+        intro, *said = one["problem"].removesuffix(".").split(". ")
+        people = intro.split(" wear")[0].replace(" and ", ", ").split(", ")
+        colours = {word for word in intro.replace(",", "").split() if word in maker.COLOURS[0]}
+        shown, colour = next(clue.split()[3::2] for clue in said if " not " not in clue)
+        hidden, third = next((clue.split()[3], clue.split()[-1]) for clue in said if " not " in clue)
+        wears = {shown: colour, hidden: (colours - {colour, third}).pop()}
+        wears[next(name for name in people if name not in wears)] = third
+        for question in one["questions"]:
+            right = question["options"]["ABCDEFG".index(question["answer"])]
+            words = question["question"].removesuffix("?").split()
+            if words[0] == "Which":
+                assert right == wears[words[-1]]
+            elif words[0] == "Who":
+                assert wears[right] == words[3]
+            else:
+                assert right == ("Yes" if wears[words[-2]] == words[-1] else "No")
+
+
+def test_families_by_hand(maker: ModuleType) -> None:
+    for number in range(200):
+        one = maker.make_problem(1, "family", number * 6 + 3)
+        if not one["problem"].isascii():
+            continue
+        told = [clue.split() for clue in one["problem"].removesuffix(".").split(". ")]
+        children = {(words[0], words[-1]) for words in told}
+        for question in one["questions"]:
+            right = question["options"]["ABCDEFG".index(question["answer"])]
+            words = question["question"].removesuffix("?").split()
+            first, second = (words[2], words[4]) if words[0] == "What" else (words[1], words[-1])
+            grandchild = any((first, each) in children and (each, second) in children for each, _ in children)
+            grandparent = any((second, each) in children and (each, first) in children for each, _ in children)
+            parents = [{above for below, above in children if below == name} for name in (first, second)]
+            found = {
+                "parent": (second, first) in children,
+                "grandparent": grandparent,
+                "child": (first, second) in children,
+                "grandchild": grandchild,
+                "brother or sister": bool(parents[0] & parents[1]),
+            }
+            if words[0] == "What":
+                assert [name for name, is_it in found.items() if is_it] == ([right] if right != "none of these" else [])
+            else:
+                assert right == ("Yes" if found["child"] else "No")
