@@ -16,7 +16,7 @@ ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN))
 help: ## list the verbs
 	@grep -E '^[a-z0-9. -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/^preprocess.*eval/preprocess, train, infer, eval/' | expand -t 32
 
-setup: .venv/.ready models/.ready ## install what a CPU needs into .venv and make the small models (once)
+setup: .venv/.ready .venv/.gptq models/.ready ## install what a CPU needs into .venv and make the small models (once)
 
 demo: setup ## PDFs to scored answers on this CPU; DATA=folder takes your own documents and questions
 	@export LORRY_TARGET=cpu CUDA_VISIBLE_DEVICES=; if [ -n "$(DATA)" ]; then \
@@ -82,6 +82,12 @@ clean: ## delete the demo's run and what Python leaves behind; keeps .venv and m
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/dev.txt
 	@touch $@
 
-models/.ready: recipes/demo_models.py | .venv/.ready
+# the bases in GPTQ's 4 bits are left out where a compiler or Python's headers are missing; everything else goes without
+.venv/.gptq: requirements/gptq.txt .venv/.ready
+	@if command -v cc >/dev/null && [ -e "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; \
+	then $(BIN)/pip install --quiet --no-deps --no-build-isolation --require-hashes -r requirements/gptq.txt && touch $@; \
+	else echo "no GPTQ on this CPU: it needs a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)"; fi
+
+models/.ready: recipes/demo_models.py | .venv/.ready .venv/.gptq
 	@$(BIN)/python recipes/demo_models.py models 2> models.log || { tail -20 models.log >&2; exit 1; }
 	@rm -f models.log && touch $@

@@ -1,4 +1,5 @@
-"""Make the small models that the `tiny` profiles name: two real ones, and two that only have the true architecture.
+"""Make the small models that the `tiny` profiles name: two real ones, one of them also packed into 4 bits, and two that
+only have the true architecture.
 
     python recipes/demo_models.py models
 
@@ -11,17 +12,23 @@ Both packages are pinned and checked by sha256. No index has a small model that 
 * tiny-qwen2.5-vl: Qwen2.5-VL's architecture, two layers of random weights,
 * tiny-gme: GME's, which is Qwen2-VL's, likewise.
 
-They read SmolLM2's tokens and those of pictures, and know nothing: what they say is noise until it is tuned. No hub is
-needed. Stages see four ordinary model folders.
+They read SmolLM2's tokens and those of pictures, and know nothing: what they say is noise until it is tuned.
+
+* SmolLM2-135M-Instruct-GPTQ-Int4: SmolLM2 in GPTQ's 4 bits, as gptqmodel makes it here from that folder; left out where
+  gptqmodel is not installed (requirements/gptq.txt).
+
+No hub is needed. Stages see ordinary model folders.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +199,50 @@ def tokenizer_with_pictures(source: Path, folder: Path, architecture: str) -> in
     return first_unused
 
 
+FITTED_TOKENS = 192
+"""Of each text on which GPTQ fits the weights."""
+GROUP = 64
+"""Inputs that share a scale. Published models have 128, which SmolLM2's 576 is no multiple of."""
+
+
+def gptq(source: Path, folder: Path) -> None:
+    """The model in `source` with its linear layers in 4 bits (GPTQ, arXiv:2210.17323), always the same ones.
+
+    What the weights are fitted on is the text of the demo's patents.
+    """
+    os.cpu_count = lambda: 4  # gptqmodel 7.6 asks for more threads than it allows itself on fewer processors
+    import torch
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    torch.set_num_threads(1)  # its many small steps are sooner done by one thread, and always alike
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    sources = sorted((Path(__file__).parent / "data" / "sources").glob("*.toml"))
+    patents = [tomllib.loads(path.read_text(encoding="utf-8")) for path in sources]
+    texts = ["\n".join(page.get("text", "") for page in patent["page"]) for patent in patents]
+    how = QuantizeConfig(bits=4, group_size=GROUP, desc_act=False)
+    model = GPTQModel.load(str(source), how, device="cpu", dtype=torch.float32)
+    model.quantize([tokenizer(text)["input_ids"][:FITTED_TOKENS] for text in texts], batch_size=1)
+    model.save(str(folder))
+    weights = load_file(folder / "model.safetensors")
+    halves = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
+    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    made = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    kept = ("bits", "group_size", "desc_act", "sym", "quant_method", "checkpoint_format", "lm_head")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where transformers 4 looks for it
+    config |= {"dtype": "float16", "torch_dtype": "float16"}
+    config["quantization_config"] = {name: made[name] for name in kept}  # the rest is a log of how it was made
+    for path in folder.iterdir():
+        if path.name != "model.safetensors":
+            path.unlink()
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / name, folder)
+
+
 def make_whole(folder: Path, name: str, make: Callable[[Path, Path], None]) -> None:
     """Make a model by `make(scratch folder, its folder)`. It appears under its name only when it is whole: a kill
     leaves no half model behind."""
@@ -217,6 +268,10 @@ def main() -> None:
     tokenizer = folder / "SmolLM2-135M-Instruct"
     for name, config in ARCHITECTURES.items():
         make_whole(folder, name, lambda _, made, c=config: random_qwen(c, tokenizer, made))
+    if importlib.util.find_spec("gptqmodel"):
+        make_whole(folder, "SmolLM2-135M-Instruct-GPTQ-Int4", lambda _, made: gptq(tokenizer, made))
+    else:
+        print("no SmolLM2-135M-Instruct-GPTQ-Int4: gptqmodel is not installed (requirements/gptq.txt)", flush=True)
 
 
 if __name__ == "__main__":
