@@ -63,6 +63,18 @@ def seconds(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[float,
     return time.perf_counter() - began, texts
 
 
+def _wait_for_memory(patience: float = 60.0) -> None:
+    """Until the card has the memory of the engine that was closed again."""
+    import torch
+
+    until = time.monotonic() + patience
+    while torch.cuda.is_available() and time.monotonic() < until:
+        free, total = torch.cuda.mem_get_info()
+        if free > 0.9 * total:
+            return
+        time.sleep(0.5)
+
+
 def main(small: bool) -> None:
     model = ROOTS.models / ("SmolLM2-135M-Instruct" if small else "Qwen2.5-7B")
     if not model.is_dir():
@@ -88,6 +100,7 @@ def main(small: bool) -> None:
     together = time.perf_counter() - before
     engine.close()
     del engine
+    _wait_for_memory()
     different = len({tuple(texts) for _, texts in taken.values()})
     rows.append(
         {

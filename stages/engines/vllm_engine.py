@@ -133,7 +133,8 @@ class VllmEngine:
         return str(name).partition("-")[0]  # behind the hyphen is the engine's own mark
 
     def close(self) -> None:
-        del self._llm  # ends the engine's processes, where it has any
+        self._llm.llm_engine.engine_core.shutdown()  # waits for the engine's processes, where it has any
+        del self._llm
 
 
 def _with_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
