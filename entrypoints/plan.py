@@ -49,6 +49,7 @@ def plan(target: str | None, count: int | None, memory: float | None, **options:
     from stages.hardware.fit import as_asked, plan_training
     from stages.hardware.memory import lengths_at_most, not_estimated
     from stages.hardware.shape import read_shape
+    from stages.hardware.targets import refuse_4bit_twice, refuse_base_without_kernels
 
     run = open_run(**options)
     train = run.recipe.train
@@ -56,6 +57,9 @@ def plan(target: str | None, count: int | None, memory: float | None, **options:
     shape = read_shape(model)
     cards = _cards(target, count or 1, memory, train.precision)
     train = _as_the_software_allows(train, cards.target)
+    refuse_base_without_kernels(model, shape.quantisation, cards.target)
+    if train.load_in_4bit:
+        refuse_4bit_twice(model, shape.quantisation)
     lengths = lengths_at_most(run.recipe)
     asked = as_asked(shape, train, cards.count, cards.dtype, lengths)
     way = plan_training(shape, train, cards.count, cards.dtype, cards.memory, lengths)

@@ -1,13 +1,13 @@
 """Bases that are stored in GPTQ's integers: which library computes with them, and by which of its kernels.
 
-transformers, PEFT and ms-swift load such a folder by themselves, with auto-gptq (the image v100-gptq, transformers 4) or
-its successor gptqmodel (all others). What they would get wrong is the kernel. Both libraries choose the one that is
+transformers, PEFT and ms-swift load such a folder by themselves, with auto-gptq (the image v100-gptq, transformers 4)
+or its successor gptqmodel (all others). What they would get wrong is the kernel. Both libraries choose the one that is
 fastest in inference, and those lose the gradient of what they are given, some with an error and some without a word:
-then only the last modules' LoRA learns. Here is chosen what computes forward and backward, in training and in inference
+then LoRA below them hardly learns. Here is chosen what computes forward and backward, in training and in inference
 alike, so that an adapter is asked as it was trained:
 
-* gptqmodel on a card: `gptq_triton`, which unpacks a module's weights with a Triton kernel and leaves the rest to torch;
-  on a CPU, and for widths that Triton's kernel has not: `gptq_torch`, which unpacks with torch.
+* gptqmodel on a card: `gptq_triton`, which unpacks a module's weights with a Triton kernel and leaves the rest to
+  torch; on a CPU, and for widths that Triton's kernel has not: `gptq_torch`, which unpacks with torch.
 * auto-gptq: torch's matmul on unpacked weights (its QuantLinear "cuda-old"), without the ExLlama kernels and, in
   training, without its own for fewer than 128 tokens, which has no backward either.
 
@@ -40,13 +40,13 @@ def stored_as(model: Path) -> str | None:
 
 
 def library(model: Path) -> str:
-    """`gptqmodel` or `auto_gptq`, whichever is here. Raises UsageError where there is none, or not all that it needs."""
+    """`gptqmodel` or `auto_gptq`, whichever is here. Raises UsageError where none is, or not all that it needs."""
     found = next((name for name in ("gptqmodel", "auto_gptq") if importlib.util.find_spec(name)), "gptqmodel")
     missing = [name for name in (found, "optimum") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"{model}: its weights are GPTQ's, which {' and '.join(missing)} would read here: pip install --no-deps -r"
-            " requirements/gptq.txt, or train in an image for cards; on cards --set infer.engine=vllm answers without it"
+            " requirements/gptq.txt, or train in an image for cards; there --set infer.engine=vllm answers without it"
         )
     return found
 
@@ -65,19 +65,22 @@ def loading(model: Path, on_card: bool, training: bool) -> Iterator[None]:
                 patches.enter_context(patch(name, lambda: False, create=True))
         elif is_gptq(model):
             if library(model) == "gptqmodel":
-                _with_gptqmodel(patches, model, on_card)
+                _with_gptqmodel(patches, model, on_card, training)
             else:
                 _with_auto_gptq(patches, training)
         yield
 
 
-def _with_gptqmodel(patches: ExitStack, model: Path, on_card: bool) -> None:
+def _with_gptqmodel(patches: ExitStack, model: Path, on_card: bool, training: bool) -> None:
     with redirect_stdout(StringIO()):  # its banner
         import gptqmodel  # noqa: F401
 
     bits = int(read_json(model / "config.json")["quantization_config"]["bits"])
     # it would compile the unpacking of each module by itself: minutes, and with a compiler that no image has
-    patches.enter_context(patch.dict(os.environ, {"TORCHDYNAMO_DISABLE": "1"}))
+    environment = {"TORCHDYNAMO_DISABLE": "1"}
+    if not on_card and not training:  # a processor takes far longer to unpack a weight than to use it for a token
+        environment["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"
+    patches.enter_context(patch.dict(os.environ, environment))
     _choose(patches, backend="gptq_triton" if on_card and bits in (2, 4, 8) else "gptq_torch")
 
 
