@@ -69,7 +69,7 @@ CU128 = "sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"
 def site(tmp_path: Path) -> Path:
     """A folder of importable stand-ins for what a CUDA image of infer and train has."""
     folder = tmp_path / "site"
-    for name in ("transformers", "peft", "swift", "vllm", "bitsandbytes"):
+    for name in ("transformers", "peft", "swift", "vllm", "bitsandbytes", "gptqmodel"):
         (folder / name).mkdir(parents=True)
         (folder / name / "__init__.py").write_text("__version__ = '1'\n")
     give_torch(folder, CU128)

@@ -418,13 +418,13 @@ def test_no_data_folder_and_no_model(lorry: Lorry, recipe_file: Path, few: Path,
 
 def test_a_recipe_that_is_none(lorry: Lorry, recipe_file: Path) -> None:
     for arguments, expected in {
-        ("no-such-recipe",): "there are: patent-qa",
+        ("no-such-recipe",): "patent-qa",
         (): "name a RECIPE",
         ("--run", "never-made"): "no such run",
         (str(recipe_file), "--run", "../up"): "one folder name",
         (str(recipe_file), "--profile", "tiny"): "no profile 'tiny'",
         (str(recipe_file), "--set", "train.rnk=2"): "did you mean 'rank'?",
-        (str(recipe_file), "--set", "task=patent"): "no task 'patent'; there are: patent_qa",
+        (str(recipe_file), "--set", "task=patent"): "no task 'patent'; there are: extractive_qa",
     }.items():
         code, told = refused(lorry, *arguments)
         assert code == 2, arguments
