@@ -8,6 +8,7 @@ measured on an H200 with torch 2.11 (benchmarks/memory.py; README, "Measured"). 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from math import prod
 
 from stages.contract.recipe import Recipe, Train
 from stages.hardware.batch import BatchPlan
@@ -40,6 +41,11 @@ FRAGMENTS_SHARE = 0.01
 
 NF4_BYTES = 0.5 + 1 / 64
 """A weight in bitsandbytes' NF4 with double quantisation: 4 bits, and a byte for each block of 64."""
+
+UNPACKING = {"bfloat16": 2, "float16": 7, "float32": 7}
+"""Bytes for each weight of a module of a GPTQ base while it is unpacked, beside the result: gptqmodel's Triton kernel
+writes float16, which becomes bfloat16; auto-gptq (a V100, in float16) and the kernel for CPUs shift integers of 32 bits
+and keep bytes and products of them. Read from their source; not measured."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,10 @@ def estimate(
     gradients = adapter * FLOAT32 if sharding == "none" else adapter * size + ZERO_BUCKET * FLOAT32
 
     layer = _layer_activations(shape, settings, size, batch.micro_batch, lengths.longest) * tokens
-    working = _layer_working_set(shape, settings, sharding) * tokens
+    # of a GPTQ base autograd keeps each module's unpacked weights, too, whatever the tokens
+    layer += size * sum(map(prod, _packed_in_layers(shape))) // shape.layers
+    unpacking = UNPACKING[dtype] * max(map(prod, _packed_in_layers(shape)), default=0)
+    working = max(_layer_working_set(shape, settings, sharding) * tokens, unpacking)
     kept = shape.layers * (2 * shape.hidden * size // 2 * tokens if settings.gradient_checkpointing else layer)
     logits = (lengths.logits(batch.micro_batch) + batch.micro_batch) * shape.vocabulary
     earlier = gradients if batch.accumulation > 1 else 0  # of the micro-batches before
@@ -170,6 +179,11 @@ def _is_connector(module: str) -> bool:
 def _adapted_in_layers(shape: ModelShape, settings: Train) -> list[str]:
     """The adapted modules of the decoder layers."""
     return [name for name in adapted_modules(shape, settings) if not _is_vision(name)]
+
+
+def _packed_in_layers(shape: ModelShape) -> list[tuple[int, int]]:
+    """Inputs and outputs of the decoder layers' modules that are stored quantised."""
+    return [shape.linears[name] for name in shape.packed if not _is_vision(name) and ".lm_head" not in f".{name}"]
 
 
 def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:

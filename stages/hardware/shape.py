@@ -76,6 +76,11 @@ class ModelShape:
                 found[module] = (inputs, scales[f"{module}.scales"][1])
         return found
 
+    @cached_property
+    def packed(self) -> frozenset[str]:
+        """Linear modules whose weights are stored as integers with scales: GPTQ, AWQ."""
+        return frozenset(weight.name.rpartition(".")[0] for weight in self.weights if weight.name.endswith(".qweight"))
+
     @property
     def parameters(self) -> int:
         """Parameters as counted by people: those of quantised modules unpacked."""

@@ -25,6 +25,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+CONFIGS["Qwen2.5-32B"] = {
+    **QWEN,
+    **{"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40},
+    **{"num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
+}
+
 
 def tensors(config: dict[str, Any]) -> dict[str, list[int]]:
     """Names and shapes of a Qwen2's weights."""
@@ -55,6 +61,26 @@ def write_safetensors(path: Path, shapes: dict[str, list[int]], dtype: str = "BF
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + size)
+
+
+def make_gptq_shape(folder: Path, name: str, group: int = 128) -> Path:
+    """The folder of a model of CONFIGS with its layers' linear modules in GPTQ's 4 bits, as models are published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    how = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True}
+    (folder / "config.json").write_text(json.dumps({**CONFIGS[name], "quantization_config": how}))
+    halves, integers = {}, {}
+    for tensor, shape in tensors(CONFIGS[name]).items():
+        module, _, kind = tensor.rpartition(".")
+        if kind != "weight" or not module.endswith("_proj"):
+            halves[tensor] = shape
+            continue
+        outputs, inputs = shape
+        halves[f"{module}.scales"] = [inputs // group, outputs]
+        integers |= {f"{module}.qweight": [inputs // 8, outputs], f"{module}.qzeros": [inputs // group, outputs // 8]}
+        integers[f"{module}.g_idx"] = [inputs]
+    write_safetensors(folder / "halves.safetensors", halves, "F16")
+    write_safetensors(folder / "integers.safetensors", integers, "I32", 4)
+    return folder
 
 
 def make_shape(folder: Path, name: str) -> Path:

@@ -11,6 +11,7 @@ from stages.hardware.batch import plan_batch
 from stages.hardware.fit import as_asked
 from stages.hardware.memory import (
     FRAMEWORK,
+    Estimate,
     Lengths,
     adapted_modules,
     adapter_parameters,
@@ -18,7 +19,7 @@ from stages.hardware.memory import (
     lengths_at_most,
 )
 from stages.hardware.shape import ModelShape, read_shape
-from tests.hardware.shapes import CONFIGS, make_shape
+from tests.hardware.shapes import CONFIGS, make_gptq_shape, make_shape
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS, RECIPE = REPOSITORY / "benchmarks" / "results", REPOSITORY / "recipes" / "patent-qa.yaml"
@@ -127,3 +128,55 @@ def test_the_committed_rows_hold_with_the_code_as_it_is(shapes: dict[str, ModelS
     assert len(off) >= 10
     assert sum(abs(one) < 0.1 for one in off) >= 0.9 * len(off)
     assert min(off) > -0.05
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelShape]:
+    names = ("Qwen2.5-7B", "Qwen2.5-32B")
+    return {name: read_shape(make_gptq_shape(tmp_path_factory.mktemp("gptq"), name)) for name in names}
+
+
+def of_gptq(shape: ModelShape, dtype: str = "bfloat16", length: int = 2048, **values: object) -> Estimate:
+    chosen = settings(**values)
+    batch = plan_batch(2 * chosen.micro_batch, chosen.micro_batch, 1)
+    return estimate(shape, chosen, batch, dtype, "none", Lengths(length, 64))
+
+
+def test_a_gptq_base_stays_packed_but_for_the_layer_at_work(
+    shapes: dict[str, ModelShape], packed: dict[str, ModelShape]
+) -> None:
+    plain, gptq = shapes["Qwen2.5-7B"], packed["Qwen2.5-7B"]
+    assert gptq.parameters == plain.parameters
+    assert adapter_parameters(gptq, settings()) == adapter_parameters(plain, settings())
+    found = of_gptq(gptq)
+    assert found.weights == gptq.disk_bytes == pytest.approx(5.58e9, rel=0.01)  # as Qwen2.5-7B-GPTQ-Int4 is published
+    in_layers = sum(inputs * outputs for name, (inputs, outputs) in plain.linears.items() if name != "lm_head")
+    more = found.activations - of_gptq(plain).activations
+    assert more == pytest.approx(2 * in_layers / 28, rel=0.01), "one layer's weights in 16 bits"
+
+
+def test_without_checkpointing_a_gptq_base_is_unpacked_altogether(
+    shapes: dict[str, ModelShape], packed: dict[str, ModelShape]
+) -> None:
+    """Autograd keeps every layer's unpacked weights: the whole base in 16 bits on top of its 4."""
+    plain, gptq = (of_gptq(of["Qwen2.5-7B"], gradient_checkpointing=False) for of in (shapes, packed))
+    assert gptq.total > plain.total + 0.9 * packed["Qwen2.5-7B"].disk_bytes - 2 * 2 * 152064 * 3584
+    assert gptq.total > of_gptq(packed["Qwen2.5-7B"]).total + 12e9
+
+
+def test_a_module_is_unpacked_in_integers_on_a_v100(packed: dict[str, ModelShape]) -> None:
+    """What auto-gptq makes of the largest module counts with few tokens; with many, the backward pass does."""
+    few = {dtype: of_gptq(packed["Qwen2.5-32B"], dtype, length=128).activations for dtype in ("float16", "bfloat16")}
+    assert few["float16"] - few["bfloat16"] == pytest.approx(5 * 5120 * 27648, rel=0.1)
+    many = {dtype: of_gptq(packed["Qwen2.5-32B"], dtype, length=8192).activations for dtype in ("float16", "bfloat16")}
+    assert many["float16"] == many["bfloat16"]
+
+
+@pytest.mark.parametrize("rank", [8, 32])
+def test_seed_003_fits_a_v100_as_it_did(packed: dict[str, ModelShape], rank: int) -> None:
+    """Qwen2.5-32B-GPTQ-Int4, samples of 512 tokens, batch 1: it tells of 26 to 30 GB, and not of its rank."""
+    shape = packed["Qwen2.5-32B"]
+    assert shape.disk_bytes == pytest.approx(19.3e9, rel=0.01)
+    chosen = settings(rank=rank, max_length=512)
+    found = estimate(shape, chosen, plan_batch(1, 1, 1), "float16", "none", Lengths(512, 512))
+    assert 23.5e9 < found.total < 30e9
