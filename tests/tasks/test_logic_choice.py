@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
@@ -391,6 +392,9 @@ def test_no_letter_is_made_up(text: str) -> None:
         ("B", {"A": "B", "B": "A"}, "B"),
         ("Answer: D", {"B": "x", "D": "y"}, "D"),
         ("Answer: A", {"B": "x", "D": "y"}, None),
+        ("答案是：A同学", {"A": "B同学", "B": "A同学"}, "B"),
+        ("The answer is B is taller.", {"A": "B is taller", "B": "A is taller"}, "A"),
+        ("答案是：B", {"A": "B同学", "B": "A同学"}, "B"),
         ("1", {"A": "3", "B": "1"}, "B"),
         ("in 1 hour", {"A": "3", "B": "1"}, None),
     ],
@@ -405,15 +409,13 @@ def test_a_letter_outside_the_options_is_never_read(text: str, count: int) -> No
     assert letter_in(text, options) in (None, *options)
 
 
-def test_long_completions_take_no_time() -> None:
-    for text in (
-        "answer " + "is " * 5000,
-        "答案" * 5000,
-        "answer to " + "a" * 20_000,
-        "不是" * 5000,
-        "( " * 5000 + "A",
-    ):
-        assert letter_in(text, HATS) is None or text.endswith("A")
+@pytest.mark.parametrize(
+    "text", ["is ", "答案", "答案应该是", "选择", "不是", "( ", "Answer: A ", "to x ", "a, ", "not blue hat "]
+)
+def test_long_completions_take_no_time(text: str) -> None:
+    began = time.process_time()
+    letter_in("answer " + text * 4000, HATS)
+    assert time.process_time() - began < 2
 
 
 # -- passes ------------------------------------------------------------------------------------------------------

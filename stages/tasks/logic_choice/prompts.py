@@ -57,10 +57,12 @@ _LETTER = r"(?P<letter>[A-Za-z])(?![A-Za-z0-9'’\-])"
 _NOUN = rf"(?:(?:(?:the\s+)?\b(?:option|choice|letter)\b|选项)\s*:?{_OPENING})?"
 _MARKED = re.compile(
     r"(?:答案|正确的?选项|\banswers?\b|\b(?:correct|right|best)\s+(?:option|choice|one|letter)\b)[】\])}>」”\"]*"
-    rf"(?:\s+(?:to|for)\s[^.:\n]{{1,60}}?{_LINK}|{_LINK})*{_OPENING}{_NOUN}{_LETTER}",
+    rf"(?:\s+(?:to|for)\s[^.:\n]{{1,60}}?{_LINK}|{_LINK}){{0,4}}{_OPENING}{_NOUN}{_LETTER}",
     re.IGNORECASE,
 )
-_CHOSEN = re.compile(rf"(?:选择?(?!项)|\b(?:choose|pick|select)\b){_LINK}*{_OPENING}{_NOUN}{_LETTER}", re.IGNORECASE)
+_CHOSEN = re.compile(
+    rf"(?:选择?(?!项)|\b(?:choose|pick|select)\b){_LINK}{{0,2}}{_OPENING}{_NOUN}{_LETTER}", re.IGNORECASE
+)
 """Weaker than an answer marker: reasoning also chooses on its way."""
 _SEVERAL = re.compile(
     r"[\s\"'”’)\]】」]*(?:(?:\bor\b|\band\b|[和或与及])[\s\"'“‘(\[【「]*[A-Z](?![A-Za-z])"
@@ -94,6 +96,9 @@ def letter_in(text: str, options: Mapping[str, str]) -> str | None:
 def _valid(text: str, match: re.Match[str], options: Mapping[str, str]) -> str | None:
     """The letter behind a marker, where it is an option's, and neither an article nor one of several."""
     written, rest = match["letter"], text[match.end("letter") :]
+    named = [letter for letter, option in options.items() if len(option) > 1 and _begins(written + rest, option)]
+    if named:  # 'A is taller', 'A同学': an option that begins with a letter
+        return max(named, key=lambda letter: len(options[letter]))
     letter = written.upper()
     if letter not in options or _SEVERAL.match(rest):
         return None
@@ -118,7 +123,7 @@ def _alone(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _begins(text: str, option: str) -> bool:
-    found, wanted = _folded(text), _folded(option)
+    found, wanted = _folded(text[: 2 * len(option) + 8]), _folded(option)
     rest = found[len(wanted) :]
     return found.startswith(wanted) and not (wanted[-1:].isalnum() and wanted[-1:].isascii() and _is_word(rest[:1]))
 
@@ -132,7 +137,9 @@ def _only_option(text: str, options: Mapping[str, str]) -> str | None:
         if places:
             # a shorter option within a longer one does not count
             left = re.sub(_pattern(wanted), "\0", left)
-        found += [letter] * any(not _DENIED.search(match.string[: match.start()]) for match in places)
+        found += [letter] * any(
+            not _DENIED.search(match.string[max(match.start() - 20, 0) : match.start()]) for match in places
+        )
     return found[0] if len(found) == 1 else None
 
 
