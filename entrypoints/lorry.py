@@ -11,6 +11,7 @@ import click
 from entrypoints.common import RECIPES, one_line_errors, open_run, recipe_options, recipe_path
 from entrypoints.doctor import doctor
 from entrypoints.launch import launch, run_process
+from entrypoints.ledger import ledger
 from entrypoints.plan import plan
 
 
@@ -22,6 +23,7 @@ def main() -> None:
 main.add_command(launch)
 main.add_command(doctor)
 main.add_command(plan)
+main.add_command(ledger)
 
 
 @main.command()
