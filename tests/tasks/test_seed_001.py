@@ -440,14 +440,14 @@ def test_defect_07_answers_are_generated_as_the_report_says(
         return inner(self, generation_config, *rest, **named)
 
     monkeypatch.setattr(type(engine._model), "_get_logits_processor", spy)
-    prompts = [Prompt("a", [500, 501, 502], max_new_tokens=recorded["max_new_tokens"])]
+    prompts = [Prompt("a", [500, 501], max_new_tokens=recorded["max_new_tokens"])]
     text = engine.generate(prompts, None)[0].text
     (config,) = seen
     for name in ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty"):
         assert getattr(config, name) == recorded[name], name
     assert not config.no_repeat_ngram_size
     plain = TransformersEngine(settings_of(small_models / "random-llama"))
-    assert plain.generate(prompts, None)[0].text == text
+    assert plain.generate(prompts, None)[0].text == text != ""
 
 
 def test_defect_08_the_start_time_is_that_of_the_start(fresh: Job) -> None:
