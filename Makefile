@@ -11,7 +11,7 @@ ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN))
   $(foreach setting,$(SET),--set $(setting)) $(if $(GPUS),--gpus $(GPUS)) $(if $(TARGET),--target $(TARGET))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo preprocess train infer eval images push .env k8s-run test image-test kill-test lint bench lock clean
+.PHONY: help setup demo preprocess train infer eval ledger images push .env k8s-run test image-test kill-test lint bench lock clean
 
 help: ## list the verbs
 	@grep -E '^[a-z0-9. -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/^preprocess.*eval/preprocess, train, infer, eval/' | expand -t 32
@@ -25,6 +25,9 @@ demo: setup ## PDFs to scored answers on this CPU; DATA=folder takes your own do
 
 preprocess train infer eval: .venv/.host ## a stage of RECIPE (PROFILE= RUN= DATA= SET=) on GPUS=0,1 or auto:2: in a container if an engine answers
 	@$(BIN)/lorry launch $@ $(ARGS)
+
+ledger: .venv/.host ## every adapter's data mix, score and part in the vote, over all runs (RUN= SORT=score:desc OUT=ledger.html)
+	@$(BIN)/lorry ledger $(RUN) $(if $(SORT),--sort $(SORT)) $(if $(OUT),--out "$(OUT)")
 
 images: ## build the stage images of TARGET=cpu|v100|a800|rtx4090|h100|v100-gptq (STAGE=train: one of them)
 	@images/build.sh "$(TARGET)" "$(STAGE)"
