@@ -71,7 +71,7 @@ class Seed:
     ) -> None:
         self.seed, self.name = seed, name or f"vote-{seed}"
         self.sets = (*SETTINGS, f"seed={seed}", f"train.adapters={mixes(seed, adapters)}", *sets)
-        self.data = ROOTS.runs / "vote-data" / str(seed)
+        self.data = ROOTS.runs / "vote-data" / "-".join(map(str, [seed, *problems.values()]))
         self.process: subprocess.Popen[bytes] | None = None
         self.stopped = False
         self.seconds: dict[str, float] = defaultdict(float)
