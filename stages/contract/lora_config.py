@@ -17,15 +17,16 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
-    **dict.fromkeys(
-        ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "use_qalora", "lora_bias"), (False,)
-    ),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "use_qalora", "lora_bias"), (False,)),
     "init_lora_weights": (True,),
 }
 """Other keys of PEFT's that we accept, with the values that say what is done anyway."""
 
-EMPTY: tuple[Any, ...] = (None, [], {})
-"""Values of any other key of PEFT's that ask for nothing."""
+SAYS_NOTHING = {
+    *("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+    *("megatron_core", "qalora_group_size"),
+}
+"""Keys that PEFT writes whatever was asked for: how and by what the file was written, and settings of what is off."""
 
 
 def with_lora_config(settings: Train, path: Path) -> Train:
@@ -37,13 +38,13 @@ def with_lora_config(settings: Train, path: Path) -> Train:
     found: dict[str, Any] = {}
     for key, value in values.items():
         if key in NAMES:
-            found[NAMES[key]] = sorted(value) if key == "target_modules" and isinstance(value, list) else value
+            found[NAMES[key]] = sorted(value, key=str) if key == "target_modules" and isinstance(value, list) else value
         elif key in MUST_BE:
             if value not in MUST_BE[key]:
                 raise UsageError(
                     f"{path}: {key} is {value!r}; adapters are trained with {MUST_BE[key][0]!r}: change it"
                 )
-        elif value not in EMPTY:
+        elif key not in SAYS_NOTHING and not _asks_for_nothing(value):
             near = difflib.get_close_matches(key, [*NAMES, *MUST_BE], 1)
             hint = f"did you mean {near[0]!r}?" if near else f"what is read: {', '.join(NAMES)}"
             raise UsageError(f"{path}: {key!r} would not be obeyed; {hint}")
@@ -58,6 +59,11 @@ def with_lora_config(settings: Train, path: Path) -> Train:
         theirs = {ours: name for name, ours in NAMES.items()}
         key = theirs.get(str(detail["loc"][0]), str(detail["loc"][0]))
         raise UsageError(f"{path}: {key}: {detail['msg']} (found {detail['input']!r})") from error
+
+
+def _asks_for_nothing(value: Any) -> bool:
+    """Whether this value of a key that we do not know switches nothing on. A number may: 0 is one."""
+    return value is None or value is False or value in ([], {})
 
 
 def _read(path: Path) -> dict[str, Any]:
