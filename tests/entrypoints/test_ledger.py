@@ -220,6 +220,14 @@ def test_another_metric(tmp_path: Path) -> None:
     assert (row.score, row.state) == (None, "not scored by accuracy, but by exact_match, f1")
 
 
+def test_an_adapter_that_was_asked_no_test_sample(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    scores = read_json(run.path("eval", "scores.json")) | {"mixed": {}}
+    finish(run, "eval", {"scores.json": scores, "differences.json": {}}, counts={"scored": 40})
+    row = row_of(tmp_path, "mixed")
+    assert (row.score, row.samples, row.state) == (None, 8, "not scored: it was asked no test sample")
+
+
 def test_the_vote_has_a_row_and_every_adapter_its_part_in_it(tmp_path: Path) -> None:
     held = {
         "adapters": ["mixed"],
