@@ -5,7 +5,7 @@ to the answer whose voters are together the better ones, then to that of the bes
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +37,7 @@ class Electorate:
     """Who votes and what for."""
 
     weights: Mapping[str, float]
-    """What each adapter's vote counts; its keys are the voters."""
+    """What each adapter's vote counts; its keys are the voters. Where all that vote count nothing, they count alike."""
     scores: Mapping[str, float]
     """How good each adapter is on the validation samples, in 0..1; equal ones where that is not known."""
 
@@ -51,10 +51,12 @@ def decide(answers: Answers, electorate: Electorate) -> Decision:
     votes = {name: answer for name in electorate.weights if (answer := answers[name]) is not None}
     if not votes:
         return Decision(None, "nobody", 0.0, 0.0, ())
-    totals = {answer: _total(votes, answer, electorate.weights) for answer in set(votes.values())}
+    weights = electorate.weights if any(electorate.weights[name] for name in votes) else dict.fromkeys(votes, 1.0)
+    totals = {answer: _total(votes, answer, weights) for answer in set(votes.values())}
     most = max(totals.values())
     tied = {answer for answer, total in totals.items() if total == most}
-    by: By = "majority" if 2 * most > math.fsum(electorate.weights[name] for name in votes) else "plurality"
+    others = _sum(weights[name] for name, answer in votes.items() if answer not in tied)
+    by: By = "majority" if most > others else "plurality"
     if len(tied) > 1:
         together = {answer: _total(votes, answer, electorate.scores) for answer in tied}
         best = {answer for answer in tied if together[answer] == max(together.values())}
@@ -72,7 +74,12 @@ def decide(answers: Answers, electorate: Electorate) -> Decision:
 
 
 def _total(votes: Mapping[str, str], answer: str, weights: Mapping[str, float]) -> float:
-    return math.fsum(weights[name] for name, given in votes.items() if given == answer)  # exact: no order matters
+    return _sum(weights[name] for name, given in votes.items() if given == answer)
+
+
+def _sum(values: Iterable[float]) -> float:
+    """In whatever order; scores are fractions, and what is equal but for the rounding of 1/10 is a tie."""
+    return round(math.fsum(values), 12)
 
 
 def _leading(totals: Mapping[str, float]) -> tuple[str, ...]:
