@@ -67,16 +67,22 @@ class Seed:
     """One seed's run."""
 
     def __init__(
-        self, seed: int, problems: dict[str, int], adapters: int, sets: tuple[str, ...], name: str | None = None
+        self,
+        seed: int,
+        problems: dict[str, int],
+        kinds: list[str],
+        adapters: int,
+        sets: tuple[str, ...],
+        name: str | None = None,
     ) -> None:
         self.seed, self.name = seed, name or f"vote-{seed}"
         self.sets = (*SETTINGS, f"seed={seed}", f"train.adapters={mixes(seed, adapters)}", *sets)
-        self.data = ROOTS.runs / "vote-data" / "-".join(map(str, [seed, *problems.values()]))
+        self.data = ROOTS.runs / "vote-data" / "-".join(map(str, [seed, *problems.values(), *kinds]))
         self.process: subprocess.Popen[bytes] | None = None
         self.stopped = False
         self.seconds: dict[str, float] = defaultdict(float)
         if not self.data.is_dir():
-            make_problems(self.data, seed, problems)
+            make_problems(self.data, seed, problems, kinds)
 
     def stage(self, stage: str, *more: str) -> bool:
         """Run a stage's command; whether it was done."""
@@ -137,6 +143,7 @@ class Seed:
         train = read_json(self.folder("train") / "manifest.json")["counts"]
         return {
             "seed": self.seed,
+            "kinds of puzzles": sorted({row["id"].split("-")[1] for row in read_jsonl(self.data / "test.jsonl")}),
             "held-out problems": len(read_jsonl(self.data / "test.jsonl")),
             "questions": scores["vote"]["n"],
             "samples an adapter": [train[f"{name} samples"] for name in single],
@@ -165,13 +172,18 @@ class Seed:
             print(path.stem, {kind: round(100 * fmean(each), 1) for kind, each in sorted(hits.items())}, flush=True)
 
 
-def make_problems(folder: Path, seed: int, problems: dict[str, int]) -> None:
+def maker() -> Any:
+    """The script that makes puzzles, as a module."""
     script = Path(__file__).parents[1] / "recipes" / "data" / "make_logic_choice.py"
     spec = importlib.util.spec_from_file_location("make_logic_choice", script)
     assert spec is not None and spec.loader is not None
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
-    maker.make(folder, seed, problems["train"], problems["test"], problems["more"], answers=True)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_problems(folder: Path, seed: int, problems: dict[str, int], kinds: list[str]) -> None:
+    maker().make(folder, seed, **problems, answers=True, kinds=kinds or list(maker().KINDS))
 
 
 def main() -> None:
@@ -179,6 +191,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--adapters", type=int, default=ADAPTERS)
     parser.add_argument("--problems", type=int, nargs=3, metavar=("TRAIN", "TEST", "MORE"))
+    parser.add_argument("--kinds", nargs="+", default=[], help="of puzzles; all where none is named")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop all after this long")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe, for all seeds")
     parser.add_argument("--probe", nargs="+", metavar="SETTINGS", help="see above")
@@ -189,9 +202,9 @@ def main() -> None:
     sets = tuple(chosen.set)
     if chosen.probe:
         made = [(f"vote-probe-{number}", tuple(each.split(";"))) for number, each in enumerate(chosen.probe)]
-        seeds = [Seed(chosen.seeds[0], problems, 1, (*sets, *own), name) for name, own in made]
+        seeds = [Seed(chosen.seeds[0], problems, chosen.kinds, 1, (*sets, *own), name) for name, own in made]
     else:
-        seeds = [Seed(seed, problems, chosen.adapters, sets) for seed in chosen.seeds]
+        seeds = [Seed(seed, problems, chosen.kinds, chosen.adapters, sets) for seed in chosen.seeds]
     timer = threading.Timer(min(chosen.seconds, 86_400), lambda: [seed.stop() for seed in seeds])
     timer.start()
     with ThreadPoolExecutor(len(seeds)) as pool:

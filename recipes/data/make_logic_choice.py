@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def hats(rng: random.Random, zh: int) -> Puzzle:
     lacks = ("The hat of {} is not {}.", "{}的帽子不是{}色。")[zh]
     clues = [wears.format(people[shown], colours[shown]), lacks.format(people[hidden], colours[rest])]
     told = [intro.format(*people, *rng.sample(colours, 3)), *rng.sample(clues, 2)]
-    asked = rng.randrange(3)
+    asked = rng.choice([shown, hidden, shown, rest])
     colour = rng.choice([asked, rng.randrange(3)])
     ask = (("Which colour is the hat of {}?", "Is the hat of {} {}?", "Who wears the {} hat?"),
            ("{}的帽子是什么颜色？", "{}的帽子是{}色吗？", "谁戴{}色的帽子？"))[zh]  # fmt: skip
@@ -188,10 +188,10 @@ KINDS: dict[str, Callable[[random.Random, int], Puzzle]] = {
 }  # fmt: skip
 
 
-def make_problem(seed: int, prefix: str, number: int) -> dict[str, Any]:
+def make_problem(seed: int, prefix: str, number: int, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Any]:
     """Problem `number` of a file: its kind and its language go in turn, all else is drawn."""
     rng = random.Random(f"{seed}-{prefix}-{number}")
-    kind = list(KINDS)[number % len(KINDS)]
+    kind = kinds[number % len(kinds)]
     zh = int(number % CHINESE_EVERY == CHINESE_EVERY - 1)
     told, items = KINDS[kind](rng, zh)
     questions = []
@@ -201,12 +201,12 @@ def make_problem(seed: int, prefix: str, number: int) -> dict[str, Any]:
     return {"id": f"{prefix}-{kind}-{number:04}", "problem": ("" if zh else " ").join(told), "questions": questions}
 
 
-def make_file(seed: int, prefix: str, count: int) -> list[dict[str, Any]]:
+def make_file(seed: int, prefix: str, count: int, kinds: Sequence[str] = tuple(KINDS)) -> list[dict[str, Any]]:
     """`count` problems, no two with the same text."""
     found: dict[str, dict[str, Any]] = {}
     number = 0
     while len(found) < count:
-        problem = make_problem(seed, prefix, number)
+        problem = make_problem(seed, prefix, number, kinds)
         found.setdefault(problem["problem"], problem)
         number += 1
     return list(found.values())
@@ -230,13 +230,18 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def make(folder: Path, seed: int, train: int, test: int, more: int, answers: bool) -> None:
+def make(
+    folder: Path, seed: int, train: int, test: int, more: int, answers: bool, kinds: Sequence[str] = tuple(KINDS)
+) -> None:
     """Write a data folder."""
-    tested = make_file(seed, "test", test)
+    tested = make_file(seed, "test", test, kinds)
     known = {problem["problem"] for problem in tested}
     write(folder / "test.jsonl", tested if answers else [without_answers(problem) for problem in tested])
     for name, prefix, count in (("train.jsonl", "train", train), ("sources/more.jsonl", "more", more)):
-        write(folder / name, [problem for problem in make_file(seed, prefix, count) if problem["problem"] not in known])
+        write(
+            folder / name,
+            [problem for problem in make_file(seed, prefix, count, kinds) if problem["problem"] not in known],
+        )
     for name, right in LABELS.items():
         rng = random.Random(f"{seed}-{name}")
         write(folder / "labels" / f"{name}.jsonl", [guess(rng, problem, right) for problem in tested])
@@ -250,8 +255,9 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=80, help="problems in test.jsonl")
     parser.add_argument("--more", type=int, default=80, help="problems in sources/more.jsonl")
     parser.add_argument("--answers", action="store_true", help="test.jsonl keeps its answers")
-    arguments = parser.parse_args()
-    make(arguments.output, arguments.seed, arguments.train, arguments.test, arguments.more, arguments.answers)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    chosen = parser.parse_args()
+    make(chosen.output, chosen.seed, chosen.train, chosen.test, chosen.more, chosen.answers, chosen.kinds)
 
 
 if __name__ == "__main__":
