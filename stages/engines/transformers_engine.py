@@ -89,6 +89,9 @@ class TransformersEngine:
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
         """Decode these prompts in ever larger batches, with answers cut short; an adapter answers, where there is one:
         that takes more than the base alone."""
+        if not prompts:  # each is too long to be asked
+            self.batch_size = 1
+            return 1, "there is no prompt to try"
         tried = [replace(prompt, max_new_tokens=min(TRIED_TOKENS, self._limit(prompt))) for prompt in prompts]
         adapter = next(iter(self._settings.adapters), None)
 

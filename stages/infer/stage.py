@@ -21,7 +21,7 @@ from stages.hardware.serve import plan_serving
 from stages.hardware.shape import UnknownShapeError, read_shape
 from stages.hardware.targets import Target, load_targets, working_target
 from stages.infer.asking import NO_ANSWER, Asking, Variant
-from stages.infer.voting import VOTE, hold_vote
+from stages.infer.voting import VOTE, hold_vote, refuse_impossible_vote
 from stages.tasks import load_task
 
 Chunks = dict[Variant, list[list[Sample]]]
@@ -38,6 +38,9 @@ def work(stage: Stage) -> None:
     pieces = _pieces(asked, recipe.infer.chunk_size)
     if stage.nothing_to_do(len(pieces), "chunks of samples"):
         return
+    if recipe.infer.vote is not None:
+        compared = max(len(samples) for variant, samples in asked.items() if variant.asks == "validation")
+        refuse_impossible_vote(recipe.infer.vote, [each.name for each in trained_adapters(stage)], compared)
     model = stage.run.model(recipe.model.path, "model.path")
     known = {variant: _taken_over(stage, variant) for variant in every}
     chunks: Chunks = {variant: [] for variant in every}
@@ -198,16 +201,18 @@ class _Engines:
         self._stage = stage
         self._engine: Engine | None = None
         self._serves: tuple[Path, tuple[str, ...]] | None = None
+        self._room = (0, 0, 0)
 
     def serving(self, asking: Asking, model: Path, adapters: dict[str, Path], chunks: Chunks) -> Engine:
         """The engine of these weights, with room for all that is asked in these chunks. The one that runs is kept where
-        it serves them: what is asked a second time is shorter than the first."""
-        if self._engine is None or self._serves != (model, tuple(adapters)):
+        it serves them and has that room: a second round may be about samples that shards have answered."""
+        samples = {variant: [s for members in chunks[variant] for s in members] for variant in chunks}
+        needed = asking.most(samples)
+        too_small = any(need > there for need, there in zip(needed, self._room, strict=True))
+        if self._engine is None or self._serves != (model, tuple(adapters)) or too_small:
             self.close()
-            samples = {variant: [s for members in chunks[variant] for s in members] for variant in chunks}
-            length, pictures, pixels = asking.most(samples)
-            self._engine = _start_engine(self._stage, model, adapters, length, pictures, pixels)
-            self._serves = model, tuple(adapters)
+            self._engine = _start_engine(self._stage, model, adapters, *needed)
+            self._serves, self._room = (model, tuple(adapters)), needed
             if self._stage.run.recipe.infer.batch_size == "auto":
                 _settle_batch_size(self._stage, self._engine, asking.longest())
         return self._engine

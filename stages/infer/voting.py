@@ -2,12 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.files import write_jsonl
+from stages.contract.recipe import Vote
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.stage import Stage
 from stages.infer.asking import Variant
@@ -21,6 +22,20 @@ AskAgain = Callable[[dict[Variant, list[Sample]]], dict[Variant, list[Prediction
 """Asks adapters about samples with fewer answers to choose from."""
 
 
+def refuse_impossible_vote(vote: Vote, adapters: Collection[str], compared: int) -> None:
+    """Raise DataError where the recipe's way to vote cannot be gone: before anything is asked.
+
+    `adapters` are those that have been trained, `compared` is the number of validation samples.
+    """
+    if not compared and (vote.adapters == "greedy" or vote.weights == "validation"):
+        raise DataError(
+            "infer.vote: adapters are to be chosen or weighed by validation samples, and there are none; set"
+            " data.validation_fraction, or infer.vote to adapters all and weights uniform"
+        )
+    if isinstance(vote.adapters, list) and not set(vote.adapters) & set(adapters):
+        raise DataError(f"infer.vote: none of {', '.join(vote.adapters)} has been trained")
+
+
 def hold_vote(
     stage: Stage,
     asked: Mapping[Variant, list[Sample]],
@@ -28,7 +43,7 @@ def hold_vote(
     ask_again: AskAgain,
 ) -> list[Prediction]:
     """The adapters' common answer to every test sample, in their order. Writes votes.jsonl, and tells the manifest who
-    voted and why. Raises DataError where the recipe's way to vote needs validation samples and there are none."""
+    voted and why. The vote is possible, by `refuse_impossible_vote`."""
     task, recipe = load_task(stage.run.recipe.task), stage.run.recipe
     vote = recipe.infer.vote
     assert vote is not None
@@ -38,19 +53,12 @@ def hold_vote(
     validation = {name: _answers_of(found[Variant(name, asks="validation")]) for name in names}
     by_sample = [{name: validation[name][place] for name in names} for place in range(len(compared))]
     scores = {name: _mean([right[n].get(a or "", 0.0) for n, a in enumerate(validation[name])]) for name in names}
-    if not compared and (vote.adapters == "greedy" or vote.weights == "validation"):
-        raise DataError(
-            "infer.vote: adapters are to be chosen or weighed by validation samples, and there are none; set"
-            " data.validation_fraction, or infer.vote to adapters all and weights uniform"
-        )
     path: list[float] = []
     voters = names
     if vote.adapters == "greedy":
         voters, path = chosen_greedily(by_sample, right, scores, vote.weights == "validation")
     elif vote.adapters != "all":
         voters = [name for name in vote.adapters if name in names]
-    if not voters:
-        raise DataError(f"infer.vote: none of {', '.join(vote.adapters)} has been trained")
     electorate = Electorate({name: scores[name] if vote.weights == "validation" else 1.0 for name in voters}, scores)
     tested = asked[Variant(None)]
     answers = {name: _answers_of(found[Variant(name)]) for name in voters}
