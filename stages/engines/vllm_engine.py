@@ -24,6 +24,9 @@ decoded as their prompt goes in, so that those of a million prompts are never in
 ITS_OWN_CHOICE, OF_A_CPU = 256, 16
 """Sequences decoded together where the recipe leaves that to vLLM: more wait until their keys and values have room."""
 
+MOST_ADAPTERS = 16
+"""Adapters that the card holds at once: they are asked one after the other, and reading one takes half a second."""
+
 READERS, AHEAD = 8, 16
 """Threads that read pictures, and the prompts whose pictures are read before their turn."""
 
@@ -58,7 +61,8 @@ class VllmEngine:
         ranks = [read_json(folder / "adapter_config.json")["r"] for folder in settings.adapters.values()]
         options: dict[str, Any] = {}
         if ranks:
-            options = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": _supported_rank(max(ranks))}
+            held = min(len(ranks), MOST_ADAPTERS)
+            options = {"enable_lora": True, "max_loras": held, "max_lora_rank": _supported_rank(max(ranks))}
         if settings.max_pictures:
             options["limit_mm_per_prompt"] = {"image": settings.max_pictures, "video": 0}
             # pictures come at their size already; memory is set aside for the largest, not for the model's own limit
