@@ -40,7 +40,7 @@ ADAPTERS = 9
 STAGES = ("preprocess", "train", "infer", "eval")
 SETTINGS = (
     *("data.validation_fraction=0.1", "train.rank=32", "train.alpha=64", "train.target_modules=[all-linear]"),
-    *("train.learning_rate=1e-3", "train.epochs=6", "train.effective_batch=32", "train.micro_batch=32"),
+    *("train.learning_rate=5e-4", "train.epochs=3", "train.effective_batch=8", "train.micro_batch=8"),
     *("train.checkpoint_every=100000", "train.log_every=10", "infer.batch_size=256", "infer.chunk_size=1024"),
 )
 OTHER_VOTES = {
