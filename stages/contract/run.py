@@ -34,7 +34,7 @@ SECTIONS = {
     "preprocess": ("task", "seed", "data", "preprocess"),
     "train": ("task", "seed", "model", "train"),
     "infer": ("task", "seed", "model", "infer", "preprocess.classifier", "preprocess.samples"),
-    "eval": ("task", "seed", "eval", "infer.ablate"),
+    "eval": ("task", "seed", "eval", "infer.ablate", "infer.vote"),
 }
 """The recipe sections that a stage's result depends on."""
 
@@ -181,13 +181,13 @@ class Run:
     def is_done(self, stage: str, hashes: FileHashes, shard: Shard | None = None) -> bool:
         """Whether the stage, or the shard of it, has finished with these very inputs and is still as it was written."""
         self.refuse_other_version(stage, shard)
+        if (self.manifest(stage, shard) or {}).get("untrained"):
+            return False  # good enough for the stages after it, and tried again whenever it runs
         return self._fits(stage, shard, self.key(stage, self.inputs(stage, hashes)), hashes)
 
     def _fits(self, stage: str, shard: Shard | None, key: str, hashes: FileHashes) -> bool:
         manifest = self.manifest(stage, shard)
         if manifest is None or manifest.get("key") != key:
-            return False
-        if manifest.get("untrained"):  # good enough for the stages after it, and tried again whenever it runs
             return False
         folder = self.stage_folder(stage, shard)
         return all(output_is_intact(folder, name, entry, hashes) for name, entry in manifest["outputs"].items())

@@ -185,7 +185,8 @@ def _run_locked(
         hashes = FileHashes(folder / ".hashes.json")
         manifest = _manifest(stage, key, inputs, state["starts"], hashes)
         write_json(folder / "manifest.json", manifest)
-        (folder / "state.json").unlink(missing_ok=True)
+        if not manifest.get("untrained"):  # else the next start goes on: with what these have left
+            (folder / "state.json").unlink(missing_ok=True)
         hashes.save()
         skipped = f", {len(stage.skipped)} skipped" if stage.skipped else ""
         failed = f", {stage.counts['failed']} failed" if stage.counts["failed"] else ""
