@@ -16,11 +16,14 @@ from stages.contract.recipe import Adapter
 from stages.contract.run import Run
 
 
-def pipeline_report(run: Run, results: Sequence[Mapping[str, Any]], starts: Sequence[str]) -> dict[str, Any]:
-    """The report of the data sets so far; `starts` are the times at which this work was begun and gone on with."""
+def pipeline_report(
+    run: Run, results: Sequence[Mapping[str, Any]], start: str, before: float = 0.0, begun: str | None = None
+) -> dict[str, Any]:
+    """The report of the data sets so far. `start` is when the training of the first began; the stage that writes this
+    began at `begun`, if that is another one, and those before it took `before` seconds."""
     config = run.recipe.train.lora_config
     failed = sum("error" in result for result in results)
-    began = datetime.fromisoformat(starts[0])
+    took = datetime.now(UTC) - datetime.fromisoformat(begun or start)
     return {
         "pipeline_info": {
             "model_path": run.recipe.model.path,
@@ -29,8 +32,8 @@ def pipeline_report(run: Run, results: Sequence[Mapping[str, Any]], starts: Sequ
             "total_datasets": len(run.recipe.train.adapters),
             "successful_datasets": len(results) - failed,
             "failed_datasets": failed,
-            "pipeline_time": round((datetime.now(UTC) - began).total_seconds(), 3),
-            "start_time": starts[0],
+            "pipeline_time": round(before + took.total_seconds(), 3),
+            "start_time": start,
             "evaluated_on_training_data": run.recipe.data.evaluate_on_training,
         },
         "dataset_results": list(results),
@@ -44,10 +47,26 @@ def dataset_result(run: Run, adapter: Adapter, result: Mapping[str, Any]) -> dic
     return {
         "dataset_index": names.index(adapter.name),
         "dataset_name": dataset_name(adapter),
-        "dataset_path": run.recipe.data.path,
+        "dataset_path": _path_of(run, adapter),
         **result,
         "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
+
+
+def seconds_of(manifest: Mapping[str, Any]) -> float:
+    """What a stage took from its first start to its end."""
+    first, end = (datetime.fromisoformat(text) for text in (manifest["starts"][0], manifest["end"]))
+    return max((end - first).total_seconds(), float(manifest["seconds"]))
+
+
+def _path_of(run: Run, adapter: Adapter) -> str:
+    """The data set's own file or folder, as the recipe would name it; of a mix the data folder."""
+    folder = run.roots.data / run.recipe.data.path
+    if len(adapter.data) != 1 or not folder.is_dir():
+        return run.recipe.data.path
+    name = adapter.data[0].source
+    own = sorted(path.name for path in folder.iterdir() if name in (path.name, path.stem))
+    return f"{run.recipe.data.path}/{own[0]}" if own else run.recipe.data.path
 
 
 def dataset_name(adapter: Adapter) -> str:
@@ -65,11 +84,11 @@ def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] |
     config = settings.lora_config
     return {
         "dataset_name": dataset_name(adapter),
-        "training_time": timing.get("train_runtime"),
+        "training_time": timing.get("seconds", timing.get("train_runtime")),
         "train_samples": training["samples"]["train"],
         "initial_loss": losses[0] if losses else None,
         "final_loss": losses[-1] if losses else None,
-        "training_metrics": timing,
+        "training_metrics": {name: value for name, value in timing.items() if name != "seconds"},
         "training_args": {
             "num_train_epochs": settings.epochs,
             "per_device_train_batch_size": training["micro_batch"],

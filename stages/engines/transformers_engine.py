@@ -60,6 +60,7 @@ class TransformersEngine:
         self._picture_token: int = getattr(config, "image_token_id", -1)
         self._processor: Any = None
         self._end_tokens = _end_tokens(model, self._tokenizer)
+        model.generation_config = GenerationConfig()  # the folder's own would fill in what we do not say: penalties
         self._model = (model if spread else model.to(self._device)).eval()
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:

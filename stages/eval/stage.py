@@ -14,7 +14,7 @@ from stages.eval.ablation import EVERYTHING, Ablation, ablations, seconds_a_ques
 from stages.eval.report import ON_TRAINING_DATA, with_interval, write_report
 from stages.eval.scores import Asked, Figures, Scores, breakdown, overall, score_models
 from stages.eval.votes import VOTE, VoteReport, vote_report
-from stages.pipeline_report import dataset_name, dataset_result, pipeline_report, training_facts
+from stages.pipeline_report import dataset_name, dataset_result, pipeline_report, seconds_of, training_facts
 from stages.tasks import load_task
 
 
@@ -75,6 +75,9 @@ def _write_data_sets(stage: Stage, figures: Mapping[str, Figures]) -> None:
     batch = run.recipe.infer.batch_size
     for made in infer.get("decisions", []):
         batch = made["value"] if made["what"] == "batch size" else batch
+    earlier = [manifest for name in ("train", "infer") if (manifest := run.manifest(name)) is not None]
+    start = earlier[0]["starts"][0] if earlier else stage.starts[0]
+    before = sum(map(seconds_of, earlier))
     results: list[dict[str, Any]] = []
     for adapter in run.recipe.train.adapters:
         result: dict[str, Any] = {"error": untrained.get(adapter.name)}
@@ -96,7 +99,7 @@ def _write_data_sets(stage: Stage, figures: Mapping[str, Figures]) -> None:
                 },
             }
         results.append(dataset_result(run, adapter, result))
-        write_json(stage.path("report.json"), pipeline_report(run, results, stage.starts))
+        write_json(stage.path("report.json"), pipeline_report(run, results, start, before, stage.starts[0]))
 
 
 def _generation(recipe: Recipe) -> dict[str, Any]:

@@ -7,16 +7,20 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.recipe import Data
+from stages.tasks import Skip
 
 SPLITS = ("train", "validation", "test")
 
 
-def split_questions(questions: list[Any], groups: Mapping[str, str], data: Data, seed: int) -> dict[str, str | None]:
-    """The split of each question, by its id; None where it may neither be trained on nor scored.
+def split_questions(
+    questions: list[Any], groups: Mapping[str, str], data: Data, seed: int, skip: Skip
+) -> dict[str, str | None]:
+    """The split of each question, by its id; None where it may neither be trained on nor scored. Without the questions
+    of data sets that cannot be split, where others can: those go to `skip`.
 
     `groups` has each question's group, by its id. Every data set is split by itself, so that each has its share of the
     test set; a group that is in several of them falls into the same split in all. Raises DataError where a data set is
-    left with only one of train and test.
+    left with only one of train and test, and there is no other.
     """
     splits = {groups[question.id]: "test" for question in questions if question.split == "test"}
     divided: dict[str, dict[str, str | None]] = {}
@@ -25,12 +29,22 @@ def split_questions(questions: list[Any], groups: Mapping[str, str], data: Data,
             given, group = divided.setdefault(question.source, {}), groups[question.id]
             if given.get(group) != "test":
                 given[group] = question.split
+    lost: dict[str, DataError] = {}
     for source, given in divided.items():
         try:
             splits |= split_groups(set(given), given, data, seed, splits)
         except DataError as error:
-            raise DataError(f"{source}: {error}" if len(divided) > 1 else str(error)) from error
-    return {question.id: _split_of(question, splits.get(groups[question.id])) for question in questions}
+            lost[source] = error
+    if lost and len(lost) == len(divided):
+        source, first = next(iter(lost.items()))
+        raise DataError(f"{source}: {first}" if len(divided) > 1 else str(first)) from first
+    left = [
+        question for question in questions if question.source not in lost or question.split in ("asked", "train only")
+    ]
+    for question in questions:
+        if question.source in lost and question not in left:
+            skip(question.id, f"nothing of {question.source} can be held out", str(lost[question.source]))
+    return {question.id: _split_of(question, splits.get(groups[question.id])) for question in left}
 
 
 def _split_of(question: Any, of_its_group: str | None) -> str | None:

@@ -20,7 +20,8 @@ def work(stage: Stage) -> None:
     stage.counts["questions"] = len(questions)
 
     # before the hours of work: it may find that nothing can be held out
-    splits = split_questions(questions, _groups(stage, questions, documents), recipe.data, recipe.seed)
+    splits = split_questions(questions, _groups(stage, questions, documents), recipe.data, recipe.seed, stage.skip)
+    questions = [question for question in questions if question.id in splits]
     if stage.nothing_to_do(len(documents), "documents"):
         return
     founds = None

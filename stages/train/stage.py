@@ -6,10 +6,13 @@ card's memory runs out, the next one begins a rung lower on the ladder (`ladder.
 
 import importlib.util
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from stages.contract.errors import DoesNotFitError, InterruptedRunError, LorryError
+from stages.contract.errors import DoesNotFitError, InterruptedRunError, LorryError, UsageError
 from stages.contract.files import (
     FileHashes,
     digest_of,
@@ -66,12 +69,15 @@ def work(stage: Stage) -> None:
         return
     log: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
-    failures: dict[str, LorryError] = {}
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]
-    keys = _keep_what_fits(stage, adapters)
+    keys, failures = _keep_what_fits(stage, adapters)
     for adapter in adapters:
         name = adapter.name
         folder = stage.path("adapters", name)
+        if name in failures:
+            stage.events.say(f"train {name}: {failures[name]}")
+            _note_result(stage, results, adapter, {"error": str(failures[name])})
+            continue
         if not folder.is_dir():
             _take_over(stage, name)
         if not folder.is_dir():
@@ -103,18 +109,29 @@ def work(stage: Stage) -> None:
             remove(path)
 
 
-def _keep_what_fits(stage: Stage, adapters: list[Adapter]) -> dict[str, str]:
-    """The key of each adapter, by its name: a digest of all that it depends on. What earlier starts left of adapters
-    with other keys, or of other names, is removed: a change of one data mix costs the training of one adapter."""
+def _keep_what_fits(stage: Stage, adapters: list[Adapter]) -> tuple[dict[str, str], dict[str, LorryError]]:
+    """The key of each adapter, by its name: a digest of all that it depends on; and what is wrong with the mixes of
+    those that have none.
+
+    What earlier starts left of adapters with other keys, or of other names, is removed: a change of one data mix costs
+    the training of one adapter.
+    """
     run = stage.run
     train, validation = (read_jsonl(run.path("preprocess", "samples", f"{n}.jsonl")) for n in ("train", "validation"))
     hashes = FileHashes(stage.path(".hashes.json"))  # knows the model from when the stage's inputs were hashed
     model, _ = hashes.tree(run.model(run.recipe.model.path, "model.path"))
     pages = ((run.manifest("preprocess") or {}).get("outputs") or {}).get("pages/", {}).get("sha256")
     recipe = run.recipe.digest("seed", "model", *(f"train.{name}" for name in Train.model_fields if name in LEARNT))
-    keys = {}
+    keys: dict[str, str] = {}
+    failures: dict[str, LorryError] = {}
     for adapter in adapters:
-        samples = [mixed(train, adapter, run.recipe.seed), validated(validation, adapter)]
+        try:
+            samples = [mixed(train, adapter, run.recipe.seed), validated(validation, adapter)]
+        except UsageError as error:
+            if len(adapters) == 1:
+                raise
+            failures[adapter.name] = error
+            continue
         shown = pages if any(sample["images"] for part in samples for sample in part) else None
         keys[adapter.name] = digest_of([CONTRACT_VERSION, recipe, model, samples, shown])
     for path in stage.path("adapters").glob("*/"):
@@ -125,13 +142,13 @@ def _keep_what_fits(stage: Stage, adapters: list[Adapter]) -> dict[str, str]:
         )
         if made.get("key") != keys.get(path.name, "") or not whole:
             remove(path)
-    return keys
+    return keys, failures
 
 
 def _note_result(stage: Stage, results: list[dict[str, Any]], adapter: Adapter, result: dict[str, Any]) -> None:
     """Write the report of the adapters so far, so that it is there whatever becomes of the others."""
     results.append(dataset_result(stage.run, adapter, result))
-    write_json(stage.path("report.json"), pipeline_report(stage.run, results, stage.starts))
+    write_json(stage.path("report.json"), pipeline_report(stage.run, results, stage.starts[0]))
 
 
 def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:
@@ -280,19 +297,34 @@ def _train(stage: Stage, adapter: Adapter, key: str, plan: _Plan, node: Node | N
     footing = ladder.descended(plan.footing)
     for made in ladder.decisions:
         stage.events.say(f"train {name}: out of memory in an earlier start: {made['value']}")
-    while True:
-        before = probe().gpus if plan.gpus else ()
-        try:
-            speed = train_adapter(
-                stage, _job(stage, adapter, key, plan, footing, node), plan.here, node, plan.target.environment
-            )
-        except MemoryRanOutError as error:
-            footing = _one_rung_lower(stage, name, ladder, footing, error, node)
-            _wait_for_memory(stage, before, error.processes)
-            continue
-        if speed is not None:
-            stage.facts.setdefault("tokens_per_second", {})[name] = round(speed, 1)
-        return
+    with _timed(work, stage.path("adapters", name) if node is None else None):
+        while True:
+            before = probe().gpus if plan.gpus else ()
+            try:
+                job = _job(stage, adapter, key, plan, footing, node)
+                speed = train_adapter(stage, job, plan.here, node, plan.target.environment)
+            except MemoryRanOutError as error:
+                footing = _one_rung_lower(stage, name, ladder, footing, error, node)
+                _wait_for_memory(stage, before, error.processes)
+                continue
+            if speed is not None:
+                stage.facts.setdefault("tokens_per_second", {})[name] = round(speed, 1)
+            return
+
+
+@contextmanager
+def _timed(work: Path, adapter: Path | None) -> Iterator[None]:
+    """Keep how many seconds an adapter took, over all starts but those that were killed; beside it once it is there."""
+    file, began = work / "seconds.json", time.monotonic()
+    try:
+        yield
+    finally:
+        seconds = (read_json(file) or {"seconds": 0.0})["seconds"] + time.monotonic() - began
+        write_json(file, {"seconds": round(seconds, 3)})
+    if adapter is not None:
+        write_json(
+            adapter / "timing.json", {**(read_json(adapter / "timing.json") or {}), "seconds": round(seconds, 3)}
+        )
 
 
 def _one_rung_lower(

@@ -117,11 +117,12 @@ def question(name: str, document: str, split: str | None = None, source: str = "
 
 def splits_of(stage: Any, questions: list[Any], documents: dict[str, Path]) -> dict[str, str | None]:
     groups = preprocess_stage._groups(stage, questions, documents)
-    return split_questions(questions, groups, stage.run.recipe.data, stage.run.recipe.seed)
+    return split_questions(questions, groups, stage.run.recipe.data, stage.run.recipe.seed, stage.skip)
 
 
 def split(questions: list[Any], **data: Any) -> dict[str, str | None]:
-    return split_questions(questions, {each.id: each.group for each in questions}, Data(path="x", **data), 1)
+    groups = {each.id: each.group for each in questions}
+    return split_questions(questions, groups, Data(path="x", **data), 1, lambda *_: None)
 
 
 def test_every_data_set_is_split_by_itself() -> None:
@@ -129,6 +130,18 @@ def test_every_data_set_is_split_by_itself() -> None:
     splits = split(questions)
     for source in "ab":
         assert Counter(splits[f"{source}{n}"] for n in range(8)) == {"test": 2, "validation": 1, "train": 5}
+
+
+def test_a_data_set_that_cannot_be_split_is_left_out_and_told_where_others_can() -> None:
+    many = [question(f"a{n}", f"a{n}", source="a") for n in range(8)]
+    few = [question(f"b{n}", "same", source="b") for n in range(3)]
+    told: list[tuple[str, ...]] = []
+    groups = {each.id: each.group for each in (*many, *few)}
+    splits = split_questions([*many, *few], groups, Data(path="x"), 1, lambda *words: told.append(words))
+    assert set(splits) == {f"a{n}" for n in range(8)}
+    assert [words[:2] for words in told] == [(f"b{n}", "nothing of b can be held out") for n in range(3)]
+    with pytest.raises(DataError, match="both need at least one"):
+        split(few)
 
 
 def test_a_group_of_two_data_sets_falls_into_one_split() -> None:

@@ -264,8 +264,11 @@ def test_defect_01_what_is_trained_on_is_not_scored(finished: Job) -> None:
 
 def test_defect_01_a_test_file_that_is_the_training_file_is_refused(fresh: Job, capfd: Any) -> None:
     shutil.copy(fresh.run.data / "boats" / "train.jsonl", fresh.run.data / "boats" / "test.jsonl")
-    assert fresh.preprocess() == Exit.DATA
-    assert "boats: " in capfd.readouterr().err
+    assert fresh.preprocess() == Exit.DONE
+    assert "nothing of boats can be held out" in capfd.readouterr().err
+    assert not [
+        each for name in ("train", "test") for each in fresh.samples(name).values() if each["meta"]["source"] == "boats"
+    ]
 
 
 def test_defect_01_asked_for_it_is_done_and_every_table_says_so(fresh: Job, capfd: Any) -> None:
