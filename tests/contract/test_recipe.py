@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.contract.errors import UsageError
-from stages.contract.recipe import Recipe, dump_recipe, load_recipe, profile_names, recipe_file_schema
+from stages.contract.recipe import (
+    Adapter,
+    Recipe,
+    Source,
+    dump_recipe,
+    file_name,
+    load_recipe,
+    profile_names,
+    recipe_file_schema,
+)
 from tests.conftest import MINIMAL_RECIPE, REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -241,6 +251,101 @@ def test_adapters_have_names_of_their_own(recipe_file: Path) -> None:
 @pytest.mark.parametrize("name", ["../up", ".hidden", "a/b", "", "名", "x" * 65, "a b"])
 def test_an_adapters_name_must_do_as_a_folders(recipe_file: Path, name: str) -> None:
     assert "train.adapters.0.name" in refused(recipe_file, None, f"train.adapters=[{{name: {json.dumps(name)}}}]")
+
+
+# -- data mixes ----------------------------------------------------------------------------------------------------
+
+
+def mix(recipe_file: Path, parts: str) -> list[Source]:
+    (adapter,) = load_recipe(recipe_file, overrides=(f"train.adapters=[{{name: a, data: {parts}}}]",)).train.adapters
+    return adapter.data
+
+
+@pytest.mark.parametrize(
+    ("parts", "read"),
+    [
+        ("[]", []),
+        ("[train]", [{"source": "train"}]),
+        ("['more#100', train]", [{"source": "more", "count": 100}, {"source": "train"}]),
+        ("[{source: train, fraction: 0.8, seed: 5}]", [{"source": "train", "fraction": 0.8, "seed": 5}]),
+        ("[{source: more, count: 7, draw: first}]", [{"source": "more", "count": 7, "draw": "first"}]),
+        ("[{source: train, fraction: 2.5}]", [{"source": "train", "fraction": 2.5}]),
+        ("['a#b#3', 'c d']", [{"source": "a#b", "count": 3}, {"source": "c d"}]),
+        ("[{source: 'a#b'}]", [{"source": "a#b"}]),
+    ],
+)
+def test_a_mix_is_read_from_names_and_mappings(recipe_file: Path, parts: str, read: list[dict[str, Any]]) -> None:
+    assert mix(recipe_file, parts) == [Source(**part) for part in read]
+
+
+def test_a_mix_may_stand_in_the_file_and_is_kept_in_the_run(tmp_path: Path) -> None:
+    text = MINIMAL_RECIPE.replace("- name: tuned", "- {name: tuned, data: [train, more#100]}")
+    recipe = load_recipe(written(tmp_path, text))
+    assert recipe.train.adapters[0].mix == "train, more#100"
+    assert load_recipe(written(tmp_path, dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ("['more#']", "write a part of a data mix as name, or as name#100 for 100 samples of it"),
+        ("['more#many']", "write a part of a data mix as name, or as name#100 for 100 samples of it"),
+        ("['more#-1']", "write a part of a data mix as name, or as name#100 for 100 samples of it"),
+        ("['more#0']", "train.adapters.0.data.0.count: Input should be greater than or equal to 1"),
+        ("['#5']", "train.adapters.0.data.0.source: String should have at least 1 character"),
+        ("[train, '']", "train.adapters.0.data.1.source: String should have at least 1 character"),
+        ("[{source: train, count: 3, fraction: 0.5}]", "give count or fraction, not both"),
+        ("[{source: train, fraction: 0}]", "train.adapters.0.data.0.fraction: Input should be greater than 0"),
+        ("[{source: train, draw: last}]", "train.adapters.0.data.0.draw: Input should be 'random' or 'first'"),
+        ("[{source: train, cuont: 3}]", "unknown key 'train.adapters.0.data.0.cuont'; did you mean 'count'?"),
+        ("[{count: 3}]", "'train.adapters.0.data.0.source' is missing"),
+        ("[3]", "train.adapters.0.data.0"),
+        ("train", "train.adapters.0.data: Input should be a valid list"),
+    ],
+)
+def test_a_wrong_mix_is_told_in_one_line(recipe_file: Path, parts: str, told: str) -> None:
+    assert told in refused(recipe_file, None, f"train.adapters=[{{name: a, data: {parts}}}]")
+
+
+def test_a_wrong_mix_in_the_file_is_told_with_its_line(tmp_path: Path) -> None:
+    text = MINIMAL_RECIPE + "      data:\n        - train\n        - {source: more, cuont: 3}\n"
+    path = written(tmp_path, text)
+    assert f"{path}:12: unknown key 'train.adapters.0.data.1.cuont'" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("harbour", "harbour"), ("a.b-c_1", "a.b-c_1"), ("a b", "a-b-"), ("名", "data-"), ("base", "base-")],
+)
+def test_any_data_set_gives_an_adapter_a_name(name: str, read: str) -> None:
+    made = file_name(name)
+    assert made == read or (made.startswith(read) and made != name)
+    assert Adapter(name=made).name == made
+    assert file_name(name + " ") != made, "names do not fall together"
+
+
+# -- votes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vote", ["{}", "{adapters: greedy}", "{adapters: [tuned], weights: validation}"])
+def test_ways_to_vote(recipe_file: Path, vote: str) -> None:
+    assert load_recipe(recipe_file, overrides=(f"infer.vote={vote}",)).infer.vote is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("infer.vote={adapters: []}",), "adapters: name at least one that votes, or write all or greedy"),
+        (("infer.vote={adapters: [tuned, tuned]}",), "adapters: one is named twice, and each has one vote"),
+        (("infer.vote={adapters: [tuned, other]}",), "infer.vote.adapters: train.adapters has no other"),
+        (("infer.vote={adapters: some}",), "infer.vote.adapters"),
+        (("infer.vote={wieghts: uniform}",), "unknown key 'infer.vote.wieghts'; did you mean 'weights'?"),
+        (("infer.vote={}", "infer.answers=own sources"), "vote needs answers: all"),
+        (("train.adapters=[{name: vote}]",), "an adapter cannot be named 'vote'"),
+    ],
+)
+def test_a_wrong_vote_is_told_in_one_line(recipe_file: Path, overrides: tuple[str, ...], told: str) -> None:
+    assert told in refused(recipe_file, None, *overrides)
 
 
 # -- digest --------------------------------------------------------------------------------------------------------
