@@ -35,14 +35,22 @@ ROOTS = Roots.from_environment()
 OUT = Path(os.environ.get("OUT", ROOTS.runs))
 """Where rows are kept as they come."""
 
-PROBLEMS = {"train": 1200, "test": 250, "more": 300}
+PROBLEMS = {"train": 400, "test": 250, "more": 100}
+KINDS = ("week", "hats", "clubs")
+"""Puzzles that so small a model learns anything of in minutes; of the others it learns to guess."""
+
 ADAPTERS = 9
 STAGES = ("preprocess", "train", "infer", "eval")
 SETTINGS = (
-    *("data.validation_fraction=0.1", "train.rank=32", "train.alpha=64", "train.target_modules=[all-linear]"),
-    *("train.learning_rate=5e-4", "train.epochs=3", "train.effective_batch=8", "train.micro_batch=8"),
+    *("data.validation_fraction=0.1", "train.rank=32", "train.alpha=64"),
+    # few modules of the upper layers: a step of so small a model costs as many kernels as LoRA has parts
+    r"train.target_modules='.*\.layers\.[12][0-9]\..*(q_proj|v_proj|down_proj)'",
+    *("train.learning_rate=1e-3", "train.epochs=3", "train.effective_batch=16", "train.micro_batch=16"),
     *("train.checkpoint_every=100000", "train.log_every=10", "infer.batch_size=256", "infer.chunk_size=1024"),
 )
+SHARDS = 2
+"""Processes that share out a seed's adapters: one trains while another still imports its libraries."""
+
 OTHER_VOTES = {
     "weights by validation": "infer.vote={weights: validation}",
     "chosen greedily": "infer.vote={adapters: greedy}",
@@ -78,7 +86,7 @@ class Seed:
         self.seed, self.name = seed, name or f"vote-{seed}"
         self.sets = (*SETTINGS, f"seed={seed}", f"train.adapters={mixes(seed, adapters)}", *sets)
         self.data = ROOTS.runs / "vote-data" / "-".join(map(str, [seed, *problems.values(), *kinds]))
-        self.process: subprocess.Popen[bytes] | None = None
+        self.processes: list[subprocess.Popen[bytes]] = []
         self.stopped = False
         self.seconds: dict[str, float] = defaultdict(float)
         if not self.data.is_dir():
@@ -88,24 +96,41 @@ class Seed:
         """Run a stage's command; whether it was done."""
         if self.stopped:
             return False
-        sets = [word for value in (*self.sets, *more) for word in ("--set", value)]
-        command = [sys.executable, "-m", f"entrypoints.{stage}", "logic-choice", "--profile", "tiny"]
-        command += ["--run", self.name, "--data", str(self.data), *sets]
         began = time.monotonic()
-        with (ROOTS.runs / f"{self.name}.log").open("ab") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            code = self.process.wait()
+        code = 0
+        if stage == "train":
+            code = max(self._run(stage, more, [f"{index}/{SHARDS}" for index in range(SHARDS)]))
+        if code == 0:
+            (code,) = self._run(stage, more, [None])
         self.seconds[stage] += round(time.monotonic() - began, 1)
         print(f"seed {self.seed}: {stage} ended with {code} after {time.monotonic() - began:.0f} s", flush=True)
         if code not in (0, 75):
             print((ROOTS.runs / f"{self.name}.log").read_text(errors="replace")[-1500:], flush=True)
         return code == 0
 
+    def _run(self, stage: str, more: tuple[str, ...], shards: list[str | None]) -> list[int]:
+        """Exit codes of a stage's command, one for each shard, all at once; None is the plain command."""
+        sets = [word for value in (*self.sets, *more) for word in ("--set", value)]
+        command = [sys.executable, "-m", f"entrypoints.{stage}", "logic-choice", "--profile", "tiny"]
+        command += ["--run", self.name, "--data", str(self.data), *sets]
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+        with (ROOTS.runs / f"{self.name}.log").open("ab") as log:
+            self.processes = [
+                subprocess.Popen(
+                    [*command, *(["--shard", shard] if shard else [])],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                )
+                for shard in shards
+            ]
+            return [process.wait() for process in self.processes]
+
     def stop(self) -> None:
         self.stopped = True
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
 
     def work(self) -> dict[str, Any] | None:
         """All stages, and the row; None where it was not done. An earlier start's row is kept as it is."""
@@ -183,7 +208,7 @@ def maker() -> Any:
 
 
 def make_problems(folder: Path, seed: int, problems: dict[str, int], kinds: list[str]) -> None:
-    maker().make(folder, seed, **problems, answers=True, kinds=kinds or list(maker().KINDS))
+    maker().make(folder, seed, **problems, answers=True, kinds=kinds)
 
 
 def main() -> None:
@@ -191,7 +216,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--adapters", type=int, default=ADAPTERS)
     parser.add_argument("--problems", type=int, nargs=3, metavar=("TRAIN", "TEST", "MORE"))
-    parser.add_argument("--kinds", nargs="+", default=[], help="of puzzles; all where none is named")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of puzzles")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop all after this long")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe, for all seeds")
     parser.add_argument("--probe", nargs="+", metavar="SETTINGS", help="see above")
