@@ -1,0 +1,457 @@
+"""Many adapters in one run: one that fails leaves the others, a change costs what it changes, and nothing is blessed
+that was touched. A stand-in publishes what a training process would."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError
+from stages.contract.files import FileHashes, read_json, write_json, write_jsonl
+from stages.contract.part import Part, Shard
+from stages.contract.recipe import load_recipe
+from stages.contract.roots import Roots
+from stages.contract.run import CONTRACT_VERSION, Run, describe_output
+from stages.contract.stage import run_stage
+from stages.hardware.memory import Lengths
+from stages.train import stage as train
+from stages.train.ladder import LostCardError, MemoryRanOutError, Shortage
+from tests.conftest import REPOSITORY, snapshot
+from tests.small_inputs import RANDOM_LLAMA
+from tests.tasks.stand_ins.worker import publish
+
+MIXES: dict[str, list[Any]] = {"one": ["a"], "two": ["a#4", "b"], "three": ["c#3"]}
+NAMES = list(MIXES)
+SIZES = {"a": 8, "b": 4, "c": 6}
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing is caught, nothing is tidied up."""
+
+
+@dataclass
+class Trainer:
+    """Stands where `train_adapter` stands. It leaves a checkpoint, then fails or publishes."""
+
+    fails: Mapping[str, BaseException] = field(default_factory=dict)
+    jobs: list[Any] = field(default_factory=list)
+    resumed: list[str] = field(default_factory=list)
+    """Adapters that found a checkpoint."""
+    seen: list[Any] = field(default_factory=list)
+    """The report, as it stood when each training began."""
+
+    @property
+    def trained(self) -> list[str]:
+        return [job.adapter.name for job in self.jobs]
+
+    def __call__(self, stage: Any, job: Any, *rest: Any) -> float | None:
+        name = job.adapter.name
+        self.jobs.append(job)
+        self.seen.append(read_json(stage.path("report.json")))
+        if (job.work / "checkpoint-1").is_dir():
+            self.resumed.append(name)
+        (job.work / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        if name in self.fails:
+            raise self.fails[name]
+        publish(job)
+        return 100.0
+
+
+@dataclass(frozen=True)
+class Job:
+    run: Run
+    trains: Callable[..., tuple[Exit, Trainer]]
+    """Run the stage with a trainer that fails as told."""
+
+    def but(self, *overrides: str, mixes: Mapping[str, list[Any]] | None = None, **changes: Any) -> "Job":
+        """The same run with another recipe."""
+        return replace(self, run=replace(self.run, recipe=recipe(*overrides, mixes=mixes or MIXES)), **changes)
+
+    def __call__(self, part: Part = None, **fails: BaseException) -> tuple[Exit, Trainer]:
+        return self.trains(self.run, part, fails)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        found: dict[str, Any] = read_json(self.run.path("train", "manifest.json"))
+        return found
+
+    @property
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = read_json(self.run.path("train", "report.json"))
+        return found
+
+    @property
+    def kept(self) -> set[str]:
+        """Adapters that are there, hidden halves included."""
+        folder = self.run.path("train", "adapters")
+        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+    def write(self, split: str, *ids: str, text: str = "?") -> None:
+        """Samples of a split: `a/0` is of the data set a."""
+        rows = [
+            {
+                "id": name,
+                "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": name}],
+                "images": [],
+                "references": ["x"],
+                "meta": {"source": name.partition("/")[0]},
+            }
+            for name in ids
+        ]
+        write_jsonl(self.run.path("preprocess", "samples", f"{split}.jsonl"), rows)
+        names = [f"samples/{path.name}" for path in sorted(self.run.path("preprocess", "samples").iterdir())]
+        hashes = FileHashes(self.run.folder / "none")
+        outputs = {name: describe_output(self.run.path("preprocess"), name, None, hashes) for name in names}
+        manifest = {"contract": CONTRACT_VERSION, "version": "0.1.0", "key": self.run.key("preprocess", {})}
+        write_json(self.run.path("preprocess", "manifest.json"), {**manifest, "inputs": {}, "outputs": outputs})
+
+
+def recipe(*overrides: str, mixes: Mapping[str, list[Any]] = MIXES) -> Any:
+    adapters = json.dumps([{"name": name, "data": parts} for name, parts in mixes.items()])
+    sets = (*RANDOM_LLAMA, "train.effective_batch=4", "train.micro_batch=2", f"train.adapters={adapters}")
+    return load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", (*sets, *overrides))
+
+
+def every_id() -> list[str]:
+    return [f"{source}/{n}" for source, count in SIZES.items() for n in range(count)]
+
+
+@pytest.fixture
+def job(tmp_path: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    """Three adapters on three data sets, with samples as preprocess leaves them."""
+    monkeypatch.setenv("LORRY_TARGET", "cpu")
+    monkeypatch.setattr(train, "read_lengths", lambda *_: Lengths(longest=20, answer=5))
+
+    def trains(run: Run, part: Part, fails: Mapping[str, BaseException]) -> tuple[Exit, Trainer]:
+        trainer = Trainer(fails)
+        monkeypatch.setattr(train, "train_adapter", trainer)
+        return run_stage(run, "train", train.work, part=part), trainer
+
+    job = Job(Run("r", recipe(), Roots(tmp_path / "data", small_models, tmp_path / "runs")), trains)
+    job.write("train", *every_id())
+    job.write("validation", "a/v", "b/v")
+    yield job
+
+
+def names(report: Mapping[str, Any]) -> list[str]:
+    """What a report has an entry of, with a mark where that is an error."""
+    adapters = NAMES
+    return [adapters[one["dataset_index"]] + ("!" if "error" in one else "") for one in report["dataset_results"]]
+
+
+# -- one fails -----------------------------------------------------------------------------------------------------
+
+
+def test_each_is_trained_on_its_mix_in_the_recipes_order(job: Job) -> None:
+    code, trainer = job()
+    assert (code, trainer.trained) == (Exit.DONE, NAMES)
+    assert job.kept == set(NAMES)
+    counts = job.manifest["counts"]
+    assert [counts[f"{name} samples"] for name in NAMES] == [8, 8, 3]
+    assert "untrained" not in job.manifest
+    assert len({each.key for each in trainer.jobs}) == 3
+    assert not list(job.run.path("train", "checkpoints").iterdir())
+    code, trainer = job()
+    assert (code, trainer.trained) == (Exit.DONE, []), "up to date"
+
+
+NO_MEMORY = Shortage("loading", 0, "asked for 2.00 GiB, 1.00 GiB free")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (LorryError("training two was ended by SIGKILL"), Exit.CRASHED),
+        (DataError("no training sample fits in train.max_length 16; raise it"), Exit.DATA),
+        (DoesNotFitError("the disk is full"), Exit.DOES_NOT_FIT),
+        (MemoryRanOutError("out of memory", NO_MEMORY), Exit.DOES_NOT_FIT),
+    ],
+)
+def test_one_that_fails_leaves_the_others_and_its_exit_code(
+    job: Job, capfd: pytest.CaptureFixture[str], error: LorryError, code: Exit
+) -> None:
+    found, trainer = job(two=error)
+    assert (found, trainer.trained) == (code, NAMES), "all were tried"
+    assert job.kept == {"one", "three"}
+    assert not job.run.path("train", "manifest.json").exists()
+    told = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "1 of 3 adapters could not be trained: two: " in told and "train.keep_going=true" in told
+    assert names(job.report) == ["one", "two!", "three"]
+    assert job.report["pipeline_info"]["failed_datasets"] == 1
+
+    found, trainer = job()
+    assert (found, trainer.trained, trainer.resumed) == (Exit.DONE, ["two"], ["two"])
+    assert job.kept == set(NAMES) and names(job.report) == NAMES
+
+
+def test_where_the_recipe_goes_on_there_is_a_manifest_and_the_next_run_tries_again(job: Job) -> None:
+    going = job.but("train.keep_going=true")
+    code, _ = going(two=LorryError("it is cursed"))
+    assert code == Exit.DONE
+    assert job.manifest["untrained"] == {"two": "it is cursed"}
+    assert job.manifest["counts"]["untrained"] == 1
+    assert {name.split("/")[1] for name in job.manifest["outputs"] if "/" in name} == {"one", "three"}
+    first = job.manifest["starts"][0]
+
+    code, trainer = going(two=LorryError("still cursed"))
+    assert (code, trainer.trained, trainer.resumed) == (Exit.DONE, ["two"], ["two"]), "from its checkpoint"
+    assert job.manifest["untrained"] == {"two": "still cursed"}
+    assert names(job.report) == ["one", "two!", "three"]
+
+    code, trainer = going()
+    assert (code, trainer.trained, trainer.resumed) == (Exit.DONE, ["two"], ["two"])
+    assert "untrained" not in job.manifest and job.kept == set(NAMES)
+    assert job.manifest["starts"][0] == job.report["pipeline_info"]["start_time"] == first
+    assert not list(job.run.path("train", "checkpoints").iterdir())
+    code, trainer = going()
+    assert (code, trainer.trained) == (Exit.DONE, [])
+
+
+def test_going_on_may_be_decided_after_the_failure(job: Job) -> None:
+    assert job(two=LorryError("it is cursed"))[0] == Exit.CRASHED
+    code, trainer = job.but("train.keep_going=true")(two=LorryError("still cursed"))
+    assert (code, trainer.trained, trainer.resumed) == (Exit.DONE, ["two"], ["two"])
+    assert job.manifest["untrained"] == {"two": "still cursed"}
+
+
+@pytest.mark.parametrize("keep_going", ["true", "false"])
+def test_where_all_fail_nothing_is_gone_on_with(job: Job, capfd: pytest.CaptureFixture[str], keep_going: str) -> None:
+    going = job.but(f"train.keep_going={keep_going}")
+    code, trainer = going(one=DataError("bad"), two=DataError("worse"), three=LorryError("worst"))
+    assert (code, trainer.trained) == (Exit.DATA, NAMES)
+    assert not job.run.path("train", "manifest.json").exists()
+    told = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "3 of 3 adapters could not be trained: one: bad; two: worse; three: worst" in told
+    assert "keep_going" not in told
+    assert names(job.report) == ["one!", "two!", "three!"]
+
+
+@pytest.mark.parametrize("error", [InterruptedRunError("stopped"), LostCardError("the card is gone")])
+def test_a_stop_or_a_lost_card_is_no_failure_of_an_adapter(job: Job, error: LorryError) -> None:
+    going = job.but("train.keep_going=true")
+    code, trainer = going(two=error)
+    assert (code, trainer.trained) == (Exit.INTERRUPTED, ["one", "two"]), "the others are not tried"
+    assert names(job.report) == ["one"]
+    code, trainer = going()
+    assert (code, trainer.trained, trainer.resumed) == (Exit.DONE, ["two", "three"], ["two"])
+
+
+def test_memory_that_runs_out_goes_down_the_ladder_of_that_adapter_alone(job: Job) -> None:
+    class Hungry(Trainer):
+        def __call__(self, stage: Any, job: Any, *rest: Any) -> float | None:
+            if job.adapter.name == "two" and job.micro_batch > 1:
+                self.jobs.append(job)
+                raise MemoryRanOutError("out of memory", Shortage("training", 3, "asked for 2 GiB"))
+            return super().__call__(stage, job, *rest)
+
+    hungry = Hungry()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_adapter", hungry)
+        assert run_stage(job.run, "train", train.work) == Exit.DONE
+    assert [(one.adapter.name, one.micro_batch, one.accumulation) for one in hungry.jobs] == [
+        *(("one", 2, 2), ("two", 2, 2), ("two", 1, 4), ("three", 2, 2)),
+    ]
+
+
+def test_a_mix_of_which_nothing_is_there_leaves_the_others(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    wrong = job.but(mixes={**MIXES, "two": ["b", "nowhere#3"]})
+    code, trainer = wrong()
+    assert (code, trainer.trained) == (Exit.USAGE, ["one", "three"])
+    assert "the mix of two names 'nowhere', which has no sample to train on; there are: a, b, c" in (
+        capfd.readouterr().err
+    )
+    assert names(job.report) == ["one", "two!", "three"]
+    code, trainer = job()
+    assert (code, trainer.trained) == (Exit.DONE, ["two"]), "once the name is right"
+
+
+# -- changes -------------------------------------------------------------------------------------------------------
+
+
+def test_another_mix_trains_that_adapter_alone(job: Job) -> None:
+    job()
+    before = snapshot(job.run.path("train", "adapters"))
+    changed = job.but(mixes={**MIXES, "three": ["c#3", "a#1"]})
+    code, trainer = changed()
+    assert (code, trainer.trained) == (Exit.DONE, ["three"])
+    after = snapshot(job.run.path("train", "adapters"))
+    assert {name.split("/")[0] for name in before if before[name] != after.get(name)} == {"three"}
+    assert job.manifest["counts"]["three samples"] == 4
+    code, trainer = job()
+    assert (code, trainer.trained) == (Exit.DONE, ["three"]), "and back"
+    assert job()[1].trained == []
+
+
+@pytest.mark.parametrize(
+    ("override", "trained"),
+    [
+        ("train.rank=3", NAMES),
+        ("train.learning_rate=3e-3", NAMES),
+        ("train.max_length=300", NAMES),
+        ("seed=7", NAMES),
+        ("train.micro_batch=1", []),
+        ("train.keep_checkpoints=5", []),
+        ("train.keep_going=true", []),
+        ("infer.max_new_tokens=7", []),
+    ],
+)
+def test_a_setting_that_all_depend_on_trains_all_and_room_trains_none(
+    job: Job, override: str, trained: list[str]
+) -> None:
+    job()
+    changed = job.but(override)
+    changed.write("validation", "a/v", "b/v")  # by preprocess with this recipe
+    code, trainer = changed()
+    assert (code, trainer.trained) == (Exit.DONE, trained)
+
+
+def test_other_words_for_the_same_mix_train_nothing(job: Job) -> None:
+    job()
+    same = {"one": [{"source": "a", "fraction": 1.0}], "two": [{"source": "a", "count": 4, "seed": 42}, "b"]}
+    code, trainer = job.but(mixes={**MIXES, **same})()
+    assert (code, trainer.trained) == (Exit.DONE, [])
+
+
+def test_new_data_train_those_who_learn_from_them(job: Job) -> None:
+    job()
+    job.write("train", *every_id(), "b/new")
+    assert job()[1].trained == ["two"]
+    job.write("train", *(name for name in every_id() if name != "c/5"))
+    assert set(job()[1].trained) == {"two", "three"}, "two has lost b/new, three draws among fewer"
+    job.write("validation", "a/v", "a/w", "b/v")
+    assert job()[1].trained == NAMES, "three has none of its own and is validated on all"
+
+
+def test_an_adapter_more_or_less_touches_no_other(job: Job) -> None:
+    job()
+    more = job.but(mixes={"four": ["b"], **MIXES})
+    assert more()[1].trained == ["four"]
+    assert job.kept == {*NAMES, "four"}
+    assert job()[1].trained == []
+    assert job.kept == set(NAMES), "the folder of one that is no more disappears"
+    renamed = job.but(mixes={"other": MIXES["one"], "two": MIXES["two"], "three": MIXES["three"]})
+    assert renamed()[1].trained == ["other"]
+    assert job.kept == {"other", "two", "three"}
+    assert not any("/one/" in name for name in job.manifest["outputs"])
+
+
+def test_the_order_in_the_recipe_trains_nothing_again(job: Job) -> None:
+    job()
+    code, trainer = job.but(mixes=dict(reversed(MIXES.items())))()
+    assert (code, trainer.trained) == (Exit.DONE, [])
+
+
+# -- touched -------------------------------------------------------------------------------------------------------
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def overwrite(folder: Path) -> None:
+    (folder / WEIGHTS).write_text("weights of zwo")
+
+
+def lose(folder: Path) -> None:
+    (folder / "training.json").unlink()
+
+
+def praise(folder: Path) -> None:
+    facts = read_json(folder / "training.json")
+    write_json(folder / "training.json", {**facts, "samples": {"train": 10**6, "validation": 1}})
+
+
+def forget(folder: Path) -> None:
+    (folder / "made.json").unlink()
+
+
+def forge(folder: Path) -> None:
+    """Another adapter's files under this name, with their own record of how they were made."""
+    for path in (folder.parent / "three").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["done", "half done"])
+@pytest.mark.parametrize("touch", [overwrite, lose, praise, forget, forge])
+def test_an_adapter_that_was_touched_is_trained_again_and_never_blessed(
+    job: Job, touch: Callable[[Path], None], half: bool
+) -> None:
+    job(**({"one": LorryError("later")} if half else {}))
+    before = (job.run.path("train", "adapters", "three", WEIGHTS)).read_bytes()
+    touch(job.run.path("train", "adapters", "two"))
+    code, trainer = job()
+    if touch is forget and not half:
+        assert (code, trainer.trained) == (Exit.DONE, []), "it is no output: the manifest vouches for all that is"
+        return
+    assert (code, trainer.trained) == (Exit.DONE, ["one", "two"] if half else ["two"])
+    folder = job.run.path("train", "adapters", "two")
+    assert (folder / WEIGHTS).read_text() == "weights of two"
+    assert read_json(folder / "training.json")["samples"]["train"] == 8
+    assert job.run.path("train", "adapters", "three", WEIGHTS).read_bytes() == before
+
+
+def test_half_an_adapter_that_a_kill_left_is_none(job: Job) -> None:
+    job(two=LorryError("later"))
+    half = job.run.path("train", "adapters", ".two")
+    half.mkdir()
+    (half / WEIGHTS).write_text("half")
+    code, trainer = job()
+    assert (code, trainer.trained) == (Exit.DONE, ["two"])
+    assert job.kept == set(NAMES)
+
+
+# -- the report ----------------------------------------------------------------------------------------------------
+
+
+def test_a_crash_after_the_first_leaves_the_firsts_result_on_disk(job: Job) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_adapter", Trainer({"two": Killed()}))
+        code = run_stage(job.run, "train", train.work)
+    assert code == Exit.CRASHED
+    assert names(job.report) == ["one"]
+    (first,) = job.report["dataset_results"]
+    assert first["training"]["train_samples"] == 8 and first["training"]["final_loss"] == 0.5
+    assert job.report["pipeline_info"]["total_datasets"] == 3
+    start = job.report["pipeline_info"]["start_time"]
+    code, trainer = job()
+    assert (code, trainer.trained) == (Exit.DONE, ["two", "three"])
+    assert [names(report) for report in trainer.seen] == [["one"], ["one", "two"]], "written after each"
+    assert job.report["pipeline_info"]["start_time"] == start == job.manifest["starts"][0], "of the first start"
+    assert len(job.manifest["starts"]) == 2
+
+
+# -- shards --------------------------------------------------------------------------------------------------------
+
+
+def test_shards_share_the_adapters_and_the_merge_trains_nothing(job: Job, tmp_path: Path) -> None:
+    whole = replace(job, run=replace(job.run, roots=replace(job.run.roots, runs=tmp_path / "whole")))
+    whole.write("train", *every_id())
+    whole.write("validation", "a/v", "b/v")
+    assert whole()[0] == Exit.DONE
+    assert [job(Shard(index, 2))[1].trained for index in (1, 0)] == [["two"], ["one", "three"]]
+    code, trainer = job()
+    assert (code, trainer.trained) == (Exit.DONE, [])
+    assert job.manifest["outputs"] == whole.manifest["outputs"]
+    assert names(job.report) == NAMES
+
+
+def test_what_a_shard_trained_beside_one_that_failed_is_taken_over(job: Job) -> None:
+    going = job.but("train.keep_going=true")
+    assert going(Shard(0, 2), three=LorryError("it is cursed"))[0] == Exit.DONE
+    assert going(Shard(1, 2))[1].trained == ["two"]
+    code, trainer = going(three=LorryError("still cursed"))
+    assert (code, trainer.trained) == (Exit.DONE, ["three"]), "one and two are taken over"
+    assert job.manifest["untrained"] == {"three": "still cursed"} and job.kept == {"one", "two"}
+    code, trainer = going()
+    assert (code, trainer.trained) == (Exit.DONE, ["three"])
+    assert job.kept == set(NAMES)
+
+
+def test_a_shard_whose_only_adapter_fails_has_nothing_to_go_on_with(job: Job) -> None:
+    going = job.but("train.keep_going=true")
+    assert going(Shard(1, 2), two=DataError("bad"))[0] == Exit.DATA
+    assert going(Shard(0, 2))[0] == Exit.DONE
+    code, trainer = going(two=DataError("bad"))
+    assert (code, trainer.trained) == (Exit.DONE, ["two"])
+    assert job.manifest["untrained"] == {"two": "bad"}
