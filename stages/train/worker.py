@@ -139,8 +139,10 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
 
     if not job.use_cpu:
         _refuse_dead_cards(job)
+    from stages.train.older_torch import supply_later_names
     from stages.train.without_torchvision import do_without_torchvision
 
+    supply_later_names()
     do_without_torchvision()
     from stages.train.swift_sft import LorrySft  # imports torch and swift: seconds, and only in this process
 
