@@ -158,7 +158,8 @@ def _sample(number: int, length: int, answer: int, pictures: list[str]) -> dict[
     question = "<image>" * len(pictures) + "x" + " the" * words
     contents = {"system": "s", "user": question, "assistant": "y" + " the" * (answer - 3)}
     messages = [{"role": role, "content": content} for role, content in contents.items()]
-    return {"id": str(number), "messages": messages, "images": pictures, "references": [], "meta": {"group": "all"}}
+    meta = {"group": "all", "source": "all"}
+    return {"id": str(number), "messages": messages, "images": pictures, "references": [], "meta": meta}
 
 
 def _picture(stage: Stage) -> str:
@@ -193,7 +194,8 @@ class Training:
         opened = open_run("patent-qa", "text", None, setting.overrides, name)
         train = opened.recipe.train
         shape = read_shape(ROOTS.models / setting.model)
-        way = as_asked(shape, train, setting.gpus, "bfloat16", setting.lengths)
+        dtype = "bfloat16" if train.precision == "auto" else train.precision
+        way = as_asked(shape, train, setting.gpus, dtype, setting.lengths)
         sets = [word for one in setting.overrides for word in ("--set", one)]
         data = str(Path("recipes/data/patent-qa").absolute())
         devices = ",".join(map(str, range(setting.gpus)))

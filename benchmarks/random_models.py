@@ -3,13 +3,17 @@
     python -m benchmarks.random_models FOLDER NAME...
 
 The tokenizer is SmolLM2's, from LORRY_MODELS; its few token ids are all known to the larger vocabularies. Weights are
-one block of normal random numbers in bfloat16, written over and over: neither memory nor time depends on more.
+one block of normal random numbers in bfloat16, written over and over: neither memory nor time depends on more. Those of
+a model in GPTQ's 4 bits are random integers with one scale, packed as auto-gptq and gptqmodel do.
 """
 
 import json
 import shutil
 import struct
 import sys
+from collections import Counter
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -63,6 +67,19 @@ CONFIGS["GME-Qwen2-VL-7B"] = {
         **{"spatial_merge_size": 2, "temporal_patch_size": 2},
     },
 }
+GROUP = 128
+"""Inputs of a GPTQ module that share a scale, as in published models."""
+CONFIGS |= {
+    f"{name}-GPTQ-Int4": {
+        **CONFIGS[name],
+        "dtype": "float16",
+        "quantization_config": {
+            **{"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
+            "checkpoint_format": "gptq",
+        },
+    }
+    for name in ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-14B")
+}
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> None:
@@ -78,45 +95,107 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(Roots.from_environment().models / "SmolLM2-135M-Instruct" / name, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    _write_weights(folder, _shapes(folder))
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    shapes = _shapes(plain)
+    if plain == config:
+        _write_weights(folder, {name: Tensor("BF16", shape) for name, shape in shapes.items()})
+    else:
+        _write_weights(folder, _packed(shapes))
 
 
-def _shapes(folder: Path) -> dict[str, list[int]]:
+@dataclass(frozen=True)
+class Tensor:
+    dtype: str
+    """In safetensors' words."""
+    shape: list[int]
+    kind: str = "weight"
+    """What it holds, where that is not just any numbers: one of GPTQ's, or a norm's ones, without which no signal of a
+    packed model would be large enough to learn from."""
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * {"BF16": 2, "F16": 2, "I32": 4}[self.dtype]
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
     """Names and shapes of a model's parameters, from transformers, without making one."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(folder)
-    kind: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    read = AutoConfig.for_model(**config)
+    kind: Any = AutoModelForImageTextToText if hasattr(read, "vision_config") else AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(config)
-    tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()
+        model = kind.from_config(read)
+    tied = {"lm_head.weight"} if getattr(read, "tie_word_embeddings", False) else set()
     return {name: list(value.shape) for name, value in model.state_dict().items() if name not in tied}
 
 
-def _write_weights(folder: Path, shapes: dict[str, list[int]]) -> None:
+def _packed(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """The tensors of the same model with the linear modules of its layers in GPTQ's 4 bits."""
+    found = {}
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or not module.endswith("_proj"):
+            found[name] = Tensor("F16", shape, "norm" if module.endswith("norm") else "weight")
+            continue
+        outputs, inputs = shape
+        found[f"{module}.qweight"] = Tensor("I32", [inputs // 8, outputs], "qweight")
+        found[f"{module}.qzeros"] = Tensor("I32", [inputs // GROUP, outputs // 8], "qzeros")
+        found[f"{module}.scales"] = Tensor("F16", [inputs // GROUP, outputs], "scales")
+        found[f"{module}.g_idx"] = Tensor("I32", [inputs], "g_idx")
+    return found
+
+
+SCALE = 0.0043
+"""Of an integer from 0 to 15, less 8, so that the weights' deviation is 0.02."""
+
+
+def _contents() -> dict[str, bytes]:
+    """By dtype, or by kind of GPTQ's tensors: a block of bytes that is written over and over."""
     import torch
 
-    block = (torch.randn(32 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
-    content = block.view(torch.uint8).numpy().tobytes()
-    files: list[dict[str, Any]] = [{}]
+    normal = torch.randn(32 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+    integers = torch.randint(0, 256, (32 << 20,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    return {
+        "BF16": normal.to(torch.bfloat16).view(torch.uint8).numpy().tobytes(),
+        "F16": normal.to(torch.float16).view(torch.uint8).numpy().tobytes(),
+        "qweight": integers.numpy().tobytes(),
+        "qzeros": b"\x77" * (1 << 20),  # of 8, as the format stores it: less one
+        "scales": torch.full((1 << 20,), SCALE, dtype=torch.float16).view(torch.uint8).numpy().tobytes(),
+        "norm": torch.ones(1 << 16, dtype=torch.float16).view(torch.uint8).numpy().tobytes(),
+        "g_idx": (torch.arange(1 << 20, dtype=torch.int32) // GROUP).numpy().tobytes(),
+    }
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
+    contents, written = _contents(), Counter[str]()  # bytes so far: no two modules have the same weights
+    files: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, shape in shapes.items():
-        length = 2 * prod(shape)
-        if size and size + length > SHARD:
+    for name, tensor in tensors.items():
+        if size and size + tensor.bytes > SHARD:
             files.append({})
             size = 0
-        files[-1][name] = {"dtype": "BF16", "shape": shape, "data_offsets": [size, size + length]}
-        size += length
+        files[-1][name] = tensor
+        size += tensor.bytes
     names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
-    for name, header in zip(names, files, strict=True):
-        text = json.dumps(header).encode()
-        left = max(value["data_offsets"][1] for value in header.values())
+    for name, inside in zip(names, files, strict=True):
+        ends = list(accumulate((tensor.bytes for tensor in inside.values()), initial=0))
+        header = {
+            key: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": list(span)}
+            for (key, tensor), span in zip(inside.items(), pairwise(ends), strict=True)
+        }
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
         with (folder / name).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            while left > 0:
-                left -= file.write(content[: min(left, len(content))])
-    weight_map = {weight: name for name, header in zip(names, files, strict=True) for weight in header}
+            for tensor in inside.values():
+                kind = tensor.dtype if tensor.kind == "weight" else tensor.kind
+                block, left = contents[kind], tensor.bytes
+                place = 0 if kind == "g_idx" else written[kind] % len(block)
+                while left > 0:
+                    wrote = file.write(block[place : place + left])
+                    left, place = left - wrote, 0
+                written[kind] += tensor.bytes
+    weight_map = {weight: name for name, inside in zip(names, files, strict=True) for weight in inside}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 

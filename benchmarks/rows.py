@@ -10,7 +10,18 @@ from stages.contract.files import read_json, write_json
 from stages.hardware.probe import probe
 
 RESULTS = Path(__file__).parent / "results"
-SOFTWARE = ("torch", "transformers", "ms-swift", "peft", "accelerate", "deepspeed", "bitsandbytes", "vllm")
+SOFTWARE = (
+    "torch",
+    "transformers",
+    "ms-swift",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "bitsandbytes",
+    "gptqmodel",
+    "optimum",
+    "vllm",
+)
 
 
 def write_rows(name: str, rows: list[dict[str, Any]], command: str, by: str | None = None) -> None:
