@@ -6,7 +6,14 @@ import pytest
 
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.hardware.probe import Gpu, Machine, probe, visible
-from stages.hardware.targets import load_targets, refuse_old_driver_for, target_of, working_target
+from stages.hardware.targets import (
+    load_targets,
+    refuse_4bit_twice,
+    refuse_base_without_kernels,
+    refuse_old_driver_for,
+    target_of,
+    working_target,
+)
 
 TARGETS = load_targets()
 LOCKS = Path(__file__).parents[2] / "images" / "train"
@@ -45,6 +52,9 @@ def test_deepspeed_and_4_bit_kernels_are_in_the_images_that_promise_them() -> No
         packages = "".join(path.read_text() for path in own if path.is_file())
         assert ("\ndeepspeed==" in f"\n{packages}") == target.deepspeed, target.name
         assert ("\nbitsandbytes==" in packages) == ("bitsandbytes" in target.quantisation), target.name
+        if target.name != "cpu":  # there it is the host's: requirements/gptq.txt
+            kernels = any(f"\n{name}==" in f"\n{packages}" for name in ("gptqmodel", "auto-gptq"))
+            assert kernels == ("gptq" in target.quantisation), target.name
 
 
 def test_a_torch_of_another_line_needs_the_driver_of_its_own_cuda() -> None:
@@ -61,6 +71,24 @@ def test_bf16_only_where_the_card_computes_in_it() -> None:
         if target.dtype == "bfloat16":
             assert target.capability is not None
             assert target.capability >= (8, 0)
+
+
+def test_a_base_is_refused_where_nothing_computes_with_it_and_never_put_in_4_bits_twice() -> None:
+    model = Path("models/x")
+    for quantisation, target in (
+        ("gptq", "v100-gptq"),
+        ("gptq", "v100"),
+        ("gptq", "cpu"),
+        ("awq", "a800"),
+        (None, "cpu"),
+    ):
+        refuse_base_without_kernels(model, quantisation, TARGETS[target])
+    for quantisation, target in (("awq", "v100"), ("fp8", "a800"), ("awq", "cpu")):
+        with pytest.raises(DoesNotFitError, match=f"{quantisation}'s, for which target {target} has no kernels"):
+            refuse_base_without_kernels(model, quantisation, TARGETS[target])
+    refuse_4bit_twice(model, None)
+    with pytest.raises(UsageError, match="gptq's already"):
+        refuse_4bit_twice(model, "gptq")
 
 
 def test_kernels_that_a_v100_has_not_are_not_promised() -> None:
