@@ -1,13 +1,15 @@
-"""What each component of the task is worth: the first adapter's answers with everything, and without each in turn."""
+"""What each component of the task is worth: the first trained adapter's answers with everything, and without each in
+turn."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from stages.contract.files import read_jsonl
+from stages.contract.recipe import Recipe
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
-from stages.eval.scores import Figures, Model, overall, score_models
+from stages.eval.scores import Asked, Figures, Model, overall, score_models
 
 EVERYTHING = "everything"
 
@@ -27,16 +29,22 @@ class Ablation:
     """A question, the engine's start left out; None where another machine answered."""
 
 
+def ablated_adapter(recipe: Recipe, predictions: Mapping[str, Any]) -> str | None:
+    """The adapter whose answers are compared: the first that has any. None where no adapter has."""
+    return next((adapter.name for adapter in recipe.train.adapters if adapter.name in predictions), None)
+
+
 def ablations(
-    stage: Stage, task: Any, samples: Sequence[Sample], predictions: Mapping[str, list[Prediction]]
+    stage: Stage, task: Any, samples: Sequence[Sample], predictions: Mapping[str, list[Prediction]], asked: Asked
 ) -> list[Ablation]:
     """Everything, then what was ablated in the order of the recipe; empty where nothing was.
 
-    `samples` are those with references, `predictions` all models'.
+    `samples` are those with references, `predictions` all models'; what the adapter was not asked counts nowhere.
     """
     recipe = stage.run.recipe
-    whole = recipe.train.adapters[0].name
-    if not recipe.infer.ablate or whole not in predictions:
+    whole = ablated_adapter(recipe, predictions)
+    samples = [sample for sample in samples if whole is not None and asked(whole, sample)]
+    if not recipe.infer.ablate or whole is None or not samples:
         return []
     without = {component: _answers_without(stage, component, predictions) for component in recipe.infer.ablate}
     scores = score_models(

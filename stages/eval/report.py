@@ -16,7 +16,7 @@ from stages.contract.files import read_jsonl, written_atomically
 from stages.contract.records import Sample
 from stages.contract.run import STAGES
 from stages.contract.stage import Stage
-from stages.eval.ablation import EVERYTHING, Ablation, seconds_a_question
+from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, seconds_a_question
 from stages.eval.scores import Figures, Scores, worst
 from stages.eval.votes import VoteReport
 
@@ -70,6 +70,7 @@ def write_report(
         loss_curve=loss_curve(curve, colours),
         groups=groups,
         ablated=ablated,
+        ablated_adapter=ablated_adapter(recipe, scores.models),
         vote=vote,
         trained_on=ON_TRAINING_DATA if stage.counts["scored on training data"] else None,
         untrained=trained.get("untrained", {}),

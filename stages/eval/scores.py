@@ -74,7 +74,7 @@ def score_models(
     fact_names = list(dict.fromkeys(fact for row in facts for fact in row))
     models = {}
     for name, rows in scored.items():
-        full = [{**row, **fact} for row, fact in zip(rows, facts, strict=True)]
+        full = [{**row, **fact} if row else {} for row, fact in zip(rows, facts, strict=True)]  # {}: not asked
         table = [[row.get(metric, np.nan) for metric in names + fact_names] for row in full]
         models[name] = Model(answered[name], errors[name], np.array(table, dtype=np.float64))
     return Scores(list(samples), names + fact_names, fact_names, models)

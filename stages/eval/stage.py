@@ -10,7 +10,7 @@ from stages.contract.files import read_jsonl, write_json
 from stages.contract.recipe import Recipe
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
-from stages.eval.ablation import EVERYTHING, Ablation, ablations, seconds_a_question
+from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, ablations, seconds_a_question
 from stages.eval.report import ON_TRAINING_DATA, with_interval, write_report
 from stages.eval.scores import Asked, Figures, Scores, breakdown, overall, score_models
 from stages.eval.votes import VOTE, VoteReport, vote_report
@@ -33,7 +33,8 @@ def work(stage: Stage) -> None:
         stage.events.say(f"{len(samples) - len(scored)} of {len(samples)} test samples have no reference: not scored")
 
     task = load_task(recipe.task)
-    scores = score_models(task, recipe, scored, predictions, _was_asked(recipe))
+    asked = _was_asked(recipe)
+    scores = score_models(task, recipe, scored, predictions, asked)
     trained_on = sum(bool(sample["meta"].get("trained_on")) for sample in scored)
     if trained_on:
         stage.counts["scored on training data"] = trained_on
@@ -44,7 +45,7 @@ def work(stage: Stage) -> None:
     _write(stage, "scores.json", figures)
     _write(stage, "differences.json", differences)
     _write(stage, "by_group.json", {name: {key: groups[key][name] for key in groups} for name in scores.models})
-    ablated = ablations(stage, task, scored, predictions)
+    ablated = ablations(stage, task, scored, predictions, asked)
     if ablated:
         _write(stage, "ablations.json", {each.component: asdict(each) for each in ablated})
     vote = vote_report(stage, task, scored, predictions)
@@ -150,18 +151,21 @@ def _show(
     seconds = {name: seconds_a_question(stage, name) for name in scores.models}
     with os.fdopen(os.dup(stage.console), "w", encoding="utf-8") as file:
         console = Console(file=file, width=100, highlight=False, markup=False, emoji=False)
+
+        def show(table: Any) -> None:
+            table.caption = ON_TRAINING_DATA if stage.counts["scored on training data"] else None
+            console.print(table)
+
         if stage.counts["scored on training data"]:
             console.print(ON_TRAINING_DATA, style="bold")
         for name in [model for model in scores.models if model != "base"] or ["base"]:
-            table = _table(name, figures, differences.get(name, {}), seconds)
-            table.caption = ON_TRAINING_DATA if stage.counts["scored on training data"] else None
-            console.print(table)
+            show(_table(name, figures, differences.get(name, {}), seconds))
         console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
         if vote is not None:
-            console.print(_vote_table(vote, figures))
+            show(_vote_table(vote, figures))
             console.print(_vote_words(vote), style="dim")
         if ablated:
-            console.print(_ablation_table(stage.run.recipe.train.adapters[0].name, ablated))
+            show(_ablation_table(str(ablated_adapter(stage.run.recipe, scores.models)), ablated))
             console.print("percent, then points better or worse; * where the 95% interval leaves out 0", style="dim")
     stage.events.say(f"report: {stage.path('report.html')}")
 

@@ -1,0 +1,256 @@
+"""Many data sets and adapters: each counts on what it was asked, training data are scored only aloud, and the vote."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.contract.errors import Exit
+from stages.contract.files import FileHashes, read_json, write_json, write_jsonl
+from stages.contract.recipe import Recipe, load_recipe
+from stages.contract.records import Prediction, Sample, failed_prediction
+from stages.contract.run import Run, describe_output
+from stages.contract.stage import run_stage
+from stages.eval import stage as evaluation
+from stages.eval.report import ON_TRAINING_DATA
+from tests.eval.conftest import RECIPE, answer, make_sample
+
+Build = Callable[..., Run]
+
+
+def recipe(*overrides: str) -> Recipe:
+    adapters = "train.adapters=[{name: a, data: [first]}, {name: b, data: [second, third#3]}, {name: c}]"
+    return load_recipe(RECIPE, "tiny", (adapters, "eval.bootstrap=200", *overrides))
+
+
+OWN = "infer.answers=own sources"
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    """12 questions, of three data sets in turn."""
+    return [make_sample(n, source=("first", "second", "third")[n % 3], page_images=[], pages=[]) for n in range(12)]
+
+
+def right(samples: list[Sample], *sources: str) -> list[Prediction]:
+    """Right answers to the samples of these data sets, or to all."""
+    return [answer(s, s["references"][0]) for s in samples if not sources or s["meta"]["source"] in sources]
+
+
+def evaluated(run: Run, **facts: Any) -> dict[str, Any]:
+    """The scores, with some facts in infer's manifest."""
+    path = run.path("infer", "manifest.json")
+    write_json(path, {**read_json(path), **facts})
+    assert run_stage(run, "eval", evaluation.work) == Exit.DONE
+    found: dict[str, Any] = read_json(run.path("eval", "scores.json"))
+    return found
+
+
+def add_outputs(run: Run, stage: str, *names: str) -> None:
+    """Put these files into a stage's manifest."""
+    manifest = read_json(run.path(stage, "manifest.json"))
+    hashes = FileHashes(run.folder / "none")
+    outputs = {name: describe_output(run.path(stage), name, None, hashes) for name in names}
+    write_json(run.path(stage, "manifest.json"), {**manifest, "outputs": {**manifest["outputs"], **outputs}})
+
+
+# -- answers: own sources ------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_counts_on_its_own_data_sets_alone(build: Build, samples: list[Sample]) -> None:
+    lost = [answer(s, "a lever") for s in samples if s["meta"]["source"] != "first"]
+    lost[0] = failed_prediction(lost[0]["id"], "too long")
+    predictions = {"base": right(samples), "a": right(samples, "first"), "b": lost, "c": right(samples)}
+    scores = evaluated(build(samples, predictions, pictures=False, recipe=recipe(OWN)))
+    figures = {name: scores[name]["exact_match"] for name in scores}
+    counts = {name: (one["n"], one["failed"], one["value"]) for name, one in figures.items()}
+    assert counts == {"base": (12, 0, 100), "a": (4, 0, 100), "b": (8, 1, 0), "c": (12, 0, 100)}
+
+
+def test_what_it_was_asked_and_did_not_answer_has_failed(build: Build, samples: list[Sample]) -> None:
+    predictions = {"base": right(samples), "a": right(samples, "first")[1:]}
+    scores = evaluated(build(samples, predictions, pictures=False, recipe=recipe(OWN)))
+    assert (scores["a"]["exact_match"]["n"], scores["a"]["exact_match"]["failed"]) == (4, 1)
+
+
+def test_where_all_answer_all_a_gap_has_failed(build: Build, samples: list[Sample]) -> None:
+    predictions = {"base": right(samples), "a": right(samples, "first")}
+    scores = evaluated(build(samples, predictions, pictures=False, recipe=recipe()))
+    assert (scores["a"]["exact_match"]["n"], scores["a"]["exact_match"]["failed"]) == (12, 8)
+
+
+def test_differences_are_on_the_same_samples(build: Build, samples: list[Sample]) -> None:
+    """Base is right everywhere else: no credit and no blame for what the adapter was not asked."""
+    base = [answer(s, "a lever" if s["meta"]["source"] == "first" else s["references"][0]) for s in samples]
+    run = build(samples, {"base": base, "a": right(samples, "first")}, pictures=False, recipe=recipe(OWN))
+    evaluated(run)
+    difference = read_json(run.path("eval", "differences.json"))["a"]["exact_match"]
+    assert (difference["value"], difference["low"], difference["high"]) == (100, 100, 100)
+
+
+def test_tables_have_its_own_n_and_groups(build: Build, samples: list[Sample], capfd: Any) -> None:
+    predictions = {"base": right(samples), "a": right(samples, "first"), "b": right(samples, "second", "third")}
+    run = build(samples, predictions, pictures=False, recipe=recipe(OWN))
+    evaluated(run)
+    rows = [line.split() for line in capfd.readouterr().err.splitlines() if line.strip().startswith("exact_match")]
+    assert [row[-4:] for row in rows] == [[n, "0", "/", "0"] for n in ("4", "8")]
+    kinds = read_json(run.path("eval", "by_group.json"))["a"]["kind"]
+    assert sum(one["exact_match"]["n"] for one in kinds.values() if one) == 4
+    assert not re.search(r"\bnan\b", run.path("eval", "report.html").read_text(encoding="utf-8"))
+
+
+def test_an_adapter_without_a_test_question_of_its_own_is_no_trouble(build: Build, samples: list[Sample]) -> None:
+    kept = [sample for sample in samples if sample["meta"]["source"] != "first"]
+    scores = evaluated(
+        build(kept, {"base": right(kept), "a": [], "c": right(kept)}, pictures=False, recipe=recipe(OWN))
+    )
+    assert scores["a"] == {} and scores["c"]["exact_match"]["n"] == 8
+
+
+def test_the_data_sets_report_counts_each_on_its_own(build: Build, samples: list[Sample]) -> None:
+    predictions = {"base": right(samples), "a": right(samples, "first")[1:], "b": right(samples, "second", "third")}
+    run = build(samples, predictions, pictures=False, recipe=recipe(OWN))
+    write_json(
+        run.path("train", "manifest.json"), {**(run.manifest("train") or {}), "untrained": {"c": "it is cursed"}}
+    )
+    evaluated(run, answering={"a": {"samples": 4, "seconds": 2.5}})
+    report = read_json(run.path("eval", "report.json"))
+    a, b, c = report["dataset_results"]
+    found = {key: a["evaluation"][key] for key in ("dataset_name", "eval_samples", "failed", "evaluation_time")}
+    assert found == {"dataset_name": "first", "eval_samples": 4, "failed": 1, "evaluation_time": 2.5}
+    assert a["evaluation"]["metrics"]["exact_match"] == 75.0
+    assert b["evaluation"]["dataset_name"] == "b", "a mix has the adapter's name"
+    assert (b["evaluation"]["eval_samples"], b["evaluation"]["failed"]) == (8, 0)
+    assert c["error"] == "it is cursed" and "evaluation" not in c
+    summary = report["summary_statistics"]
+    assert summary["avg_em_score"] == pytest.approx((75 + 100) / 2) and summary["failed_answers"] == 1
+
+
+def with_ablation(run: Run, records: list[Prediction]) -> Run:
+    path = run.path("infer", "ablations", "style.jsonl")
+    write_jsonl(path, records)  # type: ignore[arg-type]
+    return run
+
+
+def test_ablations_too_count_what_the_adapter_was_asked(build: Build, samples: list[Sample]) -> None:
+    run = build(
+        samples,
+        {"base": right(samples), "a": right(samples, "first")},
+        pictures=False,
+        recipe=recipe(OWN, "infer.ablate=[style]"),
+    )
+    with_ablation(run, right(samples, "first"))
+    evaluated(run)
+    found = read_json(run.path("eval", "ablations.json"))
+    for each in found.values():
+        assert (each["figures"]["exact_match"]["n"], each["figures"]["exact_match"]["failed"]) == (4, 0)
+        assert each["changed"] == 0
+
+
+def test_ablations_are_of_the_first_adapter_that_there_is(build: Build, samples: list[Sample], capfd: Any) -> None:
+    predictions = {"base": right(samples), "vote": right(samples), "b": right(samples)}
+    run = with_ablation(
+        build(samples, predictions, pictures=False, recipe=recipe("infer.ablate=[style]")), right(samples)
+    )
+    evaluated(run)
+    assert list(read_json(run.path("eval", "ablations.json"))) == ["everything", "style"]
+    assert "answered again by b without" in run.path("eval", "report.html").read_text(encoding="utf-8")
+    assert "without style" in capfd.readouterr().err
+
+
+# -- training data -------------------------------------------------------------------------------------------------
+
+
+def held(**changes: Any) -> dict[str, Any]:
+    """What infer's manifest says of a vote."""
+    weights = {"a": 1.0, "b": 1.0}
+    known: dict[str, Any] = {"adapters": list(weights), "chosen": "all", "weights": weights, "validation": {"a": 0.5}}
+    known |= {"best": "a", "decided by": {"majority": 11, "better voters": 1}, "second round": 0}
+    return {**known, **changes}
+
+
+def with_votes(run: Run, samples: list[Sample], split: tuple[int, ...] = (3,)) -> Run:
+    """votes.jsonl of two adapters that agree on all but some."""
+    rows = []
+    for number, sample in enumerate(samples):
+        given = sample["references"][0] if sample["references"] else "x"
+        votes = {"a": given, "b": "a lever" if number in split else given}
+        unanimous = len(set(votes.values())) == 1
+        row = {"id": sample["id"], "round": 1, "votes": votes, "answer": given, "by": "majority"}
+        rows.append({**row, "agreement": 1.0 if unanimous else 0.5, "entropy": 0.0 if unanimous else 1.0})
+    write_jsonl(run.path("infer", "votes.jsonl"), rows)
+    add_outputs(run, "infer", "votes.jsonl")
+    return run
+
+
+def test_scores_of_training_data_say_so_in_every_table(build: Build, samples: list[Sample], capfd: Any) -> None:
+    for sample in samples[:5]:
+        sample["meta"]["trained_on"] = True
+    told = recipe("data.evaluate_on_training=true", "infer.ablate=[style]", "infer.vote={}")
+    predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
+    run = with_votes(with_ablation(build(samples, predictions, recipe=told, pictures=False), right(samples)), samples)
+    evaluated(run, vote=held())
+    manifest = run.manifest("eval") or {}
+    assert manifest["counts"]["scored on training data"] == 5
+    shown = " ".join(capfd.readouterr().err.split())
+    words = ON_TRAINING_DATA.split(":")[0]
+    assert shown.count(words) == 1 + 3 + 1 + 1, "above; below base against vote, a and b; the votes; the ablations"
+    report = run.path("eval", "report.html").read_text(encoding="utf-8")
+    sections = [part for part in report.split("<section") if "<table" in part]
+    silent = {re.findall(r"<h2>(.*?)</h2>", part)[0] for part in sections if ON_TRAINING_DATA not in part}
+    assert silent == {"Training loss", "How it was made"}, "no scores are in these"
+    assert read_json(run.path("eval", "report.json"))["pipeline_info"]["evaluated_on_training_data"] is True
+
+
+def test_scores_of_held_out_data_say_nothing_of_it(build: Build, samples: list[Sample], capfd: Any) -> None:
+    run = build(samples, {"base": right(samples)}, pictures=False, recipe=recipe())
+    evaluated(run)
+    assert "scored on training data" not in (run.manifest("eval") or {})["counts"]
+    assert ON_TRAINING_DATA not in " ".join(capfd.readouterr().err.split())
+    assert ON_TRAINING_DATA not in run.path("eval", "report.html").read_text(encoding="utf-8")
+    assert read_json(run.path("eval", "report.json"))["pipeline_info"]["evaluated_on_training_data"] is False
+
+
+# -- the vote ------------------------------------------------------------------------------------------------------
+
+
+def test_the_vote_is_told_with_its_voters_and_over_the_best_of_them(build: Build, samples: list[Sample]) -> None:
+    samples[5]["references"] = []
+    predictions = {"base": right(samples[:5]) + right(samples[6:]), "vote": [], "a": [], "b": []}
+    wrong = [answer(s, "a lever" if n == 3 else (s["references"] or ["x"])[0]) for n, s in enumerate(samples)]
+    good = [answer(s, (s["references"] or ["x"])[0]) for s in samples]
+    predictions |= {"vote": good, "a": wrong, "b": wrong}
+    run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples, split=(3, 5))
+    evaluated(run, vote=held(weights={"a": 1.0, "b": 0.5}))
+    told = read_json(run.path("eval", "vote.json"))
+    voters = {voter["name"]: voter for voter in told["voters"]}
+    assert [voter["mix"] for voter in told["voters"]] == ["first", "second, third#3", "all"]
+    assert (voters["a"]["agreement"], voters["b"]["agreement"]) == (100.0, round(100 * 10 / 12, 4))
+    assert (voters["a"]["validation"], voters["b"]["validation"]) == (50.0, None)
+    assert (voters["b"]["weight"], voters["c"]["weight"], voters["c"]["agreement"]) == (0.5, None, None)
+    assert told["best"] == "a" and told["over_best"]["exact_match"]["value"] == round(100 / 11, 4)
+    assert [(row["id"], row["right"]) for row in told["disagreements"]] == sorted(
+        [(samples[3]["id"], True), (samples[5]["id"], None)]
+    )
+    assert (told["agreement"], told["entropy"]) == (round(100 * 11 / 12, 4), round(2 / 12, 4))
+
+
+def test_another_way_to_vote_is_told_though_no_answer_changes(build: Build, samples: list[Sample]) -> None:
+    """The weights stand in infer's manifest, which no key is made of."""
+    predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
+    run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples)
+    evaluated(run, vote=held())
+    weighted = recipe("infer.vote={weights: validation}")
+    other = Run(run.name, weighted, run.roots)
+    evaluated(other, vote=held(weights={"a": 0.5, "b": 0.25}), key=other.key("infer", {}))
+    weights = [voter["weight"] for voter in read_json(run.path("eval", "vote.json"))["voters"]]
+    assert weights == [0.5, 0.25, None]
+
+
+def test_without_a_vote_there_is_no_report_of_one(build: Build, samples: list[Sample], tmp_path: Path) -> None:
+    run = build(samples, {"base": right(samples), "a": right(samples)}, pictures=False, recipe=recipe())
+    evaluated(run)
+    assert not run.path("eval", "vote.json").exists()
+    assert "The vote" not in run.path("eval", "report.html").read_text(encoding="utf-8")
