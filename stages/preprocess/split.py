@@ -28,7 +28,7 @@ def split_questions(
         if question.split in (None, "train", "test"):
             given, group = divided.setdefault(question.source, {}), groups[question.id]
             if given.get(group) != "test":
-                given[group] = question.split
+                given[group] = question.split or given.get(group)
     lost: dict[str, DataError] = {}
     for source, given in divided.items():
         try:

@@ -144,6 +144,14 @@ def test_a_data_set_that_cannot_be_split_is_left_out_and_told_where_others_can()
         split(few)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_group_is_as_any_of_its_questions_says_in_whatever_order(order: tuple[int, int]) -> None:
+    """Where the data name training questions and no test question, there is nothing to score."""
+    questions = [question(f"q{n}-{part}", f"g{n}", ("train", None)[part]) for n in range(8) for part in order]
+    with pytest.raises(DataError, match="8 to train on and 0 to test on"):
+        split(questions, validation_fraction=0.0)
+
+
 def test_a_group_of_two_data_sets_falls_into_one_split() -> None:
     shared = [f"g{n}" for n in range(10)]
     questions = [question(f"{source}{group}", group, source=source) for source in "ab" for group in shared]

@@ -114,6 +114,17 @@ def test_it_is_done_and_tells_what_it_did(calm: Calm) -> None:
     assert "skipped 1: blank page" in calm.first.output
 
 
+def test_every_sample_names_the_data_set_and_validation_is_asked_without_its_answers(calm: Calm) -> None:
+    learnt, asked = calm.samples("validation"), calm.samples("validation_asked")
+    assert asked and set(asked) <= set(learnt)
+    for sample in (*calm.samples().values(), *asked.values()):
+        assert sample["meta"]["source"] == "questions"
+    for sample in asked.values():
+        assert not any(message["role"] == "assistant" for message in sample["messages"])
+        assert sample["references"]
+    assert not any("trained_on" in sample["meta"] for sample in calm.samples("test").values())
+
+
 def test_every_record_left_out_is_named_with_its_reason(calm: Calm) -> None:
     skipped = {(entry["what"], entry["reason"]) for entry in calm.manifest["skipped"]}
     expected = {
