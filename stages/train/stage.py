@@ -87,11 +87,13 @@ def work(stage: Stage) -> None:
                     _train(stage, adapter, keys[name], plan, node)
             except LorryError as error:
                 # a stop, a lost card or another node's trouble is no matter of this adapter alone
-                if isinstance(error, InterruptedRunError) or node is not None or len(recipe.train.adapters) == 1:
+                if isinstance(error, InterruptedRunError) or node is not None:
+                    raise
+                _note_result(stage, results, adapter, {"error": str(error)})
+                if len(recipe.train.adapters) == 1:
                     raise
                 failures[name] = error
                 stage.events.say(f"train {name}: {error}")
-                _note_result(stage, results, adapter, {"error": str(error)})
                 continue
         _note_result(stage, results, adapter, {"training": training_facts(stage.run, adapter, folder)})
         training = read_json(folder / "training.json")

@@ -118,6 +118,8 @@ def test_the_data_sets_report_counts_each_on_its_own(build: Build, samples: list
     evaluated(run, answering={"a": {"samples": 4, "seconds": 2.5}})
     report = read_json(run.path("eval", "report.json"))
     a, b, c = report["dataset_results"]
+    original = {"dataset_name", "evaluation_time", "eval_samples", "batch_size", "metrics", "generation_kwargs"}
+    assert original <= set(a["evaluation"]) and {"exact_match", "f1"} <= set(a["evaluation"]["metrics"])
     found = {key: a["evaluation"][key] for key in ("dataset_name", "eval_samples", "failed", "evaluation_time")}
     assert found == {"dataset_name": "first", "eval_samples": 4, "failed": 1, "evaluation_time": 2.5}
     assert a["evaluation"]["metrics"]["exact_match"] == 75.0

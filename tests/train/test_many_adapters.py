@@ -229,6 +229,14 @@ def test_where_all_fail_nothing_is_gone_on_with(job: Job, capfd: pytest.CaptureF
     assert names(job.report) == ["one!", "two!", "three!"]
 
 
+def test_one_alone_fails_in_its_own_words_and_the_report_has_them(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    alone = job.but("train.keep_going=true", mixes={"one": MIXES["one"]})
+    code, _ = alone(one=DataError("no training sample fits"))
+    assert code == Exit.DATA
+    assert capfd.readouterr().err.strip().splitlines()[-1] == "train: no training sample fits"
+    assert names(job.report) == ["one!"]
+
+
 @pytest.mark.parametrize("error", [InterruptedRunError("stopped"), LostCardError("the card is gone")])
 def test_a_stop_or_a_lost_card_is_no_failure_of_an_adapter(job: Job, error: LorryError) -> None:
     going = job.but("train.keep_going=true")
