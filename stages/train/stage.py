@@ -32,7 +32,15 @@ from stages.hardware.fit import Offers, Way, least_memory, plan_training, smalle
 from stages.hardware.memory import Lengths, not_estimated
 from stages.hardware.probe import Gpu, probe
 from stages.hardware.shape import ModelShape, UnknownShapeError, read_shape
-from stages.hardware.targets import Target, load_targets, precision_of, refuse_4bit_without_kernels, working_target
+from stages.hardware.targets import (
+    Target,
+    load_targets,
+    precision_of,
+    refuse_4bit_twice,
+    refuse_4bit_without_kernels,
+    refuse_base_without_kernels,
+    working_target,
+)
 from stages.pipeline_report import dataset_result, pipeline_report, training_facts
 from stages.train.ladder import Footing, Ladder, MemoryRanOutError, by_hand, next_rung, what_would_help
 from stages.train.launch import train_adapter
@@ -89,11 +97,9 @@ def work(stage: Stage) -> None:
                 # a stop, a lost card or another node's trouble is no matter of this adapter alone
                 if isinstance(error, InterruptedRunError) or node is not None:
                     raise
-                _note_result(stage, results, adapter, {"error": str(error)})
-                if len(recipe.train.adapters) == 1:
-                    raise
                 failures[name] = error
                 stage.events.say(f"train {name}: {error}")
+                _note_result(stage, results, adapter, {"error": str(error)})
                 continue
         _note_result(stage, results, adapter, {"training": training_facts(stage.run, adapter, folder)})
         training = read_json(folder / "training.json")
@@ -157,6 +163,8 @@ def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: in
     """Raise for adapters that could not be trained, unless the recipe goes on without them and there are others."""
     if not failures:
         return
+    if len(stage.run.recipe.train.adapters) == 1:  # there are no others to speak of
+        raise next(iter(failures.values()))
     told = "; ".join(f"{name}: {error}" for name, error in failures.items())
     if len(failures) == adapters or not stage.run.recipe.train.keep_going:
         others = (
@@ -248,6 +256,9 @@ def _plan(stage: Stage, node: Node | None) -> _Plan:
         way = unplanned(settings, processes, dtype)
         stage.decide("effective batch", str(way.batch), f"train.effective_batch is {settings.effective_batch}")
         return _Plan(target, way, gpus)
+    refuse_base_without_kernels(model, shape.quantisation, target)
+    if settings.load_in_4bit:
+        refuse_4bit_twice(model, shape.quantisation)
     samples = stage.run.path("preprocess", "samples", "train.jsonl")
     lengths = read_lengths(samples, model, settings, stage.run.folder)
     telling = [gpu for gpu in gpus if gpu.memory_total]  # some cards do not tell their memory

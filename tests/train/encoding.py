@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.contract.errors import LorryError
 from stages.contract.files import read_jsonl
-from stages.contract.recipe import load_recipe
+from stages.contract.recipe import Adapter, load_recipe
 from stages.contract.stop import StopRequest
 from tests.conftest import REPOSITORY
 
@@ -31,6 +31,8 @@ def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple
     job = Job(
         **places,
         **batch,
+        key="",
+        mix=Adapter(name="tuned"),
         train=[],
         validation=[],
         seed=0,

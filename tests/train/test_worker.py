@@ -8,7 +8,7 @@ import pytest
 
 from stages.contract.files import write_json
 from stages.contract.part import Node
-from stages.contract.recipe import load_recipe
+from stages.contract.recipe import Adapter, load_recipe
 from stages.train.ladder import LostCardError
 from stages.train.launch import torchrun
 from stages.train.worker import (
@@ -68,6 +68,8 @@ def job(tmp_path: Path, *overrides: str, processes: int = 1) -> Job:
         scratch=tmp_path / "scratch",
         adapter=tmp_path / "adapter",
         run=tmp_path,
+        key="",
+        mix=Adapter(name="tuned"),
         train=[],
         validation=[],
         seed=7,
