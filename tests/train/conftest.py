@@ -68,7 +68,13 @@ class Training:
 def _sample(name: str, images: tuple[str, ...]) -> dict[str, Any]:
     said = {"system": "Answer.", "user": f"{'<image>' * len(images)}What is {name}?", "assistant": f"It is {name}."}
     messages = [{"role": role, "content": content} for role, content in said.items()]
-    return {"id": name, "messages": messages, "images": list(images), "references": ["x"], "meta": {}}
+    return {
+        "id": name,
+        "messages": messages,
+        "images": list(images),
+        "references": ["x"],
+        "meta": {"source": "questions"},
+    }
 
 
 @pytest.fixture
