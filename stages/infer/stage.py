@@ -147,7 +147,8 @@ def _submit(stage: Stage, variant: Variant, predictions: dict[str, Prediction]) 
     """
     task = load_task(stage.run.recipe.task)
     rows = read_jsonl(stage.run.path("preprocess", "asked.jsonl"))
-    lines = [task.submission(row, predictions) for row in rows]
+    asked = [row for row in rows if row.get("line", True)]
+    lines = [task.submission(row, predictions) for row in asked]
     named = [name for row in rows for name in row["ids"]]
     surplus = set(predictions) - set(named)
     if surplus:
@@ -155,12 +156,12 @@ def _submit(stage: Stage, variant: Variant, predictions: dict[str, Prediction]) 
     path = stage.path(variant.submission)
     stage.outputs[variant.submission] = write_jsonl(path, lines)
     if read_jsonl(path) != lines or len(set(named)) < len(named):
-        raise DataError(f"{path}: not one line for each of the {len(rows)} that are asked, or a question in two")
+        raise DataError(f"{path}: not one line for each of the {len(asked)} that are asked, or a question in two")
     answered = {name for name, prediction in predictions.items() if prediction["answer"]}
-    empty = sum(not answered.issuperset(row["ids"]) or not row["ids"] for row in rows)
-    stage.facts.setdefault("submission", {})[variant.name] = {"lines": len(rows), "without answer": empty}
+    empty = sum(not answered.issuperset(row["ids"]) or not row["ids"] for row in asked)
+    stage.facts.setdefault("submission", {})[variant.name] = {"lines": len(asked), "without answer": empty}
     if empty:
-        stage.events.say(f"{variant.submission}: {empty} of {len(rows)} lines have no answer")
+        stage.events.say(f"{variant.submission}: {empty} of {len(asked)} lines have no answer")
 
 
 # -- engines -----------------------------------------------------------------------------------------------------

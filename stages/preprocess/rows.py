@@ -59,7 +59,8 @@ def _answered(stage: Stage, task: Any, question: Any, found: Found | None, split
     """A question's samples to train or validate on."""
     members: list[Sample] = task.build_samples(stage.run.recipe, question, found, split)
     for sample in members:
-        sample["messages"] = [*sample["messages"], {"role": "assistant", "content": sample["references"][0]}]
+        target = sample["meta"].pop("target", sample["references"][0])
+        sample["messages"] = [*sample["messages"], {"role": "assistant", "content": target}]
         sample["meta"]["source"] = question.source
     return members
 

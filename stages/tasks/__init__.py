@@ -130,11 +130,13 @@ class Task(Protocol):
     def asked_rows(self, folder: Path, tested: list[Any]) -> list[dict[str, Any]]:
         """What a submission has a line for, in order; `tested` are the questions of the test set.
 
-        Each row has `ids`, the samples whose answers it takes; each of the test set is in exactly one.
+        Each row has `ids`, the samples whose answers it takes; each of the test set is in exactly one. What is scored
+        and not handed in is in a row with `line` False.
         """
 
     def build_samples(self, recipe: Recipe, question: Any, found: Found | None, split: str) -> list[Sample]:
-        """The samples of one question, at least one; in the test set exactly one. Without the answer at the end.
+        """The samples of one question, at least one; in the test set exactly one. Without the answer at the end: that is
+        the first reference, or `meta["target"]` where a model is to write it otherwise.
 
         `found` is None where the task reads no documents.
         """

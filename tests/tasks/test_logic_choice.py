@@ -277,12 +277,12 @@ def test_an_english_and_a_chinese_prompt() -> None:
 
 
 def test_the_line_alone_is_taught_and_the_letter_is_scored() -> None:
-    assert one_sample("train")["references"] == ["Answer: B"]
-    assert one_sample("validation", problem="小明有帽子。")["references"] == ["答案是：B"]
+    assert one_sample("train")["meta"]["target"] == "Answer: B"
+    assert one_sample("validation", problem="小明有帽子。")["meta"]["target"] == "答案是：B"
     tested = one_sample("test")
-    assert tested["references"] == ["B"]
+    assert tested["references"] == ["B"] and "target" not in tested["meta"]
     assert [score(recipe(), answer, tested) for answer in "BA"] == [{"accuracy": 1.0}, {"accuracy": 0.0}]
-    assert read_answer(one_sample("train")["references"][0], tested) == "B"
+    assert read_answer(one_sample("train")["meta"]["target"], tested) == "B"
 
 
 def test_meta_says_where_a_sample_is_from() -> None:
@@ -479,9 +479,9 @@ def test_a_submission_has_every_problem_in_the_files_order(tmp_path: Path) -> No
         ],
     )
     rows = asked_rows(tmp_path, questions)
-    assert [row["places"] for row in rows] == [["z/0", None, "z/2"], [], ["a/0"], [None]]
+    assert [row["places"] for row in rows if row.get("line", True)] == [["z/0", None, "z/2"], [], ["a/0"], [None]]
     found = {"z/2": answered("z/2", "C"), "a/0": answered("a/0", None)}
-    assert [submission(row, found) for row in rows] == [
+    assert [submission(row, found) for row in rows if row.get("line", True)] == [
         {"id": "z", "questions": [{"answer": ""}, {"answer": ""}, {"answer": "C"}]},
         {"id": "", "questions": []},
         {"id": "a", "questions": [{"answer": ""}]},
@@ -493,7 +493,8 @@ def test_what_is_held_out_beside_test_data_gets_no_line(tmp_path: Path) -> None:
     questions, _ = read(tmp_path, train=[problem("p")], test=[problem("b", part(...)), problem("a", part(...))])
     rows = asked_rows(tmp_path, questions)
     assert sorted(name for row in rows for name in row["ids"]) == ["a/0", "b/0", "p/0"]
-    lines = [submission(row, {"p/0": answered("p/0", "A"), "a/0": answered("a/0", "B")}) for row in rows]
+    asked = [row for row in rows if row.get("line", True)]
+    lines = [submission(row, {"p/0": answered("p/0", "A"), "a/0": answered("a/0", "B")}) for row in asked]
     assert lines == [{"id": "b", "questions": [{"answer": ""}]}, {"id": "a", "questions": [{"answer": "B"}]}]
 
 

@@ -334,7 +334,7 @@ def test_defect_04_held_out_accuracy_agreement_and_no_guessed_labels_of_what_is_
     assert not any(sample["meta"]["label_source"] for sample in job.samples("validation").values())
     guessed = [sample for sample in trained.values() if sample["meta"]["label_source"] == "guessed"]
     assert {sample["meta"]["problem_id"] for sample in guessed} >= {"z", "a", "m"}, "what is only asked may be learnt"
-    assert {sample["references"][0] for sample in guessed} == {"Answer: C"}
+    assert {sample["messages"][-1]["content"] for sample in guessed} == {"Answer: C"}
     reasons = Counter(entry["reason"] for entry in job.manifest("preprocess")["skipped"])
     assert reasons == {"training question of a held-out group": 2 * (len(held_out) + len(compared))}
 

@@ -57,8 +57,8 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
 
 
 def build_samples(recipe: Recipe, question: LogicQuestion, found: Found | None, split: str) -> list[Sample]:
-    """The one sample of a sub-question. In the test set its reference is a letter; else what is to be learnt, the line
-    with the letter alone: reasoning is slow to write, and makes votes no better."""
+    """The one sample of a sub-question. What is to be learnt is the line with the letter alone: reasoning is slow to
+    write, and makes votes no better."""
     options = dict(zip(LETTERS, question.options, strict=False))
     meta = {
         "group": question.group,
@@ -71,13 +71,14 @@ def build_samples(recipe: Recipe, question: LogicQuestion, found: Found | None, 
         "index": question.index,
         "label_source": question.label_source,
     }
-    taught = [prompts.target(question.problem, letter) for letter in question.answers]
+    if split != "test":
+        meta["target"] = prompts.target(question.problem, question.answers[0])
     return [
         {
             "id": question.id,
             "messages": prompts.choice(question.problem, question.text, options),
             "images": [],
-            "references": list(question.answers) if split == "test" else taught,
+            "references": list(question.answers),
             "meta": meta,
         }
     ]

@@ -316,8 +316,8 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
     is none, the problems that were held out, in the order of train.jsonl.
 
     A row has the problem's `id`, as `places` the sample of each sub-question, None for one that could not be used, and
-    as `ids` those that there are. Where test.jsonl has no answers, what was held out of train.jsonl is tested too: it
-    gets no line, and the first row carries its ids.
+    as `ids` those that there are. Where test.jsonl has no answers, what was held out of train.jsonl is tested too: that is
+    in a last row, which gets no line.
     """
     given = folder / f"{TEST}.jsonl"
     lines = list(_lines(given)) if given.is_file() else []
@@ -330,8 +330,9 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
         ids = [place for place in places if place is not None]
         if ids or lines:
             rows.append({"id": problem, "ids": ids, "places": places})
-    if lines:
-        rows[0]["ids"] += [question.id for question in tested if question.split not in ("test", "asked")]
+    held_out = [question.id for question in tested if question.split not in ("test", "asked")]
+    if lines and held_out:
+        rows.append({"id": None, "ids": held_out, "places": [], "line": False})
     return rows
 
 
