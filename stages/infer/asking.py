@@ -21,6 +21,10 @@ NO_ANSWER = "no valid answer in the completion"
 """Error of a prediction whose completion the task cannot read an answer in: the model abstains."""
 
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""Of an adapter's folder, what its answers depend on."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to answer all samples: a model, perhaps with a component of the task left out."""
@@ -328,7 +332,8 @@ def _journal_name(stage: Stage, model: Path, adapter: str | None) -> str:
     infer = stage.run.recipe.infer
     weights = [hashes.tree(model)[0]]
     if adapter is not None:
-        weights.append(hashes.tree(stage.run.path("train", "adapters", adapter))[0])
+        folder = stage.run.path("train", "adapters", adapter)
+        weights += [hashes.file(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()]
     pages = ((stage.run.manifest("preprocess") or {}).get("outputs") or {}).get("pages/", {}).get("sha256")
     made_from = [infer.engine, infer.merged, infer.batch_size, infer.chunk_size, stage.run.recipe.seed, weights, pages]
     return f"{adapter or 'base'}.{digest_of(made_from)[:16]}.jsonl"

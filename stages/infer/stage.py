@@ -148,6 +148,8 @@ def _submit(stage: Stage, variant: Variant, predictions: dict[str, Prediction]) 
     task = load_task(stage.run.recipe.task)
     rows = read_jsonl(stage.run.path("preprocess", "asked.jsonl"))
     asked = [row for row in rows if row.get("line", True)]
+    if stage.run.recipe.infer.answers == "own sources" and variant.adapter is not None:
+        asked = [row for row in asked if not predictions.keys().isdisjoint(row["ids"])]
     lines = [task.submission(row, predictions) for row in asked]
     named = [name for row in rows for name in row["ids"]]
     surplus = set(predictions) - set(named)

@@ -59,6 +59,9 @@ def hold_vote(
         voters, path = chosen_greedily(by_sample, right, scores, vote.weights == "validation")
     elif vote.adapters != "all":
         voters = [name for name in vote.adapters if name in names]
+        absent = sorted(set(vote.adapters) - set(voters))
+        if absent:
+            stage.events.say(f"not trained, so without a vote: {', '.join(absent)}")
     electorate = Electorate({name: scores[name] if vote.weights == "validation" else 1.0 for name in voters}, scores)
     tested = asked[Variant(None)]
     answers = {name: _answers_of(found[Variant(name)]) for name in voters}

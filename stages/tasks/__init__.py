@@ -135,8 +135,8 @@ class Task(Protocol):
         """
 
     def build_samples(self, recipe: Recipe, question: Any, found: Found | None, split: str) -> list[Sample]:
-        """The samples of one question, at least one; in the test set exactly one. Without the answer at the end: that is
-        the first reference, or `meta["target"]` where a model is to write it otherwise.
+        """The samples of one question, at least one; in the test set exactly one. Without the answer at the end, which
+        is the first reference, or `meta["target"]` where a model is to write it otherwise.
 
         `found` is None where the task reads no documents.
         """

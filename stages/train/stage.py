@@ -136,7 +136,7 @@ def _keep_what_fits(stage: Stage, adapters: list[Adapter]) -> tuple[dict[str, st
         try:
             samples = [mixed(train, adapter, run.recipe.seed), validated(validation, adapter)]
         except UsageError as error:
-            if len(adapters) == 1:
+            if len(adapters) == 1 or not run.recipe.train.keep_going:  # a name mistyped must not cost hours first
                 raise
             failures[adapter.name] = error
             continue

@@ -417,9 +417,7 @@ def test_defect_03_a_missing_picture_is_a_failed_record_and_no_apology(tmp_path:
     model = need_model("tiny-qwen2.5-vl")
     overrides = ("preprocess.classifier=none", "infer.passes.refine=false")
     (tmp_path / "models").symlink_to(model.parent)
-    job = Job(
-        tmp_path, settled(load_recipe(PATENT_QA, "tiny-vlm", overrides), "patent-qa", DATA)
-    )
+    job = Job(tmp_path, settled(load_recipe(PATENT_QA, "tiny-vlm", overrides), "patent-qa", DATA))
     run = job.run
     seen, lost = ({**sample(name, "<image>?"), "images": [f"preprocess/pages/{name}.jpg"]} for name in ("seen", "lost"))
     picture = run.folder / seen["images"][0]

@@ -264,13 +264,21 @@ def test_memory_that_runs_out_goes_down_the_ladder_of_that_adapter_alone(job: Jo
     ]
 
 
-def test_a_mix_of_which_nothing_is_there_leaves_the_others(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_mix_of_which_nothing_is_there_is_told_before_hours_of_training(
+    job: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
     wrong = job.but(mixes={**MIXES, "two": ["b", "nowhere#3"]})
     code, trainer = wrong()
-    assert (code, trainer.trained) == (Exit.USAGE, ["one", "three"])
+    assert (code, trainer.trained) == (Exit.USAGE, [])
     assert "the mix of two names 'nowhere', which has no sample to train on; there are: a, b, c" in (
         capfd.readouterr().err
     )
+
+
+def test_a_mix_of_which_nothing_is_there_leaves_the_others_where_the_recipe_goes_on(job: Job) -> None:
+    wrong = job.but("train.keep_going=true", mixes={**MIXES, "two": ["b", "nowhere#3"]})
+    code, trainer = wrong()
+    assert (code, trainer.trained) == (Exit.DONE, ["one", "three"])
     assert names(job.report) == ["one", "two!", "three"]
     code, trainer = job()
     assert (code, trainer.trained) == (Exit.DONE, ["two"]), "once the name is right"

@@ -316,8 +316,8 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
     is none, the problems that were held out, in the order of train.jsonl.
 
     A row has the problem's `id`, as `places` the sample of each sub-question, None for one that could not be used, and
-    as `ids` those that there are. Where test.jsonl has no answers, what was held out of train.jsonl is tested too: that is
-    in a last row, which gets no line.
+    as `ids` those that there are. Where test.jsonl has no answers, what was held out of train.jsonl is tested too: in a
+    last row, which gets no line.
     """
     given = folder / f"{TEST}.jsonl"
     lines = list(_lines(given)) if given.is_file() else []
