@@ -115,6 +115,8 @@ def work(stage: Stage) -> None:
     for path in stage.path("checkpoints").glob("*"):
         if path.name not in failures:  # all of them that is used from here on is in the adapters
             remove(path)
+    if not failures:
+        remove(stage.path("checkpoints"))
 
 
 def _keep_what_fits(stage: Stage, adapters: list[Adapter]) -> tuple[dict[str, str], dict[str, LorryError]]:

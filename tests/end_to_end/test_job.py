@@ -34,6 +34,8 @@ def test_training_lowers_the_loss_and_keeps_the_adapter(job: Job) -> None:
         "adapter_model.safetensors",
         "adapter_config.json",
         "training.json",
+        "made.json",
+        "timing.json",
     }
     assert not (folder / "checkpoints").exists()
 
