@@ -6,7 +6,7 @@ card's memory runs out, the next one begins a rung lower on the ladder (`ladder.
 
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +112,13 @@ def work(stage: Stage) -> None:
         stage.stop.check()
     _settle_failures(stage, failures, len(adapters))
     stage.outputs["metrics.jsonl"] = write_jsonl(stage.path("metrics.jsonl"), log)
+    _remove_checkpoints(stage, failures)
+
+
+def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
+    """All of them that is used from here on is in the adapters; those that failed are tried again."""
     for path in stage.path("checkpoints").glob("*"):
-        if path.name not in failures:  # all of them that is used from here on is in the adapters
+        if path.name not in failures:
             remove(path)
     if not failures:
         remove(stage.path("checkpoints"))
