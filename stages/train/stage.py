@@ -98,7 +98,8 @@ def work(stage: Stage) -> None:
                 if isinstance(error, InterruptedRunError) or node is not None:
                     raise
                 failures[name] = error
-                stage.events.say(f"train {name}: {error}")
+                if len(recipe.train.adapters) > 1:  # of one alone the end tells
+                    stage.events.say(f"train {name}: {error}")
                 _note_result(stage, results, adapter, {"error": str(error)})
                 continue
         _note_result(stage, results, adapter, {"training": training_facts(stage.run, adapter, folder)})
