@@ -156,8 +156,9 @@ _BRACKETS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[{}\[\]]')
 def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
     with path.open("rb") as file:
         beginning = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().decode("utf-8", "replace")
-    table = _TABLE.match(beginning)
-    array_at_once = beginning.startswith("[") and not _first_of_several_lines(path)
+    lines = _first_of_several_lines(path)  # each may be a table, or an array, too
+    table = None if lines else _TABLE.match(beginning)
+    array_at_once = beginning.startswith("[") and not lines
     if path.suffix.lower() != ".json" and table is None and not array_at_once:
         yield from _read_lines(path, row)
         return

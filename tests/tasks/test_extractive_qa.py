@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stages.contract.errors import DataError
@@ -217,6 +217,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
         max_leaves=8,
     )
 )
+@example({"data": [{"messages": None}]})
 def test_no_record_ends_the_reading(tmp_path_factory: pytest.TempPathFactory, record: Any) -> None:
     folder = tmp_path_factory.getbasetemp() / "any"
     write(folder / "a.jsonl", record, squad(id="last"))
