@@ -1,7 +1,8 @@
 """What the model is asked, in training and inference alike: in Chinese where the question is, else in English."""
 
 from stages.contract.records import Message
-from stages.tasks.patent_qa.prompts import is_chinese, plain
+from stages.tasks.patent_qa.prompts import is_chinese
+from stages.wording import plain
 
 _FROM_CONTEXT = {
     True: "用上下文中的原文回答问题，越短越好，只写答案。",

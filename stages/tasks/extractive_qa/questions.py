@@ -12,7 +12,7 @@ from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe
 from stages.tables import ENDINGS, Split, data_set_name, read_rows
 from stages.tasks import Given, Skip
-from stages.tasks.patent_qa.prompts import plain
+from stages.wording import plain
 
 
 @dataclass(frozen=True)

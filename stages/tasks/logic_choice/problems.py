@@ -9,6 +9,7 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.files import digest_of, visible_files
+from stages.json_lines import BadRecordError, object_in, text_of
 from stages.tasks import Given, Skip
 
 LETTERS = "ABCDEFG"
@@ -69,14 +70,6 @@ class _Problem:
         return LogicQuestion(
             f"{self.id}/{index}@{source}", *place, answers, source, self.group, split="train only", label_source=None
         )
-
-
-class _BadError(Exception):
-    """A line, or a part of it, that cannot be used."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 # -- files -------------------------------------------------------------------------------------------------------
@@ -147,7 +140,7 @@ def _read(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
     for where, line in _lines(path):
         try:
             problem = _problem(line, where, skip)
-        except _BadError as error:
+        except BadRecordError as error:
             skip(where, error.reason, str(error))
             continue
         if problem.id in found:
@@ -184,10 +177,10 @@ def _guessed(path: Path, by_id: dict[str, list[_Problem]], skip: Skip) -> Iterat
         try:
             name, answers = _labels(line)
             if name in seen:
-                raise _BadError("duplicate id", name)
+                raise BadRecordError("duplicate id", name)
             seen.add(name)
             problem = _labelled(name, answers, by_id)
-        except _BadError as error:
+        except BadRecordError as error:
             skip(where, error.reason, str(error))
             continue
         for index, answer in enumerate(answers):
@@ -197,7 +190,7 @@ def _guessed(path: Path, by_id: dict[str, list[_Problem]], skip: Skip) -> Iterat
                 continue
             try:
                 letter = letter_of(answer, question.options)
-            except _BadError as error:
+            except BadRecordError as error:
                 skip(place, f"label: {error.reason}", str(error))
                 continue
             if letter is None:
@@ -207,22 +200,22 @@ def _guessed(path: Path, by_id: dict[str, list[_Problem]], skip: Skip) -> Iterat
 
 
 def _labels(line: bytes) -> tuple[str, list[Any]]:
-    record = _record(line)
+    record = object_in(line)
     questions = record.get("questions")
     if not isinstance(questions, list) or not all(isinstance(one, dict) for one in questions):
-        raise _BadError("questions is no list of objects", repr(questions)[:100])
-    return _text(record, "id"), [one.get("answer") for one in questions]
+        raise BadRecordError("questions is no list of objects", repr(questions)[:100])
+    return text_of(record, "id"), [one.get("answer") for one in questions]
 
 
 def _labelled(name: str, answers: list[Any], by_id: dict[str, list[_Problem]]) -> _Problem:
     """The problem that labels are for."""
     found = by_id.get(name, [])
     if not found:
-        raise _BadError("label of an unknown problem", name)
+        raise BadRecordError("label of an unknown problem", name)
     if len({(problem.group, problem.parts) for problem in found}) > 1:
-        raise _BadError("label of an id that several problems have", name)
+        raise BadRecordError("label of an id that several problems have", name)
     if len(answers) != len(found[0].parts):
-        raise _BadError(
+        raise BadRecordError(
             "label with another number of sub-questions", f"found {len(answers)}, {name} has {len(found[0].parts)}"
         )
     return found[0]
@@ -231,28 +224,17 @@ def _labelled(name: str, answers: list[Any], by_id: dict[str, list[_Problem]]) -
 # -- lines -------------------------------------------------------------------------------------------------------
 
 
-def _record(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-        json.dumps(record, ensure_ascii=False).encode()  # half a character, "\\ud83d", is valid JSON but no text
-    except (ValueError, RecursionError) as error:
-        raise _BadError("not JSON", str(error)) from error
-    if not isinstance(record, dict):
-        raise _BadError("not a JSON object", f"found {type(record).__name__}")
-    return record
-
-
 def _problem(line: bytes, where: str, skip: Skip) -> _Problem:
-    record = _record(line)
-    name, text = _text(record, "id"), _text(record, "problem")
+    record = object_in(line)
+    name, text = text_of(record, "id"), text_of(record, "problem")
     questions = record.get("questions")
     if not isinstance(questions, list) or not questions:
-        raise _BadError("no questions", repr(questions)[:100])
+        raise BadRecordError("no questions", repr(questions)[:100])
     parts: list[_Part | None] = []
     for number, question in enumerate(questions, start=1):
         try:
             parts.append(_part(question))
-        except _BadError as error:
+        except BadRecordError as error:
             skip(f"{where}, question {number}", error.reason, str(error))
             parts.append(None)  # keeps the place of those behind it
     return _Problem(name, text, tuple(parts))
@@ -260,38 +242,25 @@ def _problem(line: bytes, where: str, skip: Skip) -> _Problem:
 
 def _part(question: Any) -> _Part:
     if not isinstance(question, dict):
-        raise _BadError("question is no JSON object", repr(question)[:100])
+        raise BadRecordError("question is no JSON object", repr(question)[:100])
     options = question.get("options")
     if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
-        raise _BadError("options are no list of texts", repr(options)[:100])
+        raise BadRecordError("options are no list of texts", repr(options)[:100])
     if not 2 <= len(options) <= len(LETTERS):
-        raise _BadError(f"not 2 to {len(LETTERS)} options", f"found {len(options)}")
+        raise BadRecordError(f"not 2 to {len(LETTERS)} options", f"found {len(options)}")
     found = tuple(option.strip() for option in options)
-    return _Part(_text(question, "question"), found, letter_of(question.get("answer"), found))
-
-
-def _text(record: dict[str, Any], field: str) -> str:
-    if field not in record:
-        raise _BadError(f"no {field}")
-    value = record[field]
-    if type(value) is int and field == "id":
-        value = str(value)
-    if not isinstance(value, str):
-        raise _BadError(f"{field} is no text", repr(value)[:100])
-    if not value.strip():
-        raise _BadError(f"empty {field}")
-    return value.strip()
+    return _Part(text_of(question, "question"), found, letter_of(question.get("answer"), found))
 
 
 def letter_of(answer: Any, options: tuple[str, ...]) -> str | None:
     """The letter that an answer in the data means: a letter, or the text of an option; None where there is none.
 
-    Raises _BadError for one that means no option, or may mean two.
+    Raises BadRecordError for one that means no option, or may mean two.
     """
     if answer is None or answer == "":
         return None
     if not isinstance(answer, str):
-        raise _BadError("answer is no text", repr(answer)[:100])
+        raise BadRecordError("answer is no text", repr(answer)[:100])
     folded = unicodedata.normalize("NFKC", answer).strip()
     valid = LETTERS[: len(options)]
     if len(folded) == 1 and folded in valid:
@@ -300,7 +269,7 @@ def letter_of(answer: Any, options: tuple[str, ...]) -> str | None:
     if len(folded) == 1 and folded.upper() in valid:
         meant.add(folded.upper())
     if len(meant) != 1:
-        raise _BadError("ambiguous answer" if meant else "answer is no option", answer[:100])
+        raise BadRecordError("ambiguous answer" if meant else "answer is no option", answer[:100])
     return meant.pop()
 
 

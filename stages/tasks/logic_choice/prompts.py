@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 
 from stages.contract.records import Message
+from stages.wording import plain
 
 # -- prompt and target -------------------------------------------------------------------------------------------
 
@@ -26,11 +27,6 @@ _TARGET = {True: "答案是：{}", False: "Answer: {}"}
 
 def is_chinese(text: str) -> bool:
     return re.search(r"[\u3400-\u4dbf\u4e00-\u9fff]", text) is not None
-
-
-def plain(text: str) -> str:
-    """Break up what ms-swift would take for a placeholder, and a tokenizer for a token of its own: data have none."""
-    return re.sub(r"<(?=(?:image|video|audio|bbox|ref-object)>|\|)", "< ", text)
 
 
 def choice(problem: str, question: str, options: Mapping[str, str]) -> list[Message]:

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from stages.contract.records import Message
+from stages.wording import plain
 
 PICTURE = "<image>"
 
@@ -16,11 +17,6 @@ READER = "Answer with the shortest exact words from the pages."
 
 def is_chinese(text: str) -> bool:
     return re.search(r"[\u4e00-\u9fff]", text) is not None
-
-
-def plain(text: str) -> str:
-    """Break up what ms-swift would take for a placeholder, and a tokenizer for a token of its own: data have none."""
-    return re.sub(r"<(?=(?:image|video|audio|bbox|ref-object)>|\|)", "< ", text)
 
 
 def _user(content: str) -> list[Message]:

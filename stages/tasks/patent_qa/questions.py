@@ -9,6 +9,7 @@ from typing import Any, Literal
 from stages.contract.errors import DataError
 from stages.contract.files import visible_files
 from stages.contract.recipe import Recipe
+from stages.json_lines import BadRecordError, object_in, text_of
 from stages.mentions import figure_named, pages_named
 from stages.tasks import Skip
 
@@ -78,7 +79,7 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
             where = f"{path.name}:{number}"
             try:
                 question = replace(_parse(line, f"{path.stem}-{number}", split, documents), row=row)
-            except _BadLineError as error:
+            except BadRecordError as error:
                 skip(where, error.reason, str(error))
                 continue
             if question.id in questions and questions[question.id].split != split:  # both files count from 1
@@ -126,26 +127,14 @@ def _as_read(line: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-class _BadLineError(Exception):
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 def _parse(line: bytes, default_id: str, split: Literal["train", "test"] | None, documents: set[str]) -> PatentQuestion:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-        json.dumps(record, ensure_ascii=False).encode()  # half a character, "\\ud83d", is valid JSON but no text
-    except (ValueError, RecursionError) as error:
-        raise _BadLineError("not JSON", str(error)) from error
-    if not isinstance(record, dict):
-        raise _BadLineError("not a JSON object", f"found {type(record).__name__}")
-    text = _text(record, "question")
-    document = unicodedata.normalize("NFC", _text(record, "document"))
+    record = object_in(line)
+    text = text_of(record, "question")
+    document = unicodedata.normalize("NFC", text_of(record, "document"))
     if document not in documents:
-        raise _BadLineError("unknown document", document)
+        raise BadRecordError("unknown document", document)
     return PatentQuestion(
-        id=_text(record, "id") if "id" in record else default_id,
+        id=text_of(record, "id") if "id" in record else default_id,
         text=text,
         document=document,
         pages=tuple(pages_named(text)),
@@ -158,31 +147,18 @@ def _parse(line: bytes, default_id: str, split: Literal["train", "test"] | None,
     )
 
 
-def _text(record: dict[str, Any], field: str) -> str:
-    if field not in record:
-        raise _BadLineError(f"no {field}")
-    value = record[field]
-    if type(value) is int and field == "id":
-        value = str(value)
-    if not isinstance(value, str):
-        raise _BadLineError(f"{field} is no text", repr(value)[:100])
-    if not value.strip():
-        raise _BadLineError(f"empty {field}")
-    return value.strip()
-
-
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
     value = record.get("answer", [])
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
-        raise _BadLineError("answer is neither text nor a list of texts", repr(value)[:100])
+        raise BadRecordError("answer is neither text nor a list of texts", repr(value)[:100])
     return tuple(v.strip() for v in values)
 
 
 def _evidence(record: dict[str, Any]) -> tuple[int, ...]:
     value = record.get("pages", [])
     if not isinstance(value, list) or not all(type(v) is int and v >= 1 for v in value):
-        raise _BadLineError("pages is no list of page numbers", repr(value)[:100])
+        raise BadRecordError("pages is no list of page numbers", repr(value)[:100])
     return tuple(value)
 
 
