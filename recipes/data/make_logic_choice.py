@@ -89,11 +89,11 @@ def clubs(rng: random.Random, zh: int) -> Puzzle:
     members = {club: rng.sample(names[:5], rng.choice((1, 2, 3))) for club in kinds}
     clue = ("In the {} club: {}.", "{}社的成员：{}。")[zh]
     told = [clue.format(club, (", ", "、")[zh].join(inside)) for club, inside in members.items()]
-    club, asked, counted = rng.choice(kinds), rng.choice(names), rng.choice(names)
-    one = rng.choice([rng.choice(members[club]), asked])
+    club, counted = rng.choice(kinds), rng.choice(names)
+    inside, outside = rng.choice(members[club]), [name for name in names if name not in members[club]]
+    one = rng.choice([inside, rng.choice(outside)])
+    asked = rng.choice([inside, names[5]])
     counts = (("none", "one", "two", "all three"), ("零个", "一个", "两个", "三个"))[zh]
-    outside = [name for name in names if name not in members[club]]
-    inside = rng.choice(members[club])
     ask = (("Is {} in the {} club?", "How many clubs is {} in?", "Is {} in any club?", "Who is in the {} club?"),
            ("{}是{}社的成员吗？", "{}参加了几个社？", "{}参加了哪个社吗？", "以下谁在{}社？"))[zh]  # fmt: skip
     return told, [
@@ -173,7 +173,7 @@ def hats(rng: random.Random, zh: int) -> Puzzle:
     clues = [wears.format(people[shown], colours[shown]), lacks.format(people[hidden], colours[rest])]
     told = [intro.format(*people, *rng.sample(colours, 3)), *rng.sample(clues, 2)]
     asked = rng.choice([shown, hidden, shown, rest])
-    colour = rng.choice([asked, rng.randrange(3)])
+    colour = rng.choice([asked, asked, *(other for other in range(3) if other != asked)])
     ask = (("Which colour is the hat of {}?", "Is the hat of {} {}?", "Who wears the {} hat?"),
            ("{}的帽子是什么颜色？", "{}的帽子是{}色吗？", "谁戴{}色的帽子？"))[zh]  # fmt: skip
     return told, [
@@ -188,12 +188,15 @@ KINDS: dict[str, Callable[[random.Random, int], Puzzle]] = {
 }  # fmt: skip
 
 
-def make_problem(seed: int, prefix: str, number: int, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Any]:
+def make_problem(
+    seed: int, prefix: str, number: int, kinds: Sequence[str] = tuple(KINDS), most_options: int = len(LETTERS)
+) -> dict[str, Any]:
     """Problem `number` of a file: its kind and its language go in turn, all else is drawn."""
     rng = random.Random(f"{seed}-{prefix}-{number}")
     kind = kinds[number % len(kinds)]
     zh = int(number % CHINESE_EVERY == CHINESE_EVERY - 1)
     told, items = KINDS[kind](rng, zh)
+    items = [item for item in items if len(item[1]) <= most_options]
     questions = []
     for question, options, right in rng.sample(items, min(rng.choice((2, 2, 3)), len(items))):
         assert right in options and len(set(options)) == len(options) and 2 <= len(options) <= 7, (kind, question)
@@ -201,12 +204,14 @@ def make_problem(seed: int, prefix: str, number: int, kinds: Sequence[str] = tup
     return {"id": f"{prefix}-{kind}-{number:04}", "problem": ("" if zh else " ").join(told), "questions": questions}
 
 
-def make_file(seed: int, prefix: str, count: int, kinds: Sequence[str] = tuple(KINDS)) -> list[dict[str, Any]]:
+def make_file(
+    seed: int, prefix: str, count: int, kinds: Sequence[str] = tuple(KINDS), most_options: int = len(LETTERS)
+) -> list[dict[str, Any]]:
     """`count` problems, no two with the same text."""
     found: dict[str, dict[str, Any]] = {}
     number = 0
     while len(found) < count:
-        problem = make_problem(seed, prefix, number, kinds)
+        problem = make_problem(seed, prefix, number, kinds, most_options)
         found.setdefault(problem["problem"], problem)
         number += 1
     return list(found.values())
@@ -231,17 +236,22 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make(
-    folder: Path, seed: int, train: int, test: int, more: int, answers: bool, kinds: Sequence[str] = tuple(KINDS)
+    folder: Path,
+    seed: int,
+    train: int,
+    test: int,
+    more: int,
+    answers: bool,
+    kinds: Sequence[str] = tuple(KINDS),
+    most_options: int = len(LETTERS),
 ) -> None:
     """Write a data folder."""
-    tested = make_file(seed, "test", test, kinds)
+    tested = make_file(seed, "test", test, kinds, most_options)
     known = {problem["problem"] for problem in tested}
     write(folder / "test.jsonl", tested if answers else [without_answers(problem) for problem in tested])
     for name, prefix, count in (("train.jsonl", "train", train), ("sources/more.jsonl", "more", more)):
-        write(
-            folder / name,
-            [problem for problem in make_file(seed, prefix, count, kinds) if problem["problem"] not in known],
-        )
+        made = make_file(seed, prefix, count, kinds, most_options)
+        write(folder / name, [problem for problem in made if problem["problem"] not in known])
     for name, right in LABELS.items():
         rng = random.Random(f"{seed}-{name}")
         write(folder / "labels" / f"{name}.jsonl", [guess(rng, problem, right) for problem in tested])
@@ -256,8 +266,18 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=80, help="problems in sources/more.jsonl")
     parser.add_argument("--answers", action="store_true", help="test.jsonl keeps its answers")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--most-options", type=int, default=len(LETTERS), choices=range(2, 8), help="of a question")
     chosen = parser.parse_args()
-    make(chosen.output, chosen.seed, chosen.train, chosen.test, chosen.more, chosen.answers, chosen.kinds)
+    make(
+        chosen.output,
+        chosen.seed,
+        chosen.train,
+        chosen.test,
+        chosen.more,
+        chosen.answers,
+        chosen.kinds,
+        chosen.most_options,
+    )
 
 
 if __name__ == "__main__":
