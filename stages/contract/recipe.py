@@ -144,7 +144,32 @@ class Adapter(Section):
         return not self.data or any(part.source == source for part in self.data)
 
 
+class Connector(Section):
+    """The first of two phases (LLaVA, arXiv:2304.08485): what stands between a vision tower and a language model is
+    trained whole, and nothing else. The adapters are then trained on the base with it.
+
+    What is not said here is as in `train`, but for LoRA's settings and for what would change the base.
+    """
+
+    data: list[Source] = Field([], description="Its data mix: parts of data sets; empty: all there is to train on")
+    most_samples: int = Field(
+        200_000, ge=1, description="Of the mix, samples beyond it are left out, drawn by the recipe's seed, and counted"
+    )
+    learning_rate: float = Field(1e-3, gt=0)
+    epochs: float = Field(1.0, gt=0)
+    effective_batch: int = Field(256, ge=1, description="Samples per optimizer step, over all GPUs")
+    micro_batch: int = Field(1, ge=1, description="Samples per forward pass on one GPU")
+    max_length: int = Field(2048, ge=16, description="Tokens; a longer sample is counted and left out, never cut")
+    warmup_ratio: Fraction = 0.03
+    weight_decay: float = Field(0.0, ge=0)
+
+
+CONNECTOR = "connector"
+"""What the first phase is called beside the adapters: in metrics, files and messages."""
+
+
 class Train(Section):
+    connector: Connector | None = Field(None, description="Train the connector of a vision-language model first")
     adapters: list[Adapter] = Field([], description="One for each data mix")
     adapter_for_each_source: bool = Field(
         False, description="Instead: one adapter for each data set of the task, named after it"
@@ -171,6 +196,9 @@ class Train(Section):
     lora_plus_ratio: float | None = Field(None, gt=0, description="LoRA+: learning rate of B over that of A")
     epochs: float = Field(1.0, gt=0)
     effective_batch: int = Field(16, ge=1, description="Samples per optimizer step, over all GPUs")
+    exact_batch: bool = Field(
+        False, description="Refuse GPUs with which effective_batch can only be come near to; the connector's too"
+    )
     micro_batch: int = Field(1, ge=1, description="Samples per forward pass on one GPU")
     max_length: int = Field(2048, ge=16, description="Tokens; a longer sample is counted and left out, never cut")
     warmup_ratio: Fraction = 0.05
@@ -203,6 +231,10 @@ class Train(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"adapter names must differ; found twice: {', '.join(twice)}")
+        if self.connector is not None and CONNECTOR in names:
+            raise ValueError(
+                f"an adapter cannot be named {CONNECTOR!r} beside train.connector: that names the first phase"
+            )
         if not names and not self.adapter_for_each_source:
             raise ValueError("name at least one in train.adapters, or set train.adapter_for_each_source")
         return self
@@ -227,6 +259,9 @@ ONLY_ROOM = {
     "keep_going",
 }
 """What of `train` changes memory, disk, speed and what is done about failures, and not what is learnt."""
+
+_LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(ONLY_ROOM, True), "connector": {"micro_batch": True}}}
+"""The same for pydantic."""
 
 
 class Vote(Section):
@@ -326,7 +361,7 @@ class Recipe(Section):
 
         How training finds room is not among them: it may be changed, as after an out-of-memory, and gone on with.
         """
-        values = self.model_dump(mode="json", exclude={"description": True, "profile": True, "train": ONLY_ROOM})
+        values = self.model_dump(mode="json", exclude={"description": True, "profile": True, **_LEFT_OUT})
         if not sections:
             return digest_of(values)
         found = {}
