@@ -65,6 +65,44 @@ class Retrieval(Section):
     vectors: Literal["float32", "float16"] = Field("float32", description="How the vectors are kept")
 
 
+class DataJuicer(Section):
+    """What Data-Juicer does with the records before questions are made of them."""
+
+    process: list[dict[str, Any]] = Field(
+        min_length=1,
+        description="Data-Juicer's own list of operators, in order: a name, and its parameters. Weights (hf_clip and"
+        " the like) are folders relative to the model mount, lists of words (flagged_words_dir) relative to data.path",
+    )
+    executor: Literal["default", "ray"] = Field(
+        "default", description="default: processes of this machine; ray: a Ray of this machine, or that of RAY_ADDRESS"
+    )
+    workers: int | None = Field(None, ge=1, description="Processes of an operator; null: one per CPU")
+    chunk_size: int = Field(
+        10_000, ge=1, description="Records that an operator does at a time: the most of its work that a kill can cost"
+    )
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> "DataJuicer":
+        for entry in self.process:
+            (name, given), *more = entry.items() or [("", None)]
+            if more or not name or not (given is None or isinstance(given, dict)):
+                raise ValueError(f"process: an operator is one name with its parameters, found {entry!r}")
+        return self
+
+    def operators(self) -> list[tuple[str, dict[str, Any]]]:
+        """The operators in order: name, parameters."""
+        return [(name, given or {}) for entry in self.process for name, given in entry.items()]
+
+    def weights(self) -> dict[str, str]:
+        """The folders of weights that operators name, by where in the recipe they do."""
+        return {
+            f"preprocess.data_juicer.process[{number}].{name}.{key}": value
+            for number, (name, given) in enumerate(self.operators())
+            for key, value in given.items()
+            if key.startswith("hf_") and isinstance(value, str)
+        }
+
+
 class Preprocess(Section):
     workers: int | None = Field(None, ge=1, description="Rendering processes; null: one per CPU")
     page_timeout: float = Field(60.0, gt=0, description="Seconds for a page before its worker is ended")
@@ -74,6 +112,9 @@ class Preprocess(Section):
         "none",
         description="Who tells which questions on a page are answered from its drawing alone: a rule of the task, the"
         " model that is tuned, or nobody",
+    )
+    data_juicer: DataJuicer | None = Field(
+        None, description="What Data-Juicer does with the records first; for tasks that read records"
     )
     samples: dict[str, Any] = Field({}, description="The task's own settings of what a sample shows")
 

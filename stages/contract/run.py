@@ -43,13 +43,13 @@ REUSABLE = {"preprocess": ("cache", "pages"), "train": ("adapters",), "infer": (
 
 UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
     "preprocess": {},
-    "train": {"preprocess": ("samples/train.jsonl", "samples/validation.jsonl", "pages/")},
+    "train": {"preprocess": ("samples/train.jsonl", "samples/validation.jsonl", "pages/", "pictures/")},
     "infer": {
-        "preprocess": ("samples/test.jsonl", "samples/validation_asked.jsonl", "asked.jsonl", "pages/"),
+        "preprocess": ("samples/test.jsonl", "samples/validation_asked.jsonl", "asked.jsonl", "pages/", "pictures/"),
         "train": ("adapters/",),
     },
     "eval": {
-        "preprocess": ("samples/test.jsonl", "pages/"),
+        "preprocess": ("samples/test.jsonl", "pages/", "pictures/"),
         "train": ("metrics.jsonl",),
         "infer": ("predictions/", "ablations/", "votes.jsonl"),
     },
@@ -137,6 +137,9 @@ class Run:
             if retrieval is not None:
                 folder = self.model(retrieval.embedder, "preprocess.retrieval.embedder")
                 found["models/embedder"] = hashes.tree(folder)[0]
+            juicer = self.recipe.preprocess.data_juicer
+            for key, path in juicer.weights().items() if juicer else ():
+                found[f"models/{path}"] = hashes.tree(self.model(path, key))[0]
         asks_the_model = stage == "preprocess" and self.recipe.preprocess.classifier == "model"
         if stage in ("train", "infer") or asks_the_model:
             found["models/base"] = hashes.tree(self.model(self.recipe.model.path, "model.path"))[0]

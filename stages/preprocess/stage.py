@@ -1,4 +1,7 @@
-"""preprocess: read the questions, split them by group, find in their documents what belongs to them, write samples."""
+"""preprocess: read the questions, split them by group, find in their documents what belongs to them, write samples.
+
+Of a task that reads records, Data-Juicer may filter and rewrite these first.
+"""
 
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +19,12 @@ def work(stage: Stage) -> None:
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
     documents = _documents(task, data)
-    questions = task.read_questions(recipe, data, set(documents), stage.skip)
+    if task.READS_RECORDS:
+        if stage.nothing_to_do(0, "documents"):  # records are not shared out: Data-Juicer has its own ways to
+            return
+        questions = _questions_of_records(stage, task)
+    else:
+        questions = task.read_questions(recipe, data, set(documents), stage.skip)
     stage.counts["questions"] = len(questions)
 
     # before the hours of work: it may find that nothing can be held out
@@ -34,6 +42,21 @@ def work(stage: Stage) -> None:
         founds = find(stage, task, questions, splits, known)
     write_samples(stage, task, questions, splits, founds)
     _tell(stage)
+
+
+def _questions_of_records(stage: Stage, task: Any) -> list[Any]:
+    """The questions of a task that reads records, once Data-Juicer has been over these, and the pictures they show."""
+    recipe, data = stage.run.recipe, stage.run.data
+    records = task.records(data)
+    if recipe.preprocess.data_juicer is not None:
+        from stages.preprocess.data_juicer import process
+
+        records = process(stage, records)
+    pictures = stage.path("pictures")
+    pictures.mkdir(parents=True, exist_ok=True)
+    questions: list[Any] = task.read_records(recipe, data, records, pictures, stage.skip)
+    stage.outputs["pictures/"] = None
+    return questions
 
 
 def _documents(task: Any, data: Path) -> dict[str, Path]:

@@ -110,6 +110,8 @@ class Ask:
 class Task(Protocol):
     READS_DOCUMENTS: bool
     """Whether it is a DocumentTask."""
+    READS_RECORDS: bool
+    """Whether it is a RecordTask."""
     Samples: type[Section]
     """Settings of `preprocess.samples`."""
     Passes: type[Section]
@@ -187,6 +189,22 @@ class DocumentTask(Task, Protocol):
         """What a model's answer to that means."""
 
 
+class RecordTask(Task, Protocol):
+    """A task some of whose questions are made of records in Data-Juicer's format (`id`, `text`, `images`), which
+    Data-Juicer may filter and rewrite first. Such a task reads no documents."""
+
+    def records(self, folder: Path) -> Path:
+        """The file of records, JSON Lines. Raises DataError when there is none."""
+
+    def read_records(self, recipe: Recipe, folder: Path, records: Path, pictures: Path, skip: Skip) -> list[Any]:
+        """All usable questions, in place of `read_questions`.
+
+        `records` are those that Data-Juicer kept, or the file as it is where the recipe has no
+        `preprocess.data_juicer`. The pictures that questions show are put into `pictures`,
+        <run>/preprocess/pictures.
+        """
+
+
 def load_task(name: str) -> Any:
     """The module of a recipe's task. Raises UsageError for a name that is none."""
     names = task_names()
@@ -216,6 +234,8 @@ def settled(recipe: Recipe, where: str, data: Path) -> Recipe:
     for name in ("pages", "retrieval"):
         if task.READS_DOCUMENTS and getattr(recipe.preprocess, name) is None:
             raise UsageError(f"{where}: 'preprocess.{name}' is missing; {recipe.task} reads documents")
+    if recipe.preprocess.data_juicer is not None and not task.READS_RECORDS:
+        raise UsageError(f"{where}: preprocess.data_juicer: {recipe.task} reads no records for Data-Juicer to process")
     settled = recipe.model_copy(
         update={
             "preprocess": recipe.preprocess.model_copy(update={"samples": samples.model_dump(mode="json")}),

@@ -26,6 +26,7 @@ from stages.tasks.extractive_qa.questions import ContextQuestion, asked_rows, re
 __all__ = ["asked_rows", "read_questions", "sources"]
 
 READS_DOCUMENTS = False
+READS_RECORDS = False
 
 COMPONENTS: tuple[str, ...] = ()
 

@@ -30,6 +30,7 @@ from stages.tasks.logic_choice.problems import LETTERS, LogicQuestion, asked_row
 __all__ = ["asked_rows", "sources"]
 
 READS_DOCUMENTS = False
+READS_RECORDS = False
 
 COMPONENTS = ("retry", "adapter")
 

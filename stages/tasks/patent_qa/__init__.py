@@ -30,6 +30,7 @@ from stages.tasks.patent_qa.questions import SOURCE, PatentQuestion, asked_rows,
 __all__ = ["asked_rows", "find_documents", "read_questions"]
 
 READS_DOCUMENTS = True
+READS_RECORDS = False
 
 COMPONENTS = ("classifier", "retrieval", "style", "refine", "position_hint", "adapter")
 
