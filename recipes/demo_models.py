@@ -1,5 +1,5 @@
-"""Make the small models that the `tiny` profiles name: two real ones, one of them also packed into 4 bits, and two that
-only have the true architecture.
+"""Make the small models that the `tiny` profiles name: two real ones, one of them also packed into 4 bits, and three
+that only have the true architecture.
 
     python recipes/demo_models.py models
 
@@ -11,6 +11,10 @@ Both packages are pinned and checked by sha256. No index has a small model that 
 
 * tiny-qwen2.5-vl: Qwen2.5-VL's architecture, two layers of random weights,
 * tiny-gme: GME's, which is Qwen2-VL's, likewise.
+
+Two-phase training has
+
+* tiny-llava: LLaVA-1.5's (vision tower, connector, language model), likewise.
 
 They read SmolLM2's tokens and those of pictures, and know nothing: what they say is noise until it is tuned.
 
@@ -24,6 +28,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -173,6 +178,92 @@ def random_qwen(config: dict[str, Any], tokenizer: Path, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
 
 
+LLAVA_TOKEN = 49152
+"""That of a picture: the first that SmolLM2's tokenizer leaves free."""
+
+LLAVA = {
+    **{"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": LLAVA_TOKEN},
+    **{"projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default"},
+    **{"image_seq_length": 16, "tie_word_embeddings": True, "dtype": "float32", "torch_dtype": "float32"},
+    "transformers_version": "4.57.6",  # without it newer ones take every tokenizer for one with a known flaw
+    "text_config": {
+        **{"model_type": "llama", "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 128},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+        **{"vocab_size": LLAVA_TOKEN + 1, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5},
+        **{"rope_theta": 1e5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True},
+    },
+    "vision_config": {
+        **{"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
+        **{"num_attention_heads": 2, "image_size": 56, "patch_size": 14, "projection_dim": 32},
+    },
+}
+"""config.json of tiny-llava, in the form in which LLaVA-1.5's is published. A picture has 16 tokens."""
+
+LLAVA_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{{- part['text'] if part['type'] == 'text' else '<image>' -}}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+"""SmolLM2's own markup, for contents that are texts or lists of parts."""
+
+
+def random_llava(tokenizer: Path, folder: Path) -> None:
+    """A LLaVA with random weights: always the same ones, float32."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = json.dumps(LLAVA, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    with torch.no_grad():  # a logit of 0, where others are above: no greedy answer has a picture's token
+        model.get_input_embeddings().weight[LLAVA_TOKEN] = 0
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    published = {
+        re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", n): weights[n] for n in weights
+    }
+    save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(text, encoding="utf-8")  # older transformers do not read what a newer one saves
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
+    llava_processor(tokenizer, folder)
+
+
+def llava_processor(source: Path, folder: Path, side: int = 56) -> None:
+    """SmolLM2's tokenizer with the token of a picture, and the picture processor of CLIP at `side` pixels."""
+    tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"].append({"id": LLAVA_TOKEN, "content": "<image>", **plain})
+    settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings |= {"extra_special_tokens": {"image_token": "<image>"}, "tokenizer_class": "PreTrainedTokenizerFast"}
+    pictures = {
+        **{"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "resample": 3},
+        **{"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True},
+        **{"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "rescale_factor": 1 / 255},
+        **{"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
+    }
+    processor = {"processor_class": "LlavaProcessor", "patch_size": 14, "image_token": "<image>"}
+    processor |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    contents = {
+        **{"tokenizer.json": tokenizer, "tokenizer_config.json": settings},
+        **{"preprocessor_config.json": pictures, "processor_config.json": processor},
+    }
+    for name, value in contents.items():
+        (folder / name).write_text(json.dumps(value, indent=None if name == "tokenizer.json" else 2), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(LLAVA_TEMPLATE, encoding="utf-8")
+
+
 def tokenizer_with_pictures(source: Path, folder: Path, architecture: str) -> int:
     """SmolLM2's tokenizer with the tokens of pictures, chat template and picture processor of the Qwen2-VL family.
 
@@ -268,6 +359,7 @@ def main() -> None:
     tokenizer = folder / "SmolLM2-135M-Instruct"
     for name, config in ARCHITECTURES.items():
         make_whole(folder, name, lambda _, made, c=config: random_qwen(c, tokenizer, made))
+    make_whole(folder, "tiny-llava", lambda _, made: random_llava(tokenizer, made))
     if importlib.util.find_spec("gptqmodel"):
         make_whole(folder, "SmolLM2-135M-Instruct-GPTQ-Int4", lambda _, made: gptq(tokenizer, made))
     else:
