@@ -1,0 +1,200 @@
+"""TextVQA: its questions and human answers as LLaVA's scripts publish them, and its accuracy.
+
+The accuracy is that of MMF (`EvalAIAnswerProcessor` and `TextVQAAccuracyEvaluator` of Singh et al. 2019, 'Towards VQA
+Models That Can Read'), which LLaVA, MGM and nearly every published figure are computed with.
+
+    <name>.jsonl        {"question_id": <image id>, "image": "<file>", "text": "<prompt>"}, one a line
+    <annotations>.json  {"data": [{"image_id": ..., "question": "...", "answers": [10 texts]}]}
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stages.contract.errors import DataError
+from stages.json_lines import BadRecordError, object_in, text_of
+from stages.tasks import Skip
+
+HUMANS = 10
+"""Answers that a question has."""
+
+Cleaning = Literal["mmf", "mended"]
+"""`mmf`: to the bit what MMF's program does, slips and all, as published figures were made. `mended`: what it meant.
+
+Its pattern of a lone period, `(?!<=\\d)(\\.)(?!\\d)`, means to look behind for no digit, but is misspelt and always
+holds: "3." becomes "3". And it takes `re.UNICODE`, 32, for how many periods are removed. A third slip, that its table
+of numbers learns every word it sees, changes no answer.
+"""
+
+Annotations = Mapping[tuple[str, str], Sequence[str]]
+"""Human answers by image id and question in lower case."""
+
+
+@dataclass(frozen=True)
+class TextVqaQuestion:
+    """A question about the text in a picture."""
+
+    question_id: str
+    """The picture's id, which several questions share."""
+    image: str
+    """File name of the picture, as the file has it."""
+    prompt: str
+    """What the model is asked, perhaps with the words that a reader of the picture found."""
+    question: str
+    """The question alone, in lower case, as it joins question and annotation."""
+    answers: tuple[str, ...]
+    """Ten, one of each human, with repetitions; none where there are no annotations."""
+    where: str
+    """File and line."""
+
+
+# -- the accuracy ------------------------------------------------------------------------------------------------
+
+BY_HUMANS = (0.0, 0.3, 0.6, 0.9, 1.0)
+"""Accuracy of an answer that so many humans gave, 4 and more alike: the mean of min(1, others who gave it / 3) over the
+ten ways to leave one human out."""
+
+
+def accuracy(answer: str, references: Sequence[str], cleaning: Cleaning = "mmf") -> float:
+    """Accuracy in 0..1 of one answer against the ten humans' answers. Raises DataError where they are not ten."""
+    if len(references) != HUMANS:
+        raise DataError(f"a TextVQA question with {len(references)} human answers: its accuracy is one of {HUMANS}")
+    cleaned = clean(answer, cleaning)
+    agree = sum(clean(reference, cleaning) == cleaned for reference in references)
+    return BY_HUMANS[min(agree, len(BY_HUMANS) - 1)]
+
+
+PUNCTUATION = r';/[]"{}()=+\_-><@`,?!'
+
+_LONE_PERIOD = {"mmf": re.compile(r"\.(?!\d)"), "mended": re.compile(r"(?<!\d)\.(?!\d)")}
+_MOST_PERIODS = {"mmf": int(re.UNICODE), "mended": 0}
+"""Of those that are removed; 0: all."""
+
+_NUMBERS = {
+    word: str(value)
+    for value, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+} | {"none": "0"}
+
+_ARTICLES = ("a", "an", "the")
+
+
+def clean(text: str, cleaning: Cleaning = "mmf") -> str:
+    """An answer as it is compared, by MMF's rules in their order.
+
+    Lower case; commas and question marks out; `'s` apart; each sign of PUNCTUATION out where it touches a blank
+    anywhere in the text, else a blank; lone periods out; number words up to ten as digits; articles out; apostrophes
+    put into contractions. (MMF also takes punctuation out of texts such as "1,000"; by then no comma is left in any.)
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    touching = {sign for sign in PUNCTUATION if f"{sign} " in text or f" {sign}" in text}
+    text = "".join(("" if sign in touching else " ") if sign in PUNCTUATION else sign for sign in text)
+    text = _LONE_PERIOD[cleaning].sub("", text, count=_MOST_PERIODS[cleaning])
+    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+_TABLE = """
+aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've couldnt've:couldn't've
+didnt:didn't doesnt:doesn't dont:don't hadnt:hadn't hadnt've:hadn't've hadn'tve:hadn't've hasnt:hasn't
+havent:haven't hed:he'd hed've:he'd've he'dve:he'd've hes:he's howd:how'd howll:how'll hows:how's isnt:isn't
+itd:it'd itd've:it'd've it'dve:it'd've itll:it'll maam:ma'am mightnt:mightn't mightnt've:mightn't've
+mightn'tve:mightn't've mightve:might've mustnt:mustn't mustve:must've neednt:needn't notve:not've oclock:o'clock
+oughtnt:oughtn't 'ows'at:'ow's'at shant:shan't shed've:she'd've she'dve:she'd've shouldve:should've
+shouldnt:shouldn't shouldnt've:shouldn't've shouldn'tve:shouldn't've somebody'd:somebodyd somebodyd've:somebody'd've
+somebody'dve:somebody'd've somebodyll:somebody'll somebodys:somebody's someoned:someone'd someoned've:someone'd've
+someone'dve:someone'd've someonell:someone'll someones:someone's somethingd:something'd somethingd've:something'd've
+something'dve:something'd've somethingll:something'll thats:that's thered:there'd thered've:there'd've
+there'dve:there'd've therere:there're theres:there's theyd:they'd theyd've:they'd've they'dve:they'd've
+theyll:they'll theyre:they're theyve:they've twas:'twas wasnt:wasn't wed've:we'd've we'dve:we'd've weve:we've
+werent:weren't whatll:what'll whatre:what're whats:what's whatve:what've whens:when's whered:where'd wheres:where's
+whereve:where've whod:who'd whod've:who'd've who'dve:who'd've wholl:who'll whos:who's whove:who've whyll:why'll
+whyre:why're whys:why's wont:won't wouldve:would've wouldnt:wouldn't wouldnt've:wouldn't've wouldn'tve:wouldn't've
+yall:y'all yall'll:y'all'll y'allll:y'all'll yall'd've:y'all'd've y'alld've:y'all'd've y'all'dve:y'all'd've
+youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're youve:you've
+"""
+_CONTRACTIONS = dict(pair.split(":") for pair in _TABLE.split())
+"""MMF's table, its one that takes an apostrophe out included. Left out are those that no cleaned word can be: with a
+capital (so that "Im" stays "im"), with `'s`, or equal to what they become."""
+
+
+# -- its files ---------------------------------------------------------------------------------------------------
+
+
+def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> Iterator[TextVqaQuestion]:
+    """The questions of a file, line by line; what cannot be used, and with annotations what has none, is skipped.
+
+    `annotations` is None where nothing is to be scored.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            try:
+                yield _question(line, annotations, where)
+            except BadRecordError as error:
+                skip(where, error.reason, str(error))
+
+
+def _question(line: bytes, annotations: Annotations | None, where: str) -> TextVqaQuestion:
+    record = object_in(line)
+    name, image, prompt = _id(record, "question_id"), text_of(record, "image"), text_of(record, "text")
+    question = question_in(prompt)
+    answers: Sequence[str] = ()
+    if annotations is not None:
+        if (name, question) not in annotations:
+            raise BadRecordError("no annotation of the question", f"image {name}: {question}"[:200])
+        answers = annotations[name, question]
+        if len(answers) != HUMANS:
+            raise BadRecordError(f"not {HUMANS} human answers", f"found {len(answers)}")
+    return TextVqaQuestion(name, image, prompt, question, tuple(answers), where)
+
+
+def question_in(prompt: str) -> str:
+    """The question in one of LLaVA's prompts, in lower case. Raises BadRecordError for a prompt of another form.
+
+    By LLaVA's eval_textvqa.py: between "Question: " and " Short answer:" where words that were read come first, else
+    the first of two lines, or of three with such words the one that stands before or after them.
+    """
+    lines = prompt.split("\n")
+    if prompt.startswith("OCR tokens: "):
+        found = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
+        if found:
+            return found.group(1).lower()
+    elif "Reference OCR token: " in prompt and len(lines) == 3:
+        return lines[1 if prompt.startswith("Reference OCR token:") else 0].lower()
+    elif len(lines) == 2:
+        return lines[0].lower()
+    raise BadRecordError("prompt of an unknown form", prompt[:100])
+
+
+def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
+    """Human answers by image and question; of one that is there twice the last, as LLaVA takes it. Raises DataError for
+    what is no such file."""
+    try:
+        held = json.loads(path.read_bytes())
+        return {(_id(each, "image_id"), each["question"].lower()): _texts(each["answers"]) for each in held["data"]}
+    except (ValueError, KeyError, TypeError, AttributeError, BadRecordError) as error:
+        raise DataError(
+            f"{path}: not TextVQA's annotations ({type(error).__name__}: {error}); there must be `data`, a list of"
+            " objects with image_id, question and answers"
+        ) from error
+
+
+def _texts(values: list[str]) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("answers are no list of texts")
+    return values
+
+
+def _id(record: Mapping[str, object], field: str) -> str:
+    value = record.get(field)
+    if type(value) not in (str, int):
+        raise BadRecordError(f"no {field}" if value is None else f"{field} is no text", repr(value)[:100])
+    return str(value)
