@@ -1,8 +1,10 @@
 """Score every model's answers to the same samples: means, bootstrap intervals, breakdowns, worst answers.
 
-A failed answer scores 0 in every metric and stays in `n`; nothing is dropped to make a figure look better.
+A failed answer scores 0 in every metric and stays in `n`; nothing is dropped to make a figure look better. Samples that
+belong together, as the rotations of a question, are scored one by one and counted once.
 """
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.contract.errors import DataError
+from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe
 from stages.contract.records import Prediction, Sample
 
@@ -42,6 +45,8 @@ class Scores:
     """Those of `metrics` that no answer changes; they are the same for every model."""
     models: dict[str, Model]
     """By name, `base` first."""
+    together: list[str]
+    """What each sample counts with: those with the same text count once."""
 
     def groups(self, key: str) -> list[str]:
         """Each sample's value of `meta[key]`, as text; empty where it has none."""
@@ -77,7 +82,35 @@ def score_models(
         full = [{**row, **fact} if row else {} for row, fact in zip(rows, facts, strict=True)]  # {}: not asked
         table = [[row.get(metric, np.nan) for metric in names + fact_names] for row in full]
         models[name] = Model(answered[name], errors[name], np.array(table, dtype=np.float64))
-    return Scores(list(samples), names + fact_names, fact_names, models)
+    return Scores(list(samples), names + fact_names, fact_names, models, [task.together(sample) for sample in samples])
+
+
+def scored_lines(scores: Scores) -> list[dict[str, Any]]:
+    """Each sample with every model's answer, error and scores (0..1, without the facts): what runs are compared by.
+
+    `references` is a digest of the sample's references; `models` has no model that was not asked the sample.
+    """
+    metrics = [metric for metric in scores.metrics if metric not in scores.facts]
+    lines = []
+    for row, sample in enumerate(scores.samples):
+        models = {}
+        for name, model in scores.models.items():
+            prediction, values = model.predictions[row], model.values[row].tolist()
+            held = {metric: value for metric, value in zip(metrics, values, strict=False) if not math.isnan(value)}
+            if held:
+                answer = prediction["answer"] if prediction else None
+                models[name] = {"answer": answer, "error": model.errors[row], "scores": held}
+        lines.append(
+            {
+                "id": sample["id"],
+                "group": str(sample["meta"].get("group", "")),
+                "source": str(sample["meta"].get("source", "")),
+                "together": scores.together[row],
+                "references": digest_of(sample["references"]),
+                "models": models,
+            }
+        )
+    return lines
 
 
 def error_of(prediction: Prediction | None) -> str | None:
@@ -117,6 +150,23 @@ def _scored(
     return rows
 
 
+def counted_once(scores: Scores) -> Scores:
+    """The scores with one row for all samples that count together: the first of the samples, the least score in each
+    metric, and the first error where any of them has one. The same scores where every sample counts by itself."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for row, name in enumerate(scores.together):
+        places[name].append(row)
+    if len(places) == len(scores.samples):
+        return scores
+    first = [rows[0] for rows in places.values()]
+    models = {}
+    for name, model in scores.models.items():
+        failed = [next((model.errors[row] for row in rows if model.errors[row]), None) for rows in places.values()]
+        least = [np.fmin.reduce(model.values[rows]) for rows in places.values()]  # fmin: NaN only where all are
+        models[name] = Model([model.predictions[row] for row in first], failed, np.array(least))
+    return Scores([scores.samples[row] for row in first], scores.metrics, scores.facts, models, list(places))
+
+
 # -- means and their intervals -----------------------------------------------------------------------------------
 
 
@@ -150,7 +200,7 @@ def cluster_bootstrap(values: Values, groups: Sequence[str], resamples: int, see
 
 
 Figures = dict[str, dict[str, Any]]
-"""By metric: `value`, perhaps `low` and `high` (percent), `n` and `failed` (samples)."""
+"""By metric: `value`, perhaps `low` and `high` (percent), `n` and `failed` (samples; what counts together is one)."""
 
 
 def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figures], dict[str, Figures]]:
@@ -158,6 +208,7 @@ def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figure
 
     The differences are paired: both models answered the same samples, and are drawn together. Facts do not differ.
     """
+    scores = counted_once(scores)
     base = scores.models["base"].values
     adapters = [name for name in scores.models if name != "base"]
     blocks = [model.values for model in scores.models.values()]
@@ -187,6 +238,7 @@ def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figure
 
 def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
     """Each model's figures, without intervals, for each value of `meta[key]`: model -> value -> metric -> figures."""
+    scores = counted_once(scores)
     rows: dict[str, list[int]] = defaultdict(list)
     for row, group in enumerate(scores.groups(key)):
         rows[group].append(row)

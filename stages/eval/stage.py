@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from stages.contract.errors import DataError
-from stages.contract.files import read_jsonl, write_json
+from stages.contract.files import read_jsonl, write_json, write_jsonl
 from stages.contract.recipe import Recipe
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, ablations, seconds_a_question
 from stages.eval.report import ON_TRAINING_DATA, with_interval, write_report
-from stages.eval.scores import Asked, Figures, Scores, breakdown, overall, score_models
+from stages.eval.scores import Asked, Figures, Scores, breakdown, overall, score_models, scored_lines
 from stages.eval.votes import VOTE, VoteReport, vote_report
 from stages.pipeline_report import dataset_name, dataset_result, pipeline_report, seconds_of, training_facts
 from stages.tasks import load_task
@@ -27,14 +27,20 @@ def work(stage: Stage) -> None:
     stage.counts["samples"] = len(samples)
     stage.counts["scored"] = len(scored)
     stage.counts["without references"] = len(samples) - len(scored)
+    task = load_task(recipe.task)
+    _write_uploads(stage, task, samples, predictions)
     if not scored:
         raise DataError(f"none of {len(samples)} test samples has a reference; give test questions an answer to score")
     if len(scored) < len(samples):
         stage.events.say(f"{len(samples) - len(scored)} of {len(samples)} test samples have no reference: not scored")
 
-    task = load_task(recipe.task)
     asked = _was_asked(recipe)
     scores = score_models(task, recipe, scored, predictions, asked)
+    together = len(set(scores.together))
+    if together < len(scored):
+        stage.counts["counted together"] = together
+        stage.events.say(f"{len(scored)} test samples are scored, those that belong together as one: {together}")
+    stage.outputs["scored.jsonl"] = write_jsonl(stage.path("scored.jsonl"), scored_lines(scores))
     trained_on = sum(bool(sample["meta"].get("trained_on")) for sample in scored)
     if trained_on:
         stage.counts["scored on training data"] = trained_on
@@ -56,6 +62,14 @@ def work(stage: Stage) -> None:
     write_report(stage, scores, figures, differences, groups, ablated, vote)
     stage.outputs["report.html"] = None
     _show(stage, scores, figures, differences, ablated, vote)
+
+
+def _write_uploads(stage: Stage, task: Any, samples: list[Sample], predictions: Mapping[str, list[Prediction]]) -> None:
+    """Write what a benchmark's own server takes, of every model."""
+    for name, records in predictions.items():
+        by_id = {prediction["id"]: prediction for prediction in records}
+        for file in task.uploads(stage.path("uploads", name), samples, by_id):
+            stage.outputs[f"uploads/{name}/{file}"] = None
 
 
 def _was_asked(recipe: Recipe) -> Asked:

@@ -172,6 +172,14 @@ class Task(Protocol):
     def facts(self, sample: Sample) -> dict[str, float]:
         """Metrics of a sample that no answer changes, such as retrieval recall, each in 0..1."""
 
+    def together(self, sample: Sample) -> str:
+        """What samples that count once have in common, such as the rotations of one question: the least of their scores
+        is what counts. The sample's id where each counts by itself."""
+
+    def uploads(self, folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
+        """Write one model's answers to the test samples as the files that a benchmark's server takes, below `folder`.
+        Returns their names; none where the submission is all that is handed in. A sample may lack a prediction."""
+
 
 class DocumentTask(Task, Protocol):
     """A task whose questions are about documents: they are rendered, embedded and searched for it."""

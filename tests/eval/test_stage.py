@@ -38,13 +38,19 @@ def test_scores_have_the_promised_form(build: Build, samples: list[Sample], pred
     assert scores["base"]["retrieval_recall"] == scores["tuned"]["retrieval_recall"]
     manifest = run.manifest("eval")
     assert manifest is not None
-    assert set(manifest["outputs"]) == {"scores.json", "differences.json", "by_group.json", "report.html"}
+    assert set(manifest["outputs"]) == {
+        "scores.json",
+        "differences.json",
+        "by_group.json",
+        "scored.jsonl",
+        "report.html",
+    }
     assert manifest["counts"] == {"samples": 24, "scored": 24, "without references": 0, "failed": 1}
 
 
 def test_same_inputs_give_the_same_bytes(build: Build, samples: list[Sample], predictions: Predictions) -> None:
     run = build(samples, predictions)
-    names = ("scores.json", "by_group.json", "differences.json", "report.html")
+    names = ("scores.json", "by_group.json", "differences.json", "scored.jsonl", "report.html")
     found = []
     for _ in range(2):
         assert run_stage(run, "eval", work, force=True) == Exit.DONE

@@ -12,6 +12,7 @@ All questions on the same context, or of the same `group` (or `title`), fall int
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -117,3 +118,13 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 def facts(sample: Sample) -> dict[str, float]:
     """None: nothing is searched."""
     return {}
+
+
+def together(sample: Sample) -> str:
+    """Each sample counts by itself."""
+    return sample["id"]
+
+
+def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
+    """The submission is all that is handed in."""
+    return []

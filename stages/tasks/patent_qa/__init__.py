@@ -313,3 +313,13 @@ def facts(sample: Sample) -> dict[str, float]:
     ranked = sample["meta"].get("ranked")
     at = {} if ranked is None else {f"recall@{k}": len(evidence & set(ranked[:k])) / len(evidence) for k in RECALL_AT}
     return {"retrieval_recall": shown, **at}
+
+
+def together(sample: Sample) -> str:
+    """Each sample counts by itself."""
+    return sample["id"]
+
+
+def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
+    """The submission is all that is handed in."""
+    return []
