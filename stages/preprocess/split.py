@@ -22,7 +22,7 @@ def split_questions(
     test set; a group that is in several of them falls into the same split in all. Raises DataError where a data set is
     left with only one of train and test, and there is no other.
     """
-    splits = {groups[question.id]: "test" for question in questions if question.split == "test"}
+    splits = {groups[question.id]: "test" for question in questions if question.split in ("test", "test only")}
     divided: dict[str, dict[str, str | None]] = {}
     for question in questions:
         if question.split in (None, "train", "test"):
@@ -39,7 +39,9 @@ def split_questions(
         source, first = next(iter(lost.items()))
         raise DataError(f"{source}: {first}" if len(divided) > 1 else str(first)) from first
     left = [
-        question for question in questions if question.source not in lost or question.split in ("asked", "train only")
+        question
+        for question in questions
+        if question.source not in lost or question.split in ("asked", "train only", "test only")
     ]
     for question in questions:
         if question.source in lost and question not in left:
@@ -48,8 +50,8 @@ def split_questions(
 
 
 def _split_of(question: Any, of_its_group: str | None) -> str | None:
-    if question.split == "asked":
-        return "test"  # without an answer: nothing of it is scored
+    if question.split in ("asked", "test only"):
+        return "test"  # what is asked has no answer: nothing of it is scored
     if question.split == "train only":
         return "train" if of_its_group in ("train", None) else None
     if question.split == "train" and of_its_group == "test":

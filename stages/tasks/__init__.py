@@ -24,9 +24,10 @@ class Skip(Protocol):
     def __call__(self, what: str, reason: str, detail: str = "") -> None: ...
 
 
-Given = Literal["train", "test", "train only", "asked"]
+Given = Literal["train", "test", "train only", "test only", "asked"]
 """What the data themselves say of a question's split. `train`: to train or validate on; `train only`: never to validate
-on, such as a guessed label; `test`: to score; `asked`: without an answer, for the submission. None: as it falls."""
+on, such as a guessed label; `test`: to score; `test only`: likewise, of a data set that nothing is trained on;
+`asked`: without an answer, for the submission. None: as it falls."""
 
 
 class Question(Protocol):

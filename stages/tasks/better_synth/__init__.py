@@ -1,0 +1,180 @@
+"""better_synth: synthesised image-text data for a small vision-language model, scored by TextVQA and MMBench.
+
+Captions, which Data-Juicer may filter and rewrite, teach the connector between a vision tower and a language model;
+conversations then teach an adapter. Data folder, in which all pictures are named below it:
+
+    records.jsonl             captions in Data-Juicer's form: {"id", "text", "images"}
+    records_llava.json        the same records in LLaVA's form, in which their questions are looked up by id
+    finetune.json             conversations in LLaVA's form: {"id", "image", "conversations"}
+    textvqa.jsonl             TextVQA's questions: {"question_id", "image", "text"}
+    textvqa_annotations.json  their human answers; without them TextVQA is asked and not scored
+    mmbench.tsv               MMBench's table; rows without an answer are asked and not scored
+
+Data mixes name the first two data sets `pretrain` and `finetune`. What shows a picture of a test set is left out
+of both. Nothing is there to validate on: the test sets are all that is held out, as published.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from stages.contract.recipe import Recipe, Section
+from stages.contract.records import Message, Prediction, Sample
+from stages.tasks import Ask, Found, Skip
+from stages.tasks.better_synth import mmbench, textvqa
+from stages.tasks.better_synth.llava import PLACE
+from stages.tasks.better_synth.records import (
+    MMBENCH,
+    TEXTVQA,
+    PictureQuestion,
+    Samples,
+    asked_rows,
+    read_all,
+    records_file,
+    sources,
+    without_words,
+)
+
+__all__ = ["Samples", "asked_rows", "records", "sources"]
+
+READS_DOCUMENTS = False
+
+READS_RECORDS = True
+
+COMPONENTS = ("picture", "ocr", "adapter")
+
+SHARED: tuple[str, ...] = ()
+
+PICTURES = "preprocess/pictures"
+"""Where `read_records` is told to put pictures, relative to the run."""
+
+
+class Passes(Section):
+    """`infer.passes`: nothing can be set."""
+
+
+class Scoring(Section):
+    """`eval.scoring`."""
+
+    textvqa_cleaning: textvqa.Cleaning = Field(
+        "mmf",
+        description="How answers to TextVQA are made plain: as the published evaluator does, slips and all, or mended",
+    )
+
+
+def records(folder: Path) -> Path:
+    """The file of Data-Juicer records."""
+    return records_file(folder)
+
+
+def read_records(recipe: Recipe, folder: Path, records: Path, pictures: Path, skip: Skip) -> list[PictureQuestion]:
+    """The questions of all data sets, with the pictures that they show put into `pictures`."""
+    return read_all(folder, records, pictures, Samples.model_validate(recipe.preprocess.samples), skip)
+
+
+def build_samples(recipe: Recipe, question: PictureQuestion, found: Found | None, split: str) -> list[Sample]:
+    """The one sample of a conversation or a question. Of a conversation all answers are learnt."""
+    meta = {"group": question.group, "source": question.source, **question.meta}
+    if question.error is not None:
+        meta["error"] = question.error
+    return [
+        {
+            "id": question.id,
+            "messages": list(question.messages),
+            "images": [f"{PICTURES}/{name}" for name in question.images],
+            "references": list(question.answers),
+            "meta": meta,
+        }
+    ]
+
+
+# -- what the model is asked -------------------------------------------------------------------------------------
+
+
+def passes(recipe: Recipe) -> tuple[str, ...]:
+    """One."""
+    return ("answer",)
+
+
+def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask:
+    """The question; where that is to be left out, without its picture or without the words read in it."""
+    messages, images = sample["messages"], sample["images"]
+    if "ocr" in without and sample["meta"]["source"] == TEXTVQA:
+        messages = [_said(message, without_words(message["content"])) for message in messages]
+    if "picture" in without:
+        messages = [_said(m, m["content"].replace(f"{PLACE}\n", "").replace(PLACE, "")) for m in messages]
+        images = []
+    return Ask(messages, images)
+
+
+def _said(message: Message, content: str) -> Message:
+    return {"role": message["role"], "content": content}
+
+
+def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
+    """The one thing that is asked."""
+    return [(ask(recipe, sample, "answer", {}, without), 0)]
+
+
+def read_answer(text: str, sample: Sample) -> str | None:
+    """Of MMBench the letter that a completion means, None where it means none; else all of the completion."""
+    if sample["meta"]["source"] == MMBENCH:
+        return mmbench.letter_in(text, sample["meta"]["options"])
+    return text.strip() or None
+
+
+def narrowed(sample: Sample, answers: Sequence[str]) -> None:
+    """Nothing is asked again with fewer options."""
+
+
+# -- what is handed in, and its score ----------------------------------------------------------------------------
+
+
+def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
+    """A line as LLaVA writes it for either benchmark; the text is empty where there is no answer."""
+    name = row["ids"][0]
+    prediction = predictions.get(name)
+    text = (prediction["text"] if prediction else None) or ""
+    marks = {"answer_id": name, "model_id": "lorry", "metadata": {}}  # which model it is, the file's name says
+    return {**row["asked"], "text": text.strip(), **marks}
+
+
+def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
+    """MMBench's workbook: each row of its table as it was asked first, with the answer."""
+    asked = [sample for sample in samples if sample["meta"]["source"] == MMBENCH and sample["meta"]["round"] == 0]
+    if not asked:
+        return []
+    rows = []
+    for sample in asked:
+        prediction = predictions.get(sample["id"])
+        answer, text = (prediction["answer"], prediction["text"]) if prediction else (None, None)
+        rows.append(mmbench.upload_row(sample["meta"]["uploaded"], answer, text))
+    mmbench.write_xlsx(folder / "mmbench.xlsx", rows)
+    return ["mmbench.xlsx"]
+
+
+def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
+    """TextVQA's accuracy, or whether MMBench's letter is the right one; there the rotations of a question count once,
+    by the least of their scores (`together`)."""
+    references = sample["references"]
+    if sample["meta"]["source"] == MMBENCH:
+        return {"mmbench_accuracy": float(answer in references)}
+    cleaning = Scoring.model_validate(recipe.eval.scoring).textvqa_cleaning
+    return {"textvqa_accuracy": textvqa.accuracy(answer, references, cleaning)}
+
+
+def together(sample: Sample) -> str:
+    """The question that a rotation is of; else the sample itself."""
+    return str(sample["meta"].get("together", sample["id"]))
+
+
+def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
+    """None is drawn."""
+    return None
+
+
+def facts(sample: Sample) -> dict[str, float]:
+    """Nothing that no answer changes."""
+    return {}

@@ -1,0 +1,216 @@
+"""Conversations about pictures in the three forms that they come in, and from each to the others without a loss.
+
+LLaVA's (haotian-liu/LLaVA, docs/Finetune_Custom_Data.md); several pictures are a list, none is no `image`:
+
+    {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                                    {"from": "gpt", "value": "A bus."}]}
+
+Data-Juicer's, as its tools/fmt_conversion/multimodal write it: with all turns, or, to pretrain with, the caption alone,
+whose question is looked up again in LLaVA's file by the record's id:
+
+    {"id": "7", "text": "[[human]]: <__dj__image>\\nWhat is it?\\n[[gpt]]: A bus. <|__dj__eoc|>", "images": ["a.jpg"]}
+    {"id": "7", "text": "<__dj__image>\\nA bus. <|__dj__eoc|>", "images": ["a.jpg"]}
+
+Messages are ms-swift's: `user` and `assistant` for `human` and `gpt`, and `<image>` where a picture stands. White space
+is kept as it is everywhere. A conversation that a form cannot hold is refused, never bent.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stages.contract.records import Message
+from stages.json_lines import BadRecordError
+
+PLACE = "<image>"
+DJ_PLACE, DJ_END = "<__dj__image>", "<|__dj__eoc|>"
+"""Data-Juicer's marks for a picture and for the end of a chunk."""
+
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+_SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
+_MARK = re.compile(r"\[\[[a-zA-Z]*\]\]: ")
+_TURN = re.compile(r"(?:\A\s*|\n)\[\[(system|human|gpt)\]\]: ")
+
+Llava = dict[str, Any]
+DataJuicer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Original:
+    """What LLaVA's file says of a record whose caption alone was kept."""
+
+    id: str | int
+    """As it is written there; Data-Juicer's records have it as text."""
+    question: str
+
+
+# -- messages ----------------------------------------------------------------------------------------------------
+
+
+def to_messages(record: Llava) -> tuple[list[Message], list[str]]:
+    """A LLaVA record's messages, and its pictures, one for each `<image>` in them.
+
+    Raises BadRecordError for turns that do not alternate and end with an answer, or hold more or fewer places.
+    """
+    turns, pictures = turns_of(record), pictures_of(record)
+    speakers = [speaker for speaker, _ in turns]
+    spoken = speakers[1:] if speakers[0] == "system" else speakers
+    if not spoken or spoken != ["human", "gpt"] * (len(spoken) // 2):
+        raise BadRecordError("human and gpt do not take turns", ", ".join(speakers)[:100])
+    for place, (speaker, value) in enumerate(turns, start=1):
+        if not value.strip():
+            raise BadRecordError("an empty turn", f"turn {place}, of {speaker}")
+    places = sum(value.count(PLACE) for speaker, value in turns if speaker != "gpt")
+    if places != len(pictures):
+        raise BadRecordError("not one <image> for each picture", f"found {places} for {len(pictures)}")
+    return [{"role": ROLES[speaker], "content": value} for speaker, value in turns], pictures
+
+
+def from_messages(name: str | int, messages: list[Message], pictures: list[str]) -> Llava:
+    """The LLaVA record of messages and their pictures."""
+    turns = [(_SPEAKERS[message["role"]], message["content"]) for message in messages]
+    return _llava(name, turns, pictures)
+
+
+def _llava(name: str | int, turns: list[tuple[str, str]], pictures: list[str]) -> Llava:
+    shown = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+    return {"id": name, **shown, "conversations": [{"from": who, "value": value} for who, value in turns]}
+
+
+def id_of(record: Mapping[str, Any]) -> str | int:
+    """A record's id. Raises BadRecordError where it is neither text nor a whole number."""
+    name = record.get("id")
+    if type(name) is int or (isinstance(name, str) and name.strip()):
+        return name
+    raise BadRecordError("no id", repr(name)[:100])
+
+
+def turns_of(record: Llava) -> list[tuple[str, str]]:
+    """Who says what in a LLaVA record. Raises BadRecordError where that cannot be told."""
+    found = record.get("conversations")
+    if not isinstance(found, list) or not found:
+        raise BadRecordError("no conversations", repr(found)[:100])
+    turns = []
+    for turn in found:
+        speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(value, str):
+            raise BadRecordError("a turn is not from system, human or gpt with a text as its value", repr(turn)[:100])
+        turns.append((speaker, value))
+    return turns
+
+
+def pictures_of(record: Llava) -> list[str]:
+    """The pictures of a LLaVA record. Raises BadRecordError for what are no names."""
+    found = record.get("image")
+    return _names([] if found in (None, "") else [found] if isinstance(found, str) else found)
+
+
+def _names(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise BadRecordError("pictures are no list of names", repr(value)[:100])
+    return value
+
+
+# -- Data-Juicer -------------------------------------------------------------------------------------------------
+
+
+def to_dj(record: Llava) -> DataJuicer:
+    """A LLaVA record with all its turns as Data-Juicer's.
+
+    Raises BadRecordError where a turn holds what marks a turn, a picture or an end there: it could not be told apart.
+    """
+    turns = turns_of(record)
+    text = "\n".join(f"[[{speaker}]]: {_for_dj(value)}" for speaker, value in turns)
+    return {"id": str(id_of(record)), "text": f"{text} {DJ_END}", "images": pictures_of(record)}
+
+
+def to_dj_caption(record: Llava) -> DataJuicer:
+    """A LLaVA record of one question and its answer as Data-Juicer's, which keeps the answer alone."""
+    turns, pictures = turns_of(record), pictures_of(record)
+    if [speaker for speaker, _ in turns] != ["human", "gpt"]:
+        raise BadRecordError("not one question and one answer", f"found {len(turns)} turns")
+    if PLACE in turns[1][1]:
+        raise BadRecordError("a picture in an answer", turns[1][1][:100])
+    text = f"{DJ_PLACE}\n" * len(pictures) + f"{_for_dj(turns[1][1])} {DJ_END}"
+    return {"id": str(id_of(record)), "text": text, "images": pictures}
+
+
+def _for_dj(value: str) -> str:
+    mark = _MARK.search(value)
+    taken = mark.group() if mark else next((mark for mark in (DJ_PLACE, DJ_END) if mark in value), None)
+    if taken is not None:
+        raise BadRecordError("a turn holds a mark of Data-Juicer's", taken)
+    return value.replace(PLACE, DJ_PLACE)
+
+
+def has_turns(record: DataJuicer) -> bool:
+    """Whether a Data-Juicer record has all turns, and not a caption alone."""
+    return _TURN.match(text_of_dj(record)) is not None
+
+
+def text_of_dj(record: DataJuicer) -> str:
+    """The text of a Data-Juicer record. Raises BadRecordError where it is none."""
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise BadRecordError("text is no text", repr(text)[:100])
+    return text
+
+
+def from_dj(record: DataJuicer, name: str | int | None = None) -> Llava:
+    """The LLaVA record of a Data-Juicer record with all turns. `name`: its id in LLaVA's file, where that is known."""
+    pieces = _TURN.split(text_of_dj(record))
+    if len(pieces) < 3 or pieces[0].strip():
+        raise BadRecordError("no [[human]]: and [[gpt]]: in its text", pieces[0][:100])
+    speakers, values = pieces[1::2], [_without_end(value).replace(DJ_PLACE, PLACE) for value in pieces[2::2]]
+    turns = list(zip(speakers, values, strict=True))
+    return _llava(id_of(record) if name is None else name, turns, _pictures(record, turns))
+
+
+def restored(record: DataJuicer, originals: Mapping[str, Original | None]) -> Llava:
+    """The LLaVA record of a caption, with the question that the original file has under its id.
+
+    `originals` are by their ids as text; None where several records of one id ask differently. Raises BadRecordError
+    for a question that cannot be found.
+    """
+    name = id_of(record)
+    if str(name) not in originals:
+        raise BadRecordError("its question is not in the original file", str(name))
+    original = originals[str(name)]
+    if original is None:
+        raise BadRecordError("the original file has several questions of its id", str(name))
+    turns = [("human", original.question), ("gpt", caption_in(text_of_dj(record)))]
+    return _llava(original.id, turns, _pictures(record, turns))
+
+
+def _pictures(record: DataJuicer, turns: list[tuple[str, str]]) -> list[str]:
+    """Its pictures. An operator that writes a second caption names the picture again: then each counts once."""
+    pictures = _names(record.get("images") or [])
+    once = list(dict.fromkeys(pictures))
+    places = sum(value.count(PLACE) for speaker, value in turns if speaker != "gpt")
+    return once if len(once) == places else pictures
+
+
+def caption_in(text: str) -> str:
+    """The caption in a Data-Juicer text: without the marks of its pictures, and of its end.
+
+    With each mark goes the one blank or line end that sets it apart. Several chunks become lines.
+    """
+    place = DJ_PLACE if DJ_PLACE in text else PLACE
+    caption = _without_end(text)
+    while caption.lstrip().startswith(place):
+        caption = caption.lstrip().removeprefix(place)
+        caption = caption[1:] if caption[:1] in ("\n", " ") else caption
+    while caption.rstrip().endswith(place):
+        caption = caption.rstrip().removesuffix(place)
+        caption = caption[:-1] if caption[-1:] in ("\n", " ") else caption
+    if DJ_END not in caption and place not in caption:
+        return caption
+    chunks = re.split(f"{re.escape(DJ_END)}|{re.escape(place)}", caption)
+    return "\n".join(chunk.strip() for chunk in chunks if chunk.strip())
+
+
+def _without_end(text: str) -> str:
+    if not text.rstrip().endswith(DJ_END):
+        return text
+    return text.rstrip().removesuffix(DJ_END).removesuffix(" ")

@@ -1,0 +1,428 @@
+"""The questions of better_synth: what is trained on, TextVQA's and MMBench's; and the pictures that they show."""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+from pydantic import Field
+
+from stages.contract.errors import DataError
+from stages.contract.files import digest_of, written_atomically
+from stages.contract.recipe import Section
+from stages.contract.records import Message
+from stages.json_lines import BadRecordError
+from stages.tables import Row, read_rows
+from stages.tasks import Given, Skip
+from stages.tasks.better_synth import mmbench, textvqa
+from stages.tasks.better_synth.llava import (
+    PLACE,
+    Llava,
+    Original,
+    from_dj,
+    has_turns,
+    id_of,
+    restored,
+    to_messages,
+    turns_of,
+)
+from stages.wording import plain
+
+PRETRAIN, FINETUNE, TEXTVQA, MMBENCH = "pretrain", "finetune", "textvqa", "mmbench"
+"""The data sets; the first two are trained on, as data mixes name them."""
+
+FILES = {PRETRAIN: "records.jsonl", FINETUNE: "finetune.json", TEXTVQA: "textvqa.jsonl", MMBENCH: "mmbench.tsv"}
+ORIGINALS = "records_llava.json"
+ANNOTATIONS = "textvqa_annotations.json"
+
+
+class Samples(Section):
+    """`preprocess.samples`."""
+
+    pad: bool = Field(
+        True,
+        description="Pad pictures to squares, as LLaVA-1.5 does (image_aspect_ratio pad): else what its picture"
+        " processor cuts off at the sides is never seen",
+    )
+    ocr: bool = Field(True, description="Leave the words that a reader of the picture found in TextVQA's prompts")
+    circular: bool = Field(
+        True, description="MMBench's circular evaluation: a question counts when all rotations of its options are right"
+    )
+    textvqa_images: str = Field("", description="Folder of the pictures that textvqa.jsonl names, below data.path")
+
+
+@dataclass(frozen=True)
+class PictureQuestion:
+    """A conversation to learn from, or a question of a test set."""
+
+    id: str
+    """Begins with the data set's name."""
+    source: str
+    messages: tuple[Message, ...]
+    """All but the last answer, with `<image>` for each of `images`."""
+    images: tuple[str, ...]
+    """Names in <run>/preprocess/pictures."""
+    answers: tuple[str, ...]
+    group: str
+    """The same for the same picture: what is trained on must show none of a test set."""
+    split: Given
+    meta: dict[str, Any] = field(default_factory=dict)
+    """What reading an answer, scoring it and handing it in need."""
+    error: str | None = None
+    """Why it cannot be asked; it stays in the test set, to be counted as failed."""
+
+    @property
+    def text(self) -> str:
+        return self.messages[-1]["content"]
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------
+
+MEAN_COLOUR = (122, 116, 104)
+"""CLIP's mean, with which LLaVA-1.5 pads: nothing, to the vision tower."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture in <run>/preprocess/pictures."""
+
+    name: str
+    digest: str
+    """sha256 (hex) of its file as it was."""
+
+
+class Pictures:
+    """Puts pictures into a folder of the run, each once, under its digest; what is there is not written again."""
+
+    def __init__(self, data: Path, folder: Path, pad: bool) -> None:
+        self._data, self._folder, self._pad = data, folder, pad
+        self._known: dict[str, Stored] = {}
+
+    def of_file(self, name: str) -> Stored:
+        """A picture by its name below the data folder. Raises BadRecordError where there is none."""
+        if name not in self._known:
+            path = PurePosixPath(name)
+            if path.is_absolute() and path.is_relative_to(self._data):
+                path = path.relative_to(self._data)
+            if path.is_absolute() or ".." in path.parts:
+                raise BadRecordError("picture outside the data folder", name)
+            try:
+                data = (self._data / path).read_bytes()
+            except OSError as error:
+                raise BadRecordError("picture cannot be read", f"{name} ({error.strerror})") from error
+            self._known[name] = self.of_bytes(data, name)
+        return self._known[name]
+
+    def of_bytes(self, data: bytes, name: str) -> Stored:
+        """A picture by its file's content. Raises BadRecordError where that is none, or broken."""
+        digest = hashlib.sha256(data).hexdigest()
+        try:
+            with Image.open(io.BytesIO(data)) as picture:
+                ending = "jpg" if picture.format == "JPEG" else str(picture.format).lower()
+                if self._pad and picture.width != picture.height:
+                    ending, data = ("jpg" if ending == "jpg" else "png"), _squared(picture)
+                    stored = Stored(f"{digest[:32]}-square.{ending}", digest)
+                else:
+                    picture.draft("RGB", (1, 1))  # a JPEG that is cut off is found out without all the work
+                    picture.load()
+                    stored = Stored(f"{digest[:32]}.{ending}", digest)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise BadRecordError("no picture, or a broken one", f"{name} ({' '.join(str(error).split())})") from error
+        path = self._folder / stored.name
+        if not path.exists():
+            with written_atomically(path, "wb") as file:
+                file.write(data)
+        return stored
+
+
+def _squared(picture: Image.Image) -> bytes:
+    """The file of a picture in the middle of a square of its longer side."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), MEAN_COLOUR)
+    square.paste(picture.convert("RGB"), ((side - picture.width) // 2, (side - picture.height) // 2))
+    data = io.BytesIO()
+    if picture.format == "JPEG":
+        square.save(data, "JPEG", quality=95)
+    else:
+        square.save(data, "PNG")
+    return data.getvalue()
+
+
+def _group(digest: str) -> str:
+    return f"picture-{digest[:16]}"
+
+
+# -- all questions -----------------------------------------------------------------------------------------------
+
+
+def sources(folder: Path) -> list[str]:
+    """The data sets in the data folder that can be trained on. Raises DataError where there is none."""
+    found = [name for name in (FINETUNE, PRETRAIN) if (folder / FILES[name]).is_file()]
+    if not found:
+        raise DataError(f"{folder}: nothing to train on: neither {FILES[PRETRAIN]} nor {FILES[FINETUNE]}")
+    return found
+
+
+def records_file(folder: Path) -> Path:
+    """The file of Data-Juicer records. Raises DataError where it is not there."""
+    path = folder / FILES[PRETRAIN]
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; put the records in Data-Juicer's form there")
+    return path
+
+
+def read_all(folder: Path, records: Path, pictures: Path, settings: Samples, skip: Skip) -> list[PictureQuestion]:
+    """The questions of all data sets, those of the test sets first. What cannot be used is skipped with its file and
+    line. Raises DataError where nothing is left."""
+    sources(folder)
+    store = Pictures(folder, pictures, settings.pad)
+    tested = [*_textvqa_questions(folder, settings, store, skip), *_mmbench_questions(folder, settings, store, skip)]
+    if not tested:
+        raise DataError(f"{folder}: no question to test on: neither in {FILES[TEXTVQA]} nor in {FILES[MMBENCH]}")
+    shown = {question.group for question in tested}
+    learnt = _finetune_questions(folder, store, shown, skip)
+    captions = _pretrain_questions(folder, records, store, shown, skip)
+    return [*tested, *learnt, *captions]
+
+
+# -- to train on -------------------------------------------------------------------------------------------------
+
+
+def _finetune_questions(folder: Path, store: Pictures, tested: set[str], skip: Skip) -> Iterator[PictureQuestion]:
+    path = folder / FILES[FINETUNE]
+    if path.is_file():
+        yield from _conversations(FINETUNE, path, _record_in, store, tested, skip)
+
+
+def _pretrain_questions(
+    folder: Path, records: Path, store: Pictures, tested: set[str], skip: Skip
+) -> Iterator[PictureQuestion]:
+    """Captions, each with the question that its original asks."""
+    if not records.is_file():
+        return
+    path = folder / ORIGINALS
+    originals = read_originals(path, skip) if path.is_file() else None
+
+    def read(row: Row) -> Llava:
+        record = _record_in(row)
+        if has_turns(record):
+            return from_dj(record)
+        if originals is None:
+            raise DataError(f"{path}: no such file: {row.where} is a caption alone, whose question is looked up there")
+        return restored(record, originals)
+
+    yield from _conversations(PRETRAIN, records, read, store, tested, skip)
+
+
+def read_originals(path: Path, skip: Skip) -> dict[str, Original | None]:
+    """The questions of a LLaVA file by their ids as text; None where several records of one id ask differently."""
+    found: dict[str, Original | None] = {}
+    for row in read_rows(path):
+        try:
+            record = _record_in(row)
+            name = id_of(record)
+            question = next(value for speaker, value in turns_of(record) if speaker == "human")
+        except StopIteration:
+            skip(row.where, "no question in it")
+            continue
+        except BadRecordError as error:
+            skip(row.where, error.reason, str(error))
+            continue
+        known = found.setdefault(str(name), Original(name, question))
+        if known is not None and known.question != question:
+            found[str(name)] = None
+    return found
+
+
+def _record_in(row: Row) -> dict[str, Any]:
+    if row.bad is not None:
+        raise BadRecordError(*row.bad)
+    if not isinstance(row.record, dict):
+        raise BadRecordError("not a JSON object", f"found {type(row.record).__name__}")
+    return row.record
+
+
+def _conversations(
+    source: str, path: Path, read: Any, store: Pictures, tested: set[str], skip: Skip
+) -> Iterator[PictureQuestion]:
+    """The conversations of a file; `read` makes a LLaVA record of a row. An id may come again, as in LLaVA's own mix,
+    or where Data-Juicer writes a second caption: the samples are numbered then."""
+    times: dict[str, int] = {}
+    seen: set[str] = set()
+    for row in read_rows(path):
+        try:
+            record = read(row)
+            digest = digest_of(record)
+            if digest in seen:
+                raise BadRecordError("the same record again", str(record["id"]))
+            seen.add(digest)
+            question = _conversation(record, source, store)
+            if not tested.isdisjoint(question.meta["pictures"]):
+                raise BadRecordError("it shows a picture of a test set", question.id)
+        except BadRecordError as error:
+            skip(row.where, error.reason, str(error))
+            continue
+        count = times[question.id] = times.get(question.id, 0) + 1
+        yield question if count == 1 else replace(question, id=f"{question.id}#{count}")
+
+
+def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestion:
+    name = id_of(record)
+    messages, names = to_messages(record)
+    images = [store.of_file(each) for each in names]
+    groups = [_group(image.digest) for image in images]
+    *asked, answer = [_as_shown(message) for message in messages]
+    return PictureQuestion(
+        id=f"{source}/{name}",
+        source=source,
+        messages=tuple(asked),
+        images=tuple(image.name for image in images),
+        answers=(answer["content"].strip(),),
+        group=groups[0] if groups else f"text-{digest_of(messages[0])[:16]}",
+        split="train only",
+        meta={"kind": source, "pictures": groups},
+    )
+
+
+def _as_shown(message: Message) -> Message:
+    """A message in which only the places of pictures are placeholders, and none in an answer."""
+    pieces = message["content"].split(PLACE) if message["role"] != "assistant" else [message["content"]]
+    return {"role": message["role"], "content": PLACE.join(map(plain, pieces))}
+
+
+# -- to test on --------------------------------------------------------------------------------------------------
+
+
+def _below_picture(text: str) -> tuple[Message, ...]:
+    """What is asked about one picture, which stands first."""
+    return ({"role": "user", "content": f"{PLACE}\n{plain(text)}"},)
+
+
+def _textvqa_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> Iterator[PictureQuestion]:
+    path, annotations = folder / FILES[TEXTVQA], folder / ANNOTATIONS
+    if not path.is_file():
+        return
+    answers = textvqa.read_annotations(annotations) if annotations.is_file() else None
+    times: dict[str, int] = {}
+    for question in textvqa.read_questions(path, answers, skip):
+        name = question.question_id
+        times[name] = times.get(name, 0) + 1
+        yield _tested(
+            store,
+            str(PurePosixPath(settings.textvqa_images) / question.image),
+            PictureQuestion(
+                id=f"{TEXTVQA}/{name}/{times[name]}",
+                source=TEXTVQA,
+                messages=_below_picture(question.prompt if settings.ocr else without_words(question.prompt)),
+                images=(),
+                answers=question.answers,
+                group="",
+                split="test only" if question.answers else "asked",
+                meta={"kind": TEXTVQA, "question_id": name, "prompt": question.prompt},
+            ),
+        )
+
+
+_WORDS_LINE = re.compile(r"^Reference OCR token:[^\n]*\n?|\n?^Reference OCR token:[^\n]*\Z", re.MULTILINE)
+_WORDS_BEFORE = re.compile(r"\A((?:<image>\n)?)OCR tokens: .*?(?=Question: )", re.DOTALL)
+
+
+def without_words(prompt: str) -> str:
+    """A TextVQA prompt without the words that a reader of the picture found, in either of LLaVA's forms."""
+    return _WORDS_BEFORE.sub(r"\1", _WORDS_LINE.sub("", prompt))
+
+
+def _tested(store: Pictures, name: str, question: PictureQuestion) -> PictureQuestion:
+    """A question of a test set with its picture; where that is no use, with why. It is never left out."""
+    try:
+        return _showing(question, store.of_file(name))
+    except BadRecordError as error:
+        return replace(question, group=question.id, error=f"{error.reason}: {error}")
+
+
+def _showing(question: PictureQuestion, picture: Stored) -> PictureQuestion:
+    return replace(question, images=(picture.name,), group=_group(picture.digest))
+
+
+def _mmbench_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> list[PictureQuestion]:
+    """The questions, each as often as it has options, these rotated; once where the table has no answer for it, or
+    holds the rotations itself. Of the latter a question that lacks one is left out: it would be easier."""
+    path = folder / FILES[MMBENCH]
+    if not path.is_file():
+        return []
+    rotate = settings.circular and not mmbench.has_rotations(path)
+    found: list[PictureQuestion] = []
+    shown: dict[int, Stored] = {}
+    for row in mmbench.read_rows(path, skip):
+        picture, error = _picture_of(row, shown, store)
+        for turn in mmbench.rounds(row, rotate=rotate and row.answer is not None):
+            question = _mmbench_question(row, turn, settings.circular)
+            found.append(_showing(question, picture) if picture else replace(question, group=question.id, error=error))
+    if rotate or not settings.circular:
+        return found
+    lacking = set(mmbench.incomplete([(each.meta["of"], len(each.meta["options"])) for each in found]))
+    for question in found:
+        if question.meta["of"] in lacking:
+            skip(question.id, "not all rotations are there", f"of question {question.meta['of']}")
+    return [question for question in found if question.meta["of"] not in lacking]
+
+
+def _picture_of(row: mmbench.MMBenchRow, shown: dict[int, Stored], store: Pictures) -> tuple[Stored | None, str | None]:
+    """A row's picture, which another row before it may hold; or why there is none."""
+    if row.picture_of != row.index:
+        other = shown.get(row.picture_of)
+        return other, None if other else f"its picture is that of row {row.picture_of}, and none before it has one"
+    try:
+        shown[row.index] = store.of_bytes(mmbench.picture_bytes(row), row.where)
+    except BadRecordError as error:
+        return None, f"{error.reason}: {error}"
+    return shown[row.index], None
+
+
+def _mmbench_question(row: mmbench.MMBenchRow, turn: mmbench.Round, circular: bool) -> PictureQuestion:
+    name = f"{MMBENCH}/{turn.id}"
+    return PictureQuestion(
+        id=name,
+        source=MMBENCH,
+        messages=_below_picture(mmbench.prompt(row.question, row.hint, turn.options)),
+        images=(),
+        answers=(turn.answer,) if turn.answer else (),
+        group="",
+        split="test only" if turn.answer else "asked",
+        meta={
+            "kind": f"{MMBENCH}: {row.category}" if row.category else MMBENCH,
+            "of": row.group,
+            "index": row.index,
+            "options": turn.options,
+            "round": turn.number,
+            "together": f"{MMBENCH}/{row.group}" if circular else name,
+            "uploaded": row.uploaded,
+        },
+    )
+
+
+# -- submission --------------------------------------------------------------------------------------------------
+
+
+def asked_rows(folder: Path, tested: list[PictureQuestion]) -> list[dict[str, Any]]:
+    """A line for each TextVQA question and each row of MMBench's table, in the files' order. `asked` is what LLaVA's
+    lines say of the question, `ids` are the samples; of a row's rotations the first is handed in."""
+    rows: dict[str, dict[str, Any]] = {}
+    for question in tested:
+        meta = question.meta
+        if question.source == TEXTVQA:
+            key, asked = question.id, {"question_id": meta["question_id"], "prompt": meta["prompt"]}
+        else:
+            key, options = f"{MMBENCH}/{meta['index']}", meta["options"]
+            asked = {"question_id": meta["index"], "round_id": meta["round"], "prompt": _without_picture(question.text)}
+            asked |= {"options": list(options.values()), "option_char": list(options)}
+        rows.setdefault(key, {"asked": asked, "ids": []})["ids"].append(question.id)
+    return list(rows.values())
+
+
+def _without_picture(text: str) -> str:
+    return text.removeprefix(f"{PLACE}\n")
