@@ -1,0 +1,389 @@
+"""MMBench: the TSV as a stream, circular groups and answers worked by hand, and the upload."""
+
+import base64
+import csv
+import io
+import tracemalloc
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.contract.errors import DataError
+from stages.contract.recipe import load_recipe
+from stages.contract.records import Prediction, Sample, failed_prediction
+from stages.eval.scores import breakdown, overall, score_models
+from stages.json_lines import BadRecordError
+from stages.tasks.better_synth.mmbench import (
+    ASKS,
+    ASKS_IN_CHINESE,
+    LETTERS,
+    MMBenchRow,
+    has_rotations,
+    incomplete,
+    letter_in,
+    picture_bytes,
+    prompt,
+    read_rows,
+    rounds,
+    upload_row,
+    write_xlsx,
+)
+from tests.conftest import REPOSITORY
+from tests.eval.conftest import answer
+
+PICTURE = base64.b64encode(bytes(range(256))).decode()
+COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category"]
+COLUMNS += ["comment", "split"]
+
+
+def tsv(path: Path, rows: list[dict[str, Any]], columns: list[str] = COLUMNS) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def line(index: int, options: str = "cat dog bird", right: str = "A", **changes: Any) -> dict[str, Any]:
+    texts = dict(zip(LETTERS, options.split(), strict=False))
+    held = {"index": index, "question": f"What is in picture {index}?", "answer": right, "image": PICTURE}
+    return {**held, "category": "animal", "l2-category": "coarse", "split": "dev", **texts, **changes}
+
+
+Skipped = list[tuple[str, ...]]
+
+
+def read(path: Path) -> tuple[list[MMBenchRow], Skipped]:
+    skipped: Skipped = []
+    return list(read_rows(path, lambda *why: skipped.append(why))), skipped
+
+
+def row_of(options: str, right: str | None = "A", index: int = 5) -> MMBenchRow:
+    texts = tuple(options.split())
+    return MMBenchRow(index, "What is it?", "", texts, right, "c", "l", PICTURE, {}, "x.tsv:2")
+
+
+# -- the TSV -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_read_as_they_are(tmp_path: Path) -> None:
+    rows = [
+        line(5, hint="Look\tclosely.", question='He said "no"\nand left?'),
+        line(6, "红 蓝", "B", question="什么颜色？", hint="nan"),
+        line(7, "x y z w", "D", image="5"),
+    ]
+    found, skipped = read(tsv(tmp_path / "dev.tsv", rows))
+    assert skipped == []
+    assert found[0].question == 'He said "no"\nand left?'
+    assert (found[0].hint, found[0].options, found[0].answer) == ("Look\tclosely.", ("cat", "dog", "bird"), "A")
+    assert picture_bytes(found[0]) == bytes(range(256))
+    assert (found[1].options, found[1].hint, found[1].question) == (("红", "蓝"), "", "什么颜色？")
+    assert [row.picture_of for row in found] == [5, 6, 5]
+    assert [row.where for row in found] == ["dev.tsv:3", "dev.tsv:4", "dev.tsv:5"]
+    assert (found[0].category, found[0].l2_category) == ("animal", "coarse")
+
+
+@pytest.mark.parametrize("empty", ["", " ", "nan", "NaN", "None"])
+def test_options_end_at_the_first_empty_one(tmp_path: Path, empty: str) -> None:
+    found, _ = read(tsv(tmp_path / "a.tsv", [line(1, "w x y z", C=empty)]))
+    assert found[0].options == ("w", "x")
+
+
+def test_without_an_answer_it_is_asked_only(tmp_path: Path) -> None:
+    columns = [name for name in COLUMNS if name not in ("answer", "hint", "comment")]
+    held = {name: value for name, value in line(1).items() if name in columns}
+    found, skipped = read(tsv(tmp_path / "test.tsv", [held], columns))
+    assert (found[0].answer, found[0].hint, skipped) == (None, "", [])
+    assert {turned.answer for turned in rounds(found[0])} == {None}
+
+
+def test_what_cannot_be_used_is_skipped_with_its_line(tmp_path: Path) -> None:
+    bad = [
+        {**line(1), "index": "one"},
+        line(2, question=""),
+        line(3, image=""),
+        line(4, "only"),
+        line(5, right="D"),
+        line(6),
+        line(6),
+    ]
+    found, skipped = read(tsv(tmp_path / "a.tsv", bad))
+    assert [row.index for row in found] == [6]
+    assert [why[:2] for why in skipped] == [
+        ("a.tsv:2", "index is no number"),
+        ("a.tsv:3", "no question"),
+        ("a.tsv:4", "no image"),
+        ("a.tsv:5", "fewer than two options"),
+        ("a.tsv:6", "answer is no option"),
+        ("a.tsv:8", "duplicate index"),
+    ]
+    with pytest.raises(BadRecordError):
+        picture_bytes(replace(found[0], image="no base64!"))
+
+
+@pytest.mark.parametrize("lacks", ["index", "question", "A", "B", "image"])
+def test_a_table_without_a_column_is_refused(tmp_path: Path, lacks: str) -> None:
+    columns = [name for name in COLUMNS if name != lacks]
+    with pytest.raises(DataError, match=f"no column '{lacks}'"):
+        read(tsv(tmp_path / "a.tsv", [], columns))
+
+
+def test_a_file_is_never_in_memory(tmp_path: Path) -> None:
+    big = base64.b64encode(bytes(1_500_000)).decode()  # 2 MB, far above csv's own limit of a field
+    path = tsv(tmp_path / "a.tsv", [line(index, image=big) for index in range(20)])
+    assert path.stat().st_size > 40_000_000
+    tracemalloc.start()
+    try:
+        count = sum(1 for row in read_rows(path, lambda *why: None) if row.options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 20
+    assert peak < 16_000_000
+
+
+# -- circular evaluation -------------------------------------------------------------------------------------------
+
+
+def test_rotations_by_hand() -> None:
+    found = rounds(row_of("cat dog bird", "B"))
+    assert [list(turned.options.values()) for turned in found] == [
+        ["cat", "dog", "bird"],
+        ["dog", "bird", "cat"],
+        ["bird", "cat", "dog"],
+    ]
+    assert [turned.answer for turned in found] == ["B", "A", "C"]
+    assert [turned.meant["A"] for turned in found] == ["A", "B", "C"]
+    assert [turned.id for turned in found] == ["5", "5#1", "5#2"]
+    assert [list(turned.options) for turned in found] == [["A", "B", "C"]] * 3
+
+
+@given(st.integers(2, 8), st.data())
+def test_the_right_option_is_right_wherever_it_stands(count: int, data: st.DataObject) -> None:
+    right = data.draw(st.sampled_from(LETTERS[:count]))
+    row = row_of(" ".join(f"text{letter}" for letter in LETTERS[:count]), right)
+    found = rounds(row)
+    assert len(found) == count
+    assert {turned.options[str(turned.answer)] for turned in found} == {f"text{right}"}
+    assert sorted(str(turned.answer) for turned in found) == list(LETTERS[:count])  # once at every place
+    assert {turned.meant[str(turned.answer)] for turned in found} == {right}
+
+
+def test_a_tsv_with_rotations_is_not_rotated_again(tmp_path: Path) -> None:
+    plain = tsv(tmp_path / "plain.tsv", [line(1), line(2)])
+    turned = tsv(tmp_path / "turned.tsv", [line(1), line(1_000_001, "dog bird cat", "C"), line(2_000_001)])
+    assert not has_rotations(plain)
+    assert has_rotations(turned)
+    found, _ = read(turned)
+    assert [row.group for row in found] == [1, 1, 1]
+    assert [[one.id for one in rounds(row, rotate=False)] for row in found] == [["1"], ["1000001"], ["2000001"]]
+    assert rounds(found[1], rotate=False)[0].answer == "C"
+
+
+def test_a_question_that_lacks_a_rotation_is_told() -> None:
+    assert incomplete([(1, 3), (1, 3), (1, 3), (2, 2), (3, 4), (3, 4), (4, 2), (4, 2)]) == [2, 3]
+
+
+GROUPS = [
+    # options, right letter, what the model says in each round, whether the question is a hit
+    ("cat dog", "A", ["A", "B"], True),
+    ("cat dog", "B", ["B", "A"], True),
+    ("cat dog", "A", ["A", "A"], False),  # says A whatever stands there
+    ("cat dog bird", "C", ["C", "B", "A"], True),
+    ("cat dog bird", "C", ["C", "C", "A"], False),
+    ("cat dog bird", "A", ["(A)", "C. cat", "Answer: B"], True),
+    ("cat dog bird", "A", ["cat", "cat", "a cat."], True),  # by its text alone
+    ("cat dog bird hen", "B", ["B", "A", "D", "C"], True),
+    ("cat dog bird hen", "B", ["B", "A", "D", "no idea"], False),  # what matches nothing is wrong
+    ("cat dog bird hen", "D", ["D", "C", "B", None], False),  # a failure
+    ("cat dog bird hen", "D", ["D", "C", "B", "A"], True),
+    ("cat dog bird hen", "A", ["B", "A", "D", "C"], False),  # wrong in each, but for none
+    ("红 蓝", "B", ["选B", "答案是A"], True),
+    ("红 蓝", "A", ["红色", "红"], True),
+    ("one two three four five", "E", ["E", "D", "C", "B", "A"], True),
+]
+"""Circular groups worked by hand: the right letter moves one to the left with each round, and from A to the last."""
+
+
+def circular(groups: list[tuple[str, str, list[str | None], bool]]) -> tuple[list[Sample], list[Prediction]]:
+    """The groups as a run has them: a sample for each round, and the letter read out of what the model says."""
+    samples: list[Sample] = []
+    predictions: list[Prediction] = []
+    for index, (options, right, said, _) in enumerate(groups):
+        row = row_of(options, right, index)
+        for turned, text in zip(rounds(row), said, strict=True):
+            meta = {"group": str(row.group), "kind": f"{len(row.options)} options", "row": row.group}
+            references = [str(turned.answer)]
+            samples.append({"id": turned.id, "messages": [], "images": [], "references": references, "meta": meta})
+            letter = None if text is None else letter_in(text, turned.options)
+            failed = failed_prediction(turned.id, "no answer")
+            predictions.append(failed if letter is None else answer(samples[-1], letter))
+    return samples, predictions
+
+
+TASK = SimpleNamespace(
+    score=lambda recipe, given, sample: {"mmbench": float(given in sample["references"])},
+    facts=lambda sample: {},
+    together=lambda sample: str(sample["meta"]["row"]),
+)
+RECIPE = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny")
+
+
+def hits(groups: list[tuple[str, str, list[str | None], bool]]) -> float:
+    samples, predictions = circular(groups)
+    figures, _ = overall(score_models(TASK, RECIPE, samples, {"base": predictions}), 50, 0)
+    assert figures["base"]["mmbench"]["n"] == len(groups)
+    return float(figures["base"]["mmbench"]["value"])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_circular_group_by_hand(group: tuple[str, str, list[str | None], bool]) -> None:
+    assert hits([group]) == 100 * group[3]
+
+
+def test_accuracy_is_hit_groups_over_groups_also_by_category() -> None:
+    assert len(GROUPS) >= 12
+    assert hits(GROUPS) == pytest.approx(100 * 10 / 15, abs=1e-3)
+    samples, predictions = circular(GROUPS)
+    parts = breakdown(score_models(TASK, RECIPE, samples, {"base": predictions}), "kind")["base"]
+    assert {kind: (figures["mmbench"]["value"], figures["mmbench"]["n"]) for kind, figures in parts.items()} == {
+        "2 options": (80, 5),
+        "3 options": (75, 4),
+        "4 options": (40, 5),
+        "5 options": (100, 1),
+    }
+    assert parts["4 options"]["mmbench"]["failed"] == 2
+
+
+# -- the letter in an answer ---------------------------------------------------------------------------------------
+
+OPTIONS = {"A": "cat", "B": "dog", "C": "hot dog", "D": "red"}
+
+SAID = [
+    ("B", "B"),
+    (" b.\n", "B"),
+    ("(B)", "B"),
+    ("Ｂ", "B"),
+    ("（Ｂ）", "B"),
+    ("B. dog", "B"),
+    ("B) dog", "B"),
+    ("[C]: a hot dog", "C"),
+    ("Answer: B", "B"),
+    ("answer:B", "B"),
+    ("The answer is (C).", "C"),
+    ("The correct option is **C**.", "C"),
+    ("Option D", "D"),
+    ("答案是B", "B"),
+    ("答案：（C）", "C"),
+    ("选项D", "D"),
+    ("I believe (C), since it is long", "C"),
+    ("It must be D.", "D"),
+    ("dog", "B"),
+    ("A dog", "B"),  # an article, no letter
+    ("The answer is a dog.", "B"),
+    ("It is a hot dog!", "C"),  # the longer text, not the one in it
+    ("HOT  DOG", "C"),
+    ("(A) or (B)", None),
+    ("B, C", None),
+    ("cat and dog", None),
+    ("cats", None),  # no word of its own
+    ("E", None),
+    ("(E)", None),
+    ("The answer is E.", None),
+    ("I cannot tell", None),
+    ("", None),
+    ("\N{REPLACEMENT CHARACTER}", None),
+    ("Looking at it for a long time I begin to think of a dog that I had when I was young", None),  # much longer
+]
+
+
+@pytest.mark.parametrize(("said", "letter"), SAID)
+def test_letters_by_rule(said: str, letter: str | None) -> None:
+    assert letter_in(said, OPTIONS) == letter
+
+
+def test_a_text_that_ends_in_a_letter_is_the_text() -> None:
+    vitamins = {"A": "vitamin B", "B": "vitamin C", "C": "vitamin D"}
+    assert letter_in("Vitamin C.", vitamins) == "B"
+    assert letter_in("C", vitamins) == "C"
+
+
+def test_options_that_read_the_same_are_none() -> None:
+    assert letter_in("dog", {"A": "dog", "B": "Dog."}) is None
+
+
+@given(st.text(), st.dictionaries(st.sampled_from("ABCD"), st.text(min_size=1), min_size=2))
+def test_no_letter_is_made_up(said: str, options: dict[str, str]) -> None:
+    assert letter_in(said, options) in {None, *options}
+
+
+# -- the prompt ----------------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_is_llavas() -> None:
+    options = {"A": "cat", "B": "dog"}
+    assert prompt("What is it?", "", options) == f"What is it?\nA. cat\nB. dog\n{ASKS}"
+    assert prompt("What is it?", "A pet.", options) == f"A pet.\nWhat is it?\nA. cat\nB. dog\n{ASKS}"
+    assert prompt("这是什么？", "", {"A": "猫", "B": "狗"}) == f"这是什么？\nA. 猫\nB. 狗\n{ASKS_IN_CHINESE}"
+
+
+# -- the upload ----------------------------------------------------------------------------------------------------
+
+
+def cells(path: Path) -> list[list[str]]:
+    """The sheet, read as XML."""
+    space = {"s": "http://schemas.openxmlformats.org/spreadsheetml/2006/main"}
+    with zipfile.ZipFile(path) as archive:
+        sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
+    return [
+        ["".join(cell.itertext()) for cell in row.findall("s:c", space)]
+        for row in sheet.findall("s:sheetData/s:row", space)
+    ]
+
+
+def rows_of(path: Path, answers: Mapping[int, tuple[str | None, str | None]]) -> list[dict[str, str | int]]:
+    found, _ = read(path)
+    return [upload_row(row.uploaded, *answers[row.index]) for row in found]
+
+
+def test_the_upload_has_llavas_columns(tmp_path: Path) -> None:
+    path = tsv(tmp_path / "test.tsv", [line(5, "cat dog", D="", question="1 < 2 & 'x'?"), line(1_000_005, "a b c d")])
+    rows = rows_of(path, {5: ("B", "(B) dog"), 1_000_005: (None, "I do not know")})
+    write_xlsx(tmp_path / "up" / "mmbench.xlsx", rows)
+    assert cells(tmp_path / "up" / "mmbench.xlsx") == [
+        ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"],
+        ["5", "1 < 2 & 'x'?", "cat", "dog", "", "", "B", "A", "dev"],
+        ["1000005", "What is in picture 1000005?", "a", "b", "c", "d", "I do not know", "A", "dev"],
+    ]
+
+
+def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
+    rows: list[dict[str, str | int]] = [{"index": 1, "question": "图\x00 \x1b]", "prediction": ""}]
+    for name in ("a.xlsx", "b.xlsx"):
+        write_xlsx(tmp_path / name, rows)
+    assert (tmp_path / "a.xlsx").read_bytes() == (tmp_path / "b.xlsx").read_bytes()
+    assert cells(tmp_path / "a.xlsx")[1] == ["1", "图\ufffd \ufffd]", ""]
+
+
+def test_a_spreadsheet_program_reads_it(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    write_xlsx(tmp_path / "a.xlsx", [{"index": 7, "question": " 什么 \n<b>", "A": "=1+1", "prediction": "B"}])
+    sheet = openpyxl.load_workbook(io.BytesIO((tmp_path / "a.xlsx").read_bytes())).active
+    assert [[cell.value for cell in row] for row in sheet.rows] == [
+        ["index", "question", "A", "prediction"],
+        [7, " 什么 \n<b>", "=1+1", "B"],
+    ]
+
+
+def test_a_text_that_no_cell_holds_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="32768 characters"):
+        write_xlsx(tmp_path / "a.xlsx", [{"question": "x" * 32_768}])
+    assert list(tmp_path.iterdir()) == []
