@@ -1,0 +1,75 @@
+"""MGM's sizes: those of its language model and of its two towers."""
+
+from typing import Any
+
+from transformers import CLIPVisionConfig, ConvNextConfig, GemmaConfig, PreTrainedConfig
+
+GEMMA_2B: dict[str, Any] = {
+    **{"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8},
+    **{"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000},
+}
+CLIP_L_14_336: dict[str, Any] = {
+    **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    **{"patch_size": 14, "image_size": 336, "projection_dim": 768},
+}
+CONVNEXT_L: dict[str, Any] = {
+    **{"hidden_sizes": [192, 384, 768, 1536], "depths": [3, 3, 27, 3], "patch_size": 4, "num_stages": 4},
+    # the published code trains with the tower frozen and yet drops blocks of it at random; a frozen tower is fixed here
+    **{"image_size": 768, "drop_path_rate": 0.0},
+}
+
+
+class MgmConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Sizes of a model; where a part is not given, MGM-2B's.
+
+    `vision_config` is the low-resolution tower's, CLIP's. `vision_config_aux` is the high-resolution tower's, a
+    ConvNeXt; its `image_size` is the side of the pictures that the model is given. Raises ValueError where a token of
+    the one does not cover a whole number of positions of the other.
+    """
+
+    model_type = "mgm"
+    sub_configs = {  # noqa: RUF012  # as transformers has it
+        "text_config": GemmaConfig,
+        "vision_config": CLIPVisionConfig,
+        "vision_config_aux": ConvNextConfig,
+    }
+
+    def __init__(
+        self,
+        text_config: Any = None,
+        vision_config: Any = None,
+        vision_config_aux: Any = None,
+        image_token_id: int = 7,
+        vision_feature_layer: int = -2,
+        **others: Any,
+    ) -> None:
+        self.text_config = _part(GemmaConfig, text_config, GEMMA_2B)
+        self.vision_config = _part(CLIPVisionConfig, vision_config, CLIP_L_14_336)
+        self.vision_config_aux = _part(ConvNextConfig, vision_config_aux, CONVNEXT_L)
+        self.image_token_id = image_token_id
+        self.vision_feature_layer = vision_feature_layer
+        others.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        super().__init__(**others)
+        high = self.vision_config_aux
+        if high.image_size % (high.patch_size * self.tokens_across):
+            raise ValueError(
+                f"pictures of {high.image_size} pixels in steps of {high.patch_size}"
+                f" do not divide into {self.tokens_across} tokens: take another image_size in vision_config_aux"
+            )
+
+    @property
+    def tokens_across(self) -> int:
+        """Tokens of a picture's side: 24 of MGM-2B, 576 of a picture."""
+        return int(self.vision_config.image_size // self.vision_config.patch_size)
+
+    @property
+    def pixels_across(self) -> int:
+        """Pixels of the picture as it is given, on the side of one token: 32."""
+        return int(self.vision_config_aux.image_size // self.tokens_across)
+
+
+def _part(kind: Any, given: Any, default: dict[str, Any]) -> Any:
+    """A part's config, from itself, from its values or from MGM-2B's."""
+    if isinstance(given, kind):
+        return given
+    return kind(**(default if given is None else given))
