@@ -9,11 +9,12 @@ A picture has one to four shapes, some the same, and now and then a word on a si
     textvqa.jsonl             questions on words in other pictures, with the words that a reader of the picture finds
     textvqa_annotations.json  ten human answers to each
     mmbench.tsv               choices of two to four, each with its picture in base64
+    words/flagged_words.json  words that no caption should have, in Data-Juicer's form
     images/                   the pictures
 
-Of 20 records two are noise (too short, or full of signs), two nearly repeat the one before, and one has lost its
-original. The captions of the others are true. Two runs with the same arguments write the same bytes, with the same
-version of Pillow.
+Of 20 records three are noise (too short, full of signs, or advertising), two nearly repeat the one before, and one has
+lost its original. The captions of the others are true. Two runs with the same arguments write the same bytes, with the
+same version of Pillow.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ ASK_TO_DESCRIBE = (
     "Give a short description of the picture.\n<image>",
     "<image>\n简单描述这张图片。",
 )
+FLAGGED = {"en": ["click", "buy"], "zh": ["点击", "购买"]}
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "l2-category", "image")
 
@@ -121,6 +123,8 @@ def record(scene: Scene, name: str, number: int, rng: random.Random) -> tuple[di
         caption = "img"
     elif number % 20 == 14:
         caption = "".join(rng.choice("#$%&*@^~|+=") for _ in range(40))
+    elif number % 20 == 16:
+        caption = f"click here to buy {caption}"
     question = rng.choice(ASK_TO_DESCRIBE[:-1]) if number % 10 != 7 else ASK_TO_DESCRIBE[-1]
     image = f"images/{name}.png"
     plain = {"id": name, "text": f"<__dj__image>\n{caption} <|__dj__eoc|>", "images": [image]}
@@ -162,7 +166,7 @@ def make_records(
     """Records, their originals, and the scenes by their pictures."""
     records, originals, scenes = [], [], {}
     for number in range(count):
-        rng, name = random.Random(f"{seed}-record-{number}"), f"{number:09}"
+        rng, name = random.Random(f"{seed}-record-{number}"), str(100_000_000 + number)
         scene = make_scene(rng, size, word=number % 3 == 0)
         plain, original = record(scene, name, number, rng)
         if number % 20 in (9, 19):  # nearly as the one before: the same picture, and a word more
@@ -271,6 +275,8 @@ def make(folder: Path, seed: int, records: int, finetune: int, textvqa: int, mmb
     write_lines(folder / "records.jsonl", plain)
     write_json(folder / "records_llava.json", originals)
     write_json(folder / "finetune.json", list(make_finetune(seed, finetune, scenes)))
+    (folder / "words").mkdir(exist_ok=True)
+    write_json(folder / "words" / "flagged_words.json", FLAGGED)
     questions, annotations = make_textvqa(folder, seed, textvqa, size)
     write_lines(folder / "textvqa.jsonl", questions)
     write_json(folder / "textvqa_annotations.json", {"data": annotations})
