@@ -1,0 +1,205 @@
+"""The data folder: boxes of every view of an object, and the joints that its URDF states for them."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.contract.errors import DataError
+from stages.json_lines import BadRecordError, object_in
+from stages.tasks import Given, Skip
+from stages.tasks.articulation.geometry import Array, Box, Joint, box_from
+from stages.tasks.articulation.urdf import Mobility, UrdfJoint, read_urdf
+
+SOURCE = "objects"
+"""The one data set that there is."""
+BOXES, URDFS = "shape_output", "mobility_dataset_v2"
+
+
+@dataclass(frozen=True)
+class Nested:
+    """What a label has no place for."""
+
+    parent: int | None
+    """Box of the part that the joint is on; None where that has no box."""
+    range: tuple[float, float] | None
+    """Radians or metres."""
+
+
+@dataclass(frozen=True, eq=False)
+class Object:
+    """One loop, a view of an object: its boxes and its joints, in one frame."""
+
+    boxes: dict[int, Box]
+    root: int | None
+    """The box that does not move; None, without joints, where there is no URDF."""
+    joints: dict[int, Joint]
+    """By box."""
+    nested: dict[int, Nested]
+
+    def moved(self, turn: Array, offset: Array) -> "Object":
+        return replace(
+            self,
+            boxes={number: box.moved(turn, offset) for number, box in self.boxes.items()},
+            joints={number: joint.moved(turn, offset) for number, joint in self.joints.items()},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectQuestion:
+    """A loop whose joints are asked for."""
+
+    id: str
+    """`<Type>_<object>_loop_<n>`, as the original names it."""
+    kind: str
+    """The object's type, such as StorageFurniture."""
+    group: str
+    """The object: all its loops have the same joints."""
+    view: Object
+    split: Given | None
+    answers: tuple[str, ...] = ()
+    source: str = SOURCE
+
+    @property
+    def text(self) -> str:
+        moving = len(self.view.boxes) - 1
+        return f"{self.id.replace('_', ' ')}: {len(self.view.boxes)} boxes, at most {moving} of which move"
+
+
+def read_objects(folder: Path, skip: Skip) -> list[ObjectQuestion]:
+    """All usable loops, those of the test folder first; the others go to `skip`. Raises DataError for none.
+
+    Without folders `train` and `test` the objects stand directly in shape_output/ and mobility_dataset_v2/.
+    """
+    found: dict[str, ObjectQuestion] = {}
+    for split in _parts(folder):
+        for loop in _loops(folder / BOXES / split):
+            try:
+                question = _question(folder, split, loop, skip)
+            except BadRecordError as error:
+                skip(str(loop.relative_to(folder)), error.reason, str(error))
+                continue
+            if question.id in found:
+                skip(str(loop.relative_to(folder)), "also in the test folder", question.id)
+                continue
+            found[question.id] = question
+    if not found:
+        raise DataError(f"{folder}: no usable loop in {BOXES}/ with its mobility.urdf in {URDFS}/")
+    scored = any(question.split == "test" for question in found.values())
+    return [question if scored or question.split != "train" else replace(question, split=None)
+            for question in found.values()]  # fmt: skip
+
+
+def _parts(folder: Path) -> list[str]:
+    given = [name for name in ("test", "train") if (folder / BOXES / name).is_dir()]
+    return given or ["."]
+
+
+def _loops(folder: Path) -> Iterator[Path]:
+    """`<Type>/<object>/loop_<n>`, numbers in their own order."""
+    found = [path for path in folder.glob("*/*/loop_*") if path.is_dir() and not path.parts[-3].startswith(".")]
+    return iter(sorted(found, key=lambda path: [_natural(part) for part in path.parts[-3:]]))
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isascii() and part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def _question(folder: Path, split: str, loop: Path, skip: Skip) -> ObjectQuestion:
+    kind, name = loop.parts[-3:-1]
+    boxes = _boxes(loop)
+    urdf = folder / URDFS / split / kind / name / "mobility.urdf"
+    given: Given | None = {"test": "test", "train": "train"}.get(split)  # type: ignore[assignment]
+    question = f"{kind}_{name}_{loop.name}"
+    if not urdf.is_file():
+        if split != "test":
+            raise BadRecordError("no mobility.urdf", str(urdf.relative_to(folder)))
+        return ObjectQuestion(question, kind, f"{kind} {name}", Object(boxes, None, {}, {}), "asked")
+    view = _with_joints(boxes, read_urdf(urdf), str(loop.relative_to(folder)), skip)
+    return ObjectQuestion(question, kind, f"{kind} {name}", view, given)
+
+
+# -- boxes ---------------------------------------------------------------------------------------------------------
+
+
+def _boxes(loop: Path) -> dict[int, Box]:
+    """The boxes of obb_link_<k>.json by k."""
+    found = {}
+    for path in loop.glob("obb_link_*.json"):
+        number = re.fullmatch(r"obb_link_(\d{1,4})\.json", path.name)
+        if number is None:
+            raise BadRecordError("box without a number", path.name)
+        try:
+            found[int(number[1])] = box_in(object_in(path.read_bytes()))
+        except BadRecordError as error:
+            raise BadRecordError(error.reason, f"{path.name}: {error}") from error
+    if len(found) < 2:
+        raise BadRecordError("fewer than two boxes", f"found {len(found)}")
+    return dict(sorted(found.items()))
+
+
+def box_in(record: dict[str, Any]) -> Box:
+    """The box of an OBB file: `center` [3], `R` [3x3] whose columns are its axes, and `extent` [3], full lengths.
+
+    Raises BadRecordError. Axes rounded to one decimal, as the original has them, and left-handed ones are taken.
+    """
+    for key, shape in (("center", (3,)), ("R", (3, 3)), ("extent", (3,))):
+        value = record.get(key)
+        rows = value if isinstance(value, list) else []
+        flat = [each for row in rows for each in (row if isinstance(row, list) else [row])]
+        numbers = all(type(each) in (int, float) and math.isfinite(each) for each in flat)
+        if not numbers or len(flat) != math.prod(shape) or np.shape(rows) != shape:
+            raise BadRecordError(f"{key} is no {'x'.join(map(str, shape))} numbers", json.dumps(value)[:100])
+    box = box_from(record)
+    if not (box.extent > 0).all():
+        raise BadRecordError("extent is not positive", json.dumps(record["extent"]))
+    lengths = np.linalg.norm(box.rotation, axis=0)
+    if not (np.abs(lengths - 1) < 0.2).all() or not 0.5 < abs(np.linalg.det(box.rotation)) < 1.5:
+        raise BadRecordError("R is no rotation", json.dumps(record["R"])[:100])
+    return box
+
+
+# -- joints --------------------------------------------------------------------------------------------------------
+
+
+def _with_joints(boxes: dict[int, Box], mobility: Mobility, where: str, skip: Skip) -> Object:
+    """Join boxes and joints by link numbers.
+
+    Links that are fixed to each other are one body. Of each body one box is told: that of the link that its joint
+    moves, or else the largest. The root is the box of the body that no joint moves, whatever its number. What moves
+    without a box cannot be told, and is counted.
+    """
+    bodies: dict[str, list[int]] = {mobility.body(link): [] for link in (mobility.root, *mobility.joints)}
+    for number in boxes:
+        if f"link_{number}" not in mobility.joints and f"link_{number}" != mobility.root:
+            raise BadRecordError("box of a link that mobility.urdf lacks", f"link_{number}")
+        bodies[mobility.body(f"link_{number}")].append(number)
+    told: dict[str, int] = {}
+    for body, numbers in bodies.items():
+        own = [number for number in numbers if body == f"link_{number}"]
+        if numbers:
+            told[body] = (own or sorted(numbers, key=lambda number: -float(np.prod(boxes[number].extent))))[0]
+        elif body != mobility.root:
+            skip(f"{where}, {body}", "joint of a link without a box")
+    if mobility.root not in told:
+        raise BadRecordError("no box of the part that does not move")
+    moving = sorted((number, mobility.joints[body]) for body, number in told.items() if body != mobility.root)
+    if not moving:
+        raise BadRecordError("nothing moves")
+    parents = {number: told.get(mobility.body(joint.parent)) for number, joint in moving}
+    return Object(
+        boxes,
+        told[mobility.root],
+        {number: _joint(number, joint) for number, joint in moving},
+        {number: Nested(parents[number], joint.range) for number, joint in moving},
+    )
+
+
+def _joint(number: int, joint: UrdfJoint) -> Joint:
+    assert joint.type is not None  # bodies are told by the joint that moves them
+    return Joint(number, joint.type, joint.pos, joint.axis)

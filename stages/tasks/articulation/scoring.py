@@ -1,0 +1,220 @@
+"""How right the joints of an answer are.
+
+Predicted and true joints are put together by an optimal assignment (Kuhn 1955), whatever their order; a joint without
+a partner is missing, or is one too many. `official_pairs` has the rule of Real2Code's own evaluation, instead.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from statistics import fmean
+
+import numpy as np
+
+from stages.tasks.articulation.geometry import HINGE, Box, Joint, angle, edge_of, line_distance
+
+DEGREES = 5.0
+METRES = 0.05
+"""What counts as right."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A true joint and the predicted one that is its partner."""
+
+    box: bool
+    type: bool
+    signed_angle: float
+    """Degrees, 0 to 180."""
+    angle: float
+    """Degrees, 0 to 90: the sign does not count."""
+    distance: float | None
+    """Metres between two hinges' lines; None where either is a slide, which has no place."""
+    edge: bool | None
+    """Whether a hinge is at the same corner edge; None for a slide."""
+
+    @property
+    def right(self) -> bool:
+        near = self.distance is None or self.distance <= METRES
+        return self.box and self.type and self.signed_angle <= DEGREES and near
+
+    @property
+    def cost(self) -> float:
+        """For the assignment: a wrong box costs more than all else together."""
+        apart = 0.0 if self.distance is None else min(self.distance, 1.0)
+        return 6 * (not self.box) + 2 * (not self.type) + self.angle / 90 + self.signed_angle / 180 + apart
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An answer beside the truth."""
+
+    pairs: Sequence[Pair | None]
+    """One for each true joint; None where it is missing."""
+    hinges: Sequence[bool]
+    """Whether each true joint is one."""
+    partner: Sequence[int | None]
+    """Of each true joint, the place of its partner."""
+    predicted: int
+    """Joints in the answer."""
+    root: bool
+
+    @property
+    def missing(self) -> int:
+        return sum(pair is None for pair in self.pairs)
+
+    @property
+    def extra(self) -> int:
+        return self.predicted - (len(self.pairs) - self.missing)
+
+
+def compare(
+    predicted: Sequence[Joint | None], true: Sequence[Joint], boxes: Mapping[int, Box], root: bool = True
+) -> Comparison:
+    """Put joints together. None among the predicted is one of a box that there is not: it has no partner."""
+    from scipy.optimize import linear_sum_assignment
+
+    there = [place for place, joint in enumerate(predicted) if joint is not None]
+    pairs = [[_pair(joint, wanted, boxes) for joint in predicted if joint is not None] for wanted in true]
+    costs = np.array([[pair.cost for pair in row] for row in pairs]).reshape(len(true), len(there))
+    chosen = dict(zip(*(each.tolist() for each in linear_sum_assignment(costs)), strict=True))
+    return Comparison(
+        [pairs[place][chosen[place]] if place in chosen else None for place in range(len(true))],
+        [joint.type == HINGE for joint in true],
+        [there[chosen[place]] if place in chosen else None for place in range(len(true))],
+        len(predicted),
+        root,
+    )
+
+
+def _pair(joint: Joint, true: Joint, boxes: Mapping[int, Box]) -> Pair:
+    box = boxes[true.box]
+    hinges = joint.type == true.type == HINGE
+    return Pair(
+        joint.box == true.box,
+        joint.type == true.type,
+        angle(joint.axis, true.axis, signed=True),
+        angle(joint.axis, true.axis, signed=False),
+        line_distance(true, joint, box.center) if hinges else None,
+        (hinges and joint.box == true.box and edge_of(joint, box) == edge_of(true, box))
+        if true.type == HINGE
+        else None,
+    )
+
+
+def metrics(found: Comparison) -> dict[str, float]:
+    """Shares in 0..1; the first is what adapters are chosen by. A missing joint counts as wrong in all of them."""
+    right = sum(pair is not None and pair.right for pair in found.pairs)
+    precision = right / found.predicted if found.predicted else 0.0
+    recall = right / len(found.pairs)
+    perfect = found.root and right == found.predicted == len(found.pairs)
+    hinges = [pair for pair, hinge in zip(found.pairs, found.hinges, strict=True) if hinge]
+    values = {
+        "joint_f1": 2 * right / (found.predicted + len(found.pairs)),
+        "whole_object": float(perfect),
+        "joint_precision": precision,
+        "joint_recall": recall,
+        "root": float(found.root),
+    }
+    if hinges:
+        values["edge"] = fmean(bool(pair and pair.edge) for pair in hinges)
+        values["line_within_5_cm"] = fmean(_within(pair.distance if pair else None, METRES) for pair in hinges)
+    values["axis_within_5_degrees_with_sign"] = fmean(
+        _within(pair.signed_angle if pair else None, DEGREES) for pair in found.pairs
+    )
+    values["axis_within_5_degrees"] = fmean(_within(pair.angle if pair else None, DEGREES) for pair in found.pairs)
+    values["type"] = fmean(bool(pair and pair.type) for pair in found.pairs)
+    return values
+
+
+def _within(value: float | None, limit: float) -> bool:
+    return value is not None and value <= limit
+
+
+def measures(found: Comparison) -> dict[str, list[float]]:
+    """What has a unit: angles and distances of the joints that have a partner, and how many have none."""
+    pairs = [pair for pair in found.pairs if pair is not None]
+    return {
+        "axis angle with sign, degrees": [pair.signed_angle for pair in pairs],
+        "axis angle, degrees": [pair.angle for pair in pairs],
+        "hinge line distance, cm": [100 * pair.distance for pair in pairs if pair.distance is not None],
+        "missing joints": [float(found.missing)],
+        "extra joints": [float(found.extra)],
+    }
+
+
+# -- the official rule ---------------------------------------------------------------------------------------------
+
+MOST_PERMUTATIONS = 50_000
+
+
+@dataclass(frozen=True)
+class OfficialError:
+    """The official evaluation's figures of a pair; None where it has none."""
+
+    type: int
+    rotation: float | None = None
+    """Degrees."""
+    position: float | None = None
+    """Metres."""
+
+
+def official_error(predicted: Joint, true: Joint) -> OfficialError:
+    """Of one pair. The sign is never scored; of a wrong type nothing but the type; the position of hinges only.
+
+    For parallel lines it is the distance along cross(axis, x) alone, or along cross(axis, y) where the predicted axis
+    is x: too small, and 0 for some lines that are clearly apart. Where that divides 0 by 0 (axis -x) there is no
+    position here, and the cosine is clipped: the original has NaN.
+    """
+    if predicted.type != true.type:
+        return OfficialError(0)
+    turned = angle(predicted.axis, true.axis, signed=False)
+    if true.type != HINGE:
+        return OfficialError(1, turned)
+    across = np.cross(predicted.axis, true.axis)
+    if np.allclose(across, 0):
+        along_x = np.allclose(predicted.axis, [1, 0, 0])
+        across = np.cross(true.axis, [0, 1, 0]) if along_x else np.cross(predicted.axis, [1, 0, 0])
+    length = float(np.linalg.norm(across))
+    if length == 0:
+        return OfficialError(1, turned)
+    return OfficialError(1, turned, abs(float((true.pos - predicted.pos) @ across)) / length)
+
+
+def official_pairs(predicted: Sequence[Joint], true: Sequence[Joint]) -> list[OfficialError]:
+    """The figures of the official evaluation (Real2Code, eval_utils/joint_eval.py): of the order of the predictions
+    that has the least mean of mean type error, mean degrees and mean metres, each joint beside the true one of its
+    place. Missing and extra joints are dropped in silence; only an answer without any is punished: all types wrong.
+
+    All orders are tried, as there, while they are no more than 50,000; else one is found by the optimal assignment of
+    the sum of the three.
+    """
+    if not predicted:
+        return [OfficialError(0) for _ in true]
+    errors = [[official_error(joint, wanted) for joint in predicted] for wanted in true]
+    count = min(len(predicted), len(true))
+    orders = int(np.prod([float(len(predicted) - place) for place in range(count)]))
+    if orders > MOST_PERMUTATIONS:
+        from scipy.optimize import linear_sum_assignment
+
+        costs = [[1 - each.type + (each.rotation or 0) + (each.position or 0) for each in row] for row in errors]
+        rows, columns = (each.tolist() for each in linear_sum_assignment(np.array(costs)))
+        return [errors[row][column] for row, column in zip(rows, columns, strict=True)]
+    tried = (
+        [errors[place][one] for place, one in enumerate(order)] for order in permutations(range(len(predicted)), count)
+    )
+    return min(tried, key=_official_cost)
+
+
+def _official_cost(pairs: Sequence[OfficialError]) -> float:
+    rotations = [pair.rotation for pair in pairs if pair.rotation is not None]
+    positions = [pair.position for pair in pairs if pair.position is not None]
+    means = (fmean(values) if values else 0.0 for values in (rotations, positions))
+    return fmean([fmean(1 - pair.type for pair in pairs), *means])
+
+
+def official_measures(pairs: Sequence[OfficialError]) -> dict[str, list[float]]:
+    return {
+        "official rotation error, degrees": [pair.rotation for pair in pairs if pair.rotation is not None],
+        "official position error, cm": [100 * pair.position for pair in pairs if pair.position is not None],
+    }

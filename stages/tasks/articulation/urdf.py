@@ -1,0 +1,143 @@
+"""Joints of a mobility.urdf, put into the world that its boxes are in.
+
+PartNet-Mobility's objects are y up. Its files turn them upright by the fixed joint from `base`
+(rpy 90, 0, -90 degrees), which takes (x, y, z) to (-z, -x, y): that is the world of the boxes. A file without that
+joint is turned the same way here.
+"""
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stages.json_lines import BadRecordError
+from stages.tasks.articulation.geometry import HINGE, SLIDE, Array
+
+UPRIGHT = np.array([[0.0, 0, -1], [-1, 0, 0], [0, 1, 0]])
+"""World = UPRIGHT @ URDF."""
+
+TYPES = {"revolute": HINGE, "continuous": HINGE, "prismatic": SLIDE}
+"""The joints that move; `fixed` ones do not, and others have no label."""
+
+
+@dataclass(frozen=True, eq=False)
+class UrdfJoint:
+    """What moves a link against its parent, in the world and at rest."""
+
+    child: str
+    parent: str
+    type: str | None
+    """`hinge` or `slide`; None for one that is fixed."""
+    pos: Array
+    axis: Array
+    """Unit vector."""
+    range: tuple[float, float] | None
+    """Radians or metres."""
+
+
+@dataclass(frozen=True)
+class Mobility:
+    """An object's links and joints."""
+
+    root: str
+    joints: dict[str, UrdfJoint]
+    """By child link."""
+
+    def body(self, link: str) -> str:
+        """What a link is rigidly part of: the root link, or the link that a joint moves."""
+        while link != self.root and self.joints[link].type is None:
+            link = self.joints[link].parent
+        return link
+
+
+def read_urdf(path: Path) -> Mobility:
+    """The joints of a URDF file. Raises BadRecordError for one that cannot be read, or is no tree."""
+    try:
+        robot = ET.fromstring(path.read_bytes())
+    except (ET.ParseError, ValueError, LookupError) as error:
+        raise BadRecordError("mobility.urdf is no XML", f"{path.name}: {error}") from error
+    elements: dict[str, ET.Element] = {}
+    for element in robot.findall("joint"):
+        child = _link(element, "child")
+        if child in elements:
+            raise BadRecordError("mobility.urdf is no tree", f"link {child!r} is the child of two joints")
+        elements[child] = element
+    parents = {child: _link(element, "parent") for child, element in elements.items()}
+    roots = ({link.get("name", "") for link in robot.findall("link")} | {*parents.values()}) - {*parents}
+    if len(roots) != 1 or not parents:
+        raise BadRecordError("mobility.urdf is no tree", f"links that are no joint's child: {sorted(roots)}")
+    return _placed(roots.pop(), parents, elements)
+
+
+def _placed(root: str, parents: dict[str, str], elements: dict[str, ET.Element]) -> Mobility:
+    """Compose the transforms from the root to the leaves."""
+    turns = {child: _transform(element) for child, element in elements.items()}
+    upright = any(
+        parents[child] == root and elements[child].get("type") == "fixed" and np.allclose(turn, UPRIGHT, atol=1e-3)
+        for child, (turn, _) in turns.items()
+    )
+    frames: dict[str, tuple[Array, Array]] = {root: (np.eye(3) if upright else UPRIGHT, np.zeros(3))}
+    joints: dict[str, UrdfJoint] = {}
+    while len(joints) < len(elements):
+        ready = [child for child in elements if child not in joints and parents[child] in frames]
+        if not ready:
+            raise BadRecordError("mobility.urdf is no tree", "its joints go in a circle")
+        for child in ready:
+            turn, origin = frames[parents[child]]
+            own_turn, own_origin = turns[child]
+            frames[child] = turn @ own_turn, origin + turn @ own_origin
+            joints[child] = _joint(elements[child], child, parents[child], *frames[child])
+    return Mobility(root, joints)
+
+
+def _joint(element: ET.Element, child: str, parent: str, turn: Array, pos: Array) -> UrdfJoint:
+    kind = element.get("type", "")
+    if kind not in TYPES and kind != "fixed":
+        raise BadRecordError("joint type without a label", f"{kind!r}; there are: fixed, {', '.join(TYPES)}")
+    if kind == "fixed":
+        return UrdfJoint(child, parent, None, pos, np.zeros(3), None)
+    axis = np.array(_numbers(element.find("axis"), "xyz", (1.0, 0.0, 0.0)))
+    if not np.linalg.norm(axis) > 0:
+        raise BadRecordError("joint without an axis", f"of link {child!r}")
+    limit = element.find("limit")
+    limits = None
+    if limit is not None and kind != "continuous":
+        limits = (_number(limit.get("lower", "0"), "lower"), _number(limit.get("upper", "0"), "upper"))
+    return UrdfJoint(child, parent, TYPES[kind], pos, turn @ axis / np.linalg.norm(axis), limits)
+
+
+def _transform(element: ET.Element) -> tuple[Array, Array]:
+    """A joint's turn (3, 3) and offset (3): `rpy` turns about the fixed x, then y, then z."""
+    origin = element.find("origin")
+    roll, pitch, yaw = _numbers(origin, "rpy", (0.0, 0.0, 0.0))
+    about_x = np.array([[1, 0, 0], [0, math.cos(roll), -math.sin(roll)], [0, math.sin(roll), math.cos(roll)]])
+    about_y = np.array([[math.cos(pitch), 0, math.sin(pitch)], [0, 1, 0], [-math.sin(pitch), 0, math.cos(pitch)]])
+    about_z = np.array([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])
+    return about_z @ about_y @ about_x, np.array(_numbers(origin, "xyz", (0.0, 0.0, 0.0)))
+
+
+def _link(element: ET.Element, end: str) -> str:
+    found = element.find(end)
+    name = found.get("link") if found is not None else None
+    if not name:
+        raise BadRecordError(f"joint without a {end}", element.get("name", ""))
+    return name
+
+
+def _numbers(element: ET.Element | None, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    text = element.get(key) if element is not None else None
+    if text is None:
+        return default
+    values = tuple(_number(word, key) for word in text.split())
+    if len(values) != 3:
+        raise BadRecordError("mobility.urdf: not three numbers", f"{key}={text!r}"[:100])
+    return values
+
+
+def _number(word: str, key: str) -> float:
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word) or not math.isfinite(float(word)):
+        raise BadRecordError("mobility.urdf: not a number", f"{key}: {word!r}"[:100])
+    return float(word)
