@@ -17,13 +17,18 @@ from stages.contract.records import Sample
 from stages.contract.run import STAGES
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, seconds_a_question
+from stages.eval.measures import Measure
 from stages.eval.scores import Figures, Scores, worst
 from stages.eval.votes import VoteReport
+from stages.tasks import load_task
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 PICTURE_WIDTH = 500
 """Pixels; enough to read a drawing's part numbers, small enough for twenty pages in one file."""
+
+MOST_DRAWN = 200
+"""Samples that a task draws in one report, those with the worst answers left out."""
 
 ON_TRAINING_DATA = "Scored on the data that was trained on: these figures say nothing about other data."
 
@@ -41,11 +46,13 @@ def write_report(
     groups: dict[str, dict[str, dict[str, Figures]]],
     ablated: list[Ablation],
     vote: VoteReport | None,
+    measures: dict[str, dict[str, Measure]],
 ) -> None:
     """Write `report.html`. `groups` is, for each of `group` and `kind`, a breakdown as of `scores.breakdown`;
     `ablated` is everything and what was left out of it, or empty."""
     recipe = stage.run.recipe
     adapters = [name for name in scores.models if name != "base"]
+    task = load_task(recipe.task)
     trained = stage.run.manifest("train") or {"decisions": []}
     curve = read_jsonl(metrics) if (metrics := stage.run.path("train", "metrics.jsonl")).is_file() else []
     # adapter names and model output are untrusted: everything is escaped but what is Markup here
@@ -76,7 +83,10 @@ def write_report(
         untrained=trained.get("untrained", {}),
         everything=EVERYTHING,
         seconds={name: seconds_a_question(stage, name) for name in scores.models},
-        worst=_worst_answers(stage, scores),
+        measures=measures,
+        worst=_worst_answers(stage, scores, task),
+        drawn=_others_drawn(stage, scores, task),
+        most_drawn=MOST_DRAWN,
         stages=[_stage_facts(stage, name) for name in STAGES if name != stage.name],
     )
     with written_atomically(stage.path("report.html")) as file:
@@ -164,9 +174,9 @@ def _loss_table(curve: list[dict[str, Any]], trained: dict[str, Any]) -> list[di
 # -- the worst answers -------------------------------------------------------------------------------------------
 
 
-def _worst_answers(stage: Stage, scores: Scores) -> list[dict[str, Any]]:
+def _worst_answers(stage: Stage, scores: Scores, task: Any) -> list[dict[str, Any]]:
     """What the report shows of the first adapter's worst answers (of base's, where there is no adapter)."""
-    name = next((model for model in scores.models if model != "base"), "base")
+    name = _shown_model(scores)
     shown = []
     for row in worst(scores, name, stage.run.recipe.eval.worst):
         sample = scores.samples[row]
@@ -187,6 +197,7 @@ def _worst_answers(stage: Stage, scores: Scores) -> list[dict[str, Any]]:
                 "sample": sample,
                 "question": question_of(sample),
                 "answers": answers,
+                "drawing": _drawing(stage, scores, task, row),
                 "pictures": [
                     {"page": page, "path": path, "data": picture_data(stage.run.folder / path)}
                     for page, path in zip(meta.get("pages", []), meta.get("page_images", []), strict=True)
@@ -194,6 +205,31 @@ def _worst_answers(stage: Stage, scores: Scores) -> list[dict[str, Any]]:
             }
         )
     return shown
+
+
+def _shown_model(scores: Scores) -> str:
+    return next((model for model in scores.models if model != "base"), "base")
+
+
+def _drawing(stage: Stage, scores: Scores, task: Any, row: int) -> Markup | None:
+    """What the task draws of a sample and the shown model's answer."""
+    graded = scores.models[_shown_model(scores)]
+    prediction = graded.predictions[row] if graded.errors[row] is None else None
+    svg = task.picture(stage.run.recipe, scores.samples[row], prediction)
+    return None if svg is None else Markup(svg)  # the task's own drawing: Task.picture escapes
+
+
+def _others_drawn(stage: Stage, scores: Scores, task: Any) -> list[dict[str, Any]]:
+    """Drawings of the samples whose answers are not among the worst, in their order."""
+    taken = set(worst(scores, _shown_model(scores), stage.run.recipe.eval.worst))
+    drawn: list[dict[str, Any]] = []
+    for row, sample in enumerate(scores.samples):
+        if row in taken or len(drawn) == MOST_DRAWN:
+            continue
+        drawing = _drawing(stage, scores, task, row)
+        if drawing is not None:
+            drawn.append({"id": sample["id"], "drawing": drawing})
+    return drawn
 
 
 def question_of(sample: Sample) -> str:

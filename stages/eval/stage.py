@@ -11,6 +11,7 @@ from stages.contract.recipe import Recipe
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, ablations, seconds_a_question
+from stages.eval.measures import measured
 from stages.eval.report import ON_TRAINING_DATA, with_interval, write_report
 from stages.eval.scores import Asked, Figures, Scores, breakdown, overall, score_models, scored_lines
 from stages.eval.votes import VOTE, VoteReport, vote_report
@@ -57,9 +58,13 @@ def work(stage: Stage) -> None:
     vote = vote_report(stage, task, scored, predictions)
     if vote is not None:
         _write(stage, "vote.json", asdict(vote))
+    measures = measured(task, recipe, scores)
+    if measures:
+        by_model = {name: {key: asdict(one) for key, one in each.items()} for name, each in measures.items()}
+        _write(stage, "measures.json", by_model)
     _write_data_sets(stage, figures)
     stage.stop.check()
-    write_report(stage, scores, figures, differences, groups, ablated, vote)
+    write_report(stage, scores, figures, differences, groups, ablated, vote, measures)
     stage.outputs["report.html"] = None
     _show(stage, scores, figures, differences, ablated, vote)
 

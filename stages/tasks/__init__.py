@@ -181,6 +181,15 @@ class Task(Protocol):
         """Write one model's answers to the test samples as the files that a benchmark's server takes, below `folder`.
         Returns their names; none where the submission is all that is handed in. A sample may lack a prediction."""
 
+    def measures(self, recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
+        """What of an answer has a unit, by a name that says it (`axis angle, degrees`). It may be there several times, or
+        not at all; `answer` is None where there is none. It chooses and ranks nothing. Empty where nothing has a unit.
+        """
+
+    def picture(self, recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
+        """What is expected and what was answered as one SVG for the report, with nothing from outside in it that is not
+        escaped; None where there is nothing to draw."""
+
 
 class DocumentTask(Task, Protocol):
     """A task whose questions are about documents: they are rendered, embedded and searched for it."""

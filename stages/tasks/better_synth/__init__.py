@@ -170,6 +170,11 @@ def together(sample: Sample) -> str:
     return str(sample["meta"].get("together", sample["id"]))
 
 
+def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
+    """Nothing has a unit."""
+    return {}
+
+
 def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
     """None is drawn."""
     return None

@@ -120,6 +120,16 @@ def facts(sample: Sample) -> dict[str, float]:
     return {}
 
 
+def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
+    """Nothing has a unit."""
+    return {}
+
+
+def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
+    """There is nothing to draw."""
+    return None
+
+
 def together(sample: Sample) -> str:
     """Each sample counts by itself."""
     return sample["id"]
