@@ -142,6 +142,8 @@ def test_a_question_is_found_under_ids_as_numbers_and_as_text() -> None:
         "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a cat"}],
     }
     assert restored({**record, "id": 7}, {"7": Original(7, "<image>\nWhat is it?")}) == found
+    added = {**record, "id": "7-1", "original_id": "7"}  # a caption beside the record's own
+    assert restored(added, {"7": Original(7, "<image>\nWhat is it?")}) == found
 
 
 @pytest.mark.parametrize(

@@ -168,12 +168,13 @@ def from_dj(record: DataJuicer, name: str | int | None = None) -> Llava:
 
 
 def restored(record: DataJuicer, originals: Mapping[str, Original | None]) -> Llava:
-    """The LLaVA record of a caption, with the question that the original file has under its id.
+    """The LLaVA record of a caption, with the question that the original file has under its id; of a caption that was
+    added to a record, under that one's, its `original_id`.
 
     `originals` are by their ids as text; None where several records of one id ask differently. Raises BadRecordError
     for a question that cannot be found.
     """
-    name = id_of(record)
+    name = id_of({"id": record.get("original_id", record.get("id"))})
     if str(name) not in originals:
         raise BadRecordError("its question is not in the original file", str(name))
     original = originals[str(name)]
