@@ -182,8 +182,8 @@ class Task(Protocol):
         Returns their names; none where the submission is all that is handed in. A sample may lack a prediction."""
 
     def measures(self, recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
-        """What of an answer has a unit, by a name that says it (`axis angle, degrees`). It may be there several times, or
-        not at all; `answer` is None where there is none. It chooses and ranks nothing. Empty where nothing has a unit.
+        """What of an answer has a unit, by a name that says it (`axis angle, degrees`): several values of one name, or
+        none. `answer` is None where there is none. It chooses and ranks nothing. Empty where nothing has a unit.
         """
 
     def picture(self, recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:

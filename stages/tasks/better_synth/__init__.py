@@ -165,14 +165,14 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     return {"textvqa_accuracy": textvqa.accuracy(answer, references, cleaning)}
 
 
+def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
+    """Nothing here has a unit."""
+    return {}
+
+
 def together(sample: Sample) -> str:
     """The question that a rotation is of; else the sample itself."""
     return str(sample["meta"].get("together", sample["id"]))
-
-
-def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
-    """Nothing has a unit."""
-    return {}
 
 
 def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
