@@ -5,7 +5,7 @@ import difflib
 import io
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,9 @@ LEAST_WIDTH = 24
 BETWEEN = 2
 """Blanks between columns."""
 
+RARE = ("data_recipe", "records_read", "records_kept", "connector_samples")
+"""What is left out of the CSV where no row has it: what only some tasks do to their data."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -47,6 +50,8 @@ class Column:
     number: bool = False
     long: bool = False
     """Its texts may be sentences."""
+    rare: bool = False
+    """It is there only where some row has a text for it."""
 
 
 @click.command()
@@ -78,10 +83,10 @@ def ledger(runs: tuple[str, ...], order: str | None, form: str | None, out: Path
 
     column, descending = _order(order)
     roots = Roots.from_environment()
-    names = _named(runs, roots.runs)
+    names = named_runs(runs, roots.runs)
     found = read_ledger(roots, names, metric)
     if metric is not None and metric not in found.metrics and found.metrics:
-        known = _nearest(metric, found.metrics, "metrics")
+        known = nearest(metric, found.metrics, "metrics")
         raise UsageError(f"--metric {metric}: no run is scored by it; {known}")
     rows = sorted_rows(found.rows, column, descending)
     if not rows:
@@ -109,13 +114,13 @@ def _order(order: str | None) -> tuple[str | None, bool]:
     column, colon, direction = order.partition(":")
     names = [field.name for field in fields(Row)]
     if column not in names:
-        raise UsageError(f"--sort {order}: no column {column!r}; {_nearest(column, names, 'columns')}")
+        raise UsageError(f"--sort {order}: no column {column!r}; {nearest(column, names, 'columns')}")
     if colon and direction != "desc":
         raise UsageError(f"--sort {order}: write it as {column}, or as {column}:desc for downward")
     return column, bool(colon)
 
 
-def _named(runs: Sequence[str], mount: Path) -> list[str]:
+def named_runs(runs: Sequence[str], mount: Path) -> list[str]:
     """The runs that are asked for, or all."""
     from entrypoints.ledger_rows import run_names
     from stages.contract.errors import UsageError
@@ -123,12 +128,12 @@ def _named(runs: Sequence[str], mount: Path) -> list[str]:
     there = run_names(mount)
     for name in runs:
         if name not in there:
-            known = _nearest(name, there, "runs") if there else "there is none"
+            known = nearest(name, there, "runs") if there else "there is none"
             raise UsageError(f"{mount / name}: no such run; {known}")
     return list(dict.fromkeys(runs)) or there
 
 
-def _nearest(name: str, known: Sequence[str], what: str) -> str:
+def nearest(name: str, known: Sequence[str], what: str) -> str:
     near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}{what}: {', '.join(known)}"
@@ -167,12 +172,13 @@ def as_csv(rows: Sequence["Row"]) -> str:
     """All columns, a line for each row. No text in it is a formula to a spreadsheet: an apostrophe is put before."""
     from entrypoints.ledger_rows import Row
 
-    names = [field.name for field in fields(Row)]
+    every = [field.name for field in fields(Row)]
+    names = [n for n in every if n not in RARE or any(getattr(row, n) not in (None, "") for row in rows)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
-        cells = dict(zip(names, astuple(row), strict=True))
+        cells = {name: getattr(row, name) for name in names}
         if row.score is None:
             cells["score"] = UNTESTED
         writer.writerow(_not_a_formula(cell) if isinstance(cell, str) else cell for cell in cells.values())
@@ -192,10 +198,15 @@ def columns_of(rows: Sequence["Row"]) -> list[Column]:
     one = len(metrics) == 1
     votes = any(row.in_vote for row in rows)
     weighed = len({row.weight for row in rows} - {None}) > 1
-    return [
+    columns = [
         Column("run", lambda row: row.run, ("run",)),
         Column("task", lambda row: row.task, ("task",), 12),
         Column("adapter", lambda row: row.adapter, ("adapter",)),
+        Column("data recipe", lambda row: row.data_recipe, ("data_recipe",), long=True, rare=True),
+        Column("kept", _kept, ("records_kept", "records_read"), number=True, rare=True),
+        Column(
+            "connector samples", lambda row: _digits(row.connector_samples), ("connector_samples",), 1, True, rare=True
+        ),
         Column("data mix", lambda row: row.data_mix, ("data_mix",), long=True),
         Column("sources", lambda row: row.sources, ("sources",), 8, long=True),
         Column("samples", lambda row: _digits(row.samples), ("samples",), 4, number=True),
@@ -215,21 +226,26 @@ def columns_of(rows: Sequence["Row"]) -> list[Column]:
         Column("date", lambda row: row.date[:16].replace("T", " "), ("date",), 6),
         Column("lorry", lambda row: row.version, ("version",), 14),
     ]
+    return [column for column in columns if not column.rare or any(column.text(row) for row in rows)]
 
 
 def _digits(value: float | None, form: str = "") -> str:
     return "" if value is None else format(value, form)
 
 
+def _kept(row: "Row") -> str:
+    return "" if row.records_kept is None else f"{row.records_kept} of {row.records_read}"
+
+
 def _score(row: "Row") -> str:
-    return _with_interval(row.score, row.low, row.high, "") or UNTESTED
+    return with_interval(row.score, row.low, row.high, "") or UNTESTED
 
 
 def _gain(row: "Row") -> str:
-    return _with_interval(row.gain, row.gain_low, row.gain_high, "+")
+    return with_interval(row.gain, row.gain_low, row.gain_high, "+")
 
 
-def _with_interval(value: float | None, low: float | None, high: float | None, sign: str) -> str:
+def with_interval(value: float | None, low: float | None, high: float | None, sign: str) -> str:
     """`34.4 [25.0, 43.8]`."""
     if value is None or low is None or high is None:
         return _digits(value, f"{sign}.1f")

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import LorryError
-from stages.contract.files import read_json, stored_name
+from stages.contract.files import digest_of, read_json, stored_name
 from stages.contract.recipe import Adapter, Recipe, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, STAGES, Run, is_held, same_series
@@ -42,6 +43,13 @@ class Row:
     """In words, as it was trained."""
     sources: str = ""
     """Data sets, each with how many samples of it were trained on."""
+    data_recipe: str = ""
+    """Data-Juicer's operators in short, and the beginning of the digest of these with their parameters."""
+    records_read: int | None = None
+    """By Data-Juicer."""
+    records_kept: int | None = None
+    connector_samples: int | None = None
+    """That the connector was trained on, before the adapter."""
     samples: int | None = None
     steps: int | None = None
     loss: float | None = None
@@ -80,7 +88,7 @@ class Ledger:
     """All that any run is scored by."""
 
 
-class _DamagedError(Exception):
+class DamagedError(Exception):
     """A file is not what its manifest says."""
 
 
@@ -92,7 +100,7 @@ def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledge
     for name in names:
         shown = _word(stored_name(Path(name)))
         try:
-            reader = _Reader(shown, Run(name, _recipe(roots.runs / name), roots), metric)
+            reader = RunReader(shown, Run(name, recipe_of(roots.runs / name), roots), metric)
             found = reader.rows()
             metrics |= dict.fromkeys(reader.metrics)
         except Exception as error:  # noqa: BLE001 - one damaged folder must not hide the others
@@ -101,11 +109,11 @@ def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledge
     return Ledger(rows, list(metrics))
 
 
-def _recipe(folder: Path) -> Recipe:
+def recipe_of(folder: Path) -> Recipe:
     """A run's recipe, resolved as it ran."""
     path = folder / "recipe.yaml"
     if not path.is_file():
-        raise _DamagedError("there is no recipe.yaml")
+        raise DamagedError("there is no recipe.yaml")
     return load_recipe(path)
 
 
@@ -123,61 +131,63 @@ def _is_run(path: Path) -> bool:
         return True
 
 
-class _Reader:
+class RunReader:
     """Reads one run."""
 
     def __init__(self, name: str, run: Run, metric: str | None) -> None:
         self._name, self._run, self._metric = name, run, metric
-        self._manifests: dict[str, dict[str, Any]] = {}
+        self.manifests: dict[str, dict[str, Any]] = {}
         """Of the stages that are done, under this version of the contract."""
-        self._troubles: dict[str, str] = {}
+        self.troubles: dict[str, str] = {}
         """Why a stage's result is not there, or not what the stage would make now, the first stage first."""
         for stage in STAGES:
             try:
                 self._look_at(stage)
             except (LorryError, OSError, KeyError, TypeError, AttributeError):
-                self._manifests.pop(stage, None)
-                self._troubles[stage] = f"{stage}/manifest.json is damaged"
+                self.manifests.pop(stage, None)
+                self.troubles[stage] = f"{stage}/manifest.json is damaged"
 
     def _look_at(self, stage: str) -> None:
         manifest = read_json(self._run.path(stage, "manifest.json"))
         if manifest is None:
-            self._troubles[stage] = _unfinished(self._run, stage)
+            self.troubles[stage] = _unfinished(self._run, stage)
             return
         if manifest["contract"] != CONTRACT_VERSION:
             made = f"{stage} was made under version {manifest['contract']} of the contract"
-            self._troubles[stage] = f"{made}, this Lorry reads {CONTRACT_VERSION}"
+            self.troubles[stage] = f"{made}, this Lorry reads {CONTRACT_VERSION}"
             return
-        self._manifests[stage] = manifest
+        self.manifests[stage] = manifest
         if not self._fits_recipe(stage):
-            self._troubles[stage] = f"{stage} was made with another recipe than recipe.yaml"
+            self.troubles[stage] = f"{stage} was made with another recipe than recipe.yaml"
             return
         for name, digest in manifest["inputs"].items():
             earlier, _, output = name.partition("/")
             if earlier in STAGES and self._output(earlier, output) != digest:
-                self._troubles[stage] = f"{earlier} has changed since {stage} used it"
+                self.troubles[stage] = f"{earlier} has changed since {stage} used it"
                 return
 
     def _fits_recipe(self, stage: str) -> bool:
-        manifest = self._manifests[stage]
+        manifest = self.manifests[stage]
         return bool(manifest["key"] == self._run.key(stage, manifest["inputs"]))
 
     def _output(self, stage: str, name: str) -> str | None:
         """The digest of an output, by the manifest of its stage."""
-        outputs: Mapping[str, Any] = self._manifests.get(stage, {}).get("outputs", {})
+        outputs: Mapping[str, Any] = self.manifests.get(stage, {}).get("outputs", {})
         digest: str | None = outputs.get(name, {}).get("sha256")
         return digest
 
-    def _proved(self, stage: str, name: str) -> Any:
-        """A stage's JSON output; None where it has none of the name. Raises _DamagedError where the file is not the
-        one that the manifest names."""
+    def proved(self, stage: str, name: str) -> Any:
+        """A stage's output, JSON or JSON Lines; None where it has none of the name. Raises DamagedError where the file
+        is not the one that the manifest names."""
         wanted = self._output(stage, name)
         if wanted is None:
             return None
         path = self._run.path(stage, name)
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(content).hexdigest() != wanted:
-            raise _DamagedError(f"{stage}/{name} is not as {stage} wrote it")
+            raise DamagedError(f"{stage}/{name} is not as {stage} wrote it")
+        if name.endswith(".jsonl"):
+            return [json.loads(line) for line in content.split(b"\n") if line]
         return json.loads(content)
 
     # -- what there is -------------------------------------------------------------------------------------------
@@ -185,18 +195,18 @@ class _Reader:
     @cached_property
     def _scores(self) -> dict[str, Any]:
         """Figures by model and metric; empty where eval is not done."""
-        return self._proved("eval", "scores.json") or {}
+        return self.proved("eval", "scores.json") or {}
 
     @cached_property
     def _differences(self) -> dict[str, Any]:
-        return self._proved("eval", "differences.json") or {}
+        return self.proved("eval", "differences.json") or {}
 
     @property
     def metrics(self) -> list[str]:
         """What the run is scored by, the one that counts first."""
         try:
             return list(dict.fromkeys(metric for figures in self._scores.values() for metric in figures))
-        except _DamagedError:
+        except DamagedError:
             return []
 
     @property
@@ -207,15 +217,15 @@ class _Reader:
     @cached_property
     def _vote(self) -> dict[str, Any]:
         """Who voted, as infer's manifest tells it; empty where nobody did, or by another recipe."""
-        if "infer" not in self._manifests or not self._fits_recipe("infer"):
+        if "infer" not in self.manifests or not self._fits_recipe("infer"):
             return {}
-        return self._manifests["infer"].get("vote") or {}
+        return self.manifests["infer"].get("vote") or {}
 
     @cached_property
     def _untrained(self) -> dict[str, str]:
         """Adapters that could not be trained, with the reason: by the manifest where train went on without them, and
         by its report where it did not."""
-        manifest = self._manifests.get("train")
+        manifest = self.manifests.get("train")
         if manifest is not None:
             return manifest.get("untrained", {})  # type: ignore[no-any-return]
         if is_held(self._run.stage_folder("train")):  # they are being tried again
@@ -235,7 +245,7 @@ class _Reader:
         there = sorted(path.name for path in folder.glob("*/") if not path.name.startswith("."))
         try:
             scored = list(self._scores)
-        except _DamagedError:
+        except DamagedError:
             scored = []
         names = dict.fromkeys([BASE, *adapters, *scored, *there])
         if VOTE in names or self._run.recipe.infer.vote is not None:
@@ -269,18 +279,19 @@ class _Reader:
     def _training(self, name: str, adapter: Adapter | None) -> dict[str, Any]:
         """The columns of an adapter's training; none where it is not trained."""
         output = f"adapters/{name}/training.json"
-        if "train" in self._manifests:
-            training = self._proved("train", output)
+        if "train" in self.manifests:
+            training = self.proved("train", output)
         else:  # an adapter is there only once it is whole
             training = read_json(self._run.path("train", output))
         if training is None:
             return {}
         losses = [entry["loss"] for entry in training["log"] if "loss" in entry]
         config = read_json(self._run.path("train", "adapters", name, "adapter_config.json")) or {}
-        made = self._manifests.get("train", {})
+        made = self.manifests.get("train", {})
         mix = training.get("mix", adapter.mix if adapter else "")
         return {
             "data_mix": _word(mix),
+            **self._data,
             "sources": self._sources(adapter if adapter and adapter.mix == mix else None, training),
             "samples": _number(training["samples"]["train"]),
             "steps": _number(training["steps"]),
@@ -289,6 +300,28 @@ class _Reader:
             "seed": _number(made.get("seed", self._run.recipe.seed)),
             **_made_by(made),
         }
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        """The columns of what was done to the data before the adapters were trained, and of the connector's training;
+        none of data that are others now."""
+        made: dict[str, Any] = {}
+        if "train" not in self.manifests:
+            return made
+        connector = self.proved("train", "connector/training.json")
+        if connector is not None:
+            made["connector_samples"] = _number(connector["samples"]["train"])
+        samples = "samples/train.jsonl"
+        if self.manifests["train"]["inputs"].get(f"preprocess/{samples}") != self._output("preprocess", samples):
+            return made
+        operators = self.proved("preprocess", "records/operators.json")
+        settings = self._run.recipe.preprocess.data_juicer
+        if operators and settings is not None and self._fits_recipe("preprocess"):
+            names = ", ".join(re.sub(r"_(filter|mapper|deduplicator|selector)$", "", o["operator"]) for o in operators)
+            made["data_recipe"] = _word(f"{names} ({digest_of(settings.process)[:8]})")
+            made["records_read"] = _number(operators[0]["read"])
+            made["records_kept"] = _number(operators[-1]["kept"])
+        return made
 
     def _sources(self, adapter: Adapter | None, training: Mapping[str, Any]) -> str:
         """How many samples of each data set were trained on; empty where that can no longer be known."""
@@ -301,7 +334,7 @@ class _Reader:
         if not samples:
             return ""
         too_long = set(training["left_out"]["train"])
-        kept = [s for s in mixed(samples, adapter, self._manifests["train"]["seed"]) if s["id"] not in too_long]
+        kept = [s for s in mixed(samples, adapter, self.manifests["train"]["seed"]) if s["id"] not in too_long]
         if len(kept) != total:  # trained by a program that mixed in another way
             return ""
         counts = Counter(str(sample["meta"]["source"]) for sample in kept)
@@ -310,7 +343,7 @@ class _Reader:
     @cached_property
     def _train_samples(self) -> list[dict[str, Any]]:
         """Name and data set of each sample that train read; none where the file is another one now."""
-        wanted = self._manifests.get("train", {}).get("inputs", {}).get("preprocess/samples/train.jsonl")
+        wanted = self.manifests.get("train", {}).get("inputs", {}).get("preprocess/samples/train.jsonl")
         path = self._run.path("preprocess", "samples", "train.jsonl")
         if wanted is None or not path.is_file():
             return []
@@ -340,7 +373,7 @@ class _Reader:
             return {"state": _word(f"not trained: {untrained}")}
         if name not in self._scores:
             return {"state": _word(self._not_scored(name, bool(trained)))}
-        figures, made = self._scores[name], self._manifests["eval"]
+        figures, made = self._scores[name], self.manifests["eval"]
         columns = {"metric": _word(self._by), **_made_by(made)}
         figure = figures.get(self._by)
         if figure is None:
@@ -348,7 +381,7 @@ class _Reader:
             return {**columns, "state": _word(f"not scored{why}")}
         replaced = self._replaced(name)
         if replaced is not None:  # then what else the row tells is of another training than the score
-            why = next(iter(self._troubles.values()), replaced)
+            why = next(iter(self.troubles.values()), replaced)
             return {"state": _word(f"stale: {why}; the score was {figure['value']:.1f}")}
         gain = self._differences.get(name, {}).get(self._by, {})
         columns |= {
@@ -363,8 +396,8 @@ class _Reader:
         if 0 < seen < scored:
             columns["scored_on"] = f"training data ({seen} of {scored} samples)"
         state = f"scored on {columns['scored_on']}" if seen else "scored"
-        if self._troubles:
-            state = f"stale: {next(iter(self._troubles.values()))}" + (f"; {state}" if seen else "")
+        if self.troubles:
+            state = f"stale: {next(iter(self.troubles.values()))}" + (f"; {state}" if seen else "")
         ours = importlib.metadata.version("lorry")
         if not same_series(str(made.get("version")), ours):
             state += f", by Lorry {made.get('version')} (this is {ours})"
@@ -373,10 +406,10 @@ class _Reader:
     def _replaced(self, name: str) -> str | None:
         """Why eval's figures are not of the model that the folder holds now; None where they are."""
         for stage in ("infer", "eval"):
-            if stage not in self._manifests or not self._fits_recipe(stage):
-                return self._troubles[stage]
+            if stage not in self.manifests or not self._fits_recipe(stage):
+                return self.troubles[stage]
         predictions = f"predictions/{name}.jsonl"
-        if self._manifests["eval"]["inputs"].get(f"infer/{predictions}") != self._output("infer", predictions):
+        if self.manifests["eval"]["inputs"].get(f"infer/{predictions}") != self._output("infer", predictions):
             return "infer has changed since eval used it"
         if name in (BASE, VOTE):
             return None
@@ -389,21 +422,19 @@ class _Reader:
         training = f"adapters/{name}/training.json"
         path = self._run.path("train", training)
         there = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        return bool(self._manifests["infer"]["inputs"].get(f"train/{training}") == there)
+        return bool(self.manifests["infer"]["inputs"].get(f"train/{training}") == there)
 
     def _not_scored(self, name: str, trained: bool) -> str:
         """The state of a model that eval has no figures of."""
-        late = next(
-            (self._troubles[stage] for stage in ("infer", "eval") if stage in self._troubles), "not in the eval"
-        )
+        late = next((self.troubles[stage] for stage in ("infer", "eval") if stage in self.troubles), "not in the eval")
         if name in (BASE, VOTE):
             return f"not scored: {late}"
         if trained:
-            return f"trained, not scored: {self._troubles.get('train', late)}"
+            return f"trained, not scored: {self.troubles.get('train', late)}"
         shard = next(self._run.folder.glob(f"shards/train/*/adapters/{name}/training.json"), None)
         if shard is not None:
             return f"trained in shard {shard.parents[2].name}, which is not merged: run train without a shard"
-        return f"not trained: {self._troubles.get('train', 'train left no record of it')}"
+        return f"not trained: {self.troubles.get('train', 'train left no record of it')}"
 
 
 def _made_by(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -464,7 +495,7 @@ def _older(folder: Path) -> str:
 
 def _reason(error: Exception, folder: Path) -> str:
     """An error in words, with paths as they are below the run's folder."""
-    if isinstance(error, LorryError | _DamagedError | OSError):
+    if isinstance(error, LorryError | DamagedError | OSError):
         return str(error).replace(f"{folder}/", "")
     return f"{type(error).__name__}: {error}"
 

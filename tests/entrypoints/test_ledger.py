@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import astuple, fields
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entrypoints.ledger import ON_TRAINING_DATA, UNTESTED, as_csv, as_html, as_table, sorted_rows
+from entrypoints.ledger import ON_TRAINING_DATA, RARE, UNTESTED, as_csv, as_html, as_table, sorted_rows
 from entrypoints.ledger_rows import Row, read_ledger, run_names
 from stages.contract.errors import Exit
 from stages.contract.files import FileHashes, read_json, read_jsonl, write_json, write_jsonl
@@ -69,7 +69,7 @@ def finish(run: Run, stage: str, outputs: Mapping[str, Any], **facts: Any) -> di
     folder = run.stage_folder(stage)
     for name, content in outputs.items():
         path = folder / name
-        if isinstance(content, list):
+        if path.suffix == ".jsonl":
             write_jsonl(path, content)
         else:
             write_json(path, content)
@@ -318,6 +318,84 @@ def test_what_was_scored_on_training_data_says_so_everywhere(tmp_path: Path) -> 
     assert "training data (10 of 40 samples)" in as_csv(rows)
 
 
+# -- experiments: the data recipe, what it kept, what was trained on it, and the score -----------------------------
+
+PROCESS = [{"text_length_filter": {"min_len": 15}}, {"image_captioning_mapper": None}, {"document_deduplicator": {}}]
+
+
+def make_experiment(folder: Path, process: Any = PROCESS, kept: int = 81) -> Run:
+    """A run whose records Data-Juicer processed, and whose connector was trained before its adapters."""
+    recipe = make_recipe(
+        folder,
+        preprocess={
+            "pages": {"max_pixels": 50176},
+            "retrieval": {"embedder": "x"},
+            "data_juicer": {"process": process},
+        },
+    )
+    run = make_run(folder, "custom", recipe=recipe)
+    outputs = {name: _content(path) for name, path in _outputs(run, "preprocess").items()}
+    steps = [(100, 90), (90, 90), (90, kept)]
+    operators = [
+        {"operator": name, "read": read, "kept": left, "dropped": read - left, "changed": 0, "seconds": 1.0}
+        for (read, left), entry in zip(steps, process, strict=True)
+        for name in entry
+    ]
+    finish(run, "preprocess", {**outputs, "records/operators.json": operators})
+    outputs = {name: _content(path) for name, path in _outputs(run, "train").items()}
+    trained = {"samples": {"train": 80, "validation": 0}}
+    finish(run, "train", {**outputs, "connector/training.json": trained})
+    for stage in ("infer", "eval"):
+        finish(run, stage, {name: _content(path) for name, path in _outputs(run, stage).items()}, counts={"scored": 40})
+    return run
+
+
+def _content(path: Path) -> Any:
+    return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+
+
+def test_baseline_beside_custom(tmp_path: Path) -> None:
+    make_run(tmp_path, "baseline")
+    make_experiment(tmp_path)
+    rows = rows_of(tmp_path)
+    told = {(r.run, r.adapter): (r.data_recipe, r.records_read, r.records_kept, r.connector_samples) for r in rows}
+    nothing = ("", None, None, None)
+    assert {told["baseline", name] for name in SCORES} == {told["custom", "base"]} == {nothing}
+    recipe, *counts = told["custom", "plain"]
+    assert re.fullmatch(r"text_length, image_captioning, document \([0-9a-f]{8}\)", recipe)
+    assert counts == [100, 81, 80]
+    row = next(row for row in rows if (row.run, row.adapter) == ("custom", "plain"))
+    assert (row.samples, row.score, row.state) == (6, 42.5, "scored")
+    lines = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert [line["records_kept"] for line in lines] == ["", "", "", "", "81", "81"]
+    text = as_html(rows, None, False)
+    assert {"data recipe", "kept", "connector samples"} <= set(re.findall(r">([^<>]+)</button>", text))
+    assert "81 of 100" in _Page(text).cells
+    shown = as_table([row for row in rows if row.run == "baseline"], None, False)
+    assert "data recipe" not in shown
+    assert "kept" not in shown
+    assert [row.records_kept for row in sorted_rows(rows, "records_kept", True)][:2] == [81, 81]
+
+
+def test_other_parameters_are_another_data_recipe(tmp_path: Path) -> None:
+    found = []
+    for length in (15, 20):
+        folder = tmp_path / str(length)
+        folder.mkdir()
+        make_experiment(folder, [{"text_length_filter": {"min_len": length}}, *PROCESS[1:]])
+        found.append(row_of(folder, "plain").data_recipe)
+    assert found[0] != found[1]
+    assert found[0][:-9] == found[1][:-9]
+
+
+def test_data_that_are_others_now_are_not_told_of_an_adapter(tmp_path: Path) -> None:
+    run = make_experiment(tmp_path)
+    outputs = {name: _content(path) for name, path in _outputs(run, "preprocess").items()}
+    finish(run, "preprocess", {**outputs, "samples/train.jsonl": []})
+    row = row_of(tmp_path, "plain")
+    assert (row.data_recipe, row.records_kept, row.connector_samples) == ("", None, 80)
+
+
 # -- a score stands only beside the training that made it --------------------------------------------------------
 
 
@@ -544,10 +622,11 @@ def test_numbers_sort_as_numbers_and_equal_rows_keep_their_order() -> None:
 @given(rows=ROWS)
 def test_csv_comes_back_as_it_was_and_holds_no_formula(rows: list[Row]) -> None:
     head, *lines = csv.reader(io.StringIO(as_csv(rows), newline=""))
-    assert head == [field.name for field in fields(Row)]
+    assert head == [field.name for field in fields(Row) if field.name not in RARE]
     assert len(lines) == len(rows)
     for row, line in zip(rows, lines, strict=True):
-        for name, value, cell in zip(head, astuple(row), line, strict=True):
+        for name, cell in zip(head, line, strict=True):
+            value = getattr(row, name)
             if isinstance(value, str):
                 assert cell in (value, f"'{value}")
                 assert not cell.startswith(tuple("=+-@＝＋－＠"))
