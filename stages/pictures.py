@@ -1,8 +1,11 @@
-"""Pictures at a vision-language model's pixel budget.
+"""Pictures as vision-language models read them: how many tokens each becomes, and at which size it is given to them.
 
 Models of the Qwen2-VL family read a picture in patches of `patch_size`, merged `merge_size` by `merge_size` into one
 token: both sides become multiples of their product (28 for Qwen2-VL and Qwen2.5-VL), and a picture of W x H costs
-W x H / 28 / 28 tokens (arXiv:2409.12191, section 2.1).
+W x H / 28 / 28 tokens (arXiv:2409.12191, section 2.1). A budget of pixels makes it cheaper.
+
+LLaVA (arXiv:2310.03744) cuts every picture to one square, by its own processor: each becomes as many tokens as any
+other, and a budget changes nothing.
 """
 
 import json
@@ -59,6 +62,26 @@ class PictureRules:
 
 
 @dataclass(frozen=True)
+class SquareRules:
+    """How a LLaVA reads pictures: each as one square."""
+
+    factor: int
+    """Side of a patch, in pixels."""
+    tokens_each: int
+
+    def size(self, width: int, height: int, budget: int | None = None) -> tuple[int, int]:
+        """Pixels (width, height) at which a picture is given to the model's processor: its own."""
+        return width, height
+
+    def tokens(self, width: int, height: int) -> int:
+        """Tokens of a picture, whatever its size."""
+        return self.tokens_each
+
+
+Rules = PictureRules | SquareRules
+
+
+@dataclass(frozen=True)
 class Picture:
     """A picture file and the size at which it is read."""
 
@@ -83,17 +106,46 @@ class Picture:
         return picture
 
 
-def family_rules(model: Path) -> PictureRules | None:
-    """The rules of a model of the Qwen2-VL family; None for one that reads pictures otherwise, or none."""
+def family_rules(model: Path) -> Rules | None:
+    """The rules of a Qwen2-VL or a LLaVA; None for a model that reads pictures otherwise, or none."""
+    config = _read(model / "config.json")
+    processor = _read(model / "preprocessor_config.json")
+    if config is not None and config.get("model_type") == "llava" and processor is not None:
+        return _square_rules(model, config, processor)
+    if processor is None or not str(processor.get("image_processor_type")).startswith(FAMILY):
+        return None
+    return read_rules(model)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads((model / "preprocessor_config.json").read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return read_rules(model) if str(values.get("image_processor_type")).startswith(FAMILY) else None
+    return values
+
+
+def _square_rules(model: Path, config: dict[str, Any], processor: dict[str, Any]) -> SquareRules:
+    """As LlavaProcessor counts: the patches of the square, and the class token where the strategy is not to drop it."""
+    own = {**config, **(_read(model / "processor_config.json") or {})}
+    patch = int(own.get("patch_size") or config["vision_config"]["patch_size"])
+    crop = processor.get("crop_size") or processor.get("size") or {}
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    image = int(config["vision_config"]["image_size"])
+    patches = (int(crop.get("height") or image) // patch) * (int(crop.get("width") or image) // patch)
+    extra = int(own.get("num_additional_image_tokens", 1))
+    dropped = own.get("vision_feature_select_strategy", "default") == "default"
+    return SquareRules(patch, patches + extra - dropped)
+
+
+def rules_of(model: Path) -> Rules:
+    """A model's rules. Raises UsageError for a model that reads no pictures, or of another family."""
+    return family_rules(model) or read_rules(model)
 
 
 def read_rules(model: Path) -> PictureRules:
-    """A model's rules, from its preprocessor_config.json. Raises UsageError for a model of another family."""
+    """The rules of a model of the Qwen2-VL family, from its preprocessor_config.json. Raises UsageError for another."""
     path = model / "preprocessor_config.json"
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -103,7 +155,7 @@ def read_rules(model: Path) -> PictureRules:
         ) from error
     if "patch_size" not in values or "merge_size" not in values:
         raise UsageError(
-            f"{path}: no patch_size and merge_size: pictures are answered by models of the Qwen2-VL family"
+            f"{path}: no patch_size and merge_size: pictures are answered by models of the Qwen2-VL family and LLaVAs"
         )
     size = values.get("size") or {}
     return PictureRules(
@@ -113,7 +165,7 @@ def read_rules(model: Path) -> PictureRules:
     )
 
 
-def open_picture(path: Path, rules: PictureRules, budget: int | None = None) -> Picture:
+def open_picture(path: Path, rules: Rules, budget: int | None = None) -> Picture:
     """A picture file at the size that rules and budget give it; only its header is read. Raises DataError."""
     from PIL import Image, UnidentifiedImageError
 

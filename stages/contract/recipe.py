@@ -272,13 +272,29 @@ class Train(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"adapter names must differ; found twice: {', '.join(twice)}")
-        if self.connector is not None and CONNECTOR in names:
-            raise ValueError(
-                f"an adapter cannot be named {CONNECTOR!r} beside train.connector: that names the first phase"
-            )
         if not names and not self.adapter_for_each_source:
             raise ValueError("name at least one in train.adapters, or set train.adapter_for_each_source")
         return self
+
+    @property
+    def trains_connector(self) -> bool:
+        """Whether these are the settings of the first phase: those of `of_connector`."""
+        return self.connector is not None and [adapter.name for adapter in self.adapters] == [CONNECTOR]
+
+    def of_connector(self) -> "Train":
+        """The first phase's settings, in the form of all. It trains no LoRA, the base is never in 4 bits, and nothing
+        is sharded: what is trained is small."""
+        assert self.connector is not None
+        own = {name: getattr(self.connector, name) for name in Connector.model_fields if name in Train.model_fields}
+        least = self.least_max_length and min(self.least_max_length, self.connector.max_length)
+        return self.model_copy(
+            update={
+                **own,
+                **{"adapters": [Adapter(name=CONNECTOR, data=self.connector.data)], "adapter_for_each_source": False},
+                **{"lora_config": None, "lora_plus_ratio": None, "load_in_4bit": False, "sharding": "none"},
+                "least_max_length": least,
+            }
+        )
 
     @model_validator(mode="after")
     def _can_be_sharded(self) -> "Train":
@@ -387,6 +403,12 @@ class Recipe(Section):
     train: Train
     infer: Infer = Infer()
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _first_phase_has_its_name(self) -> "Recipe":
+        if self.train.connector is not None and any(adapter.name == CONNECTOR for adapter in self.train.adapters):
+            raise ValueError(f"train.adapters: {CONNECTOR!r} names the first phase, train.connector: take another name")
+        return self
 
     @model_validator(mode="after")
     def _voters_are_trained(self) -> "Recipe":

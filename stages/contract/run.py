@@ -38,7 +38,7 @@ SECTIONS = {
 }
 """The recipe sections that a stage's result depends on."""
 
-REUSABLE = {"preprocess": ("cache", "pages"), "train": ("adapters",), "infer": ("partial",)}
+REUSABLE = {"preprocess": ("cache", "pages"), "train": ("adapters", "connector"), "infer": ("partial",)}
 """What a stage may keep when its inputs change, since it checks every piece against that piece's own input."""
 
 UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
@@ -46,7 +46,7 @@ UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {"preprocess": ("samples/train.jsonl", "samples/validation.jsonl", "pages/", "pictures/")},
     "infer": {
         "preprocess": ("samples/test.jsonl", "samples/validation_asked.jsonl", "asked.jsonl", "pages/", "pictures/"),
-        "train": ("adapters/",),
+        "train": ("adapters/", "connector/"),
     },
     "eval": {
         "preprocess": ("samples/test.jsonl", "pages/", "pictures/"),
@@ -138,8 +138,8 @@ class Run:
                 folder = self.model(retrieval.embedder, "preprocess.retrieval.embedder")
                 found["models/embedder"] = hashes.tree(folder)[0]
             juicer = self.recipe.preprocess.data_juicer
-            for key, path in juicer.weights().items() if juicer else ():
-                found[f"models/{path}"] = hashes.tree(self.model(path, key))[0]
+            for key, weights in juicer.weights().items() if juicer else ():
+                found[f"models/{weights}"] = hashes.tree(self.model(weights, key))[0]
         asks_the_model = stage == "preprocess" and self.recipe.preprocess.classifier == "model"
         if stage in ("train", "infer") or asks_the_model:
             found["models/base"] = hashes.tree(self.model(self.recipe.model.path, "model.path"))[0]

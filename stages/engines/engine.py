@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from stages.contract.errors import DataError
 from stages.contract.records import Message
-from stages.pictures import Picture, PictureRules, open_picture, read_rules
+from stages.pictures import Picture, Rules, open_picture, rules_of
 
 PLACEHOLDER = "<image>"
 """Where a picture stands in a message: ms-swift's word for it."""
@@ -38,6 +38,11 @@ class Prompt:
     def length(self) -> int:
         """Tokens of the prompt, those of its pictures included."""
         return len(self.tokens) + sum(picture.tokens - 1 for picture in self.pictures)
+
+    def expanded(self, counts: Sequence[int], placeholder: int) -> list[int]:
+        """The tokens with as many placeholders for each picture as `counts` says."""
+        left = iter(counts)
+        return [same for token in self.tokens for same in [token] * (next(left) if token == placeholder else 1)]
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,14 @@ class Renderer:
     def __init__(self, model: Path) -> None:
         self.tokenizer = load_tokenizer(model)
         self._model = model
-        self._rules: PictureRules | None = None
+        self._rules: Rules | None = None
         self._placeholder: int | None = None
 
     @property
-    def rules(self) -> PictureRules:
+    def rules(self) -> Rules:
         """How the model reads pictures. Raises UsageError for a model that reads none, or reads them otherwise."""
         if self._rules is None:
-            self._rules = read_rules(self._model)
+            self._rules = rules_of(self._model)
         return self._rules
 
     def render(
@@ -127,12 +132,14 @@ class Renderer:
             )
         )
         if opened:
-            found = tokens.count(self._picture_token())
+            found = tokens.count(self.picture_token)
             if found != len(opened):
                 raise DataError(f"{found} places for pictures in the prompt, and {len(opened)} pictures")
         return Prompt(prompt_id, tokens, opened, max_new_tokens)
 
-    def _picture_token(self) -> int:
+    @property
+    def picture_token(self) -> int:
+        """The number of the token that stands for a picture."""
         if self._placeholder is None:
             self._placeholder = picture_token(self._model)
         return self._placeholder

@@ -9,8 +9,8 @@ from typing import Any
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.contract.files import read_json, remove, visible_files
 
-VISION = ("visual", "vision_tower", "vision_model")
-"""What the parts of a model that see are called in its modules' names."""
+VISION = ("visual", "vision_tower", "vision_model", "multi_modal_projector")
+"""What the parts of a model that see, and the connector behind them, are called in its modules' names."""
 
 
 def refuse_adapted_vision(adapters: dict[str, Path]) -> None:

@@ -25,6 +25,7 @@ from transformers import (
 from stages.engines import gptq
 from stages.engines.batch_size import best_batch_size
 from stages.engines.engine import Completion, Done, EngineSettings, Prompt, load_tokenizer
+from stages.pictures import PictureRules, rules_of
 
 TRIED_TOKENS = 16
 """Tokens of an answer while the batch size is being found: most of the time and memory goes into the prompts."""
@@ -122,7 +123,7 @@ class TransformersEngine:
         # left padding: a decoder writes on from the last position, which must be the prompt's own
         tokens = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self._device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._device)
-        if pictures:  # which tokens are a picture's: positions in two dimensions hang on it
+        if "image_grid_thw" in pictures:  # which tokens are a picture's: positions in two dimensions hang on it
             pictures["mm_token_type_ids"] = tokens.eq(self._picture_token).int()
         config = GenerationConfig(
             max_new_tokens=self._limit(prompts[0]),
@@ -141,7 +142,8 @@ class TransformersEngine:
         return [self._completion(row[longest:].tolist()) for row in output]
 
     def _pictures(self, prompts: list[Prompt]) -> dict[str, Any]:
-        """The pictures of all prompts in patches, with their grids; nothing where no prompt has any."""
+        """The pictures of all prompts as the model reads them, with their grids of patches where it has such; nothing
+        where no prompt has any."""
         opened = [picture.load() for prompt in prompts for picture in prompt.pictures]
         if not opened:
             return {}
@@ -149,23 +151,20 @@ class TransformersEngine:
             from transformers import AutoImageProcessor
 
             self._processor = AutoImageProcessor.from_pretrained(self._settings.model, local_files_only=True)
-        found = self._processor(images=opened, do_resize=False, return_tensors="pt")
+        # those of the Qwen2-VL family have their size already; a LLaVA's own processor makes them squares
+        sized = {"do_resize": False} if isinstance(rules_of(self._settings.model), PictureRules) else {}
+        found = self._processor(images=opened, return_tensors="pt", **sized)
         dtype = getattr(torch, self._settings.dtype)
         return {
-            "pixel_values": found["pixel_values"].to(self._device, dtype),
-            "image_grid_thw": found["image_grid_thw"].to(self._device),
+            name: value.to(self._device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in found.items()
         }
 
     def _expanded(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens with as many placeholders for each picture as it has tokens."""
         if not prompt.pictures:
             return prompt.tokens
-        counts = iter([picture.tokens for picture in prompt.pictures])
-        return [
-            same
-            for token in prompt.tokens
-            for same in ([token] * next(counts) if token == self._picture_token else [token])
-        ]
+        return prompt.expanded([picture.tokens for picture in prompt.pictures], self._picture_token)
 
     def _speaking_as(self, adapter: str | None) -> Any:
         if not isinstance(self._model, PeftModel):

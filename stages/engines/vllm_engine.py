@@ -11,6 +11,7 @@ from stages.contract.errors import DoesNotFitError
 from stages.contract.files import read_json
 from stages.engines import vllm_children
 from stages.engines.engine import Completion, Done, EngineSettings, Prompt
+from stages.pictures import PictureRules, rules_of
 
 MOST_OF_A_CARD, SPARE = 0.9, 0.02
 """Shares of a card's memory: what vLLM takes at most (its own default), and what is left free of a card that others
@@ -64,9 +65,11 @@ class VllmEngine:
             held = min(len(ranks), MOST_ADAPTERS)
             options = {"enable_lora": True, "max_loras": held, "max_lora_rank": _supported_rank(max(ranks))}
         if settings.max_pictures:
-            options["limit_mm_per_prompt"] = {"image": settings.max_pictures, "video": 0}
-            # pictures come at their size already; memory is set aside for the largest, not for the model's own limit
-            options["mm_processor_kwargs"] = {"max_pixels": settings.max_pixels}
+            options["limit_mm_per_prompt"] = {"image": settings.max_pictures}
+            if isinstance(rules_of(settings.model), PictureRules):
+                options["limit_mm_per_prompt"]["video"] = 0
+                # they come at their size already; memory is set aside for the largest, not for the model's own limit
+                options["mm_processor_kwargs"] = {"max_pixels": settings.max_pixels}
         if torch.cuda.is_available():
             options["tensor_parallel_size"] = settings.tensor_parallel
             options["gpu_memory_utilization"] = round(_share_of_the_fullest_card(settings.tensor_parallel), 3)

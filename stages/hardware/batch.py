@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from stages.contract.errors import DoesNotFitError
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -32,3 +34,18 @@ def plan_batch(effective: int, micro_batch: int, gpus: int) -> BatchPlan:
         accumulation = max((2 * effective + step) // (2 * step), 1)
         plans.append(BatchPlan(effective, micro, accumulation, max(gpus, 1)))
     return min(plans, key=lambda plan: (abs(plan.effective - effective), -plan.effective, -plan.micro_batch))
+
+
+def refuse_inexact(batch: BatchPlan, name: str, most_gpus: int = 64) -> None:
+    """Raise DoesNotFitError where a plan only comes near to the batch that the recipe's `name` wants, with the nearest
+    numbers of GPUs that make it."""
+    if batch.effective == batch.wanted:
+        return
+    counts = [gpus for gpus in range(1, most_gpus + 1) if batch.wanted % gpus == 0]
+    fewer = [gpus for gpus in counts if gpus < batch.gpus][-1:]
+    more = [gpus for gpus in counts if gpus > batch.gpus][:1]
+    ways = [str(plan_batch(batch.wanted, batch.micro_batch, gpus)) for gpus in fewer + more]
+    raise DoesNotFitError(
+        f"{name} is {batch.wanted} and train.exact_batch is set, but {batch.gpus} GPU(s) make {batch.effective} at the"
+        f" nearest; what makes it (micro-batch x accumulation x GPUs): {', or '.join(ways)}"
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from stages.contract.recipe import Train
 from stages.hardware.batch import BatchPlan, plan_batch
-from stages.hardware.memory import Estimate, Lengths, adapter_parameters, estimate
+from stages.hardware.memory import Estimate, Lengths, estimate, trained_parameters
 from stages.hardware.shape import ModelShape
 
 UNSURE = 0.03
@@ -208,7 +208,9 @@ def _shorter(
 
 
 def disk_bytes(shape: ModelShape, settings: Train) -> int:
-    """What training writes: each adapter, and while one is trained its checkpoints with the optimizer's two moments."""
-    adapter = 4 * adapter_parameters(shape, settings)
+    """What training writes: each adapter, and while one is trained its checkpoints with the optimizer's two moments;
+    the connector likewise."""
+    adapter = 4 * trained_parameters(shape, settings)
     checkpoints = (settings.keep_checkpoints + 1) * 4 * adapter  # weights, master copy under ZeRO, two moments
-    return len(settings.adapters) * adapter + checkpoints
+    first = settings.connector is not None and not settings.trains_connector
+    return len(settings.adapters) * adapter + checkpoints + (disk_bytes(shape, settings.of_connector()) if first else 0)

@@ -1,4 +1,4 @@
-"""How much memory training an adapter takes on each GPU, estimated from the model's shape alone.
+"""How much memory training an adapter, or a connector, takes on each GPU, estimated from the model's shape alone.
 
 What autograd keeps is counted tensor by tensor for a decoder layer as transformers runs it: RMSNorm in float32, scaled
 dot-product attention, a gated MLP, and PEFT's LoRA in float32 under autocast. The constants that no source states were
@@ -105,13 +105,14 @@ def estimate(
     """
     size = FLOAT32 if dtype == "float32" else 2
     tokens = batch.micro_batch * lengths.longest
-    adapter = adapter_parameters(shape, settings)
+    adapter = trained_parameters(shape, settings)
     shards = batch.gpus if sharding != "none" else 1
     # under ZeRO the adapter is kept in the base's precision, its master copy in float32 with the optimizer's moments
     held = adapter * (FLOAT32 if sharding == "none" else size)
     moments = adapter * FLOAT32 * (2 if sharding == "none" else 3) // shards
     gradients = adapter * FLOAT32 if sharding == "none" else adapter * size + ZERO_BUCKET * FLOAT32
 
+    connector = _connector_activations(shape, settings) * tokens
     layer = _layer_activations(shape, settings, size, batch.micro_batch, lengths.longest) * tokens
     # of a GPTQ base autograd keeps each module's unpacked weights, too, whatever the tokens
     layer += size * sum(map(prod, _packed_in_layers(shape))) // shape.layers
@@ -120,10 +121,10 @@ def estimate(
     kept = shape.layers * (2 * shape.hidden * size // 2 * tokens if settings.gradient_checkpointing else layer)
     logits = (lengths.logits(batch.micro_batch) + batch.micro_batch) * shape.vocabulary
     earlier = gradients if batch.accumulation > 1 else 0  # of the micro-batches before
-    at_loss = (kept, round(LOSS_PER_LOGIT * logits), earlier)
+    at_loss = (kept + connector, round(LOSS_PER_LOGIT * logits), earlier)
     recomputed = layer if settings.gradient_checkpointing else 0
-    in_first = (kept + recomputed + working, SAVED_PER_LOGIT * logits // 2, earlier)
-    in_last = (layer + working, 0, gradients)
+    in_first = (kept + connector + recomputed + working, SAVED_PER_LOGIT * logits // 2, earlier)
+    in_last = (layer + connector + working, 0, gradients)
     activations, of_logits, alive = max(at_loss, in_first, in_last, key=sum)
 
     weights = _weights(shape, settings, size, sharding, batch.gpus)
@@ -141,6 +142,13 @@ def estimate(
     )
 
 
+def trained_parameters(shape: ModelShape, settings: Train) -> int:
+    """How many parameters get gradients: LoRA's, or in the first phase all of the connector's."""
+    if not settings.trains_connector:
+        return adapter_parameters(shape, settings)
+    return sum(weight.count for weight in shape.weights if _is_connector(weight.name))
+
+
 def adapter_parameters(shape: ModelShape, settings: Train) -> int:
     """How many parameters LoRA adds: rank x (inputs + outputs) for each module that it adapts."""
     return sum(settings.rank * sum(shape.linears[name]) for name in adapted_modules(shape, settings))
@@ -148,7 +156,9 @@ def adapter_parameters(shape: ModelShape, settings: Train) -> int:
 
 def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
     """The linear modules that get LoRA, as ms-swift and PEFT choose them: never the head, and of a vision tower none
-    while it is frozen."""
+    while it is frozen; none at all while the connector is trained."""
+    if settings.trains_connector:
+        return []
     linears = [name for name in shape.linears if name.rpartition(".")[2] != "lm_head"]
     if settings.freeze_vision:
         linears = [name for name in linears if not _is_vision(name)]
@@ -168,7 +178,8 @@ def not_estimated(shape: ModelShape, settings: Train) -> str | None:
 
 
 def _is_vision(module: str) -> bool:
-    return bool({"visual", "vision_tower", "vision_model"} & set(module.split("."))) or _is_connector(module)
+    towers = {"visual", "vision_tower", "vision_tower_aux", "vision_model"}
+    return bool(towers & set(module.split("."))) or _is_connector(module)
 
 
 def _is_connector(module: str) -> bool:
@@ -186,11 +197,25 @@ def _packed_in_layers(shape: ModelShape) -> list[tuple[int, int]]:
     return [shape.linears[name] for name in shape.packed if not _is_vision(name) and ".lm_head" not in f".{name}"]
 
 
+def _connector_activations(shape: ModelShape, settings: Train) -> int:
+    """Bytes that a connector in training keeps for each token, as if all were a picture's: of each of its linear
+    modules the input and the output, as large as in float32."""
+    if not settings.trains_connector:
+        return 0
+    return FLOAT32 * sum(sum(sizes) for name, sizes in shape.linears.items() if _is_connector(name))
+
+
 def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
     """The frozen base on one GPU. What a file keeps in integers (GPTQ) stays as it is."""
     total = 0.0
-    in_4bit = set(shape.linears) - {"lm_head"} if settings.load_in_4bit and shape.quantisation is None else set()
+    in_4bit = (
+        {name for name in shape.linears if name.rpartition(".")[2] != "lm_head"}
+        if settings.load_in_4bit and shape.quantisation is None
+        else set()
+    )
     for weight in shape.weights:
+        if settings.trains_connector and _is_connector(weight.name):
+            continue  # in float32, with what is trained
         if weight.name.rpartition(".")[0] in in_4bit and len(weight.shape) == 2:
             total += weight.count * NF4_BYTES
         elif weight.dtype.startswith(("F", "BF")):

@@ -60,6 +60,8 @@ class ModelShape:
     """The config of the vision tower."""
     bits: int = 4
     """Of a weight that is stored quantised."""
+    vision_aux: dict[str, Any] | None = None
+    """The config of MGM's second tower, a ConvNeXt."""
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -98,10 +100,19 @@ def _is_embedding(module: str) -> bool:
     return module.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings", "embedding", "position_embedding")
 
 
+LLAMA = {
+    **{"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
+    "vocab_size": 32000,
+}
+"""What a config of a Llama means where it says nothing, as the `text_config` of published LLaVAs does: a 7B's."""
+
+
 def read_shape(folder: Path) -> ModelShape:
     """The shape of the model in a Hugging Face folder. Raises UsageError for what is not one, or is cut short."""
     config = _read_json(folder / "config.json")
     text = {**config, **(config.get("text_config") or {})}
+    if text.get("model_type") == "llama" and "text_config" in config:
+        text = {**LLAMA, **text}
     quantisation = config.get("quantization_config") or {}
     try:
         heads = int(text["num_attention_heads"])
@@ -118,6 +129,7 @@ def read_shape(folder: Path) -> ModelShape:
             quantisation=quantisation.get("quant_method"),
             vision=config.get("vision_config"),
             bits=int(quantisation.get("bits") or 4),
+            vision_aux=config.get("vision_config_aux"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UnknownShapeError(
@@ -133,6 +145,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"{path}: not a mapping; it must be a Hugging Face model's")
     return value
+
+
+def tensors_of(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
+    return [weight.name for weight in _header(path)]
 
 
 def _files(folder: Path) -> list[Path]:

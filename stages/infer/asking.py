@@ -14,6 +14,7 @@ from stages.contract.errors import DataError
 from stages.contract.files import FileHashes, JsonlJournal, digest_of, machine_error, visible_files
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.stage import Stage
+from stages.engines.connector import trained_connector
 from stages.engines.engine import Completion, Engine, Prompt, Renderer
 from stages.tasks import Ask, load_task
 
@@ -148,6 +149,12 @@ class Asking:
     def is_done(self, variant: Variant, samples: list[Sample]) -> bool:
         """Whether nothing is left to ask of these samples."""
         return all(step.record is not None for sample in samples for step in self._steps(variant, sample))
+
+    def asks_base(self, chunks: Mapping[Variant, list[list[Sample]]]) -> bool:
+        """Whether anything is to be asked of the base: its own answers, or passes that it answers for all."""
+        samples = ((variant, sample) for variant, members in chunks.items() for chunk in members for sample in chunk)
+        steps = (step for variant, sample in samples for step in self._steps(variant, sample))
+        return any(step.record is None and step.model is None for step in steps)
 
     def seconds(self, variant: Variant, samples: list[Sample]) -> float:
         """Time that the answers to these samples took, over all starts, the engine's own start left out."""
@@ -334,6 +341,8 @@ def _journal_name(stage: Stage, model: Path, adapter: str | None) -> str:
     if adapter is not None:
         folder = stage.run.path("train", "adapters", adapter)
         weights += [hashes.file(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()]
+        connector = trained_connector(stage.run)
+        weights += [connector[1]] if connector else []
     pages = ((stage.run.manifest("preprocess") or {}).get("outputs") or {}).get("pages/", {}).get("sha256")
     made_from = [infer.engine, infer.merged, infer.batch_size, infer.chunk_size, stage.run.recipe.seed, weights, pages]
     return f"{adapter or 'base'}.{digest_of(made_from)[:16]}.jsonl"

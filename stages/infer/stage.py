@@ -2,7 +2,8 @@
 
 With `infer.vote` the adapters then vote. With `infer.ablate` the samples are answered again without each of some
 components of the task; with `infer.merged` each adapter's weights are merged into a copy of the base and served by an
-engine of their own.
+engine of their own. Adapters that were trained with a connector (`train.connector`) answer with it, and `base` is the
+model as it came: that takes an engine for each of the two.
 """
 
 import time
@@ -15,6 +16,7 @@ from stages.contract.files import read_json, read_jsonl, remove, write_json, wri
 from stages.contract.recipe import Adapter
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
+from stages.engines.connector import trained_connector, with_connector
 from stages.engines.engine import Engine, EngineSettings, Prompt
 from stages.hardware.probe import probe
 from stages.hardware.serve import plan_serving
@@ -179,22 +181,31 @@ def _answer(stage: Stage, asking: Asking, engines: "_Engines", model: Path, chun
         return
     every = {each.name: stage.run.path("train", "adapters", each.name) for each in trained_adapters(stage)}
     asked = {variant.adapter for variant in chunks if variant.adapter and left(variant)}
-    if not stage.run.recipe.infer.merged:
-        if stage.run.recipe.infer.engine == "vllm":
-            from stages.engines.merge import refuse_adapted_vision
+    merged, connector = stage.run.recipe.infer.merged, trained_connector(stage.run)
+    if not merged and stage.run.recipe.infer.engine == "vllm":
+        from stages.engines.merge import refuse_adapted_vision
 
-            refuse_adapted_vision({name: every[name] for name in sorted(asked)})
+        refuse_adapted_vision({name: every[name] for name in sorted(asked)})
+    if not merged and connector is None:
         asking.answer(engines.serving(asking, model, every, chunks), {None, *every}, chunks)
+        return
+    # base first: it answers the passes that are shared by all
+    if asking.asks_base(chunks):
+        asking.answer(engines.serving(asking, model, {}, chunks), {None}, chunks)
+    if not asked:
+        return
+    if connector is not None:
+        model = engines.with_connector(model, connector)
+    if not merged:
+        asking.answer(engines.serving(asking, model, every, chunks), set(every), chunks)
         return
     from stages.engines.merge import merged_copy
 
-    # base first: it answers the passes that are shared by all
-    asking.answer(engines.serving(asking, model, {}, chunks), {None}, chunks)
     for name in sorted(asked):
-        merged = merged_copy(model, every[name], stage.path("merged", name), _target().dtype)
-        asking.answer(engines.serving(asking, merged, {}, chunks), {name}, chunks)
+        copy = merged_copy(model, every[name], stage.path("merged", name), _target().dtype)
+        asking.answer(engines.serving(asking, copy, {}, chunks), {name}, chunks)
         engines.close()
-        remove(merged)
+        remove(copy)
 
 
 class _Engines:
@@ -205,6 +216,7 @@ class _Engines:
         self._engine: Engine | None = None
         self._serves: tuple[Path, tuple[str, ...]] | None = None
         self._room = (0, 0, 0)
+        self._connected: Path | None = None
 
     def serving(self, asking: Asking, model: Path, adapters: dict[str, Path], chunks: Chunks) -> Engine:
         """The engine of these weights, with room for all that is asked in these chunks. The one that runs is kept where
@@ -219,6 +231,12 @@ class _Engines:
             if self._stage.run.recipe.infer.batch_size == "auto":
                 _settle_batch_size(self._stage, self._engine, asking.longest())
         return self._engine
+
+    def with_connector(self, model: Path, connector: tuple[Path, str]) -> Path:
+        """The base with a connector, made once in each start: its links are this machine's."""
+        if self._connected is None:
+            self._connected = with_connector(model, *connector, self._stage.path("merged", "with-connector"))
+        return self._connected
 
     def close(self) -> None:
         if self._engine is not None:

@@ -19,6 +19,16 @@ def mixed(samples: Samples, adapter: Adapter, seed: int) -> Samples:
     return [sample for part in adapter.data for sample in _drawn(samples, part, adapter.name, seed)]
 
 
+def shown(samples: Samples, most: int, seed: int) -> tuple[Samples, int]:
+    """What a connector is trained on, of its mix: samples with pictures, at most so many, drawn by the seed; and how
+    many had to be left out for that. A sample without a picture gives it nothing to learn."""
+    seen = [sample for sample in samples if sample.get("images")]
+    if len(seen) <= most:
+        return seen, 0
+    chosen = sorted(random.Random(f"{seed}:connector").sample(range(len(seen)), most))
+    return [seen[place] for place in chosen], len(seen) - most
+
+
 def validated(samples: Samples, adapter: Adapter) -> Samples:
     """What it is validated on: the samples of its data sets, or all where these have none."""
     return [sample for sample in samples if adapter.covers(sample["meta"]["source"])] or samples

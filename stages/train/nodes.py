@@ -12,13 +12,19 @@ from contextlib import contextmanager
 from stages.contract.errors import InterruptedRunError
 from stages.contract.files import FileHashes, read_json, remove, write_json
 from stages.contract.part import Node
+from stages.contract.recipe import CONNECTOR
 from stages.contract.stage import Stage
 from stages.train.launch import JOIN_SECONDS
 
 
+def place_of(name: str) -> tuple[str, ...]:
+    """Where below the stage's folder an adapter, or the connector, stands once it is trained."""
+    return (CONNECTOR,) if name == CONNECTOR else ("adapters", name)
+
+
 @contextmanager
 def announced(stage: Stage, adapter: str, node: Node | None) -> Iterator[None]:
-    """Have the other nodes, where there are any, train this adapter too."""
+    """Have the other nodes, where there are any, train this adapter too, or the connector."""
     if node is None:
         yield
         return
@@ -44,7 +50,7 @@ def adapters_announced_by_the_first(stage: Stage) -> Iterator[str]:
         found = read_json(run.path(stage.name, "checkpoints", "announced.json"))
         # one of a start that was killed may still stand there: of other inputs, or of an adapter that is done
         is_new = found is not None and found["key"] == stage.key and found["round"] != joined
-        if is_new and not run.path(stage.name, "adapters", found["adapter"]).is_dir():
+        if is_new and not run.path(stage.name, *place_of(found["adapter"])).is_dir():
             joined = found["round"]
             yield found["adapter"]
             patience = time.monotonic() + JOIN_SECONDS

@@ -2,6 +2,9 @@
 
 The process is ended with its memory before anything else is tried on the card, and a crash of it is not ours. When a
 card's memory runs out, the next one begins a rung lower on the ladder (`ladder.py`), from the newest checkpoint.
+
+With `train.connector` there is a phase before, trained in the same way: what stands between vision tower and language
+model. The adapters are trained on the base with it, and belong to it: another connector, other adapters.
 """
 
 import importlib.util
@@ -25,9 +28,13 @@ from stages.contract.files import (
     write_jsonl,
 )
 from stages.contract.part import Node
-from stages.contract.recipe import ONLY_ROOM, Adapter, Train
+from stages.contract.recipe import CONNECTOR, ONLY_ROOM, Adapter, Train
 from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
+from stages.engines.connector import FILE as CONNECTOR_FILE
+from stages.engines.connector import check_connector, trained_connector
+from stages.engines.gptq import stored_as
+from stages.hardware.batch import refuse_inexact
 from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unplanned
 from stages.hardware.memory import Lengths, not_estimated
 from stages.hardware.probe import Gpu, probe
@@ -45,8 +52,8 @@ from stages.pipeline_report import dataset_result, pipeline_report, training_fac
 from stages.train.ladder import Footing, Ladder, MemoryRanOutError, by_hand, next_rung, what_would_help
 from stages.train.launch import train_adapter
 from stages.train.lengths import read_lengths
-from stages.train.mixes import mixed, validated
-from stages.train.nodes import adapters_announced_by_the_first, announced
+from stages.train.mixes import mixed, shown, validated
+from stages.train.nodes import adapters_announced_by_the_first, announced, place_of
 from stages.train.worker import Job
 
 GIB = 1024**3
@@ -58,27 +65,26 @@ MEMORY_PATIENCE = 60.0
 """Seconds that a dead process's memory may take to come back."""
 
 
-LEARNT = set(Train.model_fields) - {*ONLY_ROOM, "adapters", "adapter_for_each_source", "lora_config"}
+LEARNT = set(Train.model_fields) - {*ONLY_ROOM, "adapters", "adapter_for_each_source", "lora_config", "connector"}
 """What of `train` every adapter depends on."""
 
 
 def work(stage: Stage) -> None:
     """The stage's work, for `run_stage`."""
     recipe = stage.run.recipe
-    plan: _Plan | None = None  # only once something is to be trained: taking over what is there needs no card
     node = stage.part if isinstance(stage.part, Node) else None
     if node is not None and node.rank > 0:
-        by_name = {adapter.name: adapter for adapter in recipe.train.adapters}
-        for name in adapters_announced_by_the_first(stage):
-            plan = plan or _plan(stage, node)
-            _train(stage, by_name[name], "", plan, node)
+        _help(stage, node)
         return
     if stage.nothing_to_do(len(recipe.train.adapters), "adapters"):
         return
     log: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]
-    keys, failures = _keep_what_fits(stage, adapters)
+    mixes, failures = _mixes_of(stage, adapters)
+    connector = _train_connector(stage, node, log) if recipe.train.connector is not None else None
+    keys = _keep_what_fits(stage, mixes, connector)
+    plan: _Plan | None = None  # only once something is to be trained: taking over what is there needs no card
     for adapter in adapters:
         name = adapter.name
         folder = stage.path("adapters", name)
@@ -89,10 +95,10 @@ def work(stage: Stage) -> None:
         if not folder.is_dir():
             _take_over(stage, name)
         if not folder.is_dir():
-            plan = plan or _plan(stage, node)
+            plan = plan or _plan(stage, recipe.train, node)
             try:
                 with announced(stage, name, node):
-                    _train(stage, adapter, keys[name], plan, node)
+                    _train(stage, adapter, keys[name], plan, node, connector)
             except LorryError as error:
                 # a stop, a lost card or another node's trouble is no matter of this adapter alone
                 if isinstance(error, InterruptedRunError) or node is not None:
@@ -103,17 +109,86 @@ def work(stage: Stage) -> None:
                 _note_result(stage, results, adapter, {"error": str(error)})
                 continue
         _note_result(stage, results, adapter, {"training": training_facts(stage.run, adapter, folder)})
-        training = read_json(folder / "training.json")
-        stage.counts[f"{name} samples"] = training["samples"]["train"]
-        stage.counts[f"{name} steps"] = training["steps"]
-        _tell_of(stage, name, training)
-        log += [{"adapter": name, **entry} for entry in training["log"]]
-        for file in ("adapter_model.safetensors", "adapter_config.json", "training.json"):
-            stage.outputs[f"adapters/{name}/{file}"] = None
+        log += _hand_on(stage, name, ("adapter_model.safetensors", "adapter_config.json"))
         stage.stop.check()
     _settle_failures(stage, failures, len(adapters))
     stage.outputs["metrics.jsonl"] = write_jsonl(stage.path("metrics.jsonl"), log)
     _remove_checkpoints(stage, failures)
+
+
+def _help(stage: Stage, node: Node) -> None:
+    """Train what node 0 announces, with it and the others."""
+    recipe = stage.run.recipe
+    by_name = {adapter.name: adapter for adapter in recipe.train.adapters}
+    plans: dict[bool, _Plan] = {}
+    for name in adapters_announced_by_the_first(stage):
+        first_phase = name == CONNECTOR
+        settings = recipe.train.of_connector() if first_phase else recipe.train
+        plans[first_phase] = plans.get(first_phase) or _plan(stage, settings, node)
+        adapter = settings.adapters[0] if first_phase else by_name[name]
+        _train(stage, adapter, "", plans[first_phase], node, None if first_phase else trained_connector(stage.run))
+
+
+def _hand_on(stage: Stage, name: str, files: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Note what was trained among the stage's outputs, and how that went. Returns its part of metrics.jsonl."""
+    place = place_of(name)
+    training = read_json(stage.path(*place, "training.json"))
+    stage.counts[f"{name} samples"] = training["samples"]["train"]
+    stage.counts[f"{name} steps"] = training["steps"]
+    _tell_of(stage, name, training)
+    for file in (*files, "training.json"):
+        stage.outputs["/".join((*place, file))] = None
+    return [{"adapter": name, **entry} for entry in training["log"]]
+
+
+def _train_connector(stage: Stage, node: Node | None, log: list[dict[str, Any]]) -> tuple[Path, str]:
+    """The first phase, or what an earlier start has left of it. Returns the connector and its sha256.
+
+    Raises UsageError where the file is not as it was trained.
+    """
+    if stage.shard is not None:
+        raise UsageError(
+            "train.connector: shards would each train a connector of their own; train without --shard, on the GPUs of"
+            " one machine or with nodes"
+        )
+    settings = stage.run.recipe.train.of_connector()
+    model = stage.run.model(stage.run.recipe.model.path, "model.path")
+    if stored_as(model) is not None:
+        raise UsageError(
+            f"{model}: train.connector: it is trained beside a base in 16 bits or more, not a quantised one"
+        )
+    mix, folder = settings.adapters[0], stage.path(*place_of(CONNECTOR))
+    key = _key_of_connector(stage, settings)
+    if (read_json(folder / "made.json") or {}).get("key") != key:
+        remove(folder)
+        with announced(stage, CONNECTOR, node):
+            _train(stage, mix, key, _plan(stage, settings, node), node, None)
+    sha256 = str(read_json(folder / "made.json")["files"][CONNECTOR_FILE])
+    check_connector(folder / CONNECTOR_FILE, sha256)
+    log += _hand_on(stage, CONNECTOR, (CONNECTOR_FILE,))
+    stage.facts["connector"] = {"sha256": sha256, "data": mix.mix}
+    beyond = read_json(folder / "training.json")["beyond_most_samples"]
+    if beyond:
+        stage.counts[f"{CONNECTOR} beyond most_samples"] = beyond
+    return folder / CONNECTOR_FILE, sha256
+
+
+def _key_of_connector(stage: Stage, settings: Train) -> str:
+    """A digest of all that it depends on. What an adapter is trained on, and how, is not among that."""
+    run = stage.run
+    assert settings.connector is not None
+    train, validation = _samples(stage)
+    mix = settings.adapters[0]
+    samples, _ = shown(mixed(train, mix, run.recipe.seed), settings.connector.most_samples, run.recipe.seed)
+    validated_on = shown(validated(validation, mix), settings.connector.most_samples, run.recipe.seed)[0]
+    learnt = settings.model_dump(mode="json", include=LEARNT - LORAS_OWN)
+    pictures = _pictures_of(stage, [samples, validated_on])
+    model, recipe = _model_digest(stage), run.recipe.digest("seed", "model")
+    return digest_of([CONTRACT_VERSION, recipe, learnt, model, samples, validated_on, pictures])
+
+
+LORAS_OWN = {"rank", "alpha", "dropout", "target_modules", "lora_plus_ratio", "freeze_vision", "load_in_4bit"}
+"""What of `train` a connector does not depend on."""
 
 
 def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
@@ -125,31 +200,61 @@ def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
         remove(stage.path("checkpoints"))
 
 
-def _keep_what_fits(stage: Stage, adapters: list[Adapter]) -> tuple[dict[str, str], dict[str, LorryError]]:
-    """The key of each adapter, by its name: a digest of all that it depends on; and what is wrong with the mixes of
-    those that have none.
+def _samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those to train and to validate on."""
+    train, validation = (
+        read_jsonl(stage.run.path("preprocess", "samples", f"{name}.jsonl")) for name in ("train", "validation")
+    )
+    return train, validation
 
-    What earlier starts left of adapters with other keys, or of other names, is removed: a change of one data mix costs
-    the training of one adapter.
-    """
-    run = stage.run
-    train, validation = (read_jsonl(run.path("preprocess", "samples", f"{n}.jsonl")) for n in ("train", "validation"))
+
+def _model_digest(stage: Stage) -> str:
     hashes = FileHashes(stage.path(".hashes.json"))  # knows the model from when the stage's inputs were hashed
-    model, _ = hashes.tree(run.model(run.recipe.model.path, "model.path"))
-    pages = ((run.manifest("preprocess") or {}).get("outputs") or {}).get("pages/", {}).get("sha256")
-    recipe = run.recipe.digest("seed", "model", *(f"train.{name}" for name in Train.model_fields if name in LEARNT))
-    keys: dict[str, str] = {}
+    return hashes.tree(stage.run.model(stage.run.recipe.model.path, "model.path"))[0]
+
+
+def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]]) -> Any:
+    """A digest of the pictures that samples may show; None where they show none."""
+    if not any(sample["images"] for part in samples for sample in part):
+        return None
+    outputs = (stage.run.manifest("preprocess") or {}).get("outputs") or {}
+    found = {name: outputs[name].get("sha256") for name in ("pages/", "pictures/") if name in outputs}
+    return found if "pictures/" in found else found.get("pages/")
+
+
+Mixes = dict[str, list[list[dict[str, Any]]]]
+"""By adapter: what it is trained on, and what it is validated on."""
+
+
+def _mixes_of(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, LorryError]]:
+    """The mixes of the adapters, and what is wrong with those of some."""
+    train, validation = _samples(stage)
+    mixes: Mixes = {}
     failures: dict[str, LorryError] = {}
     for adapter in adapters:
         try:
-            samples = [mixed(train, adapter, run.recipe.seed), validated(validation, adapter)]
+            mixes[adapter.name] = [mixed(train, adapter, stage.run.recipe.seed), validated(validation, adapter)]
         except UsageError as error:
-            if len(adapters) == 1 or not run.recipe.train.keep_going:  # a name mistyped must not cost hours first
+            if len(adapters) == 1 or not stage.run.recipe.train.keep_going:  # a name mistyped must not cost hours first
                 raise
             failures[adapter.name] = error
-            continue
-        shown = pages if any(sample["images"] for part in samples for sample in part) else None
-        keys[adapter.name] = digest_of([CONTRACT_VERSION, recipe, model, samples, shown])
+    return mixes, failures
+
+
+def _keep_what_fits(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None) -> dict[str, str]:
+    """The key of each adapter, by its name: a digest of all that it depends on.
+
+    What earlier starts left of adapters with other keys, or of other names, is removed: a change of one data mix costs
+    the training of one adapter, another connector that of all.
+    """
+    run = stage.run
+    hashes = FileHashes(stage.path(".hashes.json"))
+    model = _model_digest(stage)
+    recipe = run.recipe.digest("seed", "model", *(f"train.{name}" for name in Train.model_fields if name in LEARNT))
+    keys: dict[str, str] = {}
+    for name, samples in mixes.items():
+        parts = [CONTRACT_VERSION, recipe, model, samples, _pictures_of(stage, samples)]
+        keys[name] = digest_of(parts if connector is None else [*parts, connector[1]])
     for path in stage.path("adapters").glob("*/"):
         made = read_json(path / "made.json") or {}
         whole = all(
@@ -158,7 +263,7 @@ def _keep_what_fits(stage: Stage, adapters: list[Adapter]) -> tuple[dict[str, st
         )
         if made.get("key") != keys.get(path.name, "") or not whole:
             remove(path)
-    return keys, failures
+    return keys
 
 
 def _note_result(stage: Stage, results: list[dict[str, Any]], adapter: Adapter, result: dict[str, Any]) -> None:
@@ -193,11 +298,14 @@ def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: in
 
 def _tell_of(stage: Stage, name: str, training: dict[str, Any]) -> None:
     """What the manifest says of one adapter, from its training.json: this start may not be the one that trained it."""
-    wanted, used = stage.run.recipe.train.max_length, training["max_length"]
-    reason = "longer than train.max_length" + ("" if used == wanted else f", which memory brought down to {used}")
+    settings, section, what = stage.run.recipe.train, "train", f"adapter {name}"
+    if name == CONNECTOR:
+        settings, section, what = settings.of_connector(), "train.connector", name
+    wanted, used = settings.max_length, training["max_length"]
+    reason = f"longer than {section}.max_length" + ("" if used == wanted else f", which memory brought down to {used}")
     for split, samples in training["left_out"].items():
         for sample in samples:
-            stage.skip(sample, reason, f"{split}, adapter {name}")
+            stage.skip(sample, reason, f"{split}, {what}")
     if "memory" in training:
         stage.facts.setdefault("gpu_memory", {})[name] = training["memory"]
     for rung in training.get("out_of_memory", []):
@@ -236,33 +344,46 @@ class _Plan:
         return Footing(self.way.settings, self.way.batch, eval_micro_batch=self.way.batch.micro_batch)
 
 
-def _plan(stage: Stage, node: Node | None) -> _Plan:
+def _plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     """How to train on this machine's cards, and with the other machines'; they must fit the image.
 
     Raises DoesNotFitError where no way of training can fit, before any process starts.
     """
+    plan = _planned(stage, settings, node)
+    batch, section = plan.way.batch, "train.connector" if settings.trains_connector else "train"
+    if settings.exact_batch:
+        refuse_inexact(batch, f"{section}.effective_batch")
+    return plan
+
+
+def _planned(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     machine, recipe = probe(), stage.run.recipe
-    settings, gpus = recipe.train, machine.gpus
+    gpus = machine.gpus
+    label, section = (f"{CONNECTOR} ", "train.connector") if settings.trains_connector else ("", "train")
+
+    def decide(what: str, value: Any, why: str) -> None:
+        stage.decide(f"{label}{what}", value, why)
+
     target = working_target(machine, load_targets())
     dtype = precision_of(settings.precision, target)
-    stage.decide("precision", dtype, f"target {target.name}" if settings.precision == "auto" else "train.precision")
+    decide("precision", dtype, f"target {target.name}" if settings.precision == "auto" else "train.precision")
     if settings.load_in_4bit:
         refuse_4bit_without_kernels(target)
     here = max(len(gpus), 1)
     processes = here * (node.count if node else 1)
     if processes > 1:
         where = f"{node.count} nodes with {here} each, meeting at {node.rendezvous}" if node else "one for each GPU"
-        stage.decide("training processes", processes, where)
-    offers = Offers("bitsandbytes" in target.quantisation, importlib.util.find_spec("deepspeed") is not None)
+        decide("training processes", processes, where)
+    offers = _offers(settings, target)
     if settings.sharding == "auto" and not offers.deepspeed:
         settings = settings.model_copy(update={"sharding": "none"})
     model = stage.run.model(recipe.model.path, "model.path")
     try:
         shape = read_shape(model)
     except UnknownShapeError as error:
-        stage.decide("memory", "not estimated", str(error))
+        decide("memory", "not estimated", str(error))
         way = unplanned(settings, processes, dtype)
-        stage.decide("effective batch", str(way.batch), f"train.effective_batch is {settings.effective_batch}")
+        decide("effective batch", str(way.batch), f"{section}.effective_batch is {settings.effective_batch}")
         return _Plan(target, way, gpus)
     refuse_base_without_kernels(model, shape.quantisation, target)
     if settings.load_in_4bit:
@@ -279,18 +400,25 @@ def _plan(stage: Stage, node: Node | None) -> _Plan:
             raise _cannot_fit(shape, settings, processes, dtype, lengths, fullest, offers)
         free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}, {fullest.uuid[:12]}"
         needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
-        stage.decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
+        decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
     left_out = not_estimated(shape, settings)
     if left_out:
-        stage.decide("memory not estimated", left_out, "what is left has to hold it")
+        decide("memory not estimated", left_out, "what is left has to hold it")
     for change in way.changes:
         why = "so that it fits" if way.fits(memory) else "the least there is"
-        stage.decide("fit", change, f"{why}; the result is the same")
+        decide("fit", change, f"{why}; the result is the same")
     if settings.sharding in ("zero2", "zero3"):
-        stage.decide("sharding", settings.sharding, "train.sharding")
-    stage.decide("effective batch", str(way.batch), f"train.effective_batch is {settings.effective_batch}")
-    stage.facts["estimate"] = {**way.estimate.parts(), "total": way.estimate.total}
+        decide("sharding", settings.sharding, "train.sharding")
+    decide("effective batch", str(way.batch), f"{section}.effective_batch is {settings.effective_batch}")
+    stage.facts[f"{label}estimate".replace(" ", "_")] = {**way.estimate.parts(), "total": way.estimate.total}
     return _Plan(target, way, gpus)
+
+
+def _offers(settings: Train, target: Target) -> Offers:
+    """What the software here has; nothing of it is made use of in the first phase."""
+    if settings.trains_connector:
+        return Offers(bitsandbytes=False, deepspeed=False)
+    return Offers("bitsandbytes" in target.quantisation, importlib.util.find_spec("deepspeed") is not None)
 
 
 def _cannot_fit(
@@ -309,8 +437,16 @@ def _cannot_fit(
     )
 
 
-def _train(stage: Stage, adapter: Adapter, key: str, plan: _Plan, node: Node | None) -> None:
-    """Train one adapter, a rung lower each time that memory runs out. Raises DoesNotFitError below the last."""
+def _train(
+    stage: Stage,
+    adapter: Adapter,
+    key: str,
+    plan: _Plan,
+    node: Node | None,
+    connector: tuple[Path, str] | None,
+) -> None:
+    """Train one adapter, on the base with a connector where there is one, or the connector itself; a rung lower each
+    time that memory runs out. Raises DoesNotFitError below the last."""
     name = adapter.name
     # with several machines, checkpoints and adapter are node 0's
     work = stage.run.path("train", "checkpoints", name) if node else stage.path("checkpoints", name)
@@ -318,11 +454,11 @@ def _train(stage: Stage, adapter: Adapter, key: str, plan: _Plan, node: Node | N
     footing = ladder.descended(plan.footing)
     for made in ladder.decisions:
         stage.events.say(f"train {name}: out of memory in an earlier start: {made['value']}")
-    with _timed(work, stage.path("adapters", name) if node is None else None):
+    with _timed(work, stage.path(*place_of(name)) if node is None else None):
         while True:
             before = probe().gpus if plan.gpus else ()
             try:
-                job = _job(stage, adapter, key, plan, footing, node)
+                job = _job(stage, adapter, key, plan, footing, node, connector)
                 speed = train_adapter(stage, job, plan.here, node, plan.target.environment)
             except MemoryRanOutError as error:
                 footing = _one_rung_lower(stage, name, ladder, footing, error, node)
@@ -399,7 +535,15 @@ def _still_held(gpu: Gpu, processes: tuple[int, ...], free_before: int) -> bool:
     return gpu.memory_free < free_before and not others_are_known
 
 
-def _job(stage: Stage, adapter: Adapter, key: str, plan: _Plan, footing: Footing, node: Node | None) -> Job:
+def _job(
+    stage: Stage,
+    adapter: Adapter,
+    key: str,
+    plan: _Plan,
+    footing: Footing,
+    node: Node | None,
+    connector: tuple[Path, str] | None,
+) -> Job:
     """With several machines, this one's part of it: checkpoints and adapter are node 0's."""
     run, recipe, name = stage.run, stage.run.recipe, adapter.name
     own = stage.path("checkpoints", name)
@@ -407,7 +551,7 @@ def _job(stage: Stage, adapter: Adapter, key: str, plan: _Plan, footing: Footing
         model=run.model(recipe.model.path, "model.path"),
         work=run.path("train", "checkpoints", name) if node else own,
         scratch=own / "scratch",
-        adapter=run.path("train", "adapters", name) if node else stage.path("adapters", name),
+        adapter=run.path("train", *place_of(name)) if node else stage.path(*place_of(name)),
         run=run.folder,
         key=key,
         mix=adapter,
@@ -426,4 +570,5 @@ def _job(stage: Stage, adapter: Adapter, key: str, plan: _Plan, footing: Footing
         model_settings=recipe.model,
         settings=footing.settings,
         reports=-1,
+        connector=connector,
     )

@@ -19,12 +19,14 @@ from swift.pipelines.train.sft import SwiftSft
 from swift.template.base import MaxLengthError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import stages.train.llava_templates  # noqa: F401 - registers them
 from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
 from stages.engines import gptq
 from stages.engines.engine import Renderer
-from stages.pictures import PictureRules, family_rules, open_picture
+from stages.pictures import PictureRules, Rules, family_rules, open_picture
+from stages.train.connector_sft import train_connector_only
 from stages.train.optimizer_state import keep_by_name
 from stages.train.sharding import compute_in
 from stages.train.together import Together
@@ -50,6 +52,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             self.template._load_image = partial(_load_picture, self._rules, job.settings.max_pixels)
             # what comes after it in ms-swift must leave that size: its own budget, and rounding to four tokens or more
             self.template.max_pixels = None
+        if isinstance(self._rules, PictureRules):
             picture_utils: Any = importlib.import_module("qwen_vl_utils.vision_process")
             picture_utils.IMAGE_MIN_TOKEN_NUM = 1
         self.log: list[dict[str, Any]] = []
@@ -61,8 +64,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
 
         Raises UsageError where swift's template renders a conversation otherwise than inference does, by the model's
         own chat template: the adapter would be tuned on prompts that it never sees. The first sample without a picture
-        is compared and, with a model of the Qwen2-VL family, the first with one; in others what a picture becomes is
-        not in the chat template but in the image processor.
+        is compared and, with a model whose pictures' tokens we can count, the first with one.
         """
         kept: list[dict[str, Any]] = []
         left_out: list[str] = []
@@ -86,7 +88,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
     def _encoded(self, row: dict[str, Any]) -> dict[str, Any]:
         """A sample as swift's template encodes it. Raises MaxLengthError where it is longer than max_length.
 
-        Where a picture's tokens are known from its size, no pixel is read: blank pictures of one token stand in.
+        Where a picture's tokens are known from its size, no pixel is read: blank pictures of one patch stand in.
         """
         row = copy.deepcopy(row)  # the template puts the opened pictures in place of the names
         if "images" not in row or self._rules is None:
@@ -95,20 +97,26 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         pictures = [open_picture(Path(name), self._rules, self._job.settings.max_pixels) for name in row["images"]]
         blank = Image.new("RGB", (self._rules.factor, self._rules.factor))
         encoded = self.template.encode({**row, "images": [blank] * len(pictures)})
-        length = len(encoded["input_ids"]) + sum(picture.tokens - 1 for picture in pictures)
+        length = len(encoded["input_ids"]) + sum(picture.tokens - self._of_a_blank for picture in pictures)
         if length > self._job.settings.max_length:
             raise MaxLengthError(f"{length} tokens")
         return encoded
 
+    @property
+    def _of_a_blank(self) -> int:
+        """Tokens of a blank picture of one patch."""
+        return self._rules.tokens(self._rules.factor, self._rules.factor) if self._rules else 0
+
     def _check_prompt(
         self, sample: str, messages: list[dict[str, str]], pictures: list[Path], encoded: dict[str, Any]
     ) -> None:
-        """Compare the prompt with what inference makes of it; each of the pictures has one token in both."""
+        """Compare the prompt with what inference makes of it, both with blank pictures."""
         tokens, labels = list(encoded["input_ids"]), list(encoded["labels"])
         prompt = next(i for i, label in enumerate(labels) if label != -100)
         said = tokens[:prompt]
         try:
-            own = self._renderer.render(sample, messages[:-1], pictures).tokens  # type: ignore[arg-type]
+            rendered = self._renderer.render(sample, messages[:-1], pictures)  # type: ignore[arg-type]
+            own = rendered.expanded([self._of_a_blank] * len(pictures), self._renderer.picture_token)
         except DataError as error:
             raise DataError(f"sample {sample}: {error}") from error
         if said != own:
@@ -124,7 +132,9 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             )
 
     def train(self, trainer: Any) -> Any:
-        if self._job.settings.freeze_vision:
+        if self._job.settings.trains_connector:
+            train_connector_only(trainer, self._job.model, self._together)
+        elif self._job.settings.freeze_vision:
             _refuse_adapted_vision(trainer.model)
         count = _TokenCount(trainer.data_collator, self._reports)
         trainer.data_collator = count.collate
@@ -144,16 +154,17 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
 
 
 def _refuse_adapted_vision(model: Any) -> None:
-    """Raise UsageError where LoRA has landed on the vision tower that is to be frozen, as plain names of modules make
-    it: vLLM would leave that out with a warning."""
+    """Raise UsageError where LoRA has landed on the vision tower that is to be frozen, or on the connector, as plain
+    names of modules make it: vLLM would leave that out with a warning."""
     meta = model.model_meta
-    towers = (getattr(meta.model_arch, "vision_tower", None) or []) if meta.is_multimodal else []
+    seeing = ("vision_tower", "aligner") if meta.is_multimodal else ()
+    towers = [module for part in seeing for module in getattr(meta.model_arch, part, None) or []]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(f".{tower}." in f".{name}" for tower in towers):
             raise UsageError(
-                f"train.target_modules puts LoRA on the vision tower, too ({name}), which train.freeze_vision leaves as"
-                " it is: take [all-linear], or a regular expression that names the language model's modules; or"
-                " --set train.freeze_vision=false together with --set infer.merged=true"
+                f"train.target_modules puts LoRA on the vision tower, too, or on its connector ({name}), which"
+                " train.freeze_vision leaves as it is: take [all-linear], or a regular expression that names the"
+                " language model's modules; or --set train.freeze_vision=false together with --set infer.merged=true"
             )
 
 
@@ -166,7 +177,7 @@ def _picture(path: Path, sample: str) -> Path:
         raise DataError(f"{path}: no picture, and sample {sample} needs it; run preprocess again") from error
 
 
-def _load_picture(rules: PictureRules, budget: int | None, picture: Any, load: bool = True) -> Any:
+def _load_picture(rules: Rules, budget: int | None, picture: Any, load: bool = True) -> Any:
     """A picture at the size at which inference reads it.
 
     ms-swift's own way ends above the budget: it shrinks to it and then rounds both sides to the nearest multiple.

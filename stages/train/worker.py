@@ -1,11 +1,12 @@
-"""The training process: one adapter, by ms-swift, in a process of its own that the stage starts and watches.
+"""The training process: one adapter, or the connector before them, by ms-swift, in a process of its own that the stage
+starts and watches.
 
 Run as `python -m stages.train.worker JOB.json`, or by torchrun as one of several that train the adapter together; the
 file's fields are `Job`'s. It tells its progress in JSON Lines on
 the file descriptor `job.reports`, and exits with the codes of `stages.contract.errors`. What it leaves:
 
     <work>/checkpoint-<step>/complete.json   a checkpoint with this file is whole
-    <adapter>/                               the adapter, there only once it is whole, with `training.json`
+    <adapter>/                               the adapter or connector, there only once it is whole, with `training.json`
 """
 
 import json
@@ -15,7 +16,7 @@ import shlex
 import shutil
 import sys
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,11 +25,13 @@ from stages.contract.errors import DataError, DoesNotFitError, Exit, Interrupted
 from stages.contract.files import machine_error, read_json, read_jsonl, remove, sha256_file, write_json, write_jsonl
 from stages.contract.recipe import Adapter, Model, Train
 from stages.contract.stop import StopRequest, die_with_parent
+from stages.engines.connector import FILE as CONNECTOR_FILE
+from stages.engines.connector import with_connector
 from stages.engines.gptq import stored_as
 from stages.hardware.probe import read_cards
 from stages.hardware.targets import refuse_4bit_twice
 from stages.train.ladder import During, Ladder, LostCardError, Shortage, lost_card, shortage_of
-from stages.train.mixes import mixed, validated
+from stages.train.mixes import mixed, shown, validated
 from stages.train.sharding import check_sharding, deepspeed_config, keep_constants_exact
 from stages.train.together import Together, lost_the_others
 
@@ -48,7 +51,7 @@ class Job:
     scratch: Path
     """What only this machine's processes need."""
     adapter: Path
-    """Where the finished adapter goes."""
+    """Where the finished adapter goes, or the connector."""
     run: Path
     """The run's folder, which pictures are named relative to."""
     key: str
@@ -74,6 +77,15 @@ class Job:
     settings: Train
     reports: int
     """File descriptor to report progress on."""
+    connector: tuple[Path, str] | None = None
+    """What the adapter is trained on the base with, and its sha256."""
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The files of a checkpoint that are handed on."""
+        if self.settings.trains_connector:
+            return (CONNECTOR_FILE,)
+        return ("adapter_model.safetensors", "adapter_config.json")
 
     @staticmethod
     def read(path: Path) -> "Job":
@@ -83,6 +95,9 @@ class Job:
         values["model_settings"] = Model(**values["model_settings"])
         values["settings"] = Train(**values["settings"])
         values["mix"] = Adapter(**values["mix"])
+        if values["connector"] is not None:
+            file, sha256 = values["connector"]
+            values["connector"] = Path(file), sha256
         return Job(**values)
 
 
@@ -125,7 +140,7 @@ class Reports:
 
 
 def train(job: Job, reports: Reports, stop: StopRequest) -> None:
-    """Train the adapter, from the newest good checkpoint if there is one.
+    """Train the adapter or the connector, from the newest good checkpoint if there is one.
 
     Raises InterruptedRunError after saving a checkpoint when a stop was asked for, here or in another process.
     """
@@ -139,6 +154,8 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
 
     if not job.use_cpu:
         _refuse_dead_cards(job)
+    if job.connector is not None:
+        job = replace(job, model=with_connector(job.model, *job.connector, scratch / "model"))
     from stages.train.older_torch import supply_later_names
     from stages.train.without_torchvision import do_without_torchvision
 
@@ -162,11 +179,8 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
     if together.first:
         print("swift sft", shlex.join(arguments), flush=True)  # in the log: the same by hand
     sft = LorrySft(arguments, job, reports, stop, together)
-    counts, left_out = _write_samples(job, sft, scratch)
-    if not counts["train"]:
-        raise DataError(
-            f"{job.train[0]}: no training sample fits in train.max_length {job.settings.max_length}; raise it"
-        )
+    counts, left_out, beyond = _write_samples(job, sft, scratch)
+    _refuse_nothing(job, counts["train"])
     if not counts["validation"] or not job.evaluate:
         sft.args.val_dataset = []
     random_states = resume is not None and has_random_states(resume, job.processes)
@@ -180,6 +194,8 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
             "samples": counts,
             "micro_batch": job.micro_batch,
             "accumulation": job.accumulation,
+            **({"connector": job.connector[1]} if job.connector else {}),
+            **({"beyond_most_samples": beyond} if job.settings.trains_connector else {}),
             "left_out": left_out,
             "max_length": job.settings.max_length,
             "tokens": sft.tokens,
@@ -191,17 +207,31 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
     remove(scratch)
 
 
-def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], dict[str, list[str]]]:
+def _refuse_nothing(job: Job, samples: int) -> None:
+    """Raise DataError where no sample is left to train on."""
+    if samples:
+        return
+    section, what = ("train.connector", " with a picture") if job.settings.trains_connector else ("train", "")
+    raise DataError(
+        f"{job.train[0]}: no training sample{what} fits in {section}.max_length {job.settings.max_length}; raise it"
+    )
+
+
+def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], dict[str, list[str]], int]:
     """Write what is trained and validated on for ms-swift. Returns by split how many samples, and the ids of those that
-    are too long."""
-    counts, left_out = {}, {}
+    are too long; and how many are more than a connector may be trained on."""
+    counts, left_out, beyond = {}, {}, 0
     for split, sources in (("train", job.train), ("validation", job.validation)):
         samples = [sample for source in sources for sample in read_jsonl(source)]
         samples = mixed(samples, job.mix, job.seed) if split == "train" else validated(samples, job.mix)
+        if job.settings.trains_connector:
+            assert job.settings.connector is not None
+            samples, more = shown(samples, job.settings.connector.most_samples, job.seed)
+            beyond += more if split == "train" else 0
         kept, left_out[split] = sft.fitting(samples)
         counts[split] = len(kept)
         write_jsonl(scratch / f"{split}.jsonl", shared_evenly(kept, job.processes) if split == "train" else kept)
-    return counts, left_out
+    return counts, left_out, beyond
 
 
 def _refuse_dead_cards(job: Job) -> None:
@@ -297,7 +327,8 @@ def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> 
     partial = job.adapter.with_name(f".{job.adapter.name}")
     remove(partial)
     partial.mkdir(parents=True)
-    shutil.copyfile(last / "adapter_model.safetensors", partial / "adapter_model.safetensors")
+    for name in job.weights:
+        shutil.copyfile(last / name, partial / name)
     wanted = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "token_acc", "eval_token_acc")
     # the norm of a gradient that overflowed in float16, in a step that was left out for it, is no number
     log = [{key: entry[key] for key in wanted if key in entry and math.isfinite(entry[key])} for entry in history]
@@ -306,12 +337,8 @@ def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> 
     # apart, and no output of the stage: what depends on the machine's mood must not make a run another one
     timed = [entry for entry in history if "train_runtime" in entry]
     write_json(partial / "timing.json", {key: timed[-1][key] for key in TIMES if key in timed[-1]} if timed else {})
-    config = json.loads((last / "adapter_config.json").read_text(encoding="utf-8"))
-    # the base by its name below the model mount: an adapter must not differ by the machine that it was trained on
-    config["base_model_name_or_path"] = job.model_settings.path
-    if isinstance(config["target_modules"], list):  # PEFT keeps a set, whose order changes from process to process
-        config["target_modules"].sort()
-    write_json(partial / "adapter_config.json", config)
+    if not job.settings.trains_connector:
+        _write_adapter_config(job, partial / "adapter_config.json")
     made = {
         name: sha256_file(partial / name)
         for name in sorted(path.name for path in partial.iterdir())
@@ -319,6 +346,16 @@ def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> 
     }
     write_json(partial / "made.json", {"key": job.key, "files": made})
     partial.rename(job.adapter)
+
+
+def _write_adapter_config(job: Job, path: Path) -> None:
+    """Make PEFT's own file the same wherever the adapter is trained."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # the base by its name below the model mount: an adapter must not differ by the machine that it was trained on
+    config["base_model_name_or_path"] = job.model_settings.path
+    if isinstance(config["target_modules"], list):  # PEFT keeps a set, whose order changes from process to process
+        config["target_modules"].sort()
+    write_json(path, config)
 
 
 def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
@@ -344,22 +381,16 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "use_cpu": job.use_cpu,
         "ddp_backend": ("gloo" if job.use_cpu else "nccl") if job.processes > 1 else None,
         "deepspeed": None if job.sharding == "none" else scratch / "deepspeed.json",
-        "tuner_type": "lora",
-        "lora_rank": settings.rank,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "target_regex" if isinstance(settings.target_modules, str) else "target_modules": settings.target_modules,
-        "lora_dtype": "float32",
+        **(_whole_connector() if settings.trains_connector else _lora(settings)),
         "learning_rate": settings.learning_rate,
-        "lorap_lr_ratio": settings.lora_plus_ratio,
         "num_train_epochs": settings.epochs,
         "per_device_train_batch_size": job.micro_batch,
         "per_device_eval_batch_size": job.eval_micro_batch,
         "gradient_accumulation_steps": job.accumulation,
         "gradient_checkpointing": settings.gradient_checkpointing,
         # of a vision-language model; nothing of a frozen tower is kept for a backward pass, with or without
-        "freeze_vit": settings.freeze_vision,
-        "vit_gradient_checkpointing": settings.gradient_checkpointing and not settings.freeze_vision,
+        "vit_gradient_checkpointing": settings.gradient_checkpointing
+        and not (settings.freeze_vision or settings.trains_connector),
         "max_pixels": settings.max_pixels,
         "max_length": settings.max_length,
         "truncation_strategy": "delete",  # the template raises; too long samples are left out before, none is ever cut
@@ -389,6 +420,24 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
             texts = [str(v) for v in value] if isinstance(value, list) else [str(value)]
             arguments += [f"--{name}", *texts]
     return arguments
+
+
+def _lora(settings: Train) -> dict[str, Any]:
+    return {
+        "tuner_type": "lora",
+        "lora_rank": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_regex" if isinstance(settings.target_modules, str) else "target_modules": settings.target_modules,
+        "lora_dtype": "float32",
+        "lorap_lr_ratio": settings.lora_plus_ratio,
+        "freeze_vit": settings.freeze_vision,
+    }
+
+
+def _whole_connector() -> dict[str, Any]:
+    """Nothing but what stands between tower and language model (ms-swift's aligner), and that without LoRA."""
+    return {"tuner_type": "full", "freeze_llm": True, "freeze_vit": True, "freeze_aligner": False}
 
 
 def _four_bits(job: Job) -> dict[str, Any]:

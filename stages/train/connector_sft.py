@@ -1,0 +1,42 @@
+"""The first of two phases in ms-swift's trainer: of a whole model only the connector is trained and saved.
+
+checkpoint-<step>/connector.safetensors   its weights, in float32, by the names of the base's own files
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.contract.errors import UsageError
+from stages.engines.connector import FILE, names_in_files
+from stages.train.together import Together
+
+
+def train_connector_only(trainer: Any, model: Path, together: Together) -> None:
+    """Have a transformers Trainer keep the trainable weights in float32, as LoRA's are beside a base in 16 bits, and
+    save and load nothing but them. To be called before it trains.
+
+    Raises UsageError for a model that has nothing between a vision tower and a language model.
+    """
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    if not trained:
+        raise UsageError(f"train.connector: {model} has no connector: it must be a vision-language model")
+    names = names_in_files(model, list(trained))
+    for weight in trained.values():
+        weight.data = weight.data.float()
+
+    def save(output_dir: str, _internal_call: bool = False) -> None:
+        if together.first:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            weights = {names[name]: weight.detach().cpu().contiguous() for name, weight in trained.items()}
+            save_file(weights, Path(output_dir) / FILE, metadata={"format": "pt"})
+
+    def load(checkpoint: str, model: Any = None) -> None:
+        weights = load_file(Path(checkpoint) / FILE)
+        with torch.no_grad():
+            for name, weight in trained.items():
+                weight.copy_(weights[names[name]])
+
+    trainer.save_model, trainer._load_from_checkpoint = save, load
