@@ -1,0 +1,265 @@
+"""The defects of the programs that better_synth comes after, each by its number: what was done is a function of a few
+lines that is shown to be wrong on a small input, and what is done here is shown to be right on the same."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.contract.errors import Exit
+from stages.contract.files import read_jsonl, write_json, write_jsonl
+from stages.contract.recipe import Adapter, Recipe, load_recipe
+from stages.contract.roots import Roots
+from stages.contract.run import Run
+from stages.contract.stage import run_stage
+from stages.engines.engine import Completion, Done, Prompt
+from stages.infer import stage as infer
+from stages.preprocess import stage as preprocess
+from stages.tasks import settled
+from stages.tasks.better_synth import read_answer
+from stages.train.mixes import mixed
+from tests.conftest import REPOSITORY, need_model
+from tests.infer.conftest import describe
+
+RECIPE = REPOSITORY / "recipes" / "better-synth.yaml"
+DEMO = REPOSITORY / "recipes" / "data" / "better-synth"
+
+
+# -- one run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Engine:
+    """Stands where an engine stands."""
+
+    says: str = "A"
+    stop_after: int | None = None
+    continuous: bool = True
+    calls: list[tuple[str | None, list[Prompt]]] = field(default_factory=list)
+    answered: list[tuple[str | None, str]] = field(default_factory=list)
+
+    def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
+        self.calls.append((adapter, prompts))
+        found = []
+        for place, prompt in enumerate(prompts):
+            if len(self.answered) == self.stop_after:
+                raise KeyboardInterrupt
+            found.append(Completion(self.says, 4, "stop"))
+            self.answered.append((adapter, prompt.id))
+            if done is not None:
+                done(place, found[-1])
+        return found
+
+    def close(self) -> None:
+        return None
+
+
+def recipe_with(data: Path, *overrides: str) -> Recipe:
+    sets = ("preprocess.data_juicer=null", "eval.bootstrap=100", *overrides)
+    return settled(load_recipe(RECIPE, "tiny", sets), "better-synth", data)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run in a folder of its own, with its mounts; Data-Juicer is left out where the tests say nothing of it."""
+
+    root: Path
+    models: Path
+    recipe: Recipe
+
+    @property
+    def run(self) -> Run:
+        return Run("r", self.recipe, Roots(self.root / "data", self.models, self.root / "runs"))
+
+    def preprocess(self) -> Exit:
+        return run_stage(self.run, "preprocess", preprocess.work)
+
+    def infer(self, engine: Engine) -> Exit:
+        """With an adapter in the place where training leaves it."""
+        write_json(self.run.path("train", "adapters", "tuned", "adapter_config.json"), {"r": 16})
+        describe(self.run, "train", "adapters/tuned/adapter_config.json")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(infer, "_start_engine", lambda *_: engine)
+            return run_stage(self.run, "infer", infer.work)
+
+    def samples(self, split: str) -> list[dict[str, Any]]:
+        return read_jsonl(self.run.path("preprocess", "samples", f"{split}.jsonl"))
+
+    def predictions(self, name: str) -> list[dict[str, Any]]:
+        return read_jsonl(self.run.path("infer", "predictions", f"{name}.jsonl"))
+
+
+def make_job(root: Path, *overrides: str) -> Job:
+    """With the demo's data, and a LLaVA of which nothing but its tokens and pictures is read."""
+    shutil.copytree(DEMO, root / "data" / "better-synth")
+    return Job(root, need_model("tiny-llava").parent, recipe_with(root / "data", *overrides))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The job, preprocessed."""
+    job = make_job(tmp_path_factory.mktemp("prepared"))
+    assert job.preprocess() == Exit.DONE
+    return job
+
+
+@pytest.fixture
+def job(prepared: Job, tmp_path: Path) -> Job:
+    """A copy of it, to change."""
+    shutil.copytree(prepared.root, tmp_path / "job")
+    return Job(tmp_path / "job", prepared.models, prepared.recipe)
+
+
+def in_one_phase(job: Job) -> Job:
+    """The same without a connector of its own, which only training makes."""
+    return Job(job.root, job.models, recipe_with(job.root / "data", "train.connector=null"))
+
+
+# -- 4: the synthetic data are trained on --------------------------------------------------------------------------
+
+
+def test_defect_4_synthetic_data_are_what_the_connector_is_trained_on(prepared: Job, job: Job) -> None:
+    """Pretraining was commented out: baseline and custom were tuned on the same 12,000 conversations."""
+
+    def original(pretrain: list[str], finetune: list[str]) -> list[str]:
+        return finetune  # the projector is one that was there before
+
+    assert original(["a bus"], ["talk"]) == original(["a red bus on a street"], ["talk"])
+
+    path = job.root / "data" / "better-synth" / "records.jsonl"
+    rows = read_jsonl(path)
+    made_better = [
+        {**row, "text": row["text"].replace(" <|", ", seen by day <|")} for row in rows if "#" not in row["text"]
+    ]
+    write_jsonl(path, made_better)
+    assert job.preprocess() == Exit.DONE
+    connector = job.recipe.train.connector
+    assert connector is not None
+    mixes = {"connector": connector.data, "tuned": job.recipe.train.adapters[0].data}
+    learnt = {
+        name: [mixed(each.samples("train"), Adapter(name="x", data=mix), 1) for each in (prepared, job)]
+        for name, mix in mixes.items()
+    }
+    before, after = learnt["connector"]
+    answers = [sample["messages"][-1]["content"] for sample in after]
+    assert answers and all(answer.endswith(", seen by day") for answer in answers) and len(after) < len(before)
+    assert all(sample["meta"]["source"] == "pretrain" for sample in [*before, *after])
+    before, after = learnt["tuned"]
+    assert before == after and before, "what the second phase learns is the same: all that differs is the connector"
+
+
+# -- 5, 6: paths, and which run is which ---------------------------------------------------------------------------
+
+
+def test_defect_5_paths_hang_on_no_variable_and_no_machine(prepared: Job, tmp_path: Path) -> None:
+    """PRETRAIN_DATASET=$SCRIPT_DIR/../input/... stood above SCRIPT_DIR=..."""
+
+    def original(environment: dict[str, str]) -> str:
+        return environment.get("SCRIPT_DIR", "") + "/../input/pretrain_stage_1"
+
+    assert os.path.normpath(original({})) == "/input/pretrain_stage_1", "of the whole machine"
+
+    elsewhere = make_job(tmp_path / "another machine")
+    assert elsewhere.preprocess() == Exit.DONE
+    for split in ("train", "test"):
+        text = prepared.run.path("preprocess", "samples", f"{split}.jsonl").read_bytes()
+        assert text == elsewhere.run.path("preprocess", "samples", f"{split}.jsonl").read_bytes()
+        assert str(prepared.root).encode() not in text
+        for sample in elsewhere.samples(split):
+            assert all((elsewhere.run.folder / image).is_file() for image in sample["images"])
+    for path in (RECIPE, prepared.run.folder / "recipe.yaml"):
+        assert "/home" not in path.read_text(encoding="utf-8") and "$" not in path.read_text(encoding="utf-8")
+
+
+def test_defect_6_the_converter_has_its_original_or_says_so(job: Job, capfd: Any) -> None:
+    """It was called without --original_llava_ds_path: every question was lost."""
+
+    def original(record: dict[str, Any]) -> list[dict[str, str]]:
+        text = record["text"].replace("<__dj__image>", "<image>").removesuffix(" <|__dj__eoc|>")
+        return [{"from": "human", "value": text}]
+
+    record = {"id": "1", "text": "<__dj__image>\na red bus <|__dj__eoc|>", "images": ["a.png"]}
+    assert "gpt" not in {turn["from"] for turn in original(record)}
+
+    data = job.root / "data" / "better-synth"
+    questions = {sample["messages"][0]["content"] for sample in job.samples("train") if "pretrain" in sample["id"]}
+    asked = {one["conversations"][0]["value"] for one in json.loads((data / "records_llava.json").read_text())}
+    assert questions == asked and len(asked) == 4
+    (data / "records_llava.json").unlink()
+    assert job.preprocess() == Exit.DATA
+    told = capfd.readouterr().err
+    assert "records_llava.json: no such file" in told and "records.jsonl:1" in told
+
+
+def test_defect_6_two_runs_have_two_folders_and_none_is_scored_that_is_not_there(job: Job) -> None:
+    """EXP_NAME stayed "default" in the custom script: it wrote over the baseline, then scored what was not there."""
+
+    def original(script: str) -> str:
+        return {"baseline": "MGM-2B-Finetune-default", "custom": "MGM-2B-Finetune-default"}[script]
+
+    assert original("custom") == original("baseline")
+
+    first = job.run.path("preprocess", "manifest.json").read_bytes()
+    custom = Run("custom", recipe_with(job.root / "data", "preprocess.samples.pad=false"), job.run.roots)
+    assert run_stage(custom, "preprocess", preprocess.work) == Exit.DONE
+    assert job.run.path("preprocess", "manifest.json").read_bytes() == first
+    assert custom.folder != job.run.folder
+    assert run_stage(custom, "infer", infer.work) == Exit.USAGE, "nothing is trained there yet"
+    assert not custom.path("infer", "predictions").exists()
+
+
+# -- 8, 9: answering -----------------------------------------------------------------------------------------------
+
+
+def test_defect_8_an_answer_is_whole_and_every_picture_is_shown(job: Job) -> None:
+    """The prompt's length was cut off the output, which for multimodal prompts has no prompt in front."""
+
+    def original(prompt: str, output: str) -> str:
+        return output[len(prompt) :]
+
+    assert original("What is it?", "a red bus") == ""
+
+    job, engine = in_one_phase(job), Engine("exit sign, above the door")
+    assert job.infer(engine) == Exit.DONE
+    answers = [row for row in job.predictions("tuned") if row["id"].startswith("textvqa/")]
+    assert len(answers) == 24
+    assert {(row["answer"], row["text"]) for row in answers} == {(engine.says, engine.says)}
+    assert read_answer(engine.says, job.samples("test")[0]) == engine.says  # type: ignore[arg-type]
+    shown = {prompt.id: len(prompt.pictures) for _, prompts in engine.calls for prompt in prompts}
+    assert shown == {sample["id"]: 1 for sample in job.samples("test")}
+
+
+def test_defect_9_many_are_asked_at_once_and_a_stop_costs_no_answer(job: Job) -> None:
+    """One picture at a time, into a file opened with "w": a second start lost what the first had answered."""
+
+    def original(path: Path, questions: list[str], say: Callable[[str], str]) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            for question in questions:
+                file.write(json.dumps({"answer_id": uuid.uuid4().hex, "text": say(question)}) + "\n")
+
+    def broken(question: str) -> str:
+        raise KeyboardInterrupt
+
+    path = job.root / "answers.jsonl"
+    original(path, ["a", "b"], str.upper)
+    with pytest.raises(KeyboardInterrupt):
+        original(path, ["a", "b"], broken)
+    assert path.read_text() == "", "both answers are gone"
+
+    job, first, second = in_one_phase(job), Engine(stop_after=30), Engine()
+    assert job.infer(first) == Exit.INTERRUPTED
+    assert max(len(prompts) for _, prompts in first.calls) == job.recipe.infer.chunk_size > 1
+    assert job.infer(second) == Exit.DONE
+    every = [(adapter, sample["id"]) for adapter in (None, "tuned") for sample in job.samples("test")]
+    assert sorted(map(str, first.answered + second.answered)) == sorted(map(str, every)), "each is asked once"
+    found = {name: job.run.path("infer", "submission", f"{name}.jsonl").read_bytes() for name in ("base", "tuned")}
+    shutil.rmtree(job.run.path("infer"))
+    assert job.infer(Engine()) == Exit.DONE
+    for name, text in found.items():
+        assert job.run.path("infer", "submission", f"{name}.jsonl").read_bytes() == text, "ids of answers too"
