@@ -47,6 +47,15 @@ UNPACKING = {"bfloat16": 2, "float16": 7, "float32": 7}
 writes float16, which becomes bfloat16; auto-gptq (a V100, in float16) and the kernel for CPUs shift integers of 32 bits
 and keep bytes and products of them. Read from their source; not measured."""
 
+MGM_READS = 16
+"""Bytes for each channel of each position of MGM's large map (2880 x 192 x 192) while one picture is read: the map, its
+parts in order and their normalised copy in float32, the last in 16 bits too, and the projections. Traced in float32,
+read from the source for autocast; not measured on a card."""
+MGM_READS_BACK = 20
+"""The same while gradients go back through one picture to the connector in training."""
+MGM_KEEPS = {True: 5, False: 15}
+"""What stays of each picture for that, with and without gradient checkpointing."""
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -113,6 +122,8 @@ def estimate(
     gradients = adapter * FLOAT32 if sharding == "none" else adapter * size + ZERO_BUCKET * FLOAT32
 
     connector = _connector_activations(shape, settings) * tokens
+    of_pictures, reading = _large_maps(shape, settings, batch.micro_batch)
+    connector += of_pictures
     layer = _layer_activations(shape, settings, size, batch.micro_batch, lengths.longest) * tokens
     # of a GPTQ base autograd keeps each module's unpacked weights, too, whatever the tokens
     layer += size * sum(map(prod, _packed_in_layers(shape))) // shape.layers
@@ -125,7 +136,8 @@ def estimate(
     recomputed = layer if settings.gradient_checkpointing else 0
     in_first = (kept + connector + recomputed + working, SAVED_PER_LOGIT * logits // 2, earlier)
     in_last = (layer + connector + working, 0, gradients)
-    activations, of_logits, alive = max(at_loss, in_first, in_last, key=sum)
+    at_pictures = (connector + reading, 0, gradients if settings.trains_connector else earlier)
+    activations, of_logits, alive = max(at_loss, in_first, in_last, at_pictures, key=sum)
 
     weights = _weights(shape, settings, size, sharding, batch.gpus)
     grouped = batch.gpus > 1 or sharding != "none"
@@ -183,8 +195,9 @@ def _is_vision(module: str) -> bool:
 
 
 def _is_connector(module: str) -> bool:
-    """Between the tower and the language model."""
-    return any(part == "multi_modal_projector" or "merger" in part for part in module.split("."))
+    """Between the tower and the language model: LLaVA's, Qwen2-VL's, MGM's."""
+    names = ("multi_modal_projector", "mm_projector")
+    return any(part in names or "merger" in part or part.startswith("vlm_uni_") for part in module.split("."))
 
 
 def _adapted_in_layers(shape: ModelShape, settings: Train) -> list[str]:
@@ -203,6 +216,18 @@ def _connector_activations(shape: ModelShape, settings: Train) -> int:
     if not settings.trains_connector:
         return 0
     return FLOAT32 * sum(sum(sizes) for name, sizes in shape.linears.items() if _is_connector(name))
+
+
+def _large_maps(shape: ModelShape, settings: Train, micro_batch: int) -> tuple[int, int]:
+    """Bytes that stay of MGM's pictures, one in each sample, and those at work while one of them is read: it reads them
+    one by one. None for other models: their pictures are small beside their tokens."""
+    if shape.vision_aux is None:
+        return 0, 0
+    tower = shape.vision_aux
+    size = (tower["image_size"] // tower["patch_size"]) ** 2 * sum(tower["hidden_sizes"])
+    if not settings.trains_connector:
+        return 0, MGM_READS * size
+    return MGM_KEEPS[settings.gradient_checkpointing] * micro_batch * size, MGM_READS_BACK * size
 
 
 def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:

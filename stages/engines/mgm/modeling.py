@@ -86,6 +86,7 @@ class MgmModel(MgmPreTrainedModel):
         hidden = config.text_config.hidden_size
         self.mm_projector = nn.Sequential(nn.Linear(low, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         self.language_model = AutoModel.from_config(config.text_config)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> Any:
@@ -100,9 +101,18 @@ class MgmModel(MgmPreTrainedModel):
         Published MGM puts pictures among the embedded words and Gemma multiplies all of them by the root of its size.
         In transformers 5 the embedding does that, and so it is done for pictures here.
         """
-        low, high = self._see(pixel_values)
-        tokens: torch.Tensor = self.mm_projector(low + self.mine(low, high))
+        # one by one: one alone keeps a card busy, and each takes a gigabyte while it is read
+        tokens = torch.cat([self._read(picture) for picture in pixel_values.split(1)])
         return tokens * math.sqrt(self.config.text_config.hidden_size)
+
+    def _read(self, pixel_values: torch.Tensor) -> Any:
+        low, high = self._see(pixel_values)
+        if self.gradient_checkpointing and self.training:
+            # of a picture, mining would keep two maps of 2880 channels in float32 for the connectors' gradients
+            mined = self._gradient_checkpointing_func(self.mine, low, high)
+        else:
+            mined = self.mine(low, high)
+        return self.mm_projector(low + mined)
 
     def _see(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What both towers say of the pictures: (pictures, tokens, channels) and (pictures, channels, rows, columns).
