@@ -32,7 +32,7 @@ HEAVY = ("preprocess", "train", "infer")
 PYTHON = "3.11"
 PLATFORM = "x86_64-manylinux_2_35"
 
-WITHOUT_WHEEL = {"deepspeed", "gptqmodel", "defuser", "device-smi", "logbar", "pypcre", "tokenicer"}
+WITHOUT_WHEEL = {"deepspeed", "gptqmodel", "defuser", "device-smi", "logbar", "pypcre", "tokenicer", "emoji", "wget"}
 
 LEFT_OUT = {
     # cloud storage of one vendor, which ms-swift asks for and imports only when it is used; needs a C compiler
@@ -43,6 +43,16 @@ LEFT_OUT = {
     "pycryptodome": "cpu cu128 cu130 v100-gptq",
     # of the first Qwen, imported nowhere; no wheel
     "transformers-stream-generator": "cpu cu128 cu130 v100-gptq",
+    # of Data-Juicer: its web page, and what it would install missing packages with
+    "streamlit": "cpu cu128 cu130",
+    "altair": "cpu cu128 cu130",
+    "pydeck": "cpu cu128 cu130",
+    "watchdog": "cpu cu128 cu130",
+    "itsdangerous": "cpu cu128 cu130",
+    "gitpython": "cpu cu128 cu130",
+    "gitdb": "cpu cu128 cu130",
+    "smmap": "cpu cu128 cu130",
+    "uv": "cpu cu128 cu130",
     # of qwen-vl-utils, for videos
     "av": "cpu v100-gptq",
     # have no CPU build, and vLLM's CPU build works without

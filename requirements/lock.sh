@@ -5,6 +5,8 @@
 #   torch                               installed first by `make setup`: which build fits is the machine's affair
 #   torchvision torchaudio torchcodec   have no CPU build; everything used here imports without them
 #   av                                  qwen-vl-utils reads videos with it
+#   streamlit, gitpython, uv and what only they need
+#                                       Data-Juicer's web page, and what it would install missing packages with
 #   oss2 and what only it needs         cloud storage of one vendor, needs a C compiler to install
 set -eu
 cd "$(dirname "$0")"
@@ -13,6 +15,9 @@ common="--python-version 3.11 --generate-hashes --no-header --quiet"
 # shellcheck disable=SC2086
 uv pip compile $common cpu.in -o cpu.txt \
   --no-emit-package torch --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
+  --no-emit-package streamlit --no-emit-package altair --no-emit-package pydeck --no-emit-package watchdog \
+  --no-emit-package itsdangerous --no-emit-package gitpython --no-emit-package gitdb --no-emit-package smmap \
+  --no-emit-package uv \
   --no-emit-package av --no-emit-package oss2 --no-emit-package crcmod --no-emit-package aliyun-python-sdk-core \
   --no-emit-package aliyun-python-sdk-kms --no-emit-package pycryptodome
 # shellcheck disable=SC2086

@@ -35,6 +35,12 @@ def lock_of(layer: str) -> Path:
     return folder / layer / "cpu.txt" if layer in STAGES else folder / "base" / f"cpu.{layer}.txt"
 
 
+def locked(layer: str) -> set[tuple[str, str]]:
+    """What a layer's locks name: that of packages which come as source only, too."""
+    source = lock_of(layer).with_suffix(".source.txt")
+    return pins(lock_of(layer)) | (pins(source) if source.exists() else set())
+
+
 # system
 
 
@@ -135,7 +141,7 @@ def test_a_run_folder_of_somebody_else_is_told_in_one_line(
 def test_holds_exactly_what_is_locked(stage: str, images: dict[str, str], containers: Containers) -> None:
     listed = json.loads(containers.shell(images[stage], "pip list --format json").output)
     installed = {(package["name"].lower().replace("_", "-"), package["version"]) for package in listed}
-    wanted = set().union(*(pins(lock_of(layer)) for layer in layers(stage) if layer != "system"))
+    wanted = set().union(*(locked(layer) for layer in layers(stage) if layer != "system"))
     assert installed - {("pip", version) for version in ("23.0.1",)} == wanted | {("lorry", VERSION)}
 
 

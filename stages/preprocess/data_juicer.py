@@ -1,0 +1,256 @@
+"""Records through Data-Juicer (arXiv:2309.02033): the recipe's operators filter and rewrite them, offline.
+
+Data-Juicer runs in a child process (`data_juicer_worker.py`): what it changes in a process that imports it, and a crash
+of an operator, stay there. The child saves every chunk of every operator, so that a kill costs at most one chunk.
+"""
+
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError, UsageError
+from stages.contract.files import read_json, read_jsonl, remove, write_json, write_jsonl
+from stages.contract.recipe import DataJuicer
+from stages.contract.stage import Stage
+from stages.contract.stop import die_with_parent
+from stages.json_lines import BadRecordError, object_in, text_of
+
+WORKER = "stages.preprocess.data_juicer_worker"
+IMAGE = "<__dj__image>"
+"""Data-Juicer's mark in a text where a picture is shown."""
+
+WORDS = ("flagged_words_dir", "stopwords_dir")
+"""Parameters that name a folder with lists of words: JSON, a list by language."""
+
+Records = dict[str, tuple[str, dict[str, Any]]]
+"""By id: where it stands (file:line), and the record."""
+
+
+def process(stage: Stage, records: Path) -> Path:
+    """Run the recipe's operators over a JSON Lines file of records; returns the file of those that were kept.
+
+    A record has `id`, `text` and `images` (paths relative to the data folder); other fields are carried along. Those
+    kept stand in the order of the input, changed where an operator changed them. What an operator adds to a record
+    (a caption beside the original) follows it under an id of its own, with the record's as `original_id`.
+
+    Writes <run>/preprocess/records/kept.jsonl, and operators.json with what each operator read, kept, dropped, changed,
+    added and could not do, in records, and its seconds. Raises UsageError for an operator, a parameter or weights that
+    are not there, DataError when no record is left.
+    """
+    settings = stage.run.recipe.preprocess.data_juicer
+    assert settings is not None
+    _refuse_missing(settings)
+    operators = [_resolved(stage, name, given, number) for number, (name, given) in enumerate(settings.operators())]
+    known = _read(records, stage)
+    kept, done, failed = (stage.path("records", name) for name in ("kept.jsonl", "operators.json", "failed.jsonl"))
+    if not done.exists():  # written last: what an earlier start of this stage has left is whole
+        work = stage.path("records", "work")
+        _run(stage, settings, operators, known, work)
+        results = [read_json(work / f"{number:02}.json") for number in range(len(operators) + 1)]
+        rows = read_jsonl(work / f"{len(operators):02}.jsonl")
+        write_jsonl(kept, (_kept(row, known) for row in rows))
+        write_jsonl(failed, (one for result in results for one in result.pop("problems")))
+        write_json(done, results[1:])
+        remove(work)
+    for one in read_jsonl(failed):
+        stage.skip(known[one["id"]][0], one["reason"], one["detail"])
+    _count(stage, read_json(done), len(known), kept)
+    return kept
+
+
+def _count(stage: Stage, operators: list[dict[str, Any]], read: int, kept: Path) -> None:
+    left = operators[-1]["kept"]
+    for one in operators:
+        stage.events.say(
+            f"{one['operator']}: {one['read']} read, {one['kept']} kept, {one['dropped']} dropped,"
+            f" {one['changed']} changed" + (f", {one['added']} added" if one["added"] else "")
+        )
+    if not left:
+        raise DataError(f"{kept}: Data-Juicer kept none of {read} records; see {kept.with_name('operators.json')}")
+    stage.counts["records"] = read
+    stage.counts["records kept"] = left
+    stage.outputs["records/kept.jsonl"] = left
+    stage.outputs["records/operators.json"] = None
+
+
+# -- before any work -------------------------------------------------------------------------------------------------
+
+
+def _refuse_missing(settings: DataJuicer) -> None:
+    for package, what, needed in (
+        ("data_juicer", "Data-Juicer", True),
+        ("ray", "Ray, for `executor: ray`,", settings.executor == "ray"),
+    ):
+        if needed and importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"preprocess.data_juicer: {what} is not installed here: `make setup` installs it, and the preprocess"
+                " images have it"
+            )
+
+
+def _resolved(stage: Stage, name: str, given: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
+    """An operator with the folders that it names as whole paths. Raises UsageError for one that is not there."""
+    where = f"preprocess.data_juicer.process[{number}].{name}"
+    found = dict(given)
+    for key, value in given.items():
+        if key.startswith("hf_") and isinstance(value, str):
+            found[key] = str(stage.run.model(value, f"{where}.{key}").absolute())
+        if key in WORDS:
+            folder = stage.run.data / str(value)
+            kind = key.removesuffix("_dir")
+            if not any(folder.glob(f"*{kind}*.json")):
+                raise UsageError(
+                    f"{folder}: no {kind}.json in it, with a list of words by language ({where}.{key}, relative to"
+                    " data.path)"
+                )
+            found[key] = str(folder.absolute())
+    return name, found
+
+
+def _read(path: Path, stage: Stage) -> Records:
+    """The records that can be used, by id in the file's order; the others are skipped, with their lines."""
+    known: Records = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            try:
+                record = object_in(line)
+                name = text_of(record, "id")
+                _check(record)
+                if name in known:
+                    raise BadRecordError("duplicate id", f"{name}, as in {known[name][0]}")
+            except BadRecordError as error:
+                stage.skip(where, error.reason, str(error))
+                continue
+            known[name] = where, record
+    if not known:
+        raise DataError(f"{path}: no record in it that can be used; a record has `id`, `text` and `images`")
+    return known
+
+
+def _check(record: dict[str, Any]) -> None:
+    """Raise BadRecordError for what is no record in Data-Juicer's format."""
+    text_of(record, "text")
+    images = record.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise BadRecordError("images is no list of paths", repr(images)[:100])
+    for image in images:
+        if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
+            raise BadRecordError("picture outside the data folder", image)
+    if record["text"].count(IMAGE) > len(images):
+        raise BadRecordError("text shows more pictures than there are in images", f"{record['text'].count(IMAGE)}")
+
+
+# -- the child process -----------------------------------------------------------------------------------------------
+
+
+def _run(
+    stage: Stage, settings: DataJuicer, operators: list[tuple[str, dict[str, Any]]], known: Records, work: Path
+) -> None:
+    """Have the child do all operators, or go on with them. Raises what it reports."""
+    work.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="lorry-"))  # of the system: Ray's sockets need a short path
+    reading, writing = os.pipe()
+    job = {
+        "operators": operators,
+        "executor": settings.executor,
+        "workers": settings.workers,
+        "cpus": len(os.sched_getaffinity(0)),
+        "chunk_size": settings.chunk_size,
+        "seed": stage.run.recipe.seed,
+        "data": str(stage.run.data.absolute()),
+        "work": str(work.absolute()),
+        "scratch": str(scratch),
+        "reports": writing,
+    }
+    try:
+        if not (work / "read.jsonl").exists():
+            write_jsonl(work / "read.jsonl", _rows(known))
+        write_json(work / "job.json", job)
+        with subprocess.Popen(
+            [sys.executable, "-m", WORKER, str(work / "job.json")],
+            env=_environment(scratch),
+            pass_fds=[writing, stage.lock] if stage.lock >= 0 else [writing],  # while it lives it holds the stage
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
+        ) as child:
+            os.close(writing)
+            stage.stop.pass_on_to(child, hears_ctrl_c=False)
+            error = _follow(stage, reading)
+            code = child.wait()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    stage.stop.check()
+    if error is not None:
+        raise error
+    if code != Exit.DONE:
+        ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else "failed"
+        raise LorryError(
+            f"Data-Juicer {ended}; run the same command again to go on from the last chunk;"
+            f" log: {stage.path('log.txt')}"
+        )
+
+
+def _rows(known: Records) -> Iterable[dict[str, Any]]:
+    for name, (_, record) in known.items():
+        yield {"id": name, "text": record["text"], "images": record.get("images", [])}
+
+
+def _follow(stage: Stage, reading: int) -> LorryError | None:
+    """Show what the child reports until it ends; returns the error that it names, if any."""
+    kinds = {"usage": UsageError, "data": DataError, "stopped": InterruptedRunError}
+    error = None
+    with os.fdopen(reading, encoding="utf-8") as reports:
+        for line in reports:
+            report = json.loads(line)
+            if "error" in report:
+                error = kinds[report["error"]](report["text"])
+            elif "say" in report:
+                stage.events.say(report["say"])
+            else:
+                stage.events.progress(report["activity"], report["step"], report["total"], "records")
+    return error
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """What keeps Data-Juicer, and what it loads, off the network and out of the home folder."""
+    given = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    return {
+        **given,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_CACHE": str(scratch / "datasets"),
+        "DATA_JUICER_CACHE_HOME": str(scratch / "data_juicer"),
+        "TMPDIR": str(scratch),
+        # it would install what an operator lacks
+        "PIP_NO_INDEX": "1",
+        "UV_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(scratch),
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32)),  # else kept in the home folder
+        "TOKENIZERS_PARALLELISM": "false",
+        # one thread a process: there are as many processes as CPUs
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+
+
+def _kept(row: dict[str, Any], known: Records) -> dict[str, Any]:
+    """A kept record: the original's fields, with what operators changed or added."""
+    origin = row.pop("original_id", row["id"])
+    record = known[origin][1]
+    if row["id"] != origin:
+        return {**record, **row, "original_id": record["id"]}
+    return {**record, **row, "id": record["id"]}
