@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from entrypoints.common import RECIPES, one_line_errors, open_run, recipe_options, recipe_path
+from entrypoints.compare import compare
 from entrypoints.doctor import doctor
 from entrypoints.launch import launch, run_process
 from entrypoints.ledger import ledger
@@ -24,6 +25,7 @@ main.add_command(launch)
 main.add_command(doctor)
 main.add_command(plan)
 main.add_command(ledger)
+main.add_command(compare)
 
 
 @main.command()

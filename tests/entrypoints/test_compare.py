@@ -1,0 +1,191 @@
+"""`lorry compare`: which runs it takes, what it shows, and how it answers for the others."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from entrypoints.lorry import main
+from stages.contract.errors import Exit
+from stages.contract.files import FileHashes, read_json, read_jsonl, write_json, write_jsonl
+from stages.contract.recipe import dump_recipe
+from stages.contract.records import Prediction, Sample, failed_prediction
+from stages.contract.roots import Roots
+from stages.contract.run import Run, describe_output
+from stages.contract.stage import run_stage
+from stages.eval.stage import work
+from tests.eval.conftest import answer, make_run, make_samples
+
+Answer = Callable[[int, Sample], str]
+
+
+def right(number: int, sample: Sample) -> str:
+    return sample["references"][0]
+
+
+def wrong(number: int, sample: Sample) -> str:
+    return f"lever {number}"
+
+
+def half(number: int, sample: Sample) -> str:
+    return right(number, sample) if number % 2 else f"half a lever {number}"
+
+
+def evaluated(folder: Path, name: str, tuned: Answer, base: Answer = wrong, samples: list[Sample] | None = None) -> Run:
+    """A run that eval has really scored, below `<folder>/runs`."""
+    made = folder / "made"
+    samples = make_samples() if samples is None else samples
+    given: dict[str, list[Prediction]] = {
+        model: [answer(sample, says(number, sample)) for number, sample in enumerate(samples)]
+        for model, says in (("base", base), ("tuned", tuned))
+    }
+    run = make_run(made, samples, given, pictures=False)
+    (run.folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
+    assert run_stage(run, "eval", work) == Exit.DONE
+    (folder / "runs").mkdir(exist_ok=True)
+    shutil.move(run.folder, folder / "runs" / name)
+    shutil.rmtree(made)
+    return Run(name, run.recipe, Roots(folder / "data", folder / "models", folder / "runs"))
+
+
+@pytest.fixture
+def lorry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    for name, part in (("LORRY_RUNS", "runs"), ("LORRY_DATA", "data"), ("LORRY_MODELS", "models")):
+        monkeypatch.setenv(name, str(tmp_path / part))
+    monkeypatch.setenv("COLUMNS", "140")
+
+    def call(*arguments: str) -> Result:
+        return CliRunner().invoke(main, ["compare", *arguments])
+
+    return call
+
+
+def line_of(done: Result, run: str, model: str) -> str:
+    """The row of the first table."""
+    return next(line for line in done.output.splitlines() if line.split()[:2] == [run, model])
+
+
+def test_runs_stand_side_by_side(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+    evaluated(tmp_path, "baseline", half)
+    evaluated(tmp_path, "custom", right)
+    done = lorry("baseline", "custom")
+    assert done.exit_code == 0, done.output
+    assert "over baseline/tuned" in done.output
+    assert "+50.0 [+50.0, +50.0] *" in line_of(done, "custom", "tuned")  # each group of four has two wrong ones
+    assert "50.0%" in line_of(done, "custom", "tuned")
+    assert "-50.0 [-50.0, -50.0] *" in line_of(done, "baseline", "base")
+    assert "*" not in line_of(done, "baseline", "tuned")
+    assert [head for head in ("exact_match", "f1", "character_f1") if head in done.output] == [
+        "exact_match",
+        "f1",
+        "character_f1",
+    ]
+    assert "24 test samples; percent and points" in done.output
+    assert "suspicious" not in done.output
+
+
+def test_identical_answers_are_told(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+    evaluated(tmp_path, "baseline", half)
+    evaluated(tmp_path, "custom", half)
+    done = lorry("baseline", "custom")
+    assert done.exit_code == 0
+    assert "suspicious: baseline/tuned and custom/tuned: all 24 answers are the same, wrong ones too" in done.output
+    assert "100.0%" in line_of(done, "custom", "tuned")
+
+
+def one_line(done: Result, *told: str) -> None:
+    assert (done.exit_code, len(done.output.splitlines())) == (2, 1), done.output
+    for text in told:
+        assert text in done.output
+
+
+def test_another_test_set_is_refused(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+    evaluated(tmp_path, "baseline", half)
+    evaluated(tmp_path, "fewer", half, samples=make_samples()[:20])
+    one_line(lorry("baseline", "fewer"), "fewer is not scored on the test set of baseline: 4 of 24 samples")
+
+
+def test_what_is_not_evaluated_is_told_and_not_compared(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+    evaluated(tmp_path, "baseline", half)
+    evaluated(tmp_path, "custom", right)
+    evaluated(tmp_path, "never", right)
+    shutil.rmtree(tmp_path / "runs" / "never" / "eval")
+    done = lorry("baseline", "never", "custom")
+    assert done.exit_code == 0
+    assert "never: nothing evaluated: eval has not run" in done.output.splitlines()
+    assert line_of(done, "custom", "tuned")
+    one_line(lorry("baseline", "never"), "never: nothing evaluated: eval has not run", "nothing to compare")
+
+
+def test_a_success_without_a_sample_is_nothing_evaluated(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+    run = evaluated(tmp_path, "baseline", half)
+    evaluated(tmp_path, "custom", right)
+    figures = {model: {} for model in ("base", "tuned")}
+    _written(run, "scores.json", figures)
+    one_line(lorry("custom", "baseline"), "baseline: nothing evaluated: eval scored no sample")
+
+
+def _written(run: Run, name: str, content: Any) -> None:
+    """Put another output in its place, with a manifest that vouches for it."""
+    path = run.path("eval", name)
+    write_jsonl(path, content) if path.suffix == ".jsonl" else write_json(path, content)
+    manifest = read_json(run.path("eval", "manifest.json"))
+    manifest["outputs"][name] = describe_output(run.stage_folder("eval"), name, None, FileHashes(path.parent / ".x"))
+    write_json(run.path("eval", "manifest.json"), manifest)
+
+
+def test_figures_of_other_answers_are_refused(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+    evaluated(tmp_path, "baseline", half)
+    run = evaluated(tmp_path, "custom", right)
+    manifest = read_json(run.path("infer", "manifest.json"))
+    manifest["outputs"]["predictions/tuned.jsonl"]["sha256"] = "0" * 64
+    write_json(run.path("infer", "manifest.json"), manifest)
+    one_line(lorry("baseline", "custom"), "infer has changed since eval used it", "run eval again")
+
+
+def test_scores_that_were_changed_by_hand_are_refused(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+    evaluated(tmp_path, "baseline", half)
+    run = evaluated(tmp_path, "custom", right)
+    lines = read_jsonl(run.path("eval", "scored.jsonl"))
+    write_jsonl(run.path("eval", "scored.jsonl"), lines[1:])
+    one_line(lorry("baseline", "custom"), "eval/scored.jsonl is not as eval wrote it")
+
+
+def test_an_eval_of_before_is_to_be_done_again(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+    evaluated(tmp_path, "baseline", half)
+    run = evaluated(tmp_path, "custom", right)
+    manifest = read_json(run.path("eval", "manifest.json"))
+    del manifest["outputs"]["scored.jsonl"]
+    write_json(run.path("eval", "manifest.json"), manifest)
+    one_line(lorry("baseline", "custom"), "custom: its eval kept no samples' scores", "--force")
+
+
+def test_two_runs_are_needed_that_are_there(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+    evaluated(tmp_path, "baseline", half)
+    one_line(lorry("baseline"), "name two runs or more")
+    one_line(lorry("baseline", "baseline"), "name two runs or more")
+    one_line(lorry("baseline", "basline"), "no such run; did you mean 'baseline'?")
+
+
+def test_failures_are_no_answers(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+    samples = make_samples()
+    evaluated(tmp_path, "baseline", half)
+    run = evaluated(tmp_path, "custom", right)
+    failed = [failed_prediction(sample["id"], "out of memory") for sample in samples]
+    made = make_run(
+        tmp_path / "made",
+        samples,
+        {"base": [answer(sample, wrong(n, sample)) for n, sample in enumerate(samples)], "tuned": failed},
+        pictures=False,
+    )
+    (made.folder / "recipe.yaml").write_text(dump_recipe(made.recipe), encoding="utf-8")
+    assert run_stage(made, "eval", work) == Exit.DONE
+    shutil.rmtree(run.folder)
+    shutil.move(made.folder, run.folder)
+    done = lorry("baseline", "custom")
+    assert done.exit_code == 0
+    assert "suspicious: custom/tuned: every one of 24 answers failed" in done.output
+    assert line_of(done, "custom", "tuned").split()[-2:] == ["24", "24"]
