@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial, partialmethod
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
 from stages.engines import gptq
-from stages.engines.engine import Renderer
+from stages.engines.engine import PLACEHOLDER, Renderer
 from stages.pictures import PictureRules, Rules, family_rules, open_picture
 from stages.train.connector_sft import train_connector_only
 from stages.train.optimizer_state import keep_by_name
@@ -115,8 +116,13 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         prompt = next(i for i, label in enumerate(labels) if label != -100)
         said = tokens[:prompt]
         try:
-            rendered = self._renderer.render(sample, messages[:-1], pictures)  # type: ignore[arg-type]
-            own = rendered.expanded([self._of_a_blank] * len(pictures), self._renderer.picture_token)
+            # up to the first answer: all of a conversation's are learnt
+            asked = list(takewhile(lambda message: message["role"] != "assistant", messages))
+            shown = pictures[: sum(message["content"].count(PLACEHOLDER) for message in asked)]
+            rendered = self._renderer.render(sample, asked, shown)  # type: ignore[arg-type]
+            own = rendered.tokens  # a model that only reads has no token for pictures
+            if pictures:
+                own = rendered.expanded([self._of_a_blank] * len(shown), self._renderer.picture_token)
         except DataError as error:
             raise DataError(f"sample {sample}: {error}") from error
         if said != own:
