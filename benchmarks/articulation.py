@@ -1,0 +1,135 @@
+"""Joint code for made cabinets: SmolLM2 before and after training, on held-out objects, through Lorry's own stages.
+
+    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.articulation [--objects 3000 200] [--set KEY=VALUE]
+
+Needs SmolLM2-135M-Instruct, and a GPU to be done in minutes; on a CPU take `--objects 16 4` and more for a smoke test
+alone. The cabinets are made by recipes/data/make_articulation.py; none of the held-out ones is trained on. The row has
+base and tuned, their difference with its interval, and beside them a guess that knows the form of an answer and no
+object: the largest box is the root, and every other box has the joint that is most frequent in training.
+
+The same command goes on where it was stopped.
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.rows import write_rows
+from stages.contract.files import read_json, read_jsonl, write_json
+from stages.contract.recipe import load_recipe
+from stages.contract.records import Sample
+from stages.contract.roots import Roots
+from stages.tasks import articulation
+
+ROOTS = Roots.from_environment()
+OUT = Path(os.environ.get("OUT", ROOTS.runs))
+"""Where the row is kept, too."""
+
+OBJECTS = (3000, 200)
+"""To train on, and held out."""
+MOST_BOXES = 5
+STAGES = ("preprocess", "train", "infer", "eval")
+SETTINGS = (
+    *("data.validation_fraction=0.02", "preprocess.samples.copies=0", "train.rank=32", "train.alpha=64"),
+    *("train.learning_rate=2e-3", "train.epochs=3", "train.effective_batch=32", "train.micro_batch=32"),
+    *("train.checkpoint_every=100000", "train.log_every=10", "infer.batch_size=200", "infer.chunk_size=200"),
+)
+
+
+def run_stage(name: str, stage: str, data: Path, sets: list[str]) -> float:
+    """Run a stage's command. Returns its seconds; where it is not done, the benchmark ends with its exit code."""
+    words = [word for value in sets for word in ("--set", value)]
+    command = [sys.executable, "-m", f"entrypoints.{stage}", "articulation", "--profile", "tiny", "--run", name]
+    began = time.monotonic()
+    code = subprocess.run([*command, "--data", str(data), *words], check=False).returncode
+    took = time.monotonic() - began
+    print(f"{stage} ended with {code} after {took:.0f} s", flush=True)
+    if code:
+        raise SystemExit(code)
+    return round(took, 1)
+
+
+def guess(samples: list[Sample], trained: list[Sample]) -> dict[str, float]:
+    """Mean scores of answers that know the form alone."""
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "articulation.yaml", "tiny")
+    lines = Counter(
+        line.partition(",")[2]
+        for sample in trained
+        for line in sample["references"][0].split("\n")
+        if line.startswith("dict(")
+    )
+    joint = lines.most_common(1)[0][0]
+    rows = []
+    for sample in samples:
+        sizes = {name: box["extent"] for name, box in sample["meta"]["boxes"].items()}
+        root = max(sizes, key=lambda name: sizes[name][0] * sizes[name][1] * sizes[name][2])
+        others = [f"dict(box={name},{joint}" for name in sizes if name != root]
+        answer = "\n".join([f"root_geom = {root}", "child_joints = [", *others, "]"])
+        rows.append(articulation.score(recipe, answer, sample))
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: round(100 * fmean(row[name] for row in rows if name in row), 4) for name in names}
+
+
+def row_of(folder: Path, seed: int, objects: list[int], seconds: dict[str, float]) -> dict[str, Any]:
+    scores = read_json(folder / "eval" / "scores.json")
+    gains = read_json(folder / "eval" / "differences.json")["joints"]
+    samples: Any = read_jsonl(folder / "preprocess" / "samples" / "test.jsonl")
+    trained: Any = read_jsonl(folder / "preprocess" / "samples" / "train.jsonl")
+    first = next(iter(gains))
+    return {
+        "seed": seed,
+        "objects": dict(zip(("trained on", "held out"), objects, strict=True)),
+        "boxes of an object, at most": MOST_BOXES,
+        "samples trained on": len(trained),
+        "base": {name: figure["value"] for name, figure in scores["base"].items()},
+        "guess": guess(samples, trained),
+        "tuned": {name: figure["value"] for name, figure in scores["joints"].items()},
+        f"tuned over base, {first}, 95% interval": [gains[first][key] for key in ("value", "low", "high")],
+        "failed": {name: scores[name][first]["failed"] for name in ("base", "joints")},
+        "measures of tuned": read_json(folder / "eval" / "measures.json").get("joints", {}),
+        "seconds": seconds,
+    }
+
+
+def maker() -> Any:
+    """The script that makes cabinets, as a module."""
+    script = Path(__file__).parents[1] / "recipes" / "data" / "make_articulation.py"
+    spec = importlib.util.spec_from_file_location("make_articulation", script)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["make_articulation"] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--objects", type=int, nargs=2, default=OBJECTS, metavar=("TRAIN", "TEST"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
+    chosen = parser.parse_args()
+    train, test = chosen.objects
+    name = f"articulation-{chosen.seed}-{train}-{test}"
+    data = ROOTS.runs / "articulation-data" / name
+    began = time.monotonic()
+    if not data.is_dir():
+        maker().make(data.with_name(f"{name}.new"), chosen.seed, train, test, loops=1, most_boxes=MOST_BOXES)
+        data.with_name(f"{name}.new").rename(data)
+    seconds = {"make": round(time.monotonic() - began, 1)}
+    sets = [*SETTINGS, f"seed={chosen.seed}", *chosen.set]
+    for stage in STAGES:
+        seconds[stage] = run_stage(name, stage, data, sets)
+    row = row_of(ROOTS.runs / name, chosen.seed, [train, test], seconds)
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_json(OUT / f"{name}.json", row)
+    write_rows("articulation", [row], "python -m benchmarks.articulation")
+
+
+if __name__ == "__main__":
+    main()
