@@ -1,6 +1,7 @@
 """The defects of the programs that better_synth comes after, each by its number: what was done is a function of a few
 lines that is shown to be wrong on a small input, and what is done here is shown to be right on the same."""
 
+import csv
 import json
 import os
 import shutil
@@ -11,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from entrypoints.lorry import main
 from stages.contract.errors import Exit
-from stages.contract.files import read_jsonl, write_json, write_jsonl
+from stages.contract.files import read_json, read_jsonl, write_json, write_jsonl
 from stages.contract.recipe import Adapter, Recipe, load_recipe
+from stages.contract.records import failed_prediction
 from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.contract.stage import run_stage
 from stages.engines.engine import Completion, Done, Prompt
+from stages.eval import stage as evaluation
+from stages.eval.compare import Evaluated, suspicions
+from stages.eval.scores import overall, score_models, scored_lines
 from stages.infer import stage as infer
 from stages.preprocess import stage as preprocess
-from stages.tasks import settled
+from stages.tasks import better_synth, settled
 from stages.tasks.better_synth import read_answer
 from stages.train.mixes import mixed
 from tests.conftest import REPOSITORY, need_model
@@ -263,3 +270,105 @@ def test_defect_9_many_are_asked_at_once_and_a_stop_costs_no_answer(job: Job) ->
     assert job.infer(Engine()) == Exit.DONE
     for name, text in found.items():
         assert job.run.path("infer", "submission", f"{name}.jsonl").read_bytes() == text, "ids of answers too"
+
+
+# -- 1, 2: an evaluation that evaluates ------------------------------------------------------------------------------
+
+SIMULATED = {"text": 2950, "unknown": 855, "3": 642, "Nike": 485, "blue": 68}
+"""All that the 5000 answers of both models were."""
+
+
+def test_defect_1_answers_that_no_model_gave_are_found_out() -> None:
+    """5000 simulated answers, the same for both models; what was compared was how many of them are distinct."""
+    answers = [text for text, count in SIMULATED.items() for _ in range(count)]
+
+    def original(answers: list[str]) -> float:
+        return len(set(answers)) / len(answers)  # no reference answer is looked at
+
+    assert original(answers) == 0.001 and original([f"wrong {n}" for n in range(5000)]) == 1.0
+
+    recipe = load_recipe(RECIPE, "tiny")
+    samples: list[Any] = []
+    for number in range(5000):
+        right = "blue" if number % 100 == 0 else f"word {number}"
+        meta = {"group": f"picture {number}", "source": "textvqa", "kind": "textvqa"}
+        samples.append(
+            {"id": f"textvqa/{number}", "messages": [], "images": [], "references": [right] * 10, "meta": meta}
+        )
+
+    def run(name: str, base: list[str], tuned: list[str]) -> Evaluated:
+        given = {
+            model: [{**failed_prediction(sample["id"], ""), "answer": text, "error": None} for sample, text in both]
+            for model, both in (("base", zip(samples, base, strict=True)), ("tuned", zip(samples, tuned, strict=True)))
+        }
+        scores = score_models(better_synth, recipe, samples, given)  # type: ignore[arg-type]
+        figures, _ = overall(scores, 100, 1)
+        return Evaluated(name, "better_synth", {}, "b" * 64, figures, scored_lines(scores))
+
+    blank = [f"wrong {number}" for number in range(5000)]
+    baseline, custom = run("baseline", blank, answers), run("custom", blank, answers)
+    assert baseline.figures["tuned"]["textvqa_accuracy"]["value"] == 0.0
+    told = suspicions([baseline, custom])
+    few = "only 5 distinct answers among 5000, where the right ones are 4951: were the questions looked at?"
+    assert told == [
+        f"baseline/tuned: {few}",
+        f"custom/tuned: {few}",
+        "baseline/tuned and custom/tuned: all 5000 answers are the same, wrong ones too: is it one model, or did none"
+        " answer?",
+    ]
+    read = [sample["references"][0] if number % 3 else f"wrong {number}" for number, sample in enumerate(samples)]
+    honest = run("honest", blank, read)
+    assert suspicions([honest]) == []
+    assert honest.figures["tuned"]["textvqa_accuracy"]["value"] == pytest.approx(100 * 3333 / 5000, abs=0.02)
+
+
+def scored(job: Job) -> Exit:
+    """eval, after the rest of what a training tells has been put into its manifest."""
+    path = job.run.path("train", "manifest.json")
+    times = {"starts": ["2026-01-02T03:04:05.000+00:00"], "end": "2026-01-02T03:05:05+00:00", "seconds": 60.0}
+    nothing = {"skipped": [], "decisions": [], "counts": {}, "gpus": [], "dependencies": {}, "peak_memory_bytes": 0}
+    write_json(path, {**read_json(path), **times, **nothing, "recipe": "", "revision": None, "image": None})
+    return run_stage(job.run, "eval", evaluation.work)
+
+
+def test_defect_2_an_evaluation_of_nothing_is_no_success(job: Job, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`success: true` stood beside `total_questions: 0`."""
+
+    def original(questions: list[str]) -> dict[str, Any]:
+        return {"success": True, "total_questions": len(questions)}
+
+    assert original([])["success"] is True
+
+    job = in_one_phase(job)
+    assert job.infer(Engine()) == Exit.DONE
+    assert scored(job) == Exit.DONE
+    counted = job.run.manifest("eval")
+    assert counted is not None and counted["counts"]["scored"] > counted["counts"]["counted together"] > 0
+    figures = read_json(job.run.path("eval", "scores.json"))["tuned"]
+    questions = {sample["meta"]["together"] for sample in job.samples("test") if sample["meta"]["source"] == "mmbench"}
+    assert figures["mmbench_accuracy"]["n"] == len(questions)
+    assert figures["mmbench_accuracy"]["value"] == 0, "always A is right in one rotation of each question, and in none"
+    assert job.run.path("eval", "uploads", "tuned", "mmbench.xlsx").is_file()
+
+    data = job.root / "data" / "better-synth"
+    (data / "textvqa_annotations.json").unlink()
+    with (data / "mmbench.tsv").open(encoding="utf-8", newline="") as file:
+        rows = [{**row, "answer": ""} for row in csv.DictReader(file, delimiter="\t")]
+    with (data / "mmbench.tsv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    shutil.copytree(job.run.folder, job.run.folder.with_name("whole"))
+    shutil.rmtree(job.run.path("train"))  # the stand-in for an adapter: it goes with the data that it was made of
+    assert job.preprocess() == Exit.DONE
+    assert job.infer(Engine()) == Exit.DONE
+    capfd.readouterr()
+    assert scored(job) == Exit.DATA
+    assert "none of" in capfd.readouterr().err
+    assert job.run.manifest("eval") is None
+
+    for name in ("runs", "data", "models"):
+        monkeypatch.setenv(f"LORRY_{name.upper()}", str(getattr(job.run.roots, name)))
+    done = CliRunner().invoke(main, ["compare", "whole", "r"])
+    assert done.exit_code == Exit.USAGE
+    assert "r: nothing evaluated: eval is half done: none of" in done.output
