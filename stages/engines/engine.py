@@ -7,12 +7,13 @@ their greedy answers differ only by the arithmetic of their kernels.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from stages.contract.errors import DataError
 from stages.contract.records import Message
-from stages.pictures import Picture, Rules, open_picture, rules_of
+from stages.pictures import Picture, Rules, SquareRules, family_rules, open_picture, rules_of
 
 PLACEHOLDER = "<image>"
 """Where a picture stands in a message: ms-swift's word for it."""
@@ -125,17 +126,39 @@ class Renderer:
         DataError where a picture cannot be read or the text itself holds a picture's token.
         """
         opened = tuple(open_picture(path, self.rules, max_pixels) for path in pictures)
-        conversation = [_with_parts(message) for message in messages] if opened else list(messages)
-        tokens = list(
-            self.tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        )
+        tokens = self._tokens_of(messages, bool(opened))
         if opened:
             found = tokens.count(self.picture_token)
             if found != len(opened):
                 raise DataError(f"{found} places for pictures in the prompt, and {len(opened)} pictures")
         return Prompt(prompt_id, tokens, opened, max_new_tokens)
+
+    def _tokens_of(self, messages: Sequence[Message], shows: bool) -> list[int]:
+        template = self.tokenizer.apply_chat_template
+        if not self._is_llava:
+            conversation = [_with_parts(message) for message in messages] if shows else list(messages)
+            return list(template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False))
+        # published LLaVAs' templates take parts only and leave the first token to the processor, which adds it unless
+        # it is there (transformers' ProcessorMixin.apply_chat_template)
+        conversation = [_with_parts(message, self._breaks_line) for message in messages]
+        text = template(conversation, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer.encode(self._begins_with(text) + text, add_special_tokens=False))
+
+    def _begins_with(self, text: str) -> str:
+        """The token that every text begins with, where it is to be added."""
+        first = self.tokenizer.bos_token
+        adds = first is not None and self.tokenizer.encode("")[:1] == [self.tokenizer.bos_token_id]
+        return str(first) if adds and not text.startswith(first) else ""
+
+    @cached_property
+    def _is_llava(self) -> bool:
+        return isinstance(family_rules(self._model), SquareRules)
+
+    @cached_property
+    def _breaks_line(self) -> bool:
+        """Whether the chat template itself ends the line after a picture."""
+        probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+        return f"{PLACEHOLDER}\nx" in self.tokenizer.apply_chat_template(probe, tokenize=False)
 
     @property
     def picture_token(self) -> int:
@@ -149,14 +172,19 @@ def picture_token(model: Path) -> int:
     """The number of the token that stands for a picture."""
     from transformers import AutoConfig
 
+    import stages.engines.mgm  # noqa: F401 - makes it known to transformers
+
     return int(AutoConfig.from_pretrained(model, local_files_only=True).image_token_id)
 
 
-def _with_parts(message: Message) -> dict[str, Any]:
-    """A message whose content is a list of texts and pictures, as chat templates of vision-language models read it."""
+def _with_parts(message: Message, breaks_line: bool = False) -> dict[str, Any]:
+    """A message whose content is a list of texts and pictures, as chat templates of vision-language models read it.
+
+    Where such a template `breaks_line` after a picture, the line's end that follows it in the message is that one.
+    """
     parts: list[dict[str, str]] = []
-    for piece in re.split(f"({PLACEHOLDER})", message["content"]):
-        if piece == PLACEHOLDER:
+    for piece in re.split(rf"({PLACEHOLDER}\n?)" if breaks_line else f"({PLACEHOLDER})", message["content"]):
+        if piece.startswith(PLACEHOLDER):
             parts.append({"type": "image"})
         elif piece:
             parts.append({"type": "text", "text": piece})

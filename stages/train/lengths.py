@@ -24,7 +24,9 @@ OF_A_MESSAGE, OF_A_PROMPT, OF_A_PICTURE = 6, 24, 2
 @dataclass(frozen=True)
 class _Sample:
     texts: list[str]
-    """Of its messages; the last one is the answer."""
+    """Of its messages."""
+    asked: int
+    """How many of them stand before the first answer."""
     pictures: int
     """Tokens of its pictures, with what stands around them."""
 
@@ -34,14 +36,19 @@ class _Sample:
 
     @property
     def prompt_size(self) -> int:
-        return self.size - len(self.texts[-1])
+        return self.size - sum(map(len, self.answers))
+
+    @property
+    def answers(self) -> list[str]:
+        """The first answer with all that follows it: of a conversation, every answer is learnt."""
+        return self.texts[self.asked :]
 
 
 def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run: Path) -> Lengths:
     """The longest sample and the longest answer that are trained on, in tokens. Pictures are files below `run`.
 
-    What a picture becomes is the model's own affair: it is counted, from the file's header, for the Qwen2-VL family;
-    with others samples with pictures count as max_length. So does all, answers too, where the model has no
+    What a picture becomes is the model's own affair: it is counted, from the file's header, for the Qwen2-VL family and
+    for LLaVAs; with others samples with pictures count as max_length. So does all, answers too, where the model has no
     tokenizer.json. Raises DataError for a picture that is none.
     """
     limit = settings.max_length
@@ -63,16 +70,17 @@ def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run:
     counted = []
     for sample in samples:
         texts = [str(message["content"]) for message in sample["messages"]]
-        counted.append(_Sample(texts, sum(map(of_picture, sample.get("images") or []))))
+        asked = next(place for place, message in enumerate(sample["messages"]) if message["role"] == "assistant")
+        counted.append(_Sample(texts, asked, sum(map(of_picture, sample.get("images") or []))))
     longest = heapq.nlargest(CANDIDATES, counted, key=lambda sample: sample.size)
     prompts = heapq.nsmallest(CANDIDATES, counted, key=lambda sample: sample.prompt_size)
-    answers = heapq.nlargest(CANDIDATES, (sample.texts[-1] for sample in counted), key=len)
+    answers = heapq.nlargest(CANDIDATES, (sample.answers for sample in counted), key=lambda texts: sum(map(len, texts)))
     whole = max(sum(tokens(text) + OF_A_MESSAGE for text in one.texts) + one.pictures for one in longest) + OF_A_PROMPT
     if rules is None and any(sample.get("images") for sample in samples):
         whole = limit
-    answer = max(map(tokens, answers)) + OF_A_MESSAGE
+    answer = max(sum(tokens(text) + OF_A_MESSAGE for text in texts) for texts in answers)
     # what the template adds is left out: it errs upward
-    shortest = min(sum(map(tokens, one.texts[:-1])) + one.pictures for one in prompts)
+    shortest = min(sum(map(tokens, one.texts[: one.asked])) + one.pictures for one in prompts)
     return Lengths(min(whole, limit), min(answer, limit), shortest)
 
 

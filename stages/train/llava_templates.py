@@ -24,12 +24,12 @@ register_template(ChatmlTemplateMeta("llava_chatml", template_cls=_InPlace), exi
 register_template(
     TemplateMeta(
         "llava_vicuna",
-        prefix=["<s>"],
+        prefix=[["bos_token_id"]],
         prompt=["USER: {{QUERY}} ASSISTANT:"],
-        chat_sep=["</s>"],
-        suffix=["</s>"],
-        system_prefix=["<s>{{SYSTEM}} "],
-        template_cls=LlavaHfTemplate,
+        chat_sep=[["eos_token_id"]],
+        suffix=[["eos_token_id"]],
+        system_prefix=[["bos_token_id"], "{{SYSTEM}} "],
+        template_cls=_InPlace,
     ),
     exist_ok=True,
 )

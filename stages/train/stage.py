@@ -95,7 +95,7 @@ def work(stage: Stage) -> None:
         if not folder.is_dir():
             _take_over(stage, name)
         if not folder.is_dir():
-            plan = plan or _plan(stage, recipe.train, node)
+            plan = plan or _plan(stage, node)
             try:
                 with announced(stage, name, node):
                     _train(stage, adapter, keys[name], plan, node, connector)
@@ -124,7 +124,7 @@ def _help(stage: Stage, node: Node) -> None:
     for name in adapters_announced_by_the_first(stage):
         first_phase = name == CONNECTOR
         settings = recipe.train.of_connector() if first_phase else recipe.train
-        plans[first_phase] = plans.get(first_phase) or _plan(stage, settings, node)
+        plans[first_phase] = plans.get(first_phase) or _plan(stage, node, settings)
         adapter = settings.adapters[0] if first_phase else by_name[name]
         _train(stage, adapter, "", plans[first_phase], node, None if first_phase else trained_connector(stage.run))
 
@@ -162,7 +162,7 @@ def _train_connector(stage: Stage, node: Node | None, log: list[dict[str, Any]])
     if (read_json(folder / "made.json") or {}).get("key") != key:
         remove(folder)
         with announced(stage, CONNECTOR, node):
-            _train(stage, mix, key, _plan(stage, settings, node), node, None)
+            _train(stage, mix, key, _plan(stage, node, settings), node, None)
     sha256 = str(read_json(folder / "made.json")["files"][CONNECTOR_FILE])
     check_connector(folder / CONNECTOR_FILE, sha256)
     log += _hand_on(stage, CONNECTOR, (CONNECTOR_FILE,))
@@ -344,11 +344,13 @@ class _Plan:
         return Footing(self.way.settings, self.way.batch, eval_micro_batch=self.way.batch.micro_batch)
 
 
-def _plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
-    """How to train on this machine's cards, and with the other machines'; they must fit the image.
+def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Plan:
+    """How to train on this machine's cards, and with the other machines'; they must fit the image. `settings` are the
+    recipe's own where none are given.
 
     Raises DoesNotFitError where no way of training can fit, before any process starts.
     """
+    settings = settings or stage.run.recipe.train
     plan = _planned(stage, settings, node)
     batch, section = plan.way.batch, "train.connector" if settings.trains_connector else "train"
     if settings.exact_batch:

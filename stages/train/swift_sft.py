@@ -20,13 +20,13 @@ from swift.pipelines.train.sft import SwiftSft
 from swift.template.base import MaxLengthError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-import stages.train.llava_templates  # noqa: F401 - registers them
 from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
 from stages.engines import gptq
 from stages.engines.engine import PLACEHOLDER, Renderer
 from stages.pictures import PictureRules, Rules, family_rules, open_picture
+from stages.train import llava_templates, mgm_swift  # noqa: F401 - models and templates that they register
 from stages.train.connector_sft import train_connector_only
 from stages.train.optimizer_state import keep_by_name
 from stages.train.sharding import compute_in

@@ -133,7 +133,8 @@ def test_lengths_are_those_of_the_samples(small_models: Path) -> None:
     model = small_models / "random-llama"
 
     def sample(words: int, answer: int, **more: Any) -> dict[str, Any]:
-        messages = [{"content": "word " * words}, {"content": "yes " * answer}]
+        said = {"user": "word " * words, "assistant": "yes " * answer}
+        messages = [{"role": role, "content": content} for role, content in said.items()]
         return {"messages": messages, **more}
 
     found = lengths_of([sample(5, 1), sample(100, 7), sample(60, 20)], model, settings, model)

@@ -1,0 +1,218 @@
+"""Two phases on a tiny LLaVA: the connector alone, then LoRA on the base with it."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from stages.contract.errors import UsageError
+from stages.contract.files import read_json, read_jsonl, sha256_file
+from stages.contract.recipe import Adapter, Connector, Recipe, Train, load_recipe
+from stages.engines.connector import LAST, check_connector, tensor_files, with_connector
+from stages.train.mixes import shown
+from tests.conftest import REPOSITORY
+from tests.train.two_phases import CONNECTOR, TwoPhases, two_phases
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TwoPhases:
+    training = two_phases(tmp_path_factory.mktemp("two")).prepared()
+    training.done()
+    return training
+
+
+def base(training: TwoPhases) -> Path:
+    return training.lorry.models / "tiny-llava"
+
+
+def test_the_first_phase_trains_the_connector_and_nothing_else(trained: TwoPhases) -> None:
+    weights, before = load_file(trained.connector), load_file(base(trained) / "model.safetensors")
+    assert set(weights) == {name for name in before if name.startswith("multi_modal_projector.")}
+    for name, weight in weights.items():
+        assert weight.dtype == np.float32
+        assert (weight != before[name]).any(), f"{name} has learnt"
+    facts = read_json(trained.connector.with_name("training.json"))
+    assert facts["samples"]["train"] == 16, "the sample without a picture is not among them"
+    assert facts["steps"] == 4
+    rows = [row for row in read_jsonl(trained.run.path("train", "metrics.jsonl")) if row["adapter"] == "connector"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+def test_the_second_phase_is_lora_on_the_language_model_with_that_connector(trained: TwoPhases) -> None:
+    weights = load_file(trained.adapter)
+    assert weights and all(".language_model." in name for name in weights)
+    sha256 = sha256_file(trained.connector)
+    assert read_json(trained.adapter.with_name("training.json"))["connector"] == sha256
+    manifest = trained.manifest()
+    assert manifest["connector"]["sha256"] == manifest["outputs"]["connector/connector.safetensors"]["sha256"] == sha256
+    assert manifest["counts"]["connector samples"] == 16
+    decided = {made["what"]: made["value"] for made in manifest["decisions"]}
+    assert decided["connector effective batch"] == "4 x 1 x 1 GPU(s) = 4"
+
+
+def test_another_data_mix_for_adapters_keeps_the_connector(trained: TwoPhases, tmp_path: Path) -> None:
+    other = trained.copied(tmp_path, "train.adapters=[{name: tuned, data: ['questions#4']}]")
+    before = trained.adapter.read_bytes()
+    output = other.done()
+    assert "train connector" not in output and "train tuned" in output
+    assert other.connector.read_bytes() == trained.connector.read_bytes()
+    assert other.adapter.read_bytes() != before
+
+
+def test_another_data_mix_for_the_connector_trains_the_adapters_again(trained: TwoPhases, tmp_path: Path) -> None:
+    """What captions say has an effect: the adapter's own data are the same."""
+    other = trained.copied(tmp_path, CONNECTOR.replace("captions", "'captions#8'"))
+    other.done()
+    assert other.connector.read_bytes() != trained.connector.read_bytes()
+    assert other.adapter.read_bytes() != trained.adapter.read_bytes()
+    losses = [
+        [row["loss"] for row in read_jsonl(each.run.path("train", "metrics.jsonl")) if row["adapter"] == "tuned"]
+        for each in (trained, other)
+    ]
+    assert losses[0][0] != losses[1][0], "before the first step of LoRA only the connectors differ"
+
+
+def test_a_changed_connector_is_refused(trained: TwoPhases, tmp_path: Path) -> None:
+    other = trained.copied(tmp_path, "train.learning_rate=0.002")  # the adapter is to be trained again
+    content = bytearray(other.connector.read_bytes())
+    content[-1] ^= 1
+    other.connector.write_bytes(content)
+    code, output = other()
+    assert code == 2, output
+    assert "connector.safetensors: changed since it was trained" in output.splitlines()[-1]
+
+
+def test_shards_are_refused(trained: TwoPhases, tmp_path: Path) -> None:
+    code, output = trained.copied(tmp_path)("--shard", "0/2")
+    assert code == 2 and "train without --shard" in output.splitlines()[-1]
+
+
+# -- base and connector in one folder ----------------------------------------------------------------------------
+
+
+def sharded(model: Path, folder: Path) -> Path:
+    """The model in three files with an index; the connector's tensors are in two of them."""
+    from safetensors.numpy import save_file
+
+    weights = load_file(model / "model.safetensors")
+    names = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+    places = {name: names[number % 3] for number, name in enumerate(sorted(weights))}
+    folder.mkdir()
+    for file in names:
+        save_file({name: weights[name] for name in weights if places[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    for path in model.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["one file", "three files"])
+def test_links_and_an_index_put_base_and_connector_together(trained: TwoPhases, tmp_path: Path, kind: str) -> None:
+    import torch
+    from safetensors.torch import load_file as load
+    from transformers import AutoModelForImageTextToText
+
+    model = base(trained) if kind == "one file" else sharded(base(trained), tmp_path / "base")
+    sha256 = sha256_file(trained.connector)
+    folder = with_connector(model, trained.connector, sha256, tmp_path / "both")
+    assert sum(path.stat().st_size for path in folder.iterdir() if not path.is_symlink()) < 20_000, "no weights copied"
+    places = tensor_files(folder)
+    assert set(places) == set(tensor_files(model))
+    assert max(path.name for path in places.values()) == LAST, "of two tensors of one name, the later file's stands"
+    found = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
+    plain = AutoModelForImageTextToText.from_pretrained(base(trained), dtype=torch.float32).state_dict()
+    learnt = load(trained.connector)
+    for name, weight in found.items():
+        expected = learnt.get(name.removeprefix("model."), plain[name])
+        assert torch.equal(weight, expected), name
+
+
+def test_another_model_s_connector_is_refused(trained: TwoPhases, tmp_path: Path) -> None:
+    other = trained.lorry.models / "SmolLM2-135M-Instruct"
+    with pytest.raises(UsageError, match=r"holds multi_modal_projector\.linear_1\.bias, which .* has not"):
+        with_connector(other, trained.connector, sha256_file(trained.connector), tmp_path / "both")
+    with pytest.raises(UsageError, match="changed since it was trained"):
+        check_connector(trained.connector, "0" * 64)
+    with pytest.raises(UsageError, match="changed since it was trained"):
+        check_connector(tmp_path / "missing", "0" * 64)
+
+
+# -- what it is trained on ---------------------------------------------------------------------------------------
+
+
+def test_at_most_so_many_samples_are_drawn_by_the_seed() -> None:
+    samples: list[dict[str, Any]] = [{"id": str(i), "images": ["x"] if i % 2 else []} for i in range(40)]
+    kept, beyond = shown(samples, 7, 42)
+    assert (len(kept), beyond) == (7, 13), "samples without a picture are no loss"
+    assert kept == sorted(kept, key=lambda sample: int(sample["id"])) and all(sample["images"] for sample in kept)
+    assert shown(samples, 7, 42)[0] == kept != shown(samples, 7, 43)[0]
+    assert shown(samples, 20, 42) == (samples[1::2], 0)
+
+
+def test_the_recipe_s_rules() -> None:
+    adapters = [Adapter(name="tuned")]
+    assert Connector().most_samples == 200_000
+    assert Connector().effective_batch == 256
+    settings = Train(adapters=adapters, connector=Connector(learning_rate=2e-3), load_in_4bit=True, lora_plus_ratio=4.0)
+    first = settings.of_connector()
+    assert first.trains_connector and not settings.trains_connector
+    assert (first.learning_rate, first.load_in_4bit, first.lora_plus_ratio) == (2e-3, False, None)
+    assert Train.model_validate(first.model_dump()) == first, "as the training process reads it"
+    recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny")
+    named = {**recipe.model_dump(), "train": Train(adapters=[Adapter(name="connector")]).model_dump()}
+    assert Recipe.model_validate(named).train.connector is None, "without a connector the name is free"
+    named["train"]["connector"] = Connector().model_dump()
+    with pytest.raises(ValueError, match="names the first phase"):
+        Recipe.model_validate(named)
+
+
+def test_a_recipe_that_differs_in_room_alone_is_the_same(trained: TwoPhases) -> None:
+    smaller = TwoPhases(trained.lorry, CONNECTOR.replace("micro_batch: 4", "micro_batch: 2"))
+    assert smaller.run.recipe.digest() == trained.run.recipe.digest()
+    faster = TwoPhases(trained.lorry, CONNECTOR.replace("max_length", "learning_rate: 0.1, max_length"))
+    assert faster.run.recipe.digest() != trained.run.recipe.digest()
+
+
+# -- kills -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.kill
+def test_a_killed_first_phase_goes_on_to_the_same_bytes(trained: TwoPhases, tmp_path: Path) -> None:
+    other = two_phases(tmp_path).prepared()
+    code, output = other(HUNGER=json.dumps({"during": "saving", "from_step": 4}))
+    assert (code, "was ended by SIGKILL" in output) == (1, True), output
+    assert not other.connector.exists()
+    assert "resuming from checkpoint-2" in other.done()
+    assert other.connector.read_bytes() == trained.connector.read_bytes()
+    assert other.adapter.read_bytes() == trained.adapter.read_bytes()
+
+
+@pytest.mark.kill
+def test_a_stopped_first_phase_is_interrupted_and_goes_on(trained: TwoPhases, tmp_path: Path) -> None:
+    other = two_phases(tmp_path).prepared()
+    process = other.start()
+    assert process.stdout is not None
+    said = next(line for line in process.stdout if "train connector: 16 samples" in line)
+    process.send_signal(signal.SIGTERM)
+    rest = process.stdout.read()
+    assert process.wait() == 75, said + rest
+    assert not other.connector.exists()
+    other.done()
+    assert other.connector.read_bytes() == trained.connector.read_bytes()
+
+
+@pytest.mark.kill
+def test_the_ladder_is_the_first_phase_s_too(trained: TwoPhases, tmp_path: Path) -> None:
+    other = two_phases(tmp_path).prepared()
+    output = other.done(HUNGER=json.dumps({"during": "training", "above": 2}))
+    assert "micro-batch 2, accumulation 2" in output
+    taken = [made for made in other.manifest()["decisions"] if made["what"] == "out of memory"]
+    assert any(made["why"].startswith("adapter connector") for made in taken)
+    found, expected = load_file(other.connector), load_file(trained.connector)
+    assert all(np.allclose(found[name], expected[name], atol=1e-4) for name in expected)
