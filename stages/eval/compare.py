@@ -13,8 +13,9 @@ import numpy as np
 from stages.contract.errors import UsageError
 from stages.contract.files import digest_of
 from stages.eval.scores import Figures, cluster_bootstrap
+from stages.eval.votes import VOTE
 
-BASE, VOTE = "base", "vote"
+BASE = "base"
 
 LEAST = 10
 """Answers; fewer may well be the same, or alike, by chance."""

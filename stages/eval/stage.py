@@ -29,9 +29,12 @@ def work(stage: Stage) -> None:
     stage.counts["scored"] = len(scored)
     stage.counts["without references"] = len(samples) - len(scored)
     task = load_task(recipe.task)
-    _write_uploads(stage, task, samples, predictions)
+    uploads = _write_uploads(stage, task, samples, predictions)
     if not scored:
-        raise DataError(f"none of {len(samples)} test samples has a reference; give test questions an answer to score")
+        written = f" (what is to be uploaded is in {stage.path('uploads')})" if uploads else ""
+        raise DataError(
+            f"none of {len(samples)} test samples has a reference{written}; give test questions an answer to score"
+        )
     if len(scored) < len(samples):
         stage.events.say(f"{len(samples) - len(scored)} of {len(samples)} test samples have no reference: not scored")
 
@@ -69,12 +72,16 @@ def work(stage: Stage) -> None:
     _show(stage, scores, figures, differences, ablated, vote)
 
 
-def _write_uploads(stage: Stage, task: Any, samples: list[Sample], predictions: Mapping[str, list[Prediction]]) -> None:
-    """Write what a benchmark's own server takes, of every model."""
+def _write_uploads(
+    stage: Stage, task: Any, samples: list[Sample], predictions: Mapping[str, list[Prediction]]
+) -> list[str]:
+    """Write what a benchmark's own server takes, of every model; returns the files' names."""
+    written = []
     for name, records in predictions.items():
         by_id = {prediction["id"]: prediction for prediction in records}
-        for file in task.uploads(stage.path("uploads", name), samples, by_id):
-            stage.outputs[f"uploads/{name}/{file}"] = None
+        written += [f"uploads/{name}/{file}" for file in task.uploads(stage.path("uploads", name), samples, by_id)]
+    stage.outputs.update(dict.fromkeys(written))
+    return written
 
 
 def _was_asked(recipe: Recipe) -> Asked:

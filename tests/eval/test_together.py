@@ -161,6 +161,7 @@ def test_the_stage_counts_and_keeps_each_sample(
     assert set(failed["scores"].values()) == {0}
     assert lines[0]["models"]["base"]["scores"]["exact_match"] == 1
     assert manifest["outputs"]["scored.jsonl"]["records"] == 24
+    assert "24, counted as 6 of 6 documents" in run.path("eval", "report.html").read_text(encoding="utf-8")
 
 
 def test_uploads_are_outputs_of_every_model(
@@ -179,3 +180,23 @@ def test_uploads_are_outputs_of_every_model(
     assert manifest is not None
     assert {"uploads/base/all.txt", "uploads/tuned/all.txt"} <= set(manifest["outputs"])
     assert run.path("eval", "uploads", "tuned", "all.txt").read_text(encoding="utf-8") == "24 24"
+
+
+def test_what_cannot_be_scored_can_be_uploaded(
+    build: Build,
+    samples: list[Sample],
+    predictions: dict[str, list[Prediction]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+) -> None:
+    def uploads(folder: Path, tested: list[Sample], given: dict[str, Prediction]) -> list[str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "all.txt").write_text("", encoding="utf-8")
+        return ["all.txt"]
+
+    monkeypatch.setattr(patent_qa, "uploads", uploads)
+    run = build([{**sample, "references": []} for sample in samples], predictions)
+    assert run_stage(run, "eval", work) == Exit.DATA
+    assert f"what is to be uploaded is in {run.path('eval', 'uploads')}" in capfd.readouterr().err
+    assert run.path("eval", "uploads", "base", "all.txt").is_file()
+    assert run.manifest("eval") is None
