@@ -42,12 +42,11 @@ class _Cards:
 @one_line_errors
 def plan(target: str | None, count: int | None, memory: float | None, **options: Any) -> None:
     """Estimate what training RECIPE takes on each GPU and say whether it fits; if not, the smallest change that does.
+    Where a connector is trained first, either phase is estimated.
 
     Reads the model's config.json and the headers of its weights, and starts nothing. Exits with 4 when training does
     not fit; how inference fits the same cards is told beside it.
     """
-    from stages.hardware.fit import as_asked, plan_training
-    from stages.hardware.memory import lengths_at_most, not_estimated
     from stages.hardware.shape import read_shape
     from stages.hardware.targets import refuse_4bit_twice, refuse_base_without_kernels
 
@@ -60,12 +59,35 @@ def plan(target: str | None, count: int | None, memory: float | None, **options:
     refuse_base_without_kernels(model, shape.quantisation, cards.target)
     if train.load_in_4bit:
         refuse_4bit_twice(model, shape.quantisation)
-    lengths = lengths_at_most(run.recipe)
+    click.echo(f"{run.name}: {model.name}, {shape.parameters / 1e9:.2f} billion parameters, on {cards.what}")
+    fits = True
+    if train.connector is not None:
+        first = train.of_connector()
+        fits = _verdict(shape, first, cards, *_phase(run.recipe, shape, first, cards))
+    phase = _phase(run.recipe, shape, train, cards)
+    enough_disk = _disk(run, shape)
+    _inference(run.recipe.infer, shape, cards)
+    click.echo()
+    fits = _verdict(shape, train, cards, *phase) and fits
+    sys.exit(0 if fits and enough_disk else 4)
+
+
+def _phase(recipe: Any, shape: Any, train: Any, cards: _Cards) -> tuple[Any, Any, Any]:
+    """Tell what one phase of training takes. Returns the way that the recipe asks for, the one that train would take,
+    and how long samples may be."""
+    from stages.hardware.batch import refuse_inexact
+    from stages.hardware.fit import as_asked, plan_training
+    from stages.hardware.memory import lengths_at_most, not_estimated, trained_parameters
+
+    section = "train.connector" if train.trains_connector else "train"
+    if train.connector is not None:
+        what = "phase 1, the connector alone" if train.trains_connector else "\nphase 2, LoRA on the base with it"
+        click.echo(f"{what}: {trained_parameters(shape, train) / 1e6:.1f} million parameters are trained")
+    lengths = lengths_at_most(recipe.model_copy(update={"train": train}))
     asked = as_asked(shape, train, cards.count, cards.dtype, lengths)
     way = plan_training(shape, train, cards.count, cards.dtype, cards.memory, lengths)
-    click.echo(f"{run.name}: {model.name}, {shape.parameters / 1e9:.2f} billion parameters, on {cards.what}")
     click.echo(
-        f"samples of {lengths.longest} tokens (train.max_length), {lengths.answer} of them the answer"
+        f"samples of {lengths.longest} tokens ({section}.max_length), {lengths.answer} of them the answer"
         " (infer.max_new_tokens)"
     )
     if train.micro_batch > 1:
@@ -74,16 +96,14 @@ def plan(target: str | None, count: int | None, memory: float | None, **options:
             f"of a micro-batch of several, one with next to no prompt: the worst case; were all alike,"
             f" {alike.estimate.total / GIB:.2f} GiB as asked. train plans again with the real samples"
         )
+    if train.exact_batch:
+        refuse_inexact(way.batch, f"{section}.effective_batch")
     click.echo(f"effective batch: {way.batch}\n")
     _table(asked, way)
     left_out = not_estimated(shape, train)
     if left_out:
         click.echo(f"not in the estimate: {left_out}")
-    enough_disk = _disk(run, shape)
-    _inference(run.recipe.infer, shape, cards)
-    click.echo()
-    fits = _verdict(shape, train, cards, asked, way, lengths)
-    sys.exit(0 if fits and enough_disk else 4)
+    return asked, way, lengths
 
 
 def _as_the_software_allows(train: Any, target: "Target") -> Any:
@@ -230,6 +250,8 @@ def _verdict(shape: Any, train: Any, cards: _Cards, asked: Any, way: Any, length
         )
         return True
     offers = Offers("bitsandbytes" in cards.target.quantisation, cards.target.deepspeed)
+    if train.trains_connector:  # neither is done in the first phase
+        offers = Offers(bitsandbytes=False, deepspeed=False)
     found = smallest_changes(shape, train, cards.count, cards.dtype, cards.memory, lengths, offers)
     freed = cards.fullest is not None and way.fits(int(cards.fullest.memory_total * USABLE))
     if cards.fullest is not None and freed:
