@@ -124,7 +124,7 @@ def _value(key: str, node: ast.expr, mode: Mode) -> Any:
     if mode == "obb_rel":
         return [_whole(each, key, (1, -1)) for each in node.elts]
     values = [float(_number(each, key)) for each in node.elts]
-    if key == "axis" and not any(values):
+    if key == "axis" and max(map(abs, values)) < 1e-3:
         raise GrammarError("axis is zero")
     return values
 
