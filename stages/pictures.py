@@ -107,10 +107,10 @@ class Picture:
 
 
 def family_rules(model: Path) -> Rules | None:
-    """The rules of a Qwen2-VL or a LLaVA; None for a model that reads pictures otherwise, or none."""
+    """The rules of a Qwen2-VL, a LLaVA or an MGM; None for a model that reads pictures otherwise, or none."""
     config = _read(model / "config.json")
     processor = _read(model / "preprocessor_config.json")
-    if config is not None and config.get("model_type") == "llava" and processor is not None:
+    if config is not None and config.get("model_type") in ("llava", "mgm") and processor is not None:
         return _square_rules(model, config, processor)
     if processor is None or not str(processor.get("image_processor_type")).startswith(FAMILY):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.contract.files import read_json, remove, visible_files
 
-VISION = ("visual", "vision_tower", "vision_model", "multi_modal_projector")
+VISION = ("visual", "vision_tower", "vision_tower_aux", "vision_model", "multi_modal_projector", "mm_projector")
 """What the parts of a model that see, and the connector behind them, are called in its modules' names."""
 
 
@@ -50,6 +50,8 @@ def merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> Path:
     import torch
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    import stages.engines.mgm  # noqa: F401 - makes it known to transformers
 
     partial = folder.with_name(f".{folder.name}")
     remove(partial)

@@ -22,6 +22,7 @@ from transformers import (
     LogitsProcessorList,
 )
 
+import stages.engines.mgm  # noqa: F401 - makes it known to transformers
 from stages.engines import gptq
 from stages.engines.batch_size import best_batch_size
 from stages.engines.engine import Completion, Done, EngineSettings, Prompt, load_tokenizer

@@ -23,15 +23,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
-from stages.engines import gptq
+from stages.engines import gptq, mgm
 from stages.engines.engine import PLACEHOLDER, Renderer
 from stages.pictures import PictureRules, Rules, family_rules, open_picture
-from stages.train import llava_templates, mgm_swift  # noqa: F401 - models and templates that they register
+from stages.train import llava_templates  # noqa: F401 - registers templates
 from stages.train.connector_sft import train_connector_only
 from stages.train.optimizer_state import keep_by_name
 from stages.train.sharding import compute_in
 from stages.train.together import Together
 from stages.train.worker import Job, Reports, _sizes
+
+if mgm.AVAILABLE:
+    from stages.train import mgm_swift  # noqa: F401 - registers the model and its template
 
 # A checkpoint's adapter is read into the processors' memory and copied from there. PEFT reads it to "cuda", which
 # safetensors takes for the first card: going on from a checkpoint, every process would hold memory there.

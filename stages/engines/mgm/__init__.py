@@ -4,13 +4,19 @@ Nothing maintained offers it: transformers, ms-swift and vLLM have no such model
 transformers 4.38, DeepSpeed, open_clip and timm. Importing this package makes the model known to the Auto classes.
 """
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
+import transformers
 
-from stages.engines.mgm.configuration import MgmConfig
-from stages.engines.mgm.modeling import CONNECTORS, MgmForConditionalGeneration
+AVAILABLE = int(transformers.__version__.partition(".")[0]) >= 5
+"""transformers 4, which trains on GPTQ bases on a V100, scales embeddings elsewhere and lacks parts that are used."""
 
-AutoConfig.register(MgmConfig.model_type, MgmConfig)
-AutoModelForImageTextToText.register(MgmConfig, MgmForConditionalGeneration)
-AutoProcessor.register(MgmConfig, LlavaProcessor)
+if AVAILABLE:
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
-__all__ = ["CONNECTORS", "MgmConfig", "MgmForConditionalGeneration"]
+    from stages.engines.mgm.configuration import MgmConfig
+    from stages.engines.mgm.modeling import CONNECTORS, MgmForConditionalGeneration
+
+    AutoConfig.register(MgmConfig.model_type, MgmConfig)
+    AutoModelForImageTextToText.register(MgmConfig, MgmForConditionalGeneration)
+    AutoProcessor.register(MgmConfig, LlavaProcessor)
+
+__all__ = ["AVAILABLE", "CONNECTORS", "MgmConfig", "MgmForConditionalGeneration"]

@@ -86,7 +86,9 @@ def convert(published: Path, output: Path, clip: Path | None = None, convnext: P
     model.tie_weights()
     model.save_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
-    make_processor(config, tokenizer).save_pretrained(output)
+    processor = make_processor(config, tokenizer)
+    processor.save_pretrained(output)
+    processor.image_processor.save_pretrained(output)  # in a file of its own, too, where some look for it
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextPreTrainedModel, ConvNextStage
 from transformers.utils.generic import ModelOutput
@@ -108,8 +109,9 @@ class MgmModel(MgmPreTrainedModel):
     def _read(self, pixel_values: torch.Tensor) -> Any:
         low, high = self._see(pixel_values)
         if self.gradient_checkpointing and self.training:
-            # of a picture, mining would keep two maps of 2880 channels in float32 for the connectors' gradients
-            mined = self._gradient_checkpointing_func(self.mine, low, high)
+            # of a picture, mining would keep three maps of 2880 channels for the connectors' gradients. Never the
+            # trainer's choice of checkpointing: the reentrant one gives none where no input asks for any
+            mined = checkpoint(self.mine, low, high, use_reentrant=False)
         else:
             mined = self.mine(low, high)
         return self.mm_projector(low + mined)
