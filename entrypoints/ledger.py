@@ -203,7 +203,7 @@ def columns_of(rows: Sequence["Row"]) -> list[Column]:
         Column("task", lambda row: row.task, ("task",), 12),
         Column("adapter", lambda row: row.adapter, ("adapter",)),
         Column("data recipe", lambda row: row.data_recipe, ("data_recipe",), long=True, rare=True),
-        Column("kept", _kept, ("records_kept", "records_read"), number=True, rare=True),
+        Column("records kept", _kept, ("records_kept", "records_read"), number=True, rare=True),
         Column(
             "connector samples", lambda row: _digits(row.connector_samples), ("connector_samples",), 1, True, rare=True
         ),

@@ -3,6 +3,7 @@
 Everything is read from what eval kept of each sample (scored.jsonl).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -181,16 +182,17 @@ def _of(source: str, run: Evaluated) -> str:
 
 
 def _alike(run: Evaluated, model: str) -> list[str]:
-    """That a model failed on everything, or has few answers for many."""
-    told = []
-    for source in _sources(run):
+    """That a model failed on all of a data set, or has few answers for many."""
+    told, where = [], f"{run.run}/{model}"
+    asked = Counter(line["source"] for line in run.lines if model in line["models"])
+    if asked and not run.answers(model):
+        return [f"{where}: every one of {asked.total()} answers failed"]
+    for source, count in asked.items():
         answers = run.answers(model, source)
-        asked = [line for line in run.lines if line["source"] == source and model in line["models"]]
-        where = f"{run.run}/{model}"
-        if asked and not answers:
-            told.append(f"{where}: every one of {len(asked)} answers{_of(source, run)} failed")
         distinct = len(set(answers.values()))
         wanted = len({run.by_id[name]["references"] for name in answers})
+        if not answers:
+            told.append(f"{where}: every one of {count} answers{_of(source, run)} failed")
         if len(answers) >= LEAST and (distinct * FEW <= wanted or distinct == 1 < wanted):
             told.append(
                 f"{where}: only {distinct} distinct answer{'' if distinct == 1 else 's'} among {len(answers)}"

@@ -369,7 +369,7 @@ def test_baseline_beside_custom(tmp_path: Path) -> None:
     lines = list(csv.DictReader(io.StringIO(as_csv(rows))))
     assert [line["records_kept"] for line in lines] == ["", "", "", "", "81", "81"]
     text = as_html(rows, None, False)
-    assert {"data recipe", "kept", "connector samples"} <= set(re.findall(r">([^<>]+)</button>", text))
+    assert {"data recipe", "records kept", "connector samples"} <= set(re.findall(r">([^<>]+)</button>", text))
     assert "81 of 100" in _Page(text).cells
     shown = as_table([row for row in rows if row.run == "baseline"], None, False)
     assert "data recipe" not in shown

@@ -193,5 +193,14 @@ def test_where_everything_failed_it_is_told() -> None:
     ]
 
 
+def test_where_one_data_set_failed_that_is_told() -> None:
+    run = run_of(
+        "a",
+        {"base": right, "x": lambda number: None if number < 20 else right(number)},
+        sources=lambda number: "read" if number < 20 else "asked",
+    )
+    assert suspicions([run]) == ["a/x: every one of 20 answers of read failed"]
+
+
 def test_a_handful_of_answers_says_nothing() -> None:
     assert suspicions([run_of("a", {"base": lambda n: "x", "x": lambda n: "x"}, count=9)]) == []
