@@ -116,7 +116,7 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     shapes = _shapes(plain)
     if plain == config:
-        _write_weights(folder, {name: Tensor("BF16", shape) for name, shape in shapes.items()})
+        _write_weights(folder, {name: Tensor("BF16", shape, _kind(config, name)) for name, shape in shapes.items()})
     else:
         _write_weights(folder, _packed(shapes))
 
@@ -146,6 +146,12 @@ def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
         model = kind.from_config(read)
     tied = {"lm_head.weight"} if getattr(read, "tie_word_embeddings", False) else set()
     return {name: list(value.shape) for name, value in model.state_dict().items() if name not in tied}
+
+
+def _kind(config: dict[str, Any], name: str) -> str:
+    """A LLaVA's norms are ones: without that its connector would have no effect, and nothing to learn."""
+    is_norm = name.endswith(("norm.weight", "layrnorm.weight", "layer_norm1.weight", "layer_norm2.weight"))
+    return "norm of 16 bits" if config["model_type"] == "llava" and is_norm else "weight"
 
 
 def _packed(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -180,6 +186,7 @@ def _contents() -> dict[str, bytes]:
         "qweight": integers.numpy().tobytes(),
         "qzeros": b"\x77" * (1 << 20),  # of 8, as the format stores it: less one
         "scales": torch.full((1 << 20,), SCALE, dtype=torch.float16).view(torch.uint8).numpy().tobytes(),
+        "norm of 16 bits": torch.ones(1 << 16, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes(),
         "norm": torch.ones(1 << 16, dtype=torch.float16).view(torch.uint8).numpy().tobytes(),
         "g_idx": (torch.arange(1 << 20, dtype=torch.int32) // GROUP).numpy().tobytes(),
     }

@@ -18,14 +18,14 @@ from peft import PeftModel
 from PIL import Image, UnidentifiedImageError
 from swift.pipelines.train.sft import SwiftSft
 from swift.template.base import MaxLengthError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import BatchFeature, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
 from stages.engines import gptq, mgm
 from stages.engines.engine import PLACEHOLDER, Renderer
-from stages.pictures import PictureRules, Rules, family_rules, open_picture
+from stages.pictures import PictureRules, Rules, SquareRules, family_rules, open_picture
 from stages.train import llava_templates  # noqa: F401 - registers templates
 from stages.train.connector_sft import train_connector_only
 from stages.train.optimizer_state import keep_by_name
@@ -70,6 +70,10 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         own chat template: the adapter would be tuned on prompts that it never sees. The first sample without a picture
         is compared and, with a model whose pictures' tokens we can count, the first with one.
         """
+        with self._pictures_blank():
+            return self._fitting(samples)
+
+    def _fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
         kept: list[dict[str, Any]] = []
         left_out: list[str] = []
         compared: set[bool] = set()
@@ -88,6 +92,26 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
                 compared.add(bool(files))
             kept.append(row)
         return kept, left_out
+
+    @contextmanager
+    def _pictures_blank(self) -> Iterator[None]:
+        """While this lasts, a LLaVA's processor makes the same of every picture, at once: it would enlarge each blank
+        one, which takes minutes for some ten thousand samples."""
+        if not isinstance(self._rules, SquareRules):
+            yield
+            return
+        processor = self.template.processor
+        real = processor.image_processor
+        blank = real(images=[Image.new("RGB", (self._rules.factor, self._rules.factor))], return_tensors="pt")
+
+        def repeated(images: list[Any], **_: Any) -> BatchFeature:
+            return BatchFeature({name: one.expand(len(images), *one.shape[1:]) for name, one in blank.items()})
+
+        processor.image_processor = repeated
+        try:
+            yield
+        finally:
+            processor.image_processor = real
 
     def _encoded(self, row: dict[str, Any]) -> dict[str, Any]:
         """A sample as swift's template encodes it. Raises MaxLengthError where it is longer than max_length.

@@ -1,0 +1,243 @@
+"""Two-phase training of LLaVA-1.5-7B's shape in 24 GB: losses, peak memory against the estimate, and what is handed on.
+
+    LORRY_MODELS=... LORRY_RUNS=... python -m benchmarks.two_phases [tiny]
+
+Needs an NVIDIA GPU of 24 GB or more, 15 GB for the model (random weights, made by benchmarks.random_models where it is
+not there yet) and SmolLM2's tokenizer. On a larger card another process holds all but what CUDA gives of 24 GB: what
+does not fit fails as it would there. The recipe is better-synth's, with smaller batches (`BATCH`) so that twenty steps
+take seconds; the pictures are made here. Measured is what the driver says of each phase's process at most, sampled ten
+times a second. Nothing is asserted; what differs stands in the rows.
+
+`tiny` takes tiny-llava instead, wherever that is, to try the machinery: also on a CPU, where no memory is measured.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory import ROOTS, _descendants
+from benchmarks.random_models import CONFIGS, make_model
+from benchmarks.rows import write_rows
+from entrypoints.common import open_run
+from entrypoints.plan import USABLE
+from stages.contract.files import read_json, read_jsonl, sha256_file, write_jsonl
+from stages.contract.run import Run
+from stages.contract.stage import Stage, run_stage
+from stages.hardware.probe import read_cards
+
+CARD, GIB = 24, 1024**3
+STEPS, BATCH = 20, 8
+"""Optimizer steps of each phase, and samples of one; the recipe's own are of 256 and of 128."""
+NAME = "two-phases"
+COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple")
+DATA = str(Path("recipes/data/patent-qa").absolute())
+"""Any folder: the samples are made here."""
+
+
+def settings(model: str) -> tuple[str, ...]:
+    """What differs from the recipe."""
+    return (
+        *(f"model.path={model}", "model.swift_template=llava_chatml", "preprocess.data_juicer=null"),
+        *(f"train.connector.effective_batch={BATCH}", f"train.effective_batch={BATCH}", "train.learning_rate=2e-4"),
+        "train.log_every=1",
+    )
+
+
+# -- samples -------------------------------------------------------------------------------------------------------
+
+
+def prepare(run: Run) -> None:
+    """Captions of pictures and questions about them, as if preprocess had made them: each one colour under noise."""
+
+    def work(stage: Stage) -> None:
+        rows = [_sample(stage, source, i) for source in ("pretrain", "finetune") for i in range(STEPS * BATCH)]
+        for split, part in (("train", rows), ("validation", []), ("test", rows[:1])):
+            stage.outputs[f"samples/{split}.jsonl"] = write_jsonl(stage.path("samples", f"{split}.jsonl"), part)
+        stage.outputs["pictures/"] = None
+
+    if run_stage(run, "preprocess", work):
+        raise SystemExit("no samples")
+
+
+def _sample(stage: Stage, source: str, number: int) -> dict[str, Any]:
+    from PIL import Image
+
+    name, colour = f"{source}{number}", COLOURS[number % len(COLOURS)]
+    path = stage.path("pictures", f"{number}.jpg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        size = 320 + number % 7 * 40, 280 + number % 5 * 40
+        noise = Image.effect_noise(size, 60).convert("RGB")
+        Image.blend(Image.new("RGB", size, colour), noise, 0.3).save(path)
+    said = {"pretrain": ("What is shown?", f"A {colour} wall under noise."), "finetune": ("Which colour?", colour)}
+    question, answer = said[source]
+    messages = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
+    shown = [str(path.relative_to(stage.run.folder))]
+    meta = {"source": source}
+    return {"id": name, "messages": messages, "images": shown, "references": [answer], "meta": meta}
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, torch
+free, total = torch.cuda.mem_get_info()
+wanted = free - int(sys.argv[1])
+held = torch.empty(max(wanted, 1), dtype=torch.uint8, device="cuda")
+print(torch.cuda.mem_get_info()[0], flush=True)
+sys.stdin.read()
+"""
+
+
+class Neighbour:
+    """A process that holds all of the card but so many bytes, until it is closed."""
+
+    def __init__(self, left: int) -> None:
+        command = [sys.executable, "-c", HOLD, str(left)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.free = int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Peaks:
+    """The most bytes that the driver told of each process below one, in the order in which they came."""
+
+    def __init__(self, root: int) -> None:
+        self.bytes: dict[int, int] = {}
+        self._root, self._stopped = root, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        card = pynvml.nvmlDeviceGetHandleByIndex(0)
+        while not self._stopped.wait(0.1):
+            ours = _descendants(self._root)
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(card):
+                if process.pid in ours:
+                    most = self.bytes.get(process.pid, 0)
+                    self.bytes[process.pid] = max(most, process.usedGpuMemory or 0)
+
+    def stop(self) -> list[int]:
+        self._stopped.set()
+        self._thread.join()
+        return list(self.bytes.values())
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def train(sets: list[str]) -> tuple[int, str, float, list[int]]:
+    """Run the command. Returns exit code, output, seconds, and the peaks of its training processes."""
+    command = [sys.executable, "-m", "entrypoints.train", "better-synth", "--run", NAME, "--data", DATA, *sets]
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    peaks = Peaks(process.pid) if read_cards().gpus else None
+    output = process.communicate()[0]
+    return process.returncode, output, round(time.monotonic() - began, 1), peaks.stop() if peaks else []
+
+
+def plan(sets: list[str]) -> dict[str, Any]:
+    """What `lorry plan` says of a card of 24 GB, before there are samples."""
+    options = ["--data", DATA, "--target", "rtx4090", "--gpus", "1"]
+    command = [sys.executable, "-m", "entrypoints.lorry", "plan", "better-synth", *options, *sets]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    verdicts = [line for line in done.stdout.splitlines() if "fit" in line]
+    return {"phase": "lorry plan, 24 GB", "exit code": done.returncode, "said": verdicts}
+
+
+def phase(run: Run, name: str, peak: int | None, free: int | None) -> dict[str, Any]:
+    """One phase's losses, and its memory beside the estimate."""
+    manifest = read_json(run.path("train", "manifest.json"))
+    losses = [r["loss"] for r in read_jsonl(run.path("train", "metrics.jsonl")) if r["adapter"] == name and "loss" in r]
+    first, last = (sum(part) / len(part) for part in (losses[:3], losses[-3:]))
+    label = "connector " if name == "connector" else ""
+    decided = {
+        made["what"].removeprefix(label): made["value"]
+        for made in manifest["decisions"]
+        if made["what"].startswith("connector ") == bool(label)
+    }
+    estimate = manifest.get(f"{label}estimate".replace(" ", "_"))
+    row: dict[str, Any] = {
+        "phase": name,
+        "steps": len(losses),
+        "all losses finite": all(map(math.isfinite, losses)),
+        "mean of the first three losses": round(first, 4),
+        "mean of the last three losses": round(last, 4),
+        "loss falls": last < first,
+        "tokens per second": manifest.get("tokens_per_second", {}).get(name),
+        "decisions": {key: decided[key] for key in ("precision", "effective batch", "fit", "memory") if key in decided},
+        "torch says": manifest.get("gpu_memory", {}).get(name),
+    }
+    if estimate and peak:
+        row |= {"estimated bytes": estimate["total"], "measured bytes": peak, "parts": estimate}
+        row |= {"estimate over measured, percent": round(100 * (estimate["total"] / peak - 1), 1)}
+        row |= {"free bytes": free, "fits": free is None or peak <= free}
+    return row
+
+
+def handed_on(run: Run) -> dict[str, Any]:
+    """Whose connector the manifest and the adapter name, beside the file's own sha256."""
+    manifest, file = (
+        read_json(run.path("train", "manifest.json")),
+        run.path("train", "connector", "connector.safetensors"),
+    )
+    training = read_json(run.path("train", "adapters", "tuned", "training.json"))
+    return {
+        "phase": "what is handed on",
+        "connector, bytes": file.stat().st_size,
+        "sha256": (digest := sha256_file(file)),
+        "manifest names it": manifest["connector"]["sha256"] == digest,
+        "adapter names it": training["connector"] == digest,
+        "out of memory": [made["value"] for made in manifest["decisions"] if made["what"] == "out of memory"],
+    }
+
+
+def main() -> None:
+    tiny = sys.argv[1:] == ["tiny"]
+    model = "tiny-llava" if tiny else "LLaVA-1.5-7B"
+    if not tiny and not (ROOTS.models / model / "model.safetensors.index.json").is_file():
+        make_model(ROOTS.models / model, CONFIGS[model])
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "2")
+    run = open_run("better-synth", None, DATA, settings(model), NAME)
+    prepare(run)
+    sets = [word for one in settings(model) for word in ("--set", one)]
+    rows = [plan(sets)]
+    neighbour = None
+    try:
+        cards = read_cards().gpus
+        if cards and cards[0].memory_total > 1.1 * CARD * GIB:
+            neighbour = Neighbour(round(USABLE * CARD * GIB))
+        code, output, seconds, peaks = train(sets)
+        rows.append({"phase": "both", "exit code": code, "seconds": seconds, "said": output.strip().splitlines()[-6:]})
+        if code == 0:
+            found = [*peaks, None, None]
+            free = neighbour.free if neighbour else None
+            rows += [phase(run, "connector", found[0], free), phase(run, "tuned", found[1], free), handed_on(run)]
+        else:
+            log = run.path("train", "log.txt")
+            print(log.read_text(encoding="utf-8")[-3000:] if log.is_file() else output, flush=True)
+    finally:
+        if neighbour:
+            neighbour.close()
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        if not tiny:
+            write_rows("two_phases", rows, "python -m benchmarks.two_phases")
+
+
+if __name__ == "__main__":
+    main()
