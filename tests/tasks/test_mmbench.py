@@ -356,7 +356,7 @@ def rows_of(path: Path, answers: Mapping[int, tuple[str | None, str | None]]) ->
 
 def test_the_upload_has_llavas_columns(tmp_path: Path) -> None:
     path = tsv(tmp_path / "test.tsv", [line(5, "cat dog", D="", question="1 < 2 & 'x'?"), line(1_000_005, "a b c d")])
-    rows = rows_of(path, {5: ("B", "(B) dog"), 1_000_005: (None, "I do not know")})
+    rows = rows_of(path, {5: ("B", "(B) dog"), 1_000_005: (None, " I do not know\n")})
     write_xlsx(tmp_path / "up" / "mmbench.xlsx", rows)
     assert cells(tmp_path / "up" / "mmbench.xlsx") == [
         ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"],

@@ -291,7 +291,7 @@ def upload_row(uploaded: Mapping[str, str], answer: str | None, text: str | None
     row["index"] = int(uploaded["index"])
     last = max(place for place, name in enumerate(row) if name in LETTERS)
     cells = list(row.items())
-    return dict([*cells[: last + 1], ("prediction", answer or text or ""), *cells[last + 1 :]])
+    return dict([*cells[: last + 1], ("prediction", answer or (text or "").strip()), *cells[last + 1 :]])
 
 
 _SHEET = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
