@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 from entrypoints.lorry import main
 from stages.contract.errors import Exit
-from stages.contract.files import read_json, read_jsonl, write_json, write_jsonl
+from stages.contract.files import digest_of, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from stages.contract.recipe import Adapter, Recipe, load_recipe
 from stages.contract.records import failed_prediction
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
+from stages.contract.stage import Stage, run_stage
 from stages.engines.engine import Completion, Done, Prompt
 from stages.eval import stage as evaluation
 from stages.eval.compare import Evaluated, suspicions
@@ -30,7 +32,9 @@ from stages.infer import stage as infer
 from stages.preprocess import stage as preprocess
 from stages.tasks import better_synth, settled
 from stages.tasks.better_synth import read_answer
+from stages.train import stage as training
 from stages.train.mixes import mixed
+from stages.train.nodes import place_of
 from tests.conftest import REPOSITORY, need_model
 from tests.infer.conftest import describe
 
@@ -372,3 +376,113 @@ def test_defect_2_an_evaluation_of_nothing_is_no_success(job: Job, capfd: Any, m
     done = CliRunner().invoke(main, ["compare", "whole", "r"])
     assert done.exit_code == Exit.USAGE
     assert "r: nothing evaluated: eval is half done: none of" in done.output
+
+
+# -- 4, 7: what pretraining makes reaches every adapter, and whoever answers with one ---------------------------------
+
+
+def train(job: Job) -> None:
+    """train, with stand-ins for its processes: what they leave is a function of all that they would learn from."""
+
+    def learn(
+        stage: Stage, adapter: Adapter, key: str, plan: Any, node: Any, connector: tuple[Path, str] | None
+    ) -> None:
+        samples = mixed(job.samples("train"), adapter, job.recipe.seed)
+        digest = digest_of([[sample["messages"] for sample in samples], connector and connector[1]])
+        folder = stage.path(*place_of(adapter.name))
+        folder.mkdir(parents=True)
+        if adapter.name == "connector":
+            weights = load_file(job.models / "tiny-llava" / "model.safetensors")
+            own = {n: np.full_like(w, int(digest[:4], 16)) for n, w in weights.items() if "multi_modal_projector" in n}
+            save_file(own, folder / "connector.safetensors")
+        else:
+            (folder / "adapter_model.safetensors").write_text(digest)
+            write_json(folder / "adapter_config.json", {"r": 16})
+        counts = {
+            "samples": {"train": len(samples)},
+            "steps": 1,
+            "micro_batch": 1,
+            "accumulation": 1,
+            "max_length": 512,
+        }
+        write_json(folder / "training.json", {**counts, "left_out": {}, "log": [], "beyond_most_samples": 0})
+        files = {path.name: sha256_file(path) for path in folder.iterdir()}
+        write_json(folder / "made.json", {"key": key, "files": files})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_plan", lambda *_: None)
+        patch.setattr(training, "_train", learn)
+        assert run_stage(job.run, "train", training.work) == Exit.DONE
+
+
+def test_defect_4_pretraining_has_an_effect_on_the_adapters(prepared: Job, job: Job, tmp_path: Path) -> None:
+    """Baseline and custom runs ended in the same adapter, whatever the captions said."""
+
+    def original(captions: list[str], conversations: list[str]) -> str:
+        return digest_of(conversations)  # the projector is one that was there before
+
+    assert original(["a bus"], ["talk"]) == original(["a red bus on a street"], ["talk"])
+
+    baseline, custom = job, Job(tmp_path / "custom", job.models, job.recipe)
+    shutil.copytree(prepared.root, custom.root)
+    path = custom.root / "data" / "better-synth" / "records.jsonl"
+    rows = read_jsonl(path)
+    write_jsonl(path, [{**row, "text": row["text"].replace(" <|", ", seen by day <|")} for row in rows])
+    assert custom.preprocess() == Exit.DONE
+    for each in (baseline, custom):
+        train(each)
+    first, second = (
+        each.run.path("train", "adapters", "tuned", "adapter_model.safetensors").read_text()
+        for each in (baseline, custom)
+    )
+    assert first != second
+    connectors = [(each.run.manifest("train") or {})["connector"]["sha256"] for each in (baseline, custom)]
+    assert connectors[0] != connectors[1]
+
+    # and an adapter that was trained with the one is not taken for one of the other
+    shutil.copytree(baseline.run.path("train", "adapters"), tmp_path / "adapters")
+    shutil.rmtree(custom.run.path("train", "adapters"))
+    custom.run.path("train", "manifest.json").unlink()
+    shutil.copytree(tmp_path / "adapters", custom.run.path("train", "adapters"))
+    train(custom)
+    assert custom.run.path("train", "adapters", "tuned", "adapter_model.safetensors").read_text() == second
+
+
+def test_defect_7_whoever_answers_has_the_projector_that_the_adapter_was_trained_with(job: Job, capfd: Any) -> None:
+    """The base was the folder that adapter_config.json names; the projector in `non_lora_trainables.bin` was not read,
+    and files in the model's folder were renamed while it was loaded."""
+
+    def original(base: dict[str, str], adapter: dict[str, str]) -> dict[str, str]:
+        return {**base, "lora": adapter["lora"]}  # and not what else was trained
+
+    assert original({"projector": "old"}, {"lora": "x", "projector": "new"})["projector"] == "old"
+
+    train(job)
+    model = job.models / "tiny-llava"
+    before = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+    started: list[tuple[Path, tuple[str, ...], float]] = []
+
+    def start(stage: Stage, folder: Path, adapters: dict[str, Path], *_: int) -> Engine:
+        index = read_json(folder / "model.safetensors.index.json")
+        name = "multi_modal_projector.linear_1.bias"
+        file = folder / index["weight_map"][name] if index else folder / "model.safetensors"
+        started.append((folder, tuple(adapters), float(load_file(file)[name][0])))
+        return Engine()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infer, "_start_engine", start)
+        assert run_stage(job.run, "infer", infer.work) == Exit.DONE
+    untouched = float(load_file(model / "model.safetensors")["multi_modal_projector.linear_1.bias"][0])
+    learnt = load_file(job.run.path("train", "connector", "connector.safetensors"))
+    (base, nobody, of_base), (both, somebody, of_both) = started
+    assert (base, nobody, of_base) == (model, (), untouched)
+    assert (somebody, of_both) == (("tuned",), float(learnt["multi_modal_projector.linear_1.bias"][0]))
+    assert of_both != untouched
+    assert both.is_relative_to(job.run.folder), "each run has a folder of its own"
+    assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == before, "nothing is renamed"
+
+    # what cannot be put together is an error, and no print
+    job.run.path("train", "connector", "connector.safetensors").unlink()
+    capfd.readouterr()
+    assert run_stage(job.run, "infer", infer.work) == Exit.USAGE
+    assert "missing or changed since train wrote it" in capfd.readouterr().err
