@@ -33,7 +33,8 @@ from stages.tasks.better_synth import (
     together,
     uploads,
 )
-from stages.tasks.better_synth.records import MEAN_COLOUR, PictureQuestion, Pictures, without_words
+from stages.tasks.better_synth.pictures import MEAN_COLOUR, Pictures
+from stages.tasks.better_synth.records import AHEAD, PictureQuestion, without_words
 from tests.conftest import REPOSITORY
 
 Skipped = list[tuple[str, str, str]]
@@ -272,6 +273,32 @@ def test_the_same_picture_is_kept_once(tmp_path: Path) -> None:
     questions, _ = read(data)
     assert len({question.images for question in questions.values() if question.source == "finetune"}) == 1
     assert len(list((tmp_path / "run" / "preprocess" / "pictures").iterdir())) == 3  # red, black, white
+
+
+def test_many_pictures_are_done_together_and_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record whose picture is broken costs no other, in whatever batch."""
+    count = AHEAD + 20
+    talks = [talk(n, f"images/{n}.png", "<image>\nWhich?", "x") for n in range(count)]
+    data = make(tmp_path / "data", finetune=talks)
+    for n in range(count):
+        (data / "images" / f"{n}.png").write_bytes(png(f"#{n:06x}", (6, 4)) if n % 100 else b"none")
+    questions, skipped = read(data)
+    broken = [f"images/{n}.png" for n in range(0, count, 100)]
+    assert [detail.split()[0] for _, _, detail in skipped] == broken and AHEAD > 500
+    learnt = {name: question.images for name, question in questions.items() if question.source == "finetune"}
+    assert len(learnt) == len(set(learnt.values())) == count - len(broken)
+    folder = tmp_path / "run" / "preprocess" / "pictures"
+    with Image.open(folder / questions["finetune/7"].images[0]) as seven:
+        assert seven.getpixel((3, 3)) == (0, 0, 7)
+
+    def squared(picture: Any) -> bytes:
+        raise AssertionError("a picture that is there is made again")
+
+    monkeypatch.setattr("stages.tasks.better_synth.pictures._squared", squared)
+    again, _ = read(data)
+    assert {name: question.images for name, question in again.items()} == {
+        name: question.images for name, question in questions.items()
+    }
 
 
 # -- what is tested ----------------------------------------------------------------------------------------------

@@ -1,18 +1,16 @@
-"""The questions of better_synth: what is trained on, TextVQA's and MMBench's; and the pictures that they show."""
+"""The questions of better_synth: what is trained on, TextVQA's and MMBench's."""
 
-import hashlib
-import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
 from pydantic import Field
 
 from stages.contract.errors import DataError
-from stages.contract.files import digest_of, written_atomically
+from stages.contract.files import digest_of
 from stages.contract.recipe import Section
 from stages.contract.records import Message
 from stages.json_lines import BadRecordError
@@ -26,10 +24,12 @@ from stages.tasks.better_synth.llava import (
     from_dj,
     has_turns,
     id_of,
+    pictures_of,
     restored,
     to_messages,
     turns_of,
 )
+from stages.tasks.better_synth.pictures import Pictures, Stored
 from stages.wording import plain
 
 PRETRAIN, FINETUNE, TEXTVQA, MMBENCH = "pretrain", "finetune", "textvqa", "mmbench"
@@ -38,6 +38,9 @@ PRETRAIN, FINETUNE, TEXTVQA, MMBENCH = "pretrain", "finetune", "textvqa", "mmben
 FILES = {PRETRAIN: "records.jsonl", FINETUNE: "finetune.json", TEXTVQA: "textvqa.jsonl", MMBENCH: "mmbench.tsv"}
 ORIGINALS = "records_llava.json"
 ANNOTATIONS = "textvqa_annotations.json"
+
+AHEAD = 512
+"""Records whose pictures are done together."""
 
 
 class Samples(Section):
@@ -80,83 +83,11 @@ class PictureQuestion:
         return self.messages[-1]["content"]
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------
-
-MEAN_COLOUR = (122, 116, 104)
-"""CLIP's mean, with which LLaVA-1.5 pads: nothing, to the vision tower."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A picture in <run>/preprocess/pictures."""
-
-    name: str
-    digest: str
-    """sha256 (hex) of its file as it was."""
-
-
-class Pictures:
-    """Puts pictures into a folder of the run, each once, under its digest; what is there is not written again."""
-
-    def __init__(self, data: Path, folder: Path, pad: bool) -> None:
-        self._data, self._folder, self._pad = data, folder, pad
-        self._known: dict[str, Stored] = {}
-
-    def of_file(self, name: str) -> Stored:
-        """A picture by its name below the data folder. Raises BadRecordError where there is none."""
-        if name not in self._known:
-            path = PurePosixPath(name)
-            if path.is_absolute() and path.is_relative_to(self._data):
-                path = path.relative_to(self._data)
-            if path.is_absolute() or ".." in path.parts:
-                raise BadRecordError("picture outside the data folder", name)
-            try:
-                data = (self._data / path).read_bytes()
-            except OSError as error:
-                raise BadRecordError("picture cannot be read", f"{name} ({error.strerror})") from error
-            self._known[name] = self.of_bytes(data, name)
-        return self._known[name]
-
-    def of_bytes(self, data: bytes, name: str) -> Stored:
-        """A picture by its file's content. Raises BadRecordError where that is none, or broken."""
-        digest = hashlib.sha256(data).hexdigest()
-        try:
-            with Image.open(io.BytesIO(data)) as picture:
-                ending = "jpg" if picture.format == "JPEG" else str(picture.format).lower()
-                if self._pad and picture.width != picture.height:
-                    ending, data = ("jpg" if ending == "jpg" else "png"), _squared(picture)
-                    stored = Stored(f"{digest[:32]}-square.{ending}", digest)
-                else:
-                    picture.draft("RGB", (1, 1))  # a JPEG that is cut off is found out without all the work
-                    picture.load()
-                    stored = Stored(f"{digest[:32]}.{ending}", digest)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BadRecordError("no picture, or a broken one", f"{name} ({' '.join(str(error).split())})") from error
-        path = self._folder / stored.name
-        if not path.exists():
-            with written_atomically(path, "wb") as file:
-                file.write(data)
-        return stored
-
-
-def _squared(picture: Image.Image) -> bytes:
-    """The file of a picture in the middle of a square of its longer side."""
-    side = max(picture.size)
-    square = Image.new("RGB", (side, side), MEAN_COLOUR)
-    square.paste(picture.convert("RGB"), ((side - picture.width) // 2, (side - picture.height) // 2))
-    data = io.BytesIO()
-    if picture.format == "JPEG":
-        square.save(data, "JPEG", quality=95)
-    else:
-        square.save(data, "PNG")
-    return data.getvalue()
+# -- all questions -----------------------------------------------------------------------------------------------
 
 
 def _group(digest: str) -> str:
     return f"picture-{digest[:16]}"
-
-
-# -- all questions -----------------------------------------------------------------------------------------------
 
 
 def sources(folder: Path) -> list[str]:
@@ -247,15 +178,16 @@ def _record_in(row: Row) -> dict[str, Any]:
 
 
 def _conversations(
-    source: str, path: Path, read: Any, store: Pictures, tested: set[str], skip: Skip
+    source: str, path: Path, read: Callable[[Row], Llava], store: Pictures, tested: set[str], skip: Skip
 ) -> Iterator[PictureQuestion]:
     """The conversations of a file; `read` makes a LLaVA record of a row. An id may come again, as in LLaVA's own mix,
     or where Data-Juicer writes a second caption: the samples are numbered then."""
     times: dict[str, int] = {}
     seen: set[str] = set()
-    for row in read_rows(path):
+    for row, record in _with_pictures(path, read, store):
         try:
-            record = read(row)
+            if isinstance(record, BadRecordError):
+                raise record
             digest = digest_of(record)
             if digest in seen:
                 raise BadRecordError("the same record again", str(record["id"]))
@@ -268,6 +200,26 @@ def _conversations(
             continue
         count = times[question.id] = times.get(question.id, 0) + 1
         yield question if count == 1 else replace(question, id=f"{question.id}#{count}")
+
+
+def _with_pictures(
+    path: Path, read: Callable[[Row], Llava], store: Pictures
+) -> Iterator[tuple[Row, Llava | BadRecordError]]:
+    """The records of a file, their pictures done before they come; or what is wrong with them."""
+
+    def attempt(row: Row) -> Llava | BadRecordError:
+        try:
+            record = read(row)
+            pictures_of(record)
+        except BadRecordError as error:
+            return error
+        return record
+
+    rows = read_rows(path)
+    while batch := list(islice(rows, AHEAD)):
+        records = [attempt(row) for row in batch]
+        store.fetch(name for one in records if not isinstance(one, BadRecordError) for name in pictures_of(one))
+        yield from zip(batch, records, strict=True)
 
 
 def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestion:
