@@ -1,6 +1,7 @@
 """MGM read from a checkpoint under the published names, against the same weights computed by hand."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -312,17 +313,20 @@ def test_a_folder_reads_back_what_it_saved(model: Any, processor: Any, tmp_path:
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
 
 
+def split(weights: Weights, *beginnings: str) -> list[Weights]:
+    """The weights whose names begin so, without that beginning, for each; and last what begins otherwise."""
+    parts = [{name.removeprefix(b): t for name, t in weights.items() if name.startswith(b)} for b in beginnings]
+    return [*parts, {name: t for name, t in weights.items() if not name.startswith(beginnings)}]
+
+
 def test_towers_may_be_in_folders_of_their_own(weights: Weights, folder: Path, tmp_path: Path) -> None:
     """CLIP's in PyTorch's form, with the side that reads texts; OpenCLIP's likewise."""
-    prefixes = ("model.vision_tower.vision_tower.", "model.vision_tower_aux.vision_")
-    rest = {name: t for name, t in weights.items() if not name.startswith(prefixes)}
+    clip, seeing, rest = split(weights, "model.vision_tower.vision_tower.", "model.vision_tower_aux.vision_")
     rest["lm_head.weight"] = rest["model.embed_tokens.weight"].clone()  # as some savers keep it
     rest["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     one = torch.ones(1)
-    clip = {name.removeprefix(prefixes[0]): t for name, t in weights.items() if name.startswith(prefixes[0])}
     clip |= {"text_model.final_layer_norm.bias": one, "visual_projection.weight": one, "logit_scale": one}
     clip["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
-    seeing = {name.removeprefix(prefixes[1]): t for name, t in weights.items() if name.startswith(prefixes[1])}
     openclip = {f"visual.trunk.{name}": t for name, t in seeing.items()}
     openclip |= dict.fromkeys(("visual.trunk.head.norm.weight", "visual.head.mlp.fc1.weight", "logit_scale"), one)
     openclip |= dict.fromkeys(("positional_embedding", "transformer.resblocks.0.ln_1.bias", "text_projection"), one)
@@ -346,6 +350,33 @@ def without(weights: Weights, beginning: str) -> Weights:
     return {name: tensor for name, tensor in weights.items() if not name.startswith(beginning)}
 
 
+def test_gemma_gets_towers_and_a_connector(weights: Weights, folder: Path, tmp_path: Path) -> None:
+    """What training begins with: a new connector, or the published one of the first phase."""
+    clip, convnext, rest = split(weights, "model.vision_tower.vision_tower.", "model.vision_tower_aux.vision_")
+    gemma = {name: t for name, t in rest.items() if not name.startswith(("model.mm_", "model.vlm_"))}
+    towers = (write_clip(tmp_path / "clip", clip), tmp_path / "convnext")
+    towers[1].mkdir()
+    torch.save({f"visual.trunk.{name}": t for name, t in convnext.items()}, towers[1] / "open_clip_pytorch_model.bin")
+    published = write_published(tmp_path / "gemma", gemma, model_type="gemma")
+    torch.save({name: t for name, t in rest.items() if name not in gemma}, tmp_path / "mm_projector.bin")
+    whole = load_file(folder / "model.safetensors")
+
+    source = convert(published, tmp_path / "out", *towers, connector=tmp_path / "mm_projector.bin")
+    assert source.endswith("mm_projector.bin")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+
+    new = []
+    for number, seed in enumerate((1, 1, 2)):
+        assert convert(published, tmp_path / f"new{number}", *towers, seed=seed) == f"new, by seed {seed}"
+        new.append(load_file(tmp_path / f"new{number}" / "model.safetensors"))
+    for name in whole:
+        alike = [torch.equal(new[0][name], other[name]) for other in (whole, new[1], new[2])]
+        connects = name.startswith(("model.mm_projector.", "model.vlm_uni_"))
+        normalises = connects and re.search("vlm_uni_.*[.]0[.]", name)  # it begins with ones and zeros
+        assert alike == [not connects, True, not connects or bool(normalises)], name
+
+
 @pytest.mark.parametrize(
     ("spoilt", "settings", "told"),
     [
@@ -363,6 +394,7 @@ def without(weights: Weights, beginning: str) -> Weights:
         (lambda w: w | {"model.mm_projector.0.bias": torch.ones(5)}, {}, ["model.mm_projector.0.bias (5,) for (32,)"]),
         (lambda w: w | {"lm_head.weight": torch.ones(300, 32)}, {}, ["lm_head.weight is not"]),
         (lambda w: w, {"model_type": "mgm_llama"}, ["model_type is 'mgm_llama'", "'mgm_gemma'"]),
+        (lambda w: without(w, "model.mm_projector."), {}, ["4 missing: model.mm_projector.0.weight"]),
         (lambda w: w, {"image_grid": 2}, ["image_grid is 2"]),
     ],
 )

@@ -76,7 +76,7 @@ def test_one_picture_at_a_time_is_in_the_estimate(shape: ModelShape) -> None:
 
 def test_plan_for_24_gb(models: Path, tmp_path: Path) -> None:
     lorry = Lorry(tmp_path, models, tmp_path / "runs", {"CUDA_VISIBLE_DEVICES": ""})
-    asked = ("entrypoints.lorry", "plan", "better-synth", "--set", "model.path=MGM-2B", "--target", "rtx4090")
+    asked = ("entrypoints.lorry", "plan", "better-synth", "--profile", "mgm", "--target", "rtx4090")
     done = lorry(*asked)
     assert done.code == 0, done.output
     assert "MGM-2B, 3.02 billion parameters, on rtx4090 of 24 GiB, in bfloat16" in done.lines[0]

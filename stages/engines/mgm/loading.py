@@ -1,13 +1,14 @@
-"""Published MGM checkpoints as one Hugging Face folder that this package reads.
+"""Published MGM checkpoints, or what one is trained from, as one Hugging Face folder that this package reads.
 
-A published folder (YanweiLi/MGM-2B) holds Gemma and the connectors, and the towers only where they were saved along;
+A published folder (YanweiLi/MGM-2B) holds Gemma and the connector, and the towers only where they were saved along;
 else these are in folders of their own: openai/clip-vit-large-patch14-336, and OpenCLIP's
-CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup. Weights are read from safetensors, or from PyTorch's own files, of
-which nothing but tensors is unpickled.
+CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup. Training begins with google/gemma-2b-it and a new connector, or
+with the published one of the first phase (mm_projector.bin). Weights are read from safetensors, or from PyTorch's own
+files, of which nothing but tensors is unpickled.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,7 +24,6 @@ from stages.engines.mgm.modeling import CONNECTORS, MgmForConditionalGeneration
 from stages.engines.mgm.processing import IMAGE_TOKEN, RESERVED_TOKEN, make_processor
 
 ONLY = {
-    "model_type": "mgm_gemma",
     "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_feature": "patch",
     "mm_use_im_start_end": False,
@@ -57,28 +57,42 @@ the heads."""
 Tensors = dict[str, torch.Tensor]
 
 
-def convert(published: Path, output: Path, clip: Path | None = None, convnext: Path | None = None) -> None:
+def convert(
+    published: Path,
+    output: Path,
+    clip: Path | None = None,
+    convnext: Path | None = None,
+    connector: Path | None = None,
+    seed: int = 42,
+) -> str:
     """Make a Hugging Face folder, `output`, of a published one; `clip` and `convnext` hold the towers.
 
-    What the published folder has of a tower is taken from there. All tensors get the published model's type. Raises
-    UsageError for a model of another kind, and where tensors are missing, unknown or of another shape: all by name.
+    What the published folder has of a tower is taken from there, what the file `connector` has of a connector from that
+    one. `published` may be Gemma's own folder: without such a file the connector is then a new one, by the seed. All
+    tensors get Gemma's type. Returns where the connector is from, in words. Raises UsageError for a model of another
+    kind, and where tensors are missing, unknown or of another shape: all by name.
     """
     values = _settings(published / "config.json")
     _refuse_others(published, values)
+    only_gemma = values["model_type"] == "gemma"
     found: Tensors = {}
-    unknown = _take(found, published, "MGM", mgm_name)
-    for folder, source, rename in ((clip, "CLIP", clip_name), (convnext, "OpenCLIP", openclip_name)):
-        unknown += _take(found, folder, source, rename) if folder else []
+    unknown = _take(found, _tensors(connector), "MGM", mgm_name) if connector else []
+    sources = ((published, "MGM", mgm_name), (clip, "CLIP", clip_name), (convnext, "OpenCLIP", openclip_name))
+    for folder, source, rename in sources:
+        unknown += _take(found, _all_tensors(folder), source, rename) if folder else []
     config = MgmConfig(
         text_config=_gemma(values),
         vision_config=_clip(clip),
-        vision_config_aux=_convnext(found, int(values.get("image_size_aux", 320))),
+        vision_config_aux=_convnext(found, int(values.get("image_size_aux", 768 if only_gemma else 320))),
         vision_feature_layer=int(values.get("mm_vision_select_layer", -2)),
     )
     dtype = getattr(torch, str(values.get("torch_dtype") or values.get("dtype") or "bfloat16"))
     config.dtype = dtype
     with torch.device("meta"):
         model = MgmForConditionalGeneration(config)
+    new = only_gemma and connector is None
+    if new:
+        found |= _new_connector(model, seed)
     _drop_head(found, published)
     _check(model, found, unknown, published)
     config.image_token_id = _copy_tokenizer(published, output)
@@ -93,6 +107,7 @@ def convert(published: Path, output: Path, clip: Path | None = None, convnext: P
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
     ).save_pretrained(output)
+    return f"new, by seed {seed}" if new else str(connector or published)
 
 
 def mgm_name(name: str) -> str | None:
@@ -131,17 +146,24 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _refuse_others(folder: Path, values: dict[str, Any]) -> None:
+    if values.get("model_type") not in ("mgm_gemma", "gemma"):
+        raise UsageError(
+            f"{folder / 'config.json'}: model_type is {values.get('model_type')!r}; only MGM on Gemma, 'mgm_gemma', is"
+            " built, and 'gemma' to train one"
+        )
     for key, value in ONLY.items():
-        if values.get(key, None if key == "model_type" else value) != value:
+        if values.get(key, value) != value:
             raise UsageError(
                 f"{folder / 'config.json'}: {key} is {values.get(key)!r}, and only {value!r} is built: MGM-2B's kind"
             )
 
 
-def _take(found: Tensors, folder: Path, source: str, rename: Callable[[str], str | None]) -> list[str]:
-    """Add a folder's tensors under our names; what is there already stays. Returns the names that we do not know."""
+def _take(
+    found: Tensors, tensors: Iterable[tuple[str, torch.Tensor]], source: str, rename: Callable[[str], str | None]
+) -> list[str]:
+    """Add a source's tensors under our names; what is there already stays. Returns the names that we do not know."""
     unknown = []
-    for name, tensor in _tensors(folder):
+    for name, tensor in tensors:
         ours = rename(name)
         if re.match(WITHOUT_USE[source], name):
             continue
@@ -152,18 +174,35 @@ def _take(found: Tensors, folder: Path, source: str, rename: Callable[[str], str
     return unknown
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of all weight files, which stay on the disk until they are used."""
+def _all_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in _weight_files(folder):
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt") as file:
-                    yield from [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118  # no mapping
-            else:
-                yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-        except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UsageError(f"{path}: no file of tensors ({reason}); copy it again") from error
+        yield from _tensors(path)
+
+
+def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
+    """Names and tensors of a file; they stay on the disk until they are used."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118  # it is no mapping
+        return list(torch.load(path, map_location="cpu", weights_only=True, mmap=True).items())
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{path}: no file of tensors ({reason}); copy it again") from error
+
+
+def _new_connector(model: MgmForConditionalGeneration, seed: int) -> Tensors:
+    """Weights as PyTorch makes them for its modules, which is how the published code begins."""
+    found: Tensors = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in CONNECTORS:
+            connector = getattr(model.model, name).to_empty(device="cpu")
+            for part in connector:
+                if hasattr(part, "reset_parameters"):
+                    part.reset_parameters()
+            found |= {f"model.{name}.{key}": weight for key, weight in connector.state_dict().items()}
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
