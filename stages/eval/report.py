@@ -180,7 +180,6 @@ def _worst_answers(stage: Stage, scores: Scores, task: Any) -> list[dict[str, An
     shown = []
     for row in worst(scores, name, stage.run.recipe.eval.worst):
         sample = scores.samples[row]
-        meta = sample["meta"]
         answers = {
             model: {
                 "answer": prediction["answer"] if (prediction := graded.predictions[row]) else None,
@@ -200,7 +199,7 @@ def _worst_answers(stage: Stage, scores: Scores, task: Any) -> list[dict[str, An
                 "drawing": _drawing(stage, scores, task, row),
                 "pictures": [
                     {"page": page, "path": path, "data": picture_data(stage.run.folder / path)}
-                    for page, path in zip(meta.get("pages", []), meta.get("page_images", []), strict=True)
+                    for page, path in _shown(sample)
                 ],
             }
         )
@@ -230,6 +229,14 @@ def _others_drawn(stage: Stage, scores: Scores, task: Any) -> list[dict[str, Any
         if drawing is not None:
             drawn.append({"id": sample["id"], "drawing": drawing})
     return drawn
+
+
+def _shown(sample: Sample) -> list[tuple[int | None, str]]:
+    """What a question shows: pages of a document with their numbers, or pictures without."""
+    meta = sample["meta"]
+    if "pages" in meta:
+        return list(zip(meta["pages"], meta.get("page_images", []), strict=True))
+    return [(None, path) for path in sample["images"]]
 
 
 def question_of(sample: Sample) -> str:

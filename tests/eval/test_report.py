@@ -99,6 +99,15 @@ def test_pictures_are_shrunk(build: Build, samples: list[Sample], predictions: P
         assert (picture.format, picture.width) == ("JPEG", 500)
 
 
+def test_pictures_that_are_no_pages_are_shown_without_numbers(build: Build) -> None:
+    image = "preprocess/pages/a.png"
+    sample: Sample = {**make_sample(0, page_images=[image]), "images": [image]}
+    del sample["meta"]["pages"]
+    text = report_of(build([sample], {"base": [answer(sample, "x")], "tuned": [answer(sample, "x")]}))
+    assert f'alt="Picture of {sample["meta"]["group"]}"' in text and "<figcaption>" not in text
+    assert len([value for name, value in Page(text).attributes if name == "src"]) == 1
+
+
 def test_missing_and_broken_pictures_are_named(build: Build, samples: list[Sample], predictions: Predictions) -> None:
     text = report_of(build(samples, predictions, pictures=False))
     assert "no picture at preprocess/pages/d1/2.jpg" in text
