@@ -101,7 +101,7 @@ def test_pictures_are_shrunk(build: Build, samples: list[Sample], predictions: P
 
 def test_pictures_that_are_no_pages_are_shown_without_numbers(build: Build) -> None:
     image = "preprocess/pages/a.png"
-    sample: Sample = {**make_sample(0, page_images=[image]), "images": [image]}
+    sample: Sample = {**make_sample(0, page_images=[image], evidence=[]), "images": [image]}
     del sample["meta"]["pages"]
     text = report_of(build([sample], {"base": [answer(sample, "x")], "tuned": [answer(sample, "x")]}))
     assert f'alt="Picture of {sample["meta"]["group"]}"' in text and "<figcaption>" not in text
