@@ -161,6 +161,9 @@ def _run(
 ) -> None:
     """Have the child do all operators, or go on with them. Raises what it reports."""
     work.mkdir(parents=True, exist_ok=True)
+    before = read_json(work / "job.json")
+    if before is not None:  # a kill left it behind
+        shutil.rmtree(before["scratch"], ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix="lorry-"))  # of the system: Ray's sockets need a short path
     reading, writing = os.pipe()
     job = {

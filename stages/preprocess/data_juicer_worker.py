@@ -269,8 +269,7 @@ def _refuse_to_install() -> None:
 
 def _load(job: Job) -> list[Any]:
     """The operators. Raises UsageError, with the place in the recipe, for one that cannot be had."""
-    from data_juicer.ops import OPERATORS
-    from data_juicer.ops.base_op import Mapper
+    from data_juicer.ops import OPERATORS, base_op
 
     loaded = []
     for number, (name, given) in enumerate(job.operators):
@@ -285,12 +284,14 @@ def _load(job: Job) -> list[Any]:
             operator = kind(**_with_defaults(job, kind, given))
         except Exception as error:
             raise UsageError(f"{where}.{name}: {_words(error)}") from error
-        if isinstance(operator, Mapper):
+        if isinstance(operator, base_op.Mapper):
             operator.process = _prepared(operator.process, f"{job.seed} {number}")
         loaded.append(operator)
     if any(operator._accelerator == "cuda" for operator in loaded):
         import torch  # noqa: F401 - once here, not in each of the workers that are forked for each chunk
         import transformers  # noqa: F401
+    else:
+        base_op.free_models = lambda: None  # loads torch, to find that no model was loaded
     return loaded
 
 
@@ -330,6 +331,8 @@ def _with_defaults(job: Job, kind: Any, given: dict[str, Any]) -> dict[str, Any]
     weights = kind._accelerator == "cuda"
     on_card = weights and given.get("accelerator") != "cpu" and is_cuda_available()
     found = {"num_proc": job.processes, **given}
+    if job.executor != "ray" and job.processes == 1 and not on_card:
+        found = {"auto_op_parallelism": False, **found, "num_proc": given.get("num_proc")}  # in this very process
     if job.executor == "ray":
         found["auto_op_parallelism"] = False
         if on_card:
@@ -391,9 +394,15 @@ def _on_ray(job: Job, operator: Any) -> bool:
 def _run_here(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
     from data_juicer.core.data import NestedDataset
     from datasets import Dataset, disable_caching
+    from pyarrow.ipc import new_stream
 
     disable_caching()
-    dataset = NestedDataset(Dataset(_table(job, rows)))
+    # by way of files, in which workers leave what they make: from memory, they hand it back at 40 records a second
+    path = Path(job.scratch, "chunk.arrow")
+    table = _table(job, rows)
+    with new_stream(path, table.schema) as file:
+        file.write_table(table)
+    dataset = NestedDataset(Dataset.from_file(str(path)))
     return _rows(job, dataset.process([operator], open_monitor=False).to_list())
 
 
@@ -431,7 +440,7 @@ def _start_ray(job: Job) -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # two lines for each chunk
-    ray.init(**_ray_options(job), log_to_driver=False, logging_level="WARNING")
+    ray.init(**_ray_options(job), log_to_driver=False, logging_level=logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
