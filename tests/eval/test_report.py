@@ -104,7 +104,7 @@ def test_pictures_that_are_no_pages_are_shown_without_numbers(build: Build) -> N
     sample: Sample = {**make_sample(0, page_images=[image], evidence=[]), "images": [image]}
     del sample["meta"]["pages"]
     text = report_of(build([sample], {"base": [answer(sample, "x")], "tuned": [answer(sample, "x")]}))
-    assert f'alt="Picture of {sample["meta"]["group"]}"' in text and "<figcaption>" not in text
+    assert f'alt="Picture of {sample["meta"]["group"]}"' in text and "<figcaption>page" not in text
     assert len([value for name, value in Page(text).attributes if name == "src"]) == 1
 
 
