@@ -15,12 +15,11 @@ import binascii
 import csv
 import re
 import unicodedata
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 from stages.contract.errors import DataError
 from stages.contract.files import written_atomically
@@ -294,47 +293,22 @@ def upload_row(uploaded: Mapping[str, str], answer: str | None, text: str | None
     return dict([*cells[: last + 1], ("prediction", answer or (text or "").strip()), *cells[last + 1 :]])
 
 
-_SHEET = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
-_PACKAGE = "http://schemas.openxmlformats.org/package/2006"
-_OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
-_TYPE = "application/vnd.openxmlformats-officedocument.spreadsheetml"
-_XLSX = {
-    "[Content_Types].xml": f'<Types xmlns="{_PACKAGE}/content-types">'
-    '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-    f'<Override PartName="/xl/workbook.xml" ContentType="{_TYPE}.sheet.main+xml"/>'
-    f'<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{_TYPE}.worksheet+xml"/></Types>',
-    "_rels/.rels": f'<Relationships xmlns="{_PACKAGE}/relationships">'
-    f'<Relationship Id="rId1" Type="{_OFFICE}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
-    "xl/workbook.xml": f'<workbook xmlns="{_SHEET}" xmlns:r="{_OFFICE}"><sheets>'
-    '<sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>',
-    "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{_PACKAGE}/relationships">'
-    f'<Relationship Id="rId1" Type="{_OFFICE}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
-}
-"""The parts of a workbook with one sheet (ECMA-376), but for the sheet."""
+LONGEST_CELL = 32_767
+
+_AS_TEXT = {"in_memory": True, "strings_to_formulas": False, "strings_to_urls": False}
 
 
 def write_xlsx(path: Path, rows: Sequence[Mapping[str, str | int]]) -> None:
-    """Write rows as the one sheet of a workbook, the first one's keys as its head. Equal rows give equal bytes, which a
-    library that notes the time does not. Raises DataError for a text that no cell can hold."""
+    """Write rows as the one sheet of a workbook, the first one's keys as its head. Equal rows give equal bytes. Raises
+    DataError for a text that no cell can hold."""
+    import xlsxwriter
+
     lines: list[list[str | int]] = [list(rows[0])] if rows else []
     lines += [[row[name] for name in rows[0]] for row in rows]
-    body = "".join(f"<row>{''.join(_cell(value) for value in line)}</row>" for line in lines)
-    sheet = f'<worksheet xmlns="{_SHEET}"><sheetData>{body}</sheetData></worksheet>'
-    with written_atomically(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, part in {**_XLSX, "xl/worksheets/sheet1.xml": sheet}.items():
-            entry = zipfile.ZipInfo(name)  # of 1980, whenever it is written
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n' + part)
-
-
-LONGEST_CELL = 32_767
-_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def _cell(value: str | int) -> str:
-    if isinstance(value, int):
-        return f"<c><v>{value}</v></c>"
-    if len(value) > LONGEST_CELL:
-        raise DataError(f"a text of {len(value)} characters, where an xlsx cell holds {LONGEST_CELL}: {value[:60]!r}")
-    text = escape(_NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", value))
-    return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
+    for text in (value for line in lines for value in line if isinstance(value, str) and len(value) > LONGEST_CELL):
+        raise DataError(f"a text of {len(text)} characters, where an xlsx cell holds {LONGEST_CELL}: {text[:60]!r}")
+    with written_atomically(path, "wb") as file, xlsxwriter.Workbook(file, _AS_TEXT) as book:
+        book.set_properties({"created": datetime(1980, 1, 1)})  # else it notes when it is written
+        sheet = book.add_worksheet()
+        for number, line in enumerate(lines):
+            sheet.write_row(number, 0, line)
