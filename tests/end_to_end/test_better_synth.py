@@ -4,13 +4,13 @@ import importlib.util
 import json
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openpyxl
 import pytest
 from safetensors.numpy import load_file
 
@@ -126,8 +126,8 @@ def test_what_is_handed_in_is_whole(synth: Job) -> None:
     assert [(line["question_id"], line["prompt"]) for line in lines[:TEXTVQA]] == [
         (row["question_id"], row["text"]) for row in wanted
     ]
-    with zipfile.ZipFile(path(synth, "eval", "uploads", "tuned", "mmbench.xlsx")) as book:
-        assert book.read("xl/worksheets/sheet1.xml").count(b"<row>") == MMBENCH + 1
+    sheet = openpyxl.load_workbook(path(synth, "eval", "uploads", "tuned", "mmbench.xlsx")).active
+    assert sheet.max_row == MMBENCH + 1
 
 
 def test_once_done_nothing_is_done_again(synth: Job) -> None:
