@@ -59,7 +59,7 @@ def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple
     for row in kept:
         images = list(row.get("images", []))
         encoded = sft.template.encode(row)
-        grids = encoded["image_grid_thw"].tolist() if images else []
+        grids = encoded["image_grid_thw"].tolist() if "image_grid_thw" in encoded else []
         rows.append({"length": len(encoded["input_ids"]), "grids": grids, "images": images, "read": len(read)})
         read.clear()
     Picture.load = load  # type: ignore[method-assign]

@@ -2,19 +2,25 @@
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from stages.contract.errors import UsageError
-from stages.contract.files import read_json, read_jsonl, sha256_file
+from stages.contract.files import read_json, read_jsonl, sha256_file, write_jsonl
 from stages.contract.recipe import Adapter, Connector, Recipe, Train, load_recipe
 from stages.engines.connector import LAST, check_connector, tensor_files, with_connector
+from stages.train.lengths import lengths_of
 from stages.train.mixes import shown
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, need_model
+from tests.engines.test_llava import with_published_template
 from tests.train.two_phases import CONNECTOR, TwoPhases, two_phases
 
 
@@ -141,6 +147,39 @@ def test_another_model_s_connector_is_refused(trained: TwoPhases, tmp_path: Path
         check_connector(trained.connector, "0" * 64)
     with pytest.raises(UsageError, match="changed since it was trained"):
         check_connector(tmp_path / "missing", "0" * 64)
+
+
+def test_ms_swift_s_prompts_are_those_of_published_chat_templates(tmp_path: Path) -> None:
+    """Of conversations all answers are learnt; the prompt is what stands before the first."""
+    model = with_published_template(need_model("tiny-llava"), tmp_path / "published")
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "one.png")
+    turns = ["<image>\nWhat is it?", "A square.", "Which colour? 颜色？", "Red."]
+    samples = [
+        {"id": "seen", "messages": _turns(turns), "images": ["one.png"]},
+        {"id": "read", "messages": _turns(["What is a gear?", "A wheel."]), "images": []},
+    ]
+    write_jsonl(tmp_path / "samples.jsonl", samples)
+    overrides = ["model.swift_type=llava1_5_hf", "train.max_pixels=null"]
+    ask = {"model": str(model), "run": str(tmp_path), "samples": str(tmp_path / "samples.jsonl")}
+    asks = [{**ask, "overrides": [*overrides, f"model.swift_template={t}"]} for t in ("llava_vicuna", "llava1_5_hf")]
+    command = [sys.executable, "-m", "tests.train.encoding", json.dumps(asks)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = json.loads(done.stdout.splitlines()[-1])
+    assert "rows" in ours, ours
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    end = tokenizer.eos_token
+    written = f"USER: <image>\nWhat is it? ASSISTANT:A square.{end}USER: Which colour? 颜色？ ASSISTANT:Red.{end}"
+    assert ours["rows"][0]["length"] == len(tokenizer.encode(written)) + 15, "a picture has 16 tokens"
+    settings = Train(adapters=[Adapter(name="tuned")], max_length=1024)
+    counted = lengths_of(samples, model, settings, tmp_path)
+    assert 0 <= counted.longest - ours["rows"][0]["length"] <= 60
+    assert counted.answer >= len(tokenizer.encode("A square.USER: Which colour? 颜色？ ASSISTANT:Red."))
+    assert "renders the prompt otherwise than the chat template" in theirs["error"]
+
+
+def _turns(texts: list[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
 # -- what it is trained on ---------------------------------------------------------------------------------------
