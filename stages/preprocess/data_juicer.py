@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -193,6 +194,8 @@ def _run(
             stage.stop.pass_on_to(child, hears_ctrl_c=False)
             error = _follow(stage, reading)
             code = child.wait()
+            with suppress(ProcessLookupError):  # what of Ray is still about to notice
+                os.killpg(child.pid, signal.SIGKILL)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     stage.stop.check()

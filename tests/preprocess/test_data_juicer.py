@@ -442,7 +442,7 @@ def test_captions_are_the_same_whoever_writes_them(
     assert all(text.startswith("<__dj__image>") and text.endswith("<|__dj__eoc|>") for text in written)
     assert len(set(written)) == 6, "sampled for each"
 
-    apart = stage_of(tmp_path, "apart", operators, weights, workers=2, chunk_size=2)
+    apart = stage_of(tmp_path, "apart", operators, weights, workers=2, chunk_size=3)
     assert process(apart, file).read_bytes() == kept.read_bytes()
 
 
