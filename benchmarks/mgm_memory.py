@@ -1,0 +1,122 @@
+"""MGM-2B's shape with random weights: what torch allocates in training steps of both phases, beside the estimate.
+
+    python -m benchmarks.mgm_memory
+
+Needs an NVIDIA GPU of 24 GB; transformers and peft, no ms-swift: forward and backward under autocast in bfloat16 and
+AdamW's step, as its trainer does them. What no allocator and no context changes is compared: weights, adapter or
+connector, gradients, moments, activations and logits. Not run on any card yet.
+"""
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.rows import write_rows
+from stages.contract.recipe import Train
+from stages.engines.mgm import CONNECTORS, MgmConfig, MgmForConditionalGeneration
+from stages.hardware.fit import as_asked
+from stages.hardware.memory import Lengths
+from stages.hardware.shape import ModelShape, Weight, read_shape
+
+ANSWER = 64
+"""Tokens at a sample's end that carry a loss."""
+CASES = (("lora", 1, 1024, True), ("lora", 4, 1024, True), ("lora", 4, 1024, False), ("connector", 1, 1024, True))
+CASES += (("connector", 4, 1024, True), ("connector", 2, 1024, False))
+"""Phase, micro-batch, tokens of a sample with its 576 of a picture, gradient checkpointing."""
+
+
+def settings(phase: str, micro_batch: int, checkpointing: bool) -> Train:
+    fields = {"adapters": [{"name": "a"}], "rank": 16, "dropout": 0.0, "micro_batch": micro_batch}
+    fields |= {"effective_batch": micro_batch, "gradient_checkpointing": checkpointing}
+    connector = {"effective_batch": micro_batch, "micro_batch": micro_batch}
+    train = Train.model_validate({**fields, "connector": connector} if phase == "connector" else fields)
+    return train.of_connector() if phase == "connector" else train
+
+
+def trained(phase: str, checkpointing: bool) -> Any:
+    """The model on the card, ready for a step."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model: Any = MgmForConditionalGeneration(MgmConfig()).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    if phase == "connector":
+        for name in CONNECTORS:
+            getattr(model.model, name).float().requires_grad_(True)
+        return model.train()
+    modules = r"model\.language_model\.layers\..*_proj"
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=modules))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted.train()
+
+
+def peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> float:
+    """GB that torch had allocated at most in three steps."""
+    model = trained(phase, checkpointing)
+    config = MgmConfig()
+    pictures = config.tokens_across**2
+    tokens = torch.randint(1000, 200000, (micro_batch, length), device="cuda")
+    tokens[:, 1 : 1 + pictures] = config.image_token_id
+    labels = tokens.clone()
+    labels[:, :-ANSWER] = -100
+    pixels = torch.randn(micro_batch, 3, 768, 768, device="cuda")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            # ms-swift, too, makes logits only where a loss is
+            output = model(input_ids=tokens, pixel_values=pixels, logits_to_keep=ANSWER + 1)
+            logits = output.logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, -ANSWER:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        del output, logits, loss
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+def shape_of_mgm() -> ModelShape:
+    """What its folder's headers would say, without 6 GB of weights."""
+    with torch.device("meta"):
+        state = MgmForConditionalGeneration(MgmConfig()).state_dict()
+    weights = (Weight(name, tuple(t.shape), "BF16") for name, t in state.items() if name != "lm_head.weight")
+    with tempfile.TemporaryDirectory() as name:
+        MgmConfig().save_pretrained(name)
+        save_file({"none": torch.zeros(1)}, Path(name) / "model.safetensors")
+        return replace(read_shape(Path(name)), weights=tuple(weights))
+
+
+def main() -> None:
+    shape = shape_of_mgm()
+    rows = []
+    for phase, micro_batch, length, checkpointing in CASES:
+        train = settings(phase, micro_batch, checkpointing)
+        parts = as_asked(shape, train, 1, "bfloat16", Lengths(length, ANSWER)).estimate.parts()
+        expected = sum(size for part, size in parts.items() if part not in ("framework", "fragmentation")) / 1e9
+        found = peak(phase, micro_batch, length, checkpointing)
+        torch.cuda.empty_cache()
+        rows.append(
+            {
+                **{"card": torch.cuda.get_device_name(), "phase": phase, "micro-batch": micro_batch, "tokens": length},
+                **{"checkpointing": checkpointing, "allocated GB": round(found, 3), "estimated GB": round(expected, 3)},
+                "off by": f"{100 * (expected / found - 1):+.1f} %",
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    write_rows("mgm_memory", rows, "python -m benchmarks.mgm_memory")
+
+
+if __name__ == "__main__":
+    main()
