@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import Finished, Lorry
 from tests.hardware.recorded import Box
-from tests.hardware.shapes import make_shape, write_safetensors
+from tests.hardware.shapes import make_llava_shape, make_shape, write_safetensors
 
 RECIPE = ("patent-qa", "--profile", "text")
 """Qwen2.5-7B on text."""
@@ -19,6 +19,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_shape(folder / "Qwen2.5-7B-Instruct", "Qwen2.5-7B")
     make_shape(folder / "Qwen2.5-14B", "Qwen2.5-14B")
+    make_llava_shape(folder / "llava-1.5-7b-hf")
     return folder
 
 
@@ -38,6 +39,22 @@ def test_the_table_adds_up_and_the_verdict_is_in_the_exit_code(lorry: Lorry) -> 
     ]
     assert total == pytest.approx(sum(rows.values()), abs=0.05)
     assert f"fits: {total:.1f} of 23.6 GiB" in done.lines[-1]
+
+
+def test_either_phase_is_told_where_a_connector_is_trained_first(lorry: Lorry) -> None:
+    done = lorry("entrypoints.lorry", "plan", "better-synth", "--target", "rtx4090")
+    assert done.code == 0, done.output
+    assert "llava-1.5-7b-hf, 7.06 billion parameters, on rtx4090" in done.lines[0]
+    first, second = done.output.split("phase 2, LoRA on the base with it: 40.0 million parameters are trained")
+    assert "phase 1, the connector alone: 21.0 million parameters are trained" in first
+    assert "GPU(s) = 256" in first and "fits" in first.strip().splitlines()[-1]
+    assert "GPU(s) = 128" in second and "fits" in second.strip().splitlines()[-1]
+
+
+def test_gpus_that_make_no_exact_batch_are_refused(lorry: Lorry) -> None:
+    done = lorry("entrypoints.lorry", "plan", "better-synth", "--target", "rtx4090", "--gpus", "3")
+    assert done.code == 4, done.output
+    assert "train.connector.effective_batch is 256 and train.exact_batch is set" in done.lines[-1]
 
 
 def test_what_does_not_fit_gets_the_smallest_change(lorry: Lorry) -> None:

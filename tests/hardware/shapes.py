@@ -89,3 +89,54 @@ def make_shape(folder: Path, name: str) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
     write_safetensors(folder / "model.safetensors", tensors(CONFIGS[name]))
     return folder
+
+
+LLAVA = {
+    **{"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 32000},
+    "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064},
+    "vision_config": {
+        **{"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24},
+        **{"num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000},
+    },
+}
+"""LLaVA-1.5-7B's config as it is published: of the language model it says only what is not as in every Llama."""
+
+
+def llava_tensors() -> dict[str, list[int]]:
+    """Names and shapes of LLaVA-1.5-7B's weights, as published."""
+    text, eyes = "language_model.model", "vision_tower.vision_model"
+    found = {f"{text}.embed_tokens.weight": [32064, 4096], "language_model.lm_head.weight": [32064, 4096]}
+    found[f"{text}.norm.weight"] = [4096]
+    for number in range(32):
+        layer = f"{text}.layers.{number}"
+        found |= {f"{layer}.self_attn.{name}_proj.weight": [4096, 4096] for name in "qkvo"}
+        found |= {f"{layer}.mlp.{name}_proj.weight": [11008, 4096] for name in ("gate", "up")}
+        found[f"{layer}.mlp.down_proj.weight"] = [4096, 11008]
+        found |= {f"{layer}.{name}_layernorm.weight": [4096] for name in ("input", "post_attention")}
+    both = {"weight": [1024], "bias": [1024]}
+    found |= {
+        f"{eyes}.embeddings.class_embedding": [1024],
+        f"{eyes}.embeddings.patch_embedding.weight": [1024, 3, 14, 14],
+    }
+    found[f"{eyes}.embeddings.position_embedding.weight"] = [577, 1024]
+    for name in ("pre_layrnorm", "post_layernorm"):
+        found |= {f"{eyes}.{name}.{kind}": shape for kind, shape in both.items()}
+    for number in range(24):
+        layer = f"{eyes}.encoder.layers.{number}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            found |= {f"{layer}.self_attn.{name}.weight": [1024, 1024], f"{layer}.self_attn.{name}.bias": [1024]}
+        found |= {f"{layer}.mlp.fc1.weight": [4096, 1024], f"{layer}.mlp.fc1.bias": [4096]}
+        found |= {f"{layer}.mlp.fc2.weight": [1024, 4096], f"{layer}.mlp.fc2.bias": [1024]}
+        for name in ("layer_norm1", "layer_norm2"):
+            found |= {f"{layer}.{name}.{kind}": shape for kind, shape in both.items()}
+    for name, inputs in (("linear_1", 1024), ("linear_2", 4096)):
+        found |= {f"multi_modal_projector.{name}.weight": [4096, inputs], f"multi_modal_projector.{name}.bias": [4096]}
+    return found
+
+
+def make_llava_shape(folder: Path) -> Path:
+    """The folder of LLaVA-1.5-7B as it is published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAVA))
+    write_safetensors(folder / "model.safetensors", llava_tensors(), "F16")
+    return folder

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.hardware.batch import plan_batch
+from stages.contract.errors import DoesNotFitError
+from stages.hardware.batch import plan_batch, refuse_inexact
 
 effective_batches = st.integers(1, 600)
 micro_batches = st.integers(1, 40)
@@ -56,3 +57,32 @@ def test_a_cpu_counts_as_one_card() -> None:
 def test_a_changed_batch_is_told() -> None:
     assert str(plan_batch(128, 1, 5)) == "1 x 26 x 5 GPU(s) = 130, the nearest to 128"
     assert str(plan_batch(128, 16, 8)) == "16 x 1 x 8 GPU(s) = 128"
+
+
+@pytest.mark.parametrize(
+    ("effective", "gpus", "made", "ways"),
+    [
+        (128, 5, 130, ["x 4 GPU(s) = 128", "x 8 GPU(s) = 128"]),
+        (256, 3, 255, ["x 2 GPU(s) = 256", "x 4 GPU(s) = 256"]),
+        (7, 9, 9, ["x 7 GPU(s) = 7"]),
+    ],
+)
+def test_a_batch_that_must_be_exact_names_the_nearest_gpus_that_make_it(
+    effective: int, gpus: int, made: int, ways: list[str]
+) -> None:
+    with pytest.raises(DoesNotFitError, match=r"train\.effective_batch is") as raised:
+        refuse_inexact(plan_batch(effective, 4, gpus), "train.effective_batch")
+    assert f"{gpus} GPU(s) make {made} at the nearest" in str(raised.value)
+    assert all(way in str(raised.value) for way in ways)
+    assert str(raised.value).count("GPU(s) = ") == len(ways)
+    assert raised.value.exit_code == 4
+
+
+@given(effective_batches, micro_batches, gpu_counts)
+def test_it_is_refused_where_the_gpus_do_not_divide_it_and_only_there(effective: int, micro: int, gpus: int) -> None:
+    plan = plan_batch(effective, micro, gpus)
+    if effective % gpus:
+        with pytest.raises(DoesNotFitError):
+            refuse_inexact(plan, "train.effective_batch")
+    else:
+        refuse_inexact(plan, "train.effective_batch")
