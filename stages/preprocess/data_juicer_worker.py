@@ -6,7 +6,11 @@ It does the operators one after the other, a chunk of records at a time, and sav
 <work>/NN/CCCCCC.jsonl      operator NN (from 1; 00 looks at the pictures), chunk C: a line of counts, then its records
 <work>/NN.jsonl, NN.json    the same once the operator is done; the records of the operator before it are then deleted
 
-Operators that compare records (deduplicators, selectors) get all of them as one chunk.
+Operators that compare records (deduplicators, selectors) get all of them as one chunk; on Ray, too, they run in
+processes of this machine, unless they know Ray themselves.
+
+The same records give the same result, in whatever chunks and processes. Captions are sampled, and so drawn for each
+record by its id; on a card records that are captioned together share a draw, and a card's captions on Ray are not seeded.
 """
 
 import difflib
