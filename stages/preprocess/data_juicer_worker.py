@@ -10,7 +10,7 @@ Operators that compare records (deduplicators, selectors) get all of them as one
 processes of this machine, unless they know Ray themselves.
 
 The same records give the same result, in whatever chunks and processes. Captions are sampled, and so drawn for each
-record by its id; on a card records that are captioned together share a draw, and a card's captions on Ray are not seeded.
+record by its id; on a card records that are captioned together share a draw, and a card's captions on Ray have no seed.
 """
 
 import difflib
