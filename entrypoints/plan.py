@@ -79,7 +79,6 @@ def _phase(recipe: Any, shape: Any, train: Any, cards: _Cards) -> tuple[Any, Any
     from stages.hardware.fit import as_asked, plan_training
     from stages.hardware.memory import lengths_at_most, not_estimated, trained_parameters
 
-    section = "train.connector" if train.trains_connector else "train"
     if train.connector is not None:
         what = "phase 1, the connector alone" if train.trains_connector else "\nphase 2, LoRA on the base with it"
         click.echo(f"{what}: {trained_parameters(shape, train) / 1e6:.1f} million parameters are trained")
@@ -87,7 +86,7 @@ def _phase(recipe: Any, shape: Any, train: Any, cards: _Cards) -> tuple[Any, Any
     asked = as_asked(shape, train, cards.count, cards.dtype, lengths)
     way = plan_training(shape, train, cards.count, cards.dtype, cards.memory, lengths)
     click.echo(
-        f"samples of {lengths.longest} tokens ({section}.max_length), {lengths.answer} of them the answer"
+        f"samples of {lengths.longest} tokens ({train.key_of('max_length')}), {lengths.answer} of them the answer"
         " (infer.max_new_tokens)"
     )
     if train.micro_batch > 1:
@@ -97,7 +96,7 @@ def _phase(recipe: Any, shape: Any, train: Any, cards: _Cards) -> tuple[Any, Any
             f" {alike.estimate.total / GIB:.2f} GiB as asked. train plans again with the real samples"
         )
     if train.exact_batch:
-        refuse_inexact(way.batch, f"{section}.effective_batch")
+        refuse_inexact(way.batch, train.key_of("effective_batch"))
     click.echo(f"effective batch: {way.batch}\n")
     _table(asked, way)
     left_out = not_estimated(shape, train)

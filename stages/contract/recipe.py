@@ -281,6 +281,11 @@ class Train(Section):
         """Whether these are the settings of the first phase: those of `of_connector`."""
         return self.connector is not None and [adapter.name for adapter in self.adapters] == [CONNECTOR]
 
+    def key_of(self, name: str) -> str:
+        """Where the recipe has one of these settings: `train.max_length`, or in the first phase its own."""
+        section = f"train.{CONNECTOR}" if self.trains_connector and name in Connector.model_fields else "train"
+        return f"{section}.{name}"
+
     def of_connector(self) -> "Train":
         """The first phase's settings, in the form of all. It trains no LoRA, the base is never in 4 bits, and nothing
         is sharded: what is trained is small."""

@@ -102,7 +102,7 @@ def _halves(most: int) -> list[int]:
 def _changes(asked: Train, changed: Train, sharding: str) -> tuple[str, ...]:
     found = []
     if changed.micro_batch != asked.micro_batch:
-        found.append(f"train.micro_batch={changed.micro_batch} for {asked.micro_batch}")
+        found.append(f"{asked.key_of('micro_batch')}={changed.micro_batch} for {asked.micro_batch}")
     if changed.gradient_checkpointing != asked.gradient_checkpointing:
         found.append("train.gradient_checkpointing=true")
     if sharding != ("none" if asked.sharding == "auto" else asked.sharding):
@@ -204,7 +204,7 @@ def _shorter(
         shorter = replace(lengths, longest=length, answer=min(lengths.answer, length))
         changed = settings.model_copy(update={"max_length": length})
         way = plan_training(shape, changed, processes, dtype, memory, shorter)
-        yield replace(way, changes=(f"train.max_length={length}, longer samples left out", *way.changes))
+        yield replace(way, changes=(f"{settings.key_of('max_length')}={length}, longer samples left out", *way.changes))
 
 
 def disk_bytes(shape: ModelShape, settings: Train) -> int:

@@ -129,23 +129,25 @@ def in_words(change: Change, after: Footing) -> str:
     return "; ".join(words[name] for name in change)
 
 
-def by_hand(change: Change) -> str:
+def by_hand(change: Change, settings: Train) -> str:
     """The same as options of the command. An evaluation has none of its own: it goes by training's."""
     if "evaluate" in change:
         return "--set data.validation_fraction=0 (and preprocess, which that concerns)"
-    return " ".join(f"--set train.{name.removeprefix('eval_')}={str(value).lower()}" for name, value in change.items())
+    options = {settings.key_of(name.removeprefix("eval_")): value for name, value in change.items()}
+    return " ".join(f"--set {key}={str(value).lower()}" for key, value in options.items())
 
 
 def what_would_help(footing: Footing) -> str:
     """For an error's end: what a person can change when no rung is left."""
     settings = footing.settings
     ways = ["GPUs with more free memory"]
-    if not settings.load_in_4bit:
+    if not (settings.load_in_4bit or settings.trains_connector):
         ways.append("the base in 4 bits (train.load_in_4bit=true)")
-    ways.append("ZeRO-3 over more GPUs (train.sharding=zero3)")
+    if not settings.trains_connector:
+        ways.append("ZeRO-3 over more GPUs (train.sharding=zero3)")
     if settings.max_pixels and settings.max_pixels > (settings.least_max_pixels or 0):
         ways.append(f"fewer pixels (train.max_pixels below {settings.max_pixels})")
-    ways.append(f"shorter samples (train.max_length below {settings.max_length})")
+    ways.append(f"shorter samples ({settings.key_of('max_length')} below {settings.max_length})")
     return f"what helps: {', '.join(ways[:-1])}, or {ways[-1]}"
 
 

@@ -298,11 +298,13 @@ def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: in
 
 def _tell_of(stage: Stage, name: str, training: dict[str, Any]) -> None:
     """What the manifest says of one adapter, from its training.json: this start may not be the one that trained it."""
-    settings, section, what = stage.run.recipe.train, "train", f"adapter {name}"
+    settings, what = stage.run.recipe.train, f"adapter {name}"
     if name == CONNECTOR:
-        settings, section, what = settings.of_connector(), "train.connector", name
+        settings, what = settings.of_connector(), name
     wanted, used = settings.max_length, training["max_length"]
-    reason = f"longer than {section}.max_length" + ("" if used == wanted else f", which memory brought down to {used}")
+    reason = f"longer than {settings.key_of('max_length')}" + (
+        "" if used == wanted else f", which memory brought down to {used}"
+    )
     for split, samples in training["left_out"].items():
         for sample in samples:
             stage.skip(sample, reason, f"{split}, {what}")
@@ -352,16 +354,15 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     """
     settings = settings or stage.run.recipe.train
     plan = _planned(stage, settings, node)
-    batch, section = plan.way.batch, "train.connector" if settings.trains_connector else "train"
     if settings.exact_batch:
-        refuse_inexact(batch, f"{section}.effective_batch")
+        refuse_inexact(plan.way.batch, settings.key_of("effective_batch"))
     return plan
 
 
 def _planned(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     machine, recipe = probe(), stage.run.recipe
     gpus = machine.gpus
-    label, section = (f"{CONNECTOR} ", "train.connector") if settings.trains_connector else ("", "train")
+    label = f"{CONNECTOR} " if settings.trains_connector else ""
 
     def decide(what: str, value: Any, why: str) -> None:
         stage.decide(f"{label}{what}", value, why)
@@ -385,7 +386,7 @@ def _planned(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     except UnknownShapeError as error:
         decide("memory", "not estimated", str(error))
         way = unplanned(settings, processes, dtype)
-        decide("effective batch", str(way.batch), f"{section}.effective_batch is {settings.effective_batch}")
+        decide("effective batch", str(way.batch), f"{settings.key_of('effective_batch')} is {settings.effective_batch}")
         return _Plan(target, way, gpus)
     refuse_base_without_kernels(model, shape.quantisation, target)
     if settings.load_in_4bit:
@@ -411,7 +412,7 @@ def _planned(stage: Stage, settings: Train, node: Node | None) -> _Plan:
         decide("fit", change, f"{why}; the result is the same")
     if settings.sharding in ("zero2", "zero3"):
         decide("sharding", settings.sharding, "train.sharding")
-    decide("effective batch", str(way.batch), f"{section}.effective_batch is {settings.effective_batch}")
+    decide("effective batch", str(way.batch), f"{settings.key_of('effective_batch')} is {settings.effective_batch}")
     stage.facts[f"{label}estimate".replace(" ", "_")] = {**way.estimate.parts(), "total": way.estimate.total}
     return _Plan(target, way, gpus)
 
@@ -499,7 +500,8 @@ def _one_rung_lower(
         )
     if node is not None:  # another number of processes waits in each machine, and none may begin alone
         raise DoesNotFitError(
-            f"training {name}: out of memory {shortage}; start all {node.count} nodes again with {by_hand(change)}"
+            f"training {name}: out of memory {shortage}; start all {node.count} nodes again with"
+            f" {by_hand(change, footing.settings)}"
         )
     after = ladder.take(name, shortage, change, footing)
     made = ladder.decisions[-1]  # training.json brings it into the manifest

@@ -211,10 +211,9 @@ def _refuse_nothing(job: Job, samples: int) -> None:
     """Raise DataError where no sample is left to train on."""
     if samples:
         return
-    section, what = ("train.connector", " with a picture") if job.settings.trains_connector else ("train", "")
-    raise DataError(
-        f"{job.train[0]}: no training sample{what} fits in {section}.max_length {job.settings.max_length}; raise it"
-    )
+    what = " with a picture" if job.settings.trains_connector else ""
+    limit = f"{job.settings.key_of('max_length')} {job.settings.max_length}"
+    raise DataError(f"{job.train[0]}: no training sample{what} fits in {limit}; raise it")
 
 
 def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], dict[str, list[str]], int]:

@@ -21,6 +21,7 @@ from stages.train.lengths import lengths_of
 from stages.train.mixes import shown
 from tests.conftest import REPOSITORY, need_model
 from tests.engines.test_llava import with_published_template
+from tests.train.test_nodes import TwoNodes, ended, free_port
 from tests.train.two_phases import CONNECTOR, TwoPhases, two_phases
 
 
@@ -96,6 +97,17 @@ def test_a_changed_connector_is_refused(trained: TwoPhases, tmp_path: Path) -> N
 def test_shards_are_refused(trained: TwoPhases, tmp_path: Path) -> None:
     code, output = trained.copied(tmp_path)("--shard", "0/2")
     assert code == 2 and "train without --shard" in output.splitlines()[-1]
+
+
+def test_gpus_that_make_no_exact_batch_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    exact = ("train.exact_batch=true", CONNECTOR.replace("effective_batch: 4", "effective_batch: 5"))
+    other = two_phases(tmp_path, *exact).prepared()
+    meeting = {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0", "LORRY_RENDEZVOUS": f"127.0.0.1:{free_port()}"}
+    code, output = other(**meeting)
+    assert code == 4, output
+    told = output.splitlines()[-1]
+    assert "train.connector.effective_batch is 5 and train.exact_batch is set, but 2 GPU(s) make" in told
+    assert "x 1 GPU(s) = 5, or 1 x 1 x 5 GPU(s) = 5" in told
 
 
 # -- base and connector in one folder ----------------------------------------------------------------------------
@@ -255,3 +267,14 @@ def test_the_ladder_is_the_first_phase_s_too(trained: TwoPhases, tmp_path: Path)
     assert any(made["why"].startswith("adapter connector") for made in taken)
     found, expected = load_file(other.connector), load_file(trained.connector)
     assert all(np.allclose(found[name], expected[name], atol=1e-4) for name in expected)
+
+
+@pytest.mark.kill
+def test_two_nodes_train_both_phases_as_one_does(trained: TwoPhases, tmp_path: Path) -> None:
+    halves = (CONNECTOR.replace("micro_batch: 4", "micro_batch: 2"), "train.micro_batch=2")
+    nodes = TwoNodes(two_phases(tmp_path, *halves).prepared())
+    codes, output = ended(nodes.start())
+    assert codes == [0, 0], output + nodes.log()
+    for mine, theirs in ((nodes.training.connector, trained.connector), (nodes.training.adapter, trained.adapter)):
+        found, expected = load_file(mine), load_file(theirs)
+        assert all(np.allclose(found[name], expected[name], atol=1e-5) for name in expected)

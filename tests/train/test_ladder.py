@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.contract.recipe import Adapter, Train
+from stages.contract.recipe import Adapter, Connector, Train
 from stages.hardware.batch import plan_batch
 from stages.train.ladder import (
     During,
@@ -124,9 +124,13 @@ def test_a_lowered_length_is_a_recipe_that_the_worker_reads_again() -> None:
 
 
 def test_what_to_set_by_hand() -> None:
-    assert by_hand({"micro_batch": 2}) == by_hand({"eval_micro_batch": 2}) == "--set train.micro_batch=2"
-    assert by_hand({"gradient_checkpointing": True}) == "--set train.gradient_checkpointing=true"
-    assert by_hand({"evaluate": False}).startswith("--set data.validation_fraction=0")
+    settings = footing(connector=Connector()).settings
+    for change in ({"micro_batch": 2}, {"eval_micro_batch": 2}):
+        assert by_hand(change, settings) == "--set train.micro_batch=2"
+        assert by_hand(change, settings.of_connector()) == "--set train.connector.micro_batch=2"
+    for each in (settings, settings.of_connector()):
+        assert by_hand({"gradient_checkpointing": True}, each) == "--set train.gradient_checkpointing=true"
+        assert by_hand({"evaluate": False}, each).startswith("--set data.validation_fraction=0")
 
 
 def test_every_change_has_words() -> None:
@@ -135,6 +139,13 @@ def test_every_change_has_words() -> None:
         assert in_words(dict([change]), start)
     for name in ("max_pixels", "max_length"):
         assert name in in_words({name: 784}, lowered(start, {name: 784}))
+
+
+def test_help_for_the_first_phase_names_what_it_can_have() -> None:
+    first = footing(connector=Connector(max_length=600))
+    told = what_would_help(replace(first, settings=first.settings.of_connector()))
+    assert "train.connector.max_length below 600" in told
+    assert "4 bits" not in told and "ZeRO" not in told
 
 
 def test_help_does_not_name_what_is_done_already() -> None:
