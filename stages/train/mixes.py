@@ -19,14 +19,15 @@ def mixed(samples: Samples, adapter: Adapter, seed: int) -> Samples:
     return [sample for part in adapter.data for sample in _drawn(samples, part, adapter.name, seed)]
 
 
-def shown(samples: Samples, most: int, seed: int) -> tuple[Samples, int]:
+def shown(samples: Samples, most: int, seed: int) -> tuple[Samples, dict[str, int]]:
     """What a connector is trained on, of its mix: samples with pictures, at most so many, drawn by the seed; and how
-    many had to be left out for that. A sample without a picture gives it nothing to learn."""
+    many are left out for either reason. A sample without a picture gives it nothing to learn."""
     seen = [sample for sample in samples if sample.get("images")]
+    left_out = {"without_picture": len(samples) - len(seen), "beyond_most_samples": max(len(seen) - most, 0)}
     if len(seen) <= most:
-        return seen, 0
+        return seen, left_out
     chosen = sorted(random.Random(f"{seed}:connector").sample(range(len(seen)), most))
-    return [seen[place] for place in chosen], len(seen) - most
+    return [seen[place] for place in chosen], left_out
 
 
 def validated(samples: Samples, adapter: Adapter) -> Samples:

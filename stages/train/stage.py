@@ -82,7 +82,11 @@ def work(stage: Stage) -> None:
     results: list[dict[str, Any]] = []
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]
     mixes, failures = _mixes_of(stage, adapters)
-    connector = _train_connector(stage, node, log) if recipe.train.connector is not None else None
+    connector = None
+    if recipe.train.connector is not None:
+        connector = _train_connector(stage, node, log)
+    else:
+        remove(stage.path(*place_of(CONNECTOR)))  # of a recipe that had one
     keys = _keep_what_fits(stage, mixes, connector)
     plan: _Plan | None = None  # only once something is to be trained: taking over what is there needs no card
     for adapter in adapters:
@@ -167,9 +171,9 @@ def _train_connector(stage: Stage, node: Node | None, log: list[dict[str, Any]])
     check_connector(folder / CONNECTOR_FILE, sha256)
     log += _hand_on(stage, CONNECTOR, (CONNECTOR_FILE,))
     stage.facts["connector"] = {"sha256": sha256, "data": mix.mix}
-    beyond = read_json(folder / "training.json")["beyond_most_samples"]
-    if beyond:
-        stage.counts[f"{CONNECTOR} beyond most_samples"] = beyond
+    unused = read_json(folder / "training.json")
+    for why in ("without_picture", "beyond_most_samples"):
+        stage.counts[f"{CONNECTOR} samples {why.replace('_', ' ')}"] = unused[why]
     return folder / CONNECTOR_FILE, sha256
 
 

@@ -179,7 +179,7 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
     if together.first:
         print("swift sft", shlex.join(arguments), flush=True)  # in the log: the same by hand
     sft = LorrySft(arguments, job, reports, stop, together)
-    counts, left_out, beyond = _write_samples(job, sft, scratch)
+    counts, left_out, unused = _write_samples(job, sft, scratch)
     _refuse_nothing(job, counts["train"])
     if not counts["validation"] or not job.evaluate:
         sft.args.val_dataset = []
@@ -195,7 +195,7 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
             "micro_batch": job.micro_batch,
             "accumulation": job.accumulation,
             **({"connector": job.connector[1]} if job.connector else {}),
-            **({"beyond_most_samples": beyond} if job.settings.trains_connector else {}),
+            **unused,
             "left_out": left_out,
             "max_length": job.settings.max_length,
             "tokens": sft.tokens,
@@ -216,21 +216,21 @@ def _refuse_nothing(job: Job, samples: int) -> None:
     raise DataError(f"{job.train[0]}: no training sample{what} fits in {limit}; raise it")
 
 
-def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], dict[str, list[str]], int]:
+def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], dict[str, list[str]], dict[str, int]]:
     """Write what is trained and validated on for ms-swift. Returns by split how many samples, and the ids of those that
-    are too long; and how many are more than a connector may be trained on."""
-    counts, left_out, beyond = {}, {}, 0
+    are too long; and how many a connector is not trained on."""
+    counts, left_out, unused = {}, {}, dict[str, int]()
     for split, sources in (("train", job.train), ("validation", job.validation)):
         samples = [sample for source in sources for sample in read_jsonl(source)]
         samples = mixed(samples, job.mix, job.seed) if split == "train" else validated(samples, job.mix)
         if job.settings.trains_connector:
             assert job.settings.connector is not None
-            samples, more = shown(samples, job.settings.connector.most_samples, job.seed)
-            beyond += more if split == "train" else 0
+            samples, others = shown(samples, job.settings.connector.most_samples, job.seed)
+            unused = others if split == "train" else unused
         kept, left_out[split] = sft.fitting(samples)
         counts[split] = len(kept)
         write_jsonl(scratch / f"{split}.jsonl", shared_evenly(kept, job.processes) if split == "train" else kept)
-    return counts, left_out, beyond
+    return counts, left_out, unused
 
 
 def _refuse_dead_cards(job: Job) -> None:

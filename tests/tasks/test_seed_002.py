@@ -405,7 +405,10 @@ def train(job: Job) -> None:
             "accumulation": 1,
             "max_length": 512,
         }
-        write_json(folder / "training.json", {**counts, "left_out": {}, "log": [], "beyond_most_samples": 0})
+        write_json(
+            folder / "training.json",
+            {**counts, "left_out": {}, "log": [], "without_picture": 0, "beyond_most_samples": 0},
+        )
         files = {path.name: sha256_file(path) for path in folder.iterdir()}
         write_json(folder / "made.json", {"key": key, "files": files})
 

@@ -58,6 +58,7 @@ def test_the_second_phase_is_lora_on_the_language_model_with_that_connector(trai
     manifest = trained.manifest()
     assert manifest["connector"]["sha256"] == manifest["outputs"]["connector/connector.safetensors"]["sha256"] == sha256
     assert manifest["counts"]["connector samples"] == 16
+    assert manifest["counts"]["connector samples without picture"] == 1
     decided = {made["what"]: made["value"] for made in manifest["decisions"]}
     assert decided["connector effective batch"] == "4 x 1 x 1 GPU(s) = 4"
 
@@ -73,8 +74,14 @@ def test_another_data_mix_for_adapters_keeps_the_connector(trained: TwoPhases, t
 
 def test_another_data_mix_for_the_connector_trains_the_adapters_again(trained: TwoPhases, tmp_path: Path) -> None:
     """What captions say has an effect: the adapter's own data are the same."""
-    other = trained.copied(tmp_path, CONNECTOR.replace("captions", "'captions#8'"))
+    fewer = CONNECTOR.replace("captions", "'captions#9'").replace("max_length", "most_samples: 4, max_length")
+    other = trained.copied(tmp_path, fewer)
     other.done()
+    counts = other.manifest()["counts"]
+    assert counts["connector samples"] == 4
+    assert 4 <= counts["connector samples beyond most samples"] <= 5
+    unused = counts["connector samples beyond most samples"] + counts["connector samples without picture"]
+    assert unused == 5, "each is counted once"
     assert other.connector.read_bytes() != trained.connector.read_bytes()
     assert other.adapter.read_bytes() != trained.adapter.read_bytes()
     losses = [
@@ -199,11 +206,11 @@ def _turns(texts: list[str]) -> list[dict[str, str]]:
 
 def test_at_most_so_many_samples_are_drawn_by_the_seed() -> None:
     samples: list[dict[str, Any]] = [{"id": str(i), "images": ["x"] if i % 2 else []} for i in range(40)]
-    kept, beyond = shown(samples, 7, 42)
-    assert (len(kept), beyond) == (7, 13), "samples without a picture are no loss"
+    kept, left_out = shown(samples, 7, 42)
+    assert len(kept) == 7 and left_out == {"without_picture": 20, "beyond_most_samples": 13}
     assert kept == sorted(kept, key=lambda sample: int(sample["id"])) and all(sample["images"] for sample in kept)
     assert shown(samples, 7, 42)[0] == kept != shown(samples, 7, 43)[0]
-    assert shown(samples, 20, 42) == (samples[1::2], 0)
+    assert shown(samples, 20, 42) == (samples[1::2], {"without_picture": 20, "beyond_most_samples": 0})
 
 
 def test_the_recipe_s_rules() -> None:
