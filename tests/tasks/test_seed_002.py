@@ -5,6 +5,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -376,6 +378,32 @@ def test_defect_2_an_evaluation_of_nothing_is_no_success(job: Job, capfd: Any, m
     done = CliRunner().invoke(main, ["compare", "whole", "r"])
     assert done.exit_code == Exit.USAGE
     assert "r: nothing evaluated: eval is half done: none of" in done.output
+
+
+# -- 3: what was not done is not said to be ------------------------------------------------------------------------
+
+
+def test_defect_3_a_step_that_failed_is_told_as_failed(job: Job) -> None:
+    """The last report had a check mark at every step, whatever had happened."""
+
+    def original(steps: dict[str, int]) -> list[str]:
+        return [f"✓ {step}" for step in steps]
+
+    assert original({"preprocess": 0, "train": 1}) == ["✓ preprocess", "✓ train"]
+
+    mounts = {f"LORRY_{name.upper()}": str(getattr(job.run.roots, name)) for name in ("runs", "data", "models")}
+
+    def lorry(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "entrypoints.lorry", *words]
+        environment = {**os.environ, **mounts}
+        return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+
+    sets = ("--set", "preprocess.data_juicer=null", "--set", "model.path=not-there")
+    done = lorry("run", "better-synth", "--profile", "tiny", "--run", "failing", *sets)
+    assert done.returncode == Exit.USAGE
+    assert "not-there" in done.stderr and "all four stages are up to date" not in done.stdout
+    told = {line.split()[0]: line for line in lorry("status", "failing").stdout.splitlines()[1:]}
+    assert "done" in told["preprocess"] and not any("done," in told[stage] for stage in ("train", "infer", "eval"))
 
 
 # -- 4, 7: what pretraining makes reaches every adapter, and whoever answers with one ---------------------------------
