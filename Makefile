@@ -78,7 +78,7 @@ clean: ## delete the demo's run and what Python leaves behind; keeps .venv and m
 	@touch $@
 
 .venv/.ready: requirements/cpu.txt requirements/dev.txt .venv/.host
-	@echo "installing into .venv (some minutes, 4.3 GB)"
+	@echo "installing into .venv (some minutes, 4.8 GB)"
 	@# torch by itself: which build suits is the machine's affair (README, "Set-up"); all else is locked with hashes
 	@$(BIN)/pip install --quiet torch==2.13.0
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.txt

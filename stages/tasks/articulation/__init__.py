@@ -22,6 +22,7 @@ from stages.contract.errors import DataError
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Prediction, Sample
+from stages.plain_task import together, uploads
 from stages.tasks import Ask, Found, Skip
 from stages.tasks.articulation import grammar, prompts, scoring
 from stages.tasks.articulation.drawing import draw
@@ -38,6 +39,8 @@ from stages.tasks.articulation.geometry import (
     line_distance,
 )
 from stages.tasks.articulation.objects import BOXES, SOURCE, Object, ObjectQuestion, read_objects
+
+__all__ = ["together", "uploads"]
 
 READS_DOCUMENTS = False
 READS_RECORDS = False
@@ -173,16 +176,6 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
     """The loop and its code; empty where there is none."""
     prediction = predictions.get(row["id"])
     return {"id": row["id"], "code": (prediction["answer"] if prediction else None) or ""}
-
-
-def together(sample: Sample) -> str:
-    """Each loop counts by itself."""
-    return sample["id"]
-
-
-def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-    """No server takes any."""
-    return []
 
 
 # -- scores --------------------------------------------------------------------------------------------------------

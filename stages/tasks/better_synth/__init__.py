@@ -22,6 +22,7 @@ from pydantic import Field
 
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Message, Prediction, Sample
+from stages.plain_task import facts, measures, picture
 from stages.tasks import Ask, Found, Skip
 from stages.tasks.better_synth import mmbench, textvqa
 from stages.tasks.better_synth.llava import PLACE
@@ -37,7 +38,7 @@ from stages.tasks.better_synth.records import (
     without_words,
 )
 
-__all__ = ["Samples", "asked_rows", "records", "sources"]
+__all__ = ["Samples", "asked_rows", "facts", "measures", "picture", "records", "sources"]
 
 READS_DOCUMENTS = False
 
@@ -165,21 +166,6 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     return {"textvqa_accuracy": textvqa.accuracy(answer, references, cleaning)}
 
 
-def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
-    """Nothing here has a unit."""
-    return {}
-
-
 def together(sample: Sample) -> str:
     """The question that a rotation is of; else the sample itself."""
     return str(sample["meta"].get("together", sample["id"]))
-
-
-def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
-    """None is drawn."""
-    return None
-
-
-def facts(sample: Sample) -> dict[str, float]:
-    """Nothing that no answer changes."""
-    return {}

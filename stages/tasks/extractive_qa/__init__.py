@@ -12,7 +12,6 @@ All questions on the same context, or of the same `group` (or `title`), fall int
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -20,11 +19,12 @@ from pydantic import Field
 from stages import metrics
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Prediction, Sample
+from stages.plain_task import facts, measures, picture, together, uploads
 from stages.tasks import Ask, Found
 from stages.tasks.extractive_qa import prompts
 from stages.tasks.extractive_qa.questions import ContextQuestion, asked_rows, read_questions, sources
 
-__all__ = ["asked_rows", "read_questions", "sources"]
+__all__ = ["asked_rows", "facts", "measures", "picture", "read_questions", "sources", "together", "uploads"]
 
 READS_DOCUMENTS = False
 READS_RECORDS = False
@@ -113,28 +113,3 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
         "f1": best(metrics.token_f1),
         "character_f1": metrics.best(metrics.character_f1, answer, sample["references"]),
     }
-
-
-def facts(sample: Sample) -> dict[str, float]:
-    """None: nothing is searched."""
-    return {}
-
-
-def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
-    """Nothing has a unit."""
-    return {}
-
-
-def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
-    """There is nothing to draw."""
-    return None
-
-
-def together(sample: Sample) -> str:
-    """Each sample counts by itself."""
-    return sample["id"]
-
-
-def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-    """The submission is all that is handed in."""
-    return []

@@ -23,11 +23,12 @@ from pydantic import Field
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Prediction, Sample
+from stages.plain_task import facts, measures, picture, together, uploads
 from stages.tasks import Ask, Found, Skip
 from stages.tasks.logic_choice import prompts
 from stages.tasks.logic_choice.problems import LETTERS, LogicQuestion, asked_rows, read_problems, sources
 
-__all__ = ["asked_rows", "sources"]
+__all__ = ["asked_rows", "facts", "measures", "picture", "sources", "together", "uploads"]
 
 READS_DOCUMENTS = False
 READS_RECORDS = False
@@ -134,28 +135,3 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     """Whether it is the right letter."""
     return {"accuracy": float(answer in sample["references"])}
-
-
-def facts(sample: Sample) -> dict[str, float]:
-    """Nothing that no answer changes."""
-    return {}
-
-
-def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
-    """Nothing has a unit."""
-    return {}
-
-
-def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
-    """There is nothing to draw."""
-    return None
-
-
-def together(sample: Sample) -> str:
-    """Each sample counts by itself."""
-    return sample["id"]
-
-
-def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-    """The submission is all that is handed in."""
-    return []

@@ -23,11 +23,12 @@ from stages import metrics
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Prediction, Sample
 from stages.mentions import asks_position
+from stages.plain_task import measures, picture, together, uploads
 from stages.tasks import Ask, Found, Wanted
 from stages.tasks.patent_qa import prompts
 from stages.tasks.patent_qa.questions import SOURCE, PatentQuestion, asked_rows, find_documents, read_questions
 
-__all__ = ["asked_rows", "find_documents", "read_questions"]
+__all__ = ["asked_rows", "find_documents", "measures", "picture", "read_questions", "together", "uploads"]
 
 READS_DOCUMENTS = True
 READS_RECORDS = False
@@ -313,23 +314,3 @@ def facts(sample: Sample) -> dict[str, float]:
     ranked = sample["meta"].get("ranked")
     at = {} if ranked is None else {f"recall@{k}": len(evidence & set(ranked[:k])) / len(evidence) for k in RECALL_AT}
     return {"retrieval_recall": shown, **at}
-
-
-def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
-    """Nothing has a unit."""
-    return {}
-
-
-def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
-    """There is nothing to draw."""
-    return None
-
-
-def together(sample: Sample) -> str:
-    """Each sample counts by itself."""
-    return sample["id"]
-
-
-def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-    """The submission is all that is handed in."""
-    return []
