@@ -51,8 +51,26 @@ def write_samples(
         stage.outputs[name] = write_jsonl(stage.path(name), members)  # type: ignore[arg-type]
     for split in SPLITS:
         stage.counts[split] = len(samples[split])
+    _tell_of_errors(stage, samples["test"])
     rows = task.asked_rows(stage.run.data, tested)
     stage.outputs["asked.jsonl"] = write_jsonl(stage.path("asked.jsonl"), rows)
+
+
+def _tell_of_errors(stage: Stage, tested: list[Sample]) -> None:
+    """Say which test samples cannot be asked. Raises DataError where these are all of a data set: its score would be 0
+    after all the work, and say nothing."""
+    for source in sorted({str(sample["meta"]["source"]) for sample in tested}):
+        members = [sample for sample in tested if sample["meta"]["source"] == source]
+        broken = [sample for sample in members if sample["meta"].get("error")]
+        if not broken:
+            continue
+        example = f"{broken[0]['id']}: {broken[0]['meta']['error']}"
+        if len(broken) == len(members):
+            raise DataError(
+                f"{stage.run.data}: none of {len(members)} test questions of {source} can be asked: {example}"
+            )
+        stage.counts[f"{source} test samples that cannot be asked"] = len(broken)
+        stage.events.say(f"{len(broken)} of {len(members)} test samples of {source} count as failed: {example}")
 
 
 def _answered(stage: Stage, task: Any, question: Any, found: Found | None, split: str) -> list[Sample]:

@@ -48,15 +48,16 @@ def _questions_of_records(stage: Stage, task: Any) -> list[Any]:
     """The questions of a task that reads records, once Data-Juicer has been over these, and the pictures they show."""
     recipe, data = stage.run.recipe, stage.run.data
     records = task.records(data)
+    pictures = stage.path("pictures")
+    pictures.mkdir(parents=True, exist_ok=True)
+    others: list[Any] = task.read_others(recipe, data, pictures, stage.skip)
     if recipe.preprocess.data_juicer is not None:
         from stages.preprocess.data_juicer import process
 
         records = process(stage, records)
-    pictures = stage.path("pictures")
-    pictures.mkdir(parents=True, exist_ok=True)
-    questions: list[Any] = task.read_records(recipe, data, records, pictures, stage.skip)
+    made: list[Any] = task.read_records(recipe, data, records, pictures, others, stage.skip)
     stage.outputs["pictures/"] = None
-    return questions
+    return others + made
 
 
 def _documents(task: Any, data: Path) -> dict[str, Path]:

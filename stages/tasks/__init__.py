@@ -212,14 +212,23 @@ class RecordTask(Task, Protocol):
     Data-Juicer may filter and rewrite first. Such a task reads no documents."""
 
     def records(self, folder: Path) -> Path:
-        """The file of records, JSON Lines. Raises DataError when there is none."""
+        """The file of records, JSON Lines. Raises DataError when there is none, or when what its questions are made
+        with is not there."""
 
-    def read_records(self, recipe: Recipe, folder: Path, records: Path, pictures: Path, skip: Skip) -> list[Any]:
-        """All usable questions, in place of `read_questions`.
+    def read_others(self, recipe: Recipe, folder: Path, pictures: Path, skip: Skip) -> list[Any]:
+        """All usable questions that are not made of records, in place of `read_questions`.
+
+        They are read before Data-Juicer is let at the records: what is wrong with them is found before hours of work.
+        The pictures that questions show are put into `pictures`, <run>/preprocess/pictures.
+        """
+
+    def read_records(
+        self, recipe: Recipe, folder: Path, records: Path, pictures: Path, others: list[Any], skip: Skip
+    ) -> list[Any]:
+        """The usable questions that are made of records. None shows what a test question among `others` does.
 
         `records` are those that Data-Juicer kept, or the file as it is where the recipe has no
-        `preprocess.data_juicer`. The pictures that questions show are put into `pictures`,
-        <run>/preprocess/pictures.
+        `preprocess.data_juicer`.
         """
 
 

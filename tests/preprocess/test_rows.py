@@ -1,5 +1,6 @@
 """What becomes of questions: in which files they stand, how they are marked, and which are left out and counted."""
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.contract.stage import run_stage
 from stages.preprocess import stage as preprocess
+from stages.tasks import settled
 from tests.conftest import REPOSITORY
 
 FILES = ("train", "validation", "test", "validation_asked")
@@ -151,3 +153,28 @@ def test_each_has_a_line_in_the_submission_or_rides_on_one(prepare: Callable[...
     rows = read_jsonl(made.run.path("preprocess", "asked.jsonl"))
     named = [name for row in rows for name in row["ids"]]
     assert sorted(named) == sorted(made.samples("test"))
+
+
+def test_questions_that_cannot_be_asked_are_told_before_anything_is_trained(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data" / "better-synth"
+    shutil.copytree(REPOSITORY / "recipes" / "data" / "better-synth", data)
+    first = read_jsonl(data / "textvqa.jsonl")[0]["image"]
+    lost = [row["image"] for row in read_jsonl(data / "textvqa.jsonl")].count(first)
+    (data / first).unlink()
+
+    def prepared(*overrides: str) -> Prepared:
+        sets = ("preprocess.data_juicer=null", *overrides)
+        recipe = settled(
+            load_recipe(REPOSITORY / "recipes" / "better-synth.yaml", "tiny", sets), "r", tmp_path / "data"
+        )
+        run = Run("r", recipe, Roots(tmp_path / "data", tmp_path / "models", tmp_path / "runs"))
+        return Prepared(run, run_stage(run, "preprocess", preprocess.work))
+
+    some = prepared()
+    assert some.code == Exit.DONE
+    assert some.manifest["counts"]["textvqa test samples that cannot be asked"] == lost
+    assert f"{lost} of 24 test samples of textvqa count as failed: textvqa/" in capfd.readouterr().err
+    assert prepared("preprocess.samples.textvqa_images=nope").code == Exit.DATA
+    assert "none of 24 test questions of textvqa can be asked: textvqa/" in capfd.readouterr().err

@@ -19,12 +19,13 @@ from stages.contract.recipe import Recipe, load_recipe, profile_names
 from stages.contract.records import Prediction, Sample
 from stages.json_lines import BadRecordError
 from stages.preprocess.split import split_questions
-from stages.tasks import RecordTask, load_task, settled
+from stages.tasks import RecordTask, Skip, load_task, settled
 from stages.tasks.better_synth import (
     ask,
     asked_rows,
     build_samples,
     read_answer,
+    read_others,
     read_records,
     records,
     score,
@@ -105,6 +106,11 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         table.writerows({"image": base64.b64encode(png("white")).decode(), **row} for row in rows)
 
 
+def read_all(recipe: Recipe, folder: Path, kept: Path, pictures: Path, skip: Skip) -> list[PictureQuestion]:
+    others = read_others(recipe, folder, pictures, skip)
+    return others + read_records(recipe, folder, kept, pictures, others, skip)
+
+
 def read(folder: Path, *overrides: str, kept: Path | None = None) -> tuple[dict[str, PictureQuestion], Skipped]:
     """The questions by their ids."""
     skipped: Skipped = []
@@ -114,7 +120,7 @@ def read(folder: Path, *overrides: str, kept: Path | None = None) -> tuple[dict[
 
     pictures = folder.parent / "run" / "preprocess" / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    found = read_records(recipe(*overrides), folder, kept or records(folder), pictures, skip)
+    found = read_all(recipe(*overrides), folder, kept or records(folder), pictures, skip)
     by_id = {question.id: question for question in found}
     assert len(by_id) == len(found), "ids are unique"
     return by_id, skipped
@@ -137,7 +143,7 @@ def test_it_is_a_task_that_reads_records() -> None:
     protocols = [RecordTask, *RecordTask.__bases__]
     wanted = {name for each in protocols for name in [*vars(each), *getattr(each, "__annotations__", {})]}
     lacking = {name for name in wanted if not name.startswith("_") and not hasattr(task, name)}
-    assert lacking == {"read_questions"}, "in place of which it has read_records"
+    assert lacking == {"read_questions"}, "in place of which it has read_others and read_records"
     assert task.READS_RECORDS and not task.READS_DOCUMENTS
 
 
@@ -188,6 +194,7 @@ def test_records_with_all_turns_need_no_original(tmp_path: Path) -> None:
         ({**CAPTION, "text": "<__dj__image>\n <|__dj__eoc|>"}, "an empty turn"),
         ({**CAPTION, "images": []}, "not one <image> for each picture"),
         ({**CAPTION, "images": ["images/none.png"]}, "picture cannot be read"),
+        ({**CAPTION, "images": ["images/a\0b.png"]}, "picture cannot be read"),
         ({**CAPTION, "images": ["../data/images/red.png"]}, "picture outside the data folder"),
         ({**CAPTION, "images": ["/etc/hostname"]}, "picture outside the data folder"),
         ({**CAPTION, "images": ["records_llava.json"]}, "no picture, or a broken one"),
@@ -401,6 +408,30 @@ def test_mmbench_without_answers_is_asked_once_and_not_scored(tmp_path: Path) ->
     assert [(question.id, question.split, question.answers) for question in asked] == [("mmbench/3", "asked", ())]
 
 
+@pytest.mark.parametrize(
+    ("lacking", "told"),
+    [
+        ({"records_llava": None}, "records_llava.json: no such file: records.jsonl:1 is a caption alone"),
+        ({"textvqa": None, "mmbench": None}, "no question to test on"),
+    ],
+)
+def test_what_is_not_there_is_found_before_data_juicer_works(
+    tmp_path: Path, lacking: dict[str, None], told: str
+) -> None:
+    folder = make(tmp_path / "data", **lacking)
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(DataError, match=told):
+        records(folder)
+        read_others(recipe(), folder, tmp_path / "pictures", lambda *_: None)
+
+
+def test_textvqa_joins_a_question_with_its_blanks(tmp_path: Path) -> None:
+    asked = {**TEXTVQA, "text": f" what is it?{ONE_WORD}"}
+    answers = {**ANNOTATION, "question": " what is it?"}
+    questions, skipped = read(make(tmp_path / "data", textvqa=[asked], textvqa_annotations={"data": [answers]}))
+    assert questions["textvqa/t1/1"].answers and not skipped
+
+
 def test_a_test_question_without_its_picture_fails_and_is_not_left_out(tmp_path: Path) -> None:
     lost = {**TEXTVQA, "image": "images/none.png"}
     broken = {**MMBENCH, "image": base64.b64encode(png()[:40] * 2).decode()}
@@ -509,7 +540,7 @@ def maker() -> ModuleType:
 
 def test_the_demo_is_read_whole_but_for_what_it_is_said_to_lack(tmp_path: Path) -> None:
     skipped: Skipped = []
-    found = read_records(recipe(), DEMO, records(DEMO), tmp_path, lambda *words: skipped.append(words))  # type: ignore[arg-type]
+    found = read_all(recipe(), DEMO, records(DEMO), tmp_path, lambda *words: skipped.append(words))  # type: ignore[arg-type]
     counts = Counter(question.source for question in found)
     assert counts == {"pretrain": 152, "finetune": 160, "textvqa": 24, "mmbench": 56}
     assert {reason for _, reason, _ in skipped} == {"its question is not in the original file"} and len(skipped) == 8

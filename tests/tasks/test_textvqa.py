@@ -290,7 +290,7 @@ def test_what_cannot_be_used_is_skipped_with_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"data": [1]}', '{"data": [{"image_id": "x", "question": "q"}]}', "{}"]
+    "content", ["{", "[]", '{"data": [1]}', '{"data": [{"image_id": "x", "question": "q"}]}', "{}", "[" * 100_000]
 )
 def test_annotations_of_another_form_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "annotations.json"

@@ -32,7 +32,8 @@ from stages.tasks.better_synth.records import (
     PictureQuestion,
     Samples,
     asked_rows,
-    read_all,
+    caption_questions,
+    other_questions,
     records_file,
     sources,
     without_words,
@@ -49,7 +50,7 @@ COMPONENTS = ("picture", "ocr", "adapter")
 SHARED: tuple[str, ...] = ()
 
 PICTURES = "preprocess/pictures"
-"""Where `read_records` is told to put pictures, relative to the run."""
+"""Where `read_others` and `read_records` are told to put pictures, relative to the run."""
 
 
 class Passes(Section):
@@ -70,9 +71,17 @@ def records(folder: Path) -> Path:
     return records_file(folder)
 
 
-def read_records(recipe: Recipe, folder: Path, records: Path, pictures: Path, skip: Skip) -> list[PictureQuestion]:
-    """The questions of all data sets, with the pictures that they show put into `pictures`."""
-    return read_all(folder, records, pictures, Samples.model_validate(recipe.preprocess.samples), skip)
+def read_others(recipe: Recipe, folder: Path, pictures: Path, skip: Skip) -> list[PictureQuestion]:
+    """The questions of the test sets, and the conversations to learn from."""
+    return other_questions(folder, pictures, Samples.model_validate(recipe.preprocess.samples), skip)
+
+
+def read_records(
+    recipe: Recipe, folder: Path, records: Path, pictures: Path, others: list[PictureQuestion], skip: Skip
+) -> list[PictureQuestion]:
+    """The captions to learn from."""
+    settings = Samples.model_validate(recipe.preprocess.samples)
+    return caption_questions(folder, records, pictures, settings, others, skip)
 
 
 def build_samples(recipe: Recipe, question: PictureQuestion, found: Found | None, split: str) -> list[Sample]:

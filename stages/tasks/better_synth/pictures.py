@@ -70,6 +70,8 @@ class Pictures:
             return self._made((self._data / path).read_bytes(), name)
         except OSError as error:
             return BadRecordError("picture cannot be read", f"{name} ({error.strerror})")
+        except ValueError as error:  # a name that no file can have, such as one with a null byte
+            return BadRecordError("picture cannot be read", f"{name!a} ({error})")
         except BadRecordError as error:
             return error
 

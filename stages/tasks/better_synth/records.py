@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -99,25 +100,44 @@ def sources(folder: Path) -> list[str]:
 
 
 def records_file(folder: Path) -> Path:
-    """The file of Data-Juicer records. Raises DataError where it is not there."""
-    path = folder / FILES[PRETRAIN]
+    """The file of Data-Juicer records. Raises DataError where it is not there, and where a record in it is a caption
+    alone and the file with the questions is not there."""
+    path, originals = folder / FILES[PRETRAIN], folder / ORIGINALS
     if not path.is_file():
         raise DataError(f"{path}: no such file; put the records in Data-Juicer's form there")
+    if not originals.is_file():
+        for row in read_rows(path):
+            with suppress(BadRecordError):
+                if not has_turns(_record_in(row)):
+                    raise DataError(
+                        f"{originals}: no such file: {row.where} is a caption alone, whose question is looked up there"
+                    )
     return path
 
 
-def read_all(folder: Path, records: Path, pictures: Path, settings: Samples, skip: Skip) -> list[PictureQuestion]:
-    """The questions of all data sets, those of the test sets first. What cannot be used is skipped with its file and
-    line. Raises DataError where nothing is left."""
+def other_questions(folder: Path, pictures: Path, settings: Samples, skip: Skip) -> list[PictureQuestion]:
+    """The questions of the test sets, and what is learnt from conversations. What cannot be used is skipped with its
+    file and line. Raises DataError where there is nothing to test on."""
     sources(folder)
     store = Pictures(folder, pictures, settings.pad)
     tested = [*_textvqa_questions(folder, settings, store, skip), *_mmbench_questions(folder, settings, store, skip)]
     if not tested:
         raise DataError(f"{folder}: no question to test on: neither in {FILES[TEXTVQA]} nor in {FILES[MMBENCH]}")
-    shown = {question.group for question in tested}
-    learnt = _finetune_questions(folder, store, shown, skip)
-    captions = _pretrain_questions(folder, records, store, shown, skip)
-    return [*tested, *learnt, *captions]
+    return [*tested, *_finetune_questions(folder, store, _shown(tested), skip)]
+
+
+def caption_questions(
+    folder: Path, records: Path, pictures: Path, settings: Samples, others: list[PictureQuestion], skip: Skip
+) -> list[PictureQuestion]:
+    """What is learnt from records; `others` are all other questions."""
+    tested = [question for question in others if question.source in (TEXTVQA, MMBENCH)]
+    store = Pictures(folder, pictures, settings.pad)
+    return list(_pretrain_questions(folder, records, store, _shown(tested), skip))
+
+
+def _shown(tested: list[PictureQuestion]) -> set[str]:
+    """The pictures of the test sets."""
+    return {question.group for question in tested}
 
 
 # -- to train on -------------------------------------------------------------------------------------------------
@@ -136,14 +156,12 @@ def _pretrain_questions(
     if not records.is_file():
         return
     path = folder / ORIGINALS
-    originals = read_originals(path, skip) if path.is_file() else None
+    originals = read_originals(path, skip) if path.is_file() else {}
 
     def read(row: Row) -> Llava:
         record = _record_in(row)
         if has_turns(record):
             return from_dj(record)
-        if originals is None:
-            raise DataError(f"{path}: no such file: {row.where} is a caption alone, whose question is looked up there")
         return restored(record, originals)
 
     yield from _conversations(PRETRAIN, records, read, store, tested, skip)

@@ -144,7 +144,9 @@ def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> I
 
 def _question(line: bytes, annotations: Annotations | None, where: str) -> TextVqaQuestion:
     record = object_in(line)
-    name, image, prompt = _id(record, "question_id"), text_of(record, "image"), text_of(record, "text")
+    name, image = _id(record, "question_id"), text_of(record, "image")
+    text_of(record, "text")
+    prompt = str(record["text"])  # as it is: with its blanks it joins the annotation
     question = question_in(prompt)
     answers: Sequence[str] = ()
     if annotations is not None:
@@ -180,7 +182,7 @@ def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
     try:
         held = json.loads(path.read_bytes())
         return {(_id(each, "image_id"), each["question"].lower()): _texts(each["answers"]) for each in held["data"]}
-    except (ValueError, KeyError, TypeError, AttributeError, BadRecordError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BadRecordError) as error:
         raise DataError(
             f"{path}: not TextVQA's annotations ({type(error).__name__}: {error}); there must be `data`, a list of"
             " objects with image_id, question and answers"
