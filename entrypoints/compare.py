@@ -32,8 +32,8 @@ def compare(runs: tuple[str, ...]) -> None:
     if len(names) < 2:
         raise UsageError(f"lorry compare {' '.join(runs)}: name two runs or more")
     try:
+        from stages.eval.compare import asked_otherwise, compared_with, refuse_other_sets, suspicions
         from stages.eval.compare import compare as compared
-        from stages.eval.compare import compared_with, refuse_other_sets, suspicions
     except ModuleNotFoundError as error:
         raise UsageError(
             f"lorry compare needs {error.name}: install requirements/host.txt, as `make setup` does"
@@ -51,7 +51,7 @@ def compare(runs: tuple[str, ...]) -> None:
     samples, questions = len(found[0].lines), len({line["together"] for line in found[0].lines})
     counted = f"{samples} test samples" + (f", counted as {questions}" if questions < samples else "")
     click.echo(f"{counted}; percent and points with 95% intervals; * where the interval leaves out 0")
-    for line in [*missing, *(f"suspicious: {line}" for line in suspicions(found))]:
+    for line in [*missing, *asked_otherwise(found), *(f"suspicious: {line}" for line in suspicions(found))]:
         click.secho(line, fg="red", bold=True)
 
 
@@ -93,7 +93,7 @@ def _read(roots: "Roots", name: str) -> "Evaluated | str":
         return "eval scored no sample"
     recipe = recipe_of(folder)
     base = reader.manifests["infer"]["inputs"].get("models/base", "")
-    return Evaluated(name, recipe.task, recipe.eval.scoring, base, figures, lines)
+    return Evaluated(name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines)
 
 
 def _recipe_settings(roots: "Roots", name: str) -> tuple[int, int]:

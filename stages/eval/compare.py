@@ -33,6 +33,8 @@ class Evaluated:
     task: str
     scoring: Mapping[str, Any]
     """eval.scoring of the recipe."""
+    shown: Mapping[str, Any]
+    """preprocess.samples of the recipe: what the samples show."""
     base_model: str
     """Digest of the base model."""
     figures: Mapping[str, Figures]
@@ -157,6 +159,17 @@ def _difference(
 def _share(answers: Mapping[str, str], others: Mapping[str, str]) -> float | None:
     both = answers.keys() & others.keys()
     return 100 * sum(answers[name] == others[name] for name in both) / len(both) if both else None
+
+
+def asked_otherwise(runs: Sequence[Evaluated]) -> list[str]:
+    """Sentences on runs that were asked the same questions in another way than the first: a difference may be that."""
+    first, told = runs[0], []
+    for other in runs[1:]:
+        keys = sorted(key for key in {*first.shown, *other.shown} if first.shown.get(key) != other.shown.get(key))
+        if keys:
+            values = ", ".join(f"{key} {other.shown.get(key)!r} for {first.shown.get(key)!r}" for key in keys)
+            told.append(f"{other.run} was asked otherwise than {first.run} (preprocess.samples: {values})")
+    return told
 
 
 # -- what is suspicious ------------------------------------------------------------------------------------------

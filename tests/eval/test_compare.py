@@ -8,7 +8,7 @@ import pytest
 
 from stages.contract.errors import UsageError
 from stages.contract.files import digest_of
-from stages.eval.compare import Evaluated, compare, compared_with, refuse_other_sets, suspicions
+from stages.eval.compare import Evaluated, asked_otherwise, compare, compared_with, refuse_other_sets, suspicions
 from stages.eval.scores import cluster_bootstrap
 
 COUNT = 40
@@ -58,8 +58,14 @@ def run_of(name: str, models: dict[str, Answers], count: int = COUNT, **changes:
         values = np.array([line["models"][model]["scores"]["exact"] for line in lines])  # type: ignore[index]
         cell = {"value": 100 * values.mean(), "low": 0.0, "high": 100.0, "n": count, "failed": 0}
         figures[model] = {"exact": cell}
-    fields: dict[str, Any] = {"task": "words", "scoring": {}, "base_model": "b" * 64, **changes}
+    fields: dict[str, Any] = {"task": "words", "scoring": {}, "shown": {}, "base_model": "b" * 64, **changes}
     return Evaluated(name, figures=figures, lines=lines, **fields)
+
+
+def test_what_was_asked_otherwise_is_told() -> None:
+    first, other = (run_of(name, {"base": every(2)}, shown={"ocr": ocr}) for name, ocr in (("a", True), ("b", False)))
+    assert asked_otherwise([first, other]) == ["b was asked otherwise than a (preprocess.samples: ocr False for True)"]
+    assert asked_otherwise([first, first]) == []
 
 
 # -- differences ---------------------------------------------------------------------------------------------------

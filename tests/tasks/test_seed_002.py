@@ -309,7 +309,7 @@ def test_defect_1_answers_that_no_model_gave_are_found_out() -> None:
         }
         scores = score_models(better_synth, recipe, samples, given)  # type: ignore[arg-type]
         figures, _ = overall(scores, 100, 1)
-        return Evaluated(name, "better_synth", {}, "b" * 64, figures, scored_lines(scores))
+        return Evaluated(name, "better_synth", {}, {}, "b" * 64, figures, scored_lines(scores))
 
     blank = [f"wrong {number}" for number in range(5000)]
     baseline, custom = run("baseline", blank, answers), run("custom", blank, answers)
