@@ -128,6 +128,34 @@ def test_what_cannot_be_used_is_skipped_with_its_line(tmp_path: Path) -> None:
         picture_bytes(replace(found[0], image="no base64!"))
 
 
+@pytest.mark.parametrize("index", ["²", "٣", "1" * 5_000, "-1", "1e3", ""])
+def test_an_index_that_is_no_number_is_skipped_wherever_it_is_read(tmp_path: Path, index: str) -> None:
+    path = tsv(tmp_path / "a.tsv", [{**line(1), "index": index}, line(2)])
+    assert not has_rotations(path)
+    found, skipped = read(path)
+    assert [row.index for row in found] == [2]
+    assert [why[:2] for why in skipped] == [("a.tsv:2", "index is no number")]
+
+
+def test_a_row_that_ends_before_its_index_is_skipped(tmp_path: Path) -> None:
+    path = tsv(tmp_path / "a.tsv", [line(1)], ["question", *[name for name in COLUMNS if name != "question"]])
+    path.write_text(f"{path.read_text(encoding='utf-8')}alone\n", encoding="utf-8")
+    assert not has_rotations(path)
+    found, skipped = read(path)
+    assert [row.index for row in found] == [1]
+    assert [why[:2] for why in skipped] == [("a.tsv:3", "index is no number")]
+
+
+@pytest.mark.parametrize("changes", [{"question": "什么颜色？"}, {"hint": "看图"}, {"B": "蓝色"}])
+def test_what_is_no_utf8_is_skipped_and_not_asked_as_it_reads(tmp_path: Path, changes: dict[str, str]) -> None:
+    """As Windows writes Chinese: GBK. What is ASCII reads the same, and is kept."""
+    path = tsv(tmp_path / "a.tsv", [line(1, **changes), line(2)])
+    path.write_bytes(path.read_text(encoding="utf-8").encode("gbk"))
+    found, skipped = read(path)
+    assert [row.index for row in found] == [2]
+    assert [why[:2] for why in skipped] == [("a.tsv:2", "not UTF-8")]
+
+
 @pytest.mark.parametrize("lacks", ["index", "question", "A", "B", "image"])
 def test_a_table_without_a_column_is_refused(tmp_path: Path, lacks: str) -> None:
     columns = [name for name in COLUMNS if name != lacks]
@@ -309,6 +337,52 @@ def test_letters_by_rule(said: str, letter: str | None) -> None:
     assert letter_in(said, OPTIONS) == letter
 
 
+IN_CHINESE = {"A": "狗", "B": "猫", "C": "红、蓝", "D": "B超"}
+
+SAID_IN_CHINESE = [
+    ("D。", "D"),
+    ("D｡", "D"),
+    ("B、", "B"),
+    ("B；", "B"),
+    ("B，因为它有胡须", "B"),
+    ("B、猫", "B"),
+    ("B。图中是一只小动物", "B"),
+    ("B选项", "B"),
+    ("B 选项是对的", "B"),
+    ("应该是B选项。", "B"),
+    ("【B】", "B"),
+    ("「B」", "B"),
+    ("『B』猫", "B"),
+    ("“B”", "B"),
+    ("答案为【B】。", "B"),
+    ("答案是“B”", "B"),
+    ("是B", "B"),
+    ("应该是B。", "B"),
+    ("正确的是【B】", "B"),
+    ("B猫", "B"),
+    ("B猫。", "B"),
+    ("红、蓝。", "C"),
+    ("这是B超", "D"),  # the text of D, no letter
+    ("A猫", None),  # the text of another
+    ("不是B", None),
+    ("不是B选项", None),
+    ("不选B", None),
+    ("A、B", None),
+    ("【A】「B」", None),
+    ("B类", None),
+    ("E。", None),
+]
+
+
+@pytest.mark.parametrize(("said", "letter"), SAID_IN_CHINESE)
+def test_letters_as_chinese_writes_them(said: str, letter: str | None) -> None:
+    assert letter_in(said, IN_CHINESE) == letter
+
+
+def test_an_english_word_that_starts_with_a_letter_is_no_letter() -> None:
+    assert letter_in("bus", {"A": "cat", "B": "us"}) is None
+
+
 def test_a_text_that_ends_in_a_letter_is_the_text() -> None:
     vitamins = {"A": "vitamin B", "B": "vitamin C", "C": "vitamin D"}
     assert letter_in("Vitamin C.", vitamins) == "B"
@@ -356,6 +430,21 @@ def test_the_upload_has_llavas_columns(tmp_path: Path) -> None:
         ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"],
         [5, "1 < 2 & 'x'?", "cat", "dog", None, None, "B", "A", "dev"],
         [1000005, "What is in picture 1000005?", "a", "b", "c", "d", "I do not know", "A", "dev"],
+    ]
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_rows_whose_last_cells_an_editor_cut_off_are_uploaded(tmp_path: Path, short: int) -> None:
+    path = tsv(tmp_path / "dev.tsv", [line(1, split=""), line(2, split="")])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[1 + short] = lines[1 + short].rstrip("\t")
+    assert lines[1 + short].count("\t") < lines[0].count("\t")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    write_xlsx(tmp_path / "a.xlsx", rows_of(path, {1: ("A", "A"), 2: ("B", "B")}))
+    assert cells(tmp_path / "a.xlsx") == [
+        ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"],
+        [1, "What is in picture 1?", "cat", "dog", "bird", None, "A", "A", None],
+        [2, "What is in picture 2?", "cat", "dog", "bird", None, "B", "A", None],
     ]
 
 

@@ -95,10 +95,14 @@ def read_rows(path: Path, skip: Skip) -> Iterator[MMBenchRow]:
 
 def has_rotations(path: Path) -> bool:
     """Whether a TSV holds the rotations of its questions itself. Reads it until it finds one."""
-    return any(columns["index"].strip().isdigit() and int(columns["index"]) >= COPIES for _, columns in _rows(path))
+    return any((_index(columns) or 0) >= COPIES for _, columns in _rows(path))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each row's place and all its columns: editors cut off the tabs at a line's end, which leaves the last ones out.
+
+    What is no UTF-8 becomes U+FFFD, so that one row alone is lost for it.
+    """
     csv.field_size_limit(LONGEST_FIELD)
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         lines = csv.reader(file, delimiter="\t")
@@ -109,27 +113,37 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 raise DataError(f"{path}: no MMBench TSV, it has no column {missing[0]!r}; found {header[:20]}")
             for values in lines:
                 if values:
-                    yield f"{path.name}:{lines.line_num}", dict(zip(header, values, strict=False))
+                    columns = dict.fromkeys(header, "") | dict(zip(header, values, strict=False))
+                    yield f"{path.name}:{lines.line_num}", columns
         except csv.Error as error:
             raise DataError(f"{path}:{lines.line_num}: no row of a TSV ({error})") from error
 
 
+def _index(columns: Mapping[str, str]) -> int | None:
+    """A row's index; None for anything but ASCII digits."""
+    text = columns["index"].strip()
+    return int(text) if re.fullmatch(r"[0-9]{1,12}", text) else None
+
+
 def _row(columns: Mapping[str, str], where: str) -> MMBenchRow:
-    index = columns["index"].strip()
-    if not (index.isascii() and index.isdigit()):
-        raise BadRecordError("index is no number", index[:100])
+    index = _index(columns)
+    if index is None:
+        raise BadRecordError("index is no number", columns["index"][:100])
+    for name in ("question", "hint", *LETTERS):
+        if "\N{REPLACEMENT CHARACTER}" in columns.get(name, ""):
+            raise BadRecordError("not UTF-8", f"{name} reads {columns[name][:60]!r}: save the table as UTF-8")
     question, image = columns.get("question", ""), columns.get("image", "")
     for name, text in (("question", question), ("image", image)):
         if _is_none(text):
             raise BadRecordError(f"no {name}")
     options = _options(columns)
     if len(options) < 2:
-        raise BadRecordError("fewer than two options", index)
+        raise BadRecordError("fewer than two options", str(index))
     answer = columns.get("answer", "").strip().upper()
     if not _is_none(answer) and answer not in LETTERS[: len(options)]:
         raise BadRecordError("answer is no option", answer[:100])
     return MMBenchRow(
-        int(index),
+        index,
         question,
         hint="" if _is_none(columns.get("hint", "")) else columns["hint"],
         options=options,
@@ -226,13 +240,18 @@ def prompt(question: str, hint: str, options: Mapping[str, str]) -> str:
 
 # -- the letter in an answer -------------------------------------------------------------------------------------
 
+_SIGNS = str.maketrans("。、【】〔〕「」『』“”‘’", ".,[][]" + '"' * 6 + "'" * 2)
+"""Chinese signs that NFKC leaves as they are, and what they are here; it turns those as wide as a character, such as
+a comma or a colon, itself."""
 _LETTER = r"([A-H])(?![A-Za-z0-9'])"
 _ALONE = re.compile(r"(?<![A-Za-z0-9'])(A(?!\s+[a-z])|[B-H])(?![A-Za-z0-9'])")
 """A letter that is no part of a word, and no article."""
-_LEADING = re.compile(rf"[(\[]?{_LETTER}\s*[)\].:]")
+_LEADING = re.compile(rf"[(\[\"]?{_LETTER}(?:\"|\s*[)\].:,;]|\s*选?项)")
 _STATED = re.compile(
-    rf"(?:(?i:\b(?:answer|option|choice))|答案|选项|选择?)\s*(?:(?i:is)|[是为])?\s*:?[\s*(\[]*{_LETTER}"
+    rf"(?:(?i:\b(?:answer|option|choice))|答案|选项|(?<!不)选择?)\s*(?:(?i:is)|[是为])?\s*:?[\s*(\[\"]*{_LETTER}"
 )
+_IS = re.compile(rf"(?<!不)是[\s*(\[\"]*{_LETTER}[\s*)\]\"]*(?:选?项|[.,;!]|$)")
+"""A letter that more words follow may be part of one, as in 这是B超."""
 _BRACKETED = re.compile(rf"[(\[]{_LETTER}[)\]]")
 _LAST = re.compile(rf"(?:^|[\s:*]){_LETTER}[.!*]*$")
 
@@ -241,25 +260,36 @@ def letter_in(text: str, options: Mapping[str, str]) -> str | None:
     """The letter that an answer means, of those of `options` (letter -> text); None where it means none, or several.
 
     By rule alone, the first that finds anything decides: a bare letter; the text of an option; where only one letter is
-    named, one in front, as "B." or "(B) dog", "Answer: B" or 答案是B, "(B)" anywhere, a lone letter at the end; and the
-    text of just one option within an answer that is not much longer, as in VLMEvalKit. "A dog" names no letter.
+    named, one in front, as "B.", "(B) dog" or B选项, "Answer: B" or 答案是B, a last 是B, "(B)" anywhere, a lone letter
+    at the end, B猫 where 猫 is B's text; and the text of just one option within an answer that is not much longer, as
+    in VLMEvalKit. "A dog" names no letter.
     """
-    folded = " ".join(unicodedata.normalize("NFKC", text).split())
-    bare = folded.strip("()[].:,!*\"' ").upper()
+    folded = _folded(text)
+    bare = folded.strip("()[].:,;!*\"' ").upper()
     if bare in options and len(bare) == 1:
         return bare
     whole = [letter for letter, option in options.items() if _plain(option) == _plain(folded)]
     rules = [whole, _mentioned(_plain(folded), options)]
     if len(set(_ALONE.findall(folded))) < 2:
         leading = _LEADING.match(folded)
-        named = [pattern.findall(folded) for pattern in (_STATED, _BRACKETED, _LAST)]
-        rules[1:1] = [[leading.group(1)] if leading else [], *named]
+        named = [pattern.findall(folded) for pattern in (_STATED, _IS, _BRACKETED, _LAST)]
+        joined = [
+            letter
+            for letter, option in options.items()
+            if _CHINESE.match(option) and _plain(folded) == _plain(letter + option)
+        ]
+        rules[1:1] = [[leading.group(1)] if leading else [], *named, joined]
     letters = set(next((found for found in rules if found), []))
     return letters.pop() if len(letters) == 1 and letters <= options.keys() else None
 
 
+def _folded(text: str) -> str:
+    """On one line, with signs and letters of one width."""
+    return " ".join(unicodedata.normalize("NFKC", text).translate(_SIGNS).split())
+
+
 def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold().strip(".,!?:;\"' 。，！？：；")
+    return _folded(text).casefold().strip(".,!?:;\"' ")
 
 
 def _mentioned(text: str, options: Mapping[str, str]) -> list[str]:
