@@ -265,6 +265,19 @@ def test_many_joints_are_put_in_order_without_trying_all() -> None:
     assert found == [OfficialError(1, 0, 0)] * 12
 
 
+def test_of_many_joints_too_the_first_true_ones_alone_are_compared() -> None:
+    """The official rule zips orders of the predictions with the true joints: with 9 for 10 the last has no partner, and
+    the first, which nothing was predicted for, has a wrong one."""
+    true = [DRAWER, *[hinge(1, 0, 0.1 * place) for place in range(9)]]
+    found = official_pairs(true[1:], true)
+    assert found == [OfficialError(0), *[OfficialError(1, 0, 0)] * 8]
+
+
+def test_more_joints_than_there_are_may_be_any_of_them() -> None:
+    true = [hinge(1, 0, 0.1 * place) for place in range(9)]
+    assert official_pairs([DRAWER, *true], true) == [OfficialError(1, 0, 0)] * 9
+
+
 # -- through the task ------------------------------------------------------------------------------------------------
 
 

@@ -185,14 +185,15 @@ def official_pairs(predicted: Sequence[Joint], true: Sequence[Joint]) -> list[Of
     """The figures of the official evaluation (Real2Code, eval_utils/joint_eval.py): of the order of the predictions
     that has the least mean of mean type error, mean degrees and mean metres, each joint beside the true one of its
     place. Missing and extra joints are dropped in silence; only an answer without any is punished: all types wrong.
+    Of too few predictions the first true joints are the partners, whichever were meant.
 
     All orders are tried, as there, while they are no more than 50,000; else one is found by the optimal assignment of
     the sum of the three.
     """
     if not predicted:
         return [OfficialError(0) for _ in true]
-    errors = [[official_error(joint, wanted) for joint in predicted] for wanted in true]
     count = min(len(predicted), len(true))
+    errors = [[official_error(joint, wanted) for joint in predicted] for wanted in true[:count]]
     orders = int(np.prod([float(len(predicted) - place) for place in range(count)]))
     if orders > MOST_PERMUTATIONS:
         from scipy.optimize import linear_sum_assignment
