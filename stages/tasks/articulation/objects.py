@@ -1,7 +1,6 @@
 """The data folder: boxes of every view of an object, and the joints that its URDF states for them."""
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -150,10 +149,7 @@ def box_in(record: dict[str, Any]) -> Box:
     """
     for key, shape in (("center", (3,)), ("R", (3, 3)), ("extent", (3,))):
         value = record.get(key)
-        rows = value if isinstance(value, list) else []
-        flat = [each for row in rows for each in (row if isinstance(row, list) else [row])]
-        numbers = all(type(each) in (int, float) and abs(each) < 1e6 for each in flat)
-        if not numbers or len(flat) != math.prod(shape) or np.shape(rows) != shape:
+        if not _is_numbers(value, shape):
             raise BadRecordError(f"{key} is no {'x'.join(map(str, shape))} numbers", json.dumps(value)[:100])
     box = box_from(record)
     if not (box.extent > 0).all():
@@ -162,6 +158,13 @@ def box_in(record: dict[str, Any]) -> Box:
     if not (np.abs(lengths - 1) < 0.2).all() or not 0.5 < abs(np.linalg.det(box.rotation)) < 1.5:
         raise BadRecordError("R is no rotation", json.dumps(record["R"])[:100])
     return box
+
+
+def _is_numbers(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether lists in lists are of a shape throughout, and numbers below a million; NumPy raises for ragged ones."""
+    if not shape:
+        return type(value) in (int, float) and abs(value) < 1e6
+    return isinstance(value, list) and len(value) == shape[0] and all(_is_numbers(each, shape[1:]) for each in value)
 
 
 # -- joints --------------------------------------------------------------------------------------------------------

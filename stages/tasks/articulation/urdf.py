@@ -23,6 +23,10 @@ TYPES = {"revolute": HINGE, "continuous": HINGE, "prismatic": SLIDE}
 """The joints that move; `fixed` ones do not, and others have no label."""
 
 
+BELOW = 1e6
+"""What numbers, and the places that add up from them, must be below: labels are read with the same bound."""
+
+
 @dataclass(frozen=True, eq=False)
 class UrdfJoint:
     """What moves a link against its parent, in the world and at rest."""
@@ -99,8 +103,10 @@ def _joint(element: ET.Element, child: str, parent: str, turn: Array, pos: Array
         raise BadRecordError("joint type without a label", f"{kind!r}; there are: fixed, {', '.join(TYPES)}")
     if kind == "fixed":
         return UrdfJoint(child, parent, None, pos, np.zeros(3), None)
+    if not (np.abs(pos) < BELOW).all():
+        raise BadRecordError("mobility.urdf: not below a million", f"link {child!r} is at {pos.tolist()}")
     axis = np.array(_numbers(element.find("axis"), "xyz", (1.0, 0.0, 0.0)))
-    if not np.linalg.norm(axis) > 0:
+    if not np.linalg.norm(axis) > 1e-6:
         raise BadRecordError("joint without an axis", f"of link {child!r}")
     limit = element.find("limit")
     limits = None
@@ -138,6 +144,9 @@ def _numbers(element: ET.Element | None, key: str, default: tuple[float, ...]) -
 
 
 def _number(word: str, key: str) -> float:
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word) or not math.isfinite(float(word)):
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word):
         raise BadRecordError("mobility.urdf: not a number", f"{key}: {word!r}"[:100])
-    return float(word)
+    value = float(word)
+    if not abs(value) < BELOW:
+        raise BadRecordError("mobility.urdf: not below a million", f"{key}: {word!r}"[:100])
+    return value
