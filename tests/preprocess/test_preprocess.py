@@ -316,7 +316,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes_and_renders_no_finis
             process.wait(chance.uniform(0.4, longest))
         except subprocess.TimeoutExpired:
             killed += 1
-        os.kill(process.pid, signal.SIGKILL)  # the stage alone: its workers must end by themselves
+            os.kill(process.pid, signal.SIGKILL)  # the stage alone: its workers must end by themselves
         process.communicate()
         before, known = known, finished_pages(folder) if folder.exists() else {}
         assert {path: known[path] for path in before} == before
@@ -435,7 +435,11 @@ def test_a_recipe_that_is_none(lorry: Lorry, recipe_file: Path) -> None:
         (str(recipe_file), "--run", "../up"): "one folder name",
         (str(recipe_file), "--profile", "tiny"): "no profile 'tiny'",
         (str(recipe_file), "--set", "train.rnk=2"): "did you mean 'rank'?",
-        (str(recipe_file), "--set", "task=patent"): "no task 'patent'; there are: extractive_qa",
+        (
+            str(recipe_file),
+            "--set",
+            "task=patent",
+        ): "no task 'patent'; there are: articulation, better_synth, extractive_qa",
     }.items():
         code, told = refused(lorry, *arguments)
         assert code == 2, arguments

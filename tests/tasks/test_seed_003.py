@@ -20,7 +20,7 @@ import yaml
 
 from stages.contract.errors import Exit
 from stages.contract.files import read_json, read_jsonl, write_json, write_jsonl
-from stages.contract.recipe import Adapter, Recipe, load_recipe
+from stages.contract.recipe import Adapter, Recipe, Train, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.contract.stage import run_stage
@@ -253,12 +253,13 @@ def test_defect_02_what_is_too_long_is_counted_and_listed_and_never_cut(
         train: list[Path]
         validation: list[Path]
         mix: Adapter
+        settings: Train
         seed: int = 0
         processes: int = 1
 
     write_jsonl(tmp_path / "in.jsonl", [*samples, long])
-    work: Any = Work([tmp_path / "in.jsonl"], [tmp_path / "in.jsonl"], Adapter(name="all"))
-    counts, left_out = _write_samples(work, Sft(), tmp_path)
+    work: Any = Work([tmp_path / "in.jsonl"], [tmp_path / "in.jsonl"], Adapter(name="all"), job.recipe.train)
+    counts, left_out, _ = _write_samples(work, Sft(), tmp_path)
     assert left_out == {"train": ["long/0"], "validation": ["long/0"]}
     kept = read_jsonl(tmp_path / "train.jsonl")
     assert counts["train"] == len(kept) == len(samples)
