@@ -1,10 +1,9 @@
 """Which cards `lorry launch` gives its stages: GPUS and LORRY_GPU_DENY, what NVML shows, and what the job needs."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from entrypoints.common import open_run
 from entrypoints.selftest import ON_CARDS
@@ -12,6 +11,7 @@ from stages.contract.errors import DoesNotFitError, LorryError, UsageError
 from stages.hardware.holds import Holds
 from stages.hardware.pick import (
     GIB,
+    Bytes,
     Capability,
     Need,
     Wish,
@@ -24,6 +24,9 @@ from stages.hardware.pick import (
 )
 from stages.hardware.probe import Cards, Gpu, Machine
 from stages.hardware.targets import Target, load_targets, named_target, target_of
+
+if TYPE_CHECKING:
+    from stages.contract.recipe import Recipe, Train
 
 DEFAULT = "GPUS is not given, which means GPU 0"
 """As plain Compose does: not every card of a box that others share."""
@@ -79,6 +82,8 @@ def choose_cards(
         need, told = needed(on_cards, options), ""
         if "train" not in on_cards and (wish.count or 1) > 1:
             wish, told = replace(wish, count=1), f"infer computes on one card: GPUS={wish.text} takes one"
+        if wish.count is not None:
+            _refuse_unusable_number(on_cards, options, wish.count)
         pick = pick_cards(wish, need, found.gpus, denied, holds, _oldest(named))
         return Chosen(pick.cards, auto=True, lines=(*pick.lines, *([told] if told else [])))
     cards = named_cards(wish, found.gpus, denied) if wish else _default(found.gpus, denied, bool(on_cards))
@@ -157,9 +162,11 @@ def to_do(stages: tuple[str, ...], last: str, force: bool, options: dict[str, An
 
 def needed(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
     """What these stages need of each card. Raises UsageError where the recipe or the model is not there."""
+    from stages.hardware.fit import makes_exact_batches, most_gpus
     from stages.hardware.shape import read_shape
 
     run = open_run(**options)
+    settings = run.recipe.train
     shape = read_shape(run.model(run.recipe.model.path, "model.path"))
     answering = answering_bytes(shape.disk_bytes if shape.quantisation else shape.parameters * 2)
     if "train" not in stages:
@@ -169,8 +176,26 @@ def needed(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
     return Need(
         asked=lambda number, capability: max(asked(number, capability), least_answering),
         least=lambda number, capability: max(least(number, capability), least_answering),
-        most=run.recipe.train.effective_batch,
+        most=most_gpus(settings),
+        usable=lambda number: makes_exact_batches(settings, number),
     )
+
+
+def _refuse_unusable_number(stages: tuple[str, ...], options: dict[str, Any], number: int) -> None:
+    """Raise DoesNotFitError where exactly so many cards are wanted, and training would refuse them."""
+    from stages.hardware.batch import plan_batch, refuse_inexact
+
+    settings = open_run(**options).recipe.train
+    if "train" not in stages or not settings.exact_batch:
+        return
+    for phase in _phases(settings):
+        batch = plan_batch(phase.effective_batch, phase.micro_batch, number)
+        refuse_inexact(batch, phase.key_of("effective_batch"))
+
+
+def _phases(settings: "Train") -> "list[Train]":
+    """The settings of each phase of training: of the connector, where there is one, and of the adapters."""
+    return [settings] if settings.connector is None else [settings.of_connector(), settings]
 
 
 def answering_bytes(weights: int) -> int:
@@ -179,19 +204,22 @@ def answering_bytes(weights: int) -> int:
     return int(weights * 1.2) + 2 * GIB
 
 
-def _training(shape: Any, recipe: Any) -> tuple[Callable[[int, Capability], int], Callable[[int, Capability], int]]:
-    """Bytes for training on each of a number of cards, as `lorry plan` has them: as asked, and in the leanest way."""
+def _training(shape: Any, recipe: "Recipe") -> tuple[Bytes, Bytes]:
+    """Bytes for training on each of a number of cards, as `lorry plan` has them: as asked, and in the leanest way. Of
+    two phases, what the larger takes."""
     from stages.hardware.fit import plan_training
     from stages.hardware.memory import lengths_at_most
 
-    settings = recipe.train
-    lengths = lengths_at_most(recipe)
+    phases = [
+        (settings, lengths_at_most(recipe.model_copy(update={"train": settings}))) for settings in _phases(recipe.train)
+    ]
 
     @cache
     def planned(number: int, capability: Capability, memory: int | None) -> int:
         dtype = target_of(_machine_of(capability), load_targets()).dtype
-        dtype = dtype if settings.precision == "auto" else settings.precision
-        return int(plan_training(shape, settings, number, dtype, memory, lengths).estimate.total)
+        dtype = dtype if recipe.train.precision == "auto" else recipe.train.precision
+        ways = [plan_training(shape, settings, number, dtype, memory, lengths) for settings, lengths in phases]
+        return int(max(way.estimate.total for way in ways))
 
     # with a single byte to fit in, the plan goes down to the leanest way
     return (lambda number, capability: planned(number, capability, None)), (

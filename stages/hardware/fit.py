@@ -63,6 +63,21 @@ def unplanned(settings: Train, processes: int, dtype: str) -> Way:
     return Way(settings, batch, sharding, dtype, Estimate(*[0] * 8))
 
 
+def most_gpus(settings: Train) -> int:
+    """GPUs beyond which a step would have more samples than the recipe wants, in either phase."""
+    return min(_effective_batches(settings))
+
+
+def makes_exact_batches(settings: Train, gpus: int) -> bool:
+    """Whether train.exact_batch allows so many GPUs: the effective batches of both phases must be multiples of them."""
+    return not settings.exact_batch or all(batch % gpus == 0 for batch in _effective_batches(settings))
+
+
+def _effective_batches(settings: Train) -> list[int]:
+    first = [settings.connector.effective_batch] if settings.connector else []
+    return [settings.effective_batch, *first]
+
+
 def as_asked(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Way:
     """The recipe's own way; with sharding `auto`, unsharded."""
     return next(_ways(shape, settings, processes, dtype, lengths))
@@ -161,8 +176,8 @@ def _on_other_gpus(
     """On fewer GPUs, which need no NCCL or divide a batch otherwise, or on more, of which ZeRO-3 gives each a part of
     the base; the nearest number first."""
     free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
-    most = min(MOST_GPUS, settings.effective_batch)  # more would make the batch larger
-    others = [gpus for gpus in range(1, most + 1) if gpus != processes]
+    most = min(MOST_GPUS, most_gpus(settings))
+    others = [gpus for gpus in range(1, most + 1) if gpus != processes and makes_exact_batches(settings, gpus)]
     for gpus in sorted(others, key=lambda gpus: (abs(gpus - processes), gpus)):
         for each in (settings, free) if settings.sharding != "auto" else (free,):
             way = plan_training(shape, each, gpus, dtype, memory, lengths)

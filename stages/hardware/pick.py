@@ -28,6 +28,8 @@ class Need:
     """In the leanest way that gives the same result; taken where not enough cards have what is asked."""
     most: int
     """Cards that it can use."""
+    usable: Callable[[int], bool] = lambda _number: True
+    """Whether it can use just so many."""
 
     @staticmethod
     def of(amount: int, most: int = 1) -> "Need":
@@ -201,7 +203,7 @@ def pick_cards(
             else:
                 free.append(gpu)
         for amount in (need.asked, need.least):
-            taken = _best(free, wish.count, need.most, amount)
+            taken = _best(free, wish.count, need, amount)
             if taken:
                 break
         for gpu in free:
@@ -225,7 +227,7 @@ def out_of_question(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0
     return ""
 
 
-def _best(free: list[Gpu], count: int | None, most: int, amount: Bytes) -> tuple[Gpu, ...]:
+def _best(free: list[Gpu], count: int | None, need: Need, amount: Bytes) -> tuple[Gpu, ...]:
     """The cards to take, by index; none where too few fit. `free` has those with the most free memory first.
 
     Of several kinds of card, that with the most cards that fit, then the newer.
@@ -234,7 +236,7 @@ def _best(free: list[Gpu], count: int | None, most: int, amount: Bytes) -> tuple
     kinds = sorted(free, key=lambda gpu: gpu.capability)
     for capability, group in groupby(kinds, key=lambda gpu: gpu.capability):
         cards = list(group)
-        for number in [count] if count else range(min(len(cards), most), 0, -1):
+        for number in [count] if count else filter(need.usable, range(min(len(cards), need.most), 0, -1)):
             fitting = [gpu for gpu in cards if gpu.memory_free >= amount(number, capability)]
             if len(fitting) >= number:
                 found.append((len(fitting), capability, fitting[:number]))
@@ -260,7 +262,7 @@ def _refusal(wish: Wish, need: Need, gpus: tuple[Gpu, ...], free: list[Gpu], rea
     if not gpus:
         return f"GPUS={wish.text}: NVML shows no cards here to choose from: name them, or take TARGET=cpu"
     newest = max(gpu.capability for gpu in free or gpus)
-    possible = range(1, max(min(len(free), need.most), 1) + 1)
+    possible = filter(need.usable, range(1, max(min(len(free), need.most), 1) + 1))
     number = wish.count or min(possible, key=lambda number: need.least(number, newest))
     asked, least = need.asked(number, newest), need.least(number, newest)
     lean = f" ({gib(least)} at the least)" if least < asked else ""

@@ -305,6 +305,29 @@ def test_auto_takes_no_more_cards_than_the_effective_batch(
     assert done.visible[-1] == ("train", "1,3"), done.output
 
 
+def test_auto_takes_a_number_of_cards_that_makes_the_exact_batches(
+    box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORRY_GPU_DENY", "5,6,7")
+    exact = ("--set", "train.effective_batch=16", "--set", "train.exact_batch=true")
+    assert small(local, "train", "--gpus", "auto", *exact).visible[-1] == ("train", "1,2,3,4"), "5 do not divide 16"
+    both = ("--set", "train.connector={effective_batch: 6}")
+    assert small(local, "train", "--gpus", "auto", *exact, *both).visible[-1] == ("train", "1,3")
+    refused = small(local, "train", "--gpus", "auto:3", *exact)
+    assert (refused.code, refused.visible) == (4, []), refused.output
+    assert "train.effective_batch is 16 and train.exact_batch is set, but 3 GPU(s) make" in refused.output
+
+
+def test_auto_counts_with_the_larger_of_both_phases(lorry: Lorry, language_model: Path, box: Box) -> None:
+    def asked(*overrides: str) -> int:
+        recipe = {"recipe": "patent-qa", "profile": "tiny", "data": None, "overrides": overrides, "run_name": "r"}
+        return needed(("train",), recipe).asked(1, (8, 0))
+
+    alone = asked()
+    assert asked("train.connector={micro_batch: 1, max_length: 64}") == alone, "the second phase is the larger"
+    assert asked("train.connector={micro_batch: 64, max_length: 4096}") > 2 * alone, "the first is"
+
+
 def test_auto_takes_cards_that_only_a_leaner_way_fits_on(
     box: Box, local: Launch, lorry: Lorry, language_model: Path
 ) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from stages.contract.recipe import Train
+from stages.contract.recipe import Connector, Train
 from stages.hardware.fit import Offers, as_asked, disk_bytes, least_memory, plan_training, smallest_changes
 from stages.hardware.memory import Lengths
 from stages.hardware.shape import ModelShape, read_shape
@@ -107,6 +107,24 @@ def test_the_nearest_number_of_cards_is_proposed_and_none_that_enlarges_the_batc
     assert not plan_training(seven, asked, 2, "bfloat16", memory, LENGTHS).fits(memory)
     few = settings(effective_batch=2)
     assert smallest_changes(seven, few, 1, "bfloat16", memory, LENGTHS, Offers(bitsandbytes=False)) == []
+
+
+def test_numbers_of_cards_that_make_no_exact_batch_are_not_proposed(seven: ModelShape) -> None:
+    asked = settings(gradient_checkpointing=True)
+    memory = plan_training(seven, settings(sharding="zero3"), 3, "bfloat16", 1, LENGTHS).estimate.total
+    assert memory > plan_training(seven, settings(sharding="zero3"), 5, "bfloat16", 1, LENGTHS).estimate.total
+
+    def proposed(**values: object) -> list[str]:
+        exact = asked.model_copy(update={"exact_batch": True, **values})
+        found = smallest_changes(seven, exact, 1, "bfloat16", memory, LENGTHS, Offers(bitsandbytes=False))
+        return [way.changes[0] for way in found]
+
+    assert proposed() == ["4 GPUs"], "3 would do, and do not divide 16"
+    assert proposed(connector=Connector(effective_batch=24)) == ["4 GPUs"]
+    assert proposed(connector=Connector(effective_batch=20), effective_batch=25) == ["5 GPUs"]
+    assert proposed(connector=Connector(effective_batch=9)) == [], "no number divides both"
+    assert proposed(connector=Connector(effective_batch=2)) == [], "more would make the connector's batch larger"
+    assert proposed(connector=Connector(effective_batch=9), exact_batch=False) == ["3 GPUs"]
 
 
 def test_what_fits_by_less_than_estimates_may_be_wrong_is_tight(seven: ModelShape) -> None:
