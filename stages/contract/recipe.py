@@ -318,9 +318,9 @@ class Train(Section):
 
 ONLY_ROOM = {
     *("micro_batch", "gradient_checkpointing", "sharding", "least_max_length", "least_max_pixels", "keep_checkpoints"),
-    "keep_going",
+    *("keep_going", "exact_batch"),
 }
-"""What of `train` changes memory, disk, speed and what is done about failures, and not what is learnt."""
+"""What of `train` changes memory, disk, speed, what is refused or done about failures, and not what is learnt."""
 
 _LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(ONLY_ROOM, True), "connector": {"micro_batch": True}}}
 """The same for pydantic."""

@@ -368,6 +368,7 @@ def test_the_digest_leaves_out_what_changes_no_result(tmp_path: Path) -> None:
         ("train.sharding=zero3", True),
         ("train.least_max_length=64", True),
         ("train.keep_checkpoints=5", True),
+        ("train.exact_batch=true", True),
         ("train.effective_batch=8", False),
         ("train.max_length=512", False),
         ("train.precision=float32", False),
