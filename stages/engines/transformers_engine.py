@@ -46,6 +46,8 @@ class TransformersEngine:
         kind: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         # over several cards layer by layer: one after the other computes, but what fits none of them fits all together
         spread = torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
+        # MGM's two towers meet in its connectors and must stand on one card; with 3 billion parameters it fits any
+        spread = spread and config.model_type != "mgm"
         quantised = gptq.is_gptq(settings.model)  # its kernel is chosen by where its weights are put
         with gptq.loading(settings.model, on_card=self._device == "cuda", training=False):
             model: Any = kind.from_pretrained(

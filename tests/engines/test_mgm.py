@@ -24,8 +24,10 @@ from transformers import (
 )
 
 from stages.contract.errors import UsageError
+from stages.engines.engine import EngineSettings
 from stages.engines.mgm import CONNECTORS, MgmConfig, MgmForConditionalGeneration
 from stages.engines.mgm.loading import convert
+from tests.conftest import need_model
 from tests.tiny_mgm import (
     ACROSS,
     CLIP,
@@ -95,6 +97,25 @@ def mined_by_hand(low: torch.Tensor, high: torch.Tensor, weights: Weights) -> to
                 sum(share * projected("val", high[:, i, j]) for share, (i, j) in zip(shares, places, strict=True))
             )
     return torch.stack(found)
+
+
+def test_the_engine_keeps_both_towers_on_one_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put on several, as other models are, the towers' maps would meet on different cards."""
+    from stages.engines import transformers_engine as engine
+
+    asked: list[Any] = []
+
+    def loaded(*_: Any, **options: Any) -> Any:
+        asked.append(options["device_map"])
+        raise InterruptedError
+
+    monkeypatch.setattr(engine.AutoModelForImageTextToText, "from_pretrained", loaded)
+    monkeypatch.setattr(engine, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for model in (folder, need_model("tiny-llava")):
+        with pytest.raises(InterruptedError):
+            engine.TransformersEngine(EngineSettings(model, {}, "float32", 4, 1, 256, 0))
+    assert asked == [None, "auto"]
 
 
 def convnext_by_hand(pixels: torch.Tensor, weights: Weights) -> torch.Tensor:
