@@ -54,6 +54,7 @@ from stages.train.launch import train_adapter
 from stages.train.lengths import read_lengths
 from stages.train.mixes import mixed, shown, validated
 from stages.train.nodes import adapters_announced_by_the_first, announced, place_of
+from stages.train.sharding import check_sharding
 from stages.train.worker import Job
 
 GIB = 1024**3
@@ -83,12 +84,12 @@ def work(stage: Stage) -> None:
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]
     mixes, failures = _mixes_of(stage, adapters)
     connector = None
+    plan: _Plan | None = None  # only once something is to be trained: taking over what is there needs no card
     if recipe.train.connector is not None:
-        connector = _train_connector(stage, node, log)
+        connector, plan = _train_connector(stage, node, log)
     else:
         remove(stage.path(*place_of(CONNECTOR)))  # of a recipe that had one
     keys = _keep_what_fits(stage, mixes, connector)
-    plan: _Plan | None = None  # only once something is to be trained: taking over what is there needs no card
     for adapter in adapters:
         name = adapter.name
         folder = stage.path("adapters", name)
@@ -128,7 +129,9 @@ def _help(stage: Stage, node: Node) -> None:
     for name in adapters_announced_by_the_first(stage):
         first_phase = name == CONNECTOR
         settings = recipe.train.of_connector() if first_phase else recipe.train
-        plans[first_phase] = plans.get(first_phase) or _plan(stage, node, settings)
+        # the second phase's too: what refuses that must not be found after the first
+        for phase in (True, False) if first_phase else (False,):
+            plans[phase] = plans.get(phase) or _plan(stage, node, settings if phase else None)
         adapter = settings.adapters[0] if first_phase else by_name[name]
         _train(stage, adapter, "", plans[first_phase], node, None if first_phase else trained_connector(stage.run))
 
@@ -145,8 +148,11 @@ def _hand_on(stage: Stage, name: str, files: tuple[str, ...]) -> list[dict[str, 
     return [{"adapter": name, **entry} for entry in training["log"]]
 
 
-def _train_connector(stage: Stage, node: Node | None, log: list[dict[str, Any]]) -> tuple[Path, str]:
-    """The first phase, or what an earlier start has left of it. Returns the connector and its sha256.
+def _train_connector(
+    stage: Stage, node: Node | None, log: list[dict[str, Any]]
+) -> tuple[tuple[Path, str], "_Plan | None"]:
+    """The first phase, or what an earlier start has left of it. Returns the connector and its sha256; and, where it had
+    to be trained, the second phase's plan: what refuses that must not be found after hours.
 
     Raises UsageError where the file is not as it was trained.
     """
@@ -163,10 +169,12 @@ def _train_connector(stage: Stage, node: Node | None, log: list[dict[str, Any]])
         )
     mix, folder = settings.adapters[0], stage.path(*place_of(CONNECTOR))
     key = _key_of_connector(stage, settings)
+    second: _Plan | None = None
     if (read_json(folder / "made.json") or {}).get("key") != key:
+        first, second = _plan(stage, node, settings), _plan(stage, node)
         remove(folder)
         with announced(stage, CONNECTOR, node):
-            _train(stage, mix, key, _plan(stage, node, settings), node, None)
+            _train(stage, mix, key, first, node, None)
     sha256 = str(read_json(folder / "made.json")["files"][CONNECTOR_FILE])
     check_connector(folder / CONNECTOR_FILE, sha256)
     log += _hand_on(stage, CONNECTOR, (CONNECTOR_FILE,))
@@ -174,7 +182,7 @@ def _train_connector(stage: Stage, node: Node | None, log: list[dict[str, Any]])
     unused = read_json(folder / "training.json")
     for why in ("without_picture", "beyond_most_samples"):
         stage.counts[f"{CONNECTOR} samples {why.replace('_', ' ')}"] = unused[why]
-    return folder / CONNECTOR_FILE, sha256
+    return (folder / CONNECTOR_FILE, sha256), second
 
 
 def _key_of_connector(stage: Stage, settings: Train) -> str:
@@ -186,8 +194,9 @@ def _key_of_connector(stage: Stage, settings: Train) -> str:
     samples, _ = shown(mixed(train, mix, run.recipe.seed), settings.connector.most_samples, run.recipe.seed)
     validated_on = shown(validated(validation, mix), settings.connector.most_samples, run.recipe.seed)[0]
     learnt = settings.model_dump(mode="json", include=LEARNT - LORAS_OWN)
-    pictures = _pictures_of(stage, [samples, validated_on])
-    model, recipe = _model_digest(stage), run.recipe.digest("seed", "model")
+    hashes = FileHashes(stage.path(".hashes.json"))  # knows model and pictures from when the stage's inputs were hashed
+    pictures = _pictures_of(stage, [samples, validated_on], hashes)
+    model, recipe = _model_digest(stage, hashes), run.recipe.digest("seed", "model")
     return digest_of([CONTRACT_VERSION, recipe, learnt, model, samples, validated_on, pictures])
 
 
@@ -212,18 +221,25 @@ def _samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return train, validation
 
 
-def _model_digest(stage: Stage) -> str:
-    hashes = FileHashes(stage.path(".hashes.json"))  # knows the model from when the stage's inputs were hashed
+def _model_digest(stage: Stage, hashes: FileHashes) -> str:
     return hashes.tree(stage.run.model(stage.run.recipe.model.path, "model.path"))[0]
 
 
-def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]]) -> Any:
-    """A digest of the pictures that samples may show; None where they show none."""
-    if not any(sample["images"] for part in samples for sample in part):
+def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: FileHashes) -> Any:
+    """A digest of the pictures that samples show; None where they show none.
+
+    All pages count, and of `pictures/`, which holds those of test sets too, only what these samples name.
+    """
+    names = {name for part in samples for sample in part for name in sample["images"]}
+    if not names:
         return None
     outputs = (stage.run.manifest("preprocess") or {}).get("outputs") or {}
-    found = {name: outputs[name].get("sha256") for name in ("pages/", "pictures/") if name in outputs}
-    return found if "pictures/" in found else found.get("pages/")
+    pages = outputs.get("pages/", {}).get("sha256")
+    if "pictures/" not in outputs:
+        return pages
+    files = {name: stage.run.folder / name for name in names if name.startswith("preprocess/pictures/")}
+    # one that is missing is told where it is read
+    return {"pages/": pages, "pictures/": {name: hashes.file(path) for name, path in files.items() if path.is_file()}}
 
 
 Mixes = dict[str, list[list[dict[str, Any]]]]
@@ -253,11 +269,11 @@ def _keep_what_fits(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | No
     """
     run = stage.run
     hashes = FileHashes(stage.path(".hashes.json"))
-    model = _model_digest(stage)
+    model = _model_digest(stage, hashes)
     recipe = run.recipe.digest("seed", "model", *(f"train.{name}" for name in Train.model_fields if name in LEARNT))
     keys: dict[str, str] = {}
     for name, samples in mixes.items():
-        parts = [CONTRACT_VERSION, recipe, model, samples, _pictures_of(stage, samples)]
+        parts = [CONTRACT_VERSION, recipe, model, samples, _pictures_of(stage, samples, hashes)]
         keys[name] = digest_of(parts if connector is None else [*parts, connector[1]])
     for path in stage.path("adapters").glob("*/"):
         made = read_json(path / "made.json") or {}
@@ -354,10 +370,12 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     """How to train on this machine's cards, and with the other machines'; they must fit the image. `settings` are the
     recipe's own where none are given.
 
-    Raises DoesNotFitError where no way of training can fit, before any process starts.
+    Raises DoesNotFitError where no way of training can fit, and UsageError for a sharding that cannot be done here,
+    before any process starts.
     """
     settings = settings or stage.run.recipe.train
     plan = _planned(stage, settings, node)
+    check_sharding(plan.way.sharding, use_cpu=not plan.gpus)
     if settings.exact_batch:
         refuse_inexact(plan.way.batch, settings.key_of("effective_batch"))
     return plan

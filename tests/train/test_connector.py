@@ -1,5 +1,6 @@
 """Two phases on a tiny LLaVA: the connector alone, then LoRA on the base with it."""
 
+import io
 import json
 import signal
 import subprocess
@@ -14,11 +15,16 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from stages.contract.errors import UsageError
-from stages.contract.files import read_json, read_jsonl, sha256_file, write_jsonl
+from stages.contract.events import Events
+from stages.contract.files import FileHashes, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from stages.contract.recipe import Adapter, Connector, Recipe, Train, load_recipe
+from stages.contract.run import describe_output
+from stages.contract.stage import Stage
+from stages.contract.stop import StopRequest
 from stages.engines.connector import LAST, check_connector, tensor_files, with_connector
 from stages.train.lengths import lengths_of
 from stages.train.mixes import shown
+from stages.train.stage import _pictures_of
 from tests.conftest import REPOSITORY, need_model
 from tests.engines.test_llava import with_published_template
 from tests.train.test_nodes import TwoNodes, ended, free_port
@@ -115,6 +121,60 @@ def test_gpus_that_make_no_exact_batch_are_refused_before_anything_is_trained(tm
     told = output.splitlines()[-1]
     assert "train.connector.effective_batch is 5 and train.exact_batch is set, but 2 GPU(s) make" in told
     assert "x 1 GPU(s) = 5, or 1 x 1 x 5 GPU(s) = 5" in told
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "told"),
+    [
+        ("train.load_in_4bit=true", 4, "train.load_in_4bit: bitsandbytes has no kernels for target cpu"),
+        ("train.sharding=zero2", 2, "train.sharding is zero2, but there is no GPU here"),
+    ],
+)
+def test_what_the_second_phase_cannot_do_is_found_before_the_first(
+    tmp_path: Path, override: str, code: int, told: str
+) -> None:
+    other = two_phases(tmp_path, override).prepared()
+    found, output = other()
+    assert found == code, output
+    assert told in output.splitlines()[-1]
+    assert not other.run.path("train", "checkpoints").exists() and not other.connector.exists()
+
+
+def test_what_is_there_needs_no_card(trained: TwoPhases, tmp_path: Path) -> None:
+    other = trained.copied(tmp_path, "train.exact_batch=true")
+    before = {path: path.stat().st_ino for path in (other.connector, other.adapter)}
+    other.run.path("train", "manifest.json").unlink()
+    output = other.done(LORRY_TARGET="a800", CUDA_VISIBLE_DEVICES="")  # which it does not have
+    assert "precision" not in output, "nothing is planned"
+    assert {path: path.stat().st_ino for path in before} == before
+
+
+def test_only_the_pictures_that_samples_show_are_in_the_keys(trained: TwoPhases, tmp_path: Path) -> None:
+    other = trained.copied(tmp_path)
+    pictures = other.run.path("preprocess", "pictures")
+    pictures.mkdir()
+    for name in ("shown", "of a test set"):
+        Image.new("RGB", (80, 60), "red").save(pictures / f"{name}.png")
+    shown_by_each: list[list[str]] = [["preprocess/pictures/shown.png"], [], ["preprocess/pages/red.png"]]
+    rows: list[dict[str, Any]] = [{"images": names} for names in shown_by_each]
+
+    def digest(samples: list[dict[str, Any]]) -> Any:
+        manifest = read_json(other.run.path("preprocess", "manifest.json"))
+        hashes = FileHashes(tmp_path / "none")
+        manifest["outputs"]["pictures/"] = describe_output(pictures.parent, "pictures/", None, hashes)
+        write_json(other.run.path("preprocess", "manifest.json"), manifest)
+        stage = Stage(
+            other.run, "train", Events(tmp_path / "events.jsonl", "train", io.StringIO()), StopRequest(), 0, 0
+        )
+        return _pictures_of(stage, [samples], hashes)
+
+    assert digest(rows[1:2]) is None
+    before = digest(rows)
+    Image.new("RGB", (80, 60), "blue").save(pictures / "of a test set.png")
+    Image.new("RGB", (80, 60), "blue").save(pictures / "another.png")
+    assert digest(rows) == before
+    Image.new("RGB", (80, 60), "blue").save(pictures / "shown.png")
+    assert digest(rows) != before
 
 
 # -- base and connector in one folder ----------------------------------------------------------------------------
