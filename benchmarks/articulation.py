@@ -12,7 +12,6 @@ The same command goes on where it was stopped.
 """
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.made_data import maker
 from benchmarks.rows import write_rows
 from stages.contract.files import read_json, read_jsonl, write_json
 from stages.contract.recipe import load_recipe
@@ -99,16 +99,6 @@ def row_of(folder: Path, seed: int, objects: list[int], seconds: dict[str, float
     }
 
 
-def maker() -> Any:
-    """The script that makes cabinets, as a module."""
-    script = Path(__file__).parents[1] / "recipes" / "data" / "make_articulation.py"
-    spec = importlib.util.spec_from_file_location("make_articulation", script)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["make_articulation"] = importlib.util.module_from_spec(spec)  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
@@ -120,7 +110,9 @@ def main() -> None:
     data = ROOTS.runs / "articulation-data" / name
     began = time.monotonic()
     if not data.is_dir():
-        maker().make(data.with_name(f"{name}.new"), chosen.seed, train, test, loops=1, most_boxes=MOST_BOXES)
+        maker("articulation").make(
+            data.with_name(f"{name}.new"), chosen.seed, train, test, loops=1, most_boxes=MOST_BOXES
+        )
         data.with_name(f"{name}.new").rename(data)
     seconds = {"make": round(time.monotonic() - began, 1)}
     sets = [*SETTINGS, f"seed={chosen.seed}", *chosen.set]

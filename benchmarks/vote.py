@@ -13,7 +13,6 @@ by side, and accuracy by kind of puzzle.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.made_data import maker
 from benchmarks.rows import write_rows
 from stages.contract.files import read_json, read_jsonl, write_json
 from stages.contract.roots import Roots
@@ -92,7 +92,9 @@ class Seed:
         self.stopped = False
         self.seconds: dict[str, float] = defaultdict(float)
         if not self.data.is_dir():
-            maker().make(self.data, seed, **problems, answers=True, kinds=kinds, most_options=most_options)
+            maker("logic_choice").make(
+                self.data, seed, **problems, answers=True, kinds=kinds, most_options=most_options
+            )
 
     def stage(self, stage: str, *more: str) -> bool:
         """Run a stage's command; whether it was done."""
@@ -199,16 +201,6 @@ class Seed:
             for record in read_jsonl(path):
                 hits[kinds[record["id"]]].append(record["answer"] == right[record["id"]])
             print(path.stem, {kind: round(100 * fmean(each), 1) for kind, each in sorted(hits.items())}, flush=True)
-
-
-def maker() -> Any:
-    """The script that makes puzzles, as a module."""
-    script = Path(__file__).parents[1] / "recipes" / "data" / "make_logic_choice.py"
-    spec = importlib.util.spec_from_file_location("make_logic_choice", script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def main() -> None:

@@ -76,7 +76,8 @@ def _read(roots: "Roots", name: str) -> "Evaluated | str":
 
     folder = roots.runs / name
     try:
-        reader = RunReader(name, Run(name, recipe_of(folder), roots), None)
+        recipe = recipe_of(folder)
+        reader = RunReader(name, Run(name, recipe, roots), None)
         if "eval" not in reader.manifests:
             return next(iter(reader.troubles.values()))
         for stage in ("infer", "eval"):
@@ -91,7 +92,6 @@ def _read(roots: "Roots", name: str) -> "Evaluated | str":
         )
     if not any(figure["n"] for model in (figures or {}).values() for figure in model.values()) or not lines:
         return "eval scored no sample"
-    recipe = recipe_of(folder)
     base = reader.manifests["infer"]["inputs"].get("models/base", "")
     return Evaluated(name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines)
 

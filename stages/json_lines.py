@@ -1,6 +1,8 @@
 """A line of a questions file as a JSON object, and what of it can be used. Tasks read their data with it."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -10,6 +12,14 @@ class BadRecordError(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+def lines_in(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, each with its 1-based number, one after the other."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.removesuffix(b"\n")  # an error's place in it must not be on a second line
 
 
 def object_in(line: bytes) -> dict[str, Any]:

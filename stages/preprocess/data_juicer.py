@@ -24,7 +24,7 @@ from stages.contract.files import read_json, read_jsonl, remove, write_json, wri
 from stages.contract.recipe import DataJuicer
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
-from stages.json_lines import BadRecordError, object_in, text_of
+from stages.json_lines import BadRecordError, lines_in, object_in, text_of
 
 WORKER = "stages.preprocess.data_juicer_worker"
 IMAGE = "<__dj__image>"
@@ -121,21 +121,18 @@ def _resolved(stage: Stage, name: str, given: dict[str, Any], number: int) -> tu
 def _read(path: Path, stage: Stage) -> Records:
     """The records that can be used, by id in the file's order; the others are skipped, with their lines."""
     known: Records = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            try:
-                record = object_in(line)
-                name = text_of(record, "id")
-                _check(record)
-                if name in known:
-                    raise BadRecordError("duplicate id", f"{name}, as in {known[name][0]}")
-            except BadRecordError as error:
-                stage.skip(where, error.reason, str(error))
-                continue
-            known[name] = where, record
+    for number, line in lines_in(path):
+        where = f"{path.name}:{number}"
+        try:
+            record = object_in(line)
+            name = text_of(record, "id")
+            _check(record)
+            if name in known:
+                raise BadRecordError("duplicate id", f"{name}, as in {known[name][0]}")
+        except BadRecordError as error:
+            stage.skip(where, error.reason, str(error))
+            continue
+        known[name] = where, record
     if not known:
         raise DataError(f"{path}: no record in it that can be used; a record has `id`, `text` and `images`")
     return known

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from stages.contract.errors import DataError
-from stages.json_lines import BadRecordError, object_in, text_of
+from stages.json_lines import BadRecordError, lines_in, object_in, text_of
 from stages.tasks import Skip
 
 HUMANS = 10
@@ -131,15 +131,12 @@ def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> I
 
     `annotations` is None where nothing is to be scored.
     """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            try:
-                yield _question(line, annotations, where)
-            except BadRecordError as error:
-                skip(where, error.reason, str(error))
+    for number, line in lines_in(path):
+        where = f"{path.name}:{number}"
+        try:
+            yield _question(line, annotations, where)
+        except BadRecordError as error:
+            skip(where, error.reason, str(error))
 
 
 def _question(line: bytes, annotations: Annotations | None, where: str) -> TextVqaQuestion:

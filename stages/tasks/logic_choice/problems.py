@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.files import digest_of, visible_files
-from stages.json_lines import BadRecordError, object_in, text_of
+from stages.json_lines import BadRecordError, lines_in, object_in, text_of
 from stages.tasks import Given, Skip
 
 LETTERS = "ABCDEFG"
@@ -153,9 +153,7 @@ def _read(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """The lines of a file that are not blank, each with its file and 1-based number."""
     name = path.name if path.stem in (TRAIN, TEST) else f"{path.parent.name}/{path.name}"
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            yield f"{name}:{number}", line
+    yield from ((f"{name}:{number}", line) for number, line in lines_in(path))
 
 
 def _questions(problem: _Problem, source: str, where: str, skip: Skip) -> Iterator[LogicQuestion]:

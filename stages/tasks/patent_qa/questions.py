@@ -9,7 +9,7 @@ from typing import Any, Literal
 from stages.contract.errors import DataError
 from stages.contract.files import visible_files
 from stages.contract.recipe import Recipe
-from stages.json_lines import BadRecordError, object_in, text_of
+from stages.json_lines import BadRecordError, lines_in, object_in, text_of
 from stages.mentions import figure_named, pages_named
 from stages.tasks import Skip
 
@@ -75,7 +75,7 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
     for path, split in sources:
         if not path.is_file():
             raise DataError(f"{folder}: no questions.jsonl, and no pair of train.jsonl and test.jsonl")
-        for row, (number, line) in enumerate(_lines(path)):
+        for row, (number, line) in enumerate(lines_in(path)):
             where = f"{path.name}:{number}"
             try:
                 question = replace(_parse(line, f"{path.stem}-{number}", split, documents), row=row)
@@ -93,11 +93,6 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
     return _without_leaks(list(questions.values()), skip)
 
 
-def _lines(path: Path) -> list[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their 1-based numbers."""
-    return [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
-
-
 def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any]]:
     """What a submission has a line for, in the order of the file: every line of test.jsonl, whatever is wrong with it;
     where the data name no test set, the questions on the documents that were held out.
@@ -108,7 +103,7 @@ def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any
     given = folder / "test.jsonl"
     if not given.is_file():
         return [_row(row, found[row], {}) for row in sorted(found)]
-    return [_row(row, found.get(row), _as_read(line)) for row, (_, line) in enumerate(_lines(given))]
+    return [_row(row, found.get(row), _as_read(line)) for row, (_, line) in enumerate(lines_in(given))]
 
 
 def _row(row: int, question: PatentQuestion | None, record: dict[str, Any]) -> dict[str, Any]:
