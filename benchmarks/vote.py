@@ -3,13 +3,17 @@
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.vote [--seeds 0 1 2 3 4] [--seconds 480] [--set KEY=VALUE]
 
 Needs SmolLM2-135M-Instruct, and a GPU to be done in minutes. Each seed makes its own puzzles
-(recipes/data/make_logic_choice.py), with held-out ones that no adapter is trained, chosen or weighed on; its mixes are
-random parts of what is left. The seeds run side by side, each in the four stages' commands one after the other; after
+(recipes/data/make_logic_choice.py): a few of every kind in train.jsonl, many of one kind in each file of sources/, and
+held-out ones of every kind that no adapter is trained, chosen or weighed on. A mix has train.jsonl and parts of the
+sources but one, as data mixes are that people put together from what they find: no adapter knows everything. A tenth
+adapter, without a vote, has parts of all the sources: what the vote has to be compared with before anybody trains nine.
+
+The seeds run side by side, on all GPUs there are, each in the four stages' commands one after the other; after
 `--seconds` all are stopped as by SIGTERM, and the same command goes on where they were. A row is written when a seed is
 done. Then the vote is held again in other ways: nothing is asked again for that.
 
-`--probe 'KEY=VALUE;KEY=VALUE' ...` is for setting up: one adapter of the first seed with each of these settings, side
-by side, and accuracy by kind of puzzle.
+`--probe 'KEY=VALUE;KEY=VALUE' ...` is for setting up: in place of the mixes one adapter on each source alone, of the
+first seed with each of these settings, side by side, and accuracy by kind of puzzle.
 """
 
 import argparse
@@ -21,10 +25,14 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import torch
+import yaml
 
 from benchmarks.made_data import maker
 from benchmarks.rows import write_rows
@@ -35,41 +43,57 @@ ROOTS = Roots.from_environment()
 OUT = Path(os.environ.get("OUT", ROOTS.runs))
 """Where rows are kept as they come."""
 
-PROBLEMS = {"train": 3000, "test": 400, "more": 1200}
-KINDS = ("week", "clubs")
-MOST_OPTIONS = 4
-"""Puzzles, and questions on them, that so small a model learns anything of in minutes; of others it learns to guess."""
+PROBLEMS = {"train": 300, "test": 400, "source": 1500}
+"""Problems in train.jsonl, in test.jsonl, and in each file of sources/."""
+KINDS = ("chain", "clubs", "family")
+MOST_OPTIONS = 7
+"""Puzzles that so small a model learns in minutes (of the others it learns to guess), and all questions on them."""
 
 ADAPTERS = 9
+SHARE = 0.7
+"""Of a source, in a mix that has it."""
+EVERYTHING = "everything"
+"""The adapter on all sources."""
 STAGES = ("preprocess", "train", "infer", "eval")
 SETTINGS = (
-    *("data.validation_fraction=0.05", "train.rank=32", "train.alpha=64"),
+    *("data.validation_fraction=0.3", "train.rank=32", "train.alpha=64"),
     # few modules of the upper layers: a step of so small a model costs as many kernels as LoRA has parts
     r"train.target_modules='.*\.layers\.[12][0-9]\..*(q_proj|v_proj|down_proj)'",
-    *("train.learning_rate=2e-3", "train.epochs=1", "train.effective_batch=16", "train.micro_batch=16"),
+    *("train.learning_rate=2e-3", "train.epochs=2", "train.effective_batch=16", "train.micro_batch=16"),
     *("train.checkpoint_every=100000", "train.log_every=10", "infer.batch_size=256", "infer.chunk_size=1024"),
 )
-SHARDS = 2
-"""Processes that share out a seed's adapters: one trains while another still imports its libraries."""
-
 OTHER_VOTES = {
-    "weights by validation": "infer.vote={weights: validation}",
-    "chosen greedily": "infer.vote={adapters: greedy}",
-    "second round": "infer.vote={second_round: true}",
+    "weights by validation": "{weights: validation}",
+    "second round": "{second_round: true}",
+    "chosen greedily, of all ten": "{adapters: greedy}",
 }
-"""Name of another way to vote, and its setting. Only the last asks anything."""
+"""Name of another way to vote, and its setting. Only the second round asks anything; the last may choose all ten."""
 
 
-def mixes(seed: int, count: int) -> str:
-    """The data mixes of a seed as `train.adapters` has them: parts of 40 to 60 % of what is trained on."""
-    found = []
+def mixes(seed: int, count: int, kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The data mixes of a seed by adapter: the sources but one, which goes in turn; and all of them."""
+    found = {}
     for number in range(1, count + 1):
-        draw = 100 * seed + number
-        share = (0.4, 0.5, 0.6)[number % 3]
-        parts = [{"source": "train", "fraction": share, "seed": draw}]
-        parts += [{"source": "more", "fraction": round(1 - share, 1), "seed": draw}]
-        found.append({"name": f"mix-{number}", "data": parts})
-    return json.dumps(found)
+        left_out = kinds[number % len(kinds)]
+        found[f"mix-{number}"] = parts([kind for kind in kinds if kind != left_out], 100 * seed + number)
+    return {**found, EVERYTHING: parts(kinds, 100 * seed)}
+
+
+def parts(kinds: Sequence[str], draw: int) -> list[dict[str, Any]]:
+    """A mix of train.jsonl and parts of sources, as `train.adapters` has it."""
+    return [{"source": "train"}, *({"source": kind, "fraction": SHARE, "seed": draw} for kind in kinds)]
+
+
+def make_data(folder: Path, seed: int, problems: dict[str, int], kinds: Sequence[str], most_options: int) -> None:
+    """Puzzles with their answers; in sources/ a file of each kind."""
+    made = maker("logic_choice")
+    some = {"train": problems["train"], "test": problems["test"], "more": 0}
+    made.make(folder, seed, **some, answers=True, kinds=kinds, most_options=most_options)
+    known = {problem["problem"] for problem in read_jsonl(folder / "test.jsonl")}
+    for kind in kinds:
+        found = made.make_file(seed, "more", problems["source"], [kind], most_options)
+        made.write(folder / "sources" / f"{kind}.jsonl", [one for one in found if one["problem"] not in known])
+    (folder / "sources" / "more.jsonl").unlink()
 
 
 class Seed:
@@ -81,20 +105,27 @@ class Seed:
         problems: dict[str, int],
         kinds: list[str],
         most_options: int,
-        adapters: int,
+        adapters: dict[str, list[dict[str, Any]]],
+        shards: int,
         sets: tuple[str, ...],
         name: str,
+        card: int,
     ) -> None:
         self.seed, self.most_options, self.name = seed, most_options, name
-        self.sets = (*SETTINGS, f"seed={seed}", f"train.adapters={mixes(seed, adapters)}", *sets)
+        self.shards, self.card, self.adapters = shards, card, adapters
+        matrix = json.dumps([{"name": name, "data": data} for name, data in adapters.items()])
+        self.voters = [name for name in adapters if name != EVERYTHING]
+        self.sets = (*SETTINGS, f"seed={seed}", f"train.adapters={matrix}", self._vote(), *sets)
         self.data = ROOTS.runs / "vote-data" / "-".join(map(str, [seed, *problems.values(), *kinds, most_options]))
         self.processes: list[subprocess.Popen[bytes]] = []
         self.stopped = False
         self.seconds: dict[str, float] = defaultdict(float)
         if not self.data.is_dir():
-            maker("logic_choice").make(
-                self.data, seed, **problems, answers=True, kinds=kinds, most_options=most_options
-            )
+            make_data(self.data, seed, problems, kinds, most_options)
+
+    def _vote(self, otherwise: str = "{}") -> str:
+        """The setting of a vote of the mixes' adapters."""
+        return f"infer.vote={json.dumps({'adapters': self.voters, **yaml.safe_load(otherwise)})}"
 
     def stage(self, stage: str, *more: str) -> bool:
         """Run a stage's command; whether it was done."""
@@ -103,7 +134,7 @@ class Seed:
         began = time.monotonic()
         code = 0
         if stage == "train":
-            code = max(self._run(stage, more, [f"{index}/{SHARDS}" for index in range(SHARDS)]))
+            code = max(self._run(stage, more, [f"{index}/{self.shards}" for index in range(self.shards)]))
         if code == 0:
             (code,) = self._run(stage, more, [None])
         self.seconds[stage] += round(time.monotonic() - began, 1)
@@ -118,6 +149,8 @@ class Seed:
         command = [sys.executable, "-m", f"entrypoints.{stage}", "logic-choice", "--profile", "tiny"]
         command += ["--run", self.name, "--data", str(self.data), *sets]
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+        if torch.cuda.device_count() > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(self.card)
         with (ROOTS.runs / f"{self.name}.log").open("ab") as log:
             self.processes = [
                 subprocess.Popen(
@@ -150,14 +183,14 @@ class Seed:
 
     def with_other_votes(self, row: dict[str, Any]) -> dict[str, Any]:
         for name, vote in OTHER_VOTES.items():
-            if self.stage("infer", vote) and self.stage("eval", vote):
+            if self.stage("infer", self._vote(vote)) and self.stage("eval", self._vote(vote)):
                 row["other votes"][name] = read_json(self.folder("eval") / "scores.json")["vote"]["accuracy"]["value"]
         return row
 
     def probe(self) -> None:
         """All stages, and accuracy by kind of puzzle."""
         if all(self.stage(stage) for stage in STAGES):
-            print("PROBE", self.sets[len(SETTINGS) + 2 :], dict(self.seconds), flush=True)
+            print("PROBE", self.sets[len(SETTINGS) + 3 :], dict(self.seconds), flush=True)
             self.by_kind()
 
     def folder(self, stage: str) -> Path:
@@ -166,7 +199,7 @@ class Seed:
     def row(self) -> dict[str, Any]:
         scores = {name: one["accuracy"] for name, one in read_json(self.folder("eval") / "scores.json").items()}
         vote = read_json(self.folder("eval") / "vote.json")
-        single = {name: one["value"] for name, one in scores.items() if name not in ("base", "vote")}
+        single = {name: scores[name]["value"] for name in self.voters}
         best = max(single, key=lambda name: single[name])
         (gain,) = vote["over_best"].values()
         train = read_json(self.folder("train") / "manifest.json")["counts"]
@@ -176,9 +209,11 @@ class Seed:
             "kinds of puzzles": sorted({row["id"].split("-")[1] for row in read_jsonl(self.data / "test.jsonl")}),
             "held-out problems": len(read_jsonl(self.data / "test.jsonl")),
             "questions": scores["vote"]["n"],
-            "samples an adapter": [train[f"{name} samples"] for name in single],
+            "samples an adapter": [train[f"{name} samples"] for name in self.adapters],
             "base": scores["base"]["value"],
             "adapters": single,
+            "sources of an adapter": {name: [one["source"] for one in self.adapters[name]] for name in single},
+            "one adapter on all sources": scores[EVERYTHING]["value"],
             "mean of the adapters": round(fmean(single.values()), 4),
             "best single adapter": single[best],
             "vote": scores["vote"]["value"],
@@ -207,7 +242,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--adapters", type=int, default=ADAPTERS)
-    parser.add_argument("--problems", type=int, nargs=3, metavar=("TRAIN", "TEST", "MORE"))
+    parser.add_argument("--shards", type=int, default=2, help="processes that share out a seed's adapters")
+    parser.add_argument("--problems", type=int, nargs=3, metavar=("TRAIN", "TEST", "SOURCE"))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of puzzles")
     parser.add_argument("--most-options", type=int, default=MOST_OPTIONS, help="of a question")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop all after this long")
@@ -218,16 +254,20 @@ def main() -> None:
     ROOTS.runs.mkdir(parents=True, exist_ok=True)
     OUT.mkdir(parents=True, exist_ok=True)
     sets = tuple(chosen.set)
+    puzzles = (problems, chosen.kinds, chosen.most_options)
     if chosen.probe:
-        names = [f"vote-probe-{chosen.most_options}-{number}" for number in range(len(chosen.probe))]
+        alone = {kind: parts([kind], 0) for kind in chosen.kinds}
         made = [
-            (chosen.seeds[0], 1, (*sets, *each.split(";")), name)
-            for each, name in zip(chosen.probe, names, strict=True)
+            (chosen.seeds[0], alone, (*sets, *each.split(";")), f"vote-probe-{number}")
+            for number, each in enumerate(chosen.probe)
         ]
     else:
-        made = [(seed, chosen.adapters, sets, f"vote-{seed}") for seed in chosen.seeds]
-    puzzles = (problems, chosen.kinds, chosen.most_options)
-    seeds = [Seed(seed, *puzzles, adapters, own, name) for seed, adapters, own, name in made]
+        made = [(seed, mixes(seed, chosen.adapters, chosen.kinds), sets, f"vote-{seed}") for seed in chosen.seeds]
+    cards = max(torch.cuda.device_count(), 1)
+    seeds = [
+        Seed(seed, *puzzles, adapters, chosen.shards, own, name, place % cards)
+        for place, (seed, adapters, own, name) in enumerate(made)
+    ]
     timer = threading.Timer(min(chosen.seconds, 86_400), lambda: [seed.stop() for seed in seeds])
     timer.start()
     with ThreadPoolExecutor(len(seeds)) as pool:
