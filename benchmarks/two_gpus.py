@@ -1,6 +1,6 @@
 """Training on two GPUs against one: losses, stops, kills, going on with another number of GPUs, and speed.
 
-    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.two_gpus [small | large]
+    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.two_gpus [small | large | sharded]
 
 Needs two GPUs, the tokenizer of SmolLM2-135M-Instruct below models, and a run `prepared` with the demo's samples, made
 anywhere by `lorry-preprocess patent-qa --profile tiny --run prepared`. The models are Llamas with random weights.
@@ -224,24 +224,34 @@ def large() -> None:
     two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).reach(14).end()
     one = Training("1.7B, one GPU", "large-one", "0", LARGE).end()
     compare("1.7B: two GPUs against one", two, one)
-    sharded = [
-        Training(f"1.7B, two GPUs, {name}", f"large-{name}", BOTH, (*LARGE, f"train.sharding={name}")).end()
-        for name in ("zero2", "zero3")
-    ]
-    for training in sharded:
-        compare(f"{training.row['what']}, against none", two, training)
+    with_speed(stopped, one)
+
+
+def sharded() -> None:
+    """ZeRO's speed, with the same model on two GPUs."""
+    make_in_a_process_of_its_own("random-1.7b", RANDOM_LARGE)
+    found = {
+        name: Training(f"1.7B, two GPUs, {name}", f"large-{name}", BOTH, (*LARGE, f"train.sharding={name}")).end()
+        for name in ("none", "zero2", "zero3")
+    }
+    with_speed(*found.values())
+    for name in ("zero2", "zero3"):
+        compare(f"1.7B, two GPUs: {name} against none", found["none"], found[name])
+
+
+def with_speed(*trainings: Training) -> None:
+    """Complete their rows."""
     tokens = tokens_a_sample()
-    for training in (stopped, one, *sharded):
-        if "median seconds a step" not in training.row:
-            continue
-        rate = 104 / training.row["median seconds a step"]
-        training.row |= {"samples a second": round(rate, 1), "tokens a second": round(rate * tokens)}
+    for training in trainings:
+        if "median seconds a step" in training.row:
+            rate = 104 / training.row["median seconds a step"]
+            training.row |= {"samples a second": round(rate, 1), "tokens a second": round(rate * tokens)}
 
 
 if __name__ == "__main__":
-    for part in sys.argv[1:] or ["small", "large"]:
+    for part in sys.argv[1:] or ["small", "large", "sharded"]:
         try:
-            {"small": small, "large": large}[part]()
+            {"small": small, "large": large, "sharded": sharded}[part]()
         finally:
             for row in rows:
                 row.setdefault("part", part)

@@ -30,7 +30,7 @@ SETTINGS = (
 )
 HALF = (*SETTINGS, "train.precision=float16")
 STOPS = (20, 50)
-ONCE = 5
+ONCE = max(2, (os.cpu_count() or 2) * 3 // 8)
 """Trainings at a time."""
 
 
