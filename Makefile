@@ -38,13 +38,13 @@ push: ## tag the images of TARGET for REGISTRY=host/team and push them
 k8s-run: ## the four stages as Kubernetes Jobs, in order, on cards of TARGET, images from REGISTRY
 	@REGISTRY="$(REGISTRY)" k8s/run.sh "$(TARGET)" $(NAMESPACE)
 
-test: setup ## the tests, real models included (about 10 minutes on 2 cores)
-	@$(BIN)/python -m pytest
+test: setup .venv/.zero ## the tests, real models included (about 13 minutes on 2 cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-image-test: setup ## build the cpu images and run the demo in them by Docker Compose; starts an engine where none answers
+image-test: setup .venv/.zero ## build the cpu images and run the demo in them by Docker Compose; starts an engine where none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
 
-kill-test: setup ## kill stages, shards and nodes at any moment and compare with an undisturbed run (about 10 minutes)
+kill-test: setup .venv/.zero ## kill stages, shards and nodes at any moment and compare with an undisturbed run (about 10 minutes)
 	@$(BIN)/python -m pytest -m kill --timeout 3600
 
 lint: setup ## style, types, the one-way import rule, Dockerfiles and shell scripts
@@ -90,6 +90,10 @@ clean: ## delete the demo's run and what Python leaves behind; keeps .venv and m
 	@if command -v cc >/dev/null && [ -e "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; \
 	then $(BIN)/pip install --quiet --no-deps --no-build-isolation --require-hashes -r requirements/gptq.txt && touch $@; \
 	else echo "no GPTQ on this CPU: it needs a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)"; fi
+
+.venv/.zero: requirements/zero.txt .venv/.ready
+	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --require-hashes --upgrade --target .venv/zero \
+	  -r requirements/zero.txt && touch $@
 
 models/.ready: recipes/demo_models.py | .venv/.ready .venv/.gptq
 	@$(BIN)/python recipes/demo_models.py models 2> models.log || { tail -20 models.log >&2; exit 1; }

@@ -11,8 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pymupdf
 import pytest
+
+# what a loaded machine takes for an example says nothing of the code
+hypothesis.settings.register_profile("lorry", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("lorry")
 
 REPOSITORY = Path(__file__).parents[1]
 MODELS = Path(os.environ.get("LORRY_MODELS", REPOSITORY / "models")).absolute()

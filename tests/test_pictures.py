@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -23,7 +23,6 @@ def the_familys_own() -> Callable[..., tuple[int, int]]:
     return smart_resize
 
 
-@settings(deadline=None)  # the first call imports transformers
 @given(sides, sides, st.none() | st.integers(28 * 28, 3_000_000))
 def test_sizes_are_those_of_the_familys_processor(width: int, height: int, budget: int | None) -> None:
     rules = PictureRules()

@@ -96,7 +96,7 @@ def test_text_with_line_breaks_of_all_kinds_comes_back(tmp_path: Path, odd: str)
 
 
 @given(records, st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_journal_cut_anywhere_gives_a_prefix_and_goes_on(tmp_path_factory, rows, data) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path_factory.mktemp("journal") / "a.jsonl"
     with JsonlJournal(path) as journal:

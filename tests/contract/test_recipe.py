@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.contract.errors import UsageError
@@ -182,7 +182,6 @@ def test_numbers_are_read_as_people_write_them(recipe_file: Path, tmp_path: Path
     assert load_recipe(in_file).train.learning_rate == 2e-4
 
 
-@settings(deadline=None)  # what a loaded machine takes says nothing
 @given(st.floats(min_value=1e-300, max_value=1e300, allow_nan=False))
 def test_any_number_that_python_prints_is_read_back(number: float) -> None:
     path = REPOSITORY / "recipes" / "patent-qa.yaml"

@@ -529,7 +529,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_no_damage_is_a_crash(whole: Path, data: st.DataObject) -> None:
     """Any value of any manifest, or any whole file, replaced by anything."""

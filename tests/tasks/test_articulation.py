@@ -216,7 +216,7 @@ ROUND = st.floats(-1, 1, allow_nan=False).map(lambda x: round(x, 3))
     sign=st.sampled_from((1, -1)),
     order=st.permutations(range(3)),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_edge_of_every_box_comes_back(
     center: Any, yaw: float, extent: Any, idx: int, edge: Any, sign: int, order: list[int]
 ) -> None:
@@ -328,7 +328,7 @@ def test_numbers_must_be_numbers() -> None:
 
 
 @given(st.text(alphabet="root_geom=childjints[]dict(box),'hinge1-.\n ", max_size=300))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_text_breaks_the_parser(text: str) -> None:
     grammar.find_code(f"{LABEL[:40]}{text}", "obb_rel")
 
