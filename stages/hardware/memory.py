@@ -24,11 +24,11 @@ NCCL = 1_000_000_000
 ZERO_BUCKET = 20_000_000
 """Elements that ZeRO reduces or gathers at a time: a buffer of 40 to 80 MB. DeepSpeed's own 500 million would hold 1 GB
 or more for gradients that LoRA never has."""
-ZERO3_LIVE = 200_000_000
-"""Weights that a GPU keeps whole at a time under ZeRO-3, beside the layer at work: 0.4 GB in 16 bits; a layer of a 7B
-model has 233 million. DeepSpeed's own 1 billion would hold 2 GB."""
-ZERO3_PREFETCH = 50_000_000
-"""Weights fetched under ZeRO-3 while the layer before them computes, 0.1 GB."""
+ZERO3_LIVE = 500_000_000
+"""Weights that a GPU keeps whole at a time under ZeRO-3, where the layer at work is smaller: 1 GB in 16 bits, room for
+two layers of a 7B model. DeepSpeed's own 1 billion would hold 2 GB."""
+ZERO3_PREFETCH = 250_000_000
+"""Weights fetched under ZeRO-3 while those before them are computed with, 0.5 GB: a layer of a 7B model, whole."""
 
 LOSS_PER_LOGIT = 12.05
 """Bytes for each logit when the loss's backward begins: log-softmax and its gradient in float32, and copies of them."""
@@ -207,7 +207,12 @@ def _adapted_in_layers(shape: ModelShape, settings: Train) -> list[str]:
 
 def _packed_in_layers(shape: ModelShape) -> list[tuple[int, int]]:
     """Inputs and outputs of the decoder layers' modules that are stored quantised."""
-    return [shape.linears[name] for name in shape.packed if not _is_vision(name) and ".lm_head" not in f".{name}"]
+    return [shape.linears[name] for name in shape.packed if _is_in_a_layer(name)]
+
+
+def _is_in_a_layer(linear: str) -> bool:
+    """Of the decoder: neither the head nor of a vision tower."""
+    return not _is_vision(linear) and linear.rpartition(".")[2] != "lm_head"
 
 
 def _connector_activations(shape: ModelShape, settings: Train) -> int:
@@ -249,8 +254,10 @@ def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus:
             total += weight.stored_bytes
     if sharding != "zero3" or gpus == 1:
         return round(total)
+    # whole at a time: a layer, and beside it the head, the embeddings or the layers to come
+    layer = sum(prod(sizes) for name, sizes in shape.linears.items() if _is_in_a_layer(name)) // shape.layers
     largest = max(weight.count for weight in shape.weights)
-    return round(total / gpus) + size * (max(ZERO3_LIVE, largest) + ZERO3_PREFETCH)
+    return round(total / gpus) + size * (max(ZERO3_LIVE, largest) + max(ZERO3_PREFETCH, layer))
 
 
 def _inputs_of(shape: ModelShape, modules: Iterable[str]) -> int:

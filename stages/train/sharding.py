@@ -6,7 +6,7 @@ to the processors' memory. ZeRO: https://arxiv.org/abs/1910.02054; the options: 
 """
 
 import importlib.util
-from functools import partialmethod
+import os
 from typing import TYPE_CHECKING, Any
 
 from stages.contract.errors import UsageError
@@ -71,7 +71,7 @@ def check_sharding(sharding: str, use_cpu: bool) -> None:
     """Raise UsageError where DeepSpeed cannot work."""
     if sharding == "none":
         return
-    if use_cpu:
+    if use_cpu and os.environ.get("DS_ACCELERATOR") != "cpu":  # DeepSpeed's own variable; the tests set it
         raise UsageError(f"train.sharding is {sharding}, but there is no GPU here; set it to none or auto")
     if importlib.util.find_spec("deepspeed") is None:
         raise UsageError(f"train.sharding is {sharding}, but DeepSpeed is not installed here; set it to none or auto")
@@ -90,14 +90,61 @@ def compute_in(dtype: str, model: "torch.nn.Module") -> None:
             parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
-def keep_constants_exact() -> None:
-    """Have ZeRO-3 load a model with the same constants as it has everywhere else. To be called before it is loaded.
+def gather_by_layer(model: "torch.nn.Module") -> None:
+    """Have ZeRO-3 gather and let go a layer's weights together. To be called before DeepSpeed has the model.
+
+    By itself it does so for each module: thousands of small steps that take most of the time, and when a layer is
+    computed again for its backward pass, its weights are gathered twice. A layer is what transformers never splits.
+    """
+    import torch
+    from deepspeed.utils import set_z3_leaf_module
+
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in layers:
+            set_z3_leaf_module(module, True)
+        elif isinstance(module, torch.nn.Embedding) and not module.weight.requires_grad:
+            # gradient checkpointing makes embeddings ask for gradients; DeepSpeed would gather the whole table for
+            # them, with nothing to compute. It keeps what is there under this name
+            module.pre_bwd_fn = _Untouched  # type: ignore[assignment]
+
+
+class _Untouched:
+    """In the place of an autograd function that gathers weights before a module's backward pass."""
+
+    @staticmethod
+    def apply(output: "torch.Tensor") -> "torch.Tensor":
+        return output
+
+
+def let_go_of_weights(model: "torch.nn.Module") -> None:
+    """Free the weights that ZeRO-3 has left whole after a forward pass without a backward pass: the head and the last
+    layers, kept for one. The next forward pass would have them beside its own."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    for weight in model.parameters():
+        status = getattr(weight, "ds_status", None)
+        if status is ZeroParamStatus.AVAILABLE and not weight.ds_persist:  # type: ignore[attr-defined]
+            weight.partition()  # type: ignore[attr-defined]
+
+
+def mend_loading() -> None:
+    """Have ZeRO-3 load a model with the same constants as it has everywhere else, and gather each weight into a place
+    of its own. To be called before it is loaded.
 
     While a model is made, DeepSpeed rounds every new tensor to the type of the weights, also one asked for in float32:
     rotary embeddings, their frequencies rounded to bfloat16, are wrong by whole turns some thousand tokens on. The
-    weights are of their type without that: transformers makes it torch's default while it loads.
+    weights are of their type without that: transformers makes it torch's default while it loads. And weights gathered
+    together lie in one buffer first, from which each is copied: all are there twice. The option against that,
+    stage3_allgather_sequential, would turn fetching ahead off, too.
     """
     from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride, Init
 
+    made = Init.__init__
     only_the_device = frozenset({DeepSpeedTensorOverride.device})
-    Init.__init__ = partialmethod(Init.__init__, tensor_overrides=only_the_device)
+
+    def mended(self: Any, *arguments: Any, **named: Any) -> None:
+        made(self, *arguments, **{"tensor_overrides": only_the_device, **named})
+        self.allgather_sequential = True
+
+    Init.__init__ = mended

@@ -29,7 +29,7 @@ from stages.pictures import PictureRules, Rules, SquareRules, family_rules, open
 from stages.train import llava_templates  # noqa: F401 - registers templates
 from stages.train.connector_sft import train_connector_only
 from stages.train.optimizer_state import keep_by_name
-from stages.train.sharding import compute_in
+from stages.train.sharding import compute_in, gather_by_layer, let_go_of_weights
 from stages.train.together import Together
 from stages.train.worker import Job, Reports, _sizes
 
@@ -179,6 +179,9 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         trainer._inner_training_loop = _with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
         if self._job.sharding != "none":
             compute_in(self._job.dtype, trainer.model)
+        if self._job.sharding == "zero3":
+            gather_by_layer(trainer.model)
+            trainer.add_callback(_WeightsLetGo())
         keep_by_name(trainer, self._together)
         try:
             return super().train(trainer)
@@ -369,3 +372,12 @@ def _saved(path: Path) -> dict[str, int]:
         return {}
     _sync(path)
     return {path.name: path.stat().st_size}
+
+
+class _WeightsLetGo(TrainerCallback):
+    """ZeRO-3, after each batch of an evaluation."""
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
+    ) -> None:
+        let_go_of_weights(named["model"])

@@ -32,7 +32,7 @@ from stages.hardware.probe import read_cards
 from stages.hardware.targets import refuse_4bit_twice
 from stages.train.ladder import During, Ladder, LostCardError, Shortage, lost_card, shortage_of
 from stages.train.mixes import mixed, shown, validated
-from stages.train.sharding import check_sharding, deepspeed_config, keep_constants_exact
+from stages.train.sharding import check_sharding, deepspeed_config, mend_loading
 from stages.train.together import Together, lost_the_others
 
 T = TypeVar("T")
@@ -174,7 +174,7 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
         config = deepspeed_config(job.sharding, job.dtype, *batch, job.settings.max_grad_norm)
         write_json(scratch / "deepspeed.json", config)
     if job.sharding == "zero3":
-        keep_constants_exact()
+        mend_loading()
     arguments = _arguments(job, scratch, resume)
     if together.first:
         print("swift sft", shlex.join(arguments), flush=True)  # in the log: the same by hand
@@ -387,6 +387,9 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "per_device_eval_batch_size": job.eval_micro_batch,
         "gradient_accumulation_steps": job.accumulation,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        # ms-swift takes the reentrant kind under DeepSpeed: with it ZeRO-3 sees no layer's backward pass end, and keeps
+        # all of the base whole until the whole backward pass has
+        "gradient_checkpointing_kwargs": '{"use_reentrant": false}' if job.sharding == "zero3" else None,
         # of a vision-language model; nothing of a frozen tower is kept for a backward pass, with or without
         "vit_gradient_checkpointing": settings.gradient_checkpointing
         and not (settings.freeze_vision or settings.trains_connector),

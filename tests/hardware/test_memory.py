@@ -117,7 +117,8 @@ def test_the_committed_rows_hold_with_the_code_as_it_is(shapes: dict[str, ModelS
     off = []
     for row in rows:
         model = next((one.partition("=")[2] for one in row.get("sets", ()) if one.startswith("model.path=")), None)
-        if row.get("exit code") != 0 or model not in shapes:  # not run, cut short, or a vision-language model
+        # not run, cut short, a vision-language model, or of code that is no more
+        if row.get("exit code") != 0 or model not in shapes or "earlier code" in row:
             continue
         recipe = load_recipe(RECIPE, "text", tuple(row["sets"]))
         lengths = (

@@ -27,20 +27,24 @@ class TwoNodes:
     def __init__(self, training: Training) -> None:
         self.training = training
 
-    def start(self) -> "list[subprocess.Popen[str]]":
-        meeting = {"LORRY_NODES": "2", "LORRY_RENDEZVOUS": f"127.0.0.1:{free_port()}", "OMP_NUM_THREADS": "1"}
+    def start(self, **environment: str) -> "list[subprocess.Popen[str]]":
+        meeting = {
+            "LORRY_NODES": "2",
+            "LORRY_RENDEZVOUS": f"127.0.0.1:{free_port()}",
+            "OMP_NUM_THREADS": "1",
+        } | environment
         return [self.training.start(**meeting, LORRY_NODE_RANK=str(rank)) for rank in range(2)]
 
     def log(self) -> str:
         folders = self.training.run.stage_folder("train"), self.training.run.folder / "nodes" / "train" / "1"
         return "\n".join((folder / "log.txt").read_text()[-3000:] for folder in folders if folder.is_dir())
 
-    def wait_for_steps(self, process: "subprocess.Popen[str]") -> None:
+    def wait_for_steps(self, process: "subprocess.Popen[str]", steps: int = 3) -> None:
         """Until this start has trained a little."""
         events = self.training.run.path("train", "events.jsonl")
         before = events.read_text().count('"loss"') if events.is_file() else 0
         deadline = time.monotonic() + 120
-        while not events.is_file() or events.read_text().count('"loss"') < before + 3:
+        while not events.is_file() or events.read_text().count('"loss"') < before + steps:
             assert process.poll() is None and time.monotonic() < deadline, self.log()
             time.sleep(0.1)
 

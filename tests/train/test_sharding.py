@@ -1,4 +1,4 @@
-"""What DeepSpeed is told. That it trains so is shown on GPUs, by `benchmarks.zero`."""
+"""What DeepSpeed is told. That it trains so, test_zero.py shows on processors and `benchmarks.zero` on GPUs."""
 
 import importlib.util
 import json
@@ -52,6 +52,14 @@ def test_only_trainable_weights_take_the_type_of_the_base() -> None:
     model[0].requires_grad_(False)
     compute_in("bfloat16", model)
     assert [parameter.dtype for parameter in model.parameters()] == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+def test_zero3_has_room_to_fetch_a_layer_of_a_7b_model_ahead() -> None:
+    layer = 233_000_000
+    zero = deepspeed_config("zero3", "bfloat16", 1, 1, 1.0)["zero_optimization"]
+    assert zero["stage3_max_live_parameters"] - layer >= layer
+    assert zero["stage3_prefetch_bucket_size"] >= layer
+    assert "stage3_allgather_sequential" not in zero, "it would turn fetching ahead off"
 
 
 def test_one_process_alone_has_a_group_where_deepspeed_wants_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,13 @@ def test_memory_decides_batches_of_evaluation_pixels_and_bits(tmp_path: Path) ->
     assert lean["--bnb_4bit_compute_dtype"] == ["float16"]
 
 
+def test_under_zero3_checkpointing_is_not_the_reentrant_kind(tmp_path: Path) -> None:
+    """ms-swift's choice under DeepSpeed, with which a 14B model took 53 GB of each of two cards for 26 expected."""
+    assert not {"--gradient_checkpointing_kwargs", "--deepspeed"} & set(told(tmp_path))
+    sharded = _arguments(replace(job(tmp_path), sharding="zero3"), tmp_path, None)
+    assert sharded[sharded.index("--gradient_checkpointing_kwargs") + 1] == '{"use_reentrant": false}'
+
+
 def test_a_lost_card_is_named_with_cuda_s_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = replace(job(tmp_path), processes=2, cards=["GPU 3 (A800), GPU-a", "GPU 5 (A800), GPU-b"])
     monkeypatch.setenv("LOCAL_RANK", "1")
