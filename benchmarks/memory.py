@@ -112,6 +112,7 @@ SETTINGS = (
     Setting("7B, 2048, ZeRO-2 on two", "Qwen2.5-7B", 2048, 64, 1, ("train.sharding=zero2",), 2),
     Setting("7B, 2048, ZeRO-3 on two", "Qwen2.5-7B", 2048, 64, 1, ("train.sharding=zero3",), 2),
     Setting("14B, 8192, ZeRO-3 on two", "Qwen2.5-14B", 8192, 64, 1, ("train.sharding=zero3",), 2),
+    Setting("VL-7B, 2048, a picture, ZeRO-3 on two", "Qwen2.5-VL-7B", 2048, 64, 1, ("train.sharding=zero3",), 2, True),
 )
 
 

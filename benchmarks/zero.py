@@ -1,6 +1,6 @@
 """ZeRO-2 and ZeRO-3 against training without: losses, and going on with another sharding and number of processes.
 
-    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.zero
+    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.zero [PART...]
 
 Needs a GPU, DeepSpeed, SmolLM2's tokenizer, and a run `prepared` (see `benchmarks.two_gpus`); what is for two GPUs is
 not run where there is one. Every training is the train command in processes of its own;
@@ -96,17 +96,18 @@ def without_nvcc() -> dict[str, str]:
     return {"PATH": ":".join(paths), "CUDA_HOME": "/nowhere"}
 
 
-def tried(work: Callable[[], Start]) -> Start | None:
+def tried(part: str, work: Callable[[], Start]) -> Start | None:
     """One part's failure must not keep the others' rows from being written."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001
         traceback.print_exc()
-        rows.append({"what": "a part of this benchmark failed", "error": f"{type(error).__name__}: {error}"})
+        rows.append({"what": f"{part}: failed", "error": f"{type(error).__name__}: {error}"})
         return None
 
 
-def main() -> None:
+def main(wanted: list[str]) -> None:
+    """Measure all parts, or some, by their names; those are compared with `none 1` or `half none 1`, if that is one."""
     make_in_a_process_of_its_own("random-llama", RANDOM_LLAMA)
     parts: dict[str, Callable[[], Start]] = {
         "none 1": lambda: undisturbed("none", 1),
@@ -124,23 +125,27 @@ def main() -> None:
         "zero3: 2, 1, 2": lambda: in_turn("turn-3", (("zero3", 2), ("zero3", 1), ("zero3", 2))),
         "half: none 1, zero3 2, zero2 1": lambda: in_turn("turn-half", (("none", 1), ("zero3", 2), ("zero2", 1)), HALF),
     }
+    parts = {name: part for name, part in parts.items() if not wanted or name in wanted}
     if gpu_count() < 2:
         for name in [name for name in parts if "2" in name.replace("zero2", "")]:
             rows.append({"what": name, "not run": "two GPUs, and one here"})
             del parts[name]
     longest_first = sorted(parts, key=lambda name: -name.count(","))
     with ThreadPoolExecutor(ONCE) as pool:
-        running = {name: pool.submit(tried, parts[name]) for name in longest_first}
+        running = {name: pool.submit(tried, name, parts[name]) for name in longest_first}
         ended = {name: running[name].result() for name in parts}
     for name, one in ended.items():
         other = ended.get("half none 1" if name.startswith("half") else "none 1")
         if one is not None and other is not None and one is not other:
+            already = len(rows)
             compare(f"{name} against none 1", other, one)
+            for row in rows[already:]:
+                row["run"] = one.run
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     finally:
-        write_rows("zero", rows, "python -m benchmarks.zero")
+        write_rows("zero", rows, "python -m benchmarks.zero", by="run")
         print(json.dumps([row for row in rows if "largest difference of a step's loss" in row], indent=1))
