@@ -106,6 +106,11 @@ def _split_in(name: str) -> Split | None:
     return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 
 
+def names_a_split(name: str) -> bool:
+    """Whether a name says a split and nothing else: `test`, but not `law-test`."""
+    return name.lower() in _SPLITS
+
+
 class MakeRow(Protocol):
     def __call__(
         self, number: int, record: Any = None, *, bad: tuple[str, str] | None = None, last: int | None = None
@@ -312,9 +317,8 @@ def _read_parquet(path: Path, row: MakeRow) -> Iterator[Row]:
             last = number + table.metadata.row_group(group).num_rows
             try:
                 for batch in table.iter_batches(batch_size=1000, row_groups=[group]):
-                    for record in batch.to_pylist():
-                        number += 1
-                        yield row(number, record)
+                    yield from _read_batch(batch, number, row)
+                    number += batch.num_rows
             except (pa.ArrowException, OSError, ValueError) as error:
                 yield row(number + 1, bad=("unreadable rows", _printable(error)), last=last)
             number = last
@@ -331,11 +335,23 @@ def _read_arrow(path: Path, row: MakeRow) -> Iterator[Row]:
             whole = source.read(6) == b"ARROW1"
             source.seek(0)
             for batch in _batches(pa.ipc.open_file(source)) if whole else pa.ipc.open_stream(source):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield row(number, record)
+                yield from _read_batch(batch, number, row)
+                number += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
         yield row(number + 1, bad=("unreadable file" if number == 0 else "cut off", _printable(error)))
+
+
+def _read_batch(batch: Any, before: int, row: MakeRow) -> Iterator[Row]:
+    """The rows of a batch, of which there are some before. Where one has bytes that are no UTF-8, it alone is bad."""
+    try:
+        records = batch.to_pylist()
+    except ValueError:
+        records = None
+    for index in range(batch.num_rows):
+        try:
+            yield row(before + index + 1, records[index] if records else batch.slice(index, 1).to_pylist()[0])
+        except ValueError as error:
+            yield row(before + index + 1, bad=("not UTF-8", _printable(error)))
 
 
 def _batches(file: Any) -> Iterator[Any]:

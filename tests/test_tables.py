@@ -240,6 +240,15 @@ def test_a_file_that_is_no_table_is_told(tmp_path: Path, name: str, write: Any) 
     assert len(bad(rows(tmp_path / name, b""))) == 1
 
 
+@pytest.mark.parametrize(("name", "write"), [("t.parquet", pq.write_table), ("t.arrow", feather.write_feather)])
+def test_a_row_that_is_not_utf_8_costs_no_other(tmp_path: Path, name: str, write: Any) -> None:
+    texts = pa.array([b"a", b"\xff", "灯".encode()]).view(pa.string())
+    write(pa.table({"text": texts}), tmp_path / name)
+    found = rows(tmp_path / name)
+    assert good(found) == [{"text": "a"}, {"text": "灯"}]
+    assert bad(found) == [(f"{name} row 2", "not UTF-8")]
+
+
 def test_a_damaged_row_group_costs_no_other(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     write_parquet(path)

@@ -19,12 +19,14 @@ def write_samples(
     task: Any,
     questions: list[Any],
     splits: Mapping[str, str | None],
+    groups: Mapping[str, str],
     founds: Mapping[str, Found] | None,
 ) -> None:
     """Write the samples of each split, and the rows of a submission. Raises DataError when none is left to train on.
 
-    `splits` and `founds` are by question id; the latter is None where the task reads no documents.
+    `splits`, `groups` and `founds` are by question id; the last is None where the task reads no documents.
     """
+    learnt = {group for name, group in groups.items() if splits.get(name) == "train"}
     samples: dict[str, list[Sample]] = {split: [] for split in (*SPLITS, ASKED)}
     tested: list[Any] = []
     for question in questions:
@@ -34,9 +36,11 @@ def write_samples(
             stage.skip(question.id, *reason)
             continue
         assert split is not None
-        scored_too = split == "train" and question.split != "train only" and stage.run.recipe.data.evaluate_on_training
+        on_training_data = stage.run.recipe.data.evaluate_on_training
+        scored_too = split == "train" and question.split != "train only" and on_training_data
         if split == "test" or scored_too:
-            samples["test"].append(_asked(stage, task, question, found, trained_on=split != "test"))
+            known = scored_too or (on_training_data and question.split == "test" and groups[question.id] in learnt)
+            samples["test"].append(_asked(stage, task, question, found, trained_on=known))
             tested.append(question)
         if split == "validation":
             samples[ASKED].append(_asked(stage, task, question, found))

@@ -24,6 +24,7 @@ def split_questions(
     """
     splits = {groups[question.id]: "test" for question in questions if question.split in ("test", "test only")}
     divided: dict[str, dict[str, str | None]] = {}
+    learnt = {question.source for question in questions if question.split == "train" and data.evaluate_on_training}
     for question in questions:
         if question.split in (None, "train", "test"):
             given, group = divided.setdefault(question.source, {}), groups[question.id]
@@ -32,7 +33,7 @@ def split_questions(
     lost: dict[str, DataError] = {}
     for source, given in divided.items():
         try:
-            splits |= split_groups(set(given), given, data, seed, splits)
+            splits |= split_groups(set(given), given, data, seed, splits, source in learnt)
         except DataError as error:
             lost[source] = error
     if lost and len(lost) == len(divided):
@@ -46,24 +47,29 @@ def split_questions(
     for question in questions:
         if question.source in lost and question not in left:
             skip(question.id, f"nothing of {question.source} can be held out", str(lost[question.source]))
-    return {question.id: _split_of(question, splits.get(groups[question.id])) for question in left}
+    return {question.id: _split_of(question, splits.get(groups[question.id]), data) for question in left}
 
 
-def _split_of(question: Any, of_its_group: str | None) -> str | None:
+def _split_of(question: Any, of_its_group: str | None, data: Data) -> str | None:
     if question.split in ("asked", "test only"):
         return "test"  # what is asked has no answer: nothing of it is scored
     if question.split == "train only":
         return "train" if of_its_group in ("train", None) else None
     if question.split == "train" and of_its_group == "test":
-        return None
+        return "train" if data.evaluate_on_training else None
     return of_its_group
 
 
 def split_groups(
-    groups: set[str], given: Mapping[str, str | None], data: Data, seed: int, taken: Mapping[str, str] | None = None
+    groups: set[str],
+    given: Mapping[str, str | None],
+    data: Data,
+    seed: int,
+    taken: Mapping[str, str] | None = None,
+    learnt: bool = False,
 ) -> dict[str, str]:
     """The split of each group. `given` names the groups whose split (`train` or `test`) the data themselves state,
-    `taken` those that have one already.
+    `taken` those that have one already; `learnt`: there are questions to train on, whatever groups they are of.
 
     Otherwise groups are put in an order drawn from the seed and their names, so that a group's place does not hang on
     how the others are listed. Raises DataError where a group is left for only one of train and test.
@@ -82,7 +88,7 @@ def split_groups(
         count = max(wanted - len(validated), 0)
         validated, free = validated + free[:count], free[count:]
     train = free + [group for group in order if taken.get(group) == "train"]
-    if not train or not (test or data.evaluate_on_training):
+    if not (train or learnt) or not (test or data.evaluate_on_training):
         raise DataError(
             f"found questions on {len(groups)} document(s) or group(s): {len(train)} to train on and {len(test)} to"
             " test on; splits are by group, so both need at least one (data.evaluate_on_training scores what was"

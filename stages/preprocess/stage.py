@@ -28,7 +28,8 @@ def work(stage: Stage) -> None:
     stage.counts["questions"] = len(questions)
 
     # before the hours of work: it may find that nothing can be held out
-    splits = split_questions(questions, _groups(stage, questions, documents), recipe.data, recipe.seed, stage.skip)
+    groups = _groups(stage, questions, documents)
+    splits = split_questions(questions, groups, recipe.data, recipe.seed, stage.skip)
     questions = [question for question in questions if question.id in splits]
     if stage.nothing_to_do(len(documents), "documents"):
         return
@@ -40,7 +41,7 @@ def work(stage: Stage) -> None:
         if known is None:
             return
         founds = find(stage, task, questions, splits, known)
-    write_samples(stage, task, questions, splits, founds)
+    write_samples(stage, task, questions, splits, groups, founds)
     _tell(stage)
 
 

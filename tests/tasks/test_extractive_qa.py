@@ -83,6 +83,9 @@ def one(folder: Path, record: Any) -> ContextQuestion:
         ("Context: c\nQuestion: old?\nQuestion: new Question: ?", "c\nQuestion: old?", "new Question: ?"),
         ("Context:\nQuestion: q", "", "q"),
         ("上下文：部件3是齿轮。\n问题：部件3是什么？", "部件3是齿轮。", "部件3是什么？"),
+        ("Context: Part 3 is a gear. Question: What is it?", "Part 3 is a gear.", "What is it?"),
+        ("Context: an Unquestion: stays. Question: q", "an Unquestion: stays.", "q"),
+        ("上下文：部件3是齿轮。问题：部件3是什么？", "部件3是齿轮。", "部件3是什么？"),
         ("What is a Question: of Context: ?", "", "What is a Question: of Context: ?"),
         ("Question: q", "", "Question: q"),
         ("Context: c, but nothing is asked", "", "Context: c, but nothing is asked"),
@@ -271,6 +274,26 @@ def test_ids_are_unique_over_all_data_sets(tmp_path: Path) -> None:
     ]
     assert len({q.id for q in questions}) == len(questions) == 12
     assert skipped == [("a.jsonl:2", "duplicate id"), ("b.jsonl:2", "duplicate id")]
+
+
+def test_files_of_the_same_name_below_a_data_set_lose_nothing(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write(tmp_path / "hub" / split / "data-0.jsonl", *(squad(id=number) for number in range(4)))
+    questions, skipped = read(tmp_path)
+    assert len({question.id for question in questions}) == 12 and not skipped
+    assert {question.id for question in questions if question.split == "test"} >= {"hub/3"}
+
+
+def test_splits_are_no_data_sets(tmp_path: Path) -> None:
+    """As other tasks take them, in the data folder itself: the test file would be a data set, and trained on."""
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", squad())
+    with pytest.raises(
+        DataError, match=r"test.jsonl and train.jsonl are named after splits, .* put them into a folder"
+    ):
+        read(tmp_path)
+    write(tmp_path / "law-test.jsonl", squad())
+    assert {question.source for question in read(tmp_path)[0]} == {"train", "test", "law-test"}
 
 
 # -- groups and splits -------------------------------------------------------------------------------------------

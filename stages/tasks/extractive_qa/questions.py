@@ -10,7 +10,7 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe
-from stages.tables import ENDINGS, Split, data_set_name, read_rows
+from stages.tables import ENDINGS, Split, data_set_name, names_a_split, read_rows
 from stages.tasks import Given, Skip
 from stages.wording import plain
 
@@ -49,6 +49,11 @@ def _data_sets(folder: Path) -> dict[str, Path]:
             )
         if name is not None:
             found[name] = path
+    if len(found) > 1 and all(map(names_a_split, found)):
+        raise DataError(
+            f"{folder}: {' and '.join(sorted(path.name for path in found.values()))} are named after splits, and would"
+            f" each be a data set; put them into a folder below this one, named as the data set is"
+        )
     if not found:
         raise DataError(
             f"{folder}: no data set; put files with the endings {', '.join(ENDINGS)} there, or folders of them"
@@ -92,10 +97,11 @@ def _read(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
             except _BadRecordError as error:
                 skip(row.where, error.reason, str(error))
                 continue
-            place = f"{Path(row.file).with_suffix('')}-{row.place}" + (f".{number + 1}" if number else "")
-            if name and files.get(name, row.file) != row.file:  # each file of a set may count from 1
-                name = f"{Path(row.file).stem}-{name}"
-            key = f"{source}/{name or place.removeprefix(f'{source}/')}"
+            file = str(Path(row.file).with_suffix("")).removeprefix(f"{source}/")
+            place = f"{file}-{row.place}" + (f".{number + 1}" if number else "")
+            while name and files.get(name, row.file) != row.file:  # each file of a set may count from 1
+                name = f"{file}-{name}"
+            key = f"{source}/{name or place}"
             if key in found:
                 skip(row.where, "duplicate id", key)
                 continue
@@ -205,6 +211,7 @@ def _parse(record: Any) -> tuple[str, ContextQuestion]:
 
 _CONTEXT = re.compile(r"\s*(?:context|上下文)\s*[:：]", re.IGNORECASE)
 _QUESTION = re.compile(r"^[^\S\n]*(?:question|问题)\s*[:：]", re.IGNORECASE | re.MULTILINE)
+_QUESTION_IN_LINE = re.compile(r"(?<=[\s.!?;。！？；…”」）)])(?:question|问题)\s*[:：]", re.IGNORECASE)
 
 
 def _from_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
@@ -212,7 +219,8 @@ def _from_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
     is the task's own.
 
     The context begins behind the marker at the very beginning, and the question behind the last one that begins a
-    line, so that either may hold the words themselves. Without both markers all is the question.
+    line, so that either may hold the words themselves; where none does, behind the last that follows a sentence or
+    white space. Without both markers all is the question.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise _BadRecordError("messages is no list of messages", messages)
@@ -222,7 +230,8 @@ def _from_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
     if roles != ["user", "assistant"]:
         raise _BadRecordError("not one user and one assistant message", f"found {roles}"[:100])
     asked, answer = (_text(message, "content") for message in messages)
-    context, questions = _CONTEXT.match(asked), list(_QUESTION.finditer(asked))
+    context = _CONTEXT.match(asked)
+    questions = list(_QUESTION.finditer(asked)) or list(_QUESTION_IN_LINE.finditer(asked))
     found = ("", asked)
     if context and questions and questions[-1].start() >= context.end():
         found = (asked[context.end() : questions[-1].start()].strip(), asked[questions[-1].end() :].strip())
