@@ -14,6 +14,7 @@ from typing import Any
 from stages.contract.files import read_json
 from stages.contract.recipe import Adapter
 from stages.contract.run import Run
+from stages.tables import data_set_name
 
 
 def pipeline_report(
@@ -65,7 +66,7 @@ def _path_of(run: Run, adapter: Adapter) -> str:
     if len(adapter.data) != 1 or not folder.is_dir():
         return run.recipe.data.path
     name = adapter.data[0].source
-    own = sorted(path.name for path in folder.iterdir() if name in (path.name, path.stem))
+    own = sorted(path.name for path in folder.iterdir() if data_set_name(path) == name)
     return f"{run.recipe.data.path}/{own[0]}" if own else run.recipe.data.path
 
 

@@ -178,6 +178,8 @@ def _answer(stage: Stage, asking: Asking, engines: "_Engines", model: Path, chun
         return not all(asking.is_done(variant, members) for members in chunks[variant])
 
     if not any(left(variant) for variant in chunks):
+        if tried := read_json(stage.path(TRIED)):  # by an earlier start, which answered all
+            stage.decide("batch size", tried["batch_size"], tried["why"])
         return
     every = {each.name: stage.run.path("train", "adapters", each.name) for each in trained_adapters(stage)}
     asked = {variant.adapter for variant in chunks if variant.adapter and left(variant)}

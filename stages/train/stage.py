@@ -80,7 +80,6 @@ def work(stage: Stage) -> None:
     if stage.nothing_to_do(len(recipe.train.adapters), "adapters"):
         return
     log: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]
     mixes, failures = _mixes_of(stage, adapters)
     connector = None
@@ -90,6 +89,7 @@ def work(stage: Stage) -> None:
     else:
         remove(stage.path(*place_of(CONNECTOR)))  # of a recipe that had one
     keys = _keep_what_fits(stage, mixes, connector)
+    results = _results_of(stage, [adapter for adapter in adapters if adapter.name not in failures])
     for adapter in adapters:
         name = adapter.name
         folder = stage.path("adapters", name)
@@ -286,10 +286,24 @@ def _keep_what_fits(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | No
     return keys
 
 
-def _note_result(stage: Stage, results: list[dict[str, Any]], adapter: Adapter, result: dict[str, Any]) -> None:
+def _results_of(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[str, Any]]:
+    """Of those that earlier starts have trained: a report that is written while one before them is trained again has
+    them, too."""
+    folders = {adapter.name: stage.path("adapters", adapter.name) for adapter in adapters}
+    return {
+        adapter.name: dataset_result(
+            stage.run, adapter, {"training": training_facts(stage.run, adapter, folders[adapter.name])}
+        )
+        for adapter in adapters
+        if folders[adapter.name].is_dir()
+    }
+
+
+def _note_result(stage: Stage, results: dict[str, dict[str, Any]], adapter: Adapter, result: dict[str, Any]) -> None:
     """Write the report of the adapters so far, so that it is there whatever becomes of the others."""
-    results.append(dataset_result(stage.run, adapter, result))
-    write_json(stage.path("report.json"), pipeline_report(stage.run, results, stage.starts[0]))
+    results[adapter.name] = dataset_result(stage.run, adapter, result)
+    so_far = sorted(results.values(), key=lambda one: one["dataset_index"])
+    write_json(stage.path("report.json"), pipeline_report(stage.run, so_far, stage.starts[0]))
 
 
 def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:

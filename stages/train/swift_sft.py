@@ -334,6 +334,8 @@ class _Checkpoints(TrainerCallback):
             memory=None if self._job.use_cpu else torch.cuda.max_memory_reserved(),
         )
         self._since = now
+        if state.global_step >= state.max_steps:  # whatever log_every is, how it ended is told
+            control.should_log = True
         if stops or state.global_step >= state.max_steps:
             control.should_save = True
             control.should_training_stop = True

@@ -271,6 +271,18 @@ def test_defect_01_a_test_file_that_is_the_training_file_is_refused(fresh: Job, 
     ]
 
 
+def test_defect_01_asked_for_it_is_trained_on_its_test_file(fresh: Job) -> None:
+    shutil.copy(fresh.run.data / "boats" / "train.jsonl", fresh.run.data / "boats" / "test.jsonl")
+    fresh = replace(fresh, overrides=("data.evaluate_on_training=true",))
+    assert fresh.preprocess() == Exit.DONE
+    of_boats = {
+        split: [each["meta"] for each in fresh.samples(split).values() if each["meta"]["source"] == "boats"]
+        for split in ("train", "validation", "test")
+    }
+    assert of_boats["train"] and of_boats["test"]
+    assert all(meta.get("trained_on") for meta in of_boats["test"])
+
+
 def test_defect_01_asked_for_it_is_done_and_every_table_says_so(fresh: Job, capfd: Any) -> None:
     fresh = replace(fresh, overrides=("data.evaluate_on_training=true",))
     assert fresh.preprocess() == Exit.DONE
@@ -501,6 +513,32 @@ def test_defect_09_a_stop_costs_no_data_set_that_is_done(fresh: Job) -> None:
     assert kept == {"boats", "laws"}
     assert fresh.train() == Exit.DONE
     assert [started["name"] for started in fresh.trained()] == ["boats", "laws", "stars"], "each once"
+
+
+def test_defect_09_a_data_set_that_is_tried_again_hides_none_behind_it(fresh: Job) -> None:
+    assert fresh.preprocess() == Exit.DONE
+    assert fresh.train(deaths="laws") == Exit.DONE
+    assert fresh.train(stop_before="laws") == Exit.INTERRUPTED
+    assert names(fresh.report("train")) == ["boats", "stars"]
+
+
+def test_defect_09_what_answered_is_told_though_the_last_start_had_nothing_to_ask(
+    fresh: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = replace(fresh, overrides=("infer.batch_size=auto",))
+    assert (fresh.preprocess(), fresh.train()) == (Exit.DONE, Exit.DONE)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, "_write", stopped)
+        assert fresh.infer(Engine()) == Exit.INTERRUPTED
+    engine = Engine()
+    assert (fresh.infer(engine), fresh.eval()) == (Exit.DONE, Exit.DONE)
+    assert not engine.answered
+    sizes = {result["evaluation"]["batch_size"] for result in fresh.report()["dataset_results"]}
+    assert sizes == {json.loads(fresh.run.path("infer", "batch_size.json").read_text())["batch_size"]} != {"auto"}
 
 
 def test_defect_09_scores_too_are_there_after_each_data_set(
