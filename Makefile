@@ -39,7 +39,7 @@ k8s-run: ## the four stages as Kubernetes Jobs, in order, on cards of TARGET, im
 	@REGISTRY="$(REGISTRY)" k8s/run.sh "$(TARGET)" $(NAMESPACE)
 
 test: setup .venv/.zero ## the tests, real models included (about 13 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 image-test: setup .venv/.zero ## build the cpu images and run the demo in them by Docker Compose; starts an engine where none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
