@@ -38,13 +38,13 @@ push: ## tag the images of TARGET for REGISTRY=host/team and push them
 k8s-run: ## the four stages as Kubernetes Jobs, in order, on cards of TARGET, images from REGISTRY
 	@REGISTRY="$(REGISTRY)" k8s/run.sh "$(TARGET)" $(NAMESPACE)
 
-test: setup .venv/.zero ## the tests, real models included (about 13 minutes on 2 cores)
+test: setup .venv/.zero ## the tests, real models included (13 to 23 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 image-test: setup .venv/.zero ## build the cpu images and run the demo in them by Docker Compose; starts an engine where none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
 
-kill-test: setup .venv/.zero ## kill stages, shards and nodes at any moment and compare with an undisturbed run (about 10 minutes)
+kill-test: setup .venv/.zero ## kill stages, shards and nodes at any moment and compare with an undisturbed run (12 to 18 minutes)
 	@$(BIN)/python -m pytest -m kill --timeout 3600
 
 lint: setup ## style, types, the one-way import rule, Dockerfiles and shell scripts
