@@ -90,18 +90,21 @@ def compute_in(dtype: str, model: "torch.nn.Module") -> None:
             parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
-def gather_by_layer(model: "torch.nn.Module") -> None:
+def gather_by_layer(model: "torch.nn.Module", whole_layers: bool) -> None:
     """Have ZeRO-3 gather and let go a layer's weights together. To be called before DeepSpeed has the model.
 
     By itself it does so for each module: thousands of small steps that take most of the time, and when a layer is
     computed again for its backward pass, its weights are gathered twice. A layer is what transformers never splits.
+
+    `whole_layers` may be true only where what goes into every layer with trained weights asks for gradients, as with
+    gradient checkpointing: else DeepSpeed takes a layer's backward pass for ended before it has begun, and it fails.
     """
     import torch
     from deepspeed.utils import set_z3_leaf_module
 
     layers = set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():
-        if type(module).__name__ in layers:
+        if whole_layers and type(module).__name__ in layers:
             set_z3_leaf_module(module, True)
         elif isinstance(module, torch.nn.Embedding) and not module.weight.requires_grad:
             # gradient checkpointing makes embeddings ask for gradients; DeepSpeed would gather the whole table for

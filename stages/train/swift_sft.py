@@ -180,7 +180,9 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         if self._job.sharding != "none":
             compute_in(self._job.dtype, trainer.model)
         if self._job.sharding == "zero3":
-            gather_by_layer(trainer.model)
+            settings = self._job.settings
+            # into the first layer of an adapted vision tower goes a picture, which asks for none
+            gather_by_layer(trainer.model, settings.gradient_checkpointing and settings.freeze_vision)
             trainer.add_callback(_WeightsLetGo())
         keep_by_name(trainer, self._together)
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -31,13 +32,13 @@ def main(folder: Path) -> None:
     base.gradient_checkpointing_enable({"use_reentrant": False})
     base.enable_input_require_grads()
     model: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
-    gather_by_layer(model)
+    gather_by_layer(model, whole_layers=True)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     divided = [one for one in engine.module.parameters() if not one.ds_persist]
 
     def whole() -> int:
-        return sum(one.ds_numel for one in divided if one.ds_status.name == "AVAILABLE")
+        return sum(one.ds_numel for one in divided if one.ds_status.name != "NOT_AVAILABLE")  # or on their way
 
     most, fetches = [0], [0]
     fetch = PartitionedParameterCoordinator.fetch_sub_module
@@ -48,6 +49,14 @@ def main(folder: Path) -> None:
         most[0] = max(most[0], whole())
 
     PartitionedParameterCoordinator.fetch_sub_module = counted
+    together: list[Any] = []
+    coalesced = partition_parameters.AllGatherCoalescedHandle.__init__
+
+    def noted(self: Any, *arguments: Any, **named: Any) -> None:
+        together.append(self)
+        coalesced(self, *arguments, **named)
+
+    partition_parameters.AllGatherCoalescedHandle.__init__ = noted
     generator = torch.Generator().manual_seed(deepspeed.comm.get_rank())
     found: dict[str, Any] = {"divided": sum(one.ds_numel for one in divided), "most": [], "fetches": []}
     for step in range(4):
@@ -65,6 +74,7 @@ def main(folder: Path) -> None:
                     engine(input_ids=tokens, labels=tokens)
                 let_go_of_weights(engine.module)
             found["after evaluation"] = whole()
+    found["through one buffer"] = len(together)
     if deepspeed.comm.get_rank() == 0:
         print("FOUND", json.dumps(found), flush=True)
     deepspeed.comm.barrier()
