@@ -337,6 +337,18 @@ SHI = {"A": "是", "B": "否"}
         ("Answer: A because Tom has it", "A"),
         ("Answer: A\nTom has it", "A"),
         ("A: red hat", "A"),
+        *[
+            (text, "B")
+            for text in (
+                *("I think (B) is correct.", "B is the right one, I think", "B is the correct answer.", "B is right"),
+                *("选项B正确", "选项B是正确的。", "B是正确答案", "B是对的", "B项符合题意"),
+                *("答案可能是B", "The answer is most likely B", "答案只能是B", "答案最终应选B"),
+                *("I would not choose A. I choose B.", "不选A，选B", "排除A，不能选C，应该选B", "不得不选B"),
+                *("If the answer is A, Tom lies. So the answer is B", "如果答案是C，则矛盾；答案是B"),
+                *("If Ann is here then the answer is B", "若有帽子，则选B", "答案是A吗？不，答案是B", "答案是B不是A"),
+                "选项A错误；选项B正确；选项C错误",
+            )
+        ],
     ],
 )
 def test_the_letter_is_found(text: str, letter: str) -> None:
@@ -362,6 +374,11 @@ def test_the_letter_is_found(text: str, letter: str) -> None:
         *("Answer: A or B", "答案是A和B", "答案是AB", "Answer: A/B/C", "答案是A、B、C中的一个", "Answer: A, C."),
         *("The answer is not B", "答案不是B", "not the blue hat", "red hat or blue hat", "blue hatter"),
         *("A. red hat\nB. blue hat\nC. green hat", "A. blue", "选项B", "BLUE", "abc"),
+        *("不选B", "我不选B", "排除A，不能选B", "没有选B的理由", "不应该选B", "别选B", "无法选B", "选B不对", "选B是错的"),
+        *("I would not choose B.", "I don't pick B", "Never choose C.", "no reason to choose B", "I cannot select B"),
+        *("为什么选B？", "Why choose B?", "选A还是选B？", "选A还是B", "Is the answer B?", "答案是B吗？", "Answer: B? No. C"),
+        *("答案是：C不对", "答案是：C不对，B", "The answer B is not possible", "如果选B", "If I choose B it fails"),
+        *("B is not correct", "B不正确", "如果B正确", "B正确吗", "A is correct and B is correct", "whether B is correct"),
     ],
 )
 def test_no_letter_is_made_up(text: str) -> None:
@@ -397,6 +414,7 @@ def test_no_letter_is_made_up(text: str) -> None:
         ("答案是：B", {"A": "B同学", "B": "A同学"}, "B"),
         ("1", {"A": "3", "B": "1"}, "B"),
         ("in 1 hour", {"A": "3", "B": "1"}, None),
+        ("B是对的", {"A": "A说谎", "B": "B说谎"}, None),  # a person of the problem
     ],
 )
 def test_options_by_their_text(text: str, options: Mapping[str, str], letter: str | None) -> None:
@@ -410,7 +428,7 @@ def test_a_letter_outside_the_options_is_never_read(text: str, count: int) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["is ", "答案", "答案应该是", "选择", "不是", "( ", "Answer: A ", "to x ", "a, ", "not blue hat "]
+    "text", ["is ", "答案", "答案应该是", "选择", "不是", "( ", "Answer: A ", "to x ", "a, ", "not blue hat ", "选B吗 "]
 )
 def test_long_completions_take_no_time(text: str) -> None:
     began = time.process_time()

@@ -46,8 +46,8 @@ def target(problem: str, letter: str) -> str:
 
 _OPENING = r"[\s\"'“”‘’(\[{【「<]*"
 _LINK = (
-    r"(?:\s*(?:应该是|应该选|应该为|应选|应是|应为|就是|选择|是|为|选|:|=|->|→|-|,"
-    r"|\b(?:should be|must be|would be|is|was)\b))"
+    r"(?:\s*(?:(?:应该?|应当|很?可能|大概|只能|显然|必然|必定|一定|就|便|则|最终)?(?:是|为|选择?)|:|=|->|→|-|,"
+    r"|\b(?:(?:should|must|would|could|may|might) be|is|was|(?:most )?likely|probably|clearly|definitely)\b))"
 )
 _LETTER = r"(?P<letter>[A-Za-z])(?![A-Za-z0-9'’\-])"
 _NOUN = rf"(?:(?:(?:the\s+)?\b(?:option|choice|letter)\b|选项)\s*:?{_OPENING})?"
@@ -57,9 +57,35 @@ _MARKED = re.compile(
     re.IGNORECASE,
 )
 _CHOSEN = re.compile(
-    rf"(?:选择?(?!项)|\b(?:choose|pick|select)\b){_LINK}{{0,2}}{_OPENING}{_NOUN}{_LETTER}", re.IGNORECASE
+    rf"(?:(?<![候备])选择?(?!项)|\b(?:choose|pick|select)\b){_LINK}{{0,2}}{_OPENING}{_NOUN}{_LETTER}", re.IGNORECASE
 )
 """Weaker than an answer marker: reasoning also chooses on its way."""
+_JUDGED = re.compile(
+    r"(?<![A-Za-z0-9'’\-])(?P<letter>[A-Z])[\"'”’)\]】」 ]{0,3}项?\s*"
+    r"(?:\bis\s+(?:(?:clearly|definitely)\s+)?(?:the\s+)?(?:only\s+)?(?:(?:correct|right)\b|answer\b)"
+    r"|[是为]?正确(?!吗)|[是为](?:对的|答案)|符合(?:题意|要求))"
+)
+"""Weaker still: it counts where it is said of one letter alone, and no option speaks of a letter."""
+_SUPPOSED = re.compile(
+    r"(?:\b(?:if|whether|suppose|assum(?:e|ing)|unless|why)\b|如果|假[设如定]|要是|倘若|若|是否|为什么|为何)"
+    r"(?:(?!\b(?:then|so)\b|[则就]|那么|所以)[^.,;:!?。\n])*$",
+    re.IGNORECASE,
+)
+"""Before a letter, in its clause: nothing is answered with it."""
+_REFUSED = re.compile(
+    r"(?:\b(?:not|never|cannot|nor|rather than|instead of)|n['’]t|\bno reason to)"
+    r"(?:\s+(?:really|actually|simply|just|ever|even|be|want to|have to|able to|going to))*\s+$"
+    r"|(?<!不得)(?:不|没有?|(?<!分)别|勿|无法|并非)(?:[能会应该可以要必再想敢宜]|理由){0,3}\s*$",
+    re.IGNORECASE,
+)
+"""Before a choosing word."""
+_TAKEN_BACK = re.compile(
+    r"[\"'”’)\]}】」> ]{0,3}项?(?:的?(?:说法|答案|结论))?[显然明肯定也都就是]{0,6}"
+    r"(?:不(?:对|正确|成立|符合|行|可能|能)|错|矛盾|有误|被?排除|吗|还是|\?"
+    r"|\s*\b(?:(?:is|was|seems?|looks?|would be|must be)\s+(?:(?:clearly|obviously|definitely|also|probably|simply)\s+)?"
+    r"(?:not|wrong|incorrect|false|impossible|ruled|excluded|eliminated)|(?:is|was|does|could|would)n['’]t|cannot)\b)"
+)
+"""Behind a letter."""
 _SEVERAL = re.compile(
     r"[\s\"'”’)\]】」]*(?:(?:\bor\b|\band\b|[和或与及])[\s\"'“‘(\[【「]*[A-Z](?![A-Za-z])"
     r"|[,/、&+]\s*[A-Z]\s*(?:[,/、&+.。;)\n]|\bor\b|\band\b|[和或与及中]|$))"
@@ -78,15 +104,34 @@ def letter_in(text: str, options: Mapping[str, str]) -> str | None:
     """The letter that a completion answers with, of those in `options`; None where there is none, or several.
 
     In turn: the last valid letter behind an answer marker; behind a choosing word; a completion, or a last line, that
-    is a letter alone or with its option; the only option whose text occurs. No letter outside the options is one.
+    is a letter alone or with its option; the only letter that is called right; the only option whose text occurs. No
+    letter outside the options is one, nor one that is denied, supposed or asked about.
     """
     text = re.sub(r"\\(?:boxed|text|mathbf|textbf)\b|[*_`#$]", "", unicodedata.normalize("NFKC", text))
     for pattern in (_MARKED, _CHOSEN):
-        found = [_valid(text, match, options) for match in pattern.finditer(text)]
-        letters = [letter for letter in found if letter is not None]
+        letters = _meant(pattern, text, options)
         if letters:
             return letters[-1]
-    return _alone(text, options) or _only_option(text, options)
+    return _alone(text, options) or _only_right(text, options) or _only_option(text, options)
+
+
+def _meant(pattern: re.Pattern[str], text: str, options: Mapping[str, str]) -> list[str]:
+    """The valid letters that a pattern finds, without those that are denied, supposed or asked about."""
+    found = []
+    for match in pattern.finditer(text):
+        before, letter = text[max(match.start() - 40, 0) : match.start()], _valid(text, match, options)
+        refused = pattern is _CHOSEN and _REFUSED.search(before)
+        if letter and not refused and not _SUPPOSED.search(before) and not _TAKEN_BACK.match(text, match.end("letter")):
+            found.append(letter)
+    return found
+
+
+def _only_right(text: str, options: Mapping[str, str]) -> str | None:
+    """The only letter that is called right."""
+    if any(re.search(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", option) for option in options.values()):
+        return None  # 'A is right' may be said of somebody whom the problem calls A
+    found = set(_meant(_JUDGED, text, options))
+    return found.pop() if len(found) == 1 else None
 
 
 def _valid(text: str, match: re.Match[str], options: Mapping[str, str]) -> str | None:
