@@ -3,6 +3,7 @@
 import csv
 import difflib
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -93,7 +94,8 @@ def ledger(runs: tuple[str, ...], order: str | None, form: str | None, out: Path
         click.echo(f"no run in {roots.runs}", err=True)
     form = form or {".csv": "csv", ".html": "html"}.get(out.suffix if out else "", "table")
     if form == "csv":
-        text = as_csv(rows)
+        # spreadsheets read a file as UTF-8 only with the mark in front
+        text = ("\ufeff" if out else "") + as_csv(rows)
     elif form == "html":
         text = as_html(rows, column, descending)
     else:
@@ -140,17 +142,19 @@ def nearest(name: str, known: Sequence[str], what: str) -> str:
 
 
 def sorted_rows(rows: Sequence["Row"], column: str | None, descending: bool) -> list["Row"]:
-    """Numbers as numbers, texts without regard to case; rows without a value last in either direction, and equal ones
-    in the order that they had."""
+    """Numbers as numbers, also those within texts, which are compared without regard to case; rows without a value last
+    in either direction, and equal ones in the order that they had."""
     if column is None:
         return list(rows)
 
     def value(row: "Row") -> Any:
         held = getattr(row, column)
-        return held.casefold() if isinstance(held, str) else held
+        if not isinstance(held, str):
+            return held
+        return re.sub(r"\d+", lambda number: number[0].zfill(20), held.casefold())  # mix-2 before mix-10
 
-    missing = [row for row in rows if value(row) in (None, "")]
-    known = [row for row in rows if value(row) not in (None, "")]
+    missing = [row for row in rows if getattr(row, column) in (None, "")]
+    known = [row for row in rows if getattr(row, column) not in (None, "")]
     return sorted(known, key=value, reverse=descending) + missing
 
 

@@ -330,7 +330,8 @@ class Vote(Section):
     """The adapters' common answer: the one that most of them give."""
 
     adapters: Literal["all", "greedy"] | list[FileName] = Field(
-        "all", description="Who votes; greedy: adapters are added as long as that helps on the validation samples"
+        "all",
+        description="Who votes; greedy: of those added best first, as many as vote best on the validation samples",
     )
     weights: Literal["uniform", "validation"] = Field(
         "uniform", description="What a vote counts; validation: the adapter's score there"

@@ -242,7 +242,7 @@ def _vote_words(vote: VoteReport) -> str:
     metric, gain = next(iter(vote.over_best.items()))
     decided = ", ".join(f"{by} {count}" for by, count in sorted(vote.decided_by.items()))
     return (
-        f"vote over {vote.best}, the best by validation: {metric} {with_interval(gain, '+')}; decided by {decided};"
+        f"vote over {vote.best}, {vote.best_by}: {metric} {with_interval(gain, '+')}; decided by {decided};"
         f" mean agreement {vote.agreement:.1f}%, entropy {vote.entropy:.2f} bits; {vote.second_round} in a second round"
     )
 

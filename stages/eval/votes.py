@@ -26,7 +26,7 @@ class Voter:
     weight: float | None
     """What its vote counts; None where it does not vote."""
     agreement: float | None
-    """Percent of the samples on which it agrees with the vote; None where it does not vote."""
+    """Percent of the samples on which its own answer is the vote's; None where it does not vote."""
     abstained: int
 
 
@@ -39,16 +39,19 @@ class VoteReport:
     second_round: int
     """Samples that were asked again."""
     agreement: float
-    """Mean share of the voters that gave the answer, in percent."""
+    """Mean share of the voters that gave the first round's answer, in percent."""
     entropy: float
-    """Mean entropy of the votes, in bits."""
+    """Mean entropy of the first round's votes, in bits."""
     best: str
-    """The voter with the best validation score: never chosen by the test set."""
+    """The voter with the best validation score, never chosen by the test set; without validation the first by name."""
+    best_by: str
+    """How it was chosen, in words."""
     over_best: Figures
     """By how much the vote is better than that one, paired, with intervals."""
     disagreements: list[dict[str, Any]]
-    """Lines of votes.jsonl whose voters do not all agree, the least agreement first, each with `right`: whether the
-    vote was right by the task's first metric, or None without a reference."""
+    """Lines of votes.jsonl in whose first round the voters did not all give the same answer, the least agreement first.
+    `votes`, `agreement` and `entropy` are the first round's, `answer` and `by` what was decided; `right` is whether
+    that was right by the task's first metric, or None without a reference."""
 
 
 def vote_report(
@@ -64,7 +67,9 @@ def vote_report(
     _, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
     first = scores.models[VOTE].values[:, 0]
     right = {sample["id"]: bool(value >= 1.0) for sample, value in zip(samples, first, strict=True)}
-    split = [{**row, "right": right.get(row["id"])} for row in rows if row["entropy"] > 0]
+    rows = [_by_first_round(row) for row in rows]
+    # who abstains does not agree; where all do, there is no answer to disagree on
+    split = [{**row, "right": right.get(row["id"])} for row in rows if row["answer"] and row["agreement"] < 1]
     return VoteReport(
         voters=[_voter(adapter, held, rows) for adapter in recipe.train.adapters],
         decided_by=held["decided by"],
@@ -72,9 +77,16 @@ def vote_report(
         agreement=round(100 * fmean(row["agreement"] for row in rows), 4),
         entropy=round(fmean(row["entropy"] for row in rows), 4),
         best=held["best"],
+        best_by="the best by validation" if held["validation"] else "the first by name, as nothing was validated",
         over_best=differences[VOTE],
         disagreements=sorted(split, key=lambda row: (row["agreement"], -row["entropy"], row["id"])),
     )
+
+
+def _by_first_round(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of votes.jsonl with what the voters said by themselves: a second round makes them agree."""
+    first = row.get("first_round", row)
+    return {**row, **{name: first[name] for name in ("votes", "agreement", "entropy")}}
 
 
 def _voter(adapter: Any, held: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Voter:

@@ -123,9 +123,11 @@ def _second_round(
     }
     again = [sample for sample in narrowed.values() if sample is not None]
     if not again:
-        stage.events.say("no second round: " + ("the task cannot narrow a question" if narrowed else "none is needed"))
+        stage.events.say("no second round: " + ("no question can be narrowed" if narrowed else "none is needed"))
         return {}
-    stage.events.say(f"second round: {len(again)} of {len(tested)} samples have no majority")
+    stage.events.say(
+        f"second round: {len(again)} of {len(tested)} samples have no majority, and fewer answers to choose from"
+    )
     variants = {name: Variant(name, asks="second round") for name in sorted(electorate.weights)}
     found = ask_again(dict.fromkeys(variants.values(), again))
     rounds = {}

@@ -162,7 +162,8 @@ class Task(Protocol):
         """The answer in a completion; None where there is none in it."""
 
     def narrowed(self, sample: Sample, answers: Sequence[str]) -> Sample | None:
-        """The sample with only these answers to choose from, for a second vote; None where a task cannot ask so."""
+        """The sample with only these answers to choose from, for a second vote; None where a task cannot ask so, or it
+        would be the same question."""
 
     def submission(self, row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
         """A submission's line, of a row of `asked_rows` and the predictions that there are, by sample id."""

@@ -606,14 +606,17 @@ def test_sorting_loses_no_row_and_what_is_missing_is_last(rows: list[Row], colum
     values = [getattr(row, column) for row in found]
     known = [value for value in values if value not in (None, "")]
     assert values[: len(known)] == known
-    keys = [value.casefold() if isinstance(value, str) else value for value in known]
-    assert keys == sorted(keys, reverse=descending)
+    if not any(isinstance(value, str) and re.search(r"\d", value) for value in known):  # see below
+        keys = [value.casefold() if isinstance(value, str) else value for value in known]
+        assert keys == sorted(keys, reverse=descending)
 
 
 def test_numbers_sort_as_numbers_and_equal_rows_keep_their_order() -> None:
     rows = [Row("a", score=9.0), Row("b", score=10.0), Row("c"), Row("d", score=10.0)]
     assert [row.run for row in sorted_rows(rows, "score", True)] == ["b", "d", "a", "c"]
     assert [row.run for row in sorted_rows(rows, "score", False)] == ["a", "b", "d", "c"]
+    named = [Row(name) for name in ("mix-10", "Mix-2", "mix", "2b", "mix-1")]
+    assert [row.run for row in sorted_rows(named, "run", False)] == ["2b", "mix", "mix-1", "Mix-2", "mix-10"]
 
 
 # -- CSV, HTML, table --------------------------------------------------------------------------------------------
@@ -733,6 +736,9 @@ def test_the_command_sorts_writes_and_picks_runs(tmp_path: Path, lorry: Lorry) -
     assert [(line["run"], line["score"]) for line in lines] == [
         *(("two", "99.0"), ("one", "61.25"), ("one", "42.5"), ("one", "20.0"), ("two", "1.0"), ("two", UNTESTED))
     ]
+    table = tmp_path / "ledger.csv"
+    assert lorry("entrypoints.lorry", "ledger", "--sort", "score:desc", "--out", str(table)).lines == []
+    assert table.read_bytes() == b"\xef\xbb\xbf" + done.output.encode(), "with the mark that spreadsheets want"
     out = tmp_path / "new" / "ledger.html"
     assert lorry("entrypoints.lorry", "ledger", "two", "--out", str(out)).lines == []
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")

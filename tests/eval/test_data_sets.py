@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stages.contract.errors import Exit
-from stages.contract.files import FileHashes, read_json, write_json, write_jsonl
+from stages.contract.files import FileHashes, read_json, read_jsonl, write_json, write_jsonl
 from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.run import Run, describe_output
@@ -237,6 +237,38 @@ def test_the_vote_is_told_with_its_voters_and_over_the_best_of_them(build: Build
         [(samples[3]["id"], True), (samples[5]["id"], None)]
     )
     assert (told["agreement"], told["entropy"]) == (round(100 * 11 / 12, 4), round(2 / 12, 4))
+
+
+def test_what_a_second_round_settled_is_still_a_disagreement(build: Build, samples: list[Sample]) -> None:
+    predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
+    run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples)
+    rows = read_jsonl(run.path("infer", "votes.jsonl"))
+    first = {name: rows[3][name] for name in ("votes", "answer", "by", "agreement", "entropy")}
+    agreed = dict.fromkeys(first["votes"], rows[3]["answer"])
+    rows[3] |= {"round": 2, "votes": agreed, "agreement": 1.0, "entropy": 0.0, "first_round": first}
+    # one voter alone gave an answer here, and nobody there
+    rows[4] |= {"votes": {"a": rows[4]["answer"], "b": None}, "agreement": 0.5}
+    rows[5] |= {"votes": {"a": None, "b": None}, "agreement": 0.0, "answer": None, "by": "nobody"}
+    write_jsonl(run.path("infer", "votes.jsonl"), rows)
+    add_outputs(run, "infer", "votes.jsonl")
+    evaluated(run, vote=held())
+    told = read_json(run.path("eval", "vote.json"))
+    assert {row["id"] for row in told["disagreements"]} == {samples[3]["id"], samples[4]["id"]}
+    (settled,) = [row for row in told["disagreements"] if row["round"] == 2]
+    assert settled["votes"] == first["votes"], "what they said by themselves"
+    assert (told["agreement"], told["entropy"]) == (round(100 * 10 / 12, 4), round(1 / 12, 4))
+    voters = {voter["name"]: voter for voter in told["voters"]}
+    assert voters["b"]["agreement"] == round(100 * 9 / 12, 4), "with what was decided in the end"
+
+
+def test_without_validation_nobody_is_called_the_best_by_it(build: Build, samples: list[Sample], capfd: Any) -> None:
+    predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
+    run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples)
+    evaluated(run, vote=held(validation={}))
+    shown = " ".join(capfd.readouterr().err.split())
+    for told in (shown, run.path("eval", "report.html").read_text(encoding="utf-8")):
+        assert "the best by validation" not in told
+        assert "a, the first by name, as nothing was validated:" in told
 
 
 def test_another_way_to_vote_is_told_though_no_answer_changes(build: Build, samples: list[Sample]) -> None:

@@ -233,6 +233,10 @@ def test_a_label_of_an_id_with_two_meanings_is_skipped(tmp_path: Path) -> None:
     assert skipped[-1][:2] == ("labels/g.jsonl:1", "label of an id that several problems have")
     _, skipped = read(tmp_path, test=[problem("1")])
     assert not skipped, "twice the same problem means the same"
+    twice = {"train": [problem("1")], "test": [problem("1", part(...))]}
+    questions, skipped = read(tmp_path, **twice, labels__g=[label])
+    assert not skipped, "with its answer and without"
+    assert [question.id for question in questions if question.label_source] == ["1/0@g"]
 
 
 def test_sources_are_the_files(tmp_path: Path) -> None:
@@ -374,11 +378,36 @@ def test_the_letter_is_found(text: str, letter: str) -> None:
         *("Answer: A or B", "答案是A和B", "答案是AB", "Answer: A/B/C", "答案是A、B、C中的一个", "Answer: A, C."),
         *("The answer is not B", "答案不是B", "not the blue hat", "red hat or blue hat", "blue hatter"),
         *("A. red hat\nB. blue hat\nC. green hat", "A. blue", "选项B", "BLUE", "abc"),
-        *("不选B", "我不选B", "排除A，不能选B", "没有选B的理由", "不应该选B", "别选B", "无法选B", "选B不对", "选B是错的"),
+        *(
+            "不选B",
+            "我不选B",
+            "排除A，不能选B",
+            "没有选B的理由",
+            "不应该选B",
+            "别选B",
+            "无法选B",
+            "选B不对",
+            "选B是错的",
+        ),
         *("I would not choose B.", "I don't pick B", "Never choose C.", "no reason to choose B", "I cannot select B"),
-        *("为什么选B？", "Why choose B?", "选A还是选B？", "选A还是B", "Is the answer B?", "答案是B吗？", "Answer: B? No. C"),
+        *(
+            "为什么选B？",
+            "Why choose B?",
+            "选A还是选B？",
+            "选A还是B",
+            "Is the answer B?",
+            "答案是B吗？",
+            "Answer: B? No. C",
+        ),
         *("答案是：C不对", "答案是：C不对，B", "The answer B is not possible", "如果选B", "If I choose B it fails"),
-        *("B is not correct", "B不正确", "如果B正确", "B正确吗", "A is correct and B is correct", "whether B is correct"),
+        *(
+            "B is not correct",
+            "B不正确",
+            "如果B正确",
+            "B正确吗",
+            "A is correct and B is correct",
+            "whether B is correct",
+        ),
     ],
 )
 def test_no_letter_is_made_up(text: str) -> None:
@@ -476,6 +505,7 @@ def test_a_narrowed_question_keeps_its_letters() -> None:
     assert [read_answer(f"Answer: {letter}", fewer) for letter in "ABC"] == ["A", None, "C"]
     assert whole == one_sample() and fewer["references"] == ["B"]
     assert narrowed(whole, ["A"]) is None
+    assert narrowed(whole, ["A", "B", "C"]) is None, "it would be the same question"
 
 
 # -- submission --------------------------------------------------------------------------------------------------
@@ -504,6 +534,21 @@ def test_a_submission_has_every_problem_in_the_files_order(tmp_path: Path) -> No
         {"id": "", "questions": []},
         {"id": "a", "questions": [{"answer": ""}]},
         {"id": "a", "questions": [{"answer": ""}]},
+    ]
+
+
+def test_a_submission_has_ids_as_the_file_has_them(tmp_path: Path) -> None:
+    numbered = {**problem("7", part(...)), "id": 7}
+    broken = b'{"id": "\\ud83d", "problem": "x", "questions": [{}]}'
+    questions, _ = read(tmp_path, train=[problem("p")], test=[numbered, problem(" b ", part(...)), broken])
+    assert [question.id for question in questions][:2] == ["7/0", "b/0"]
+    asked = [row for row in asked_rows(tmp_path, questions) if row.get("line", True)]
+    found = {"7/0": answered("7/0", "A"), "b/0": answered("b/0", "B")}
+    lines = [submission(row, found) for row in asked]
+    assert lines == [
+        {"id": 7, "questions": [{"answer": "A"}]},
+        {"id": " b ", "questions": [{"answer": "B"}]},
+        {"id": "?", "questions": [{"answer": ""}]},
     ]
 
 

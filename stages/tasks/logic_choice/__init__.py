@@ -120,8 +120,8 @@ def narrowed(sample: Sample, answers: Sequence[str]) -> Sample | None:
     """The question with only these options, which keep their letters."""
     meta = sample["meta"]
     options = {letter: option for letter, option in meta["options"].items() if letter in answers}
-    if len(options) < 2:
-        return None  # nothing is left to choose
+    if len(options) < 2 or len(options) == len(meta["options"]):
+        return None  # nothing is left to choose, or the question is the one that was asked
     messages = prompts.choice(meta["problem"], meta["question"], options)
     return {**sample, "messages": messages, "meta": {**meta, "options": options}}
 

@@ -60,6 +60,11 @@ class _Problem:
         """The same for the same text, however it is spaced and encoded, under whatever id."""
         return "problem-" + digest_of(" ".join(unicodedata.normalize("NFKC", self.text).split()))[:16]
 
+    @property
+    def asked(self) -> tuple[tuple[str, tuple[str, ...]] | None, ...]:
+        """The sub-questions and options, whatever their answers: a file may have the problem without them."""
+        return tuple(part and (part.text, part.options) for part in self.parts)
+
     def question(self, index: int, source: str) -> LogicQuestion | None:
         """A sub-question, to train on only."""
         part = self.parts[index]
@@ -210,7 +215,7 @@ def _labelled(name: str, answers: list[Any], by_id: dict[str, list[_Problem]]) -
     found = by_id.get(name, [])
     if not found:
         raise BadRecordError("label of an unknown problem", name)
-    if len({(problem.group, problem.parts) for problem in found}) > 1:
+    if len({(problem.group, problem.asked) for problem in found}) > 1:
         raise BadRecordError("label of an id that several problems have", name)
     if len(answers) != len(found[0].parts):
         raise BadRecordError(
@@ -282,9 +287,9 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
     """What a submission has a line for: every line of test.jsonl in its order, whatever is wrong with it; where there
     is none, the problems that were held out, in the order of train.jsonl.
 
-    A row has the problem's `id`, as `places` the sample of each sub-question, None for one that could not be used, and
-    as `ids` those that there are. Where test.jsonl has no answers, what was held out of train.jsonl is tested too: in a
-    last row, which gets no line.
+    A row has the problem's `id` as the file has it, a number or a text, as `places` the sample of each sub-question, None
+    for one that could not be used, and as `ids` those that there are. Where test.jsonl has no answers, what was held out
+    of train.jsonl is tested too: in a last row, which gets no line.
     """
     given = folder / f"{TEST}.jsonl"
     lines = list(_lines(given)) if given.is_file() else []
@@ -292,18 +297,20 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
     own = {(question.problem_id, question.index): question.id for question in there}
     rows: list[dict[str, Any]] = []
     for _, line in lines or _lines(folder / f"{TRAIN}.jsonl"):
-        problem, count = _as_read(line)
-        places = [own.pop((problem, index), None) for index in range(count)]  # an id that comes again has no sample
+        name, count = _as_read(line)
+        places = [
+            own.pop((str(name).strip(), index), None) for index in range(count)
+        ]  # an id that comes again has no sample
         ids = [place for place in places if place is not None]
         if ids or lines:
-            rows.append({"id": problem, "ids": ids, "places": places})
+            rows.append({"id": name, "ids": ids, "places": places})
     held_out = [question.id for question in tested if question.split not in ("test", "asked")]
     if lines and held_out:
         rows.append({"id": None, "ids": held_out, "places": [], "line": False})
     return rows
 
 
-def _as_read(line: bytes) -> tuple[str, int]:
+def _as_read(line: bytes) -> tuple[str | int, int]:
     """A line's problem id and number of sub-questions, as far as they can be read."""
     try:
         record = json.loads(line.decode("utf-8-sig", "replace"))
@@ -311,5 +318,7 @@ def _as_read(line: bytes) -> tuple[str, int]:
         return "", 0
     if not isinstance(record, dict):
         return "", 0
-    questions = record.get("questions")
-    return str(record.get("id", "")).strip(), len(questions) if isinstance(questions, list) else 0
+    name, questions = record.get("id", ""), record.get("questions")
+    if type(name) is not int:
+        name = str(name).encode("utf-8", "replace").decode()  # half a character can be in JSON, but in no file
+    return name, len(questions) if isinstance(questions, list) else 0

@@ -82,7 +82,7 @@ _REFUSED = re.compile(
 _TAKEN_BACK = re.compile(
     r"[\"'”’)\]}】」> ]{0,3}项?(?:的?(?:说法|答案|结论))?[显然明肯定也都就是]{0,6}"
     r"(?:不(?:对|正确|成立|符合|行|可能|能)|错|矛盾|有误|被?排除|吗|还是|\?"
-    r"|\s*\b(?:(?:is|was|seems?|looks?|would be|must be)\s+(?:(?:clearly|obviously|definitely|also|probably|simply)\s+)?"
+    r"|\s*\b(?:(?:is|was|seems?|looks?|would be|must be)\s+(?:(?:clearly|obviously|definitely|also|probably)\s+)?"
     r"(?:not|wrong|incorrect|false|impossible|ruled|excluded|eliminated)|(?:is|was|does|could|would)n['’]t|cannot)\b)"
 )
 """Behind a letter."""
