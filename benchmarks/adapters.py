@@ -3,10 +3,10 @@
     python -m benchmarks.adapters                 # on a GPU: Qwen2.5-7B's shape, random weights, vLLM
     python -m benchmarks.adapters small           # SmolLM2 on the transformers engine, to try the benchmark itself
 
-The prompts are made of random words, as long as a problem with its question and options; every answer is as long as it may
-be, since random weights never stop. "one adapter's" time is measured in an engine of its own, with room for one; each way
-answers the same prompts. What prompts have in common is forgotten between the adapters: neither way profits from what was
-asked before.
+The prompts are made of random words, as long as a problem with its question and options; every answer is as long as
+it may be, since random weights never stop. "one adapter's" time is measured in an engine of its own, with room for
+one; each way answers the same prompts. What prompts have in common is forgotten between the adapters: neither way
+profits from what was asked before.
 """
 
 import random

@@ -287,9 +287,9 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
     """What a submission has a line for: every line of test.jsonl in its order, whatever is wrong with it; where there
     is none, the problems that were held out, in the order of train.jsonl.
 
-    A row has the problem's `id` as the file has it, a number or a text, as `places` the sample of each sub-question, None
-    for one that could not be used, and as `ids` those that there are. Where test.jsonl has no answers, what was held out
-    of train.jsonl is tested too: in a last row, which gets no line.
+    A row has the problem's `id` as the file has it, a number or a text, as `places` the sample of each sub-question,
+    None for one that could not be used, and as `ids` those that there are. Where test.jsonl has no answers, what
+    was held out of train.jsonl is tested too: in a last row, which gets no line.
     """
     given = folder / f"{TEST}.jsonl"
     lines = list(_lines(given)) if given.is_file() else []
