@@ -61,3 +61,14 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call above
         os._exit(1)
+
+
+def forks_die_with_parents() -> None:
+    """Have every process that this one forks, and those that these fork, end with its parent, however that ends.
+
+    What libraries fork to share out work waits for it forever once its parent is killed, with the stage's lock.
+    """
+    parent = [os.getpid()]
+    os.register_at_fork(
+        before=lambda: parent.__setitem__(0, os.getpid()), after_in_child=lambda: die_with_parent(parent[0])
+    )

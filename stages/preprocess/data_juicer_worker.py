@@ -33,7 +33,7 @@ from typing import Any
 
 from stages.contract.errors import DataError, Exit, UsageError
 from stages.contract.files import read_json, read_jsonl, remove, write_json, write_jsonl
-from stages.contract.stop import die_with_parent
+from stages.contract.stop import forks_die_with_parents
 
 Row = dict[str, Any]
 """`id`, `text`, `images` (relative to the data folder), `original_id` of an added one, and what operators put there."""
@@ -77,7 +77,7 @@ Step = Callable[[list[Row]], list[Row]]
 
 def main() -> None:
     job = Job(**read_json(Path(sys.argv[1])))
-    _end_together()
+    forks_die_with_parents()  # operators' workers, and Ray
     try:
         _refuse_to_install()
         operators = _load(job)
@@ -89,14 +89,6 @@ def main() -> None:
         job.report(error="usage" if isinstance(error, UsageError) else "data", text=str(error))
         sys.exit(error.exit_code)
     sys.exit(Exit.DONE)
-
-
-def _end_together() -> None:
-    """No process that this one forks (operators' workers, Ray) outlives it, however it ends."""
-    parent = [os.getpid()]
-    os.register_at_fork(
-        before=lambda: parent.__setitem__(0, os.getpid()), after_in_child=lambda: die_with_parent(parent[0])
-    )
 
 
 # -- steps, their chunks and what they save ------------------------------------------------------------------------

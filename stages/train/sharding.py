@@ -67,10 +67,15 @@ def deepspeed_config(
     }
 
 
-def check_sharding(sharding: str, use_cpu: bool) -> None:
-    """Raise UsageError where DeepSpeed cannot work."""
+def check_sharding(sharding: str, use_cpu: bool, stored_as: str | None) -> None:
+    """Raise UsageError where DeepSpeed cannot work. `stored_as` is how the base's weights are quantised, if they are."""
     if sharding == "none":
         return
+    if sharding == "zero3" and stored_as is not None:
+        raise UsageError(
+            f"train.sharding is zero3, which cannot share out a base whose weights are {stored_as}'s; set it to zero2,"
+            " none or auto"
+        )
     if use_cpu and os.environ.get("DS_ACCELERATOR") != "cpu":  # DeepSpeed's own variable; the tests set it
         raise UsageError(f"train.sharding is {sharding}, but there is no GPU here; set it to none or auto")
     if importlib.util.find_spec("deepspeed") is None:

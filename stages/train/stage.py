@@ -389,7 +389,8 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     """
     settings = settings or stage.run.recipe.train
     plan = _planned(stage, settings, node)
-    check_sharding(plan.way.sharding, use_cpu=not plan.gpus)
+    model = stage.run.model(stage.run.recipe.model.path, "model.path")
+    check_sharding(plan.way.sharding, use_cpu=not plan.gpus, stored_as=stored_as(model))
     if settings.exact_batch:
         refuse_inexact(plan.way.batch, settings.key_of("effective_batch"))
     return plan

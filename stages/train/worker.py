@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.files import machine_error, read_json, read_jsonl, remove, sha256_file, write_json, write_jsonl
 from stages.contract.recipe import Adapter, Model, Train
-from stages.contract.stop import StopRequest, die_with_parent
+from stages.contract.stop import StopRequest, die_with_parent, forks_die_with_parents
 from stages.engines.connector import FILE as CONNECTOR_FILE
 from stages.engines.connector import with_connector
 from stages.engines.gptq import stored_as
@@ -144,7 +144,7 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
 
     Raises InterruptedRunError after saving a checkpoint when a stop was asked for, here or in another process.
     """
-    check_sharding(job.sharding, job.use_cpu)
+    check_sharding(job.sharding, job.use_cpu, stored_as(job.model))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     _let_memory_segments_grow()
     scratch = job.scratch if job.processes == 1 else job.scratch / os.environ["LOCAL_RANK"]
@@ -475,6 +475,7 @@ def main() -> None:
     reports = Reports(job.reports)
     stop = StopRequest()
     stop.install()
+    forks_die_with_parents()  # ms-swift reads the samples in some
     if job.processes > 1:
         die_with_parent(os.getppid())  # the launcher, which dies with the stage
         reports.send(event="process", id=os.getpid())

@@ -153,6 +153,30 @@ def test_eval_survives_kills(arena: Arena) -> None:
     same_bytes(arena, "eval")
 
 
+def test_a_kill_while_training_reads_its_samples_leaves_nothing(arena: Arena) -> None:
+    """`datasets` maps them in processes of its own, which wait for work that nobody will give them any more."""
+    arena.begin("forks", "train")
+    process = arena.start("forks", "train")
+    deadline = time.monotonic() + 120
+    while not (forked := [pid for pid in _alive(process.pid) if _is_fork(pid)]):
+        assert process.poll() is None and time.monotonic() < deadline, arena.log("forks", "train")
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    nothing_left_of(process.pid)
+    assert forked
+
+
+def _is_fork(pid: str) -> bool:
+    """Whether a process runs what its parent does, without having been started anew."""
+    try:
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        commands = [Path(f"/proc/{one}/cmdline").read_bytes() for one in (pid, parent)]
+    except OSError:
+        return False
+    return commands[0] == commands[1] and b"stages.train.worker" in commands[0]
+
+
 def kill_repeatedly(arena: Arena, stage: str, finished, grows: bool = False) -> None:  # type: ignore[no-untyped-def]
     """Kill the stage KILLS times, each time some way into what is left of it, then let it finish.
 
@@ -196,15 +220,18 @@ def kill_repeatedly(arena: Arena, stage: str, finished, grows: bool = False) -> 
 
 def nothing_left_of(session: int) -> None:
     """No process of the killed command's session is alive, a moment later."""
-    for _ in range(50):
-        alive = subprocess.run(
-            ["pgrep", "-s", str(session)], check=False, capture_output=True, text=True
-        ).stdout.split()
-        alive = [pid for pid in alive if "Z" not in _state(pid)]
+    for _ in range(100):
+        alive = _alive(session)
         if not alive:
             return
         time.sleep(0.1)
-    raise AssertionError(f"still alive after the kill: {alive}")
+    told = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in alive]
+    raise AssertionError(f"still alive after the kill: {dict(zip(alive, told, strict=True))}")
+
+
+def _alive(session: int) -> list[str]:
+    found = subprocess.run(["pgrep", "-s", str(session)], check=False, capture_output=True, text=True).stdout.split()
+    return [pid for pid in found if "Z" not in _state(pid)]
 
 
 def _state(pid: str) -> str:

@@ -67,8 +67,16 @@ def processes_naming(folder: Path) -> dict[int, str]:
 
 
 def ended(processes: "list[subprocess.Popen[str]]") -> tuple[list[int], str]:
-    """Exit codes, and what was printed."""
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    """Exit codes, and what was printed. Whoever has not ended after five minutes never will."""
+    deadline = time.monotonic() + 300
+    try:
+        outputs = [process.communicate(timeout=max(deadline - time.monotonic(), 1))[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = [process.poll() for process in processes]
+        for process in processes:
+            process.kill()
+        outputs = [process.communicate()[0] for process in processes]
+        raise AssertionError(f"still running (None): {codes}\n" + "\n".join(outputs)) from None
     return [process.returncode for process in processes], "\n".join(outputs)
 
 
