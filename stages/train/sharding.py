@@ -68,7 +68,7 @@ def deepspeed_config(
 
 
 def check_sharding(sharding: str, use_cpu: bool, stored_as: str | None) -> None:
-    """Raise UsageError where DeepSpeed cannot work. `stored_as` is how the base's weights are quantised, if they are."""
+    """Raise UsageError where DeepSpeed cannot work. `stored_as` is how the base's weights are quantised, or None."""
     if sharding == "none":
         return
     if sharding == "zero3" and stored_as is not None:

@@ -63,7 +63,7 @@ class _Problem:
     @property
     def asked(self) -> tuple[tuple[str, tuple[str, ...]] | None, ...]:
         """The sub-questions and options, whatever their answers: a file may have the problem without them."""
-        return tuple(part and (part.text, part.options) for part in self.parts)
+        return tuple((part.text, part.options) if part else None for part in self.parts)
 
     def question(self, index: int, source: str) -> LogicQuestion | None:
         """A sub-question, to train on only."""
