@@ -494,7 +494,7 @@ def _train(
     footing = ladder.descended(plan.footing)
     for made in ladder.decisions:
         stage.events.say(f"train {name}: out of memory in an earlier start: {made['value']}")
-    with _timed(work, stage.path(*place_of(name)) if node is None else None):
+    with _timed(work, stage.path(*place_of(name)), node):
         while True:
             before = probe().gpus if plan.gpus else ()
             try:
@@ -510,18 +510,21 @@ def _train(
 
 
 @contextmanager
-def _timed(work: Path, adapter: Path | None) -> Iterator[None]:
-    """Keep how many seconds an adapter took, over all starts but those that were killed; beside it once it is there."""
+def _timed(work: Path, adapter: Path, node: Node | None) -> Iterator[None]:
+    """Keep how many seconds an adapter took, over all starts but those that were killed; beside it once it is there.
+
+    Of several machines node 0 does that: it removes `work`, which is its own, when all is done.
+    """
+    if node is not None and node.rank > 0:
+        yield
+        return
     file, began = work / "seconds.json", time.monotonic()
     try:
         yield
     finally:
         seconds = (read_json(file) or {"seconds": 0.0})["seconds"] + time.monotonic() - began
         write_json(file, {"seconds": round(seconds, 3)})
-    if adapter is not None:
-        write_json(
-            adapter / "timing.json", {**(read_json(adapter / "timing.json") or {}), "seconds": round(seconds, 3)}
-        )
+    write_json(adapter / "timing.json", {**(read_json(adapter / "timing.json") or {}), "seconds": round(seconds, 3)})
 
 
 def _one_rung_lower(

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from stages.contract.files import read_json, read_jsonl
+from stages.contract.part import Node
+from stages.train.stage import _timed
 from stages.train.worker import newest_good_checkpoint
 from tests.train.conftest import Training
 
@@ -116,6 +118,7 @@ def test_two_nodes_train_together_and_survive_a_kill_and_a_stop(nodes: TwoNodes)
     assert decisions["effective batch"] == "1 x 2 x 2 GPU(s) = 4"
     steps = [row["step"] for row in read_jsonl(nodes.training.run.path("train", "metrics.jsonl")) if "loss" in row]
     assert steps == list(range(1, 85)), "one process speaks for all, and no step is lost or done twice"
+    assert read_json(nodes.training.run.path("train", "adapters", "tuned", "timing.json"))["seconds"] > 0
 
     late = nodes.training(LORRY_NODES="2", LORRY_RENDEZVOUS="127.0.0.1:1", JOB_COMPLETION_INDEX="1")
     assert late == (0, "train node 1: up to date\n")
@@ -134,6 +137,17 @@ def test_a_stop_while_waiting_for_the_other_node_exits_75_at_once(nodes: TwoNode
         assert codes == [75], output
         assert "stopped by SIGTERM" in output
     assert not processes_naming(nodes.training.run.folder)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_node_0_notes_how_long_it_took(tmp_path: Path, rank: int) -> None:
+    """What another wrote into its folder while it removed that made it fail."""
+    work, adapter = tmp_path / "work", tmp_path / "adapter"
+    work.mkdir()
+    with _timed(work, adapter, Node(rank, 2, "127.0.0.1:1")):
+        pass
+    written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")}
+    assert written == (set() if rank else {"work/seconds.json", "adapter/timing.json"})
 
 
 def test_force_cannot_be_agreed_on(nodes: TwoNodes) -> None:
