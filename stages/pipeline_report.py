@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any
 
+from stages.contract.errors import DataError
 from stages.contract.files import read_json
 from stages.contract.recipe import Adapter
 from stages.contract.run import Run
@@ -66,8 +67,15 @@ def _path_of(run: Run, adapter: Adapter) -> str:
     if len(adapter.data) != 1 or not folder.is_dir():
         return run.recipe.data.path
     name = adapter.data[0].source
-    own = sorted(path.name for path in folder.iterdir() if data_set_name(path) == name)
+    own = sorted(path.name for path in folder.iterdir() if _is_data_set(path, name))
     return f"{run.recipe.data.path}/{own[0]}" if own else run.recipe.data.path
+
+
+def _is_data_set(path: Path, name: str) -> bool:
+    try:
+        return data_set_name(path) == name
+    except DataError:  # a part of it has gone since it was read, which a report need not fail for
+        return path.name == name
 
 
 def dataset_name(adapter: Adapter) -> str:

@@ -50,6 +50,9 @@ def recipe(*overrides: str) -> Recipe:
 def run(tmp_path: Path) -> Run:
     run = Run("r", recipe("train.lora_config=lora/small.json"), Roots(tmp_path / "data", tmp_path, tmp_path / "runs"))
     (run.roots.data / "sets" / "boats").mkdir(parents=True)
+    (run.roots.data / "sets" / "boats" / "train.jsonl").write_text("")
+    (run.roots.data / "sets" / "boats.txt").write_text("about them")
+    (run.roots.data / "sets" / "laws").mkdir()
     (run.roots.data / "sets" / "laws.json").write_text("[]")
     return run
 
@@ -101,6 +104,8 @@ def test_the_data_sets_are_counted_and_named(run: Run) -> None:
     assert info["model_path"] == run.recipe.model.path
     named = [(one["dataset_index"], one["dataset_name"], one["dataset_path"]) for one in found["dataset_results"]]
     assert named == [(0, "boats", "sets/boats"), (1, "laws", "sets/laws.json")]
+    (run.roots.data / "sets" / "boats" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert dataset_result(run, run.recipe.train.adapters[0], {})["dataset_path"] == "sets/boats", "its part has gone"
 
 
 def test_a_mix_is_named_after_its_adapter_and_is_in_the_data_folder(run: Run) -> None:
