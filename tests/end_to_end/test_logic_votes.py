@@ -59,13 +59,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     for folder in ("sources", "labels"):
         (data / folder).mkdir(parents=True)
     test = read_jsonl(DATA / "test.jsonl")[:8]
-    labels = [
-        row for row in read_jsonl(DATA / "labels" / "guessed-a.jsonl") if row["id"] in {one["id"] for one in test}
-    ]
     # in an order of their own; one has a number for its name, and one sub-question no second option
     asked = [{**test[0], "id": 77}, *reversed(test[1:])]
     asked[3] = {**asked[3], "questions": [{"question": "?", "options": ["only"]}, *asked[3]["questions"]]}
-    labels = [row for row in labels if row["id"] not in (test[0]["id"], asked[3]["id"])]
+    as_they_were = {one["id"] for one in test} - {test[0]["id"], asked[3]["id"]}
+    labels = [row for row in read_jsonl(DATA / "labels" / "guessed-a.jsonl") if row["id"] in as_they_were]
     write_jsonl(data / "test.jsonl", asked)
     write_jsonl(data / "train.jsonl", read_jsonl(DATA / "train.jsonl")[:30])
     write_jsonl(data / "sources" / "more.jsonl", read_jsonl(DATA / "sources" / "more.jsonl")[:12])

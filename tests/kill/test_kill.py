@@ -169,12 +169,9 @@ def test_a_kill_while_training_reads_its_samples_leaves_nothing(arena: Arena) ->
 
 def _is_fork(pid: str) -> bool:
     """Whether a process runs what its parent does, without having been started anew."""
-    try:
-        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        commands = [Path(f"/proc/{one}/cmdline").read_bytes() for one in (pid, parent)]
-    except OSError:
-        return False
-    return commands[0] == commands[1] and b"stages.train.worker" in commands[0]
+    stat = _stat(pid)
+    commands = {_command(pid), _command(stat[1])} if stat else set()
+    return len(commands) == 1 and b"stages.train.worker" in commands.pop()
 
 
 def kill_repeatedly(arena: Arena, stage: str, finished, grows: bool = False) -> None:  # type: ignore[no-untyped-def]
@@ -225,20 +222,28 @@ def nothing_left_of(session: int) -> None:
         if not alive:
             return
         time.sleep(0.1)
-    told = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in alive]
-    raise AssertionError(f"still alive after the kill: {dict(zip(alive, told, strict=True))}")
+    told = {pid: _command(pid) for pid in alive}
+    raise AssertionError(f"still alive after the kill: {told}")
 
 
 def _alive(session: int) -> list[str]:
     found = subprocess.run(["pgrep", "-s", str(session)], check=False, capture_output=True, text=True).stdout.split()
-    return [pid for pid in found if "Z" not in _state(pid)]
+    return [pid for pid in found if (stat := _stat(pid)) and stat[0] != "Z"]
 
 
-def _state(pid: str) -> str:
+def _stat(pid: str) -> list[str]:
+    """State, parent and more of a process, as proc(5) lists them behind its name; nothing where it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return "Z"
+        return []
+
+
+def _command(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+    except OSError:
+        return b""
 
 
 def same_bytes(arena: Arena, stage: str) -> None:

@@ -298,9 +298,8 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
     for _, line in lines or _lines(folder / f"{TRAIN}.jsonl"):
         name, count = _as_read(line)
-        places = [
-            own.pop((str(name).strip(), index), None) for index in range(count)
-        ]  # an id that comes again has no sample
+        problem = str(name).strip()
+        places = [own.pop((problem, index), None) for index in range(count)]  # an id that comes again has no sample
         ids = [place for place in places if place is not None]
         if ids or lines:
             rows.append({"id": name, "ids": ids, "places": places})
