@@ -34,6 +34,8 @@ TEXTS = (
     .map("".join)
     .filter(lambda text: text.strip() and not MARKS.search(text))
 )
+TURNS = TEXTS.filter(lambda text: not MARKS.search(f"{text} "))
+"""What may end a turn: a blank comes behind it, which makes a mark of `[[human]]:`."""
 IDS = st.one_of(st.integers(min_value=0), TEXTS)
 
 
@@ -43,12 +45,12 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
     turns: list[dict[str, str]] = []
     count = 0
     if draw(st.booleans()):
-        turns.append({"from": "system", "value": draw(TEXTS)})
+        turns.append({"from": "system", "value": draw(TURNS)})
     for _ in range(draw(st.integers(1, 4))):
-        pieces = draw(st.lists(TEXTS, min_size=1, max_size=3))
+        pieces = [*draw(st.lists(TEXTS, max_size=2)), draw(TURNS)]
         count += len(pieces) - 1
         turns.append({"from": "human", "value": PLACE.join(pieces)})
-        turns.append({"from": "gpt", "value": draw(TEXTS)})
+        turns.append({"from": "gpt", "value": draw(TURNS)})
     names = draw(st.lists(TEXTS, min_size=count, max_size=count))
     image = {"image": names[0] if count == 1 else names} if count else {}
     return {"id": draw(IDS), **image, "conversations": turns}
@@ -71,7 +73,7 @@ def test_llava_to_data_juicer_and_back(record: dict[str, Any]) -> None:
     assert to_dj(back)["text"] == written["text"]
 
 
-@given(st.lists(TEXTS, max_size=3, unique=True), TEXTS, TEXTS, IDS)
+@given(st.lists(TEXTS, max_size=3, unique=True), TEXTS, TURNS, IDS)
 def test_a_caption_and_its_question_looked_up_are_the_record(
     names: list[str], question: str, caption: str, name: str | int
 ) -> None:
@@ -208,6 +210,15 @@ def test_a_turn_that_data_juicers_form_cannot_hold_is_refused_and_not_bent(mark:
     for write in (to_dj, to_dj_caption):
         with pytest.raises(BadRecordError) as told:
             write(record)
+        assert told.value.reason == "a turn holds a mark of Data-Juicer's"
+
+
+@pytest.mark.parametrize("value", ["[[human]]:", "a\n[[gpt]]:"])
+def test_a_turn_that_ends_as_a_mark_begins_is_refused(value: str) -> None:
+    """With the blank before the end of the text it would begin another turn."""
+    for write in (to_dj, to_dj_caption):
+        with pytest.raises(BadRecordError) as told:
+            write({"id": 1, "conversations": turns(("human", "x"), ("gpt", value))})
         assert told.value.reason == "a turn holds a mark of Data-Juicer's"
 
 

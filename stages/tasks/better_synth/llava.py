@@ -137,7 +137,7 @@ def to_dj_caption(record: Llava) -> DataJuicer:
 
 
 def _for_dj(value: str) -> str:
-    mark = _MARK.search(value)
+    mark = _MARK.search(f"{value} ")  # a blank sets it apart from the end
     taken = mark.group() if mark else next((mark for mark in (DJ_PLACE, DJ_END) if mark in value), None)
     if taken is not None:
         raise BadRecordError("a turn holds a mark of Data-Juicer's", taken)
