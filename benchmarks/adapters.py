@@ -19,7 +19,8 @@ from benchmarks.random_adapters import make_adapter
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
 from stages.contract.roots import Roots
-from stages.engines.engine import Engine, EngineSettings, Prompt, Renderer
+from stages.engines.engine import Engine, EngineSettings
+from stages.models.rendering import Prompt, Renderer
 
 ADAPTERS, RANK, PROMPTS, WORDS, NEW_TOKENS = 9, 16, 256, 220, 16
 ROOTS = Roots.from_environment()

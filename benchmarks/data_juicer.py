@@ -26,7 +26,7 @@ from stages.contract.files import read_json
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
+from stages.host.runner import run_stage
 from stages.preprocess.data_juicer import process
 
 RECORDS, PICTURES, CHUNK = 10_000, 300, 2_500

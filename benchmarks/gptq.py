@@ -19,9 +19,9 @@ from typing import Any
 from benchmarks.memory import ROOTS, STEPS, Setting, measure
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
-from entrypoints.common import open_run
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.run import Run
+from stages.host.runs import open_run
 
 BASE = "Qwen2.5-7B-GPTQ-Int4"
 EPOCHS = 5
@@ -58,8 +58,9 @@ def reload(setting: Setting, name: str) -> dict[str, Any]:
     """Load the adapter in the transformers engine: its answers and the base's, and the loss of a validation sample."""
     import torch
 
-    from stages.engines.engine import EngineSettings, Renderer
+    from stages.engines.engine import EngineSettings
     from stages.engines.transformers_engine import TransformersEngine
+    from stages.models.rendering import Renderer
 
     run = open_run("patent-qa", "text", None, setting.overrides, name)
     model, adapter = ROOTS.models / setting.model, run.path("train", "adapters", "tuned")

@@ -21,13 +21,14 @@ from typing import Any
 
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
-from entrypoints.common import open_run
 from stages.contract.files import FileHashes, read_json, write_jsonl
 from stages.contract.roots import Roots
-from stages.contract.stage import Stage, run_stage
+from stages.contract.stage import Stage
 from stages.hardware.fit import as_asked
 from stages.hardware.memory import Lengths
-from stages.hardware.shape import read_shape
+from stages.host.runner import run_stage
+from stages.host.runs import open_run
+from stages.models.shape import read_shape
 
 ROOTS = Roots.from_environment()
 EFFECTIVE = 2

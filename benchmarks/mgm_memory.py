@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from benchmarks.rows import write_rows
 from stages.contract.recipe import Train
-from stages.engines.mgm import CONNECTORS, MgmConfig, MgmForConditionalGeneration
 from stages.hardware.fit import as_asked
 from stages.hardware.memory import Lengths
-from stages.hardware.shape import ModelShape, Weight, read_shape
+from stages.models.mgm import CONNECTORS, MgmConfig, MgmForConditionalGeneration
+from stages.models.shape import ModelShape, Weight, read_shape
 
 ANSWER = 64
 """Tokens at a sample's end that carry a loss."""

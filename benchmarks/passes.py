@@ -28,11 +28,13 @@ from stages.contract.files import FileHashes, read_json, read_jsonl, write_json,
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output
-from stages.engines.engine import Engine, EngineSettings, Prompt, Renderer
-from stages.pictures import Picture
-from stages.tasks import Found, settled
+from stages.engines.engine import Engine, EngineSettings
+from stages.models.pictures import Picture
+from stages.models.rendering import Prompt, Renderer
+from stages.tasks import settled
 from stages.tasks.patent_qa import ask, build_samples
 from stages.tasks.patent_qa.questions import PatentQuestion
+from stages.tasks.task import Found
 
 MODEL = "Qwen2.5-VL-7B"
 DOCUMENTS, PAGES, QUESTIONS = 32, 6, 96

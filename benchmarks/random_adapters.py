@@ -5,7 +5,7 @@ from pathlib import Path
 from stages.contract.files import write_json
 from stages.contract.recipe import Adapter, Train
 from stages.hardware.memory import adapted_modules
-from stages.hardware.shape import read_shape
+from stages.models.shape import read_shape
 
 
 def make_adapter(folder: Path, model: Path, rank: int, seed: int) -> None:

@@ -24,12 +24,13 @@ from typing import Any
 from benchmarks.memory import ROOTS, _descendants
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
-from entrypoints.common import open_run
 from entrypoints.plan import USABLE
 from stages.contract.files import read_json, read_jsonl, sha256_file, write_jsonl
 from stages.contract.run import Run
-from stages.contract.stage import Stage, run_stage
+from stages.contract.stage import Stage
 from stages.hardware.probe import read_cards
+from stages.host.runner import run_stage
+from stages.host.runs import open_run
 
 CARD, GIB = 24, 1024**3
 STEPS, BATCH = 20, 8

@@ -1,21 +1,15 @@
-"""What the stage commands share: their options, and how a recipe is found."""
+"""What the commands share: their options, and errors in one line."""
 
 import os
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from stages.contract.errors import LorryError, UsageError
-from stages.contract.roots import Roots
-
-if TYPE_CHECKING:
-    from stages.contract.run import Run
-
-RECIPES = Path(__file__).parents[1] / "recipes"
+from stages.contract.errors import LorryError
+from stages.host.runs import open_run
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,11 +61,11 @@ def stage_command(name: str, summary: str, load_work: Callable[[], Callable[...,
     @one_line_errors
     def command(force: bool, shard: str | None, **options: Any) -> None:
         if options["recipe"] == "selftest":
-            from entrypoints.selftest import selftest
+            from stages.host.selftest import selftest
 
             return selftest(name)
         from stages.contract.part import part_of
-        from stages.contract.stage import run_stage
+        from stages.host.runner import run_stage
 
         part = part_of(name, shard, os.environ)
         run = open_run(**options)
@@ -96,42 +90,3 @@ def one_line_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(error.exit_code)
 
     return wrapped
-
-
-def recipe_path(recipe: str) -> Path:
-    """The file of a recipe given by path or by name."""
-    for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
-        if path.is_file():
-            return path
-    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    raise UsageError(f"{recipe}: no such recipe file, and no such name in {RECIPES}; there are: {names}")
-
-
-def open_run(
-    recipe: str | None,
-    profile: str | None = None,
-    data: str | None = None,
-    overrides: tuple[str, ...] = (),
-    run_name: str | None = None,
-) -> "Run":
-    """The run that the options of `recipe_options` name."""
-    from stages.contract.recipe import load_recipe
-    from stages.contract.run import Run
-    from stages.tasks import settled, task_names
-
-    roots = Roots.from_environment()
-    if recipe is not None:
-        path = recipe_path(recipe)
-    elif run_name is not None:
-        path = roots.runs / run_name / "recipe.yaml"
-        if not path.is_file():
-            raise UsageError(f"{path}: no such run; name a RECIPE to begin one")
-    else:
-        raise UsageError("name a RECIPE, or --run with the name of a run")
-    loaded = load_recipe(path, profile, overrides, Path(data) if data else None)
-    if loaded.task not in task_names():
-        raise UsageError(f"{path}: task: no task {loaded.task!r}; there are: {', '.join(task_names())}")
-    name = run_name or path.stem
-    if name in (".", "..") or "/" in name:
-        raise UsageError(f"--run {name}: a run's name is one folder name, without '/'")
-    return Run(name, settled(loaded, str(path), roots.data), roots)

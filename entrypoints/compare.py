@@ -11,7 +11,7 @@ from entrypoints.common import one_line_errors
 
 if TYPE_CHECKING:
     from stages.contract.roots import Roots
-    from stages.eval.compare import Compared, Evaluated
+    from stages.results.comparison import Compared, Evaluated
 
 
 @click.command()
@@ -32,8 +32,8 @@ def compare(runs: tuple[str, ...]) -> None:
     if len(names) < 2:
         raise UsageError(f"lorry compare {' '.join(runs)}: name two runs or more")
     try:
-        from stages.eval.compare import asked_otherwise, compared_with, refuse_other_sets, suspicions
-        from stages.eval.compare import compare as compared
+        from stages.results.comparison import asked_otherwise, compared_with, refuse_other_sets, suspicions
+        from stages.results.comparison import compare as compared
     except ModuleNotFoundError as error:
         raise UsageError(
             f"lorry compare needs {error.name}: install requirements/host.txt, as `make setup` does"
@@ -69,10 +69,10 @@ def _evaluated(roots: "Roots", names: Sequence[str]) -> tuple[list["Evaluated"],
 
 
 def _read(roots: "Roots", name: str) -> "Evaluated | str":
-    from entrypoints.ledger_rows import DamagedError, RunReader, recipe_of
     from stages.contract.errors import UsageError
     from stages.contract.run import Run
-    from stages.eval.compare import Evaluated
+    from stages.results.comparison import Evaluated
+    from stages.results.ledger import DamagedError, RunReader, recipe_of
 
     folder = roots.runs / name
     try:
@@ -98,7 +98,7 @@ def _read(roots: "Roots", name: str) -> "Evaluated | str":
 
 def _recipe_settings(roots: "Roots", name: str) -> tuple[int, int]:
     """Resamples and seed of the bootstrap: the first run's."""
-    from entrypoints.ledger_rows import recipe_of
+    from stages.results.ledger import recipe_of
 
     recipe = recipe_of(roots.runs / name)
     return recipe.eval.bootstrap, recipe.seed

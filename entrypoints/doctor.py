@@ -13,8 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from entrypoints.common import one_line_errors, open_run, recipe_options
-from entrypoints.containers import (
+from entrypoints.common import one_line_errors, recipe_options
+from stages.contract.errors import Exit, LorryError, UsageError
+from stages.contract.roots import Roots
+from stages.hardware.holds import Holds
+from stages.hardware.pick import denied_cards, gib
+from stages.hardware.probe import Cards, Gpu, Machine, card_on_bus, read_cards
+from stages.hardware.targets import Target, load_targets, named_target, refuse_old_driver, target_of
+from stages.host.containers import (
     compose_command,
     container_user,
     find_engine,
@@ -23,13 +29,8 @@ from entrypoints.containers import (
     refuse_image,
     refuse_without_nvidia,
 )
-from entrypoints.selftest import LIBRARIES
-from stages.contract.errors import Exit, LorryError, UsageError
-from stages.contract.roots import Roots
-from stages.hardware.holds import Holds
-from stages.hardware.pick import denied_cards, gib
-from stages.hardware.probe import Cards, Gpu, Machine, card_on_bus, read_cards
-from stages.hardware.targets import Target, load_targets, named_target, refuse_old_driver, target_of
+from stages.host.needs import LIBRARIES
+from stages.host.runs import open_run
 
 if TYPE_CHECKING:
     from stages.contract.run import Run
@@ -370,7 +371,7 @@ def _weights(roots: Roots, run: "Run | None") -> Iterator[Finding]:
 
 
 def _whole(folder: Path) -> Finding:
-    from stages.hardware.shape import UnknownShapeError, read_shape
+    from stages.models.shape import UnknownShapeError, read_shape
 
     try:
         shape = read_shape(folder)

@@ -16,15 +16,16 @@ from typing import Any
 
 import click
 
-from entrypoints.cards import Chosen, choose_cards, choose_target, to_do
-from entrypoints.common import one_line_errors, recipe_options, recipe_path
-from entrypoints.containers import Runner, find_engine, in_containers, killed, stage_arguments
-from entrypoints.selftest import LIBRARIES, ON_CARDS
+from entrypoints.common import one_line_errors, recipe_options
 from stages.contract.errors import DoesNotFitError, Exit, InterruptedRunError, UsageError
 from stages.contract.stop import StopRequest, die_with_parent
 from stages.hardware.holds import Holds
 from stages.hardware.probe import Cards, read_cards
 from stages.hardware.targets import load_targets, refuse_old_driver, refuse_old_driver_for
+from stages.host.cards import Chosen, choose_cards, choose_target, to_do
+from stages.host.containers import Runner, find_engine, in_containers, killed, stage_arguments
+from stages.host.needs import LIBRARIES, ON_CARDS
+from stages.host.runs import recipe_path
 
 STAGES = tuple(LIBRARIES)
 

@@ -15,7 +15,7 @@ import click
 from entrypoints.common import one_line_errors
 
 if TYPE_CHECKING:
-    from entrypoints.ledger_rows import Row
+    from stages.results.ledger import Row
 
 UNTESTED = "untested"
 """In the place of a score that is not there: never a number."""
@@ -78,9 +78,9 @@ def ledger(runs: tuple[str, ...], order: str | None, form: str | None, out: Path
     Scores are percent with 95% intervals; gains are points over base on the same samples. All is read from the runs'
     manifests and the files that these vouch for: a score is shown only beside the training that made it.
     """
-    from entrypoints.ledger_rows import read_ledger
     from stages.contract.errors import UsageError
     from stages.contract.roots import Roots
+    from stages.results.ledger import read_ledger
 
     column, descending = _order(order)
     roots = Roots.from_environment()
@@ -108,8 +108,8 @@ def ledger(runs: tuple[str, ...], order: str | None, form: str | None, out: Path
 
 def _order(order: str | None) -> tuple[str | None, bool]:
     """The column to sort by, and whether downward."""
-    from entrypoints.ledger_rows import Row
     from stages.contract.errors import UsageError
+    from stages.results.ledger import Row
 
     if order is None:
         return None, False
@@ -124,8 +124,8 @@ def _order(order: str | None) -> tuple[str | None, bool]:
 
 def named_runs(runs: Sequence[str], mount: Path) -> list[str]:
     """The runs that are asked for, or all."""
-    from entrypoints.ledger_rows import run_names
     from stages.contract.errors import UsageError
+    from stages.results.ledger import run_names
 
     there = run_names(mount)
     for name in runs:
@@ -174,7 +174,7 @@ def _write(path: Path, text: str) -> None:
 
 def as_csv(rows: Sequence["Row"]) -> str:
     """All columns, a line for each row. No text in it is a formula to a spreadsheet: an apostrophe is put before."""
-    from entrypoints.ledger_rows import Row
+    from stages.results.ledger import Row
 
     every = [field.name for field in fields(Row)]
     names = [n for n in every if n not in RARE or any(getattr(row, n) not in (None, "") for row in rows)]
@@ -317,7 +317,7 @@ def _style(row: "Row") -> str:
 
 def as_html(rows: Sequence["Row"], column: str | None, descending: bool) -> str:
     """One page with everything, sortable by a click on a column's head."""
-    from entrypoints.ledger_page import Cell, Head, page
+    from stages.results.ledger_page import Cell, Head, page
 
     columns = columns_of(rows)
     direction = "descending" if descending else "ascending"

@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from entrypoints.common import RECIPES, one_line_errors, open_run, recipe_options, recipe_path
+from entrypoints.common import one_line_errors, recipe_options
 from entrypoints.compare import compare
 from entrypoints.doctor import doctor
 from entrypoints.launch import launch, run_process
 from entrypoints.ledger import ledger
 from entrypoints.plan import plan
+from stages.host.runs import RECIPES, open_run, recipe_path
 
 
 @click.group()

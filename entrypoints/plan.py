@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from entrypoints.common import one_line_errors, open_run, recipe_options
+from entrypoints.common import one_line_errors, recipe_options
+from stages.host.runs import open_run
 
 if TYPE_CHECKING:
     from stages.hardware.probe import Gpu
@@ -47,8 +48,8 @@ def plan(target: str | None, count: int | None, memory: float | None, **options:
     Reads the model's config.json and the headers of its weights, and starts nothing. Exits with 4 when training does
     not fit; how inference fits the same cards is told beside it.
     """
-    from stages.hardware.shape import read_shape
     from stages.hardware.targets import refuse_4bit_twice, refuse_base_without_kernels
+    from stages.models.shape import read_shape
 
     run = open_run(**options)
     train = run.recipe.train

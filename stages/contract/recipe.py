@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from stages.contract.errors import UsageError
 from stages.contract.files import digest_of
+from stages.contract.records import BASE, VOTE
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A name that is also a folder: letters, digits, `.`, `_`, `-`."""
@@ -21,7 +22,7 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 
 def file_name(text: str) -> str:
     """A FileName for any text: the text itself where it is one, else what of it can be read, and a digest."""
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) and text not in ("base", "vote"):
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) and text not in (BASE, VOTE):
         return text
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_")[:48]
     return f"{readable or 'data'}-{digest_of(text)[:8]}"
@@ -169,9 +170,9 @@ class Adapter(Section):
 
     @model_validator(mode="after")
     def _not_taken(self) -> "Adapter":
-        if self.name == "base":
+        if self.name == BASE:
             raise ValueError("an adapter cannot be named 'base': that names the untuned model in every table")
-        if self.name == "vote":
+        if self.name == VOTE:
             raise ValueError("an adapter cannot be named 'vote': that names the adapters' common answer in every table")
         return self
 

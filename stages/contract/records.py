@@ -6,6 +6,9 @@ prediction is one model's answer to a sample; a failed one has `error` and no an
 
 from typing import Any, TypedDict
 
+BASE, VOTE = "base", "vote"
+"""Names of the untuned model and of the adapters' common answer in every table: no adapter may have them."""
+
 
 class Message(TypedDict):
     role: str

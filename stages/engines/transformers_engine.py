@@ -22,11 +22,12 @@ from transformers import (
     LogitsProcessorList,
 )
 
-import stages.engines.mgm  # noqa: F401 - makes it known to transformers
-from stages.engines import gptq
+import stages.models.mgm  # noqa: F401 - makes it known to transformers
 from stages.engines.batch_size import best_batch_size
-from stages.engines.engine import Completion, Done, EngineSettings, Prompt, load_tokenizer
-from stages.pictures import PictureRules, rules_of
+from stages.engines.engine import Completion, Done, EngineSettings
+from stages.models import gptq
+from stages.models.pictures import PictureRules, rules_of
+from stages.models.rendering import Prompt, load_tokenizer
 
 TRIED_TOKENS = 16
 """Tokens of an answer while the batch size is being found: most of the time and memory goes into the prompts."""

@@ -10,8 +10,9 @@ from typing import Any
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.contract.files import read_json
 from stages.engines import vllm_children
-from stages.engines.engine import Completion, Done, EngineSettings, Prompt
-from stages.pictures import PictureRules, rules_of
+from stages.engines.engine import Completion, Done, EngineSettings
+from stages.models.pictures import PictureRules, rules_of
+from stages.models.rendering import Prompt
 
 MOST_OF_A_CARD, SPARE = 0.9, 0.02
 """Shares of a card's memory: what vLLM takes at most (its own default), and what is left free of a card that others

@@ -9,7 +9,8 @@ from stages.contract.files import read_jsonl
 from stages.contract.recipe import Recipe
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
-from stages.eval.scores import Asked, Figures, Model, overall, score_models
+from stages.eval.scores import Asked, Model, overall, score_models
+from stages.results.intervals import Figures
 
 EVERYTHING = "everything"
 

@@ -18,8 +18,9 @@ from stages.contract.run import STAGES
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, seconds_a_question
 from stages.eval.measures import Measure
-from stages.eval.scores import Figures, Scores, worst
+from stages.eval.scores import Scores, worst
 from stages.eval.votes import VoteReport
+from stages.results.intervals import Figures
 from stages.tasks import load_task
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stages.contract.errors import DataError
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe
-from stages.contract.records import Prediction, Sample
-
-Values = NDArray[np.float64]
-"""Scores in 0..1, a row for each sample and a column for each metric; NaN where a sample lacks a metric."""
+from stages.contract.records import BASE, Prediction, Sample
+from stages.results.intervals import Figures, Values, cluster_bootstrap
 
 
 @dataclass(frozen=True)
@@ -170,47 +167,14 @@ def counted_once(scores: Scores) -> Scores:
 # -- means and their intervals -----------------------------------------------------------------------------------
 
 
-def cluster_bootstrap(values: Values, groups: Sequence[str], resamples: int, seed: int) -> Values:
-    """95% percentile intervals of the columns' means. `values` (rows, columns) -> (2, columns): low, high.
-
-    Whole groups are drawn with replacement, not rows: questions of one document share its pages and fall together,
-    so that an interval from rows would be too narrow (Field and Welsh 2007, 'Bootstrapping clustered data'). With a
-    single group rows are drawn, as nothing else can be. All columns see the same draws. NaN is left out of a mean.
-    """
-    codes = np.unique(groups, return_inverse=True)[1]
-    if codes.max() == 0:
-        codes = np.arange(len(values))
-    count = int(codes.max()) + 1
-    width = values.shape[1]
-    totals = np.zeros((count, 2 * width))  # of each group: sums of its scores, then how many there are
-    np.add.at(totals, codes, np.hstack([np.nan_to_num(values), ~np.isnan(values)]))
-    generator = np.random.default_rng(seed)
-    means = np.empty((resamples, width))
-    step = max(1, 1_000_000 // count)  # draws held at once: 8 MB
-    for first in range(0, resamples, step):
-        rows = min(step, resamples - first)
-        drawn = generator.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
-        drawn_totals = times @ totals
-        with np.errstate(invalid="ignore"):  # 0/0: a draw without any sample that has the metric
-            means[first : first + rows] = drawn_totals[:, :width] / drawn_totals[:, width:]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
-        return np.asarray(np.nanpercentile(means, [2.5, 97.5], axis=0))
-
-
-Figures = dict[str, dict[str, Any]]
-"""By metric: `value`, perhaps `low` and `high` (percent), `n` and `failed` (samples; what counts together is one)."""
-
-
 def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figures], dict[str, Figures]]:
     """Every model's figures, and by how much each adapter is above base, both with 95% intervals, in percent.
 
     The differences are paired: both models answered the same samples, and are drawn together. Facts do not differ.
     """
     scores = counted_once(scores)
-    base = scores.models["base"].values
-    adapters = [name for name in scores.models if name != "base"]
+    base = scores.models[BASE].values
+    adapters = [name for name in scores.models if name != BASE]
     blocks = [model.values for model in scores.models.values()]
     blocks += [scores.models[name].values - base for name in adapters]
     table = np.hstack(blocks)

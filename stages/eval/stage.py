@@ -8,14 +8,22 @@ from typing import Any, cast
 from stages.contract.errors import DataError
 from stages.contract.files import read_jsonl, write_json, write_jsonl
 from stages.contract.recipe import Recipe
-from stages.contract.records import Prediction, Sample
+from stages.contract.records import VOTE, Prediction, Sample
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, ablations, seconds_a_question
 from stages.eval.measures import measured
 from stages.eval.report import ON_TRAINING_DATA, with_interval, write_report
-from stages.eval.scores import Asked, Figures, Scores, breakdown, overall, score_models, scored_lines
-from stages.eval.votes import VOTE, VoteReport, vote_report
-from stages.pipeline_report import dataset_name, dataset_result, pipeline_report, seconds_of, training_facts
+from stages.eval.scores import Asked, Scores, breakdown, overall, score_models, scored_lines
+from stages.eval.votes import VoteReport, vote_report
+from stages.results.intervals import Figures
+from stages.results.summary import (
+    SUMMARY,
+    dataset_name,
+    dataset_result,
+    seconds_of,
+    summary_of_data_sets,
+    training_facts,
+)
 from stages.tasks import load_task
 
 
@@ -96,7 +104,7 @@ def _was_asked(recipe: Recipe) -> Asked:
 
 
 def _write_data_sets(stage: Stage, figures: Mapping[str, Figures]) -> None:
-    """Write report.json, anew after each adapter."""
+    """Write summary.json, again after each adapter."""
     run, infer = stage.run, stage.run.manifest("infer") or {}
     untrained = (run.manifest("train") or {}).get("untrained", {})
     batch = run.recipe.infer.batch_size
@@ -126,7 +134,7 @@ def _write_data_sets(stage: Stage, figures: Mapping[str, Figures]) -> None:
                 },
             }
         results.append(dataset_result(run, adapter, result))
-        write_json(stage.path("report.json"), pipeline_report(run, results, start, before, stage.starts[0]))
+        write_json(stage.path(SUMMARY), summary_of_data_sets(run, results, start, before, stage.starts[0]))
 
 
 def _generation(recipe: Recipe) -> dict[str, Any]:

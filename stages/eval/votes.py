@@ -6,12 +6,10 @@ from statistics import fmean
 from typing import Any
 
 from stages.contract.files import read_jsonl
-from stages.contract.records import Prediction, Sample
+from stages.contract.records import BASE, VOTE, Prediction, Sample
 from stages.contract.stage import Stage
-from stages.eval.scores import Figures, overall, score_models
-
-VOTE = "vote"
-"""Its name among the models."""
+from stages.eval.scores import overall, score_models
+from stages.results.intervals import Figures
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def vote_report(
         return None
     recipe = stage.run.recipe
     rows = read_jsonl(stage.run.path("infer", "votes.jsonl"))
-    scores = score_models(task, recipe, samples, {"base": predictions[held["best"]], VOTE: predictions[VOTE]})
+    scores = score_models(task, recipe, samples, {BASE: predictions[held["best"]], VOTE: predictions[VOTE]})
     _, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
     first = scores.models[VOTE].values[:, 0]
     right = {sample["id"]: bool(value >= 1.0) for sample, value in zip(samples, first, strict=True)}

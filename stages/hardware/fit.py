@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from stages.contract.recipe import Train
 from stages.hardware.batch import BatchPlan, plan_batch
 from stages.hardware.memory import Estimate, Lengths, estimate, trained_parameters
-from stages.hardware.shape import ModelShape
+from stages.models.shape import ModelShape
 
 UNSURE = 0.03
 """How much an estimate may be too low: up to 2.3 % where it was measured (README, "Does it fit")."""

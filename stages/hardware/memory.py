@@ -12,7 +12,7 @@ from math import prod
 
 from stages.contract.recipe import Recipe, Train
 from stages.hardware.batch import BatchPlan
-from stages.hardware.shape import ModelShape
+from stages.models.shape import ModelShape
 
 FLOAT32 = 4
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from stages.contract.errors import DoesNotFitError, UsageError
-from stages.hardware.shape import ModelShape
+from stages.models.shape import ModelShape
 
 GIB = 1024**3
 

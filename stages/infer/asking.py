@@ -14,9 +14,11 @@ from stages.contract.errors import DataError
 from stages.contract.files import FileHashes, JsonlJournal, digest_of, machine_error, visible_files
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.stage import Stage
-from stages.engines.connector import trained_connector
-from stages.engines.engine import Completion, Engine, Prompt, Renderer
-from stages.tasks import Ask, load_task
+from stages.engines.engine import Completion, Engine
+from stages.models.connector import trained_connector
+from stages.models.rendering import Prompt, Renderer
+from stages.tasks import load_task
+from stages.tasks.task import Ask
 
 NO_ANSWER = "no valid answer in the completion"
 """Error of a prediction whose completion the task cannot read an answer in: the model abstains."""

@@ -16,14 +16,15 @@ from stages.contract.files import read_json, read_jsonl, remove, write_json, wri
 from stages.contract.recipe import Adapter
 from stages.contract.records import Prediction, Sample
 from stages.contract.stage import Stage
-from stages.engines.connector import trained_connector, with_connector
-from stages.engines.engine import Engine, EngineSettings, Prompt
+from stages.engines.engine import Engine, EngineSettings
 from stages.hardware.probe import probe
 from stages.hardware.serve import plan_serving
-from stages.hardware.shape import UnknownShapeError, read_shape
 from stages.hardware.targets import Target, load_targets, working_target
 from stages.infer.asking import NO_ANSWER, Asking, Variant
 from stages.infer.voting import VOTE, hold_vote, refuse_impossible_vote
+from stages.models.connector import trained_connector, with_connector
+from stages.models.rendering import Prompt
+from stages.models.shape import UnknownShapeError, read_shape
 from stages.tasks import load_task
 
 Chunks = dict[Variant, list[list[Sample]]]
@@ -185,7 +186,7 @@ def _answer(stage: Stage, asking: Asking, engines: "_Engines", model: Path, chun
     asked = {variant.adapter for variant in chunks if variant.adapter and left(variant)}
     merged, connector = stage.run.recipe.infer.merged, trained_connector(stage.run)
     if not merged and stage.run.recipe.infer.engine == "vllm":
-        from stages.engines.merge import refuse_adapted_vision
+        from stages.models.merge import refuse_adapted_vision
 
         refuse_adapted_vision({name: every[name] for name in sorted(asked)})
     if not merged and connector is None:
@@ -201,7 +202,7 @@ def _answer(stage: Stage, asking: Asking, engines: "_Engines", model: Path, chun
     if not merged:
         asking.answer(engines.serving(asking, model, every, chunks), set(every), chunks)
         return
-    from stages.engines.merge import merged_copy
+    from stages.models.merge import merged_copy
 
     for name in sorted(asked):
         copy = merged_copy(model, every[name], stage.path("merged", name), _target().dtype)

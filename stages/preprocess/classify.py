@@ -4,10 +4,11 @@ from typing import Any
 
 from stages.contract.files import FileHashes, JsonlJournal, digest_of
 from stages.contract.stage import Stage
-from stages.engines.engine import Completion, EngineSettings, Prompt, Renderer
+from stages.engines.engine import Completion, EngineSettings
 from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
-from stages.tasks import Ask
+from stages.models.rendering import Prompt, Renderer
+from stages.tasks.task import Ask
 
 
 def drawings_enough(stage: Stage, task: Any, questions: list[Any]) -> dict[str, bool]:

@@ -24,7 +24,7 @@ from stages.contract.files import read_json, read_jsonl, remove, write_json, wri
 from stages.contract.recipe import DataJuicer
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
-from stages.json_lines import BadRecordError, lines_in, object_in, text_of
+from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
 
 WORKER = "stages.preprocess.data_juicer_worker"
 IMAGE = "<__dj__image>"

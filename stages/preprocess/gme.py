@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from stages.contract.errors import UsageError
-from stages.pictures import Picture, PictureRules, open_picture, read_rules
+from stages.models.pictures import Picture, PictureRules, open_picture, read_rules
 
 Vectors = npt.NDArray[np.float32]
 

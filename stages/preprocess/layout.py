@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pymupdf
 
-from stages.mentions import figure_labelled
 from stages.preprocess.render import PageRange, open_document, page_words, render_page, write_picture
+from stages.tasks.common.mentions import figure_labelled
 
 Ink = npt.NDArray[np.bool_]
 

@@ -20,7 +20,7 @@ from stages.preprocess.documents import render_documents
 from stages.preprocess.embed import Embedder, Vectors, chunked
 from stages.preprocess.figures import crop_figures
 from stages.preprocess.search import top_k
-from stages.tasks import Found
+from stages.tasks.task import Found
 
 Pages = Sequence[Mapping[str, Any]]
 

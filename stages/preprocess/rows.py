@@ -8,7 +8,7 @@ from stages.contract.files import write_jsonl
 from stages.contract.records import Sample
 from stages.contract.stage import Stage
 from stages.preprocess.split import SPLITS
-from stages.tasks import Found
+from stages.tasks.task import Found
 
 ASKED = "validation_asked"
 """Validation samples without their answers, as they are asked of adapters that are to be compared on them."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.recipe import Data
-from stages.tasks import Skip
+from stages.tasks.task import Skip
 
 SPLITS = ("train", "validation", "test")
 

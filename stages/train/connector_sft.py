@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.contract.errors import UsageError
-from stages.engines.connector import FILE, names_in_files
+from stages.models.connector import FILE, names_in_files
 from stages.train.together import Together
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from stages.contract.files import read_jsonl
 from stages.contract.recipe import Train
 from stages.hardware.memory import Lengths
-from stages.pictures import family_rules, open_picture
+from stages.models.pictures import family_rules, open_picture
 
 CANDIDATES = 64
 """Samples that are tokenised: the longest and the shortest by their size. Those by tokens are among them, or near."""

@@ -7,7 +7,7 @@ from swift.model.model_meta import ModelMeta
 from swift.model.register import ModelLoader, register_model
 from swift.template.register import TemplateMeta, register_template
 
-from stages.engines.mgm import CONNECTORS, MgmForConditionalGeneration
+from stages.models.mgm import CONNECTORS, MgmForConditionalGeneration
 from stages.train.llava_templates import _InPlace
 
 

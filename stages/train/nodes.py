@@ -14,7 +14,7 @@ from stages.contract.files import FileHashes, read_json, remove, write_json
 from stages.contract.part import Node
 from stages.contract.recipe import CONNECTOR
 from stages.contract.stage import Stage
-from stages.train.launch import JOIN_SECONDS
+from stages.train.torchrun import JOIN_SECONDS
 
 
 def place_of(name: str) -> tuple[str, ...]:

@@ -27,18 +27,15 @@ from stages.contract.files import (
     write_json,
     write_jsonl,
 )
+from stages.contract.mixes import mixed, shown, validated
 from stages.contract.part import Node
 from stages.contract.recipe import CONNECTOR, ONLY_ROOM, Adapter, Train
 from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
-from stages.engines.connector import FILE as CONNECTOR_FILE
-from stages.engines.connector import check_connector, trained_connector
-from stages.engines.gptq import stored_as
 from stages.hardware.batch import refuse_inexact
 from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unplanned
 from stages.hardware.memory import Lengths, not_estimated
 from stages.hardware.probe import Gpu, probe
-from stages.hardware.shape import ModelShape, UnknownShapeError, read_shape
 from stages.hardware.targets import (
     Target,
     load_targets,
@@ -48,14 +45,17 @@ from stages.hardware.targets import (
     refuse_base_without_kernels,
     working_target,
 )
-from stages.pipeline_report import dataset_result, pipeline_report, training_facts
+from stages.models.connector import FILE as CONNECTOR_FILE
+from stages.models.connector import check_connector, trained_connector
+from stages.models.gptq import stored_as
+from stages.models.shape import ModelShape, UnknownShapeError, read_shape
+from stages.results.summary import SUMMARY, dataset_result, summary_of_data_sets, training_facts
+from stages.train.job import Job
 from stages.train.ladder import Footing, Ladder, MemoryRanOutError, by_hand, next_rung, what_would_help
-from stages.train.launch import train_adapter
 from stages.train.lengths import read_lengths
-from stages.train.mixes import mixed, shown, validated
 from stages.train.nodes import adapters_announced_by_the_first, announced, place_of
 from stages.train.sharding import check_sharding
-from stages.train.worker import Job
+from stages.train.torchrun import train_adapter
 
 GIB = 1024**3
 
@@ -287,7 +287,7 @@ def _keep_what_fits(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | No
 
 
 def _results_of(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[str, Any]]:
-    """Of those that earlier starts have trained: a report that is written while one before them is trained again has
+    """Of those that earlier starts have trained: a summary that is written while one before them is trained again has
     them, too."""
     folders = {adapter.name: stage.path("adapters", adapter.name) for adapter in adapters}
     return {
@@ -300,10 +300,10 @@ def _results_of(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[str, An
 
 
 def _note_result(stage: Stage, results: dict[str, dict[str, Any]], adapter: Adapter, result: dict[str, Any]) -> None:
-    """Write the report of the adapters so far, so that it is there whatever becomes of the others."""
+    """Write the summary of the adapters so far, so that it is there whatever becomes of the others."""
     results[adapter.name] = dataset_result(stage.run, adapter, result)
     so_far = sorted(results.values(), key=lambda one: one["dataset_index"])
-    write_json(stage.path("report.json"), pipeline_report(stage.run, so_far, stage.starts[0]))
+    write_json(stage.path(SUMMARY), summary_of_data_sets(stage.run, so_far, stage.starts[0]))
 
 
 def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:
@@ -613,6 +613,6 @@ def _job(
         cards=[f"{gpu}, {gpu.uuid}" for gpu in plan.gpus],
         model_settings=recipe.model,
         settings=footing.settings,
-        reports=-1,
+        progress=-1,
         connector=connector,
     )

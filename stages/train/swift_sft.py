@@ -23,15 +23,15 @@ from transformers import BatchFeature, TrainerCallback, TrainerControl, TrainerS
 from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
 from stages.contract.stop import StopRequest
-from stages.engines import gptq, mgm
-from stages.engines.engine import PLACEHOLDER, Renderer
-from stages.pictures import PictureRules, Rules, SquareRules, family_rules, open_picture
+from stages.models import gptq, mgm
+from stages.models.pictures import PictureRules, Rules, SquareRules, family_rules, open_picture
+from stages.models.rendering import PLACEHOLDER, Renderer
 from stages.train import llava_templates  # noqa: F401 - registers templates
 from stages.train.connector_sft import train_connector_only
+from stages.train.job import Job, Progress, file_sizes
 from stages.train.optimizer_state import keep_by_name
 from stages.train.sharding import compute_in, gather_by_layer, let_go_of_weights
 from stages.train.together import Together
-from stages.train.worker import Job, Reports, _sizes
 
 if mgm.AVAILABLE:
     from stages.train import mgm_swift  # noqa: F401 - registers the model and its template
@@ -46,10 +46,12 @@ PeftModel.load_adapter = partialmethod(  # type: ignore[assignment, method-assig
 class LorrySft(SwiftSft):  # type: ignore[misc]
     """`swift sft` for one job."""
 
-    def __init__(self, arguments: list[str], job: Job, reports: Reports, stop: StopRequest, together: Together) -> None:
+    def __init__(
+        self, arguments: list[str], job: Job, progress: Progress, stop: StopRequest, together: Together
+    ) -> None:
         with gptq.loading(job.model, on_card=not job.use_cpu, training=True):
             super().__init__(arguments)
-        self._job, self._reports, self._stop, self._together = job, reports, stop, together
+        self._job, self._progress, self._stop, self._together = job, progress, stop, together
         self._renderer = Renderer(job.model)
         self._rules = family_rules(job.model)
         if self._rules is not None:
@@ -169,12 +171,12 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             train_connector_only(trainer, self._job.model, self._together)
         elif self._job.settings.freeze_vision:
             _refuse_adapted_vision(trainer.model)
-        count = _TokenCount(trainer.data_collator, self._reports)
+        count = _TokenCount(trainer.data_collator, self._progress)
         trainer.data_collator = count.collate
-        trainer.add_callback(_Checkpoints(self._job, self._reports, self._stop, self._together, count))
+        trainer.add_callback(_Checkpoints(self._job, self._progress, self._stop, self._together, count))
         # it would delete the last whole checkpoint before the new one is marked as whole; _Checkpoints does it after
         trainer.args.save_total_limit = None
-        trainer._evaluate = partial(_evaluate_apart, trainer, trainer._evaluate, self._reports)
+        trainer._evaluate = partial(_evaluate_apart, trainer, trainer._evaluate, self._progress)
         # transformers 4 takes the micro-batch of the checkpoint that it goes on from; it may have been made with more
         trainer._inner_training_loop = _with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
         if self._job.sharding != "none":
@@ -231,16 +233,16 @@ def _with_micro_batch(training_loop: Any, micro_batch: int) -> Any:
     return loop
 
 
-def _evaluate_apart(trainer: Any, evaluate: Any, reports: Reports, *arguments: Any, **named: Any) -> Any:
+def _evaluate_apart(trainer: Any, evaluate: Any, progress: Progress, *arguments: Any, **named: Any) -> Any:
     """Evaluate so that training is as if it had not been: the checkpoint of this step is saved before, in case that the
     evaluation runs out of memory, and the random state is afterwards what it was."""
     if trainer.control.should_save:
         trainer._save_checkpoint(trainer.model, None)
         trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
-    reports.during = "evaluation"
+    progress.during = "evaluation"
     with _random_state_kept():
         metrics = evaluate(*arguments, **named)
-    reports.during = "training"
+    progress.during = "training"
     return metrics
 
 
@@ -262,13 +264,13 @@ class _TokenCount:
     The trainer puts together the micro-batches of one step, and only those, before it begins it.
     """
 
-    def __init__(self, collate: Any, reports: Reports) -> None:
-        self._collate, self._reports = collate, reports
+    def __init__(self, collate: Any, progress: Progress) -> None:
+        self._collate, self._progress = collate, progress
         self._tokens = 0
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = self._collate(samples)
-        if self._reports.during == "training":
+        if self._progress.during == "training":
             mask = batch.get("attention_mask")
             # a mask that a model makes itself says nothing: padding is counted then
             self._tokens += int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
@@ -284,12 +286,12 @@ class _Checkpoints(TrainerCallback):
     """Marks checkpoints as whole and deletes those that are too many, reports progress, and turns a stop into a saved
     checkpoint."""
 
-    def __init__(self, job: Job, reports: Reports, stop: StopRequest, together: Together, count: _TokenCount) -> None:
-        self._job, self._reports, self._stop, self._together, self._count = job, reports, stop, together, count
+    def __init__(self, job: Job, progress: Progress, stop: StopRequest, together: Together, count: _TokenCount) -> None:
+        self._job, self._progress, self._stop, self._together, self._count = job, progress, stop, together, count
         self._since = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._reports.during, self._reports.step = "training", state.global_step
+        self._progress.during, self._progress.step = "training", state.global_step
         # a checkpoint is saved before the evaluation at its step: going on from it, that is still to be done
         every, last = int(args.eval_steps or 0), state.global_step >= state.max_steps
         if args.eval_strategy != "no" and state.global_step and (last or state.global_step % every == 0):
@@ -314,7 +316,7 @@ class _Checkpoints(TrainerCallback):
             remove(checkpoint / name)
         for path in checkpoint.iterdir():  # on the disk before the mark is: a power cut must not leave a mark alone
             _sync(path)
-        sizes = _sizes(checkpoint)
+        sizes = file_sizes(checkpoint)
         for state_of_one in random_states:
             sizes |= state_of_one
         write_json(checkpoint / "complete.json", {"sizes": dict(sorted(sizes.items()))})
@@ -326,8 +328,8 @@ class _Checkpoints(TrainerCallback):
         stops, tokens = self._together.sums(int(self._stop.signal is not None), self._count.take())
         state.num_input_tokens_seen += tokens  # the trainer does not count; this way checkpoints keep it
         now = time.monotonic()
-        self._reports.step = state.global_step
-        self._reports.send(
+        self._progress.step = state.global_step
+        self._progress.send(
             event="step",
             step=state.global_step,
             total=state.max_steps,
@@ -357,7 +359,7 @@ class _Checkpoints(TrainerCallback):
     ) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None:
-            self._reports.send(event="loss", step=state.global_step, loss=float(loss))
+            self._progress.send(event="loss", step=state.global_step, loss=float(loss))
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -3,7 +3,7 @@ starts and watches.
 
 Run as `python -m stages.train.worker JOB.json`, or by torchrun as one of several that train the adapter together; the
 file's fields are `Job`'s. It tells its progress in JSON Lines on
-the file descriptor `job.reports`, and exits with the codes of `stages.contract.errors`. What it leaves:
+the file descriptor `job.progress`, and exits with the codes of `stages.contract.errors`. What it leaves:
 
     <work>/checkpoint-<step>/complete.json   a checkpoint with this file is whole
     <adapter>/                               the adapter or connector, there only once it is whole, with `training.json`
@@ -16,22 +16,22 @@ import shlex
 import shutil
 import sys
 import traceback
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.files import machine_error, read_json, read_jsonl, remove, sha256_file, write_json, write_jsonl
-from stages.contract.recipe import Adapter, Model, Train
+from stages.contract.mixes import mixed, shown, validated
+from stages.contract.recipe import Train
 from stages.contract.stop import StopRequest, die_with_parent, forks_die_with_parents
-from stages.engines.connector import FILE as CONNECTOR_FILE
-from stages.engines.connector import with_connector
-from stages.engines.gptq import stored_as
 from stages.hardware.probe import read_cards
 from stages.hardware.targets import refuse_4bit_twice
-from stages.train.ladder import During, Ladder, LostCardError, Shortage, lost_card, shortage_of
-from stages.train.mixes import mixed, shown, validated
+from stages.models.connector import with_connector
+from stages.models.gptq import stored_as
+from stages.train.job import Job, Progress, file_sizes
+from stages.train.ladder import Ladder, LostCardError, Shortage, lost_card, shortage_of
 from stages.train.sharding import check_sharding, deepspeed_config, mend_loading
 from stages.train.together import Together, lost_the_others
 
@@ -39,66 +39,6 @@ T = TypeVar("T")
 
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
 """What the trainer measures of a whole training, of its last start."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to train, with everything decided."""
-
-    model: Path
-    work: Path
-    """Checkpoints of this adapter."""
-    scratch: Path
-    """What only this machine's processes need."""
-    adapter: Path
-    """Where the finished adapter goes, or the connector."""
-    run: Path
-    """The run's folder, which pictures are named relative to."""
-    key: str
-    """Digest of all that the adapter depends on."""
-    mix: Adapter
-    """What of the samples it is trained on."""
-    train: list[Path]
-    validation: list[Path]
-    seed: int
-    dtype: str
-    sharding: str
-    """`none`, `zero2` or `zero3`."""
-    micro_batch: int
-    accumulation: int
-    processes: int
-    """How many train together, over all machines."""
-    eval_micro_batch: int
-    evaluate: bool
-    use_cpu: bool
-    cards: list[str]
-    """This machine's GPUs in words, by local rank."""
-    model_settings: Model
-    settings: Train
-    reports: int
-    """File descriptor to report progress on."""
-    connector: tuple[Path, str] | None = None
-    """What the adapter is trained on the base with, and its sha256."""
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """The files of a checkpoint that are handed on."""
-        if self.settings.trains_connector:
-            return (CONNECTOR_FILE,)
-        return ("adapter_model.safetensors", "adapter_config.json")
-
-    @staticmethod
-    def read(path: Path) -> "Job":
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values |= {name: Path(values[name]) for name in ("model", "work", "scratch", "adapter", "run")}
-        values |= {name: [Path(p) for p in values[name]] for name in ("train", "validation")}
-        values["model_settings"] = Model(**values["model_settings"])
-        values["settings"] = Train(**values["settings"])
-        values["mix"] = Adapter(**values["mix"])
-        if values["connector"] is not None:
-            file, sha256 = values["connector"]
-            values["connector"] = Path(file), sha256
-        return Job(**values)
 
 
 def newest_good_checkpoint(work: Path) -> Path | None:
@@ -109,37 +49,14 @@ def newest_good_checkpoint(work: Path) -> Path | None:
     good = []
     for path in work.glob("checkpoint-*"):
         complete = read_json(path / "complete.json")
-        if complete is None or _sizes(path) != complete["sizes"]:
+        if complete is None or file_sizes(path) != complete["sizes"]:
             remove(path)
         else:
             good.append(path)
     return max(good, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir()) if p.name != "complete.json"}
-
-
-class Reports:
-    """Progress to the stage, one JSON object a line."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._file = os.fdopen(descriptor, "w", encoding="utf-8")
-        self.only_problems = False
-        """Of several processes one speaks for all."""
-        self.during: During = "loading"
-        """What this process is at: it decides what running out of memory changes."""
-        self.step = 0
-        """The last optimizer step that was finished."""
-
-    def send(self, **fields: Any) -> None:
-        if self.only_problems and fields["event"] != "error":
-            return
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
-
-
-def train(job: Job, reports: Reports, stop: StopRequest) -> None:
+def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     """Train the adapter or the connector, from the newest good checkpoint if there is one.
 
     Raises InterruptedRunError after saving a checkpoint when a stop was asked for, here or in another process.
@@ -168,7 +85,7 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
     resume = newest_good_checkpoint(job.work) if together.first else None
     name = together.of_first(resume and resume.name)
     resume = job.work / name if name else None
-    reports.only_problems = not together.first
+    progress.only_problems = not together.first
     if job.sharding != "none":
         batch = job.micro_batch, job.accumulation
         config = deepspeed_config(job.sharding, job.dtype, *batch, job.settings.max_grad_norm)
@@ -178,13 +95,13 @@ def train(job: Job, reports: Reports, stop: StopRequest) -> None:
     arguments = _arguments(job, scratch, resume)
     if together.first:
         print("swift sft", shlex.join(arguments), flush=True)  # in the log: the same by hand
-    sft = LorrySft(arguments, job, reports, stop, together)
+    sft = LorrySft(arguments, job, progress, stop, together)
     counts, left_out, unused = _write_samples(job, sft, scratch)
     _refuse_nothing(job, counts["train"])
     if not counts["validation"] or not job.evaluate:
         sft.args.val_dataset = []
     random_states = resume is not None and has_random_states(resume, job.processes)
-    reports.send(event="loaded", samples=counts, resumed_from=name, random_states=random_states)
+    progress.send(event="loaded", samples=counts, resumed_from=name, random_states=random_states)
     sft.main()
     together.check(stop)
     memory = largest(together.of_all(memory_on_the_card(job)))
@@ -451,11 +368,11 @@ def _four_bits(job: Job) -> dict[str, Any]:
     return {**kind, "bnb_4bit_compute_dtype": job.dtype}
 
 
-def _explained(job: Job, error: BaseException, reports: Reports) -> tuple[LorryError | None, Shortage | None]:
+def _explained(job: Job, error: BaseException, progress: Progress) -> tuple[LorryError | None, Shortage | None]:
     """An error for people, and what ran out if it was memory on a card; None for a defect of ours."""
     if isinstance(error, LorryError):
         return error, None
-    shortage = shortage_of(error, reports.during, reports.step)
+    shortage = shortage_of(error, progress.during, progress.step)
     if shortage is not None:
         return DoesNotFitError(f"out of memory {shortage}"), shortage
     words = lost_card(error)
@@ -463,7 +380,7 @@ def _explained(job: Job, error: BaseException, reports: Reports) -> tuple[LorryE
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         card = job.cards[rank] if rank < len(job.cards) else "the GPU"
         return LostCardError(
-            f"{card} fell away after step {reports.step} ({words}); run the same command again, without it if it fails"
+            f"{card} fell away after step {progress.step} ({words}); run the same command again, without it if it fails"
             " again, to go on from the last checkpoint"
         ), None
     return machine_error(error), None
@@ -472,17 +389,17 @@ def _explained(job: Job, error: BaseException, reports: Reports) -> tuple[LorryE
 def main() -> None:
     """Entry point; every problem ends in one line to the stage and an exit code."""
     job = Job.read(Path(sys.argv[1]))
-    reports = Reports(job.reports)
+    progress = Progress(job.progress)
     stop = StopRequest()
     stop.install()
     forks_die_with_parents()  # ms-swift reads the samples in some
     if job.processes > 1:
         die_with_parent(os.getppid())  # the launcher, which dies with the stage
-        reports.send(event="process", id=os.getpid())
+        progress.send(event="process", id=os.getpid())
     try:
-        train(job, reports, stop)
+        train(job, progress, stop)
     except BaseException as error:  # noqa: BLE001 - the stage must hear of every end
-        explained, shortage = _explained(job, error, reports)
+        explained, shortage = _explained(job, error, progress)
         if explained is None and stop.signal is not None:
             explained = InterruptedRunError(f"stopped by {stop.signal.name}; run the same command again")
         if explained is None and job.processes > 1 and lost_the_others(error):
@@ -496,7 +413,7 @@ def main() -> None:
         code = explained.exit_code if explained else Exit.CRASHED
         fields: dict[str, Any] = {"shortage": asdict(shortage)} if shortage else {}
         fields |= {"lost": True} if isinstance(explained, LostCardError) else {}
-        reports.send(event="error", text=" ".join(text.split())[:1000], code=int(code), **fields)
+        progress.send(event="error", text=" ".join(text.split())[:1000], code=int(code), **fields)
         sys.exit(code)
 
 

@@ -16,7 +16,8 @@ from stages.contract.part import part_of
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.contract.stage import Stage, run_stage
+from stages.contract.stage import Stage
+from stages.host.runner import run_stage
 
 STEPS = 20
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from stages.contract import stage as stage_module
 from stages.contract.errors import Exit, InterruptedRunError, UsageError
 from stages.contract.files import FileHashes, remove, write_jsonl
 from stages.contract.recipe import load_recipe
 from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run
-from stages.contract.stage import Stage, run_stage
+from stages.contract.stage import Stage
+from stages.host import runner as runner_module
+from stages.host.runner import run_stage
 from tests.contract import some_stage
 
 
@@ -292,11 +293,11 @@ def test_a_kill_while_clearing_leaves_nothing_old_to_be_taken_for_new(
         done += 1
         remove(path)
 
-    monkeypatch.setattr(stage_module, "remove", remove_until_killed)
+    monkeypatch.setattr(runner_module, "remove", remove_until_killed)
     try:
         run_stage(other, "preprocess", lambda stage: None)
     except SystemExit:
-        monkeypatch.setattr(stage_module, "remove", remove)
+        monkeypatch.setattr(runner_module, "remove", remove)
         found: list[str] = []
 
         def look(stage: Stage) -> None:

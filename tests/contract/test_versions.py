@@ -11,7 +11,7 @@ from stages.contract.errors import Exit, UsageError
 from stages.contract.files import FileHashes
 from stages.contract.part import Shard
 from stages.contract.run import Run, same_series
-from stages.contract.stage import run_stage
+from stages.host.runner import run_stage
 from tests.conftest import Lorry
 from tests.contract import some_stage
 

@@ -50,7 +50,7 @@ def test_an_adapter_of_each_data_set_is_kept_and_has_learnt(job: Path) -> None:
     weights = {name: load_file(adapters / name / "adapter_model.safetensors") for name in ("harbour", "orders")}
     (first, second) = weights.values()
     assert set(first) == set(second) and any((first[name] != second[name]).any() for name in first)
-    for entry in read_json(job / "train" / "report.json")["dataset_results"]:
+    for entry in read_json(job / "train" / "summary.json")["dataset_results"]:
         if "training" in entry:
             assert entry["training"]["final_loss"] < entry["training"]["initial_loss"] / 2
 
@@ -75,7 +75,7 @@ def test_each_adapter_answers_its_own_questions_and_stops_by_itself(job: Path) -
 
 
 def test_the_report_has_scores_of_each_data_set_and_what_failed(job: Path) -> None:
-    report = read_json(job / "eval" / "report.json")
+    report = read_json(job / "eval" / "summary.json")
     harbour, novels, orders = report["dataset_results"]
     assert "max_length" in novels["error"] and report["pipeline_info"]["failed_datasets"] == 1
     base = by_data_set(job, "base")

@@ -11,7 +11,8 @@ import torch
 
 from stages.engines import batch_size
 from stages.engines.batch_size import MOST, best_batch_size
-from stages.engines.engine import EngineSettings, Prompt, Renderer
+from stages.engines.engine import EngineSettings
+from stages.models.rendering import Prompt, Renderer
 
 GIB = 1024**3
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from stages.contract.errors import UsageError
-from stages.engines import gptq
-from stages.engines.engine import EngineSettings, Renderer
-from stages.engines.merge import merged_copy
+from stages.engines.engine import EngineSettings
+from stages.models import gptq
+from stages.models.merge import merged_copy
+from stages.models.rendering import Renderer
 from tests.conftest import need_model
 
 QUESTIONS = ("What is the capital of France?", "Which is larger, a lake or an ocean?", "What does a valve do?")

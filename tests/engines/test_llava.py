@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from stages.engines.connector import INDEX, with_connector
-from stages.engines.engine import EngineSettings, Prompt, Renderer
-from stages.pictures import SquareRules, family_rules
+from stages.engines.engine import EngineSettings
+from stages.models.connector import INDEX, with_connector
+from stages.models.pictures import SquareRules, family_rules
+from stages.models.rendering import Prompt, Renderer
 from tests.conftest import need_model
 
 PUBLISHED = (

@@ -25,8 +25,8 @@ from transformers import (
 
 from stages.contract.errors import UsageError
 from stages.engines.engine import EngineSettings
-from stages.engines.mgm import CONNECTORS, MgmConfig, MgmForConditionalGeneration
-from stages.engines.mgm.loading import convert
+from stages.models.mgm import CONNECTORS, MgmConfig, MgmForConditionalGeneration
+from stages.models.mgm.loading import convert
 from tests.conftest import need_model
 from tests.tiny_mgm import (
     ACROSS,
@@ -354,7 +354,7 @@ def test_towers_may_be_in_folders_of_their_own(weights: Weights, folder: Path, t
     (tmp_path / "convnext").mkdir()
     torch.save(openclip, tmp_path / "convnext" / "open_clip_pytorch_model.bin")
     published = write_published(tmp_path / "published", rest)
-    command = [sys.executable, "-m", "stages.engines.mgm", published, tmp_path / "out"]
+    command = [sys.executable, "-m", "stages.models.mgm", published, tmp_path / "out"]
     command += ["--clip", write_clip(tmp_path / "clip", clip), "--convnext", tmp_path / "convnext"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from stages.engines.engine import EngineSettings, Prompt, Renderer
+from stages.engines.engine import EngineSettings
+from stages.models.rendering import Prompt, Renderer
 
 TEXTS = ("What is part 12?", "部件3在哪里？", "A longer question about a lever, a spring and a valve.", "?")
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from stages.contract.errors import DataError
-from stages.engines.engine import EngineSettings, Prompt, Renderer
+from stages.engines.engine import EngineSettings
+from stages.models.rendering import Prompt, Renderer
 from tests.conftest import need_model
 
 

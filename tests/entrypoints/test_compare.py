@@ -15,8 +15,8 @@ from stages.contract.recipe import dump_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.roots import Roots
 from stages.contract.run import Run, describe_output
-from stages.contract.stage import run_stage
 from stages.eval.stage import work
+from stages.host.runner import run_stage
 from tests.eval.conftest import answer, make_run, make_samples
 
 Answer = Callable[[int, Sample], str]

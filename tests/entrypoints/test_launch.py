@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from entrypoints import containers, launch
-from entrypoints.cards import Chosen, answering_bytes, choose_cards, choose_target, needed
+from entrypoints import launch
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.hardware.holds import Holds
 from stages.hardware.probe import read_cards
 from stages.hardware.targets import Target, load_targets
+from stages.host import containers
+from stages.host.cards import Chosen, answering_bytes, choose_cards, choose_target, needed
 from tests.conftest import Lorry
 from tests.hardware.recorded import Box
 from tests.other_user import as_other_user, folder_for_all

@@ -20,15 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrypoints.ledger import ON_TRAINING_DATA, RARE, UNTESTED, as_csv, as_html, as_table, sorted_rows
-from entrypoints.ledger_rows import Row, read_ledger, run_names
 from stages.contract.errors import Exit
 from stages.contract.files import FileHashes, read_json, read_jsonl, write_json, write_jsonl
+from stages.contract.mixes import mixed
 from stages.contract.recipe import Recipe, dump_recipe, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output, only_writer
-from stages.contract.stage import run_stage
 from stages.eval.stage import work as eval_work
-from stages.train.mixes import mixed
+from stages.host.runner import run_stage
+from stages.results.ledger import Row, read_ledger, run_names
 from tests.conftest import MINIMAL_RECIPE, Lorry
 from tests.contract.test_help import HEAVY, imported_by
 from tests.eval.conftest import answer, make_samples
@@ -261,14 +261,15 @@ def test_an_adapter_that_could_not_be_trained(tmp_path: Path) -> None:
     assert row_of(tmp_path, "plain").state == "scored"
 
 
-def test_where_train_ended_with_an_error_the_error_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["summary.json", "report.json"])  # the second by versions before this name
+def test_where_train_ended_with_an_error_the_error_is_told(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path, untrained={"mixed": "?"})
     train = run.stage_folder("train")
     (train / "manifest.json").unlink()
     write_json(train / "state.json", {"key": "", "forced": False, "starts": []})
     results = [{"dataset_index": 0, "dataset_name": "main"}]
     failed = {"dataset_index": 1, "dataset_name": "mixed", "error": "no sample fits"}
-    write_json(train / "report.json", {"dataset_results": [*results, failed]})
+    write_json(train / name, {"dataset_results": [*results, failed]})
     events = [{"event": "start"}, {"event": "stopped", "error": "1 of 2 adapters"}, {"event": "end"}]
     write_jsonl(train / "events.jsonl", events)
     for stage in ("infer", "eval"):
@@ -782,6 +783,6 @@ def test_nothing_is_written_into_the_runs(tmp_path: Path, lorry: Lorry) -> None:
 
 
 def test_reading_imports_nothing_heavy() -> None:
-    _, modules = imported_by("entrypoints.ledger_rows")
+    _, modules = imported_by("stages.results.ledger")
     assert modules & (set(HEAVY) - {"pydantic", "stages.contract.recipe"}) == set()
     assert not any(module.startswith(("stages.eval", "stages.infer")) for module in modules)

@@ -12,8 +12,8 @@ from stages.contract.files import read_json, write_json, write_jsonl
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
 from stages.eval import stage as evaluation
+from stages.host.runner import run_stage
 from tests.eval.conftest import RECIPE, answer
 
 

@@ -12,9 +12,9 @@ from stages.contract.files import FileHashes, read_json, read_jsonl, write_json,
 from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.run import Run, describe_output
-from stages.contract.stage import run_stage
 from stages.eval import stage as evaluation
 from stages.eval.report import ON_TRAINING_DATA
+from stages.host.runner import run_stage
 from tests.eval.conftest import RECIPE, answer, make_sample
 
 Build = Callable[..., Run]
@@ -116,7 +116,7 @@ def test_the_data_sets_report_counts_each_on_its_own(build: Build, samples: list
         run.path("train", "manifest.json"), {**(run.manifest("train") or {}), "untrained": {"c": "it is cursed"}}
     )
     evaluated(run, answering={"a": {"samples": 4, "seconds": 2.5}})
-    report = read_json(run.path("eval", "report.json"))
+    report = read_json(run.path("eval", "summary.json"))
     a, b, c = report["dataset_results"]
     original = {"dataset_name", "evaluation_time", "eval_samples", "batch_size", "metrics", "generation_kwargs"}
     assert original <= set(a["evaluation"]) and {"exact_match", "f1"} <= set(a["evaluation"]["metrics"])
@@ -203,7 +203,7 @@ def test_scores_of_training_data_say_so_in_every_table(build: Build, samples: li
     sections = [part for part in report.split("<section") if "<table" in part]
     silent = {re.findall(r"<h2>(.*?)</h2>", part)[0] for part in sections if ON_TRAINING_DATA not in part}
     assert silent == {"Training loss", "How it was made"}, "no scores are in these"
-    assert read_json(run.path("eval", "report.json"))["pipeline_info"]["evaluated_on_training_data"] is True
+    assert read_json(run.path("eval", "summary.json"))["pipeline_info"]["evaluated_on_training_data"] is True
 
 
 def test_scores_of_held_out_data_say_nothing_of_it(build: Build, samples: list[Sample], capfd: Any) -> None:
@@ -212,7 +212,7 @@ def test_scores_of_held_out_data_say_nothing_of_it(build: Build, samples: list[S
     assert "scored on training data" not in (run.manifest("eval") or {})["counts"]
     assert ON_TRAINING_DATA not in " ".join(capfd.readouterr().err.split())
     assert ON_TRAINING_DATA not in run.path("eval", "report.html").read_text(encoding="utf-8")
-    assert read_json(run.path("eval", "report.json"))["pipeline_info"]["evaluated_on_training_data"] is False
+    assert read_json(run.path("eval", "summary.json"))["pipeline_info"]["evaluated_on_training_data"] is False
 
 
 # -- the vote ------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from stages.contract.files import read_json
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Sample, failed_prediction
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
 from stages.eval import report
 from stages.eval import stage as evaluation
+from stages.host.runner import run_stage
 from stages.tasks import articulation, settled
 from tests.conftest import REPOSITORY
 from tests.eval.conftest import answer

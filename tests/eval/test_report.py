@@ -13,9 +13,9 @@ from stages.contract.errors import Exit
 from stages.contract.files import read_json, write_json
 from stages.contract.records import Prediction, Sample
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
 from stages.eval.report import loss_curve
 from stages.eval.stage import work
+from stages.host.runner import run_stage
 from tests.eval.conftest import LOSSES, answer, make_sample
 
 Predictions = dict[str, list[Prediction]]

@@ -9,7 +9,8 @@ from scipy.stats import bootstrap
 from stages.contract.errors import DataError
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
-from stages.eval.scores import breakdown, cluster_bootstrap, error_of, overall, score_models, worst
+from stages.eval.scores import breakdown, error_of, overall, score_models, worst
+from stages.results.intervals import cluster_bootstrap
 from stages.tasks import patent_qa
 from tests.conftest import REPOSITORY
 from tests.eval.conftest import answer, make_sample

@@ -9,8 +9,8 @@ from stages.contract.errors import Exit
 from stages.contract.files import read_json
 from stages.contract.records import Prediction, Sample
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
 from stages.eval.stage import work
+from stages.host.runner import run_stage
 from tests.eval.conftest import answer, make_sample, make_samples
 
 Predictions = dict[str, list[Prediction]]

@@ -14,9 +14,10 @@ from stages.contract.files import digest_of, read_json, read_jsonl
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
-from stages.eval.scores import Scores, breakdown, cluster_bootstrap, counted_once, overall, score_models, worst
+from stages.eval.scores import Scores, breakdown, counted_once, overall, score_models, worst
 from stages.eval.stage import work
+from stages.host.runner import run_stage
+from stages.results.intervals import cluster_bootstrap
 from stages.tasks import patent_qa
 from tests.conftest import REPOSITORY
 from tests.eval.conftest import answer, make_sample

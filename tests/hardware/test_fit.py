@@ -7,7 +7,7 @@ import pytest
 from stages.contract.recipe import Connector, Train
 from stages.hardware.fit import Offers, as_asked, disk_bytes, least_memory, plan_training, smallest_changes
 from stages.hardware.memory import Lengths
-from stages.hardware.shape import ModelShape, read_shape
+from stages.models.shape import ModelShape, read_shape
 from tests.hardware.shapes import make_shape
 
 GIB = 1024**3

@@ -5,7 +5,7 @@ import pytest
 from stages.contract.recipe import Adapter, Connector, Train
 from stages.hardware.fit import as_asked, disk_bytes, plan_training
 from stages.hardware.memory import Lengths, adapted_modules, trained_parameters
-from stages.hardware.shape import ModelShape, read_shape
+from stages.models.shape import ModelShape, read_shape
 from tests.hardware.shapes import make_llava_shape
 
 GIB = 1024**3

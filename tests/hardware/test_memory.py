@@ -18,7 +18,7 @@ from stages.hardware.memory import (
     estimate,
     lengths_at_most,
 )
-from stages.hardware.shape import ModelShape, read_shape
+from stages.models.shape import ModelShape, read_shape
 from tests.hardware.shapes import CONFIGS, make_gptq_shape, make_shape
 
 REPOSITORY = Path(__file__).parents[2]

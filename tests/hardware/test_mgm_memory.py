@@ -8,7 +8,7 @@ import pytest
 from stages.contract.recipe import Train
 from stages.hardware.fit import as_asked
 from stages.hardware.memory import Estimate, Lengths, adapted_modules, adapter_parameters, trained_parameters
-from stages.hardware.shape import ModelShape, read_shape
+from stages.models.shape import ModelShape, read_shape
 from tests.conftest import Lorry
 from tests.hardware.shapes import write_safetensors
 
@@ -21,7 +21,7 @@ PICTURE = 2880 * 192 * 192
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
-    from stages.engines.mgm import MgmConfig, MgmForConditionalGeneration
+    from stages.models.mgm import MgmConfig, MgmForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("models")
     with torch.device("meta"):

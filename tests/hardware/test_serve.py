@@ -8,7 +8,7 @@ import pytest
 
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.hardware.serve import RUNTIME, SHARE, plan_serving
-from stages.hardware.shape import ModelShape, read_shape
+from stages.models.shape import ModelShape, read_shape
 from tests.hardware.shapes import CONFIGS, make_shape, write_safetensors
 
 GIB = 1024**3

@@ -167,7 +167,7 @@ dist.destroy_process_group()
 def test_processes_of_one_training_find_each_other_without_a_network(
     images: dict[str, str], containers: Containers
 ) -> None:
-    from stages.train.launch import torchrun
+    from stages.train.torchrun import torchrun
 
     options = torchrun(Path("job.json"), 2, None)[3:]
     launcher = " ".join(option for option in options if option.startswith("--"))

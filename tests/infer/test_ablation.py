@@ -12,11 +12,13 @@ from stages.contract.files import read_json, read_jsonl, write_json
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
-from stages.engines.engine import Completion, Done, Prompt
+from stages.engines.engine import Completion, Done
+from stages.host.runner import run_stage
 from stages.infer import stage as infer
-from stages.tasks import Found, load_task
+from stages.models.rendering import Prompt
+from stages.tasks import load_task
 from stages.tasks.patent_qa.questions import PatentQuestion
+from stages.tasks.task import Found
 from tests.conftest import REPOSITORY, snapshot
 from tests.infer.conftest import ask, describe
 

@@ -8,9 +8,10 @@ import pytest
 from stages.contract.errors import Exit
 from stages.contract.files import read_json, read_jsonl, write_json
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
-from stages.engines.engine import Completion, Prompt
+from stages.engines.engine import Completion
+from stages.host.runner import run_stage
 from stages.infer import stage as infer
+from stages.models.rendering import Prompt
 from tests.infer.conftest import ask, sample
 from tests.infer.test_stage import Answer, ScriptedEngine, echo
 

@@ -7,10 +7,11 @@ import pytest
 
 from stages.contract.errors import Exit
 from stages.contract.files import read_jsonl, sha256_file
-from stages.contract.stage import run_stage
-from stages.engines.connector import with_connector
-from stages.engines.engine import EngineSettings, Renderer
+from stages.engines.engine import EngineSettings
+from stages.host.runner import run_stage
 from stages.infer import stage as infer
+from stages.models.connector import with_connector
+from stages.models.rendering import Renderer
 from tests.train.two_phases import TwoPhases, two_phases
 
 

@@ -11,9 +11,10 @@ from stages.contract.errors import Exit
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.part import Shard
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
-from stages.engines.engine import Completion, Prompt
+from stages.engines.engine import Completion
+from stages.host.runner import run_stage
 from stages.infer import stage as infer
+from stages.models.rendering import Prompt
 from tests.conftest import snapshot
 from tests.infer.conftest import describe
 from tests.infer.test_stage import Answer, answers, echo

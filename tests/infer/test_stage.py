@@ -9,9 +9,10 @@ from stages.contract.errors import Exit
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.part import Part
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
-from stages.engines.engine import Completion, Done, Prompt
+from stages.engines.engine import Completion, Done
+from stages.host.runner import run_stage
 from stages.infer import stage as infer
+from stages.models.rendering import Prompt
 from tests.infer.conftest import ask, sample
 
 Answer = Callable[[list[Prompt], str | None], list[Completion]]

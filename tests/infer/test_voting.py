@@ -16,10 +16,11 @@ from stages.contract.part import Part, Shard
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
 from stages.engines import engine
-from stages.engines.engine import Completion, Done, Prompt, Renderer
+from stages.engines.engine import Completion, Done
+from stages.host.runner import run_stage
 from stages.infer import stage as infer
+from stages.models.rendering import Prompt, Renderer
 from stages.tasks import settled
 from stages.tasks.logic_choice import build_samples
 from stages.tasks.logic_choice.problems import LogicQuestion

@@ -483,7 +483,7 @@ from pathlib import Path
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
+from stages.host.runner import run_stage
 from stages.preprocess.data_juicer import process
 root, name = Path(sys.argv[1]), sys.argv[2]
 run = Run(name, load_recipe(root / f"{name}.yaml"), Roots(root / "data", root / "models", root / "runs"))

@@ -17,7 +17,8 @@ from stages.contract.part import Shard
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.contract.stage import Stage, run_stage
+from stages.contract.stage import Stage
+from stages.host.runner import run_stage
 from stages.preprocess import embed
 from stages.preprocess.documents import document_ids, render_documents
 from stages.preprocess.embed import Embedder, Piece

@@ -14,7 +14,7 @@ from stages.contract.files import read_json, read_jsonl, write_jsonl
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.contract.stage import run_stage
+from stages.host.runner import run_stage
 from stages.preprocess import stage as preprocess
 from stages.tasks import settled
 from tests.conftest import REPOSITORY

@@ -17,9 +17,8 @@ from PIL import Image
 from stages.contract.errors import DataError, UsageError
 from stages.contract.recipe import Recipe, load_recipe, profile_names
 from stages.contract.records import Prediction, Sample
-from stages.json_lines import BadRecordError
 from stages.preprocess.split import split_questions
-from stages.tasks import RecordTask, Skip, load_task, settled
+from stages.tasks import load_task, settled
 from stages.tasks.better_synth import (
     ask,
     asked_rows,
@@ -36,6 +35,8 @@ from stages.tasks.better_synth import (
 )
 from stages.tasks.better_synth.pictures import MEAN_COLOUR, Pictures
 from stages.tasks.better_synth.records import AHEAD, PictureQuestion, without_words
+from stages.tasks.common.json_lines import BadRecordError
+from stages.tasks.task import RecordTask, Skip
 from tests.conftest import REPOSITORY
 
 Skipped = list[tuple[str, str, str]]

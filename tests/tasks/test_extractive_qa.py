@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe
 from stages.contract.records import failed_prediction
-from stages.tasks import Task, load_task, settled
+from stages.tasks import load_task, settled
 from stages.tasks.extractive_qa import (
     ask,
     asked_rows,
@@ -27,6 +27,7 @@ from stages.tasks.extractive_qa import (
     submission,
 )
 from stages.tasks.extractive_qa.questions import ContextQuestion
+from stages.tasks.task import Task
 
 RECIPE = Recipe.model_validate({
     "task": "extractive_qa",

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.json_lines import BadRecordError
 from stages.tasks.better_synth.llava import (
     DJ_END,
     DJ_PLACE,
@@ -23,6 +22,7 @@ from stages.tasks.better_synth.llava import (
     to_dj_caption,
     to_messages,
 )
+from stages.tasks.common.json_lines import BadRecordError
 
 MARKS = re.compile(r"\[\[[a-zA-Z]*\]\]: |<image>|<__dj__image>|<\|__dj__eoc\|>")
 CHINESE = st.text("红色的公交车停在街上，。！？“”\u3000\n", max_size=12)

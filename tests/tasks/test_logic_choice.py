@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
-from stages.tasks import Task, load_task, settled
+from stages.tasks import load_task, settled
 from stages.tasks.logic_choice import (
     ask,
     asked_rows,
@@ -33,6 +33,7 @@ from stages.tasks.logic_choice import (
 )
 from stages.tasks.logic_choice.problems import LogicQuestion
 from stages.tasks.logic_choice.prompts import letter_in
+from stages.tasks.task import Task
 from tests.conftest import REPOSITORY
 
 Skipped = list[tuple[str, str, str]]

@@ -19,7 +19,6 @@ from stages.contract.errors import DataError
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.eval.scores import breakdown, overall, score_models
-from stages.json_lines import BadRecordError
 from stages.tasks.better_synth.mmbench import (
     ASKS,
     ASKS_IN_CHINESE,
@@ -35,6 +34,7 @@ from stages.tasks.better_synth.mmbench import (
     upload_row,
     write_xlsx,
 )
+from stages.tasks.common.json_lines import BadRecordError
 from tests.conftest import REPOSITORY
 from tests.eval.conftest import answer
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stages.contract.errors import DataError, UsageError
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Sample
-from stages.tasks import Found, RecordTask, Task, load_task, task_names
+from stages.tasks import load_task, task_names
 from stages.tasks.patent_qa import (
     PatentQuestion,
     build_samples,
@@ -22,6 +22,7 @@ from stages.tasks.patent_qa import (
     read_questions,
     score,
 )
+from stages.tasks.task import Found, RecordTask, Task
 from tests.conftest import REPOSITORY
 
 Skipped = list[tuple[str, str, str]]

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.contract.errors import DataError
-from stages.json_lines import BadRecordError
 from stages.tasks.better_synth.textvqa import (
     PUNCTUATION,
     TextVqaQuestion,
@@ -18,6 +17,7 @@ from stages.tasks.better_synth.textvqa import (
     read_annotations,
     read_questions,
 )
+from stages.tasks.common.json_lines import BadRecordError
 
 # -- cleaning: each case was worked by hand, rule by rule ----------------------------------------------------------
 

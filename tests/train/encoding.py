@@ -19,10 +19,11 @@ from tests.conftest import REPOSITORY
 
 def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple[str, ...]) -> dict[str, Any]:
     """Which samples are kept, how long each is, and the sizes of its pictures in patches."""
-    from stages.pictures import Picture
+    from stages.models.pictures import Picture
+    from stages.train.job import Job, Progress
     from stages.train.swift_sft import LorrySft
     from stages.train.together import Together
-    from stages.train.worker import Job, Reports, _arguments
+    from stages.train.worker import _arguments
 
     recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny-vlm", overrides)
     work, nothing = run / "work", os.open(os.devnull, os.O_WRONLY)
@@ -43,9 +44,9 @@ def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple
         cards=[],
         model_settings=recipe.model,
         settings=recipe.train,
-        reports=nothing,
+        progress=nothing,
     )
-    sft = LorrySft(_arguments(job, work, None), job, Reports(nothing), StopRequest(), Together(1, True, "none"))
+    sft = LorrySft(_arguments(job, work, None), job, Progress(nothing), StopRequest(), Together(1, True, "none"))
     read: list[Path] = []
     load = Picture.load
     Picture.load = lambda picture: read.append(picture.path) or load(picture)  # type: ignore[method-assign, func-returns-value]

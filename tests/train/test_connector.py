@@ -17,13 +17,13 @@ from transformers import AutoTokenizer
 from stages.contract.errors import UsageError
 from stages.contract.events import Events
 from stages.contract.files import FileHashes, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from stages.contract.mixes import shown
 from stages.contract.recipe import Adapter, Connector, Recipe, Train, load_recipe
 from stages.contract.run import describe_output
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
-from stages.engines.connector import LAST, check_connector, tensor_files, with_connector
+from stages.models.connector import LAST, check_connector, tensor_files, with_connector
 from stages.train.lengths import lengths_of
-from stages.train.mixes import shown
 from stages.train.stage import _pictures_of
 from tests.conftest import REPOSITORY, need_model
 from tests.engines.test_llava import with_published_template

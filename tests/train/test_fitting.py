@@ -21,8 +21,8 @@ from stages.hardware.batch import plan_batch
 from stages.hardware.fit import Way, plan_training
 from stages.hardware.memory import Lengths
 from stages.hardware.probe import probe
-from stages.hardware.shape import ModelShape, UnknownShapeError
 from stages.hardware.targets import load_targets, precision_of
+from stages.models.shape import ModelShape, UnknownShapeError
 from stages.train import stage as train_stage
 from stages.train.ladder import Footing, Ladder, MemoryRanOutError, Shortage
 from stages.train.lengths import lengths_of

@@ -43,8 +43,9 @@ def test_an_adapter_learns_on_it_and_loads_again(lorry: Lorry, base: Path, tmp_p
     import torch
     from safetensors.torch import load_file
 
-    from stages.engines.engine import EngineSettings, Renderer
+    from stages.engines.engine import EngineSettings
     from stages.engines.transformers_engine import TransformersEngine
+    from stages.models.rendering import Renderer
 
     learnt = load_file(adapter / "adapter_model.safetensors")
     assert len(learnt) == 30 * 7 * 2

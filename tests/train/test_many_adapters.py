@@ -15,8 +15,8 @@ from stages.contract.part import Part, Shard
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output
-from stages.contract.stage import run_stage
 from stages.hardware.memory import Lengths
+from stages.host.runner import run_stage
 from stages.train import stage as train
 from stages.train.ladder import LostCardError, MemoryRanOutError, Shortage
 from tests.conftest import REPOSITORY, snapshot
@@ -50,7 +50,7 @@ class Trainer:
     def __call__(self, stage: Any, job: Any, *rest: Any) -> float | None:
         name = job.adapter.name
         self.jobs.append(job)
-        self.seen.append(read_json(stage.path("report.json")))
+        self.seen.append(read_json(stage.path("summary.json")))
         if (job.work / "checkpoint-1").is_dir():
             self.resumed.append(name)
         (job.work / "checkpoint-1").mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def report(self) -> dict[str, Any]:
-        found: dict[str, Any] = read_json(self.run.path("train", "report.json"))
+        found: dict[str, Any] = read_json(self.run.path("train", "summary.json"))
         return found
 
     @property

@@ -7,8 +7,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from stages.contract.errors import UsageError
-from stages.engines.connector import with_connector
-from stages.engines.engine import EngineSettings, Renderer
+from stages.engines.engine import EngineSettings
+from stages.models.connector import with_connector
+from stages.models.rendering import Renderer
 from tests.tiny_mgm import TOKENS, published_weights, write_clip, write_published
 from tests.train.two_phases import TwoPhases, two_phases
 
@@ -17,7 +18,7 @@ MGM = ("model.path=tiny-mgm", "model.swift_type=mgm", "model.swift_template=mgm"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stages.engines.mgm.loading import convert
+    from stages.models.mgm.loading import convert
 
     folder = tmp_path_factory.mktemp("models")
     published = write_published(folder / "published", published_weights())

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file
 from stages.contract.errors import UsageError
 from stages.contract.files import read_json, read_jsonl, write_jsonl
 from stages.contract.recipe import Adapter, Train
-from stages.engines.merge import merged_copy, refuse_adapted_vision
 from stages.hardware.memory import adapter_parameters
-from stages.hardware.shape import read_shape
-from stages.pictures import read_rules
+from stages.models.merge import merged_copy, refuse_adapted_vision
+from stages.models.pictures import read_rules
+from stages.models.shape import read_shape
 from stages.train.lengths import lengths_of
 from tests.conftest import REPOSITORY, Lorry, need_model
 from tests.train.conftest import Training

@@ -9,11 +9,10 @@ import pytest
 from stages.contract.files import write_json
 from stages.contract.part import Node
 from stages.contract.recipe import Adapter, load_recipe
+from stages.train.job import Job, Progress
 from stages.train.ladder import LostCardError
-from stages.train.launch import torchrun
+from stages.train.torchrun import torchrun
 from stages.train.worker import (
-    Job,
-    Reports,
     _arguments,
     _explained,
     _let_memory_segments_grow,
@@ -84,7 +83,7 @@ def job(tmp_path: Path, *overrides: str, processes: int = 1) -> Job:
         cards=[],
         model_settings=recipe.model,
         settings=recipe.train,
-        reports=0,
+        progress=0,
     )
 
 
@@ -145,16 +144,16 @@ def test_under_zero3_checkpointing_is_not_the_reentrant_kind(tmp_path: Path) -> 
 def test_a_lost_card_is_named_with_cuda_s_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = replace(job(tmp_path), processes=2, cards=["GPU 3 (A800), GPU-a", "GPU 5 (A800), GPU-b"])
     monkeypatch.setenv("LOCAL_RANK", "1")
-    reports = Reports(os.open(os.devnull, os.O_WRONLY))
-    reports.during, reports.step = "training", 12
+    progress = Progress(os.open(os.devnull, os.O_WRONLY))
+    progress.during, progress.step = "training", 12
     error = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
-    explained, shortage = _explained(lost, error, reports)
+    explained, shortage = _explained(lost, error, progress)
     assert isinstance(explained, LostCardError) and shortage is None
     assert explained.exit_code == 75, "what is saved can be gone on with"
     assert str(explained).startswith(
         "GPU 5 (A800), GPU-b fell away after step 12 (CUDA error: unspecified launch failure); run the same command"
     )
-    assert _explained(lost, RuntimeError("CUDA error: device-side assert triggered"), reports) == (None, None)
+    assert _explained(lost, RuntimeError("CUDA error: device-side assert triggered"), progress) == (None, None)
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

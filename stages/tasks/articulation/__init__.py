@@ -22,8 +22,6 @@ from stages.contract.errors import DataError
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Prediction, Sample
-from stages.plain_task import together, uploads
-from stages.tasks import Ask, Found, Skip
 from stages.tasks.articulation import grammar, prompts, scoring
 from stages.tasks.articulation.drawing import draw
 from stages.tasks.articulation.geometry import (
@@ -39,6 +37,8 @@ from stages.tasks.articulation.geometry import (
     line_distance,
 )
 from stages.tasks.articulation.objects import BOXES, SOURCE, Object, ObjectQuestion, read_objects
+from stages.tasks.common.defaults import together, uploads
+from stages.tasks.task import Ask, Found, Skip
 
 __all__ = ["together", "uploads"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from stages.contract.errors import DataError
-from stages.json_lines import BadRecordError, object_in
-from stages.tasks import Given, Skip
 from stages.tasks.articulation.geometry import Array, Box, Joint, box_from
 from stages.tasks.articulation.urdf import Mobility, UrdfJoint, read_urdf
+from stages.tasks.common.json_lines import BadRecordError, object_in
+from stages.tasks.task import Given, Skip
 
 SOURCE = "objects"
 """The one data set that there is."""

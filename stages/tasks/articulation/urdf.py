@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.json_lines import BadRecordError
 from stages.tasks.articulation.geometry import HINGE, SLIDE, Array
+from stages.tasks.common.json_lines import BadRecordError
 
 UPRIGHT = np.array([[0.0, 0, -1], [-1, 0, 0], [0, 1, 0]])
 """World = UPRIGHT @ URDF."""

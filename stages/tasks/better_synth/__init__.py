@@ -22,8 +22,6 @@ from pydantic import Field
 
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Message, Prediction, Sample
-from stages.plain_task import facts, measures, picture
-from stages.tasks import Ask, Found, Skip
 from stages.tasks.better_synth import mmbench, textvqa
 from stages.tasks.better_synth.llava import PLACE
 from stages.tasks.better_synth.records import (
@@ -38,6 +36,8 @@ from stages.tasks.better_synth.records import (
     sources,
     without_words,
 )
+from stages.tasks.common.defaults import facts, measures, picture
+from stages.tasks.task import Ask, Found, Skip
 
 __all__ = ["Samples", "asked_rows", "facts", "measures", "picture", "records", "sources"]
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.contract.records import Message
-from stages.json_lines import BadRecordError
+from stages.tasks.common.json_lines import BadRecordError
 
 PLACE = "<image>"
 DJ_PLACE, DJ_END = "<__dj__image>", "<|__dj__eoc|>"

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from stages.contract.errors import DataError
 from stages.contract.files import written_atomically
-from stages.json_lines import BadRecordError
-from stages.tasks import Skip
+from stages.tasks.common.json_lines import BadRecordError
+from stages.tasks.task import Skip
 
 LETTERS = "ABCDEFGH"
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from stages.contract.files import written_atomically
-from stages.json_lines import BadRecordError
+from stages.tasks.common.json_lines import BadRecordError
 
 MEAN_COLOUR = (122, 116, 104)
 """CLIP's mean, with which LLaVA-1.5 pads: nothing, to the vision tower."""

@@ -14,9 +14,6 @@ from stages.contract.errors import DataError
 from stages.contract.files import digest_of
 from stages.contract.recipe import Section
 from stages.contract.records import Message
-from stages.json_lines import BadRecordError
-from stages.tables import Row, read_rows
-from stages.tasks import Given, Skip
 from stages.tasks.better_synth import mmbench, textvqa
 from stages.tasks.better_synth.llava import (
     PLACE,
@@ -31,7 +28,10 @@ from stages.tasks.better_synth.llava import (
     turns_of,
 )
 from stages.tasks.better_synth.pictures import Pictures, Stored
-from stages.wording import plain
+from stages.tasks.common.json_lines import BadRecordError
+from stages.tasks.common.tables import Row, read_rows
+from stages.tasks.common.wording import plain
+from stages.tasks.task import Given, Skip
 
 PRETRAIN, FINETUNE, TEXTVQA, MMBENCH = "pretrain", "finetune", "textvqa", "mmbench"
 """The data sets; the first two are trained on, as data mixes name them."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from stages.contract.errors import DataError
-from stages.json_lines import BadRecordError, lines_in, object_in, text_of
-from stages.tasks import Skip
+from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
+from stages.tasks.task import Skip
 
 HUMANS = 10
 """Answers that a question has."""

@@ -16,13 +16,13 @@ from typing import Any
 
 from pydantic import Field
 
-from stages import metrics
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Prediction, Sample
-from stages.plain_task import facts, measures, picture, together, uploads
-from stages.tasks import Ask, Found
+from stages.tasks.common import metrics
+from stages.tasks.common.defaults import facts, measures, picture, together, uploads
 from stages.tasks.extractive_qa import prompts
 from stages.tasks.extractive_qa.questions import ContextQuestion, asked_rows, read_questions, sources
+from stages.tasks.task import Ask, Found
 
 __all__ = ["asked_rows", "facts", "measures", "picture", "read_questions", "sources", "together", "uploads"]
 

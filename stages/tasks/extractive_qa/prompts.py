@@ -1,8 +1,7 @@
 """What the model is asked, in training and inference alike: in Chinese where the question is, else in English."""
 
 from stages.contract.records import Message
-from stages.tasks.patent_qa.prompts import is_chinese
-from stages.wording import plain
+from stages.tasks.common.wording import is_chinese, plain
 
 _FROM_CONTEXT = {
     True: "用上下文中的原文回答问题，越短越好，只写答案。",

@@ -10,9 +10,9 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe
-from stages.tables import ENDINGS, Split, data_set_name, names_a_split, read_rows
-from stages.tasks import Given, Skip
-from stages.wording import plain
+from stages.tasks.common.tables import ENDINGS, Split, data_set_name, names_a_split, read_rows
+from stages.tasks.common.wording import plain
+from stages.tasks.task import Given, Skip
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from pydantic import Field
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Prediction, Sample
-from stages.plain_task import facts, measures, picture, together, uploads
-from stages.tasks import Ask, Found, Skip
+from stages.tasks.common.defaults import facts, measures, picture, together, uploads
 from stages.tasks.logic_choice import prompts
 from stages.tasks.logic_choice.problems import LETTERS, LogicQuestion, asked_rows, read_problems, sources
+from stages.tasks.task import Ask, Found, Skip
 
 __all__ = ["asked_rows", "facts", "measures", "picture", "sources", "together", "uploads"]
 

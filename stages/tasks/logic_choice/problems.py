@@ -9,8 +9,8 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.files import digest_of, visible_files
-from stages.json_lines import BadRecordError, lines_in, object_in, text_of
-from stages.tasks import Given, Skip
+from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
+from stages.tasks.task import Given, Skip
 
 LETTERS = "ABCDEFG"
 TRAIN, TEST = "train", "test"

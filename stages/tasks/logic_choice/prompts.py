@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 
 from stages.contract.records import Message
-from stages.wording import plain
+from stages.tasks.common.wording import plain
 
 # -- prompt and target -------------------------------------------------------------------------------------------
 

@@ -19,14 +19,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from stages import metrics
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Prediction, Sample
-from stages.mentions import asks_position
-from stages.plain_task import measures, picture, together, uploads
-from stages.tasks import Ask, Found, Wanted
+from stages.tasks.common import metrics
+from stages.tasks.common.defaults import measures, picture, together, uploads
+from stages.tasks.common.mentions import asks_position
 from stages.tasks.patent_qa import prompts
 from stages.tasks.patent_qa.questions import SOURCE, PatentQuestion, asked_rows, find_documents, read_questions
+from stages.tasks.task import Ask, Found, Wanted
 
 __all__ = ["asked_rows", "find_documents", "measures", "picture", "read_questions", "together", "uploads"]
 

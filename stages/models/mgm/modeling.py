@@ -1,0 +1,250 @@
+"""MGM's network (Li et al. 2024, 'Mini-Gemini: Mining the Potential of Multi-modality Vision Language Models',
+arXiv:2403.18814, section 3), written anew on transformers' CLIP, ConvNeXt and Gemma.
+
+A picture of 768 x 768 goes whole through a ConvNeXt and, shrunk to 336 x 336, through CLIP, which makes 24 x 24 tokens.
+Each of these looks at the 8 x 8 positions of the ConvNeXt's map that lie under it (patch info mining) and, with what it
+found added, becomes a token of the language model through an MLP.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextPreTrainedModel, ConvNextStage
+from transformers.utils.generic import ModelOutput
+
+from stages.models.mgm.configuration import MgmConfig
+
+CONNECTORS = ("mm_projector", "vlm_uni_query_projector", "vlm_uni_aux_projector", "vlm_uni_val_projector")
+"""What stands between towers and language model, and is trained alone in the first phase: the published names."""
+
+
+class MgmConvNext(ConvNextPreTrainedModel):  # type: ignore[misc]
+    """The high-resolution tower: a ConvNeXt without its head, all of whose stages are read."""
+
+    # it has no attention, and so goes with whatever kind the other parts are told to take
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        sizes = config.hidden_sizes
+        self.stem = ConvNextEmbeddings(config)
+        self.stages = nn.ModuleList(
+            ConvNextStage(config, sizes[max(i - 1, 0)], sizes[i], stride=2 if i else 1, depth=config.depths[i])
+            for i in range(len(sizes))
+        )
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(pictures, 3, side, side) -> (pictures, channels of all stages, side / 4, side / 4).
+
+        The later stages' maps, which are smaller, are stretched over the first one's.
+        """
+        features = self.stem(pixel_values)
+        maps = []
+        for stage in self.stages:
+            features = stage(features)
+            maps.append(features)
+        size = maps[0].shape[-2:]
+        stretched = [functional.interpolate(one.float(), size, mode="bilinear").to(one.dtype) for one in maps[1:]]
+        return torch.cat([maps[0], *stretched], dim=1)
+
+
+class MgmPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    config: MgmConfig
+    config_class = MgmConfig
+    base_model_prefix = "model"
+    input_modalities = ["image", "text"]  # noqa: RUF012  # types are transformers' own
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GemmaDecoderLayer", "CLIPEncoderLayer", "ConvNextStage"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class MgmModel(MgmPreTrainedModel):
+    """Towers, connectors and the language model without its head."""
+
+    def __init__(self, config: MgmConfig) -> None:
+        super().__init__(config)
+        low, high = config.vision_config.hidden_size, sum(config.vision_config_aux.hidden_sizes)
+        clip = AutoModel.from_config(config.vision_config)
+        # transformers before 5.6 or so had the tower a level deeper; one set of names for both
+        self.vision_tower = getattr(clip, "vision_model", clip)
+        self.vision_tower_aux = MgmConvNext(config.vision_config_aux)
+        self.vlm_uni_query_projector = nn.Sequential(nn.LayerNorm(low), nn.Linear(low, low))
+        self.vlm_uni_aux_projector = nn.Sequential(nn.LayerNorm(high), nn.Linear(high, low))
+        self.vlm_uni_val_projector = nn.Sequential(nn.LayerNorm(high), nn.Linear(high, low))
+        hidden = config.text_config.hidden_size
+        self.mm_projector = nn.Sequential(nn.Linear(low, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(pictures, 3, side, side) of normalised pixels -> (pictures, tokens, hidden), as Gemma's layers take them.
+
+        Published MGM puts pictures among the embedded words and Gemma multiplies all of them by the root of its size.
+        In transformers 5 the embedding does that, and so it is done for pictures here.
+        """
+        # one by one: one alone keeps a card busy, and each takes a gigabyte while it is read
+        tokens = torch.cat([self._read(picture) for picture in pixel_values.split(1)])
+        return tokens * math.sqrt(self.config.text_config.hidden_size)
+
+    def _read(self, pixel_values: torch.Tensor) -> Any:
+        low, high = self._see(pixel_values)
+        if self.gradient_checkpointing and self.training:
+            # of a picture, mining would keep three maps of 2880 channels for the connectors' gradients. Never the
+            # trainer's choice of checkpointing: the reentrant one gives none where no input asks for any
+            mined = checkpoint(self.mine, low, high, use_reentrant=False)
+        else:
+            mined = self.mine(low, high)
+        return self.mm_projector(low + mined)
+
+    def _see(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What both towers say of the pictures: (pictures, tokens, channels) and (pictures, channels, rows, columns).
+
+        A frozen tower computes without gradients: with gradient checkpointing, trainers make the embeddings of every
+        tower ask for them, and all its activations would be kept for nothing.
+        """
+        size, dtype = self.config.vision_config.image_size, self.vision_tower_aux.dtype
+        # in float32, as the published processing has it
+        small = functional.interpolate(pixel_values.float(), (size, size), mode="bilinear").to(dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trained(self.vision_tower)):
+            states = self.vision_tower(pixel_values=small, output_hidden_states=True, return_dict=True).hidden_states
+            low = states[self.config.vision_feature_layer][:, 1:]  # without the class token
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trained(self.vision_tower_aux)):
+            high = self.vision_tower_aux(pixel_values.to(dtype))
+        return low, high
+
+    def mine(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Patch info mining (section 3.2): what each token finds in the part of the high-resolution map under it.
+
+        low: (pictures, tokens, channels), high: (pictures, more channels, rows, columns) -> shape of low.
+        """
+        pictures, channels = high.shape[:2]
+        across = self.config.tokens_across
+        window = high.shape[-1] // across
+        parts = high.reshape(pictures, channels, across, window, across, window)
+        parts = parts.permute(0, 2, 4, 3, 5, 1).reshape(pictures, across**2, window**2, channels)
+        found = functional.scaled_dot_product_attention(
+            self.vlm_uni_query_projector(low)[:, :, None],
+            self.vlm_uni_aux_projector(parts),
+            self.vlm_uni_val_projector(parts),
+        )
+        return found[:, :, 0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        """Hidden states of Gemma, with pictures in place of the image tokens, in their order.
+
+        input_ids: (samples, length), with `config.image_token_id` once for each token of a picture; pixel_values:
+        (pictures of all samples, 3, side, side). Raises ValueError where their numbers do not agree.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("pictures are put in place of image tokens: give input_ids, not inputs_embeds")
+            seen = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
+            places = input_ids == self.config.image_token_id
+            if int(places.sum()) != seen.shape[0] * seen.shape[1]:
+                raise ValueError(
+                    f"{int(places.sum())} image tokens for {seen.shape[0]} pictures of {seen.shape[1]} tokens each"
+                )
+            inputs_embeds = inputs_embeds.masked_scatter(places[..., None], seen)
+        return self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **others,
+        )
+
+
+@dataclass
+class MgmOutput(ModelOutput):  # type: ignore[misc]
+    """Loss, where there were labels, and logits (samples, positions, vocabulary)."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class MgmForConditionalGeneration(MgmPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """MGM with the head that makes logits, which is Gemma's embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MgmConfig) -> None:
+        super().__init__(config)
+        self.model = MgmModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MgmOutput:
+        """As MgmModel.forward; `labels` (samples, length) with -100 where there is no loss."""
+        output = self.model(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            vocabulary = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+        return MgmOutput(loss, logits, output.past_key_values, output.hidden_states, output.attentions)
+
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The inputs of a step. With a cache, pictures are read in the first one. (`generate` knows the arguments of
+        `forward` only where the others are called `kwargs`.)
+        """
+        pixel_values = kwargs.pop("pixel_values", None)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+
+def _trained(tower: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in tower.parameters())

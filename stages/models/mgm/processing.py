@@ -1,0 +1,54 @@
+"""What MGM reads: pictures padded to a square of 768 pixels, and conversations in Gemma's turns.
+
+Both are done by transformers' own LLaVA processor. The model is given the large picture alone and shrinks it itself
+for its low-resolution tower, as the published processing does.
+"""
+
+from typing import Any
+
+from transformers import LlavaProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from stages.models.mgm.configuration import MgmConfig
+
+IMAGE_TOKEN = "<image>"
+RESERVED_TOKEN = "<unused0>"
+"""A token of Gemma's that nothing uses. It becomes the image token: a number inside the vocabulary, so that nothing
+that looks tokens up meets one that is not there."""
+
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ raise_exception('MGM has no system turn') }}{%- endif -%}
+{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{{- '<image>' if part['type'] == 'image' else part['text'] -}}
+{%- endfor -%}
+{%- endif -%}
+{{- '<end_of_turn>\\n' -}}
+{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
+"""
+"""The published `gemma` conversation: Gemma's turns, with <eos> after each of the model's."""
+
+
+def make_processor(config: MgmConfig, tokenizer: Any) -> LlavaProcessor:
+    """The processor for a model of these sizes; each `<image>` of a text becomes as many as a picture has tokens."""
+    side = config.vision_config_aux.image_size
+    pictures = LlavaImageProcessorPil(
+        do_pad=True,  # to a square, with the mean colour: image_aspect_ratio `pad` of the published configs
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=config.pixels_across,
+        vision_feature_select_strategy="full",  # there is no class token to be taken off the count
+        chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE_TOKEN,
+    )

@@ -1,0 +1,1 @@
+"""What reads finished runs: the ledger, comparisons, summaries of data sets."""

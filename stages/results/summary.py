@@ -1,0 +1,148 @@
+"""summary.json: what became of each adapter's data set, with the field names of the program that extractive_qa comes
+after, whose users read them by other programs.
+
+Train writes it after each adapter, eval with the scores after each evaluation. Times are seconds, metrics percent. It
+says when it was made and is for people and their programs alone: no stage reads it, and no manifest has its digest.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from statistics import fmean
+from typing import Any
+
+from stages.contract.errors import DataError
+from stages.contract.files import read_json
+from stages.contract.recipe import Adapter
+from stages.contract.run import Run
+from stages.tasks.common.tables import data_set_name
+
+SUMMARY = "summary.json"
+"""Below a stage's folder. Earlier versions called it `report.json`, which is still read."""
+
+
+def read_summary(run: Run, stage: str) -> dict[str, Any]:
+    """The summary that a stage has written, under its present or its earlier name; one of no data set where it has
+    written none."""
+    for name in (SUMMARY, "report.json"):
+        if (found := read_json(run.path(stage, name))) is not None:
+            return dict(found)
+    return {"dataset_results": []}
+
+
+def summary_of_data_sets(
+    run: Run, results: Sequence[Mapping[str, Any]], start: str, before: float = 0.0, begun: str | None = None
+) -> dict[str, Any]:
+    """The summary of the data sets so far. `start` is when the training of the first began; the stage that writes this
+    began at `begun`, if that is another one, and those before it took `before` seconds."""
+    config = run.recipe.train.lora_config
+    failed = sum("error" in result for result in results)
+    took = datetime.now(UTC) - datetime.fromisoformat(begun or start)
+    return {
+        "pipeline_info": {
+            "model_path": run.recipe.model.path,
+            "lora_config_dir": str(PurePosixPath(config).parent) if config else None,
+            "config_name": PurePosixPath(config).stem if config else None,
+            "total_datasets": len(run.recipe.train.adapters),
+            "successful_datasets": len(results) - failed,
+            "failed_datasets": failed,
+            "pipeline_time": round(before + took.total_seconds(), 3),
+            "start_time": start,
+            "evaluated_on_training_data": run.recipe.data.evaluate_on_training,
+        },
+        "dataset_results": list(results),
+        "summary_statistics": _summary(results),
+    }
+
+
+def dataset_result(run: Run, adapter: Adapter, result: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry of `dataset_results`; `result` has `training` and `evaluation`, or `error`."""
+    names = [each.name for each in run.recipe.train.adapters]
+    return {
+        "dataset_index": names.index(adapter.name),
+        "dataset_name": dataset_name(adapter),
+        "dataset_path": _path_of(run, adapter),
+        **result,
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+
+
+def seconds_of(manifest: Mapping[str, Any]) -> float:
+    """What a stage took from its first start to its end."""
+    first, end = (datetime.fromisoformat(text) for text in (manifest["starts"][0], manifest["end"]))
+    return max((end - first).total_seconds(), float(manifest["seconds"]))
+
+
+def _path_of(run: Run, adapter: Adapter) -> str:
+    """The data set's own file or folder, as the recipe would name it; of a mix the data folder."""
+    folder = run.roots.data / run.recipe.data.path
+    if len(adapter.data) != 1 or not folder.is_dir():
+        return run.recipe.data.path
+    name = adapter.data[0].source
+    own = sorted(path.name for path in folder.iterdir() if _is_data_set(path, name))
+    return f"{run.recipe.data.path}/{own[0]}" if own else run.recipe.data.path
+
+
+def _is_data_set(path: Path, name: str) -> bool:
+    try:
+        return data_set_name(path) == name
+    except DataError:  # a part of it has gone since it was read, which a report need not fail for
+        return path.name == name
+
+
+def dataset_name(adapter: Adapter) -> str:
+    """The data set that an adapter is trained on, or its name where that is a mix."""
+    return adapter.data[0].source if len(adapter.data) == 1 else adapter.name
+
+
+def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] | None:
+    """`training` of a finished adapter in `folder`; None where another program has left no record of it."""
+    settings = run.recipe.train
+    if not (folder / "training.json").is_file():
+        return None
+    training, timing = read_json(folder / "training.json"), read_json(folder / "timing.json") or {}
+    losses = [entry["loss"] for entry in training["log"] if "loss" in entry]
+    config = settings.lora_config
+    return {
+        "dataset_name": dataset_name(adapter),
+        "training_time": timing.get("seconds", timing.get("train_runtime")),
+        "train_samples": training["samples"]["train"],
+        "initial_loss": losses[0] if losses else None,
+        "final_loss": losses[-1] if losses else None,
+        "training_metrics": {name: value for name, value in timing.items() if name != "seconds"},
+        "training_args": {
+            "num_train_epochs": settings.epochs,
+            "per_device_train_batch_size": training["micro_batch"],
+            "gradient_accumulation_steps": training["accumulation"],
+            "learning_rate": settings.learning_rate,
+            "max_grad_norm": settings.max_grad_norm,
+            "warmup_ratio": settings.warmup_ratio,
+        },
+        "lora_config": {
+            "config_name": PurePosixPath(config).stem if config else None,
+            "config_path": config,
+            "r": settings.rank,
+            "lora_alpha": settings.alpha,
+            "lora_dropout": settings.dropout,
+            "target_modules": settings.target_modules,
+        },
+    }
+
+
+def _summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    training = [r["training"]["training_time"] for r in results if r.get("training")]
+    evaluation = [r["evaluation"] for r in results if "evaluation" in r]
+    exact, f1 = ([e["metrics"][name] for e in evaluation if name in e["metrics"]] for name in ("exact_match", "f1"))
+    return {
+        "avg_training_time": _mean([time for time in training if time is not None]),
+        "avg_evaluation_time": _mean([e["evaluation_time"] for e in evaluation if e["evaluation_time"] is not None]),
+        "avg_em_score": _mean(exact),
+        "avg_f1_score": _mean(f1),
+        "best_em_score": max(exact, default=None),
+        "best_f1_score": max(f1, default=None),
+        "failed_answers": sum(e["failed"] for e in evaluation),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(fmean(values), 4) if values else None

@@ -1,0 +1,212 @@
+"""Runs side by side: paired differences, other test sets refused, and what is suspicious about answers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages.contract.errors import UsageError
+from stages.contract.files import digest_of
+from stages.results.comparison import Evaluated, asked_otherwise, compare, compared_with, refuse_other_sets, suspicions
+from stages.results.intervals import cluster_bootstrap
+
+COUNT = 40
+
+REFERENCES = [f"word {number}" for number in range(COUNT)]
+
+Answers = Callable[[int], str | None]
+"""What a model answers to sample number so-and-so; None is a failure."""
+
+
+def right(number: int) -> str:
+    return REFERENCES[number]
+
+
+def every(nth: int, other: Answers = lambda number: f"wrong {number}") -> Answers:
+    """Wrong in every nth sample."""
+    return lambda number: other(number) if number % nth == 0 else right(number)
+
+
+def run_of(name: str, models: dict[str, Answers], count: int = COUNT, **changes: Any) -> Evaluated:
+    """A run that is scored by exact match; four samples make a group. `changes` are fields, or `references`."""
+    references = changes.pop("references", REFERENCES)
+    together = changes.pop("together", lambda number: f"s{number}")
+    sources = changes.pop("sources", lambda number: "main")
+    lines = []
+    for number in range(count):
+        answers = {model: answer(number) for model, answer in models.items()}
+        lines.append(
+            {
+                "id": f"s{number}",
+                "group": f"g{number // 4}",
+                "source": sources(number),
+                "together": together(number),
+                "references": digest_of([references[number]]),
+                "models": {
+                    model: {
+                        "answer": answer,
+                        "error": "no answer" if answer is None else None,
+                        "scores": {"exact": float(answer == references[number])},
+                    }
+                    for model, answer in answers.items()
+                },
+            }
+        )
+    figures: dict[str, Any] = {}
+    for model in models:
+        values = np.array([line["models"][model]["scores"]["exact"] for line in lines])  # type: ignore[index]
+        cell = {"value": 100 * values.mean(), "low": 0.0, "high": 100.0, "n": count, "failed": 0}
+        figures[model] = {"exact": cell}
+    fields: dict[str, Any] = {"task": "words", "scoring": {}, "shown": {}, "base_model": "b" * 64, **changes}
+    return Evaluated(name, figures=figures, lines=lines, **fields)
+
+
+def test_what_was_asked_otherwise_is_told() -> None:
+    first, other = (run_of(name, {"base": every(2)}, shown={"ocr": ocr}) for name, ocr in (("a", True), ("b", False)))
+    assert asked_otherwise([first, other]) == ["b was asked otherwise than a (preprocess.samples: ocr False for True)"]
+    assert asked_otherwise([first, first]) == []
+
+
+# -- differences ---------------------------------------------------------------------------------------------------
+
+
+def test_all_are_compared_with_one_model_of_the_first_run() -> None:
+    first = run_of("baseline", {"base": every(2), "default": every(4)})
+    other = run_of("custom", {"base": every(2), "default": every(8), "more": right})
+    rows = {(row.run, row.model): row for row in compare([first, other], 500, 7)}
+    gains = {place: row.difference and row.difference["value"] for place, row in rows.items()}
+    assert gains == {
+        ("baseline", "base"): -25,
+        ("baseline", "default"): None,
+        ("custom", "base"): -25,
+        ("custom", "default"): 12.5,
+        ("custom", "more"): 25,
+    }
+    assert rows["custom", "more"].figure["value"] == 100
+    assert rows["custom", "default"].same_answers == 87.5
+    assert rows["baseline", "default"].same_answers is None
+
+
+def test_the_difference_is_paired_and_its_interval_that_of_groups() -> None:
+    first, other = run_of("a", {"base": every(4)}), run_of("b", {"base": every(8)})
+    row = compare([first, other], 1000, 7)[1]
+    paired = np.array([[float(number % 4 == 0 and number % 8 != 0)] for number in range(COUNT)])
+    low, high = cluster_bootstrap(paired, [f"g{number // 4}" for number in range(COUNT)], 1000, 7)[:, 0]
+    assert row.difference is not None
+    assert row.difference["value"] == 12.5
+    assert (row.difference["low"], row.difference["high"]) == (pytest.approx(100 * low), pytest.approx(100 * high))
+    assert row.difference["low"] > 0  # b is never worse; unpaired the interval would hold 0
+
+
+def test_what_counts_together_is_compared_once() -> None:
+    by_four: dict[str, Any] = {"together": lambda number: f"q{number // 4}"}
+    first, other = run_of("a", {"base": every(4)}, **by_four), run_of("b", {"base": right}, **by_four)
+    row = compare([first, other], 100, 1)[1]
+    assert row.difference == {"value": 100, "low": 100, "high": 100}  # one wrong in each four: no question is right
+
+
+def test_the_order_of_samples_does_not_matter() -> None:
+    first, other = run_of("a", {"base": every(4)}), run_of("b", {"base": every(8)})
+    turned = Evaluated(**{**vars(other), "lines": other.lines[::-1]})
+    refuse_other_sets([first, turned])
+    assert compare([first, other], 200, 3) == compare([first, turned], 200, 3)
+
+
+def test_the_vote_is_what_is_compared_with_where_there_is_one() -> None:
+    assert compared_with(run_of("a", {"base": right, "vote": right, "x": right})) == "vote"
+    assert compared_with(run_of("a", {"base": right, "x": right, "y": right})) == "x"
+    assert compared_with(run_of("a", {"base": right})) == "base"
+
+
+# -- other test sets -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"count": 39}, "1 of 40 samples are in one alone"),
+        ({"references": ["other", *REFERENCES[1:]]}, r"1 of 40 samples .*the first: 's0'"),
+        ({"together": lambda number: "all"}, "40 of 40 samples"),
+        ({"task": "numbers"}, "b is of task numbers, a of words"),
+        ({"scoring": {"normalization": "seed_001"}}, "scored by other rules"),
+    ],
+)
+def test_another_test_set_is_refused(changes: dict[str, Any], told: str) -> None:
+    first, other = run_of("a", {"base": right}), run_of("b", {"base": right}, **changes)
+    with pytest.raises(UsageError, match=told):
+        refuse_other_sets([first, run_of("c", {"base": right}), other])
+
+
+# -- what is suspicious --------------------------------------------------------------------------------------------
+
+
+def test_honest_runs_are_not_suspicious() -> None:
+    first = run_of("a", {"base": every(2), "x": every(5)})
+    other = run_of("b", {"base": every(2), "x": every(7), "perfect": right, "also perfect": right})
+    assert suspicions([first, other]) == []
+
+
+def test_two_models_with_the_same_wrong_answers_are() -> None:
+    first, other = run_of("a", {"base": every(2), "x": every(5)}), run_of("b", {"base": every(2), "y": every(5)})
+    assert suspicions([first, other]) == [
+        "a/x and b/y: all 40 answers are the same, wrong ones too: is it one model, or did none answer?"
+    ]
+
+
+def test_one_base_model_answers_alike_and_another_does_not() -> None:
+    first, other = run_of("a", {"base": every(5)}), run_of("b", {"base": every(5)})
+    assert suspicions([first, other]) == []
+    assert len(suspicions([first, run_of("b", {"base": every(5)}, base_model="c" * 64)])) == 1
+
+
+def test_a_vote_may_follow_a_voter_but_an_adapter_not_base() -> None:
+    assert suspicions([run_of("a", {"base": every(3), "vote": every(5), "x": every(5)})]) == []
+    assert len(suspicions([run_of("a", {"base": every(5), "x": every(5)})])) == 1
+
+
+def test_few_answers_to_many_questions_are_suspicious() -> None:
+    words = ("text", "unknown", "3")
+    found = suspicions([run_of("a", {"base": lambda number: words[number % 3]})])
+    assert found == [
+        "a/base: only 3 distinct answers among 40, where the right ones are 40: were the questions looked at?"
+    ]
+
+
+def test_letters_are_few_by_nature_but_not_one() -> None:
+    letters = ["ABCD"[number % 4] for number in range(COUNT)]
+    choosing = run_of("a", {"base": lambda number: "DCBA"[number % 4]}, references=letters)
+    assert suspicions([choosing]) == []
+    always = run_of("a", {"base": lambda number: "A"}, references=letters)
+    assert suspicions([always]) == [
+        "a/base: only 1 distinct answer among 40, where the right ones are 4: were the questions looked at?"
+    ]
+
+
+def test_data_sets_are_looked_at_one_by_one() -> None:
+    def halves(number: int) -> str:
+        return "read" if number < 20 else "asked"
+
+    simulated = run_of("a", {"base": lambda number: "text" if number < 20 else f"own {number}"}, sources=halves)
+    assert suspicions([simulated]) == [
+        "a/base: only 1 distinct answer among 20 of read, where the right ones are 20: were the questions looked at?"
+    ]
+
+
+def test_where_everything_failed_it_is_told() -> None:
+    assert suspicions([run_of("a", {"base": right, "x": lambda number: None})]) == [
+        "a/x: every one of 40 answers failed"
+    ]
+
+
+def test_where_one_data_set_failed_that_is_told() -> None:
+    run = run_of(
+        "a",
+        {"base": right, "x": lambda number: None if number < 20 else right(number)},
+        sources=lambda number: "read" if number < 20 else "asked",
+    )
+    assert suspicions([run]) == ["a/x: every one of 20 answers of read failed"]
+
+
+def test_a_handful_of_answers_says_nothing() -> None:
+    assert suspicions([run_of("a", {"base": lambda n: "x", "x": lambda n: "x"}, count=9)]) == []
