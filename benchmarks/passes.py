@@ -31,7 +31,7 @@ from stages.contract.run import CONTRACT_VERSION, Run, describe_output
 from stages.engines.engine import Engine, EngineSettings
 from stages.models.pictures import Picture
 from stages.models.rendering import Prompt, Renderer
-from stages.tasks import settled
+from stages.tasks import settle_recipe
 from stages.tasks.patent_qa import ask, build_samples
 from stages.tasks.patent_qa.questions import PatentQuestion
 from stages.tasks.task import Found
@@ -51,7 +51,7 @@ ROOTS = Roots.from_environment()
 
 def run_of(length: str) -> Run:
     sets = (f"model.path={MODEL}", *LIMITS[length])
-    recipe = settled(
+    recipe = settle_recipe(
         load_recipe(Path("recipes/patent-qa.yaml"), None, sets), "recipes/patent-qa.yaml", Path("recipes/data")
     )
     return Run(f"passes-{length}", recipe, ROOTS)

@@ -4,7 +4,7 @@ A sample is ms-swift's message format with what scoring needs beside it, so that
 prediction is one model's answer to a sample; a failed one has `error` and no answer, and is counted.
 """
 
-from typing import Any, TypedDict
+from typing import NotRequired, TypedDict
 
 BASE, VOTE = "base", "vote"
 """Names of the untuned model and of the adapters' common answer in every table: no adapter may have them."""
@@ -16,6 +16,30 @@ class Message(TypedDict):
     content: str
 
 
+class Meta(TypedDict):
+    """What the stages read of a sample beside its messages. A task may keep more in it: its own TypedDict then extends
+    this one."""
+
+    group: str
+    """Samples of one group, such as a document, fall into the same split; intervals are drawn by group."""
+    source: NotRequired[str]
+    """The data set, by the name that data mixes use; preprocess sets it from the question."""
+    kind: NotRequired[str]
+    """Scores are broken down by it."""
+    question: NotRequired[str]
+    """The question's own text, for the report."""
+    target: NotRequired[str]
+    """The completion to learn, where it is not the first reference; preprocess takes it out."""
+    error: NotRequired[str]
+    """Why the sample cannot be asked: it counts as failed."""
+    trained_on: NotRequired[bool]
+    """Whether a test sample is also trained on (`data.evaluate_on_training`)."""
+    pages: NotRequired[list[int]]
+    """1-based pages that are shown."""
+    page_images: NotRequired[list[str]]
+    """Their pictures, relative to the run folder, for the report."""
+
+
 class Sample(TypedDict):
     id: str
     messages: list[Message]
@@ -24,8 +48,7 @@ class Sample(TypedDict):
     """Paths relative to the run folder, one for each `<image>` in the messages."""
     references: list[str]
     """Every answer that counts as right."""
-    meta: dict[str, Any]
-    """Set by the task; `group` (str) names what must not straddle a split, such as a document."""
+    meta: Meta
 
 
 class Prediction(TypedDict):

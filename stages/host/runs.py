@@ -31,7 +31,7 @@ def open_run(
     """The run that the options of `recipe_options` name."""
     from stages.contract.recipe import load_recipe
     from stages.contract.run import Run
-    from stages.tasks import settled, task_names
+    from stages.tasks import settle_recipe, task_names
 
     roots = Roots.from_environment()
     if recipe is not None:
@@ -48,4 +48,4 @@ def open_run(
     name = run_name or path.stem
     if name in (".", "..") or "/" in name:
         raise UsageError(f"--run {name}: a run's name is one folder name, without '/'")
-    return Run(name, settled(loaded, str(path), roots.data), roots)
+    return Run(name, settle_recipe(loaded, str(path), roots.data), roots)

@@ -5,13 +5,14 @@ Of a task that reads records, Data-Juicer may filter and rewrite these first.
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stages.contract.files import FileHashes
 from stages.contract.stage import Stage
 from stages.preprocess.rows import write_samples
 from stages.preprocess.split import SPLITS, split_questions
 from stages.tasks import load_task
+from stages.tasks.task import QuestionTask, RecordTask, Task, reads_documents, reads_records
 
 
 def work(stage: Stage) -> None:
@@ -19,12 +20,12 @@ def work(stage: Stage) -> None:
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
     documents = _documents(task, data)
-    if task.READS_RECORDS:
+    if reads_records(task):
         if stage.nothing_to_do(0, "documents"):  # records are not shared out: Data-Juicer has its own ways to
             return
         questions = _questions_of_records(stage, task)
     else:
-        questions = task.read_questions(recipe, data, set(documents), stage.skip)
+        questions = cast(QuestionTask, task).read_questions(recipe, data, set(documents), stage.skip)
     stage.counts["questions"] = len(questions)
 
     # before the hours of work: it may find that nothing can be held out
@@ -34,7 +35,7 @@ def work(stage: Stage) -> None:
     if stage.nothing_to_do(len(documents), "documents"):
         return
     founds = None
-    if task.READS_DOCUMENTS:
+    if reads_documents(task):
         from stages.preprocess.retrieval import find, read_documents
 
         known = read_documents(stage, documents, questions)
@@ -45,7 +46,7 @@ def work(stage: Stage) -> None:
     _tell(stage)
 
 
-def _questions_of_records(stage: Stage, task: Any) -> list[Any]:
+def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
     """The questions of a task that reads records, once Data-Juicer has been over these, and the pictures they show."""
     recipe, data = stage.run.recipe, stage.run.data
     records = task.records(data)
@@ -61,9 +62,9 @@ def _questions_of_records(stage: Stage, task: Any) -> list[Any]:
     return others + made
 
 
-def _documents(task: Any, data: Path) -> dict[str, Path]:
+def _documents(task: Task, data: Path) -> dict[str, Path]:
     """The documents by id; none where the task reads none."""
-    if not task.READS_DOCUMENTS:
+    if not reads_documents(task):
         return {}
     from stages.preprocess.documents import document_ids
 

@@ -7,61 +7,79 @@ import difflib
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from stages.contract.errors import DataError, UsageError
 from stages.contract.lora_config import with_lora_config
 from stages.contract.recipe import Adapter, Recipe, Section, Source, Train, file_name
+from stages.tasks.task import Task, check_task
+
+NO_TASKS = ("common", "task")
+"""Modules of this package that are no workloads."""
 
 
-def load_task(name: str) -> Any:
-    """The module of a recipe's task. Raises UsageError for a name that is none."""
+def load_task(name: str) -> Task:
+    """The module of a recipe's task.
+
+    Raises UsageError for a name that no module has, and for a module that cannot be imported or breaks the contract of
+    `stages.tasks.task`.
+    """
     names = task_names()
     if name not in names:
-        raise UsageError(f"task: no task {name!r}; there are: {', '.join(names)}")
-    return importlib.import_module(f"stages.tasks.{name}")
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known tasks: {', '.join(names)}"
+        raise UsageError(f"task: no task {name!r}; {hint}")
+    try:
+        module = importlib.import_module(f"stages.tasks.{name}")
+    except (ImportError, SyntaxError) as error:
+        raise UsageError(f"task: cannot import stages/tasks/{name}: {error}") from error
+    return check_task(module)
 
 
 def task_names() -> list[str]:
-    """Names that a recipe's `task` may have."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Names that a recipe's `task` may have, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in NO_TASKS)
 
 
-def settled(recipe: Recipe, where: str, data: Path) -> Recipe:
-    """The recipe with every setting of its task spelt out, its adapters listed and a file of LoRA settings taken in.
+def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
+    """The recipe with its task checked, every setting of that task filled in, its adapters listed, and its file of LoRA
+    settings read.
 
-    `data` is the data mount. Raises UsageError, naming the recipe's file, for a setting that is wrong.
+    `where` names the recipe's file in messages, `data` is the data mount. Raises UsageError for a task that breaks its
+    contract and for a wrong setting.
     """
-    task = load_task(recipe.task)
+    try:
+        task = load_task(recipe.task)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
     samples = _settings(task.Samples, recipe.preprocess.samples, f"{where}: preprocess.samples")
     passes = _settings(task.Passes, recipe.infer.passes, f"{where}: infer.passes")
     scoring = _settings(task.Scoring, recipe.eval.scoring, f"{where}: eval.scoring")
     for name in recipe.infer.ablate:
         if name not in task.COMPONENTS:
-            there = ", ".join(task.COMPONENTS) or "none"
-            raise UsageError(f"{where}: infer.ablate: no component {name!r}; there are: {there}")
+            known = ", ".join(task.COMPONENTS) or "none"
+            raise UsageError(f"{where}: infer.ablate: {recipe.task} has no component {name!r}; its components: {known}")
     for name in ("pages", "retrieval"):
         if task.READS_DOCUMENTS and getattr(recipe.preprocess, name) is None:
             raise UsageError(f"{where}: 'preprocess.{name}' is missing; {recipe.task} reads documents")
     if recipe.preprocess.data_juicer is not None and not task.READS_RECORDS:
         raise UsageError(f"{where}: preprocess.data_juicer: {recipe.task} reads no records for Data-Juicer to process")
-    settled = recipe.model_copy(
+    complete = recipe.model_copy(
         update={
             "preprocess": recipe.preprocess.model_copy(update={"samples": samples.model_dump(mode="json")}),
-            "train": _settled_training(recipe, task, where, data),
+            "train": _settle_training(recipe, task, where, data),
             "infer": recipe.infer.model_copy(update={"passes": passes.model_dump(mode="json")}),
             "eval": recipe.eval.model_copy(update={"scoring": scoring.model_dump(mode="json")}),
         }
     )
     try:
-        return Recipe.model_validate(settled.model_dump())  # voters against the adapters, now that they are listed
+        return Recipe.model_validate(complete.model_dump())  # checks the voters against the adapters, now listed
     except ValidationError as error:
         raise UsageError(f"{where}: {error.errors()[0]['msg']}") from error
 
 
-def _settled_training(recipe: Recipe, task: Any, where: str, data: Path) -> Train:
+def _settle_training(recipe: Recipe, task: Task, where: str, data: Path) -> Train:
     settings = recipe.train
     if settings.lora_config is not None:
         settings = with_lora_config(settings, data / settings.lora_config)
@@ -75,7 +93,7 @@ def _settled_training(recipe: Recipe, task: Any, where: str, data: Path) -> Trai
     return settings.model_copy(update={"adapters": adapters})
 
 
-def _settings(kind: type[Section], values: dict[str, Any], where: str) -> Section:
+def _settings(kind: type[Section], values: dict[str, object], where: str) -> Section:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -83,6 +101,6 @@ def _settings(kind: type[Section], values: dict[str, Any], where: str) -> Sectio
         key = ".".join(map(str, detail["loc"]))
         if detail["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, kind.model_fields, 1)
-            known = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(kind.model_fields)}"
-            raise UsageError(f"{where}: no such key {key!r}; {known}") from error
+            known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(kind.model_fields) or 'none'}"
+            raise UsageError(f"{where}: unknown key {key!r}; {known}") from error
         raise UsageError(f"{where}.{key}: {detail['msg']}, found {detail.get('input')!r}") from error

@@ -14,7 +14,7 @@ from stages.contract.run import Run
 from stages.eval import report
 from stages.eval import stage as evaluation
 from stages.host.runner import run_stage
-from stages.tasks import articulation, settled
+from stages.tasks import articulation, settle_recipe
 from tests.conftest import REPOSITORY
 from tests.eval.conftest import answer
 
@@ -24,7 +24,7 @@ DEMO = REPOSITORY / "recipes" / "data" / "articulation"
 @pytest.fixture
 def run(build: Callable[..., Run]) -> Run:
     """Base fails on every sample; the adapter is right on all but the first, of which it opens a joint inwards."""
-    recipe = settled(
+    recipe = settle_recipe(
         load_recipe(REPOSITORY / "recipes" / "articulation.yaml", "tiny", ("eval.bootstrap=100", "eval.worst=2")),
         "articulation",
         REPOSITORY / "recipes" / "data",

@@ -21,7 +21,7 @@ from stages.engines.engine import Completion, Done
 from stages.host.runner import run_stage
 from stages.infer import stage as infer
 from stages.models.rendering import Prompt, Renderer
-from stages.tasks import settled
+from stages.tasks import settle_recipe
 from stages.tasks.logic_choice import build_samples
 from stages.tasks.logic_choice.problems import LogicQuestion
 from tests.conftest import REPOSITORY, snapshot
@@ -124,7 +124,7 @@ def voting(run: Run, *overrides: str, vote: str = "{}") -> Run:
     small = ("model.path=random-llama", "infer.chunk_size=4", "infer.passes.retries=0", f"train.adapters={adapters}")
     sets = (*small, "infer.vote=null", *([f"infer.vote={vote}"] if vote else []), *overrides)
     recipe = load_recipe(REPOSITORY / "recipes" / "logic-choice.yaml", "tiny", sets)
-    return replace(run, recipe=settled(recipe, "logic-choice", run.roots.data))
+    return replace(run, recipe=settle_recipe(recipe, "logic-choice", run.roots.data))
 
 
 def prepare(run: Run, validation: tuple[str, ...] = tuple(VALIDATION), untrained: tuple[str, ...] = ()) -> None:

@@ -16,7 +16,7 @@ from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.host.runner import run_stage
 from stages.preprocess import stage as preprocess
-from stages.tasks import settled
+from stages.tasks import settle_recipe
 from tests.conftest import REPOSITORY
 
 FILES = ("train", "validation", "test", "validation_asked")
@@ -166,7 +166,7 @@ def test_questions_that_cannot_be_asked_are_told_before_anything_is_trained(
 
     def prepared(*overrides: str) -> Prepared:
         sets = ("preprocess.data_juicer=null", *overrides)
-        recipe = settled(
+        recipe = settle_recipe(
             load_recipe(REPOSITORY / "recipes" / "better-synth.yaml", "tiny", sets), "r", tmp_path / "data"
         )
         run = Run("r", recipe, Roots(tmp_path / "data", tmp_path / "models", tmp_path / "runs"))

@@ -18,7 +18,7 @@ from stages.contract.errors import DataError, UsageError
 from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.records import failed_prediction
 from stages.preprocess.split import split_questions
-from stages.tasks import articulation, settled
+from stages.tasks import articulation, settle_recipe
 from stages.tasks.articulation import grammar
 from stages.tasks.articulation.geometry import (
     EDGES,
@@ -43,7 +43,7 @@ TYPES = {"revolute": HINGE, "prismatic": SLIDE}
 
 
 def recipe_with(*overrides: str) -> Recipe:
-    return settled(load_recipe(RECIPE, "tiny", overrides), "articulation", REPOSITORY / "recipes" / "data")
+    return settle_recipe(load_recipe(RECIPE, "tiny", overrides), "articulation", REPOSITORY / "recipes" / "data")
 
 
 def no_skip(what: str, reason: str, detail: str = "") -> None:

@@ -15,7 +15,7 @@ from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.records import Sample, failed_prediction
 from stages.eval.measures import Measure, measured
 from stages.eval.scores import score_models
-from stages.tasks import articulation, settled
+from stages.tasks import articulation, settle_recipe
 from stages.tasks.articulation.geometry import HINGE, SLIDE, Box, Joint, line_distance
 from stages.tasks.articulation.scoring import (
     OfficialError,
@@ -282,7 +282,7 @@ def test_more_joints_than_there_are_may_be_any_of_them() -> None:
 
 
 def recipe_with(*overrides: str) -> Recipe:
-    return settled(load_recipe(RECIPE, "tiny", overrides), "articulation", REPOSITORY / "recipes" / "data")
+    return settle_recipe(load_recipe(RECIPE, "tiny", overrides), "articulation", REPOSITORY / "recipes" / "data")
 
 
 REFERENCE = """root_geom = 0

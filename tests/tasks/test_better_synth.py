@@ -18,7 +18,7 @@ from stages.contract.errors import DataError, UsageError
 from stages.contract.recipe import Recipe, load_recipe, profile_names
 from stages.contract.records import Prediction, Sample
 from stages.preprocess.split import split_questions
-from stages.tasks import load_task, settled
+from stages.tasks import load_task, settle_recipe
 from stages.tasks.better_synth import (
     ask,
     asked_rows,
@@ -46,7 +46,7 @@ ONE_WORD = "\nAnswer the question using a single word or phrase."
 
 
 def recipe(*overrides: str, profile: str | None = "tiny") -> Recipe:
-    return settled(load_recipe(RECIPE, profile, overrides), "better-synth", REPOSITORY / "recipes" / "data")
+    return settle_recipe(load_recipe(RECIPE, profile, overrides), "better-synth", REPOSITORY / "recipes" / "data")
 
 
 def png(colour: str = "red", size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
@@ -521,7 +521,7 @@ def test_data_juicer_is_for_tasks_that_read_records(tmp_path: Path) -> None:
     juicer = "preprocess.data_juicer={process: [{text_length_filter: {min_len: 3}}]}"
     other = load_recipe(REPOSITORY / "recipes" / "logic-choice.yaml", "tiny", (juicer,))
     with pytest.raises(UsageError, match="reads no records"):
-        settled(other, "logic-choice", REPOSITORY / "recipes" / "data")
+        settle_recipe(other, "logic-choice", REPOSITORY / "recipes" / "data")
 
 
 # -- the demo ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe
 from stages.contract.records import failed_prediction
-from stages.tasks import load_task, settled
+from stages.tasks import load_task, settle_recipe
 from stages.tasks.extractive_qa import (
     ask,
     asked_rows,
@@ -496,5 +496,5 @@ def test_the_task_has_all_that_the_stages_call(tmp_path: Path) -> None:
     assert all(hasattr(task, name) for name in members)
     assert task.READS_DOCUMENTS is False
     write(tmp_path / "d" / "法律.jsonl", squad())
-    adapters = settled(RECIPE, "test", tmp_path).train.adapters
+    adapters = settle_recipe(RECIPE, "test", tmp_path).train.adapters
     assert [[str(part) for part in adapter.data] for adapter in adapters] == [["法律"]]

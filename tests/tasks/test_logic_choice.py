@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
-from stages.tasks import load_task, settled
+from stages.tasks import load_task, settle_recipe
 from stages.tasks.logic_choice import (
     ask,
     asked_rows,
@@ -41,7 +41,7 @@ RECIPE = REPOSITORY / "recipes" / "logic-choice.yaml"
 
 
 def recipe(*overrides: str) -> Recipe:
-    return settled(load_recipe(RECIPE, "tiny", overrides), "logic-choice", REPOSITORY / "recipes" / "data")
+    return settle_recipe(load_recipe(RECIPE, "tiny", overrides), "logic-choice", REPOSITORY / "recipes" / "data")
 
 
 def part(answer: Any = "A", options: Any = ("red", "blue", "green"), **more: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from stages.contract.run import Run
 from stages.host.runner import run_stage
 from stages.models.rendering import load_tokenizer
 from stages.preprocess import stage as preprocess
-from stages.tasks import articulation, settled
+from stages.tasks import articulation, settle_recipe
 from stages.tasks.articulation import grammar
 from stages.tasks.articulation.geometry import HINGE, Array, Box, Joint, Mode, angle, decode, encode, line_distance
 from stages.tasks.articulation.objects import Object, read_objects
@@ -35,7 +35,7 @@ DEMO = REPOSITORY / "recipes" / "data" / "articulation"
 
 
 def recipe_with(*overrides: str, data: Path = DEMO) -> Recipe:
-    return settled(load_recipe(RECIPE, "tiny", (f"data.path={data}", *overrides)), "articulation", data)
+    return settle_recipe(load_recipe(RECIPE, "tiny", (f"data.path={data}", *overrides)), "articulation", data)
 
 
 def no_skip(what: str, reason: str, detail: str = "") -> None:

@@ -35,7 +35,7 @@ from stages.infer import stage as infer
 from stages.models.rendering import Prompt
 from stages.preprocess import stage as preprocess
 from stages.results.comparison import Evaluated, suspicions
-from stages.tasks import better_synth, settled
+from stages.tasks import better_synth, settle_recipe
 from stages.tasks.better_synth import read_answer
 from stages.train import stage as training
 from stages.train.nodes import place_of
@@ -77,7 +77,7 @@ class Engine:
 
 def recipe_with(data: Path, *overrides: str) -> Recipe:
     sets = ("preprocess.data_juicer=null", "eval.bootstrap=100", *overrides)
-    return settled(load_recipe(RECIPE, "tiny", sets), "better-synth", data)
+    return settle_recipe(load_recipe(RECIPE, "tiny", sets), "better-synth", data)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from stages.infer import stage as infer
 from stages.models.rendering import Prompt, load_tokenizer
 from stages.preprocess import stage as preprocess
 from stages.results import summary as summary_module
-from stages.tasks import settled
+from stages.tasks import settle_recipe
 from stages.train import stage as train
 from stages.train import torchrun
 from tests.conftest import REPOSITORY
@@ -123,7 +123,7 @@ class Job:
     @property
     def recipe(self) -> Recipe:
         recipe = load_recipe(EXTRACTIVE_QA, "tiny", (*OVERRIDES, *self.overrides))
-        return settled(recipe, "extractive-qa", self.root / "data")
+        return settle_recipe(recipe, "extractive-qa", self.root / "data")
 
     @property
     def run(self) -> Run:

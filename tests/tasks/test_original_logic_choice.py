@@ -31,7 +31,7 @@ from stages.infer import stage as infer
 from stages.infer.vote import Electorate, decide
 from stages.models.rendering import Prompt, load_tokenizer
 from stages.preprocess import stage as preprocess
-from stages.tasks import settled
+from stages.tasks import settle_recipe
 from stages.tasks.logic_choice.prompts import letter_in
 from stages.train.worker import _write_samples
 from tests.conftest import REPOSITORY
@@ -105,7 +105,7 @@ def recipe_with(data: Path, *overrides: str) -> Recipe:
     adapters = json.dumps([{"name": name, "data": data} for name, data in ADAPTERS.items()])
     small = ("model.path=reader", "data.path=logic", "data.test_fraction=0.25", "data.validation_fraction=0.2")
     sets = (*small, f"train.adapters={adapters}", "infer.chunk_size=256", "eval.bootstrap=100", *overrides)
-    return settled(load_recipe(RECIPE, "tiny", sets), "logic-choice", data)
+    return settle_recipe(load_recipe(RECIPE, "tiny", sets), "logic-choice", data)
 
 
 @dataclass(frozen=True)

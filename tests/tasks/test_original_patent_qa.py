@@ -46,7 +46,7 @@ from stages.preprocess.embed import Embedder
 from stages.preprocess.figures import crop_figures
 from stages.preprocess.search import top_k
 from stages.preprocess.split import split_groups
-from stages.tasks import settled
+from stages.tasks import settle_recipe
 from stages.tasks.common.mentions import figure_named, page_named, pages_named
 from stages.tasks.patent_qa import ask as ask_in_pass
 from stages.tasks.patent_qa import build_samples, classification, read_classification
@@ -207,7 +207,7 @@ class Job:
 
 
 def recipe_with(*overrides: str) -> Recipe:
-    return settled(
+    return settle_recipe(
         load_recipe(PATENT_QA, "tiny", (*OVERRIDES, *overrides)), "patent-qa", REPOSITORY / "recipes" / "data"
     )
 
@@ -420,7 +420,7 @@ def test_defect_03_a_missing_picture_is_a_failed_record_and_no_apology(tmp_path:
     model = need_model("tiny-qwen2.5-vl")
     overrides = ("preprocess.classifier=none", "infer.passes.refine=false")
     (tmp_path / "models").symlink_to(model.parent)
-    job = Job(tmp_path, settled(load_recipe(PATENT_QA, "tiny-vlm", overrides), "patent-qa", DATA))
+    job = Job(tmp_path, settle_recipe(load_recipe(PATENT_QA, "tiny-vlm", overrides), "patent-qa", DATA))
     run = job.run
     seen, lost = ({**sample(name, "<image>?"), "images": [f"preprocess/pages/{name}.jpg"]} for name in ("seen", "lost"))
     picture = run.folder / seen["images"][0]

@@ -12,7 +12,7 @@ from stages.contract.files import FileHashes, read_json, write_json, write_jsonl
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output
-from stages.tasks import settled
+from stages.tasks import settle_recipe
 from tests.conftest import REPOSITORY, Lorry
 from tests.small_inputs import RANDOM_LLAMA, small_models
 
@@ -29,7 +29,7 @@ class Training:
     def run(self) -> Run:
         recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", self.profile, self.overrides)
         roots = Roots(self.lorry.data, self.lorry.models, self.lorry.runs)
-        return Run("r", settled(recipe, "patent-qa", roots.data), roots)
+        return Run("r", settle_recipe(recipe, "patent-qa", roots.data), roots)
 
     @property
     def options(self) -> tuple[str, ...]:

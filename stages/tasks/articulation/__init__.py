@@ -10,10 +10,10 @@ Boxes are in a world with z up, into which the joints are put; box k is that of 
 test folder without a URDF is asked only.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pydantic import Field
@@ -21,7 +21,7 @@ from pydantic import Field
 from stages.contract.errors import DataError
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe, Section
-from stages.contract.records import Prediction, Sample
+from stages.contract.records import Meta, Prediction, Sample
 from stages.tasks.articulation import grammar, prompts, scoring
 from stages.tasks.articulation.drawing import draw
 from stages.tasks.articulation.geometry import (
@@ -37,17 +37,29 @@ from stages.tasks.articulation.geometry import (
     line_distance,
 )
 from stages.tasks.articulation.objects import BOXES, SOURCE, Object, ObjectQuestion, read_objects
-from stages.tasks.common.defaults import together, uploads
-from stages.tasks.task import Ask, Found, Skip
+from stages.tasks.common.defaults import (
+    COMPONENTS,
+    READS_DOCUMENTS,
+    READS_RECORDS,
+    SHARED,
+    Passes,
+    ask,
+    asked_rows,
+    narrowed,
+    passes,
+    rehearsal,
+    together,
+    uploads,
+)
+from stages.tasks.task import Found, Skip
 
-__all__ = ["together", "uploads"]
 
-READS_DOCUMENTS = False
-READS_RECORDS = False
-
-COMPONENTS: tuple[str, ...] = ()
-
-SHARED: tuple[str, ...] = ()
+class ArticulationMeta(Meta):
+    mode: Mode
+    boxes: dict[str, dict[str, Any]]
+    """By number."""
+    joints: list[dict[str, Any]]
+    """As the URDF has them."""
 
 
 class Samples(Section):
@@ -56,10 +68,6 @@ class Samples(Section):
     mode: Mode = Field("obb_rel", description="How a joint is told: by an edge of its box, by a place, or in the world")
     copies: int = Field(3, ge=0, description="Turned copies of each training sample: about z, and moved")
     offset: float = Field(0.3, ge=0, description="Metres along each axis that a copy is moved at most")
-
-
-class Passes(Section):
-    """`infer.passes`: nothing can be set."""
 
 
 class Scoring(Section):
@@ -97,11 +105,6 @@ def label(view: Object, mode: Mode) -> str:
     return grammar.joints_code(view.root, [encode(one, boxes[number], mode) for number, one in view.joints.items()])
 
 
-def asked_rows(folder: Path, tested: list[ObjectQuestion]) -> list[dict[str, Any]]:
-    """A line for each loop that is tested."""
-    return [{"id": question.id, "ids": [question.id]} for question in tested]
-
-
 def build_samples(recipe: Recipe, question: ObjectQuestion, found: Found | None, split: str) -> list[Sample]:
     """The sample of a loop; in training its turned copies, too. Boxes and joints are turned together and told anew."""
     settings = _samples(recipe)
@@ -117,20 +120,21 @@ def build_samples(recipe: Recipe, question: ObjectQuestion, found: Found | None,
 
 def _sample(question: ObjectQuestion, view: Object, mode: Mode, name: str) -> Sample:
     boxes = shown(view.boxes, mode)
+    meta: ArticulationMeta = {
+        "group": question.group,
+        "source": question.source,
+        "kind": question.kind,
+        "question": question.text,
+        "mode": mode,
+        "boxes": {str(number): box.as_json() for number, box in boxes.items()},
+        "joints": [_kept(view, joint) for joint in view.joints.values()],
+    }
     return {
         "id": name,
         "messages": prompts.joints_of(boxes, mode),
         "images": [],
         "references": [label(view, mode)] if view.root is not None else [],
-        "meta": {
-            "group": question.group,
-            "source": question.source,
-            "kind": question.kind,
-            "question": question.text,
-            "mode": mode,
-            "boxes": {str(number): box.as_json() for number, box in boxes.items()},
-            "joints": [_kept(view, joint) for joint in view.joints.values()],
-        },
+        "meta": meta,
     }
 
 
@@ -147,29 +151,10 @@ def _kept(view: Object, joint: Joint) -> dict[str, Any]:
     }
 
 
-def passes(recipe: Recipe) -> tuple[str, ...]:
-    """One."""
-    return ("answer",)
-
-
-def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask:
-    """What the sample holds, as training has it."""
-    return Ask(sample["messages"])
-
-
-def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """The one thing that is asked."""
-    return [(Ask(sample["messages"]), 0)]
-
-
 def read_answer(text: str, sample: Sample) -> str | None:
     """The code in a completion, written as a label is; None where none is whole and right."""
-    code = grammar.find_code(text, sample["meta"]["mode"])
+    code = grammar.find_code(text, _meta(sample)["mode"])
     return grammar.joints_code(code.root, code.joints) if code is not None else None
-
-
-def narrowed(sample: Sample, answers: Sequence[str]) -> None:
-    """There is nothing to choose from."""
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
@@ -208,7 +193,7 @@ def facts(sample: Sample) -> dict[str, float]:
     boxes = _boxes(sample)
     _, labelled = _label(sample)
     fine = []
-    for kept, joint in zip(sample["meta"]["joints"], labelled, strict=True):
+    for kept, joint in zip(_meta(sample)["joints"], labelled, strict=True):
         true = Joint(kept["box"], kept["type"], np.array(kept["pos"]), np.array(kept["axis"]))
         near = true.type != HINGE or line_distance(true, joint, boxes[true.box].center) <= scoring.METRES
         fine.append(near and angle(true.axis, joint.axis, signed=True) <= scoring.DEGREES)
@@ -222,15 +207,15 @@ def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> st
     if answer is None:
         return draw(boxes, root, true)
     predicted, _, found = _compared(answer, sample)
-    return draw(boxes, root, true, predicted, found, grammar.parse(answer, sample["meta"]["mode"]).root)
+    return draw(boxes, root, true, predicted, found, grammar.parse(answer, _meta(sample)["mode"]).root)
 
 
 def _compared(answer: str, sample: Sample) -> tuple[list[Joint | None], list[Joint], scoring.Comparison]:
     """The joints of an answer, None for each of a box that there is not, those of the label, and which belong
     together."""
     boxes, (root, true) = _boxes(sample), _label(sample)
-    code = grammar.parse(answer, sample["meta"]["mode"])
-    predicted = _decoded(code, boxes, sample["meta"]["mode"])
+    code = grammar.parse(answer, _meta(sample)["mode"])
+    predicted = _decoded(code, boxes, _meta(sample)["mode"])
     return predicted, true, scoring.compare(predicted, true, boxes, code.root == root)
 
 
@@ -241,7 +226,7 @@ def _official(predicted: Sequence[Joint | None]) -> list[Joint]:
 
 
 def _label(sample: Sample) -> tuple[int, list[Joint]]:
-    mode, boxes = sample["meta"]["mode"], _boxes(sample)
+    mode, boxes = _meta(sample)["mode"], _boxes(sample)
     code = grammar.parse(sample["references"][0], mode)
     return code.root, [decode(joint, boxes[joint["box"]], mode) for joint in code.joints]
 
@@ -251,7 +236,11 @@ def _decoded(code: grammar.Code, boxes: Mapping[int, Box], mode: Mode) -> list[J
 
 
 def _boxes(sample: Sample) -> dict[int, Box]:
-    return {int(number): box_from(box) for number, box in sample["meta"]["boxes"].items()}
+    return {int(number): box_from(box) for number, box in _meta(sample)["boxes"].items()}
+
+
+def _meta(sample: Sample) -> ArticulationMeta:
+    return cast(ArticulationMeta, sample["meta"])
 
 
 def _samples(recipe: Recipe) -> Samples:

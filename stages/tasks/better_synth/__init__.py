@@ -16,12 +16,12 @@ of both. Nothing is there to validate on: the test sets are all that is held out
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field
 
 from stages.contract.recipe import Recipe, Section
-from stages.contract.records import Message, Prediction, Sample
+from stages.contract.records import Message, Meta, Prediction, Sample
 from stages.tasks.better_synth import mmbench, textvqa
 from stages.tasks.better_synth.llava import PLACE
 from stages.tasks.better_synth.records import (
@@ -36,25 +36,37 @@ from stages.tasks.better_synth.records import (
     sources,
     without_words,
 )
-from stages.tasks.common.defaults import facts, measures, picture
+from stages.tasks.common.defaults import (
+    READS_DOCUMENTS,
+    SHARED,
+    Passes,
+    facts,
+    measures,
+    narrowed,
+    passes,
+    picture,
+)
 from stages.tasks.task import Ask, Found, Skip
-
-__all__ = ["Samples", "asked_rows", "facts", "measures", "picture", "records", "sources"]
-
-READS_DOCUMENTS = False
 
 READS_RECORDS = True
 
 COMPONENTS = ("picture", "ocr", "adapter")
 
-SHARED: tuple[str, ...] = ()
-
 PICTURES = "preprocess/pictures"
 """Where `read_others` and `read_records` are told to put pictures, relative to the run."""
 
 
-class Passes(Section):
-    """`infer.passes`: nothing can be set."""
+class PictureMeta(Meta, total=False):
+    """The keys below are MMBench's alone."""
+
+    options: dict[str, str]
+    """By letter."""
+    round: int
+    """How far the options are rotated; 0: as in the table."""
+    together: str
+    """The question that the rotations share."""
+    uploaded: dict[str, Any]
+    """The table's row, for the upload."""
 
 
 class Scoring(Section):
@@ -86,7 +98,7 @@ def read_records(
 
 def build_samples(recipe: Recipe, question: PictureQuestion, found: Found | None, split: str) -> list[Sample]:
     """The one sample of a conversation or a question. Of a conversation all answers are learnt."""
-    meta = {"group": question.group, "source": question.source, **question.meta}
+    meta = cast(PictureMeta, {"group": question.group, "source": question.source, **question.meta})
     if question.error is not None:
         meta["error"] = question.error
     return [
@@ -101,11 +113,6 @@ def build_samples(recipe: Recipe, question: PictureQuestion, found: Found | None
 
 
 # -- what the model is asked -------------------------------------------------------------------------------------
-
-
-def passes(recipe: Recipe) -> tuple[str, ...]:
-    """One."""
-    return ("answer",)
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask:
@@ -131,12 +138,8 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
 def read_answer(text: str, sample: Sample) -> str | None:
     """Of MMBench the letter that a completion means, None where it means none; else all of the completion."""
     if sample["meta"]["source"] == MMBENCH:
-        return mmbench.letter_in(text, sample["meta"]["options"])
+        return mmbench.letter_in(text, _meta(sample)["options"])
     return text.strip() or None
-
-
-def narrowed(sample: Sample, answers: Sequence[str]) -> None:
-    """Nothing is asked again with fewer options."""
 
 
 # -- what is handed in, and its score ----------------------------------------------------------------------------
@@ -153,14 +156,14 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
     """MMBench's workbook: each row of its table as it was asked first, with the answer."""
-    asked = [sample for sample in samples if sample["meta"]["source"] == MMBENCH and sample["meta"]["round"] == 0]
+    asked = [sample for sample in samples if _meta(sample)["source"] == MMBENCH and _meta(sample)["round"] == 0]
     if not asked:
         return []
     rows = []
     for sample in asked:
         prediction = predictions.get(sample["id"])
         answer, text = (prediction["answer"], prediction["text"]) if prediction else (None, None)
-        rows.append(mmbench.upload_row(sample["meta"]["uploaded"], answer, text))
+        rows.append(mmbench.upload_row(_meta(sample)["uploaded"], answer, text))
     mmbench.write_xlsx(folder / "mmbench.xlsx", rows)
     return ["mmbench.xlsx"]
 
@@ -177,4 +180,8 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 def together(sample: Sample) -> str:
     """The question that a rotation is of; else the sample itself."""
-    return str(sample["meta"].get("together", sample["id"]))
+    return _meta(sample).get("together", sample["id"])
+
+
+def _meta(sample: Sample) -> PictureMeta:
+    return cast(PictureMeta, sample["meta"])

@@ -10,36 +10,39 @@ folders are named train, validation and test. Records have one of two forms, or 
 All questions on the same context, or of the same `group` (or `title`), fall into the same split.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from pydantic import Field
 
 from stages.contract.recipe import Recipe, Section
-from stages.contract.records import Prediction, Sample
+from stages.contract.records import Meta, Prediction, Sample
 from stages.tasks.common import metrics
-from stages.tasks.common.defaults import facts, measures, picture, together, uploads
+from stages.tasks.common.defaults import (
+    COMPONENTS,
+    READS_DOCUMENTS,
+    READS_RECORDS,
+    SHARED,
+    Passes,
+    Samples,
+    ask,
+    facts,
+    measures,
+    narrowed,
+    passes,
+    picture,
+    rehearsal,
+    together,
+    uploads,
+)
 from stages.tasks.extractive_qa import prompts
 from stages.tasks.extractive_qa.questions import ContextQuestion, asked_rows, read_questions, sources
-from stages.tasks.task import Ask, Found
-
-__all__ = ["asked_rows", "facts", "measures", "picture", "read_questions", "sources", "together", "uploads"]
-
-READS_DOCUMENTS = False
-READS_RECORDS = False
-
-COMPONENTS: tuple[str, ...] = ()
-
-SHARED: tuple[str, ...] = ()
+from stages.tasks.task import Found
 
 
-class Samples(Section):
-    """`preprocess.samples`: nothing can be set."""
-
-
-class Passes(Section):
-    """`infer.passes`: nothing can be set."""
+class ExtractiveMeta(Meta):
+    context_characters: int
 
 
 class Scoring(Section):
@@ -54,45 +57,27 @@ class Scoring(Section):
 
 def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None, split: str) -> list[Sample]:
     """The one sample of a question, the same in every split."""
+    meta: ExtractiveMeta = {
+        "group": question.group,
+        "source": question.source,
+        "kind": question.source,
+        "question": question.text,
+        "context_characters": len(question.context),
+    }
     return [
         {
             "id": question.id,
             "messages": prompts.answer(question.context, question.text),
             "images": [],
             "references": list(question.answers),
-            "meta": {
-                "group": question.group,
-                "source": question.source,
-                "kind": question.source,
-                "question": question.text,
-                "context_characters": len(question.context),
-            },
+            "meta": meta,
         }
     ]
-
-
-def passes(recipe: Recipe) -> tuple[str, ...]:
-    """One."""
-    return ("answer",)
-
-
-def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask:
-    """What the sample holds, as training has it."""
-    return Ask(sample["messages"], sample["images"])
-
-
-def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """The one thing that is asked."""
-    return [(ask(recipe, sample, "answer", {}, without), 0)]
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
     """The first line: every answer that is learnt is one line, and what follows it is explanation."""
     return text.strip().split("\n")[0].strip() or None
-
-
-def narrowed(sample: Sample, answers: Sequence[str]) -> None:
-    """There is nothing to choose from: the answers are free text."""
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:

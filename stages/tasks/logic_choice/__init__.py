@@ -16,30 +16,40 @@ without their endings: `train`, `<name>`. Problems of the same text are split to
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field
 
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe, Section
-from stages.contract.records import Prediction, Sample
-from stages.tasks.common.defaults import facts, measures, picture, together, uploads
+from stages.contract.records import Meta, Prediction, Sample
+from stages.tasks.common.defaults import (
+    READS_DOCUMENTS,
+    READS_RECORDS,
+    SHARED,
+    Samples,
+    Scoring,
+    facts,
+    measures,
+    picture,
+    together,
+    uploads,
+)
 from stages.tasks.logic_choice import prompts
 from stages.tasks.logic_choice.problems import LETTERS, LogicQuestion, asked_rows, read_problems, sources
 from stages.tasks.task import Ask, Found, Skip
 
-__all__ = ["asked_rows", "facts", "measures", "picture", "sources", "together", "uploads"]
-
-READS_DOCUMENTS = False
-READS_RECORDS = False
-
 COMPONENTS = ("retry", "adapter")
 
-SHARED: tuple[str, ...] = ()
 
-
-class Samples(Section):
-    """`preprocess.samples`: nothing can be set."""
+class LogicMeta(Meta):
+    problem: str
+    options: dict[str, str]
+    """By letter."""
+    problem_id: str
+    index: int
+    """0-based place of the sub-question in its problem."""
+    label_source: str | None
 
 
 class Passes(Section):
@@ -47,10 +57,6 @@ class Passes(Section):
 
     retries: int = Field(2, ge=0, description="Times that a question is asked again whose answer holds no valid letter")
     retry_temperature: float = Field(0.7, gt=0, description="Of those: greedily the same would come again")
-
-
-class Scoring(Section):
-    """`eval.scoring`: nothing can be set."""
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[LogicQuestion]:
@@ -62,7 +68,7 @@ def build_samples(recipe: Recipe, question: LogicQuestion, found: Found | None, 
     """The one sample of a sub-question. What is to be learnt is the line with the letter alone: reasoning is slow to
     write, and makes votes no better."""
     options = dict(zip(LETTERS, question.options, strict=False))
-    meta = {
+    meta: LogicMeta = {
         "group": question.group,
         "source": question.source,
         "kind": f"{len(options)} options",
@@ -113,17 +119,22 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
 
 def read_answer(text: str, sample: Sample) -> str | None:
     """The letter in a completion, of those that the question has; None where there is none: no letter is a default."""
-    return prompts.letter_in(text, sample["meta"]["options"])
+    return prompts.letter_in(text, _meta(sample)["options"])
 
 
 def narrowed(sample: Sample, answers: Sequence[str]) -> Sample | None:
     """The question with only these options, which keep their letters."""
-    meta = sample["meta"]
+    meta = _meta(sample)
     options = {letter: option for letter, option in meta["options"].items() if letter in answers}
     if len(options) < 2 or len(options) == len(meta["options"]):
         return None  # nothing is left to choose, or the question is the one that was asked
     messages = prompts.choice(meta["problem"], meta["question"], options)
-    return {**sample, "messages": messages, "meta": {**meta, "options": options}}
+    fewer: LogicMeta = {**meta, "options": options}
+    return {**sample, "messages": messages, "meta": fewer}
+
+
+def _meta(sample: Sample) -> LogicMeta:
+    return cast(LogicMeta, sample["meta"])
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:

@@ -13,25 +13,30 @@ or `train.jsonl` and `test.jsonl`. One question a line:
 lets retrieval be scored; `kind` breaks the scores down; a missing `id` becomes `<file>-<line>`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field
 
 from stages.contract.recipe import Recipe, Section
-from stages.contract.records import Prediction, Sample
+from stages.contract.records import Meta, Prediction, Sample
 from stages.tasks.common import metrics
-from stages.tasks.common.defaults import measures, picture, together, uploads
+from stages.tasks.common.defaults import (
+    READS_RECORDS,
+    Scoring,
+    measures,
+    narrowed,
+    picture,
+    together,
+    uploads,
+)
 from stages.tasks.common.mentions import asks_position
 from stages.tasks.patent_qa import prompts
 from stages.tasks.patent_qa.questions import SOURCE, PatentQuestion, asked_rows, find_documents, read_questions
 from stages.tasks.task import Ask, Found, Wanted
 
-__all__ = ["asked_rows", "find_documents", "measures", "picture", "read_questions", "together", "uploads"]
-
 READS_DOCUMENTS = True
-READS_RECORDS = False
 
 COMPONENTS = ("classifier", "retrieval", "style", "refine", "position_hint", "adapter")
 
@@ -41,6 +46,30 @@ ALONE = "alone"
 """Mark of the row that shows a question's page alone, behind its id."""
 
 RECALL_AT = (1, 2, 5)
+
+
+class PatentMeta(Meta, total=False):
+    """What the passes of a sample choose its pages by. Pages are 1-based."""
+
+    page_named: int | None
+    """The first page that the question names, readable or not."""
+    figure_named: str | None
+    named: int | None
+    """The first readable page that the question names."""
+    also_named: list[int]
+    evidence: list[int]
+    ranked: list[int]
+    """Pages most similar to the question first."""
+    first: list[int]
+    """The document's first pages, shown where retrieval is left out."""
+    top_k: int
+    crop: str | None
+    """Picture of the figure that the question names, relative to the run folder."""
+    drawing_is_enough: bool | None
+    examples: list[str]
+    candidates: dict[str, dict[str, Any]]
+    """Pages that a pass may show, by number."""
+    max_pixels: int | None
 
 
 class Samples(Section):
@@ -66,13 +95,13 @@ class Passes(Section):
     classify_tokens: int = Field(8, ge=1)
 
 
-class Scoring(Section):
-    """`eval.scoring`: nothing can be set."""
-
-
 def sources(folder: Path) -> list[str]:
     """The one data set."""
     return [SOURCE]
+
+
+def _meta(sample: Sample) -> PatentMeta:
+    return cast(PatentMeta, sample["meta"])
 
 
 def _samples(recipe: Recipe) -> Samples:
@@ -111,17 +140,18 @@ def read_classification(text: str) -> bool:
     return prompts.says_yes(text)
 
 
-def build_samples(recipe: Recipe, question: PatentQuestion, found: Found, split: str) -> list[Sample]:
+def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None, split: str) -> list[Sample]:
     """The rows of one question, by the one rule for training and test.
 
     Shown are: of a question that names no page (or none that can be read), the pages most like it; of one that needs
     more than its drawing, its page and others, first of all those that it names too; of one that does not, the page
     alone. Training learns from both rows of the last kind.
     """
+    assert found is not None  # it reads documents
     settings, top_k = _samples(recipe), _top_k(recipe)
     readable = [number for number in question.pages if number in found.pages]
     named, also = (readable[0], readable[1:]) if readable else (None, [])
-    meta: dict[str, Any] = {
+    meta: PatentMeta = {
         "group": question.document,
         "kind": question.kind,
         "question": question.text,
@@ -152,7 +182,7 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found, split:
     rows = [whole]
     _show(recipe, whole, _others(settings, meta, ()), found.pages)
     if meta["drawing_is_enough"]:
-        alone: Sample = {**whole, "id": f"{question.id}#{ALONE}", "meta": dict(meta)}
+        alone: Sample = {**whole, "id": f"{question.id}#{ALONE}", "meta": cast(PatentMeta, dict(meta))}
         _show(recipe, alone, [], found.pages)
         rows.append(alone)
     return rows
@@ -163,7 +193,7 @@ def _kept(settings: Samples, page: Mapping[str, Any]) -> dict[str, Any]:
     return {"image": page["image"], **({"text": page["text"]} if settings.shows == "text" else {})}
 
 
-def _others(settings: Samples, meta: Mapping[str, Any], without: Collection[str]) -> list[int]:
+def _others(settings: Samples, meta: PatentMeta, without: Collection[str]) -> list[int]:
     """The pages beside the one that is named first, or instead of it: those that are named too, then the most similar,
     in the order of the document."""
     ranked = meta["first"] if "retrieval" in without else meta["ranked"]
@@ -174,7 +204,7 @@ def _others(settings: Samples, meta: Mapping[str, Any], without: Collection[str]
 
 def _show(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int, Mapping[str, Any]]) -> None:
     """Write the question with these pages into a sample."""
-    meta = sample["meta"]
+    meta = _meta(sample)
     ask = _answer(recipe, meta, others, {str(number): page for number, page in pages.items()}, ())
     shown = sorted([*others, *([meta["named"]] if meta["named"] else [])])
     sample["messages"], sample["images"] = ask.messages, ask.images
@@ -185,7 +215,7 @@ def _show(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int,
 
 def _answer(
     recipe: Recipe,
-    meta: Mapping[str, Any],
+    meta: PatentMeta,
     others: list[int],
     pages: Mapping[str, Mapping[str, Any]],
     without: Collection[str],
@@ -220,7 +250,7 @@ def passes(recipe: Recipe) -> tuple[str, ...]:
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask | None:
     """What to ask of a test sample in a pass; None where it needs no such pass."""
-    meta, settings = sample["meta"], _passes(recipe)
+    meta, settings = _meta(sample), _passes(recipe)
     if name == "classify":
         if meta.get("named") is None or meta["also_named"] or "classifier" in without:
             return None
@@ -251,7 +281,7 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
     return [(each, spare) for each, spare in asks if each is not None]
 
 
-def _alone(meta: Mapping[str, Any], before: Mapping[str, str], without: Collection[str]) -> bool:
+def _alone(meta: PatentMeta, before: Mapping[str, str], without: Collection[str]) -> bool:
     """Whether a question's page is shown alone."""
     if meta.get("named") is None or meta["also_named"] or "classifier" in without:
         return False
@@ -264,10 +294,6 @@ def read_answer(text: str, sample: Sample) -> str:
     """The answer in a completion: its first line, without a full stop at the end."""
     lines = text.strip().split("\n")
     return lines[0].strip().rstrip("。.").strip()
-
-
-def narrowed(sample: Sample, answers: Sequence[str]) -> None:
-    """There is nothing to choose from: the answers are free text."""
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, str]:
@@ -307,10 +333,11 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 def facts(sample: Sample) -> dict[str, float]:
     """Retrieval: the share of the evidence pages that are shown, and that are among the k most similar, where the data
     name them."""
-    evidence = set(sample["meta"]["evidence"])
+    meta = _meta(sample)
+    evidence = set(meta["evidence"])
     if not evidence:
         return {}
-    shown = len(evidence & set(sample["meta"]["pages"])) / len(evidence)
-    ranked = sample["meta"].get("ranked")
+    shown = len(evidence & set(meta["pages"])) / len(evidence)
+    ranked = meta.get("ranked")
     at = {} if ranked is None else {f"recall@{k}": len(evidence & set(ranked[:k])) / len(evidence) for k in RECALL_AT}
     return {"retrieval_recall": shown, **at}
