@@ -11,7 +11,7 @@ ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN))
   $(foreach setting,$(SET),--set $(setting)) $(if $(GPUS),--gpus $(GPUS)) $(if $(TARGET),--target $(TARGET))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo preprocess train infer eval ledger images push .env k8s-run test image-test kill-test lint bench lock clean
+.PHONY: help setup demo preprocess train infer eval ledger images push .env k8s-run test image-test kill-test lint bench lock reference clean
 
 help: ## list the verbs
 	@grep -E '^[a-z0-9. -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/^preprocess.*eval/preprocess, train, infer, eval/' | expand -t 32
@@ -52,8 +52,11 @@ lint: setup ## style, types, the one-way import rule, Dockerfiles and shell scri
 	@$(BIN)/hadolint images/*/Dockerfile && $(BIN)/shellcheck images/*.sh images/base/*.sh images/base/cc k8s/*.sh \
 	  tests/images/*.sh requirements/lock.sh .ci/run
 
-bench: setup ## measure every figure of the README again (benchmarks/README.md)
+bench: setup ## measure again what needs no GPU and no images (benchmarks/README.md has the rest)
 	@$(BIN)/python -m benchmarks.all
+
+reference: setup ## write docs/recipe-reference.md again, from the recipe's schema
+	@$(BIN)/python docs/make_reference.py
 
 lock: setup ## write the locked requirements of host and images again, from their inputs
 	@PATH="$$PWD/$(BIN):$$PATH" sh requirements/lock.sh && PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python images/lock.py
@@ -79,7 +82,7 @@ clean: ## delete the demo's run and what Python leaves behind; keeps .venv and m
 
 .venv/.ready: requirements/cpu.txt requirements/dev.txt .venv/.host
 	@echo "installing into .venv (some minutes, 4.8 GB)"
-	@# torch by itself: which build suits is the machine's affair (README, "Set-up"); all else is locked with hashes
+	@# torch by itself: which build suits is the machine's affair (docs/development.md); all else is locked with hashes
 	@$(BIN)/pip install --quiet torch==2.13.0
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.txt
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/dev.txt

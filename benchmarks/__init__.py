@@ -1,1 +1,1 @@
-"""What produces every figure in the README. Each module here is a command that writes one file in results/."""
+"""What produces every figure in the docs. Each module here is a command that writes one file in results/."""

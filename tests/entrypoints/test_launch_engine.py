@@ -257,7 +257,7 @@ def test_a_user_whom_the_socket_does_not_admit(launched: Lorry, engine: Any) -> 
 
 
 def test_make_calls_it(launched: Lorry) -> None:
-    """`make train` as the README has it."""
+    """`make train` as docs/cards-and-images.md has it."""
     if shutil.which("make") is None or not (REPOSITORY / ".venv" / "bin" / "lorry").exists():
         pytest.skip("the Makefile's environment is not here")
     command = [

@@ -112,7 +112,7 @@ def test_before_there_are_samples_a_micro_batch_is_taken_to_be_of_mixed_lengths(
 
 
 def test_the_committed_rows_hold_with_the_code_as_it_is(shapes: dict[str, ModelShape]) -> None:
-    """What the README says of benchmarks/results/memory.json: nearly all within 10 %, never 5 % too low."""
+    """What docs/measurements.md says of benchmarks/results/memory.json: nearly all within 10 %, never 5 % too low."""
     rows = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))["rows"]
     off = []
     for row in rows:

@@ -201,7 +201,7 @@ def _job_spec(name: str, spec: Document) -> Iterator[str]:
 
 
 def _on_failure(spec: Document) -> Iterator[str]:
-    """That our exit codes come to what README says, whatever rules lead there and in whatever order."""
+    """That our exit codes come to what docs/runs.md says, whatever rules lead there and in whatever order."""
     policy = spec.get("podFailurePolicy")
     if not policy:
         yield "podFailurePolicy is missing"
