@@ -31,7 +31,7 @@ def open_run(
     """The run that the options of `recipe_options` name."""
     from stages.contract.recipe import load_recipe
     from stages.contract.run import Run
-    from stages.tasks import settle_recipe, task_names
+    from stages.tasks import settle_recipe
 
     roots = Roots.from_environment()
     if recipe is not None:
@@ -43,8 +43,6 @@ def open_run(
     else:
         raise UsageError("name a RECIPE, or --run with the name of a run")
     loaded = load_recipe(path, profile, overrides, Path(data) if data else None)
-    if loaded.task not in task_names():
-        raise UsageError(f"{path}: task: no task {loaded.task!r}; there are: {', '.join(task_names())}")
     name = run_name or path.stem
     if name in (".", "..") or "/" in name:
         raise UsageError(f"--run {name}: a run's name is one folder name, without '/'")

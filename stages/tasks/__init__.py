@@ -28,8 +28,8 @@ def load_task(name: str) -> Task:
     names = task_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known tasks: {', '.join(names)}"
-        raise UsageError(f"task: no task {name!r}; {hint}")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"task: no task {name!r}; {hint}known tasks: {', '.join(names)}")
     try:
         module = importlib.import_module(f"stages.tasks.{name}")
     except (ImportError, SyntaxError) as error:

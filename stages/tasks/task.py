@@ -270,6 +270,13 @@ def reads_records(task: Task) -> TypeGuard[RecordTask]:
     return task.READS_RECORDS
 
 
+HAVE_DEFAULTS = {
+    *("COMPONENTS", "READS_DOCUMENTS", "READS_RECORDS", "SHARED", "Passes", "Samples", "Scoring", "ask", "asked_rows"),
+    *("facts", "measures", "narrowed", "passes", "picture", "rehearsal", "submission", "together", "uploads"),
+}
+"""Members of the contract that `stages.tasks.common.defaults` has."""
+
+
 def check_task(module: ModuleType) -> Task:
     """The module as a Task.
 
@@ -301,7 +308,8 @@ def _members(contract: type) -> list[tuple[str, Any]]:
 def _fault(module: ModuleType, name: str, member: Any) -> str | None:
     """What is wrong with one member of a module; None where nothing is."""
     if not hasattr(module, name):
-        return f"{name} is missing (define it, or import it from stages.tasks.common.defaults)"
+        cure = "define it, or import it from stages.tasks.common.defaults" if name in HAVE_DEFAULTS else "define it"
+        return f"{name} is missing ({cure})"
     value = getattr(module, name)
     if isinstance(member, property):
         wanted = get_type_hints(member.fget)["return"]

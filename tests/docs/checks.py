@@ -15,7 +15,7 @@ from entrypoints.lorry import main
 from stages.contract.errors import LorryError
 from stages.contract.recipe import load_recipe, profile_names
 from stages.contract.roots import Roots
-from stages.tasks import settled
+from stages.tasks import settle_recipe
 from tests.conftest import REPOSITORY
 
 RECIPES = REPOSITORY / "recipes"
@@ -213,7 +213,7 @@ def _recipe(name: str | None, profile: str | None, overrides: Sequence[str]) -> 
         profile = None
     try:
         data = Roots.from_environment().data
-        settled(load_recipe(path, profile, tuple(overrides)), name, data)
+        settle_recipe(load_recipe(path, profile, tuple(overrides)), name, data)
     except LorryError as error:
         yield str(error)
 
@@ -369,6 +369,20 @@ def bad_map(text: str) -> list[str]:
             folder = REPOSITORY / names[2].split()[0]
     rooms = {path.parent for path in (REPOSITORY / "stages").glob("*/__init__.py")}
     return problems + [f"the map lacks {path.relative_to(REPOSITORY)}" for path in sorted(rooms - named)]
+
+
+def made_by(text: str) -> set[str]:
+    """What a page has its reader make: the files whose text it gives, their folders, and recipes by name."""
+    paths = [Path(name) for name in re.findall(r"^`([\w./-]+)`:$", text, flags=re.M)]
+    folders = {f"{folder}{end}" for path in paths for folder in path.parents for end in ("", "/")}
+    recipes = {path.stem for path in paths if path.parent == Path("recipes")}
+    return {str(path) for path in paths} | folders | recipes
+
+
+def but_for_what_it_makes(problems: Sequence[str], text: str) -> list[str]:
+    """The problems that are left once a page's reader has made what it says."""
+    made = made_by(text)
+    return [problem for problem in problems if problem.rpartition(" ")[2] not in made]
 
 
 def any_problem(checks: Sequence[Any], text: str) -> list[str]:

@@ -12,7 +12,7 @@ DOCS = REPOSITORY / "docs"
 README = REPOSITORY / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 ALL = [*PAGES, REPOSITORY / "benchmarks" / "README.md", REPOSITORY / "recipes" / "data" / "README.md"]
-AWAITED = ("LICENSE", "add-a-workload.md", "add-a-card.md", "add-an-engine.md")
+AWAITED = ("LICENSE", "add-a-card.md", "add-an-engine.md")
 """Files that pages link to before they are written."""
 SPEAKS_OF_STYLE = {"style.md", "recipe-reference.md"}
 """Pages that quote what is ruled out, or are written from descriptions in the code."""
@@ -37,13 +37,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", ALL, ids=named)
 def test_commands_parse_and_their_recipes_are_valid(page: Path) -> None:
-    assert checks.bad_commands(page.read_text(encoding="utf-8")) == []
+    text = page.read_text(encoding="utf-8")
+    assert checks.but_for_what_it_makes(checks.bad_commands(text), text) == []
 
 
 @pytest.mark.parametrize("page", ALL, ids=named)
 def test_recipe_keys_paths_and_settings_exist(page: Path) -> None:
     found = (checks.bad_keys, checks.bad_paths, checks.bad_settings)
-    assert checks.any_problem(found, page.read_text(encoding="utf-8")) == []
+    text = page.read_text(encoding="utf-8")
+    assert checks.but_for_what_it_makes(checks.any_problem(found, text), text) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -135,7 +137,7 @@ def test_a_good_link_passes() -> None:
         ("```\nlorry run patent-qa --profile huge\n```", "no profile 'huge'"),
         ("`lorry run patent-qa --set train.epoch=3`", "unknown key 'train.epoch'"),
         ("`lorry run patent-qa --set train.epochs=many`", "train.epochs"),
-        ("`lorry run patent-qa --set infer.passes.refined=true`", "no such key 'refined'"),
+        ("`lorry run patent-qa --set infer.passes.refined=true`", "unknown key 'refined'"),
         ("`lorry run --run mine --set infer.votes=null`", "no recipe key infer.votes"),
         ('```\nLORRY_SET="seed=1 train.epoch=3" docker compose up infer\n```', "no recipe key train.epoch"),
         ("`make fly`", "make: no target fly"),

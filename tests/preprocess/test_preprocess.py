@@ -440,7 +440,7 @@ def test_a_recipe_that_is_none(lorry: Lorry, recipe_file: Path) -> None:
             str(recipe_file),
             "--set",
             "task=patent",
-        ): "no task 'patent'; there are: articulation, better_synth, extractive_qa",
+        ): "no task 'patent'; did you mean 'patent_qa'? known tasks: articulation, better_synth, extractive_qa",
     }.items():
         code, told = refused(lorry, *arguments)
         assert code == 2, arguments

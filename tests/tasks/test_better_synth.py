@@ -18,7 +18,7 @@ from stages.contract.errors import DataError, UsageError
 from stages.contract.recipe import Recipe, load_recipe, profile_names
 from stages.contract.records import Prediction, Sample
 from stages.preprocess.split import split_questions
-from stages.tasks import load_task, settle_recipe
+from stages.tasks import settle_recipe
 from stages.tasks.better_synth import (
     ask,
     asked_rows,
@@ -36,7 +36,7 @@ from stages.tasks.better_synth import (
 from stages.tasks.better_synth.pictures import MEAN_COLOUR, Pictures
 from stages.tasks.better_synth.records import AHEAD, PictureQuestion, without_words
 from stages.tasks.common.json_lines import BadRecordError
-from stages.tasks.task import RecordTask, Skip
+from stages.tasks.task import Skip
 from tests.conftest import REPOSITORY
 
 Skipped = list[tuple[str, str, str]]
@@ -137,15 +137,6 @@ def prediction(answer: str | None, text: str | None) -> Prediction:
         **{"id": "", "answer": answer, "text": text, "finish_reason": "stop", "prompt_tokens": 1},
         **{"completion_tokens": 1, "error": None if answer else "no answer", "passes": {}},
     }  # type: ignore[typeddict-item, return-value]
-
-
-def test_it_is_a_task_that_reads_records() -> None:
-    task = load_task("better_synth")
-    protocols = [RecordTask, *RecordTask.__bases__]
-    wanted = {name for each in protocols for name in [*vars(each), *getattr(each, "__annotations__", {})]}
-    lacking = {name for name in wanted if not name.startswith("_") and not hasattr(task, name)}
-    assert lacking == {"read_questions"}, "in place of which it has read_others and read_records"
-    assert task.READS_RECORDS and not task.READS_DOCUMENTS
 
 
 # -- what is trained on ------------------------------------------------------------------------------------------
