@@ -11,7 +11,7 @@ ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN))
   $(foreach setting,$(SET),--set $(setting)) $(if $(GPUS),--gpus $(GPUS)) $(if $(TARGET),--target $(TARGET))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo preprocess train infer eval ledger images push .env k8s-run test image-test kill-test lint bench lock reference clean
+.PHONY: help setup demo preprocess train infer eval ledger images push .env k8s-run test test-fast image-test kill-test lint bench lock reference clean
 
 help: ## list the verbs
 	@grep -E '^[a-z0-9. -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/^preprocess.*eval/preprocess, train, infer, eval/' | expand -t 32
@@ -40,6 +40,9 @@ k8s-run: ## the four stages as Kubernetes Jobs, in order, on cards of TARGET, im
 
 test: setup .venv/.zero ## the tests, real models included (13 to 23 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: .venv/.ready ## the tests that need no model and start no process (under a minute on 2 cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 60 -m "not heavy and not kill and not images"
 
 image-test: setup .venv/.zero ## build the cpu images and run the demo in them by Docker Compose; starts an engine where none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400

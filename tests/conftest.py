@@ -15,12 +15,27 @@ import hypothesis
 import pymupdf
 import pytest
 
+from tests.heavy import imports_heavy_module, is_heavy
+
 # what a loaded machine takes for an example says nothing of the code
 hypothesis.settings.register_profile("lorry", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("lorry")
 
 REPOSITORY = Path(__file__).parents[1]
 MODELS = Path(os.environ.get("LORRY_MODELS", REPOSITORY / "models")).absolute()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A fast run does not load modules that take seconds to import."""
+    fast = "not heavy" in config.getoption("markexpr")
+    return (fast and collection_path.suffix == ".py" and imports_heavy_module(collection_path)) or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    for item in items:
+        if is_heavy(item):
+            item.add_marker("heavy")
+
 
 MINIMAL_RECIPE = """\
 task: patent_qa
