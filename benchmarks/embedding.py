@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.passes import _draw
+from benchmarks.drawn_pages import draw_page
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
 from stages.contract.roots import Roots
@@ -36,7 +36,7 @@ def pages(tiny: bool) -> tuple[list[Path], list[Path]]:
     drawn = [(FOLDER / "budget", n // 8, n % 8 + 1, BUDGET) for n in range(count)]
     fine = [(FOLDER / "fine", n // 8, n % 8 + 1, FINE // (100 if tiny else 1)) for n in range(few)]
     with ProcessPoolExecutor() as pool:
-        list(pool.map(_draw, drawn + fine))
+        list(pool.map(draw_page, drawn + fine))
     paths = [[folder / f"D{document}" / f"{page}.jpg" for folder, document, page, _ in some] for some in (drawn, fine)]
     return paths[0], paths[1]
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import descendants
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
 from stages.contract.files import FileHashes, read_json, write_jsonl
@@ -224,7 +225,7 @@ class Training:
 
     def look(self, used: dict[int, int]) -> None:
         """Note what the driver says of this training's processes."""
-        for pid in _descendants(self.process.pid):
+        for pid in descendants(self.process.pid):
             if pid in used:
                 self.peaks[str(pid)] = max(self.peaks.get(str(pid), 0), used[pid])
 
@@ -255,22 +256,6 @@ class Training:
             print(output[-800:], log.read_text()[-1500:] if log.is_file() else "", sep="\n--- log\n", flush=True)
         print(json.dumps({key: row[key] for key in list(row)[:6]}), flush=True)
         return row
-
-
-def _descendants(root: int) -> set[int]:
-    """A process and all that it started."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, []).append(int(path.parent.name))
-    found, left = set(), [root]
-    while left:
-        found.add(one := left.pop())
-        left += children.get(one, [])
-    return found
 
 
 def measure(settings: list[Setting]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.drawn_pages import draw_page
 from benchmarks.random_adapters import make_adapter
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
@@ -78,7 +79,7 @@ def prepare() -> None:
         ]
         if length == next(iter(LIMITS)):
             with ProcessPoolExecutor() as pool:
-                list(pool.map(_draw, drawn))
+                list(pool.map(draw_page, drawn))
             first = run.path("preprocess", "pages")
         else:
             shutil.copytree(first, run.path("preprocess", "pages"), dirs_exist_ok=True)
@@ -87,7 +88,7 @@ def prepare() -> None:
         _describe(run, "train", "adapters/tuned/adapter_config.json", "adapters/tuned/adapter_model.safetensors")
     shown = {(int(Path(i).parent.name[1:]), int(Path(i).stem)) for s in samples[-ONE_BY_ONE:] for i in s["images"]}
     with ProcessPoolExecutor() as pool:  # 4960 x 7016 pixels: A4 at 600 DPI
-        list(pool.map(_draw, [(ROOTS.runs / "passes-600dpi", d, p, 4960 * 7016) for d, p in sorted(shown)]))
+        list(pool.map(draw_page, [(ROOTS.runs / "passes-600dpi", d, p, 4960 * 7016) for d, p in sorted(shown)]))
 
 
 def _question(number: int) -> PatentQuestion:
@@ -107,26 +108,6 @@ def _sample(run: Run, question: PatentQuestion) -> Any:
     ranked = random.sample(range(1, PAGES + 1), PAGES)
     found = Found(pages=pages, ranked=ranked, examples=["在部件5的上方", "弹簧座"])
     return build_samples(run.recipe, question, found, "test")[0]
-
-
-def _draw(what: tuple[Path, int, int, int]) -> None:
-    """A page of A4 with a drawing's lines and numbers, at so many pixels."""
-    from PIL import Image, ImageDraw
-
-    folder, document, page, pixels = what
-    height = round((pixels * 2**0.5) ** 0.5 / 28) * 28
-    width = pixels // height // 28 * 28
-    picture = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(picture)
-    generator = random.Random(f"{document} {page}")
-    scale = width / 1000
-    for number in range(60):
-        x, y = generator.uniform(50, 900) * scale, generator.uniform(50, 1300) * scale
-        far = (x + generator.uniform(-300, 300) * scale, y + generator.uniform(-300, 300) * scale)
-        pen.line([(x, y), far], fill="black", width=max(round(2 * scale), 1))
-        pen.text((x, y), str(number), fill="black", font_size=14 * scale)
-    (folder / f"D{document}").mkdir(parents=True, exist_ok=True)
-    picture.save(folder / f"D{document}" / f"{page}.jpg", quality=90)
 
 
 def _silence_unused_tokens(folder: Path) -> None:

@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import ROOTS, _descendants
+from benchmarks.memory import ROOTS
+from benchmarks.processes import descendants
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
 from entrypoints.plan import USABLE
@@ -126,7 +127,7 @@ class Peaks:
         pynvml.nvmlInit()
         card = pynvml.nvmlDeviceGetHandleByIndex(0)
         while not self._stopped.wait(0.1):
-            ours = _descendants(self._root)
+            ours = descendants(self._root)
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(card):
                 if process.pid in ours:
                     most = self.bytes.get(process.pid, 0)

@@ -1,0 +1,19 @@
+"""Processes below a process, for benchmarks that watch what a command starts."""
+
+from pathlib import Path
+
+
+def descendants(root: int) -> set[int]:
+    """Ids of a process and of all that it started, directly or not."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(path.parent.name))
+    found, left = set(), [root]
+    while left:
+        found.add(one := left.pop())
+        left += children.get(one, [])
+    return found
