@@ -1,5 +1,6 @@
 """What every image, and every image of a layer, must be. Run as on a host: no network, read-only root, any user."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -80,6 +81,14 @@ def test_labels_say_what_it_is(stage: str, images: dict[str, str], client: docke
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", labels["org.opencontainers.image.revision"])
     assert labels["lorry.target"] == "cpu"
     assert re.fullmatch("[0-9a-f]{64}", labels["lorry.locks"])
+    licences = "Apache-2.0 AND AGPL-3.0-only" if stage == "preprocess" else "Apache-2.0"
+    assert labels["org.opencontainers.image.licenses"] == licences
+
+
+@pytest.mark.parametrize("stage", having("system"))
+def test_holds_the_licence(stage: str, images: dict[str, str], containers: Containers) -> None:
+    held = containers.shell(images[stage], "cd /opt/lorry && sha256sum LICENSE NOTICE").output.split()
+    assert held[::2] == [hashlib.sha256((REPOSITORY / name).read_bytes()).hexdigest() for name in held[1::2]]
 
 
 @pytest.mark.parametrize("stage", having("system"))
