@@ -18,6 +18,7 @@ from stages.host.runs import RECIPES, open_run, recipe_path
 
 
 @click.group()
+@click.version_option(package_name="lorry", prog_name="lorry", message="%(prog)s %(version)s")
 def main() -> None:
     """Carry a fine-tuning job from raw documents to scored answers."""
 

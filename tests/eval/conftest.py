@@ -1,5 +1,6 @@
 """A whole run folder up to eval, made by hand: every stage's files and manifests as the contract has them."""
 
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _manifest(run: Run, stage: str, outputs: dict[str, int | None]) -> None:
         "counts": {"documents": 20, "pages": 86} if stage == "preprocess" else {},
         "skipped": [{"what": "US9.pdf page 4", "reason": "blank page", "detail": ""}] if stage == "preprocess" else [],
         "decisions": [{"what": "precision", "value": "float32", "why": "target cpu"}] if stage == "train" else [],
-        "version": "0.1.0",
+        "version": importlib.metadata.version("lorry"),
         "revision": "0123abc",
         "image": None,
         "gpus": [],

@@ -1,5 +1,6 @@
 """A real engine, the real cpu images, and containers that are always gone at the end."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from docker.models.containers import Container
 from tests.conftest import REPOSITORY
 from tests.images.tree import STAGES
 
-VERSION = "0.1.0"
+VERSION = importlib.metadata.version("lorry")
 
 
 @dataclass(frozen=True)

@@ -112,14 +112,6 @@ def test_the_docs_name_every_target() -> None:
             assert str(target.min_driver) in page
 
 
-def test_one_version_everywhere() -> None:
-    project = re.search(r'^version = "(.*)"$', (REPOSITORY / "pyproject.toml").read_text(), re.M)
-    assert project is not None
-    assert f'variable "VERSION" {{ default = "{project[1]}" }}' in (IMAGES / "docker-bake.hcl").read_text()
-    stages = (REPOSITORY / "compose" / "stages.yaml").read_text()
-    assert set(re.findall(r"LORRY_VERSION:-(.*?)\}", stages)) == {project[1]}
-
-
 def test_locks_are_what_their_inputs_give() -> None:
     """Compiled again: needs the package index, as installing does. New releases do not count, changed inputs do."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

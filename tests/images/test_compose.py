@@ -13,7 +13,7 @@ import pytest
 from stages.contract.files import read_jsonl
 from tests.conftest import MODELS, REPOSITORY, Lorry
 from tests.end_to_end.conftest import OPTIONS
-from tests.images.conftest import Containers, compose_environment
+from tests.images.conftest import VERSION, Containers, compose_environment
 from tests.small_inputs import demo_subset
 
 pytestmark = pytest.mark.images
@@ -162,7 +162,7 @@ def test_the_cards_asked_for_reach_the_engine(containers: Containers, call: Comp
     variables = {"TARGET": "rtx4090", "GPUS": "0,2", "LORRY_VERSION": "test", "COMPOSE_PROJECT_NAME": "lorry-cards"}
     try:
         for stage in ("preprocess", "train", "infer", "eval"):
-            client.images.get(f"lorry-{stage}:0.1.0-cpu").tag(f"lorry-{stage}", "test-rtx4090")
+            client.images.get(f"lorry-{stage}:{VERSION}-cpu").tag(f"lorry-{stage}", "test-rtx4090")
         created = call("create", **variables)
         assert created.returncode == 0, created.stderr
         found = client.containers.list(all=True, filters={"label": "com.docker.compose.project=lorry-cards"})

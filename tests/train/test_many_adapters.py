@@ -1,6 +1,7 @@
 """Many adapters in one run: one that fails leaves the others, a change costs what it changes, and nothing is blessed
 that was touched. A stand-in publishes what a training process would."""
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -105,7 +106,11 @@ class Job:
         names = [f"samples/{path.name}" for path in sorted(self.run.path("preprocess", "samples").iterdir())]
         hashes = FileHashes(self.run.folder / "none")
         outputs = {name: describe_output(self.run.path("preprocess"), name, None, hashes) for name in names}
-        manifest = {"contract": CONTRACT_VERSION, "version": "0.1.0", "key": self.run.key("preprocess", {})}
+        manifest = {
+            "contract": CONTRACT_VERSION,
+            "version": importlib.metadata.version("lorry"),
+            "key": self.run.key("preprocess", {}),
+        }
         write_json(self.run.path("preprocess", "manifest.json"), {**manifest, "inputs": {}, "outputs": outputs})
 
 
