@@ -26,7 +26,7 @@ MODELS = Path(os.environ.get("LORRY_MODELS", REPOSITORY / "models")).absolute()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """A fast run does not load modules that take seconds to import."""
+    """Skip files that take seconds to import if heavy tests are not wanted."""
     fast = "not heavy" in config.getoption("markexpr")
     return (fast and collection_path.suffix == ".py" and imports_heavy_module(collection_path)) or None
 

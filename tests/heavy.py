@@ -1,8 +1,9 @@
-"""Which tests are heavy: those that need a model's weights or a library that runs them, and those that start a process.
+"""Find heavy tests: those that need a model's weights, load a library that runs models, or start a process.
 
-`make test-fast` leaves them out. Nobody keeps a list: `is_heavy` reads the code of a test, of its fixtures and of the
-helpers in tests/ that these call; `imports_heavy_module` reads what a module imports when it is loaded, so that a fast
-run does not even load the modules that take seconds for that.
+`make test-fast` leaves them out. Nobody lists them by hand. `is_heavy` reads the code of a test, of its fixtures and of
+the helpers in tests/ that they call. `imports_heavy_module` reads what a file imports, so that a fast run can skip the
+files that take seconds to import. Neither reads the code under test: a stage that a light test runs may import a heavy
+library, or ask git for the revision.
 """
 
 import ast
@@ -22,20 +23,20 @@ HEAVY_MODULES = {
     *("datasets", "peft", "sentence_transformers", "swift", "torch", "transformers", "vllm"),  # take seconds to import
     *("pebble", "stages.preprocess.data_juicer"),  # start processes
 }
-CachedFunction = type(cache(len))
 HEAVY_HELPERS = {"need_model"}
-"""Functions of tests/ that hand out real weights."""
+"""Functions in tests/ that return the folder of a real model."""
+CachedFunction = type(cache(len))
 
 
 def is_heavy(item: pytest.Function) -> bool:
     """Whether a test, one of its fixtures or a helper of theirs needs a model or starts a process."""
-    fixtures = item._fixtureinfo.name2fixturedefs.values()  # public names tell the fixtures, but not their functions
+    fixtures = item._fixtureinfo.name2fixturedefs.values()  # pytest's public attributes name fixtures only
     return any(_is_heavy(function) for function in (item.function, *(found[-1].func for found in fixtures)))
 
 
 @cache
 def imports_heavy_module(path: Path) -> bool:
-    """Whether loading this file of ours loads a heavy module, by itself or through other files of ours."""
+    """Whether importing this file imports a heavy module, directly or through other files of the project."""
     files, modules = [path], set[str]()
     for file in files:
         for name in _imported_by(file):
@@ -45,12 +46,12 @@ def imports_heavy_module(path: Path) -> bool:
 
 
 def _is_heavy(value: Any) -> bool:
-    """Whether a function, or any method of a class, in tests/ is heavy; a fixture is neither: nobody calls it."""
-    if not isinstance(value, FunctionType | CachedFunction | type) or not value.__module__.startswith("tests."):
+    """Whether `value` is a heavy function in tests/ or a class with one there. A fixture is not: pytest calls it."""
+    if not isinstance(value, FunctionType | CachedFunction | type) or not (value.__module__ or "").startswith("tests."):
         return False
     if isinstance(value, type):
         return any(_is_heavy(getattr(member, "__func__", member)) for member in vars(value).values())
-    tested = getattr(value, "hypothesis", None)  # a property test wraps the function that was written
+    tested = getattr(value, "hypothesis", None)  # hypothesis wraps a property test
     return _is_heavy_function(inspect.unwrap(tested.inner_test if tested else value))
 
 
@@ -59,7 +60,7 @@ _known: dict[FunctionType, bool] = {}
 
 def _is_heavy_function(function: FunctionType) -> bool:
     if function not in _known:
-        _known[function] = False  # what a recursive call finds
+        _known[function] = False  # the answer for recursive calls
         names = _names_in(function.__code__)
         ours = [name for name in names if name.partition(".")[0] in OUR_PACKAGES]
         modules = names | {f"{module}.{name}" for module in ours for name in names}  # `from stages.train import worker`
@@ -73,7 +74,7 @@ def _is_heavy_function(function: FunctionType) -> bool:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """Names of globals, attributes and imported modules in a function and in those inside it."""
+    """Names of globals, attributes and imported modules in a function and in functions inside it."""
     inside = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*map(_names_in, inside))
 
@@ -87,7 +88,7 @@ def _is_heavy_module(name: str) -> bool:
 
 @cache
 def _files_of(module: str) -> list[Path]:
-    """Our files that importing a module runs: its own and those of the packages around it; none of other projects."""
+    """The project's files that importing a module runs: its own and those of the packages around it."""
     parts = module.split(".")
     if parts[0] not in OUR_PACKAGES:
         return []
@@ -98,7 +99,7 @@ def _files_of(module: str) -> list[Path]:
 
 @cache
 def _imported_by(path: Path) -> list[str]:
-    """Modules that a file imports when it is loaded; of `from a import b`, a and a.b, whatever b is."""
+    """Modules that importing a file imports. `from a import b` gives a and a.b, since b may be a module."""
     return list(_imports(ast.parse(path.read_text(encoding="utf-8")).body))
 
 

@@ -62,7 +62,7 @@ def test_heavy_by_an_import_inside(request: pytest.FixtureRequest) -> None:
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n", False),
     ],
 )
-def test_modules_are_read_for_what_loading_them_loads(source: str, heavy: bool, tmp_path: Path) -> None:
+def test_imports_of_a_file_are_followed(source: str, heavy: bool, tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(source)
     assert imports_heavy_module(path) is heavy

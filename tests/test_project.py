@@ -83,7 +83,6 @@ def test_the_licence_is_whole() -> None:
 
 
 def test_images_hold_the_licence() -> None:
-    """Without these files in the build context, no image could install the project."""
     assert "COPY pyproject.toml LICENSE NOTICE /" in read("images/base/Dockerfile")
     assert {"!LICENSE", "!NOTICE"} <= set(read(".dockerignore").splitlines())
 
