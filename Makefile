@@ -41,8 +41,8 @@ k8s-run: ## the four stages as Kubernetes Jobs, in order, on cards of TARGET, im
 test: setup .venv/.zero ## the tests, real models included (13 to 23 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: .venv/.ready ## the tests that need no model and start no process (under a minute on 2 cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 60 -m "not heavy and not kill and not images"
+test-fast: .venv/.ready ## the tests that need no model, run no whole stage and start no process (under a minute on 2 cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 120 -m "not heavy and not kill and not images"
 
 image-test: setup .venv/.zero ## build the cpu images and run the demo in them by Docker Compose; starts an engine where none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400

@@ -1,9 +1,9 @@
-"""Find heavy tests: those that need a model's weights, load a library that runs models, or start a process.
+"""Find heavy tests: those that need a model, import a library that runs models, run a whole stage or start a process.
 
 `make test-fast` leaves them out. Nobody lists them by hand. `is_heavy` reads the code of a test, of its fixtures and of
 the helpers in tests/ that they call. `imports_heavy_module` reads what a file imports, so that a fast run can skip the
-files that take seconds to import. Neither reads the code under test: a stage that a light test runs may import a heavy
-library, or ask git for the revision.
+files that take seconds to import. Neither reads the code under test: what a light test calls may import a heavy library
+or start a process.
 """
 
 import ast
@@ -23,13 +23,13 @@ HEAVY_MODULES = {
     *("datasets", "peft", "sentence_transformers", "swift", "torch", "transformers", "vllm"),  # take seconds to import
     *("pebble", "stages.preprocess.data_juicer"),  # start processes
 }
-HEAVY_HELPERS = {"need_model"}
-"""Functions in tests/ that return the folder of a real model."""
+HEAVY_NAMES = {"need_model", "run_stage"}
+"""Functions that return the folder of a real model, or run a whole stage in the test's own process."""
 CachedFunction = type(cache(len))
 
 
 def is_heavy(item: pytest.Function) -> bool:
-    """Whether a test, one of its fixtures or a helper of theirs needs a model or starts a process."""
+    """Whether a test, one of its fixtures or a helper that these call is heavy."""
     fixtures = item._fixtureinfo.name2fixturedefs.values()  # pytest's public attributes name fixtures only
     return any(_is_heavy(function) for function in (item.function, *(found[-1].func for found in fixtures)))
 
@@ -66,7 +66,7 @@ def _is_heavy_function(function: FunctionType) -> bool:
         modules = names | {f"{module}.{name}" for module in ours for name in names}  # `from stages.train import worker`
         values = [function.__globals__.get(name) for name in names]
         _known[function] = (
-            function.__name__ in HEAVY_HELPERS
+            not names.isdisjoint(HEAVY_NAMES)
             or any(map(_is_heavy_module, modules))
             or any(value is subprocess or _is_heavy(value) for value in values)
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.host.runner import run_stage
 from tests.conftest import Lorry, need_model
 from tests.heavy import imports_heavy_module
 
@@ -41,6 +42,12 @@ def test_heavy_by_a_process(request: pytest.FixtureRequest) -> None:
     assert request.node.get_closest_marker("heavy")
     if request.node is None:
         Starter().start()
+
+
+def test_heavy_by_a_stage(request: pytest.FixtureRequest) -> None:
+    assert request.node.get_closest_marker("heavy")
+    if request.node is None:
+        run_stage("a run", "eval", start)  # type: ignore[arg-type]
 
 
 def test_heavy_by_an_import_inside(request: pytest.FixtureRequest) -> None:
