@@ -1,31 +1,31 @@
 """Exit codes, and the errors that carry them.
 
-A `LorryError` is shown to the user as one line, without a traceback. Its message says what was found,
-where, and what to do. Anything else that escapes is a defect of ours and exits 1 with its traceback.
+A `LorryError` is printed as one line, without a traceback. Its message says what was found, where, and what to do. Any
+other exception that ends a command is a bug in Lorry: exit code 1, with the traceback.
 """
 
 from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """What a stage's process exits with. Kubernetes' podFailurePolicy and the launcher decide by it."""
+    """Exit codes of a stage's process. Kubernetes' podFailurePolicy and `lorry launch` decide by them."""
 
     DONE = 0
-    CRASHED = 1  # a defect of ours: a traceback is in the stage's log
+    CRASHED = 1  # a bug in Lorry: the traceback is in the stage's log
     USAGE = 2  # the command or the recipe is wrong
     DATA = 3  # the input data are unusable
-    DOES_NOT_FIT = 4  # it cannot fit this hardware: memory, disk, no such card
+    DOES_NOT_FIT = 4  # the job does not fit this hardware: memory, disk, kind of card
     INTERRUPTED = 75  # state is saved: run the same command again (EX_TEMPFAIL of sysexits.h)
 
 
 class LorryError(Exception):
-    """An error whose message is for the user."""
+    """An error with a message for the user."""
 
     exit_code = Exit.CRASHED
 
 
 class UsageError(LorryError):
-    """The command, the recipe or a mount is wrong; running again unchanged cannot help."""
+    """The command, the recipe or a mount is wrong; the same command fails again."""
 
     exit_code = Exit.USAGE
 
@@ -37,7 +37,7 @@ class DataError(LorryError):
 
 
 class DoesNotFitError(LorryError):
-    """The job cannot fit this machine's memory, disk or cards."""
+    """The job does not fit this machine's memory, disk or GPUs."""
 
     exit_code = Exit.DOES_NOT_FIT
 

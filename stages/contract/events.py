@@ -1,7 +1,7 @@
-"""Progress: each stage appends events to its `events.jsonl`; console, `lorry status` and report read that.
+"""Progress: each stage appends events to its `events.jsonl`; `lorry status` and the report read that file.
 
-An event is `{"time": epoch seconds, "event": name, ...}`. Progress events carry `step`, `total`, `unit` and whatever
-is known of `loss`, `tokens_per_second`, `memory` (bytes on one GPU), `eta_seconds`.
+An event is `{"time": epoch seconds, "event": name, ...}`. Progress events have `step`, `total`, `unit` and, if known,
+`loss`, `tokens_per_second`, `memory` (bytes on one GPU) and `eta_seconds`.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from typing import IO, Any
 from stages.contract.files import JsonlJournal
 
 CONSOLE_INTERVAL = 5.0
-"""Seconds between progress lines where the console is no terminal."""
+"""Seconds between progress lines when the console is not a terminal."""
 
 EVENT_INTERVAL = 0.5
-"""Seconds between progress events: a stage of a million records must not write a million lines."""
+"""Seconds between progress events, so that a stage of a million records does not write a million lines."""
 
 
 class Events:
@@ -31,14 +31,14 @@ class Events:
         self._console = console
         self._terminal = console.isatty()
         self._activity = ""
-        self._began = (0.0, 0)  # time and step at which this activity began in this process
+        self._began = (0.0, 0)  # time and step at which this process began the activity
         self._emitted = self._shown = 0.0
 
     def emit(self, event: str, **fields: Any) -> None:
         """Append one event; fields that are None are left out."""
         known = {key: value for key, value in fields.items() if value is not None}
         self._journal.append([{"time": round(time.time(), 3), "event": event, **known}])
-        self._journal.records.clear()  # only the file is read back; a long run must not grow in memory
+        self._journal.records.clear()  # a long run must not grow in memory; readers take the file
 
     def say(self, text: str) -> None:
         """Print one line, prefixed with the stage."""
@@ -46,7 +46,7 @@ class Events:
         print(f"{self._stage}: {text}", file=self._console, flush=True)
 
     def progress(self, activity: str, step: int, total: int, unit: str, **fields: Any) -> None:
-        """Report that `step` of `total` units of an activity (`render pages`, `train tuned`) are done."""
+        """Report `step` of `total` units of an activity (`render pages`, `train tuned`) as done."""
         now = time.monotonic()
         if activity != self._activity:
             self._activity, self._began, self._emitted, self._shown = activity, (now, step), 0.0, 0.0
@@ -84,7 +84,7 @@ class Events:
 
 
 def read_last_event(path: Path) -> dict[str, Any] | None:
-    """The newest whole event of a file, read from its end."""
+    """The newest whole event of a file, read from its end; None without one."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -100,9 +100,9 @@ def read_last_event(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def output_to(log: Path) -> Iterator[IO[str]]:
-    """Send everything this process and its children print to a log file; yield the real console.
+    """Redirect all that this process and its children print to a log file; yield the real console.
 
-    Libraries print hundreds of lines; a person needs the progress, and the log when something breaks.
+    Libraries print hundreds of lines. A person needs the progress, and the log only if something breaks.
     """
     sys.stdout.flush()
     sys.stderr.flush()

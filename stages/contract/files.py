@@ -17,7 +17,7 @@ from stages.contract.errors import DoesNotFitError, LorryError, UsageError
 
 
 def canonical_json(value: Any) -> str:
-    """One spelling per value: sorted keys, no spaces, real characters. Equal values give equal text."""
+    """A value's one spelling in JSON: sorted keys, no spaces, no escapes for non-ASCII. Equal values, equal texts."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
@@ -33,13 +33,13 @@ def sha256_file(path: Path) -> str:
 
 
 def stored_name(path: Path) -> str:
-    """A path as text that can be written to a file: bytes that are no UTF-8, as in old archives, become `\\xb5`."""
+    """A path as text that any file can hold: bytes that are not UTF-8, as in old archives, become `\\xb5`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @contextmanager
 def written_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file that appears under `path` only once it is whole and on the disk."""
+    """Open a file that appears at `path` only when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
@@ -54,7 +54,7 @@ def written_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def _partial(path: Path) -> Path:
-    """A name beside a file that no other process writes under: containers on one storage have the same process ids."""
+    """A temporary name beside a file, with the host's name: containers on one storage may have equal process ids."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
@@ -65,19 +65,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; None when the file is absent. A file that is no JSON raises UsageError."""
+    """The content of a JSON file; None without the file. Raises UsageError for a file that is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UsageError(
-            f"{path}: not JSON ({error}); it was damaged outside Lorry: delete it and run again"
+            f"{path}: not JSON ({error}), since something else wrote to it; delete it and run again"
         ) from error
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
-    """Write records atomically, one JSON object a line. Returns how many."""
+    """Write records atomically, one JSON object per line. Returns their number."""
     count = 0
     with written_atomically(path) as file:
         for count, record in enumerate(records, start=1):  # noqa: B007 - the last value is the count
@@ -86,15 +86,15 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON Lines file that Lorry wrote whole."""
-    # not str.splitlines: it also splits at U+2028, which JSON text may hold
+    """The records of a JSON Lines file that was written whole."""
+    # str.splitlines would also split at U+2028, which JSON text may contain
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 class JsonlJournal:
-    """A JSON Lines file that is appended to record by record and may lose its last line to a kill.
+    """A JSON Lines file to append to, of which a kill may tear the last line.
 
-    Opening it reads the whole records that are there and cuts off a torn last line.
+    Opening it reads the whole records and cuts off a torn last line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -116,7 +116,7 @@ class JsonlJournal:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Add records; once this returns a SIGKILL of this process no longer loses them."""
+        """Add records. After this returns, a SIGKILL of this process does not lose them."""
         new = list(records)
         self._file.write("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in new))
         self._file.flush()
@@ -133,10 +133,10 @@ class JsonlJournal:
 
 
 class FileHashes:
-    """sha256 of files, remembered by size and time stamps so that unchanged files are not read again.
+    """sha256 of files, cached by size, time stamps and inode so that unchanged files are not read again.
 
-    The memory is one JSON file in the run folder. Losing it costs time, never correctness. A file changed within
-    the last two seconds is not remembered: a later change could leave the same size and time stamp.
+    The cache is one JSON file in the run folder. Losing it costs time, never correctness. A file that changed in the
+    last two seconds is not cached: another change could leave the same size and time stamps.
     """
 
     def __init__(self, memory: Path) -> None:
@@ -151,7 +151,7 @@ class FileHashes:
     def file(self, path: Path) -> str:
         """sha256 (hex) of one file."""
         stat = path.stat()
-        # the change time too: copies can carry over size and modification time
+        # the change time too: a copy can keep size and modification time
         name, stamp = stored_name(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._known.get(name)
         if known and known[:-1] == stamp:
@@ -163,12 +163,12 @@ class FileHashes:
         return digest
 
     def tree(self, folder: Path) -> tuple[str, int]:
-        """Digest of a folder's visible files, by relative name and content, and their number."""
+        """Digest (sha256, hex) of a folder's visible files, by relative name and content, and their number."""
         entries = {stored_name(p.relative_to(folder)): self.file(p) for p in visible_files(folder)}
         return digest_of(entries), len(entries)
 
     def save(self) -> None:
-        """Keep the memory; a folder that cannot be written only costs time at the next start."""
+        """Write the cache; if the folder cannot be written, the next start only takes longer."""
         if self._changed:
             try:
                 write_json(self._memory, self._known)
@@ -178,7 +178,7 @@ class FileHashes:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Regular files below a folder, sorted by name, hidden files and folders left out."""
+    """Regular files below a folder, sorted, without hidden files and folders."""
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not _is_hidden(f))
@@ -187,14 +187,14 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def _is_hidden(name: str) -> bool:
-    """One dot in front hides; two are an odd name, such as a title's ellipsis, that must not get lost in silence."""
+    """Whether one dot begins the name. Two may be a title's ellipsis, and such a file must not be lost in silence."""
     return name.startswith(".") and not name.startswith("..")
 
 
 def place_same(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`: a hard link, or a copy where the file system has none.
+    """Make `target` the same file as `source`: a hard link, or a copy if the file system has no links.
 
-    Only for files that are replaced whole and never written into.
+    Only for files that are replaced whole, never changed in place.
     """
     if target.exists() and target.samefile(source):
         return
@@ -209,14 +209,14 @@ def place_same(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a whole folder, if it is there."""
+    """Delete a file or a whole folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-# Rust's, numpy's and torch's own words, which come without the error's number
+# the messages of Rust, numpy and torch, which carry no errno
 _FULL = re.compile(
     r"No space left on device|os error 28|Not enough free space to write|\d+ requested and \d+ written"
     r"|PytorchStreamWriter failed writing"
@@ -227,9 +227,9 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocat
 
 
 def machine_error(error: BaseException) -> LorryError | None:
-    """The one-line error for a full or unwritable disk or for lack of memory, or None when `error` is something else.
+    """The one-line error for a full disk, a forbidden file or lack of memory; None if `error` is something else.
 
-    Libraries in C and Rust raise their own types for these, so their texts are read as well.
+    Libraries in C and Rust raise their own types for these, so this reads their messages too.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -238,18 +238,18 @@ def machine_error(error: BaseException) -> LorryError | None:
         text = str(seen)
         if code in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(text):
             return DoesNotFitError(
-                f"the disk is full{where}: free some space and run the same command again; finished work is kept"
+                f"the disk is full{where}; free some space and run the same command again: finished work is kept"
             )
         if isinstance(seen, MemoryError) or _OUT_OF_MEMORY.search(text):
-            return DoesNotFitError(f"out of memory ({' '.join(text.split())[:200]}); take a smaller batch or length")
+            return DoesNotFitError(f"out of memory ({' '.join(text.split())[:200]}); set a smaller batch or length")
         if code in (errno.EROFS, errno.EACCES, errno.EPERM):
-            return UsageError(f"not permitted{where}: {os.strerror(code)}; {_who_may(code, seen)}")
+            return UsageError(f"not permitted{where}: {os.strerror(code)}; {_permission_cure(code, seen)}")
         seen = seen.__cause__ or seen.__context__
     return None
 
 
-def _who_may(code: int, error: BaseException) -> str:
-    """Whose the forbidden file, or the folder that was to hold it, is, and what gives this process leave."""
+def _permission_cure(code: int, error: BaseException) -> str:
+    """The cure for a forbidden file: who owns it or its folder, and the command that gives this process access."""
     filename = error.filename if isinstance(error, OSError) else None
     needs = "the data and model folders must be readable and the run folder writable"
     if code == errno.EROFS:
@@ -258,19 +258,19 @@ def _who_may(code: int, error: BaseException) -> str:
     if not isinstance(filename, str | bytes):
         return f"{needs} for uid {uid}"
     path = Path(os.fsdecode(filename)).absolute()
-    while not os.access(path, os.F_OK):  # up to what is there and may be looked at
+    while not os.access(path, os.F_OK):  # up to a path that exists and can be seen
         path = path.parent
-    if path.stat().st_uid == uid and os.access(path, os.R_OK | os.W_OK):  # then it is its folder that forbids
+    if path.stat().st_uid == uid and os.access(path, os.R_OK | os.W_OK):  # then its folder forbids it
         path = path.parent
     owner, folder = path.stat().st_uid, path if path.is_dir() else path.parent
     if owner == uid:
-        return f"{path} is uid {uid}'s own, but its mode forbids it: chmod -R u+rwX {folder}"
+        return f"{path} belongs to this uid {uid}, but its mode forbids access: chmod -R u+rwX {folder}"
     return (
-        f"{path} belongs to uid {owner}, this process is uid {uid}: chown -R {uid}:{gid} {_on_the_host(folder)}, or"
+        f"{path} belongs to uid {owner}, this process is uid {uid}: chown -R {uid}:{gid} {_host_name(folder)}, or"
         " start as its owner (Compose: LORRY_UID=$(id -u) LORRY_GID=$(id -g))"
     )
 
 
-def _on_the_host(folder: Path) -> str:
-    """How to name a folder to somebody outside the container, where there is one."""
+def _host_name(folder: Path) -> str:
+    """A folder's name for somebody outside the container, if this process is in one."""
     return f"the host's folder mounted as {folder}" if "LORRY_IMAGE" in os.environ else str(folder)

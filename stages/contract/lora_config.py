@@ -1,4 +1,4 @@
-"""LoRA settings in the form in which PEFT keeps them, `adapter_config.json`, taken into a recipe."""
+"""Reads LoRA settings from a file in PEFT's format, `adapter_config.json`, into a recipe."""
 
 import difflib
 import json
@@ -11,7 +11,7 @@ from stages.contract.errors import UsageError
 from stages.contract.recipe import Train
 
 NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
-"""PEFT's names of what a recipe has, with the recipe's."""
+"""PEFT's names of a recipe's settings, and the recipe's names."""
 
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -20,19 +20,21 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "use_qalora", "lora_bias"), (False,)),
     "init_lora_weights": (True,),
 }
-"""Other keys of PEFT's that we accept, with the values that say what is done anyway."""
+"""Other keys of PEFT's that are accepted, each with the values that change nothing."""
 
-SAYS_NOTHING = {
+IGNORED = {
     *("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("megatron_core", "qalora_group_size"),
 }
-"""Keys that PEFT writes whatever was asked for: how and by what the file was written, and settings of what is off."""
+"""Keys that PEFT always writes and that change nothing: how the file was written, and settings of features that are
+off."""
 
 
 def with_lora_config(settings: Train, path: Path) -> Train:
-    """The settings with those of a JSON file in PEFT's form. What the file leaves out stays as the recipe has it.
+    """The settings with those of a JSON file in PEFT's format. Settings that the file lacks stay the recipe's.
 
-    Raises UsageError for a missing file, a key that is no setting of PEFT's LoRA, and one that would not be obeyed.
+    Raises UsageError for a missing file, a key that PEFT's LoRA does not have, and a setting that Lorry does not
+    support.
     """
     values = _read(path)
     found: dict[str, Any] = {}
@@ -42,12 +44,12 @@ def with_lora_config(settings: Train, path: Path) -> Train:
         elif key in MUST_BE:
             if value not in MUST_BE[key]:
                 raise UsageError(
-                    f"{path}: {key} is {value!r}; adapters are trained with {MUST_BE[key][0]!r}: change it"
+                    f"{path}: {key!r} is {value!r}; Lorry trains adapters with {MUST_BE[key][0]!r} only: change it"
                 )
-        elif key not in SAYS_NOTHING and not _asks_for_nothing(value):
+        elif key not in IGNORED and not _is_off(value):
             near = difflib.get_close_matches(key, [*NAMES, *MUST_BE], 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"what is read: {', '.join(NAMES)}"
-            raise UsageError(f"{path}: {key!r} would not be obeyed; {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else f"supported keys: {', '.join(NAMES)}"
+            raise UsageError(f"{path}: {key!r} is not supported and would be ignored; {hint}")
     if found.get("target_modules") == "all-linear":
         found["target_modules"] = ["all-linear"]
     if isinstance(found.get("dropout"), int):
@@ -61,8 +63,8 @@ def with_lora_config(settings: Train, path: Path) -> Train:
         raise UsageError(f"{path}: {key}: {detail['msg']} (found {detail['input']!r})") from error
 
 
-def _asks_for_nothing(value: Any) -> bool:
-    """Whether this value of a key that we do not know switches nothing on. A number may: 0 is one."""
+def _is_off(value: Any) -> bool:
+    """Whether this value of an unknown key switches nothing on. A number may, even 0."""
     return value is None or value is False or value in ([], {})
 
 
@@ -72,7 +74,9 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file (train.lora_config, relative to the data mount)") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as JSON ({error}); it must hold LoRA settings as PEFT's") from error
+        raise UsageError(
+            f"{path}: cannot be read as JSON ({error}); put LoRA settings in PEFT's format there"
+        ) from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: found {type(values).__name__}; LoRA settings are a mapping such as {{'r': 8}}")
+        raise UsageError(f'{path}: found a {type(values).__name__}; expected a mapping such as {{"r": 8}}')
     return values

@@ -1,7 +1,7 @@
-"""Which part of a stage this process does: all of it, a shard of it, or one node's share of a training.
+"""The part of a stage that this process does: the whole stage, one shard, or one node of a training.
 
-A shard (`--shard 1/4`) does every fourth document, adapter or chunk by itself; the plain command merges the shards.
-A node is one of several machines that train the same adapter together.
+A shard (`--shard 1/4`) does every fourth document, adapter or chunk on its own; the command without `--shard` merges
+the shards. A node is one of several machines that train the same adapter together.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from stages.contract.errors import UsageError
 
 SHARDED = ("preprocess", "train", "infer")
-"""Stages that can be done in shards."""
+"""Stages that can run in shards."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Shard:
 
     @property
     def label(self) -> str:
-        """What its lines on the console name it."""
+        """Its name in console lines."""
         return str(self)
 
     @property
@@ -41,11 +41,11 @@ class Node:
     rank: int
     count: int
     rendezvous: str
-    """`host:port` of node 0, where the nodes meet."""
+    """`host:port` of node 0, to which all nodes connect."""
 
     @property
     def label(self) -> str:
-        """What its lines on the console name it."""
+        """Its name in console lines."""
         return f"node {self.rank}"
 
 
@@ -53,32 +53,34 @@ Part = Shard | Node | None
 
 
 def part_of(stage: str, option: str | None, environment: Mapping[str, str]) -> Part:
-    """What `--shard` and the environment ask for; None is the whole stage on one machine.
+    """The part that `--shard` and the environment ask for; None is the whole stage on one machine.
 
-    Raises UsageError for values that are wrong, given by half, or do not go together.
+    Raises UsageError for values that are wrong, incomplete, or exclude each other.
     """
     shard = _shard(option, environment)
     if shard is not None and stage not in SHARDED:
-        raise UsageError(f"shard {shard}: {stage} is not done in shards; run it once, without --shard and LORRY_SHARD")
+        raise UsageError(f"shard {shard}: {stage} has no shards; run it once, without --shard and LORRY_SHARD")
     node = _node(environment) if stage == "train" else None
     if shard is not None and node is not None:
-        raise UsageError(f"shard {shard} of {node.count} nodes: a shard is trained on one node; drop one of the two")
+        raise UsageError(
+            f"shard {shard} on {node.count} nodes: a shard trains on one node; remove --shard or LORRY_NODES"
+        )
     return shard or node
 
 
 def _shard(option: str | None, environment: Mapping[str, str]) -> Shard | None:
     index, count = environment.get("JOB_COMPLETION_INDEX"), environment.get("LORRY_SHARDS")
     if option is not None:
-        text, said = option, "--shard"
+        text, name = option, "--shard"
     elif environment.get("LORRY_SHARD"):
-        text, said = environment["LORRY_SHARD"], "LORRY_SHARD"
-    elif index and count:  # an Indexed Job of Kubernetes; one without LORRY_SHARDS has no shards
-        text, said = f"{index}/{count}", "JOB_COMPLETION_INDEX/LORRY_SHARDS"
+        text, name = environment["LORRY_SHARD"], "LORRY_SHARD"
+    elif index and count:  # an Indexed Job of Kubernetes; without LORRY_SHARDS it has no shards
+        text, name = f"{index}/{count}", "JOB_COMPLETION_INDEX/LORRY_SHARDS"
     else:
         return None
     found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if found is None or int(found[1]) >= int(found[2]):
-        raise UsageError(f"{said} {text}: write a shard as I/N, counted from 0: 0/4, 1/4, 2/4 or 3/4 of four")
+        raise UsageError(f"{name} {text}: not a shard I/N, counted from 0: 0/4, 1/4, 2/4 or 3/4 for four shards")
     return Shard(int(found[1]), int(found[2]))
 
 
@@ -87,19 +89,21 @@ def _node(environment: Mapping[str, str]) -> Node | None:
     rank = environment.get("LORRY_NODE_RANK")
     if not count:
         if rank or rendezvous:
-            raise UsageError("LORRY_NODE_RANK and LORRY_RENDEZVOUS need LORRY_NODES, the number of machines")
+            raise UsageError("LORRY_NODES is not set; LORRY_NODE_RANK and LORRY_RENDEZVOUS need it: number of machines")
         return None
     rank = rank or environment.get("JOB_COMPLETION_INDEX")
     if not count.isdecimal() or int(count) < 1:
-        raise UsageError(f"LORRY_NODES {count}: a whole number of machines, 1 or more")
+        raise UsageError(f"LORRY_NODES {count}: expected a number of machines, 1 or more")
     if int(count) == 1:
         return None
     if not rank or not rank.isdecimal() or int(rank) >= int(count):
         last = int(count) - 1
         raise UsageError(
-            f"LORRY_NODE_RANK {rank or 'is not set'}: with LORRY_NODES {count} it is 0 to {last}, a different one on"
-            " each machine (an Indexed Job's JOB_COMPLETION_INDEX does it too)"
+            f"LORRY_NODE_RANK {rank or 'is not set'}: with LORRY_NODES {count} set it to 0..{last}, a different one on"
+            " each machine (an Indexed Job's JOB_COMPLETION_INDEX also counts)"
         )
     if not rendezvous or not re.fullmatch(r"[^\s:]+:[0-9]{1,5}", rendezvous):
-        raise UsageError(f"LORRY_RENDEZVOUS {rendezvous or 'is not set'}: host:port of node 0, such as node-0:29500")
+        raise UsageError(
+            f"LORRY_RENDEZVOUS {rendezvous or 'is not set'}: set it to host:port of node 0, such as node-0:29500"
+        )
     return Node(int(rank), int(count), rendezvous)

@@ -1,7 +1,7 @@
 """The recipe: one YAML file that says what to do, the same on every machine.
 
-Reading it resolves a profile and `--set` overrides, and refuses unknown keys by name and line.
-Paths in it are relative to the three mounts (`roots.py`), so that a resolved recipe holds no machine's paths.
+Reading a recipe resolves its profile and `--set` overrides, and refuses unknown keys by name and line.
+Paths in a recipe are relative to the three mounts (`roots.py`), so that a resolved recipe holds no machine's paths.
 """
 
 import difflib
@@ -17,11 +17,11 @@ from stages.contract.files import digest_of
 from stages.contract.records import BASE, VOTE
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-"""A name that is also a folder: letters, digits, `.`, `_`, `-`."""
+"""A name that is also a folder's name: letters, digits, `.`, `_`, `-`; at most 64 characters."""
 
 
 def file_name(text: str) -> str:
-    """A FileName for any text: the text itself where it is one, else what of it can be read, and a digest."""
+    """A FileName for any text: the text itself if it is one, else its readable characters and a digest."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) and text not in (BASE, VOTE):
         return text
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_")[:48]
@@ -36,50 +36,59 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str = Field(description="Folder of an ordinary Hugging Face model, relative to the model mount or absolute")
-    swift_type: str = Field(description="ms-swift's --model_type, which local folders need")
-    swift_template: str = Field(description="ms-swift's --template, which local folders need")
+    path: str = Field(description="Folder of a Hugging Face model, relative to the model mount or absolute")
+    swift_type: str = Field(description="ms-swift's --model_type of the model; ms-swift needs it for a local folder")
+    swift_template: str = Field(description="ms-swift's --template of the model; ms-swift needs it for a local folder")
 
 
 class Data(Section):
     path: str = Field(description="Folder with the task's input, relative to the data mount or absolute")
-    test_fraction: Fraction = Field(0.25, description="Share of groups (documents) held out for test")
-    validation_fraction: Fraction = Field(0.1, description="Share of groups held out for validation")
+    test_fraction: Fraction = Field(
+        0.25, description="Share of the groups, such as documents, held out for test; data that state a split keep it"
+    )
+    validation_fraction: Fraction = Field(0.1, description="Share of the other groups held out for validation")
     evaluate_on_training: bool = Field(
-        False, description="Score on the samples that are trained on; every table then says so. For tests of a pipeline"
+        False, description="Score the samples that are trained on, to test a pipeline; every table then says so"
     )
 
 
 class Pages(Section):
     max_pixels: int = Field(1_229_312, ge=28 * 28, description="Pixel budget of a rendered page")
-    jpeg_quality: int = Field(90, ge=1, le=100)
+    jpeg_quality: int = Field(90, ge=1, le=100, description="JPEG quality of a rendered page")
 
 
 class Retrieval(Section):
     embedder: str = Field(
-        description="Folder of a sentence-transformers model, which reads a page's text, or of GME-Qwen2-VL, which sees"
-        " its picture; relative to the model mount"
+        description="Folder of the embedder, relative to the model mount: a sentence-transformers model, which reads a"
+        " page's text, or GME-Qwen2-VL, which reads its picture"
     )
-    top_k: int = Field(2, ge=1, description="Pages shown with a question that names none")
-    batch_size: int = Field(32, ge=1, description="Texts or pages embedded together, and the most that a kill can cost")
-    max_pixels: int = Field(1280 * 28 * 28, ge=28 * 28, description="Pixel budget of a page that is embedded")
-    vectors: Literal["float32", "float16"] = Field("float32", description="How the vectors are kept")
+    top_k: int = Field(2, ge=1, description="Number of pages shown with a question that names no page")
+    batch_size: int = Field(
+        32, ge=1, description="Texts or pages that are embedded together; a kill loses at most one batch"
+    )
+    max_pixels: int = Field(
+        1280 * 28 * 28, ge=28 * 28, description="Pixel budget of a page when its picture is embedded"
+    )
+    vectors: Literal["float32", "float16"] = Field("float32", description="Number format in which vectors are stored")
 
 
 class DataJuicer(Section):
-    """What Data-Juicer does with the records before questions are made of them."""
+    """Data-Juicer filters and rewrites the records before questions are read from them."""
 
     process: list[dict[str, Any]] = Field(
         min_length=1,
-        description="Data-Juicer's own list of operators, in order: a name, and its parameters. Weights (hf_clip and"
-        " the like) are folders relative to the model mount, lists of words (flagged_words_dir) relative to data.path",
+        description="Data-Juicer operators, applied in order, each a name with its parameters. Weights (hf_clip and"
+        " others with hf_) are folders relative to the model mount, word lists (flagged_words_dir) relative to"
+        " data.path",
     )
     executor: Literal["default", "ray"] = Field(
-        "default", description="default: processes of this machine; ray: a Ray of this machine, or that of RAY_ADDRESS"
+        "default",
+        description="default: processes on this machine; ray: a Ray cluster, started on this machine unless RAY_ADDRESS"
+        " names one",
     )
-    workers: int | None = Field(None, ge=1, description="Processes of an operator; null: one per CPU")
+    workers: int | None = Field(None, ge=1, description="Processes per operator; null: one per CPU")
     chunk_size: int = Field(
-        10_000, ge=1, description="Records that an operator does at a time: the most of its work that a kill can cost"
+        10_000, ge=1, description="Records that an operator processes at a time; a kill loses at most one chunk"
     )
 
     @model_validator(mode="after")
@@ -95,7 +104,7 @@ class DataJuicer(Section):
         return [(name, given or {}) for entry in self.process for name, given in entry.items()]
 
     def weights(self) -> dict[str, str]:
-        """The folders of weights that operators name, by where in the recipe they do."""
+        """The folders of weights that operators name, by the recipe key that names each."""
         return {
             f"preprocess.data_juicer.process[{number}].{name}.{key}": value
             for number, (name, given) in enumerate(self.operators())
@@ -105,29 +114,42 @@ class DataJuicer(Section):
 
 
 class Preprocess(Section):
-    workers: int | None = Field(None, ge=1, description="Rendering processes; null: one per CPU")
-    page_timeout: float = Field(60.0, gt=0, description="Seconds for a page before its worker is ended")
-    pages: Pages | None = Field(None, description="How pages are rendered; for tasks that read documents")
-    retrieval: Retrieval | None = Field(None, description="How they are searched; for tasks that read documents")
+    workers: int | None = Field(None, ge=1, description="Processes that render pages; null: one per CPU")
+    page_timeout: float = Field(
+        60.0, gt=0, description="Seconds that a page may take to render; after that its worker process is killed"
+    )
+    pages: Pages | None = Field(None, description="How pages are rendered; only for tasks that read documents")
+    retrieval: Retrieval | None = Field(
+        None, description="How pages are embedded and searched; only for tasks that read documents"
+    )
     classifier: Literal["none", "rule", "model"] = Field(
         "none",
-        description="Who tells which questions on a page are answered from its drawing alone: a rule of the task, the"
-        " model that is tuned, or nobody",
+        description="What decides that a page's drawing alone answers a question; rule: a rule of the task; model: the"
+        " model that is tuned; none: nothing does",
     )
     data_juicer: DataJuicer | None = Field(
-        None, description="What Data-Juicer does with the records first; for tasks that read records"
+        None, description="How Data-Juicer processes the records first; only for tasks that read records"
     )
-    samples: dict[str, Any] = Field({}, description="The task's own settings of what a sample shows")
+    samples: dict[str, Any] = Field({}, description="Settings of the task: what a sample shows")
 
 
 class Source(Section):
-    """A part of a data mix: how much of one data set. In a recipe `name` and `name#100` say it shortly."""
+    """A part of a data mix: how much of one data set. `name` and `name#100` are short for `{source: name}` and
+    `{source: name, count: 100}`."""
 
     source: str = Field(min_length=1, description="Name of a data set of the task")
-    count: int | None = Field(None, ge=1, description="Samples; more than there are: some come again")
-    fraction: float | None = Field(None, gt=0, description="The same as a share of them, which may exceed 1")
-    seed: int | None = Field(None, ge=0, description="Of the draw; null: the recipe's")
-    draw: Literal["random", "first"] = "random"
+    count: int | None = Field(
+        None,
+        ge=1,
+        description="Number of samples; above the data set's size, samples repeat; null: all, or a fraction of them",
+    )
+    fraction: float | None = Field(
+        None, gt=0, description="Number of samples as a share of the data set; above 1, samples repeat"
+    )
+    seed: int | None = Field(None, ge=0, description="Seed for drawing the samples; null: the recipe's seed")
+    draw: Literal["random", "first"] = Field(
+        "random", description="random: drawn by the seed; first: the first ones, in the data set's order"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -138,7 +160,7 @@ class Source(Section):
         if not hash_sign:
             return {"source": value}
         if not count.isdecimal():
-            raise ValueError("write a part of a data mix as name, or as name#100 for 100 samples of it")
+            raise ValueError("write a part of a data mix as name, or as name#100 for 100 of its samples")
         return {"source": name, "count": int(count)}
 
     @classmethod
@@ -165,107 +187,130 @@ class Source(Section):
 
 
 class Adapter(Section):
-    name: FileName
-    data: list[Source] = Field([], description="Its data mix: parts of data sets; empty: all there is to train on")
+    name: FileName = Field(description="Name of the adapter in files and tables")
+    data: list[Source] = Field([], description="Data mix: parts of data sets; empty: all training samples")
 
     @model_validator(mode="after")
-    def _not_taken(self) -> "Adapter":
+    def _name_is_free(self) -> "Adapter":
         if self.name == BASE:
-            raise ValueError("an adapter cannot be named 'base': that names the untuned model in every table")
+            raise ValueError("an adapter cannot be named 'base': in every table that is the untuned model")
         if self.name == VOTE:
-            raise ValueError("an adapter cannot be named 'vote': that names the adapters' common answer in every table")
+            raise ValueError("an adapter cannot be named 'vote': in every table that is the adapters' common answer")
         return self
 
     @property
     def mix(self) -> str:
-        """Its data mix in words."""
+        """The data mix in words, such as `train, more#100`."""
         return ", ".join(map(str, self.data)) or "all"
 
     def covers(self, source: str) -> bool:
-        """Whether its mix has samples of a data set."""
+        """Whether the data mix has samples of a data set."""
         return not self.data or any(part.source == source for part in self.data)
 
 
 class Connector(Section):
-    """The first of two phases (LLaVA, arXiv:2304.08485): what stands between a vision tower and a language model is
-    trained whole, and nothing else. The adapters are then trained on the base with it.
+    """The first of two training phases (LLaVA, arXiv:2304.08485). It trains the whole connector, the layers between
+    vision tower and language model, and nothing else. The adapters are then trained on the base with that connector.
 
-    What is not said here is as in `train`, but for LoRA's settings and for what would change the base.
+    Settings that are missing here are those of `train`, except for LoRA's and those that change the base.
     """
 
-    data: list[Source] = Field([], description="Its data mix: parts of data sets; empty: all there is to train on")
+    data: list[Source] = Field([], description="Data mix: parts of data sets; empty: all training samples")
     most_samples: int = Field(
-        200_000, ge=1, description="Of the mix, samples beyond it are left out, drawn by the recipe's seed, and counted"
+        200_000,
+        ge=1,
+        description="Maximum number of samples; of a larger mix the recipe's seed draws them, and the rest are counted"
+        " and left out",
     )
-    learning_rate: float = Field(1e-3, gt=0)
-    epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate")
+    epochs: float = Field(1.0, gt=0, description="Passes over the samples")
     effective_batch: int = Field(256, ge=1, description="Samples per optimizer step, over all GPUs")
     micro_batch: int = Field(1, ge=1, description="Samples per forward pass on one GPU")
-    max_length: int = Field(2048, ge=16, description="Tokens; a longer sample is counted and left out, never cut")
-    warmup_ratio: Fraction = 0.03
-    weight_decay: float = Field(0.0, ge=0)
+    max_length: int = Field(
+        2048, ge=16, description="Maximum tokens of a sample; longer ones are counted and left out, never cut"
+    )
+    warmup_ratio: Fraction = Field(0.03, description="Share of the steps in which the learning rate rises to its peak")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW")
 
 
 CONNECTOR = "connector"
-"""What the first phase is called beside the adapters: in metrics, files and messages."""
+"""Name of the first phase in metrics, files and messages, where the adapters have theirs."""
 
 
 class Train(Section):
-    connector: Connector | None = Field(None, description="Train the connector of a vision-language model first")
-    adapters: list[Adapter] = Field([], description="One for each data mix")
+    connector: Connector | None = Field(
+        None, description="First phase: train the connector of a vision-language model; null: train adapters only"
+    )
+    adapters: list[Adapter] = Field([], description="Adapters to train, one for each data mix")
     adapter_for_each_source: bool = Field(
-        False, description="Instead: one adapter for each data set of the task, named after it"
+        False, description="Instead of adapters: train one for each data set of the task, named after it"
     )
     keep_going: bool = Field(
         False,
-        description="Where some adapters cannot be trained, go on to inference with the others. They are always tried"
-        " one by one, and again by the next run",
+        description="If some adapters cannot be trained, go on to inference with the others. All are tried in any case,"
+        " one by one, and the next run tries the failed ones again",
     )
     lora_config: str | None = Field(
         None,
-        description="JSON file in PEFT's form, relative to the data mount: its r, lora_alpha, lora_dropout and"
-        " target_modules take the place of the recipe's",
+        description="JSON file in PEFT's format, relative to the data mount; its r, lora_alpha, lora_dropout and"
+        " target_modules replace the recipe's; null: the recipe's",
     )
-    rank: int = Field(8, ge=1)
-    alpha: int = Field(32, ge=1)
-    dropout: Fraction = 0.05
+    rank: int = Field(8, ge=1, description="LoRA rank")
+    alpha: int = Field(32, ge=1, description="LoRA alpha; an update is scaled by alpha / rank")
+    dropout: Fraction = Field(0.05, description="Dropout on the inputs of LoRA")
     target_modules: list[str] | str = Field(
         ["all-linear"],
         min_length=1,
-        description="As PEFT's: names of modules, or one regular expression for their paths",
+        description="Modules that get LoRA, as in PEFT: names, or one regular expression for whole paths; all-linear:"
+        " every linear module of the language model but its head, and of the vision tower unless that is frozen",
     )
-    learning_rate: float = Field(1e-4, gt=0)
-    lora_plus_ratio: float | None = Field(None, gt=0, description="LoRA+: learning rate of B over that of A")
-    epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate")
+    lora_plus_ratio: float | None = Field(
+        None, gt=0, description="LoRA+: learning rate of B divided by that of A; null: the same for both"
+    )
+    epochs: float = Field(1.0, gt=0, description="Passes over an adapter's samples")
     effective_batch: int = Field(16, ge=1, description="Samples per optimizer step, over all GPUs")
     exact_batch: bool = Field(
-        False, description="Refuse GPUs with which effective_batch can only be come near to; the connector's too"
+        False, description="Refuse GPU counts that cannot reach effective_batch exactly; also for the connector"
     )
-    micro_batch: int = Field(1, ge=1, description="Samples per forward pass on one GPU")
-    max_length: int = Field(2048, ge=16, description="Tokens; a longer sample is counted and left out, never cut")
-    warmup_ratio: Fraction = 0.05
-    weight_decay: float = Field(0.1, ge=0)
-    adam_beta2: Fraction = 0.95
-    max_grad_norm: float = Field(1.0, gt=0)
+    micro_batch: int = Field(
+        1, ge=1, description="Samples per forward pass on one GPU; Lorry halves it if memory requires that"
+    )
+    max_length: int = Field(
+        2048, ge=16, description="Maximum tokens of a sample; longer ones are counted and left out, never cut"
+    )
+    warmup_ratio: Fraction = Field(0.05, description="Share of the steps in which the learning rate rises to its peak")
+    weight_decay: float = Field(0.1, ge=0, description="Weight decay of AdamW")
+    adam_beta2: Fraction = Field(0.95, description="Second beta of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="Norm to which gradients are clipped")
     max_pixels: int | None = Field(None, ge=28 * 28, description="Pixel budget of an image; null: the model's own")
     freeze_vision: bool = Field(
-        True, description="Leave a vision tower as it is. One that is adapted can be served merged only (infer.merged)"
+        True, description="Train no vision tower. An adapter of one can only be served merged (infer.merged)"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward pass: less memory, slower; Lorry turns it on if memory"
+        " requires that",
+    )
     precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="What the frozen base computes in; auto: by compute capability. LoRA weights are float32"
+        "auto",
+        description="Data type that the frozen base computes in; auto: by compute capability. LoRA weights are float32",
     )
-    load_in_4bit: bool = Field(False, description="Keep the frozen base in 4 bits (bitsandbytes' NF4) while training")
+    load_in_4bit: bool = Field(False, description="Hold the frozen base in 4 bits (bitsandbytes' NF4) in training")
     sharding: Literal["auto", "none", "zero2", "zero3"] = Field(
-        "auto", description="DeepSpeed ZeRO over several GPUs; auto: none where it fits, else what does"
+        "auto", description="DeepSpeed ZeRO over several GPUs; auto: none if that fits, else the first stage that does"
     )
     least_max_length: int | None = Field(
-        None, ge=16, description="Where memory runs out whatever else is done, max_length may go down to this"
+        None, ge=16, description="Lower bound for max_length when out of memory; null: never shortened"
     )
-    least_max_pixels: int | None = Field(None, ge=28 * 28, description="The same for max_pixels")
-    log_every: int = Field(5, ge=1, description="Optimizer steps")
-    checkpoint_every: int = Field(50, ge=1, description="Optimizer steps")
-    keep_checkpoints: int = Field(2, ge=1)
+    least_max_pixels: int | None = Field(
+        None, ge=28 * 28, description="Lower bound for max_pixels when out of memory; null: never lowered"
+    )
+    log_every: int = Field(5, ge=1, description="Optimizer steps between two log entries")
+    checkpoint_every: int = Field(
+        50, ge=1, description="Optimizer steps between two checkpoints; each comes with a validation pass"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints that are kept while training")
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Train":
@@ -274,22 +319,22 @@ class Train(Section):
         if twice:
             raise ValueError(f"adapter names must differ; found twice: {', '.join(twice)}")
         if not names and not self.adapter_for_each_source:
-            raise ValueError("name at least one in train.adapters, or set train.adapter_for_each_source")
+            raise ValueError("no adapter to train: list one in train.adapters, or set train.adapter_for_each_source")
         return self
 
     @property
     def trains_connector(self) -> bool:
-        """Whether these are the settings of the first phase: those of `of_connector`."""
+        """Whether these settings train the connector: those that `of_connector` returns."""
         return self.connector is not None and [adapter.name for adapter in self.adapters] == [CONNECTOR]
 
     def key_of(self, name: str) -> str:
-        """Where the recipe has one of these settings: `train.max_length`, or in the first phase its own."""
+        """The recipe key of one of these settings: `train.max_length`, or `train.connector.max_length`."""
         section = f"train.{CONNECTOR}" if self.trains_connector and name in Connector.model_fields else "train"
         return f"{section}.{name}"
 
     def of_connector(self) -> "Train":
-        """The first phase's settings, in the form of all. It trains no LoRA, the base is never in 4 bits, and nothing
-        is sharded: what is trained is small."""
+        """The settings of the first phase, which trains no LoRA. The base is never in 4 bits, and nothing is sharded: a
+        connector is small."""
         assert self.connector is not None
         own = {name: getattr(self.connector, name) for name in Connector.model_fields if name in Train.model_fields}
         least = self.least_max_length and min(self.least_max_length, self.connector.max_length)
@@ -305,15 +350,15 @@ class Train(Section):
     @model_validator(mode="after")
     def _can_be_sharded(self) -> "Train":
         if self.load_in_4bit and self.sharding == "zero3":
-            raise ValueError("sharding zero3 cannot share out a base in 4 bits: take zero2, or leave load_in_4bit out")
+            raise ValueError("sharding zero3 cannot shard a base in 4 bits: take zero2, or leave load_in_4bit out")
         return self
 
     @model_validator(mode="after")
     def _leasts_are_less(self) -> "Train":
         if self.least_max_length is not None and self.least_max_length > self.max_length:
-            raise ValueError("least_max_length is above max_length")
+            raise ValueError(f"least_max_length {self.least_max_length} is above max_length {self.max_length}")
         if self.least_max_pixels is not None and (self.max_pixels is None or self.least_max_pixels > self.max_pixels):
-            raise ValueError("least_max_pixels needs a max_pixels that is not below it")
+            raise ValueError(f"least_max_pixels {self.least_max_pixels} needs a max_pixels of at least that")
         return self
 
 
@@ -321,65 +366,69 @@ ONLY_ROOM = {
     *("micro_batch", "gradient_checkpointing", "sharding", "least_max_length", "least_max_pixels", "keep_checkpoints"),
     *("keep_going", "exact_batch"),
 }
-"""What of `train` changes memory, disk, speed, what is refused or done about failures, and not what is learnt."""
+"""Settings of `train` that do not change what an adapter learns: they decide on memory, disk, speed, refusals and what
+happens after a failure."""
 
 _LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(ONLY_ROOM, True), "connector": {"micro_batch": True}}}
-"""The same for pydantic."""
+"""The same, in the form of pydantic's `exclude`."""
 
 
 class Vote(Section):
-    """The adapters' common answer: the one that most of them give."""
+    """The adapters' common answer: the answer that most of them give."""
 
     adapters: Literal["all", "greedy"] | list[FileName] = Field(
         "all",
-        description="Who votes; greedy: of those added best first, as many as vote best on the validation samples",
+        description="Adapters that vote; greedy: the best ones, as many as together score highest on the validation"
+        " samples",
     )
     weights: Literal["uniform", "validation"] = Field(
-        "uniform", description="What a vote counts; validation: the adapter's score there"
+        "uniform", description="Weight of a vote; uniform: 1; validation: the adapter's score on the validation samples"
     )
     second_round: bool = Field(
-        False, description="Where no answer has more than half of the votes, ask again with the leading answers only"
+        False, description="If no answer has more than half of the votes, ask again with the leading answers only"
     )
 
     @model_validator(mode="after")
     def _someone_votes(self) -> "Vote":
         if not self.adapters:
-            raise ValueError("adapters: name at least one that votes, or write all or greedy")
+            raise ValueError("adapters: no adapter votes: list at least one, or write all or greedy")
         if len(set(self.adapters)) < len(self.adapters) and isinstance(self.adapters, list):
-            raise ValueError("adapters: one is named twice, and each has one vote")
+            raise ValueError("adapters: an adapter is listed twice, and each has one vote")
         return self
 
 
 class Infer(Section):
-    engine: Literal["vllm", "transformers"] = "vllm"
+    engine: Literal["vllm", "transformers"] = Field("vllm", description="Engine that answers the prompts")
     max_length: int = Field(
-        8192, ge=16, description="Tokens of prompt and answer; a longer prompt is counted as failed"
+        8192, ge=16, description="Maximum tokens of prompt and completion; a sample with a longer prompt fails"
     )
-    max_new_tokens: int = Field(64, ge=1, description="Of the longest of the task's passes")
+    max_new_tokens: int = Field(64, ge=1, description="Maximum tokens of a completion, in the task's longest pass")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         16,
-        description="Sequences decoded together; auto: found out by trying with transformers, with vllm its own choice",
+        description="Sequences decoded together; auto: transformers tries what fits, vllm takes its own default",
     )
     chunk_size: int = Field(
-        256, ge=1, description="Records submitted at once; with transformers the most that a kill can lose, too"
+        256, ge=1, description="Records submitted at once; with transformers, a kill loses at most one chunk"
     )
-    passes: dict[str, Any] = Field({}, description="The task's own settings of what the model is asked, and in turn")
+    passes: dict[str, Any] = Field({}, description="Settings of the task: what the model is asked, pass by pass")
     ablate: list[FileName] = Field(
-        [], description="Components of the task: the test samples are answered again without each of them in turn"
+        [], description="Components of the task; the test samples are answered again without each of them in turn"
     )
     answers: Literal["all", "own sources"] = Field(
-        "all", description="Which test samples an adapter answers; own sources: those of the data sets in its mix"
+        "all", description="Test samples that an adapter answers; own sources: those of the data sets in its data mix"
     )
-    vote: Vote | None = Field(None, description="Whether the adapters vote, and how")
-    merged: bool = Field(False, description="Answer with adapters merged into copies of the weights, one by one")
+    vote: Vote | None = Field(None, description="How the adapters vote; null: they do not")
+    merged: bool = Field(
+        False, description="Merge each adapter into a copy of the weights before it answers, one adapter at a time"
+    )
     tensor_parallel: int | None = Field(
         None,
         ge=1,
-        description="GPUs that share the weights (vllm); null: as many as the machine shows and the model allows",
+        description="GPUs that share the weights (vllm); null: as many visible GPUs as the model can be split over",
     )
 
     @model_validator(mode="after")
-    def _leaves_room(self) -> "Infer":
+    def _prompt_has_room(self) -> "Infer":
         if self.max_new_tokens >= self.max_length:
             raise ValueError("max_new_tokens leaves no room for a prompt in max_length")
         return self
@@ -387,34 +436,36 @@ class Infer(Section):
     @model_validator(mode="after")
     def _all_can_vote(self) -> "Infer":
         if self.vote is not None and self.answers != "all":
-            raise ValueError("vote needs answers: all; adapters that answer other samples cannot vote together")
+            raise ValueError("vote needs answers: all; adapters that answer different samples cannot vote together")
         return self
 
 
 class Eval(Section):
-    bootstrap: int = Field(2000, ge=100, description="Resamples behind each 95% interval")
-    worst: int = Field(10, ge=0, description="Worst answers shown in the report")
-    scoring: dict[str, Any] = Field({}, description="The task's own settings of how answers are scored")
+    bootstrap: int = Field(2000, ge=100, description="Bootstrap resamples for each 95% interval")
+    worst: int = Field(10, ge=0, description="Number of worst answers in the report")
+    scoring: dict[str, Any] = Field({}, description="Settings of the task: how answers are scored")
 
 
 class Recipe(Section):
-    """A resolved recipe: no profile is left to apply."""
+    """A resolved recipe: its profile is applied."""
 
-    description: str = ""
-    task: FileName
-    seed: int = Field(42, ge=0)
-    profile: str | None = Field(None, description="The profile that was applied; set by Lorry")
-    model: Model
-    data: Data
-    preprocess: Preprocess
-    train: Train
-    infer: Infer = Infer()
-    eval: Eval = Eval()
+    description: str = Field("", description="What the recipe does, in one line")
+    task: FileName = Field(description="Task: a module of stages/tasks/")
+    seed: int = Field(42, ge=0, description="Seed of every random choice")
+    profile: str | None = Field(None, description="Profile that was applied; set by Lorry")
+    model: Model = Field(description="Base that is tuned")
+    data: Data = Field(description="Input of the task, and how it is split")
+    preprocess: Preprocess = Field(description="How the input becomes samples")
+    train: Train = Field(description="Which adapters are trained, and how")
+    infer: Infer = Field(Infer(), description="How base and adapters answer the test samples")
+    eval: Eval = Field(Eval(), description="How answers are scored and reported")
 
     @model_validator(mode="after")
-    def _first_phase_has_its_name(self) -> "Recipe":
+    def _no_adapter_is_named_connector(self) -> "Recipe":
         if self.train.connector is not None and any(adapter.name == CONNECTOR for adapter in self.train.adapters):
-            raise ValueError(f"train.adapters: {CONNECTOR!r} names the first phase, train.connector: take another name")
+            raise ValueError(
+                f"train.adapters: {CONNECTOR!r} is the name of the first phase (train.connector): choose another name"
+            )
         return self
 
     @model_validator(mode="after")
@@ -427,9 +478,9 @@ class Recipe(Section):
         return self
 
     def digest(self, *sections: str) -> str:
-        """sha256 of the named sections' values (or of `section.key`), or of all that can change a result.
+        """sha256 (hex) of the named sections' values (or of `section.key`), or of all values that can change a result.
 
-        How training finds room is not among them: it may be changed, as after an out-of-memory, and gone on with.
+        The settings of `ONLY_ROOM` do not count: they may change, as after an out-of-memory, and the run resumes.
         """
         values = self.model_dump(mode="json", exclude={"description": True, "profile": True, **_LEFT_OUT})
         if not sections:
@@ -446,24 +497,24 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe file, apply a profile, a data folder and `section.key=value` overrides, and validate the result.
 
-    Raises UsageError with the file, the line, what was found and the nearest known name.
+    Raises UsageError with the file, the line, the value found and the nearest known key.
     """
     values, profiles, text = _read(path)
     prefix: tuple[str, ...] = ()
     if profile is not None:
         if profile not in profiles:
-            raise UsageError(f"{path}: no profile {profile!r}; it has: {', '.join(profiles) or 'none'}")
-        values = _merged(values, profiles[profile] or {}, f"{path}: profiles.{profile}")
+            raise UsageError(f"{path}: no profile {profile!r}; known profiles: {', '.join(profiles) or 'none'}")
+        values = _merge(values, profiles[profile] or {}, f"{path}: profiles.{profile}")
         values["profile"] = profile
         prefix = ("profiles", profile)
     if data is not None:
-        values = _merged(values, {"data": {"path": str(data.absolute())}}, "--data")
+        values = _merge(values, {"data": {"path": str(data.absolute())}}, "--data")
     for override in overrides:
-        values = _merged(values, _parsed_override(override), f"--set {override}")
+        values = _merge(values, _parse_override(override), f"--set {override}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UsageError(_explained(error, path, text, prefix)) from error
+        raise UsageError(_describe_problems(error, path, text, prefix)) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -480,7 +531,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
         raise UsageError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
     profiles = values.pop("profiles", None) or {}
     if not isinstance(profiles, dict):
-        raise UsageError(f"{path}: `profiles` must map a profile's name to the values that it overrides")
+        raise UsageError(f"{path}: profiles: expected a mapping of names to values, found {profiles!r}")
     return values, profiles, text
 
 
@@ -490,10 +541,14 @@ def profile_names(path: Path) -> list[str]:
 
 
 def recipe_file_schema() -> dict[str, Any]:
-    """JSON schema of a recipe file: a recipe and its profiles, each of which may override any part of it."""
+    """JSON schema of a recipe file: a recipe and its profiles, each of which may override any of its values."""
     schema = Recipe.model_json_schema()
     schema["properties"].pop("profile")
-    schema["properties"]["profiles"] = {"type": "object", "additionalProperties": {"type": "object"}}
+    schema["properties"]["profiles"] = {
+        "type": "object",
+        "additionalProperties": {"type": "object"},
+        "description": "Named sets of overrides; --profile applies one of them",
+    }
     return schema
 
 
@@ -511,7 +566,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key must be a plain name", problem_mark=key.start_mark)
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"found key {key.value!r} twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -522,21 +577,21 @@ _UniqueKeyLoader.add_implicit_resolver(
 )
 
 
-def _merged(base: Any, over: Any, where: str) -> dict[str, Any]:
-    """Mappings merge key by key; anything else, lists included, is replaced whole."""
+def _merge(base: Any, over: Any, where: str) -> dict[str, Any]:
+    """`base` with the values of `over`: mappings merge key by key, all else, lists included, is replaced whole."""
     if not isinstance(over, dict):
         raise UsageError(f"{where}: expected a mapping of keys to values, found {over!r}")
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merged(result[key], value, where) if both else value
+        result[key] = _merge(result[key], value, where) if both else value
     return result
 
 
-def _parsed_override(text: str) -> dict[str, Any]:
+def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise UsageError(f"--set {text}: write it as section.key=value, as in train.learning_rate=2e-4")
+        raise UsageError(f"--set {text}: not section.key=value, as in train.learning_rate=2e-4")
     try:
         parsed: Any = yaml.load(value, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -546,8 +601,8 @@ def _parsed_override(text: str) -> dict[str, Any]:
     return dict(parsed)
 
 
-def _explained(error: ValidationError, path: Path, text: str, prefix: tuple[str, ...]) -> str:
-    """The first few problems, one clause each, with line and nearest known name."""
+def _describe_problems(error: ValidationError, path: Path, text: str, prefix: tuple[str, ...]) -> str:
+    """The first three problems, each with file, line and nearest known key."""
     problems = []
     for detail in error.errors()[:3]:
         location = detail["loc"]
@@ -579,7 +634,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _line_of(text: str, location: tuple[int | str, ...]) -> int | None:
-    """1-based line of a key in YAML text, or None when it does not stand there."""
+    """1-based line of a key in YAML text; None if the text does not have it."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     line = None
     for part in location:

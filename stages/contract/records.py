@@ -7,7 +7,7 @@ prediction is one model's answer to a sample; a failed one has `error` and no an
 from typing import NotRequired, TypedDict
 
 BASE, VOTE = "base", "vote"
-"""Names of the untuned model and of the adapters' common answer in every table: no adapter may have them."""
+"""Names of the untuned model and of the adapters' common answer in every table; no adapter may have them."""
 
 
 class Message(TypedDict):
@@ -17,8 +17,7 @@ class Message(TypedDict):
 
 
 class Meta(TypedDict):
-    """What the stages read of a sample beside its messages. A task may keep more in it: its own TypedDict then extends
-    this one."""
+    """What the stages read of a sample besides its messages. A task that keeps more there extends this TypedDict."""
 
     group: str
     """Samples of one group, such as a document, fall into the same split; intervals are drawn by group."""
@@ -31,11 +30,11 @@ class Meta(TypedDict):
     target: NotRequired[str]
     """The completion to learn, where it is not the first reference; preprocess takes it out."""
     error: NotRequired[str]
-    """Why the sample cannot be asked: it counts as failed."""
+    """Why there is no prompt for the sample, which then counts as failed."""
     trained_on: NotRequired[bool]
     """Whether a test sample is also trained on (`data.evaluate_on_training`)."""
     pages: NotRequired[list[int]]
-    """1-based pages that are shown."""
+    """Pages that the sample shows, counted from 1."""
     page_images: NotRequired[list[str]]
     """Their pictures, relative to the run folder, for the report."""
 
@@ -54,21 +53,21 @@ class Sample(TypedDict):
 class Prediction(TypedDict):
     id: str
     answer: str | None
-    """What the task read out of the text; None when it failed."""
+    """The answer that the task read out of the text; None if the sample failed."""
     text: str | None
     """The completion of the last pass, as generated."""
     finish_reason: str | None
     """`stop`, or `length` when max_new_tokens cut it off."""
     prompt_tokens: int
-    """Of all passes, pictures included."""
+    """Over all passes, with the tokens of pictures."""
     completion_tokens: int
     error: str | None
     passes: dict[str, str]
-    """What the passes before the last one wrote, by their names."""
+    """Completions of the passes before the last one, by the passes' names."""
 
 
 def failed_prediction(sample_id: str, error: str, prompt_tokens: int = 0) -> Prediction:
-    """A record of a failure: no answer, and why."""
+    """The prediction of a sample that failed: no answer, and why."""
     return {
         "id": sample_id,
         "answer": None,

@@ -1,6 +1,6 @@
-"""The three mounts: `/data` and `/models` (read only) and `/runs` (the only place written).
+"""The three mounts: `/data` and `/models` (read-only), and `/runs`, the only place that Lorry writes to.
 
-Without containers they are folders, named by LORRY_DATA, LORRY_MODELS and LORRY_RUNS.
+Without containers they are the folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name.
 """
 
 import os
@@ -16,7 +16,7 @@ class Roots:
 
     @staticmethod
     def from_environment() -> "Roots":
-        """The mounts as the environment names them; the stage images set /data, /models and /runs."""
+        """The mounts that the environment names; stage images set /data, /models and /runs."""
         return Roots(
             data=Path(os.environ.get("LORRY_DATA", "recipes/data")).absolute(),
             models=Path(os.environ.get("LORRY_MODELS", "models")).absolute(),

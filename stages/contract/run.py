@@ -1,11 +1,11 @@
-"""The run folder: where each stage writes, and how the next one finds it.
+"""The run folder: where each stage writes, and where the next one reads.
 
 <runs>/<run>/recipe.yaml                 the resolved recipe, as run
-<runs>/<run>/<stage>/manifest.json       written last: the stage is done exactly when it exists and matches
-<runs>/<run>/<stage>/state.json          present while the stage is half done: which key the half belongs to
+<runs>/<run>/<stage>/manifest.json       written last: a stage is done if this file exists and matches
+<runs>/<run>/<stage>/state.json          while the stage is half done: the key that the finished half belongs to
 <runs>/<run>/<stage>/{events.jsonl,log.txt}
-<runs>/<run>/shards/<stage>/<i>-of-<n>/  the same four for a shard of the stage, with what it made
-<runs>/<run>/nodes/train/<rank>/         what the machines but the first write when several train together
+<runs>/<run>/shards/<stage>/<i>-of-<n>/  the same four files for a shard of the stage, and its outputs
+<runs>/<run>/nodes/train/<rank>/         what machines 1 and up write when several train together
 """
 
 import fcntl
@@ -28,7 +28,7 @@ from stages.contract.roots import Roots
 STAGES = ("preprocess", "train", "infer", "eval")
 
 CONTRACT_VERSION = 3
-"""Raised when what the stages hand to each other changes meaning; older runs are then made again."""
+"""Increased when the meaning of what stages hand to each other changes; the stages of older runs then run again."""
 
 SECTIONS = {
     "preprocess": ("task", "seed", "data", "preprocess"),
@@ -39,7 +39,7 @@ SECTIONS = {
 """The recipe sections that a stage's result depends on."""
 
 REUSABLE = {"preprocess": ("cache", "pages"), "train": ("adapters", "connector"), "infer": ("partial",)}
-"""What a stage may keep when its inputs change, since it checks every piece against that piece's own input."""
+"""Folders that a stage may keep when its inputs change: it checks each piece in them against that piece's own input."""
 
 UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
     "preprocess": {},
@@ -54,7 +54,7 @@ UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
         "infer": ("predictions/", "ablations/", "votes.jsonl"),
     },
 }
-"""The outputs of earlier stages that a stage reads, by their name or the beginning of it."""
+"""The outputs of earlier stages that a stage reads, by the beginning of their names."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Run:
         return self.roots.runs / self.name
 
     def stage_folder(self, stage: str, part: Part = None) -> Path:
-        """Where a stage writes, or a part of it."""
+        """The folder that a stage, or a part of it, writes to."""
         if isinstance(part, Shard):
             return self.folder / "shards" / stage / part.folder
         if isinstance(part, Node) and part.rank > 0:
@@ -78,11 +78,11 @@ class Run:
         return self.folder / stage
 
     def path(self, stage: str, *parts: str) -> Path:
-        """A file of a stage."""
+        """A path in a stage's folder."""
         return self.stage_folder(stage).joinpath(*parts)
 
     def manifest(self, stage: str, shard: Shard | None = None) -> dict[str, Any] | None:
-        """The manifest of a stage or a shard of it, or None while that is not done."""
+        """The manifest of a stage or of a shard; None while that is not done."""
         manifest: dict[str, Any] | None = read_json(self.stage_folder(stage, shard) / "manifest.json")
         if manifest is not None and manifest.get("contract") != CONTRACT_VERSION:
             return None
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def data(self) -> Path:
-        """The folder with the task's input. Raises UsageError when it is not there."""
+        """The folder with the task's input. Raises UsageError if it does not exist."""
         folder = self.roots.data / self.recipe.data.path
         if not folder.is_dir():
             raise UsageError(
@@ -99,7 +99,7 @@ class Run:
         return folder
 
     def model(self, path: str, key: str) -> Path:
-        """A model folder named by the recipe's `key`. Raises UsageError when it is not a whole Hugging Face folder."""
+        """The model folder that the recipe's `key` names. Raises UsageError if it is not a Hugging Face model."""
         folder = self.roots.models / path
         if not folder.is_dir():
             raise UsageError(
@@ -107,20 +107,20 @@ class Run:
             )
         for needed in ("config.json", "*.safetensors"):
             if not any(folder.glob(needed)):
-                raise UsageError(f"{folder}: holds no {needed}; {key} must name an ordinary Hugging Face model folder")
+                raise UsageError(f"{folder}: has no {needed}; set {key} to the folder of a Hugging Face model")
         return folder
 
     def inputs(self, stage: str, hashes: FileHashes) -> dict[str, str]:
-        """sha256 of everything that a stage reads, by name.
+        """sha256 (hex) of everything that a stage reads, by name.
 
-        Raises UsageError when an earlier stage has not run, or its output is no longer what its manifest says.
+        Raises UsageError if an earlier stage is not done, or its output no longer matches its manifest.
         """
         found: dict[str, str] = {}
         for earlier, wanted in UPSTREAM[stage].items():
             self.refuse_other_version(earlier, reader=stage)
             manifest = self.manifest(earlier)
             if manifest is None:
-                raise UsageError(f"{self.folder}: {stage} needs {earlier}, which is not done; run {earlier} first")
+                raise UsageError(f"{self.folder}: {stage} needs {earlier}, which is not done: run {earlier} first")
             self._refuse_stale(earlier, manifest)
             for name, output in manifest["outputs"].items():
                 if not name.startswith(wanted):
@@ -146,9 +146,9 @@ class Run:
         return found
 
     def refuse_other_version(self, stage: str, shard: Shard | None = None, reader: str | None = None) -> None:
-        """Raise UsageError if a stage, or a shard of it, was done by a Lorry of another major.minor version than this.
+        """Raise UsageError if another major.minor version of Lorry did a stage, or a shard of it.
 
-        `reader` is the later stage that would read it; without one it is the stage itself that would go on there.
+        `reader` is the later stage that would read the result; None: the stage itself would resume there.
         """
         manifest = read_json(self.stage_folder(stage, shard) / "manifest.json")
         ours = importlib.metadata.version("lorry")
@@ -158,14 +158,14 @@ class Run:
         this = f"Lorry {ours} ({os.environ.get('LORRY_IMAGE') or 'a local process'})"
         what = f"{stage} (shard {shard})" if shard else stage
         raise UsageError(
-            f"{self.folder}: {what} was made by {made}, this {reader or stage} is {this}: take the images of that"
+            f"{self.folder}: {what} was made by {made}, this {reader or stage} is {this}; use the images of that"
             f" version, give the run another name (--run), or run {stage} again with --force"
         )
 
     def _refuse_stale(self, stage: str, manifest: dict[str, Any]) -> None:
-        """Raise UsageError if a stage was made by another recipe, or from what an earlier one has since replaced.
+        """Raise UsageError if a stage ran with another recipe, or on inputs that have since been replaced.
 
-        Otherwise an adapter that was trained on one split could answer, and be scored on, the test set of another.
+        Otherwise an adapter that was trained on one split could be scored on the test set of another.
         """
         if manifest["key"] != self.key(stage, manifest["inputs"]):
             raise UsageError(f"{self.folder}: {stage} was made with another recipe than this one; run {stage} again")
@@ -177,18 +177,18 @@ class Run:
                     raise UsageError(f"{self.folder}: {earlier} has changed since {stage} used it; run {stage} again")
 
     def key(self, stage: str, inputs: dict[str, str]) -> str:
-        """Digest of all that a stage's result depends on: equal keys, equal results."""
+        """Digest (sha256, hex) of all that a stage's result depends on: equal keys, equal results."""
         recipe = self.recipe.digest(*SECTIONS[stage])
         return digest_of({"contract": CONTRACT_VERSION, "stage": stage, "recipe": recipe, "inputs": inputs})
 
     def is_done(self, stage: str, hashes: FileHashes, shard: Shard | None = None) -> bool:
-        """Whether the stage, or the shard of it, has finished with these very inputs and is still as it was written."""
+        """Whether the stage, or a shard of it, is done with these inputs and its outputs are intact."""
         self.refuse_other_version(stage, shard)
         if (self.manifest(stage, shard) or {}).get("untrained"):
-            return False  # good enough for the stages after it, and tried again whenever it runs
-        return self._fits(stage, shard, self.key(stage, self.inputs(stage, hashes)), hashes)
+            return False  # later stages go on without those adapters; train tries them again at every start
+        return self._matches(stage, shard, self.key(stage, self.inputs(stage, hashes)), hashes)
 
-    def _fits(self, stage: str, shard: Shard | None, key: str, hashes: FileHashes) -> bool:
+    def _matches(self, stage: str, shard: Shard | None, key: str, hashes: FileHashes) -> bool:
         manifest = self.manifest(stage, shard)
         if manifest is None or manifest.get("key") != key:
             return False
@@ -196,7 +196,7 @@ class Run:
         return all(output_is_intact(folder, name, entry, hashes) for name, entry in manifest["outputs"].items())
 
     def shards(self, stage: str) -> list[Shard]:
-        """Every shard of a stage that has ever begun, whatever has become of it."""
+        """Every shard of a stage that ever started, finished or not."""
         found = []
         for folder in (self.folder / "shards" / stage).glob("*-of-*"):
             index, _, count = folder.name.partition("-of-")
@@ -204,20 +204,20 @@ class Run:
         return sorted(found, key=lambda shard: (shard.count, shard.index))
 
     def finished_shards(self, stage: str, key: str, hashes: FileHashes) -> list[Shard]:
-        """The shards whose results belong to this key, whole and untouched."""
-        fitting = [shard for shard in self.shards(stage) if self._fits(stage, shard, key, hashes)]
-        for shard in fitting:
+        """The shards that are done with this key and whose outputs are intact."""
+        matching = [shard for shard in self.shards(stage) if self._matches(stage, shard, key, hashes)]
+        for shard in matching:
             self.refuse_other_version(stage, shard)
-        return fitting
+        return matching
 
 
 def same_series(version: str, other: str) -> bool:
-    """Whether two versions of Lorry read each other's runs: same major and minor."""
+    """Whether two versions of Lorry can read each other's runs: equal major and minor."""
     return version.split(".")[:2] == other.split(".")[:2]
 
 
 def describe_output(folder: Path, name: str, records: int | None, hashes: FileHashes) -> dict[str, Any]:
-    """A manifest's entry for an output: a file, or a whole folder when the name ends in `/`."""
+    """A manifest's entry for an output: a file, or a whole folder if the name ends in `/`."""
     path = folder / name
     if name.endswith("/"):
         digest, files = hashes.tree(path)
@@ -227,7 +227,7 @@ def describe_output(folder: Path, name: str, records: int | None, hashes: FileHa
 
 
 def output_is_intact(folder: Path, name: str, entry: dict[str, Any], hashes: FileHashes) -> bool:
-    """Whether an output still has the content that the manifest names."""
+    """Whether an output still has the content that the manifest records."""
     path = folder / name
     if name.endswith("/"):
         return path.is_dir() and hashes.tree(path)[0] == entry["sha256"]
@@ -236,10 +236,10 @@ def output_is_intact(folder: Path, name: str, entry: dict[str, Any], hashes: Fil
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[int]:
-    """Hold a stage's folder for this process and its children; yields the lock's file descriptor.
+    """Lock a stage's folder for this process and its children; yields the lock's file descriptor.
 
-    The kernel drops the lock when the last holder dies, however it dies. Raises InterruptedRunError (75) when
-    another process holds it.
+    The kernel drops the lock when the last holder dies, however it dies. Raises InterruptedRunError (75) if another
+    process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -249,7 +249,7 @@ def only_writer(folder: Path) -> Iterator[int]:
         except BlockingIOError as error:
             holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
             raise InterruptedRunError(
-                f"{folder}: {holder} is running this stage; wait for it, then run again"
+                f"{folder}: {holder} is running this stage; wait until it ends, then run again"
             ) from error
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -259,7 +259,7 @@ def only_writer(folder: Path) -> Iterator[int]:
 
 
 def _lock(descriptor: int, tries: int = 5) -> None:
-    """Take the lock. Tries for half a second: `lorry status` holds it for an instant when it looks."""
+    """Take the lock. Tries for half a second, since `lorry status` holds it for a moment."""
     for left in range(tries - 1, -1, -1):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -271,7 +271,7 @@ def _lock(descriptor: int, tries: int = 5) -> None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a living process runs the stage of this folder."""
+    """Whether a live process runs the stage of this folder."""
     try:
         with (folder / ".lock").open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What the work of a stage gets, and what it gives back for the manifest."""
+"""What a stage's work gets, and what it returns for the manifest."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.events import Events
-from stages.contract.files import (
-    visible_files,
-)
+from stages.contract.files import visible_files
 from stages.contract.part import Part, Shard
 from stages.contract.run import Run
 from stages.contract.stop import StopRequest
@@ -16,7 +14,7 @@ from stages.contract.stop import StopRequest
 
 @dataclass
 class Stage:
-    """What a stage's work gets, and what it reports back for the manifest."""
+    """What a stage's work gets, and what it returns for the manifest."""
 
     run: Run
     name: str
@@ -27,23 +25,23 @@ class Stage:
     console: int
     """File descriptor of the real console."""
     part: Part = None
-    """The shard or node that this process is; None when it does the whole stage."""
+    """The shard or node that this process does; None: the whole stage."""
     key: str = ""
-    """Digest of all that the result depends on."""
+    """Digest (sha256, hex) of all that the result depends on."""
     starts: list[str] = field(default_factory=list)
-    """Times of this and earlier starts of the same work."""
+    """Times of this start and of earlier starts of the same work."""
     finished_shards: list[Path] = field(default_factory=list)
-    """Folders of finished shards, whose results the plain stage takes over."""
+    """Folders of finished shards, whose results the whole stage takes over."""
     outputs: dict[str, int | None] = field(default_factory=dict)
-    """Output files (or folders, ending in `/`) relative to the stage's folder, with their record counts."""
+    """Output files (or folders, ending in `/`), relative to the stage's folder, and their numbers of records."""
     counts: Counter[str] = field(default_factory=Counter)
     """Records read, used and failed."""
     skipped: list[dict[str, str]] = field(default_factory=list)
-    """Every record or file left out: `{"what", "reason", "detail"}`."""
+    """Every skipped record or file: `{"what", "reason", "detail"}`."""
     decisions: list[dict[str, Any]] = field(default_factory=list)
-    """What was decided on this machine: engine, precision, batch plan."""
+    """Decisions for this machine: engine, precision, batch plan."""
     gpus: list[dict[str, Any]] = field(default_factory=list)
-    """Cards that others used for what is taken over."""
+    """GPUs of the other processes whose results are taken over."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Anything else that belongs in the manifest."""
     _cache_used: set[Path] = field(default_factory=set)
@@ -57,11 +55,11 @@ class Stage:
         return self.part if isinstance(self.part, Shard) else None
 
     def has(self, number: int) -> bool:
-        """Whether piece `number` (0-based: a document, adapter or chunk) is for this process to do."""
+        """Whether this process does piece `number`, counted from 0: a document, adapter or chunk."""
         return self.shard is None or number % self.shard.count == self.shard.index
 
     def nothing_to_do(self, pieces: int, unit: str) -> bool:
-        """Whether this is a shard too many; says so."""
+        """Whether this shard has no piece to do, because there are fewer pieces than shards. Prints a line if so."""
         if self.shard is None or self.shard.index < pieces:
             return False
         self.events.say(f"shard {self.shard} has nothing to do: there are only {pieces} {unit}")
@@ -71,7 +69,7 @@ class Stage:
         return self.folder.joinpath(*parts)
 
     def cache_file(self, *parts: str) -> Path:
-        """A file that outlives a change of inputs; its user checks that it fits. Unused ones go when the stage ends."""
+        """A file that is kept when inputs change; its user checks that it matches. The stage deletes unused ones."""
         path = self.path("cache", *parts)
         self._cache_used.add(path)
         return path
@@ -82,11 +80,11 @@ class Stage:
                 path.unlink()
 
     def skip(self, what: str, reason: str, detail: str = "") -> None:
-        """Leave one record or file out, counted and named in the manifest."""
+        """Count a record or file as skipped; the manifest names it."""
         self.skipped.append({"what": what, "reason": reason, "detail": detail})
 
     def decide(self, what: str, value: Any, why: str) -> None:
-        """Record and show a decision."""
+        """Record a decision, and print it."""
         self.decisions.append({"what": what, "value": value, "why": why})
         self.events.emit("decision", what=what, value=value, why=why)
         self.events.say(f"{what}: {value} ({why})")

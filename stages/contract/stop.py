@@ -1,4 +1,4 @@
-"""Stopping in order: SIGTERM or Ctrl-C asks, the stage saves at its next safe point and exits 75."""
+"""Orderly stops: after SIGTERM or Ctrl-C the stage saves its state at the next safe point and exits 75."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ class Child(Protocol):
 
 
 class StopRequest:
-    """Remembers that a stop was asked for. A second Ctrl-C does not wait for the safe point."""
+    """Notes a request to stop. A second Ctrl-C does not wait for the safe point."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -24,14 +24,14 @@ class StopRequest:
         self._hears_ctrl_c = True
 
     def install(self) -> None:
-        """Listen to SIGTERM and SIGINT; must be called from the main thread."""
+        """Handle SIGTERM and SIGINT. Call it from the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def pass_on_to(self, child: Child, hears_ctrl_c: bool = True) -> None:
-        """Send a stop to a child process too, at once: this one may be waiting for it.
+        """Pass a stop on to a child process at once, as this process may be waiting for it.
 
-        `hears_ctrl_c`: whether the terminal's Ctrl-C reaches the child by itself. It does not in another session.
+        `hears_ctrl_c`: whether the terminal's Ctrl-C reaches the child directly. It does not in another session.
         """
         self._child, self._hears_ctrl_c = child, hears_ctrl_c
         if self.signal is not None:
@@ -42,10 +42,10 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         if self._child is not None and (number == signal.SIGTERM or not self._hears_ctrl_c):
-            self._child.send_signal(number)  # nothing happens to one that has ended
+            self._child.send_signal(number)  # no effect on a child that has ended
 
     def check(self) -> None:
-        """Raise InterruptedRunError if a stop was asked for. Called where everything finished is saved."""
+        """Raise InterruptedRunError after a request to stop. Call it where all finished work is saved."""
         if self.signal is not None:
             raise InterruptedRunError(
                 f"stopped by {self.signal.name}; finished work is saved: run the same command again"
@@ -55,18 +55,18 @@ class StopRequest:
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when `parent` (a process id) dies, so that a SIGKILL leaves no child (Linux).
 
-    Without it a killed stage's children would go on writing into a run folder that the next start uses.
+    Otherwise the children of a killed stage would write into a run folder that the next start uses.
     """
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
+    if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
 
 
 def forks_die_with_parents() -> None:
-    """Have every process that this one forks, and those that these fork, end with its parent, however that ends.
+    """Make every process that this one forks, and their forks, die with its parent, however the parent ends.
 
-    What libraries fork to share out work waits for it forever once its parent is killed, with the stage's lock.
+    Workers that libraries fork would wait for ever for a killed parent, and hold the stage's lock.
     """
     parent = [os.getpid()]
     os.register_at_fork(

@@ -62,7 +62,7 @@ def deaf(stage: Stage) -> None:
 
 def crash(stage: Stage) -> None:
     print("a library's last words")
-    raise ZeroDivisionError("a defect of ours")
+    raise ZeroDivisionError("a bug in Lorry")
 
 
 def unusable(stage: Stage) -> None:

@@ -1,4 +1,4 @@
-"""LoRA settings from a file in PEFT's form: what is taken over, and what is refused because it would not be obeyed."""
+"""LoRA settings from a file in PEFT's form: what is read, and what is refused because it would be ignored."""
 
 import json
 from pathlib import Path
@@ -106,14 +106,17 @@ def test_what_peft_writes_of_what_we_would_not_do_is_refused(tmp_path: Path, ask
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"bias": "all"}, "bias is 'all'; adapters are trained with 'none': change it"),
-        ({"use_rslora": True}, "use_rslora is True; adapters are trained with False: change it"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; adapters are trained with 'LORA'"),
-        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'; adapters are trained with 'CAUSAL_LM'"),
-        ({"lora_alhpa": 16}, "'lora_alhpa' would not be obeyed; did you mean 'lora_alpha'?"),
-        ({"lora_droupout": 0}, "'lora_droupout' would not be obeyed; did you mean 'lora_dropout'?"),
-        ({"rank": 16}, "'rank' would not be obeyed; what is read: r, lora_alpha, lora_dropout, target_modules"),
-        ({"epochs": 3}, "'epochs' would not be obeyed"),
+        ({"bias": "all"}, "'bias' is 'all'; Lorry trains adapters with 'none' only: change it"),
+        ({"use_rslora": True}, "'use_rslora' is True; Lorry trains adapters with False only: change it"),
+        ({"peft_type": "IA3"}, "'peft_type' is 'IA3'; Lorry trains adapters with 'LORA' only: change it"),
+        ({"task_type": "SEQ_CLS"}, "'task_type' is 'SEQ_CLS'; Lorry trains adapters with 'CAUSAL_LM' only: change it"),
+        ({"lora_alhpa": 16}, "'lora_alhpa' is not supported and would be ignored; did you mean 'lora_alpha'?"),
+        ({"lora_droupout": 0}, "'lora_droupout' is not supported and would be ignored; did you mean 'lora_dropout'?"),
+        (
+            {"rank": 16},
+            "'rank' is not supported and would be ignored; supported keys: r, lora_alpha, lora_dropout, target_modules",
+        ),
+        ({"epochs": 3}, "'epochs' is not supported and would be ignored"),
         ({"r": 0}, "r: Input should be greater than or equal to 1 (found 0)"),
         ({"r": "8"}, "r: Input should be a valid integer (found '8')"),
         ({"r": True}, "r: Input should be a valid integer (found True)"),
@@ -123,7 +126,7 @@ def test_what_peft_writes_of_what_we_would_not_do_is_refused(tmp_path: Path, ask
         ({"target_modules": []}, "target_modules: "),
         ({"target_modules": ["q_proj", 3]}, "target_modules: "),
         ({"target_modules": None}, "target_modules: "),
-        ([{"r": 8}], "found list; LoRA settings are a mapping such as {'r': 8}"),
+        ([{"r": 8}], 'found a list; expected a mapping such as {"r": 8}'),
         ('{"r": 8', "cannot be read as JSON"),
         ("", "cannot be read as JSON"),
     ],

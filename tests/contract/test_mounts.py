@@ -70,7 +70,10 @@ def test_a_mount_of_ones_own_without_the_permission(mounts: Lorry) -> None:
     mounts.runs.chmod(0o555)
     done = preprocess(mounts)
     assert done.code == 2
-    assert f"{mounts.runs} is uid {UID}'s own, but its mode forbids it: chmod -R u+rwX {mounts.runs}" in done.output
+    assert (
+        f"{mounts.runs} belongs to this uid {UID}, but its mode forbids access: chmod -R u+rwX {mounts.runs}"
+        in done.output
+    )
 
 
 def test_data_that_may_not_be_read(mounts: Lorry) -> None:

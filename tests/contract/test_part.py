@@ -39,7 +39,7 @@ def test_what_is_asked_for(option: str | None, environment: dict[str, str], expe
 @pytest.mark.parametrize(
     ("option", "environment", "told"),
     [
-        ("3/3", {}, "--shard 3/3: write a shard as I/N, counted from 0"),
+        ("3/3", {}, "--shard 3/3: not a shard I/N, counted from 0"),
         ("x", {}, "--shard x:"),
         ("0/0", {}, "--shard 0/0:"),
         ("", {}, "--shard :"),
@@ -48,12 +48,12 @@ def test_what_is_asked_for(option: str | None, environment: dict[str, str], expe
         (None, {"JOB_COMPLETION_INDEX": "3", "LORRY_SHARDS": "3"}, "JOB_COMPLETION_INDEX/LORRY_SHARDS 3/3:"),
         (None, {"LORRY_NODES": "two"}, "LORRY_NODES two:"),
         (None, {"LORRY_NODES": "0"}, "LORRY_NODES 0:"),
-        (None, MEETING, "LORRY_NODE_RANK is not set: with LORRY_NODES 3 it is 0 to 2"),
+        (None, MEETING, "LORRY_NODE_RANK is not set: with LORRY_NODES 3 set it to 0..2"),
         (None, {**MEETING, "LORRY_NODE_RANK": "3"}, "LORRY_NODE_RANK 3:"),
-        (None, {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0"}, "LORRY_RENDEZVOUS is not set: host:port"),
+        (None, {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0"}, "LORRY_RENDEZVOUS is not set: set it to host:port"),
         (None, {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0", "LORRY_RENDEZVOUS": "host"}, "LORRY_RENDEZVOUS host:"),
-        (None, {"LORRY_NODE_RANK": "0"}, "need LORRY_NODES"),
-        ("0/2", {**MEETING, "LORRY_NODE_RANK": "0"}, "shard 0/2 of 3 nodes"),
+        (None, {"LORRY_NODE_RANK": "0"}, "LORRY_NODES is not set"),
+        ("0/2", {**MEETING, "LORRY_NODE_RANK": "0"}, "shard 0/2 on 3 nodes"),
     ],
 )
 def test_wrong_or_half_given_values(option: str | None, environment: dict[str, str], told: str) -> None:
@@ -66,7 +66,7 @@ def test_nodes_are_for_training_and_shards_not_for_eval() -> None:
     assert part_of("infer", None, {**MEETING, "LORRY_NODE_RANK": "0"}) is None
     assert part_of("eval", None, {"JOB_COMPLETION_INDEX": "0"}) is None
     for option, environment in (("0/2", {}), (None, {"LORRY_SHARD": "0/2"})):
-        with pytest.raises(UsageError, match="eval is not done in shards"):
+        with pytest.raises(UsageError, match="eval has no shards; run it once, without --shard and LORRY_SHARD"):
             part_of("eval", option, environment)
 
 

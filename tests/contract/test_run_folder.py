@@ -238,12 +238,12 @@ def test_a_stage_before_its_turn_exits_2_and_names_the_one_to_run(
     assert run_stage(run, stage, some_stage.write) == Exit.USAGE
     told = capfd.readouterr().err.strip()
     assert "\n" not in told
-    assert "which is not done; run preprocess first" in told
+    assert "which is not done: run preprocess first" in told
 
 
 def test_a_missing_mount_names_folder_recipe_key_and_variable(run: Run, tmp_path: Path) -> None:
     (tmp_path / "models" / "all-MiniLM-L6-v2" / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"holds no \*\.safetensors"):
+    with pytest.raises(UsageError, match=r"has no \*\.safetensors"):
         run.inputs("preprocess", fresh(run))
     remove(tmp_path / "models" / "all-MiniLM-L6-v2")
     with pytest.raises(UsageError, match=r"all-MiniLM-L6-v2: no such model folder .*embedder.* LORRY_MODELS"):

@@ -53,7 +53,7 @@ def test_a_stage_refuses_its_own_run_of_another_version(
     line = capsys.readouterr().err.strip()
     assert line == (
         f"preprocess: {preprocessed.folder}: preprocess was made by Lorry 99.0.0 (lorry-preprocess:99.0.0-a800), this"
-        f" preprocess is Lorry {OURS} (lorry-preprocess:cpu): take the images of that version, give the run another"
+        f" preprocess is Lorry {OURS} (lorry-preprocess:cpu); use the images of that version, give the run another"
         " name (--run), or run preprocess again with --force"
     )
     assert preprocessed.path("preprocess", "samples", "train.jsonl").stat().st_mtime_ns == before

@@ -129,7 +129,7 @@ def test_the_vote_is_what_is_compared_with_where_there_is_one() -> None:
         ({"references": ["other", *REFERENCES[1:]]}, r"1 of 40 samples .*the first: 's0'"),
         ({"together": lambda number: "all"}, "40 of 40 samples"),
         ({"task": "numbers"}, "b is of task numbers, a of words"),
-        ({"scoring": {"normalization": "seed_001"}}, "scored by other rules"),
+        ({"scoring": {"normalization": "original"}}, "scored by other rules"),
     ],
 )
 def test_another_test_set_is_refused(changes: dict[str, Any], told: str) -> None:

@@ -467,10 +467,19 @@ def test_chinese_is_scored_by_characters_too() -> None:
 def test_normalisations(
     answer: str, reference: str, squad_match: float, squad_f1: Any, original_match: float, original_f1: float
 ) -> None:
-    found, original = scores(answer, reference), scores(answer, reference, normalization="seed_001")
+    found, original = scores(answer, reference), scores(answer, reference, normalization="original")
     assert (found["exact_match"], found["f1"]) == (squad_match, squad_f1)
     assert (original["exact_match"], original["f1"]) == (original_match, original_f1)
     assert found["character_f1"] == original["character_f1"]
+    assert scores(answer, reference, normalization="seed_001") == original, "the name in older recipes"
+
+
+def test_the_older_name_of_the_originals_normalisation_resolves_to_the_new_one(tmp_path: Path) -> None:
+    write(tmp_path / "d" / "a.jsonl", squad())
+    for name in ("original", "seed_001"):
+        scoring = RECIPE.eval.model_copy(update={"scoring": {"normalization": name}})
+        settled = settle_recipe(RECIPE.model_copy(update={"eval": scoring}), "test", tmp_path)
+        assert settled.eval.scoring == {"normalization": "original"}
 
 
 # -- the submission, and the contract ----------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def test_the_recipe_s_rules() -> None:
     named = {**recipe.model_dump(), "train": Train(adapters=[Adapter(name="connector")]).model_dump()}
     assert Recipe.model_validate(named).train.connector is None, "without a connector the name is free"
     named["train"]["connector"] = Connector().model_dump()
-    with pytest.raises(ValueError, match="names the first phase"):
+    with pytest.raises(ValueError, match="is the name of the first phase"):
         Recipe.model_validate(named)
 
 

@@ -275,9 +275,8 @@ def test_a_mix_of_which_nothing_is_there_is_told_before_hours_of_training(
     wrong = job.but(mixes={**MIXES, "two": ["b", "nowhere#3"]})
     code, trainer = wrong()
     assert (code, trainer.trained) == (Exit.USAGE, [])
-    assert "the mix of two names 'nowhere', which has no sample to train on; there are: a, b, c" in (
-        capfd.readouterr().err
-    )
+    error = capfd.readouterr().err
+    assert "the data mix of two names 'nowhere', which has no training samples; data sets with some: a, b, c" in error
 
 
 def test_a_mix_of_which_nothing_is_there_leaves_the_others_where_the_recipe_goes_on(job: Job) -> None:

@@ -5,10 +5,19 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-Normalization = Literal["squad", "seed_001"]
-"""What is done to answer and reference before they are compared: SQuAD's rules, or `normalize_seed_001` before them."""
+from pydantic import BeforeValidator
+
+
+def _current_name(value: Any) -> Any:
+    """The value, with the name that older recipes have for `original` replaced."""
+    return "original" if value == "seed_001" else value
+
+
+Normalization = Annotated[Literal["squad", "original"], BeforeValidator(_current_name)]
+"""How answer and reference are normalised before they are compared: by SQuAD's rules, or by `normalize_original` and
+then SQuAD's rules."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = set(string.punctuation)
@@ -23,11 +32,11 @@ def normalize(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
-def normalize_seed_001(text: str) -> str:
-    """What the program that extractive_qa comes after does before SQuAD's normalisation, in its order: lower case, each
-    run of what is no letter or digit one space, articles out, white space squeezed.
+def normalize_original(text: str) -> str:
+    """The text as the program that extractive_qa replaces normalises it, in its order: lower case, one space for each
+    run of characters that are no letters or digits, articles removed, white space squeezed.
 
-    It finds more to be equal than SQuAD does, such as 3.5% and "3 5", and loses words: "N/A" becomes "n".
+    More texts become equal than by SQuAD's rules, such as 3.5% and "3 5", and words get lost: "N/A" becomes "n".
     """
     text = re.sub(r"[\W_]+", " ", text.lower())
     return " ".join(_ARTICLES.sub(" ", text).split())

@@ -50,8 +50,8 @@ class Scoring(Section):
 
     normalization: metrics.Normalization = Field(
         "squad",
-        description="Of answer and reference before they are compared: SQuAD's rules alone, or those of seed 001 before"
-        " them, for scores to set beside its own",
+        description="Normalisation of answer and reference before they are compared; squad: SQuAD's rules; original:"
+        " first the rules of the original, for scores to set beside its own, then SQuAD's",
     )
 
 
@@ -91,7 +91,7 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     """Exact match and F1 by SQuAD's rules, and F1 over characters, which Chinese needs; each the best over all
     references."""
     settings = Scoring.model_validate(recipe.eval.scoring)
-    first = metrics.normalize_seed_001 if settings.normalization == "seed_001" else str
+    first = metrics.normalize_original if settings.normalization == "original" else str
     best = partial(metrics.best, answer=first(answer), references=[first(one) for one in sample["references"]])
     return {
         "exact_match": best(metrics.exact_match),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.data.metrics import squad_metrics  # the official SQuAD 2.0 script, as Hugging Face carries it
 
-from stages.tasks.common.metrics import best, character_f1, exact_match, normalize, normalize_seed_001, token_f1
+from stages.tasks.common.metrics import best, character_f1, exact_match, normalize, normalize_original, token_f1
 
 TEXT = st.text(max_size=30) | st.lists(
     st.sampled_from(
@@ -87,7 +87,7 @@ def test_agrees_with_the_official_script(answer: str, reference: str) -> None:
         assert token_f1(answer, reference) == squad_metrics.compute_f1(reference, answer)
 
 
-# -- seed 001 ----------------------------------------------------------------------------------------------------
+# -- the original ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_agrees_with_the_official_script(answer: str, reference: str) -> None:
         ("...", ""),
     ],
 )
-def test_normalisation_of_seed_001(text: str, normal: str) -> None:
-    assert normalize_seed_001(text) == normal
+def test_normalisation_of_the_original(text: str, normal: str) -> None:
+    assert normalize_original(text) == normal
 
 
 @given(TEXT)
-def test_squads_normalisation_finds_nothing_to_do_after_that_of_seed_001(text: str) -> None:
-    assert normalize(normalize_seed_001(text)) == normalize_seed_001(text)
+def test_squads_normalisation_changes_nothing_after_that_of_the_original(text: str) -> None:
+    assert normalize(normalize_original(text)) == normalize_original(text)
 
 
 # -- Chinese -----------------------------------------------------------------------------------------------------
