@@ -1,1 +1,1 @@
-"""What the machine is and what fits it: targets, probe, precision, batch plan. No heavy imports."""
+"""Facts about this machine and what fits it: targets, probe, precision, batch plan, memory. No heavy imports."""

@@ -7,7 +7,7 @@ from stages.contract.errors import DoesNotFitError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How an effective batch is made up: micro_batch x accumulation x gpus."""
+    """How an effective batch (in samples) is composed: micro_batch x accumulation x gpus."""
 
     wanted: int
     micro_batch: int
@@ -24,9 +24,9 @@ class BatchPlan:
 
 
 def plan_batch(effective: int, micro_batch: int, gpus: int) -> BatchPlan:
-    """Choose the plan whose effective batch (in samples) is nearest to the recipe's; ties go upward.
+    """The plan whose effective batch (in samples) is nearest to the recipe's; of two as near, the larger.
 
-    `micro_batch` is the most that fits on a card; a smaller one is taken only where it comes nearer.
+    `micro_batch` is the most that fits on a GPU; a smaller one is used only if it comes closer.
     """
     plans = []
     for micro in range(micro_batch, 0, -1):
@@ -37,8 +37,8 @@ def plan_batch(effective: int, micro_batch: int, gpus: int) -> BatchPlan:
 
 
 def refuse_inexact(batch: BatchPlan, name: str, most_gpus: int = 64) -> None:
-    """Raise DoesNotFitError where a plan only comes near to the batch that the recipe's `name` wants, with the nearest
-    numbers of GPUs that make it."""
+    """Raise DoesNotFitError if a plan does not reach the batch that the recipe's key `name` asks for. The message has
+    the nearest GPU counts that do."""
     if batch.effective == batch.wanted:
         return
     counts = [gpus for gpus in range(1, most_gpus + 1) if batch.wanted % gpus == 0]
@@ -46,6 +46,6 @@ def refuse_inexact(batch: BatchPlan, name: str, most_gpus: int = 64) -> None:
     more = [gpus for gpus in counts if gpus > batch.gpus][:1]
     ways = [str(plan_batch(batch.wanted, batch.micro_batch, gpus)) for gpus in fewer + more]
     raise DoesNotFitError(
-        f"{name} is {batch.wanted} and train.exact_batch is set, but {batch.gpus} GPU(s) make {batch.effective} at the"
-        f" nearest; what makes it (micro-batch x accumulation x GPUs): {', or '.join(ways)}"
+        f"{name} is {batch.wanted} and train.exact_batch is set, but the nearest that {batch.gpus} GPU(s) can do is"
+        f" {batch.effective}; exact plans (micro-batch x accumulation x GPUs): {', or '.join(ways)}"
     )

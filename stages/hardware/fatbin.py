@@ -1,9 +1,9 @@
-"""Which cards a CUDA library has code for, read from the library itself: images hold no cuobjdump.
+"""Reads from a CUDA library for which GPUs it has code. Images have no cuobjdump.
 
-A CUDA library keeps its device code in the ELF section `.nv_fatbin`: fatbins one after another, each a header and
-entries, each of those a header and code (maybe compressed; headers never are) for one architecture. The layout is not
-published; this is what CUDA 11 to 13 write, and it finds what `cuobjdump --list-elf --list-ptx` lists. Relocatable
-code (`__nv_relfatbin`) is left out, as it is there: it was linked into `.nv_fatbin`.
+A CUDA library has its device code in the ELF section `.nv_fatbin`: a sequence of fatbins, each a header and entries,
+each entry a header and code for one architecture. Code may be compressed, headers are not. NVIDIA does not publish the
+layout; this is what CUDA 11 to 13 write, and the result equals that of `cuobjdump --list-elf --list-ptx`. Relocatable
+code (`__nv_relfatbin`) is left out, as there: it is linked into `.nv_fatbin`.
 """
 
 import re
@@ -20,11 +20,12 @@ MAGIC = 0xBA55ED50
 ENTRY = struct.Struct("<HHIQ 12x I 8x Q")
 """Kind (1 PTX, 2 binary), version, bytes of this header, bytes of the code, ..., architecture, ..., flags."""
 ARCHITECTURE_SPECIFIC = 0x100000
-"""The flag of sm_90a and its like."""
+"""The flag of architecture-specific code, such as sm_90a."""
 
 
 def architectures(library: Path) -> set[str]:
-    """What a shared library was compiled for, in nvcc's words: binaries `sm_80`, `sm_90a`, PTX `compute_80`."""
+    """The architectures that a shared library has code for, as nvcc names them: binaries `sm_80`, `sm_90a`, PTX
+    `compute_80`. Raises UsageError for a file that is not a 64-bit ELF library."""
     found = set()
     with library.open("rb") as file:
         for offset, size in _sections(file, library, b".nv_fatbin"):
@@ -35,7 +36,7 @@ def architectures(library: Path) -> set[str]:
 
 
 def _sections(file: IO[bytes], path: Path, wanted: bytes) -> Iterator[tuple[int, int]]:
-    """Offset and size of the sections of that name in a 64-bit little-endian ELF file (System V ABI, chapter 4)."""
+    """Offset and size of the sections with a name in a 64-bit little-endian ELF file (System V ABI, chapter 4)."""
     header = file.read(64)
     if header[:6] != b"\x7fELF\x02\x01" or len(header) < 64:
         raise UsageError(f"{path}: not a 64-bit ELF library")
@@ -69,14 +70,14 @@ def _entries(file: IO[bytes], position: int, end: int) -> Iterator[tuple[int, in
 
 
 def serves(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
-    """Whether a library compiled for these architectures is meant to run on a card of this compute capability.
+    """Whether a library with code for these architectures runs on a GPU of this compute capability.
 
     NVIDIA, CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility": a binary for X.y runs on X.z
-    with z >= y and on no other major version (one with an `a`, on X.y only); PTX is compiled by the driver for any
-    card that is not older. PTX is taken as an answer only by cards newer than every binary: a library that dropped a
-    card may still hold a lone kernel as old PTX (vLLM has one for 5.2), which says nothing about the others.
+    with z >= y and on no other major version (one with an `a`, on X.y only); the driver compiles PTX for any GPU that
+    is not older. PTX counts only for GPUs newer than every binary: a library that dropped a GPU may still have one
+    kernel as old PTX (vLLM has one for 5.2), which says nothing about its other kernels.
     """
-    parsed = [_parsed(name) for name in compiled]
+    parsed = [_parse(name) for name in compiled]
     binaries = [(number, suffix) for kind, number, suffix in parsed if kind == "sm"]
     for number, suffix in binaries:
         if number == capability or (not suffix and number[0] == capability[0] and number <= capability):
@@ -85,9 +86,9 @@ def serves(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
     return newer and any(kind == "compute" and not suffix and number <= capability for kind, number, suffix in parsed)
 
 
-def _parsed(name: str) -> tuple[str, tuple[int, int], str]:
+def _parse(name: str) -> tuple[str, tuple[int, int], str]:
     found = re.fullmatch(r"(sm|compute)_(\d+)(\d)(\D?)", name)
     if found is None:
-        raise UsageError(f"{name}: not the name of a CUDA architecture, such as sm_80")
+        raise UsageError(f"{name}: not a CUDA architecture such as sm_80")
     kind, major, minor, suffix = found.groups()
     return kind, (int(major), int(minor)), suffix

@@ -1,7 +1,7 @@
-"""Which way of training an adapter fits the cards: the recipe's own, or one that gives the same result in less memory.
+"""Finds a way to train an adapter that fits the GPUs: the recipe's own, or one with the same result in less memory.
 
-Micro-batch, gradient checkpointing and sharding change memory and speed, not the result: the plan may change those by
-itself. A base in 4 bits, fewer pixels or shorter samples do change it: those are only proposed.
+Micro-batch, gradient checkpointing and sharding change memory and speed, not the result: the plan changes those on its
+own. A base in 4 bits, fewer pixels and shorter samples change the result: the plan only suggests them.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from stages.hardware.memory import Estimate, Lengths, estimate, trained_paramete
 from stages.models.shape import ModelShape
 
 UNSURE = 0.03
-"""How much an estimate may be too low: up to 2.3 % where it was measured (README, "Does it fit")."""
+"""Share by which an estimate may be too low: up to 2.3% in the measurements (docs/measurements.md)."""
 SHORT = 64
-"""Tokens of a sample so short that hardly any job has only such."""
+"""Tokens of a very short sample: hardly any job has only samples of that length."""
 MOST_GPUS = 8
-"""Of one machine, as a rule."""
+"""Most GPUs that one machine usually has."""
 LEAST_PIXELS = 200_000
-"""Of a picture on which a page's text can just be told from its drawing."""
+"""Pixels of a picture on which a reader can just distinguish a page's text from its drawing."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,23 @@ class Way:
     dtype: str
     estimate: Estimate
     changes: tuple[str, ...] = ()
-    """What differs from the recipe, in words."""
+    """Differences from the recipe, as `key=value for the recipe's value`."""
 
     def fits(self, memory: int | None) -> bool:
         return memory is None or self.estimate.total <= memory
 
     def tight(self, memory: int | None) -> bool:
-        """Whether it fits by less than an estimate may be too low."""
+        """Whether it fits, but with less room than an estimate may be too low by."""
         return memory is not None and self.fits(memory) and self.estimate.total > (1 - UNSURE) * memory
 
 
 def plan_training(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int | None, lengths: Lengths | None = None
 ) -> Way:
-    """The first way that fits in `memory` bytes on each GPU (None: no limit, as on a CPU), or else the leanest.
+    """The first way that fits in `memory` bytes on each GPU (None: no limit, as on a CPU), else the one that takes
+    least memory.
 
-    `lengths` are the samples'; without them every sample is taken to be as long as max_length allows, answer included.
+    `lengths` are those of the samples; without them every sample and its answer count as max_length tokens.
     """
     lengths = lengths or Lengths(settings.max_length, settings.max_length)
     ways = list(_ways(shape, settings, processes, dtype, lengths))
@@ -57,19 +58,19 @@ def plan_training(
 
 
 def unplanned(settings: Train, processes: int, dtype: str) -> Way:
-    """The recipe's own way for a model whose memory cannot be estimated."""
+    """The recipe's own way, for a model whose memory cannot be estimated."""
     sharding = "none" if settings.sharding == "auto" else settings.sharding
     batch = plan_batch(settings.effective_batch, settings.micro_batch, processes)
     return Way(settings, batch, sharding, dtype, Estimate(*[0] * 8))
 
 
 def most_gpus(settings: Train) -> int:
-    """GPUs beyond which a step would have more samples than the recipe wants, in either phase."""
+    """The most GPUs with which a step has no more samples than the recipe's effective batch, in both phases."""
     return min(_effective_batches(settings))
 
 
 def makes_exact_batches(settings: Train, gpus: int) -> bool:
-    """Whether train.exact_batch allows so many GPUs: the effective batches of both phases must be multiples of them."""
+    """Whether train.exact_batch allows this number of GPUs: it must divide the effective batches of both phases."""
     return not settings.exact_batch or all(batch % gpus == 0 for batch in _effective_batches(settings))
 
 
@@ -79,21 +80,21 @@ def _effective_batches(settings: Train) -> list[int]:
 
 
 def as_asked(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Way:
-    """The recipe's own way; with sharding `auto`, unsharded."""
+    """The recipe's own way; without sharding if the recipe has sharding `auto`."""
     return next(_ways(shape, settings, processes, dtype, lengths))
 
 
 def least_memory(shape: ModelShape, settings: Train, processes: int, dtype: str) -> int:
-    """Bytes on each GPU that no change which keeps the result can go below, whatever the samples are."""
+    """The least bytes on each GPU that training takes with the same result, even with very short samples."""
     lengths = Lengths(SHORT, SHORT // 4)
     return min(way.estimate.total for way in _ways(shape, settings, processes, dtype, lengths))
 
 
 def _ways(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Iterator[Way]:
-    """Every way that keeps the result, the fastest first: smaller micro-batches, checkpointing, then sharding."""
+    """Every way with the same result, the fastest first: smaller micro-batches, checkpointing, then sharding."""
     shardings = ["none", "zero2", "zero3"] if processes > 1 else ["none"]
     if settings.load_in_4bit or shape.quantisation is not None:
-        shardings = shardings[:2]  # ZeRO-3 cannot share out a quantised base
+        shardings = shardings[:2]  # ZeRO-3 cannot shard a quantised base
     if settings.sharding != "auto":
         shardings = [settings.sharding]
     for sharding in shardings:
@@ -127,12 +128,12 @@ def _changes(asked: Train, changed: Train, sharding: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Offers:
-    """What the cards' software has: what it has not is not proposed."""
+    """Libraries of the image: a way that needs a missing one is not suggested."""
 
     bitsandbytes: bool = True
-    """Kernels for a base in 4 bits."""
+    """Whether there are kernels for a base in 4 bits."""
     deepspeed: bool = True
-    """ZeRO."""
+    """Whether there is ZeRO."""
 
 
 def smallest_changes(
@@ -144,13 +145,13 @@ def smallest_changes(
     lengths: Lengths,
     offers: Offers = Offers(),
 ) -> list[Way]:
-    """Ways to fit, the smallest change first; each is the smallest of its kind. Empty when nothing that we know helps.
+    """Ways to fit, the smallest change first, one of each kind. Empty if no known way fits.
 
-    The first three kinds keep the result; the others say in their changes what they give up.
+    The first three kinds keep the result; the others change it, as their changes say.
     """
     kinds: list[Iterator[Way]] = [
         iter([plan_training(shape, settings, processes, dtype, memory, lengths)]),
-        _sharded_otherwise(shape, settings, processes, dtype, memory, lengths, offers),
+        _with_other_sharding(shape, settings, processes, dtype, memory, lengths, offers),
         _on_other_gpus(shape, settings, processes, dtype, memory, lengths, offers),
         _in_4bit(shape, settings, processes, dtype, memory, lengths) if offers.bitsandbytes else iter(()),
         _fewer_pixels(shape, settings, processes, dtype, memory, lengths),
@@ -160,10 +161,10 @@ def smallest_changes(
     return [way for way in first_of_each if way is not None]
 
 
-def _sharded_otherwise(
+def _with_other_sharding(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths, offers: Offers
 ) -> Iterator[Way]:
-    """On as many GPUs, with another sharding than the recipe names."""
+    """On the same number of GPUs, with another sharding than the recipe's."""
     if settings.sharding != "auto":
         free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
         way = plan_training(shape, free, processes, dtype, memory, lengths)
@@ -173,8 +174,8 @@ def _sharded_otherwise(
 def _on_other_gpus(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths, offers: Offers
 ) -> Iterator[Way]:
-    """On fewer GPUs, which need no NCCL or divide a batch otherwise, or on more, of which ZeRO-3 gives each a part of
-    the base; the nearest number first."""
+    """On fewer GPUs, which need no NCCL or split the batch differently, or on more, with which each gets a smaller part
+    of the base under ZeRO-3; the nearest number first."""
     free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
     most = min(MOST_GPUS, most_gpus(settings))
     others = [gpus for gpus in range(1, most + 1) if gpus != processes and makes_exact_batches(settings, gpus)]
@@ -198,7 +199,7 @@ def _in_4bit(
 def _fewer_pixels(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
 ) -> Iterator[Way]:
-    """With smaller pictures: a sample of at least one is shorter by the tokens that it loses."""
+    """With smaller pictures: a sample with one gets shorter by the tokens that the picture loses."""
     if shape.vision is None or settings.max_pixels is None:
         return
     side = int(shape.vision.get("patch_size", 14)) * int(shape.vision.get("spatial_merge_size", 1))
@@ -213,7 +214,7 @@ def _fewer_pixels(
 def _shorter(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
 ) -> Iterator[Way]:
-    """With shorter samples; those that are longer would be left out."""
+    """With shorter samples; longer ones would be left out."""
     length = lengths.longest
     while (length := length * 3 // 4) >= SHORT:
         shorter = replace(lengths, longest=length, answer=min(lengths.answer, length))
@@ -223,8 +224,8 @@ def _shorter(
 
 
 def disk_bytes(shape: ModelShape, settings: Train) -> int:
-    """What training writes: each adapter, and while one is trained its checkpoints with the optimizer's two moments;
-    the connector likewise."""
+    """Bytes that training writes: each adapter, and the checkpoints of one at a time, with the optimizer's two moments;
+    the same for the connector."""
     adapter = 4 * trained_parameters(shape, settings)
     checkpoints = (settings.keep_checkpoints + 1) * 4 * adapter  # weights, master copy under ZeRO, two moments
     first = settings.connector is not None and not settings.trains_connector

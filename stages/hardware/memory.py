@@ -1,8 +1,8 @@
-"""How much memory training an adapter, or a connector, takes on each GPU, estimated from the model's shape alone.
+"""Estimates the memory that training an adapter or a connector takes on each GPU, from the model's shape alone.
 
-What autograd keeps is counted tensor by tensor for a decoder layer as transformers runs it: RMSNorm in float32, scaled
-dot-product attention, a gated MLP, and PEFT's LoRA in float32 under autocast. The constants that no source states were
-measured on an H200 with torch 2.11 (benchmarks/memory.py; README, "Measured"). Sizes are in bytes.
+The tensors that autograd keeps are counted one by one for a decoder layer as transformers runs it: RMSNorm in float32,
+scaled dot-product attention, a gated MLP, and PEFT's LoRA in float32 under autocast. Constants without a source were
+measured on an H200 with torch 2.11 (benchmarks/memory.py; docs/measurements.md). Sizes are in bytes.
 """
 
 import re
@@ -17,75 +17,76 @@ from stages.models.shape import ModelShape
 FLOAT32 = 4
 
 FRAMEWORK = 862_000_000
-"""The CUDA context with the kernels that training loads (795 MB), and cuBLAS' two workspaces (67 MB)."""
+"""CUDA context with the kernels that training loads (795 MB), and cuBLAS' two workspaces (67 MB)."""
 NCCL = 1_000_000_000
-"""Its buffers and channels, for each process that has a group; measured with a group of one (under ZeRO-2)."""
+"""NCCL's buffers and channels for each process in a group; measured with a group of one (under ZeRO-2)."""
 
 ZERO_BUCKET = 20_000_000
-"""Elements that ZeRO reduces or gathers at a time: a buffer of 40 to 80 MB. DeepSpeed's own 500 million would hold 1 GB
-or more for gradients that LoRA never has."""
+"""Elements that ZeRO reduces or gathers at a time: a buffer of 40 to 80 MB. DeepSpeed's default of 500 million would
+take 1 GB or more for gradients that LoRA does not have."""
 ZERO3_LIVE = 500_000_000
-"""Weights that a GPU keeps whole at a time under ZeRO-3, where the layer at work is smaller: 1 GB in 16 bits, room for
-two layers of a 7B model. DeepSpeed's own 1 billion would hold 2 GB."""
+"""Weights that a GPU gathers at a time under ZeRO-3, if the current layer is smaller: 1 GB in 16 bits, two layers of a
+7B model. DeepSpeed's default of 1 billion would take 2 GB."""
 ZERO3_PREFETCH = 250_000_000
-"""Weights fetched under ZeRO-3 while those before them are computed with, 0.5 GB: a layer of a 7B model, whole."""
+"""Weights that ZeRO-3 prefetches, 0.5 GB in 16 bits: one whole layer of a 7B model."""
 
 LOSS_PER_LOGIT = 12.05
-"""Bytes for each logit when the loss's backward begins: log-softmax and its gradient in float32, and copies of them."""
+"""Bytes per logit when the backward pass of the loss begins: log-softmax and its gradient in float32, with copies."""
 SAVED_PER_LOGIT = 4
-"""What stays of a logit after the forward pass: its log-softmax."""
+"""Bytes per logit that stay after the forward pass: its log-softmax."""
 FRAGMENTS_PER_LOGIT = 3.55
-"""The allocator finds no hole for one of these tensors, which are larger than everything else, and takes new memory."""
+"""Bytes per logit that fragmentation costs: these tensors are larger than all others, fit in no free block, and the
+allocator takes new memory."""
 FRAGMENTS_SHARE = 0.01
-"""What it loses on everything else, with expandable segments."""
+"""Share of everything else that fragmentation costs, with expandable segments."""
 
 NF4_BYTES = 0.5 + 1 / 64
-"""A weight in bitsandbytes' NF4 with double quantisation: 4 bits, and a byte for each block of 64."""
+"""Bytes per weight in bitsandbytes' NF4 with double quantisation: 4 bits, and a byte for each block of 64."""
 
 UNPACKING = {"bfloat16": 2, "float16": 7, "float32": 7}
-"""Bytes for each weight of a module of a GPTQ base while it is unpacked, beside the result: gptqmodel's Triton kernel
-writes float16, which becomes bfloat16; auto-gptq (a V100, in float16) and the kernel for CPUs shift integers of 32 bits
-and keep bytes and products of them. Read from their source; not measured."""
+"""Bytes per weight that unpacking a module of a GPTQ base takes besides the result: gptqmodel's Triton kernel writes
+float16, which becomes bfloat16; auto-gptq (V100, float16) and the CPU kernel shift 32-bit integers, and keep bytes and
+products of them. Read from their source; not measured."""
 
 MGM_READS = 16
-"""Bytes for each channel of each position of MGM's large map (2880 x 192 x 192) while one picture is read: the map, its
-parts in order and their normalised copy in float32, the last in 16 bits too, and the projections. Traced in float32,
-read from the source for autocast; not measured on a card."""
+"""Bytes per channel and position of MGM's large feature map (2880 x 192 x 192) while one picture is read: the map, its
+reordered parts and their normalised copy in float32, the last in 16 bits too, and the projections. Traced in float32,
+read from the source for autocast; not measured on a GPU."""
 MGM_READS_BACK = 20
-"""The same while gradients go back through one picture to the connector in training."""
+"""The same in the backward pass of one picture, when the connector is trained."""
 MGM_KEEPS = {True: 5, False: 15}
-"""What stays of each picture for that, with and without gradient checkpointing."""
+"""The same for what each picture keeps for that backward pass, with and without gradient checkpointing."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What the samples are like, in tokens."""
+    """Lengths of the samples, in tokens."""
 
     longest: int
-    """Of the longest sample, images included."""
+    """Length of the longest sample, with its images."""
     answer: int
-    """Of the longest answer: logits are made where a token carries a loss."""
+    """Length of the longest answer: only tokens with a loss get logits."""
     shortest_prompt: int | None = None
-    """What stands before the answer, of the sample where that is shortest; None: all samples are alike."""
+    """Length of the shortest prompt before an answer; None: all samples are alike."""
 
     def logits(self, micro_batch: int) -> int:
-        """Positions of a micro-batch that get logits, at most. Of several samples, ms-swift takes every position from
-        where the first answer begins to the end of the longest sample."""
+        """The most positions of a micro-batch that get logits. With several samples, ms-swift takes all positions from
+        the start of the first answer to the end of the longest sample."""
         if micro_batch == 1 or self.shortest_prompt is None:
             return micro_batch * self.answer
         return micro_batch * (self.longest - min(self.shortest_prompt, self.longest - self.answer))
 
 
 def lengths_at_most(recipe: Recipe) -> Lengths:
-    """What the recipe allows, before there are samples: its longest, with an answer as long as it asks of inference;
-    in a micro-batch of several, beside one with next to no prompt."""
+    """The longest that the recipe allows, before there are samples: max_length, with an answer of infer.max_new_tokens;
+    in a micro-batch of several, next to a sample with an empty prompt."""
     longest = recipe.train.max_length
     return Lengths(longest, min(longest, recipe.infer.max_new_tokens), shortest_prompt=0)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The peak on one GPU, by what takes it at that moment."""
+    """The peak on one GPU in bytes, by what takes memory at that moment."""
 
     weights: int
     adapter: int
@@ -109,14 +110,14 @@ def estimate(
 ) -> Estimate:
     """The peak on one GPU.
 
-    There are two moments that can be it, and it is the larger: the loss, with the layers' activations and the logits;
-    and the backward pass through a layer, with what that layer makes and, at the end of it, all gradients.
+    It is the largest of these moments: the loss, with the activations of all layers and the logits; the backward pass
+    through a layer, with that layer's working set and, at its end, all gradients; and the reading of MGM's pictures.
     """
     size = FLOAT32 if dtype == "float32" else 2
     tokens = batch.micro_batch * lengths.longest
     adapter = trained_parameters(shape, settings)
     shards = batch.gpus if sharding != "none" else 1
-    # under ZeRO the adapter is kept in the base's precision, its master copy in float32 with the optimizer's moments
+    # under ZeRO the adapter is in the base's precision, with a float32 master copy beside the optimizer's moments
     held = adapter * (FLOAT32 if sharding == "none" else size)
     moments = adapter * FLOAT32 * (2 if sharding == "none" else 3) // shards
     gradients = adapter * FLOAT32 if sharding == "none" else adapter * size + ZERO_BUCKET * FLOAT32
@@ -125,13 +126,13 @@ def estimate(
     of_pictures, reading = _large_maps(shape, settings, batch.micro_batch)
     connector += of_pictures
     layer = _layer_activations(shape, settings, size, batch.micro_batch, lengths.longest) * tokens
-    # of a GPTQ base autograd keeps each module's unpacked weights, too, whatever the tokens
+    # with a GPTQ base autograd also keeps each module's unpacked weights, for any number of tokens
     layer += size * sum(map(prod, _packed_in_layers(shape))) // shape.layers
     unpacking = UNPACKING[dtype] * max(map(prod, _packed_in_layers(shape)), default=0)
     working = max(_layer_working_set(shape, settings, sharding) * tokens, unpacking)
     kept = shape.layers * (2 * shape.hidden * size // 2 * tokens if settings.gradient_checkpointing else layer)
     logits = (lengths.logits(batch.micro_batch) + batch.micro_batch) * shape.vocabulary
-    earlier = gradients if batch.accumulation > 1 else 0  # of the micro-batches before
+    earlier = gradients if batch.accumulation > 1 else 0  # of earlier micro-batches
     at_loss = (kept + connector, round(LOSS_PER_LOGIT * logits), earlier)
     recomputed = layer if settings.gradient_checkpointing else 0
     in_first = (kept + connector + recomputed + working, SAVED_PER_LOGIT * logits // 2, earlier)
@@ -155,20 +156,20 @@ def estimate(
 
 
 def trained_parameters(shape: ModelShape, settings: Train) -> int:
-    """How many parameters get gradients: LoRA's, or in the first phase all of the connector's."""
+    """Number of parameters that get gradients: LoRA's, or in the first phase the connector's."""
     if not settings.trains_connector:
         return adapter_parameters(shape, settings)
     return sum(weight.count for weight in shape.weights if _is_connector(weight.name))
 
 
 def adapter_parameters(shape: ModelShape, settings: Train) -> int:
-    """How many parameters LoRA adds: rank x (inputs + outputs) for each module that it adapts."""
+    """Number of parameters that LoRA adds: rank x (inputs + outputs) for each adapted module."""
     return sum(settings.rank * sum(shape.linears[name]) for name in adapted_modules(shape, settings))
 
 
 def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
-    """The linear modules that get LoRA, as ms-swift and PEFT choose them: never the head, and of a vision tower none
-    while it is frozen; none at all while the connector is trained."""
+    """Paths of the linear modules that get LoRA, as ms-swift and PEFT choose them: not the head, not a frozen vision
+    tower, and none at all when the connector is trained."""
     if settings.trains_connector:
         return []
     linears = [name for name in shape.linears if name.rpartition(".")[2] != "lm_head"]
@@ -183,7 +184,7 @@ def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
 
 
 def not_estimated(shape: ModelShape, settings: Train) -> str | None:
-    """What of this training's memory is not in the estimate, in words."""
+    """What the estimate of this training's memory lacks, in words; None if it is complete."""
     if settings.freeze_vision or not any(map(_is_vision, adapted_modules(shape, settings))):
         return None
     return "what an adapted vision tower keeps of its pictures for the backward pass (train.freeze_vision is false)"
@@ -195,37 +196,37 @@ def _is_vision(module: str) -> bool:
 
 
 def _is_connector(module: str) -> bool:
-    """Between the tower and the language model: LLaVA's, Qwen2-VL's, MGM's."""
+    """Whether a module is part of the connector of LLaVA, Qwen2-VL or MGM."""
     names = ("multi_modal_projector", "mm_projector")
     return any(part in names or "merger" in part or part.startswith("vlm_uni_") for part in module.split("."))
 
 
 def _adapted_in_layers(shape: ModelShape, settings: Train) -> list[str]:
-    """The adapted modules of the decoder layers."""
+    """Paths of the adapted modules in the decoder layers."""
     return [name for name in adapted_modules(shape, settings) if not _is_vision(name)]
 
 
 def _packed_in_layers(shape: ModelShape) -> list[tuple[int, int]]:
-    """Inputs and outputs of the decoder layers' modules that are stored quantised."""
+    """Inputs and outputs of the decoder layers' modules whose weights are stored quantised."""
     return [shape.linears[name] for name in shape.packed if _is_in_a_layer(name)]
 
 
 def _is_in_a_layer(linear: str) -> bool:
-    """Of the decoder: neither the head nor of a vision tower."""
+    """Whether a linear module is in a decoder layer: neither the head nor in a vision tower."""
     return not _is_vision(linear) and linear.rpartition(".")[2] != "lm_head"
 
 
 def _connector_activations(shape: ModelShape, settings: Train) -> int:
-    """Bytes that a connector in training keeps for each token, as if all were a picture's: of each of its linear
-    modules the input and the output, as large as in float32."""
+    """Bytes per token that a connector in training keeps: input and output of its linear modules, as in float32. Every
+    token counts as a picture's."""
     if not settings.trains_connector:
         return 0
     return FLOAT32 * sum(sum(sizes) for name, sizes in shape.linears.items() if _is_connector(name))
 
 
 def _large_maps(shape: ModelShape, settings: Train, micro_batch: int) -> tuple[int, int]:
-    """Bytes that stay of MGM's pictures, one in each sample, and those at work while one of them is read: it reads them
-    one by one. None for other models: their pictures are small beside their tokens."""
+    """Bytes that MGM's pictures keep, one per sample, and bytes that reading one of them takes: it reads them one by
+    one. 0 for other models, where pictures are small compared with their tokens."""
     if shape.vision_aux is None:
         return 0, 0
     tower = shape.vision_aux
@@ -236,7 +237,7 @@ def _large_maps(shape: ModelShape, settings: Train, micro_batch: int) -> tuple[i
 
 
 def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
-    """The frozen base on one GPU. What a file keeps in integers (GPTQ) stays as it is."""
+    """Bytes of the frozen base on one GPU. Weights that a file has in integers (GPTQ) keep their size."""
     total = 0.0
     in_4bit = (
         {name for name in shape.linears if name.rpartition(".")[2] != "lm_head"}
@@ -245,7 +246,7 @@ def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus:
     )
     for weight in shape.weights:
         if settings.trains_connector and _is_connector(weight.name):
-            continue  # in float32, with what is trained
+            continue  # in float32, with the trained parameters
         if weight.name.rpartition(".")[0] in in_4bit and len(weight.shape) == 2:
             total += weight.count * NF4_BYTES
         elif weight.dtype.startswith(("F", "BF")):
@@ -254,7 +255,7 @@ def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus:
             total += weight.stored_bytes
     if sharding != "zero3" or gpus == 1:
         return round(total)
-    # whole at a time: a layer, and beside it the head, the embeddings or the layers to come
+    # gathered at a time: a layer, and with it the head, the embeddings or the next layers
     layer = sum(prod(sizes) for name, sizes in shape.linears.items() if _is_in_a_layer(name)) // shape.layers
     largest = max(weight.count for weight in shape.weights)
     return round(total / gpus) + size * (max(ZERO3_LIVE, largest) + max(ZERO3_PREFETCH, layer))
@@ -265,22 +266,24 @@ def _inputs_of(shape: ModelShape, modules: Iterable[str]) -> int:
 
 
 def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batch: int, length: int) -> int:
-    """Bytes that one decoder layer keeps for its backward pass, for each token."""
+    """Bytes per token that one decoder layer keeps for its backward pass."""
     queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    norms = 2 * FLOAT32 * shape.hidden  # two of them, each keeps its input in float32
+    norms = 2 * FLOAT32 * shape.hidden  # two, each keeps its input in float32
     attention = size * (2 * queries + 2 * keys)  # query, key, value, output
-    if micro_batch > 1:  # samples of other lengths need a mask, and then keys and values are repeated for each head
+    if (
+        micro_batch > 1
+    ):  # samples of different lengths need a mask, with which keys and values are repeated for each head
         attention += size * 2 * (queries - keys)
     mlp = 3 * size * shape.intermediate  # gate, its activation, up
     adapted = _adapted_in_layers(shape, settings)
-    # LoRA casts its input to float32 and autocast back: a copy for each module; dropout keeps a mask of a byte
+    # LoRA casts its input to float32 and autocast casts it back: a copy per module; dropout keeps a mask of one byte
     copies = (size + bool(settings.dropout)) * _inputs_of(shape, adapted) // shape.layers
     return norms + attention + mlp + copies + 2 * size * settings.rank * len(adapted) // shape.layers
 
 
 def _layer_working_set(shape: ModelShape, settings: Train, sharding: str) -> int:
-    """Bytes for each token that one layer's backward pass needs beside what was kept; most in the MLP."""
+    """Bytes per token that one layer's backward pass needs besides the kept activations; the MLP takes most."""
     adapts_mlp = any(shape.linears[name][0] == shape.intermediate for name in _adapted_in_layers(shape, settings))
-    # without sharding LoRA is in float32, and so is what goes back through it
+    # without sharding LoRA is in float32, and so are the gradients through it
     in_float32 = adapts_mlp and sharding == "none"
     return 12 * shape.intermediate if in_float32 else 6 * shape.intermediate + 4 * shape.hidden

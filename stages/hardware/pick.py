@@ -1,4 +1,4 @@
-"""Which cards a job gets: those named one by one, or the freest that it fits on (`auto`)."""
+"""Chooses a job's GPUs: those that the user names, or those with the most free memory that the job fits on (`auto`)."""
 
 import os
 import re
@@ -15,31 +15,31 @@ GIB = 2**30
 Capability = tuple[int, int]
 
 Bytes = Callable[[int, Capability], int]
-"""What a card must have free, as a function of the number of cards and their compute capability."""
+"""Bytes that must be free on each GPU, as a function of the number of GPUs and their compute capability."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a job needs of each card."""
+    """What a job needs of each GPU."""
 
     asked: Bytes
-    """As the recipe asks."""
+    """Need of the recipe's own way."""
     least: Bytes
-    """In the leanest way that gives the same result; taken where not enough cards have what is asked."""
+    """Need of the way with the same result that takes least memory; used if too few GPUs have `asked` free."""
     most: int
-    """Cards that it can use."""
+    """The most GPUs that the job can use."""
     usable: Callable[[int], bool] = lambda _number: True
-    """Whether it can use just so many."""
+    """Whether the job can use exactly this number of GPUs."""
 
     @staticmethod
     def of(amount: int, most: int = 1) -> "Need":
-        """The same on any number of cards."""
+        """The same need on any number of GPUs."""
         return Need(lambda _number, _capability: amount, lambda _number, _capability: amount, most)
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What GPUS says: names of cards, or `auto` with or without a number."""
+    """A parsed GPUS: names of GPUs, or `auto` with or without a number."""
 
     text: str
     names: tuple[str, ...] = ()
@@ -49,19 +49,19 @@ class Wish:
 
 @dataclass(frozen=True)
 class Pick:
-    """The cards that `auto` took, by index, and a line on each."""
+    """The GPUs that `auto` took, by index, and a line on each."""
 
     cards: tuple[Gpu, ...]
     lines: tuple[str, ...]
 
 
 def parse_wish(text: str) -> Wish:
-    """Read GPUS. Raises UsageError for what is neither a list of cards nor `auto` with a number from 1 on."""
+    """Parse GPUS. Raises UsageError for a text that is neither a list of GPUs nor `auto` with a number from 1 on."""
     text = text.strip()
     if re.match(r"auto\b", text):
         found = re.fullmatch(r"auto(?::([1-9][0-9]*))?", text)
         if not found:
-            raise UsageError(f"GPUS={text}: write auto, or auto:4 for exactly four cards; a list of cards has no auto")
+            raise UsageError(f"GPUS={text}: write auto, or auto:4 for exactly four GPUs; a list of GPUs has no auto")
         return Wish(text, auto=True, count=int(found[1]) if found[1] else None)
     names = tuple(name.strip() for name in text.split(","))
     if not all(names):
@@ -69,27 +69,28 @@ def parse_wish(text: str) -> Wish:
     return Wish(text, names)
 
 
-# -- cards by name -------------------------------------------------------------------------------------------------
+# -- GPUs by name --------------------------------------------------------------------------------------------------
 
 
 def denied_cards(text: str | None, gpus: tuple[Gpu, ...]) -> frozenset[int]:
-    """Indexes of the cards that LORRY_GPU_DENY keeps lorry from. Raises UsageError for an entry that is no card: a
-    list with a slip in it must not be half obeyed."""
+    """Indexes of the GPUs that LORRY_GPU_DENY denies. Raises UsageError for an entry that is not a GPU: after a typing
+    error no GPU may be used by mistake."""
     if not text or not text.strip():
         return frozenset()
     where, denied = f"LORRY_GPU_DENY={text.strip()}", set()
     for name in (name.strip() for name in text.split(",")):
-        if _may_be_a_lost_one(name, gpus):
+        if _may_be_lost(name, gpus):
             continue
         denied.add(_find(name, gpus, where).index)
     return frozenset(denied)
 
 
 def hide_denied_cards(needs_one: bool = True) -> None:
-    """Have CUDA_VISIBLE_DEVICES show this process, and those that it starts, no card in LORRY_GPU_DENY.
+    """Remove the GPUs in LORRY_GPU_DENY from CUDA_VISIBLE_DEVICES, for this process and those that it starts.
 
-    For a stage that is started by itself, without a launcher that chose its cards. Raises UsageError for an entry that
-    is no card, and DoesNotFitError where no card is left and the stage needs one: it would take hours on a CPU.
+    For a stage that is started on its own, not by `lorry launch`, which chooses its GPUs. Raises UsageError for an
+    entry that is not a GPU, and DoesNotFitError if no GPU is left and the stage needs one: it would take hours on a
+    CPU.
     """
     text = os.environ.get("LORRY_GPU_DENY", "").strip()
     gpus = read_cards().gpus if text and os.environ.get("LORRY_TARGET") != "cpu" else ()
@@ -100,52 +101,52 @@ def hide_denied_cards(needs_one: bool = True) -> None:
     left = [gpu for gpu in shown if gpu.index not in denied]
     if not left and needs_one:
         raise DoesNotFitError(
-            f"LORRY_GPU_DENY={text}: no other card is left here ({_listed(shown)}); LORRY_TARGET=cpu computes without"
+            f"LORRY_GPU_DENY={text}: denies every GPU here ({_describe(shown)}); LORRY_TARGET=cpu computes without GPUs"
         )
-    if len(left) < len(shown):  # NVML counts the cards by their place on the bus
+    if len(left) < len(shown):  # NVML numbers GPUs by their place on the bus
         numbers = ",".join(str(gpu.index) for gpu in left)
         os.environ |= {"CUDA_VISIBLE_DEVICES": numbers, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def named_cards(wish: Wish, gpus: tuple[Gpu, ...], denied: frozenset[int]) -> tuple[Gpu, ...]:
-    """The cards of a list, in its order. Raises UsageError for one that is not there, stands twice, is denied or in
-    MIG mode, and DoesNotFitError for one that no longer answers."""
+    """The GPUs of a list, in its order. Raises UsageError for a GPU that does not exist, is named twice, is denied or
+    in MIG mode, and DoesNotFitError for one that no longer answers."""
     where, chosen = f"GPUS={wish.text}", []
     for name in wish.names:
         gpu = _find(name, gpus, where)
         if gpu in chosen:
-            raise UsageError(f"{where}: names a GPU twice, {gpu}; this machine has: {_listed(gpus)}")
+            raise UsageError(f"{where}: names {gpu} twice; this machine has: {_describe(gpus)}")
         refuse_unusable(gpu, where, denied)
         chosen.append(gpu)
     return tuple(chosen)
 
 
 def refuse_unusable(gpu: Gpu, where: str, denied: frozenset[int]) -> None:
-    """Raise what keeps a card that is there from being taken."""
+    """Raise UsageError or DoesNotFitError if a GPU is denied, no longer answers or is in MIG mode."""
     if gpu.index in denied:
-        raise UsageError(f"{where}: {gpu} is not to be taken: it is in LORRY_GPU_DENY; name other cards, or GPUS=auto")
+        raise UsageError(f"{where}: {gpu} is denied by LORRY_GPU_DENY; name other GPUs, or GPUS=auto")
     if gpu.lost:
         raise DoesNotFitError(
             f"{where}: {gpu} no longer answers (NVML: {gpu.lost}): see `dmesg | grep Xid`, reset it (nvidia-smi"
-            f" --gpu-reset -i {gpu.index}) or reboot; or name other cards"
+            f" --gpu-reset -i {gpu.index}) or reboot; or name other GPUs"
         )
     if gpu.mig:
         raise UsageError(
-            f"{where}: {gpu} is in MIG mode, and Lorry binds whole cards: turn it off (sudo nvidia-smi -i {gpu.index}"
-            " -mig 0), or name another card"
+            f"{where}: {gpu} is in MIG mode, and Lorry binds whole GPUs: turn it off (sudo nvidia-smi -i {gpu.index}"
+            " -mig 0), or name another GPU"
         )
 
 
 def _find(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
-    """The card of an index, a UUID or a beginning of one that no other card has."""
-    here = f"this machine has: {_listed(gpus)}"
+    """The GPU with an index, a UUID, or a beginning of a UUID that no other GPU has."""
+    here = f"this machine has: {_describe(gpus)}"
     if name.upper().startswith("MIG-"):
-        raise UsageError(f"{where}: {name} is a MIG slice, and Lorry binds whole cards: name one; {here}")
+        raise UsageError(f"{where}: {name} is a MIG slice, and Lorry binds whole GPUs: name one; {here}")
     if name.upper().startswith("GPU-"):
         found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(name.lower())]
         if len(found) > 1:
             which = ", ".join(f"{gpu.index} {gpu.uuid}" for gpu in found)
-            raise UsageError(f"{where}: {len(found)} GPUs begin with {name}: {which}; write more of the UUID")
+            raise UsageError(f"{where}: {len(found)} UUIDs begin with {name}: {which}; write more of the UUID")
         if not found:
             uuids = ", ".join(f"{gpu.index} {gpu.uuid}" for gpu in gpus)
             raise UsageError(f"{where}: no GPU's UUID begins with {name}; this machine has: {uuids}")
@@ -155,28 +156,29 @@ def _find(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
     for gpu in gpus:
         if gpu.index == int(name):
             return gpu
-    raise UsageError(f"{where}: there is no GPU {int(name)}; {here}")
+    raise UsageError(f"{where}: no GPU {int(name)}; {here}")
 
 
-def _may_be_a_lost_one(name: str, gpus: tuple[Gpu, ...]) -> bool:
-    """Whether a UUID that no card has may be that of a card which no longer tells its own."""
+def _may_be_lost(name: str, gpus: tuple[Gpu, ...]) -> bool:
+    """Whether a UUID that no GPU has may belong to a GPU that no longer reports its own."""
     known = any(gpu.uuid.lower().startswith(name.lower()) for gpu in gpus if gpu.uuid)
     return name.upper().startswith("GPU-") and not known and any(not gpu.uuid for gpu in gpus)
 
 
-def _listed(gpus: tuple[Gpu, ...]) -> str:
+def _describe(gpus: tuple[Gpu, ...]) -> str:
     return "; ".join(f"{gpu.index} {gpu.name or 'lost'}" for gpu in gpus) or "none that NVML shows"
 
 
 def hold_named(cards: tuple[Gpu, ...], where: str, holds: Holds) -> None:
-    """Hold cards that were named, which several jobs may share. Raises InterruptedRunError where `auto` has one."""
+    """Hold GPUs that the user named, which several jobs may share. Raises InterruptedRunError if GPUS=auto of another
+    process holds one."""
     with holds.choosing():
         for gpu in cards:
             if not holds.take(gpu.uuid, exclusive=False):
-                holder = next(iter(holds.holders(gpu.uuid)), "another lorry")
+                holder = next(iter(holds.holders(gpu.uuid)), "another Lorry process")
                 raise InterruptedRunError(
-                    f"{where}: {gpu} is held by {holder}, whose GPUS=auto has it for itself: wait for it, or name"
-                    " other cards"
+                    f"{where}: {gpu} is held by {holder}, whose GPUS=auto does not share it; wait until that ends, or"
+                    " name other GPUs"
                 )
 
 
@@ -186,17 +188,17 @@ def hold_named(cards: tuple[Gpu, ...], where: str, holds: Holds) -> None:
 def pick_cards(
     wish: Wish, need: Need, gpus: tuple[Gpu, ...], denied: frozenset[int], holds: Holds, oldest: Capability = (0, 0)
 ) -> Pick:
-    """The cards for `auto`, held for this process alone: of one compute capability, not below `oldest`, those with the
-    most free memory; as many as the wish says, or all that the job fits on and can use.
+    """The GPUs for `auto`, held by this process alone: those with the most free memory of one compute capability, not
+    below `oldest`; as many as the wish says, or all that the job fits on and can use.
 
-    Raises DoesNotFitError, with what is in the way on each card, where there are not enough.
+    Raises DoesNotFitError if too few are free, with one reason for each GPU.
     """
     with holds.choosing():
         free, reasons = [], {}
         for gpu in sorted(gpus, key=lambda gpu: (-gpu.memory_free, gpu.index)):
             reason = out_of_question(gpu, denied, oldest)
             if not reason and not holds.take(gpu.uuid, exclusive=True):
-                holder = next(iter(holds.holders(gpu.uuid)), "another lorry")
+                holder = next(iter(holds.holders(gpu.uuid)), "another Lorry process")
                 reason = f"held by {holder}"
             if reason:
                 reasons[gpu.index] = reason
@@ -215,7 +217,7 @@ def pick_cards(
 
 
 def out_of_question(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0)) -> str:
-    """Why a card is not to be taken, however much of it is free."""
+    """Why a GPU cannot be taken, however much memory is free; empty if it can."""
     if gpu.index in denied:
         return "in LORRY_GPU_DENY"
     if gpu.lost:
@@ -223,14 +225,14 @@ def out_of_question(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0
     if gpu.mig:
         return "in MIG mode"
     if gpu.capability < oldest:
-        return f"older than the target ({_dotted(gpu.capability)} < {_dotted(oldest)})"
+        return f"older than the target ({_version(gpu.capability)} < {_version(oldest)})"
     return ""
 
 
 def _best(free: list[Gpu], count: int | None, need: Need, amount: Bytes) -> tuple[Gpu, ...]:
-    """The cards to take, by index; none where too few fit. `free` has those with the most free memory first.
+    """The GPUs to take, by index; none if too few fit. `free` has those with the most free memory first.
 
-    Of several kinds of card, that with the most cards that fit, then the newer.
+    Of several kinds of card, the kind with the most GPUs that fit, then the newer.
     """
     found: list[tuple[int, Capability, list[Gpu]]] = []
     kinds = sorted(free, key=lambda gpu: gpu.capability)
@@ -254,32 +256,32 @@ def _lines(taken: tuple[Gpu, ...], need: Need) -> list[str]:
     ]
     if min(gpu.memory_free for gpu in taken) < asked:
         least = gib(need.least(number, capability))
-        lines.append(f"no {number} cards have that free: the same result in less memory, down to {least} GiB a card")
+        lines.append(f"no {number} GPUs have that free: the same result in less memory, down to {least} GiB per GPU")
     return lines
 
 
 def _refusal(wish: Wish, need: Need, gpus: tuple[Gpu, ...], free: list[Gpu], reasons: dict[int, str]) -> str:
     if not gpus:
-        return f"GPUS={wish.text}: NVML shows no cards here to choose from: name them, or take TARGET=cpu"
+        return f"GPUS={wish.text}: NVML shows no GPU on this machine; name GPUs, or use TARGET=cpu"
     newest = max(gpu.capability for gpu in free or gpus)
     possible = filter(need.usable, range(1, max(min(len(free), need.most), 1) + 1))
     number = wish.count or min(possible, key=lambda number: need.least(number, newest))
     asked, least = need.asked(number, newest), need.least(number, newest)
-    lean = f" ({gib(least)} at the least)" if least < asked else ""
-    told = []
+    lean = f" ({gib(least)} at least)" if least < asked else ""
+    states = []
     for gpu in gpus:
         fits = gpu.memory_free >= need.least(number, gpu.capability) if gpu in free else False
-        what = reasons.get(gpu.index) or ("would do" if fits else occupied(gpu))
-        told.append(f"GPU {gpu.index}: {what}")
-    cards = f"no {number} cards of one kind have" if number > 1 else "no card has"
+        state = reasons.get(gpu.index) or ("fits" if fits else occupied(gpu))
+        states.append(f"GPU {gpu.index}: {state}")
+    too_few = f"no {number} GPUs of one kind have" if number > 1 else "no GPU has"
     return (
-        f"GPUS={wish.text}: {cards} {gib(asked)} GiB free{lean}: {'; '.join(told)}; wait"
-        f"{', take fewer' if (wish.count or 0) > 1 else ''}, or see `lorry plan` for what needs less"
+        f"GPUS={wish.text}: {too_few} {gib(asked)} GiB free{lean}: {'; '.join(states)}; wait"
+        f"{', use fewer GPUs' if (wish.count or 0) > 1 else ''}, or see `lorry plan` for settings that need less"
     )
 
 
 def occupied(gpu: Gpu) -> str:
-    """How much of a card is free, and who has the rest."""
+    """How much of a GPU is free, and which processes hold the rest."""
     largest = [f"{holder} {gib(holder.memory)}" if holder.memory else str(holder) for holder in gpu.processes[:2]]
     more = f" and {len(gpu.processes) - 2} more" if len(gpu.processes) > 2 else ""
     held = f", held by {', '.join(largest)}{more}" if largest else ""
@@ -287,9 +289,9 @@ def occupied(gpu: Gpu) -> str:
 
 
 def gib(amount: int) -> str:
-    """Bytes in GiB, with one decimal."""
+    """Bytes as text in GiB, with one decimal."""
     return f"{amount / GIB:.1f}"
 
 
-def _dotted(capability: Capability) -> str:
+def _version(capability: Capability) -> str:
     return f"{capability[0]}.{capability[1]}"

@@ -1,4 +1,4 @@
-"""What this machine has: processors, memory, NVIDIA cards."""
+"""Probes this machine: processors, memory, NVIDIA GPUs."""
 
 import os
 import pwd
@@ -14,13 +14,13 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that uses a card. `?` stands for what cannot be seen, as from inside a container."""
+    """A process that uses a GPU. `?` is a name that cannot be seen, as from inside a container."""
 
     pid: int
     name: str
     user: str
     memory: int | None
-    """Bytes on the card; None where the driver does not tell."""
+    """Bytes on the GPU; None if the driver does not report them."""
 
     def __str__(self) -> str:
         seen = self.name != "?" or self.user != "?"
@@ -29,7 +29,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card, as NVML reports it. Memory in bytes."""
+    """One GPU, as NVML reports it. Memory is in bytes."""
 
     index: int
     uuid: str
@@ -40,47 +40,47 @@ class Gpu:
     driver: str
     processes: tuple[Holder, ...] = ()
     mig: bool = False
-    """Whether the card is cut into MIG slices."""
+    """Whether the GPU is in MIG mode."""
     lost: str = ""
-    """What NVML says of a card that no longer answers, such as `GPU is lost`. Of such a card nothing else is sure:
-    uuid and name are what is still told, capability and memory are 0."""
+    """NVML's error for a GPU that no longer answers, such as `GPU is lost`; else empty. A lost GPU has the uuid and
+    name that NVML still reports, and 0 for capability and memory."""
 
     def __str__(self) -> str:
         return f"GPU {self.index} ({self.name})" if self.name else f"GPU {self.index}"
 
     def identity(self) -> dict[str, Any]:
-        """What a manifest records of the card: nothing that changes with the neighbours."""
+        """The facts that a manifest records: nothing that other processes on the GPU change."""
         passing = ("memory_free", "processes", "lost")
         return {key: value for key, value in asdict(self).items() if key not in passing}
 
 
 @dataclass(frozen=True)
 class Cards:
-    """What the NVIDIA driver shows, and what is wrong where it should show cards and does not."""
+    """The GPUs that the NVIDIA driver shows, and why it shows none if there should be some."""
 
     gpus: tuple[Gpu, ...]
     driver: str = ""
-    """Its version; empty where it does not answer."""
+    """Its version; empty if it does not answer."""
     problem: str = ""
-    """Why a driver that is here cannot be asked, and the cure, in one line."""
+    """Why an installed driver does not answer, and the cure, in one line."""
 
 
 @dataclass(frozen=True)
 class Machine:
     cpus: int
-    """Processors that this process may use."""
+    """CPUs that this process may use."""
     memory_bytes: int
     gpus: tuple[Gpu, ...]
     problem: str = ""
-    """Why the cards of this machine cannot be seen, where it seems to have some."""
+    """Why the GPUs of this machine cannot be seen, if it seems to have some."""
 
 
 def probe() -> Machine:
-    """Look at the machine. A host without the NVIDIA driver has no cards; that is no error.
+    """The machine as this process sees it. A host without the NVIDIA driver has no GPUs; that is no error.
 
-    CUDA_VISIBLE_DEVICES, which the launcher sets for a local process, hides cards here as it does from CUDA. With
-    LORRY_TARGET=cpu, which the CPU images and the demo set, cards that are there are left alone. A card that no longer
-    answers is left out: nothing can compute on it.
+    CUDA_VISIBLE_DEVICES, which `lorry launch` sets for a local process, hides GPUs here as it does from CUDA. With
+    LORRY_TARGET=cpu, which the CPU images and the demo set, GPUs are not used. A GPU that no longer answers is left
+    out: nothing can compute on it.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cards = Cards(()) if os.environ.get("LORRY_TARGET") == "cpu" else read_cards()
@@ -94,7 +94,7 @@ def probe() -> Machine:
 
 
 def visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
-    """The cards that CUDA_VISIBLE_DEVICES leaves: numbers or UUIDs, up to the first that is neither."""
+    """The GPUs that CUDA_VISIBLE_DEVICES shows: numbers or UUIDs, up to the first that is neither."""
     if setting is None:
         return gpus
     chosen: list[Gpu] = []
@@ -107,7 +107,7 @@ def visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
 
 
 def read_cards() -> Cards:
-    """Every card that the NVIDIA driver shows, those that no longer answer too. Never raises for the driver's sake."""
+    """Every GPU that the NVIDIA driver shows, with those that no longer answer. Never raises an error of the driver."""
     import pynvml
 
     try:
@@ -125,7 +125,7 @@ def read_cards() -> Cards:
 
 
 def card_on_bus() -> bool:
-    """Whether an NVIDIA card is on the PCI bus, driver or not."""
+    """Whether an NVIDIA card is on the PCI bus, with a driver or without."""
     for device in PCI_DEVICES.glob("*"):
         try:
             vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
@@ -137,13 +137,13 @@ def card_on_bus() -> bool:
 
 
 def _driver_problem(pynvml: Any, error: Any) -> str:
-    """What is wrong with a driver that NVML cannot talk to; empty where there is none."""
+    """Why NVML cannot reach the driver, and the cure; empty if no driver is installed."""
     if isinstance(error, pynvml.NVMLError_LibraryNotFound):
         return ""
     if isinstance(error, pynvml.NVMLError_LibRmVersionMismatch):
         return (
             "NVIDIA driver/library version mismatch: the driver was updated and the old kernel module still runs:"
-            " reboot, or end what uses the cards and reload it (sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia;"
+            " reboot, or end what uses the GPUs and reload it (sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia;"
             " sudo modprobe nvidia)"
         )
     if isinstance(error, pynvml.NVMLError_DriverNotLoaded):
@@ -157,7 +157,7 @@ def _driver_problem(pynvml: Any, error: Any) -> str:
 
 
 def _gpu(pynvml: Any, index: int, driver: str) -> Gpu:
-    """One card. One that does not tell what every card tells is lost; the rest it may refuse."""
+    """One GPU. It is lost if it does not report what every GPU reports; other queries it may refuse."""
     uuid = name = ""
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -179,8 +179,8 @@ def _gpu(pynvml: Any, index: int, driver: str) -> Gpu:
 
 
 def _memory(pynvml: Any, handle: Any) -> tuple[int, int]:
-    """Bytes of a card in all, and free. Zero where it does not tell: one that shares the processor's memory, or one in
-    MIG mode to a user who may not ask."""
+    """Total and free bytes of a GPU. 0 if it does not report them: one that shares the CPU's memory, or one in MIG
+    mode when the user lacks permission."""
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
@@ -191,22 +191,22 @@ def _memory(pynvml: Any, handle: Any) -> tuple[int, int]:
 def _in_mig_mode(pynvml: Any, handle: Any) -> bool:
     try:
         current, _pending = pynvml.nvmlDeviceGetMigMode(handle)
-    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):  # cards, and drivers, before MIG
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):  # cards and drivers older than MIG
         return False
     return bool(current == pynvml.NVML_DEVICE_MIG_ENABLE)
 
 
 def _holders(pynvml: Any, handle: Any) -> tuple[Holder, ...]:
-    """The processes on a card, the largest first. Not telling them is no reason to give a card up; being lost is."""
+    """The processes on a GPU, the largest first. A GPU that does not report them is usable; a lost one is not."""
     found: dict[int, Any] = {}
     for ask in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses):
-        for process in _listed(pynvml, ask, handle):
+        for process in _query(pynvml, ask, handle):
             found.setdefault(process.pid, process.usedGpuMemory)
     holders = [Holder(pid, _name_of(pid), user_of(pid), memory) for pid, memory in found.items()]
     return tuple(sorted(holders, key=lambda holder: (-(holder.memory or 0), holder.pid)))
 
 
-def _listed(pynvml: Any, ask: Callable[[Any], list[Any]], handle: Any) -> list[Any]:
+def _query(pynvml: Any, ask: Callable[[Any], list[Any]], handle: Any) -> list[Any]:
     try:
         return ask(handle)
     except (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired):
@@ -223,7 +223,7 @@ def _name_of(pid: int) -> str:
 
 
 def user_of(pid: int) -> str:
-    """Whose process it is; `?` where it cannot be seen."""
+    """The user that a process belongs to; `?` if it cannot be seen."""
     try:
         lines = (PROC / str(pid) / "status").read_text(errors="replace").splitlines()
         uid = next(int(line.split()[1]) for line in lines if line.startswith("Uid:"))

@@ -1,4 +1,4 @@
-"""How many GPUs share a model's weights in inference, and what is left on each for the sequences' keys and values."""
+"""Plans inference: how many GPUs share a model's weights, and the memory left on each for the KV cache."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,11 @@ from stages.models.shape import ModelShape
 GIB = 1024**3
 
 SHARE = 0.9
-"""Of a card's free memory that vLLM is given."""
+"""Share of a GPU's free memory that vLLM gets."""
 
 RUNTIME = 3 * GIB
-"""CUDA context, graphs and the activations of a prompt's piece; vLLM measures its own before it shares out the rest."""
+"""Bytes for the CUDA context, CUDA graphs and the activations of a chunk of a prompt. vLLM measures the real figure
+before it allots the rest."""
 
 
 @dataclass(frozen=True)
@@ -22,22 +23,23 @@ class Serving:
     weights: int
     """Bytes on each GPU."""
     kv_token: int
-    """Bytes of keys and values of a token, on each GPU."""
+    """Bytes of a token's keys and values on each GPU."""
     room: int | None
-    """Tokens of all sequences together that fit; None where memory is not known."""
+    """Tokens that fit in the KV cache, over all sequences; None if the memory is not known."""
     why: str
 
 
 def plan_serving(shape: ModelShape, free: list[int], asked: int | None, dtype: str, max_length: int) -> Serving:
-    """Serve on cards with `free` bytes each (0: not known): on as many of them as the model's heads can be shared by.
+    """How to serve on GPUs with `free` bytes each (0: not known): on `asked` of them, or on as many as the heads can be
+    split over.
 
-    Raises UsageError for a number that the heads do not allow, DoesNotFitError where weights and one sequence of
+    Raises UsageError for a number that the heads do not allow, and DoesNotFitError if the weights and one sequence of
     `max_length` tokens do not fit.
     """
     allowed = [n for n in range(1, len(free) + 1) if _divides(shape, n)]
     if asked is not None and asked not in allowed:
         raise UsageError(
-            f"infer.tensor_parallel {asked}: {shape.heads} heads and {shape.kv_heads} of keys on {len(free)} GPU(s)"
+            f"infer.tensor_parallel {asked}: {shape.heads} heads and {shape.kv_heads} KV heads on {len(free)} GPU(s)"
             f" allow {', '.join(map(str, allowed))}"
         )
     count = asked or allowed[-1]
@@ -53,12 +55,13 @@ def plan_serving(shape: ModelShape, free: list[int], asked: int | None, dtype: s
         needed = (weights + RUNTIME + kv_token * max_length) / SHARE / GIB
         raise DoesNotFitError(
             f"inference takes {needed:.1f} GiB on each of {count} GPU(s) for one sequence of {max_length} tokens, and"
-            f" {least / GIB:.1f} GiB are free: take more GPUs, a shorter infer.max_length, or a quantised model"
+            f" {least / GIB:.1f} GiB are free; use more GPUs, a lower infer.max_length, or a quantised model"
         )
     room = left // kv_token
     return Serving(count, weights, kv_token, room, f"{why}; room for {room:,} tokens of all sequences")
 
 
 def _divides(shape: ModelShape, count: int) -> bool:
-    """vLLM gives each GPU the same number of heads, and of heads of keys at least one, shared where there are fewer."""
+    """Whether vLLM can split the heads over `count` GPUs: each gets as many heads, and at least one KV head, a copy if
+    there are fewer KV heads than GPUs."""
     return shape.heads % count == 0 and (shape.kv_heads % count == 0 or count % shape.kv_heads == 0)

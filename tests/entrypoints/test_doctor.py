@@ -191,7 +191,7 @@ def test_a_slip_in_the_deny_list(box: Box, doctor: Doctor, monkeypatch: pytest.M
     monkeypatch.setenv("LORRY_GPU_DENY", "5,9")
     told = doctor()
     assert told.code == 2
-    assert "LORRY_GPU_DENY=5,9: there is no GPU 9" in told.of("GPUs", "FAIL")[0]
+    assert "LORRY_GPU_DENY=5,9: no GPU 9" in told.of("GPUs", "FAIL")[0]
 
 
 def test_cards_that_cannot_be_used(box: Box, doctor: Doctor) -> None:

@@ -59,7 +59,7 @@ def test_without_a_list_it_is_card_0_unless_that_is_denied(
 ) -> None:
     assert choose(None, holds).numbers("train") == choose(" ", holds).numbers("train") == "0"
     monkeypatch.setenv("LORRY_GPU_DENY", "0,5")
-    told = r"GPUS is not given, which means GPU 0: GPU 0 \(NVIDIA.*is not to be taken: it is in LORRY_GPU_DENY"
+    told = r"GPUS is not given, which means GPU 0: GPU 0 \(NVIDIA.*is denied by LORRY_GPU_DENY"
     with pytest.raises(UsageError, match=told):
         choose(None, holds)
     assert choose(None, holds, "eval") == Chosen(), "which takes no card"
@@ -77,11 +77,15 @@ def test_where_nvml_shows_no_card_any_may_be_one(box: Box, holds: Holds, monkeyp
     with pytest.raises(UsageError, match="NVML shows no cards here: name their target"):
         choose_target(None, chosen, ())
     assert choose_target("a800", chosen, ()).name == "a800"
-    for text, told in (("1,1", "names a GPU twice"), ("-1", "'-1' is not a GPU's number"), ("MIG-1", "is a MIG slice")):
+    for text, told in (
+        ("1,1", "names a GPU twice"),
+        ("-1", "'-1' is not a GPU's number"),
+        ("MIG-1", "is a MIG slice"),
+    ):
         with pytest.raises(UsageError, match=told):
             choose(text, holds)
     monkeypatch.setenv("LORRY_GPU_DENY", "5, 6")
-    with pytest.raises(UsageError, match="GPU 6 is not to be taken: it is in LORRY_GPU_DENY"):
+    with pytest.raises(UsageError, match="GPU 6 is denied by LORRY_GPU_DENY"):
         choose("6", holds)
     assert choose(None, holds, "train", "a800") == Chosen(), "Compose hands it card 0"
     monkeypatch.setenv("LORRY_GPU_DENY", "0")
@@ -152,7 +156,7 @@ def test_an_engine_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--target", "a100"), "no target 'a100'; there are: cpu, v100"),
+        (("--target", "a100"), "no target 'a100'; known targets: cpu, v100"),
         (("--target", "a800", "--gpus", "1,1"), "GPUS=1,1: names a GPU twice"),
         (("--target", "a800", "--gpus", "0,,1"), "GPUS=0,,1: has an empty element"),
         (("patent-qa", "--gpus", "auto:-2"), "GPUS=auto:-2: write auto, or auto:4"),
@@ -316,7 +320,10 @@ def test_auto_takes_a_number_of_cards_that_makes_the_exact_batches(
     assert small(local, "train", "--gpus", "auto", *exact, *both).visible[-1] == ("train", "1,3")
     refused = small(local, "train", "--gpus", "auto:3", *exact)
     assert (refused.code, refused.visible) == (4, []), refused.output
-    assert "train.effective_batch is 16 and train.exact_batch is set, but 3 GPU(s) make" in refused.output
+    assert (
+        "train.effective_batch is 16 and train.exact_batch is set, but the nearest that 3 GPU(s) can do is 15"
+        in refused.output
+    )
 
 
 def test_auto_counts_with_the_larger_of_both_phases(lorry: Lorry, language_model: Path, box: Box) -> None:
@@ -339,7 +346,7 @@ def test_auto_takes_cards_that_only_a_leaner_way_fits_on(
     box.free(*[(asked + least) / 2 / 2**30] * 8)
     done = small(local, "train", "--gpus", "auto:2")
     assert done.visible[-1] == ("train", "0,1"), done.output
-    assert "no 2 cards have that free: the same result in less memory, down to" in done.output
+    assert "no 2 GPUs have that free: the same result in less memory, down to" in done.output
     box.free(*[(least - 1) / 2**30] * 8)
     assert small(local, "train", "--gpus", "auto:2").code == 4
 
@@ -380,7 +387,7 @@ def test_auto_where_all_are_busy_is_one_line_and_exit_4(box: Box, local: Launch,
     done = small(local, "infer", "--gpus", "auto", "--shard", "0/2")
     assert (done.code, done.seen, len(done.output.splitlines())) == (4, [], 1)
     assert (
-        "error: GPUS=auto: no card has 2.3 GiB free: GPU 0: 0.5 GiB free of 80.0, held by python (alice" in done.output
+        "error: GPUS=auto: no GPU has 2.3 GiB free: GPU 0: 0.5 GiB free of 80.0, held by python (alice" in done.output
     )
 
 
@@ -420,7 +427,7 @@ def test_holds_that_cannot_be_kept_are_one_line(
     box.holds.write_text("in the way")
     done = small(local, "infer", "--gpus", gpus, "--shard", "0/2")
     assert (done.code, done.seen, len(done.output.splitlines())) == (2, [], 1)
-    assert f"{box.holds}/choosing: cannot be used to hold a card (Not a directory)" in done.output
+    assert f"{box.holds}/choosing: cannot hold a GPU with this file (Not a directory)" in done.output
 
 
 def test_answering_needs_its_weights_and_a_fifth_more() -> None:

@@ -72,7 +72,7 @@ def test_a_batch_that_must_be_exact_names_the_nearest_gpus_that_make_it(
 ) -> None:
     with pytest.raises(DoesNotFitError, match=r"train\.effective_batch is") as raised:
         refuse_inexact(plan_batch(effective, 4, gpus), "train.effective_batch")
-    assert f"{gpus} GPU(s) make {made} at the nearest" in str(raised.value)
+    assert f"the nearest that {gpus} GPU(s) can do is {made}" in str(raised.value)
     assert all(way in str(raised.value) for way in ways)
     assert str(raised.value).count("GPU(s) = ") == len(ways)
     assert raised.value.exit_code == 4

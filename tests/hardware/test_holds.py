@@ -157,7 +157,10 @@ def test_a_user_without_the_right_to_write_there_is_told(take: Take) -> None:
     with folder_for_all() as place:
         output, _ = take(str(place), "exclusive", "1", "GPU-a", prefix=prefix).communicate("")
         assert "UsageError" in output
-        assert f"{place}/choosing: cannot be used to hold a card (Permission denied): it must be a plain file" in output
+        assert (
+            f"{place}/choosing: cannot hold a GPU with this file (Permission denied); it must be a regular file"
+            in output
+        )
 
 
 def unusable(folder: Path) -> str:
@@ -171,12 +174,12 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     victim, folder = tmp_path / "victim", tmp_path / "holds"
     folder.mkdir()
     (folder / "GPU-a").symlink_to(victim)
-    assert "GPU-a: cannot be used to hold a card" in unusable(folder)
+    assert "GPU-a: cannot hold a GPU with this file" in unusable(folder)
     assert not victim.exists()
     victim.write_text("mine")
-    assert "cannot be used to hold a card" in unusable(folder)
+    assert "cannot hold a GPU with this file" in unusable(folder)
     (tmp_path / "linked").symlink_to(tmp_path, target_is_directory=True)
-    assert "cannot be used to hold a card" in unusable(tmp_path / "linked")
+    assert "cannot hold a GPU with this file" in unusable(tmp_path / "linked")
     assert not (tmp_path / "GPU-a").exists()
 
 
@@ -209,6 +212,6 @@ def test_one_that_chooses_for_ever_is_named(tmp_path: Path, monkeypatch: pytest.
     with Holds(tmp_path).choosing():
         pass
     other = Holds(tmp_path)
-    told = rf"{tmp_path}/choosing: lorry, pid {os.getpid()} of \w+ has been choosing cards"
+    told = rf"{tmp_path}/choosing: lorry, pid {os.getpid()} of \w+ has been choosing GPUs"
     with other.choosing(), pytest.raises(InterruptedRunError, match=told), Holds(tmp_path).choosing():
         pass

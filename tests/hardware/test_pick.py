@@ -48,22 +48,22 @@ def test_cards_are_named_by_number_and_by_uuid(box: Box) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("0,8", "GPUS=0,8: there is no GPU 8; this machine has: 0 NVIDIA A800-SXM4-80GB; 1 NVIDIA"),
-        ("0,0", "names a GPU twice, GPU 0 (NVIDIA A800-SXM4-80GB)"),
-        ("2,GPU-2ac", "names a GPU twice, GPU 2"),
+        ("0,8", "GPUS=0,8: no GPU 8; this machine has: 0 NVIDIA A800-SXM4-80GB; 1 NVIDIA"),
+        ("0,0", "names GPU 0 (NVIDIA A800-SXM4-80GB) twice"),
+        ("2,GPU-2ac", "names GPU 2 (NVIDIA A800-SXM4-80GB) twice"),
         ("0,,1", "has an empty element; write it as 0,2"),
         ("0,", "has an empty element"),
         ("-1", "'-1' is not a GPU's number or UUID, as in 0,2 or GPU-8f5e; this machine has: 0 NVIDIA"),
         ("all", "'all' is not a GPU's number or UUID"),
         ("²", "is not a GPU's number"),
         ("0 1", "'0 1' is not a GPU's number"),
-        ("GPU-8f5e", "2 GPUs begin with GPU-8f5e: 0 GPU-8f5e3c1a-"),
+        ("GPU-8f5e", "2 UUIDs begin with GPU-8f5e: 0 GPU-8f5e3c1a-"),
         ("GPU-0000", "no GPU's UUID begins with GPU-0000; this machine has: 0 GPU-8f5e3c1a"),
-        ("MIG-41e9d2b6-8a05-4f7c-9d13-7c2f6e8b0a59", "is a MIG slice, and Lorry binds whole cards"),
-        ("auto:0", "write auto, or auto:4 for exactly four cards"),
+        ("MIG-41e9d2b6-8a05-4f7c-9d13-7c2f6e8b0a59", "is a MIG slice, and Lorry binds whole GPUs"),
+        ("auto:0", "write auto, or auto:4 for exactly four GPUs"),
         ("auto:x", "write auto, or auto:4"),
         ("auto:", "write auto, or auto:4"),
-        ("auto,1", "a list of cards has no auto"),
+        ("auto,1", "a list of GPUs has no auto"),
     ],
 )
 def test_what_is_no_list_of_cards_is_refused_in_a_line(box: Box, text: str, told: str) -> None:
@@ -73,23 +73,23 @@ def test_what_is_no_list_of_cards_is_refused_in_a_line(box: Box, text: str, told
 def test_a_card_in_mig_mode_is_refused_with_what_to_do(box: Box) -> None:
     box.slice(1)
     told = refused(box, "0,1")
-    assert "GPU 1 (NVIDIA A800-SXM4-80GB) is in MIG mode, and Lorry binds whole cards" in told
+    assert "GPU 1 (NVIDIA A800-SXM4-80GB) is in MIG mode, and Lorry binds whole GPUs" in told
     assert "nvidia-smi -i 1 -mig 0" in told
 
 
 @pytest.mark.parametrize("deny", ["5,6,7", " 5 , 6 ,7", "GPU-41e9,6,7"])
 def test_a_denied_card_is_refused(box: Box, deny: str) -> None:
     assert named(box, "0,4", deny) == [0, 4]
-    assert "GPU 5 (NVIDIA A800-SXM4-80GB) is not to be taken: it is in LORRY_GPU_DENY" in refused(box, "0,5", deny)
+    assert "GPU 5 (NVIDIA A800-SXM4-80GB) is denied by LORRY_GPU_DENY" in refused(box, "0,5", deny)
 
 
 @pytest.mark.parametrize(
     ("deny", "told"),
     [
-        ("5,8", "LORRY_GPU_DENY=5,8: there is no GPU 8"),
+        ("5,8", "LORRY_GPU_DENY=5,8: no GPU 8"),
         ("5;6", "'5;6' is not a GPU's number"),
         ("5,,6", "'' is not a GPU's number"),
-        ("GPU-8f5e", "2 GPUs begin with GPU-8f5e"),
+        ("GPU-8f5e", "2 UUIDs begin with GPU-8f5e"),
         ("GPU-1234", "no GPU's UUID begins with GPU-1234"),
         ("MIG-1", "MIG-1 is a MIG slice"),
     ],
@@ -139,7 +139,7 @@ def test_where_all_are_denied_a_stage_does_not_go_on_for_hours_without(
 ) -> None:
     box.keep(2)
     monkeypatch.setenv("LORRY_GPU_DENY", "0,1")
-    with pytest.raises(DoesNotFitError, match=r"LORRY_GPU_DENY=0,1: no other card is left here \(0 NVIDIA A800"):
+    with pytest.raises(DoesNotFitError, match=r"LORRY_GPU_DENY=0,1: denies every GPU here \(0 NVIDIA A800"):
         hide_denied_cards()
     hide_denied_cards(needs_one=False)
     assert os.environ.pop("CUDA_VISIBLE_DEVICES") == ""
@@ -147,7 +147,7 @@ def test_where_all_are_denied_a_stage_does_not_go_on_for_hours_without(
     hide_denied_cards()
     monkeypatch.setenv("LORRY_TARGET", "")
     monkeypatch.setenv("LORRY_GPU_DENY", "0,9")
-    with pytest.raises(UsageError, match="there is no GPU 9"):
+    with pytest.raises(UsageError, match="no GPU 9"):
         hide_denied_cards()
     box.keep(0)
     hide_denied_cards()  # a machine without cards, where the variable is set for all
@@ -204,28 +204,28 @@ def test_a_denied_card_is_never_taken_however_free(box: Box) -> None:
 def test_more_cards_may_need_less_of_each(box: Box) -> None:
     sharded = Need(lambda number, _: 90 * GIB // number, lambda number, _: 90 * GIB // number, most=16)
     assert indexes(auto(box, need=sharded)) == [1, 2, 3], "45 of two, 30 of three, 22.5 of four, which only three have"
-    assert "no 2 cards of one kind have 45.0 GiB" in no_room(box, need=sharded, deny="1,2,3,5,6,7")
+    assert "no 2 GPUs of one kind have 45.0 GiB" in no_room(box, need=sharded, deny="1,2,3,5,6,7")
 
 
 def test_where_what_is_asked_does_not_fit_the_leanest_way_is_taken_and_told(box: Box) -> None:
     need = Need(lambda *_: 75 * GIB, lambda *_: 50 * GIB, most=16)
     pick = auto(box, "auto:2", need=need)
     assert indexes(pick) == [1, 3]
-    assert pick.lines[-1] == "no 2 cards have that free: the same result in less memory, down to 50.0 GiB a card"
+    assert pick.lines[-1] == "no 2 GPUs have that free: the same result in less memory, down to 50.0 GiB per GPU"
 
 
 def test_all_busy_says_what_is_in_the_way_on_every_card(box: Box) -> None:
     box.slice(4)
     box.lose(7)
     told = no_room(box, "auto:4", need=30, deny="5,6")
-    assert told.startswith("GPUS=auto:4: no 4 cards of one kind have 30.0 GiB free: GPU 0: 12.1 GiB free of 80.0,")
+    assert told.startswith("GPUS=auto:4: no 4 GPUs of one kind have 30.0 GiB free: GPU 0: 12.1 GiB free of 80.0,")
     for words in (
         "GPU 0: 12.1 GiB free of 80.0, held by python (alice, pid 41120) 67.4;",
-        "GPU 1: would do;",
+        "GPU 1: fits;",
         "GPU 4: in MIG mode;",
         "GPU 5: in LORRY_GPU_DENY;",
         "GPU 7: no longer answers (GPU is lost);",
-        "wait, take fewer, or see `lorry plan`",
+        "wait, use fewer GPUs, or see `lorry plan`",
     ):
         assert words in told
 
@@ -241,7 +241,7 @@ def test_cards_of_one_kind_only_and_the_kind_with_the_most_that_fit(box: Box) ->
     box.free(*[50.0] * 8)
     assert indexes(auto(box, "auto:2", need=20)) == [0, 2]
     assert indexes(auto(box, "auto:2", need=20, deny="0,5,6,7")) == [1, 3], "two of each fit: the newer"
-    assert "no 4 cards of one kind have 20.0 GiB" in no_room(box, "auto:4", need=20)
+    assert "no 4 GPUs of one kind have 20.0 GiB" in no_room(box, "auto:4", need=20)
 
 
 def test_cards_older_than_the_target_are_not_taken(box: Box) -> None:
@@ -252,7 +252,7 @@ def test_cards_older_than_the_target_are_not_taken(box: Box) -> None:
 
 def test_a_machine_without_cards(box: Box) -> None:
     box.keep(0)
-    assert "NVML shows no cards here to choose from" in no_room(box, deny=None)
+    assert "NVML shows no GPU on this machine" in no_room(box, deny=None)
 
 
 # -- against other lorries -----------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_what_auto_took_is_not_taken_again(box: Box) -> None:
     assert (indexes(one), indexes(two)) == ([1, 3], [2])
     second.close()
     told = no_room(box, "auto:2", need=20)
-    assert "GPU 1: held by lorry, pid" in told and "GPU 2: would do" in told
+    assert "GPU 1: held by lorry, pid" in told and "GPU 2: fits" in told
     first.close()
     assert indexes(auto(box, "auto:2", need=20)) == [1, 3]
 
@@ -301,7 +301,7 @@ def test_processes_that_pick_at_once_share_the_box_out(box: Box) -> None:
     errors = [process.communicate()[1] for process in racing]
     assert sorted(got) == [[], ["1", "3"], ["2", "4"]], errors
     (refusal,) = [error for error in errors if error]
-    assert "GPU 0: would do" in refusal and refusal.count("held by lorry, pid") == 4
+    assert "GPU 0: fits" in refusal and refusal.count("held by lorry, pid") == 4
 
 
 def test_a_refusal_holds_nothing(box: Box) -> None:

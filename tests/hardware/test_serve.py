@@ -24,7 +24,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelShape]:
     [
         ("Qwen2.5-0.5B", 8, 2),  # 14 heads: 7 divides them, but not 2 heads of keys
         ("Qwen2.5-7B", 1, 1),
-        ("Qwen2.5-7B", 3, 2),  # 28 heads and 4 of keys
+        ("Qwen2.5-7B", 3, 2),  # 28 heads and 4 KV heads
         ("Qwen2.5-7B", 8, 4),
         ("Qwen2.5-14B", 5, 4),  # 40 heads: 5 divides them, but not 8 of keys
         ("Qwen2.5-14B", 8, 8),
@@ -49,7 +49,7 @@ def test_more_cards_than_heads_of_keys_each_keep_one(shapes: dict[str, ModelShap
 def test_a_number_that_the_model_does_not_allow_is_refused_with_those_that_it_does(
     shapes: dict[str, ModelShape], asked: int
 ) -> None:
-    with pytest.raises(UsageError, match=rf"tensor_parallel {asked}: 28 heads and 4 of keys on 8 .* allow 1, 2, 4$"):
+    with pytest.raises(UsageError, match=rf"tensor_parallel {asked}: 28 heads and 4 KV heads on 8 .* allow 1, 2, 4$"):
         plan_serving(shapes["Qwen2.5-7B"], [80 * GIB] * 8, asked, "bfloat16", 2048)
 
 
@@ -68,7 +68,7 @@ def test_too_little_memory_is_told_with_what_it_takes(shapes: dict[str, ModelSha
         plan_serving(shape, [24 * GIB], None, "bfloat16", 16384)
     fitting = plan_serving(shape, [24 * GIB] * 2, None, "bfloat16", 16384)
     assert fitting.room is not None and fitting.room >= 16384
-    with pytest.raises(DoesNotFitError, match=r"a shorter infer\.max_length"):
+    with pytest.raises(DoesNotFitError, match=r"a lower infer\.max_length"):
         plan_serving(shape, [24 * GIB] * 2, None, "bfloat16", fitting.room + 1)
 
 

@@ -67,7 +67,7 @@ def test_a_base_in_4_bits_is_not_put_in_4_bits_again(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
     job: Any = SimpleNamespace(model=tmp_path / "model", settings=SimpleNamespace(load_in_4bit=True))
-    with pytest.raises(UsageError, match="its weights are gptq's already"):
+    with pytest.raises(UsageError, match=r"its weights are quantised already \(gptq\)"):
         _four_bits(job)
 
 
