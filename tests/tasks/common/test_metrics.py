@@ -1,4 +1,4 @@
-"""The metrics against SQuAD's rules, and what must hold of any text."""
+"""The metrics against SQuAD's rules, and their properties for any text."""
 
 import pytest
 from hypothesis import given
