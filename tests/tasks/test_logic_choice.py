@@ -79,8 +79,8 @@ def one_sample(split: str = "test", **changes: Any) -> Sample:
 
 def test_it_is_a_task() -> None:
     task = load_task("logic_choice")
-    wanted = [name for name in [*vars(Task), *Task.__annotations__] if not name.startswith("_")]
-    assert [name for name in wanted if not hasattr(task, name)] == []
+    members = [name for name in [*vars(Task), *Task.__annotations__] if not name.startswith("_")]
+    assert [name for name in members if not hasattr(task, name)] == []
     assert not task.READS_DOCUMENTS
 
 
@@ -335,7 +335,7 @@ SHI = {"A": "是", "B": "否"}
         *[(text, "B") for text in ("B", "b", "B.", "(B)", " B\n", "Ⓑ", r"$\boxed{B}$", "B. blue hat", "B) Blue hat.")],
         *[(text, "B") for text in ("so it is this one\nB", "It is the blue hat, not the red hat.", "BLUE  HAT")],
         ("Answer: A. No, wait. Answer: C", "C"),
-        ("Answer: B. Wait. Answer: G", "B"),  # G is no option
+        ("Answer: B. Wait. Answer: G", "B"),  # G is not an option
         ("选项A是错的，答案是B", "B"),
         ("答案是B，选项A错误", "B"),
         ("故选C", "C"),

@@ -156,10 +156,10 @@ def test_a_row_that_is_not_utf8_is_skipped(tmp_path: Path, changes: dict[str, st
     assert [why[:2] for why in skipped] == [("a.tsv:2", "not UTF-8")]
 
 
-@pytest.mark.parametrize("lacks", ["index", "question", "A", "B", "image"])
-def test_a_table_without_a_column_is_refused(tmp_path: Path, lacks: str) -> None:
-    columns = [name for name in COLUMNS if name != lacks]
-    with pytest.raises(DataError, match=f"no column '{lacks}'"):
+@pytest.mark.parametrize("missing", ["index", "question", "A", "B", "image"])
+def test_a_table_without_a_column_is_refused(tmp_path: Path, missing: str) -> None:
+    columns = [name for name in COLUMNS if name != missing]
+    with pytest.raises(DataError, match=f"no column '{missing}'"):
         read(tsv(tmp_path / "a.tsv", [], columns))
 
 
@@ -194,7 +194,7 @@ def test_rotations_by_hand() -> None:
 
 
 @given(st.integers(2, 8), st.data())
-def test_the_right_option_is_right_wherever_it_stands(count: int, data: st.DataObject) -> None:
+def test_the_right_option_is_right_in_every_rotation(count: int, data: st.DataObject) -> None:
     right = data.draw(st.sampled_from(LETTERS[:count]))
     row = row_of(" ".join(f"text{letter}" for letter in LETTERS[:count]), right)
     found = rounds(row)

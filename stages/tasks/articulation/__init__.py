@@ -70,7 +70,9 @@ class Samples(Section):
         description="How a joint is described: by a box edge (obb_rel), by a point relative to the box center"
         " (obb_rot), or in world coordinates (absolute)",
     )
-    copies: int = Field(3, ge=0, description="Copies of each training sample, rotated about z and shifted at random")
+    copies: int = Field(
+        3, ge=0, description="Number of copies of each training sample, rotated about z and shifted at random"
+    )
     offset: float = Field(0.3, ge=0, description="Largest shift of a copy along each axis, in metres")
 
 

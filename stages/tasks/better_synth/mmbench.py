@@ -347,7 +347,9 @@ def write_xlsx(path: Path, rows: Sequence[Mapping[str, str | int]]) -> None:
     lines: list[list[str | int]] = [list(rows[0])] if rows else []
     lines += [[row[name] for name in rows[0]] for row in rows]
     for text in (value for line in lines for value in line if isinstance(value, str) and len(value) > LONGEST_CELL):
-        raise DataError(f"{path}: text of {len(text)} characters, an xlsx cell holds {LONGEST_CELL}: {text[:60]!r}")
+        raise DataError(
+            f"{path}: text of {len(text)} characters, an xlsx cell holds {LONGEST_CELL}; shorten {text[:60]!r}"
+        )
     with written_atomically(path, "wb") as file, xlsxwriter.Workbook(file, _AS_TEXT) as book:
         book.set_properties({"created": datetime(1980, 1, 1)})  # else the file contains the time of writing
         sheet = book.add_worksheet()

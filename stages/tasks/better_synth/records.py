@@ -50,7 +50,7 @@ class Samples(Section):
     pad: bool = Field(
         True,
         description="Pad pictures to squares, as LLaVA-1.5 does (image_aspect_ratio pad). false: its picture processor"
-        " crops the longer sides, and the model never sees what is cropped",
+        " crops the longer side, and the model never sees the cropped parts",
     )
     ocr: bool = Field(True, description="Keep the OCR words in TextVQA's prompts; false: remove them")
     circular: bool = Field(
@@ -273,7 +273,7 @@ def _without_placeholders(message: Message) -> Message:
 
 
 def _below_picture(text: str) -> tuple[Message, ...]:
-    """What is asked about one picture, which stands first."""
+    """The user message with one picture, then a text."""
     return ({"role": "user", "content": f"{PLACE}\n{plain(text)}"},)
 
 

@@ -35,7 +35,7 @@ class ContextQuestion:
 
 
 def sources(folder: Path) -> list[str]:
-    """The names of the data sets in the data folder, sorted. Raises DataError for none and for ambiguous names."""
+    """The names of the data sets in the data folder, sorted. Raises DataError for no data set and ambiguous names."""
     return sorted(_data_sets(folder))
 
 
@@ -73,7 +73,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ContextQuestion]:
-    """All usable questions by data set. Other records go to `skip` with file and line. Raises DataError for none."""
+    """All usable questions by data set. Others go to `skip` with file and line. Raises DataError if none is left."""
     data_sets = _data_sets(folder)
     for path in _entries(folder):
         if path not in data_sets.values() and path.stem.upper() not in ("README", "LICENSE", "NOTICE"):

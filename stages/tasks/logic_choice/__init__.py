@@ -58,7 +58,7 @@ class Passes(Section):
     """`infer.passes`."""
 
     retries: int = Field(
-        2, ge=0, description="Most times that a question is asked again while its completion has no valid letter"
+        2, ge=0, description="Maximum number of retries for a question whose completion has no valid letter"
     )
     retry_temperature: float = Field(
         0.7, gt=0, description="Sampling temperature of retries; above 0, because greedy decoding would repeat itself"
@@ -66,7 +66,7 @@ class Passes(Section):
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[LogicQuestion]:
-    """The sub-questions of all files. Unusable ones go to `skip` with file and line. Raises DataError for none."""
+    """The sub-questions of all files. Unusable ones go to `skip`. Raises DataError if none is left."""
     return read_problems(folder, skip)
 
 

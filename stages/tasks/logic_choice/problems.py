@@ -82,8 +82,8 @@ class _Problem:
 
 
 def sources(folder: Path) -> list[str]:
-    """The data sets in the data folder that an adapter can be trained on, sorted. Raises DataError for none and for
-    equal names."""
+    """The data sets in the data folder that an adapter can be trained on, sorted. Raises DataError if there is
+    none, or a name is ambiguous."""
     found = [TRAIN] if (folder / "train.jsonl").is_file() else []
     found += [path.stem for part in ("sources", "labels") for path in _files(folder, part)]
     clash = sorted({name for name in found if found.count(name) > 1 or name == TEST})
@@ -215,7 +215,7 @@ def _labels(line: bytes) -> tuple[str, list[Any]]:
 
 
 def _labelled_problem(name: str, answers: list[Any], by_id: dict[str, list[_Problem]]) -> _Problem:
-    """The problem that a line of labels belongs to. Raises BadRecordError for none and for several."""
+    """The problem that a line of labels belongs to. Raises BadRecordError if there is none or several."""
     found = by_id.get(name, [])
     if not found:
         raise BadRecordError("label of an unknown problem", name)

@@ -89,7 +89,8 @@ class Samples(Section):
     pages_pixels: int = Field(1_568_000, ge=28 * 28, description="Pixel budget of each page if several are shown")
     page_pixels: int = Field(2_352_000, ge=28 * 28, description="Pixel budget of a page shown alone")
     position_hint: bool = Field(
-        True, description="Explain with a page shown alone that a part is where its leader line ends"
+        True,
+        description="Add to a question about positions on a page shown alone that a part is where its leader line ends",
     )
     crop_figure: bool = Field(False, description="Of a page shown alone, show only the figure that the question names")
     examples: int = Field(
@@ -104,11 +105,11 @@ class Passes(Section):
     page_tokens: int | None = Field(
         None,
         ge=1,
-        description="Most new tokens of an answer to a question that names a page; null: infer.max_new_tokens",
+        description="Maximum new tokens of an answer to a question that names a page; null: infer.max_new_tokens",
     )
-    refine_tokens: int = Field(768, ge=1, description="Most new tokens of the refining pass")
+    refine_tokens: int = Field(768, ge=1, description="Maximum new tokens of the refining pass")
     classify_tokens: int = Field(
-        8, ge=1, description="Most new tokens of the pass that asks whether the drawing is enough"
+        8, ge=1, description="Maximum new tokens of the pass that asks whether the drawing is enough"
     )
 
 

@@ -53,7 +53,7 @@ class PatentQuestion:
 
 
 def find_documents(folder: Path) -> list[Path]:
-    """All files below `documents/`, sorted. Rendering reports files that are not PDFs. Raises DataError for none."""
+    """All files below `documents/`, sorted. Rendering reports files that are not PDFs. Raises DataError for no file."""
     documents = folder / "documents"
     found = visible_files(documents) if documents.is_dir() else []
     if not found:

@@ -34,7 +34,7 @@ SUPER_BOWL = [
         ("a lever, an arm and the housing", "lever arm and housing"),
         ("theatre", "theatre"),  # an article is a whole word
         ("the", ""),
-        ("well-known", "wellknown"),  # punctuation goes before words are told apart
+        ("well-known", "wellknown"),  # punctuation is removed before words are split
         ("U.S.A.", "usa"),
         ("A.", ""),
         ("$1,234.50", "123450"),
