@@ -61,7 +61,7 @@ def test_what_data_juicer_keeps_is_what_the_connector_learns(synth: Job) -> None
     kept = read_jsonl(path(synth, "preprocess", "records", "kept.jsonl"))
     captions = samples(synth, "train", "pretrain")
     manifest = read_json(path(synth, "preprocess", "manifest.json"))
-    lost = [one for one in manifest["skipped"] if one["reason"] == "its question is not in the original file"]
+    lost = [one for one in manifest["skipped"] if one["reason"] == "no question with its id in the LLaVA file"]
     assert len(captions) == len(kept) - len(lost) and 0 < len(lost) <= LOST
     for sample in captions.values():
         asked, answered = sample["messages"]

@@ -408,7 +408,7 @@ def test_no_questions(lorry: Lorry, recipe_file: Path, few: Path) -> None:
     (few / "questions.jsonl").unlink()
     code, told = refused(lorry, str(recipe_file))
     assert code == 3
-    assert "no questions.jsonl" in told
+    assert "no questions; put questions.jsonl there, or train.jsonl and test.jsonl" in told
 
 
 def test_questions_on_one_document_only(lorry: Lorry, recipe_file: Path, few: Path) -> None:

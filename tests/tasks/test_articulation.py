@@ -1,4 +1,4 @@
-"""articulation: frames, labels in three modes, the grammar, what a folder of objects may hold, and the samples."""
+"""articulation: frames, labels in three modes, the grammar, the data folder and the samples."""
 
 import json
 import math
@@ -60,7 +60,7 @@ class Skipped(list[tuple[str, str]]):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["in the world's axes", "in any direction"])
 def cabinets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """220 made cabinets of two loops, as they are read, and what is known of them."""
+    """220 generated cabinets of two loops each, as read from disk, and their true parts."""
     folder = tmp_path_factory.mktemp("cabinets")
     made = maker("articulation").make(
         folder, seed=7, train=200, test=20, loops=2, most_boxes=6, any_direction=request.param
@@ -68,14 +68,14 @@ def cabinets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return read_objects(folder, no_skip), made
 
 
-def test_the_cabinets_have_all_that_the_labels_must_tell(cabinets: Any) -> None:
+def test_the_cabinets_have_all_that_labels_describe(cabinets: Any) -> None:
     questions, made = cabinets
     assert len(made) == 220 and len(questions) == 440
     parts = [part for parts in made.values() for part in parts]
     kinds = Counter(part.kind for part in parts)
     assert min(kinds[kind] for kind in ("door", "drawer", "flap")) > 100
     assert sum(nested.parent != one.view.root for one in questions for nested in one.view.nested.values()) > 20
-    assert Counter(one.view.root == max(one.view.boxes) for one in questions)[False] > 200, "the root is any box"
+    assert Counter(one.view.root == max(one.view.boxes) for one in questions)[False] > 200, "any box may be the root"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -88,7 +88,7 @@ def test_labels_decode_to_the_true_joints(cabinets: Any, mode: Mode) -> None:
         code = grammar.parse(articulation.label(question.view, mode), mode)
         assert parts[code.root].kind == "body"
         assert [joint["box"] for joint in code.joints] == [n for n in range(len(parts)) if n != code.root]
-        boxes = articulation.shown(question.view.boxes, mode)
+        boxes = articulation.prompt_boxes(question.view.boxes, mode)
         for one in code.joints:
             part, box = parts[one["box"]], boxes[one["box"]]
             true = Joint(one["box"], TYPES[part.type], np.array(part.pos), np.array(part.axis))
@@ -115,7 +115,7 @@ def test_ranges_and_parents_are_kept(cabinets: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_turned_copy_is_told_anew_and_as_true(cabinets: Any, mode: Mode) -> None:
+def test_the_label_of_a_rotated_copy_is_encoded_again_and_as_accurate(cabinets: Any, mode: Mode) -> None:
     questions, _ = cabinets
     recipe = recipe_with(f"preprocess.samples={{mode: {mode}, copies: 3}}")
     same = 0
@@ -131,12 +131,12 @@ def test_a_turned_copy_is_told_anew_and_as_true(cabinets: Any, mode: Mode) -> No
             )
             assert abs(turned) <= 0.3
     if mode == "obb_rel":
-        assert same == 180, "the same edge of the same box, wherever it stands"
+        assert same == 180, "the same edge of the same box, however it is rotated"
     else:
-        assert same < 30, "but for drawers near to where they were"
+        assert same < 30, "only drawers that hardly moved"
 
 
-def test_copies_are_for_training_alone_and_the_same_each_time(cabinets: Any) -> None:
+def test_copies_are_made_for_training_only_and_are_reproducible(cabinets: Any) -> None:
     question = cabinets[0][0]
     recipe = recipe_with("preprocess.samples.copies=2")
     built = {
@@ -171,7 +171,7 @@ BASE = joint("link_1", "base", "fixed", rpy="1.570796326794897 0 -1.570796326794
 
 
 @pytest.mark.parametrize("base", ["", BASE], ids=["without base", "with PartNet's base"])
-def test_a_joint_is_put_into_the_world_once(tmp_path: Path, base: str) -> None:
+def test_a_joint_is_transformed_into_the_world_once(tmp_path: Path, base: str) -> None:
     found = read_urdf(urdf(tmp_path, base + joint("link_0", "link_1", xyz="0.64 0.1 0.42"))).joints["link_0"]
     np.testing.assert_allclose(found.pos, [-0.42, -0.64, 0.1], atol=1e-6)
     np.testing.assert_allclose(found.axis, [0, 0, 1], atol=1e-6)
@@ -187,13 +187,13 @@ def test_transforms_of_the_parents_are_composed(tmp_path: Path) -> None:
     )
     found = read_urdf(path)
     inner = found.joints["link_1"]
-    # in the file's frame: (1, 0, 0), then z counts along x: 1 + 1 + 1, and y as it is
+    # in the file's frame: (1, 0, 0), then z runs along x: 1 + 1 + 1, and y is unchanged
     np.testing.assert_allclose(inner.pos, UPRIGHT @ [3, 0.5, 0], atol=1e-9)
     np.testing.assert_allclose(inner.axis, UPRIGHT @ [0, 0, -1], atol=1e-9)
     assert [found.body(f"link_{n}") for n in range(4)] == ["link_0", "link_1", "link_2", "link_0"]
 
 
-def test_roll_pitch_and_yaw_are_turned_in_urdfs_order(tmp_path: Path) -> None:
+def test_roll_pitch_and_yaw_are_applied_in_urdfs_order(tmp_path: Path) -> None:
     path = urdf(tmp_path, joint("link_0", "link_1", rpy="0.3 -0.7 1.1", axis="1 2 3"))
     roll, pitch, yaw = 0.3, -0.7, 1.1
     about_x = np.array([[1, 0, 0], [0, np.cos(roll), -np.sin(roll)], [0, np.sin(roll), np.cos(roll)]])
@@ -217,7 +217,7 @@ ROUND = st.floats(-1, 1, allow_nan=False).map(lambda x: round(x, 3))
     order=st.permutations(range(3)),
 )
 @settings(max_examples=200)
-def test_every_edge_of_every_box_comes_back(
+def test_every_edge_of_every_box_decodes_to_itself(
     center: Any, yaw: float, extent: Any, idx: int, edge: Any, sign: int, order: list[int]
 ) -> None:
     box = Box(np.array(center), about_z(yaw)[:, order], np.array(extent))
@@ -231,7 +231,7 @@ def test_every_edge_of_every_box_comes_back(
         assert line_distance(true, found, box.center) < 0.01
 
 
-def test_a_slide_has_no_place() -> None:
+def test_a_slide_has_no_position() -> None:
     box = Box(np.array([0.1, 0.2, 0.3]), np.eye(3), np.array([0.4, 0.4, 0.2]))
     drawer = Joint(0, SLIDE, np.array([9.0, 9, 9]), np.array([-1.0, 0, 0]))
     assert encode(drawer, box, "obb_rel") == {"box": 0, "type": SLIDE, "idx": 0, "edge": [1, 1], "sign": -1}
@@ -239,7 +239,7 @@ def test_a_slide_has_no_place() -> None:
     assert encode(drawer, box, "absolute")["pos"] == [0.1, 0.2, 0.3]
 
 
-def test_boxes_as_the_original_rounds_them_are_taken() -> None:
+def test_boxes_as_the_original_rounds_them_are_accepted() -> None:
     """Axes to one decimal are neither orthogonal nor of length 1, and may be left-handed."""
     box = Box(np.zeros(3), np.array([[0.6, -0.8, 0], [0.8, 0.7, 0], [0, 0, -1]]), np.array([0.4, 0.02, 1.0]))
     door = Joint(0, HINGE, np.array([0.12, 0.16, 0.3]), np.array([0.0, 0, 1]))
@@ -277,7 +277,7 @@ def test_a_label_is_the_originals_text_and_reads_back() -> None:
         f"root_geom = 2\nchild_joints = [\ndict(box=[0]),\n]\n{LABEL}",
     ],
 )  # fmt: skip
-def test_code_is_found_whatever_stands_around_it(text: str) -> None:
+def test_code_is_found_whatever_surrounds_it(text: str) -> None:
     found = grammar.find_code(text, "obb_rel")
     assert found == grammar.Code(1, (JOINT,))
 
@@ -313,7 +313,7 @@ def test_code_is_found_whatever_stands_around_it(text: str) -> None:
         LABEL.replace("child_joints = [", "child_joints = [child_joints, "),
     ],
 )
-def test_anything_else_is_no_answer_and_is_never_run(wrong: str) -> None:
+def test_anything_else_is_no_answer_and_is_never_executed(wrong: str) -> None:
     assert grammar.find_code(wrong, "obb_rel") is None
     with pytest.raises(grammar.GrammarError):
         grammar.parse(wrong, "obb_rel")
@@ -400,47 +400,51 @@ TURNED = {**DOOR, "R": [[2, 0, 0], [0, 1, 0], [0, 0, 1]]}
     ("boxes", "joints", "reason"),
     [
         ({0: DOOR, 1: BOX}, None, "no mobility.urdf"),
-        ({0: DOOR, 1: BOX}, "<joint>", "mobility.urdf is no XML"),
-        ({0: DOOR, 1: BOX}, "", "mobility.urdf is no tree"),
-        ({0: DOOR, 1: BOX}, HINGED + joint("link_0", "link_2"), "mobility.urdf is no tree"),
-        ({0: DOOR, 1: BOX}, HINGED + joint("link_3", "link_2"), "mobility.urdf is no tree"),
-        ({0: DOOR, 1: BOX}, joint("link_0", "link_1") + joint("link_1", "link_0"), "mobility.urdf is no tree"),
-        ({0: DOOR, 1: BOX}, HINGED + joint("link_3", "link_4") + joint("link_4", "link_3"), "mobility.urdf is no tree"),
+        ({0: DOOR, 1: BOX}, "<joint>", "mobility.urdf is not XML"),
+        ({0: DOOR, 1: BOX}, "", "mobility.urdf is not a tree"),
+        ({0: DOOR, 1: BOX}, HINGED + joint("link_0", "link_2"), "mobility.urdf is not a tree"),
+        ({0: DOOR, 1: BOX}, HINGED + joint("link_3", "link_2"), "mobility.urdf is not a tree"),
+        ({0: DOOR, 1: BOX}, joint("link_0", "link_1") + joint("link_1", "link_0"), "mobility.urdf is not a tree"),
+        (
+            {0: DOOR, 1: BOX},
+            HINGED + joint("link_3", "link_4") + joint("link_4", "link_3"),
+            "mobility.urdf is not a tree",
+        ),
         ({0: DOOR, 1: BOX}, joint("link_0", "link_1", xyz="0 0"), "mobility.urdf: not three numbers"),
         ({0: DOOR, 1: BOX}, joint("link_0", "link_1", xyz="0 nan 0"), "mobility.urdf: not a number"),
-        ({0: DOOR, 1: BOX}, joint("link_0", "link_1", xyz="0 1e300 0"), "mobility.urdf: not below a million"),
-        ({0: DOOR, 1: BOX}, joint("link_0", "link_1", xyz="-2e6 0 0"), "mobility.urdf: not below a million"),
-        ({0: DOOR, 1: BOX}, joint("link_0", "link_1", rpy="1e6 0 0"), "mobility.urdf: not below a million"),
-        ({0: DOOR, 1: BOX}, joint("link_0", "link_1", axis="1e200 0 0"), "mobility.urdf: not below a million"),
+        ({0: DOOR, 1: BOX}, joint("link_0", "link_1", xyz="0 1e300 0"), "mobility.urdf: number not below a million"),
+        ({0: DOOR, 1: BOX}, joint("link_0", "link_1", xyz="-2e6 0 0"), "mobility.urdf: number not below a million"),
+        ({0: DOOR, 1: BOX}, joint("link_0", "link_1", rpy="1e6 0 0"), "mobility.urdf: number not below a million"),
+        ({0: DOOR, 1: BOX}, joint("link_0", "link_1", axis="1e200 0 0"), "mobility.urdf: number not below a million"),
         (
             {0: DOOR, 2: DOOR, 1: BOX},
             joint("link_0", "link_1", xyz="9e5 0 0") + joint("link_2", "link_0", xyz="9e5 0 0"),
-            "mobility.urdf: not below a million",
+            "mobility.urdf: number not below a million",
         ),
         ({0: DOOR, 1: BOX}, joint("link_0", "link_1", axis="0 0 0"), "joint without an axis"),
         ({0: DOOR, 1: BOX}, joint("link_0", "link_1", axis="0 1e-161 0"), "joint without an axis"),
-        ({0: DOOR, 1: BOX}, joint("link_0", "link_1", "floating"), "joint type without a label"),
+        ({0: DOOR, 1: BOX}, joint("link_0", "link_1", "floating"), "unsupported joint type"),
         ({0: DOOR, 1: BOX}, HINGED.replace("<child", "<kid"), "joint without a child"),
         ({0: DOOR, 1: BOX}, joint("link_0", "link_1", "fixed"), "nothing moves"),
-        ({0: DOOR, 1: BOX, 7: BOX}, HINGED, "box of a link that mobility.urdf lacks"),
-        ({0: DOOR, 2: DOOR}, HINGED + joint("link_2", "link_1"), "no box of the part that does not move"),
+        ({0: DOOR, 1: BOX, 7: BOX}, HINGED, "box of a link that is not in mobility.urdf"),
+        ({0: DOOR, 2: DOOR}, HINGED + joint("link_2", "link_1"), "no box for the part that does not move"),
         ({0: DOOR}, HINGED, "fewer than two boxes"),
         ({0: "{", 1: BOX}, HINGED, "not JSON"),
-        ({0: {**DOOR, "center": [0, 0]}, 1: BOX}, HINGED, "center is no 3 numbers"),
-        ({0: {**DOOR, "center": [0, 0, None]}, 1: BOX}, HINGED, "center is no 3 numbers"),
-        ({0: {**DOOR, "center": [0, 0, 10**400]}, 1: BOX}, HINGED, "center is no 3 numbers"),
-        ({0: {**DOOR, "center": [0, 0, math.nan]}, 1: BOX}, HINGED, "center is no 3 numbers"),
-        ({0: {**DOOR, "R": [1, 0, 0, 0, 1, 0, 0, 0, 1]}, 1: BOX}, HINGED, "R is no 3x3 numbers"),
-        ({0: {**DOOR, "R": [[1, 0], [0, 1, 0, 0], [0, 0, 1]]}, 1: BOX}, HINGED, "R is no 3x3 numbers"),
-        ({0: {**DOOR, "R": [[1, 0, 0], [0, 1, 0], 0, 0, 1]}, 1: BOX}, HINGED, "R is no 3x3 numbers"),
-        ({0: {**DOOR, "center": [[0], 0, 0]}, 1: BOX}, HINGED, "center is no 3 numbers"),
-        ({0: {**DOOR, "center": [[0, 0], 0]}, 1: BOX}, HINGED, "center is no 3 numbers"),
-        ({0: {"center": [0, 0, 0]}, 1: BOX}, HINGED, "R is no 3x3 numbers"),
+        ({0: {**DOOR, "center": [0, 0]}, 1: BOX}, HINGED, "center is not 3 numbers"),
+        ({0: {**DOOR, "center": [0, 0, None]}, 1: BOX}, HINGED, "center is not 3 numbers"),
+        ({0: {**DOOR, "center": [0, 0, 10**400]}, 1: BOX}, HINGED, "center is not 3 numbers"),
+        ({0: {**DOOR, "center": [0, 0, math.nan]}, 1: BOX}, HINGED, "center is not 3 numbers"),
+        ({0: {**DOOR, "R": [1, 0, 0, 0, 1, 0, 0, 0, 1]}, 1: BOX}, HINGED, "R is not 3x3 numbers"),
+        ({0: {**DOOR, "R": [[1, 0], [0, 1, 0, 0], [0, 0, 1]]}, 1: BOX}, HINGED, "R is not 3x3 numbers"),
+        ({0: {**DOOR, "R": [[1, 0, 0], [0, 1, 0], 0, 0, 1]}, 1: BOX}, HINGED, "R is not 3x3 numbers"),
+        ({0: {**DOOR, "center": [[0], 0, 0]}, 1: BOX}, HINGED, "center is not 3 numbers"),
+        ({0: {**DOOR, "center": [[0, 0], 0]}, 1: BOX}, HINGED, "center is not 3 numbers"),
+        ({0: {"center": [0, 0, 0]}, 1: BOX}, HINGED, "R is not 3x3 numbers"),
         ({0: {**DOOR, "extent": [0, 1, 1]}, 1: BOX}, HINGED, "extent is not positive"),
-        ({0: TURNED, 1: BOX}, HINGED, "R is no rotation"),
+        ({0: TURNED, 1: BOX}, HINGED, "R is not a rotation"),
     ],
 )
-def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path: Path, boxes: Any, joints: Any, reason: str) -> None:
+def test_an_unusable_loop_is_skipped_with_its_reason(tmp_path: Path, boxes: Any, joints: Any, reason: str) -> None:
     add(tmp_path, "1", {0: DOOR, 1: BOX})
     add(tmp_path, "2", boxes, joints)
     questions, skipped = read(tmp_path)
@@ -448,8 +452,8 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path: Path, boxes: A
     assert skipped == [("shape_output/train/柜子/2/loop_0", reason)]
 
 
-def test_links_that_are_fixed_to_each_other_are_one_part(tmp_path: Path) -> None:
-    """A handle moves with its door, a foot stands with its body; a part without a box is counted."""
+def test_links_that_are_fixed_to_each_other_form_one_part(tmp_path: Path) -> None:
+    """A handle moves with its door, a foot belongs to its body; a part without a box is skipped and counted."""
     handle, foot = {**DOOR, "extent": [0.02, 0.02, 0.1]}, {**BOX, "extent": [0.1, 0.1, 0.1]}
     fixed = joint("link_2", "link_0", "fixed") + joint("link_3", "link_1", "fixed")
     add(tmp_path, "1", {0: DOOR, 1: BOX, 2: handle, 3: foot}, HINGED + fixed + joint("link_9", "link_1", "prismatic"))
@@ -457,11 +461,11 @@ def test_links_that_are_fixed_to_each_other_are_one_part(tmp_path: Path) -> None
     questions, skipped = read(tmp_path)
     first, second = (question.view for question in questions.values())
     assert (first.root, list(first.joints), len(first.boxes)) == (1, [0], 4)
-    assert (second.root, list(second.joints)) == (1, [2]), "of a door without a box its handle's"
+    assert (second.root, list(second.joints)) == (1, [2]), "a door without a box has its handle's"
     assert skipped == [("shape_output/train/柜子/1/loop_0, link_9", "joint of a link without a box")]
 
 
-def test_an_object_of_both_folders_is_tested_and_not_trained_on(tmp_path: Path) -> None:
+def test_an_object_in_both_folders_is_tested_and_not_trained_on(tmp_path: Path) -> None:
     add(tmp_path, "1", {0: DOOR, 1: BOX}, split="test")
     add(tmp_path, "1", {0: DOOR, 1: BOX}, split="train")
     add(tmp_path, "2", {0: DOOR, 1: BOX}, split="train")
@@ -470,7 +474,7 @@ def test_an_object_of_both_folders_is_tested_and_not_trained_on(tmp_path: Path) 
     assert skipped == [("shape_output/train/柜子/1/loop_0", "also in the test folder")]
 
 
-def test_nothing_to_use_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_usable_loops_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no folder shape_output"):
         articulation.sources(tmp_path)
     (tmp_path / "shape_output").mkdir()
@@ -486,7 +490,7 @@ def test_a_wrong_mode_is_refused() -> None:
 # -- samples and demo ------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_asks_for_what_the_label_says(tmp_path: Path) -> None:
+def test_a_prompt_asks_for_the_keys_of_its_label(tmp_path: Path) -> None:
     add(tmp_path, "1", {0: DOOR, 1: BOX})
     (question,) = read(tmp_path)[0].values()
     for mode, keys in (("obb_rel", "idx=...,edge="), ("obb_rot", "idx=...,edge="), ("absolute", "pos=[...")):
@@ -500,7 +504,7 @@ def test_a_sample_asks_for_what_the_label_says(tmp_path: Path) -> None:
     assert json.loads(json.dumps(sample)) == json.loads(json.dumps(sample)), "a record is JSON"
 
 
-def test_a_picture_has_both_answers_and_nothing_from_outside(tmp_path: Path) -> None:
+def test_a_picture_shows_label_and_answer(tmp_path: Path) -> None:
     add(tmp_path, "1", {0: DOOR, 1: BOX})
     (question,) = read(tmp_path)[0].values()
     recipe = recipe_with()

@@ -1,8 +1,8 @@
-"""Scores of joints against cases worked by hand from the rules in stages/tasks/articulation/scoring.py, and from those
-of Real2Code's eval_utils/joint_eval.py.
+"""Scores of joints in cases worked by hand from the rules in stages/tasks/articulation/scoring.py and in Real2Code's
+eval_utils/joint_eval.py.
 
-Most cases look at one cabinet: a body (box 0), a left and a right door (1, 2) and a drawer (3). Its front looks to -x;
-the doors' lines are x = -0.3, y = 0.4 and y = -0.4; the drawer slides to -x.
+Most cases use one cabinet: a body (box 0), a left and a right door (1, 2) and a drawer (3). Its front faces -x; the
+doors' lines are x = -0.3, y = 0.4 and y = -0.4; the drawer slides to -x.
 """
 
 import math
@@ -53,7 +53,7 @@ def slide(number: int, axis: Any = (-1, 0, 0)) -> Joint:
 
 
 def tilted(degrees: float) -> tuple[float, float, float]:
-    """Up, tilted to y."""
+    """The unit vector along z, tilted towards y."""
     return 0, math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
 
 
@@ -63,12 +63,12 @@ ALL = {
     "joint_f1": 1, "whole_object": 1, "joint_precision": 1, "joint_recall": 1, "root": 1, "edge": 1,
     "line_within_5_cm": 1, "axis_within_5_degrees_with_sign": 1, "axis_within_5_degrees": 1, "type": 1,
 }  # fmt: skip
-"""Right in all."""
+"""Metrics of a perfect answer."""
 THIRD, TWO_THIRDS = 1 / 3, 2 / 3
 ONE_WRONG = {"joint_f1": TWO_THIRDS, "whole_object": 0, "joint_precision": TWO_THIRDS, "joint_recall": TWO_THIRDS}
 
 CASES: dict[str, tuple[list[Joint | None], dict[str, float], tuple[int, int]]] = {
-    # what is predicted; what of ALL is otherwise; how many are missing, and too many
+    # predicted joints; metrics that differ from ALL; numbers of missing and extra joints
     "1 all right": (TRUE, {}, (0, 0)),
     "2 in another order": ([DRAWER, RIGHT, LEFT], {}, (0, 0)),
     "3 another point of the same line": ([hinge(1, -0.3, 0.4, (0, 0, -1), z=9), RIGHT, DRAWER], {}, (0, 0)),
@@ -78,19 +78,19 @@ CASES: dict[str, tuple[list[Joint | None], dict[str, float], tuple[int, int]]] =
          "axis_within_5_degrees_with_sign": TWO_THIRDS, "axis_within_5_degrees": TWO_THIRDS, "type": TWO_THIRDS},
         (1, 0),
     ),
-    "5 one too many: precision 3/4, F1 2*3/(4+3)": (
+    "5 one extra: precision 3/4, F1 2*3/(4+3)": (
         [*TRUE, hinge(0, 0, 0)],
         {"joint_f1": 6 / 7, "whole_object": 0, "joint_precision": 0.75},
         (0, 1),
     ),
     "6 one twice": (
         [LEFT, LEFT, RIGHT, DRAWER], {"joint_f1": 6 / 7, "whole_object": 0, "joint_precision": 0.75}, (0, 1)),
-    "7 one of a box that there is not": (
+    "7 one of a box that does not exist": (
         [LEFT, RIGHT, DRAWER, None],
         {"joint_f1": 6 / 7, "whole_object": 0, "joint_precision": 0.75},
         (0, 1),
     ),
-    "8 one missing and one of a box that there is not": (
+    "8 one missing and one of a box that does not exist": (
         [LEFT, RIGHT, None],
         {**ONE_WRONG, "axis_within_5_degrees_with_sign": TWO_THIRDS, "axis_within_5_degrees": TWO_THIRDS,
          "type": TWO_THIRDS},
@@ -154,13 +154,13 @@ CASES: dict[str, tuple[list[Joint | None], dict[str, float], tuple[int, int]]] =
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_worked_by_hand(name: str) -> None:
-    predicted, otherwise, (missing, extra) = CASES[name]
+    predicted, different, (missing, extra) = CASES[name]
     found = compare(predicted, TRUE, BOXES)
-    assert metrics(found) == pytest.approx({**ALL, **otherwise})
+    assert metrics(found) == pytest.approx({**ALL, **different})
     assert (found.missing, found.extra) == (missing, extra)
 
 
-def test_the_root_counts_for_the_whole_object_alone() -> None:
+def test_the_root_counts_only_for_the_whole_object() -> None:
     assert metrics(compare(TRUE, TRUE, BOXES, root=False)) == pytest.approx({**ALL, "root": 0, "whole_object": 0})
 
 
@@ -168,7 +168,7 @@ def test_an_object_without_hinges_is_not_scored_by_lines() -> None:
     assert set(ALL) - set(metrics(compare([DRAWER], [DRAWER], BOXES))) == {"edge", "line_within_5_cm"}
 
 
-def test_the_assignment_is_the_best_of_all_not_the_nearest_first() -> None:
+def test_the_assignment_is_optimal_and_not_greedy() -> None:
     """Of the lines at y = 0.1 and y = -0.2 the first is nearest to both true ones, at y = 0 and y = 0.25: 0.1 + 0.45 in
     all if the first true one takes it, 0.2 + 0.15 if the second does."""
     true = [hinge(1, -0.3, 0), hinge(2, -0.3, 0.25)]
@@ -192,12 +192,12 @@ def test_the_assignment_is_the_best_of_all_not_the_nearest_first() -> None:
         (hinge(2, -0.3, -0.3, (1, 0, 0), z=1.6), math.hypot(0.1, 1)),  # across it, a metre above
     ],
 )
-def test_distance_of_lines_where_the_part_is(other: Joint, metres: float) -> None:
+def test_distance_of_lines_at_the_part(other: Joint, metres: float) -> None:
     assert line_distance(RIGHT, other, BOXES[2].center) == pytest.approx(metres)
 
 
 def test_nearly_parallel_lines_are_as_far_apart_as_they_are_at_the_part() -> None:
-    """10 cm apart and a hundredth of a degree from parallel: 570 m away they meet, which is of no use to the door."""
+    """10 cm apart, a hundredth of a degree from parallel: they cross 570 m away, which does not matter to the door."""
     degrees = 0.01
     axis = (0, math.sin(math.radians(degrees)), math.cos(math.radians(degrees)))
     other = hinge(2, -0.3, -0.3, axis)
@@ -207,10 +207,10 @@ def test_nearly_parallel_lines_are_as_far_apart_as_they_are_at_the_part() -> Non
     assert line_distance(RIGHT, other, BOXES[2].center) == pytest.approx(0.1, abs=1e-6)
 
 
-# -- what has a unit -------------------------------------------------------------------------------------------------
+# -- values with a unit ----------------------------------------------------------------------------------------------
 
 
-def test_degrees_and_centimetres_are_of_pairs_and_the_rest_is_counted() -> None:
+def test_pairs_are_measured_in_degrees_and_centimetres_and_the_rest_is_counted() -> None:
     found = measures(compare([hinge(2, -0.3, -0.3, tilted(10)), hinge(1, -0.3, 0.4), slide(0)], TRUE, BOXES))
     assert found["axis angle, degrees"] == pytest.approx([0, 10, 0])
     assert found["axis angle with sign, degrees"] == pytest.approx([180, 10, 0])
@@ -243,37 +243,37 @@ def test_the_official_errors_of_a_pair(name: str) -> None:
     assert found.rotation == pytest.approx(expected.rotation) and found.position == pytest.approx(expected.position)
 
 
-def test_the_official_rule_drops_missing_and_extra_joints_in_silence() -> None:
-    assert [pair.type for pair in official_pairs([DRAWER], TRUE)] == [0], "the first of the true ones is compared"
-    assert [pair.type for pair in official_pairs([LEFT], TRUE)] == [1], "one of three, and nothing is wrong"
+def test_the_official_rule_silently_drops_missing_and_extra_joints() -> None:
+    assert [pair.type for pair in official_pairs([DRAWER], TRUE)] == [0], "it is compared with the first true joint"
+    assert [pair.type for pair in official_pairs([LEFT], TRUE)] == [1], "one of three, without an error"
     assert official_pairs([*TRUE, *[hinge(0, 5, 5)] * 3], TRUE) == [
         OfficialError(1, 0, 0), OfficialError(1, 0, 0), OfficialError(1, 0)]  # fmt: skip
-    assert official_pairs([], TRUE) == [OfficialError(0)] * 3, "an empty answer alone is punished"
+    assert official_pairs([], TRUE) == [OfficialError(0)] * 3, "only an empty answer is penalised"
 
 
 def test_the_official_order_weighs_degrees_above_all() -> None:
-    """A wrong type has no degrees, so that it is cheaper than a right one 90 degrees off: 1/2 + 0 beside 0 + 45."""
+    """A wrong type has no degrees, so it costs less than a right type 90 degrees off: 1/2 + 0 against 0 + 45."""
     true = [hinge(1, 0, 0), slide(3)]
     predicted = [hinge(1, 0, 0, (1, 0, 0)), slide(3)]
     found = official_pairs(predicted, true)
     assert [pair.type for pair in found] == [0, 0]
 
 
-def test_many_joints_are_put_in_order_without_trying_all() -> None:
+def test_many_joints_are_ordered_without_trying_all_orders() -> None:
     true = [hinge(1, 0, 0.1 * place) for place in range(12)]
     found = official_pairs(true[::-1], true)
     assert found == [OfficialError(1, 0, 0)] * 12
 
 
-def test_of_many_joints_too_the_first_true_ones_alone_are_compared() -> None:
-    """The official rule zips orders of the predictions with the true joints: with 9 for 10 the last has no partner, and
-    the first, which nothing was predicted for, has a wrong one."""
+def test_with_many_joints_too_only_the_first_true_ones_are_compared() -> None:
+    """The official rule zips orders of the predictions with the true joints. With 9 predictions for 10 joints, the last
+    joint has no partner, and the first one, which was not predicted, has a wrong one."""
     true = [DRAWER, *[hinge(1, 0, 0.1 * place) for place in range(9)]]
     found = official_pairs(true[1:], true)
     assert found == [OfficialError(0), *[OfficialError(1, 0, 0)] * 8]
 
 
-def test_more_joints_than_there_are_may_be_any_of_them() -> None:
+def test_any_extra_prediction_may_be_dropped() -> None:
     true = [hinge(1, 0, 0.1 * place) for place in range(9)]
     assert official_pairs([DRAWER, *true], true) == [OfficialError(1, 0, 0)] * 9
 
@@ -293,7 +293,7 @@ dict(box=3,type='slide',idx=0,edge=[1, 1],sign=-1),
 
 
 def sample(name: str = "one") -> Sample:
-    kept = [(1, LEFT), (3, DRAWER)]
+    stated = [(1, LEFT), (3, DRAWER)]
     return {
         "id": name,
         "messages": [],
@@ -305,7 +305,7 @@ def sample(name: str = "one") -> Sample:
             "boxes": {str(number): each.as_json() for number, each in BOXES.items()},
             "joints": [
                 {"box": number, "type": joint.type, "pos": joint.pos.tolist(), "axis": joint.axis.tolist()}
-                for number, joint in kept
+                for number, joint in stated
             ],
         },
     }
@@ -325,23 +325,27 @@ def test_an_answer_is_scored_in_the_world() -> None:
     assert articulation.facts(sample()) == {"labels_true_to_the_urdf": 1}
 
 
-def test_a_label_that_its_box_cannot_tell_is_told_by_a_fact() -> None:
+def test_facts_count_the_labels_that_a_box_cannot_express() -> None:
     askew = sample()
     askew["meta"]["joints"][0]["axis"] = list(tilted(10))
     assert articulation.facts(askew) == {"labels_true_to_the_urdf": 0.5}
 
 
-def test_the_official_rule_is_an_option_beside_ours() -> None:
+def test_the_official_rule_is_optional() -> None:
     recipe = recipe_with("eval.scoring.official_joint_eval=true")
     fewer = REFERENCE.replace("dict(box=3,type='slide',idx=0,edge=[1, 1],sign=-1),\n", "").replace("sign=-1", "sign=1")
     found = articulation.score(recipe, fewer, sample())
-    assert (found["official_type"], found["joint_recall"]) == (1, 0), "missing and turned around: perfect there"
+    assert (found["official_type"], found["joint_recall"]) == (1, 0), (
+        "one missing, one reversed: perfect by the official rule"
+    )
     assert articulation.measures(recipe, fewer, sample())["official rotation error, degrees"] == [0]
     lost = REFERENCE.replace("box=3", "box=9")
-    assert articulation.score(recipe, lost, sample())["official_type"] == 0, "such code fails when it is run"
+    assert articulation.score(recipe, lost, sample())["official_type"] == 0, (
+        "the original executes the code, which fails"
+    )
 
 
-def test_failed_answers_miss_all_joints_and_score_nothing() -> None:
+def test_a_failed_answer_misses_all_joints_and_scores_zero() -> None:
     samples = [sample("one"), sample("two")]
     right = {**failed_prediction("one", ""), "answer": REFERENCE, "error": None}
     predictions: Any = {"base": [right, failed_prediction("two", "no code")]}
@@ -350,4 +354,4 @@ def test_failed_answers_miss_all_joints_and_score_nothing() -> None:
     assert scores.models["base"].values[:, :-1].tolist() == [[1] * 10, [0] * 10]
     found = measured(articulation, recipe, scores)["base"]
     assert found["missing joints"] == Measure(2, 1, 1, 2)
-    assert found["axis angle, degrees"] == Measure(2, 0, 0, 0), "of the joints that there are"
+    assert found["axis angle, degrees"] == Measure(2, 0, 0, 0), "only of predicted joints"

@@ -1,4 +1,4 @@
-"""better_synth: what its files may hold, the pictures they show, what is asked, handed in and scored."""
+"""better_synth: its files and pictures, the prompts, the submission and the scores."""
 
 import base64
 import csv
@@ -139,7 +139,7 @@ def prediction(answer: str | None, text: str | None) -> Prediction:
     }  # type: ignore[typeddict-item, return-value]
 
 
-# -- what is trained on ------------------------------------------------------------------------------------------
+# -- training sets -----------------------------------------------------------------------------------------------
 
 
 def test_a_caption_is_learnt_with_its_own_question(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_caption_is_learnt_with_its_own_question(tmp_path: Path) -> None:
     assert skipped == []
 
 
-def test_what_data_juicer_kept_is_learnt_in_place_of_the_file(tmp_path: Path) -> None:
+def test_records_that_data_juicer_keeps_replace_the_file(tmp_path: Path) -> None:
     folder = make(tmp_path / "data", records=[CAPTION, {**CAPTION, "id": "8"}])
     kept = tmp_path / "kept.jsonl"
     kept.write_text(json.dumps({**CAPTION, "text": "<__dj__image> a crimson square <|__dj__eoc|>"}) + "\n")
@@ -164,7 +164,7 @@ def test_a_second_caption_of_a_record_is_a_sample_of_its_own(tmp_path: Path) -> 
     other = {**CAPTION, "text": "<__dj__image>\na square in red <|__dj__eoc|>"}
     questions, skipped = read(make(tmp_path / "data", records=[CAPTION, other, CAPTION]))
     assert [questions[f"pretrain/{name}"].answers[0] for name in ("7", "7#2")] == ["a red square", "a square in red"]
-    assert skipped == [("records.jsonl:3", "the same record again", "7")]
+    assert skipped == [("records.jsonl:3", "duplicate record", "7")]
 
 
 def test_records_with_all_turns_need_no_original(tmp_path: Path) -> None:
@@ -181,16 +181,16 @@ def test_records_with_all_turns_need_no_original(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "not JSON"),
         (["a"], "not a JSON object"),
         ({**CAPTION, "id": None}, "no id"),
-        ({**CAPTION, "id": "999"}, "its question is not in the original file"),
-        ({**CAPTION, "text": 5}, "text is no text"),
-        ({**CAPTION, "text": "<__dj__image>\n <|__dj__eoc|>"}, "an empty turn"),
+        ({**CAPTION, "id": "999"}, "no question with its id in the LLaVA file"),
+        ({**CAPTION, "text": 5}, "text is not a string"),
+        ({**CAPTION, "text": "<__dj__image>\n <|__dj__eoc|>"}, "empty turn"),
         ({**CAPTION, "images": []}, "not one <image> for each picture"),
         ({**CAPTION, "images": ["images/none.png"]}, "picture cannot be read"),
         ({**CAPTION, "images": ["images/a\0b.png"]}, "picture cannot be read"),
         ({**CAPTION, "images": ["../data/images/red.png"]}, "picture outside the data folder"),
         ({**CAPTION, "images": ["/etc/hostname"]}, "picture outside the data folder"),
-        ({**CAPTION, "images": ["records_llava.json"]}, "no picture, or a broken one"),
-        ({**CAPTION, "images": ["images/test.png"]}, "it shows a picture of a test set"),
+        ({**CAPTION, "images": ["records_llava.json"]}, "not a picture, or damaged"),
+        ({**CAPTION, "images": ["images/test.png"]}, "shows a picture of a test set"),
     ],
 )
 def test_a_bad_record_is_skipped_with_its_line(tmp_path: Path, bad: Any, reason: str) -> None:
@@ -199,11 +199,11 @@ def test_a_bad_record_is_skipped_with_its_line(tmp_path: Path, bad: Any, reason:
     assert "pretrain/7" in questions
 
 
-def test_an_original_with_two_questions_of_an_id_tells_neither(tmp_path: Path) -> None:
+def test_neither_of_two_questions_with_the_same_id_is_used(tmp_path: Path) -> None:
     twice = [ORIGINAL, ORIGINAL, talk("7", "images/red.png", "<image>\nWhat else?", "x")]
     questions, skipped = read(make(tmp_path / "data", records_llava=twice))
     assert "pretrain/7" not in questions
-    assert skipped == [("records.jsonl:1", "the original file has several questions of its id", "7")]
+    assert skipped == [("records.jsonl:1", "several questions with its id in the LLaVA file", "7")]
 
 
 def test_conversations_keep_their_turns_and_pictures(tmp_path: Path) -> None:
@@ -223,14 +223,14 @@ def test_conversations_keep_their_turns_and_pictures(tmp_path: Path) -> None:
     assert skipped == []
 
 
-def test_a_picture_of_several_that_is_in_a_test_set_is_enough(tmp_path: Path) -> None:
+def test_one_of_several_pictures_in_a_test_set_leaves_the_conversation_out(tmp_path: Path) -> None:
     both = talk("a", ["images/red.png", "images/test.png"], "<image><image>Same?", "no")
     questions, skipped = read(make(tmp_path / "data", finetune=[both]))
     assert "finetune/a" not in questions
-    assert [why for _, why, _ in skipped] == ["it shows a picture of a test set"]
+    assert [why for _, why, _ in skipped] == ["shows a picture of a test set"]
 
 
-def test_words_of_the_data_are_no_placeholders(tmp_path: Path) -> None:
+def test_placeholders_in_the_data_are_broken_up(tmp_path: Path) -> None:
     said = talk("a", "images/red.png", "<image>\nIs <video> or <|im_end|> there?", "the word <image> is")
     question = read(make(tmp_path / "data", finetune=[said]))[0]["finetune/a"]
     assert question.messages[0]["content"] == "<image>\nIs < video> or < |im_end|> there?"
@@ -240,7 +240,7 @@ def test_words_of_the_data_are_no_placeholders(tmp_path: Path) -> None:
 # -- pictures ----------------------------------------------------------------------------------------------------
 
 
-def test_pictures_become_squares_and_nothing_is_cut_off(tmp_path: Path) -> None:
+def test_pictures_become_squares_without_cropping(tmp_path: Path) -> None:
     (tmp_path / "wide.png").write_bytes(png("red", (40, 10)))
     store = Pictures(tmp_path, tmp_path, pad=True)
     with Image.open(tmp_path / store.of_file("wide.png").name) as square:
@@ -253,7 +253,7 @@ def test_pictures_become_squares_and_nothing_is_cut_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
 @pytest.mark.parametrize("size", [(64, 64), (64, 32)])
-def test_a_picture_that_is_cut_off_is_told_and_not_kept(tmp_path: Path, kind: str, size: tuple[int, int]) -> None:
+def test_a_truncated_picture_is_refused_and_not_stored(tmp_path: Path, kind: str, size: tuple[int, int]) -> None:
     noise = Image.effect_noise(size, 80).convert("RGB")
     data = io.BytesIO()
     noise.save(data, kind)
@@ -267,15 +267,15 @@ def test_a_picture_that_is_cut_off_is_told_and_not_kept(tmp_path: Path, kind: st
     assert list((tmp_path / "broken").iterdir()) == []
 
 
-def test_the_same_picture_is_kept_once(tmp_path: Path) -> None:
+def test_the_same_picture_is_stored_once(tmp_path: Path) -> None:
     data = make(tmp_path / "data", finetune=[talk(n, "images/red.png", f"<image>\n{n}?", "red") for n in range(5)])
     questions, _ = read(data)
     assert len({question.images for question in questions.values() if question.source == "finetune"}) == 1
     assert len(list((tmp_path / "run" / "preprocess" / "pictures").iterdir())) == 3  # red, black, white
 
 
-def test_many_pictures_are_done_together_and_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A record whose picture is broken costs no other, in whatever batch."""
+def test_many_pictures_are_stored_in_parallel_and_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record with a damaged picture affects no other, in any batch."""
     count = AHEAD + 20
     talks = [talk(n, f"images/{n}.png", "<image>\nWhich?", "x") for n in range(count)]
     data = make(tmp_path / "data", finetune=talks)
@@ -290,17 +290,17 @@ def test_many_pictures_are_done_together_and_none_twice(tmp_path: Path, monkeypa
     with Image.open(folder / questions["finetune/7"].images[0]) as seven:
         assert seven.getpixel((3, 3)) == (0, 0, 7)
 
-    def squared(picture: Any) -> bytes:
-        raise AssertionError("a picture that is there is made again")
+    def padded_file(picture: Any) -> bytes:
+        raise AssertionError("an existing picture is written again")
 
-    monkeypatch.setattr("stages.tasks.better_synth.pictures._squared", squared)
+    monkeypatch.setattr("stages.tasks.better_synth.pictures._padded_file", padded_file)
     again, _ = read(data)
     assert {name: question.images for name, question in again.items()} == {
         name: question.images for name, question in questions.items()
     }
 
 
-# -- what is tested ----------------------------------------------------------------------------------------------
+# -- test sets ---------------------------------------------------------------------------------------------------
 
 
 def test_textvqa_is_asked_as_published_and_scored_by_ten_humans(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_textvqa_is_asked_as_published_and_scored_by_ten_humans(tmp_path: Path) 
     assert read_answer(" \n", sample) is None
 
 
-def test_textvqa_without_the_words_that_were_read(tmp_path: Path) -> None:
+def test_textvqa_without_ocr_words(tmp_path: Path) -> None:
     folder = make(tmp_path / "data")
     plain = read(folder, "preprocess.samples.ocr=false")[0]["textvqa/t1/1"]
     assert plain.text == f"<image>\nWhat does it say?{ONE_WORD}"
@@ -332,11 +332,11 @@ def test_textvqa_without_the_words_that_were_read(tmp_path: Path) -> None:
         ("<image>\nOCR tokens: A\nB. Question: What? Short answer:", "<image>\nQuestion: What? Short answer:"),
     ],
 )
-def test_words_that_were_read_are_left_out_of_either_form(prompt: str, plain: str) -> None:
+def test_ocr_words_are_removed_from_either_form(prompt: str, plain: str) -> None:
     assert without_words(prompt) == plain
 
 
-def test_textvqa_without_annotations_is_asked_only(tmp_path: Path) -> None:
+def test_textvqa_without_annotations_is_not_scored(tmp_path: Path) -> None:
     question = read(make(tmp_path / "data", textvqa_annotations=None))[0]["textvqa/t1/1"]
     assert (question.split, question.answers) == ("asked", ())
 
@@ -368,18 +368,18 @@ def test_mmbench_is_asked_in_every_rotation_and_counts_once(tmp_path: Path) -> N
     assert {together(sample) for sample in samples} == {"mmbench/3"}
     assert [score(recipe(), "B", sample)["mmbench_accuracy"] for sample in samples] == [1.0, 0.0, 0.0]
     assert [read_answer("(B) blue", sample) for sample in samples] == ["B", "B", "B"]
-    assert read_answer("I cannot tell", samples[0]) is None, "no letter is a default"
+    assert read_answer("I cannot tell", samples[0]) is None, "there is no default letter"
     assert {sample["meta"]["kind"] for sample in samples} == {"mmbench: colour"}
 
 
-def test_mmbench_once_round_where_that_is_wanted(tmp_path: Path) -> None:
+def test_mmbench_without_circular_evaluation_is_asked_once(tmp_path: Path) -> None:
     questions, _ = read(make(tmp_path / "data"), "preprocess.samples.circular=false")
     assert [name for name in questions if name.startswith("mmbench/")] == ["mmbench/3"]
     assert together(sample_of(questions["mmbench/3"])) == "mmbench/3"
 
 
-def test_rotations_that_the_table_holds_are_not_made_again(tmp_path: Path) -> None:
-    """The second and third row name the first's picture by its index; of question 4 a rotation lacks."""
+def test_rotations_in_the_table_are_not_rotated_again(tmp_path: Path) -> None:
+    """The second and third row name the first row's picture by its index; question 4 lacks a rotation."""
     turned = [
         MMBENCH,
         {**MMBENCH, "index": 1_000_003, "A": "blue", "B": "green", "C": "red", "answer": "A", "image": "3"},
@@ -391,7 +391,7 @@ def test_rotations_that_the_table_holds_are_not_made_again(tmp_path: Path) -> No
     assert [question.id for question in found] == ["mmbench/3", "mmbench/1000003", "mmbench/2000003"]
     assert len({question.images for question in found}) == 1
     assert {together(sample_of(question)) for question in found} == {"mmbench/3"}
-    assert [(what, why) for what, why, _ in skipped] == [("mmbench/4", "not all rotations are there")]
+    assert [(what, why) for what, why, _ in skipped] == [("mmbench/4", "rotations are missing")]
 
 
 def test_mmbench_without_answers_is_asked_once_and_not_scored(tmp_path: Path) -> None:
@@ -401,46 +401,46 @@ def test_mmbench_without_answers_is_asked_once_and_not_scored(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("lacking", "told"),
+    ("missing", "message"),
     [
-        ({"records_llava": None}, "records_llava.json: no such file: records.jsonl:1 is a caption alone"),
-        ({"textvqa": None, "mmbench": None}, "no question to test on"),
+        ({"records_llava": None}, "records_llava.json: no such file; put the question of records.jsonl:1 there"),
+        ({"textvqa": None, "mmbench": None}, "no question to test on; put textvqa.jsonl or mmbench.tsv there"),
     ],
 )
-def test_what_is_not_there_is_found_before_data_juicer_works(
-    tmp_path: Path, lacking: dict[str, None], told: str
+def test_missing_files_are_reported_before_data_juicer_starts(
+    tmp_path: Path, missing: dict[str, None], message: str
 ) -> None:
-    folder = make(tmp_path / "data", **lacking)
+    folder = make(tmp_path / "data", **missing)
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         records(folder)
         read_others(recipe(), folder, tmp_path / "pictures", lambda *_: None)
 
 
-def test_textvqa_joins_a_question_with_its_blanks(tmp_path: Path) -> None:
+def test_textvqas_annotations_are_found_by_question_and_blanks(tmp_path: Path) -> None:
     asked = {**TEXTVQA, "text": f" what is it?{ONE_WORD}"}
     answers = {**ANNOTATION, "question": " what is it?"}
     questions, skipped = read(make(tmp_path / "data", textvqa=[asked], textvqa_annotations={"data": [answers]}))
     assert questions["textvqa/t1/1"].answers and not skipped
 
 
-def test_a_test_question_without_its_picture_fails_and_is_not_left_out(tmp_path: Path) -> None:
+def test_a_test_question_without_its_picture_counts_as_failed(tmp_path: Path) -> None:
     lost = {**TEXTVQA, "image": "images/none.png"}
     broken = {**MMBENCH, "image": base64.b64encode(png()[:40] * 2).decode()}
     questions, skipped = read(make(tmp_path / "data", textvqa=[lost], mmbench=[broken]))
     assert "picture cannot be read: images/none.png" in sample_of(questions["textvqa/t1/1"])["meta"]["error"]
-    assert "no picture, or a broken one: mmbench.tsv:2" in sample_of(questions["mmbench/3#2"])["meta"]["error"]
+    assert "not a picture, or damaged: mmbench.tsv:2" in sample_of(questions["mmbench/3#2"])["meta"]["error"]
     assert skipped == []
 
 
 def test_no_picture_and_no_question_of_a_test_set_is_trained_on(tmp_path: Path) -> None:
-    """Not even one of questions without answers."""
+    """Also not the pictures of questions without answers."""
     shown = [
         talk("a", "images/test.png", "<image>\nWhich?", "x"),
         talk("b", "images/red.png", "<image>\nWhich?", "red"),
     ]
     questions, skipped = read(make(tmp_path / "data", finetune=shown, textvqa_annotations=None))
-    assert [(where, why) for where, why, _ in skipped] == [("finetune.json:1", "it shows a picture of a test set")]
+    assert [(where, why) for where, why, _ in skipped] == [("finetune.json:1", "shows a picture of a test set")]
     groups = {name: question.group for name, question in questions.items()}
     splits = split_questions(list(questions.values()), groups, recipe().data, 1, lambda *words: None)
     assert {name.partition("/")[0]: split for name, split in splits.items()} == {
@@ -448,14 +448,14 @@ def test_no_picture_and_no_question_of_a_test_set_is_trained_on(tmp_path: Path) 
     }
 
 
-def test_without_its_picture_a_question_is_the_text_alone(tmp_path: Path) -> None:
+def test_without_its_picture_a_question_is_only_text(tmp_path: Path) -> None:
     sample = sample_of(read(make(tmp_path / "data"))[0]["mmbench/3"])
     asked = ask(recipe(), sample, "answer", {}, ("picture",))
     assert asked.images == [] and asked.messages[0]["content"].startswith("Which colour?")
     assert ask(recipe(), sample, "answer", {}, ()).images == sample["images"]
 
 
-# -- what is handed in -------------------------------------------------------------------------------------------
+# -- submission --------------------------------------------------------------------------------------------------
 
 
 def test_every_test_sample_is_in_one_row_and_the_lines_are_llavas(tmp_path: Path) -> None:
@@ -477,7 +477,7 @@ def test_every_test_sample_is_in_one_row_and_the_lines_are_llavas(tmp_path: Path
     )
 
 
-def test_mmbenchs_upload_has_a_row_for_each_of_the_tables(tmp_path: Path) -> None:
+def test_mmbenchs_upload_has_a_row_for_each_row_of_its_table(tmp_path: Path) -> None:
     folder = make(tmp_path / "data", mmbench=[MMBENCH, {**MMBENCH, "index": 9}])
     samples = [sample_of(question) for question in read(folder)[0].values()]
     found = {
@@ -496,14 +496,16 @@ def test_mmbenchs_upload_has_a_row_for_each_of_the_tables(tmp_path: Path) -> Non
 # -- files -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_is_told_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing to train on"):
+def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing to train on; put records\.jsonl or finetune\.json there"):
         sources(tmp_path)
     with pytest.raises(DataError, match=r"records\.jsonl: no such file"):
         records(tmp_path)
     with pytest.raises(DataError, match="no question to test on"):
         read(make(tmp_path / "one", textvqa=None, mmbench=None))
-    with pytest.raises(DataError, match=r"records_llava\.json: no such file: records\.jsonl:1 is a caption alone"):
+    with pytest.raises(
+        DataError, match=r"records_llava\.json: no such file; put the question of records\.jsonl:1 there"
+    ):
         read(make(tmp_path / "two", records_llava=None))
     assert sources(make(tmp_path / "three", records=None)) == ["finetune"]
 
@@ -530,20 +532,20 @@ def maker() -> ModuleType:
     return module
 
 
-def test_the_demo_is_read_whole_but_for_what_it_is_said_to_lack(tmp_path: Path) -> None:
+def test_the_demo_is_read_in_full_except_for_eight_captions(tmp_path: Path) -> None:
     skipped: Skipped = []
     found = read_all(recipe(), DEMO, records(DEMO), tmp_path, lambda *words: skipped.append(words))  # type: ignore[arg-type]
     counts = Counter(question.source for question in found)
     assert counts == {"pretrain": 152, "finetune": 160, "textvqa": 24, "mmbench": 56}
-    assert {reason for _, reason, _ in skipped} == {"its question is not in the original file"} and len(skipped) == 8
+    assert {reason for _, reason, _ in skipped} == {"no question with its id in the LLaVA file"} and len(skipped) == 8
     assert not any(question.error for question in found)
     assert any(len(question.images) == 2 for question in found)
     assert any(len(question.messages) == 5 for question in found)
     assert any("图" in question.text for question in found)
 
 
-def test_the_demo_is_made_by_its_seed(tmp_path: Path, maker: ModuleType) -> None:
-    """Pictures by what they show: their bytes hang on Pillow's version."""
+def test_the_demo_is_reproducible_by_its_seed(tmp_path: Path, maker: ModuleType) -> None:
+    """The pictures are not compared: their bytes depend on Pillow's version."""
     options = {"records": 160, "finetune": 160, "textvqa": 24, "mmbench": 16, "size": 64}
     maker.make(tmp_path / "again", 2, **options)
     for name in ("records.jsonl", "records_llava.json", "finetune.json", "textvqa.jsonl", "textvqa_annotations.json"):

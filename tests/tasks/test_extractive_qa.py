@@ -1,4 +1,4 @@
-"""extractive_qa: the forms of a record, what is skipped, groups and splits, what is asked, and how it is scored."""
+"""extractive_qa: forms of records, skipped records, groups and splits, prompts and scores."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def read(folder: Path) -> tuple[list[ContextQuestion], Skipped]:
     skipped: Skipped = []
 
     def skip(what: str, reason: str, detail: str = "") -> None:
-        detail.encode()  # it must be possible to store and to print it
+        detail.encode()  # it can be stored and printed
         skipped.append((what, reason))
 
     return read_questions(RECIPE, folder, set(), skip), skipped
@@ -144,7 +144,7 @@ def test_squads_own_file(tmp_path: Path) -> None:
     assert skipped[0][0].startswith("dev-v2.0.json:")
 
 
-ROLES, LIST = "not one user and one assistant message", "messages is no list of messages"
+ROLES, LIST = "not one user and one assistant message", "messages is not a list of objects"
 
 
 @pytest.mark.parametrize(
@@ -152,20 +152,20 @@ ROLES, LIST = "not one user and one assistant message", "messages is no list of 
     [
         ('{"context": "c", "quest', "not JSON"),
         ("\\xff", "not JSON"),
-        ("[1, 2]", "not a record"),
-        ("null", "not a record"),
+        ("[1, 2]", "not a JSON object"),
+        ("null", "not a JSON object"),
         (squad(question=""), "empty question"),
         (squad(question="  \u3000"), "empty question"),
         (squad(question=None), "no question"),
-        (squad(question=3), "question is no text"),
-        (squad(context=["c"]), "context is no text"),
+        (squad(question=3), "question is not a string"),
+        (squad(context=["c"]), "context is not a string"),
         (squad(answers={"text": []}), "no answer"),
         (squad(answers=[""]), "no answer"),
         (squad(answers=None), "no answer"),
-        (squad(answers=[3]), "answer is neither text nor a list of texts"),
-        (squad(answers=7), "answer is neither text nor a list of texts"),
-        (squad(answers=["<image>"]), "answer holds a placeholder"),
-        (squad(answers=["x<|im_end|>"]), "answer holds a placeholder"),
+        (squad(answers=[3]), "answer is neither a string nor a list of strings"),
+        (squad(answers=7), "answer is neither a string nor a list of strings"),
+        (squad(answers=["<image>"]), "answer contains a placeholder"),
+        (squad(answers=["x<|im_end|>"]), "answer contains a placeholder"),
         ({"text": "just text"}, "no question"),
         ({"messages": []}, ROLES),
         ({"messages": messages("q")["messages"] * 2}, ROLES),
@@ -178,12 +178,12 @@ ROLES, LIST = "not one user and one assistant message", "messages is no list of 
         (messages(" "), "empty question"),
         (messages("q", " \n"), "no answer"),
         (messages("q", None), "no content"),
-        (messages([{"type": "text", "text": "q"}]), "content is no text"),
-        ({"paragraphs": [3]}, "not a record"),
-        ({"context": "c", "qas": ["q"]}, "not a record"),
+        (messages([{"type": "text", "text": "q"}]), "content is not a string"),
+        ({"paragraphs": [3]}, "not a JSON object"),
+        ({"context": "c", "qas": ["q"]}, "not a JSON object"),
     ],
 )  # fmt: skip
-def test_a_bad_record_is_skipped_with_its_line_and_the_others_stay(tmp_path: Path, bad: Any, reason: str) -> None:
+def test_a_bad_record_is_skipped_with_its_line_and_the_others_are_read(tmp_path: Path, bad: Any, reason: str) -> None:
     parts = [
         json.dumps(squad(id="first")),
         bad if isinstance(bad, str) else json.dumps(bad),
@@ -199,9 +199,9 @@ def test_a_bad_record_is_skipped_with_its_line_and_the_others_stay(tmp_path: Pat
         assert skipped == [(f"{name}:{line}", reason)]
 
 
-def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+def test_a_data_set_without_a_usable_record_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", {"text": "x"})
-    with pytest.raises(DataError, match="no usable question in a"):
+    with pytest.raises(DataError, match="no usable question in a; see the skipped records in the log"):
         read(tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     )
 )
 @example({"data": [{"messages": None}]})
-def test_no_record_ends_the_reading(tmp_path_factory: pytest.TempPathFactory, record: Any) -> None:
+def test_no_record_stops_reading(tmp_path_factory: pytest.TempPathFactory, record: Any) -> None:
     folder = tmp_path_factory.getbasetemp() / "any"
     write(folder / "a.jsonl", record, squad(id="last"))
     questions, _ = read(folder)
@@ -247,24 +247,24 @@ def test_each_entry_is_a_data_set(tmp_path: Path) -> None:
     questions, skipped = read(tmp_path)
     assert [q.source for q in questions] == ["array", "array", "lines", "parts", "saved", "saved"]
     assert [q.id for q in questions][::5] == ["array/array-1", "saved/0-2"]
-    assert questions[1].id == "array/array-1-2", "of the same line"
+    assert questions[1].id == "array/array-1-2", "on the same line"
     assert skipped == [("old.csv", "not a data set")]
 
 
-def test_there_must_be_a_data_set(tmp_path: Path) -> None:
+def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match=r"put .* there"):
             sources(folder)
 
 
-def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_entries_with_one_name_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "law.jsonl", squad())
     write(tmp_path / "law" / "train.jsonl", squad())
     with pytest.raises(DataError, match=r"law and law.jsonl are both named 'law'; rename one"):
         sources(tmp_path)
 
 
-def test_ids_are_unique_over_all_data_sets(tmp_path: Path) -> None:
+def test_ids_are_unique_across_data_sets(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / f"{name}.jsonl", squad(id=1), squad(id="1"), squad(), squad(id=None), squad(id=2.5))
     write(tmp_path / "c" / "train.jsonl", squad(id=1), squad())
@@ -277,7 +277,7 @@ def test_ids_are_unique_over_all_data_sets(tmp_path: Path) -> None:
     assert skipped == [("a.jsonl:2", "duplicate id"), ("b.jsonl:2", "duplicate id")]
 
 
-def test_files_of_the_same_name_below_a_data_set_lose_nothing(tmp_path: Path) -> None:
+def test_files_with_the_same_name_in_a_data_set_are_all_read(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         write(tmp_path / "hub" / split / "data-0.jsonl", *(squad(id=number) for number in range(4)))
     questions, skipped = read(tmp_path)
@@ -285,12 +285,12 @@ def test_files_of_the_same_name_below_a_data_set_lose_nothing(tmp_path: Path) ->
     assert {question.id for question in questions if question.split == "test"} >= {"hub/3"}
 
 
-def test_splits_are_no_data_sets(tmp_path: Path) -> None:
-    """As other tasks take them, in the data folder itself: the test file would be a data set, and trained on."""
+def test_files_named_after_splits_are_refused_as_data_sets(tmp_path: Path) -> None:
+    """Other tasks read them from the data folder itself; here the test file would be a data set and trained on."""
     for name in ("train", "test"):
         write(tmp_path / f"{name}.jsonl", squad())
     with pytest.raises(
-        DataError, match=r"test.jsonl and train.jsonl are named after splits, .* put them into a folder"
+        DataError, match=r"test.jsonl and train.jsonl are named after splits but .* put them into a subfolder"
     ):
         read(tmp_path)
     write(tmp_path / "law-test.jsonl", squad())
@@ -304,20 +304,20 @@ def groups(folder: Path) -> list[str]:
     return [question.group for question in read(folder)[0]]
 
 
-def test_questions_on_one_context_are_one_group_in_whatever_data_set(tmp_path: Path) -> None:
+def test_questions_about_one_context_are_one_group_across_data_sets(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", squad("One  context."), squad("ONE context.\n", "Another question?"), squad("Two."))
     write(tmp_path / "b.jsonl", messages("Context: One context.\nQuestion: q"), squad("Ｔｗｏ."))
     found = groups(tmp_path)
     assert found[0] == found[1] == found[3] != found[2] == found[4]
 
 
-def test_without_a_context_the_question_makes_the_group(tmp_path: Path) -> None:
+def test_without_a_context_the_question_names_the_group(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", messages("Who?"), messages("who? "), messages("When?"), squad("Who?"))
     found = groups(tmp_path)
     assert found[0] == found[1] and len(set(found)) == 3
 
 
-def test_a_given_group_or_title_joins_contexts_but_only_within_its_data_set(tmp_path: Path) -> None:
+def test_a_given_group_or_title_joins_contexts_only_within_its_data_set(tmp_path: Path) -> None:
     write(
         tmp_path / "a.jsonl", squad("1", group="g"), squad("2", title="t"), squad("3", group="g"), squad("4", title="t")
     )
@@ -333,10 +333,10 @@ def test_a_context_joins_given_groups(tmp_path: Path) -> None:
     found = groups(tmp_path)
     assert found[0] == found[1] == found[2] != found[3]
     write(tmp_path / "a.jsonl", *records[::-1])
-    assert groups(tmp_path) == found[::-1], "whatever the order"
+    assert groups(tmp_path) == found[::-1], "in any order"
 
 
-def test_a_title_that_all_records_share_says_nothing(tmp_path: Path) -> None:
+def test_a_title_that_all_records_share_is_ignored(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", squad("1", title="my data"), squad("2", title="my data"))
     assert len(set(groups(tmp_path))) == 2
 
@@ -350,17 +350,17 @@ def test_a_title_that_all_records_share_says_nothing(tmp_path: Path) -> None:
         (("train", "dev"), {"train": "train", "dev": "test"}),  # as SQuAD is published
         (("train",), {"train": None}),
         (("validation",), {"validation": None}),
-        (("test",), {"test": "test"}),  # never to train on
+        (("test",), {"test": "test"}),  # never trained on
         (("train", "test", "more"), {"train": "train", "test": "test", "more": None}),
     ],
 )
-def test_what_a_folder_states_of_splits(tmp_path: Path, files: tuple[str, ...], splits: dict[str, str | None]) -> None:
+def test_splits_that_a_folder_states(tmp_path: Path, files: tuple[str, ...], splits: dict[str, str | None]) -> None:
     for name in files:
         write(tmp_path / "set" / f"{name}.jsonl", squad(name, id=name))
     assert {q.id.removeprefix("set/"): q.split for q in read(tmp_path)[0]} == splits
 
 
-def test_a_test_split_without_answers_leaves_it_to_the_validation_split(tmp_path: Path) -> None:
+def test_without_answers_in_the_test_split_the_validation_split_is_tested(tmp_path: Path) -> None:
     for name in ("train", "validation", "test"):
         write(tmp_path / "set" / f"{name}.jsonl", squad(name, id=name, answers={"text": [name] * (name != "test")}))
     questions, skipped = read(tmp_path)
@@ -368,7 +368,7 @@ def test_a_test_split_without_answers_leaves_it_to_the_validation_split(tmp_path
     assert skipped == [("set/test.jsonl:1", "no answer")]
 
 
-# -- what is asked -----------------------------------------------------------------------------------------------
+# -- prompts -----------------------------------------------------------------------------------------------------
 
 
 def made(split: str = "test", **changes: Any) -> Any:
@@ -378,17 +378,17 @@ def made(split: str = "test", **changes: Any) -> Any:
     return sample
 
 
-def test_training_and_inference_ask_the_same() -> None:
+def test_training_and_inference_have_the_same_prompt() -> None:
     train, test = made("train"), made("test")
     assert train == test
     (name,) = passes(RECIPE)
     asked = ask(RECIPE, test, name, {}, ())
     assert asked.messages == train["messages"] and asked.images == []
     assert rehearsal(RECIPE, test, ()) == [(asked, 0)]
-    assert train["references"][0] == "gear", "which is all that is learnt"
+    assert train["references"][0] == "gear", "training learns the first reference only"
 
 
-def test_the_prompt_holds_context_and_question_whole_and_in_order() -> None:
+def test_the_prompt_contains_the_whole_context_and_then_the_question() -> None:
     context = "word " * 10_000 + "end"
     system, user = made(context=context)["messages"]
     assert "exact words from the context" in system["content"]
@@ -406,16 +406,16 @@ def test_a_chinese_question_is_asked_in_chinese() -> None:
     assert "上下文" not in said(made(text="部件3是什么？", context=""))
 
 
-def test_without_a_context_none_is_spoken_of() -> None:
+def test_without_a_context_the_prompt_mentions_none() -> None:
     assert "context" not in said(made(context="")).lower()
 
 
-def test_what_the_data_hold_is_no_placeholder() -> None:
+def test_placeholders_in_the_data_are_broken_up() -> None:
     text = said(made(text="What is <image> or <|im_end|>?", context="<video>"))
     assert not any(mark in text for mark in ("<image>", "<video>", "<|"))
 
 
-def test_meta_breaks_scores_down_by_data_set() -> None:
+def test_meta_names_the_data_set_as_kind() -> None:
     assert made()["meta"] == {
         **{"group": "g", "source": "a", "kind": "a", "question": "What is it?", "context_characters": 13},
     }
@@ -439,7 +439,7 @@ def scores(answer: str, *references: str, normalization: str = "squad") -> dict[
     return score(recipe, answer, made(answers=references))
 
 
-def test_the_first_metric_is_the_exact_match_and_each_is_the_best_of_all_references() -> None:
+def test_the_first_metric_is_exact_match_and_each_metric_is_the_best_over_references() -> None:
     assert scores("The gear!", "lever", "gear") == {
         "exact_match": 1.0,
         "f1": 1.0,
@@ -449,7 +449,7 @@ def test_the_first_metric_is_the_exact_match_and_each_is_the_best_of_all_referen
     assert scores("spring seat", "spring", "the seat of a valve")["f1"] == pytest.approx(2 / 3)
 
 
-def test_chinese_is_scored_by_characters_too() -> None:
+def test_chinese_is_also_scored_by_characters() -> None:
     assert scores("弹簧", "弹簧座") == {"exact_match": 0.0, "f1": 0.0, "character_f1": pytest.approx(0.8)}
 
 
@@ -460,7 +460,7 @@ def test_chinese_is_scored_by_characters_too() -> None:
         ("3 5", "3.5%", 0.0, 0.0, 1.0, 1.0),
         ("N", "N/A", 0.0, 0.0, 1.0, 1.0),
         ("na", "N/A", 1.0, 1.0, 0.0, 0.0),
-        ("", "a", 1.0, 0.0, 1.0, 0.0),  # as published: they match, and share no word
+        ("", "a", 1.0, 0.0, 1.0, 0.0),  # as published: they match but share no word
         ("Gear", "gear.", 1.0, 1.0, 1.0, 1.0),
     ],
 )
@@ -499,7 +499,7 @@ def test_a_submission_has_a_line_for_each_test_question_in_order(tmp_path: Path)
     ]
 
 
-def test_the_task_has_all_that_the_stages_call(tmp_path: Path) -> None:
+def test_the_task_has_all_members_of_the_contract(tmp_path: Path) -> None:
     task = load_task("extractive_qa")
     members = [name for name in (*vars(Task), *Task.__annotations__) if not name.startswith("_")]
     assert all(hasattr(task, name) for name in members)

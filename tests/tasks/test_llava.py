@@ -1,4 +1,4 @@
-"""Conversations in LLaVA's form, in Data-Juicer's and as messages: nothing is lost from one to the other."""
+"""Conversations in LLaVA's form, in Data-Juicer's and as messages: conversions lose nothing."""
 
 import json
 import re
@@ -35,13 +35,13 @@ TEXTS = (
     .filter(lambda text: text.strip() and not MARKS.search(text))
 )
 TURNS = TEXTS.filter(lambda text: not MARKS.search(f"{text} "))
-"""What may end a turn: a blank comes behind it, which makes a mark of `[[human]]:`."""
+"""Texts that may end a turn. A blank follows the end, which would turn `[[human]]:` into a mark."""
 IDS = st.one_of(st.integers(min_value=0), TEXTS)
 
 
 @st.composite
 def conversations(draw: st.DrawFn) -> dict[str, Any]:
-    """A LLaVA record: several turns, and pictures anywhere in them, even one behind the other."""
+    """A LLaVA record: several turns with pictures anywhere, also one after the other."""
     turns: list[dict[str, str]] = []
     count = 0
     if draw(st.booleans()):
@@ -111,8 +111,8 @@ def test_turns_are_as_data_juicers_own_converter_writes_them() -> None:
     assert from_dj({"id": BUS["id"], "text": BUS_AS_WRITTEN, "images": [BUS["image"]]}) == BUS
 
 
-def test_its_other_ways_are_read_too() -> None:
-    """`<image>` for a picture, and an end behind each turn (split_chunk)."""
+def test_other_variants_of_data_juicers_form_are_read() -> None:
+    """`<image>` for a picture, and an end mark after each turn (split_chunk)."""
     chunked = BUS_AS_WRITTEN.replace("red.\n", "red. <|__dj__eoc|>\n").replace(DJ_PLACE, PLACE)
     assert from_dj({"id": BUS["id"], "text": chunked, "images": [BUS["image"]]}) == BUS
 
@@ -131,7 +131,7 @@ def test_its_other_ways_are_read_too() -> None:
         ("<__dj__image>\n <|__dj__eoc|>", ""),
     ],
 )
-def test_a_caption_is_what_is_left_without_the_marks(text: str, caption: str) -> None:
+def test_a_caption_is_the_text_without_the_marks(text: str, caption: str) -> None:
     assert caption_in(text) == caption
 
 
@@ -151,18 +151,18 @@ def test_a_question_is_found_under_ids_as_numbers_and_as_text() -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"id": "8", "text": "x", "images": []}, "its question is not in the original file"),
-        ({"id": "9", "text": "x", "images": []}, "the original file has several questions of its id"),
+        ({"id": "8", "text": "x", "images": []}, "no question with its id in the LLaVA file"),
+        ({"id": "9", "text": "x", "images": []}, "several questions with its id in the LLaVA file"),
         ({"text": "x", "images": []}, "no id"),
         ({"id": True, "text": "x", "images": []}, "no id"),
-        ({"id": "7", "images": []}, "text is no text"),
-        ({"id": "7", "text": "x", "images": "a.png"}, "pictures are no list of names"),
+        ({"id": "7", "images": []}, "text is not a string"),
+        ({"id": "7", "text": "x", "images": "a.png"}, "pictures are not a list of names"),
     ],
 )
-def test_a_question_that_cannot_be_looked_up_is_told(record: dict[str, Any], reason: str) -> None:
-    with pytest.raises(BadRecordError) as told:
+def test_a_caption_whose_question_cannot_be_found_is_refused(record: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRecordError) as refused:
         restored(record, {"7": Original("7", "<image>\nWhat?"), "9": None})
-    assert told.value.reason == reason
+    assert refused.value.reason == reason
 
 
 def test_a_picture_that_a_second_caption_names_again_is_one() -> None:
@@ -171,7 +171,7 @@ def test_a_picture_that_a_second_caption_names_again_is_one() -> None:
     assert restored(record, {"7": Original("7", "<image>\nWhat?")})["image"] == "a.png"
 
 
-NO_TURN = "a turn is not from system, human or gpt with a text as its value"
+NO_TURN = "a turn lacks a `from` (system, human or gpt) or a text as `value`"
 
 
 def turns(*values: tuple[str, str]) -> list[dict[str, str]]:
@@ -189,40 +189,40 @@ def turns(*values: tuple[str, str]) -> list[dict[str, str]]:
             NO_TURN,
         ),
         ([{"from": "human", "value": 3}], NO_TURN),
-        (turns(("human", "<image>\nx")), "human and gpt do not take turns"),
-        (turns(("gpt", "x"), ("human", "<image>\ny")), "human and gpt do not take turns"),
-        (turns(("system", "s")), "human and gpt do not take turns"),
-        (turns(("human", "<image>\nx"), ("gpt", " ")), "an empty turn"),
+        (turns(("human", "<image>\nx")), "human and gpt do not alternate"),
+        (turns(("gpt", "x"), ("human", "<image>\ny")), "human and gpt do not alternate"),
+        (turns(("system", "s")), "human and gpt do not alternate"),
+        (turns(("human", "<image>\nx"), ("gpt", " ")), "empty turn"),
         (turns(("human", "x"), ("gpt", "y")), "not one <image> for each picture"),
         (turns(("human", "<image><image>x"), ("gpt", "y")), "not one <image> for each picture"),
         (turns(("human", "x"), ("gpt", "y <image>")), "not one <image> for each picture"),
     ],
 )
-def test_a_conversation_that_cannot_be_learnt_is_told(conversation: Any, reason: str) -> None:
-    with pytest.raises(BadRecordError) as told:
+def test_an_unusable_conversation_is_refused(conversation: Any, reason: str) -> None:
+    with pytest.raises(BadRecordError) as refused:
         to_messages({"id": 1, "image": "a.png", "conversations": conversation})
-    assert told.value.reason == reason
+    assert refused.value.reason == reason
 
 
 @pytest.mark.parametrize("mark", [DJ_PLACE, DJ_END, "[[gpt]]: ", "x\n[[human]]: y"])
-def test_a_turn_that_data_juicers_form_cannot_hold_is_refused_and_not_bent(mark: str) -> None:
+def test_a_turn_that_data_juicers_form_cannot_express_is_refused(mark: str) -> None:
     record = {"id": 1, "conversations": turns(("human", "x"), ("gpt", f"a {mark} b"))}
     for write in (to_dj, to_dj_caption):
-        with pytest.raises(BadRecordError) as told:
+        with pytest.raises(BadRecordError) as refused:
             write(record)
-        assert told.value.reason == "a turn holds a mark of Data-Juicer's"
+        assert refused.value.reason == "a turn contains a Data-Juicer mark"
 
 
 @pytest.mark.parametrize("value", ["[[human]]:", "a\n[[gpt]]:"])
-def test_a_turn_that_ends_as_a_mark_begins_is_refused(value: str) -> None:
-    """With the blank before the end of the text it would begin another turn."""
+def test_a_turn_that_ends_with_the_start_of_a_mark_is_refused(value: str) -> None:
+    """With the blank before the end mark it would start another turn."""
     for write in (to_dj, to_dj_caption):
-        with pytest.raises(BadRecordError) as told:
+        with pytest.raises(BadRecordError) as refused:
             write({"id": 1, "conversations": turns(("human", "x"), ("gpt", value))})
-        assert told.value.reason == "a turn holds a mark of Data-Juicer's"
+        assert refused.value.reason == "a turn contains a Data-Juicer mark"
 
 
-def test_a_caption_form_holds_one_question_only() -> None:
+def test_the_caption_form_holds_only_one_question() -> None:
     with pytest.raises(BadRecordError, match="4 turns"):
         to_dj_caption(BUS)
     with pytest.raises(BadRecordError, match="a cat"):

@@ -1,4 +1,4 @@
-"""logic_choice: what the problem files may hold, what is asked, which letter a completion means, what is submitted."""
+"""logic_choice: the problem files, the prompts, the letter that a completion means, and the submission."""
 
 import importlib.util
 import json
@@ -79,8 +79,8 @@ def one_sample(split: str = "test", **changes: Any) -> Sample:
 
 def test_it_is_a_task() -> None:
     task = load_task("logic_choice")
-    wanted = [name for name in [*vars(Task), *Task.__annotations__] if not name.startswith("_")]
-    assert [name for name in wanted if not hasattr(task, name)] == []
+    members = [name for name in [*vars(Task), *Task.__annotations__] if not name.startswith("_")]
+    assert [name for name in members if not hasattr(task, name)] == []
     assert not task.READS_DOCUMENTS
 
 
@@ -97,7 +97,7 @@ def test_it_is_a_task() -> None:
         (b'["a"]', "not a JSON object"),
         ({"problem": "x", "questions": [part()]}, "no id"),
         ({"id": " ", "problem": "x", "questions": [part()]}, "empty id"),
-        ({"id": 1.5, "problem": "x", "questions": [part()]}, "id is no text"),
+        ({"id": 1.5, "problem": "x", "questions": [part()]}, "id is not a string"),
         ({"id": "x", "questions": [part()]}, "no problem"),
         ({"id": "x", "problem": "\u3000", "questions": [part()]}, "empty problem"),
         ({"id": "x", "problem": "y"}, "no questions"),
@@ -114,16 +114,16 @@ def test_a_bad_line_is_skipped_with_its_number(tmp_path: Path, bad: Any, reason:
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ("words", "question is no JSON object"),
+        ("words", "question is not a JSON object"),
         (part(options=("only",)), "not 2 to 7 options"),
         (part(options=tuple("abcdefgh")), "not 2 to 7 options"),
-        (part(options="red, blue"), "options are no list of texts"),
-        (part(options=("red", "")), "options are no list of texts"),
-        (part(options=("red", 3)), "options are no list of texts"),
+        (part(options="red, blue"), "options are not a list of non-empty strings"),
+        (part(options=("red", "")), "options are not a list of non-empty strings"),
+        (part(options=("red", 3)), "options are not a list of non-empty strings"),
         ({"options": ["a", "b"], "answer": "A"}, "no question"),
         (part(question=" "), "empty question"),
-        (part("D"), "answer is no option"),
-        (part(0), "answer is no text"),
+        (part("D"), "answer is not an option"),
+        (part(0), "answer is not a string"),
         (part("a", options=("x", "a")), "ambiguous answer"),
         (part("same", options=("same", "Same")), "ambiguous answer"),
         (part(...), "no answer to train on"),
@@ -143,8 +143,8 @@ def test_a_bad_sub_question_is_skipped_and_the_others_keep_their_places(tmp_path
         ("Ｂ", ("red", "blue"), "B"),
         ("Blue", ("red", "blue"), "B"),
         ("是", ("否", "是"), "B"),
-        ("A", ("B", "A"), "A"),  # a capital letter is a letter, as the data are said to write it
-        ("C", ("C", "D"), "A"),  # no letter of two options, but the text of one
+        ("A", ("B", "A"), "A"),  # a capital letter is a letter, which is the documented form
+        ("C", ("C", "D"), "A"),  # not a letter of two options, but the text of one
         ("a", ("a", "x"), "A"),
     ],
 )
@@ -155,7 +155,7 @@ def test_an_answer_may_be_a_letter_or_an_options_text(
     assert questions[0].answers == (letter,)
 
 
-def test_splits_are_as_the_files_say(tmp_path: Path) -> None:
+def test_splits_follow_from_the_files(tmp_path: Path) -> None:
     unlabelled = problem("t", part(...), part(...))
     questions, skipped = read(tmp_path, train=[problem("p")], test=[unlabelled], sources__more=[problem("m")])
     assert [(q.id, q.source, q.split) for q in questions] == [
@@ -192,7 +192,7 @@ def test_ids_differ_where_files_share_them(tmp_path: Path) -> None:
     assert not skipped
 
 
-def test_guessed_answers_join_by_problem_and_place(tmp_path: Path) -> None:
+def test_guessed_answers_are_matched_by_problem_and_position(tmp_path: Path) -> None:
     questions, skipped = read(
         tmp_path,
         train=[problem("p", part("A"), part("B"))],
@@ -214,26 +214,26 @@ def test_guessed_answers_join_by_problem_and_place(tmp_path: Path) -> None:
     ]
     assert [(what, why) for what, why, _ in skipped] == [
         ("test.jsonl:1, question 2", "not 2 to 7 options"),
-        ("labels/guessed.jsonl:1, question 2", "label of a question that cannot be used"),
-        ("labels/guessed.jsonl:2, question 2", "label: answer is no option"),
+        ("labels/guessed.jsonl:1, question 2", "label of an unusable question"),
+        ("labels/guessed.jsonl:2, question 2", "label: answer is not an option"),
         ("labels/guessed.jsonl:3", "label of an unknown problem"),
         ("labels/guessed.jsonl:4", "duplicate id"),
         ("labels/guessed.jsonl:5", "not JSON"),
-        ("labels/short.jsonl:1", "label with another number of sub-questions"),
+        ("labels/short.jsonl:1", "label with a different number of sub-questions"),
         ("labels/short.jsonl:2, question 1", "label: no answer"),
-        ("labels/short.jsonl:2, question 2", "label of a question that cannot be used"),
+        ("labels/short.jsonl:2, question 2", "label of an unusable question"),
         ("labels/short.jsonl:2, question 3", "label: no answer"),
     ]
     assert one_sample(label_source="guessed")["meta"]["label_source"] == "guessed"
 
 
-def test_a_label_of_an_id_with_two_meanings_is_skipped(tmp_path: Path) -> None:
+def test_a_label_of_an_ambiguous_id_is_skipped(tmp_path: Path) -> None:
     label = {"id": "1", "questions": [{"answer": "A"}]}
     two = {"train": [problem("1")], "test": [problem("1", text="Another.")]}
     _, skipped = read(tmp_path, **two, labels__g=[label])
-    assert skipped[-1][:2] == ("labels/g.jsonl:1", "label of an id that several problems have")
+    assert skipped[-1][:2] == ("labels/g.jsonl:1", "label of an id with several problems")
     _, skipped = read(tmp_path, test=[problem("1")])
-    assert not skipped, "twice the same problem means the same"
+    assert not skipped, "the same problem twice is not ambiguous"
     twice = {"train": [problem("1")], "test": [problem("1", part(...))]}
     questions, skipped = read(tmp_path, **twice, labels__g=[label])
     assert not skipped, "with its answer and without"
@@ -241,23 +241,25 @@ def test_a_label_of_an_id_with_two_meanings_is_skipped(tmp_path: Path) -> None:
 
 
 def test_sources_are_the_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing to train on"):
+    with pytest.raises(
+        DataError, match=r"nothing to train on; put train\.jsonl there, or files into sources/ or labels/"
+    ):
         sources(tmp_path)
     read(tmp_path, train=[problem("p")], sources__more=[problem("m")], labels__g=[])
     (tmp_path / "labels" / "notes.txt").write_text("")
     assert sources(tmp_path) == ["g", "more", "train"]
     (tmp_path / "labels" / "more.jsonl").write_text("")
-    with pytest.raises(DataError, match="rename more"):
+    with pytest.raises(DataError, match="ambiguous names more; rename the files of sources/ and labels/"):
         sources(tmp_path)
 
 
-def test_nothing_usable_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no usable question"):
+def test_a_folder_without_a_usable_question_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no usable question in .*; see the skipped lines in the log"):
         read(tmp_path, train=[b"no"])
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), st.lists, max_leaves=4))
-def test_no_value_in_a_line_is_fatal(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+def test_no_value_in_a_line_stops_reading(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     folder = tmp_path_factory.mktemp("any")
     rows = [problem("p", part(value), part(options=value), {"question": value, "options": value})]
     more = [{"id": value, "problem": value, "questions": value}, value]
@@ -281,7 +283,7 @@ def test_an_english_and_a_chinese_prompt() -> None:
         assert words in chinese[1]["content"]
 
 
-def test_the_line_alone_is_taught_and_the_letter_is_scored() -> None:
+def test_training_learns_only_the_answer_line_and_the_letter_is_scored() -> None:
     assert one_sample("train")["meta"]["target"] == "Answer: B"
     assert one_sample("validation", problem="小明有帽子。")["meta"]["target"] == "答案是：B"
     tested = one_sample("test")
@@ -290,13 +292,13 @@ def test_the_line_alone_is_taught_and_the_letter_is_scored() -> None:
     assert read_answer(one_sample("train")["meta"]["target"], tested) == "B"
 
 
-def test_meta_says_where_a_sample_is_from() -> None:
+def test_meta_names_the_origin_of_a_sample() -> None:
     meta = one_sample(options=("x", "y"), id="p/3@g", index=3, source="g", label_source="g")["meta"]
     assert meta["kind"] == "2 options" and meta["options"] == {"A": "x", "B": "y"}
     assert (meta["problem_id"], meta["index"], meta["source"], meta["label_source"]) == ("p", 3, "g", "g")
 
 
-def test_data_holds_no_tokens_of_a_template() -> None:
+def test_special_tokens_in_the_data_are_broken_up() -> None:
     text = one_sample(problem="<|im_end|> <image>", text="<|x|>?", options=("<image>", "b"))["messages"][1]["content"]
     assert "<|" not in text and "<image>" not in text
 
@@ -333,7 +335,7 @@ SHI = {"A": "是", "B": "否"}
         *[(text, "B") for text in ("B", "b", "B.", "(B)", " B\n", "Ⓑ", r"$\boxed{B}$", "B. blue hat", "B) Blue hat.")],
         *[(text, "B") for text in ("so it is this one\nB", "It is the blue hat, not the red hat.", "BLUE  HAT")],
         ("Answer: A. No, wait. Answer: C", "C"),
-        ("Answer: B. Wait. Answer: G", "B"),  # G is no option
+        ("Answer: B. Wait. Answer: G", "B"),  # G is not an option
         ("选项A是错的，答案是B", "B"),
         ("答案是B，选项A错误", "B"),
         ("故选C", "C"),
@@ -411,14 +413,14 @@ def test_the_letter_is_found(text: str, letter: str) -> None:
         ),
     ],
 )
-def test_no_letter_is_made_up(text: str) -> None:
+def test_a_completion_without_an_answer_has_no_letter(text: str) -> None:
     assert letter_in(text, HATS) is None
 
 
 @pytest.mark.parametrize(
     ("text", "options", "letter"),
     [
-        ("The answer is a blue hat.", HATS, "B"),  # an article, and what follows it
+        ("The answer is a blue hat.", HATS, "B"),  # an article, then an option
         ("Answer: A blue hat", HATS, "B"),
         ("Answer: A red hat", HATS, "A"),
         ("It is Tom.", PEOPLE, "B"),
@@ -444,7 +446,7 @@ def test_no_letter_is_made_up(text: str) -> None:
         ("答案是：B", {"A": "B同学", "B": "A同学"}, "B"),
         ("1", {"A": "3", "B": "1"}, "B"),
         ("in 1 hour", {"A": "3", "B": "1"}, None),
-        ("B是对的", {"A": "A说谎", "B": "B说谎"}, None),  # a person of the problem
+        ("B是对的", {"A": "A说谎", "B": "B说谎"}, None),  # a person in the problem
     ],
 )
 def test_options_by_their_text(text: str, options: Mapping[str, str], letter: str | None) -> None:
@@ -460,7 +462,7 @@ def test_a_letter_outside_the_options_is_never_read(text: str, count: int) -> No
 @pytest.mark.parametrize(
     "text", ["is ", "答案", "答案应该是", "选择", "不是", "( ", "Answer: A ", "to x ", "a, ", "not blue hat ", "选B吗 "]
 )
-def test_long_completions_take_no_time(text: str) -> None:
+def test_long_completions_are_read_in_linear_time(text: str) -> None:
     began = time.process_time()
     letter_in("answer " + text * 4000, HATS)
     assert time.process_time() - began < 2
@@ -484,7 +486,7 @@ def test_retries_stop_at_the_first_valid_letter() -> None:
     assert ask(three, one, "retry_1", {"answer": "Answer: A"}, ()) is None
 
 
-def test_a_retrys_seed_is_the_samples_own() -> None:
+def test_a_retrys_seed_depends_on_the_sample() -> None:
     def seed(name: str) -> int:
         asked = ask(recipe(), one_sample(id=name), "retry_1", {"answer": ""}, ())
         assert asked is not None
@@ -493,7 +495,7 @@ def test_a_retrys_seed_is_the_samples_own() -> None:
     assert seed("p/0") == seed("p/0") != seed("p/1")
 
 
-def test_rehearsal_has_the_prompt() -> None:
+def test_rehearsal_returns_the_prompt() -> None:
     ((rehearsed, spare),) = rehearsal(recipe(), one_sample(), ())
     assert rehearsed.messages == one_sample()["messages"] and spare == 0
 
@@ -506,7 +508,7 @@ def test_a_narrowed_question_keeps_its_letters() -> None:
     assert [read_answer(f"Answer: {letter}", fewer) for letter in "ABC"] == ["A", None, "C"]
     assert whole == one_sample() and fewer["references"] == ["B"]
     assert narrowed(whole, ["A"]) is None
-    assert narrowed(whole, ["A", "B", "C"]) is None, "it would be the same question"
+    assert narrowed(whole, ["A", "B", "C"]) is None, "the question would be the same"
 
 
 # -- submission --------------------------------------------------------------------------------------------------
@@ -538,7 +540,7 @@ def test_a_submission_has_every_problem_in_the_files_order(tmp_path: Path) -> No
     ]
 
 
-def test_a_submission_has_ids_as_the_file_has_them(tmp_path: Path) -> None:
+def test_a_submission_has_ids_as_written_in_the_file(tmp_path: Path) -> None:
     numbered = {**problem("7", part(...)), "id": 7}
     broken = b'{"id": "\\ud83d", "problem": "x", "questions": [{}]}'
     questions, _ = read(tmp_path, train=[problem("p")], test=[numbered, problem(" b ", part(...)), broken])
@@ -553,7 +555,7 @@ def test_a_submission_has_ids_as_the_file_has_them(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_held_out_beside_test_data_gets_no_line(tmp_path: Path) -> None:
+def test_problems_held_out_beside_test_data_are_not_submitted(tmp_path: Path) -> None:
     questions, _ = read(tmp_path, train=[problem("p")], test=[problem("b", part(...)), problem("a", part(...))])
     rows = asked_rows(tmp_path, questions)
     assert sorted(name for row in rows for name in row["ids"]) == ["a/0", "b/0", "p/0"]
@@ -584,7 +586,7 @@ def maker() -> ModuleType:
     return module
 
 
-def test_the_data_are_as_the_script_writes_them(maker: ModuleType, tmp_path: Path) -> None:
+def test_the_data_are_what_the_script_writes(maker: ModuleType, tmp_path: Path) -> None:
     maker.make(tmp_path, 3, 320, 80, 80, answers=False)
     ours = REPOSITORY / "recipes" / "data" / "logic-choice"
     names = sorted(str(path.relative_to(ours)) for path in ours.rglob("*.jsonl"))
@@ -593,7 +595,7 @@ def test_the_data_are_as_the_script_writes_them(maker: ModuleType, tmp_path: Pat
         assert (ours / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
-def test_the_data_can_be_used_whole() -> None:
+def test_all_of_the_data_are_usable() -> None:
     skipped: Skipped = []
     folder = REPOSITORY / "recipes" / "data" / "logic-choice"
     questions = read_questions(recipe(), folder, set(), lambda *what: skipped.append(what))  # type: ignore[arg-type]
@@ -620,7 +622,7 @@ def test_some_guessed_answers_are_wrong(maker: ModuleType) -> None:
 
 
 def test_hats_by_hand(maker: ModuleType) -> None:
-    """The one whose colour is told, the one whose hat is not the third colour, and the third: all follow."""
+    """All hats follow: the stated one, the one that does not have the third colour, and the third."""
     for number in range(200):
         one = maker.make_problem(1, "hats", number * 6 + 5)
         if not one["problem"].isascii():
@@ -648,8 +650,8 @@ def test_families_by_hand(maker: ModuleType) -> None:
         one = maker.make_problem(1, "family", number * 6 + 3)
         if not one["problem"].isascii():
             continue
-        told = [clue.split() for clue in one["problem"].removesuffix(".").split(". ")]
-        children = {(words[0], words[-1]) for words in told}
+        clues = [clue.split() for clue in one["problem"].removesuffix(".").split(". ")]
+        children = {(words[0], words[-1]) for words in clues}
         for question in one["questions"]:
             right = question["options"]["ABCDEFG".index(question["answer"])]
             words = question["question"].removesuffix("?").split()

@@ -1,4 +1,4 @@
-"""MMBench: the TSV as a stream, circular groups and answers worked by hand, and the upload."""
+"""MMBench: reading the TSV, circular groups and answers worked by hand, and the upload."""
 
 import base64
 import csv
@@ -73,7 +73,7 @@ def row_of(options: str, right: str | None = "A", index: int = 5) -> MMBenchRow:
 # -- the TSV -------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_read_as_they_are(tmp_path: Path) -> None:
+def test_rows_are_read_unchanged(tmp_path: Path) -> None:
     rows = [
         line(5, hint="Look\tclosely.", question='He said "no"\nand left?'),
         line(6, "红 蓝", "B", question="什么颜色？", hint="nan"),
@@ -96,7 +96,7 @@ def test_options_end_at_the_first_empty_one(tmp_path: Path, empty: str) -> None:
     assert found[0].options == ("w", "x")
 
 
-def test_without_an_answer_it_is_asked_only(tmp_path: Path) -> None:
+def test_a_row_without_an_answer_is_not_scored(tmp_path: Path) -> None:
     columns = [name for name in COLUMNS if name not in ("answer", "hint", "comment")]
     held = {name: value for name, value in line(1).items() if name in columns}
     found, skipped = read(tsv(tmp_path / "test.tsv", [held], columns))
@@ -104,7 +104,7 @@ def test_without_an_answer_it_is_asked_only(tmp_path: Path) -> None:
     assert {turned.answer for turned in rounds(found[0])} == {None}
 
 
-def test_what_cannot_be_used_is_skipped_with_its_line(tmp_path: Path) -> None:
+def test_unusable_rows_are_skipped_with_their_lines(tmp_path: Path) -> None:
     bad = [
         {**line(1), "index": "one"},
         line(2, question=""),
@@ -117,24 +117,24 @@ def test_what_cannot_be_used_is_skipped_with_its_line(tmp_path: Path) -> None:
     found, skipped = read(tsv(tmp_path / "a.tsv", bad))
     assert [row.index for row in found] == [6]
     assert [why[:2] for why in skipped] == [
-        ("a.tsv:2", "index is no number"),
+        ("a.tsv:2", "index is not a number"),
         ("a.tsv:3", "no question"),
         ("a.tsv:4", "no image"),
         ("a.tsv:5", "fewer than two options"),
-        ("a.tsv:6", "answer is no option"),
+        ("a.tsv:6", "answer is not an option"),
         ("a.tsv:8", "duplicate index"),
     ]
     with pytest.raises(BadRecordError):
-        picture_bytes(replace(found[0], image="no base64!"))
+        picture_bytes(replace(found[0], image="not base64!"))
 
 
 @pytest.mark.parametrize("index", ["²", "٣", "1" * 5_000, "-1", "1e3", ""])
-def test_an_index_that_is_no_number_is_skipped_wherever_it_is_read(tmp_path: Path, index: str) -> None:
+def test_a_row_whose_index_is_not_a_number_is_skipped(tmp_path: Path, index: str) -> None:
     path = tsv(tmp_path / "a.tsv", [{**line(1), "index": index}, line(2)])
     assert not has_rotations(path)
     found, skipped = read(path)
     assert [row.index for row in found] == [2]
-    assert [why[:2] for why in skipped] == [("a.tsv:2", "index is no number")]
+    assert [why[:2] for why in skipped] == [("a.tsv:2", "index is not a number")]
 
 
 def test_a_row_that_ends_before_its_index_is_skipped(tmp_path: Path) -> None:
@@ -143,12 +143,12 @@ def test_a_row_that_ends_before_its_index_is_skipped(tmp_path: Path) -> None:
     assert not has_rotations(path)
     found, skipped = read(path)
     assert [row.index for row in found] == [1]
-    assert [why[:2] for why in skipped] == [("a.tsv:3", "index is no number")]
+    assert [why[:2] for why in skipped] == [("a.tsv:3", "index is not a number")]
 
 
 @pytest.mark.parametrize("changes", [{"question": "什么颜色？"}, {"hint": "看图"}, {"B": "蓝色"}])
-def test_what_is_no_utf8_is_skipped_and_not_asked_as_it_reads(tmp_path: Path, changes: dict[str, str]) -> None:
-    """As Windows writes Chinese: GBK. What is ASCII reads the same, and is kept."""
+def test_a_row_that_is_not_utf8_is_skipped(tmp_path: Path, changes: dict[str, str]) -> None:
+    """GBK, as Windows writes Chinese. ASCII rows are the same in both encodings and are read."""
     path = tsv(tmp_path / "a.tsv", [line(1, **changes), line(2)])
     path.write_bytes(path.read_text(encoding="utf-8").encode("gbk"))
     found, skipped = read(path)
@@ -156,14 +156,14 @@ def test_what_is_no_utf8_is_skipped_and_not_asked_as_it_reads(tmp_path: Path, ch
     assert [why[:2] for why in skipped] == [("a.tsv:2", "not UTF-8")]
 
 
-@pytest.mark.parametrize("lacks", ["index", "question", "A", "B", "image"])
-def test_a_table_without_a_column_is_refused(tmp_path: Path, lacks: str) -> None:
-    columns = [name for name in COLUMNS if name != lacks]
-    with pytest.raises(DataError, match=f"no column '{lacks}'"):
+@pytest.mark.parametrize("missing", ["index", "question", "A", "B", "image"])
+def test_a_table_without_a_column_is_refused(tmp_path: Path, missing: str) -> None:
+    columns = [name for name in COLUMNS if name != missing]
+    with pytest.raises(DataError, match=f"no column '{missing}'"):
         read(tsv(tmp_path / "a.tsv", [], columns))
 
 
-def test_a_file_is_never_in_memory(tmp_path: Path) -> None:
+def test_a_file_is_read_without_loading_it_whole(tmp_path: Path) -> None:
     big = base64.b64encode(bytes(1_500_000)).decode()  # 2 MB, far above csv's own limit of a field
     path = tsv(tmp_path / "a.tsv", [line(index, image=big) for index in range(20)])
     assert path.stat().st_size > 40_000_000
@@ -194,7 +194,7 @@ def test_rotations_by_hand() -> None:
 
 
 @given(st.integers(2, 8), st.data())
-def test_the_right_option_is_right_wherever_it_stands(count: int, data: st.DataObject) -> None:
+def test_the_right_option_is_right_in_every_rotation(count: int, data: st.DataObject) -> None:
     right = data.draw(st.sampled_from(LETTERS[:count]))
     row = row_of(" ".join(f"text{letter}" for letter in LETTERS[:count]), right)
     found = rounds(row)
@@ -204,7 +204,7 @@ def test_the_right_option_is_right_wherever_it_stands(count: int, data: st.DataO
     assert {turned.meant[str(turned.answer)] for turned in found} == {right}
 
 
-def test_a_tsv_with_rotations_is_not_rotated_again(tmp_path: Path) -> None:
+def test_a_tsv_that_contains_rotations_is_not_rotated_again(tmp_path: Path) -> None:
     plain = tsv(tmp_path / "plain.tsv", [line(1), line(2)])
     turned = tsv(tmp_path / "turned.tsv", [line(1), line(1_000_001, "dog bird cat", "C"), line(2_000_001)])
     assert not has_rotations(plain)
@@ -215,33 +215,33 @@ def test_a_tsv_with_rotations_is_not_rotated_again(tmp_path: Path) -> None:
     assert rounds(found[1], rotate=False)[0].answer == "C"
 
 
-def test_a_question_that_lacks_a_rotation_is_told() -> None:
+def test_questions_that_lack_a_rotation_are_found() -> None:
     assert incomplete([(1, 3), (1, 3), (1, 3), (2, 2), (3, 4), (3, 4), (4, 2), (4, 2)]) == [2, 3]
 
 
 GROUPS = [
-    # options, right letter, what the model says in each round, whether the question is a hit
+    # options, right letter, completion in each round, whether the question is a hit
     ("cat dog", "A", ["A", "B"], True),
     ("cat dog", "B", ["B", "A"], True),
-    ("cat dog", "A", ["A", "A"], False),  # says A whatever stands there
+    ("cat dog", "A", ["A", "A"], False),  # always A
     ("cat dog bird", "C", ["C", "B", "A"], True),
     ("cat dog bird", "C", ["C", "C", "A"], False),
     ("cat dog bird", "A", ["(A)", "C. cat", "Answer: B"], True),
     ("cat dog bird", "A", ["cat", "cat", "a cat."], True),  # by its text alone
     ("cat dog bird hen", "B", ["B", "A", "D", "C"], True),
-    ("cat dog bird hen", "B", ["B", "A", "D", "no idea"], False),  # what matches nothing is wrong
+    ("cat dog bird hen", "B", ["B", "A", "D", "no idea"], False),  # no match counts as wrong
     ("cat dog bird hen", "D", ["D", "C", "B", None], False),  # a failure
     ("cat dog bird hen", "D", ["D", "C", "B", "A"], True),
-    ("cat dog bird hen", "A", ["B", "A", "D", "C"], False),  # wrong in each, but for none
+    ("cat dog bird hen", "A", ["B", "A", "D", "C"], False),  # right in none
     ("红 蓝", "B", ["选B", "答案是A"], True),
     ("红 蓝", "A", ["红色", "红"], True),
     ("one two three four five", "E", ["E", "D", "C", "B", "A"], True),
 ]
-"""Circular groups worked by hand: the right letter moves one to the left with each round, and from A to the last."""
+"""Circular groups worked by hand. Each round moves the right letter one to the left, and from A to the last."""
 
 
 def circular(groups: list[tuple[str, str, list[str | None], bool]]) -> tuple[list[Sample], list[Prediction]]:
-    """The groups as a run has them: a sample for each round, and the letter read out of what the model says."""
+    """The groups as in a run: a sample for each round, and a prediction with the letter read out of the completion."""
     samples: list[Sample] = []
     predictions: list[Prediction] = []
     for index, (options, right, said, _) in enumerate(groups):
@@ -314,14 +314,14 @@ SAID = [
     ("I believe (C), since it is long", "C"),
     ("It must be D.", "D"),
     ("dog", "B"),
-    ("A dog", "B"),  # an article, no letter
+    ("A dog", "B"),  # an article, not a letter
     ("The answer is a dog.", "B"),
-    ("It is a hot dog!", "C"),  # the longer text, not the one in it
+    ("It is a hot dog!", "C"),  # the longer option, not the one inside it
     ("HOT  DOG", "C"),
     ("(A) or (B)", None),
     ("B, C", None),
     ("cat and dog", None),
-    ("cats", None),  # no word of its own
+    ("cats", None),  # not a whole word
     ("E", None),
     ("(E)", None),
     ("The answer is E.", None),
@@ -362,8 +362,8 @@ SAID_IN_CHINESE = [
     ("B猫", "B"),
     ("B猫。", "B"),
     ("红、蓝。", "C"),
-    ("这是B超", "D"),  # the text of D, no letter
-    ("A猫", None),  # the text of another
+    ("这是B超", "D"),  # the text of D, not a letter
+    ("A猫", None),  # the text of another option
     ("不是B", None),
     ("不是B选项", None),
     ("不选B", None),
@@ -379,22 +379,22 @@ def test_letters_as_chinese_writes_them(said: str, letter: str | None) -> None:
     assert letter_in(said, IN_CHINESE) == letter
 
 
-def test_an_english_word_that_starts_with_a_letter_is_no_letter() -> None:
+def test_the_first_letter_of_an_english_word_is_no_answer() -> None:
     assert letter_in("bus", {"A": "cat", "B": "us"}) is None
 
 
-def test_a_text_that_ends_in_a_letter_is_the_text() -> None:
+def test_an_option_whose_text_ends_in_a_letter_is_read_by_its_text() -> None:
     vitamins = {"A": "vitamin B", "B": "vitamin C", "C": "vitamin D"}
     assert letter_in("Vitamin C.", vitamins) == "B"
     assert letter_in("C", vitamins) == "C"
 
 
-def test_options_that_read_the_same_are_none() -> None:
+def test_options_with_the_same_text_are_ambiguous() -> None:
     assert letter_in("dog", {"A": "dog", "B": "Dog."}) is None
 
 
 @given(st.text(), st.dictionaries(st.sampled_from("ABCD"), st.text(min_size=1), min_size=2))
-def test_no_letter_is_made_up(said: str, options: dict[str, str]) -> None:
+def test_only_letters_of_options_are_read(said: str, options: dict[str, str]) -> None:
     assert letter_in(said, options) in {None, *options}
 
 
@@ -412,7 +412,7 @@ def test_the_prompt_is_llavas() -> None:
 
 
 def cells(path: Path) -> list[list[str | int | None]]:
-    """The sheet, as a spreadsheet program reads it."""
+    """The cells of the sheet, as a spreadsheet program reads them."""
     sheet = openpyxl.load_workbook(io.BytesIO(path.read_bytes())).active
     return [[cell.value for cell in row] for row in sheet.rows]
 
@@ -434,7 +434,7 @@ def test_the_upload_has_llavas_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("short", [0, 1])
-def test_rows_whose_last_cells_an_editor_cut_off_are_uploaded(tmp_path: Path, short: int) -> None:
+def test_rows_with_stripped_trailing_tabs_are_uploaded(tmp_path: Path, short: int) -> None:
     path = tsv(tmp_path / "dev.tsv", [line(1, split=""), line(2, split="")])
     lines = path.read_text(encoding="utf-8").splitlines()
     lines[1 + short] = lines[1 + short].rstrip("\t")
@@ -461,7 +461,7 @@ def test_control_characters_do_not_break_it(tmp_path: Path) -> None:
     assert len(cells(tmp_path / "a.xlsx")) == 2
 
 
-def test_a_text_that_no_cell_holds_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="32768 characters"):
+def test_a_text_that_is_too_long_for_a_cell_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.xlsx: text of 32768 characters, an xlsx cell holds 32767"):
         write_xlsx(tmp_path / "a.xlsx", [{"question": "x" * 32_768}])
     assert list(tmp_path.iterdir()) == []

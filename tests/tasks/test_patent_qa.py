@@ -1,4 +1,4 @@
-"""patent_qa: which page a question names, what a questions file may hold, what a sample looks like."""
+"""patent_qa: the questions files, samples, answers and scores."""
 
 import json
 import unicodedata
@@ -71,34 +71,34 @@ GOOD = line(id="good")
         (line(document=...), "no document"),
         (line(question=""), "empty question"),
         (line(question="  \u3000 "), "empty question"),
-        (line(question=3), "question is no text"),
-        (line(question=None), "question is no text"),
-        (line(question=["x"]), "question is no text"),
+        (line(question=3), "question is not a string"),
+        (line(question=None), "question is not a string"),
+        (line(question=["x"]), "question is not a string"),
         (line(document="c.pdf"), "unknown document"),
         (line(document="../x.pdf"), "unknown document"),
         (line(document="/etc/passwd"), "unknown document"),
         (line(document="A.pdf"), "unknown document"),
-        (line(document=7), "document is no text"),
+        (line(document=7), "document is not a string"),
         (line(id=""), "empty id"),
-        (line(id=1.5), "id is no text"),
-        (line(id=True), "id is no text"),
-        (line(id=None), "id is no text"),
-        (line(answer=3), "answer is neither text nor a list of texts"),
-        (line(answer=[""]), "answer is neither text nor a list of texts"),
-        (line(answer=""), "answer is neither text nor a list of texts"),
-        (line(answer=["a", 2]), "answer is neither text nor a list of texts"),
-        (line(answer={"a": 1}), "answer is neither text nor a list of texts"),
-        (line(pages=3), "pages is no list of page numbers"),
-        (line(pages=[0]), "pages is no list of page numbers"),
-        (line(pages=["3"]), "pages is no list of page numbers"),
-        (line(pages=[True]), "pages is no list of page numbers"),
+        (line(id=1.5), "id is not a string"),
+        (line(id=True), "id is not a string"),
+        (line(id=None), "id is not a string"),
+        (line(answer=3), "answer is neither a string nor a list of strings"),
+        (line(answer=[""]), "answer is neither a string nor a list of strings"),
+        (line(answer=""), "answer is neither a string nor a list of strings"),
+        (line(answer=["a", 2]), "answer is neither a string nor a list of strings"),
+        (line(answer={"a": 1}), "answer is neither a string nor a list of strings"),
+        (line(pages=3), "pages is not a list of page numbers"),
+        (line(pages=[0]), "pages is not a list of page numbers"),
+        (line(pages=["3"]), "pages is not a list of page numbers"),
+        (line(pages=[True]), "pages is not a list of page numbers"),
     ],
 )
-def test_a_bad_line_is_skipped_with_its_number_and_the_others_stay(tmp_path: Path, bad: bytes, reason: str) -> None:
+def test_a_bad_line_is_skipped_with_its_number_and_the_others_are_read(tmp_path: Path, bad: bytes, reason: str) -> None:
     questions, skipped = read(tmp_path, questions=GOOD + bad + line(id="last"))
     assert [question.id for question in questions] == ["good", "last"]
     assert [(what, why) for what, why, _ in skipped] == [("questions.jsonl:2", reason)]
-    json.dumps(skipped, ensure_ascii=False).encode()  # it must be possible to store and to print the reason
+    json.dumps(skipped, ensure_ascii=False).encode()  # the reason can be stored and printed
 
 
 def test_the_second_of_two_equal_ids_is_skipped(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_second_of_two_equal_ids_is_skipped(tmp_path: Path) -> None:
     assert skipped == [("questions.jsonl:2", "duplicate id", "q")]
 
 
-def test_a_number_is_an_id_and_equals_the_same_number_as_text(tmp_path: Path) -> None:
+def test_an_integer_id_equals_the_same_number_as_text(tmp_path: Path) -> None:
     questions, skipped = read(tmp_path, questions=line(id=7) + line(id="7"))
     assert [question.id for question in questions] == ["7"]
     assert [reason for _, reason, _ in skipped] == ["duplicate id"]
@@ -118,7 +118,7 @@ def test_a_question_without_an_id_gets_its_file_and_line(tmp_path: Path) -> None
     assert [question.id for question in questions] == ["questions-2", "questions-3"]
 
 
-def test_a_byte_order_mark_crlf_and_blank_lines_are_no_problem(tmp_path: Path) -> None:
+def test_a_byte_order_mark_crlf_and_blank_lines_are_accepted(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbf" + line(id="1") + b"\n   \n\t\r\n" + line(id="2") + line(id="3").rstrip(b"\n")
     questions, skipped = read(tmp_path, questions=content.replace(b"\n", b"\r\n"))
     assert [question.id for question in questions] == ["1", "2", "3"]
@@ -133,14 +133,14 @@ def test_a_line_separator_inside_a_question_does_not_end_the_line(tmp_path: Path
     assert skipped == []
 
 
-def test_answers_are_one_text_a_list_or_none(tmp_path: Path) -> None:
+def test_answers_are_a_text_a_list_or_missing(tmp_path: Path) -> None:
     content = line(id="1", answer=" gear ") + line(id="2", answer=["gear", "cog"]) + line(id="3", answer=...)
     questions, _ = read(tmp_path, questions=content + line(id="4", answer=[]))
     assert [question.answers for question in questions] == [("gear",), ("gear", "cog"), (), ()]
 
 
 def test_the_document_may_be_spelled_in_either_unicode_form(tmp_path: Path) -> None:
-    """macOS stores names decomposed; questions are typed composed, or the other way round."""
+    """macOS stores names decomposed, and questions are usually composed, or the reverse."""
     (tmp_path / "questions.jsonl").write_bytes(line(document=unicodedata.normalize("NFD", "é.pdf")))
     questions = read_questions(RECIPE, tmp_path, {unicodedata.normalize("NFC", "é.pdf")}, lambda *_: None)
     assert len(questions) == 1
@@ -156,7 +156,7 @@ def test_page_and_evidence_are_kept(tmp_path: Path) -> None:
     assert (questions[0].page, questions[0].evidence, questions[0].kind) == (4, (4, 2), "name")
 
 
-def test_a_pair_of_train_and_test_gives_the_splits(tmp_path: Path) -> None:
+def test_train_and_test_files_give_the_splits(tmp_path: Path) -> None:
     train, test = line(id="1", document="a.pdf"), line(id="2", document="b.pdf")
     questions, skipped = read(tmp_path, train=train, test=test, questions=line(id="unused"))
     assert sorted((q.id, q.split) for q in questions) == [("1", "train"), ("2", "test")]
@@ -170,25 +170,25 @@ def test_a_training_question_on_a_test_document_is_left_out(tmp_path: Path) -> N
     assert skipped == [("2", "training question on a test document", "b.pdf")]
 
 
-def test_both_files_may_count_from_1(tmp_path: Path) -> None:
+def test_ids_of_both_files_may_start_at_1(tmp_path: Path) -> None:
     train = line(id="1", document="a.pdf") + line(id="2", document="a.pdf")
     questions, skipped = read(tmp_path, train=train, test=line(id="1", document="b.pdf"))
     assert sorted((q.id, q.split) for q in questions) == [("1", "test"), ("2", "train"), ("train-1", "train")]
     assert skipped == []
 
 
-def test_half_a_pair_is_no_pair(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"test\.jsonl is missing"):
+def test_one_of_train_and_test_is_refused_without_the_other(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"test\.jsonl is missing; add it, or put all questions into questions\.jsonl"):
         read(tmp_path, train=GOOD, questions=GOOD)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf\n", b"no json\n", line(document="c.pdf")])
-def test_a_file_without_a_usable_question_is_unusable(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(DataError, match=r"no usable question in questions\.jsonl"):
+def test_a_file_without_a_usable_question_is_refused(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(DataError, match=r"no usable question in questions\.jsonl; see the skipped lines in the log"):
         read(tmp_path, questions=content)
 
 
-def test_a_utf16_file_is_no_crash(tmp_path: Path) -> None:
+def test_a_utf16_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         read(tmp_path, questions=GOOD.decode().encode("utf-16"))
 
@@ -211,7 +211,7 @@ def test_documents_are_all_visible_files_below_the_folder(tmp_path: Path) -> Non
     assert found == ["a.PDF", "b.pdf", "notes.txt", "sub/a.pdf"]
 
 
-def test_no_documents_says_where_they_belong(tmp_path: Path) -> None:
+def test_without_documents_the_message_says_where_to_put_them(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(DataError, match=f"{tmp_path}/documents: no documents"):
             find_documents(tmp_path)
@@ -226,7 +226,7 @@ RECIPE = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", ("prepro
 
 
 def build(question: PatentQuestion, pages: list[dict[str, Any]]) -> Sample:
-    """The one row of a question, these pages being all of its document, best first."""
+    """The test sample of a question whose document has only these pages, most similar first."""
     found = Found(pages={page["page"]: page for page in pages}, ranked=[page["page"] for page in pages])
     (sample,) = build_samples(RECIPE, question, found, "test")
     return sample
@@ -249,8 +249,8 @@ def test_pages_are_shown_in_the_documents_order(count: int) -> None:
     assert [message["role"] for message in sample["messages"]] == ["system", "user"]
 
 
-def test_a_placeholder_written_in_the_data_is_not_taken_for_an_image() -> None:
-    """A document about HTML, or a question that says <image>, must not break the count that the template checks."""
+def test_a_placeholder_in_the_data_is_not_read_as_an_image() -> None:
+    """A document about HTML, or a question with <image>, must not change the count that the template checks."""
     question = PatentQuestion("q", "What is <image> here?", "a.pdf", (), None, ("x",), (), "", None, 0)
     sample = build(question, [{**PAGES[0], "text": "the tag <image> of a page"}])
     assert sample["messages"][-1]["content"].count("<image>") == len(sample["images"])
@@ -264,13 +264,13 @@ def test_the_answer_is_the_first_line(text: str, answer: str) -> None:
     assert read_answer(text, SAMPLE) == answer
 
 
-def test_a_right_answer_scores_full_and_a_wrong_one_nothing() -> None:
+def test_a_right_answer_scores_1_and_a_wrong_one_0() -> None:
     sample = build(QUESTION, PAGES)
     assert set(score(RECIPE, "gear", sample).values()) == {1.0}
     assert score(RECIPE, "xyz", sample)["exact_match"] == score(RECIPE, "xyz", sample)["f1"] == 0.0
 
 
-def test_recall_counts_the_evidence_that_is_shown() -> None:
+def test_recall_is_the_share_of_evidence_shown() -> None:
     assert facts(build(QUESTION, PAGES)) == dict.fromkeys(("retrieval_recall", "recall@1", "recall@2", "recall@5"), 0.5)
     without = PatentQuestion("q", "x", "a.pdf", (), None, (), (), "", None, 0)
     assert facts(build(without, PAGES)) == {}
@@ -279,9 +279,9 @@ def test_recall_counts_the_evidence_that_is_shown() -> None:
 # -- tasks -------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_task_lists_the_known() -> None:
-    known = r"no task .patent_q.; did you mean .patent_qa.\? known tasks: articulation, .*patent_qa"
-    with pytest.raises(UsageError, match=known):
+def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
+    message = r"no task .patent_q.; did you mean .patent_qa.\? known tasks: articulation, .*patent_qa"
+    with pytest.raises(UsageError, match=message):
         load_task("patent_q")
     with pytest.raises(UsageError):
         load_task("../patent_qa")

@@ -1,4 +1,4 @@
-"""The contract for tasks: checked when a recipe is read, typed, and explained by a page that can be followed."""
+"""The contract for tasks: checked when a recipe is read, typed, and explained by a page that works as written."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ def test_a_missing_function_is_named_with_the_file() -> None:
     )
 
 
-def test_other_parameters_are_shown_beside_the_contracts() -> None:
+def test_wrong_parameters_are_named_with_those_of_the_contract() -> None:
     def score(answer: str, sample: object) -> dict[str, float]:
         return {}
 
@@ -83,20 +83,20 @@ def test_further_parameters_must_be_optional() -> None:
         ("read_answer", "first line", "read_answer must be a function, found 'first line'"),
     ],
 )
-def test_values_of_another_kind(name: str, value: object, words: str) -> None:
+def test_a_member_of_another_type_is_refused(name: str, value: object, words: str) -> None:
     assert words in fault_of(module_with(**{name: value}))
 
 
-def test_what_reads_documents_needs_more() -> None:
+def test_a_document_task_needs_more_functions() -> None:
     assert "find_documents is missing" in fault_of(module_with(READS_DOCUMENTS=True))
     check_task(patent_qa)
     both = fault_of(module_with(patent_qa, READS_RECORDS=True))
     assert "READS_DOCUMENTS and READS_RECORDS are both set" in both
 
 
-def test_what_reads_records_needs_no_read_questions() -> None:
-    lacking = fault_of(module_with(articulation, READS_RECORDS=True, read_questions=None))
-    assert "read_records is missing" in lacking and "read_questions" not in lacking
+def test_a_record_task_needs_no_read_questions() -> None:
+    fault = fault_of(module_with(articulation, READS_RECORDS=True, read_questions=None))
+    assert "read_records is missing" in fault and "read_questions" not in fault
 
 
 def test_the_contract_and_its_typing_agree_for_every_task(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""TextVQA: cases worked by hand from MMF's rules, and the files of LLaVA's scripts."""
+"""TextVQA: cases worked by hand from MMF's rules, and the files in the form of LLaVA's scripts."""
 
 import json
 from pathlib import Path
@@ -29,21 +29,21 @@ CLEANED = [
     ("coca\tcola", "coca cola"),
     ("new   york", "new york"),
     ("", ""),
-    # commas and question marks go first, and leave nothing behind
+    # commas and question marks are removed first, without a blank
     ("1,000", "1000"),
     ("june 4, 1976", "june 4 1976"),
     ("red,blue", "redblue"),
     ("why?", "why"),
     ("a?b", "ab"),
-    # `'s` apart, so that contractions with it are never found
+    # a blank before `'s`, so contractions with it are never found
     ("McDonald's", "mcdonald 's"),
     ("it's", "it 's"),
     ("let's go", "let 's go"),
     ("kids' shoes", "kids' shoes"),
-    # punctuation that touches no blank becomes one
+    # punctuation that touches no blank becomes a blank
     ("e-mail", "e mail"),
     ("24/7", "24 7"),
-    ("http://x", "http: x"),  # a colon is none of MMF's
+    ("http://x", "http: x"),  # MMF's punctuation has no colon
     ("under_score", "under score"),
     ("50%", "50%"),
     ("at&t", "at&t"),
@@ -51,15 +51,15 @@ CLEANED = [
     ("-5", "5"),
     ("8:30", "8:30"),
     ("wow!", "wow"),
-    # that touches one anywhere goes everywhere
+    # punctuation that touches a blank anywhere is removed everywhere
     ("e-mail - work", "email work"),
     ("24/7 /open", "247 open"),
     ('the "best"', "best"),
     ('"best" of', "best of"),
     ("a_b _c", "ab c"),
     ("x-y z-w", "x y z w"),
-    ("(a) b", "b"),  # ")" touches a blank and goes; "(" does not and becomes one, which leaves the article
-    # lone periods; not those before a digit
+    ("(a) b", "b"),  # ")" touches a blank and is removed; "(" becomes a blank, which leaves the article
+    # lone periods, except those before a digit
     ("dr. pepper", "dr pepper"),
     ("U.S.A.", "usa"),
     ("3.5", "3.5"),
@@ -85,14 +85,14 @@ CLEANED = [
     ("DONT", "don't"),
     ("wont", "won't"),
     ("yall'd've", "y'all'd've"),
-    ("Im", "im"),  # MMF's table has a capital there, and answers none
-    ("somebody'd", "somebodyd"),  # MMF's table takes this one out
+    ("Im", "im"),  # MMF's table has a capital there, which no cleaned answer has
+    ("somebody'd", "somebodyd"),  # MMF's table removes this apostrophe
     ("hes", "he's"),
     ("its", "its"),
-    # rules one after the other
+    # several rules
     ("The two-door's, dont!", "2 door 's don't"),
-    ("A. B.", "b"),  # the period goes first, and the article then
-    # what is no English
+    ("A. B.", "b"),  # first the period is removed, then the article
+    # other languages
     ("停车", "停车"),
     ("中国 银行", "中国 银行"),
     ("Ünal", "ünal"),
@@ -110,16 +110,16 @@ def test_there_are_enough_cases() -> None:
 
 
 @pytest.mark.parametrize("sign", PUNCTUATION.replace(",", "").replace("?", ""))
-def test_each_sign_is_a_blank_or_nothing(sign: str) -> None:
+def test_each_sign_becomes_a_blank_or_nothing(sign: str) -> None:
     assert clean(f"x{sign}y") == "x y"
     assert clean(f"x{sign}y {sign}z") == "xy z"
 
 
-def test_mmfs_slips_are_kept_unless_mended() -> None:
+def test_mmfs_bugs_are_fixed_only_by_mended() -> None:
     assert clean("route 66.") == "route 66"
-    assert clean("route 66.", "mended") == "route 66."  # what `(?<!\d)` would have kept
+    assert clean("route 66.", "mended") == "route 66."  # as `(?<!\d)` would keep it
     assert clean("dr. no", "mended") == clean("dr. no") == "dr no"
-    assert clean("." * 40) == "." * 8  # re.UNICODE is 32, taken for a count
+    assert clean("." * 40) == "." * 8  # re.UNICODE is 32, passed as the count
     assert clean("." * 40, "mended") == ""
     assert clean("." * 32) == ""
 
@@ -140,28 +140,28 @@ def humans(*counts: tuple[str, int]) -> list[str]:
 
 
 SCORED = [
-    # by how many of the ten gave it
+    # by the number of humans who gave the answer
     ("nokia", humans(("samsung", 4)), 0.0),
     ("nokia", humans(("nokia", 1)), 0.3),
     ("nokia", humans(("nokia", 2)), 0.6),
     ("nokia", humans(("nokia", 3)), 0.9),
     ("nokia", humans(("nokia", 4)), 1.0),
     ("nokia", humans(("nokia", 10)), 1.0),
-    # answer and humans are cleaned alike, and counted as they are then
+    # answer and human answers are cleaned before they are counted
     ("The Nokia.", humans(("nokia", 2), ("NOKIA!", 1), ("nokia ", 1)), 1.0),
     ("2", humans(("two", 2), ("2", 1)), 0.9),
     ("two", humans(("2", 1)), 0.3),
     ("don't", humans(("dont", 2)), 0.6),
     ("1000", humans(("1,000", 3)), 0.9),
     ("none", humans(("0", 4)), 1.0),
-    # what is within an answer does not count
+    # a part of an answer does not count
     ("nokia phone", humans(("nokia", 10)), 0.0),
     ("nok", humans(("nokia", 10)), 0.0),
     ("", humans(("nokia", 10)), 0.0),
-    # two answers, each by its own humans
+    # two answers, each by its own count
     ("coke", humans(("coke", 7), ("coca cola", 3)), 1.0),
     ("coca-cola", humans(("coke", 7), ("coca cola", 3)), 0.9),
-    # what is nothing once it is clean equals whatever else is
+    # answers that are empty after cleaning are equal
     ("the", humans(("a", 1)), 0.3),
     ("可口可乐", humans(("可口可乐", 2)), 0.6),
 ]
@@ -210,10 +210,10 @@ def test_the_question_is_cut_out_of_the_prompt(prompt: str, question: str) -> No
 @pytest.mark.parametrize(
     "prompt", ["one line", "1\n2\n3", "Reference OCR token: a\n1\n2\n3", "OCR tokens: no question\n2"]
 )
-def test_another_prompt_is_refused(prompt: str) -> None:
+def test_a_prompt_of_another_form_is_refused(prompt: str) -> None:
     with pytest.raises(BadRecordError) as refused:
         question_in(prompt)
-    assert refused.value.reason == "prompt of an unknown form"
+    assert refused.value.reason == "unknown form of prompt"
 
 
 def write(folder: Path, records: list[object], annotations: object) -> tuple[Path, Path]:
@@ -239,7 +239,7 @@ def test_questions_and_answers_are_joined_by_picture_and_question(tmp_path: Path
                 {"image_id": "p1", "question": "Which year?", "answers": others},
                 {"image_id": "p1", "question": "what brand?", "answers": ten},
                 {"image_id": 7, "question": "what brand?", "answers": others},
-                {"image_id": 7, "question": "what brand?", "answers": ten},  # again: the last counts
+                {"image_id": 7, "question": "what brand?", "answers": ten},  # a repetition: the last one counts
             ]
         },
     )
@@ -252,7 +252,7 @@ def test_questions_and_answers_are_joined_by_picture_and_question(tmp_path: Path
     assert [question.answers for question in asked] == [(), (), ()]
 
 
-def test_what_cannot_be_used_is_skipped_with_its_line(tmp_path: Path) -> None:
+def test_unusable_lines_are_skipped_with_their_numbers(tmp_path: Path) -> None:
     prompt = f"q?\n{ASKS}"
     path, annotated = write(
         tmp_path,
@@ -281,10 +281,10 @@ def test_what_cannot_be_used_is_skipped_with_its_line(tmp_path: Path) -> None:
         ("textvqa.jsonl:1", "not JSON"),
         ("textvqa.jsonl:2", "not a JSON object"),
         ("textvqa.jsonl:3", "no question_id"),
-        ("textvqa.jsonl:4", "prompt of an unknown form"),
-        ("textvqa.jsonl:5", "no annotation of the question"),
+        ("textvqa.jsonl:4", "unknown form of prompt"),
+        ("textvqa.jsonl:5", "no annotation for the question"),
         ("textvqa.jsonl:6", "not 10 human answers"),
-        ("textvqa.jsonl:8", "question_id is no text"),
+        ("textvqa.jsonl:8", "question_id is neither a string nor an integer"),
         ("textvqa.jsonl:9", "no image"),
     ]
 

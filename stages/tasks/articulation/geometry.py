@@ -1,7 +1,7 @@
-"""Oriented boxes, joints, and how a joint is told by its box: the label rules of Real2Code (Mandi et al. 2024).
+"""Oriented boxes, joints, and the encoding of a joint by its box: the label rules of Real2Code (Mandi et al. 2024).
 
-Lengths are metres, the world's z is up. A box's edge is written as two signs, those of the two axes that it does not
-run along: its middle is `center + R @ (signs * extent / 2)` with 0 for the axis that it runs along.
+Lengths are in metres; the world's z points up. A box edge is written as two signs, one for each axis that it does not
+run along. Its midpoint is `center + R @ (signs * extent / 2)`, with 0 for the axis that it runs along.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Mode = Literal["obb_rel", "obb_rot", "absolute"]
-"""How a joint is told: by an edge of its box (`obb_rel`), by a place relative to its center (`obb_rot`), or by place
-and axis in the world (`absolute`)."""
+"""How a joint is described: by a box edge (`obb_rel`), by a point relative to the box center (`obb_rot`), or in world
+coordinates (`absolute`)."""
 
 HINGE, SLIDE = "hinge", "slide"
 EDGES = ((1, 1), (1, -1), (-1, 1), (-1, -1))
@@ -23,61 +23,65 @@ PERMUTATIONS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)
 
 @dataclass(frozen=True, eq=False)
 class Box:
-    """An oriented box. The columns of `rotation` are its axes; they may be rounded, and left-handed."""
+    """An oriented box. The columns of `rotation` are its axes; they may be rounded or left-handed."""
 
     center: Array
     rotation: Array
     extent: Array
-    """Full lengths."""
+    """Full side lengths."""
 
     def axis(self, idx: int) -> Array:
-        """Unit vector."""
+        """The unit vector (3) of axis `idx`."""
         column = self.rotation[:, idx]
         return np.asarray(column / np.linalg.norm(column))
 
     def edge(self, idx: int, edge: Sequence[int]) -> Array:
-        """The middle of the edge along axis `idx` with these signs."""
+        """The midpoint (3) of the edge along axis `idx` with these two signs."""
         return np.asarray(self.center + self.rotation @ (np.insert(np.array(edge, float), idx, 0.0) * self.extent / 2))
 
     def corners(self) -> Array:
-        """(8, 3), by x, y, z of the box in turn."""
+        """The corners (8, 3); the sign along the box's z changes fastest."""
         signs = np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)], float)
         return np.asarray(self.center + (signs * self.extent / 2) @ self.rotation.T)
 
     def moved(self, turn: Array, offset: Array) -> "Box":
+        """The box rotated by `turn` (3, 3), then shifted by `offset` (3)."""
         return Box(turn @ self.center + offset, turn @ self.rotation, self.extent)
 
     def ordered(self) -> "Box":
-        """The same box with its axes in that order in which each is nearest to the world's axis of its number."""
+        """The same box with its axes permuted to align best with the world's x, y and z."""
         best = max(PERMUTATIONS, key=lambda order: sum(abs(self.rotation[i, column]) for i, column in enumerate(order)))
         return Box(self.center, self.rotation[:, best], self.extent[list(best)])
 
     def as_json(self) -> dict[str, Any]:
+        """The box as lists, with the keys of an OBB file."""
         return {"center": self.center.tolist(), "R": self.rotation.tolist(), "extent": self.extent.tolist()}
 
 
 def box_from(value: Mapping[str, Any]) -> Box:
+    """The box of a mapping with the keys of an OBB file; see `Box.as_json`."""
     return Box(*(np.array(value[key], float) for key in ("center", "R", "extent")))
 
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """A joint in the world."""
+    """A joint in world coordinates."""
 
     box: int
     type: str
     """`hinge` or `slide`."""
     pos: Array
-    """A point of its axis; of a slide it says nothing."""
+    """A point on its axis; without meaning for a slide."""
     axis: Array
-    """Unit vector; a part opens to its positive side."""
+    """Unit vector; the part opens in its positive direction."""
 
     def moved(self, turn: Array, offset: Array) -> "Joint":
+        """The joint rotated by `turn` (3, 3), then shifted by `offset` (3)."""
         return replace(self, pos=turn @ self.pos + offset, axis=turn @ self.axis)
 
 
 def about_z(angle: float) -> Array:
-    """(3, 3): turns by an angle in radians."""
+    """The rotation matrix (3, 3) about z by an angle in radians."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
 
@@ -86,20 +90,20 @@ def about_z(angle: float) -> Array:
 
 
 def encode(joint: Joint, box: Box, mode: Mode) -> dict[str, Any]:
-    """A joint as its label has it; in `obb_rot` the box must be `ordered`.
+    """A joint as its label writes it. In `obb_rot` the box must be `ordered`.
 
-    `idx` is the box's axis with the least angle to the joint's, `sign` its direction. For `obb_rel` the nearest corner
-    edge is that nearest to the joint's line. `obb_rot` keeps two of the three world coordinates from the box's center
-    to the joint: it takes that point of the line of which the third is 0, so that none is lost where box and world are
-    turned against each other. `absolute` takes the point nearest to the center: its axis is rounded, and what that
-    costs grows with the distance. A slide has no place: its edge is constant, its position the center.
+    `idx` is the box axis with the smallest angle to the joint's axis, `sign` its direction. `obb_rel` names the corner
+    edge nearest to the joint's line. `obb_rot` writes two of the three world coordinates from the box center to a
+    point of the joint's line. It takes the point whose third coordinate is 0, so nothing is lost where the box is
+    rotated against the world. `absolute` takes the point nearest to the box center, because the error of a rounded
+    axis grows with the distance. A slide has no position: its edge is constant and its point is the box center.
     """
     along = [float(box.axis(idx) @ joint.axis) for idx in range(3)]
     idx = int(np.argmax(np.abs(along)))
     common = {"box": joint.box, "type": joint.type}
     place = nearest(joint, box.center) if joint.type == HINGE else box.center
     if mode == "absolute":
-        # one decimal, as the original has it, is up to 4 degrees off
+        # the original rounds to one decimal, which is up to 4 degrees off
         return common | {"pos": rounded(place), "axis": rounded(joint.axis)}
     sign = 1 if along[idx] > 0 else -1
     edge: list[Any] = [1, 1]
@@ -114,7 +118,7 @@ def encode(joint: Joint, box: Box, mode: Mode) -> dict[str, Any]:
 
 
 def decode(label: Mapping[str, Any], box: Box, mode: Mode) -> Joint:
-    """The joint that a label means; in `obb_rot` the box must be `ordered`."""
+    """The joint that a label describes. In `obb_rot` the box must be `ordered`."""
     box_id, kind = label["box"], label["type"]
     if mode == "absolute":
         axis = np.array(label["axis"], float)
@@ -128,40 +132,40 @@ def decode(label: Mapping[str, Any], box: Box, mode: Mode) -> Joint:
 
 
 def rounded(values: Array) -> list[float]:
-    """To 2 decimals, without -0.0."""
+    """The values rounded to 2 decimals, 0.0 instead of -0.0."""
     return [round(float(value), 2) + 0.0 for value in values]
 
 
-# -- how far joints are apart ----------------------------------------------------------------------------------------
+# -- distances between joints --------------------------------------------------------------------------------------
 
 
 def angle(first: Array, second: Array, signed: bool) -> float:
-    """Degrees between two unit vectors: 0 to 180, or 0 to 90 where the sign does not count."""
+    """The angle between two unit vectors in degrees: 0 to 180, or 0 to 90 if not `signed`."""
     cosine = float(first @ second)
     return float(np.degrees(np.arccos(np.clip(cosine if signed else abs(cosine), -1, 1))))
 
 
 def nearest(joint: Joint, point: Array) -> Array:
-    """The point of the joint's line that is nearest to a point."""
+    """The point on the joint's line (3) that is nearest to a point (3)."""
     return np.asarray(joint.pos + joint.axis * float(joint.axis @ (point - joint.pos)))
 
 
 def distance(joint: Joint, point: Array) -> float:
-    """Metres from a point to the joint's line."""
+    """The distance from a point (3) to the joint's line, in metres."""
     return float(np.linalg.norm(nearest(joint, point) - point))
 
 
 def line_distance(true: Joint, other: Joint, near: Array) -> float:
-    """Metres between two joints' lines where the part is: from that point of the true line which is nearest to `near`,
-    the center of its box, to the other line.
+    """The distance between two joints' lines at the part, in metres: from the point on the true line nearest to
+    `near`, the center of its box, to the other line.
 
-    For parallel lines it is their distance. The shortest distance between two lines would not do for others: lines that
-    are nearly parallel come close far away from the object, those across each other anywhere.
+    For parallel lines this is their distance. The shortest distance between two other lines does not say how close
+    they are at the part: nearly parallel lines come close far away from the object, crossing lines anywhere.
     """
     return distance(other, nearest(true, near))
 
 
 def edge_of(joint: Joint, box: Box) -> tuple[int, int, int]:
-    """The corner edge of a box that a hinge is at: its axis and its two signs, in whichever way it was told."""
+    """The corner edge of a box that is nearest to a hinge: its axis and its two signs."""
     label = encode(joint, box, "obb_rel")
     return label["idx"], *label["edge"]

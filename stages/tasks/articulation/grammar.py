@@ -1,4 +1,4 @@
-"""The code that models read and write: boxes, and the joints between them. It is parsed, never run.
+"""The code that models read and write: boxes and the joints between them. It is parsed, never executed.
 
     bboxes={0:{'center':[0.1,0.2,0.3],'R':[[1.0,0.0,0.0],[0.0,1.0,0.0],[0.0,0.0,1.0]],'extent':[0.4,0.5,0.6]},}
 
@@ -7,7 +7,7 @@
     dict(box=0,type='hinge',idx=2,edge=[1, 1],sign=1),
     ]
 
-In mode `absolute` a joint is dict(box=0,type='hinge',pos=[0.1, 0.2, 0.3],axis=[0.0, 0.0, 1.0]), instead.
+In mode `absolute` a joint is `dict(box=0,type='hinge',pos=[0.1, 0.2, 0.3],axis=[0.0, 0.0, 1.0]),` instead.
 """
 
 import ast
@@ -25,7 +25,7 @@ KEYS: Mapping[Mode, tuple[str, ...]] = {
     "absolute": ("box", "type", "pos", "axis"),
 }
 LONGEST = 20_000
-"""Characters of a completion that are looked at: an object of a hundred joints has fewer."""
+"""Characters of a completion that are searched; the code of a hundred joints is shorter."""
 
 _CODE = re.compile(
     r"^[ \t]*root_geom\s*=\s*\d+[ \t]*\n\s*child_joints\s*=\s*\[[^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*\]", re.M
@@ -34,39 +34,39 @@ _CODE = re.compile(
 
 @dataclass(frozen=True)
 class Code:
-    """What a label, or an answer, says."""
+    """The content of a label or an answer."""
 
     root: int
     joints: tuple[dict[str, Any], ...]
-    """One for each joint, with its KEYS."""
+    """One for each joint, with the KEYS of its mode."""
 
 
 class GrammarError(ValueError):
-    """Text that is no such code."""
+    """Text that does not follow the grammar."""
 
 
 def boxes_code(boxes: Mapping[int, Box]) -> str:
-    """The boxes as a prompt shows them, to 2 decimals and without spaces."""
+    """The boxes as a prompt shows them, rounded to 2 decimals, without spaces."""
     parts = []
     for number, box in boxes.items():
-        center, extent = _compact(rounded(box.center)), _compact(rounded(box.extent))
-        rotation = _compact([rounded(row) for row in box.rotation])
+        center, extent = _compact_json(rounded(box.center)), _compact_json(rounded(box.extent))
+        rotation = _compact_json([rounded(row) for row in box.rotation])
         parts.append(f"{number}:{{'center':{center},'R':{rotation},'extent':{extent}}},")
     return f"bboxes={{{''.join(parts)}}}"
 
 
-def _compact(value: Any) -> str:
+def _compact_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
 def joints_code(root: int, joints: Sequence[Mapping[str, Any]]) -> str:
-    """A label: the root's box, and a line for each joint."""
+    """A label: the root's box, then a line for each joint."""
     lines = [f"dict({','.join(f'{key}={value!r}' for key, value in joint.items())})," for joint in joints]
     return "\n".join([f"root_geom = {root}", "child_joints = [", *lines, "]"])
 
 
 def find_code(text: str, mode: Mode) -> Code | None:
-    """The first code in a completion, whatever stands around it; None where there is none that is whole and right."""
+    """The first complete and valid code in a completion, whatever surrounds it; None where there is none."""
     for match in _CODE.finditer(text[:LONGEST]):
         try:
             return parse(match.group().strip(), mode)
@@ -76,21 +76,21 @@ def find_code(text: str, mode: Mode) -> Code | None:
 
 
 def parse(code: str, mode: Mode) -> Code:
-    """Read a label. Raises GrammarError for anything else than the two assignments with their exact keys."""
+    """Read a label. Raises GrammarError for anything but the two assignments with their exact keys."""
     try:
         statements = ast.parse(code).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise GrammarError(f"not the grammar: {error}") from error
+        raise GrammarError(f"not Python: {error}") from error
     if len(statements) != 2:
-        raise GrammarError(f"{len(statements)} statements; two are root_geom and child_joints")
-    root = _assigned(statements[0], "root_geom")
-    joints = _assigned(statements[1], "child_joints")
+        raise GrammarError(f"found {len(statements)} statements; expected two, root_geom and child_joints")
+    root = _assigned_value(statements[0], "root_geom")
+    joints = _assigned_value(statements[1], "child_joints")
     if not isinstance(joints, ast.List):
-        raise GrammarError("child_joints is no list")
-    return Code(_whole(root, "root_geom", range(10_000)), tuple(_joint(node, mode) for node in joints.elts))
+        raise GrammarError("child_joints is not a list")
+    return Code(_integer(root, "root_geom", range(10_000)), tuple(_joint(node, mode) for node in joints.elts))
 
 
-def _assigned(statement: ast.stmt, name: str) -> ast.expr:
+def _assigned_value(statement: ast.stmt, name: str) -> ast.expr:
     match statement:
         case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
             return value
@@ -99,37 +99,37 @@ def _assigned(statement: ast.stmt, name: str) -> ast.expr:
 
 def _joint(node: ast.expr, mode: Mode) -> dict[str, Any]:
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict") or node.args:
-        raise GrammarError("a joint is no dict(...)")
+        raise GrammarError("a joint is not dict(...)")
     keys = [keyword.arg for keyword in node.keywords]
     if sorted(map(str, keys)) != sorted(KEYS[mode]):
-        raise GrammarError(f"a joint has {', '.join(map(str, keys))}; wanted: {', '.join(KEYS[mode])}")
+        raise GrammarError(f"found a joint with {', '.join(map(str, keys))}; expected {', '.join(KEYS[mode])}")
     given = {str(keyword.arg): keyword.value for keyword in node.keywords}
     return {key: _value(key, given[key], mode) for key in KEYS[mode]}
 
 
 def _value(key: str, node: ast.expr, mode: Mode) -> Any:
     if key == "box":
-        return _whole(node, key, range(10_000))
+        return _integer(node, key, range(10_000))
     if key == "idx":
-        return _whole(node, key, range(3))
+        return _integer(node, key, range(3))
     if key == "sign":
-        return _whole(node, key, (1, -1))
+        return _integer(node, key, (1, -1))
     if key == "type":
         if isinstance(node, ast.Constant) and node.value in (HINGE, SLIDE):
             return node.value
         raise GrammarError(f"type is neither {HINGE} nor {SLIDE}")
-    wanted = 2 if key == "edge" else 3
-    if not isinstance(node, ast.List) or len(node.elts) != wanted:
-        raise GrammarError(f"{key} is no list of {wanted}")
+    count = 2 if key == "edge" else 3
+    if not isinstance(node, ast.List) or len(node.elts) != count:
+        raise GrammarError(f"{key} is not a list of {count}")
     if mode == "obb_rel":
-        return [_whole(each, key, (1, -1)) for each in node.elts]
+        return [_integer(each, key, (1, -1)) for each in node.elts]
     values = [float(_number(each, key)) for each in node.elts]
     if key == "axis" and max(map(abs, values)) < 1e-3:
         raise GrammarError("axis is zero")
     return values
 
 
-def _whole(node: ast.expr, key: str, allowed: Sequence[int]) -> int:
+def _integer(node: ast.expr, key: str, allowed: Sequence[int]) -> int:
     value = _number(node, key)
     if value != int(value) or int(value) not in allowed:
         raise GrammarError(f"{key}={value} is not allowed")
@@ -137,11 +137,11 @@ def _whole(node: ast.expr, key: str, allowed: Sequence[int]) -> int:
 
 
 def _number(node: ast.expr, key: str) -> float:
-    """A number with or without a sign."""
+    """A number with or without a sign. Raises GrammarError for a million and above."""
     sign = 1
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
         sign, node = -1 if isinstance(node.op, ast.USub) else 1, node.operand
     value = node.value if isinstance(node, ast.Constant) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not value < 1e6:
-        raise GrammarError(f"{key} is no number below a million")
+        raise GrammarError(f"{key} is not a number below a million")
     return sign * value

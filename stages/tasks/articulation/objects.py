@@ -1,4 +1,4 @@
-"""The data folder: boxes of every view of an object, and the joints that its URDF states for them."""
+"""The data folder: the boxes in each loop of an object, and the joints that its URDF states for them."""
 
 import json
 import re
@@ -16,32 +16,33 @@ from stages.tasks.common.json_lines import BadRecordError, object_in
 from stages.tasks.task import Given, Skip
 
 SOURCE = "objects"
-"""The one data set that there is."""
+"""The name of the one data set."""
 BOXES, URDFS = "shape_output", "mobility_dataset_v2"
 
 
 @dataclass(frozen=True)
 class Nested:
-    """What a label has no place for."""
+    """What the URDF states of a joint beyond its label."""
 
     parent: int | None
-    """Box of the part that the joint is on; None where that has no box."""
+    """Box of the part that carries the joint; None where that part has no box."""
     range: tuple[float, float] | None
-    """Radians or metres."""
+    """Joint limits in radians or metres; None where the URDF states none."""
 
 
 @dataclass(frozen=True, eq=False)
 class Object:
-    """One loop, a view of an object: its boxes and its joints, in one frame."""
+    """One loop, which is one view of an object: its boxes and joints in one frame."""
 
     boxes: dict[int, Box]
     root: int | None
-    """The box that does not move; None, without joints, where there is no URDF."""
+    """The box that does not move; None without a URDF, and then there are no joints."""
     joints: dict[int, Joint]
-    """By box."""
+    """By box number."""
     nested: dict[int, Nested]
 
     def moved(self, turn: Array, offset: Array) -> "Object":
+        """The object rotated by `turn` (3, 3), then shifted by `offset` (3)."""
         return replace(
             self,
             boxes={number: box.moved(turn, offset) for number, box in self.boxes.items()},
@@ -51,14 +52,14 @@ class Object:
 
 @dataclass(frozen=True, eq=False)
 class ObjectQuestion:
-    """A loop whose joints are asked for."""
+    """A loop: the model is asked for its joints."""
 
     id: str
     """`<Type>_<object>_loop_<n>`, as the original names it."""
     kind: str
     """The object's type, such as StorageFurniture."""
     group: str
-    """The object: all its loops have the same joints."""
+    """The object, because all its loops have the same joints."""
     view: Object
     split: Given | None
     answers: tuple[str, ...] = ()
@@ -71,9 +72,9 @@ class ObjectQuestion:
 
 
 def read_objects(folder: Path, skip: Skip) -> list[ObjectQuestion]:
-    """All usable loops, those of the test folder first; the others go to `skip`. Raises DataError for none.
+    """All usable loops, the test folder's first. Unusable ones go to `skip`. Raises DataError where none is left.
 
-    Without folders `train` and `test` the objects stand directly in shape_output/ and mobility_dataset_v2/.
+    Without folders `train` and `test`, objects are directly in shape_output/ and mobility_dataset_v2/.
     """
     found: dict[str, ObjectQuestion] = {}
     for split in _parts(folder):
@@ -88,7 +89,9 @@ def read_objects(folder: Path, skip: Skip) -> list[ObjectQuestion]:
                 continue
             found[question.id] = question
     if not found:
-        raise DataError(f"{folder}: no usable loop in {BOXES}/ with its mobility.urdf in {URDFS}/")
+        raise DataError(
+            f"{folder}: no usable loop in {BOXES}/ with a mobility.urdf in {URDFS}/; see the skipped loops in the log"
+        )
     scored = any(question.split == "test" for question in found.values())
     return [question if scored or question.split != "train" else replace(question, split=None)
             for question in found.values()]  # fmt: skip
@@ -100,7 +103,7 @@ def _parts(folder: Path) -> list[str]:
 
 
 def _loops(folder: Path) -> Iterator[Path]:
-    """`<Type>/<object>/loop_<n>`, numbers in their own order."""
+    """The folders `<Type>/<object>/loop_<n>`, numbers in numeric order."""
     found = [path for path in folder.glob("*/*/loop_*") if path.is_dir() and not path.parts[-3].startswith(".")]
     return iter(sorted(found, key=lambda path: [_natural(part) for part in path.parts[-3:]]))
 
@@ -127,7 +130,7 @@ def _question(folder: Path, split: str, loop: Path, skip: Skip) -> ObjectQuestio
 
 
 def _boxes(loop: Path) -> dict[int, Box]:
-    """The boxes of obb_link_<k>.json by k."""
+    """The boxes of obb_link_<k>.json by k. Raises BadRecordError."""
     found = {}
     for path in loop.glob("obb_link_*.json"):
         number = re.fullmatch(r"obb_link_(\d{1,4})\.json", path.name)
@@ -145,23 +148,23 @@ def _boxes(loop: Path) -> dict[int, Box]:
 def box_in(record: dict[str, Any]) -> Box:
     """The box of an OBB file: `center` [3], `R` [3x3] whose columns are its axes, and `extent` [3], full lengths.
 
-    Raises BadRecordError. Axes rounded to one decimal, as the original has them, and left-handed ones are taken.
+    Accepts axes rounded to one decimal, as the original writes them, and left-handed axes. Raises BadRecordError.
     """
     for key, shape in (("center", (3,)), ("R", (3, 3)), ("extent", (3,))):
         value = record.get(key)
         if not _is_numbers(value, shape):
-            raise BadRecordError(f"{key} is no {'x'.join(map(str, shape))} numbers", json.dumps(value)[:100])
+            raise BadRecordError(f"{key} is not {'x'.join(map(str, shape))} numbers", json.dumps(value)[:100])
     box = box_from(record)
     if not (box.extent > 0).all():
         raise BadRecordError("extent is not positive", json.dumps(record["extent"]))
     lengths = np.linalg.norm(box.rotation, axis=0)
     if not (np.abs(lengths - 1) < 0.2).all() or not 0.5 < abs(np.linalg.det(box.rotation)) < 1.5:
-        raise BadRecordError("R is no rotation", json.dumps(record["R"])[:100])
+        raise BadRecordError("R is not a rotation", json.dumps(record["R"])[:100])
     return box
 
 
 def _is_numbers(value: Any, shape: tuple[int, ...]) -> bool:
-    """Whether lists in lists are of a shape throughout, and numbers below a million; NumPy raises for ragged ones."""
+    """Whether a value is nested lists of this shape with numbers below a million. NumPy raises for ragged lists."""
     if not shape:
         return type(value) in (int, float) and abs(value) < 1e6
     return isinstance(value, list) and len(value) == shape[0] and all(_is_numbers(each, shape[1:]) for each in value)
@@ -171,38 +174,38 @@ def _is_numbers(value: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _with_joints(boxes: dict[int, Box], mobility: Mobility, where: str, skip: Skip) -> Object:
-    """Join boxes and joints by link numbers.
+    """An object with its boxes and joints matched by link number.
 
-    Links that are fixed to each other are one body. Of each body one box is told: that of the link that its joint
-    moves, or else the largest. The root is the box of the body that no joint moves, whatever its number. What moves
-    without a box cannot be told, and is counted.
+    Links that are fixed to each other form one body. One box stands for each body: the box of the link that the joint
+    moves, or else the largest. The root is the box of the body that no joint moves, whatever its number. A body that
+    moves and has no box has no label, and goes to `skip`. Raises BadRecordError.
     """
     bodies: dict[str, list[int]] = {mobility.body(link): [] for link in (mobility.root, *mobility.joints)}
     for number in boxes:
         if f"link_{number}" not in mobility.joints and f"link_{number}" != mobility.root:
-            raise BadRecordError("box of a link that mobility.urdf lacks", f"link_{number}")
+            raise BadRecordError("box of a link that is not in mobility.urdf", f"link_{number}")
         bodies[mobility.body(f"link_{number}")].append(number)
-    told: dict[str, int] = {}
+    box_of: dict[str, int] = {}
     for body, numbers in bodies.items():
         own = [number for number in numbers if body == f"link_{number}"]
         if numbers:
-            told[body] = (own or sorted(numbers, key=lambda number: -float(np.prod(boxes[number].extent))))[0]
+            box_of[body] = (own or sorted(numbers, key=lambda number: -float(np.prod(boxes[number].extent))))[0]
         elif body != mobility.root:
             skip(f"{where}, {body}", "joint of a link without a box")
-    if mobility.root not in told:
-        raise BadRecordError("no box of the part that does not move")
-    moving = sorted((number, mobility.joints[body]) for body, number in told.items() if body != mobility.root)
+    if mobility.root not in box_of:
+        raise BadRecordError("no box for the part that does not move")
+    moving = sorted((number, mobility.joints[body]) for body, number in box_of.items() if body != mobility.root)
     if not moving:
         raise BadRecordError("nothing moves")
-    parents = {number: told.get(mobility.body(joint.parent)) for number, joint in moving}
+    parents = {number: box_of.get(mobility.body(joint.parent)) for number, joint in moving}
     return Object(
         boxes,
-        told[mobility.root],
+        box_of[mobility.root],
         {number: _joint(number, joint) for number, joint in moving},
         {number: Nested(parents[number], joint.range) for number, joint in moving},
     )
 
 
 def _joint(number: int, joint: UrdfJoint) -> Joint:
-    assert joint.type is not None  # bodies are told by the joint that moves them
+    assert joint.type is not None  # a fixed joint moves no body
     return Joint(number, joint.type, joint.pos, joint.axis)

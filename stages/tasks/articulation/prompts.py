@@ -1,4 +1,4 @@
-"""What a model is asked: the boxes, what the keys of a joint mean, and the form of the answer."""
+"""The prompt: the boxes, the meaning of a joint's keys, and the form of the answer."""
 
 from collections.abc import Mapping
 
@@ -27,7 +27,7 @@ _FORM: Mapping[Mode, str] = {
 
 
 def joints_of(boxes: Mapping[int, Box], mode: Mode) -> list[Message]:
-    """Ask for the joints between boxes."""
+    """The prompt that asks for the joints between boxes."""
     asked = (
         f"OBB Information:\n### Input:\n{boxes_code(boxes)}\n{_COMMON}\n{_KEYS[mode]}\n"
         f"Write ONLY this:\nroot_geom = ...\nchild_joints = [\n{_FORM[mode]}\n]\n### Response:"

@@ -1,7 +1,7 @@
-"""How right the joints of an answer are.
+"""Scores of an answer's joints.
 
-Predicted and true joints are put together by an optimal assignment (Kuhn 1955), whatever their order; a joint without
-a partner is missing, or is one too many. `official_pairs` has the rule of Real2Code's own evaluation, instead.
+Predicted and true joints are paired by an optimal assignment (Kuhn 1955), whatever their order. A true joint without a
+partner is missing; a predicted one is extra. `official_pairs` follows the rule of Real2Code's own evaluation instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from stages.tasks.articulation.geometry import HINGE, Box, Joint, angle, edge_of
 
 DEGREES = 5.0
 METRES = 0.05
-"""What counts as right."""
+"""Largest errors of a right joint."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Pair:
     signed_angle: float
     """Degrees, 0 to 180."""
     angle: float
-    """Degrees, 0 to 90: the sign does not count."""
+    """Degrees, 0 to 90, whatever the sign."""
     distance: float | None
-    """Metres between two hinges' lines; None where either is a slide, which has no place."""
+    """Metres between two hinges' lines; None where either is a slide, which has no position."""
     edge: bool | None
-    """Whether a hinge is at the same corner edge; None for a slide."""
+    """Whether a hinge is at the true corner edge; None for a slide."""
 
     @property
     def right(self) -> bool:
@@ -40,24 +40,25 @@ class Pair:
 
     @property
     def cost(self) -> float:
-        """For the assignment: a wrong box costs more than all else together."""
+        """Cost in the assignment: a wrong box costs more than all other errors together."""
         apart = 0.0 if self.distance is None else min(self.distance, 1.0)
         return 6 * (not self.box) + 2 * (not self.type) + self.angle / 90 + self.signed_angle / 180 + apart
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An answer beside the truth."""
+    """The joints of an answer paired with the true ones."""
 
     pairs: Sequence[Pair | None]
     """One for each true joint; None where it is missing."""
     hinges: Sequence[bool]
-    """Whether each true joint is one."""
+    """For each true joint, whether it is a hinge."""
     partner: Sequence[int | None]
-    """Of each true joint, the place of its partner."""
+    """For each true joint, the index of its partner among the predicted joints; None where it is missing."""
     predicted: int
-    """Joints in the answer."""
+    """Number of joints in the answer."""
     root: bool
+    """Whether the answer names the true root."""
 
     @property
     def missing(self) -> int:
@@ -71,17 +72,17 @@ class Comparison:
 def compare(
     predicted: Sequence[Joint | None], true: Sequence[Joint], boxes: Mapping[int, Box], root: bool = True
 ) -> Comparison:
-    """Put joints together. None among the predicted is one of a box that there is not: it has no partner."""
+    """Pair predicted and true joints. A predicted joint whose box does not exist is None and has no partner."""
     from scipy.optimize import linear_sum_assignment
 
-    there = [place for place, joint in enumerate(predicted) if joint is not None]
-    pairs = [[_pair(joint, wanted, boxes) for joint in predicted if joint is not None] for wanted in true]
-    costs = np.array([[pair.cost for pair in row] for row in pairs]).reshape(len(true), len(there))
+    known = [place for place, joint in enumerate(predicted) if joint is not None]
+    pairs = [[_pair(joint, one, boxes) for joint in predicted if joint is not None] for one in true]
+    costs = np.array([[pair.cost for pair in row] for row in pairs]).reshape(len(true), len(known))
     chosen = dict(zip(*(each.tolist() for each in linear_sum_assignment(costs)), strict=True))
     return Comparison(
         [pairs[place][chosen[place]] if place in chosen else None for place in range(len(true))],
         [joint.type == HINGE for joint in true],
-        [there[chosen[place]] if place in chosen else None for place in range(len(true))],
+        [known[chosen[place]] if place in chosen else None for place in range(len(true))],
         len(predicted),
         root,
     )
@@ -103,7 +104,7 @@ def _pair(joint: Joint, true: Joint, boxes: Mapping[int, Box]) -> Pair:
 
 
 def metrics(found: Comparison) -> dict[str, float]:
-    """Shares in 0..1; the first is what adapters are chosen by. A missing joint counts as wrong in all of them."""
+    """Metrics of an object in 0..1; the first one ranks adapters. A missing joint counts as wrong in each."""
     right = sum(pair is not None and pair.right for pair in found.pairs)
     precision = right / found.predicted if found.predicted else 0.0
     recall = right / len(found.pairs)
@@ -132,7 +133,7 @@ def _within(value: float | None, limit: float) -> bool:
 
 
 def measures(found: Comparison) -> dict[str, list[float]]:
-    """What has a unit: angles and distances of the joints that have a partner, and how many have none."""
+    """Values with a unit: angles and distances of the paired joints, and the counts of unpaired ones."""
     pairs = [pair for pair in found.pairs if pair is not None]
     return {
         "axis angle with sign, degrees": [pair.signed_angle for pair in pairs],
@@ -146,13 +147,15 @@ def measures(found: Comparison) -> dict[str, list[float]]:
 # -- the official rule ---------------------------------------------------------------------------------------------
 
 MOST_PERMUTATIONS = 50_000
+"""Orders of the predictions that are tried one by one."""
 
 
 @dataclass(frozen=True)
 class OfficialError:
-    """The official evaluation's figures of a pair; None where it has none."""
+    """The official evaluation's errors of a pair; None where it defines none."""
 
     type: int
+    """1 for the right type, else 0."""
     rotation: float | None = None
     """Degrees."""
     position: float | None = None
@@ -160,11 +163,12 @@ class OfficialError:
 
 
 def official_error(predicted: Joint, true: Joint) -> OfficialError:
-    """Of one pair. The sign is never scored; of a wrong type nothing but the type; the position of hinges only.
+    """The official errors of one pair. The sign is never scored, a wrong type has no other error, and only hinges have
+    a position error.
 
-    For parallel lines it is the distance along cross(axis, x) alone, or along cross(axis, y) where the predicted axis
-    is x: too small, and 0 for some lines that are clearly apart. Where that divides 0 by 0 (axis -x) there is no
-    position here, and the cosine is clipped: the original has NaN.
+    For parallel lines, the position error is the distance along cross(axis, x) alone, or along cross(axis, y) where the
+    predicted axis is x. It is too small, and 0 for some lines that are clearly apart. Where this would divide 0 by 0
+    (axis -x), the position error is None, and the cosine is clipped; the official code returns NaN in both cases.
     """
     if predicted.type != true.type:
         return OfficialError(0)
@@ -182,18 +186,19 @@ def official_error(predicted: Joint, true: Joint) -> OfficialError:
 
 
 def official_pairs(predicted: Sequence[Joint], true: Sequence[Joint]) -> list[OfficialError]:
-    """The figures of the official evaluation (Real2Code, eval_utils/joint_eval.py): of the order of the predictions
-    that has the least mean of mean type error, mean degrees and mean metres, each joint beside the true one of its
-    place. Missing and extra joints are dropped in silence; only an answer without any is punished: all types wrong.
-    Of too few predictions the first true joints are the partners, whichever were meant.
+    """The errors by the official evaluation (Real2Code, eval_utils/joint_eval.py).
 
-    All orders are tried, as there, while they are no more than 50,000; else one is found by the optimal assignment of
-    the sum of the three.
+    It compares predicted and true joints position by position, in the order of the predictions with the lowest mean of
+    mean type error, mean degrees and mean metres. Missing and extra joints are dropped and cost nothing; only an empty
+    answer is penalised, with all types wrong. Too few predictions are compared with the first true joints.
+
+    Up to MOST_PERMUTATIONS orders are all tried, as in the official code. Beyond that, the optimal assignment of the
+    sum of the three errors finds one.
     """
     if not predicted:
         return [OfficialError(0) for _ in true]
     count = min(len(predicted), len(true))
-    errors = [[official_error(joint, wanted) for joint in predicted] for wanted in true[:count]]
+    errors = [[official_error(joint, one) for joint in predicted] for one in true[:count]]
     orders = int(np.prod([float(len(predicted) - place) for place in range(count)]))
     if orders > MOST_PERMUTATIONS:
         from scipy.optimize import linear_sum_assignment
@@ -215,6 +220,7 @@ def _official_cost(pairs: Sequence[OfficialError]) -> float:
 
 
 def official_measures(pairs: Sequence[OfficialError]) -> dict[str, list[float]]:
+    """The official errors that have a unit."""
     return {
         "official rotation error, degrees": [pair.rotation for pair in pairs if pair.rotation is not None],
         "official position error, cm": [100 * pair.position for pair in pairs if pair.position is not None],

@@ -1,8 +1,8 @@
-"""Joints of a mobility.urdf, put into the world that its boxes are in.
+"""Joints of a mobility.urdf, transformed into the world coordinates of its boxes.
 
-PartNet-Mobility's objects are y up. Its files turn them upright by the fixed joint from `base`
-(rpy 90, 0, -90 degrees), which takes (x, y, z) to (-z, -x, y): that is the world of the boxes. A file without that
-joint is turned the same way here.
+PartNet-Mobility's objects are y up. Its files rotate them upright by the fixed joint from `base`
+(rpy 90, 0, -90 degrees), which maps (x, y, z) to (-z, -x, y), the world of the boxes. A file without that joint is
+rotated in the same way here.
 """
 
 import math
@@ -20,26 +20,25 @@ UPRIGHT = np.array([[0.0, 0, -1], [-1, 0, 0], [0, 1, 0]])
 """World = UPRIGHT @ URDF."""
 
 TYPES = {"revolute": HINGE, "continuous": HINGE, "prismatic": SLIDE}
-"""The joints that move; `fixed` ones do not, and others have no label."""
-
+"""The joint types that move and have a label; of the others only `fixed` is accepted."""
 
 BELOW = 1e6
-"""What numbers, and the places that add up from them, must be below: labels are read with the same bound."""
+"""Bound for numbers, and for the positions composed from them; labels are read with the same bound."""
 
 
 @dataclass(frozen=True, eq=False)
 class UrdfJoint:
-    """What moves a link against its parent, in the world and at rest."""
+    """A joint between a link and its parent, at rest, in world coordinates."""
 
     child: str
     parent: str
     type: str | None
-    """`hinge` or `slide`; None for one that is fixed."""
+    """`hinge` or `slide`; None for a fixed joint."""
     pos: Array
     axis: Array
-    """Unit vector."""
+    """Unit vector; zeros for a fixed joint."""
     range: tuple[float, float] | None
-    """Radians or metres."""
+    """Limits in radians or metres; None where the file states none."""
 
 
 @dataclass(frozen=True)
@@ -51,32 +50,32 @@ class Mobility:
     """By child link."""
 
     def body(self, link: str) -> str:
-        """What a link is rigidly part of: the root link, or the link that a joint moves."""
+        """The link that a link is rigidly attached to: the root link, or a link that a joint moves."""
         while link != self.root and self.joints[link].type is None:
             link = self.joints[link].parent
         return link
 
 
 def read_urdf(path: Path) -> Mobility:
-    """The joints of a URDF file. Raises BadRecordError for one that cannot be read, or is no tree."""
+    """The joints of a URDF file. Raises BadRecordError for an unreadable file and for links that form no tree."""
     try:
         robot = ET.fromstring(path.read_bytes())
     except (ET.ParseError, ValueError, LookupError) as error:
-        raise BadRecordError("mobility.urdf is no XML", f"{path.name}: {error}") from error
+        raise BadRecordError("mobility.urdf is not XML", f"{path.name}: {error}") from error
     elements: dict[str, ET.Element] = {}
     for element in robot.findall("joint"):
         child = _link(element, "child")
         if child in elements:
-            raise BadRecordError("mobility.urdf is no tree", f"link {child!r} is the child of two joints")
+            raise BadRecordError("mobility.urdf is not a tree", f"link {child!r} is the child of two joints")
         elements[child] = element
     parents = {child: _link(element, "parent") for child, element in elements.items()}
     roots = ({link.get("name", "") for link in robot.findall("link")} | {*parents.values()}) - {*parents}
     if len(roots) != 1 or not parents:
-        raise BadRecordError("mobility.urdf is no tree", f"links that are no joint's child: {sorted(roots)}")
-    return _placed(roots.pop(), parents, elements)
+        raise BadRecordError("mobility.urdf is not a tree", f"links without a parent: {sorted(roots)}")
+    return _compose(roots.pop(), parents, elements)
 
 
-def _placed(root: str, parents: dict[str, str], elements: dict[str, ET.Element]) -> Mobility:
+def _compose(root: str, parents: dict[str, str], elements: dict[str, ET.Element]) -> Mobility:
     """Compose the transforms from the root to the leaves."""
     turns = {child: _transform(element) for child, element in elements.items()}
     upright = any(
@@ -88,7 +87,7 @@ def _placed(root: str, parents: dict[str, str], elements: dict[str, ET.Element])
     while len(joints) < len(elements):
         ready = [child for child in elements if child not in joints and parents[child] in frames]
         if not ready:
-            raise BadRecordError("mobility.urdf is no tree", "its joints go in a circle")
+            raise BadRecordError("mobility.urdf is not a tree", "its joints form a cycle")
         for child in ready:
             turn, origin = frames[parents[child]]
             own_turn, own_origin = turns[child]
@@ -100,11 +99,11 @@ def _placed(root: str, parents: dict[str, str], elements: dict[str, ET.Element])
 def _joint(element: ET.Element, child: str, parent: str, turn: Array, pos: Array) -> UrdfJoint:
     kind = element.get("type", "")
     if kind not in TYPES and kind != "fixed":
-        raise BadRecordError("joint type without a label", f"{kind!r}; there are: fixed, {', '.join(TYPES)}")
+        raise BadRecordError("unsupported joint type", f"{kind!r}; supported: fixed, {', '.join(TYPES)}")
     if kind == "fixed":
         return UrdfJoint(child, parent, None, pos, np.zeros(3), None)
     if not (np.abs(pos) < BELOW).all():
-        raise BadRecordError("mobility.urdf: not below a million", f"link {child!r} is at {pos.tolist()}")
+        raise BadRecordError("mobility.urdf: number not below a million", f"link {child!r} is at {pos.tolist()}")
     axis = np.array(_numbers(element.find("axis"), "xyz", (1.0, 0.0, 0.0)))
     if not np.linalg.norm(axis) > 1e-6:
         raise BadRecordError("joint without an axis", f"of link {child!r}")
@@ -116,7 +115,7 @@ def _joint(element: ET.Element, child: str, parent: str, turn: Array, pos: Array
 
 
 def _transform(element: ET.Element) -> tuple[Array, Array]:
-    """A joint's turn (3, 3) and offset (3): `rpy` turns about the fixed x, then y, then z."""
+    """A joint's rotation (3, 3) and offset (3). `rpy` rotates about the fixed x, then y, then z."""
     origin = element.find("origin")
     roll, pitch, yaw = _numbers(origin, "rpy", (0.0, 0.0, 0.0))
     about_x = np.array([[1, 0, 0], [0, math.cos(roll), -math.sin(roll)], [0, math.sin(roll), math.cos(roll)]])
@@ -148,5 +147,5 @@ def _number(word: str, key: str) -> float:
         raise BadRecordError("mobility.urdf: not a number", f"{key}: {word!r}"[:100])
     value = float(word)
     if not abs(value) < BELOW:
-        raise BadRecordError("mobility.urdf: not below a million", f"{key}: {word!r}"[:100])
+        raise BadRecordError("mobility.urdf: number not below a million", f"{key}: {word!r}"[:100])
     return value

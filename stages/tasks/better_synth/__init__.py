@@ -1,17 +1,17 @@
 """better_synth: synthesised image-text data for a small vision-language model, scored by TextVQA and MMBench.
 
-Captions, which Data-Juicer may filter and rewrite, teach the connector between a vision tower and a language model;
-conversations then teach an adapter. Data folder, in which all pictures are named below it:
+The connector between a vision tower and a language model is trained on captions, which Data-Juicer may filter and
+rewrite; an adapter is then trained on conversations. Data folder, with picture names relative to it:
 
     records.jsonl             captions in Data-Juicer's form: {"id", "text", "images"}
-    records_llava.json        the same records in LLaVA's form, in which their questions are looked up by id
+    records_llava.json        the same records in LLaVA's form, which holds their questions by id
     finetune.json             conversations in LLaVA's form: {"id", "image", "conversations"}
     textvqa.jsonl             TextVQA's questions: {"question_id", "image", "text"}
-    textvqa_annotations.json  their human answers; without them TextVQA is asked and not scored
-    mmbench.tsv               MMBench's table; rows without an answer are asked and not scored
+    textvqa_annotations.json  their human answers; without them TextVQA is answered and not scored
+    mmbench.tsv               MMBench's table; rows without an answer are answered and not scored
 
-Data mixes name the first two data sets `pretrain` and `finetune`. What shows a picture of a test set is left out
-of both. Nothing is there to validate on: the test sets are all that is held out, as published.
+Data mixes name the two training sets `pretrain` and `finetune`. Samples that show a picture of a test set are left out
+of both. There is no validation split: only the published test sets are held out.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -53,18 +53,18 @@ READS_RECORDS = True
 COMPONENTS = ("picture", "ocr", "adapter")
 
 PICTURES = "preprocess/pictures"
-"""Where `read_others` and `read_records` are told to put pictures, relative to the run."""
+"""Folder in which `read_others` and `read_records` store pictures, relative to the run."""
 
 
 class PictureMeta(Meta, total=False):
-    """The keys below are MMBench's alone."""
+    """Metadata of a sample. Only MMBench's samples have the keys below."""
 
     options: dict[str, str]
-    """By letter."""
+    """Option texts by letter."""
     round: int
-    """How far the options are rotated; 0: as in the table."""
+    """Number of places by which the options are rotated; 0: as in the table."""
     together: str
-    """The question that the rotations share."""
+    """Key that all rotations of a question share."""
     uploaded: dict[str, Any]
     """The table's row, for the upload."""
 
@@ -74,7 +74,8 @@ class Scoring(Section):
 
     textvqa_cleaning: textvqa.Cleaning = Field(
         "mmf",
-        description="How answers to TextVQA are made plain: as the published evaluator does, slips and all, or mended",
+        description="How TextVQA's answers are normalised before they are compared. mmf: exactly as the published"
+        " evaluator does, including its bugs; mended: with the bugs fixed",
     )
 
 
@@ -84,20 +85,20 @@ def records(folder: Path) -> Path:
 
 
 def read_others(recipe: Recipe, folder: Path, pictures: Path, skip: Skip) -> list[PictureQuestion]:
-    """The questions of the test sets, and the conversations to learn from."""
+    """The questions of the test sets and the conversations to train on. Raises DataError without a test question."""
     return other_questions(folder, pictures, Samples.model_validate(recipe.preprocess.samples), skip)
 
 
 def read_records(
     recipe: Recipe, folder: Path, records: Path, pictures: Path, others: list[PictureQuestion], skip: Skip
 ) -> list[PictureQuestion]:
-    """The captions to learn from."""
+    """The captions to train on, read from `records`."""
     settings = Samples.model_validate(recipe.preprocess.samples)
     return caption_questions(folder, records, pictures, settings, others, skip)
 
 
 def build_samples(recipe: Recipe, question: PictureQuestion, found: Found | None, split: str) -> list[Sample]:
-    """The one sample of a conversation or a question. Of a conversation all answers are learnt."""
+    """The one sample of a conversation or a question. Training learns all answers of a conversation."""
     meta = cast(PictureMeta, {"group": question.group, "source": question.source, **question.meta})
     if question.error is not None:
         meta["error"] = question.error
@@ -112,50 +113,50 @@ def build_samples(recipe: Recipe, question: PictureQuestion, found: Found | None
     ]
 
 
-# -- what the model is asked -------------------------------------------------------------------------------------
+# -- prompts ------------------------------------------------------------------------------------------
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask:
-    """The question; where that is to be left out, without its picture or without the words read in it."""
+    """The question. `without` may leave out its picture or the OCR words in its text."""
     messages, images = sample["messages"], sample["images"]
     if "ocr" in without and sample["meta"]["source"] == TEXTVQA:
-        messages = [_said(message, without_words(message["content"])) for message in messages]
+        messages = [_with_content(message, without_words(message["content"])) for message in messages]
     if "picture" in without:
-        messages = [_said(m, m["content"].replace(f"{PLACE}\n", "").replace(PLACE, "")) for m in messages]
+        messages = [_with_content(m, m["content"].replace(f"{PLACE}\n", "").replace(PLACE, "")) for m in messages]
         images = []
     return Ask(messages, images)
 
 
-def _said(message: Message, content: str) -> Message:
+def _with_content(message: Message, content: str) -> Message:
     return {"role": message["role"], "content": content}
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """The one thing that is asked."""
+    """The one prompt of a sample."""
     return [(ask(recipe, sample, "answer", {}, without), 0)]
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """Of MMBench the letter that a completion means, None where it means none; else all of the completion."""
+    """For MMBench, the letter that a completion means, or None without one; for TextVQA, the whole completion."""
     if sample["meta"]["source"] == MMBENCH:
         return mmbench.letter_in(text, _meta(sample)["options"])
     return text.strip() or None
 
 
-# -- what is handed in, and its score ----------------------------------------------------------------------------
+# -- submission and scores ----------------------------------------------------------------------------
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """A line as LLaVA writes it for either benchmark; the text is empty where there is no answer."""
+    """A line in LLaVA's form for either benchmark. The text is empty where there is no answer."""
     name = row["ids"][0]
     prediction = predictions.get(name)
     text = (prediction["text"] if prediction else None) or ""
-    marks = {"answer_id": name, "model_id": "lorry", "metadata": {}}  # which model it is, the file's name says
+    marks = {"answer_id": name, "model_id": "lorry", "metadata": {}}  # the file's name says which model it is
     return {**row["asked"], "text": text.strip(), **marks}
 
 
 def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-    """MMBench's workbook: each row of its table as it was asked first, with the answer."""
+    """Write MMBench's workbook: each row of its table with the answer to the unrotated question."""
     asked = [sample for sample in samples if _meta(sample)["source"] == MMBENCH and _meta(sample)["round"] == 0]
     if not asked:
         return []
@@ -169,8 +170,8 @@ def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, P
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """TextVQA's accuracy, or whether MMBench's letter is the right one; there the rotations of a question count once,
-    by the least of their scores (`together`)."""
+    """TextVQA's accuracy, or whether MMBench's letter is right. The rotations of an MMBench question count once, with
+    the lowest of their scores (`together`)."""
     references = sample["references"]
     if sample["meta"]["source"] == MMBENCH:
         return {"mmbench_accuracy": float(answer in references)}
@@ -179,7 +180,7 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def together(sample: Sample) -> str:
-    """The question that a rotation is of; else the sample itself."""
+    """The key that the rotations of an MMBench question share, else the sample's id."""
     return _meta(sample).get("together", sample["id"])
 
 

@@ -1,18 +1,19 @@
-"""Conversations about pictures in the three forms that they come in, and from each to the others without a loss.
+"""Conversations about pictures in three forms, with lossless conversions between them.
 
-LLaVA's (haotian-liu/LLaVA, docs/Finetune_Custom_Data.md); several pictures are a list, none is no `image`:
+LLaVA's form (haotian-liu/LLaVA, docs/Finetune_Custom_Data.md). `image` is a list for several pictures, and missing for
+none:
 
     {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                     {"from": "gpt", "value": "A bus."}]}
 
-Data-Juicer's, as its tools/fmt_conversion/multimodal write it: with all turns, or, to pretrain with, the caption alone,
-whose question is looked up again in LLaVA's file by the record's id:
+Data-Juicer's form, as its tools/fmt_conversion/multimodal write it: with all turns, or, for pretraining, with the
+caption alone. The question of a caption is looked up in LLaVA's file by the record's id:
 
     {"id": "7", "text": "[[human]]: <__dj__image>\\nWhat is it?\\n[[gpt]]: A bus. <|__dj__eoc|>", "images": ["a.jpg"]}
     {"id": "7", "text": "<__dj__image>\\nA bus. <|__dj__eoc|>", "images": ["a.jpg"]}
 
-Messages are ms-swift's: `user` and `assistant` for `human` and `gpt`, and `<image>` where a picture stands. White space
-is kept as it is everywhere. A conversation that a form cannot hold is refused, never bent.
+ms-swift's form, the messages: `user` and `assistant` for `human` and `gpt`, and `<image>` in place of a picture. White
+space is never changed. A conversation that a form cannot express is refused.
 """
 
 import re
@@ -24,10 +25,12 @@ from stages.contract.records import Message
 from stages.tasks.common.json_lines import BadRecordError
 
 PLACE = "<image>"
+"""The placeholder of a picture in LLaVA's form and in messages."""
 DJ_PLACE, DJ_END = "<__dj__image>", "<|__dj__eoc|>"
-"""Data-Juicer's marks for a picture and for the end of a chunk."""
+"""Data-Juicer's marks of a picture and of the end of a chunk."""
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+"""Roles of messages by LLaVA's speakers."""
 _SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
 _MARK = re.compile(r"\[\[[a-zA-Z]*\]\]: ")
 _TURN = re.compile(r"(?:\A\s*|\n)\[\[(system|human|gpt)\]\]: ")
@@ -38,10 +41,10 @@ DataJuicer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Original:
-    """What LLaVA's file says of a record whose caption alone was kept."""
+    """The part of a LLaVA record that a caption in Data-Juicer's form lacks."""
 
     id: str | int
-    """As it is written there; Data-Juicer's records have it as text."""
+    """As in LLaVA's file; Data-Juicer's records have it as text."""
     question: str
 
 
@@ -51,19 +54,20 @@ class Original:
 def to_messages(record: Llava) -> tuple[list[Message], list[str]]:
     """A LLaVA record's messages, and its pictures, one for each `<image>` in them.
 
-    Raises BadRecordError for turns that do not alternate and end with an answer, or hold more or fewer places.
+    Raises BadRecordError if the turns do not alternate and end with an answer, if one is empty, or if `<image>` occurs
+    more or less often than there are pictures.
     """
     turns, pictures = turns_of(record), pictures_of(record)
     speakers = [speaker for speaker, _ in turns]
     spoken = speakers[1:] if speakers[0] == "system" else speakers
     if not spoken or spoken != ["human", "gpt"] * (len(spoken) // 2):
-        raise BadRecordError("human and gpt do not take turns", ", ".join(speakers)[:100])
+        raise BadRecordError("human and gpt do not alternate", ", ".join(speakers)[:100])
     for place, (speaker, value) in enumerate(turns, start=1):
         if not value.strip():
-            raise BadRecordError("an empty turn", f"turn {place}, of {speaker}")
+            raise BadRecordError("empty turn", f"turn {place}, from {speaker}")
     places = sum(value.count(PLACE) for speaker, value in turns if speaker != "gpt")
     if places != len(pictures):
-        raise BadRecordError("not one <image> for each picture", f"found {places} for {len(pictures)}")
+        raise BadRecordError("not one <image> for each picture", f"found {places} for {len(pictures)} pictures")
     return [{"role": ROLES[speaker], "content": value} for speaker, value in turns], pictures
 
 
@@ -79,7 +83,7 @@ def _llava(name: str | int, turns: list[tuple[str, str]], pictures: list[str]) -
 
 
 def id_of(record: Mapping[str, Any]) -> str | int:
-    """A record's id. Raises BadRecordError where it is neither text nor a whole number."""
+    """A record's id. Raises BadRecordError if it is neither a non-empty string nor an integer."""
     name = record.get("id")
     if type(name) is int or (isinstance(name, str) and name.strip()):
         return name
@@ -87,7 +91,7 @@ def id_of(record: Mapping[str, Any]) -> str | int:
 
 
 def turns_of(record: Llava) -> list[tuple[str, str]]:
-    """Who says what in a LLaVA record. Raises BadRecordError where that cannot be told."""
+    """The turns of a LLaVA record, each with speaker and text. Raises BadRecordError for any other form."""
     found = record.get("conversations")
     if not isinstance(found, list) or not found:
         raise BadRecordError("no conversations", repr(found)[:100])
@@ -95,20 +99,20 @@ def turns_of(record: Llava) -> list[tuple[str, str]]:
     for turn in found:
         speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(value, str):
-            raise BadRecordError("a turn is not from system, human or gpt with a text as its value", repr(turn)[:100])
+            raise BadRecordError("a turn lacks a `from` (system, human or gpt) or a text as `value`", repr(turn)[:100])
         turns.append((speaker, value))
     return turns
 
 
 def pictures_of(record: Llava) -> list[str]:
-    """The pictures of a LLaVA record. Raises BadRecordError for what are no names."""
+    """The names of a LLaVA record's pictures. Raises BadRecordError for anything else in `image`."""
     found = record.get("image")
     return _names([] if found in (None, "") else [found] if isinstance(found, str) else found)
 
 
 def _names(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise BadRecordError("pictures are no list of names", repr(value)[:100])
+        raise BadRecordError("pictures are not a list of names", repr(value)[:100])
     return value
 
 
@@ -116,9 +120,9 @@ def _names(value: Any) -> list[str]:
 
 
 def to_dj(record: Llava) -> DataJuicer:
-    """A LLaVA record with all its turns as Data-Juicer's.
+    """The Data-Juicer record with all turns of a LLaVA record.
 
-    Raises BadRecordError where a turn holds what marks a turn, a picture or an end there: it could not be told apart.
+    Raises BadRecordError if a turn contains one of Data-Juicer's marks of a turn, a picture or an end.
     """
     turns = turns_of(record)
     text = "\n".join(f"[[{speaker}]]: {_for_dj(value)}" for speaker, value in turns)
@@ -126,66 +130,66 @@ def to_dj(record: Llava) -> DataJuicer:
 
 
 def to_dj_caption(record: Llava) -> DataJuicer:
-    """A LLaVA record of one question and its answer as Data-Juicer's, which keeps the answer alone."""
+    """The Data-Juicer record with only the answer of a LLaVA record. Raises BadRecordError for more than one answer."""
     turns, pictures = turns_of(record), pictures_of(record)
     if [speaker for speaker, _ in turns] != ["human", "gpt"]:
         raise BadRecordError("not one question and one answer", f"found {len(turns)} turns")
     if PLACE in turns[1][1]:
-        raise BadRecordError("a picture in an answer", turns[1][1][:100])
+        raise BadRecordError("an answer contains <image>", turns[1][1][:100])
     text = f"{DJ_PLACE}\n" * len(pictures) + f"{_for_dj(turns[1][1])} {DJ_END}"
     return {"id": str(id_of(record)), "text": text, "images": pictures}
 
 
 def _for_dj(value: str) -> str:
-    mark = _MARK.search(f"{value} ")  # a blank sets it apart from the end
+    mark = _MARK.search(f"{value} ")  # because a blank comes before the end mark
     taken = mark.group() if mark else next((mark for mark in (DJ_PLACE, DJ_END) if mark in value), None)
     if taken is not None:
-        raise BadRecordError("a turn holds a mark of Data-Juicer's", taken)
+        raise BadRecordError("a turn contains a Data-Juicer mark", taken)
     return value.replace(PLACE, DJ_PLACE)
 
 
 def has_turns(record: DataJuicer) -> bool:
-    """Whether a Data-Juicer record has all turns, and not a caption alone."""
+    """Whether a Data-Juicer record has all turns, not only a caption."""
     return _TURN.match(text_of_dj(record)) is not None
 
 
 def text_of_dj(record: DataJuicer) -> str:
-    """The text of a Data-Juicer record. Raises BadRecordError where it is none."""
+    """The text of a Data-Juicer record. Raises BadRecordError if it is not a string."""
     text = record.get("text")
     if not isinstance(text, str):
-        raise BadRecordError("text is no text", repr(text)[:100])
+        raise BadRecordError("text is not a string", repr(text)[:100])
     return text
 
 
 def from_dj(record: DataJuicer, name: str | int | None = None) -> Llava:
-    """The LLaVA record of a Data-Juicer record with all turns. `name`: its id in LLaVA's file, where that is known."""
+    """The LLaVA record of a Data-Juicer record with all turns. `name` is its id in LLaVA's file, if known."""
     pieces = _TURN.split(text_of_dj(record))
     if len(pieces) < 3 or pieces[0].strip():
-        raise BadRecordError("no [[human]]: and [[gpt]]: in its text", pieces[0][:100])
+        raise BadRecordError("no [[human]]: and [[gpt]]: in the text", pieces[0][:100])
     speakers, values = pieces[1::2], [_without_end(value).replace(DJ_PLACE, PLACE) for value in pieces[2::2]]
     turns = list(zip(speakers, values, strict=True))
     return _llava(id_of(record) if name is None else name, turns, _pictures(record, turns))
 
 
 def restored(record: DataJuicer, originals: Mapping[str, Original | None]) -> Llava:
-    """The LLaVA record of a caption, with the question that the original file has under its id; of a caption that was
-    added to a record, under that one's, its `original_id`.
+    """The LLaVA record of a caption, with the question that LLaVA's file has under its id, or under its `original_id`
+    for a caption that was added to another record.
 
-    `originals` are by their ids as text; None where several records of one id ask differently. Raises BadRecordError
-    for a question that cannot be found.
+    `originals` are by id as text; None where records with the same id have different questions. Raises BadRecordError
+    if the question cannot be found.
     """
     name = id_of({"id": record.get("original_id", record.get("id"))})
     if str(name) not in originals:
-        raise BadRecordError("its question is not in the original file", str(name))
+        raise BadRecordError("no question with its id in the LLaVA file", str(name))
     original = originals[str(name)]
     if original is None:
-        raise BadRecordError("the original file has several questions of its id", str(name))
+        raise BadRecordError("several questions with its id in the LLaVA file", str(name))
     turns = [("human", original.question), ("gpt", caption_in(text_of_dj(record)))]
     return _llava(original.id, turns, _pictures(record, turns))
 
 
 def _pictures(record: DataJuicer, turns: list[tuple[str, str]]) -> list[str]:
-    """Its pictures. An operator that writes a second caption names the picture again: then each counts once."""
+    """The names of a record's pictures. Operators that add a caption repeat the name; then each name counts once."""
     pictures = _names(record.get("images") or [])
     once = list(dict.fromkeys(pictures))
     places = sum(value.count(PLACE) for speaker, value in turns if speaker != "gpt")
@@ -193,9 +197,9 @@ def _pictures(record: DataJuicer, turns: list[tuple[str, str]]) -> list[str]:
 
 
 def caption_in(text: str) -> str:
-    """The caption in a Data-Juicer text: without the marks of its pictures, and of its end.
+    """The caption in a Data-Juicer text, without the marks of pictures and end.
 
-    With each mark goes the one blank or line end that sets it apart. Several chunks become lines.
+    Removes each mark with the one blank or line end beside it. Several chunks become lines.
     """
     place = DJ_PLACE if DJ_PLACE in text else PLACE
     caption = _without_end(text)

@@ -1,4 +1,4 @@
-"""The pictures that questions show, put into the run: checked, and padded to squares where that is wanted."""
+"""The pictures of questions, stored in the run: checked, and padded to squares if the recipe asks for it."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ from stages.contract.files import written_atomically
 from stages.tasks.common.json_lines import BadRecordError
 
 MEAN_COLOUR = (122, 116, 104)
-"""CLIP's mean, with which LLaVA-1.5 pads: nothing, to the vision tower."""
+"""CLIP's mean colour, with which LLaVA-1.5 pads; about 0 in the vision tower's input."""
 
 
 @dataclass(frozen=True)
@@ -22,34 +22,35 @@ class Stored:
     """A picture in <run>/preprocess/pictures."""
 
     name: str
+    """File name in that folder."""
     digest: str
-    """sha256 (hex) of its file as it was."""
+    """sha256 (hex) of the picture file as the data have it."""
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Prepared:
     stored: Stored
     content: bytes | None
-    """Of its file; None where that is there already."""
+    """Content of the file to write; None where the file exists already."""
 
 
 class Pictures:
-    """Puts pictures into a folder of the run, each once, under its digest; one that is there is not made again."""
+    """Stores pictures in a folder of the run, each once, named by its digest. Existing files are not written again."""
 
     def __init__(self, data: Path, folder: Path, pad: bool) -> None:
         self._data, self._folder, self._pad = data, folder, pad
-        self._there = {path.stem: path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        self._existing = {path.stem: path.name for path in folder.iterdir() if not path.name.startswith(".")}
         self._known: dict[str, Stored | BadRecordError] = {}
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Do several pictures at once, as many as there are CPUs; `of_file` tells what has become of them."""
+        """Read and store pictures, one per CPU at a time. `of_file` returns each one, or raises its error."""
         new = [name for name in dict.fromkeys(names) if name not in self._known]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for name, made in zip(new, pool.map(self._read, new), strict=True):
-                self._known[name] = made if isinstance(made, BadRecordError) else self._kept(made)
+            for name, prepared in zip(new, pool.map(self._read, new), strict=True):
+                self._known[name] = prepared if isinstance(prepared, BadRecordError) else self._store(prepared)
 
     def of_file(self, name: str) -> Stored:
-        """A picture by its name below the data folder. Raises BadRecordError where there is none."""
+        """A picture by its name below the data folder. Raises BadRecordError if it cannot be used."""
         self.fetch([name])
         found = self._known[name]
         if isinstance(found, BadRecordError):
@@ -57,52 +58,52 @@ class Pictures:
         return found
 
     def of_bytes(self, data: bytes, name: str) -> Stored:
-        """A picture by its file's content. Raises BadRecordError where that is none, or broken."""
-        return self._kept(self._made(data, name))
+        """A picture by its file's content. Raises BadRecordError if that is not a picture, or damaged."""
+        return self._store(self._prepare(data, name))
 
-    def _read(self, name: str) -> _Made | BadRecordError:
+    def _read(self, name: str) -> _Prepared | BadRecordError:
         path = PurePosixPath(name)
         if path.is_absolute() and path.is_relative_to(self._data):
             path = path.relative_to(self._data)
         if path.is_absolute() or ".." in path.parts:
             return BadRecordError("picture outside the data folder", name)
         try:
-            return self._made((self._data / path).read_bytes(), name)
+            return self._prepare((self._data / path).read_bytes(), name)
         except OSError as error:
             return BadRecordError("picture cannot be read", f"{name} ({error.strerror})")
-        except ValueError as error:  # a name that no file can have, such as one with a null byte
+        except ValueError as error:  # an impossible file name, such as one with a null byte
             return BadRecordError("picture cannot be read", f"{name!a} ({error})")
         except BadRecordError as error:
             return error
 
-    def _made(self, data: bytes, name: str) -> _Made:
+    def _prepare(self, data: bytes, name: str) -> _Prepared:
         digest = hashlib.sha256(data).hexdigest()
         stem = digest[:32] + ("-square" if self._pad else "")
-        if stem in self._there:
-            return _Made(Stored(self._there[stem], digest), None)
+        if stem in self._existing:
+            return _Prepared(Stored(self._existing[stem], digest), None)
         try:
             with Image.open(io.BytesIO(data)) as picture:
                 kind = str(picture.format)
                 if self._pad and picture.width != picture.height:
-                    kind, data = ("JPEG" if kind == "JPEG" else "PNG"), _squared(picture)
+                    kind, data = ("JPEG" if kind == "JPEG" else "PNG"), _padded_file(picture)
                 else:
-                    picture.draft("RGB", (1, 1))  # a JPEG that is cut off is found out without all the work
+                    picture.draft("RGB", (1, 1))  # finds a truncated JPEG without decoding it in full
                     picture.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BadRecordError("no picture, or a broken one", f"{name} ({' '.join(str(error).split())})") from error
-        return _Made(Stored(f"{stem}.{'jpg' if kind == 'JPEG' else kind.lower()}", digest), data)
+            raise BadRecordError("not a picture, or damaged", f"{name} ({' '.join(str(error).split())})") from error
+        return _Prepared(Stored(f"{stem}.{'jpg' if kind == 'JPEG' else kind.lower()}", digest), data)
 
-    def _kept(self, made: _Made) -> Stored:
-        path = self._folder / made.stored.name
-        if made.content is not None and path.stem not in self._there:
+    def _store(self, prepared: _Prepared) -> Stored:
+        path = self._folder / prepared.stored.name
+        if prepared.content is not None and path.stem not in self._existing:
             with written_atomically(path, "wb") as file:
-                file.write(made.content)
-            self._there[path.stem] = path.name
-        return made.stored
+                file.write(prepared.content)
+            self._existing[path.stem] = path.name
+        return prepared.stored
 
 
-def _squared(picture: Image.Image) -> bytes:
-    """The file of a picture in the middle of a square of its longer side."""
+def _padded_file(picture: Image.Image) -> bytes:
+    """The file content of a picture centred in a square of its longer side."""
     side = max(picture.size)
     square = Image.new("RGB", (side, side), MEAN_COLOUR)
     square.paste(picture.convert("RGB"), ((side - picture.width) // 2, (side - picture.height) // 2))

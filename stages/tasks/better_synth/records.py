@@ -1,4 +1,4 @@
-"""The questions of better_synth: what is trained on, TextVQA's and MMBench's."""
+"""The questions of better_synth: those to train on, TextVQA's and MMBench's."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -34,14 +34,14 @@ from stages.tasks.common.wording import plain
 from stages.tasks.task import Given, Skip
 
 PRETRAIN, FINETUNE, TEXTVQA, MMBENCH = "pretrain", "finetune", "textvqa", "mmbench"
-"""The data sets; the first two are trained on, as data mixes name them."""
+"""The data sets. Data mixes name the first two, which are trained on."""
 
 FILES = {PRETRAIN: "records.jsonl", FINETUNE: "finetune.json", TEXTVQA: "textvqa.jsonl", MMBENCH: "mmbench.tsv"}
 ORIGINALS = "records_llava.json"
 ANNOTATIONS = "textvqa_annotations.json"
 
 AHEAD = 512
-"""Records whose pictures are done together."""
+"""Number of records whose pictures are stored in parallel."""
 
 
 class Samples(Section):
@@ -49,35 +49,40 @@ class Samples(Section):
 
     pad: bool = Field(
         True,
-        description="Pad pictures to squares, as LLaVA-1.5 does (image_aspect_ratio pad): else what its picture"
-        " processor cuts off at the sides is never seen",
+        description="Pad pictures to squares, as LLaVA-1.5 does (image_aspect_ratio pad). false: its picture processor"
+        " crops the longer side, and the model never sees the cropped parts",
     )
-    ocr: bool = Field(True, description="Leave the words that a reader of the picture found in TextVQA's prompts")
+    ocr: bool = Field(True, description="Keep the OCR words in TextVQA's prompts; false: remove them")
     circular: bool = Field(
-        True, description="MMBench's circular evaluation: a question counts when all rotations of its options are right"
+        True,
+        description="MMBench's circular evaluation: a question is right if it is right with every rotation of its"
+        " options. false: each question is asked once",
     )
-    textvqa_images: str = Field("", description="Folder of the pictures that textvqa.jsonl names, below data.path")
+    textvqa_images: str = Field(
+        "",
+        description="Folder of the pictures that textvqa.jsonl names, relative to data.path; empty: data.path itself",
+    )
 
 
 @dataclass(frozen=True)
 class PictureQuestion:
-    """A conversation to learn from, or a question of a test set."""
+    """A conversation to train on, or a question of a test set."""
 
     id: str
     """Begins with the data set's name."""
     source: str
     messages: tuple[Message, ...]
-    """All but the last answer, with `<image>` for each of `images`."""
+    """All messages before the last answer, with `<image>` for each of `images`."""
     images: tuple[str, ...]
-    """Names in <run>/preprocess/pictures."""
+    """File names in <run>/preprocess/pictures."""
     answers: tuple[str, ...]
     group: str
-    """The same for the same picture: what is trained on must show none of a test set."""
+    """The first picture, because training samples must show no picture of a test set."""
     split: Given
     meta: dict[str, Any] = field(default_factory=dict)
-    """What reading an answer, scoring it and handing it in need."""
+    """Values for reading an answer, scoring it and submitting it."""
     error: str | None = None
-    """Why it cannot be asked; it stays in the test set, to be counted as failed."""
+    """Why it cannot be answered. It stays in the test set and counts as failed."""
 
     @property
     def text(self) -> str:
@@ -92,16 +97,16 @@ def _group(digest: str) -> str:
 
 
 def sources(folder: Path) -> list[str]:
-    """The data sets in the data folder that can be trained on. Raises DataError where there is none."""
+    """The data sets in the data folder that can be trained on, sorted. Raises DataError where there is none."""
     found = [name for name in (FINETUNE, PRETRAIN) if (folder / FILES[name]).is_file()]
     if not found:
-        raise DataError(f"{folder}: nothing to train on: neither {FILES[PRETRAIN]} nor {FILES[FINETUNE]}")
+        raise DataError(f"{folder}: nothing to train on; put {FILES[PRETRAIN]} or {FILES[FINETUNE]} there")
     return found
 
 
 def records_file(folder: Path) -> Path:
-    """The file of Data-Juicer records. Raises DataError where it is not there, and where a record in it is a caption
-    alone and the file with the questions is not there."""
+    """The file of Data-Juicer records. Raises DataError if it is missing, or if it has captions without questions and
+    the file with their questions is missing."""
     path, originals = folder / FILES[PRETRAIN], folder / ORIGINALS
     if not path.is_file():
         raise DataError(f"{path}: no such file; put the records in Data-Juicer's form there")
@@ -110,37 +115,37 @@ def records_file(folder: Path) -> Path:
             with suppress(BadRecordError):
                 if not has_turns(_record_in(row)):
                     raise DataError(
-                        f"{originals}: no such file: {row.where} is a caption alone, whose question is looked up there"
+                        f"{originals}: no such file; put the question of {row.where} there, which has only a caption"
                     )
     return path
 
 
 def other_questions(folder: Path, pictures: Path, settings: Samples, skip: Skip) -> list[PictureQuestion]:
-    """The questions of the test sets, and what is learnt from conversations. What cannot be used is skipped with its
-    file and line. Raises DataError where there is nothing to test on."""
+    """The questions of the test sets, then the conversations to train on. Unusable ones go to `skip` with file and
+    line. Raises DataError where there is nothing to test on."""
     sources(folder)
     store = Pictures(folder, pictures, settings.pad)
     tested = [*_textvqa_questions(folder, settings, store, skip), *_mmbench_questions(folder, settings, store, skip)]
     if not tested:
-        raise DataError(f"{folder}: no question to test on: neither in {FILES[TEXTVQA]} nor in {FILES[MMBENCH]}")
-    return [*tested, *_finetune_questions(folder, store, _shown(tested), skip)]
+        raise DataError(f"{folder}: no question to test on; put {FILES[TEXTVQA]} or {FILES[MMBENCH]} there")
+    return [*tested, *_finetune_questions(folder, store, _picture_groups(tested), skip)]
 
 
 def caption_questions(
     folder: Path, records: Path, pictures: Path, settings: Samples, others: list[PictureQuestion], skip: Skip
 ) -> list[PictureQuestion]:
-    """What is learnt from records; `others` are all other questions."""
+    """The captions to train on from the file `records`; `others` are all other questions."""
     tested = [question for question in others if question.source in (TEXTVQA, MMBENCH)]
     store = Pictures(folder, pictures, settings.pad)
-    return list(_pretrain_questions(folder, records, store, _shown(tested), skip))
+    return list(_pretrain_questions(folder, records, store, _picture_groups(tested), skip))
 
 
-def _shown(tested: list[PictureQuestion]) -> set[str]:
-    """The pictures of the test sets."""
+def _picture_groups(tested: list[PictureQuestion]) -> set[str]:
+    """The groups of the pictures that the test sets show."""
     return {question.group for question in tested}
 
 
-# -- to train on -------------------------------------------------------------------------------------------------
+# -- training sets -----------------------------------------------------------------------------------------------
 
 
 def _finetune_questions(folder: Path, store: Pictures, tested: set[str], skip: Skip) -> Iterator[PictureQuestion]:
@@ -152,7 +157,7 @@ def _finetune_questions(folder: Path, store: Pictures, tested: set[str], skip: S
 def _pretrain_questions(
     folder: Path, records: Path, store: Pictures, tested: set[str], skip: Skip
 ) -> Iterator[PictureQuestion]:
-    """Captions, each with the question that its original asks."""
+    """Captions, each with its question from LLaVA's file."""
     if not records.is_file():
         return
     path = folder / ORIGINALS
@@ -168,7 +173,7 @@ def _pretrain_questions(
 
 
 def read_originals(path: Path, skip: Skip) -> dict[str, Original | None]:
-    """The questions of a LLaVA file by their ids as text; None where several records of one id ask differently."""
+    """The questions of a LLaVA file by id as text; None where records with the same id have different questions."""
     found: dict[str, Original | None] = {}
     for row in read_rows(path):
         try:
@@ -176,7 +181,7 @@ def read_originals(path: Path, skip: Skip) -> dict[str, Original | None]:
             name = id_of(record)
             question = next(value for speaker, value in turns_of(record) if speaker == "human")
         except StopIteration:
-            skip(row.where, "no question in it")
+            skip(row.where, "no turn from human")
             continue
         except BadRecordError as error:
             skip(row.where, error.reason, str(error))
@@ -198,21 +203,21 @@ def _record_in(row: Row) -> dict[str, Any]:
 def _conversations(
     source: str, path: Path, read: Callable[[Row], Llava], store: Pictures, tested: set[str], skip: Skip
 ) -> Iterator[PictureQuestion]:
-    """The conversations of a file; `read` makes a LLaVA record of a row. An id may come again, as in LLaVA's own mix,
-    or where Data-Juicer writes a second caption: the samples are numbered then."""
+    """The conversations of a file; `read` converts a row to a LLaVA record. Samples with the same id are numbered: ids
+    repeat in LLaVA's own mix, and where Data-Juicer writes a second caption."""
     times: dict[str, int] = {}
     seen: set[str] = set()
-    for row, record in _with_pictures(path, read, store):
+    for row, record in _read_records(path, read, store):
         try:
             if isinstance(record, BadRecordError):
                 raise record
             digest = digest_of(record)
             if digest in seen:
-                raise BadRecordError("the same record again", str(record["id"]))
+                raise BadRecordError("duplicate record", str(record["id"]))
             seen.add(digest)
             question = _conversation(record, source, store)
             if not tested.isdisjoint(question.meta["pictures"]):
-                raise BadRecordError("it shows a picture of a test set", question.id)
+                raise BadRecordError("shows a picture of a test set", question.id)
         except BadRecordError as error:
             skip(row.where, error.reason, str(error))
             continue
@@ -220,10 +225,10 @@ def _conversations(
         yield question if count == 1 else replace(question, id=f"{question.id}#{count}")
 
 
-def _with_pictures(
+def _read_records(
     path: Path, read: Callable[[Row], Llava], store: Pictures
 ) -> Iterator[tuple[Row, Llava | BadRecordError]]:
-    """The records of a file, their pictures done before they come; or what is wrong with them."""
+    """The rows of a file, each with its LLaVA record, whose pictures are stored, or with the record's error."""
 
     def attempt(row: Row) -> Llava | BadRecordError:
         try:
@@ -245,7 +250,7 @@ def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestio
     messages, names = to_messages(record)
     images = [store.of_file(each) for each in names]
     groups = [_group(image.digest) for image in images]
-    *asked, answer = [_as_shown(message) for message in messages]
+    *asked, answer = [_without_placeholders(message) for message in messages]
     return PictureQuestion(
         id=f"{source}/{name}",
         source=source,
@@ -258,17 +263,17 @@ def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestio
     )
 
 
-def _as_shown(message: Message) -> Message:
-    """A message in which only the places of pictures are placeholders, and none in an answer."""
+def _without_placeholders(message: Message) -> Message:
+    """The message with all placeholders broken up but those of pictures; in an answer, those too."""
     pieces = message["content"].split(PLACE) if message["role"] != "assistant" else [message["content"]]
     return {"role": message["role"], "content": PLACE.join(map(plain, pieces))}
 
 
-# -- to test on --------------------------------------------------------------------------------------------------
+# -- test sets ---------------------------------------------------------------------------------------------------
 
 
 def _below_picture(text: str) -> tuple[Message, ...]:
-    """What is asked about one picture, which stands first."""
+    """The user message with one picture, then a text."""
     return ({"role": "user", "content": f"{PLACE}\n{plain(text)}"},)
 
 
@@ -281,7 +286,7 @@ def _textvqa_questions(folder: Path, settings: Samples, store: Pictures, skip: S
     for question in textvqa.read_questions(path, answers, skip):
         name = question.question_id
         times[name] = times.get(name, 0) + 1
-        yield _tested(
+        yield _with_picture(
             store,
             str(PurePosixPath(settings.textvqa_images) / question.image),
             PictureQuestion(
@@ -302,25 +307,25 @@ _WORDS_BEFORE = re.compile(r"\A((?:<image>\n)?)OCR tokens: .*?(?=Question: )", r
 
 
 def without_words(prompt: str) -> str:
-    """A TextVQA prompt without the words that a reader of the picture found, in either of LLaVA's forms."""
+    """A TextVQA prompt without its OCR words, in either of LLaVA's forms."""
     return _WORDS_BEFORE.sub(r"\1", _WORDS_LINE.sub("", prompt))
 
 
-def _tested(store: Pictures, name: str, question: PictureQuestion) -> PictureQuestion:
-    """A question of a test set with its picture; where that is no use, with why. It is never left out."""
+def _with_picture(store: Pictures, name: str, question: PictureQuestion) -> PictureQuestion:
+    """A test question with its picture, or with the error of its picture. It is never left out."""
     try:
-        return _showing(question, store.of_file(name))
+        return _with_stored(question, store.of_file(name))
     except BadRecordError as error:
         return replace(question, group=question.id, error=f"{error.reason}: {error}")
 
 
-def _showing(question: PictureQuestion, picture: Stored) -> PictureQuestion:
+def _with_stored(question: PictureQuestion, picture: Stored) -> PictureQuestion:
     return replace(question, images=(picture.name,), group=_group(picture.digest))
 
 
 def _mmbench_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> list[PictureQuestion]:
-    """The questions, each as often as it has options, these rotated; once where the table has no answer for it, or
-    holds the rotations itself. Of the latter a question that lacks one is left out: it would be easier."""
+    """The questions, each repeated with its options rotated; once if the table has no answer for it or contains the
+    rotations. In the latter case, questions that lack a rotation go to `skip`: they would be easier."""
     path = folder / FILES[MMBENCH]
     if not path.is_file():
         return []
@@ -331,21 +336,23 @@ def _mmbench_questions(folder: Path, settings: Samples, store: Pictures, skip: S
         picture, error = _picture_of(row, shown, store)
         for turn in mmbench.rounds(row, rotate=rotate and row.answer is not None):
             question = _mmbench_question(row, turn, settings.circular)
-            found.append(_showing(question, picture) if picture else replace(question, group=question.id, error=error))
+            found.append(
+                _with_stored(question, picture) if picture else replace(question, group=question.id, error=error)
+            )
     if rotate or not settings.circular:
         return found
     lacking = set(mmbench.incomplete([(each.meta["of"], len(each.meta["options"])) for each in found]))
     for question in found:
         if question.meta["of"] in lacking:
-            skip(question.id, "not all rotations are there", f"of question {question.meta['of']}")
+            skip(question.id, "rotations are missing", f"of question {question.meta['of']}")
     return [question for question in found if question.meta["of"] not in lacking]
 
 
 def _picture_of(row: mmbench.MMBenchRow, shown: dict[int, Stored], store: Pictures) -> tuple[Stored | None, str | None]:
-    """A row's picture, which another row before it may hold; or why there is none."""
+    """A row's picture, which an earlier row may have, or the reason why there is none."""
     if row.picture_of != row.index:
         other = shown.get(row.picture_of)
-        return other, None if other else f"its picture is that of row {row.picture_of}, and none before it has one"
+        return other, None if other else f"its picture is that of row {row.picture_of}, which has none before it"
     try:
         shown[row.index] = store.of_bytes(mmbench.picture_bytes(row), row.where)
     except BadRecordError as error:
@@ -379,8 +386,8 @@ def _mmbench_question(row: mmbench.MMBenchRow, turn: mmbench.Round, circular: bo
 
 
 def asked_rows(folder: Path, tested: list[PictureQuestion]) -> list[dict[str, Any]]:
-    """A line for each TextVQA question and each row of MMBench's table, in the files' order. `asked` is what LLaVA's
-    lines say of the question, `ids` are the samples; of a row's rotations the first is handed in."""
+    """A row for each TextVQA question and each row of MMBench's table, in the files' order. `asked` has the keys of
+    LLaVA's lines about the question, `ids` the samples. The first rotation of a row is submitted."""
     rows: dict[str, dict[str, Any]] = {}
     for question in tested:
         meta = question.meta

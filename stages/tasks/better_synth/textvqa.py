@@ -1,7 +1,7 @@
-"""TextVQA: its questions and human answers as LLaVA's scripts publish them, and its accuracy.
+"""TextVQA: its questions and human answers in the form of LLaVA's scripts, and its accuracy.
 
-The accuracy is that of MMF (`EvalAIAnswerProcessor` and `TextVQAAccuracyEvaluator` of Singh et al. 2019, 'Towards VQA
-Models That Can Read'), which LLaVA, MGM and nearly every published figure are computed with.
+The accuracy is MMF's (`EvalAIAnswerProcessor` and `TextVQAAccuracyEvaluator` of Singh et al. 2019, 'Towards VQA
+Models That Can Read'), which LLaVA, MGM and nearly all published figures use.
 
     <name>.jsonl        {"question_id": <image id>, "image": "<file>", "text": "<prompt>"}, one a line
     <annotations>.json  {"data": [{"image_id": ..., "question": "...", "answers": [10 texts]}]}
@@ -19,18 +19,18 @@ from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, 
 from stages.tasks.task import Skip
 
 HUMANS = 10
-"""Answers that a question has."""
+"""Number of human answers of a question."""
 
 Cleaning = Literal["mmf", "mended"]
-"""`mmf`: to the bit what MMF's program does, slips and all, as published figures were made. `mended`: what it meant.
+"""`mmf`: exactly as MMF's program, including its bugs, which published figures include. `mended`: with the bugs fixed.
 
-Its pattern of a lone period, `(?!<=\\d)(\\.)(?!\\d)`, means to look behind for no digit, but is misspelt and always
-holds: "3." becomes "3". And it takes `re.UNICODE`, 32, for how many periods are removed. A third slip, that its table
-of numbers learns every word it sees, changes no answer.
+MMF's pattern for a lone period, `(?!<=\\d)(\\.)(?!\\d)`, is meant to look behind for a digit, but the misspelt
+lookbehind always succeeds: "3." becomes "3". MMF also passes `re.UNICODE`, which is 32, as the number of periods to
+remove. A third bug, that its table of numbers adds every word it meets, changes no answer.
 """
 
 Annotations = Mapping[tuple[str, str], Sequence[str]]
-"""Human answers by image id and question in lower case."""
+"""Human answers by image id and lower-case question."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class TextVqaQuestion:
     """A question about the text in a picture."""
 
     question_id: str
-    """The picture's id, which several questions share."""
+    """The picture's id, which several questions may share."""
     image: str
-    """File name of the picture, as the file has it."""
+    """File name of the picture, as in the questions file."""
     prompt: str
-    """What the model is asked, perhaps with the words that a reader of the picture found."""
+    """The text of the prompt, possibly with OCR words."""
     question: str
-    """The question alone, in lower case, as it joins question and annotation."""
+    """The question alone in lower case, by which its annotation is found."""
     answers: tuple[str, ...]
-    """Ten, one of each human, with repetitions; none where there are no annotations."""
+    """Ten human answers, with repetitions; empty without annotations."""
     where: str
     """File and line."""
 
@@ -54,14 +54,14 @@ class TextVqaQuestion:
 # -- the accuracy ------------------------------------------------------------------------------------------------
 
 BY_HUMANS = (0.0, 0.3, 0.6, 0.9, 1.0)
-"""Accuracy of an answer that so many humans gave, 4 and more alike: the mean of min(1, others who gave it / 3) over the
-ten ways to leave one human out."""
+"""Accuracy of an answer by how many humans gave it, 4 meaning 4 or more: the mean of min(1, matches / 3) over the ten
+ways to leave one human out."""
 
 
 def accuracy(answer: str, references: Sequence[str], cleaning: Cleaning = "mmf") -> float:
-    """Accuracy in 0..1 of one answer against the ten humans' answers. Raises DataError where they are not ten."""
+    """The accuracy of one answer in 0..1 against ten human answers. Raises DataError for another number of them."""
     if len(references) != HUMANS:
-        raise DataError(f"a TextVQA question with {len(references)} human answers: its accuracy is one of {HUMANS}")
+        raise DataError(f"a TextVQA question has {len(references)} human answers; its accuracy needs {HUMANS}")
     cleaned = clean(answer, cleaning)
     agree = sum(clean(reference, cleaning) == cleaned for reference in references)
     return BY_HUMANS[min(agree, len(BY_HUMANS) - 1)]
@@ -71,7 +71,7 @@ PUNCTUATION = r';/[]"{}()=+\_-><@`,?!'
 
 _LONE_PERIOD = {"mmf": re.compile(r"\.(?!\d)"), "mended": re.compile(r"(?<!\d)\.(?!\d)")}
 _MOST_PERIODS = {"mmf": int(re.UNICODE), "mended": 0}
-"""Of those that are removed; 0: all."""
+"""Number of lone periods that are removed; 0: all."""
 
 _NUMBERS = {
     word: str(value)
@@ -84,11 +84,12 @@ _ARTICLES = ("a", "an", "the")
 
 
 def clean(text: str, cleaning: Cleaning = "mmf") -> str:
-    """An answer as it is compared, by MMF's rules in their order.
+    """An answer normalised for comparison, by MMF's rules in their order.
 
-    Lower case; commas and question marks out; `'s` apart; each sign of PUNCTUATION out where it touches a blank
-    anywhere in the text, else a blank; lone periods out; number words up to ten as digits; articles out; apostrophes
-    put into contractions. (MMF also takes punctuation out of texts such as "1,000"; by then no comma is left in any.)
+    Lower case; remove commas and question marks; put a blank before `'s`; remove each sign of PUNCTUATION if it touches
+    a blank anywhere in the text, else replace it by a blank; remove lone periods; write number words up to ten as
+    digits; remove articles; add apostrophes to contractions. (MMF also has a rule for texts such as "1,000", which
+    never applies because all commas are removed before.)
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -119,17 +120,17 @@ yall:y'all yall'll:y'all'll y'allll:y'all'll yall'd've:y'all'd've y'alld've:y'al
 youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're youve:you've
 """
 _CONTRACTIONS = dict(pair.split(":") for pair in _TABLE.split())
-"""MMF's table, its one that takes an apostrophe out included. Left out are those that no cleaned word can be: with a
-capital (so that "Im" stays "im"), with `'s`, or equal to what they become."""
+"""MMF's table, including its one entry that removes an apostrophe. It omits entries that never match a cleaned word:
+with a capital (so "Im" stays "im") or with `'s`; and entries that change nothing."""
 
 
-# -- its files ---------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------
 
 
 def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> Iterator[TextVqaQuestion]:
-    """The questions of a file, line by line; what cannot be used, and with annotations what has none, is skipped.
+    """The questions of a file, line by line. Unusable lines go to `skip`, also those without an annotation.
 
-    `annotations` is None where nothing is to be scored.
+    `annotations` is None if nothing is scored.
     """
     for number, line in lines_in(path):
         where = f"{path.name}:{number}"
@@ -143,12 +144,12 @@ def _question(line: bytes, annotations: Annotations | None, where: str) -> TextV
     record = object_in(line)
     name, image = _id(record, "question_id"), text_of(record, "image")
     text_of(record, "text")
-    prompt = str(record["text"])  # as it is: with its blanks it joins the annotation
+    prompt = str(record["text"])  # not stripped: its annotation has the same blanks
     question = question_in(prompt)
     answers: Sequence[str] = ()
     if annotations is not None:
         if (name, question) not in annotations:
-            raise BadRecordError("no annotation of the question", f"image {name}: {question}"[:200])
+            raise BadRecordError("no annotation for the question", f"image {name}: {question}"[:200])
         answers = annotations[name, question]
         if len(answers) != HUMANS:
             raise BadRecordError(f"not {HUMANS} human answers", f"found {len(answers)}")
@@ -158,8 +159,8 @@ def _question(line: bytes, annotations: Annotations | None, where: str) -> TextV
 def question_in(prompt: str) -> str:
     """The question in one of LLaVA's prompts, in lower case. Raises BadRecordError for a prompt of another form.
 
-    By LLaVA's eval_textvqa.py: between "Question: " and " Short answer:" where words that were read come first, else
-    the first of two lines, or of three with such words the one that stands before or after them.
+    By the rules of LLaVA's eval_textvqa.py: the text between "Question: " and " Short answer:" if OCR words come first;
+    the first of two lines; or, of three lines, the one before or after the line with OCR words.
     """
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
@@ -170,30 +171,32 @@ def question_in(prompt: str) -> str:
         return lines[1 if prompt.startswith("Reference OCR token:") else 0].lower()
     elif len(lines) == 2:
         return lines[0].lower()
-    raise BadRecordError("prompt of an unknown form", prompt[:100])
+    raise BadRecordError("unknown form of prompt", prompt[:100])
 
 
 def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
-    """Human answers by image and question; of one that is there twice the last, as LLaVA takes it. Raises DataError for
-    what is no such file."""
+    """Human answers by image and question. The last one counts if a question occurs twice, as in LLaVA. Raises
+    DataError for a file of another form."""
     try:
-        held = json.loads(path.read_bytes())
-        return {(_id(each, "image_id"), each["question"].lower()): _texts(each["answers"]) for each in held["data"]}
+        content = json.loads(path.read_bytes())
+        return {(_id(each, "image_id"), each["question"].lower()): _texts(each["answers"]) for each in content["data"]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BadRecordError) as error:
         raise DataError(
-            f"{path}: not TextVQA's annotations ({type(error).__name__}: {error}); there must be `data`, a list of"
-            " objects with image_id, question and answers"
+            f"{path}: not TextVQA's annotations ({type(error).__name__}: {error}); it needs `data`, a list of objects"
+            " with image_id, question and answers"
         ) from error
 
 
 def _texts(values: list[str]) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TypeError("answers are no list of texts")
+        raise TypeError("answers are not a list of strings")
     return values
 
 
 def _id(record: Mapping[str, object], field: str) -> str:
     value = record.get(field)
     if type(value) not in (str, int):
-        raise BadRecordError(f"no {field}" if value is None else f"{field} is no text", repr(value)[:100])
+        raise BadRecordError(
+            f"no {field}" if value is None else f"{field} is neither a string nor an integer", repr(value)[:100]
+        )
     return str(value)

@@ -1,1 +1,1 @@
-"""What tasks share: reading data, metrics, wording, and defaults for what few tasks have."""
+"""Shared by tasks: reading data, metrics, handling of text, and defaults for the contract."""

@@ -1,4 +1,4 @@
-"""A line of a questions file as a JSON object, and what of it can be used. Tasks read their data with it."""
+"""JSON Lines: the lines of a questions file, each as a JSON object, and the fields of that object."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,10 @@ from typing import Any
 
 
 class BadRecordError(Exception):
-    """A line, or a part of it, that cannot be used."""
+    """A line, or a part of a line, that cannot be used.
+
+    `reason` names the kind of fault, by which skipped records are counted; the message holds the value found.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail)
@@ -15,18 +18,18 @@ class BadRecordError(Exception):
 
 
 def lines_in(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, each with its 1-based number, one after the other."""
+    """The non-blank lines of a file, each with its 1-based number, read one at a time."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, line.removesuffix(b"\n")  # an error's place in it must not be on a second line
+                yield number, line.removesuffix(b"\n")  # else an error at its end would be on a second line
 
 
 def object_in(line: bytes) -> dict[str, Any]:
-    """The JSON object that a line is. Raises BadRecordError for what is none."""
+    """The JSON object in a line. Raises BadRecordError for anything else."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
-        json.dumps(record, ensure_ascii=False).encode()  # half a character, "\\ud83d", is valid JSON but no text
+        json.dumps(record, ensure_ascii=False).encode()  # half a character, "\\ud83d", is valid JSON but not Unicode
     except (ValueError, RecursionError) as error:
         raise BadRecordError("not JSON", str(error)) from error
     if not isinstance(record, dict):
@@ -35,14 +38,14 @@ def object_in(line: bytes) -> dict[str, Any]:
 
 
 def text_of(record: dict[str, Any], field: str) -> str:
-    """A field's text, stripped; an `id` may be a whole number, too. Raises BadRecordError where there is none."""
+    """A field's text, stripped. An `id` may also be an integer. Raises BadRecordError for other and empty values."""
     if field not in record:
         raise BadRecordError(f"no {field}")
     value = record[field]
     if type(value) is int and field == "id":
         value = str(value)
     if not isinstance(value, str):
-        raise BadRecordError(f"{field} is no text", repr(value)[:100])
+        raise BadRecordError(f"{field} is not a string", repr(value)[:100])
     if not value.strip():
         raise BadRecordError(f"empty {field}")
     return value.strip()

@@ -1,5 +1,7 @@
-"""What the text of a question points at: pages and figures of its document, positions. Chinese and English, digits and
-numerals."""
+"""Mentions in the text of a question: pages and figures of its document, and positions.
+
+Reads Chinese and English, digits and Chinese numerals.
+"""
 
 import re
 import unicodedata
@@ -8,7 +10,7 @@ _DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇
 _UNITS = {"十": 10, "百": 100, "千": 1000}
 _CHINESE_NUMBER = "[零〇一二两三四五六七八九十百千]{1,12}"
 _NUMBER = rf"(?:\d{{1,6}}|{_CHINESE_NUMBER})"
-# not \b: Chinese characters are word characters to it, and stand next to English ones without a space
+# not \b, which takes Chinese characters for word characters: they touch English words without a space
 _PAGE_PATTERNS = (
     re.compile(rf"第\s*({_NUMBER}(?:\s*(?:以及|[、,和与與及])\s*第?\s*{_NUMBER}){{0,9}})\s*[页頁]"),
     re.compile(r"(?<![a-z])page\s*(?:(?:no\.?|number)\s*)?(\d{1,6})(?![a-z\d])", re.IGNORECASE),
@@ -39,9 +41,10 @@ _POSITION = re.compile(
 
 
 def pages_named(text: str) -> list[int]:
-    """1-based pages that a question names, in its order, each once: `第3页和第5页`, `第3、5页`, `pages 3 and 5`.
+    """1-based pages that a question names, in its order, each once.
 
-    Full-width digits count as digits. A page number of 0 names no page. Of a span, `pages 3-5`, only the first.
+    Reads `第3页和第5页`, `第3、5页` and `pages 3 and 5`. Full-width digits count as digits. Page 0 is no page. A range
+    such as `pages 3-5` names its first page.
     """
     text = unicodedata.normalize("NFKC", text)
     matches = [match for pattern in _PAGE_PATTERNS for match in pattern.finditer(text)]
@@ -63,7 +66,7 @@ def page_named(text: str) -> int | None:
 def figure_named(text: str) -> str | None:
     """Figure that a question names, as number and small letter: `图2` -> `2`, `FIG. 2A` and `图二(a)` -> `2a`.
 
-    Also `附图3`, `第2幅图`, `Figure 2(b)`. The first figure named wins. None where none is, as in `第6页的图中`.
+    Also `附图3`, `第2幅图`, `Figure 2(b)`. The first figure named wins. None without one.
     """
     text = unicodedata.normalize("NFKC", text)
     matches = [match for pattern in _FIGURE_PATTERNS for match in pattern.finditer(text)]
@@ -72,7 +75,7 @@ def figure_named(text: str) -> str | None:
 
 
 def figure_labelled(text: str) -> tuple[str, str] | None:
-    """Figure that a text begins with, and what follows it: `图2 剖视图` -> (`2`, ` 剖视图`). None for other texts."""
+    """Figure that a text begins with, and the text after it: `图2 剖视图` -> (`2`, ` 剖视图`). None for other texts."""
     text = unicodedata.normalize("NFKC", text).strip().removeprefix("附")
     for match in filter(None, (pattern.match(text) for pattern in _FIGURE_PATTERNS[:2])):
         figure = _figure(match)
@@ -87,15 +90,15 @@ def _figure(match: re.Match[str]) -> str | None:
 
 
 def asks_position(text: str) -> bool:
-    """Whether a question asks how parts lie to each other: it has a word of place, such as `位置`, `上方`, `where` or
-    `below`. Told by these words alone, not by what they mean in the sentence."""
+    """Whether a question asks for the position of a part: it contains a word of place, such as `位置`, `上方`, `where`
+    or `below`. Only these words decide, not their meaning in the sentence."""
     return _POSITION.search(unicodedata.normalize("NFKC", text)) is not None
 
 
 def chinese_number(text: str) -> int | None:
-    """Value of a Chinese numeral below ten thousand, or None for what is no well-formed number.
+    """Value of a Chinese numeral below ten thousand; None for a text that is not a well-formed number.
 
-    `二十一` -> 21, `一百零五` -> 105, `一百五` -> 150 (as it is spoken), and a row of digits: `一二` -> 12.
+    `二十一` -> 21, `一百零五` -> 105, `一百五` -> 150 (spoken form), and a row of digits: `一二` -> 12.
     """
     if text and all(character in _DIGITS for character in text):
         return int("".join(str(_DIGITS[character]) for character in text))

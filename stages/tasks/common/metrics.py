@@ -24,7 +24,7 @@ _PUNCTUATION = set(string.punctuation)
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normalisation, in its order: lower case, ASCII punctuation out, articles out, white space squeezed.
+    """The text normalised as SQuAD does, in its order: lower case, no ASCII punctuation, no articles, single spaces.
 
     Source: the official SQuAD v1.1 evaluation script (Rajpurkar et al. 2016).
     """
@@ -43,25 +43,25 @@ def normalize_original(text: str) -> str:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 when both are equal after normalisation (SQuAD v1.1)."""
+    """1 if both are equal after normalisation, else 0 (SQuAD v1.1)."""
     return float(normalize(answer) == normalize(reference))
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """F1 over bags of white-space tokens after normalisation (SQuAD v1.1). 0 when no token is shared, both empty too.
+    """F1 over bags of white-space tokens after normalisation (SQuAD v1.1). 0 if they share no token, or are empty.
 
-    Chinese text has no spaces, so a phrase is one token and this falls to exact match; see `character_f1`.
+    Chinese text has no spaces: a phrase is one token, which makes this an exact match. See `character_f1`.
     """
     return _bag_f1(normalize(answer).split(), normalize(reference).split())
 
 
 def character_f1(answer: str, reference: str) -> float:
-    """F1 over bags of characters: compatibility forms folded, case folded, white space and punctuation left out."""
+    """F1 over bags of characters, after NFKC and case folding, without white space and punctuation."""
     return _bag_f1(_characters(answer), _characters(reference))
 
 
 def best(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
-    """The best score over all references. Raises ValueError where there is none: nothing can be scored."""
+    """The best score over all references. Raises ValueError where there are none."""
     if not references:
         raise ValueError("a sample without references cannot be scored")
     return max(metric(answer, reference) for reference in references)

@@ -1,7 +1,7 @@
-"""Data sets on disk, read record by record: JSON arrays, JSON Lines, Parquet, Arrow, and what `datasets` saves.
+"""Data sets on disk, read record by record: JSON arrays, JSON Lines, Parquet, Arrow, and folders saved by `datasets`.
 
-A record that cannot be read is a row that says why, and costs no other where that is possible. What a text file
-holds is told by its first character, not by its name: an array in a `.jsonl` and lines in a `.json` are read too.
+A record that cannot be read becomes a row that says why; where possible, all other records are still read. The content
+of a text file decides its form, not its name: an array in a `.jsonl` and lines in a `.json` are read too.
 """
 
 import json
@@ -18,47 +18,48 @@ Split = Literal["train", "validation", "test"]
 
 TEXT = (".json", ".jsonl", ".ndjson")
 ENDINGS = (*TEXT, ".parquet", ".arrow")
+"""Endings of data files, in lower case."""
 
 _DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
-"""JSON files that `datasets` writes beside the data."""
+"""JSON files without records that `datasets` writes beside the data."""
 
 _SPLITS: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""Words in the names of files and folders that name a split; those of Hugging Face's hub."""
+"""Words in names of files and folders that state a split, as on Hugging Face's hub."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A record, or what stands where one should be."""
+    """A record, or a place where one cannot be read."""
 
     file: str
-    """Path relative to the folder of the data sets, or the file's name where it stands there itself."""
+    """Path relative to the folder of the data sets."""
     number: int
-    """1-based line of a text file that it begins on, or row of a table."""
+    """1-based line of a text file on which it begins, or row of a table."""
     place: str
-    """The number, or where others begin on the same line before it, the line's and the record's own: `1-500`."""
+    """The number. Where another record begins on the same line before it, line and record: `1-500`."""
     where: str
-    """File and place as a person writes them: `a.jsonl:7`, `a.json:1 record 500`, `b.parquet row 7`."""
+    """File and place for messages: `a.jsonl:7`, `a.json:1 record 500`, `b.parquet row 7`."""
     split: Split | None
-    """The split that its file or folder is named after."""
+    """The split that the name of its file or folder states."""
     record: Any
-    """The JSON value; None where it is bad."""
+    """The JSON value; None where it cannot be read."""
     bad: tuple[str, str] | None = None
-    """Why it could not be read, and the detail."""
+    """Why it cannot be read: a reason and a detail."""
 
 
 def data_set_name(path: Path) -> str | None:
-    """The name of the data set that an entry of a data folder is; None where it is none."""
+    """The name of the data set at a path; None where the path is no data set."""
     if path.is_dir():
         return path.name if _files(path) else None
     return path.stem if path.suffix.lower() in ENDINGS and path.is_file() else None
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a data set: a file, or a folder of files. Raises DataError for a folder whose parts are not there."""
+    """The rows of a data set, a file or a folder of files. Raises DataError for a folder with missing parts."""
     if path.is_dir():
         for file, split in _files(path):
             yield from _read(file, str(file.relative_to(path.parent)), split)
@@ -67,24 +68,24 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _files(folder: Path) -> list[tuple[Path, Split | None]]:
-    """The data files of a folder with the splits they are named after, in order."""
+    """The data files of a folder in order, each with the split that its name states."""
     saved = _json(folder / "dataset_dict.json")
     if isinstance(saved, dict) and isinstance(saved.get("splits"), list):
         parts = [folder / str(name) for name in saved["splits"]]
-        return [(file, _split_in(part.name)) for part in parts for file, _ in _files(_there(part))]
+        return [(file, _split_in(part.name)) for part in parts for file, _ in _files(_existing_path(part))]
     state = _json(folder / "state.json")
     if isinstance(state, dict) and isinstance(state.get("_data_files"), list):
-        # other arrow files here are the cache of `datasets`; `_split` is where the rows once came from, no statement
-        return [(_there(folder / str(part["filename"])), None) for part in state["_data_files"]]
+        # other arrow files here are the cache of `datasets`; `_split` only records where the rows came from
+        return [(_existing_path(folder / str(part["filename"])), None) for part in state["_data_files"]]
     found = [
         file for file in visible_files(folder) if file.suffix.lower() in ENDINGS and file.name not in _DESCRIPTIONS
     ]
     return [(file, _split_of(file.relative_to(folder))) for file in found]
 
 
-def _there(path: Path) -> Path:
+def _existing_path(path: Path) -> Path:
     if not path.exists():
-        raise DataError(f"{path}: missing, though the data set beside it names it; copy the whole folder")
+        raise DataError(f"{path}: missing, but listed by the data set's metadata; copy the whole folder")
     return path
 
 
@@ -96,7 +97,7 @@ def _json(path: Path) -> Any:
 
 
 def _split_of(path: Path) -> Split | None:
-    """The split that a file is named after, or else the innermost of its folders that is."""
+    """The split stated by a file's name, or else by the innermost of its folders that states one."""
     names = [path.name.partition(".")[0], *[parent.name for parent in path.parents]]
     return next((split for split in map(_split_in, names) if split), None)
 
@@ -107,7 +108,7 @@ def _split_in(name: str) -> Split | None:
 
 
 def names_a_split(name: str) -> bool:
-    """Whether a name says a split and nothing else: `test`, but not `law-test`."""
+    """Whether a name is only the name of a split: `test`, but not `law-test`."""
     return name.lower() in _SPLITS
 
 
@@ -141,34 +142,34 @@ def _read(path: Path, file: str, split: Split | None) -> Iterator[Row]:
 # -- text --------------------------------------------------------------------------------------------------------
 
 
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_number)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 _SPACE = re.compile(r"\s*")
 _TABLE = re.compile(r'\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[\d.]+)\s*,\s*)*"data"\s*:\s*\[')
-"""The beginning of a file in SQuAD's published form: its records are in `data`, perhaps behind a version."""
+"""Start of a file in SQuAD's published form: the records are in `data`, perhaps after a version."""
 _END = re.compile(r'\]\s*(?:(?:,\s*"[^"]*"\s*:\s*(?:"[^"]*"|[\d.]+)\s*)*\}\s*)?\Z')
-"""The end of an array that is all of the file, or `data` in that form."""
+"""End of an array that is the whole file, or that is `data` in SQuAD's form."""
 _FIRST_KEY = re.compile(r'\{\s*("[^"]*")')
 _AFTER = re.compile(r'\s*(?:,?\s*\{\s*"|,?\s*\]|$)')
-"""What may follow an element: without it, its bracket was only text."""
+"""What may follow an element. If anything else follows, the closing bracket was part of a text."""
 _BRACKETS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[{}\[\]]')
-"""Strings and brackets. No string holds a line's end: one that is left open ends there."""
+"""Strings and brackets. A string contains no line end; an unclosed one ends there."""
 
 
 def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
     with path.open("rb") as file:
         beginning = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().decode("utf-8", "replace")
-    lines = _first_of_several_lines(path)  # each may be a table, or an array, too
+    lines = _first_of_several_lines(path)  # each of them may be a table or an array
     table = None if lines else _TABLE.match(beginning)
     array_at_once = beginning.startswith("[") and not lines
     if path.suffix.lower() != ".json" and table is None and not array_at_once:
         yield from _read_lines(path, row)
         return
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    array = text.index("[", table.end() - 1) if table else _space(text, 0)
+    array = text.index("[", table.end() - 1) if table else _after_space(text, 0)
     if text.startswith("[", array):
         yield from _read_elements(text, array + 1, True, row)
     else:
@@ -176,7 +177,7 @@ def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
 
 
 def _first_of_several_lines(path: Path) -> bool:
-    """Whether a file's first line is a JSON value that others follow."""
+    """Whether a file's first line is a JSON value and more lines follow."""
     with path.open("rb") as file:
         lines = (line for line in file if line.removeprefix(b"\xef\xbb\xbf").strip())
         first, more = next(lines, b""), next(lines, None) is not None
@@ -188,31 +189,31 @@ def _first_of_several_lines(path: Path) -> bool:
 
 
 def _read_lines(path: Path, row: MakeRow) -> Iterator[Row]:
-    with path.open("rb") as lines:  # of bytes: text is also split at U+2028, which JSON may hold
+    with path.open("rb") as lines:  # in bytes: text would also be split at U+2028, which JSON may contain
         for number, line in enumerate(lines, start=1):
             text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").strip()
             if not text:
                 continue
             try:
-                yield _checked(_DECODER.decode(text), number, row)
+                yield _utf8_row(_DECODER.decode(text), number, row)
             except (ValueError, RecursionError) as error:
-                yield row(number, bad=("not JSON", _printable(error)))
+                yield row(number, bad=("not JSON", _error_text(error)))
 
 
 def _read_elements(text: str, place: int, array: bool, row: MakeRow) -> Iterator[Row]:
-    """The elements of an array, or the values that follow each other in a file. Commas may lack. After a broken element
-    reading goes on at the next."""
+    """The elements of an array, or the values that follow each other in a file, also without commas. After a broken
+    element, reading resumes at the next one."""
     number, counted, key, broken = 1, 0, "", False
     while True:
-        place = _space(text, place)
+        place = _after_space(text, place)
         number, counted = number + text.count("\n", counted, place), place
         if place == len(text):
             if array and not broken:
-                yield row(number, bad=("cut off", "the file ends within its array"))
+                yield row(number, bad=("cut off", "the file ends inside its array"))
             return
         if array and _END.match(text, place):
             return
-        if broken and text[place] in "]}":  # of the element that was broken
+        if broken and text[place] in "]}":  # belongs to the broken element
             place += 1
             continue
         try:
@@ -220,33 +221,34 @@ def _read_elements(text: str, place: int, array: bool, row: MakeRow) -> Iterator
         except (ValueError, RecursionError) as error:
             end = _next_element(text, place, key)
             cut = array and end == len(text) and text.rstrip()[-1] not in "]}"
-            yield row(number, bad=("cut off" if cut else "not JSON", _printable(error)))
+            yield row(number, bad=("cut off" if cut else "not JSON", _error_text(error)))
             broken = True
         else:
-            yield _checked(record, number, row)
+            yield _utf8_row(record, number, row)
             key, broken = _first_key(text, place), False
-        end = _space(text, end)
+        end = _after_space(text, end)
         place = end + text.startswith(",", end)
 
 
-def _space(text: str, place: int) -> int:
-    """Where white space that begins at a place ends."""
+def _after_space(text: str, place: int) -> int:
+    """The place after the white space at a place."""
     found = _SPACE.match(text, place)
     return found.end() if found else place
 
 
 def _first_key(text: str, place: int) -> str:
-    """The first key of an object, as it is written."""
+    """The first key of the object at a place, as written, with its quotation marks; empty where there is none."""
     found = _FIRST_KEY.match(text, place)
     return found.group(1) if found else ""
 
 
 def _next_element(text: str, place: int, key: str) -> int:
-    """Where to go on after a broken element: where its brackets close, unless a whole element stands before; or else
-    where an object begins with the key of this one or of the one before. The end of the text where that is nowhere."""
+    """Where to resume after a broken element: after its closing bracket, unless a complete element begins before that.
+    Without a closing bracket, where an object begins with the first key of this element or of the one before, else at
+    the end of the text."""
     keys = {_first_key(text, place), key} - {""}
     opening = re.compile(r"\{\s*(?:" + ("|".join(map(re.escape, keys)) or '"') + ")")
-    end = _closed(text, place)
+    end = _closing_place(text, place)
     if end is not None and not _AFTER.match(text, end):
         end = None
     for found in opening.finditer(text, place + 1, len(text) if end is None else end):
@@ -256,19 +258,19 @@ def _next_element(text: str, place: int, key: str) -> int:
 
 
 def _is_element(text: str, place: int, opening: re.Pattern[str]) -> bool:
-    """Whether an object is whole, and followed by another or by the end of the array."""
+    """Whether the object at a place is complete, and followed by another one or by the end of the array."""
     try:
         _, end = _DECODER.raw_decode(text, place)
     except (ValueError, RecursionError):
         return False
-    end = _space(text, end)
+    end = _after_space(text, end)
     return _END.match(text, end) is not None or (
-        text.startswith(",", end) and opening.match(text, _space(text, end + 1)) is not None
+        text.startswith(",", end) and opening.match(text, _after_space(text, end + 1)) is not None
     )
 
 
-def _closed(text: str, place: int) -> int | None:
-    """Where the bracket at a place is closed; None where brackets do not match."""
+def _closing_place(text: str, place: int) -> int | None:
+    """The place after the bracket that closes the one at a place; None where brackets do not match."""
     awaited = []
     for found in _BRACKETS.finditer(text, place):
         token = found.group()
@@ -284,17 +286,17 @@ def _closed(text: str, place: int) -> int | None:
     return None
 
 
-def _checked(record: Any, number: int, row: MakeRow) -> Row:
-    """A row, unless it cannot be written as UTF-8: bytes that were none, or half a character, `\\ud83d`."""
+def _utf8_row(record: Any, number: int, row: MakeRow) -> Row:
+    """The row of a record; a bad row if the record cannot be written as UTF-8: wrong bytes, or half a character."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        return row(number, bad=("not UTF-8", _printable(error)))
+        return row(number, bad=("not UTF-8", _error_text(error)))
     return row(number, record)
 
 
-def _printable(error: BaseException) -> str:
-    """What is wrong, in characters that can be printed anywhere."""
+def _error_text(error: BaseException) -> str:
+    """The error's message in ASCII, at most 200 characters."""
     return str(error).encode("ascii", "backslashreplace").decode()[:200]
 
 
@@ -302,14 +304,14 @@ def _printable(error: BaseException) -> str:
 
 
 def _read_parquet(path: Path, row: MakeRow) -> Iterator[Row]:
-    """Row group by row group: one that is damaged costs no other."""
+    """The rows, read by row group, so that a damaged group affects no other."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        yield row(1, bad=("unreadable file", _printable(error)))
+        yield row(1, bad=("unreadable file", _error_text(error)))
         return
     with table:
         number = 0
@@ -320,29 +322,29 @@ def _read_parquet(path: Path, row: MakeRow) -> Iterator[Row]:
                     yield from _read_batch(batch, number, row)
                     number += batch.num_rows
             except (pa.ArrowException, OSError, ValueError) as error:
-                yield row(number + 1, bad=("unreadable rows", _printable(error)), last=last)
+                yield row(number + 1, bad=("unreadable rows", _error_text(error)), last=last)
             number = last
 
 
 def _read_arrow(path: Path, row: MakeRow) -> Iterator[Row]:
-    """Record batch by record batch, of a stream, as `datasets` writes it, or of a file. What is behind a damaged one is
-    lost: only reading finds where the next begins."""
+    """The rows of an Arrow stream, as `datasets` writes it, or of an Arrow file, read by record batch. All after a
+    damaged batch are lost, because only reading a batch shows where the next one begins."""
     import pyarrow as pa
 
     number = 0
     try:
         with pa.OSFile(str(path)) as source:
-            whole = source.read(6) == b"ARROW1"
+            is_file = source.read(6) == b"ARROW1"
             source.seek(0)
-            for batch in _batches(pa.ipc.open_file(source)) if whole else pa.ipc.open_stream(source):
+            for batch in _batches(pa.ipc.open_file(source)) if is_file else pa.ipc.open_stream(source):
                 yield from _read_batch(batch, number, row)
                 number += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
-        yield row(number + 1, bad=("unreadable file" if number == 0 else "cut off", _printable(error)))
+        yield row(number + 1, bad=("unreadable file" if number == 0 else "cut off", _error_text(error)))
 
 
 def _read_batch(batch: Any, before: int, row: MakeRow) -> Iterator[Row]:
-    """The rows of a batch, of which there are some before. Where one has bytes that are no UTF-8, it alone is bad."""
+    """The rows of a batch that follows `before` rows. A row with bytes that are not UTF-8 becomes a bad row."""
     try:
         records = batch.to_pylist()
     except ValueError:
@@ -351,7 +353,7 @@ def _read_batch(batch: Any, before: int, row: MakeRow) -> Iterator[Row]:
         try:
             yield row(before + index + 1, records[index] if records else batch.slice(index, 1).to_pylist()[0])
         except ValueError as error:
-            yield row(before + index + 1, bad=("not UTF-8", _printable(error)))
+            yield row(before + index + 1, bad=("not UTF-8", _error_text(error)))
 
 
 def _batches(file: Any) -> Iterator[Any]:

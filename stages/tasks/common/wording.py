@@ -1,13 +1,13 @@
-"""What becomes of the data's own words before a model reads them, and the language that they are in."""
+"""Text from the data: its language, and how it is made safe for a prompt."""
 
 import re
 
 
 def is_chinese(text: str) -> bool:
-    """Whether a text holds a Chinese character."""
+    """Whether a text contains a Chinese character."""
     return re.search(r"[\u4e00-\u9fff]", text) is not None
 
 
 def plain(text: str) -> str:
-    """Break up what ms-swift would take for a placeholder, and a tokenizer for a token of its own: data have none."""
+    """The text with a space inside all that ms-swift would read as a placeholder, or a tokenizer as a special token."""
     return re.sub(r"<(?=(?:image|video|audio|bbox|ref-object)>|\|)", "< ", text)

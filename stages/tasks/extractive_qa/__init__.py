@@ -1,13 +1,13 @@
-"""extractive_qa: questions on a context, answered with its own words; many data sets, and as a rule an adapter each.
+"""extractive_qa: questions about a context, answered with words of the context; usually one adapter for each data set.
 
-Data folder: each entry directly below it is a data set, named as it is without its ending. A file is a JSON array, JSON
-Lines, Parquet or Arrow; a folder holds such files, or is what `datasets` saved, and states its splits where files or
-folders are named train, validation and test. Records have one of two forms, or that of SQuAD's own files:
+Data folder: each entry directly below it is a data set, named after the entry without its ending. A data set is a JSON
+array, JSON Lines, Parquet or Arrow file, a folder of such files, or a folder saved by `datasets`. In a folder, files or
+folders named train, validation and test state the splits. Records have one of two forms, or that of SQuAD's own files:
 
     {"messages": [{"role": "user", "content": "Context: ...\\nQuestion: ..."}, {"role": "assistant", "content": "..."}]}
     {"context": "...", "question": "...", "answers": {"text": ["...", ...]}, "id": "", "group": "" or "title": ""}
 
-All questions on the same context, or of the same `group` (or `title`), fall into the same split.
+All questions about the same context, or with the same `group` (or `title`), fall into the same split.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class Scoring(Section):
 
 
 def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None, split: str) -> list[Sample]:
-    """The one sample of a question, the same in every split."""
+    """The one sample of a question, equal in every split."""
     meta: ExtractiveMeta = {
         "group": question.group,
         "source": question.source,
@@ -76,20 +76,19 @@ def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """The first line: every answer that is learnt is one line, and what follows it is explanation."""
+    """The first line of a completion, because all answers in training are one line; None if there is none."""
     return text.strip().split("\n")[0].strip() or None
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """The question's data set, text and answer; the answer is empty where there is none."""
+    """The question's id, data set, text and answer. The answer is empty where there is none."""
     prediction = predictions.get(row["id"])
     answer = (prediction["answer"] if prediction else None) or ""
     return {"id": row["id"], "dataset": row["dataset"], "question": row["question"], "answer": answer}
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """Exact match and F1 by SQuAD's rules, and F1 over characters, which Chinese needs; each the best over all
-    references."""
+    """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese; each the best over all references."""
     settings = Scoring.model_validate(recipe.eval.scoring)
     first = metrics.normalize_original if settings.normalization == "original" else str
     best = partial(metrics.best, answer=first(answer), references=[first(one) for one in sample["references"]])

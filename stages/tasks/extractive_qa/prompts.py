@@ -1,4 +1,4 @@
-"""What the model is asked, in training and inference alike: in Chinese where the question is, else in English."""
+"""The prompt, the same in training and inference: Chinese for a Chinese question, else English."""
 
 from stages.contract.records import Message
 from stages.tasks.common.wording import is_chinese, plain
@@ -13,9 +13,9 @@ _QUESTION = {True: "问题：{}", False: "Question: {}"}
 
 
 def answer(context: str, question: str) -> list[Message]:
-    """A question with its context, which is never cut; an empty one is not mentioned.
+    """The prompt for a question with its context, which is never cut. An empty context is not mentioned.
 
-    The instruction is the system's message: without one, chat templates put in words of their own.
+    The instruction is the system message, because chat templates insert a default one where it is missing.
     """
     chinese = is_chinese(question)
     asked = _QUESTION[chinese].format(plain(question))

@@ -1,4 +1,4 @@
-"""The data sets: which there are, and the questions in their records, whatever form these have."""
+"""The data sets of the data folder, and the questions in their records."""
 
 import hashlib
 import re
@@ -17,46 +17,48 @@ from stages.tasks.task import Given, Skip
 
 @dataclass(frozen=True)
 class ContextQuestion:
+    """A question about a context."""
+
     id: str
     """Begins with the data set's name."""
     text: str
     context: str
-    """Empty where the record has none."""
+    """Empty if the record has none."""
     answers: tuple[str, ...]
-    """All that count as right, each in one line; the first is learnt."""
+    """Reference answers, each on one line; training learns the first."""
     source: str
     group: str
     split: Given | None
 
 
-# -- which data sets there are -----------------------------------------------------------------------------------
+# -- data sets ---------------------------------------------------------------------------------------------------
 
 
 def sources(folder: Path) -> list[str]:
-    """The names of the data sets in the data folder."""
+    """The names of the data sets in the data folder, sorted. Raises DataError for no data set and ambiguous names."""
     return sorted(_data_sets(folder))
 
 
 def _data_sets(folder: Path) -> dict[str, Path]:
-    """The entries of the data folder that are data sets, by their names."""
+    """The paths of the data sets in the data folder by name."""
     found: dict[str, Path] = {}
     for path in _entries(folder):
         name = data_set_name(path)
         if name in found:
             raise DataError(
                 f"{folder}: {found[name].name} and {path.name} are both named {name!r}; rename one, or put both into"
-                f" one folder as parts of one data set"
+                f" one folder if they are parts of one data set"
             )
         if name is not None:
             found[name] = path
     if len(found) > 1 and all(map(names_a_split, found)):
         raise DataError(
-            f"{folder}: {' and '.join(sorted(path.name for path in found.values()))} are named after splits, and would"
-            f" each be a data set; put them into a folder below this one, named as the data set is"
+            f"{folder}: {' and '.join(sorted(path.name for path in found.values()))} are named after splits but would"
+            f" be separate data sets; put them into a subfolder with the name of the data set"
         )
     if not found:
         raise DataError(
-            f"{folder}: no data set; put files with the endings {', '.join(ENDINGS)} there, or folders of them"
+            f"{folder}: no data set; put files with an ending of {', '.join(ENDINGS)} there, or folders of such files"
         )
     return found
 
@@ -67,23 +69,25 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-# -- their questions ---------------------------------------------------------------------------------------------
+# -- questions ---------------------------------------------------------------------------------------------------
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ContextQuestion]:
-    """All usable questions, data set by data set. A record that is none is skipped with its file and line."""
+    """All usable questions by data set. Others go to `skip` with file and line. Raises DataError if none is left."""
     data_sets = _data_sets(folder)
     for path in _entries(folder):
         if path not in data_sets.values() and path.stem.upper() not in ("README", "LICENSE", "NOTICE"):
-            skip(path.name, "not a data set", f"it needs one of the endings {', '.join(ENDINGS)}")
+            skip(path.name, "not a data set", f"its ending is none of {', '.join(ENDINGS)}")
     questions = [question for name in sorted(data_sets) for question in _read(name, data_sets[name], skip)]
     if not questions:
-        raise DataError(f"{folder}: no usable question in {', '.join(sorted(data_sets))}")
-    return _grouped(questions)
+        raise DataError(
+            f"{folder}: no usable question in {', '.join(sorted(data_sets))}; see the skipped records in the log"
+        )
+    return _with_groups(questions)
 
 
 def _read(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
-    """The questions of one data set. `group` is what the record says, or empty."""
+    """The questions of one data set. `group` is the record's own group, or empty."""
     found: dict[str, ContextQuestion] = {}
     stated: dict[str, Split | None] = {}
     files: dict[str, str] = {}
@@ -91,7 +95,7 @@ def _read(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
         if row.bad is not None:
             skip(row.where, *row.bad)
             continue
-        for number, part in enumerate(_flat(row.record)):
+        for number, part in enumerate(_nested_records(row.record)):
             try:
                 name, question = _parse(part)
             except _BadRecordError as error:
@@ -99,7 +103,7 @@ def _read(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
                 continue
             file = str(Path(row.file).with_suffix("")).removeprefix(f"{source}/")
             place = f"{file}-{row.place}" + (f".{number + 1}" if number else "")
-            while name and files.get(name, row.file) != row.file:  # each file of a set may count from 1
+            while name and files.get(name, row.file) != row.file:  # ids of each file may start at 1
                 name = f"{file}-{name}"
             key = f"{source}/{name or place}"
             if key in found:
@@ -108,20 +112,20 @@ def _read(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
             files[name] = row.file
             stated[key] = row.split
             found[key] = replace(question, id=key, source=source)
-    splits = _splits({split for split in stated.values() if split})
-    one = len({question.group for question in found.values()}) == 1  # such as a title that says what the set is
+    splits = _split_uses({split for split in stated.values() if split})
+    one = len({question.group for question in found.values()}) == 1  # such as a title that names the data set
     return [
         replace(question, split=splits.get(stated[key]), group="" if one else question.group)  # type: ignore[arg-type]
         for key, question in found.items()
     ]
 
 
-def _splits(stated: set[Split]) -> dict[Split, Given]:
-    """What the splits that a data set names its files after are used as.
+def _split_uses(stated: set[Split]) -> dict[Split, Given]:
+    """How each split that a data set states is used.
 
-    Test is test. Validation is trained on beside it, for Lorry holds out its own part to choose checkpoints; without a
-    test split it is the test set, as of SQuAD, whose test set is not public. A training split with nothing beside it
-    says nothing: the set is split like any other.
+    The test split is the test set. With a test split, the validation split is trained on, because Lorry holds out its
+    own part of the training data to choose checkpoints. Without a test split, the validation split is the test set, as
+    for SQuAD, whose test set is not public. A training split alone states nothing: Lorry splits the data set itself.
     """
     splits: dict[Split, Given] = {"test": "test"}
     if stated & {"test", "validation"}:
@@ -133,9 +137,9 @@ def _splits(stated: set[Split]) -> dict[Split, Given]:
     return splits
 
 
-def _grouped(questions: list[ContextQuestion]) -> list[ContextQuestion]:
-    """With one group for all questions on the same context, in whatever data set, and for all that their data set
-    itself puts into one. Its name does not hang on the order."""
+def _with_groups(questions: list[ContextQuestion]) -> list[ContextQuestion]:
+    """The questions with final groups: one for all questions about the same context, in any data set, and for all that
+    share a group in their own data set. The name of a group does not depend on the order of questions."""
     above: dict[str, str] = {}
 
     def top(name: str) -> str:
@@ -143,7 +147,7 @@ def _grouped(questions: list[ContextQuestion]) -> list[ContextQuestion]:
             above[name] = name = above[above[name]]
         return name
 
-    shared = [_what_they_share(question) for question in questions]
+    shared = [_group_name(question) for question in questions]
     for question, name in zip(questions, shared, strict=True):
         if question.group:
             first, second = sorted((top(name), top(f"{question.source}/{question.group}")))
@@ -151,15 +155,15 @@ def _grouped(questions: list[ContextQuestion]) -> list[ContextQuestion]:
     return [replace(question, group=top(name)) for question, name in zip(questions, shared, strict=True)]
 
 
-def _what_they_share(question: ContextQuestion) -> str:
-    """A name for the context, or where there is none for the question: case, width and white space do not count."""
+def _group_name(question: ContextQuestion) -> str:
+    """A name for a question's context, or for its text if it has none. Case, width and white space do not count."""
     kind, text = ("context", question.context) if question.context else ("question", question.text)
     normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return f"{kind}-{hashlib.sha256(normal.encode()).hexdigest()[:16]}"
 
 
 def asked_rows(folder: Path, tested: list[ContextQuestion]) -> list[dict[str, Any]]:
-    """A line for each test question, in the order of the data."""
+    """A row for each test question, in the order of the data."""
     return [{"ids": [one.id], "id": one.id, "dataset": one.source, "question": one.text} for one in tested]
 
 
@@ -167,21 +171,25 @@ def asked_rows(folder: Path, tested: list[ContextQuestion]) -> list[dict[str, An
 
 
 class _BadRecordError(Exception):
+    """A record that cannot be used: `reason`, and the value found as its message."""
+
     def __init__(self, reason: str, detail: Any = "") -> None:
         super().__init__(detail if isinstance(detail, str) else repr(detail)[:100])
         self.reason = reason
 
 
-def _flat(record: Any) -> Iterator[Any]:
-    """The records in a record: SQuAD's own files nest questions in paragraphs in articles."""
+def _nested_records(record: Any) -> Iterator[Any]:
+    """The questions nested in a record: in SQuAD's own files, articles contain paragraphs, and these questions."""
     if not isinstance(record, dict):
         yield record
     elif isinstance(record.get("data"), list):
         for article in record["data"]:
-            yield from _flat(article)
+            yield from _nested_records(article)
     elif isinstance(record.get("paragraphs"), list):
         for paragraph in record["paragraphs"]:
-            yield from _flat({"title": record.get("title"), **paragraph} if isinstance(paragraph, dict) else paragraph)
+            yield from _nested_records(
+                {"title": record.get("title"), **paragraph} if isinstance(paragraph, dict) else paragraph
+            )
     elif isinstance(record.get("qas"), list):
         above = {key: record.get(key) for key in ("title", "group", "context")}
         for question in record["qas"]:
@@ -191,9 +199,9 @@ def _flat(record: Any) -> Iterator[Any]:
 
 
 def _parse(record: Any) -> tuple[str, ContextQuestion]:
-    """A record's id, or an empty text, and its question, which has neither id nor source yet."""
+    """A record's id, empty if it has none, and its question without id and source."""
     if not isinstance(record, dict):
-        raise _BadRecordError("not a record", f"found {type(record).__name__}")
+        raise _BadRecordError("not a JSON object", f"found {type(record).__name__}")
     if record.get("messages") is not None:
         context, text, answers = _from_messages(record["messages"])
     else:
@@ -203,8 +211,8 @@ def _parse(record: Any) -> tuple[str, ContextQuestion]:
         raise _BadRecordError("empty question")
     if not answers:
         raise _BadRecordError("no answer")
-    if plain(answers[0]) != answers[0]:  # training would take it for a picture, or for the end
-        raise _BadRecordError("answer holds a placeholder", answers[0][:100])
+    if plain(answers[0]) != answers[0]:  # training would read it as a picture or as the end
+        raise _BadRecordError("answer contains a placeholder", answers[0][:100])
     group = _name(record, "group") or _name(record, "title")
     return _name(record, "id"), ContextQuestion("", text, context, answers, "", group, None)
 
@@ -215,15 +223,14 @@ _QUESTION_IN_LINE = re.compile(r"(?<=[\s.!?;。！？；…”」）)])(?:questi
 
 
 def _from_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
-    """Context, question and answer of a conversation. A system message is allowed and left out: what the model is told
-    is the task's own.
+    """Context, question and answers of a conversation. A system message is allowed and ignored: the task has its own.
 
-    The context begins behind the marker at the very beginning, and the question behind the last one that begins a
-    line, so that either may hold the words themselves; where none does, behind the last that follows a sentence or
-    white space. Without both markers all is the question.
+    The context begins after the marker at the start of the text, and the question after the last marker at the start
+    of a line, so both may contain the marker's words. If no marker is at the start of a line, the last one after a
+    sentence or white space counts. Without both markers, the whole text is the question.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _BadRecordError("messages is no list of messages", messages)
+        raise _BadRecordError("messages is not a list of objects", messages)
     roles = [message.get("role") for message in messages]
     if roles[:1] == ["system"]:
         messages, roles = messages[1:], roles[1:]
@@ -242,28 +249,28 @@ def _text(record: dict[str, Any], field: str) -> str:
     if record.get(field) is None:
         raise _BadRecordError(f"no {field}")
     if not isinstance(record[field], str):
-        raise _BadRecordError(f"{field} is no text", record[field])
+        raise _BadRecordError(f"{field} is not a string", record[field])
     return str(record[field]).strip()
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
-    """Of `answers` or `answer`: a text, a list of texts or of `{"text"}`, or `{"text": [...]}`."""
+    """The answers in `answers` or `answer`: a text, a list of texts or of `{"text"}`, or `{"text": [...]}`."""
     value = record["answers"] if record.get("answers") is not None else record.get("answer")
     if isinstance(value, dict):
         value = value.get("text")
     values = value if isinstance(value, list) else [] if value is None else [value]
     texts = [one.get("text") if isinstance(one, dict) else one for one in values]
     if not all(isinstance(text, str) for text in texts):
-        raise _BadRecordError("answer is neither text nor a list of texts", value)
+        raise _BadRecordError("answer is neither a string nor a list of strings", value)
     return _lines(texts)
 
 
 def _lines(texts: list[Any]) -> tuple[str, ...]:
-    """Each text in one line, as an answer is read; empty and repeated ones left out."""
+    """The texts, each on one line, without empty and repeated ones."""
     return tuple(dict.fromkeys(line for line in (" ".join(text.split()) for text in texts) if line))
 
 
 def _name(record: dict[str, Any], field: str) -> str:
-    """A text or whole number, else nothing: a record without an id has its place."""
+    """A field's string or integer as text; empty for anything else. A record without an id is named by its place."""
     value = record.get(field)
     return str(value).strip() if isinstance(value, str) or type(value) is int else ""

@@ -1,17 +1,18 @@
 """logic_choice: logic problems with several single-choice questions each, answered one by one with a letter.
 
-Data folder: `train.jsonl`; where there are, `test.jsonl`, with or without answers, and `sources/<name>.jsonl`, further
+Data folder: `train.jsonl`; optionally `test.jsonl`, with or without answers, and `sources/<name>.jsonl` with more
 problems to train on. One problem a line:
 
     {"id": "p1", "problem": "...", "questions": [{"question": "...", "options": ["...", "..."], "answer": "A"}]}
 
-with 2 to 7 options a question, without letters. `answer` may also be the text of an option. `labels/<name>.jsonl` holds
-answers that somebody guessed, to problems of these files:
+with 2 to 7 options for each question, without letters. `answer` may also be the text of an option.
+`labels/<name>.jsonl` has guessed answers to problems of these files:
 
     {"id": "p1", "questions": [{"answer": "A"}]}
 
-joined by problem and place of the question; only trained on, and marked with their file. A data mix names these files
-without their endings: `train`, `<name>`. Problems of the same text are split together, under whatever ids.
+matched by problem id and position of the question. They are only trained on, and `label_source` names their file. A
+data mix names these files without their endings: `train`, `<name>`. Problems with the same text fall into the same
+split, whatever their ids.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -45,28 +46,33 @@ COMPONENTS = ("retry", "adapter")
 class LogicMeta(Meta):
     problem: str
     options: dict[str, str]
-    """By letter."""
+    """Option texts by letter."""
     problem_id: str
     index: int
-    """0-based place of the sub-question in its problem."""
+    """0-based position of the sub-question in its problem."""
     label_source: str | None
+    """The file of guessed answers; None where the answer is the data's own."""
 
 
 class Passes(Section):
     """`infer.passes`."""
 
-    retries: int = Field(2, ge=0, description="Times that a question is asked again whose answer holds no valid letter")
-    retry_temperature: float = Field(0.7, gt=0, description="Of those: greedily the same would come again")
+    retries: int = Field(
+        2, ge=0, description="Maximum number of retries for a question whose completion has no valid letter"
+    )
+    retry_temperature: float = Field(
+        0.7, gt=0, description="Sampling temperature of retries; above 0, because greedy decoding would repeat itself"
+    )
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[LogicQuestion]:
-    """The sub-questions of all files; what cannot be used goes to `skip`, with its file and line."""
+    """The sub-questions of all files. Unusable ones go to `skip`. Raises DataError if none is left."""
     return read_problems(folder, skip)
 
 
 def build_samples(recipe: Recipe, question: LogicQuestion, found: Found | None, split: str) -> list[Sample]:
-    """The one sample of a sub-question. What is to be learnt is the line with the letter alone: reasoning is slow to
-    write, and makes votes no better."""
+    """The one sample of a sub-question. Training learns only the line with the letter: reasoning is slow to generate
+    and does not improve votes."""
     options = dict(zip(LETTERS, question.options, strict=False))
     meta: LogicMeta = {
         "group": question.group,
@@ -93,7 +99,7 @@ def build_samples(recipe: Recipe, question: LogicQuestion, found: Found | None, 
 
 
 def passes(recipe: Recipe) -> tuple[str, ...]:
-    """`answer`, and as many retries as there may be."""
+    """`answer`, then a pass for each retry."""
     return ("answer", *(f"retry_{number}" for number in range(1, _passes(recipe).retries + 1)))
 
 
@@ -102,32 +108,32 @@ def _passes(recipe: Recipe) -> Passes:
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask | None:
-    """The question; again, with a temperature, while no completion held a valid letter."""
+    """The prompt of the question; in a retry, with a temperature, and None if a completion has a valid letter."""
     if name == "answer":
         return Ask(sample["messages"])
     if "retry" in without or any(read_answer(text, sample) for text in before.values()):
         return None
-    # the sample's own random numbers: whatever else is asked, and in which order, changes nothing
+    # a seed for each sample and pass: other prompts and their order do not change the completion
     seed = int(digest_of([recipe.seed, sample["id"], name])[:8], 16) & 0x7FFFFFFF
     return Ask(sample["messages"], temperature=_passes(recipe).retry_temperature, seed=seed)
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """The one prompt that there is."""
+    """The one prompt; retries repeat it."""
     return [(Ask(sample["messages"]), 0)]
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """The letter in a completion, of those that the question has; None where there is none: no letter is a default."""
+    """The letter in a completion, if the question has an option with it, else None. There is no default letter."""
     return prompts.letter_in(text, _meta(sample)["options"])
 
 
 def narrowed(sample: Sample, answers: Sequence[str]) -> Sample | None:
-    """The question with only these options, which keep their letters."""
+    """The question with only these options, which keep their letters; None where that changes nothing."""
     meta = _meta(sample)
     options = {letter: option for letter, option in meta["options"].items() if letter in answers}
     if len(options) < 2 or len(options) == len(meta["options"]):
-        return None  # nothing is left to choose, or the question is the one that was asked
+        return None  # nothing is left to choose, or no option is removed
     messages = prompts.choice(meta["problem"], meta["question"], options)
     fewer: LogicMeta = {**meta, "options": options}
     return {**sample, "messages": messages, "meta": fewer}
@@ -138,11 +144,11 @@ def _meta(sample: Sample) -> LogicMeta:
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """A problem's answers in the order of its questions; an empty one where there is none."""
+    """A problem's answers in the order of its questions, empty where there is none."""
     found = [predictions.get(place) if place else None for place in row["places"]]
     return {"id": row["id"], "questions": [{"answer": (one["answer"] if one else None) or ""} for one in found]}
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """Whether it is the right letter."""
+    """Accuracy: 1 for the right letter, else 0."""
     return {"accuracy": float(answer in sample["references"])}

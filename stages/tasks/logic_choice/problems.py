@@ -1,4 +1,4 @@
-"""The problem files: problems with their sub-questions, and answers to these that somebody guessed."""
+"""The problem files: problems with their sub-questions, and guessed answers to them."""
 
 import json
 import unicodedata
@@ -13,8 +13,9 @@ from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, 
 from stages.tasks.task import Given, Skip
 
 LETTERS = "ABCDEFG"
+"""Letters of options, in order."""
 TRAIN, TEST = "train", "test"
-"""Names of files. They are one data set, `train`: what an adapter learns from the one is asked in the other."""
+"""Names of files. Both are the data set `train`: adapters trained on one are tested on the other."""
 
 
 @dataclass(frozen=True)
@@ -22,25 +23,25 @@ class LogicQuestion:
     """A sub-question of a problem."""
 
     id: str
-    """`<problem>/<index>`; behind it `@<data set>`, but for test.jsonl and what of train.jsonl has another name."""
+    """`<problem>/<index>` in test.jsonl, and in train.jsonl unless test.jsonl has it; else with `@<data set>`."""
     problem_id: str
     index: int
-    """0-based place among the sub-questions of its problem."""
+    """0-based position among the sub-questions of its problem."""
     problem: str
     text: str
     options: tuple[str, ...]
     answers: tuple[str, ...]
-    """The letter of the right option; none where it is not known."""
+    """The letter of the right option; empty if it is unknown."""
     source: str
     group: str
     split: Given | None
     label_source: str | None
-    """The file of guessed answers that its answer is from; None where the answer is the data's own."""
+    """The file of guessed answers that has its answer; None where the answer is the data's own."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A sub-question as it is read."""
+    """A sub-question as read from a file."""
 
     text: str
     options: tuple[str, ...]
@@ -49,7 +50,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A line of a problem file; None stands for a sub-question that cannot be used."""
+    """A line of a problem file. None takes the place of an unusable sub-question."""
 
     id: str
     text: str
@@ -57,16 +58,16 @@ class _Problem:
 
     @property
     def group(self) -> str:
-        """The same for the same text, however it is spaced and encoded, under whatever id."""
+        """The same for problems with the same text, whatever their ids, white space and Unicode form."""
         return "problem-" + digest_of(" ".join(unicodedata.normalize("NFKC", self.text).split()))[:16]
 
     @property
-    def asked(self) -> tuple[tuple[str, tuple[str, ...]] | None, ...]:
-        """The sub-questions and options, whatever their answers: a file may have the problem without them."""
+    def parts_without_answers(self) -> tuple[tuple[str, tuple[str, ...]] | None, ...]:
+        """The sub-questions with their options, without answers, which one of several files may lack."""
         return tuple((part.text, part.options) if part else None for part in self.parts)
 
     def question(self, index: int, source: str) -> LogicQuestion | None:
-        """A sub-question, to train on only."""
+        """A sub-question to train on; None if it is unusable."""
         part = self.parts[index]
         if part is None:
             return None
@@ -81,18 +82,18 @@ class _Problem:
 
 
 def sources(folder: Path) -> list[str]:
-    """The data sets in the data folder that an adapter can be trained on. Raises DataError where there is none, or two
-    have one name."""
+    """The data sets in the data folder that an adapter can be trained on, sorted. Raises DataError if there is
+    none, or a name is ambiguous."""
     found = [TRAIN] if (folder / "train.jsonl").is_file() else []
     found += [path.stem for part in ("sources", "labels") for path in _files(folder, part)]
     clash = sorted({name for name in found if found.count(name) > 1 or name == TEST})
     if clash:
         raise DataError(
-            f"{folder}: data mixes name a file of sources/ or labels/ by its name without ending, which must be its"
-            f" own, and not {TEST}: rename {', '.join(clash)}"
+            f"{folder}: ambiguous names {', '.join(clash)}; rename the files of sources/ and labels/ so that no name is"
+            f" used twice and none is {TEST}: data mixes name them without endings"
         )
     if not found:
-        raise DataError(f"{folder}: nothing to train on: no train.jsonl, and no file in sources/ or labels/")
+        raise DataError(f"{folder}: nothing to train on; put train.jsonl there, or files into sources/ or labels/")
     return sorted(found)
 
 
@@ -102,8 +103,8 @@ def _files(folder: Path, part: str) -> list[Path]:
 
 
 def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
-    """The sub-questions of all files, those of test.jsonl first. What cannot be used, a line or a sub-question, is
-    skipped and counted with its line number. Raises DataError where nothing is left."""
+    """The sub-questions of all files, test.jsonl's first. Unusable lines and sub-questions go to `skip` with file and
+    line. Raises DataError where none is left."""
     sources(folder)
     problems = _read(folder / "test.jsonl", skip) if (folder / "test.jsonl").is_file() else []
     scored = any(part and part.answer for _, problem in problems for part in problem.parts)
@@ -127,20 +128,23 @@ def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
             for question in _questions(problem, path.stem, where, skip):
                 _add(questions, question)
     for path in _files(folder, "labels"):
-        for question in _guessed(path, by_id, skip):
+        for question in _labelled_questions(path, by_id, skip):
             _add(questions, question)
     if not questions:
-        raise DataError(f"{folder}: no usable question in train.jsonl, test.jsonl, sources/ and labels/")
+        raise DataError(
+            f"{folder}: no usable question in train.jsonl, test.jsonl, sources/ and labels/; see the skipped lines in"
+            " the log"
+        )
     return list(questions.values())
 
 
 def _add(questions: dict[str, LogicQuestion], question: LogicQuestion) -> None:
-    assert question.id not in questions, question.id  # ids are each file's own, and files differ in name
+    assert question.id not in questions, question.id  # ids contain the file's name, and names are unique
     questions[question.id] = question
 
 
 def _read(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
-    """The problems of a file, each with its file and line."""
+    """The usable problems of a file, each with file and line."""
     found: dict[str, tuple[str, _Problem]] = {}
     for where, line in _lines(path):
         try:
@@ -156,25 +160,25 @@ def _read(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file that are not blank, each with its file and 1-based number."""
+    """The non-blank lines of a file, each with file and 1-based number: `sources/a.jsonl:7`."""
     name = path.name if path.stem in (TRAIN, TEST) else f"{path.parent.name}/{path.name}"
     yield from ((f"{name}:{number}", line) for number, line in lines_in(path))
 
 
 def _questions(problem: _Problem, source: str, where: str, skip: Skip) -> Iterator[LogicQuestion]:
-    """The sub-questions of a problem that can be used; without an answer only those of test.jsonl."""
+    """The usable sub-questions of a problem. Only those of test.jsonl may lack an answer."""
     for index in range(len(problem.parts)):
         question = problem.question(index, source)
         if question is None:
-            continue  # counted when it was read
+            continue  # reported when the file was read
         if not question.answers and source != TEST:
             skip(f"{where}, question {index + 1}", "no answer to train on")
             continue
         yield question
 
 
-def _guessed(path: Path, by_id: dict[str, list[_Problem]], skip: Skip) -> Iterator[LogicQuestion]:
-    """Sub-questions with the answers that a file of guesses gives them, joined by problem id and index."""
+def _labelled_questions(path: Path, by_id: dict[str, list[_Problem]], skip: Skip) -> Iterator[LogicQuestion]:
+    """Sub-questions with their answers from a file of guesses, matched by problem id and index."""
     seen: set[str] = set()
     for where, line in _lines(path):
         try:
@@ -182,14 +186,14 @@ def _guessed(path: Path, by_id: dict[str, list[_Problem]], skip: Skip) -> Iterat
             if name in seen:
                 raise BadRecordError("duplicate id", name)
             seen.add(name)
-            problem = _labelled(name, answers, by_id)
+            problem = _labelled_problem(name, answers, by_id)
         except BadRecordError as error:
             skip(where, error.reason, str(error))
             continue
         for index, answer in enumerate(answers):
             question, place = problem.question(index, path.stem), f"{where}, question {index + 1}"
             if question is None:
-                skip(place, "label of a question that cannot be used", name)
+                skip(place, "label of an unusable question", name)
                 continue
             try:
                 letter = letter_of(answer, question.options)
@@ -206,20 +210,20 @@ def _labels(line: bytes) -> tuple[str, list[Any]]:
     record = object_in(line)
     questions = record.get("questions")
     if not isinstance(questions, list) or not all(isinstance(one, dict) for one in questions):
-        raise BadRecordError("questions is no list of objects", repr(questions)[:100])
+        raise BadRecordError("questions is not a list of objects", repr(questions)[:100])
     return text_of(record, "id"), [one.get("answer") for one in questions]
 
 
-def _labelled(name: str, answers: list[Any], by_id: dict[str, list[_Problem]]) -> _Problem:
-    """The problem that labels are for."""
+def _labelled_problem(name: str, answers: list[Any], by_id: dict[str, list[_Problem]]) -> _Problem:
+    """The problem that a line of labels belongs to. Raises BadRecordError if there is none or several."""
     found = by_id.get(name, [])
     if not found:
         raise BadRecordError("label of an unknown problem", name)
-    if len({(problem.group, problem.asked) for problem in found}) > 1:
-        raise BadRecordError("label of an id that several problems have", name)
+    if len({(problem.group, problem.parts_without_answers) for problem in found}) > 1:
+        raise BadRecordError("label of an id with several problems", name)
     if len(answers) != len(found[0].parts):
         raise BadRecordError(
-            "label with another number of sub-questions", f"found {len(answers)}, {name} has {len(found[0].parts)}"
+            "label with a different number of sub-questions", f"found {len(answers)}, {name} has {len(found[0].parts)}"
         )
     return found[0]
 
@@ -239,16 +243,16 @@ def _problem(line: bytes, where: str, skip: Skip) -> _Problem:
             parts.append(_part(question))
         except BadRecordError as error:
             skip(f"{where}, question {number}", error.reason, str(error))
-            parts.append(None)  # keeps the place of those behind it
+            parts.append(None)  # keeps the positions of those after it
     return _Problem(name, text, tuple(parts))
 
 
 def _part(question: Any) -> _Part:
     if not isinstance(question, dict):
-        raise BadRecordError("question is no JSON object", repr(question)[:100])
+        raise BadRecordError("question is not a JSON object", repr(question)[:100])
     options = question.get("options")
     if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
-        raise BadRecordError("options are no list of texts", repr(options)[:100])
+        raise BadRecordError("options are not a list of non-empty strings", repr(options)[:100])
     if not 2 <= len(options) <= len(LETTERS):
         raise BadRecordError(f"not 2 to {len(LETTERS)} options", f"found {len(options)}")
     found = tuple(option.strip() for option in options)
@@ -256,27 +260,27 @@ def _part(question: Any) -> _Part:
 
 
 def letter_of(answer: Any, options: tuple[str, ...]) -> str | None:
-    """The letter that an answer in the data means: a letter, or the text of an option; None where there is none.
+    """The letter for an answer in the data, which is a letter or the text of an option; None for an empty answer.
 
-    Raises BadRecordError for one that means no option, or may mean two.
+    Raises BadRecordError for an answer that fits no option or two.
     """
     if answer is None or answer == "":
         return None
     if not isinstance(answer, str):
-        raise BadRecordError("answer is no text", repr(answer)[:100])
+        raise BadRecordError("answer is not a string", repr(answer)[:100])
     folded = unicodedata.normalize("NFKC", answer).strip()
     valid = LETTERS[: len(options)]
     if len(folded) == 1 and folded in valid:
-        return folded  # as the data are said to write it, whatever the options say
-    meant = {valid[place] for place, option in enumerate(options) if _same(option, folded)}
+        return folded  # a capital letter is the documented form, whatever the options' texts
+    meant = {valid[place] for place, option in enumerate(options) if _is_same_text(option, folded)}
     if len(folded) == 1 and folded.upper() in valid:
         meant.add(folded.upper())
     if len(meant) != 1:
-        raise BadRecordError("ambiguous answer" if meant else "answer is no option", answer[:100])
+        raise BadRecordError("ambiguous answer" if meant else "answer is not an option", answer[:100])
     return meant.pop()
 
 
-def _same(option: str, answer: str) -> bool:
+def _is_same_text(option: str, answer: str) -> bool:
     return " ".join(unicodedata.normalize("NFKC", option).split()).casefold() == " ".join(answer.split()).casefold()
 
 
@@ -284,12 +288,12 @@ def _same(option: str, answer: str) -> bool:
 
 
 def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]]:
-    """What a submission has a line for: every line of test.jsonl in its order, whatever is wrong with it; where there
-    is none, the problems that were held out, in the order of train.jsonl.
+    """The rows of the submission: one for each line of test.jsonl, also for unusable ones; without that file, one for
+    each problem held out from train.jsonl, in its order.
 
-    A row has the problem's `id` as the file has it, a number or a text, as `places` the sample of each sub-question,
-    None for one that could not be used, and as `ids` those that there are. Where test.jsonl has no answers, what
-    was held out of train.jsonl is tested too: in a last row, which gets no line.
+    A row has the problem's `id` as written in the file, a number or a text; as `places` the sample id of each
+    sub-question, None for an unusable one; and as `ids` all sample ids. If test.jsonl has no answers, problems held out
+    from train.jsonl are tested too: a last row has them, and no line is submitted for it.
     """
     given = folder / f"{TEST}.jsonl"
     lines = list(_lines(given)) if given.is_file() else []
@@ -297,9 +301,9 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
     own = {(question.problem_id, question.index): question.id for question in there}
     rows: list[dict[str, Any]] = []
     for _, line in lines or _lines(folder / f"{TRAIN}.jsonl"):
-        name, count = _as_read(line)
+        name, count = _id_and_count(line)
         problem = str(name).strip()
-        places = [own.pop((problem, index), None) for index in range(count)]  # an id that comes again has no sample
+        places = [own.pop((problem, index), None) for index in range(count)]  # a repeated id has no sample
         ids = [place for place in places if place is not None]
         if ids or lines:
             rows.append({"id": name, "ids": ids, "places": places})
@@ -309,8 +313,8 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
     return rows
 
 
-def _as_read(line: bytes) -> tuple[str | int, int]:
-    """A line's problem id and number of sub-questions, as far as they can be read."""
+def _id_and_count(line: bytes) -> tuple[str | int, int]:
+    """A line's problem id and number of sub-questions; empty and 0 where they cannot be read."""
     try:
         record = json.loads(line.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
@@ -319,5 +323,5 @@ def _as_read(line: bytes) -> tuple[str | int, int]:
         return "", 0
     name, questions = record.get("id", ""), record.get("questions")
     if type(name) is not int:
-        name = str(name).encode("utf-8", "replace").decode()  # half a character can be in JSON, but in no file
+        name = str(name).encode("utf-8", "replace").decode()  # JSON may contain half a character, which UTF-8 cannot
     return name, len(questions) if isinstance(questions, list) else 0

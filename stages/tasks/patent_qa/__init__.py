@@ -1,16 +1,16 @@
-"""patent_qa: questions about patent PDFs, answered from the pages that a question names or that are most like it.
+"""patent_qa: questions about patent PDFs, answered from the pages that a question names or that are most similar to it.
 
-A question on a page sees that page and a few others, or the page alone where its drawing says all; a question that
-names none sees the pages most like it. Pages are shown as pictures, or as their text to a model that only reads. Up to
-three passes ask the model in turn: is the drawing enough, the answer, and the answer in the style of the data.
+A question about a page is shown that page and a few others, or the page alone if its drawing is enough. A question that
+names no page is shown the most similar pages. Pages are shown as pictures, or as text to a model without vision. Up to
+three passes prompt the model: whether the drawing is enough, the answer, and the answer in the style of the data.
 
-Data folder: `documents/` with PDFs (folders below it are read too) and either `questions.jsonl`, split by document,
-or `train.jsonl` and `test.jsonl`. One question a line:
+Data folder: `documents/` with PDFs, also in subfolders, and either `questions.jsonl`, split by document, or
+`train.jsonl` and `test.jsonl`. One question a line:
 
     {"id": "q1", "question": "...", "document": "CN000000001A.pdf", "answer": "..." or [...], "pages": [3], "kind": ""}
 
-`question` and `document` are needed, `answer` too where it is trained on or scored. `pages` (1-based, the evidence)
-lets retrieval be scored; `kind` breaks the scores down; a missing `id` becomes `<file>-<line>`.
+`question` and `document` are required, and `answer` for training and scoring. Retrieval is scored by `pages`, the
+1-based pages of the evidence. Scores are broken down by `kind`. A missing `id` becomes `<file>-<line>`.
 """
 
 from collections.abc import Collection, Mapping
@@ -43,60 +43,78 @@ COMPONENTS = ("classifier", "retrieval", "style", "refine", "position_hint", "ad
 SHARED = ("classify",)
 
 ALONE = "alone"
-"""Mark of the row that shows a question's page alone, behind its id."""
+"""Suffix, after `#`, of the id of a training sample that shows a question's page alone."""
 
 RECALL_AT = (1, 2, 5)
+"""Numbers of most similar pages for which recall is scored."""
 
 
 class PatentMeta(Meta, total=False):
-    """What the passes of a sample choose its pages by. Pages are 1-based."""
+    """What the passes choose the pages of a sample by. Pages are 1-based."""
 
     page_named: int | None
-    """The first page that the question names, readable or not."""
+    """The first page that the question names, usable or not."""
     figure_named: str | None
+    """The figure that the question names, such as `2a`."""
     named: int | None
-    """The first readable page that the question names."""
+    """The first usable page that the question names."""
     also_named: list[int]
+    """The other usable pages that the question names."""
     evidence: list[int]
+    """Pages that hold the answer, by the data."""
     ranked: list[int]
-    """Pages most similar to the question first."""
+    """Pages, most similar to the question first."""
     first: list[int]
-    """The document's first pages, shown where retrieval is left out."""
+    """The document's first pages, shown in the ablation of retrieval."""
     top_k: int
     crop: str | None
     """Picture of the figure that the question names, relative to the run folder."""
     drawing_is_enough: bool | None
+    """The classifier's verdict; None without one."""
     examples: list[str]
+    """Answers of similar training questions, for the refining pass."""
     candidates: dict[str, dict[str, Any]]
-    """Pages that a pass may show, by number."""
+    """Image, and text if shown, of all pages that a pass may show, by number."""
     max_pixels: int | None
+    """Pixel budget of each page shown; None for pages as text."""
 
 
 class Samples(Section):
     """`preprocess.samples`."""
 
-    shows: Literal["pictures", "text"] = Field("text", description="What is shown of a page")
-    others: int = Field(2, ge=0, description="Further pages shown with a page that a question names")
-    pages_pixels: int = Field(1_568_000, ge=28 * 28, description="Pixel budget of each of several pages")
-    page_pixels: int = Field(2_352_000, ge=28 * 28, description="Pixel budget of a page that is shown alone")
-    position_hint: bool = Field(True, description="Tell, with a page alone, how positions are meant")
-    crop_figure: bool = Field(False, description="Show of a page alone only the figure that the question names")
-    examples: int = Field(2, ge=0, description="Answers of similar training questions kept for the refining pass")
+    shows: Literal["pictures", "text"] = Field(
+        "text", description="How pages are shown: pictures, or text for a model without vision"
+    )
+    others: int = Field(2, ge=0, description="Number of further pages shown with a page that the question names")
+    pages_pixels: int = Field(1_568_000, ge=28 * 28, description="Pixel budget of each page if several are shown")
+    page_pixels: int = Field(2_352_000, ge=28 * 28, description="Pixel budget of a page shown alone")
+    position_hint: bool = Field(
+        True,
+        description="Add to a question about positions on a page shown alone that a part is where its leader line ends",
+    )
+    crop_figure: bool = Field(False, description="Of a page shown alone, show only the figure that the question names")
+    examples: int = Field(
+        2, ge=0, description="Number of answers of similar training questions shown in the refining pass"
+    )
 
 
 class Passes(Section):
     """`infer.passes`."""
 
-    refine: bool = Field(False, description="Bring the answer into the short form of the training answers")
+    refine: bool = Field(False, description="Add a pass that shortens the answer to the style of the training answers")
     page_tokens: int | None = Field(
-        None, ge=1, description="Tokens of an answer to a question on a page; null: infer.max_new_tokens"
+        None,
+        ge=1,
+        description="Maximum new tokens of an answer to a question that names a page; null: infer.max_new_tokens",
     )
-    refine_tokens: int = Field(768, ge=1)
-    classify_tokens: int = Field(8, ge=1)
+    refine_tokens: int = Field(768, ge=1, description="Maximum new tokens of the refining pass")
+    classify_tokens: int = Field(
+        8, ge=1, description="Maximum new tokens of the pass that asks whether the drawing is enough"
+    )
 
 
 def sources(folder: Path) -> list[str]:
-    """The one data set."""
+    """The name of the one data set."""
     return [SOURCE]
 
 
@@ -113,7 +131,7 @@ def _passes(recipe: Recipe) -> Passes:
 
 
 def _top_k(recipe: Recipe) -> int:
-    assert recipe.preprocess.retrieval is not None  # the recipe of a task that reads documents has it
+    assert recipe.preprocess.retrieval is not None  # required for a task that reads documents
     return recipe.preprocess.retrieval.top_k
 
 
@@ -121,14 +139,14 @@ def _top_k(recipe: Recipe) -> int:
 
 
 def wanted(recipe: Recipe) -> Wanted:
-    """What has to be found for the questions."""
+    """What retrieval must find for the questions."""
     settings = _samples(recipe)
     return Wanted(settings.examples, settings.crop_figure and settings.shows == "pictures")
 
 
 def classification(recipe: Recipe, question: PatentQuestion) -> Ask | bool | None:
-    """How to find out whether the drawing on its page is enough for a question; None where nobody is to say."""
-    if len(question.pages) != 1 or recipe.preprocess.classifier == "none":  # of several pages none is shown alone
+    """How to decide whether a page's drawing is enough for a question; None if the classifier does not apply."""
+    if len(question.pages) != 1 or recipe.preprocess.classifier == "none":  # several pages are never shown alone
         return None
     if recipe.preprocess.classifier == "rule":
         return asks_position(question.text)
@@ -136,21 +154,21 @@ def classification(recipe: Recipe, question: PatentQuestion) -> Ask | bool | Non
 
 
 def read_classification(text: str) -> bool:
-    """Whether the model finds the drawing enough."""
+    """Whether the completion says that the drawing is enough."""
     return prompts.says_yes(text)
 
 
 def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None, split: str) -> list[Sample]:
-    """The rows of one question, by the one rule for training and test.
+    """The samples of one question, by the same rule in training and test.
 
-    Shown are: of a question that names no page (or none that can be read), the pages most like it; of one that needs
-    more than its drawing, its page and others, first of all those that it names too; of one that does not, the page
-    alone. Training learns from both rows of the last kind.
+    A question that names no usable page shows the most similar pages. A question that names one shows that page with
+    others, first those that it names too. If the drawing is enough, it shows the page alone, and training learns from
+    both samples.
     """
-    assert found is not None  # it reads documents
+    assert found is not None  # the task reads documents
     settings, top_k = _samples(recipe), _top_k(recipe)
-    readable = [number for number in question.pages if number in found.pages]
-    named, also = (readable[0], readable[1:]) if readable else (None, [])
+    usable = [number for number in question.pages if number in found.pages]
+    named, also = (usable[0], usable[1:]) if usable else (None, [])
     meta: PatentMeta = {
         "group": question.document,
         "kind": question.kind,
@@ -175,12 +193,12 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None,
     }
     if split == "test":
         meta["examples"] = found.examples
-        _show(recipe, whole, _others(settings, meta, ()), found.pages)
-        candidates = {*meta["ranked"], *meta["first"], *readable}
-        meta["candidates"] = {str(number): _kept(settings, found.pages[number]) for number in sorted(candidates)}
+        _show(recipe, whole, _other_pages(settings, meta, ()), found.pages)
+        candidates = {*meta["ranked"], *meta["first"], *usable}
+        meta["candidates"] = {str(number): _page_record(settings, found.pages[number]) for number in sorted(candidates)}
         return [whole]
     rows = [whole]
-    _show(recipe, whole, _others(settings, meta, ()), found.pages)
+    _show(recipe, whole, _other_pages(settings, meta, ()), found.pages)
     if meta["drawing_is_enough"]:
         alone: Sample = {**whole, "id": f"{question.id}#{ALONE}", "meta": cast(PatentMeta, dict(meta))}
         _show(recipe, alone, [], found.pages)
@@ -188,14 +206,14 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None,
     return rows
 
 
-def _kept(settings: Samples, page: Mapping[str, Any]) -> dict[str, Any]:
-    """What a test sample keeps of a page that a pass may show."""
+def _page_record(settings: Samples, page: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a page's record that its passes need: image, and text if shown."""
     return {"image": page["image"], **({"text": page["text"]} if settings.shows == "text" else {})}
 
 
-def _others(settings: Samples, meta: PatentMeta, without: Collection[str]) -> list[int]:
-    """The pages beside the one that is named first, or instead of it: those that are named too, then the most similar,
-    in the order of the document."""
+def _other_pages(settings: Samples, meta: PatentMeta, without: Collection[str]) -> list[int]:
+    """The pages shown with the first named page, or without one: pages also named, then the most similar ones. Sorted
+    as in the document."""
     ranked = meta["first"] if "retrieval" in without else meta["ranked"]
     count = meta["top_k"] if meta["named"] is None else max(settings.others, len(meta["also_named"]))
     others = dict.fromkeys([*meta["also_named"], *ranked])
@@ -203,9 +221,9 @@ def _others(settings: Samples, meta: PatentMeta, without: Collection[str]) -> li
 
 
 def _show(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int, Mapping[str, Any]]) -> None:
-    """Write the question with these pages into a sample."""
+    """Set the messages and images of a sample to its question with these pages."""
     meta = _meta(sample)
-    ask = _answer(recipe, meta, others, {str(number): page for number, page in pages.items()}, ())
+    ask = _answer_prompt(recipe, meta, others, {str(number): page for number, page in pages.items()}, ())
     shown = sorted([*others, *([meta["named"]] if meta["named"] else [])])
     sample["messages"], sample["images"] = ask.messages, ask.images
     meta["max_pixels"] = ask.max_pixels
@@ -213,14 +231,14 @@ def _show(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int,
     meta["page_images"] = [pages[number]["image"] for number in shown]
 
 
-def _answer(
+def _answer_prompt(
     recipe: Recipe,
     meta: PatentMeta,
     others: list[int],
     pages: Mapping[str, Mapping[str, Any]],
     without: Collection[str],
 ) -> Ask:
-    """The question with its pages, if it names any, and with the others; `pages` by their numbers as text."""
+    """The prompt for the question with its named page, if any, and `others`. `pages` are by number as text."""
     settings, passes = _samples(recipe), _passes(recipe)
     named = meta["named"]
     alone = named is not None and not others
@@ -239,17 +257,17 @@ def _answer(
     return Ask(messages, images, settings.page_pixels if alone else settings.pages_pixels, limit)
 
 
-# -- what the model is asked -------------------------------------------------------------------------------------
+# -- prompts -----------------------------------------------------------------------------------------------------
 
 
 def passes(recipe: Recipe) -> tuple[str, ...]:
-    """`classify`, where the model is asked whether the drawing is enough; `answer`; `refine`, where it is wanted."""
+    """`classify` if the model is the classifier, `answer`, and `refine` if the recipe asks for it."""
     first = ("classify",) if recipe.preprocess.classifier == "model" else ()
     return (*first, "answer", *(("refine",) if _passes(recipe).refine else ()))
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask | None:
-    """What to ask of a test sample in a pass; None where it needs no such pass."""
+    """The prompt of a test sample in a pass; None if it skips the pass."""
     meta, settings = _meta(sample), _passes(recipe)
     if name == "classify":
         if meta.get("named") is None or meta["also_named"] or "classifier" in without:
@@ -261,16 +279,16 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
         examples = [] if "style" in without else meta["examples"]
         messages = prompts.refine(meta["question"], before["answer"], examples)
         return Ask(messages, max_new_tokens=settings.refine_tokens)
-    alone = _alone(meta, before, without)
+    alone = _shows_page_alone(meta, before, without)
     if alone or "retrieval" in without:
-        others = [] if alone else _others(_samples(recipe), meta, without)
-        return _answer(recipe, meta, others, meta["candidates"], without)
+        others = [] if alone else _other_pages(_samples(recipe), meta, without)
+        return _answer_prompt(recipe, meta, others, meta["candidates"], without)
     limit = settings.page_tokens if meta.get("named") is not None else None
     return Ask(sample["messages"], sample["images"], meta.get("max_pixels"), limit)
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """All that may be asked of a sample, each with the most tokens of earlier answers that it will hold."""
+    """All prompts that a sample may lead to, each with the most tokens of earlier completions that it will hold."""
     asks: list[tuple[Ask | None, int]] = [
         (ask(recipe, sample, "answer", {"classify": word}, without), 0) for word in "YN"
     ]
@@ -281,8 +299,8 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
     return [(each, spare) for each, spare in asks if each is not None]
 
 
-def _alone(meta: PatentMeta, before: Mapping[str, str], without: Collection[str]) -> bool:
-    """Whether a question's page is shown alone."""
+def _shows_page_alone(meta: PatentMeta, before: Mapping[str, str], without: Collection[str]) -> bool:
+    """Whether to show a question's page alone."""
     if meta.get("named") is None or meta["also_named"] or "classifier" in without:
         return False
     if "classify" in before:
@@ -291,14 +309,14 @@ def _alone(meta: PatentMeta, before: Mapping[str, str], without: Collection[str]
 
 
 def read_answer(text: str, sample: Sample) -> str:
-    """The answer in a completion: its first line, without a full stop at the end."""
+    """The answer in a completion: its first line without a final full stop."""
     lines = text.strip().split("\n")
     return lines[0].strip().rstrip("。.").strip()
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, str]:
-    """A line with the original's keys: `question_type` is what the classifier wrote, `answer` the long answer and
-    `style_answer` the final one; both are empty where there is none."""
+    """A line with the original's keys: `question_type` is the classifier's completion, `answer` the long answer and
+    `style_answer` the final one. Both are empty where there is none."""
     prediction = next((predictions[name] for name in row["ids"] if name in predictions), None)
     texts = prediction["passes"] if prediction else {}
     final = (prediction["answer"] if prediction else None) or ""
@@ -316,8 +334,8 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """Exact match and F1 by SQuAD's rules, and F1 over characters, which Chinese needs; for questions on positions
-    exact match again, so that they can be told apart."""
+    """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese; for questions about positions, also
+    their exact match under its own name."""
     references = sample["references"]
     exact = metrics.best(metrics.exact_match, answer, references)
     found = {
@@ -331,8 +349,8 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def facts(sample: Sample) -> dict[str, float]:
-    """Retrieval: the share of the evidence pages that are shown, and that are among the k most similar, where the data
-    name them."""
+    """Recall of retrieval, if the data name evidence: the share of evidence pages that are shown, and that are among
+    the k most similar."""
     meta = _meta(sample)
     evidence = set(meta["evidence"])
     if not evidence:

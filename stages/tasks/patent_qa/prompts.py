@@ -1,6 +1,6 @@
-"""What the model is asked: in Chinese where the question is, else in English.
+"""The prompts: Chinese for a Chinese question, else English.
 
-The first message of a question on pages as text is kept short: a small model has to find its way in it.
+The prompt with pages as text is short so that small models can follow it.
 """
 
 import re
@@ -23,7 +23,7 @@ def _user(content: str) -> list[Message]:
 
 
 def from_texts(question: str, pages: Sequence[tuple[int, str]], hint: bool) -> list[Message]:
-    """A question with the text of pages: their numbers and texts, in the order of the document."""
+    """The prompt for a question with pages as text: numbers and texts in the order of the document."""
     parts = [f"Page {number}: {plain(text)}" for number, text in pages]
     if hint:
         parts.append(POSITION_HINT[is_chinese(question)])
@@ -48,7 +48,7 @@ _CARE = {True: "请先仔细看图和文字，再给出答案。", False: "Look 
 
 
 def from_pictures(question: str, named: int, others: int, hint: bool) -> list[Message]:
-    """A question with pictures: `named` of the pages that it is about, then `others` of further pages."""
+    """The prompt for a question with pictures: `named` of the pages that it names, then `others` of further pages."""
     chinese = is_chinese(question)
     parts = [_ROLE[chinese]]
     if named:
@@ -61,7 +61,7 @@ def from_pictures(question: str, named: int, others: int, hint: bool) -> list[Me
     return _user("\n".join(parts))
 
 
-# -- whether the drawing is enough -------------------------------------------------------------------------------
+# -- is the drawing enough ---------------------------------------------------------------------------------------
 
 _CLASSIFY = {
     True: (
@@ -89,12 +89,12 @@ _CLASSIFY = {
 
 
 def classify(question: str) -> list[Message]:
-    """Is this question on a page answered by its drawing alone: Y or N."""
+    """The prompt that asks whether a page's drawing alone answers a question: Y or N."""
     return _user(_CLASSIFY[is_chinese(question)].format(plain(question)))
 
 
 def says_yes(text: str) -> bool:
-    """Whether a classifier's answer is Y: the first Y, N, yes or no that stands by itself; none of them is a no."""
+    """Whether a completion of the classifier says yes: the first whole word Y, N, yes or no decides; no without one."""
     text = unicodedata.normalize("NFKC", text).lower()
     word = r"(?<![a-z])(?:y|yes|n|no)(?![a-z])|(?<![\u4e00-\u9fff])(?:是的?|否|不是?)(?![\u4e00-\u9fff])"
     found = re.search(word, text)
@@ -138,7 +138,7 @@ _LAST = {
 
 
 def refine(question: str, answer: str, examples: Sequence[str]) -> list[Message]:
-    """Bring an answer into the short form of `examples`, answers of the training data."""
+    """The prompt to shorten an answer to the style of `examples`, which are answers in the training data."""
     chinese = is_chinese(question)
     style = _STYLE[chinese].format("\n".join(map(plain, examples))) if examples else ""
     return _user(_REFINE[chinese] + style + _LAST[chinese].format(plain(question), plain(answer)))

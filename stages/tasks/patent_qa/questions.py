@@ -1,4 +1,4 @@
-"""The questions files, and the documents that they ask about."""
+"""The questions files, and the documents that the questions are about."""
 
 import json
 import unicodedata
@@ -19,21 +19,24 @@ SOURCE = "questions"
 
 @dataclass(frozen=True)
 class PatentQuestion:
+    """A question about a patent document."""
+
     id: str
     text: str
     document: str
-    """Path of the PDF below `documents/`, with its ending."""
+    """Path of the PDF relative to `documents/`, with its ending."""
     pages: tuple[int, ...]
     """1-based pages that the text names, in its order."""
     figure: str | None
-    """Figure that the text names, such as `2a`."""
+    """Figure that the text names, such as `2a`; None without one."""
     answers: tuple[str, ...]
     evidence: tuple[int, ...]
+    """1-based pages that hold the answer, by the data."""
     kind: str
     split: Literal["train", "test"] | None
-    """Where the data say so."""
+    """The split that the data give; None where Lorry chooses it."""
     row: int
-    """0-based place among the lines of its file, as the original's submissions count them."""
+    """0-based position among the non-blank lines of its file, as in the original's submissions."""
 
     @property
     def source(self) -> str:
@@ -50,7 +53,7 @@ class PatentQuestion:
 
 
 def find_documents(folder: Path) -> list[Path]:
-    """All files below `documents/`; what is no PDF is found out when it is opened, and counted."""
+    """All files below `documents/`, sorted. Rendering reports files that are not PDFs. Raises DataError for no file."""
     documents = folder / "documents"
     found = visible_files(documents) if documents.is_dir() else []
     if not found:
@@ -59,7 +62,7 @@ def find_documents(folder: Path) -> list[Path]:
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[PatentQuestion]:
-    """Read the questions files. A bad line is skipped and counted with its line number."""
+    """All usable questions. Bad lines go to `skip` with file and line. Raises DataError where no question is left."""
     sources: list[tuple[Path, Literal["train", "test"] | None]] = [
         (folder / "test.jsonl", "test"),
         (folder / "train.jsonl", "train"),
@@ -67,14 +70,15 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
     pair = [path.is_file() for path, _ in sources]
     if any(pair) and not all(pair):
         raise DataError(
-            f"{folder}: {sources[pair.index(False)][0].name} is missing; train.jsonl and test.jsonl go together"
+            f"{folder}: {sources[pair.index(False)][0].name} is missing; add it, or put all questions into"
+            " questions.jsonl"
         )
     if not any(pair):
         sources = [(folder / "questions.jsonl", None)]
     questions: dict[str, PatentQuestion] = {}
     for path, split in sources:
         if not path.is_file():
-            raise DataError(f"{folder}: no questions.jsonl, and no pair of train.jsonl and test.jsonl")
+            raise DataError(f"{folder}: no questions; put questions.jsonl there, or train.jsonl and test.jsonl")
         for row, (number, line) in enumerate(lines_in(path)):
             where = f"{path.name}:{number}"
             try:
@@ -82,28 +86,31 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
             except BadRecordError as error:
                 skip(where, error.reason, str(error))
                 continue
-            if question.id in questions and questions[question.id].split != split:  # both files count from 1
+            if question.id in questions and questions[question.id].split != split:  # ids of both files may start at 1
                 question = replace(question, id=f"{split}-{question.id}")
             if question.id in questions:
                 skip(where, "duplicate id", question.id)
                 continue
             questions[question.id] = question
     if not questions:
-        raise DataError(f"{folder}: no usable question in {' or '.join(path.name for path, _ in sources)}")
+        raise DataError(
+            f"{folder}: no usable question in {' or '.join(path.name for path, _ in sources)}; see the skipped lines in"
+            " the log"
+        )
     return _without_leaks(list(questions.values()), skip)
 
 
 def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any]]:
-    """What a submission has a line for, in the order of the file: every line of test.jsonl, whatever is wrong with it;
-    where the data name no test set, the questions on the documents that were held out.
+    """The rows of the submission in the order of the file: one for each line of test.jsonl, also for unusable ones;
+    without that file, one for each question about the documents held out.
 
-    A row has `idx` (0-based, as text), `ids` (none where it became no sample), `document` and `question`.
+    A row has `idx` (0-based, as text), `ids` (empty for an unusable line), `document` and `question`.
     """
     found = {question.row: question for question in tested}
     given = folder / "test.jsonl"
     if not given.is_file():
         return [_row(row, found[row], {}) for row in sorted(found)]
-    return [_row(row, found.get(row), _as_read(line)) for row, (_, line) in enumerate(lines_in(given))]
+    return [_row(row, found.get(row), _raw_record(line)) for row, (_, line) in enumerate(lines_in(given))]
 
 
 def _row(row: int, question: PatentQuestion | None, record: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def _row(row: int, question: PatentQuestion | None, record: dict[str, Any]) -> d
     return {"idx": str(row), **record}
 
 
-def _as_read(line: bytes) -> dict[str, Any]:
+def _raw_record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
@@ -146,24 +153,24 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
     value = record.get("answer", [])
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
-        raise BadRecordError("answer is neither text nor a list of texts", repr(value)[:100])
+        raise BadRecordError("answer is neither a string nor a list of strings", repr(value)[:100])
     return tuple(v.strip() for v in values)
 
 
 def _evidence(record: dict[str, Any]) -> tuple[int, ...]:
     value = record.get("pages", [])
     if not isinstance(value, list) or not all(type(v) is int and v >= 1 for v in value):
-        raise BadRecordError("pages is no list of page numbers", repr(value)[:100])
+        raise BadRecordError("pages is not a list of page numbers", repr(value)[:100])
     return tuple(value)
 
 
 def _without_leaks(questions: list[PatentQuestion], skip: Skip) -> list[PatentQuestion]:
-    """Given splits: a document with test questions gives no training question."""
+    """The questions without training questions about a document that has test questions; those go to `skip`."""
     tested = {question.document for question in questions if question.split == "test"}
-    kept = []
+    usable = []
     for question in questions:
         if question.split == "train" and question.document in tested:
             skip(question.id, "training question on a test document", question.document)
         else:
-            kept.append(question)
-    return kept
+            usable.append(question)
+    return usable

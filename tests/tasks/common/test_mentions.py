@@ -1,4 +1,4 @@
-"""Which pages and figures a question names, and whether it asks for a position."""
+"""The pages and figures that a question names, and whether it asks for a position."""
 
 import re
 
@@ -17,7 +17,7 @@ from stages.tasks.common.mentions import (
 
 
 def in_chinese(number: int) -> str:
-    """1..9999 written out, by the schoolbook: units in turn, one 零 for a gap, 一十 at the front as 十."""
+    """1..9999 in standard Chinese numerals: units in order, one 零 for a gap, a leading 一十 as 十."""
     text, gap = "", False
     for unit, name in ((1000, "千"), (100, "百"), (10, "十"), (1, "")):
         digit = number // unit % 10
@@ -127,7 +127,7 @@ def test_unusual_spellings(text: str, page: int | None) -> None:
         "第" + "九" * 5000 + "页",
     ],
 )
-def test_what_names_no_page(text: str) -> None:
+def test_texts_that_name_no_page(text: str) -> None:
     assert page_named(text) is None
 
 
@@ -274,7 +274,7 @@ def test_spellings_of_a_figure(text: str, figure: str) -> None:
         "图" + "九" * 5000,
     ],
 )
-def test_what_names_no_figure(text: str) -> None:
+def test_texts_that_name_no_figure(text: str) -> None:
     assert figure_named(text) is None
 
 
@@ -301,7 +301,7 @@ def test_any_text_names_a_figure_or_none(text: str) -> None:
         ("12", None),
     ],
 )
-def test_what_a_label_says(text: str, labelled: tuple[str, str] | None) -> None:
+def test_labels_of_figures(text: str, labelled: tuple[str, str] | None) -> None:
     assert figure_labelled(text) == labelled
 
 
@@ -323,7 +323,7 @@ def test_what_a_label_says(text: str, labelled: tuple[str, str] | None) -> None:
         "部件3where",
     ],
 )
-def test_what_asks_for_a_position(text: str) -> None:
+def test_questions_that_ask_for_a_position(text: str) -> None:
     assert asks_position(text)
 
 
@@ -337,7 +337,7 @@ def test_what_asks_for_a_position(text: str) -> None:
         "Which component, elsewhere unnamed, has number 4?",
     ],
 )
-def test_what_asks_for_no_position(text: str) -> None:
+def test_questions_that_ask_for_no_position(text: str) -> None:
     assert not asks_position(text)
 
 

@@ -1,4 +1,4 @@
-"""The metrics against SQuAD's rules, and what must hold of any text."""
+"""The metrics against SQuAD's rules, and their properties for any text."""
 
 import pytest
 from hypothesis import given
@@ -34,7 +34,7 @@ SUPER_BOWL = [
         ("a lever, an arm and the housing", "lever arm and housing"),
         ("theatre", "theatre"),  # an article is a whole word
         ("the", ""),
-        ("well-known", "wellknown"),  # punctuation goes before words are told apart
+        ("well-known", "wellknown"),  # punctuation is removed before words are split
         ("U.S.A.", "usa"),
         ("A.", ""),
         ("$1,234.50", "123450"),

@@ -1,4 +1,4 @@
-"""Data sets on disk: every form, the place of each record, and what a damaged one costs."""
+"""Data sets on disk: every form, the place of each record, and what is lost by a damaged one."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_lines_under_either_name(tmp_path: Path, name: str) -> None:
     assert [row.where for row in found] == [f"{name}:{number}" for number in (2, 3, 6, 7)]
 
 
-def test_a_record_of_an_array_stands_on_the_line_that_it_begins_on(tmp_path: Path) -> None:
+def test_a_record_of_an_array_has_the_line_on_which_it_begins(tmp_path: Path) -> None:
     found = rows(tmp_path / "a.json", '[\n  {\n    "id": 1\n  },\n\n  {"id": 2}, {"id": 3},\n  {"id": 4}\n]')
     assert [(row.number, row.where) for row in found] == [
         *((2, "a.json:2"), (6, "a.json:6"), (6, "a.json:6 record 3"), (7, "a.json:7")),
@@ -71,13 +71,13 @@ def test_a_record_of_an_array_stands_on_the_line_that_it_begins_on(tmp_path: Pat
     assert [row.place for row in found] == ["2", "6", "6-3", "7"]
 
 
-def test_on_one_line_records_are_counted(tmp_path: Path) -> None:
+def test_records_on_one_line_are_numbered(tmp_path: Path) -> None:
     found = rows(tmp_path / "a.json", '[{"id": 1}, {"id": x}, {"id": 3}]')
     assert [row.where for row in found] == ["a.json:1", "a.json:1 record 2", "a.json:1 record 3"]
     assert [row.place for row in found] == ["1", "1-2", "1-3"]
 
 
-def test_squads_own_files_have_their_records_in_data(tmp_path: Path) -> None:
+def test_the_records_of_squads_own_files_are_in_data(tmp_path: Path) -> None:
     articles = [{"title": f"t{n}", "paragraphs": []} for n in range(3)]
     for name, table in {"a": {"data": articles, "version": "1.1"}, "b": {"version": "v2.0", "data": articles}}.items():
         for indent in (None, 1):
@@ -92,7 +92,7 @@ def test_one_object_over_several_lines_is_one_record(tmp_path: Path) -> None:
     assert good(rows(tmp_path / "a.json", json.dumps(RECORDS[0], indent=2))) == RECORDS[:1]
 
 
-def test_nothing_in_a_file_is_no_record(tmp_path: Path) -> None:
+def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
     for name, text in {
         "a.json": "",
         "b.jsonl": "\n \n",
@@ -106,15 +106,15 @@ def test_nothing_in_a_file_is_no_record(tmp_path: Path) -> None:
 WHOLE = json.dumps({"id": "r9", "text": "x", "list": [{"a": 1}, {"a": 2}]})
 BROKEN = {
     "a comma too many": WHOLE[:-1] + ",}",
-    "a comma lacks": WHOLE.replace(', "text"', ' "text"'),
+    "a comma missing": WHOLE.replace(', "text"', ' "text"'),
     "a bare word": WHOLE.replace('"x"', "x"),
     "Python's None": WHOLE.replace('"x"', "None"),
     "not a number": WHOLE.replace('"x"', "NaN"),
     "quotation marks within": WHOLE.replace('"x"', '"say "x" twice"'),
     "one quotation mark within": WHOLE.replace('"x"', '"6" wide"'),
     "a text without end": WHOLE.replace('"x"', '"x'),
-    "a bracket lacks": WHOLE[:-2] + "}",
-    "the brace lacks": WHOLE[:-1],
+    "a bracket missing": WHOLE[:-2] + "}",
+    "the brace missing": WHOLE[:-1],
     "another bracket": WHOLE[:-1] + "]",
     "a line's end in a text": WHOLE.replace('"x"', '"x\ny"'),
     "a wrong escape": WHOLE.replace('"x"', '"\\x"'),
@@ -127,7 +127,7 @@ BROKEN = {
 @pytest.mark.parametrize("write", [ARRAYS[n] for n in ("on one line", "a record a line", "indented")])
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
 @pytest.mark.parametrize("place", [0, 2, 4])
-def test_a_broken_record_of_an_array_costs_no_other(tmp_path: Path, write: Any, broken: str, place: int) -> None:
+def test_a_broken_record_of_an_array_affects_no_other(tmp_path: Path, write: Any, broken: str, place: int) -> None:
     records = [*RECORDS[:place], "broken", *RECORDS[place:]]
     text = write(records)
     line = text[: text.index('"broken"')].count("\n") + 1
@@ -138,15 +138,15 @@ def test_a_broken_record_of_an_array_costs_no_other(tmp_path: Path, write: Any, 
     assert reason == ("not UTF-8" if "ud83d" in broken else "not JSON")
 
 
-def test_of_two_broken_records_each_is_told(tmp_path: Path) -> None:
-    parts = [json.dumps(RECORDS[0]), BROKEN["the brace lacks"], json.dumps(RECORDS[1]), BROKEN["a bare word"]]
+def test_each_of_two_broken_records_is_reported(tmp_path: Path) -> None:
+    parts = [json.dumps(RECORDS[0]), BROKEN["the brace missing"], json.dumps(RECORDS[1]), BROKEN["a bare word"]]
     found = rows(tmp_path / "a.json", "[\n" + ",\n".join(parts) + "\n]")
     assert good(found) == RECORDS[:2]
     assert bad(found) == [("a.json:3", "not JSON"), ("a.json:5", "not JSON")]
 
 
 @pytest.mark.parametrize("write", ARRAYS.values(), ids=ARRAYS.keys())
-def test_an_array_that_is_cut_off_anywhere_keeps_what_is_whole(tmp_path: Path, write: Any) -> None:
+def test_an_array_that_is_cut_off_anywhere_keeps_its_complete_records(tmp_path: Path, write: Any) -> None:
     text = write(RECORDS).rstrip()
     for length in range(1, len(text)):
         found = rows(tmp_path / "a.json", text[:length])
@@ -158,7 +158,7 @@ def test_an_array_that_is_cut_off_anywhere_keeps_what_is_whole(tmp_path: Path, w
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_line_costs_no_other(tmp_path: Path, broken: str) -> None:
+def test_a_broken_line_affects_no_other(tmp_path: Path, broken: str) -> None:
     text = lines(RECORDS[:2]) + f"\n{broken}\n" + lines(RECORDS[2:])
     found = rows(tmp_path / "a.jsonl", text)
     assert good(found) == RECORDS
@@ -167,7 +167,7 @@ def test_a_broken_line_costs_no_other(tmp_path: Path, broken: str) -> None:
     assert good(again) == RECORDS and [where for where, _ in bad(again)] == ["a.json:3"]
 
 
-def test_bytes_that_are_no_utf_8_cost_their_record(tmp_path: Path) -> None:
+def test_a_record_with_bytes_that_are_not_utf_8_is_bad(tmp_path: Path) -> None:
     parts = [b'{"id": 1}', b'{"id": "\xff\xfe"}', b'{"id": 3}']
     for name, text in {"a.jsonl": b"\n".join(parts), "a.json": b"[" + b",\n".join(parts) + b"]"}.items():
         found = rows(tmp_path / name, text)
@@ -175,7 +175,7 @@ def test_bytes_that_are_no_utf_8_cost_their_record(tmp_path: Path) -> None:
         assert bad(found) == [(f"{name}:2", "not UTF-8")]
 
 
-def test_more_after_a_record_is_told(tmp_path: Path) -> None:
+def test_a_second_record_on_a_line_is_reported(tmp_path: Path) -> None:
     assert bad(rows(tmp_path / "a.jsonl", '{"id": 1} {"id": 2}\n{"id": 3}')) == [("a.jsonl:1", "not JSON")]
 
 
@@ -187,14 +187,16 @@ JSON = st.recursive(
 
 
 @given(records=st.lists(st.dictionaries(st.sampled_from("abc"), JSON, min_size=1, max_size=3), max_size=5))
-def test_what_json_writes_is_read(tmp_path_factory: pytest.TempPathFactory, records: list[Any]) -> None:
+def test_all_that_json_writes_is_read(tmp_path_factory: pytest.TempPathFactory, records: list[Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
     for text in (json.dumps(records), json.dumps(records, indent=1, ensure_ascii=False), lines(records)):
         assert good(rows(path, text)) == records
 
 
 @given(text=st.text('{}[]",:\\n 1a\n', max_size=40), records=st.integers(0, 2))
-def test_whatever_stands_in_a_file_it_ends(tmp_path_factory: pytest.TempPathFactory, text: str, records: int) -> None:
+def test_reading_ends_whatever_a_file_contains(
+    tmp_path_factory: pytest.TempPathFactory, text: str, records: int
+) -> None:
     path = tmp_path_factory.getbasetemp() / "garbage.json"
     found = rows(path, "[" + '{"id": 1},' * records + text)
     assert len(good(found)) >= records
@@ -233,7 +235,7 @@ def test_tables(tmp_path: Path, name: str, write: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "write"), WRITERS)
-def test_a_file_that_is_no_table_is_told(tmp_path: Path, name: str, write: Any) -> None:
+def test_a_file_that_is_not_a_table_is_reported(tmp_path: Path, name: str, write: Any) -> None:
     assert bad(rows(tmp_path / name, b"no table at all, but long enough to be looked at")) == [
         (f"{name} row 1", "unreadable file")
     ]
@@ -241,7 +243,7 @@ def test_a_file_that_is_no_table_is_told(tmp_path: Path, name: str, write: Any) 
 
 
 @pytest.mark.parametrize(("name", "write"), [("t.parquet", pq.write_table), ("t.arrow", feather.write_feather)])
-def test_a_row_that_is_not_utf_8_costs_no_other(tmp_path: Path, name: str, write: Any) -> None:
+def test_a_row_that_is_not_utf_8_affects_no_other(tmp_path: Path, name: str, write: Any) -> None:
     texts = pa.array([b"a", b"\xff", "灯".encode()]).view(pa.string())
     write(pa.table({"text": texts}), tmp_path / name)
     found = rows(tmp_path / name)
@@ -249,7 +251,7 @@ def test_a_row_that_is_not_utf_8_costs_no_other(tmp_path: Path, name: str, write
     assert bad(found) == [(f"{name} row 2", "not UTF-8")]
 
 
-def test_a_damaged_row_group_costs_no_other(tmp_path: Path) -> None:
+def test_a_damaged_row_group_affects_no_other(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     write_parquet(path)
     place = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
@@ -260,7 +262,7 @@ def test_a_damaged_row_group_costs_no_other(tmp_path: Path) -> None:
     assert bad(found) == [("t.parquet rows 3 to 4", "unreadable rows")]
 
 
-def test_a_stream_that_is_cut_off_keeps_what_is_whole(tmp_path: Path) -> None:
+def test_a_stream_that_is_cut_off_keeps_its_complete_batches(tmp_path: Path) -> None:
     path = tmp_path / "t.arrow"
     write_stream(path)
     found = rows(path, path.read_bytes()[:-200])
@@ -298,7 +300,7 @@ def test_names_that_state_a_split(tmp_path: Path, name: str, split: str | None) 
     assert (row.split, row.file, row.record) == (split, f"set/{name}", {"id": 1})
 
 
-def test_a_folder_is_read_file_by_file_and_only_its_data(tmp_path: Path) -> None:
+def test_only_the_data_files_of_a_folder_are_read_in_order(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     for name in ("b.jsonl", "a.jsonl", ".git/x.json", "README.md", "dataset_infos.json", "notes.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -306,13 +308,13 @@ def test_a_folder_is_read_file_by_file_and_only_its_data(tmp_path: Path) -> None
     assert [row.record["name"] for row in rows(folder)] == ["a.jsonl", "b.jsonl"]
 
 
-def test_what_datasets_saves(tmp_path: Path) -> None:
+def test_folders_saved_by_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     one = datasets.Dataset.from_list(TABLE.to_pylist(), split="train")
     one.save_to_disk(tmp_path / "one", num_shards=2)
     one.filter(lambda row: row["id"] % 2 == 0).save_to_disk(tmp_path / "filtered")
     datasets.DatasetDict({"train": one, "test": one.select([3]), "easy": one.select([])}).save_to_disk(tmp_path / "all")
-    (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"what map left there")
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"left by map")
     assert good(rows(tmp_path / "one")) == TABLE.to_pylist()
     assert {row.split for row in rows(tmp_path / "one")} == {None}
     assert [record["id"] for record in good(rows(tmp_path / "filtered"))] == [0, 2, 4]
@@ -321,7 +323,7 @@ def test_what_datasets_saves(tmp_path: Path) -> None:
     assert found[-1].where == "all/test/data-00000-of-00001.arrow row 1"
 
     next((tmp_path / "one").glob("data-00001*")).unlink()
-    with pytest.raises(DataError, match="missing, though the data set beside it names it"):
+    with pytest.raises(DataError, match="missing, but listed by the data set's metadata; copy the whole folder"):
         rows(tmp_path / "one")
 
 

@@ -1,5 +1,7 @@
-"""Stands where sentence-transformers stands: a text's vector counts its characters. No model to load, in no time, and
-texts that share characters are alike. Found by processes of the test's own as well, by way of the module search path.
+"""Replaces sentence-transformers in tests: the vector of a text counts its characters.
+
+It loads no model, and texts that share characters are similar. Child processes of a test find it on the module search
+path.
 """
 
 import zlib
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 
 DIMENSIONS = 3584
-"""As many as GME-Qwen2-VL-7B has."""
+"""Dimensions of GME-Qwen2-VL-7B."""
 
 
 class SentenceTransformer:

@@ -1,7 +1,7 @@
-"""Stands where the training process stands: it learns nothing, and leaves what a training leaves.
+"""Replaces the training process in tests: it trains nothing, and writes the files that a training writes.
 
-`STAND_IN_LOG` names a file in which it notes who it is and which of its forerunners still live; `STAND_IN_DEATHS` names
-the data sets whose training the kernel ends.
+`STAND_IN_LOG` names a file in which it records its process id and which earlier processes still run. `STAND_IN_DEATHS`
+names the data sets whose training ends by SIGKILL.
 """
 
 import json
