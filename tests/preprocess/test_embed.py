@@ -150,7 +150,7 @@ def test_an_error_in_a_process_is_shown_in_one_line(
         Embedder(stage, devices=["cpu", "cpu"]).embed_pages(records)
 
     assert run_stage(pictures, "preprocess", work) == Exit.DATA
-    assert re.search(r"gone/\d.jpg: no picture .*; run preprocess again", capfd.readouterr().err)
+    assert re.search(r"gone/\d.jpg: not a readable picture .*; run preprocess again", capfd.readouterr().err)
 
 
 def test_pieces_embedded_elsewhere_are_used_without_a_gpu(few_pages: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,5 +119,5 @@ def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_without_its_picture_is_named_in_one_line(gme: Gme, pages: list[Path]) -> None:
-    with pytest.raises(DataError, match=r"gone.png: no picture .*; run preprocess again"):
+    with pytest.raises(DataError, match=r"gone.png: not a readable picture .*; run preprocess again"):
         list(gme.embed_pictures([[pages[0], pages[0].with_name("gone.png")]]))
