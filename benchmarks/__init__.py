@@ -1,1 +1,1 @@
-"""What produces every figure in the docs. Each module here is a command that writes one file in results/."""
+"""The benchmarks behind every figure in the docs. Each module is a command that writes one file in results/."""

@@ -1,12 +1,12 @@
-"""Nine adapters in one engine against nine engines with one each: wall time, and engine starts.
+"""Nine adapters in one engine against nine engines with one adapter each: wall time and engine starts.
 
     python -m benchmarks.adapters                 # on a GPU: Qwen2.5-7B's shape, random weights, vLLM
-    python -m benchmarks.adapters small           # SmolLM2 on the transformers engine, to try the benchmark itself
+    python -m benchmarks.adapters small           # SmolLM2 on the transformers engine, to test the benchmark itself
 
-The prompts are made of random words, as long as a problem with its question and options; every answer is as long as
-it may be, since random weights never stop. "one adapter's" time is measured in an engine of its own, with room for
-one; each way answers the same prompts. What prompts have in common is forgotten between the adapters: neither way
-profits from what was asked before.
+Prompts are random words, as long as a problem with its question and options. Every completion has the maximal length,
+since random weights do not learn to stop. The time of one adapter is measured in an engine of its own, with room for
+one. Both ways answer the same prompts, and the prefix cache is emptied between adapters, so that neither way profits
+from earlier prompts.
 """
 
 import random
@@ -27,18 +27,18 @@ ROOTS = Roots.from_environment()
 
 
 def prompts_of(model: Path, count: int) -> list[Prompt]:
-    """Prompts as long as a problem with its question and options; no two begin alike."""
+    """Return prompts as long as a problem with its question and options; no two have the same beginning."""
     renderer, words = Renderer(model), random.Random(0)
     vocabulary = ("red", "cup", "stands", "left", "of", "box", "seven", "and", "nobody", "taller", "than", "Ann", "is")
-    found = []
+    prompts = []
     for number in range(count):
         text = " ".join(words.choice(vocabulary) for _ in range(WORDS))
-        found.append(renderer.render(f"p{number}", [{"role": "user", "content": f"{number}. {text}\nA. yes\nB. no"}]))
-    return found
+        prompts.append(renderer.render(f"p{number}", [{"role": "user", "content": f"{number}. {text}\nA. yes\nB. no"}]))
+    return prompts
 
 
-def started(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Engine, float]:
-    """An engine with these adapters, warm, and what its start took in seconds."""
+def start_engine(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Engine, float]:
+    """Return an engine with these adapters, and the seconds of its start."""
     settings = EngineSettings(
         model=model,
         adapters=adapters,
@@ -57,7 +57,8 @@ def started(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Engine
     return engine, time.perf_counter() - began
 
 
-def seconds(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[float, list[str]]:
+def time_answers(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[float, list[str]]:
+    """Return the seconds to answer all prompts, and the completions."""
     if hasattr(engine, "_llm"):
         engine._llm.reset_prefix_cache()
     began = time.perf_counter()
@@ -66,7 +67,7 @@ def seconds(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[float,
 
 
 def _wait_for_memory(patience: float = 60.0) -> None:
-    """Until the card has the memory of the engine that was closed again."""
+    """Wait until the closed engine's memory is free again."""
     import torch
 
     until = time.monotonic() + patience
@@ -91,14 +92,14 @@ def main(small: bool) -> None:
     shown |= {"tokens an answer": NEW_TOKENS, "rank": RANK, "engine": "transformers" if small else "vllm"}
     rows: list[dict[str, Any]] = []
 
-    engine, start = started(model, adapters, small)
-    seconds(engine, prompts, names[0])  # what first calls compile and load
+    engine, start = start_engine(model, adapters, small)
+    time_answers(engine, prompts, names[0])  # warm-up: the first call compiles and loads
     before = time.perf_counter()
-    taken = {name: seconds(engine, prompts, name) for name in names}  # eight adapters are read from the disk now
+    taken = {name: time_answers(engine, prompts, name) for name in names}  # eight adapters are read from disk meanwhile
     first = time.perf_counter() - before
     before = time.perf_counter()
     for name in names:
-        seconds(engine, prompts, name)
+        time_answers(engine, prompts, name)
     together = time.perf_counter() - before
     engine.close()
     del engine
@@ -117,9 +118,9 @@ def main(small: bool) -> None:
     )
     write_rows("adapters", rows, "python -m benchmarks.adapters")
 
-    engine, start = started(model, {names[0]: adapters[names[0]]}, small)
-    seconds(engine, prompts, names[0])
-    singles = [seconds(engine, prompts, names[0]) for _ in range(3)]
+    engine, start = start_engine(model, {names[0]: adapters[names[0]]}, small)
+    time_answers(engine, prompts, names[0])
+    singles = [time_answers(engine, prompts, names[0]) for _ in range(3)]
     engine.close()
     alone = min(taken for taken, _ in singles)
     same = sum(a == b for a, b in zip(singles[0][1], taken[names[0]][1], strict=True))

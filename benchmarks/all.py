@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other: `make bench`."""
+"""Run the benchmarks that need neither a GPU nor images, one after the other: `make bench`."""
 
 import subprocess
 import sys

@@ -2,13 +2,13 @@
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.articulation [--objects 2500 200] [--set KEY=VALUE]
 
-Needs SmolLM2-135M-Instruct, and a GPU to be done in minutes. On a CPU it can be tried with `--objects 16 4 --set
-train.epochs=1 --set train.micro_batch=4 --set train.effective_batch=4`, which learns nothing. The cabinets are made by
-recipes/data/make_articulation.py; none of the held-out ones is trained on. The row has base and tuned, their difference
-with its interval, and beside them a guess that knows the form of an answer and no object: the largest box is the root,
-and every other box has the joint that is most frequent in training.
+Needs SmolLM2-135M-Instruct. Takes minutes on a GPU. To test it on a CPU, use `--objects 16 4 --set train.epochs=1 --set
+train.micro_batch=4 --set train.effective_batch=4`, which learns nothing. recipes/data/make_articulation.py makes the
+cabinets; none of the held-out ones is trained on. The row has the scores of base and tuned, their difference with its
+interval, and those of a guess that knows the form of an answer but no object: the largest box is the root, and every
+other box has the most frequent joint of the training data.
 
-The same command goes on where it was stopped.
+The same command resumes after a stop.
 """
 
 import argparse
@@ -31,10 +31,10 @@ from stages.tasks import articulation
 
 ROOTS = Roots.from_environment()
 OUT = Path(os.environ.get("OUT", ROOTS.runs))
-"""Where the row is kept, too."""
+"""Folder of a second copy of the row."""
 
 OBJECTS = (2500, 200)
-"""To train on, and held out."""
+"""Numbers of training and of held-out objects."""
 MOST_BOXES = 5
 STAGES = ("preprocess", "train", "infer", "eval")
 SETTINGS = (
@@ -45,20 +45,20 @@ SETTINGS = (
 
 
 def run_stage(name: str, stage: str, data: Path, sets: list[str]) -> float:
-    """Run a stage's command. Returns its seconds; where it is not done, the benchmark ends with its exit code."""
+    """Run a stage's command. Returns its seconds; if it fails, the benchmark ends with its exit code."""
     words = [word for value in sets for word in ("--set", value)]
     command = [sys.executable, "-m", f"entrypoints.{stage}", "articulation", "--profile", "tiny", "--run", name]
     began = time.monotonic()
     code = subprocess.run([*command, "--data", str(data), *words], check=False).returncode
     took = time.monotonic() - began
-    print(f"{stage} ended with {code} after {took:.0f} s", flush=True)
+    print(f"{stage}: exit code {code} after {took:.0f} s", flush=True)
     if code:
         raise SystemExit(code)
     return round(took, 1)
 
 
 def guess(samples: list[Sample], trained: list[Sample]) -> dict[str, float]:
-    """Mean scores of answers that know the form alone."""
+    """Return the mean scores of answers that have the right form and know no object."""
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "articulation.yaml", "tiny")
     lines = Counter(
         line.partition(",")[2]
@@ -79,6 +79,7 @@ def guess(samples: list[Sample], trained: list[Sample]) -> dict[str, float]:
 
 
 def row_of(folder: Path, seed: int, objects: list[int], seconds: dict[str, float]) -> dict[str, Any]:
+    """Return the row of a finished run."""
     scores = read_json(folder / "eval" / "scores.json")
     gains = read_json(folder / "eval" / "differences.json")["joints"]
     samples: Any = read_jsonl(folder / "preprocess" / "samples" / "test.jsonl")
@@ -101,9 +102,11 @@ def row_of(folder: Path, seed: int, objects: list[int], seconds: dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--objects", type=int, nargs=2, default=OBJECTS, metavar=("TRAIN", "TEST"))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
+    parser.add_argument("--seed", type=int, default=0, help="of cabinets and training; default: 0")
+    parser.add_argument(
+        "--objects", type=int, nargs=2, default=OBJECTS, metavar=("TRAIN", "TEST"), help="default: 2500 200"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="recipe override; repeatable")
     chosen = parser.parse_args()
     train, test = chosen.objects
     name = f"articulation-{chosen.seed}-{train}-{test}"

@@ -1,11 +1,11 @@
-"""Ten thousand made records through Data-Juicer: by processes, killed half-way and gone on with, and on Ray.
+"""Ten thousand synthetic records through Data-Juicer: in processes, killed half-way and resumed, and on Ray.
 
     python -m benchmarks.data_juicer
 
-Writes results/data_juicer.json: what each operator read, kept, dropped and took, the whole's records a second, what a
-SIGKILL half-way cost, and a digest of what was kept, which must be the same each time. The operators are those of the
-"quality" recipe that need no weights, with its thresholds. The records are made here (seed 42): texts of real words,
-some of them bad in one way each, some near-duplicates; 300 pictures of noise, some too small, too narrow or too light.
+Writes results/data_juicer.json: each operator's counts of records and seconds, the records per second of the whole, the
+cost of a SIGKILL half-way, and a digest of the kept records, which must be the same each time. The operators are those
+of the "quality" recipe that need no weights, with its thresholds. The records are made here (seed 42): texts of real
+words, some with one fault each, some near-duplicates; 300 pictures of noise, some too small, too narrow or too light.
 """
 
 import hashlib
@@ -51,12 +51,12 @@ OPERATORS: list[dict[str, Any]] = [
         }
     },
 ]
-"""Spaces are special characters to Data-Juicer, and repetition counts common endings: hence 0.35 and 0.2 for texts of
-real words, where the recipe that this is modelled on has 0.2 and 0.05."""
+"""Data-Juicer counts spaces as special characters and common endings as repetition, so texts of real words need 0.35
+and 0.2; the recipe that this follows has 0.2 and 0.05."""
 
 
 def make_data(folder: Path) -> None:
-    """Records, pictures and the list of flagged words."""
+    """Write records, pictures and the list of flagged words."""
     from PIL import Image
 
     draw = random.Random(42)
@@ -102,7 +102,7 @@ def run_of(root: Path, name: str, executor: str) -> Run:
 
 
 def stage(root: Path, name: str, executor: str) -> int:
-    """The records' part of a preprocess stage, as the stage itself does it."""
+    """Run the part of the preprocess stage that processes records. Returns its exit code."""
     run = run_of(root, name, executor)
     return run_stage(run, "preprocess", lambda stage: process(stage, run.data / "records.jsonl") and None)
 
@@ -111,7 +111,8 @@ def start(root: Path, name: str, executor: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-m", "benchmarks.data_juicer", "stage", str(root), name, executor])
 
 
-def timed(root: Path, name: str, executor: str) -> dict[str, Any]:
+def time_stage(root: Path, name: str, executor: str) -> dict[str, Any]:
+    """Run the stage in a process of its own. Returns its row."""
     began = time.monotonic()
     code = start(root, name, executor).wait()
     if code:
@@ -128,8 +129,8 @@ def timed(root: Path, name: str, executor: str) -> dict[str, Any]:
     }
 
 
-def killed(root: Path, name: str) -> dict[str, Any]:
-    """Kill the stage, as it is at half of its operators, with SIGKILL, and run it again."""
+def kill_and_resume(root: Path, name: str) -> dict[str, Any]:
+    """Kill the stage with SIGKILL after half of its operators, and run it again. Returns the second run's row."""
     began = time.monotonic()
     child = start(root, name, "default")
     half = root / "runs" / name / "preprocess" / "records" / "work" / f"{len(OPERATORS) // 2 + 1:02}.json"
@@ -139,7 +140,7 @@ def killed(root: Path, name: str) -> dict[str, Any]:
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     before = time.monotonic() - began
-    again = timed(root, name, "default")
+    again = time_stage(root, name, "default")
     return {**again, "run": "killed half-way", "seconds before the kill": round(before, 1)}
 
 
@@ -147,7 +148,11 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="data-juicer-"))
     try:
         make_data(root / "made")
-        rows = [timed(root, "processes", "default"), killed(root, "killed"), timed(root, "ray", "ray")]
+        rows = [
+            time_stage(root, "processes", "default"),
+            kill_and_resume(root, "killed"),
+            time_stage(root, "ray", "ray"),
+        ]
         for row in rows:
             row["same output"] = row["kept sha256"] == rows[0]["kept sha256"]
         for name in ("processes", "ray"):

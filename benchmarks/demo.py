@@ -1,4 +1,4 @@
-"""The demo from nothing, after set-up: seconds and memory of each stage, scores, and the second `make demo`.
+"""The demo after set-up: seconds and memory of each stage, scores, and a second `make demo`.
 
     python -m benchmarks.demo
 
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 RUN = ROOT / "runs" / "demo"
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """Run a command. Returns its wall seconds and its peak memory in GiB, children included."""
+def time_command(command: list[str]) -> tuple[float, float]:
+    """Run a command. Returns its wall seconds and peak memory in GiB, including children."""
     before = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT)
     peak = 0.0
@@ -50,7 +50,7 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 
 def stage_rows() -> list[dict[str, Any]]:
-    """What the four manifests say."""
+    """Return a row for each stage, from its manifest."""
     rows = []
     for stage in ("preprocess", "train", "infer", "eval"):
         manifest = json.loads((RUN / stage / "manifest.json").read_text())
@@ -60,8 +60,8 @@ def stage_rows() -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     shutil.rmtree(RUN, ignore_errors=True)
-    seconds, peak = timed(["make", "demo"])
-    again, _ = timed(["make", "demo"])
+    seconds, peak = time_command(["make", "demo"])
+    again, _ = time_command(["make", "demo"])
     scores = json.loads((RUN / "eval" / "scores.json").read_text())
     rows: list[dict[str, Any]] = [
         {"what": "make demo", "seconds": round(seconds, 1), "peak memory GiB": round(peak, 2)},

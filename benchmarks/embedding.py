@@ -1,12 +1,12 @@
-"""Pages embedded by GME in batches, against one picture a call.
+"""Pages embedded by GME in batches, against one picture per call.
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.embedding [tiny]
 
-Needs a GPU of 40 GB and SmolLM2's tokenizer; the model has GME-Qwen2-VL-7B's shape and random weights. `tiny` takes
-models/tiny-gme instead, to try the benchmark itself. Three ways over the same pages:
+Needs a GPU of 40 GB and SmolLM2's tokenizer; the model has GME-Qwen2-VL-7B's shape and random weights. `tiny` uses
+models/tiny-gme instead, to test the benchmark itself. It compares three ways:
 
-    original    a page drawn at 600 DPI, opened, shrunk to 1,280 tokens, processed and embedded, one a call, in float16
-    one by one  a page drawn at the budget, one a call
+    original    pages drawn at 600 DPI, opened, shrunk to 1,280 tokens, processed and embedded one per call, in float16
+    one by one  pages drawn at the budget, one per call
     batched     the same pages through `stages.preprocess.gme`, in batches
 """
 
@@ -30,8 +30,8 @@ FINE = 4960 * 7016
 FOLDER = ROOTS.runs / "embedding"
 
 
-def pages(tiny: bool) -> tuple[list[Path], list[Path]]:
-    """Pages at the budget, and some of them at 600 DPI."""
+def draw_pages(tiny: bool) -> tuple[list[Path], list[Path]]:
+    """Draw pages at the budget, and some of them at 600 DPI. Returns the paths of both."""
     count, few = (8, 4) if tiny else (128, 24)
     drawn = [(FOLDER / "budget", n // 8, n % 8 + 1, BUDGET) for n in range(count)]
     fine = [(FOLDER / "fine", n // 8, n % 8 + 1, FINE // (100 if tiny else 1)) for n in range(few)]
@@ -42,7 +42,7 @@ def pages(tiny: bool) -> tuple[list[Path], list[Path]]:
 
 
 class OneByOne:
-    """The original's way: transformers' processor and model, a picture a call."""
+    """The original's way: transformers' processor and model, one picture per call."""
 
     def __init__(self, model: Path, device: str) -> None:
         import torch
@@ -76,7 +76,7 @@ class OneByOne:
             return torch.nn.functional.normalize(states[0, -1].float(), dim=0).cpu().numpy()
 
 
-def timed(what: str, count: int, work: Callable[[], Any], **more: Any) -> dict[str, Any]:
+def time_pages(what: str, count: int, work: Callable[[], Any], **more: Any) -> dict[str, Any]:
     import torch
 
     if torch.cuda.is_available():
@@ -92,12 +92,12 @@ def timed(what: str, count: int, work: Callable[[], Any], **more: Any) -> dict[s
 
 
 def one_by_one(model: Path, device: str, fine: list[Path], few: list[Path]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The rows of both ways with one picture a call, and some vectors to compare."""
+    """Return the rows of both ways with one picture per call, and some vectors to check the batched ones against."""
     embed = OneByOne(model, device)
-    embed(fine[0])  # what the first call compiles and loads
+    embed(fine[0])  # warm-up: the first call compiles and loads
     rows = [
-        timed("original", len(fine), lambda: [embed(path) for path in fine]),
-        timed("one by one", len(few), lambda: [embed(path) for path in few]),
+        time_pages("original", len(fine), lambda: [embed(path) for path in fine]),
+        time_pages("one by one", len(few), lambda: [embed(path) for path in few]),
     ]
     return rows, [embed(path) for path in few[:4]]
 
@@ -112,17 +112,17 @@ def main() -> None:
     model = ROOTS.models / ("tiny-gme" if tiny else MODEL)
     if not (model / "config.json").is_file():
         make_model(model, CONFIGS[MODEL])
-        at_budget, fine = pages(tiny)
+    at_budget, fine = draw_pages(tiny)
     few = at_budget[: len(at_budget) // 4]
     rows, vectors = one_by_one(model, device, fine, few)
     gme = Gme(model, device, "bfloat16" if device == "cuda" else "float32", BUDGET)
     for size in (1, 8, 16, 32):
         batches = [at_budget[start : start + size] for start in range(0, len(at_budget), size)]
-        list(gme.pictures(batches[:1]))
+        list(gme.embed_pictures(batches[:1]))
         shown = batches[: max(1, len(batches) // 4)] if size == 1 else batches
         count = sum(map(len, shown))
-        rows.append(timed("batched", count, lambda shown=shown: list(gme.pictures(shown)), batch=size))
-    same = [float(a @ b) for a, b in zip(vectors, next(iter(gme.pictures([few[:4]]))), strict=True)]
+        rows.append(time_pages("batched", count, lambda shown=shown: list(gme.embed_pictures(shown)), batch=size))
+    same = [float(a @ b) for a, b in zip(vectors, next(iter(gme.embed_pictures([few[:4]]))), strict=True)]
     best = max(row["pages a second"] for row in rows if row["way"] == "batched")
     for row in rows[:2]:
         row["batched, at best, is times"] = round(best / row["pages a second"], 1)

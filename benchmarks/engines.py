@@ -1,4 +1,4 @@
-"""vLLM against transformers on the demo's test set: seconds with start-up, and answers that differ.
+"""vLLM against transformers on the demo's test set: seconds including the engine's start, and answers that differ.
 
     python -m benchmarks.engines
 
@@ -22,7 +22,7 @@ MODELS = ("base", "tuned")
 
 
 def answer(engine: str) -> dict[str, Any]:
-    """Answer the demo's test set in a copy of its run. Returns seconds and the texts."""
+    """Answer the demo's test set in a copy of its run. Returns seconds and predictions."""
     run = ROOT / "runs" / f"bench-{engine}"
     shutil.rmtree(run, ignore_errors=True)
     for stage in ("preprocess", "train"):

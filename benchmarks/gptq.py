@@ -1,11 +1,11 @@
-"""LoRA on a base in GPTQ's 4 bits on a real GPU: the loss falls, the adapter loads again, memory against the estimate.
+"""LoRA on a 4-bit GPTQ base on a GPU: losses, the adapter loaded in an engine, and memory against the estimate.
 
     LORRY_MODELS=... LORRY_RUNS=... python -m benchmarks.gptq [NAME...]
 
 Needs an NVIDIA GPU of 80 GB, gptqmodel and SmolLM2's tokenizer. The base has Qwen2.5-7B's shape and random integers
-(benchmarks.random_models). Each setting is a training of its own by the train command, as in benchmarks.memory; then
-the transformers engine loads what it made: the loss of a validation sample must be what the trainer said at its end,
-and answers others than the base's. Nothing is asserted; what differs stands in the rows.
+(benchmarks.random_models). Each setting is one training by the train command, as in benchmarks.memory. Then the
+transformers engine loads the adapter: the loss of a validation sample should be the trainer's last one, and the answers
+should differ from the base's. Nothing is asserted: the rows have the numbers.
 """
 
 import json
@@ -25,7 +25,7 @@ from stages.host.runs import open_run
 
 BASE = "Qwen2.5-7B-GPTQ-Int4"
 EPOCHS = 5
-"""Of those that learn, of STEPS steps each; the others are for memory alone."""
+"""Epochs, of STEPS steps each, of the settings that measure learning; the others measure only memory."""
 LEARN = (
     *(f"train.epochs={EPOCHS}", "train.learning_rate=5e-4", "train.lora_plus_ratio=null", "train.log_every=1"),
     *(f"train.checkpoint_every={STEPS * EPOCHS}", "train.warmup_ratio=0.1"),
@@ -33,7 +33,7 @@ LEARN = (
 SETTINGS = (
     Setting("GPTQ 7B, 2048, no checkpointing", BASE, 2048, 64, 1, ("train.gradient_checkpointing=false",)),
     Setting("GPTQ 7B, 2048", BASE, 2048, 64, 1, LEARN),
-    Setting("GPTQ 7B, 512, whole sample learnt", BASE, 512, 480, 1, LEARN),  # seed 003's lengths
+    Setting("GPTQ 7B, 512, whole sample learnt", BASE, 512, 480, 1, LEARN),  # lengths of extractive-qa
     Setting("GPTQ 7B, 2048, micro-batch 4", BASE, 2048, 512, 4),
     Setting("GPTQ 7B, 2048, float16", BASE, 2048, 64, 1, (*LEARN, "train.precision=float16")),
 )
@@ -41,7 +41,7 @@ PROMPTS = ("What is a lever?", "Name a part of a pump.", "the the the", "Where i
 
 
 def losses(run: Run) -> dict[str, Any]:
-    """The trainer's losses, first and last, and that of the validation samples at the end."""
+    """Return the first and last training losses and the last validation loss."""
     log = list(read_jsonl(run.path("train", "metrics.jsonl")))
     steps = [entry["loss"] for entry in log if "loss" in entry]
     evaluated = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
@@ -55,7 +55,8 @@ def losses(run: Run) -> dict[str, Any]:
 
 
 def reload(setting: Setting, name: str) -> dict[str, Any]:
-    """Load the adapter in the transformers engine: its answers and the base's, and the loss of a validation sample."""
+    """Load the adapter in the transformers engine. Returns how many answers differ from the base's, and the loss of a
+    validation sample."""
     import torch
 
     from stages.engines.engine import EngineSettings
@@ -73,7 +74,7 @@ def reload(setting: Setting, name: str) -> dict[str, Any]:
     network: Any = engine._model
     kernel = network.base_model.model.model.layers[0].mlp.up_proj.base_layer
     sample = next(iter(read_jsonl(run.path("preprocess", "samples", "validation.jsonl"))))
-    tokens, labels = _labelled(renderer, sample["messages"])
+    tokens, labels = _tokens_and_labels(renderer, sample["messages"])
     batch = {
         "input_ids": torch.tensor([tokens], device=engine._device),
         "labels": torch.tensor([labels], device=engine._device),
@@ -91,17 +92,17 @@ def reload(setting: Setting, name: str) -> dict[str, Any]:
     }
 
 
-def _labelled(renderer: Any, messages: list[Any]) -> tuple[list[int], list[int]]:
-    """A conversation's tokens, and labels where the trainer has a loss: on the answer and what ms-swift's template
-    chatml puts behind it, the end token and a new line."""
+def _tokens_and_labels(renderer: Any, messages: list[Any]) -> tuple[list[int], list[int]]:
+    """Return a conversation's tokens, and labels on those with a loss: the answer, its end token and a line break that
+    ms-swift's template chatml appends."""
     prompt = renderer.render("x", messages[:-1]).tokens
     answer = renderer.tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
     answer += [renderer.tokenizer.eos_token_id, *renderer.tokenizer.encode("\n", add_special_tokens=False)]
     return [*prompt, *answer], [*[-100] * len(prompt), *answer]
 
 
-def learnt(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of the trainings, each with its losses, and what became of its adapter in a process of its own."""
+def add_losses(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the trainings, each with its losses and with a test of its adapter in a process of its own."""
     number = {one.name: place for place, one in enumerate(settings)}
     for row in rows:
         if row.get("exit code") != 0:
@@ -136,7 +137,7 @@ def main() -> None:
     try:
         measured = measure(wanted)
         rows += measured
-        rows = list(learnt(wanted, measured))
+        rows = list(add_losses(wanted, measured))
     finally:
         write_rows("gptq", rows, f"python -m benchmarks.gptq {' '.join(sys.argv[1:])}".strip(), by="setting")
 

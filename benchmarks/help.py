@@ -1,4 +1,4 @@
-"""Seconds that `--help`, `lorry plan` and `lorry doctor` take, whole process, median of several.
+"""Seconds of `--help`, `lorry plan` and `lorry doctor`: whole processes, median of eleven.
 
 python -m benchmarks.help
 """

@@ -1,9 +1,9 @@
-"""What the stage images weigh, what they share, what is in them, and how long it takes to build them again unchanged.
+"""Sizes of the stage images, alone and together, the output of their self-tests, and seconds of an unchanged build.
 
     python -m benchmarks.images cpu a800 v100 v100-gptq
 
-Builds them where they are missing (`make images` says what that needs). Writes results/images.json. Sizes are of the
-unpacked layers, in GB of 1e9 bytes, as `docker image ls` shows them.
+Builds missing images (`make images` says what that needs). Writes results/images.json. Sizes are those of the unpacked
+layers, in GB of 1e9 bytes, as in `docker image ls`.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ def main() -> None:
     for target in sys.argv[1:]:
         stages = ("train",) if target == "v100-gptq" else STAGES
         build = ["images/build.sh", target]
-        subprocess.run(build, check=True, capture_output=True)  # of this very code
+        subprocess.run(build, check=True, capture_output=True)  # of the current code
         images = {stage: client.images.get(f"lorry-{stage}:{VERSION}-{target}") for stage in stages}
         before = time.monotonic()
         subprocess.run(build, check=True, capture_output=True)
@@ -34,14 +34,14 @@ def main() -> None:
         rows.append({"target": target, "unchanged build s": again, "together GB": _together(client, images)})
         for stage, image in images.items():
             test = client.containers.run(image, ["selftest"], remove=True, network_mode="none", stderr=True).decode()
-            told = [line for line in test.splitlines() if line.startswith(("code in", "torch ", "vllm ", "swift "))]
+            shown = [line for line in test.splitlines() if line.startswith(("code in", "torch ", "vllm ", "swift "))]
             size = round(image.attrs["Size"] / 1e9, 2)
-            rows.append({"target": target, "stage": stage, "GB": size, "selftest": told})
+            rows.append({"target": target, "stage": stage, "GB": size, "selftest": shown})
     write_rows("images", rows, f"python -m benchmarks.images {' '.join(sys.argv[1:])}")
 
 
 def _together(client: docker.DockerClient, images: dict[str, Any]) -> float:
-    """GB of the layers of these images, each counted once: those that images share begin their history."""
+    """Return the GB of the layers of these images, counting shared layers, which come first in the history, once."""
     layers: dict[str, int] = {}
     for image in images.values():
         chain = ""

@@ -1,4 +1,4 @@
-"""The scripts that make data (recipes/data/make_*.py), for benchmarks that want more of them, or other ones."""
+"""Load the scripts that make demo data (recipes/data/make_*.py), for benchmarks that need more data or other data."""
 
 import importlib.util
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def maker(name: str) -> Any:
-    """The script `make_<name>.py` as a module."""
+    """Return the script `make_<name>.py` as a module."""
     script = Path(__file__).parents[1] / "recipes" / "data" / f"make_{name}.py"
     spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec is not None and spec.loader is not None

@@ -1,11 +1,11 @@
-"""Twenty thousand small pages through preprocess: speed of its parts, memory over time, and what a kill costs.
+"""Twenty thousand small pages through preprocess: speed of its parts, memory over time, and the cost of a kill.
 
     python -m benchmarks.many_pages [documents | search]
 
-Makes 1,000 PDFs of 20 pages in a folder of its own, and lets `lorry-preprocess` render and embed them with tiny-gme at
-a small pixel budget. The memory is the stage's own process's, as the kernel has it, at each quarter of the pages. Once
-half is embedded the stage is killed with SIGKILL and started again. `search` measures only the search, and against
-faiss's exact index where that can be imported (`pip install --target FOLDER faiss-cpu`, and FOLDER in PYTHONPATH).
+Makes 1,000 PDFs of 20 pages in a temporary folder. `lorry-preprocess` renders and embeds them with tiny-gme at a small
+pixel budget. Memory is the resident set of the stage's main process at each quarter of the pages. When half of the
+pages are embedded, the stage is killed with SIGKILL and started again. `search` measures only the search, also with
+faiss's exact index if it can be imported (`pip install --target FOLDER faiss-cpu`, and FOLDER in PYTHONPATH).
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ SETS = (
     ),
     *("preprocess.classifier=none", "preprocess.retrieval.vectors=float16"),
 )
-"""16 tokens a page: what is measured is the pipeline, not a model."""
+"""16 tokens per page, so that the pipeline and not the model takes the time."""
 
 
 def make_data(folder: Path, documents: int) -> None:
@@ -59,7 +59,7 @@ def make_data(folder: Path, documents: int) -> None:
 
 
 class Watched:
-    """A start of the stage, whose memory and progress are looked at as it goes."""
+    """A start of the stage, with its memory and progress over time."""
 
     def __init__(self, environment: dict[str, str], events: Path) -> None:
         sets = [word for value in SETS for word in ("--set", value)]
@@ -78,10 +78,10 @@ class Watched:
             [*command, "--run", "many", "--set", "data.path=many", *sets], env=environment, stdout=subprocess.DEVNULL
         )
         self.seen: list[tuple[float, str, int, int, float]] = []
-        """Seconds, activity, pages done, pages in all, MB of the process."""
+        """Seconds, activity, pages done, pages in total, MB of the process."""
 
     def watch(self, until: tuple[str, int] | None = None) -> int | None:
-        """Look until the stage ends, or has done so many pages of an activity; then kill it. Its exit code."""
+        """Watch until the stage ends; kill it at `until`, so many pages of an activity. Returns its exit code."""
         began = time.monotonic()
         while self._process.poll() is None:
             time.sleep(0.5)
@@ -112,7 +112,7 @@ class Watched:
 
 
 def quarters(seen: list[tuple[float, str, int, int, float]], activity: str, known: int = 0) -> list[dict[str, Any]]:
-    """Seconds and memory at each quarter of the pages that this start did."""
+    """Return seconds and memory at each quarter of the pages of this start."""
     own = [entry for entry in seen if entry[1] == activity]
     if not own:
         return []
@@ -125,8 +125,8 @@ def quarters(seen: list[tuple[float, str, int, int, float]], activity: str, know
     return rows
 
 
-def searched() -> list[dict[str, Any]]:
-    """Exact search at two sizes, this job's pages and a million of a small embedder's: the median of three, in turn."""
+def measure_search() -> list[dict[str, Any]]:
+    """Return rows of exact search over this job's pages and over a million small vectors: medians of three."""
     rows = []
     generator = np.random.default_rng(0)
     for what, pages, dimensions in (("20,000 of GME-7B", 20_000, 3584), ("1,000,000 of MiniLM", 1_000_000, 384)):
@@ -139,7 +139,7 @@ def searched() -> list[dict[str, Any]]:
             _, found = top_k(many, queries, 5)
             seconds["seconds"].append(time.monotonic() - began)
             if importlib.util.find_spec("faiss"):
-                built, asked, other = with_faiss(many, queries)
+                built, asked, other = search_with_faiss(many, queries)
                 seconds["faiss builds"].append(built)
                 seconds["faiss searches"].append(asked)
                 same.append(bool((other == found).all()))
@@ -150,8 +150,10 @@ def searched() -> list[dict[str, Any]]:
     return rows
 
 
-def with_faiss(many: np.ndarray[Any, Any], queries: np.ndarray[Any, Any]) -> tuple[float, float, np.ndarray[Any, Any]]:
-    """Seconds that faiss's exact index takes to be built of vectors kept as float16, and to be asked; what it finds."""
+def search_with_faiss(
+    many: np.ndarray[Any, Any], queries: np.ndarray[Any, Any]
+) -> tuple[float, float, np.ndarray[Any, Any]]:
+    """Return seconds to build faiss's exact index from float16 vectors, seconds to search it, and the rows found."""
     import faiss
 
     began = time.monotonic()
@@ -167,7 +169,7 @@ def with_faiss(many: np.ndarray[Any, Any], queries: np.ndarray[Any, Any]) -> tup
 
 def main() -> None:
     if sys.argv[1:] == ["search"]:
-        write_rows("many_pages", searched(), "python -m benchmarks.many_pages", by="part")
+        write_rows("many_pages", measure_search(), "python -m benchmarks.many_pages", by="part")
         return
     documents = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     folder = Path(tempfile.mkdtemp(prefix="many-pages-"))
@@ -182,7 +184,7 @@ def main() -> None:
         first = Watched(environment, run / "events.jsonl")
         first.watch(until=("embed pages", total // 2))
         kept = sum(len(np.load(path)) for path in (run / "cache" / "vectors").glob("*.npy"))
-        told = max(entry[2] for entry in first.seen if entry[1] == "embed pages")
+        shown = max(entry[2] for entry in first.seen if entry[1] == "embed pages")
         second = Watched(environment, run / "events.jsonl")
         code = second.watch()
         manifest = read_json(run / "manifest.json")
@@ -193,7 +195,7 @@ def main() -> None:
         rows: list[dict[str, Any]] = [
             {"part": "render", "pages": total, "pages a second": round(total / rendering, 1), "quarters": drawn},
             {
-                **{"part": "kill", "signal": "SIGKILL", "pages told": told, "pages kept": kept},
+                **{"part": "kill", "signal": "SIGKILL", "pages told": shown, "pages kept": kept},
                 **{"pages rendered again": sum(entry[1] == "render pages" for entry in second.seen)},
                 "first pages told after the restart": resumed[0][2],
             },
@@ -204,7 +206,7 @@ def main() -> None:
             },
             {"part": "stage", "exit code": code, "peak memory MB": round(manifest["peak_memory_bytes"] / 2**20)},
         ]
-        rows += searched()
+        rows += measure_search()
         write_rows("many_pages", rows, "python -m benchmarks.many_pages")
     finally:
         shutil.rmtree(folder)

@@ -1,11 +1,11 @@
-"""The estimated against the measured peak of a GPU's memory, for true model shapes with random weights.
+"""Estimated against measured peak GPU memory, for real model shapes with random weights.
 
     LORRY_MODELS=... LORRY_RUNS=... python -m benchmarks.memory [NAME...]
 
-Needs an NVIDIA GPU with 80 GB or more, 65 GB for the models (made by benchmarks.random_models, where they are not there
-yet) and SmolLM2's tokenizer. Each setting is a training of its own by the train command, with samples of exactly
-`length` tokens; several run at once where their memory allows. Measured is what the driver says of the training
-process at most, sampled ten times a second: what nvidia-smi shows. Nothing is asserted; misses are rows too.
+Needs an NVIDIA GPU with 80 GB or more, SmolLM2's tokenizer, and 65 GB of disk for the models, which
+benchmarks.random_models makes if they are missing. Each setting is one training by the train command, with samples of
+exactly `length` tokens; several run at once if memory allows. The measured peak is the driver's number for the training
+process, as in nvidia-smi, sampled ten times a second. Nothing is asserted: estimates that are too low are rows, too.
 """
 
 import json
@@ -33,16 +33,16 @@ from stages.models.shape import read_shape
 
 ROOTS = Roots.from_environment()
 EFFECTIVE = 2
-"""Micro-batches of an optimizer step, and GPUs at most: gradients of the first are held during the second."""
+"""Micro-batches per optimizer step, and most GPUs: gradients of the first are in memory during the second."""
 STEPS = 4
 ONCE, BUDGET = 6, 70e9
-"""Trainings at a time, and bytes over which no other is begun: each must find its own need free when it plans."""
+"""Trainings at a time, and bytes above which no other starts: each must find enough free memory when it plans."""
 PICTURE = (1120, 1092)
 """Width and height: 1560 tokens, near the pixel budget of patent pages."""
 PICTURE_TOKENS = 1562
-"""Of that picture, with the two that stand around it."""
+"""Tokens of that picture, including the two around it."""
 TEMPLATE_TOKENS = 16
-"""What the template puts around question and answer, but for the three tokens that count as the answer's."""
+"""Tokens that the template adds to question and answer, except the three that count as the answer's."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,21 @@ class Setting:
     model: str
     length: int
     answer: int
-    """Tokens of the answer, its end token included."""
+    """Tokens of the answer, including its end token."""
     micro_batch: int = 1
     sets: tuple[str, ...] = ()
     gpus: int = 1
     picture: bool = False
     shorter: int = 9
-    """Tokens by which every other sample of a micro-batch of several is shorter, as in life: then there is padding."""
+    """Tokens by which every other sample is shorter if a micro-batch has several, so that there is padding, as in real
+    data."""
 
     def length_of(self, sample: int) -> int:
         return self.length - self.shorter * (sample % 2) * (self.micro_batch > 1)
 
     @property
     def lengths(self) -> Lengths:
-        """What the plan is told of the samples."""
+        """The samples' lengths, as the plan gets them."""
         return Lengths(self.length, self.answer, self.length_of(1) - self.answer)
 
     @property
@@ -75,7 +76,7 @@ class Setting:
             f"model.path={self.model}",
             f"model.swift_type={kind[0]}",
             f"model.swift_template={kind[1]}",
-            "preprocess.retrieval.embedder=none",  # no pages here; a folder that is quickly read
+            "preprocess.retrieval.embedder=none",  # there are no pages; this folder is quick to read
             "train.target_modules=[all-linear]",
             f"train.max_length={self.length}",
             f"infer.max_new_tokens={self.answer}",
@@ -122,8 +123,8 @@ SETTINGS = (
 
 
 def prepare(setting: Setting, name: str) -> None:
-    """A run with samples of the setting's lengths, as if preprocess had made them."""
-    none = ROOTS.models / "none"  # where the embedder would be
+    """Write a run with samples of the setting's lengths, as if preprocess had made them."""
+    none = ROOTS.models / "none"  # in place of the embedder
     none.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "none.safetensors"):
         (none / file).write_text("{}")
@@ -141,11 +142,11 @@ def prepare(setting: Setting, name: str) -> None:
 
     if run_stage(run, "preprocess", work):
         raise SystemExit(f"{name}: no samples")
-    _remember_digests(setting.model, run.stage_folder("train"))
+    _save_digests(setting.model, run.stage_folder("train"))
 
 
-def _remember_digests(model: str, folder: Path) -> None:
-    """Have the stage know a model's digest, as it does from its second start on: it takes half a minute for 30 GB."""
+def _save_digests(model: str, folder: Path) -> None:
+    """Save a model's digest for the stage, as its first start does: hashing 30 GB takes half a minute."""
     known = ROOTS.runs / f".{model}.json"
     if not known.is_file():
         hashes = FileHashes(known)
@@ -156,7 +157,7 @@ def _remember_digests(model: str, folder: Path) -> None:
 
 
 def _sample(number: int, length: int, answer: int, pictures: list[str]) -> dict[str, Any]:
-    """A conversation of so many tokens of SmolLM2's, in which ` the` is one."""
+    """Return a conversation of `length` tokens of SmolLM2's tokenizer, in which ` the` is one token."""
     words = length - answer - TEMPLATE_TOKENS - len(pictures) * PICTURE_TOKENS
     question = "<image>" * len(pictures) + "x" + " the" * words
     contents = {"system": "s", "user": question, "assistant": "y" + " the" * (answer - 3)}
@@ -180,7 +181,7 @@ def _picture(stage: Stage) -> str:
 
 @dataclass
 class Training:
-    """A start of the train command, watched."""
+    """A start of the train command, and its peak memory."""
 
     setting: Setting
     run: str
@@ -188,7 +189,7 @@ class Training:
     process: "subprocess.Popen[str]"
     began: float = field(default_factory=time.monotonic)
     peaks: dict[str, int] = field(default_factory=dict)
-    """Most bytes by process, as the driver tells them."""
+    """Peak bytes by process, by the driver."""
 
     @staticmethod
     def start(setting: Setting, number: int) -> "Training":
@@ -224,7 +225,7 @@ class Training:
         return Training(setting, name, {**way.estimate.parts(), "total": way.estimate.total}, process)
 
     def look(self, used: dict[int, int]) -> None:
-        """Note what the driver says of this training's processes."""
+        """Note the driver's numbers for this training's processes."""
         for pid in descendants(self.process.pid):
             if pid in used:
                 self.peaks[str(pid)] = max(self.peaks.get(str(pid), 0), used[pid])
@@ -259,7 +260,7 @@ class Training:
 
 
 def measure(settings: list[Setting]) -> list[dict[str, Any]]:
-    """A row for each setting. Those for more GPUs than there are here are not run, and their rows say so."""
+    """Return a row for each setting. Settings for more GPUs than this machine has do not run; their rows say so."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -271,7 +272,7 @@ def measure(settings: list[Setting]) -> list[dict[str, Any]]:
             rows.append({"setting": one.name, "not run": f"{one.gpus} GPUs, and {len(handles)} here"})
         else:
             waiting.append((number, one))
-    waiting.sort(key=lambda item: -len(item[1].model))  # the large models first: they take longest
+    waiting.sort(key=lambda item: -len(item[1].model))  # large models first: they take longest
     running: list[Training] = []
 
     def look() -> None:

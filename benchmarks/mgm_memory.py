@@ -1,10 +1,10 @@
-"""MGM-2B's shape with random weights: what torch allocates in training steps of both phases, beside the estimate.
+"""Memory that torch allocates in training steps of both phases, against the estimate, for MGM-2B with random weights.
 
     python -m benchmarks.mgm_memory
 
-Needs an NVIDIA GPU of 24 GB; transformers and peft, no ms-swift: forward and backward under autocast in bfloat16 and
-AdamW's step, as its trainer does them. What no allocator and no context changes is compared: weights, adapter or
-connector, gradients, moments, activations and logits. Not run on any card yet.
+Needs an NVIDIA GPU of 24 GB, transformers and peft, but not ms-swift: it runs forward and backward under autocast in
+bfloat16 and AdamW's step, as ms-swift's trainer does. It compares the parts that do not depend on allocator and
+context: weights, adapter or connector, gradients, moments, activations and logits. Not run on any GPU yet.
 """
 
 import json
@@ -24,10 +24,10 @@ from stages.models.mgm import CONNECTORS, MgmConfig, MgmForConditionalGeneration
 from stages.models.shape import ModelShape, Weight, read_shape
 
 ANSWER = 64
-"""Tokens at a sample's end that carry a loss."""
+"""Tokens at a sample's end that have a loss."""
 CASES = (("lora", 1, 1024, True), ("lora", 4, 1024, True), ("lora", 4, 1024, False), ("connector", 1, 1024, True))
 CASES += (("connector", 4, 1024, True), ("connector", 2, 1024, False))
-"""Phase, micro-batch, tokens of a sample with its 576 of a picture, gradient checkpointing."""
+"""Phase, micro-batch, tokens of a sample including 576 of a picture, gradient checkpointing."""
 
 
 def settings(phase: str, micro_batch: int, checkpointing: bool) -> Train:
@@ -38,8 +38,8 @@ def settings(phase: str, micro_batch: int, checkpointing: bool) -> Train:
     return train.of_connector() if phase == "connector" else train
 
 
-def trained(phase: str, checkpointing: bool) -> Any:
-    """The model on the card, ready for a step."""
+def model_to_train(phase: str, checkpointing: bool) -> Any:
+    """Return the model on the GPU, ready for a training step."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -63,8 +63,8 @@ def trained(phase: str, checkpointing: bool) -> Any:
 
 
 def peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> float:
-    """GB that torch had allocated at most in three steps."""
-    model = trained(phase, checkpointing)
+    """Return the peak of torch's allocated memory in three steps, in GB."""
+    model = model_to_train(phase, checkpointing)
     config = MgmConfig()
     pictures = config.tokens_across**2
     tokens = torch.randint(1000, 200000, (micro_batch, length), device="cuda")
@@ -76,7 +76,7 @@ def peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> floa
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         with torch.autocast("cuda", torch.bfloat16):
-            # ms-swift, too, makes logits only where a loss is
+            # like ms-swift, compute logits only at positions with a loss
             output = model(input_ids=tokens, pixel_values=pixels, logits_to_keep=ANSWER + 1)
             logits = output.logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, -ANSWER:].flatten())
@@ -88,7 +88,7 @@ def peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> floa
 
 
 def shape_of_mgm() -> ModelShape:
-    """What its folder's headers would say, without 6 GB of weights."""
+    """Return the shape that the folder's headers would have, without writing 6 GB of weights."""
     with torch.device("meta"):
         state = MgmForConditionalGeneration(MgmConfig()).state_dict()
     weights = (Weight(name, tuple(t.shape), "BF16") for name, t in state.items() if name != "lm_head.weight")

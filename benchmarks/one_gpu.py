@@ -1,10 +1,9 @@
-"""What training does on one real GPU: precision, stops and kills, other programs' memory, wrong use, and its own cost.
+"""Training on one GPU: precision, stops and kills, memory that other programs hold, wrong use, and overhead.
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.one_gpu [precision | kills | hog | full | speed | use]
 
-Needs an NVIDIA GPU of 80 GB or more, SmolLM2's tokenizer, and a run `prepared` (see benchmarks.two_gpus). The models
-have random weights. Everything is done by the commands, in processes of their own; nothing is asserted: the rows say
-what happened.
+Needs an NVIDIA GPU of 80 GB or more, SmolLM2's tokenizer, and a run `prepared` (see benchmarks.two_gpus). Models have
+random weights. Lorry's commands run in processes of their own. Nothing is asserted: the rows say what happened.
 """
 
 import json
@@ -24,7 +23,7 @@ from typing import Any
 from benchmarks.memory import Setting, prepare
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
-from benchmarks.two_gpus import RANDOM_LLAMA, SMALL, Training, make_in_a_process_of_its_own, on_gpus
+from benchmarks.two_gpus import RANDOM_LLAMA, SMALL, Training, make_model_in_a_process, on_gpus
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.roots import Roots
 
@@ -43,7 +42,7 @@ def note(**row: Any) -> None:
 
 
 class Precise(Training):
-    """Its row says, too, whether every loss was a number."""
+    """A training whose row also says whether every loss was finite."""
 
     def _results(self) -> dict[str, Any]:
         found = super()._results()
@@ -59,7 +58,7 @@ class Precise(Training):
 
 
 def precision() -> None:
-    """The rule of a V100, forced: base in float16, LoRA in float32, 208 steps; beside it the same in bfloat16."""
+    """Train 208 steps by the V100's rule, base in float16 and LoRA in float32, and the same steps in bfloat16."""
     long = (*SMALL, "train.epochs=16", "train.log_every=1", "train.checkpoint_every=100")
     for training in [
         Precise(f"{dtype}, 208 steps", f"precision-{dtype}", "0", (*long, f"train.precision={dtype}"))
@@ -72,8 +71,8 @@ def precision() -> None:
 
 
 def kills() -> None:
-    """A job killed with SIGTERM and SIGKILL goes on, to the losses of an undisturbed one."""
-    from benchmarks.two_gpus import compare
+    """Stop a job with SIGTERM and kill it with SIGKILL, resume it, and compare its losses with an undisturbed job's."""
+    from benchmarks.two_gpus import note_differences
 
     whole = Training("one GPU, undisturbed", "kill-none", "0")
     stopped = Training("one GPU, stopped", "kill-term", "0").disturb(signal.SIGTERM).end(alone=False)
@@ -84,7 +83,7 @@ def kills() -> None:
     began = [(first, Training(f"{first.row['what']}: goes on", first.run, "0")) for first in (stopped, killed, worker)]
     for first, again in began:
         again.end(alone=False)
-        compare(f"{first.row['what']} and gone on with, against undisturbed", whole, again)
+        note_differences(f"{first.row['what']} and gone on with, against undisturbed", whole, again)
 
 
 # -- memory that others hold -----------------------------------------------------------------------------------------
@@ -102,7 +101,7 @@ for line in sys.stdin:
 
 
 class Hog:
-    """A process that, when told to, holds all but so many GiB of the card."""
+    """A process that, on command, holds all but so many GiB of the GPU."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -113,7 +112,7 @@ class Hog:
         self._hear.readline()
 
     def take_all_but(self, gib: float) -> float:
-        """GiB that are left."""
+        """Take all but `gib` GiB. Returns the GiB that are left."""
         self._say.write(f"{gib}\n")
         self._say.flush()
         return round(float(self._hear.readline()), 2)
@@ -135,7 +134,8 @@ HUNGRY = (
 
 
 def hog() -> None:
-    """Other programs hold most of the card: the plan adapts or refuses, the ladder descends, and the losses join up."""
+    """Another program takes most of the GPU's memory during training or after planning: does it recover, with the same
+    losses?"""
     if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
         make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
     whole = Training("0.5B, the card is free", "hog-none", "0", HUNGRY).end()
@@ -153,15 +153,15 @@ def hog() -> None:
 
 
 def full() -> None:
-    """Another program holds most of the card from the start: the plan takes less, or refuses."""
+    """Another program holds most of the GPU's memory from the start: the plan uses less, or refuses."""
     if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
         make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
     for leave in (1, 5):
         with Hog() as other:
             left = other.take_all_but(leave)
-            begun = Training(f"0.5B, {leave} GiB are free from the start", f"hog-{leave}", "0", HUNGRY)
-            begun.row["left by the other, GiB"] = left
-            _finish(begun, None)
+            training = Training(f"0.5B, {leave} GiB are free from the start", f"hog-{leave}", "0", HUNGRY)
+            training.row["left by the other, GiB"] = left
+            _finish(training, None)
 
 
 def _disturbed(training: Training, other: Hog, leave: float, whole: Training) -> None:
@@ -175,7 +175,7 @@ def _finish(training: Training, whole: Training | None) -> None:
     rungs = [made for made in manifest["decisions"] if made["what"] in ("out of memory", "fit", "memory")]
     note(what=f"{training.row['what']}: what was decided", decisions=rungs)
     if whole is not None:
-        _joined(whole, training)
+        _note_losses(whole, training)
 
 
 def _memory_by_step(training: Training) -> dict[int, float]:
@@ -183,8 +183,8 @@ def _memory_by_step(training: Training) -> dict[int, float]:
     return {event["step"]: round(event["memory"] / GIB, 2) for event in steps}
 
 
-def _joined(whole: Training, other: Training) -> None:
-    """How the loss curve of a training that was begun again compares with the undisturbed one."""
+def _note_losses(whole: Training, other: Training) -> None:
+    """Note how far the losses of a resumed training are from the undisturbed one's."""
     if whole.process.returncode or other.process.returncode:
         return
     one, two = whole.losses(), other.losses()
@@ -202,12 +202,12 @@ def _joined(whole: Training, other: Training) -> None:
     )
 
 
-# -- what the wrapper costs ------------------------------------------------------------------------------------------
+# -- Lorry's overhead ----------------------------------------------------------------------------------------------
 
 
 def speed() -> None:
-    """Tokens a second by the train command and by `swift sft` with the same arguments, in turn, the first of a turn in
-    turn too. The first run of all reads the model from the disk and is not counted."""
+    """Measure tokens per second of the train command and of `swift sft` with the same arguments, alternating the order.
+    A warm-up run, which reads the model from disk, is not counted."""
     model = "Qwen2.5-7B" if (ROOTS.models / "Qwen2.5-7B").is_dir() else "Qwen2.5-0.5B"
     if not (ROOTS.models / model).is_dir():
         make_model(ROOTS.models / model, CONFIGS[model])
@@ -222,7 +222,7 @@ def speed() -> None:
     began = time.monotonic()
     for turn in range(TURNS):
         if turn >= 2 and (time.monotonic() - began) * (turn + 1) / turn > SPEED_SECONDS:
-            break  # where a limit of time ends everything, two turns are better than none
+            break  # under a time limit, two turns are better than none
         for who in sorted(found, reverse=bool(turn % 2)):
             pace = _by_command(setting, str(turn))[0] if who == "lorry" else _by_swift(arguments, setting, turn)
             if pace:
@@ -242,11 +242,11 @@ def speed() -> None:
 
 
 TURNS, SPEED_SECONDS = 3, 330
-"""Of both; and seconds that the turns may take, but for the first two."""
+"""Turns, each with both programs; and seconds after which no turn but the first two starts."""
 
 
 def _by_command(setting: Setting, turn: str) -> tuple[dict[str, float], list[str]]:
-    """The pace of the train command, and what it told ms-swift; nothing where it failed."""
+    """Return the pace of the train command, and its arguments to ms-swift; both empty if it failed."""
     name = f"speed-{turn}"
     prepare(setting, name)
     sets = [word for one in setting.overrides for word in ("--set", one)]
@@ -270,9 +270,9 @@ def _by_swift(arguments: list[str], setting: Setting, turn: int) -> dict[str, fl
 
 
 def pace_of(log: str) -> dict[str, float]:
-    """Seconds a step, from what the trainer says with each: the time since the first step began over the steps so far.
+    """Return the seconds per step, from the trainer's log, which gives the time so far over the steps so far.
 
-    Over all of them, and without the first two, which are slower; empty where a log has fewer than three.
+    One value is over all steps, one without the first two, which are slower. Empty if a log has fewer than three steps.
     """
     said = re.findall(r"'global_step/max_steps': '(\d+)/\d+'.*?'train_speed\(s/it\)': '([0-9.]+)'", log)
     total = {int(step): int(step) * float(pace) for step, pace in said}
@@ -286,13 +286,13 @@ def pace_of(log: str) -> dict[str, float]:
 
 
 def _arguments_of(log: str) -> list[str]:
-    """The command line that the training process gave to ms-swift, from its log."""
+    """Return the arguments that the training process passed to ms-swift, from its log."""
     found = re.findall(r"^swift sft (.*)$", log, re.MULTILINE)
     return shlex.split(found[-1]) if found else []
 
 
 def _by_hand(arguments: list[str], run: str, output: Path) -> list[str]:
-    """The same arguments with an output folder of its own and the same samples, which the stage has cleared away."""
+    """Return the arguments with another output folder and a copy of the samples: the stage has deleted its own."""
     samples = output.with_suffix(".jsonl")
     source = ROOTS.runs / run / "preprocess" / "samples" / "train.jsonl"
     rows_of_it = [{"messages": sample["messages"]} for sample in read_jsonl(source)]
@@ -308,7 +308,7 @@ def _by_hand(arguments: list[str], run: str, output: Path) -> list[str]:
 
 
 def use() -> None:
-    """`lorry doctor` and `lorry plan` here, and wrong use of GPUS: exit code, seconds and last line of each."""
+    """Run `lorry doctor`, `lorry plan` and wrong uses of --gpus: exit code, seconds and last lines of each."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -352,7 +352,7 @@ def _run(command: list[str], environment: dict[str, str]) -> "subprocess.Complet
 
 def main() -> None:
     parts = {"precision": precision, "kills": kills, "hog": hog, "full": full, "speed": speed, "use": use}
-    make_in_a_process_of_its_own("random-llama", RANDOM_LLAMA)
+    make_model_in_a_process("random-llama", RANDOM_LLAMA)
     import traceback
 
     from benchmarks import two_gpus
@@ -360,7 +360,7 @@ def main() -> None:
     for part in sys.argv[1:] or parts:
         try:
             parts[part]()
-        except Exception:  # noqa: BLE001 - the other parts are worth having
+        except Exception:  # noqa: BLE001 - the other parts are still useful
             traceback.print_exc()
         for row in [*two_gpus.rows, *rows]:
             row.setdefault("part", part)

@@ -1,12 +1,12 @@
-"""Patent questions answered in batched passes, against one request at a time and three calls a question.
+"""Patent questions answered in batched passes, against one request at a time with three calls per question.
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.passes [stage]
 
-Needs a GPU of 80 GB, vLLM, and SmolLM2's tokenizer. The model has Qwen2.5-VL-7B's shape and random weights, so that
-every answer is as long as it may be: `long` are the original's limits (768 and 2,000 tokens, 768 for the short form),
-`short` is what a tuned model writes (96 and 24). Both ways ask the same engine the same questions about the same pages,
-and take the engine's start for granted; the original's pages are drawn at 600 DPI and shrunk as its calls need them.
-`stage` measures the infer stage itself instead, with base and adapter, its start included.
+Needs a GPU of 80 GB, vLLM, and SmolLM2's tokenizer. The model has Qwen2.5-VL-7B's shape and random weights, so every
+completion has the maximal length: `long` uses the original's limits (768 and 2,000 tokens, 768 for the short form),
+`short` the lengths of a tuned model (96 and 24). Both ways ask the same engine the same questions about the same pages,
+not counting the engine's start. For the original's way, pages are drawn at 600 DPI and shrunk at each call. `stage`
+measures the infer stage instead, with base and adapter and including the engine's start.
 """
 
 import importlib.metadata
@@ -40,13 +40,13 @@ from stages.tasks.task import Found
 MODEL = "Qwen2.5-VL-7B"
 DOCUMENTS, PAGES, QUESTIONS = 32, 6, 96
 ONE_BY_ONE = 8
-"""Questions, the last ones, that are asked the original's way: it takes minutes for what the batch does in seconds."""
+"""Questions that the original's way answers, the last ones: it takes minutes where batches take seconds."""
 LIMITS = {
     "long": ("infer.max_new_tokens=2000", "infer.passes.page_tokens=768", "infer.passes.refine_tokens=768"),
     "short": ("infer.max_new_tokens=96", "infer.passes.page_tokens=96", "infer.passes.refine_tokens=24"),
 }
 REAL_TOKENS = 49152
-"""Of SmolLM2's tokenizer; the rest of the vocabulary stands for nothing and must not be answered."""
+"""Size of SmolLM2's tokenizer; the rest of the vocabulary has no text and must not be generated."""
 ROOTS = Roots.from_environment()
 
 
@@ -58,11 +58,11 @@ def run_of(length: str) -> Run:
     return Run(f"passes-{length}", recipe, ROOTS)
 
 
-# -- what both ways are given ------------------------------------------------------------------------------------
+# -- input of both ways ------------------------------------------------------------------------------------------
 
 
 def prepare() -> None:
-    """A model, pages and questions, as preprocess and train would have left them."""
+    """Write a model, pages and questions, as if preprocess and train had run."""
     model = ROOTS.models / MODEL
     make_model(model, CONFIGS[MODEL])
     _silence_unused_tokens(model)
@@ -92,7 +92,7 @@ def prepare() -> None:
 
 
 def _question(number: int) -> PatentQuestion:
-    """Two of three name a page."""
+    """Return a question; two of three name a page."""
     page = number % PAGES + 1 if number % 3 else None
     text = f"该装置的部件{number}起什么作用？"
     if page:
@@ -111,7 +111,7 @@ def _sample(run: Run, question: PatentQuestion) -> Any:
 
 
 def _silence_unused_tokens(folder: Path) -> None:
-    """Zero the head's rows of tokens that stand for nothing: their logit is 0, and some other's is always above."""
+    """Zero the head's rows of tokens without text: their logit is then 0, and another token's is always higher."""
     import struct
 
     index = read_json(folder / "model.safetensors.index.json")["weight_map"]
@@ -141,7 +141,7 @@ def _describe(run: Run, stage: str, *names: str) -> None:
 
 
 class FineDrawing(Picture):
-    """A page of 600 DPI, decoded whole and then shrunk."""
+    """A page at 600 DPI, decoded at full size and then shrunk."""
 
     def load(self) -> Any:
         from PIL import Image
@@ -150,7 +150,7 @@ class FineDrawing(Picture):
 
 
 class Job:
-    """The questions at one length of answers, and an engine to ask."""
+    """The questions with one limit of answers, and the engine that answers them."""
 
     def __init__(self, engine: Engine, length: str) -> None:
         self._engine, self._length, self._run = engine, length, run_of(length)
@@ -186,7 +186,7 @@ class Job:
         return row
 
     def one_by_one(self, count: int) -> dict[str, Any]:
-        """A question at a time: classify, answer, refine."""
+        """Answer question by question: classify, answer, refine. Returns the row."""
         self._texts, self._tokens = {sample["id"]: {} for sample in self._samples}, 0
         began = time.monotonic()
         for sample in self._samples[-count:]:
@@ -195,7 +195,7 @@ class Job:
         return self._row("one request at a time", count, time.monotonic() - began)
 
     def batched(self, adapter: str | None, count: int = QUESTIONS) -> dict[str, Any]:
-        """Pass by pass: classify all, answer all, refine all."""
+        """Answer pass by pass: classify all, answer all, refine all. Returns the row."""
         samples = self._samples[:count]
         self._texts, self._tokens = {sample["id"]: {} for sample in self._samples}, 0
         began, times = time.monotonic(), {}
@@ -211,8 +211,8 @@ class Job:
 PASSES = ("classify", "answer", "refine")
 
 
-def compare() -> None:
-    """Both ways through one engine."""
+def measure_both() -> None:
+    """Measure both ways with one engine."""
     from stages.engines.vllm_engine import VllmEngine
 
     recipe = run_of("long").recipe
@@ -232,26 +232,26 @@ def compare() -> None:
         )
     )
     rows: list[dict[str, Any]] = [{"what": "engine start", "seconds": round(time.monotonic() - began, 1)}]
-    Job(engine, "short").batched(None, 8)  # what first calls compile
+    Job(engine, "short").batched(None, 8)  # warm-up: first calls compile
     for length, count in (("short", 8), ("long", 4)):
         job = Job(engine, length)
-        _forget(engine)
+        _empty_caches(engine)
         one = job.one_by_one(count)
-        _forget(engine)
+        _empty_caches(engine)
         ours = job.batched(None)
         rows += [one, {**ours, "times": round(one["seconds a question"] / ours["seconds a question"], 1)}]
         write_rows("passes", rows, "python -m benchmarks.passes")
     engine.close()
 
 
-def _forget(engine: Any) -> None:
-    """Drop what the engine keeps of earlier prompts and pictures: nobody may profit from the other's work."""
+def _empty_caches(engine: Any) -> None:
+    """Empty the engine's caches of prompts and pictures, so that neither way profits from the other."""
     engine._llm.reset_prefix_cache()
     engine._llm.reset_mm_cache()
 
 
 def stage() -> None:
-    """The infer stage: base, and the adapter, each in three passes over all questions."""
+    """Measure the infer stage: base and adapter, each in three passes over all questions."""
     for length, values in LIMITS.items():
         run = run_of(length)
         began = time.monotonic()
@@ -273,7 +273,7 @@ def stage() -> None:
 def main() -> None:
     if not (ROOTS.models / MODEL / "config.json").is_file():
         prepare()
-    stage() if sys.argv[1:] == ["stage"] else compare()
+    stage() if sys.argv[1:] == ["stage"] else measure_both()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LoRA adapters with random weights, as training leaves them, for measurements where none has been trained."""
+"""LoRA adapters with random weights, in the form of trained ones, for benchmarks without training."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stages.models.shape import read_shape
 
 
 def make_adapter(folder: Path, model: Path, rank: int, seed: int) -> None:
-    """An adapter of all linear modules of a model's language model; another seed gives another one."""
+    """Write an adapter of all linear modules of a model's language model, with weights from the seed."""
     import torch
     from safetensors.torch import save_file
 

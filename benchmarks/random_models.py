@@ -1,10 +1,10 @@
-"""Model folders of true shapes with random weights, for measurements where no real weights can be had.
+"""Model folders of real shapes with random weights, for benchmarks without access to the real weights.
 
     python -m benchmarks.random_models FOLDER NAME...
 
-The tokenizer is SmolLM2's, from LORRY_MODELS; its few token ids are all known to the larger vocabularies. Weights are
-one block of normal random numbers in bfloat16, written over and over: neither memory nor time depends on more. Those of
-a model in GPTQ's 4 bits are random integers with one scale, packed as auto-gptq and gptqmodel do.
+The tokenizer is SmolLM2's, from LORRY_MODELS; the larger vocabularies contain all its token ids. Weights are one block
+of normal random numbers in bfloat16, repeated, since memory and time do not depend on the values. Those of a 4-bit GPTQ
+model are random integers with one scale, packed as auto-gptq and gptqmodel do.
 """
 
 import json
@@ -22,7 +22,7 @@ from recipes.demo_models import LLAVA_TOKEN, PICTURE_TOKENS, llava_processor, to
 from stages.contract.roots import Roots
 
 SHARD = 5_000_000_000
-"""Bytes of a safetensors file, about as models are published."""
+"""Bytes per safetensors file, about as in published models."""
 
 COMMON = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 QWEN = {**COMMON, "hidden_act": "silu", "max_position_embeddings": 32768, "attention_dropout": 0.0, "dtype": "bfloat16"}
@@ -82,7 +82,7 @@ CONFIGS["LLaVA-1.5-7B"] = {
         **{"num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768},
     },
 }
-"""But for the vocabulary, which holds SmolLM2's tokens, instead of 32,064: 0.14 billion parameters more."""
+"""As published, except that the vocabulary is SmolLM2's instead of 32,064 tokens: 0.14 billion more parameters."""
 GROUP = 128
 """Inputs of a GPTQ module that share a scale, as in published models."""
 CONFIGS |= {
@@ -118,17 +118,17 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
     if plain == config:
         _write_weights(folder, {name: Tensor("BF16", shape, _kind(config, name)) for name, shape in shapes.items()})
     else:
-        _write_weights(folder, _packed(shapes))
+        _write_weights(folder, _pack(shapes))
 
 
 @dataclass(frozen=True)
 class Tensor:
     dtype: str
-    """In safetensors' words."""
+    """By safetensors' names."""
     shape: list[int]
     kind: str = "weight"
-    """What it holds, where that is not just any numbers: one of GPTQ's, or a norm's ones, without which no signal of a
-    packed model would be large enough to learn from."""
+    """`weight` for random numbers; else a GPTQ tensor, or `norm` for ones, without which the signal in a packed model
+    would be too small to learn from."""
 
     @property
     def bytes(self) -> int:
@@ -136,7 +136,7 @@ class Tensor:
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Names and shapes of a model's parameters, from transformers, without making one."""
+    """Return names and shapes of a model's parameters, from transformers, without allocating them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -149,13 +149,13 @@ def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _kind(config: dict[str, Any], name: str) -> str:
-    """A LLaVA's norms are ones: without that its connector would have no effect, and nothing to learn."""
+    """Return the kind of a tensor. A LLaVA's norms are ones, else its connector would have no effect."""
     is_norm = name.endswith(("norm.weight", "layrnorm.weight", "layer_norm1.weight", "layer_norm2.weight"))
     return "norm of 16 bits" if config["model_type"] == "llava" and is_norm else "weight"
 
 
-def _packed(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The tensors of the same model with the linear modules of its layers in GPTQ's 4 bits."""
+def _pack(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Return the tensors of the same model with the linear modules of its layers in 4-bit GPTQ."""
     found = {}
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
@@ -171,11 +171,11 @@ def _packed(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
 
 
 SCALE = 0.0043
-"""Of an integer from 0 to 15, less 8, so that the weights' deviation is 0.02."""
+"""Scale of an integer from 0 to 15, minus 8, so that the weights' standard deviation is 0.02."""
 
 
 def _contents() -> dict[str, bytes]:
-    """By dtype, or by kind of GPTQ's tensors: a block of bytes that is written over and over."""
+    """Return a block of bytes, which is written repeatedly, by dtype or by kind of tensor."""
     import torch
 
     normal = torch.randn(32 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -184,7 +184,7 @@ def _contents() -> dict[str, bytes]:
         "BF16": normal.to(torch.bfloat16).view(torch.uint8).numpy().tobytes(),
         "F16": normal.to(torch.float16).view(torch.uint8).numpy().tobytes(),
         "qweight": integers.numpy().tobytes(),
-        "qzeros": b"\x77" * (1 << 20),  # of 8, as the format stores it: less one
+        "qzeros": b"\x77" * (1 << 20),  # zero point 8; the format stores it minus one
         "scales": torch.full((1 << 20,), SCALE, dtype=torch.float16).view(torch.uint8).numpy().tobytes(),
         "norm of 16 bits": torch.ones(1 << 16, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes(),
         "norm": torch.ones(1 << 16, dtype=torch.float16).view(torch.uint8).numpy().tobytes(),
@@ -193,7 +193,7 @@ def _contents() -> dict[str, bytes]:
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
-    contents, written = _contents(), Counter[str]()  # bytes so far: no two modules have the same weights
+    contents, written = _contents(), Counter[str]()  # bytes so far, so that no two modules have the same weights
     files: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

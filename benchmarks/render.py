@@ -1,9 +1,9 @@
-"""Pages a second: straight to the pixel budget, against 600 DPI, JPEG, reload and shrink to the same size.
+"""Pages per second rendered at the pixel budget, against 600 DPI, JPEG, reloading and shrinking to the same size.
 
     python -m benchmarks.render
 
-Both ways in one process and in turn, page by page, so that a busy machine slows both; then ours with more processes.
-The way at 600 DPI is how a known pipeline prepared pages for a vision model.
+Both ways run in one process and in turn, page by page, so that other load slows both; then Lorry's with more processes.
+600 DPI is the original's way to prepare pages for a vision model.
 """
 
 import io
@@ -23,8 +23,8 @@ DOCUMENTS = Path(__file__).parents[1] / "recipes" / "data" / "patent-qa" / "docu
 MAX_PIXELS = 1_229_312
 
 
-def at_600_dpi(page: pymupdf.Page) -> bytes:
-    """600 DPI, saved as JPEG, reloaded, shrunk to the budget, saved as JPEG."""
+def draw_at_600_dpi(page: pymupdf.Page) -> bytes:
+    """Draw at 600 DPI, save as JPEG, reload, shrink to the budget, save as JPEG. Returns the file's content."""
     large = page.get_pixmap(dpi=600).tobytes("jpeg", jpg_quality=90)
     with Image.open(io.BytesIO(large)) as picture:
         small = picture.resize(picture_size(page.rect.width, page.rect.height, MAX_PIXELS), Image.Resampling.BICUBIC)
@@ -33,20 +33,20 @@ def at_600_dpi(page: pymupdf.Page) -> bytes:
     return out.getvalue()
 
 
-def straight(page: pymupdf.Page) -> bytes:
-    """At the budget, saved as JPEG."""
+def draw_at_budget(page: pymupdf.Page) -> bytes:
+    """Draw at the budget, save as JPEG. Returns the file's content."""
     return bytes(render_page(page, MAX_PIXELS).tobytes("jpeg", jpg_quality=90))
 
 
-def compare() -> dict[str, object]:
-    """Seconds of both ways over every fourth document's pages, in turn."""
+def measure_both() -> dict[str, object]:
+    """Return the row of both ways, in turn over the pages of every fourth document."""
     seconds = {"straight": 0.0, "at 600 DPI": 0.0}
     pages = 0
     for path in sorted(DOCUMENTS.glob("*.pdf"))[::4]:
         with pymupdf.open(path) as document:
             for page in document:
-                page.get_pixmap(dpi=20)  # parse the page once, for neither
-                for name, way in (("straight", straight), ("at 600 DPI", at_600_dpi)):
+                page.get_pixmap(dpi=20)  # parse the page before the clock starts
+                for name, way in (("straight", draw_at_budget), ("at 600 DPI", draw_at_600_dpi)):
                     before = time.perf_counter()
                     way(page)
                     seconds[name] += time.perf_counter() - before
@@ -61,13 +61,13 @@ def compare() -> dict[str, object]:
 
 
 def with_processes(processes: int, repeats: int) -> dict[str, object]:
-    """The stage's own renderer over the demo's pages, text layer and words included."""
+    """Return the row of the stage's renderer on the demo's pages, including text layer and words."""
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         jobs = []
         for path in sorted(DOCUMENTS.glob("*.pdf")) * repeats:
             with pymupdf.open(path) as document:
                 jobs.append((PageRange(path.name, path, 0, len(document)), Path(folder)))
-        list(pool.map(_render, jobs[: processes * 2]))  # workers are up
+        list(pool.map(_render, jobs[: processes * 2]))  # starts the workers
         before = time.perf_counter()
         pages = sum(pool.map(_render, jobs))
         seconds = time.perf_counter() - before
@@ -84,5 +84,5 @@ def _render(job: tuple[PageRange, Path]) -> int:
 
 
 if __name__ == "__main__":
-    rows = [compare(), with_processes(1, 2), with_processes(2, 2), with_processes(1, 2), with_processes(2, 2)]
+    rows = [measure_both(), with_processes(1, 2), with_processes(2, 2), with_processes(1, 2), with_processes(2, 2)]
     write_rows("render", rows, "python -m benchmarks.render")

@@ -1,4 +1,4 @@
-"""Write a benchmark's rows, with the machine they were measured on."""
+"""Write a benchmark's rows, with the machine that they were measured on."""
 
 import importlib.metadata
 import platform
@@ -25,16 +25,16 @@ SOFTWARE = (
 
 
 def write_rows(name: str, rows: list[dict[str, Any]], command: str, by: str | None = None) -> None:
-    """Keep rows in results/<name>.json and print them.
+    """Write rows to results/<name>.json and print them.
 
-    With `by`, a column that says which part of the benchmark a row is of, rows that are there of other parts are kept,
-    and say when and on what they were measured. A part that could not be run here (`not run`) replaces none.
+    `by` names the column with the part of the benchmark that a row belongs to: earlier rows of other parts then stay,
+    with the day and the GPUs of their measurement. A row that says `not run` replaces none.
     """
     machine = probe()
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     file = RESULTS / f"{name}.json"
     before = (read_json(file) if by else None) or {}
-    kept, new = _merged(before, rows, by) if before and by else ([], rows)
+    kept, new = _merge(before, rows, by) if before and by else ([], rows)
     value = {
         **before,
         "command": command,
@@ -54,10 +54,10 @@ def write_rows(name: str, rows: list[dict[str, Any]], command: str, by: str | No
         print(row)
 
 
-def _merged(
+def _merge(
     before: dict[str, Any], rows: list[dict[str, Any]], by: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The earlier rows that stay, and the new ones."""
+    """Return the earlier rows that stay, and the new ones."""
     run_before = {row.get(by) for row in before["rows"] if "not run" not in row}
     new = [row for row in rows if "not run" not in row or row.get(by) not in run_before]
     replaced = {row.get(by) for row in new}

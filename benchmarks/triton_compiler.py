@@ -1,9 +1,9 @@
-"""Do Triton and inductor get on with the C compiler of the stage images, tcc behind images/base/cc?
+"""Check that Triton and inductor work with the C compiler of the stage images, tcc behind images/base/cc.
 
     PATH=<a folder without gcc and clang> CC=images/base/cc python -m benchmarks.triton_compiler
 
-Needs a card, tcc and Python.h. Prints one JSON row; results/triton_compiler.json keeps the one of an H100. Triton
-compiles a stub in C for every new kernel signature; inductor's kernels, which vLLM runs, are Triton's.
+Needs a GPU, tcc and Python.h. Prints one JSON row; results/triton_compiler.json has the row of an H100. Triton compiles
+a C stub for every new kernel signature; inductor's kernels, which vLLM runs, are Triton kernels.
 """
 
 import json
@@ -16,10 +16,11 @@ from pathlib import Path
 def main() -> None:
     with tempfile.TemporaryDirectory() as caches:
         os.environ |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
-        print(json.dumps(measured(Path(caches))))
+        print(json.dumps(measure(Path(caches))))
 
 
-def measured(caches: Path) -> dict[str, object]:
+def measure(caches: Path) -> dict[str, object]:
+    """Return the row."""
     import torch
     import triton
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,10 +1,10 @@
-"""Training on two GPUs against one: losses, stops, kills, going on with another number of GPUs, and speed.
+"""Training on two GPUs against one: losses, stops, kills, resuming with another number of GPUs, and speed.
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.two_gpus [small | large | sharded]
 
-Needs two GPUs, the tokenizer of SmolLM2-135M-Instruct below models, and a run `prepared` with the demo's samples, made
-anywhere by `lorry-preprocess patent-qa --profile tiny --run prepared`. The models are Llamas with random weights.
-Everything is done by the train command, in processes of its own; nothing is asserted: the rows say what happened.
+Needs two GPUs, SmolLM2-135M-Instruct's tokenizer in the models folder, and a run `prepared` with the demo's samples,
+which `lorry-preprocess patent-qa --profile tiny --run prepared` makes on any machine. The models are Llamas with random
+weights. The train command runs in processes of its own. Nothing is asserted: the rows say what happened.
 """
 
 import json
@@ -26,7 +26,7 @@ from stages.contract.roots import Roots
 
 ROOTS = Roots.from_environment()
 SMALL = ("model.path=random-llama", "train.target_modules=[all-linear]", "train.epochs=5", "train.micro_batch=1")
-LARGE = (  # all 104 samples a step
+LARGE = (  # all 104 samples in each step
     *("model.path=random-1.7b", "train.target_modules=[all-linear]", "train.epochs=16", "train.effective_batch=104"),
     *("train.micro_batch=52", "train.gradient_checkpointing=true", "train.checkpoint_every=1000"),
 )
@@ -43,7 +43,7 @@ rows: list[dict[str, Any]] = []
 
 
 def make_model(name: str, shape: dict[str, int]) -> None:
-    """A Llama of a shape, with random weights and SmolLM2's tokenizer."""
+    """Write a Llama of this shape with random weights and SmolLM2's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,8 +56,9 @@ def make_model(name: str, shape: dict[str, int]) -> None:
         shutil.copy(source / file, folder)
 
 
-def make_in_a_process_of_its_own(name: str, shape: dict[str, int]) -> None:
-    """So that this one never holds a GPU. One that is there is kept: trainings may be reading it."""
+def make_model_in_a_process(name: str, shape: dict[str, int]) -> None:
+    """Make a model in another process, so that this one never holds a GPU. An existing model stays: trainings may be
+    reading it."""
     if (ROOTS.models / name / "model.safetensors").is_file():
         return
     code = f"from benchmarks.two_gpus import make_model; make_model({name!r}, {shape!r})"
@@ -65,7 +66,7 @@ def make_in_a_process_of_its_own(name: str, shape: dict[str, int]) -> None:
 
 
 class Training:
-    """One start of the train command; its row is written when it has ended."""
+    """One start of the train command. Its row is complete once it has ended."""
 
     def __init__(self, what: str, run: str, gpus: str, settings: tuple[str, ...] = SMALL) -> None:
         self.run, self.folder, self.began = run, ROOTS.runs / run / "train", time.monotonic()
@@ -85,32 +86,32 @@ class Training:
         )
 
     def steps(self) -> list[dict[str, Any]]:
-        """The steps of this start, as its events tell them."""
-        with suppress(OSError, json.JSONDecodeError):  # not there yet, or half a line
+        """Return the steps of this start, from its events."""
+        with suppress(OSError, json.JSONDecodeError):  # no file yet, or half a line
             return [event for event in read_jsonl(self.events)[self.earlier :] if event["event"] == "loss"]
         return []
 
     def workers(self) -> list[int]:
-        """Process ids of the training processes, by rank."""
+        """Return the process ids of the training processes, by rank."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 command = (path / "cmdline").read_bytes().split(b"\0")
-                launcher = b"torch.distributed.run" in command
-                if b"stages.train.worker" in command and not launcher and bytes(self.folder) in b" ".join(command):
+                is_torchrun = b"torch.distributed.run" in command
+                if b"stages.train.worker" in command and not is_torchrun and bytes(self.folder) in b" ".join(command):
                     variables = dict(v.split(b"=", 1) for v in (path / "environ").read_bytes().split(b"\0") if v)
                     found.append((int(variables.get(b"RANK", b"0")), int(path.name)))
         return [process for _, process in sorted(found)]
 
     def reach(self, step: int) -> "Training":
-        """Wait for a step, and look how many processes each GPU has then."""
+        """Wait for a step. Notes how many processes each GPU has then."""
         while self.process.poll() is None and (not self.steps() or self.steps()[-1]["step"] < step):
             time.sleep(0.01)
         self.row["on GPUs"] = on_gpus()
         return self
 
     def disturb(self, sig: signal.Signals, worker: int | None = None, at: int = 20) -> "Training":
-        """Send a signal in the middle: to the stage, or to one of its training processes."""
+        """Send a signal at a step: to the stage, or to one of its training processes."""
         self.reach(at)
         self.row["signal"] = f"{sig.name} to {'the stage' if worker is None else f'process {worker}'}"
         self.row["sent at step"] = self.steps()[-1]["step"] if self.steps() else None
@@ -120,7 +121,7 @@ class Training:
         return self
 
     def end(self, alone: bool = True) -> "Training":
-        """Wait for the end. `alone`: nothing else uses the GPUs, which must be empty soon."""
+        """Wait for the end. `alone`: no other process uses the GPUs, so also wait until they are free."""
         try:
             output, _ = self.process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
@@ -150,7 +151,7 @@ class Training:
         return self
 
     def _results(self) -> dict[str, Any]:
-        """What the manifest and the metrics of a finished training say."""
+        """Return facts from the manifest and the metrics of a finished training."""
         times = [event["time"] for event in self.steps()]
         pace = [b - a for a, b in pairwise(times[3:])]
         speed = {"median seconds a step": round(statistics.median(pace), 4)} if pace else {}
@@ -172,7 +173,7 @@ class Training:
 
 
 def on_gpus() -> list[int]:
-    """How many processes the driver sees on each GPU."""
+    """Return the number of processes on each GPU, by the driver."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -180,8 +181,8 @@ def on_gpus() -> list[int]:
     return [len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) for handle in handles]
 
 
-def compare(what: str, one: Training, other: Training) -> None:
-    """A row with how far the losses of two finished trainings are apart."""
+def note_differences(what: str, one: Training, other: Training) -> None:
+    """Add a row with the differences between the losses of two finished trainings."""
     if one.process.returncode or other.process.returncode:
         return
     first, second = one.losses(), other.losses()
@@ -201,46 +202,50 @@ def tokens_a_sample() -> float:
 
 
 def small() -> None:
-    """What must hold on two GPUs, with a model so small that its speed says nothing."""
-    make_in_a_process_of_its_own("random-llama", RANDOM_LLAMA)
+    """Measure losses, stops and kills on two GPUs, with a model too small to measure speed."""
+    make_model_in_a_process("random-llama", RANDOM_LLAMA)
     two = Training("two GPUs", "two", BOTH).end()
     one = Training("one GPU", "one", "0")
     Training("the other GPU, stopped; beside it the row below", "one-first", "1").disturb(signal.SIGTERM).end(False)
-    compare("two GPUs against one", two, one.end())
+    note_differences("two GPUs against one", two, one.end())
     Training("two GPUs, stopped", "stopped", BOTH).disturb(signal.SIGTERM).end()
     shutil.copytree(ROOTS.runs / "stopped", ROOTS.runs / "two-first")
-    compare("stopped and gone on against undisturbed", two, Training("two go on after a stop", "stopped", BOTH).end())
-    compare("one after two against undisturbed", two, Training("one goes on after two", "two-first", "0").end())
-    compare("two after one against undisturbed", two, Training("two go on after one", "one-first", BOTH).end())
+    note_differences(
+        "stopped and gone on against undisturbed", two, Training("two go on after a stop", "stopped", BOTH).end()
+    )
+    note_differences(
+        "one after two against undisturbed", two, Training("one goes on after two", "two-first", "0").end()
+    )
+    note_differences("two after one against undisturbed", two, Training("two go on after one", "one-first", BOTH).end())
     Training("two GPUs, a process killed", "killed", BOTH).disturb(signal.SIGKILL, worker=1).end()
     Training("they go on, and the stage is killed", "killed", BOTH).disturb(signal.SIGKILL).end()
-    compare("killed twice against undisturbed", two, Training("two go on after both", "killed", BOTH).end())
+    note_differences("killed twice against undisturbed", two, Training("two go on after both", "killed", BOTH).end())
 
 
 def large() -> None:
-    """Speed, with a model that keeps a GPU busy and gradient checkpointing; stopped and gone on with, too."""
-    make_in_a_process_of_its_own("random-1.7b", RANDOM_LARGE)
+    """Measure speed with gradient checkpointing and a model that keeps a GPU busy; also after a stop."""
+    make_model_in_a_process("random-1.7b", RANDOM_LARGE)
     stopped = Training("1.7B, two GPUs, stopped", "large-two", BOTH, LARGE).disturb(signal.SIGTERM, at=12).end()
     two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).reach(14).end()
     one = Training("1.7B, one GPU", "large-one", "0", LARGE).end()
-    compare("1.7B: two GPUs against one", two, one)
-    with_speed(stopped, one)
+    note_differences("1.7B: two GPUs against one", two, one)
+    add_speed(stopped, one)
 
 
 def sharded() -> None:
-    """ZeRO's speed, with the same model on two GPUs."""
-    make_in_a_process_of_its_own("random-1.7b", RANDOM_LARGE)
+    """Measure ZeRO's speed, with the same model on two GPUs."""
+    make_model_in_a_process("random-1.7b", RANDOM_LARGE)
     found = {
         name: Training(f"1.7B, two GPUs, {name}", f"large-{name}", BOTH, (*LARGE, f"train.sharding={name}")).end()
         for name in ("none", "zero2", "zero3")
     }
-    with_speed(*found.values())
+    add_speed(*found.values())
     for name in ("zero2", "zero3"):
-        compare(f"1.7B, two GPUs: {name} against none", found["none"], found[name])
+        note_differences(f"1.7B, two GPUs: {name} against none", found["none"], found[name])
 
 
-def with_speed(*trainings: Training) -> None:
-    """Complete their rows."""
+def add_speed(*trainings: Training) -> None:
+    """Add samples and tokens per second to the trainings' rows."""
     tokens = tokens_a_sample()
     for training in trainings:
         if "median seconds a step" in training.row:

@@ -1,14 +1,14 @@
-"""Two-phase training of LLaVA-1.5-7B's shape in 24 GB: losses, peak memory against the estimate, and what is handed on.
+"""Two-phase training of LLaVA-1.5-7B's shape in 24 GB: losses, peak memory against the estimate, and the connector.
 
     LORRY_MODELS=... LORRY_RUNS=... python -m benchmarks.two_phases [tiny]
 
-Needs an NVIDIA GPU of 24 GB or more, 15 GB for the model (random weights, made by benchmarks.random_models where it is
-not there yet) and SmolLM2's tokenizer. On a larger card another process holds all but what CUDA gives of 24 GB: what
-does not fit fails as it would there. The recipe is better-synth's, with smaller batches (`BATCH`) so that twenty steps
-take seconds; the pictures are made here. Measured is what the driver says of each phase's process at most, sampled ten
-times a second. Nothing is asserted; what differs stands in the rows.
+Needs an NVIDIA GPU of 24 GB or more, SmolLM2's tokenizer, and 15 GB of disk for the model with random weights, which
+benchmarks.random_models makes if it is missing. On a larger GPU another process holds all memory except what CUDA
+offers of 24 GB, so a training that does not fit fails as on a card of 24 GB. The recipe is better-synth's, with smaller
+batches (`BATCH`), so that twenty steps take seconds; the pictures are made here. The measured peak is the driver's
+number for each phase's process, sampled ten times a second. Nothing is asserted: the rows have the numbers.
 
-`tiny` takes tiny-llava instead, wherever that is, to try the machinery: also on a CPU, where no memory is measured.
+`tiny` uses tiny-llava instead, to test the benchmark itself, also on a CPU, where no memory is measured.
 """
 
 import json
@@ -35,15 +35,15 @@ from stages.host.runs import open_run
 
 CARD, GIB = 24, 1024**3
 STEPS, BATCH = 20, 8
-"""Optimizer steps of each phase, and samples of one; the recipe's own are of 256 and of 128."""
+"""Optimizer steps of each phase, and samples per step; the recipe has 256 and 128."""
 NAME = "two-phases"
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple")
 DATA = str(Path("recipes/data/patent-qa").absolute())
-"""Any folder: the samples are made here."""
+"""Any folder will do: the samples are made here."""
 
 
 def settings(model: str) -> tuple[str, ...]:
-    """What differs from the recipe."""
+    """Return the overrides of the recipe."""
     return (
         *(f"model.path={model}", "model.swift_template=llava_chatml", "preprocess.data_juicer=null"),
         *(f"train.connector.effective_batch={BATCH}", f"train.effective_batch={BATCH}", "train.learning_rate=2e-4"),
@@ -55,7 +55,8 @@ def settings(model: str) -> tuple[str, ...]:
 
 
 def prepare(run: Run) -> None:
-    """Captions of pictures and questions about them, as if preprocess had made them: each one colour under noise."""
+    """Write captions of pictures and questions about them, as if preprocess had made them. Pictures show one colour
+    under noise."""
 
     def work(stage: Stage) -> None:
         rows = [_sample(stage, source, i) for source in ("pretrain", "finetune") for i in range(STEPS * BATCH)]
@@ -98,7 +99,7 @@ sys.stdin.read()
 
 
 class Neighbour:
-    """A process that holds all of the card but so many bytes, until it is closed."""
+    """A process that holds all but so many bytes of the GPU, until it is closed."""
 
     def __init__(self, left: int) -> None:
         command = [sys.executable, "-c", HOLD, str(left)]
@@ -113,7 +114,7 @@ class Neighbour:
 
 
 class Peaks:
-    """The most bytes that the driver told of each process below one, in the order in which they came."""
+    """Peak bytes of each descendant of a process, by the driver, in the order of their start."""
 
     def __init__(self, root: int) -> None:
         self.bytes: dict[int, int] = {}
@@ -143,7 +144,7 @@ class Peaks:
 
 
 def train(sets: list[str]) -> tuple[int, str, float, list[int]]:
-    """Run the command. Returns exit code, output, seconds, and the peaks of its training processes."""
+    """Run the train command. Returns exit code, output, seconds, and the peak bytes of its training processes."""
     command = [sys.executable, "-m", "entrypoints.train", "better-synth", "--run", NAME, "--data", DATA, *sets]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -153,7 +154,7 @@ def train(sets: list[str]) -> tuple[int, str, float, list[int]]:
 
 
 def plan(sets: list[str]) -> dict[str, Any]:
-    """What `lorry plan` says of a card of 24 GB, before there are samples."""
+    """Return the row of `lorry plan` for a card of 24 GB, before there are samples."""
     options = ["--data", DATA, "--target", "rtx4090", "--gpus", "1"]
     command = [sys.executable, "-m", "entrypoints.lorry", "plan", "better-synth", *options, *sets]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -162,7 +163,7 @@ def plan(sets: list[str]) -> dict[str, Any]:
 
 
 def phase(run: Run, name: str, peak: int | None, free: int | None) -> dict[str, Any]:
-    """One phase's losses, and its memory beside the estimate."""
+    """Return the row of one phase: its losses, and its memory against the estimate."""
     manifest = read_json(run.path("train", "manifest.json"))
     losses = [r["loss"] for r in read_jsonl(run.path("train", "metrics.jsonl")) if r["adapter"] == name and "loss" in r]
     first, last = (sum(part) / len(part) for part in (losses[:3], losses[-3:]))
@@ -191,8 +192,8 @@ def phase(run: Run, name: str, peak: int | None, free: int | None) -> dict[str, 
     return row
 
 
-def handed_on(run: Run) -> dict[str, Any]:
-    """Whose connector the manifest and the adapter name, beside the file's own sha256."""
+def connector_row(run: Run) -> dict[str, Any]:
+    """Return the row of the connector: its sha256, and whether manifest and adapter name it."""
     manifest, file = (
         read_json(run.path("train", "manifest.json")),
         run.path("train", "connector", "connector.safetensors"),
@@ -228,7 +229,7 @@ def main() -> None:
         if code == 0:
             found = [*peaks, None, None]
             free = neighbour.free if neighbour else None
-            rows += [phase(run, "connector", found[0], free), phase(run, "tuned", found[1], free), handed_on(run)]
+            rows += [phase(run, "connector", found[0], free), phase(run, "tuned", found[1], free), connector_row(run)]
         else:
             log = run.path("train", "log.txt")
             print(log.read_text(encoding="utf-8")[-3000:] if log.is_file() else output, flush=True)

@@ -1,19 +1,19 @@
-"""Nine adapters on nine data mixes, and their vote, on closed-world puzzles: five seeds through Lorry's own stages.
+"""Nine adapters on nine data mixes, and their vote, on closed-world puzzles: five seeds through Lorry's stages.
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.vote [--seeds 0 1 2 3 4] [--seconds 480] [--set KEY=VALUE]
 
-Needs SmolLM2-135M-Instruct, and a GPU to be done in minutes. Each seed makes its own puzzles
+Needs SmolLM2-135M-Instruct. Takes minutes on a GPU. Each seed makes its own puzzles
 (recipes/data/make_logic_choice.py): a few of every kind in train.jsonl, many of one kind in each file of sources/, and
-held-out ones of every kind that no adapter is trained, chosen or weighed on. A mix has train.jsonl and parts of the
-sources but one, as data mixes are that people put together from what they find: no adapter knows everything. A tenth
-adapter, without a vote, has parts of all the sources: what the vote has to be compared with before anybody trains nine.
+held-out ones of every kind, on which no adapter is trained, chosen or weighed. A mix has train.jsonl and parts of all
+sources but one, so no adapter knows everything. A tenth adapter, which does not vote, has parts of all sources: the
+alternative to training nine.
 
-The seeds run side by side, on all GPUs there are, each in the four stages' commands one after the other; after
-`--seconds` all are stopped as by SIGTERM, and the same command goes on where they were. A row is written when a seed is
-done. Then the vote is held again in other ways: nothing is asked again for that.
+The seeds run side by side on all GPUs; each runs the four stages' commands one after the other. After `--seconds` all
+get SIGTERM, and the same command resumes them. Each seed writes its row when it is done, after voting again in other
+ways, of which only the second round asks anything again.
 
-`--probe 'KEY=VALUE;KEY=VALUE' ...` is for setting up: in place of the mixes one adapter on each source alone, of the
-first seed with each of these settings, side by side, and accuracy by kind of puzzle.
+`--probe 'KEY=VALUE;KEY=VALUE' ...` is for choosing settings: it trains one adapter on each source alone, on the first
+seed, with each of these settings side by side, and prints accuracy by kind of puzzle.
 """
 
 import argparse
@@ -41,23 +41,23 @@ from stages.contract.roots import Roots
 
 ROOTS = Roots.from_environment()
 OUT = Path(os.environ.get("OUT", ROOTS.runs))
-"""Where rows are kept as they come."""
+"""Folder of finished rows."""
 
 PROBLEMS = {"train": 300, "test": 400, "source": 1500}
 """Problems in train.jsonl, in test.jsonl, and in each file of sources/."""
 KINDS = ("chain", "clubs", "family")
 MOST_OPTIONS = 7
-"""Puzzles that so small a model learns in minutes (of the others it learns to guess), and all questions on them."""
+"""Puzzles that so small a model learns in minutes (others it only learns to guess), and most options per question."""
 
 ADAPTERS = 9
 SHARE = 0.7
-"""Of a source, in a mix that has it."""
+"""Share of a source in a mix."""
 EVERYTHING = "everything"
-"""The adapter on all sources."""
+"""Name of the adapter on all sources."""
 STAGES = ("preprocess", "train", "infer", "eval")
 SETTINGS = (
     *("data.validation_fraction=0.3", "train.rank=32", "train.alpha=64"),
-    # few modules of the upper layers: a step of so small a model costs as many kernels as LoRA has parts
+    # few modules of the upper layers: the time per step of so small a model grows with the number of LoRA modules
     r"train.target_modules='.*\.layers\.[12][0-9]\..*(q_proj|v_proj|down_proj)'",
     *("train.learning_rate=2e-3", "train.epochs=2", "train.effective_batch=16", "train.micro_batch=16"),
     *("train.checkpoint_every=100000", "train.log_every=10", "infer.batch_size=256", "infer.chunk_size=1024"),
@@ -67,11 +67,11 @@ OTHER_VOTES = {
     "second round": "{second_round: true}",
     "chosen greedily, of all ten": "{adapters: greedy}",
 }
-"""Name of another way to vote, and its setting. Only the second round asks anything; the last may choose all ten."""
+"""Other ways to vote: names and settings. Only the second round asks anything; the last may choose all ten."""
 
 
 def mixes(seed: int, count: int, kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The data mixes of a seed by adapter: the sources but one, which goes in turn; and all of them."""
+    """Return the data mixes of a seed by adapter: all sources but one, in turn; and all of them."""
     found = {}
     for number in range(1, count + 1):
         left_out = kinds[number % len(kinds)]
@@ -80,12 +80,12 @@ def mixes(seed: int, count: int, kinds: Sequence[str]) -> dict[str, list[dict[st
 
 
 def parts(kinds: Sequence[str], draw: int) -> list[dict[str, Any]]:
-    """A mix of train.jsonl and parts of sources, as `train.adapters` has it."""
+    """Return a mix of train.jsonl and parts of sources, in the form of `train.adapters`."""
     return [{"source": "train"}, *({"source": kind, "fraction": SHARE, "seed": draw} for kind in kinds)]
 
 
 def make_data(folder: Path, seed: int, problems: dict[str, int], kinds: Sequence[str], most_options: int) -> None:
-    """Puzzles with their answers; in sources/ a file of each kind."""
+    """Write puzzles with answers, and in sources/ a file of each kind."""
     made = maker("logic_choice")
     some = {"train": problems["train"], "test": problems["test"], "more": 0}
     made.make(folder, seed, **some, answers=True, kinds=kinds, most_options=most_options)
@@ -97,7 +97,7 @@ def make_data(folder: Path, seed: int, problems: dict[str, int], kinds: Sequence
 
 
 class Seed:
-    """One seed's run."""
+    """The run of one seed."""
 
     def __init__(
         self,
@@ -124,11 +124,11 @@ class Seed:
             make_data(self.data, seed, problems, kinds, most_options)
 
     def _vote(self, otherwise: str = "{}") -> str:
-        """The setting of a vote of the mixes' adapters."""
+        """Return the setting of a vote of the mixes' adapters."""
         return f"infer.vote={json.dumps({'adapters': self.voters, **yaml.safe_load(otherwise)})}"
 
     def stage(self, stage: str, *more: str) -> bool:
-        """Run a stage's command; whether it was done."""
+        """Run a stage's command. Returns whether it is done."""
         if self.stopped:
             return False
         began = time.monotonic()
@@ -138,13 +138,13 @@ class Seed:
         if code == 0:
             (code,) = self._run(stage, more, [None])
         self.seconds[stage] += round(time.monotonic() - began, 1)
-        print(f"seed {self.seed}: {stage} ended with {code} after {time.monotonic() - began:.0f} s", flush=True)
+        print(f"seed {self.seed}: {stage}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
         if code not in (0, 75):
             print((ROOTS.runs / f"{self.name}.log").read_text(errors="replace")[-1500:], flush=True)
         return code == 0
 
     def _run(self, stage: str, more: tuple[str, ...], shards: list[str | None]) -> list[int]:
-        """Exit codes of a stage's command, one for each shard, all at once; None is the plain command."""
+        """Run a stage's command for all shards at once, or without a shard for None. Returns the exit codes."""
         sets = [word for value in (*self.sets, *more) for word in ("--set", value)]
         command = [sys.executable, "-m", f"entrypoints.{stage}", "logic-choice", "--profile", "tiny"]
         command += ["--run", self.name, "--data", str(self.data), *sets]
@@ -170,28 +170,28 @@ class Seed:
                 process.send_signal(signal.SIGTERM)
 
     def work(self) -> dict[str, Any] | None:
-        """All stages, and the row; None where it was not done. An earlier start's row is kept as it is."""
+        """Run all stages. Returns the row; None if not done. A row of an earlier start is returned unchanged."""
         kept = ROOTS.runs / f"vote-row-{self.seed}.json"
         row = read_json(kept)
         if row is None and all(self.stage(stage) for stage in STAGES):
-            row = self.with_other_votes(self.row())
-            if not self.stopped:  # else the other votes are still to be held
+            row = self.add_other_votes(self.row())
+            if not self.stopped:  # else other ways to vote are missing
                 write_json(kept, row)
         if row is not None:
             write_json(OUT / kept.name, row)
         return row
 
-    def with_other_votes(self, row: dict[str, Any]) -> dict[str, Any]:
+    def add_other_votes(self, row: dict[str, Any]) -> dict[str, Any]:
         for name, vote in OTHER_VOTES.items():
             if self.stage("infer", self._vote(vote)) and self.stage("eval", self._vote(vote)):
                 row["other votes"][name] = read_json(self.folder("eval") / "scores.json")["vote"]["accuracy"]["value"]
         return row
 
     def probe(self) -> None:
-        """All stages, and accuracy by kind of puzzle."""
+        """Run all stages. Prints accuracy by kind of puzzle."""
         if all(self.stage(stage) for stage in STAGES):
             print("PROBE", self.sets[len(SETTINGS) + 3 :], dict(self.seconds), flush=True)
-            self.by_kind()
+            self.print_by_kind()
 
     def folder(self, stage: str) -> Path:
         return ROOTS.runs / self.name / stage
@@ -226,7 +226,7 @@ class Seed:
             "seconds": dict(self.seconds),
         }
 
-    def by_kind(self) -> None:
+    def print_by_kind(self) -> None:
         """Print the accuracy of base, adapters and vote by kind of puzzle and number of options of a question."""
         test = read_jsonl(self.folder("preprocess") / "samples" / "test.jsonl")
         kinds = {sample["id"]: f"{sample['id'].split('-')[1]}, {sample['meta']['kind']}" for sample in test}
@@ -242,13 +242,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--adapters", type=int, default=ADAPTERS)
-    parser.add_argument("--shards", type=int, default=2, help="processes that share out a seed's adapters")
+    parser.add_argument("--shards", type=int, default=2, help="processes that share a seed's adapters; default: 2")
     parser.add_argument("--problems", type=int, nargs=3, metavar=("TRAIN", "TEST", "SOURCE"))
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of puzzles")
-    parser.add_argument("--most-options", type=int, default=MOST_OPTIONS, help="of a question")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop all after this long")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe, for all seeds")
-    parser.add_argument("--probe", nargs="+", metavar="SETTINGS", help="see above")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="kinds of puzzles")
+    parser.add_argument("--most-options", type=int, default=MOST_OPTIONS, help="most options per question")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop all seeds after so many seconds")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="recipe override for all seeds; repeatable"
+    )
+    parser.add_argument("--probe", nargs="+", metavar="SETTINGS", help="choose settings: see this module's docstring")
     chosen = parser.parse_args()
     problems = dict(zip(PROBLEMS, chosen.problems, strict=True)) if chosen.problems else PROBLEMS
     ROOTS.runs.mkdir(parents=True, exist_ok=True)
@@ -279,7 +281,9 @@ def main() -> None:
         summary = {"seeds": len(rows), "vote no worse than the best single adapter": no_worse}
         write_rows("vote", [*rows, summary], "python -m benchmarks.vote")
     if not chosen.probe:
-        print(f"{len(rows)} of {len(seeds)} seeds are done; the same command goes on with the others", flush=True)
+        print(
+            f"{len(rows)} of {len(seeds)} seeds are done; run the same command again to resume the others", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""ZeRO-2 and ZeRO-3 against training without: losses, and going on with another sharding and number of processes.
+"""ZeRO-2 and ZeRO-3 against training without: losses, and resuming with another sharding or number of processes.
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.zero [PART...]
 
-Needs a GPU, DeepSpeed, SmolLM2's tokenizer, and a run `prepared` (see `benchmarks.two_gpus`); what is for two GPUs is
-not run where there is one. Every training is the train command in processes of its own;
-several run at a time, so that their speeds say nothing. Nothing is asserted: the rows say what happened.
+Needs a GPU, DeepSpeed, SmolLM2's tokenizer, and a run `prepared` (see `benchmarks.two_gpus`). Parts for two GPUs do not
+run on one. The train command runs in processes of its own, several at a time, so their speeds mean nothing. Nothing is
+asserted: the rows say what happened.
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import write_rows
-from benchmarks.two_gpus import RANDOM_LLAMA, ROOTS, Training, compare, make_in_a_process_of_its_own, rows
+from benchmarks.two_gpus import RANDOM_LLAMA, ROOTS, Training, make_model_in_a_process, note_differences, rows
 from stages.contract.files import read_json, read_jsonl
 
 SETTINGS = (
@@ -72,13 +72,13 @@ def gpu_count() -> int:
     return int(pynvml.nvmlDeviceGetCount())
 
 
-def undisturbed(sharding: str, processes: int, kind: str = "", **environment: str) -> Start:
+def train_undisturbed(sharding: str, processes: int, kind: str = "", **environment: str) -> Start:
     settings = HALF if kind.startswith("half") else SETTINGS
     return Start(f"{kind or 'whole'}-{sharding}-{processes}", sharding, processes, settings, **environment).end()
 
 
-def in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[str, ...] = SETTINGS) -> Start:
-    """One training, stopped and gone on with in another way, until it is done."""
+def train_in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[str, ...] = SETTINGS) -> Start:
+    """Train, stop, and resume in another way, until done."""
     for (sharding, processes), stop in zip(ways[:-1], STOPS, strict=False):
         start = Start(name, sharding, processes, settings)
         start.disturb(signal.SIGTERM, at=stop)
@@ -91,13 +91,13 @@ def in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[str, .
 
 
 def without_nvcc() -> dict[str, str]:
-    """As in the images, which have no compiler for the GPU."""
+    """Return an environment without a GPU compiler, as in the images."""
     paths = [path for path in os.environ["PATH"].split(":") if not (Path(path) / "nvcc").exists()]
     return {"PATH": ":".join(paths), "CUDA_HOME": "/nowhere"}
 
 
-def tried(part: str, work: Callable[[], Start]) -> Start | None:
-    """One part's failure must not keep the others' rows from being written."""
+def try_part(part: str, work: Callable[[], Start]) -> Start | None:
+    """Run one part. If it fails, note that, so that the others' rows are still written."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001
@@ -107,23 +107,25 @@ def tried(part: str, work: Callable[[], Start]) -> Start | None:
 
 
 def main(wanted: list[str]) -> None:
-    """Measure all parts, or some, by their names; those are compared with `none 1` or `half none 1`, if that is one."""
-    make_in_a_process_of_its_own("random-llama", RANDOM_LLAMA)
+    """Measure all parts, or those named, and their differences from `none 1` or `half none 1` if that is among them."""
+    make_model_in_a_process("random-llama", RANDOM_LLAMA)
     parts: dict[str, Callable[[], Start]] = {
-        "none 1": lambda: undisturbed("none", 1),
-        "none 2": lambda: undisturbed("none", 2),
-        "zero2 1 without nvcc": lambda: undisturbed("zero2", 1, **without_nvcc()),
-        "zero3 1": lambda: undisturbed("zero3", 1),
-        "zero2 2": lambda: undisturbed("zero2", 2),
-        "zero3 2": lambda: undisturbed("zero3", 2),
-        "half none 1": lambda: undisturbed("none", 1, "half"),
-        "half zero2 2": lambda: undisturbed("zero2", 2, "half"),
-        "none, on, none": lambda: in_turn("turn-none", (("none", 1), ("none", 1))),
-        "zero3, none": lambda: in_turn("turn-3-0", (("zero3", 1), ("none", 1))),
-        "none, zero2, zero3": lambda: in_turn("turn-0-2-3", (("none", 1), ("zero2", 1), ("zero3", 1))),
-        "zero2: 2, 1, 2": lambda: in_turn("turn-2", (("zero2", 2), ("zero2", 1), ("zero2", 2))),
-        "zero3: 2, 1, 2": lambda: in_turn("turn-3", (("zero3", 2), ("zero3", 1), ("zero3", 2))),
-        "half: none 1, zero3 2, zero2 1": lambda: in_turn("turn-half", (("none", 1), ("zero3", 2), ("zero2", 1)), HALF),
+        "none 1": lambda: train_undisturbed("none", 1),
+        "none 2": lambda: train_undisturbed("none", 2),
+        "zero2 1 without nvcc": lambda: train_undisturbed("zero2", 1, **without_nvcc()),
+        "zero3 1": lambda: train_undisturbed("zero3", 1),
+        "zero2 2": lambda: train_undisturbed("zero2", 2),
+        "zero3 2": lambda: train_undisturbed("zero3", 2),
+        "half none 1": lambda: train_undisturbed("none", 1, "half"),
+        "half zero2 2": lambda: train_undisturbed("zero2", 2, "half"),
+        "none, on, none": lambda: train_in_turn("turn-none", (("none", 1), ("none", 1))),
+        "zero3, none": lambda: train_in_turn("turn-3-0", (("zero3", 1), ("none", 1))),
+        "none, zero2, zero3": lambda: train_in_turn("turn-0-2-3", (("none", 1), ("zero2", 1), ("zero3", 1))),
+        "zero2: 2, 1, 2": lambda: train_in_turn("turn-2", (("zero2", 2), ("zero2", 1), ("zero2", 2))),
+        "zero3: 2, 1, 2": lambda: train_in_turn("turn-3", (("zero3", 2), ("zero3", 1), ("zero3", 2))),
+        "half: none 1, zero3 2, zero2 1": lambda: train_in_turn(
+            "turn-half", (("none", 1), ("zero3", 2), ("zero2", 1)), HALF
+        ),
     }
     parts = {name: part for name, part in parts.items() if not wanted or name in wanted}
     if gpu_count() < 2:
@@ -132,13 +134,13 @@ def main(wanted: list[str]) -> None:
             del parts[name]
     longest_first = sorted(parts, key=lambda name: -name.count(","))
     with ThreadPoolExecutor(ONCE) as pool:
-        running = {name: pool.submit(tried, name, parts[name]) for name in longest_first}
+        running = {name: pool.submit(try_part, name, parts[name]) for name in longest_first}
         ended = {name: running[name].result() for name in parts}
     for name, one in ended.items():
         other = ended.get("half none 1" if name.startswith("half") else "none 1")
         if one is not None and other is not None and one is not other:
             already = len(rows)
-            compare(f"{name} against none 1", other, one)
+            note_differences(f"{name} against none 1", other, one)
             for row in rows[already:]:
                 row["run"] = one.run
 

@@ -1,5 +1,5 @@
-"""What each component of the task is worth: the first trained adapter's answers with everything, and without each in
-turn."""
+"""Measure what each component of the task is worth: the first adapter's scores with everything, and without each
+component in turn."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, cast
 from stages.contract.files import read_jsonl
 from stages.contract.recipe import Recipe
 from stages.contract.records import Prediction, Sample
-from stages.contract.stage import Stage
+from stages.contract.run import Run
 from stages.eval.scores import Asked, Model, overall, score_models
 from stages.results.intervals import Figures
 
@@ -17,40 +17,39 @@ EVERYTHING = "everything"
 
 @dataclass(frozen=True)
 class Ablation:
-    """The answers without one component, beside those with everything."""
+    """The scores without one component."""
 
     component: str
-    """What is left out; EVERYTHING for the answers that the others are compared with."""
+    """The component left out; EVERYTHING if none is."""
     figures: Figures
     difference: Figures
-    """By how much they are better than with everything, paired; below 0 the component is worth something."""
+    """Gain over the scores with everything, paired, in percentage points; below 0 the component is useful."""
     changed: int
-    """Scored samples with another answer."""
+    """Scored samples whose answer is not the same as with everything."""
     seconds: float | None
-    """A question, the engine's start left out; None where another machine answered."""
+    """Per question, without the engine's start; None if not recorded."""
 
 
 def ablated_adapter(recipe: Recipe, predictions: Mapping[str, Any]) -> str | None:
-    """The adapter whose answers are compared: the first that has any. None where no adapter has."""
+    """Return the adapter that infer ablates: the first that has predictions; None if none has."""
     return next((adapter.name for adapter in recipe.train.adapters if adapter.name in predictions), None)
 
 
 def ablations(
-    stage: Stage, task: Any, samples: Sequence[Sample], predictions: Mapping[str, list[Prediction]], asked: Asked
+    run: Run, task: Any, samples: Sequence[Sample], predictions: Mapping[str, list[Prediction]], asked: Asked
 ) -> list[Ablation]:
-    """Everything, then what was ablated in the order of the recipe; empty where nothing was.
+    """Return EVERYTHING, then each ablated component in the recipe's order; empty if the recipe ablates nothing.
 
-    `samples` are those with references, `predictions` all models'; what the adapter was not asked counts nowhere.
+    `samples` are those with references, `predictions` all models'; samples that the adapter was not asked do not count.
     """
-    recipe = stage.run.recipe
+    recipe = run.recipe
     whole = ablated_adapter(recipe, predictions)
     samples = [sample for sample in samples if whole is not None and asked(whole, sample)]
     if not recipe.infer.ablate or whole is None or not samples:
         return []
-    without = {component: _answers_without(stage, component, predictions) for component in recipe.infer.ablate}
-    scores = score_models(
-        task, recipe, samples, {"base": predictions[whole], **without}
-    )  # differences are those from "base"
+    without = {component: _answers_without(run, component, predictions) for component in recipe.infer.ablate}
+    # `overall` takes differences from "base": here the answers with everything
+    scores = score_models(task, recipe, samples, {"base": predictions[whole], **without})
     figures, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
     everything = scores.models["base"]
     return [
@@ -59,21 +58,21 @@ def ablations(
             figures={metric: figure for metric, figure in figures[name].items() if metric not in scores.facts},
             difference=differences.get(name, {}),
             changed=_changed(model, everything),
-            seconds=seconds_a_question(stage, whole if name == "base" else _variant(name)),
+            seconds=seconds_per_question(run, whole if name == "base" else _variant(name)),
         )
         for name, model in scores.models.items()
     ]
 
 
-def _answers_without(stage: Stage, component: str, predictions: Mapping[str, list[Prediction]]) -> Sequence[Prediction]:
-    """Without the adapter they are the base model's, which infer does not write again."""
+def _answers_without(run: Run, component: str, predictions: Mapping[str, list[Prediction]]) -> Sequence[Prediction]:
+    """The predictions without a component. Without the adapter they are base's, which infer does not write twice."""
     if component == "adapter":
         return predictions["base"]
-    return cast(list[Prediction], read_jsonl(stage.run.path("infer", "ablations", f"{component}.jsonl")))
+    return cast(list[Prediction], read_jsonl(run.path("infer", "ablations", f"{component}.jsonl")))
 
 
 def _variant(component: str) -> str:
-    """Its name in infer's manifest."""
+    """The name in infer's manifest of the answers without a component."""
     return "base" if component == "adapter" else f"without {component}"
 
 
@@ -84,7 +83,8 @@ def _changed(model: Model, everything: Model) -> int:
     return sum(answer != other for answer, other in zip(answers, others, strict=True))
 
 
-def seconds_a_question(stage: Stage, variant: str) -> float | None:
-    """What infer took for a question, as its manifest has it for a model, or for `without <component>`."""
-    took = ((stage.run.manifest("infer") or {}).get("answering") or {}).get(variant)
+def seconds_per_question(run: Run, variant: str) -> float | None:
+    """Return infer's seconds per question, from its manifest, for a model or for `without <component>`; None if not
+    recorded."""
+    took = ((run.manifest("infer") or {}).get("answering") or {}).get(variant)
     return None if not took else round(took["seconds"] / took["samples"], 3)

@@ -1,4 +1,4 @@
-"""What a task measures in units: degrees, centimetres, pieces. Beside the scores, which are shares of what there is."""
+"""What a task measures in units, such as degrees, centimetres or pieces, next to the scores, which are shares."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from stages.eval.scores import Scores
 
 @dataclass(frozen=True)
 class Measure:
-    """All values that one model's answers have of a measure. An answer may have none: `n` says how many there are."""
+    """One measure over one model's answers. An answer may have any number of values: `n` counts the values."""
 
     n: int
     mean: float
@@ -19,14 +19,14 @@ class Measure:
     most: float
 
 
-def measured(task: Any, recipe: Recipe, scores: Scores) -> dict[str, dict[str, Measure]]:
-    """By model and by name of the measure; empty where the task measures nothing. A failed answer is one without."""
+def measure_answers(task: Any, recipe: Recipe, scores: Scores) -> dict[str, dict[str, Measure]]:
+    """Return measures by model and name; empty if the task measures nothing. A failed answer is passed as None."""
     found: dict[str, dict[str, Measure]] = {}
     for name, model in scores.models.items():
         values: dict[str, list[float]] = defaultdict(list)
         for sample, prediction, error in zip(scores.samples, model.predictions, model.errors, strict=True):
             if prediction is None and error is None:
-                continue  # was not asked
+                continue  # not asked
             answer = prediction["answer"] if prediction is not None and error is None else None
             for measure, each in task.measures(recipe, answer, sample).items():
                 values[measure] += each

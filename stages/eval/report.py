@@ -1,6 +1,6 @@
-"""The report: one HTML file with everything in it, made from the scores and the manifests of the run.
+"""Write the report: one self-contained HTML file, made from the scores and the manifests of the run.
 
-It holds no time of its own making: the same inputs give the same report.
+The report does not contain the time of writing: the same inputs give the same bytes.
 """
 
 import base64
@@ -13,13 +13,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from stages.contract.files import read_jsonl, written_atomically
+from stages.contract.recipe import Recipe
 from stages.contract.records import Sample
-from stages.contract.run import STAGES
+from stages.contract.run import STAGES, Run
 from stages.contract.stage import Stage
-from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, seconds_a_question
+from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, seconds_per_question
 from stages.eval.measures import Measure
 from stages.eval.scores import Scores, worst
-from stages.eval.votes import VoteReport
+from stages.eval.votes import VoteOutcome
 from stages.results.intervals import Figures
 from stages.tasks import load_task
 
@@ -29,12 +30,12 @@ PICTURE_WIDTH = 500
 """Pixels; enough to read a drawing's part numbers, small enough for twenty pages in one file."""
 
 MOST_DRAWN = 200
-"""Samples that a task draws in one report, those with the worst answers left out."""
+"""Most samples that a task draws in one report, not counting the worst answers."""
 
-ON_TRAINING_DATA = "Scored on the data that was trained on: these figures say nothing about other data."
+ON_TRAINING_DATA = "Scored on training data: these figures say nothing about other data."
 
 COLOURS = 6
-"""Colours that the template's style sheet has: `--model-0` for base, the others for adapters in turn."""
+"""Colours in the template's style sheet: `--model-0` for base, the others for adapters in turn."""
 
 GIB = 1024**3
 
@@ -46,24 +47,24 @@ def write_report(
     differences: dict[str, Figures],
     groups: dict[str, dict[str, dict[str, Figures]]],
     ablated: list[Ablation],
-    vote: VoteReport | None,
+    vote: VoteOutcome | None,
     measures: dict[str, dict[str, Measure]],
 ) -> None:
-    """Write `report.html`. `groups` is, for each of `group` and `kind`, a breakdown as of `scores.breakdown`;
-    `ablated` is everything and what was left out of it, or empty."""
-    recipe = stage.run.recipe
+    """Write `report.html`. `groups` has the result of `scores.breakdown` for `group` and for `kind`, `ablated` that of
+    `ablation.ablations`."""
+    run, recipe = stage.run, stage.run.recipe
     adapters = [name for name in scores.models if name != "base"]
     task = load_task(recipe.task)
-    trained = stage.run.manifest("train") or {"decisions": []}
-    curve = read_jsonl(metrics) if (metrics := stage.run.path("train", "metrics.jsonl")).is_file() else []
-    # adapter names and model output are untrusted: everything is escaped but what is Markup here
+    trained = run.manifest("train") or {"decisions": []}
+    curve = read_jsonl(metrics) if (metrics := run.path("train", "metrics.jsonl")).is_file() else []
+    # adapter names and model output are untrusted: everything is escaped except Markup
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["interval"] = with_interval
     colours = {"base": 0} | {name: 1 + index % (COLOURS - 1) for index, name in enumerate(adapters)}
     html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        run=stage.run,
+        run=run,
         recipe=recipe,
         scores=scores,
         figures=figures,
@@ -83,40 +84,41 @@ def write_report(
         trained_on=ON_TRAINING_DATA if stage.counts["scored on training data"] else None,
         untrained=trained.get("untrained", {}),
         everything=EVERYTHING,
-        seconds={name: seconds_a_question(stage, name) for name in scores.models},
+        seconds={name: seconds_per_question(run, name) for name in scores.models},
         measures=measures,
-        worst=_worst_answers(stage, scores, task),
-        drawn=_others_drawn(stage, scores, task),
+        worst=_worst_answers(run, scores, task),
+        drawn=_other_drawings(recipe, scores, task),
         most_drawn=MOST_DRAWN,
-        stages=[_stage_facts(stage, name) for name in STAGES if name != stage.name],
+        stages=[_stage_facts(run, name) for name in STAGES if name != stage.name],
     )
     with written_atomically(stage.path("report.html")) as file:
         file.write(html)
 
 
 def with_interval(figure: dict[str, Any], sign: str = "-") -> str:
-    """`34.4 [25.0, 43.8]`; `sign` as in a format specification: `+` shows the sign of a gain, too."""
+    """Format a figure as `34.4 [25.0, 43.8]`. `sign` is that of a format specification: `+` for differences."""
     return f"{figure['value']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
 
 
 # -- the loss curve ----------------------------------------------------------------------------------------------
 
-_INK = "#010203"  # stands for the colour of the text, which a dark page changes
+_INK = "#010203"  # placeholder for the text's colour, which differs on a dark page
 
 
 def _colour(index: int) -> str:
-    return f"#0405{index:02x}"  # stands for the style sheet's colour of a model
+    return f"#0405{index:02x}"  # placeholder for the style sheet's colour of a model
 
 
 def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup | None:
-    """Training (thin) and validation loss (dashed, with points) over steps, as inline SVG; None without a point.
+    """Draw training loss (thin) and validation loss (dashed, with points) over steps, as inline SVG; None without a
+    point.
 
-    `curve` has the lines of train's metrics.jsonl. The same lines give the same SVG, byte for byte.
+    `curve` has the lines of train's metrics.jsonl. The same lines give the same bytes.
     """
     if not any("loss" in entry or "eval_loss" in entry for entry in curve):
         return None
     import matplotlib as mpl
-    from matplotlib.figure import Figure  # without pyplot, matplotlib draws by no screen and keeps no figure
+    from matplotlib.figure import Figure  # without pyplot, matplotlib needs no display and keeps no figure in memory
 
     style: Any = {"svg.hashsalt": "lorry", "svg.fonttype": "none", "font.size": 10, "text.color": _INK}
     style |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
@@ -142,7 +144,7 @@ def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup |
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     for index in range(COLOURS):
         svg = svg.replace(_colour(index), f"var(--model-{index})")
-    return Markup(svg)  # matplotlib's own output: numbers and our two labels, no text from outside
+    return Markup(svg)  # safe: matplotlib's output has numbers and two fixed labels, no text from outside
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -150,7 +152,7 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
 
 
 def _loss_table(curve: list[dict[str, Any]], trained: dict[str, Any]) -> list[dict[str, Any]]:
-    """First, last and best losses of each adapter, and from train's manifest memory and speed; None for what was not
+    """Each adapter's first, last and lowest losses, and its memory and speed from train's manifest; None if not
     measured."""
     rows = []
     for adapter in dict.fromkeys(entry["adapter"] for entry in curve):
@@ -175,11 +177,11 @@ def _loss_table(curve: list[dict[str, Any]], trained: dict[str, Any]) -> list[di
 # -- the worst answers -------------------------------------------------------------------------------------------
 
 
-def _worst_answers(stage: Stage, scores: Scores, task: Any) -> list[dict[str, Any]]:
-    """What the report shows of the first adapter's worst answers (of base's, where there is no adapter)."""
+def _worst_answers(run: Run, scores: Scores, task: Any) -> list[dict[str, Any]]:
+    """The first adapter's worst answers, or base's if there is no adapter, as the template needs them."""
     name = _shown_model(scores)
     shown = []
-    for row in worst(scores, name, stage.run.recipe.eval.worst):
+    for row in worst(scores, name, run.recipe.eval.worst):
         sample = scores.samples[row]
         answers = {
             model: {
@@ -197,10 +199,10 @@ def _worst_answers(stage: Stage, scores: Scores, task: Any) -> list[dict[str, An
                 "sample": sample,
                 "question": question_of(sample),
                 "answers": answers,
-                "drawing": _drawing(stage, scores, task, row),
+                "drawing": _drawing(run.recipe, scores, task, row),
                 "pictures": [
-                    {"page": page, "path": path, "data": picture_data(stage.run.folder / path)}
-                    for page, path in _shown(sample)
+                    {"page": page, "path": path, "data": picture_data(run.folder / path)}
+                    for page, path in _pages_and_pictures(sample)
                 ],
             }
         )
@@ -211,29 +213,29 @@ def _shown_model(scores: Scores) -> str:
     return next((model for model in scores.models if model != "base"), "base")
 
 
-def _drawing(stage: Stage, scores: Scores, task: Any, row: int) -> Markup | None:
-    """What the task draws of a sample and the shown model's answer."""
+def _drawing(recipe: Recipe, scores: Scores, task: Any, row: int) -> Markup | None:
+    """The task's drawing of a sample and the shown model's answer; None if it draws none."""
     graded = scores.models[_shown_model(scores)]
     prediction = graded.predictions[row] if graded.errors[row] is None else None
-    svg = task.picture(stage.run.recipe, scores.samples[row], prediction)
-    return None if svg is None else Markup(svg)  # the task's own drawing: Task.picture escapes
+    svg = task.picture(recipe, scores.samples[row], prediction)
+    return None if svg is None else Markup(svg)  # safe: Task.picture escapes
 
 
-def _others_drawn(stage: Stage, scores: Scores, task: Any) -> list[dict[str, Any]]:
-    """Drawings of the samples whose answers are not among the worst, in their order."""
-    taken = set(worst(scores, _shown_model(scores), stage.run.recipe.eval.worst))
+def _other_drawings(recipe: Recipe, scores: Scores, task: Any) -> list[dict[str, Any]]:
+    """Drawings of the samples whose answers are not among the worst, in the samples' order."""
+    taken = set(worst(scores, _shown_model(scores), recipe.eval.worst))
     drawn: list[dict[str, Any]] = []
     for row, sample in enumerate(scores.samples):
         if row in taken or len(drawn) == MOST_DRAWN:
             continue
-        drawing = _drawing(stage, scores, task, row)
+        drawing = _drawing(recipe, scores, task, row)
         if drawing is not None:
             drawn.append({"id": sample["id"], "drawing": drawing})
     return drawn
 
 
-def _shown(sample: Sample) -> list[tuple[int | None, str]]:
-    """What a question shows: pages of a document with their numbers, or pictures without."""
+def _pages_and_pictures(sample: Sample) -> list[tuple[int | None, str]]:
+    """The pictures of a prompt: pages of a document with their numbers, or other pictures with None."""
     meta = sample["meta"]
     if "pages" in meta:
         return list(zip(meta["pages"], meta.get("page_images", []), strict=True))
@@ -241,12 +243,12 @@ def _shown(sample: Sample) -> list[tuple[int | None, str]]:
 
 
 def question_of(sample: Sample) -> str:
-    """The question alone where the task says it, else the whole last message."""
+    """Return the question alone if the task provides it, else the whole last message."""
     return str(sample["meta"].get("question") or sample["messages"][-1]["content"])
 
 
 def picture_data(path: Path) -> str | None:
-    """A picture as a data URI, shrunk to PICTURE_WIDTH; None where it cannot be read: a report is still a report."""
+    """Return a picture as a data URI, shrunk to PICTURE_WIDTH; None if it cannot be read, which fails no report."""
     from PIL import Image
 
     content = io.BytesIO()
@@ -262,9 +264,9 @@ def picture_data(path: Path) -> str | None:
 # -- how the run went --------------------------------------------------------------------------------------------
 
 
-def _stage_facts(stage: Stage, name: str) -> dict[str, Any]:
-    """What the report tells of an earlier stage, from its manifest; `manifest` is None where it has not run."""
-    manifest = stage.run.manifest(name)
+def _stage_facts(run: Run, name: str) -> dict[str, Any]:
+    """Facts on an earlier stage from its manifest, for the template; `manifest` is None if the stage has not run."""
+    manifest = run.manifest(name)
     if manifest is None:
         return {"name": name, "manifest": None}
     skipped = Counter(entry["reason"] for entry in manifest["skipped"])
@@ -274,14 +276,14 @@ def _stage_facts(stage: Stage, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "manifest": manifest,
-        "time": _clock(manifest["seconds"]),
+        "time": _format_duration(manifest["seconds"]),
         "memory": f"{manifest['peak_memory_bytes'] / GIB:.2f} GiB",
         "gpus": [f"{gpu['name']} ({gpu['uuid']}, driver {gpu['driver']})" for gpu in manifest["gpus"]],
         "skipped": [(reason, count, examples[reason][:5]) for reason, count in skipped.most_common()],
     }
 
 
-def _clock(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     """`8.4 s`, `3 min 05 s`, `2 h 07 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -1,7 +1,7 @@
 """Score every model's answers to the same samples: means, bootstrap intervals, breakdowns, worst answers.
 
-A failed answer scores 0 in every metric and stays in `n`; nothing is dropped to make a figure look better. Samples that
-belong together, as the rotations of a question, are scored one by one and counted once.
+A failed answer scores 0 in every metric and counts in `n`; no answer is left out to improve a figure. Samples that
+belong together, such as the rotations of a question, are scored one by one and counted once.
 """
 
 import math
@@ -25,10 +25,11 @@ class Model:
     """One model's answers; entry i of every field belongs to sample i."""
 
     predictions: list[Prediction | None]
-    """None where inference left no record of the sample."""
+    """None if infer wrote no record of the sample."""
     errors: list[str | None]
-    """Why there is no answer; None where there is one."""
+    """Why there is no answer; None if there is one."""
     values: Values
+    """Shape (samples, metrics), 0..1; NaN where a metric does not apply or the model was not asked."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,21 @@ class Scores:
 
     samples: list[Sample]
     metrics: list[str]
-    """Columns of every model's `values`: what answers are scored by, then the facts of the samples."""
+    """Columns of every model's `values`: the scores of answers, then the facts of the samples."""
     facts: list[str]
-    """Those of `metrics` that no answer changes; they are the same for every model."""
+    """The metrics that do not depend on the answer, such as retrieval recall; they are the same for every model."""
     models: dict[str, Model]
     """By name, `base` first."""
     together: list[str]
-    """What each sample counts with: those with the same text count once."""
+    """A key per sample: samples with the same key count once."""
 
     def groups(self, key: str) -> list[str]:
-        """Each sample's value of `meta[key]`, as text; empty where it has none."""
+        """Return each sample's value of `meta[key]`, as text; empty if it has none."""
         return [str(sample["meta"].get(key, "")) for sample in self.samples]
 
 
 Asked = Callable[[str, Sample], bool]
-"""Whether a model, by its name, was asked a sample at all."""
+"""Whether the model of this name was asked a sample."""
 
 
 def score_models(
@@ -61,17 +62,18 @@ def score_models(
     predictions: Mapping[str, Sequence[Prediction]],
     asked: Asked = lambda name, sample: True,
 ) -> Scores:
-    """Score predictions, by model name, of samples that have references. What a model was not asked counts nowhere.
+    """Score predictions, by model name, of samples that have references. A sample counts only for models that were
+    asked it.
 
-    Raises DataError where a model has two predictions of one sample.
+    Raises DataError if a model has two predictions of one sample.
     """
-    answered = {name: _joined(samples, records, name) for name, records in predictions.items()}
+    answered = {name: _by_sample(samples, records, name) for name, records in predictions.items()}
     errors = {
         name: [error_of(record) if asked(name, s) else None for s, record in zip(samples, records, strict=True)]
         for name, records in answered.items()
     }
     facts = [task.facts(sample) for sample in samples]
-    scored = {name: _scored(task, recipe, samples, answered[name], errors[name]) for name in answered}
+    scored = {name: _score_rows(task, recipe, samples, answered[name], errors[name]) for name in answered}
     names = list(dict.fromkeys(metric for rows in scored.values() for row in rows for metric in row))
     fact_names = list(dict.fromkeys(fact for row in facts for fact in row))
     models = {}
@@ -83,9 +85,10 @@ def score_models(
 
 
 def scored_lines(scores: Scores) -> list[dict[str, Any]]:
-    """Each sample with every model's answer, error and scores (0..1, without the facts): what runs are compared by.
+    """Return each sample with every model's answer, error and scores (0..1, without the facts): the lines of
+    scored.jsonl, which `lorry compare` reads.
 
-    `references` is a digest of the sample's references; `models` has no model that was not asked the sample.
+    `references` is a digest of the sample's references; `models` leaves out models that were not asked the sample.
     """
     metrics = [metric for metric in scores.metrics if metric not in scores.facts]
     lines = []
@@ -111,7 +114,7 @@ def scored_lines(scores: Scores) -> list[dict[str, Any]]:
 
 
 def error_of(prediction: Prediction | None) -> str | None:
-    """Why a prediction counts as failed, or None."""
+    """Return why a prediction counts as failed; None if it does not."""
     if prediction is None:
         return "no prediction"
     if prediction["error"] is None and prediction["answer"] is None:
@@ -119,16 +122,16 @@ def error_of(prediction: Prediction | None) -> str | None:
     return prediction["error"]
 
 
-def _joined(samples: Sequence[Sample], predictions: Sequence[Prediction], name: str) -> list[Prediction | None]:
+def _by_sample(samples: Sequence[Sample], predictions: Sequence[Prediction], name: str) -> list[Prediction | None]:
     by_id: dict[str, Prediction] = {}
     for prediction in predictions:
         if prediction["id"] in by_id:
-            raise DataError(f"predictions of {name}: two of sample {prediction['id']!r}; run infer again")
+            raise DataError(f"predictions of {name}: two for sample {prediction['id']!r}; run infer again")
         by_id[prediction["id"]] = prediction
     return [by_id.get(sample["id"]) for sample in samples]
 
 
-def _scored(
+def _score_rows(
     task: Any,
     recipe: Recipe,
     samples: Sequence[Sample],
@@ -138,7 +141,7 @@ def _scored(
     rows = []
     for sample, prediction, error in zip(samples, predictions, errors, strict=True):
         if error is not None:
-            # a reference, taken as the answer, tells which metrics the task scores this sample by
+            # scoring a reference as if it were the answer gives the metrics of this sample
             rows.append(dict.fromkeys(task.score(recipe, sample["references"][0], sample), 0.0))
         elif prediction is None:  # not asked
             rows.append({})
@@ -148,8 +151,8 @@ def _scored(
 
 
 def counted_once(scores: Scores) -> Scores:
-    """The scores with one row for all samples that count together: the first of the samples, the least score in each
-    metric, and the first error where any of them has one. The same scores where every sample counts by itself."""
+    """Return scores with one row for samples that count together: the first sample, the lowest score in each metric,
+    and the first error, if any. Returns `scores` itself if every sample counts by itself."""
     places: dict[str, list[int]] = defaultdict(list)
     for row, name in enumerate(scores.together):
         places[name].append(row)
@@ -168,9 +171,9 @@ def counted_once(scores: Scores) -> Scores:
 
 
 def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    """Every model's figures, and by how much each adapter is above base, both with 95% intervals, in percent.
+    """Return every model's figures and each adapter's differences from base, in percent, with 95% bootstrap intervals.
 
-    The differences are paired: both models answered the same samples, and are drawn together. Facts do not differ.
+    Differences are paired: both models answered the same samples, which are resampled together. Facts have none.
     """
     scores = counted_once(scores)
     base = scores.models[BASE].values
@@ -179,7 +182,7 @@ def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figure
     blocks += [scores.models[name].values - base for name in adapters]
     table = np.hstack(blocks)
     low, high = cluster_bootstrap(table, scores.groups("group"), resamples, seed)
-    with warnings.catch_warnings():  # a metric that no sample of a model has: it is left out below
+    with warnings.catch_warnings():  # a metric that no sample of a model has is left out below
         warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
         means = np.nanmean(table, axis=0)
     cells = [
@@ -201,7 +204,8 @@ def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figure
 
 
 def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
-    """Each model's figures, without intervals, for each value of `meta[key]`: model -> value -> metric -> figures."""
+    """Return each model's figures, without intervals, for each value of `meta[key]`: model -> value -> metric ->
+    figures."""
     scores = counted_once(scores)
     rows: dict[str, list[int]] = defaultdict(list)
     for row, group in enumerate(scores.groups(key)):
@@ -220,7 +224,7 @@ def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
 
 
 def _counts(scores: Scores, name: str, chosen: Sequence[int]) -> dict[str, dict[str, int]]:
-    """`n` and `failed` of the chosen rows by metric, for the metrics that any of them has. No fact ever fails."""
+    """`n` and `failed` of the chosen rows by metric, for the metrics that any row has. Facts never fail."""
     model = scores.models[name]
     present = ~np.isnan(model.values[chosen])
     failed = np.array([error is not None for error in model.errors])[chosen]
@@ -240,10 +244,11 @@ def _percent(value: float) -> float:
 
 
 def worst(scores: Scores, name: str, count: int) -> list[int]:
-    """Rows of a model's worst answers, worst first: failures, then by score, ties by sample id. None is perfect.
+    """Return the rows of a model's worst answers, worst first: failures, then by score, ties by sample id. Perfect
+    answers are left out.
 
-    Scores are compared from a task's last metric to its first: tasks list the strictest first, and the most lenient
-    tells most about how wrong an answer is.
+    Scores are ordered by a task's last metric first: tasks list the strictest metric first, and the most lenient says
+    most about how wrong an answer is.
     """
     model = scores.models[name]
     answers = model.values[:, : len(scores.metrics) - len(scores.facts)]

@@ -1,4 +1,4 @@
-"""eval: score base and every adapter on the test samples, with intervals; a table and a report for people."""
+"""eval: score base and every adapter on the test samples, with intervals; print tables and write a report."""
 
 import os
 from collections.abc import Mapping
@@ -9,12 +9,13 @@ from stages.contract.errors import DataError
 from stages.contract.files import read_jsonl, write_json, write_jsonl
 from stages.contract.recipe import Recipe
 from stages.contract.records import VOTE, Prediction, Sample
+from stages.contract.run import Run
 from stages.contract.stage import Stage
-from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, ablations, seconds_a_question
-from stages.eval.measures import measured
+from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, ablations, seconds_per_question
+from stages.eval.measures import measure_answers
 from stages.eval.report import ON_TRAINING_DATA, with_interval, write_report
 from stages.eval.scores import Asked, Scores, breakdown, overall, score_models, scored_lines
-from stages.eval.votes import VoteReport, vote_report
+from stages.eval.votes import VoteOutcome, vote_outcome
 from stages.results.intervals import Figures
 from stages.results.summary import (
     SUMMARY,
@@ -31,7 +32,7 @@ def work(stage: Stage) -> None:
     """The stage's work, for `run_stage`."""
     recipe = stage.run.recipe
     samples = cast(list[Sample], read_jsonl(stage.run.path("preprocess", "samples", "test.jsonl")))
-    predictions = _predictions(stage, {sample["id"] for sample in samples})
+    predictions = _predictions(stage.run, {sample["id"] for sample in samples})
     scored = [sample for sample in samples if sample["references"]]
     stage.counts["samples"] = len(samples)
     stage.counts["scored"] = len(scored)
@@ -39,19 +40,21 @@ def work(stage: Stage) -> None:
     task = load_task(recipe.task)
     uploads = _write_uploads(stage, task, samples, predictions)
     if not scored:
-        written = f" (what is to be uploaded is in {stage.path('uploads')})" if uploads else ""
+        written = f" (files to upload are in {stage.path('uploads')})" if uploads else ""
         raise DataError(
-            f"none of {len(samples)} test samples has a reference{written}; give test questions an answer to score"
+            f"none of {len(samples)} test samples has a reference{written}; add answers to the test questions"
         )
     if len(scored) < len(samples):
-        stage.events.say(f"{len(samples) - len(scored)} of {len(samples)} test samples have no reference: not scored")
+        stage.events.say(
+            f"{len(samples) - len(scored)} of {len(samples)} test samples have no reference and are not scored"
+        )
 
     asked = _was_asked(recipe)
     scores = score_models(task, recipe, scored, predictions, asked)
     together = len(set(scores.together))
     if together < len(scored):
         stage.counts["counted together"] = together
-        stage.events.say(f"{len(scored)} test samples are scored, those that belong together as one: {together}")
+        stage.events.say(f"{len(scored)} test samples are scored and counted as {together}: some belong together")
     stage.outputs["scored.jsonl"] = write_jsonl(stage.path("scored.jsonl"), scored_lines(scores))
     trained_on = sum(bool(sample["meta"].get("trained_on")) for sample in scored)
     if trained_on:
@@ -63,27 +66,27 @@ def work(stage: Stage) -> None:
     _write(stage, "scores.json", figures)
     _write(stage, "differences.json", differences)
     _write(stage, "by_group.json", {name: {key: groups[key][name] for key in groups} for name in scores.models})
-    ablated = ablations(stage, task, scored, predictions, asked)
+    ablated = ablations(stage.run, task, scored, predictions, asked)
     if ablated:
         _write(stage, "ablations.json", {each.component: asdict(each) for each in ablated})
-    vote = vote_report(stage, task, scored, predictions)
+    vote = vote_outcome(stage.run, task, scored, predictions)
     if vote is not None:
         _write(stage, "vote.json", asdict(vote))
-    measures = measured(task, recipe, scores)
+    measures = measure_answers(task, recipe, scores)
     if measures:
         by_model = {name: {key: asdict(one) for key, one in each.items()} for name, each in measures.items()}
         _write(stage, "measures.json", by_model)
-    _write_data_sets(stage, figures)
+    _write_summary(stage, figures)
     stage.stop.check()
     write_report(stage, scores, figures, differences, groups, ablated, vote, measures)
     stage.outputs["report.html"] = None
-    _show(stage, scores, figures, differences, ablated, vote)
+    _print_tables(stage, scores, figures, differences, ablated, vote)
 
 
 def _write_uploads(
     stage: Stage, task: Any, samples: list[Sample], predictions: Mapping[str, list[Prediction]]
 ) -> list[str]:
-    """Write what a benchmark's own server takes, of every model; returns the files' names."""
+    """Write every model's files for a benchmark's own server. Returns the files' names."""
     written = []
     for name, records in predictions.items():
         by_id = {prediction["id"]: prediction for prediction in records}
@@ -93,7 +96,7 @@ def _write_uploads(
 
 
 def _was_asked(recipe: Recipe) -> Asked:
-    """Whether a model answers a sample, by `infer.answers`."""
+    """Return the test whether a model is asked a sample, which `infer.answers` decides."""
     adapters = {adapter.name: adapter for adapter in recipe.train.adapters}
 
     def was_asked(model: str, sample: Sample) -> bool:
@@ -103,7 +106,7 @@ def _was_asked(recipe: Recipe) -> Asked:
     return was_asked
 
 
-def _write_data_sets(stage: Stage, figures: Mapping[str, Figures]) -> None:
+def _write_summary(stage: Stage, figures: Mapping[str, Figures]) -> None:
     """Write summary.json, again after each adapter."""
     run, infer = stage.run, stage.run.manifest("infer") or {}
     untrained = (run.manifest("train") or {}).get("untrained", {})
@@ -130,15 +133,15 @@ def _write_data_sets(stage: Stage, figures: Mapping[str, Figures]) -> None:
                     "metrics": {metric: figure["value"] for metric, figure in own.items()},
                     "failed": max((figure["failed"] for figure in own.values()), default=0),
                     "lines_in_submission": counts and counts["lines"],
-                    "generation_kwargs": _generation(run.recipe),
+                    "generation_kwargs": _generation_settings(run.recipe),
                 },
             }
         results.append(dataset_result(run, adapter, result))
         write_json(stage.path(SUMMARY), summary_of_data_sets(run, results, start, before, stage.starts[0]))
 
 
-def _generation(recipe: Recipe) -> dict[str, Any]:
-    """How the answers were generated, in transformers' words; a task's retries sample, as its passes say."""
+def _generation_settings(recipe: Recipe) -> dict[str, Any]:
+    """How the answers were generated, in transformers' terms. A task's retries may sample; `passes` says so."""
     return {
         "max_new_tokens": recipe.infer.max_new_tokens,
         "do_sample": False,
@@ -149,19 +152,22 @@ def _generation(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _predictions(stage: Stage, ids: set[str]) -> dict[str, list[Prediction]]:
-    """Predictions by model: base, the vote, the recipe's adapters in their order, then any other."""
-    folder = stage.run.path("infer", "predictions")
+def _predictions(run: Run, ids: set[str]) -> dict[str, list[Prediction]]:
+    """Predictions by model: base, the vote, the recipe's adapters in its order, then any others.
+
+    `ids` are those of the test samples. Raises DataError for predictions of another sample, or without base.
+    """
+    folder = run.path("infer", "predictions")
     found = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
     if "base" not in found:
         raise DataError(f"{folder}: no base.jsonl; run infer again")
-    order = ["base", VOTE, *(adapter.name for adapter in stage.run.recipe.train.adapters)]
+    order = ["base", VOTE, *(adapter.name for adapter in run.recipe.train.adapters)]
     predictions = {}
     for name in dict.fromkeys([name for name in order if name in found] + list(found)):
         predictions[name] = cast(list[Prediction], read_jsonl(found[name]))
         for prediction in predictions[name]:
             if prediction["id"] not in ids:
-                raise DataError(f"{found[name]}: {prediction['id']!r} is no test sample; run infer again")
+                raise DataError(f"{found[name]}: {prediction['id']!r} is not a test sample; run infer again")
     return predictions
 
 
@@ -170,19 +176,19 @@ def _write(stage: Stage, name: str, value: Any) -> None:
     stage.outputs[name] = None
 
 
-def _show(
+def _print_tables(
     stage: Stage,
     scores: Scores,
     figures: dict[str, Figures],
     differences: dict[str, Figures],
     ablated: list[Ablation],
-    vote: VoteReport | None,
+    vote: VoteOutcome | None,
 ) -> None:
-    """Print a table of base against each adapter, one of what was ablated, and where the report is, on the real
-    console."""
+    """Print to the console a table of base against each adapter, one of the vote, one of the ablations, and the path of
+    the report."""
     from rich.console import Console
 
-    seconds = {name: seconds_a_question(stage, name) for name in scores.models}
+    seconds = {name: seconds_per_question(stage.run, name) for name in scores.models}
     with os.fdopen(os.dup(stage.console), "w", encoding="utf-8") as file:
         console = Console(file=file, width=100, highlight=False, markup=False, emoji=False)
 
@@ -197,10 +203,10 @@ def _show(
         console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
         if vote is not None:
             show(_vote_table(vote, figures))
-            console.print(_vote_words(vote), style="dim")
+            console.print(_vote_line(vote), style="dim")
         if ablated:
             show(_ablation_table(str(ablated_adapter(stage.run.recipe, scores.models)), ablated))
-            console.print("percent, then points better or worse; * where the 95% interval leaves out 0", style="dim")
+            console.print("percent, then gain or loss in points; *: the 95% interval excludes 0", style="dim")
     stage.events.say(f"report: {stage.path('report.html')}")
 
 
@@ -224,29 +230,29 @@ def _table(name: str, figures: dict[str, Figures], differences: Figures, seconds
         failed = " / ".join(str(figures[model][metric]["failed"]) for model in models)
         table.add_row(metric, *cells, str(figures[name][metric]["n"]), failed)
     if any(seconds[model] is not None for model in models):
-        table.add_row("seconds a question", *(_seconds(seconds[model]) for model in models))
+        table.add_row("seconds per question", *(_format_seconds(seconds[model]) for model in models))
     return table
 
 
-def _vote_table(vote: VoteReport, figures: dict[str, Figures]) -> Any:
+def _vote_table(vote: VoteOutcome, figures: dict[str, Figures]) -> Any:
     """Each adapter and its part in the vote, as a rich table."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     metric = next(iter(figures[VOTE]))
     table = Table("adapter", "data mix", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for head in (f"{metric}\nvalidation", f"{metric}\ntest", "votes\nwith", "agrees"):
+    for head in (f"{metric}\nvalidation", f"{metric}\ntest", "weight", "agrees\n%"):
         table.add_column(head, justify="right")
     for voter in vote.voters:
         test = figures.get(voter.name, {}).get(metric)
         cells = [voter.validation, test and test["value"], None, voter.agreement]
         texts = ["" if cell is None else f"{cell:.1f}" for cell in cells]
-        texts[2] = "no" if voter.weight is None else f"{voter.weight:.2f}"
+        texts[2] = "no vote" if voter.weight is None else f"{voter.weight:.2f}"
         table.add_row(voter.name, voter.mix, *texts)
     return table
 
 
-def _vote_words(vote: VoteReport) -> str:
+def _vote_line(vote: VoteOutcome) -> str:
     metric, gain = next(iter(vote.over_best.items()))
     decided = ", ".join(f"{by} {count}" for by, count in sorted(vote.decided_by.items()))
     return (
@@ -255,13 +261,12 @@ def _vote_words(vote: VoteReport) -> str:
     )
 
 
-def _seconds(took: float | None) -> str:
+def _format_seconds(took: float | None) -> str:
     return "" if took is None else f"{took:.3g}"
 
 
 def _ablation_table(adapter: str, ablated: list[Ablation]) -> Any:
-    """The adapter's figures with everything, and by how much they are better without each component, as a rich
-    table."""
+    """The adapter's figures with everything, and the gain or loss without each component, as a rich table."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -269,19 +274,19 @@ def _ablation_table(adapter: str, ablated: list[Ablation]) -> Any:
     names = [each.component if each.component == EVERYTHING else f"without {each.component}" for each in ablated]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(adapter, overflow="fold", vertical="bottom", min_width=max(map(len, names)))
-    for head in (*metrics, "answers_changed", "failed", "seconds_a_question"):
+    for head in (*metrics, "answers_changed", "failed", "seconds_per_question"):
         table.add_column(head.replace("_", "\n"), justify="right", vertical="bottom")
     for name, each in zip(names, ablated, strict=True):
         everything = each.component == EVERYTHING
         cells = [
-            f"{each.figures[metric]['value']:.1f} " if everything else _points(each.difference[metric])
+            f"{each.figures[metric]['value']:.1f} " if everything else _format_points(each.difference[metric])
             for metric in metrics
         ]
         changed = "" if everything else str(each.changed or "none")
         failed = max(figure["failed"] for figure in each.figures.values())
-        table.add_row(name, *cells, changed, str(failed), _seconds(each.seconds))
+        table.add_row(name, *cells, changed, str(failed), _format_seconds(each.seconds))
     return table
 
 
-def _points(gain: dict[str, Any]) -> str:
+def _format_points(gain: dict[str, Any]) -> str:
     return f"{gain['value']:+.1f}{'*' if gain['low'] > 0 or gain['high'] < 0 else ' '}"

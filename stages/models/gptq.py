@@ -1,17 +1,17 @@
-"""Bases that are stored in GPTQ's integers: which library computes with them, and by which of its kernels.
+"""Choose the library and the kernel that compute with a GPTQ base.
 
-transformers, PEFT and ms-swift load such a folder by themselves, with auto-gptq (the image v100-gptq, transformers 4)
-or its successor gptqmodel (all others). What they would get wrong is the kernel. Both libraries choose the one that is
-fastest in inference, and those lose the gradient of what they are given, some with an error and some without a word:
-then LoRA below them hardly learns. Here is chosen what computes forward and backward, in training and in inference
-alike, so that an adapter is asked as it was trained:
+transformers, PEFT and ms-swift load a GPTQ folder with auto-gptq (the image v100-gptq, transformers 4) or its successor
+gptqmodel (all other images), but they choose the wrong kernel: the one that is fastest in inference. These kernels pass
+no gradient to their input, some with an error and some silently, so that LoRA modules below them hardly learn. This
+module chooses kernels with a backward pass, for training and inference alike, so that an adapter answers with the
+numerics it was trained with:
 
-* gptqmodel on a card: `gptq_triton`, which unpacks a module's weights with a Triton kernel and leaves the rest to
-  torch; on a CPU, and for widths that Triton's kernel has not: `gptq_torch`, which unpacks with torch.
+* gptqmodel on a GPU: `gptq_triton`, which unpacks a module's weights with a Triton kernel and multiplies with torch. On
+  a CPU, and for bit widths that the Triton kernel lacks: `gptq_torch`, which unpacks with torch.
 * auto-gptq: torch's matmul on unpacked weights (its QuantLinear "cuda-old"), without the ExLlama kernels and, in
-  training, without its own for fewer than 128 tokens, which has no backward either.
+  training, without its own kernel for fewer than 128 tokens, which has no backward pass either.
 
-The weights are unpacked by float16 scales and then cast to what the model computes in.
+Weights are unpacked with float16 scales and then cast to the model's dtype.
 """
 
 import importlib.util
@@ -28,38 +28,38 @@ from stages.contract.files import read_json
 
 
 def is_gptq(model: Path) -> bool:
-    """Whether a model folder's config.json says that its weights are GPTQ's."""
+    """Whether a model folder's config.json says that its weights are in GPTQ's format."""
     return stored_as(model) == "gptq"
 
 
 def stored_as(model: Path) -> str | None:
-    """How the weights of a model folder are quantised, in the words of its config.json: gptq, awq, bitsandbytes; None
-    where they are not."""
+    """Return how a model folder's weights are quantised, as its config.json says: gptq, awq, bitsandbytes; None if they
+    are not."""
     config = read_json(model / "config.json") or {}
     return (config.get("quantization_config") or {}).get("quant_method")
 
 
 def library(model: Path) -> str:
-    """`gptqmodel` or `auto_gptq`, whichever is here. Raises UsageError where none is, or not all that it needs."""
+    """Return the installed library: `gptqmodel` or `auto_gptq`. Raises UsageError if neither or optimum is missing."""
     found = next((name for name in ("gptqmodel", "auto_gptq") if importlib.util.find_spec(name)), "gptqmodel")
     missing = [name for name in (found, "optimum") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{model}: its weights are GPTQ's, which {' and '.join(missing)} would read here: pip install --no-deps -r"
-            " requirements/gptq.txt, or train in an image for cards; there --set infer.engine=vllm answers without it"
+            f"{model}: its GPTQ weights need {' and '.join(missing)}, not installed here; pip install --no-deps -r"
+            " requirements/gptq.txt, or use an image for GPUs (--set infer.engine=vllm answers there without it)"
         )
     return found
 
 
 @contextmanager
 def loading(model: Path, on_card: bool, training: bool) -> Iterator[None]:
-    """While this lasts, transformers loads a GPTQ base with the right kernel, whoever calls it.
+    """Within this context, transformers loads a GPTQ base with the right kernel, whoever calls it.
 
-    Raises UsageError where no library for it is installed.
+    Raises UsageError if no library for it is installed.
     """
     with ExitStack() as patches:
         if stored_as(model) is None:
-            # PEFT would import gptqmodel all the same, which takes a second, prints and sets CUDA's order of cards
+            # PEFT would import gptqmodel anyway, which takes a second, prints, and changes CUDA's order of GPUs
             for kind in ("gptq", "awq"):
                 name = f"peft.tuners.lora.{kind}.is_gptqmodel_available"
                 patches.enter_context(patch(name, lambda: False, create=True))
@@ -72,20 +72,20 @@ def loading(model: Path, on_card: bool, training: bool) -> Iterator[None]:
 
 
 def _with_gptqmodel(patches: ExitStack, model: Path, on_card: bool, training: bool) -> None:
-    with redirect_stdout(StringIO()):  # its banner
+    with redirect_stdout(StringIO()):  # it prints a banner
         import gptqmodel  # noqa: F401
 
     bits = int(read_json(model / "config.json")["quantization_config"]["bits"])
-    # it would compile the unpacking of each module by itself: minutes, and with a compiler that no image has
+    # it would compile the unpacking of each module: minutes, and with a compiler that no image has
     environment = {"TORCHDYNAMO_DISABLE": "1"}
-    if not on_card and not training:  # a processor takes far longer to unpack a weight than to use it for a token
+    if not on_card and not training:  # a CPU takes far longer to unpack a weight than to use it for one token
         environment["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"
     patches.enter_context(patch.dict(os.environ, environment))
-    _choose(patches, backend="gptq_triton" if on_card and bits in (2, 4, 8) else "gptq_torch")
+    _choose_kernel(patches, backend="gptq_triton" if on_card and bits in (2, 4, 8) else "gptq_torch")
 
 
 def _with_auto_gptq(patches: ExitStack, training: bool) -> None:
-    _choose(patches, use_exllama=False)
+    _choose_kernel(patches, use_exllama=False)
     if training:
         from auto_gptq.nn_modules.qlinear import qlinear_cuda, qlinear_cuda_old
 
@@ -93,8 +93,8 @@ def _with_auto_gptq(patches: ExitStack, training: bool) -> None:
             patches.enter_context(patch.object(kernels, "_autogptq_cuda_available", False))
 
 
-def _choose(patches: ExitStack, **kernel: Any) -> None:
-    """Have every config.json's quantization_config read as if it said so: neither ms-swift nor PEFT can be told."""
+def _choose_kernel(patches: ExitStack, **kernel: Any) -> None:
+    """Read every quantization_config as if it named this kernel: neither ms-swift nor PEFT has an option for it."""
     from transformers import GPTQConfig
 
     plain = GPTQConfig.__init__

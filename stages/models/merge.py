@@ -1,4 +1,4 @@
-"""An adapter merged into a copy of its base, and adapters that can be served in no other way."""
+"""Merge an adapter into a copy of its base, and refuse adapters that vLLM serves only after merging."""
 
 import json
 import shutil
@@ -10,11 +10,11 @@ from stages.contract.errors import DoesNotFitError, UsageError
 from stages.contract.files import read_json, remove, visible_files
 
 VISION = ("visual", "vision_tower", "vision_tower_aux", "vision_model", "multi_modal_projector", "mm_projector")
-"""What the parts of a model that see, and the connector behind them, are called in its modules' names."""
+"""Names of vision towers and connectors within module names."""
 
 
 def refuse_adapted_vision(adapters: dict[str, Path]) -> None:
-    """Raise UsageError for an adapter of a vision tower: vLLM leaves that part out, with no more than a warning."""
+    """Raise UsageError for an adapter of a vision tower: vLLM ignores that part, with only a warning."""
     for name, folder in adapters.items():
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
@@ -25,18 +25,18 @@ def refuse_adapted_vision(adapters: dict[str, Path]) -> None:
         found = next((tensor for tensor in tensors if set(VISION) & set(tensor.split("."))), None)
         if found:
             raise UsageError(
-                f"adapter {name} adapts the vision tower ({found}), and vLLM would leave that out:"
-                " --set infer.merged=true merges it, --set infer.engine=transformers serves it"
+                f"adapter {name} adapts the vision tower ({found}), which vLLM ignores; merge it with"
+                " --set infer.merged=true, or use --set infer.engine=transformers"
             )
 
 
 def merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> Path:
-    """Write the base with the adapter merged into it, as an ordinary model folder, which appears once it is whole.
+    """Write the base with the adapter merged into it, as a Hugging Face model folder, by one atomic rename. Returns it.
 
-    Raises UsageError for a quantised base, DoesNotFitError where the disk is too small.
+    Raises UsageError for a quantised base, DoesNotFitError if the disk is too small.
     """
     if read_json(model / "config.json").get("quantization_config"):
-        raise UsageError(f"{model}: LoRA cannot be merged into a quantised base; leave infer.merged out")
+        raise UsageError(f"{model}: LoRA cannot be merged into a quantised base; remove infer.merged")
     if folder.is_dir():
         return folder
     needed = sum(path.stat().st_size for path in model.glob("*.safetensors"))
@@ -44,14 +44,14 @@ def merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> Path:
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise DoesNotFitError(
-            f"{folder}: a merged copy takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} are free; free some space, or"
-            " leave infer.merged out"
+            f"{folder}: a merged copy takes {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; free some"
+            " space, or remove infer.merged"
         )
     import torch
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    import stages.models.mgm  # noqa: F401 - makes it known to transformers
+    import stages.models.mgm  # noqa: F401 - registers MGM with transformers
 
     partial = folder.with_name(f".{folder.name}")
     remove(partial)
@@ -60,7 +60,7 @@ def merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> Path:
     base = kind.from_pretrained(model, dtype=getattr(torch, dtype), local_files_only=True)
     PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(partial)
     weights = (".safetensors", ".bin", ".index.json")
-    for path in visible_files(model):  # tokenizer, template, picture rules
+    for path in visible_files(model):  # tokenizer, chat template, picture processor
         target = partial / path.relative_to(model)
         if not path.name.endswith(weights) and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Pictures as vision-language models read them: how many tokens each becomes, and at which size it is given to them.
+"""Sizes and token counts of pictures for vision-language models.
 
 Models of the Qwen2-VL family read a picture in patches of `patch_size`, merged `merge_size` by `merge_size` into one
 token: both sides become multiples of their product (28 for Qwen2-VL and Qwen2.5-VL), and a picture of W x H costs
-W x H / 28 / 28 tokens (arXiv:2409.12191, section 2.1). A budget of pixels makes it cheaper.
+W x H / 28 / 28 tokens (arXiv:2409.12191, section 2.1). A pixel budget lowers that.
 
-LLaVA (arXiv:2310.03744) cuts every picture to one square, by its own processor: each becomes as many tokens as any
-other, and a budget changes nothing.
+LLaVA's processor (arXiv:2310.03744) crops every picture to the same square, so each costs the same number of tokens,
+and a budget changes nothing.
 """
 
 import json
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_RATIO = 200
-"""Longest over shortest side: the family's own processors refuse more."""
+"""Largest ratio of the sides that the Qwen2-VL family's processors accept."""
 
 
 FAMILY = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
-"""What the family's picture processors are called in preprocessor_config.json, or begin with."""
+"""Names, or beginnings of names, of the family's picture processors in preprocessor_config.json."""
 
 
 @dataclass(frozen=True)
 class PictureRules:
-    """How a model reads pictures."""
+    """How a model of the Qwen2-VL family reads pictures."""
 
     factor: int = 28
-    """Both sides are multiples of it, in pixels; one token is factor x factor."""
+    """Pixels. Both sides are multiples of it; one token is factor x factor."""
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
 
     def size(self, width: int, height: int, budget: int | None = None) -> tuple[int, int]:
-        """Pixels (width, height) at which a picture is read: the family's own rule, `smart_resize`.
+        """Return the pixels (width, height) at which a picture is read, by the family's own rule, `smart_resize`.
 
-        Raises DataError for a shape that no model of the family takes.
+        Raises DataError for a shape that no model of the family accepts.
         """
         if max(width, height) > MAX_RATIO * min(width, height):
-            raise DataError(f"a picture of {width} x {height}: its sides differ more than {MAX_RATIO} to 1")
+            raise DataError(f"a picture of {width} x {height} pixels: its sides differ more than {MAX_RATIO} to 1")
         limit = min(budget or self.max_pixels, self.max_pixels)
         columns, rows = (max(round(side / self.factor) * self.factor, self.factor) for side in (width, height))
         if columns * rows > limit:
@@ -57,24 +57,24 @@ class PictureRules:
         return max(math.floor(side / self.factor) * self.factor, self.factor)
 
     def tokens(self, width: int, height: int) -> int:
-        """Tokens of a picture that is read at this size."""
+        """Return the tokens of a picture that is read at this size."""
         return (width // self.factor) * (height // self.factor)
 
 
 @dataclass(frozen=True)
 class SquareRules:
-    """How a LLaVA reads pictures: each as one square."""
+    """How a LLaVA or MGM reads pictures: each as one square."""
 
     factor: int
     """Side of a patch, in pixels."""
     tokens_each: int
 
     def size(self, width: int, height: int, budget: int | None = None) -> tuple[int, int]:
-        """Pixels (width, height) at which a picture is given to the model's processor: its own."""
+        """Return the picture's own size: the model's processor resizes it."""
         return width, height
 
     def tokens(self, width: int, height: int) -> int:
-        """Tokens of a picture, whatever its size."""
+        """Return the tokens of a picture, the same for any size."""
         return self.tokens_each
 
 
@@ -83,31 +83,31 @@ Rules = PictureRules | SquareRules
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file and the size at which it is read."""
+    """A picture file and the size, in pixels, at which it is read."""
 
     path: Path
     width: int
     height: int
     tokens: int = 0
-    """Of the model that reads it."""
+    """Tokens that it costs the model."""
 
     def load(self) -> "Image":
-        """The picture in RGB at its size. Raises DataError where the file is no picture."""
+        """Return the picture in RGB at its size. Raises DataError for a file that is not a picture."""
         from PIL import Image, UnidentifiedImageError
 
         try:
             with Image.open(self.path) as opened:
-                opened.draft("RGB", (self.width, self.height))  # a JPEG of twice the size is decoded at half of it
+                opened.draft("RGB", (self.width, self.height))  # decodes a JPEG of twice the size at half size
                 picture = opened.convert("RGB")
         except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-            raise DataError(f"{self.path}: no picture ({error}); run preprocess again") from error
+            raise DataError(f"{self.path}: not a readable picture ({error}); run preprocess again") from error
         if picture.size != (self.width, self.height):
             picture = picture.resize((self.width, self.height), Image.Resampling.BICUBIC)
         return picture
 
 
 def family_rules(model: Path) -> Rules | None:
-    """The rules of a Qwen2-VL, a LLaVA or an MGM; None for a model that reads pictures otherwise, or none."""
+    """Return the rules of a Qwen2-VL, a LLaVA or an MGM; None for any other model."""
     config = _read(model / "config.json")
     processor = _read(model / "preprocessor_config.json")
     if config is not None and config.get("model_type") in ("llava", "mgm") and processor is not None:
@@ -126,7 +126,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _square_rules(model: Path, config: dict[str, Any], processor: dict[str, Any]) -> SquareRules:
-    """As LlavaProcessor counts: the patches of the square, and the class token where the strategy is not to drop it."""
+    """Count as LlavaProcessor does: the patches of the square, and the class token unless the strategy drops it."""
     own = {**config, **(_read(model / "processor_config.json") or {})}
     patch = int(own.get("patch_size") or config["vision_config"]["patch_size"])
     crop = processor.get("crop_size") or processor.get("size") or {}
@@ -140,22 +140,20 @@ def _square_rules(model: Path, config: dict[str, Any], processor: dict[str, Any]
 
 
 def rules_of(model: Path) -> Rules:
-    """A model's rules. Raises UsageError for a model that reads no pictures, or of another family."""
+    """Return a model's rules. Raises UsageError for a model that reads no pictures, or of an unsupported family."""
     return family_rules(model) or read_rules(model)
 
 
 def read_rules(model: Path) -> PictureRules:
-    """The rules of a model of the Qwen2-VL family, from its preprocessor_config.json. Raises UsageError for another."""
+    """Return the rules of a Qwen2-VL model, from its preprocessor_config.json. Raises UsageError for other models."""
     path = model / "preprocessor_config.json"
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path}: cannot be read ({error}): {model.name} must be a model that sees pictures"
-        ) from error
+        raise UsageError(f"{path}: cannot be read ({error}); {model.name} must be a vision-language model") from error
     if "patch_size" not in values or "merge_size" not in values:
         raise UsageError(
-            f"{path}: no patch_size and merge_size: pictures are answered by models of the Qwen2-VL family and LLaVAs"
+            f"{path}: no patch_size and merge_size; for pictures use a model of the Qwen2-VL family, a LLaVA or an MGM"
         )
     size = values.get("size") or {}
     return PictureRules(
@@ -166,13 +164,14 @@ def read_rules(model: Path) -> PictureRules:
 
 
 def open_picture(path: Path, rules: Rules, budget: int | None = None) -> Picture:
-    """A picture file at the size that rules and budget give it; only its header is read. Raises DataError."""
+    """Return a picture file with its size by rules and pixel budget. Reads only the header. Raises DataError for a file
+    that is not a picture."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as opened:
             width, height = opened.size
     except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path}: no picture ({error}); run preprocess again") from error
+        raise DataError(f"{path}: not a readable picture ({error}); run preprocess again") from error
     columns, rows = rules.size(width, height, budget)
     return Picture(path, columns, rows, rules.tokens(columns, rows))

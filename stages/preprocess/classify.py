@@ -1,4 +1,4 @@
-"""Ask the model which questions on a page are answered by its drawing alone, once for each question and model."""
+"""Ask the model which questions a page's drawing alone answers, once for each question and model."""
 
 from typing import Any
 
@@ -12,38 +12,38 @@ from stages.tasks.task import Ask
 
 
 def drawings_enough(stage: Stage, task: Any, questions: list[Any]) -> dict[str, bool]:
-    """By question id, whether its drawing is enough; without those of whom nobody is to say it.
+    """Return by question id whether the drawing is enough; questions that the task does not classify are left out.
 
-    A model's answers are kept by what was asked and by the weights, so that the same question is asked once whatever
-    else changes. transformers asks, as it is in every image that preprocess has.
+    A completion is cached by the digests of prompt and weights, so a question is asked again only if one of these
+    changes. The transformers engine answers, as every preprocess image has it.
     """
     found: dict[str, bool] = {}
     asks: dict[str, Ask] = {}
     for question in questions:
-        said = task.classification(stage.run.recipe, question)
-        if isinstance(said, Ask):
-            asks[question.id] = said
-        elif said is not None:
-            found[question.id] = said
+        verdict = task.classification(stage.run.recipe, question)
+        if isinstance(verdict, Ask):
+            asks[question.id] = verdict
+        elif verdict is not None:
+            found[question.id] = verdict
     if asks:
-        texts = _answers(stage, list(asks.values()))
-        found |= {name: task.read_classification(texts[_said(ask)]) for name, ask in asks.items()}
+        texts = _completions(stage, list(asks.values()))
+        found |= {name: task.read_classification(texts[_digest(ask)]) for name, ask in asks.items()}
     stage.counts["drawing is enough"] = sum(found.values())
     return found
 
 
-def _said(ask: Ask) -> str:
+def _digest(ask: Ask) -> str:
     return digest_of([ask.messages, ask.max_new_tokens])
 
 
-def _answers(stage: Stage, asks: list[Ask]) -> dict[str, str]:
-    """What the model wrote, by the digest of what it was asked."""
+def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
+    """The model's completions, by the digest of the prompt."""
     recipe = stage.run.recipe
     model = stage.run.model(recipe.model.path, "model.path")
     weights, _ = FileHashes(stage.path(".hashes.json")).tree(model)
     with JsonlJournal(stage.cache_file("classifier", f"{weights}.jsonl")) as journal:
         known = {record["asked"]: str(record["text"]) for record in journal.records}
-        missing = {_said(ask): ask for ask in asks if _said(ask) not in known}
+        missing = {_digest(ask): ask for ask in asks if _digest(ask) not in known}
         if not missing:
             return known
         renderer = Renderer(model)

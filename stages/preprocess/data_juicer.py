@@ -1,7 +1,7 @@
-"""Records through Data-Juicer (arXiv:2309.02033): the recipe's operators filter and rewrite them, offline.
+"""Run the recipe's Data-Juicer operators (arXiv:2309.02033) over records, to filter and rewrite them, offline.
 
-Data-Juicer runs in a child process (`data_juicer_worker.py`): what it changes in a process that imports it, and a crash
-of an operator, stay there. The child saves every chunk of every operator, so that a kill costs at most one chunk.
+Data-Juicer runs in a child process (`data_juicer_worker.py`), because importing it changes the process and an operator
+may crash. The child saves every chunk of every operator, so a kill costs at most one chunk.
 """
 
 import importlib.util
@@ -22,44 +22,45 @@ from typing import Any
 from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.files import read_json, read_jsonl, remove, write_json, write_jsonl
 from stages.contract.recipe import DataJuicer
+from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
 from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
 
 WORKER = "stages.preprocess.data_juicer_worker"
 IMAGE = "<__dj__image>"
-"""Data-Juicer's mark in a text where a picture is shown."""
+"""Marks the place of a picture in a text."""
 
 WORDS = ("flagged_words_dir", "stopwords_dir")
-"""Parameters that name a folder with lists of words: JSON, a list by language."""
+"""Parameters that name a folder of word lists: JSON files, each with one list per language."""
 
 Records = dict[str, tuple[str, dict[str, Any]]]
-"""By id: where it stands (file:line), and the record."""
+"""By id: the record's place (file:line), and the record."""
 
 
 def process(stage: Stage, records: Path) -> Path:
-    """Run the recipe's operators over a JSON Lines file of records; returns the file of those that were kept.
+    """Run the recipe's operators over a JSON Lines file of records. Returns the file of the records that they keep.
 
-    A record has `id`, `text` and `images` (paths relative to the data folder); other fields are carried along. Those
-    kept stand in the order of the input, changed where an operator changed them. What an operator adds to a record
-    (a caption beside the original) follows it under an id of its own, with the record's as `original_id`.
+    A record has `id`, `text` and `images` (paths relative to the data folder); other fields are copied. The output
+    keeps the order of the input. A record that an operator adds (a second caption) follows the record it comes from,
+    has an id of its own, and names the other's as `original_id`.
 
-    Writes <run>/preprocess/records/kept.jsonl, and operators.json with what each operator read, kept, dropped, changed,
-    added and could not do, in records, and its seconds. Raises UsageError for an operator, a parameter or weights that
-    are not there, DataError when no record is left.
+    Writes <run>/preprocess/records/kept.jsonl, and operators.json with each operator's seconds and the numbers of
+    records that it read, kept, dropped, changed, added and failed on. Raises UsageError for an operator, a parameter or
+    weights that do not exist, DataError when no record is left.
     """
     settings = stage.run.recipe.preprocess.data_juicer
     assert settings is not None
     _refuse_missing(settings)
-    operators = [_resolved(stage, name, given, number) for number, (name, given) in enumerate(settings.operators())]
+    operators = [_resolve(stage.run, name, given, number) for number, (name, given) in enumerate(settings.operators())]
     known = _read(records, stage)
     kept, done, failed = (stage.path("records", name) for name in ("kept.jsonl", "operators.json", "failed.jsonl"))
-    if not done.exists():  # written last: what an earlier start of this stage has left is whole
+    if not done.exists():  # written last: if it exists, an earlier start has finished the other two
         work = stage.path("records", "work")
         _run(stage, settings, operators, known, work)
         results = [read_json(work / f"{number:02}.json") for number in range(len(operators) + 1)]
         rows = read_jsonl(work / f"{len(operators):02}.jsonl")
-        write_jsonl(kept, (_kept(row, known) for row in rows))
+        write_jsonl(kept, (_kept_record(row, known) for row in rows))
         write_jsonl(failed, (one for result in results for one in result.pop("problems")))
         write_json(done, results[1:])
         remove(work)
@@ -77,7 +78,10 @@ def _count(stage: Stage, operators: list[dict[str, Any]], read: int, kept: Path)
             f" {one['changed']} changed" + (f", {one['added']} added" if one["added"] else "")
         )
     if not left:
-        raise DataError(f"{kept}: Data-Juicer kept none of {read} records; see {kept.with_name('operators.json')}")
+        raise DataError(
+            f"{kept}: Data-Juicer kept none of {read} records; see {kept.with_name('operators.json')} for the operator"
+            " that dropped them"
+        )
     stage.counts["records"] = read
     stage.counts["records kept"] = left
     stage.outputs["records/kept.jsonl"] = left
@@ -94,32 +98,31 @@ def _refuse_missing(settings: DataJuicer) -> None:
     ):
         if needed and importlib.util.find_spec(package) is None:
             raise UsageError(
-                f"preprocess.data_juicer: {what} is not installed here: `make setup` installs it, and the preprocess"
-                " images have it"
+                f"preprocess.data_juicer: {what} is not installed; run `make setup`, or use a preprocess image"
             )
 
 
-def _resolved(stage: Stage, name: str, given: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
-    """An operator with the folders that it names as whole paths. Raises UsageError for one that is not there."""
+def _resolve(run: Run, name: str, given: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
+    """Return an operator with absolute paths of the folders that it names. Raises UsageError for a missing folder."""
     where = f"preprocess.data_juicer.process[{number}].{name}"
     found = dict(given)
     for key, value in given.items():
         if key.startswith("hf_") and isinstance(value, str):
-            found[key] = str(stage.run.model(value, f"{where}.{key}").absolute())
+            found[key] = str(run.model(value, f"{where}.{key}").absolute())
         if key in WORDS:
-            folder = stage.run.data / str(value)
+            folder = run.data / str(value)
             kind = key.removesuffix("_dir")
             if not any(folder.glob(f"*{kind}*.json")):
                 raise UsageError(
-                    f"{folder}: no {kind}.json in it, with a list of words by language ({where}.{key}, relative to"
-                    " data.path)"
+                    f"{folder}: no {kind}.json; put one there, with a list of words per language ({where}.{key} names"
+                    " this folder, relative to data.path)"
                 )
             found[key] = str(folder.absolute())
     return name, found
 
 
 def _read(path: Path, stage: Stage) -> Records:
-    """The records that can be used, by id in the file's order; the others are skipped, with their lines."""
+    """Return the usable records by id, in the file's order; the others are skipped, each with its line."""
     known: Records = {}
     for number, line in lines_in(path):
         where = f"{path.name}:{number}"
@@ -134,12 +137,12 @@ def _read(path: Path, stage: Stage) -> Records:
             continue
         known[name] = where, record
     if not known:
-        raise DataError(f"{path}: no record in it that can be used; a record has `id`, `text` and `images`")
+        raise DataError(f"{path}: no usable record; a record has `id`, `text` and `images`")
     return known
 
 
 def _check(record: dict[str, Any]) -> None:
-    """Raise BadRecordError for what is no record in Data-Juicer's format."""
+    """Raise BadRecordError for a record that is not in Data-Juicer's format."""
     text_of(record, "text")
     images = record.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
@@ -157,12 +160,14 @@ def _check(record: dict[str, Any]) -> None:
 def _run(
     stage: Stage, settings: DataJuicer, operators: list[tuple[str, dict[str, Any]]], known: Records, work: Path
 ) -> None:
-    """Have the child do all operators, or go on with them. Raises what it reports."""
+    """Run all operators in the child, or resume them. Raises the error that the child sends."""
     work.mkdir(parents=True, exist_ok=True)
     before = read_json(work / "job.json")
     if before is not None:  # a kill left it behind
         shutil.rmtree(before["scratch"], ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix="lorry-"))  # of the system: Ray's sockets need a short path
+    scratch = Path(
+        tempfile.mkdtemp(prefix="lorry-")
+    )  # in the system's temporary folder: Ray's sockets need short paths
     reading, writing = os.pipe()
     job = {
         "operators": operators,
@@ -174,7 +179,7 @@ def _run(
         "data": str(stage.run.data.absolute()),
         "work": str(work.absolute()),
         "scratch": str(scratch),
-        "reports": writing,
+        "channel": writing,
     }
     try:
         if not (work / "read.jsonl").exists():
@@ -183,7 +188,7 @@ def _run(
         with subprocess.Popen(
             [sys.executable, "-m", WORKER, str(work / "job.json")],
             env=_environment(scratch),
-            pass_fds=[writing, stage.lock] if stage.lock >= 0 else [writing],  # while it lives it holds the stage
+            pass_fds=[writing, stage.lock] if stage.lock >= 0 else [writing],  # the living child holds the stage's lock
             start_new_session=True,
             preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
         ) as child:
@@ -191,7 +196,7 @@ def _run(
             stage.stop.pass_on_to(child, hears_ctrl_c=False)
             error = _follow(stage, reading)
             code = child.wait()
-            with suppress(ProcessLookupError):  # what of Ray is still about to notice
+            with suppress(ProcessLookupError):  # processes of Ray that have not ended yet
                 os.killpg(child.pid, signal.SIGKILL)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -201,7 +206,7 @@ def _run(
     if code != Exit.DONE:
         ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else "failed"
         raise LorryError(
-            f"Data-Juicer {ended}; run the same command again to go on from the last chunk;"
+            f"Data-Juicer {ended}; run the same command again to resume from the last chunk;"
             f" log: {stage.path('log.txt')}"
         )
 
@@ -212,23 +217,23 @@ def _rows(known: Records) -> Iterable[dict[str, Any]]:
 
 
 def _follow(stage: Stage, reading: int) -> LorryError | None:
-    """Show what the child reports until it ends; returns the error that it names, if any."""
+    """Show the child's messages until it ends. Returns the error among them, if any."""
     kinds = {"usage": UsageError, "data": DataError, "stopped": InterruptedRunError}
     error = None
-    with os.fdopen(reading, encoding="utf-8") as reports:
-        for line in reports:
-            report = json.loads(line)
-            if "error" in report:
-                error = kinds[report["error"]](report["text"])
-            elif "say" in report:
-                stage.events.say(report["say"])
+    with os.fdopen(reading, encoding="utf-8") as channel:
+        for line in channel:
+            message = json.loads(line)
+            if "error" in message:
+                error = kinds[message["error"]](message["text"])
+            elif "say" in message:
+                stage.events.say(message["say"])
             else:
-                stage.events.progress(report["activity"], report["step"], report["total"], "records")
+                stage.events.progress(message["activity"], message["step"], message["total"], "records")
     return error
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """What keeps Data-Juicer, and what it loads, off the network and out of the home folder."""
+    """Return an environment that keeps Data-Juicer and its libraries off the network and out of the home folder."""
     given = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
     return {
         **given,
@@ -238,20 +243,22 @@ def _environment(scratch: Path) -> dict[str, str]:
         "HF_DATASETS_CACHE": str(scratch / "datasets"),
         "DATA_JUICER_CACHE_HOME": str(scratch / "data_juicer"),
         "TMPDIR": str(scratch),
-        # it would install what an operator lacks
+        # Data-Juicer installs packages that an operator lacks
         "PIP_NO_INDEX": "1",
         "UV_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": str(scratch),
-        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32)),  # else kept in the home folder
+        "RAY_AUTH_TOKEN": os.environ.get(
+            "RAY_AUTH_TOKEN", secrets.token_hex(32)
+        ),  # else Ray writes one into the home folder
         "TOKENIZERS_PARALLELISM": "false",
         # one thread a process: there are as many processes as CPUs
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
 
 
-def _kept(row: dict[str, Any], known: Records) -> dict[str, Any]:
-    """A kept record: the original's fields, with what operators changed or added."""
+def _kept_record(row: dict[str, Any], known: Records) -> dict[str, Any]:
+    """A kept record: the input's fields, with what operators changed or added."""
     origin = row.pop("original_id", row["id"])
     record = known[origin][1]
     if row["id"] != origin:

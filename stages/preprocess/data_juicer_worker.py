@@ -1,16 +1,16 @@
 """The process that Data-Juicer runs in: `python -m stages.preprocess.data_juicer_worker <job.json>`.
 
-It does the operators one after the other, a chunk of records at a time, and saves every chunk:
+It runs the operators one after the other, a chunk of records at a time, and saves every chunk:
 
-<work>/read.jsonl           the records as they were read: id, text, images
-<work>/NN/CCCCCC.jsonl      operator NN (from 1; 00 looks at the pictures), chunk C: a line of counts, then its records
-<work>/NN.jsonl, NN.json    the same once the operator is done; the records of the operator before it are then deleted
+<work>/read.jsonl           the records as read: id, text, images
+<work>/NN/CCCCCC.jsonl      operator NN (from 1; 00 checks the pictures), chunk C: a line of counts, then its records
+<work>/NN.jsonl, NN.json    records and counts of a finished operator; the records of the operator before are deleted
 
-Operators that compare records (deduplicators, selectors) get all of them as one chunk; on Ray, too, they run in
-processes of this machine, unless they know Ray themselves.
+Operators that compare records (deduplicators, selectors) get all of them as one chunk. With `executor: ray` they still
+run in local processes, unless they support Ray.
 
-The same records give the same result, in whatever chunks and processes. Captions are sampled, and so drawn for each
-record by its id; on a card records that are captioned together share a draw, and a card's captions on Ray have no seed.
+The result does not depend on chunks and processes. Captions are sampled: the id of the record seeds them. On a GPU,
+records that are captioned together share one seed; captions on a GPU with Ray have no seed.
 """
 
 import difflib
@@ -36,21 +36,21 @@ from stages.contract.files import read_json, read_jsonl, remove, write_json, wri
 from stages.contract.stop import forks_die_with_parents
 
 Row = dict[str, Any]
-"""`id`, `text`, `images` (relative to the data folder), `original_id` of an added one, and what operators put there."""
+"""`id`, `text`, `images` (relative to the data folder), `original_id` of an added record, and operators' own fields."""
 
 BATCH = 100
 """Records that an operator without weights gets at once."""
 
-HOPELESS = 10
-"""Records failing one after the other, with none done yet, before an operator is given up."""
+FAILURES_BEFORE_GIVING_UP = 10
+"""Failed records after which an operator that has not done a single one is given up."""
 
 META = "__dj__meta__"
-"""Where operators leave tags. All else that begins so (statistics, hashes) is of one operator only."""
+"""Field for operators' tags. Other fields that begin with `__dj__` (statistics, hashes) serve one operator only."""
 
 
 @dataclass
 class Job:
-    """See `data_juicer._run`, which writes it."""
+    """The content of job.json, which `data_juicer._run` writes."""
 
     operators: list[tuple[str, dict[str, Any]]]
     executor: str
@@ -61,18 +61,21 @@ class Job:
     data: str
     work: str
     scratch: str
-    reports: int
+    channel: int
+    """File descriptor for messages to the stage."""
 
     @property
     def processes(self) -> int:
         return self.workers or self.cpus
 
-    def report(self, **fields: Any) -> None:
-        os.write(self.reports, (json.dumps(fields) + "\n").encode())
+    def send(self, **fields: Any) -> None:
+        """Send the stage a message."""
+        os.write(self.channel, (json.dumps(fields) + "\n").encode())
 
 
 Step = Callable[[list[Row]], list[Row]]
-"""Does a chunk: the rows that come out of it, those of one record together. Raises anything for a row it cannot do."""
+"""Processes a chunk. Returns its rows, those of one record together. Raises any exception for a row that it cannot
+process."""
 
 
 def main() -> None:
@@ -81,27 +84,27 @@ def main() -> None:
     try:
         _refuse_to_install()
         operators = _load(job)
-        rows = _pictures(job)
+        rows = _check_pictures(job)
         for number, operator in enumerate(operators, start=1):
-            rows = _operator(job, number, operator, rows)
+            rows = _run_operator(job, number, operator, rows)
     except (UsageError, DataError) as error:
         traceback.print_exc()
-        job.report(error="usage" if isinstance(error, UsageError) else "data", text=str(error))
+        job.send(error="usage" if isinstance(error, UsageError) else "data", text=str(error))
         sys.exit(error.exit_code)
     sys.exit(Exit.DONE)
 
 
-# -- steps, their chunks and what they save ------------------------------------------------------------------------
+# -- steps, their chunks and their files ---------------------------------------------------------------------------
 
 
-def _pictures(job: Job) -> list[Row]:
-    """The records whose pictures can be read; Data-Juicer itself would drop a whole batch for one that cannot."""
-    rows = read_jsonl(Path(job.work, "read.jsonl")) if not _done(job, 0) else []
+def _check_pictures(job: Job) -> list[Row]:
+    """Return the records whose pictures can be read. For an unreadable one, Data-Juicer would drop the whole batch."""
+    rows = read_jsonl(Path(job.work, "read.jsonl")) if not _is_done(job, 0) else []
     with multiprocessing.Pool(job.processes) as pool:
-        return _step(job, 0, "look at pictures", rows, job.chunk_size, functools.partial(_with_pictures, job, pool))
+        return _run_step(job, 0, "check pictures", rows, job.chunk_size, functools.partial(_drop_damaged, job, pool))
 
 
-def _with_pictures(job: Job, pool: Any, rows: list[Row], problems: list[Row]) -> list[Row]:
+def _drop_damaged(job: Job, pool: Any, rows: list[Row], problems: list[Row]) -> list[Row]:
     paths = sorted({image for row in rows for image in row["images"]})
     damage = dict(zip(paths, pool.map(_damage, [os.path.join(job.data, path) for path in paths]), strict=True))  # noqa: PTH118
     good = []
@@ -115,7 +118,7 @@ def _with_pictures(job: Job, pool: Any, rows: list[Row], problems: list[Row]) ->
 
 
 def _damage(path: str) -> str:
-    """What is wrong with a picture; empty for nothing."""
+    """Say why a picture cannot be read; empty if it can."""
     from PIL import Image, ImageFile
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # Data-Juicer sets it
@@ -127,26 +130,25 @@ def _damage(path: str) -> str:
     return ""
 
 
-def _operator(job: Job, number: int, operator: Any, rows: list[Row]) -> list[Row]:
+def _run_operator(job: Job, number: int, operator: Any, rows: list[Row]) -> list[Row]:
     from data_juicer.ops.base_op import Filter, Mapper
 
-    run = functools.partial(_run_on_ray if _on_ray(job, operator) else _run_here, job, operator)
-    if isinstance(operator, Mapper | Filter):
-        name = f"{number}/{len(job.operators)} {operator._name}"
-        return _step(job, number, name, rows, job.chunk_size, _Patient(run, operator._name))
+    run = functools.partial(_run_on_ray if _supports_ray(job, operator) else _run_here, job, operator)
     name = f"{number}/{len(job.operators)} {operator._name}"
+    if isinstance(operator, Mapper | Filter):
+        return _run_step(job, number, name, rows, job.chunk_size, _Bisecting(run, operator._name))
 
     def whole(rows: list[Row], _problems: list[Row]) -> list[Row]:
         try:
             return run(rows)
         except Exception as error:
-            raise DataError(f"{operator._name} fails: {_words(error)}") from error
+            raise DataError(f"{operator._name} fails: {_error_text(error)}") from error
 
-    return _step(job, number, name, rows, max(len(rows), 1), whole)
+    return _run_step(job, number, name, rows, max(len(rows), 1), whole)
 
 
-class _Patient:
-    """Does a chunk, and where that fails the halves of it, down to the records at fault."""
+class _Bisecting:
+    """Processes a chunk. If that fails, processes its halves, and so on down to the records at fault."""
 
     def __init__(self, run: Step, name: str) -> None:
         self._run, self._name = run, name
@@ -161,20 +163,20 @@ class _Patient:
                 return self(rows[:middle], problems) + self(rows[middle:], problems)
             traceback.print_exc()
             self._failed += 1
-            if self._failed >= HOPELESS and not self._one_done:
-                raise DataError(f"{self._name} fails on every record: {_words(error)}") from error
-            problems.append(_problem(rows[0], f"{self._name} failed", _words(error)))
+            if self._failed >= FAILURES_BEFORE_GIVING_UP and not self._one_done:
+                raise DataError(f"{self._name} fails on every record: {_error_text(error)}") from error
+            problems.append(_problem(rows[0], f"{self._name} failed", _error_text(error)))
             return []
         self._one_done = True
         return done
 
 
-def _step(
+def _run_step(
     job: Job, number: int, name: str, rows: list[Row], size: int, work: Callable[[list[Row], list[Row]], list[Row]]
 ) -> list[Row]:
-    """Do the chunks of a step that are not saved yet; returns its rows."""
+    """Process the chunks of a step that are not saved yet. Returns all its rows."""
     whole = Path(job.work, f"{number:02}.jsonl")
-    if _done(job, number):
+    if _is_done(job, number):
         return read_jsonl(whole) if whole.exists() else []
     folder = whole.with_suffix("")
     total: Counter[str] = Counter()
@@ -183,12 +185,12 @@ def _step(
     for first in range(0, len(rows), size):
         path = folder / f"{first // size:06}.jsonl"
         if not path.exists():
-            write_jsonl(path, _chunk(number, rows[first : first + size], work))
+            write_jsonl(path, _process_chunk(number, rows[first : first + size], work))
         head, *out = read_jsonl(path)
         problems += head.pop("problems")
         total.update(head)
         every += out
-        job.report(activity=name, step=min(first + size, len(rows)), total=len(rows))
+        job.send(activity=name, step=min(first + size, len(rows)), total=len(rows))
     operator = job.operators[number - 1][0] if number else name
     counts = {key: total[key] for key in ("read", "kept", "dropped", "changed", "added", "failed")}
     write_jsonl(whole, every)
@@ -202,12 +204,13 @@ def _step(
     return every
 
 
-def _done(job: Job, number: int) -> bool:
+def _is_done(job: Job, number: int) -> bool:
     return Path(job.work, f"{number:02}.json").exists()
 
 
-def _chunk(number: int, rows: list[Row], work: Callable[[list[Row], list[Row]], list[Row]]) -> list[Row]:
-    """A chunk's counts, then its rows in the order of the input. Rows of one id but the first get ids of their own."""
+def _process_chunk(number: int, rows: list[Row], work: Callable[[list[Row], list[Row]], list[Row]]) -> list[Row]:
+    """Return a chunk's counts, then its rows in the order of the input. Of rows with one id, all but the first get an
+    id of their own."""
     began = time.monotonic()
     problems: list[Row] = []
     out = work(rows, problems)
@@ -236,7 +239,7 @@ def _problem(row: Row, reason: str, detail: str) -> Row:
     return {"id": row.get("original_id", row["id"]), "reason": reason, "detail": detail}
 
 
-def _words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300]
 
@@ -245,26 +248,26 @@ def _words(error: BaseException) -> str:
 
 
 def _refuse_to_install() -> None:
-    """Data-Juicer installs packages and fetches weights when an operator turns out to need them. Not here."""
+    """Keep Data-Juicer from installing packages and downloading weights that an operator lacks."""
     from data_juicer.utils import model_utils
     from data_juicer.utils.lazy_loader import LazyLoader
     from loguru import logger
 
-    logger.remove()  # of what it tells per chunk, only warnings are of use
+    logger.remove()  # it logs several lines per chunk
     logger.add(sys.stderr, level="WARNING")
 
     def install(package: str, _arguments: Any = None) -> None:
-        raise ImportError(f"it needs the package {package}, which is not installed; nothing is installed at run time")
+        raise ImportError(f"needs the package {package}, which is not installed; Lorry installs nothing at run time")
 
     def fetch(name: str, **_: Any) -> None:
-        raise FileNotFoundError(f"it needs {name}, which is not here; nothing is fetched at run time")
+        raise FileNotFoundError(f"needs {name}, which does not exist; Lorry downloads nothing at run time")
 
     LazyLoader._install_package = staticmethod(install)
     model_utils.check_model = fetch
 
 
 def _load(job: Job) -> list[Any]:
-    """The operators. Raises UsageError, with the place in the recipe, for one that cannot be had."""
+    """Load the operators. Raises UsageError, with the place in the recipe, for one that cannot be loaded."""
     from data_juicer.ops import OPERATORS, base_op
 
     loaded = []
@@ -279,15 +282,15 @@ def _load(job: Job) -> list[Any]:
         try:
             operator = kind(**_with_defaults(job, kind, given))
         except Exception as error:
-            raise UsageError(f"{where}.{name}: {_words(error)}") from error
+            raise UsageError(f"{where}.{name}: {_error_text(error)}") from error
         if isinstance(operator, base_op.Mapper):
-            operator.process = _prepared(operator.process, f"{job.seed} {number}")
+            operator.process = _seed_each_call(operator.process, f"{job.seed} {number}")
         loaded.append(operator)
     if any(operator._accelerator == "cuda" for operator in loaded):
         import torch  # noqa: F401 - once here, not in each of the workers that are forked for each chunk
         import transformers  # noqa: F401
     else:
-        base_op.free_models = lambda: None  # loads torch, to find that no model was loaded
+        base_op.free_models = lambda: None  # it would load torch, only to find no model to free
     return loaded
 
 
@@ -296,9 +299,9 @@ def _refuse_unusable(job: Job, kind: Any, where: str, given: dict[str, Any]) -> 
     from data_juicer.ops.base_op import Deduplicator, Filter, Mapper, Selector
 
     if not issubclass(kind, Mapper | Filter | Deduplicator | Selector):
-        raise UsageError(f"{where}: not an operator from records to records (a mapper, filter, deduplicator, selector)")
+        raise UsageError(f"{where}: does not turn records into records; use a mapper, filter, deduplicator or selector")
     if job.executor not in kind._supported_exec_modes and "default" not in kind._supported_exec_modes:
-        raise UsageError(f"{where}: runs with `executor: {kind._supported_exec_modes[0]}` only")
+        raise UsageError(f"{where}: runs only with `executor: {kind._supported_exec_modes[0]}`; set that, or remove it")
     try:
         pre_instantiation_check([{where.rpartition(".")[2]: given}])
     except PipelineConfigError as error:
@@ -308,42 +311,43 @@ def _refuse_unusable(job: Job, kind: Any, where: str, given: dict[str, Any]) -> 
             continue
         if key.startswith("hf_"):
             raise UsageError(
-                f"{where}: say where its weights are: {key}, a folder relative to the model mount (by itself it would"
-                f" fetch {parameter.default})"
+                f"{where}: no {key}; set it to the folder of the weights, relative to the model mount (Lorry does not"
+                f" download the default, {parameter.default})"
             )
         if key.startswith("api_model"):
-            raise UsageError(f"{where}: it asks a model over the network, which no stage does")
+            raise UsageError(f"{where}: asks a model over the network, and no stage uses the network; remove it")
         if key in ("flagged_words_dir", "stopwords_dir"):
             raise UsageError(
-                f"{where}: say where its words are: {key}, a folder relative to data.path with"
-                f" {key.removesuffix('_dir')}.json, a list of words by language"
+                f"{where}: no {key}; set it to a folder, relative to data.path, with {key.removesuffix('_dir')}.json,"
+                " a list of words per language"
             )
 
 
 def _with_defaults(job: Job, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Parameters with what the recipe leaves open: processes, and records at once."""
+    """Return the recipe's parameters, completed by the number of processes and of records at once."""
     from data_juicer.utils.resource_utils import is_cuda_available
 
     weights = kind._accelerator == "cuda"
     on_card = weights and given.get("accelerator") != "cpu" and is_cuda_available()
     found = {"num_proc": job.processes, **given}
     if job.executor != "ray" and job.processes == 1 and not on_card:
-        found = {"auto_op_parallelism": False, **found, "num_proc": given.get("num_proc")}  # in this very process
+        found = {"auto_op_parallelism": False, **found, "num_proc": given.get("num_proc")}  # in this process
     if job.executor == "ray":
         found["auto_op_parallelism"] = False
         if on_card:
             found = {"num_gpus": 1, **found}
     if not on_card:
-        # with weights one by one: what is drawn for a record then depends on it alone, and a CPU gains nothing
+        # with weights one record at a time: its seed then depends on it alone, and a CPU gains nothing from batches
         found = {"batch_size": 1 if weights else BATCH, **found}
     return found
 
 
-def _prepared(function: Any, seed: str) -> Any:
-    """A mapper's work, drawing the same for the same records in whatever process (captions are sampled)."""
+def _seed_each_call(function: Any, seed: str) -> Any:
+    """Wrap a mapper's function so that the first record seeds each call: captions are sampled, and must not depend on
+    the process."""
 
-    @functools.wraps(function)  # Data-Juicer looks through __wrapped__ for the operator
-    def prepared(samples: Any, *arguments: Any, **named: Any) -> Any:
+    @functools.wraps(function)  # Data-Juicer finds the operator through __wrapped__
+    def call_with_seed(samples: Any, *arguments: Any, **named: Any) -> Any:
         import numpy as np
 
         first = samples["id"][0] if not isinstance(samples["id"], str) else samples["id"]
@@ -355,12 +359,12 @@ def _prepared(function: Any, seed: str) -> Any:
         _keep_picture_token()
         return function(samples, *arguments, **named)
 
-    return prepared
+    return call_with_seed
 
 
 def _keep_picture_token() -> None:
-    """Data-Juicer gives every BLIP-2 the picture token of those on OPT, 50265: outside of Flan-T5's vocabulary, and so
-    an IndexError with the transformers of today. Have each keep its own."""
+    """Let each BLIP-2 keep its own picture token. Data-Juicer gives all of them the token of those on OPT, 50265, which
+    is outside Flan-T5's vocabulary and raises IndexError in transformers 5."""
     captioning: Any = sys.modules.get("data_juicer.ops.mapper.image_captioning_mapper")
     if captioning is None or hasattr(captioning.get_model, "__wrapped__"):
         return
@@ -382,8 +386,8 @@ def _keep_picture_token() -> None:
 # -- running them --------------------------------------------------------------------------------------------------
 
 
-def _on_ray(job: Job, operator: Any) -> bool:
-    """Whether Ray does it. Operators that compare all records, and know no Ray, run in processes beside it."""
+def _supports_ray(job: Job, operator: Any) -> bool:
+    """Whether the operator runs on Ray. Operators that compare all records mostly do not, and run in processes."""
     return job.executor == "ray" and "ray" in operator._supported_exec_modes
 
 
@@ -393,7 +397,7 @@ def _run_here(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
     from pyarrow.ipc import new_stream
 
     disable_caching()
-    # by way of files, in which workers leave what they make: from memory, they hand it back at 40 records a second
+    # through a file: workers then write their results to files, too; from memory they return 40 records a second
     path = Path(job.scratch, "chunk.arrow")
     table = _table(job, rows)
     with new_stream(path, table.schema) as file:
@@ -417,7 +421,7 @@ def _run_on_ray(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
 
 
 def _ray_options(job: Job) -> dict[str, Any]:
-    """For `ray.init`: a Ray of this machine that opens nothing to others, or that of RAY_ADDRESS."""
+    """Arguments of `ray.init`: a local Ray that opens no port to other machines, or the one at RAY_ADDRESS."""
     if os.environ.get("RAY_ADDRESS"):
         return {}
     return {
@@ -435,7 +439,7 @@ def _start_ray(job: Job) -> None:
 
     if ray.is_initialized():
         return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # two lines for each chunk
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it logs two lines per chunk
     ray.init(**_ray_options(job), log_to_driver=False, logging_level=logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -443,7 +447,7 @@ def _start_ray(job: Job) -> None:
 
 
 def _table(job: Job, rows: list[Row]) -> Any:
-    """Rows as an Arrow table, pictures by whole paths."""
+    """Rows as an Arrow table, pictures by absolute paths."""
     import pyarrow as pa
 
     columns: dict[str, Any] = {
@@ -456,7 +460,7 @@ def _table(job: Job, rows: list[Row]) -> Any:
 
 
 def _rows(job: Job, samples: list[dict[str, Any]]) -> list[Row]:
-    """What an operator left, without its statistics and hashes, pictures relative to the data folder again."""
+    """An operator's output without statistics and hashes, pictures relative to the data folder again."""
     rows = []
     for sample in samples:
         row = {key: value for key, value in sample.items() if not key.startswith("__dj__") and value is not None}

@@ -1,4 +1,4 @@
-"""Render many documents in parallel, page range by page range; finished ranges are kept across restarts."""
+"""Render many documents in parallel, page range by page range. A restart keeps finished ranges."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ from stages.preprocess.render import PageRange, open_document, render_range
 from stages.preprocess.workers import in_workers
 
 RANGE = 16
-"""Pages that a worker renders at once: what a kill can cost, and small enough to share one long document out."""
+"""Pages that a worker renders at once. A kill costs at most these, and workers share one long document."""
 
 PAGE_TABLE = pa.schema(
     [
@@ -47,16 +47,16 @@ PAGE_TABLE = pa.schema(
 
 
 FIGURE = re.compile(r"[0-9]+-figure-[0-9a-z]+\.jpg")
-"""Names of the pictures below pages/ that are crops of figures, which `figures` looks after."""
+"""Names of the pictures below pages/ that are crops of figures, which `figures` writes and deletes."""
 
 
 def document_ids(documents: list[Path], folder: Path) -> dict[str, Path]:
-    """Documents by id: their path below the folder, ending included, so that no two files share one."""
+    """Documents by id: the path below the folder, with its suffix, so that no two files share one."""
     return {unicodedata.normalize("NFC", stored_name(path.relative_to(folder))): path for path in documents}
 
 
 def picture_folder(document: str) -> str:
-    """A folder name for a document's pictures: readable where it can be, unique always, safe on any file system."""
+    """A folder name for a document's pictures: unique, safe on any file system, and readable where possible."""
     readable = re.sub(r"[^\w-]+", "_", Path(document).stem)[:40].strip("_")
     return f"{readable or 'document'}-{hashlib.sha256(document.encode()).hexdigest()[:8]}"
 
@@ -64,7 +64,7 @@ def picture_folder(document: str) -> str:
 def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str, Any]]:
     """Render every page of every document and write pages.parquet. Returns the usable pages' records, in its order.
 
-    Each record has the table's columns but for the words, which for many pages would not fit in memory. Unreadable
+    Each record has the table's columns except the words, which for many pages would not fit in memory. Unreadable
     documents, blank pages and failing pages go to `stage.skip`. Raises DataError when no page is left.
     """
     settings = stage.run.recipe.preprocess
@@ -74,7 +74,7 @@ def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str,
     done: dict[PageRange, list[dict[str, Any]]] = {}
     missing: list[PageRange] = []
     for pages in ranges:
-        records = _kept(stage, pages, hashes)
+        records = _finished_records(stage, pages, hashes)
         if records is None:
             missing.append(pages)
         else:
@@ -82,18 +82,18 @@ def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str,
     try:
         _render_missing(stage, missing, done, settings)
     except RuntimeError:
-        stage.stop.check()  # a stop sent to the whole process group, while workers start, breaks their pool
+        stage.stop.check()  # a stop of the whole process group breaks the workers' pool while they start
         raise
     usable = [record for pages in ranges for record in done[pages] if _is_usable(stage, pages.document, record)]
     if not usable and stage.shard is None:
         raise DataError(
             f"{stage.run.data}: no document has a readable page; see {stage.path('log.txt')} for the reasons"
         )
-    _remove_strangers(stage, usable)
-    for record in usable:  # remember the digests, so that a restart does not read every picture
-        hashes.file(_picture(stage, record))
+    _remove_stale_pictures(stage, usable)
+    for record in usable:  # save the digests, so that a restart does not read every picture
+        hashes.file(_picture_path(stage, record))
     hashes.save()
-    if stage.shard is not None:  # the plain stage writes the table
+    if stage.shard is not None:  # the merging stage writes the table
         return usable
     _write_table(stage, ranges)
     stage.outputs["pages/"] = None
@@ -102,7 +102,7 @@ def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str,
 
 
 def _is_usable(stage: Stage, document: str, record: dict[str, Any]) -> bool:
-    """Count a page, and name it in the manifest if it cannot be used."""
+    """Count a page. Record it as skipped if it cannot be used."""
     stage.counts["pages"] += 1
     where = f"{document} page {record['page']}"
     if record["status"] == "blank":
@@ -148,34 +148,34 @@ def _range_file(stage: Stage, pages: PageRange) -> Path:
     return stage.cache_file("pages", picture_folder(pages.document), f"{pages.first}-{pages.last}.json")
 
 
-def _light(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_words(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "words"} for record in records]
 
 
-def _range_key(stage: Stage, pages: PageRange, hashes: FileHashes) -> str:
-    look = stage.run.recipe.preprocess.pages
+def _range_key(settings: Preprocess, pages: PageRange, hashes: FileHashes) -> str:
+    look = settings.pages
     assert look is not None  # a recipe of a task that reads documents has it
     made_from = [hashes.file(pages.source), pages.first, pages.last, look.max_pixels, look.jpeg_quality]
     return digest_of([*made_from, pymupdf.VersionBind])
 
 
-def _kept(stage: Stage, pages: PageRange, hashes: FileHashes) -> list[dict[str, Any]] | None:
-    """Records of a range that an earlier start finished, if its pictures are all still there."""
-    kept = read_json(_range_file(stage, pages))
-    if kept is None or kept["key"] != _range_key(stage, pages, hashes):
+def _finished_records(stage: Stage, pages: PageRange, hashes: FileHashes) -> list[dict[str, Any]] | None:
+    """Records of a range that an earlier start finished; None if it did not, or if a picture is missing or changed."""
+    saved = read_json(_range_file(stage, pages))
+    if saved is None or saved["key"] != _range_key(stage.run.recipe.preprocess, pages, hashes):
         return None
     folder = stage.path("pages", picture_folder(pages.document))
-    for record in kept["records"]:
+    for record in saved["records"]:
         picture = folder / f"{record['page']}.jpg"
         if record["status"] == "ok" and not (picture.is_file() and hashes.file(picture) == record["sha256"]):
             return None
-    return _light(kept["records"])
+    return _without_words(saved["records"])
 
 
 def _render_missing(
     stage: Stage, missing: list[PageRange], done: dict[PageRange, list[dict[str, Any]]], settings: Preprocess
 ) -> None:
-    """Render ranges in worker processes, and keep each as soon as it is whole."""
+    """Render ranges in worker processes. Save each as soon as all its pages are rendered."""
     hashes = FileHashes(stage.path(".pages.json"))
     look, rendered, total = settings.pages, 0, sum(len(pages) for pages in missing)
     assert look is not None
@@ -199,30 +199,33 @@ def _render_missing(
         collected[target] += records
         rendered += len(records)
         if len(collected[target]) == len(target):
-            done[target] = _keep(stage, target, collected.pop(target), hashes)
+            done[target] = _save_range(stage, target, collected.pop(target), hashes)
         stage.events.progress("render pages", rendered, total, "pages")
         stage.stop.check()
     hashes.save()
 
 
-def _keep(stage: Stage, pages: PageRange, records: list[dict[str, Any]], hashes: FileHashes) -> list[dict[str, Any]]:
+def _save_range(
+    stage: Stage, pages: PageRange, records: list[dict[str, Any]], hashes: FileHashes
+) -> list[dict[str, Any]]:
     """Write a finished range's records, for this start and the next. Returns them without the words."""
     folder = f"preprocess/pages/{picture_folder(pages.document)}"
     finished = sorted(records, key=lambda record: int(record["page"]))
     for record in finished:
         record |= {"document": pages.document, "image": f"{folder}/{record['page']}.jpg"}
-    write_json(_range_file(stage, pages), {"key": _range_key(stage, pages, hashes), "records": finished})
-    return _light(finished)
+    key = _range_key(stage.run.recipe.preprocess, pages, hashes)
+    write_json(_range_file(stage, pages), {"key": key, "records": finished})
+    return _without_words(finished)
 
 
-def _picture(stage: Stage, record: dict[str, Any]) -> Path:
-    """A page's picture. Its record names the place that it has in the end, also while a shard holds it."""
+def _picture_path(stage: Stage, record: dict[str, Any]) -> Path:
+    """A page's picture in this stage's or shard's folder. The record always has its path after merging."""
     return stage.path(str(Path(record["image"]).relative_to(stage.name)))
 
 
-def _remove_strangers(stage: Stage, usable: list[dict[str, Any]]) -> None:
-    """Pictures of documents that are gone, or of pages that are now skipped."""
-    wanted = {_picture(stage, record) for record in usable}
+def _remove_stale_pictures(stage: Stage, usable: list[dict[str, Any]]) -> None:
+    """Delete pictures of documents that are gone, and of pages that are now skipped."""
+    wanted = {_picture_path(stage, record) for record in usable}
     for path in visible_files(stage.path("pages")):
         if path not in wanted and not FIGURE.fullmatch(path.name):
             path.unlink()

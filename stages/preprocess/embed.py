@@ -1,6 +1,6 @@
-"""Embed pages and questions, batch by batch; each batch is kept at once, and found again after a restart.
+"""Embed pages and questions, batch by batch. Each batch is saved at once, so that a restart does not repeat it.
 
-Two kinds of models do it: GME-Qwen2-VL sees a page's picture, a sentence-transformers model reads its text.
+There are two kinds of embedders: GME-Qwen2-VL takes a page's picture, a sentence-transformers model its text.
 """
 
 import contextlib
@@ -25,83 +25,84 @@ from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
 
 CHUNK = 256
-"""Questions that are shared out between shards together."""
+"""Questions per chunk; shards get whole chunks."""
 
 Vectors = npt.NDArray[np.float32]
 
 
 def chunked(texts: list[str]) -> list[list[str]]:
-    """Texts in order, as many at once as a shard gets together."""
+    """Split texts, in order, into chunks of CHUNK."""
     return [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
 
 
 @dataclass(frozen=True)
-class Kind:
+class Settings:
     """What a process needs to load the embedder."""
 
     folder: Path
-    sees: bool
-    """Whether it is asked pictures; else texts."""
+    takes_pictures: bool
+    """Whether it embeds a page's picture; else its text."""
     max_pixels: int
     batch_size: int
-    kept: str
-    """How vectors are kept: float32 or float16."""
+    dtype: str
+    """Of the vectors on disk: float32 or float16."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Texts or pictures that are embedded and kept together."""
+    """A batch of texts or pictures."""
 
     path: Path
-    """Where their vectors are kept."""
+    """The file of its vectors."""
     items: tuple[str, ...]
-    pictures: bool
+    are_pictures: bool
 
 
 class Embedder:
-    """The recipe's embedder. It is loaded when the first piece needs it: a restart with all pieces kept does not, nor
-    does it need a card."""
+    """The recipe's embedder. It is loaded for the first missing piece, so a restart that finds all pieces needs neither
+    the model nor a GPU."""
 
     def __init__(self, stage: Stage, devices: Sequence[str] | None = None) -> None:
         settings = stage.run.recipe.preprocess.retrieval
         assert settings is not None  # a recipe of a task that reads documents has it
         self._stage = stage
         folder = stage.run.model(settings.embedder, "preprocess.retrieval.embedder")
-        sees = (read_json(folder / "config.json") or {}).get("model_type") == "qwen2_vl"
-        self._kind = Kind(folder, sees, settings.max_pixels, settings.batch_size, settings.vectors)
-        self._asked = devices
+        takes_pictures = (read_json(folder / "config.json") or {}).get("model_type") == "qwen2_vl"
+        self._settings = Settings(folder, takes_pictures, settings.max_pixels, settings.batch_size, settings.vectors)
+        self._devices = devices
         digest, _ = FileHashes(stage.path(".hashes.json")).tree(folder)
-        # not the precision, which is the card's: shards of several kinds of cards are merged without any
+        # without the precision: it depends on the GPU, and shards may run on several kinds
         self._made_from = [digest, settings.batch_size, settings.vectors]
-        if sees:
+        if takes_pictures:
             self._made_from.append(settings.max_pixels)
         self._model: _Model | None = None
 
-    def pages(self, pages: Sequence[Mapping[str, Any]]) -> None:
-        """Embed pages, records of `render_documents`, those of a document one after the other.
+    def embed_pages(self, pages: Sequence[Mapping[str, Any]]) -> None:
+        """Embed pages: records of `render_documents`, those of a document one after the other.
 
-        Batches are formed inside a document, of pages of like size: a shard of the documents gets the very bytes of
-        the whole.
+        A batch has pages of one document and of similar size, so that a shard of the documents makes the same bytes as
+        a run without shards.
         """
-        self._embed([piece for _, pieces in self._of_documents(pages) for piece, _ in pieces], "pages")
+        self._embed([piece for _, pieces in self._pieces_by_document(pages) for piece, _ in pieces], "pages")
 
     def write_pages(self, pages: Sequence[Mapping[str, Any]], path: Path) -> Vectors:
-        """Write the vectors of pages that are embedded, row i for page i. Returns the file's rows, which are not read
-        into memory: float32 or float16, shape (pages, dimensions), of length one or zero."""
-        self._write(path, len(pages), (self._document_vectors(pieces) for _, pieces in self._of_documents(pages)))
+        """Write the vectors of embedded pages, row i for page i. Returns them mapped from the file: float32 or float16,
+        shape (pages, dimensions), each of length one or zero."""
+        self._write(path, len(pages), (self._vectors_of(pieces) for _, pieces in self._pieces_by_document(pages)))
         found: Vectors = np.load(path, mmap_mode="r", allow_pickle=False)
         return found
 
-    def questions(self, chunks: list[list[str]]) -> Vectors:
-        """Unit vectors of questions: float32, shape (questions, dimensions). An empty text gets the zero vector."""
-        grouped = [self._pieces([(text, text) for text in chunk], pictures=False) for chunk in chunks]
+    def embed_questions(self, chunks: list[list[str]]) -> Vectors:
+        """Return unit vectors of questions: float32, shape (questions, dimensions). An empty text gets the zero
+        vector."""
+        grouped = [self._pieces([(text, text) for text in chunk], are_pictures=False) for chunk in chunks]
         self._embed([piece for pieces in grouped for piece, _ in pieces], "questions")
         if not grouped:
             return np.zeros((0, 0), np.float32)
-        return np.concatenate([self._document_vectors(pieces) for pieces in grouped]).astype(np.float32)
+        return np.concatenate([self._vectors_of(pieces) for pieces in grouped]).astype(np.float32)
 
     def close(self) -> None:
-        """Give the memory back: what comes next may need the card."""
+        """Free the GPU's memory for what runs next."""
         self._model = None
         with contextlib.suppress(ImportError):
             import torch
@@ -111,39 +112,42 @@ class Embedder:
 
     # -- pieces ----------------------------------------------------------------------------------------------
 
-    def _of_documents(self, pages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[Piece, list[int]]]]]:
-        """Each document's pieces, with the places of their pages in the document."""
+    def _pieces_by_document(
+        self, pages: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[str, list[tuple[Piece, list[int]]]]]:
+        """Each document's pieces, with the indices of their pages in the document."""
         own: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for page in pages:
             own[page["document"]].append(page)
         for document, members in own.items():
-            if self._kind.sees:
-                pictures = [(self._picture(page), str(page["sha256"])) for page in members]
+            if self._settings.takes_pictures:
+                pictures = [(self._picture_path(page), str(page["sha256"])) for page in members]
                 sizes = [-int(page["width"]) * int(page["height"]) for page in members]
-                yield document, self._pieces(pictures, pictures=True, sizes=sizes)
+                yield document, self._pieces(pictures, are_pictures=True, sizes=sizes)
             else:
-                yield document, self._pieces([(str(page["text"]),) * 2 for page in members], pictures=False)
+                yield document, self._pieces([(str(page["text"]),) * 2 for page in members], are_pictures=False)
 
-    def _picture(self, page: Mapping[str, Any]) -> str:
-        """Its record names the place that it has in the end, also while a shard holds it."""
+    def _picture_path(self, page: Mapping[str, Any]) -> str:
+        """A page's picture in this stage's or shard's folder. The record always has its path after merging."""
         return str(self._stage.path(str(Path(page["image"]).relative_to(self._stage.name))))
 
     def _pieces(
-        self, items: list[tuple[str, str]], pictures: bool, sizes: list[int] | None = None
+        self, items: list[tuple[str, str]], are_pictures: bool, sizes: list[int] | None = None
     ) -> list[tuple[Piece, list[int]]]:
-        """Batches of like size, with the places of their items, each of which is what is embedded and its name."""
+        """Batches of similar size, each with the indices of its items. An item is the text or path to embed, and the
+        text or digest that identifies it."""
         sizes = sizes or [-len(item) for item, _ in items]
         order = sorted(range(len(items)), key=lambda place: (sizes[place], place))
         found = []
-        for start in range(0, len(order), self._kind.batch_size):
-            places = order[start : start + self._kind.batch_size]
+        for start in range(0, len(order), self._settings.batch_size):
+            places = order[start : start + self._settings.batch_size]
             key = digest_of([*self._made_from, [items[place][1] for place in places]])
             path = self._stage.cache_file("vectors", f"{key}.npy")
-            found.append((Piece(path, tuple(items[place][0] for place in places), pictures), places))
+            found.append((Piece(path, tuple(items[place][0] for place in places), are_pictures), places))
         return found
 
-    def _document_vectors(self, pieces: list[tuple[Piece, list[int]]]) -> Vectors:
-        """The vectors of a document's items, or a chunk's, in their order."""
+    def _vectors_of(self, pieces: list[tuple[Piece, list[int]]]) -> Vectors:
+        """The vectors of a document's or chunk's items, in the items' order."""
         parts = [np.load(piece.path, allow_pickle=False) for piece, _ in pieces]
         found: Vectors = np.empty((sum(map(len, parts)), parts[0].shape[1]), parts[0].dtype)
         for part, (_, places) in zip(parts, pieces, strict=True):
@@ -151,9 +155,9 @@ class Embedder:
         return found
 
     def _write(self, path: Path, rows: int, documents: Iterator[Vectors]) -> None:
-        """Write a .npy file document by document: all vectors of a large job are never in memory at once."""
+        """Write a .npy file document by document, so that memory never holds all vectors of a large job."""
         with written_atomically(path, "wb") as file:
-            first = next(documents, np.zeros((0, 0), self._kind.kept))
+            first = next(documents, np.zeros((0, 0), self._settings.dtype))
             header = {"descr": first.dtype.str, "fortran_order": False, "shape": (rows, first.shape[1])}
             np.lib.format.write_array_header_1_0(file, header)
             file.write(first.tobytes())
@@ -168,11 +172,11 @@ class Embedder:
         done = total - sum(len(piece.items) for piece in missing)
         if not missing:
             return
-        dtype, devices = self._place
+        dtype, devices = self._precision_and_devices
         embedded = (
-            self._here(missing, dtype, devices[0])
+            self._embed_here(missing, dtype, devices[0])
             if min(len(devices), len(missing)) == 1
-            else self._in_processes(missing, dtype, devices[: len(missing)])
+            else self._embed_in_processes(missing, dtype, devices[: len(missing)])
         )
         for piece in embedded:
             done += len(piece.items)
@@ -180,33 +184,33 @@ class Embedder:
             self._stage.stop.check()
 
     @functools.cached_property
-    def _place(self) -> tuple[str, list[str]]:
-        """Precision and devices: the card is looked for once something is to be embedded."""
+    def _precision_and_devices(self) -> tuple[str, list[str]]:
+        """Lorry probes for GPUs only when a piece is missing."""
         machine = probe()
         target = working_target(machine, load_targets())
-        if self._kind.sees:
+        if self._settings.takes_pictures:
             self._stage.decide("embedding in", target.dtype, f"target {target.name}")
-        return target.dtype, list(self._asked or [f"cuda:{n}" for n in range(len(machine.gpus))] or ["cpu"])
+        return target.dtype, list(self._devices or [f"cuda:{n}" for n in range(len(machine.gpus))] or ["cpu"])
 
-    def _here(self, pieces: list[Piece], dtype: str, device: str) -> Iterator[Piece]:
+    def _embed_here(self, pieces: list[Piece], dtype: str, device: str) -> Iterator[Piece]:
         if self._model is None:
-            self._model = _Model(self._kind, dtype, device)
-        yield from self._model.keep(pieces)
+            self._model = _Model(self._settings, dtype, device)
+        yield from self._model.embed(pieces)
 
-    def _in_processes(self, pieces: list[Piece], dtype: str, devices: list[str]) -> Iterator[Piece]:
-        """A process for each card; what they make are files, so that nothing large goes through a queue."""
+    def _embed_in_processes(self, pieces: list[Piece], dtype: str, devices: list[str]) -> Iterator[Piece]:
+        """Embed in one process per device. Each writes files, so that nothing large goes through a queue."""
         context = multiprocessing.get_context("spawn")
         free = context.SimpleQueue()
         for device in devices:
             free.put(device)
-        arguments = (self._kind, dtype, free, os.getpid())
-        with ProcessPoolExecutor(len(devices), context, initializer=_begin, initargs=arguments) as pool:
-            futures = [pool.submit(_keep, piece) for piece in pieces]
+        arguments = (self._settings, dtype, free, os.getpid())
+        with ProcessPoolExecutor(len(devices), context, initializer=_start_worker, initargs=arguments) as pool:
+            futures = [pool.submit(_embed_piece, piece) for piece in pieces]
             try:
                 for future in as_completed(futures):
                     yield future.result()
             except BrokenProcessPool:
-                self._stage.stop.check()  # a stop sent to the whole process group ends the processes too
+                self._stage.stop.check()  # a stop of the whole process group ends the workers, too
                 raise
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -215,54 +219,54 @@ class Embedder:
 class _Model:
     """The embedder's network on one device."""
 
-    def __init__(self, kind: Kind, dtype: str, device: str) -> None:
+    def __init__(self, settings: Settings, dtype: str, device: str) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
-        self._kind = kind
+        self._settings = settings
         self._network: Any
-        if kind.sees:
+        if settings.takes_pictures:
             from stages.preprocess.gme import Gme
 
-            self._network = Gme(kind.folder, device, dtype, kind.max_pixels)
+            self._network = Gme(settings.folder, device, dtype, settings.max_pixels)
         else:
             from sentence_transformers import SentenceTransformer
 
-            self._network = SentenceTransformer(str(kind.folder), local_files_only=True, device=device)
+            self._network = SentenceTransformer(str(settings.folder), local_files_only=True, device=device)
 
-    def keep(self, pieces: list[Piece]) -> Iterator[Piece]:
-        """Embed pieces in turn, and keep the vectors of each before it is yielded."""
-        seen = (
-            self._network.pictures([[Path(item) for item in p.items] for p in pieces if p.pictures])
-            if (self._kind.sees)
+    def embed(self, pieces: list[Piece]) -> Iterator[Piece]:
+        """Embed pieces in turn. Writes the vectors of each before yielding it."""
+        of_pictures = (
+            self._network.embed_pictures([[Path(item) for item in p.items] for p in pieces if p.are_pictures])
+            if self._settings.takes_pictures
             else iter(())
         )
         for piece in pieces:
-            vectors = next(seen) if piece.pictures else self._read(piece.items)
+            vectors = next(of_pictures) if piece.are_pictures else self._embed_texts(piece.items)
             with written_atomically(piece.path, "wb") as file:
-                np.save(file, vectors.astype(self._kind.kept), allow_pickle=False)
+                np.save(file, vectors.astype(self._settings.dtype), allow_pickle=False)
             yield piece
 
-    def _read(self, texts: Sequence[str]) -> Vectors:
-        if self._kind.sees:
-            vectors = self._network.texts(texts)
+    def _embed_texts(self, texts: Sequence[str]) -> Vectors:
+        if self._settings.takes_pictures:
+            vectors = self._network.embed_texts(texts)
         else:
             vectors = self._network.encode(
-                list(texts), batch_size=self._kind.batch_size, normalize_embeddings=True, show_progress_bar=False
+                list(texts), batch_size=self._settings.batch_size, normalize_embeddings=True, show_progress_bar=False
             )
         vectors = np.asarray(vectors, dtype=np.float32)
         vectors[[not text.strip() for text in texts]] = 0
         return vectors
 
 
-_own: Callable[[], _Model]
-"""Of a worker process."""
+_load_model: Callable[[], _Model]
+"""The worker process's model, loaded at the first call."""
 
 
-def _begin(kind: Kind, dtype: str, free: Any, parent: int) -> None:
-    global _own  # noqa: PLW0603 - a worker process has one model
+def _start_worker(settings: Settings, dtype: str, free: Any, parent: int) -> None:
+    global _load_model  # noqa: PLW0603 - a worker process has one model
     die_with_parent(parent)
     device = free.get()
-    _own = functools.cache(lambda: _Model(kind, dtype, device))  # loaded by the first piece, which tells what is wrong
+    _load_model = functools.cache(lambda: _Model(settings, dtype, device))  # not here: an initializer's error is lost
 
 
-def _keep(piece: Piece) -> Piece:
-    return next(_own().keep([piece]))
+def _embed_piece(piece: Piece) -> Piece:
+    return next(_load_model().embed([piece]))

@@ -1,4 +1,4 @@
-"""Crops of the figures that questions name: found and drawn in parallel, and kept across restarts as pages are."""
+"""Crop the figures that questions name, in parallel. A restart keeps finished crops, as it keeps pages."""
 
 import os
 from collections import defaultdict
@@ -8,14 +8,15 @@ from typing import Any
 import pymupdf
 
 from stages.contract.files import FileHashes, digest_of, read_json, visible_files, write_json
+from stages.contract.recipe import Preprocess
 from stages.contract.stage import Stage
 from stages.preprocess.documents import FIGURE, picture_folder
 from stages.preprocess.layout import crop_page_figures
 from stages.preprocess.render import PageRange
 from stages.preprocess.workers import in_workers
 
-RULES = 1
-"""Raised when figures are found in another way: what an earlier version found is then looked for again."""
+RULES_VERSION = 1
+"""Increase it when the rules in `layout` change: crops by earlier rules are then made again."""
 
 Figure = tuple[str, int, str]
 """Id of the document, 1-based page, and the figure's name as `mentions.figure_named` gives it."""
@@ -24,31 +25,31 @@ Figure = tuple[str, int, str]
 def crop_figures(stage: Stage, wanted: list[Figure], documents: dict[str, Path]) -> dict[Figure, dict[str, Any]]:
     """Draw each figure at the pixel budget of a page, into `pages/<document>/<page>-figure-<figure>.jpg`.
 
-    Returns for each that was found `image` (path relative to the run), `width`, `height` (pixels) and `sha256`. Others
-    are counted, and their pages stand in for them: `figure not found` on its page, `figure fills its page`, or `figure
-    failed`, which the log tells more of. Crops that are not wanted are deleted: to be called also with nothing wanted,
-    and after `render_documents`.
+    Returns `image` (path relative to the run), `width`, `height` (pixels) and `sha256` of each figure that was found.
+    The others are counted (`figure not found` on its page, `figure fills its page`, or `figure failed`, with the reason
+    in the log), and their whole pages serve instead. Crops that are not wanted are deleted, so call it also with
+    nothing wanted, after `render_documents`.
     """
     hashes = FileHashes(stage.path(".pages.json"))
     done: dict[Figure, dict[str, Any]] = {}
     missing: list[Figure] = []
     for figure in sorted(set(wanted)):
-        kept = _kept(stage, figure, documents, hashes)
-        if kept is None:
+        record = _finished_record(stage, figure, documents, hashes)
+        if record is None:
             missing.append(figure)
         else:
-            done[figure] = kept
+            done[figure] = record
     try:
         _crop_missing(stage, missing, done, documents, hashes)
     except RuntimeError:
-        stage.stop.check()  # a stop sent to the whole process group, while workers start, breaks their pool
+        stage.stop.check()  # a stop of the whole process group breaks the workers' pool while they start
         raise
     found = {figure: done[figure] for figure in sorted(done) if _is_found(stage, figure, done[figure])}
-    crops = {_crop(stage, figure) for figure in found}
+    crops = {_crop_path(stage, figure) for figure in found}
     for path in visible_files(stage.path("pages")):
         if FIGURE.fullmatch(path.name) and path not in crops:
             path.unlink()
-    for path in crops:  # remember the digests, so that a restart does not read every picture
+    for path in crops:  # save the digests, so that a restart does not read every picture
         hashes.file(path)
     hashes.save()
     return {
@@ -58,7 +59,7 @@ def crop_figures(stage: Stage, wanted: list[Figure], documents: dict[str, Path])
 
 
 def _is_found(stage: Stage, figure: Figure, record: dict[str, Any]) -> bool:
-    """Count a figure."""
+    """Whether a figure was found. Counts it if not."""
     if record["status"] in ("not found", "fills its page"):
         stage.counts[f"figure {record['status']}"] += 1
     elif record["status"] != "ok":
@@ -72,29 +73,31 @@ def _name(figure: Figure) -> str:
     return f"{picture_folder(document)}/{page}-figure-{name}.jpg"
 
 
-def _crop(stage: Stage, figure: Figure) -> Path:
+def _crop_path(stage: Stage, figure: Figure) -> Path:
     return stage.path("pages", _name(figure))
 
 
-def _note(stage: Stage, figure: Figure) -> Path:
-    """Where it is kept what became of a figure."""
+def _record_path(stage: Stage, figure: Figure) -> Path:
+    """The file of a figure's record: its key and what was found."""
     return stage.cache_file("figures", f"{_name(figure).removesuffix('.jpg')}.json")
 
 
-def _key(stage: Stage, figure: Figure, documents: dict[str, Path], hashes: FileHashes) -> str:
-    look = stage.run.recipe.preprocess.pages
+def _key(settings: Preprocess, figure: Figure, documents: dict[str, Path], hashes: FileHashes) -> str:
+    look = settings.pages
     assert look is not None  # a recipe of a task that reads documents has it
     made_from = [hashes.file(documents[figure[0]]), *figure[1:], look.max_pixels, look.jpeg_quality]
-    return digest_of([*made_from, RULES, pymupdf.VersionBind])
+    return digest_of([*made_from, RULES_VERSION, pymupdf.VersionBind])
 
 
-def _kept(stage: Stage, figure: Figure, documents: dict[str, Path], hashes: FileHashes) -> dict[str, Any] | None:
-    """What an earlier start found, if its picture is still there."""
-    kept = read_json(_note(stage, figure))
-    if kept is None or kept["key"] != _key(stage, figure, documents, hashes):
+def _finished_record(
+    stage: Stage, figure: Figure, documents: dict[str, Path], hashes: FileHashes
+) -> dict[str, Any] | None:
+    """An earlier start's record of a figure; None if there is none, or if the crop is missing or changed."""
+    saved = read_json(_record_path(stage, figure))
+    if saved is None or saved["key"] != _key(stage.run.recipe.preprocess, figure, documents, hashes):
         return None
-    record: dict[str, Any] = kept["record"]
-    crop = _crop(stage, figure)
+    record: dict[str, Any] = saved["record"]
+    crop = _crop_path(stage, figure)
     if record["status"] == "ok" and not (crop.is_file() and hashes.file(crop) == record["sha256"]):
         return None
     return record
@@ -107,7 +110,7 @@ def _crop_missing(
     documents: dict[str, Path],
     hashes: FileHashes,
 ) -> None:
-    """Crop in worker processes, page by page, and keep each as soon as it is there."""
+    """Crop in worker processes, page by page. Saves each page's records as soon as it is done."""
     settings, cropped = stage.run.recipe.preprocess, 0
     names: dict[PageRange, list[str]] = defaultdict(list)
     for document, number, name in missing:
@@ -125,9 +128,10 @@ def _crop_missing(
         by_name = {record["figure"]: record for record in records if "figure" in record}
         for name in names[page]:
             figure = (page.document, page.first + 1, name)
-            record = by_name.get(name) or records[0]  # a worker that crashed or took too long leaves one for the page
+            record = by_name.get(name) or records[0]  # after a crash or a timeout there is one record for the page
             done[figure] = record
-            write_json(_note(stage, figure), {"key": _key(stage, figure, documents, hashes), "record": record})
+            key = _key(settings, figure, documents, hashes)
+            write_json(_record_path(stage, figure), {"key": key, "record": record})
         cropped += len(names[page])
         stage.events.progress("crop figures", cropped, len(missing), "figures")
         stage.stop.check()

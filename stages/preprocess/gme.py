@@ -1,8 +1,8 @@
 """GME: embeds texts and pictures into one space with a model of Qwen2-VL's architecture (arXiv:2412.16855).
 
-What its authors' gme_inference.py does, in batches: a chat whose user says the text or shows the picture, ended by
-`<|endoftext|>`; the language model reads it with plain positions in a row, not those in two dimensions that generation
-uses; the vector is the last token's state, of length one. Pictures get 256 to 1,280 tokens.
+It computes what its authors' gme_inference.py computes, but in batches. The input is a chat with the text or picture as
+the user's message, ended by `<|endoftext|>`. Positions count up token by token; they are not the two-dimensional ones
+of generation. The vector is the last token's state, scaled to length one. A picture gets 256 to 1,280 tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,15 +24,15 @@ AFTER = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 SHOWN = "<|vision_start|>", "<|vision_end|>"
 
 MAX_LENGTH = 1800
-"""Tokens; what a text has more is cut, as GME was tuned."""
+"""Tokens of the whole input. A longer text is cut, as in GME's training."""
 MIN_TOKENS = 256
-"""Of a picture: smaller ones are enlarged."""
+"""Tokens of a picture; smaller pictures are enlarged."""
 READERS = 8
-"""Threads that read pictures while the card computes."""
+"""Threads that read pictures while the GPU computes."""
 
 
 class Gme:
-    """A model folder of GME's, on one device."""
+    """A GME model on one device. Raises UsageError for a folder that lacks weights."""
 
     def __init__(self, folder: Path, device: str, dtype: str, max_pixels: int) -> None:
         from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -44,10 +44,10 @@ class Gme:
         load: Any = AutoModelForImageTextToText.from_pretrained
         network, loaded = load(folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True)
         lacking = sorted(name for name in loaded["missing_keys"] if not name.startswith("lm_head"))
-        if lacking:  # transformers makes them up, and the vectors would mean nothing
+        if lacking:  # transformers initialises them at random, and the vectors would mean nothing
             raise UsageError(
-                f"{folder}: its weights lack {len(lacking)} of the network's parameters, such as {lacking[0]}: it must"
-                " be a whole model of Qwen2-VL's architecture"
+                f"{folder}: {len(lacking)} of the network's parameters are missing, such as {lacking[0]}; copy a whole"
+                " model of Qwen2-VL's architecture there"
             )
         self._network = network.model.to(device).eval()  # without the head: nothing is generated
         self._picture = int(network.config.image_token_id)
@@ -57,16 +57,16 @@ class Gme:
             self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in (BEFORE, AFTER, *SHOWN)
         )
 
-    def texts(self, texts: Sequence[str]) -> Vectors:
-        """Unit vectors, float32, shape (texts, dimensions)."""
+    def embed_texts(self, texts: Sequence[str]) -> Vectors:
+        """Return unit vectors: float32, shape (texts, dimensions)."""
         room = MAX_LENGTH - len(self._before) - len(self._after)
         encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return self._embed([[*self._before, *tokens[:room], *self._after] for tokens in encoded], None)
 
-    def pictures(self, batches: Sequence[Sequence[Path]]) -> Iterator[Vectors]:
-        """Unit vectors of each batch of pictures in turn, float32, shape (pictures, dimensions).
+    def embed_pictures(self, batches: Sequence[Sequence[Path]]) -> Iterator[Vectors]:
+        """Yield unit vectors of each batch of pictures: float32, shape (pictures, dimensions).
 
-        Threads read the next batch while one is computed. Raises DataError for what is no picture.
+        Threads read the next batch while one is computed. Raises DataError for a file that is not a picture.
         """
         with ThreadPoolExecutor(READERS) as readers:
 
@@ -77,24 +77,24 @@ class Gme:
             for number in range(len(batches)):
                 batch = [future.result() for future in ahead]
                 ahead = read(batches[number + 1]) if number + 1 < len(batches) else []
-                yield self._batch_of_pictures(batch)
+                yield self._embed_batch(batch)
 
     def _read(self, path: Path) -> tuple[Picture, npt.NDArray[np.uint8]]:
         picture = open_picture(path, self._rules)
         return picture, np.asarray(picture.load())
 
-    def _batch_of_pictures(self, batch: list[tuple[Picture, npt.NDArray[np.uint8]]]) -> Vectors:
+    def _embed_batch(self, batch: list[tuple[Picture, npt.NDArray[np.uint8]]]) -> Vectors:
         rows = [
             [*self._before, *self._start, *[self._picture] * picture.tokens, *self._end, *self._after]
             for picture, _ in batch
         ]
-        patches, grids = zip(*[self._patches.of(pixels) for _, pixels in batch], strict=True)
-        seen = self._see(torch.cat(patches).to(self._dtype), torch.tensor(grids, device=self._device))
+        patches, grids = zip(*[self._patches.cut(pixels) for _, pixels in batch], strict=True)
+        seen = self._run_tower(torch.cat(patches).to(self._dtype), torch.tensor(grids, device=self._device))
         return self._embed(rows, seen)
 
     @torch.inference_mode()
-    def _see(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-        """What the tower makes of pictures: shape (tokens of all, hidden)."""
+    def _run_tower(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """Return the vision tower's output: shape (tokens of all pictures, hidden)."""
         output = self._network.visual(patches, grid_thw=grids)
         found: torch.Tensor = getattr(output, "pooler_output", output)
         return found
@@ -102,7 +102,7 @@ class Gme:
     @torch.inference_mode()
     def _embed(self, rows: list[list[int]], seen: torch.Tensor | None) -> Vectors:
         longest = max(map(len, rows))
-        # padding on the right, as GME was tuned; what stands there is masked, and no token looks ahead
+        # padding on the right, as in GME's training; it is masked, and no token attends to later ones
         tokens = torch.tensor([row + [self._after[-1]] * (longest - len(row)) for row in rows], device=self._device)
         lengths = torch.tensor([len(row) for row in rows], device=self._device)
         mask = torch.arange(longest, device=self._device)[None, :] < lengths[:, None]
@@ -123,7 +123,7 @@ class Gme:
 
 
 class _Patches:
-    """Cuts pictures into patches on the device: transformers' processor of the family, without its detours."""
+    """Cuts pictures into patches on the device: the same numbers as transformers' processor, computed faster."""
 
     def __init__(self, folder: Path, device: str) -> None:
         import json
@@ -136,8 +136,9 @@ class _Patches:
         self._factor, self._shift = (scale / deviation)[:, None, None], (mean / deviation)[:, None, None]
         self._device = device
 
-    def of(self, pixels: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, list[int]]:
-        """Patches, float32, shape (rows x columns, channels x frames x side x side), and the grid: 1, rows, columns.
+    def cut(self, pixels: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, list[int]]:
+        """Return patches, float32, shape (rows x columns, channels x frames x side x side), and the grid: 1, rows,
+        columns.
 
         `pixels` is (height, width, 3), both sides multiples of the patch times the merge size.
         """
@@ -145,7 +146,7 @@ class _Patches:
         picture = picture * self._factor - self._shift
         rows, columns = picture.shape[1] // self._patch, picture.shape[2] // self._patch
         side, merge = self._patch, self._merge
-        cut = picture.reshape(3, rows // merge, merge, side, columns // merge, merge, side)
-        cut = cut.permute(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]  # a still picture fills all frames
-        cut = cut.expand(-1, -1, -1, -1, -1, self._frames, -1, -1)
-        return cut.reshape(rows * columns, -1), [1, rows, columns]
+        patches = picture.reshape(3, rows // merge, merge, side, columns // merge, merge, side)
+        patches = patches.permute(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]  # a still picture fills all frames
+        patches = patches.expand(-1, -1, -1, -1, -1, self._frames, -1, -1)
+        return patches.reshape(rows * columns, -1), [1, rows, columns]

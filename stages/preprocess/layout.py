@@ -1,8 +1,8 @@
-"""Where a figure stands on its page, by its label and by what is drawn. Runs in worker processes: keep imports light.
+"""Find a figure on its page by its label and by the drawing. Runs in worker processes: keep imports light.
 
-A page is looked at as ink: booleans, rows x columns, true where something is printed. Boxes are in pixels of that
-array. The page is cut between its labels where that crosses the least ink, until a part has one label; the figure is
-what is drawn in that part, above the label or below it.
+A page is an array of ink: booleans, rows x columns, true where something is printed. Boxes are in pixels of that array.
+The page is cut between its labels where a cut crosses the least ink, until each part has one label. The figure is the
+drawing in that part, above the label or below it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,16 +20,16 @@ from stages.tasks.common.mentions import figure_labelled
 Ink = npt.NDArray[np.bool_]
 
 INK_PIXELS = 500_000
-"""At which a page is looked at: 72 DPI for A4, where a hairline still shows."""
+"""Pixels of the ink array: 72 DPI for A4, where a hairline is still visible."""
 
 FILLS = 0.75
-"""Share of its page from which on a figure is not worth a crop, which would be less than 1.16 times finer."""
+"""Share of the page above which a figure gets no crop: the crop would be less than 1.16 times finer than the page."""
 
 WIDE = 0.3
-"""Share of the page's width from which on a line of text is prose, unless something is drawn beside it."""
+"""Share of the page's width above which a line of text is prose, unless something is drawn beside it."""
 
 LEAST = 0.02
-"""Share of the page's height and width that a drawing takes at least: less is a rule, or a speck of a scan."""
+"""Smallest share of the page's height and width for a drawing; less is a ruled line or a speck of a scan."""
 
 NOT_FOUND = {"status": "not found"}
 
@@ -42,11 +42,12 @@ class Box(NamedTuple):
     x1: int
     y1: int
 
-    def of(self, ink: Ink) -> Ink:
-        """The part of an array that lies in the box."""
+    def crop(self, ink: Ink) -> Ink:
+        """Return the part of an array inside the box, as a view."""
         return ink[self.y0 : self.y1, self.x0 : self.x1]
 
-    def grown(self, margin: int, within: "Box") -> "Box":
+    def expand(self, margin: int, within: "Box") -> "Box":
+        """Return the box with a margin on all sides, cut to the box `within`."""
         x0, y0, x1, y1 = self.x0 - margin, self.y0 - margin, self.x1 + margin, self.y1 + margin
         return Box(max(x0, within.x0), max(y0, within.y0), min(x1, within.x1), min(y1, within.y1))
 
@@ -55,14 +56,14 @@ class Box(NamedTuple):
 
 
 class Line(NamedTuple):
-    """Words that stand side by side, with no more than a wide space between them."""
+    """Words side by side, with at most a wide space between them."""
 
     box: Box
     text: str
 
 
 class Label(NamedTuple):
-    """A label, and the figure that it names: `2` or `2a`."""
+    """A label's box, and the figure that it names: `2` or `2a`."""
 
     box: Box
     figure: str
@@ -81,9 +82,9 @@ def crop_page_figures(
         path = folder / f"{page.first + 1}-figure-{figure}.jpg"
         try:
             with open_document(page.source) as document:
-                there = page.first < document.page_count
-                record = _crop(document[page.first], figure, path, max_pixels, jpeg_quality) if there else NOT_FOUND
-        except (OSError, MemoryError):  # no fault of the page
+                exists = page.first < document.page_count
+                record = _crop(document[page.first], figure, path, max_pixels, jpeg_quality) if exists else NOT_FOUND
+        except (OSError, MemoryError):  # not the page's fault
             raise
         except Exception as error:  # noqa: BLE001 - for bad content PyMuPDF raises many kinds, IndexError among them
             record = {"status": f"figure cannot be rendered: {error}"}
@@ -104,7 +105,7 @@ def _crop(page: pymupdf.Page, figure: str, path: Path, max_pixels: int, jpeg_qua
 
 
 def page_ink(page: pymupdf.Page) -> Ink:
-    """Where a page is darker than its paper, in any colour: rows x columns, at most `INK_PIXELS` in all."""
+    """Return where a page is darker than its paper, in any colour: rows x columns, at most `INK_PIXELS` in all."""
     picture = render_page(page, INK_PIXELS)
     colours = np.frombuffer(picture.samples, np.uint8).reshape(picture.height, picture.width, 3)
     darkest = colours.min(axis=2).astype(np.int16)
@@ -113,21 +114,21 @@ def page_ink(page: pymupdf.Page) -> Ink:
 
 
 def figure_box(words: Iterable[Sequence[Any]], figure: str, ink: Ink) -> tuple[float, float, float, float] | None:
-    """Box (x0, y0, x1, y1) of a figure with its label, in 0..1 of the page. None: no such label, or no drawing.
+    """Return the box (x0, y0, x1, y1) of a figure with its label, in 0..1 of the page. None: no such label or drawing.
 
-    `words` are `[x0, y0, x1, y1, word]` in 0..1 of the page; `figure` is as `mentions.figure_named` gives it. A figure
-    `2` that is labelled `2a` and `2b` is both of them; a figure `2b` that has no label of its own is figure `2`.
+    `words` are `[x0, y0, x1, y1, word]` in 0..1 of the page; `figure` is as `mentions.figure_named` returns it. A
+    figure `2` with labels `2a` and `2b` covers both; a figure `2b` without a label of its own is figure `2`.
     """
     rows, columns = ink.shape
     page = Box(0, 0, columns, rows)
     lines = _lines(words, page)
     labels = _labels(lines, page)
-    wanted = _wanted(labels, figure)
+    wanted = _boxes_of(labels, figure)
     if not wanted:
         return None
     drawn = ink.copy()
     for line in lines:
-        line.box.grown(1, page).of(drawn)[:] = False
+        line.box.expand(1, page).crop(drawn)[:] = False
     marks = [label.box for label in labels]
     prose = [line.box for line in lines if line.box not in marks and _is_prose(line.box, drawn)]
     others = [line.box for line in lines if line.box not in prose]
@@ -139,9 +140,9 @@ def figure_box(words: Iterable[Sequence[Any]], figure: str, ink: Ink) -> tuple[f
         side = _side_of(mark, part, drawn, below)
         drawing = _drawing(side, prose, drawn)
         if drawing is not None:
-            around = drawing.grown(page.y1 // 50, side)
-            near = [box.grown(0, part) for box in others if box.touches(around)]
-            found.append(_union([drawing, mark, *near]).grown(page.y1 // 150, part))
+            around = drawing.expand(page.y1 // 50, side)
+            near = [box.expand(0, part) for box in others if box.touches(around)]
+            found.append(_union([drawing, mark, *near]).expand(page.y1 // 150, part))
     if not found:
         return None
     x0, y0, x1, y1 = _union(found)
@@ -152,12 +153,12 @@ def figure_box(words: Iterable[Sequence[Any]], figure: str, ink: Ink) -> tuple[f
 
 
 def _lines(words: Iterable[Sequence[Any]], page: Box) -> list[Line]:
-    """Words joined to lines, from left to right."""
+    """Join words into lines, from left to right."""
     lines: list[Line] = []
     for x0, y0, x1, y1, word in sorted(words, key=lambda word: word[0]):
         exact = Box(round(x0 * page.x1), round(y0 * page.y1), round(x1 * page.x1), round(y1 * page.y1))
-        box = exact.grown(0, page)
-        if box.x0 >= box.x1 or box.y0 >= box.y1:  # beside the page
+        box = exact.expand(0, page)
+        if box.x0 >= box.x1 or box.y0 >= box.y1:  # outside the page
             continue
         for number, line in enumerate(lines):
             if _continues(line.box, box):
@@ -175,7 +176,7 @@ def _continues(line: Box, word: Box) -> bool:
 
 
 def _labels(lines: list[Line], page: Box) -> list[Label]:
-    """What labels the page's figures: `图2` by itself, or else a caption that begins with it."""
+    """Find the labels of the page's figures: `图2` by itself, or else a caption that begins with it."""
     bare: list[Label] = []
     captions: list[Label] = []
     for line in lines:
@@ -192,7 +193,8 @@ def _labels(lines: list[Line], page: Box) -> list[Label]:
 
 
 def _is_caption(rest: str) -> bool:
-    """Whether `Fig. 2` goes on as a caption, ` Sectional view` or `: 剖视图`; not as a sentence, ` shows` or `所示`."""
+    """Whether the text after `Fig. 2` is a caption, as ` Sectional view` or `: 剖视图`, not a sentence, as ` shows` or
+    `所示`."""
     if rest[0] in ".:(—" or rest[:2] == " (":
         return True
     text = rest.lstrip()
@@ -203,7 +205,7 @@ def _is_caption(rest: str) -> bool:
 
 
 def _is_amid_text(line: Line, lines: list[Line], page: Box) -> bool:
-    """Whether a line of prose stands right above: `see\\nFIG. 2` broken over two lines is no label."""
+    """Whether a line of prose is right above: `see\\nFIG. 2`, broken over two lines, is no label."""
     x0, y0, x1, y1 = line.box
     above = Box(x0, y0 - (y1 - y0) // 2, x1, y0)
     return any(_is_wide(other.box, page.x1) and other.box.touches(above) and other.box.y1 < y1 for other in lines)
@@ -214,12 +216,14 @@ def _is_wide(box: Box, columns: int) -> bool:
 
 
 def _is_prose(box: Box, drawn: Ink) -> bool:
-    """Whether a line of text is no part of a drawing. One in a flow chart has the frame of its box beside it."""
+    """Whether a line of text is not part of a drawing. A line in a flow chart has the frame of its box beside it."""
     beside = np.any(drawn[box.y0 : box.y1], axis=0)
     return _is_wide(box, drawn.shape[1]) and int(beside.sum()) < 4
 
 
-def _wanted(labels: list[Label], figure: str) -> list[Box]:
+def _boxes_of(labels: list[Label], figure: str) -> list[Box]:
+    """The boxes of a figure's labels."""
+
     def number(name: str) -> str:
         return name.rstrip("abcdefghijklmnopqrstuvwxyz")
 
@@ -233,29 +237,29 @@ def _wanted(labels: list[Label], figure: str) -> list[Box]:
 
 
 def _labels_are_below(marks: list[Box], drawn: Ink) -> bool:
-    """Whether labels stand below their figures: more is drawn above the first of them than below the last."""
+    """Whether labels are below their figures: more is drawn above the first label than below the last."""
     inked = np.flatnonzero(drawn.any(axis=1))
     first, last = min(mark.y0 for mark in marks), max(mark.y1 for mark in marks)
     return bool((inked < first).sum() >= (inked >= last).sum())
 
 
 def _with_numbers(drawn: Ink, texts: list[Box]) -> Ink:
-    """What is drawn, with the numbers that belong to it tied to it: each as a cross that reaches to its leader line.
+    """Return the drawing with its part numbers, each as a cross that reaches its leader line.
 
-    No text with its own ink: to cut through a page's head, far from all drawings, costs nothing.
+    Texts themselves have no ink, so a cut through the page's head, far from all drawings, costs nothing.
     """
     height, width = drawn.shape
     solid = drawn.copy()
     for text in texts:
-        x0, y0, x1, y1 = reach = text.grown(height // 100, Box(0, 0, width, height))
-        if reach.of(drawn).any():
+        x0, y0, x1, y1 = reach = text.expand(height // 100, Box(0, 0, width, height))
+        if reach.crop(drawn).any():
             solid[(y0 + y1) // 2, x0:x1] = True
             solid[y0:y1, (x0 + x1) // 2] = True
     return solid
 
 
 def _part_of(mark: Box, marks: list[Box], ink: Ink, below: bool) -> Box:
-    """The part of the page that is left for one label when it is cut away from the others."""
+    """The part of the page that belongs to one label after cutting it from the others."""
     part = Box(0, 0, ink.shape[1], ink.shape[0])
     while len(marks) > 1:
         cuts = [*_cuts_across(marks, ink, part, below), *_cuts_down(marks, ink, part)]
@@ -272,8 +276,8 @@ def _part_of(mark: Box, marks: list[Box], ink: Ink, below: bool) -> Box:
 
 
 def _side_of(mark: Box, part: Box, drawn: Ink, below: bool) -> Box:
-    """The side of a label on which its figure stands, and beyond the label as far as the drawing goes on beside it."""
-    inked = np.any(part.of(drawn), axis=1).tolist()
+    """The side of a label with its figure. It reaches past the label for as long as the drawing goes on beside it."""
+    inked = np.any(part.crop(drawn), axis=1).tolist()
     row = mark.y1 if below else mark.y0 - 1
     step = 1 if below else -1
     while part.y0 <= row < part.y1 and inked[row - part.y0]:
@@ -282,10 +286,10 @@ def _side_of(mark: Box, part: Box, drawn: Ink, below: bool) -> Box:
 
 
 def _cuts_across(marks: list[Box], ink: Ink, part: Box, below: bool) -> Iterator[tuple[int, int, int]]:
-    """Cuts between labels that stand one above the other: (ink crossed, 0, row).
+    """Cuts between labels one above the other: (ink crossed, 0, row).
 
-    As near as may be to the label whose figure is on its other side, and with something of the other's figure between
-    the cut and the other label.
+    A cut is as close as possible to the label whose figure is on its far side, and leaves part of the other label's
+    figure between itself and that label.
     """
     for upper, lower in pairwise(sorted(marks, key=lambda mark: mark.y1)):
         end = min(mark.y0 for mark in marks if mark.y1 >= lower.y1)
@@ -302,7 +306,7 @@ def _cuts_across(marks: list[Box], ink: Ink, part: Box, below: bool) -> Iterator
 
 
 def _cuts_down(marks: list[Box], ink: Ink, part: Box) -> Iterator[tuple[int, int, int]]:
-    """Cuts between labels that stand side by side, in the gap nearest to the middle: (ink crossed, 1, column)."""
+    """Cuts between labels side by side, in the gap nearest to the middle: (ink crossed, 1, column)."""
     for left, right in pairwise(sorted(marks, key=lambda mark: mark.x1)):
         end = min(mark.x0 for mark in marks if mark.x1 >= right.x1)
         if left.x1 > end:
@@ -316,11 +320,11 @@ def _cuts_down(marks: list[Box], ink: Ink, part: Box) -> Iterator[tuple[int, int
 
 
 def _drawing(side: Box, prose: list[Box], drawn: Ink) -> Box | None:
-    """What is drawn in a part of the page: of the stretches between lines of prose the one with most of it."""
+    """The drawing in a part of the page: of the stretches between lines of prose, the one with most ink rows."""
     edges = sorted({side.y0, side.y1, *((box.y0 + box.y1) // 2 for box in prose if box.touches(side))})
     stretches = [side._replace(y0=top, y1=bottom) for top, bottom in pairwise(edges)]
-    best = max(stretches, key=lambda box: box.of(drawn).any(axis=1).sum(), default=side)
-    rows, columns = (np.flatnonzero(best.of(drawn).any(axis=axis)) for axis in (1, 0))
+    best = max(stretches, key=lambda box: box.crop(drawn).any(axis=1).sum(), default=side)
+    rows, columns = (np.flatnonzero(best.crop(drawn).any(axis=axis)) for axis in (1, 0))
     if len(rows) < drawn.shape[0] * LEAST or len(columns) < drawn.shape[1] * LEAST:
         return None
     return Box(

@@ -1,6 +1,6 @@
-"""Pages of PDFs as pictures at a pixel budget, with their text layer. Runs in worker processes: keep imports light.
+"""Render PDF pages at a pixel budget, with their text layer. Runs in worker processes: keep imports light.
 
-Rendering straight to the budget costs a tenth of rendering at 600 DPI and shrinking; `benchmarks/render.py` measures.
+Rendering at the budget costs a tenth of rendering at 600 DPI and shrinking (`benchmarks/render.py`).
 """
 
 import hashlib
@@ -15,18 +15,18 @@ import pymupdf
 from stages.contract.files import stored_name
 
 PATCH = 28
-"""Vision models of the Qwen2-VL family take sides that are multiples of this (14-pixel patches merged 2 x 2)."""
+"""Pixels. Models of the Qwen2-VL family take sides that are multiples of this (14-pixel patches merged 2 x 2)."""
 
 MAX_RATIO = 200
-"""Longest over shortest side: the same family's processors refuse more."""
+"""Largest ratio of the sides that this family's processors accept."""
 
 
 @dataclass(frozen=True)
 class PageRange:
-    """Some pages of one document: what a worker does at once, and the most a kill can lose of a document."""
+    """Pages of one document that a worker renders at once. A kill loses at most these."""
 
     document: str
-    """Path below the documents folder: the document's id."""
+    """The document's id: its path below the documents folder."""
     source: Path
     first: int
     """0-based, inclusive."""
@@ -42,13 +42,13 @@ class PageRange:
 
 
 def open_document(source: Path) -> pymupdf.Document:
-    """Open a PDF. Raises ValueError, with the reason in a few words, for what cannot be read as one."""
+    """Open a PDF. Raises ValueError with a short reason for a file that cannot be read as one."""
     if source.stat().st_size == 0:
         raise ValueError("empty file")
     if stored_name(source) != str(source):
-        raise ValueError("its name is not UTF-8, which MuPDF cannot open: rename it")
+        raise ValueError("its name is not UTF-8, so MuPDF cannot open it; rename it")
     with source.open("rb") as file:
-        if b"%PDF-" not in file.read(1024):  # the header may stand a little way in (ISO 32000-1, annex H.3.4.1)
+        if b"%PDF-" not in file.read(1024):  # other bytes may precede the header (ISO 32000-1, annex H.3.4.1)
             raise ValueError("not a PDF")
     try:
         document = pymupdf.open(source, filetype="pdf")
@@ -63,10 +63,10 @@ def open_document(source: Path) -> pymupdf.Document:
 
 
 def picture_size(width: float, height: float, max_pixels: int) -> tuple[int, int]:
-    """Pixels (width, height) nearest to a page's shape within the budget, both multiples of PATCH.
+    """Return the pixels (width, height) closest to a page's shape within the budget, both multiples of PATCH.
 
-    A page is never drawn larger than its 200 DPI size: a small page has no more to show. Raises ValueError for a shape
-    that no vision model takes.
+    `width` and `height` are the page's, in points of 1/72 inch. A page is never larger than at 200 DPI: a small page
+    shows no more detail. Raises ValueError for a shape that no vision model accepts.
     """
     if not (width > 0 and height > 0 and math.isfinite(width * height)):
         raise ValueError("page without a size")
@@ -76,7 +76,7 @@ def picture_size(width: float, height: float, max_pixels: int) -> tuple[int, int
     scale = math.sqrt(budget / (width * height))
     columns = max(PATCH, math.floor(width * scale / PATCH) * PATCH)
     rows = max(PATCH, math.floor(height * scale / PATCH) * PATCH)
-    # a thin page: the side held up to one patch leaves less room for the other, and rounding down sharpens the ratio
+    # thin pages: a side raised to one patch leaves fewer pixels for the other, and rounding down increases the ratio
     longest = max_pixels // PATCH // PATCH * PATCH
     columns, rows = min(columns, longest, rows * MAX_RATIO), min(rows, longest, columns * MAX_RATIO)
     columns = min(columns, max_pixels // rows // PATCH * PATCH)
@@ -85,7 +85,7 @@ def picture_size(width: float, height: float, max_pixels: int) -> tuple[int, int
 
 
 def render_page(page: pymupdf.Page, max_pixels: int, region: pymupdf.Rect | None = None) -> pymupdf.Pixmap:
-    """Draw a page, or a region of it, at exactly `picture_size`."""
+    """Draw a page, or a region of it in points, at exactly `picture_size`."""
     drawn = page.rect if region is None else region
     width, height = picture_size(drawn.width, drawn.height, max_pixels)
     scale = pymupdf.Matrix(width / drawn.width, height / drawn.height)
@@ -106,7 +106,7 @@ def render_range(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: 
         for index in range(pages.first, pages.last):
             try:
                 record = _render_one(document[index], folder / f"{index + 1}.jpg", max_pixels, jpeg_quality)
-            except (OSError, MemoryError):  # no fault of the page
+            except (OSError, MemoryError):  # not the page's fault
                 raise
             except Exception as error:  # noqa: BLE001 - for bad content PyMuPDF raises many kinds, IndexError among them
                 record = {"status": f"page cannot be rendered: {error}"}
@@ -119,7 +119,7 @@ _BREAK_INSIDE_CJK = re.compile(rf"(?<={_CJK})[^\S\n]*\n\s*(?={_CJK})")
 
 
 def flowing(text: str) -> str:
-    """Lines of a page joined: with a space, but between Chinese or Japanese characters with nothing."""
+    """Join the lines of a page with spaces, but Chinese and Japanese characters directly."""
     return " ".join(_BREAK_INSIDE_CJK.sub("", text).split())
 
 
@@ -133,17 +133,17 @@ def _render_one(page: pymupdf.Page, path: Path, max_pixels: int, jpeg_quality: i
 
 
 def page_words(page: pymupdf.Page) -> list[list[Any]]:
-    """A page's words with their boxes: `[x0, y0, x1, y1, word]`, in 0..1 of the page's width and height."""
+    """Return a page's words with their boxes: `[x0, y0, x1, y1, word]`, in 0..1 of the page's width and height."""
     width, height = page.rect.width, page.rect.height
     words = []
     for *box, word, _, _, _ in page.get_text("words", sort=True):
-        x0, y0, x1, y1 = pymupdf.Rect(box) * page.rotation_matrix  # MuPDF gives them as on the page before it is turned
+        x0, y0, x1, y1 = pymupdf.Rect(box) * page.rotation_matrix  # MuPDF gives boxes of the page without its rotation
         words.append([round(x0 / width, 4), round(y0 / height, 4), round(x1 / width, 4), round(y1 / height, 4), word])
     return words
 
 
 def write_picture(picture: pymupdf.Pixmap, path: Path, jpeg_quality: int) -> dict[str, Any]:
-    """Write a picture whole or not at all. Returns its `width` and `height` (pixels) and its `sha256`."""
+    """Write a picture atomically. Returns its `width` and `height` (pixels) and its `sha256`."""
     content = picture.tobytes("jpeg", jpg_quality=jpeg_quality)
     partial = path.with_suffix(".partial")
     partial.write_bytes(content)

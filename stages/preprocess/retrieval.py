@@ -1,6 +1,6 @@
-"""What documents give to questions about them: pages are rendered, embedded and searched, figures cut out.
+"""Find in documents what belongs to each question: render, embed and search pages, and crop figures.
 
-Only tasks that read documents come here (`DocumentTask`).
+Only tasks that read documents need it (`DocumentTask`).
 """
 
 from collections import Counter, defaultdict
@@ -26,8 +26,8 @@ Pages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Known:
-    """All that is known of the documents. Row i of `page_vectors` is page i's; vectors of questions go by their id."""
+class Index:
+    """The documents' pages, and all vectors. Row i of `page_vectors` is page i's; questions' vectors are by id."""
 
     documents: Mapping[str, Path]
     pages: Pages
@@ -35,40 +35,40 @@ class Known:
     question_vectors: Mapping[str, Vectors]
 
 
-def read_documents(stage: Stage, documents: Mapping[str, Path], questions: list[Any]) -> Known | None:
-    """Render and embed what is this process's to do. None for a shard, which leaves the rest to the plain stage."""
-    _take_over(stage)
+def read_documents(stage: Stage, documents: Mapping[str, Path], questions: list[Any]) -> Index | None:
+    """Render and embed this process's share. Returns None for a shard: the merging stage does the rest."""
+    _adopt_shards(stage)
     pages = render_documents(stage, {name: documents[name] for n, name in enumerate(documents) if stage.has(n)})
     embedder = Embedder(stage)
-    embedder.pages(pages)
-    chunks = chunked([question.text for question in questions])  # questions are shared out by chunk
-    vectors = embedder.questions([chunk for n, chunk in enumerate(chunks) if stage.has(n)])
+    embedder.embed_pages(pages)
+    chunks = chunked([question.text for question in questions])  # shards share questions by chunk
+    vectors = embedder.embed_questions([chunk for n, chunk in enumerate(chunks) if stage.has(n)])
     embedder.close()
     if stage.shard is not None:
-        _leave_for_merging(stage)
+        _list_outputs_of_shard(stage)
         return None
     page_vectors = embedder.write_pages(pages, stage.path("vectors.npy"))
     stage.outputs["vectors.npy"] = len(pages)
     _write_questions(stage, questions, vectors)
-    return Known(documents, pages, page_vectors, dict(zip([q.id for q in questions], vectors, strict=True)))
+    return Index(documents, pages, page_vectors, dict(zip([q.id for q in questions], vectors, strict=True)))
 
 
-def _take_over(stage: Stage) -> None:
+def _adopt_shards(stage: Stage) -> None:
     """Put pictures, page records and vectors of finished shards where an earlier start of this stage would have."""
     for folder in stage.finished_shards:
         for path in [*visible_files(folder / "pages"), *visible_files(folder / "cache")]:
             place_same(path, stage.path(str(path.relative_to(folder))))
 
 
-def _leave_for_merging(stage: Stage) -> None:
-    """What a shard hands to the plain stage, which writes tables and samples."""
+def _list_outputs_of_shard(stage: Stage) -> None:
+    """List what the merging stage needs; that stage writes tables and samples."""
     for name in ("pages/", "cache/"):
-        stage.path(name).mkdir(exist_ok=True)  # with no readable document there are none
+        stage.path(name).mkdir(exist_ok=True)  # missing if no document is readable
         stage.outputs[name] = None
 
 
 def _write_questions(stage: Stage, questions: list[Any], vectors: Vectors) -> None:
-    """The questions' vectors stand beside their ids; those of pages go with pages.parquet row by row."""
+    """Write the questions' ids and vectors. Pages' vectors are in vectors.npy, in the row order of pages.parquet."""
     table = pa.table({"id": [question.id for question in questions], "vector": list(vectors)})
     with written_atomically(stage.path("questions.parquet"), "wb") as file:
         pq.write_table(table, file)
@@ -76,34 +76,34 @@ def _write_questions(stage: Stage, questions: list[Any], vectors: Vectors) -> No
 
 
 def find(
-    stage: Stage, task: Any, questions: list[Any], splits: Mapping[str, str | None], known: Known
+    stage: Stage, task: Any, questions: list[Any], splits: Mapping[str, str | None], index: Index
 ) -> dict[str, Found]:
-    """By question id, what was found for it. `splits` are those of the questions, by id."""
+    """Return by question id what belongs to the question. `splits` has the questions' splits by id."""
     wanted = task.wanted(stage.run.recipe)
     rows: dict[str, list[int]] = defaultdict(list)
-    for row, page in enumerate(known.pages):
+    for row, page in enumerate(index.pages):
         rows[page["document"]].append(row)
-    by_document = {name: {int(known.pages[row]["page"]): known.pages[row] for row in own} for name, own in rows.items()}
-    taught = [q for q in questions if splits[q.id] == "train" and q.answers]
+    by_document = {name: {int(index.pages[row]["page"]): index.pages[row] for row in own} for name, own in rows.items()}
+    training = [q for q in questions if splits[q.id] == "train" and q.answers]
     named = {q.id: (q.document, q.page, q.figure) for q in questions if q.page and q.figure and wanted.crops}
     readable = [figure for figure in named.values() if figure[1] in by_document.get(figure[0], {})]
-    crops = crop_figures(stage, readable, dict(known.documents))
-    asked_of = [question for question in questions if splits[question.id] is not None]
-    asks_rule = stage.run.recipe.preprocess.classifier == "rule"
-    # what the model says of test questions is a pass of inference
-    enough = drawings_enough(stage, task, [q for q in asked_of if asks_rule or splits[q.id] != "test"])
+    crops = crop_figures(stage, readable, dict(index.documents))
+    used = [question for question in questions if splits[question.id] is not None]
+    by_rule = stage.run.recipe.preprocess.classifier == "rule"
+    # a model classifies test questions in infer, as one of its passes
+    enough = drawings_enough(stage, task, [q for q in used if by_rule or splits[q.id] != "test"])
     tested = [q for q in questions if splits[q.id] == "test"]
-    examples = _examples(tested, taught, known.question_vectors, wanted.examples)
+    examples = _examples(tested, training, index.question_vectors, wanted.examples)
     found = {}
     for question in questions:
         own = rows.get(question.document, [])
-        numbers = [int(known.pages[row]["page"]) for row in own]
-        of_pages = known.page_vectors[own[0] : own[-1] + 1] if own else known.page_vectors[:0]
+        numbers = [int(index.pages[row]["page"]) for row in own]
+        of_pages = index.page_vectors[own[0] : own[-1] + 1] if own else index.page_vectors[:0]
         if question.page is not None and question.page not in numbers:
             stage.counts["named page missing"] += 1
         found[question.id] = Found(
             pages=by_document.get(question.document, {}),
-            ranked=_ranked(numbers, of_pages, known.question_vectors[question.id]),
+            ranked=_rank_pages(numbers, of_pages, index.question_vectors[question.id]),
             crop=crops[named[question.id]]["image"] if named.get(question.id) in crops else None,
             examples=examples.get(question.id, []),
             drawing_is_enough=enough.get(question.id),
@@ -111,25 +111,27 @@ def find(
     return found
 
 
-def _ranked(numbers: list[int], pages: Vectors, question: Vectors) -> list[int]:
-    """A document's pages by their likeness to a question, best first; those equally like it by number."""
+def _rank_pages(numbers: list[int], pages: Vectors, question: Vectors) -> list[int]:
+    """A document's pages by similarity to a question, best first, ties by number."""
     if not numbers:
         return []
     _, order = top_k(pages, question[None], len(numbers))
     return [numbers[place] for place in order[0]]
 
 
-def _examples(tested: list[Any], taught: list[Any], vectors: Mapping[str, Vectors], count: int) -> dict[str, list[str]]:
-    """For each test question the answers of the training questions most like it, best first; none is of its own
-    document."""
-    if not (tested and taught and count):
+def _examples(
+    tested: list[Any], training: list[Any], vectors: Mapping[str, Vectors], count: int
+) -> dict[str, list[str]]:
+    """The answers of the training questions most similar to each test question, best first. None is from the test
+    question's own document."""
+    if not (tested and training and count):
         return {}
-    most = max(Counter(one.document for one in taught).values())  # so many may be of its own
+    most = max(Counter(one.document for one in training).values())  # as many may be from its own document
     _, near = top_k(
-        np.stack([vectors[one.id] for one in taught]), np.stack([vectors[one.id] for one in tested]), count + most
+        np.stack([vectors[one.id] for one in training]), np.stack([vectors[one.id] for one in tested]), count + most
     )
     found = {}
     for question, places in zip(tested, near, strict=True):
-        others = [taught[place] for place in places if taught[place].document != question.document]
+        others = [training[place] for place in places if training[place].document != question.document]
         found[question.id] = [one.answers[0] for one in others[:count]]
     return found

@@ -1,17 +1,18 @@
-"""From questions to samples: what is shown with each question, and what a submission asks for."""
+"""Turn questions into samples, and write the rows that a submission must answer."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.files import write_jsonl
+from stages.contract.recipe import Recipe
 from stages.contract.records import Sample
 from stages.contract.stage import Stage
 from stages.preprocess.split import SPLITS
 from stages.tasks.task import Found
 
 ASKED = "validation_asked"
-"""Validation samples without their answers, as they are asked of adapters that are to be compared on them."""
+"""Validation samples without their answers: prompts for adapters that are chosen or weighed by their score on them."""
 
 
 def write_samples(
@@ -22,10 +23,11 @@ def write_samples(
     groups: Mapping[str, str],
     founds: Mapping[str, Found] | None,
 ) -> None:
-    """Write the samples of each split, and the rows of a submission. Raises DataError when none is left to train on.
+    """Write the samples of each split, and the rows of a submission. Raises DataError if none is left to train on.
 
-    `splits`, `groups` and `founds` are by question id; the last is None where the task reads no documents.
+    `splits`, `groups` and `founds` are by question id; the last is None if the task reads no documents.
     """
+    recipe = stage.run.recipe
     learnt = {group for name, group in groups.items() if splits.get(name) == "train"}
     samples: dict[str, list[Sample]] = {split: [] for split in (*SPLITS, ASKED)}
     tested: list[Any] = []
@@ -36,33 +38,33 @@ def write_samples(
             stage.skip(question.id, *reason)
             continue
         assert split is not None
-        on_training_data = stage.run.recipe.data.evaluate_on_training
+        on_training_data = recipe.data.evaluate_on_training
         scored_too = split == "train" and question.split != "train only" and on_training_data
         if split == "test" or scored_too:
             known = scored_too or (on_training_data and question.split == "test" and groups[question.id] in learnt)
-            samples["test"].append(_asked(stage, task, question, found, trained_on=known))
+            samples["test"].append(_prompt_sample(recipe, task, question, found, trained_on=known))
             tested.append(question)
         if split == "validation":
-            samples[ASKED].append(_asked(stage, task, question, found))
+            samples[ASKED].append(_prompt_sample(recipe, task, question, found))
         if split != "test":
-            samples[split] += _answered(stage, task, question, found, split)
+            samples[split] += _answered_samples(recipe, task, question, found, split)
     if not samples["train"]:
         raise DataError(
-            f"{stage.run.data}: no question to train on is left; see the skipped ones in {stage.path('log.txt')}"
+            f"{stage.run.data}: no question is left to train on; see {stage.path('log.txt')} for the skipped ones"
         )
     for split, members in samples.items():
         name = f"samples/{split}.jsonl"
         stage.outputs[name] = write_jsonl(stage.path(name), members)  # type: ignore[arg-type]
     for split in SPLITS:
         stage.counts[split] = len(samples[split])
-    _tell_of_errors(stage, samples["test"])
+    _check_test_samples(stage, samples["test"])
     rows = task.asked_rows(stage.run.data, tested)
     stage.outputs["asked.jsonl"] = write_jsonl(stage.path("asked.jsonl"), rows)
 
 
-def _tell_of_errors(stage: Stage, tested: list[Sample]) -> None:
-    """Say which test samples cannot be asked. Raises DataError where these are all of a data set: its score would be 0
-    after all the work, and say nothing."""
+def _check_test_samples(stage: Stage, tested: list[Sample]) -> None:
+    """Say which test samples have errors. Raises DataError if all of a data set have: its score would be 0, and mean
+    nothing."""
     for source in sorted({str(sample["meta"]["source"]) for sample in tested}):
         members = [sample for sample in tested if sample["meta"]["source"] == source]
         broken = [sample for sample in members if sample["meta"].get("error")]
@@ -71,15 +73,16 @@ def _tell_of_errors(stage: Stage, tested: list[Sample]) -> None:
         example = f"{broken[0]['id']}: {broken[0]['meta']['error']}"
         if len(broken) == len(members):
             raise DataError(
-                f"{stage.run.data}: none of {len(members)} test questions of {source} can be asked: {example}"
+                f"{stage.run.data}: none of {len(members)} test questions of {source} has a usable prompt, such as"
+                f" {example}; correct the data, or remove this data set"
             )
         stage.counts[f"{source} test samples that cannot be asked"] = len(broken)
-        stage.events.say(f"{len(broken)} of {len(members)} test samples of {source} count as failed: {example}")
+        stage.events.say(f"{len(broken)} of {len(members)} test samples of {source} count as failed, such as {example}")
 
 
-def _answered(stage: Stage, task: Any, question: Any, found: Found | None, split: str) -> list[Sample]:
-    """A question's samples to train or validate on."""
-    members: list[Sample] = task.build_samples(stage.run.recipe, question, found, split)
+def _answered_samples(recipe: Recipe, task: Any, question: Any, found: Found | None, split: str) -> list[Sample]:
+    """A question's samples for training or validation, answer included."""
+    members: list[Sample] = task.build_samples(recipe, question, found, split)
     for sample in members:
         target = sample["meta"].pop("target", sample["references"][0])
         sample["messages"] = [*sample["messages"], {"role": "assistant", "content": target}]
@@ -87,21 +90,21 @@ def _answered(stage: Stage, task: Any, question: Any, found: Found | None, split
     return members
 
 
-def _asked(stage: Stage, task: Any, question: Any, found: Found | None, trained_on: bool = False) -> Sample:
-    """A question's sample as it is asked."""
+def _prompt_sample(recipe: Recipe, task: Any, question: Any, found: Found | None, trained_on: bool = False) -> Sample:
+    """A question's sample for inference, without the answer."""
     sample: Sample
-    (sample,) = task.build_samples(stage.run.recipe, question, found, "test")
+    (sample,) = task.build_samples(recipe, question, found, "test")
     sample["meta"]["source"] = question.source
     if trained_on:
         sample["meta"]["trained_on"] = True
-    if found is not None and not found.pages:  # it stays in the test set, to be counted as failed
+    if found is not None and not found.pages:  # it stays in the test set and counts as failed
         sample["meta"]["error"] = f"no readable page in {question.document}"
     return sample
 
 
 def _reason_to_skip(question: Any, split: str | None, found: Found | None) -> tuple[str, str] | None:
-    """Why a question becomes no sample, with the detail. Of test questions none is left out: all are scored, or counted
-    as failed."""
+    """Why a question becomes no sample, and the detail; None if it becomes one. No test question is skipped: each is
+    scored or counted as failed."""
     if split is None and found is not None:
         return "training question on a test document", f"{question.document}, by its content"
     if split is None:

@@ -1,4 +1,4 @@
-"""Split questions by group (a document, a context, a problem), never by row, so that nothing trained on is scored."""
+"""Split questions by group (a document, a context, a problem), never by row, so that no training data is scored."""
 
 import hashlib
 import math
@@ -15,12 +15,11 @@ SPLITS = ("train", "validation", "test")
 def split_questions(
     questions: list[Any], groups: Mapping[str, str], data: Data, seed: int, skip: Skip
 ) -> dict[str, str | None]:
-    """The split of each question, by its id; None where it may neither be trained on nor scored. Without the questions
-    of data sets that cannot be split, where others can: those go to `skip`.
+    """Return the split of each question by id; None for a question that may be neither trained on nor scored.
 
-    `groups` has each question's group, by its id. Every data set is split by itself, so that each has its share of the
-    test set; a group that is in several of them falls into the same split in all. Raises DataError where a data set is
-    left with only one of train and test, and there is no other.
+    `groups` has each question's group by id. Each data set is split by itself, so that each has its share of the test
+    set; a group in several data sets has the same split in all. A data set left with only one of train and test cannot
+    be split: its questions go to `skip` and are not in the result. Raises DataError if no data set can be split.
     """
     splits = {groups[question.id]: "test" for question in questions if question.split in ("test", "test only")}
     divided: dict[str, dict[str, str | None]] = {}
@@ -52,7 +51,7 @@ def split_questions(
 
 def _split_of(question: Any, of_its_group: str | None, data: Data) -> str | None:
     if question.split in ("asked", "test only"):
-        return "test"  # what is asked has no answer: nothing of it is scored
+        return "test"  # a question that is only asked has no answer, and so no score
     if question.split == "train only":
         return "train" if of_its_group in ("train", None) else None
     if question.split == "train" and of_its_group == "test":
@@ -68,11 +67,11 @@ def split_groups(
     taken: Mapping[str, str] | None = None,
     learnt: bool = False,
 ) -> dict[str, str]:
-    """The split of each group. `given` names the groups whose split (`train` or `test`) the data themselves state,
-    `taken` those that have one already; `learnt`: there are questions to train on, whatever groups they are of.
+    """Return the split of each group. `given` has the splits (`train` or `test`) that the data state, `taken` those
+    that other data sets have set; `learnt` says that there are questions to train on in any case.
 
-    Otherwise groups are put in an order drawn from the seed and their names, so that a group's place does not hang on
-    how the others are listed. Raises DataError where a group is left for only one of train and test.
+    The other groups are ordered by a hash of the seed and their names, so that a group's place does not depend on the
+    order of the list. Raises DataError if the groups suffice for only one of train and test.
     """
     taken = taken or {}
     order = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).hexdigest())
@@ -91,8 +90,8 @@ def split_groups(
     if not (train or learnt) or not (test or data.evaluate_on_training):
         raise DataError(
             f"found questions on {len(groups)} document(s) or group(s): {len(train)} to train on and {len(test)} to"
-            " test on; splits are by group, so both need at least one (data.evaluate_on_training scores what was"
-            " trained on, and says so in every table)"
+            " test on; splits are by group, so both need at least one; add documents or groups, or set"
+            " data.evaluate_on_training to score the training data, as every table then says"
         )
     named = {"train": train, "validation": validated, "test": test}
     return {group: split for split, members in named.items() for group in members}

@@ -1,6 +1,6 @@
 """preprocess: read the questions, split them by group, find in their documents what belongs to them, write samples.
 
-Of a task that reads records, Data-Juicer may filter and rewrite these first.
+If the task reads records, Data-Juicer may filter and rewrite them first.
 """
 
 from collections import defaultdict
@@ -21,15 +21,15 @@ def work(stage: Stage) -> None:
     task = load_task(recipe.task)
     documents = _documents(task, data)
     if reads_records(task):
-        if stage.nothing_to_do(0, "documents"):  # records are not shared out: Data-Juicer has its own ways to
+        if stage.nothing_to_do(0, "documents"):  # shards do not share records: Data-Juicer has its own processes
             return
         questions = _questions_of_records(stage, task)
     else:
         questions = cast(QuestionTask, task).read_questions(recipe, data, set(documents), stage.skip)
     stage.counts["questions"] = len(questions)
 
-    # before the hours of work: it may find that nothing can be held out
-    groups = _groups(stage, questions, documents)
+    # before hours of work: it fails if nothing can be held out
+    groups = _groups(questions, documents, stage.path(".hashes.json"))
     splits = split_questions(questions, groups, recipe.data, recipe.seed, stage.skip)
     questions = [question for question in questions if question.id in splits]
     if stage.nothing_to_do(len(documents), "documents"):
@@ -38,16 +38,16 @@ def work(stage: Stage) -> None:
     if reads_documents(task):
         from stages.preprocess.retrieval import find, read_documents
 
-        known = read_documents(stage, documents, questions)
-        if known is None:
+        index = read_documents(stage, documents, questions)
+        if index is None:
             return
-        founds = find(stage, task, questions, splits, known)
+        founds = find(stage, task, questions, splits, index)
     write_samples(stage, task, questions, splits, groups, founds)
-    _tell(stage)
+    _show_counts(stage)
 
 
 def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
-    """The questions of a task that reads records, once Data-Juicer has been over these, and the pictures they show."""
+    """The questions of a task that reads records, after Data-Juicer. Also writes the pictures of the samples."""
     recipe, data = stage.run.recipe, stage.run.data
     records = task.records(data)
     pictures = stage.path("pictures")
@@ -63,7 +63,7 @@ def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
 
 
 def _documents(task: Task, data: Path) -> dict[str, Path]:
-    """The documents by id; none where the task reads none."""
+    """The documents by id; empty if the task reads none."""
     if not reads_documents(task):
         return {}
     from stages.preprocess.documents import document_ids
@@ -71,19 +71,22 @@ def _documents(task: Task, data: Path) -> dict[str, Path]:
     return document_ids(task.find_documents(data), data / "documents")
 
 
-def _groups(stage: Stage, questions: list[Any], documents: dict[str, Path]) -> dict[str, str]:
-    """What a question must be split together with, by its id. Documents of the same content, under whatever names, are
-    one group."""
+def _groups(questions: list[Any], documents: dict[str, Path], known_hashes: Path) -> dict[str, str]:
+    """The group of each question, by id: questions of a group share a split. Documents with the same content are one
+    group, whatever their names.
+
+    `known_hashes` has the documents' digests since the stage hashed its inputs.
+    """
     if not documents:
         return {question.id: question.group for question in questions}
-    hashes = FileHashes(stage.path(".hashes.json"))  # knows the documents from when the stage's inputs were hashed
-    asked = sorted({question.document for question in questions})
-    content = {name: hashes.file(documents[name]) for name in asked}
-    first = {digest: name for name, digest in reversed(content.items())}  # by name, whose order is the listing's
+    hashes = FileHashes(known_hashes)
+    names = sorted({question.document for question in questions})
+    content = {name: hashes.file(documents[name]) for name in names}
+    first = {digest: name for name, digest in reversed(content.items())}  # the first name of each content
     return {question.id: first[content[question.document]] for question in questions}
 
 
-def _tell(stage: Stage) -> None:
+def _show_counts(stage: Stage) -> None:
     reasons: dict[str, int] = defaultdict(int)
     for skipped in stage.skipped:
         reasons[skipped["reason"]] += 1

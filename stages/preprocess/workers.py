@@ -1,4 +1,4 @@
-"""Worker processes that may crash or hang on a malformed page without taking the others' work along."""
+"""Worker processes that may crash or hang on a malformed page without losing the work of the others."""
 
 import multiprocessing
 import os
@@ -22,11 +22,11 @@ def in_workers(
     page_timeout: float,
     stop: StopRequest,
 ) -> Iterator[tuple[PageRange, Records]]:
-    """Render ranges in processes; yields each with its records, in the order in which they finish.
+    """Process page ranges in `workers` processes. Yields each range with its records as soon as it is done.
 
-    `call` gives the function and arguments for a range. A range whose worker crashes or takes longer than
-    `page_timeout` seconds a page is tried again page by page, and the page that does it yields a record with that
-    status. A few ranges for each worker are in flight, so that a million are no more to look through than ten.
+    `call` returns the function and arguments for a range. If a worker crashes or takes longer than `page_timeout`
+    seconds per page, the range is tried again page by page; the page at fault yields one record, whose `status` says
+    so. Only a few ranges per worker are submitted at a time, so the cost per range does not grow with their number.
     """
     if not ranges:
         return
@@ -44,7 +44,7 @@ def in_workers(
                 try:
                     yield pages, future.result()
                 except (ProcessExpired, TimeoutError) as error:
-                    stop.check()  # a stop sent to the whole process group ends the workers too: no fault of the page
+                    stop.check()  # a stop of the whole process group ends the workers, too; not the page's fault
                     if len(pages) > 1:
                         todo.extend(pages.pages())
                     else:

@@ -1,4 +1,4 @@
-"""What the benchmarks for cards write down: parts that are measured apart stay together, and paces are read right."""
+"""Rows of the benchmarks for GPUs: parts that are measured apart stay together, and speeds are computed correctly."""
 
 import json
 from pathlib import Path
@@ -35,13 +35,13 @@ def test_a_part_measured_again_replaces_its_own_rows_alone(results: Path) -> Non
     value = json.loads(results.read_text())
     assert (value["command"], value["notes"]) == ("again", ["a note"])
     write_rows("x", [{"part": "a", "n": 5}], "once more", by="part")
-    assert read(results)[0] == {**where, "part": "c", "n": 4}, "it keeps the day that it was measured on"
-    write_rows("x", [{"n": 1}], "all anew")
+    assert read(results)[0] == {**where, "part": "c", "n": 4}, "it keeps the day of its measurement"
+    write_rows("x", [{"n": 1}], "all again")
     assert read(results) == [{"n": 1}]
     assert "notes" not in json.loads(results.read_text())
 
 
-def test_what_was_never_run_is_a_row_too(results: Path) -> None:
+def test_a_setting_that_never_ran_is_a_row_too(results: Path) -> None:
     row = {"setting": "s", "not run": "2 GPUs, and 1 here"}
     write_rows("x", [row], "first", by="setting")
     write_rows("x", [row], "second", by="setting")

@@ -1,4 +1,4 @@
-"""One whole job through the real commands, shared by the tests that look at it."""
+"""One whole job through the real commands, which the tests share."""
 
 from collections.abc import Iterator
 from pathlib import Path

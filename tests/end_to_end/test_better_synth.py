@@ -20,7 +20,7 @@ from tests.conftest import MODELS, REPOSITORY, Lorry, need_model, snapshot
 Job = tuple[Lorry, tuple[str, ...]]
 RECORDS, TALKS, TEXTVQA, MMBENCH = 80, 48, 8, 4
 LOST = 4
-"""Records whose original is not there: one in twenty."""
+"""Records whose original is missing: one in twenty."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def samples(job: Job, split: str, source: str) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in rows if row["meta"]["source"] == source}
 
 
-def test_what_data_juicer_keeps_is_what_the_connector_learns(synth: Job) -> None:
+def test_the_connector_learns_the_records_that_data_juicer_keeps(synth: Job) -> None:
     operators = read_json(path(synth, "preprocess", "records", "operators.json"))
     assert operators[0]["read"] == RECORDS
     for one, following in pairwise(operators):
@@ -72,14 +72,14 @@ def test_what_data_juicer_keeps_is_what_the_connector_learns(synth: Job) -> None
     assert learnt["tuned samples"] == TALKS == len(samples(synth, "train", "finetune"))
 
 
-def test_the_adapter_stands_on_the_connector_that_was_trained(synth: Job) -> None:
+def test_the_adapter_is_trained_on_the_trained_connector(synth: Job) -> None:
     file = path(synth, "train", "connector", "connector.safetensors")
     manifest = read_json(path(synth, "train", "manifest.json"))
     assert manifest["connector"]["sha256"] == sha256_file(file)
     trained, base = load_file(file), load_file(MODELS / "tiny-llava" / "model.safetensors")
     assert trained and all("multi_modal_projector" in name for name in trained)
     ends = {name: next(value for other, value in base.items() if name.endswith(other)) for name in trained}
-    assert all(np.abs(trained[name] - ends[name]).max() > 0 for name in trained), "every part of it has moved"
+    assert all(np.abs(trained[name] - ends[name]).max() > 0 for name in trained), "every part of it has changed"
     adapter = load_file(path(synth, "train", "adapters", "tuned", "adapter_model.safetensors"))
     assert adapter and not any("projector" in name or "vision_tower" in name for name in adapter)
     rows = [row for row in read_jsonl(path(synth, "train", "metrics.jsonl")) if "loss" in row]
@@ -119,7 +119,7 @@ def test_no_picture_of_a_test_set_was_trained_on(synth: Job) -> None:
     assert all(path(synth, image).is_file() for images in shown.values() for image in images)
 
 
-def test_what_is_handed_in_is_whole(synth: Job) -> None:
+def test_submission_and_uploads_are_complete(synth: Job) -> None:
     lines = read_jsonl(path(synth, "infer", "submission", "tuned.jsonl"))
     assert len(lines) == TEXTVQA + MMBENCH
     wanted = [json.loads(line) for line in (synth[0].data / "better-synth" / "textvqa.jsonl").read_text().splitlines()]
@@ -130,7 +130,7 @@ def test_what_is_handed_in_is_whole(synth: Job) -> None:
     assert sheet.max_row == MMBENCH + 1
 
 
-def test_once_done_nothing_is_done_again(synth: Job) -> None:
+def test_a_second_run_does_nothing(synth: Job) -> None:
     lorry, options = synth
     before = snapshot(path(synth))
     finished = lorry("entrypoints.lorry", "run", *options)

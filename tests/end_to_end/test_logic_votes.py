@@ -1,5 +1,5 @@
 """Logic problems through the real commands with the real small model: three adapters of different mixes, their vote
-with a second round, a submission, the ledger; then another vote, for which nothing is asked again."""
+with a second round, a submission, the ledger; then another vote, which asks the model nothing."""
 
 import csv
 import io
@@ -59,11 +59,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     for folder in ("sources", "labels"):
         (data / folder).mkdir(parents=True)
     test = read_jsonl(DATA / "test.jsonl")[:8]
-    # in an order of their own; one has a number for its name, and one sub-question no second option
+    # in another order; one id is a number, and one sub-question has a single option
     asked = [{**test[0], "id": 77}, *reversed(test[1:])]
     asked[3] = {**asked[3], "questions": [{"question": "?", "options": ["only"]}, *asked[3]["questions"]]}
-    as_they_were = {one["id"] for one in test} - {test[0]["id"], asked[3]["id"]}
-    labels = [row for row in read_jsonl(DATA / "labels" / "guessed-a.jsonl") if row["id"] in as_they_were]
+    unchanged = {one["id"] for one in test} - {test[0]["id"], asked[3]["id"]}
+    labels = [row for row in read_jsonl(DATA / "labels" / "guessed-a.jsonl") if row["id"] in unchanged]
     write_jsonl(data / "test.jsonl", asked)
     write_jsonl(data / "train.jsonl", read_jsonl(DATA / "train.jsonl")[:30])
     write_jsonl(data / "sources" / "more.jsonl", read_jsonl(DATA / "sources" / "more.jsonl")[:12])
@@ -87,7 +87,7 @@ def test_every_mix_has_an_adapter_that_has_learnt_to_answer(job: Job) -> None:
     assert {row["meta"]["label_source"] for row in labelled} == {"guessed-a"}
 
 
-def test_the_vote_is_what_most_of_them_say(job: Job) -> None:
+def test_the_vote_is_the_majoritys_answer(job: Job) -> None:
     given, vote = {name: job.predictions(name) for name in ADAPTERS}, job.predictions("vote")
     tested = read_jsonl(job.path("preprocess", "samples", "test.jsonl"))
     assert set(vote) == {sample["id"] for sample in tested} and len(vote) >= 15
@@ -111,12 +111,12 @@ def test_the_submission_has_every_problem_in_the_order_of_the_file(job: Job) -> 
     for line, problem in zip(lines, job.asked, strict=True):
         places = [f"{problem['id']}/{index}" for index in range(len(problem["questions"]))]
         assert [one["answer"] for one in line["questions"]] == [vote.get(place) or "" for place in places]
-    assert lines[3]["questions"][0]["answer"] == "", "it could not be asked"
+    assert lines[3]["questions"][0]["answer"] == "", "it has no second option, so it is not asked"
 
 
 def test_the_ledger_shows_mix_adapter_score_and_part_in_the_vote(job: Job) -> None:
-    told = job.lorry("entrypoints.lorry", "ledger", "--format", "csv", "--sort", "adapter")
-    rows = {row["adapter"]: row for row in csv.DictReader(io.StringIO(told.output))}
+    shown = job.lorry("entrypoints.lorry", "ledger", "--format", "csv", "--sort", "adapter")
+    rows = {row["adapter"]: row for row in csv.DictReader(io.StringIO(shown.output))}
     assert list(rows) == ["base", "guessed", "more", "plain", "vote"]
     scores = read_json(job.path("eval", "scores.json"))
     for name, row in rows.items():
@@ -128,8 +128,8 @@ def test_the_ledger_shows_mix_adapter_score_and_part_in_the_vote(job: Job) -> No
 
 def test_another_vote_asks_nothing_again(job: Job) -> None:
     before = {name: job.path("infer", "predictions", f"{name}.jsonl").read_bytes() for name in ("base", *ADAPTERS)}
-    told = job.run("infer.vote.weights=validation", "infer.vote.second_round=false")
-    assert "train: up to date" in told
+    output = job.run("infer.vote.weights=validation", "infer.vote.second_round=false")
+    assert "train: up to date" in output
     held = read_json(job.path("infer", "manifest.json"))["vote"]
     assert held["weights"] == held["validation"] and held["second round"] == 0
     assert {name: job.path("infer", "predictions", f"{name}.jsonl").read_bytes() for name in before} == before

@@ -1,5 +1,5 @@
-"""Three data sets through the real commands with the real small model: an adapter for each but the last, which nothing
-can be learnt of."""
+"""Three data sets through the real commands with the real small model: an adapter for each but the last, whose samples
+are all too long."""
 
 import json
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield root / "runs" / "sets"
 
 
-def test_an_adapter_of_each_data_set_is_kept_and_has_learnt(job: Path) -> None:
+def test_each_data_set_has_an_adapter_that_has_learnt(job: Path) -> None:
     from safetensors.numpy import load_file
 
     adapters = job / "train" / "adapters"
@@ -55,7 +55,7 @@ def test_an_adapter_of_each_data_set_is_kept_and_has_learnt(job: Path) -> None:
             assert entry["training"]["final_loss"] < entry["training"]["initial_loss"] / 2
 
 
-def test_what_is_too_long_is_left_out_and_a_data_set_of_nothing_else_fails_alone(job: Path) -> None:
+def test_too_long_samples_are_skipped_and_a_data_set_of_nothing_else_fails_alone(job: Path) -> None:
     manifest = read_json(job / "train" / "manifest.json")
     long = {"what": "orders/long", "reason": "longer than train.max_length", "detail": "train, adapter orders"}
     assert long in manifest["skipped"]
@@ -74,17 +74,17 @@ def test_each_adapter_answers_its_own_questions_and_stops_by_itself(job: Path) -
     assert all(row["id"].startswith("novels/") and "max_length" in row["error"] for row in too_long)
 
 
-def test_the_report_has_scores_of_each_data_set_and_what_failed(job: Path) -> None:
-    report = read_json(job / "eval" / "summary.json")
-    harbour, novels, orders = report["dataset_results"]
-    assert "max_length" in novels["error"] and report["pipeline_info"]["failed_datasets"] == 1
+def test_the_summary_has_scores_of_each_data_set_and_the_failed_one(job: Path) -> None:
+    summary = read_json(job / "eval" / "summary.json")
+    harbour, novels, orders = summary["dataset_results"]
+    assert "max_length" in novels["error"] and summary["pipeline_info"]["failed_datasets"] == 1
     base = by_data_set(job, "base")
     for entry in (harbour, orders):
         evaluation = entry["evaluation"]
         assert (evaluation["eval_samples"], evaluation["failed"]) == (6, 0)
         assert evaluation["batch_size"] >= 1 and evaluation["evaluation_time"] > 0
         assert evaluation["metrics"]["f1"] >= base[entry["dataset_name"]]["f1"]["value"]
-    assert report["summary_statistics"]["avg_training_time"] > 0
+    assert summary["summary_statistics"]["avg_training_time"] > 0
 
 
 def by_data_set(job: Path, model: str) -> dict[str, Any]:

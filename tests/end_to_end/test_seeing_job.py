@@ -1,4 +1,4 @@
-"""The whole job of profile tiny-vlm: pages as pictures, GME's and Qwen2.5-VL's own architectures, all three passes."""
+"""The whole job of profile tiny-vlm: pages as pictures, the architectures of GME and Qwen2.5-VL, all three passes."""
 
 import json
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def path(job: Job, *parts: str) -> Path:
     return job[0].runs.joinpath("job", *parts)
 
 
-def test_pages_are_seen_and_searched(seeing: Job) -> None:
+def test_pages_are_embedded_as_pictures(seeing: Job) -> None:
     vectors = np.load(path(seeing, "preprocess", "vectors.npy"))
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(len(vectors)), abs=1e-3)
     manifest = read_json(path(seeing, "preprocess", "manifest.json"))
@@ -41,7 +41,7 @@ def test_pages_are_seen_and_searched(seeing: Job) -> None:
     )
 
 
-def test_rows_are_the_same_rule_in_training_and_test(seeing: Job) -> None:
+def test_training_samples_have_their_pictures_and_drawings_that_suffice_are_learnt_alone_too(seeing: Job) -> None:
     train = read_jsonl(path(seeing, "preprocess", "samples", "train.jsonl"))
     alone = [sample for sample in train if sample["id"].endswith("#alone")]
     assert alone, "the rule finds the drawing enough for some question"
@@ -55,7 +55,7 @@ def test_rows_are_the_same_rule_in_training_and_test(seeing: Job) -> None:
     assert twins < {sample["id"] for sample in train}, "both rows of such a question are learnt"
 
 
-def test_the_adapter_is_of_the_language_model_alone(seeing: Job) -> None:
+def test_the_adapter_adapts_only_the_language_model(seeing: Job) -> None:
     from safetensors.numpy import load_file
 
     weights = load_file(path(seeing, "train", "adapters", "tuned", "adapter_model.safetensors"))
@@ -85,14 +85,14 @@ def test_the_submission_has_the_originals_keys_and_a_line_for_each_question(seei
     assert all(isinstance(line["idx"], str) for line in lines)
 
 
-def test_scores_tell_retrieval_and_positions_apart(seeing: Job) -> None:
+def test_retrieval_and_positions_have_scores_of_their_own(seeing: Job) -> None:
     scores = json.loads(path(seeing, "eval", "scores.json").read_text())
     wanted = {"exact_match", "character_f1", "position_exact_match", "retrieval_recall", "recall@1", "recall@2"}
     assert wanted <= set(scores["tuned"])
 
 
 def test_merged_weights_answer_as_base_and_adapter_do(seeing: Job) -> None:
-    """In float32 the sums differ in their last digits only: a near tie may turn, no more."""
+    """In float32 only the last digits differ, so only a near tie may give another answer."""
     lorry, options = seeing
     before = {name: read_jsonl(path(seeing, "infer", "predictions", f"{name}.jsonl")) for name in ("base", "tuned")}
     finished = lorry("entrypoints.infer", *options, "--set", "infer.merged=true")

@@ -409,11 +409,23 @@ def test_gemma_gets_towers_and_a_connector(weights: Weights, folder: Path, tmp_p
         (
             lambda w: without(w, "model.vision_tower.vision_tower."),
             {},
-            ["missing: model.vision_tower.", "more", "is given with --clip"],
+            [
+                "missing: model.vision_tower.",
+                "more",
+                "; give CLIP's folder (openai/clip-vit-large-patch14-336) with --clip",
+            ],
         ),
-        (lambda w: without(w, "model.vision_tower_aux."), {}, ["missing", "is given with --convnext"]),
+        (
+            lambda w: without(w, "model.vision_tower_aux."),
+            {},
+            ["missing", "; give OpenCLIP's folder (CLIP-convnext_large_d_320) with --convnext"],
+        ),
         (lambda w: w | {"model.mm_projector.0.bias": torch.ones(5)}, {}, ["model.mm_projector.0.bias (5,) for (32,)"]),
-        (lambda w: w | {"lm_head.weight": torch.ones(300, 32)}, {}, ["lm_head.weight is not"]),
+        (
+            lambda w: w | {"lm_head.weight": torch.ones(300, 32)},
+            {},
+            ["lm_head.weight differs from model.embed_tokens.weight"],
+        ),
         (lambda w: w, {"model_type": "mgm_llama"}, ["model_type is 'mgm_llama'", "'mgm_gemma'"]),
         (lambda w: without(w, "model.mm_projector."), {}, ["4 missing: model.mm_projector.0.weight"]),
         (lambda w: w, {"image_grid": 2}, ["image_grid is 2"]),

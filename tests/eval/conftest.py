@@ -1,4 +1,4 @@
-"""A whole run folder up to eval, made by hand: every stage's files and manifests as the contract has them."""
+"""A whole run folder up to eval, made by hand: every stage's files and manifests by the contract."""
 
 import importlib.metadata
 from collections.abc import Callable
@@ -24,7 +24,7 @@ LOSSES = [
 
 
 def make_sample(number: int, **changes: Any) -> Sample:
-    """Question `number`; every third document is Chinese. `changes` go into `meta`, but for `references`."""
+    """Question `number`; every third document is Chinese. `changes` go into `meta`, except `references`."""
     document = number // 4 + 1
     chinese = document % 3 == 0
     group = f"CN{document:07}A.pdf" if chinese else f"US{document:07}A.pdf"
@@ -53,7 +53,7 @@ def make_samples() -> list[Sample]:
 
 
 def answer(sample: Sample, text: str) -> Prediction:
-    """A prediction that worked."""
+    """A prediction without an error."""
     return {**failed_prediction(sample["id"], ""), "answer": text, "text": text, "finish_reason": "stop", "error": None}
 
 

@@ -1,4 +1,4 @@
-"""What each component is worth: paired with everything, and told where nothing changes."""
+"""What each component is worth: paired with everything, and shown also if no answer changes."""
 
 import json
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from tests.eval.conftest import RECIPE, answer
 
 
 def with_ablations(run: Run, ablations: dict[str, list[Prediction]], answering: dict[str, Any]) -> Run:
-    """The run, as if infer had been told to ablate these components, too."""
+    """The run, as if infer had also ablated these components."""
     infer = run.recipe.infer.model_copy(update={"ablate": [*ablations, "adapter"]})
-    told = replace(run, recipe=run.recipe.model_copy(update={"infer": infer}))
+    ablated = replace(run, recipe=run.recipe.model_copy(update={"infer": infer}))
     for name, records in ablations.items():
         write_jsonl(run.path("infer", "ablations", f"{name}.jsonl"), records)  # type: ignore[arg-type]
     manifest = read_json(run.path("infer", "manifest.json"))
-    write_json(run.path("infer", "manifest.json"), manifest | {"answering": answering, "key": told.key("infer", {})})
-    return told
+    write_json(run.path("infer", "manifest.json"), manifest | {"answering": answering, "key": ablated.key("infer", {})})
+    return ablated
 
 
-def test_each_component_is_told_with_its_difference(
+def test_each_component_is_shown_with_its_difference(
     build: Callable[..., Run],
     samples: list[Sample],
     predictions: dict[str, list[Prediction]],
@@ -52,10 +52,10 @@ def test_each_component_is_told_with_its_difference(
     assert found["adapter"]["difference"]["exact_match"]["value"] == pytest.approx(base - tuned, abs=1e-3)
     assert found["adapter"]["figures"]["exact_match"] == scores["base"]["exact_match"]
     assert found["adapter"]["seconds"] == 0.5
-    assert set(scores) == {"base", "tuned"}, "an ablation is no model"
+    assert set(scores) == {"base", "tuned"}, "an ablation is not a model"
     shown = capfd.readouterr().err.splitlines()
     rows = {" ".join(words[:2]): words for words in (line.split() for line in shown) if words}
-    assert rows["seconds a"] == ["seconds", "a", "question", "0.5"]
+    assert rows["seconds per"] == ["seconds", "per", "question", "0.5"]
     style, refine = rows["without style"], rows["without refine"]
     assert style[2] == f"{found['style']['difference']['exact_match']['value']:+.1f}*" and style[-3:-1] == ["24", "0"]
     assert refine[2] == "+0.0" and refine[-2:] == ["none", "1"]
@@ -65,7 +65,7 @@ def test_each_component_is_told_with_its_difference(
     assert "base 0.5" in report
 
 
-def test_without_ablations_nothing_is_said_of_them(
+def test_without_ablations_the_report_has_no_section_on_them(
     build: Callable[..., Run], samples: list[Sample], predictions: dict[str, list[Prediction]]
 ) -> None:
     run = build(samples, predictions)
@@ -74,13 +74,13 @@ def test_without_ablations_nothing_is_said_of_them(
     assert "What each component" not in run.path("eval", "report.html").read_text()
 
 
-def test_leaving_out_the_adapter_is_told_though_infer_writes_nothing_new_for_it(
+def test_ablating_the_adapter_is_shown_although_infer_writes_no_file_for_it(
     build: Callable[..., Run], samples: list[Sample], predictions: dict[str, list[Prediction]]
 ) -> None:
     run = build(samples, predictions)
     assert run_stage(run, "eval", evaluation.work) == Exit.DONE
-    told = with_ablations(run, {}, {})
-    assert run_stage(told, "eval", evaluation.work) == Exit.DONE
+    ablated = with_ablations(run, {}, {})
+    assert run_stage(ablated, "eval", evaluation.work) == Exit.DONE
     assert list(json.loads(run.path("eval", "ablations.json").read_text())) == ["everything", "adapter"]
 
 

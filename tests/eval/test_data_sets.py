@@ -1,4 +1,4 @@
-"""Many data sets and adapters: each counts on what it was asked, training data are scored only aloud, and the vote."""
+"""Many data sets and adapters: each counts on the samples it was asked; scores of training data say so; the vote."""
 
 import re
 from collections.abc import Callable
@@ -69,13 +69,13 @@ def test_an_adapter_counts_on_its_own_data_sets_alone(build: Build, samples: lis
     assert counts == {"base": (12, 0, 100), "a": (4, 0, 100), "b": (8, 1, 0), "c": (12, 0, 100)}
 
 
-def test_what_it_was_asked_and_did_not_answer_has_failed(build: Build, samples: list[Sample]) -> None:
+def test_a_sample_that_was_asked_and_not_answered_has_failed(build: Build, samples: list[Sample]) -> None:
     predictions = {"base": right(samples), "a": right(samples, "first")[1:]}
     scores = evaluated(build(samples, predictions, pictures=False, recipe=recipe(OWN)))
     assert (scores["a"]["exact_match"]["n"], scores["a"]["exact_match"]["failed"]) == (4, 1)
 
 
-def test_where_all_answer_all_a_gap_has_failed(build: Build, samples: list[Sample]) -> None:
+def test_if_all_answer_all_a_missing_prediction_has_failed(build: Build, samples: list[Sample]) -> None:
     predictions = {"base": right(samples), "a": right(samples, "first")}
     scores = evaluated(build(samples, predictions, pictures=False, recipe=recipe()))
     assert (scores["a"]["exact_match"]["n"], scores["a"]["exact_match"]["failed"]) == (12, 8)
@@ -90,7 +90,7 @@ def test_differences_are_on_the_same_samples(build: Build, samples: list[Sample]
     assert (difference["value"], difference["low"], difference["high"]) == (100, 100, 100)
 
 
-def test_tables_have_its_own_n_and_groups(build: Build, samples: list[Sample], capfd: Any) -> None:
+def test_tables_show_each_adapters_own_n_and_groups(build: Build, samples: list[Sample], capfd: Any) -> None:
     predictions = {"base": right(samples), "a": right(samples, "first"), "b": right(samples, "second", "third")}
     run = build(samples, predictions, pictures=False, recipe=recipe(OWN))
     evaluated(run)
@@ -101,7 +101,7 @@ def test_tables_have_its_own_n_and_groups(build: Build, samples: list[Sample], c
     assert not re.search(r"\bnan\b", run.path("eval", "report.html").read_text(encoding="utf-8"))
 
 
-def test_an_adapter_without_a_test_question_of_its_own_is_no_trouble(build: Build, samples: list[Sample]) -> None:
+def test_an_adapter_without_a_test_question_of_its_own_has_no_scores(build: Build, samples: list[Sample]) -> None:
     kept = [sample for sample in samples if sample["meta"]["source"] != "first"]
     scores = evaluated(
         build(kept, {"base": right(kept), "a": [], "c": right(kept)}, pictures=False, recipe=recipe(OWN))
@@ -109,15 +109,15 @@ def test_an_adapter_without_a_test_question_of_its_own_is_no_trouble(build: Buil
     assert scores["a"] == {} and scores["c"]["exact_match"]["n"] == 8
 
 
-def test_the_data_sets_report_counts_each_on_its_own(build: Build, samples: list[Sample]) -> None:
+def test_the_summary_counts_each_data_set_on_its_own(build: Build, samples: list[Sample]) -> None:
     predictions = {"base": right(samples), "a": right(samples, "first")[1:], "b": right(samples, "second", "third")}
     run = build(samples, predictions, pictures=False, recipe=recipe(OWN))
     write_json(
         run.path("train", "manifest.json"), {**(run.manifest("train") or {}), "untrained": {"c": "it is cursed"}}
     )
     evaluated(run, answering={"a": {"samples": 4, "seconds": 2.5}})
-    report = read_json(run.path("eval", "summary.json"))
-    a, b, c = report["dataset_results"]
+    summary = read_json(run.path("eval", "summary.json"))
+    a, b, c = summary["dataset_results"]
     original = {"dataset_name", "evaluation_time", "eval_samples", "batch_size", "metrics", "generation_kwargs"}
     assert original <= set(a["evaluation"]) and {"exact_match", "f1"} <= set(a["evaluation"]["metrics"])
     found = {key: a["evaluation"][key] for key in ("dataset_name", "eval_samples", "failed", "evaluation_time")}
@@ -126,8 +126,8 @@ def test_the_data_sets_report_counts_each_on_its_own(build: Build, samples: list
     assert b["evaluation"]["dataset_name"] == "b", "a mix has the adapter's name"
     assert (b["evaluation"]["eval_samples"], b["evaluation"]["failed"]) == (8, 0)
     assert c["error"] == "it is cursed" and "evaluation" not in c
-    summary = report["summary_statistics"]
-    assert summary["avg_em_score"] == pytest.approx((75 + 100) / 2) and summary["failed_answers"] == 1
+    totals = summary["summary_statistics"]
+    assert totals["avg_em_score"] == pytest.approx((75 + 100) / 2) and totals["failed_answers"] == 1
 
 
 def with_ablation(run: Run, records: list[Prediction]) -> Run:
@@ -136,7 +136,7 @@ def with_ablation(run: Run, records: list[Prediction]) -> Run:
     return run
 
 
-def test_ablations_too_count_what_the_adapter_was_asked(build: Build, samples: list[Sample]) -> None:
+def test_ablations_count_the_samples_that_the_adapter_was_asked(build: Build, samples: list[Sample]) -> None:
     run = build(
         samples,
         {"base": right(samples), "a": right(samples, "first")},
@@ -151,22 +151,24 @@ def test_ablations_too_count_what_the_adapter_was_asked(build: Build, samples: l
         assert each["changed"] == 0
 
 
-def test_ablations_are_of_the_first_adapter_that_there_is(build: Build, samples: list[Sample], capfd: Any) -> None:
+def test_ablations_are_of_the_first_adapter_with_predictions(build: Build, samples: list[Sample], capfd: Any) -> None:
     predictions = {"base": right(samples), "vote": right(samples), "b": right(samples)}
     run = with_ablation(
         build(samples, predictions, pictures=False, recipe=recipe("infer.ablate=[style]")), right(samples)
     )
     evaluated(run)
     assert list(read_json(run.path("eval", "ablations.json"))) == ["everything", "style"]
-    assert "answered again by b without" in run.path("eval", "report.html").read_text(encoding="utf-8")
+    assert "b answered all questions again without each component in turn." in run.path(
+        "eval", "report.html"
+    ).read_text(encoding="utf-8")
     assert "without style" in capfd.readouterr().err
 
 
 # -- training data -------------------------------------------------------------------------------------------------
 
 
-def held(**changes: Any) -> dict[str, Any]:
-    """What infer's manifest says of a vote."""
+def vote_facts(**changes: Any) -> dict[str, Any]:
+    """A vote in infer's manifest."""
     weights = {"a": 1.0, "b": 1.0}
     known: dict[str, Any] = {"adapters": list(weights), "chosen": "all", "weights": weights, "validation": {"a": 0.5}}
     known |= {"best": "a", "decided by": {"majority": 11, "better voters": 1}, "second round": 0}
@@ -174,7 +176,7 @@ def held(**changes: Any) -> dict[str, Any]:
 
 
 def with_votes(run: Run, samples: list[Sample], split: tuple[int, ...] = (3,)) -> Run:
-    """votes.jsonl of two adapters that agree on all but some."""
+    """Write votes.jsonl of two adapters that agree on all samples but those of `split`."""
     rows = []
     for number, sample in enumerate(samples):
         given = sample["references"][0] if sample["references"] else "x"
@@ -190,10 +192,12 @@ def with_votes(run: Run, samples: list[Sample], split: tuple[int, ...] = (3,)) -
 def test_scores_of_training_data_say_so_in_every_table(build: Build, samples: list[Sample], capfd: Any) -> None:
     for sample in samples[:5]:
         sample["meta"]["trained_on"] = True
-    told = recipe("data.evaluate_on_training=true", "infer.ablate=[style]", "infer.vote={}")
+    settings = recipe("data.evaluate_on_training=true", "infer.ablate=[style]", "infer.vote={}")
     predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
-    run = with_votes(with_ablation(build(samples, predictions, recipe=told, pictures=False), right(samples)), samples)
-    evaluated(run, vote=held())
+    run = with_votes(
+        with_ablation(build(samples, predictions, recipe=settings, pictures=False), right(samples)), samples
+    )
+    evaluated(run, vote=vote_facts())
     manifest = run.manifest("eval") or {}
     assert manifest["counts"]["scored on training data"] == 5
     shown = " ".join(capfd.readouterr().err.split())
@@ -202,11 +206,11 @@ def test_scores_of_training_data_say_so_in_every_table(build: Build, samples: li
     report = run.path("eval", "report.html").read_text(encoding="utf-8")
     sections = [part for part in report.split("<section") if "<table" in part]
     silent = {re.findall(r"<h2>(.*?)</h2>", part)[0] for part in sections if ON_TRAINING_DATA not in part}
-    assert silent == {"Training loss", "How it was made"}, "no scores are in these"
+    assert silent == {"Training loss", "Stages"}, "these have no scores"
     assert read_json(run.path("eval", "summary.json"))["pipeline_info"]["evaluated_on_training_data"] is True
 
 
-def test_scores_of_held_out_data_say_nothing_of_it(build: Build, samples: list[Sample], capfd: Any) -> None:
+def test_scores_of_held_out_data_have_no_warning(build: Build, samples: list[Sample], capfd: Any) -> None:
     run = build(samples, {"base": right(samples)}, pictures=False, recipe=recipe())
     evaluated(run)
     assert "scored on training data" not in (run.manifest("eval") or {})["counts"]
@@ -218,72 +222,72 @@ def test_scores_of_held_out_data_say_nothing_of_it(build: Build, samples: list[S
 # -- the vote ------------------------------------------------------------------------------------------------------
 
 
-def test_the_vote_is_told_with_its_voters_and_over_the_best_of_them(build: Build, samples: list[Sample]) -> None:
+def test_the_vote_has_its_voters_and_its_difference_from_the_best_of_them(build: Build, samples: list[Sample]) -> None:
     samples[5]["references"] = []
     predictions = {"base": right(samples[:5]) + right(samples[6:]), "vote": [], "a": [], "b": []}
     wrong = [answer(s, "a lever" if n == 3 else (s["references"] or ["x"])[0]) for n, s in enumerate(samples)]
     good = [answer(s, (s["references"] or ["x"])[0]) for s in samples]
     predictions |= {"vote": good, "a": wrong, "b": wrong}
     run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples, split=(3, 5))
-    evaluated(run, vote=held(weights={"a": 1.0, "b": 0.5}))
-    told = read_json(run.path("eval", "vote.json"))
-    voters = {voter["name"]: voter for voter in told["voters"]}
-    assert [voter["mix"] for voter in told["voters"]] == ["first", "second, third#3", "all"]
+    evaluated(run, vote=vote_facts(weights={"a": 1.0, "b": 0.5}))
+    vote = read_json(run.path("eval", "vote.json"))
+    voters = {voter["name"]: voter for voter in vote["voters"]}
+    assert [voter["mix"] for voter in vote["voters"]] == ["first", "second, third#3", "all"]
     assert (voters["a"]["agreement"], voters["b"]["agreement"]) == (100.0, round(100 * 10 / 12, 4))
     assert (voters["a"]["validation"], voters["b"]["validation"]) == (50.0, None)
     assert (voters["b"]["weight"], voters["c"]["weight"], voters["c"]["agreement"]) == (0.5, None, None)
-    assert told["best"] == "a" and told["over_best"]["exact_match"]["value"] == round(100 / 11, 4)
-    assert [(row["id"], row["right"]) for row in told["disagreements"]] == sorted(
+    assert vote["best"] == "a" and vote["over_best"]["exact_match"]["value"] == round(100 / 11, 4)
+    assert [(row["id"], row["right"]) for row in vote["disagreements"]] == sorted(
         [(samples[3]["id"], True), (samples[5]["id"], None)]
     )
-    assert (told["agreement"], told["entropy"]) == (round(100 * 11 / 12, 4), round(2 / 12, 4))
+    assert (vote["agreement"], vote["entropy"]) == (round(100 * 11 / 12, 4), round(2 / 12, 4))
 
 
-def test_what_a_second_round_settled_is_still_a_disagreement(build: Build, samples: list[Sample]) -> None:
+def test_a_disagreement_that_a_second_round_settled_is_still_one(build: Build, samples: list[Sample]) -> None:
     predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
     run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples)
     rows = read_jsonl(run.path("infer", "votes.jsonl"))
     first = {name: rows[3][name] for name in ("votes", "answer", "by", "agreement", "entropy")}
     agreed = dict.fromkeys(first["votes"], rows[3]["answer"])
     rows[3] |= {"round": 2, "votes": agreed, "agreement": 1.0, "entropy": 0.0, "first_round": first}
-    # one voter alone gave an answer here, and nobody there
+    # here one voter gave an answer, there none
     rows[4] |= {"votes": {"a": rows[4]["answer"], "b": None}, "agreement": 0.5}
     rows[5] |= {"votes": {"a": None, "b": None}, "agreement": 0.0, "answer": None, "by": "nobody"}
     write_jsonl(run.path("infer", "votes.jsonl"), rows)
     add_outputs(run, "infer", "votes.jsonl")
-    evaluated(run, vote=held())
-    told = read_json(run.path("eval", "vote.json"))
-    assert {row["id"] for row in told["disagreements"]} == {samples[3]["id"], samples[4]["id"]}
-    (settled,) = [row for row in told["disagreements"] if row["round"] == 2]
-    assert settled["votes"] == first["votes"], "what they said by themselves"
-    assert (told["agreement"], told["entropy"]) == (round(100 * 10 / 12, 4), round(1 / 12, 4))
-    voters = {voter["name"]: voter for voter in told["voters"]}
-    assert voters["b"]["agreement"] == round(100 * 9 / 12, 4), "with what was decided in the end"
+    evaluated(run, vote=vote_facts())
+    vote = read_json(run.path("eval", "vote.json"))
+    assert {row["id"] for row in vote["disagreements"]} == {samples[3]["id"], samples[4]["id"]}
+    (settled,) = [row for row in vote["disagreements"] if row["round"] == 2]
+    assert settled["votes"] == first["votes"], "their own answers"
+    assert (vote["agreement"], vote["entropy"]) == (round(100 * 10 / 12, 4), round(1 / 12, 4))
+    voters = {voter["name"]: voter for voter in vote["voters"]}
+    assert voters["b"]["agreement"] == round(100 * 9 / 12, 4), "with the final decision"
 
 
-def test_without_validation_nobody_is_called_the_best_by_it(build: Build, samples: list[Sample], capfd: Any) -> None:
+def test_without_validation_no_voter_is_called_the_best_by_it(build: Build, samples: list[Sample], capfd: Any) -> None:
     predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
     run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples)
-    evaluated(run, vote=held(validation={}))
+    evaluated(run, vote=vote_facts(validation={}))
     shown = " ".join(capfd.readouterr().err.split())
-    for told in (shown, run.path("eval", "report.html").read_text(encoding="utf-8")):
-        assert "the best by validation" not in told
-        assert "a, the first by name, as nothing was validated:" in told
+    for text in (shown, run.path("eval", "report.html").read_text(encoding="utf-8")):
+        assert "the best by validation" not in text
+        assert "a, the first by name, as nothing was validated:" in text
 
 
-def test_another_way_to_vote_is_told_though_no_answer_changes(build: Build, samples: list[Sample]) -> None:
-    """The weights stand in infer's manifest, which no key is made of."""
+def test_other_weights_are_shown_although_no_answer_changes(build: Build, samples: list[Sample]) -> None:
+    """The weights are in infer's manifest, and no key covers that."""
     predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
     run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples)
-    evaluated(run, vote=held())
+    evaluated(run, vote=vote_facts())
     weighted = recipe("infer.vote={weights: validation}")
     other = Run(run.name, weighted, run.roots)
-    evaluated(other, vote=held(weights={"a": 0.5, "b": 0.25}), key=other.key("infer", {}))
+    evaluated(other, vote=vote_facts(weights={"a": 0.5, "b": 0.25}), key=other.key("infer", {}))
     weights = [voter["weight"] for voter in read_json(run.path("eval", "vote.json"))["voters"]]
     assert weights == [0.5, 0.25, None]
 
 
-def test_without_a_vote_there_is_no_report_of_one(build: Build, samples: list[Sample], tmp_path: Path) -> None:
+def test_without_a_vote_there_is_no_outcome_of_one(build: Build, samples: list[Sample], tmp_path: Path) -> None:
     run = build(samples, {"base": right(samples), "a": right(samples)}, pictures=False, recipe=recipe())
     evaluated(run)
     assert not run.path("eval", "vote.json").exists()

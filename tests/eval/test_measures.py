@@ -1,5 +1,4 @@
-"""What a task measures in units and what it draws, in eval's files and report: articulation's, whose data set is the
-demo."""
+"""Measures in units and drawings of a task in eval's files and report, with articulation's demo data."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ DEMO = REPOSITORY / "recipes" / "data" / "articulation"
 
 @pytest.fixture
 def run(build: Callable[..., Run]) -> Run:
-    """Base fails on every sample; the adapter is right on all but the first, of which it opens a joint inwards."""
+    """Base fails on every sample. The adapter is right on all but the first, where one joint opens inwards."""
     recipe = settle_recipe(
         load_recipe(REPOSITORY / "recipes" / "articulation.yaml", "tiny", ("eval.bootstrap=100", "eval.worst=2")),
         "articulation",
@@ -49,7 +48,7 @@ def html(run: Run) -> str:
     return run.path("eval", "report.html").read_text(encoding="utf-8")
 
 
-def test_measures_are_kept_and_shown_with_their_number(run: Run) -> None:
+def test_measures_are_written_and_shown_with_their_number(run: Run) -> None:
     assert run_stage(run, "eval", evaluation.work) == Exit.DONE
     found: dict[str, Any] = read_json(run.path("eval", "measures.json"))
     assert "measures.json" in read_json(run.path("eval", "manifest.json"))["outputs"]
@@ -69,15 +68,15 @@ def test_every_sample_is_drawn_once_the_worst_with_its_answer(run: Run) -> None:
     assert drawings == 8 and text.count("<article>") == 1
     first = text.split("<article>")[1].split("</article>")[0]
     assert "var(--loss, #b3261e)" in first and "0 missing, 0 extra" in first
-    assert "7 other samples, drawn" in text
+    assert "Drawings of 7 other samples: the expected answer, and next to it the answer of joints" in text
     assert "<no>" not in text
 
 
-def test_no_more_are_drawn_than_a_report_holds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_limits_its_drawings(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "MOST_DRAWN", 3)
     assert run_stage(run, "eval", evaluation.work) == Exit.DONE
     assert html(run).count('<figure class="drawing"><svg') == 4
-    assert "no report draws more than 3" in html(run)
+    assert "Drawings of 3 other samples (a report has at most 3)" in html(run)
 
 
 def test_a_task_without_units_and_drawings_has_neither(

@@ -1,4 +1,4 @@
-"""What the report shows, and what it must never hold."""
+"""What the report shows, and what it must never contain."""
 
 import base64
 import io
@@ -67,7 +67,7 @@ def test_it_shows_the_run(build: Build, samples: list[Sample], predictions: Pred
     assert "踏板支架" in text
 
 
-def test_it_needs_nothing_from_elsewhere(build: Build, samples: list[Sample], predictions: Predictions) -> None:
+def test_it_is_self_contained(build: Build, samples: list[Sample], predictions: Predictions) -> None:
     text = report_of(build(samples, predictions))
     page = Page(text)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -79,7 +79,7 @@ def test_it_needs_nothing_from_elsewhere(build: Build, samples: list[Sample], pr
     assert not re.search(r"url\((?!#)", text)
 
 
-def test_untrusted_text_stays_text(build: Build) -> None:
+def test_untrusted_text_is_escaped(build: Build) -> None:
     samples = [make_sample(0, question=ATTACK, kind=ATTACK, group=ATTACK, page_images=[f"{ATTACK}.jpg"], pages=[1])]
     samples[0]["id"] = ATTACK
     run = build(samples, {"base": [answer(samples[0], ATTACK)], "tuned": [answer(samples[0], ATTACK)]}, pictures=False)
@@ -99,7 +99,7 @@ def test_pictures_are_shrunk(build: Build, samples: list[Sample], predictions: P
         assert (picture.format, picture.width) == ("JPEG", 500)
 
 
-def test_pictures_that_are_no_pages_are_shown_without_numbers(build: Build) -> None:
+def test_pictures_that_are_not_pages_have_no_numbers(build: Build) -> None:
     image = "preprocess/pages/a.png"
     sample: Sample = {**make_sample(0, page_images=[image], evidence=[]), "images": [image]}
     del sample["meta"]["pages"]
@@ -128,7 +128,7 @@ def test_few_or_no_loss_points(
     assert shown in report_of(build(samples, predictions, losses=losses))
 
 
-def test_rungs_memory_and_speed_of_training_are_shown(
+def test_out_of_memory_steps_memory_and_speed_of_training_are_shown(
     build: Build, samples: list[Sample], predictions: Predictions
 ) -> None:
     run = build(samples, predictions)
@@ -143,7 +143,7 @@ def test_rungs_memory_and_speed_of_training_are_shown(
     assert run_stage(run, "eval", work, force=True) == Exit.DONE
     text = run.path("eval", "report.html").read_text(encoding="utf-8")
     Page(text)
-    assert "Memory ran out once" in text
+    assert "Memory ran out once" in text and "<th>Resumed with</th><th>Reason</th>" in text
     assert '<th scope="row">micro-batch 2</th><td>adapter tuned, in training after step 3: &lt;b&gt;</td>' in text
     assert '<td class="number">12,346</td><td class="number">3.5 GiB</td>' in text
 

@@ -18,8 +18,8 @@ from tests.eval.conftest import answer, make_sample
 RECIPE = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny")
 
 
-def test_a_failed_answer_scores_nothing_even_where_an_empty_one_would() -> None:
-    # SQuAD's exact match calls '' and 'the' equal: a failure read as an empty answer would be a point
+def test_a_failed_answer_scores_0_even_if_an_empty_one_would_score() -> None:
+    # SQuAD's exact match calls '' and 'the' equal: a failure taken as an empty answer would score
     sample = make_sample(0, references=["the"])
     failed: Prediction = failed_prediction(sample["id"], "out of memory")
     empty = answer(sample, "")
@@ -42,7 +42,7 @@ def test_a_record_with_neither_answer_nor_error_has_failed() -> None:
 
 def test_two_predictions_of_one_sample_are_refused() -> None:
     sample = make_sample(0)
-    with pytest.raises(DataError, match=r"base: two of sample 'US0000001A-q0'"):
+    with pytest.raises(DataError, match=r"base: two for sample 'US0000001A-q0'; run infer again"):
         score_models(patent_qa, RECIPE, [sample], {"base": [answer(sample, "a"), answer(sample, "b")]})
 
 
@@ -130,7 +130,7 @@ def timed(values: np.ndarray, groups: list[str]) -> float:
 
 
 def test_differences_are_paired() -> None:
-    # both models swing with the document, together: each interval is wide, that of the difference is nothing
+    # both models swing with the document, together: each interval is wide, that of the difference is zero
     samples = [make_sample(number, references=["x y"]) for number in range(40)]
     base = [answer(s, "x" if i // 4 % 2 else "q") for i, s in enumerate(samples)]
     scores = score_models(patent_qa, RECIPE, samples, {"base": base, "tuned": base})
@@ -144,7 +144,7 @@ def test_differences_are_paired() -> None:
 # -- worst -------------------------------------------------------------------------------------------------------
 
 
-def test_worst_first_failures_before_all_and_none_that_is_right() -> None:
+def test_worst_first_failures_before_all_and_no_right_answer() -> None:
     samples: list[Sample] = [make_sample(number, references=["abcd"]) for number in range(6)]
     answers = ["abcd", "abc", "q", "z", "ab"]
     predictions = [answer(sample, text) for sample, text in zip(samples, answers, strict=False)]

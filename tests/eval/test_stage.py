@@ -90,27 +90,30 @@ def test_by_group_adds_up(build: Build, samples: list[Sample], predictions: Pred
         assert total / whole["n"] == pytest.approx(whole["value"], abs=1e-3)
 
 
-def test_samples_without_references_are_counted_and_told(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
+def test_samples_without_references_are_counted_and_shown(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
     samples = [make_sample(0), make_sample(1, references=[])]
     run = build(samples, {"base": [answer(sample, "lever") for sample in samples]})
     assert run_stage(run, "eval", work) == Exit.DONE
     assert scores_of(run)["base"]["exact_match"]["n"] == 1
     assert run.manifest("eval")["counts"]["without references"] == 1  # type: ignore[index]
-    assert "1 of 2 test samples have no reference" in capfd.readouterr().err
+    assert "1 of 2 test samples have no reference and are not scored" in capfd.readouterr().err
     assert "1 of 2 test samples have no reference" in run.path("eval", "report.html").read_text(encoding="utf-8")
 
 
 def test_no_reference_at_all_is_an_error(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
     samples = [make_sample(0, references=[])]
     assert run_stage(build(samples, {"base": [answer(samples[0], "x")]}), "eval", work) == Exit.DATA
-    assert "none of 1 test samples has a reference" in capfd.readouterr().err
+    assert "none of 1 test samples has a reference; add answers to the test questions" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: {**p, "tuned": [*p["tuned"], {**p["tuned"][0], "id": "stranger"}]}, "'stranger' is no test sample"),
-        (lambda p: {**p, "tuned": [*p["tuned"], p["tuned"][0]]}, "two of sample 'US0000001A-q0'"),
+        (
+            lambda p: {**p, "tuned": [*p["tuned"], {**p["tuned"][0], "id": "stranger"}]},
+            "'stranger' is not a test sample; run infer again",
+        ),
+        (lambda p: {**p, "tuned": [*p["tuned"], p["tuned"][0]]}, "two for sample 'US0000001A-q0'; run infer again"),
         (lambda p: {"tuned": p["tuned"]}, "no base.jsonl"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Samples that belong together: scored one by one, counted once, with the least of their scores."""
+"""Samples that belong together: scored one by one, counted once, with the lowest of their scores."""
 
 import math
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def rotations(question: str, right: str, group: str = "one") -> list[Sample]:
 
 
 def answers(samples: list[Sample], given: str) -> list[Prediction]:
-    """`-` is a failure."""
+    """Predictions with these letters as answers; `-` is a failure."""
     return [
         failed_prediction(sample["id"], "no answer") if letter == "-" else answer(sample, letter)
         for sample, letter in zip(samples, given, strict=True)
@@ -120,7 +120,7 @@ def test_metrics_of_other_samples_stay_apart() -> None:
     assert np.isnan(table[:3, 1:]).all()
 
 
-def test_what_was_not_asked_counts_nowhere() -> None:
+def test_samples_that_were_not_asked_do_not_count() -> None:
     scores = score_models(
         TASK,
         RECIPE,
@@ -132,7 +132,7 @@ def test_what_was_not_asked_counts_nowhere() -> None:
     assert figures["tuned"]["letter"]["n"] == 1
 
 
-def test_samples_that_count_alone_are_the_same_scores() -> None:
+def test_if_every_sample_counts_alone_the_scores_stay_the_same() -> None:
     sample = make_sample(0)
     scores = score_models(patent_qa, RECIPE, [sample], {"base": [answer(sample, "x")]})
     assert scores.together == [sample["id"]]
@@ -142,7 +142,7 @@ def test_samples_that_count_alone_are_the_same_scores() -> None:
 # -- the stage -----------------------------------------------------------------------------------------------------
 
 
-def test_the_stage_counts_and_keeps_each_sample(
+def test_the_stage_counts_together_and_writes_each_sample(
     build: Build, samples: list[Sample], predictions: dict[str, list[Prediction]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patent_qa, "together", lambda sample: sample["meta"]["group"])
@@ -183,7 +183,7 @@ def test_uploads_are_outputs_of_every_model(
     assert run.path("eval", "uploads", "tuned", "all.txt").read_text(encoding="utf-8") == "24 24"
 
 
-def test_what_cannot_be_scored_can_be_uploaded(
+def test_without_references_there_are_still_uploads(
     build: Build,
     samples: list[Sample],
     predictions: dict[str, list[Prediction]],
@@ -198,6 +198,6 @@ def test_what_cannot_be_scored_can_be_uploaded(
     monkeypatch.setattr(patent_qa, "uploads", uploads)
     run = build([{**sample, "references": []} for sample in samples], predictions)
     assert run_stage(run, "eval", work) == Exit.DATA
-    assert f"what is to be uploaded is in {run.path('eval', 'uploads')}" in capfd.readouterr().err
+    assert f"files to upload are in {run.path('eval', 'uploads')}" in capfd.readouterr().err
     assert run.path("eval", "uploads", "base", "all.txt").is_file()
     assert run.manifest("eval") is None

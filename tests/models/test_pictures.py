@@ -1,4 +1,4 @@
-"""Pixel budgets: the sizes are those of the Qwen2-VL family's own rule."""
+"""Pixel budgets: sizes follow the Qwen2-VL family's own rule."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ sides = st.integers(1, 5000)
 
 
 @cache
-def the_familys_own() -> Callable[..., tuple[int, int]]:
+def own_rule() -> Callable[..., tuple[int, int]]:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     return smart_resize
@@ -33,13 +33,13 @@ def test_sizes_are_those_of_the_familys_processor(width: int, height: int, budge
     limit = min(budget or rules.max_pixels, rules.max_pixels)
     found = rules.size(width, height, budget)
     assert found[0] % 28 == found[1] % 28 == 0 and min(found) >= 28
-    if min(width, height) >= 28:  # below a patch the family's own rule is about to give a side of nothing
-        rows, columns = the_familys_own()(height, width, 28, rules.min_pixels, limit)
+    if min(width, height) >= 28:  # for sides below a patch the family's own rule returns 0
+        rows, columns = own_rule()(height, width, 28, rules.min_pixels, limit)
         assert found == (columns, rows)
         assert found[0] * found[1] <= limit or found[0] == 28 or found[1] == 28 or limit < rules.min_pixels
 
 
-def test_a_size_is_kept_once_it_has_been_given() -> None:
+def test_a_size_by_the_rule_stays_the_same_when_the_rule_is_applied_again() -> None:
     rules = PictureRules()
     once = rules.size(4960, 7016, 1_568_000)
     assert rules.size(*once, 1_568_000) == once
@@ -55,12 +55,12 @@ def test_a_picture_is_read_at_its_size(tmp_path: Path) -> None:
     assert (loaded.mode, loaded.size) == ("RGB", (picture.width, picture.height))
 
 
-def test_what_is_no_picture_is_told_in_a_line(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_picture_is_named_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     for name in ("torn.jpg", "gone.jpg"):
-        with pytest.raises(DataError, match=f"{name}: no picture .*run preprocess again"):
+        with pytest.raises(DataError, match=f"{name}: not a readable picture .*run preprocess again"):
             open_picture(tmp_path / name, PictureRules())
-        with pytest.raises(DataError, match=f"{name}: no picture"):
+        with pytest.raises(DataError, match=f"{name}: not a readable picture"):
             Picture(tmp_path / name, 28, 28).load()
 
 
@@ -69,7 +69,9 @@ def test_rules_come_from_the_models_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"preprocessor_config.json: cannot be read"):
         read_rules(tmp_path)
     path.write_text(json.dumps({"size": {"shortest_edge": 224}}))
-    with pytest.raises(UsageError, match="models of the Qwen2-VL family"):
+    with pytest.raises(
+        UsageError, match="no patch_size and merge_size; for pictures use a model of the Qwen2-VL family"
+    ):
         read_rules(tmp_path)
     patches = {"patch_size": 16, "merge_size": 2}  # Qwen3-VL's
     path.write_text(json.dumps({**patches, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}))

@@ -1,4 +1,4 @@
-"""What is read of a model folder without its weights."""
+"""A model's shape, read without its weights."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from tests.hardware.shapes import CONFIGS, make_shape, tensors, write_safetensor
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("Qwen2.5-0.5B", 494.0e6), ("Qwen2.5-7B", 7615.6e6)])
-def test_parameters_are_those_that_the_model_is_published_with(tmp_path: Path, name: str, parameters: float) -> None:
+def test_parameters_are_as_many_as_published(tmp_path: Path, name: str, parameters: float) -> None:
     shape = read_shape(make_shape(tmp_path, name))
     assert shape.parameters == pytest.approx(parameters, rel=1e-4)
     assert shape.disk_bytes == 2 * shape.parameters
 
 
-def test_linear_modules_are_found_and_embeddings_are_none(tmp_path: Path) -> None:
+def test_linear_modules_do_not_include_embeddings(tmp_path: Path) -> None:
     shape = read_shape(make_shape(tmp_path, "Qwen2.5-7B"))
     assert len(shape.linears) == 28 * 7 + 1
     assert shape.linears["model.layers.0.mlp.down_proj"] == (18944, 3584)
@@ -89,17 +89,17 @@ def _no_decoder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (_cut, "damaged: copy it again"),
-        (_no_header, "damaged: copy it again"),
-        (_pointer, "damaged: copy it again"),
-        (_empty, "damaged: copy it again"),
-        (_missing_part, "model-00002-of-00002.safetensors is not there"),
-        (_no_weights, "holds no \\*.safetensors"),
-        (_no_config, "config.json: cannot be read"),
-        (_no_decoder, "num_attention_heads"),
+        (_cut, r"damaged \(.*\); copy it again"),
+        (_no_header, r"damaged \(.*\); copy it again"),
+        (_pointer, r"damaged \(.*\); copy it again"),
+        (_empty, r"damaged \(.*\); copy it again"),
+        (_missing_part, "model-00002-of-00002.safetensors is missing, one of 2 files that .* names; copy it again"),
+        (_no_weights, "no \\*.safetensors; copy a whole Hugging Face model folder there"),
+        (_no_config, "config.json: cannot be read .*; copy a whole Hugging Face model folder there"),
+        (_no_decoder, "no usable 'num_attention_heads'; Lorry estimates memory only for decoders"),
     ],
 )
-def test_a_damaged_folder_is_told_in_one_line(tmp_path: Path, damage: object, says: str) -> None:
+def test_a_damaged_folder_is_named_in_one_line(tmp_path: Path, damage: object, says: str) -> None:
     damage(make_shape(tmp_path, "Qwen2.5-0.5B"))  # type: ignore[operator]
     with pytest.raises(UsageError, match=says) as caught:
         read_shape(tmp_path)

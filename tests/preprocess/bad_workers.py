@@ -1,4 +1,4 @@
-"""Stand-ins for what workers do that misbehave on some pages. Worker processes import them by name."""
+"""Stand-ins for workers' functions that misbehave on some pages. Worker processes import them by name."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from stages.preprocess.render import render_range as real_render_range
 
 
 def crash_on_page_2(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: int) -> list[dict[str, Any]]:
-    """As a segmentation fault in a library would: the process is gone, without an exception."""
+    """Like a segmentation fault in a library: the process ends without an exception."""
     if pages.document == "bad.pdf" and pages.first <= 1 < pages.last:
         os._exit(139)
     return real_render_range(pages, folder, max_pixels, jpeg_quality)
@@ -28,7 +28,7 @@ def hang_on_page_2(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality
 
 
 def note_worker(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: int) -> list[dict[str, Any]]:
-    """Leave the worker's process id and its peak memory in KiB beside the pictures."""
+    """Write the worker's process id and peak memory in KiB beside the pictures."""
     records = real_render_range(pages, folder, max_pixels, jpeg_quality)
     # not getrusage: its maximum survives the exec of a process that was forked from a large one
     status = Path("/proc/self/status").read_text()

@@ -1,4 +1,4 @@
-"""A stage in this process, for the parts that need one but no `run_stage` around it."""
+"""A stage in this process, for tests of parts that need one without `run_stage`."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -17,7 +17,8 @@ from tests.conftest import MODELS
 
 @pytest.fixture
 def new_stage(tmp_path: Path, recipe_file: Path) -> Iterator[Callable[..., Stage]]:
-    """Makes a preprocess stage of the minimal recipe with overrides; each call is a new start on one run folder."""
+    """Return a function that makes a preprocess stage of the minimal recipe with overrides; each call is a new start on
+    one run folder."""
     opened: list[Events] = []
 
     def make(*overrides: str) -> Stage:

@@ -1,4 +1,4 @@
-"""Which documents are held out."""
+"""Which documents and groups are held out."""
 
 from collections import Counter
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_two_documents_are_enough() -> None:
     assert sorted(splits.values()) == ["test", "train"]
 
 
-def test_no_validation_where_none_is_asked_for() -> None:
+def test_no_validation_without_a_validation_fraction() -> None:
     groups = {f"d{number}" for number in range(20)}
     splits = split_groups(groups, free(groups), Data(path="x", validation_fraction=0), 0)
     assert "validation" not in splits.values()
@@ -116,7 +116,7 @@ def question(name: str, document: str, split: str | None = None, source: str = "
 
 
 def splits_of(stage: Any, questions: list[Any], documents: dict[str, Path]) -> dict[str, str | None]:
-    groups = preprocess_stage._groups(stage, questions, documents)
+    groups = preprocess_stage._groups(questions, documents, stage.path(".hashes.json"))
     return split_questions(questions, groups, stage.run.recipe.data, stage.run.recipe.seed, stage.skip)
 
 
@@ -132,21 +132,21 @@ def test_every_data_set_is_split_by_itself() -> None:
         assert Counter(splits[f"{source}{n}"] for n in range(8)) == {"test": 2, "validation": 1, "train": 5}
 
 
-def test_a_data_set_that_cannot_be_split_is_left_out_and_told_where_others_can() -> None:
+def test_a_data_set_that_cannot_be_split_is_skipped_with_the_reason_if_others_can() -> None:
     many = [question(f"a{n}", f"a{n}", source="a") for n in range(8)]
     few = [question(f"b{n}", "same", source="b") for n in range(3)]
-    told: list[tuple[str, ...]] = []
+    skipped: list[tuple[str, ...]] = []
     groups = {each.id: each.group for each in (*many, *few)}
-    splits = split_questions([*many, *few], groups, Data(path="x"), 1, lambda *words: told.append(words))
+    splits = split_questions([*many, *few], groups, Data(path="x"), 1, lambda *words: skipped.append(words))
     assert set(splits) == {f"a{n}" for n in range(8)}
-    assert [words[:2] for words in told] == [(f"b{n}", "nothing of b can be held out") for n in range(3)]
+    assert [words[:2] for words in skipped] == [(f"b{n}", "nothing of b can be held out") for n in range(3)]
     with pytest.raises(DataError, match="both need at least one"):
         split(few)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_group_is_as_any_of_its_questions_says_in_whatever_order(order: tuple[int, int]) -> None:
-    """Where the data name training questions and no test question, there is nothing to score."""
+def test_one_question_with_a_given_split_sets_the_split_of_its_group_in_any_order(order: tuple[int, int]) -> None:
+    """If the data name training questions but no test question, there is nothing to score."""
     questions = [question(f"q{n}-{part}", f"g{n}", ("train", None)[part]) for n in range(8) for part in order]
     with pytest.raises(DataError, match="8 to train on and 0 to test on"):
         split(questions, validation_fraction=0.0)
@@ -169,7 +169,7 @@ def test_guessed_labels_are_only_trained_on_and_never_where_their_group_is_score
     assert {splits[f"more{n}"] for n in range(8)} == {"train"}
 
 
-def test_what_has_no_answer_is_asked_and_takes_no_part_in_the_split() -> None:
+def test_a_question_without_an_answer_is_only_asked_and_does_not_affect_the_split() -> None:
     questions = [question(f"q{n}", f"g{n}") for n in range(8)]
     asked = [question(f"asked{n}", f"a{n}", "asked", "test") for n in range(3)]
     splits = split([*questions, *asked])
@@ -177,8 +177,8 @@ def test_what_has_no_answer_is_asked_and_takes_no_part_in_the_split() -> None:
     assert splits | split(questions) == splits
 
 
-def test_scoring_what_was_trained_on_has_to_be_asked_for() -> None:
+def test_training_data_is_scored_only_with_evaluate_on_training() -> None:
     questions = [question(f"q{n}", f"g{n}") for n in range(4)]
-    with pytest.raises(DataError, match="evaluate_on_training"):
+    with pytest.raises(DataError, match=r"set data\.evaluate_on_training to score the training data"):
         split(questions, test_fraction=0.0)
     assert set(split(questions, evaluate_on_training=True).values()) == {"train", "validation"}

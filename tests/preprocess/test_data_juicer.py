@@ -1,4 +1,4 @@
-"""Records through Data-Juicer: what is kept, dropped, changed and skipped; killed and gone on with; on Ray the same."""
+"""Records through Data-Juicer: which are kept, dropped, changed and skipped; killed and resumed; the same on Ray."""
 
 import hashlib
 import importlib.util
@@ -33,7 +33,7 @@ SENTENCE = "a red bus waits beside the old station while people cross the wide s
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The home folder and the temporary one of these tests, to see what is left there."""
+    """The home and temporary folders of these tests, to check what is left there."""
     folder = tmp_path_factory.mktemp("h")
     (folder / "tmp").mkdir()
     before = {name: os.environ.get(name) for name in ("HOME", "XDG_CACHE_HOME")}
@@ -124,7 +124,7 @@ def made(tmp_path: Path) -> Made:
 
 @pytest.fixture
 def stage_of(home: Path) -> Iterator[Callable[..., Stage]]:
-    """Makes a preprocess stage; each call is a new start on the run folder of that name."""
+    """Return a function that makes a preprocess stage; each call is a new start on the run folder of that name."""
     opened: list[Events] = []
 
     def make(root: Path, name: str, operators: Any, models: Path | None = None, **settings: Any) -> Stage:
@@ -155,7 +155,7 @@ def counts(stage: Stage) -> dict[str, tuple[int, int, int, int]]:
     return {one["operator"]: (one["read"], one["kept"], one["dropped"], one["changed"]) for one in done}
 
 
-# -- what is kept and what is not ----------------------------------------------------------------------------------
+# -- which records are kept ----------------------------------------------------------------------------------------
 
 
 def test_every_operator_drops_its_record_and_ray_does_the_same(
@@ -206,7 +206,7 @@ def test_records_stay_together_with_their_ids_in_any_chunk() -> None:
         made = [{**some[2], "text": "new"}, dict(some[2]), dict(some[0])]
         return [*made, {**some[0], "text": "second"}, {**some[0], "text": "third"}]
 
-    head, *out = worker._chunk(5, rows, backwards_and_twice)
+    head, *out = worker._process_chunk(5, rows, backwards_and_twice)
     assert [(one["id"], one["text"], one.get("original_id")) for one in out] == [
         ("a", "a", None),
         ("a+5.1", "second", "a"),
@@ -220,7 +220,7 @@ def test_records_stay_together_with_their_ids_in_any_chunk() -> None:
 
 def test_an_added_record_may_have_others_added() -> None:
     first = [{"id": "a", "text": "x", "images": []}, {"id": "a+2.1", "text": "y", "images": [], "original_id": "a"}]
-    _, *out = worker._chunk(3, first, lambda rows, _: [dict(row) for row in rows for _ in range(2)])
+    _, *out = worker._process_chunk(3, first, lambda rows, _: [dict(row) for row in rows for _ in range(2)])
     assert [(one["id"], one.get("original_id")) for one in out] == [
         ("a", None),
         ("a+3.1", "a"),
@@ -229,7 +229,7 @@ def test_an_added_record_may_have_others_added() -> None:
     ]
 
 
-def test_one_record_that_an_operator_cannot_do_costs_no_other() -> None:
+def test_a_record_on_which_an_operator_fails_costs_no_other() -> None:
     asked: list[int] = []
 
     def fails_on_b(rows: list[worker.Row]) -> list[worker.Row]:
@@ -240,13 +240,13 @@ def test_one_record_that_an_operator_cannot_do_costs_no_other() -> None:
 
     problems: list[worker.Row] = []
     rows = [{"id": str(number), "text": "", "images": []} for number in range(8)]
-    done = worker._Patient(fails_on_b, "some_mapper")(rows, problems)
+    done = worker._Bisecting(fails_on_b, "some_mapper")(rows, problems)
     assert [row["id"] for row in done] == ["0", "1", "2", "3", "4", "6", "7"]
     assert problems == [{"id": "5", "reason": "some_mapper failed", "detail": "ValueError: no such luck"}]
     assert asked == [8, 4, 4, 2, 1, 1, 2]
 
 
-def test_an_operator_that_can_do_none_is_given_up() -> None:
+def test_an_operator_that_fails_on_all_is_given_up() -> None:
     tried: list[int] = []
 
     def fails(rows: list[worker.Row]) -> list[worker.Row]:
@@ -255,36 +255,42 @@ def test_an_operator_that_can_do_none_is_given_up() -> None:
 
     rows = [{"id": str(number), "text": "", "images": []} for number in range(1000)]
     with pytest.raises(DataError, match="some_mapper fails on every record: RuntimeError: no kernel"):
-        worker._Patient(fails, "some_mapper")(rows, [])
-    assert tried.count(1) == worker.HOPELESS
+        worker._Bisecting(fails, "some_mapper")(rows, [])
+    assert tried.count(1) == worker.FAILURES_BEFORE_GIVING_UP
 
 
 def test_no_record_left_is_an_error(made: Made, stage_of: Callable[..., Stage]) -> None:
     stage = stage_of(made.root, "none", [{"text_length_filter": {"min_len": 5000}}])
-    with pytest.raises(DataError, match="Data-Juicer kept none of 14 records"):
+    with pytest.raises(DataError, match=r"Data-Juicer kept none of 14 records; see .*/operators.json for the operator"):
         process(stage, made.file)
     write(made.folder, ["[]", ""])
-    with pytest.raises(DataError, match="no record in it that can be used"):
+    with pytest.raises(DataError, match="no usable record; a record has `id`, `text` and `images`"):
         process(stage_of(made.root, "empty", made.OPERATORS), made.file)
 
 
-# -- what is refused before any work -------------------------------------------------------------------------------
+# -- refused before any work ---------------------------------------------------------------------------------------
 
 
 REFUSED = {
-    "image_captioning_mapper": ({}, "say where its weights are: hf_img2seq, a folder relative to the model mount"),
+    "image_captioning_mapper": ({}, "no hf_img2seq; set it to the folder of the weights, relative to the model mount"),
     "text_length_filter": ({"min_length": 3}, "Unknown parameter 'min_length' (did you mean: min_len?)"),
     "alphanumeric_filter": ({"min_ratio": "high"}, "Parameter 'min_ratio' expects type 'float', got 'str'"),
-    "stopwords_filter": ({}, "say where its words are: stopwords_dir, a folder relative to data.path with"),
-    "extract_keyword_mapper": ({}, "it asks a model over the network, which no stage does"),
-    "nlpaug_en_mapper": ({"swap_random_word": True}, "it needs the package nlpaug, which is not installed; nothing is"),
-    "image_tagging_mapper": ({}, "it needs the package ram @ git+https://github.com/cmgzn/recognize-anything"),
-    "ray_bts_minhash_deduplicator": ({}, "runs with `executor: ray` only"),
-    "key_value_grouper": ({}, "not an operator from records to records"),
+    "stopwords_filter": ({}, "no stopwords_dir; set it to a folder, relative to data.path, with stopwords.json"),
+    "extract_keyword_mapper": ({}, "asks a model over the network, and no stage uses the network; remove it"),
+    "nlpaug_en_mapper": (
+        {"swap_random_word": True},
+        "needs the package nlpaug, which is not installed; Lorry installs nothing at run time",
+    ),
+    "image_tagging_mapper": ({}, "needs the package ram @ git+https://github.com/cmgzn/recognize-anything"),
+    "ray_bts_minhash_deduplicator": ({}, "runs only with `executor: ray`; set that, or remove it"),
+    "key_value_grouper": (
+        {},
+        "does not turn records into records; use a mapper, filter, deduplicator or selector",
+    ),
 }
 
 
-def test_an_operator_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+def test_an_operator_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     script = """
 import json, sys
 from stages.preprocess import data_juicer_worker as worker
@@ -305,44 +311,47 @@ for name, given in json.loads(sys.argv[1]):
         text=True,
         check=True,
     ).stdout.splitlines()
-    for (name, (_, told)), line in zip(REFUSED.items(), out, strict=True):
+    for (name, (_, message)), line in zip(REFUSED.items(), out, strict=True):
         assert line.startswith(f"preprocess.data_juicer.process[0].{name}: ")
-        assert told in line
+        assert message in line
 
 
-def test_an_operator_that_there_is_not_is_told_before_any_work(made: Made, stage_of: Callable[..., Stage]) -> None:
+def test_an_unknown_operator_is_refused_before_any_work(made: Made, stage_of: Callable[..., Stage]) -> None:
     stage = stage_of(made.root, "wrong", [made.OPERATORS[0], {"text_lenght_filter": {}}])
-    told = r"process\[1\]: Data-Juicer has no operator 'text_lenght_filter'; did you mean text_length_filter"
-    with pytest.raises(UsageError, match=told):
+    message = r"process\[1\]: Data-Juicer has no operator 'text_lenght_filter'; did you mean text_length_filter"
+    with pytest.raises(UsageError, match=message):
         process(stage, made.file)
     assert not list(stage.path("records", "work").glob("0*"))
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "message"),
     [
         ({"image_text_similarity_filter": {"hf_clip": "nowhere"}}, "nowhere: no such model folder"),
-        ({"flagged_words_filter": {"flagged_words_dir": "images"}}, "images: no flagged_words.json in it"),
+        (
+            {"flagged_words_filter": {"flagged_words_dir": "images"}},
+            "images: no flagged_words.json; put one there, with a list of words per language",
+        ),
     ],
 )
-def test_folders_that_are_missing_are_told(
-    entry: dict[str, Any], told: str, made: Made, stage_of: Callable[..., Stage]
+def test_missing_folders_are_refused(
+    entry: dict[str, Any], message: str, made: Made, stage_of: Callable[..., Stage]
 ) -> None:
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         process(stage_of(made.root, "missing", [entry]), made.file)
 
 
-def test_without_data_juicer_it_is_said_how_to_get_it(
+def test_without_data_juicer_the_message_says_how_to_install_it(
     made: Made, stage_of: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = stage_of(made.root, "none", made.OPERATORS, executor="ray")
     find = importlib.util.find_spec
     gone = "ray"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == gone else find(name))
-    with pytest.raises(UsageError, match="Ray, for `executor: ray`, is not installed here: `make setup`"):
+    with pytest.raises(UsageError, match="Ray, for `executor: ray`, is not installed; run `make setup`"):
         process(stage, made.file)
     gone = "data_juicer"
-    with pytest.raises(UsageError, match="Data-Juicer is not installed here: `make setup`"):
+    with pytest.raises(UsageError, match="Data-Juicer is not installed; run `make setup`"):
         process(stage, made.file)
 
 
@@ -475,7 +484,7 @@ def test_similarity_is_clips_and_a_threshold_drops_by_it(
     assert kept == [f"r{number}" for number, score in enumerate(scores) if score >= middle]
 
 
-# -- stopped, killed, gone on with ---------------------------------------------------------------------------------
+# -- stopped, killed, resumed --------------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys
@@ -496,7 +505,7 @@ def started(root: Path, name: str) -> "subprocess.Popen[bytes]":
 
 
 def worker_of(work: Path) -> set[int]:
-    """The living processes whose command line names the job in this folder."""
+    """Ids of the processes whose command line names the job in this folder."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -531,7 +540,7 @@ def test_a_kill_costs_a_chunk_and_changes_nothing(made: Made, stage_of: Callable
 
     child = started(made.root, "killed")
     wait_for((work / "04.json").exists)
-    assert {name: (work / name).stat().st_mtime_ns for name in done} == done, "what was done is not done again"
+    assert {name: (work / name).stat().st_mtime_ns for name in done} == done, "finished operators do not run again"
     child.send_signal(signal.SIGTERM)
     assert child.wait() == 75
     wait_for(lambda: not worker_of(work), 10)

@@ -71,7 +71,7 @@ def test_every_name_gets_pictures_of_its_own(new_stage: NewStage, folder: Path) 
     assert stage.counts["documents"] == stage.counts["pages"] == len(NAMES)
 
 
-def test_a_picture_folder_is_one_folder_whatever_the_documents_name() -> None:
+def test_a_picture_folder_is_a_single_folder_for_any_document_name() -> None:
     names = ["../x.pdf", "/etc/passwd", "a/b.pdf", "..", "\n", "CON", "", "…"]
     folders = {picture_folder(name) for name in names}
     assert len(folders) == len(names)
@@ -80,7 +80,7 @@ def test_a_picture_folder_is_one_folder_whatever_the_documents_name() -> None:
         assert name not in (".", "..")
 
 
-def test_a_name_that_is_no_utf8_is_skipped_with_advice_and_the_others_are_not(
+def test_a_name_that_is_not_utf8_is_skipped_with_advice_and_the_others_are_not(
     new_stage: NewStage, folder: Path
 ) -> None:
     """Chinese names out of old zip archives are GBK."""
@@ -88,7 +88,7 @@ def test_a_name_that_is_no_utf8_is_skipped_with_advice_and_the_others_are_not(
     (folder / os.fsdecode("专利.pdf".encode("gbk"))).write_bytes((folder / "a.pdf").read_bytes())
     stage = new_stage()
     assert [page["document"] for page in render(stage, folder)] == ["a.pdf"]
-    assert [s["detail"] for s in stage.skipped] == ["its name is not UTF-8, which MuPDF cannot open: rename it"]
+    assert [s["detail"] for s in stage.skipped] == ["its name is not UTF-8, so MuPDF cannot open it; rename it"]
     json.dumps(stage.skipped, ensure_ascii=False).encode()
 
 
@@ -109,17 +109,17 @@ def test_bad_files_are_skipped_by_name_and_the_others_are_rendered(new_stage: Ne
     (folder / "garbage.pdf").write_bytes(b"%PDF-1.7\n" + random.Random(1).randbytes(3000))
     stage = new_stage()
     assert [(page["document"], page["page"]) for page in render(stage, folder)] == [("good.pdf", 1), ("good.pdf", 3)]
-    told = reasons(stage)
-    assert set(told) == {"locked.pdf", "empty.pdf", "cut.pdf", "notes.txt", "garbage.pdf", "good.pdf page 2"}
-    assert told["locked.pdf"] == "unreadable document: encrypted: needs a password"
-    assert told["empty.pdf"] == "unreadable document: empty file"
-    assert told["notes.txt"] == "unreadable document: not a PDF"
-    assert told["cut.pdf"].startswith("unreadable document: damaged PDF")
-    assert told["good.pdf page 2"] == "blank page: "
+    why = reasons(stage)
+    assert set(why) == {"locked.pdf", "empty.pdf", "cut.pdf", "notes.txt", "garbage.pdf", "good.pdf page 2"}
+    assert why["locked.pdf"] == "unreadable document: encrypted: needs a password"
+    assert why["empty.pdf"] == "unreadable document: empty file"
+    assert why["notes.txt"] == "unreadable document: not a PDF"
+    assert why["cut.pdf"].startswith("unreadable document: damaged PDF")
+    assert why["good.pdf page 2"] == "blank page: "
     assert (stage.counts["documents"], stage.counts["pages"]) == (1, 3)
 
 
-def test_nothing_readable_is_an_error(new_stage: NewStage, folder: Path) -> None:
+def test_no_readable_document_is_an_error(new_stage: NewStage, folder: Path) -> None:
     (folder / "empty.pdf").write_bytes(b"")
     make_pdf(folder / "blank.pdf", ["", ""])
     with pytest.raises(DataError, match="no document has a readable page"):
@@ -167,7 +167,7 @@ def test_2000_pages_are_shared_among_the_workers_in_little_memory(
     by_worker = {worker: sum(w == worker for w, *_ in noted) for worker, *_ in noted}
     assert len(noted) == 2000 / RANGE
     assert len(by_worker) == 2
-    assert min(by_worker.values()) > len(noted) / 5, "one long document must not be one worker's"
+    assert min(by_worker.values()) > len(noted) / 5, "both workers share one long document"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
     assert max(int(peak) for *_, peak in noted) < 400 * 1024
 
@@ -193,7 +193,7 @@ def test_a_page_that_kills_its_worker_costs_that_page(
     assert stage.counts["failed pages"] == 1
 
 
-def test_a_worker_ended_by_a_stop_of_the_whole_group_is_no_bad_page(
+def test_a_worker_ended_by_a_stop_of_the_whole_group_does_not_make_its_page_bad(
     new_stage: NewStage, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A terminal's or a batch system's stop reaches the workers as well as the stage."""
@@ -248,11 +248,11 @@ def test_an_unchanged_start_renders_nothing_and_writes_the_same_table(new_stage:
     assert render(second, folder) == records
     assert pictures(second) == before
     assert second.path("pages.parquet").read_bytes() == table
-    assert second.skipped == first.skipped, "what was skipped is told again"
+    assert second.skipped == first.skipped, "skipped pages are listed again"
     assert second.counts == first.counts
 
 
-def test_a_document_taken_away_leaves_no_picture(new_stage: NewStage, folder: Path) -> None:
+def test_a_removed_document_leaves_no_picture(new_stage: NewStage, folder: Path) -> None:
     for name in ("a.pdf", "b.pdf"):
         make_pdf(folder / name, [name])
     render(new_stage(), folder)
@@ -272,7 +272,7 @@ def test_a_shorter_document_leaves_no_picture_of_its_old_pages(new_stage: NewSta
 
 
 @pytest.mark.parametrize("override", ["preprocess.pages.max_pixels=25088", "preprocess.pages.jpeg_quality=50"])
-def test_another_look_is_rendered_anew(new_stage: NewStage, folder: Path, override: str) -> None:
+def test_other_page_settings_render_again(new_stage: NewStage, folder: Path, override: str) -> None:
     make_pdf(folder / "a.pdf", ["one"])
     before = render(new_stage(), folder)
     after = render(new_stage(override), folder)
@@ -280,7 +280,7 @@ def test_another_look_is_rendered_anew(new_stage: NewStage, folder: Path, overri
 
 
 @pytest.mark.parametrize("damage", ["changed", "deleted"])
-def test_a_picture_that_was_touched_is_rendered_again(new_stage: NewStage, folder: Path, damage: str) -> None:
+def test_a_changed_or_deleted_picture_is_rendered_again(new_stage: NewStage, folder: Path, damage: str) -> None:
     make_pdf(folder / "a.pdf", ["one"])
     stage = new_stage()
     picture = stage.run.folder / render(stage, folder)[0]["image"]

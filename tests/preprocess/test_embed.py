@@ -1,4 +1,4 @@
-"""Vectors of pages and questions: kept batch by batch, the same in shards and over several processes."""
+"""Vectors of pages and questions: saved batch by batch, the same in shards and over several processes."""
 
 import functools
 import multiprocessing
@@ -24,18 +24,18 @@ from stages.preprocess.documents import document_ids, render_documents
 from stages.preprocess.embed import Embedder, Piece
 from tests.conftest import Lorry, need_model
 
-SEEING = (
+PICTURES = (
     *("preprocess.retrieval.embedder=tiny-gme", "preprocess.retrieval.batch_size=2"),
     "preprocess.retrieval.max_pixels=31360",
 )
-READING = ("preprocess.retrieval.batch_size=2",)
+TEXTS = ("preprocess.retrieval.batch_size=2",)
 
 REAL = embed._Model.__init__
 
 
 @pytest.fixture
 def run(lorry: Lorry, recipe_file: Path) -> Callable[..., Run]:
-    """A run of the minimal recipe with overrides, which leave its name alone."""
+    """Return a function that makes a run of the minimal recipe with overrides, always with the same name."""
 
     def make(*overrides: str) -> Run:
         roots = Roots(lorry.data, lorry.models, lorry.runs)
@@ -44,9 +44,9 @@ def run(lorry: Lorry, recipe_file: Path) -> Callable[..., Run]:
     return make
 
 
-@pytest.fixture(params=[SEEING, READING], ids=["sees", "reads"])
+@pytest.fixture(params=[PICTURES, TEXTS], ids=["pictures", "texts"])
 def few_pages(request: Any, run: Callable[..., Run], few: Path) -> Run:
-    """Four documents of three pages, for either kind of embedder."""
+    """A run on four documents of three pages, for both kinds of embedder."""
     need_model("tiny-gme")
     need_model("all-MiniLM-L6-v2")
     return run(*request.param)
@@ -54,12 +54,12 @@ def few_pages(request: Any, run: Callable[..., Run], few: Path) -> Run:
 
 @pytest.fixture(autouse=True)
 def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every start of these tests finds its embedder loaded; processes of their own still load theirs."""
-    monkeypatch.setattr(embed._Model, "__init__", lambda model, *what: vars(model).update(vars(loaded(*what))))
+    """Load each embedder once in this process; child processes still load their own."""
+    monkeypatch.setattr(embed._Model, "__init__", lambda model, *what: vars(model).update(vars(load(*what))))
 
 
 @functools.cache
-def loaded(*what: Any) -> Any:
+def load(*what: Any) -> Any:
     model = object.__new__(embed._Model)
     REAL(model, *what)
     return model
@@ -67,21 +67,21 @@ def loaded(*what: Any) -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many items each piece had that was really embedded."""
+    """The number of items of each piece that was embedded."""
     counted: list[int] = []
-    real = embed._Model.keep
+    real = embed._Model.embed
 
     def counting(model: Any, pieces: list[Piece]) -> Iterator[Piece]:
         for piece in real(model, pieces):
             counted.append(len(piece.items))
             yield piece
 
-    monkeypatch.setattr(embed._Model, "keep", counting)
+    monkeypatch.setattr(embed._Model, "embed", counting)
     yield counted
 
 
-def embedded(run: Run, part: Shard | None = None, **options: Any) -> Any:
-    """Render and embed; the pages' vectors, or those kept in the cache by a shard."""
+def embed_all(run: Run, part: Shard | None = None, **options: Any) -> Any:
+    """Render and embed. Returns the vectors of questions and pages, and the content of every piece's file."""
     found: dict[str, Any] = {}
 
     def work(stage: Stage) -> None:
@@ -89,8 +89,8 @@ def embedded(run: Run, part: Shard | None = None, **options: Any) -> Any:
         mine = {name: path for n, (name, path) in enumerate(documents.items()) if stage.has(n)}
         pages = render_documents(stage, mine)
         embedder = Embedder(stage, **options)
-        embedder.pages(pages)
-        found["questions"] = embedder.questions([["a question", "", "another"], ["a third"]])
+        embedder.embed_pages(pages)
+        found["questions"] = embedder.embed_questions([["a question", "", "another"], ["a third"]])
         if stage.shard is None:
             found["pages"] = np.array(embedder.write_pages(pages, stage.path("vectors.npy")))
         embedder.close()
@@ -100,72 +100,70 @@ def embedded(run: Run, part: Shard | None = None, **options: Any) -> Any:
     return found
 
 
-def test_vectors_have_length_one_and_an_empty_text_none(few_pages: Run) -> None:
-    found = embedded(few_pages)
+def test_vectors_have_length_one_and_that_of_an_empty_text_is_zero(few_pages: Run) -> None:
+    found = embed_all(few_pages)
     assert found["pages"].shape[0] == 12 and found["pages"].dtype == np.float32
     assert np.linalg.norm(found["pages"], axis=1) == pytest.approx(np.ones(12), abs=1e-3)
     assert np.linalg.norm(found["questions"], axis=1) == pytest.approx([1, 0, 1, 1], abs=1e-3)
 
 
 def test_a_restart_embeds_only_what_is_missing(few_pages: Run, calls: list[int]) -> None:
-    whole = embedded(few_pages)
+    whole = embed_all(few_pages)
     assert sum(calls) == 12 + 4 and max(calls) == 2, "pieces are batches, formed inside a document"
     calls.clear()
     kept = sorted(few_pages.path("preprocess", "cache", "vectors").iterdir())
     kept[0].unlink()
     few_pages.path("preprocess", "manifest.json").unlink()
-    again = embedded(few_pages)
+    again = embed_all(few_pages)
     assert len(calls) == 1, "a kill loses one batch at most"
     assert np.array_equal(again["pages"], whole["pages"])
     assert again["pieces"] == whole["pieces"]
 
 
-def test_shards_make_the_very_bytes_of_the_whole(few_pages: Run) -> None:
-    parts = [embedded(few_pages, Shard(n, 3))["pieces"] for n in range(3)]
-    whole = embedded(few_pages)["pieces"]
+def test_shards_make_the_same_bytes_as_one_run(few_pages: Run) -> None:
+    parts = [embed_all(few_pages, Shard(n, 3))["pieces"] for n in range(3)]
+    whole = embed_all(few_pages)["pieces"]
     assert whole == {**parts[0], **parts[1], **parts[2]}
 
 
-def test_two_processes_make_the_very_bytes_of_one(run: Callable[..., Run], few: Path) -> None:
+def test_two_processes_make_the_same_bytes_as_one(run: Callable[..., Run], few: Path) -> None:
     need_model("tiny-gme")
-    seeing = run(*SEEING)
-    together = embedded(seeing, devices=["cpu", "cpu"])
-    seeing.path("preprocess", "manifest.json").unlink()
-    for path in seeing.path("preprocess", "cache", "vectors").iterdir():
+    pictures = run(*PICTURES)
+    together = embed_all(pictures, devices=["cpu", "cpu"])
+    pictures.path("preprocess", "manifest.json").unlink()
+    for path in pictures.path("preprocess", "cache", "vectors").iterdir():
         path.unlink()
-    assert embedded(seeing, devices=["cpu"])["pieces"] == together["pieces"]
+    assert embed_all(pictures, devices=["cpu"])["pieces"] == together["pieces"]
 
 
-def test_what_is_wrong_in_a_process_is_told_in_a_line(
+def test_an_error_in_a_process_is_shown_in_one_line(
     run: Callable[..., Run], few: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     need_model("tiny-gme")
-    seeing = run(*SEEING)
+    pictures = run(*PICTURES)
 
     def work(stage: Stage) -> None:
         records = [
             {"document": "d", "image": f"preprocess/pages/gone/{n}.jpg", "sha256": str(n), "width": 30, "height": 30}
             for n in range(6)
         ]
-        Embedder(stage, devices=["cpu", "cpu"]).pages(records)
+        Embedder(stage, devices=["cpu", "cpu"]).embed_pages(records)
 
-    assert run_stage(seeing, "preprocess", work) == Exit.DATA
-    assert re.search(r"gone/\d.jpg: no picture .*; run preprocess again", capfd.readouterr().err)
+    assert run_stage(pictures, "preprocess", work) == Exit.DATA
+    assert re.search(r"gone/\d.jpg: not a readable picture .*; run preprocess again", capfd.readouterr().err)
 
 
-def test_all_that_was_embedded_elsewhere_is_taken_over_without_a_card(
-    few_pages: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = embedded(few_pages)
+def test_pieces_embedded_elsewhere_are_used_without_a_gpu(few_pages: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = embed_all(few_pages)
     few_pages.path("preprocess", "manifest.json").unlink()
-    monkeypatch.setenv("LORRY_TARGET", "a800")  # an image for cards, and there is none here
-    assert embedded(few_pages)["pieces"] == whole["pieces"]
+    monkeypatch.setenv("LORRY_TARGET", "a800")  # an image for GPUs, and this machine has none
+    assert embed_all(few_pages)["pieces"] == whole["pieces"]
 
 
 def test_a_stop_of_the_whole_group_while_embedding_is_a_stop(
     run: Callable[..., Run], few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The processes end by themselves; that is no fault of theirs."""
+    """The processes end, too: that is not an error."""
     need_model("tiny-gme")
 
     def work(stage: Stage) -> None:
@@ -173,7 +171,7 @@ def test_a_stop_of_the_whole_group_while_embedding_is_a_stop(
         pages = render_documents(stage, documents)
         signal.signal(signal.SIGALRM, lambda *_: end_group(stage))
         signal.setitimer(signal.ITIMER_REAL, 1)
-        Embedder(stage, devices=["cpu", "cpu"]).pages(pages)
+        Embedder(stage, devices=["cpu", "cpu"]).embed_pages(pages)
 
     def end_group(stage: Stage) -> None:
         for child in multiprocessing.active_children():
@@ -182,15 +180,15 @@ def test_a_stop_of_the_whole_group_while_embedding_is_a_stop(
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     try:
-        assert run_stage(run(*SEEING), "preprocess", work) == Exit.INTERRUPTED
+        assert run_stage(run(*PICTURES), "preprocess", work) == Exit.INTERRUPTED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def test_halves_are_kept_where_they_are_asked_for(run: Callable[..., Run], few: Path) -> None:
+def test_vectors_are_float16_on_request(run: Callable[..., Run], few: Path) -> None:
     need_model("tiny-gme")
-    whole = embedded(run(*SEEING))["pages"]
-    half = embedded(run(*SEEING, "preprocess.retrieval.vectors=float16"))["pages"]
+    whole = embed_all(run(*PICTURES))["pages"]
+    half = embed_all(run(*PICTURES, "preprocess.retrieval.vectors=float16"))["pages"]
     assert half.dtype == np.float16
     assert half.astype(np.float32) == pytest.approx(whole, abs=1e-3)

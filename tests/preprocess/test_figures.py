@@ -1,4 +1,4 @@
-"""Crops of figures: found by their labels on real pages of many layouts, drawn finer than the page, kept."""
+"""Crops of figures: found by labels on pages of many layouts, drawn finer than the page, kept across restarts."""
 
 import dataclasses
 import hashlib
@@ -144,7 +144,7 @@ def test_figures_of_unequal_width_side_by_side(above: bool, frame: bool) -> None
     assert apart(page.box("4"), LEFT)
 
 
-def test_a_number_beside_its_figure_stays_with_it_and_a_head_in_the_middle_is_in_nobodys_way() -> None:
+def test_a_number_beside_its_figure_stays_with_it_and_a_head_in_the_middle_changes_nothing() -> None:
     left, right, number = (60, 150, 330, 400), (370, 200, 540, 380), (342, 294, 352, 304)
     page = Page().write(350, 40, "CN 100000001 A", 14).draw((60, 150, 160, 400)).draw((200, 150, 330, 400)).draw(right)
     page.page.draw_line((340, 300), (320, 290))
@@ -167,7 +167,7 @@ def test_a_label_beside_the_end_of_its_drawing_does_not_cut_it(above: bool) -> N
         assert apart(page.box(number), other)
 
 
-def test_a_figure_lying_on_its_side_is_left_whole() -> None:
+def test_a_figure_on_its_side_gets_no_crop() -> None:
     page = Page().draw((100, 100, 450, 740))
     page.page.insert_text((500, 400), "图2", fontname="china-s", fontsize=12, rotate=90)
     assert page.box("2") is None
@@ -199,7 +199,7 @@ def test_four_figures_in_a_square() -> None:
 
 
 @pytest.mark.parametrize("prose", [PROSE, CHINESE_PROSE], ids=["English", "Chinese"])
-def test_a_figure_amid_text(prose: tuple[str, ...]) -> None:
+def test_a_figure_between_text(prose: tuple[str, ...]) -> None:
     own = (150, 250, 450, 500)
     page = (
         Page().prose(100, prose).prose(160, prose).draw(own).write(297, 530, "图2").prose(600, prose).prose(650, prose)
@@ -207,7 +207,7 @@ def test_a_figure_amid_text(prose: tuple[str, ...]) -> None:
     found = page.box("2")
     assert holds(found, own)
     assert found is not None
-    assert found[1] > 185, "the text above is no part of the figure"
+    assert found[1] > 185, "the text above is not part of the figure"
     assert found[3] < 580
     assert page.box("1") is None, "a mention is no label"
 
@@ -224,7 +224,7 @@ def test_a_flow_chart_is_not_cut_at_its_words() -> None:
 
 
 def turned(page: Page) -> pymupdf.Document:
-    """The same page, lying on its side in the file and turned upright for the reader."""
+    """The same page, on its side in the file and rotated upright for the reader."""
     document = pymupdf.open()
     sheet = document.new_page(width=842, height=595)
     sheet.show_pdf_page(sheet.rect, page.document, 0, rotate=90)
@@ -232,7 +232,7 @@ def turned(page: Page) -> pymupdf.Document:
     return document
 
 
-def test_a_turned_page_is_cropped_as_it_is_read(tmp_path: Path) -> None:
+def test_a_rotated_page_is_cropped_upright(tmp_path: Path) -> None:
     page = Page().draw(TOP).write(300, 382, "图1").draw(BOTTOM).write(300, 742, "图2")
     page.save(tmp_path / "upright.pdf")
     turned(page).save(tmp_path / "turned.pdf")
@@ -247,7 +247,7 @@ def test_a_turned_page_is_cropped_as_it_is_read(tmp_path: Path) -> None:
     assert alike > 0.8
 
 
-def test_parts_of_a_figure_and_the_figure_of_a_part() -> None:
+def test_a_figure_in_parts_and_a_part_without_its_own_label() -> None:
     page = Page()
     for name, box in (("2(a)", TOP), ("2(b)", BOTTOM)):
         page.draw(box).write(300, box[3] + 22, f"图{name}")
@@ -265,7 +265,7 @@ def test_parts_of_a_figure_and_the_figure_of_a_part() -> None:
     "text",
     ["如图2所示", "图2是折叠梯的侧视图", "see FIG. 2", "FIG. 2 shows the stool", "图12", "图20", "FIG. 2-1", "12", ""],
 )
-def test_what_is_no_label(text: str) -> None:
+def test_a_text_that_is_not_a_label_finds_nothing(text: str) -> None:
     assert Page().draw(TOP).write(300, 382, text or " ").box("2") is None
 
 
@@ -297,7 +297,7 @@ def test_a_scan_without_text_has_no_figure_and_one_with_text_has() -> None:
     sheet = scanned(page)
     assert page_words(sheet) == []
     assert figure_box(page_words(sheet), "2", page_ink(sheet)) is None
-    found = figure_box(words, "2", page_ink(sheet))  # as text recognition would have read them
+    found = figure_box(words, "2", page_ink(sheet))  # as text recognition would read them
     assert found is not None
     assert np.multiply(found, (595, 842, 595, 842)) == pytest.approx(expected, abs=4)
 
@@ -371,7 +371,7 @@ def test_a_crop_is_within_the_budget_and_finer_than_its_page(new_stage: NewStage
         assert edge.min() > 150, "nothing is cut through"
 
 
-def test_a_restart_crops_nothing_and_says_the_same(new_stage: NewStage, documents: dict[str, Path]) -> None:
+def test_a_restart_crops_nothing_and_counts_the_same(new_stage: NewStage, documents: dict[str, Path]) -> None:
     asked = [*ASKED, ("plain.pdf", 1, "3")]
     first = new_stage()
     found = start(first, documents, asked)[1]
@@ -383,7 +383,7 @@ def test_a_restart_crops_nothing_and_says_the_same(new_stage: NewStage, document
     assert second.counts == first.counts
 
 
-def test_a_stop_keeps_what_is_cropped(new_stage: NewStage, documents: dict[str, Path]) -> None:
+def test_a_stop_keeps_finished_crops(new_stage: NewStage, documents: dict[str, Path]) -> None:
     other = Page().draw(TOP).write(300, 382, "图1").save(documents["plain.pdf"].with_name("other.pdf"))
     documents["other.pdf"] = other
     asked = [*ASKED, ("other.pdf", 1, "1")]
@@ -401,19 +401,19 @@ def test_a_stop_keeps_what_is_cropped(new_stage: NewStage, documents: dict[str, 
     assert {name: pictures(second)[name] for name in kept} == {name: before[name] for name in kept}
 
 
-def test_the_plain_stage_takes_over_what_a_shard_cropped(new_stage: NewStage, documents: dict[str, Path]) -> None:
+def test_the_merging_stage_adopts_the_crops_of_a_shard(new_stage: NewStage, documents: dict[str, Path]) -> None:
     shard = dataclasses.replace(new_stage(), part=Shard(0, 1))
     _, found = start(shard, documents, ASKED)
     stage = new_stage()
     stage.finished_shards = [shard.folder]
-    retrieval._take_over(stage)
+    retrieval._adopt_shards(stage)
     before = pictures(stage)
     assert start(stage, documents, ASKED)[1] == found
     assert pictures(stage) == before
     assert all((stage.run.folder / crop["image"]).is_file() for crop in found.values())
 
 
-def test_what_is_no_longer_asked_for_goes(new_stage: NewStage, documents: dict[str, Path]) -> None:
+def test_crops_that_are_no_longer_wanted_are_deleted(new_stage: NewStage, documents: dict[str, Path]) -> None:
     start(new_stage(), documents, ASKED)
     fewer = new_stage()
     start(fewer, documents, ASKED[:1])
@@ -425,7 +425,7 @@ def test_what_is_no_longer_asked_for_goes(new_stage: NewStage, documents: dict[s
     assert len(pictures(none)) == 2
 
 
-def test_a_changed_crop_and_a_changed_document_are_cropped_anew(
+def test_a_changed_crop_and_a_changed_document_are_cropped_again(
     new_stage: NewStage, documents: dict[str, Path]
 ) -> None:
     stage = new_stage()
@@ -440,7 +440,9 @@ def test_a_changed_crop_and_a_changed_document_are_cropped_anew(
     assert crop.read_bytes() != whole
 
 
-def test_what_is_not_found_is_counted_and_has_no_picture(new_stage: NewStage, documents: dict[str, Path]) -> None:
+def test_a_figure_that_is_not_found_is_counted_and_has_no_picture(
+    new_stage: NewStage, documents: dict[str, Path]
+) -> None:
     page = Page().draw((20, 20, 575, 800)).write(297, 825, "FIG. 1")
     documents["full.pdf"] = page.save(documents["plain.pdf"].with_name("full.pdf"))
     asked = [("专利.pdf", 1, "7"), ("plain.pdf", 1, "1"), ("plain.pdf", 99, "1"), ("full.pdf", 1, "1"), ASKED[0]]

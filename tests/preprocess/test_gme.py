@@ -1,4 +1,4 @@
-"""GME on a random model of its own architecture: the reference is written out one item at a time, as published."""
+"""GME on a random model of its architecture, against a reference that embeds one item at a time, as published."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ def gme(folder: Path) -> Gme:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Pictures of other shapes, larger and smaller than the budget."""
+    """Pictures of several shapes, larger and smaller than the budget."""
     folder = tmp_path_factory.mktemp("pages")
     for number, size in enumerate(((400, 560), (560, 400), (90, 300), (120, 120))):
         picture = Image.new("RGB", size, "white")
@@ -68,24 +68,22 @@ def reference(folder: Path, content: str, picture: Path | None) -> Any:
     return torch.nn.functional.normalize(states[0, -1], dim=0).numpy()
 
 
-def test_texts_are_embedded_as_published_whatever_they_share_a_batch_with(gme: Gme, folder: Path) -> None:
+def test_texts_are_embedded_as_published_in_any_batch(gme: Gme, folder: Path) -> None:
     texts = [
         "What is part 12?",
         "在第6页的图中，部件3在哪里？",
         "a",
         "A longer question about a lever and a spring. " * 3,
     ]
-    found = gme.texts(texts)
+    found = gme.embed_texts(texts)
     assert found.shape == (4, 64) and found.dtype == np.float32
     assert np.linalg.norm(found, axis=1) == pytest.approx(np.ones(4), abs=1e-5)
     for text, vector in zip(texts, found, strict=True):
         assert vector == pytest.approx(reference(folder, text, None), abs=1e-5)
 
 
-def test_pictures_are_embedded_as_published_whatever_they_share_a_batch_with(
-    gme: Gme, folder: Path, pages: list[Path]
-) -> None:
-    one, two = gme.pictures([pages[:3], pages[3:]])
+def test_pictures_are_embedded_as_published_in_any_batch(gme: Gme, folder: Path, pages: list[Path]) -> None:
+    one, two = gme.embed_pictures([pages[:3], pages[3:]])
     assert (one.shape, two.shape) == ((3, 64), (1, 64))
     for page, vector in zip(pages, [*one, *two], strict=True):
         assert vector == pytest.approx(reference(folder, "", page), abs=1e-5)
@@ -97,27 +95,29 @@ def test_patches_are_those_of_transformers_own_processor(gme: Gme, folder: Path,
 
     picture, pixels = gme._read(pages[0])
     assert picture.width * picture.height <= MAX_PIXELS
-    patches, grid = gme._patches.of(pixels)
+    patches, grid = gme._patches.cut(pixels)
     own = AutoImageProcessor.from_pretrained(folder)(images=[pixels], do_resize=False, return_tensors="pt")
     assert [grid] == own["image_grid_thw"].tolist()
     assert patches.numpy() == pytest.approx(own["pixel_values"].numpy(), abs=1e-5)
 
 
 def test_a_long_text_is_cut_and_the_end_is_kept(gme: Gme) -> None:
-    long = gme.texts(["word " * 3000])
-    assert np.allclose(long, gme.texts(["word " * 4000])), "what is beyond GME's length changes nothing"
+    long = gme.embed_texts(["word " * 3000])
+    assert np.allclose(long, gme.embed_texts(["word " * 4000])), "words beyond GME's length change nothing"
 
 
-def test_weights_that_lack_something_are_refused(folder: Path, tmp_path: Path) -> None:
-    """transformers would make it up, with a warning."""
+def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers would initialise them at random, with a warning."""
     broken = tmp_path / "half-gme"
     shutil.copytree(folder, broken)
     weights = load_file(broken / WEIGHTS)
     save_file({name: value for name, value in weights.items() if "visual.merger" not in name}, broken / WEIGHTS)
-    with pytest.raises(UsageError, match=r"half-gme: its weights lack 6 .* such as .*visual\.merger"):
+    with pytest.raises(
+        UsageError, match=r"half-gme: 6 of the network\'s parameters are missing, such as .*visual\.merger"
+    ):
         Gme(broken, "cpu", "float32", MAX_PIXELS)
 
 
-def test_a_page_without_its_picture_is_told_in_a_line(gme: Gme, pages: list[Path]) -> None:
-    with pytest.raises(DataError, match=r"gone.png: no picture .*; run preprocess again"):
-        list(gme.pictures([[pages[0], pages[0].with_name("gone.png")]]))
+def test_a_page_without_its_picture_is_named_in_one_line(gme: Gme, pages: list[Path]) -> None:
+    with pytest.raises(DataError, match=r"gone.png: not a readable picture .*; run preprocess again"):
+        list(gme.embed_pictures([[pages[0], pages[0].with_name("gone.png")]]))

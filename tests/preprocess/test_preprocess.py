@@ -1,7 +1,7 @@
-"""The command itself, with the real embedder: what it writes, kills, stops, full and read-only disks, bad input.
+"""The command itself, with the real embedder: its output, kills, stops, full and read-only disks, bad input.
 
 The embedder takes ten seconds to load, so most tests here start from the vectors of the one undisturbed run: the stage
-keeps them by the digest of model and texts, and a start that finds them loads no model.
+saves them by the digests of model and texts, and a start that finds them loads no model.
 """
 
 import json
@@ -30,7 +30,7 @@ RESULTS = ("samples", "pages", "vectors.npy", "pages.parquet")
 
 @dataclass(frozen=True)
 class Calm:
-    """An undisturbed run and what it was made from."""
+    """An undisturbed run, its mounts and its recipe."""
 
     lorry: Lorry
     recipe: Path
@@ -50,12 +50,12 @@ class Calm:
         return {row["id"]: row for row in rows}
 
     def give_vectors(self, run: Path) -> None:
-        """Put this run's vectors into another run's folder."""
+        """Copy this run's vectors into another run's folder."""
         shutil.copytree(self.folder / "cache" / "vectors", run / "preprocess" / "cache" / "vectors")
 
 
 def make_mixed_data(folder: Path) -> None:
-    """Good documents with good questions, and between them everything that must be skipped."""
+    """Write good documents with good questions, and between them everything that must be skipped."""
     make_data(folder, documents=4)
     documents = folder / "documents"
     make_pdf(documents / "sub" / "D1.pdf", ["Part 77 is a handle."])
@@ -106,7 +106,7 @@ def make_run(calm: Calm, name: str) -> Finished:
 # -- the undisturbed run -------------------------------------------------------------------------------------------
 
 
-def test_it_is_done_and_tells_what_it_did(calm: Calm) -> None:
+def test_it_is_done_and_says_what_it_did(calm: Calm) -> None:
     assert calm.first.code == 0, calm.first.output
     assert calm.first.lines[-1].startswith("preprocess: done in ")
     assert "samples from 18 pages of 8 documents" in calm.first.output
@@ -125,7 +125,7 @@ def test_every_sample_names_the_data_set_and_validation_is_asked_without_its_ans
     assert not any("trained_on" in sample["meta"] for sample in calm.samples("test").values())
 
 
-def test_every_record_left_out_is_named_with_its_reason(calm: Calm) -> None:
+def test_every_skipped_record_is_named_with_its_reason(calm: Calm) -> None:
     skipped = {(entry["what"], entry["reason"]) for entry in calm.manifest["skipped"]}
     expected = {
         ("questions.jsonl:20", "unknown document"),
@@ -139,7 +139,7 @@ def test_every_record_left_out_is_named_with_its_reason(calm: Calm) -> None:
     }
     assert expected <= skipped
     left = {what for what, _ in skipped - expected}
-    assert left <= {"locked", "mute"}, "these two only where their document is trained on"
+    assert left <= {"locked", "mute"}, "these two only if their document is trained on"
 
 
 def test_every_question_is_a_sample_or_named_as_skipped(calm: Calm) -> None:
@@ -199,7 +199,7 @@ def test_vectors_and_pages_are_stored_row_by_row(calm: Calm) -> None:
     assert alike[own["D2.pdf", 1]] > alike[other_script], "texts that are alike have vectors that are"
 
 
-def test_nothing_for_later_stages_holds_a_path_of_this_machine(calm: Calm) -> None:
+def test_no_output_contains_a_path_of_this_machine(calm: Calm) -> None:
     stored = results(calm.folder)
     stored |= {name: (calm.folder.parent / name).read_bytes() for name in ("recipe.yaml", "preprocess/manifest.json")}
     for name, content in stored.items():
@@ -208,7 +208,7 @@ def test_nothing_for_later_stages_holds_a_path_of_this_machine(calm: Calm) -> No
 
 
 def test_a_done_stage_is_skipped_within_a_second_and_without_heavy_imports(calm: Calm) -> None:
-    calm.lorry.preprocess(str(calm.recipe), "--run", "calm")  # by now every input is old enough to be remembered
+    calm.lorry.preprocess(str(calm.recipe), "--run", "calm")  # now every input is old enough for its digest to be saved
     tries = []
     for _ in range(3):
         tries.append(calm.lorry.preprocess(str(calm.recipe), "--run", "calm"))
@@ -224,8 +224,8 @@ def test_a_done_stage_is_skipped_within_a_second_and_without_heavy_imports(calm:
     assert not imported & {"torch", "pymupdf", "pyarrow", "numpy", "sentence_transformers", "transformers", "pebble"}
 
 
-def test_the_run_alone_is_enough_to_go_on(calm: Calm) -> None:
-    """Without a recipe, the run's own is used."""
+def test_the_run_alone_is_enough_to_resume(calm: Calm) -> None:
+    """Without a recipe, Lorry uses the run's own."""
     done = calm.lorry.preprocess("--run", "calm")
     assert (done.code, done.lines) == (0, ["preprocess: up to date"])
 
@@ -274,7 +274,7 @@ def test_two_shards_at_once_one_of_them_killed_merge_to_the_bytes_of_one_run(cal
     assert calm.lorry.preprocess("--run", "sharded", "--shard", "0/2").lines == ["preprocess 0/2: up to date"]
 
 
-def test_a_shard_too_many_is_done_at_once_and_a_missing_one_is_made_up_for(calm: Calm) -> None:
+def test_a_shard_without_work_is_done_at_once_and_the_merge_does_the_work_of_a_missing_one(calm: Calm) -> None:
     run = calm.lorry.runs / "gaps"
     for index in (1, 30):
         shutil.copytree(
@@ -349,11 +349,11 @@ def test_a_stop_of_the_whole_group_while_rendering_exits_75_and_loses_no_page(ca
 
 
 def blocks(path: Path) -> int:
-    """KiB that a file or folder takes on a tmpfs, whose pages are 4 KiB."""
+    """KiB of a file on a tmpfs, whose pages are 4 KiB; 0 for a folder."""
     return -(-path.stat().st_size // 4096) * 4 if path.is_file() else 0
 
 
-def test_a_disk_full_at_any_point_is_one_line_and_the_same_command_goes_on_when_there_is_room(
+def test_a_disk_full_at_any_point_is_one_line_and_the_same_command_resumes_when_there_is_room(
     calm: Calm, small_disk: Path
 ) -> None:
     lorry = replace(calm.lorry, runs=small_disk)
@@ -368,9 +368,9 @@ def test_a_disk_full_at_any_point_is_one_line_and_the_same_command_goes_on_when_
             break
         full += 1
         assert done.code == 4, f"{share}: {done.output}"
-        told = [line for line in done.lines if "the disk is full" in line]
-        assert told == done.lines[-1:], f"{share}: {done.output}"
-        assert "run the same command again" in told[0]
+        shown = [line for line in done.lines if "the disk is full" in line]
+        assert shown == done.lines[-1:], f"{share}: {done.output}"
+        assert "run the same command again" in shown[0]
         assert "Traceback" not in done.output
     assert full >= 4
     remount(small_disk, "size=8m")
@@ -387,11 +387,11 @@ def test_a_read_only_run_folder_is_one_line(calm: Calm, small_disk: Path) -> Non
     assert f"not permitted at {small_disk}/r/preprocess: Read-only file system" in done.output
 
 
-# -- input that cannot be used -------------------------------------------------------------------------------------
+# -- unusable input -----------------------------------------------------------------------------------------------
 
 
 def refused(lorry: Lorry, *arguments: str) -> tuple[int, str]:
-    """Exit code and the one line of a command that cannot run."""
+    """Return the exit code and the one line of a command that is refused."""
     done = lorry.preprocess(*arguments)
     assert len(done.lines) == 1, done.output
     return done.code, done.output
@@ -399,36 +399,36 @@ def refused(lorry: Lorry, *arguments: str) -> tuple[int, str]:
 
 def test_an_empty_data_folder(lorry: Lorry, recipe_file: Path) -> None:
     (lorry.data / "few").mkdir()
-    code, told = refused(lorry, str(recipe_file))
+    code, line = refused(lorry, str(recipe_file))
     assert code == 3
-    assert f"{lorry.data}/few/documents: no documents; put the PDFs there" in told
+    assert f"{lorry.data}/few/documents: no documents; put the PDFs there" in line
 
 
 def test_no_questions(lorry: Lorry, recipe_file: Path, few: Path) -> None:
     (few / "questions.jsonl").unlink()
-    code, told = refused(lorry, str(recipe_file))
+    code, line = refused(lorry, str(recipe_file))
     assert code == 3
-    assert "no questions; put questions.jsonl there, or train.jsonl and test.jsonl" in told
+    assert "no questions; put questions.jsonl there, or train.jsonl and test.jsonl" in line
 
 
 def test_questions_on_one_document_only(lorry: Lorry, recipe_file: Path, few: Path) -> None:
     one = [line for line in (few / "questions.jsonl").read_text().splitlines() if '"D1.pdf"' in line]
     (few / "questions.jsonl").write_text("\n".join(one))
-    code, told = refused(lorry, str(recipe_file))
+    code, line = refused(lorry, str(recipe_file))
     assert code == 3, "and at once, not after the pages are rendered"
-    assert "both need at least one" in told
+    assert "both need at least one" in line
 
 
 def test_no_data_folder_and_no_model(lorry: Lorry, recipe_file: Path, few: Path, tmp_path: Path) -> None:
-    code, told = refused(lorry, str(recipe_file), "--set", "data.path=nowhere")
-    assert (code, "nowhere: no such data folder" in told) == (2, True)
-    code, told = refused(lorry, str(recipe_file), "--set", "preprocess.retrieval.embedder=nothing")
-    assert (code, "nothing: no such model folder" in told) == (2, True)
-    code, told = refused(replace(lorry, models=tmp_path), str(recipe_file))
-    assert (code, f"LORRY_MODELS is {tmp_path}" in told) == (2, True)
+    code, line = refused(lorry, str(recipe_file), "--set", "data.path=nowhere")
+    assert (code, "nowhere: no such data folder" in line) == (2, True)
+    code, line = refused(lorry, str(recipe_file), "--set", "preprocess.retrieval.embedder=nothing")
+    assert (code, "nothing: no such model folder" in line) == (2, True)
+    code, line = refused(replace(lorry, models=tmp_path), str(recipe_file))
+    assert (code, f"LORRY_MODELS is {tmp_path}" in line) == (2, True)
 
 
-def test_a_recipe_that_is_none(lorry: Lorry, recipe_file: Path) -> None:
+def test_a_wrong_recipe_or_option(lorry: Lorry, recipe_file: Path) -> None:
     for arguments, expected in {
         ("no-such-recipe",): "patent-qa",
         (): "name a RECIPE",
@@ -442,7 +442,7 @@ def test_a_recipe_that_is_none(lorry: Lorry, recipe_file: Path) -> None:
             "task=patent",
         ): "no task 'patent'; did you mean 'patent_qa'? known tasks: articulation, better_synth, extractive_qa",
     }.items():
-        code, told = refused(lorry, *arguments)
+        code, line = refused(lorry, *arguments)
         assert code == 2, arguments
-        assert expected in told, arguments
+        assert expected in line, arguments
     assert list(lorry.runs.iterdir()) == [], "a command that is wrong leaves no run behind"

@@ -1,4 +1,4 @@
-"""One page as a picture: its size, its words, and PDFs that are none."""
+"""One page as a picture: its size and its words; files that are not PDFs."""
 
 import io
 import math
@@ -28,7 +28,7 @@ DEMO = sorted((REPOSITORY / "recipes" / "data" / "patent-qa" / "documents").glob
 @example(10, 150, True, 100_352)
 @example(10, 199, False, 1_229_312)
 @example(0.01, 1, False, 784)
-def test_a_picture_is_within_its_budget_and_what_the_model_takes(
+def test_a_picture_is_within_its_budget_and_accepted_by_the_model(
     short: float, ratio: float, wide: bool, budget: int
 ) -> None:
     width, height = (short * ratio, short) if wide else (short, short * ratio)
@@ -38,7 +38,7 @@ def test_a_picture_is_within_its_budget_and_what_the_model_takes(
     assert columns % PATCH == 0
     assert rows % PATCH == 0
     assert columns * rows <= budget
-    assert max(columns, rows) <= MAX_RATIO * min(columns, rows), "the model's processor refuses a sharper ratio"
+    assert max(columns, rows) <= MAX_RATIO * min(columns, rows), "the model's processor refuses a larger ratio"
 
 
 @given(st.floats(50, 5_000), st.floats(1, 8), st.integers(200_000, 4_000_000))
@@ -56,14 +56,14 @@ def test_the_budget_is_used(height: float, ratio: float, budget: int) -> None:
 
 def test_known_sizes() -> None:
     assert picture_size(595, 842, 1_229_312) == (924, 1316)  # A4 at the default budget
-    assert picture_size(72, 72, 1_229_312) == (196, 196), "a small page is not blown up beyond 200 DPI"
+    assert picture_size(72, 72, 1_229_312) == (196, 196), "a small page is not enlarged beyond 200 DPI"
     assert picture_size(1, 1, 784) == (28, 28)
 
 
 @pytest.mark.parametrize(
     ("width", "height"), [(0, 10), (-5, 10), (math.nan, 10), (math.inf, 10), (10, 2010), (20_001, 100)]
 )
-def test_shapes_that_no_model_takes(width: float, height: float) -> None:
+def test_shapes_that_no_model_accepts(width: float, height: float) -> None:
     with pytest.raises(ValueError, match=r"size|sides differ"):
         picture_size(width, height, 1_229_312)
 
@@ -78,7 +78,7 @@ def rendered(path: Path, folder: Path, max_pixels: int = 100_352) -> list[dict[s
     return render_range(pages, folder, max_pixels, 80)
 
 
-def test_a_page_becomes_a_picture_of_exactly_the_size_told(tmp_path: Path) -> None:
+def test_a_page_becomes_a_picture_of_exactly_the_given_size(tmp_path: Path) -> None:
     path = make_pdf(tmp_path / "a.pdf", ["Part 12 is a gear.", "部件14是踏板"], size=(333.3, 478.9))
     records = rendered(path, tmp_path / "out")
     assert [record["status"] for record in records] == ["ok", "ok"]
@@ -142,7 +142,7 @@ def test_a_strip_is_skipped_with_the_reason_and_its_neighbours_are_not(tmp_path:
     assert statuses == ["ok", "page cannot be rendered: sides differ more than 200 to 1", "ok"]
 
 
-def test_a_turned_page_is_rendered_as_it_is_read(tmp_path: Path) -> None:
+def test_a_rotated_page_is_rendered_upright(tmp_path: Path) -> None:
     document = pymupdf.open()
     page = document.new_page(width=200, height=400)
     page.insert_text((10, 30), "turned")
@@ -173,11 +173,11 @@ def test_the_same_page_gives_the_same_bytes(tmp_path: Path) -> None:
         ("", ""),
     ],
 )
-def test_lines_are_joined_as_their_script_asks(text: str, joined: str) -> None:
+def test_lines_are_joined_by_the_rules_of_their_script(text: str, joined: str) -> None:
     assert flowing(text) == joined
 
 
-# -- files that are no PDFs, or bad ones -----------------------------------------------------------------------------
+# -- files that are not PDFs, or damaged -----------------------------------------------------------------------------
 
 
 def encrypted(path: Path) -> None:
@@ -211,7 +211,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_cannot_be_opened_says_why_without_this_machines_paths(tmp_path: Path, kind: str) -> None:
+def test_a_file_that_cannot_be_opened_says_why_without_this_machines_paths(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bad.pdf"
     make, reason = BAD[kind]
     make(path)
@@ -225,7 +225,7 @@ def test_a_pdf_that_may_be_read_but_not_changed_is_read(tmp_path: Path) -> None:
     assert rendered(path, tmp_path / "out")[0]["status"] == "ok"
 
 
-def test_a_header_a_little_way_in_is_a_pdf(tmp_path: Path) -> None:
+def test_a_header_after_other_bytes_is_a_pdf(tmp_path: Path) -> None:
     path = make_pdf(tmp_path / "a.pdf", ["x"])
     path.write_bytes(b"\n" * 100 + path.read_bytes())
     assert rendered(path, tmp_path / "out")[0]["status"] == "ok"

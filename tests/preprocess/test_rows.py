@@ -1,4 +1,4 @@
-"""What becomes of questions: in which files they stand, how they are marked, and which are left out and counted."""
+"""How questions become samples: in which files, with which marks, and which are skipped and counted."""
 
 import shutil
 from collections import Counter
@@ -25,7 +25,7 @@ HELD_OUT = "training question of a held-out group"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the stage has made of a data folder."""
+    """A finished preprocess stage, and its exit code."""
 
     run: Run
     code: Exit
@@ -54,7 +54,7 @@ def problem(name: str, answers: bool = True) -> dict[str, Any]:
 
 
 def make_files(folder: Path, tested: bool = False) -> None:
-    """20 problems, 3 in another file, 2 without answers (or with, where they are `tested`), and guesses on all."""
+    """Write 20 problems, 3 in another file, 2 without answers (with answers if `tested`), and guesses for all."""
     rows = [problem(f"p{n}") for n in range(20)]
     test = [problem(f"t{n}", answers=tested) for n in range(2)]
     write_jsonl(folder / "train.jsonl", rows)
@@ -66,7 +66,7 @@ def make_files(folder: Path, tested: bool = False) -> None:
 
 @pytest.fixture
 def prepare(tmp_path: Path) -> Callable[..., Prepared]:
-    """Runs the stage on the files with overrides."""
+    """Return a function that runs the stage on the files with overrides."""
 
     def prepared(*overrides: str, tested: bool = False) -> Prepared:
         make_files(tmp_path / "data" / "logic", tested)
@@ -88,7 +88,7 @@ def test_every_sample_names_its_data_set(prepare: Callable[..., Prepared]) -> No
     assert sources["train"]["more"] == 6
 
 
-def test_validation_questions_are_there_twice_once_without_their_answers(prepare: Callable[..., Prepared]) -> None:
+def test_validation_questions_are_written_twice_once_without_their_answers(prepare: Callable[..., Prepared]) -> None:
     made = prepare()
     learnt, asked = made.samples("validation"), made.samples("validation_asked")
     assert list(learnt) == list(asked) and learnt
@@ -101,7 +101,7 @@ def test_validation_questions_are_there_twice_once_without_their_answers(prepare
     assert "samples/validation_asked.jsonl" in made.manifest["outputs"]
 
 
-def test_test_questions_have_no_answer_in_what_is_asked(prepare: Callable[..., Prepared]) -> None:
+def test_prompts_of_test_questions_have_no_answer(prepare: Callable[..., Prepared]) -> None:
     for row in prepare().samples("test").values():
         assert row["messages"][-1]["role"] == "user"
         assert "trained_on" not in row["meta"]
@@ -112,16 +112,18 @@ def test_a_guess_of_a_held_out_problem_is_skipped_and_counted(prepare: Callable[
     held_out = (made.problems("test") | made.problems("validation")) - {"t0", "t1"}
     assert len(made.problems("test") - {"t0", "t1"}) == 4 and len(made.problems("validation")) == 3
     guessed = {row["meta"]["problem_id"] for row in made.samples("train").values() if row["meta"]["label_source"]}
-    assert guessed == {f"p{n}" for n in range(20)} - held_out | {"t0", "t1"}, "what is only asked may be learnt"
+    assert guessed == {f"p{n}" for n in range(20)} - held_out | {"t0", "t1"}, (
+        "a problem that is only asked may be learnt"
+    )
     assert made.skipped == {HELD_OUT: 2 * len(held_out)}
     details = {entry["detail"].rpartition(", from ")[2] for entry in made.manifest["skipped"]}
     assert details == {"guessed"}
     counts = made.manifest["counts"]
     used = sum(counts[split] for split in ("train", "validation", "test"))
-    assert counts["questions"] == used + len(made.manifest["skipped"]), "every question is used or told"
+    assert counts["questions"] == used + len(made.manifest["skipped"]), "every question is used or listed as skipped"
 
 
-def test_where_the_test_file_is_scored_no_guess_of_it_is_learnt(prepare: Callable[..., Prepared]) -> None:
+def test_if_the_test_file_is_scored_no_guess_of_it_is_learnt(prepare: Callable[..., Prepared]) -> None:
     made = prepare(tested=True)
     assert made.problems("test") == {"t0", "t1"}
     assert not made.problems("train") & {"t0", "t1"}
@@ -148,14 +150,14 @@ def test_guesses_are_not_scored_even_then(prepare: Callable[..., Prepared]) -> N
     assert not any(row["meta"]["label_source"] for row in made.samples("test").values())
 
 
-def test_each_has_a_line_in_the_submission_or_rides_on_one(prepare: Callable[..., Prepared]) -> None:
+def test_each_test_sample_is_in_a_line_of_the_submission(prepare: Callable[..., Prepared]) -> None:
     made = prepare("data.evaluate_on_training=true")
     rows = read_jsonl(made.run.path("preprocess", "asked.jsonl"))
     named = [name for row in rows for name in row["ids"]]
     assert sorted(named) == sorted(made.samples("test"))
 
 
-def test_questions_that_cannot_be_asked_are_told_before_anything_is_trained(
+def test_questions_without_a_usable_prompt_are_named_before_any_training(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data" / "better-synth"
@@ -175,6 +177,6 @@ def test_questions_that_cannot_be_asked_are_told_before_anything_is_trained(
     some = prepared()
     assert some.code == Exit.DONE
     assert some.manifest["counts"]["textvqa test samples that cannot be asked"] == lost
-    assert f"{lost} of 24 test samples of textvqa count as failed: textvqa/" in capfd.readouterr().err
+    assert f"{lost} of 24 test samples of textvqa count as failed, such as textvqa/" in capfd.readouterr().err
     assert prepared("preprocess.samples.textvqa_images=nope").code == Exit.DATA
-    assert "none of 24 test questions of textvqa can be asked: textvqa/" in capfd.readouterr().err
+    assert "none of 24 test questions of textvqa has a usable prompt, such as textvqa/" in capfd.readouterr().err

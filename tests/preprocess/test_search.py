@@ -1,4 +1,4 @@
-"""Exact search: the most similar first, whatever the blocks, the lengths and the order."""
+"""Exact search: the most similar first, for any block size, length and order."""
 
 import numpy as np
 import pytest
@@ -32,14 +32,14 @@ def test_the_first_k_are_those_of_a_full_sort(rows, k, block) -> None:  # type: 
         assert [expected[place] for place in places] == pytest.approx(list(own), abs=1e-5)
 
 
-def test_lengths_do_not_matter_and_a_zero_vector_is_like_nothing() -> None:
+def test_lengths_do_not_matter_and_a_zero_vector_has_cosine_0() -> None:
     pages = np.array([[3, 0], [0, 5], [1, 1], [-2, 0], [0, 0]], np.float32)
     scores, rows = top_k(pages, np.array([[10, 0], [0, 0]], np.float32), 5)
     assert scores[0] == pytest.approx([1, 2**-0.5, 0, 0, -1])
-    assert rows.tolist() == [[0, 2, 1, 4, 3], [0, 1, 2, 3, 4]], "equal ones by row"
+    assert rows.tolist() == [[0, 2, 1, 4, 3], [0, 1, 2, 3, 4]], "ties by row"
 
 
-def test_halves_and_a_mapped_file_are_searched_too(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_float16_in_a_mapped_file_is_searched_too(tmp_path) -> None:  # type: ignore[no-untyped-def]
     many = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float16)
     np.save(tmp_path / "vectors.npy", many)
     mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")

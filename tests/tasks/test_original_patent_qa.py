@@ -354,12 +354,12 @@ def test_defect_02_embedding_goes_on_at_the_batch(
     embedded.clear()
     left = 4
     with pytest.raises(KeyboardInterrupt):
-        Embedder(empty.stage()).pages(pages)
+        Embedder(empty.stage()).embed_pages(pages)
     assert len(embedded) == 4 * 4
     left = 100
     stage = empty.stage()
     embedder = Embedder(stage)
-    embedder.pages(pages)
+    embedder.embed_pages(pages)
     assert sorted(embedded) == sorted(str(page["text"]) for page in pages), "none is embedded twice"
     vectors = np.array(embedder.write_pages(pages, stage.path("vectors.npy")))
     assert vectors == pytest.approx(real(None, [page["text"] for page in pages]), abs=1e-6)
@@ -571,7 +571,7 @@ def test_defect_07_large_vectors_from_several_processes_do_not_block(empty: Job,
     pages = [{"document": f"{n // 40}.pdf", "page": n % 40 + 1, "text": f"page {n}"} for n in range(120)]
     stage = empty.stage()
     embedder = Embedder(stage, devices=["cpu", "cpu"])
-    embedder.pages(pages)
+    embedder.embed_pages(pages)
     vectors = embedder.write_pages(pages, stage.path("vectors.npy"))
     assert vectors.nbytes > 2**20
     expected = embedder_module.SentenceTransformer("").encode([page["text"] for page in pages])

@@ -81,4 +81,4 @@ def test_without_a_library_one_line_says_what_to_do(lorry: Lorry, base: Path, tm
     training = Training(lorry, (f"model.path={BASE}",)).with_samples(4, validation=0)
     code, output = training(PYTHONPATH=str(tmp_path))
     assert code == 2
-    assert "its weights are GPTQ's, which gptqmodel would read here" in output.strip().splitlines()[-1]
+    assert "its GPTQ weights need gptqmodel, not installed here; pip install" in output.strip().splitlines()[-1]

@@ -41,7 +41,7 @@ def test_a_vision_language_model_is_trained_on_pictures(training: Training, tmp_
     page.unlink()
     code, output = seeing("--force")
     assert code == 3, output
-    assert "one.png: no picture" in output.splitlines()[-1]
+    assert "one.png: not a readable picture" in output.splitlines()[-1]
 
 
 def test_a_template_that_breaks_a_line_after_a_picture_is_refused(training: Training, tmp_path: Path) -> None:

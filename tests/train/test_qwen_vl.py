@@ -201,4 +201,4 @@ def test_a_torn_picture_ends_training_in_a_line_and_no_other_sample_takes_its_pl
     page.write_bytes(page.read_bytes()[: page.stat().st_size // 2])
     code, output = training()
     assert code == 3, output
-    assert "one.png: no picture" in output.splitlines()[-1]
+    assert "one.png: not a readable picture" in output.splitlines()[-1]

@@ -1,13 +1,14 @@
-"""MGM-2B (Mini-Gemini): two vision towers and Gemma, as a model of transformers' own kind.
+"""MGM-2B (Mini-Gemini): two vision towers and Gemma, as a transformers model.
 
-Nothing maintained offers it: transformers, ms-swift and vLLM have no such model, and the published code needs
-transformers 4.38, DeepSpeed, open_clip and timm. Importing this package makes the model known to the Auto classes.
+No maintained library has it: transformers, ms-swift and vLLM do not support it, and the published code needs
+transformers 4.38, DeepSpeed, open_clip and timm. Importing this package registers the model with the Auto classes.
 """
 
 import transformers
 
 AVAILABLE = int(transformers.__version__.partition(".")[0]) >= 5
-"""transformers 4, which trains on GPTQ bases on a V100, scales embeddings elsewhere and lacks parts that are used."""
+"""False with transformers 4, which the image v100-gptq has: it scales embeddings elsewhere and lacks classes used here.
+"""
 
 if AVAILABLE:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor

@@ -1,4 +1,4 @@
-"""MGM's sizes: those of its language model and of its two towers."""
+"""MGM's configuration: its language model and its two vision towers."""
 
 from typing import Any
 
@@ -14,21 +14,21 @@ CLIP_L_14_336: dict[str, Any] = {
 }
 CONVNEXT_L: dict[str, Any] = {
     **{"hidden_sizes": [192, 384, 768, 1536], "depths": [3, 3, 27, 3], "patch_size": 4, "num_stages": 4},
-    # the published code trains with the tower frozen and yet drops blocks of it at random; a frozen tower is fixed here
+    # the published code drops blocks of the frozen tower at random (drop path); Lorry keeps a frozen tower fixed
     **{"image_size": 768, "drop_path_rate": 0.0},
 }
 
 
 class MgmConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Sizes of a model; where a part is not given, MGM-2B's.
+    """Configuration of a model; parts that are left out are MGM-2B's.
 
-    `vision_config` is the low-resolution tower's, CLIP's. `vision_config_aux` is the high-resolution tower's, a
-    ConvNeXt; its `image_size` is the side of the pictures that the model is given. Raises ValueError where a token of
-    the one does not cover a whole number of positions of the other.
+    `vision_config` is that of the low-resolution tower, a CLIP. `vision_config_aux` is that of the high-resolution
+    tower, a ConvNeXt; its `image_size` is the side, in pixels, of the input pictures. Raises ValueError if a token of
+    the first does not cover a whole number of positions of the second.
     """
 
     model_type = "mgm"
-    sub_configs = {  # noqa: RUF012  # as transformers has it
+    sub_configs = {  # noqa: RUF012  # transformers' own form
         "text_config": GemmaConfig,
         "vision_config": CLIPVisionConfig,
         "vision_config_aux": ConvNextConfig,
@@ -53,23 +53,23 @@ class MgmConfig(PreTrainedConfig):  # type: ignore[misc]
         high = self.vision_config_aux
         if high.image_size % (high.patch_size * self.tokens_across):
             raise ValueError(
-                f"pictures of {high.image_size} pixels in steps of {high.patch_size}"
-                f" do not divide into {self.tokens_across} tokens: take another image_size in vision_config_aux"
+                f"vision_config_aux.image_size: {high.image_size} pixels in steps of {high.patch_size} do not divide"
+                f" into {self.tokens_across} tokens; choose another image_size"
             )
 
     @property
     def tokens_across(self) -> int:
-        """Tokens of a picture's side: 24 of MGM-2B, 576 of a picture."""
+        """Tokens along a picture's side: 24 in MGM-2B, so 576 per picture."""
         return int(self.vision_config.image_size // self.vision_config.patch_size)
 
     @property
     def pixels_across(self) -> int:
-        """Pixels of the picture as it is given, on the side of one token: 32."""
+        """Pixels of the input picture along a token's side: 32 in MGM-2B."""
         return int(self.vision_config_aux.image_size // self.tokens_across)
 
 
 def _part(kind: Any, given: Any, default: dict[str, Any]) -> Any:
-    """A part's config, from itself, from its values or from MGM-2B's."""
+    """A part's config from a config, from a mapping, or, for None, from MGM-2B's values."""
     if isinstance(given, kind):
         return given
     return kind(**(default if given is None else given))

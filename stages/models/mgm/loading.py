@@ -1,10 +1,10 @@
-"""Published MGM checkpoints, or what one is trained from, as one Hugging Face folder that this package reads.
+"""Convert a published MGM checkpoint, or the parts to train one from, into one Hugging Face folder for this package.
 
-A published folder (YanweiLi/MGM-2B) holds Gemma and the connector, and the towers only where they were saved along;
-else these are in folders of their own: openai/clip-vit-large-patch14-336, and OpenCLIP's
-CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup. Training begins with google/gemma-2b-it and a new connector, or
-with the published one of the first phase (mm_projector.bin). Weights are read from safetensors, or from PyTorch's own
-files, of which nothing but tensors is unpickled.
+A published folder (YanweiLi/MGM-2B) has Gemma and the connector, and the towers only if they were saved, too; else they
+have folders of their own: openai/clip-vit-large-patch14-336, and OpenCLIP's
+CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup. Training starts from google/gemma-2b-it and a new connector, or
+the published connector of the first phase (mm_projector.bin). Weights are read from safetensors, or from PyTorch files,
+of which only tensors are unpickled.
 """
 
 import re
@@ -31,7 +31,7 @@ ONLY = {
     "image_grid": 1,
     "image_global": False,
 }
-"""Keys of a published config.json with the values that this definition has; a key that is not there says the same."""
+"""Keys of a published config.json with the only supported value, which is also the default of a missing key."""
 
 CONVNEXT = (
     (r"^stem\.0\.", "stem.patch_embeddings."),
@@ -43,7 +43,7 @@ CONVNEXT = (
     (r"(\.layers\.\d+)\.norm\.", r"\1.layernorm."),
     (r"\.mlp\.fc([12])\.", r".pwconv\1."),
 )
-"""A ConvNeXt's tensors: timm's names, which OpenCLIP has, and transformers'. Each change is made after those above."""
+"""Renames a ConvNeXt's tensors from timm's names, which OpenCLIP uses, to transformers'; applied in this order."""
 
 WITHOUT_USE = {
     "MGM": r".*\.(position_ids|inv_freq)$",
@@ -51,8 +51,7 @@ WITHOUT_USE = {
     "OpenCLIP": r"visual\.(trunk\.(head|norm_pre)|head)\.|text\.|transformer\.|token_embedding\.|ln_final\."
     r"|(positional_embedding|text_projection|logit_scale|attn_mask)$",
 }
-"""Of a source's tensors, those that no part of MGM has: buffers that are computed anew, the side that reads texts, and
-the heads."""
+"""Tensors of each source that MGM does not use: buffers that are computed at loading, text encoders, and heads."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -65,14 +64,14 @@ def convert(
     connector: Path | None = None,
     seed: int = 42,
 ) -> str:
-    """Make a Hugging Face folder, `output`, of a published one; `clip` and `convnext` hold the towers.
+    """Write the Hugging Face folder `output` from a published one and, for the towers, from `clip` and `convnext`.
 
-    What the published folder has of a tower is taken from there, what the file `connector` has of a connector from that
-    one. `published` may be Gemma's own folder: without such a file the connector is then a new one, by the seed. All
-    tensors get Gemma's type. Returns where the connector is from, in words. Raises UsageError for a model of another
-    kind, and where tensors are missing, unknown or of another shape: all by name.
+    Tensors in the published folder take precedence over those in `clip` and `convnext`, and those in the file
+    `connector` over the published connector. `published` may be Gemma's folder: without `connector`, the connector is
+    then new and depends on the seed. All tensors get Gemma's dtype. Returns the source of the connector, as text.
+    Raises UsageError for a model of another kind, and for missing, unknown or misshapen tensors, with their names.
     """
-    values = _settings(published / "config.json")
+    values = _read_settings(published / "config.json")
     _refuse_others(published, values)
     only_gemma = values["model_type"] == "gemma"
     found: Tensors = {}
@@ -102,7 +101,7 @@ def convert(
     tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
     processor = make_processor(config, tokenizer)
     processor.save_pretrained(output)
-    processor.image_processor.save_pretrained(output)  # in a file of its own, too, where some look for it
+    processor.image_processor.save_pretrained(output)  # also in a file of its own, which some programs read
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
@@ -111,7 +110,7 @@ def convert(
 
 
 def mgm_name(name: str) -> str | None:
-    """Our name of a tensor of a published MGM checkpoint; None for one that is none of its."""
+    """Return our name of a tensor of a published MGM checkpoint; None for an unknown one."""
     if name == "lm_head.weight" or re.match(rf"model\.({'|'.join(CONNECTORS)})\.", name):
         return name
     if re.match(r"model\.(embed_tokens|layers|norm)\.", name):
@@ -124,12 +123,12 @@ def mgm_name(name: str) -> str | None:
 
 
 def clip_name(name: str) -> str | None:
-    """Our name of a tensor of a CLIP folder."""
+    """Return our name of a tensor of a CLIP folder; None for an unknown one."""
     return f"model.vision_tower.{name.removeprefix('vision_model.')}" if name.startswith("vision_model.") else None
 
 
 def openclip_name(name: str) -> str | None:
-    """Our name of a tensor of an OpenCLIP folder with a ConvNeXt."""
+    """Return our name of a tensor of an OpenCLIP folder with a ConvNeXt; None for an unknown one."""
     rest = name.removeprefix("visual.trunk.")
     if not re.match(r"(stem|stages)\.", rest) or rest == name:
         return None
@@ -138,30 +137,30 @@ def openclip_name(name: str) -> str | None:
     return f"model.vision_tower_aux.{rest}"
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     values = read_json(path)
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: not there, or no mapping; copy the whole published folder")
+        raise UsageError(f"{path}: missing, or not a JSON object; copy the whole published folder")
     return values
 
 
 def _refuse_others(folder: Path, values: dict[str, Any]) -> None:
     if values.get("model_type") not in ("mgm_gemma", "gemma"):
         raise UsageError(
-            f"{folder / 'config.json'}: model_type is {values.get('model_type')!r}; only MGM on Gemma, 'mgm_gemma', is"
-            " built, and 'gemma' to train one"
+            f"{folder / 'config.json'}: model_type is {values.get('model_type')!r}; use MGM on Gemma, 'mgm_gemma', or"
+            " 'gemma' to train one"
         )
     for key, value in ONLY.items():
         if values.get(key, value) != value:
             raise UsageError(
-                f"{folder / 'config.json'}: {key} is {values.get(key)!r}, and only {value!r} is built: MGM-2B's kind"
+                f"{folder / 'config.json'}: {key} is {values.get(key)!r}, but only MGM-2B's {value!r} is supported"
             )
 
 
 def _take(
     found: Tensors, tensors: Iterable[tuple[str, torch.Tensor]], source: str, rename: Callable[[str], str | None]
 ) -> list[str]:
-    """Add a source's tensors under our names; what is there already stays. Returns the names that we do not know."""
+    """Add a source's tensors to `found` under our names, unless it has them. Returns the unknown names."""
     unknown = []
     for name, tensor in tensors:
         ours = rename(name)
@@ -180,19 +179,19 @@ def _all_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
-    """Names and tensors of a file; they stay on the disk until they are used."""
+    """Names and tensors of a file, mapped from it. Raises UsageError for a file that cannot be read."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118  # it is no mapping
+                return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118  # not a mapping
         return list(torch.load(path, map_location="cpu", weights_only=True, mmap=True).items())
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, AttributeError) as error:
         reason = str(error).partition("\n")[0]
-        raise UsageError(f"{path}: no file of tensors ({reason}); copy it again") from error
+        raise UsageError(f"{path}: cannot be read as tensors ({reason}); copy it again") from error
 
 
 def _new_connector(model: MgmForConditionalGeneration, seed: int) -> Tensors:
-    """Weights as PyTorch makes them for its modules, which is how the published code begins."""
+    """Initialise a connector with PyTorch's defaults for its modules, as the published code does."""
     found: Tensors = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -210,11 +209,13 @@ def _weight_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob(pattern))
         if files:
             return files
-    raise UsageError(f"{folder}: holds no weights: model*.safetensors, pytorch_model*.bin or open_clip_*")
+    raise UsageError(
+        f"{folder}: no weights; copy the published model*.safetensors, pytorch_model*.bin or open_clip_* there"
+    )
 
 
 def _gemma(values: dict[str, Any]) -> GemmaConfig:
-    """Gemma's part of a published config.json, in which all parts' keys stand side by side."""
+    """Gemma's part of a published config.json, which has the keys of all parts on one level."""
     known = {*GemmaConfig().to_dict(), "rope_theta"} - {"model_type", "architectures", "transformers_version", "dtype"}
     return GemmaConfig(**{key: value for key, value in values.items() if key in known})
 
@@ -222,12 +223,12 @@ def _gemma(values: dict[str, Any]) -> GemmaConfig:
 def _clip(folder: Path | None) -> CLIPVisionConfig:
     if folder is None:
         return CLIPVisionConfig(**CLIP_L_14_336)
-    values = _settings(folder / "config.json")
+    values = _read_settings(folder / "config.json")
     return CLIPVisionConfig(**{"projection_dim": 768, **values.get("vision_config", values)})
 
 
 def _convnext(found: Tensors, side: int) -> ConvNextConfig | None:
-    """The high-resolution tower's sizes, told by its tensors: OpenCLIP's folder only names it. None without them."""
+    """The high-resolution tower's config, from its tensors: OpenCLIP's folder has only its name. None without them."""
     prefix = "model.vision_tower_aux."
     stem = found.get(f"{prefix}stem.patch_embeddings.weight")
     if stem is None:
@@ -249,10 +250,13 @@ def _convnext(found: Tensors, side: int) -> ConvNextConfig | None:
 
 
 def _drop_head(found: Tensors, folder: Path) -> None:
-    """Gemma's head is its embedding; a checkpoint may hold it twice."""
+    """Drop Gemma's head, which is its embedding; a checkpoint may have both. Raises UsageError if they differ."""
     head, embedding = found.pop("lm_head.weight", None), found.get("model.language_model.embed_tokens.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise UsageError(f"{folder}: lm_head.weight is not model.embed_tokens.weight, and Gemma's are one")
+        raise UsageError(
+            f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but Gemma shares them; copy the folder"
+            " again"
+        )
 
 
 def _check(model: MgmForConditionalGeneration, found: Tensors, unknown: list[str], folder: Path) -> None:
@@ -265,31 +269,31 @@ def _check(model: MgmForConditionalGeneration, found: Tensors, unknown: list[str
         if name in expected and tensor.shape != expected[name]
     ]
     kinds = (("unknown", unknown), ("missing", missing), ("of another shape", misshapen))
-    wrong = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds if names]
+    wrong = [f"{len(names)} {kind}: {_name_list(names)}" for kind, names in kinds if names]
     if not wrong:
         return
     advice = {
-        "model.vision_tower.": "; CLIP's folder (openai/clip-vit-large-patch14-336) is given with --clip",
-        "model.vision_tower_aux.": "; OpenCLIP's folder (CLIP-convnext_large_d_320) is given with --convnext",
+        "model.vision_tower.": "; give CLIP's folder (openai/clip-vit-large-patch14-336) with --clip",
+        "model.vision_tower_aux.": "; give OpenCLIP's folder (CLIP-convnext_large_d_320) with --convnext",
     }
     hints = [hint for prefix, hint in advice.items() if any(name.startswith(prefix) for name in missing)]
-    raise UsageError(f"{folder}: not MGM-2B's tensors; {'; '.join(wrong)}{''.join(hints)}")
+    raise UsageError(f"{folder}: its tensors are not MGM-2B's: {'; '.join(wrong)}{''.join(hints)}")
 
 
-def _listed(names: list[str]) -> str:
+def _name_list(names: list[str]) -> str:
     more = len(names) - 6
     return ", ".join(names[:6]) + (f" and {more} more" if more > 0 else "")
 
 
 def _copy_tokenizer(published: Path, output: Path) -> int:
-    """Copy the tokenizer with its reserved token as the image token. Returns that token's number."""
+    """Copy the tokenizer, with its reserved token as the image token. Returns that token's id."""
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = _settings(published / "tokenizer.json")
-    settings = _settings(published / "tokenizer_config.json")
+    tokenizer = _read_settings(published / "tokenizer.json")
+    settings = _read_settings(published / "tokenizer_config.json")
     vocabulary = tokenizer["model"]["vocab"]
     number = vocabulary.get(RESERVED_TOKEN)
     if number is None:
-        raise UsageError(f"{published / 'tokenizer.json'}: has no {RESERVED_TOKEN}; it must be Gemma's")
+        raise UsageError(f"{published / 'tokenizer.json'}: no {RESERVED_TOKEN}; copy Gemma's tokenizer there")
     tokenizer["model"]["vocab"] = {IMAGE_TOKEN if word == RESERVED_TOKEN else word: i for word, i in vocabulary.items()}
     entry = {"content": IMAGE_TOKEN, "special": True, "normalized": False}
     entry |= {"single_word": False, "lstrip": False, "rstrip": False}

@@ -1,9 +1,9 @@
 """MGM's network (Li et al. 2024, 'Mini-Gemini: Mining the Potential of Multi-modality Vision Language Models',
-arXiv:2403.18814, section 3), written anew on transformers' CLIP, ConvNeXt and Gemma.
+arXiv:2403.18814, section 3), built from transformers' CLIP, ConvNeXt and Gemma.
 
-A picture of 768 x 768 goes whole through a ConvNeXt and, shrunk to 336 x 336, through CLIP, which makes 24 x 24 tokens.
-Each of these looks at the 8 x 8 positions of the ConvNeXt's map that lie under it (patch info mining) and, with what it
-found added, becomes a token of the language model through an MLP.
+A picture of 768 x 768 pixels goes through a ConvNeXt and, shrunk to 336 x 336, through CLIP, which makes 24 x 24
+tokens. Each token attends to the 8 x 8 positions of the ConvNeXt's map that it covers (patch info mining). The result
+is added to the token, and an MLP turns the sum into a token of the language model.
 """
 
 import math
@@ -21,13 +21,13 @@ from transformers.utils.generic import ModelOutput
 from stages.models.mgm.configuration import MgmConfig
 
 CONNECTORS = ("mm_projector", "vlm_uni_query_projector", "vlm_uni_aux_projector", "vlm_uni_val_projector")
-"""What stands between towers and language model, and is trained alone in the first phase: the published names."""
+"""The modules between towers and language model, by their published names; the first phase trains them alone."""
 
 
 class MgmConvNext(ConvNextPreTrainedModel):  # type: ignore[misc]
-    """The high-resolution tower: a ConvNeXt without its head, all of whose stages are read."""
+    """The high-resolution tower: a ConvNeXt without its head. Its output has the maps of all stages."""
 
-    # it has no attention, and so goes with whatever kind the other parts are told to take
+    # it has no attention, so any kind that the other parts use will do
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -45,7 +45,7 @@ class MgmConvNext(ConvNextPreTrainedModel):  # type: ignore[misc]
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(pictures, 3, side, side) -> (pictures, channels of all stages, side / 4, side / 4).
 
-        The later stages' maps, which are smaller, are stretched over the first one's.
+        The later stages' smaller maps are interpolated to the size of the first.
         """
         features = self.stem(pixel_values)
         maps = []
@@ -61,7 +61,7 @@ class MgmPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config: MgmConfig
     config_class = MgmConfig
     base_model_prefix = "model"
-    input_modalities = ["image", "text"]  # noqa: RUF012  # types are transformers' own
+    input_modalities = ["image", "text"]  # noqa: RUF012  # transformers' own form
     supports_gradient_checkpointing = True
     _no_split_modules = ["GemmaDecoderLayer", "CLIPEncoderLayer", "ConvNextStage"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -78,7 +78,7 @@ class MgmModel(MgmPreTrainedModel):
         super().__init__(config)
         low, high = config.vision_config.hidden_size, sum(config.vision_config_aux.hidden_sizes)
         clip = AutoModel.from_config(config.vision_config)
-        # transformers before 5.6 or so had the tower a level deeper; one set of names for both
+        # transformers before about 5.6 has the tower one level deeper; this makes the names the same
         self.vision_tower = getattr(clip, "vision_model", clip)
         self.vision_tower_aux = MgmConvNext(config.vision_config_aux)
         self.vlm_uni_query_projector = nn.Sequential(nn.LayerNorm(low), nn.Linear(low, low))
@@ -97,43 +97,43 @@ class MgmModel(MgmPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(pictures, 3, side, side) of normalised pixels -> (pictures, tokens, hidden), as Gemma's layers take them.
+        """(pictures, 3, side, side) of normalised pixels -> (pictures, tokens, hidden), as input to Gemma's layers.
 
-        Published MGM puts pictures among the embedded words and Gemma multiplies all of them by the root of its size.
-        In transformers 5 the embedding does that, and so it is done for pictures here.
+        In published MGM, Gemma multiplies the embeddings of words and pictures by the root of the hidden size. In
+        transformers 5 the word embedding does that, so this method does it for pictures.
         """
-        # one by one: one alone keeps a card busy, and each takes a gigabyte while it is read
-        tokens = torch.cat([self._read(picture) for picture in pixel_values.split(1)])
+        # one by one: a single picture keeps a GPU busy, and each needs a gigabyte meanwhile
+        tokens = torch.cat([self._picture_tokens(picture) for picture in pixel_values.split(1)])
         return tokens * math.sqrt(self.config.text_config.hidden_size)
 
-    def _read(self, pixel_values: torch.Tensor) -> Any:
-        low, high = self._see(pixel_values)
+    def _picture_tokens(self, pixel_values: torch.Tensor) -> Any:
+        low, high = self._run_towers(pixel_values)
         if self.gradient_checkpointing and self.training:
-            # of a picture, mining would keep three maps of 2880 channels for the connectors' gradients. Never the
-            # trainer's choice of checkpointing: the reentrant one gives none where no input asks for any
+            # per picture, mining would store three maps of 2880 channels for the connectors' gradients. Always
+            # non-reentrant: reentrant checkpointing gives no gradients if no input requires them
             mined = checkpoint(self.mine, low, high, use_reentrant=False)
         else:
             mined = self.mine(low, high)
         return self.mm_projector(low + mined)
 
-    def _see(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What both towers say of the pictures: (pictures, tokens, channels) and (pictures, channels, rows, columns).
+    def _run_towers(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both towers' outputs: (pictures, tokens, channels) and (pictures, channels, rows, columns).
 
-        A frozen tower computes without gradients: with gradient checkpointing, trainers make the embeddings of every
-        tower ask for them, and all its activations would be kept for nothing.
+        A frozen tower runs without gradients. With gradient checkpointing, trainers make the embeddings of every tower
+        require gradients, and all its activations would be stored in vain.
         """
         size, dtype = self.config.vision_config.image_size, self.vision_tower_aux.dtype
-        # in float32, as the published processing has it
+        # in float32, as in the published processing
         small = functional.interpolate(pixel_values.float(), (size, size), mode="bilinear").to(dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _trained(self.vision_tower)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.vision_tower)):
             states = self.vision_tower(pixel_values=small, output_hidden_states=True, return_dict=True).hidden_states
             low = states[self.config.vision_feature_layer][:, 1:]  # without the class token
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _trained(self.vision_tower_aux)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.vision_tower_aux)):
             high = self.vision_tower_aux(pixel_values.to(dtype))
         return low, high
 
     def mine(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Patch info mining (section 3.2): what each token finds in the part of the high-resolution map under it.
+        """Patch info mining (section 3.2): each token attends to the part of the high-resolution map that it covers.
 
         low: (pictures, tokens, channels), high: (pictures, more channels, rows, columns) -> shape of low.
         """
@@ -159,21 +159,22 @@ class MgmModel(MgmPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """Hidden states of Gemma, with pictures in place of the image tokens, in their order.
+        """Return Gemma's hidden states, with pictures in place of the image tokens, in order.
 
         input_ids: (samples, length), with `config.image_token_id` once for each token of a picture; pixel_values:
-        (pictures of all samples, 3, side, side). Raises ValueError where their numbers do not agree.
+        (pictures of all samples, 3, side, side). Raises ValueError if their numbers do not match.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             if input_ids is None:
-                raise ValueError("pictures are put in place of image tokens: give input_ids, not inputs_embeds")
+                raise ValueError("pictures replace image tokens; pass input_ids, not inputs_embeds")
             seen = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
             places = input_ids == self.config.image_token_id
             if int(places.sum()) != seen.shape[0] * seen.shape[1]:
                 raise ValueError(
-                    f"{int(places.sum())} image tokens for {seen.shape[0]} pictures of {seen.shape[1]} tokens each"
+                    f"{int(places.sum())} image tokens for {seen.shape[0]} pictures of {seen.shape[1]} tokens each;"
+                    " repeat the image token once per token of each picture"
                 )
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], seen)
         return self.language_model(
@@ -187,7 +188,7 @@ class MgmModel(MgmPreTrainedModel):
 
 @dataclass
 class MgmOutput(ModelOutput):  # type: ignore[misc]
-    """Loss, where there were labels, and logits (samples, positions, vocabulary)."""
+    """Loss, if there were labels, and logits (samples, positions, vocabulary)."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -197,7 +198,7 @@ class MgmOutput(ModelOutput):  # type: ignore[misc]
 
 
 class MgmForConditionalGeneration(MgmPreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """MGM with the head that makes logits, which is Gemma's embedding."""
+    """MGM with the language-model head, which shares the weights of Gemma's embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -225,7 +226,7 @@ class MgmForConditionalGeneration(MgmPreTrainedModel, GenerationMixin):  # type:
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MgmOutput:
-        """As MgmModel.forward; `labels` (samples, length) with -100 where there is no loss."""
+        """Like MgmModel.forward. `labels`: (samples, length), -100 at positions without loss."""
         output = self.model(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
@@ -236,8 +237,8 @@ class MgmForConditionalGeneration(MgmPreTrainedModel, GenerationMixin):  # type:
         return MgmOutput(loss, logits, output.past_key_values, output.hidden_states, output.attentions)
 
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The inputs of a step. With a cache, pictures are read in the first one. (`generate` knows the arguments of
-        `forward` only where the others are called `kwargs`.)
+        """Return the inputs of a step. With a cache, only the first step has pictures. (`generate` finds `forward`'s
+        arguments only if the rest is named `kwargs`.)
         """
         pixel_values = kwargs.pop("pixel_values", None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
@@ -246,5 +247,5 @@ class MgmForConditionalGeneration(MgmPreTrainedModel, GenerationMixin):  # type:
         return inputs
 
 
-def _trained(tower: nn.Module) -> bool:
+def _is_trained(tower: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in tower.parameters())

@@ -1,7 +1,7 @@
-"""What MGM reads: pictures padded to a square of 768 pixels, and conversations in Gemma's turns.
+"""MGM's input: pictures padded to a square of 768 pixels, and conversations in Gemma's turns.
 
-Both are done by transformers' own LLaVA processor. The model is given the large picture alone and shrinks it itself
-for its low-resolution tower, as the published processing does.
+transformers' LLaVA processor does both. The model gets only the large picture and shrinks it for its low-resolution
+tower, as the published processing does.
 """
 
 from typing import Any
@@ -13,8 +13,7 @@ from stages.models.mgm.configuration import MgmConfig
 
 IMAGE_TOKEN = "<image>"
 RESERVED_TOKEN = "<unused0>"
-"""A token of Gemma's that nothing uses. It becomes the image token: a number inside the vocabulary, so that nothing
-that looks tokens up meets one that is not there."""
+"""An unused token of Gemma's. It becomes the image token, because an id inside the vocabulary works in every lookup."""
 
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -33,14 +32,14 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
 """
-"""The published `gemma` conversation: Gemma's turns, with <eos> after each of the model's."""
+"""The published `gemma` conversation: Gemma's turns, with <eos> after each turn of the model."""
 
 
 def make_processor(config: MgmConfig, tokenizer: Any) -> LlavaProcessor:
-    """The processor for a model of these sizes; each `<image>` of a text becomes as many as a picture has tokens."""
+    """Return the processor for a model of this config. It repeats each `<image>` once per token of a picture."""
     side = config.vision_config_aux.image_size
     pictures = LlavaImageProcessorPil(
-        do_pad=True,  # to a square, with the mean colour: image_aspect_ratio `pad` of the published configs
+        do_pad=True,  # to a square, with the mean colour: `pad`, the published configs' image_aspect_ratio
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
     )
@@ -48,7 +47,7 @@ def make_processor(config: MgmConfig, tokenizer: Any) -> LlavaProcessor:
         image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=config.pixels_across,
-        vision_feature_select_strategy="full",  # there is no class token to be taken off the count
+        vision_feature_select_strategy="full",  # no class token is to be subtracted from the count
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE_TOKEN,
     )
