@@ -254,7 +254,7 @@ def test_ms_swift_s_prompts_are_those_of_published_chat_templates(tmp_path: Path
     counted = lengths_of(samples, model, settings, tmp_path)
     assert 0 <= counted.longest - ours["rows"][0]["length"] <= 60
     assert counted.answer >= len(tokenizer.encode("A square.USER: Which colour? 颜色？ ASSISTANT:Red."))
-    assert "renders the prompt otherwise than the chat template" in theirs["error"]
+    assert "renders another prompt than the chat template" in theirs["error"]
 
 
 def _turns(texts: list[str]) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ import pytest
 
 from stages.contract.errors import UsageError
 from stages.contract.files import FileHashes, read_json, read_jsonl
-from stages.train.worker import _four_bits
+from stages.train.worker import _quantisation_options
 from tests.conftest import Lorry, need_model
 from tests.train.conftest import Training
 
@@ -68,7 +68,7 @@ def test_a_base_in_4_bits_is_not_put_in_4_bits_again(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
     job: Any = SimpleNamespace(model=tmp_path / "model", settings=SimpleNamespace(load_in_4bit=True))
     with pytest.raises(UsageError, match="its weights are gptq's already"):
-        _four_bits(job)
+        _quantisation_options(job)
 
 
 def test_without_a_library_one_line_says_what_to_do(lorry: Lorry, base: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_rungs_are_remembered_and_hold_on_other_cards(tmp_path: Path) -> None:
         },
         {
             "what": "out of memory",
-            "value": "evaluation 2 at a time; training as it was",
+            "value": "evaluation 2 at a time; training unchanged",
             "why": "adapter tuned, in evaluation after step 3: asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free",
         },
     ]

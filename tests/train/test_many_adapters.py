@@ -178,7 +178,7 @@ def test_one_that_fails_leaves_the_others_and_its_exit_code(
     assert job.kept == {"one", "three"}
     assert not job.run.path("train", "manifest.json").exists()
     told = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "1 of 3 adapters could not be trained: two: " in told and "train.keep_going=true" in told
+    assert "1 of 3 adapters failed: two: " in told and "train.keep_going=true" in told
     assert names(job.report) == ["one", "two!", "three"]
     assert job.report["pipeline_info"]["failed_datasets"] == 1
 
@@ -224,7 +224,7 @@ def test_where_all_fail_nothing_is_gone_on_with(job: Job, capfd: pytest.CaptureF
     assert (code, trainer.trained) == (Exit.DATA, NAMES)
     assert not job.run.path("train", "manifest.json").exists()
     told = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "3 of 3 adapters could not be trained: one: bad; two: worse; three: worst" in told
+    assert "3 of 3 adapters failed: one: bad; two: worse; three: worst" in told
     assert "keep_going" not in told
     assert names(job.report) == ["one!", "two!", "three!"]
 

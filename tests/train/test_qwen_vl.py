@@ -131,7 +131,7 @@ def test_pictures_are_read_when_their_sample_s_turn_comes(encoded: list[dict[str
 
 def test_a_template_that_shows_pictures_otherwise_is_refused(encoded: list[dict[str, Any]]) -> None:
     assert "rows" in encoded[0], "the model's own is taken"
-    assert "renders the prompt otherwise than the chat template" in encoded[2]["error"]
+    assert "renders another prompt than the chat template" in encoded[2]["error"]
     assert "Picture: <|vision_start|>" in encoded[2]["error"]
     assert "\n" not in encoded[2]["error"].replace("\\n", "")
 
