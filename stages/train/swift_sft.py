@@ -36,7 +36,7 @@ from stages.train.together import Together
 if mgm.AVAILABLE:
     from stages.train import mgm_swift  # noqa: F401 - registers the model and its template
 
-# Read a checkpoint's adapter into the CPU's memory. PEFT's default is "cuda", which safetensors takes for the first GPU:
+# Read a checkpoint's adapter into the CPU's memory. PEFT's default is "cuda", which safetensors takes for GPU 0:
 # every resumed process would hold memory there.
 PeftModel.load_adapter = partialmethod(  # type: ignore[assignment, method-assign]
     PeftModel.load_adapter, torch_device="cpu"
