@@ -9,6 +9,7 @@ import pytest
 
 from stages.contract.errors import UsageError
 from stages.contract.files import FileHashes, read_json, read_jsonl
+from stages.models import gptq
 from stages.train.worker import _quantisation_options
 from tests.conftest import Lorry, need_model
 from tests.train.conftest import Training
@@ -71,7 +72,16 @@ def test_a_base_in_4_bits_is_not_put_in_4_bits_again(tmp_path: Path) -> None:
         _quantisation_options(job)
 
 
-def test_without_a_library_one_line_says_what_to_do(lorry: Lorry, base: Path, tmp_path: Path) -> None:
+def test_without_a_library_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    loading = gptq.loading(tmp_path, on_card=False, training=True)
+    with pytest.raises(UsageError, match="its weights are GPTQ's, which gptqmodel and optimum would read here: pip"):
+        loading.__enter__()
+
+
+@pytest.mark.kill
+def test_without_a_library_the_command_ends_in_that_line(lorry: Lorry, base: Path, tmp_path: Path) -> None:
     """As where gptqmodel was never installed: Python finds no such package."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util, sys\n"

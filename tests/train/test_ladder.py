@@ -155,6 +155,17 @@ def test_help_does_not_name_what_is_done_already() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pixels", "least", "named"), [(784, None, True), (50_001, 50_000, True), (50_000, 50_000, False)]
+)
+def test_help_names_fewer_pixels_only_above_the_least_that_the_recipe_allows(
+    pixels: int, least: int | None, named: bool
+) -> None:
+    text = what_would_help(footing(max_pixels=pixels, least_max_pixels=least))
+    assert ("fewer pixels (train.max_pixels below" in text) == named
+    assert f"shorter samples (train.max_length below {footing().settings.max_length})" in text
+
+
+@pytest.mark.parametrize(
     ("error", "said"),
     [
         (torch.OutOfMemoryError(SAID), "asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free"),

@@ -264,6 +264,20 @@ def test_memory_that_runs_out_goes_down_the_ladder_of_that_adapter_alone(job: Jo
     ]
 
 
+def test_below_the_last_rung_it_ends_in_one_line(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    short = MemoryRanOutError(
+        "out of memory", Shortage("training", 3, "asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free")
+    )
+    code, trainer = job.but("train.micro_batch=1", mixes={"one": MIXES["one"]})(one=short)
+    assert code == Exit.DOES_NOT_FIT
+    assert [each.settings.gradient_checkpointing for each in trainer.jobs] == [False, True]
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert any("out of memory: gradient checkpointing on, effective batch still 4" in line for line in lines)
+    assert "nothing is left to reduce" in lines[-1] and "train.load_in_4bit=true" in lines[-1]
+    assert "asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free" in lines[-1]
+    assert job.kept == set()
+
+
 def test_a_mix_of_which_nothing_is_there_is_told_before_hours_of_training(
     job: Job, capfd: pytest.CaptureFixture[str]
 ) -> None:

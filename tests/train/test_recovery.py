@@ -89,6 +89,7 @@ def test_an_evaluation_out_of_memory_leaves_training_untouched(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.kill
 def test_below_the_last_rung_it_ends_in_one_line(tmp_path: Path, small_models: Path) -> None:
     training = make(tmp_path / "hungry", small_models, "train.micro_batch=1")
     code, output = hungry(training, during="training", above=0)
@@ -183,7 +184,7 @@ def test_a_kill_does_not_forget_the_rung(tmp_path: Path, small_models: Path) -> 
     assert load_file(adapter(training) / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("validation", [2, 0])
+@pytest.mark.parametrize("validation", [2, pytest.param(0, marks=pytest.mark.kill)])
 def test_a_kill_before_a_checkpoint_is_marked_leaves_the_one_before_though_only_one_is_kept(
     calm: Training, tmp_path: Path, small_models: Path, validation: int
 ) -> None:

@@ -196,17 +196,3 @@ def test_one_machine_needs_no_meeting_and_nodes_keep_their_ranks(tmp_path: Path)
 )
 def test_each_process_gets_as_many_samples_and_none_is_left_out(samples: str, processes: int, shared: str) -> None:
     assert shared_evenly(list(samples), processes) == list(shared)
-
-
-def test_a_checkpoint_is_not_read_onto_the_first_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's own choice, `cuda`, is card 0 in every process."""
-    import peft
-    import torch
-
-    from stages.train import swift_sft  # noqa: F401 - it is what changes the choice
-
-    config = peft.LoraConfig(target_modules=["0"])
-    peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config).save_pretrained(str(tmp_path))
-    monkeypatch.setattr("peft.peft_model.infer_device", lambda: pytest.fail("PEFT chose a device"))
-    loaded = peft.PeftModel.from_pretrained(torch.nn.Sequential(torch.nn.Linear(2, 2)), str(tmp_path))
-    loaded.load_adapter(str(tmp_path), "default", is_trainable=True)  # as the trainer calls it
