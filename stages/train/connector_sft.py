@@ -1,6 +1,6 @@
-"""The first of two phases in ms-swift's trainer: of a whole model only the connector is trained and saved.
+"""The first phase in ms-swift's trainer: trains and saves only the connector of a whole model.
 
-checkpoint-<step>/connector.safetensors   its weights, in float32, by the names of the base's own files
+checkpoint-<step>/connector.safetensors   its weights in float32, named as in the base's own files
 """
 
 from pathlib import Path
@@ -15,10 +15,10 @@ from stages.train.together import Together
 
 
 def train_connector_only(trainer: Any, model: Path, together: Together) -> None:
-    """Have a transformers Trainer keep the trainable weights in float32, as LoRA's are beside a base in 16 bits, and
-    save and load nothing but them. To be called before it trains.
+    """Make a transformers Trainer keep the trainable weights in float32, as LoRA's are beside a base in 16 bits, and to
+    save and load only them. Call it before the training.
 
-    Raises UsageError for a model that has nothing between a vision tower and a language model.
+    Raises UsageError for a model that has no connector.
     """
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     if not trained:

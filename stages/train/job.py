@@ -1,4 +1,4 @@
-"""What the stage hands to a training process, and how that one sends its progress back."""
+"""The job that the stage hands to a training process, and the progress that the process sends back."""
 
 import json
 import os
@@ -13,21 +13,21 @@ from stages.train.ladder import During
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, with everything decided."""
+    """One training with every choice made."""
 
     model: Path
     work: Path
-    """Checkpoints of this adapter."""
+    """Folder of this adapter's checkpoints."""
     scratch: Path
-    """What only this machine's processes need."""
+    """Folder for files that only this machine's processes need."""
     adapter: Path
-    """Where the finished adapter goes, or the connector."""
+    """Folder that the finished adapter or connector goes to."""
     run: Path
-    """The run's folder, which pictures are named relative to."""
+    """The run's folder; picture names are relative to it."""
     key: str
-    """Digest of all that the adapter depends on."""
+    """Digest of everything that the adapter depends on."""
     mix: Adapter
-    """What of the samples it is trained on."""
+    """The adapter's data mix."""
     train: list[Path]
     validation: list[Path]
     seed: int
@@ -37,28 +37,29 @@ class Job:
     micro_batch: int
     accumulation: int
     processes: int
-    """How many train together, over all machines."""
+    """Training processes over all machines."""
     eval_micro_batch: int
     evaluate: bool
     use_cpu: bool
     cards: list[str]
-    """This machine's GPUs in words, by local rank."""
+    """Name and UUID of each GPU of this machine, by local rank."""
     model_settings: Model
     settings: Train
     progress: int
-    """File descriptor to report progress on."""
+    """File descriptor that progress is written to."""
     connector: tuple[Path, str] | None = None
-    """What the adapter is trained on the base with, and its sha256."""
+    """File and sha256 of the connector that the adapter is trained with."""
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The files of a checkpoint that are handed on."""
+        """Names of the checkpoint's files that the finished adapter or connector consists of."""
         if self.settings.trains_connector:
             return (CONNECTOR_FILE,)
         return ("adapter_model.safetensors", "adapter_config.json")
 
     @staticmethod
     def read(path: Path) -> "Job":
+        """Read a job from its JSON file."""
         values = json.loads(path.read_text(encoding="utf-8"))
         values |= {name: Path(values[name]) for name in ("model", "work", "scratch", "adapter", "run")}
         values |= {name: [Path(p) for p in values[name]] for name in ("train", "validation")}
@@ -72,18 +73,19 @@ class Job:
 
 
 class Progress:
-    """Progress to the stage, one JSON object a line."""
+    """Sends progress to the stage, one JSON object per line."""
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8")
         self.only_problems = False
-        """Of several processes one speaks for all."""
+        """Send errors only: of several processes, the first sends the progress of all."""
         self.during: During = "loading"
-        """What this process is at: it decides what running out of memory changes."""
+        """Phase of this process; it decides what changes when memory runs out."""
         self.step = 0
-        """The last optimizer step that was finished."""
+        """The last finished optimizer step."""
 
     def send(self, **fields: Any) -> None:
+        """Send one message; `event` is its kind."""
         if self.only_problems and fields["event"] != "error":
             return
         self._file.write(json.dumps(fields) + "\n")
@@ -91,4 +93,5 @@ class Progress:
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
+    """Size in bytes of each of a checkpoint's files, by name, without the mark complete.json."""
     return {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir()) if p.name != "complete.json"}

@@ -1,10 +1,9 @@
-"""Out of memory in the middle of training: what the next try does with less, and how that is remembered.
+"""The ladder: what the next attempt changes after training ran out of memory, and the file that records it.
 
-Each rung asks for less memory and leaves the effective batch as it is. What would change what the adapter learns
-from, the pixels and the length, is only touched where the recipe allows it. An evaluation that does not fit changes
-only the evaluation.
+Each rung needs less memory and keeps the effective batch. Pixels and length decide what the adapter learns from: they
+are lowered only if the recipe allows it. An evaluation that runs out of memory changes only the evaluation.
 
-    <checkpoints>/ladder.json   the rungs taken, so that a later start of the same work begins at the last of them
+    <checkpoints>/ladder.json   the rungs taken; a later start of the same work begins at the last one
 """
 
 import re
@@ -26,21 +25,21 @@ WHAT = "out of memory"
 
 @dataclass(frozen=True)
 class Shortage:
-    """An out-of-memory, as a training process tells it."""
+    """An out-of-memory error, as a training process reports it."""
 
     during: During
     step: int
-    """The last optimizer step that was finished."""
+    """The last finished optimizer step."""
     said: str
-    """What was asked for and what was free, in torch's words."""
+    """Memory requested and memory free, in torch's words."""
 
     def __str__(self) -> str:
-        at = "while the model was loaded" if self.during == "loading" else f"in {self.during} after step {self.step}"
+        at = "while loading the model" if self.during == "loading" else f"in {self.during} after step {self.step}"
         return f"{at}: {self.said}"
 
 
 class MemoryRanOutError(DoesNotFitError):
-    """Training ended out of memory. The processes that had it are gone."""
+    """Training ran out of memory. `processes` are the ids of those that held it and have ended."""
 
     def __init__(self, text: str, shortage: Shortage, processes: tuple[int, ...] = ()) -> None:
         super().__init__(text)
@@ -48,17 +47,17 @@ class MemoryRanOutError(DoesNotFitError):
 
 
 class LostCardError(InterruptedRunError):
-    """A card works no more. What is saved can be gone on with, on other cards."""
+    """A GPU stopped working. Training resumes from the last checkpoint, on other GPUs too."""
 
 
 @dataclass(frozen=True)
 class Footing:
-    """What of a training depends on how much memory there is."""
+    """The part of a training's settings that depends on the memory."""
 
     settings: Train
     batch: BatchPlan
     eval_micro_batch: int
-    """Samples per forward pass of an evaluation, on one GPU."""
+    """Samples per forward pass of an evaluation on one GPU."""
     evaluate: bool = True
 
 
@@ -67,12 +66,12 @@ Change = dict[str, int | bool]
 
 
 def next_rung(footing: Footing, during: During) -> Change | None:
-    """What to try with less memory; None when nothing is left that the recipe allows."""
+    """The next change that needs less memory; None if the recipe allows no other."""
     if during == "evaluation":
         return _lighter_evaluation(footing)
     if during == "training":
         return _lighter_training(footing)
-    return None  # while loading not one sample was on the card: no batch is small enough
+    return None  # while loading, no sample is on the GPU yet: a smaller batch frees nothing
 
 
 def _lighter_training(footing: Footing) -> Change | None:
@@ -95,7 +94,7 @@ def _lighter_evaluation(footing: Footing) -> Change | None:
 
 
 def lowered(footing: Footing, change: Change) -> Footing:
-    """The footing with a rung's change, where it is not below that already: a start may have other cards."""
+    """The footing with a rung's change. A value that is already lower stays: this start may have other cards."""
     batch, settings = footing.batch, footing.settings
     if "micro_batch" in change:
         batch = plan_batch(batch.wanted, min(batch.micro_batch, int(change["micro_batch"])), batch.gpus)
@@ -116,29 +115,29 @@ def lowered(footing: Footing, change: Change) -> Footing:
 
 
 def in_words(change: Change, after: Footing) -> str:
-    """What a rung does, for the console, the manifest and the report."""
+    """A rung in words, for console, manifest and report."""
     batch = after.batch
     words = {
         "micro_batch": f"micro-batch {batch.micro_batch}, accumulation {batch.accumulation}: {batch}",
         "gradient_checkpointing": f"gradient checkpointing on, effective batch still {batch.effective}",
         "max_pixels": f"max_pixels {after.settings.max_pixels}",
         "max_length": f"max_length {after.settings.max_length}: longer samples are left out",
-        "eval_micro_batch": f"evaluation {after.eval_micro_batch} at a time; training as it was",
-        "evaluate": "no evaluation any more; training as it was",
+        "eval_micro_batch": f"evaluation {after.eval_micro_batch} at a time; training unchanged",
+        "evaluate": "no evaluation; training unchanged",
     }
     return "; ".join(words[name] for name in change)
 
 
 def by_hand(change: Change, settings: Train) -> str:
-    """The same as options of the command. An evaluation has none of its own: it goes by training's."""
+    """A rung as options of the command. An evaluation has no option of its own: training's sets both."""
     if "evaluate" in change:
-        return "--set data.validation_fraction=0 (and preprocess, which that concerns)"
+        return "--set data.validation_fraction=0 (preprocess too)"
     options = {settings.key_of(name.removeprefix("eval_")): value for name, value in change.items()}
     return " ".join(f"--set {key}={str(value).lower()}" for key, value in options.items())
 
 
 def what_would_help(footing: Footing) -> str:
-    """For an error's end: what a person can change when no rung is left."""
+    """The last part of an error message: what to change if no rung is left."""
     settings = footing.settings
     ways = ["GPUs with more free memory"]
     if not (settings.load_in_4bit or settings.trains_connector):
@@ -153,33 +152,34 @@ def what_would_help(footing: Footing) -> str:
 
 @dataclass
 class Ladder:
-    """The rungs that one adapter's training has taken, over all starts of the same work."""
+    """The rungs that one adapter's training took, over all starts of the same work."""
 
     path: Path
     rungs: list[dict[str, Any]] = field(default_factory=list)
     """`{"decision": as the manifest has it, "change": Change, "room": as below}`"""
     room: int = 0
-    """Bytes of the smallest card. A rung that was taken on smaller ones says nothing of these."""
+    """Total memory of the smallest GPU, in bytes. A rung taken on a smaller one does not apply."""
 
     @staticmethod
     def of(work: Path, room: int = 0) -> "Ladder":
-        """That of the adapter with these checkpoints."""
+        """The ladder of the adapter whose checkpoints are in `work`."""
         path = work / "ladder.json"
         return Ladder(path, (read_json(path) or {"rungs": []})["rungs"], room)
 
     @property
     def decisions(self) -> list[dict[str, Any]]:
+        """The rungs as the manifest's decisions."""
         return [dict(rung["decision"]) for rung in self.rungs]
 
     def descended(self, footing: Footing) -> Footing:
-        """The footing, with every rung that was taken before."""
+        """The footing with every rung that applies to these GPUs."""
         for rung in self.rungs:
             if self.room <= rung["room"]:
                 footing = lowered(footing, rung["change"])
         return footing
 
     def take(self, adapter: str, shortage: Shortage, change: Change, footing: Footing) -> Footing:
-        """Go down one rung, and remember it."""
+        """Go down one rung and record it. Returns the footing after it."""
         after = lowered(footing, change)
         decision = {"what": WHAT, "value": in_words(change, after), "why": f"adapter {adapter}, {shortage}"}
         self.rungs.append({"decision": decision, "change": change, "room": self.room})
@@ -194,7 +194,7 @@ _NO_MEMORY = re.compile(
     r"|NCCL.*out of memory|Cuda failure.*out of memory|DefaultCPUAllocator: can't allocate memory",
     re.DOTALL,
 )
-"""Texts of plain RuntimeErrors. Only the allocator of torch has a type of its own for this."""
+"""Texts of plain RuntimeErrors. Only torch's allocator raises a type of its own."""
 
 _LOST = re.compile(
     r"unspecified launch failure|GPU is lost|fallen off the bus|uncorrectable ECC|no CUDA-capable device"
@@ -202,19 +202,19 @@ _LOST = re.compile(
     r"|CUDA-capable device\(s\) is/are busy or unavailable|device kernel image is invalid",
     re.IGNORECASE,
 )
-"""CUDA's words for a card that works no more. An assertion on the device is not among them: that is a defect."""
+"""CUDA's words for a GPU that stopped working. A device-side assertion is not among them: it is a bug."""
 
 
 def shortage_of(error: BaseException, during: During, step: int) -> Shortage | None:
-    """What ran out, or None when the error is something else."""
+    """The shortage behind an error; None if it is another kind of error."""
     for one in _with_causes(error):
         if type(one).__name__ == "OutOfMemoryError" or (isinstance(one, RuntimeError) and _NO_MEMORY.search(str(one))):
-            return Shortage(during, step, _asked(str(one)))
+            return Shortage(during, step, _requested_memory(str(one)))
     return None
 
 
 def lost_card(error: BaseException) -> str | None:
-    """What CUDA says of a card that fell away, or None when the error is something else."""
+    """CUDA's words for a GPU that stopped working; None if it is another kind of error."""
     for one in _with_causes(error):
         if isinstance(one, RuntimeError) and _LOST.search(str(one)):
             return str(one).strip().splitlines()[0][:200]
@@ -228,8 +228,8 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or seen.__context__
 
 
-def _asked(text: str) -> str:
-    """`asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free` of torch's long text; else its beginning."""
+def _requested_memory(text: str) -> str:
+    """`asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free`, read from torch's long text; else its first 150 characters."""
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
     free = re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text)
     if asked is None:

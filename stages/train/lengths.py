@@ -1,4 +1,4 @@
-"""How long the samples are, before a training process exists: what memory the plan has to count with."""
+"""Lengths of the samples in tokens, counted before training starts: the memory plan needs them."""
 
 import heapq
 from dataclasses import dataclass
@@ -12,44 +12,48 @@ from stages.hardware.memory import Lengths
 from stages.models.pictures import family_rules, open_picture
 
 CANDIDATES = 64
-"""Samples that are tokenised: the longest and the shortest by their size. Those by tokens are among them, or near."""
+"""Samples that are tokenised: the longest and the shortest by size. The longest and shortest by tokens are among them,
+or close."""
 
 CHARACTERS = 2
-"""Of a text, that weigh as much as a picture's token in that size: in English it would be four, in Chinese one."""
+"""Characters that count as one token in a sample's size: four would fit English, one Chinese."""
 
 OF_A_MESSAGE, OF_A_PROMPT, OF_A_PICTURE = 6, 24, 2
-"""Tokens that chat templates put around a message and a picture, and a system prompt of their own."""
+"""Tokens that a chat template adds: around a message, for its own system prompt, and around a picture."""
 
 
 @dataclass(frozen=True)
 class _Sample:
     texts: list[str]
-    """Of its messages."""
+    """Text of each message."""
     asked: int
-    """How many of them stand before the first answer."""
+    """Messages before the first answer."""
     pictures: int
-    """Tokens of its pictures, with what stands around them."""
+    """Tokens of its pictures, with those around them."""
 
     @property
     def size(self) -> int:
+        """Estimated length of the whole sample, in characters."""
         return sum(map(len, self.texts)) + CHARACTERS * self.pictures
 
     @property
     def prompt_size(self) -> int:
+        """Estimated length of the prompt, in characters."""
         return self.size - sum(map(len, self.answers))
 
     @property
     def answers(self) -> list[str]:
-        """The first answer with all that follows it: of a conversation, every answer is learnt."""
+        """The first answer and everything after it: the adapter learns every answer of a conversation."""
         return self.texts[self.asked :]
 
 
 def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run: Path) -> Lengths:
-    """The longest sample and the longest answer that are trained on, in tokens. Pictures are files below `run`.
+    """Tokens of the longest sample, the longest answer and the shortest prompt, at most max_length each. Picture names
+    are relative to `run`.
 
-    What a picture becomes is the model's own affair: it is counted, from the file's header, for the Qwen2-VL family and
-    for LLaVAs; with others samples with pictures count as max_length. So does all, answers too, where the model has no
-    tokenizer.json. Raises DataError for a picture that is none.
+    A picture's tokens depend on the model. For the Qwen2-VL family and LLaVAs they are counted from the file's header;
+    for other models, a sample with pictures counts as max_length. If the model has no tokenizer.json, every sample and
+    answer counts as max_length. Raises DataError for a file that is no picture.
     """
     limit = settings.max_length
     if not samples or not (model / "tokenizer.json").is_file():
@@ -60,7 +64,7 @@ def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run:
     rules = family_rules(model)
 
     @cache  # samples share pages
-    def of_picture(name: str) -> int:
+    def picture_tokens(name: str) -> int:
         return open_picture(run / name, rules, settings.max_pixels).tokens + OF_A_PICTURE if rules else 0
 
     def tokens(text: str) -> int:
@@ -71,7 +75,7 @@ def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run:
     for sample in samples:
         texts = [str(message["content"]) for message in sample["messages"]]
         asked = next(place for place, message in enumerate(sample["messages"]) if message["role"] == "assistant")
-        counted.append(_Sample(texts, asked, sum(map(of_picture, sample.get("images") or []))))
+        counted.append(_Sample(texts, asked, sum(map(picture_tokens, sample.get("images") or []))))
     longest = heapq.nlargest(CANDIDATES, counted, key=lambda sample: sample.size)
     prompts = heapq.nsmallest(CANDIDATES, counted, key=lambda sample: sample.prompt_size)
     answers = heapq.nlargest(CANDIDATES, (sample.answers for sample in counted), key=lambda texts: sum(map(len, texts)))
@@ -79,11 +83,11 @@ def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run:
     if rules is None and any(sample.get("images") for sample in samples):
         whole = limit
     answer = max(sum(tokens(text) + OF_A_MESSAGE for text in texts) for texts in answers)
-    # what the template adds is left out: it errs upward
+    # without the template's tokens: those are an upper estimate, and this is a lower one
     shortest = min(sum(map(tokens, one.texts[: one.asked])) + one.pictures for one in prompts)
     return Lengths(min(whole, limit), min(answer, limit), shortest)
 
 
 def read_lengths(path: Path, model: Path, settings: Train, run: Path) -> Lengths:
-    """The same, of a file of samples."""
+    """`lengths_of` for a file of samples."""
     return lengths_of(read_jsonl(path), model, settings, run)

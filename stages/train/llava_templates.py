@@ -1,9 +1,9 @@
-"""ms-swift's templates for LLaVAs that follow the chat template in the model's folder, pictures where the message has
-them. Importing this registers them: `model.swift_template` may then name
+"""ms-swift templates for LLaVAs. They match the chat template in the model's folder and put a picture where the message
+has it. Importing this module registers two values of `model.swift_template`:
 
-* llava_chatml: `<|im_start|>user\\n...<|im_end|>\\n`, as tiny-llava's,
-* llava_vicuna: `USER: ... ASSISTANT:`, as in published LLaVA-1.5s; ms-swift's own llava1_5_hf breaks the line before
-  ASSISTANT, which those chat templates do not.
+* llava_chatml: `<|im_start|>user\\n...<|im_end|>\\n`, for tiny-llava
+* llava_vicuna: `USER: ... ASSISTANT:`, for the published LLaVA-1.5 models. ms-swift's own llava1_5_hf adds a line break
+  before ASSISTANT, which their chat template does not have.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from swift.template.templates.utils import ChatmlTemplateMeta
 
 
 class _InPlace(LlavaHfTemplate):  # type: ignore[misc]
-    """A picture's token stands where `<image>` does, with no line broken after it."""
+    """Puts a picture's token in the place of `<image>`, without a line break after it."""
 
     def replace_tag(self, media_type: str, index: int, inputs: Any) -> list[Any]:
         return ["<image>"]

@@ -1,4 +1,4 @@
-"""MGM for ms-swift: importing this registers `model.swift_type: mgm` and `model.swift_template: mgm`."""
+"""MGM for ms-swift. Importing this module registers `model.swift_type: mgm` and `model.swift_template: mgm`."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from stages.train.llava_templates import _InPlace
 
 
 class _Loader(ModelLoader):  # type: ignore[misc]
-    default_trust_remote_code = False  # the model is defined here, and its folder holds no code
+    default_trust_remote_code = False  # the model is defined in Lorry; its folder holds no code
 
     def get_model(self, *args: Any, **kwargs: Any) -> Any:
         self.auto_model_cls = MgmForConditionalGeneration

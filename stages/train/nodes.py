@@ -1,8 +1,7 @@
-"""How several machines come to train the same adapter at the same time: node 0 announces it, the others follow.
+"""How several machines train the same adapter at the same time: node 0 announces it, the others follow.
 
-Only node 0 knows what is left to do: it alone reads and writes the stage's folder. What it announces stands there in
-`checkpoints/announced.json`, for as long as its processes run; the others look there until its manifest says that all
-is done.
+Only node 0 reads and writes the stage's folder and knows which adapters are left. While its processes run, the adapter
+is named in `checkpoints/announced.json`. The other nodes read that file until node 0's manifest is written.
 """
 
 import time
@@ -18,13 +17,13 @@ from stages.train.torchrun import JOIN_SECONDS
 
 
 def place_of(name: str) -> tuple[str, ...]:
-    """Where below the stage's folder an adapter, or the connector, stands once it is trained."""
+    """Parts of the path, below the stage's folder, of a trained adapter or of the connector."""
     return (CONNECTOR,) if name == CONNECTOR else ("adapters", name)
 
 
 @contextmanager
 def announced(stage: Stage, adapter: str, node: Node | None) -> Iterator[None]:
-    """Have the other nodes, where there are any, train this adapter too, or the connector."""
+    """Announce an adapter or the connector to the other nodes, if there are any, while the context lasts."""
     if node is None:
         yield
         return
@@ -37,9 +36,9 @@ def announced(stage: Stage, adapter: str, node: Node | None) -> Iterator[None]:
 
 
 def adapters_announced_by_the_first(stage: Stage) -> Iterator[str]:
-    """Adapters in the order in which node 0 announces them, until it is done.
+    """Names of adapters in the order in which node 0 announces them, until it is done.
 
-    Raises InterruptedRunError when it announces nothing for JOIN_SECONDS, or a stop was asked for.
+    Raises InterruptedRunError if node 0 announces nothing for JOIN_SECONDS, or this process is asked to stop.
     """
     run, joined = stage.run, None
     hashes = FileHashes(stage.path(".hashes.json"))
@@ -48,7 +47,7 @@ def adapters_announced_by_the_first(stage: Stage) -> Iterator[str]:
     while not run.is_done(stage.name, hashes):
         stage.stop.check()
         found = read_json(run.path(stage.name, "checkpoints", "announced.json"))
-        # one of a start that was killed may still stand there: of other inputs, or of an adapter that is done
+        # the file may be left from a killed start: for other inputs, or for an adapter that is done
         is_new = found is not None and found["key"] == stage.key and found["round"] != joined
         if is_new and not run.path(stage.name, *place_of(found["adapter"])).is_dir():
             joined = found["round"]
@@ -56,7 +55,7 @@ def adapters_announced_by_the_first(stage: Stage) -> Iterator[str]:
             patience = time.monotonic() + JOIN_SECONDS
         elif time.monotonic() > patience:
             raise InterruptedRunError(
-                f"node 0 has not begun to train for {JOIN_SECONDS // 60} minutes; start it, then run again"
+                f"node 0 announced no training for {JOIN_SECONDS // 60} minutes; start it, then run this command again"
             )
         else:
             time.sleep(1)

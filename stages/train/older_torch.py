@@ -1,14 +1,14 @@
-"""ms-swift on torch 2.2, the newest that auto-gptq's kernels load with (image v100-gptq).
+"""ms-swift on torch 2.2, the newest torch that loads auto-gptq's kernels (image v100-gptq).
 
-ms-swift 4.6 imports two names that torch got later, for sequence parallelism and for FSDP 2. Lorry uses neither, so
-that an import is all that they have to stand.
+ms-swift 4.6 imports two names that torch 2.2 lacks, for sequence parallelism and FSDP 2. Lorry uses neither; the names
+only have to be importable.
 """
 
 import importlib
 
 
 def supply_later_names() -> None:
-    """Put what ms-swift imports where it looks for it; does nothing where torch has it."""
+    """Add the names that ms-swift imports to torch. A name that torch has stays."""
     import torch.distributed
     import torch.distributed.fsdp
 

@@ -1,12 +1,12 @@
-"""The optimizer's state in a checkpoint, by the names of the weights: training goes on from it on any number of GPUs,
-with ZeRO or without.
+"""The optimizer's state in a checkpoint, by the names of the weights. Training resumes from it on any number of GPUs,
+with or without ZeRO.
 
-    adapter_model.safetensors   the LoRA weights as the optimizer has them, in float32
+    adapter_model.safetensors   the optimizer's LoRA weights, in float32
     optimizer.safetensors       `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step` for each of them, by the same names
-    optimizer.json              where the schedule stands; with float16, the loss scale
+    optimizer.json              the schedule's position and, with float16, the loss scale
 
-DeepSpeed's own checkpoints fit one number of GPUs and one stage only, and are pickles. The states' names are those of
-torch's AdamW (https://arxiv.org/abs/1711.05101).
+DeepSpeed's own checkpoints fit only one number of GPUs and one ZeRO stage, and are pickles. The states' names are those
+of torch's AdamW (https://arxiv.org/abs/1711.05101).
 """
 
 import json
@@ -31,19 +31,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def keep_by_name(trainer: Any, together: Together) -> None:
-    """Have a transformers Trainer save and load its optimizer and schedule so. To be called before it trains."""
+    """Make a transformers Trainer save and load its optimizer and schedule by name. Call it before the training."""
     saving = _Saving(trainer, together)
     trainer._save_optimizer_and_scheduler = saving.save
     trainer._load_optimizer_and_scheduler = saving.load
-    trainer._save_scaler = trainer._load_scaler = lambda checkpoint: None  # with the others
+    trainer._save_scaler = trainer._load_scaler = lambda checkpoint: None  # optimizer.json holds the scale
     if trainer.is_deepspeed_enabled:
         trainer.save_model = saving.save_model
-        # is called before the method above, and would want DeepSpeed's own folders
+        # transformers calls it before the method above, and it would require DeepSpeed's own folders
         vars(transformers.trainer)["deepspeed_load_checkpoint"] = lambda *_, **__: None
 
 
 def name_in_file(parameter: str) -> str:
-    """A LoRA weight's name as PEFT writes it: without the adapter's."""
+    """A LoRA weight's name as PEFT writes it: without the adapter's name."""
     return re.sub(r"\.default(?=\.|$)", "", parameter)
 
 
@@ -51,14 +51,14 @@ class States(Protocol):
     """An optimizer's state, by the weights' names."""
 
     def read(self) -> dict[str, Tensor]:
-        """Everything, whole. All processes must call this; with ZeRO it is complete in each."""
+        """The whole state. All processes must call this; each gets all of it, with ZeRO too."""
 
     def write(self, states: Mapping[str, Tensor]) -> None:
-        """Put back what `read` gave, here or with other processes."""
+        """Restore a state that `read` returned, here or on another number of processes."""
 
 
 class TorchStates:
-    """The state of a torch optimizer that each process has whole."""
+    """The state of a torch optimizer, whole in each process."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[Parameter, str]) -> None:
         self._optimizer, self._names = optimizer, names
@@ -78,25 +78,27 @@ class TorchStates:
             found = {what: states[f"{name}.{what}"] for what in (*MOMENTS, "step") if f"{name}.{what}" in states}
             if found:
                 state[number] = found
-        # torch puts each where its own step would have made it
+        # torch moves each tensor to the device where its own step would create it
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of a weight that this process has, in the flat tensor of its group."""
+    """This process's part of a weight, in the flat tensor of its group. All fields count elements."""
 
     in_flat: int
+    """Start in the flat tensor."""
     in_weight: int
+    """Start in the flattened weight."""
     size: int
 
 
 class ZeroStates:
-    """The state of DeepSpeed's ZeRO-2 or ZeRO-3 optimizer: each group of weights is one flat float32 tensor, or in
-    ZeRO-3 several, of which each process has a part.
+    """The state of DeepSpeed's ZeRO-2 or ZeRO-3 optimizer. Each group of weights is one flat float32 tensor, in ZeRO-3
+    one or several, and each process holds a part of it.
 
-    Not done by `deepspeed.utils.safe_*`: those know the moments of the first group only (ZeRO-2) before a second step,
-    and fail where a weight does not divide by the number of GPUs (ZeRO-3).
+    `deepspeed.utils.safe_*` do not serve here: before a second step they return the first group's moments only
+    (ZeRO-2), and they fail if a weight's size is not divisible by the number of GPUs (ZeRO-3).
     """
 
     def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
@@ -120,7 +122,7 @@ class ZeroStates:
             steps = [states[f"{self._names[p]}.step"] for p in group if f"{self._names[p]}.step" in states]
             if not steps:
                 continue
-            # a group has one count. Weights' counts differ only where some had no gradient in some steps
+            # a group has one step count; counts of weights differ only if some had no gradient in some steps
             step = torch.stack(steps).max().to(flat.device if self._counts_on_gpu(number) else "cpu")
             state = {what: torch.zeros_like(flat, requires_grad=False) for what in MOMENTS}
             self._optimizer.state[flat] = {"step": step, **state}
@@ -129,12 +131,12 @@ class ZeroStates:
                     self._put(parameter, state[what], states.get(f"{self._names[parameter]}.{what}"))
 
     def weights(self) -> dict[str, Tensor]:
-        """The float32 weights, whole, by name. All processes must call this."""
+        """The whole float32 weights by name. All processes must call this."""
         pairs = zip(self._flats, self._groups, strict=True)
         return {self._names[parameter]: self._whole(parameter, flat) for flat, group in pairs for parameter in group}
 
     def write_weights(self, weight: Callable[[str], Tensor]) -> None:
-        """Set the float32 weights. Those that the model computes with have been made of the same before."""
+        """Set the float32 weights. The model's own weights are set from the same values before."""
         for flat, group in zip(self._flats, self._groups, strict=True):
             for parameter in group:
                 self._put(parameter, flat, weight(self._names[parameter]))
@@ -148,7 +150,7 @@ class ZeroStates:
         if self._is_3:
             _, start, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
             first = size * dist.get_rank()
-            size = min(size, parameter.ds_numel - first)  # the last ones are filled up, or have nothing but filling
+            size = min(size, parameter.ds_numel - first)  # the last processes' parts are padded, or only padding
             return Fragment(start, first, size) if size > 0 else None
         mapping = parameter._hp_mapping
         if mapping is None:
@@ -158,14 +160,14 @@ class ZeroStates:
 
     @torch.no_grad()
     def _whole(self, parameter: Any, flat: Tensor) -> Tensor:
-        """A weight's part of a flat tensor, gathered from all processes."""
+        """A weight's values in a flat tensor, gathered from all processes, in the weight's shape."""
         shape = parameter.ds_shape if self._is_3 else parameter.shape
         whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=flat.device)
         fragment = self._fragment(parameter)
         if fragment is not None:
             part = flat.narrow(0, fragment.in_flat, fragment.size)
             whole.narrow(0, fragment.in_weight, fragment.size).copy_(part)
-        dist.all_reduce(whole)  # every element is of one process, and 0 in the others
+        dist.all_reduce(whole)  # each element comes from one process and is 0 in the others
         return whole.view(shape).cpu()
 
     @torch.no_grad()
@@ -182,7 +184,7 @@ def _flats_of_2(zero: Any) -> list[Tensor]:
 
 
 class _Saving:
-    """What the trainer's methods are replaced by."""
+    """Replaces the trainer's methods."""
 
     def __init__(self, trainer: Any, together: Together) -> None:
         self._trainer, self._together = trainer, together
@@ -224,9 +226,9 @@ class _Saving:
             self._write_loss_scale(position["loss_scale"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter from the float32 weights, so that it is the same with ZeRO as without.
+        """Save the adapter from the float32 weights: with ZeRO it must equal one trained without.
 
-        The trainer would take the 16-bit ones, and with ZeRO-2 copy the whole base to do so, in each process.
+        The trainer would save the 16-bit weights and, with ZeRO-2, copy the whole base in each process.
         """
         zero = self._zero()
         weights = ZeroStates(zero, {p: n for n, p in self._trainer.model.named_parameters()}).weights()
@@ -234,7 +236,7 @@ class _Saving:
             self._trainer._save(output_dir, state_dict=weights)
 
     def _read_loss_scale(self) -> dict[str, Any] | None:
-        """The scale, and the steps since it last changed."""
+        """The scale and the steps since its last change; None if there is no loss scale."""
         zero = self._zero()
         if zero is not None:
             return read_loss_scale_of_zero(zero.loss_scaler)
@@ -250,7 +252,7 @@ class _Saving:
             write_loss_scale_of_zero(zero.loss_scaler, saved)
             return
         scaler = self._trainer.accelerator.scaler
-        if scaler is not None and scaler.is_enabled():  # not where the type is another than when it was saved
+        if scaler is not None and scaler.is_enabled():  # it is not if this start has another precision
             now = {"scale": saved["scale"], "_growth_tracker": saved["steps"]}
             scaler.load_state_dict({**scaler.state_dict(), **now})
 
@@ -260,13 +262,16 @@ POSITION = "optimizer.json"
 
 
 def read_schedule(schedule: Any) -> dict[str, Any]:
-    """Where a torch LambdaLR stands, and what it varies: a rate for each group of weights."""
+    """A torch LambdaLR's position and the base learning rate of each group of weights."""
     rates = [float(rate) for rate in schedule.base_lrs]
     return {"last_epoch": schedule.last_epoch, "step_count": schedule._step_count, "learning_rates": rates}
 
 
 def write_schedule(schedule: Any, saved: Mapping[str, Any]) -> None:
-    """Go on from there, with the learning rates of that step."""
+    """Set a torch LambdaLR to a saved position, and the learning rates to those of that step.
+
+    Raises ValueError if its base learning rates differ from the saved ones.
+    """
     if saved["learning_rates"] != schedule.base_lrs:
         raise ValueError(f"learning rates were {saved['learning_rates']}, and are now {schedule.base_lrs}")
     schedule.last_epoch, schedule._step_count = saved["last_epoch"], saved["step_count"]
@@ -277,7 +282,10 @@ def write_schedule(schedule: Any, saved: Mapping[str, Any]) -> None:
 
 
 def read_loss_scale_of_zero(scaler: Any) -> dict[str, Any] | None:
-    """DeepSpeed counts steps from the beginning, and remembers the last one whose gradients overflowed."""
+    """DeepSpeed's loss scale and the steps since its last change; None if the scale is fixed.
+
+    DeepSpeed counts steps from the start of training and records the last one whose gradients overflowed.
+    """
     if not scaler.dynamic:
         return None
     steps = scaler.cur_iter - scaler.last_overflow_iter - 1
@@ -285,6 +293,6 @@ def read_loss_scale_of_zero(scaler: Any) -> dict[str, Any] | None:
 
 
 def write_loss_scale_of_zero(scaler: Any, saved: Mapping[str, Any]) -> None:
-    """See `read_loss_scale_of_zero`; nothing where the scale is fixed."""
+    """Restore what `read_loss_scale_of_zero` returned. Does nothing if the scale is fixed."""
     if scaler.dynamic:
         scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = saved["scale"], saved["steps"], -1

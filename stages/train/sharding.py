@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO for LoRA: what it is told, and what the model needs before it.
+"""DeepSpeed's ZeRO for LoRA: its configuration, and the changes that the model needs first.
 
-ZeRO-2 divides gradients and optimizer states among the GPUs, ZeRO-3 the frozen base too. With LoRA the first saves
-little, for the base is what fills a card; the second lets a base train that no card could hold alone. Nothing is moved
-to the processors' memory. ZeRO: https://arxiv.org/abs/1910.02054; the options: https://www.deepspeed.ai/docs/config-json
+ZeRO-2 divides gradients and optimizer states among the GPUs, ZeRO-3 the frozen base too. With LoRA, ZeRO-2 saves
+little, because the base fills a GPU. ZeRO-3 trains a base that no GPU holds alone. Nothing is moved to the CPU's
+memory. ZeRO: https://arxiv.org/abs/1910.02054; the options: https://www.deepspeed.ai/docs/config-json
 """
 
 import importlib.util
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 STAGES = {"zero2": 2, "zero3": 3}
 
 KEPT_WHOLE = 100_000
-"""ZeRO-3: a tensor up to this size is not divided: norms, biases and small LoRA weights, some 40 MB of a 7B model. To
-gather them one by one would cost more time than they cost memory."""
+"""Elements up to which ZeRO-3 does not divide a tensor: norms, biases and small LoRA weights, some 40 MB of a 7B model.
+Gathering them one by one would cost more time than keeping them costs memory."""
 
 
 def deepspeed_config(
     sharding: str, dtype: str, micro_batch: int, accumulation: int, max_grad_norm: float
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, with nothing left to its defaults that costs memory or changes the result.
+    """DeepSpeed's configuration. It sets every option that costs memory or changes the result.
 
-    The optimizer is the trainer's own torch AdamW, with the groups of LoRA+ and weight decay, and so is the schedule:
-    none of DeepSpeed's kernels is compiled. With bfloat16 and float16 the model computes with LoRA weights of that
-    type, and the optimizer keeps them in float32, where it sums the gradients too.
+    Optimizer and schedule are the trainer's own: torch's AdamW with the groups of LoRA+ and weight decay. None of
+    DeepSpeed's kernels is compiled. With bfloat16 and float16, the model computes with LoRA weights of that type; the
+    optimizer keeps the weights and sums the gradients in float32.
     """
     zero: dict[str, Any] = {
         "stage": STAGES[sharding],
         "contiguous_gradients": True,
         "reduce_bucket_size": ZERO_BUCKET,
         "allgather_bucket_size": ZERO_BUCKET,
-        "overlap_comm": False,  # LoRA's gradients are small: a second buffer is not worth its memory
+        "overlap_comm": False,  # LoRA's gradients are small and not worth the memory of a second buffer
     }
     if sharding == "zero3":
         zero |= {
-            "overlap_comm": True,  # the next layer's weights come while this one computes
+            "overlap_comm": True,  # fetch the next layer's weights while this one computes
             "stage3_max_live_parameters": ZERO3_LIVE,
             "stage3_max_reuse_distance": ZERO3_LIVE,
             "stage3_prefetch_bucket_size": ZERO3_PREFETCH,
@@ -51,7 +51,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
-        # as torch's GradScaler, which trains without DeepSpeed, so that a checkpoint's scale means the same in both
+        # as in torch's GradScaler, used without DeepSpeed: a checkpoint's loss scale means the same in both
         "fp16": {
             "enabled": dtype == "float16",
             "loss_scale": 0,
@@ -68,25 +68,25 @@ def deepspeed_config(
 
 
 def check_sharding(sharding: str, use_cpu: bool, stored_as: str | None) -> None:
-    """Raise UsageError where DeepSpeed cannot work. `stored_as` is how the base's weights are quantised, or None."""
+    """Raise UsageError if DeepSpeed cannot work. `stored_as` names the base's quantisation, or is None."""
     if sharding == "none":
         return
     if sharding == "zero3" and stored_as is not None:
         raise UsageError(
-            f"train.sharding is zero3, which cannot share out a base whose weights are {stored_as}'s; set it to zero2,"
-            " none or auto"
+            f"train.sharding is zero3, which cannot divide a base quantised with {stored_as}; set it to zero2, none or"
+            " auto"
         )
-    if use_cpu and os.environ.get("DS_ACCELERATOR") != "cpu":  # DeepSpeed's own variable; the tests set it
+    if use_cpu and os.environ.get("DS_ACCELERATOR") != "cpu":  # DeepSpeed's own variable, for tests
         raise UsageError(f"train.sharding is {sharding}, but there is no GPU here; set it to none or auto")
     if importlib.util.find_spec("deepspeed") is None:
         raise UsageError(f"train.sharding is {sharding}, but DeepSpeed is not installed here; set it to none or auto")
 
 
 def compute_in(dtype: str, model: "torch.nn.Module") -> None:
-    """Give the trainable weights the type that the base computes in, as ZeRO wants them.
+    """Convert the trainable weights to the type that the base computes in, which ZeRO requires.
 
-    DeepSpeed does that itself but for a base that ZeRO-3 has divided while loading: there float32 LoRA weights would
-    stay, and be computed with in float32.
+    DeepSpeed converts them itself, except for a base that ZeRO-3 divided while loading: there, LoRA would stay and
+    compute in float32.
     """
     import torch
 
@@ -96,13 +96,14 @@ def compute_in(dtype: str, model: "torch.nn.Module") -> None:
 
 
 def gather_by_layer(model: "torch.nn.Module", whole_layers: bool) -> None:
-    """Have ZeRO-3 gather and let go a layer's weights together. To be called before DeepSpeed has the model.
+    """Make ZeRO-3 gather and release a layer's weights together. Call it before DeepSpeed gets the model.
 
-    By itself it does so for each module: thousands of small steps that take most of the time, and when a layer is
-    computed again for its backward pass, its weights are gathered twice. A layer is what transformers never splits.
+    By default, ZeRO-3 does so for each module: thousands of small steps that take most of the time. When a layer is
+    computed again for its backward pass, its weights are gathered twice. A layer is a module that transformers never
+    splits.
 
-    `whole_layers` may be true only where what goes into every layer with trained weights asks for gradients, as with
-    gradient checkpointing: else DeepSpeed takes a layer's backward pass for ended before it has begun, and it fails.
+    `whole_layers` may be true only if the input of every layer with trained weights requires gradients, as with
+    gradient checkpointing. Otherwise DeepSpeed assumes the end of a layer's backward pass before its start, and fails.
     """
     import torch
     from deepspeed.utils import set_z3_leaf_module
@@ -112,13 +113,13 @@ def gather_by_layer(model: "torch.nn.Module", whole_layers: bool) -> None:
         if whole_layers and type(module).__name__ in layers:
             set_z3_leaf_module(module, True)
         elif isinstance(module, torch.nn.Embedding) and not module.weight.requires_grad:
-            # gradient checkpointing makes embeddings ask for gradients; DeepSpeed would gather the whole table for
-            # them, with nothing to compute. It keeps what is there under this name
-            module.pre_bwd_fn = _Untouched  # type: ignore[assignment]
+            # gradient checkpointing makes embeddings require gradients, and DeepSpeed would gather the whole table with
+            # nothing to compute. DeepSpeed does not replace an attribute of this name
+            module.pre_bwd_fn = _NoGathering  # type: ignore[assignment]
 
 
-class _Untouched:
-    """In the place of an autograd function that gathers weights before a module's backward pass."""
+class _NoGathering:
+    """Replaces DeepSpeed's autograd function that gathers weights before a module's backward pass."""
 
     @staticmethod
     def apply(output: "torch.Tensor") -> "torch.Tensor":
@@ -126,8 +127,8 @@ class _Untouched:
 
 
 def let_go_of_weights(model: "torch.nn.Module") -> None:
-    """Free the weights that ZeRO-3 has left whole after a forward pass without a backward pass: the head and the last
-    layers, kept for one. The next forward pass would have them beside its own."""
+    """Free the weights that ZeRO-3 keeps whole after a forward pass: the head and the last layers, for a backward pass.
+    In an evaluation there is none, and the next forward pass would hold them beside its own."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     for weight in model.parameters():
@@ -137,14 +138,14 @@ def let_go_of_weights(model: "torch.nn.Module") -> None:
 
 
 def mend_loading() -> None:
-    """Have ZeRO-3 load a model with the same constants as it has everywhere else, and gather each weight into a place
-    of its own. To be called before it is loaded.
+    """Make ZeRO-3 load a model with unrounded constants, and gather each weight into its own memory. Call it before the
+    model is loaded.
 
-    While a model is made, DeepSpeed rounds every new tensor to the type of the weights, also one asked for in float32:
-    rotary embeddings, their frequencies rounded to bfloat16, are wrong by whole turns some thousand tokens on. The
-    weights are of their type without that: transformers makes it torch's default while it loads. And weights gathered
-    together lie in one buffer first, from which each is copied: all are there twice. The option against that,
-    stage3_allgather_sequential, would turn fetching ahead off, too.
+    While a model is built, DeepSpeed converts every new tensor to the type of the weights, even one created in float32.
+    Rotary embeddings whose frequencies are rounded to bfloat16 are wrong by whole turns after some thousand tokens. The
+    weights get their type without that: transformers makes it torch's default while loading. DeepSpeed also gathers
+    several weights into one buffer and copies each from there, so that all exist twice. Its option against that,
+    stage3_allgather_sequential, would also turn off prefetching.
     """
     from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride, Init
 

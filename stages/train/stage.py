@@ -1,10 +1,11 @@
 """train: one LoRA adapter for each entry of `train.adapters`, each trained in a process of its own.
 
-The process is ended with its memory before anything else is tried on the card, and a crash of it is not ours. When a
-card's memory runs out, the next one begins a rung lower on the ladder (`ladder.py`), from the newest checkpoint.
+That process ends, and its memory with it, before the next one starts on the GPU; a crash there does not end the stage.
+When a GPU's memory runs out, the next process starts one rung lower on the ladder (`ladder.py`) from the newest
+checkpoint.
 
-With `train.connector` there is a phase before, trained in the same way: what stands between vision tower and language
-model. The adapters are trained on the base with it, and belong to it: another connector, other adapters.
+With `train.connector`, a first phase trains the connector in the same way. The adapters are trained on the base with
+that connector; another connector means other adapters.
 """
 
 import importlib.util
@@ -60,14 +61,14 @@ from stages.train.torchrun import train_adapter
 GIB = 1024**3
 
 MEMORY_SLACK = 256 * 1024**2
-"""Bytes by which a card's free memory may be less than before: neighbours breathe."""
+"""Bytes by which a GPU's free memory may be lower than before: other programs' use varies."""
 
 MEMORY_PATIENCE = 60.0
-"""Seconds that a dead process's memory may take to come back."""
+"""Seconds to wait for the memory of a process that has ended."""
 
 
 LEARNT = set(Train.model_fields) - {*ONLY_ROOM, "adapters", "adapter_for_each_source", "lora_config", "connector"}
-"""What of `train` every adapter depends on."""
+"""Fields of `train` that every adapter depends on."""
 
 
 def work(stage: Stage) -> None:
@@ -83,13 +84,13 @@ def work(stage: Stage) -> None:
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]
     mixes, failures = _mixes_of(stage, adapters)
     connector = None
-    plan: _Plan | None = None  # only once something is to be trained: taking over what is there needs no card
+    plan: _Plan | None = None  # made when something has to be trained: existing adapters need no GPU
     if recipe.train.connector is not None:
         connector, plan = _train_connector(stage, node, log)
     else:
-        remove(stage.path(*place_of(CONNECTOR)))  # of a recipe that had one
-    keys = _keep_what_fits(stage, mixes, connector)
-    results = _results_of(stage, [adapter for adapter in adapters if adapter.name not in failures])
+        remove(stage.path(*place_of(CONNECTOR)))  # from an earlier recipe
+    keys = _remove_outdated(stage, mixes, connector)
+    results = _earlier_results(stage, [adapter for adapter in adapters if adapter.name not in failures])
     for adapter in adapters:
         name = adapter.name
         folder = stage.path("adapters", name)
@@ -105,16 +106,16 @@ def work(stage: Stage) -> None:
                 with announced(stage, name, node):
                     _train(stage, adapter, keys[name], plan, node, connector)
             except LorryError as error:
-                # a stop, a lost card or another node's trouble is no matter of this adapter alone
+                # a stop, a lost GPU or a failure of another node concerns more than this adapter
                 if isinstance(error, InterruptedRunError) or node is not None:
                     raise
                 failures[name] = error
-                if len(recipe.train.adapters) > 1:  # of one alone the end tells
+                if len(recipe.train.adapters) > 1:  # a single adapter's error ends the stage
                     stage.events.say(f"train {name}: {error}")
                 _note_result(stage, results, adapter, {"error": str(error)})
                 continue
         _note_result(stage, results, adapter, {"training": training_facts(stage.run, adapter, folder)})
-        log += _hand_on(stage, name, ("adapter_model.safetensors", "adapter_config.json"))
+        log += _add_outputs(stage, name, ("adapter_model.safetensors", "adapter_config.json"))
         stage.stop.check()
     _settle_failures(stage, failures, len(adapters))
     stage.outputs["metrics.jsonl"] = write_jsonl(stage.path("metrics.jsonl"), log)
@@ -129,20 +130,21 @@ def _help(stage: Stage, node: Node) -> None:
     for name in adapters_announced_by_the_first(stage):
         first_phase = name == CONNECTOR
         settings = recipe.train.of_connector() if first_phase else recipe.train
-        # the second phase's too: what refuses that must not be found after the first
+        # plan the second phase too: what makes it impossible must not surface after the first
         for phase in (True, False) if first_phase else (False,):
             plans[phase] = plans.get(phase) or _plan(stage, node, settings if phase else None)
         adapter = settings.adapters[0] if first_phase else by_name[name]
         _train(stage, adapter, "", plans[first_phase], node, None if first_phase else trained_connector(stage.run))
 
 
-def _hand_on(stage: Stage, name: str, files: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Note what was trained among the stage's outputs, and how that went. Returns its part of metrics.jsonl."""
+def _add_outputs(stage: Stage, name: str, files: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Add a trained adapter or connector to the stage's outputs, counts and decisions. Returns its rows of
+    metrics.jsonl."""
     place = place_of(name)
     training = read_json(stage.path(*place, "training.json"))
     stage.counts[f"{name} samples"] = training["samples"]["train"]
     stage.counts[f"{name} steps"] = training["steps"]
-    _tell_of(stage, name, training)
+    _add_training_facts(stage, name, training)
     for file in (*files, "training.json"):
         stage.outputs["/".join((*place, file))] = None
     return [{"adapter": name, **entry} for entry in training["log"]]
@@ -151,21 +153,22 @@ def _hand_on(stage: Stage, name: str, files: tuple[str, ...]) -> list[dict[str, 
 def _train_connector(
     stage: Stage, node: Node | None, log: list[dict[str, Any]]
 ) -> tuple[tuple[Path, str], "_Plan | None"]:
-    """The first phase, or what an earlier start has left of it. Returns the connector and its sha256; and, where it had
-    to be trained, the second phase's plan: what refuses that must not be found after hours.
+    """Train the connector, unless an earlier start did. Returns its file and sha256 and, if it was trained now, the
+    second phase's plan: what makes that phase impossible must not surface after hours of training.
 
-    Raises UsageError where the file is not as it was trained.
+    Raises UsageError if the file has changed since it was trained.
     """
     if stage.shard is not None:
         raise UsageError(
-            "train.connector: shards would each train a connector of their own; train without --shard, on the GPUs of"
-            " one machine or with nodes"
+            "train.connector: each shard would train a connector of its own; train without --shard, on one machine's"
+            " GPUs or with nodes"
         )
     settings = stage.run.recipe.train.of_connector()
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
     if stored_as(model) is not None:
         raise UsageError(
-            f"{model}: train.connector: it is trained beside a base in 16 bits or more, not a quantised one"
+            f"{model}: train.connector needs a base in 16 bits or more, and this one is quantised; take another base or"
+            " leave out train.connector"
         )
     mix, folder = settings.adapters[0], stage.path(*place_of(CONNECTOR))
     key = _key_of_connector(stage, settings)
@@ -177,7 +180,7 @@ def _train_connector(
             _train(stage, mix, key, first, node, None)
     sha256 = str(read_json(folder / "made.json")["files"][CONNECTOR_FILE])
     check_connector(folder / CONNECTOR_FILE, sha256)
-    log += _hand_on(stage, CONNECTOR, (CONNECTOR_FILE,))
+    log += _add_outputs(stage, CONNECTOR, (CONNECTOR_FILE,))
     stage.facts["connector"] = {"sha256": sha256, "data": mix.mix}
     unused = read_json(folder / "training.json")
     for why in ("without_picture", "beyond_most_samples"):
@@ -186,7 +189,7 @@ def _train_connector(
 
 
 def _key_of_connector(stage: Stage, settings: Train) -> str:
-    """A digest of all that it depends on. What an adapter is trained on, and how, is not among that."""
+    """Digest of everything that the connector depends on. The adapters' data mixes and settings are not part of it."""
     run = stage.run
     assert settings.connector is not None
     train, validation = _samples(stage)
@@ -194,18 +197,18 @@ def _key_of_connector(stage: Stage, settings: Train) -> str:
     samples, _ = shown(mixed(train, mix, run.recipe.seed), settings.connector.most_samples, run.recipe.seed)
     validated_on = shown(validated(validation, mix), settings.connector.most_samples, run.recipe.seed)[0]
     learnt = settings.model_dump(mode="json", include=LEARNT - LORAS_OWN)
-    hashes = FileHashes(stage.path(".hashes.json"))  # knows model and pictures from when the stage's inputs were hashed
+    hashes = FileHashes(stage.path(".hashes.json"))  # has model and pictures from hashing the stage's inputs
     pictures = _pictures_of(stage, [samples, validated_on], hashes)
     model, recipe = _model_digest(stage, hashes), run.recipe.digest("seed", "model")
     return digest_of([CONTRACT_VERSION, recipe, learnt, model, samples, validated_on, pictures])
 
 
 LORAS_OWN = {"rank", "alpha", "dropout", "target_modules", "lora_plus_ratio", "freeze_vision", "load_in_4bit"}
-"""What of `train` a connector does not depend on."""
+"""Fields of `train` that a connector does not depend on."""
 
 
 def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
-    """All of them that is used from here on is in the adapters; those that failed are tried again."""
+    """Remove the checkpoints of trained adapters. Those of adapters that failed stay for the next attempt."""
     for path in stage.path("checkpoints").glob("*"):
         if path.name not in failures:
             remove(path)
@@ -214,7 +217,7 @@ def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
 
 
 def _samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Those to train and to validate on."""
+    """The samples to train on and those to validate on."""
     train, validation = (
         read_jsonl(stage.run.path("preprocess", "samples", f"{name}.jsonl")) for name in ("train", "validation")
     )
@@ -226,9 +229,9 @@ def _model_digest(stage: Stage, hashes: FileHashes) -> str:
 
 
 def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: FileHashes) -> Any:
-    """A digest of the pictures that samples show; None where they show none.
+    """Digest of the samples' pictures; None if they have none.
 
-    All pages count, and of `pictures/`, which holds those of test sets too, only what these samples name.
+    It covers all of `pages/`, and of `pictures/` only what these samples name: that folder holds test sets too.
     """
     names = {name for part in samples for sample in part for name in sample["images"]}
     if not names:
@@ -238,16 +241,16 @@ def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: File
     if "pictures/" not in outputs:
         return pages
     files = {name: stage.run.folder / name for name in names if name.startswith("preprocess/pictures/")}
-    # one that is missing is told where it is read
+    # a missing file is reported where it is read
     return {"pages/": pages, "pictures/": {name: hashes.file(path) for name, path in files.items() if path.is_file()}}
 
 
 Mixes = dict[str, list[list[dict[str, Any]]]]
-"""By adapter: what it is trained on, and what it is validated on."""
+"""By adapter: the samples that it is trained on, and those that it is validated on."""
 
 
 def _mixes_of(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, LorryError]]:
-    """The mixes of the adapters, and what is wrong with those of some."""
+    """The adapters' samples, and an error for each adapter whose mix has none of a data set."""
     train, validation = _samples(stage)
     mixes: Mixes = {}
     failures: dict[str, LorryError] = {}
@@ -255,17 +258,17 @@ def _mixes_of(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, L
         try:
             mixes[adapter.name] = [mixed(train, adapter, stage.run.recipe.seed), validated(validation, adapter)]
         except UsageError as error:
-            if len(adapters) == 1 or not stage.run.recipe.train.keep_going:  # a name mistyped must not cost hours first
+            if len(adapters) == 1 or not stage.run.recipe.train.keep_going:  # report a mistyped name before training
                 raise
             failures[adapter.name] = error
     return mixes, failures
 
 
-def _keep_what_fits(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None) -> dict[str, str]:
-    """The key of each adapter, by its name: a digest of all that it depends on.
+def _remove_outdated(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None) -> dict[str, str]:
+    """Remove earlier starts' adapters that have other keys or other names. Returns each adapter's key by its name: a
+    digest of everything that it depends on.
 
-    What earlier starts left of adapters with other keys, or of other names, is removed: a change of one data mix costs
-    the training of one adapter, another connector that of all.
+    A change of one data mix costs the training of one adapter; another connector costs that of all.
     """
     run = stage.run
     hashes = FileHashes(stage.path(".hashes.json"))
@@ -286,9 +289,9 @@ def _keep_what_fits(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | No
     return keys
 
 
-def _results_of(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[str, Any]]:
-    """Of those that earlier starts have trained: a summary that is written while one before them is trained again has
-    them, too."""
+def _earlier_results(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[str, Any]]:
+    """Results of the adapters that earlier starts trained, by name. A summary written while an adapter before them is
+    trained again includes them."""
     folders = {adapter.name: stage.path("adapters", adapter.name) for adapter in adapters}
     return {
         adapter.name: dataset_result(
@@ -300,38 +303,38 @@ def _results_of(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[str, An
 
 
 def _note_result(stage: Stage, results: dict[str, dict[str, Any]], adapter: Adapter, result: dict[str, Any]) -> None:
-    """Write the summary of the adapters so far, so that it is there whatever becomes of the others."""
+    """Add an adapter's result, and write the summary of the results so far: it exists even if a later adapter fails."""
     results[adapter.name] = dataset_result(stage.run, adapter, result)
     so_far = sorted(results.values(), key=lambda one: one["dataset_index"])
     write_json(stage.path(SUMMARY), summary_of_data_sets(stage.run, so_far, stage.starts[0]))
 
 
 def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:
-    """Raise for adapters that could not be trained, unless the recipe goes on without them and there are others."""
+    """Raise LorryError if adapters failed, unless train.keep_going is set and others were trained."""
     if not failures:
         return
-    if len(stage.run.recipe.train.adapters) == 1:  # there are no others to speak of
+    if len(stage.run.recipe.train.adapters) == 1:
         raise next(iter(failures.values()))
-    told = "; ".join(f"{name}: {error}" for name, error in failures.items())
+    errors = "; ".join(f"{name}: {error}" for name, error in failures.items())
     if len(failures) == adapters or not stage.run.recipe.train.keep_going:
         others = (
             ""
             if len(failures) == adapters
             else (
-                "; the others are kept: run the same command again to try only these, or go on without them with"
-                " --set train.keep_going=true"
+                "; the others are finished; run the same command again to train only these, or continue without them"
+                " with --set train.keep_going=true"
             )
         )
-        failure = LorryError(f"{len(failures)} of {adapters} adapters could not be trained: {told}{others}")
+        failure = LorryError(f"{len(failures)} of {adapters} adapters failed: {errors}{others}")
         failure.exit_code = next(iter(failures.values())).exit_code
         raise failure
     stage.facts["untrained"] = {name: str(error) for name, error in failures.items()}
     stage.counts["untrained"] = len(failures)
-    stage.events.say(f"{len(failures)} of {adapters} adapters could not be trained: the next run tries them again")
+    stage.events.say(f"{len(failures)} of {adapters} adapters failed; run the same command again to retry them")
 
 
-def _tell_of(stage: Stage, name: str, training: dict[str, Any]) -> None:
-    """What the manifest says of one adapter, from its training.json: this start may not be the one that trained it."""
+def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> None:
+    """Add the facts of an adapter's training.json to the manifest: an earlier start may have trained it."""
     settings, what = stage.run.recipe.train, f"adapter {name}"
     if name == CONNECTOR:
         settings, what = settings.of_connector(), name
@@ -345,13 +348,13 @@ def _tell_of(stage: Stage, name: str, training: dict[str, Any]) -> None:
     if "memory" in training:
         stage.facts.setdefault("gpu_memory", {})[name] = training["memory"]
     for rung in training.get("out_of_memory", []):
-        # a shard's decisions are there already, with the shard's name behind
+        # a shard's decisions are in the list already, with the shard's name appended
         if not any(made["value"] == rung["value"] and made["why"].startswith(rung["why"]) for made in stage.decisions):
             stage.decisions.append(rung)
 
 
 def _take_over(stage: Stage, name: str) -> None:
-    """Take an adapter that a shard has trained; it appears once it is whole."""
+    """Copy an adapter from the shard that trained it, if there is one. It appears in one step."""
     for shard in stage.finished_shards:
         source = shard / "adapters" / name
         if source.is_dir():
@@ -368,7 +371,7 @@ class _Plan:
     target: Target
     way: Way
     gpus: tuple[Gpu, ...]
-    """This machine's; none on a CPU."""
+    """This machine's GPUs; empty on a CPU."""
 
     @property
     def here(self) -> int:
@@ -377,18 +380,18 @@ class _Plan:
 
     @property
     def footing(self) -> Footing:
+        """The settings that training starts with."""
         return Footing(self.way.settings, self.way.batch, eval_micro_batch=self.way.batch.micro_batch)
 
 
 def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Plan:
-    """How to train on this machine's cards, and with the other machines'; they must fit the image. `settings` are the
-    recipe's own where none are given.
+    """How to train on this machine's GPUs, together with the other machines'. `settings` defaults to the recipe's.
 
-    Raises DoesNotFitError where no way of training can fit, and UsageError for a sharding that cannot be done here,
-    before any process starts.
+    Raises DoesNotFitError if no way of training fits the GPUs, or they do not fit the image, and UsageError for a
+    sharding that is impossible here. No process has started by then.
     """
     settings = settings or stage.run.recipe.train
-    plan = _planned(stage, settings, node)
+    plan = _make_plan(stage, settings, node)
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
     check_sharding(plan.way.sharding, use_cpu=not plan.gpus, stored_as=stored_as(model))
     if settings.exact_batch:
@@ -396,7 +399,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     return plan
 
 
-def _planned(stage: Stage, settings: Train, node: Node | None) -> _Plan:
+def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     machine, recipe = probe(), stage.run.recipe
     gpus = machine.gpus
     label = f"{CONNECTOR} " if settings.trains_connector else ""
@@ -430,9 +433,9 @@ def _planned(stage: Stage, settings: Train, node: Node | None) -> _Plan:
         refuse_4bit_twice(model, shape.quantisation)
     samples = stage.run.path("preprocess", "samples", "train.jsonl")
     lengths = read_lengths(samples, model, settings, stage.run.folder)
-    telling = [gpu for gpu in gpus if gpu.memory_total]  # some cards do not tell their memory
-    fullest = min(telling, key=lambda gpu: gpu.memory_free, default=None)
-    # machines that train together must go the same way, and have not the same memory free
+    known = [gpu for gpu in gpus if gpu.memory_total]  # some GPUs do not report their memory
+    fullest = min(known, key=lambda gpu: gpu.memory_free, default=None)
+    # machines that train together need the same plan, and differ in free memory
     memory = fullest.memory_free if fullest and node is None else None
     way = plan_training(shape, settings, processes, dtype, memory, lengths)
     if fullest:
@@ -443,10 +446,10 @@ def _planned(stage: Stage, settings: Train, node: Node | None) -> _Plan:
         decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
     left_out = not_estimated(shape, settings)
     if left_out:
-        decide("memory not estimated", left_out, "what is left has to hold it")
+        decide("memory not estimated", left_out, "it must fit in the remaining memory")
     for change in way.changes:
-        why = "so that it fits" if way.fits(memory) else "the least there is"
-        decide("fit", change, f"{why}; the result is the same")
+        why = "to fit the memory" if way.fits(memory) else "the smallest possible"
+        decide("fit", change, f"{why}; the result stays the same")
     if settings.sharding in ("zero2", "zero3"):
         decide("sharding", settings.sharding, "train.sharding")
     decide("effective batch", str(way.batch), f"{settings.key_of('effective_batch')} is {settings.effective_batch}")
@@ -455,7 +458,7 @@ def _planned(stage: Stage, settings: Train, node: Node | None) -> _Plan:
 
 
 def _offers(settings: Train, target: Target) -> Offers:
-    """What the software here has; nothing of it is made use of in the first phase."""
+    """Libraries that this image has and the phase can use; the first phase uses none of them."""
     if settings.trains_connector:
         return Offers(bitsandbytes=False, deepspeed=False)
     return Offers("bitsandbytes" in target.quantisation, importlib.util.find_spec("deepspeed") is not None)
@@ -464,16 +467,16 @@ def _offers(settings: Train, target: Target) -> Offers:
 def _cannot_fit(
     shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths, gpu: Gpu, offers: Offers
 ) -> DoesNotFitError:
-    """The error where the least that training takes is more than a card has free, with what cures it."""
+    """The error for a GPU with less free memory than training needs at least, with its cures."""
     least, free = least_memory(shape, settings, processes, dtype), gpu.memory_free
     holders = f" (held by {', '.join(map(str, gpu.processes))})" if gpu.processes else ""
-    cures = ["free that card or take another (make: GPUS=...)"] if least <= gpu.memory_total else []
+    cures = ["free that GPU or take another (make: GPUS=...)"] if least <= gpu.memory_total else []
     for way in smallest_changes(shape, settings, processes, dtype, free, lengths, offers):
         cures.append("with " + " and ".join(way.changes))
     return DoesNotFitError(
-        f"training takes {least / GIB:.1f} GiB at the very least on each GPU, and {gpu}, {gpu.uuid[:12]}, has"
+        f"training needs at least {least / GIB:.1f} GiB on each GPU, and {gpu}, {gpu.uuid[:12]}, has"
         f" {free / GIB:.1f} of {gpu.memory_total / GIB:.1f} GiB free{holders};"
-        f" what fits: {', or '.join(cures) or 'only a smaller model'}"
+        f" to fit: {', or '.join(cures) or 'take a smaller model'}"
     )
 
 
@@ -485,10 +488,10 @@ def _train(
     node: Node | None,
     connector: tuple[Path, str] | None,
 ) -> None:
-    """Train one adapter, on the base with a connector where there is one, or the connector itself; a rung lower each
-    time that memory runs out. Raises DoesNotFitError below the last."""
+    """Train one adapter, with the connector if there is one, or the connector itself. Each time memory runs out, retry
+    one rung lower. Raises DoesNotFitError below the last rung."""
     name = adapter.name
-    # with several machines, checkpoints and adapter are node 0's
+    # of several machines, node 0's folder holds checkpoints and adapter
     work = stage.run.path("train", "checkpoints", name) if node else stage.path("checkpoints", name)
     ladder = Ladder.of(work, min((gpu.memory_total for gpu in plan.gpus), default=0))
     footing = ladder.descended(plan.footing)
@@ -511,9 +514,10 @@ def _train(
 
 @contextmanager
 def _timed(work: Path, adapter: Path, node: Node | None) -> Iterator[None]:
-    """Keep how many seconds an adapter took, over all starts but those that were killed; beside it once it is there.
+    """Record the seconds that an adapter takes in this context, added over all starts that were not killed: in
+    `work`/seconds.json, and in `adapter`/timing.json once the adapter is finished.
 
-    Of several machines node 0 does that: it removes `work`, which is its own, when all is done.
+    Of several machines, only node 0 does so: it owns `work` and removes it at the end.
     """
     if node is not None and node.rank > 0:
         yield
@@ -533,25 +537,25 @@ def _one_rung_lower(
     shortage = error.shortage
     change = next_rung(footing, shortage.during)
     if change is None:
-        tried = "" if shortage.during == "loading" else ", and nothing is left to make smaller"
+        last = "" if shortage.during == "loading" else ", and nothing is left to reduce"
         raise DoesNotFitError(
-            f"training {name}: out of memory {shortage}{tried}; {what_would_help(footing)}; log:"
-            f" {stage.path('log.txt')}"
+            f"training {name}: out of memory {shortage}{last}; {what_would_help(footing)}; log: {stage.path('log.txt')}"
         )
-    if node is not None:  # another number of processes waits in each machine, and none may begin alone
+    if node is not None:  # all machines must start the next attempt together
         raise DoesNotFitError(
             f"training {name}: out of memory {shortage}; start all {node.count} nodes again with"
             f" {by_hand(change, footing.settings)}"
         )
     after = ladder.take(name, shortage, change, footing)
-    made = ladder.decisions[-1]  # training.json brings it into the manifest
+    made = ladder.decisions[-1]  # the manifest takes it from training.json
     stage.events.emit("decision", **made)
     stage.events.say(f"{made['what']}: {made['value']} ({made['why']})")
     return after
 
 
 def _wait_for_memory(stage: Stage, before: tuple[Gpu, ...], processes: tuple[int, ...]) -> None:
-    """Wait until the cards no longer know these processes; where that cannot be seen, until the memory is back."""
+    """Wait until no GPU lists these processes any more or, if the driver does not list them, until the memory is free
+    again. Gives up after MEMORY_PATIENCE."""
     if not before:
         return
     began = time.monotonic()
@@ -561,11 +565,11 @@ def _wait_for_memory(stage: Stage, before: tuple[Gpu, ...], processes: tuple[int
         held = [gpu for gpu in probe().gpus if _still_held(gpu, processes, free_before.get(gpu.uuid, 0))]
         waited = time.monotonic() - began
         if not held:
-            stage.events.say(f"the GPUs' memory is free again after {waited:.1f} s")
+            stage.events.say(f"GPU memory is free again after {waited:.1f} s")
             return
         if waited > MEMORY_PATIENCE:
             cards = ", ".join(f"{gpu}: {gpu.memory_free / GIB:.1f} GiB free" for gpu in held)
-            stage.events.say(f"not all memory came back in {waited:.0f} s ({cards}); trying all the same")
+            stage.events.say(f"GPU memory is still held after {waited:.0f} s ({cards}); training continues anyway")
             return
         time.sleep(0.5)
 
@@ -573,8 +577,8 @@ def _wait_for_memory(stage: Stage, before: tuple[Gpu, ...], processes: tuple[int
 def _still_held(gpu: Gpu, processes: tuple[int, ...], free_before: int) -> bool:
     if any(one.pid in processes for one in gpu.processes):
         return True
-    # in a container the driver names the processes by other numbers, or not at all; where it names each one, what is
-    # missing has been taken by others
+    # in a container the driver may list processes under other ids, or none; if it lists every one, other programs took
+    # the missing memory
     others_are_known = bool(gpu.processes) and all(one.name != "?" for one in gpu.processes)
     return gpu.memory_free < free_before and not others_are_known
 
@@ -588,7 +592,7 @@ def _job(
     node: Node | None,
     connector: tuple[Path, str] | None,
 ) -> Job:
-    """With several machines, this one's part of it: checkpoints and adapter are node 0's."""
+    """The job of this machine's processes. Of several machines, node 0's folder holds checkpoints and adapter."""
     run, recipe, name = stage.run, stage.run.recipe, adapter.name
     own = stage.path("checkpoints", name)
     return Job(

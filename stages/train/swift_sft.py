@@ -1,4 +1,4 @@
-"""ms-swift's fine-tuning with what Lorry adds: whole checkpoints are marked, a stop saves, the prompt is checked."""
+"""ms-swift's fine-tuning with Lorry's additions: marks on whole checkpoints, saving on a stop, a prompt check."""
 
 import copy
 import importlib
@@ -36,8 +36,8 @@ from stages.train.together import Together
 if mgm.AVAILABLE:
     from stages.train import mgm_swift  # noqa: F401 - registers the model and its template
 
-# A checkpoint's adapter is read into the processors' memory and copied from there. PEFT reads it to "cuda", which
-# safetensors takes for the first card: going on from a checkpoint, every process would hold memory there.
+# Read a checkpoint's adapter into the CPU's memory. PEFT's default is "cuda", which safetensors takes for GPU 0:
+# every resumed process would hold memory there.
 PeftModel.load_adapter = partialmethod(  # type: ignore[assignment, method-assign]
     PeftModel.load_adapter, torch_device="cpu"
 )
@@ -56,21 +56,22 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         self._rules = family_rules(job.model)
         if self._rules is not None:
             self.template._load_image = partial(_load_picture, self._rules, job.settings.max_pixels)
-            # what comes after it in ms-swift must leave that size: its own budget, and rounding to four tokens or more
+            # the later steps of ms-swift must keep that size: turn off its own budget and its minimum of four tokens
             self.template.max_pixels = None
         if isinstance(self._rules, PictureRules):
             picture_utils: Any = importlib.import_module("qwen_vl_utils.vision_process")
             picture_utils.IMAGE_MIN_TOKEN_NUM = 1
         self.log: list[dict[str, Any]] = []
-        """The trainer's log of all steps, once it has trained; and the tokens of all steps, without padding."""
+        """The trainer's log of all steps, set by `train`."""
         self.tokens = 0
+        """Tokens of all steps without padding, set by `train`."""
 
     def fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-        """Samples that fit max_length, stripped to what swift reads, and the ids of those that do not.
+        """The samples that fit max_length, with only the fields that swift reads, and the ids of the others.
 
-        Raises UsageError where swift's template renders a conversation otherwise than inference does, by the model's
-        own chat template: the adapter would be tuned on prompts that it never sees. The first sample without a picture
-        is compared and, with a model whose pictures' tokens we can count, the first with one.
+        Raises UsageError if swift's template renders a prompt unlike the model's own chat template, which inference
+        uses: the adapter would learn prompts that it never gets. Compares the first sample without a picture and, for
+        a model whose pictures' tokens Lorry counts, the first one with a picture.
         """
         with self._pictures_blank():
             return self._fitting(samples)
@@ -97,8 +98,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
 
     @contextmanager
     def _pictures_blank(self) -> Iterator[None]:
-        """While this lasts, a LLaVA's processor makes the same of every picture, at once: it would enlarge each blank
-        one, which takes minutes for some ten thousand samples."""
+        """Within this context, a LLaVA's processor returns one prepared blank picture for every picture. Enlarging each
+        blank picture would take minutes for some ten thousand samples."""
         if not isinstance(self._rules, SquareRules):
             yield
             return
@@ -116,11 +117,11 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             processor.image_processor = real
 
     def _encoded(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A sample as swift's template encodes it. Raises MaxLengthError where it is longer than max_length.
+        """A sample as swift's template encodes it. Raises MaxLengthError if it is longer than max_length.
 
-        Where a picture's tokens are known from its size, no pixel is read: blank pictures of one patch stand in.
+        If a picture's tokens follow from its size, no pixel is read: a blank picture of one patch replaces it.
         """
-        row = copy.deepcopy(row)  # the template puts the opened pictures in place of the names
+        row = copy.deepcopy(row)  # the template replaces the names with the opened pictures
         if "images" not in row or self._rules is None:
             encoded: dict[str, Any] = self.template.encode(row)
             return encoded
@@ -134,36 +135,40 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
 
     @property
     def _of_a_blank(self) -> int:
-        """Tokens of a blank picture of one patch."""
+        """Tokens of a blank picture of one patch; 0 if they are not counted."""
         return self._rules.tokens(self._rules.factor, self._rules.factor) if self._rules else 0
 
     def _check_prompt(
         self, sample: str, messages: list[dict[str, str]], pictures: list[Path], encoded: dict[str, Any]
     ) -> None:
-        """Compare the prompt with what inference makes of it, both with blank pictures."""
+        """Raise UsageError if swift's prompt differs from the prompt of inference, both with blank pictures.
+
+        Raises DataError for a sample that cannot be rendered.
+        """
         tokens, labels = list(encoded["input_ids"]), list(encoded["labels"])
         prompt = next(i for i, label in enumerate(labels) if label != -100)
-        said = tokens[:prompt]
+        swifts = tokens[:prompt]
         try:
-            # up to the first answer: all of a conversation's are learnt
+            # up to the first answer: the adapter learns every answer of a conversation
             asked = list(takewhile(lambda message: message["role"] != "assistant", messages))
             shown = pictures[: sum(message["content"].count(PLACEHOLDER) for message in asked)]
             rendered = self._renderer.render(sample, asked, shown)  # type: ignore[arg-type]
-            own = rendered.tokens  # a model that only reads has no token for pictures
+            own = rendered.tokens  # a text-only model has no token for pictures
             if pictures:
                 own = rendered.expanded([self._of_a_blank] * len(shown), self._renderer.picture_token)
         except DataError as error:
             raise DataError(f"sample {sample}: {error}") from error
-        if said != own:
+        if swifts != own:
             raise UsageError(
-                f"model.swift_template {self._job.model_settings.swift_template!r} renders the prompt otherwise than"
-                f" the chat template in {self._job.model}; name the matching one. ms-swift:"
-                f" {self.tokenizer.decode(said)[:300]!r}; the model: {self.tokenizer.decode(own)[:300]!r}"
+                f"model.swift_template {self._job.model_settings.swift_template!r} renders another prompt than the chat"
+                f" template in {self._job.model}; name the matching template. ms-swift:"
+                f" {self.tokenizer.decode(swifts)[:300]!r}; the model: {self.tokenizer.decode(own)[:300]!r}"
             )
         if self.tokenizer.eos_token_id not in labels[prompt:]:
             raise UsageError(
                 f"model.swift_template {self._job.model_settings.swift_template!r} ends the answer without the model's"
-                f" end token {self.tokenizer.eos_token!r}: the tuned model would never stop"
+                f" end token {self.tokenizer.eos_token!r}, so the tuned model would never stop; name the matching"
+                " template"
             )
 
     def train(self, trainer: Any) -> Any:
@@ -174,18 +179,18 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         count = _TokenCount(trainer.data_collator, self._progress)
         trainer.data_collator = count.collate
         trainer.add_callback(_Checkpoints(self._job, self._progress, self._stop, self._together, count))
-        # it would delete the last whole checkpoint before the new one is marked as whole; _Checkpoints does it after
+        # the trainer would delete the last whole checkpoint before the new one is marked; _Checkpoints deletes it after
         trainer.args.save_total_limit = None
         trainer._evaluate = partial(_evaluate_apart, trainer, trainer._evaluate, self._progress)
-        # transformers 4 takes the micro-batch of the checkpoint that it goes on from; it may have been made with more
+        # transformers 4 takes the micro-batch of the checkpoint it resumes from, which may be larger
         trainer._inner_training_loop = _with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
         if self._job.sharding != "none":
             compute_in(self._job.dtype, trainer.model)
         if self._job.sharding == "zero3":
             settings = self._job.settings
-            # into the first layer of an adapted vision tower goes a picture, which asks for none
+            # an adapted vision tower's first layer gets a picture, which requires no gradient
             gather_by_layer(trainer.model, settings.gradient_checkpointing and settings.freeze_vision)
-            trainer.add_callback(_WeightsLetGo())
+            trainer.add_callback(_FreeWeights())
         keep_by_name(trainer, self._together)
         try:
             return super().train(trainer)
@@ -194,33 +199,34 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
 
 
 def _refuse_adapted_vision(model: Any) -> None:
-    """Raise UsageError where LoRA has landed on the vision tower that is to be frozen, or on the connector, as plain
-    names of modules make it: vLLM would leave that out with a warning."""
+    """Raise UsageError if LoRA is on a vision tower that the recipe freezes, or on the connector: vLLM would skip that
+    part with only a warning. Plain module names in train.target_modules match the tower too."""
     meta = model.model_meta
     seeing = ("vision_tower", "aligner") if meta.is_multimodal else ()
     towers = [module for part in seeing for module in getattr(meta.model_arch, part, None) or []]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(f".{tower}." in f".{name}" for tower in towers):
             raise UsageError(
-                f"train.target_modules puts LoRA on the vision tower, too, or on its connector ({name}), which"
-                " train.freeze_vision leaves as it is: take [all-linear], or a regular expression that names the"
-                " language model's modules; or --set train.freeze_vision=false together with --set infer.merged=true"
+                f"train.target_modules also matches {name}, in the vision tower or connector, which train.freeze_vision"
+                " freezes; set it to [all-linear] or to a regular expression that matches only the language model, or"
+                " set train.freeze_vision=false and infer.merged=true"
             )
 
 
 def _picture(path: Path, sample: str) -> Path:
-    """The file, if it is one: ms-swift takes a name without a file for the picture itself, in base64."""
+    """The file, checked: ms-swift would take a name without a file for a picture in base64. Raises DataError."""
     try:
         with Image.open(path):
             return path
     except (FileNotFoundError, UnidentifiedImageError) as error:
-        raise DataError(f"{path}: no picture, and sample {sample} needs it; run preprocess again") from error
+        raise DataError(f"{path}: not a picture, and sample {sample} needs it; run preprocess again") from error
 
 
 def _load_picture(rules: Rules, budget: int | None, picture: Any, load: bool = True) -> Any:
-    """A picture at the size at which inference reads it.
+    """The picture at the size that inference uses.
 
-    ms-swift's own way ends above the budget: it shrinks to it and then rounds both sides to the nearest multiple.
+    ms-swift's own result may exceed the budget: it shrinks to the budget, then rounds both sides to the nearest
+    multiple.
     """
     name = picture.get("path") if isinstance(picture, dict) else picture
     return open_picture(Path(name), rules, budget).load() if isinstance(name, str) else picture
@@ -234,20 +240,20 @@ def _with_micro_batch(training_loop: Any, micro_batch: int) -> Any:
 
 
 def _evaluate_apart(trainer: Any, evaluate: Any, progress: Progress, *arguments: Any, **named: Any) -> Any:
-    """Evaluate so that training is as if it had not been: the checkpoint of this step is saved before, in case that the
-    evaluation runs out of memory, and the random state is afterwards what it was."""
+    """Evaluate without any effect on training: save the checkpoint of this step first, because the evaluation may run
+    out of memory, and restore the random state afterwards."""
     if trainer.control.should_save:
         trainer._save_checkpoint(trainer.model, None)
         trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     progress.during = "evaluation"
-    with _random_state_kept():
+    with _restore_random_state():
         metrics = evaluate(*arguments, **named)
     progress.during = "training"
     return metrics
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _restore_random_state() -> Iterator[None]:
     python, numbers = random.getstate(), numpy.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     try:
@@ -259,9 +265,9 @@ def _random_state_kept() -> Iterator[None]:
 
 
 class _TokenCount:
-    """Counts the tokens of a step as its micro-batches are put together, still in the processor's memory.
+    """Counts the tokens of a step while its micro-batches are collated in the CPU's memory.
 
-    The trainer puts together the micro-batches of one step, and only those, before it begins it.
+    The trainer collates the micro-batches of one step, and only those, before the step starts.
     """
 
     def __init__(self, collate: Any, progress: Progress) -> None:
@@ -272,19 +278,18 @@ class _TokenCount:
         batch: dict[str, Any] = self._collate(samples)
         if self._progress.during == "training":
             mask = batch.get("attention_mask")
-            # a mask that a model makes itself says nothing: padding is counted then
+            # without a two-dimensional mask, padding is counted too
             self._tokens += int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
         return batch
 
     def take(self) -> int:
-        """The tokens since the last time."""
+        """Tokens since the last call."""
         tokens, self._tokens = self._tokens, 0
         return tokens
 
 
 class _Checkpoints(TrainerCallback):
-    """Marks checkpoints as whole and deletes those that are too many, reports progress, and turns a stop into a saved
-    checkpoint."""
+    """Marks whole checkpoints and deletes the oldest, sends progress, and saves a checkpoint on a stop."""
 
     def __init__(self, job: Job, progress: Progress, stop: StopRequest, together: Together, count: _TokenCount) -> None:
         self._job, self._progress, self._stop, self._together, self._count = job, progress, stop, together, count
@@ -292,7 +297,7 @@ class _Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress.during, self._progress.step = "training", state.global_step
-        # a checkpoint is saved before the evaluation at its step: going on from it, that is still to be done
+        # a checkpoint is saved before the evaluation at its step, so a resumed start evaluates first
         every, last = int(args.eval_steps or 0), state.global_step >= state.max_steps
         if args.eval_strategy != "no" and state.global_step and (last or state.global_step % every == 0):
             args.eval_on_start = not any(
@@ -306,15 +311,15 @@ class _Checkpoints(TrainerCallback):
 
     def _mark_whole(self, state: TrainerState) -> None:
         checkpoint = self._job.work / f"checkpoint-{state.global_step}"
-        # each process has put its random state there, and the first may not yet see those of other machines
-        random_states = self._together.of_all(_saved(checkpoint / f"rng_state_{self._together.rank}.pth"))
+        # each process wrote its random state there; the first may not see the files of other machines yet
+        random_states = self._together.of_all(_flush_file(checkpoint / f"rng_state_{self._together.rank}.pth"))
         if not self._together.first:
             return
         remove(checkpoint / "complete.json")
-        # what nobody reads; but additional_config.json says that there is LoRA+, for ms-swift when it goes on
+        # files that nobody reads; additional_config.json stays, where ms-swift finds LoRA+ when it resumes
         for name in ("args.json", "README.md", "training_args.bin"):
             remove(checkpoint / name)
-        for path in checkpoint.iterdir():  # on the disk before the mark is: a power cut must not leave a mark alone
+        for path in checkpoint.iterdir():  # to the disk before the mark: a power cut must not leave a mark alone
             _sync(path)
         sizes = file_sizes(checkpoint)
         for state_of_one in random_states:
@@ -326,7 +331,7 @@ class _Checkpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         stops, tokens = self._together.sums(int(self._stop.signal is not None), self._count.take())
-        state.num_input_tokens_seen += tokens  # the trainer does not count; this way checkpoints keep it
+        state.num_input_tokens_seen += tokens  # the trainer does not count them; checkpoints save this
         now = time.monotonic()
         self._progress.step = state.global_step
         self._progress.send(
@@ -338,12 +343,12 @@ class _Checkpoints(TrainerCallback):
             memory=None if self._job.use_cpu else torch.cuda.max_memory_reserved(),
         )
         self._since = now
-        if state.global_step >= state.max_steps:  # whatever log_every is, how it ended is told
+        if state.global_step >= state.max_steps:  # log the last step whatever log_every is
             control.should_log = True
         if stops or state.global_step >= state.max_steps:
             control.should_save = True
             control.should_training_stop = True
-        if stops:  # there may be little time; the next start evaluates
+        if stops:  # time may be short; the next start evaluates
             control.should_evaluate = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -371,17 +376,16 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _saved(path: Path) -> dict[str, int]:
-    """Put a file safely on the disk. Returns its size by its name; nothing where there is none: alone, the first
-    process finds it with the others."""
+def _flush_file(path: Path) -> dict[str, int]:
+    """Flush a file to the disk. Returns its size by its name; empty if there is no such file, as with one process."""
     if not path.is_file():
         return {}
     _sync(path)
     return {path.name: path.stat().st_size}
 
 
-class _WeightsLetGo(TrainerCallback):
-    """ZeRO-3, after each batch of an evaluation."""
+class _FreeWeights(TrainerCallback):
+    """Frees ZeRO-3's whole weights after each batch of an evaluation."""
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any

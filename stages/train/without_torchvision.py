@@ -1,7 +1,7 @@
-"""Qwen2-VL's family in ms-swift where torchvision is missing, as beside torch's CPU build, for which there is none.
+"""The Qwen2-VL family in ms-swift without torchvision, which is not installed beside torch's CPU build.
 
-Pictures need none of it: qwen_vl_utils imports it for videos, and transformers' processors of the family insist on a
-reader of videos. Here the import is let pass, and the processor is made of what pictures and text need.
+Pictures do not need it: qwen_vl_utils imports it for videos, and transformers' processors of the family require a video
+processor. This module makes the import succeed, and builds the processor from the parts for pictures and text.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def do_without_torchvision() -> None:
-    """Make the family's models load; does nothing where torchvision is there."""
+    """Make the family's models load. Does nothing if torchvision is installed."""
     if importlib.util.find_spec("torchvision") is not None:
         return
     if importlib.util.find_spec("qwen_vl_utils") is not None:
@@ -25,8 +25,8 @@ def do_without_torchvision() -> None:
 
 
 def _import_picture_utils() -> None:
-    """Import qwen_vl_utils with stand-ins for what only its functions for videos use; they are gone afterwards, so that
-    nothing else takes torchvision to be there."""
+    """Import qwen_vl_utils with stand-ins for what only its video functions use. The stand-ins are removed afterwards:
+    nothing else may think that torchvision is installed."""
     names = {"torchvision": ("io", "transforms"), "torchvision.transforms": ("InterpolationMode",)}
     for name, members in names.items():
         module = types.ModuleType(name)
@@ -44,7 +44,7 @@ def _load_processors_without_videos() -> None:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 
     class PictureProcessor(ProcessorMixin):  # type: ignore[misc]
-        """Tokenizer and picture processor of one model."""
+        """The tokenizer and the picture processor of one model."""
 
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, **others: Any) -> None:
             super().__init__(image_processor, tokenizer, **others)
@@ -62,12 +62,12 @@ def _load_processors_without_videos() -> None:
 
 
 def rescaled(picture: Any, max_pixels: int) -> Any:
-    """A picture of PIL within the budget, its shape kept: what ms-swift asks torchvision's Resize for."""
+    """A PIL picture shrunk to the budget with its aspect ratio kept. Replaces torchvision's Resize in ms-swift."""
     from PIL import Image
 
     width, height = picture.size
     if max_pixels is None or max_pixels <= 0 or width * height <= max_pixels:
         return picture
     shrink = math.sqrt(max_pixels / (width * height))
-    size = max(int(width * shrink), 1), max(int(height * shrink), 1)  # rounded down, as there: never above the budget
+    size = max(int(width * shrink), 1), max(int(height * shrink), 1)  # rounded down, as in Resize: within the budget
     return picture.resize(size, Image.Resampling.BILINEAR)

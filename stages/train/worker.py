@@ -1,12 +1,11 @@
-"""The training process: one adapter, or the connector before them, by ms-swift, in a process of its own that the stage
-starts and watches.
+"""The training process: trains one adapter or the connector with ms-swift. The stage starts and watches it.
 
-Run as `python -m stages.train.worker JOB.json`, or by torchrun as one of several that train the adapter together; the
-file's fields are `Job`'s. It tells its progress in JSON Lines on
-the file descriptor `job.progress`, and exits with the codes of `stages.contract.errors`. What it leaves:
+The command is `python -m stages.train.worker JOB.json`; the file's fields are `Job`'s. torchrun starts several of these
+processes to train one adapter together. Each writes its progress as JSON Lines to the file descriptor `job.progress`,
+and exits with the codes of `stages.contract.errors`. It writes:
 
-    <work>/checkpoint-<step>/complete.json   a checkpoint with this file is whole
-    <adapter>/                               the adapter or connector, there only once it is whole, with `training.json`
+    <work>/checkpoint-<step>/complete.json   marks the checkpoint as whole
+    <adapter>/                               the finished adapter or connector with `training.json`, moved here whole
 """
 
 import json
@@ -38,13 +37,13 @@ from stages.train.together import Together, lost_the_others
 T = TypeVar("T")
 
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
-"""What the trainer measures of a whole training, of its last start."""
+"""What the trainer measures from the last start of a training to its end."""
 
 
 def newest_good_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint whose files still have the sizes they were written with; broken ones are deleted.
+    """The newest checkpoint whose files have the sizes in its complete.json. Deletes the others.
 
-    A kill while one was being written leaves it without complete.json.
+    A checkpoint whose writing was killed has no complete.json.
     """
     good = []
     for path in work.glob("checkpoint-*"):
@@ -59,7 +58,7 @@ def newest_good_checkpoint(work: Path) -> Path | None:
 def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     """Train the adapter or the connector, from the newest good checkpoint if there is one.
 
-    Raises InterruptedRunError after saving a checkpoint when a stop was asked for, here or in another process.
+    Raises InterruptedRunError after saving a checkpoint if this process or another one is asked to stop.
     """
     check_sharding(job.sharding, job.use_cpu, stored_as(job.model))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -78,10 +77,10 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
 
     supply_later_names()
     do_without_torchvision()
-    from stages.train.swift_sft import LorrySft  # imports torch and swift: seconds, and only in this process
+    from stages.train.swift_sft import LorrySft  # imports torch and swift: takes seconds
 
     together = Together(job.processes, job.use_cpu, job.sharding)
-    _agree_on_the_job(job, together)
+    _refuse_another_job(job, together)
     resume = newest_good_checkpoint(job.work) if together.first else None
     name = together.of_first(resume and resume.name)
     resume = job.work / name if name else None
@@ -94,17 +93,17 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
         mend_loading()
     arguments = _arguments(job, scratch, resume)
     if together.first:
-        print("swift sft", shlex.join(arguments), flush=True)  # in the log: the same by hand
+        print("swift sft", shlex.join(arguments), flush=True)  # for the log: the command to repeat it by hand
     sft = LorrySft(arguments, job, progress, stop, together)
     counts, left_out, unused = _write_samples(job, sft, scratch)
-    _refuse_nothing(job, counts["train"])
+    _refuse_no_samples(job, counts["train"])
     if not counts["validation"] or not job.evaluate:
         sft.args.val_dataset = []
     random_states = resume is not None and has_random_states(resume, job.processes)
     progress.send(event="loaded", samples=counts, resumed_from=name, random_states=random_states)
     sft.main()
     together.check(stop)
-    memory = largest(together.of_all(memory_on_the_card(job)))
+    memory = largest(together.of_all(_gpu_memory(job)))
     if together.first:
         facts = {
             "mix": job.mix.mix,
@@ -124,8 +123,8 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     remove(scratch)
 
 
-def _refuse_nothing(job: Job, samples: int) -> None:
-    """Raise DataError where no sample is left to train on."""
+def _refuse_no_samples(job: Job, samples: int) -> None:
+    """Raise DataError if no sample is left to train on."""
     if samples:
         return
     what = " with a picture" if job.settings.trains_connector else ""
@@ -134,8 +133,8 @@ def _refuse_nothing(job: Job, samples: int) -> None:
 
 
 def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], dict[str, list[str]], dict[str, int]]:
-    """Write what is trained and validated on for ms-swift. Returns by split how many samples, and the ids of those that
-    are too long; and how many a connector is not trained on."""
+    """Write the training and validation samples for ms-swift. Returns the number of samples by split, the ids of the
+    samples that are too long by split, and for a connector the number of unused samples by reason."""
     counts, left_out, unused = {}, {}, dict[str, int]()
     for split, sources in (("train", job.train), ("validation", job.validation)):
         samples = [sample for source in sources for sample in read_jsonl(source)]
@@ -151,7 +150,7 @@ def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], d
 
 
 def _refuse_dead_cards(job: Job) -> None:
-    """Raise DoesNotFitError where there are cards and torch can compute on none: it would say that late and oddly."""
+    """Raise DoesNotFitError if torch cannot compute on the GPUs: its own message comes late and hides the cause."""
     import torch
 
     if torch.cuda.is_available():
@@ -160,30 +159,29 @@ def _refuse_dead_cards(job: Job) -> None:
     cards, version = "; ".join(job.cards), torch.__version__
     if torch.version.cuda is None:
         raise DoesNotFitError(
-            f"{cards}: torch {version} is built without CUDA: install one with it, or LORRY_TARGET=cpu trains without"
-            f" cards (the NVIDIA driver is {driver})"
+            f"{cards}: torch {version} is built without CUDA (NVIDIA driver {driver}); install a torch with CUDA, or"
+            " set LORRY_TARGET=cpu to train without GPUs"
         )
     raise DoesNotFitError(
-        f"{cards}: torch {version} cannot use them: it is built for CUDA {torch.version.cuda}, and the NVIDIA driver is"
-        f" {driver}: update the driver, or install torch for an older CUDA (see also `lorry doctor`)"
+        f"{cards}: torch {version} is built for CUDA {torch.version.cuda} and cannot use them with NVIDIA driver"
+        f" {driver}; update the driver, or install a torch for an older CUDA (`lorry doctor` shows both)"
     )
 
 
 def _let_memory_segments_grow() -> None:
-    """Have torch's allocator grow its segments instead of asking for a new one for each longer sample.
+    """Set torch's allocator to grow its segments instead of reserving a new one for each longer sample.
 
-    Every micro-batch has another length, and segments of fixed sizes that none of the later ones fits would stay
-    reserved: memory that is neither used nor free. The variable's older name is the only one that torch before 2.9
-    reads. A person's own setting stands.
+    Micro-batches differ in length. A segment of a fixed size that no later micro-batch fits stays reserved: memory that
+    is neither used nor free. torch before 2.9 reads the older of the two names only. A value set by the user stays.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if not any(name in os.environ for name in names):
         os.environ |= dict.fromkeys(names, "expandable_segments:True")
 
 
-def memory_on_the_card(job: Job) -> dict[str, int]:
-    """Bytes on this process's GPU: the most that tensors took, and that torch kept reserved for them; and what all
-    processes hold there now, CUDA's own part included. Nothing on a CPU."""
+def _gpu_memory(job: Job) -> dict[str, int]:
+    """Bytes on this process's GPU: the peak of what tensors took and of what torch reserved for them, and what all
+    processes hold there now, CUDA's own part included. Empty on a CPU."""
     if job.use_cpu:
         return {}
     import torch
@@ -197,27 +195,27 @@ def memory_on_the_card(job: Job) -> dict[str, int]:
 
 
 def largest(measured: list[dict[str, int]]) -> dict[str, int]:
-    """Of several processes' figures the largest, one by one."""
+    """The largest of several processes' figures, for each name."""
     return {name: max(one[name] for one in measured) for name in measured[0]}
 
 
 def shared_evenly(samples: list[T], processes: int) -> list[T]:
-    """The samples, with the first of them again until each process gets as many as the others.
+    """The samples, with the first ones repeated until each process gets the same number.
 
-    ms-swift leaves the last ones out of every epoch instead, and then the steps of an epoch depend on the GPUs.
+    ms-swift would leave the last ones out of every epoch, and the steps of an epoch would depend on the GPU count.
     """
     return [*samples, *islice(cycle(samples), -len(samples) % processes)]
 
 
 def has_random_states(checkpoint: Path, processes: int) -> bool:
-    """Whether each process finds its random state in a checkpoint; those of another number of processes do not fit."""
+    """Whether each process finds its random state in a checkpoint. Those of another number of processes do not fit."""
     saved = {path.name for path in checkpoint.glob("rng_state*.pth")}
     return saved == ({"rng_state.pth"} if processes == 1 else {f"rng_state_{rank}.pth" for rank in range(processes)})
 
 
-def _agree_on_the_job(job: Job, together: Together) -> None:
-    """Raise UsageError where this process was told otherwise than the first: their gradients would not fit together."""
-    told = {
+def _refuse_another_job(job: Job, together: Together) -> None:
+    """Raise UsageError if this process's job differs from the first one's: their gradients would not fit together."""
+    own = {
         "adapter": job.adapter.name,
         "precision": job.dtype,
         "processes": job.processes,
@@ -227,15 +225,15 @@ def _agree_on_the_job(job: Job, together: Together) -> None:
         "gradient checkpointing": job.settings.gradient_checkpointing,
         "max_length": job.settings.max_length,
     }
-    first = together.of_first(told)
-    if told != first:
-        raise UsageError(f"node 0 has {first}, this node {told}: nodes need the same kind and number of GPUs")
+    first = together.of_first(own)
+    if own != first:
+        raise UsageError(f"node 0 has {first}, this node {own}; nodes need the same kind and number of GPUs")
 
 
 def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Move the last checkpoint's adapter to its place, in one step, with what the stage has to know of its training.
+    """Move the last checkpoint's adapter to its folder in one step, with the facts of its training for the stage.
 
-    `history` has the trainer's log of all steps: the checkpoint's own ends before the evaluation at its step.
+    `history` is the trainer's log of all steps: the checkpoint's own log ends before the evaluation at its step.
     """
     last = newest_good_checkpoint(job.work)
     assert last is not None, "training ended without a checkpoint"
@@ -246,11 +244,11 @@ def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> 
     for name in job.weights:
         shutil.copyfile(last / name, partial / name)
     wanted = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "token_acc", "eval_token_acc")
-    # the norm of a gradient that overflowed in float16, in a step that was left out for it, is no number
+    # a gradient that overflows in float16 has no finite norm; its step is skipped
     log = [{key: entry[key] for key in wanted if key in entry and math.isfinite(entry[key])} for entry in history]
     log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
     write_json(partial / "training.json", {"steps": state["global_step"], **facts, "log": log})
-    # apart, and no output of the stage: what depends on the machine's mood must not make a run another one
+    # in a file of its own that is no output of the stage: times differ from machine to machine, results must not
     timed = [entry for entry in history if "train_runtime" in entry]
     write_json(partial / "timing.json", {key: timed[-1][key] for key in TIMES if key in timed[-1]} if timed else {})
     if not job.settings.trains_connector:
@@ -265,9 +263,9 @@ def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> 
 
 
 def _write_adapter_config(job: Job, path: Path) -> None:
-    """Make PEFT's own file the same wherever the adapter is trained."""
+    """Rewrite PEFT's own file so that it does not depend on where the adapter is trained."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    # the base by its name below the model mount: an adapter must not differ by the machine that it was trained on
+    # the base's name below the model mount, not its path on this machine
     config["base_model_name_or_path"] = job.model_settings.path
     if isinstance(config["target_modules"], list):  # PEFT keeps a set, whose order changes from process to process
         config["target_modules"].sort()
@@ -275,44 +273,44 @@ def _write_adapter_config(job: Job, path: Path) -> None:
 
 
 def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
-    """The command line of `swift sft`. Batch, precision and length are decided before; nothing is left to defaults
-    that look at the machine."""
+    """The command line of `swift sft`. Batch, precision and length are decided before: no default of ms-swift that
+    depends on the machine is used."""
     settings = job.settings
     values: dict[str, Any] = {
         "model": job.model,
         "model_type": job.model_settings.swift_type,
         "template": job.model_settings.swift_template,
         "torch_dtype": job.dtype,
-        # said too: ms-swift takes float32 for a wish for mixed precision with float16
+        # set explicitly: with torch_dtype float32, ms-swift chooses mixed precision with float16
         "fp16": job.dtype == "float16",
         "bf16": job.dtype == "bfloat16",
-        **_four_bits(job),
+        **_quantisation_options(job),
         "dataset": scratch / "train.jsonl",
         "val_dataset": scratch / "validation.jsonl",
         "split_dataset_ratio": 0,
         "output_dir": job.work,
         "add_version": False,
-        "check_model": False,  # else a hub is asked for a newer model, with seconds of retries
+        "check_model": False,  # else ms-swift asks a hub for a newer model, with seconds of retries
         "report_to": "none",
         "use_cpu": job.use_cpu,
         "ddp_backend": ("gloo" if job.use_cpu else "nccl") if job.processes > 1 else None,
         "deepspeed": None if job.sharding == "none" else scratch / "deepspeed.json",
-        **(_whole_connector() if settings.trains_connector else _lora(settings)),
+        **(_connector_options() if settings.trains_connector else _lora_options(settings)),
         "learning_rate": settings.learning_rate,
         "num_train_epochs": settings.epochs,
         "per_device_train_batch_size": job.micro_batch,
         "per_device_eval_batch_size": job.eval_micro_batch,
         "gradient_accumulation_steps": job.accumulation,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        # ms-swift takes the reentrant kind under DeepSpeed: with it ZeRO-3 sees no layer's backward pass end, and keeps
-        # all of the base whole until the whole backward pass has
+        # with DeepSpeed, ms-swift takes the reentrant kind: ZeRO-3 then sees no layer's backward pass end, and keeps
+        # the whole base gathered until the end of the backward pass
         "gradient_checkpointing_kwargs": '{"use_reentrant": false}' if job.sharding == "zero3" else None,
-        # of a vision-language model; nothing of a frozen tower is kept for a backward pass, with or without
+        # for a vision-language model; a frozen tower keeps nothing for a backward pass anyway
         "vit_gradient_checkpointing": settings.gradient_checkpointing
         and not (settings.freeze_vision or settings.trains_connector),
         "max_pixels": settings.max_pixels,
         "max_length": settings.max_length,
-        "truncation_strategy": "delete",  # the template raises; too long samples are left out before, none is ever cut
+        "truncation_strategy": "delete",  # the template raises; samples too long are left out before, none is cut
         "lr_scheduler_type": "cosine",
         "warmup_ratio": settings.warmup_ratio,
         "weight_decay": settings.weight_decay,
@@ -328,8 +326,8 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "seed": job.seed,
         "data_seed": job.seed,
         "dataset_shuffle": False,  # the trainer's sampler shuffles, by the seed
-        "lazy_tokenize": True,  # a sample is encoded and its pictures are read when its turn comes
-        "strict": True,  # else a sample that cannot be read is silently replaced by another one
+        "lazy_tokenize": True,  # encode a sample and read its pictures when the trainer needs it
+        "strict": True,  # else ms-swift silently replaces a sample that it cannot read
         "dataloader_num_workers": 0,
         "resume_from_checkpoint": resume,
     }
@@ -341,7 +339,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
     return arguments
 
 
-def _lora(settings: Train) -> dict[str, Any]:
+def _lora_options(settings: Train) -> dict[str, Any]:
     return {
         "tuner_type": "lora",
         "lora_rank": settings.rank,
@@ -354,13 +352,14 @@ def _lora(settings: Train) -> dict[str, Any]:
     }
 
 
-def _whole_connector() -> dict[str, Any]:
-    """Nothing but what stands between tower and language model (ms-swift's aligner), and that without LoRA."""
+def _connector_options() -> dict[str, Any]:
+    """Options that train only the connector (ms-swift's aligner), without LoRA."""
     return {"tuner_type": "full", "freeze_llm": True, "freeze_vit": True, "freeze_aligner": False}
 
 
-def _four_bits(job: Job) -> dict[str, Any]:
-    """NF4 with double quantisation, computed in the base's precision (QLoRA, arXiv:2305.14314)."""
+def _quantisation_options(job: Job) -> dict[str, Any]:
+    """Options for a base in 4 bits: NF4 with double quantisation, computed in the base's precision (QLoRA,
+    arXiv:2305.14314). Raises UsageError for a base whose weights are quantised already."""
     if not job.settings.load_in_4bit:
         return {}
     refuse_4bit_twice(job.model, stored_as(job.model))
@@ -368,8 +367,9 @@ def _four_bits(job: Job) -> dict[str, Any]:
     return {**kind, "bnb_4bit_compute_dtype": job.dtype}
 
 
-def _explained(job: Job, error: BaseException, progress: Progress) -> tuple[LorryError | None, Shortage | None]:
-    """An error for people, and what ran out if it was memory on a card; None for a defect of ours."""
+def _explain(job: Job, error: BaseException, progress: Progress) -> tuple[LorryError | None, Shortage | None]:
+    """The error as a message for the user, and the shortage if a GPU's memory ran out. (None, None) for a bug in
+    Lorry."""
     if isinstance(error, LorryError):
         return error, None
     shortage = shortage_of(error, progress.during, progress.step)
@@ -380,32 +380,32 @@ def _explained(job: Job, error: BaseException, progress: Progress) -> tuple[Lorr
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         card = job.cards[rank] if rank < len(job.cards) else "the GPU"
         return LostCardError(
-            f"{card} fell away after step {progress.step} ({words}); run the same command again, without it if it fails"
-            " again, to go on from the last checkpoint"
+            f"{card} stopped working after step {progress.step} ({words}); run the same command again to resume from"
+            " the last checkpoint, without this GPU if it fails again"
         ), None
     return machine_error(error), None
 
 
 def main() -> None:
-    """Entry point; every problem ends in one line to the stage and an exit code."""
+    """Entry point. Every problem ends in one message to the stage and an exit code."""
     job = Job.read(Path(sys.argv[1]))
     progress = Progress(job.progress)
     stop = StopRequest()
     stop.install()
-    forks_die_with_parents()  # ms-swift reads the samples in some
+    forks_die_with_parents()  # ms-swift forks processes that read the samples
     if job.processes > 1:
-        die_with_parent(os.getppid())  # the launcher, which dies with the stage
+        die_with_parent(os.getppid())  # torchrun, which dies with the stage
         progress.send(event="process", id=os.getpid())
     try:
         train(job, progress, stop)
-    except BaseException as error:  # noqa: BLE001 - the stage must hear of every end
-        explained, shortage = _explained(job, error, progress)
+    except BaseException as error:  # noqa: BLE001 - every end must be reported to the stage
+        explained, shortage = _explain(job, error, progress)
         if explained is None and stop.signal is not None:
             explained = InterruptedRunError(f"stopped by {stop.signal.name}; run the same command again")
         if explained is None and job.processes > 1 and lost_the_others(error):
             explained = InterruptedRunError(
                 f"the other training processes are gone ({' '.join(str(error).split())[:100]}); run the same command"
-                " again to go on from the last checkpoint"
+                " again to resume from the last checkpoint"
             )
         if not isinstance(explained, InterruptedRunError):
             traceback.print_exc()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.contract.errors import UsageError
-from stages.contract.mixes import mixed, validated
+from stages.contract.mixes import mixed, shown, validated
 from stages.contract.recipe import Adapter, Source
 
 SOURCES = {"train": 40, "more": 10, "guessed": 5}
@@ -110,6 +110,24 @@ def test_it_is_validated_on_its_own_data_sets_or_on_all_where_these_have_none() 
     assert {sample["meta"]["source"] for sample in validated(compared, adapter("more#2", "guessed"))} == {"more"}
     assert validated(compared, adapter("guessed")) == compared
     assert validated([], adapter("more")) == []
+
+
+def test_a_connectors_samples_have_pictures_and_are_drawn_by_the_seed() -> None:
+    samples: list[dict[str, Any]] = [{"id": str(i), "images": ["x"] if i % 2 else []} for i in range(40)]
+    kept, left_out = shown(samples, 7, 42)
+    assert len(kept) == 7 and left_out == {"without_picture": 20, "beyond_most_samples": 13}
+    assert kept == sorted(kept, key=lambda sample: int(sample["id"])) and all(sample["images"] for sample in kept)
+    assert shown(samples, 7, 42)[0] == kept != shown(samples, 7, 43)[0]
+
+
+@pytest.mark.parametrize(("most", "beyond"), [(1, 19), (19, 1), (20, 0), (21, 0), (200, 0)])
+def test_samples_beyond_the_most_are_counted_and_never_fewer_than_none(most: int, beyond: int) -> None:
+    samples: list[dict[str, Any]] = [{"id": str(i), "images": ["x"] if i % 2 else []} for i in range(40)]
+    kept, left_out = shown(samples, most, 42)
+    assert left_out == {"without_picture": 20, "beyond_most_samples": beyond}
+    assert len(kept) == 20 - beyond
+    if not beyond:
+        assert kept == samples[1::2]
 
 
 @pytest.mark.parametrize(

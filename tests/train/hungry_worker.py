@@ -4,6 +4,9 @@ HUNGER says when, as JSON: `{"during": "training", "above": 1, "from_step": 3}` 
 more than one sample once three steps are done. `above` 0 fails whatever is done, and with `unless_checkpointing` only
 without gradient checkpointing; `longer` adds a limit of tokens. During "saving" the process is killed instead, once a
 checkpoint's files are written and it is not yet marked as whole.
+
+Each of these processes also fails if PEFT chooses a device for an adapter that it reads, as on resuming from a
+checkpoint. PEFT's choice is GPU 0 in every process.
 """
 
 import json
@@ -19,10 +22,17 @@ SAID = (
 )
 
 
+def refuse_device() -> str:
+    raise AssertionError("PEFT chose a device")
+
+
 def make_hungry() -> None:
+    import peft.peft_model
     import torch
 
     from stages.train import swift_sft
+
+    peft.peft_model.infer_device = refuse_device
 
     hunger = json.loads(os.environ["HUNGER"])
     train = swift_sft.LorrySft.train

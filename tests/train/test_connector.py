@@ -3,8 +3,6 @@
 import io
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
-from transformers import AutoTokenizer
 
-from stages.contract.errors import UsageError
+from stages.contract.errors import Exit, UsageError
 from stages.contract.events import Events
-from stages.contract.files import FileHashes, read_json, read_jsonl, sha256_file, write_json, write_jsonl
-from stages.contract.mixes import shown
+from stages.contract.files import FileHashes, read_json, read_jsonl, sha256_file, write_json
 from stages.contract.recipe import Adapter, Connector, Recipe, Train, load_recipe
 from stages.contract.run import describe_output
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
+from stages.host.runner import run_stage
 from stages.models.connector import LAST, check_connector, tensor_files, with_connector
-from stages.train.lengths import lengths_of
+from stages.train import stage as train
+from stages.train.job import Job
 from stages.train.stage import _pictures_of
-from tests.conftest import REPOSITORY, need_model
-from tests.engines.test_llava import with_published_template
+from tests.conftest import REPOSITORY
+from tests.tasks.stand_ins.worker import publish
 from tests.train.test_nodes import TwoNodes, ended, free_port
 from tests.train.two_phases import CONNECTOR, TwoPhases, two_phases
 
@@ -69,11 +67,21 @@ def test_the_second_phase_is_lora_on_the_language_model_with_that_connector(trai
     assert decided["connector effective batch"] == "4 x 1 x 1 GPU(s) = 4"
 
 
-def test_another_data_mix_for_adapters_keeps_the_connector(trained: TwoPhases, tmp_path: Path) -> None:
+def test_another_data_mix_for_adapters_keeps_the_connector(
+    trained: TwoPhases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = trained.copied(tmp_path, "train.adapters=[{name: tuned, data: ['questions#4']}]")
-    before = trained.adapter.read_bytes()
-    output = other.done()
-    assert "train connector" not in output and "train tuned" in output
+    before, jobs = trained.adapter.read_bytes(), list[Job]()
+
+    def train_adapter(stage: Stage, job: Job, *rest: Any) -> None:
+        jobs.append(job)
+        publish(job)
+
+    monkeypatch.setenv("LORRY_TARGET", "cpu")
+    monkeypatch.setattr(train, "train_adapter", train_adapter)
+    assert run_stage(other.run, "train", train.work) == Exit.DONE
+    (job,) = jobs
+    assert (job.adapter.name, job.connector) == ("tuned", (other.connector, sha256_file(trained.connector)))
     assert other.connector.read_bytes() == trained.connector.read_bytes()
     assert other.adapter.read_bytes() != before
 
@@ -231,49 +239,7 @@ def test_another_model_s_connector_is_refused(trained: TwoPhases, tmp_path: Path
         check_connector(tmp_path / "missing", "0" * 64)
 
 
-def test_ms_swift_s_prompts_are_those_of_published_chat_templates(tmp_path: Path) -> None:
-    """Of conversations all answers are learnt; the prompt is what stands before the first."""
-    model = with_published_template(need_model("tiny-llava"), tmp_path / "published")
-    Image.new("RGB", (80, 60), "red").save(tmp_path / "one.png")
-    turns = ["<image>\nWhat is it?", "A square.", "Which colour? 颜色？", "Red."]
-    samples = [
-        {"id": "seen", "messages": _turns(turns), "images": ["one.png"]},
-        {"id": "read", "messages": _turns(["What is a gear?", "A wheel."]), "images": []},
-    ]
-    write_jsonl(tmp_path / "samples.jsonl", samples)
-    overrides = ["model.swift_type=llava1_5_hf", "train.max_pixels=null"]
-    ask = {"model": str(model), "run": str(tmp_path), "samples": str(tmp_path / "samples.jsonl")}
-    asks = [{**ask, "overrides": [*overrides, f"model.swift_template={t}"]} for t in ("llava_vicuna", "llava1_5_hf")]
-    command = [sys.executable, "-m", "tests.train.encoding", json.dumps(asks)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ours, theirs = json.loads(done.stdout.splitlines()[-1])
-    assert "rows" in ours, ours
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    end = tokenizer.eos_token
-    written = f"USER: <image>\nWhat is it? ASSISTANT:A square.{end}USER: Which colour? 颜色？ ASSISTANT:Red.{end}"
-    assert ours["rows"][0]["length"] == len(tokenizer.encode(written)) + 15, "a picture has 16 tokens"
-    settings = Train(adapters=[Adapter(name="tuned")], max_length=1024)
-    counted = lengths_of(samples, model, settings, tmp_path)
-    assert 0 <= counted.longest - ours["rows"][0]["length"] <= 60
-    assert counted.answer >= len(tokenizer.encode("A square.USER: Which colour? 颜色？ ASSISTANT:Red."))
-    assert "renders the prompt otherwise than the chat template" in theirs["error"]
-
-
-def _turns(texts: list[str]) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
-
-
 # -- what it is trained on ---------------------------------------------------------------------------------------
-
-
-def test_at_most_so_many_samples_are_drawn_by_the_seed() -> None:
-    samples: list[dict[str, Any]] = [{"id": str(i), "images": ["x"] if i % 2 else []} for i in range(40)]
-    kept, left_out = shown(samples, 7, 42)
-    assert len(kept) == 7 and left_out == {"without_picture": 20, "beyond_most_samples": 13}
-    assert kept == sorted(kept, key=lambda sample: int(sample["id"])) and all(sample["images"] for sample in kept)
-    assert shown(samples, 7, 42)[0] == kept != shown(samples, 7, 43)[0]
-    assert shown(samples, 20, 42) == (samples[1::2], {"without_picture": 20, "beyond_most_samples": 0})
 
 
 def test_the_recipe_s_rules() -> None:

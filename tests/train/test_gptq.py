@@ -9,7 +9,8 @@ import pytest
 
 from stages.contract.errors import UsageError
 from stages.contract.files import FileHashes, read_json, read_jsonl
-from stages.train.worker import _four_bits
+from stages.models import gptq
+from stages.train.worker import _quantisation_options
 from tests.conftest import Lorry, need_model
 from tests.train.conftest import Training
 
@@ -68,10 +69,19 @@ def test_a_base_in_4_bits_is_not_put_in_4_bits_again(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
     job: Any = SimpleNamespace(model=tmp_path / "model", settings=SimpleNamespace(load_in_4bit=True))
     with pytest.raises(UsageError, match=r"its weights are quantised already \(gptq\)"):
-        _four_bits(job)
+        _quantisation_options(job)
 
 
-def test_without_a_library_one_line_says_what_to_do(lorry: Lorry, base: Path, tmp_path: Path) -> None:
+def test_without_a_library_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    loading = gptq.loading(tmp_path, on_card=False, training=True)
+    with pytest.raises(UsageError, match="its weights are GPTQ's, which gptqmodel and optimum would read here: pip"):
+        loading.__enter__()
+
+
+@pytest.mark.kill
+def test_without_a_library_the_command_ends_in_that_line(lorry: Lorry, base: Path, tmp_path: Path) -> None:
     """As where gptqmodel was never installed: Python finds no such package."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util, sys\n"

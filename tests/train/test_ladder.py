@@ -108,7 +108,7 @@ def test_rungs_are_remembered_and_hold_on_other_cards(tmp_path: Path) -> None:
         },
         {
             "what": "out of memory",
-            "value": "evaluation 2 at a time; training as it was",
+            "value": "evaluation 2 at a time; training unchanged",
             "why": "adapter tuned, in evaluation after step 3: asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free",
         },
     ]
@@ -152,6 +152,17 @@ def test_help_does_not_name_what_is_done_already() -> None:
     assert "load_in_4bit" in what_would_help(footing())
     assert "load_in_4bit" not in what_would_help(footing(load_in_4bit=True))
     assert "max_pixels" not in what_would_help(footing())
+
+
+@pytest.mark.parametrize(
+    ("pixels", "least", "named"), [(784, None, True), (50_001, 50_000, True), (50_000, 50_000, False)]
+)
+def test_help_names_fewer_pixels_only_above_the_least_that_the_recipe_allows(
+    pixels: int, least: int | None, named: bool
+) -> None:
+    text = what_would_help(footing(max_pixels=pixels, least_max_pixels=least))
+    assert ("fewer pixels (train.max_pixels below" in text) == named
+    assert f"shorter samples (train.max_length below {footing().settings.max_length})" in text
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_one_that_fails_leaves_the_others_and_its_exit_code(
     assert job.kept == {"one", "three"}
     assert not job.run.path("train", "manifest.json").exists()
     told = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "1 of 3 adapters could not be trained: two: " in told and "train.keep_going=true" in told
+    assert "1 of 3 adapters failed: two: " in told and "train.keep_going=true" in told
     assert names(job.report) == ["one", "two!", "three"]
     assert job.report["pipeline_info"]["failed_datasets"] == 1
 
@@ -229,7 +229,7 @@ def test_where_all_fail_nothing_is_gone_on_with(job: Job, capfd: pytest.CaptureF
     assert (code, trainer.trained) == (Exit.DATA, NAMES)
     assert not job.run.path("train", "manifest.json").exists()
     told = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "3 of 3 adapters could not be trained: one: bad; two: worse; three: worst" in told
+    assert "3 of 3 adapters failed: one: bad; two: worse; three: worst" in told
     assert "keep_going" not in told
     assert names(job.report) == ["one!", "two!", "three!"]
 
@@ -267,6 +267,20 @@ def test_memory_that_runs_out_goes_down_the_ladder_of_that_adapter_alone(job: Jo
     assert [(one.adapter.name, one.micro_batch, one.accumulation) for one in hungry.jobs] == [
         *(("one", 2, 2), ("two", 2, 2), ("two", 1, 4), ("three", 2, 2)),
     ]
+
+
+def test_below_the_last_rung_it_ends_in_one_line(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    short = MemoryRanOutError(
+        "out of memory", Shortage("training", 3, "asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free")
+    )
+    code, trainer = job.but("train.micro_batch=1", mixes={"one": MIXES["one"]})(one=short)
+    assert code == Exit.DOES_NOT_FIT
+    assert [each.settings.gradient_checkpointing for each in trainer.jobs] == [False, True]
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert any("out of memory: gradient checkpointing on, effective batch still 4" in line for line in lines)
+    assert "nothing is left to reduce" in lines[-1] and "train.load_in_4bit=true" in lines[-1]
+    assert "asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free" in lines[-1]
+    assert job.kept == set()
 
 
 def test_a_mix_of_which_nothing_is_there_is_told_before_hours_of_training(

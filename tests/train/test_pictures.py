@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -30,25 +31,33 @@ def with_pictures(training: Training, folder: Path, samples: int, *overrides: st
     return seeing, page
 
 
+@pytest.mark.kill
 def test_a_vision_language_model_is_trained_on_pictures(training: Training, tmp_path: Path) -> None:
-    seeing, page = with_pictures(training, tmp_path, 8)
+    """test_connector.py does so with a connector, test_qwen_vl.py with another family."""
+    seeing, _ = with_pictures(training, tmp_path, 8)
     code, output = seeing()
     assert code == 0, output + seeing.run.path("train", "log.txt").read_text()[-3000:]
     assert [row["step"] for row in read_jsonl(seeing.run.path("train", "metrics.jsonl")) if "loss" in row] == [1, 2]
     weights = load_file(seeing.run.path("train", "adapters", "tuned", "adapter_model.safetensors"))
     assert weights and all(".language_model." in name for name in weights)
 
+
+def test_a_missing_picture_is_reported_before_any_training(training: Training, tmp_path: Path) -> None:
+    seeing, page = with_pictures(training, tmp_path, 8)
     page.unlink()
-    code, output = seeing("--force")
+    code, output = seeing()
     assert code == 3, output
     assert "one.png: not a readable picture" in output.splitlines()[-1]
+    assert not seeing.run.path("train", "checkpoints", "tuned", "job.json").exists(), "no process was started"
 
 
+@pytest.mark.kill
 def test_a_template_that_breaks_a_line_after_a_picture_is_refused(training: Training, tmp_path: Path) -> None:
+    """The whole command; test_encoding.py has the refusal alone."""
     seeing, _ = with_pictures(training, tmp_path, 4, "model.swift_template=llava1_5_hf")
     code, output = seeing()
     assert code == 2, output
-    assert "renders the prompt otherwise than the chat template" in output.splitlines()[-1]
+    assert "renders another prompt than the chat template" in output.splitlines()[-1]
 
 
 def test_lora_on_the_vision_tower_is_refused(training: Training, tmp_path: Path) -> None:
@@ -56,4 +65,4 @@ def test_lora_on_the_vision_tower_is_refused(training: Training, tmp_path: Path)
     seeing, _ = with_pictures(training, tmp_path, 4, "train.target_modules=[q_proj]")
     code, output = seeing()
     assert code == 2, output
-    assert "puts LoRA on the vision tower, too" in output.splitlines()[-1]
+    assert "train.target_modules also matches base_model.model." in output.splitlines()[-1]

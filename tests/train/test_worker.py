@@ -14,7 +14,7 @@ from stages.train.ladder import LostCardError
 from stages.train.torchrun import torchrun
 from stages.train.worker import (
     _arguments,
-    _explained,
+    _explain,
     _let_memory_segments_grow,
     largest,
     newest_good_checkpoint,
@@ -147,13 +147,14 @@ def test_a_lost_card_is_named_with_cuda_s_words(tmp_path: Path, monkeypatch: pyt
     progress = Progress(os.open(os.devnull, os.O_WRONLY))
     progress.during, progress.step = "training", 12
     error = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
-    explained, shortage = _explained(lost, error, progress)
+    explained, shortage = _explain(lost, error, progress)
     assert isinstance(explained, LostCardError) and shortage is None
     assert explained.exit_code == 75, "what is saved can be gone on with"
     assert str(explained).startswith(
-        "GPU 5 (A800), GPU-b fell away after step 12 (CUDA error: unspecified launch failure); run the same command"
+        "GPU 5 (A800), GPU-b stopped working after step 12 (CUDA error: unspecified launch failure); run the same"
+        " command again to resume from the last checkpoint"
     )
-    assert _explained(lost, RuntimeError("CUDA error: device-side assert triggered"), progress) == (None, None)
+    assert _explain(lost, RuntimeError("CUDA error: device-side assert triggered"), progress) == (None, None)
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
@@ -195,17 +196,3 @@ def test_one_machine_needs_no_meeting_and_nodes_keep_their_ranks(tmp_path: Path)
 )
 def test_each_process_gets_as_many_samples_and_none_is_left_out(samples: str, processes: int, shared: str) -> None:
     assert shared_evenly(list(samples), processes) == list(shared)
-
-
-def test_a_checkpoint_is_not_read_onto_the_first_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's own choice, `cuda`, is card 0 in every process."""
-    import peft
-    import torch
-
-    from stages.train import swift_sft  # noqa: F401 - it is what changes the choice
-
-    config = peft.LoraConfig(target_modules=["0"])
-    peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config).save_pretrained(str(tmp_path))
-    monkeypatch.setattr("peft.peft_model.infer_device", lambda: pytest.fail("PEFT chose a device"))
-    loaded = peft.PeftModel.from_pretrained(torch.nn.Sequential(torch.nn.Linear(2, 2)), str(tmp_path))
-    loaded.load_adapter(str(tmp_path), "default", is_trainable=True)  # as the trainer calls it

@@ -21,6 +21,8 @@ from stages.train.sharding import deepspeed_config, gather_by_layer, let_go_of_w
 
 
 def main(folder: Path) -> None:
+    # else DeepSpeed compiles its shared-memory collectives: a minute of two cores, and gloo does as well here
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed("gloo", verbose=False)
     config = deepspeed_config("zero3", "float32", 1, 1, 1.0)
     # to this model's layers, of 1,048,576, as they are to those of a 7B model; else all of it would stay whole
