@@ -1,4 +1,4 @@
-"""`lorry launch` without an engine: what was asked for, local processes, and an engine that refuses."""
+"""`lorry launch` without a Docker engine: local processes, the choice of GPUs, and an engine that refuses."""
 
 import hashlib
 import json
@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,138 +14,18 @@ from typing import Any
 
 import pytest
 
-from entrypoints import launch
-from stages.contract.errors import DoesNotFitError, UsageError
+from entrypoints.launch import launch
 from stages.hardware.holds import Holds
-from stages.hardware.probe import read_cards
-from stages.hardware.targets import Target, load_targets
-from stages.host import containers
-from stages.host.cards import Chosen, answering_bytes, choose_cards, choose_target, needed
+from stages.hardware.targets import Target
+from stages.host import containers, launching, processes
+from stages.host.cards import job_need
+from stages.host.needs import STAGES
+from stages.host.outcome import Outcome
 from tests.conftest import Lorry
 from tests.hardware.recorded import Box
 from tests.other_user import as_other_user, folder_for_all
 
 NO_ENGINE = "unix:///nowhere/docker.sock"
-
-
-def test_an_exit_code_that_no_signal_has_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert containers.killed("train", 255 - 128) == 1
-    assert capsys.readouterr().err == "train: ended with 255\n"
-
-
-# -- GPUs and target -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def holds(tmp_path: Path) -> Iterator[Holds]:
-    found = Holds(tmp_path / "holds")
-    yield found
-    found.close()
-
-
-def choose(text: str | None, holds: Holds, stage: str = "train", target: str | None = None) -> Chosen:
-    return choose_cards(text, target, (stage,), {}, read_cards(), holds)
-
-
-def test_cards_reach_containers_by_uuid_and_local_processes_by_number(box: Box, holds: Holds) -> None:
-    chosen = choose(f"3,{box.uuid(1)}", holds)
-    assert chosen.devices("train") == chosen.devices("infer") == [box.uuid(3), box.uuid(1)]
-    assert chosen.numbers("train") == "3,1"
-
-
-def test_without_a_list_it_is_card_0_unless_that_is_denied(
-    box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert choose(None, holds).numbers("train") == choose(" ", holds).numbers("train") == "0"
-    monkeypatch.setenv("LORRY_GPU_DENY", "0,5")
-    told = r"GPUS is not given, which means GPU 0: GPU 0 \(NVIDIA.*is not to be taken: it is in LORRY_GPU_DENY"
-    with pytest.raises(UsageError, match=told):
-        choose(None, holds)
-    assert choose(None, holds, "eval") == Chosen(), "which takes no card"
-
-
-def test_the_machine_without_cards_needs_no_list(box: Box, holds: Holds) -> None:
-    box.keep(0)
-    assert choose(None, holds) == Chosen()
-
-
-def test_where_nvml_shows_no_card_any_may_be_one(box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch) -> None:
-    box.keep(0)
-    chosen = choose("6,GPU-8f5e", holds)
-    assert chosen.devices("train") == ["6", "GPU-8f5e"]
-    with pytest.raises(UsageError, match="NVML shows no cards here: name their target"):
-        choose_target(None, chosen, ())
-    assert choose_target("a800", chosen, ()).name == "a800"
-    for text, told in (("1,1", "names a GPU twice"), ("-1", "'-1' is not a GPU's number"), ("MIG-1", "is a MIG slice")):
-        with pytest.raises(UsageError, match=told):
-            choose(text, holds)
-    monkeypatch.setenv("LORRY_GPU_DENY", "5, 6")
-    with pytest.raises(UsageError, match="GPU 6 is not to be taken: it is in LORRY_GPU_DENY"):
-        choose("6", holds)
-    assert choose(None, holds, "train", "a800") == Chosen(), "Compose hands it card 0"
-    monkeypatch.setenv("LORRY_GPU_DENY", "0")
-    with pytest.raises(UsageError, match="which means GPU 0, and that is in LORRY_GPU_DENY"):
-        choose(None, holds, "train", "a800")
-
-
-def test_the_target_is_that_of_the_chosen_cards(box: Box) -> None:
-    for index, capability in enumerate(([7, 0], [8, 9])):
-        box.cards[index]["cuda_compute_capability"] = capability
-    box.keep(2)
-    gpus = read_cards().gpus
-    assert choose_target(None, Chosen(gpus[1:]), gpus).name == "rtx4090"
-    assert choose_target(None, Chosen(), gpus).name == "v100", "none is needed: the first says which images there are"
-    assert choose_target(None, Chosen(), ()).name == "cpu"
-    assert choose_target("v100-gptq", Chosen(gpus[:1]), gpus).name == "v100-gptq"
-    with pytest.raises(UsageError, match="choose GPUs of one kind"):
-        choose_target(None, Chosen(gpus), gpus)
-    box.lose(0)
-    assert choose_target(None, Chosen(), read_cards().gpus).name == "rtx4090"
-
-
-@pytest.mark.parametrize("text", ["0", "auto"])
-def test_the_cpu_takes_no_gpus(box: Box, holds: Holds, text: str) -> None:
-    with pytest.raises(UsageError, match="target cpu takes no GPUs"):
-        choose(text, holds, target="cpu")
-
-
-def test_named_cards_are_held_only_where_a_stage_computes_on_them(box: Box, holds: Holds) -> None:
-    choose("1", holds, "preprocess")
-    assert holds.holders(box.uuid(1)) == []
-    choose("1", holds, "infer")
-    assert [lock.exclusive for lock in holds.holders(box.uuid(1))] == [False]
-
-
-def test_a_driver_that_does_not_answer_is_not_a_machine_without_cards(box: Box, holds: Holds) -> None:
-    box.recorded["init_error"] = "LIB_RM_VERSION_MISMATCH"
-    box.save()
-    for stage, target in (("train", None), ("train", "a800"), ("eval", None)):
-        with pytest.raises(DoesNotFitError, match=r"driver/library version mismatch.*reboot.*or take TARGET=cpu"):
-            choose(None, holds, stage, target)
-    assert choose(None, holds, "train", "cpu") == choose(None, holds, "eval", "a800") == Chosen()
-
-
-def test_a_variant_is_an_image_of_train_only() -> None:
-    variant = load_targets()["v100-gptq"]
-    names = [containers.image_name(stage, "1.2.3", variant) for stage in ("train", "infer")]
-    assert names == ["lorry-train:1.2.3-v100-gptq", "lorry-infer:1.2.3-v100"]
-
-
-@pytest.mark.parametrize(
-    "info",
-    [
-        {"Runtimes": {"runc": {}, "nvidia": {}}},
-        {"Runtimes": {"runc": {}}, "DiscoveredDevices": [{"Source": "cdi", "ID": "nvidia.com/gpu=0"}]},
-    ],
-)
-def test_an_engine_that_hands_gpus_on(info: dict[str, object]) -> None:
-    containers.refuse_without_nvidia(info, load_targets()["a800"])
-
-
-def test_an_engine_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(DoesNotFitError, match=r"target a800 needs GPUs.*nvidia-container-toolkit"):
-        containers.refuse_without_nvidia({"Runtimes": {"runc": {}}, "DiscoveredDevices": None}, load_targets()["a800"])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +62,7 @@ def test_without_an_engine_it_says_so_and_runs_here(lorry: Lorry, tmp_path: Path
     done = replace(lorry, extra={"DOCKER_HOST": address})("entrypoints.lorry", "launch", "train", "--run", "gone")
     assert done.lines == [
         f"no Docker engine answers at {address}: running as a local process",
-        f"error: {lorry.runs}/gone/recipe.yaml: no such run; name a RECIPE to begin one",
+        f"error: {lorry.runs}/gone/recipe.yaml: no such run; name a RECIPE to start one",
     ]
     assert done.code == 2
 
@@ -229,20 +108,20 @@ def local(
     for name, value in {"DOCKER_HOST": NO_ENGINE, "LORRY_DATA": lorry.data, "LORRY_RUNS": lorry.runs}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LORRY_MODELS", str(lorry.models))
-    monkeypatch.setattr(launch, "LIBRARIES", dict.fromkeys(launch.STAGES, ()))
+    monkeypatch.setattr(processes, "LIBRARIES", dict.fromkeys(STAGES, ()))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(*arguments: str, end: Callable[[str], int] = lambda _: 0) -> Launched:
         seen: list[tuple[str, list[str], dict[str, str]]] = []
 
-        def run_process(stage: str, arguments: list[str], _stop: object, environment: dict[str, str]) -> int:
+        def run_process(stage: str, arguments: list[str], _stop: object, environment: dict[str, str]) -> Outcome:
             seen.append((stage, arguments, dict(environment)))
-            return end(stage)
+            return Outcome(end(stage))
 
-        monkeypatch.setattr(launch, "run_process", run_process)
+        monkeypatch.setattr(processes, "run_process", run_process)
         code = 0
         try:
-            launch.launch([*arguments], standalone_mode=False)
+            launch([*arguments], standalone_mode=False)
         except SystemExit as error:
             code = int(error.code or 0)
         captured = capsys.readouterr()
@@ -319,21 +198,11 @@ def test_auto_takes_a_number_of_cards_that_makes_the_exact_batches(
     assert "train.effective_batch is 16 and train.exact_batch is set, but 3 GPU(s) make" in refused.output
 
 
-def test_auto_counts_with_the_larger_of_both_phases(lorry: Lorry, language_model: Path, box: Box) -> None:
-    def asked(*overrides: str) -> int:
-        recipe = {"recipe": "patent-qa", "profile": "tiny", "data": None, "overrides": overrides, "run_name": "r"}
-        return needed(("train",), recipe).asked(1, (8, 0))
-
-    alone = asked()
-    assert asked("train.connector={micro_batch: 1, max_length: 64}") == alone, "the second phase is the larger"
-    assert asked("train.connector={micro_batch: 64, max_length: 4096}") > 2 * alone, "the first is"
-
-
 def test_auto_takes_cards_that_only_a_leaner_way_fits_on(
     box: Box, local: Launch, lorry: Lorry, language_model: Path
 ) -> None:
     recipe = {"recipe": "patent-qa", "profile": "tiny", "data": None, "overrides": (), "run_name": "r"}
-    need = needed(("train",), recipe)
+    need = job_need(("train",), recipe)
     asked, least = need.asked(2, (8, 0)), need.least(2, (8, 0))
     assert least < asked
     box.free(*[(asked + least) / 2 / 2**30] * 8)
@@ -361,7 +230,7 @@ def test_auto_for_infer_alone_takes_one_card(box: Box, local: Launch, language_m
 def test_infer_takes_one_card_of_as_many_as_it_is_given(box: Box, local: Launch, language_model: Path) -> None:
     done = small(local, "infer", "--gpus", "auto:4", "--shard", "0/2")
     assert done.visible == [("infer", "1")], done.output
-    assert "infer computes on one card: GPUS=auto:4 takes one" in done.output
+    assert "infer computes on one GPU: GPUS=auto:4 takes one" in done.output
 
 
 def test_cards_are_let_go_once_no_later_stage_computes_on_them(box: Box, local: Launch, language_model: Path) -> None:
@@ -423,10 +292,6 @@ def test_holds_that_cannot_be_kept_are_one_line(
     assert f"{box.holds}/choosing: cannot be used to hold a card (Not a directory)" in done.output
 
 
-def test_answering_needs_its_weights_and_a_fifth_more() -> None:
-    assert answering_bytes(15_231_233_024) == pytest.approx(20.4e9, rel=0.01), "Qwen2.5-7B in half precision"
-
-
 def test_what_is_done_is_not_started_and_takes_no_card(
     box: Box, lorry: Lorry, few: Path, recipe_file: Path, local: Launch, embedder: Path
 ) -> None:
@@ -450,17 +315,17 @@ def test_containers_get_uuids_and_an_old_driver_is_told_before(
         def version(self) -> dict[str, str]:
             return {"Version": "28"}
 
-    def in_containers(
+    def container_runner(
         _e: object, stages: tuple[str, ...], _o: object, of: Callable[[str], list[str]], target: Target
     ) -> Any:
         devices.extend((stage, of(stage)) for stage in stages)
-        return (lambda _stage, _more: 0), f"lorry-x-{target.name}"
+        return (lambda _stage, _more: Outcome(0)), f"lorry-x-{target.name}"
 
-    monkeypatch.setattr(launch, "find_engine", lambda: (Engine(), "unix:///x"))
-    monkeypatch.setattr(launch, "in_containers", in_containers)
+    monkeypatch.setattr(launching, "find_engine", lambda: (Engine(), "unix:///x"))
+    monkeypatch.setattr(launching, "container_runner", container_runner)
     done = small(local, "infer", "--gpus", "2,GPU-c6")
     assert devices == [(stage, [box.uuid(2), box.uuid(3)]) for stage in ("preprocess", "train", "infer")]
-    assert "engine 28 at unix:///x: running lorry-x-a800 with GPUs 2,3" in done.output
+    assert "Docker engine 28 at unix:///x: running lorry-x-a800 with GPUs 2,3" in done.output
     box.recorded["driver_version"] = "515.105.01"
     box.save()
     refused = small(local, "infer", "--gpus", "0")
@@ -485,7 +350,7 @@ def test_a_card_that_falls_off_the_bus_is_named(box: Box, local: Launch, gpus: s
         "error: train: GPU 3 (NVIDIA A800-SXM4-80GB) has fallen off the bus (NVML: GPU is lost): see `dmesg | grep Xid`"
     )
     assert told in done.output.splitlines()[-1]
-    assert done.output.splitlines()[-1].endswith(f"run again without it: GPUS={others}")
+    assert done.output.splitlines()[-1].endswith(f"then reset it or reboot; to run without it: GPUS={others}")
 
 
 def test_a_card_that_nvml_no_longer_counts_is_named_too(box: Box, local: Launch) -> None:
@@ -495,7 +360,7 @@ def test_a_card_that_nvml_no_longer_counts_is_named_too(box: Box, local: Launch)
 
     done = local("infer", "patent-qa", "--gpus", "6,7", "--shard", "0/2", end=end)
     assert done.code == 4
-    assert "GPU 7 (NVIDIA A800-SXM4-80GB) has fallen off the bus (NVML: no such card)" in done.output
+    assert "GPU 7 (NVIDIA A800-SXM4-80GB) has fallen off the bus (NVML: no such GPU)" in done.output
 
 
 def test_a_crash_with_all_cards_there_stays_a_crash(local: Launch) -> None:
@@ -511,12 +376,6 @@ def test_a_driver_that_dies_with_the_stage_is_told(box: Box, local: Launch) -> N
     done = local("infer", "patent-qa", "--gpus", "6", "--shard", "0/2", end=end)
     assert done.code == 1
     assert "infer: the NVIDIA driver does not answer (Unknown Error)" in done.output
-
-
-def test_a_host_without_the_libraries_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "LIBRARIES", {"train": ("click", "no_such_library")})
-    with pytest.raises(UsageError, match=r"train needs no_such_library.*make setup.*or start Docker"):
-        launch._processes(("train",), {}, Chosen(), None)
 
 
 def test_a_stop_reaches_the_local_process(bare: Lorry, few: Path, recipe_file: Path) -> None:
@@ -548,7 +407,7 @@ def test_an_old_driver_is_told_before_a_local_process_starts(
 ) -> None:
     box.recorded["driver_version"] = "450.80.02"
     box.save()
-    monkeypatch.setattr(launch, "installed_cuda", lambda: "12.8")
+    monkeypatch.setattr(launching, "installed_cuda", lambda: "12.8")
     done = local("train", "patent-qa", "--gpus", "1")
     assert (done.code, done.seen) == (4, [])
     told = "CUDA 12.8, which needs NVIDIA driver 525 or newer, and this machine has 450.80.02"
@@ -557,19 +416,8 @@ def test_an_old_driver_is_told_before_a_local_process_starts(
     box.recorded["driver_version"] = "535.183.06"
     box.save()
     assert local("train", "patent-qa", "--gpus", "1").code == 0
-    monkeypatch.setattr(launch, "installed_cuda", lambda: "13.0")
+    monkeypatch.setattr(launching, "installed_cuda", lambda: "13.0")
     assert "needs NVIDIA driver 580 or newer" in local("train", "patent-qa", "--gpus", "1").output
-
-
-def test_the_cuda_of_torch_is_read_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = tmp_path / "torch" / "version.py"
-    version.parent.mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    for text, cuda in (("cuda: Optional[str] = '12.8'", "12.8"), ("cuda = None", None), ("git = 'a1'", None)):
-        version.write_text(f"debug = False\n{text}\nhip: Optional[str] = None\n")
-        assert launch.installed_cuda() == cuda
 
 
 # -- an engine that refuses ----------------------------------------------------------------------------------------
