@@ -1,4 +1,4 @@
-"""`lorry compare`."""
+"""`lorry compare`: several runs side by side."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`lorry doctor`."""
+"""`lorry doctor`: check this machine before a job."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""The command `lorry-eval`."""
+"""`lorry-eval`: answers to scores and a report."""
 
 from entrypoints.common import stage_command
 

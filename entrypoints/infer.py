@@ -1,4 +1,4 @@
-"""The command `lorry-infer`."""
+"""`lorry-infer`: test samples to answers."""
 
 from entrypoints.common import stage_command
 

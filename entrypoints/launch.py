@@ -1,4 +1,4 @@
-"""`lorry launch STAGE`."""
+"""`lorry launch`: start a stage and those it needs on this host's GPUs."""
 
 import sys
 from typing import Any

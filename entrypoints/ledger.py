@@ -1,4 +1,4 @@
-"""`lorry ledger`."""
+"""`lorry ledger`: data mix, adapter and score over all runs."""
 
 import sys
 from pathlib import Path

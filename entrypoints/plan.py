@@ -1,4 +1,4 @@
-"""`lorry plan`."""
+"""`lorry plan`: estimate whether a training fits."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""The command `lorry-preprocess`."""
+"""`lorry-preprocess`: documents and questions to samples."""
 
 from entrypoints.common import stage_command
 

@@ -1,4 +1,4 @@
-"""The command `lorry-train`."""
+"""`lorry-train`: samples to adapters."""
 
 from entrypoints.common import stage_command
 

@@ -85,7 +85,7 @@ def recipe_of(folder: Path) -> Recipe:
     """A run's recipe, resolved as it ran. Raises DamagedError if it is missing, UsageError if it is wrong."""
     path = folder / "recipe.yaml"
     if not path.is_file():
-        raise DamagedError("there is no recipe.yaml")
+        raise DamagedError("recipe.yaml is missing")
     return load_recipe(path)
 
 
@@ -101,7 +101,7 @@ def select_runs(wanted: Sequence[str], runs: Path) -> list[str]:
     names = run_names(runs)
     for name in wanted:
         if name not in names:
-            hint = suggestion(name, names, "runs") if names else "there is none"
+            hint = suggestion(name, names, "runs") if names else "there are no runs"
             raise UsageError(f"{runs / name}: no such run; {hint}")
     return list(dict.fromkeys(wanted)) or names
 

@@ -87,7 +87,7 @@ def test_runs_stand_side_by_side(tmp_path: Path, lorry: Callable[..., Result]) -
     assert "suspicious" not in done.output
 
 
-def test_identical_answers_are_told(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+def test_identical_answers_are_reported(tmp_path: Path, lorry: Callable[..., Result]) -> None:
     evaluated(tmp_path, "baseline", half)
     evaluated(tmp_path, "custom", half)
     done = lorry("baseline", "custom")
@@ -110,7 +110,7 @@ def test_another_test_set_is_refused(tmp_path: Path, lorry: Callable[..., Result
     one_line(lorry("baseline", "fewer"), "fewer is scored on another test set than baseline: 4 of 24 samples")
 
 
-def test_what_is_not_evaluated_is_told_and_not_compared(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+def test_what_is_not_evaluated_is_reported_and_not_compared(tmp_path: Path, lorry: Callable[..., Result]) -> None:
     evaluated(tmp_path, "baseline", half)
     evaluated(tmp_path, "custom", right)
     evaluated(tmp_path, "never", right)

@@ -166,7 +166,7 @@ def small(local: Launch, stage: str, *arguments: str, **options: Any) -> Launche
     return local(stage, "patent-qa", "--profile", "tiny", "--run", "r", *arguments, **options)
 
 
-def test_auto_takes_what_fits_tells_it_and_infer_sees_the_first_alone(
+def test_auto_takes_what_fits_says_so_and_infer_sees_the_first_alone(
     box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORRY_GPU_DENY", "5,6,7")
@@ -306,7 +306,7 @@ def test_what_is_done_is_not_started_and_takes_no_card(
 # -- an engine -----------------------------------------------------------------------------------------------------
 
 
-def test_containers_get_uuids_and_an_old_driver_is_told_before(
+def test_containers_get_uuids_and_an_old_driver_is_reported_before(
     box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices: list[tuple[str, list[str]]] = []
@@ -367,7 +367,7 @@ def test_a_crash_with_all_cards_there_stays_a_crash(local: Launch) -> None:
     assert local("infer", "patent-qa", "--gpus", "6", "--shard", "0/2", end=lambda _: 1).code == 1
 
 
-def test_a_driver_that_dies_with_the_stage_is_told(box: Box, local: Launch) -> None:
+def test_a_driver_that_dies_with_the_stage_is_reported(box: Box, local: Launch) -> None:
     def end(_: str) -> int:
         box.recorded["init_error"] = "UNKNOWN"
         box.save()
@@ -402,7 +402,7 @@ def test_a_stage_that_said_75_keeps_it_though_a_card_fell_away(box: Box, local: 
     assert "error: train: GPU 3 (NVIDIA A800-SXM4-80GB) has fallen off the bus" in done.output.splitlines()[-1]
 
 
-def test_an_old_driver_is_told_before_a_local_process_starts(
+def test_an_old_driver_is_reported_before_a_local_process_starts(
     box: Box, local: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     box.recorded["driver_version"] = "450.80.02"
@@ -434,7 +434,7 @@ def forbidden() -> Iterator[str]:
         yield f"unix://{path}"
 
 
-def test_no_permission_on_the_socket_is_told_and_does_not_fall_back(lorry: Lorry, forbidden: str) -> None:
+def test_no_permission_on_the_socket_is_reported_and_does_not_fall_back(lorry: Lorry, forbidden: str) -> None:
     environment = {**lorry.environment, "DOCKER_HOST": forbidden, "TARGET": "cpu", "GPUS": "", "HOME": "/tmp"}
     done = as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
     assert (done.code, len(done.lines)) == (2, 1), done.output

@@ -170,7 +170,7 @@ def test_the_exit_code_of_the_stage_that_fails_ends_it(launched: Lorry) -> None:
     assert [line.split()[0] for line in done.lines[1:]] == ["preprocess", "train"]
 
 
-def test_a_stage_that_the_kernel_kills_is_told(launched: Lorry) -> None:
+def test_a_stage_that_the_kernel_kills_is_reported(launched: Lorry) -> None:
     done = launch(launched, "preprocess", "--run", "killed")
     assert done.code == 1
     assert done.lines[-1] == "preprocess: ended by SIGKILL; run the same command again to resume"

@@ -41,7 +41,7 @@ def test_the_table_adds_up_and_the_verdict_is_in_the_exit_code(lorry: Lorry) -> 
     assert f"fits: {total:.1f} of 23.6 GiB" in done.lines[-1]
 
 
-def test_either_phase_is_told_where_a_connector_is_trained_first(lorry: Lorry) -> None:
+def test_either_phase_is_reported_where_a_connector_is_trained_first(lorry: Lorry) -> None:
     done = lorry("entrypoints.lorry", "plan", "better-synth", "--target", "rtx4090")
     assert done.code == 0, done.output
     assert "llava-1.5-7b-hf, 7.06 billion parameters, on rtx4090" in done.lines[0]
@@ -84,7 +84,7 @@ def test_what_train_changes_by_itself_is_shown_beside_what_was_asked(lorry: Lorr
     assert "which train changes on its own and which does not affect the result" in done.lines[-1]
 
 
-def test_how_inference_fits_the_same_cards_is_told_beside_it(lorry: Lorry) -> None:
+def test_how_inference_fits_the_same_cards_is_beside_it(lorry: Lorry) -> None:
     done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", "--gpus", "8")
     assert done.code == 0, done.output
     (told,) = [line for line in done.lines if line.startswith("inference")]
@@ -110,7 +110,7 @@ def test_inference_that_does_not_fit_leaves_the_exit_code_to_training(lorry: Lor
     assert "inference cannot be split like this: infer.tensor_parallel 3: 28 heads and 4 of keys" in odd.output
 
 
-def test_an_adapted_tower_is_counted_and_what_is_not_estimated_is_told(lorry: Lorry, models: Path) -> None:
+def test_an_adapted_tower_is_counted_and_what_is_not_estimated_is_reported(lorry: Lorry, models: Path) -> None:
     shape = {"model.embed_tokens.weight": [152064, 3584]}
     shape |= {f"visual.blocks.{block}.attn.qkv.weight": [3840, 1280] for block in range(32)}
     shape |= {"visual.merger.mlp.0.weight": [5120, 5120], "model.layers.0.self_attn.q_proj.weight": [3584, 3584]}
@@ -138,7 +138,7 @@ def test_a_v100_computes_in_float16_and_takes_no_other(lorry: Lorry) -> None:
     assert "needs compute capability 8.0" in refused.lines[-1]
 
 
-def test_zero_and_fewer_cards_are_proposed_before_more_and_what_is_tight_is_told(lorry: Lorry) -> None:
+def test_zero_and_fewer_cards_are_proposed_before_more_and_what_is_tight_is_reported(lorry: Lorry) -> None:
     asked = ("--target", "a800", "--gpus", "2", "--memory", "18.4", "--set", "train.sharding=none")
     done = lorry("entrypoints.lorry", "plan", *RECIPE, *asked)
     assert done.code == 4, done.output
@@ -227,7 +227,7 @@ def test_where_cards_are_merely_busy_it_says_that_freeing_one_would_do(here: Lor
     assert (large.code, "fits on a GPU" in large.output) == (4, False), large.output
 
 
-def test_a_box_of_mixed_cards_is_told_to_name_a_target(here: Lorry, box: Box) -> None:
+def test_a_box_of_mixed_cards_has_to_name_a_target(here: Lorry, box: Box) -> None:
     box.cards[0]["cuda_compute_capability"] = [7, 0]
     box.save()
     done = here("entrypoints.lorry", "plan", *RECIPE)
@@ -253,7 +253,7 @@ def test_wrong_use_is_one_line(lorry: Lorry, arguments: tuple[str, ...], says: s
     assert says in done.lines[-1]
 
 
-def test_a_damaged_model_is_told(lorry: Lorry, models: Path) -> None:
+def test_a_damaged_model_is_reported(lorry: Lorry, models: Path) -> None:
     folder = make_shape(models / "cut", "Qwen2.5-0.5B")
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1000)

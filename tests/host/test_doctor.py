@@ -30,7 +30,7 @@ GB = 10**9
 
 
 @dataclass
-class Told:
+class Examined:
     code: int
     lines: list[str]
 
@@ -44,7 +44,7 @@ class Told:
         return [line[12:] for line in self.lines if line.startswith("FAIL")]
 
 
-Doctor = Callable[..., Told]
+Doctor = Callable[..., Examined]
 
 
 @pytest.fixture
@@ -69,9 +69,9 @@ def healthy(lorry: Lorry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lo
 def doctor(healthy: Lorry) -> Doctor:
     """All findings: `doctor(target, **options of a run)`."""
 
-    def run(target: str | None = None, **options: Any) -> Told:
+    def run(target: str | None = None, **options: Any) -> Examined:
         findings = list(module.examine(target, open_run(**options) if options else None))
-        return Told(int(module.exit_code(findings)), [str(finding) for finding in findings])
+        return Examined(int(module.exit_code(findings)), [str(finding) for finding in findings])
 
     return run
 
@@ -358,7 +358,9 @@ def test_folders_are_looked_at_for_the_containers_user(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_another_users_run_is_told(box: Box, engine: Engine, doctor: Doctor, healthy: Lorry, recipe_file: Path) -> None:
+def test_another_users_run_is_reported(
+    box: Box, engine: Engine, doctor: Doctor, healthy: Lorry, recipe_file: Path
+) -> None:
     make_data(healthy.data / "few")
     os.chown(healthy.runs, UID, UID)
     (healthy.runs / "r" / "train").mkdir(parents=True)
@@ -434,6 +436,6 @@ def test_every_line_that_fails_or_warns_says_the_cure(box: Box, doctor: Doctor) 
             assert ": " in line[12:].partition(": ")[2], line
 
 
-def test_the_errors_that_are_told_keep_their_code() -> None:
+def test_the_errors_that_are_reported_keep_their_code() -> None:
     assert module._error_finding("x", DoesNotFitError("a\n b")).text == "a b"
     assert module._error_finding("x", DoesNotFitError("a")).code == 4

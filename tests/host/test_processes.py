@@ -10,7 +10,7 @@ from stages.host import processes
 from stages.host.cards import CardChoice
 
 
-def test_a_host_without_the_libraries_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_the_libraries_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "LIBRARIES", {"train": ("click", "no_such_library")})
     with pytest.raises(UsageError, match=r"train needs no_such_library.*make setup.*or start Docker"):
         processes.local_runner(("train",), {}, CardChoice(), None)

@@ -203,11 +203,11 @@ def test_data_sets_are_looked_at_one_by_one() -> None:
     ]
 
 
-def test_where_everything_failed_it_is_told() -> None:
+def test_where_everything_failed_it_is_reported() -> None:
     assert suspicions([run_of("a", {"base": right, "x": lambda number: None})]) == ["a/x: all 40 answers failed"]
 
 
-def test_where_one_data_set_failed_that_is_told() -> None:
+def test_where_one_data_set_failed_that_is_reported() -> None:
     run = run_of(
         "a",
         {"base": right, "x": lambda number: None if number < 20 else right(number)},

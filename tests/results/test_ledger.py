@@ -128,7 +128,7 @@ def test_the_vote_has_a_row_and_every_adapter_its_part_in_it(tmp_path: Path) -> 
     assert (rows["vote"].data_mix, rows["vote"].score, rows["vote"].gain) == ("the vote of mixed", 70.0, 50.0)
 
 
-def test_a_vote_that_is_still_to_be_held_is_told(tmp_path: Path) -> None:
+def test_a_vote_that_is_still_to_be_held_is_reported(tmp_path: Path) -> None:
     run = make_run(tmp_path, vote={"adapters": ["mixed"], "weights": {"mixed": 1.0}, "validation": {}})
     shutil.rmtree(run.stage_folder("eval"))
     assert (row_of(tmp_path, "vote").score, row_of(tmp_path, "vote").state) == (None, "not scored: eval has not run")
@@ -144,7 +144,7 @@ def test_an_adapter_that_could_not_be_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["summary.json", "report.json"])  # the second by versions before this name
-def test_where_train_ended_with_an_error_the_error_is_told(tmp_path: Path, name: str) -> None:
+def test_where_train_ended_with_an_error_the_error_is_reported(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path, untrained={"mixed": "?"})
     train = run.stage_folder("train")
     (train / "manifest.json").unlink()
@@ -238,7 +238,7 @@ def test_other_parameters_are_another_data_recipe(tmp_path: Path) -> None:
     assert found[0][:-9] == found[1][:-9]
 
 
-def test_data_that_are_others_now_are_not_told_of_an_adapter(tmp_path: Path) -> None:
+def test_data_that_are_others_now_are_not_reported_of_an_adapter(tmp_path: Path) -> None:
     run = make_experiment(tmp_path)
     outputs = {name: content_of(path) for name, path in outputs_of(run, "preprocess").items()}
     finish(run, "preprocess", {**outputs, "samples/train.jsonl": []})
@@ -285,7 +285,7 @@ def test_a_recipe_that_has_changed_since(tmp_path: Path) -> None:
     assert (row.score, row.state) == (42.5, "stale: train was made with another recipe than recipe.yaml")
 
 
-def test_sources_are_not_told_of_other_samples_than_were_trained_on(tmp_path: Path) -> None:
+def test_sources_are_not_reported_of_other_samples_than_were_trained_on(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     path = run.path("preprocess", "samples", "train.jsonl")
     write_jsonl(path, read_jsonl(path)[::-1])
@@ -335,7 +335,7 @@ def test_a_file_that_the_manifest_does_not_vouch_for_is_not_believed(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("recipe.yaml", None, "broken: there is no recipe.yaml"),
+        ("recipe.yaml", None, "broken: recipe.yaml is missing"),
         ("recipe.yaml", b"- a list\n", "broken: recipe.yaml: a recipe is a mapping"),
         ("recipe.yaml", b"\xff\xfe", "broken: recipe.yaml: cannot read the recipe"),
         ("eval/manifest.json", b"{", "trained, not scored: eval/manifest.json is damaged"),
@@ -345,7 +345,7 @@ def test_a_file_that_the_manifest_does_not_vouch_for_is_not_believed(tmp_path: P
         ("train/adapters/mixed/training.json", b"{}", "broken: train/adapters/mixed/training.json is not as"),
     ],
 )
-def test_damage_is_told_in_a_row(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
+def test_damage_is_reported_in_a_row(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
     run = make_run(tmp_path)
     make_run(tmp_path, "whole")
     if content is None:
@@ -411,7 +411,7 @@ def test_only_runs_are_runs(tmp_path: Path) -> None:
     (runs / "ledger.html").write_text("")
     assert run_names(runs) == ["half", "job", "shards"]
     states = {row.run: row.state for row in rows_of(tmp_path) if row.run != "job"}
-    assert states == dict.fromkeys(("half", "shards"), "broken: there is no recipe.yaml")
+    assert states == dict.fromkeys(("half", "shards"), "broken: recipe.yaml is missing")
 
 
 def test_names_that_no_terminal_should_obey(tmp_path: Path) -> None:
