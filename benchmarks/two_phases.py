@@ -25,11 +25,11 @@ from benchmarks.memory import ROOTS
 from benchmarks.processes import descendants
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
-from entrypoints.plan import USABLE
 from stages.contract.files import read_json, read_jsonl, sha256_file, write_jsonl
 from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.hardware.probe import read_cards
+from stages.host.planning import USABLE
 from stages.host.runner import run_stage
 from stages.host.runs import open_run
 

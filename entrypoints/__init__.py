@@ -1,1 +1,1 @@
-"""The commands: one for each stage, which the images run, and `lorry` for the host."""
+"""The commands: options and printing only. One for each stage, which its image runs, and `lorry` for the host."""

@@ -1,21 +1,21 @@
-"""What the commands share: their options, and errors in one line."""
+"""What the commands share: their options, printing, and errors as one line."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import wraps
 from typing import Any
 
 import click
 
 from stages.contract.errors import LorryError
-from stages.host.runs import open_run
+from stages.host.outcome import Problem
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """RECIPE, --profile, --data, --set and --run: which run, made from what. `open_run` takes them.
+    """RECIPE, --profile, --data, --set and --run, which name a run; `open_run` takes them.
 
-    Compose files and Kubernetes Jobs give them as environment variables; what the command line says wins.
+    Compose files and Kubernetes Jobs set them as environment variables; the command line takes precedence.
     """
     for decorate in (
         click.option(
@@ -23,7 +23,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "run_name",
             metavar="NAME",
             envvar="LORRY_RUN",
-            help="Run folder below the runs mount; default: the recipe's name.",
+            help="Name of the run: its folder below the runs mount. Default: the recipe's name. [env: LORRY_RUN]",
         ),
         click.option(
             "--set",
@@ -31,11 +31,14 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             metavar="KEY=VALUE",
             envvar="LORRY_SET",
-            help="Override a value: train.epochs=2",
+            help="Override a recipe value, such as train.epochs=2; may be repeated. [env: LORRY_SET]",
         ),
-        click.option("--data", metavar="FOLDER", help="Folder with the input: overrides the recipe's data.path."),
+        click.option("--data", metavar="FOLDER", help="Folder with the input data. Default: the recipe's data.path."),
         click.option(
-            "--profile", metavar="NAME", envvar="LORRY_PROFILE", help="Profile of the recipe to apply, such as tiny."
+            "--profile",
+            metavar="NAME",
+            envvar="LORRY_PROFILE",
+            help="Profile of the recipe to apply, such as tiny. [env: LORRY_PROFILE]",
         ),
         click.argument("recipe", required=False, envvar="LORRY_RECIPE"),
     ):
@@ -43,43 +46,51 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def stage_command(name: str, summary: str, load_work: Callable[[], Callable[..., None]]) -> click.Command:
-    """The click command of a stage; `load_work` imports its work, which may take seconds, only when it runs."""
+def stage_command(name: str, summary: str) -> click.Command:
+    """The click command of a stage."""
 
     @click.command(
         name=f"lorry-{name}",
-        help=f"{summary}\n\nRECIPE is a file, or a name in recipes/; without it, the run's own recipe.yaml is used."
-        f"\n\n`lorry-{name} selftest` shows whether this image holds what the stage needs.",
+        help=f"{summary}\n\nRECIPE is a file or the name of a recipe in recipes/. Default: recipe.yaml of the run that"
+        f" --run names.\n\n`lorry-{name} selftest` checks that this image holds what the stage needs.",
     )
     @recipe_options
-    @click.option("--force", is_flag=True, help="Do it again from nothing, even if it is done or shards of it are.")
+    @click.option("--force", is_flag=True, help="Start again from nothing, even if the stage or its shards are done.")
     @click.option(
         "--shard",
         metavar="I/N",
-        help="Do only share I, from 0, of N; without it, finished shards are merged. Not for eval. [env: LORRY_SHARD]",
+        help="Do only shard I of N, counted from 0. Without it, finished shards are merged. Not for eval."
+        " [env: LORRY_SHARD]",
     )
     @one_line_errors
     def command(force: bool, shard: str | None, **options: Any) -> None:
         if options["recipe"] == "selftest":
             from stages.host.selftest import selftest
 
-            return selftest(name)
+            sys.exit(print_lines(selftest(name)))
         from stages.contract.part import part_of
         from stages.host.runner import run_stage
+        from stages.host.runs import open_run
+        from stages.host.work import run_work
 
         part = part_of(name, shard, os.environ)
-        run = open_run(**options)
-
-        def work(stage: Any) -> None:
-            load_work()(stage)
-
-        sys.exit(run_stage(run, name, work, force, part))
+        sys.exit(run_stage(open_run(**options), name, run_work, force, part))
 
     return command
 
 
+def print_lines(lines: Generator[str, None, int | None]) -> int:
+    """Print lines as they come, problems on standard error. Returns the exit code that comes after them."""
+    while True:
+        try:
+            line = next(lines)
+        except StopIteration as end:
+            return end.value or 0
+        click.echo(line, err=isinstance(line, Problem))
+
+
 def one_line_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Show a LorryError as one line on standard error and exit with its code."""
+    """Print a LorryError as one line on standard error and exit with its code."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

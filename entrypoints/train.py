@@ -1,19 +1,8 @@
-"""The command `lorry-train`."""
-
-from collections.abc import Callable
+"""`lorry-train`: samples to adapters."""
 
 from entrypoints.common import stage_command
 
-
-def _work() -> Callable[..., None]:
-    from stages.hardware.pick import hide_denied_cards
-    from stages.train.stage import work
-
-    hide_denied_cards()
-    return work
-
-
-main = stage_command("train", "Tune one adapter for each entry of train.adapters.", _work)
+main = stage_command("train", "Train one adapter for each entry of train.adapters.")
 
 if __name__ == "__main__":
     main()

@@ -83,6 +83,11 @@ class Events:
         self._journal.close()
 
 
+def say(stage: str, text: str, error: bool = False) -> None:
+    """Print one line of a stage that writes no events, on standard output or standard error."""
+    print(f"{stage}: {text}", file=sys.stderr if error else sys.stdout, flush=True)
+
+
 def read_last_event(path: Path) -> dict[str, Any] | None:
     """The newest whole event of a file, read from its end; None without one."""
     try:

@@ -1,1 +1,1 @@
-"""What starts and watches stages on a host: cards, containers, local processes, checks, plans."""
+"""Starts and watches stages on a host, in containers or as local processes; checks and plans what they need."""

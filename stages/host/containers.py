@@ -1,6 +1,6 @@
-"""Stages as containers: `docker compose run` with compose.yaml, watched through the engine.
+"""Stages as containers: `docker compose run` with compose.yaml, watched through the Docker engine.
 
-The only place that knows docker-py.
+The only module that knows docker-py.
 """
 
 import importlib.metadata
@@ -16,28 +16,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-
-from stages.contract.errors import DoesNotFitError, Exit, InterruptedRunError, UsageError
+from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
 from stages.contract.roots import Roots
 from stages.contract.stop import die_with_parent
 from stages.hardware.targets import Target
-from stages.host.needs import ON_CARDS
+from stages.host.needs import GPU_STAGES
+from stages.host.outcome import Outcome, Runner, outcome_of_signal
+from stages.host.runs import stage_arguments
 
 REPOSITORY = Path(__file__).parents[2]
 VERSION_LABEL = "org.opencontainers.image.version"
 USER = 1000
-"""Whom the images run as when root starts them: never as root."""
-
-Runner = Callable[[str, list[str]], int]
-"""Runs one stage with some more arguments; returns its exit code."""
+"""The uid and gid that containers run as if root starts them: never root."""
 
 
 def find_engine(timeout: float = 20) -> tuple[Any, str]:
-    """A client of the Docker engine (None when there is none) and the address asked. `timeout` in seconds.
+    """A client of the Docker engine, None if none answers, and its address. `timeout` in seconds.
 
-    That is DOCKER_HOST, or the current context's, as for `docker` itself. Raises UsageError when an engine is there
-    and refuses us.
+    The address is DOCKER_HOST, or that of the current context, as for `docker` itself. Raises UsageError if an engine
+    is there and refuses this user or cannot be used.
     """
     try:
         import docker
@@ -72,35 +69,37 @@ def _system_error(error: BaseException) -> OSError | None:
     return None
 
 
-def in_containers(
+def container_runner(
     engine: Any,
     stages: tuple[str, ...],
     options: dict[str, Any],
     devices: Callable[[str], list[str]],
     target: Target,
 ) -> tuple[Runner, str]:
-    """A runner for containers, and the image of the last stage. Raises what would keep one of them from running.
+    """A runner of containers, and the image of the last stage. `devices` names the GPUs of a stage, by UUID.
 
-    `devices` names the cards that a stage is to see, by UUID.
+    Raises UsageError or DoesNotFitError if one of the containers could not run: no Compose plugin, no NVIDIA runtime,
+    no image or one of another version, no folder to mount.
     """
     compose = compose_command()
-    if target.capability and set(stages) & set(ON_CARDS):
+    if target.capability and set(stages) & set(GPU_STAGES):
         refuse_without_nvidia(engine.info(), target)
     version = os.environ.get("LORRY_VERSION") or importlib.metadata.version("lorry")
     images = {stage: image_name(stage, version, target) for stage in stages}
     for stage, image in images.items():
         refuse_image(engine, image, version, image_target(stage, target))
-    environment = {**os.environ, **_host_side(options), "LORRY_VERSION": version}
-    signals = _listen()
+    environment = {**os.environ, **_compose_variables(options), "LORRY_VERSION": version}
+    signals = _collect_signals()
 
-    def run(stage: str, more: list[str]) -> int:
+    def run(stage: str, more: list[str]) -> Outcome:
         if signals:
             raise InterruptedRunError(f"stopped by {signals[0].name}; run the same command again")
         name = f"lorry-{stage}-{uuid.uuid4().hex[:8]}"
-        command = [*compose, *_container_side(name, options), stage, *stage_arguments(_as_mounted(options)), *more]
+        arguments = stage_arguments(_mounted_options(options))
+        command = [*compose, *_run_options(name, options), stage, *arguments, *more]
         environment.update({"TARGET": image_target(stage, target), "GPUS": ",".join(devices(stage))})
-        code = _follow(engine, name, command, environment, signals)
-        return killed(stage, code - 128) if code > 128 else code
+        code = _run_container(engine, name, command, environment, signals)
+        return outcome_of_signal(stage, code - 128) if code > 128 else Outcome(code)
 
     return run, images[stages[-1]]
 
@@ -113,15 +112,16 @@ def image_name(stage: str, version: str, target: Target) -> str:
 
 
 def image_target(stage: str, target: Target) -> str:
-    """A variant has an image of its own for train only; the other stages take that of its card."""
+    """The target of a stage's image: a variant has its own for train only, and shares its card's for other stages."""
     return target.name if stage == "train" or target.variant_of is None else target.variant_of
 
 
-# -- what would keep a container from running ----------------------------------------------------------------------
+# -- checks before a container starts ------------------------------------------------------------------------------
 
 
 def compose_command() -> list[str]:
-    """`docker compose` of the first docker client that has it. Raises UsageError where none has."""
+    """`docker compose` with its options, of the first docker client on PATH that has it. Raises UsageError if none
+    has."""
     for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
         client = shutil.which("docker", path=folder)
         if client and subprocess.run([client, "compose", "version"], capture_output=True, check=False).returncode == 0:
@@ -133,19 +133,20 @@ def compose_command() -> list[str]:
 
 
 def refuse_without_nvidia(info: dict[str, Any], target: Target) -> None:
-    """Raise DoesNotFitError when the engine cannot hand a GPU to a container: no runtime, hook or CDI device for it."""
+    """Raise DoesNotFitError if the Docker engine cannot give a container a GPU: it has no runtime, hook or CDI device
+    of NVIDIA's. `info` is the engine's own."""
     devices = [str(device.get("ID")) for device in info.get("DiscoveredDevices") or ()]  # CDI, from Docker 28 on
     cdi = any(device.startswith("nvidia.com/gpu") for device in devices)
     if "nvidia" not in (info.get("Runtimes") or {}) and not cdi and not shutil.which("nvidia-container-runtime-hook"):
         raise DoesNotFitError(
-            f"target {target.name} needs GPUs, and this Docker engine has no NVIDIA runtime to hand them on: install"
-            " nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker` and restart Docker; or"
-            " take TARGET=cpu"
+            f"target {target.name} needs GPUs, and this Docker engine has no NVIDIA runtime to give them to containers:"
+            " install nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker` and restart Docker;"
+            " or set TARGET=cpu"
         )
 
 
 def refuse_image(engine: Any, image: str, version: str, target: str) -> None:
-    """Raise UsageError when the engine has no such image, or one that holds another version of Lorry."""
+    """Raise UsageError if the Docker engine has no such image, or one that holds another version of Lorry."""
     from docker.errors import ImageNotFound
 
     if os.environ.get("PULL", "never") not in ("", "never"):
@@ -153,27 +154,22 @@ def refuse_image(engine: Any, image: str, version: str, target: str) -> None:
     try:
         found = engine.images.get(image).labels.get(VERSION_LABEL)
     except ImageNotFound as error:
-        raise UsageError(f"no image {image}: make images TARGET={target} (or PULL=missing, from REGISTRY)") from error
+        raise UsageError(
+            f"no image {image}: run `make images TARGET={target}`, or set PULL=missing to fetch it from REGISTRY"
+        ) from error
     if found != version:
         raise UsageError(
-            f"image {image} holds Lorry {found or 'of no version'}, and its name says {version}: make images"
-            f" TARGET={target}"
+            f"image {image} holds Lorry {found or 'of no version'}, and its name says {version}: run `make images"
+            f" TARGET={target}`"
         )
 
 
 # -- the container -------------------------------------------------------------------------------------------------
 
 
-def stage_arguments(options: dict[str, Any]) -> list[str]:
-    """The options of `recipe_options` as a stage's command takes them."""
-    found = [options["recipe"]] if options["recipe"] else []
-    for name, value in (("--profile", options["profile"]), ("--data", options["data"]), ("--run", options["run_name"])):
-        found += [name, value] if value else []
-    return found + [part for override in options["overrides"] for part in ("--set", override)]
-
-
-def _host_side(options: dict[str, Any]) -> dict[str, str]:
-    """What compose.yaml reads of this machine: the folders, and whom the outputs are to belong to."""
+def _compose_variables(options: dict[str, Any]) -> dict[str, str]:
+    """What compose.yaml reads of this machine: the folders to mount, the registry, and the outputs' owner. Makes the
+    runs folder. Raises UsageError if a folder to mount does not exist."""
     roots = Roots.from_environment()
     data = Path(options["data"]).absolute() if options["data"] else roots.data
     for folder, name in ((data, "LORRY_DATA"), (roots.models, "LORRY_MODELS")):
@@ -181,10 +177,10 @@ def _host_side(options: dict[str, Any]) -> dict[str, str]:
             raise UsageError(f"{folder}: no such folder to mount ({name})")
     uid, gid = container_user()
     roots.runs.mkdir(parents=True, exist_ok=True)
-    if os.getuid() == 0 and roots.runs.stat().st_uid == 0:  # a checkout of root's: containers never run as root
+    if os.getuid() == 0 and roots.runs.stat().st_uid == 0:  # a checkout by root: containers never run as root
         os.chown(roots.runs, uid, gid)
     mounts = {"LORRY_DATA": str(data), "LORRY_MODELS": str(roots.models), "LORRY_RUNS": str(roots.runs)}
-    # empty rather than unset: what `.env` says of these has not been looked at above
+    # empty rather than unset: refuse_image has not seen what `.env` says of these
     images = {"REGISTRY": os.environ.get("REGISTRY", ""), "PULL": os.environ.get("PULL", "")}
     return {**mounts, **images, "LORRY_UID": str(uid), "LORRY_GID": str(gid)}
 
@@ -196,9 +192,10 @@ def container_user() -> tuple[int, int]:
     return uid, gid
 
 
-def _container_side(name: str, options: dict[str, Any]) -> list[str]:
-    """Options of `docker compose run`. Earlier stages were run, and their exit codes seen, before: --no-deps."""
-    found = [
+def _run_options(name: str, options: dict[str, Any]) -> list[str]:
+    """The options of `docker compose run`. --no-deps, because the earlier stages have run, each with its exit code
+    checked."""
+    arguments = [
         "run",
         "--rm",
         "--no-deps",
@@ -207,33 +204,33 @@ def _container_side(name: str, options: dict[str, Any]) -> list[str]:
         *([] if sys.stdin.isatty() and sys.stdout.isatty() else ["-T"]),
     ]
     for setting in ("LORRY_RECIPE", "LORRY_PROFILE", "LORRY_RUN", "LORRY_SET"):
-        found += ["--env", f"{setting}="]  # the command line says it; no default of compose.yaml may mix in
+        arguments += ["--env", f"{setting}="]  # the command line decides, not a default of compose.yaml
     if options["recipe"]:  # this machine's file, not what was in recipes/ when the image was built
-        found += ["--volume", f"{options['recipe']}:{_as_mounted(options)['recipe']}:ro"]
-    return found
+        arguments += ["--volume", f"{options['recipe']}:{_mounted_options(options)['recipe']}:ro"]
+    return arguments
 
 
-def _as_mounted(options: dict[str, Any]) -> dict[str, Any]:
+def _mounted_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options with the paths that they have inside a container."""
     recipe = f"/recipe/{Path(options['recipe']).name}" if options["recipe"] else None
     return {**options, "recipe": recipe, "data": "/data" if options["data"] else None}
 
 
-def _listen() -> list[signal.Signals]:
-    """Collect stop signals from now on."""
+def _collect_signals() -> list[signal.Signals]:
+    """A list to which every stop signal from now on is added."""
     signals: list[signal.Signals] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: signals.append(signal.Signals(got)))
     return signals
 
 
-def _follow(
+def _run_container(
     engine: Any, name: str, command: list[str], environment: dict[str, str], signals: list[signal.Signals]
 ) -> int:
-    """Run `docker compose run` to its end and hand signals on to the container. Returns the container's exit code.
+    """Run `docker compose run` to its end and pass signals on to the container. Returns the container's exit code.
 
-    They go through the engine: Compose itself would leave the container running and exit at once. So it must not
-    see a Ctrl-C either, unless it has the terminal and passes the key on.
+    Signals go through the Docker engine: Compose itself would leave the container running and exit at once. So it must
+    not see a Ctrl-C either, unless it has the terminal and passes the key on.
     """
     terminal = "-T" not in command
     process = subprocess.Popen(
@@ -248,12 +245,12 @@ def _follow(
         try:
             return process.wait(timeout=0.2)
         except subprocess.TimeoutExpired:
-            if len(signals) > sent and _send(engine, name, signals[sent]):
+            if len(signals) > sent and _send_signal(engine, name, signals[sent]):
                 sent += 1
 
 
-def _send(engine: Any, name: str, number: signal.Signals) -> bool:
-    """Whether the container was there to get the signal; before that, it is tried again."""
+def _send_signal(engine: Any, name: str, number: signal.Signals) -> bool:
+    """Send a container a signal. False if it has not started yet: try again."""
     from docker.errors import DockerException
 
     try:
@@ -261,13 +258,3 @@ def _send(engine: Any, name: str, number: signal.Signals) -> bool:
     except (DockerException, OSError):
         return False
     return True
-
-
-def killed(stage: str, number: int) -> int:
-    """Exit code of a stage that a signal ended."""
-    if number not in signal.valid_signals():
-        click.echo(f"{stage}: ended with {128 + number}", err=True)
-        return int(Exit.CRASHED)
-    name = signal.Signals(number).name
-    click.echo(f"{stage}: ended by {name}; run the same command again to go on", err=True)
-    return int(Exit.INTERRUPTED) if name in ("SIGTERM", "SIGINT") else int(Exit.CRASHED)

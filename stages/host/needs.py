@@ -1,4 +1,4 @@
-"""What each stage needs: libraries that must be there, and cards."""
+"""What each stage needs of a host: libraries and GPUs."""
 
 LIBRARIES = {
     "preprocess": ("pymupdf", "torch", "sentence_transformers", "data_juicer", "ray"),
@@ -6,10 +6,13 @@ LIBRARIES = {
     "infer": ("torch", "transformers", "vllm"),
     "eval": ("numpy", "matplotlib", "jinja2"),
 }
-"""What a stage cannot do without, in the order of import."""
+"""The libraries that a stage cannot do without, in the order of import."""
 
-WHERE_INSTALLED = {"train": ("bitsandbytes", "deepspeed", "gptqmodel", "auto_gptq", "flash_attn")}
-"""What only some targets have."""
+STAGES = tuple(LIBRARIES)
+"""In the order they run."""
 
-ON_CARDS = ("train", "infer")
-"""The stages whose torch must compute on the target's card."""
+OPTIONAL_LIBRARIES = {"train": ("bitsandbytes", "deepspeed", "gptqmodel", "auto_gptq", "flash_attn")}
+"""Libraries that only some targets have."""
+
+GPU_STAGES = ("train", "infer")
+"""The stages whose torch must compute on the target's GPU."""

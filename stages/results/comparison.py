@@ -1,6 +1,6 @@
-"""Runs side by side: what they scored on the same samples, with paired differences, and what is suspicious about it.
+"""Runs side by side: their scores on the same samples, paired differences, and what is suspicious about the answers.
 
-Everything is read from what eval kept of each sample (scored.jsonl).
+All is read from eval's scores.json and scored.jsonl.
 """
 
 from collections import Counter
@@ -14,18 +14,21 @@ import numpy as np
 from stages.contract.errors import UsageError
 from stages.contract.files import digest_of
 from stages.contract.records import BASE, VOTE
+from stages.contract.roots import Roots
+from stages.contract.run import Run
 from stages.results.intervals import Figures, cluster_bootstrap
+from stages.results.run_reader import DamagedError, RunReader, recipe_of
 
-LEAST = 10
-"""Answers; fewer may well be the same, or alike, by chance."""
+LEAST_ANSWERS = 10
+"""Fewer answers may be identical, or repetitive, by chance."""
 
-FEW = 10
-"""Reference answers for each distinct answer of a model, from which on these are few."""
+REPETITIVE = 10
+"""Distinct references for each distinct answer of a model, from which on the model's answers are suspiciously few."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a run's eval left."""
+    """A run that eval has scored."""
 
     run: str
     task: str
@@ -34,11 +37,13 @@ class Evaluated:
     shown: Mapping[str, Any]
     """preprocess.samples of the recipe: what the samples show."""
     base_model: str
-    """Digest of the base model."""
+    """sha256 of the base."""
     figures: Mapping[str, Figures]
     """scores.json."""
     lines: Sequence[Mapping[str, Any]]
     """scored.jsonl: never empty."""
+    bootstrap: tuple[int, int]
+    """Resamples (eval.bootstrap) and seed of the recipe."""
 
     @property
     def models(self) -> list[str]:
@@ -50,11 +55,11 @@ class Evaluated:
 
     @cached_property
     def samples(self) -> dict[str, str]:
-        """Sample id -> a digest of what it is scored against, and what it counts with."""
+        """Sample id -> a digest of its references and of the group that it is counted with."""
         return {line["id"]: digest_of([line["references"], line["together"]]) for line in self.lines}
 
     def answers(self, model: str, source: str | None = None) -> dict[str, str]:
-        """Its answers by sample id, of all or of one data set; failures have none."""
+        """A model's answers by sample id, on all data sets or on one; failures are left out."""
         return {
             line["id"]: line["models"][model]["answer"]
             for line in self.lines
@@ -64,7 +69,7 @@ class Evaluated:
         }
 
     def scores(self, model: str, metric: str) -> dict[str, float]:
-        """Its scores in 0..1 by what counts once: the least of the samples that count together."""
+        """A model's scores in 0..1 by what is counted once: the lowest of the samples that are counted together."""
         found: dict[str, float] = {}
         for line in self.lines:
             value = line["models"].get(model, {}).get("scores", {}).get(metric)
@@ -74,51 +79,98 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A model of a run beside the one that all are compared with."""
+class ComparisonRow:
+    """One model's score by one metric, beside that of the reference model."""
 
     run: str
     model: str
     metric: str
     figure: Mapping[str, Any]
-    """Of scores.json."""
+    """The entry of scores.json."""
     difference: Mapping[str, float] | None
-    """Points over that one, with `low` and `high`, on what both were asked; None for itself, and where that is
-    nothing."""
+    """Points over the reference model, with `low` and `high`, on the samples that both have scores for; None for the
+    reference model itself, and if there are none."""
     same_answers: float | None
-    """Percent of the samples that both answered; None for itself."""
+    """Percent of the samples answered by both that have the same answer; None for the reference model itself."""
+
+
+def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[Evaluated], list[str]]:
+    """The runs that eval has scored, at least two, and a sentence on each of the others.
+
+    Raises UsageError for fewer runs, for scores of other answers than a run holds now, and for runs of another task,
+    scoring or test set than the first.
+    """
+    runs, notes = [], []
+    for name in names:
+        found = _read(roots, name)
+        if isinstance(found, str):
+            notes.append(f"{name}: nothing evaluated: {found}")
+        else:
+            runs.append(found)
+    if len(runs) < 2:
+        raise UsageError(f"{'; '.join(notes)}: nothing to compare; run the missing stages first")
+    refuse_other_sets(runs)
+    return runs, notes
+
+
+def _read(roots: Roots, name: str) -> Evaluated | str:
+    """A run that eval has scored, or why there is nothing to compare."""
+    folder = roots.runs / name
+    try:
+        recipe = recipe_of(folder)
+        reader = RunReader(Run(name, recipe, roots))
+        if "eval" not in reader.manifests:
+            return next(iter(reader.troubles.values()))
+        for stage in ("infer", "eval"):
+            if stage in reader.troubles:
+                raise UsageError(f"{folder}: {reader.troubles[stage]}: run eval again, then compare")
+        figures, lines = reader.read_output("eval", "scores.json"), reader.read_output("eval", "scored.jsonl")
+    except DamagedError as error:
+        raise UsageError(f"{folder}: {error}: run eval again") from error
+    if lines is None:
+        raise UsageError(
+            f"{folder}: an older version of Lorry scored it and kept no score per sample: run eval again with --force"
+        )
+    if not any(figure["n"] for model in (figures or {}).values() for figure in model.values()) or not lines:
+        return "eval scored no sample"
+    base = reader.manifests["infer"]["inputs"].get("models/base", "")
+    bootstrap = (recipe.eval.bootstrap, recipe.seed)
+    return Evaluated(name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines, bootstrap)
 
 
 def refuse_other_sets(runs: Sequence[Evaluated]) -> None:
-    """Raise UsageError where a run is not scored on the samples of the first, or otherwise."""
+    """Raise UsageError for a run of another task, scoring or test set than the first."""
     first = runs[0]
     for other in runs[1:]:
         if other.task != first.task:
-            raise UsageError(f"{other.run} is of task {other.task}, {first.run} of {first.task}: nothing to compare")
+            raise UsageError(
+                f"{other.run} is of task {other.task}, {first.run} of {first.task}: compare runs of one task"
+            )
         if other.scoring != first.scoring:
             raise UsageError(
                 f"{other.run} is scored by other rules than {first.run} (eval.scoring: {dict(other.scoring)} and"
-                f" {dict(first.scoring)}); set them alike and run eval again"
+                f" {dict(first.scoring)}); make them equal and run eval again"
             )
         names = dict.fromkeys([*first.samples, *other.samples])
         differ = [name for name in names if first.samples.get(name) != other.samples.get(name)]
         if differ:
             raise UsageError(
-                f"{other.run} is not scored on the test set of {first.run}: {len(differ)} of {len(names)} samples are"
-                f" in one alone, or have other reference answers there (the first: {differ[0]!r}); a difference in"
-                " score would be that of the data: compare runs with the same test data and seed"
+                f"{other.run} is scored on another test set than {first.run}: {len(differ)} of {len(names)} samples are"
+                f" in only one of them, or have other references (the first: {differ[0]!r}); compare runs with the same"
+                " test data and seed"
             )
 
 
-def compared_with(run: Evaluated) -> str:
-    """The model of the first run that all others are compared with: its vote, else its first adapter, else base."""
+def reference_model(run: Evaluated) -> str:
+    """The model of the first run that all models are compared with: its vote, else its first adapter, else base."""
     adapters = [name for name in run.models if name not in (BASE, VOTE)]
     return VOTE if VOTE in run.models else [*adapters, BASE][0]
 
 
-def compare(runs: Sequence[Evaluated], resamples: int, seed: int) -> list[Compared]:
-    """Every model of every run by every metric, metric by metric. The runs must be of the same test set."""
-    first, model = runs[0], compared_with(runs[0])
+def compare(runs: Sequence[Evaluated]) -> list[ComparisonRow]:
+    """Every model of every run by every metric, metric by metric, with intervals by the first run's bootstrap. The runs
+    must have the same test set."""
+    first, model = runs[0], reference_model(runs[0])
     metrics = dict.fromkeys(metric for run in runs for line in run.lines for metric in _metrics(line))
     rows = []
     for metric in metrics:
@@ -128,9 +180,9 @@ def compare(runs: Sequence[Evaluated], resamples: int, seed: int) -> list[Compar
                 if metric not in run.figures[name]:
                     continue
                 itself = run is first and name == model
-                difference = None if itself else _difference(first, run.scores(name, metric), beside, resamples, seed)
-                same = None if itself else _share(run.answers(name), first.answers(model))
-                rows.append(Compared(run.run, name, metric, run.figures[name][metric], difference, same))
+                difference = None if itself else _difference(first, run.scores(name, metric), beside)
+                same = None if itself else _percent_equal(run.answers(name), first.answers(model))
+                rows.append(ComparisonRow(run.run, name, metric, run.figures[name][metric], difference, same))
     return rows
 
 
@@ -138,10 +190,8 @@ def _metrics(line: Mapping[str, Any]) -> list[str]:
     return [metric for model in line["models"].values() for metric in model["scores"]]
 
 
-def _difference(
-    first: Evaluated, scores: Mapping[str, float], beside: Mapping[str, float], resamples: int, seed: int
-) -> dict[str, float] | None:
-    """The mean paired difference in points with its 95% interval; whole groups of the first run are drawn."""
+def _difference(first: Evaluated, scores: Mapping[str, float], beside: Mapping[str, float]) -> dict[str, float] | None:
+    """The mean paired difference in points with its 95% interval; the bootstrap draws whole groups of the first run."""
     groups: dict[str, str] = {}
     for line in first.lines:
         groups.setdefault(line["together"], line["group"])
@@ -149,87 +199,95 @@ def _difference(
     if not both:
         return None
     values = np.array([[scores[name] - beside[name]] for name in both])
-    low, high = cluster_bootstrap(values, [groups[name] for name in both], resamples, seed)[:, 0]
+    low, high = cluster_bootstrap(values, [groups[name] for name in both], *first.bootstrap)[:, 0]
     points = {"value": values.mean(), "low": low, "high": high}
     return {name: round(100 * float(value), 4) + 0.0 for name, value in points.items()}
 
 
-def _share(answers: Mapping[str, str], others: Mapping[str, str]) -> float | None:
+def _percent_equal(answers: Mapping[str, str], others: Mapping[str, str]) -> float | None:
     both = answers.keys() & others.keys()
     return 100 * sum(answers[name] == others[name] for name in both) / len(both) if both else None
 
 
-def asked_otherwise(runs: Sequence[Evaluated]) -> list[str]:
-    """Sentences on runs that were asked the same questions in another way than the first: a difference may be that."""
-    first, told = runs[0], []
+def prompt_differences(runs: Sequence[Evaluated]) -> list[str]:
+    """Sentences on runs whose prompts show something else than those of the first: score differences may come from
+    that."""
+    first, found = runs[0], []
     for other in runs[1:]:
         keys = sorted(key for key in {*first.shown, *other.shown} if first.shown.get(key) != other.shown.get(key))
         if keys:
-            values = ", ".join(f"{key} {other.shown.get(key)!r} for {first.shown.get(key)!r}" for key in keys)
-            told.append(f"{other.run} was asked otherwise than {first.run} (preprocess.samples: {values})")
-    return told
+            values = ", ".join(f"{key} {other.shown.get(key)!r} instead of {first.shown.get(key)!r}" for key in keys)
+            found.append(f"{other.run} has other prompts than {first.run} (preprocess.samples: {values})")
+    return found
 
 
-# -- what is suspicious ------------------------------------------------------------------------------------------
+# -- suspicious answers ------------------------------------------------------------------------------------------
+
+
+def warnings_about(runs: Sequence[Evaluated]) -> list[str]:
+    """All that makes a comparison of these runs doubtful, in sentences."""
+    return [*prompt_differences(runs), *(f"suspicious: {line}" for line in suspicions(runs))]
 
 
 def suspicions(runs: Sequence[Evaluated]) -> list[str]:
-    """Sentences on answers that no two models give, or that none gives who looks at the questions."""
-    told = [line for run in runs for name in run.models for line in _alike(run, name)]
-    places = [(run, name) for run in runs for name in run.models]
-    for place, (run, name) in enumerate(places):
-        for other, other_name in places[place + 1 :]:
-            if not _may_be_the_same(run, name, other, other_name):
-                told += _identical(run, name, other, other_name)
-    return told
+    """Sentences on models that failed throughout, answer repetitively, or give the same wrong answers as another."""
+    found = [line for run in runs for name in run.models for line in _repetitive_answers(run, name)]
+    models = [(run, name) for run in runs for name in run.models]
+    for place, (run, name) in enumerate(models):
+        for other, other_name in models[place + 1 :]:
+            if not _may_be_identical(run, name, other, other_name):
+                found += _identical_answers(run, name, other, other_name)
+    return found
 
 
 def _sources(run: Evaluated) -> list[str]:
     return list(dict.fromkeys(str(line["source"]) for line in run.lines))
 
 
-def _of(source: str, run: Evaluated) -> str:
+def _of_source(source: str, run: Evaluated) -> str:
+    """` of <data set>`, if the run has several."""
     return f" of {source}" if source and len(_sources(run)) > 1 else ""
 
 
-def _alike(run: Evaluated, model: str) -> list[str]:
-    """That a model failed on all of a data set, or has few answers for many."""
-    told, where = [], f"{run.run}/{model}"
+def _repetitive_answers(run: Evaluated, model: str) -> list[str]:
+    """Sentences on data sets that a model failed on throughout, or gave few distinct answers to."""
+    found, where = [], f"{run.run}/{model}"
     asked = Counter(line["source"] for line in run.lines if model in line["models"])
     if asked and not run.answers(model):
-        return [f"{where}: every one of {asked.total()} answers failed"]
+        return [f"{where}: all {asked.total()} answers failed"]
     for source, count in asked.items():
         answers = run.answers(model, source)
         distinct = len(set(answers.values()))
         wanted = len({run.by_id[name]["references"] for name in answers})
         if not answers:
-            told.append(f"{where}: every one of {count} answers{_of(source, run)} failed")
-        if len(answers) >= LEAST and (distinct * FEW <= wanted or distinct == 1 < wanted):
-            told.append(
+            found.append(f"{where}: all {count} answers{_of_source(source, run)} failed")
+        if len(answers) >= LEAST_ANSWERS and (distinct * REPETITIVE <= wanted or distinct == 1 < wanted):
+            found.append(
                 f"{where}: only {distinct} distinct answer{'' if distinct == 1 else 's'} among {len(answers)}"
-                f"{_of(source, run)}, where the right ones are {wanted}: were the questions looked at?"
+                f"{_of_source(source, run)}, and {wanted} distinct references: did the model read the questions?"
             )
-    return told
+    return found
 
 
-def _may_be_the_same(run: Evaluated, name: str, other: Evaluated, other_name: str) -> bool:
-    """Base is the same model in runs that share it, and a vote may follow one of those who vote."""
+def _may_be_identical(run: Evaluated, name: str, other: Evaluated, other_name: str) -> bool:
+    """Whether two models may give the same answers: base of runs that share it, or a vote and one of its voters."""
     if run is other:
         return VOTE in (name, other_name)
     return name == other_name == BASE and run.base_model == other.base_model
 
 
-def _identical(run: Evaluated, name: str, other: Evaluated, other_name: str) -> list[str]:
-    """That two models give the same answers, wrong ones too: right ones are the same in any good models."""
-    told = []
+def _identical_answers(run: Evaluated, name: str, other: Evaluated, other_name: str) -> list[str]:
+    """Sentences on data sets to which two models give the same answers, wrong ones included: right ones are the same
+    for all good models."""
+    found = []
     for source in _sources(run):
         answers, others = run.answers(name, source), other.answers(other_name, source)
         both = answers.keys() & others.keys()
-        if len(both) < LEAST or any(answers[sample] != others[sample] for sample in both):
+        if len(both) < LEAST_ANSWERS or any(answers[sample] != others[sample] for sample in both):
             continue
         if any(next(iter(run.by_id[sample]["models"][name]["scores"].values()), 1.0) < 1 for sample in both):
-            told.append(
-                f"{run.run}/{name} and {other.run}/{other_name}: all {len(both)} answers{_of(source, run)} are the"
-                " same, wrong ones too: is it one model, or did none answer?"
+            found.append(
+                f"{run.run}/{name} and {other.run}/{other_name}: all {len(both)} answers{_of_source(source, run)} are"
+                " identical, wrong ones included: are they one model, or did neither answer?"
             )
-    return told
+    return found

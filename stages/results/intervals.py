@@ -1,4 +1,4 @@
-"""Means of scores and their intervals, as eval computes and comparisons show them."""
+"""Means of scores and their bootstrap intervals, for eval and for comparisons."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ Values = NDArray[np.float64]
 """Scores in 0..1, a row for each sample and a column for each metric; NaN where a sample lacks a metric."""
 
 Figures = dict[str, dict[str, Any]]
-"""By metric: `value`, perhaps `low` and `high` (percent), `n` and `failed` (samples; what counts together is one)."""
+"""By metric: `value`, perhaps `low` and `high` (percent), `n` and `failed` in samples (those counted together: 1)."""
 
 
 def cluster_bootstrap(values: Values, groups: Sequence[str], resamples: int, seed: int) -> Values:
     """95% percentile intervals of the columns' means. `values` (rows, columns) -> (2, columns): low, high.
 
-    Whole groups are drawn with replacement, not rows: questions of one document share its pages and fall together,
-    so that an interval from rows would be too narrow (Field and Welsh 2007, 'Bootstrapping clustered data'). With a
-    single group rows are drawn, as nothing else can be. All columns see the same draws. NaN is left out of a mean.
+    It draws whole groups with replacement, not rows: questions on one document share its pages and are right or wrong
+    together, so an interval from rows would be too narrow (Field and Welsh 2007, 'Bootstrapping clustered data'). With
+    a single group it draws rows. All columns share the draws. NaN is left out of a mean.
     """
     codes = np.unique(groups, return_inverse=True)[1]
     if codes.max() == 0:
         codes = np.arange(len(values))
     count = int(codes.max()) + 1
     width = values.shape[1]
-    totals = np.zeros((count, 2 * width))  # of each group: sums of its scores, then how many there are
+    totals = np.zeros((count, 2 * width))  # of each group: the sums of its scores, then their numbers
     np.add.at(totals, codes, np.hstack([np.nan_to_num(values), ~np.isnan(values)]))
     generator = np.random.default_rng(seed)
     means = np.empty((resamples, width))

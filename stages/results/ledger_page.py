@@ -1,6 +1,6 @@
-"""The ledger as one HTML file: no network, sortable by mouse and keyboard, readable without its script.
+"""The ledger as one HTML file: without network, sortable by mouse and keyboard, readable without its script.
 
-Written with `html.escape`, not with a template engine: a host that only launches stages has none installed.
+Written with `html.escape`, not with a template engine: hosts that only launch stages have none installed.
 """
 
 import base64
@@ -12,25 +12,56 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
+from stages.results.ledger import Row
+from stages.results.ledger_table import ON_TRAINING_DATA, columns_of
+
 TEMPLATE = Path(__file__).with_name("ledger.html")
-"""With `$` names where the content goes; the script is allowed by its digest, and no other could run."""
+"""The page, with `$name` for its content. Its security policy allows its script by digest, and no other."""
 
 
 class Head(NamedTuple):
+    """The head of a column."""
+
     title: str
     number: bool
     sorted: str | None
-    """`ascending` or `descending`, where the rows come in this column's order."""
+    """`ascending` or `descending` if the rows are sorted by this column."""
 
 
 class Cell(NamedTuple):
+    """A cell of the table."""
+
     text: str
     key: str | float | None
     """What it sorts by; None is missing, and last."""
 
 
-def page(heads: Sequence[Head], rows: Sequence[tuple[str, Sequence[Cell]]], lead: str, notes: Sequence[str]) -> str:
-    """The page. Each row has a kind, which its style goes by, and a cell for each head. Every text is escaped."""
+def as_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) -> str:
+    """The ledger's page, with all columns."""
+    columns = columns_of(rows)
+    direction = "descending" if descending else "ascending"
+    heads = [Head(each.title, each.number, direction if sorted_by == each.values[0] else None) for each in columns]
+    body = []
+    for row in rows:
+        keys = [getattr(row, each.values[0]) for each in columns]
+        cells = [Cell(each.text(row), None if key == "" else key) for each, key in zip(columns, keys, strict=True)]
+        body.append((_kind(row), cells))
+    runs = len({row.run for row in rows})
+    notes = ["Percent [95% interval]; a failed answer scores 0 and counts in n. Gains are points over base, paired."]
+    if any(row.scored_on.startswith("training") for row in rows):
+        notes.insert(0, ON_TRAINING_DATA)
+    return _page(heads, body, f"{len(rows)} rows of {runs} run{'' if runs == 1 else 's'}", notes)
+
+
+def _kind(row: Row) -> str:
+    """The style class of a row: what it is, or `doubtful`."""
+    if not row.state.startswith("scored") or row.scored_on.startswith("training"):
+        return "doubtful"
+    return row.adapter if row.adapter in ("base", "vote") else "adapter"
+
+
+def _page(heads: Sequence[Head], rows: Sequence[tuple[str, Sequence[Cell]]], lead: str, notes: Sequence[str]) -> str:
+    """The page. Each row has a style class, and a cell for each head. Every text is escaped."""
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script is not None

@@ -1,8 +1,8 @@
-"""summary.json: what became of each adapter's data set, with the field names of the program that extractive_qa comes
-after, whose users read them by other programs.
+"""summary.json: the result for each adapter's data set, with the field names of extractive_qa's original, because its
+users' programs read them.
 
-Train writes it after each adapter, eval with the scores after each evaluation. Times are seconds, metrics percent. It
-says when it was made and is for people and their programs alone: no stage reads it, and no manifest has its digest.
+Train writes it after each adapter, eval adds the scores. Times are in seconds, metrics in percent. It is for people and
+their programs: no stage reads it, and no manifest records its digest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,11 @@ from stages.contract.run import Run
 from stages.tasks.common.tables import data_set_name
 
 SUMMARY = "summary.json"
-"""Below a stage's folder. Earlier versions called it `report.json`, which is still read."""
+"""Its name in a stage's folder. Earlier versions called it `report.json`, which is still read."""
 
 
 def read_summary(run: Run, stage: str) -> dict[str, Any]:
-    """The summary that a stage has written, under its present or its earlier name; one of no data set where it has
-    written none."""
+    """The summary that a stage has written, under its present or its earlier name; an empty one if there is none."""
     for name in (SUMMARY, "report.json"):
         if (found := read_json(run.path(stage, name))) is not None:
             return dict(found)
@@ -33,8 +32,11 @@ def read_summary(run: Run, stage: str) -> dict[str, Any]:
 def summary_of_data_sets(
     run: Run, results: Sequence[Mapping[str, Any]], start: str, before: float = 0.0, begun: str | None = None
 ) -> dict[str, Any]:
-    """The summary of the data sets so far. `start` is when the training of the first began; the stage that writes this
-    began at `begun`, if that is another one, and those before it took `before` seconds."""
+    """The summary of the data sets so far.
+
+    `start` is when the training of the first began (ISO 8601). If another stage writes the summary, it began at
+    `begun`, and the stages before it took `before` seconds.
+    """
     config = run.recipe.train.lora_config
     failed = sum("error" in result for result in results)
     took = datetime.now(UTC) - datetime.fromisoformat(begun or start)
@@ -61,20 +63,20 @@ def dataset_result(run: Run, adapter: Adapter, result: Mapping[str, Any]) -> dic
     return {
         "dataset_index": names.index(adapter.name),
         "dataset_name": dataset_name(adapter),
-        "dataset_path": _path_of(run, adapter),
+        "dataset_path": _data_set_path(run, adapter),
         **result,
         "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
 
 
 def seconds_of(manifest: Mapping[str, Any]) -> float:
-    """What a stage took from its first start to its end."""
+    """Seconds from a stage's first start to its end."""
     first, end = (datetime.fromisoformat(text) for text in (manifest["starts"][0], manifest["end"]))
     return max((end - first).total_seconds(), float(manifest["seconds"]))
 
 
-def _path_of(run: Run, adapter: Adapter) -> str:
-    """The data set's own file or folder, as the recipe would name it; of a mix the data folder."""
+def _data_set_path(run: Run, adapter: Adapter) -> str:
+    """The data set's own file or folder, as a recipe would name it; for a mix, the data folder."""
     folder = run.roots.data / run.recipe.data.path
     if len(adapter.data) != 1 or not folder.is_dir():
         return run.recipe.data.path
@@ -86,17 +88,17 @@ def _path_of(run: Run, adapter: Adapter) -> str:
 def _is_data_set(path: Path, name: str) -> bool:
     try:
         return data_set_name(path) == name
-    except DataError:  # a part of it has gone since it was read, which a report need not fail for
+    except DataError:  # a part of it is gone since it was read; the summary need not fail for that
         return path.name == name
 
 
 def dataset_name(adapter: Adapter) -> str:
-    """The data set that an adapter is trained on, or its name where that is a mix."""
+    """The data set that an adapter is trained on, or the adapter's name if that is a mix."""
     return adapter.data[0].source if len(adapter.data) == 1 else adapter.name
 
 
 def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] | None:
-    """`training` of a finished adapter in `folder`; None where another program has left no record of it."""
+    """`training` of a finished adapter in `folder`; None if the program that trained it left no record."""
     settings = run.recipe.train
     if not (folder / "training.json").is_file():
         return None

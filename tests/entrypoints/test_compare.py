@@ -87,12 +87,14 @@ def test_runs_stand_side_by_side(tmp_path: Path, lorry: Callable[..., Result]) -
     assert "suspicious" not in done.output
 
 
-def test_identical_answers_are_told(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+def test_identical_answers_are_reported(tmp_path: Path, lorry: Callable[..., Result]) -> None:
     evaluated(tmp_path, "baseline", half)
     evaluated(tmp_path, "custom", half)
     done = lorry("baseline", "custom")
     assert done.exit_code == 0
-    assert "suspicious: baseline/tuned and custom/tuned: all 24 answers are the same, wrong ones too" in done.output
+    assert (
+        "suspicious: baseline/tuned and custom/tuned: all 24 answers are identical, wrong ones included" in done.output
+    )
     assert "100.0%" in line_of(done, "custom", "tuned")
 
 
@@ -105,10 +107,10 @@ def one_line(done: Result, *told: str) -> None:
 def test_another_test_set_is_refused(tmp_path: Path, lorry: Callable[..., Result]) -> None:
     evaluated(tmp_path, "baseline", half)
     evaluated(tmp_path, "fewer", half, samples=make_samples()[:20])
-    one_line(lorry("baseline", "fewer"), "fewer is not scored on the test set of baseline: 4 of 24 samples")
+    one_line(lorry("baseline", "fewer"), "fewer is scored on another test set than baseline: 4 of 24 samples")
 
 
-def test_what_is_not_evaluated_is_told_and_not_compared(tmp_path: Path, lorry: Callable[..., Result]) -> None:
+def test_what_is_not_evaluated_is_reported_and_not_compared(tmp_path: Path, lorry: Callable[..., Result]) -> None:
     evaluated(tmp_path, "baseline", half)
     evaluated(tmp_path, "custom", right)
     evaluated(tmp_path, "never", right)
@@ -143,7 +145,7 @@ def test_figures_of_other_answers_are_refused(tmp_path: Path, lorry: Callable[..
     manifest = read_json(run.path("infer", "manifest.json"))
     manifest["outputs"]["predictions/tuned.jsonl"]["sha256"] = "0" * 64
     write_json(run.path("infer", "manifest.json"), manifest)
-    one_line(lorry("baseline", "custom"), "infer has changed since eval used it", "run eval again")
+    one_line(lorry("baseline", "custom"), "infer has changed since eval used it: run eval again, then compare")
 
 
 def test_scores_that_were_changed_by_hand_are_refused(tmp_path: Path, lorry: Callable[..., Result]) -> None:
@@ -160,7 +162,10 @@ def test_an_eval_of_before_is_to_be_done_again(tmp_path: Path, lorry: Callable[.
     manifest = read_json(run.path("eval", "manifest.json"))
     del manifest["outputs"]["scored.jsonl"]
     write_json(run.path("eval", "manifest.json"), manifest)
-    one_line(lorry("baseline", "custom"), "custom: its eval kept no samples' scores", "--force")
+    one_line(
+        lorry("baseline", "custom"),
+        "custom: an older version of Lorry scored it and kept no score per sample: run eval again with --force",
+    )
 
 
 def test_two_runs_are_needed_that_are_there(tmp_path: Path, lorry: Callable[..., Result]) -> None:
@@ -187,5 +192,5 @@ def test_failures_are_no_answers(tmp_path: Path, lorry: Callable[..., Result]) -
     shutil.move(made.folder, run.folder)
     done = lorry("baseline", "custom")
     assert done.exit_code == 0
-    assert "suspicious: custom/tuned: every one of 24 answers failed" in done.output
+    assert "suspicious: custom/tuned: all 24 answers failed" in done.output
     assert line_of(done, "custom", "tuned").split()[-2:] == ["24", "24"]

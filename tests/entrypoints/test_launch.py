@@ -1,4 +1,4 @@
-"""`lorry launch` without an engine: what was asked for, local processes, and an engine that refuses."""
+"""`lorry launch` without a Docker engine: local processes, the choice of GPUs, and an engine that refuses."""
 
 import hashlib
 import json
@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from entrypoints import launch
-from stages.contract.errors import DoesNotFitError, UsageError
+from entrypoints.launch import launch
 from stages.hardware.holds import Holds
-from stages.hardware.probe import read_cards
-from stages.hardware.targets import Target, load_targets
-from stages.host import containers
-from stages.host.cards import Chosen, answering_bytes, choose_cards, choose_target, needed
+from stages.hardware.targets import Target
+from stages.host import containers, launching, processes
+from stages.host.cards import job_need
+from stages.host.needs import STAGES
+from stages.host.outcome import Outcome
 from tests.conftest import Lorry
 from tests.hardware.recorded import Box
 from tests.other_user import as_other_user, folder_for_all
@@ -29,134 +28,10 @@ from tests.other_user import as_other_user, folder_for_all
 NO_ENGINE = "unix:///nowhere/docker.sock"
 
 
-def test_an_exit_code_that_no_signal_has_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert containers.killed("train", 255 - 128) == 1
-    assert capsys.readouterr().err == "train: ended with 255\n"
-
-
-# -- GPUs and target -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def holds(tmp_path: Path) -> Iterator[Holds]:
-    found = Holds(tmp_path / "holds")
-    yield found
-    found.close()
-
-
-def choose(text: str | None, holds: Holds, stage: str = "train", target: str | None = None) -> Chosen:
-    return choose_cards(text, target, (stage,), {}, read_cards(), holds)
-
-
-def test_cards_reach_containers_by_uuid_and_local_processes_by_number(box: Box, holds: Holds) -> None:
-    chosen = choose(f"3,{box.uuid(1)}", holds)
-    assert chosen.devices("train") == chosen.devices("infer") == [box.uuid(3), box.uuid(1)]
-    assert chosen.numbers("train") == "3,1"
-
-
-def test_without_a_list_it_is_card_0_unless_that_is_denied(
-    box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert choose(None, holds).numbers("train") == choose(" ", holds).numbers("train") == "0"
-    monkeypatch.setenv("LORRY_GPU_DENY", "0,5")
-    told = r"GPUS is not given, which means GPU 0: GPU 0 \(NVIDIA.*is denied by LORRY_GPU_DENY"
-    with pytest.raises(UsageError, match=told):
-        choose(None, holds)
-    assert choose(None, holds, "eval") == Chosen(), "which takes no card"
-
-
-def test_the_machine_without_cards_needs_no_list(box: Box, holds: Holds) -> None:
-    box.keep(0)
-    assert choose(None, holds) == Chosen()
-
-
-def test_where_nvml_shows_no_card_any_may_be_one(box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch) -> None:
-    box.keep(0)
-    chosen = choose("6,GPU-8f5e", holds)
-    assert chosen.devices("train") == ["6", "GPU-8f5e"]
-    with pytest.raises(UsageError, match="NVML shows no cards here: name their target"):
-        choose_target(None, chosen, ())
-    assert choose_target("a800", chosen, ()).name == "a800"
-    for text, told in (
-        ("1,1", "names a GPU twice"),
-        ("-1", "'-1' is not a GPU's number"),
-        ("MIG-1", "is a MIG slice"),
-    ):
-        with pytest.raises(UsageError, match=told):
-            choose(text, holds)
-    monkeypatch.setenv("LORRY_GPU_DENY", "5, 6")
-    with pytest.raises(UsageError, match="GPU 6 is denied by LORRY_GPU_DENY"):
-        choose("6", holds)
-    assert choose(None, holds, "train", "a800") == Chosen(), "Compose hands it card 0"
-    monkeypatch.setenv("LORRY_GPU_DENY", "0")
-    with pytest.raises(UsageError, match="which means GPU 0, and that is in LORRY_GPU_DENY"):
-        choose(None, holds, "train", "a800")
-
-
-def test_the_target_is_that_of_the_chosen_cards(box: Box) -> None:
-    for index, capability in enumerate(([7, 0], [8, 9])):
-        box.cards[index]["cuda_compute_capability"] = capability
-    box.keep(2)
-    gpus = read_cards().gpus
-    assert choose_target(None, Chosen(gpus[1:]), gpus).name == "rtx4090"
-    assert choose_target(None, Chosen(), gpus).name == "v100", "none is needed: the first says which images there are"
-    assert choose_target(None, Chosen(), ()).name == "cpu"
-    assert choose_target("v100-gptq", Chosen(gpus[:1]), gpus).name == "v100-gptq"
-    with pytest.raises(UsageError, match="choose GPUs of one kind"):
-        choose_target(None, Chosen(gpus), gpus)
-    box.lose(0)
-    assert choose_target(None, Chosen(), read_cards().gpus).name == "rtx4090"
-
-
-@pytest.mark.parametrize("text", ["0", "auto"])
-def test_the_cpu_takes_no_gpus(box: Box, holds: Holds, text: str) -> None:
-    with pytest.raises(UsageError, match="target cpu takes no GPUs"):
-        choose(text, holds, target="cpu")
-
-
-def test_named_cards_are_held_only_where_a_stage_computes_on_them(box: Box, holds: Holds) -> None:
-    choose("1", holds, "preprocess")
-    assert holds.holders(box.uuid(1)) == []
-    choose("1", holds, "infer")
-    assert [lock.exclusive for lock in holds.holders(box.uuid(1))] == [False]
-
-
-def test_a_driver_that_does_not_answer_is_not_a_machine_without_cards(box: Box, holds: Holds) -> None:
-    box.recorded["init_error"] = "LIB_RM_VERSION_MISMATCH"
-    box.save()
-    for stage, target in (("train", None), ("train", "a800"), ("eval", None)):
-        with pytest.raises(DoesNotFitError, match=r"driver/library version mismatch.*reboot.*or take TARGET=cpu"):
-            choose(None, holds, stage, target)
-    assert choose(None, holds, "train", "cpu") == choose(None, holds, "eval", "a800") == Chosen()
-
-
-def test_a_variant_is_an_image_of_train_only() -> None:
-    variant = load_targets()["v100-gptq"]
-    names = [containers.image_name(stage, "1.2.3", variant) for stage in ("train", "infer")]
-    assert names == ["lorry-train:1.2.3-v100-gptq", "lorry-infer:1.2.3-v100"]
-
-
-@pytest.mark.parametrize(
-    "info",
-    [
-        {"Runtimes": {"runc": {}, "nvidia": {}}},
-        {"Runtimes": {"runc": {}}, "DiscoveredDevices": [{"Source": "cdi", "ID": "nvidia.com/gpu=0"}]},
-    ],
-)
-def test_an_engine_that_hands_gpus_on(info: dict[str, object]) -> None:
-    containers.refuse_without_nvidia(info, load_targets()["a800"])
-
-
-def test_an_engine_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(DoesNotFitError, match=r"target a800 needs GPUs.*nvidia-container-toolkit"):
-        containers.refuse_without_nvidia({"Runtimes": {"runc": {}}, "DiscoveredDevices": None}, load_targets()["a800"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--target", "a100"), "no target 'a100'; known targets: cpu, v100"),
+        (("--target", "a100"), "no target 'a100'; there are: cpu, v100"),
         (("--target", "a800", "--gpus", "1,1"), "GPUS=1,1: names a GPU twice"),
         (("--target", "a800", "--gpus", "0,,1"), "GPUS=0,,1: has an empty element"),
         (("patent-qa", "--gpus", "auto:-2"), "GPUS=auto:-2: write auto, or auto:4"),
@@ -187,7 +62,7 @@ def test_without_an_engine_it_says_so_and_runs_here(lorry: Lorry, tmp_path: Path
     done = replace(lorry, extra={"DOCKER_HOST": address})("entrypoints.lorry", "launch", "train", "--run", "gone")
     assert done.lines == [
         f"no Docker engine answers at {address}: running as a local process",
-        f"error: {lorry.runs}/gone/recipe.yaml: no such run; name a RECIPE to begin one",
+        f"error: {lorry.runs}/gone/recipe.yaml: no such run; name a RECIPE to start one",
     ]
     assert done.code == 2
 
@@ -233,20 +108,20 @@ def local(
     for name, value in {"DOCKER_HOST": NO_ENGINE, "LORRY_DATA": lorry.data, "LORRY_RUNS": lorry.runs}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LORRY_MODELS", str(lorry.models))
-    monkeypatch.setattr(launch, "LIBRARIES", dict.fromkeys(launch.STAGES, ()))
+    monkeypatch.setattr(processes, "LIBRARIES", dict.fromkeys(STAGES, ()))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(*arguments: str, end: Callable[[str], int] = lambda _: 0) -> Launched:
         seen: list[tuple[str, list[str], dict[str, str]]] = []
 
-        def run_process(stage: str, arguments: list[str], _stop: object, environment: dict[str, str]) -> int:
+        def run_process(stage: str, arguments: list[str], _stop: object, environment: dict[str, str]) -> Outcome:
             seen.append((stage, arguments, dict(environment)))
-            return end(stage)
+            return Outcome(end(stage))
 
-        monkeypatch.setattr(launch, "run_process", run_process)
+        monkeypatch.setattr(processes, "run_process", run_process)
         code = 0
         try:
-            launch.launch([*arguments], standalone_mode=False)
+            launch([*arguments], standalone_mode=False)
         except SystemExit as error:
             code = int(error.code or 0)
         captured = capsys.readouterr()
@@ -291,7 +166,7 @@ def small(local: Launch, stage: str, *arguments: str, **options: Any) -> Launche
     return local(stage, "patent-qa", "--profile", "tiny", "--run", "r", *arguments, **options)
 
 
-def test_auto_takes_what_fits_tells_it_and_infer_sees_the_first_alone(
+def test_auto_takes_what_fits_says_so_and_infer_sees_the_first_alone(
     box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORRY_GPU_DENY", "5,6,7")
@@ -320,33 +195,20 @@ def test_auto_takes_a_number_of_cards_that_makes_the_exact_batches(
     assert small(local, "train", "--gpus", "auto", *exact, *both).visible[-1] == ("train", "1,3")
     refused = small(local, "train", "--gpus", "auto:3", *exact)
     assert (refused.code, refused.visible) == (4, []), refused.output
-    assert (
-        "train.effective_batch is 16 and train.exact_batch is set, but the nearest that 3 GPU(s) can do is 15"
-        in refused.output
-    )
-
-
-def test_auto_counts_with_the_larger_of_both_phases(lorry: Lorry, language_model: Path, box: Box) -> None:
-    def asked(*overrides: str) -> int:
-        recipe = {"recipe": "patent-qa", "profile": "tiny", "data": None, "overrides": overrides, "run_name": "r"}
-        return needed(("train",), recipe).asked(1, (8, 0))
-
-    alone = asked()
-    assert asked("train.connector={micro_batch: 1, max_length: 64}") == alone, "the second phase is the larger"
-    assert asked("train.connector={micro_batch: 64, max_length: 4096}") > 2 * alone, "the first is"
+    assert "train.effective_batch is 16 and train.exact_batch is set, but 3 GPU(s) make" in refused.output
 
 
 def test_auto_takes_cards_that_only_a_leaner_way_fits_on(
     box: Box, local: Launch, lorry: Lorry, language_model: Path
 ) -> None:
     recipe = {"recipe": "patent-qa", "profile": "tiny", "data": None, "overrides": (), "run_name": "r"}
-    need = needed(("train",), recipe)
+    need = job_need(("train",), recipe)
     asked, least = need.asked(2, (8, 0)), need.least(2, (8, 0))
     assert least < asked
     box.free(*[(asked + least) / 2 / 2**30] * 8)
     done = small(local, "train", "--gpus", "auto:2")
     assert done.visible[-1] == ("train", "0,1"), done.output
-    assert "no 2 GPUs have that free: the same result in less memory, down to" in done.output
+    assert "no 2 cards have that free: the same result in less memory, down to" in done.output
     box.free(*[(least - 1) / 2**30] * 8)
     assert small(local, "train", "--gpus", "auto:2").code == 4
 
@@ -368,7 +230,7 @@ def test_auto_for_infer_alone_takes_one_card(box: Box, local: Launch, language_m
 def test_infer_takes_one_card_of_as_many_as_it_is_given(box: Box, local: Launch, language_model: Path) -> None:
     done = small(local, "infer", "--gpus", "auto:4", "--shard", "0/2")
     assert done.visible == [("infer", "1")], done.output
-    assert "infer computes on one card: GPUS=auto:4 takes one" in done.output
+    assert "infer computes on one GPU: GPUS=auto:4 takes one" in done.output
 
 
 def test_cards_are_let_go_once_no_later_stage_computes_on_them(box: Box, local: Launch, language_model: Path) -> None:
@@ -387,7 +249,7 @@ def test_auto_where_all_are_busy_is_one_line_and_exit_4(box: Box, local: Launch,
     done = small(local, "infer", "--gpus", "auto", "--shard", "0/2")
     assert (done.code, done.seen, len(done.output.splitlines())) == (4, [], 1)
     assert (
-        "error: GPUS=auto: no GPU has 2.3 GiB free: GPU 0: 0.5 GiB free of 80.0, held by python (alice" in done.output
+        "error: GPUS=auto: no card has 2.3 GiB free: GPU 0: 0.5 GiB free of 80.0, held by python (alice" in done.output
     )
 
 
@@ -427,11 +289,7 @@ def test_holds_that_cannot_be_kept_are_one_line(
     box.holds.write_text("in the way")
     done = small(local, "infer", "--gpus", gpus, "--shard", "0/2")
     assert (done.code, done.seen, len(done.output.splitlines())) == (2, [], 1)
-    assert f"{box.holds}/choosing: cannot hold a GPU with this file (Not a directory)" in done.output
-
-
-def test_answering_needs_its_weights_and_a_fifth_more() -> None:
-    assert answering_bytes(15_231_233_024) == pytest.approx(20.4e9, rel=0.01), "Qwen2.5-7B in half precision"
+    assert f"{box.holds}/choosing: cannot be used to hold a card (Not a directory)" in done.output
 
 
 def test_what_is_done_is_not_started_and_takes_no_card(
@@ -448,7 +306,7 @@ def test_what_is_done_is_not_started_and_takes_no_card(
 # -- an engine -----------------------------------------------------------------------------------------------------
 
 
-def test_containers_get_uuids_and_an_old_driver_is_told_before(
+def test_containers_get_uuids_and_an_old_driver_is_reported_before(
     box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices: list[tuple[str, list[str]]] = []
@@ -457,17 +315,17 @@ def test_containers_get_uuids_and_an_old_driver_is_told_before(
         def version(self) -> dict[str, str]:
             return {"Version": "28"}
 
-    def in_containers(
+    def container_runner(
         _e: object, stages: tuple[str, ...], _o: object, of: Callable[[str], list[str]], target: Target
     ) -> Any:
         devices.extend((stage, of(stage)) for stage in stages)
-        return (lambda _stage, _more: 0), f"lorry-x-{target.name}"
+        return (lambda _stage, _more: Outcome(0)), f"lorry-x-{target.name}"
 
-    monkeypatch.setattr(launch, "find_engine", lambda: (Engine(), "unix:///x"))
-    monkeypatch.setattr(launch, "in_containers", in_containers)
+    monkeypatch.setattr(launching, "find_engine", lambda: (Engine(), "unix:///x"))
+    monkeypatch.setattr(launching, "container_runner", container_runner)
     done = small(local, "infer", "--gpus", "2,GPU-c6")
     assert devices == [(stage, [box.uuid(2), box.uuid(3)]) for stage in ("preprocess", "train", "infer")]
-    assert "engine 28 at unix:///x: running lorry-x-a800 with GPUs 2,3" in done.output
+    assert "Docker engine 28 at unix:///x: running lorry-x-a800 with GPUs 2,3" in done.output
     box.recorded["driver_version"] = "515.105.01"
     box.save()
     refused = small(local, "infer", "--gpus", "0")
@@ -492,7 +350,7 @@ def test_a_card_that_falls_off_the_bus_is_named(box: Box, local: Launch, gpus: s
         "error: train: GPU 3 (NVIDIA A800-SXM4-80GB) has fallen off the bus (NVML: GPU is lost): see `dmesg | grep Xid`"
     )
     assert told in done.output.splitlines()[-1]
-    assert done.output.splitlines()[-1].endswith(f"run again without it: GPUS={others}")
+    assert done.output.splitlines()[-1].endswith(f"then reset it or reboot; to run without it: GPUS={others}")
 
 
 def test_a_card_that_nvml_no_longer_counts_is_named_too(box: Box, local: Launch) -> None:
@@ -502,14 +360,14 @@ def test_a_card_that_nvml_no_longer_counts_is_named_too(box: Box, local: Launch)
 
     done = local("infer", "patent-qa", "--gpus", "6,7", "--shard", "0/2", end=end)
     assert done.code == 4
-    assert "GPU 7 (NVIDIA A800-SXM4-80GB) has fallen off the bus (NVML: no such card)" in done.output
+    assert "GPU 7 (NVIDIA A800-SXM4-80GB) has fallen off the bus (NVML: no such GPU)" in done.output
 
 
 def test_a_crash_with_all_cards_there_stays_a_crash(local: Launch) -> None:
     assert local("infer", "patent-qa", "--gpus", "6", "--shard", "0/2", end=lambda _: 1).code == 1
 
 
-def test_a_driver_that_dies_with_the_stage_is_told(box: Box, local: Launch) -> None:
+def test_a_driver_that_dies_with_the_stage_is_reported(box: Box, local: Launch) -> None:
     def end(_: str) -> int:
         box.recorded["init_error"] = "UNKNOWN"
         box.save()
@@ -518,12 +376,6 @@ def test_a_driver_that_dies_with_the_stage_is_told(box: Box, local: Launch) -> N
     done = local("infer", "patent-qa", "--gpus", "6", "--shard", "0/2", end=end)
     assert done.code == 1
     assert "infer: the NVIDIA driver does not answer (Unknown Error)" in done.output
-
-
-def test_a_host_without_the_libraries_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "LIBRARIES", {"train": ("click", "no_such_library")})
-    with pytest.raises(UsageError, match=r"train needs no_such_library.*make setup.*or start Docker"):
-        launch._processes(("train",), {}, Chosen(), None)
 
 
 def test_a_stop_reaches_the_local_process(bare: Lorry, few: Path, recipe_file: Path) -> None:
@@ -550,12 +402,12 @@ def test_a_stage_that_said_75_keeps_it_though_a_card_fell_away(box: Box, local: 
     assert "error: train: GPU 3 (NVIDIA A800-SXM4-80GB) has fallen off the bus" in done.output.splitlines()[-1]
 
 
-def test_an_old_driver_is_told_before_a_local_process_starts(
+def test_an_old_driver_is_reported_before_a_local_process_starts(
     box: Box, local: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     box.recorded["driver_version"] = "450.80.02"
     box.save()
-    monkeypatch.setattr(launch, "installed_cuda", lambda: "12.8")
+    monkeypatch.setattr(launching, "installed_cuda", lambda: "12.8")
     done = local("train", "patent-qa", "--gpus", "1")
     assert (done.code, done.seen) == (4, [])
     told = "CUDA 12.8, which needs NVIDIA driver 525 or newer, and this machine has 450.80.02"
@@ -564,19 +416,8 @@ def test_an_old_driver_is_told_before_a_local_process_starts(
     box.recorded["driver_version"] = "535.183.06"
     box.save()
     assert local("train", "patent-qa", "--gpus", "1").code == 0
-    monkeypatch.setattr(launch, "installed_cuda", lambda: "13.0")
+    monkeypatch.setattr(launching, "installed_cuda", lambda: "13.0")
     assert "needs NVIDIA driver 580 or newer" in local("train", "patent-qa", "--gpus", "1").output
-
-
-def test_the_cuda_of_torch_is_read_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = tmp_path / "torch" / "version.py"
-    version.parent.mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    for text, cuda in (("cuda: Optional[str] = '12.8'", "12.8"), ("cuda = None", None), ("git = 'a1'", None)):
-        version.write_text(f"debug = False\n{text}\nhip: Optional[str] = None\n")
-        assert launch.installed_cuda() == cuda
 
 
 # -- an engine that refuses ----------------------------------------------------------------------------------------
@@ -593,7 +434,7 @@ def forbidden() -> Iterator[str]:
         yield f"unix://{path}"
 
 
-def test_no_permission_on_the_socket_is_told_and_does_not_fall_back(lorry: Lorry, forbidden: str) -> None:
+def test_no_permission_on_the_socket_is_reported_and_does_not_fall_back(lorry: Lorry, forbidden: str) -> None:
     environment = {**lorry.environment, "DOCKER_HOST": forbidden, "TARGET": "cpu", "GPUS": "", "HOME": "/tmp"}
     done = as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
     assert (done.code, len(done.lines)) == (2, 1), done.output

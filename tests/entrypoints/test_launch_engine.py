@@ -110,7 +110,7 @@ def test_a_stage_and_those_before_it_run_in_containers(launched: Lorry, engine: 
     done = launch(launched, "train", "--run", "r", "--profile", "tiny", "--set", "a=x y", "--force")
     version = engine.version()["Version"]
     first, *lines = done.lines
-    assert first.startswith(f"engine {version} at ")
+    assert first.startswith(f"Docker engine {version} at ")
     assert first.endswith(f": running lorry-train:{VERSION}-cpu")
     assert lines == [
         "preprocess --profile tiny --run r --set a=x y {}",
@@ -170,10 +170,10 @@ def test_the_exit_code_of_the_stage_that_fails_ends_it(launched: Lorry) -> None:
     assert [line.split()[0] for line in done.lines[1:]] == ["preprocess", "train"]
 
 
-def test_a_stage_that_the_kernel_kills_is_told(launched: Lorry) -> None:
+def test_a_stage_that_the_kernel_kills_is_reported(launched: Lorry) -> None:
     done = launch(launched, "preprocess", "--run", "killed")
     assert done.code == 1
-    assert done.lines[-1] == "preprocess: ended by SIGKILL; run the same command again to go on"
+    assert done.lines[-1] == "preprocess: ended by SIGKILL; run the same command again to resume"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_stage_that_the_kernel_kills_is_told(launched: Lorry) -> None:
 def test_a_stop_reaches_the_stage_which_saves(launched: Lorry, number: int, seen: str) -> None:
     process = launched.start("entrypoints.lorry", "launch", "train", "--run", "wait")
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("engine ")
+    assert process.stdout.readline().startswith("Docker engine ")
     assert process.stdout.readline().startswith("preprocess ")
     os.killpg(process.pid, number)  # as a terminal does: the whole group
     output, _ = process.communicate(timeout=30)
@@ -195,7 +195,7 @@ def test_a_stop_reaches_the_stage_which_saves(launched: Lorry, number: int, seen
 def test_a_stop_before_the_container_is_there_is_not_lost(launched: Lorry) -> None:
     process = launched.start("entrypoints.lorry", "launch", "preprocess", "--run", "wait")
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("engine ")
+    assert process.stdout.readline().startswith("Docker engine ")
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 75
@@ -204,11 +204,11 @@ def test_a_stop_before_the_container_is_there_is_not_lost(launched: Lorry) -> No
 def test_doctor_sees_the_engine_and_its_images(launched: Lorry, engine: Any) -> None:
     done = launched("entrypoints.lorry", "doctor")
     assert done.code == 0, done.output
-    assert f"ok          engine: Docker {engine.version()['Version']} at " in done.output
+    assert f"ok          Docker engine: version {engine.version()['Version']} at " in done.output
     assert f"ok          images: of cpu, version {VERSION}: preprocess, train, infer, eval" in done.output
     other = replace(launched, extra={**launched.extra, "LORRY_VERSION": "0.0.0-none"})("entrypoints.lorry", "doctor")
     assert other.code == 2
-    assert "FAIL        images: no image lorry-train:0.0.0-none-cpu: make images TARGET=cpu" in other.output
+    assert "FAIL        images: no image lorry-train:0.0.0-none-cpu: run `make images TARGET=cpu`" in other.output
 
 
 # -- wrong use -----------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def refused(done: Finished, code: int, *told: str) -> None:
 
 def test_an_image_that_is_not_there(launched: Lorry) -> None:
     done = launch(launched, "preprocess", LORRY_VERSION="0.0.0-none")
-    refused(done, 2, "no image lorry-preprocess:0.0.0-none-cpu: make images TARGET=cpu")
+    refused(done, 2, "no image lorry-preprocess:0.0.0-none-cpu: run `make images TARGET=cpu`")
 
 
 def test_an_image_of_another_version(launched: Lorry) -> None:

@@ -44,5 +44,5 @@ def test_a_run_can_come_from_the_environment(lorry: Lorry, command: str) -> None
     done = started(f"entrypoints.{command}", *(["run"] if command == "lorry" else []))
     assert (done.code, done.lines) == (
         2,
-        [f"error: {lorry.runs}/mine/recipe.yaml: no such run; name a RECIPE to begin one"],
+        [f"error: {lorry.runs}/mine/recipe.yaml: no such run; name a RECIPE to start one"],
     )

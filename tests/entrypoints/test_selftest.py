@@ -27,7 +27,7 @@ def test_what_a_stage_has_is_shown(lorry: Lorry) -> None:
     ):
         assert words in done.output
     assert f"{lorry.runs} writable for uid {os.getuid()}" in done.output
-    assert "/caches not there" in done.output
+    assert "/caches does not exist" in done.output
 
 
 def test_the_embedders_stage_asks_for_a_gpu(lorry: Lorry) -> None:
@@ -99,7 +99,7 @@ def test_an_image_with_code_for_its_card(lorry: Lorry, site: Path, stage: str, t
 def lacks(done: Finished, library: str, code: str) -> None:
     assert done.code == 4, done.output
     errors = [line for line in done.lines if line.startswith("error: ")]
-    assert errors == [f"error: {library} has no code for target v100, {code}: take another build of it"]
+    assert errors == [f"error: {library} has no code for target v100, {code}: install another build"]
     assert "Traceback" not in done.output
 
 

@@ -8,7 +8,14 @@ import pytest
 
 from stages.contract.errors import UsageError
 from stages.contract.files import digest_of
-from stages.results.comparison import Evaluated, asked_otherwise, compare, compared_with, refuse_other_sets, suspicions
+from stages.results.comparison import (
+    Evaluated,
+    compare,
+    prompt_differences,
+    reference_model,
+    refuse_other_sets,
+    suspicions,
+)
 from stages.results.intervals import cluster_bootstrap
 
 COUNT = 40
@@ -58,14 +65,17 @@ def run_of(name: str, models: dict[str, Answers], count: int = COUNT, **changes:
         values = np.array([line["models"][model]["scores"]["exact"] for line in lines])  # type: ignore[index]
         cell = {"value": 100 * values.mean(), "low": 0.0, "high": 100.0, "n": count, "failed": 0}
         figures[model] = {"exact": cell}
-    fields: dict[str, Any] = {"task": "words", "scoring": {}, "shown": {}, "base_model": "b" * 64, **changes}
+    fields: dict[str, Any] = {"task": "words", "scoring": {}, "shown": {}, "base_model": "b" * 64}
+    fields |= {"bootstrap": (500, 7), **changes}
     return Evaluated(name, figures=figures, lines=lines, **fields)
 
 
-def test_what_was_asked_otherwise_is_told() -> None:
+def test_other_prompts_are_reported() -> None:
     first, other = (run_of(name, {"base": every(2)}, shown={"ocr": ocr}) for name, ocr in (("a", True), ("b", False)))
-    assert asked_otherwise([first, other]) == ["b was asked otherwise than a (preprocess.samples: ocr False for True)"]
-    assert asked_otherwise([first, first]) == []
+    assert prompt_differences([first, other]) == [
+        "b has other prompts than a (preprocess.samples: ocr False instead of True)"
+    ]
+    assert prompt_differences([first, first]) == []
 
 
 # -- differences ---------------------------------------------------------------------------------------------------
@@ -74,7 +84,7 @@ def test_what_was_asked_otherwise_is_told() -> None:
 def test_all_are_compared_with_one_model_of_the_first_run() -> None:
     first = run_of("baseline", {"base": every(2), "default": every(4)})
     other = run_of("custom", {"base": every(2), "default": every(8), "more": right})
-    rows = {(row.run, row.model): row for row in compare([first, other], 500, 7)}
+    rows = {(row.run, row.model): row for row in compare([first, other])}
     gains = {place: row.difference and row.difference["value"] for place, row in rows.items()}
     assert gains == {
         ("baseline", "base"): -25,
@@ -89,8 +99,8 @@ def test_all_are_compared_with_one_model_of_the_first_run() -> None:
 
 
 def test_the_difference_is_paired_and_its_interval_that_of_groups() -> None:
-    first, other = run_of("a", {"base": every(4)}), run_of("b", {"base": every(8)})
-    row = compare([first, other], 1000, 7)[1]
+    first, other = (run_of(name, {"base": every(nth)}, bootstrap=(1000, 7)) for name, nth in (("a", 4), ("b", 8)))
+    row = compare([first, other])[1]
     paired = np.array([[float(number % 4 == 0 and number % 8 != 0)] for number in range(COUNT)])
     low, high = cluster_bootstrap(paired, [f"g{number // 4}" for number in range(COUNT)], 1000, 7)[:, 0]
     assert row.difference is not None
@@ -102,7 +112,7 @@ def test_the_difference_is_paired_and_its_interval_that_of_groups() -> None:
 def test_what_counts_together_is_compared_once() -> None:
     by_four: dict[str, Any] = {"together": lambda number: f"q{number // 4}"}
     first, other = run_of("a", {"base": every(4)}, **by_four), run_of("b", {"base": right}, **by_four)
-    row = compare([first, other], 100, 1)[1]
+    row = compare([first, other])[1]
     assert row.difference == {"value": 100, "low": 100, "high": 100}  # one wrong in each four: no question is right
 
 
@@ -110,13 +120,13 @@ def test_the_order_of_samples_does_not_matter() -> None:
     first, other = run_of("a", {"base": every(4)}), run_of("b", {"base": every(8)})
     turned = Evaluated(**{**vars(other), "lines": other.lines[::-1]})
     refuse_other_sets([first, turned])
-    assert compare([first, other], 200, 3) == compare([first, turned], 200, 3)
+    assert compare([first, other]) == compare([first, turned])
 
 
 def test_the_vote_is_what_is_compared_with_where_there_is_one() -> None:
-    assert compared_with(run_of("a", {"base": right, "vote": right, "x": right})) == "vote"
-    assert compared_with(run_of("a", {"base": right, "x": right, "y": right})) == "x"
-    assert compared_with(run_of("a", {"base": right})) == "base"
+    assert reference_model(run_of("a", {"base": right, "vote": right, "x": right})) == "vote"
+    assert reference_model(run_of("a", {"base": right, "x": right, "y": right})) == "x"
+    assert reference_model(run_of("a", {"base": right})) == "base"
 
 
 # -- other test sets -----------------------------------------------------------------------------------------------
@@ -125,7 +135,7 @@ def test_the_vote_is_what_is_compared_with_where_there_is_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"count": 39}, "1 of 40 samples are in one alone"),
+        ({"count": 39}, "1 of 40 samples are in only one of them"),
         ({"references": ["other", *REFERENCES[1:]]}, r"1 of 40 samples .*the first: 's0'"),
         ({"together": lambda number: "all"}, "40 of 40 samples"),
         ({"task": "numbers"}, "b is of task numbers, a of words"),
@@ -150,7 +160,7 @@ def test_honest_runs_are_not_suspicious() -> None:
 def test_two_models_with_the_same_wrong_answers_are() -> None:
     first, other = run_of("a", {"base": every(2), "x": every(5)}), run_of("b", {"base": every(2), "y": every(5)})
     assert suspicions([first, other]) == [
-        "a/x and b/y: all 40 answers are the same, wrong ones too: is it one model, or did none answer?"
+        "a/x and b/y: all 40 answers are identical, wrong ones included: are they one model, or did neither answer?"
     ]
 
 
@@ -169,7 +179,7 @@ def test_few_answers_to_many_questions_are_suspicious() -> None:
     words = ("text", "unknown", "3")
     found = suspicions([run_of("a", {"base": lambda number: words[number % 3]})])
     assert found == [
-        "a/base: only 3 distinct answers among 40, where the right ones are 40: were the questions looked at?"
+        "a/base: only 3 distinct answers among 40, and 40 distinct references: did the model read the questions?"
     ]
 
 
@@ -179,7 +189,7 @@ def test_letters_are_few_by_nature_but_not_one() -> None:
     assert suspicions([choosing]) == []
     always = run_of("a", {"base": lambda number: "A"}, references=letters)
     assert suspicions([always]) == [
-        "a/base: only 1 distinct answer among 40, where the right ones are 4: were the questions looked at?"
+        "a/base: only 1 distinct answer among 40, and 4 distinct references: did the model read the questions?"
     ]
 
 
@@ -189,23 +199,21 @@ def test_data_sets_are_looked_at_one_by_one() -> None:
 
     simulated = run_of("a", {"base": lambda number: "text" if number < 20 else f"own {number}"}, sources=halves)
     assert suspicions([simulated]) == [
-        "a/base: only 1 distinct answer among 20 of read, where the right ones are 20: were the questions looked at?"
+        "a/base: only 1 distinct answer among 20 of read, and 20 distinct references: did the model read the questions?"
     ]
 
 
-def test_where_everything_failed_it_is_told() -> None:
-    assert suspicions([run_of("a", {"base": right, "x": lambda number: None})]) == [
-        "a/x: every one of 40 answers failed"
-    ]
+def test_where_everything_failed_it_is_reported() -> None:
+    assert suspicions([run_of("a", {"base": right, "x": lambda number: None})]) == ["a/x: all 40 answers failed"]
 
 
-def test_where_one_data_set_failed_that_is_told() -> None:
+def test_where_one_data_set_failed_that_is_reported() -> None:
     run = run_of(
         "a",
         {"base": right, "x": lambda number: None if number < 20 else right(number)},
         sources=lambda number: "read" if number < 20 else "asked",
     )
-    assert suspicions([run]) == ["a/x: every one of 20 answers of read failed"]
+    assert suspicions([run]) == ["a/x: all 20 answers of read failed"]
 
 
 def test_a_handful_of_answers_says_nothing() -> None:

@@ -311,18 +311,18 @@ def test_defect_1_answers_that_no_model_gave_are_found_out() -> None:
         }
         scores = score_models(better_synth, recipe, samples, given)  # type: ignore[arg-type]
         figures, _ = overall(scores, 100, 1)
-        return Evaluated(name, "better_synth", {}, {}, "b" * 64, figures, scored_lines(scores))
+        return Evaluated(name, "better_synth", {}, {}, "b" * 64, figures, scored_lines(scores), (100, 0))
 
     blank = [f"wrong {number}" for number in range(5000)]
     baseline, custom = run("baseline", blank, answers), run("custom", blank, answers)
     assert baseline.figures["tuned"]["textvqa_accuracy"]["value"] == 0.0
     told = suspicions([baseline, custom])
-    few = "only 5 distinct answers among 5000, where the right ones are 4951: were the questions looked at?"
+    few = "only 5 distinct answers among 5000, and 4951 distinct references: did the model read the questions?"
     assert told == [
         f"baseline/tuned: {few}",
         f"custom/tuned: {few}",
-        "baseline/tuned and custom/tuned: all 5000 answers are the same, wrong ones too: is it one model, or did none"
-        " answer?",
+        "baseline/tuned and custom/tuned: all 5000 answers are identical, wrong ones included: are they one model,"
+        " or did neither answer?",
     ]
     read = [sample["references"][0] if number % 3 else f"wrong {number}" for number, sample in enumerate(samples)]
     honest = run("honest", blank, read)

@@ -154,4 +154,4 @@ def test_force_cannot_be_agreed_on(nodes: TwoNodes) -> None:
     meeting = {"LORRY_NODES": "2", "LORRY_RENDEZVOUS": "127.0.0.1:1"}
     code, output = nodes.training("--force", **meeting, LORRY_NODE_RANK="0")
     assert (code, len(output.splitlines())) == (2, 1)
-    assert "cannot agree when to begin anew" in output
+    assert "cannot agree when to start again" in output

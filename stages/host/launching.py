@@ -1,0 +1,115 @@
+"""`lorry launch`: start a stage and the stages that it needs, in containers if a Docker engine answers, else as local
+processes.
+
+Nothing else falls back: a Docker engine that refuses this user, a missing image or a missing GPU ends the launch.
+"""
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import Any
+
+from stages.contract.errors import DoesNotFitError, Exit, InterruptedRunError, UsageError
+from stages.hardware.holds import Holds
+from stages.hardware.probe import Cards, read_cards
+from stages.hardware.targets import load_targets, refuse_old_driver, refuse_old_driver_for
+from stages.host.cards import CardChoice, choose_cards, choose_target
+from stages.host.containers import container_runner, find_engine
+from stages.host.needs import GPU_STAGES, STAGES
+from stages.host.outcome import Lines, Problem, Runner
+from stages.host.processes import installed_cuda, local_runner
+from stages.host.runs import recipe_path, unfinished_stages
+
+
+def launch(
+    stage: str, options: dict[str, Any], gpus: str | None, target: str | None, force: bool, shard: str | None
+) -> Lines:
+    """Start a stage and the stages that it needs, in order, until one does not end with 0.
+
+    `options` name the run (`open_run`); `gpus` is GPUS, `target` a target's name. `force` and `shard` ("0/2") go to the
+    stage itself; a shard is started without earlier stages. Raises what the choice of GPUs raises, UsageError or
+    DoesNotFitError for a stage that cannot start here, and after a crash that for a GPU that no longer answers.
+    """
+    if options["recipe"]:
+        options = {**options, "recipe": str(recipe_path(options["recipe"]).absolute())}
+    stages = (stage,) if shard else STAGES[: STAGES.index(stage) + 1]
+    if gpus and gpus.strip().startswith("auto") and not shard:  # finished stages need no GPU and are not started
+        left = unfinished_stages(stages, stage, force, options)
+        yield from (f"{name}: up to date" for name in stages if name not in left)
+        if not left:
+            return Exit.DONE
+        stages = left
+    own_arguments = [*(["--force"] if force else []), *(["--shard", shard] if shard else [])]
+    with closing(Holds()) as holds:  # the kernel releases them if this process is killed
+        found = read_cards()
+        choice = choose_cards(gpus, target, stages, options, found, holds)
+        yield from choice.lines
+        run = yield from _runner(stages, options, target, choice, found)
+        for number, name in enumerate(stages):
+            code = yield from _run_one(run, name, own_arguments if name == stage else [], choice)
+            if code != Exit.DONE:
+                return code
+            later = [following for following in stages[number + 1 :] if following in GPU_STAGES]
+            holds.keep({gpu.uuid for following in later for gpu in choice.cards_of(following)})
+    return Exit.DONE
+
+
+def _run_one(run: Runner, stage: str, arguments: list[str], choice: CardChoice) -> Generator[str, None, int]:
+    """Run one stage to its end. Returns its exit code."""
+    outcome = run(stage, arguments)
+    if outcome.problem:
+        yield outcome.problem
+    if outcome.code in (Exit.CRASHED, Exit.DOES_NOT_FIT, Exit.INTERRUPTED):
+        yield from _check_gpus(choice, stage, Exit(outcome.code))
+    return outcome.code
+
+
+def _runner(
+    stages: tuple[str, ...], options: dict[str, Any], target: str | None, choice: CardChoice, found: Cards
+) -> Generator[str, None, Runner]:
+    """What runs a stage: containers, or local processes if no Docker engine answers. Yields a line that says which."""
+    card = choose_target(target, choice, found.gpus)
+    engine, address = find_engine()
+    if engine is not None and int(os.environ.get("LORRY_NODES") or 1) > 1:
+        raise UsageError(
+            "LORRY_NODES: containers started here have no network and cannot train on several machines; start"
+            " `lorry-train` on each machine, or see k8s/scale-out/train-multinode.yaml"
+        )
+    uses_gpus = bool(choice.cards and set(stages) & set(GPU_STAGES))
+    if engine is None:
+        yield f"no Docker engine answers at {address}: running as a local process"
+        cuda = installed_cuda() if uses_gpus else None
+        if cuda:
+            refuse_old_driver_for(cuda, found.driver, load_targets())
+        return local_runner(stages, options, choice, target)
+    if uses_gpus:
+        refuse_old_driver(card, found.driver)
+    run, image = container_runner(engine, stages, options, choice.devices, card)
+    stage = stages[-1]
+    gpus = f" with GPUs {choice.numbers(stage) or '0'}" if stage in GPU_STAGES and card.capability else ""
+    yield f"Docker engine {engine.version()['Version']} at {address}: running {image}{gpus}"
+    return run
+
+
+def _check_gpus(choice: CardChoice, stage: str, code: Exit) -> Iterator[str]:
+    """After a stage ended with `code`, look whether one of its GPUs no longer answers, which would be the cause.
+
+    Raises DoesNotFitError for it, or InterruptedRunError if the stage exited with 75, because its state is saved.
+    Yields a line if the driver does not answer.
+    """
+    if not choice.cards:
+        return
+    now = read_cards()
+    if now.problem:
+        yield Problem(f"{stage}: {now.problem}")
+        return
+    alive = {gpu.uuid for gpu in now.gpus if not gpu.lost}
+    for gpu in choice.cards_of(stage):
+        if gpu.uuid not in alive:
+            says = next((other.lost for other in now.gpus if other.index == gpu.index and other.lost), "no such GPU")
+            others = ",".join(str(other.index) for other in choice.cards if other.uuid in alive)
+            error = InterruptedRunError if code == Exit.INTERRUPTED else DoesNotFitError
+            raise error(
+                f"{stage}: {gpu} has fallen off the bus (NVML: {says}): see `dmesg | grep Xid`, then reset it or"
+                f" reboot; to run without it: GPUS={others or 'auto'}"
+            )

@@ -1,0 +1,293 @@
+"""`lorry plan`: whether training a recipe fits the GPUs, before anything runs; the GPUs need not be here."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from stages.contract.errors import DoesNotFitError, Exit, UsageError
+from stages.contract.recipe import Infer, Recipe, Train
+from stages.hardware.batch import refuse_inexact
+from stages.hardware.fit import Offers, Way, as_asked, disk_bytes, plan_training, smallest_changes
+from stages.hardware.memory import Lengths, lengths_at_most, not_estimated, trained_parameters
+from stages.hardware.pick import denied_cards, occupied, out_of_question
+from stages.hardware.probe import Gpu, Machine, read_cards, visible
+from stages.hardware.serve import plan_serving
+from stages.hardware.targets import (
+    Target,
+    load_targets,
+    named_target,
+    precision_of,
+    refuse_4bit_twice,
+    refuse_4bit_without_kernels,
+    refuse_base_without_kernels,
+    target_of,
+)
+from stages.host.outcome import Lines
+from stages.models.shape import ModelShape, read_shape
+
+if TYPE_CHECKING:
+    from stages.contract.run import Run
+
+GIB = 1024**3
+
+USABLE = 0.985
+"""The share of a card's nominal memory that CUDA can use: 23.63 of 24 GiB on an RTX 4090."""
+
+
+def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Lines:
+    """Lines on what training a run's recipe takes on `count` GPUs of a target, or of this machine, and whether it fits;
+    the exit code is 4 if it does not. `memory` is GiB of a GPU; default: the target's.
+
+    Raises what training would refuse before it starts.
+    """
+    train = run.recipe.train
+    model = run.model(run.recipe.model.path, "model.path")
+    shape = read_shape(model)
+    gpus = _planned_gpus(target, count, memory, train.precision)
+    train = _allowed_settings(train, gpus.target)
+    refuse_base_without_kernels(model, shape.quantisation, gpus.target)
+    if train.load_in_4bit:
+        refuse_4bit_twice(model, shape.quantisation)
+    yield f"{run.name}: {model.name}, {shape.parameters / 1e9:.2f} billion parameters, on {gpus.text}"
+    fits = True
+    if train.connector is not None:
+        first = _plan_phase(run.recipe, shape, train.of_connector(), gpus)
+        yield from _phase_lines(first)
+        fits, lines = _verdict(first)
+        yield from lines
+    phase = _plan_phase(run.recipe, shape, train, gpus)
+    yield from _phase_lines(phase)
+    enough_disk, line = _disk_verdict(run, shape)
+    yield f"\n{line}"
+    yield f"{_inference_line(run.recipe.infer, shape, gpus)}\n"
+    last_fits, lines = _verdict(phase)
+    yield from lines
+    return Exit.DONE if fits and last_fits and enough_disk else Exit.DOES_NOT_FIT
+
+
+# -- the GPUs ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Gpus:
+    """The GPUs to plan for."""
+
+    count: int
+    text: str
+    memory: int | None
+    """Bytes free on each; None on a CPU."""
+    dtype: str
+    target: Target
+    fullest: Gpu | None = None
+    """The one with the least free memory, of GPUs that are here."""
+
+
+def _planned_gpus(target: str | None, count: int, memory: float | None, precision: str) -> _Gpus:
+    """The GPUs of a target, or those with the most free memory here. Raises UsageError or DoesNotFitError if there are
+    too few here."""
+    targets = load_targets()
+    here = () if target else _usable_gpus()
+    try:
+        card = named_target(target, targets) if target else target_of(Machine(0, 0, here), targets)
+    except UsageError as error:
+        raise error if target else UsageError(f"{error}, or name a --target") from error
+    dtype = precision_of(precision, card)
+    if card.capability is None:
+        if count > 1 or memory:
+            raise UsageError("--gpus and --memory are for GPUs: name their --target")
+        return _Gpus(1, "a CPU", None, dtype, card)
+    name = f"{count} x {card.name}" if count > 1 else card.name
+    if memory:
+        return _Gpus(count, f"{name} of {memory:g} GiB, in {dtype}", round(memory * USABLE * GIB), dtype, card)
+    if target:
+        nominal = card.memory_gib or 0
+        return _Gpus(count, f"{name} of {nominal} GiB, in {dtype}", round(nominal * USABLE * GIB), dtype, card)
+    freest = sorted((gpu for gpu in here if gpu.memory_total), key=lambda gpu: (-gpu.memory_free, gpu.index))
+    if len(freest) < count:
+        raise UsageError(f"--gpus {count}: this machine has {len(freest)} that Lorry may use; name a --target")
+    chosen = freest[:count]
+    text = f"the {count} freest GPUs of this machine" if count > 1 else "the freest GPU of this machine"
+    numbers = ",".join(str(gpu.index) for gpu in chosen)
+    text = f"{text}, GPU {numbers} ({card.name}), in {dtype}"
+    return _Gpus(count, text, chosen[-1].memory_free, dtype, card, chosen[-1])
+
+
+def _usable_gpus() -> tuple[Gpu, ...]:
+    """This machine's GPUs without those that no launch would take. Raises DoesNotFitError if none is left."""
+    if os.environ.get("LORRY_TARGET") == "cpu":
+        return ()
+    found = read_cards()
+    if found.problem:
+        raise DoesNotFitError(f"{found.problem}; to plan for other GPUs, name a --target")
+    denied = denied_cards(os.environ.get("LORRY_GPU_DENY"), found.gpus) if found.gpus else frozenset()
+    shown = visible(found.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    reasons = {gpu: out_of_question(gpu, denied) for gpu in shown}
+    if shown and all(reasons.values()):
+        texts = "; ".join(f"GPU {gpu.index}: {reason}" for gpu, reason in reasons.items())
+        raise DoesNotFitError(f"Lorry may use no GPU here: {texts}; to plan for others, name a --target")
+    return tuple(gpu for gpu, reason in reasons.items() if not reason)
+
+
+def _allowed_settings(train: Train, target: Target) -> Train:
+    """The settings as training on the target would use them. Raises what it would raise."""
+    if train.load_in_4bit:
+        refuse_4bit_without_kernels(target)
+    if target.deepspeed or train.sharding == "none":
+        return train
+    if train.sharding != "auto":
+        raise UsageError(
+            f"train.sharding is {train.sharding}, and target {target.name} has no DeepSpeed; set it to auto"
+        )
+    return train.model_copy(update={"sharding": "none"})
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """What one phase of training takes: the connector's, or the adapter's."""
+
+    shape: ModelShape
+    train: Train
+    gpus: _Gpus
+    lengths: Lengths
+    asked: Way
+    """As the recipe asks."""
+    way: Way
+    """As train would do it."""
+
+
+def _plan_phase(recipe: Recipe, shape: ModelShape, train: Train, gpus: _Gpus) -> _Phase:
+    lengths = lengths_at_most(recipe.model_copy(update={"train": train}))
+    asked = as_asked(shape, train, gpus.count, gpus.dtype, lengths)
+    way = plan_training(shape, train, gpus.count, gpus.dtype, gpus.memory, lengths)
+    return _Phase(shape, train, gpus, lengths, asked, way)
+
+
+def _phase_lines(phase: _Phase) -> Iterator[str]:
+    """What a phase trains, on which samples, and its table. Raises DoesNotFitError for an effective batch that is not
+    exact and has to be."""
+    shape, train, lengths = phase.shape, phase.train, phase.lengths
+    if train.connector is not None:
+        title = (
+            "phase 1, the connector alone"
+            if train.trains_connector
+            else "\nphase 2, LoRA on the base with that connector"
+        )
+        yield f"{title}: trains {trained_parameters(shape, train) / 1e6:.1f} million parameters"
+    yield (
+        f"samples of {lengths.longest} tokens ({train.key_of('max_length')}), {lengths.answer} of them the answer"
+        " (infer.max_new_tokens)"
+    )
+    if train.micro_batch > 1:
+        equal = as_asked(
+            shape, train, phase.gpus.count, phase.gpus.dtype, replace(lengths, shortest_prompt=None)
+        ).estimate.total
+        yield (
+            "worst case: one sample of a micro-batch has almost no prompt; with samples of equal length the peak is"
+            f" {equal / GIB:.2f} GiB as asked. train plans again with the real samples"
+        )
+    if train.exact_batch:
+        refuse_inexact(phase.way.batch, train.key_of("effective_batch"))
+    yield f"effective batch: {phase.way.batch}\n"
+    yield from _table(phase)
+    left_out = not_estimated(shape, train)
+    if left_out:
+        yield f"not in the estimate: {left_out}"
+
+
+def _table(phase: _Phase) -> Iterator[str]:
+    """Components and total in GiB, as the recipe asks and, if it differs, as train would do it."""
+    ways = [phase.asked] if phase.asked == phase.way else [phase.asked, phase.way]
+    heads = ("as asked", "changed")[: len(ways)]
+    yield "".join([f"{'peak on each GPU, GiB':<24}", *(f"{head:>12}" for head in heads)])
+    for name in [*phase.asked.estimate.parts(), "total"]:
+        values = [{**way.estimate.parts(), "total": way.estimate.total}[name] for way in ways]
+        yield "".join([f"{name:<24}", *(f"{value / GIB:>12.2f}" for value in values)])
+
+
+def _verdict(phase: _Phase) -> tuple[bool, list[str]]:
+    """Whether a phase fits, and why; if it does not, the smallest changes that fit."""
+    asked, way, gpus = phase.asked, phase.way, phase.gpus
+    if gpus.memory is None:
+        return True, ["fits: no limit is known for a CPU"]
+    room = f"{gpus.memory / GIB:.1f} GiB"
+    if asked.fits(gpus.memory):
+        note = _tightness(asked, gpus, explained=True)
+        return True, [f"fits: {asked.estimate.total / GIB:.1f} of {room} on each GPU{note}"]
+    lines = [f"does not fit as asked: {asked.estimate.total / GIB:.1f} of {room} on each GPU"]
+    if way.fits(gpus.memory):
+        lines.append(
+            f"fits with {' and '.join(way.changes)}, which train changes on its own and which does not affect the"
+            f" result: {way.estimate.total / GIB:.1f} of {room}{_tightness(way, gpus, explained=True)}"
+        )
+        return True, lines
+    changes = _changes(phase)
+    freed = gpus.fullest is not None and way.fits(int(gpus.fullest.memory_total * USABLE))
+    if gpus.fullest is not None and freed:
+        lines.append(
+            f"fits on a GPU that is free: {way.estimate.total / GIB:.1f} of"
+            f" {gpus.fullest.memory_total / GIB:.1f} GiB; {gpus.fullest}: {occupied(gpus.fullest)}"
+        )
+    for number, each in enumerate(changes):
+        head = "the smallest change that fits" if number == 0 else "or"
+        total = f"{each.estimate.total / GIB:.1f} of {room}{_tightness(each, gpus)}"
+        lines.append(f"{head}: {' and '.join(each.changes)} ({total})")
+    if not changes and not freed:
+        lines.append("no change that Lorry knows makes it fit: choose a smaller model or a larger GPU")
+    return False, lines
+
+
+def _changes(phase: _Phase) -> list[Way]:
+    """The smallest changes to the recipe that fit, smallest first."""
+    gpus = phase.gpus
+    assert gpus.memory is not None
+    offers = Offers("bitsandbytes" in gpus.target.quantisation, gpus.target.deepspeed)
+    if phase.train.trains_connector:  # the first phase has neither
+        offers = Offers(bitsandbytes=False, deepspeed=False)
+    return smallest_changes(phase.shape, phase.train, gpus.count, gpus.dtype, gpus.memory, phase.lengths, offers)
+
+
+def _tightness(way: Way, gpus: _Gpus, explained: bool = False) -> str:
+    """A warning for an estimate that would not fit if it were a little too low."""
+    if not way.tight(gpus.memory):
+        return ""
+    return ": tight" + (
+        "; estimates were up to 2.3 % too low; if memory runs out, train resumes with less" if explained else ""
+    )
+
+
+# -- disk and inference --------------------------------------------------------------------------------------------
+
+
+def _disk_verdict(run: "Run", shape: ModelShape) -> tuple[bool, str]:
+    """Whether there is room for what training writes, and a line on it."""
+    needed = disk_bytes(shape, run.recipe.train)
+    place = run.roots.runs
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    short = "" if needed <= free else ": too little"
+    return needed <= free, f"disk: {needed / GIB:.2f} GiB below {run.roots.runs}, {free / GIB:.1f} GiB free{short}"
+
+
+def _inference_line(settings: Infer, shape: ModelShape, gpus: _Gpus) -> str:
+    """How the same GPUs serve the model. Not part of the exit code: inference may run on other GPUs."""
+    if gpus.memory is None or settings.engine != "vllm":
+        where = "" if gpus.memory else " on a CPU"
+        return f"inference: by {settings.engine}{where}; its memory is not estimated"
+    free = [gpus.memory] * gpus.count
+    try:
+        serving = plan_serving(shape, free, settings.tensor_parallel, gpus.target.dtype, settings.max_length)
+    except DoesNotFitError as error:
+        return f"inference does not fit: it {str(error).removeprefix('inference ')}"
+    except UsageError as error:
+        return f"inference cannot be split like this: {error}"
+    return (
+        f"inference fits: tensor parallel {serving.tensor_parallel} ({serving.why}),"
+        f" {serving.weights / GIB:.1f} GiB of weights on each GPU, in {gpus.target.dtype},"
+        f" infer.max_length {settings.max_length}"
+    )

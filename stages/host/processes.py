@@ -1,0 +1,95 @@
+"""Stages as local processes."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.contract.errors import Exit, UsageError
+from stages.contract.stop import StopRequest, die_with_parent
+from stages.host.needs import LIBRARIES, STAGES
+from stages.host.outcome import Lines, Outcome, Runner, outcome_of_signal
+from stages.host.runs import is_done, open_run, stage_arguments
+
+if TYPE_CHECKING:
+    from stages.host.cards import CardChoice
+
+
+def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
+    """Run the four stages of the run that the options name, in order, each in a process; skip those that are done.
+
+    Raises InterruptedRunError if it is stopped between two stages.
+    """
+    run = open_run(**options)
+    arguments = [*stage_arguments(options), *(["--force"] if force else [])]
+    stop = StopRequest()
+    stop.install()
+    for stage in STAGES:
+        done = not force and is_done(run, stage)
+        stop.check()
+        if done:
+            yield f"{stage}: up to date"
+            continue
+        outcome = run_process(stage, arguments, stop)
+        if outcome.problem:
+            yield outcome.problem
+        if outcome.code != Exit.DONE:
+            return outcome.code
+    yield f"all four stages are up to date; report: {run.path('eval', 'report.html')}"
+    return Exit.DONE
+
+
+def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardChoice", target: str | None) -> Runner:
+    """A runner of local processes. Raises UsageError if a library of one of the stages is not installed."""
+    for stage in stages:
+        missing = missing_libraries(stage)
+        if missing:
+            raise UsageError(
+                f"{stage} needs {missing[0]}, which is not installed here: run `make setup`, or start Docker"
+            )
+    environment = dict(os.environ)
+    if target:
+        environment["LORRY_TARGET"] = target
+    stop = StopRequest()
+    stop.install()
+
+    def run(stage: str, more: list[str]) -> Outcome:
+        stop.check()
+        if cards.auto or cards.numbers(stage):  # as nvidia-smi counts; empty if `auto` took none
+            environment["CUDA_VISIBLE_DEVICES"] = cards.numbers(stage)
+            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        return run_process(stage, [*stage_arguments(options), *more], stop, environment)
+
+    return run
+
+
+def run_process(
+    stage: str, arguments: list[str], stop: StopRequest, environment: dict[str, str] | None = None
+) -> Outcome:
+    """Run a stage in its own process, so that its memory is free before the next; a stop is passed on to it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"entrypoints.{stage}", *arguments],
+        env=environment,
+        preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
+    )
+    stop.pass_on_to(process)
+    code = process.wait()
+    return outcome_of_signal(stage, -code) if code < 0 else Outcome(code)
+
+
+def missing_libraries(stage: str) -> list[str]:
+    """The libraries that a stage cannot do without and that are not installed here."""
+    return [library for library in LIBRARIES[stage] if importlib.util.find_spec(library) is None]
+
+
+def installed_cuda() -> str | None:
+    """The CUDA version that the installed torch is built for, read without importing it; None without CUDA or torch."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return None
+    found = re.search(r"^cuda\b.*'([0-9.]+)'", Path(torch.origin).with_name("version.py").read_text(), re.MULTILINE)
+    return found[1] if found else None

@@ -1,0 +1,17 @@
+"""The work of each stage, imported only when it runs: that takes seconds."""
+
+import importlib
+
+from stages.contract.stage import Stage
+from stages.hardware.pick import hide_denied_cards
+from stages.host.needs import GPU_STAGES
+
+
+def run_work(stage: Stage) -> None:
+    """Do a stage's work, `work` of `stages.<stage>.stage`, on GPUs that are not in LORRY_GPU_DENY.
+
+    Raises DoesNotFitError if the stage needs a GPU and LORRY_GPU_DENY leaves none.
+    """
+    if stage.name != "eval":
+        hide_denied_cards(needs_one=stage.name in GPU_STAGES)
+    importlib.import_module(f"stages.{stage.name}.stage").work(stage)

@@ -1,0 +1,54 @@
+"""A comparison of runs as tables on the console, one for each metric."""
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from stages.results.comparison import ComparisonRow, Evaluated, compare, reference_model
+from stages.results.ledger_table import interval_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def comparison_tables(runs: Sequence[Evaluated], coloured: bool) -> Iterator[str]:
+    """A table for each metric, then a line on how the samples are counted. The runs must have the same test set."""
+    from rich.console import Console
+
+    first = runs[0]
+    rows = compare(runs)
+    for metric in dict.fromkeys(row.metric for row in rows):
+        text = io.StringIO()
+        console = Console(
+            file=text, width=Console().width, force_terminal=coloured, highlight=False, markup=False, emoji=False
+        )
+        console.print(_table([row for row in rows if row.metric == metric], f"{first.run}/{reference_model(first)}"))
+        yield text.getvalue().removesuffix("\n")
+    samples, questions = len(first.lines), len({line["together"] for line in first.lines})
+    counted = f"{samples} test samples" + (f", counted as {questions}" if questions < samples else "")
+    yield f"{counted}; percent and points with 95% intervals; * if the interval excludes 0"
+
+
+def _table(rows: Sequence[ComparisonRow], reference: str) -> "Table":
+    """The rows of one metric."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("run", "model", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in (rows[0].metric, f"over {reference}", "same answers", "n", "failed"):
+        table.add_column(Text(head), justify="right", overflow="fold")
+    for row in rows:
+        score = row.figure
+        cells = [row.run, row.model, interval_text(score["value"], score["low"], score["high"]), _gain_text(row)]
+        cells += ["" if row.same_answers is None else f"{row.same_answers:.1f}%", str(score["n"]), str(score["failed"])]
+        table.add_row(*map(Text, cells), style="dim" if row.model == "base" else "")
+    return table
+
+
+def _gain_text(row: ComparisonRow) -> str:
+    """The difference with its interval, and a star if that excludes 0; empty for the reference model."""
+    if row.difference is None:
+        return ""
+    value, low, high = (row.difference[name] for name in ("value", "low", "high"))
+    return interval_text(value, low, high, "+") + (" *" if low > 0 or high < 0 else "  ")

@@ -1,0 +1,32 @@
+"""The ledger in each of its formats, as text and as a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stages.contract.errors import UsageError
+from stages.contract.files import machine_error, written_atomically
+from stages.results.ledger import Row
+from stages.results.ledger_page import as_html
+from stages.results.ledger_table import as_csv, as_table
+
+SUFFIXES = {".csv": "csv", ".html": "html"}
+"""Formats by a file's suffix; any other is a table."""
+
+
+def render_ledger(rows: Sequence[Row], form: str, sorted_by: str | None, descending: bool, coloured: bool) -> str:
+    """The rows as `table`, `csv` or `html`."""
+    if form == "csv":
+        return as_csv(rows)
+    if form == "html":
+        return as_html(rows, sorted_by, descending)
+    return as_table(rows, sorted_by, coloured) if rows else ""
+
+
+def write_ledger(path: Path, text: str, form: str) -> None:
+    """Write a rendered ledger. Raises UsageError if the file cannot be written, DoesNotFitError if the disk is full."""
+    mark = "\ufeff" if form == "csv" else ""  # spreadsheets read a file as UTF-8 only if it starts with this
+    try:
+        with written_atomically(path.absolute()) as file:
+            file.write(mark + text)
+    except OSError as error:
+        raise machine_error(error) or UsageError(f"--out {path}: cannot be written ({error.strerror})") from error

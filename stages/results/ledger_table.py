@@ -1,0 +1,203 @@
+"""The ledger as a table on the console and as CSV, and the columns that table and page show."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from stages.results.ledger import Row
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+UNTESTED = "untested"
+"""Shown instead of a missing score: never a number."""
+
+ON_TRAINING_DATA = "Scored on training data: such a score says nothing about other data."
+
+FORMULAS = tuple("=+-@＝＋－＠")
+"""The characters that a spreadsheet takes for the start of a formula."""
+
+MOST_WIDTH = 40
+"""Characters of a column in a terminal; longer texts are folded."""
+
+LEAST_WIDTH = 24
+"""The same for columns of long texts, which are folded sooner to make room for others."""
+
+GAP = 2
+"""Blanks between columns."""
+
+RARE_COLUMNS = ("data_recipe", "records_read", "records_kept", "connector_samples")
+"""Left out of the CSV if no row has them: only some tasks process their data."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of table and page; the CSV has one column for each value instead."""
+
+    title: str
+    text: Callable[[Row], str]
+    values: tuple[str, ...]
+    """The row's values in it; it sorts by the first."""
+    rank: int = 0
+    """If there is no room for all columns, those with the lowest rank stay; 0 always does."""
+    number: bool = False
+    long: bool = False
+    """Its texts may be sentences."""
+    rare: bool = False
+    """It is left out if no row has a text for it."""
+
+
+def columns_of(rows: Sequence[Row]) -> list[Column]:
+    """The columns for these rows, in order. If all rows have one metric, it is the title of the score's column."""
+    metrics = list(dict.fromkeys(row.metric for row in rows if row.metric))
+    one = len(metrics) == 1
+    votes = any(row.in_vote for row in rows)
+    weighted = len({row.weight for row in rows} - {None}) > 1
+    columns = [
+        Column("run", lambda row: row.run, ("run",)),
+        Column("task", lambda row: row.task, ("task",), 12),
+        Column("adapter", lambda row: row.adapter, ("adapter",)),
+        Column("data recipe", lambda row: row.data_recipe, ("data_recipe",), long=True, rare=True),
+        Column("records kept", _kept_text, ("records_kept", "records_read"), number=True, rare=True),
+        Column(
+            "connector samples", lambda row: _digits(row.connector_samples), ("connector_samples",), 1, True, rare=True
+        ),
+        Column("data mix", lambda row: row.data_mix, ("data_mix",), long=True),
+        Column("sources", lambda row: row.sources, ("sources",), 8, long=True),
+        Column("samples", lambda row: _digits(row.samples), ("samples",), 4, number=True),
+        Column("steps", lambda row: _digits(row.steps), ("steps",), 9, number=True),
+        Column("loss", lambda row: _digits(row.loss, ".4f"), ("loss",), 7, number=True),
+        Column("metric", lambda row: row.metric, ("metric",), 17 if one else 0),
+        Column(metrics[0] if one else "score", _score_text, ("score", "low", "high"), number=True),
+        Column("over base", _gain_text, ("gain", "gain_low", "gain_high"), 1, number=True),
+        Column("n", lambda row: _digits(row.n), ("n",), 2, number=True),
+        Column("failed", lambda row: _digits(row.failed), ("failed",), 3, number=True),
+        Column("validation", lambda row: _digits(row.validation, ".1f"), ("validation",), 5 if votes else 16, True),
+        Column("in the vote", lambda row: _vote_text(row, weighted), ("in_vote", "weight"), 0 if votes else 15),
+        Column("state", lambda row: row.state, ("state", "scored_on"), long=True),
+        Column("base model", lambda row: row.base_model, ("base_model",), 10),
+        Column("seed", lambda row: _digits(row.seed), ("seed",), 13, number=True),
+        Column("recipe", lambda row: row.recipe, ("recipe",), 11),
+        Column("date", lambda row: row.date[:16].replace("T", " "), ("date",), 6),
+        Column("lorry", lambda row: row.version, ("version",), 14),
+    ]
+    return [column for column in columns if not column.rare or any(column.text(row) for row in rows)]
+
+
+def interval_text(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+    """`34.4 [25.0, 43.8]`, or `+34.4 [+25.0, +43.8]` with the sign `+`; without an interval the value alone."""
+    if value is None or low is None or high is None:
+        return _digits(value, f"{sign}.1f")
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def _digits(value: float | None, form: str = "") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _kept_text(row: Row) -> str:
+    return "" if row.records_kept is None else f"{row.records_kept} of {row.records_read}"
+
+
+def _score_text(row: Row) -> str:
+    return interval_text(row.score, row.low, row.high) or UNTESTED
+
+
+def _gain_text(row: Row) -> str:
+    return interval_text(row.gain, row.gain_low, row.gain_high, "+")
+
+
+def _vote_text(row: Row, weighted: bool) -> str:
+    return f"{row.in_vote}, {row.weight:.2f}" if weighted and row.weight is not None else row.in_vote
+
+
+# -- CSV ---------------------------------------------------------------------------------------------------------
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """All values, a line for each row. A text that a spreadsheet would take for a formula gets an apostrophe in
+    front."""
+    every = [field.name for field in fields(Row)]
+    names = [n for n in every if n not in RARE_COLUMNS or any(getattr(row, n) not in (None, "") for row in rows)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        cells = {name: getattr(row, name) for name in names}
+        if row.score is None:
+            cells["score"] = UNTESTED
+        writer.writerow(_without_formula(cell) if isinstance(cell, str) else cell for cell in cells.values())
+    return text.getvalue()
+
+
+def _without_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULAS) else text
+
+
+# -- table -------------------------------------------------------------------------------------------------------
+
+
+def as_table(rows: Sequence[Row], sorted_by: str | None, coloured: bool) -> str:
+    """A table with as many columns as the terminal has room for, and a line on those left out. The column `sorted_by`
+    is always shown."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    console = Console(
+        file=text, width=Console().width, force_terminal=coloured, highlight=False, markup=False, emoji=False
+    )
+    every = columns_of(rows)
+    shown = _fitting_columns(every, rows, sorted_by, console.width)
+    console.print(_table(shown, rows))
+    console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
+    if any(row.scored_on.startswith("training") for row in rows):
+        console.print(ON_TRAINING_DATA, style="bold")
+    missing = [each.title for each in every if each not in shown]
+    if missing:
+        console.print(f"no room for: {', '.join(missing)}; --format csv has them", style="dim")
+    return text.getvalue()
+
+
+def _fitting_columns(every: list[Column], rows: Sequence[Row], sorted_by: str | None, width: int) -> list[Column]:
+    """The columns that a terminal of this width has room for, in order."""
+    from rich.cells import cell_len
+
+    def room(column: Column) -> int:
+        # titles break between words, folded texts anywhere
+        title = max(map(cell_len, column.title.split()))
+        longest = max(cell_len(column.text(row)) for row in rows)
+        return max(title, min(LEAST_WIDTH if column.long else MOST_WIDTH, longest)) + GAP
+
+    shown = [each for each in every if not each.rank or sorted_by in each.values]
+    left = width - 2 - sum(map(room, shown))  # the box has an edge
+    for each in sorted((each for each in every if each not in shown), key=lambda each: each.rank):
+        if room(each) <= left:
+            shown.append(each)
+            left -= room(each)
+    return [each for each in every if each in shown]
+
+
+def _table(columns: list[Column], rows: Sequence[Row]) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0))
+    for each in columns:
+        table.add_column(
+            Text(each.title),
+            justify="right" if each.number else "left",
+            vertical="top",
+            overflow="fold",
+            no_wrap=each.number,
+            max_width=MOST_WIDTH,
+        )
+    for row in rows:
+        table.add_row(*(Text(each.text(row)) for each in columns), style=_style(row))
+    return table
+
+
+def _style(row: Row) -> str:
+    return {"base": "dim", "vote": "bold"}.get(row.adapter, "")

@@ -1,0 +1,3 @@
+from tests.hardware.recorded import box
+
+__all__ = ["box"]

@@ -1,0 +1,119 @@
+"""Which GPUs a launch gives its stages: named, GPU 0, or auto."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stages.contract.errors import DoesNotFitError, UsageError
+from stages.hardware.holds import Holds
+from stages.hardware.probe import read_cards
+from stages.host.cards import CardChoice, choose_cards, choose_target, inference_bytes, job_need
+from tests.hardware.recorded import Box
+
+
+@pytest.fixture
+def holds(tmp_path: Path) -> Iterator[Holds]:
+    found = Holds(tmp_path / "holds")
+    yield found
+    found.close()
+
+
+def choose(text: str | None, holds: Holds, stage: str = "train", target: str | None = None) -> CardChoice:
+    return choose_cards(text, target, (stage,), {}, read_cards(), holds)
+
+
+def test_cards_reach_containers_by_uuid_and_local_processes_by_number(box: Box, holds: Holds) -> None:
+    chosen = choose(f"3,{box.uuid(1)}", holds)
+    assert chosen.devices("train") == chosen.devices("infer") == [box.uuid(3), box.uuid(1)]
+    assert chosen.numbers("train") == "3,1"
+
+
+def test_without_a_list_it_is_card_0_unless_that_is_denied(
+    box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose(None, holds).numbers("train") == choose(" ", holds).numbers("train") == "0"
+    monkeypatch.setenv("LORRY_GPU_DENY", "0,5")
+    told = r"GPUS is not set \(default: 0\): GPU 0 \(NVIDIA.*is not to be taken: it is in LORRY_GPU_DENY"
+    with pytest.raises(UsageError, match=told):
+        choose(None, holds)
+    assert choose(None, holds, "eval") == CardChoice(), "which takes no card"
+
+
+def test_the_machine_without_cards_needs_no_list(box: Box, holds: Holds) -> None:
+    box.keep(0)
+    assert choose(None, holds) == CardChoice()
+
+
+def test_where_nvml_shows_no_card_any_may_be_one(box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.keep(0)
+    chosen = choose("6,GPU-8f5e", holds)
+    assert chosen.devices("train") == ["6", "GPU-8f5e"]
+    with pytest.raises(UsageError, match="NVML shows no GPUs here: name their target"):
+        choose_target(None, chosen, ())
+    assert choose_target("a800", chosen, ()).name == "a800"
+    for text, told in (("1,1", "names a GPU twice"), ("-1", "'-1' is not a GPU's number"), ("MIG-1", "is a MIG slice")):
+        with pytest.raises(UsageError, match=told):
+            choose(text, holds)
+    monkeypatch.setenv("LORRY_GPU_DENY", "5, 6")
+    with pytest.raises(UsageError, match="GPU 6 is denied by LORRY_GPU_DENY: name others"):
+        choose("6", holds)
+    assert choose(None, holds, "train", "a800") == CardChoice(), "Compose hands it card 0"
+    monkeypatch.setenv("LORRY_GPU_DENY", "0")
+    with pytest.raises(
+        UsageError, match=r"GPUS is not set \(default: 0\): GPU 0 is denied by LORRY_GPU_DENY: name others"
+    ):
+        choose(None, holds, "train", "a800")
+
+
+def test_the_target_is_that_of_the_chosen_cards(box: Box) -> None:
+    for index, capability in enumerate(([7, 0], [8, 9])):
+        box.cards[index]["cuda_compute_capability"] = capability
+    box.keep(2)
+    gpus = read_cards().gpus
+    assert choose_target(None, CardChoice(gpus[1:]), gpus).name == "rtx4090"
+    assert choose_target(None, CardChoice(), gpus).name == "v100", (
+        "none is needed: the first says which images there are"
+    )
+    assert choose_target(None, CardChoice(), ()).name == "cpu"
+    assert choose_target("v100-gptq", CardChoice(gpus[:1]), gpus).name == "v100-gptq"
+    with pytest.raises(UsageError, match="choose GPUs of one kind"):
+        choose_target(None, CardChoice(gpus), gpus)
+    box.lose(0)
+    assert choose_target(None, CardChoice(), read_cards().gpus).name == "rtx4090"
+
+
+@pytest.mark.parametrize("text", ["0", "auto"])
+def test_the_cpu_takes_no_gpus(box: Box, holds: Holds, text: str) -> None:
+    with pytest.raises(UsageError, match="target cpu takes no GPUs"):
+        choose(text, holds, target="cpu")
+
+
+def test_named_cards_are_held_only_where_a_stage_computes_on_them(box: Box, holds: Holds) -> None:
+    choose("1", holds, "preprocess")
+    assert holds.holders(box.uuid(1)) == []
+    choose("1", holds, "infer")
+    assert [lock.exclusive for lock in holds.holders(box.uuid(1))] == [False]
+
+
+def test_a_driver_that_does_not_answer_is_not_a_machine_without_cards(box: Box, holds: Holds) -> None:
+    box.recorded["init_error"] = "LIB_RM_VERSION_MISMATCH"
+    box.save()
+    for stage, target in (("train", None), ("train", "a800"), ("eval", None)):
+        with pytest.raises(DoesNotFitError, match=r"driver/library version mismatch.*reboot.*or set TARGET=cpu"):
+            choose(None, holds, stage, target)
+    assert choose(None, holds, "train", "cpu") == choose(None, holds, "eval", "a800") == CardChoice()
+
+
+def test_auto_counts_with_the_larger_of_both_phases(language_model: Path, box: Box) -> None:
+    def asked(*overrides: str) -> int:
+        recipe = {"recipe": "patent-qa", "profile": "tiny", "data": None, "overrides": overrides, "run_name": "r"}
+        return job_need(("train",), recipe).asked(1, (8, 0))
+
+    alone = asked()
+    assert asked("train.connector={micro_batch: 1, max_length: 64}") == alone, "the second phase is the larger"
+    assert asked("train.connector={micro_batch: 64, max_length: 4096}") > 2 * alone, "the first is"
+
+
+def test_answering_needs_its_weights_and_a_fifth_more() -> None:
+    assert inference_bytes(15_231_233_024) == pytest.approx(20.4e9, rel=0.01), "Qwen2.5-7B in half precision"

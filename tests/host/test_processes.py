@@ -1,0 +1,27 @@
+"""Stages as local processes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.contract.errors import UsageError
+from stages.host import processes
+from stages.host.cards import CardChoice
+
+
+def test_a_host_without_the_libraries_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "LIBRARIES", {"train": ("click", "no_such_library")})
+    with pytest.raises(UsageError, match=r"train needs no_such_library.*make setup.*or start Docker"):
+        processes.local_runner(("train",), {}, CardChoice(), None)
+
+
+def test_the_cuda_of_torch_is_read_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = tmp_path / "torch" / "version.py"
+    version.parent.mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for text, cuda in (("cuda: Optional[str] = '12.8'", "12.8"), ("cuda = None", None), ("git = 'a1'", None)):
+        version.write_text(f"debug = False\n{text}\nhip: Optional[str] = None\n")
+        assert processes.installed_cuda() == cuda
