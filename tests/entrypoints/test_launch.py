@@ -31,7 +31,7 @@ NO_ENGINE = "unix:///nowhere/docker.sock"
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--target", "a100"), "no target 'a100'; there are: cpu, v100"),
+        (("--target", "a100"), "no target 'a100'; known targets: cpu, v100"),
         (("--target", "a800", "--gpus", "1,1"), "GPUS=1,1: names a GPU twice"),
         (("--target", "a800", "--gpus", "0,,1"), "GPUS=0,,1: has an empty element"),
         (("patent-qa", "--gpus", "auto:-2"), "GPUS=auto:-2: write auto, or auto:4"),
@@ -195,7 +195,10 @@ def test_auto_takes_a_number_of_cards_that_makes_the_exact_batches(
     assert small(local, "train", "--gpus", "auto", *exact, *both).visible[-1] == ("train", "1,3")
     refused = small(local, "train", "--gpus", "auto:3", *exact)
     assert (refused.code, refused.visible) == (4, []), refused.output
-    assert "train.effective_batch is 16 and train.exact_batch is set, but 3 GPU(s) make" in refused.output
+    assert (
+        "train.effective_batch is 16 and train.exact_batch is set, but the nearest that 3 GPU(s) can do is 15"
+        in refused.output
+    )
 
 
 def test_auto_takes_cards_that_only_a_leaner_way_fits_on(
@@ -208,7 +211,7 @@ def test_auto_takes_cards_that_only_a_leaner_way_fits_on(
     box.free(*[(asked + least) / 2 / 2**30] * 8)
     done = small(local, "train", "--gpus", "auto:2")
     assert done.visible[-1] == ("train", "0,1"), done.output
-    assert "no 2 cards have that free: the same result in less memory, down to" in done.output
+    assert "no 2 GPUs have that free: the same result in less memory, down to" in done.output
     box.free(*[(least - 1) / 2**30] * 8)
     assert small(local, "train", "--gpus", "auto:2").code == 4
 
@@ -249,7 +252,7 @@ def test_auto_where_all_are_busy_is_one_line_and_exit_4(box: Box, local: Launch,
     done = small(local, "infer", "--gpus", "auto", "--shard", "0/2")
     assert (done.code, done.seen, len(done.output.splitlines())) == (4, [], 1)
     assert (
-        "error: GPUS=auto: no card has 2.3 GiB free: GPU 0: 0.5 GiB free of 80.0, held by python (alice" in done.output
+        "error: GPUS=auto: no GPU has 2.3 GiB free: GPU 0: 0.5 GiB free of 80.0, held by python (alice" in done.output
     )
 
 
@@ -289,7 +292,7 @@ def test_holds_that_cannot_be_kept_are_one_line(
     box.holds.write_text("in the way")
     done = small(local, "infer", "--gpus", gpus, "--shard", "0/2")
     assert (done.code, done.seen, len(done.output.splitlines())) == (2, [], 1)
-    assert f"{box.holds}/choosing: cannot be used to hold a card (Not a directory)" in done.output
+    assert f"{box.holds}/choosing: cannot hold a GPU here (Not a directory)" in done.output
 
 
 def test_what_is_done_is_not_started_and_takes_no_card(

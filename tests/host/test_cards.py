@@ -34,7 +34,7 @@ def test_without_a_list_it_is_card_0_unless_that_is_denied(
 ) -> None:
     assert choose(None, holds).numbers("train") == choose(" ", holds).numbers("train") == "0"
     monkeypatch.setenv("LORRY_GPU_DENY", "0,5")
-    told = r"GPUS is not set \(default: 0\): GPU 0 \(NVIDIA.*is not to be taken: it is in LORRY_GPU_DENY"
+    told = r"GPUS is not set \(default: 0\): GPU 0 \(NVIDIA.*is denied by LORRY_GPU_DENY"
     with pytest.raises(UsageError, match=told):
         choose(None, holds)
     assert choose(None, holds, "eval") == CardChoice(), "which takes no card"
