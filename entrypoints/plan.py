@@ -208,9 +208,10 @@ def _disk(run: Any, shape: Any) -> bool:
 def _inference(settings: Any, shape: Any, cards: _Cards) -> None:
     """Tell how inference is served on the same cards. The exit code is training's: inference may have others."""
     from stages.contract.errors import DoesNotFitError, UsageError
+    from stages.engines import engine_kind
     from stages.hardware.serve import plan_serving
 
-    if cards.memory is None or settings.engine != "vllm":
+    if cards.memory is None or not engine_kind(settings.engine).shares_weights:
         click.echo(f"inference: by {settings.engine}{'' if cards.memory else ' on a CPU'}; its memory is not estimated")
         return
     free = [cards.memory] * cards.count

@@ -17,6 +17,7 @@ import click
 
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.contract.roots import Roots
+from stages.engines import engine_libraries
 from stages.hardware.fatbin import architectures, serves
 from stages.hardware.targets import Target, load_targets, named_target
 from stages.host.needs import LIBRARIES, ON_CARDS, WHERE_INSTALLED
@@ -78,7 +79,7 @@ def _compiled(stage: str, modules: dict[str, Any]) -> Iterator[tuple[str, set[st
         flags = torch._C._cuda_getArchFlags() if cuda else ""  # torch.cuda.get_arch_list() is empty without a GPU
         yield "torch", set((flags or "").split())
     patterns = {
-        "vllm": ("_C*.so", "_moe_C*.so"),
+        **{library: files for library, files in engine_libraries().items() if files},
         "bitsandbytes": (f"libbitsandbytes_cuda{(cuda or '').replace('.', '')}.so",),
         "auto_gptq": ("../autogptq_cuda_*.so",),
         "flash_attn": ("../flash_attn_2_cuda*.so",),
