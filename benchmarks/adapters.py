@@ -19,6 +19,7 @@ from benchmarks.random_adapters import make_adapter
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
 from stages.contract.roots import Roots
+from stages.engines import start_engine
 from stages.engines.engine import Engine, EngineSettings
 from stages.models.rendering import Prompt, Renderer
 
@@ -49,11 +50,7 @@ def started(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Engine
         seed=0,
     )
     began = time.perf_counter()
-    if small:
-        from stages.engines.transformers_engine import TransformersEngine as Kind
-    else:
-        from stages.engines.vllm_engine import VllmEngine as Kind  # type: ignore[assignment]
-    engine = Kind(settings)
+    engine = start_engine("transformers" if small else "vllm", settings)
     return engine, time.perf_counter() - began
 
 

@@ -6,6 +6,7 @@ Paths in it are relative to the three mounts (`roots.py`), so that a resolved re
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -351,7 +352,7 @@ class Vote(Section):
 
 
 class Infer(Section):
-    engine: Literal["vllm", "transformers"] = "vllm"
+    engine: str = Field("vllm", description="Inference engine, by its name in stages/engines/__init__.py")
     max_length: int = Field(
         8192, ge=16, description="Tokens of prompt and answer; a longer prompt is counted as failed"
     )
@@ -484,14 +485,26 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     return values, profiles, text
 
 
+def place_of_key(path: Path, location: tuple[str, ...], profile: str | None) -> str:
+    """`file:line` of a key in a recipe file, or the file alone where the key is not in it."""
+    text = path.read_text(encoding="utf-8")
+    line = _line_of(text, ("profiles", profile, *location)) if profile else None
+    line = line or _line_of(text, location)
+    return f"{path}:{line}" if line else str(path)
+
+
 def profile_names(path: Path) -> list[str]:
     """Names of a recipe file's profiles."""
     return list(_read(path)[1])
 
 
-def recipe_file_schema() -> dict[str, Any]:
-    """JSON schema of a recipe file: a recipe and its profiles, each of which may override any part of it."""
+def recipe_file_schema(engines: Sequence[str]) -> dict[str, Any]:
+    """JSON schema of a recipe file: a recipe and its profiles, each of which may override any part of it.
+
+    `engines` are the values that `infer.engine` may have.
+    """
     schema = Recipe.model_json_schema()
+    schema["$defs"]["Infer"]["properties"]["engine"]["enum"] = list(engines)
     schema["properties"].pop("profile")
     schema["properties"]["profiles"] = {"type": "object", "additionalProperties": {"type": "object"}}
     return schema

@@ -1,7 +1,7 @@
 """The journals of answers: one file a model, one line a completion, written as soon as the completion is there.
 
-An answer is found by sample, pass and a digest of what was asked. A later start therefore asks only for what is missing,
-and a variant of the task shares the answers to whatever it asks alike.
+An answer is found by sample, pass and a digest of what was asked. A later start therefore asks only what is missing,
+and variants of the task share the answers to what they ask alike.
 """
 
 from collections.abc import Mapping

@@ -72,7 +72,10 @@ def hold_election(
     validation = {name: _answers_of(predictions[Variant(name, asks="validation")]) for name in names}
     by_sample = [{name: validation[name][place] for name in names} for place in range(len(compared))]
     right = [_scores_of(recipe, task, sample, given) for sample, given in zip(compared, by_sample, strict=True)]
-    scores = {name: _mean([known.get(a or "", 0.0) for known, a in zip(right, validation[name], strict=True)]) for name in names}
+    scores = {
+        name: _mean([known.get(a or "", 0.0) for known, a in zip(right, validation[name], strict=True)])
+        for name in names
+    }
     path: list[float] = []
     voters = names
     if vote.adapters == "greedy":
@@ -90,7 +93,9 @@ def hold_election(
     return Election(electorate, scores, len(compared), path, ballots, decisions)
 
 
-def samples_to_vote_again(recipe: Recipe, task: Task, tested: list[Sample], election: Election, say: Say) -> list[Sample]:
+def samples_to_vote_again(
+    recipe: Recipe, task: Task, tested: list[Sample], election: Election, say: Say
+) -> list[Sample]:
     """The samples of a second round: those where no answer has more than half of the votes, with the leading answers
     only. Says how many there are; none if the recipe has no second round."""
     assert recipe.infer.vote is not None

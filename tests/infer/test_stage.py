@@ -14,6 +14,7 @@ from stages.host.runner import run_stage
 from stages.infer import stage as infer
 from stages.models.rendering import Prompt
 from tests.infer.conftest import ask, sample
+from tests.infer.engines import use_engine
 
 Answer = Callable[[list[Prompt], str | None], list[Completion]]
 
@@ -38,7 +39,7 @@ class ScriptedEngine:
 
 
 def answers(run: Run, monkeypatch: pytest.MonkeyPatch, answer: Answer, part: Part = None) -> Exit:
-    monkeypatch.setattr(infer, "_start_engine", lambda *_: ScriptedEngine(answer))
+    use_engine(monkeypatch, lambda _: ScriptedEngine(answer))
     return run_stage(run, "infer", infer.work, part=part)
 
 

@@ -38,6 +38,7 @@ from stages.tasks import settle_recipe
 from stages.train import stage as train
 from stages.train import torchrun
 from tests.conftest import REPOSITORY
+from tests.infer.engines import use_engine
 from tests.small_inputs import small_models
 
 __all__ = ["small_models"]
@@ -150,7 +151,7 @@ class Job:
 
     def infer(self, engine: Any) -> Exit:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(infer, "_start_engine", lambda *_: engine)
+            use_engine(patch, lambda _: engine)
             return run_stage(self.run, "infer", infer.work)
 
     def eval(self) -> Exit:

@@ -80,5 +80,5 @@ def test_base_connector_and_adapter_answer_together(trained: TwoPhases, models: 
 
 
 def test_vllm_is_refused_before_it_starts(models: Path) -> None:
-    with pytest.raises(UsageError, match="vllm cannot serve mgm models; set infer.engine to transformers"):
+    with pytest.raises(UsageError, match=r"vllm cannot serve mgm models; set infer\.engine to transformers"):
         start_engine("vllm", EngineSettings(models / "tiny-mgm", {}, "float32", 8, 1, 256, 0))
