@@ -94,9 +94,10 @@ class _Conversation:
             prompts.append(prompt)
             if step.record is None:
                 missing[sample["id"]] = step
-        if missing:
-            self._generate(prompts, missing)
-        return bool(missing)
+        if not missing:
+            return False
+        self._generate(prompts, missing)
+        return True
 
     def _generate(self, prompts: list[Prompt], missing: dict[str, Step]) -> None:
         """Submit these prompts and keep the answers to the missing ones, which this removes from `missing`.

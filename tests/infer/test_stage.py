@@ -55,6 +55,19 @@ def test_predictions_are_in_the_samples_order_for_base_and_adapter(run: Run, mon
         assert all(p["text"] == f"{adapter} {p['prompt_tokens']}" and p["error"] is None for p in found)
 
 
+def test_progress_counts_the_samples_of_each_pass(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert answers(run, monkeypatch, echo) == Exit.DONE
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.partition(" samples")[0] for line in lines if " samples" in line] == [
+        "infer: answer with base 3/6",
+        "infer: answer with base 6/6",
+        "infer: answer with tuned 3/6",
+        "infer: answer with tuned 6/6",
+    ]
+
+
 def test_a_sample_that_fails_is_counted_and_the_others_are_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails_on_s1(prompts: list[Prompt], adapter: str | None) -> list[Completion]:
         if any(prompt.id == "s1" for prompt in prompts):

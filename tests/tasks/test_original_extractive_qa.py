@@ -534,7 +534,7 @@ def test_defect_09_what_answered_is_told_though_the_last_start_had_nothing_to_as
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(infer, "_write", stopped)
+        patch.setattr(infer, "write_predictions", stopped)
         assert fresh.infer(Engine()) == Exit.INTERRUPTED
     engine = Engine()
     assert (fresh.infer(engine), fresh.eval()) == (Exit.DONE, Exit.DONE)
