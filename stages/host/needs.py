@@ -1,9 +1,11 @@
 """What each stage needs of a host: libraries and GPUs."""
 
+from stages.engines import engine_libraries
+
 LIBRARIES = {
     "preprocess": ("pymupdf", "torch", "sentence_transformers", "data_juicer", "ray"),
     "train": ("torch", "transformers", "peft", "swift"),
-    "infer": ("torch", "transformers", "vllm"),
+    "infer": tuple(engine_libraries()),
     "eval": ("numpy", "matplotlib", "jinja2"),
 }
 """The libraries that a stage cannot do without, in the order of import."""

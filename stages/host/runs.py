@@ -44,8 +44,9 @@ def open_run(
     run_name: str | None = None,
 ) -> "Run":
     """The run that a command's options name. Raises UsageError for a recipe, run or task that does not exist."""
-    from stages.contract.recipe import load_recipe
+    from stages.contract.recipe import load_recipe, place_of_key
     from stages.contract.run import Run
+    from stages.engines import engine_kind
     from stages.tasks import settle_recipe
 
     roots = Roots.from_environment()
@@ -58,6 +59,10 @@ def open_run(
     else:
         raise UsageError("name a RECIPE, or --run with the name of a run")
     loaded = load_recipe(path, profile, overrides, Path(data) if data else None)
+    try:
+        engine_kind(loaded.infer.engine)
+    except UsageError as error:
+        raise UsageError(f"{place_of_key(path, ('infer', 'engine'), loaded.profile)}: {error}") from error
     name = run_name or path.stem
     if name in (".", "..") or "/" in name:
         raise UsageError(f"--run {name}: a run's name is one folder name, without '/'")

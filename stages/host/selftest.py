@@ -15,6 +15,7 @@ from typing import Any
 
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.contract.roots import Roots
+from stages.engines import engine_libraries
 from stages.hardware.fatbin import architectures, serves
 from stages.hardware.targets import Target, load_targets, named_target
 from stages.host.needs import GPU_STAGES, LIBRARIES, OPTIONAL_LIBRARIES
@@ -82,7 +83,7 @@ def _device_code(stage: str, modules: dict[str, Any]) -> Iterator[tuple[str, set
         flags = torch._C._cuda_getArchFlags() if cuda else ""  # torch.cuda.get_arch_list() is empty without a GPU
         yield "torch", set((flags or "").split())
     patterns = {
-        "vllm": ("_C*.so", "_moe_C*.so"),
+        **{library: files for library, files in engine_libraries().items() if files},
         "bitsandbytes": (f"libbitsandbytes_cuda{(cuda or '').replace('.', '')}.so",),
         "auto_gptq": ("../autogptq_cuda_*.so",),
         "flash_attn": ("../flash_attn_2_cuda*.so",),

@@ -1,58 +1,81 @@
-"""The adapters' vote as inference holds it: who votes, what their votes count, and what is written of it."""
+"""The adapters' vote on the test samples: who votes and with what weight, a second round, and votes.jsonl."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from stages.contract.errors import DataError
-from stages.contract.files import write_jsonl
-from stages.contract.recipe import Vote
+from stages.contract.recipe import Recipe, Vote
 from stages.contract.records import Prediction, Sample, failed_prediction
-from stages.contract.stage import Stage
-from stages.infer.asking import Variant
+from stages.infer.rounds import Variant
 from stages.infer.vote import Answers, Decision, Electorate, chosen_greedily, decide
-from stages.tasks import load_task
+from stages.tasks.task import Task
 
 VOTE = Variant("vote")
 """The adapters' common answer, among the predictions of the adapters."""
 
-AskAgain = Callable[[dict[Variant, list[Sample]]], dict[Variant, list[Prediction]]]
-"""Asks adapters about samples with fewer answers to choose from."""
+Say = Callable[[str], None]
+"""Prints a line on the console."""
+
+
+@dataclass(frozen=True)
+class Election:
+    """The first round of a vote."""
+
+    electorate: Electorate
+    """Who votes."""
+    scores: dict[str, float]
+    """Every trained adapter's mean score on the validation samples, in 0..1; 0 where there are none."""
+    compared: int
+    """The number of validation samples."""
+    path: list[float]
+    """With `adapters: greedy`, the vote's score on the validation samples with each adapter that was added."""
+    ballots: list[Answers]
+    """The voters' answers to each test sample."""
+    decisions: list[Decision]
+    """The vote on each test sample."""
+
+    @property
+    def voters(self) -> list[str]:
+        """Sorted by name."""
+        return sorted(self.electorate.weights)
 
 
 def refuse_impossible_vote(vote: Vote, adapters: Collection[str], compared: int) -> None:
-    """Raise DataError where the recipe's way to vote cannot be gone: before anything is asked.
+    """Raise DataError if the vote that the recipe asks for cannot be held, before anything is asked.
 
-    `adapters` are those that have been trained, `compared` is the number of validation samples.
+    `adapters` are the trained ones, `compared` is the number of validation samples.
     """
     if not compared and (vote.adapters == "greedy" or vote.weights == "validation"):
         raise DataError(
-            "infer.vote: adapters are to be chosen or weighed by validation samples, and there are none; set"
-            " data.validation_fraction, or infer.vote to adapters all and weights uniform"
+            "infer.vote: adapters are to be chosen or weighted by validation samples, and there are none; set"
+            " data.validation_fraction above 0, or infer.vote to adapters all and weights uniform"
         )
     if isinstance(vote.adapters, list) and not set(vote.adapters) & set(adapters):
-        raise DataError(f"infer.vote: none of {', '.join(vote.adapters)} has been trained")
+        raise DataError(f"infer.vote.adapters: none of {', '.join(vote.adapters)} is trained; name trained adapters")
 
 
-def hold_vote(
-    stage: Stage,
-    asked: Mapping[Variant, list[Sample]],
-    found: Mapping[Variant, list[Prediction]],
-    ask_again: AskAgain,
-) -> list[Prediction]:
-    """The adapters' common answer to every test sample, in their order. Writes votes.jsonl, and tells the manifest who
-    voted and why. The vote is possible, by `refuse_impossible_vote`."""
-    task, recipe = load_task(stage.run.recipe.task), stage.run.recipe
+def hold_election(
+    recipe: Recipe,
+    task: Task,
+    samples: Mapping[Variant, list[Sample]],
+    predictions: Mapping[Variant, list[Prediction]],
+    say: Say,
+) -> Election:
+    """Choose the voters and let them vote on every test sample. `refuse_impossible_vote` has passed."""
     vote = recipe.infer.vote
     assert vote is not None
-    names = sorted(variant.adapter for variant in found if variant.adapter and variant.asks == "validation")
-    compared = asked[Variant(names[0], asks="validation")]
-    right = [_right(stage, task, sample, found, names, place) for place, sample in enumerate(compared)]
-    validation = {name: _answers_of(found[Variant(name, asks="validation")]) for name in names}
+    names = sorted(variant.adapter for variant in predictions if variant.adapter and variant.asks == "validation")
+    compared = samples[Variant(names[0], asks="validation")]
+    validation = {name: _answers_of(predictions[Variant(name, asks="validation")]) for name in names}
     by_sample = [{name: validation[name][place] for name in names} for place in range(len(compared))]
-    scores = {name: _mean([right[n].get(a or "", 0.0) for n, a in enumerate(validation[name])]) for name in names}
+    right = [_scores_of(recipe, task, sample, given) for sample, given in zip(compared, by_sample, strict=True)]
+    scores = {
+        name: _mean([known.get(a or "", 0.0) for known, a in zip(right, validation[name], strict=True)])
+        for name in names
+    }
     path: list[float] = []
     voters = names
     if vote.adapters == "greedy":
@@ -61,40 +84,84 @@ def hold_vote(
         voters = [name for name in vote.adapters if name in names]
         absent = sorted(set(vote.adapters) - set(voters))
         if absent:
-            stage.events.say(f"not trained, so without a vote: {', '.join(absent)}")
+            say(f"not trained, so without a vote: {', '.join(absent)}")
     electorate = Electorate({name: scores[name] if vote.weights == "validation" else 1.0 for name in voters}, scores)
-    tested = asked[Variant(None)]
-    answers = {name: _answers_of(found[Variant(name)]) for name in voters}
-    ballots: list[Answers] = [{name: answers[name][place] for name in voters} for place in range(len(tested))]
+    answers = {name: _answers_of(predictions[Variant(name)]) for name in voters}
+    count = len(samples[Variant(None)])
+    ballots: list[Answers] = [{name: answers[name][place] for name in voters} for place in range(count)]
     decisions = [decide(ballot, electorate) for ballot in ballots]
-    second = _second_round(stage, task, tested, decisions, electorate, ask_again) if vote.second_round else {}
-    rows = [
-        _row(sample, ballot, decision, second.get(sample["id"]))
-        for sample, ballot, decision in zip(tested, ballots, decisions, strict=True)
+    return Election(electorate, scores, len(compared), path, ballots, decisions)
+
+
+def samples_to_vote_again(
+    recipe: Recipe, task: Task, tested: list[Sample], election: Election, say: Say
+) -> list[Sample]:
+    """The samples of a second round: those where no answer has more than half of the votes, with the leading answers
+    only. Says how many there are; none if the recipe has no second round."""
+    assert recipe.infer.vote is not None
+    if not recipe.infer.vote.second_round:
+        return []
+    narrowed = [
+        task.narrowed(sample, decision.leading)
+        for sample, decision in zip(tested, election.decisions, strict=True)
+        if decision.by not in ("majority", "nobody") and len(decision.leading) > 1
     ]
-    stage.outputs["votes.jsonl"] = write_jsonl(stage.path("votes.jsonl"), rows)
-    stage.facts["vote"] = {
-        "adapters": sorted(voters),
+    again = [sample for sample in narrowed if sample is not None]
+    if again:
+        say(f"second round: {len(again)} of {len(tested)} samples have no majority, and fewer answers to choose from")
+    else:
+        say("no second round: " + ("no question can be narrowed" if narrowed else "none is needed"))
+    return again
+
+
+def count_votes(
+    election: Election,
+    tested: list[Sample],
+    again: list[Sample],
+    predictions: Mapping[Variant, list[Prediction]],
+) -> list[dict[str, Any]]:
+    """The lines of votes.jsonl, one a test sample. `predictions` are the voters' of the second round about `again`."""
+    second: dict[str, tuple[Answers, Decision]] = {}
+    for place, sample in enumerate(again):
+        answers = {variant.adapter: _answers_of(found)[place] for variant, found in predictions.items()}
+        ballot = {name: answers[name] for name in election.voters}
+        second[sample["id"]] = ballot, decide(ballot, election.electorate)
+    return [
+        _row(sample, ballot, decision, second.get(sample["id"]))
+        for sample, ballot, decision in zip(tested, election.ballots, election.decisions, strict=True)
+    ]
+
+
+def describe_election(vote: Vote, election: Election, rows: Sequence[Mapping[str, Any]], again: int) -> dict[str, Any]:
+    """Who voted, why, and how it was decided, for the manifest. `again` is the number of samples in a second round."""
+    names, weights = sorted(election.scores), election.electorate.weights
+    return {
+        "adapters": election.voters,
         "chosen": vote.adapters if isinstance(vote.adapters, str) else "by name",
-        "weights": {name: round(electorate.weights[name], 6) for name in sorted(voters)},
-        "validation": {name: round(scores[name], 6) for name in names} if compared else {},
-        "validation samples": len(compared),
-        "best": electorate.ranking()[0],
-        "greedy path": [round(score, 6) for score in path],
+        "weights": {name: round(weights[name], 6) for name in election.voters},
+        "validation": {name: round(election.scores[name], 6) for name in names} if election.compared else {},
+        "validation samples": election.compared,
+        "best": election.electorate.ranking()[0],
+        "greedy path": [round(score, 6) for score in election.path],
         "decided by": dict(Counter(row["by"] for row in rows)),
-        "second round": len(second),
+        "second round": again,
     }
-    why = f"{vote.weights} weights; ties by validation score" if compared else "uniform weights; ties by name"
-    stage.decide("voters", ", ".join(sorted(voters)), f"{vote.adapters if path else 'infer.vote'}; {why}")
+
+
+def reason_for_voters(vote: Vote, election: Election) -> str:
+    """Why these adapters vote, for the decision in the manifest."""
+    why = f"{vote.weights} weights; ties by validation score" if election.compared else "uniform weights; ties by name"
+    return f"{vote.adapters if election.path else 'infer.vote'}; {why}"
+
+
+def predictions_of(rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+    """The vote as predictions, one for each line of votes.jsonl."""
     return [_prediction(row) for row in rows]
 
 
-def _right(
-    stage: Stage, task: Any, sample: Sample, found: Mapping[Variant, list[Prediction]], names: list[str], place: int
-) -> dict[str, float]:
-    """The task's first metric of each answer that an adapter gave to a validation sample."""
-    given = {found[Variant(name, asks="validation")][place]["answer"] for name in names}
-    scored = {answer: task.score(stage.run.recipe, answer, sample) for answer in given if answer is not None}
+def _scores_of(recipe: Recipe, task: Task, sample: Sample, given: Answers) -> dict[str, float]:
+    """The task's first metric, in 0..1, of each answer that an adapter gave to a validation sample."""
+    scored = {answer: task.score(recipe, answer, sample) for answer in given.values() if answer is not None}
     return {answer: next(iter(metrics.values())) for answer, metrics in scored.items()}
 
 
@@ -106,43 +173,12 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def _second_round(
-    stage: Stage,
-    task: Any,
-    tested: list[Sample],
-    decisions: list[Decision],
-    electorate: Electorate,
-    ask_again: AskAgain,
-) -> dict[str, tuple[dict[str, str | None], Decision]]:
-    """The votes and decisions of a second round, by sample: of those where no answer had more than half of the votes,
-    between the leading answers."""
-    narrowed = {
-        sample["id"]: task.narrowed(sample, decision.leading)
-        for sample, decision in zip(tested, decisions, strict=True)
-        if decision.by not in ("majority", "nobody") and len(decision.leading) > 1
-    }
-    again = [sample for sample in narrowed.values() if sample is not None]
-    if not again:
-        stage.events.say("no second round: " + ("no question can be narrowed" if narrowed else "none is needed"))
-        return {}
-    stage.events.say(
-        f"second round: {len(again)} of {len(tested)} samples have no majority, and fewer answers to choose from"
-    )
-    variants = {name: Variant(name, asks="second round") for name in sorted(electorate.weights)}
-    found = ask_again(dict.fromkeys(variants.values(), again))
-    rounds = {}
-    for place, sample in enumerate(again):
-        ballot = {name: _answers_of(found[variant])[place] for name, variant in variants.items()}
-        rounds[sample["id"]] = ballot, decide(ballot, electorate)
-    return rounds
-
-
 def _row(
-    sample: Sample, ballot: Answers, decision: Decision, second: tuple[dict[str, str | None], Decision] | None
+    sample: Sample, ballot: Answers, decision: Decision, second: tuple[Answers, Decision] | None
 ) -> dict[str, Any]:
-    """A line of votes.jsonl. Where the second round decided, its decision stands, and the first one's beside it."""
+    """A line of votes.jsonl. If the second round decided, the line is that decision, with the first one beside it."""
     first = {"votes": dict(sorted(ballot.items())), **asdict(decision), "leading": list(decision.leading)}
-    if second is None or second[1].answer is None:  # who abstains from a second round leaves it to the first
+    if second is None or second[1].answer is None:  # if all abstain from a second round, the first one decides
         return {"id": sample["id"], "round": 1, **first}
     votes, again = second
     decided = {"votes": dict(sorted(votes.items())), **asdict(again), "leading": list(again.leading)}

@@ -13,8 +13,9 @@ VISION = ("visual", "vision_tower", "vision_tower_aux", "vision_model", "multi_m
 """Names of vision towers and connectors within module names."""
 
 
-def refuse_adapted_vision(adapters: dict[str, Path]) -> None:
-    """Raise UsageError for an adapter of a vision tower: vLLM ignores that part, with only a warning."""
+def refuse_adapted_vision(adapters: dict[str, Path], engine: str, others: list[str]) -> None:
+    """Raise UsageError for an adapter of a vision tower. `engine` would leave that part out, vLLM with no more than a
+    warning; the `others` serve it."""
     for name, folder in adapters.items():
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
@@ -25,8 +26,8 @@ def refuse_adapted_vision(adapters: dict[str, Path]) -> None:
         found = next((tensor for tensor in tensors if set(VISION) & set(tensor.split("."))), None)
         if found:
             raise UsageError(
-                f"adapter {name} adapts the vision tower ({found}), which vLLM ignores; merge it with"
-                " --set infer.merged=true, or use --set infer.engine=transformers"
+                f"adapter {name} adapts the vision tower ({found}), and {engine} would leave that out:"
+                f" set infer.merged to true to merge it, or infer.engine to {' or '.join(others)} to serve it"
             )
 
 

@@ -4,11 +4,15 @@ from typing import Any
 
 from stages.contract.files import FileHashes, JsonlJournal, digest_of
 from stages.contract.stage import Stage
+from stages.engines import start_engine
 from stages.engines.engine import Completion, EngineSettings
 from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
 from stages.models.rendering import Prompt, Renderer
 from stages.tasks.task import Ask
+
+ENGINE = "transformers"
+"""The engine that every image of preprocess has."""
 
 
 def drawings_enough(stage: Stage, task: Any, questions: list[Any]) -> dict[str, bool]:
@@ -68,11 +72,10 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
 
 
 def _engine(stage: Stage, model: Any, prompts: list[Prompt], limit: int) -> Any:
-    from stages.engines.transformers_engine import TransformersEngine
-
     recipe, target = stage.run.recipe, working_target(probe(), load_targets())
     stage.decide("classifier", recipe.model.path, f"{len(prompts)} questions, in {target.dtype}")
-    return TransformersEngine(
+    return start_engine(
+        ENGINE,
         EngineSettings(
             model=model,
             adapters={},
@@ -81,5 +84,5 @@ def _engine(stage: Stage, model: Any, prompts: list[Prompt], limit: int) -> Any:
             batch_size=16 if recipe.infer.batch_size == "auto" else recipe.infer.batch_size,
             max_length=max(prompt.length for prompt in prompts) + limit,
             seed=recipe.seed,
-        )
+        ),
     )

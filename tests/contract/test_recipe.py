@@ -20,6 +20,7 @@ from stages.contract.recipe import (
     profile_names,
     recipe_file_schema,
 )
+from stages.engines import engine_names
 from tests.conftest import MINIMAL_RECIPE, REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -71,7 +72,7 @@ def test_a_resolved_recipe_holds_no_path_of_this_machine(recipe_file: Path) -> N
 def test_every_recipe_file_satisfies_the_exported_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     for path in RECIPES:
-        jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), recipe_file_schema())
+        jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), recipe_file_schema(engine_names()))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from entrypoints.lorry import main
 from stages.contract.errors import LorryError
 from stages.contract.recipe import load_recipe, profile_names
 from stages.contract.roots import Roots
+from stages.engines import engine_kind
 from stages.tasks import settle_recipe
 from tests.conftest import REPOSITORY
 
@@ -213,7 +214,9 @@ def _recipe(name: str | None, profile: str | None, overrides: Sequence[str]) -> 
         profile = None
     try:
         data = Roots.from_environment().data
-        settle_recipe(load_recipe(path, profile, tuple(overrides)), name, data)
+        recipe = load_recipe(path, profile, tuple(overrides))
+        engine_kind(recipe.infer.engine)
+        settle_recipe(recipe, name, data)
     except LorryError as error:
         yield str(error)
 
@@ -285,7 +288,7 @@ def bad_keys(text: str) -> list[str]:
             problems.append(f"{code.line}: no recipe key {match[1]}")
         elif match[2] == "=":
             try:
-                load_recipe(RECIPES / "patent-qa.yaml", None, (code.text,))
+                engine_kind(load_recipe(RECIPES / "patent-qa.yaml", None, (code.text,)).infer.engine)
             except LorryError as error:
                 problems.append(f"{code.line}: {error}")
     prose = without_blocks(text)

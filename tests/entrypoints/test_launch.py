@@ -292,7 +292,7 @@ def test_holds_that_cannot_be_kept_are_one_line(
     box.holds.write_text("in the way")
     done = small(local, "infer", "--gpus", gpus, "--shard", "0/2")
     assert (done.code, done.seen, len(done.output.splitlines())) == (2, [], 1)
-    assert f"{box.holds}/choosing: cannot hold a GPU here (Not a directory)" in done.output
+    assert f"{box.holds}/choosing: cannot hold a GPU with this file (Not a directory)" in done.output
 
 
 def test_what_is_done_is_not_started_and_takes_no_card(

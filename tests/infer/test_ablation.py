@@ -21,6 +21,7 @@ from stages.tasks.patent_qa.questions import PatentQuestion
 from stages.tasks.task import Found
 from tests.conftest import REPOSITORY, snapshot
 from tests.infer.conftest import ask, describe
+from tests.infer.engines import use_engine
 
 SETTINGS = (
     *("model.path=random-llama", "preprocess.classifier=model", "infer.max_length=2048", "infer.chunk_size=3"),
@@ -100,7 +101,7 @@ def ablating(run: Run, *components: str) -> Run:
 def infers(run: Run, monkeypatch: pytest.MonkeyPatch, life: int = -1) -> tuple[Exit, Asked]:
     """Start infer; -1 is a long life. Returns how it ended and what it asked."""
     asked: Asked = []
-    monkeypatch.setattr(infer, "_start_engine", lambda *_: NotingEngine(asked, life))
+    use_engine(monkeypatch, lambda _: NotingEngine(asked, life))
     return run_stage(run, "infer", infer.work), asked
 
 

@@ -13,6 +13,7 @@ from stages.host.runner import run_stage
 from stages.infer import stage as infer
 from stages.models.rendering import Prompt
 from tests.infer.conftest import ask, sample
+from tests.infer.engines import use_engine
 from tests.infer.test_stage import Answer, ScriptedEngine, echo
 
 
@@ -36,7 +37,7 @@ def run(run: Run) -> Run:
 
 def infers(run: Run, monkeypatch: pytest.MonkeyPatch, answer: Answer = echo) -> tuple[Exit, Searching]:
     engine = Searching(answer)
-    monkeypatch.setattr(infer, "_start_engine", lambda *_: engine)
+    use_engine(monkeypatch, lambda _: engine)
     return run_stage(run, "infer", infer.work), engine
 
 

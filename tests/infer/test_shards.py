@@ -13,6 +13,7 @@ from stages.contract.part import Shard
 from stages.contract.run import Run
 from stages.engines.engine import Completion
 from stages.host.runner import run_stage
+from stages.infer import serving
 from stages.infer import stage as infer
 from stages.models.rendering import Prompt
 from tests.conftest import snapshot
@@ -60,14 +61,18 @@ def test_shards_share_the_chunks_and_the_merge_gives_the_bytes_of_one_run(
     assert asked == [chunks[0] + chunks[3], chunks[1], chunks[2]]
     assert not run.path("infer").exists()
 
-    monkeypatch.setattr(infer, "probe", lambda: pytest.fail("no card is needed"))
-    assert answers(run, monkeypatch, no_engine) == Exit.DONE
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "probe", lambda: pytest.fail("no GPU is needed"))
+        assert answers(run, monkeypatch, no_engine) == Exit.DONE
     whole = unsharded(run, monkeypatch)
     assert predictions(run) == predictions(whole)
     for part in ("outputs", "counts", "skipped", "key"):
         assert manifest(run)[part] == manifest(whole)[part]
-    (taken,) = manifest(run)["decisions"]
+    taken, *of_shards = manifest(run)["decisions"]
     assert (taken["what"], taken["value"]) == ("shards taken over", "0/3, 1/3, 2/3")
+    assert [(made["what"], made["why"][-3:]) for made in of_shards] == [
+        (what, f"{index}/3") for index in range(3) for what in ("engine", "longest")
+    ]
 
 
 def test_a_killed_shard_goes_on_with_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from stages.host.runner import run_stage
 from stages.infer import stage as infer
 from stages.models.rendering import Prompt
 from tests.infer.conftest import ask, sample
+from tests.infer.engines import use_engine
 
 Answer = Callable[[list[Prompt], str | None], list[Completion]]
 
@@ -38,7 +39,7 @@ class ScriptedEngine:
 
 
 def answers(run: Run, monkeypatch: pytest.MonkeyPatch, answer: Answer, part: Part = None) -> Exit:
-    monkeypatch.setattr(infer, "_start_engine", lambda *_: ScriptedEngine(answer))
+    use_engine(monkeypatch, lambda _: ScriptedEngine(answer))
     return run_stage(run, "infer", infer.work, part=part)
 
 
@@ -52,6 +53,19 @@ def test_predictions_are_in_the_samples_order_for_base_and_adapter(run: Run, mon
         found = read_jsonl(run.path("infer", "predictions", f"{name}.jsonl"))
         assert [p["id"] for p in found] == [f"s{i}" for i in range(6)]
         assert all(p["text"] == f"{adapter} {p['prompt_tokens']}" and p["error"] is None for p in found)
+
+
+def test_progress_counts_the_samples_of_each_pass(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert answers(run, monkeypatch, echo) == Exit.DONE
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.partition(" samples")[0] for line in lines if " samples" in line] == [
+        "infer: answer with base 3/6",
+        "infer: answer with base 6/6",
+        "infer: answer with tuned 3/6",
+        "infer: answer with tuned 6/6",
+    ]
 
 
 def test_a_sample_that_fails_is_counted_and_the_others_are_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

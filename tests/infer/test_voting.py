@@ -16,16 +16,17 @@ from stages.contract.part import Part, Shard
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.engines import engine
-from stages.engines.engine import Completion, Done
+from stages.engines.engine import Completion, Done, EngineSettings
 from stages.host.runner import run_stage
 from stages.infer import stage as infer
+from stages.models import rendering
 from stages.models.rendering import Prompt, Renderer
 from stages.tasks import settle_recipe
 from stages.tasks.logic_choice import build_samples
 from stages.tasks.logic_choice.problems import LogicQuestion
 from tests.conftest import REPOSITORY, snapshot
 from tests.infer.conftest import describe
+from tests.infer.engines import use_engine
 
 ADAPTERS = ("one", "two", "three")
 OPTIONS = ("red", "blue", "green")
@@ -106,13 +107,13 @@ def sample(name: str, answers: tuple[str, ...] = ("A",)) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def tokenizer() -> Callable[[Path], Any]:
     """Loads each tokenizer once: a start of the stage takes half a second for it."""
-    return lru_cache(engine.load_tokenizer)
+    return lru_cache(rendering.load_tokenizer)
 
 
 @pytest.fixture
 def run(tmp_path: Path, small_models: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Six test questions, four to validate on, and three adapters."""
-    monkeypatch.setattr(engine, "load_tokenizer", tokenizer)
+    monkeypatch.setattr(rendering, "load_tokenizer", tokenizer)
     run = voting(Run("r", None, Roots(tmp_path / "data", small_models, tmp_path / "runs")))  # type: ignore[arg-type]
     prepare(run)
     return run
@@ -153,7 +154,7 @@ def measure(run: Run, samples: list[dict[str, Any]]) -> None:
 def infers(run: Run, monkeypatch: pytest.MonkeyPatch, given: Engine | None = None, part: Part = None) -> Engine:
     """Run the stage to its end with one engine, or none where none is given; returns it."""
     made = given or Engine(life=0)
-    monkeypatch.setattr(infer, "_start_engine", lambda *_: made if given else pytest.fail("there is nothing to ask"))
+    use_engine(monkeypatch, lambda _: made if given else pytest.fail("there is nothing to ask"))
     assert run_stage(run, "infer", infer.work, part=part) == Exit.DONE
     return made
 
@@ -194,7 +195,7 @@ def test_all_vote_alike_and_ties_go_by_validation(run: Run, monkeypatch: pytest.
     assert told["weights"] == dict.fromkeys(ADAPTERS, 1.0)
     assert told["decided by"] == dict(Counter(by.values()))
     assert (told["greedy path"], told["second round"]) == ([], 0)
-    (decision,) = read_json(run.path("infer", "manifest.json"))["decisions"]
+    decision = read_json(run.path("infer", "manifest.json"))["decisions"][-1]
     assert decision == {
         "what": "voters",
         "value": "one, three, two",
@@ -238,7 +239,7 @@ def test_a_greedy_electorate_is_told_with_its_way(run: Run, monkeypatch: pytest.
     assert set(told["weights"]) == set(told["adapters"])
     assert told["greedy path"][len(told["adapters"]) - 1] == max(told["greedy path"])
     assert all(set(row["votes"]) == set(told["adapters"]) for row in votes(run).values())
-    (decision,) = read_json(run.path("infer", "manifest.json"))["decisions"]
+    decision = read_json(run.path("infer", "manifest.json"))["decisions"][-1]
     assert decision["why"].startswith("greedy; ")
 
 
@@ -286,10 +287,10 @@ def test_a_vote_by_validation_without_validation_samples_is_refused_before_anyth
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], vote: str
 ) -> None:
     prepare(run, validation=())
-    monkeypatch.setattr(infer, "_start_engine", lambda *_: pytest.fail("hours would be lost"))
+    use_engine(monkeypatch, lambda _: pytest.fail("hours would be lost"))
     assert run_stage(voting(run, vote=vote), "infer", infer.work) == Exit.DATA
     told = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "chosen or weighed by validation samples, and there are none; set data.validation_fraction" in told
+    assert "chosen or weighted by validation samples, and there are none; set data.validation_fraction above 0" in told
     infers(run, monkeypatch, Engine())
     assert held(run)["validation"] == {} and held(run)["best"] == "one"
     assert answers(run)["split"] == "A", "ties by name"
@@ -299,9 +300,9 @@ def test_voters_none_of_whom_has_been_trained_are_refused(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     prepare(run, untrained=("one", "two"))
-    monkeypatch.setattr(infer, "_start_engine", lambda *_: pytest.fail("hours would be lost"))
+    use_engine(monkeypatch, lambda _: pytest.fail("hours would be lost"))
     assert run_stage(voting(run, vote="{adapters: [one, two]}"), "infer", infer.work) == Exit.DATA
-    assert "infer.vote: none of one, two has been trained" in capfd.readouterr().err
+    assert "infer.vote.adapters: none of one, two is trained; name trained adapters" in capfd.readouterr().err
 
 
 # -- abstentions ---------------------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ def test_where_no_question_can_be_narrowed_there_is_no_second_round(
 ) -> None:
     from stages.tasks import logic_choice
 
-    monkeypatch.setattr(logic_choice, "narrowed", lambda *_: None)
+    monkeypatch.setattr(logic_choice, "narrowed", lambda sample, answers: None)
     again = voting(run, vote="{second_round: true}")
     made = infers(again, monkeypatch, Engine())
     assert not any(entry[2] for entry in made.asked)
@@ -380,16 +381,16 @@ def test_a_second_round_gets_an_engine_with_room_where_a_running_one_is_too_smal
     describe(run, "preprocess", "samples/test.jsonl", "samples/validation_asked.jsonl", "asked.jsonl")
     measure(run, [long])
     again = voting(run, "infer.chunk_size=1", vote="{second_round: true}")
-    monkeypatch.setattr(infer, "_start_engine", lambda *_: Engine())
+    use_engine(monkeypatch, lambda _: Engine())
     for index in (0, 6, 12, 18):  # the first chunk of base and of each adapter
         assert run_stage(again, "infer", infer.work, part=Shard(index, 4 * 6 + 3 * 4)) == Exit.DONE
     rooms: list[int] = []
 
-    def start(*settings: Any) -> Engine:
-        rooms.append(settings[3])
+    def start(settings: EngineSettings) -> Engine:
+        rooms.append(settings.max_length)
         return Engine()
 
-    monkeypatch.setattr(infer, "_start_engine", start)
+    use_engine(monkeypatch, start)
     assert run_stage(again, "infer", infer.work) == Exit.DONE
     small, large = rooms
     assert large > small + 60
@@ -410,7 +411,7 @@ def test_kills_lose_no_answer_and_the_vote_is_the_same(
     asked: list[Any] = []
     for _ in range(100):
         made = Engine(life)
-        monkeypatch.setattr(infer, "_start_engine", lambda *_, made=made: made)
+        use_engine(monkeypatch, lambda _, made=made: made)
         code = run_stage(again, "infer", infer.work)
         asked += made.asked
         assert made.closed

@@ -27,7 +27,7 @@ from stages.contract.records import failed_prediction
 from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.contract.stage import Stage
-from stages.engines.engine import Completion, Done
+from stages.engines.engine import Completion, Done, EngineSettings
 from stages.eval import stage as evaluation
 from stages.eval.scores import overall, score_models, scored_lines
 from stages.host.runner import run_stage
@@ -41,6 +41,7 @@ from stages.train import stage as training
 from stages.train.nodes import place_of
 from tests.conftest import REPOSITORY, need_model
 from tests.infer.conftest import describe
+from tests.infer.engines import use_engine
 
 RECIPE = REPOSITORY / "recipes" / "better-synth.yaml"
 DEMO = REPOSITORY / "recipes" / "data" / "better-synth"
@@ -100,7 +101,7 @@ class Job:
         write_json(self.run.path("train", "adapters", "tuned", "adapter_config.json"), {"r": 16})
         describe(self.run, "train", "adapters/tuned/adapter_config.json")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(infer, "_start_engine", lambda *_: engine)
+            use_engine(patch, lambda _: engine)
             return run_stage(self.run, "infer", infer.work)
 
     def samples(self, split: str) -> list[dict[str, Any]]:
@@ -495,15 +496,16 @@ def test_defect_7_whoever_answers_has_the_projector_that_the_adapter_was_trained
     before = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
     started: list[tuple[Path, tuple[str, ...], float]] = []
 
-    def start(stage: Stage, folder: Path, adapters: dict[str, Path], *_: int) -> Engine:
+    def start(settings: EngineSettings) -> Engine:
+        folder = settings.model
         index = read_json(folder / "model.safetensors.index.json")
         name = "multi_modal_projector.linear_1.bias"
         file = folder / index["weight_map"][name] if index else folder / "model.safetensors"
-        started.append((folder, tuple(adapters), float(load_file(file)[name][0])))
+        started.append((folder, tuple(settings.adapters), float(load_file(file)[name][0])))
         return Engine()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infer, "_start_engine", start)
+        use_engine(patch, start)
         assert run_stage(job.run, "infer", infer.work) == Exit.DONE
     untouched = float(load_file(model / "model.safetensors")["multi_modal_projector.linear_1.bias"][0])
     learnt = load_file(job.run.path("train", "connector", "connector.safetensors"))

@@ -38,6 +38,7 @@ from stages.tasks import settle_recipe
 from stages.train import stage as train
 from stages.train import torchrun
 from tests.conftest import REPOSITORY
+from tests.infer.engines import use_engine
 from tests.small_inputs import small_models
 
 __all__ = ["small_models"]
@@ -150,7 +151,7 @@ class Job:
 
     def infer(self, engine: Any) -> Exit:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(infer, "_start_engine", lambda *_: engine)
+            use_engine(patch, lambda _: engine)
             return run_stage(self.run, "infer", infer.work)
 
     def eval(self) -> Exit:
@@ -533,7 +534,7 @@ def test_defect_09_what_answered_is_told_though_the_last_start_had_nothing_to_as
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(infer, "_write", stopped)
+        patch.setattr(infer, "write_predictions", stopped)
         assert fresh.infer(Engine()) == Exit.INTERRUPTED
     engine = Engine()
     assert (fresh.infer(engine), fresh.eval()) == (Exit.DONE, Exit.DONE)

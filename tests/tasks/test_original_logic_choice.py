@@ -24,7 +24,7 @@ from stages.contract.mixes import mixed
 from stages.contract.recipe import Adapter, Recipe, Train, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.engines.engine import Completion, Done
+from stages.engines.engine import Completion, Done, EngineSettings
 from stages.eval import stage as evaluation
 from stages.host.runner import run_stage
 from stages.infer import stage as infer
@@ -36,6 +36,7 @@ from stages.tasks.logic_choice.prompts import letter_in
 from stages.train.worker import _write_samples
 from tests.conftest import REPOSITORY
 from tests.infer.conftest import describe
+from tests.infer.engines import use_engine
 
 RECIPE = REPOSITORY / "recipes" / "logic-choice.yaml"
 ADAPTERS = {
@@ -134,12 +135,12 @@ class Job:
         describe(self.run, "train", "metrics.jsonl", *(f"adapters/{name}/adapter_config.json" for name in ADAPTERS))
         started = []
 
-        def start(*_: Any) -> Engine:
+        def start(_: EngineSettings) -> Engine:
             started.append(engine)
             return engine
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(infer, "_start_engine", start)
+            use_engine(patch, start)
             code = run_stage(self.run, "infer", infer.work)
         assert len(started) <= 1, "one engine serves base and all adapters"
         return code

@@ -33,7 +33,7 @@ from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
-from stages.engines.engine import Completion, Done
+from stages.engines.engine import Completion, Done, EngineSettings
 from stages.hardware.batch import plan_batch
 from stages.host.runner import run_stage
 from stages.infer import stage as infer
@@ -58,6 +58,7 @@ from tests.conftest import MODELS, REPOSITORY, Lorry, make_pdf, need_model
 from tests.hardware.recorded import Box, box
 from tests.infer.conftest import ask as ask_samples
 from tests.infer.conftest import describe, sample
+from tests.infer.engines import use_engine
 from tests.preprocess import bad_workers
 from tests.train.conftest import Training
 
@@ -187,7 +188,7 @@ class Job:
             write_json(folder / "adapter_config.json", {"r": 8})
             describe(self.run, "train", "adapters/tuned/adapter_config.json")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(infer, "_start_engine", lambda *_: engine)
+            use_engine(patch, lambda _: engine)
             return run_stage(self.run, "infer", infer.work)
 
     def manifest(self, stage: str) -> dict[str, Any]:
@@ -771,13 +772,13 @@ def test_defect_12_no_path_of_a_machine_and_one_place_for_the_adapter(job: Job, 
         assert run_stage(elsewhere.run, stage, nothing) == Exit.DONE
     given: list[Any] = []
 
-    def start(stage: Stage, model: Path, adapters: dict[str, Path], *_: Any) -> Engine:
-        given.append(adapters)
+    def start(settings: EngineSettings) -> Engine:
+        given.append(settings.adapters)
         return Engine()
 
     shutil.rmtree(elsewhere.run.stage_folder("infer"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infer, "_start_engine", start)
+        use_engine(patch, start)
         assert run_stage(elsewhere.run, "infer", infer.work) == Exit.DONE
         adapter = elsewhere.run.path("train", "adapters", "tuned")
         assert given == [{"tuned": adapter}]

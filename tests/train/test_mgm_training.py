@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from stages.contract.errors import UsageError
+from stages.engines import start_engine
 from stages.engines.engine import EngineSettings
 from stages.models.connector import with_connector
 from stages.models.rendering import Renderer
@@ -79,7 +80,5 @@ def test_base_connector_and_adapter_answer_together(trained: TwoPhases, models: 
 
 
 def test_vllm_is_refused_before_it_starts(models: Path) -> None:
-    from stages.engines.vllm_engine import VllmEngine
-
-    with pytest.raises(UsageError, match="vLLM has no MGM; take --set infer"):
-        VllmEngine(EngineSettings(models / "tiny-mgm", {}, "float32", 8, 1, 256, 0))
+    with pytest.raises(UsageError, match=r"vllm cannot serve mgm models; set infer\.engine to transformers"):
+        start_engine("vllm", EngineSettings(models / "tiny-mgm", {}, "float32", 8, 1, 256, 0))

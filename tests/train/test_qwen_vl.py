@@ -57,7 +57,7 @@ def test_it_is_trained_with_a_frozen_tower_and_goes_on_after_a_kill(lorry: Lorry
     assert 12 * picture < facts["tokens"] < 12 * (picture + 60), "padding not counted, no picture above its budget"
     shape = read_shape(model)
     assert sum(tensor.size for tensor in weights.values()) == adapter_parameters(shape, training.run.recipe.train)
-    refuse_adapted_vision({"tuned": training.run.path("train", "adapters", "tuned")})
+    refuse_adapted_vision({"tuned": training.run.path("train", "adapters", "tuned")}, "vllm", ["transformers"])
 
 
 def test_an_adapted_tower_is_served_merged_only(lorry: Lorry, model: Path, tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_an_adapted_tower_is_served_merged_only(lorry: Lorry, model: Path, tmp_p
     assert parameters == adapter_parameters(read_shape(model), training.run.recipe.train)
 
     folder = training.run.path("train", "adapters", "tuned")
-    with pytest.raises(UsageError, match=r"adapter tuned adapts the vision tower .*infer\.merged=true"):
-        refuse_adapted_vision({"tuned": folder})
+    with pytest.raises(UsageError, match=r"adapter tuned adapts the vision tower .*vllm would.* infer\.merged"):
+        refuse_adapted_vision({"tuned": folder}, "vllm", ["transformers"])
     merged = load_file(merged_copy(model, folder, tmp_path / "merged", "float32") / "model.safetensors")
     base = load_file(model / "model.safetensors")
     assert any((merged[name] != base[name]).any() for name in merged if "visual." in name)

@@ -1,0 +1,147 @@
+"""Step 1 of infer: which model answers which samples, and which of them are still to be asked.
+
+A round is a set of samples that are asked together. The first round has all of them; a vote's second round has those
+without a majority.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from stages.contract.files import read_jsonl
+from stages.contract.recipe import Adapter
+from stages.contract.records import Prediction, Sample
+from stages.contract.run import Run
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to answer samples: a model, and perhaps a component of the task that is left out."""
+
+    adapter: str | None
+    """None: the base model."""
+    without: str | None = None
+    asks: Literal["test", "validation", "second round"] = "test"
+    """The samples it answers: the test set, those that compare adapters, or those that are voted on again."""
+
+    @property
+    def name(self) -> str:
+        if self.asks != "test":
+            return f"{self.adapter or 'base'}, {self.asks}"
+        return f"without {self.without}" if self.without else self.adapter or "base"
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return (self.without,) if self.without else ()
+
+    @property
+    def output(self) -> str:
+        """The file of its predictions, relative to the stage's folder."""
+        if self.asks != "test":
+            return f"{self.asks.replace(' ', '_')}/{self.adapter or 'base'}.jsonl"
+        return f"ablations/{self.without}.jsonl" if self.without else f"predictions/{self.name}.jsonl"
+
+    @property
+    def submission(self) -> str:
+        return f"submission/{self.name}.jsonl"
+
+
+Chunk = tuple[Variant, list[Sample]]
+"""Samples that are submitted to the engine together."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """The samples that this process answers together."""
+
+    samples: dict[Variant, list[Sample]]
+    """Those that it writes predictions of, in their order."""
+    chunks: dict[Variant, list[list[Sample]]]
+    """Those that no finished shard has answered whole, chunk by chunk."""
+    from_shards: dict[Variant, dict[str, Prediction]]
+    """Predictions of finished shards, by sample id."""
+
+    def left_by_shards(self, variant: Variant) -> list[Sample]:
+        """The variant's samples that no finished shard has answered."""
+        return [sample for sample in self.samples[variant] if sample["id"] not in self.from_shards[variant]]
+
+
+def trained_adapters(run: Run) -> list[Adapter]:
+    """The recipe's adapters without those whose training failed."""
+    untrained = (run.manifest("train") or {}).get("untrained", {})
+    return [adapter for adapter in run.recipe.train.adapters if adapter.name not in untrained]
+
+
+def list_variants(run: Run) -> list[Variant]:
+    """Base, the adapters, and the first adapter without each component in `infer.ablate`. With a vote, also the
+    adapters on the validation samples.
+
+    "Without the adapter" is base, so it adds no variant.
+    """
+    infer = run.recipe.infer
+    names = [adapter.name for adapter in trained_adapters(run)]
+    left_out = [name for name in infer.ablate if name != "adapter"]
+    variants = [Variant(None), *map(Variant, names), *(Variant(names[0], without) for without in left_out)]
+    return variants + [Variant(name, asks="validation") for name in names if infer.vote is not None]
+
+
+def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
+    """The samples that each variant answers, base first, then adapter by adapter."""
+
+    def read(name: str) -> list[Sample]:
+        return cast(list[Sample], read_jsonl(run.path("preprocess", "samples", f"{name}.jsonl")))
+
+    tested = read("test")
+    compared = read("validation_asked") if run.recipe.infer.vote is not None else []
+    adapters = {adapter.name: adapter for adapter in run.recipe.train.adapters}
+
+    def samples_of(variant: Variant) -> list[Sample]:
+        if variant.asks == "validation":
+            return [sample for sample in compared if sample["references"]]
+        if run.recipe.infer.answers == "all" or variant.adapter is None:
+            return tested
+        return [sample for sample in tested if adapters[variant.adapter].covers(sample["meta"]["source"])]
+
+    return {variant: samples_of(variant) for variant in list_variants(run)}
+
+
+def cut_into_chunks(samples: Mapping[Variant, list[Sample]], size: int) -> list[Chunk]:
+    """Chunks of at most `size` samples.
+
+    They are cut from all samples, whatever is missing or another shard's, so that the same samples always share a
+    batch: a sum in another order can turn a greedy answer at a near tie.
+    """
+    return [(v, members[at : at + size]) for v, members in samples.items() for at in range(0, len(members), size)]
+
+
+def first_round(
+    samples: Mapping[Variant, list[Sample]],
+    chunks: Sequence[Chunk],
+    is_mine: Callable[[int], bool],
+    finished_shards: Sequence[Path],
+) -> Round:
+    """The chunks that are this process's by their number, with what the folders of finished shards know of them."""
+    from_shards = {variant: _read_predictions(finished_shards, variant) for variant in samples}
+    mine = [chunk for number, chunk in enumerate(chunks) if is_mine(number)]
+    missing: dict[Variant, list[list[Sample]]] = {variant: [] for variant in samples}
+    for variant, members in mine:
+        if any(sample["id"] not in from_shards[variant] for sample in members):
+            missing[variant].append(members)
+    own = {variant: [s for who, members in mine if who == variant for s in members] for variant in samples}
+    return Round(own, missing, from_shards)
+
+
+def second_round(voters: Sequence[str], samples: list[Sample], size: int) -> Round:
+    """Every voter on the same samples; an empty round where there are none."""
+    asked = {Variant(name, asks="second round"): samples for name in sorted(voters)} if samples else {}
+    missing: dict[Variant, list[list[Sample]]] = {variant: [] for variant in asked}
+    for variant, members in cut_into_chunks(asked, size):
+        missing[variant].append(members)
+    return Round(asked, missing, {variant: {} for variant in asked})
+
+
+def _read_predictions(folders: Sequence[Path], variant: Variant) -> dict[str, Prediction]:
+    paths = [folder / variant.output for folder in folders]
+    rows = [row for path in paths if path.is_file() for row in read_jsonl(path)]  # a shard without chunks has no file
+    return {row["id"]: row for row in rows}  # type: ignore[misc]

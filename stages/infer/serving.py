@@ -1,0 +1,175 @@
+"""The life of infer's engine: which weights it serves, when it starts and closes, and its batch size.
+
+One engine at a time, and as few starts as the weights allow: one for base and all adapters; one each for base and
+adapters with a connector (`train.connector`); one for each adapter that is merged (`infer.merged`).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.contract.files import read_json, remove, write_json
+from stages.contract.recipe import Recipe
+from stages.engines import engine_kind, engine_names, start_engine
+from stages.engines.engine import Engine, EngineSettings
+from stages.hardware.probe import probe
+from stages.hardware.serve import plan_serving
+from stages.hardware.targets import Target, load_targets, working_target
+from stages.infer.prompts import Room
+from stages.models.connector import with_connector
+from stages.models.merge import merged_copy, refuse_adapted_vision
+from stages.models.rendering import Prompt
+from stages.models.shape import UnknownShapeError, read_shape
+
+BATCH_SIZE = "batch_size.json"
+"""The file that keeps the batch size that was found: a later start must batch the same samples together."""
+
+Decide = Callable[[str, Any, str], None]
+"""Records and shows a decision: what, its value, and why."""
+
+
+class Engines:
+    """Starts the engine for the weights that are asked, and closes it when others are."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Path,
+        adapters: Mapping[str, Path],
+        connector: tuple[Path, str] | None,
+        folder: Path,
+        decide: Decide,
+    ) -> None:
+        """`adapters` are the folders of all trained adapters, `connector` the file that was trained and its sha256.
+
+        `folder` is the stage's: it keeps the batch size, and copies of the model while they are served.
+        """
+        self._recipe, self._model, self._adapters, self._connector = recipe, model, dict(adapters), connector
+        self._folder, self._decide = folder, decide
+        self._kind = engine_kind(recipe.infer.engine)
+        self._engine: Engine | None = None
+        self._serves: tuple[Path, tuple[str, ...]] | None = None
+        self._room = Room(0, 0, 0)
+        self._connected: Path | None = None
+        self.start_seconds: float | None = None
+        """What all starts of engines took together; None before the first."""
+
+    def refuse_unserved(self, adapters: Sequence[str]) -> None:
+        """Raise UsageError for an adapter that the recipe's engine would serve without a part of it."""
+        if not self._recipe.infer.merged and not self._kind.serves_adapted_vision:
+            others = [name for name in engine_names() if engine_kind(name).serves_adapted_vision]
+            refuse_adapted_vision({name: self._adapters[name] for name in adapters}, self._kind.name, others)
+
+    def serve(
+        self, adapters: Sequence[str], asks_base: bool, room: Room, longest: Callable[[], list[Prompt]]
+    ) -> Iterator[tuple[Engine, set[str | None]]]:
+        """Engines that together serve what is asked, each with the models it answers for (None: base).
+
+        `adapters` are those that are asked, `asks_base` says whether base is. Each engine is closed when the next one
+        is taken. `longest` gives the prompts to find the batch size with.
+        """
+        merged = self._recipe.infer.merged
+        if not merged and self._connector is None:
+            yield self._running(self._model, self._adapters, room, longest), {None, *self._adapters}
+            return
+        if asks_base:  # first: it answers the passes that all variants share
+            yield self._running(self._model, {}, room, longest), {None}
+        if not adapters:
+            return
+        model = self._model if self._connector is None else self._with_connector(self._connector)
+        if not merged:
+            yield self._running(model, self._adapters, room, longest), set(self._adapters)
+            return
+        for name in adapters:
+            copy = merged_copy(model, self._adapters[name], self._folder / "merged" / name, _target().dtype)
+            yield self._running(copy, {}, room, longest), {name}
+            self.close()
+            remove(copy)
+
+    def record_batch_size(self) -> None:
+        """Record the batch size that an earlier start found, if it did: that start has answered everything."""
+        if found := read_json(self._folder / BATCH_SIZE):
+            self._decide("batch size", found["batch_size"], found["why"])
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = self._serves = None
+
+    def __enter__(self) -> "Engines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _running(
+        self, model: Path, adapters: dict[str, Path], room: Room, longest: Callable[[], list[Prompt]]
+    ) -> Engine:
+        """The engine of these weights. A running one is kept if it serves them and has the room: a second round may be
+        about longer prompts than this process has asked before, if shards answered those."""
+        has_room = all(there >= needed for there, needed in zip(self._room, room, strict=True))
+        if self._engine is None or self._serves != (model, tuple(adapters)) or not has_room:
+            self.close()
+            self._engine = self._start(model, adapters, room)
+            self._serves, self._room = (model, tuple(adapters)), room
+            if self._recipe.infer.batch_size == "auto":
+                self._set_batch_size(self._engine, longest)
+        return self._engine
+
+    def _with_connector(self, connector: tuple[Path, str]) -> Path:
+        """The base with the connector, linked together once in each start: the links are this machine's."""
+        if self._connected is None:
+            self._connected = with_connector(self._model, *connector, self._folder / "merged" / "with-connector")
+        return self._connected
+
+    def _start(self, model: Path, adapters: dict[str, Path], room: Room) -> Engine:
+        recipe, target = self._recipe, _target()
+        size = recipe.infer.batch_size
+        settings = EngineSettings(
+            model=model,
+            adapters=adapters,
+            dtype=target.dtype,
+            max_new_tokens=recipe.infer.max_new_tokens,
+            batch_size=(read_json(self._folder / BATCH_SIZE) or {}).get("batch_size") if size == "auto" else size,
+            max_length=room.max_length,
+            seed=recipe.seed,
+            tensor_parallel=self._plan_tensor_parallel(model, target.dtype, room.max_length),
+            max_pictures=room.pictures,
+            max_pixels=room.pixels,
+        )
+        self._decide("engine", self._kind.name, f"infer.engine; {target.dtype} on target {target.name}")
+        why = "the longest prompt with its answer, and no more than infer.max_length"
+        self._decide("longest", f"{room.max_length} tokens", why)
+        before = time.monotonic()
+        engine = start_engine(self._kind.name, settings)
+        started = round(time.monotonic() - before, 2)
+        self.start_seconds = round((self.start_seconds or 0.0) + started, 2)
+        return engine
+
+    def _plan_tensor_parallel(self, model: Path, dtype: str, max_length: int) -> int:
+        """GPUs that share the weights. Raises DoesNotFitError if they cannot hold them."""
+        gpus = probe().gpus
+        asked = self._recipe.infer.tensor_parallel
+        if not gpus or not self._kind.shares_weights:
+            return 1
+        try:
+            plan = plan_serving(read_shape(model), [gpu.memory_free for gpu in gpus], asked, dtype, max_length)
+        except UnknownShapeError as error:
+            self._decide("tensor parallel", asked or 1, f"not planned: {error}")
+            return asked or 1
+        self._decide("tensor parallel", plan.tensor_parallel, plan.why)
+        return plan.tensor_parallel
+
+    def _set_batch_size(self, engine: Engine, longest: Callable[[], list[Prompt]]) -> None:
+        """Have the engine find its batch size, once for all starts of this work."""
+        path = self._folder / BATCH_SIZE
+        found = read_json(path)
+        if found is None:
+            found = dict(zip(("batch_size", "why"), engine.find_batch_size(longest()), strict=True))
+            write_json(path, found)
+        self._decide("batch size", found["batch_size"], found["why"])
+
+
+def _target() -> Target:
+    return working_target(probe(), load_targets())
