@@ -1,5 +1,5 @@
-"""The defects of the program that articulation comes after, each by its number: what it did is a function of a few
-lines that is shown to be wrong on a small input, and what is done here is shown to be right on the same."""
+"""The numbered defects of the program that articulation replaces. Each test has a short function that does as that
+program did, shows that it is wrong on a small input, and that Lorry is right on the same input."""
 
 import json
 import math
@@ -43,16 +43,16 @@ def no_skip(what: str, reason: str, detail: str = "") -> None:
 
 
 def original_label(kind: str, pos: Array, axis: Array) -> dict[str, Any]:
-    """What the program wrote: the URDF's axis and two of its coordinates, as they stand in the file."""
+    """The label that the program wrote: the URDF's axis and two of its coordinates, unchanged."""
     idx = int(np.argmax(np.abs(axis)))
     edge = [0.0, 0.0] if kind == "slide" else [round(float(value), 2) for value in np.delete(pos, idx)]
     return {"idx": idx, "edge": edge, "sign": 1 if axis[idx] > 0 else -1}
 
 
 HINGE_17 = {"pos": (0.64, 0.11, 0.42), "axis": (0, 1, 0)}
-"""The hinge of 48177, loop 0, in its URDF: the two coordinates that its stored label keeps are 0.64 and 0.42."""
+"""The hinge of 48177, loop 0, in its URDF: its stored label has the coordinates 0.64 and 0.42."""
 DOOR_17 = Box(np.array([-0.43, -0.9, 0.1]), np.eye(3), np.array([0.02, 0.5, 0.8]))
-"""A box like that of its door: z up, with the corner edge [1, 1] three centimetres from the hinge."""
+"""A box like the door's: z up, with the corner edge [1, 1] three centimetres from the hinge."""
 
 
 def urdf_of(folder: Path, pos: Any, axis: Any) -> Path:
@@ -69,7 +69,7 @@ def urdf_of(folder: Path, pos: Any, axis: Any) -> Path:
 
 def test_defect_01_axes_are_in_the_frame_of_the_boxes(tmp_path: Path) -> None:
     label = original_label("hinge", np.array(HINGE_17["pos"]), np.array(HINGE_17["axis"]))
-    assert label == {"idx": 1, "edge": [0.64, 0.42], "sign": 1}, "as it is stored"
+    assert label == {"idx": 1, "edge": [0.64, 0.42], "sign": 1}, "as in the stored data"
     true = np.array([0.0, 0, 1])  # the door turns about the vertical, and the boxes are z up
     assert angle(DOOR_17.axis(label["idx"]), true, signed=False) == pytest.approx(90)
 
@@ -77,7 +77,7 @@ def test_defect_01_axes_are_in_the_frame_of_the_boxes(tmp_path: Path) -> None:
     ours = encode(Joint(0, HINGE, found.pos, found.axis), DOOR_17, "obb_rel")
     assert angle(decode(ours, DOOR_17, "obb_rel").axis, true, signed=True) == pytest.approx(0, abs=1e-4)
 
-    # and on made cabinets: every hinge about the vertical is 90 degrees off by the old rule, none by ours
+    # in generated cabinets, every vertical hinge is 90 degrees off by the program's rule and none by Lorry's
     maker("articulation").make(tmp_path / "made", 1, 20, 1, 1, 5)
     old, new = [], []
     for question in read_objects(tmp_path / "made", no_skip):
@@ -107,7 +107,7 @@ def test_defect_02_the_map_puts_the_hinge_beside_its_edge(tmp_path: Path) -> Non
 
 def test_defect_03_edges_are_signs_and_slides_have_one_form() -> None:
     label = original_label("hinge", np.array(HINGE_17["pos"]), np.array(HINGE_17["axis"]))
-    assert not {*label["edge"]} <= {1, -1}, "metres, where the prompt promises 1 and -1"
+    assert not {*label["edge"]} <= {1, -1}, "metres, although the prompt says 1 and -1"
     assert original_label("slide", np.zeros(3), np.array([0, 0, 1.0]))["edge"] == [0.0, 0.0]
     recipe = recipe_with()
     slides = 0
@@ -123,7 +123,7 @@ def test_defect_03_edges_are_signs_and_slides_have_one_form() -> None:
     assert grammar.find_code(stored, "obb_rel") is None
 
 
-def test_defect_04_the_root_is_the_box_that_is_no_childs() -> None:
+def test_defect_04_the_root_is_the_box_that_no_joint_moves() -> None:
     def original(boxes: list[int]) -> int:
         return boxes[-1]
 
@@ -151,9 +151,9 @@ def test_defect_05_boxes_are_checked_and_parents_and_ranges_kept(tmp_path: Path)
         ).read_text()
         element = urdf.split(f'<child link="link_{number}"/>')[0].rsplit("<joint", 1)[1]
         origin = np.array(re.findall(r'xyz="([^"]*)"', element)[0].split(), float)
-        alone = UPRIGHT @ origin  # the right map, and without the parent's transform
+        alone = UPRIGHT @ origin  # the right map without the parent's transform
         joint = question.view.joints[number]
-        assert math.dist(alone, joint.pos) > 0.05, "a flap's origin is told in its drawer's frame"
+        assert math.dist(alone, joint.pos) > 0.05, "the origin of a flap is in its drawer's frame"
         label = decode(encode(joint, question.view.boxes[number], "obb_rel"), question.view.boxes[number], "obb_rel")
         assert line_distance(joint, label, question.view.boxes[number].center) < 0.01
         (sample,) = articulation.build_samples(recipe_with(), question, None, "test")
@@ -164,7 +164,7 @@ def test_defect_05_boxes_are_checked_and_parents_and_ranges_kept(tmp_path: Path)
     (loop / f"obb_link_{number}.json").unlink()
     skipped = []
     again = {one.id: one for one in read_objects(tmp_path, lambda *words: skipped.append(words))}[question.id]
-    assert number not in again.view.joints, "a joint without a box is no label"
+    assert number not in again.view.joints, "a joint without a box has no label"
     assert [(what, reason) for what, reason, *_ in skipped] == [
         (f"{loop.relative_to(tmp_path)}, link_{number}", "joint of a link without a box")
     ]
@@ -195,7 +195,9 @@ def test_defect_06_all_three_modes_have_rows(tmp_path: Path, mode: Mode) -> None
         assert code.joints and articulation.facts(sample) == {"labels_true_to_the_urdf": 1}  # type: ignore[arg-type]
 
 
-def test_defect_07_what_is_too_long_is_listed_and_no_answer_is_cut(tmp_path: Path, language_model: Path) -> None:
+def test_defect_07_samples_that_are_too_long_are_listed_and_no_answer_is_cut(
+    tmp_path: Path, language_model: Path
+) -> None:
     tokenizer: Any = load_tokenizer(language_model)
 
     def tokens(messages: list[dict[str, str]]) -> list[int]:
@@ -217,10 +219,12 @@ def test_defect_07_what_is_too_long_is_listed_and_no_answer_is_cut(tmp_path: Pat
     long, short = made
     assert len(tokens(long["messages"])) > 800 > len(tokens(short["messages"]))
     cut = tokenizer.decode(tokens(long["messages"])[:800])
-    assert grammar.find_code(cut.split("### Response:")[-1], "obb_rel") is None, "what the program learnt to write"
+    assert grammar.find_code(cut.split("### Response:")[-1], "obb_rel") is None, (
+        "the program learns code that is cut off"
+    )
 
     class Sft:
-        """Encodes as the trainer does, which refuses what is too long."""
+        """Encodes like the trainer, which refuses samples that are too long."""
 
         def fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
             fits = [len(tokens(sample["messages"])) <= 800 for sample in samples]
@@ -243,9 +247,9 @@ def test_defect_07_what_is_too_long_is_listed_and_no_answer_is_cut(tmp_path: Pat
     assert kept["messages"][-1]["content"] == short["references"][0], "whole"
 
 
-def test_defect_08_an_answer_is_right_by_where_its_joint_is() -> None:
+def test_defect_08_an_answer_is_scored_by_the_place_of_its_joints() -> None:
     def original(answer: str, expected: str) -> float:
-        """Its own check: the text, or else the root's line and the number of joints."""
+        """The program's check: equal text, or else an equal root line and number of joints."""
         if answer == expected:
             return 1.0
         same_root = answer.partition("\n")[0] == expected.partition("\n")[0]
@@ -259,8 +263,10 @@ def test_defect_08_an_answer_is_right_by_where_its_joint_is() -> None:
     near, far, other = code.format(0.01, 0.63, 1), code.format(0.43, 0.41, 1), code.format(0.01, 0.64, -1)
     assert original(near, sample["references"][0]) == 1 and near != sample["references"][0]
     scored = [articulation.score(recipe, answer, sample)["joint_f1"] for answer in (near, far, other)]
-    assert scored == [1, 0, 0], "a centimetre off is right; 48 are not, nor is a door that opens inwards"
-    assert original(far, sample["references"][0]) == original(other, sample["references"][0]) == 1, "its own check: all"
+    assert scored == [1, 0, 0], "1 cm off is right; 48 cm off, or a door that opens inwards, is wrong"
+    assert original(far, sample["references"][0]) == original(other, sample["references"][0]) == 1, (
+        "all right by the program's check"
+    )
     crossed = code.format(0.01, 0.64, 1).replace("hinge", "slide").replace("idx=2", "idx=0")
     assert original(crossed, sample["references"][0]) == 1
     assert articulation.score(recipe, crossed, sample)["type"] == 0
@@ -270,7 +276,7 @@ def test_defect_09_loops_of_an_object_never_straddle_a_split(tmp_path: Path) -> 
     maker("articulation").make(tmp_path / "data", 9, 30, 1, 3, 3)
 
     def original(rows: list[str]) -> set[str]:
-        """Rows are shuffled and cut: objects of which both sides have a loop."""
+        """Shuffle rows and cut the list; return the objects with loops on both sides."""
         shuffled = random.Random(0).sample(rows, len(rows))
         sides = [{row.rpartition("_loop_")[0] for row in part} for part in (shuffled[:70], shuffled[70:])]
         return sides[0] & sides[1]
@@ -289,7 +295,7 @@ def test_defect_09_loops_of_an_object_never_straddle_a_split(tmp_path: Path) -> 
     assert Counter(sample["meta"]["group"] for sample in samples(run, "validation")).most_common()[-1][1] == 3, "whole"
 
 
-def test_defect_10_one_seed_ids_and_answers_as_data(tmp_path: Path) -> None:
+def test_defect_10_one_seed_gives_the_same_samples_with_ids_and_answers_are_data(tmp_path: Path) -> None:
     def original(rows: list[str]) -> list[str]:
         random.seed()
         random.shuffle(rows)
@@ -303,11 +309,9 @@ def test_defect_10_one_seed_ids_and_answers_as_data(tmp_path: Path) -> None:
     first, second = (run.path("preprocess", "samples", "train.jsonl").read_bytes() for run in runs)
     assert first == second
     made = samples(runs[0], "train")
-    assert all(re.fullmatch(r"Cabinet_\d+_loop_\d(#[12])?", sample["id"]) for sample in made), "its object is known"
+    assert all(re.fullmatch(r"Cabinet_\d+_loop_\d(#[12])?", sample["id"]) for sample in made), "the id names the object"
     roles = [message["role"] for message in made[0]["messages"]]
-    assert roles == ["system", "user", "assistant"], (
-        "the prompt is no target: the trainer learns the last message alone"
-    )
+    assert roles == ["system", "user", "assistant"], "the trainer learns only the last message, not the prompt"
     assert read_json(runs[0].path("preprocess", "manifest.json"))["counts"]["train"] == len(made)
     answer = articulation.read_answer(f"Sure!\n{made[0]['references'][0]}\nDone.", made[0])  # type: ignore[arg-type]
     assert answer == made[0]["references"][0]

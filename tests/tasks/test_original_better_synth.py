@@ -1,5 +1,5 @@
-"""The defects of the programs that better_synth comes after, each by its number: what was done is a function of a few
-lines that is shown to be wrong on a small input, and what is done here is shown to be right on the same."""
+"""The numbered defects of the programs that better_synth replaces. Each test has a short function that does as those
+programs did, shows that it is wrong on a small input, and that Lorry is right on the same input."""
 
 import csv
 import json
@@ -52,7 +52,7 @@ DEMO = REPOSITORY / "recipes" / "data" / "better-synth"
 
 @dataclass
 class Engine:
-    """Stands where an engine stands."""
+    """Replaces an engine."""
 
     says: str = "A"
     stop_after: int | None = None
@@ -83,7 +83,7 @@ def recipe_with(data: Path, *overrides: str) -> Recipe:
 
 @dataclass(frozen=True)
 class Job:
-    """A run in a folder of its own, with its mounts; Data-Juicer is left out where the tests say nothing of it."""
+    """A run in its own folder with its mounts. Data-Juicer is left out in tests that do not need it."""
 
     root: Path
     models: Path
@@ -97,7 +97,7 @@ class Job:
         return run_stage(self.run, "preprocess", preprocess.work)
 
     def infer(self, engine: Engine) -> Exit:
-        """With an adapter in the place where training leaves it."""
+        """Infer with an adapter where training writes one."""
         write_json(self.run.path("train", "adapters", "tuned", "adapter_config.json"), {"r": 16})
         describe(self.run, "train", "adapters/tuned/adapter_config.json")
         with pytest.MonkeyPatch.context() as patch:
@@ -112,14 +112,14 @@ class Job:
 
 
 def make_job(root: Path, *overrides: str) -> Job:
-    """With the demo's data, and a LLaVA of which nothing but its tokens and pictures is read."""
+    """A job with the demo's data and a LLaVA model of which only tokenizer and picture settings are read."""
     shutil.copytree(DEMO, root / "data" / "better-synth")
     return Job(root, need_model("tiny-llava").parent, recipe_with(root / "data", *overrides))
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """The job, preprocessed."""
+    """The preprocessed job."""
     job = make_job(tmp_path_factory.mktemp("prepared"))
     assert job.preprocess() == Exit.DONE
     return job
@@ -127,24 +127,24 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture
 def job(prepared: Job, tmp_path: Path) -> Job:
-    """A copy of it, to change."""
+    """A copy of the preprocessed job for tests that change it."""
     shutil.copytree(prepared.root, tmp_path / "job")
     return Job(tmp_path / "job", prepared.models, prepared.recipe)
 
 
 def in_one_phase(job: Job) -> Job:
-    """The same without a connector of its own, which only training makes."""
+    """The same job without a connector, which only training writes."""
     return Job(job.root, job.models, recipe_with(job.root / "data", "train.connector=null"))
 
 
 # -- 4: the synthetic data are trained on --------------------------------------------------------------------------
 
 
-def test_defect_4_synthetic_data_are_what_the_connector_is_trained_on(prepared: Job, job: Job) -> None:
-    """Pretraining was commented out: baseline and custom were tuned on the same 12,000 conversations."""
+def test_defect_4_the_connector_is_trained_on_the_synthetic_data(prepared: Job, job: Job) -> None:
+    """Pretraining was commented out: baseline and custom run were tuned on the same 12,000 conversations."""
 
     def original(pretrain: list[str], finetune: list[str]) -> list[str]:
-        return finetune  # the projector is one that was there before
+        return finetune  # uses a projector that existed before
 
     assert original(["a bus"], ["talk"]) == original(["a red bus on a street"], ["talk"])
 
@@ -167,19 +167,19 @@ def test_defect_4_synthetic_data_are_what_the_connector_is_trained_on(prepared: 
     assert answers and all(answer.endswith(", seen by day") for answer in answers) and len(after) < len(before)
     assert all(sample["meta"]["source"] == "pretrain" for sample in [*before, *after])
     before, after = learnt["tuned"]
-    assert before == after and before, "what the second phase learns is the same: all that differs is the connector"
+    assert before == after and before, "the second phase learns the same: only the connector differs"
 
 
-# -- 5, 6: paths, and which run is which ---------------------------------------------------------------------------
+# -- 5, 6: paths and the names of runs ------------------------------------------------------------------
 
 
-def test_defect_5_paths_hang_on_no_variable_and_no_machine(prepared: Job, tmp_path: Path) -> None:
-    """PRETRAIN_DATASET=$SCRIPT_DIR/../input/... stood above SCRIPT_DIR=..."""
+def test_defect_5_paths_depend_on_no_variable_and_no_machine(prepared: Job, tmp_path: Path) -> None:
+    """PRETRAIN_DATASET=$SCRIPT_DIR/../input/... came before SCRIPT_DIR=..."""
 
     def original(environment: dict[str, str]) -> str:
         return environment.get("SCRIPT_DIR", "") + "/../input/pretrain_stage_1"
 
-    assert os.path.normpath(original({})) == "/input/pretrain_stage_1", "of the whole machine"
+    assert os.path.normpath(original({})) == "/input/pretrain_stage_1", "relative to the root of the machine"
 
     elsewhere = make_job(tmp_path / "another machine")
     assert elsewhere.preprocess() == Exit.DONE
@@ -213,8 +213,8 @@ def test_defect_6_the_converter_has_its_original_or_says_so(job: Job, capfd: Any
     assert "records_llava.json: no such file" in told and "records.jsonl:1" in told
 
 
-def test_defect_6_two_runs_have_two_folders_and_none_is_scored_that_is_not_there(job: Job) -> None:
-    """EXP_NAME stayed "default" in the custom script: it wrote over the baseline, then scored what was not there."""
+def test_defect_6_two_runs_have_two_folders_and_a_missing_one_is_not_scored(job: Job) -> None:
+    """EXP_NAME stayed "default" in the custom script: it overwrote the baseline, then scored a missing run."""
 
     def original(script: str) -> str:
         return {"baseline": "MGM-2B-Finetune-default", "custom": "MGM-2B-Finetune-default"}[script]
@@ -234,7 +234,7 @@ def test_defect_6_two_runs_have_two_folders_and_none_is_scored_that_is_not_there
 
 
 def test_defect_8_an_answer_is_whole_and_every_picture_is_shown(job: Job) -> None:
-    """The prompt's length was cut off the output, which for multimodal prompts has no prompt in front."""
+    """The prompt's length was cut off the output, which does not begin with the prompt if that is multimodal."""
 
     def original(prompt: str, output: str) -> str:
         return output[len(prompt) :]
@@ -251,8 +251,8 @@ def test_defect_8_an_answer_is_whole_and_every_picture_is_shown(job: Job) -> Non
     assert shown == {sample["id"]: 1 for sample in job.samples("test")}
 
 
-def test_defect_9_many_are_asked_at_once_and_a_stop_costs_no_answer(job: Job) -> None:
-    """One picture at a time, into a file opened with "w": a second start lost what the first had answered."""
+def test_defect_9_prompts_are_batched_and_a_stop_loses_no_answer(job: Job) -> None:
+    """One picture at a time, into a file opened with "w": a second start lost the answers of the first."""
 
     def original(path: Path, questions: list[str], say: Callable[[str], str]) -> None:
         with path.open("w", encoding="utf-8") as file:
@@ -278,21 +278,21 @@ def test_defect_9_many_are_asked_at_once_and_a_stop_costs_no_answer(job: Job) ->
     shutil.rmtree(job.run.path("infer"))
     assert job.infer(Engine()) == Exit.DONE
     for name, text in found.items():
-        assert job.run.path("infer", "submission", f"{name}.jsonl").read_bytes() == text, "ids of answers too"
+        assert job.run.path("infer", "submission", f"{name}.jsonl").read_bytes() == text, "with the same ids of answers"
 
 
 # -- 1, 2: an evaluation that evaluates ------------------------------------------------------------------------------
 
 SIMULATED = {"text": 2950, "unknown": 855, "3": 642, "Nike": 485, "blue": 68}
-"""All that the 5000 answers of both models were."""
+"""The only texts among the 5000 answers of both models."""
 
 
-def test_defect_1_answers_that_no_model_gave_are_found_out() -> None:
-    """5000 simulated answers, the same for both models; what was compared was how many of them are distinct."""
+def test_defect_1_answers_that_no_model_gave_are_detected() -> None:
+    """5000 simulated answers, the same for both models; the score was the share of distinct answers."""
     answers = [text for text, count in SIMULATED.items() for _ in range(count)]
 
     def original(answers: list[str]) -> float:
-        return len(set(answers)) / len(answers)  # no reference answer is looked at
+        return len(set(answers)) / len(answers)  # without any reference answer
 
     assert original(answers) == 0.001 and original([f"wrong {n}" for n in range(5000)]) == 1.0
 
@@ -340,8 +340,8 @@ def scored(job: Job) -> Exit:
     return run_stage(job.run, "eval", evaluation.work)
 
 
-def test_defect_2_an_evaluation_of_nothing_is_no_success(job: Job, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`success: true` stood beside `total_questions: 0`."""
+def test_defect_2_an_evaluation_without_answers_fails(job: Job, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program wrote `success: true` with `total_questions: 0`."""
 
     def original(questions: list[str]) -> dict[str, Any]:
         return {"success": True, "total_questions": len(questions)}
@@ -356,7 +356,7 @@ def test_defect_2_an_evaluation_of_nothing_is_no_success(job: Job, capfd: Any, m
     figures = read_json(job.run.path("eval", "scores.json"))["tuned"]
     questions = {sample["meta"]["together"] for sample in job.samples("test") if sample["meta"]["source"] == "mmbench"}
     assert figures["mmbench_accuracy"]["n"] == len(questions)
-    assert figures["mmbench_accuracy"]["value"] == 0, "always A is right in one rotation of each question, and in none"
+    assert figures["mmbench_accuracy"]["value"] == 0, "always A is right in one rotation of each question, never in all"
     assert job.run.path("eval", "uploads", "tuned", "mmbench.xlsx").is_file()
 
     data = job.root / "data" / "better-synth"
@@ -368,7 +368,7 @@ def test_defect_2_an_evaluation_of_nothing_is_no_success(job: Job, capfd: Any, m
         writer.writeheader()
         writer.writerows(rows)
     shutil.copytree(job.run.folder, job.run.folder.with_name("whole"))
-    shutil.rmtree(job.run.path("train"))  # the stand-in for an adapter: it goes with the data that it was made of
+    shutil.rmtree(job.run.path("train"))  # the stand-in for an adapter, which belongs to the old data
     assert job.preprocess() == Exit.DONE
     assert job.infer(Engine()) == Exit.DONE
     capfd.readouterr()
@@ -383,11 +383,11 @@ def test_defect_2_an_evaluation_of_nothing_is_no_success(job: Job, capfd: Any, m
     assert "r: nothing evaluated: eval is half done: none of" in done.output
 
 
-# -- 3: what was not done is not said to be ------------------------------------------------------------------------
+# -- 3: steps that were not done ------------------------------------------------------------------------
 
 
-def test_defect_3_a_step_that_failed_is_told_as_failed(job: Job) -> None:
-    """The last report had a check mark at every step, whatever had happened."""
+def test_defect_3_a_failed_step_is_reported_as_failed(job: Job) -> None:
+    """The final report had a check mark at every step, whatever had happened."""
 
     def original(steps: dict[str, int]) -> list[str]:
         return [f"✓ {step}" for step in steps]
@@ -405,11 +405,11 @@ def test_defect_3_a_step_that_failed_is_told_as_failed(job: Job) -> None:
     done = lorry("run", "better-synth", "--profile", "tiny", "--run", "failing", *sets)
     assert done.returncode == Exit.USAGE
     assert "not-there" in done.stderr and "all four stages are up to date" not in done.stdout
-    told = {line.split()[0]: line for line in lorry("status", "failing").stdout.splitlines()[1:]}
-    assert "done" in told["preprocess"] and not any("done," in told[stage] for stage in ("train", "infer", "eval"))
+    states = {line.split()[0]: line for line in lorry("status", "failing").stdout.splitlines()[1:]}
+    assert "done" in states["preprocess"] and not any("done," in states[stage] for stage in ("train", "infer", "eval"))
 
 
-# -- 4, 7: what pretraining makes reaches every adapter, and whoever answers with one ---------------------------------
+# -- 4, 7: the pretrained connector reaches every adapter and inference ---------------------------------
 
 
 def train(job: Job) -> None:
@@ -453,7 +453,7 @@ def test_defect_4_pretraining_has_an_effect_on_the_adapters(prepared: Job, job: 
     """Baseline and custom runs ended in the same adapter, whatever the captions said."""
 
     def original(captions: list[str], conversations: list[str]) -> str:
-        return digest_of(conversations)  # the projector is one that was there before
+        return digest_of(conversations)  # uses a projector that existed before
 
     assert original(["a bus"], ["talk"]) == original(["a red bus on a street"], ["talk"])
 
@@ -473,7 +473,7 @@ def test_defect_4_pretraining_has_an_effect_on_the_adapters(prepared: Job, job: 
     connectors = [(each.run.manifest("train") or {})["connector"]["sha256"] for each in (baseline, custom)]
     assert connectors[0] != connectors[1]
 
-    # and an adapter that was trained with the one is not taken for one of the other
+    # an adapter trained with one connector is not used with the other
     shutil.copytree(baseline.run.path("train", "adapters"), tmp_path / "adapters")
     shutil.rmtree(custom.run.path("train", "adapters"))
     custom.run.path("train", "manifest.json").unlink()
@@ -482,12 +482,12 @@ def test_defect_4_pretraining_has_an_effect_on_the_adapters(prepared: Job, job: 
     assert custom.run.path("train", "adapters", "tuned", "adapter_model.safetensors").read_text() == second
 
 
-def test_defect_7_whoever_answers_has_the_projector_that_the_adapter_was_trained_with(job: Job, capfd: Any) -> None:
+def test_defect_7_inference_uses_the_projector_that_the_adapter_was_trained_with(job: Job, capfd: Any) -> None:
     """The base was the folder that adapter_config.json names; the projector in `non_lora_trainables.bin` was not read,
     and files in the model's folder were renamed while it was loaded."""
 
     def original(base: dict[str, str], adapter: dict[str, str]) -> dict[str, str]:
-        return {**base, "lora": adapter["lora"]}  # and not what else was trained
+        return {**base, "lora": adapter["lora"]}  # without the rest of the trained weights
 
     assert original({"projector": "old"}, {"lora": "x", "projector": "new"})["projector"] == "old"
 
@@ -513,10 +513,10 @@ def test_defect_7_whoever_answers_has_the_projector_that_the_adapter_was_trained
     assert (base, nobody, of_base) == (model, (), untouched)
     assert (somebody, of_both) == (("tuned",), float(learnt["multi_modal_projector.linear_1.bias"][0]))
     assert of_both != untouched
-    assert both.is_relative_to(job.run.folder), "each run has a folder of its own"
+    assert both.is_relative_to(job.run.folder), "each run has its own folder"
     assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == before, "nothing is renamed"
 
-    # what cannot be put together is an error, and no print
+    # parts that do not fit together are an error, not a printed line
     job.run.path("train", "connector", "connector.safetensors").unlink()
     capfd.readouterr()
     assert run_stage(job.run, "infer", infer.work) == Exit.USAGE

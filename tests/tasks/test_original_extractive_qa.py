@@ -1,9 +1,9 @@
-"""The defects of the program that extractive_qa comes after, each by its number: what it did is a few lines that are
-shown to be wrong on a small input, and what is done here is shown to be right on the same.
+"""The numbered defects of the program that extractive_qa replaces. Each test has a short function that does as that
+program did, shows that it is wrong on a small input, and that Lorry is right on the same input.
 
-Most tests look at one job of three data sets through all four stages. Two stand-ins spare it the hours: a training
-process that learns nothing, and an engine that knows the answers; one of the trainings dies. What needs weights has a
-random Llama; tests/end_to_end/test_many_datasets.py has the same with a real model.
+Most tests use one job of three data sets through all four stages. Two stand-ins save hours: a training process that
+trains nothing, and an engine that knows the answers; one of the trainings is killed. Tests that need weights have a
+random Llama; tests/end_to_end/test_many_datasets.py does the same with a real model.
 """
 
 import copy
@@ -52,7 +52,7 @@ OVERRIDES = (
 # -- the data sets -------------------------------------------------------------------------------------------------
 
 LONG = "The tide rose again. " * 400
-"""More than fits the prompt of the tiny profile."""
+"""A context too long for the prompt of the tiny profile."""
 
 
 def squad(number: int, context: str = "", **more: Any) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def conversation(asked: str, answer: str) -> dict[str, Any]:
 
 
 def make_files(folder: Path) -> None:
-    """`boats` states its split; among its test records are one that is broken and one that is too long."""
+    """Write the data sets. `boats` states its splits; one of its test records is broken and one is too long."""
     write_jsonl(folder / "boats" / "train.jsonl", [squad(number) for number in range(10)])
     lines = [json.dumps(record) for record in (squad(20), squad(21), squad(22, LONG), squad(23))]
     lines.insert(1, '{"id": 99, "context": "cut o')
@@ -87,7 +87,7 @@ GOLD = {
 
 
 class Engine:
-    """Stands where an engine stands: an adapter knows the answers, base does not."""
+    """Replaces an engine: adapters know the answers, the base does not."""
 
     continuous = True
 
@@ -115,7 +115,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Job:
-    """A run in a folder of its own, with its mounts."""
+    """A run in its own folder with its mounts."""
 
     root: Path
     models: Path
@@ -134,7 +134,7 @@ class Job:
         return run_stage(self.run, "preprocess", preprocess.work)
 
     def train(self, deaths: str = "", stop_before: str | None = None) -> Exit:
-        """Trainings of the data sets in `deaths` are killed; a stop comes before that of `stop_before`."""
+        """Train. The trainings of data sets in `deaths` are killed; a stop comes before the one of `stop_before`."""
 
         def train_adapter(stage: Any, job: Any, *rest: Any) -> float | None:
             if job.adapter.name == stop_before:
@@ -172,12 +172,12 @@ class Job:
         return {row["id"]: row for row in read_jsonl(self.run.path("infer", "predictions", f"{name}.jsonl"))}
 
     def trained(self) -> list[dict[str, Any]]:
-        """What the training processes have noted, in the order of their starts."""
+        """The records of the training processes, in the order of their starts."""
         path = self.root / "trained.jsonl"
         return read_jsonl(path) if path.exists() else []
 
     def copy(self, root: Path, *overrides: str) -> "Job":
-        """The same run and mounts in another place, with some settings changed."""
+        """A copy of run and mounts in another folder, with changed settings."""
         shutil.copytree(self.root, root)
         return replace(self, root=root, overrides=(*self.overrides, *overrides))
 
@@ -196,7 +196,7 @@ def fresh(tmp_path: Path, small_models: Path) -> Job:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, small_models: Path) -> Job:
-    """The job after all four stages; the training of `laws` died. Tests that change anything take a copy."""
+    """The job after all four stages; the training of `laws` was killed. Tests that change it take a copy."""
     root = tmp_path_factory.mktemp("job")
     make_files(root / "data" / "sets")
     job = Job(root, small_models)
@@ -221,7 +221,7 @@ FIELDS = {
     "metrics": "exact_match f1",
     "summary_statistics": "avg_training_time avg_evaluation_time avg_em_score avg_f1_score best_em_score best_f1_score",
 }
-"""The names of the original's JSON, whose readers may be programs."""
+"""The keys of the original's JSON report, which other programs may read."""
 
 
 def test_the_report_has_every_field_of_the_original(finished: Job) -> None:
@@ -244,13 +244,13 @@ def test_the_report_has_every_field_of_the_original(finished: Job) -> None:
 # -- 1 to 14 -------------------------------------------------------------------------------------------------------
 
 
-def test_defect_01_what_is_trained_on_is_not_scored(finished: Job) -> None:
+def test_defect_01_training_data_are_not_scored(finished: Job) -> None:
     def original(path: Path) -> tuple[set[str], set[str]]:
         lines = path.read_text().splitlines()
         return set(lines), set(lines)
 
     learnt, scored = original(finished.run.data / "stars.jsonl")
-    assert scored and scored <= learnt, "a model that learns by heart is perfect"
+    assert scored and scored <= learnt, "a model that memorises is perfect"
 
     splits = {split: finished.samples(split) for split in ("train", "validation", "test")}
     for source in ("boats", "laws", "stars"):
@@ -273,7 +273,7 @@ def test_defect_01_a_test_file_that_is_the_training_file_is_refused(fresh: Job, 
     ]
 
 
-def test_defect_01_asked_for_it_is_trained_on_its_test_file(fresh: Job) -> None:
+def test_defect_01_on_request_the_test_file_is_trained_on(fresh: Job) -> None:
     shutil.copy(fresh.run.data / "boats" / "train.jsonl", fresh.run.data / "boats" / "test.jsonl")
     fresh = replace(fresh, overrides=("data.evaluate_on_training=true",))
     assert fresh.preprocess() == Exit.DONE
@@ -285,7 +285,7 @@ def test_defect_01_asked_for_it_is_trained_on_its_test_file(fresh: Job) -> None:
     assert all(meta.get("trained_on") for meta in of_boats["test"])
 
 
-def test_defect_01_asked_for_it_is_done_and_every_table_says_so(fresh: Job, capfd: Any) -> None:
+def test_defect_01_on_request_training_data_are_scored_and_every_table_says_so(fresh: Job, capfd: Any) -> None:
     fresh = replace(fresh, overrides=("data.evaluate_on_training=true",))
     assert fresh.preprocess() == Exit.DONE
     scored, learnt = fresh.samples("test"), fresh.samples("train")
@@ -305,7 +305,7 @@ def test_defect_02_the_adapter_is_kept(finished: Job, tmp_path: Path) -> None:
         del weights
 
     original(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "all that is left of hours"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "only this is left after hours"
 
     outputs = finished.manifest("train")["outputs"]
     for name in ("boats", "stars"):
@@ -315,7 +315,7 @@ def test_defect_02_the_adapter_is_kept(finished: Job, tmp_path: Path) -> None:
     assert not any(name.startswith("adapters/laws/") for name in outputs)
 
 
-def test_defect_03_a_batch_answers_as_its_prompts_do_alone(small_models: Path) -> None:
+def test_defect_03_prompts_have_the_same_answers_in_a_batch_and_alone(small_models: Path) -> None:
     import torch
 
     engine = TransformersEngine(settings_of(small_models / "random-llama", max_new_tokens=6))
@@ -335,7 +335,7 @@ def test_defect_03_a_batch_answers_as_its_prompts_do_alone(small_models: Path) -
         )
         return [engine._completion(row[longest:].tolist()).text for row in output]
 
-    assert original("right")[0] != alone[0], "only the longest is unharmed"
+    assert original("right")[0] != alone[0], "only the longest prompt has the right answer"
     assert original("left") == alone
 
     assert [completion.text for completion in engine.generate(prompts, None)] == alone
@@ -351,7 +351,7 @@ def test_defect_04_settings_are_a_mapping_and_reach_the_training(finished: Job, 
         return int(training_args.num_train_epochs)
 
     with pytest.raises(AttributeError, match="num_train_epochs"):
-        original({"num_train_epochs": 2})  # as its README shows
+        original({"num_train_epochs": 2})  # as in its README
 
     job = finished.copy(tmp_path / "job", "train={epochs: 2, lora_config: lora/small.json}")
     lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["v_proj", "q_proj"], "bias": "none"}
@@ -371,7 +371,7 @@ def test_defect_04_settings_are_a_mapping_and_reach_the_training(finished: Job, 
     }
 
 
-def test_defect_04_a_lora_config_that_is_not_there_is_an_error_and_no_silent_default(fresh: Job) -> None:
+def test_defect_04_a_missing_lora_config_is_an_error_and_not_a_silent_default(fresh: Job) -> None:
     def original(path: Path) -> dict[str, int]:
         return json.loads(path.read_text()) if path.exists() else {"r": 8}  # type: ignore[no-any-return]
 
@@ -383,7 +383,7 @@ def test_defect_04_a_lora_config_that_is_not_there_is_an_error_and_no_silent_def
         assert replace(fresh, overrides=("train.epoch=2",)).recipe
 
 
-def test_defect_05_a_skipped_record_moves_no_answer(finished: Job) -> None:
+def test_defect_05_a_skipped_record_shifts_no_answer(finished: Job) -> None:
     data: list[dict[str, Any]] = [
         {"q": 1, "gold": "1"},
         {"gold": "broken"},
@@ -407,7 +407,7 @@ def test_defect_05_a_skipped_record_moves_no_answer(finished: Job) -> None:
     assert {name: lines[name] for name in sorted(right)} == {name: GOLD[name] for name in sorted(right)}
 
 
-def test_defect_06_a_failure_is_told_and_counted_and_costs_no_other_answer(finished: Job, tmp_path: Path) -> None:
+def test_defect_06_a_failure_is_reported_and_counted_and_affects_no_other_answer(finished: Job, tmp_path: Path) -> None:
     def answer(question: str) -> str:
         if question == "bad":
             raise RuntimeError("kernel failed")
@@ -419,7 +419,7 @@ def test_defect_06_a_failure_is_told_and_counted_and_costs_no_other_answer(finis
         except RuntimeError:
             return [""] * len(batch)
 
-    assert original(["good", "bad"]) == ["", ""], "which is scored as if the model had nothing to say"
+    assert original(["good", "bad"]) == ["", ""], "scored as if the model had answered nothing"
 
     job = finished.copy(tmp_path / "job", "infer.max_new_tokens=15")
     assert job.infer(Engine(fails=("boats/21",))) == Exit.DONE
@@ -429,7 +429,7 @@ def test_defect_06_a_failure_is_told_and_counted_and_costs_no_other_answer(finis
     assert predictions["boats/20"]["answer"] == "owner 20" and predictions["boats/23"]["answer"] == "owner 23"
     evaluation = job.report()["dataset_results"][0]["evaluation"]
     assert (evaluation["eval_samples"], evaluation["failed"], evaluation["metrics"]["exact_match"]) == (4, 2, 50.0)
-    assert job.report()["summary_statistics"]["failed_answers"] == 2, "that one, and the one that is too long"
+    assert job.report()["summary_statistics"]["failed_answers"] == 2, "this one and the one that is too long"
 
 
 def test_defect_07_answers_are_generated_as_the_report_says(
@@ -442,7 +442,7 @@ def test_defect_07_answers_are_generated_as_the_report_says(
     used, recorded = original()
     assert used != recorded
 
-    # the settings that a model's own folder brings, such as Qwen2.5's, must not get in by the back door
+    # generation settings in the model's folder, such as Qwen2.5's, must not be used
     model = tmp_path / "model"
     shutil.copytree(small_models / "random-llama", model)
     own = read_json(model / "generation_config.json") | {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
@@ -487,7 +487,7 @@ def test_defect_08_the_start_time_is_that_of_the_start(fresh: Job) -> None:
     second = fresh.report("train")
     start = datetime.fromisoformat(first["pipeline_info"]["start_time"])
     assert before.replace(microsecond=0) <= start <= between
-    assert second["pipeline_info"]["start_time"] == first["pipeline_info"]["start_time"], "of the first start"
+    assert second["pipeline_info"]["start_time"] == first["pipeline_info"]["start_time"], "that of the first start"
     stamps = [datetime.fromisoformat(result["timestamp"]) for result in second["dataset_results"]]
     assert all(start <= stamp for stamp in stamps) and stamps == sorted(stamps)
     assert second["pipeline_info"]["pipeline_time"] >= (stamps[-1] - start).total_seconds() - 1e-3
@@ -503,11 +503,11 @@ def test_defect_09_the_report_is_written_after_each_data_set(fresh: Job) -> None
     assert fresh.preprocess() == Exit.DONE
     assert fresh.train() == Exit.DONE
     seen = [started["report"] and names(started["report"]) for started in fresh.trained()]
-    assert seen == [None, ["boats"], ["boats", "laws"]], "by the process that trains the next one"
+    assert seen == [None, ["boats"], ["boats", "laws"]], "as seen by the process that trains the next one"
     assert names(fresh.report("train")) == ["boats", "laws", "stars"]
 
 
-def test_defect_09_a_stop_costs_no_data_set_that_is_done(fresh: Job) -> None:
+def test_defect_09_a_stop_loses_no_finished_data_set(fresh: Job) -> None:
     assert fresh.preprocess() == Exit.DONE
     assert fresh.train(stop_before="stars") == Exit.INTERRUPTED
     assert names(fresh.report("train")) == ["boats", "laws"]
@@ -517,14 +517,14 @@ def test_defect_09_a_stop_costs_no_data_set_that_is_done(fresh: Job) -> None:
     assert [started["name"] for started in fresh.trained()] == ["boats", "laws", "stars"], "each once"
 
 
-def test_defect_09_a_data_set_that_is_tried_again_hides_none_behind_it(fresh: Job) -> None:
+def test_defect_09_a_data_set_that_is_tried_again_hides_none_after_it(fresh: Job) -> None:
     assert fresh.preprocess() == Exit.DONE
     assert fresh.train(deaths="laws") == Exit.DONE
     assert fresh.train(stop_before="laws") == Exit.INTERRUPTED
     assert names(fresh.report("train")) == ["boats", "stars"]
 
 
-def test_defect_09_what_answered_is_told_though_the_last_start_had_nothing_to_ask(
+def test_defect_09_the_batch_size_is_reported_if_the_last_start_answered_nothing(
     fresh: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = replace(fresh, overrides=("infer.batch_size=auto",))
@@ -543,7 +543,7 @@ def test_defect_09_what_answered_is_told_though_the_last_start_had_nothing_to_as
     assert sizes == {json.loads(fresh.run.path("infer", "batch_size.json").read_text())["batch_size"]} != {"auto"}
 
 
-def test_defect_09_scores_too_are_there_after_each_data_set(
+def test_defect_09_scores_are_also_written_after_each_data_set(
     finished: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = finished.copy(tmp_path / "job", "eval.bootstrap=200")
@@ -576,7 +576,9 @@ def test_defect_10_a_data_set_that_fails_leaves_nothing_loaded(fresh: Job) -> No
             loaded.remove(name)
         return beside
 
-    assert original(["boats", "laws", "stars"]) == [1, 1, 2], "the next model is loaded beside the one that failed"
+    assert original(["boats", "laws", "stars"]) == [1, 1, 2], (
+        "the next model is loaded while the failed one is still in memory"
+    )
 
     assert fresh.preprocess() == Exit.DONE
     assert fresh.train(deaths="boats laws") == Exit.DONE
@@ -597,7 +599,7 @@ def test_defect_10_the_others_are_answered_and_the_failed_one_is_tried_again(fin
     assert [started["name"] for started in job.trained()] == ["boats", "laws", "stars", "laws"]
     engine = Engine()
     assert (job.infer(engine), job.eval()) == (Exit.DONE, Exit.DONE)
-    assert {adapter for adapter, _ in engine.answered} == {"laws"}, "what was answered stays"
+    assert {adapter for adapter, _ in engine.answered} == {"laws"}, "existing answers are kept"
     assert job.report()["pipeline_info"]["failed_datasets"] == 0
 
 
@@ -609,7 +611,7 @@ def test_defect_10_without_keep_going_the_failure_is_the_exit_code(fresh: Job, c
     assert {path.name for path in fresh.run.path("train", "adapters").iterdir()} == {"boats", "stars"}
 
 
-def test_defect_11_what_is_too_long_is_counted_and_never_cut(finished: Job, small_models: Path) -> None:
+def test_defect_11_prompts_that_are_too_long_are_counted_and_never_cut(finished: Job, small_models: Path) -> None:
     tokenizer = load_tokenizer(small_models / "random-llama")
 
     def original(context: str, question: str) -> str:
@@ -617,7 +619,7 @@ def test_defect_11_what_is_too_long_is_counted_and_never_cut(finished: Job, smal
         return str(tokenizer.decode(tokens[:1024]))
 
     record = squad(22, LONG)
-    assert record["question"] not in original(record["context"], record["question"]), "the model is asked nothing"
+    assert record["question"] not in original(record["context"], record["question"]), "the prompt has no question"
 
     sample = finished.samples("test")["boats/22"]
     assert sample["messages"][-1]["content"].endswith(record["question"])
@@ -628,7 +630,7 @@ def test_defect_11_what_is_too_long_is_counted_and_never_cut(finished: Job, smal
     assert (evaluation["eval_samples"], evaluation["failed"]) == (4, 1)
 
 
-def test_defect_12_the_logs_are_there(finished: Job, tmp_path: Path) -> None:
+def test_defect_12_logs_are_written(finished: Job, tmp_path: Path) -> None:
     def original(path: Path) -> None:
         logging.basicConfig(level=logging.WARNING)  # when the module is imported
         logging.basicConfig(level=logging.INFO, filename=path)
@@ -645,7 +647,7 @@ def test_defect_12_the_logs_are_there(finished: Job, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def some_adapter(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An adapter of the random Llama that changes what it says."""
+    """An adapter of the random Llama that changes its completions."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -675,7 +677,7 @@ def test_defect_13_base_and_adapter_answer_each_with_their_own_weights(small_mod
         del tuned  # "remove LoRA"
         return base
 
-    assert any("lora_A" in name for name, _ in original().named_parameters()), "the layers stay in the base"
+    assert any("lora_A" in name for name, _ in original().named_parameters()), "the LoRA layers stay in the base"
 
     engine = TransformersEngine(settings_of(small_models / "random-llama", adapters={"boats": some_adapter}))
     for _ in range(2):
@@ -684,7 +686,7 @@ def test_defect_13_base_and_adapter_answer_each_with_their_own_weights(small_mod
         assert tuned != alone
 
 
-def test_defect_14_nothing_hangs_on_one_machine(finished: Job) -> None:
+def test_defect_14_nothing_depends_on_one_machine(finished: Job) -> None:
     def original() -> Path:
         return Path("/home/somebody/models/Qwen2.5-7B-Instruct-1M")
 

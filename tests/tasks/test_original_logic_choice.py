@@ -1,8 +1,8 @@
-"""The defects of the program that logic_choice comes after, each by its number: what it did is a function of a few
-lines that is shown to be wrong on a small input, and what is done here is shown to be right on the same.
+"""The numbered defects of the program that logic_choice replaces. Each test has a short function that does as that
+program did, shows that it is wrong on a small input, and that Lorry is right on the same input.
 
-Most tests look at one job: problems preprocessed, answered by three adapters, voted on and scored for real but for the
-engine, a stand-in that answers as each test says.
+Most tests use one job: problems that are preprocessed, answered by three adapters, voted on and scored by the real
+stages. Only the engine is a stand-in, which answers as each test defines.
 """
 
 import json
@@ -69,12 +69,12 @@ def make_files(folder: Path) -> None:
 # -- the job -------------------------------------------------------------------------------------------------------
 
 Says = Callable[[str | None, str], str]
-"""What an adapter, or base, answers to a sample."""
+"""The answer of an adapter, or of the base, to a sample."""
 
 
 @dataclass
 class Engine:
-    """Stands where an engine stands."""
+    """Replaces an engine."""
 
     says: Says
     stop_after: int | None = None
@@ -111,7 +111,7 @@ def recipe_with(data: Path, *overrides: str) -> Recipe:
 
 @dataclass(frozen=True)
 class Job:
-    """A run in a folder of its own, with its mounts."""
+    """A run in its own folder with its mounts."""
 
     root: Path
     recipe: Recipe
@@ -124,7 +124,7 @@ class Job:
         return run_stage(self.run, "preprocess", preprocess.work)
 
     def infer(self, engine: Engine) -> Exit:
-        """With adapters in the place where training leaves them."""
+        """Infer with adapters where training writes them."""
         for name in ADAPTERS:
             folder = self.run.path("train", "adapters", name)
             write_json(folder / "adapter_config.json", {"r": 8})
@@ -175,7 +175,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, language_model: Path) -> Job:
-    """The job, preprocessed."""
+    """The preprocessed job."""
     root = tmp_path_factory.mktemp("job")
     make_files(root / "data" / "logic")
     (root / "models" / "reader").mkdir(parents=True)
@@ -190,7 +190,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, language_model: Path) -> 
 
 @pytest.fixture
 def job(prepared: Job, tmp_path: Path) -> Job:
-    """A copy of it, to change."""
+    """A copy of the preprocessed job for tests that change it."""
     shutil.copytree(prepared.root, tmp_path / "job")
     return Job(tmp_path / "job", prepared.recipe)
 
@@ -200,7 +200,7 @@ def job(prepared: Job, tmp_path: Path) -> Job:
 
 def test_defect_01_the_recipe_ties_every_adapter_to_its_data(prepared: Job) -> None:
     def original(rows: list[str], share: float) -> list[str]:
-        """A cell of the notebook, run by hand for each adapter: what it drew is written down nowhere."""
+        """A cell of the notebook, run by hand for each adapter; its draw is recorded nowhere."""
         random.seed()
         return random.sample(rows, int(share * len(rows)))
 
@@ -209,7 +209,7 @@ def test_defect_01_the_recipe_ties_every_adapter_to_its_data(prepared: Job) -> N
 
     recipe = load_recipe(RECIPE)
     adapters = recipe.train.adapters
-    assert len(adapters) == 9 == len({adapter.mix for adapter in adapters}), "nine mixes, each in words"
+    assert len(adapters) == 9 == len({adapter.mix for adapter in adapters}), "nine mixes, each described"
     again = load_recipe(RECIPE).train.adapters
     sources = ("train", "more", "guessed-a", "guessed-b")
     samples = [{"id": f"{source}-{n}", "meta": {"source": source}} for source in sources for n in range(200)]
@@ -221,10 +221,10 @@ def test_defect_01_the_recipe_ties_every_adapter_to_its_data(prepared: Job) -> N
     }
     assert shares["mix-1"] == {"train": 200} and shares["mix-5"] == {"train": 160, "guessed-a": 200, "more": 100}
     kept = yaml.safe_load((prepared.run.folder / "recipe.yaml").read_text(encoding="utf-8"))
-    assert [adapter["name"] for adapter in kept["train"]["adapters"]] == list(ADAPTERS), "the run keeps them"
+    assert [adapter["name"] for adapter in kept["train"]["adapters"]] == list(ADAPTERS), "the run records them"
 
 
-def test_defect_02_what_is_too_long_is_counted_and_listed_and_never_cut(
+def test_defect_02_samples_that_are_too_long_are_counted_and_listed_and_never_cut(
     job: Job, tmp_path: Path, language_model: Path
 ) -> None:
     tokenizer: Any = load_tokenizer(language_model)
@@ -243,7 +243,7 @@ def test_defect_02_what_is_too_long_is_counted_and_listed_and_never_cut(
     assert original(long["messages"], 128).endswith("word word") and "green" not in original(long["messages"], 128)
 
     class Sft:
-        """Encodes as the trainer does, which refuses what is too long."""
+        """Encodes like the trainer, which refuses samples that are too long."""
 
         def fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
             fits = [length(sample["messages"]) <= 128 for sample in samples]
@@ -265,7 +265,7 @@ def test_defect_02_what_is_too_long_is_counted_and_listed_and_never_cut(
     assert left_out == {"train": ["long/0"], "validation": ["long/0"]}
     kept = read_jsonl(tmp_path / "train.jsonl")
     assert counts["train"] == len(kept) == len(samples)
-    assert [row["messages"] for row in kept] == [sample["messages"] for sample in samples], "whole, targets too"
+    assert [row["messages"] for row in kept] == [sample["messages"] for sample in samples], "uncut, with their targets"
     assert re.fullmatch(r"Answer: [A-C]", kept[0]["messages"][-1]["content"]) and (not target or target == "Answer: B")
 
     short = Job(job.root, recipe_with(job.root / "data", "infer.max_length=80", "infer.max_new_tokens=8"))
@@ -276,35 +276,35 @@ def test_defect_02_what_is_too_long_is_counted_and_listed_and_never_cut(
     assert short.manifest("infer")["counts"]["failed"] >= len(asked) * 4, "base, adapters and vote"
 
 
-def test_defect_03_votes_have_rules_for_ties_and_letters_and_none_is_made_up(job: Job) -> None:
+def test_defect_03_votes_have_rules_for_ties_and_letters_and_are_never_invented(job: Job) -> None:
     def original(texts: list[str]) -> str:
         found = [re.findall("答案是：(.)", text) for text in texts]
         return Counter(each[0] if each else "A" for each in found).most_common(1)[0][0]
 
     options = dict(zip("ABC", OPTIONS, strict=True))
-    assert original(["答案是：G", "答案是：G", "答案是：B"]) == "G", "a letter that is no option wins"
+    assert original(["答案是：G", "答案是：G", "答案是：B"]) == "G", "a letter without an option wins"
     assert [letter_in(text, options) for text in ("答案是：G", "答案是：B", "答案是： ", "A hat.")] == [
         None,
         "B",
         None,
         None,
     ]
-    assert original(["我不知道", "说不清", "答案是：B"]) == "A", "who does not answer votes A"
+    assert original(["我不知道", "说不清", "答案是：B"]) == "A", "a missing answer is a vote for A"
     tie = [["答案是：B", "答案是：C"], ["答案是：C", "答案是：B"]]
-    assert original(tie[0]) != original(tie[1]), "the order of the voters decides a tie"
+    assert original(tie[0]) != original(tie[1]), "the order of voters decides a tie"
 
     names = ("one", "two")
     electorate = Electorate(dict.fromkeys(names, 1.0), {"one": 0.6, "two": 0.7})
     for order in (names, names[::-1]):
         ballot = {name: {"one": "B", "two": "C"}[name] for name in order}
         decided = decide(ballot, electorate)
-        assert (decided.answer, decided.by) == ("C", "better voters"), "a tie goes to the better ones, in any order"
-    assert decide({"one": None, "two": "B"}, electorate).answer == "B", "who has no valid answer does not vote"
+        assert (decided.answer, decided.by) == ("C", "better voters"), "better voters decide a tie, in any order"
+    assert decide({"one": None, "two": "B"}, electorate).answer == "B", "a voter without a valid answer does not vote"
     assert decide(dict.fromkeys(names), electorate).answer is None
 
     def says(adapter: str | None, sample: str) -> str:
         if sample == "z/0":
-            return "答案是：G"  # by all: no option
+            return "答案是：G"  # from all adapters: not an option
         if sample == "z/1":
             return {"mix-1": "Answer: C", "mix-2": "no idea", "mix-3": "Answer: Z"}.get(adapter or "", "A man.")
         return all_right(adapter, sample)
@@ -318,11 +318,11 @@ def test_defect_03_votes_have_rules_for_ties_and_letters_and_none_is_made_up(job
     assert votes["z/0"]["answer"] is None and votes["z/0"]["by"] == "nobody"
     assert votes["z/1"]["answer"] == "C" and votes["z/1"]["votes"] == {"mix-1": "C", "mix-2": None, "mix-3": None}
     assert job.predictions("mix-1")["z/0"]["error"] == "no valid answer in the completion, asked 3 times"
-    assert job.manifest("infer")["counts"]["abstained"] == 4 + 3, "of base and adapters, none filled in"
+    assert job.manifest("infer")["counts"]["abstained"] == 4 + 3, "by base and adapters; no answer is filled in"
     assert job.submission()[0] == {"id": "z", "questions": [{"answer": ""}, {"answer": "C"}, {"answer": RIGHT}]}
 
 
-def test_defect_04_held_out_accuracy_agreement_and_no_guessed_labels_of_what_is_scored(job: Job) -> None:
+def test_defect_04_held_out_accuracy_and_agreement_without_guessed_labels_of_scored_samples(job: Job) -> None:
     def original(train: list[dict[str, Any]], labels: list[dict[str, Any]]) -> set[str]:
         return {row["id"] for row in train} | {row["id"] for row in labels}
 
@@ -336,7 +336,9 @@ def test_defect_04_held_out_accuracy_agreement_and_no_guessed_labels_of_what_is_
     assert compared and not compared & {sample["meta"]["problem_id"] for sample in trained.values()}
     assert not any(sample["meta"]["label_source"] for sample in job.samples("validation").values())
     guessed = [sample for sample in trained.values() if sample["meta"]["label_source"] == "guessed"]
-    assert {sample["meta"]["problem_id"] for sample in guessed} >= {"z", "a", "m"}, "what is only asked may be learnt"
+    assert {sample["meta"]["problem_id"] for sample in guessed} >= {"z", "a", "m"}, (
+        "samples that are not scored may be trained on"
+    )
     assert {sample["messages"][-1]["content"] for sample in guessed} == {"Answer: C"}
     reasons = Counter(entry["reason"] for entry in job.manifest("preprocess")["skipped"])
     assert reasons == {"training question of a held-out group": 2 * (len(held_out) + len(compared))}
@@ -355,7 +357,7 @@ def test_defect_04_held_out_accuracy_agreement_and_no_guessed_labels_of_what_is_
     assert [voter["mix"] for voter in report["voters"]][2] == "train x 0.5 (seed 3), more#2"
     agreement = {voter["name"]: voter["agreement"] for voter in report["voters"]}
     assert agreement["mix-3"] == 100 and 0 < agreement["mix-1"] < 100
-    assert report["best"] == "mix-3" and len(report["disagreements"]) == 8 + 5, "m/1, z/1, ... and those held out"
+    assert report["best"] == "mix-3" and len(report["disagreements"]) == 8 + 5, "m/1, z/1, ... and the held-out ones"
 
 
 def test_defect_05_one_engine_serves_all_adapters(job: Job) -> None:
@@ -374,14 +376,16 @@ def test_defect_05_one_engine_serves_all_adapters(job: Job) -> None:
     assert set(engine.calls[1][1]) == set(job.samples("test"))
 
 
-def test_defect_06_a_partial_pass_goes_on_and_answers_join_by_problem_and_place(job: Job, tmp_path: Path) -> None:
+def test_defect_06_a_partial_pass_resumes_and_answers_are_matched_by_problem_and_position(
+    job: Job, tmp_path: Path
+) -> None:
     def original(asked: list[str], answers: list[str]) -> dict[str, str]:
         return dict(zip(asked, answers, strict=False))
 
     asked = [f"{one['id']}/{n}" for one in TEST for n in range(len(one["questions"]))]
     given = {name: "ABC"[len(name) % 3] if name < "m" else RIGHT for name in asked}
-    came = [answer for name, answer in given.items() if name != "z/1"]  # one failed, and was not written
-    assert original(asked, came) != given, "all behind it move up"
+    came = [answer for name, answer in given.items() if name != "z/1"]  # one failed and was not written
+    assert original(asked, came) != given, "all after it move up"
 
     def says(adapter: str | None, sample: str) -> str:
         return f"Answer: {'ABC'[sum(map(ord, sample)) % 3]}"
@@ -406,13 +410,13 @@ def test_defect_06_a_partial_pass_goes_on_and_answers_join_by_problem_and_place(
     assert [row["id"] for row in read_jsonl(path)] != sorted(row["id"] for row in read_jsonl(path))
 
 
-def test_defect_07_a_score_is_a_figure_with_its_data_or_there_is_none(job: Job) -> None:
+def test_defect_07_a_score_is_measured_and_names_its_data_or_is_missing(job: Job) -> None:
     ledger = [("mix-1", "0.8799"), ("mix-2", "？？？"), ("mix-3", "0.75xx")]
 
     def original(ledger: list[tuple[str, str]]) -> str:
         return max(ledger, key=lambda row: row[1])[0]
 
-    assert original(ledger) == "mix-2", "what was never measured is the best"
+    assert original(ledger) == "mix-2", "a mix that was never measured is the best"
 
     def says(adapter: str | None, sample: str) -> str:
         return "？？？" if adapter == "mix-2" else all_right(adapter, sample)
@@ -424,7 +428,7 @@ def test_defect_07_a_score_is_a_figure_with_its_data_or_there_is_none(job: Job) 
         figure = scores[name]["accuracy"]
         assert all(isinstance(figure[key], float) for key in ("value", "low", "high")) and figure["n"] == 8
     failed = scores["mix-2"]["accuracy"]
-    assert (failed["value"], failed["failed"]) == (0, 8), "nothing was answered, and that is counted"
+    assert (failed["value"], failed["failed"]) == (0, 8), "nothing was answered, which counts"
     manifest = job.manifest("eval")
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in manifest["inputs"].values())
     assert manifest["recipe"] == job.recipe.digest() and "scores.json" in manifest["outputs"]

@@ -1,8 +1,8 @@
-"""The defects of the program that patent_qa comes after, each by its number: what it did is a function of a few lines
-that is shown to be wrong on a small input, and what is done here is shown to be right on the same.
+"""The numbered defects of the program that patent_qa replaces. Each test has a short function that does as that program
+did, shows that it is wrong on a small input, and that Lorry is right on the same input.
 
-Most tests look at one job: questions in that program's files, preprocessed and answered for real but for two stand-ins,
-an embedder that counts characters and an engine that says what it was asked.
+Most tests use one job: questions in that program's files, preprocessed and answered by the real stages with two
+stand-ins, an embedder that counts characters and an engine that answers with the question.
 """
 
 import multiprocessing
@@ -83,25 +83,25 @@ TEST = [
     (POSITION, "A.pdf"),
     ("在文件中第六页的图中，部件3的名称是什么？", "A.pdf"),
     ("在文件中第 6 页的图中，部件3位于部件5的哪一侧？", "A.pdf"),
-    ("在文件中第4页的图中，部件4的名称是什么？", "A.pdf"),  # a blank page, of which there is no picture
-    ("在文件中第9页的图中，部件9的名称是什么？", "A.pdf"),  # the document has six
+    ("在文件中第4页的图中，部件4的名称是什么？", "A.pdf"),  # a blank page, which has no picture
+    ("在文件中第9页的图中，部件9的名称是什么？", "A.pdf"),  # the document has six pages
     ("该装置的弹簧是哪个部件？", "gone.pdf"),
     ("该装置的阀门是哪个部件？", "unreadable.pdf"),
     ("所述弹簧有什么作用？", "CN1.v2.pdf"),
     ("所述弹簧有什么作用？", "CN1.v3.pdf"),
     ("第1页的图1与第5页的图2有什么不同？", "A.pdf"),
 ]
-"""Question and document, as test.jsonl has them: no ids."""
+"""Question and document of each line of test.jsonl, which has no ids."""
 TRAIN_KINDS = {
     "该发明解决什么问题？": 1,
     "第1页的图中，部件3的名称是什么？": 1,
     POSITION: 2,
-    "第三页的图中画了几个部件？": 2,  # the drawing is enough, but no position is asked for
+    "第三页的图中画了几个部件？": 2,  # the drawing is enough, but it does not ask for a position
 }
-"""What is asked on each training document, with the rows that it makes."""
+"""Questions about each training document, with their numbers of training samples."""
 TRAINED = ("T1.pdf", "T2.pdf", "T3.pdf", "T4.pdf")
 GOES_THROUGH = [f"test-{line}" for line in (1, 2, 3, 4, 5, 6, 9, 10, 11)]
-"""Ids of the test questions that can be answered: a missing id becomes its file and line."""
+"""Ids of the test questions that can be answered. A missing id becomes file and line."""
 
 
 def make_files(folder: Path) -> None:
@@ -130,7 +130,7 @@ def tokenizer() -> Any:
 
 
 class Engine:
-    """Stands where an engine stands: it notes what is submitted together, and answers with the question."""
+    """Replaces an engine: records the prompts of each call and answers with the question."""
 
     continuous = True
 
@@ -164,7 +164,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Job:
-    """A run in a folder of its own, with its mounts."""
+    """A run in its own folder with its mounts."""
 
     root: Path
     recipe: Recipe
@@ -174,7 +174,7 @@ class Job:
         return Run("r", self.recipe, Roots(self.root / "data", self.root / "models", self.root / "runs"))
 
     def stage(self) -> Stage:
-        """The preprocess stage, for its parts that need no `run_stage` around them."""
+        """The preprocess stage, for functions that do not need `run_stage`."""
         events = Events(self.run.path("preprocess", "events.jsonl"), "preprocess", sys.stderr)
         return Stage(self.run, "preprocess", events, StopRequest(), -1, -1)
 
@@ -182,7 +182,7 @@ class Job:
         return run_stage(self.run, "preprocess", preprocess.work, part=part)
 
     def infer(self, engine: Any) -> Exit:
-        """With an adapter in the place where training leaves one."""
+        """Infer with an adapter where training writes one."""
         folder = self.run.path("train", "adapters", "tuned")
         if not folder.exists():
             write_json(folder / "adapter_config.json", {"r": 8})
@@ -202,7 +202,7 @@ class Job:
         return read_jsonl(self.run.path("infer", "submission", f"{name}.jsonl"))
 
     def copy(self, root: Path, *overrides: str) -> "Job":
-        """The same run and mounts in another place, with another recipe if one is wanted."""
+        """A copy of run and mounts in another folder, with the recipe's `overrides`."""
         shutil.copytree(self.root, root, symlinks=True)
         return Job(root, recipe_with(*overrides) if overrides else self.recipe)
 
@@ -214,7 +214,7 @@ def recipe_with(*overrides: str) -> Recipe:
 
 
 def mounts(root: Path, language_model: Path) -> None:
-    """Empty mounts, with the models that the recipe names: no weights are read of either."""
+    """Empty mounts with the models that the recipe names, whose weights are not read."""
     (root / "data" / "b").mkdir(parents=True)
     (root / "models" / "characters").mkdir(parents=True)
     (root / "models" / "characters" / "config.json").write_text('{"model_type": "bert"}')
@@ -228,7 +228,7 @@ def mounts(root: Path, language_model: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def embedder_module() -> Iterator[ModuleType]:
-    """sentence-transformers is the stand-in, here and in processes that are started from here."""
+    """The stand-in replaces sentence-transformers in this process and its child processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, "sentence_transformers", raising=False)
         patch.syspath_prepend(str(STAND_INS))
@@ -241,7 +241,7 @@ def embedder_module() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory: pytest.TempPathFactory, language_model: Path) -> tuple[Job, Engine]:
-    """The job, preprocessed and answered, and the engine that did it. Tests that change anything take a copy."""
+    """The preprocessed and answered job with its engine. Tests that change it take a copy."""
     root = tmp_path_factory.mktemp("job")
     mounts(root, language_model)
     make_files(root / "data" / "b")
@@ -287,7 +287,7 @@ def test_defect_01_the_prompts_of_a_pass_are_submitted_together(answered: tuple[
     assert job.manifest("infer")["counts"] == {"answered": 2 * len(GOES_THROUGH), "failed": 2}
 
 
-def test_defect_02_a_rerun_asks_only_for_what_is_missing_and_repeats_no_row(
+def test_defect_02_a_rerun_answers_only_missing_prompts_and_repeats_no_row(
     answered: tuple[Job, Engine], tmp_path: Path
 ) -> None:
     def original(path: Path, stop_after: int) -> None:
@@ -304,14 +304,14 @@ def test_defect_02_a_rerun_asks_only_for_what_is_missing_and_repeats_no_row(
     job = whole.copy(tmp_path / "job")
     shutil.rmtree(job.run.stage_folder("infer"))
     done: list[Any] = []
-    for stop_after in (2, 10):  # in the first pass, where the second ends
+    for stop_after in (2, 10):  # in the first pass, at the end of the second
         engine = Engine(stop_after)
         assert job.infer(engine) == Exit.INTERRUPTED
         assert len(engine.answered) == stop_after
         done += engine.answered
     engine = Engine()
     assert job.infer(engine) == Exit.DONE
-    assert done + engine.answered == undisturbed.answered, "by record and pass, none asked twice"
+    assert done + engine.answered == undisturbed.answered, "each record and pass is asked once"
     for name in ("base", "tuned"):
         again = [
             (line["id"], line["text"]) for line in read_jsonl(job.run.path("infer", "predictions", f"{name}.jsonl"))
@@ -324,7 +324,7 @@ def test_defect_02_a_rerun_asks_only_for_what_is_missing_and_repeats_no_row(
     assert finished.calls == [], "done means skip"
 
 
-def test_defect_02_embedding_goes_on_at_the_batch(
+def test_defect_02_embedding_resumes_at_the_batch(
     empty: Job, embedder_module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages = [{"document": f"{n // 8}.pdf", "page": n % 8 + 1, "text": f"page {n}"} for n in range(24)]
@@ -350,7 +350,7 @@ def test_defect_02_embedding_goes_on_at_the_batch(
         left = 20
         with pytest.raises(KeyboardInterrupt):
             original()
-    assert Counter(embedded)["page 0"] == 2, "all at the end, so all again"
+    assert Counter(embedded)["page 0"] == 2, "written only at the end, so all are embedded again"
 
     embedded.clear()
     left = 4
@@ -370,7 +370,7 @@ def original_page(question: str) -> int:
     return int(re.findall(r"第(\d+)页", question)[0])
 
 
-def test_defect_03_no_question_ends_the_run_and_each_has_its_line(job: Job, tmp_path: Path) -> None:
+def test_defect_03_no_question_stops_the_run_and_each_has_its_line(job: Job, tmp_path: Path) -> None:
     def original(question: str, pictures: set[int]) -> str:
         page = original_page(question)
         if page not in pictures:
@@ -385,7 +385,7 @@ def test_defect_03_no_question_ends_the_run_and_each_has_its_line(job: Job, tmp_
     assert [samples[f"test-{line}"]["meta"]["named"] for line in (3, 4)] == [6, 6]
     for line in (5, 6):
         meta = samples[f"test-{line}"]["meta"]
-        assert meta["named"] is None and len(meta["pages"]) == 2, "the pages most like it stand in"
+        assert meta["named"] is None and len(meta["pages"]) == 2, "the most similar pages replace it"
     counts, skipped = job.manifest("preprocess")["counts"], job.manifest("preprocess")["skipped"]
     assert counts["named page missing"] == 2
     assert {"what": "A.pdf page 4", "reason": "blank page", "detail": ""} in skipped
@@ -394,13 +394,13 @@ def test_defect_03_no_question_ends_the_run_and_each_has_its_line(job: Job, tmp_
         assert [bool(line["style_answer"]) for line in lines] == [row not in (6, 7) for row in range(len(TEST))]
 
 
-def test_defect_03_an_unknown_document_is_counted_and_never_answered_from_nothing(job: Job) -> None:
+def test_defect_03_a_question_about_an_unknown_document_is_counted_and_not_answered(job: Job) -> None:
     def original(question: str, document: str, pages: dict[str, list[int]]) -> dict[str, Any]:
         shown = [page for name, page in pages.items() if name == document]
         return {"pages": shown, "style_answer": f"an answer to {question}"}
 
     made_up = original(*TEST[6], {"A.pdf": [1, 2]})
-    assert made_up["pages"] == [] and made_up["style_answer"], "and nobody is told"
+    assert made_up["pages"] == [] and made_up["style_answer"], "and no message says so"
 
     skipped = {entry["what"]: entry for entry in job.manifest("preprocess")["skipped"]}
     assert skipped["test.jsonl:7"] == {"what": "test.jsonl:7", "reason": "unknown document", "detail": "gone.pdf"}
@@ -408,15 +408,15 @@ def test_defect_03_an_unknown_document_is_counted_and_never_answered_from_nothin
     predictions = {line["id"]: line for line in read_jsonl(job.run.path("infer", "predictions", "tuned.jsonl"))}
     assert predictions["test-8"]["error"] == "no readable page in unreadable.pdf"
     assert predictions["test-8"]["answer"] is None
-    assert job.manifest("infer")["counts"]["failed"] == 2, "of base and of the adapter"
+    assert job.manifest("infer")["counts"]["failed"] == 2, "by the base and by the adapter"
     assert job.manifest("infer")["submission"]["tuned"] == {"lines": len(TEST), "without answer": 2}
 
 
-def test_defect_03_a_missing_picture_is_a_failed_record_and_no_apology(tmp_path: Path) -> None:
+def test_defect_03_a_missing_picture_is_a_failed_record_and_not_an_apology(tmp_path: Path) -> None:
     def original(picture: Path) -> str:
         return "an answer" if picture.is_file() else "Sorry, the page could not be found."
 
-    assert original(tmp_path / "1.jpg"), "an ablation's apology passes for an answer"
+    assert original(tmp_path / "1.jpg"), "an apology counts as an answer"
 
     model = need_model("tiny-qwen2.5-vl")
     overrides = ("preprocess.classifier=none", "infer.passes.refine=false")
@@ -442,7 +442,7 @@ def test_defect_03_a_missing_picture_is_a_failed_record_and_no_apology(tmp_path:
 
 
 PICTURES = load_recipe(PATENT_QA, None, ("preprocess.samples.crop_figure=true",))
-"""The recipe as it is for cards."""
+"""The recipe for GPUs, without the tiny profile."""
 
 
 def question(text: str, **changes: Any) -> PatentQuestion:
@@ -452,21 +452,21 @@ def question(text: str, **changes: Any) -> PatentQuestion:
 
 
 def found(**changes: Any) -> Found:
-    """Six pages, of which 3 and 4 are most like the question."""
+    """Six pages, of which 3 and 4 are most similar to the question."""
     pages = {n: {"image": f"{n}.jpg", "text": f"page {n}"} for n in range(1, 7)}
     return replace(Found(pages=pages, ranked=[3, 4, 1, 2, 5, 6]), **changes)
 
 
 def test_defect_04_every_page_that_a_question_names_is_shown() -> None:
     text = "第1页的图1与第5页的图2有什么不同？"
-    assert original_page(text) == 1, "and page 5 only if it happens to be like the question"
+    assert original_page(text) == 1, "and page 5 is shown only if retrieval finds it"
 
     (made,) = build_samples(PICTURES, question(text), found(), "test")
     assert made["images"] == ["1.jpg", "5.jpg", "3.jpg"]
     content = made["messages"][-1]["content"]
     assert "问题所指的各页：<image><image>" in content and "其他相关页面：<image>" in content
     assert made["meta"]["pages"] == [1, 3, 5]
-    assert classification(PICTURES, question(text)) is None, "one page is not enough, whatever a model says"
+    assert classification(PICTURES, question(text)) is None, "one page is not enough, whatever the model says"
     assert ask_in_pass(PICTURES, made, "classify", {}, ()) is None
     answer = ask_in_pass(PICTURES, made, "answer", {"classify": "Y"}, ())
     assert answer is not None and answer.images == made["images"]
@@ -478,7 +478,7 @@ def test_defect_04_every_page_that_a_question_names_is_shown() -> None:
 
 def test_defect_04_the_figure_that_a_question_names_is_cut_out(empty: Job) -> None:
     text = "在文件中第2页的图2中，部件3相对于部件5的位置关系是？"
-    assert original_page(text) == 2, "and nothing is read of the figure"
+    assert original_page(text) == 2, "and the figure is ignored"
 
     empty = replace(empty, recipe=recipe_with("preprocess.pages.max_pixels=501760"))
     path = empty.run.data / "documents" / "A.pdf"
@@ -497,19 +497,19 @@ def test_defect_04_the_figure_that_a_question_names_is_cut_out(empty: Job) -> No
     named = ("A.pdf", asked.page, asked.figure)
     crop = crop_figures(stage, [named], {"A.pdf": path})[named]
     assert crop["image"] == f"preprocess/pages/{picture_folder('A.pdf')}/2-figure-2.jpg"
-    assert crop["width"] / crop["height"] > 0.8 > 595 / 842, "one of two figures that stand above each other"
+    assert crop["width"] / crop["height"] > 0.8 > 595 / 842, "one of two figures, one above the other"
 
     whole, alone = build_samples(PICTURES, asked, found(crop=crop["image"], drawing_is_enough=True), "train")
     assert alone["images"] == [crop["image"]]
     assert whole["images"] == ["2.jpg", "3.jpg", "4.jpg"]
 
 
-def test_defect_05_names_with_dots_stay_apart(job: Job) -> None:
+def test_defect_05_names_with_dots_stay_distinct(job: Job) -> None:
     def original(document: str) -> str:
         return document.split(".", maxsplit=1)[0]
 
     names = ("CN1.v2.pdf", "CN1.v3.pdf")
-    assert original(names[0]) == original(names[1]) == "CN1", "each is shown pages of both"
+    assert original(names[0]) == original(names[1]) == "CN1", "each is shown pages of both documents"
 
     folder = job.run.data / "documents"
     assert set(names) <= set(document_ids(sorted(folder.iterdir()), folder))
@@ -553,7 +553,7 @@ def test_defect_06_reordered_and_filtered_questions_keep_their_own_vectors(
     assert changed.infer(Engine()) == Exit.DONE
     for line, old in zip(changed.submission(), order, strict=True):
         assert (line["question"], line["document"]) == TEST[old]
-        assert line["style_answer"] == job.submission()[old]["style_answer"], "answers too, with ids that moved"
+        assert line["style_answer"] == job.submission()[old]["style_answer"], "answers too, although ids have changed"
 
 
 @pytest.mark.timeout(120)
@@ -562,10 +562,10 @@ def test_defect_07_large_vectors_from_several_processes_do_not_block(empty: Job,
     queue = context.Queue()
     process = context.Process(target=queue.put, args=(b"0" * 2**20,))
     process.start()
-    while queue.empty():  # until the child is at it
+    while queue.empty():  # until the child writes
         process.join(timeout=0.02)
-    process.join(timeout=0.5)  # the original sets no time
-    assert process.is_alive(), "the child waits for a reader, and the parent for the child"
+    process.join(timeout=0.5)  # the original waits without a timeout
+    assert process.is_alive(), "the child waits for a reader and the parent for the child"
     assert len(queue.get()) == 2**20
     process.join()
 
@@ -576,7 +576,7 @@ def test_defect_07_large_vectors_from_several_processes_do_not_block(empty: Job,
     vectors = embedder.write_pages(pages, stage.path("vectors.npy"))
     assert vectors.nbytes > 2**20
     expected = embedder_module.SentenceTransformer("").encode([page["text"] for page in pages])
-    assert np.array(vectors) == pytest.approx(expected, abs=1e-6), "each in its page's row"
+    assert np.array(vectors) == pytest.approx(expected, abs=1e-6), "each in the row of its page"
 
 
 def test_defect_07_more_shards_than_documents(job: Job, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -613,7 +613,7 @@ def test_defect_07_a_failing_page_is_counted(
                 print(error)
         return rendered
 
-    assert original(["one", "two", "three"]) == ["1.jpg", "3.jpg"], "and nothing is kept of the second"
+    assert original(["one", "two", "three"]) == ["1.jpg", "3.jpg"], "and no trace of the second"
 
     path = make_pdf(empty.run.data / "documents" / "bad.pdf", ["one", "two", "three"])
     monkeypatch.setattr(documents_module, "render_range", bad_workers.crash_on_page_2)
@@ -625,9 +625,9 @@ def test_defect_07_a_failing_page_is_counted(
     assert stage.skipped == [reason]
 
 
-def test_defect_08_the_training_rows_come_from_the_code_by_one_rule(job: Job) -> None:
+def test_defect_08_training_samples_are_built_by_one_rule(job: Job) -> None:
     def original(record: dict[str, Any]) -> dict[str, Any]:
-        """The stored builder is that of the multiple-choice round."""
+        """The program's builder is for the multiple-choice round."""
         return {"query": record["question"] + "\n".join(record["options"]), "response": record["answer"]}
 
     records = read_jsonl(job.run.data / "train.jsonl")
@@ -662,7 +662,7 @@ def test_defect_08_the_rule_with_pictures() -> None:
     assert rows("第2页的图中画了几个部件？", True) == [whole, (["2.jpg"], 2_352_000, False)]
 
 
-def test_defect_09_both_rows_of_a_question_fall_into_one_split(job: Job) -> None:
+def test_defect_09_both_samples_of_a_question_fall_into_one_split(job: Job) -> None:
     def original(rows: list[str], seed: int) -> dict[str, set[str]]:
         shuffled = random.Random(seed).sample(rows, len(rows))
         cut = len(rows) // 10
@@ -686,16 +686,16 @@ def test_defect_09_both_rows_of_a_question_fall_into_one_split(job: Job) -> None
 
 
 @pytest.mark.parametrize(("gpus", "made"), [(1, 16), (3, 15), (5, 15), (8, 16)])
-def test_defect_10_the_effective_batch_is_what_was_asked_for_and_is_recorded(
+def test_defect_10_the_effective_batch_is_the_recipes_and_is_recorded(
     gpus: int, made: int, lorry: Lorry, language_model: Path, box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def original(gpus: int, processes: int) -> tuple[int, int]:
-        """What is claimed, and what is done where one process holds a model that is spread over all cards."""
+        """The stated effective batch, and the real one if one process has a model spread over all GPUs."""
         return 16 * gpus, 16 * processes
 
     claimed, done = original(gpus, processes=1)
     assert done == 16 and (claimed == done) == (gpus == 1)
-    assert [original(count, 1)[0] for count in (8, 5)] == [128, 80], "fewer cards, another batch, and nobody asked"
+    assert [original(count, 1)[0] for count in (8, 5)] == [128, 80], "fewer GPUs silently change the batch"
 
     training = Training(lorry, ("train.effective_batch=16", "train.micro_batch=1")).with_samples()
     box.free(*[70.0] * 8)
@@ -714,11 +714,11 @@ def test_defect_10_five_cards_do_not_turn_128_into_80() -> None:
 
 
 @pytest.mark.parametrize(("kind", "width"), [("float32", 4), ("float16", 2)])
-def test_defect_11_what_the_manifest_says_of_vectors_is_what_the_file_holds(
+def test_defect_11_the_manifest_states_the_true_shape_of_the_vectors(
     job: Job, tmp_path: Path, kind: str, width: int
 ) -> None:
     claimed, pages = 270_000_000, 20_000
-    assert claimed < pages * 3584 * 8 / 2, "20,000 pages in float64 are 573 MB; 270 MB hold half of them"
+    assert claimed < pages * 3584 * 8 / 2, "20,000 pages in float64 are 573 MB; 270 MB are less than half"
 
     if kind != job.recipe.preprocess.retrieval.vectors:
         job = job.copy(tmp_path / "job", f"preprocess.retrieval.vectors={kind}")
@@ -730,7 +730,7 @@ def test_defect_11_what_the_manifest_says_of_vectors_is_what_the_file_holds(
     usable = 3 * len(TRAINED) + 5 + 2 + 2
     assert vectors.shape == (said["records"], 3584) == (usable, 3584)
     assert said["bytes"] == path.stat().st_size == vectors.offset + usable * 3584 * width
-    assert pq.read_table(job.run.path("preprocess", "pages.parquet")).num_rows == usable, "a row for each page"
+    assert pq.read_table(job.run.path("preprocess", "pages.parquet")).num_rows == usable, "one row for each page"
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -750,11 +750,11 @@ def test_defect_12_no_path_of_a_machine_and_one_place_for_the_adapter(job: Job, 
     }
 
     def original(sources: dict[str, str], here: str) -> dict[str, str]:
-        """As with sed."""
+        """Replace paths as sed does."""
         return {name: text.replace("/data/coding/patent_b", here) for name, text in sources.items()}
 
     fixed = {name: text.split("=")[1] for name, text in original(sources, "/mnt/b").items()}
-    assert not fixed["infer.py"].startswith(fixed["train.sh"]), "what is trained is not what answers"
+    assert not fixed["infer.py"].startswith(fixed["train.sh"]), "the trained adapter is not the one that answers"
     assert original(original(sources, "/mnt/b"), "/home/x")["train.sh"].split("=")[1].startswith("/mnt/b")
 
     for profile in (None, *profile_names(PATENT_QA)):
@@ -782,42 +782,42 @@ def test_defect_12_no_path_of_a_machine_and_one_place_for_the_adapter(job: Job, 
         assert run_stage(elsewhere.run, "infer", infer.work) == Exit.DONE
         adapter = elsewhere.run.path("train", "adapters", "tuned")
         assert given == [{"tuned": adapter}]
-        write_json(adapter / "adapter_config.json", {"r": 9})  # not what training wrote
+        write_json(adapter / "adapter_config.json", {"r": 9})  # not as training wrote it
         assert run_stage(elsewhere.run, "infer", infer.work) == Exit.USAGE
 
 
-# -- the logic around them -----------------------------------------------------------------------------------------
+# -- the rest of the logic -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["第一实施例中，哪一页说明了弹簧？", "第二种方案写在几页上？", "说明书第一段在哪页？"])
-def test_a_question_is_on_a_page_where_it_names_one(text: str) -> None:
+def test_a_question_that_names_a_page_is_about_it(text: str) -> None:
     def original(text: str) -> bool:
         return bool("第" in text and "页" in text and "图")
 
-    assert original(text), "the figure word is never looked for, and no number either"
+    assert original(text), "it looks for neither the word figure nor a number"
     with pytest.raises(IndexError):
         original_page(text)
 
     asked = question(text)
     assert asked.page is None
     (made,) = build_samples(PICTURES, asked, found(), "test")
-    assert made["images"] == ["3.jpg", "4.jpg"], "the pages most like it"
+    assert made["images"] == ["3.jpg", "4.jpg"], "the most similar pages"
     assert classification(PICTURES, asked) is None
 
 
-def test_a_page_without_a_word_of_figures_is_shown_with_others() -> None:
+def test_a_page_named_without_a_figure_is_shown_with_others() -> None:
     (made,) = build_samples(PICTURES, question("第2页写明了哪些材料？"), found(), "test")
     assert made["images"] == ["2.jpg", "3.jpg", "4.jpg"]
 
 
-def test_pages_are_ranked_by_cosine_and_not_by_their_lengths() -> None:
+def test_pages_are_ranked_by_cosine_and_not_by_vector_length() -> None:
     pages, asked = np.array([[1, 0], [6, 8], [0, 1]], np.float32), np.array([1, 0], np.float32)
 
     def original() -> Any:
         return pages @ asked / (np.linalg.norm(pages) * np.linalg.norm(asked))
 
     assert original().argmax() == 1
-    assert original().max() < 0.6, "and what it calls a cosine is none"
+    assert original().max() < 0.6, "its values are not cosines"
 
     cosines, rows = top_k(pages, asked[None], 3)
     assert rows.tolist() == [[0, 1, 2]]
@@ -838,25 +838,25 @@ def test_pages_are_ranked_by_cosine_and_not_by_their_lengths() -> None:
         *((text, True) for text in ("Y", "y.", "Yes", "答：Y")),
     ],
 )
-def test_a_classifiers_reply_is_y_where_it_says_y(reply: str, means: bool) -> None:
+def test_a_classifiers_completion_is_a_yes_if_it_says_y(reply: str, means: bool) -> None:
     def original(reply: str) -> bool:
         return "Y" in reply or "y" in reply
 
     if not means and reply != "The answer is N":
-        assert original(reply), "any y anywhere"
+        assert original(reply), "any y in the text"
     assert read_classification(reply) == means
 
 
 @pytest.mark.parametrize(
     ("reply", "means"), [("是", True), ("是的", True), ("Ｙ", True), ("不是", False), ("问的是名称，N", False)]
 )
-def test_a_classifiers_reply_may_be_chinese(reply: str, means: bool) -> None:
+def test_a_classifiers_completion_may_be_chinese(reply: str, means: bool) -> None:
     assert read_classification(reply) == means
 
 
 def test_a_submission_has_the_originals_keys_and_a_line_for_each_question_in_order(job: Job) -> None:
     def original(rows: list[dict[str, Any]]) -> list[str]:
-        """A question that fails is not written, and nothing counts the lines."""
+        """A failed question has no line, and no check counts the lines."""
         return [str(row) for row, record in enumerate(rows) if record["document"] in ("A.pdf", "CN1.v2.pdf")]
 
     asked = read_jsonl(job.run.data / "test.jsonl")
@@ -870,7 +870,7 @@ def test_a_submission_has_the_originals_keys_and_a_line_for_each_question_in_ord
         assert [(line["question"], line["document"]) for line in lines] == TEST
         assert all(isinstance(value, str) for line in lines for value in line.values())
         types = [line["question_type"] for line in lines]
-        assert types == ["", "Y", "N", "Y", *[""] * 7], "what the classifier said, of questions on a page"
+        assert types == ["", "Y", "N", "Y", *[""] * 7], "the classifier's completions for questions about a page"
         for row, line in enumerate(lines):
             assert line["answer"] == line["style_answer"] == ("" if row in (6, 7) else f"问的是：{line['question']}")
 
@@ -879,14 +879,14 @@ def test_a_submission_without_a_line_for_a_question_is_refused(job: Job, tmp_pat
     changed = job.copy(tmp_path / "job")
     path = changed.run.path("preprocess", "asked.jsonl")
     write_jsonl(path, read_jsonl(path)[1:])
-    assert changed.infer(Engine()) == Exit.USAGE, "no longer what preprocess wrote"
+    assert changed.infer(Engine()) == Exit.USAGE, "no longer as preprocess wrote it"
     describe(changed.run, "preprocess", "samples/test.jsonl", "asked.jsonl")
     assert changed.infer(Engine()) == Exit.DATA
     assert not changed.run.path("infer", "manifest.json").exists()
 
 
-def test_an_answer_has_the_room_that_the_original_gives_it() -> None:
-    """768 tokens to a question on a page and of refining, 2000 to others: the recipe's own figures."""
+def test_answers_have_the_token_limits_of_the_original() -> None:
+    """The recipe's limits: 768 tokens for questions about a page and for refining, 2000 for others."""
     (whole,) = build_samples(PICTURES, question(POSITION), found(), "test")
     (free,) = build_samples(PICTURES, question("该发明解决什么问题？"), found(), "test")
 
