@@ -2,9 +2,9 @@
 # build.sh TARGET [STAGE]: build the stage images of a target; `make images TARGET=… [STAGE=…]`.
 # build.sh --push TARGET [STAGE]: tag them for REGISTRY and push them; `make push TARGET=… REGISTRY=…`.
 #
-# Takes the target's facts from images/targets.toml. Reads from the environment, besides the other variables of
-# docker-bake.hcl: BASE_IMAGE (of a mirror, or an internal one), PIP_CONF (a file: index, credentials), CA_CERT (a file),
-# HTTP_PROXY, HTTPS_PROXY, NO_PROXY. No image keeps any of these.
+# Takes the target's facts from images/targets.toml, and from the environment the other variables of docker-bake.hcl:
+# BASE_IMAGE (of a mirror, or an internal one), PIP_CONF (a file: index, credentials), CA_CERT (a file), HTTP_PROXY,
+# HTTPS_PROXY, NO_PROXY. No image keeps any of these.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

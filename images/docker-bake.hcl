@@ -9,7 +9,7 @@
 variable "TARGET" { default = "" }
 variable "LINE" { default = "" }            # of wheels: cpu, or `cuda` in targets.toml; a variant has its own
 variable "ARCHITECTURE" { default = "" }    # compute capability, for kernels that are compiled on request
-variable "VARIANT" { default = "" }         # not empty: a frozen set of wheels for train, which shares no layer of wheels
+variable "VARIANT" { default = "" }         # not empty: train with a set of wheels that shares no layer with others
 
 variable "VERSION" { default = "0.1.0" }    # as in pyproject.toml
 variable "REVISION" { default = "" }        # git revision of the code
