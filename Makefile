@@ -4,8 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# What a job runs on and what it does: make train GPUS=0,1,2,3,4 RECIPE=patent-qa SET="train.epochs=3 seed=7"
-# GPUS: numbers or UUIDs; auto or auto:4, those with enough free memory; never one in LORRY_GPU_DENY=5,6,7; default 0
+# A job's GPUs and recipe: make train GPUS=0,1,2,3,4 RECIPE=patent-qa SET="train.epochs=3 seed=7"
+# GPUS: numbers or UUIDs; auto or auto:4 take GPUs with enough free memory; default: 0. LORRY_GPU_DENY=5,6,7 denies some
 RECIPE ?= patent-qa
 ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) $(if $(DATA),--data $(DATA)) \
   $(foreach setting,$(SET),--set $(setting)) $(if $(GPUS),--gpus $(GPUS)) $(if $(TARGET),--target $(TARGET))
@@ -16,66 +16,66 @@ ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN))
 help: ## list the verbs
 	@grep -E '^[a-z0-9. -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/^preprocess.*eval/preprocess, train, infer, eval/' | expand -t 32
 
-setup: .venv/.ready .venv/.gptq models/.ready ## install what a CPU needs into .venv and make the small models (once)
+setup: .venv/.ready .venv/.gptq models/.ready ## install all that a CPU needs into .venv and make the small models (once)
 
-demo: setup ## PDFs to scored answers on this CPU; DATA=folder takes your own documents and questions
+demo: setup ## from PDFs to scored answers on this CPU; DATA=folder takes your own documents and questions
 	@export LORRY_TARGET=cpu CUDA_VISIBLE_DEVICES=; if [ -n "$(DATA)" ]; then \
 	  exec $(BIN)/lorry run patent-qa --profile tiny --data "$(DATA)" --run "demo-$$(basename "$(DATA)")-$$(realpath "$(DATA)" | cksum | cut -d " " -f 1)"; \
 	else exec $(BIN)/lorry run patent-qa --profile tiny --run demo; fi
 
-preprocess train infer eval: .venv/.host ## a stage of RECIPE (PROFILE= RUN= DATA= SET=) on GPUS=0,1 or auto:2: in a container if an engine answers
+preprocess train infer eval: .venv/.host ## run a stage of RECIPE (PROFILE= RUN= DATA= SET=) on GPUS=0,1 or auto:2; in a container if a Docker engine answers
 	@$(BIN)/lorry launch $@ $(ARGS)
 
-ledger: .venv/.host ## every adapter's data mix, score and part in the vote, over all runs (RUN= SORT=score:desc OUT=ledger.html)
+ledger: .venv/.host ## list each adapter's data mix, score and vote, over all runs (RUN= SORT=score:desc OUT=ledger.html)
 	@$(BIN)/lorry ledger $(RUN) $(if $(SORT),--sort $(SORT)) $(if $(OUT),--out "$(OUT)")
 
-images: ## build the stage images of TARGET=cpu|v100|a800|rtx4090|h100|v100-gptq (STAGE=train: one of them)
+images: ## build the stage images of TARGET=a800 (STAGE=train: one of them); images/targets.toml has the targets
 	@images/build.sh "$(TARGET)" "$(STAGE)"
 
-push: ## tag the images of TARGET for REGISTRY=host/team and push them
+push: ## tag the images of TARGET=a800 for REGISTRY=host/team and push them
 	@REGISTRY="$(REGISTRY)" images/build.sh --push "$(TARGET)" "$(STAGE)"
 
-k8s-run: ## the four stages as Kubernetes Jobs, in order, on cards of TARGET, images from REGISTRY
+k8s-run: ## run the four stages as Kubernetes Jobs on cards of TARGET=a800, with images from REGISTRY
 	@REGISTRY="$(REGISTRY)" k8s/run.sh "$(TARGET)" $(NAMESPACE)
 
-test: setup .venv/.zero ## the tests, real models included (13 to 23 minutes on 2 cores)
+test: setup .venv/.zero ## run the tests, with real models (13 to 23 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: .venv/.ready ## the tests that need no model, run no whole stage and start no process (under a minute on 2 cores)
+test-fast: .venv/.ready ## run the tests that need no model, run no whole stage and start no process (under a minute on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 120 -m "not heavy and not kill and not images"
 
-image-test: setup .venv/.zero ## build the cpu images and run the demo in them by Docker Compose; starts an engine where none answers
+image-test: setup .venv/.zero ## build the cpu images and run the demo in them with Docker Compose; starts a Docker engine if none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
 
 kill-test: setup .venv/.zero ## kill stages, shards and nodes at any moment and compare with an undisturbed run (12 to 18 minutes)
 	@$(BIN)/python -m pytest -m kill --timeout 3600
 
-lint: setup ## style, types, the one-way import rule, Dockerfiles and shell scripts
+lint: setup ## check style, types, import rules, Dockerfiles and shell scripts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	@$(BIN)/hadolint images/*/Dockerfile && $(BIN)/shellcheck images/*.sh images/base/*.sh images/base/cc k8s/*.sh \
 	  tests/images/*.sh requirements/lock.sh .ci/run
 
-bench: setup ## measure again what needs no GPU and no images (benchmarks/README.md has the rest)
+bench: setup ## run the benchmarks that need no GPU and no images (benchmarks/README.md lists all)
 	@$(BIN)/python -m benchmarks.all
 
-reference: setup ## write docs/recipe-reference.md again, from the recipe's schema
+reference: setup ## write docs/recipe-reference.md from the recipe's schema
 	@$(BIN)/python docs/make_reference.py
 
-lock: setup ## write the locked requirements of host and images again, from their inputs
+lock: setup ## write the locked requirements of host and images from their inputs
 	@PATH="$$PWD/$(BIN):$$PATH" sh requirements/lock.sh && PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python images/lock.py
 
-.env: ## settings for `docker compose up infer`: your uid, and the kind of card as TARGET
-	@[ ! -e $@ ] || { echo "error: $@ is there already; edit it, or delete it first" >&2; exit 2; }
-	@# never root: uid 0 becomes the images' own 1000
+.env: ## write settings for `docker compose up infer`: your uid and TARGET=a800
+	@[ ! -e $@ ] || { echo "error: $@ exists; edit it, or delete it first" >&2; exit 2; }
+	@# never root: instead of uid 0 the images' own 1000
 	@uid=$$(id -u) gid=$$(id -g); printf 'TARGET=%s\nLORRY_UID=%s\nLORRY_GID=%s\n' "$(or $(TARGET),a800)" \
 	  "$${uid/#0/1000}" "$${gid/#0/1000}" > $@ && cat $@
 
-clean: ## delete the demo's run and what Python leaves behind; keeps .venv and models
+clean: ## delete the demo's run and Python's caches; keeps .venv and models
 	@rm -rf runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/.host: requirements/host.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	  || { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' \
 	  || { echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	@$(PYTHON) -m venv .venv
@@ -85,17 +85,17 @@ clean: ## delete the demo's run and what Python leaves behind; keeps .venv and m
 
 .venv/.ready: requirements/cpu.txt requirements/dev.txt .venv/.host
 	@echo "installing into .venv (some minutes, 4.8 GB)"
-	@# torch by itself: which build suits is the machine's affair (docs/development.md); all else is locked with hashes
+	@# torch is not locked: the machine decides which build it needs (docs/development.md); all else is locked with hashes
 	@$(BIN)/pip install --quiet torch==2.13.0
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.txt
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/dev.txt
 	@touch $@
 
-# the bases in GPTQ's 4 bits are left out where a compiler or Python's headers are missing; everything else goes without
+# without a compiler and Python's headers, GPTQ bases are left out; nothing else needs these
 .venv/.gptq: requirements/gptq.txt .venv/.ready
 	@if command -v cc >/dev/null && [ -e "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; \
 	then $(BIN)/pip install --quiet --no-deps --no-build-isolation --require-hashes -r requirements/gptq.txt && touch $@; \
-	else echo "no GPTQ on this CPU: it needs a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)"; fi
+	else echo "GPTQ is left out: it needs a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)"; fi
 
 .venv/.zero: requirements/zero.txt .venv/.ready
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --require-hashes --upgrade --target .venv/zero \

@@ -2,8 +2,9 @@
 # build.sh TARGET [STAGE]: build the stage images of a target; `make images TARGET=… [STAGE=…]`.
 # build.sh --push TARGET [STAGE]: tag them for REGISTRY and push them; `make push TARGET=… REGISTRY=…`.
 #
-# From the environment, besides docker-bake.hcl's variables: BASE_IMAGE (a mirror's, an internal one), PIP_CONF (a file:
-# index, credentials), CA_CERT (a file), HTTP_PROXY, HTTPS_PROXY, NO_PROXY. None of them stays in an image.
+# Takes the target's facts from images/targets.toml, and from the environment the other variables of docker-bake.hcl:
+# BASE_IMAGE (of a mirror, or an internal one), PIP_CONF (a file: index, credentials), CA_CERT (a file), HTTP_PROXY,
+# HTTPS_PROXY, NO_PROXY. No image keeps any of these.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,35 +20,39 @@ if [ "${1-}" = --push ]; then
 fi
 target=${1-} stage=${2-}
 targets=$(sed -nE 's/^\[([a-z0-9-]+)\]$/\1/p' images/targets.toml | paste -sd ' ')
-[ -n "$target" ] || fail "name a target: TARGET=a800; there are: $targets"
-[[ " $targets " == *" $target "* ]] || fail "no target '$target'; there are: $targets"
-case $target in v100-gptq) stages=train ;; *) stages="preprocess train infer eval" ;; esac
+[ -n "$target" ] || fail "no target given; add TARGET=a800; known targets: $targets"
+[[ " $targets " == *" $target "* ]] || fail "no target '$target'; known targets: $targets"
+
+fact() { # key: the target's value in targets.toml
+  sed -nE "/^\[$target\]/,/^\[/s/^$1 = \"([^\"]*)\".*/\1/p" images/targets.toml
+}
+
+LINE=$(fact cuda) ARCHITECTURE=$(fact capability) VARIANT=$(fact variant_of)
+stages="preprocess train infer eval"
+if [ -n "$VARIANT" ]; then # only train differs, and has wheels of its own
+  stages=train LINE=$target
+fi
+: "${LINE:=cpu}"
 if [ -n "$stage" ]; then
-  [[ " $stages " == *" $stage "* ]] || fail "no stage '$stage' for target $target; there are: $stages"
+  [[ " $stages " == *" $stage "* ]] || fail "target $target has no stage '$stage'; its stages: $stages"
   stages=$stage
 fi
-
-case $target in cpu | v100-gptq) line=$target ;; *)
-  line=$(sed -nE "/^\[$target\]/,/^\[/s/^cuda = \"(.*)\"/\1/p" images/targets.toml) ;;
-esac
-bake=()
 for stage in $stages; do
-  [ -s "images/$stage/$line.txt" ] || fail "images/$stage/$line.txt, the lock of $stage for $target, is missing: make lock"
-  bake+=("$stage-$target")
+  [ -s "images/$stage/$LINE.txt" ] || fail "no images/$stage/$LINE.txt, the lock of $stage for $target; write it: make lock"
 done
 
 answer=$(docker info 2>&1) || case $answer in
-  *"permission denied"*) fail "the Docker socket does not admit uid $(id -u): join the group docker, or use sudo" ;;
+  *"permission denied"*) fail "uid $(id -u) may not use the Docker socket; join the group docker, or use sudo" ;;
   *) fail "no Docker engine answers (${DOCKER_HOST:-/var/run/docker.sock}); start it: systemctl start docker" ;;
 esac
 docker buildx version > /dev/null 2>&1 || fail "this docker has no buildx; on Debian and Ubuntu: apt-get install docker-buildx"
 
 VERSION=$(sed -nE 's/^version = "(.*)"$/\1/p' pyproject.toml)
 if [ -n "$push" ]; then
-  [ -n "${REGISTRY-}" ] || fail "name the registry: REGISTRY=registry.example/team"
+  [ -n "${REGISTRY-}" ] || fail "no registry given; add REGISTRY=registry.example/team"
   for stage in $stages; do
     image=lorry-$stage:$VERSION-$target
-    docker image inspect "$image" > /dev/null 2>&1 || fail "no image $image: make images TARGET=$target STAGE=$stage"
+    docker image inspect "$image" > /dev/null 2>&1 || fail "no image $image; build it: make images TARGET=$target STAGE=$stage"
     docker tag "$image" "$REGISTRY/$image"
     docker push --quiet "$REGISTRY/$image"
   done
@@ -57,8 +62,10 @@ fi
 REVISION=$(git rev-parse HEAD 2> /dev/null || true)
 [ -z "$REVISION" ] || git diff --quiet HEAD || REVISION+=-dirty
 LOCKS=$(cat images/*/*.txt | sha256sum | cut -d ' ' -f 1)
-export VERSION REVISION LOCKS BUILDX_BAKE_ENTITLEMENTS_FS=0 # newer buildx asks before it reads PIP_CONF and CA_CERT
-REGISTRY='' docker buildx bake --file images/docker-bake.hcl --load "${bake[@]}"
+export BUILDX_BAKE_ENTITLEMENTS_FS=0 # newer buildx asks before it reads PIP_CONF and CA_CERT
+export TARGET=$target LINE ARCHITECTURE VARIANT VERSION REVISION LOCKS REGISTRY=
+# shellcheck disable=SC2086 # one word for each stage
+docker buildx bake --file images/docker-bake.hcl --load $stages
 for stage in $stages; do
   image=lorry-$stage:$VERSION-$target
   docker image inspect "$image" --format "$image {{.Size}}" | awk '{printf "%s  %.2f GB\n", $1, $2 / 1e9}'

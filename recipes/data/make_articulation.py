@@ -1,17 +1,16 @@
-"""Write cabinets with known joints: the data of the recipe articulation.
+"""Write the data of the recipe articulation: cabinets with known joints.
 
-A cabinet is a body with parts on its front: doors, drawers and flaps, in one or two columns of one to three cells. What
-a part is can be seen from its box: a drawer is deep, a door is higher than wide, a flap wider than high. Doors turn at
-the outer side of the cabinet (in a single column at the left one), flaps of the lower half at their lower edge, others
-at the upper one; some drawers have a flap of their own, which is nested in them.
+A cabinet is a body with parts on its front: doors, drawers and flaps, in one or two columns of one to three cells. The
+box shows what a part is: a drawer is deep, a door is higher than wide, a flap wider than high. Doors turn at the outer
+side of the cabinet (in a single column, at the left side), flaps of the lower half at their lower edge, others at the
+upper edge. Some drawers have a flap mounted on them.
 
-The world is z up, the front looks to -x. Boxes are written in it, `obb_link_<k>.json`; `mobility.urdf` is y up, as
-PartNet-Mobility's: half of the files have its fixed joint from `base`, which turns the object upright, the others leave
-it out. Link numbers are drawn, so that the body has any of them. `loop_0` is closed, in the other loops parts are open,
-and the boxes turned and moved with them. With `--turned` cabinets stand in any direction, and a box's axes are in any
-order and of any sign.
+The world is z up, and the front faces -x. `obb_link_<k>.json` has boxes in world coordinates. `mobility.urdf` is y up,
+as in PartNet-Mobility; half of the files have its fixed joint from `base`, which turns the object upright, the others
+lack it. Link numbers are random, the body's too. In `loop_0` all parts are closed; in the other loops parts are open,
+and their boxes turned or moved. With `--turned`, cabinets face any direction, and a box's axes have any order and sign.
 
-Two runs with the same arguments write the same bytes.
+The same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ UPRIGHT: Matrix = ((0, 0, -1), (-1, 0, 0), (0, 1, 0))
 """World = UPRIGHT @ URDF."""
 BASE_RPY = "1.570796326794897 0 -1.570796326794897"
 DEPTH, WIDTH, HEIGHT = (0.3, 0.6), (0.4, 0.7), (0.4, 1.0)
-"""Metres, of a cabinet."""
+"""Ranges of a cabinet's size, in metres."""
 
 
 @dataclass
@@ -53,9 +52,9 @@ class Part:
     """A point of its joint's axis."""
     axis: Vector = (0, 0, 1)
     upper: float = 0
-    """How far it opens: radians or metres."""
+    """How far it opens, in radians or metres."""
     parent: int = 0
-    """Place of the part that it is on."""
+    """Index of the part that it is mounted on."""
 
     @property
     def type(self) -> str:
@@ -84,7 +83,7 @@ def plus(first: Vector, second: Vector, factor: float = 1) -> Vector:
 
 
 def about(axis: Vector, angle: float) -> Matrix:
-    """Turns about a unit vector (Rodrigues)."""
+    """The rotation about a unit vector by an angle in radians (Rodrigues)."""
     x, y, z = axis
     c, s, t = math.cos(angle), math.sin(angle), 1 - math.cos(angle)
     return (
@@ -117,7 +116,7 @@ def make_cabinet(rng: random.Random, most_boxes: int) -> list[Part]:
 
 
 def _part(rng: random.Random, body: Part, cell: Sequence[float], outer_left: bool) -> Part:
-    """What fills a cell of the front; y goes to the left of who looks at it."""
+    """The part in a cell of the front; y points left as seen from the front."""
     right, left, low, high = (cell[0] + 0.01, cell[1] - 0.01, cell[2] + 0.01, cell[3] - 0.01)
     front, across, up = -body.extent[0] / 2, left - right, high - low
     middle = ((left + right) / 2, (low + high) / 2)
@@ -135,7 +134,7 @@ def _part(rng: random.Random, body: Part, cell: Sequence[float], outer_left: boo
 
 
 def _front(drawer: Part, place: int) -> Part:
-    """A flap on the front of a drawer: it turns at the drawer's lower edge, and comes along with it."""
+    """A flap on the front of a drawer: it turns at the drawer's lower edge, and moves with the drawer."""
     x, y, z = drawer.center
     deep, across, up = drawer.extent
     front, thick = x - deep / 2, 0.03
@@ -144,7 +143,7 @@ def _front(drawer: Part, place: int) -> Part:
 
 
 def turned(parts: list[Part], turn: Matrix) -> list[Part]:
-    """The joints in the world of a cabinet that stands in another direction; boxes are turned when they are written."""
+    """The parts with their joints turned, for a cabinet that faces another direction; boxes are turned when written."""
     return [
         Part(
             part.kind, part.center, part.extent, times(turn, part.pos), times(turn, part.axis), part.upper, part.parent
@@ -159,7 +158,7 @@ def turned(parts: list[Part], turn: Matrix) -> list[Part]:
 def boxes_of(
     rng: random.Random, parts: list[Part], turn: Matrix, is_open: bool, any_axes: bool
 ) -> list[dict[str, Any]]:
-    """The boxes of a loop. Parts that carry others, or are carried, stay closed: at rest is what a URDF tells of."""
+    """The boxes of a loop. Parts that carry others, or are carried, stay closed: a URDF describes the rest position."""
     still = {part.parent for part in parts[1:]} | {place for place, part in enumerate(parts) if part.parent}
     found = []
     for place, part in enumerate(parts):
@@ -182,7 +181,7 @@ def boxes_of(
 
 
 def urdf_of(rng: random.Random, parts: list[Part], links: list[int], with_base: bool) -> str:
-    """The object, y up. Every link has a frame of its own, turned about the vertical by its parent's joint."""
+    """The object as URDF, y up. Each link has its own frame, turned about the vertical by its parent's joint."""
     lines = ['<?xml version="1.0" ?>', '<robot name="cabinet">']
     if with_base:
         lines.append('  <link name="base"/>')
@@ -261,10 +260,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--train", type=int, default=16, help="objects to train on")
-    parser.add_argument("--test", type=int, default=4, help="objects that are held out")
-    parser.add_argument("--loops", type=int, default=2, help="of an object; all but the first are open")
-    parser.add_argument("--most-boxes", type=int, default=3, help="of an object, the body included; 2 or more")
-    parser.add_argument("--turned", action="store_true", help="cabinets in any direction, axes in any order")
+    parser.add_argument("--test", type=int, default=4, help="objects held out for test")
+    parser.add_argument("--loops", type=int, default=2, help="loops of an object; all but the first are open")
+    parser.add_argument("--most-boxes", type=int, default=3, help="boxes of an object, with its body; 2 or more")
+    parser.add_argument("--turned", action="store_true", help="turn cabinets in any direction, with axes in any order")
     chosen = parser.parse_args()
     make(chosen.output, chosen.seed, chosen.train, chosen.test, chosen.loops, max(chosen.most_boxes, 2), chosen.turned)
 

@@ -1,20 +1,20 @@
-"""Draw pictures of coloured shapes and printed words, and what is said and asked about them: the data of the recipe
-better-synth.
+"""Write the data of the recipe better-synth: pictures of coloured shapes and printed words, with captions,
+conversations and questions.
 
-A picture has one to four shapes, some the same, and now and then a word on a sign. What is in the folder then:
+A picture has one to four shapes, some of them alike, and sometimes a word on a sign. The folder has:
 
-    records.jsonl             Data-Juicer records: a picture and its caption, some of them noise, some nearly the same
+    records.jsonl             Data-Juicer records: a picture and its caption; some are noise, some near duplicates
     records_llava.json        the same in LLaVA's form, with the questions that the records lack
     finetune.json             conversations on the same pictures: several turns, some in Chinese, some on two pictures
-    textvqa.jsonl             questions on words in other pictures, with the words that a reader of the picture finds
+    textvqa.jsonl             questions on words in other pictures, with the words that OCR finds
     textvqa_annotations.json  ten human answers to each
-    mmbench.tsv               choices of two to four, each with its picture in base64
+    mmbench.tsv               single-choice questions with two to four options, each with its picture in base64
     words/flagged_words.json  words that no caption should have, in Data-Juicer's form
     images/                   the pictures
 
-Of 20 records three are noise (too short, full of signs, or advertising), two nearly repeat the one before, and one has
-lost its original. The captions of the others are true. Two runs with the same arguments write the same bytes, with the
-same version of Pillow.
+Of 20 records, three are noise (too short, full of special characters, or advertising), two nearly repeat the one
+before, and one has no question. The captions of the others are true. The same arguments and the same version of Pillow
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category"
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """The content of a picture."""
 
     shapes: tuple[tuple[str, str], ...]
-    """Colour and kind of each, from left to right."""
+    """Colour and kind of each shape, from left to right."""
     word: str | None
     size: tuple[int, int]
-    """Pixels, width and height."""
+    """Width and height in pixels."""
 
     def count(self, kind: str) -> int:
         return sum(shape == kind for _, shape in self.shapes)
@@ -92,7 +92,7 @@ class Scene:
         return data.getvalue()
 
     def caption(self, rng: random.Random, chinese: bool = False) -> str:
-        """All that is to be seen."""
+        """The full description of the picture."""
         kinds = list(dict.fromkeys(self.shapes))
         counted = [(self.shapes.count(one), *one) for one in kinds]
         if chinese:
@@ -106,7 +106,7 @@ class Scene:
 
 
 def make_scene(rng: random.Random, size: int, word: bool) -> Scene:
-    """A scene at about `size` pixels a side; wide, high or square."""
+    """A random scene of about `size` pixels per side; wide, high or square."""
     kinds = [(rng.choice(list(COLOURS)), rng.choice(list(SHAPES))) for _ in range(rng.choice((1, 2, 2, 3)))]
     shapes = [*kinds, rng.choice(kinds)] if rng.random() < 0.4 else kinds
     sides = rng.choice(((size, size), (size * 3 // 2, size), (size, size * 5 // 4)))
@@ -117,7 +117,7 @@ def make_scene(rng: random.Random, size: int, word: bool) -> Scene:
 
 
 def record(scene: Scene, name: str, number: int, rng: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A Data-Juicer record, and the same in LLaVA's form; the ids of the latter are now and then numbers."""
+    """A Data-Juicer record, and the same in LLaVA's form; some ids of the latter are numbers."""
     caption = scene.caption(rng, chinese=number % 10 == 7)
     if number % 20 == 4:
         caption = "img"
@@ -137,7 +137,7 @@ def llava(name: str | int, images: list[str], turns: list[tuple[str, str]]) -> d
 
 
 def conversation(scene: Scene, rng: random.Random, chinese: bool) -> list[tuple[str, str]]:
-    """Questions on one picture and their answers; the picture stands in the first."""
+    """Questions on one picture and their answers; the first question has the picture."""
     kind, (colour, shape) = rng.choice(list(SHAPES)), scene.shapes[0]
     if chinese:
         turns = [
@@ -163,13 +163,13 @@ def conversation(scene: Scene, rng: random.Random, chinese: bool) -> list[tuple[
 def make_records(
     folder: Path, seed: int, count: int, size: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Scene]]:
-    """Records, their originals, and the scenes by their pictures."""
+    """The records, the same in LLaVA's form, and the scenes by their pictures."""
     records, originals, scenes = [], [], {}
     for number in range(count):
         rng, name = random.Random(f"{seed}-record-{number}"), str(100_000_000 + number)
         scene = make_scene(rng, size, word=number % 3 == 0)
         plain, original = record(scene, name, number, rng)
-        if number % 20 in (9, 19):  # nearly as the one before: the same picture, and a word more
+        if number % 20 in (9, 19):  # a near duplicate of the one before: the same picture, one more word
             before = records[-1]
             plain = {**before, "id": name, "text": before["text"].replace(" <|", " again <|")}
             original = {**originals[-1], "id": name}
@@ -224,7 +224,7 @@ def make_textvqa(folder: Path, seed: int, count: int, size: int) -> tuple[list[d
 
 
 def make_mmbench(seed: int, count: int, size: int) -> Iterator[dict[str, Any]]:
-    """Rows of the table: in turn a count, a colour, what the sign says, and yes or no."""
+    """Rows of the table: in turn a count, a colour, the word on the sign, and yes or no."""
     for number in range(count):
         rng = random.Random(f"{seed}-mmbench-{number}")
         scene = make_scene(rng, size, word=True)
@@ -293,8 +293,8 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=160, help="pictures with captions")
     parser.add_argument("--finetune", type=int, default=160, help="conversations")
     parser.add_argument("--textvqa", type=int, default=24, help="questions, two on each picture")
-    parser.add_argument("--mmbench", type=int, default=16, help="choices")
-    parser.add_argument("--size", type=int, default=64, help="pixels of a picture's side, about")
+    parser.add_argument("--mmbench", type=int, default=16, help="single-choice questions")
+    parser.add_argument("--size", type=int, default=64, help="approximate pixels of a picture's side")
     chosen = parser.parse_args()
     make(
         chosen.output,

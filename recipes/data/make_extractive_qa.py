@@ -136,7 +136,7 @@ ZH_GOODS = ["茶叶", "瓷器", "棉布", "铁矿石", "大米", "木材", "食�
 
 @dataclass(frozen=True)
 class Kind:
-    """What the contexts of a data set tell."""
+    """Templates of a data set's contexts and questions."""
 
     opening: str
     """First sentence, with `{place}`."""
@@ -145,9 +145,9 @@ class Kind:
     tells: str
     """Sentence on a thing, with `{thing}` and the names of facts."""
     facts: dict[str, tuple[str, ...]]
-    """By the name of a fact, what it can be."""
+    """The possible values of each fact, by its name."""
     asks: dict[str, str]
-    """By the name of a fact, the question for it, with `{thing}`."""
+    """The question for each fact, by its name, with `{thing}`."""
     between: str = " "
 
 
@@ -215,7 +215,7 @@ def kinds(rng: random.Random) -> dict[str, Kind]:
 
 
 def make_records(name: str, kind: Kind) -> list[Record]:
-    """The questions of a data set in SQuAD's form, with the place as title where no other context has the same."""
+    """The questions of a data set in SQuAD's form; the title is the place, if no other context has the same."""
     rng = random.Random(f"{SEED}-{name}")
     records = []
     for number in range(CONTEXTS):
@@ -246,7 +246,7 @@ def as_messages(record: Record) -> Record:
 
 
 def with_bad_ones(records: list[Record]) -> list[str]:
-    """The lines of a file with a few that cannot be used among them."""
+    """The lines of a file, with a few unusable ones among them."""
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     turned = as_messages(records[1])
     turned["messages"].reverse()
@@ -255,7 +255,7 @@ def with_bad_ones(records: list[Record]) -> list[str]:
         json.dumps({**records[0], "id": "empty", "answers": {"text": [], "answer_start": []}}),
         json.dumps({**records[1], "id": "none", "question": " "}),
         json.dumps(turned),
-        "",  # which is no record at all
+        "",  # no record
     ]
     for place, line in enumerate(bad, start=1):
         lines.insert(place * len(records) // 6, line)

@@ -1,19 +1,19 @@
-"""Write closed-world puzzles with known answers: the data of the recipe logic-choice.
+"""Write the data of the recipe logic-choice: closed-world puzzles with known answers.
 
 A problem is a few facts and two or three single-choice questions on them, each with two to seven options. What the
-facts do not say or imply is false. There are six kinds, each in English and now and then in Chinese:
+facts do not say or imply is false. There are six kinds, each in English and some in Chinese:
 
-    week      who comes on which day, named or so many days after somebody else
+    week      who comes on which day, by its name or as a number of days after somebody else
     clubs     who is in which club, from lists of members
     chain     what is on, from rules "if A is on, B is on" and one thing that was switched on
     family    how two people are related, from parents and children
     honest    where things are, from people who always tell the truth or always lie
-    hats      who wears which colour, from what is said and by elimination
+    hats      who wears which colour, from statements and by elimination
 
-Options that have an order of their own stand in it (yes and no, numbers, days); names are shuffled. Two runs with the
-same arguments write the same bytes. In the folder are then `train.jsonl`, `test.jsonl` (without answers, or with them
-after --answers), `sources/more.jsonl` (further problems) and `labels/`, answers to the questions of `test.jsonl` that
-somebody guessed: of `guessed-a` seven in eight are right, of `guessed-b` three in four.
+Options with a natural order keep it (yes and no, numbers, days); names are shuffled. The same arguments give the same
+bytes. The folder has `train.jsonl`, `test.jsonl` (with answers only after --answers), `sources/more.jsonl` (further
+problems) and `labels/`: guessed answers to the questions of `test.jsonl`, of which seven in eight are right in
+`guessed-a` and three in four in `guessed-b`.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ KINDS: dict[str, Callable[[random.Random, int], Puzzle]] = {
 def make_problem(
     seed: int, prefix: str, number: int, kinds: Sequence[str] = tuple(KINDS), most_options: int = len(LETTERS)
 ) -> dict[str, Any]:
-    """Problem `number` of a file: its kind and its language go in turn, all else is drawn."""
+    """Problem `number` of a file: kind and language alternate, all else is random."""
     rng = random.Random(f"{seed}-{prefix}-{number}")
     kind = kinds[number % len(kinds)]
     zh = int(number % CHINESE_EVERY == CHINESE_EVERY - 1)
@@ -266,7 +266,9 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=80, help="problems in sources/more.jsonl")
     parser.add_argument("--answers", action="store_true", help="test.jsonl keeps its answers")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--most-options", type=int, default=len(LETTERS), choices=range(2, 8), help="of a question")
+    parser.add_argument(
+        "--most-options", type=int, default=len(LETTERS), choices=range(2, 8), help="options of a question"
+    )
     chosen = parser.parse_args()
     make(
         chosen.output,

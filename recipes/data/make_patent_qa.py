@@ -55,7 +55,7 @@ Question = dict[str, Any]
 
 @dataclass
 class Style:
-    """Looks of one document: its fonts and how it writes headings, part lists and label numbers."""
+    """The look of one document: its fonts, and how it writes headings, part lists and label numbers."""
 
     body: str = "tiro"
     bold: str = "tibo"
@@ -179,7 +179,7 @@ def spread(wanted: list[float], gap: float, low: float, high: float) -> list[flo
 
 
 def label_spots(anchors: dict[str, pymupdf.Point], layout: str) -> dict[str, pymupdf.Point]:
-    """Where the part numbers stand: in columns ("sides", "right", "left") or in rows ("rows")."""
+    """Positions of the part numbers: in columns ("sides", "right", "left") or in rows ("rows")."""
     along_x = layout == "rows"
     order = sorted(anchors, key=lambda part: anchors[part].y if along_x else anchors[part].x)
     half = {"right": 0, "left": len(order)}.get(layout, len(order) // 2)
@@ -332,7 +332,7 @@ def page_texts(path: Path) -> list[str]:
 
 
 def holds(text: str, answer: str) -> bool:
-    """Whether the answer stands in the text, a Latin one as whole words."""
+    """Whether the text contains the answer, a Latin one as whole words."""
     if not answer.isascii():
         return answer in text
     return re.search(rf"(?<![A-Za-z0-9]){re.escape(answer)}(?![A-Za-z0-9])", text) is not None

@@ -2,7 +2,7 @@
 
 import os
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from stages.contract.errors import DoesNotFitError, UsageError
@@ -34,7 +34,10 @@ class Target:
 
 
 def load_targets(path: Path = TARGETS_FILE) -> dict[str, Target]:
-    """All targets by name. A variant takes the facts that it does not state from the target that it is a variant of."""
+    """All targets by name. A variant takes the facts that it does not state from the target that it is a variant of.
+
+    Raises UsageError for an unknown fact or a missing one.
+    """
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     return {
         name: _target(name, {**table.get(values.get("variant_of"), {}), **values}) for name, values in table.items()
@@ -49,10 +52,14 @@ def named_target(name: str, targets: dict[str, Target]) -> Target:
 
 
 def _target(name: str, values: dict[str, object]) -> Target:
-    fields = dict(values)
-    capability = fields.pop("capability", None)
+    known = {field.name for field in fields(Target)} - {"name"}
+    for key in [*(values.keys() - known), *({"dtype", "quantisation"} - values.keys())]:
+        state = f"unknown fact {key!r}; known facts: {', '.join(sorted(known))}" if key in values else f"no {key!r}"
+        raise UsageError(f"images/{TARGETS_FILE.name}: [{name}]: {state}")
+    facts = dict(values)
+    capability = facts.pop("capability", None)
     parts = tuple(int(part) for part in str(capability).split(".")) if capability else None
-    quantisation: tuple[str, ...] = tuple(fields.pop("quantisation"))  # type: ignore[arg-type]
+    quantisation: tuple[str, ...] = tuple(facts.pop("quantisation"))  # type: ignore[arg-type]
     defaults: dict[str, object] = {
         "memory_gib": None,
         "cuda": None,
@@ -62,7 +69,7 @@ def _target(name: str, values: dict[str, object]) -> Target:
         "deepspeed": True,
         "environment": {},
     }
-    return Target(name=name, capability=parts, quantisation=quantisation, **{**defaults, **fields})  # type: ignore[arg-type]
+    return Target(name=name, capability=parts, quantisation=quantisation, **{**defaults, **facts})  # type: ignore[arg-type]
 
 
 def target_of(machine: Machine, targets: dict[str, Target]) -> Target:

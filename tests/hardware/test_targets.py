@@ -31,30 +31,36 @@ def test_the_targets_of_the_design_are_there() -> None:
     assert set(TARGETS) >= {"cpu", "v100", "a800", "rtx4090", "h100"}
 
 
-def test_every_target_says_what_its_image_needs() -> None:
-    for target in TARGETS.values():
-        assert target.dtype in ("float32", "float16", "bfloat16"), target.name
-        assert all(isinstance(value, str) for value in target.environment.values()), target.name
-        if target.name != "cpu":
-            assert target.capability
-            assert target.memory_gib
-            assert target.cuda
-            assert target.min_driver
-            assert target.node_label
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_has_every_fact_that_its_images_need(name: str) -> None:
+    target = TARGETS[name]
+    assert target.dtype in ("float32", "float16", "bfloat16")
+    assert all(isinstance(value, str) for value in target.environment.values())
+    if name != "cpu":
+        assert target.capability
+        assert target.memory_gib
+        assert target.cuda
+        assert target.min_driver
+        assert target.node_label
 
 
-def test_deepspeed_and_4_bit_kernels_are_in_the_images_that_promise_them() -> None:
-    for target in TARGETS.values():
-        locks = [
-            LOCKS / f"{name}{kind}.txt" for name in (target.name, target.cuda or "cpu") for kind in ("", ".source")
-        ]
-        own = locks[:2] if locks[0].is_file() else locks[2:]
-        packages = "".join(path.read_text() for path in own if path.is_file())
-        assert ("\ndeepspeed==" in f"\n{packages}") == target.deepspeed, target.name
-        assert ("\nbitsandbytes==" in packages) == ("bitsandbytes" in target.quantisation), target.name
-        if target.name != "cpu":  # there it is the host's: requirements/gptq.txt
-            kernels = any(f"\n{name}==" in f"\n{packages}" for name in ("gptqmodel", "auto-gptq"))
-            assert kernels == ("gptq" in target.quantisation), target.name
+@pytest.mark.parametrize("name", TARGETS)
+def test_deepspeed_and_4_bit_kernels_are_in_the_images_that_promise_them(name: str) -> None:
+    target = TARGETS[name]
+    locks = [LOCKS / f"{lock}{kind}.txt" for lock in (name, target.cuda or "cpu") for kind in ("", ".source")]
+    own = locks[:2] if locks[0].is_file() else locks[2:]
+    packages = "".join(path.read_text() for path in own if path.is_file())
+    assert ("\ndeepspeed==" in f"\n{packages}") == target.deepspeed
+    assert ("\nbitsandbytes==" in packages) == ("bitsandbytes" in target.quantisation)
+    if name != "cpu":  # on a CPU GPTQ is the host's: requirements/gptq.txt
+        kernels = any(f"\n{package}==" in f"\n{packages}" for package in ("gptqmodel", "auto-gptq"))
+        assert kernels == ("gptq" in target.quantisation)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_of_one_line_of_wheels_need_the_same_driver(name: str) -> None:
+    line, driver = TARGETS[name].cuda, TARGETS[name].min_driver
+    assert {target.min_driver for target in TARGETS.values() if target.cuda == line} == {driver}
 
 
 def test_a_torch_of_another_line_needs_the_driver_of_its_own_cuda() -> None:
@@ -65,12 +71,10 @@ def test_a_torch_of_another_line_needs_the_driver_of_its_own_cuda() -> None:
             refuse_old_driver_for(cuda, driver, TARGETS)
 
 
-def test_bf16_only_where_the_card_computes_in_it() -> None:
+@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.dtype == "bfloat16"])
+def test_bf16_only_where_the_card_computes_in_it(name: str) -> None:
     """torch.cuda.is_bf16_supported() says yes on a V100, which only emulates it."""
-    for target in TARGETS.values():
-        if target.dtype == "bfloat16":
-            assert target.capability is not None
-            assert target.capability >= (8, 0)
+    assert (TARGETS[name].capability or (0, 0)) >= (8, 0)
 
 
 def test_a_base_is_refused_where_nothing_computes_with_it_and_never_put_in_4_bits_twice() -> None:
@@ -222,5 +226,12 @@ def test_this_machine_can_be_probed() -> None:
 def test_an_unknown_fact_about_a_card_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "targets.toml"
     path.write_text('[cpu]\ndtype = "float32"\nquantisation = []\nmemory_gb = 3\n')
-    with pytest.raises(TypeError, match="memory_gb"):
+    with pytest.raises(UsageError, match=r"\[cpu\]: unknown fact 'memory_gb'; known facts: capability, cuda"):
+        load_targets(path)
+
+
+def test_a_missing_fact_about_a_card_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "targets.toml"
+    path.write_text("[cpu]\nquantisation = []\n")
+    with pytest.raises(UsageError, match=r"images/targets\.toml: \[cpu\]: no 'dtype'"):
         load_targets(path)

@@ -49,7 +49,7 @@ def file(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-@pytest.fixture(params=overlay_names())
+@pytest.fixture(params=sorted(TARGETS))
 def target(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

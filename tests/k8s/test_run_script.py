@@ -123,7 +123,7 @@ def test_failure_without_a_pod(cluster: Cluster) -> None:
     cluster.write("after/lorry-infer", "Failed ")
     ended = cluster("a800")
     assert ended.code == 1
-    assert "no pod of it is left" in ended.error
+    assert "its pods are gone; the stage's log.txt" in ended.error
     assert "log.txt" in ended.error
 
 
@@ -166,7 +166,7 @@ def test_jobs_may_not_be_seen(cluster: Cluster) -> None:
 def test_unknown_target(cluster: Cluster, target: str) -> None:
     ended = cluster(target)
     assert ended.code == 2
-    assert ended.error == f"error: no target '{target}'; there are: a800 cpu h100 rtx4090 v100\n"
+    assert ended.error == f"error: no target '{target}'; known targets: {' '.join(overlay_names())}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["a800", "lab", "more"]])
