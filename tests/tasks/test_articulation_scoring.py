@@ -13,7 +13,7 @@ import pytest
 
 from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.records import Sample, failed_prediction
-from stages.eval.measures import Measure, measured
+from stages.eval.measures import Measure, measure_answers
 from stages.eval.scores import score_models
 from stages.tasks import articulation, settle_recipe
 from stages.tasks.articulation.geometry import HINGE, SLIDE, Box, Joint, line_distance
@@ -348,6 +348,6 @@ def test_failed_answers_miss_all_joints_and_score_nothing() -> None:
     recipe = recipe_with()
     scores = score_models(articulation, recipe, samples, predictions)
     assert scores.models["base"].values[:, :-1].tolist() == [[1] * 10, [0] * 10]
-    found = measured(articulation, recipe, scores)["base"]
+    found = measure_answers(articulation, recipe, scores)["base"]
     assert found["missing joints"] == Measure(2, 1, 1, 2)
     assert found["axis angle, degrees"] == Measure(2, 0, 0, 0), "of the joints that there are"
