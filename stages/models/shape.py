@@ -143,9 +143,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path}: cannot be read ({error}); copy a whole Hugging Face model folder there"
-        ) from error
+        raise UsageError(f"{path}: cannot be read ({error}); copy a whole Hugging Face model folder there") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path}: not a JSON object; copy a whole Hugging Face model folder there")
     return value
