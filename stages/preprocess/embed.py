@@ -76,6 +76,7 @@ class Embedder:
         if takes_pictures:
             self._made_from.append(settings.max_pixels)
         self._model: _Model | None = None
+        self._pool: ProcessPoolExecutor | None = None
 
     def embed_pages(self, pages: Sequence[Mapping[str, Any]]) -> None:
         """Embed pages: records of `render_documents`, those of a document one after the other.
@@ -102,8 +103,9 @@ class Embedder:
         return np.concatenate([self._vectors_of(pieces) for pieces in grouped]).astype(np.float32)
 
     def close(self) -> None:
-        """Free the GPU's memory for what runs next."""
+        """Free the GPUs' memory for what runs next."""
         self._model = None
+        self._close_pool()
         with contextlib.suppress(ImportError):
             import torch
 
@@ -176,7 +178,7 @@ class Embedder:
         embedded = (
             self._embed_here(missing, dtype, devices[0])
             if min(len(devices), len(missing)) == 1
-            else self._embed_in_processes(missing, dtype, devices[: len(missing)])
+            else self._embed_in_processes(missing, dtype, devices)
         )
         for piece in embedded:
             done += len(piece.items)
@@ -198,22 +200,34 @@ class Embedder:
         yield from self._model.embed(pieces)
 
     def _embed_in_processes(self, pieces: list[Piece], dtype: str, devices: list[str]) -> Iterator[Piece]:
-        """Embed in one process per device. Each writes files, so that nothing large goes through a queue."""
-        context = multiprocessing.get_context("spawn")
-        free = context.SimpleQueue()
-        for device in devices:
-            free.put(device)
-        arguments = (self._settings, dtype, free, os.getpid())
-        with ProcessPoolExecutor(len(devices), context, initializer=_start_worker, initargs=arguments) as pool:
-            futures = [pool.submit(_embed_piece, piece) for piece in pieces]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            except BrokenProcessPool:
-                self._stage.stop.check()  # a stop of the whole process group ends the workers, too
-                raise
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        """Embed in one process per device. Each writes files, so that nothing large goes through a queue.
+
+        The processes stay until `close`: questions do not load the model again after pages.
+        """
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            free = context.SimpleQueue()
+            for device in devices:
+                free.put(device)
+            arguments = (self._settings, dtype, free, os.getpid())
+            self._pool = ProcessPoolExecutor(len(devices), context, initializer=_start_worker, initargs=arguments)
+        futures = [self._pool.submit(_embed_piece, piece) for piece in pieces]
+        finished = 0
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+                finished += 1
+        except BrokenProcessPool:
+            self._stage.stop.check()  # a stop of the whole process group ends the workers, too
+            raise
+        finally:
+            if finished < len(futures):  # an error, or the caller has stopped
+                self._close_pool()
+
+    def _close_pool(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 class _Model:

@@ -168,9 +168,9 @@ def test_the_stage_counts_together_and_writes_each_sample(
 def test_uploads_are_outputs_of_every_model(
     build: Build, samples: list[Sample], predictions: dict[str, list[Prediction]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def uploads(folder: Path, tested: list[Sample], given: dict[str, Prediction]) -> list[str]:
+    def uploads(folder: Path, samples: list[Sample], predictions: dict[str, Prediction]) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "all.txt").write_text(f"{len(tested)} {len(given)}", encoding="utf-8")
+        (folder / "all.txt").write_text(f"{len(samples)} {len(predictions)}", encoding="utf-8")
         return ["all.txt"]
 
     monkeypatch.setattr(patent_qa, "uploads", uploads)
@@ -190,7 +190,7 @@ def test_without_references_there_are_still_uploads(
     monkeypatch: pytest.MonkeyPatch,
     capfd: Any,
 ) -> None:
-    def uploads(folder: Path, tested: list[Sample], given: dict[str, Prediction]) -> list[str]:
+    def uploads(folder: Path, samples: list[Sample], predictions: dict[str, Prediction]) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "all.txt").write_text("", encoding="utf-8")
         return ["all.txt"]
