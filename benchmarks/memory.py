@@ -25,7 +25,7 @@ from benchmarks.rows import write_rows
 from stages.contract.files import FileHashes, read_json, write_jsonl
 from stages.contract.roots import Roots
 from stages.contract.stage import Stage
-from stages.hardware.fit import as_asked
+from stages.hardware.fit import recipe_way
 from stages.hardware.memory import Lengths
 from stages.host.runner import run_stage
 from stages.host.runs import open_run
@@ -199,7 +199,7 @@ class Training:
         train = opened.recipe.train
         shape = read_shape(ROOTS.models / setting.model)
         dtype = "bfloat16" if train.precision == "auto" else train.precision
-        way = as_asked(shape, train, setting.gpus, dtype, setting.lengths)
+        way = recipe_way(shape, train, setting.gpus, dtype, setting.lengths)
         sets = [word for one in setting.overrides for word in ("--set", one)]
         data = str(Path("recipes/data/patent-qa").absolute())
         devices = ",".join(map(str, range(setting.gpus)))

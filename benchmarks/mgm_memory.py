@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from benchmarks.rows import write_rows
 from stages.contract.recipe import Train
-from stages.hardware.fit import as_asked
+from stages.hardware.fit import recipe_way
 from stages.hardware.memory import Lengths
 from stages.models.mgm import CONNECTORS, MgmConfig, MgmForConditionalGeneration
 from stages.models.shape import ModelShape, Weight, read_shape
@@ -35,7 +35,7 @@ def settings(phase: str, micro_batch: int, checkpointing: bool) -> Train:
     fields |= {"effective_batch": micro_batch, "gradient_checkpointing": checkpointing}
     connector = {"effective_batch": micro_batch, "micro_batch": micro_batch}
     train = Train.model_validate({**fields, "connector": connector} if phase == "connector" else fields)
-    return train.of_connector() if phase == "connector" else train
+    return train.connector_settings() if phase == "connector" else train
 
 
 def model_to_train(phase: str, checkpointing: bool) -> Any:
@@ -103,7 +103,7 @@ def main() -> None:
     rows = []
     for phase, micro_batch, length, checkpointing in CASES:
         train = settings(phase, micro_batch, checkpointing)
-        parts = as_asked(shape, train, 1, "bfloat16", Lengths(length, ANSWER)).estimate.parts()
+        parts = recipe_way(shape, train, 1, "bfloat16", Lengths(length, ANSWER)).estimate.parts()
         expected = sum(size for part, size in parts.items() if part not in ("framework", "fragmentation")) / 1e9
         found = peak(phase, micro_batch, length, checkpointing)
         torch.cuda.empty_cache()

@@ -38,7 +38,7 @@ def stored_name(path: Path) -> str:
 
 
 @contextmanager
-def written_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+def open_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears at `path` only when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
@@ -60,7 +60,7 @@ def _partial(path: Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
-    with written_atomically(path) as file:
+    with open_atomically(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
@@ -79,7 +79,7 @@ def read_json(path: Path) -> Any:
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
     """Write records atomically, one JSON object per line. Returns their number."""
     count = 0
-    with written_atomically(path) as file:
+    with open_atomically(path) as file:
         for count, record in enumerate(records, start=1):  # noqa: B007 - the last value is the count
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
     return count

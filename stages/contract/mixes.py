@@ -9,7 +9,7 @@ from stages.contract.recipe import Adapter, Source
 Samples = list[dict[str, Any]]
 
 
-def mixed(samples: Samples, adapter: Adapter, seed: int) -> Samples:
+def training_samples(samples: Samples, adapter: Adapter, seed: int) -> Samples:
     """The training samples of an adapter, out of all: its mix part by part, each in the data set's order.
 
     Raises UsageError for a part whose data set has no training samples.
@@ -19,7 +19,7 @@ def mixed(samples: Samples, adapter: Adapter, seed: int) -> Samples:
     return [sample for part in adapter.data for sample in _draw(samples, part, adapter.name, seed)]
 
 
-def shown(samples: Samples, most: int, seed: int) -> tuple[Samples, dict[str, int]]:
+def samples_with_pictures(samples: Samples, most: int, seed: int) -> tuple[Samples, dict[str, int]]:
     """The training samples of a connector, out of its mix: those with pictures, at most `most`, drawn by the seed; and
     how many are left out, by reason. A connector learns nothing from a sample without a picture."""
     seen = [sample for sample in samples if sample.get("images")]
@@ -30,7 +30,7 @@ def shown(samples: Samples, most: int, seed: int) -> tuple[Samples, dict[str, in
     return [seen[place] for place in chosen], left_out
 
 
-def validated(samples: Samples, adapter: Adapter) -> Samples:
+def validation_samples(samples: Samples, adapter: Adapter) -> Samples:
     """The validation samples of an adapter: those of its data sets, or all if these have none."""
     return [sample for sample in samples if adapter.covers(sample["meta"]["source"])] or samples
 

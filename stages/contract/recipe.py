@@ -325,7 +325,7 @@ class Train(Section):
 
     @property
     def trains_connector(self) -> bool:
-        """Whether these settings train the connector: those that `of_connector` returns."""
+        """Whether these settings train the connector: those that `connector_settings` returns."""
         return self.connector is not None and [adapter.name for adapter in self.adapters] == [CONNECTOR]
 
     def key_of(self, name: str) -> str:
@@ -333,7 +333,7 @@ class Train(Section):
         section = f"train.{CONNECTOR}" if self.trains_connector and name in Connector.model_fields else "train"
         return f"{section}.{name}"
 
-    def of_connector(self) -> "Train":
+    def connector_settings(self) -> "Train":
         """The settings of the first phase, which trains no LoRA. The base is never in 4 bits, and nothing is sharded: a
         connector is small."""
         assert self.connector is not None
@@ -363,14 +363,14 @@ class Train(Section):
         return self
 
 
-ONLY_ROOM = {
+RESULT_NEUTRAL = {
     *("micro_batch", "gradient_checkpointing", "sharding", "least_max_length", "least_max_pixels", "keep_checkpoints"),
     *("keep_going", "exact_batch"),
 }
 """Settings of `train` that do not change what an adapter learns: they decide on memory, disk, speed, refusals and what
 happens after a failure."""
 
-_LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(ONLY_ROOM, True), "connector": {"micro_batch": True}}}
+_LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(RESULT_NEUTRAL, True), "connector": {"micro_batch": True}}}
 """The same, in the form of pydantic's `exclude`."""
 
 
@@ -481,7 +481,7 @@ class Recipe(Section):
     def digest(self, *sections: str) -> str:
         """sha256 (hex) of the named sections' values (or of `section.key`), or of all values that can change a result.
 
-        The settings of `ONLY_ROOM` do not count: they may change, as after an out-of-memory, and the run resumes.
+        The settings of `RESULT_NEUTRAL` do not count: they may change, as after an out-of-memory, and the run resumes.
         """
         values = self.model_dump(mode="json", exclude={"description": True, "profile": True, **_LEFT_OUT})
         if not sections:

@@ -50,7 +50,7 @@ class TransformersEngine:
         # MGM's two towers meet in its connectors and must stand on one card; with 3 billion parameters it fits any
         spread = spread and config.model_type != "mgm"
         quantised = gptq.is_gptq(settings.model)  # its kernel is chosen by where its weights are put
-        with gptq.loading(settings.model, on_card=self._device == "cuda", training=False):
+        with gptq.patch_gptq_kernels(settings.model, on_card=self._device == "cuda", training=False):
             model: Any = kind.from_pretrained(
                 settings.model,
                 dtype=getattr(torch, settings.dtype),
@@ -168,7 +168,7 @@ class TransformersEngine:
         """The prompt's tokens with as many placeholders for each picture as it has tokens."""
         if not prompt.pictures:
             return prompt.tokens
-        return prompt.expanded([picture.tokens for picture in prompt.pictures], self._picture_token)
+        return prompt.repeat_placeholders([picture.tokens for picture in prompt.pictures], self._picture_token)
 
     def _speaking_as(self, adapter: str | None) -> Any:
         if not isinstance(self._model, PeftModel):

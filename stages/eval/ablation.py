@@ -9,7 +9,7 @@ from stages.contract.files import read_jsonl
 from stages.contract.recipe import Recipe
 from stages.contract.records import Prediction, Sample
 from stages.contract.run import Run
-from stages.eval.scores import Asked, Model, overall, score_models
+from stages.eval.scores import Asked, Model, overall_figures, score_models
 from stages.results.intervals import Figures
 
 EVERYTHING = "everything"
@@ -50,7 +50,7 @@ def ablations(
     without = {component: _answers_without(run, component, predictions) for component in recipe.infer.ablate}
     # `overall` takes differences from "base": here the answers with everything
     scores = score_models(task, recipe, samples, {"base": predictions[whole], **without})
-    figures, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
+    figures, differences = overall_figures(scores, recipe.eval.bootstrap, recipe.seed)
     everything = scores.models["base"]
     return [
         Ablation(

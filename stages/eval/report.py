@@ -12,14 +12,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from stages.contract.files import read_jsonl, written_atomically
+from stages.contract.files import open_atomically, read_jsonl
 from stages.contract.recipe import Recipe
 from stages.contract.records import Sample
 from stages.contract.run import STAGES, Run
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, seconds_per_question
 from stages.eval.measures import Measure
-from stages.eval.scores import Scores, worst
+from stages.eval.scores import Scores, worst_rows
 from stages.eval.votes import VoteOutcome
 from stages.results.intervals import Figures
 from stages.tasks import load_task
@@ -61,7 +61,7 @@ def write_report(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["interval"] = with_interval
+    environment.filters["interval"] = format_interval
     colours = {"base": 0} | {name: 1 + index % (COLOURS - 1) for index, name in enumerate(adapters)}
     html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run,
@@ -86,16 +86,16 @@ def write_report(
         everything=EVERYTHING,
         seconds={name: seconds_per_question(run, name) for name in scores.models},
         measures=measures,
-        worst=_worst_answers(run, scores, task),
+        worst_rows=_worst_answers(run, scores, task),
         drawn=_other_drawings(recipe, scores, task),
         most_drawn=MOST_DRAWN,
         stages=[_stage_facts(run, name) for name in STAGES if name != stage.name],
     )
-    with written_atomically(stage.path("report.html")) as file:
+    with open_atomically(stage.path("report.html")) as file:
         file.write(html)
 
 
-def with_interval(figure: dict[str, Any], sign: str = "-") -> str:
+def format_interval(figure: dict[str, Any], sign: str = "-") -> str:
     """Format a figure as `34.4 [25.0, 43.8]`. `sign` is that of a format specification: `+` for differences."""
     return f"{figure['value']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
 
@@ -181,7 +181,7 @@ def _worst_answers(run: Run, scores: Scores, task: Any) -> list[dict[str, Any]]:
     """The first adapter's worst answers, or base's if there is no adapter, as the template needs them."""
     name = _shown_model(scores)
     shown = []
-    for row in worst(scores, name, run.recipe.eval.worst):
+    for row in worst_rows(scores, name, run.recipe.eval.worst):
         sample = scores.samples[row]
         answers = {
             model: {
@@ -223,7 +223,7 @@ def _drawing(recipe: Recipe, scores: Scores, task: Any, row: int) -> Markup | No
 
 def _other_drawings(recipe: Recipe, scores: Scores, task: Any) -> list[dict[str, Any]]:
     """Drawings of the samples whose answers are not among the worst, in the samples' order."""
-    taken = set(worst(scores, _shown_model(scores), recipe.eval.worst))
+    taken = set(worst_rows(scores, _shown_model(scores), recipe.eval.worst))
     drawn: list[dict[str, Any]] = []
     for row, sample in enumerate(scores.samples):
         if row in taken or len(drawn) == MOST_DRAWN:

@@ -150,7 +150,7 @@ def _score_rows(
     return rows
 
 
-def counted_once(scores: Scores) -> Scores:
+def scores_by_question(scores: Scores) -> Scores:
     """Return scores with one row for samples that count together: the first sample, the lowest score in each metric,
     and the first error, if any. Returns `scores` itself if every sample counts by itself."""
     places: dict[str, list[int]] = defaultdict(list)
@@ -170,12 +170,12 @@ def counted_once(scores: Scores) -> Scores:
 # -- means and their intervals -----------------------------------------------------------------------------------
 
 
-def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figures], dict[str, Figures]]:
+def overall_figures(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figures], dict[str, Figures]]:
     """Return every model's figures and each adapter's differences from base, in percent, with 95% bootstrap intervals.
 
     Differences are paired: both models answered the same samples, which are resampled together. Facts have none.
     """
-    scores = counted_once(scores)
+    scores = scores_by_question(scores)
     base = scores.models[BASE].values
     adapters = [name for name in scores.models if name != BASE]
     blocks = [model.values for model in scores.models.values()]
@@ -206,7 +206,7 @@ def overall(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figure
 def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
     """Return each model's figures, without intervals, for each value of `meta[key]`: model -> value -> metric ->
     figures."""
-    scores = counted_once(scores)
+    scores = scores_by_question(scores)
     rows: dict[str, list[int]] = defaultdict(list)
     for row, group in enumerate(scores.groups(key)):
         rows[group].append(row)
@@ -243,7 +243,7 @@ def _percent(value: float) -> float:
 # -- the worst answers -------------------------------------------------------------------------------------------
 
 
-def worst(scores: Scores, name: str, count: int) -> list[int]:
+def worst_rows(scores: Scores, name: str, count: int) -> list[int]:
     """Return the rows of a model's worst answers, worst first: failures, then by score, ties by sample id. Perfect
     answers are left out.
 

@@ -13,8 +13,8 @@ from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, ablations, seconds_per_question
 from stages.eval.measures import measure_answers
-from stages.eval.report import ON_TRAINING_DATA, with_interval, write_report
-from stages.eval.scores import Asked, Scores, breakdown, overall, score_models, scored_lines
+from stages.eval.report import ON_TRAINING_DATA, format_interval, write_report
+from stages.eval.scores import Asked, Scores, breakdown, overall_figures, score_models, scored_lines
 from stages.eval.votes import VoteOutcome, vote_outcome
 from stages.results.intervals import Figures
 from stages.results.summary import (
@@ -61,7 +61,7 @@ def work(stage: Stage) -> None:
         stage.counts["scored on training data"] = trained_on
     stage.counts["failed"] = sum(error is not None for model in scores.models.values() for error in model.errors)
     stage.stop.check()
-    figures, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
+    figures, differences = overall_figures(scores, recipe.eval.bootstrap, recipe.seed)
     groups = {key: breakdown(scores, key) for key in ("group", "kind")}
     _write(stage, "scores.json", figures)
     _write(stage, "differences.json", differences)
@@ -224,9 +224,9 @@ def _table(name: str, figures: dict[str, Figures], differences: Figures, seconds
     table.add_column("n", justify="right")
     table.add_column("failed", justify="right")
     for metric in [metric for metric in figures["base"] if metric in figures[name]]:
-        cells = [with_interval(figures[model][metric]) for model in models]
+        cells = [format_interval(figures[model][metric]) for model in models]
         if differences:
-            cells.append(with_interval(differences[metric], sign="+") if metric in differences else "")
+            cells.append(format_interval(differences[metric], sign="+") if metric in differences else "")
         failed = " / ".join(str(figures[model][metric]["failed"]) for model in models)
         table.add_row(metric, *cells, str(figures[name][metric]["n"]), failed)
     if any(seconds[model] is not None for model in models):
@@ -256,7 +256,7 @@ def _vote_line(vote: VoteOutcome) -> str:
     metric, gain = next(iter(vote.over_best.items()))
     decided = ", ".join(f"{by} {count}" for by, count in sorted(vote.decided_by.items()))
     return (
-        f"vote over {vote.best}, {vote.best_by}: {metric} {with_interval(gain, '+')}; decided by {decided};"
+        f"vote over {vote.best}, {vote.best_by}: {metric} {format_interval(gain, '+')}; decided by {decided};"
         f" mean agreement {vote.agreement:.1f}%, entropy {vote.entropy:.2f} bits; {vote.second_round} in a second round"
     )
 

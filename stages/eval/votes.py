@@ -8,7 +8,7 @@ from typing import Any
 from stages.contract.files import read_jsonl
 from stages.contract.records import BASE, VOTE, Prediction, Sample
 from stages.contract.run import Run
-from stages.eval.scores import overall, score_models
+from stages.eval.scores import overall_figures, score_models
 from stages.results.intervals import Figures
 
 
@@ -62,7 +62,7 @@ def vote_outcome(
     recipe = run.recipe
     rows = read_jsonl(run.path("infer", "votes.jsonl"))
     scores = score_models(task, recipe, samples, {BASE: predictions[vote["best"]], VOTE: predictions[VOTE]})
-    _, differences = overall(scores, recipe.eval.bootstrap, recipe.seed)
+    _, differences = overall_figures(scores, recipe.eval.bootstrap, recipe.seed)
     first = scores.models[VOTE].values[:, 0]
     right = {sample["id"]: bool(value >= 1.0) for sample, value in zip(samples, first, strict=True)}
     rows = [_first_round(row) for row in rows]

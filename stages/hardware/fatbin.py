@@ -69,7 +69,7 @@ def _entries(file: IO[bytes], position: int, end: int) -> Iterator[tuple[int, in
         position = stop
 
 
-def serves(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
+def has_code_for(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
     """Whether a library with code for these architectures runs on a GPU of this compute capability.
 
     NVIDIA, CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility": a binary for X.y runs on X.z

@@ -57,7 +57,7 @@ def plan_training(
     return next((way for way in ways if way.fits(memory)), leanest)
 
 
-def unplanned(settings: Train, processes: int, dtype: str) -> Way:
+def unestimated_way(settings: Train, processes: int, dtype: str) -> Way:
     """The recipe's own way, for a model whose memory cannot be estimated."""
     sharding = "none" if settings.sharding == "auto" else settings.sharding
     batch = plan_batch(settings.effective_batch, settings.micro_batch, processes)
@@ -79,7 +79,7 @@ def _effective_batches(settings: Train) -> list[int]:
     return [settings.effective_batch, *first]
 
 
-def as_asked(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Way:
+def recipe_way(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Way:
     """The recipe's own way; without sharding if the recipe has sharding `auto`."""
     return next(_ways(shape, settings, processes, dtype, lengths))
 
@@ -229,4 +229,8 @@ def disk_bytes(shape: ModelShape, settings: Train) -> int:
     adapter = 4 * trained_parameters(shape, settings)
     checkpoints = (settings.keep_checkpoints + 1) * 4 * adapter  # weights, master copy under ZeRO, two moments
     first = settings.connector is not None and not settings.trains_connector
-    return len(settings.adapters) * adapter + checkpoints + (disk_bytes(shape, settings.of_connector()) if first else 0)
+    return (
+        len(settings.adapters) * adapter
+        + checkpoints
+        + (disk_bytes(shape, settings.connector_settings()) if first else 0)
+    )

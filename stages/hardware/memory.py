@@ -183,7 +183,7 @@ def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
     return [name for name in linears if any(name == one or name.endswith(f".{one}") for one in wanted)]
 
 
-def not_estimated(shape: ModelShape, settings: Train) -> str | None:
+def missing_from_estimate(shape: ModelShape, settings: Train) -> str | None:
     """What the estimate of this training's memory lacks, in words; None if it is complete."""
     if settings.freeze_vision or not any(map(_is_vision, adapted_modules(shape, settings))):
         return None

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
 from stages.hardware.holds import Holds
-from stages.hardware.probe import Gpu, read_cards, visible
+from stages.hardware.probe import Gpu, read_cards, visible_gpus
 
 GIB = 2**30
 
@@ -94,7 +94,7 @@ def hide_denied_cards(needs_one: bool = True) -> None:
     """
     text = os.environ.get("LORRY_GPU_DENY", "").strip()
     gpus = read_cards().gpus if text and os.environ.get("LORRY_TARGET") != "cpu" else ()
-    shown = visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    shown = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not shown:
         return
     denied = denied_cards(text, gpus)
@@ -196,7 +196,7 @@ def pick_cards(
     with holds.choosing():
         free, reasons = [], {}
         for gpu in sorted(gpus, key=lambda gpu: (-gpu.memory_free, gpu.index)):
-            reason = out_of_question(gpu, denied, oldest)
+            reason = reason_to_skip(gpu, denied, oldest)
             if not reason and not holds.take(gpu.uuid, exclusive=True):
                 holder = next(iter(holds.holders(gpu.uuid)), "another Lorry process")
                 reason = f"held by {holder}"
@@ -216,7 +216,7 @@ def pick_cards(
     return Pick(taken, tuple(_lines(taken, need)))
 
 
-def out_of_question(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0)) -> str:
+def reason_to_skip(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0)) -> str:
     """Why a GPU cannot be taken, however much memory is free; empty if it can."""
     if gpu.index in denied:
         return "in LORRY_GPU_DENY"
@@ -271,7 +271,7 @@ def _refusal(wish: Wish, need: Need, gpus: tuple[Gpu, ...], free: list[Gpu], rea
     states = []
     for gpu in gpus:
         fits = gpu.memory_free >= need.least(number, gpu.capability) if gpu in free else False
-        state = reasons.get(gpu.index) or ("fits" if fits else occupied(gpu))
+        state = reasons.get(gpu.index) or ("fits" if fits else describe_memory(gpu))
         states.append(f"GPU {gpu.index}: {state}")
     too_few = f"no {number} GPUs of one kind have" if number > 1 else "no GPU has"
     return (
@@ -280,7 +280,7 @@ def _refusal(wish: Wish, need: Need, gpus: tuple[Gpu, ...], free: list[Gpu], rea
     )
 
 
-def occupied(gpu: Gpu) -> str:
+def describe_memory(gpu: Gpu) -> str:
     """How much of a GPU is free, and which processes hold the rest."""
     largest = [f"{holder} {gib(holder.memory)}" if holder.memory else str(holder) for holder in gpu.processes[:2]]
     more = f" and {len(gpu.processes) - 2} more" if len(gpu.processes) > 2 else ""

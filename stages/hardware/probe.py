@@ -84,7 +84,7 @@ def probe() -> Machine:
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cards = Cards(()) if os.environ.get("LORRY_TARGET") == "cpu" else read_cards()
-    shown = visible(cards.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    shown = visible_gpus(cards.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Machine(
         cpus=len(os.sched_getaffinity(0)),
         memory_bytes=memory,
@@ -93,7 +93,7 @@ def probe() -> Machine:
     )
 
 
-def visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
+def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
     """The GPUs that CUDA_VISIBLE_DEVICES shows: numbers or UUIDs, up to the first that is neither."""
     if setting is None:
         return gpus

@@ -193,7 +193,7 @@ def _refuse_inexact_batches(stages: tuple[str, ...], options: dict[str, Any], nu
 
 def _phases(settings: "Train") -> "list[Train]":
     """The settings of each phase of training: of the connector, if there is one, and of the adapters."""
-    return [settings] if settings.connector is None else [settings.of_connector(), settings]
+    return [settings] if settings.connector is None else [settings.connector_settings(), settings]
 
 
 def inference_bytes(weights: int) -> int:

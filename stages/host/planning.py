@@ -10,10 +10,10 @@ from stages.contract.errors import DoesNotFitError, Exit, UsageError
 from stages.contract.recipe import Infer, Recipe, Train
 from stages.engines import engine_kind
 from stages.hardware.batch import refuse_inexact
-from stages.hardware.fit import Offers, Way, as_asked, disk_bytes, plan_training, smallest_changes
-from stages.hardware.memory import Lengths, lengths_at_most, not_estimated, trained_parameters
-from stages.hardware.pick import denied_cards, occupied, out_of_question
-from stages.hardware.probe import Gpu, Machine, read_cards, visible
+from stages.hardware.fit import Offers, Way, disk_bytes, plan_training, recipe_way, smallest_changes
+from stages.hardware.memory import Lengths, lengths_at_most, missing_from_estimate, trained_parameters
+from stages.hardware.pick import denied_cards, describe_memory, reason_to_skip
+from stages.hardware.probe import Gpu, Machine, read_cards, visible_gpus
 from stages.hardware.serve import plan_serving
 from stages.hardware.targets import (
     Target,
@@ -54,7 +54,7 @@ def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Li
     yield f"{run.name}: {model.name}, {shape.parameters / 1e9:.2f} billion parameters, on {gpus.text}"
     fits = True
     if train.connector is not None:
-        first = _plan_phase(run.recipe, shape, train.of_connector(), gpus)
+        first = _plan_phase(run.recipe, shape, train.connector_settings(), gpus)
         yield from _phase_lines(first)
         fits, lines = _verdict(first)
         yield from lines
@@ -123,8 +123,8 @@ def _usable_gpus() -> tuple[Gpu, ...]:
     if found.problem:
         raise DoesNotFitError(f"{found.problem}; to plan for other GPUs, name a --target")
     denied = denied_cards(os.environ.get("LORRY_GPU_DENY"), found.gpus) if found.gpus else frozenset()
-    shown = visible(found.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    reasons = {gpu: out_of_question(gpu, denied) for gpu in shown}
+    shown = visible_gpus(found.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    reasons = {gpu: reason_to_skip(gpu, denied) for gpu in shown}
     if shown and all(reasons.values()):
         texts = "; ".join(f"GPU {gpu.index}: {reason}" for gpu, reason in reasons.items())
         raise DoesNotFitError(f"Lorry may use no GPU here: {texts}; to plan for others, name a --target")
@@ -163,7 +163,7 @@ class _Phase:
 
 def _plan_phase(recipe: Recipe, shape: ModelShape, train: Train, gpus: _Gpus) -> _Phase:
     lengths = lengths_at_most(recipe.model_copy(update={"train": train}))
-    asked = as_asked(shape, train, gpus.count, gpus.dtype, lengths)
+    asked = recipe_way(shape, train, gpus.count, gpus.dtype, lengths)
     way = plan_training(shape, train, gpus.count, gpus.dtype, gpus.memory, lengths)
     return _Phase(shape, train, gpus, lengths, asked, way)
 
@@ -184,7 +184,7 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
         " (infer.max_new_tokens)"
     )
     if train.micro_batch > 1:
-        equal = as_asked(
+        equal = recipe_way(
             shape, train, phase.gpus.count, phase.gpus.dtype, replace(lengths, shortest_prompt=None)
         ).estimate.total
         yield (
@@ -195,7 +195,7 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
         refuse_inexact(phase.way.batch, train.key_of("effective_batch"))
     yield f"effective batch: {phase.way.batch}\n"
     yield from _table(phase)
-    left_out = not_estimated(shape, train)
+    left_out = missing_from_estimate(shape, train)
     if left_out:
         yield f"not in the estimate: {left_out}"
 
@@ -231,7 +231,7 @@ def _verdict(phase: _Phase) -> tuple[bool, list[str]]:
     if gpus.fullest is not None and freed:
         lines.append(
             f"fits on a GPU that is free: {way.estimate.total / GIB:.1f} of"
-            f" {gpus.fullest.memory_total / GIB:.1f} GiB; {gpus.fullest}: {occupied(gpus.fullest)}"
+            f" {gpus.fullest.memory_total / GIB:.1f} GiB; {gpus.fullest}: {describe_memory(gpus.fullest)}"
         )
     for number, each in enumerate(changes):
         head = "the smallest change that fits" if number == 0 else "or"

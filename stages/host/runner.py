@@ -17,10 +17,10 @@ from stages.contract.events import Events, output_to, say
 from stages.contract.files import (
     FileHashes,
     machine_error,
+    open_atomically,
     read_json,
     remove,
     write_json,
-    written_atomically,
 )
 from stages.contract.part import Node, Part, Shard
 from stages.contract.recipe import dump_recipe
@@ -69,7 +69,7 @@ def write_recipe(run: Run) -> None:
     text = dump_recipe(run.recipe)
     path = run.folder / "recipe.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        with written_atomically(path) as file:
+        with open_atomically(path) as file:
             file.write(text)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.contract.roots import Roots
 from stages.engines import engine_libraries
-from stages.hardware.fatbin import architectures, serves
+from stages.hardware.fatbin import architectures, has_code_for
 from stages.hardware.targets import Target, load_targets, named_target
 from stages.host.needs import GPU_STAGES, LIBRARIES, OPTIONAL_LIBRARIES
 
@@ -65,7 +65,7 @@ def _check_code(stage: str, modules: dict[str, Any], target: Target | None) -> I
     """The architectures of every library with device code. Raises DoesNotFitError if one lacks the target's."""
     for name, found in _device_code(stage, modules):
         yield f"code in {name}: {' '.join(sorted(found, key=_sort_key)) or 'none for any card'}"
-        if target is not None and target.capability is not None and not serves(found, target.capability):
+        if target is not None and target.capability is not None and not has_code_for(found, target.capability):
             number = "".join(str(part) for part in target.capability)
             raise DoesNotFitError(f"{name} has no code for target {target.name}, sm_{number}: install another build")
 

@@ -17,8 +17,8 @@ from stages.hardware.probe import probe
 from stages.hardware.serve import plan_serving
 from stages.hardware.targets import Target, load_targets, working_target
 from stages.infer.prompts import Room
-from stages.models.connector import with_connector
-from stages.models.merge import merged_copy, refuse_adapted_vision
+from stages.models.connector import link_connector
+from stages.models.merge import refuse_adapted_vision, write_merged_copy
 from stages.models.rendering import Prompt
 from stages.models.shape import UnknownShapeError, read_shape
 
@@ -82,7 +82,7 @@ class Engines:
             yield self._running(model, self._adapters, room, longest), set(self._adapters)
             return
         for name in adapters:
-            copy = merged_copy(model, self._adapters[name], self._folder / "merged" / name, _target().dtype)
+            copy = write_merged_copy(model, self._adapters[name], self._folder / "merged" / name, _target().dtype)
             yield self._running(copy, {}, room, longest), {name}
             self.close()
             remove(copy)
@@ -120,7 +120,7 @@ class Engines:
     def _with_connector(self, connector: tuple[Path, str]) -> Path:
         """The base with the connector, linked together once in each start: the links are this machine's."""
         if self._connected is None:
-            self._connected = with_connector(self._model, *connector, self._folder / "merged" / "with-connector")
+            self._connected = link_connector(self._model, *connector, self._folder / "merged" / "with-connector")
         return self._connected
 
     def _start(self, model: Path, adapters: dict[str, Path], room: Room) -> Engine:

@@ -102,7 +102,7 @@ def samples_to_vote_again(
     if not recipe.infer.vote.second_round:
         return []
     narrowed = [
-        task.narrowed(sample, decision.leading)
+        task.narrowed_sample(sample, decision.leading)
         for sample, decision in zip(tested, election.decisions, strict=True)
         if decision.by not in ("majority", "nobody") and len(decision.leading) > 1
     ]

@@ -49,7 +49,7 @@ def check_connector(connector: Path, sha256: str) -> None:
         )
 
 
-def with_connector(model: Path, connector: Path, sha256: str, folder: Path) -> Path:
+def link_connector(model: Path, connector: Path, sha256: str, folder: Path) -> Path:
     """Make `folder` a model folder of links to the base with this connector. Returns it.
 
     Raises UsageError for a connector that has changed, or that belongs to another model.

@@ -29,17 +29,17 @@ from stages.contract.files import read_json
 
 def is_gptq(model: Path) -> bool:
     """Whether a model folder's config.json says that its weights are in GPTQ's format."""
-    return stored_as(model) == "gptq"
+    return quantisation_of(model) == "gptq"
 
 
-def stored_as(model: Path) -> str | None:
+def quantisation_of(model: Path) -> str | None:
     """Return how a model folder's weights are quantised, as its config.json says: gptq, awq, bitsandbytes; None if they
     are not."""
     config = read_json(model / "config.json") or {}
     return (config.get("quantization_config") or {}).get("quant_method")
 
 
-def library(model: Path) -> str:
+def gptq_library(model: Path) -> str:
     """Return the installed library: `gptqmodel` or `auto_gptq`. Raises UsageError if neither or optimum is missing."""
     found = next((name for name in ("gptqmodel", "auto_gptq") if importlib.util.find_spec(name)), "gptqmodel")
     missing = [name for name in (found, "optimum") if importlib.util.find_spec(name) is None]
@@ -52,19 +52,19 @@ def library(model: Path) -> str:
 
 
 @contextmanager
-def loading(model: Path, on_card: bool, training: bool) -> Iterator[None]:
+def patch_gptq_kernels(model: Path, on_card: bool, training: bool) -> Iterator[None]:
     """Within this context, transformers loads a GPTQ base with the right kernel, whoever calls it.
 
     Raises UsageError if no library for it is installed.
     """
     with ExitStack() as patches:
-        if stored_as(model) is None:
+        if quantisation_of(model) is None:
             # PEFT would import gptqmodel anyway, which takes a second, prints, and changes CUDA's order of GPUs
             for kind in ("gptq", "awq"):
                 name = f"peft.tuners.lora.{kind}.is_gptqmodel_available"
                 patches.enter_context(patch(name, lambda: False, create=True))
         elif is_gptq(model):
-            if library(model) == "gptqmodel":
+            if gptq_library(model) == "gptqmodel":
                 _with_gptqmodel(patches, model, on_card, training)
             else:
                 _with_auto_gptq(patches, training)

@@ -31,7 +31,7 @@ def refuse_adapted_vision(adapters: dict[str, Path], engine: str, others: list[s
             )
 
 
-def merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> Path:
+def write_merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> Path:
     """Write the base with the adapter merged into it, as a Hugging Face model folder, by one atomic rename. Returns it.
 
     Raises UsageError for a quantised base, DoesNotFitError if the disk is too small.

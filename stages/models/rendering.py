@@ -40,7 +40,7 @@ class Prompt:
         """Tokens of the prompt, those of its pictures included."""
         return len(self.tokens) + sum(picture.tokens - 1 for picture in self.pictures)
 
-    def expanded(self, counts: Sequence[int], placeholder: int) -> list[int]:
+    def repeat_placeholders(self, counts: Sequence[int], placeholder: int) -> list[int]:
         """The tokens with as many placeholders for each picture as `counts` says."""
         left = iter(counts)
         return [same for token in self.tokens for same in [token] * (next(left) if token == placeholder else 1)]

@@ -15,7 +15,7 @@ ENGINE = "transformers"
 """The engine that every image of preprocess has."""
 
 
-def drawings_enough(stage: Stage, task: Any, questions: list[Any]) -> dict[str, bool]:
+def classify_drawings(stage: Stage, task: Any, questions: list[Any]) -> dict[str, bool]:
     """Return by question id whether the drawing is enough; questions that the task does not classify are left out.
 
     A completion is cached by the digests of prompt and weights, so a question is asked again only if one of these

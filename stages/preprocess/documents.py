@@ -17,16 +17,16 @@ from stages.contract.errors import DataError
 from stages.contract.files import (
     FileHashes,
     digest_of,
+    open_atomically,
     read_json,
     stored_name,
     visible_files,
     write_json,
-    written_atomically,
 )
 from stages.contract.recipe import Preprocess
 from stages.contract.stage import Stage
 from stages.preprocess.render import PageRange, open_document, render_range
-from stages.preprocess.workers import in_workers
+from stages.preprocess.workers import run_in_workers
 
 RANGE = 16
 """Pages that a worker renders at once. A kill costs at most these, and workers share one long document."""
@@ -116,7 +116,7 @@ def _is_usable(stage: Stage, document: str, record: dict[str, Any]) -> bool:
 def _write_table(stage: Stage, ranges: list[PageRange]) -> None:
     """Write pages.parquet range by range, so that the words of all pages are never in memory at once."""
     with (
-        written_atomically(stage.path("pages.parquet"), "wb") as file,
+        open_atomically(stage.path("pages.parquet"), "wb") as file,
         pq.ParquetWriter(file, PAGE_TABLE) as writer,
     ):
         rows: list[dict[str, Any]] = []
@@ -188,7 +188,7 @@ def _render_missing(
         return path
 
     workers = min(settings.workers or len(os.sched_getaffinity(0)), len(missing))
-    for part, records in in_workers(
+    for part, records in run_in_workers(
         lambda pages: (render_range, (pages, folder(pages), look.max_pixels, look.jpeg_quality)),
         missing,
         workers,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stages.contract.files import FileHashes, digest_of, read_json, written_atomically
+from stages.contract.files import FileHashes, digest_of, open_atomically, read_json
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
 from stages.hardware.probe import probe
@@ -30,7 +30,7 @@ CHUNK = 256
 Vectors = npt.NDArray[np.float32]
 
 
-def chunked(texts: list[str]) -> list[list[str]]:
+def split_into_chunks(texts: list[str]) -> list[list[str]]:
     """Split texts, in order, into chunks of CHUNK."""
     return [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
 
@@ -158,7 +158,7 @@ class Embedder:
 
     def _write(self, path: Path, rows: int, documents: Iterator[Vectors]) -> None:
         """Write a .npy file document by document, so that memory never holds all vectors of a large job."""
-        with written_atomically(path, "wb") as file:
+        with open_atomically(path, "wb") as file:
             first = next(documents, np.zeros((0, 0), self._settings.dtype))
             header = {"descr": first.dtype.str, "fortran_order": False, "shape": (rows, first.shape[1])}
             np.lib.format.write_array_header_1_0(file, header)
@@ -255,7 +255,7 @@ class _Model:
         )
         for piece in pieces:
             vectors = next(of_pictures) if piece.are_pictures else self._embed_texts(piece.items)
-            with written_atomically(piece.path, "wb") as file:
+            with open_atomically(piece.path, "wb") as file:
                 np.save(file, vectors.astype(self._settings.dtype), allow_pickle=False)
             yield piece
 

@@ -13,7 +13,7 @@ from stages.contract.stage import Stage
 from stages.preprocess.documents import FIGURE, picture_folder
 from stages.preprocess.layout import crop_page_figures
 from stages.preprocess.render import PageRange
-from stages.preprocess.workers import in_workers
+from stages.preprocess.workers import run_in_workers
 
 RULES_VERSION = 1
 """Increase it when the rules in `layout` change: crops by earlier rules are then made again."""
@@ -124,7 +124,7 @@ def _crop_missing(
         return crop_page_figures, (page, names[page], folder, look.max_pixels, look.jpeg_quality)
 
     workers = min(settings.workers or len(os.sched_getaffinity(0)), len(names))
-    for page, records in in_workers(call, list(names), workers, settings.page_timeout, stage.stop):
+    for page, records in run_in_workers(call, list(names), workers, settings.page_timeout, stage.stop):
         by_name = {record["figure"]: record for record in records if "figure" in record}
         for name in names[page]:
             figure = (page.document, page.first + 1, name)

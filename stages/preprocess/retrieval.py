@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.contract.files import place_same, visible_files, written_atomically
+from stages.contract.files import open_atomically, place_same, visible_files
 from stages.contract.stage import Stage
-from stages.preprocess.classify import drawings_enough
+from stages.preprocess.classify import classify_drawings
 from stages.preprocess.documents import render_documents
-from stages.preprocess.embed import Embedder, Vectors, chunked
+from stages.preprocess.embed import Embedder, Vectors, split_into_chunks
 from stages.preprocess.figures import crop_figures
 from stages.preprocess.search import top_k
 from stages.tasks.task import Found
@@ -41,7 +41,7 @@ def read_documents(stage: Stage, documents: Mapping[str, Path], questions: list[
     pages = render_documents(stage, {name: documents[name] for n, name in enumerate(documents) if stage.has(n)})
     embedder = Embedder(stage)
     embedder.embed_pages(pages)
-    chunks = chunked([question.text for question in questions])  # shards share questions by chunk
+    chunks = split_into_chunks([question.text for question in questions])  # shards share questions by chunk
     vectors = embedder.embed_questions([chunk for n, chunk in enumerate(chunks) if stage.has(n)])
     embedder.close()
     if stage.shard is not None:
@@ -70,16 +70,16 @@ def _list_outputs_of_shard(stage: Stage) -> None:
 def _write_questions(stage: Stage, questions: list[Any], vectors: Vectors) -> None:
     """Write the questions' ids and vectors. Pages' vectors are in vectors.npy, in the row order of pages.parquet."""
     table = pa.table({"id": [question.id for question in questions], "vector": list(vectors)})
-    with written_atomically(stage.path("questions.parquet"), "wb") as file:
+    with open_atomically(stage.path("questions.parquet"), "wb") as file:
         pq.write_table(table, file)
     stage.outputs["questions.parquet"] = len(questions)
 
 
-def find(
+def find_for_questions(
     stage: Stage, task: Any, questions: list[Any], splits: Mapping[str, str | None], index: Index
 ) -> dict[str, Found]:
     """Return by question id what belongs to the question. `splits` has the questions' splits by id."""
-    wanted = task.wanted(stage.run.recipe)
+    wanted = task.retrieval_needs(stage.run.recipe)
     rows: dict[str, list[int]] = defaultdict(list)
     for row, page in enumerate(index.pages):
         rows[page["document"]].append(row)
@@ -91,7 +91,7 @@ def find(
     used = [question for question in questions if splits[question.id] is not None]
     by_rule = stage.run.recipe.preprocess.classifier == "rule"
     # a model classifies test questions in infer, as one of its passes
-    enough = drawings_enough(stage, task, [q for q in used if by_rule or splits[q.id] != "test"])
+    enough = classify_drawings(stage, task, [q for q in used if by_rule or splits[q.id] != "test"])
     tested = [q for q in questions if splits[q.id] == "test"]
     examples = _examples(tested, training, index.question_vectors, wanted.examples)
     found = {}

@@ -36,12 +36,12 @@ def work(stage: Stage) -> None:
         return
     founds = None
     if reads_documents(task):
-        from stages.preprocess.retrieval import find, read_documents
+        from stages.preprocess.retrieval import find_for_questions, read_documents
 
         index = read_documents(stage, documents, questions)
         if index is None:
             return
-        founds = find(stage, task, questions, splits, index)
+        founds = find_for_questions(stage, task, questions, splits, index)
     write_samples(stage, task, questions, splits, groups, founds)
     _show_counts(stage)
 

@@ -15,7 +15,7 @@ from stages.preprocess.render import PageRange
 Records = list[dict[str, Any]]
 
 
-def in_workers(
+def run_in_workers(
     call: Callable[[PageRange], tuple[Callable[..., Records], tuple[Any, ...]]],
     ranges: list[PageRange],
     workers: int,

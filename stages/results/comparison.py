@@ -27,7 +27,7 @@ REPETITIVE = 10
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluatedRun:
     """A run that eval has scored."""
 
     run: str
@@ -94,7 +94,7 @@ class ComparisonRow:
     """Percent of the samples answered by both that have the same answer; None for the reference model itself."""
 
 
-def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[Evaluated], list[str]]:
+def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[EvaluatedRun], list[str]]:
     """The runs that eval has scored, at least two, and a sentence on each of the others.
 
     Raises UsageError for fewer runs, for scores of other answers than a run holds now, and for runs of another task,
@@ -113,7 +113,7 @@ def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[Evaluated]
     return runs, notes
 
 
-def _read(roots: Roots, name: str) -> Evaluated | str:
+def _read(roots: Roots, name: str) -> EvaluatedRun | str:
     """A run that eval has scored, or why there is nothing to compare."""
     folder = roots.runs / name
     try:
@@ -135,10 +135,12 @@ def _read(roots: Roots, name: str) -> Evaluated | str:
         return "eval scored no sample"
     base = reader.manifests["infer"]["inputs"].get("models/base", "")
     bootstrap = (recipe.eval.bootstrap, recipe.seed)
-    return Evaluated(name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines, bootstrap)
+    return EvaluatedRun(
+        name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines, bootstrap
+    )
 
 
-def refuse_other_sets(runs: Sequence[Evaluated]) -> None:
+def refuse_other_sets(runs: Sequence[EvaluatedRun]) -> None:
     """Raise UsageError for a run of another task, scoring or test set than the first."""
     first = runs[0]
     for other in runs[1:]:
@@ -161,13 +163,13 @@ def refuse_other_sets(runs: Sequence[Evaluated]) -> None:
             )
 
 
-def reference_model(run: Evaluated) -> str:
+def reference_model(run: EvaluatedRun) -> str:
     """The model of the first run that all models are compared with: its vote, else its first adapter, else base."""
     adapters = [name for name in run.models if name not in (BASE, VOTE)]
     return VOTE if VOTE in run.models else [*adapters, BASE][0]
 
 
-def compare(runs: Sequence[Evaluated]) -> list[ComparisonRow]:
+def compare(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
     """Every model of every run by every metric, metric by metric, with intervals by the first run's bootstrap. The runs
     must have the same test set."""
     first, model = runs[0], reference_model(runs[0])
@@ -190,7 +192,9 @@ def _metrics(line: Mapping[str, Any]) -> list[str]:
     return [metric for model in line["models"].values() for metric in model["scores"]]
 
 
-def _difference(first: Evaluated, scores: Mapping[str, float], beside: Mapping[str, float]) -> dict[str, float] | None:
+def _difference(
+    first: EvaluatedRun, scores: Mapping[str, float], beside: Mapping[str, float]
+) -> dict[str, float] | None:
     """The mean paired difference in points with its 95% interval; the bootstrap draws whole groups of the first run."""
     groups: dict[str, str] = {}
     for line in first.lines:
@@ -209,7 +213,7 @@ def _percent_equal(answers: Mapping[str, str], others: Mapping[str, str]) -> flo
     return 100 * sum(answers[name] == others[name] for name in both) / len(both) if both else None
 
 
-def prompt_differences(runs: Sequence[Evaluated]) -> list[str]:
+def prompt_differences(runs: Sequence[EvaluatedRun]) -> list[str]:
     """Sentences on runs whose prompts show something else than those of the first: score differences may come from
     that."""
     first, found = runs[0], []
@@ -224,12 +228,12 @@ def prompt_differences(runs: Sequence[Evaluated]) -> list[str]:
 # -- suspicious answers ------------------------------------------------------------------------------------------
 
 
-def warnings_about(runs: Sequence[Evaluated]) -> list[str]:
+def warnings_about(runs: Sequence[EvaluatedRun]) -> list[str]:
     """All that makes a comparison of these runs doubtful, in sentences."""
     return [*prompt_differences(runs), *(f"suspicious: {line}" for line in suspicions(runs))]
 
 
-def suspicions(runs: Sequence[Evaluated]) -> list[str]:
+def suspicions(runs: Sequence[EvaluatedRun]) -> list[str]:
     """Sentences on models that failed throughout, answer repetitively, or give the same wrong answers as another."""
     found = [line for run in runs for name in run.models for line in _repetitive_answers(run, name)]
     models = [(run, name) for run in runs for name in run.models]
@@ -240,16 +244,16 @@ def suspicions(runs: Sequence[Evaluated]) -> list[str]:
     return found
 
 
-def _sources(run: Evaluated) -> list[str]:
+def _sources(run: EvaluatedRun) -> list[str]:
     return list(dict.fromkeys(str(line["source"]) for line in run.lines))
 
 
-def _of_source(source: str, run: Evaluated) -> str:
+def _of_source(source: str, run: EvaluatedRun) -> str:
     """` of <data set>`, if the run has several."""
     return f" of {source}" if source and len(_sources(run)) > 1 else ""
 
 
-def _repetitive_answers(run: Evaluated, model: str) -> list[str]:
+def _repetitive_answers(run: EvaluatedRun, model: str) -> list[str]:
     """Sentences on data sets that a model failed on throughout, or gave few distinct answers to."""
     found, where = [], f"{run.run}/{model}"
     asked = Counter(line["source"] for line in run.lines if model in line["models"])
@@ -269,14 +273,14 @@ def _repetitive_answers(run: Evaluated, model: str) -> list[str]:
     return found
 
 
-def _may_be_identical(run: Evaluated, name: str, other: Evaluated, other_name: str) -> bool:
+def _may_be_identical(run: EvaluatedRun, name: str, other: EvaluatedRun, other_name: str) -> bool:
     """Whether two models may give the same answers: base of runs that share it, or a vote and one of its voters."""
     if run is other:
         return VOTE in (name, other_name)
     return name == other_name == BASE and run.base_model == other.base_model
 
 
-def _identical_answers(run: Evaluated, name: str, other: Evaluated, other_name: str) -> list[str]:
+def _identical_answers(run: EvaluatedRun, name: str, other: EvaluatedRun, other_name: str) -> list[str]:
     """Sentences on data sets to which two models give the same answers, wrong ones included: right ones are the same
     for all good models."""
     found = []

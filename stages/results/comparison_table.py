@@ -4,14 +4,14 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from stages.results.comparison import ComparisonRow, Evaluated, compare, reference_model
+from stages.results.comparison import ComparisonRow, EvaluatedRun, compare, reference_model
 from stages.results.ledger_table import interval_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def comparison_tables(runs: Sequence[Evaluated], coloured: bool) -> Iterator[str]:
+def comparison_tables(runs: Sequence[EvaluatedRun], coloured: bool) -> Iterator[str]:
     """A table for each metric, then a line on how the samples are counted. The runs must have the same test set."""
     from rich.console import Console
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from stages.contract.errors import LorryError, UsageError
 from stages.contract.files import digest_of, read_json, stored_name
-from stages.contract.mixes import mixed
+from stages.contract.mixes import training_samples
 from stages.contract.recipe import Adapter
 from stages.contract.records import BASE, VOTE
 from stages.contract.roots import Roots
@@ -307,7 +307,9 @@ class _RowReader(RunReader):
         if not samples:
             return ""
         too_long = set(training["left_out"]["train"])
-        kept = [s for s in mixed(samples, adapter, self.manifests["train"]["seed"]) if s["id"] not in too_long]
+        kept = [
+            s for s in training_samples(samples, adapter, self.manifests["train"]["seed"]) if s["id"] not in too_long
+        ]
         if len(kept) != total:  # trained by a program that mixes differently
             return ""
         counts = Counter(str(sample["meta"]["source"]) for sample in kept)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.contract.errors import UsageError
-from stages.contract.files import machine_error, written_atomically
+from stages.contract.files import machine_error, open_atomically
 from stages.results.ledger import Row
 from stages.results.ledger_page import as_html
 from stages.results.ledger_table import as_csv, as_table
@@ -26,7 +26,7 @@ def write_ledger(path: Path, text: str, form: str) -> None:
     """Write a rendered ledger. Raises UsageError if the file cannot be written, DoesNotFitError if the disk is full."""
     mark = "\ufeff" if form == "csv" else ""  # spreadsheets read a file as UTF-8 only if it starts with this
     try:
-        with written_atomically(path.absolute()) as file:
+        with open_atomically(path.absolute()) as file:
             file.write(mark + text)
     except OSError as error:
         raise machine_error(error) or UsageError(f"--out {path}: cannot be written ({error.strerror})") from error

@@ -180,7 +180,7 @@ class Task(Protocol):
     def read_answer(self, text: str, sample: Sample) -> str | None:
         """The answer in a completion; None where it holds none."""
 
-    def narrowed(self, sample: Sample, answers: Sequence[str]) -> Sample | None:
+    def narrowed_sample(self, sample: Sample, answers: Sequence[str]) -> Sample | None:
         """The sample with only these answers to choose from, for a second round of the vote; None where that is
         impossible or changes nothing."""
 
@@ -225,7 +225,7 @@ class DocumentTask(QuestionTask, Protocol):
     def find_documents(self, folder: Path) -> list[Path]:
         """The documents to render, sorted. Raises DataError where there is none."""
 
-    def wanted(self, recipe: Recipe) -> Wanted:
+    def retrieval_needs(self, recipe: Recipe) -> Wanted:
         """What retrieval must find for the questions."""
 
     def classification(self, recipe: Recipe, question: Any) -> Ask | bool | None:
@@ -272,7 +272,7 @@ def reads_records(task: Task) -> TypeGuard[RecordTask]:
 
 HAVE_DEFAULTS = {
     *("COMPONENTS", "READS_DOCUMENTS", "READS_RECORDS", "SHARED", "Passes", "Samples", "Scoring", "ask", "asked_rows"),
-    *("facts", "measures", "narrowed", "passes", "picture", "rehearsal", "submission", "together", "uploads"),
+    *("facts", "measures", "narrowed_sample", "passes", "picture", "rehearsal", "submission", "together", "uploads"),
 }
 """Members of the contract that `stages.tasks.common.defaults` has."""
 

@@ -67,14 +67,14 @@ def deepspeed_config(
     }
 
 
-def check_sharding(sharding: str, use_cpu: bool, stored_as: str | None) -> None:
-    """Raise UsageError if DeepSpeed cannot work. `stored_as` names the base's quantisation, or is None."""
+def check_sharding(sharding: str, use_cpu: bool, quantisation: str | None) -> None:
+    """Raise UsageError if DeepSpeed cannot work. `quantisation` names the base's, or is None."""
     if sharding == "none":
         return
-    if sharding == "zero3" and stored_as is not None:
+    if sharding == "zero3" and quantisation is not None:
         raise UsageError(
-            f"train.sharding is zero3, which cannot divide a base quantised with {stored_as}; set it to zero2, none or"
-            " auto"
+            f"train.sharding is zero3, which cannot divide a base quantised with {quantisation}; set it to zero2,"
+            " none or auto"
         )
     if use_cpu and os.environ.get("DS_ACCELERATOR") != "cpu":  # DeepSpeed's own variable, for tests
         raise UsageError(f"train.sharding is {sharding}, but there is no GPU here; set it to none or auto")

@@ -28,14 +28,14 @@ from stages.contract.files import (
     write_json,
     write_jsonl,
 )
-from stages.contract.mixes import mixed, shown, validated
+from stages.contract.mixes import samples_with_pictures, training_samples, validation_samples
 from stages.contract.part import Node
-from stages.contract.recipe import CONNECTOR, ONLY_ROOM, Adapter, Train
+from stages.contract.recipe import CONNECTOR, RESULT_NEUTRAL, Adapter, Train
 from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
 from stages.hardware.batch import refuse_inexact
-from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unplanned
-from stages.hardware.memory import Lengths, not_estimated
+from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unestimated_way
+from stages.hardware.memory import Lengths, missing_from_estimate
 from stages.hardware.probe import Gpu, probe
 from stages.hardware.targets import (
     Target,
@@ -48,7 +48,7 @@ from stages.hardware.targets import (
 )
 from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.models.connector import check_connector, trained_connector
-from stages.models.gptq import stored_as
+from stages.models.gptq import quantisation_of
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
 from stages.results.summary import SUMMARY, dataset_result, summary_of_data_sets, training_facts
 from stages.train.job import Job
@@ -67,7 +67,7 @@ MEMORY_PATIENCE = 60.0
 """Seconds to wait for the memory of a process that has ended."""
 
 
-LEARNT = set(Train.model_fields) - {*ONLY_ROOM, "adapters", "adapter_for_each_source", "lora_config", "connector"}
+LEARNT = set(Train.model_fields) - {*RESULT_NEUTRAL, "adapters", "adapter_for_each_source", "lora_config", "connector"}
 """Fields of `train` that every adapter depends on."""
 
 
@@ -129,7 +129,7 @@ def _help(stage: Stage, node: Node) -> None:
     plans: dict[bool, _Plan] = {}
     for name in adapters_announced_by_the_first(stage):
         first_phase = name == CONNECTOR
-        settings = recipe.train.of_connector() if first_phase else recipe.train
+        settings = recipe.train.connector_settings() if first_phase else recipe.train
         # plan the second phase too: what makes it impossible must not surface after the first
         for phase in (True, False) if first_phase else (False,):
             plans[phase] = plans.get(phase) or _plan(stage, node, settings if phase else None)
@@ -163,9 +163,9 @@ def _train_connector(
             "train.connector: each shard would train a connector of its own; train without --shard, on one machine's"
             " GPUs or with nodes"
         )
-    settings = stage.run.recipe.train.of_connector()
+    settings = stage.run.recipe.train.connector_settings()
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
-    if stored_as(model) is not None:
+    if quantisation_of(model) is not None:
         raise UsageError(
             f"{model}: train.connector needs a base in 16 bits or more, and this one is quantised; take another base or"
             " leave out train.connector"
@@ -194,8 +194,12 @@ def _key_of_connector(stage: Stage, settings: Train) -> str:
     assert settings.connector is not None
     train, validation = _samples(stage)
     mix = settings.adapters[0]
-    samples, _ = shown(mixed(train, mix, run.recipe.seed), settings.connector.most_samples, run.recipe.seed)
-    validated_on = shown(validated(validation, mix), settings.connector.most_samples, run.recipe.seed)[0]
+    samples, _ = samples_with_pictures(
+        training_samples(train, mix, run.recipe.seed), settings.connector.most_samples, run.recipe.seed
+    )
+    validated_on = samples_with_pictures(
+        validation_samples(validation, mix), settings.connector.most_samples, run.recipe.seed
+    )[0]
     learnt = settings.model_dump(mode="json", include=LEARNT - LORAS_OWN)
     hashes = FileHashes(stage.path(".hashes.json"))  # has model and pictures from hashing the stage's inputs
     pictures = _pictures_of(stage, [samples, validated_on], hashes)
@@ -256,7 +260,10 @@ def _mixes_of(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, L
     failures: dict[str, LorryError] = {}
     for adapter in adapters:
         try:
-            mixes[adapter.name] = [mixed(train, adapter, stage.run.recipe.seed), validated(validation, adapter)]
+            mixes[adapter.name] = [
+                training_samples(train, adapter, stage.run.recipe.seed),
+                validation_samples(validation, adapter),
+            ]
         except UsageError as error:
             if len(adapters) == 1 or not stage.run.recipe.train.keep_going:  # report a mistyped name before training
                 raise
@@ -337,7 +344,7 @@ def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> No
     """Add the facts of an adapter's training.json to the manifest: an earlier start may have trained it."""
     settings, what = stage.run.recipe.train, f"adapter {name}"
     if name == CONNECTOR:
-        settings, what = settings.of_connector(), name
+        settings, what = settings.connector_settings(), name
     wanted, used = settings.max_length, training["max_length"]
     reason = f"longer than {settings.key_of('max_length')}" + (
         "" if used == wanted else f", which memory brought down to {used}"
@@ -393,7 +400,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     settings = settings or stage.run.recipe.train
     plan = _make_plan(stage, settings, node)
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
-    check_sharding(plan.way.sharding, use_cpu=not plan.gpus, stored_as=stored_as(model))
+    check_sharding(plan.way.sharding, use_cpu=not plan.gpus, quantisation_of=quantisation_of(model))
     if settings.exact_batch:
         refuse_inexact(plan.way.batch, settings.key_of("effective_batch"))
     return plan
@@ -425,7 +432,7 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
         shape = read_shape(model)
     except UnknownShapeError as error:
         decide("memory", "not estimated", str(error))
-        way = unplanned(settings, processes, dtype)
+        way = unestimated_way(settings, processes, dtype)
         decide("effective batch", str(way.batch), f"{settings.key_of('effective_batch')} is {settings.effective_batch}")
         return _Plan(target, way, gpus)
     refuse_base_without_kernels(model, shape.quantisation, target)
@@ -444,7 +451,7 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
         free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}, {fullest.uuid[:12]}"
         needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
         decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
-    left_out = not_estimated(shape, settings)
+    left_out = missing_from_estimate(shape, settings)
     if left_out:
         decide("memory not estimated", left_out, "it must fit in the remaining memory")
     for change in way.changes:

@@ -49,7 +49,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
     def __init__(
         self, arguments: list[str], job: Job, progress: Progress, stop: StopRequest, together: Together
     ) -> None:
-        with gptq.loading(job.model, on_card=not job.use_cpu, training=True):
+        with gptq.patch_gptq_kernels(job.model, on_card=not job.use_cpu, training=True):
             super().__init__(arguments)
         self._job, self._progress, self._stop, self._together = job, progress, stop, together
         self._renderer = Renderer(job.model)
@@ -155,7 +155,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             rendered = self._renderer.render(sample, asked, shown)  # type: ignore[arg-type]
             own = rendered.tokens  # a text-only model has no token for pictures
             if pictures:
-                own = rendered.expanded([self._of_a_blank] * len(shown), self._renderer.picture_token)
+                own = rendered.repeat_placeholders([self._of_a_blank] * len(shown), self._renderer.picture_token)
         except DataError as error:
             raise DataError(f"sample {sample}: {error}") from error
         if swifts != own:

@@ -22,13 +22,13 @@ from typing import Any, TypeVar
 
 from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.files import machine_error, read_json, read_jsonl, remove, sha256_file, write_json, write_jsonl
-from stages.contract.mixes import mixed, shown, validated
+from stages.contract.mixes import samples_with_pictures, training_samples, validation_samples
 from stages.contract.recipe import Train
 from stages.contract.stop import StopRequest, die_with_parent, forks_die_with_parents
 from stages.hardware.probe import read_cards
 from stages.hardware.targets import refuse_4bit_twice
-from stages.models.connector import with_connector
-from stages.models.gptq import stored_as
+from stages.models.connector import link_connector
+from stages.models.gptq import quantisation_of
 from stages.train.job import Job, Progress, file_sizes
 from stages.train.ladder import Ladder, LostCardError, Shortage, lost_card, shortage_of
 from stages.train.sharding import check_sharding, deepspeed_config, mend_loading
@@ -60,7 +60,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
 
     Raises InterruptedRunError after saving a checkpoint if this process or another one is asked to stop.
     """
-    check_sharding(job.sharding, job.use_cpu, stored_as(job.model))
+    check_sharding(job.sharding, job.use_cpu, quantisation_of(job.model))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     _let_memory_segments_grow()
     scratch = job.scratch if job.processes == 1 else job.scratch / os.environ["LOCAL_RANK"]
@@ -71,7 +71,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     if not job.use_cpu:
         _refuse_dead_cards(job)
     if job.connector is not None:
-        job = replace(job, model=with_connector(job.model, *job.connector, scratch / "model"))
+        job = replace(job, model=link_connector(job.model, *job.connector, scratch / "model"))
     from stages.train.older_torch import supply_later_names
     from stages.train.without_torchvision import do_without_torchvision
 
@@ -138,10 +138,12 @@ def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], d
     counts, left_out, unused = {}, {}, dict[str, int]()
     for split, sources in (("train", job.train), ("validation", job.validation)):
         samples = [sample for source in sources for sample in read_jsonl(source)]
-        samples = mixed(samples, job.mix, job.seed) if split == "train" else validated(samples, job.mix)
+        samples = (
+            training_samples(samples, job.mix, job.seed) if split == "train" else validation_samples(samples, job.mix)
+        )
         if job.settings.trains_connector:
             assert job.settings.connector is not None
-            samples, others = shown(samples, job.settings.connector.most_samples, job.seed)
+            samples, others = samples_with_pictures(samples, job.settings.connector.most_samples, job.seed)
             unused = others if split == "train" else unused
         kept, left_out[split] = sft.fitting(samples)
         counts[split] = len(kept)
@@ -362,7 +364,7 @@ def _quantisation_options(job: Job) -> dict[str, Any]:
     arXiv:2305.14314). Raises UsageError for a base whose weights are quantised already."""
     if not job.settings.load_in_4bit:
         return {}
-    refuse_4bit_twice(job.model, stored_as(job.model))
+    refuse_4bit_twice(job.model, quantisation_of(job.model))
     kind = {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     return {**kind, "bnb_4bit_compute_dtype": job.dtype}
 

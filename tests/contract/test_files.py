@@ -20,12 +20,12 @@ from stages.contract.files import (
     JsonlJournal,
     digest_of,
     machine_error,
+    open_atomically,
     read_json,
     read_jsonl,
     visible_files,
     write_json,
     write_jsonl,
-    written_atomically,
 )
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -38,7 +38,7 @@ records = st.lists(st.dictionaries(text, text | st.integers() | st.none(), max_s
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), written_atomically(path) as file:
+    with pytest.raises(RuntimeError), open_atomically(path) as file:
         file.write("half")
         file.flush()
         raise RuntimeError
@@ -59,7 +59,7 @@ def test_a_kill_while_writing_leaves_no_file_under_the_name(tmp_path: Path) -> N
 
 def test_the_file_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.bin"
-    with written_atomically(path, "wb") as file:
+    with open_atomically(path, "wb") as file:
         file.write(b"\0\1")
         assert not path.exists()
     assert path.read_bytes() == b"\0\1"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.contract.errors import UsageError
-from stages.contract.mixes import mixed, shown, validated
+from stages.contract.mixes import samples_with_pictures, training_samples, validation_samples
 from stages.contract.recipe import Adapter, Source
 
 SOURCES = {"train": 40, "more": 10, "guessed": 5}
@@ -23,7 +23,7 @@ def adapter(*parts: Any, name: str = "a") -> Adapter:
 
 
 def ids(*parts: Any, seed: int = 42, samples: Any = None) -> list[str]:
-    return [sample["id"] for sample in mixed(SAMPLES if samples is None else samples, adapter(*parts), seed)]
+    return [sample["id"] for sample in training_samples(SAMPLES if samples is None else samples, adapter(*parts), seed)]
 
 
 def of(source: str) -> list[str]:
@@ -78,7 +78,7 @@ def test_the_seed_decides_the_draw_and_a_parts_own_wins() -> None:
 def test_mixes_with_seeds_of_their_own_differ_and_those_without_share() -> None:
     drawn = [ids({"source": "train", "fraction": 0.5, "seed": seed}) for seed in range(5)]
     assert len({tuple(each) for each in drawn}) == 5
-    first, second = (mixed(SAMPLES, adapter("train#15", name=name), 42) for name in ("one", "two"))
+    first, second = (training_samples(SAMPLES, adapter("train#15", name=name), 42) for name in ("one", "two"))
     assert first == second, "the name of an adapter draws nothing"
 
 
@@ -99,31 +99,33 @@ def test_other_data_sets_around_it_change_no_draw(chance: random.Random) -> None
 
 def test_a_data_set_without_samples_is_named_with_those_that_there_are() -> None:
     with pytest.raises(UsageError) as caught:
-        mixed(SAMPLES, adapter("train", "mroe#3", name="mix-3"), 42)
+        training_samples(SAMPLES, adapter("train", "mroe#3", name="mix-3"), 42)
     told = "train.adapters: the data mix of mix-3 names 'mroe', which has no training samples; data sets with some: "
     assert str(caught.value) == told + "guessed, more, train"
 
 
 def test_it_is_validated_on_its_own_data_sets_or_on_all_where_these_have_none() -> None:
     compared = [sample for sample in SAMPLES if sample["meta"]["source"] != "guessed"]
-    assert validated(compared, adapter()) == compared
-    assert {sample["meta"]["source"] for sample in validated(compared, adapter("more#2", "guessed"))} == {"more"}
-    assert validated(compared, adapter("guessed")) == compared
-    assert validated([], adapter("more")) == []
+    assert validation_samples(compared, adapter()) == compared
+    assert {sample["meta"]["source"] for sample in validation_samples(compared, adapter("more#2", "guessed"))} == {
+        "more"
+    }
+    assert validation_samples(compared, adapter("guessed")) == compared
+    assert validation_samples([], adapter("more")) == []
 
 
 def test_a_connectors_samples_have_pictures_and_are_drawn_by_the_seed() -> None:
     samples: list[dict[str, Any]] = [{"id": str(i), "images": ["x"] if i % 2 else []} for i in range(40)]
-    kept, left_out = shown(samples, 7, 42)
+    kept, left_out = samples_with_pictures(samples, 7, 42)
     assert len(kept) == 7 and left_out == {"without_picture": 20, "beyond_most_samples": 13}
     assert kept == sorted(kept, key=lambda sample: int(sample["id"])) and all(sample["images"] for sample in kept)
-    assert shown(samples, 7, 42)[0] == kept != shown(samples, 7, 43)[0]
+    assert samples_with_pictures(samples, 7, 42)[0] == kept != samples_with_pictures(samples, 7, 43)[0]
 
 
 @pytest.mark.parametrize(("most", "beyond"), [(1, 19), (19, 1), (20, 0), (21, 0), (200, 0)])
 def test_samples_beyond_the_most_are_counted_and_never_fewer_than_none(most: int, beyond: int) -> None:
     samples: list[dict[str, Any]] = [{"id": str(i), "images": ["x"] if i % 2 else []} for i in range(40)]
-    kept, left_out = shown(samples, most, 42)
+    kept, left_out = samples_with_pictures(samples, most, 42)
     assert left_out == {"without_picture": 20, "beyond_most_samples": beyond}
     assert len(kept) == 20 - beyond
     if not beyond:

@@ -12,7 +12,7 @@ import pytest
 from stages.contract.errors import UsageError
 from stages.engines.engine import EngineSettings
 from stages.models import gptq
-from stages.models.merge import merged_copy
+from stages.models.merge import write_merged_copy
 from stages.models.rendering import Renderer
 from tests.conftest import need_model
 
@@ -39,7 +39,7 @@ def network(base: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with gptq.loading(base, on_card=False, training=True):
+    with gptq.patch_gptq_kernels(base, on_card=False, training=True):
         return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
 
 
@@ -110,7 +110,7 @@ def test_what_was_patched_to_load_is_as_before(network: Any) -> None:
 
 def test_an_adapter_is_never_merged_into_it(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be merged into a quantised base"):
-        merged_copy(base, tmp_path / "adapter", tmp_path / "merged", "float32")
+        write_merged_copy(base, tmp_path / "adapter", tmp_path / "merged", "float32")
     assert not (tmp_path / "merged").exists()
 
 
@@ -128,10 +128,10 @@ def test_an_adapter_is_never_merged_into_it(base: Path, tmp_path: Path) -> None:
 def test_one_loader_for_both_libraries(here: set[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in here else None)
     if expected in here:
-        assert gptq.library(Path("m")) == expected
+        assert gptq.gptq_library(Path("m")) == expected
         return
     with pytest.raises(UsageError, match=expected):
-        gptq.library(Path("m"))
+        gptq.gptq_library(Path("m"))
 
 
 def test_other_bases_load_without_gptqmodel(tmp_path: Path) -> None:
@@ -139,6 +139,6 @@ def test_other_bases_load_without_gptqmodel(tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     before = in_peft.is_gptqmodel_available
-    with gptq.loading(tmp_path, on_card=False, training=True):
+    with gptq.patch_gptq_kernels(tmp_path, on_card=False, training=True):
         assert not in_peft.is_gptqmodel_available()
     assert in_peft.is_gptqmodel_available is before

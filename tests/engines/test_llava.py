@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from stages.engines.engine import EngineSettings
-from stages.models.connector import INDEX, with_connector
+from stages.models.connector import INDEX, link_connector
 from stages.models.pictures import SquareRules, family_rules
 from stages.models.rendering import Prompt, Renderer
 from tests.conftest import need_model
@@ -114,7 +114,7 @@ def test_vllm_s_loader_ends_with_the_connector_s_weights(model: Path, tmp_path: 
     own = {name: np.ones_like(weight) for name, weight in base.items() if name.startswith("multi_modal_projector")}
     save_file(own, tmp_path / "connector.safetensors")
     digest = sha256_file(tmp_path / "connector.safetensors")
-    folder = with_connector(model, tmp_path / "connector.safetensors", digest, tmp_path / "both")
+    folder = link_connector(model, tmp_path / "connector.safetensors", digest, tmp_path / "both")
     files = sorted(map(str, folder.glob("*.safetensors")), reverse=True)  # a folder has no order
     used = weight_utils.filter_duplicate_safetensors_files(files, str(folder), INDEX)
     assert set(used) == set(files)

@@ -9,7 +9,7 @@ from scipy.stats import bootstrap
 from stages.contract.errors import DataError
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
-from stages.eval.scores import breakdown, error_of, overall, score_models, worst
+from stages.eval.scores import breakdown, error_of, overall_figures, score_models, worst_rows
 from stages.results.intervals import cluster_bootstrap
 from stages.tasks import patent_qa
 from tests.conftest import REPOSITORY
@@ -29,7 +29,7 @@ def test_a_failed_answer_scores_0_even_if_an_empty_one_would_score() -> None:
     assert scores.models["lost"].values[0, :3].tolist() == [0, 0, 0]
     assert scores.models["tuned"].errors == ["out of memory"]
     assert scores.models["lost"].errors == ["no prediction"]
-    figures, _ = overall(scores, 100, 0)
+    figures, _ = overall_figures(scores, 100, 0)
     assert [figures[name]["f1"]["failed"] for name in figures] == [0, 1, 1]
     assert all(figures[name]["retrieval_recall"]["failed"] == 0 for name in figures)
 
@@ -49,7 +49,7 @@ def test_two_predictions_of_one_sample_are_refused() -> None:
 def test_facts_count_only_the_samples_that_have_them() -> None:
     samples = [make_sample(1), make_sample(2, evidence=[])]
     scores = score_models(patent_qa, RECIPE, samples, {"base": [answer(sample, "x") for sample in samples]})
-    figures, _ = overall(scores, 100, 0)
+    figures, _ = overall_figures(scores, 100, 0)
     assert figures["base"]["retrieval_recall"] == {"value": 100.0, "low": 100.0, "high": 100.0, "n": 1, "failed": 0}
     assert figures["base"]["f1"]["n"] == 2
     assert "retrieval_recall" not in breakdown(scores, "kind")["base"]["position"]
@@ -59,7 +59,7 @@ def test_no_facts_at_all() -> None:
     samples = [make_sample(1, evidence=[])]
     scores = score_models(patent_qa, RECIPE, samples, {"base": [answer(samples[0], "x")]})
     assert scores.facts == []
-    assert list(overall(scores, 100, 0)[0]["base"]) == ["exact_match", "f1", "character_f1"]
+    assert list(overall_figures(scores, 100, 0)[0]["base"]) == ["exact_match", "f1", "character_f1"]
 
 
 # -- bootstrap ---------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_differences_are_paired() -> None:
     samples = [make_sample(number, references=["x y"]) for number in range(40)]
     base = [answer(s, "x" if i // 4 % 2 else "q") for i, s in enumerate(samples)]
     scores = score_models(patent_qa, RECIPE, samples, {"base": base, "tuned": base})
-    figures, differences = overall(scores, 500, 1)
+    figures, differences = overall_figures(scores, 500, 1)
     assert figures["base"]["f1"]["high"] - figures["base"]["f1"]["low"] > 20
     assert differences == {
         "tuned": {name: {"value": 0.0, "low": 0.0, "high": 0.0} for name in ("exact_match", "f1", "character_f1")}
@@ -150,6 +150,6 @@ def test_worst_first_failures_before_all_and_no_right_answer() -> None:
     predictions = [answer(sample, text) for sample, text in zip(samples, answers, strict=False)]
     predictions.append(failed_prediction(samples[5]["id"], "lost"))
     scores = score_models(patent_qa, RECIPE, samples, {"base": predictions})
-    assert worst(scores, "base", 10) == [5, 2, 3, 4, 1]
-    assert worst(scores, "base", 2) == [5, 2]
-    assert worst(scores, "base", 0) == []
+    assert worst_rows(scores, "base", 10) == [5, 2, 3, 4, 1]
+    assert worst_rows(scores, "base", 2) == [5, 2]
+    assert worst_rows(scores, "base", 0) == []

@@ -14,7 +14,7 @@ from stages.contract.files import digest_of, read_json, read_jsonl
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.run import Run
-from stages.eval.scores import Scores, breakdown, counted_once, overall, score_models, worst
+from stages.eval.scores import Scores, breakdown, overall_figures, score_models, scores_by_question, worst_rows
 from stages.eval.stage import work
 from stages.host.runner import run_stage
 from stages.results.intervals import cluster_bootstrap
@@ -66,7 +66,7 @@ def scored(**given: str) -> Scores:
 
 
 def test_one_wrong_rotation_loses_the_question() -> None:
-    scores = counted_once(scored(base="ADCBBACBA", tuned="ADCBBBCBA", luck="AAAAAAAAA"))
+    scores = scores_by_question(scored(base="ADCBBACBA", tuned="ADCBBBCBA", luck="AAAAAAAAA"))
     assert [sample["id"] for sample in scores.samples] == ["q1#0", "q2#0", "q3#0"]
     assert {name: model.values[:, 0].tolist() for name, model in scores.models.items()} == {
         "base": [1, 1, 1],
@@ -76,7 +76,7 @@ def test_one_wrong_rotation_loses_the_question() -> None:
 
 
 def test_n_and_failures_are_of_questions() -> None:
-    figures, differences = overall(scored(base="ADCBBACBA", tuned="AD--BACB-"), 100, 1)
+    figures, differences = overall_figures(scored(base="ADCBBACBA", tuned="AD--BACB-"), 100, 1)
     assert {name: figure["letter"]["n"] for name, figure in figures.items()} == {"base": 3, "tuned": 3}
     assert figures["base"]["letter"]["value"] == 100
     assert figures["tuned"]["letter"]["failed"] == 2  # q1 twice, q3 once
@@ -88,7 +88,7 @@ def test_the_interval_is_that_of_the_questions() -> None:
     samples = [sample for number in range(40) for sample in rotations(f"q{number}", "ABCD", f"g{number}")]
     given = {"base": answers(samples, "ABCD" * 20 + "ABCC" * 20)}
     scores = score_models(TASK, RECIPE, samples, given)
-    figure = overall(scores, 500, 3)[0]["base"]["letter"]
+    figure = overall_figures(scores, 500, 3)[0]["base"]["letter"]
     coins = np.array([[1.0]] * 20 + [[0.0]] * 20)
     low, high = cluster_bootstrap(coins, [f"g{number}" for number in range(40)], 500, 3)[:, 0]
     assert (figure["value"], figure["n"]) == (50, 40)
@@ -105,14 +105,14 @@ def test_groups_are_counted_by_questions() -> None:
 
 def test_the_worst_answers_are_still_rotations() -> None:
     scores = scored(base="ADCBBACBB")
-    assert [scores.samples[row]["id"] for row in worst(scores, "base", 5)] == ["q3#2"]
+    assert [scores.samples[row]["id"] for row in worst_rows(scores, "base", 5)] == ["q3#2"]
 
 
 def test_metrics_of_other_samples_stay_apart() -> None:
     reading = {**rotations("r", "Z")[0], "id": "r", "meta": {"kind": "read", "question": "r", "group": "one"}}
     samples: list[Sample] = [*SAMPLES, reading]  # type: ignore[list-item]
     scores = score_models(TASK, RECIPE, samples, {"base": answers(samples, "ADCBBACBAZ")})
-    once = counted_once(scores)
+    once = scores_by_question(scores)
     assert once.metrics == ["letter", "read", "half"]
     table = once.models["base"].values
     assert table[3].tolist()[1:] == [1, 0.5]
@@ -128,7 +128,7 @@ def test_samples_that_were_not_asked_do_not_count() -> None:
         {"base": answers(SAMPLES, "ADCBBACBA"), "tuned": answers(SAMPLES[:4], "ADCB")},
         lambda name, sample: name == "base" or sample["meta"]["question"] == "q1",
     )
-    figures, _ = overall(scores, 100, 1)
+    figures, _ = overall_figures(scores, 100, 1)
     assert figures["tuned"]["letter"]["n"] == 1
 
 
@@ -136,7 +136,7 @@ def test_if_every_sample_counts_alone_the_scores_stay_the_same() -> None:
     sample = make_sample(0)
     scores = score_models(patent_qa, RECIPE, [sample], {"base": [answer(sample, "x")]})
     assert scores.together == [sample["id"]]
-    assert counted_once(scores) is scores
+    assert scores_by_question(scores) is scores
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stages.contract.errors import UsageError
-from stages.hardware.fatbin import architectures, serves
+from stages.hardware.fatbin import architectures, has_code_for
 from tests.hardware.libraries import cuda_library, fatbin
 
 
@@ -61,9 +61,9 @@ PTX = {"compute_52", "compute_80", "compute_89", "compute_90"}
     ],
 )
 def test_what_runs_where(compiled: set[str], capability: tuple[int, int], runs: bool) -> None:
-    assert serves(compiled, capability) is runs
+    assert has_code_for(compiled, capability) is runs
 
 
 def test_a_name_that_is_no_architecture_is_refused() -> None:
     with pytest.raises(UsageError, match="gfx90a: not a CUDA architecture"):
-        serves({"gfx90a"}, (9, 0))
+        has_code_for({"gfx90a"}, (9, 0))

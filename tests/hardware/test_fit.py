@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from stages.contract.recipe import Connector, Train
-from stages.hardware.fit import Offers, as_asked, disk_bytes, least_memory, plan_training, smallest_changes
+from stages.hardware.fit import Offers, disk_bytes, least_memory, plan_training, recipe_way, smallest_changes
 from stages.hardware.memory import Lengths
 from stages.models.shape import ModelShape, read_shape
 from tests.hardware.shapes import make_shape
@@ -71,7 +71,7 @@ def test_where_none_fits_the_leanest_is_returned(seven: ModelShape) -> None:
 
 def test_the_least_is_below_every_way_and_above_the_weights(seven: ModelShape) -> None:
     least = least_memory(seven, settings(), 1, "bfloat16")
-    assert seven.disk_bytes < least < as_asked(seven, settings(), 1, "bfloat16", LENGTHS).estimate.total
+    assert seven.disk_bytes < least < recipe_way(seven, settings(), 1, "bfloat16", LENGTHS).estimate.total
 
 
 def test_proposals_fit_and_say_what_they_change(seven: ModelShape) -> None:
@@ -128,7 +128,7 @@ def test_numbers_of_cards_that_make_no_exact_batch_are_not_proposed(seven: Model
 
 
 def test_what_fits_by_less_than_estimates_may_be_wrong_is_tight(seven: ModelShape) -> None:
-    way = as_asked(seven, settings(), 1, "bfloat16", LENGTHS)
+    way = recipe_way(seven, settings(), 1, "bfloat16", LENGTHS)
     total = way.estimate.total
     assert [way.tight(memory) for memory in (total - 1, total, round(total * 1.029), round(total * 1.032), None)] == [
         *(False, True, True, False, False)
@@ -144,7 +144,7 @@ def test_a_shorter_sample_is_proposed_where_it_is_what_does_not_fit(seven: Model
 def test_fewer_pixels_are_proposed_for_a_model_that_sees(seven: ModelShape) -> None:
     seeing = replace(seven, vision={"patch_size": 14, "spatial_merge_size": 2})
     asked = settings(max_pixels=1_229_312, sharding="none", load_in_4bit=True, gradient_checkpointing=True)
-    memory = as_asked(seeing, asked, 1, "bfloat16", LENGTHS).estimate.total - 50_000_000
+    memory = recipe_way(seeing, asked, 1, "bfloat16", LENGTHS).estimate.total - 50_000_000
     found = smallest_changes(seeing, asked, 1, "bfloat16", memory, LENGTHS)
     assert found[0].settings.max_pixels == 819541
     assert found[0].changes == ("train.max_pixels=819541 for 1229312",)

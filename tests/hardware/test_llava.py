@@ -3,7 +3,7 @@
 import pytest
 
 from stages.contract.recipe import Adapter, Connector, Train
-from stages.hardware.fit import as_asked, disk_bytes, plan_training
+from stages.hardware.fit import disk_bytes, plan_training, recipe_way
 from stages.hardware.memory import Lengths, adapted_modules, trained_parameters
 from stages.models.shape import ModelShape, read_shape
 from tests.hardware.shapes import make_llava_shape
@@ -46,10 +46,10 @@ def test_lora_is_the_language_model_s_alone(shape: ModelShape) -> None:
 
 
 def test_the_first_phase_has_an_optimizer_for_the_connector_alone(shape: ModelShape) -> None:
-    first = RECIPE.of_connector()
+    first = RECIPE.connector_settings()
     assert trained_parameters(shape, first) == CONNECTOR_PARAMETERS
     assert adapted_modules(shape, first) == []
-    found = as_asked(shape, first, 1, "bfloat16", LENGTHS).estimate
+    found = recipe_way(shape, first, 1, "bfloat16", LENGTHS).estimate
     assert found.adapter == found.gradients == 4 * CONNECTOR_PARAMETERS
     assert found.optimizer == 8 * CONNECTOR_PARAMETERS
     assert found.weights == 2 * (sum(weight.count for weight in shape.weights) - CONNECTOR_PARAMETERS)
@@ -57,20 +57,21 @@ def test_the_first_phase_has_an_optimizer_for_the_connector_alone(shape: ModelSh
 
 def test_both_phases_fit_24_gb_where_all_weights_trained_did_not(shape: ModelShape) -> None:
     """Seed 002's full fine-tuning of 3 billion parameters died on such a card, short of 500 MiB."""
-    for settings in (RECIPE.of_connector(), RECIPE):
+    for settings in (RECIPE.connector_settings(), RECIPE):
         way = plan_training(shape, settings, 1, "bfloat16", CARD, LENGTHS)
         assert way.fits(CARD) and way.batch.effective == settings.effective_batch
         assert way.sharding == "none"
     small = round(12 * GIB)
-    assert not plan_training(shape, RECIPE.of_connector(), 1, "bfloat16", small, LENGTHS).fits(small)
+    assert not plan_training(shape, RECIPE.connector_settings(), 1, "bfloat16", small, LENGTHS).fits(small)
 
 
 def test_nothing_of_the_first_phase_is_sharded_or_in_4_bits(shape: ModelShape) -> None:
     settings = RECIPE.model_copy(update={"sharding": "zero3", "load_in_4bit": False})
-    assert plan_training(shape, settings.of_connector(), 4, "bfloat16", None, LENGTHS).sharding == "none"
+    assert plan_training(shape, settings.connector_settings(), 4, "bfloat16", None, LENGTHS).sharding == "none"
 
 
 def test_the_disk_holds_both(shape: ModelShape) -> None:
     assert disk_bytes(shape, RECIPE) == (
-        disk_bytes(shape, RECIPE.of_connector()) + disk_bytes(shape, RECIPE.model_copy(update={"connector": None}))
+        disk_bytes(shape, RECIPE.connector_settings())
+        + disk_bytes(shape, RECIPE.model_copy(update={"connector": None}))
     )

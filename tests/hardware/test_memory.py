@@ -8,7 +8,7 @@ import pytest
 
 from stages.contract.recipe import Train, load_recipe
 from stages.hardware.batch import plan_batch
-from stages.hardware.fit import as_asked
+from stages.hardware.fit import recipe_way
 from stages.hardware.memory import (
     FRAMEWORK,
     Estimate,
@@ -105,7 +105,7 @@ def test_before_there_are_samples_a_micro_batch_is_taken_to_be_of_mixed_lengths(
     lengths = lengths_at_most(recipe)
     assert (lengths.logits(1), lengths.logits(4)) == (64, 4 * 2048)
     mixed, alike = (
-        as_asked(shapes["Qwen2.5-7B"], recipe.train, 1, "bfloat16", one).estimate.total
+        recipe_way(shapes["Qwen2.5-7B"], recipe.train, 1, "bfloat16", one).estimate.total
         for one in (lengths, replace(lengths, shortest_prompt=None))
     )
     assert mixed - alike > 14e9
@@ -124,7 +124,7 @@ def test_the_committed_rows_hold_with_the_code_as_it_is(shapes: dict[str, ModelS
         lengths = (
             Lengths(**row["lengths"]) if "lengths" in row else replace(lengths_at_most(recipe), shortest_prompt=None)
         )
-        way = as_asked(shapes[model], recipe.train, row["GPUs"], "bfloat16", lengths)
+        way = recipe_way(shapes[model], recipe.train, row["GPUs"], "bfloat16", lengths)
         off.append(way.estimate.total / row["measured bytes"] - 1)
     assert len(off) >= 10
     assert sum(abs(one) < 0.1 for one in off) >= 0.9 * len(off)

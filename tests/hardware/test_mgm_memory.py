@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stages.contract.recipe import Train
-from stages.hardware.fit import as_asked
+from stages.hardware.fit import recipe_way
 from stages.hardware.memory import Estimate, Lengths, adapted_modules, adapter_parameters, trained_parameters
 from stages.models.shape import ModelShape, read_shape
 from tests.conftest import Lorry
@@ -43,7 +43,7 @@ def settings(**values: object) -> Train:
 
 
 def estimate(shape: ModelShape, train: Train) -> Estimate:
-    return as_asked(shape, train, 1, "bfloat16", LENGTHS).estimate
+    return recipe_way(shape, train, 1, "bfloat16", LENGTHS).estimate
 
 
 def test_parts_are_told_apart_by_their_names(shape: ModelShape) -> None:
@@ -53,7 +53,7 @@ def test_parts_are_told_apart_by_their_names(shape: ModelShape) -> None:
     # of each layer: query and output 2048 to 2048, key and value 2048 to 256, gate, up and down 2048 to 16384
     assert adapter_parameters(shape, settings()) == 18 * 16 * (2 * 4096 + 2 * 2304 + 3 * 18432)
     connector = {"data": ["pretrain"], "effective_batch": 256, "micro_batch": 8}
-    first = settings(connector=connector).of_connector()
+    first = settings(connector=connector).connector_settings()
     assert trained_parameters(shape, first) == 6_295_552 + 1_051_648 + 2 * 2_955_904 and not adapted_modules(
         shape, first
     )
@@ -64,7 +64,7 @@ def test_one_picture_at_a_time_is_in_the_estimate(shape: ModelShape) -> None:
     assert estimate(shape, least).activations == 16 * PICTURE  # more than a layer of 1024 tokens, and freed before it
     assert estimate(shape, settings(micro_batch=8)).activations > 16 * PICTURE
     connector = {"data": ["pretrain"], "effective_batch": 256, "micro_batch": 8}
-    first = settings(connector=connector).of_connector()
+    first = settings(connector=connector).connector_settings()
     without = replace(shape, vision_aux=None)
     kept = estimate(shape, first).activations - estimate(without, first).activations
     assert kept == 8 * 5 * PICTURE

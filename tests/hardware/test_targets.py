@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stages.contract.errors import DoesNotFitError, UsageError
-from stages.hardware.probe import Gpu, Machine, probe, visible
+from stages.hardware.probe import Gpu, Machine, probe, visible_gpus
 from stages.hardware.targets import (
     load_targets,
     refuse_4bit_twice,
@@ -208,7 +208,7 @@ def test_an_unknown_target_is_refused_with_the_known_ones(monkeypatch: pytest.Mo
     ],
 )
 def test_cards_that_cuda_does_not_see_are_not_counted(setting: str | None, left: list[int]) -> None:
-    found = visible(machine((8, 0), (8, 0), (8, 0)).gpus, setting)
+    found = visible_gpus(machine((8, 0), (8, 0), (8, 0)).gpus, setting)
     assert [gpu.index for gpu in found] == left
 
 

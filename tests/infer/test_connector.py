@@ -10,7 +10,7 @@ from stages.contract.files import read_jsonl, sha256_file
 from stages.engines.engine import EngineSettings
 from stages.host.runner import run_stage
 from stages.infer import stage as infer
-from stages.models.connector import with_connector
+from stages.models.connector import link_connector
 from stages.models.rendering import Renderer
 from tests.train.two_phases import TwoPhases, two_phases
 
@@ -39,7 +39,7 @@ def said(trained: TwoPhases, folder: Path, connector: bool, adapter: bool) -> li
 
     model = trained.lorry.models / "tiny-llava"
     if connector:
-        model = with_connector(model, trained.connector, sha256_file(trained.connector), folder / "both")
+        model = link_connector(model, trained.connector, sha256_file(trained.connector), folder / "both")
     adapters = {"tuned": trained.adapter.parent} if adapter else {}
     engine = TransformersEngine(EngineSettings(model, adapters, "float32", 6, 4, 256, 42))
     renderer, run = Renderer(model), trained.run

@@ -360,7 +360,7 @@ def test_where_no_question_can_be_narrowed_there_is_no_second_round(
 ) -> None:
     from stages.tasks import logic_choice
 
-    monkeypatch.setattr(logic_choice, "narrowed", lambda sample, answers: None)
+    monkeypatch.setattr(logic_choice, "narrowed_sample", lambda sample, answers: None)
     again = voting(run, vote="{second_round: true}")
     made = infers(again, monkeypatch, Engine())
     assert not any(entry[2] for entry in made.asked)

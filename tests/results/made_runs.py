@@ -10,7 +10,7 @@ import yaml
 from hypothesis import strategies as st
 
 from stages.contract.files import FileHashes, read_json, read_jsonl, write_json, write_jsonl
-from stages.contract.mixes import mixed
+from stages.contract.mixes import training_samples
 from stages.contract.recipe import Recipe, dump_recipe, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output
@@ -109,7 +109,7 @@ def make_run(
     for adapter in recipe.train.adapters:
         if adapter.name not in untrained:
             folder_of = f"adapters/{adapter.name}"
-            used = [sample for sample in mixed(samples, adapter, recipe.seed) if sample["id"] != "extra0"]
+            used = [sample for sample in training_samples(samples, adapter, recipe.seed) if sample["id"] != "extra0"]
             trained[f"{folder_of}/adapter_config.json"] = {"base_model_name_or_path": "small"}
             trained[f"{folder_of}/training.json"] = {
                 "steps": 12,

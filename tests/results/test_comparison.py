@@ -9,7 +9,7 @@ import pytest
 from stages.contract.errors import UsageError
 from stages.contract.files import digest_of
 from stages.results.comparison import (
-    Evaluated,
+    EvaluatedRun,
     compare,
     prompt_differences,
     reference_model,
@@ -35,7 +35,7 @@ def every(nth: int, other: Answers = lambda number: f"wrong {number}") -> Answer
     return lambda number: other(number) if number % nth == 0 else right(number)
 
 
-def run_of(name: str, models: dict[str, Answers], count: int = COUNT, **changes: Any) -> Evaluated:
+def run_of(name: str, models: dict[str, Answers], count: int = COUNT, **changes: Any) -> EvaluatedRun:
     """A run that is scored by exact match; four samples make a group. `changes` are fields, or `references`."""
     references = changes.pop("references", REFERENCES)
     together = changes.pop("together", lambda number: f"s{number}")
@@ -67,7 +67,7 @@ def run_of(name: str, models: dict[str, Answers], count: int = COUNT, **changes:
         figures[model] = {"exact": cell}
     fields: dict[str, Any] = {"task": "words", "scoring": {}, "shown": {}, "base_model": "b" * 64}
     fields |= {"bootstrap": (500, 7), **changes}
-    return Evaluated(name, figures=figures, lines=lines, **fields)
+    return EvaluatedRun(name, figures=figures, lines=lines, **fields)
 
 
 def test_other_prompts_are_reported() -> None:
@@ -118,7 +118,7 @@ def test_what_counts_together_is_compared_once() -> None:
 
 def test_the_order_of_samples_does_not_matter() -> None:
     first, other = run_of("a", {"base": every(4)}), run_of("b", {"base": every(8)})
-    turned = Evaluated(**{**vars(other), "lines": other.lines[::-1]})
+    turned = EvaluatedRun(**{**vars(other), "lines": other.lines[::-1]})
     refuse_other_sets([first, turned])
     assert compare([first, other]) == compare([first, turned])
 

@@ -27,11 +27,11 @@ from stages.tasks.articulation.geometry import (
     Box,
     Joint,
     Mode,
-    about_z,
     angle,
     decode,
     encode,
     line_distance,
+    rotation_about_z,
 )
 from stages.tasks.articulation.objects import ObjectQuestion, read_objects
 from stages.tasks.articulation.urdf import UPRIGHT, read_urdf
@@ -198,7 +198,7 @@ def test_roll_pitch_and_yaw_are_applied_in_urdfs_order(tmp_path: Path) -> None:
     roll, pitch, yaw = 0.3, -0.7, 1.1
     about_x = np.array([[1, 0, 0], [0, np.cos(roll), -np.sin(roll)], [0, np.sin(roll), np.cos(roll)]])
     about_y = np.array([[np.cos(pitch), 0, np.sin(pitch)], [0, 1, 0], [-np.sin(pitch), 0, np.cos(pitch)]])
-    expected = UPRIGHT @ about_z(yaw) @ about_y @ about_x @ np.array([1, 2, 3]) / math.sqrt(14)
+    expected = UPRIGHT @ rotation_about_z(yaw) @ about_y @ about_x @ np.array([1, 2, 3]) / math.sqrt(14)
     np.testing.assert_allclose(read_urdf(path).joints["link_0"].axis, expected, atol=1e-9)
 
 
@@ -220,12 +220,12 @@ ROUND = st.floats(-1, 1, allow_nan=False).map(lambda x: round(x, 3))
 def test_every_edge_of_every_box_decodes_to_itself(
     center: Any, yaw: float, extent: Any, idx: int, edge: Any, sign: int, order: list[int]
 ) -> None:
-    box = Box(np.array(center), about_z(yaw)[:, order], np.array(extent))
+    box = Box(np.array(center), rotation_about_z(yaw)[:, order], np.array(extent))
     label = {"box": 0, "type": HINGE, "idx": idx, "edge": list(edge), "sign": sign}
     assert encode(decode(label, box, "obb_rel"), box, "obb_rel") == label
     true = decode(label, box, "obb_rel")
     for mode in ("obb_rot", "absolute"):
-        shown = box.ordered() if mode == "obb_rot" else box
+        shown = box.with_ordered_axes() if mode == "obb_rot" else box
         found = decode(encode(true, shown, mode), shown, mode)  # type: ignore[arg-type]
         assert angle(true.axis, found.axis, signed=True) < 1
         assert line_distance(true, found, box.center) < 0.01

@@ -17,7 +17,7 @@ from stages.tasks.better_synth.llava import (
     from_dj,
     from_messages,
     has_turns,
-    restored,
+    restored_record,
     to_dj,
     to_dj_caption,
     to_messages,
@@ -83,7 +83,7 @@ def test_a_caption_and_its_question_looked_up_are_the_record(
     )
     written = to_dj_caption(record)
     assert written["text"] == f"{DJ_PLACE}\n" * len(names) + f"{caption} {DJ_END}", "the question is not in it"
-    assert restored(written, {str(name): Original(name, human)}) == record
+    assert restored_record(written, {str(name): Original(name, human)}) == record
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------
@@ -137,15 +137,15 @@ def test_a_caption_is_the_text_without_the_marks(text: str, caption: str) -> Non
 
 def test_a_question_is_found_under_ids_as_numbers_and_as_text() -> None:
     record = {"id": "7", "text": "<__dj__image>\na cat <|__dj__eoc|>", "images": ["c.png"]}
-    found = restored(record, {"7": Original(7, "<image>\nWhat is it?")})
+    found = restored_record(record, {"7": Original(7, "<image>\nWhat is it?")})
     assert found == {
         "id": 7,
         "image": "c.png",
         "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a cat"}],
     }
-    assert restored({**record, "id": 7}, {"7": Original(7, "<image>\nWhat is it?")}) == found
+    assert restored_record({**record, "id": 7}, {"7": Original(7, "<image>\nWhat is it?")}) == found
     added = {**record, "id": "7-1", "original_id": "7"}  # a caption beside the record's own
-    assert restored(added, {"7": Original(7, "<image>\nWhat is it?")}) == found
+    assert restored_record(added, {"7": Original(7, "<image>\nWhat is it?")}) == found
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_a_question_is_found_under_ids_as_numbers_and_as_text() -> None:
 )
 def test_a_caption_whose_question_cannot_be_found_is_refused(record: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRecordError) as refused:
-        restored(record, {"7": Original("7", "<image>\nWhat?"), "9": None})
+        restored_record(record, {"7": Original("7", "<image>\nWhat?"), "9": None})
     assert refused.value.reason == reason
 
 
 def test_a_picture_that_a_second_caption_names_again_is_one() -> None:
     text = "<__dj__image>\na bus <|__dj__eoc|>\n<__dj__image>\na red bus <|__dj__eoc|>"
     record = {"id": "7", "text": text, "images": ["a.png", "a.png"]}
-    assert restored(record, {"7": Original("7", "<image>\nWhat?")})["image"] == "a.png"
+    assert restored_record(record, {"7": Original("7", "<image>\nWhat?")})["image"] == "a.png"
 
 
 NO_TURN = "a turn lacks a `from` (system, human or gpt) or a text as `value`"

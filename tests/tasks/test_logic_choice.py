@@ -22,7 +22,7 @@ from stages.tasks.logic_choice import (
     ask,
     asked_rows,
     build_samples,
-    narrowed,
+    narrowed_sample,
     passes,
     read_answer,
     read_questions,
@@ -502,13 +502,13 @@ def test_rehearsal_returns_the_prompt() -> None:
 
 def test_a_narrowed_question_keeps_its_letters() -> None:
     whole = one_sample()
-    fewer = narrowed(whole, ["A", "C"])
+    fewer = narrowed_sample(whole, ["A", "C"])
     assert fewer is not None
     assert "A. red\nC. green\n" in fewer["messages"][1]["content"] and "blue" not in fewer["messages"][1]["content"]
     assert [read_answer(f"Answer: {letter}", fewer) for letter in "ABC"] == ["A", None, "C"]
     assert whole == one_sample() and fewer["references"] == ["B"]
-    assert narrowed(whole, ["A"]) is None
-    assert narrowed(whole, ["A", "B", "C"]) is None, "the question would be the same"
+    assert narrowed_sample(whole, ["A"]) is None
+    assert narrowed_sample(whole, ["A", "B", "C"]) is None, "the question would be the same"
 
 
 # -- submission --------------------------------------------------------------------------------------------------

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from stages.contract.errors import DataError
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
-from stages.eval.scores import breakdown, overall, score_models
+from stages.eval.scores import breakdown, overall_figures, score_models
 from stages.tasks.better_synth.mmbench import (
     ASKS,
     ASKS_IN_CHINESE,
     LETTERS,
     MMBenchRow,
     has_rotations,
-    incomplete,
+    incomplete_questions,
     letter_in,
     picture_bytes,
     prompt,
@@ -216,7 +216,7 @@ def test_a_tsv_that_contains_rotations_is_not_rotated_again(tmp_path: Path) -> N
 
 
 def test_questions_that_lack_a_rotation_are_found() -> None:
-    assert incomplete([(1, 3), (1, 3), (1, 3), (2, 2), (3, 4), (3, 4), (4, 2), (4, 2)]) == [2, 3]
+    assert incomplete_questions([(1, 3), (1, 3), (1, 3), (2, 2), (3, 4), (3, 4), (4, 2), (4, 2)]) == [2, 3]
 
 
 GROUPS = [
@@ -266,7 +266,7 @@ RECIPE = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny")
 
 def hits(groups: list[tuple[str, str, list[str | None], bool]]) -> float:
     samples, predictions = circular(groups)
-    figures, _ = overall(score_models(TASK, RECIPE, samples, {"base": predictions}), 50, 0)
+    figures, _ = overall_figures(score_models(TASK, RECIPE, samples, {"base": predictions}), 50, 0)
     assert figures["base"]["mmbench"]["n"] == len(groups)
     return float(figures["base"]["mmbench"]["value"])
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from entrypoints.lorry import main
 from stages.contract.errors import Exit
 from stages.contract.files import digest_of, read_json, read_jsonl, sha256_file, write_json, write_jsonl
-from stages.contract.mixes import mixed
+from stages.contract.mixes import training_samples
 from stages.contract.recipe import Adapter, Recipe, load_recipe
 from stages.contract.records import failed_prediction
 from stages.contract.roots import Roots
@@ -29,12 +29,12 @@ from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.engines.engine import Completion, Done, EngineSettings
 from stages.eval import stage as evaluation
-from stages.eval.scores import overall, score_models, scored_lines
+from stages.eval.scores import overall_figures, score_models, scored_lines
 from stages.host.runner import run_stage
 from stages.infer import stage as infer
 from stages.models.rendering import Prompt
 from stages.preprocess import stage as preprocess
-from stages.results.comparison import Evaluated, suspicions
+from stages.results.comparison import EvaluatedRun, suspicions
 from stages.tasks import better_synth, settle_recipe
 from stages.tasks.better_synth import read_answer
 from stages.train import stage as training
@@ -159,7 +159,7 @@ def test_defect_4_the_connector_is_trained_on_the_synthetic_data(prepared: Job, 
     assert connector is not None
     mixes = {"connector": connector.data, "tuned": job.recipe.train.adapters[0].data}
     learnt = {
-        name: [mixed(each.samples("train"), Adapter(name="x", data=mix), 1) for each in (prepared, job)]
+        name: [training_samples(each.samples("train"), Adapter(name="x", data=mix), 1) for each in (prepared, job)]
         for name, mix in mixes.items()
     }
     before, after = learnt["connector"]
@@ -305,14 +305,14 @@ def test_defect_1_answers_that_no_model_gave_are_detected() -> None:
             {"id": f"textvqa/{number}", "messages": [], "images": [], "references": [right] * 10, "meta": meta}
         )
 
-    def run(name: str, base: list[str], tuned: list[str]) -> Evaluated:
+    def run(name: str, base: list[str], tuned: list[str]) -> EvaluatedRun:
         given = {
             model: [{**failed_prediction(sample["id"], ""), "answer": text, "error": None} for sample, text in both]
             for model, both in (("base", zip(samples, base, strict=True)), ("tuned", zip(samples, tuned, strict=True)))
         }
         scores = score_models(better_synth, recipe, samples, given)  # type: ignore[arg-type]
-        figures, _ = overall(scores, 100, 1)
-        return Evaluated(name, "better_synth", {}, {}, "b" * 64, figures, scored_lines(scores), (100, 0))
+        figures, _ = overall_figures(scores, 100, 1)
+        return EvaluatedRun(name, "better_synth", {}, {}, "b" * 64, figures, scored_lines(scores), (100, 0))
 
     blank = [f"wrong {number}" for number in range(5000)]
     baseline, custom = run("baseline", blank, answers), run("custom", blank, answers)
@@ -418,7 +418,7 @@ def train(job: Job) -> None:
     def learn(
         stage: Stage, adapter: Adapter, key: str, plan: Any, node: Any, connector: tuple[Path, str] | None
     ) -> None:
-        samples = mixed(job.samples("train"), adapter, job.recipe.seed)
+        samples = training_samples(job.samples("train"), adapter, job.recipe.seed)
         digest = digest_of([[sample["messages"] for sample in samples], connector and connector[1]])
         folder = stage.path(*place_of(adapter.name))
         folder.mkdir(parents=True)

@@ -20,7 +20,7 @@ import yaml
 
 from stages.contract.errors import Exit
 from stages.contract.files import read_json, read_jsonl, write_json, write_jsonl
-from stages.contract.mixes import mixed
+from stages.contract.mixes import training_samples
 from stages.contract.recipe import Adapter, Recipe, Train, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
@@ -213,8 +213,8 @@ def test_defect_01_the_recipe_ties_every_adapter_to_its_data(prepared: Job) -> N
     again = load_recipe(RECIPE).train.adapters
     sources = ("train", "more", "guessed-a", "guessed-b")
     samples = [{"id": f"{source}-{n}", "meta": {"source": source}} for source in sources for n in range(200)]
-    drawn = [mixed(samples, adapter, recipe.seed) for adapter in adapters]
-    assert drawn == [mixed(samples, adapter, recipe.seed) for adapter in again]
+    drawn = [training_samples(samples, adapter, recipe.seed) for adapter in adapters]
+    assert drawn == [training_samples(samples, adapter, recipe.seed) for adapter in again]
     assert len({json.dumps(each) for each in drawn}) == 9
     shares = {
         adapter.name: Counter(s["meta"]["source"] for s in part) for adapter, part in zip(adapters, drawn, strict=True)

@@ -49,9 +49,9 @@ def test_every_task_keeps_the_contract(name: str) -> None:
 
 
 def test_a_missing_function_is_named_with_the_file() -> None:
-    assert fault_of(module_with(score=None, narrowed=None)) == (
-        "task: stages/tasks/changed.py breaks the contract of QuestionTask (stages/tasks/task.py): narrowed is missing"
-        " (define it, or import it from stages.tasks.common.defaults); score is missing (define it)"
+    assert fault_of(module_with(score=None, narrowed_sample=None)) == (
+        "task: stages/tasks/changed.py breaks the contract of QuestionTask (stages/tasks/task.py): narrowed_sample is"
+        " missing (define it, or import it from stages.tasks.common.defaults); score is missing (define it)"
     )
 
 
@@ -121,7 +121,7 @@ def test_a_task_that_breaks_its_contract_ends_with_2_when_the_recipe_is_read(tmp
     whole = file.read_text(encoding="utf-8")
     for broken, words in (
         (whole.replace("def read_answer(text: str, sample: Sample)", "def read_answer(text: str)"), "read_answer must"),
-        (whole.replace("    narrowed,\n", ""), "narrowed is missing"),
+        (whole.replace("    narrowed_sample,\n", ""), "narrowed_sample is missing"),
         (whole.replace("import DataError", "import NoSuchError"), "cannot import stages/tasks/capitals"),
         ("def broken(:\n", "cannot import stages/tasks/capitals"),
     ):

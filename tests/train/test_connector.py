@@ -19,7 +19,7 @@ from stages.contract.run import describe_output
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
 from stages.host.runner import run_stage
-from stages.models.connector import LAST, check_connector, tensor_files, with_connector
+from stages.models.connector import LAST, check_connector, link_connector, tensor_files
 from stages.train import stage as train
 from stages.train.job import Job
 from stages.train.stage import _pictures_of
@@ -216,7 +216,7 @@ def test_links_and_an_index_put_base_and_connector_together(trained: TwoPhases, 
 
     model = base(trained) if kind == "one file" else sharded(base(trained), tmp_path / "base")
     sha256 = sha256_file(trained.connector)
-    folder = with_connector(model, trained.connector, sha256, tmp_path / "both")
+    folder = link_connector(model, trained.connector, sha256, tmp_path / "both")
     assert sum(path.stat().st_size for path in folder.iterdir() if not path.is_symlink()) < 20_000, "no weights copied"
     places = tensor_files(folder)
     assert set(places) == set(tensor_files(model))
@@ -232,7 +232,7 @@ def test_links_and_an_index_put_base_and_connector_together(trained: TwoPhases, 
 def test_another_model_s_connector_is_refused(trained: TwoPhases, tmp_path: Path) -> None:
     other = trained.lorry.models / "SmolLM2-135M-Instruct"
     with pytest.raises(UsageError, match=r"holds multi_modal_projector\.linear_1\.bias, which .* has not"):
-        with_connector(other, trained.connector, sha256_file(trained.connector), tmp_path / "both")
+        link_connector(other, trained.connector, sha256_file(trained.connector), tmp_path / "both")
     with pytest.raises(UsageError, match="changed since it was trained"):
         check_connector(trained.connector, "0" * 64)
     with pytest.raises(UsageError, match="changed since it was trained"):
@@ -247,7 +247,7 @@ def test_the_recipe_s_rules() -> None:
     assert Connector().most_samples == 200_000
     assert Connector().effective_batch == 256
     settings = Train(adapters=adapters, connector=Connector(learning_rate=2e-3), load_in_4bit=True, lora_plus_ratio=4.0)
-    first = settings.of_connector()
+    first = settings.connector_settings()
     assert first.trains_connector and not settings.trains_connector
     assert (first.learning_rate, first.load_in_4bit, first.lora_plus_ratio) == (2e-3, False, None)
     assert Train.model_validate(first.model_dump()) == first, "as the training process reads it"

@@ -127,8 +127,8 @@ def test_what_to_set_by_hand() -> None:
     settings = footing(connector=Connector()).settings
     for change in ({"micro_batch": 2}, {"eval_micro_batch": 2}):
         assert by_hand(change, settings) == "--set train.micro_batch=2"
-        assert by_hand(change, settings.of_connector()) == "--set train.connector.micro_batch=2"
-    for each in (settings, settings.of_connector()):
+        assert by_hand(change, settings.connector_settings()) == "--set train.connector.micro_batch=2"
+    for each in (settings, settings.connector_settings()):
         assert by_hand({"gradient_checkpointing": True}, each) == "--set train.gradient_checkpointing=true"
         assert by_hand({"evaluate": False}, each).startswith("--set data.validation_fraction=0")
 
@@ -143,7 +143,7 @@ def test_every_change_has_words() -> None:
 
 def test_help_for_the_first_phase_names_what_it_can_have() -> None:
     first = footing(connector=Connector(max_length=600))
-    told = what_would_help(replace(first, settings=first.settings.of_connector()))
+    told = what_would_help(replace(first, settings=first.settings.connector_settings()))
     assert "train.connector.max_length below 600" in told
     assert "4 bits" not in told and "ZeRO" not in told
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from stages.contract.errors import UsageError
 from stages.engines import start_engine
 from stages.engines.engine import EngineSettings
-from stages.models.connector import with_connector
+from stages.models.connector import link_connector
 from stages.models.rendering import Renderer
 from tests.tiny_mgm import TOKENS, published_weights, write_clip, write_published
 from tests.train.two_phases import TwoPhases, two_phases
@@ -55,7 +55,7 @@ def test_base_connector_and_adapter_answer_together(trained: TwoPhases, models: 
     from stages.engines.transformers_engine import TransformersEngine
 
     base = models / "tiny-mgm"
-    folder = with_connector(base, trained.connector, sha256_file(trained.connector), tmp_path / "with")
+    folder = link_connector(base, trained.connector, sha256_file(trained.connector), tmp_path / "with")
     engine = TransformersEngine(EngineSettings(folder, {"tuned": trained.adapter.parent}, "float32", 6, 2, 256, 0))
     page = trained.run.path("preprocess", "pages", "red.png")
     messages = [{"role": "user", "content": "<image>\nWhat is 这? "}]
@@ -73,7 +73,7 @@ def test_base_connector_and_adapter_answer_together(trained: TwoPhases, models: 
     processor = AutoProcessor.from_pretrained(base)
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=text, images=[prompts[0].pictures[0].load()], add_special_tokens=False, return_tensors="pt")
-    assert inputs["input_ids"][0].tolist() == prompts[0].expanded([TOKENS], 7)
+    assert inputs["input_ids"][0].tolist() == prompts[0].repeat_placeholders([TOKENS], 7)
     written = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
     told = processor.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answers[0].text == told.rstrip("\ufffd")

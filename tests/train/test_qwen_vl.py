@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from stages.contract.errors import UsageError
 from stages.contract.files import read_json, read_jsonl
 from stages.hardware.memory import adapter_parameters
-from stages.models.merge import merged_copy, refuse_adapted_vision
+from stages.models.merge import refuse_adapted_vision, write_merged_copy
 from stages.models.pictures import read_rules
 from stages.models.shape import read_shape
 from tests.conftest import Lorry, need_model
@@ -76,7 +76,7 @@ def test_an_adapted_tower_is_served_merged_only(lorry: Lorry, model: Path, tmp_p
     folder = training.run.path("train", "adapters", "tuned")
     with pytest.raises(UsageError, match=r"adapter tuned adapts the vision tower .*vllm would.* infer\.merged"):
         refuse_adapted_vision({"tuned": folder}, "vllm", ["transformers"])
-    merged = load_file(merged_copy(model, folder, tmp_path / "merged", "float32") / "model.safetensors")
+    merged = load_file(write_merged_copy(model, folder, tmp_path / "merged", "float32") / "model.safetensors")
     base = load_file(model / "model.safetensors")
     assert any((merged[name] != base[name]).any() for name in merged if "visual." in name)
 

@@ -29,12 +29,12 @@ from stages.tasks.articulation.geometry import (
     Box,
     Joint,
     Mode,
-    about_z,
     angle,
     box_from,
     decode,
     encode,
     line_distance,
+    rotation_about_z,
 )
 from stages.tasks.articulation.objects import BOXES, SOURCE, Object, ObjectQuestion, read_objects
 from stages.tasks.common.defaults import (
@@ -45,7 +45,7 @@ from stages.tasks.common.defaults import (
     Passes,
     ask,
     asked_rows,
-    narrowed,
+    narrowed_sample,
     passes,
     rehearsal,
     together,
@@ -102,7 +102,7 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
 
 def prompt_boxes(boxes: Mapping[int, Box], mode: Mode) -> dict[int, Box]:
     """The boxes as a prompt of this mode lists them: in `obb_rot` with ordered axes."""
-    return {number: box.ordered() if mode == "obb_rot" else box for number, box in boxes.items()}
+    return {number: box.with_ordered_axes() if mode == "obb_rot" else box for number, box in boxes.items()}
 
 
 def label(view: Object, mode: Mode) -> str:
@@ -119,8 +119,8 @@ def build_samples(recipe: Recipe, question: ObjectQuestion, found: Found | None,
     for number in range(1, settings.copies + 1 if split == "train" else 1):
         name = f"{question.id}#{number}"
         random = np.random.default_rng(int(digest_of([recipe.seed, name])[:16], 16))
-        turn = about_z(random.uniform(-np.pi, np.pi))
-        view = question.view.moved(turn, random.uniform(-settings.offset, settings.offset, 3))
+        turn = rotation_about_z(random.uniform(-np.pi, np.pi))
+        view = question.view.moved_copy(turn, random.uniform(-settings.offset, settings.offset, 3))
         samples.append(_sample(question, view, settings.mode, name))
     return samples
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from stages.tasks.articulation.geometry import HINGE, Array, Box, Joint, nearest
+from stages.tasks.articulation.geometry import HINGE, Array, Box, Joint, nearest_point
 from stages.tasks.articulation.scoring import Comparison
 
 SIDE, GAP, HEAD = 220, 20, 22
@@ -48,7 +48,7 @@ def draw(
     if predicted is None or found is None or predicted_root is None:
         panels.append(_heading("predicted: no answer"))
     else:
-        right = {at for pair, at in zip(found.pairs, found.partner, strict=True) if pair is not None and pair.right}
+        right = {at for pair, at in zip(found.pairs, found.partner, strict=True) if pair is not None and pair.is_right}
         coloured = [(joint, RIGHT if at in right else WRONG) for at, joint in enumerate(predicted) if joint is not None]
         counts = f"{len(right)} of {len(true)} right, {found.missing} missing, {found.extra} extra"
         panels.append(_panel(f"predicted: {counts}", boxes, predicted_root, coloured, place))
@@ -75,7 +75,7 @@ def _panel(heading: str, boxes: Mapping[int, Box], root: int, joints: Sequence[t
         box = boxes[joint.box]
         half = float(np.abs(box.rotation.T @ joint.axis) @ box.extent) / 2
         if joint.type == HINGE:
-            middle = nearest(joint, box.center)
+            middle = nearest_point(joint, box.center)
             start, end = middle - joint.axis * half, middle + joint.axis * (half + 0.08)
         else:
             start, end = box.center, box.center + joint.axis * (half + 0.15)

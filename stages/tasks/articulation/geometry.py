@@ -44,11 +44,11 @@ class Box:
         signs = np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)], float)
         return np.asarray(self.center + (signs * self.extent / 2) @ self.rotation.T)
 
-    def moved(self, turn: Array, offset: Array) -> "Box":
+    def moved_copy(self, turn: Array, offset: Array) -> "Box":
         """The box rotated by `turn` (3, 3), then shifted by `offset` (3)."""
         return Box(turn @ self.center + offset, turn @ self.rotation, self.extent)
 
-    def ordered(self) -> "Box":
+    def with_ordered_axes(self) -> "Box":
         """The same box with its axes permuted to align best with the world's x, y and z."""
         best = max(PERMUTATIONS, key=lambda order: sum(abs(self.rotation[i, column]) for i, column in enumerate(order)))
         return Box(self.center, self.rotation[:, best], self.extent[list(best)])
@@ -75,12 +75,12 @@ class Joint:
     axis: Array
     """Unit vector; the part opens in its positive direction."""
 
-    def moved(self, turn: Array, offset: Array) -> "Joint":
+    def moved_copy(self, turn: Array, offset: Array) -> "Joint":
         """The joint rotated by `turn` (3, 3), then shifted by `offset` (3)."""
         return replace(self, pos=turn @ self.pos + offset, axis=turn @ self.axis)
 
 
-def about_z(angle: float) -> Array:
+def rotation_about_z(angle: float) -> Array:
     """The rotation matrix (3, 3) about z by an angle in radians."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
@@ -101,16 +101,16 @@ def encode(joint: Joint, box: Box, mode: Mode) -> dict[str, Any]:
     along = [float(box.axis(idx) @ joint.axis) for idx in range(3)]
     idx = int(np.argmax(np.abs(along)))
     common = {"box": joint.box, "type": joint.type}
-    place = nearest(joint, box.center) if joint.type == HINGE else box.center
+    place = nearest_point(joint, box.center) if joint.type == HINGE else box.center
     if mode == "absolute":
         # the original rounds to one decimal, which is up to 4 degrees off
-        return common | {"pos": rounded(place), "axis": rounded(joint.axis)}
+        return common | {"pos": rounded_values(place), "axis": rounded_values(joint.axis)}
     sign = 1 if along[idx] > 0 else -1
     edge: list[Any] = [1, 1]
     if mode == "obb_rot":
         offset = place - box.center
         flat = offset - joint.axis * (offset[idx] / joint.axis[idx]) if abs(joint.axis[idx]) > 0.1 else offset
-        edge = rounded(np.delete(flat, idx)) if joint.type == HINGE else [0.0, 0.0]
+        edge = rounded_values(np.delete(flat, idx)) if joint.type == HINGE else [0.0, 0.0]
     elif joint.type == HINGE:
         apart = [distance(joint, box.edge(idx, signs)) for signs in EDGES]
         edge = list(EDGES[apart.index(min(apart))])
@@ -131,7 +131,7 @@ def decode(label: Mapping[str, Any], box: Box, mode: Mode) -> Joint:
     return Joint(box_id, kind, pos, box.axis(idx) * label["sign"])
 
 
-def rounded(values: Array) -> list[float]:
+def rounded_values(values: Array) -> list[float]:
     """The values rounded to 2 decimals, 0.0 instead of -0.0."""
     return [round(float(value), 2) + 0.0 for value in values]
 
@@ -145,14 +145,14 @@ def angle(first: Array, second: Array, signed: bool) -> float:
     return float(np.degrees(np.arccos(np.clip(cosine if signed else abs(cosine), -1, 1))))
 
 
-def nearest(joint: Joint, point: Array) -> Array:
+def nearest_point(joint: Joint, point: Array) -> Array:
     """The point on the joint's line (3) that is nearest to a point (3)."""
     return np.asarray(joint.pos + joint.axis * float(joint.axis @ (point - joint.pos)))
 
 
 def distance(joint: Joint, point: Array) -> float:
     """The distance from a point (3) to the joint's line, in metres."""
-    return float(np.linalg.norm(nearest(joint, point) - point))
+    return float(np.linalg.norm(nearest_point(joint, point) - point))
 
 
 def line_distance(true: Joint, other: Joint, near: Array) -> float:
@@ -162,7 +162,7 @@ def line_distance(true: Joint, other: Joint, near: Array) -> float:
     For parallel lines this is their distance. The shortest distance between two other lines does not say how close
     they are at the part: nearly parallel lines come close far away from the object, crossing lines anywhere.
     """
-    return distance(other, nearest(true, near))
+    return distance(other, nearest_point(true, near))
 
 
 def edge_of(joint: Joint, box: Box) -> tuple[int, int, int]:

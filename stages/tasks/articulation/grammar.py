@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.tasks.articulation.geometry import HINGE, SLIDE, Box, Mode, rounded
+from stages.tasks.articulation.geometry import HINGE, SLIDE, Box, Mode, rounded_values
 
 KEYS: Mapping[Mode, tuple[str, ...]] = {
     "obb_rel": ("box", "type", "idx", "edge", "sign"),
@@ -49,8 +49,8 @@ def boxes_code(boxes: Mapping[int, Box]) -> str:
     """The boxes as a prompt shows them, rounded to 2 decimals, without spaces."""
     parts = []
     for number, box in boxes.items():
-        center, extent = _compact_json(rounded(box.center)), _compact_json(rounded(box.extent))
-        rotation = _compact_json([rounded(row) for row in box.rotation])
+        center, extent = _compact_json(rounded_values(box.center)), _compact_json(rounded_values(box.extent))
+        rotation = _compact_json([rounded_values(row) for row in box.rotation])
         parts.append(f"{number}:{{'center':{center},'R':{rotation},'extent':{extent}}},")
     return f"bboxes={{{''.join(parts)}}}"
 

@@ -41,12 +41,12 @@ class Object:
     """By box number."""
     nested: dict[int, Nested]
 
-    def moved(self, turn: Array, offset: Array) -> "Object":
+    def moved_copy(self, turn: Array, offset: Array) -> "Object":
         """The object rotated by `turn` (3, 3), then shifted by `offset` (3)."""
         return replace(
             self,
-            boxes={number: box.moved(turn, offset) for number, box in self.boxes.items()},
-            joints={number: joint.moved(turn, offset) for number, joint in self.joints.items()},
+            boxes={number: box.moved_copy(turn, offset) for number, box in self.boxes.items()},
+            joints={number: joint.moved_copy(turn, offset) for number, joint in self.joints.items()},
         )
 
 

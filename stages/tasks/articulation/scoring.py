@@ -34,7 +34,7 @@ class Pair:
     """Whether a hinge is at the true corner edge; None for a slide."""
 
     @property
-    def right(self) -> bool:
+    def is_right(self) -> bool:
         near = self.distance is None or self.distance <= METRES
         return self.box and self.type and self.signed_angle <= DEGREES and near
 
@@ -105,7 +105,7 @@ def _pair(joint: Joint, true: Joint, boxes: Mapping[int, Box]) -> Pair:
 
 def metrics(found: Comparison) -> dict[str, float]:
     """Metrics of an object in 0..1; the first one ranks adapters. A missing joint counts as wrong in each."""
-    right = sum(pair is not None and pair.right for pair in found.pairs)
+    right = sum(pair is not None and pair.is_right for pair in found.pairs)
     precision = right / found.predicted if found.predicted else 0.0
     recall = right / len(found.pairs)
     perfect = found.root and right == found.predicted == len(found.pairs)

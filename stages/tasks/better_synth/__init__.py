@@ -42,7 +42,7 @@ from stages.tasks.common.defaults import (
     Passes,
     facts,
     measures,
-    narrowed,
+    narrowed_sample,
     passes,
     picture,
 )

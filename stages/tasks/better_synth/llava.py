@@ -171,7 +171,7 @@ def from_dj(record: DataJuicer, name: str | int | None = None) -> Llava:
     return _llava(id_of(record) if name is None else name, turns, _pictures(record, turns))
 
 
-def restored(record: DataJuicer, originals: Mapping[str, Original | None]) -> Llava:
+def restored_record(record: DataJuicer, originals: Mapping[str, Original | None]) -> Llava:
     """The LLaVA record of a caption, with the question that LLaVA's file has under its id, or under its `original_id`
     for a caption that was added to another record.
 

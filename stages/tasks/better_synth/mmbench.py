@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from stages.contract.errors import DataError
-from stages.contract.files import written_atomically
+from stages.contract.files import open_atomically
 from stages.tasks.common.json_lines import BadRecordError
 from stages.tasks.task import Skip
 
@@ -221,7 +221,7 @@ def rounds(row: MMBenchRow, rotate: bool = True) -> list[Round]:
     return found
 
 
-def incomplete(options: Iterable[tuple[int, int]]) -> list[int]:
+def incomplete_questions(options: Iterable[tuple[int, int]]) -> list[int]:
     """The questions that lack a rotation, sorted. `options` has the question and the number of options of each round.
 
     Circular evaluation is easier for such questions, so leave them out.
@@ -350,7 +350,7 @@ def write_xlsx(path: Path, rows: Sequence[Mapping[str, str | int]]) -> None:
         raise DataError(
             f"{path}: text of {len(text)} characters, an xlsx cell holds {LONGEST_CELL}; shorten {text[:60]!r}"
         )
-    with written_atomically(path, "wb") as file, xlsxwriter.Workbook(file, _AS_TEXT) as book:
+    with open_atomically(path, "wb") as file, xlsxwriter.Workbook(file, _AS_TEXT) as book:
         book.set_properties({"created": datetime(1980, 1, 1)})  # else the file contains the time of writing
         sheet = book.add_worksheet()
         for number, line in enumerate(lines):

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from stages.contract.files import written_atomically
+from stages.contract.files import open_atomically
 from stages.tasks.common.json_lines import BadRecordError
 
 MEAN_COLOUR = (122, 116, 104)
@@ -96,7 +96,7 @@ class Pictures:
     def _store(self, prepared: _Prepared) -> Stored:
         path = self._folder / prepared.stored.name
         if prepared.content is not None and path.stem not in self._existing:
-            with written_atomically(path, "wb") as file:
+            with open_atomically(path, "wb") as file:
                 file.write(prepared.content)
             self._existing[path.stem] = path.name
         return prepared.stored

@@ -23,14 +23,14 @@ from stages.tasks.better_synth.llava import (
     has_turns,
     id_of,
     pictures_of,
-    restored,
+    restored_record,
     to_messages,
     turns_of,
 )
 from stages.tasks.better_synth.pictures import Pictures, Stored
 from stages.tasks.common.json_lines import BadRecordError
 from stages.tasks.common.tables import Row, read_rows
-from stages.tasks.common.wording import plain
+from stages.tasks.common.wording import break_placeholders
 from stages.tasks.task import Given, Skip
 
 PRETRAIN, FINETUNE, TEXTVQA, MMBENCH = "pretrain", "finetune", "textvqa", "mmbench"
@@ -167,7 +167,7 @@ def _pretrain_questions(
         record = _record_in(row)
         if has_turns(record):
             return from_dj(record)
-        return restored(record, originals)
+        return restored_record(record, originals)
 
     yield from _conversations(PRETRAIN, records, read, store, tested, skip)
 
@@ -266,7 +266,7 @@ def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestio
 def _without_placeholders(message: Message) -> Message:
     """The message with all placeholders broken up but those of pictures; in an answer, those too."""
     pieces = message["content"].split(PLACE) if message["role"] != "assistant" else [message["content"]]
-    return {"role": message["role"], "content": PLACE.join(map(plain, pieces))}
+    return {"role": message["role"], "content": PLACE.join(map(break_placeholders, pieces))}
 
 
 # -- test sets ---------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def _without_placeholders(message: Message) -> Message:
 
 def _below_picture(text: str) -> tuple[Message, ...]:
     """The user message with one picture, then a text."""
-    return ({"role": "user", "content": f"{PLACE}\n{plain(text)}"},)
+    return ({"role": "user", "content": f"{PLACE}\n{break_placeholders(text)}"},)
 
 
 def _textvqa_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> Iterator[PictureQuestion]:
@@ -341,7 +341,7 @@ def _mmbench_questions(folder: Path, settings: Samples, store: Pictures, skip: S
             )
     if rotate or not settings.circular:
         return found
-    lacking = set(mmbench.incomplete([(each.meta["of"], len(each.meta["options"])) for each in found]))
+    lacking = set(mmbench.incomplete_questions([(each.meta["of"], len(each.meta["options"])) for each in found]))
     for question in found:
         if question.meta["of"] in lacking:
             skip(question.id, "rotations are missing", f"of question {question.meta['of']}")

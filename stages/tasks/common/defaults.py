@@ -52,7 +52,7 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
     return [(Ask(sample["messages"], sample["images"]), 0)]
 
 
-def narrowed(sample: Sample, answers: Sequence[str]) -> Sample | None:
+def narrowed_sample(sample: Sample, answers: Sequence[str]) -> Sample | None:
     """None: answers are free text, so there are no options to choose from."""
     return None
 

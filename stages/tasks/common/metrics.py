@@ -60,7 +60,7 @@ def character_f1(answer: str, reference: str) -> float:
     return _bag_f1(_characters(answer), _characters(reference))
 
 
-def best(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
+def best_score(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
     """The best score over all references. Raises ValueError where there are none."""
     if not references:
         raise ValueError("a sample without references cannot be scored")

@@ -8,6 +8,6 @@ def is_chinese(text: str) -> bool:
     return re.search(r"[\u4e00-\u9fff]", text) is not None
 
 
-def plain(text: str) -> str:
+def break_placeholders(text: str) -> str:
     """The text with a space inside all that ms-swift would read as a placeholder, or a tokenizer as a special token."""
     return re.sub(r"<(?=(?:image|video|audio|bbox|ref-object)>|\|)", "< ", text)

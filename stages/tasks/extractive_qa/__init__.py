@@ -29,7 +29,7 @@ from stages.tasks.common.defaults import (
     ask,
     facts,
     measures,
-    narrowed,
+    narrowed_sample,
     passes,
     picture,
     rehearsal,
@@ -67,7 +67,7 @@ def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None
     return [
         {
             "id": question.id,
-            "messages": prompts.answer(question.context, question.text),
+            "messages": prompts.answer_prompt(question.context, question.text),
             "images": [],
             "references": list(question.answers),
             "meta": meta,
@@ -91,9 +91,9 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese; each the best over all references."""
     settings = Scoring.model_validate(recipe.eval.scoring)
     first = metrics.normalize_original if settings.normalization == "original" else str
-    best = partial(metrics.best, answer=first(answer), references=[first(one) for one in sample["references"]])
+    best = partial(metrics.best_score, answer=first(answer), references=[first(one) for one in sample["references"]])
     return {
         "exact_match": best(metrics.exact_match),
         "f1": best(metrics.token_f1),
-        "character_f1": metrics.best(metrics.character_f1, answer, sample["references"]),
+        "character_f1": metrics.best_score(metrics.character_f1, answer, sample["references"]),
     }

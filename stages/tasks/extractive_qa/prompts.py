@@ -1,7 +1,7 @@
 """The prompt, the same in training and inference: Chinese for a Chinese question, else English."""
 
 from stages.contract.records import Message
-from stages.tasks.common.wording import is_chinese, plain
+from stages.tasks.common.wording import break_placeholders, is_chinese
 
 _FROM_CONTEXT = {
     True: "用上下文中的原文回答问题，越短越好，只写答案。",
@@ -12,14 +12,14 @@ _CONTEXT = {True: "上下文：{}\n\n", False: "Context: {}\n\n"}
 _QUESTION = {True: "问题：{}", False: "Question: {}"}
 
 
-def answer(context: str, question: str) -> list[Message]:
+def answer_prompt(context: str, question: str) -> list[Message]:
     """The prompt for a question with its context, which is never cut. An empty context is not mentioned.
 
     The instruction is the system message, because chat templates insert a default one where it is missing.
     """
     chinese = is_chinese(question)
-    asked = _QUESTION[chinese].format(plain(question))
+    asked = _QUESTION[chinese].format(break_placeholders(question))
     if not context:
         return [{"role": "system", "content": _ALONE[chinese]}, {"role": "user", "content": asked}]
-    content = _CONTEXT[chinese].format(plain(context)) + asked
+    content = _CONTEXT[chinese].format(break_placeholders(context)) + asked
     return [{"role": "system", "content": _FROM_CONTEXT[chinese]}, {"role": "user", "content": content}]

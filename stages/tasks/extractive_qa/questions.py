@@ -11,7 +11,7 @@ from typing import Any
 from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe
 from stages.tasks.common.tables import ENDINGS, Split, data_set_name, names_a_split, read_rows
-from stages.tasks.common.wording import plain
+from stages.tasks.common.wording import break_placeholders
 from stages.tasks.task import Given, Skip
 
 
@@ -211,7 +211,7 @@ def _parse(record: Any) -> tuple[str, ContextQuestion]:
         raise _BadRecordError("empty question")
     if not answers:
         raise _BadRecordError("no answer")
-    if plain(answers[0]) != answers[0]:  # training would read it as a picture or as the end
+    if break_placeholders(answers[0]) != answers[0]:  # training would read it as a picture or as the end
         raise _BadRecordError("answer contains a placeholder", answers[0][:100])
     group = _name(record, "group") or _name(record, "title")
     return _name(record, "id"), ContextQuestion("", text, context, answers, "", group, None)

@@ -128,7 +128,7 @@ def read_answer(text: str, sample: Sample) -> str | None:
     return prompts.letter_in(text, _meta(sample)["options"])
 
 
-def narrowed(sample: Sample, answers: Sequence[str]) -> Sample | None:
+def narrowed_sample(sample: Sample, answers: Sequence[str]) -> Sample | None:
     """The question with only these options, which keep their letters; None where that changes nothing."""
     meta = _meta(sample)
     options = {letter: option for letter, option in meta["options"].items() if letter in answers}

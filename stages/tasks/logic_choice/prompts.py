@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 
 from stages.contract.records import Message
-from stages.tasks.common.wording import plain
+from stages.tasks.common.wording import break_placeholders
 
 # -- prompt and target -------------------------------------------------------------------------------------------
 
@@ -33,8 +33,10 @@ def is_chinese(text: str) -> bool:
 def choice(problem: str, question: str, options: Mapping[str, str]) -> list[Message]:
     """The prompt for a sub-question of a problem; `options` are texts by letter."""
     chinese = is_chinese(problem)
-    lines = "\n".join(f"{letter}. {plain(option)}" for letter, option in options.items())
-    asked = _ASKED[chinese].format(problem=plain(problem), question=plain(question), options=lines)
+    lines = "\n".join(f"{letter}. {break_placeholders(option)}" for letter, option in options.items())
+    asked = _ASKED[chinese].format(
+        problem=break_placeholders(problem), question=break_placeholders(question), options=lines
+    )
     return [{"role": "system", "content": _ROLE[chinese]}, {"role": "user", "content": asked}]
 
 

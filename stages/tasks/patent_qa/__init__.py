@@ -26,7 +26,7 @@ from stages.tasks.common.defaults import (
     READS_RECORDS,
     Scoring,
     measures,
-    narrowed,
+    narrowed_sample,
     picture,
     together,
     uploads,
@@ -138,7 +138,7 @@ def _top_k(recipe: Recipe) -> int:
 # -- samples -----------------------------------------------------------------------------------------------------
 
 
-def wanted(recipe: Recipe) -> Wanted:
+def retrieval_needs(recipe: Recipe) -> Wanted:
     """What retrieval must find for the questions."""
     settings = _samples(recipe)
     return Wanted(settings.examples, settings.crop_figure and settings.shows == "pictures")
@@ -150,7 +150,7 @@ def classification(recipe: Recipe, question: PatentQuestion) -> Ask | bool | Non
         return None
     if recipe.preprocess.classifier == "rule":
         return asks_position(question.text)
-    return Ask(prompts.classify(question.text), max_new_tokens=_passes(recipe).classify_tokens)
+    return Ask(prompts.classification_prompt(question.text), max_new_tokens=_passes(recipe).classify_tokens)
 
 
 def read_classification(text: str) -> bool:
@@ -272,12 +272,12 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
     if name == "classify":
         if meta.get("named") is None or meta["also_named"] or "classifier" in without:
             return None
-        return Ask(prompts.classify(meta["question"]), max_new_tokens=settings.classify_tokens)
+        return Ask(prompts.classification_prompt(meta["question"]), max_new_tokens=settings.classify_tokens)
     if name == "refine":
         if "refine" in without:
             return None
         examples = [] if "style" in without else meta["examples"]
-        messages = prompts.refine(meta["question"], before["answer"], examples)
+        messages = prompts.refinement_prompt(meta["question"], before["answer"], examples)
         return Ask(messages, max_new_tokens=settings.refine_tokens)
     alone = _shows_page_alone(meta, before, without)
     if alone or "retrieval" in without:
@@ -337,11 +337,11 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese; for questions about positions, also
     their exact match under its own name."""
     references = sample["references"]
-    exact = metrics.best(metrics.exact_match, answer, references)
+    exact = metrics.best_score(metrics.exact_match, answer, references)
     found = {
         "exact_match": exact,
-        "f1": metrics.best(metrics.token_f1, answer, references),
-        "character_f1": metrics.best(metrics.character_f1, answer, references),
+        "f1": metrics.best_score(metrics.token_f1, answer, references),
+        "character_f1": metrics.best_score(metrics.character_f1, answer, references),
     }
     if asks_position(sample["meta"].get("question", "")):
         found["position_exact_match"] = exact

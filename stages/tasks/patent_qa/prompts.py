@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from stages.contract.records import Message
-from stages.tasks.common.wording import is_chinese, plain
+from stages.tasks.common.wording import break_placeholders, is_chinese
 
 PICTURE = "<image>"
 
@@ -24,10 +24,10 @@ def _user(content: str) -> list[Message]:
 
 def from_texts(question: str, pages: Sequence[tuple[int, str]], hint: bool) -> list[Message]:
     """The prompt for a question with pages as text: numbers and texts in the order of the document."""
-    parts = [f"Page {number}: {plain(text)}" for number, text in pages]
+    parts = [f"Page {number}: {break_placeholders(text)}" for number, text in pages]
     if hint:
         parts.append(POSITION_HINT[is_chinese(question)])
-    content = "\n".join([*parts, f"Question: {plain(question)}"])
+    content = "\n".join([*parts, f"Question: {break_placeholders(question)}"])
     return [{"role": "system", "content": READER}, {"role": "user", "content": content}]
 
 
@@ -57,7 +57,7 @@ def from_pictures(question: str, named: int, others: int, hint: bool) -> list[Me
         parts.append((_OTHERS if named else _PAGES)[chinese] + PICTURE * others)
     if hint:
         parts.append(POSITION_HINT[chinese])
-    parts += [_QUESTION[chinese].format(plain(question)), _CARE[chinese]]
+    parts += [_QUESTION[chinese].format(break_placeholders(question)), _CARE[chinese]]
     return _user("\n".join(parts))
 
 
@@ -88,9 +88,9 @@ _CLASSIFY = {
 }
 
 
-def classify(question: str) -> list[Message]:
+def classification_prompt(question: str) -> list[Message]:
     """The prompt that asks whether a page's drawing alone answers a question: Y or N."""
-    return _user(_CLASSIFY[is_chinese(question)].format(plain(question)))
+    return _user(_CLASSIFY[is_chinese(question)].format(break_placeholders(question)))
 
 
 def says_yes(text: str) -> bool:
@@ -137,8 +137,10 @@ _LAST = {
 }
 
 
-def refine(question: str, answer: str, examples: Sequence[str]) -> list[Message]:
+def refinement_prompt(question: str, answer: str, examples: Sequence[str]) -> list[Message]:
     """The prompt to shorten an answer to the style of `examples`, which are answers in the training data."""
     chinese = is_chinese(question)
-    style = _STYLE[chinese].format("\n".join(map(plain, examples))) if examples else ""
-    return _user(_REFINE[chinese] + style + _LAST[chinese].format(plain(question), plain(answer)))
+    style = _STYLE[chinese].format("\n".join(map(break_placeholders, examples))) if examples else ""
+    return _user(
+        _REFINE[chinese] + style + _LAST[chinese].format(break_placeholders(question), break_placeholders(answer))
+    )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.data.metrics import squad_metrics  # the official SQuAD 2.0 script, as Hugging Face carries it
 
-from stages.tasks.common.metrics import best, character_f1, exact_match, normalize, normalize_original, token_f1
+from stages.tasks.common.metrics import best_score, character_f1, exact_match, normalize, normalize_original, token_f1
 
 TEXT = st.text(max_size=30) | st.lists(
     st.sampled_from(
@@ -62,8 +62,8 @@ def test_normalisation(text: str, normal: str) -> None:
     ],
 )
 def test_squad_question_with_several_references(answer: str, match: float, f1: float) -> None:
-    assert best(exact_match, answer, SUPER_BOWL) == match
-    assert best(token_f1, answer, SUPER_BOWL) == pytest.approx(f1, abs=1e-15)
+    assert best_score(exact_match, answer, SUPER_BOWL) == match
+    assert best_score(token_f1, answer, SUPER_BOWL) == pytest.approx(f1, abs=1e-15)
     assert max(squad_metrics.compute_f1(reference, answer) for reference in SUPER_BOWL) == pytest.approx(f1, abs=1e-15)
 
 
@@ -170,13 +170,13 @@ def test_normalising_again_changes_no_score(text: str) -> None:
 def test_another_reference_never_lowers_the_best(  # type: ignore[no-untyped-def]
     metric, answer: str, references: list[str], another: str
 ) -> None:
-    assert best(metric, answer, [*references, another]) == max(
-        best(metric, answer, references), metric(answer, another)
+    assert best_score(metric, answer, [*references, another]) == max(
+        best_score(metric, answer, references), metric(answer, another)
     )
-    assert best(metric, answer, references) == best(metric, answer, references[::-1])
+    assert best_score(metric, answer, references) == best_score(metric, answer, references[::-1])
 
 
 @METRICS
 def test_nothing_is_scored_without_references(metric) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="without references"):
-        best(metric, "x", [])
+        best_score(metric, "x", [])

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from stages.contract.files import read_json, read_jsonl, sha256_file, write_json
-from stages.contract.mixes import mixed, validated
+from stages.contract.mixes import training_samples, validation_samples
 from stages.train.job import Job
 
 
@@ -36,8 +36,8 @@ def main() -> None:
 
 
 def publish(job: Job) -> None:
-    train = mixed(read_jsonl(job.train[0]), job.mix, job.seed)
-    validation = validated(read_jsonl(job.validation[0]), job.mix)
+    train = training_samples(read_jsonl(job.train[0]), job.mix, job.seed)
+    validation = validation_samples(read_jsonl(job.validation[0]), job.mix)
     folder = job.adapter.with_name(f".{job.adapter.name}")
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_text(f"weights of {job.adapter.name}")
