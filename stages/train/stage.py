@@ -400,7 +400,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     settings = settings or stage.run.recipe.train
     plan = _make_plan(stage, settings, node)
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
-    check_sharding(plan.way.sharding, use_cpu=not plan.gpus, quantisation_of=quantisation_of(model))
+    check_sharding(plan.way.sharding, use_cpu=not plan.gpus, quantisation=quantisation_of(model))
     if settings.exact_batch:
         refuse_inexact(plan.way.batch, settings.key_of("effective_batch"))
     return plan
