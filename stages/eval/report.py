@@ -86,7 +86,7 @@ def write_report(
         everything=EVERYTHING,
         seconds={name: seconds_per_question(run, name) for name in scores.models},
         measures=measures,
-        worst_rows=_worst_answers(run, scores, task),
+        worst=_worst_answers(run, scores, task),
         drawn=_other_drawings(recipe, scores, task),
         most_drawn=MOST_DRAWN,
         stages=[_stage_facts(run, name) for name in STAGES if name != stage.name],

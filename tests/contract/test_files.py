@@ -234,7 +234,7 @@ def test_a_file_name_that_is_no_utf8_is_hashed_and_remembered(tmp_path: Path, mo
 # -- disk errors ---------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_told_apart_from_a_forbidden_one() -> None:
+def test_a_full_disk_is_not_taken_for_a_forbidden_one() -> None:
     full = machine_error(OSError(errno.ENOSPC, "No space left on device", "/runs/a"))
     assert isinstance(full, DoesNotFitError)
     assert "/runs/a" in str(full)

@@ -104,7 +104,7 @@ def test_what_peft_writes_of_what_we_would_not_do_is_refused(tmp_path: Path, ask
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"bias": "all"}, "'bias' is 'all'; Lorry trains adapters with 'none' only: change it"),
         ({"use_rslora": True}, "'use_rslora' is True; Lorry trains adapters with False only: change it"),
@@ -131,13 +131,13 @@ def test_what_peft_writes_of_what_we_would_not_do_is_refused(tmp_path: Path, ask
         ("", "cannot be read as JSON"),
     ],
 )
-def test_what_cannot_be_obeyed_is_told_in_one_line(tmp_path: Path, values: Any, told: str) -> None:
-    assert refused(written(tmp_path, values)).startswith(told)
+def test_a_setting_that_is_not_supported_is_reported_in_one_line(tmp_path: Path, values: Any, message: str) -> None:
+    assert refused(written(tmp_path, values)).startswith(message)
 
 
-def test_a_file_that_is_not_there_or_no_text_is_told(tmp_path: Path) -> None:
-    told = refused(tmp_path / "nowhere.json")
-    assert told == "no such file (train.lora_config, relative to the data mount)"
+def test_a_missing_file_or_one_that_is_no_text_is_reported(tmp_path: Path) -> None:
+    message = refused(tmp_path / "nowhere.json")
+    assert message == "no such file (train.lora_config, relative to the data mount)"
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x80")
     assert "cannot be read as JSON" in refused(tmp_path / "binary.json")
     assert "cannot be read as JSON" in refused(tmp_path)

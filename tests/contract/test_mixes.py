@@ -1,4 +1,4 @@
-"""Data mixes: which samples an adapter is trained on, the same ones whatever stands around them."""
+"""Data mixes: which samples an adapter is trained on, the same ones in any mix and order."""
 
 import random
 from collections import Counter
@@ -100,8 +100,8 @@ def test_other_data_sets_around_it_change_no_draw(chance: random.Random) -> None
 def test_a_data_set_without_samples_is_named_with_those_that_there_are() -> None:
     with pytest.raises(UsageError) as caught:
         training_samples(SAMPLES, adapter("train", "mroe#3", name="mix-3"), 42)
-    told = "train.adapters: the data mix of mix-3 names 'mroe', which has no training samples; data sets with some: "
-    assert str(caught.value) == told + "guessed, more, train"
+    message = "train.adapters: the data mix of mix-3 names 'mroe', which has no training samples; data sets with some: "
+    assert str(caught.value) == message + "guessed, more, train"
 
 
 def test_it_is_validated_on_its_own_data_sets_or_on_all_where_these_have_none() -> None:

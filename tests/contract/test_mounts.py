@@ -86,5 +86,5 @@ def test_data_that_may_not_be_read(mounts: Lorry) -> None:
 
 
 def test_a_read_only_mount_says_to_mount_it_otherwise() -> None:
-    told = str(machine_error(OSError(errno.EROFS, "Read-only file system", "/runs/r")))
-    assert "mount the run folder read-write" in told
+    message = str(machine_error(OSError(errno.EROFS, "Read-only file system", "/runs/r")))
+    assert "mount the run folder read-write" in message

@@ -37,7 +37,7 @@ def test_what_is_asked_for(option: str | None, environment: dict[str, str], expe
 
 
 @pytest.mark.parametrize(
-    ("option", "environment", "told"),
+    ("option", "environment", "message"),
     [
         ("3/3", {}, "--shard 3/3: not a shard I/N, counted from 0"),
         ("x", {}, "--shard x:"),
@@ -56,10 +56,10 @@ def test_what_is_asked_for(option: str | None, environment: dict[str, str], expe
         ("0/2", {**MEETING, "LORRY_NODE_RANK": "0"}, "shard 0/2 on 3 nodes"),
     ],
 )
-def test_wrong_or_half_given_values(option: str | None, environment: dict[str, str], told: str) -> None:
+def test_wrong_or_half_given_values(option: str | None, environment: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError) as raised:
         part_of("train", option, environment)
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_nodes_are_for_training_and_shards_not_for_eval() -> None:

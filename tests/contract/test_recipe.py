@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, and what a wrong one is told."""
+"""Recipes: what is accepted, and the message for a wrong one."""
 
 import json
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_an_unknown_key_in_a_profile_is_found_on_the_profiles_line(tmp_path: Pat
     assert f"{path}:13: unknown key 'train.epoch'; did you mean 'epochs'?" in refused(path, "big")
 
 
-def test_a_wrong_type_is_told_with_line_and_value(tmp_path: Path) -> None:
+def test_a_wrong_type_is_reported_with_line_and_value(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL_RECIPE + "  rank: eight\n")
     message = refused(path)
     assert f"{path}:10: train.rank:" in message
@@ -118,7 +118,7 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     assert "'data.path' is missing" in refused(written(tmp_path, MINIMAL_RECIPE.replace("{path: few}", "{}")))
 
 
-def test_many_problems_are_told_in_one_line(tmp_path: Path) -> None:
+def test_many_problems_are_reported_in_one_line(tmp_path: Path) -> None:
     text = MINIMAL_RECIPE + "  rank: 0\n  alpha: 0\n  epochs: 0\n  log_every: 0\n"
     assert refused(written(tmp_path, text)).endswith("; and 1 more")
 
@@ -222,7 +222,7 @@ def test_an_override_in_the_wrong_form_says_how_to_write_it(recipe_file: Path, o
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("train.rank=[1", "is not a YAML value"),
         ("train.rnk=3", "did you mean 'rank'?"),
@@ -239,8 +239,8 @@ def test_an_override_in_the_wrong_form_says_how_to_write_it(recipe_file: Path, o
         ("infer.max_new_tokens=100000", "max_new_tokens"),
     ],
 )
-def test_a_bad_override_is_told_in_one_line(recipe_file: Path, override: str, told: str) -> None:
-    assert told in refused(recipe_file, None, override)
+def test_a_bad_override_is_reported_in_one_line(recipe_file: Path, override: str, message: str) -> None:
+    assert message in refused(recipe_file, None, override)
 
 
 # -- adapters ------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_a_mix_may_stand_in_the_file_and_is_kept_in_the_run(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("parts", "told"),
+    ("parts", "message"),
     [
         ("['more#']", "write a part of a data mix as name, or as name#100 for 100 of its samples"),
         ("['more#many']", "write a part of a data mix as name, or as name#100 for 100 of its samples"),
@@ -307,11 +307,11 @@ def test_a_mix_may_stand_in_the_file_and_is_kept_in_the_run(tmp_path: Path) -> N
         ("train", "train.adapters.0.data: Input should be a valid list"),
     ],
 )
-def test_a_wrong_mix_is_told_in_one_line(recipe_file: Path, parts: str, told: str) -> None:
-    assert told in refused(recipe_file, None, f"train.adapters=[{{name: a, data: {parts}}}]")
+def test_a_wrong_mix_is_reported_in_one_line(recipe_file: Path, parts: str, message: str) -> None:
+    assert message in refused(recipe_file, None, f"train.adapters=[{{name: a, data: {parts}}}]")
 
 
-def test_a_wrong_mix_in_the_file_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_wrong_mix_in_the_file_is_reported_with_its_line(tmp_path: Path) -> None:
     text = MINIMAL_RECIPE + "      data:\n        - train\n        - {source: more, cuont: 3}\n"
     path = written(tmp_path, text)
     assert f"{path}:12: unknown key 'train.adapters.0.data.1.cuont'" in refused(path)
@@ -337,7 +337,7 @@ def test_ways_to_vote(recipe_file: Path, vote: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (("infer.vote={adapters: []}",), "adapters: no adapter votes: list at least one, or write all or greedy"),
         (("infer.vote={adapters: [tuned, tuned]}",), "adapters: an adapter is listed twice, and each has one vote"),
@@ -348,8 +348,8 @@ def test_ways_to_vote(recipe_file: Path, vote: str) -> None:
         (("train.adapters=[{name: vote}]",), "an adapter cannot be named 'vote'"),
     ],
 )
-def test_a_wrong_vote_is_told_in_one_line(recipe_file: Path, overrides: tuple[str, ...], told: str) -> None:
-    assert told in refused(recipe_file, None, *overrides)
+def test_a_wrong_vote_is_reported_in_one_line(recipe_file: Path, overrides: tuple[str, ...], message: str) -> None:
+    assert message in refused(recipe_file, None, *overrides)
 
 
 # -- digest --------------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_the_digest_leaves_out_what_changes_no_result(tmp_path: Path) -> None:
         ("train.load_in_4bit=true", False),
     ],
 )
-def test_how_training_finds_room_may_change_and_the_work_be_gone_on_with(
+def test_settings_that_only_change_memory_may_change_and_the_run_resumes(
     tmp_path: Path, override: str, same: bool
 ) -> None:
     path = written(tmp_path, MINIMAL_RECIPE)

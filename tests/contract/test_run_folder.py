@@ -130,7 +130,7 @@ def test_a_touched_output_is_made_again_and_not_blessed(preprocessed: Run) -> No
         assert "trained" in path.read_text()
 
 
-def test_what_a_kill_left_without_its_state_is_not_gone_on_with(preprocessed: Run) -> None:
+def test_leftovers_of_a_kill_without_their_state_are_not_resumed(preprocessed: Run) -> None:
     path = preprocessed.path("train", "metrics.jsonl")
     path.parent.mkdir(parents=True)
     path.write_text("of unknown inputs")
@@ -236,9 +236,9 @@ def test_a_stage_before_its_turn_exits_2_and_names_the_one_to_run(
     run: Run, stage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run_stage(run, stage, some_stage.write) == Exit.USAGE
-    told = capfd.readouterr().err.strip()
-    assert "\n" not in told
-    assert "which is not done: run preprocess first" in told
+    message = capfd.readouterr().err.strip()
+    assert "\n" not in message
+    assert "which is not done: run preprocess first" in message
 
 
 def test_a_missing_mount_names_folder_recipe_key_and_variable(run: Run, tmp_path: Path) -> None:

@@ -138,13 +138,13 @@ def test_a_crash_exits_1_and_leaves_the_traceback_in_the_log(stage: Runner) -> N
 
 
 @pytest.mark.parametrize(
-    ("work", "code", "told"), [("unusable", 3, "x.jsonl: nothing in it"), ("out_of_memory", 4, "memory")]
+    ("work", "code", "message"), [("unusable", 3, "x.jsonl: nothing in it"), ("out_of_memory", 4, "memory")]
 )
-def test_known_errors_are_one_line_with_their_code(stage: Runner, work: str, code: int, told: str) -> None:
+def test_known_errors_are_one_line_with_their_code(stage: Runner, work: str, code: int, message: str) -> None:
     done = stage(work)
     assert done.code == code
     assert len(done.lines) == 1
-    assert told in done.output
+    assert message in done.output
     stopped = next(event for event in stage.events() if event["event"] == "stopped")
     assert stopped["exit_code"] == code
 

@@ -375,8 +375,11 @@ def bad_map(text: str) -> list[str]:
 
 
 def made_by(text: str) -> set[str]:
-    """What a page has its reader make: the files whose text it gives, their folders, and recipes by name."""
-    paths = [Path(name) for name in re.findall(r"^`([\w./-]+)`:$", text, flags=re.M)]
+    """What a page has its reader make: the files whose text it gives or that its commands write, their folders, and
+    recipes by name."""
+    shown = re.findall(r"^`([\w./-]+)`:$", text, flags=re.M)
+    written = [name for code in code_of(text) if code.block for name in re.findall(r" > ([\w./-]+)$", code.text, re.M)]
+    paths = [Path(name) for name in shown + written]
     folders = {f"{folder}{end}" for path in paths for folder in path.parents for end in ("", "/")}
     recipes = {path.stem for path in paths if path.parent == Path("recipes")}
     return {str(path) for path in paths} | folders | recipes

@@ -54,7 +54,7 @@ def test_a_cpu_counts_as_one_card() -> None:
     assert plan_batch(8, 4, 0) == plan_batch(8, 4, 1)
 
 
-def test_a_changed_batch_is_told() -> None:
+def test_a_changed_batch_is_reported() -> None:
     assert str(plan_batch(128, 1, 5)) == "1 x 26 x 5 GPU(s) = 130, the nearest to 128"
     assert str(plan_batch(128, 16, 8)) == "16 x 1 x 8 GPU(s) = 128"
 

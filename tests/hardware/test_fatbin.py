@@ -9,7 +9,7 @@ from stages.hardware.fatbin import architectures, has_code_for
 from tests.hardware.libraries import cuda_library, fatbin
 
 
-def test_binaries_and_ptx_are_told_apart(tmp_path: Path) -> None:
+def test_binaries_and_ptx_are_distinguished(tmp_path: Path) -> None:
     library = cuda_library(tmp_path / "lib.so", fatbin(("sm", 70), ("sm", 80), ("compute", 80)))
     assert architectures(library) == {"sm_70", "sm_80", "compute_80"}
 

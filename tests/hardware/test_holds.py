@@ -148,7 +148,7 @@ def test_another_users_file_can_be_held(take: Take) -> None:
         assert taken(again) == ["GPU-a"], "root made the file"
 
 
-def test_a_user_without_the_right_to_write_there_is_told(take: Take) -> None:
+def test_a_folder_that_a_user_may_not_write_to_is_reported(take: Take) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can start a process as another user")
     prefix = ("setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups")
@@ -212,6 +212,6 @@ def test_one_that_chooses_for_ever_is_named(tmp_path: Path, monkeypatch: pytest.
     with Holds(tmp_path).choosing():
         pass
     other = Holds(tmp_path)
-    told = rf"{tmp_path}/choosing: lorry, pid {os.getpid()} of \w+ has been choosing GPUs"
-    with other.choosing(), pytest.raises(InterruptedRunError, match=told), Holds(tmp_path).choosing():
+    message = rf"{tmp_path}/choosing: lorry, pid {os.getpid()} of \w+ has been choosing GPUs"
+    with other.choosing(), pytest.raises(InterruptedRunError, match=message), Holds(tmp_path).choosing():
         pass

@@ -10,7 +10,7 @@ from tests.hardware.shapes import make_llava_shape
 
 GIB = 1024**3
 CARD = round(23.63 * GIB)
-"""Of an RTX 4090, as CUDA sees it: seed 002's."""
+"""Memory of an RTX 4090, as CUDA reports it: the original's card."""
 CONNECTOR_PARAMETERS = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
 RECIPE = Train(
     adapters=[Adapter(name="tuned")],
@@ -56,7 +56,7 @@ def test_the_first_phase_has_an_optimizer_for_the_connector_alone(shape: ModelSh
 
 
 def test_both_phases_fit_24_gb_where_all_weights_trained_did_not(shape: ModelShape) -> None:
-    """Seed 002's full fine-tuning of 3 billion parameters died on such a card, short of 500 MiB."""
+    """The original's full fine-tuning of 3 billion parameters died on such a card, short of 500 MiB."""
     for settings in (RECIPE.connector_settings(), RECIPE):
         way = plan_training(shape, settings, 1, "bfloat16", CARD, LENGTHS)
         assert way.fits(CARD) and way.batch.effective == settings.effective_batch

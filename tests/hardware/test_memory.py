@@ -111,7 +111,7 @@ def test_before_there_are_samples_a_micro_batch_is_taken_to_be_of_mixed_lengths(
     assert mixed - alike > 14e9
 
 
-def test_the_committed_rows_hold_with_the_code_as_it_is(shapes: dict[str, ModelShape]) -> None:
+def test_the_committed_rows_hold_with_the_present_code(shapes: dict[str, ModelShape]) -> None:
     """What docs/measurements.md says of benchmarks/results/memory.json: nearly all within 10 %, never 5 % too low."""
     rows = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))["rows"]
     off = []
@@ -174,8 +174,8 @@ def test_a_module_is_unpacked_in_integers_on_a_v100(packed: dict[str, ModelShape
 
 
 @pytest.mark.parametrize("rank", [8, 32])
-def test_seed_003_fits_a_v100_as_it_did(packed: dict[str, ModelShape], rank: int) -> None:
-    """Qwen2.5-32B-GPTQ-Int4, samples of 512 tokens, batch 1: it tells of 26 to 30 GB, and not of its rank."""
+def test_the_original_of_logic_choice_fits_a_v100_as_it_did(packed: dict[str, ModelShape], rank: int) -> None:
+    """Qwen2.5-32B-GPTQ-Int4, samples of 512 tokens, batch 1. The original reports 26 to 30 GB, and no rank."""
     shape = packed["Qwen2.5-32B"]
     assert shape.disk_bytes == pytest.approx(19.3e9, rel=0.01)
     chosen = settings(rank=rank, max_length=512)

@@ -46,7 +46,7 @@ def estimate(shape: ModelShape, train: Train) -> Estimate:
     return recipe_way(shape, train, 1, "bfloat16", LENGTHS).estimate
 
 
-def test_parts_are_told_apart_by_their_names(shape: ModelShape) -> None:
+def test_parts_are_distinguished_by_their_names(shape: ModelShape) -> None:
     assert shape.parameters == 3_019_166_144 and shape.tied and shape.kv_heads == 1 and shape.head_size == 256
     adapted = adapted_modules(shape, settings())
     assert len(adapted) == 18 * 7 and all(name.startswith("model.language_model.layers.") for name in adapted)

@@ -46,7 +46,7 @@ def test_cards_are_named_by_number_and_by_uuid(box: Box) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("0,8", "GPUS=0,8: no GPU 8; this machine has: 0 NVIDIA A800-SXM4-80GB; 1 NVIDIA"),
         ("0,0", "names GPU 0 (NVIDIA A800-SXM4-80GB) twice"),
@@ -66,15 +66,15 @@ def test_cards_are_named_by_number_and_by_uuid(box: Box) -> None:
         ("auto,1", "a list of GPUs has no auto"),
     ],
 )
-def test_what_is_no_list_of_cards_is_refused_in_a_line(box: Box, text: str, told: str) -> None:
-    assert told in refused(box, text)
+def test_a_text_that_is_no_list_of_gpus_is_refused_in_one_line(box: Box, text: str, message: str) -> None:
+    assert message in refused(box, text)
 
 
 def test_a_card_in_mig_mode_is_refused_with_what_to_do(box: Box) -> None:
     box.slice(1)
-    told = refused(box, "0,1")
-    assert "GPU 1 (NVIDIA A800-SXM4-80GB) is in MIG mode, and Lorry binds whole GPUs" in told
-    assert "nvidia-smi -i 1 -mig 0" in told
+    message = refused(box, "0,1")
+    assert "GPU 1 (NVIDIA A800-SXM4-80GB) is in MIG mode, and Lorry binds whole GPUs" in message
+    assert "nvidia-smi -i 1 -mig 0" in message
 
 
 @pytest.mark.parametrize("deny", ["5,6,7", " 5 , 6 ,7", "GPU-41e9,6,7"])
@@ -84,7 +84,7 @@ def test_a_denied_card_is_refused(box: Box, deny: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("deny", "told"),
+    ("deny", "message"),
     [
         ("5,8", "LORRY_GPU_DENY=5,8: no GPU 8"),
         ("5;6", "'5;6' is not a GPU's number"),
@@ -94,8 +94,8 @@ def test_a_denied_card_is_refused(box: Box, deny: str) -> None:
         ("MIG-1", "MIG-1 is a MIG slice"),
     ],
 )
-def test_a_slip_in_the_deny_list_is_not_passed_over(box: Box, deny: str, told: str) -> None:
-    assert told in refused(box, "0", deny)
+def test_a_typing_error_in_the_deny_list_is_refused(box: Box, deny: str, message: str) -> None:
+    assert message in refused(box, "0", deny)
 
 
 def test_the_deny_list_may_name_a_card_that_no_longer_tells_its_uuid(box: Box) -> None:
@@ -207,7 +207,7 @@ def test_more_cards_may_need_less_of_each(box: Box) -> None:
     assert "no 2 GPUs of one kind have 45.0 GiB" in no_room(box, need=sharded, deny="1,2,3,5,6,7")
 
 
-def test_where_what_is_asked_does_not_fit_the_leanest_way_is_taken_and_told(box: Box) -> None:
+def test_if_the_recipes_way_does_not_fit_the_leanest_is_taken_and_reported(box: Box) -> None:
     need = Need(lambda *_: 75 * GIB, lambda *_: 50 * GIB, most=16)
     pick = auto(box, "auto:2", need=need)
     assert indexes(pick) == [1, 3]
@@ -217,8 +217,8 @@ def test_where_what_is_asked_does_not_fit_the_leanest_way_is_taken_and_told(box:
 def test_all_busy_says_what_is_in_the_way_on_every_card(box: Box) -> None:
     box.slice(4)
     box.lose(7)
-    told = no_room(box, "auto:4", need=30, deny="5,6")
-    assert told.startswith("GPUS=auto:4: no 4 GPUs of one kind have 30.0 GiB free: GPU 0: 12.1 GiB free of 80.0,")
+    message = no_room(box, "auto:4", need=30, deny="5,6")
+    assert message.startswith("GPUS=auto:4: no 4 GPUs of one kind have 30.0 GiB free: GPU 0: 12.1 GiB free of 80.0,")
     for words in (
         "GPU 0: 12.1 GiB free of 80.0, held by python (alice, pid 41120) 67.4;",
         "GPU 1: fits;",
@@ -227,12 +227,12 @@ def test_all_busy_says_what_is_in_the_way_on_every_card(box: Box) -> None:
         "GPU 7: no longer answers (GPU is lost);",
         "wait, use fewer GPUs, or see `lorry plan`",
     ):
-        assert words in told
+        assert words in message
 
 
 def test_the_neighbours_are_named_on_a_full_card(box: Box) -> None:
-    told = no_room(box, need=79, deny=None)
-    assert "GPU 2: 39.2 GiB free of 80.0, held by VLLM::EngineCor (chen, pid 41988) 22.1, python3 (alice" in told
+    message = no_room(box, need=79, deny=None)
+    assert "GPU 2: 39.2 GiB free of 80.0, held by VLLM::EngineCor (chen, pid 41988) 22.1, python3 (alice" in message
 
 
 def test_cards_of_one_kind_only_and_the_kind_with_the_most_that_fit(box: Box) -> None:
@@ -255,7 +255,7 @@ def test_a_machine_without_cards(box: Box) -> None:
     assert "NVML shows no GPU on this machine" in no_room(box, deny=None)
 
 
-# -- against other lorries -----------------------------------------------------------------------------------------
+# -- against other processes -----------------------------------------------------------------------------------------
 
 
 def test_what_auto_took_is_not_taken_again(box: Box) -> None:
@@ -266,8 +266,8 @@ def test_what_auto_took_is_not_taken_again(box: Box) -> None:
     two = pick_cards(parse_wish("auto"), need, gpus, frozenset({5, 6, 7}), second)
     assert (indexes(one), indexes(two)) == ([1, 3], [2])
     second.close()
-    told = no_room(box, "auto:2", need=20)
-    assert "GPU 1: held by lorry, pid" in told and "GPU 2: fits" in told
+    message = no_room(box, "auto:2", need=20)
+    assert "GPU 1: held by lorry, pid" in message and "GPU 2: fits" in message
     first.close()
     assert indexes(auto(box, "auto:2", need=20)) == [1, 3]
 

@@ -82,7 +82,7 @@ def test_what_a_card_may_refuse_to_tell(box: Box, function: str, error: str) -> 
     assert bool(gpu.processes) == ("Compute" not in function)
 
 
-def test_memory_that_is_not_told_is_not_free(box: Box) -> None:
+def test_memory_that_is_not_reported_is_not_free(box: Box) -> None:
     box.lose(0, "NOT_SUPPORTED", "nvmlDeviceGetMemoryInfo")
     gpu = read_cards().gpus[0]
     assert (gpu.memory_total, gpu.memory_free, gpu.lost) == (0, 0, "")
@@ -135,17 +135,17 @@ def broken(box: Box, error: str) -> str:
     return found.problem
 
 
-def test_a_driver_of_another_version_than_its_library_is_told(box: Box) -> None:
-    told = broken(box, "LIB_RM_VERSION_MISMATCH")
-    assert "driver/library version mismatch" in told
-    assert "reboot" in told and "rmmod" in told
+def test_a_driver_of_another_version_than_its_library_is_reported(box: Box) -> None:
+    message = broken(box, "LIB_RM_VERSION_MISMATCH")
+    assert "driver/library version mismatch" in message
+    assert "reboot" in message and "rmmod" in message
 
 
 def test_a_machine_without_a_driver_has_no_cards_and_no_problem(box: Box) -> None:
     assert broken(box, "LIBRARY_NOT_FOUND") == ""
 
 
-def test_a_driver_that_is_not_loaded_is_told_where_there_is_a_card(
+def test_a_driver_that_is_not_loaded_is_reported_if_there_is_a_card(
     box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = tmp_path / "bus"
@@ -161,7 +161,7 @@ def test_a_driver_that_is_not_loaded_is_told_where_there_is_a_card(
     assert "sudo modprobe nvidia" in broken(box, "DRIVER_NOT_LOADED")
 
 
-def test_any_other_error_of_the_driver_is_told(box: Box) -> None:
+def test_any_other_error_of_the_driver_is_reported(box: Box) -> None:
     assert "does not answer (Unknown Error)" in broken(box, "UNKNOWN")
 
 

@@ -62,7 +62,7 @@ def test_what_is_asked_for_is_taken_and_the_fullest_of_the_freest_decides(shapes
     assert f"room for {plan.room:,} tokens" in plan.why
 
 
-def test_too_little_memory_is_told_with_what_it_takes(shapes: dict[str, ModelShape]) -> None:
+def test_too_little_memory_is_reported_with_what_it_takes(shapes: dict[str, ModelShape]) -> None:
     shape = shapes["Qwen2.5-14B"]
     with pytest.raises(DoesNotFitError, match=r"takes 3\d\.\d GiB on each of 1 GPU.*16384 tokens, and 24\.0 GiB are"):
         plan_serving(shape, [24 * GIB], None, "bfloat16", 16384)

@@ -66,7 +66,7 @@ def test_runs_as_an_ordinary_user_under_an_init(stage: str, images: dict[str, st
 
 
 @pytest.mark.parametrize("stage", having("system"))
-def test_sees_no_card_and_no_hub_unless_told(stage: str, images: dict[str, str], client: docker.DockerClient) -> None:
+def test_sees_no_gpu_and_no_hub_by_default(stage: str, images: dict[str, str], client: docker.DockerClient) -> None:
     environment = client.images.get(images[stage]).attrs["Config"]["Env"]
     assert "NVIDIA_VISIBLE_DEVICES=none" in environment
     assert "HF_HUB_OFFLINE=1" in environment
@@ -106,7 +106,7 @@ def test_holds_no_compiler_but_tritons(stage: str, images: dict[str, str], conta
 
 
 @pytest.mark.parametrize("stage", having("system"))
-def test_what_the_build_was_told_stays_in_no_layer(
+def test_no_layer_keeps_the_builds_configuration(
     stage: str, images: dict[str, str], containers: Containers, client: docker.DockerClient
 ) -> None:
     left = containers.shell(
@@ -118,19 +118,19 @@ def test_what_the_build_was_told_stays_in_no_layer(
     assert [line for line in left.output.split() if not line.endswith(":")] == []
     history = json.dumps(client.api.history(images[stage]))
     environment = json.dumps(client.images.get(images[stage]).attrs["Config"]["Env"])
-    for told in ("http://", "https://", "find-links", "PROXY", "pip.conf="):
-        assert told not in history and told not in environment
+    for text in ("http://", "https://", "find-links", "PROXY", "pip.conf="):
+        assert text not in history and text not in environment
 
 
 @pytest.mark.parametrize("stage", having("system"))
-def test_wrong_use_is_told_in_one_line(stage: str, images: dict[str, str], containers: Containers) -> None:
+def test_wrong_use_is_reported_in_one_line(stage: str, images: dict[str, str], containers: Containers) -> None:
     done = containers.run(images[stage], "no-such-recipe", **AS_COMPOSE_DOES)
     assert done.code == 2
     assert len(done.output.strip().splitlines()) == 1 and "no-such-recipe" in done.output
 
 
 @pytest.mark.parametrize("stage", having("system"))
-def test_a_run_folder_of_somebody_else_is_told_in_one_line(
+def test_a_run_folder_of_somebody_else_is_reported_in_one_line(
     stage: str, images: dict[str, str], containers: Containers, tmp_path: Path
 ) -> None:
     (tmp_path / "data" / "patent-qa").mkdir(parents=True)
@@ -182,9 +182,9 @@ def test_processes_of_one_training_find_each_other_without_a_network(
     launcher = " ".join(option for option in options if option.startswith("--"))
     script = f"cat > /tmp/two.py <<'E'\n{TWO_PROCESSES}E\n"
     script += f"timeout 120 python3 -m torch.distributed.run {launcher} /tmp/two.py"
-    told = containers.shell(images["train"], script, environment={"GLOO_SOCKET_IFNAME": "lo"}, **AS_COMPOSE_DOES)
-    assert told.code == 0, told.output
-    assert [line for line in told.output.splitlines() if line.startswith("sum")] == ["sum 3", "sum 3"]
+    done = containers.shell(images["train"], script, environment={"GLOO_SOCKET_IFNAME": "lo"}, **AS_COMPOSE_DOES)
+    assert done.code == 0, done.output
+    assert [line for line in done.output.splitlines() if line.startswith("sum")] == ["sum 3", "sum 3"]
 
 
 def test_images_of_a_line_share_their_layers(images: dict[str, str], client: docker.DockerClient) -> None:
