@@ -62,7 +62,7 @@ def test_what_is_faster_by_a_little_is_not_worth_it(search: Any) -> None:
 
 def test_the_first_attempt_may_be_slow(search: Any) -> None:
     machine = Machine(lambda size: 100.0 if len(machine.tried) == 1 else 1.0)
-    assert search(machine, most=4) == (4, "the most there is any use for, or to ask")
+    assert search(machine, most=4) == (4, "larger than 4 is not tried")
 
 
 def test_the_search_stops_where_memory_runs_out(search: Any) -> None:
@@ -178,5 +178,5 @@ def test_a_real_search_ends_and_the_engine_answers_on(model: Path, prompts: list
 
 def test_without_a_prompt_there_is_nothing_to_try(model: Path) -> None:
     engine = new_engine(model, size=None)
-    assert engine.find_batch_size([]) == (1, "there is no prompt to try")
+    assert engine.find_batch_size([]) == (1, "no prompt to try")
     assert engine.batch_size == 1
