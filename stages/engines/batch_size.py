@@ -1,4 +1,4 @@
-"""How many sequences an engine that computes in padded batches should decode together: found by trying."""
+"""The number of sequences to decode together, for an engine that computes in padded batches: found by trial."""
 
 import gc
 import resource
@@ -9,25 +9,26 @@ import psutil
 import torch
 
 MOST = 256
-"""Beyond it a batch gains nothing on any card that we measured."""
+"""Sequences; a larger batch was not faster on any card that we measured."""
 
 WORTH = 1.1
-"""A batch twice as large is taken where it is faster by at least this factor; a kill costs a batch, too."""
+"""A batch twice as large is used if it is faster by at least this factor: a kill loses what is in a batch."""
 
 SHARE = 0.7
-"""Of the memory that is free before: what a batch may take. The longest prompts are tried, but with short answers."""
+"""Share of the free memory that a batch may take. Trials have the longest prompts, but short answers."""
 
 
 def best_batch_size(attempt: Callable[[int], None], most: int = MOST) -> tuple[int, str]:
-    """The batch size, and why it is that. `attempt` decodes so many of the longest prompts.
+    """The batch size and the reason for it. `attempt(n)` decodes the n longest prompts together.
 
-    Sizes are doubled as long as sequences are decoded faster; one for which memory does not suffice is too large.
+    Sizes double, up to `most`, as long as more sequences are decoded in a second. A size that runs out of memory is too
+    large.
     """
-    attempt(1)  # kernels are loaded and compiled by the first
+    attempt(1)  # the first one loads and compiles kernels
     best, speed, why = 1, 0.0, "larger ones were not faster"
     size, free, before = 1, _free_memory(), psutil.Process().memory_info().rss
     while size <= most:
-        _forget()
+        _free_caches()
         began = time.perf_counter()
         try:
             attempt(size)
@@ -38,17 +39,17 @@ def best_batch_size(attempt: Callable[[int], None], most: int = MOST) -> tuple[i
         if now < WORTH * speed:
             break
         best, speed = size, now
-        if 2 * _most_taken(before) > SHARE * free:
+        if 2 * _peak_memory(before) > SHARE * free:
             why = f"{2 * size} would take more than {SHARE:.0%} of the free memory"
             break
         size *= 2
     else:
-        why = "the most there is any use for, or to ask"
-    _forget()
+        why = f"larger than {most} is not tried"
+    _free_caches()
     return best, why
 
 
-def _forget() -> None:
+def _free_caches() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -56,15 +57,16 @@ def _forget() -> None:
 
 
 def _free_memory() -> int:
+    """Bytes on the GPU, or of the machine where there is none."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return int(psutil.virtual_memory().available)
 
 
-def _most_taken(before: int) -> int:
-    """Bytes that the last attempt took at most beside the weights, on a card; on a CPU that any has taken since this
-    process had `before`."""
+def _peak_memory(before: int) -> int:
+    """The peak of the last attempt beside the weights, in bytes. On a CPU the peak of all attempts, above the bytes
+    that the process had `before`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

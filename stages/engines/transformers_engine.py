@@ -1,6 +1,6 @@
-"""The engine of last resort: transformers, padded batches, on whatever torch runs on.
+"""The transformers engine: padded batches on any device that torch supports.
 
-For cards where vLLM has no kernels, and for small jobs, which are done before vLLM has started.
+For cards without vLLM kernels, and for small jobs that end before vLLM has started.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from transformers import (
     LogitsProcessorList,
 )
 
-import stages.models.mgm  # noqa: F401 - makes it known to transformers
+import stages.models.mgm  # noqa: F401 - registers it with transformers
 from stages.engines.batch_size import best_batch_size
 from stages.engines.engine import Completion, Done, EngineSettings
 from stages.models import gptq
@@ -30,11 +30,11 @@ from stages.models.pictures import PictureRules, rules_of
 from stages.models.rendering import Prompt, load_tokenizer
 
 TRIED_TOKENS = 16
-"""Tokens of an answer while the batch size is being found: most of the time and memory goes into the prompts."""
+"""Tokens of a completion in trials of batch sizes: prompts take most of the time and memory."""
 
 
 class TransformersEngine:
-    """All adapters on one base; each batch switches in place to the one it asks for."""
+    """All adapters on one base; each batch switches to its adapter in place."""
 
     continuous = False
 
@@ -45,11 +45,11 @@ class TransformersEngine:
         self._tokenizer = load_tokenizer(settings.model)
         config = AutoConfig.from_pretrained(settings.model, local_files_only=True)
         kind: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        # over several cards layer by layer: one after the other computes, but what fits none of them fits all together
+        # over several GPUs layer by layer: they compute one after the other, but hold a model too large for one of them
         spread = torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
-        # MGM's two towers meet in its connectors and must stand on one card; with 3 billion parameters it fits any
+        # MGM's two towers meet in its connectors and must be on one GPU; its 3 billion parameters fit any
         spread = spread and config.model_type != "mgm"
-        quantised = gptq.is_gptq(settings.model)  # its kernel is chosen by where its weights are put
+        quantised = gptq.is_gptq(settings.model)  # where its weights are loaded decides its kernel
         with gptq.patch_gptq_kernels(settings.model, on_card=self._device == "cuda", training=False):
             model: Any = kind.from_pretrained(
                 settings.model,
@@ -65,7 +65,7 @@ class TransformersEngine:
         self._picture_token: int = getattr(config, "image_token_id", -1)
         self._processor: Any = None
         self._end_tokens = _end_tokens(model, self._tokenizer)
-        model.generation_config = GenerationConfig()  # the folder's own would fill in what we do not say: penalties
+        model.generation_config = GenerationConfig()  # the folder's own would add penalties
         self._model = (model if spread else model.to(self._device)).eval()
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
@@ -81,7 +81,7 @@ class TransformersEngine:
         return [found[i] for i in range(len(prompts))]
 
     def _batches(self, prompts: list[Prompt]) -> Iterator[list[int]]:
-        """Places of prompts that are computed together: those that may write as much, the longest first."""
+        """Places of the prompts of each batch: prompts with the same limit share batches, the longest first."""
         order = sorted(range(len(prompts)), key=lambda i: (-self._limit(prompts[i]), -prompts[i].length, i))
         while order:
             limit = self._limit(prompts[order[0]])
@@ -93,11 +93,11 @@ class TransformersEngine:
         return prompt.max_new_tokens or self._settings.max_new_tokens
 
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
-        """Decode these prompts in ever larger batches, with answers cut short; an adapter answers, where there is one:
-        that takes more than the base alone."""
-        if not prompts:  # each is too long to be asked
+        """Decode these prompts in ever larger batches, with short completions. If there are adapters, one of them
+        answers, because it takes more memory than the base alone."""
+        if not prompts:  # all are too long to be asked
             self.batch_size = 1
-            return 1, "there is no prompt to try"
+            return 1, "no prompt to try"
         tried = [replace(prompt, max_new_tokens=min(TRIED_TOKENS, self._limit(prompt))) for prompt in prompts]
         adapter = next(iter(self._settings.adapters), None)
 
@@ -108,26 +108,26 @@ class TransformersEngine:
         return self.batch_size, why
 
     def _batch_or_halves(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
-        """A batch; where the card's memory does not suffice for it, its halves."""
+        """The completions of a batch, computed in halves if it runs out of memory."""
         try:
             return self._batch(prompts, adapter)
         except torch.OutOfMemoryError:
             if len(prompts) == 1:
                 raise
-        torch.cuda.empty_cache()  # not while the error is handled: its traceback holds on to what the batch took
+        torch.cuda.empty_cache()  # not in the handler: the error's traceback holds the batch's memory
         half = len(prompts) // 2
-        print(f"out of memory with {len(prompts)} sequences: going on with {half} and {len(prompts) - half}")
+        print(f"out of memory with {len(prompts)} sequences: retrying with {half} and {len(prompts) - half}")
         return [c for part in (prompts[:half], prompts[half:]) for c in self._batch_or_halves(part, adapter)]
 
     def _batch(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
         pictures = self._pictures(prompts)
-        rows = [self._expanded(prompt) for prompt in prompts]
+        rows = [self._expand(prompt) for prompt in prompts]
         longest = max(map(len, rows))
         pad = self._end_tokens[0]
-        # left padding: a decoder writes on from the last position, which must be the prompt's own
+        # left padding: a decoder continues at the last position, which must be the prompt's own
         tokens = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self._device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._device)
-        if "image_grid_thw" in pictures:  # which tokens are a picture's: positions in two dimensions hang on it
+        if "image_grid_thw" in pictures:  # picture tokens have two-dimensional positions
             pictures["mm_token_type_ids"] = tokens.eq(self._picture_token).int()
         config = GenerationConfig(
             max_new_tokens=self._limit(prompts[0]),
@@ -135,7 +135,7 @@ class TransformersEngine:
             eos_token_id=self._end_tokens,
             pad_token_id=pad,
         )
-        with torch.inference_mode(), self._speaking_as(adapter):
+        with torch.inference_mode(), self._switched_to(adapter):
             output = self._model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -146,8 +146,8 @@ class TransformersEngine:
         return [self._completion(row[longest:].tolist()) for row in output]
 
     def _pictures(self, prompts: list[Prompt]) -> dict[str, Any]:
-        """The pictures of all prompts as the model reads them, with their grids of patches where it has such; nothing
-        where no prompt has any."""
+        """The model's inputs for the pictures of all prompts, with grids of patches if the model uses them; empty if no
+        prompt has a picture."""
         opened = [picture.load() for prompt in prompts for picture in prompt.pictures]
         if not opened:
             return {}
@@ -155,7 +155,7 @@ class TransformersEngine:
             from transformers import AutoImageProcessor
 
             self._processor = AutoImageProcessor.from_pretrained(self._settings.model, local_files_only=True)
-        # those of the Qwen2-VL family have their size already; a LLaVA's own processor makes them squares
+        # pictures for the Qwen2-VL family already have their size; LLaVA's own processor makes them square
         sized = {"do_resize": False} if isinstance(rules_of(self._settings.model), PictureRules) else {}
         found = self._processor(images=opened, return_tensors="pt", **sized)
         dtype = getattr(torch, self._settings.dtype)
@@ -164,13 +164,14 @@ class TransformersEngine:
             for name, value in found.items()
         }
 
-    def _expanded(self, prompt: Prompt) -> list[int]:
-        """The prompt's tokens with as many placeholders for each picture as it has tokens."""
+    def _expand(self, prompt: Prompt) -> list[int]:
+        """The prompt's tokens, each picture's placeholder repeated for every token of the picture."""
         if not prompt.pictures:
             return prompt.tokens
         return prompt.repeat_placeholders([picture.tokens for picture in prompt.pictures], self._picture_token)
 
-    def _speaking_as(self, adapter: str | None) -> Any:
+    def _switched_to(self, adapter: str | None) -> Any:
+        """A context in which the model answers as an adapter, or as the base."""
         if not isinstance(self._model, PeftModel):
             return nullcontext()
         if adapter is None:
@@ -183,9 +184,8 @@ class TransformersEngine:
         length = ends[0] if ends else len(tokens)
         text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
         if not ends:
-            text = text.rstrip(
-                "\ufffd"
-            )  # the limit may cut a character's bytes in two; vLLM leaves such a half out too
+            # the limit may cut a character's bytes in two; vLLM leaves out the half, too
+            text = text.rstrip("\ufffd")
         return Completion(text, length, "stop" if ends else "length")
 
     def close(self) -> None:
@@ -195,21 +195,21 @@ class TransformersEngine:
 
 
 class _Sampling(LogitsProcessor):  # type: ignore[misc]
-    """Draws the next token of the prompts that ask for it, each from random numbers of its own: what the same prompt
-    gives does not hang on its batch.
+    """Samples the next token of prompts with a temperature, each from random numbers of its own: a prompt's completion
+    does not depend on its batch.
 
     The largest of logit / temperature + Gumbel noise is a draw from the softmax (Maddison et al. 2014, 'A* sampling').
     """
 
     def __init__(self, prompts: list[Prompt]) -> None:
-        self._drawn = [
+        self._sampled = [
             (row, prompt.temperature, torch.Generator().manual_seed(prompt.seed))
             for row, prompt in enumerate(prompts)
             if prompt.temperature
         ]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        for row, temperature, generator in self._drawn:
+        for row, temperature, generator in self._sampled:
             uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
             noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
             scores[row] = scores[row].float() / temperature + noise.to(scores.device, torch.float32)
@@ -217,12 +217,13 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the generation config's, and the tokenizer's."""
+    """Tokens that end a completion: the tokenizer's and those of the generation config. Raises ValueError if none."""
     configured = model.generation_config.eos_token_id
     found = configured if isinstance(configured, list) else [configured]
     ends = [token for token in dict.fromkeys([tokenizer.eos_token_id, *found]) if token is not None]
     if not ends:
         raise ValueError(
-            f"the model in {model.name_or_path} names no end token: {json.dumps(model.config.to_dict())[:200]}"
+            f"{model.name_or_path}: neither tokenizer nor generation config has an end token; set eos_token_id in"
+            f" generation_config.json (config: {json.dumps(model.config.to_dict())[:200]})"
         )
     return ends

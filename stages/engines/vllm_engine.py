@@ -1,4 +1,4 @@
-"""The engine of every target: vLLM offline, base and adapters on one load, continuous batching."""
+"""The vLLM engine: offline, base and adapters in one load, continuous batching. For all targets."""
 
 import os
 from collections import deque
@@ -14,27 +14,27 @@ from stages.engines.engine import Completion, Done, EngineSettings
 from stages.models.pictures import PictureRules, rules_of
 from stages.models.rendering import Prompt
 
-MOST_OF_A_CARD, SPARE = 0.9, 0.02
-"""Shares of a card's memory: what vLLM takes at most (its own default), and what is left free of a card that others
-use, too. vLLM counts the share of the whole card and refuses to start where less is free."""
+MOST_OF_A_GPU, SPARE = 0.9, 0.02
+"""Shares of a GPU's memory: what vLLM takes at most (its own default), and what stays free on a GPU that others use,
+too. vLLM takes a share of the whole GPU and refuses to start if less is free."""
 
 IN_FLIGHT = 2
-"""Prompts given to the engine, for each that it decodes at once: enough that it never waits for one. Pictures are
-decoded as their prompt goes in, so that those of a million prompts are never in memory at once."""
+"""Prompts in the engine's queue for each one that it decodes: enough that it never waits. Pictures are read when their
+prompt goes in, so that those of a million prompts are never in memory at once."""
 
-
-ITS_OWN_CHOICE, OF_A_CPU = 256, 16
-"""Sequences decoded together where the recipe leaves that to vLLM: more wait until their keys and values have room."""
+AUTO_BATCH, AUTO_BATCH_ON_CPU = 256, 16
+"""Sequences decoded together with `batch_size: auto`, on a GPU and on a CPU. If their keys and values do not fit, vLLM
+lets some wait."""
 
 MOST_ADAPTERS = 16
-"""Adapters that the card holds at once: they are asked one after the other, and reading one takes half a second."""
+"""Adapters on the GPU at once: they are asked one after the other, and reading one takes half a second."""
 
 READERS, AHEAD = 8, 16
-"""Threads that read pictures, and the prompts whose pictures are read before their turn."""
+"""Threads that read pictures, and prompts whose pictures are read before their turn."""
 
 
 class VllmEngine:
-    """Adapters are LoRA requests on one base; prefixes that prompts share are computed once."""
+    """Adapters are LoRA requests on one base. Shared prefixes of prompts are computed once."""
 
     continuous = True
 
@@ -43,23 +43,23 @@ class VllmEngine:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",  # it would report over the network
             "DO_NOT_TRACK": "1",
-            # ours alone: ms-swift plugs itself in where both are installed, and breaks it without torchvision
+            # only this one: ms-swift has a plugin, too, which breaks vLLM without torchvision
             "VLLM_PLUGINS": vllm_children.NAME,
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "TOKENIZERS_PARALLELISM": "false",
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # else a CPU build leaves one of two processors idle
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # else a CPU build leaves one of two cores idle
         }
         import torch
 
-        # on a card the engine's core has a process of its own, which computes while this one prepares pictures; where
-        # nothing would end it with this one, or there is nothing to gain, it stays here
+        # on a GPU the engine's core gets a process of its own, which computes while this one prepares pictures, unless
+        # the plugin that ends it with this one is missing; on a CPU that gains nothing
         apart = torch.cuda.is_available() and vllm_children.is_installed()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
         self._settings = settings
-        self.batch_size = settings.batch_size or (ITS_OWN_CHOICE if torch.cuda.is_available() else OF_A_CPU)
+        self.batch_size = settings.batch_size or (AUTO_BATCH if torch.cuda.is_available() else AUTO_BATCH_ON_CPU)
         ranks = [read_json(folder / "adapter_config.json")["r"] for folder in settings.adapters.values()]
         options: dict[str, Any] = {}
         if ranks:
@@ -69,11 +69,11 @@ class VllmEngine:
             options["limit_mm_per_prompt"] = {"image": settings.max_pictures}
             if isinstance(rules_of(settings.model), PictureRules):
                 options["limit_mm_per_prompt"]["video"] = 0
-                # they come at their size already; memory is set aside for the largest, not for the model's own limit
+                # pictures already have their size; vLLM reserves memory for the largest, not for the model's own limit
                 options["mm_processor_kwargs"] = {"max_pixels": settings.max_pixels}
         if torch.cuda.is_available():
             options["tensor_parallel_size"] = settings.tensor_parallel
-            options["gpu_memory_utilization"] = round(_share_of_the_fullest_card(settings.tensor_parallel), 3)
+            options["gpu_memory_utilization"] = round(_share_of_the_fullest_gpu(settings.tensor_parallel), 3)
         else:
             options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings, self.batch_size)
             options["enforce_eager"] = True  # compiling for a CPU needs g++ and takes longer than it saves
@@ -93,24 +93,24 @@ class VllmEngine:
         }
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
-        """Completions; the engine batches the prompts as they come and go."""
+        """Completions; vLLM batches the prompts as they come and go."""
         found: dict[int, Completion] = {}
-        for place, completion in self._flowing(prompts, adapter):
+        for place, completion in self._stream(prompts, adapter):
             found[place] = completion
             if done is not None:
                 done(place, completion)
         return [found[place] for place in range(len(prompts))]
 
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
-        """As it is: prompts flow, and wait until their keys and values have room."""
+        """The batch size from the start: vLLM lets prompts wait until their keys and values have room."""
         return self.batch_size, "vLLM's own choice"
 
-    def _flowing(self, prompts: list[Prompt], adapter: str | None) -> Iterator[tuple[int, Completion]]:
-        """Each prompt's place and completion, in the order in which they are done."""
+    def _stream(self, prompts: list[Prompt], adapter: str | None) -> Iterator[tuple[int, Completion]]:
+        """Each prompt's place and completion, in the order in which they end."""
         request = self._requests[adapter] if adapter is not None else None
         engine = self._llm.llm_engine
         places: dict[str, int] = {}
-        waiting = enumerate(_with_pictures(prompts))
+        waiting = enumerate(_read_pictures(prompts))
         left = len(prompts)
         try:
             while left:
@@ -121,11 +121,11 @@ class VllmEngine:
                 for output in finished:
                     yield places.pop(output.request_id), _completion(output.outputs[0])
         finally:
-            if places:  # of a prompt that failed, or of a stop: nothing of them may meet the next prompts
+            if places:  # after a failed prompt or a stop: the next call must not get these
                 engine.abort_request(list(places))
 
     def _submit(self, prompt: Prompt, pictures: list[Any], request: Any) -> str:
-        """Put one prompt into the engine's queue; returns the name under which its output will come."""
+        """Put one prompt into the engine's queue. Returns the request's name, which its output carries."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -138,15 +138,15 @@ class VllmEngine:
         if pictures:
             tokens["multi_modal_data"] = {"image": pictures}
         (name,) = self._llm.enqueue([tokens], sampling, lora_request=request, use_tqdm=False)
-        return str(name).partition("-")[0]  # behind the hyphen is the engine's own mark
+        return str(name).partition("-")[0]  # vLLM appends a hyphen and a mark of its own
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()  # waits for the engine's processes, where it has any
+        self._llm.llm_engine.engine_core.shutdown()  # waits for the engine's processes, if it has any
         del self._llm
 
 
-def _with_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
-    """Each prompt with its pictures, which threads read and shrink ahead of it."""
+def _read_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
+    """Each prompt with its pictures, which threads read and shrink ahead of its turn."""
     with ThreadPoolExecutor(READERS) as readers:
         ahead: deque[list[Future[Any]]] = deque()
         for place, prompt in enumerate(prompts):
@@ -160,15 +160,15 @@ def _completion(output: Any) -> Completion:
     return Completion(output.text, len(output.token_ids) - ended, str(output.finish_reason))
 
 
-def _share_of_the_fullest_card(cards: int) -> float:
-    """The share of its memory that vLLM may take of each card. Raises DoesNotFitError where one has hardly any free."""
+def _share_of_the_fullest_gpu(gpus: int) -> float:
+    """The share of each GPU's memory that vLLM may take. Raises DoesNotFitError if a GPU has hardly any free."""
     import torch
 
-    free, total = min((torch.cuda.mem_get_info(card) for card in range(cards)), key=lambda one: one[0] / one[1])
-    share = min(MOST_OF_A_CARD, free / total - SPARE)
+    free, total = min((torch.cuda.mem_get_info(gpu) for gpu in range(gpus)), key=lambda one: one[0] / one[1])
+    share = min(MOST_OF_A_GPU, free / total - SPARE)
     if share < SPARE:
         raise DoesNotFitError(
-            f"the GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: take another (make: GPUS=...)"
+            f"the fullest GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; choose others with GPUS=..."
         )
     return share
 
@@ -176,17 +176,17 @@ def _share_of_the_fullest_card(cards: int) -> float:
 def _kv_cache_bytes(settings: EngineSettings, batch_size: int) -> int:
     """Bytes of keys and values for a full batch, in float32.
 
-    On a CPU vLLM would take nine tenths of all memory for them, and refuse to start where others use some.
+    By default, vLLM on a CPU takes nine tenths of all memory for them, and refuses to start if others use some.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(settings.model, local_files_only=True).get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
-    block = 128  # tokens; the last block of each sequence is partly empty
+    block = 128  # tokens; a sequence's last block is partly empty
     return int(token * batch_size * (settings.max_length + block))
 
 
 def _supported_rank(rank: int) -> int:
-    """vLLM takes these ranks only; a larger one than needed wastes memory and time."""
+    """The smallest rank that vLLM supports for adapters of this rank: a larger one wastes memory and time."""
     return next((allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), rank)

@@ -1,7 +1,7 @@
-"""How adapters vote on an answer. Nothing here depends on the order in which they are listed.
+"""How adapters vote on an answer. The order in which they are listed has no effect.
 
-An adapter that gave no valid answer does not vote. The answer with the most votes (or the most weight) wins; a tie goes
-to the answer whose voters are together the better ones, then to that of the best single adapter.
+An adapter without a valid answer abstains. The answer with the most votes, or the most weight, wins. A tie goes to the
+answer whose voters have the higher sum of scores, then to the answer of the best single adapter.
 """
 
 import math
@@ -10,44 +10,44 @@ from dataclasses import dataclass
 from typing import Literal
 
 Answers = Mapping[str, str | None]
-"""What each adapter answers, None where it has no valid answer."""
+"""The answer of each adapter; None if it is not valid."""
 
 By = Literal["majority", "plurality", "better voters", "best adapter", "nobody"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of a vote."""
+    """The result of a vote."""
 
     answer: str | None
-    """None where nobody voted."""
+    """None if nobody voted."""
     by: By
-    """`majority`: of more than half of the valid votes; `plurality`: of the most; the others decide ties."""
+    """`majority`: more than half of the valid votes; `plurality`: the most votes; the others decide ties."""
     agreement: float
     """Share of all voters, abstentions included, that gave this answer."""
     entropy: float
-    """Of the valid votes, unweighted, in bits; 0 where all are alike."""
+    """Of the valid votes, unweighted, in bits; 0 if all are equal."""
     leading: tuple[str, ...]
-    """The answers to choose between again where there is no majority: those with the most votes, and with the next most
-    where that is one alone. Sorted."""
+    """The answers of a second round: those with the most votes, and those with the second most if the first is one
+    alone. Sorted."""
 
 
 @dataclass(frozen=True)
 class Electorate:
-    """Who votes and what for."""
+    """The voters and what their votes count."""
 
     weights: Mapping[str, float]
-    """What each adapter's vote counts; its keys are the voters. Where all that vote count nothing, they count alike."""
+    """What each voter's vote counts. If the votes of all that do not abstain count 0, they count 1 each."""
     scores: Mapping[str, float]
-    """How good each adapter is on the validation samples, in 0..1; equal ones where that is not known."""
+    """Each adapter's mean score on the validation samples, in 0..1; equal if it is not known."""
 
     def ranking(self) -> list[str]:
-        """The voters, the best first; equally good ones by name."""
+        """The voters, best score first; equal ones by name."""
         return sorted(self.weights, key=lambda name: (-self.scores[name], name))
 
 
 def decide(answers: Answers, electorate: Electorate) -> Decision:
-    """Hold the vote."""
+    """The vote on one sample. `answers` has every voter."""
     votes = {name: answer for name in electorate.weights if (answer := answers[name]) is not None}
     if not votes:
         return Decision(None, "nobody", 0.0, 0.0, ())
@@ -78,7 +78,7 @@ def _total(votes: Mapping[str, str], answer: str, weights: Mapping[str, float]) 
 
 
 def _sum(values: Iterable[float]) -> float:
-    """In whatever order; scores are fractions, and what is equal but for the rounding of 1/10 is a tie."""
+    """The same in any order. Sums that differ only by rounding, as of 1/10, are a tie."""
     return round(math.fsum(values), 12)
 
 
@@ -89,19 +89,19 @@ def _leading(totals: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(sorted(first if len(first) > 1 else first + second))
 
 
-def chosen_greedily(
+def choose_greedily(
     answers: Sequence[Answers], right: Sequence[Mapping[str, float]], scores: Mapping[str, float], weighted: bool
 ) -> tuple[list[str], list[float]]:
-    """Which adapters should vote, by how well they would have on the validation samples.
+    """Choose the adapters whose vote is best on the validation samples, by forward selection (Caruana et al. 2004,
+    'Ensemble selection from libraries of models').
 
-    The best single adapter begins; then always the one is added with which the vote is best (equally good ones by
-    score, then by name), until all are in. Of the electorates on the way the best one is chosen, of equally good ones
-    the largest: errors of more voters even out. An adapter is never in it twice. (Forward selection as by Caruana et
-    al. 2004, 'Ensemble selection from libraries of models', without stopping at the first step that does not help:
-    the second voter never outvotes the first.)
+    It starts with the best single adapter and adds the one that gives the best vote (of equal ones the better, then by
+    name), until all are in. It does not stop at the first step that does not help, since a second voter never outvotes
+    the first. It returns the best electorate on the way, of equal ones the largest, because more voters' errors even
+    out. No adapter votes twice.
 
-    `right` has the score in 0..1 of every answer that any adapter gave to a sample. Returns the voters in the order in
-    which they came in, and the vote's score with each of them.
+    `answers` has each sample's answers, `right` the score in 0..1 of each of them, `scores` each adapter's mean score.
+    Returns the voters in the order in which they were added, and the vote's score with each adapter added, in 0..1.
     """
     left = sorted(scores, key=lambda name: (-scores[name], name))
     chosen: list[str] = []

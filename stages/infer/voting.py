@@ -10,7 +10,7 @@ from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe, Vote
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.infer.rounds import Variant
-from stages.infer.vote import Answers, Decision, Electorate, chosen_greedily, decide
+from stages.infer.vote import Answers, Decision, Electorate, choose_greedily, decide
 from stages.tasks.task import Task
 
 VOTE = Variant("vote")
@@ -79,7 +79,7 @@ def hold_election(
     path: list[float] = []
     voters = names
     if vote.adapters == "greedy":
-        voters, path = chosen_greedily(by_sample, right, scores, vote.weights == "validation")
+        voters, path = choose_greedily(by_sample, right, scores, vote.weights == "validation")
     elif vote.adapters != "all":
         voters = [name for name in vote.adapters if name in names]
         absent = sorted(set(vote.adapters) - set(voters))

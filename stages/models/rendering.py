@@ -1,6 +1,6 @@
-"""Conversations rendered to prompts: tokens by the model's own chat template, pictures by the model's own rules.
+"""Renders conversations as prompts: tokens by the model's own chat template, pictures by the model's own rules.
 
-Every engine gets the same tokens, and pictures of the same size, so that greedy answers of two engines differ only by
+All engines get the same tokens and pictures of the same size, so that greedy completions of two engines differ only by
 the arithmetic of their kernels.
 """
 
@@ -16,7 +16,7 @@ from stages.contract.records import Message
 from stages.models.pictures import Picture, Rules, SquareRules, family_rules, open_picture, rules_of
 
 PLACEHOLDER = "<image>"
-"""Where a picture stands in a message: ms-swift's word for it."""
+"""Marks the place of a picture in a message, as in ms-swift's format."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,22 @@ class Prompt:
 
     id: str
     tokens: list[int]
-    """One placeholder for each picture."""
+    """With one placeholder token for each picture."""
     pictures: tuple[Picture, ...] = ()
     max_new_tokens: int | None = None
-    """None: as many as the engine's settings say."""
+    """Tokens of the completion at most; None: the engine's `EngineSettings.max_new_tokens`."""
     temperature: float = 0.0
-    """0: greedy."""
+    """Of sampling; 0: greedy."""
     seed: int = 0
-    """Of the random numbers where it is not: the same prompt with the same seed gives the same answer, whatever is
-    computed beside it."""
+    """Seed of sampling: the same prompt with the same seed gives the same completion, whatever shares its batch."""
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt, those of its pictures included."""
+        """Tokens of the prompt, with those of its pictures."""
         return len(self.tokens) + sum(picture.tokens - 1 for picture in self.pictures)
 
     def repeat_placeholders(self, counts: Sequence[int], placeholder: int) -> list[int]:
-        """The tokens with as many placeholders for each picture as `counts` says."""
+        """The tokens, with the n-th `placeholder` repeated `counts[n]` times."""
         left = iter(counts)
         return [same for token in self.tokens for same in [token] * (next(left) if token == placeholder else 1)]
 
@@ -57,7 +56,7 @@ class Renderer:
 
     @property
     def rules(self) -> Rules:
-        """How the model reads pictures. Raises UsageError for a model that reads none, or reads them otherwise."""
+        """How the model reads pictures. Raises UsageError for a model that reads none or has rules unknown to Lorry."""
         if self._rules is None:
             self._rules = rules_of(self._model)
         return self._rules
@@ -70,17 +69,19 @@ class Renderer:
         max_pixels: int | None = None,
         max_new_tokens: int | None = None,
     ) -> Prompt:
-        """Tokens of a conversation, with the beginning of the answer that the chat template asks for.
+        """The prompt of a conversation, up to where the chat template begins the answer.
 
-        The messages hold `<image>` once for each of `pictures`, each of which gets at most `max_pixels`. Raises
-        DataError where a picture cannot be read or the text itself holds a picture's token.
+        The messages hold `<image>` once for each of `pictures`; each picture gets at most `max_pixels`. Raises
+        DataError for a picture that cannot be read, and for a text that itself contains a picture's token.
         """
         opened = tuple(open_picture(path, self.rules, max_pixels) for path in pictures)
         tokens = self._tokens_of(messages, bool(opened))
         if opened:
             found = tokens.count(self.picture_token)
             if found != len(opened):
-                raise DataError(f"{found} places for pictures in the prompt, and {len(opened)} pictures")
+                raise DataError(
+                    f"the prompt has {found} picture tokens for {len(opened)} pictures; remove them from its text"
+                )
         return Prompt(prompt_id, tokens, opened, max_new_tokens)
 
     def _tokens_of(self, messages: Sequence[Message], shows: bool) -> list[int]:
@@ -88,14 +89,14 @@ class Renderer:
         if not self._is_llava:
             conversation = [_with_parts(message) for message in messages] if shows else list(messages)
             return list(template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False))
-        # published LLaVAs' templates take parts only and leave the first token to the processor, which adds it unless
-        # it is there (transformers' ProcessorMixin.apply_chat_template)
+        # published LLaVAs' templates take parts only, and leave the first token to the processor, which adds it if it
+        # is missing (transformers' ProcessorMixin.apply_chat_template)
         conversation = [_with_parts(message, self._breaks_line) for message in messages]
         text = template(conversation, add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer.encode(self._begins_with(text) + text, add_special_tokens=False))
+        return list(self.tokenizer.encode(self._missing_first_token(text) + text, add_special_tokens=False))
 
-    def _begins_with(self, text: str) -> str:
-        """The token that every text begins with, where it is to be added."""
+    def _missing_first_token(self, text: str) -> str:
+        """The token that begins every text, if the tokenizer adds it and the text lacks it; else empty."""
         first = self.tokenizer.bos_token
         adds = first is not None and self.tokenizer.encode("")[:1] == [self.tokenizer.bos_token_id]
         return str(first) if adds and not text.startswith(first) else ""
@@ -106,23 +107,23 @@ class Renderer:
 
     @cached_property
     def _breaks_line(self) -> bool:
-        """Whether the chat template itself ends the line after a picture."""
+        """Whether the chat template itself breaks the line after a picture."""
         probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
         return f"{PLACEHOLDER}\nx" in self.tokenizer.apply_chat_template(probe, tokenize=False)
 
     @property
     def picture_token(self) -> int:
-        """The number of the token that stands for a picture."""
+        """Number of the token that marks a picture's place."""
         if self._placeholder is None:
             self._placeholder = picture_token(self._model)
         return self._placeholder
 
 
 def picture_token(model: Path) -> int:
-    """The number of the token that stands for a picture."""
+    """Number of the token that marks a picture's place."""
     from transformers import AutoConfig
 
-    import stages.models.mgm  # noqa: F401 - makes it known to transformers
+    import stages.models.mgm  # noqa: F401 - registers it with transformers
 
     return int(AutoConfig.from_pretrained(model, local_files_only=True).image_token_id)
 
@@ -130,7 +131,7 @@ def picture_token(model: Path) -> int:
 def _with_parts(message: Message, breaks_line: bool = False) -> dict[str, Any]:
     """A message whose content is a list of texts and pictures, as chat templates of vision-language models read it.
 
-    Where such a template `breaks_line` after a picture, the line's end that follows it in the message is that one.
+    If the template breaks the line after a picture (`breaks_line`), the message's own line break there is left out.
     """
     parts: list[dict[str, str]] = []
     for piece in re.split(rf"({PLACEHOLDER}\n?)" if breaks_line else f"({PLACEHOLDER})", message["content"]):

@@ -48,8 +48,8 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: P
 
 def test_a_kill_while_writing_leaves_no_file_under_the_name(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys, pathlib\nfrom stages.contract.files import written_atomically\n"
-        "with written_atomically(pathlib.Path(sys.argv[1])) as file:\n"
+        "import os, signal, sys, pathlib\nfrom stages.contract.files import open_atomically\n"
+        "with open_atomically(pathlib.Path(sys.argv[1])) as file:\n"
         "    file.write('half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.txt")], check=False)

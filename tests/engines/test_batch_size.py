@@ -38,9 +38,9 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
 
     def searched(machine: Machine, most: int = MOST) -> tuple[int, str]:
         monkeypatch.setattr(batch_size, "time", SimpleNamespace(perf_counter=lambda: machine.now))
-        monkeypatch.setattr(batch_size, "_forget", lambda: None)  # this process has nothing to forget
+        monkeypatch.setattr(batch_size, "_free_caches", lambda: None)  # this process has nothing to forget
         monkeypatch.setattr(batch_size, "_free_memory", lambda: 10 * GIB)
-        monkeypatch.setattr(batch_size, "_most_taken", lambda before: machine.tried[-1] * machine.each)
+        monkeypatch.setattr(batch_size, "_peak_memory", lambda before: machine.tried[-1] * machine.each)
         return best_batch_size(machine.attempt, most)
 
     return searched
@@ -62,7 +62,7 @@ def test_what_is_faster_by_a_little_is_not_worth_it(search: Any) -> None:
 
 def test_the_first_attempt_may_be_slow(search: Any) -> None:
     machine = Machine(lambda size: 100.0 if len(machine.tried) == 1 else 1.0)
-    assert search(machine, most=4) == (4, "the most there is any use for, or to ask")
+    assert search(machine, most=4) == (4, "larger than 4 is not tried")
 
 
 def test_the_search_stops_where_memory_runs_out(search: Any) -> None:
@@ -159,7 +159,7 @@ def test_the_engine_tries_its_longest_prompts_with_short_answers_and_keeps_what_
     engine = new_engine(model, size=None)
     tried: list[list[Prompt]] = []
     monkeypatch.setattr(engine, "_batch", lambda prompts, adapter: tried.append(prompts))
-    monkeypatch.setattr(batch_size, "_most_taken", lambda before: 0)
+    monkeypatch.setattr(batch_size, "_peak_memory", lambda before: 0)
     long = [replace(prompt, max_new_tokens=500) for prompt in prompts[:3]]
     found, why = engine.find_batch_size(long)
     assert engine.batch_size == found >= 1 and why
@@ -178,5 +178,5 @@ def test_a_real_search_ends_and_the_engine_answers_on(model: Path, prompts: list
 
 def test_without_a_prompt_there_is_nothing_to_try(model: Path) -> None:
     engine = new_engine(model, size=None)
-    assert engine.find_batch_size([]) == (1, "there is no prompt to try")
+    assert engine.find_batch_size([]) == (1, "no prompt to try")
     assert engine.batch_size == 1

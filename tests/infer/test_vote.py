@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from stages.infer.vote import Answers, Electorate, chosen_greedily, decide
+from stages.infer.vote import Answers, Electorate, choose_greedily, decide
 
 SAMPLES = 10
 """Validation samples behind a score: scores are fractions of them."""
@@ -269,10 +269,10 @@ def score_of(voters: list[str], answers: Any, right: Any, scores: dict[str, floa
 @given(validations(), st.booleans(), st.randoms(use_true_random=False))
 def test_the_greedy_choice_does_not_depend_on_any_order(validation: Any, weighted: bool, random: Any) -> None:
     answers, right, scores = validation
-    expected = chosen_greedily(answers, right, scores, weighted)
+    expected = choose_greedily(answers, right, scores, weighted)
     order = list(range(len(answers)))
     random.shuffle(order)
-    again = chosen_greedily(
+    again = choose_greedily(
         [shuffled(answers[place], random) for place in order],
         [right[place] for place in order],
         shuffled(scores, random),
@@ -284,7 +284,7 @@ def test_the_greedy_choice_does_not_depend_on_any_order(validation: Any, weighte
 @given(validations(), st.booleans())
 def test_the_electorate_is_never_worse_there_than_the_best_single_adapter(validation: Any, weighted: bool) -> None:
     answers, right, scores = validation
-    voters, path = chosen_greedily(answers, right, scores, weighted)
+    voters, path = choose_greedily(answers, right, scores, weighted)
     best = sorted(scores, key=lambda name: (-scores[name], name))[0]
     assert voters[0] == best
     assert path[0] == pytest.approx(scores[best]), "the first one alone: no vote"
@@ -299,7 +299,7 @@ def test_the_electorate_is_never_worse_there_than_the_best_single_adapter(valida
 @given(validations(), st.booleans())
 def test_each_step_adds_the_one_with_which_the_vote_is_best(validation: Any, weighted: bool) -> None:
     answers, right, scores = validation
-    voters, path = chosen_greedily(answers, right, scores, weighted)
+    voters, path = choose_greedily(answers, right, scores, weighted)
     for size in range(1, len(voters)):
         others = [name for name in scores if name not in voters[:size]]
         tried = [score_of([*voters[:size], name], answers, right, scores, weighted) for name in others]
@@ -313,10 +313,10 @@ def test_three_that_err_apart_are_better_than_one_and_of_two_bad_ones_the_harmfu
         for wrong in ("one", "two", "three")
     ]
     scores = {"one": 2 / 3, "two": 2 / 3, "three": 2 / 3, "x": 0.0, "y": 0.0}
-    voters, path = chosen_greedily(answers, [{"A": 1.0}] * 3, scores, weighted=False)
+    voters, path = choose_greedily(answers, [{"A": 1.0}] * 3, scores, weighted=False)
     assert path == pytest.approx([2 / 3, 2 / 3, 1.0, 1.0, 0.0]), "the second voter never outvotes the first"
     assert voters == ["one", "three", "two", "x"], "of equally good electorates the largest"
 
 
 def test_without_samples_all_vote() -> None:
-    assert chosen_greedily([], [], {"b": 0.0, "a": 0.0}, weighted=False) == (["a", "b"], [0.0, 0.0])
+    assert choose_greedily([], [], {"b": 0.0, "a": 0.0}, weighted=False) == (["a", "b"], [0.0, 0.0])
