@@ -41,17 +41,19 @@ def _states(folder: Path, stage: str) -> list[str]:
         return [shards or "not run"]
     state = "running" if is_held(folder / stage) else "stopped, half done"
     ago = f"{max(time.time() - last['time'], 0):.0f} s ago"
-    return [*([shards] if shards else []), f"{state}: {_event_text(last, state == 'running')} ({ago})"]
+    return [*([shards] if shards else []), f"{state}{_event_text(last, state == 'running')} ({ago})"]
 
 
 def _event_text(event: dict[str, Any], running: bool) -> str:
-    """An event of events.jsonl in words."""
+    """An event of events.jsonl in words, after a colon; empty if it is only the end of a process."""
+    if event["event"] == "end":
+        return ""
     if event["event"] != "progress":
-        return str(event.get("error", event["event"]))
+        return f": {event.get('error', event['event'])}"
     eta = f", {event['eta_seconds']:.0f} s left" if "eta_seconds" in event and running else ""
     speed = f", {event['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in event else ""
     memory = f", {event['memory'] / 1024**3:.1f} GiB" if "memory" in event else ""
-    return f"{event['activity']} {event['step']}/{event['total']} {event['unit']}{speed}{memory}{eta}"
+    return f": {event['activity']} {event['step']}/{event['total']} {event['unit']}{speed}{memory}{eta}"
 
 
 def _shard_counts(folder: Path, stage: str) -> str:
