@@ -91,10 +91,9 @@ def validate(recipe: str) -> None:
 @recipe.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from stages.contract.recipe import recipe_file_schema
-    from stages.engines import engine_names
+    from stages.host.runs import recipe_schema
 
-    click.echo(json.dumps(recipe_file_schema(engine_names()), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

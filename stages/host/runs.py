@@ -36,6 +36,14 @@ def recipe_summary(path: Path) -> tuple[str, list[str]]:
     return values.get("description", ""), profile_names(path)
 
 
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, with the names of the engines."""
+    from stages.contract.recipe import recipe_file_schema
+    from stages.engines import engine_names
+
+    return recipe_file_schema(engine_names())
+
+
 def open_run(
     recipe: str | None,
     profile: str | None = None,
