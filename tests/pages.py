@@ -50,10 +50,10 @@ def write_files(page: Page, checkout: Path) -> None:
 
 
 def run_command(command: str, checkout: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """One line of a page, with `lorry` as the checkout's own."""
+    """One line of a page, with `lorry` and `lorry-<stage>` as the checkout's own."""
     words = shlex.split(command)
-    if words[0] == "lorry":
-        words = [sys.executable, "-m", "entrypoints.lorry", *words[1:]]
+    if words[0] == "lorry" or words[0].startswith("lorry-"):
+        words = [sys.executable, "-m", f"entrypoints.{words[0].rpartition('-')[2]}", *words[1:]]
     return subprocess.run(
         words, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

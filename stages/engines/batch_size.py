@@ -12,7 +12,7 @@ MOST = 256
 """Sequences; a larger batch was not faster on any card that we measured."""
 
 WORTH = 1.1
-"""A batch twice as large is used if it is faster by at least this factor: a kill loses what is in a batch."""
+"""A batch twice as large is used if it is faster by at least this factor: a kill loses a whole batch."""
 
 SHARE = 0.7
 """Share of the free memory that a batch may take. Trials have the longest prompts, but short answers."""
@@ -57,7 +57,7 @@ def _free_caches() -> None:
 
 
 def _free_memory() -> int:
-    """Bytes on the GPU, or of the machine where there is none."""
+    """Bytes free on the GPU, or in the machine if it has no GPU."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -18,7 +18,7 @@ from stages.models.rendering import Prompt
 def answer_round(
     asked: Round, prompts: Prompts, journals: Journals, engines: Engines, events: Events, stop: StopRequest
 ) -> None:
-    """Answer what is missing of a round into the journals. Loads no model where nothing is missing.
+    """Answer what is missing of a round into the journals. Loads no model if nothing is missing.
 
     A sample that fails is kept as failed. Raises InterruptedRunError when the stage is asked to stop, and whatever the
     engine raises if it fails on every sample; the answers so far are kept.

@@ -93,7 +93,7 @@ class Journals:
 def journal_names(run: Run, model: Path, adapters: list[str], hashes: FileHashes) -> dict[str | None, str]:
     """File names of the journals of base and adapters, which differ for other weights, engines, batches or pictures.
 
-    They do not depend on the rest of the recipe, so that answers outlive a change of it. `hashes` knows the model's
+    The rest of the recipe does not count, so that answers outlive a change of it. `hashes` knows the model's
     files from when the stage's inputs were hashed.
     """
     infer = run.recipe.infer

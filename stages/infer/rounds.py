@@ -133,7 +133,7 @@ def first_round(
 
 
 def second_round(voters: Sequence[str], samples: list[Sample], size: int) -> Round:
-    """Every voter on the same samples; an empty round where there are none."""
+    """Every voter on the same samples; an empty round without samples."""
     asked = {Variant(name, asks="second round"): samples for name in sorted(voters)} if samples else {}
     missing: dict[Variant, list[list[Sample]]] = {variant: [] for variant in asked}
     for variant, members in cut_into_chunks(asked, size):

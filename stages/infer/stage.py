@@ -1,8 +1,8 @@
 """infer: the base model and every adapter answer the test samples.
 
-Three steps in a line: rounds.py finds what is to be asked; answers.py has the engine answer it and keeps each answer in
-a journal; predictions.py writes predictions and submissions. With `infer.vote` the adapters then vote; a second round
-of the vote takes the same three steps.
+Three steps in a line. rounds.py finds the samples to ask about. answers.py has the engine answer them and keeps each
+answer in a journal. predictions.py writes predictions and submissions. With `infer.vote` the adapters then vote; a
+second round of the vote takes the same three steps.
 """
 
 from stages.contract.files import FileHashes, remove, write_jsonl

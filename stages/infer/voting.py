@@ -27,7 +27,7 @@ class Election:
     electorate: Electorate
     """Who votes."""
     scores: dict[str, float]
-    """Every trained adapter's mean score on the validation samples, in 0..1; 0 where there are none."""
+    """Every trained adapter's mean score on the validation samples, in 0..1; 0 without validation samples."""
     compared: int
     """The number of validation samples."""
     path: list[float]

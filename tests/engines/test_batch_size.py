@@ -49,13 +49,13 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
 # -- the search ----------------------------------------------------------------------------------------------------
 
 
-def test_sizes_are_doubled_while_that_is_faster(search: Any) -> None:
+def test_sizes_double_while_that_is_faster(search: Any) -> None:
     machine = Machine(lambda size: 1.0 + max(0, size - 8))  # up to 8 at once for the price of one
     assert search(machine) == (8, "larger ones were not faster")
     assert machine.tried == [1, 1, 2, 4, 8, 16], "the first attempt is not counted"
 
 
-def test_what_is_faster_by_a_little_is_not_worth_it(search: Any) -> None:
+def test_a_slightly_faster_size_is_not_used(search: Any) -> None:
     assert search(Machine(lambda size: size**0.95))[0] == 1, "doubling gains 3.5 percent"
     assert search(Machine(lambda size: size**0.80), most=64)[0] == 64, "doubling gains 15 percent"
 
@@ -65,7 +65,7 @@ def test_the_first_attempt_may_be_slow(search: Any) -> None:
     assert search(machine, most=4) == (4, "larger than 4 is not tried")
 
 
-def test_the_search_stops_where_memory_runs_out(search: Any) -> None:
+def test_the_search_stops_when_memory_runs_out(search: Any) -> None:
     machine = Machine(lambda size: 1.0, fits=11)
     assert search(machine) == (8, "16 ran out of memory")
     assert machine.tried[-1] == 16, "and is not tried again"
@@ -77,18 +77,18 @@ def test_it_stops_before_memory_would_run_out(search: Any) -> None:
     assert machine.tried == [1, 1, 2, 4]
 
 
-def test_there_is_a_most(search: Any) -> None:
+def test_the_search_ends_at_the_largest_size(search: Any) -> None:
     assert search(Machine(lambda size: 1.0))[0] == MOST
     assert search(Machine(lambda size: 1.0), most=6)[0] == 4
     assert search(Machine(lambda size: 1.0), most=2)[0] == 2
 
 
-def test_where_not_even_one_fits_that_is_an_error(search: Any) -> None:
+def test_out_of_memory_with_one_sequence_is_an_error(search: Any) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         search(Machine(lambda size: 1.0, fits=0))
 
 
-def test_what_is_no_lack_of_memory_is_an_error(search: Any) -> None:
+def test_another_error_ends_the_search(search: Any) -> None:
     def broken(size: int) -> float:
         raise RuntimeError("a kernel failed")
 
@@ -142,7 +142,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same_answers(
     done: list[int] = []
     assert engine.generate(prompts, None, lambda place, completion: done.append(place)) == whole
     assert found == tried
-    assert sorted(done) == list(range(7)), "each is told once"
+    assert sorted(done) == list(range(7)), "each is reported once"
 
 
 def test_one_prompt_that_does_not_fit_is_an_error(model: Path, prompts: list[Prompt]) -> None:
@@ -153,7 +153,7 @@ def test_one_prompt_that_does_not_fit_is_an_error(model: Path, prompts: list[Pro
     assert tried == [4, 2, 1]
 
 
-def test_the_engine_tries_its_longest_prompts_with_short_answers_and_keeps_what_it_found(
+def test_the_engine_tries_its_longest_prompts_with_short_answers_and_keeps_the_size(
     model: Path, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = new_engine(model, size=None)
@@ -168,7 +168,7 @@ def test_the_engine_tries_its_longest_prompts_with_short_answers_and_keeps_what_
     assert [prompt.id for prompt in tried[0]] == [long[0].id]
 
 
-def test_a_real_search_ends_and_the_engine_answers_on(model: Path, prompts: list[Prompt]) -> None:
+def test_a_real_search_ends_and_the_engine_still_answers(model: Path, prompts: list[Prompt]) -> None:
     expected = new_engine(model, size=4).generate(prompts, None)
     engine = new_engine(model, size=None)
     found, _ = engine.find_batch_size([replace(prompt, max_new_tokens=2) for prompt in prompts[:2]])

@@ -101,7 +101,7 @@ def test_it_computes_nearly_what_the_plain_model_does(network: Any, language_mod
     assert agree.mean() > 0.95
 
 
-def test_what_was_patched_to_load_is_as_before(network: Any) -> None:
+def test_loading_leaves_no_patch_behind(network: Any) -> None:
     from transformers import GPTQConfig
 
     assert GPTQConfig(bits=4).backend == "auto"

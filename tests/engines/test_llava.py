@@ -56,7 +56,7 @@ def user(content: str) -> Any:
     return [{"role": "user", "content": content}]
 
 
-def test_every_picture_has_as_many_tokens(model: Path, pictures: list[Path]) -> None:
+def test_all_pictures_have_the_same_number_of_tokens(model: Path, pictures: list[Path]) -> None:
     assert family_rules(model) == SquareRules(14, 16)
     renderer = Renderer(model)
     for number in (0, 1, 2):

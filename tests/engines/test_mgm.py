@@ -174,7 +174,7 @@ def logits_by_hand(tokens: list[int], pixels: torch.Tensor, weights: Weights) ->
     return logits
 
 
-def test_every_published_tensor_arrives(weights: Weights, folder: Path, model: Any) -> None:
+def test_every_published_tensor_is_converted(weights: Weights, folder: Path, model: Any) -> None:
     saved = {name for path in folder.glob("*.safetensors") for name in load_file(path)}
     assert len(saved) == len(weights)
     held = sorted(tensor.flatten().tolist() for tensor in model.state_dict().values())
@@ -198,7 +198,7 @@ def test_logits_are_what_the_published_weights_give(weights: Weights, model: Any
 
 
 @torch.no_grad()
-def test_mining_looks_at_the_part_under_each_token(weights: Weights, model: Any) -> None:
+def test_mining_looks_at_the_region_under_each_token(weights: Weights, model: Any) -> None:
     torch.manual_seed(3)
     low, high = torch.randn(2, TOKENS, 24), torch.randn(2, sum(SIZES), 32, 32)
     expected = torch.stack([mined_by_hand(low[i], high[i], weights) for i in range(2)])
@@ -229,7 +229,7 @@ def test_pictures_become_squares_and_conversations_turns(processor: Any) -> None
 
 
 @torch.no_grad()
-def test_generation_with_a_cache_is_as_without(model: Any, processor: Any) -> None:
+def test_a_cache_changes_no_generated_text(model: Any, processor: Any) -> None:
     inputs = processor(text="<bos>?<image>!", images=[picture(4)], add_special_tokens=False, return_tensors="pt")
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     cached = model.generate(**inputs, **how)
@@ -340,7 +340,7 @@ def split(weights: Weights, *beginnings: str) -> list[Weights]:
     return [*parts, {name: t for name, t in weights.items() if not name.startswith(beginnings)}]
 
 
-def test_towers_may_be_in_folders_of_their_own(weights: Weights, folder: Path, tmp_path: Path) -> None:
+def test_towers_may_be_in_separate_folders(weights: Weights, folder: Path, tmp_path: Path) -> None:
     """CLIP's in PyTorch's form, with the side that reads texts; OpenCLIP's likewise."""
     clip, seeing, rest = split(weights, "model.vision_tower.vision_tower.", "model.vision_tower_aux.vision_")
     rest["lm_head.weight"] = rest["model.embed_tokens.weight"].clone()  # as some savers keep it
@@ -399,7 +399,7 @@ def test_gemma_gets_towers_and_a_connector(weights: Weights, folder: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "settings", "told"),
+    ("spoilt", "settings", "words"),
     [
         (
             lambda w: renamed(w, "vlm_uni_val_projector.1.bias", "vlm_uni_value_projector.1.bias"),
@@ -431,14 +431,14 @@ def test_gemma_gets_towers_and_a_connector(weights: Weights, folder: Path, tmp_p
         (lambda w: w, {"image_grid": 2}, ["image_grid is 2"]),
     ],
 )
-def test_what_is_no_mgm_is_told_by_name(
-    weights: Weights, spoilt: Callable[[Weights], Weights], settings: dict[str, Any], told: list[str], tmp_path: Path
+def test_a_model_that_is_no_mgm_is_refused_with_the_reason(
+    weights: Weights, spoilt: Callable[[Weights], Weights], settings: dict[str, Any], words: list[str], tmp_path: Path
 ) -> None:
     published = write_published(tmp_path / "published", spoilt(dict(weights)), **settings)
     with pytest.raises(UsageError) as caught:
         convert(published, tmp_path / "out", clip=write_clip(tmp_path / "clip", {}))
     message = str(caught.value)
-    assert "\n" not in message and all(words in message for words in told), message
+    assert "\n" not in message and all(word in message for word in words), message
     assert not (tmp_path / "out").exists()
 
 

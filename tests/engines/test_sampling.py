@@ -59,7 +59,7 @@ def test_another_seed_gives_another_text(engine: Any, prompts: list[Prompt]) -> 
     assert greedy not in drawn
 
 
-def test_next_to_no_temperature_is_greedy(engine: Any, prompts: list[Prompt]) -> None:
+def test_a_temperature_near_zero_is_greedy(engine: Any, prompts: list[Prompt]) -> None:
     assert texts(engine, [sampled(prompt, 3, temperature=1e-6) for prompt in prompts]) == texts(engine, prompts)
 
 
@@ -72,7 +72,7 @@ def test_greedy_rows_beside_sampled_ones_stay_greedy(engine: Any, prompts: list[
     assert found[1] != greedy[1] and found[3] != greedy[3]
 
 
-def test_nothing_is_drawn_from_or_left_in_torchs_own_random_numbers(engine: Any, prompts: list[Prompt]) -> None:
+def test_torchs_own_random_state_is_neither_used_nor_changed(engine: Any, prompts: list[Prompt]) -> None:
     import torch
 
     torch.manual_seed(1)
@@ -116,7 +116,7 @@ def test_the_first_tokens_of_many_seeds_follow_the_softmax(temperature: float) -
     assert chi_square(drawn, 1.3 * temperature) > CRITICAL, "the test would see another temperature"
 
 
-def test_the_tokens_of_one_answer_follow_the_softmax_and_hang_not_together() -> None:
+def test_the_tokens_of_one_answer_follow_the_softmax_independently() -> None:
     import torch
 
     draw = sampling(Prompt("x", [1], temperature=1.0, seed=11))
@@ -126,7 +126,7 @@ def test_the_tokens_of_one_answer_follow_the_softmax_and_hang_not_together() -> 
     assert chi_square(after_a_first, 1.0) < CRITICAL, "what comes after the first token is no other"
 
 
-def test_other_rows_are_left_as_they_are() -> None:
+def test_greedy_rows_keep_their_scores() -> None:
     import torch
 
     scores = torch.tensor([LOGITS, LOGITS, LOGITS])
@@ -136,7 +136,7 @@ def test_other_rows_are_left_as_they_are() -> None:
     assert not torch.equal(found[1], scores[1]) and torch.isfinite(found).all()
 
 
-def test_a_token_that_cannot_come_never_comes() -> None:
+def test_a_token_of_probability_zero_is_never_sampled() -> None:
     import torch
 
     scores = torch.tensor([[0.0, float("-inf"), 0.0]]).repeat(500, 1)

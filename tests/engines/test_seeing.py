@@ -67,10 +67,10 @@ def test_lengths_count_the_pictures(model: Path, pages: list[Path]) -> None:
 def test_a_batch_answers_as_single_prompts_do(model: Path, pages: list[Path]) -> None:
     asked = prompts(model, pages)
     together, alone = engine(model, 4), engine(model, 1)
-    told: dict[int, Any] = {}
-    batch = together.generate(asked, None, told.__setitem__)
+    reported: dict[int, Any] = {}
+    batch = together.generate(asked, None, reported.__setitem__)
     assert batch == [alone.generate([prompt], None)[0] for prompt in asked]
-    assert [told[place] for place in range(4)] == batch, "each is told as soon as it is there"
+    assert [reported[place] for place in range(4)] == batch, "each is reported"
     assert batch[1].tokens <= 4
 
 

@@ -1,4 +1,4 @@
-"""Answers without a component: asked on a finished run as well, only what is new, and not lost by a kill."""
+"""Ablations: added to a finished run, they ask only new prompts, and a kill loses no answer."""
 
 import hashlib
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ NEW = {
     "position_hint": [("answer", "where"), ("refine", "where")],
     "adapter": [],
 }
-"""What each component adds to what is asked of the adapter."""
+"""The prompts of the adapter that each component adds."""
 
 Asked = list[tuple[str, str]]
 
@@ -115,9 +115,7 @@ def lives(run: Run, monkeypatch: pytest.MonkeyPatch, life: int) -> Iterator[Aske
     raise AssertionError("it never ends")
 
 
-def test_a_component_that_is_added_to_a_finished_run_asks_only_what_is_new(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_component_added_to_a_finished_run_asks_only_new_prompts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, asked = infers(run, monkeypatch)
     assert (code, len(asked)) == (Exit.DONE, 2 + 4 * 4)
     before = snapshot(run.path("infer", "predictions"))
@@ -131,9 +129,7 @@ def test_a_component_that_is_added_to_a_finished_run_asks_only_what_is_new(
     assert set(answering) == {"base", "tuned", *(f"without {name}" for name in NEW if name != "adapter")}
 
 
-def test_a_component_that_is_taken_away_asks_nothing_and_may_come_back(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_removed_component_asks_nothing_and_may_come_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert infers(ablating(run, "style", "retrieval"), monkeypatch)[0] == Exit.DONE
     before = snapshot(run.path("infer", "ablations"))
     assert infers(ablating(run, "style"), monkeypatch) == (Exit.DONE, [])
@@ -143,7 +139,7 @@ def test_a_component_that_is_taken_away_asks_nothing_and_may_come_back(
 
 
 @pytest.mark.parametrize("life", [1, 2, 5])
-def test_kills_amid_the_ablations_lose_no_answer(run: Run, monkeypatch: pytest.MonkeyPatch, life: int) -> None:
+def test_kills_during_ablations_lose_no_answer(run: Run, monkeypatch: pytest.MonkeyPatch, life: int) -> None:
     whole = replace(ablating(run, *NEW), name="whole")
     for stage in ("preprocess", "train"):
         whole.stage_folder(stage).parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +155,7 @@ def test_kills_amid_the_ablations_lose_no_answer(run: Run, monkeypatch: pytest.M
         assert snapshot(run.path("infer", folder)) == snapshot(whole.path("infer", folder)), folder
 
 
-def test_without_the_refining_pass_the_long_answer_stands(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_refining_pass_the_long_answer_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert infers(ablating(run, "refine"), monkeypatch)[0] == Exit.DONE
     whole = read_jsonl(run.path("infer", "predictions", "tuned.jsonl"))
     without = read_jsonl(run.path("infer", "ablations", "refine.jsonl"))

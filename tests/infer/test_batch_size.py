@@ -46,7 +46,7 @@ def decided(run: Run) -> list[Any]:
     return [(made["value"], made["why"]) for made in decisions if made["what"] == "batch size"]
 
 
-def test_the_longest_prompts_are_tried_and_what_is_found_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_prompts_are_tried_and_the_size_is_recorded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, engine = infers(run, monkeypatch)
     assert code == Exit.DONE
     (tried,) = engine.tried
@@ -54,7 +54,7 @@ def test_the_longest_prompts_are_tried_and_what_is_found_is_told(run: Run, monke
     assert decided(run) == [(4, "8 ran out of memory")]
 
 
-def test_a_later_start_does_not_look_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_start_does_not_try_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def dies(prompts: list[Prompt], adapter: str | None) -> list[Completion]:
@@ -70,7 +70,7 @@ def test_a_later_start_does_not_look_again(run: Run, monkeypatch: pytest.MonkeyP
     assert decided(run) == [(4, "8 ran out of memory")]
 
 
-def test_where_every_prompt_is_too_long_there_is_nothing_to_try(
+def test_nothing_is_tried_if_every_prompt_is_too_long(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ask(run, [sample(f"long{n}", "word " * 100) for n in range(3)])

@@ -17,7 +17,7 @@ from tests.train.two_phases import TwoPhases, two_phases
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TwoPhases:
-    """Trained hard enough that connector and adapter each change what is said."""
+    """Trained hard enough that connector and adapter each change the answers."""
     rates = ("train.learning_rate=0.05", "train.connector.learning_rate=0.05")
     training = two_phases(tmp_path_factory.mktemp("two"), *rates).prepared()
     training.done()

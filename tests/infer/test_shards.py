@@ -75,7 +75,7 @@ def test_shards_share_the_chunks_and_the_merge_gives_the_bytes_of_one_run(
     ]
 
 
-def test_a_killed_shard_goes_on_with_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_shard_resumes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first: Asked = []
 
     def killed_after_a_chunk(prompts: list[Prompt], adapter: str | None) -> list[Completion]:
@@ -91,7 +91,7 @@ def test_a_killed_shard_goes_on_with_what_is_missing(run: Run, monkeypatch: pyte
     assert answers(run, monkeypatch, no_engine, Shard(0, 2)) == Exit.DONE, "done means skip"
 
 
-def test_the_merge_does_what_no_shard_has_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_merge_answers_the_chunks_that_no_shard_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers(run, monkeypatch, echo, Shard(0, 4)) == Exit.DONE
     assert answers(run, monkeypatch, echo, Shard(3, 4)) == Exit.DONE
     rest: Asked = []

@@ -20,7 +20,7 @@ Answer = Callable[[list[Prompt], str | None], list[Completion]]
 
 
 class ScriptedEngine:
-    """Stands where an engine stands, to fail on purpose."""
+    """Answers by a function, which may fail on purpose."""
 
     continuous = False
 

@@ -71,7 +71,7 @@ def test_one_adapter_equals_no_vote(answer: str | None, score: float, weighted: 
 
 
 @given(votes())
-def test_who_abstains_might_as_well_not_be_there(vote: tuple[Answers, Electorate]) -> None:
+def test_an_abstention_changes_no_vote(vote: tuple[Answers, Electorate]) -> None:
     ballot, who = vote
     valid = {name: answer for name, answer in ballot.items() if answer is not None}
     assume(valid)
@@ -83,7 +83,7 @@ def test_who_abstains_might_as_well_not_be_there(vote: tuple[Answers, Electorate
 
 
 @given(votes(), st.sampled_from([0.001, 1 / 3, 3.0, 7.0, 1000.0]))
-def test_weights_scaled_alike_change_nothing(vote: tuple[Answers, Electorate], factor: float) -> None:
+def test_scaling_all_weights_changes_nothing(vote: tuple[Answers, Electorate], factor: float) -> None:
     ballot, who = vote
     scaled = Electorate({name: weight * factor for name, weight in who.weights.items()}, who.scores)
     assert decide(ballot, scaled) == decide(ballot, who)
@@ -138,13 +138,13 @@ def test_the_answer_has_the_most_weight_and_of_those_the_better_voters(vote: tup
             assert decision.answer == valid[ranked[0]]
 
 
-def test_a_tie_goes_to_the_answer_whose_voters_are_together_the_better_ones() -> None:
+def test_a_tie_goes_to_the_voters_with_the_higher_sum_of_scores() -> None:
     ballot = {"a": "A", "b": "A", "c": "B", "d": "B"}
     decision = decide(ballot, electorate(ballot, a=0.9, b=0.1, c=0.6, d=0.6))
     assert (decision.answer, decision.by) == ("B", "better voters"), "together, though the best one says A"
 
 
-def test_where_they_are_equally_good_it_goes_to_the_answer_of_the_best_single_adapter() -> None:
+def test_a_tie_of_equal_sums_goes_to_the_best_single_adapter() -> None:
     ballot = {"a": "A", "b": "A", "c": "B", "d": "B"}
     decision = decide(ballot, electorate(ballot, a=0.5, b=0.5, c=0.2, d=0.8))
     assert (decision.answer, decision.by) == ("B", "best adapter")
@@ -153,7 +153,7 @@ def test_where_they_are_equally_good_it_goes_to_the_answer_of_the_best_single_ad
     assert (level.answer, level.by) == ("A", "best adapter"), "of equally good ones the first by name"
 
 
-def test_the_best_adapter_decides_no_tie_in_which_it_has_no_part() -> None:
+def test_the_best_adapter_decides_no_tie_between_answers_of_others() -> None:
     ballot = {"a": "A", "b": "A", "c": "B", "d": "B", "e": "C", "f": None}
     decision = decide(ballot, electorate(ballot, e=0.9, f=1.0, c=0.7, d=0.3))
     assert (decision.answer, decision.by) == ("B", "best adapter")
@@ -168,14 +168,14 @@ def test_exactly_half_is_no_majority() -> None:
 @pytest.mark.parametrize(
     ("one", "others"), [(0.3, (0.1, 0.2)), (0.8, (0.1, 0.7)), (2 / 3, (1 / 3, 1 / 3)), (1 / 6, (1 / 12, 1 / 12))]
 )
-def test_what_is_equal_but_for_rounding_is_a_tie(one: float, others: tuple[float, float]) -> None:
+def test_sums_that_differ_by_rounding_only_are_a_tie(one: float, others: tuple[float, float]) -> None:
     weights = {"a": one, "b": others[0], "c": others[1]}
     tie = decide({"a": "A", "b": "B", "c": "B"}, Electorate(weights, dict.fromkeys("abc", 0.5)))
     assert (tie.answer, tie.by) == ("B", "better voters")
     assert decide({"a": "A", "b": "B", "c": "C"}, Electorate(weights, weights)).by == "plurality", "exactly half"
 
 
-def test_where_all_have_learnt_nothing_each_counts_alike() -> None:
+def test_weights_that_are_all_zero_count_equally() -> None:
     ballot = {"a": "A", "b": "B", "c": "B"}
     nothing, alike = dict.fromkeys(ballot, 0.0), dict.fromkeys(ballot, 1.0)
     decision = decide(ballot, Electorate(nothing, nothing))
@@ -183,7 +183,7 @@ def test_where_all_have_learnt_nothing_each_counts_alike() -> None:
     assert decision.answer == "B", "not that of the first by name"
 
 
-def test_who_has_learnt_nothing_never_outvotes_who_has() -> None:
+def test_a_weight_of_zero_never_outvotes_another() -> None:
     ballot = {"a": "A", "b": "B", "c": "B"}
     weights = {"a": 0.1, "b": 0.0, "c": 0.0}
     decision = decide(ballot, Electorate(weights, weights))
@@ -194,7 +194,7 @@ def test_only_the_electorate_votes() -> None:
     assert decide({"a": "A", "b": "B", "c": "B"}, Electorate({"a": 1.0}, {"a": 0.1, "b": 0.9, "c": 0.9})).answer == "A"
 
 
-# -- what is told of it --------------------------------------------------------------------------------------------
+# -- agreement, entropy, leading answers ----------------------------------------------------------------------------
 
 
 @given(votes())
@@ -225,7 +225,7 @@ def test_entropy_is_in_bits_and_agreement_is_of_all() -> None:
         ("AAA", ("A",)),
     ],
 )
-def test_the_leading_are_the_first_and_where_that_is_one_alone_the_second(given: str, leading: tuple[str, ...]) -> None:
+def test_the_leading_answers_are_the_first_and_if_that_is_one_the_second(given: str, leading: tuple[str, ...]) -> None:
     ballot = dict(zip("uvwxyz", given, strict=False))
     assert decide(ballot, electorate(ballot)).leading == leading
 
@@ -282,7 +282,7 @@ def test_the_greedy_choice_does_not_depend_on_any_order(validation: Any, weighte
 
 
 @given(validations(), st.booleans())
-def test_the_electorate_is_never_worse_there_than_the_best_single_adapter(validation: Any, weighted: bool) -> None:
+def test_the_electorate_is_never_worse_than_the_best_single_adapter(validation: Any, weighted: bool) -> None:
     answers, right, scores = validation
     voters, path = choose_greedily(answers, right, scores, weighted)
     best = sorted(scores, key=lambda name: (-scores[name], name))[0]
@@ -297,7 +297,7 @@ def test_the_electorate_is_never_worse_there_than_the_best_single_adapter(valida
 
 
 @given(validations(), st.booleans())
-def test_each_step_adds_the_one_with_which_the_vote_is_best(validation: Any, weighted: bool) -> None:
+def test_each_step_adds_the_adapter_that_gives_the_best_vote(validation: Any, weighted: bool) -> None:
     answers, right, scores = validation
     voters, path = choose_greedily(answers, right, scores, weighted)
     for size in range(1, len(voters)):
@@ -306,7 +306,7 @@ def test_each_step_adds_the_one_with_which_the_vote_is_best(validation: Any, wei
         assert path[size] == pytest.approx(max(tried))
 
 
-def test_three_that_err_apart_are_better_than_one_and_of_two_bad_ones_the_harmful_is_left_out() -> None:
+def test_three_with_different_errors_beat_one_and_a_harmful_adapter_is_left_out() -> None:
     """Each of three is wrong on another of three samples; two are always wrong, as many as can outvote nobody."""
     answers = [
         {name: "B" if name in (wrong, "x", "y") else "A" for name in ("one", "two", "three", "x", "y")}

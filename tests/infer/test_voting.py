@@ -68,7 +68,7 @@ class Killed(BaseException):
 
 @dataclass
 class Engine:
-    """Stands where an engine stands, notes what it is asked, and dies before it answers more than `life` prompts."""
+    """Notes what it is asked, and dies before it answers more than `life` prompts."""
 
     life: int = -1
     says: Says = scripted
@@ -95,7 +95,7 @@ class Engine:
 
 
 FULL: dict[str, int] = {}
-"""Tokens of each sample's prompt with all its options: what is shorter is a second round."""
+"""Tokens of each sample's prompt with all its options; a shorter prompt is of a second round."""
 
 
 def sample(name: str, answers: tuple[str, ...] = ("A",)) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def results(run: Run) -> dict[str, bytes]:
 # -- who votes -----------------------------------------------------------------------------------------------------
 
 
-def test_all_vote_alike_and_ties_go_by_validation(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_votes_are_equal_and_ties_go_by_validation(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     infers(run, monkeypatch, Engine())
     assert answers(run) == {"all": "A", "most": "B", "split": "B", "some": "B", "lone": "C", "none": None}
     by = {name: row["by"] for name, row in votes(run).items()}
@@ -189,12 +189,12 @@ def test_all_vote_alike_and_ties_go_by_validation(run: Run, monkeypatch: pytest.
         **{"all": "majority", "most": "majority", "split": "better voters", "some": "better voters"},
         **{"lone": "majority", "none": "nobody"},
     }
-    told = held(run)
-    assert told["adapters"] == sorted(ADAPTERS) and told["chosen"] == "all" and told["best"] == "two"
-    assert told["validation"] == {"one": 0.25, "three": 0.5, "two": 0.75} and told["validation samples"] == 4
-    assert told["weights"] == dict.fromkeys(ADAPTERS, 1.0)
-    assert told["decided by"] == dict(Counter(by.values()))
-    assert (told["greedy path"], told["second round"]) == ([], 0)
+    record = held(run)
+    assert record["adapters"] == sorted(ADAPTERS) and record["chosen"] == "all" and record["best"] == "two"
+    assert record["validation"] == {"one": 0.25, "three": 0.5, "two": 0.75} and record["validation samples"] == 4
+    assert record["weights"] == dict.fromkeys(ADAPTERS, 1.0)
+    assert record["decided by"] == dict(Counter(by.values()))
+    assert (record["greedy path"], record["second round"]) == ([], 0)
     decision = read_json(run.path("infer", "manifest.json"))["decisions"][-1]
     assert decision == {
         "what": "voters",
@@ -203,7 +203,7 @@ def test_all_vote_alike_and_ties_go_by_validation(run: Run, monkeypatch: pytest.
     }
 
 
-def test_the_validation_questions_are_asked_of_the_adapters_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_adapters_answer_the_validation_questions(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = infers(run, monkeypatch, Engine()).asked
     assert Counter(adapter or "base" for adapter, _, _ in asked) == {"base": 6, **dict.fromkeys(ADAPTERS, 10)}
     assert set(asked) == {
@@ -212,7 +212,7 @@ def test_the_validation_questions_are_asked_of_the_adapters_alone(run: Run, monk
     }
 
 
-def test_without_a_vote_there_is_none_and_nothing_to_compare(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_vote_the_validation_questions_are_not_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = voting(run, vote="")
     asked = infers(plain, monkeypatch, Engine()).asked
     assert not {name for _, name, _ in asked} & set(VALIDATION)
@@ -220,7 +220,7 @@ def test_without_a_vote_there_is_none_and_nothing_to_compare(run: Run, monkeypat
     assert "vote" not in read_json(run.path("infer", "manifest.json"))
 
 
-def test_votes_that_count_what_validation_says(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_votes_are_weighted_by_validation_scores(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     weighted = voting(run, vote="{weights: validation}")
     infers(weighted, monkeypatch, Engine())
     assert held(run)["weights"] == {"one": 0.25, "three": 0.5, "two": 0.75}
@@ -231,19 +231,19 @@ def test_votes_that_count_what_validation_says(run: Run, monkeypatch: pytest.Mon
     assert found["some"]["agreement"] == pytest.approx(1 / 3), "of all voters, unweighted"
 
 
-def test_a_greedy_electorate_is_told_with_its_way(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_greedy_electorate_is_recorded_with_its_path(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = voting(run, vote="{adapters: greedy}")
     infers(greedy, monkeypatch, Engine())
-    told = held(run)
-    assert told["chosen"] == "greedy" and told["greedy path"][0] == told["validation"]["two"] == 0.75
-    assert set(told["weights"]) == set(told["adapters"])
-    assert told["greedy path"][len(told["adapters"]) - 1] == max(told["greedy path"])
-    assert all(set(row["votes"]) == set(told["adapters"]) for row in votes(run).values())
+    record = held(run)
+    assert record["chosen"] == "greedy" and record["greedy path"][0] == record["validation"]["two"] == 0.75
+    assert set(record["weights"]) == set(record["adapters"])
+    assert record["greedy path"][len(record["adapters"]) - 1] == max(record["greedy path"])
+    assert all(set(row["votes"]) == set(record["adapters"]) for row in votes(run).values())
     decision = read_json(run.path("infer", "manifest.json"))["decisions"][-1]
     assert decision["why"].startswith("greedy; ")
 
 
-def test_those_who_are_named_vote(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_adapters_vote(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     named = voting(run, vote="{adapters: [three, one]}")
     infers(named, monkeypatch, Engine())
     assert held(run)["adapters"] == ["one", "three"] and held(run)["chosen"] == "by name"
@@ -268,7 +268,7 @@ def test_the_order_of_the_adapters_changes_no_byte_of_the_vote(
     assert held(other) == held(run)
 
 
-def test_an_adapter_that_could_not_be_trained_has_no_vote(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_whose_training_failed_has_no_vote(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(run, untrained=("two",))
     made = infers(run, monkeypatch, Engine())
     assert "two" not in {adapter for adapter, _, _ in made.asked}
@@ -289,14 +289,16 @@ def test_a_vote_by_validation_without_validation_samples_is_refused_before_anyth
     prepare(run, validation=())
     use_engine(monkeypatch, lambda _: pytest.fail("hours would be lost"))
     assert run_stage(voting(run, vote=vote), "infer", infer.work) == Exit.DATA
-    told = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "chosen or weighted by validation samples, and there are none; set data.validation_fraction above 0" in told
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert (
+        "chosen or weighted by validation samples, and there are none; set data.validation_fraction above 0" in message
+    )
     infers(run, monkeypatch, Engine())
     assert held(run)["validation"] == {} and held(run)["best"] == "one"
     assert answers(run)["split"] == "A", "ties by name"
 
 
-def test_voters_none_of_whom_has_been_trained_are_refused(
+def test_a_vote_without_a_trained_voter_is_refused(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     prepare(run, untrained=("one", "two"))
@@ -308,9 +310,7 @@ def test_voters_none_of_whom_has_been_trained_are_refused(
 # -- abstentions ---------------------------------------------------------------------------------------------------
 
 
-def test_abstentions_are_counted_and_stand_in_the_submission_as_nothing(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_abstentions_are_counted_and_empty_in_the_submission(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     infers(run, monkeypatch, Engine())
     found = {row["id"]: row for row in read_jsonl(run.path("infer", "predictions", "vote.jsonl"))}
     assert found["none"]["error"] == "no adapter gave a valid answer" and found["none"]["answer"] is None
@@ -327,7 +327,7 @@ def test_abstentions_are_counted_and_stand_in_the_submission_as_nothing(
 # -- the second round ----------------------------------------------------------------------------------------------
 
 
-def test_what_has_no_majority_is_asked_again_with_the_leading_answers(
+def test_samples_without_a_majority_are_asked_again_with_the_leading_answers(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = voting(run, vote="{second_round: true}")
@@ -346,7 +346,7 @@ def test_what_has_no_majority_is_asked_again_with_the_leading_answers(
     assert answers(run, "one")["some"] == "A", "an adapter's own answers stay those of the first round"
 
 
-def test_a_second_round_in_which_all_abstain_leaves_it_to_the_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_all_abstain_from_the_second_round_the_first_decides(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(adapter: str | None, prompt: Prompt, again: bool) -> str:
         return "No idea." if again else scripted(adapter, prompt, again)
 
@@ -355,7 +355,7 @@ def test_a_second_round_in_which_all_abstain_leaves_it_to_the_first(run: Run, mo
     assert votes(run)["some"]["round"] == 1 and votes(run)["some"]["answer"] == "B"
 
 
-def test_where_no_question_can_be_narrowed_there_is_no_second_round(
+def test_without_a_question_to_narrow_there_is_no_second_round(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from stages.tasks import logic_choice
@@ -368,7 +368,7 @@ def test_where_no_question_can_be_narrowed_there_is_no_second_round(
     assert held(run)["second round"] == 0
 
 
-def test_a_second_round_gets_an_engine_with_room_where_a_running_one_is_too_small(
+def test_a_second_round_starts_a_larger_engine_if_the_running_one_is_too_small(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard has answered the long questions; the engine that the merge starts for the others has no room for them."""
