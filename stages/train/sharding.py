@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STAGES = {"zero2": 2, "zero3": 3}
 
-KEPT_WHOLE = 100_000
+UNDIVIDED_ELEMENTS = 100_000
 """Elements up to which ZeRO-3 does not divide a tensor: norms, biases and small LoRA weights, some 40 MB of a 7B model.
 Gathering them one by one would cost more time than keeping them costs memory."""
 
@@ -44,7 +44,7 @@ def deepspeed_config(
             "stage3_max_live_parameters": ZERO3_LIVE,
             "stage3_max_reuse_distance": ZERO3_LIVE,
             "stage3_prefetch_bucket_size": ZERO3_PREFETCH,
-            "stage3_param_persistence_threshold": KEPT_WHOLE,
+            "stage3_param_persistence_threshold": UNDIVIDED_ELEMENTS,
         }
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
