@@ -82,7 +82,7 @@ def check_sharding(sharding: str, use_cpu: bool, quantisation: str | None) -> No
         raise UsageError(f"train.sharding is {sharding}, but DeepSpeed is not installed here; set it to none or auto")
 
 
-def compute_in(dtype: str, model: "torch.nn.Module") -> None:
+def convert_trainable_weights(dtype: str, model: "torch.nn.Module") -> None:
     """Convert the trainable weights to the type that the base computes in, which ZeRO requires.
 
     DeepSpeed converts them itself, except for a base that ZeRO-3 divided while loading: there, LoRA would stay and
@@ -126,7 +126,7 @@ class _NoGathering:
         return output
 
 
-def let_go_of_weights(model: "torch.nn.Module") -> None:
+def free_whole_weights(model: "torch.nn.Module") -> None:
     """Free the weights that ZeRO-3 keeps whole after a forward pass: the head and the last layers, for a backward pass.
     In an evaluation there is none, and the next forward pass would hold them beside its own."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -137,7 +137,7 @@ def let_go_of_weights(model: "torch.nn.Module") -> None:
             weight.partition()  # type: ignore[attr-defined]
 
 
-def mend_loading() -> None:
+def fix_zero3_loading() -> None:
     """Make ZeRO-3 load a model with unrounded constants, and gather each weight into its own memory. Call it before the
     model is loaded.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.contract.errors import UsageError
-from stages.train.sharding import check_sharding, compute_in, deepspeed_config
+from stages.train.sharding import check_sharding, convert_trainable_weights, deepspeed_config
 from stages.train.together import Together
 
 
@@ -52,7 +52,7 @@ def test_sharding_without_gpus_or_deepspeed_is_one_clear_line() -> None:
 def test_only_trainable_weights_take_the_type_of_the_base() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    compute_in("bfloat16", model)
+    convert_trainable_weights("bfloat16", model)
     assert [parameter.dtype for parameter in model.parameters()] == [torch.float32] * 2 + [torch.bfloat16] * 2
 
 
