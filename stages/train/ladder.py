@@ -93,7 +93,7 @@ def _lighter_evaluation(footing: Footing) -> Change | None:
     return {"evaluate": False} if footing.evaluate else None
 
 
-def lowered(footing: Footing, change: Change) -> Footing:
+def lowered_footing(footing: Footing, change: Change) -> Footing:
     """The footing with a rung's change. A value that is already lower stays: this start may have other cards."""
     batch, settings = footing.batch, footing.settings
     if "micro_batch" in change:
@@ -114,7 +114,7 @@ def lowered(footing: Footing, change: Change) -> Footing:
     )
 
 
-def in_words(change: Change, after: Footing) -> str:
+def describe_change(change: Change, after: Footing) -> str:
     """A rung in words, for console, manifest and report."""
     batch = after.batch
     words = {
@@ -128,7 +128,7 @@ def in_words(change: Change, after: Footing) -> str:
     return "; ".join(words[name] for name in change)
 
 
-def by_hand(change: Change, settings: Train) -> str:
+def change_as_options(change: Change, settings: Train) -> str:
     """A rung as options of the command. An evaluation has no option of its own: training's sets both."""
     if "evaluate" in change:
         return "--set data.validation_fraction=0 (preprocess too)"
@@ -136,7 +136,7 @@ def by_hand(change: Change, settings: Train) -> str:
     return " ".join(f"--set {key}={str(value).lower()}" for key, value in options.items())
 
 
-def what_would_help(footing: Footing) -> str:
+def memory_advice(footing: Footing) -> str:
     """The last part of an error message: what to change if no rung is left."""
     settings = footing.settings
     ways = ["GPUs with more free memory"]
@@ -171,17 +171,17 @@ class Ladder:
         """The rungs as the manifest's decisions."""
         return [dict(rung["decision"]) for rung in self.rungs]
 
-    def descended(self, footing: Footing) -> Footing:
+    def apply_rungs(self, footing: Footing) -> Footing:
         """The footing with every rung that applies to these GPUs."""
         for rung in self.rungs:
             if self.room <= rung["room"]:
-                footing = lowered(footing, rung["change"])
+                footing = lowered_footing(footing, rung["change"])
         return footing
 
     def take(self, adapter: str, shortage: Shortage, change: Change, footing: Footing) -> Footing:
         """Go down one rung and record it. Returns the footing after it."""
-        after = lowered(footing, change)
-        decision = {"what": WHAT, "value": in_words(change, after), "why": f"adapter {adapter}, {shortage}"}
+        after = lowered_footing(footing, change)
+        decision = {"what": WHAT, "value": describe_change(change, after), "why": f"adapter {adapter}, {shortage}"}
         self.rungs.append({"decision": decision, "change": change, "room": self.room})
         write_json(self.path, {"rungs": self.rungs})
         return after

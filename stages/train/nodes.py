@@ -22,7 +22,7 @@ def place_of(name: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def announced(stage: Stage, adapter: str, node: Node | None) -> Iterator[None]:
+def announce_training(stage: Stage, adapter: str, node: Node | None) -> Iterator[None]:
     """Announce an adapter or the connector to the other nodes, if there are any, while the context lasts."""
     if node is None:
         yield

@@ -30,7 +30,7 @@ from stages.train.together import Together
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def keep_by_name(trainer: Any, together: Together) -> None:
+def save_state_by_name(trainer: Any, together: Together) -> None:
     """Make a transformers Trainer save and load its optimizer and schedule by name. Call it before the training."""
     saving = _Saving(trainer, together)
     trainer._save_optimizer_and_scheduler = saving.save

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STAGES = {"zero2": 2, "zero3": 3}
 
-KEPT_WHOLE = 100_000
+UNDIVIDED_ELEMENTS = 100_000
 """Elements up to which ZeRO-3 does not divide a tensor: norms, biases and small LoRA weights, some 40 MB of a 7B model.
 Gathering them one by one would cost more time than keeping them costs memory."""
 
@@ -44,7 +44,7 @@ def deepspeed_config(
             "stage3_max_live_parameters": ZERO3_LIVE,
             "stage3_max_reuse_distance": ZERO3_LIVE,
             "stage3_prefetch_bucket_size": ZERO3_PREFETCH,
-            "stage3_param_persistence_threshold": KEPT_WHOLE,
+            "stage3_param_persistence_threshold": UNDIVIDED_ELEMENTS,
         }
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -82,7 +82,7 @@ def check_sharding(sharding: str, use_cpu: bool, quantisation: str | None) -> No
         raise UsageError(f"train.sharding is {sharding}, but DeepSpeed is not installed here; set it to none or auto")
 
 
-def compute_in(dtype: str, model: "torch.nn.Module") -> None:
+def convert_trainable_weights(dtype: str, model: "torch.nn.Module") -> None:
     """Convert the trainable weights to the type that the base computes in, which ZeRO requires.
 
     DeepSpeed converts them itself, except for a base that ZeRO-3 divided while loading: there, LoRA would stay and
@@ -126,7 +126,7 @@ class _NoGathering:
         return output
 
 
-def let_go_of_weights(model: "torch.nn.Module") -> None:
+def free_whole_weights(model: "torch.nn.Module") -> None:
     """Free the weights that ZeRO-3 keeps whole after a forward pass: the head and the last layers, for a backward pass.
     In an evaluation there is none, and the next forward pass would hold them beside its own."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -137,7 +137,7 @@ def let_go_of_weights(model: "torch.nn.Module") -> None:
             weight.partition()  # type: ignore[attr-defined]
 
 
-def mend_loading() -> None:
+def fix_zero3_loading() -> None:
     """Make ZeRO-3 load a model with unrounded constants, and gather each weight into its own memory. Call it before the
     model is loaded.
 

@@ -52,9 +52,9 @@ from stages.models.gptq import quantisation_of
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
 from stages.results.summary import SUMMARY, dataset_result, summary_of_data_sets, training_facts
 from stages.train.job import Job
-from stages.train.ladder import Footing, Ladder, MemoryRanOutError, by_hand, next_rung, what_would_help
+from stages.train.ladder import Footing, Ladder, MemoryRanOutError, change_as_options, memory_advice, next_rung
 from stages.train.lengths import read_lengths
-from stages.train.nodes import adapters_announced_by_the_first, announced, place_of
+from stages.train.nodes import adapters_announced_by_the_first, announce_training, place_of
 from stages.train.sharding import check_sharding
 from stages.train.torchrun import train_adapter
 
@@ -103,7 +103,7 @@ def work(stage: Stage) -> None:
         if not folder.is_dir():
             plan = plan or _plan(stage, node)
             try:
-                with announced(stage, name, node):
+                with announce_training(stage, name, node):
                     _train(stage, adapter, keys[name], plan, node, connector)
             except LorryError as error:
                 # a stop, a lost GPU or a failure of another node concerns more than this adapter
@@ -176,7 +176,7 @@ def _train_connector(
     if (read_json(folder / "made.json") or {}).get("key") != key:
         first, second = _plan(stage, node, settings), _plan(stage, node)
         remove(folder)
-        with announced(stage, CONNECTOR, node):
+        with announce_training(stage, CONNECTOR, node):
             _train(stage, mix, key, first, node, None)
     sha256 = str(read_json(folder / "made.json")["files"][CONNECTOR_FILE])
     check_connector(folder / CONNECTOR_FILE, sha256)
@@ -501,7 +501,7 @@ def _train(
     # of several machines, node 0's folder holds checkpoints and adapter
     work = stage.run.path("train", "checkpoints", name) if node else stage.path("checkpoints", name)
     ladder = Ladder.of(work, min((gpu.memory_total for gpu in plan.gpus), default=0))
-    footing = ladder.descended(plan.footing)
+    footing = ladder.apply_rungs(plan.footing)
     for made in ladder.decisions:
         stage.events.say(f"train {name}: out of memory in an earlier start: {made['value']}")
     with _timed(work, stage.path(*place_of(name)), node):
@@ -546,12 +546,12 @@ def _one_rung_lower(
     if change is None:
         last = "" if shortage.during == "loading" else ", and nothing is left to reduce"
         raise DoesNotFitError(
-            f"training {name}: out of memory {shortage}{last}; {what_would_help(footing)}; log: {stage.path('log.txt')}"
+            f"training {name}: out of memory {shortage}{last}; {memory_advice(footing)}; log: {stage.path('log.txt')}"
         )
     if node is not None:  # all machines must start the next attempt together
         raise DoesNotFitError(
             f"training {name}: out of memory {shortage}; start all {node.count} nodes again with"
-            f" {by_hand(change, footing.settings)}"
+            f" {change_as_options(change, footing.settings)}"
         )
     after = ladder.take(name, shortage, change, footing)
     made = ladder.decisions[-1]  # the manifest takes it from training.json

@@ -29,8 +29,8 @@ from stages.models.rendering import PLACEHOLDER, Renderer
 from stages.train import llava_templates  # noqa: F401 - registers templates
 from stages.train.connector_sft import train_connector_only
 from stages.train.job import Job, Progress, file_sizes
-from stages.train.optimizer_state import keep_by_name
-from stages.train.sharding import compute_in, gather_by_layer, let_go_of_weights
+from stages.train.optimizer_state import save_state_by_name
+from stages.train.sharding import convert_trainable_weights, free_whole_weights, gather_by_layer
 from stages.train.together import Together
 
 if mgm.AVAILABLE:
@@ -66,7 +66,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         self.tokens = 0
         """Tokens of all steps without padding, set by `train`."""
 
-    def fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
         """The samples that fit max_length, with only the fields that swift reads, and the ids of the others.
 
         Raises UsageError if swift's template renders a prompt unlike the model's own chat template, which inference
@@ -185,13 +185,13 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         # transformers 4 takes the micro-batch of the checkpoint it resumes from, which may be larger
         trainer._inner_training_loop = _with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
         if self._job.sharding != "none":
-            compute_in(self._job.dtype, trainer.model)
+            convert_trainable_weights(self._job.dtype, trainer.model)
         if self._job.sharding == "zero3":
             settings = self._job.settings
             # an adapted vision tower's first layer gets a picture, which requires no gradient
             gather_by_layer(trainer.model, settings.gradient_checkpointing and settings.freeze_vision)
             trainer.add_callback(_FreeWeights())
-        keep_by_name(trainer, self._together)
+        save_state_by_name(trainer, self._together)
         try:
             return super().train(trainer)
         finally:
@@ -390,4 +390,4 @@ class _FreeWeights(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
     ) -> None:
-        let_go_of_weights(named["model"])
+        free_whole_weights(named["model"])

@@ -93,7 +93,7 @@ def _group_of_one(use_cpu: bool) -> None:
     dist.init_process_group("gloo" if use_cpu else "nccl", store=HashStore(), rank=0, world_size=1)
 
 
-def lost_the_others(error: BaseException) -> bool:
+def is_peer_lost(error: BaseException) -> bool:
     """Whether an error means that another process ended or cannot be reached."""
     from torch.distributed import DistError
 

@@ -21,7 +21,7 @@ def do_without_torchvision() -> None:
     _load_processors_without_videos()
     import swift.template.base
 
-    swift.template.base.rescale_image = rescaled
+    swift.template.base.rescale_image = rescaled_picture
 
 
 def _import_picture_utils() -> None:
@@ -61,7 +61,7 @@ def _load_processors_without_videos() -> None:
     AutoProcessor.from_pretrained = from_pretrained  # type: ignore[assignment, method-assign]
 
 
-def rescaled(picture: Any, max_pixels: int) -> Any:
+def rescaled_picture(picture: Any, max_pixels: int) -> Any:
     """A PIL picture shrunk to the budget with its aspect ratio kept. Replaces torchvision's Resize in ms-swift."""
     from PIL import Image
 

@@ -31,8 +31,8 @@ from stages.models.connector import link_connector
 from stages.models.gptq import quantisation_of
 from stages.train.job import Job, Progress, file_sizes
 from stages.train.ladder import Ladder, LostCardError, Shortage, lost_card, shortage_of
-from stages.train.sharding import check_sharding, deepspeed_config, mend_loading
-from stages.train.together import Together, lost_the_others
+from stages.train.sharding import check_sharding, deepspeed_config, fix_zero3_loading
+from stages.train.together import Together, is_peer_lost
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
         config = deepspeed_config(job.sharding, job.dtype, *batch, job.settings.max_grad_norm)
         write_json(scratch / "deepspeed.json", config)
     if job.sharding == "zero3":
-        mend_loading()
+        fix_zero3_loading()
     arguments = _arguments(job, scratch, resume)
     if together.first:
         print("swift sft", shlex.join(arguments), flush=True)  # for the log: the command to repeat it by hand
@@ -103,7 +103,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     progress.send(event="loaded", samples=counts, resumed_from=name, random_states=random_states)
     sft.main()
     together.check(stop)
-    memory = largest(together.of_all(_gpu_memory(job)))
+    memory = largest_figures(together.of_all(_gpu_memory(job)))
     if together.first:
         facts = {
             "mix": job.mix.mix,
@@ -145,9 +145,9 @@ def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], d
             assert job.settings.connector is not None
             samples, others = samples_with_pictures(samples, job.settings.connector.most_samples, job.seed)
             unused = others if split == "train" else unused
-        kept, left_out[split] = sft.fitting(samples)
+        kept, left_out[split] = sft.fitting_samples(samples)
         counts[split] = len(kept)
-        write_jsonl(scratch / f"{split}.jsonl", shared_evenly(kept, job.processes) if split == "train" else kept)
+        write_jsonl(scratch / f"{split}.jsonl", pad_samples(kept, job.processes) if split == "train" else kept)
     return counts, left_out, unused
 
 
@@ -196,12 +196,12 @@ def _gpu_memory(job: Job) -> dict[str, int]:
     }
 
 
-def largest(measured: list[dict[str, int]]) -> dict[str, int]:
+def largest_figures(measured: list[dict[str, int]]) -> dict[str, int]:
     """The largest of several processes' figures, for each name."""
     return {name: max(one[name] for one in measured) for name in measured[0]}
 
 
-def shared_evenly(samples: list[T], processes: int) -> list[T]:
+def pad_samples(samples: list[T], processes: int) -> list[T]:
     """The samples, with the first ones repeated until each process gets the same number.
 
     ms-swift would leave the last ones out of every epoch, and the steps of an epoch would depend on the GPU count.
@@ -404,7 +404,7 @@ def main() -> None:
         explained, shortage = _explain(job, error, progress)
         if explained is None and stop.signal is not None:
             explained = InterruptedRunError(f"stopped by {stop.signal.name}; run the same command again")
-        if explained is None and job.processes > 1 and lost_the_others(error):
+        if explained is None and job.processes > 1 and is_peer_lost(error):
             explained = InterruptedRunError(
                 f"the other training processes are gone ({' '.join(str(error).split())[:100]}); run the same command"
                 " again to resume from the last checkpoint"

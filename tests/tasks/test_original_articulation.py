@@ -226,7 +226,7 @@ def test_defect_07_samples_that_are_too_long_are_listed_and_no_answer_is_cut(
     class Sft:
         """Encodes like the trainer, which refuses samples that are too long."""
 
-        def fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+        def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
             fits = [len(tokens(sample["messages"])) <= 800 for sample in samples]
             kept = [{"messages": one["messages"]} for one, fit in zip(samples, fits, strict=True) if fit]
             return kept, [one["id"] for one, fit in zip(samples, fits, strict=True) if not fit]

@@ -245,7 +245,7 @@ def test_defect_02_samples_that_are_too_long_are_counted_and_listed_and_never_cu
     class Sft:
         """Encodes like the trainer, which refuses samples that are too long."""
 
-        def fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+        def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
             fits = [length(sample["messages"]) <= 128 for sample in samples]
             kept = [{"messages": s["messages"]} for s, fit in zip(samples, fits, strict=True) if fit]
             return kept, [s["id"] for s, fit in zip(samples, fits, strict=True) if not fit]

@@ -51,7 +51,7 @@ def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple
     load = Picture.load
     Picture.load = lambda picture: read.append(picture.path) or load(picture)  # type: ignore[method-assign, func-returns-value]
     try:
-        kept, left_out = sft.fitting(samples)
+        kept, left_out = sft.fitting_samples(samples)
     except LorryError as error:
         return {"error": str(error)}
     finally:

@@ -14,13 +14,13 @@ from stages.train.ladder import (
     Footing,
     Ladder,
     Shortage,
-    by_hand,
-    in_words,
+    change_as_options,
+    describe_change,
     lost_card,
-    lowered,
+    lowered_footing,
+    memory_advice,
     next_rung,
     shortage_of,
-    what_would_help,
 )
 from tests.train.hungry_worker import SAID
 
@@ -38,7 +38,7 @@ def descent(start: Footing, during: During) -> list[tuple[str, Any]]:
     rungs: list[tuple[str, Any]] = []
     while (change := next_rung(start, during)) is not None:
         rungs += change.items()
-        start = lowered(start, change)
+        start = lowered_footing(start, change)
     return rungs
 
 
@@ -69,7 +69,7 @@ def test_training_goes_down_rung_by_rung_and_takes_length_only_where_it_is_allow
 def test_the_effective_batch_is_the_same_on_every_rung(gpus: int, effective: int, micro_batch: int) -> None:
     start = now = footing(gpus, effective_batch=effective, micro_batch=micro_batch)
     while (change := next_rung(now, "training")) is not None:
-        now = lowered(now, change)
+        now = lowered_footing(now, change)
         assert now.batch.effective == start.batch.effective
         assert now.eval_micro_batch == start.eval_micro_batch
     assert now.batch.micro_batch == 1
@@ -78,7 +78,7 @@ def test_the_effective_batch_is_the_same_on_every_rung(gpus: int, effective: int
 def test_an_evaluation_changes_only_the_evaluation() -> None:
     start = footing(micro_batch=4)
     assert descent(start, "evaluation") == [("eval_micro_batch", 2), ("eval_micro_batch", 1), ("evaluate", False)]
-    last = lowered(lowered(start, {"eval_micro_batch": 1}), {"evaluate": False})
+    last = lowered_footing(lowered_footing(start, {"eval_micro_batch": 1}), {"evaluate": False})
     assert replace(last, eval_micro_batch=4, evaluate=True) == start
 
 
@@ -89,9 +89,9 @@ def test_no_batch_is_small_enough_for_a_model_that_cannot_be_loaded() -> None:
 def test_a_rung_taken_on_smaller_cards_says_nothing_of_larger_ones(tmp_path: Path) -> None:
     start = footing(micro_batch=4)
     after = Ladder.of(tmp_path, 24).take("tuned", SHORT, {"micro_batch": 2}, start)
-    assert Ladder.of(tmp_path, 24).descended(start) == after
-    assert Ladder.of(tmp_path, 16).descended(start) == after
-    assert Ladder.of(tmp_path, 80).descended(start) == start
+    assert Ladder.of(tmp_path, 24).apply_rungs(start) == after
+    assert Ladder.of(tmp_path, 16).apply_rungs(start) == after
+    assert Ladder.of(tmp_path, 80).apply_rungs(start) == start
 
 
 def test_rungs_are_remembered_and_hold_on_other_cards(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_rungs_are_remembered_and_hold_on_other_cards(tmp_path: Path) -> None:
     after = ladder.take("tuned", SHORT, {"micro_batch": 2}, start)
     after = ladder.take("tuned", replace(SHORT, during="evaluation"), {"eval_micro_batch": 2}, after)
     again = Ladder.of(tmp_path)
-    assert again.descended(start) == after
+    assert again.apply_rungs(start) == after
     assert again.decisions == [
         {
             "what": "out of memory",
@@ -112,46 +112,46 @@ def test_rungs_are_remembered_and_hold_on_other_cards(tmp_path: Path) -> None:
             "why": "adapter tuned, in evaluation after step 3: asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free",
         },
     ]
-    on_two = again.descended(footing(2, micro_batch=4))
+    on_two = again.apply_rungs(footing(2, micro_batch=4))
     assert (on_two.batch.micro_batch, on_two.batch.effective) == (2, 16)
     lean = footing(micro_batch=1)
-    assert again.descended(lean).batch.micro_batch == 1, "a plan that is lower already stays so"
+    assert again.apply_rungs(lean).batch.micro_batch == 1, "a plan that is lower already stays so"
 
 
 def test_a_lowered_length_is_a_recipe_that_the_worker_reads_again() -> None:
-    after = lowered(footing(max_length=2048, least_max_length=600), {"max_length": 600})
+    after = lowered_footing(footing(max_length=2048, least_max_length=600), {"max_length": 600})
     assert Train(**after.settings.model_dump()).max_length == 600
 
 
 def test_what_to_set_by_hand() -> None:
     settings = footing(connector=Connector()).settings
     for change in ({"micro_batch": 2}, {"eval_micro_batch": 2}):
-        assert by_hand(change, settings) == "--set train.micro_batch=2"
-        assert by_hand(change, settings.connector_settings()) == "--set train.connector.micro_batch=2"
+        assert change_as_options(change, settings) == "--set train.micro_batch=2"
+        assert change_as_options(change, settings.connector_settings()) == "--set train.connector.micro_batch=2"
     for each in (settings, settings.connector_settings()):
-        assert by_hand({"gradient_checkpointing": True}, each) == "--set train.gradient_checkpointing=true"
-        assert by_hand({"evaluate": False}, each).startswith("--set data.validation_fraction=0")
+        assert change_as_options({"gradient_checkpointing": True}, each) == "--set train.gradient_checkpointing=true"
+        assert change_as_options({"evaluate": False}, each).startswith("--set data.validation_fraction=0")
 
 
 def test_every_change_has_words() -> None:
     start = footing(max_pixels=10_000)
     for change in descent(footing(micro_batch=2), "training") + descent(start, "evaluation"):
-        assert in_words(dict([change]), start)
+        assert describe_change(dict([change]), start)
     for name in ("max_pixels", "max_length"):
-        assert name in in_words({name: 784}, lowered(start, {name: 784}))
+        assert name in describe_change({name: 784}, lowered_footing(start, {name: 784}))
 
 
 def test_help_for_the_first_phase_names_what_it_can_have() -> None:
     first = footing(connector=Connector(max_length=600))
-    told = what_would_help(replace(first, settings=first.settings.connector_settings()))
+    told = memory_advice(replace(first, settings=first.settings.connector_settings()))
     assert "train.connector.max_length below 600" in told
     assert "4 bits" not in told and "ZeRO" not in told
 
 
 def test_help_does_not_name_what_is_done_already() -> None:
-    assert "load_in_4bit" in what_would_help(footing())
-    assert "load_in_4bit" not in what_would_help(footing(load_in_4bit=True))
-    assert "max_pixels" not in what_would_help(footing())
+    assert "load_in_4bit" in memory_advice(footing())
+    assert "load_in_4bit" not in memory_advice(footing(load_in_4bit=True))
+    assert "max_pixels" not in memory_advice(footing())
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_help_does_not_name_what_is_done_already() -> None:
 def test_help_names_fewer_pixels_only_above_the_least_that_the_recipe_allows(
     pixels: int, least: int | None, named: bool
 ) -> None:
-    text = what_would_help(footing(max_pixels=pixels, least_max_pixels=least))
+    text = memory_advice(footing(max_pixels=pixels, least_max_pixels=least))
     assert ("fewer pixels (train.max_pixels below" in text) == named
     assert f"shorter samples (train.max_length below {footing().settings.max_length})" in text
 

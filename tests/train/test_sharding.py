@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.contract.errors import UsageError
-from stages.train.sharding import check_sharding, compute_in, deepspeed_config
+from stages.train.sharding import check_sharding, convert_trainable_weights, deepspeed_config
 from stages.train.together import Together
 
 
@@ -39,20 +39,20 @@ def test_the_loss_scale_means_what_it_means_to_torch() -> None:
 
 
 def test_sharding_without_gpus_or_deepspeed_is_one_clear_line() -> None:
-    check_sharding("none", use_cpu=True, quantisation_of="gptq")
+    check_sharding("none", use_cpu=True, quantisation="gptq")
     with pytest.raises(UsageError, match=r"zero3, which cannot divide a base quantised with gptq; set it to"):
-        check_sharding("zero3", use_cpu=False, quantisation_of="gptq")
+        check_sharding("zero3", use_cpu=False, quantisation="gptq")
     with pytest.raises(UsageError, match=r"sharding is zero3, but there is no GPU here; set it to none or auto"):
-        check_sharding("zero3", use_cpu=True, quantisation_of=None)
+        check_sharding("zero3", use_cpu=True, quantisation=None)
     assert importlib.util.find_spec("deepspeed") is None, "this test is for where it is missing"
     with pytest.raises(UsageError, match=r"sharding is zero2, but DeepSpeed is not installed here"):
-        check_sharding("zero2", use_cpu=False, quantisation_of="gptq")
+        check_sharding("zero2", use_cpu=False, quantisation="gptq")
 
 
 def test_only_trainable_weights_take_the_type_of_the_base() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    compute_in("bfloat16", model)
+    convert_trainable_weights("bfloat16", model)
     assert [parameter.dtype for parameter in model.parameters()] == [torch.float32] * 2 + [torch.bfloat16] * 2
 
 

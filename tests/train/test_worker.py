@@ -16,9 +16,9 @@ from stages.train.worker import (
     _arguments,
     _explain,
     _let_memory_segments_grow,
-    largest,
+    largest_figures,
     newest_good_checkpoint,
-    shared_evenly,
+    pad_samples,
 )
 from tests.conftest import REPOSITORY
 
@@ -173,7 +173,7 @@ def test_memory_segments_grow_unless_a_person_set_it_otherwise(
 
 
 def test_of_several_processes_the_largest_memory_counts() -> None:
-    assert largest([{"reserved": 3, "allocated": 2}, {"reserved": 2, "allocated": 5}]) == {
+    assert largest_figures([{"reserved": 3, "allocated": 2}, {"reserved": 2, "allocated": 5}]) == {
         "reserved": 3,
         "allocated": 5,
     }
@@ -195,4 +195,4 @@ def test_one_machine_needs_no_meeting_and_nodes_keep_their_ranks(tmp_path: Path)
     [("abc", 1, "abc"), ("abcd", 2, "abcd"), ("abc", 2, "abca"), ("ab", 5, "ababa"), ("", 4, "")],
 )
 def test_each_process_gets_as_many_samples_and_none_is_left_out(samples: str, processes: int, shared: str) -> None:
-    assert shared_evenly(list(samples), processes) == list(shared)
+    assert pad_samples(list(samples), processes) == list(shared)

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from stages.train.sharding import deepspeed_config, gather_by_layer, let_go_of_weights, mend_loading
+from stages.train.sharding import deepspeed_config, fix_zero3_loading, free_whole_weights, gather_by_layer
 
 
 def main(folder: Path) -> None:
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     # to this model's layers, of 1,048,576, as they are to those of a 7B model; else all of it would stay whole
     smaller = {"max_live_parameters": 2_200_000, "max_reuse_distance": 2_200_000, "prefetch_bucket_size": 1_100_000}
     config["zero_optimization"] |= {f"stage3_{name}": size for name, size in smaller.items()}
-    mend_loading()
+    fix_zero3_loading()
     kept = HfDeepSpeedConfig(config)  # transformers divides while it loads as long as this is there
     base: Any = AutoModelForCausalLM.from_pretrained(folder)
     base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
             for _ in range(2):
                 with torch.no_grad():
                     engine(input_ids=tokens, labels=tokens)
-                let_go_of_weights(engine.module)
+                free_whole_weights(engine.module)
             found["after evaluation"] = whole()
     found["through one buffer"] = len(together)
     if deepspeed.comm.get_rank() == 0:
