@@ -6,10 +6,11 @@ The report does not contain the time of writing: the same inputs give the same b
 import base64
 import io
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from stages.contract.files import open_atomically, read_jsonl
@@ -57,13 +58,8 @@ def write_report(
     task = load_task(recipe.task)
     trained = run.manifest("train") or {"decisions": []}
     curve = read_jsonl(metrics) if (metrics := run.path("train", "metrics.jsonl")).is_file() else []
-    # adapter names and model output are untrusted: everything is escaped except Markup
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters["interval"] = format_interval
     colours = {"base": 0} | {name: 1 + index % (COLOURS - 1) for index, name in enumerate(adapters)}
-    html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    html = _template().render(
         run=run,
         recipe=recipe,
         scores=scores,
@@ -93,6 +89,16 @@ def write_report(
     )
     with open_atomically(stage.path("report.html")) as file:
         file.write(html)
+
+
+@cache
+def _template() -> Template:
+    # adapter names and model output are untrusted: everything is escaped except Markup
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["interval"] = format_interval
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def format_interval(figure: dict[str, Any], sign: str = "-") -> str:

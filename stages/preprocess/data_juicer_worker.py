@@ -27,6 +27,7 @@ import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -287,11 +288,23 @@ def _load(job: Job) -> list[Any]:
             operator.process = _seed_each_call(operator.process, f"{job.seed} {number}")
         loaded.append(operator)
     if any(operator._accelerator == "cuda" for operator in loaded):
-        import torch  # noqa: F401 - once here, not in each of the workers that are forked for each chunk
-        import transformers  # noqa: F401
+        _import_models(job)
     else:
         base_op.free_models = lambda: None  # it would load torch, only to find no model to free
     return loaded
+
+
+def _import_models(job: Job) -> None:
+    """Import torch and the classes of the operators' models once, not in each worker that is forked for each chunk:
+    transformers imports its modules on first use."""
+    import torch  # noqa: F401
+    import transformers
+
+    for _, given in job.operators:
+        for folder in (value for key, value in given.items() if key.startswith("hf_")):
+            for name in (read_json(Path(folder, "config.json")) or {}).get("architectures") or []:
+                with suppress(ImportError, RuntimeError):  # the operator itself says what it lacks
+                    getattr(transformers, name, None)
 
 
 def _refuse_unusable(job: Job, kind: Any, where: str, given: dict[str, Any]) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from stages.contract.errors import Exit
 from stages.contract.files import FileHashes, write_json, write_jsonl
 from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output
+from stages.eval.stage import work
+from stages.host.runner import run_stage
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "patent-qa.yaml"
 
@@ -75,7 +78,7 @@ def make_run(
     for image in {path for sample in samples for path in sample["meta"]["page_images"] if pictures}:
         path = run.folder / image
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (868, 1120), "white").save(path)
+        Image.new("RGB", (504, 672), "white").save(path)  # little more than the report's width, so quick to shrink
     write_jsonl(run.path("train", "metrics.jsonl"), LOSSES if losses is None else losses)
     for name, records in predictions.items():
         write_jsonl(run.path("infer", "predictions", f"{name}.jsonl"), records)  # type: ignore[arg-type]
@@ -119,13 +122,26 @@ def samples() -> list[Sample]:
     return make_samples()
 
 
-@pytest.fixture
-def predictions(samples: list[Sample]) -> dict[str, list[Prediction]]:
+def make_predictions(samples: list[Sample]) -> dict[str, list[Prediction]]:
     """Base is right once in six; tuned is wrong once in four and fails once."""
     base = [answer(s, s["references"][0] if i % 6 == 0 else "a lever") for i, s in enumerate(samples)]
     tuned = [answer(s, "踏板" if i % 4 == 1 else s["references"][0]) for i, s in enumerate(samples)]
     tuned[7] = failed_prediction(samples[7]["id"], "prompt of 1203 tokens does not fit in 1024")
     return {"base": base, "tuned": tuned}
+
+
+@pytest.fixture
+def predictions(samples: list[Sample]) -> dict[str, list[Prediction]]:
+    return make_predictions(samples)
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run of `samples` and `predictions` after eval, for tests that change nothing in it."""
+    samples = make_samples()
+    run = make_run(tmp_path_factory.mktemp("evaluated"), samples, make_predictions(samples))
+    assert run_stage(run, "eval", work) == Exit.DONE
+    return run
 
 
 @pytest.fixture

@@ -65,13 +65,9 @@ def test_each_component_is_shown_with_its_difference(
     assert "base 0.5" in report
 
 
-def test_without_ablations_the_report_has_no_section_on_them(
-    build: Callable[..., Run], samples: list[Sample], predictions: dict[str, list[Prediction]]
-) -> None:
-    run = build(samples, predictions)
-    assert run_stage(run, "eval", evaluation.work) == Exit.DONE
-    assert not run.path("eval", "ablations.json").exists()
-    assert "What each component" not in run.path("eval", "report.html").read_text()
+def test_without_ablations_the_report_has_no_section_on_them(evaluated: Run) -> None:
+    assert not evaluated.path("eval", "ablations.json").exists()
+    assert "What each component" not in evaluated.path("eval", "report.html").read_text()
 
 
 def test_ablating_the_adapter_is_shown_although_infer_writes_no_file_for_it(

@@ -1,5 +1,6 @@
 """Many data sets and adapters: each counts on the samples it was asked; scores of training data say so; the vote."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from stages.contract.run import Run, describe_output
 from stages.eval import stage as evaluation
 from stages.eval.report import ON_TRAINING_DATA
 from stages.host.runner import run_stage
-from tests.eval.conftest import RECIPE, answer, make_sample
+from tests.eval.conftest import LOSSES, RECIPE, answer, make_sample
 
 Build = Callable[..., Run]
 
@@ -29,6 +30,12 @@ OWN = "infer.answers=own sources"
 
 
 @pytest.fixture
+def build(build: Build) -> Build:
+    """`make_run` without losses, unless a test gives them: drawing their curve takes a third of eval's time."""
+    return functools.partial(build, losses=[])
+
+
+@pytest.fixture
 def samples() -> list[Sample]:
     """12 questions, of three data sets in turn."""
     return [make_sample(n, source=("first", "second", "third")[n % 3], page_images=[], pages=[]) for n in range(12)]
@@ -39,7 +46,7 @@ def right(samples: list[Sample], *sources: str) -> list[Prediction]:
     return [answer(s, s["references"][0]) for s in samples if not sources or s["meta"]["source"] in sources]
 
 
-def evaluated(run: Run, **facts: Any) -> dict[str, Any]:
+def evaluate(run: Run, **facts: Any) -> dict[str, Any]:
     """The scores, with some facts in infer's manifest."""
     path = run.path("infer", "manifest.json")
     write_json(path, {**read_json(path), **facts})
@@ -63,7 +70,7 @@ def test_an_adapter_counts_on_its_own_data_sets_alone(build: Build, samples: lis
     lost = [answer(s, "a lever") for s in samples if s["meta"]["source"] != "first"]
     lost[0] = failed_prediction(lost[0]["id"], "too long")
     predictions = {"base": right(samples), "a": right(samples, "first"), "b": lost, "c": right(samples)}
-    scores = evaluated(build(samples, predictions, pictures=False, recipe=recipe(OWN)))
+    scores = evaluate(build(samples, predictions, pictures=False, recipe=recipe(OWN)))
     figures = {name: scores[name]["exact_match"] for name in scores}
     counts = {name: (one["n"], one["failed"], one["value"]) for name, one in figures.items()}
     assert counts == {"base": (12, 0, 100), "a": (4, 0, 100), "b": (8, 1, 0), "c": (12, 0, 100)}
@@ -71,13 +78,13 @@ def test_an_adapter_counts_on_its_own_data_sets_alone(build: Build, samples: lis
 
 def test_a_sample_that_was_asked_and_not_answered_has_failed(build: Build, samples: list[Sample]) -> None:
     predictions = {"base": right(samples), "a": right(samples, "first")[1:]}
-    scores = evaluated(build(samples, predictions, pictures=False, recipe=recipe(OWN)))
+    scores = evaluate(build(samples, predictions, pictures=False, recipe=recipe(OWN)))
     assert (scores["a"]["exact_match"]["n"], scores["a"]["exact_match"]["failed"]) == (4, 1)
 
 
 def test_if_all_answer_all_a_missing_prediction_has_failed(build: Build, samples: list[Sample]) -> None:
     predictions = {"base": right(samples), "a": right(samples, "first")}
-    scores = evaluated(build(samples, predictions, pictures=False, recipe=recipe()))
+    scores = evaluate(build(samples, predictions, pictures=False, recipe=recipe()))
     assert (scores["a"]["exact_match"]["n"], scores["a"]["exact_match"]["failed"]) == (12, 8)
 
 
@@ -85,7 +92,7 @@ def test_differences_are_on_the_same_samples(build: Build, samples: list[Sample]
     """Base is right everywhere else: no credit and no blame for what the adapter was not asked."""
     base = [answer(s, "a lever" if s["meta"]["source"] == "first" else s["references"][0]) for s in samples]
     run = build(samples, {"base": base, "a": right(samples, "first")}, pictures=False, recipe=recipe(OWN))
-    evaluated(run)
+    evaluate(run)
     difference = read_json(run.path("eval", "differences.json"))["a"]["exact_match"]
     assert (difference["value"], difference["low"], difference["high"]) == (100, 100, 100)
 
@@ -93,7 +100,7 @@ def test_differences_are_on_the_same_samples(build: Build, samples: list[Sample]
 def test_tables_show_each_adapters_own_n_and_groups(build: Build, samples: list[Sample], capfd: Any) -> None:
     predictions = {"base": right(samples), "a": right(samples, "first"), "b": right(samples, "second", "third")}
     run = build(samples, predictions, pictures=False, recipe=recipe(OWN))
-    evaluated(run)
+    evaluate(run)
     rows = [line.split() for line in capfd.readouterr().err.splitlines() if line.strip().startswith("exact_match")]
     assert [row[-4:] for row in rows] == [[n, "0", "/", "0"] for n in ("4", "8")]
     kinds = read_json(run.path("eval", "by_group.json"))["a"]["kind"]
@@ -103,9 +110,7 @@ def test_tables_show_each_adapters_own_n_and_groups(build: Build, samples: list[
 
 def test_an_adapter_without_a_test_question_of_its_own_has_no_scores(build: Build, samples: list[Sample]) -> None:
     kept = [sample for sample in samples if sample["meta"]["source"] != "first"]
-    scores = evaluated(
-        build(kept, {"base": right(kept), "a": [], "c": right(kept)}, pictures=False, recipe=recipe(OWN))
-    )
+    scores = evaluate(build(kept, {"base": right(kept), "a": [], "c": right(kept)}, pictures=False, recipe=recipe(OWN)))
     assert scores["a"] == {} and scores["c"]["exact_match"]["n"] == 8
 
 
@@ -115,7 +120,7 @@ def test_the_summary_counts_each_data_set_on_its_own(build: Build, samples: list
     write_json(
         run.path("train", "manifest.json"), {**(run.manifest("train") or {}), "untrained": {"c": "it is cursed"}}
     )
-    evaluated(run, answering={"a": {"samples": 4, "seconds": 2.5}})
+    evaluate(run, answering={"a": {"samples": 4, "seconds": 2.5}})
     summary = read_json(run.path("eval", "summary.json"))
     a, b, c = summary["dataset_results"]
     original = {"dataset_name", "evaluation_time", "eval_samples", "batch_size", "metrics", "generation_kwargs"}
@@ -144,7 +149,7 @@ def test_ablations_count_the_samples_that_the_adapter_was_asked(build: Build, sa
         recipe=recipe(OWN, "infer.ablate=[style]"),
     )
     with_ablation(run, right(samples, "first"))
-    evaluated(run)
+    evaluate(run)
     found = read_json(run.path("eval", "ablations.json"))
     for each in found.values():
         assert (each["figures"]["exact_match"]["n"], each["figures"]["exact_match"]["failed"]) == (4, 0)
@@ -156,7 +161,7 @@ def test_ablations_are_of_the_first_adapter_with_predictions(build: Build, sampl
     run = with_ablation(
         build(samples, predictions, pictures=False, recipe=recipe("infer.ablate=[style]")), right(samples)
     )
-    evaluated(run)
+    evaluate(run)
     assert list(read_json(run.path("eval", "ablations.json"))) == ["everything", "style"]
     assert "b answered all questions again without each component in turn." in run.path(
         "eval", "report.html"
@@ -195,9 +200,10 @@ def test_scores_of_training_data_say_so_in_every_table(build: Build, samples: li
     settings = recipe("data.evaluate_on_training=true", "infer.ablate=[style]", "infer.vote={}")
     predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
     run = with_votes(
-        with_ablation(build(samples, predictions, recipe=settings, pictures=False), right(samples)), samples
+        with_ablation(build(samples, predictions, recipe=settings, pictures=False, losses=LOSSES), right(samples)),
+        samples,
     )
-    evaluated(run, vote=vote_facts())
+    evaluate(run, vote=vote_facts())
     manifest = run.manifest("eval") or {}
     assert manifest["counts"]["scored on training data"] == 5
     shown = " ".join(capfd.readouterr().err.split())
@@ -212,7 +218,7 @@ def test_scores_of_training_data_say_so_in_every_table(build: Build, samples: li
 
 def test_scores_of_held_out_data_have_no_warning(build: Build, samples: list[Sample], capfd: Any) -> None:
     run = build(samples, {"base": right(samples)}, pictures=False, recipe=recipe())
-    evaluated(run)
+    evaluate(run)
     assert "scored on training data" not in (run.manifest("eval") or {})["counts"]
     assert ON_TRAINING_DATA not in " ".join(capfd.readouterr().err.split())
     assert ON_TRAINING_DATA not in run.path("eval", "report.html").read_text(encoding="utf-8")
@@ -229,7 +235,7 @@ def test_the_vote_has_its_voters_and_its_difference_from_the_best_of_them(build:
     good = [answer(s, (s["references"] or ["x"])[0]) for s in samples]
     predictions |= {"vote": good, "a": wrong, "b": wrong}
     run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples, split=(3, 5))
-    evaluated(run, vote=vote_facts(weights={"a": 1.0, "b": 0.5}))
+    evaluate(run, vote=vote_facts(weights={"a": 1.0, "b": 0.5}))
     vote = read_json(run.path("eval", "vote.json"))
     voters = {voter["name"]: voter for voter in vote["voters"]}
     assert [voter["mix"] for voter in vote["voters"]] == ["first", "second, third#3", "all"]
@@ -255,7 +261,7 @@ def test_a_disagreement_that_a_second_round_settled_is_still_one(build: Build, s
     rows[5] |= {"votes": {"a": None, "b": None}, "agreement": 0.0, "answer": None, "by": "nobody"}
     write_jsonl(run.path("infer", "votes.jsonl"), rows)
     add_outputs(run, "infer", "votes.jsonl")
-    evaluated(run, vote=vote_facts())
+    evaluate(run, vote=vote_facts())
     vote = read_json(run.path("eval", "vote.json"))
     assert {row["id"] for row in vote["disagreements"]} == {samples[3]["id"], samples[4]["id"]}
     (settled,) = [row for row in vote["disagreements"] if row["round"] == 2]
@@ -268,7 +274,7 @@ def test_a_disagreement_that_a_second_round_settled_is_still_one(build: Build, s
 def test_without_validation_no_voter_is_called_the_best_by_it(build: Build, samples: list[Sample], capfd: Any) -> None:
     predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
     run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples)
-    evaluated(run, vote=vote_facts(validation={}))
+    evaluate(run, vote=vote_facts(validation={}))
     shown = " ".join(capfd.readouterr().err.split())
     for text in (shown, run.path("eval", "report.html").read_text(encoding="utf-8")):
         assert "the best by validation" not in text
@@ -279,16 +285,16 @@ def test_other_weights_are_shown_although_no_answer_changes(build: Build, sample
     """The weights are in infer's manifest, and no key covers that."""
     predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
     run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples)
-    evaluated(run, vote=vote_facts())
+    evaluate(run, vote=vote_facts())
     weighted = recipe("infer.vote={weights: validation}")
     other = Run(run.name, weighted, run.roots)
-    evaluated(other, vote=vote_facts(weights={"a": 0.5, "b": 0.25}), key=other.key("infer", {}))
+    evaluate(other, vote=vote_facts(weights={"a": 0.5, "b": 0.25}), key=other.key("infer", {}))
     weights = [voter["weight"] for voter in read_json(run.path("eval", "vote.json"))["voters"]]
     assert weights == [0.5, 0.25, None]
 
 
 def test_without_a_vote_there_is_no_outcome_of_one(build: Build, samples: list[Sample], tmp_path: Path) -> None:
     run = build(samples, {"base": right(samples), "a": right(samples)}, pictures=False, recipe=recipe())
-    evaluated(run)
+    evaluate(run)
     assert not run.path("eval", "vote.json").exists()
     assert "The vote" not in run.path("eval", "report.html").read_text(encoding="utf-8")

@@ -79,10 +79,6 @@ def test_a_report_limits_its_drawings(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert "Drawings of 3 other samples (a report has at most 3)" in html(run)
 
 
-def test_a_task_without_units_and_drawings_has_neither(
-    build: Callable[..., Run], samples: list[Sample], predictions: Any
-) -> None:
-    run = build(samples, predictions)
-    assert run_stage(run, "eval", evaluation.work) == Exit.DONE
-    assert not run.path("eval", "measures.json").exists()
-    assert "<h2>Measured</h2>" not in html(run) and "drawing" not in html(run).split("<body>")[1]
+def test_a_task_without_units_and_drawings_has_neither(evaluated: Run) -> None:
+    assert not evaluated.path("eval", "measures.json").exists()
+    assert "<h2>Measured</h2>" not in html(evaluated) and "drawing" not in html(evaluated).split("<body>")[1]

@@ -56,8 +56,8 @@ def report_of(run: Run) -> str:
     return text
 
 
-def test_it_shows_the_run(build: Build, samples: list[Sample], predictions: Predictions) -> None:
-    text = report_of(build(samples, predictions))
+def test_it_shows_the_run(evaluated: Run) -> None:
+    text = report_of(evaluated)
     for shown in ("patent-qa", "tiny", "SmolLM2-135M-Instruct", "US0000001A.pdf", "position", "optimizer step"):
         assert shown in text
     for shown in ("2 min 00 s", "3.00 GiB", "1 × blank page", "precision = <b>float32</b>", "6 documents"):
@@ -67,8 +67,8 @@ def test_it_shows_the_run(build: Build, samples: list[Sample], predictions: Pred
     assert "踏板支架" in text
 
 
-def test_it_is_self_contained(build: Build, samples: list[Sample], predictions: Predictions) -> None:
-    text = report_of(build(samples, predictions))
+def test_it_is_self_contained(evaluated: Run) -> None:
+    text = report_of(evaluated)
     page = Page(text)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "img" in page.tags
@@ -91,8 +91,8 @@ def test_untrusted_text_is_escaped(build: Build) -> None:
     assert text.count("&lt;script&gt;alert(1)") >= 6
 
 
-def test_pictures_are_shrunk(build: Build, samples: list[Sample], predictions: Predictions) -> None:
-    page = Page(report_of(build(samples, predictions)))
+def test_pictures_are_shrunk(evaluated: Run) -> None:
+    page = Page(report_of(evaluated))
     pictures = [value for name, value in page.attributes if name == "src"]
     assert len(pictures) == 2 * 7  # six wrong answers and a failed one, two pages each
     with Image.open(io.BytesIO(base64.b64decode(pictures[0].partition(",")[2]))) as picture:

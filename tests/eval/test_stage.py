@@ -21,10 +21,8 @@ def scores_of(run: Run) -> dict[str, Any]:
     return dict(read_json(run.path("eval", "scores.json")))
 
 
-def test_scores_have_the_promised_form(build: Build, samples: list[Sample], predictions: Predictions) -> None:
-    run = build(samples, predictions)
-    assert run_stage(run, "eval", work) == Exit.DONE
-    scores = scores_of(run)
+def test_scores_have_the_promised_form(evaluated: Run, samples: list[Sample]) -> None:
+    scores = scores_of(evaluated)
     assert list(scores) == ["base", "tuned"]
     for figures in scores.values():
         assert list(figures) == ["exact_match", "f1", "character_f1", "retrieval_recall"]
@@ -36,7 +34,7 @@ def test_scores_have_the_promised_form(build: Build, samples: list[Sample], pred
     assert scores["tuned"]["exact_match"]["value"] == round(100 * 17 / 24, 4)
     assert scores["tuned"]["exact_match"]["failed"] == 1
     assert scores["base"]["retrieval_recall"] == scores["tuned"]["retrieval_recall"]
-    manifest = run.manifest("eval")
+    manifest = evaluated.manifest("eval")
     assert manifest is not None
     assert set(manifest["outputs"]) == {
         "scores.json",
@@ -58,13 +56,12 @@ def test_same_inputs_give_the_same_bytes(build: Build, samples: list[Sample], pr
     assert found[0] == found[1]
 
 
-def test_order_of_predictions_does_not_matter(build: Build, samples: list[Sample], predictions: Predictions) -> None:
-    run = build(samples, predictions)
-    run_stage(run, "eval", work)
-    before = scores_of(run)
+def test_order_of_predictions_does_not_matter(
+    evaluated: Run, build: Build, samples: list[Sample], predictions: Predictions
+) -> None:
     run = build(samples, {name: records[::-1] for name, records in predictions.items()})
     run_stage(run, "eval", work)
-    assert scores_of(run) == before
+    assert scores_of(run) == scores_of(evaluated)
 
 
 def test_a_missing_prediction_is_a_failure(build: Build, samples: list[Sample], predictions: Predictions) -> None:
@@ -75,13 +72,11 @@ def test_a_missing_prediction_is_a_failure(build: Build, samples: list[Sample], 
     assert figure["value"] == round(100 * 15 / 24, 4)
 
 
-def test_by_group_adds_up(build: Build, samples: list[Sample], predictions: Predictions) -> None:
-    run = build(samples, predictions)
-    run_stage(run, "eval", work)
-    parts = read_json(run.path("eval", "by_group.json"))["tuned"]
+def test_by_group_adds_up(evaluated: Run, samples: list[Sample]) -> None:
+    parts = read_json(evaluated.path("eval", "by_group.json"))["tuned"]
     assert set(parts["group"]) == {sample["meta"]["group"] for sample in samples}
     assert set(parts["kind"]) == {"name", "number", "position", "function"}
-    whole = scores_of(run)["tuned"]["f1"]
+    whole = scores_of(evaluated)["tuned"]["f1"]
     for part in parts.values():
         figures = [value["f1"] for value in part.values()]
         assert sum(figure["n"] for figure in figures) == whole["n"]
@@ -144,9 +139,7 @@ def test_the_console_shows_base_against_each_adapter(
     assert f"report: {run.path('eval', 'report.html')}" in shown
 
 
-def test_nothing_is_done_twice(build: Build, samples: list[Sample], predictions: Predictions) -> None:
-    run = build(samples, predictions)
-    run_stage(run, "eval", work)
-    written = run.path("eval", "report.html").stat().st_mtime_ns
-    assert run_stage(run, "eval", work) == Exit.DONE
-    assert run.path("eval", "report.html").stat().st_mtime_ns == written
+def test_nothing_is_done_twice(evaluated: Run) -> None:
+    written = evaluated.path("eval", "report.html").stat().st_mtime_ns
+    assert run_stage(evaluated, "eval", work) == Exit.DONE
+    assert evaluated.path("eval", "report.html").stat().st_mtime_ns == written

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def made(tmp_path: Path) -> Made:
     return Made(tmp_path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stage_of(home: Path) -> Iterator[Callable[..., Stage]]:
     """Return a function that makes a preprocess stage; each call is a new start on the run folder of that name."""
     opened: list[Events] = []
@@ -149,6 +150,23 @@ def stage_of(home: Path) -> Iterator[Callable[..., Stage]]:
         events.close()
 
 
+@dataclass(frozen=True)
+class Processed:
+    """Records, the stage that has run operators over them, and the file of those that it kept."""
+
+    made: Made
+    stage: Stage
+    kept: Path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, stage_of: Callable[..., Stage]) -> Processed:
+    """All operators over all records, in two processes and two chunks, undisturbed."""
+    made = Made(tmp_path_factory.mktemp("whole"))
+    stage = stage_of(made.root, "processes", made.OPERATORS, workers=2, chunk_size=9)
+    return Processed(made, stage, process(stage, made.file))
+
+
 def counts(stage: Stage) -> dict[str, tuple[int, int, int, int]]:
     """read, kept, dropped, changed of each operator."""
     done = read_json(stage.path("records", "operators.json"))
@@ -159,10 +177,9 @@ def counts(stage: Stage) -> dict[str, tuple[int, int, int, int]]:
 
 
 def test_every_operator_drops_its_record_and_ray_does_the_same(
-    made: Made, stage_of: Callable[..., Stage], home: Path
+    whole: Processed, stage_of: Callable[..., Stage], home: Path
 ) -> None:
-    stage = stage_of(made.root, "processes", made.OPERATORS, workers=2, chunk_size=9)
-    kept = process(stage, made.file)
+    made, stage, kept = whole.made, whole.stage, whole.kept
 
     assert kept == stage.path("records", "kept.jsonl")
     assert [one["id"] for one in read_jsonl(kept)] == ["first", 7, "last"], "in order, and with their own ids"
@@ -429,39 +446,28 @@ def tokenizer(words: int) -> Any:
     )  # fmt: skip
 
 
-def test_captions_are_the_same_whoever_writes_them(
-    tmp_path: Path, weights: Path, stage_of: Callable[..., Stage], home: Path
-) -> None:
-    folder = tmp_path / "data" / "made"
-    names = [f"r{number}" for number in range(3)]
-    folder.mkdir(parents=True)
-    file = write(folder, [record(name, f"w{9 + n} w7", picture(folder, name)) for n, name in enumerate(names)])
-    operators = [
-        {"image_text_similarity_filter": {"hf_clip": "clip", "min_score": -1.0}},
-        {"image_captioning_mapper": {"hf_img2seq": "blip2-opt", "keep_original_sample": True}},
-        {"image_captioning_mapper": {"hf_img2seq": "blip2-t5", "keep_original_sample": False}},
-    ]
-    stage = stage_of(tmp_path, "together", operators, weights)
-    kept = process(stage, file)
-    out = read_jsonl(kept)
-    assert [one["id"] for one in out] == [name for first in names for name in (first, f"{first}+2.1")]
-    assert [one.get("original_id") for one in out] == [name for first in names for name in (None, first)]
-    assert counts(stage) == {"image_text_similarity_filter": (3, 3, 0, 0), "image_captioning_mapper": (6, 6, 0, 6)}
-    written = [one["text"] for one in out]
-    assert all(text.startswith("<__dj__image>") and text.endswith("<|__dj__eoc|>") for text in written)
-    assert len(set(written)) == 6, "sampled for each"
+@dataclass(frozen=True)
+class Captioned:
+    """Records, the operators, and the stage that has run them in one process."""
 
-    apart = stage_of(tmp_path, "apart", operators, weights, workers=2, chunk_size=3)
-    assert process(apart, file).read_bytes() == kept.read_bytes()
+    root: Path
+    records: list[dict[str, Any]]
+    file: Path
+    operators: list[dict[str, Any]]
+    scores: list[float]
+    """The records' similarities of text and picture, by CLIP itself."""
+    stage: Stage
+    kept: Path
 
 
-def test_similarity_is_clips_and_a_threshold_drops_by_it(
-    tmp_path: Path, weights: Path, stage_of: Callable[..., Stage]
-) -> None:
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory, weights: Path, stage_of: Callable[..., Stage]) -> Captioned:
+    """Six records, of which a threshold on CLIP's similarity drops half; the others get captions by both BLIP-2."""
     import torch
     from transformers import CLIPModel, CLIPProcessor
 
-    folder = tmp_path / "data" / "made"
+    root = tmp_path_factory.mktemp("captioned")
+    folder = root / "data" / "made"
     folder.mkdir(parents=True)
     records = [record(f"r{n}", f"w{20 + 3 * n} w{50 + n}", picture(folder, f"p{n}")) for n in range(6)]
     file = write(folder, list(records))
@@ -473,15 +479,39 @@ def test_similarity_is_clips_and_a_threshold_drops_by_it(
             inputs = reads(text=text, images=image.convert("RGB"), return_tensors="pt")
             scores.append(float(model(**inputs).logits_per_text) / 100)
     middle = sum(sorted(scores)[2:4]) / 2
-    stage = stage_of(
-        tmp_path,
-        "clip",
-        [{"image_text_similarity_filter": {"hf_clip": "clip", "min_score": middle}}],
-        weights,
-        workers=1,
-    )
-    kept = [one["id"] for one in read_jsonl(process(stage, file))]
-    assert kept == [f"r{number}" for number, score in enumerate(scores) if score >= middle]
+    operators: list[dict[str, Any]] = [
+        {"image_text_similarity_filter": {"hf_clip": "clip", "min_score": middle}},
+        {"image_captioning_mapper": {"hf_img2seq": "blip2-opt", "keep_original_sample": True}},
+        {"image_captioning_mapper": {"hf_img2seq": "blip2-t5", "keep_original_sample": False}},
+    ]
+    stage = stage_of(root, "together", operators, weights)
+    return Captioned(root, records, file, operators, scores, stage, process(stage, file))
+
+
+def test_similarity_is_clips_and_a_threshold_drops_by_it(captioned: Captioned) -> None:
+    kept = [one["id"] for one in read_jsonl(captioned.kept) if "original_id" not in one]
+    middle = captioned.operators[0]["image_text_similarity_filter"]["min_score"]
+    assert kept == [f"r{number}" for number, score in enumerate(captioned.scores) if score >= middle]
+    assert len(kept) == 3
+
+
+def test_captions_are_the_same_whoever_writes_them(
+    captioned: Captioned, weights: Path, stage_of: Callable[..., Stage]
+) -> None:
+    out = read_jsonl(captioned.kept)
+    names = [one["id"] for one in out[::2]]
+    assert [one["id"] for one in out] == [name for first in names for name in (first, f"{first}+2.1")]
+    assert [one.get("original_id") for one in out] == [name for first in names for name in (None, first)]
+    assert counts(captioned.stage) == {
+        "image_text_similarity_filter": (6, 3, 3, 0),
+        "image_captioning_mapper": (6, 6, 0, 6),
+    }
+    written = [one["text"] for one in out]
+    assert all(text.startswith("<__dj__image>") and text.endswith("<|__dj__eoc|>") for text in written)
+    assert len(set(written)) == 6, "sampled for each"
+
+    apart = stage_of(captioned.root, "apart", captioned.operators, weights, workers=2, chunk_size=3)
+    assert process(apart, captioned.file).read_bytes() == captioned.kept.read_bytes()
 
 
 # -- stopped, killed, resumed --------------------------------------------------------------------------------------
@@ -525,8 +555,7 @@ def wait_for(what: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_kill_costs_a_chunk_and_changes_nothing(made: Made, stage_of: Callable[..., Stage]) -> None:
-    undisturbed = process(stage_of(made.root, "undisturbed", made.OPERATORS), made.file)
+def test_a_kill_costs_a_chunk_and_changes_nothing(made: Made, whole: Processed, stage_of: Callable[..., Stage]) -> None:
     stage = stage_of(made.root, "killed", made.OPERATORS, chunk_size=3)
     work = stage.path("records", "work")
 
@@ -547,7 +576,7 @@ def test_a_kill_costs_a_chunk_and_changes_nothing(made: Made, stage_of: Callable
 
     child = started(made.root, "killed")
     assert child.wait() == 0
-    assert stage.path("records", "kept.jsonl").read_bytes() == undisturbed.read_bytes()
+    assert stage.path("records", "kept.jsonl").read_bytes() == whole.kept.read_bytes()
     manifest = read_json(stage.path("manifest.json"))
     assert len(manifest["starts"]) == 3
     assert len(manifest["skipped"]) == 7

@@ -126,10 +126,21 @@ def test_shards_make_the_same_bytes_as_one_run(few_pages: Run) -> None:
     assert whole == {**parts[0], **parts[1], **parts[2]}
 
 
-def test_two_processes_make_the_same_bytes_as_one(run: Callable[..., Run], few: Path) -> None:
+def test_two_processes_make_the_same_bytes_as_one(
+    run: Callable[..., Run], few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     need_model("tiny-gme")
     pictures = run(*PICTURES)
+    pools: list[int] = []
+
+    class Counted(embed.ProcessPoolExecutor):
+        def __init__(self, workers: int, *arguments: Any, **options: Any) -> None:
+            pools.append(workers)
+            super().__init__(workers, *arguments, **options)
+
+    monkeypatch.setattr(embed, "ProcessPoolExecutor", Counted)
     together = embed_all(pictures, devices=["cpu", "cpu"])
+    assert pools == [2], "questions use the processes that have loaded the model for pages"
     pictures.path("preprocess", "manifest.json").unlink()
     for path in pictures.path("preprocess", "cache", "vectors").iterdir():
         path.unlink()
