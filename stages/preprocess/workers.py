@@ -39,7 +39,11 @@ def run_in_workers(
                 pages = todo.popleft()
                 function, arguments = call(pages)
                 flying[pool.schedule(function, args=arguments, timeout=page_timeout * len(pages))] = pages
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+            done = wait(flying, timeout=1, return_when=FIRST_COMPLETED).done
+            if not done:
+                # a worker that a stop ends while it holds the pool's lock keeps the others waiting for a minute
+                stop.check()
+            for future in done:
                 pages = flying.pop(future)
                 try:
                     yield pages, future.result()
