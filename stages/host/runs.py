@@ -94,8 +94,6 @@ def is_done(run: "Run", stage: str) -> bool:
         return run.manifest(stage) is not None and run.is_done(stage, hashes)
     except (LorryError, OSError):
         return False
-    finally:
-        hashes.save()
 
 
 def unfinished_stages(stages: tuple[str, ...], last: str, force: bool, options: dict[str, Any]) -> tuple[str, ...]:

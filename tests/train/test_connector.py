@@ -231,7 +231,7 @@ def test_links_and_an_index_put_base_and_connector_together(trained: TwoPhases, 
 
 def test_another_model_s_connector_is_refused(trained: TwoPhases, tmp_path: Path) -> None:
     other = trained.lorry.models / "SmolLM2-135M-Instruct"
-    with pytest.raises(UsageError, match=r"holds multi_modal_projector\.linear_1\.bias, which .* has not"):
+    with pytest.raises(UsageError, match=r"contains multi_modal_projector\.linear_1\.bias, which .* does not have"):
         link_connector(other, trained.connector, sha256_file(trained.connector), tmp_path / "both")
     with pytest.raises(UsageError, match="changed since it was trained"):
         check_connector(trained.connector, "0" * 64)
