@@ -27,7 +27,8 @@ def test_scores_have_the_promised_form(evaluated: Run, samples: list[Sample]) ->
     for figures in scores.values():
         assert list(figures) == ["exact_match", "f1", "character_f1", "retrieval_recall"]
         for figure in figures.values():
-            assert list(figure) == ["value", "low", "high", "n", "failed"]
+            assert list(figure) == ["value", "low", "high", "groups", "n", "failed"]
+            assert figure["groups"] == 6
             assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 100
             assert figure["n"] == len(samples)
     assert scores["base"]["exact_match"]["value"] == round(100 * 4 / 24, 4)
