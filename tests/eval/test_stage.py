@@ -137,7 +137,29 @@ def test_the_console_shows_base_against_each_adapter(
     assert "70.8 [" in shown
     assert "+54.2 [" in shown
     assert "0 / 1" in shown
+    assert "*: the 95% interval excludes 0, also after Holm's correction for 2 models" in lines
+    assert "6 documents: intervals are rough" in lines
     assert f"report: {run.path('eval', 'report.html')}" in shown
+
+
+def test_three_documents_are_too_few_for_an_interval_and_a_star(
+    build: Build, samples: list[Sample], capfd: pytest.CaptureFixture[str]
+) -> None:
+    tested = samples[:12]
+    wrong = [answer(sample, "a lever") for sample in tested]
+    run = build(tested, {"base": wrong, "tuned": [answer(sample, sample["references"][0]) for sample in tested]})
+    assert run_stage(run, "eval", work) == Exit.DONE
+    figure = scores_of(run)["tuned"]["exact_match"]
+    assert figure == {"value": 100, "low": None, "high": None, "groups": 3, "n": 12, "failed": 0}
+    difference = read_json(run.path("eval", "differences.json"))["tuned"]["exact_match"]
+    assert difference == {"value": 100, "low": None, "high": None, "groups": 3, "p": None}
+    shown = capfd.readouterr().err
+    assert "+100.0 [too few]" in shown and "[too few]*" not in shown
+    note = "3 documents: too few for an interval, at least 5 are needed"
+    assert note in shown.splitlines()
+    report = run.path("eval", "report.html").read_text(encoding="utf-8")
+    assert f"<b>{note}.</b>" in report and "+100.0 [too few]" in report
+    assert 'class="range"' not in report and '"number over muted"' in report
 
 
 def test_nothing_is_done_twice(evaluated: Run) -> None:
