@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stages.contract.errors import Exit
@@ -140,6 +141,28 @@ def test_the_console_shows_base_against_each_adapter(
     assert "*: the 95% interval excludes 0, also after Holm's correction for 2 models" in lines
     assert "6 documents: intervals are rough" in lines
     assert f"report: {run.path('eval', 'report.html')}" in shown
+
+
+@pytest.mark.parametrize(("mean", "alike"), [(0.5, 0.25), (0.9, 0.25)])
+def test_intervals_of_six_documents_cover_the_true_score(
+    build: Build, samples: list[Sample], mean: float, alike: float
+) -> None:
+    # 120 adapters that all answer with the same true score; their scores within a document correlate by `alike`
+    generator = np.random.default_rng(4)
+    predictions = {"base": [answer(sample, "lever") for sample in samples]}
+    spread = 1 / alike - 1
+    for number in range(120):
+        chances = np.repeat(generator.beta(mean * spread, (1 - mean) * spread, 6), 4)
+        right = generator.random(24) < chances
+        predictions[f"a{number}"] = [
+            answer(sample, sample["references"][0] if is_right else "lever")
+            for sample, is_right in zip(samples, right, strict=True)
+        ]
+    run = build(samples, predictions, pictures=False)
+    assert run_stage(run, "eval", work) == Exit.DONE
+    figures = [figures["exact_match"] for name, figures in scores_of(run).items() if name != "base"]
+    # a percentile bootstrap of documents covers 88% and 79% of them
+    assert sum(figure["low"] <= 100 * mean <= figure["high"] for figure in figures) >= 0.93 * len(figures)
 
 
 def test_three_documents_are_too_few_for_an_interval_and_a_star(
