@@ -442,7 +442,11 @@ class Infer(Section):
 
 
 class Eval(Section):
-    bootstrap: int = Field(2000, ge=100, description="Bootstrap resamples for each 95% interval")
+    bootstrap: int = Field(
+        2000,
+        ge=100,
+        description="No effect: intervals need no resamples; accepted so that recipes of earlier runs load",
+    )
     worst: int = Field(10, ge=0, description="Number of worst answers in the report")
     scoring: dict[str, Any] = Field({}, description="Settings of the task: how answers are scored")
 

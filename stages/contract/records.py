@@ -20,7 +20,7 @@ class Meta(TypedDict):
     """What the stages read of a sample besides its messages. A task that keeps more there extends this TypedDict."""
 
     group: str
-    """Samples of one group, such as a document, fall into the same split; intervals are drawn by group."""
+    """Samples of one group, such as a document, fall into the same split; an interval counts groups."""
     source: NotRequired[str]
     """The data set, by the name that data mixes use; preprocess sets it from the question."""
     kind: NotRequired[str]

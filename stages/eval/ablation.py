@@ -50,7 +50,7 @@ def ablations(
     without = {component: _answers_without(run, component, predictions) for component in recipe.infer.ablate}
     # `overall` takes differences from "base": here the answers with everything
     scores = score_models(task, recipe, samples, {"base": predictions[whole], **without})
-    figures, differences = overall_figures(scores, recipe.eval.bootstrap, recipe.seed)
+    figures, differences = overall_figures(scores)
     everything = scores.models["base"]
     return [
         Ablation(

@@ -23,6 +23,7 @@ from stages.eval.measures import Measure
 from stages.eval.scores import Scores, worst_rows
 from stages.eval.votes import VoteOutcome
 from stages.results.intervals import Figures
+from stages.results.uncertainty import documents_note, interval_text, is_clear, star_note
 from stages.tasks import load_task
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -69,6 +70,8 @@ def write_report(
         not_run=[adapter.name for adapter in recipe.train.adapters if adapter.name not in scores.models],
         colours=colours,
         documents=len(set(scores.groups("group"))),
+        documents_note=documents_note(figure["groups"] for each in figures.values() for figure in each.values()),
+        star_note=star_note,
         counts=stage.counts,
         losses=_loss_table(curve, trained),
         rungs=[made for made in trained["decisions"] if made["what"] == "out of memory"],
@@ -98,12 +101,13 @@ def _template() -> Template:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["interval"] = format_interval
+    environment.tests["clear"] = is_clear
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def format_interval(figure: dict[str, Any], sign: str = "-") -> str:
+def format_interval(figure: dict[str, Any], sign: str = "") -> str:
     """Format a figure as `34.4 [25.0, 43.8]`. `sign` is that of a format specification: `+` for differences."""
-    return f"{figure['value']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
+    return interval_text(figure["value"], figure["low"], figure["high"], sign)
 
 
 # -- the loss curve ----------------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
-"""Score every model's answers to the same samples: means, bootstrap intervals, breakdowns, worst answers.
+"""Score every model's answers to the same samples: means, intervals, breakdowns, worst answers.
 
 A failed answer scores 0 in every metric and counts in `n`; no answer is left out to improve a figure. Samples that
 belong together, such as the rotations of a question, are scored one by one and counted once.
 """
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from stages.contract.errors import DataError
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe
 from stages.contract.records import BASE, Prediction, Sample
-from stages.results.intervals import Figures, Values, cluster_bootstrap
+from stages.results.intervals import Figures, Values, difference_figures, mean_figures, percent
 
 
 @dataclass(frozen=True)
@@ -170,36 +169,26 @@ def scores_by_question(scores: Scores) -> Scores:
 # -- means and their intervals -----------------------------------------------------------------------------------
 
 
-def overall_figures(scores: Scores, resamples: int, seed: int) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    """Return every model's figures and each adapter's differences from base, in percent, with 95% bootstrap intervals.
+def overall_figures(scores: Scores) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    """Return every model's figures and each adapter's differences from base, in percent, with 95% intervals.
 
-    Differences are paired: both models answered the same samples, which are resampled together. Facts have none.
+    Differences are paired: both models answered the same samples. Facts have none.
     """
     scores = scores_by_question(scores)
+    groups = scores.groups("group")
+    figures = {}
+    for name, model in scores.models.items():
+        cells = dict(zip(scores.metrics, mean_figures(model.values, groups), strict=True))
+        counts = _counts(scores, name, range(len(scores.samples)))
+        figures[name] = {metric: {**cells[metric], **counts[metric]} for metric in counts}
     base = scores.models[BASE].values
     adapters = [name for name in scores.models if name != BASE]
-    blocks = [model.values for model in scores.models.values()]
-    blocks += [scores.models[name].values - base for name in adapters]
-    table = np.hstack(blocks)
-    low, high = cluster_bootstrap(table, scores.groups("group"), resamples, seed)
-    with warnings.catch_warnings():  # a metric that no sample of a model has is left out below
-        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
-        means = np.nanmean(table, axis=0)
-    cells = [
-        {"value": _percent(v), "low": _percent(a), "high": _percent(b)}
-        for v, a, b in zip(means, low, high, strict=True)
-    ]
-    width = len(scores.metrics)
-    parts = [dict(zip(scores.metrics, cells[at : at + width], strict=True)) for at in range(0, len(cells), width)]
-    everything = range(len(scores.samples))
-    figures = {
-        name: {metric: {**part[metric], **counts} for metric, counts in _counts(scores, name, everything).items()}
-        for name, part in zip(scores.models, parts, strict=False)
-    }
-    differences = {
-        name: {metric: cell for metric, cell in part.items() if metric not in scores.facts and metric in figures[name]}
-        for name, part in zip(adapters, parts[len(scores.models) :], strict=True)
-    }
+    differences: dict[str, Figures] = {name: {} for name in adapters}
+    for column, metric in enumerate(scores.metrics):
+        compared = [name for name in adapters if metric in figures[name] and metric not in scores.facts]
+        pairs = [(scores.models[name].values[:, column] - base[:, column], groups) for name in compared]
+        for name, figure in zip(compared, difference_figures(pairs), strict=True):
+            differences[name][metric] = figure
     return figures, differences
 
 
@@ -216,7 +205,7 @@ def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
             counts = _counts(scores, name, chosen)
             part = model.values[chosen]
             result[name][group] = {
-                metric: {"value": _percent(float(np.nanmean(part[:, column]))), **counts[metric]}
+                metric: {"value": percent(float(np.nanmean(part[:, column]))), **counts[metric]}
                 for column, metric in enumerate(scores.metrics)
                 if metric in counts
             }
@@ -234,10 +223,6 @@ def _counts(scores: Scores, name: str, chosen: Sequence[int]) -> dict[str, dict[
             lost = 0 if metric in scores.facts else int((present[:, column] & failed).sum())
             counts[metric] = {"n": int(present[:, column].sum()), "failed": lost}
     return counts
-
-
-def _percent(value: float) -> float:
-    return round(100 * float(value), 4) + 0.0  # -0.0 becomes 0.0
 
 
 # -- the worst answers -------------------------------------------------------------------------------------------

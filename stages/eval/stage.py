@@ -25,6 +25,7 @@ from stages.results.summary import (
     summary_of_data_sets,
     training_facts,
 )
+from stages.results.uncertainty import documents_note, is_clear, star_note
 from stages.tasks import load_task
 
 
@@ -61,7 +62,7 @@ def work(stage: Stage) -> None:
         stage.counts["scored on training data"] = trained_on
     stage.counts["failed"] = sum(error is not None for model in scores.models.values() for error in model.errors)
     stage.stop.check()
-    figures, differences = overall_figures(scores, recipe.eval.bootstrap, recipe.seed)
+    figures, differences = overall_figures(scores)
     groups = {key: breakdown(scores, key) for key in ("group", "kind")}
     _write(stage, "scores.json", figures)
     _write(stage, "differences.json", differences)
@@ -201,12 +202,18 @@ def _print_tables(
         for name in [model for model in scores.models if model != "base"] or ["base"]:
             show(_table(name, figures, differences.get(name, {}), seconds))
         console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
+        if differences:
+            console.print(star_note(len(differences)), style="dim")
         if vote is not None:
             show(_vote_table(vote, figures))
             console.print(_vote_line(vote), style="dim")
         if ablated:
             show(_ablation_table(str(ablated_adapter(stage.run.recipe, scores.models)), ablated))
-            console.print("percent, then gain or loss in points; *: the 95% interval excludes 0", style="dim")
+            stars = star_note(len(ablated) - 1, "components")
+            console.print(f"percent, then gain or loss in points; {stars}", style="dim")
+        note = documents_note(figure["groups"] for each in figures.values() for figure in each.values())
+        if note:
+            console.print(note, style="bold")
     stage.events.say(f"report: {stage.path('report.html')}")
 
 
@@ -226,7 +233,7 @@ def _table(name: str, figures: dict[str, Figures], differences: Figures, seconds
     for metric in [metric for metric in figures["base"] if metric in figures[name]]:
         cells = [format_interval(figures[model][metric]) for model in models]
         if differences:
-            cells.append(format_interval(differences[metric], sign="+") if metric in differences else "")
+            cells.append(_gain_text(differences[metric]) if metric in differences else "")
         failed = " / ".join(str(figures[model][metric]["failed"]) for model in models)
         table.add_row(metric, *cells, str(figures[name][metric]["n"]), failed)
     if any(seconds[model] is not None for model in models):
@@ -256,7 +263,7 @@ def _vote_line(vote: VoteOutcome) -> str:
     metric, gain = next(iter(vote.over_best.items()))
     decided = ", ".join(f"{by} {count}" for by, count in sorted(vote.decided_by.items()))
     return (
-        f"vote over {vote.best}, {vote.best_by}: {metric} {format_interval(gain, '+')}; decided by {decided};"
+        f"vote over {vote.best}, {vote.best_by}: {metric} {_gain_text(gain).rstrip()}; decided by {decided};"
         f" mean agreement {vote.agreement:.1f}%, entropy {vote.entropy:.2f} bits; {vote.second_round} in a second round"
     )
 
@@ -288,5 +295,9 @@ def _ablation_table(adapter: str, ablated: list[Ablation]) -> Any:
     return table
 
 
+def _gain_text(gain: dict[str, Any]) -> str:
+    return format_interval(gain, sign="+") + ("*" if is_clear(gain) else " ")
+
+
 def _format_points(gain: dict[str, Any]) -> str:
-    return f"{gain['value']:+.1f}{'*' if gain['low'] > 0 or gain['high'] < 0 else ' '}"
+    return f"{gain['value']:+.1f}{'*' if is_clear(gain) else ' '}"

@@ -62,7 +62,7 @@ def vote_outcome(
     recipe = run.recipe
     rows = read_jsonl(run.path("infer", "votes.jsonl"))
     scores = score_models(task, recipe, samples, {BASE: predictions[vote["best"]], VOTE: predictions[VOTE]})
-    _, differences = overall_figures(scores, recipe.eval.bootstrap, recipe.seed)
+    _, differences = overall_figures(scores)
     first = scores.models[VOTE].values[:, 0]
     right = {sample["id"]: bool(value >= 1.0) for sample, value in zip(samples, first, strict=True)}
     rows = [_first_round(row) for row in rows]

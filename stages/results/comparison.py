@@ -16,8 +16,9 @@ from stages.contract.files import digest_of
 from stages.contract.records import BASE, VOTE
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.results.intervals import Figures, cluster_bootstrap
+from stages.results.intervals import Figures, Values, difference_figures
 from stages.results.run_reader import DamagedError, RunReader, recipe_of
+from stages.results.uncertainty import outdated_note
 
 LEAST_ANSWERS = 10
 """Fewer answers may be identical, or repetitive, by chance."""
@@ -42,8 +43,6 @@ class EvaluatedRun:
     """scores.json."""
     lines: Sequence[Mapping[str, Any]]
     """scored.jsonl: never empty."""
-    bootstrap: tuple[int, int]
-    """Resamples (eval.bootstrap) and seed of the recipe."""
 
     @property
     def models(self) -> list[str]:
@@ -57,6 +56,14 @@ class EvaluatedRun:
     def samples(self) -> dict[str, str]:
         """Sample id -> a digest of its references and of the group that it is counted with."""
         return {line["id"]: digest_of([line["references"], line["together"]]) for line in self.lines}
+
+    @cached_property
+    def groups(self) -> dict[str, str]:
+        """The document of everything that is counted once."""
+        groups: dict[str, str] = {}
+        for line in self.lines:
+            groups.setdefault(line["together"], line["group"])
+        return groups
 
     def answers(self, model: str, source: str | None = None) -> dict[str, str]:
         """A model's answers by sample id, on all data sets or on one; failures are left out."""
@@ -87,9 +94,9 @@ class ComparisonRow:
     metric: str
     figure: Mapping[str, Any]
     """The entry of scores.json."""
-    difference: Mapping[str, float] | None
-    """Points over the reference model, with `low` and `high`, on the samples that both have scores for; None for the
-    reference model itself, and if there are none."""
+    difference: Mapping[str, Any] | None
+    """Points over the reference model, as in differences.json, on the samples that both have scores for; None for the
+    reference model itself, and if there are none. `p` is corrected for all rows of the metric."""
     same_answers: float | None
     """Percent of the samples answered by both that have the same answer; None for the reference model itself."""
 
@@ -134,10 +141,7 @@ def _read(roots: Roots, name: str) -> EvaluatedRun | str:
     if not any(figure["n"] for model in (figures or {}).values() for figure in model.values()) or not lines:
         return "eval scored no sample"
     base = reader.manifests["infer"]["inputs"].get("models/base", "")
-    bootstrap = (recipe.eval.bootstrap, recipe.seed)
-    return EvaluatedRun(
-        name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines, bootstrap
-    )
+    return EvaluatedRun(name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines)
 
 
 def refuse_other_sets(runs: Sequence[EvaluatedRun]) -> None:
@@ -170,21 +174,25 @@ def reference_model(run: EvaluatedRun) -> str:
 
 
 def compare(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
-    """Every model of every run by every metric, metric by metric, with intervals by the first run's bootstrap. The runs
-    must have the same test set."""
+    """Every model of every run by every metric, metric by metric. The runs must have the same test set; the first
+    names its documents."""
     first, model = runs[0], reference_model(runs[0])
     metrics = dict.fromkeys(metric for run in runs for line in run.lines for metric in _metrics(line))
     rows = []
     for metric in metrics:
         beside = first.scores(model, metric)
-        for run in runs:
-            for name in run.models:
-                if metric not in run.figures[name]:
-                    continue
-                itself = run is first and name == model
-                difference = None if itself else _difference(first, run.scores(name, metric), beside)
-                same = None if itself else _percent_equal(run.answers(name), first.answers(model))
-                rows.append(ComparisonRow(run.run, name, metric, run.figures[name][metric], difference, same))
+        places = [(run, name) for run in runs for name in run.models if metric in run.figures[name]]
+        pairs = {
+            (run.run, name): _paired(first, run.scores(name, metric), beside)
+            for run, name in places
+            if run is not first or name != model
+        }
+        compared = {place: pair for place, pair in pairs.items() if len(pair[0])}
+        figures = dict(zip(compared, difference_figures(list(compared.values())), strict=True))
+        for run, name in places:
+            place = (run.run, name)
+            same = _percent_equal(run.answers(name), first.answers(model)) if place in pairs else None
+            rows.append(ComparisonRow(*place, metric, run.figures[name][metric], figures.get(place), same))
     return rows
 
 
@@ -192,20 +200,10 @@ def _metrics(line: Mapping[str, Any]) -> list[str]:
     return [metric for model in line["models"].values() for metric in model["scores"]]
 
 
-def _difference(
-    first: EvaluatedRun, scores: Mapping[str, float], beside: Mapping[str, float]
-) -> dict[str, float] | None:
-    """The mean paired difference in points with its 95% interval; the bootstrap draws whole groups of the first run."""
-    groups: dict[str, str] = {}
-    for line in first.lines:
-        groups.setdefault(line["together"], line["group"])
-    both = [name for name in groups if name in scores and name in beside]
-    if not both:
-        return None
-    values = np.array([[scores[name] - beside[name]] for name in both])
-    low, high = cluster_bootstrap(values, [groups[name] for name in both], *first.bootstrap)[:, 0]
-    points = {"value": values.mean(), "low": low, "high": high}
-    return {name: round(100 * float(value), 4) + 0.0 for name, value in points.items()}
+def _paired(first: EvaluatedRun, scores: Mapping[str, float], beside: Mapping[str, float]) -> tuple[Values, list[str]]:
+    """The differences on what both have scores for, and the documents of the first run that these belong to."""
+    both = [name for name in first.groups if name in scores and name in beside]
+    return np.array([scores[name] - beside[name] for name in both]), [first.groups[name] for name in both]
 
 
 def _percent_equal(answers: Mapping[str, str], others: Mapping[str, str]) -> float | None:
@@ -230,7 +228,15 @@ def prompt_differences(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 def warnings_about(runs: Sequence[EvaluatedRun]) -> list[str]:
     """All that makes a comparison of these runs doubtful, in sentences."""
-    return [*prompt_differences(runs), *(f"suspicious: {line}" for line in suspicions(runs))]
+    return [*prompt_differences(runs), *outdated_intervals(runs), *(f"suspicious: {line}" for line in suspicions(runs))]
+
+
+def outdated_intervals(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """Sentences on runs whose scores have intervals of an older version."""
+    old = [
+        run.run for run in runs if any("groups" not in cell for own in run.figures.values() for cell in own.values())
+    ]
+    return [outdated_note(name) for name in old]
 
 
 def suspicions(runs: Sequence[EvaluatedRun]) -> list[str]:

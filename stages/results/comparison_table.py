@@ -1,18 +1,19 @@
 """A comparison of runs as tables on the console, one for each metric."""
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stages.results.comparison import ComparisonRow, EvaluatedRun, compare, reference_model
-from stages.results.ledger_table import interval_text
+from stages.results.uncertainty import documents_note, interval_text, is_clear, star_note
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def comparison_tables(runs: Sequence[EvaluatedRun], coloured: bool) -> Iterator[str]:
-    """A table for each metric, then a line on how the samples are counted. The runs must have the same test set."""
+    """A table for each metric, then lines on how the scores are counted. The runs must have the same test set."""
     from rich.console import Console
 
     first = runs[0]
@@ -24,9 +25,13 @@ def comparison_tables(runs: Sequence[EvaluatedRun], coloured: bool) -> Iterator[
         )
         console.print(_table([row for row in rows if row.metric == metric], f"{first.run}/{reference_model(first)}"))
         yield text.getvalue().removesuffix("\n")
-    samples, questions = len(first.lines), len({line["together"] for line in first.lines})
+    samples, questions = len(first.lines), len(first.groups)
     counted = f"{samples} test samples" + (f", counted as {questions}" if questions < samples else "")
-    yield f"{counted}; percent and points with 95% intervals; * if the interval excludes 0"
+    compared = max(Counter(row.metric for row in rows if row.difference is not None).values(), default=0)
+    yield f"{counted}; percent and points with 95% intervals; {star_note(compared)}"
+    note = documents_note(figure.get("groups") for row in rows for figure in (row.figure, row.difference or row.figure))
+    if note:
+        yield note
 
 
 def _table(rows: Sequence[ComparisonRow], reference: str) -> "Table":
@@ -47,8 +52,8 @@ def _table(rows: Sequence[ComparisonRow], reference: str) -> "Table":
 
 
 def _gain_text(row: ComparisonRow) -> str:
-    """The difference with its interval, and a star if that excludes 0; empty for the reference model."""
+    """The difference with its interval, and a star if it is clear; empty for the reference model."""
     if row.difference is None:
         return ""
     value, low, high = (row.difference[name] for name in ("value", "low", "high"))
-    return interval_text(value, low, high, "+") + (" *" if low > 0 or high < 0 else "  ")
+    return interval_text(value, low, high, "+") + (" *" if is_clear(row.difference) else "  ")

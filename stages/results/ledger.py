@@ -64,12 +64,16 @@ class Row:
     high: float | None = None
     n: int | None = None
     failed: int | None = None
+    groups: int | None = None
+    """Documents behind the score."""
     validation: float | None = None
     """The score on the validation samples, if the adapters vote."""
     gain: float | None = None
     """Points over base, on the same samples."""
     gain_low: float | None = None
     gain_high: float | None = None
+    gain_p: float | None = None
+    """Two-sided, after Holm's correction for the models of the run; below 0.05 the gain gets a star."""
     in_vote: str = ""
     """`yes` or `no`; empty in a run without a vote."""
     weight: float | None = None
@@ -361,9 +365,9 @@ class _RowReader(RunReader):
         gain = self._differences.get(name, {}).get(self._row_metric, {})
         columns |= {
             "score": _number(figure["value"]),
-            **{column: _number(figure.get(column)) for column in ("low", "high", "n", "failed")},
+            **{column: _number(figure.get(column)) for column in ("low", "high", "n", "failed", "groups")},
             "gain": _number(gain.get("value")),
-            **{f"gain_{end}": _number(gain.get(end)) for end in ("low", "high")},
+            **{f"gain_{name}": _number(gain.get(name)) for name in ("low", "high", "p")},
         }
         counts = made["counts"]
         seen, scored = counts.get("scored on training data", 0), counts.get("scored", 0)

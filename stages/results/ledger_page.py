@@ -13,7 +13,7 @@ from string import Template
 from typing import NamedTuple
 
 from stages.results.ledger import Row
-from stages.results.ledger_table import ON_TRAINING_DATA, columns_of
+from stages.results.ledger_table import columns_of, notes_on
 
 TEMPLATE = Path(__file__).with_name("ledger.html")
 """The page, with `$name` for its content. Its security policy allows its script by digest, and no other."""
@@ -48,9 +48,7 @@ def as_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) -> str
         body.append((_kind(row), cells))
     runs = len({row.run for row in rows})
     notes = ["Percent [95% interval]; a failed answer scores 0 and counts in n. Gains are points over base, paired."]
-    if any(row.scored_on.startswith("training") for row in rows):
-        notes.insert(0, ON_TRAINING_DATA)
-    return _page(heads, body, f"{len(rows)} rows of {runs} run{'' if runs == 1 else 's'}", notes)
+    return _page(heads, body, f"{len(rows)} rows of {runs} run{'' if runs == 1 else 's'}", [*notes_on(rows), *notes])
 
 
 def _kind(row: Row) -> str:

@@ -2,11 +2,13 @@
 
 import csv
 import io
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from stages.results.ledger import Row
+from stages.results.uncertainty import documents_note, interval_text, is_clear, outdated_note, star_note
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,15 +84,9 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         Column("recipe", lambda row: row.recipe, ("recipe",), 11),
         Column("date", lambda row: row.date[:16].replace("T", " "), ("date",), 6),
         Column("lorry", lambda row: row.version, ("version",), 14),
+        Column("documents", lambda row: _digits(row.groups), ("groups",), 18, number=True),
     ]
     return [column for column in columns if not column.rare or any(column.text(row) for row in rows)]
-
-
-def interval_text(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
-    """`34.4 [25.0, 43.8]`, or `+34.4 [+25.0, +43.8]` with the sign `+`; without an interval the value alone."""
-    if value is None or low is None or high is None:
-        return _digits(value, f"{sign}.1f")
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def _digits(value: float | None, form: str = "") -> str:
@@ -106,11 +102,25 @@ def _score_text(row: Row) -> str:
 
 
 def _gain_text(row: Row) -> str:
-    return interval_text(row.gain, row.gain_low, row.gain_high, "+")
+    return interval_text(row.gain, row.gain_low, row.gain_high, "+") + ("*" if is_clear({"p": row.gain_p}) else "")
 
 
 def _vote_text(row: Row, weighted: bool) -> str:
     return f"{row.in_vote}, {row.weight:.2f}" if weighted and row.weight is not None else row.in_vote
+
+
+def notes_on(rows: Sequence[Row]) -> list[str]:
+    """Sentences on what the scores of these rows do not say."""
+    notes = [ON_TRAINING_DATA] if any(row.scored_on.startswith("training") for row in rows) else []
+    gains = Counter(row.run for row in rows if row.gain is not None)
+    if gains:
+        notes.append(star_note(max(gains.values()), "models of a run"))
+    scored = [row for row in rows if row.score is not None]
+    few = defaultdict(list)
+    for run in dict.fromkeys(row.run for row in scored):
+        few[documents_note(row.groups for row in scored if row.run == run)].append(run)
+    notes += [f"{', '.join(runs)}: {note}" for note, runs in few.items() if note is not None]
+    return notes + [outdated_note(run) for run in dict.fromkeys(row.run for row in scored if row.groups is None)]
 
 
 # -- CSV ---------------------------------------------------------------------------------------------------------
@@ -152,8 +162,8 @@ def as_table(rows: Sequence[Row], sorted_by: str | None, coloured: bool) -> str:
     shown = _fitting_columns(every, rows, sorted_by, console.width)
     console.print(_table(shown, rows))
     console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
-    if any(row.scored_on.startswith("training") for row in rows):
-        console.print(ON_TRAINING_DATA, style="bold")
+    for note in notes_on(rows):
+        console.print(note, style="bold")
     missing = [each.title for each in every if each not in shown]
     if missing:
         console.print(f"no room for: {', '.join(missing)}; --format csv has them", style="dim")

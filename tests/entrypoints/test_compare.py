@@ -74,9 +74,9 @@ def test_runs_stand_side_by_side(tmp_path: Path, lorry: Callable[..., Result]) -
     done = lorry("baseline", "custom")
     assert done.exit_code == 0, done.output
     assert "over baseline/tuned" in done.output
-    assert "+50.0 [+50.0, +50.0] *" in line_of(done, "custom", "tuned")  # each group of four has two wrong ones
+    assert "+50.0 [+12.7, +73.0] *" in line_of(done, "custom", "tuned")  # each group of four has two wrong ones
     assert "50.0%" in line_of(done, "custom", "tuned")
-    assert "-50.0 [-50.0, -50.0] *" in line_of(done, "baseline", "base")
+    assert "-50.0 [-73.0, -12.7] *" in line_of(done, "baseline", "base")
     assert "*" not in line_of(done, "baseline", "tuned")
     assert [head for head in ("exact_match", "f1", "character_f1") if head in done.output] == [
         "exact_match",
@@ -84,6 +84,8 @@ def test_runs_stand_side_by_side(tmp_path: Path, lorry: Callable[..., Result]) -
         "character_f1",
     ]
     assert "24 test samples; percent and points" in done.output
+    assert "*: the 95% interval excludes 0, also after Holm's correction for 3 models" in done.output
+    assert "6 documents: intervals are rough" in done.output.splitlines()
     assert "suspicious" not in done.output
 
 

@@ -47,7 +47,8 @@ def test_each_component_is_shown_with_its_difference(
     assert found["style"]["difference"]["exact_match"]["high"] < 0
     assert (found["style"]["changed"], found["style"]["seconds"]) == (24, 0.25)
     assert found["refine"]["changed"] == 0 and found["refine"]["seconds"] is None
-    assert found["refine"]["difference"]["exact_match"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    same = found["refine"]["difference"]["exact_match"]
+    assert (same["value"], same["p"]) == (0, 1) and same["low"] == -same["high"] < 0
     tuned, base = (scores[name]["exact_match"]["value"] for name in ("tuned", "base"))
     assert found["adapter"]["difference"]["exact_match"]["value"] == pytest.approx(base - tuned, abs=1e-3)
     assert found["adapter"]["figures"]["exact_match"] == scores["base"]["exact_match"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stages.contract.errors import Exit
@@ -27,7 +28,8 @@ def test_scores_have_the_promised_form(evaluated: Run, samples: list[Sample]) ->
     for figures in scores.values():
         assert list(figures) == ["exact_match", "f1", "character_f1", "retrieval_recall"]
         for figure in figures.values():
-            assert list(figure) == ["value", "low", "high", "n", "failed"]
+            assert list(figure) == ["value", "low", "high", "groups", "n", "failed"]
+            assert figure["groups"] == 6
             assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 100
             assert figure["n"] == len(samples)
     assert scores["base"]["exact_match"]["value"] == round(100 * 4 / 24, 4)
@@ -136,7 +138,51 @@ def test_the_console_shows_base_against_each_adapter(
     assert "70.8 [" in shown
     assert "+54.2 [" in shown
     assert "0 / 1" in shown
+    assert "*: the 95% interval excludes 0, also after Holm's correction for 2 models" in lines
+    assert "6 documents: intervals are rough" in lines
     assert f"report: {run.path('eval', 'report.html')}" in shown
+
+
+@pytest.mark.parametrize(("mean", "alike"), [(0.5, 0.25), (0.9, 0.25)])
+def test_intervals_of_six_documents_cover_the_true_score(
+    build: Build, samples: list[Sample], mean: float, alike: float
+) -> None:
+    # 120 adapters that all answer with the same true score; their scores within a document correlate by `alike`
+    generator = np.random.default_rng(4)
+    predictions = {"base": [answer(sample, "lever") for sample in samples]}
+    spread = 1 / alike - 1
+    for number in range(120):
+        chances = np.repeat(generator.beta(mean * spread, (1 - mean) * spread, 6), 4)
+        right = generator.random(24) < chances
+        predictions[f"a{number}"] = [
+            answer(sample, sample["references"][0] if is_right else "lever")
+            for sample, is_right in zip(samples, right, strict=True)
+        ]
+    run = build(samples, predictions, pictures=False)
+    assert run_stage(run, "eval", work) == Exit.DONE
+    figures = [figures["exact_match"] for name, figures in scores_of(run).items() if name != "base"]
+    # a percentile bootstrap of documents covers 88% and 79% of them
+    assert sum(figure["low"] <= 100 * mean <= figure["high"] for figure in figures) >= 0.93 * len(figures)
+
+
+def test_three_documents_are_too_few_for_an_interval_and_a_star(
+    build: Build, samples: list[Sample], capfd: pytest.CaptureFixture[str]
+) -> None:
+    tested = samples[:12]
+    wrong = [answer(sample, "a lever") for sample in tested]
+    run = build(tested, {"base": wrong, "tuned": [answer(sample, sample["references"][0]) for sample in tested]})
+    assert run_stage(run, "eval", work) == Exit.DONE
+    figure = scores_of(run)["tuned"]["exact_match"]
+    assert figure == {"value": 100, "low": None, "high": None, "groups": 3, "n": 12, "failed": 0}
+    difference = read_json(run.path("eval", "differences.json"))["tuned"]["exact_match"]
+    assert difference == {"value": 100, "low": None, "high": None, "groups": 3, "p": None}
+    shown = capfd.readouterr().err
+    assert "+100.0 [too few]" in shown and "[too few]*" not in shown
+    note = "3 documents: too few for an interval, at least 5 are needed"
+    assert note in shown.splitlines()
+    report = run.path("eval", "report.html").read_text(encoding="utf-8")
+    assert f"<b>{note}.</b>" in report and "+100.0 [too few]" in report
+    assert 'class="range"' not in report and '"number over muted"' in report
 
 
 def test_nothing_is_done_twice(evaluated: Run) -> None:

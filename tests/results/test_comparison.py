@@ -11,12 +11,14 @@ from stages.contract.files import digest_of
 from stages.results.comparison import (
     EvaluatedRun,
     compare,
+    outdated_intervals,
     prompt_differences,
     reference_model,
     refuse_other_sets,
     suspicions,
 )
-from stages.results.intervals import cluster_bootstrap
+from stages.results.intervals import difference_figures
+from stages.results.uncertainty import is_clear
 
 COUNT = 40
 
@@ -63,10 +65,9 @@ def run_of(name: str, models: dict[str, Answers], count: int = COUNT, **changes:
     figures: dict[str, Any] = {}
     for model in models:
         values = np.array([line["models"][model]["scores"]["exact"] for line in lines])  # type: ignore[index]
-        cell = {"value": 100 * values.mean(), "low": 0.0, "high": 100.0, "n": count, "failed": 0}
+        cell = {"value": 100 * values.mean(), "low": 0.0, "high": 100.0, "groups": count // 4, "n": count, "failed": 0}
         figures[model] = {"exact": cell}
-    fields: dict[str, Any] = {"task": "words", "scoring": {}, "shown": {}, "base_model": "b" * 64}
-    fields |= {"bootstrap": (500, 7), **changes}
+    fields: dict[str, Any] = {"task": "words", "scoring": {}, "shown": {}, "base_model": "b" * 64, **changes}
     return EvaluatedRun(name, figures=figures, lines=lines, **fields)
 
 
@@ -99,21 +100,46 @@ def test_all_are_compared_with_one_model_of_the_first_run() -> None:
 
 
 def test_the_difference_is_paired_and_its_interval_that_of_groups() -> None:
-    first, other = (run_of(name, {"base": every(nth)}, bootstrap=(1000, 7)) for name, nth in (("a", 4), ("b", 8)))
+    first, other = (run_of(name, {"base": every(nth)}) for name, nth in (("a", 2), ("b", 8)))
     row = compare([first, other])[1]
-    paired = np.array([[float(number % 4 == 0 and number % 8 != 0)] for number in range(COUNT)])
-    low, high = cluster_bootstrap(paired, [f"g{number // 4}" for number in range(COUNT)], 1000, 7)[:, 0]
-    assert row.difference is not None
-    assert row.difference["value"] == 12.5
-    assert (row.difference["low"], row.difference["high"]) == (pytest.approx(100 * low), pytest.approx(100 * high))
-    assert row.difference["low"] > 0  # b is never worse; unpaired the interval would hold 0
+    paired = np.array([float(number % 2 == 0 and number % 8 != 0) for number in range(COUNT)])
+    (expected,) = difference_figures([(paired, [f"g{number // 4}" for number in range(COUNT)])])
+    assert row.difference == expected
+    assert (expected["value"], expected["groups"]) == (37.5, 10)
+    assert is_clear(expected)  # b is never worse; unpaired the interval would include 0
+
+
+def test_models_are_corrected_for_each_other() -> None:
+    first, other = run_of("a", {"base": every(4)}), run_of("b", {"base": right})
+    (alone,) = [row.difference for row in compare([first, other]) if row.difference]
+    assert is_clear(alone)
+    more = run_of("c", {name: every(4, lambda number: "x") for name in ("base", "v", "w", "x", "y", "z")})
+    (together,) = [row.difference for row in compare([first, other, more]) if row.difference and row.run == "b"]
+    assert together == {**alone, "p": pytest.approx(7 * alone["p"], abs=1e-5)}
+    assert not is_clear(together)
+
+
+def test_four_documents_are_too_few() -> None:
+    first, other = (run_of(name, {"base": every(nth)}, count=16) for name, nth in (("a", 2), ("b", 8)))
+    row = compare([first, other])[1]
+    assert row.difference == {"value": 37.5, "low": None, "high": None, "groups": 4, "p": None}
+
+
+def test_intervals_of_an_older_version_are_reported() -> None:
+    first, other = run_of("a", {"base": every(2)}), run_of("b", {"base": every(2)})
+    for figures in other.figures.values():
+        del figures["exact"]["groups"]
+    assert outdated_intervals([first, other]) == [
+        "b: intervals of an older version of Lorry, too narrow with few documents; run eval again with --force"
+    ]
 
 
 def test_what_counts_together_is_compared_once() -> None:
     by_four: dict[str, Any] = {"together": lambda number: f"q{number // 4}"}
     first, other = run_of("a", {"base": every(4)}, **by_four), run_of("b", {"base": right}, **by_four)
     row = compare([first, other])[1]
-    assert row.difference == {"value": 100, "low": 100, "high": 100}  # one wrong in each four: no question is right
+    (expected,) = difference_figures([(np.ones(10), [f"g{number}" for number in range(10)])])
+    assert row.difference == expected  # one wrong in each four: no question is right
 
 
 def test_the_order_of_samples_does_not_matter() -> None:

@@ -69,9 +69,11 @@ def test_an_adapter_its_data_and_its_score(tmp_path: Path) -> None:
             high=71.25,
             n=40,
             failed=3,
+            groups=12,
             gain=41.25,
             gain_low=31.25,
             gain_high=51.25,
+            gain_p=0.01,
             scored_on="test data",
             state="scored",
             date="2026-01-02T03:06:05+00:00",
@@ -427,8 +429,9 @@ def test_what_eval_writes_is_what_is_read(tmp_path: Path) -> None:
     (run.folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
     assert run_stage(run, "eval", eval_work) == Exit.DONE
     row = row_of(tmp_path, "tuned")
-    assert (row.metric, row.score, row.low, row.high, row.n, row.failed) == ("exact_match", 100, 100, 100, 24, 0)
-    assert (row.gain, row.gain_low, row.gain_high, row.state) == (100, 100, 100, "scored")
+    assert (row.metric, row.score, row.high, row.groups, row.n, row.failed) == ("exact_match", 100, 100, 6, 24, 0)
+    assert (row.gain, row.gain_high, row.state) == (100, 100, "scored")
+    assert (row.low, row.gain_low, row.gain_p) == pytest.approx((64.24, 47.6, 0.0022), abs=0.02)
     assert (row.version, row_of(tmp_path, "base").score) == (VERSION, 0)
 
 

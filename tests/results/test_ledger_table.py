@@ -3,7 +3,7 @@
 import csv
 import io
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -64,5 +64,25 @@ def test_the_table_has_what_fits(tmp_path: Path, width: int, monkeypatch: pytest
     if width == 80:
         assert "no room for: " in text
     if width == 250:
+        assert "+41.2 [+31.2, +51.2]*" in text
+        assert "*: the 95% interval excludes 0, also after Holm's correction for 2 models of a run" in text
         assert "over base" in head
         assert "failed" in head
+
+
+def test_few_documents_and_older_intervals_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    row = Row("", adapter="base", metric="f1", score=50.0, low=20.0, high=80.0)
+    rows = [replace(row, run=run, groups=groups) for run, groups in (("a", 5), ("b", 40), ("c", 5), ("e", None))]
+    rows.append(replace(row, run="d", low=None, high=None, groups=3))
+    notes = [
+        "a, c: 5 documents: intervals are rough",
+        "d: 3 documents: too few for an interval, at least 5 are needed",
+        "e: intervals of an older version of Lorry, too narrow with few documents; run eval again with --force",
+    ]
+    table = as_table(rows, None, False)
+    assert table.splitlines()[-3:] == notes
+    assert "50.0 [too few]" in table
+    assert "documents" in table.splitlines()[1]
+    page = as_html(rows, None, False)
+    assert all(f"<p>{note}</p>" in page for note in notes)

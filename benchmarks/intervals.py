@@ -1,0 +1,214 @@
+"""How often a 95% interval covers the true mean, and how often a star is false, with few documents: a simulation.
+
+    python -m benchmarks.intervals [--draws 4000]
+
+One draw is a test set of 5, 8, 10 or 20 documents with 2 to 20 or 20 to 60 questions each, or 1 to 80 and mostly few.
+Scores are right or wrong, or like token F1: 0, 1 or between. The true mean of a model is known, as is that of base and
+tuned on the same questions. Two scores of one document correlate by 0 to 0.5, simulated in two ways: `shared`, a score
+is the document's own with some probability and independent otherwise; `beta`, each document has its own chance of a
+right answer, from a beta distribution.
+
+`before` is the percentile bootstrap that Lorry used first: 2,000 resamples of whole documents. `now` is
+stages/results/intervals.py. Widths are in points. A star means that the interval of the difference excludes 0; where
+base and tuned have the same true mean it is false. Needs five minutes of one core.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.rows import write_rows
+from stages.results.intervals import intervals_of_totals
+
+Array = NDArray[np.float64]
+
+DOCUMENTS = (5, 8, 10, 20)
+CORRELATIONS = (0.0, 0.1, 0.25, 0.5)
+MEANS = (0.5, 0.95, 0.1)
+PAIRS = ((0.5, 0.5), (0.95, 0.95), (0.1, 0.1), (0.5, 0.95), (0.1, 0.5))
+"""True means of base and tuned."""
+AGREE = 0.5
+"""Share of the questions, and of the documents, for which base and tuned get the same numbers."""
+KINDS = (("right or wrong", "shared"), ("right or wrong", "beta"), ("F1", "shared"))
+DESIGNS = (*product(KINDS, ("2 to 20", "1 to 80, skewed")), (KINDS[0], "20 to 60"))
+"""Kinds of scores, with the questions of a document."""
+RESAMPLES = 2000
+
+
+def score_of(scores: str, mean: float) -> Callable[[Array], Array]:
+    """The function that turns uniform numbers in 0..1 into scores with that mean."""
+    if scores == "right or wrong":
+        return lambda luck: (luck > 1 - mean).astype(np.float64)
+    # shares of 0 and of 1, and the ends between which the others are uniform
+    zeros, ones, first, last = {
+        0.5: (0.3, 0.3, 0.1, 0.9),
+        0.95: (0.02, 0.88, 0.45, 0.95),
+        0.1: (0.7, 0.02, 0.05, 11 / 21 - 0.0025),
+    }[mean]
+    middle = 1 - zeros - ones
+
+    def score(luck: Array) -> Array:
+        between = first + (last - first) * (luck - zeros) / middle
+        return np.where(luck < zeros, 0.0, np.where(luck > 1 - ones, 1.0, between))
+
+    return score
+
+
+def true_mean(scores: str, mean: float) -> float:
+    """The mean that `score_of` gives, to 1e-5."""
+    return float(score_of(scores, mean)((np.arange(100_000) + 0.5) / 100_000).mean())
+
+
+def sizes_of(generator: np.random.Generator, sizes: str, shape: tuple[int, int]) -> NDArray[np.int64]:
+    """Questions of each document."""
+    if sizes != "1 to 80, skewed":
+        first, last = map(int, sizes.split(" to "))
+        return generator.integers(first, last + 1, shape)
+    return np.clip(np.exp(generator.normal(1.8, 0.9, shape)).round(), 1, 80).astype(np.int64)
+
+
+class Luck:
+    """The uniform numbers behind a model's scores: `own` (draws, documents, questions), `shared` one a document."""
+
+    def __init__(self, generator: np.random.Generator, shape: tuple[int, int, int], like: "Luck | None" = None) -> None:
+        self.shared, self.own = generator.random((*shape[:2], 1)), generator.random(shape)
+        if like is not None:
+            self.shared = np.where(generator.random(self.shared.shape) < AGREE, like.shared, self.shared)
+            self.own = np.where(generator.random(shape) < AGREE, like.own, self.own)
+
+    def scores(self, scores: str, mean: float, alike: NDArray[np.bool_], chances: Array | None) -> Array:
+        """(draws, documents, questions). `alike` marks questions that get the document's shared score. `chances` has
+        each document's chance of a right answer, if it has one."""
+        if chances is not None:
+            return (self.own > 1 - chances).astype(np.float64)
+        return score_of(scores, mean)(np.where(alike, self.shared, self.own))
+
+
+def drawn(
+    generator: np.random.Generator,
+    kind: tuple[str, str],
+    sizes: str,
+    shape: tuple[int, int],
+    correlation: float,
+    means: tuple[float, ...],
+) -> tuple[Array, Array]:
+    """The sum of each document's scores (with two means: of tuned less base) and their number: both (documents,
+    draws)."""
+    scores, way = kind
+    count = sizes_of(generator, sizes, shape)
+    cells = (*shape, int(count.max()))
+    asked = np.arange(cells[2]) < count[..., None]
+    alike = generator.random(cells) < np.sqrt(correlation)
+    first = Luck(generator, cells)
+    lucks = [first] if len(means) == 1 else [first, Luck(generator, cells, first)]
+    found = []
+    for luck, mean in zip(lucks, means, strict=True):
+        chances = None
+        if way == "beta" and correlation > 0:
+            spread = 1 / correlation - 1
+            chances = generator.beta(mean * spread, (1 - mean) * spread, (*shape, 1))
+        elif way == "beta":
+            chances = np.full((*shape, 1), mean)
+        found.append(luck.scores(scores, mean, alike, chances))
+    values = found[0] if len(found) == 1 else found[1] - found[0]
+    return np.where(asked, values, 0.0).sum(2).T, count.T.astype(np.float64)
+
+
+def bootstrapped(sums: Array, sizes: Array) -> tuple[Array, Array]:
+    """Percentile intervals, low and high. All test sets share the resamples, as all runs with one seed did."""
+    documents = len(sums)
+    times = np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES).astype(float)
+    # nearest ranks: the interpolation between them is a fraction of a point
+    ranks = [round(0.025 * (RESAMPLES - 1)), round(0.975 * (RESAMPLES - 1))]
+    means = np.partition((sums.T @ times.T) / (sizes.T @ times.T), ranks, axis=1)
+    return means[:, ranks[0]], means[:, ranks[1]]
+
+
+def measured(low: Array, high: Array, true: float) -> dict[str, float]:
+    """Percent of the draws whose interval covers the true mean, and excludes 0; mean width in points."""
+    holds = (low <= true + 1e-9) & (true - 1e-9 <= high)
+    return {
+        "coverage": round(100 * float(holds.mean()), 2),
+        "width": round(100 * float((high - low).mean()), 1),
+        "stars": round(100 * float(((low > 0) | (high < 0)).mean()), 2),
+    }
+
+
+def cells(draws: int) -> Iterator[dict[str, Any]]:
+    """One row for each way to simulate and each true mean or pair; figures are lists by number of documents."""
+    for number, ((kind, sizes), means, correlation) in enumerate(
+        product(DESIGNS, [*((mean,) for mean in MEANS), *PAIRS], CORRELATIONS)
+    ):
+        paired = len(means) == 2
+        truths = [true_mean(kind[0], mean) for mean in means]
+        true = truths[-1] - truths[0] if paired else truths[0]
+        row: dict[str, Any] = {
+            "of": "tuned less base" if paired else "mean",
+            "scores": kind[0],
+            "correlated": kind[1],
+            "questions a document": sizes,
+            "true": list(means),
+            "correlation": correlation,
+            "documents": list(DOCUMENTS),
+        }
+        found: dict[str, list[float]] = {}
+        for documents in DOCUMENTS:
+            generator = np.random.default_rng([number, documents])
+            sums, counts = drawn(generator, kind, sizes, (draws, documents), correlation, means)
+            now = intervals_of_totals(sums, counts, -1.0 if paired else 0.0)
+            results = {
+                "before": measured(*bootstrapped(sums, counts), true),
+                "now": measured(now.low, now.high, true),
+            }
+            for name, when in product(("coverage", "width", "stars") if paired else ("coverage", "width"), results):
+                found.setdefault(f"{name} {when}", []).append(results[when][name])
+        yield {**row, **found}
+
+
+def extremes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The worst figures of all rows, and the interval where every answer is right."""
+    found = []
+    for of in ("mean", "tuned less base"):
+        those = [row for row in rows if row["of"] == of]
+        worst = {
+            f"least coverage {when}": [
+                min(row[f"coverage {when}"][at] for row in those) for at in range(len(DOCUMENTS))
+            ]
+            for when in ("before", "now")
+        }
+        found.append({"of": of, "documents": list(DOCUMENTS), **worst})
+    same = [row for row in rows if row["of"] == "tuned less base" and row["true"][0] == row["true"][1]]
+    false = {
+        f"most false stars {when}": [max(row[f"stars {when}"][at] for row in same) for at in range(len(DOCUMENTS))]
+        for when in ("before", "now")
+    }
+    found.append({"of": "stars where base and tuned have the same mean", "documents": list(DOCUMENTS), **false})
+    right = [intervals_of_totals(np.full((count, 1), 8.0), np.full((count, 1), 8.0)) for count in DOCUMENTS]
+    lows = [round(100 * float(interval.low[0]), 1) for interval in right]
+    found.append(
+        {
+            "of": "every answer right, 8 questions a document",
+            "documents": list(DOCUMENTS),
+            "low before": [100.0] * len(DOCUMENTS),
+            "low now": lows,
+        }
+    )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=4000, help="test sets of each kind")
+    arguments = parser.parse_args()
+    rows = list(cells(arguments.draws))
+    for row in rows:
+        row["draws"] = arguments.draws
+    write_rows("intervals", [*extremes(rows), *rows], "python -m benchmarks.intervals")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""How uncertain a figure is, in words. The ledger needs them where numpy is not installed.
+
+What the figures hold is in stages/results/intervals.py.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+LEAST_GROUPS = 5
+"""Documents; with fewer there is no interval and no star."""
+
+ROUGH_GROUPS = 10
+"""Documents; with fewer the interval is wide, and each document matters."""
+
+LEVEL = 0.05
+"""Two-sided; intervals are of 1 - LEVEL."""
+
+
+def is_clear(difference: Mapping[str, Any]) -> bool:
+    """Whether a difference gets a star: its interval excludes 0, also after Holm's correction."""
+    p = difference.get("p")
+    return p is not None and p < LEVEL
+
+
+def interval_text(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+    """`34.4 [25.0, 43.8]`, or `+34.4 [+25.0, +43.8]` with the sign `+`; `34.4 [too few]` without an interval."""
+    if value is None:
+        return ""
+    if low is None or high is None:
+        return f"{value:{sign}.1f} [too few]"
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def documents_note(groups: Iterable[int | None]) -> str | None:
+    """`5 documents: intervals are rough`, from the number of documents behind each figure; None if there are enough."""
+    counts = sorted({count for count in groups if count})
+    few = [count for count in counts if count < LEAST_GROUPS]
+    rough = [count for count in counts if LEAST_GROUPS <= count < ROUGH_GROUPS]
+    notes = [f"{_documents(few)}: too few for an interval, at least {LEAST_GROUPS} are needed"] if few else []
+    notes += [f"{_documents(rough)}: intervals are rough"] if rough else []
+    return "; ".join(notes) or None
+
+
+def outdated_note(run: str) -> str:
+    """On a run scored by an older version, whose figures do not count documents."""
+    return f"{run}: intervals of an older version of Lorry, too narrow with few documents; run eval again with --force"
+
+
+def _documents(counts: Sequence[int]) -> str:
+    ends = dict.fromkeys([counts[0], counts[-1]])
+    return f"{' to '.join(map(str, ends))} document{'' if counts[-1] == 1 else 's'}"
+
+
+def star_note(compared: int, what: str = "models") -> str:
+    """What a star means, if so many are compared with one."""
+    correction = f" after Holm's correction for {compared} {what}" if compared > 1 else ""
+    return f"*: the 95% interval excludes 0{correction and ', also'}{correction}"
