@@ -33,7 +33,7 @@ def sha256_file(path: Path) -> str:
 
 
 def stored_name(path: Path) -> str:
-    """A path as text that any file can hold: bytes that are not UTF-8, as in old archives, become `\\xb5`."""
+    """A path as valid UTF-8 text. Other bytes, as in old archives, are escaped: `\\xb5`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -71,9 +71,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UsageError(
-            f"{path}: not JSON ({error}), since something else wrote to it; delete it and run again"
-        ) from error
+        raise UsageError(f"{path}: not JSON ({error}); delete it and run again") from error
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
@@ -266,7 +264,7 @@ def _permission_cure(code: int, error: BaseException) -> str:
     if owner == uid:
         return f"{path} belongs to this uid {uid}, but its mode forbids access: chmod -R u+rwX {folder}"
     return (
-        f"{path} belongs to uid {owner}, this process is uid {uid}: chown -R {uid}:{gid} {_host_name(folder)}, or"
+        f"{path} belongs to uid {owner}, this process is uid {uid}; chown -R {uid}:{gid} {_host_name(folder)}, or"
         " start as its owner (Compose: LORRY_UID=$(id -u) LORRY_GID=$(id -g))"
     )
 

@@ -104,6 +104,6 @@ def _node(environment: Mapping[str, str]) -> Node | None:
         )
     if not rendezvous or not re.fullmatch(r"[^\s:]+:[0-9]{1,5}", rendezvous):
         raise UsageError(
-            f"LORRY_RENDEZVOUS {rendezvous or 'is not set'}: set it to host:port of node 0, such as node-0:29500"
+            f"LORRY_RENDEZVOUS {rendezvous or 'is not set'}; set it to host:port of node 0, such as node-0:29500"
         )
     return Node(int(rank), int(count), rendezvous)

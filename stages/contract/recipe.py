@@ -286,7 +286,8 @@ class Train(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Norm to which gradients are clipped")
     max_pixels: int | None = Field(None, ge=28 * 28, description="Pixel budget of an image; null: the model's own")
     freeze_vision: bool = Field(
-        True, description="Train no vision tower. An adapter of one can only be served merged (infer.merged)"
+        True,
+        description="Freeze the vision tower; false: it may get LoRA, which vllm serves only merged (infer.merged)",
     )
     gradient_checkpointing: bool = Field(
         False,
@@ -351,7 +352,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _can_be_sharded(self) -> "Train":
         if self.load_in_4bit and self.sharding == "zero3":
-            raise ValueError("sharding zero3 cannot shard a base in 4 bits: take zero2, or leave load_in_4bit out")
+            raise ValueError("sharding zero3 cannot shard a base in 4 bits; take zero2, or leave load_in_4bit out")
         return self
 
     @model_validator(mode="after")
@@ -469,7 +470,7 @@ class Recipe(Section):
     def _no_adapter_is_named_connector(self) -> "Recipe":
         if self.train.connector is not None and any(adapter.name == CONNECTOR for adapter in self.train.adapters):
             raise ValueError(
-                f"train.adapters: {CONNECTOR!r} is the name of the first phase (train.connector): choose another name"
+                f"train.adapters: {CONNECTOR!r} is the name of the first phase (train.connector); choose another name"
             )
         return self
 

@@ -120,7 +120,7 @@ class Run:
             self.refuse_other_version(earlier, reader=stage)
             manifest = self.manifest(earlier)
             if manifest is None:
-                raise UsageError(f"{self.folder}: {stage} needs {earlier}, which is not done: run {earlier} first")
+                raise UsageError(f"{self.folder}: {stage} needs {earlier}, which is not done; run {earlier} first")
             self._refuse_stale(earlier, manifest)
             for name, output in manifest["outputs"].items():
                 if not name.startswith(wanted):
@@ -158,8 +158,8 @@ class Run:
         this = f"Lorry {ours} ({os.environ.get('LORRY_IMAGE') or 'a local process'})"
         what = f"{stage} (shard {shard})" if shard else stage
         raise UsageError(
-            f"{self.folder}: {what} was made by {made}, this {reader or stage} is {this}; use the images of that"
-            f" version, give the run another name (--run), or run {stage} again with --force"
+            f"{self.folder}: {what} was done by {made}, but this {reader or stage} is {this}; use the"
+            f" images of that version, give the run another name (--run), or run {stage} again with --force"
         )
 
     def _refuse_stale(self, stage: str, manifest: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ class Run:
         Otherwise an adapter that was trained on one split could be scored on the test set of another.
         """
         if manifest["key"] != self.key(stage, manifest["inputs"]):
-            raise UsageError(f"{self.folder}: {stage} was made with another recipe than this one; run {stage} again")
+            raise UsageError(f"{self.folder}: {stage} ran with another recipe; run {stage} again")
         for name, digest in manifest["inputs"].items():
             earlier, _, output = name.partition("/")
             if earlier in STAGES:

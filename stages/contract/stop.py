@@ -48,7 +48,7 @@ class StopRequest:
         """Raise InterruptedRunError after a request to stop. Call it where all finished work is saved."""
         if self.signal is not None:
             raise InterruptedRunError(
-                f"stopped by {self.signal.name}; finished work is saved: run the same command again"
+                f"stopped by {self.signal.name}, finished work is saved; run the same command again"
             )
 
 

@@ -102,7 +102,7 @@ class VllmEngine:
         return [found[place] for place in range(len(prompts))]
 
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
-        """The batch size from the start: vLLM lets prompts wait until their keys and values have room."""
+        """The configured batch size and its source. vLLM queues prompts until its KV cache has room for them."""
         return self.batch_size, "vLLM's own choice"
 
     def _stream(self, prompts: list[Prompt], adapter: str | None) -> Iterator[tuple[int, Completion]]:
@@ -168,7 +168,7 @@ def _share_of_the_fullest_gpu(gpus: int) -> float:
     share = min(MOST_OF_A_GPU, free / total - SPARE)
     if share < SPARE:
         raise DoesNotFitError(
-            f"the fullest GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; choose others with GPUS=..."
+            f"the fullest GPU has only {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; choose other GPUs (GPUS=...)"
         )
     return share
 

@@ -30,7 +30,7 @@ from stages.tasks import load_task
 
 
 def work(stage: Stage) -> None:
-    """The stage's work, for `run_stage`."""
+    """Score the answers and write the report. `run_stage` calls this."""
     recipe = stage.run.recipe
     samples = cast(list[Sample], read_jsonl(stage.run.path("preprocess", "samples", "test.jsonl")))
     predictions = _predictions(stage.run, {sample["id"] for sample in samples})

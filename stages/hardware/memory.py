@@ -69,9 +69,9 @@ class Lengths:
     shortest_prompt: int | None = None
     """Length of the shortest prompt before an answer; None: all samples are alike."""
 
-    def logits(self, micro_batch: int) -> int:
-        """The most positions of a micro-batch that get logits. With several samples, ms-swift takes all positions from
-        the start of the first answer to the end of the longest sample."""
+    def logit_positions(self, micro_batch: int) -> int:
+        """The most positions of a micro-batch that can get logits. With several samples, ms-swift takes all from the
+        start of the first answer to the end of the longest sample."""
         if micro_batch == 1 or self.shortest_prompt is None:
             return micro_batch * self.answer
         return micro_batch * (self.longest - min(self.shortest_prompt, self.longest - self.answer))
@@ -131,7 +131,7 @@ def estimate(
     unpacking = UNPACKING[dtype] * max(map(prod, _packed_in_layers(shape)), default=0)
     working = max(_layer_working_set(shape, settings, sharding) * tokens, unpacking)
     kept = shape.layers * (2 * shape.hidden * size // 2 * tokens if settings.gradient_checkpointing else layer)
-    logits = (lengths.logits(batch.micro_batch) + batch.micro_batch) * shape.vocabulary
+    logits = (lengths.logit_positions(batch.micro_batch) + batch.micro_batch) * shape.vocabulary
     earlier = gradients if batch.accumulation > 1 else 0  # of earlier micro-batches
     at_loss = (kept + connector, round(LOSS_PER_LOGIT * logits), earlier)
     recomputed = layer if settings.gradient_checkpointing else 0

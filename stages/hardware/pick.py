@@ -127,12 +127,12 @@ def refuse_unusable(gpu: Gpu, where: str, denied: frozenset[int]) -> None:
         raise UsageError(f"{where}: {gpu} is denied by LORRY_GPU_DENY; name other GPUs, or GPUS=auto")
     if gpu.lost:
         raise DoesNotFitError(
-            f"{where}: {gpu} no longer answers (NVML: {gpu.lost}): see `dmesg | grep Xid`, reset it (nvidia-smi"
-            f" --gpu-reset -i {gpu.index}) or reboot; or name other GPUs"
+            f"{where}: {gpu} no longer answers (NVML: {gpu.lost}); see `dmesg | grep Xid`, reset it (nvidia-smi"
+            f" --gpu-reset -i {gpu.index}) or reboot, or name other GPUs"
         )
     if gpu.mig:
         raise UsageError(
-            f"{where}: {gpu} is in MIG mode, and Lorry binds whole GPUs: turn it off (sudo nvidia-smi -i {gpu.index}"
+            f"{where}: {gpu} is in MIG mode, and Lorry binds whole GPUs; turn it off (sudo nvidia-smi -i {gpu.index}"
             " -mig 0), or name another GPU"
         )
 
@@ -141,7 +141,7 @@ def _find(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
     """The GPU with an index, a UUID, or a beginning of a UUID that no other GPU has."""
     here = f"this machine has: {_describe(gpus)}"
     if name.upper().startswith("MIG-"):
-        raise UsageError(f"{where}: {name} is a MIG slice, and Lorry binds whole GPUs: name one; {here}")
+        raise UsageError(f"{where}: {name} is a MIG slice, and Lorry binds whole GPUs; name one; {here}")
     if name.upper().startswith("GPU-"):
         found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(name.lower())]
         if len(found) > 1:

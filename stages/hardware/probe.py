@@ -124,7 +124,7 @@ def read_cards() -> Cards:
             pynvml.nvmlShutdown()
 
 
-def card_on_bus() -> bool:
+def has_card_on_bus() -> bool:
     """Whether an NVIDIA card is on the PCI bus, with a driver or without."""
     for device in PCI_DEVICES.glob("*"):
         try:
@@ -147,7 +147,7 @@ def _driver_problem(pynvml: Any, error: Any) -> str:
             " sudo modprobe nvidia)"
         )
     if isinstance(error, pynvml.NVMLError_DriverNotLoaded):
-        if not card_on_bus():  # the library alone, as in an image or on a build machine
+        if not has_card_on_bus():  # the library alone, as in an image or on a build machine
             return ""
         return (
             "the NVIDIA kernel module is not loaded, and a card is on the PCI bus: sudo modprobe nvidia (after a"

@@ -84,7 +84,7 @@ def target_of(machine: Machine, targets: dict[str, Target]) -> Target:
     if len(capabilities) > 1:
         raise UsageError(
             f"the visible GPUs differ in compute capability ({', '.join(map(_version, sorted(capabilities)))}); choose"
-            " GPUs of one kind"
+            " GPUs of one kind (GPUS=...)"
         )
     found = capabilities.pop()
     cards = [target for target in targets.values() if target.variant_of is None]
@@ -110,7 +110,7 @@ def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
         return image
     if not machine.gpus:
         raise DoesNotFitError(
-            f"this image is for {name} cards and no GPU is visible: give it one (make: GPUS=0; docker run: --gpus;"
+            f"this image is for {name} cards and no GPU is visible; give it one (make: GPUS=0; docker run: --gpus;"
             " Kubernetes: a limit of nvidia.com/gpu), or use TARGET=cpu"
         )
     card, cards_target = machine.gpus[0], target_of(machine, targets)
@@ -128,7 +128,7 @@ def refuse_old_driver(image: Target, driver: str) -> None:
     if image.min_driver and int(driver.partition(".")[0]) < image.min_driver:
         raise DoesNotFitError(
             f"this image's CUDA ({image.cuda}) needs NVIDIA driver {image.min_driver} or newer, and this machine has"
-            f" {driver}: update it, or use a target with an older CUDA ({TARGETS_FILE.name})"
+            f" {driver}; update it, or use a target with an older CUDA ({TARGETS_FILE.name})"
         )
 
 
@@ -140,7 +140,7 @@ def refuse_old_driver_for(cuda: str, driver: str, targets: dict[str, Target]) ->
     if int(driver.partition(".")[0]) < least:
         raise DoesNotFitError(
             f"the torch installed here is built for CUDA {cuda}, which needs NVIDIA driver {least} or newer, and this"
-            f" machine has {driver}: update it, or install torch for an older CUDA"
+            f" machine has {driver}; update it, or install torch for an older CUDA"
         )
 
 

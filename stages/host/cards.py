@@ -71,7 +71,7 @@ def choose_cards(
     named = named_target(target, load_targets()) if target else None
     if named is not None and named.capability is None:
         if wish is not None:
-            raise UsageError(f"target {named.name} takes no GPUs: leave GPUS out, or name the GPUs' target")
+            raise UsageError(f"target {named.name} takes no GPUs; leave GPUS out, or name the GPUs' target")
         return CardChoice()
     if found.problem and (gpu_stages or named is None):
         raise DoesNotFitError(f"{found.problem}; or set TARGET=cpu")
@@ -93,7 +93,7 @@ def choose_target(name: str | None, choice: CardChoice, gpus: tuple[Gpu, ...]) -
     if name:
         return named_target(name, targets)
     if choice.names:
-        raise UsageError(f"NVML shows no GPUs here: name their target, TARGET= one of {', '.join(targets)}")
+        raise UsageError(f"NVML shows no GPUs here; name their target, TARGET= one of {', '.join(targets)}")
     cards = choice.cards or tuple(gpu for gpu in gpus if not gpu.lost)[:1]
     return target_of(Machine(cpus=0, memory_bytes=0, gpus=cards), targets)
 
@@ -124,7 +124,7 @@ def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
     denied = [name.strip() for name in os.environ.get("LORRY_GPU_DENY", "").split(",")]
     if wish is None:
         if needs_gpu and "0" in denied:
-            raise UsageError(f"{DEFAULT}: GPU 0 is denied by LORRY_GPU_DENY: name others")
+            raise UsageError(f"{DEFAULT}: GPU 0 is denied by LORRY_GPU_DENY; name others")
         return CardChoice()
     for name in wish.names:
         if not (name.isdecimal() and name.isascii()) and not name.upper().startswith("GPU-"):
@@ -133,7 +133,7 @@ def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
         raise UsageError(f"GPUS={wish.text}: names a GPU twice; NVML shows no GPUs on this machine")
     for name in wish.names:
         if name in denied:
-            raise UsageError(f"GPUS={wish.text}: GPU {name} is denied by LORRY_GPU_DENY: name others")
+            raise UsageError(f"GPUS={wish.text}: GPU {name} is denied by LORRY_GPU_DENY; name others")
     return CardChoice(names=wish.names)
 
 

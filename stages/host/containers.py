@@ -39,7 +39,7 @@ def find_engine(timeout: float = 20) -> tuple[Any, str]:
     try:
         import docker
     except ImportError as error:
-        raise UsageError("docker-py is not installed here: run `make setup`") from error
+        raise UsageError("docker-py is not installed here; run `make setup`") from error
     address = os.environ.get("DOCKER_HOST") or docker.ContextAPI.get_current_context().Host
     try:
         engine = docker.from_env(environment={**os.environ, "DOCKER_HOST": address}, timeout=timeout)
@@ -50,7 +50,7 @@ def find_engine(timeout: float = 20) -> tuple[Any, str]:
             return None, address
         if isinstance(cause, PermissionError):
             raise UsageError(
-                f"no permission on the Docker engine's socket {address}: join its group (`sudo usermod -aG docker"
+                f"no permission on the Docker engine's socket {address}; join its group (`sudo usermod -aG docker"
                 " $USER`, then log in again)"
             ) from error
         raise UsageError(f"the Docker engine at {address} cannot be used: {' '.join(str(error).split())}") from error
@@ -112,7 +112,7 @@ def image_name(stage: str, version: str, target: Target) -> str:
 
 
 def image_target(stage: str, target: Target) -> str:
-    """The target of a stage's image: a variant has its own for train only, and shares its card's for other stages."""
+    """The target whose image a stage uses. A variant has its own image for train; other stages use its card's image."""
     return target.name if stage == "train" or target.variant_of is None else target.variant_of
 
 
@@ -127,7 +127,7 @@ def compose_command() -> list[str]:
         if client and subprocess.run([client, "compose", "version"], capture_output=True, check=False).returncode == 0:
             return [client, "compose", "--project-directory", str(REPOSITORY), "--progress", "quiet"]
     raise UsageError(
-        "a Docker engine answers, but no docker client on PATH has the compose plugin: install it (Debian:"
+        "a Docker engine answers, but no docker client on PATH has the compose plugin; install it (Debian:"
         " docker-compose; Docker's own packages: docker-compose-plugin)"
     )
 
@@ -139,9 +139,9 @@ def refuse_without_nvidia(info: dict[str, Any], target: Target) -> None:
     cdi = any(device.startswith("nvidia.com/gpu") for device in devices)
     if "nvidia" not in (info.get("Runtimes") or {}) and not cdi and not shutil.which("nvidia-container-runtime-hook"):
         raise DoesNotFitError(
-            f"target {target.name} needs GPUs, and this Docker engine has no NVIDIA runtime to give them to containers:"
-            " install nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker` and restart Docker;"
-            " or set TARGET=cpu"
+            f"target {target.name} needs GPUs, but this Docker engine has no NVIDIA runtime; install"
+            " nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker` and restart Docker, or set"
+            " TARGET=cpu"
         )
 
 
@@ -155,11 +155,11 @@ def refuse_image(engine: Any, image: str, version: str, target: str) -> None:
         found = engine.images.get(image).labels.get(VERSION_LABEL)
     except ImageNotFound as error:
         raise UsageError(
-            f"no image {image}: run `make images TARGET={target}`, or set PULL=missing to fetch it from REGISTRY"
+            f"no image {image}; run `make images TARGET={target}`, or set PULL=missing to fetch it from REGISTRY"
         ) from error
     if found != version:
         raise UsageError(
-            f"image {image} holds Lorry {found or 'of no version'}, and its name says {version}: run `make images"
+            f"image {image} holds Lorry {found or 'of no version'}, but its name says {version}; run `make images"
             f" TARGET={target}`"
         )
 

@@ -14,7 +14,7 @@ from stages.contract.errors import Exit, LorryError, UsageError
 from stages.contract.roots import Roots
 from stages.hardware.holds import Holds
 from stages.hardware.pick import denied_cards, gib
-from stages.hardware.probe import Cards, Gpu, Machine, card_on_bus, read_cards
+from stages.hardware.probe import Cards, Gpu, Machine, has_card_on_bus, read_cards
 from stages.hardware.targets import Target, load_targets, named_target, refuse_old_driver, target_of
 from stages.host.containers import (
     compose_command,
@@ -139,12 +139,13 @@ def _check_driver(cards: Cards, targets: list[Target]) -> Iterator[Finding]:
         least = max(target.min_driver or 0 for target in wanted)
         yield _fail(
             "driver",
-            f"none, and target {wanted[0].name} needs NVIDIA driver {least} or newer: install it, or set TARGET=cpu",
+            f"none, and target {wanted[0].name} needs NVIDIA driver {least} or newer; install it, or set TARGET=cpu",
             Exit.DOES_NOT_FIT,
         )
-    elif not cards.driver and card_on_bus():
+    elif not cards.driver and has_card_on_bus():
         yield _warn(
-            "driver", "none, and an NVIDIA GPU is on the PCI bus: install NVIDIA's driver; until then set TARGET=cpu"
+            "driver",
+            "none, and an NVIDIA GPU is on the PCI bus; install its driver, and until then set TARGET=cpu",
         )
     elif not cards.driver:
         yield _ok("driver", "no NVIDIA GPU here: target cpu")
@@ -220,7 +221,7 @@ def _check_libraries() -> Iterator[Finding]:
         missing = missing_libraries(stage)
         if missing:
             cure = "run `make setup`, or start Docker"
-            yield _warn("libraries", f"{stage} needs {missing[0]}, which is not installed here: {cure}")
+            yield _warn("libraries", f"{stage} needs {missing[0]}, which is not installed here; {cure}")
 
 
 # -- disk, memory, permissions -------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def _check_runs_folder(runs: Path, user: _User, gid: int, in_containers: bool) -
     there = next(path for path in (runs, *runs.parents) if path.is_dir())
     cure = f"sudo chown {user.uid}:{gid} {there}, or name another folder (LORRY_RUNS)"
     if os.statvfs(there).f_flag & os.ST_RDONLY:
-        return _fail("folders", f"{runs}: on a read-only file system: name another folder (LORRY_RUNS)", Exit.USAGE)
+        return _fail("folders", f"{runs}: on a read-only file system; name another folder (LORRY_RUNS)", Exit.USAGE)
     if in_containers and os.getuid() == 0 and (there != runs or there.stat().st_uid == 0):
         return _ok("folders", f"{runs}: owned by root; the next launch gives it to uid {user.uid}")
     if there != runs:  # whoever launches creates it
@@ -356,7 +357,7 @@ def _check_weights(roots: Roots, run: "Run | None") -> Iterator[Finding]:
         return
     folders = sorted(path.parent for path in roots.models.glob("*/config.json"))
     if not folders:
-        yield _warn("weights", f"no model in {roots.models}: put Hugging Face model folders there (LORRY_MODELS)")
+        yield _warn("weights", f"no model in {roots.models}; put Hugging Face model folders there (LORRY_MODELS)")
     for folder in folders:
         yield _check_model(folder)
 
@@ -395,7 +396,7 @@ def _check_gpus(cards: Cards) -> Iterator[Finding]:
 def _check_gpu(gpu: Gpu, denied: bool, holders: list[str]) -> Finding:
     if gpu.lost:
         cure = f"see `dmesg | grep Xid`; nvidia-smi --gpu-reset -i {gpu.index}, or reboot; until then name other GPUs"
-        return _fail("GPUs", f"{gpu} no longer answers (NVML: {gpu.lost}): {cure}", Exit.DOES_NOT_FIT)
+        return _fail("GPUs", f"{gpu} no longer answers (NVML: {gpu.lost}); {cure}", Exit.DOES_NOT_FIT)
     facts = [f"{gpu}: {gib(gpu.memory_free)} GiB free of {gib(gpu.memory_total)}"]
     facts += [f"{holder} {gib(holder.memory)} GiB" if holder.memory else str(holder) for holder in gpu.processes]
     facts += [f"held by {holder}" for holder in holders]
@@ -406,5 +407,5 @@ def _check_gpu(gpu: Gpu, denied: bool, holders: list[str]) -> Finding:
         return _warn("GPUs", f"{text}; in MIG mode: {cure}")
     oldest = min(target.capability for target in load_targets().values() if target.capability)
     if gpu.capability < oldest:
-        return _warn("GPUs", f"{text}; older than every target: name other GPUs, or set TARGET=cpu")
+        return _warn("GPUs", f"{text}; older than every target; name other GPUs, or set TARGET=cpu")
     return _ok("GPUs", text)

@@ -110,6 +110,6 @@ def _check_gpus(choice: CardChoice, stage: str, code: Exit) -> Iterator[str]:
             others = ",".join(str(other.index) for other in choice.cards if other.uuid in alive)
             error = InterruptedRunError if code == Exit.INTERRUPTED else DoesNotFitError
             raise error(
-                f"{stage}: {gpu} has fallen off the bus (NVML: {says}): see `dmesg | grep Xid`, then reset it or"
+                f"{stage}: {gpu} has fallen off the bus (NVML: {says}); see `dmesg | grep Xid`, then reset it or"
                 f" reboot; to run without it: GPUS={others or 'auto'}"
             )

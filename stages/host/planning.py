@@ -97,7 +97,7 @@ def _planned_gpus(target: str | None, count: int, memory: float | None, precisio
     dtype = precision_of(precision, card)
     if card.capability is None:
         if count > 1 or memory:
-            raise UsageError("--gpus and --memory are for GPUs: name their --target")
+            raise UsageError("--gpus and --memory are for GPUs; name their --target")
         return _Gpus(1, "a CPU", None, dtype, card)
     name = f"{count} x {card.name}" if count > 1 else card.name
     if memory:

@@ -49,7 +49,7 @@ def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardC
         missing = missing_libraries(stage)
         if missing:
             raise UsageError(
-                f"{stage} needs {missing[0]}, which is not installed here: run `make setup`, or start Docker"
+                f"{stage} needs {missing[0]}, which is not installed here; run `make setup`, or start Docker"
             )
     environment = dict(os.environ)
     if target:

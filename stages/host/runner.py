@@ -48,7 +48,7 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
     try:
         if isinstance(part, Node) and force:
             raise UsageError(
-                f"--force on {part.count} nodes: they cannot agree when to start again; delete"
+                f"--force on {part.count} nodes: the nodes cannot agree when to start again; delete"
                 f" {run.stage_folder(name)} and start them without --force"
             )
         with only_writer(run.stage_folder(name, part)) as lock:
@@ -165,7 +165,7 @@ def _report_end(stage: Stage, error: BaseException) -> Exit:
     """Say how the stage ended and return the exit code. The log gets the traceback of an error that is a bug."""
     explained = error if isinstance(error, LorryError) else machine_error(error)
     if explained is None and isinstance(error, KeyboardInterrupt):
-        explained = InterruptedRunError("interrupted; finished work is saved: run the same command again")
+        explained = InterruptedRunError("interrupted, finished work is saved; run the same command again")
     if explained is not None:
         _emit_quietly(stage, explained)
         stage.events.say(str(explained))

@@ -43,7 +43,7 @@ def selftest(stage: str) -> Generator[str, None, None]:
             unwritable.append(folder)
     yield from _check_gpus(modules.get("torch"))
     if unwritable:
-        raise UsageError(f"{unwritable[0]} is mounted, but not writable for uid {os.getuid()}: chown it on the host")
+        raise UsageError(f"{unwritable[0]} is mounted, but not writable for uid {os.getuid()}; chown it on the host")
 
 
 def _import_library(library: str) -> Any:
@@ -67,7 +67,7 @@ def _check_code(stage: str, modules: dict[str, Any], target: Target | None) -> I
         yield f"code in {name}: {' '.join(sorted(found, key=_sort_key)) or 'none for any card'}"
         if target is not None and target.capability is not None and not has_code_for(found, target.capability):
             number = "".join(str(part) for part in target.capability)
-            raise DoesNotFitError(f"{name} has no code for target {target.name}, sm_{number}: install another build")
+            raise DoesNotFitError(f"{name} has no code for target {target.name}, sm_{number}; install another build")
 
 
 def _device_code(stage: str, modules: dict[str, Any]) -> Iterator[tuple[str, set[str]]]:

@@ -56,7 +56,7 @@ class Engines:
         """What all starts of engines took together; None before the first."""
 
     def refuse_unserved(self, adapters: Sequence[str]) -> None:
-        """Raise UsageError for an adapter that the recipe's engine would serve without a part of it."""
+        """Raise UsageError if the recipe's engine would ignore the LoRA weights of an adapter's vision tower."""
         if not self._recipe.infer.merged and not self._kind.serves_adapted_vision:
             others = [name for name in engine_names() if engine_kind(name).serves_adapted_vision]
             refuse_adapted_vision({name: self._adapters[name] for name in adapters}, self._kind.name, others)

@@ -35,7 +35,7 @@ from stages.tasks import load_task
 
 
 def work(stage: Stage) -> None:
-    """The stage's work, for `run_stage`."""
+    """Answer the samples with base and adapters, then vote. `run_stage` calls this."""
     run, recipe, vote = stage.run, stage.run.recipe, stage.run.recipe.infer.vote
     samples, size = samples_by_variant(run), recipe.infer.chunk_size
     chunks = cut_into_chunks(samples, size)

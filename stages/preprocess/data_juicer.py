@@ -42,8 +42,8 @@ def process(stage: Stage, records: Path) -> Path:
     """Run the recipe's operators over a JSON Lines file of records. Returns the file of the records that they keep.
 
     A record has `id`, `text` and `images` (paths relative to the data folder); other fields are copied. The output
-    keeps the order of the input. A record that an operator adds (a second caption) follows the record it comes from,
-    has an id of its own, and names the other's as `original_id`.
+    keeps the order of the input. A record that an operator adds (a second caption) follows its source record. It
+    has a new id, and the source's id as `original_id`.
 
     Writes <run>/preprocess/records/kept.jsonl, and operators.json with each operator's seconds and the numbers of
     records that it read, kept, dropped, changed, added and failed on. Raises UsageError for an operator, a parameter or

@@ -314,7 +314,10 @@ def _refuse_unusable(job: Job, kind: Any, where: str, given: dict[str, Any]) -> 
     if not issubclass(kind, Mapper | Filter | Deduplicator | Selector):
         raise UsageError(f"{where}: does not turn records into records; use a mapper, filter, deduplicator or selector")
     if job.executor not in kind._supported_exec_modes and "default" not in kind._supported_exec_modes:
-        raise UsageError(f"{where}: runs only with `executor: {kind._supported_exec_modes[0]}`; set that, or remove it")
+        raise UsageError(
+            f"{where}: does not run with executor {job.executor}; set preprocess.data_juicer.executor to"
+            f" {kind._supported_exec_modes[0]}, or remove the operator"
+        )
     try:
         pre_instantiation_check([{where.rpartition(".")[2]: given}])
     except PipelineConfigError as error:

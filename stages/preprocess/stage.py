@@ -16,7 +16,7 @@ from stages.tasks.task import QuestionTask, RecordTask, Task, reads_documents, r
 
 
 def work(stage: Stage) -> None:
-    """The stage's work, for `run_stage`."""
+    """Turn the input into samples. `run_stage` calls this."""
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
     documents = _documents(task, data)

@@ -130,13 +130,13 @@ def _read(roots: Roots, name: str) -> EvaluatedRun | str:
             return next(iter(reader.troubles.values()))
         for stage in ("infer", "eval"):
             if stage in reader.troubles:
-                raise UsageError(f"{folder}: {reader.troubles[stage]}: run eval again, then compare")
+                raise UsageError(f"{folder}: {reader.troubles[stage]}; run eval again, then compare")
         figures, lines = reader.read_output("eval", "scores.json"), reader.read_output("eval", "scored.jsonl")
     except DamagedError as error:
-        raise UsageError(f"{folder}: {error}: run eval again") from error
+        raise UsageError(f"{folder}: {error}; run eval again") from error
     if lines is None:
         raise UsageError(
-            f"{folder}: an older version of Lorry scored it and kept no score per sample: run eval again with --force"
+            f"{folder}: an older version of Lorry scored it and kept no score per sample; run eval again with --force"
         )
     if not any(figure["n"] for model in (figures or {}).values() for figure in model.values()) or not lines:
         return "eval scored no sample"
@@ -150,7 +150,7 @@ def refuse_other_sets(runs: Sequence[EvaluatedRun]) -> None:
     for other in runs[1:]:
         if other.task != first.task:
             raise UsageError(
-                f"{other.run} is of task {other.task}, {first.run} of {first.task}: compare runs of one task"
+                f"{other.run} is of task {other.task}, {first.run} of {first.task}; compare runs of one task"
             )
         if other.scoring != first.scoring:
             raise UsageError(

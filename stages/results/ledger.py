@@ -413,7 +413,7 @@ class _RowReader(RunReader):
             return f"trained, not scored: {self.troubles.get('train', reason)}"
         shard = next(self.run.folder.glob(f"shards/train/*/adapters/{name}/training.json"), None)
         if shard is not None:
-            return f"trained in shard {shard.parents[2].name}, which is not merged: run train without --shard"
+            return f"trained in shard {shard.parents[2].name}, which is not merged; run train without --shard"
         return f"not trained: {self.troubles.get('train', 'train left no record of it')}"
 
 

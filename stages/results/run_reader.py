@@ -107,7 +107,7 @@ def select_runs(wanted: Sequence[str], runs: Path) -> list[str]:
 
 
 def suggestion(name: str, known: Sequence[str], what: str) -> str:
-    """The known name that is nearest to a wrong one, if any is near, and the list of all."""
+    """A hint for an unknown name: the nearest known name if one is close, then all known names."""
     near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}{what}: {', '.join(known)}"

@@ -62,7 +62,7 @@ def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
             raise UsageError(f"{where}: infer.ablate: {recipe.task} has no component {name!r}; its components: {known}")
     for name in ("pages", "retrieval"):
         if task.READS_DOCUMENTS and getattr(recipe.preprocess, name) is None:
-            raise UsageError(f"{where}: 'preprocess.{name}' is missing; {recipe.task} reads documents")
+            raise UsageError(f"{where}: preprocess.{name} is missing; set it, as {recipe.task} reads documents")
     if recipe.preprocess.data_juicer is not None and not task.READS_RECORDS:
         raise UsageError(f"{where}: preprocess.data_juicer: {recipe.task} reads no records for Data-Juicer to process")
     complete = recipe.model_copy(

@@ -22,7 +22,7 @@ def train_connector_only(trainer: Any, model: Path, together: Together) -> None:
     """
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     if not trained:
-        raise UsageError(f"train.connector: {model} has no connector: it must be a vision-language model")
+        raise UsageError(f"train.connector: {model} has no connector; use a vision-language model")
     names = names_in_files(model, list(trained))
     for weight in trained.values():
         weight.data = weight.data.float()

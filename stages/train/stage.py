@@ -72,7 +72,7 @@ LEARNT = set(Train.model_fields) - {*RESULT_NEUTRAL, "adapters", "adapter_for_ea
 
 
 def work(stage: Stage) -> None:
-    """The stage's work, for `run_stage`."""
+    """Train the connector, if the recipe has one, and the adapters. `run_stage` calls this."""
     recipe = stage.run.recipe
     node = stage.part if isinstance(stage.part, Node) else None
     if node is not None and node.rank > 0:

@@ -72,7 +72,7 @@ class Together:
         """Raise InterruptedRunError in every process if any one is asked to stop."""
         if self.any(stop.signal is not None):
             stop.check()
-            raise InterruptedRunError("another node was stopped; finished work is saved; run the same command again")
+            raise InterruptedRunError("another node was stopped, finished work is saved; run the same command again")
 
     def leave(self) -> None:
         """Wait for the others a last time, then leave the group."""

@@ -109,7 +109,7 @@ def test_one_setting_has_samples_of_mixed_lengths_in_a_micro_batch() -> None:
     mixed = next(one for one in SETTINGS if "mixed lengths" in one.name)
     assert [mixed.length_of(sample) for sample in range(3)] == [2048, 648, 2048]
     assert mixed.lengths == Lengths(2048, 512, 136)
-    assert mixed.lengths.logits(4) == 4 * (2048 - 136)
+    assert mixed.lengths.logit_positions(4) == 4 * (2048 - 136)
     alike = next(one for one in SETTINGS if one.name == "7B, 2048, micro-batch 4")
-    assert alike.lengths.logits(4) == 4 * (512 + 9)
+    assert alike.lengths.logit_positions(4) == 4 * (512 + 9)
     assert len({one.name for one in SETTINGS}) == len(SETTINGS)

@@ -101,10 +101,10 @@ def test_a_stage_made_with_another_recipe_is_refused(preprocessed: Run, recipe_f
     """Its samples may be split otherwise: what was trained on could be scored."""
     assert run_stage(preprocessed, "train", train_once) == Exit.DONE
     other = with_override(preprocessed, recipe_file, "data.test_fraction=0.5")
-    with pytest.raises(UsageError, match="preprocess was made with another recipe than this one; run preprocess again"):
+    with pytest.raises(UsageError, match="preprocess ran with another recipe; run preprocess again"):
         other.inputs("train", fresh(other))
     other = with_override(preprocessed, recipe_file, "train.rank=2")
-    with pytest.raises(UsageError, match="train was made with another recipe"):
+    with pytest.raises(UsageError, match="train ran with another recipe"):
         other.inputs("infer", fresh(other))
 
 
@@ -238,7 +238,7 @@ def test_a_stage_before_its_turn_exits_2_and_names_the_one_to_run(
     assert run_stage(run, stage, some_stage.write) == Exit.USAGE
     message = capfd.readouterr().err.strip()
     assert "\n" not in message
-    assert "which is not done: run preprocess first" in message
+    assert "which is not done; run preprocess first" in message
 
 
 def test_a_missing_mount_names_folder_recipe_key_and_variable(run: Run, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_stop_in_the_middle_saves_and_exits_75_and_the_next_start_goes_on(stag
     last = output.strip().splitlines()[-1]
     assert (
         last
-        == f"preprocess: stopped by {signal.Signals(number).name}; finished work is saved: run the same command again"
+        == f"preprocess: stopped by {signal.Signals(number).name}, finished work is saved; run the same command again"
     )
     before = read_jsonl(stage.folder / "records.jsonl")
     assert 3 <= len(before) < STEPS

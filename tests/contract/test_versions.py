@@ -52,8 +52,8 @@ def test_a_stage_refuses_its_own_run_of_another_version(
     assert run_stage(preprocessed, "preprocess", some_stage.write) == Exit.USAGE
     line = capsys.readouterr().err.strip()
     assert line == (
-        f"preprocess: {preprocessed.folder}: preprocess was made by Lorry 99.0.0 (lorry-preprocess:99.0.0-a800), this"
-        f" preprocess is Lorry {OURS} (lorry-preprocess:cpu); use the images of that version, give the run another"
+        f"preprocess: {preprocessed.folder}: preprocess was done by Lorry 99.0.0 (lorry-preprocess:99.0.0-a800), but"
+        f" this preprocess is Lorry {OURS} (lorry-preprocess:cpu); use the images of that version, give the run another"
         " name (--run), or run preprocess again with --force"
     )
     assert preprocessed.path("preprocess", "samples", "train.jsonl").stat().st_mtime_ns == before
@@ -63,7 +63,9 @@ def test_a_stage_refuses_an_earlier_one_of_another_version_even_by_force(
     preprocessed: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made_by(preprocessed, "99.0.0")
-    with pytest.raises(UsageError, match=r"preprocess was made by Lorry 99\.0\.0 \(a local process\), this train is"):
+    with pytest.raises(
+        UsageError, match=r"preprocess was done by Lorry 99\.0\.0 \(a local process\), but this train is"
+    ):
         preprocessed.inputs("train", FileHashes(preprocessed.folder / "none"))
     capsys.readouterr()
     assert run_stage(preprocessed, "train", some_stage.write, force=True) == Exit.USAGE
@@ -83,7 +85,7 @@ def test_a_patch_version_is_read(preprocessed: Run) -> None:
 
 def test_a_run_of_no_version_is_refused(preprocessed: Run) -> None:
     made_by(preprocessed, None)
-    with pytest.raises(UsageError, match="made by Lorry None"):
+    with pytest.raises(UsageError, match="done by Lorry None"):
         preprocessed.is_done("preprocess", FileHashes(preprocessed.folder / "none"))
 
 
@@ -95,7 +97,7 @@ def test_a_merge_refuses_a_shard_of_another_version(run: Run, capfd: pytest.Capt
     capfd.readouterr()
     for part in (None, shard):
         assert run_stage(run, "preprocess", some_stage.write, part=part) == Exit.USAGE
-    assert capfd.readouterr().err.count("preprocess (shard 0/1) was made by Lorry 99.0.0 (a local process)") == 2
+    assert capfd.readouterr().err.count("preprocess (shard 0/1) was done by Lorry 99.0.0 (a local process)") == 2
 
 
 def test_status_shows_a_run_of_another_version(preprocessed: Run, small_mounts: Lorry) -> None:

@@ -147,7 +147,7 @@ def test_figures_of_other_answers_are_refused(tmp_path: Path, lorry: Callable[..
     manifest = read_json(run.path("infer", "manifest.json"))
     manifest["outputs"]["predictions/tuned.jsonl"]["sha256"] = "0" * 64
     write_json(run.path("infer", "manifest.json"), manifest)
-    one_line(lorry("baseline", "custom"), "infer has changed since eval used it: run eval again, then compare")
+    one_line(lorry("baseline", "custom"), "infer has changed since eval used it; run eval again, then compare")
 
 
 def test_scores_that_were_changed_by_hand_are_refused(tmp_path: Path, lorry: Callable[..., Result]) -> None:
@@ -166,7 +166,7 @@ def test_an_eval_of_before_is_to_be_done_again(tmp_path: Path, lorry: Callable[.
     write_json(run.path("eval", "manifest.json"), manifest)
     one_line(
         lorry("baseline", "custom"),
-        "custom: an older version of Lorry scored it and kept no score per sample: run eval again with --force",
+        "custom: an older version of Lorry scored it and kept no score per sample; run eval again with --force",
     )
 
 

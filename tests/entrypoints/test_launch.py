@@ -350,7 +350,7 @@ def test_a_card_that_falls_off_the_bus_is_named(box: Box, local: Launch, gpus: s
     done = local("train", "patent-qa", "--gpus", gpus, end=end)
     assert done.code == 4
     told = (
-        "error: train: GPU 3 (NVIDIA A800-SXM4-80GB) has fallen off the bus (NVML: GPU is lost): see `dmesg | grep Xid`"
+        "error: train: GPU 3 (NVIDIA A800-SXM4-80GB) has fallen off the bus (NVML: GPU is lost); see `dmesg | grep Xid`"
     )
     assert told in done.output.splitlines()[-1]
     assert done.output.splitlines()[-1].endswith(f"then reset it or reboot; to run without it: GPUS={others}")
@@ -441,7 +441,7 @@ def test_no_permission_on_the_socket_is_reported_and_does_not_fall_back(lorry: L
     environment = {**lorry.environment, "DOCKER_HOST": forbidden, "TARGET": "cpu", "GPUS": "", "HOME": "/tmp"}
     done = as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
     assert (done.code, len(done.lines)) == (2, 1), done.output
-    assert f"no permission on the Docker engine's socket {forbidden}: join its group" in done.output
+    assert f"no permission on the Docker engine's socket {forbidden}; join its group" in done.output
 
 
 def test_an_address_that_is_none(lorry: Lorry) -> None:

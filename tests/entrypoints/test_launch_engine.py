@@ -208,7 +208,7 @@ def test_doctor_sees_the_engine_and_its_images(launched: Lorry, engine: Any) -> 
     assert f"ok          images: of cpu, version {VERSION}: preprocess, train, infer, eval" in done.output
     other = replace(launched, extra={**launched.extra, "LORRY_VERSION": "0.0.0-none"})("entrypoints.lorry", "doctor")
     assert other.code == 2
-    assert "FAIL        images: no image lorry-train:0.0.0-none-cpu: run `make images TARGET=cpu`" in other.output
+    assert "FAIL        images: no image lorry-train:0.0.0-none-cpu; run `make images TARGET=cpu`" in other.output
 
 
 # -- wrong use -----------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def refused(done: Finished, code: int, *told: str) -> None:
 
 def test_an_image_that_is_not_there(launched: Lorry) -> None:
     done = launch(launched, "preprocess", LORRY_VERSION="0.0.0-none")
-    refused(done, 2, "no image lorry-preprocess:0.0.0-none-cpu: run `make images TARGET=cpu`")
+    refused(done, 2, "no image lorry-preprocess:0.0.0-none-cpu; run `make images TARGET=cpu`")
 
 
 def test_an_image_of_another_version(launched: Lorry) -> None:

@@ -232,7 +232,7 @@ def test_a_box_of_mixed_cards_has_to_name_a_target(here: Lorry, box: Box) -> Non
     box.save()
     done = here("entrypoints.lorry", "plan", *RECIPE)
     assert done.code == 2
-    assert "choose GPUs of one kind, or name a --target" in done.lines[-1]
+    assert "choose GPUs of one kind (GPUS=...), or name a --target" in done.lines[-1]
 
 
 @pytest.mark.parametrize(

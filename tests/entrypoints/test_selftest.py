@@ -99,7 +99,7 @@ def test_an_image_with_code_for_its_card(lorry: Lorry, site: Path, stage: str, t
 def lacks(done: Finished, library: str, code: str) -> None:
     assert done.code == 4, done.output
     errors = [line for line in done.lines if line.startswith("error: ")]
-    assert errors == [f"error: {library} has no code for target v100, {code}: install another build"]
+    assert errors == [f"error: {library} has no code for target v100, {code}; install another build"]
     assert "Traceback" not in done.output
 
 

@@ -103,7 +103,7 @@ def test_before_there_are_samples_a_micro_batch_is_taken_to_be_of_mixed_lengths(
     """Positions get logits from where the first answer begins: beside a sample with hardly any prompt, nearly all."""
     recipe = load_recipe(RECIPE, "text", ("train.max_length=2048", "train.micro_batch=4"))
     lengths = lengths_at_most(recipe)
-    assert (lengths.logits(1), lengths.logits(4)) == (64, 4 * 2048)
+    assert (lengths.logit_positions(1), lengths.logit_positions(4)) == (64, 4 * 2048)
     mixed, alike = (
         recipe_way(shapes["Qwen2.5-7B"], recipe.train, 1, "bfloat16", one).estimate.total
         for one in (lengths, replace(lengths, shortest_prompt=None))

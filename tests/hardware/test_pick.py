@@ -102,7 +102,7 @@ def test_the_deny_list_may_name_a_card_that_no_longer_tells_its_uuid(box: Box) -
     lost = box.uuid(6)
     box.lose(6)
     assert named(box, "0", f"5,{lost}") == [0]
-    assert "no longer answers (NVML: GPU is lost): see `dmesg | grep Xid`" in refused(box, "6")
+    assert "no longer answers (NVML: GPU is lost); see `dmesg | grep Xid`" in refused(box, "6")
 
 
 # -- a stage by itself, without a launcher ---------------------------------------------------------------------------

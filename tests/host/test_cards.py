@@ -49,19 +49,19 @@ def test_where_nvml_shows_no_card_any_may_be_one(box: Box, holds: Holds, monkeyp
     box.keep(0)
     chosen = choose("6,GPU-8f5e", holds)
     assert chosen.devices("train") == ["6", "GPU-8f5e"]
-    with pytest.raises(UsageError, match="NVML shows no GPUs here: name their target"):
+    with pytest.raises(UsageError, match="NVML shows no GPUs here; name their target"):
         choose_target(None, chosen, ())
     assert choose_target("a800", chosen, ()).name == "a800"
     for text, told in (("1,1", "names a GPU twice"), ("-1", "'-1' is not a GPU's number"), ("MIG-1", "is a MIG slice")):
         with pytest.raises(UsageError, match=told):
             choose(text, holds)
     monkeypatch.setenv("LORRY_GPU_DENY", "5, 6")
-    with pytest.raises(UsageError, match="GPU 6 is denied by LORRY_GPU_DENY: name others"):
+    with pytest.raises(UsageError, match="GPU 6 is denied by LORRY_GPU_DENY; name others"):
         choose("6", holds)
     assert choose(None, holds, "train", "a800") == CardChoice(), "Compose hands it card 0"
     monkeypatch.setenv("LORRY_GPU_DENY", "0")
     with pytest.raises(
-        UsageError, match=r"GPUS is not set \(default: 0\): GPU 0 is denied by LORRY_GPU_DENY: name others"
+        UsageError, match=r"GPUS is not set \(default: 0\): GPU 0 is denied by LORRY_GPU_DENY; name others"
     ):
         choose(None, holds, "train", "a800")
 

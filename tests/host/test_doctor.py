@@ -128,7 +128,7 @@ def test_a_target_that_needs_a_driver(bare: Box, doctor: Doctor) -> None:
     told = doctor("h100")
     assert told.code == 4
     assert told.of("driver", "FAIL") == [
-        "none, and target h100 needs NVIDIA driver 580 or newer: install it, or set TARGET=cpu"
+        "none, and target h100 needs NVIDIA driver 580 or newer; install it, or set TARGET=cpu"
     ]
 
 
@@ -146,7 +146,7 @@ def test_a_card_without_a_driver(bare: Box, doctor: Doctor, tmp_path: Path, monk
 def test_a_library_that_is_not_here(bare: Box, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "LIBRARIES", {**LIBRARIES, "train": ("click", "no_such_library")})
     lines = doctor().of("libraries", "warn")
-    assert "train needs no_such_library, which is not installed here: run `make setup`, or start Docker" in lines
+    assert "train needs no_such_library, which is not installed here; run `make setup`, or start Docker" in lines
 
 
 # -- the box of eight ----------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_cards_that_cannot_be_used(box: Box, doctor: Doctor) -> None:
     told = doctor()
     assert told.code == 4
     (lost,) = told.of("GPUs", "FAIL")
-    assert "GPU 3 no longer answers (NVML: GPU is lost): see `dmesg | grep Xid`; nvidia-smi --gpu-reset -i 3" in lost
+    assert "GPU 3 no longer answers (NVML: GPU is lost); see `dmesg | grep Xid`; nvidia-smi --gpu-reset -i 3" in lost
     old, sliced = told.of("GPUs", "warn")
     assert "older than every target" in old
     assert "in MIG mode: Lorry binds whole GPUs: sudo nvidia-smi -i 1 -mig 0" in sliced
@@ -266,7 +266,7 @@ def test_images_that_are_not_built_or_of_another_version(box: Box, engine: Engin
     assert told.code == 2
     missing = told.of("images", "FAIL")
     assert len(missing) == 4
-    assert "no image lorry-preprocess:1.2.3-a800: run `make images TARGET=a800`" in missing[0]
+    assert "no image lorry-preprocess:1.2.3-a800; run `make images TARGET=a800`" in missing[0]
     assert "holds Lorry 1.2.2" in missing[1]
 
 

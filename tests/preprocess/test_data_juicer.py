@@ -299,7 +299,10 @@ REFUSED = {
         "needs the package nlpaug, which is not installed; Lorry installs nothing at run time",
     ),
     "image_tagging_mapper": ({}, "needs the package ram @ git+https://github.com/cmgzn/recognize-anything"),
-    "ray_bts_minhash_deduplicator": ({}, "runs only with `executor: ray`; set that, or remove it"),
+    "ray_bts_minhash_deduplicator": (
+        {},
+        "does not run with executor default; set preprocess.data_juicer.executor to ray, or remove",
+    ),
     "key_value_grouper": (
         {},
         "does not turn records into records; use a mapper, filter, deduplicator or selector",

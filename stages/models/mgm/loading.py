@@ -64,11 +64,11 @@ def convert(
     connector: Path | None = None,
     seed: int = 42,
 ) -> str:
-    """Write the Hugging Face folder `output` from a published one and, for the towers, from `clip` and `convnext`.
+    """Write the Hugging Face folder `output` from a published one. `clip` and `convnext` supply the towers.
 
-    Tensors in the published folder take precedence over those in `clip` and `convnext`, and those in the file
-    `connector` over the published connector. `published` may be Gemma's folder: without `connector`, the connector is
-    then new and depends on the seed. All tensors get Gemma's dtype. Returns the source of the connector, as text.
+    A tensor in `published` replaces the same one in `clip` or `convnext`. The file `connector` replaces the published
+    connector. `published` may be Gemma's folder; without `connector`, the seed then initialises a new connector.
+    All tensors get Gemma's dtype. Returns the source of the connector, as text.
     Raises UsageError for a model of another kind, and for missing, unknown or misshapen tensors, with their names.
     """
     values = _read_settings(published / "config.json")

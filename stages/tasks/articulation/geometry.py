@@ -90,7 +90,7 @@ def rotation_about_z(angle: float) -> Array:
 
 
 def encode(joint: Joint, box: Box, mode: Mode) -> dict[str, Any]:
-    """A joint as its label writes it. In `obb_rot` the box must be `ordered`.
+    """The fields of a joint in its label. In `obb_rot` the box must be `ordered`.
 
     `idx` is the box axis with the smallest angle to the joint's axis, `sign` its direction. `obb_rel` names the corner
     edge nearest to the joint's line. `obb_rot` writes two of the three world coordinates from the box center to a

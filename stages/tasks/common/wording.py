@@ -9,5 +9,5 @@ def is_chinese(text: str) -> bool:
 
 
 def break_placeholders(text: str) -> str:
-    """The text with a space inside all that ms-swift would read as a placeholder, or a tokenizer as a special token."""
+    """The text with a space inserted into ms-swift's placeholders and special tokens, so that they are read as text."""
     return re.sub(r"<(?=(?:image|video|audio|bbox|ref-object)>|\|)", "< ", text)

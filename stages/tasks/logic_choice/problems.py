@@ -104,7 +104,7 @@ def _files(folder: Path, part: str) -> list[Path]:
 
 def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
     """The sub-questions of all files, test.jsonl's first. Unusable lines and sub-questions go to `skip` with file and
-    line. Raises DataError where none is left."""
+    line. Raises DataError if no sub-question is usable."""
     sources(folder)
     problems = _read(folder / "test.jsonl", skip) if (folder / "test.jsonl").is_file() else []
     scored = any(part and part.answer for _, problem in problems for part in problem.parts)

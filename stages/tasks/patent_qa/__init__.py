@@ -161,9 +161,8 @@ def read_classification(text: str) -> bool:
 def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None, split: str) -> list[Sample]:
     """The samples of one question, by the same rule in training and test.
 
-    A question that names no usable page shows the most similar pages. A question that names one shows that page with
-    others, first those that it names too. If the drawing is enough, it shows the page alone, and training learns from
-    both samples.
+    If the question names no usable page, its sample shows the most similar pages. Otherwise it shows the named pages,
+    then similar ones. If the drawing of a page is enough, training gets a second sample with that page alone.
     """
     assert found is not None  # the task reads documents
     settings, top_k = _samples(recipe), _top_k(recipe)
@@ -247,13 +246,13 @@ def _answer_prompt(
     if settings.shows == "text":
         shown = sorted([*others, *([named] if named is not None else [])])
         texts = [(number, str(pages[str(number)]["text"])) for number in shown]
-        return Ask(prompts.from_texts(meta["question"], texts, hint), max_new_tokens=limit)
+        return Ask(prompts.text_prompt(meta["question"], texts, hint), max_new_tokens=limit)
     about = [] if named is None else [named, *(number for number in others if number in meta["also_named"])]
     shown = [*about, *(number for number in others if number not in about)]
     images = [str(pages[str(number)]["image"]) for number in shown]
     if alone and meta["crop"] is not None:
         images = [meta["crop"]]
-    messages = prompts.from_pictures(meta["question"], len(about), len(shown) - len(about), hint)
+    messages = prompts.picture_prompt(meta["question"], len(about), len(shown) - len(about), hint)
     return Ask(messages, images, settings.page_pixels if alone else settings.pages_pixels, limit)
 
 

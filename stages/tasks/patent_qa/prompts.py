@@ -22,7 +22,7 @@ def _user(content: str) -> list[Message]:
 # -- the answer --------------------------------------------------------------------------------------------------
 
 
-def from_texts(question: str, pages: Sequence[tuple[int, str]], hint: bool) -> list[Message]:
+def text_prompt(question: str, pages: Sequence[tuple[int, str]], hint: bool) -> list[Message]:
     """The prompt for a question with pages as text: numbers and texts in the order of the document."""
     parts = [f"Page {number}: {break_placeholders(text)}" for number, text in pages]
     if hint:
@@ -47,7 +47,7 @@ _QUESTION = {True: "问题：【{}】", False: "Question: [{}]"}
 _CARE = {True: "请先仔细看图和文字，再给出答案。", False: "Look closely at drawings and text, then give the answer."}
 
 
-def from_pictures(question: str, named: int, others: int, hint: bool) -> list[Message]:
+def picture_prompt(question: str, named: int, others: int, hint: bool) -> list[Message]:
     """The prompt for a question with pictures: `named` of the pages that it names, then `others` of further pages."""
     chinese = is_chinese(question)
     parts = [_ROLE[chinese]]
