@@ -140,7 +140,7 @@ def test_a_card_without_a_driver(bare: Box, doctor: Doctor, tmp_path: Path, monk
     monkeypatch.setattr(probe, "PCI_DEVICES", tmp_path / "bus")
     told = doctor()
     assert told.code == 0
-    assert "install NVIDIA's driver" in told.of("driver", "warn")[0]
+    assert "an NVIDIA GPU is on the PCI bus; install its driver" in told.of("driver", "warn")[0]
 
 
 def test_a_library_that_is_not_here(bare: Box, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,7 +266,7 @@ RECIPE = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny")
 
 def hits(groups: list[tuple[str, str, list[str | None], bool]]) -> float:
     samples, predictions = circular(groups)
-    figures, _ = overall_figures(score_models(TASK, RECIPE, samples, {"base": predictions}), 50, 0)
+    figures, _ = overall_figures(score_models(TASK, RECIPE, samples, {"base": predictions}))
     assert figures["base"]["mmbench"]["n"] == len(groups)
     return float(figures["base"]["mmbench"]["value"])
 

@@ -311,8 +311,8 @@ def test_defect_1_answers_that_no_model_gave_are_detected() -> None:
             for model, both in (("base", zip(samples, base, strict=True)), ("tuned", zip(samples, tuned, strict=True)))
         }
         scores = score_models(better_synth, recipe, samples, given)  # type: ignore[arg-type]
-        figures, _ = overall_figures(scores, 100, 1)
-        return EvaluatedRun(name, "better_synth", {}, {}, "b" * 64, figures, scored_lines(scores), (100, 0))
+        figures, _ = overall_figures(scores)
+        return EvaluatedRun(name, "better_synth", {}, {}, "b" * 64, figures, scored_lines(scores))
 
     blank = [f"wrong {number}" for number in range(5000)]
     baseline, custom = run("baseline", blank, answers), run("custom", blank, answers)
