@@ -96,13 +96,15 @@ class Scene:
         kinds = list(dict.fromkeys(self.shapes))
         counted = [(self.shapes.count(one), *one) for one in kinds]
         if chinese:
-            told = "、".join(f"{CHINESE_NUMBERS[n]}个{COLOURS[colour]}的{SHAPES[kind]}" for n, colour, kind in counted)
+            listing = "、".join(
+                f"{CHINESE_NUMBERS[n]}个{COLOURS[colour]}的{SHAPES[kind]}" for n, colour, kind in counted
+            )
             sign = f"，下面写着“{self.word}”" if self.word else ""
-            return f"白色背景上有{told}{sign}。"
+            return f"白色背景上有{listing}{sign}。"
         parts = [f"{NUMBERS[n]} {colour} {kind}{'s' if n > 1 else ''}" for n, colour, kind in counted]
-        told = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+        listing = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
         sign = f" above a sign that says {self.word}" if self.word else ""
-        return f"{told} {rng.choice(PLACES)}{sign}"
+        return f"{listing} {rng.choice(PLACES)}{sign}"
 
 
 def make_scene(rng: random.Random, size: int, word: bool) -> Scene:

@@ -1,7 +1,7 @@
 """Write the invented data sets of extractive-qa, in every form that they can have.
 
-Each context tells the same few facts of three things; a question asks for one fact of one of them, and its answer
-stands there word for word. Two runs write the same bytes.
+Each context gives the same few facts about three things. A question asks for one fact about one of them, and the
+context has the answer word for word. Two runs write the same bytes.
 """
 
 from __future__ import annotations

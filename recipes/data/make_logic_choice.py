@@ -70,14 +70,14 @@ def week(rng: random.Random, zh: int) -> Puzzle:
     day, other = rng.sample(range(6), 2)
     days = {first: day, second: other, third: day + 1}
     clue, after = (("{} comes on {}.", "{} comes the day after {}."), ("{}{}来。", "{}在{}之后一天来。"))[zh]
-    told = [clue.format(first, DAYS[zh][day]), clue.format(second, DAYS[zh][other]), after.format(third, first)]
-    rng.shuffle(told)
+    clauses = [clue.format(first, DAYS[zh][day]), clue.format(second, DAYS[zh][other]), after.format(third, first)]
+    rng.shuffle(clauses)
     asked, one, two = rng.choice([first, second, third]), *rng.sample([first, second, third], 2)
     some_day = rng.choice([days[one], days[two]])
     ask = (("On which day does {} come?", "Does {} come on {}?", "Does {} come on any day?"),
            ("{}哪天来？", "{}{}来吗？", "{}有哪天来吗？"))[zh]  # fmt: skip
     comes = rng.choice([asked, nobody])
-    return told, [
+    return clauses, [
         (ask[0].format(asked), list(DAYS[zh]), DAYS[zh][days[asked]]),
         yes_no(zh, ask[1].format(one, DAYS[zh][some_day]), days[one] == some_day),
         yes_no(zh, ask[2].format(comes), comes == asked),
@@ -88,7 +88,7 @@ def clubs(rng: random.Random, zh: int) -> Puzzle:
     names, kinds = rng.sample(NAMES[zh], 6), rng.sample(CLUBS[zh], 3)
     members = {club: rng.sample(names[:5], rng.choice((1, 2, 3))) for club in kinds}
     clue = ("In the {} club: {}.", "{}社的成员：{}。")[zh]
-    told = [clue.format(club, (", ", "、")[zh].join(inside)) for club, inside in members.items()]
+    clauses = [clue.format(club, (", ", "、")[zh].join(inside)) for club, inside in members.items()]
     club, counted = rng.choice(kinds), rng.choice(names)
     inside, outside = rng.choice(members[club]), [name for name in names if name not in members[club]]
     one = rng.choice([inside, rng.choice(outside)])
@@ -96,7 +96,7 @@ def clubs(rng: random.Random, zh: int) -> Puzzle:
     counts = (("none", "one", "two", "all three"), ("零个", "一个", "两个", "三个"))[zh]
     ask = (("Is {} in the {} club?", "How many clubs is {} in?", "Is {} in any club?", "Who is in the {} club?"),
            ("{}是{}社的成员吗？", "{}参加了几个社？", "{}参加了哪个社吗？", "以下谁在{}社？"))[zh]  # fmt: skip
-    return told, [
+    return clauses, [
         yes_no(zh, ask[0].format(one, club), one in members[club]),
         (ask[1].format(counted), list(counts), counts[sum(counted in each for each in members.values())]),
         yes_no(zh, ask[2].format(asked), any(asked in each for each in members.values())),
@@ -110,11 +110,11 @@ def chain(rng: random.Random, zh: int) -> Puzzle:
     start = rng.choice((0, 1, 2))
     running = things[start:4]
     clue = ("If the {} is on, the {} is on.", "如果{}开着，{}就开着。")[zh]
-    told = [clue.format(*rule) for rule in rng.sample(rules, len(rules))]
-    told.append(("The {} was switched on.", "{}被打开了。")[zh].format(things[start]))
+    clauses = [clue.format(*rule) for rule in rng.sample(rules, len(rules))]
+    clauses.append(("The {} was switched on.", "{}被打开了。")[zh].format(things[start]))
     one = rng.choice([rng.choice(running), rng.choice([thing for thing in things if thing not in running])])
     ask = (("Is the {} on?", "How many things are on?"), ("{}开着吗？", "一共有几个开着？"))[zh]
-    return told, [
+    return clauses, [
         yes_no(zh, ask[0].format(one), one in running),
         (ask[1], ["1", "2", "3", "4", "5"], str(len(running))),
     ]
@@ -123,15 +123,15 @@ def chain(rng: random.Random, zh: int) -> Puzzle:
 def family(rng: random.Random, zh: int) -> Puzzle:
     old, elder, younger, child, stranger = rng.sample(NAMES[zh], 5)
     clue = ("{} is a child of {}.", "{}是{}的孩子。")[zh]
-    told = [clue.format(*pair) for pair in ((elder, old), (younger, old), (child, elder))]
-    rng.shuffle(told)
+    clauses = [clue.format(*pair) for pair in ((elder, old), (younger, old), (child, elder))]
+    rng.shuffle(clauses)
     known = {(old, elder): 0, (old, younger): 0, (elder, child): 0, (old, child): 1, (elder, younger): 4}
     known |= {(b, a): {0: 2, 1: 3, 4: 4}[which] for (a, b), which in known.items()}
     ask = (("What is {} to {}?", "Is {} a child of {}?"), ("{}是{}的什么人？", "{}是{}的孩子吗？"))[zh]
     pair = rng.choice([*known, (stranger, rng.choice([old, elder, child]))])
     child_of = [pair for pair, which in known.items() if which == 2]
     one, two = rng.choice([rng.choice(child_of), rng.choice([pair for pair in known if pair not in child_of])])
-    return told, [
+    return clauses, [
         (ask[0].format(*pair), list(RELATIONS[zh]), RELATIONS[zh][known.get(pair, 5)]),
         yes_no(zh, ask[1].format(one, two), (one, two) in child_of),
         yes_no(zh, ask[1].format(two, one), (two, one) in child_of),
@@ -143,12 +143,12 @@ def honest(rng: random.Random, zh: int) -> Puzzle:
     here, there = rng.sample(PLACES[zh], 2)
     truthful = [rng.random() < 0.5, rng.random() < 0.5]
     rule = (("{} always lies.", "{}总说假话。"), ("{} always tells the truth.", "{}总说真话。"))
-    told = [rule[honest][zh].format(name) for name, honest in zip(people, truthful, strict=True)]
+    clauses = [rule[honest][zh].format(name) for name, honest in zip(people, truthful, strict=True)]
     both = ("The {} and the {} are each in the {} or the {}.", "{}和{}各自在{}或{}里。")[zh]
-    told = [both.format(*things, here, there), *rng.sample(told, 2)]
+    clauses = [both.format(*things, here, there), *rng.sample(clauses, 2)]
     says = ('{} says: "The {} is in the {}."', "{}说：“{}在{}里。”")[zh]
     claims = [rng.choice([here, there]) for _ in people]
-    told += [says.format(*each) for each in zip(people, things, claims, strict=True)]
+    clauses += [says.format(*each) for each in zip(people, things, claims, strict=True)]
     is_in = [
         claim if honest else (there if claim == here else here) for claim, honest in zip(claims, truthful, strict=True)
     ]
@@ -157,7 +157,7 @@ def honest(rng: random.Random, zh: int) -> Puzzle:
         ("{}在{}里吗？", "{}说谎吗？", "几个人说谎？"),
     )
     which, place = rng.randrange(2), rng.choice([here, there])
-    return told, [
+    return clauses, [
         yes_no(zh, ask[zh][0].format(things[which], place), is_in[which] == place),
         yes_no(zh, ask[zh][1].format(people[which]), not truthful[which]),
         (ask[zh][2], ["0", "1", "2"], str(2 - sum(truthful))),
@@ -171,12 +171,12 @@ def hats(rng: random.Random, zh: int) -> Puzzle:
     wears = ("The hat of {} is {}.", "{}的帽子是{}色。")[zh]
     lacks = ("The hat of {} is not {}.", "{}的帽子不是{}色。")[zh]
     clues = [wears.format(people[shown], colours[shown]), lacks.format(people[hidden], colours[rest])]
-    told = [intro.format(*people, *rng.sample(colours, 3)), *rng.sample(clues, 2)]
+    clauses = [intro.format(*people, *rng.sample(colours, 3)), *rng.sample(clues, 2)]
     asked = rng.choice([shown, hidden, shown, rest])
     colour = rng.choice([asked, asked, *(other for other in range(3) if other != asked)])
     ask = (("Which colour is the hat of {}?", "Is the hat of {} {}?", "Who wears the {} hat?"),
            ("{}的帽子是什么颜色？", "{}的帽子是{}色吗？", "谁戴{}色的帽子？"))[zh]  # fmt: skip
-    return told, [
+    return clauses, [
         (ask[0].format(people[asked]), list(COLOURS[zh]), colours[asked]),
         yes_no(zh, ask[1].format(people[asked], colours[colour]), asked == colour),
         who(rng, ask[2].format(colours[colour]), people, people[colour]),
@@ -195,13 +195,13 @@ def make_problem(
     rng = random.Random(f"{seed}-{prefix}-{number}")
     kind = kinds[number % len(kinds)]
     zh = int(number % CHINESE_EVERY == CHINESE_EVERY - 1)
-    told, items = KINDS[kind](rng, zh)
+    clauses, items = KINDS[kind](rng, zh)
     items = [item for item in items if len(item[1]) <= most_options]
     questions = []
     for question, options, right in rng.sample(items, min(rng.choice((2, 2, 3)), len(items))):
         assert right in options and len(set(options)) == len(options) and 2 <= len(options) <= 7, (kind, question)
         questions.append({"question": question, "options": options, "answer": LETTERS[options.index(right)]})
-    return {"id": f"{prefix}-{kind}-{number:04}", "problem": ("" if zh else " ").join(told), "questions": questions}
+    return {"id": f"{prefix}-{kind}-{number:04}", "problem": ("" if zh else " ").join(clauses), "questions": questions}
 
 
 def make_file(

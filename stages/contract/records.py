@@ -1,6 +1,6 @@
 """The records that stages hand to each other, as JSON Lines; joined by `id`, never by position.
 
-A sample is ms-swift's message format with what scoring needs beside it, so that it feeds training as it is. A
+A sample has ms-swift's message format, so that training reads it unchanged, and the fields that scoring needs. A
 prediction is one model's answer to a sample; a failed one has `error` and no answer, and is counted.
 """
 
@@ -28,7 +28,7 @@ class Meta(TypedDict):
     question: NotRequired[str]
     """The question's own text, for the report."""
     target: NotRequired[str]
-    """The completion to learn, where it is not the first reference; preprocess takes it out."""
+    """The completion to learn, if it is not the first reference; preprocess removes it."""
     error: NotRequired[str]
     """Why there is no prompt for the sample, which then counts as failed."""
     trained_on: NotRequired[bool]

@@ -21,7 +21,7 @@ def build(*arguments: str, folder: Path = REPOSITORY, user: int | None = None, *
     if user is not None:
         command = ["setpriv", "--reuid", str(user), "--clear-groups", *command]
     environment = {**os.environ, "DOCKER_HOST": "unix:///nowhere/docker.sock", **variables}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout == ""
     return done.returncode, done.stderr
 
@@ -85,7 +85,7 @@ def test_each_target_is_built_from_its_own_facts(name: str, tmp_path: Path) -> N
     docker.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "REGISTRY": "registry.example/team"}
     done = subprocess.run(
-        [str(IMAGES / "build.sh"), name], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [str(IMAGES / "build.sh"), name], env=environment, capture_output=True, text=True, check=True, timeout=300
     )
     line, stages = facts.get("cuda", "cpu"), "preprocess train infer eval"
     if target.variant_of:

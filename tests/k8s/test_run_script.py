@@ -31,7 +31,7 @@ class Cluster:
             ["/bin/sh", str(K8S / "run.sh"), *arguments],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
             env={
                 "PATH": path or self.path,
