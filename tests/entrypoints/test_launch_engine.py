@@ -227,7 +227,7 @@ def test_an_image_that_is_not_there(launched: Lorry) -> None:
 
 def test_an_image_of_another_version(launched: Lorry) -> None:
     done = launch(launched, "preprocess", LORRY_VERSION=f"{VERSION}.9")
-    refused(done, 2, f"holds Lorry {VERSION}, and its name says {VERSION}.9")
+    refused(done, 2, f"holds Lorry {VERSION}, but its name says {VERSION}.9")
 
 
 def test_an_engine_without_nvidia(launched: Lorry, engine: Any) -> None:
