@@ -38,8 +38,9 @@ push: ## tag the images of TARGET=a800 for REGISTRY=host/team and push them
 k8s-run: ## run the four stages as Kubernetes Jobs on cards of TARGET=a800, with images from REGISTRY
 	@REGISTRY="$(REGISTRY)" k8s/run.sh "$(TARGET)" $(NAMESPACE)
 
-test: setup .venv/.zero ## run the tests, with real models (13 to 23 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# three processes: with two, two cores are idle for a seventh of the time
+test: setup .venv/.zero ## run the tests, with real models (12 to 15 minutes on 2 cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.ready ## run the tests that need no model, run no whole stage and start no process (under a minute on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 120 -m "not heavy and not kill and not images"
@@ -47,7 +48,7 @@ test-fast: .venv/.ready ## run the tests that need no model, run no whole stage 
 image-test: setup .venv/.zero ## build the cpu images and run the demo in them with Docker Compose; starts a Docker engine if none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
 
-kill-test: setup .venv/.zero ## kill stages, shards and nodes at any moment and compare with an undisturbed run (12 to 18 minutes)
+kill-test: setup .venv/.zero ## kill stages, shards and nodes at any moment and compare with an undisturbed run (14 to 20 minutes)
 	@$(BIN)/python -m pytest -m kill --timeout 3600
 
 lint: setup ## check style, types, import rules, Dockerfiles and shell scripts

@@ -123,7 +123,7 @@ def test_sigterm_in_training_saves_and_the_same_command_resumes(job: Job, small_
     lorry, options = job
     quick = Lorry(lorry.data, small_models, tmp_path)
     # also without validation documents: training must work without them
-    overrides = ("data.validation_fraction=0", *RANDOM_LLAMA, "train.epochs=40")
+    overrides = ("data.validation_fraction=0", *RANDOM_LLAMA, "train.epochs=10")
     slow = (*options, *(word for override in overrides for word in ("--set", override)))
     assert quick("entrypoints.preprocess", *slow).code == 0
     process = quick.start("entrypoints.train", *slow)

@@ -58,7 +58,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     data = root / "data" / "logic"
     for folder in ("sources", "labels"):
         (data / folder).mkdir(parents=True)
-    test = read_jsonl(DATA / "test.jsonl")[:8]
+    test = read_jsonl(DATA / "test.jsonl")[:5]
     # in another order; one id is a number, and one sub-question has a single option
     asked = [{**test[0], "id": 77}, *reversed(test[1:])]
     asked[3] = {**asked[3], "questions": [{"question": "?", "options": ["only"]}, *asked[3]["questions"]]}

@@ -138,6 +138,7 @@ def test_a_removed_component_asks_nothing_and_may_come_back(run: Run, monkeypatc
     assert snapshot(run.path("infer", "ablations")) == before
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("life", [1, 2, 5])
 def test_kills_during_ablations_lose_no_answer(run: Run, monkeypatch: pytest.MonkeyPatch, life: int) -> None:
     whole = replace(ablating(run, *NEW), name="whole")

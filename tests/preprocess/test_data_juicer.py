@@ -558,6 +558,7 @@ def wait_for(what: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.kill
 def test_a_kill_costs_a_chunk_and_changes_nothing(made: Made, whole: Processed, stage_of: Callable[..., Stage]) -> None:
     stage = stage_of(made.root, "killed", made.OPERATORS, chunk_size=3)
     work = stage.path("records", "work")

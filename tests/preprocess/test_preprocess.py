@@ -237,6 +237,7 @@ def shard(calm: Calm, name: str, which: str) -> "subprocess.Popen[str]":
     return calm.lorry.start("entrypoints.preprocess", str(calm.recipe), "--run", name, "--shard", which)
 
 
+@pytest.mark.kill
 def test_two_shards_at_once_one_of_them_killed_merge_to_the_bytes_of_one_run(calm: Calm) -> None:
     """The embedder is loaded for real in each shard, and not at all by the merge."""
     run = calm.lorry.runs / "sharded"
@@ -304,6 +305,7 @@ def finished_pages(folder: Path) -> dict[str, int]:
     return times
 
 
+@pytest.mark.kill
 def test_killed_again_and_again_it_ends_with_the_same_bytes_and_renders_no_finished_page_twice(calm: Calm) -> None:
     """SIGKILL at random moments; the embedder is loaded for real here, so that its vectors are compared too."""
     folder = calm.lorry.runs / "killed" / "preprocess"

@@ -184,7 +184,8 @@ def test_a_kill_does_not_forget_the_rung(tmp_path: Path, small_models: Path) -> 
     assert load_file(adapter(training) / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("validation", [2, pytest.param(0, marks=pytest.mark.kill)])
+@pytest.mark.kill
+@pytest.mark.parametrize("validation", [2, 0])
 def test_a_kill_before_a_checkpoint_is_marked_leaves_the_one_before_though_only_one_is_kept(
     calm: Training, tmp_path: Path, small_models: Path, validation: int
 ) -> None:
