@@ -250,8 +250,8 @@ class Train(Section):
     )
     keep_going: bool = Field(
         False,
-        description="If adapters fail to train, go on to inference with the others; false: stop once all were tried. The"
-        " next start tries the failed ones again",
+        description="If adapters fail to train, go on to inference with the others; false: stop once all were tried."
+        " The next start tries the failed ones again",
     )
     lora_config: str | None = Field(
         None,

@@ -18,7 +18,7 @@ class Roots:
 
     @staticmethod
     def from_environment() -> "Roots":
-        """The folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name. Default: recipes/data, models and runs here."""
+        """The folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name; default: recipes/data, models and runs."""
         return Roots(
             data=Path(os.environ.get("LORRY_DATA", "recipes/data")).absolute(),
             models=Path(os.environ.get("LORRY_MODELS", "models")).absolute(),

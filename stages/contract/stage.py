@@ -33,7 +33,7 @@ class Stage:
     finished_shards: list[Path] = field(default_factory=list)
     """Folders of finished shards, whose results the whole stage uses."""
     outputs: dict[str, int | None] = field(default_factory=dict)
-    """Output files and folders (ending in `/`), relative to the stage's folder, each with its number of records or None."""
+    """Number of records, or None, of each output by its path in the stage's folder. A folder's path ends in `/`."""
     counts: Counter[str] = field(default_factory=Counter)
     """Numbers of records that were read, used and failed."""
     skipped: list[dict[str, str]] = field(default_factory=list)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stages.contract.errors import Exit, LorryError, UsageError
 from stages.contract.roots import Roots
 from stages.hardware.holds import Holds
-from stages.hardware.pick import denied_cards, gib
+from stages.hardware.pick import denied_cards, gib_text
 from stages.hardware.probe import Cards, Gpu, Machine, has_card_on_bus, read_cards
 from stages.hardware.targets import Target, load_targets, named_target, refuse_old_driver, target_of
 from stages.host.containers import (
@@ -397,8 +397,8 @@ def _check_gpu(gpu: Gpu, denied: bool, holders: list[str]) -> Finding:
     if gpu.lost:
         cure = f"see `dmesg | grep Xid`; nvidia-smi --gpu-reset -i {gpu.index}, or reboot; until then name other GPUs"
         return _fail("GPUs", f"{gpu} no longer answers (NVML: {gpu.lost}); {cure}", Exit.DOES_NOT_FIT)
-    facts = [f"{gpu}: {gib(gpu.memory_free)} GiB free of {gib(gpu.memory_total)}"]
-    facts += [f"{holder} {gib(holder.memory)} GiB" if holder.memory else str(holder) for holder in gpu.processes]
+    facts = [f"{gpu}: {gib_text(gpu.memory_free)} GiB free of {gib_text(gpu.memory_total)}"]
+    facts += [f"{holder} {gib_text(holder.memory)} GiB" if holder.memory else str(holder) for holder in gpu.processes]
     facts += [f"held by {holder}" for holder in holders]
     facts += ["denied by LORRY_GPU_DENY"] if denied else []
     text = f"{'; '.join(facts)}; {gpu.uuid}"
