@@ -67,12 +67,12 @@ def unestimated_way(settings: Train, processes: int, dtype: str) -> Way:
 
 
 def most_gpus(settings: Train) -> int:
-    """The largest number of GPUs that all get a sample in each step: the smaller effective batch of two phases."""
+    """The number of GPUs up to which each gets a sample in each step: of two phases, the smaller effective batch."""
     return min(_effective_batches(settings))
 
 
 def makes_exact_batches(settings: Train, gpus: int) -> bool:
-    """Whether `gpus` divides the effective batch of each phase; always true without train.exact_batch."""
+    """Whether `gpus` divides the effective batch of each phase; always True without train.exact_batch."""
     return not settings.exact_batch or all(batch % gpus == 0 for batch in _effective_batches(settings))
 
 
@@ -94,7 +94,7 @@ def least_memory(shape: ModelShape, settings: Train, processes: int, dtype: str)
 
 
 def _ways(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Iterator[Way]:
-    """All ways with the recipe's result, the fastest first: smaller micro-batches, then checkpointing, then sharding."""
+    """All ways with the same result, the fastest first: smaller micro-batches, then checkpointing, then sharding."""
     shardings = ["none", "zero2", "zero3"] if processes > 1 else ["none"]
     if settings.load_in_4bit or shape.quantisation is not None:
         shardings = shardings[:2]  # ZeRO-3 cannot shard a quantised base

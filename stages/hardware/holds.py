@@ -160,9 +160,8 @@ class Holds:
     def _unusable_error(self, name: str, why: str) -> UsageError:
         """The error for a lock file that cannot be used."""
         return UsageError(
-            f"{self.folder}/{name}: cannot hold a GPU with this file ({why}); it must be a regular file in a"
-            f" folder of mode 1777: sudo rm -rf {self.folder} while no Lorry process runs, or name another folder for"
-            " all users (LORRY_GPU_HOLDS)"
+            f"{self.folder}/{name}: cannot hold a GPU with this file ({why}); delete the folder while no Lorry"
+            f" process runs (sudo rm -rf {self.folder}), or name another one of mode 1777 (LORRY_GPU_HOLDS)"
         )
 
 

@@ -40,8 +40,8 @@ def plan_serving(shape: ModelShape, free: list[int], asked: int | None, dtype: s
     allowed = [n for n in range(1, len(free) + 1) if _can_split_heads(shape, n)]
     if asked is not None and asked not in allowed:
         raise UsageError(
-            f"infer.tensor_parallel {asked}: {shape.heads} heads and {shape.kv_heads} KV heads cannot be split like that"
-            f" on {len(free)} GPU(s); set it to {' or '.join(map(str, allowed))}"
+            f"infer.tensor_parallel {asked}: {shape.heads} heads and {shape.kv_heads} KV heads cannot be split"
+            f" over so many of {len(free)} GPU(s); set it to {' or '.join(map(str, allowed))}"
         )
     count = asked or allowed[-1]
     size = 4 if dtype == "float32" else 2
