@@ -45,7 +45,7 @@ class Events:
         self._clear_bar()
         print(f"{self._stage}: {text}", file=self._console, flush=True)
 
-    def progress(self, activity: str, step: int, total: int, unit: str, **fields: Any) -> None:
+    def report_progress(self, activity: str, step: int, total: int, unit: str, **fields: Any) -> None:
         """Report on file and console that `step` of `total` units of an activity, such as `render pages`, are done.
 
         `fields` are further figures of the event, such as `loss`; those that are None are left out.
@@ -108,7 +108,7 @@ def read_last_event(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def output_to(log: Path) -> Iterator[IO[str]]:
+def redirect_output(log: Path) -> Iterator[IO[str]]:
     """Redirect the output of this process and its children to a log file. Yields the real console.
 
     Libraries print hundreds of lines. The user needs the progress, and the log only if something breaks.

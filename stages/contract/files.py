@@ -194,7 +194,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") and not name.startswith("..")
 
 
-def place_same(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` a hard link to `source`, or a copy if the file system has no links.
 
     Use it only for files that are never changed in place: a link would change with its source.

@@ -29,7 +29,7 @@ IGNORED = {
 """Keys that PEFT always writes and that change nothing: how the file was written, and settings of unused features."""
 
 
-def with_lora_config(settings: Train, path: Path) -> Train:
+def apply_lora_config(settings: Train, path: Path) -> Train:
     """The settings of `train`, with the LoRA settings of a JSON file in PEFT's format in their place.
 
     Settings that the file lacks stay the recipe's. Raises UsageError if the file is missing or not JSON, if a value is

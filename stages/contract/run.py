@@ -155,7 +155,7 @@ class Run:
         """
         manifest = read_json(self.stage_folder(stage, shard) / "manifest.json")
         ours = importlib.metadata.version("lorry")
-        if manifest is None or same_series(str(manifest.get("version")), ours):
+        if manifest is None or is_same_series(str(manifest.get("version")), ours):
             return
         made = f"Lorry {manifest.get('version')} ({manifest.get('image') or 'a local process'})"
         this = f"Lorry {ours} ({os.environ.get('LORRY_IMAGE') or 'a local process'})"
@@ -214,7 +214,7 @@ class Run:
         return matching
 
 
-def same_series(version: str, other: str) -> bool:
+def is_same_series(version: str, other: str) -> bool:
     """Whether two versions of Lorry have the same major and minor number, so that they can read each other's runs."""
     return version.split(".")[:2] == other.split(".")[:2]
 
@@ -241,7 +241,7 @@ def output_is_intact(folder: Path, name: str, entry: dict[str, Any], hashes: Fil
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[int]:
+def lock_stage_folder(folder: Path) -> Iterator[int]:
     """Lock a stage's folder for this process and its children. Yields the lock's file descriptor.
 
     The kernel releases the lock when the last holder dies, even by SIGKILL. Raises InterruptedRunError (75) if another

@@ -56,11 +56,11 @@ class Stage:
         """The shard that this process does; None: the whole stage or a node."""
         return self.part if isinstance(self.part, Shard) else None
 
-    def has(self, number: int) -> bool:
+    def does_piece(self, number: int) -> bool:
         """Whether this process does piece `number` (0-based), which is a document, an adapter or a chunk."""
         return self.shard is None or number % self.shard.count == self.shard.index
 
-    def nothing_to_do(self, pieces: int, unit: str) -> bool:
+    def has_nothing_to_do(self, pieces: int, unit: str) -> bool:
         """Whether this shard has nothing to do, because there are fewer pieces than shards; if so, it prints a line."""
         if self.shard is None or self.shard.index < pieces:
             return False

@@ -63,7 +63,7 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def forks_die_with_parents() -> None:
+def make_forks_die_with_parents() -> None:
     """Make each process that is forked from now on die with its parent, also the forks of forks.
 
     Otherwise the workers of a library would wait for ever for a killed parent, and hold the stage's lock.

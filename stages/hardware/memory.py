@@ -79,7 +79,7 @@ class Lengths:
         return micro_batch * (self.longest - min(self.shortest_prompt, self.longest - self.answer))
 
 
-def lengths_at_most(recipe: Recipe) -> Lengths:
+def max_lengths(recipe: Recipe) -> Lengths:
     """The longest samples that the recipe allows, for an estimate before preprocess has run.
 
     A sample has train.max_length tokens, of which infer.max_new_tokens are the answer. In a micro-batch of several,
@@ -194,7 +194,7 @@ def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
     return [name for name in linears if any(name == one or name.endswith(f".{one}") for one in wanted)]
 
 
-def missing_from_estimate(shape: ModelShape, settings: Train) -> str | None:
+def gap_in_estimate(shape: ModelShape, settings: Train) -> str | None:
     """What the estimate of this training does not count, as text; None if it counts all."""
     if settings.freeze_vision or not any(map(_is_vision, adapted_modules(shape, settings))):
         return None

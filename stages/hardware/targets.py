@@ -142,7 +142,7 @@ def refuse_old_driver(image: Target, driver: str) -> None:
         )
 
 
-def refuse_old_driver_for(cuda: str, driver: str, targets: dict[str, Target]) -> None:
+def refuse_driver_too_old_for_cuda(cuda: str, driver: str, targets: dict[str, Target]) -> None:
     """Raise DoesNotFitError if the NVIDIA driver is older than a CUDA version, such as `12.8`, needs.
 
     This is for a torch outside the images. CUDA versions with the same major number need the same driver. A major

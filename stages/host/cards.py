@@ -218,10 +218,10 @@ def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes
     Of two phases, the larger counts.
     """
     from stages.hardware.fit import plan_training
-    from stages.hardware.memory import lengths_at_most
+    from stages.hardware.memory import max_lengths
 
     phases = [
-        (settings, lengths_at_most(recipe.model_copy(update={"train": settings}))) for settings in _phases(recipe.train)
+        (settings, max_lengths(recipe.model_copy(update={"train": settings}))) for settings in _phases(recipe.train)
     ]
 
     @cache

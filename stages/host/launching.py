@@ -12,7 +12,7 @@ from typing import Any
 from stages.contract.errors import DoesNotFitError, Exit, InterruptedRunError, UsageError
 from stages.hardware.holds import Holds
 from stages.hardware.probe import Cards, read_cards
-from stages.hardware.targets import load_targets, refuse_old_driver, refuse_old_driver_for
+from stages.hardware.targets import load_targets, refuse_driver_too_old_for_cuda, refuse_old_driver
 from stages.host.cards import CardChoice, choose_cards, choose_target
 from stages.host.containers import container_runner, find_engine
 from stages.host.needs import GPU_STAGES, STAGES
@@ -52,7 +52,7 @@ def launch(
             if code != Exit.DONE:
                 return code
             later = [following for following in stages[number + 1 :] if following in GPU_STAGES]
-            holds.keep({gpu.uuid for following in later for gpu in choice.cards_of(following)})
+            holds.keep_only({gpu.uuid for following in later for gpu in choice.cards_of(following)})
     return Exit.DONE
 
 
@@ -82,7 +82,7 @@ def _choose_runner(
         yield f"no Docker engine answers at {address}; running as a local process"
         cuda = installed_cuda() if uses_gpus else None
         if cuda:
-            refuse_old_driver_for(cuda, found.driver, load_targets())
+            refuse_driver_too_old_for_cuda(cuda, found.driver, load_targets())
         return local_runner(stages, options, choice, target)
     if uses_gpus:
         refuse_old_driver(card, found.driver)

@@ -11,7 +11,7 @@ from stages.contract.recipe import Infer, Recipe, Train
 from stages.engines import engine_kind
 from stages.hardware.batch import refuse_inexact
 from stages.hardware.fit import Offers, Way, disk_bytes, plan_training, recipe_way, smallest_changes
-from stages.hardware.memory import Lengths, lengths_at_most, missing_from_estimate, trained_parameters
+from stages.hardware.memory import Lengths, gap_in_estimate, max_lengths, trained_parameters
 from stages.hardware.pick import denied_cards, describe_memory, reason_to_skip
 from stages.hardware.probe import Gpu, Machine, read_cards, visible_gpus
 from stages.hardware.serve import plan_serving
@@ -167,7 +167,7 @@ class _Phase:
 
 def _plan_phase(recipe: Recipe, shape: ModelShape, train: Train, gpus: _Gpus) -> _Phase:
     """The plan of the phase whose settings are `train`."""
-    lengths = lengths_at_most(recipe.model_copy(update={"train": train}))
+    lengths = max_lengths(recipe.model_copy(update={"train": train}))
     asked = recipe_way(shape, train, gpus.count, gpus.dtype, lengths)
     way = plan_training(shape, train, gpus.count, gpus.dtype, gpus.memory, lengths)
     return _Phase(shape, train, gpus, lengths, asked, way)
@@ -202,7 +202,7 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
         refuse_inexact(phase.way.batch, train.key_of("effective_batch"))
     yield f"effective batch: {phase.way.batch}\n"
     yield from _table(phase)
-    left_out = missing_from_estimate(shape, train)
+    left_out = gap_in_estimate(shape, train)
     if left_out:
         yield f"not in the estimate: {left_out}"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import Exit, InterruptedRunError, LorryError, UsageError
-from stages.contract.events import Events, output_to, say
+from stages.contract.events import Events, redirect_output, say
 from stages.contract.files import (
     FileHashes,
     machine_error,
@@ -24,7 +24,7 @@ from stages.contract.files import (
 )
 from stages.contract.part import Node, Part, Shard
 from stages.contract.recipe import dump_recipe
-from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, only_writer
+from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, lock_stage_folder
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
 from stages.engines import ENGINES
@@ -51,7 +51,7 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
                 f"--force on {part.count} nodes: the nodes cannot agree when to start again; delete"
                 f" {run.stage_folder(name)} and start them without --force"
             )
-        with only_writer(run.stage_folder(name, part)) as lock:
+        with lock_stage_folder(run.stage_folder(name, part)) as lock:
             return _run_with_lock(run, name, work, force, stop, lock, part)
     except LorryError as error:
         say(name, str(error), error=True)
@@ -95,7 +95,7 @@ def _run_with_lock(
         state = _prepare_folder(folder, key, force, REUSABLE.get(name, ()))
 
     with (
-        output_to(folder / "log.txt") as console,
+        redirect_output(folder / "log.txt") as console,
         closing(Events(folder / "events.jsonl", label, console)) as events,
     ):
         stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"])

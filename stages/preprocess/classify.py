@@ -61,7 +61,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
             journal.append([{"asked": key, "prompt": question, "text": completion.text}])
             known[key] = completion.text
             done = sum(prompt.id in known for prompt in prompts)
-            stage.events.progress("classify questions", done, len(prompts), "questions")
+            stage.events.report_progress("classify questions", done, len(prompts), "questions")
             stage.stop.check()
 
         try:

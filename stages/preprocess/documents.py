@@ -200,7 +200,7 @@ def _render_missing(
         rendered += len(records)
         if len(collected[target]) == len(target):
             done[target] = _save_range(stage, target, collected.pop(target), hashes)
-        stage.events.progress("render pages", rendered, total, "pages")
+        stage.events.report_progress("render pages", rendered, total, "pages")
         stage.stop.check()
     hashes.save()
 

@@ -182,7 +182,7 @@ class Embedder:
         )
         for piece in embedded:
             done += len(piece.items)
-            self._stage.events.progress(f"embed {what}", done, total, what)
+            self._stage.events.report_progress(f"embed {what}", done, total, what)
             self._stage.stop.check()
 
     @functools.cached_property

@@ -133,5 +133,5 @@ def _crop_missing(
             key = _key(settings, figure, documents, hashes)
             write_json(_record_path(stage, figure), {"key": key, "record": record})
         cropped += len(names[page])
-        stage.events.progress("crop figures", cropped, len(missing), "figures")
+        stage.events.report_progress("crop figures", cropped, len(missing), "figures")
         stage.stop.check()

@@ -20,7 +20,7 @@ from stages.contract.errors import DoesNotFitError, InterruptedRunError, LorryEr
 from stages.contract.files import (
     FileHashes,
     digest_of,
-    place_same,
+    link_or_copy,
     read_json,
     read_jsonl,
     remove,
@@ -35,7 +35,7 @@ from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
 from stages.hardware.batch import refuse_inexact
 from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unestimated_way
-from stages.hardware.memory import Lengths, missing_from_estimate
+from stages.hardware.memory import Lengths, gap_in_estimate
 from stages.hardware.probe import Gpu, probe
 from stages.hardware.targets import (
     Target,
@@ -78,10 +78,10 @@ def work(stage: Stage) -> None:
     if node is not None and node.rank > 0:
         _help(stage, node)
         return
-    if stage.nothing_to_do(len(recipe.train.adapters), "adapters"):
+    if stage.has_nothing_to_do(len(recipe.train.adapters), "adapters"):
         return
     log: list[dict[str, Any]] = []
-    adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]
+    adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.does_piece(number)]
     mixes, failures = _mixes_of(stage, adapters)
     connector = None
     plan: _Plan | None = None  # made when something has to be trained: existing adapters need no GPU
@@ -368,7 +368,7 @@ def _take_over(stage: Stage, name: str) -> None:
             partial = stage.path("adapters", f".{name}")
             remove(partial)
             for path in visible_files(source):
-                place_same(path, partial / path.relative_to(source))
+                link_or_copy(path, partial / path.relative_to(source))
             partial.rename(stage.path("adapters", name))
             return
 
@@ -451,7 +451,7 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
         free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}, {fullest.uuid[:12]}"
         needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
         decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
-    left_out = missing_from_estimate(shape, settings)
+    left_out = gap_in_estimate(shape, settings)
     if left_out:
         decide("memory not estimated", left_out, "it must fit in the remaining memory")
     for change in way.changes:

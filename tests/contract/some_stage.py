@@ -27,7 +27,7 @@ def count(stage: Stage) -> None:
     with JsonlJournal(stage.path("records.jsonl")) as journal:
         for step in range(len(journal.records), STEPS):
             journal.append([{"step": step, "process": os.getpid()}])
-            stage.events.progress("count", step + 1, STEPS, "steps")
+            stage.events.report_progress("count", step + 1, STEPS, "steps")
             time.sleep(0.05)
             stage.stop.check()
     stage.outputs["records.jsonl"] = STEPS

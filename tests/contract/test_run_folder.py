@@ -246,10 +246,10 @@ def test_a_missing_mount_names_folder_recipe_key_and_variable(run: Run, tmp_path
     with pytest.raises(UsageError, match=r"has no \*\.safetensors"):
         run.inputs("preprocess", fresh(run))
     remove(tmp_path / "models" / "all-MiniLM-L6-v2")
-    with pytest.raises(UsageError, match=r"all-MiniLM-L6-v2: no such model folder .*embedder.* LORRY_MODELS"):
+    with pytest.raises(UsageError, match=r"all-MiniLM-L6-v2: no such model folder; .*embedder.* LORRY_MODELS"):
         run.inputs("preprocess", fresh(run))
     remove(tmp_path / "data" / "few")
-    with pytest.raises(UsageError, match=r"few: no such data folder .*data\.path.* LORRY_DATA"):
+    with pytest.raises(UsageError, match=r"few: no such data folder; set data\.path .* LORRY_DATA"):
         run.inputs("preprocess", fresh(run))
 
 

@@ -243,7 +243,7 @@ def test_no_client_with_compose(launched: Lorry) -> None:
 
 def test_folders_that_are_not_there(launched: Lorry) -> None:
     done = launch(replace(launched, models=launched.runs / "no-models"), "preprocess", "--run", "r")
-    refused(done, 2, f"{launched.runs}/no-models: no such folder to mount (LORRY_MODELS)")
+    refused(done, 2, f"{launched.runs}/no-models: no such folder to mount; create it, or set LORRY_MODELS to another")
 
 
 def test_a_user_whom_the_socket_does_not_admit(launched: Lorry, engine: Any) -> None:

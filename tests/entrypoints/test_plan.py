@@ -126,7 +126,7 @@ def test_an_adapted_tower_is_counted_and_what_is_not_estimated_is_reported(lorry
     found = [next(float(line.split()[1]) for line in done.lines if line[:7] == "adapter") for done in (frozen, adapted)]
     of_tower = 32 * 1024 * (3840 + 1280) * 4 / 2**30  # the merger is left as it is
     assert found[1] - found[0] == pytest.approx(of_tower, abs=0.011)
-    note = "not in the estimate: what an adapted vision tower keeps of its pictures for the backward pass"
+    note = "not in the estimate: activations of the adapted vision tower (train.freeze_vision is false)"
     assert note in adapted.output and "not in the estimate" not in frozen.output
 
 

@@ -49,7 +49,9 @@ def test_more_cards_than_heads_of_keys_each_keep_one(shapes: dict[str, ModelShap
 def test_a_number_that_the_model_does_not_allow_is_refused_with_those_that_it_does(
     shapes: dict[str, ModelShape], asked: int
 ) -> None:
-    with pytest.raises(UsageError, match=rf"tensor_parallel {asked}: 28 heads and 4 KV heads on 8 .* allow 1, 2, 4$"):
+    with pytest.raises(
+        UsageError, match=rf"tensor_parallel {asked}: 28 heads and 4 KV heads cannot .* of 8 .*; set it to 1 or 2 or 4$"
+    ):
         plan_serving(shapes["Qwen2.5-7B"], [80 * GIB] * 8, asked, "bfloat16", 2048)
 
 
