@@ -11,7 +11,7 @@ import pytest
 
 from stages.contract.files import machine_error
 from tests.conftest import Finished, Lorry
-from tests.other_user import UID, as_other_user, folder_for_all
+from tests.other_user import UID, folder_for_all, run_as_other_user
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def mounts(small_mounts: Lorry, recipe_file: Path) -> Iterator[Lorry]:
 
 def preprocess(mounts: Lorry) -> Finished:
     recipe = str(mounts.runs.parent / "small.yaml")
-    return as_other_user(mounts.environment, "tests.contract.some_stage", "write", recipe)
+    return run_as_other_user(mounts.environment, "tests.contract.some_stage", "write", recipe)
 
 
 def refused(done: Finished, folder: Path) -> None:

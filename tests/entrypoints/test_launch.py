@@ -23,7 +23,7 @@ from stages.host.needs import STAGES
 from stages.host.outcome import Outcome
 from tests.conftest import Lorry
 from tests.hardware.recorded import Box
-from tests.other_user import as_other_user, folder_for_all
+from tests.other_user import folder_for_all, run_as_other_user
 
 NO_ENGINE = "unix:///nowhere/docker.sock"
 
@@ -442,7 +442,7 @@ def forbidden() -> Iterator[str]:
 
 def test_no_permission_on_the_socket_is_reported_and_does_not_fall_back(lorry: Lorry, forbidden: str) -> None:
     environment = {**lorry.environment, "DOCKER_HOST": forbidden, "TARGET": "cpu", "GPUS": "", "HOME": "/tmp"}
-    done = as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
+    done = run_as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
     assert (done.code, len(done.lines)) == (2, 1), done.output
     assert f"no permission on the Docker engine's socket {forbidden}; join its group" in done.output
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY, Finished, Lorry
-from tests.other_user import UID, as_other_user, folder_for_all
+from tests.other_user import UID, folder_for_all, run_as_other_user
 
 pytestmark = pytest.mark.images
 
@@ -252,7 +252,7 @@ def test_a_user_whom_the_socket_does_not_admit(launched: Lorry, engine: Any) -> 
     if not path.is_socket() or path.stat().st_mode & 0o006 or path.stat().st_uid == UID:
         pytest.skip(f"{address} is no socket that keeps others out")
     environment = {**launched.environment, "HOME": str(launched.runs), "DOCKER_HOST": address}
-    done = as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
+    done = run_as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
     refused(done, 2, f"no permission on the Docker engine's socket {address}")
 
 

@@ -13,7 +13,7 @@ from stages.tasks import articulation, extractive_qa, load_task, patent_qa, task
 from stages.tasks.common import defaults
 from stages.tasks.task import HAVE_DEFAULTS, check_task, reads_documents, reads_records
 from tests.conftest import REPOSITORY, Lorry
-from tests.pages import bare_checkout, read_page, run_command, write_files
+from tests.pages import copy_checkout, read_page, run_command, write_files
 
 FIVE = ["articulation", "better_synth", "extractive_qa", "logic_choice", "patent_qa"]
 
@@ -114,7 +114,7 @@ def test_the_contract_and_its_typing_agree_for_every_task(tmp_path: Path) -> Non
 
 
 def test_a_task_that_breaks_its_contract_ends_with_2_when_the_recipe_is_read(tmp_path: Path) -> None:
-    checkout = bare_checkout(tmp_path)
+    checkout = copy_checkout(tmp_path)
     page = read_page("add-a-workload.md")
     write_files(page, checkout)
     file = checkout / "stages" / "tasks" / "capitals.py"
@@ -134,7 +134,7 @@ def test_a_task_that_breaks_its_contract_ends_with_2_when_the_recipe_is_read(tmp
 
 def test_the_page_is_followed_to_the_letter(tmp_path: Path, small_models: Path, lorry: Lorry) -> None:
     page = read_page("add-a-workload.md")
-    checkout = bare_checkout(tmp_path / "checkout")
+    checkout = copy_checkout(tmp_path / "checkout")
     write_files(page, checkout)
     models = tmp_path / "models"  # a random Llama under the small model's name: nothing else differs for the page
     models.mkdir()
