@@ -66,6 +66,7 @@ class Events:
     def _show(
         self, activity: str, step: int, total: int, unit: str, eta: float | None, fields: dict[str, Any], last: bool
     ) -> None:
+        """Print progress as a line, or as a bar on a terminal. `eta` is in seconds."""
         extras = "".join(f"  {_field_text(key, value)}" for key, value in fields.items() if value is not None)
         left = f"  {_clock_text(eta)} left" if eta is not None and not last else ""
         text = f"{self._stage}: {activity} {step}/{total} {unit}{extras}{left}"
@@ -78,6 +79,7 @@ class Events:
         self._console.flush()
 
     def _clear_bar(self) -> None:
+        """Clear the terminal's line, which may show the bar."""
         if self._terminal:
             self._console.write("\r\x1b[2K")
 

@@ -151,7 +151,7 @@ class FileHashes:
         except (OSError, ValueError):
             self._known = {}
 
-    def file(self, path: Path) -> str:
+    def file_digest(self, path: Path) -> str:
         """sha256 (hex) of one file."""
         stat = path.stat()
         # the change time too: a copy can keep size and modification time
@@ -165,9 +165,9 @@ class FileHashes:
             self._changed = True
         return digest
 
-    def tree(self, folder: Path) -> tuple[str, int]:
+    def tree_digest(self, folder: Path) -> tuple[str, int]:
         """sha256 (hex) over relative names and content of a folder's visible files, and the number of these files."""
-        entries = {stored_name(p.relative_to(folder)): self.file(p) for p in visible_files(folder)}
+        entries = {stored_name(p.relative_to(folder)): self.file_digest(p) for p in visible_files(folder)}
         return digest_of(entries), len(entries)
 
     def save(self) -> None:

@@ -22,7 +22,7 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 
 
 def file_name(text: str) -> str:
-    """The text if it is a valid FileName; else its letters and digits, and eight characters of its sha256."""
+    """The text itself if it is a valid FileName; else a FileName of its letters and digits and part of its sha256."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) and text not in (BASE, VOTE):
         return text
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_")[:48]
@@ -39,12 +39,16 @@ class Section(BaseModel):
 
 
 class Model(Section):
+    """The base that is tuned."""
+
     path: str = Field(description="Folder of a Hugging Face model, relative to the model mount or absolute")
     swift_type: str = Field(description="ms-swift's --model_type of the model; ms-swift needs it for a local folder")
     swift_template: str = Field(description="ms-swift's --template of the model; ms-swift needs it for a local folder")
 
 
 class Data(Section):
+    """The task's input, and how it is split."""
+
     path: str = Field(description="Folder with the task's input, relative to the data mount or absolute")
     test_fraction: Fraction = Field(
         0.25, description="Share of the groups, such as documents, held out for test; data that state a split keep it"
@@ -56,11 +60,15 @@ class Data(Section):
 
 
 class Pages(Section):
+    """How pages are rendered."""
+
     max_pixels: int = Field(1_229_312, ge=28 * 28, description="Pixel budget of a rendered page")
     jpeg_quality: int = Field(90, ge=1, le=100, description="JPEG quality of a rendered page")
 
 
 class Retrieval(Section):
+    """How pages are embedded and searched."""
+
     embedder: str = Field(
         description="Folder of the embedder, relative to the model mount: a sentence-transformers model, which reads a"
         " page's text, or GME-Qwen2-VL, which reads its picture"
@@ -96,6 +104,7 @@ class DataJuicer(Section):
 
     @model_validator(mode="after")
     def _check_operators(self) -> "DataJuicer":
+        """Raise ValueError if an operator is not one name with its parameters."""
         for entry in self.process:
             (name, given), *more = entry.items() or [("", None)]
             if more or not name or not (given is None or isinstance(given, dict)):
@@ -117,6 +126,8 @@ class DataJuicer(Section):
 
 
 class Preprocess(Section):
+    """How the input becomes samples."""
+
     workers: int | None = Field(None, ge=1, description="Processes that render pages; null: one per CPU")
     page_timeout: float = Field(
         60.0, gt=0, description="Seconds that a page may take to render; after that its worker process is killed"
@@ -157,6 +168,7 @@ class Source(Section):
     @model_validator(mode="before")
     @classmethod
     def _parse_text(cls, value: Any) -> Any:
+        """The mapping that `name` or `name#100` stands for. Raises ValueError for another text."""
         if not isinstance(value, str):
             return value
         name, hash_sign, count = value.rpartition("#")
@@ -172,6 +184,7 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _check_amount(self) -> "Source":
+        """Raise ValueError if count and fraction are both set."""
         if self.count is not None and self.fraction is not None:
             raise ValueError("count and fraction are both set; remove one of them")
         return self
@@ -190,11 +203,14 @@ class Source(Section):
 
 
 class Adapter(Section):
+    """An adapter to train, and its data mix."""
+
     name: FileName = Field(description="Name of the adapter in files and tables")
     data: list[Source] = Field([], description="Data mix: parts of data sets; empty: all training samples")
 
     @model_validator(mode="after")
     def _check_name(self) -> "Adapter":
+        """Raise ValueError for a name that tables use for the base or the vote."""
         if self.name == BASE:
             raise ValueError("'base' is the untuned model in every table; choose another name for the adapter")
         if self.name == VOTE:
@@ -241,6 +257,8 @@ CONNECTOR = "connector"
 
 
 class Train(Section):
+    """Which adapters are trained, and how."""
+
     connector: Connector | None = Field(
         None, description="First phase: train the connector of a vision-language model; null: train adapters only"
     )
@@ -318,6 +336,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _check_adapters(self) -> "Train":
+        """Raise ValueError if there is no adapter, or two have the same name."""
         names = [adapter.name for adapter in self.adapters]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -355,6 +374,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _check_sharding(self) -> "Train":
+        """Raise ValueError for zero3 with a base in 4 bits."""
         if self.load_in_4bit and self.sharding == "zero3":
             raise ValueError(
                 "sharding zero3 cannot shard a base in 4 bits; set sharding to zero2, or remove load_in_4bit"
@@ -363,6 +383,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _check_lower_bounds(self) -> "Train":
+        """Raise ValueError if a lower bound is above the value that it limits."""
         if self.least_max_length is not None and self.least_max_length > self.max_length:
             raise ValueError(
                 f"least_max_length {self.least_max_length} is above max_length {self.max_length}; lower it"
@@ -402,6 +423,7 @@ class Vote(Section):
 
     @model_validator(mode="after")
     def _check_voters(self) -> "Vote":
+        """Raise ValueError if no adapter votes, or one is listed twice."""
         if not self.adapters:
             raise ValueError("adapters: no adapter votes; list at least one, or write all or greedy")
         if len(set(self.adapters)) < len(self.adapters) and isinstance(self.adapters, list):
@@ -410,6 +432,8 @@ class Vote(Section):
 
 
 class Infer(Section):
+    """How base and adapters answer the test samples."""
+
     engine: str = Field("vllm", description="Engine that answers the prompts, by its name in stages/engines")
     max_length: int = Field(
         8192, ge=16, description="Maximum tokens of prompt and completion; a sample with a longer prompt fails"
@@ -441,6 +465,7 @@ class Infer(Section):
 
     @model_validator(mode="after")
     def _check_room_for_prompt(self) -> "Infer":
+        """Raise ValueError if a completion alone may be as long as max_length."""
         if self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in max_length {self.max_length};"
@@ -450,6 +475,7 @@ class Infer(Section):
 
     @model_validator(mode="after")
     def _check_answers_for_vote(self) -> "Infer":
+        """Raise ValueError for a vote of adapters that do not all answer the same samples."""
         if self.vote is not None and self.answers != "all":
             raise ValueError(
                 "vote: adapters that answer different samples cannot vote together; set infer.answers to all"
@@ -458,6 +484,8 @@ class Infer(Section):
 
 
 class Eval(Section):
+    """How answers are scored and reported."""
+
     bootstrap: int = Field(
         2000,
         ge=100,
@@ -483,6 +511,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_connector_name(self) -> "Recipe":
+        """Raise ValueError if an adapter has the name of the first phase."""
         if self.train.connector is not None and any(adapter.name == CONNECTOR for adapter in self.train.adapters):
             raise ValueError(
                 f"train.adapters: {CONNECTOR!r} is the name of the first phase (train.connector); choose another name"
@@ -491,6 +520,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_voters_are_trained(self) -> "Recipe":
+        """Raise ValueError if an adapter that is listed to vote is not trained."""
         vote = self.infer.vote
         if vote is not None and isinstance(vote.adapters, list) and self.train.adapters:
             unknown = sorted(set(vote.adapters) - {adapter.name for adapter in self.train.adapters})
@@ -597,6 +627,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Loads YAML and refuses a key that comes twice, where PyYAML's own loader silently takes the later one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node. Raises MarkedYAMLError for a key that is not a plain name, or comes twice."""
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):

@@ -135,17 +135,17 @@ class Run:
                 found[f"{earlier}/{name}"] = output["sha256"]
         if stage == "preprocess":
             for path in visible_files(self.data):
-                found[f"data/{stored_name(path.relative_to(self.data))}"] = hashes.file(path)
+                found[f"data/{stored_name(path.relative_to(self.data))}"] = hashes.file_digest(path)
             retrieval = self.recipe.preprocess.retrieval
             if retrieval is not None:
                 folder = self.model(retrieval.embedder, "preprocess.retrieval.embedder")
-                found["models/embedder"] = hashes.tree(folder)[0]
+                found["models/embedder"] = hashes.tree_digest(folder)[0]
             juicer = self.recipe.preprocess.data_juicer
             for key, weights in juicer.weights().items() if juicer else ():
-                found[f"models/{weights}"] = hashes.tree(self.model(weights, key))[0]
+                found[f"models/{weights}"] = hashes.tree_digest(self.model(weights, key))[0]
         asks_the_model = stage == "preprocess" and self.recipe.preprocess.classifier == "model"
         if stage in ("train", "infer") or asks_the_model:
-            found["models/base"] = hashes.tree(self.model(self.recipe.model.path, "model.path"))[0]
+            found["models/base"] = hashes.tree_digest(self.model(self.recipe.model.path, "model.path"))[0]
         return found
 
     def refuse_other_version(self, stage: str, shard: Shard | None = None, reader: str | None = None) -> None:
@@ -192,6 +192,7 @@ class Run:
         return self._matches(stage, shard, self.key(stage, self.inputs(stage, hashes)), hashes)
 
     def _matches(self, stage: str, shard: Shard | None, key: str, hashes: FileHashes) -> bool:
+        """Whether a stage, or a shard of it, is done with this key and has intact outputs."""
         manifest = self.manifest(stage, shard)
         if manifest is None or manifest.get("key") != key:
             return False
@@ -226,9 +227,9 @@ def describe_output(folder: Path, name: str, records: int | None, hashes: FileHa
     """
     path = folder / name
     if name.endswith("/"):
-        digest, files = hashes.tree(path)
+        digest, files = hashes.tree_digest(path)
         return {"sha256": digest, "files": files, "bytes": sum(p.stat().st_size for p in visible_files(path))}
-    entry: dict[str, Any] = {"sha256": hashes.file(path), "bytes": path.stat().st_size}
+    entry: dict[str, Any] = {"sha256": hashes.file_digest(path), "bytes": path.stat().st_size}
     return entry if records is None else {**entry, "records": records}
 
 
@@ -236,8 +237,8 @@ def output_is_intact(folder: Path, name: str, entry: dict[str, Any], hashes: Fil
     """Whether an output still has the content that its manifest entry records."""
     path = folder / name
     if name.endswith("/"):
-        return path.is_dir() and hashes.tree(path)[0] == entry["sha256"]
-    return path.is_file() and path.stat().st_size == entry["bytes"] and hashes.file(path) == entry["sha256"]
+        return path.is_dir() and hashes.tree_digest(path)[0] == entry["sha256"]
+    return path.is_file() and path.stat().st_size == entry["bytes"] and hashes.file_digest(path) == entry["sha256"]
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from stages.contract.errors import InterruptedRunError
 class Child(Protocol):
     """One or several child processes that take signals, such as a `subprocess.Popen`."""
 
-    def send_signal(self, sig: int, /) -> None: ...
+    def send_signal(self, sig: int, /) -> None:
+        """Send signal number `sig` to each process."""
 
 
 class StopRequest:
@@ -26,7 +27,7 @@ class StopRequest:
     def install(self) -> None:
         """Handle SIGTERM and SIGINT from now on. Call it from the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+            signal.signal(number, self._handle_signal)
 
     def pass_on_to(self, child: Child, hears_ctrl_c: bool = True) -> None:
         """Send the child each stop signal that this process gets, as this process may be waiting for the child.
@@ -37,7 +38,8 @@ class StopRequest:
         if self.signal is not None:
             child.send_signal(signal.SIGTERM)
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Note the signal, and pass it on to the child. A second Ctrl-C without a child raises KeyboardInterrupt."""
         if self.signal is signal.Signals.SIGINT and number == signal.SIGINT and self._child is None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)

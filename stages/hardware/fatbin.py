@@ -74,10 +74,10 @@ def _entries(file: IO[bytes], position: int, end: int) -> Iterator[tuple[int, in
 def has_code_for(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
     """Whether a library with code for these architectures runs on a GPU of this compute capability.
 
-    NVIDIA, CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility": a binary for X.y runs on X.z
-    with z >= y and on no other major version (one with an `a`, on X.y only); the driver compiles PTX for any GPU that
-    is not older. PTX counts only for GPUs newer than every binary: a library that dropped a GPU may still have one
-    kernel as old PTX (vLLM has one for 5.2), which says nothing about its other kernels.
+    A binary for X.y runs on X.z with z >= y, and on no other major version; one with an `a` runs on X.y only. The
+    driver compiles PTX for any GPU that is not older. Here PTX counts only for GPUs that are newer than all binaries: a
+    library that dropped a GPU may still have one kernel as old PTX (vLLM has one for 5.2). Source: NVIDIA, CUDA C++
+    Programming Guide, "Binary Compatibility" and "PTX Compatibility".
     """
     parsed = [_parse_architecture(name) for name in compiled]
     binaries = [(number, suffix) for kind, number, suffix in parsed if kind == "sm"]

@@ -67,7 +67,7 @@ def unestimated_way(settings: Train, processes: int, dtype: str) -> Way:
 
 
 def most_gpus(settings: Train) -> int:
-    """The number of GPUs up to which each gets a sample in each step: of two phases, the smaller effective batch."""
+    """The smallest effective batch of the phases: with more GPUs, some would get no sample in a step."""
     return min(_effective_batches(settings))
 
 

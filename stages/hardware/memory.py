@@ -117,9 +117,8 @@ def estimate(
 ) -> Estimate:
     """The peak memory of training on one GPU.
 
-    It is the largest of four moments. At the loss, the activations of all layers and the logits exist. In the backward
-    pass of the last and of the first layer, the layer's working set exists, and at the end all gradients. The fourth is
-    the reading of MGM's pictures.
+    It is the maximum of four moments: the loss, with the activations of all layers and the logits; the backward pass of
+    the last layer and that of the first, with a layer's working set; and the reading of MGM's pictures.
     """
     size = FLOAT32 if dtype == "float32" else 2
     tokens = batch.micro_batch * lengths.longest
@@ -131,7 +130,7 @@ def estimate(
     gradients = adapter * FLOAT32 if sharding == "none" else adapter * size + ZERO_BUCKET * FLOAT32
 
     connector = _connector_activations(shape, settings) * tokens
-    of_pictures, reading = _large_maps(shape, settings, batch.micro_batch)
+    of_pictures, reading = _large_map_bytes(shape, settings, batch.micro_batch)
     connector += of_pictures
     layer = _layer_activations(shape, settings, size, batch.micro_batch, lengths.longest) * tokens
     # with a GPTQ base autograd also keeps each module's unpacked weights, for any number of tokens
@@ -148,7 +147,7 @@ def estimate(
     at_pictures = (connector + reading, 0, gradients if settings.trains_connector else earlier)
     activations, of_logits, alive = max(at_loss, in_first, in_last, at_pictures, key=sum)
 
-    weights = _weights(shape, settings, size, sharding, batch.gpus)
+    weights = _weight_bytes(shape, settings, size, sharding, batch.gpus)
     grouped = batch.gpus > 1 or sharding != "none"
     parts = weights + held + moments + activations
     return Estimate(
@@ -238,7 +237,7 @@ def _connector_activations(shape: ModelShape, settings: Train) -> int:
     return FLOAT32 * sum(sum(sizes) for name, sizes in shape.linears.items() if _is_connector(name))
 
 
-def _large_maps(shape: ModelShape, settings: Train, micro_batch: int) -> tuple[int, int]:
+def _large_map_bytes(shape: ModelShape, settings: Train, micro_batch: int) -> tuple[int, int]:
     """Bytes that MGM keeps for the pictures of a micro-batch, one per sample, and bytes that reading one picture takes.
 
     MGM reads them one by one. Both are 0 for other models, whose pictures are small compared with their tokens.
@@ -252,7 +251,7 @@ def _large_maps(shape: ModelShape, settings: Train, micro_batch: int) -> tuple[i
     return MGM_KEEPS[settings.gradient_checkpointing] * micro_batch * size, MGM_READS_BACK * size
 
 
-def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
+def _weight_bytes(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
     """Bytes of the frozen base on one GPU. Weights that are stored as integers (GPTQ) keep their size."""
     total = 0.0
     in_4bit = (

@@ -105,7 +105,7 @@ def hide_denied_cards(needs_one: bool = True) -> None:
     left = [gpu for gpu in shown if gpu.index not in denied]
     if not left and needs_one:
         raise DoesNotFitError(
-            f"LORRY_GPU_DENY={text}: denies every GPU here ({_describe(shown)}); allow one, or set LORRY_TARGET=cpu"
+            f"LORRY_GPU_DENY={text}: denies every GPU here ({_gpu_names(shown)}); allow one, or set LORRY_TARGET=cpu"
         )
     if len(left) < len(shown):  # NVML numbers GPUs by their place on the bus
         numbers = ",".join(str(gpu.index) for gpu in left)
@@ -122,7 +122,7 @@ def named_cards(wish: Wish, gpus: tuple[Gpu, ...], denied: frozenset[int]) -> tu
     for name in wish.names:
         gpu = _find_gpu(name, gpus, where)
         if gpu in chosen:
-            raise UsageError(f"{where}: names {gpu} twice; name each GPU once; this machine has: {_describe(gpus)}")
+            raise UsageError(f"{where}: names {gpu} twice; name each GPU once; this machine has: {_gpu_names(gpus)}")
         refuse_unusable(gpu, where, denied)
         chosen.append(gpu)
     return tuple(chosen)
@@ -146,7 +146,7 @@ def refuse_unusable(gpu: Gpu, where: str, denied: frozenset[int]) -> None:
 
 def _find_gpu(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
     """The GPU that has `name` as its index, or whose UUID alone begins with it. Raises UsageError if there is none."""
-    here = f"this machine has: {_describe(gpus)}"
+    here = f"this machine has: {_gpu_names(gpus)}"
     if name.upper().startswith("MIG-"):
         raise UsageError(f"{where}: {name} is a MIG slice, and Lorry binds whole GPUs; name one; {here}")
     if name.upper().startswith("GPU-"):
@@ -172,7 +172,7 @@ def _may_be_lost(name: str, gpus: tuple[Gpu, ...]) -> bool:
     return name.upper().startswith("GPU-") and not known and any(not gpu.uuid for gpu in gpus)
 
 
-def _describe(gpus: tuple[Gpu, ...]) -> str:
+def _gpu_names(gpus: tuple[Gpu, ...]) -> str:
     """Index and name of each GPU, as text."""
     return "; ".join(f"{gpu.index} {gpu.name or 'lost'}" for gpu in gpus) or "none that NVML shows"
 

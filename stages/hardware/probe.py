@@ -195,9 +195,10 @@ def _memory(pynvml: Any, handle: Any) -> tuple[int, int]:
 
 
 def _is_in_mig_mode(pynvml: Any, handle: Any) -> bool:
+    """Whether a GPU is in MIG mode. Cards and drivers that do not know MIG are not."""
     try:
         current, _pending = pynvml.nvmlDeviceGetMigMode(handle)
-    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):  # cards and drivers older than MIG
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
         return False
     return bool(current == pynvml.NVML_DEVICE_MIG_ENABLE)
 

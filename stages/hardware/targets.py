@@ -166,13 +166,15 @@ def refuse_4bit_without_kernels(target: Target) -> None:
 
 
 def refuse_4bit_twice(model: Path, quantisation: str | None) -> None:
-    """Raise UsageError if the base of a recipe with train.load_in_4bit is quantised already; None: it is not."""
+    """Raise UsageError if the base of a recipe with train.load_in_4bit is quantised already, such as by gptq."""
+    # None: it is not
     if quantisation:
         raise UsageError(f"{model}: its weights are quantised already ({quantisation}); remove train.load_in_4bit")
 
 
 def refuse_base_without_kernels(model: Path, quantisation: str | None, target: Target) -> None:
-    """Raise DoesNotFitError if the target has no kernels for a base's quantisation, such as gptq or awq; None: none."""
+    """Raise DoesNotFitError if the target has no kernels for a base's quantisation, such as gptq or awq."""
+    # None: the base is not quantised
     if quantisation and quantisation not in target.quantisation:
         others = ", ".join(target.quantisation) or "none"
         raise DoesNotFitError(

@@ -46,7 +46,7 @@ class CardChoice:
     """Lines to print about the choice."""
 
     def cards_of(self, stage: str) -> tuple[Gpu, ...]:
-        """The GPUs of one stage: all, but of several that `auto` took, infer gets the first, as it computes on one."""
+        """The GPUs of one stage. infer computes on one GPU, so it gets only the first of those that `auto` took."""
         return self.cards[:1] if self.auto and stage == "infer" else self.cards
 
     def devices(self, stage: str) -> list[str]:
@@ -143,7 +143,7 @@ def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
 
 
 def _default_cards(gpus: tuple[Gpu, ...], denied: frozenset[int], needs_gpu: bool) -> tuple[Gpu, ...]:
-    """GPU 0; if it cannot be used, no GPU, or the error of `refuse_unusable` if a stage needs one."""
+    """GPU 0; no GPU if it cannot be used and no stage needs one. Else raises the error of `refuse_unusable`."""
     try:
         refuse_unusable(gpus[0], DEFAULT, denied)
     except LorryError:
@@ -225,15 +225,16 @@ def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes
     ]
 
     @cache
-    def planned(number: int, capability: Capability, memory: int | None) -> int:
+    def planned_bytes(number: int, capability: Capability, memory: int | None) -> int:
+        """Bytes of the larger phase, planned to fit in `memory` bytes; None: as asked."""
         dtype = target_of(_machine_of(capability), load_targets()).dtype
         dtype = dtype if recipe.train.precision == "auto" else recipe.train.precision
         ways = [plan_training(shape, settings, number, dtype, memory, lengths) for settings, lengths in phases]
         return int(max(way.estimate.total for way in ways))
 
     # nothing fits in a single byte, so the plan is then the way that takes least memory
-    return (lambda number, capability: planned(number, capability, None)), (
-        lambda number, capability: planned(number, capability, 1)
+    return (lambda number, capability: planned_bytes(number, capability, None)), (
+        lambda number, capability: planned_bytes(number, capability, 1)
     )
 
 

@@ -95,6 +95,7 @@ def container_runner(
     signals = _collect_signals()
 
     def run(stage: str, more: list[str]) -> Outcome:
+        """Run a stage in a container, with further arguments."""
         if signals:
             raise InterruptedRunError(f"stopped by {signals[0].name}; run the same command again")
         name = f"lorry-{stage}-{uuid.uuid4().hex[:8]}"

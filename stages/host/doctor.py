@@ -64,18 +64,22 @@ class Finding:
 
 
 def _ok_finding(what: str, text: str) -> Finding:
+    """A finding without a problem."""
     return Finding("ok", what, text)
 
 
 def _warning(what: str, text: str) -> Finding:
+    """A finding that may stop a job."""
     return Finding("warn", what, text)
 
 
 def _unchecked_finding(what: str, text: str) -> Finding:
+    """A finding that says why a check was left out."""
     return Finding("not checked", what, text)
 
 
 def _failure(what: str, text: str, code: Exit) -> Finding:
+    """A finding that stops a job with this exit code."""
     return Finding("FAIL", what, text, code)
 
 
@@ -299,7 +303,7 @@ def _check_folders(roots: Roots, run: "Run | None", in_containers: bool) -> Iter
         if not folder.is_dir():
             yield _failure("folders", f"{folder}: no such folder; create it, or name another ({name})", Exit.USAGE)
             continue
-        closed = _unreadable(folder, user)
+        closed = _first_unreadable_path(folder, user)
         if closed is not None:
             kind = "o+rX" if closed.is_dir() else "o+r"
             cure = f"sudo chmod {kind} {closed} (and what is below)"
@@ -313,18 +317,18 @@ def _check_folders(roots: Roots, run: "Run | None", in_containers: bool) -> Iter
             yield _failure("folders", f"{folder}: uid {uid} cannot write there; {cure}", Exit.USAGE)
 
 
-def _unreadable(folder: Path, user: _User) -> Path | None:
+def _first_unreadable_path(folder: Path, user: _User) -> Path | None:
     """The first path that the user cannot read: the folder, or a path up to two levels below it; None: all readable.
 
     It looks at 2000 paths at most, to stay quick.
     """
-    for path in islice(_two_levels(folder), 2000):
+    for path in islice(_paths_two_levels_deep(folder), 2000):
         if not user.has_access(path, 5 if path.is_dir() else 4):
             return path
     return None
 
 
-def _two_levels(folder: Path) -> Iterator[Path]:
+def _paths_two_levels_deep(folder: Path) -> Iterator[Path]:
     """Yield a folder and the paths up to two levels below it."""
     yield folder
     for pattern in ("*", "*/*"):

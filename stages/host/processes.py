@@ -62,6 +62,7 @@ def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardC
     stop.install()
 
     def run(stage: str, more: list[str]) -> Outcome:
+        """Run a stage as a process, with further arguments."""
         stop.check()
         if cards.auto or cards.visible_devices(stage):  # it is empty if `auto` took none
             environment["CUDA_VISIBLE_DEVICES"] = cards.visible_devices(stage)

@@ -24,10 +24,10 @@ def status_lines(run_name: str | None) -> Generator[str, None, None]:
     for folder in folders:
         yield folder.name
         for stage in STAGES:
-            yield from (f"  {stage:<11}{state}" for state in _states(folder, stage))
+            yield from (f"  {stage:<11}{state}" for state in _state_lines(folder, stage))
 
 
-def _states(folder: Path, stage: str) -> list[str]:
+def _state_lines(folder: Path, stage: str) -> list[str]:
     """Lines on the state of a stage, and of its shards if there are any."""
     from stages.contract.run import is_held
 

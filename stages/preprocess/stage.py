@@ -81,7 +81,7 @@ def _groups(questions: list[Any], documents: dict[str, Path], known_hashes: Path
         return {question.id: question.group for question in questions}
     hashes = FileHashes(known_hashes)
     names = sorted({question.document for question in questions})
-    content = {name: hashes.file(documents[name]) for name in names}
+    content = {name: hashes.file_digest(documents[name]) for name in names}
     first = {digest: name for name, digest in reversed(content.items())}  # the first name of each content
     return {question.id: first[content[question.document]] for question in questions}
 

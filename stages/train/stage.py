@@ -229,7 +229,7 @@ def _samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _model_digest(stage: Stage, hashes: FileHashes) -> str:
-    return hashes.tree(stage.run.model(stage.run.recipe.model.path, "model.path"))[0]
+    return hashes.tree_digest(stage.run.model(stage.run.recipe.model.path, "model.path"))[0]
 
 
 def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: FileHashes) -> Any:
@@ -246,7 +246,10 @@ def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: File
         return pages
     files = {name: stage.run.folder / name for name in names if name.startswith("preprocess/pictures/")}
     # a missing file is reported where it is read
-    return {"pages/": pages, "pictures/": {name: hashes.file(path) for name, path in files.items() if path.is_file()}}
+    return {
+        "pages/": pages,
+        "pictures/": {name: hashes.file_digest(path) for name, path in files.items() if path.is_file()},
+    }
 
 
 Mixes = dict[str, list[list[dict[str, Any]]]]
@@ -288,7 +291,7 @@ def _remove_outdated(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | N
     for path in stage.path("adapters").glob("*/"):
         made = read_json(path / "made.json") or {}
         whole = all(
-            (path / name).is_file() and hashes.file(path / name) == digest
+            (path / name).is_file() and hashes.file_digest(path / name) == digest
             for name, digest in made.get("files", {}).items()
         )
         if made.get("key") != keys.get(path.name, "") or not whole:
