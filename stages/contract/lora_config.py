@@ -43,7 +43,7 @@ def apply_lora_config(settings: Train, path: Path) -> Train:
         elif key in MUST_BE:
             if value not in MUST_BE[key]:
                 raise UsageError(
-                    f"{path}: {key!r} is {value!r}; Lorry trains adapters with {MUST_BE[key][0]!r} only; change it"
+                    f"{path}: {key!r} is {value!r}, but Lorry trains adapters with {MUST_BE[key][0]!r} only; change it"
                 )
         elif key not in IGNORED and not _is_off(value):
             near = difflib.get_close_matches(key, [*NAMES, *MUST_BE], 1)

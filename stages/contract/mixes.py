@@ -44,8 +44,8 @@ def _draw_samples(samples: Samples, part: Source, adapter: str, seed: int) -> Sa
     if not own:
         known = ", ".join(sorted({str(sample["meta"]["source"]) for sample in samples}))
         raise UsageError(
-            f"train.adapters: the data mix of {adapter} names {part.source!r}, which has no training samples; data sets"
-            f" with some: {known}"
+            f"train.adapters: the data mix of {adapter} names {part.source!r}, which has no training samples; name a"
+            f" data set that has: {known}"
         )
     count = part.count if part.count is not None else round((part.fraction or 1.0) * len(own))
     whole, rest = divmod(max(count, 1), len(own))

@@ -93,7 +93,7 @@ def _node(environment: Mapping[str, str]) -> Node | None:
     if not count:
         if rank or rendezvous:
             raise UsageError(
-                "LORRY_NODES is not set, but LORRY_NODE_RANK or LORRY_RENDEZVOUS is; set the number of machines"
+                "LORRY_NODES is not set, but LORRY_NODE_RANK or LORRY_RENDEZVOUS is; set it to the number of machines"
             )
         return None
     rank = rank or environment.get("JOB_COMPLETION_INDEX")

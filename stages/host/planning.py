@@ -237,7 +237,7 @@ def _verdict(phase: _Phase) -> tuple[bool, list[str]]:
     freed = gpus.fullest is not None and way.fits(int(gpus.fullest.memory_total * USABLE))
     if gpus.fullest is not None and freed:
         lines.append(
-            f"fits on a GPU that is free: {way.estimate.total / GIB:.1f} of"
+            f"fits on a free GPU: {way.estimate.total / GIB:.1f} of"
             f" {gpus.fullest.memory_total / GIB:.1f} GiB; {gpus.fullest}: {describe_memory(gpus.fullest)}"
         )
     for number, each in enumerate(changes):

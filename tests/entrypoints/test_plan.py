@@ -212,7 +212,7 @@ def test_where_cards_are_merely_busy_it_says_that_freeing_one_would_do(here: Lor
     box.free(*[2.0] * 8)
     done = here("entrypoints.lorry", "plan", *RECIPE)
     assert done.code == 4
-    told = "fits on a GPU that is free: 18.1 of 80.0 GiB; GPU 0 (NVIDIA A800-SXM4-80GB): 2.0 GiB free of 80.0, "
+    told = "fits on a free GPU: 18.1 of 80.0 GiB; GPU 0 (NVIDIA A800-SXM4-80GB): 2.0 GiB free of 80.0, "
     assert f"{told}held by pid 41120, not visible from here, 67.4" in done.lines
     assert "no change that Lorry knows" not in done.output
     model = (
