@@ -30,7 +30,7 @@ class StopRequest:
             signal.signal(number, self._handle_signal)
 
     def pass_on_to(self, child: Child, hears_ctrl_c: bool = True) -> None:
-        """Send the child each stop signal that this process gets, as this process may be waiting for the child.
+        """Pass each stop signal on to the child at once, as this process may be waiting for the child.
 
         `hears_ctrl_c` says whether the terminal's Ctrl-C reaches the child directly. In another session it does not.
         """

@@ -88,7 +88,7 @@ class Holds:
             self.release(uuid)
 
     def holders(self, name: str) -> list[Lock]:
-        """The locks that processes hold on a file of the folder, which is named by a GPU's UUID.
+        """The locks that processes hold on a file of the folder; `name` is a GPU's UUID, or `choosing`.
 
         Empty if there are none, or if this process cannot see them.
         """

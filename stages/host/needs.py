@@ -17,4 +17,4 @@ OPTIONAL_LIBRARIES = {"train": ("bitsandbytes", "deepspeed", "gptqmodel", "auto_
 """Libraries that only some targets have."""
 
 GPU_STAGES = ("train", "infer")
-"""The stages that compute on a GPU, unless the target is cpu."""
+"""The stages that need a GPU, unless the target is cpu."""
