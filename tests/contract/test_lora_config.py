@@ -140,7 +140,7 @@ def test_a_setting_that_is_not_supported_is_reported_in_one_line(tmp_path: Path,
 
 def test_a_missing_file_or_one_that_is_no_text_is_reported(tmp_path: Path) -> None:
     message = refused(tmp_path / "nowhere.json")
-    assert message == "no such file (train.lora_config, relative to the data mount)"
+    assert message == "no such file; set train.lora_config to a file below the data mount"
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x80")
     assert "cannot be read as JSON" in refused(tmp_path / "binary.json")
     assert "cannot be read as JSON" in refused(tmp_path)

@@ -49,7 +49,7 @@ def test_what_is_asked_for(option: str | None, environment: dict[str, str], expe
         (None, {"LORRY_NODES": "two"}, "LORRY_NODES two:"),
         (None, {"LORRY_NODES": "0"}, "LORRY_NODES 0:"),
         (None, MEETING, "LORRY_NODE_RANK is not set; with LORRY_NODES 3 set it to 0..2"),
-        (None, {**MEETING, "LORRY_NODE_RANK": "3"}, "LORRY_NODE_RANK 3:"),
+        (None, {**MEETING, "LORRY_NODE_RANK": "3"}, "LORRY_NODE_RANK 3; with LORRY_NODES 3"),
         (None, {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0"}, "LORRY_RENDEZVOUS is not set; set it to host:port"),
         (None, {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0", "LORRY_RENDEZVOUS": "host"}, "LORRY_RENDEZVOUS host;"),
         (None, {"LORRY_NODE_RANK": "0"}, "LORRY_NODES is not set"),

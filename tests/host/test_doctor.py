@@ -433,7 +433,7 @@ def test_every_line_that_fails_or_warns_says_the_cure(box: Box, doctor: Doctor) 
     box.lose(0)
     for line in doctor().lines:
         if line.startswith(("FAIL", "warn")):
-            assert ": " in line[12:].partition(": ")[2], line
+            assert "; " in line[12:].partition(": ")[2], line
 
 
 def test_the_errors_that_are_reported_keep_their_code() -> None:
