@@ -102,7 +102,7 @@ def test_inference_that_does_not_fit_leaves_the_exit_code_to_training(lorry: Lor
     """It may have other cards."""
     done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", "--memory", "19")
     assert done.code == 0, done.output
-    told = "inference does not fit: it takes 19.6 GiB on each of 1 GPU(s) for one sequence of 8192 tokens, and 18.7 GiB"
+    told = "inference does not fit: it takes 19.6 GiB on each of 1 GPU(s) for one sequence of 8192 tokens, but 18.7 GiB"
     assert any(line.startswith(told) for line in done.lines), done.output
     asked = ("--gpus", "3", "--set", "infer.tensor_parallel=3")
     odd = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", *asked)
