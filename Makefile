@@ -1,11 +1,11 @@
-# The verbs a person types. `make` lists them.
+# The commands that a user types. `make` lists them.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A job's GPUs and recipe: make train GPUS=0,1,2,3,4 RECIPE=patent-qa SET="train.epochs=3 seed=7"
-# GPUS: numbers or UUIDs; auto or auto:4 take GPUs with enough free memory; default: 0. LORRY_GPU_DENY=5,6,7 denies some
+# GPUS: numbers or UUIDs; auto or auto:4 chooses GPUs with enough free memory; default: 0. LORRY_GPU_DENY=5,6,7 denies some
 RECIPE ?= patent-qa
 ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) $(if $(DATA),--data $(DATA)) \
   $(foreach setting,$(SET),--set $(setting)) $(if $(GPUS),--gpus $(GPUS)) $(if $(TARGET),--target $(TARGET))
@@ -13,23 +13,23 @@ ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN))
 .DEFAULT_GOAL := help
 .PHONY: help setup demo preprocess train infer eval ledger images push .env k8s-run test test-fast image-test kill-test lint bench lock reference clean
 
-help: ## list the verbs
+help: ## list the commands
 	@grep -E '^[a-z0-9. -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/^preprocess.*eval/preprocess, train, infer, eval/' | expand -t 32
 
-setup: .venv/.ready .venv/.gptq models/.ready ## install all that a CPU needs into .venv and make the small models (once)
+setup: .venv/.ready .venv/.gptq models/.ready ## install all that a CPU needs into .venv, and make the small models (once)
 
-demo: setup ## from PDFs to scored answers on this CPU; DATA=folder takes your own documents and questions
+demo: setup ## run the demo on this CPU, from PDFs to scored answers; DATA=folder has your own documents and questions
 	@export LORRY_TARGET=cpu CUDA_VISIBLE_DEVICES=; if [ -n "$(DATA)" ]; then \
 	  exec $(BIN)/lorry run patent-qa --profile tiny --data "$(DATA)" --run "demo-$$(basename "$(DATA)")-$$(realpath "$(DATA)" | cksum | cut -d " " -f 1)"; \
 	else exec $(BIN)/lorry run patent-qa --profile tiny --run demo; fi
 
-preprocess train infer eval: .venv/.host ## run a stage of RECIPE (PROFILE= RUN= DATA= SET=) on GPUS=0,1 or auto:2; in a container if a Docker engine answers
+preprocess train infer eval: .venv/.host ## run a stage of RECIPE (PROFILE= RUN= DATA= SET=) on GPUS=0,1 or auto:2, in a container if a Docker engine answers
 	@$(BIN)/lorry launch $@ $(ARGS)
 
 ledger: .venv/.host ## list each adapter's data mix, score and vote, over all runs (RUN= SORT=score:desc OUT=ledger.html)
 	@$(BIN)/lorry ledger $(RUN) $(if $(SORT),--sort $(SORT)) $(if $(OUT),--out "$(OUT)")
 
-images: ## build the stage images of TARGET=a800 (STAGE=train: one of them); images/targets.toml has the targets
+images: ## build the stage images of TARGET=a800 (STAGE=train: only one); images/targets.toml lists the targets
 	@images/build.sh "$(TARGET)" "$(STAGE)"
 
 push: ## tag the images of TARGET=a800 for REGISTRY=host/team and push them
@@ -67,7 +67,7 @@ lock: setup ## write the locked requirements of host and images from their input
 
 .env: ## write settings for `docker compose up infer`: your uid and TARGET=a800
 	@[ ! -e $@ ] || { echo "error: $@ exists; edit it, or delete it first" >&2; exit 2; }
-	@# never root: instead of uid 0 the images' own 1000
+	@# never root: uid 0 becomes 1000, the user of the images
 	@uid=$$(id -u) gid=$$(id -g); printf 'TARGET=%s\nLORRY_UID=%s\nLORRY_GID=%s\n' "$(or $(TARGET),a800)" \
 	  "$${uid/#0/1000}" "$${gid/#0/1000}" > $@ && cat $@
 
@@ -86,13 +86,13 @@ clean: ## delete the demo's run and Python's caches; keeps .venv and models
 
 .venv/.ready: requirements/cpu.txt requirements/dev.txt .venv/.host
 	@echo "installing into .venv (some minutes, 4.8 GB)"
-	@# torch is not locked: the machine decides which build it needs (docs/development.md); all else is locked with hashes
+	@# torch is not locked, as its build depends on the machine (docs/development.md); all else is locked with hashes
 	@$(BIN)/pip install --quiet torch==2.13.0
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.txt
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/dev.txt
 	@touch $@
 
-# without a compiler and Python's headers, GPTQ bases are left out; nothing else needs these
+# only GPTQ bases need a compiler and Python's headers; without these they are left out
 .venv/.gptq: requirements/gptq.txt .venv/.ready
 	@if command -v cc >/dev/null && [ -e "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; \
 	then $(BIN)/pip install --quiet --no-deps --no-build-isolation --require-hashes -r requirements/gptq.txt && touch $@; \

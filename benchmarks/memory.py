@@ -150,7 +150,7 @@ def _save_digests(model: str, folder: Path) -> None:
     known = ROOTS.runs / f".{model}.json"
     if not known.is_file():
         hashes = FileHashes(known)
-        hashes.tree(ROOTS.models / model)
+        hashes.tree_digest(ROOTS.models / model)
         hashes.save()
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(known, folder / ".hashes.json")

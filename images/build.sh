@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # build.sh TARGET [STAGE]: build the stage images of a target; `make images TARGET=… [STAGE=…]`.
-# build.sh --push TARGET [STAGE]: tag them for REGISTRY and push them; `make push TARGET=… REGISTRY=…`.
+# build.sh --push TARGET [STAGE]: tag the images for REGISTRY and push them; `make push TARGET=… REGISTRY=…`.
 #
-# Takes the target's facts from images/targets.toml, and from the environment the other variables of docker-bake.hcl:
-# BASE_IMAGE (of a mirror, or an internal one), PIP_CONF (a file: index, credentials), CA_CERT (a file), HTTP_PROXY,
-# HTTPS_PROXY, NO_PROXY. No image keeps any of these.
+# It reads the target's facts from images/targets.toml, and the other variables of docker-bake.hcl from the environment:
+# BASE_IMAGE, PIP_CONF (a file with index and credentials), CA_CERT (a file), HTTP_PROXY, HTTPS_PROXY, NO_PROXY. No
+# image keeps these values.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,7 +23,7 @@ targets=$(sed -nE 's/^\[([a-z0-9-]+)\]$/\1/p' images/targets.toml | paste -sd ' 
 [ -n "$target" ] || fail "no target given; add TARGET=a800; known targets: $targets"
 [[ " $targets " == *" $target "* ]] || fail "no target '$target'; known targets: $targets"
 
-fact() { # key: the target's value in targets.toml
+fact() { # key: print the target's value in targets.toml
   sed -nE "/^\[$target\]/,/^\[/s/^$1 = \"([^\"]*)\".*/\1/p" images/targets.toml
 }
 

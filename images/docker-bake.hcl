@@ -4,12 +4,12 @@
 #   TARGET=a800 LINE=cu128 ARCHITECTURE=8.0 docker buildx bake -f images/docker-bake.hcl          the four images
 #   TARGET=a800 LINE=cu128 ARCHITECTURE=8.0 docker buildx bake -f images/docker-bake.hcl train    one of them
 #
-# Targets of one line of wheels share their layers: their images differ in labels and environment only.
+# Targets of one line of wheels share their layers. Their images differ only in labels and environment.
 
 variable "TARGET" { default = "" }
 variable "LINE" { default = "" }            # of wheels: cpu, or `cuda` in targets.toml; a variant has its own
 variable "ARCHITECTURE" { default = "" }    # compute capability, for kernels that are compiled on request
-variable "VARIANT" { default = "" }         # not empty: train with a set of wheels that shares no layer with others
+variable "VARIANT" { default = "" }         # not empty: wheels for train that share no layer with other images
 
 variable "VERSION" { default = "0.1.0" }    # as in pyproject.toml
 variable "REVISION" { default = "" }        # git revision of the code
@@ -17,7 +17,7 @@ variable "LOCKS" { default = "" }           # sha256 over all lock files
 variable "REGISTRY" { default = "" }        # prefix of the tags, such as registry.example/team
 variable "BASE_IMAGE" { default = "debian:bookworm-slim" }
 
-# Files that builds read and no layer keeps: pip's configuration (index, credentials) and a CA bundle.
+# Files that builds read, and that no layer keeps: pip's configuration (index, credentials) and a CA bundle.
 variable "PIP_CONF" { default = "" }
 variable "CA_CERT" { default = "" }
 variable "HTTP_PROXY" { default = "" }

@@ -25,7 +25,7 @@ from pathlib import Path
 
 IMAGES = Path(__file__).parent
 LINES = {"cpu": "cpu", "cu128": "gpu", "cu130": "gpu"}
-"""Lines of wheels, and the additional input of a stage for each: gpu.in or cpu.in."""
+"""Lines of wheels, and for each the further input of a stage, gpu.in or cpu.in."""
 STAGES = ("preprocess", "train", "infer", "eval")
 HEAVY = ("preprocess", "train", "infer")
 """Stages that load torch."""
@@ -33,6 +33,7 @@ PYTHON = "3.11"
 PLATFORM = "x86_64-manylinux_2_35"
 
 WITHOUT_WHEEL = {"deepspeed", "gptqmodel", "defuser", "device-smi", "logbar", "pypcre", "tokenicer", "emoji", "wget"}
+"""Packages that have only sources for this platform."""
 
 LEFT_OUT = {
     # one vendor's cloud storage: ms-swift requires it, and imports it only on use; needs a C compiler
@@ -60,14 +61,15 @@ LEFT_OUT = {
     "torchaudio": "cpu",
     "torchcodec": "cpu",
 }
-"""Requirements that are never installed: package, and the lines that leave it out."""
+"""Requirements that are not installed: the package, and the lines that leave it out."""
 
 Lock = dict[str, str]
-"""Package name to its entry: name==version and the hashes."""
+"""The entry of each package, by its name: name==version and the hashes."""
 
 
 def main() -> None:
-    written = {path: text for line in [*LINES, "v100-gptq", "kernels"] for path, text in locks(line).items()}
+    """Write the locks; with --check compare them instead, and exit with 1 if one does not match its inputs."""
+    written = {path: text for line in [*LINES, "v100-gptq", "kernels"] for path, text in lock_files(line).items()}
     if "--check" not in sys.argv[1:]:
         for path, text in written.items():
             path.write_text(text, encoding="utf-8")
@@ -78,28 +80,34 @@ def main() -> None:
     sys.exit(1 if drifted else 0)
 
 
-def locks(line: str) -> dict[Path, str]:
-    """The lock files of a line, by path."""
+def lock_files(line: str) -> dict[Path, str]:
+    """The text of each lock file of a line, by its path."""
     if line not in LINES:
-        return {IMAGES / "train" / f"{line}.txt": text(compile_lock(line, [f"train/{line}.in"]))}
+        return {IMAGES / "train" / f"{line}.txt": lock_text(compile_lock(line, [f"train/{line}.in"]))}
     whole = {}
     for stage in STAGES:
         inputs = [f"{stage}/requirements.in", f"{stage}/{LINES[line]}.in"]
         whole[stage] = compile_lock(line, [name for name in inputs if (IMAGES / name).exists()])
-    light = common([whole[stage] for stage in STAGES])
-    torch = without(common([whole[stage] for stage in HEAVY]), light)
-    found = {IMAGES / "base" / f"{line}.light.txt": text(light), IMAGES / "base" / f"{line}.torch.txt": text(torch)}
+    light = common_entries([whole[stage] for stage in STAGES])
+    torch = remaining_entries(common_entries([whole[stage] for stage in HEAVY]), light)
+    found = {
+        IMAGES / "base" / f"{line}.light.txt": lock_text(light),
+        IMAGES / "base" / f"{line}.torch.txt": lock_text(torch),
+    }
     for stage in STAGES:
-        rest = without(whole[stage], light, torch if stage in HEAVY else {})
+        rest = remaining_entries(whole[stage], light, torch if stage in HEAVY else {})
         source = {name: entry for name, entry in rest.items() if name in WITHOUT_WHEEL}
-        found[IMAGES / stage / f"{line}.txt"] = text(without(rest, source))
+        found[IMAGES / stage / f"{line}.txt"] = lock_text(remaining_entries(rest, source))
         if source:
-            found[IMAGES / stage / f"{line}.source.txt"] = text(source)
+            found[IMAGES / stage / f"{line}.source.txt"] = lock_text(source)
     return found
 
 
 def compile_lock(line: str, inputs: list[str]) -> Lock:
-    """The lock that uv compiles from the inputs. Versions in the present locks are kept if they still fit."""
+    """Compile the lock of a line from input files below images/. Versions of the present locks stay if they still fit.
+
+    Exits with uv's message if there is no solution.
+    """
     command = ["uv", "pip", "compile", "--python-version", PYTHON, "--python-platform", PLATFORM, "--generate-hashes"]
     command += ["--no-header", "--no-annotate", "--quiet", *inputs]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("UV_")}
@@ -126,7 +134,7 @@ def compile_lock(line: str, inputs: list[str]) -> Lock:
             check=False,
         )
         if done.returncode != 0:
-            sys.exit(f"{stage} of line {line}: uv finds no solution:\n{done.stderr}")
+            sys.exit(f"{stage} of line {line}: uv finds no solution; change one of {', '.join(inputs)}\n{done.stderr}")
         lock = entries(output.read_text(encoding="utf-8"))
     return {name: entry for name, entry in lock.items() if line not in LEFT_OUT.get(name, "").split()}
 
@@ -138,20 +146,22 @@ def entries(lock: str) -> Lock:
 
 
 def pins(lock: str) -> set[str]:
-    """The name==version of each entry. Hashes do not count: a release may get further files."""
+    """The name==version of each entry of a lock file, without hashes, as a release may get further files."""
     return {entry.split()[0] for entry in entries(lock).values()}
 
 
-def common(several: list[Lock]) -> Lock:
-    """The entries that all locks have."""
+def common_entries(several: list[Lock]) -> Lock:
+    """The entries that are the same in all locks."""
     return {name: entry for name, entry in several[0].items() if all(other.get(name) == entry for other in several)}
 
 
-def without(lock: Lock, *others: Lock) -> Lock:
+def remaining_entries(lock: Lock, *others: Lock) -> Lock:
+    """The entries of a lock whose packages are in none of the others."""
     return {name: entry for name, entry in lock.items() if not any(name in other for other in others)}
 
 
-def text(lock: Lock) -> str:
+def lock_text(lock: Lock) -> str:
+    """The text of a lock file, sorted by package."""
     return "".join(f"{lock[name]}\n" for name in sorted(lock))
 
 

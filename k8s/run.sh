@@ -1,22 +1,22 @@
 #!/bin/sh
-# k8s/run.sh TARGET [NAMESPACE]: run the four stages as Jobs, each when the one before it is complete.
+# k8s/run.sh TARGET [NAMESPACE]: run the four stages as Jobs, one after the other.
 #
-# `make k8s-run TARGET=a800` calls it. If a stage fails, it prints the pod's last lines and exits with the stage's code.
-# After Ctrl-C the current Job goes on in the cluster. The next start creates the Jobs again: finished stages end in a
-# second, an unfinished stage resumes.
+# `make k8s-run TARGET=a800` calls it. If a stage fails, it prints the last lines of its pod and exits with the stage's
+# exit code. After Ctrl-C the current Job continues in the cluster. The next start creates the Jobs again: finished
+# stages end in a second, and an unfinished stage resumes.
 #
-# REGISTRY=host/team in the environment is the prefix of the images' names, as `make push` tags them.
+# REGISTRY in the environment, such as host/team, is the prefix of the images' names, as `make push` tags them.
 #
-# Exit codes: 0 done; 2 wrong target, no kubectl, no cluster, or the cluster refuses; 75 a Job of that name still runs;
-# else that of the failed stage, or 1 if its pods are gone.
+# Exit codes: 0 done; 2 wrong target, no kubectl, no cluster, or a refused request; 75 a Job of that name still runs;
+# the code of a failed stage, or 1 if its pods are gone.
 set -eu
 
 folder=$(dirname "$0")
 poll=${LORRY_POLL_SECONDS:-5}
-# Unanswered requests to the API server before this gives up: an upgrade of the control plane takes minutes.
+# It gives up after so many unanswered requests to the API server: an upgrade of the control plane takes minutes.
 patience=60
 
-fail() { # code, message
+fail() { # code, message: print the message and exit with the code
     echo "error: $2" >&2
     exit "$1"
 }
@@ -30,37 +30,39 @@ case $target in
 *) known=$overlay/kustomization.yaml ;;
 esac
 [ -f "$known" ] || fail 2 "no target '$target'; known targets: $(cd "$folder/overlays" && echo *)"
-command -v kubectl >/dev/null || fail 2 "kubectl is not installed, or not on the PATH"
+command -v kubectl >/dev/null || fail 2 "no kubectl on the PATH; install it, or add its folder to PATH"
 
 kube() { kubectl ${namespace:+"--namespace=$namespace"} "$@"; }
 
 # kubectl's last line is the reason; those before it are its retries
 answer=$(kubectl version --request-timeout=20s 2>&1) ||
-    fail 2 "no cluster answers: $(printf '%s\n' "$answer" | tail -n 1)"
-manifests=$(kubectl kustomize "$overlay") || fail 2 "$overlay: kubectl kustomize cannot build it"
+    fail 2 "no cluster answers ($(printf '%s\n' "$answer" | tail -n 1)); set KUBECONFIG or the context"
+manifests=$(kubectl kustomize "$overlay") ||
+    fail 2 "$overlay: kubectl kustomize cannot build it; correct the file that it names above"
 
-apply() { # component: apply that part of the overlay, not suspended, since this starts the Jobs in turn
+apply() { # component: apply that part of the overlay, not suspended, as this script starts the Jobs one by one
     printf '%s\n' "$manifests" |
         sed -e 's/^  suspend: true$/  suspend: false/' -e "s#image: lorry-#image: ${REGISTRY:+$REGISTRY/}lorry-#" |
         kube apply --selector "app.kubernetes.io/component=$1" --filename - ||
-        fail 2 "the cluster refused the manifests of '$1'"
+        fail 2 "the cluster refused the manifests of '$1'; see its reason above"
 }
 
-conditions() { # job: its true conditions, such as Complete or Failed
+conditions() { # job: print its true conditions, such as Complete or Failed
     kube get job "$1" --output jsonpath='{range .status.conditions[?(@.status=="True")]}{.type}{" "}{end}'
 }
 
-pods() { # job, jsonpath of a pod: a line for each, the oldest first
+pods() { # job, jsonpath: print the value of each of its pods, the oldest first
     kube get pods --selector "job-name=$1" --sort-by=.metadata.creationTimestamp \
         --output jsonpath="{range .items[*]}$2{\"\\n\"}{end}"
 }
 
-exists() { # job. A request that fails must not count as "no such Job"
-    found=$(kube get job "$1" --ignore-not-found --output name) || fail 2 "the cluster does not let you read Jobs"
+exists() { # job: whether it exists; a request that fails must not count as "no such Job"
+    found=$(kube get job "$1" --ignore-not-found --output name) ||
+        fail 2 "the cluster does not let you read Jobs; ask its admin for the right to get, create and delete them"
     [ -n "$found" ]
 }
 
-refuse_running() { # job: of two Jobs on one run, one would only wait for the other
+refuse_running() { # job: exit with 75 if it still runs; a second Job on its run would only wait for it
     exists "$1" || return 0
     case " $(conditions "$1")" in
     *" Complete "* | *" Failed "* | *" Suspended "*) ;;
@@ -68,14 +70,14 @@ refuse_running() { # job: of two Jobs on one run, one would only wait for the ot
     esac
 }
 
-report_failure() { # job
+report_failure() { # job: print why it failed and exit with its stage's code
     echo "error: job/$1 failed: $(kube get job "$1" --output \
         jsonpath='{range .status.conditions[?(@.type=="Failed")]}{.reason}: {.message}{end}')" >&2
-    # the last pod with an exit code: one that was stopped, or never started, has none
+    # the last pod with an exit code; a pod that was stopped, or never started, has none
     failed=$(pods "$1" '{.metadata.name} {.status.containerStatuses[0].state.terminated.exitCode}' |
         awk '$2 != "" && $2 != 0 { last = $0 } END { print last }')
     if [ -z "$failed" ]; then
-        echo "its pods are gone; the stage's log.txt in the run's folder has what it did" >&2
+        echo "its pods are gone; see the stage's log.txt in the run folder" >&2
         exit 1
     fi
     pod=${failed% *} code=${failed##* }
@@ -101,13 +103,13 @@ wait_for() { # job, stage: wait until the Job is complete or failed; `kubectl wa
             fi
             case $state in
             *ImagePullBackOff | *InvalidImageName | *ErrImageNeverPull)
-                fail 2 "$2: the nodes cannot pull its image ($state): make push REGISTRY=…, then make k8s-run REGISTRY=…"
+                fail 2 "$2: the nodes cannot pull its image ($state); make push REGISTRY=…, then make k8s-run REGISTRY=…"
                 ;;
             esac
         else
-            case $held in *NotFound*) fail 1 "job/$1 was deleted before it ended" ;; esac
+            case $held in *NotFound*) fail 1 "job/$1 was deleted before it ended; run this again" ;; esac
             unanswered=$((unanswered + 1))
-            [ "$unanswered" -lt "$patience" ] || fail 1 "the cluster no longer answers: $held"
+            [ "$unanswered" -lt "$patience" ] || fail 1 "the cluster no longer answers ($held); run this again"
         fi
         sleep "$poll"
     done
@@ -117,13 +119,14 @@ wait_for() { # job, stage: wait until the Job is complete or failed; `kubectl wa
 for stage in preprocess train infer eval; do
     refuse_running "lorry-$stage"
 done
-# existing claims stay: the server refuses a smaller size or another access mode
+# existing claims stay as they are: the server would refuse a smaller size or another access mode
 kube get pvc lorry-data lorry-models lorry-runs lorry-caches >/dev/null 2>&1 || apply storage
 for stage in preprocess train infer eval; do
     job=lorry-$stage
-    # a Job's template cannot be changed; foreground: waits until its pods are gone, and their lock on the run
+    # a Job's template cannot be changed, so delete it; foreground waits until its pods, which lock the run, are gone
     if exists "$job"; then
-        kube delete job "$job" --cascade=foreground --wait || fail 2 "job/$job cannot be deleted"
+        kube delete job "$job" --cascade=foreground --wait ||
+            fail 2 "job/$job cannot be deleted; see the cluster's reason above"
     fi
     apply "$stage"
     wait_for "$job" "$stage"

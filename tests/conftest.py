@@ -1,4 +1,4 @@
-"""What the tests share: PDFs made on the spot, the real models, and the real commands in processes of their own."""
+"""What the tests share: PDFs that they make, the real models, and the real commands as processes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import pytest
 
 from tests.heavy import imports_heavy_module, is_heavy
 
-# what a loaded machine takes for an example says nothing of the code
+# the time that an example takes on a busy machine says nothing about the code
 hypothesis.settings.register_profile("lorry", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("lorry")
 
@@ -26,12 +26,13 @@ MODELS = Path(os.environ.get("LORRY_MODELS", REPOSITORY / "models")).absolute()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Skip files that take seconds to import if heavy tests are not wanted."""
+    """Ignore files that take seconds to import, if the run leaves out heavy tests. None: pytest decides."""
     fast = "not heavy" in config.getoption("markexpr")
     return (fast and collection_path.suffix == ".py" and imports_heavy_module(collection_path)) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark the heavy tests (tests/heavy.py)."""
     for item in items:
         if is_heavy(item):
             item.add_marker("heavy")
@@ -48,7 +49,7 @@ train:
   adapters:
     - name: tuned
 """
-"""The least that a recipe must say, with pages small enough to render in milliseconds."""
+"""A recipe with required keys only, and pages so small that they render in milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,34 @@ class Finished:
 
     code: int
     output: str
-    """Standard output and error, as a person sees them."""
+    """Standard output and standard error together, in order."""
     seconds: float
+    """Seconds that the command took."""
 
     @property
     def lines(self) -> list[str]:
+        """The lines of the output."""
         return self.output.strip().splitlines()
 
 
 @dataclass(frozen=True)
 class Lorry:
-    """Runs the commands with mounts of the test's own."""
+    """Runs Lorry's commands with the mounts of one test."""
 
     data: Path
     models: Path
     runs: Path
     extra: dict[str, str] = field(default_factory=dict)
+    """Further environment variables."""
 
     @property
     def environment(self) -> dict[str, str]:
+        """The environment of the commands."""
         mounts = {"LORRY_DATA": self.data, "LORRY_MODELS": self.models, "LORRY_RUNS": self.runs}
         return {**os.environ, **{name: str(path) for name, path in mounts.items()}, **self.extra}
 
     def start(self, module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        """Start `python -m module arguments` in a session of its own, so that a test may signal the whole group."""
+        """Start `python -m module arguments` in a session of its own, so that a test can signal the whole group."""
         return subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=REPOSITORY,
@@ -93,7 +98,7 @@ class Lorry:
         )
 
     def __call__(self, module: str, *arguments: str) -> Finished:
-        """Run `python -m module arguments` to its end."""
+        """Run `python -m module arguments` to its end, for 1500 seconds at most."""
         began = time.monotonic()
         process = self.start(module, *arguments)
         try:
@@ -104,29 +109,32 @@ class Lorry:
         return Finished(process.returncode, output, time.monotonic() - began)
 
     def preprocess(self, *arguments: str) -> Finished:
+        """Run `lorry-preprocess` to its end."""
         return self("entrypoints.preprocess", *arguments)
 
 
 def need_model(name: str) -> Path:
-    """A real model's folder; the test is skipped where it has not been made."""
+    """The folder of a real model. Skips the test if `make setup` has not made the model."""
     folder = MODELS / name
     if not (folder / "config.json").is_file():
-        pytest.skip(f"{folder} is not there: `make setup` makes it (LORRY_MODELS names another place)")
+        pytest.skip(f"{folder}: no such model; run `make setup`, or set LORRY_MODELS")
     return folder
 
 
 @pytest.fixture(scope="session")
 def embedder() -> Path:
+    """The folder of a real sentence-transformers model."""
     return need_model("all-MiniLM-L6-v2")
 
 
 @pytest.fixture(scope="session")
 def language_model() -> Path:
+    """The folder of a real language model."""
     return need_model("SmolLM2-135M-Instruct")
 
 
 def make_pdf(path: Path, texts: list[str], size: tuple[float, float] = (200, 280), **save: Any) -> Path:
-    """A PDF with one page for each text; an empty text makes a blank page. `size` in points."""
+    """Write a PDF with one page for each text, blank for an empty one. `size` is in points. Returns the path."""
     document = pymupdf.open()
     for text in texts:
         page = document.new_page(width=size[0], height=size[1])
@@ -140,11 +148,12 @@ def make_pdf(path: Path, texts: list[str], size: tuple[float, float] = (200, 280
 
 @pytest.fixture(scope="session")
 def pdf() -> Callable[..., Path]:
-    """Makes a PDF: `pdf(path, ["text of page 1", ...])`."""
+    """`make_pdf`, as a fixture: `pdf(path, ["text of page 1", ...])`."""
     return make_pdf
 
 
 def write_questions(path: Path, questions: list[dict[str, Any]]) -> Path:
+    """Write questions as JSON Lines. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
     return path
@@ -154,7 +163,7 @@ PARTS = ("gear", "lever", "spring", "valve", "piston", "bracket")
 
 
 def make_data(folder: Path, documents: int = 4, pages: int = 3) -> Path:
-    """A data folder with small PDFs, each page of which names one part, and a question on each page."""
+    """Write a data folder of small PDFs. Each page names one part and has a question. Returns the folder."""
     questions = []
     for number in range(1, documents + 1):
         name = f"D{number}.pdf"
@@ -176,6 +185,7 @@ def make_data(folder: Path, documents: int = 4, pages: int = 3) -> Path:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
+    """A file with the minimal recipe."""
     path = tmp_path / "small.yaml"
     path.write_text(MINIMAL_RECIPE, encoding="utf-8")
     return path
@@ -183,7 +193,7 @@ def recipe_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def lorry(tmp_path: Path) -> Iterator[Lorry]:
-    """The commands, with empty mounts for data and runs, and the real models."""
+    """Lorry's commands with empty mounts for data and runs, and with the real models."""
     for name in ("data", "runs"):
         (tmp_path / name).mkdir()
     yield Lorry(tmp_path / "data", MODELS, tmp_path / "runs")
@@ -191,18 +201,18 @@ def lorry(tmp_path: Path) -> Iterator[Lorry]:
 
 @pytest.fixture
 def few(lorry: Lorry) -> Path:
-    """Four small documents of three pages and their twelve questions, where the minimal recipe looks for them."""
+    """The data folder of the minimal recipe, with four documents of three pages and twelve questions."""
     return make_data(lorry.data / "few")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Content of every visible file below a folder, by relative name."""
+    """The content of every file below a folder, by relative name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 8 MiB."""
+    """A folder on a tmpfs of 8 MiB. Skips the test without the right to mount one."""
     path = tmp_path / "disk"
     path.mkdir()
     mounted = subprocess.run(
@@ -217,4 +227,5 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def remount(path: Path, options: str) -> None:
+    """Mount a tmpfs again with other options."""
     subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True)

@@ -1,6 +1,6 @@
 """Find heavy tests: those that need a model, import a library that runs models, run a whole stage or start a process.
 
-`make test-fast` leaves them out. Nobody lists them by hand. `is_heavy` reads the code of a test, of its fixtures and of
+`make test-fast` leaves them out. No list has to be kept: `is_heavy` reads the code of a test, of its fixtures and of
 the helpers in tests/ that they call. `imports_heavy_module` reads what a file imports, so that a fast run can skip the
 files that take seconds to import. Neither reads the code under test: what a light test calls may import a heavy library
 or start a process.
@@ -24,29 +24,29 @@ HEAVY_MODULES = {
     *("pebble", "stages.preprocess.data_juicer"),  # start processes
 }
 HEAVY_NAMES = {"need_model", "run_stage"}
-"""Functions that return the folder of a real model, or run a whole stage in the test's own process."""
+"""Functions that return the folder of a real model, or run a whole stage in the test's process."""
 CachedFunction = type(cache(len))
 
 
 def is_heavy(item: pytest.Function) -> bool:
-    """Whether a test, one of its fixtures or a helper that these call is heavy."""
+    """Whether a test is heavy, or one of its fixtures, or a helper that these call."""
     fixtures = item._fixtureinfo.name2fixturedefs.values()  # pytest's public attributes name fixtures only
     return any(_is_heavy(function) for function in (item.function, *(found[-1].func for found in fixtures)))
 
 
 @cache
 def imports_heavy_module(path: Path) -> bool:
-    """Whether importing this file imports a heavy module, directly or through other files of the project."""
+    """Whether importing a file imports a heavy module, directly or through other files of the project."""
     files, modules = [path], set[str]()
     for file in files:
-        for name in _imported_by(file):
+        for name in _imported_modules(file):
             modules |= {name, name.partition(".")[0]}
             files += [other for other in _files_of(name) if other not in files]
     return not modules.isdisjoint(HEAVY_MODULES)
 
 
 def _is_heavy(value: Any) -> bool:
-    """Whether `value` is a heavy function in tests/ or a class with one there. A fixture is not: pytest calls it."""
+    """Whether `value` is a heavy function of tests/, or a class of tests/ with one. Fixtures do not count here."""
     if not isinstance(value, FunctionType | CachedFunction | type) or not (value.__module__ or "").startswith("tests."):
         return False
     if isinstance(value, type):
@@ -59,6 +59,7 @@ _known: dict[FunctionType, bool] = {}
 
 
 def _is_heavy_function(function: FunctionType) -> bool:
+    """Whether a function uses a heavy name, module or function."""
     if function not in _known:
         _known[function] = False  # the answer for recursive calls
         names = _names_in(function.__code__)
@@ -81,6 +82,7 @@ def _names_in(code: CodeType) -> set[str]:
 
 @cache
 def _is_heavy_module(name: str) -> bool:
+    """Whether a module is heavy, or one of the project's files that its import runs imports a heavy one."""
     return not HEAVY_MODULES.isdisjoint((name, name.partition(".")[0])) or any(
         map(imports_heavy_module, _files_of(name))
     )
@@ -88,7 +90,7 @@ def _is_heavy_module(name: str) -> bool:
 
 @cache
 def _files_of(module: str) -> list[Path]:
-    """The project's files that importing a module runs: its own and those of the packages around it."""
+    """The project's files that importing a module runs: its own file and those of the packages around it."""
     parts = module.split(".")
     if parts[0] not in OUR_PACKAGES:
         return []
@@ -98,21 +100,23 @@ def _files_of(module: str) -> list[Path]:
 
 
 @cache
-def _imported_by(path: Path) -> list[str]:
-    """Modules that importing a file imports. `from a import b` gives a and a.b, since b may be a module."""
+def _imported_modules(path: Path) -> list[str]:
+    """Modules that a file imports. `from a import b` gives a and a.b, since b may be a module."""
     return list(_imports(ast.parse(path.read_text(encoding="utf-8")).body))
 
 
 def _imports(statements: list[ast.stmt]) -> Iterator[str]:
+    """Yield the modules that statements import, except for type checkers only."""
     for statement in statements:
         if isinstance(statement, ast.Import):
             yield from (alias.name for alias in statement.names)
         elif isinstance(statement, ast.ImportFrom) and statement.module:
             yield statement.module
             yield from (f"{statement.module}.{alias.name}" for alias in statement.names)
-        elif isinstance(statement, ast.Try) or (isinstance(statement, ast.If) and not _for_type_checkers(statement)):
+        elif isinstance(statement, ast.Try) or (isinstance(statement, ast.If) and not _is_for_type_checkers(statement)):
             yield from _imports(statement.body)
 
 
-def _for_type_checkers(statement: ast.If) -> bool:
+def _is_for_type_checkers(statement: ast.If) -> bool:
+    """Whether a statement is `if TYPE_CHECKING`."""
     return isinstance(statement.test, ast.Name) and statement.test.id == "TYPE_CHECKING"

@@ -1,4 +1,4 @@
-"""Commands run as a user who is not the one that runs the tests, which needs root."""
+"""Runs commands as another user than the one who runs the tests, who must be root."""
 
 import os
 import shutil
@@ -16,8 +16,8 @@ from tests.conftest import REPOSITORY, Finished
 UID = 1000
 
 
-def as_other_user(environment: dict[str, str], module: str, *arguments: str) -> Finished:
-    """Run `python -m module arguments` as uid and gid 1000."""
+def run_as_other_user(environment: dict[str, str], module: str, *arguments: str) -> Finished:
+    """Run `python -m module arguments` as uid and gid 1000. Skips the test if that is not possible."""
     prefix = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
     if os.getuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("only root can run a command as another user, with setpriv of util-linux")
@@ -38,7 +38,7 @@ def as_other_user(environment: dict[str, str], module: str, *arguments: str) -> 
 
 @contextmanager
 def folder_for_all() -> Iterator[Path]:
-    """A temporary folder that every user may enter, unlike pytest's own."""
+    """Make a temporary folder that all users may enter, unlike pytest's, and delete it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="lorry-test-"))
     folder.chmod(0o755)
     try:

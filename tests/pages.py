@@ -1,4 +1,4 @@
-"""Pages of docs/ that are followed to the letter: their files are written, their commands are run."""
+"""Follows pages of docs/ to the letter: writes their files and runs their commands."""
 
 import re
 import shlex
@@ -16,22 +16,23 @@ _CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Page:
-    """What a page of docs/ tells its reader to do."""
+    """The files that a page of docs/ has its reader write, and the commands that it has them run."""
 
     files: dict[str, str]
     """Text of each file by its path in the checkout."""
     commands: list[str]
-    """In the page's order."""
+    """The console lines, in the page's order."""
 
 
 def read_page(name: str) -> Page:
+    """Read the page docs/<name>."""
     text = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
     commands = [line for block in _CONSOLE.findall(text) for line in block.splitlines() if line.strip()]
     return Page(dict(_FILE.findall(text)), commands)
 
 
-def bare_checkout(folder: Path) -> Path:
-    """A copy of the checkout's own files that shares its environment and small models."""
+def copy_checkout(folder: Path) -> Path:
+    """Copy the checkout's files into a folder and link its .venv there. Returns the folder."""
     listed = ["git", "-C", str(REPOSITORY), "ls-files", "-co", "--exclude-standard", "-z"]
     names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, names):
@@ -44,13 +45,14 @@ def bare_checkout(folder: Path) -> Path:
 
 
 def write_files(page: Page, checkout: Path) -> None:
+    """Write the page's files into a checkout."""
     for name, text in page.files.items():
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text(text, encoding="utf-8")
 
 
 def run_command(command: str, checkout: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """One line of a page, with `lorry` and `lorry-<stage>` as the checkout's own."""
+    """Run one line of a page in a checkout, where `lorry` and `lorry-<stage>` are those of the checkout."""
     words = shlex.split(command)
     if words[0] == "lorry" or words[0].startswith("lorry-"):
         words = [sys.executable, "-m", f"entrypoints.{words[0].rpartition('-')[2]}", *words[1:]]

@@ -1,4 +1,4 @@
-"""Small but real inputs: a random Llama with SmolLM2's tokenizer, the real embedder, a few of the demo's documents."""
+"""Small real inputs: a random Llama with SmolLM2's tokenizer, the real embedder, a few of the demo's documents."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RANDOM_LLAMA = ("model.path=random-llama", "train.target_modules=[all-linear]")
-"""Overrides of the tiny profile for the random Llama: it has two layers only."""
+"""Overrides of the profile tiny for the random Llama, which has only two layers."""
 
 DOCUMENTS = ("CN1000003A", "US1000001A", "US1000004A", "US1000006A")
 

@@ -1,4 +1,4 @@
-"""MGM in random weights of a few thousand parameters: a published folder, under the published names."""
+"""Writes MGM as its authors publish it, with a few thousand random weights."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def convnext_weights() -> Weights:
-    """A ConvNeXt under timm's names."""
+    """Random weights of a ConvNeXt, by timm's names."""
     shapes: dict[str, tuple[int, ...]] = {
         "stem.0.weight": (SIZES[0], 3, 4, 4),
         **dict.fromkeys(("stem.0.bias", "stem.1.weight", "stem.1.bias"), (SIZES[0],)),
@@ -52,12 +52,13 @@ def convnext_weights() -> Weights:
 
 
 def clip_weights() -> Weights:
-    """CLIP's seeing side under the names of the folders that hold it, whatever transformers calls it today."""
+    """Random weights of CLIP's vision tower, by the names in published folders, which transformers may change."""
     names = CLIPVisionModel(CLIPVisionConfig(**CLIP)).state_dict()
     return {f"vision_model.{name.removeprefix('vision_model.')}": torch.randn(t.shape) / 4 for name, t in names.items()}
 
 
 def connector_weights() -> Weights:
+    """Random weights of MGM's connector, by their published names."""
     low, high, hidden = 24, sum(SIZES), 32
     shapes = {"mm_projector.0": (hidden, low), "mm_projector.2": (hidden, hidden)}
     for name, size in (("query", low), ("aux", high), ("val", high)):
@@ -67,7 +68,7 @@ def connector_weights() -> Weights:
 
 
 def published_weights() -> Weights:
-    """All of a published checkpoint that has its towers with it."""
+    """Random weights of a published checkpoint that includes its vision towers."""
     torch.manual_seed(0)
     gemma = GemmaForCausalLM(GemmaConfig(**GEMMA)).state_dict()
     weights = {name: torch.randn(t.shape) / 3 for name, t in gemma.items() if name != "lm_head.weight"}
@@ -77,7 +78,7 @@ def published_weights() -> Weights:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Gemma's tokenizer without a single merge: bytes, and its special tokens."""
+    """Write Gemma's tokenizer without merges: only bytes and special tokens."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", "<unused0>"]
     special += ["<start_of_turn>", "<end_of_turn>"]
     words = [*special, *(f"<0x{i:02X}>" for i in range(256)), "▁"]
@@ -109,7 +110,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_published(folder: Path, weights: Weights, **settings: Any) -> Path:
-    """A published folder, in two files."""
+    """Write a published folder with its weights in two files. `settings` replace values of config.json."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**PUBLISHED, **settings}))
     write_tokenizer(folder)
@@ -120,6 +121,7 @@ def write_published(folder: Path, weights: Weights, **settings: Any) -> Path:
 
 
 def write_clip(folder: Path, weights: Weights) -> Path:
+    """Write a CLIP folder. Returns the folder."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": CLIP}))
     torch.save(weights, folder / "pytorch_model.bin")

@@ -2,11 +2,11 @@
 # install.sh LOCK: install locked wheels into the image's environment.
 # install.sh --wheels LOCK: build wheels from locked sources into /wheels; without the lock, do nothing.
 #
-# For RUN in the Dockerfiles, which mount pip's configuration and a CA bundle as secrets if the builder has them. No
-# layer keeps them.
+# The Dockerfiles call it in RUN, with pip's configuration and a CA bundle mounted as secrets if the builder has them. No
+# layer keeps these.
 set -eu
 cd "$(dirname "$0")"
-export PIP_CACHE_DIR=/root/.cache/pip # the mount; the default would be below /caches, in the layer
+export PIP_CACHE_DIR=/root/.cache/pip # a cache mount; the default is below /caches, in the layer
 [ ! -s /run/secrets/ca ] || export PIP_CERT=/run/secrets/ca
 if [ "$1" = --wheels ]; then
   mkdir /wheels

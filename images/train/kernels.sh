@@ -10,7 +10,7 @@ export CUDA_HOME=/usr/local/cuda PATH="/usr/local/cuda/bin:$PATH" PIP_NO_CACHE_D
 export TORCH_CUDA_ARCH_LIST="$architecture"
 FLASH_ATTN_CUDA_ARCHS=$(echo "$architecture" | tr -d .)
 export FLASH_ATTN_CUDA_ARCHS FLASH_ATTENTION_FORCE_BUILD=TRUE
-# otherwise DeepSpeed takes the accelerator of the building machine, which has no GPU
+# otherwise DeepSpeed uses the accelerator of the building machine, which has no GPU
 export DS_ACCELERATOR=cuda DS_BUILD_OPS=0 DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1
 pip install --no-deps --require-hashes --only-binary :all: --requirement "$line.txt"
 for package in "$@"; do

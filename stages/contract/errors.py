@@ -19,7 +19,7 @@ class Exit(IntEnum):
 
 
 class LorryError(Exception):
-    """An error with a message for the user."""
+    """An error for the user: one line that says what was found, where, and what to do."""
 
     exit_code = Exit.CRASHED
 
@@ -31,7 +31,7 @@ class UsageError(LorryError):
 
 
 class DataError(LorryError):
-    """The input data cannot be used."""
+    """The input data are unusable."""
 
     exit_code = Exit.DATA
 

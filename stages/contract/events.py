@@ -23,7 +23,7 @@ EVENT_INTERVAL = 0.5
 
 
 class Events:
-    """Writes events to a file and shows progress on the console."""
+    """Writes a stage's events to a file and shows its progress on the console."""
 
     def __init__(self, path: Path, stage: str, console: IO[str]) -> None:
         self._journal = JsonlJournal(path)
@@ -35,18 +35,21 @@ class Events:
         self._emitted = self._shown = 0.0
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Append one event; fields that are None are left out."""
+        """Append one event to the file, without the fields that are None."""
         known = {key: value for key, value in fields.items() if value is not None}
         self._journal.append([{"time": round(time.time(), 3), "event": event, **known}])
         self._journal.records.clear()  # a long run must not grow in memory; readers take the file
 
     def say(self, text: str) -> None:
-        """Print one line, prefixed with the stage."""
+        """Print one line on the console, prefixed with the stage."""
         self._clear_bar()
         print(f"{self._stage}: {text}", file=self._console, flush=True)
 
-    def progress(self, activity: str, step: int, total: int, unit: str, **fields: Any) -> None:
-        """Report `step` of `total` units of an activity (`render pages`, `train tuned`) as done."""
+    def report_progress(self, activity: str, step: int, total: int, unit: str, **fields: Any) -> None:
+        """Report on file and console that `step` of `total` units of an activity, such as `render pages`, are done.
+
+        `fields` are further figures of the event, such as `loss`; those that are None are left out.
+        """
         now = time.monotonic()
         if activity != self._activity:
             self._activity, self._began, self._emitted, self._shown = activity, (now, step), 0.0, 0.0
@@ -63,8 +66,9 @@ class Events:
     def _show(
         self, activity: str, step: int, total: int, unit: str, eta: float | None, fields: dict[str, Any], last: bool
     ) -> None:
-        extras = "".join(f"  {_short(key, value)}" for key, value in fields.items() if value is not None)
-        left = f"  {_clock(eta)} left" if eta is not None and not last else ""
+        """Print progress as a line, or as a bar on a terminal. `eta` is in seconds."""
+        extras = "".join(f"  {_field_text(key, value)}" for key, value in fields.items() if value is not None)
+        left = f"  {_clock_text(eta)} left" if eta is not None and not last else ""
         text = f"{self._stage}: {activity} {step}/{total} {unit}{extras}{left}"
         if not self._terminal:
             print(text, file=self._console, flush=True)
@@ -75,21 +79,23 @@ class Events:
         self._console.flush()
 
     def _clear_bar(self) -> None:
+        """Clear the terminal's line, which may show the bar."""
         if self._terminal:
             self._console.write("\r\x1b[2K")
 
     def close(self) -> None:
+        """Clear the progress bar and close the file."""
         self._clear_bar()
         self._journal.close()
 
 
 def say(stage: str, text: str, error: bool = False) -> None:
-    """Print one line of a stage that writes no events, on standard output or standard error."""
+    """Print one line for a stage without `Events`, on standard output, or on standard error if `error` is set."""
     print(f"{stage}: {text}", file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def read_last_event(path: Path) -> dict[str, Any] | None:
-    """The newest whole event of a file, read from its end; None without one."""
+    """The last complete event of an events.jsonl, read from its end; None if there is none."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -104,10 +110,10 @@ def read_last_event(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def output_to(log: Path) -> Iterator[IO[str]]:
-    """Redirect all that this process and its children print to a log file; yield the real console.
+def redirect_output(log: Path) -> Iterator[IO[str]]:
+    """Redirect the output of this process and its children to a log file. Yields the real console.
 
-    Libraries print hundreds of lines. A person needs the progress, and the log only if something breaks.
+    Libraries print hundreds of lines. The user needs the progress, and the log only if something breaks.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -125,7 +131,8 @@ def output_to(log: Path) -> Iterator[IO[str]]:
                 os.close(real)
 
 
-def _short(key: str, value: Any) -> str:
+def _field_text(key: str, value: Any) -> str:
+    """A field of a progress event as text with its unit."""
     if key == "tokens_per_second":
         return f"{value:,.0f} tokens/s"
     if key == "memory":
@@ -133,7 +140,8 @@ def _short(key: str, value: Any) -> str:
     return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
 
 
-def _clock(seconds: float) -> str:
+def _clock_text(seconds: float) -> str:
+    """A duration as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""Files that survive a kill: atomic writes, JSON Lines with a torn tail, digests."""
+"""Reads and writes files so that a kill at any moment leaves them usable; computes their digests."""
 
 import errno
 import hashlib
@@ -17,12 +17,15 @@ from stages.contract.errors import DoesNotFitError, LorryError, UsageError
 
 
 def canonical_json(value: Any) -> str:
-    """A value's one spelling in JSON: sorted keys, no spaces, no escapes for non-ASCII. Equal values, equal texts."""
+    """A value as JSON in one canonical form, so that equal values give equal texts.
+
+    Keys are sorted, there are no spaces, and non-ASCII characters are not escaped.
+    """
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def digest_of(value: Any) -> str:
-    """sha256 (hex) of a JSON value."""
+    """sha256 (hex) of a value, computed over its canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
@@ -39,9 +42,9 @@ def stored_name(path: Path) -> str:
 
 @contextmanager
 def open_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file that appears at `path` only when it is whole and on the disk."""
+    """Open a temporary file that replaces `path` once it is complete and on the disk; after an error it is deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
+    partial = _partial_path(path)
     try:
         with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -53,19 +56,20 @@ def open_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
-def _partial(path: Path) -> Path:
-    """A temporary name beside a file, with the host's name: containers on one storage may have equal process ids."""
+def _partial_path(path: Path) -> Path:
+    """The path of a temporary file in the same folder."""
+    # with the host's name, as containers on one storage may have equal process ids
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
+    """Write a value as indented JSON, atomically."""
     with open_atomically(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; None without the file. Raises UsageError for a file that is not JSON."""
+    """The value in a JSON file; None if there is no file. Raises UsageError if the file is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -84,15 +88,15 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file that was written whole."""
+    """The records of a complete JSON Lines file. Raises ValueError if a line is not JSON."""
     # str.splitlines would also split at U+2028, which JSON text may contain
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 class JsonlJournal:
-    """A JSON Lines file to append to, of which a kill may tear the last line.
+    """A JSON Lines file that records are appended to.
 
-    Opening it reads the whole records and cuts off a torn last line.
+    A kill may leave its last line incomplete. Opening the file reads the complete records and cuts off the rest.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,13 +118,14 @@ class JsonlJournal:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Add records. After this returns, a SIGKILL of this process does not lose them."""
+        """Append records. Once this returns, a SIGKILL of this process does not lose them."""
         new = list(records)
         self._file.write("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in new))
         self._file.flush()
         self.records.extend(new)
 
     def close(self) -> None:
+        """Close the file; `records` stay readable."""
         self._file.close()
 
     def __enter__(self) -> "JsonlJournal":
@@ -131,10 +136,10 @@ class JsonlJournal:
 
 
 class FileHashes:
-    """sha256 of files, cached by size, time stamps and inode so that unchanged files are not read again.
+    """Computes sha256 of files. A cache by size, time stamps and inode spares reading unchanged files again.
 
-    The cache is one JSON file in the run folder. Losing it costs time, never correctness. A file that changed in the
-    last two seconds is not cached: another change could leave the same size and time stamps.
+    The cache is one JSON file in the run folder. Without it the digests are the same and only take longer. A file that
+    changed in the last two seconds is not cached: another change could leave the same size and time stamps.
     """
 
     def __init__(self, memory: Path) -> None:
@@ -146,7 +151,7 @@ class FileHashes:
         except (OSError, ValueError):
             self._known = {}
 
-    def file(self, path: Path) -> str:
+    def file_digest(self, path: Path) -> str:
         """sha256 (hex) of one file."""
         stat = path.stat()
         # the change time too: a copy can keep size and modification time
@@ -160,13 +165,13 @@ class FileHashes:
             self._changed = True
         return digest
 
-    def tree(self, folder: Path) -> tuple[str, int]:
-        """Digest (sha256, hex) of a folder's visible files, by relative name and content, and their number."""
-        entries = {stored_name(p.relative_to(folder)): self.file(p) for p in visible_files(folder)}
+    def tree_digest(self, folder: Path) -> tuple[str, int]:
+        """sha256 (hex) over relative names and content of a folder's visible files, and the number of these files."""
+        entries = {stored_name(p.relative_to(folder)): self.file_digest(p) for p in visible_files(folder)}
         return digest_of(entries), len(entries)
 
     def save(self) -> None:
-        """Write the cache; if the folder cannot be written, the next start only takes longer."""
+        """Write the cache if it changed. An OSError is ignored: the next start only takes longer."""
         if self._changed:
             try:
                 write_json(self._memory, self._known)
@@ -176,7 +181,7 @@ class FileHashes:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Regular files below a folder, sorted, without hidden files and folders."""
+    """The regular files below a folder, sorted; hidden files and those in hidden folders are left out."""
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not _is_hidden(f))
@@ -185,19 +190,19 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether one dot begins the name. Two may be a title's ellipsis, and such a file must not be lost in silence."""
+    """Whether a name begins with exactly one dot. Two dots may be an ellipsis in a title, whose file must be read."""
     return name.startswith(".") and not name.startswith("..")
 
 
-def place_same(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`: a hard link, or a copy if the file system has no links.
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to `source`, or a copy if the file system has no links.
 
-    Only for files that are replaced whole, never changed in place.
+    Use it only for files that are never changed in place: a link would change with its source.
     """
     if target.exists() and target.samefile(source):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(target)
+    partial = _partial_path(target)
     partial.unlink(missing_ok=True)
     try:
         os.link(source, partial)
@@ -214,7 +219,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# the messages of Rust, numpy and torch, which carry no errno
+# messages of Rust, numpy and torch, whose errors have no errno
 _FULL = re.compile(
     r"No space left on device|os error 28|Not enough free space to write|\d+ requested and \d+ written"
     r"|PytorchStreamWriter failed writing"
@@ -225,33 +230,35 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocat
 
 
 def machine_error(error: BaseException) -> LorryError | None:
-    """The one-line error for a full disk, a forbidden file or lack of memory; None if `error` is something else.
+    """The LorryError for a full disk, a forbidden file or a lack of memory; None for any other error.
 
-    Libraries in C and Rust raise their own types for these, so this reads their messages too.
+    It also reads messages: libraries in C and Rust raise their own types for these errors.
     """
     seen: BaseException | None = error
     while seen is not None:
         code = seen.errno if isinstance(seen, OSError) else None
-        where = f" at {seen.filename}" if isinstance(seen, OSError) and seen.filename else ""
+        where = f"{seen.filename}: " if isinstance(seen, OSError) and seen.filename else ""
         text = str(seen)
         if code in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(text):
             return DoesNotFitError(
-                f"the disk is full{where}; free some space and run the same command again: finished work is kept"
+                f"{where}the disk is full, finished work is kept; free some space and run the same command again"
             )
         if isinstance(seen, MemoryError) or _OUT_OF_MEMORY.search(text):
-            return DoesNotFitError(f"out of memory ({' '.join(text.split())[:200]}); set a smaller batch or length")
+            return DoesNotFitError(
+                f"out of memory ({' '.join(text.split())[:200]}); lower the recipe's batch sizes or max_length"
+            )
         if code in (errno.EROFS, errno.EACCES, errno.EPERM):
-            return UsageError(f"not permitted{where}: {os.strerror(code)}; {_permission_cure(code, seen)}")
+            return UsageError(f"{where}not permitted ({os.strerror(code)}); {_permission_cure(code, seen)}")
         seen = seen.__cause__ or seen.__context__
     return None
 
 
 def _permission_cure(code: int, error: BaseException) -> str:
-    """The cure for a forbidden file: who owns it or its folder, and the command that gives this process access."""
+    """Who owns a forbidden file or its folder, and the command that gives this process access."""
     filename = error.filename if isinstance(error, OSError) else None
-    needs = "the data and model folders must be readable and the run folder writable"
+    needs = "make the data and model folders readable and the run folder writable"
     if code == errno.EROFS:
-        return f"{needs}: mount the run folder read-write"
+        return f"{needs} (mount it read-write)"
     uid, gid = os.getuid(), os.getgid()
     if not isinstance(filename, str | bytes):
         return f"{needs} for uid {uid}"
@@ -262,13 +269,13 @@ def _permission_cure(code: int, error: BaseException) -> str:
         path = path.parent
     owner, folder = path.stat().st_uid, path if path.is_dir() else path.parent
     if owner == uid:
-        return f"{path} belongs to this uid {uid}, but its mode forbids access: chmod -R u+rwX {folder}"
+        return f"{path} belongs to this uid {uid}, but its mode forbids access; chmod -R u+rwX {folder}"
     return (
-        f"{path} belongs to uid {owner}, this process is uid {uid}; chown -R {uid}:{gid} {_host_name(folder)}, or"
+        f"{path} belongs to uid {owner}, this process is uid {uid}; chown -R {uid}:{gid} {_name_on_host(folder)}, or"
         " start as its owner (Compose: LORRY_UID=$(id -u) LORRY_GID=$(id -g))"
     )
 
 
-def _host_name(folder: Path) -> str:
-    """A folder's name for somebody outside the container, if this process is in one."""
+def _name_on_host(folder: Path) -> str:
+    """How to name a folder to a user on the host: in a container, as the folder that is mounted there."""
     return f"the host's folder mounted as {folder}" if "LORRY_IMAGE" in os.environ else str(folder)

@@ -11,7 +11,7 @@ from stages.contract.errors import UsageError
 from stages.contract.recipe import Train
 
 NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
-"""PEFT's names of a recipe's settings, and the recipe's names."""
+"""PEFT's keys of settings that a recipe has, and the recipe's keys."""
 
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -20,23 +20,22 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "use_qalora", "lora_bias"), (False,)),
     "init_lora_weights": (True,),
 }
-"""Other keys of PEFT's that are accepted, each with the values that change nothing."""
+"""PEFT's other keys that Lorry accepts, each with the values that change nothing."""
 
 IGNORED = {
     *("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("megatron_core", "qalora_group_size"),
 }
-"""Keys that PEFT always writes and that change nothing: how the file was written, and settings of features that are
-off."""
+"""Keys that PEFT always writes and that change nothing: how the file was written, and settings of unused features."""
 
 
-def with_lora_config(settings: Train, path: Path) -> Train:
-    """The settings with those of a JSON file in PEFT's format. Settings that the file lacks stay the recipe's.
+def apply_lora_config(settings: Train, path: Path) -> Train:
+    """The settings of `train`, with the LoRA settings of a JSON file in PEFT's format in their place.
 
-    Raises UsageError for a missing file, a key that PEFT's LoRA does not have, and a setting that Lorry does not
-    support.
+    Settings that the file lacks stay the recipe's. Raises UsageError if the file is missing or not JSON, if a value is
+    out of range, and for a setting that Lorry does not support.
     """
-    values = _read(path)
+    values = _read_lora_config(path)
     found: dict[str, Any] = {}
     for key, value in values.items():
         if key in NAMES:
@@ -44,7 +43,7 @@ def with_lora_config(settings: Train, path: Path) -> Train:
         elif key in MUST_BE:
             if value not in MUST_BE[key]:
                 raise UsageError(
-                    f"{path}: {key!r} is {value!r}; Lorry trains adapters with {MUST_BE[key][0]!r} only; change it"
+                    f"{path}: {key!r} is {value!r}, but Lorry trains adapters with {MUST_BE[key][0]!r} only; change it"
                 )
         elif key not in IGNORED and not _is_off(value):
             near = difflib.get_close_matches(key, [*NAMES, *MUST_BE], 1)
@@ -64,15 +63,16 @@ def with_lora_config(settings: Train, path: Path) -> Train:
 
 
 def _is_off(value: Any) -> bool:
-    """Whether this value of an unknown key switches nothing on. A number may, even 0."""
+    """Whether a value of an unknown key surely switches nothing on. A number may switch something on, even 0."""
     return value is None or value is False or value in ([], {})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_lora_config(path: Path) -> dict[str, Any]:
+    """The mapping in the JSON file. Raises UsageError if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file (train.lora_config, relative to the data mount)") from None
+        raise UsageError(f"{path}: no such file; set train.lora_config to a file below the data mount") from None
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path}: cannot be read as JSON ({error}); put LoRA settings in PEFT's format there"

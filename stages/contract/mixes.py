@@ -10,18 +10,21 @@ Samples = list[dict[str, Any]]
 
 
 def training_samples(samples: Samples, adapter: Adapter, seed: int) -> Samples:
-    """The training samples of an adapter, out of all: its mix part by part, each in the data set's order.
+    """The training samples that an adapter's data mix takes out of all training samples.
 
-    Raises UsageError for a part whose data set has no training samples.
+    They come part by part, each part in its data set's order. Raises UsageError for a part whose data set has no
+    training samples.
     """
     if not adapter.data:
         return samples
-    return [sample for part in adapter.data for sample in _draw(samples, part, adapter.name, seed)]
+    return [sample for part in adapter.data for sample in _draw_samples(samples, part, adapter.name, seed)]
 
 
 def samples_with_pictures(samples: Samples, most: int, seed: int) -> tuple[Samples, dict[str, int]]:
-    """The training samples of a connector, out of its mix: those with pictures, at most `most`, drawn by the seed; and
-    how many are left out, by reason. A connector learns nothing from a sample without a picture."""
+    """At most `most` of a connector's samples, all with pictures, and the number left out for each reason.
+
+    The seed draws them. A connector learns nothing from a sample without a picture.
+    """
     seen = [sample for sample in samples if sample.get("images")]
     left_out = {"without_picture": len(samples) - len(seen), "beyond_most_samples": max(len(seen) - most, 0)}
     if len(seen) <= most:
@@ -31,23 +34,24 @@ def samples_with_pictures(samples: Samples, most: int, seed: int) -> tuple[Sampl
 
 
 def validation_samples(samples: Samples, adapter: Adapter) -> Samples:
-    """The validation samples of an adapter: those of its data sets, or all if these have none."""
+    """The validation samples of the data sets in an adapter's data mix; all validation samples if they have none."""
     return [sample for sample in samples if adapter.covers(sample["meta"]["source"])] or samples
 
 
-def _draw(samples: Samples, part: Source, adapter: str, seed: int) -> Samples:
+def _draw_samples(samples: Samples, part: Source, adapter: str, seed: int) -> Samples:
+    """The samples of one part of a data mix."""
     own = [sample for sample in samples if sample["meta"]["source"] == part.source]
     if not own:
         known = ", ".join(sorted({str(sample["meta"]["source"]) for sample in samples}))
         raise UsageError(
-            f"train.adapters: the data mix of {adapter} names {part.source!r}, which has no training samples; data sets"
-            f" with some: {known}"
+            f"train.adapters: the data mix of {adapter} names {part.source!r}, which has no training samples; name a"
+            f" data set that has: {known}"
         )
     count = part.count if part.count is not None else round((part.fraction or 1.0) * len(own))
     whole, rest = divmod(max(count, 1), len(own))
     if part.draw == "first":
         return own * whole + own[:rest]
-    # seeded by the data set's name too, so that other parts of the mix, or their order, change nothing here
+    # the data set's name is part of the seed, so that a part does not depend on the other parts or their order
     order = random.Random(f"{seed if part.seed is None else part.seed}:{part.source}")
     chosen = sorted(order.sample(range(len(own)), rest))
     return own * whole + [own[place] for place in chosen]

@@ -26,17 +26,18 @@ class Shard:
 
     @property
     def label(self) -> str:
-        """Its name in console lines."""
+        """The shard's name in console lines, such as `0/4`."""
         return str(self)
 
     @property
     def folder(self) -> str:
+        """Name of the shard's folder, such as `0-of-4`."""
         return f"{self.index}-of-{self.count}"
 
 
 @dataclass(frozen=True)
 class Node:
-    """Machine `rank` (0-based) of `count` that train together."""
+    """One of `count` machines that train together, by its `rank` (0-based)."""
 
     rank: int
     count: int
@@ -45,7 +46,7 @@ class Node:
 
     @property
     def label(self) -> str:
-        """Its name in console lines."""
+        """The machine's name in console lines, such as `node 0`."""
         return f"node {self.rank}"
 
 
@@ -53,9 +54,9 @@ Part = Shard | Node | None
 
 
 def part_of(stage: str, option: str | None, environment: Mapping[str, str]) -> Part:
-    """The part that `--shard` and the environment ask for; None is the whole stage on one machine.
+    """The part that `--shard` or the environment asks for; None: the whole stage on one machine.
 
-    Raises UsageError for values that are wrong, incomplete, or exclude each other.
+    Raises UsageError if their values are wrong, incomplete, or exclude each other.
     """
     shard = _shard(option, environment)
     if shard is not None and stage not in SHARDED:
@@ -69,6 +70,7 @@ def part_of(stage: str, option: str | None, environment: Mapping[str, str]) -> P
 
 
 def _shard(option: str | None, environment: Mapping[str, str]) -> Shard | None:
+    """The shard that `--shard`, LORRY_SHARD or an Indexed Job's index names, in this order; None: no shards."""
     index, count = environment.get("JOB_COMPLETION_INDEX"), environment.get("LORRY_SHARDS")
     if option is not None:
         text, name = option, "--shard"
@@ -80,26 +82,29 @@ def _shard(option: str | None, environment: Mapping[str, str]) -> Shard | None:
         return None
     found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if found is None or int(found[1]) >= int(found[2]):
-        raise UsageError(f"{name} {text}: not a shard I/N, counted from 0: 0/4, 1/4, 2/4 or 3/4 for four shards")
+        raise UsageError(f"{name} {text}: not a shard I/N, counted from 0; for four shards write 0/4, 1/4, 2/4 or 3/4")
     return Shard(int(found[1]), int(found[2]))
 
 
 def _node(environment: Mapping[str, str]) -> Node | None:
+    """The machine that the environment names; None if one machine trains alone."""
     count, rendezvous = environment.get("LORRY_NODES"), environment.get("LORRY_RENDEZVOUS")
     rank = environment.get("LORRY_NODE_RANK")
     if not count:
         if rank or rendezvous:
-            raise UsageError("LORRY_NODES is not set; LORRY_NODE_RANK and LORRY_RENDEZVOUS need it: number of machines")
+            raise UsageError(
+                "LORRY_NODES is not set, but LORRY_NODE_RANK or LORRY_RENDEZVOUS is; set it to the number of machines"
+            )
         return None
     rank = rank or environment.get("JOB_COMPLETION_INDEX")
     if not count.isdecimal() or int(count) < 1:
-        raise UsageError(f"LORRY_NODES {count}: expected a number of machines, 1 or more")
+        raise UsageError(f"LORRY_NODES {count}: not a number from 1 on; set it to the number of machines")
     if int(count) == 1:
         return None
     if not rank or not rank.isdecimal() or int(rank) >= int(count):
         last = int(count) - 1
         raise UsageError(
-            f"LORRY_NODE_RANK {rank or 'is not set'}: with LORRY_NODES {count} set it to 0..{last}, a different one on"
+            f"LORRY_NODE_RANK {rank or 'is not set'}; with LORRY_NODES {count} set it to 0..{last}, a different one on"
             " each machine (an Indexed Job's JOB_COMPLETION_INDEX also counts)"
         )
     if not rendezvous or not re.fullmatch(r"[^\s:]+:[0-9]{1,5}", rendezvous):

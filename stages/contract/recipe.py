@@ -22,7 +22,7 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 
 
 def file_name(text: str) -> str:
-    """A FileName for any text: the text itself if it is one, else its readable characters and a digest."""
+    """The text itself if it is a valid FileName; else a FileName of its letters and digits and part of its sha256."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) and text not in (BASE, VOTE):
         return text
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_")[:48]
@@ -33,16 +33,22 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
+    """A mapping of a recipe, or of a task's settings. Unknown keys and values of another type are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class Model(Section):
+    """The base that is tuned."""
+
     path: str = Field(description="Folder of a Hugging Face model, relative to the model mount or absolute")
     swift_type: str = Field(description="ms-swift's --model_type of the model; ms-swift needs it for a local folder")
     swift_template: str = Field(description="ms-swift's --template of the model; ms-swift needs it for a local folder")
 
 
 class Data(Section):
+    """The task's input, and how it is split."""
+
     path: str = Field(description="Folder with the task's input, relative to the data mount or absolute")
     test_fraction: Fraction = Field(
         0.25, description="Share of the groups, such as documents, held out for test; data that state a split keep it"
@@ -54,11 +60,15 @@ class Data(Section):
 
 
 class Pages(Section):
+    """How pages are rendered."""
+
     max_pixels: int = Field(1_229_312, ge=28 * 28, description="Pixel budget of a rendered page")
     jpeg_quality: int = Field(90, ge=1, le=100, description="JPEG quality of a rendered page")
 
 
 class Retrieval(Section):
+    """How pages are embedded and searched."""
+
     embedder: str = Field(
         description="Folder of the embedder, relative to the model mount: a sentence-transformers model, which reads a"
         " page's text, or GME-Qwen2-VL, which reads its picture"
@@ -93,19 +103,20 @@ class DataJuicer(Section):
     )
 
     @model_validator(mode="after")
-    def _one_name_each(self) -> "DataJuicer":
+    def _check_operators(self) -> "DataJuicer":
+        """Raise ValueError if an operator is not one name with its parameters."""
         for entry in self.process:
             (name, given), *more = entry.items() or [("", None)]
             if more or not name or not (given is None or isinstance(given, dict)):
-                raise ValueError(f"process: an operator is one name with its parameters, found {entry!r}")
+                raise ValueError(f"process: found {entry!r}; write an operator as one name with its parameters")
         return self
 
     def operators(self) -> list[tuple[str, dict[str, Any]]]:
-        """The operators in order: name, parameters."""
+        """Name and parameters of each operator, in order."""
         return [(name, given or {}) for entry in self.process for name, given in entry.items()]
 
     def weights(self) -> dict[str, str]:
-        """The folders of weights that operators name, by the recipe key that names each."""
+        """The weight folders of the operators, relative to the model mount, by the recipe key that names each."""
         return {
             f"preprocess.data_juicer.process[{number}].{name}.{key}": value
             for number, (name, given) in enumerate(self.operators())
@@ -115,6 +126,8 @@ class DataJuicer(Section):
 
 
 class Preprocess(Section):
+    """How the input becomes samples."""
+
     workers: int | None = Field(None, ge=1, description="Processes that render pages; null: one per CPU")
     page_timeout: float = Field(
         60.0, gt=0, description="Seconds that a page may take to render; after that its worker process is killed"
@@ -154,14 +167,15 @@ class Source(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_text(cls, value: Any) -> Any:
+    def _parse_text(cls, value: Any) -> Any:
+        """The mapping that `name` or `name#100` stands for. Raises ValueError for another text."""
         if not isinstance(value, str):
             return value
         name, hash_sign, count = value.rpartition("#")
         if not hash_sign:
             return {"source": value}
         if not count.isdecimal():
-            raise ValueError("write a part of a data mix as name, or as name#100 for 100 of its samples")
+            raise ValueError("not a part of a data mix; write name, or name#100 for 100 of its samples")
         return {"source": name, "count": int(count)}
 
     @classmethod
@@ -169,9 +183,10 @@ class Source(Section):
         return {"anyOf": [{"type": "string"}, handler.resolve_ref_schema(handler(core_schema))]}
 
     @model_validator(mode="after")
-    def _one_amount(self) -> "Source":
+    def _check_amount(self) -> "Source":
+        """Raise ValueError if count and fraction are both set."""
         if self.count is not None and self.fraction is not None:
-            raise ValueError("give count or fraction, not both")
+            raise ValueError("count and fraction are both set; remove one of them")
         return self
 
     def __str__(self) -> str:
@@ -188,40 +203,43 @@ class Source(Section):
 
 
 class Adapter(Section):
+    """An adapter to train, and its data mix."""
+
     name: FileName = Field(description="Name of the adapter in files and tables")
     data: list[Source] = Field([], description="Data mix: parts of data sets; empty: all training samples")
 
     @model_validator(mode="after")
-    def _name_is_free(self) -> "Adapter":
+    def _check_name(self) -> "Adapter":
+        """Raise ValueError for a name that tables use for the base or the vote."""
         if self.name == BASE:
-            raise ValueError("an adapter cannot be named 'base': in every table that is the untuned model")
+            raise ValueError("'base' is the untuned model in every table; choose another name for the adapter")
         if self.name == VOTE:
-            raise ValueError("an adapter cannot be named 'vote': in every table that is the adapters' common answer")
+            raise ValueError("'vote' is the common answer in every table; choose another name for the adapter")
         return self
 
     @property
     def mix(self) -> str:
-        """The data mix in words, such as `train, more#100`."""
+        """The data mix as text, such as `train, more#100`; `all` for all training samples."""
         return ", ".join(map(str, self.data)) or "all"
 
     def covers(self, source: str) -> bool:
-        """Whether the data mix has samples of a data set."""
+        """Whether the data mix has samples of the data set `source`."""
         return not self.data or any(part.source == source for part in self.data)
 
 
 class Connector(Section):
-    """The first of two training phases (LLaVA, arXiv:2304.08485). It trains the whole connector, the layers between
-    vision tower and language model, and nothing else. The adapters are then trained on the base with that connector.
+    """The first of two training phases (LLaVA, arXiv:2304.08485). It trains only the connector, the layers between
+    vision tower and language model. The second phase then trains the adapters on the base with that connector.
 
-    Settings that are missing here are those of `train`, except for LoRA's and those that change the base.
+    The other settings are those of `train`, except for those of LoRA and those that change the base.
     """
 
     data: list[Source] = Field([], description="Data mix: parts of data sets; empty: all training samples")
     most_samples: int = Field(
         200_000,
         ge=1,
-        description="Maximum number of samples; of a larger mix the recipe's seed draws them, and the rest are counted"
-        " and left out",
+        description="Maximum number of samples; from a larger mix, the recipe's seed draws them, and the others are"
+        " counted and left out",
     )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate")
     epochs: float = Field(1.0, gt=0, description="Passes over the samples")
@@ -235,10 +253,12 @@ class Connector(Section):
 
 
 CONNECTOR = "connector"
-"""Name of the first phase in metrics, files and messages, where the adapters have theirs."""
+"""Name of the first phase in metrics, files and messages, in place of an adapter's name."""
 
 
 class Train(Section):
+    """Which adapters are trained, and how."""
+
     connector: Connector | None = Field(
         None, description="First phase: train the connector of a vision-language model; null: train adapters only"
     )
@@ -248,13 +268,13 @@ class Train(Section):
     )
     keep_going: bool = Field(
         False,
-        description="If some adapters cannot be trained, go on to inference with the others. All are tried in any case,"
-        " one by one, and the next run tries the failed ones again",
+        description="If adapters fail to train, go on to inference with the others; false: stop once all were tried."
+        " The next start tries the failed ones again",
     )
     lora_config: str | None = Field(
         None,
         description="JSON file in PEFT's format, relative to the data mount; its r, lora_alpha, lora_dropout and"
-        " target_modules replace the recipe's; null: the recipe's",
+        " target_modules replace the recipe's; null: none replaced",
     )
     rank: int = Field(8, ge=1, description="LoRA rank")
     alpha: int = Field(32, ge=1, description="LoRA alpha; an update is scaled by alpha / rank")
@@ -263,7 +283,7 @@ class Train(Section):
         ["all-linear"],
         min_length=1,
         description="Modules that get LoRA, as in PEFT: names, or one regular expression for whole paths; all-linear:"
-        " every linear module of the language model but its head, and of the vision tower unless that is frozen",
+        " every linear module of the language model except its head, and of the vision tower unless that is frozen",
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate")
     lora_plus_ratio: float | None = Field(
@@ -298,9 +318,9 @@ class Train(Section):
         "auto",
         description="Data type that the frozen base computes in; auto: by compute capability. LoRA weights are float32",
     )
-    load_in_4bit: bool = Field(False, description="Hold the frozen base in 4 bits (bitsandbytes' NF4) in training")
+    load_in_4bit: bool = Field(False, description="Keep the frozen base in 4 bits (bitsandbytes' NF4) while training")
     sharding: Literal["auto", "none", "zero2", "zero3"] = Field(
-        "auto", description="DeepSpeed ZeRO over several GPUs; auto: none if that fits, else the first stage that does"
+        "auto", description="DeepSpeed ZeRO over several GPUs; auto: the first of none, zero2 and zero3 that fits"
     )
     least_max_length: int | None = Field(
         None, ge=16, description="Lower bound for max_length when out of memory; null: never shortened"
@@ -312,31 +332,34 @@ class Train(Section):
     checkpoint_every: int = Field(
         50, ge=1, description="Optimizer steps between two checkpoints; each comes with a validation pass"
     )
-    keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints that are kept while training")
+    keep_checkpoints: int = Field(2, ge=1, description="Number of checkpoints to keep while training, the newest ones")
 
     @model_validator(mode="after")
-    def _names_differ(self) -> "Train":
+    def _check_adapters(self) -> "Train":
+        """Raise ValueError if there is no adapter, or two have the same name."""
         names = [adapter.name for adapter in self.adapters]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"adapter names must differ; found twice: {', '.join(twice)}")
+            raise ValueError(f"adapter names must differ; rename one of each: {', '.join(twice)}")
         if not names and not self.adapter_for_each_source:
-            raise ValueError("no adapter to train: list one in train.adapters, or set train.adapter_for_each_source")
+            raise ValueError("no adapter to train; list one in train.adapters, or set train.adapter_for_each_source")
         return self
 
     @property
     def trains_connector(self) -> bool:
-        """Whether these settings train the connector: those that `connector_settings` returns."""
+        """Whether these are the settings of the first phase, which `connector_settings` returns."""
         return self.connector is not None and [adapter.name for adapter in self.adapters] == [CONNECTOR]
 
     def key_of(self, name: str) -> str:
-        """The recipe key of one of these settings: `train.max_length`, or `train.connector.max_length`."""
+        """The full recipe key of one of these settings: `train.max_length`, or `train.connector.max_length`."""
         section = f"train.{CONNECTOR}" if self.trains_connector and name in Connector.model_fields else "train"
         return f"{section}.{name}"
 
     def connector_settings(self) -> "Train":
-        """The settings of the first phase, which trains no LoRA. The base is never in 4 bits, and nothing is sharded: a
-        connector is small."""
+        """The settings of the first phase: `train` with the values of `train.connector`, without LoRA.
+
+        The base is never in 4 bits, and nothing is sharded, as a connector is small.
+        """
         assert self.connector is not None
         own = {name: getattr(self.connector, name) for name in Connector.model_fields if name in Train.model_fields}
         least = self.least_max_length and min(self.least_max_length, self.connector.max_length)
@@ -350,17 +373,26 @@ class Train(Section):
         )
 
     @model_validator(mode="after")
-    def _can_be_sharded(self) -> "Train":
+    def _check_sharding(self) -> "Train":
+        """Raise ValueError for zero3 with a base in 4 bits."""
         if self.load_in_4bit and self.sharding == "zero3":
-            raise ValueError("sharding zero3 cannot shard a base in 4 bits; take zero2, or leave load_in_4bit out")
+            raise ValueError(
+                "sharding zero3 cannot shard a base in 4 bits; set sharding to zero2, or remove load_in_4bit"
+            )
         return self
 
     @model_validator(mode="after")
-    def _leasts_are_less(self) -> "Train":
+    def _check_lower_bounds(self) -> "Train":
+        """Raise ValueError if a lower bound is above the value that it limits."""
         if self.least_max_length is not None and self.least_max_length > self.max_length:
-            raise ValueError(f"least_max_length {self.least_max_length} is above max_length {self.max_length}")
+            raise ValueError(
+                f"least_max_length {self.least_max_length} is above max_length {self.max_length}; lower it"
+            )
         if self.least_max_pixels is not None and (self.max_pixels is None or self.least_max_pixels > self.max_pixels):
-            raise ValueError(f"least_max_pixels {self.least_max_pixels} needs a max_pixels of at least that")
+            found = self.max_pixels or "null"
+            raise ValueError(
+                f"least_max_pixels {self.least_max_pixels} needs a max_pixels of at least that; raise it from {found}"
+            )
         return self
 
 
@@ -368,11 +400,11 @@ RESULT_NEUTRAL = {
     *("micro_batch", "gradient_checkpointing", "sharding", "least_max_length", "least_max_pixels", "keep_checkpoints"),
     *("keep_going", "exact_batch"),
 }
-"""Settings of `train` that do not change what an adapter learns: they decide on memory, disk, speed, refusals and what
-happens after a failure."""
+"""Settings of `train` that do not change what an adapter learns. They change memory, disk space, speed, what Lorry
+refuses, and what happens after a failure."""
 
 _LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(RESULT_NEUTRAL, True), "connector": {"micro_batch": True}}}
-"""The same, in the form of pydantic's `exclude`."""
+"""RESULT_NEUTRAL as pydantic's `exclude` takes it."""
 
 
 class Vote(Section):
@@ -380,8 +412,7 @@ class Vote(Section):
 
     adapters: Literal["all", "greedy"] | list[FileName] = Field(
         "all",
-        description="Adapters that vote; greedy: the best ones, as many as together score highest on the validation"
-        " samples",
+        description="Adapters that vote; greedy: the best N, where N gives the vote its highest score in validation",
     )
     weights: Literal["uniform", "validation"] = Field(
         "uniform", description="Weight of a vote; uniform: 1; validation: the adapter's score on the validation samples"
@@ -391,23 +422,26 @@ class Vote(Section):
     )
 
     @model_validator(mode="after")
-    def _someone_votes(self) -> "Vote":
+    def _check_voters(self) -> "Vote":
+        """Raise ValueError if no adapter votes, or one is listed twice."""
         if not self.adapters:
-            raise ValueError("adapters: no adapter votes: list at least one, or write all or greedy")
+            raise ValueError("adapters: no adapter votes; list at least one, or write all or greedy")
         if len(set(self.adapters)) < len(self.adapters) and isinstance(self.adapters, list):
-            raise ValueError("adapters: an adapter is listed twice, and each has one vote")
+            raise ValueError("adapters: an adapter is listed twice, but has one vote; list it once")
         return self
 
 
 class Infer(Section):
+    """How base and adapters answer the test samples."""
+
     engine: str = Field("vllm", description="Engine that answers the prompts, by its name in stages/engines")
     max_length: int = Field(
         8192, ge=16, description="Maximum tokens of prompt and completion; a sample with a longer prompt fails"
     )
-    max_new_tokens: int = Field(64, ge=1, description="Maximum tokens of a completion, in the task's longest pass")
+    max_new_tokens: int = Field(64, ge=1, description="Maximum tokens of a completion; a task may set less for a pass")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         16,
-        description="Sequences decoded together; auto: transformers tries what fits, vllm takes its own default",
+        description="Sequences decoded together; auto: transformers tries which number fits, vllm uses its own default",
     )
     chunk_size: int = Field(
         256, ge=1, description="Records submitted at once; with transformers, a kill loses at most one chunk"
@@ -419,7 +453,7 @@ class Infer(Section):
     answers: Literal["all", "own sources"] = Field(
         "all", description="Test samples that an adapter answers; own sources: those of the data sets in its data mix"
     )
-    vote: Vote | None = Field(None, description="How the adapters vote; null: they do not")
+    vote: Vote | None = Field(None, description="How the adapters vote; null: no vote")
     merged: bool = Field(
         False, description="Merge each adapter into a copy of the weights before it answers, one adapter at a time"
     )
@@ -430,19 +464,28 @@ class Infer(Section):
     )
 
     @model_validator(mode="after")
-    def _prompt_has_room(self) -> "Infer":
+    def _check_room_for_prompt(self) -> "Infer":
+        """Raise ValueError if a completion alone may be as long as max_length."""
         if self.max_new_tokens >= self.max_length:
-            raise ValueError("max_new_tokens leaves no room for a prompt in max_length")
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in max_length {self.max_length};"
+                " raise max_length"
+            )
         return self
 
     @model_validator(mode="after")
-    def _all_can_vote(self) -> "Infer":
+    def _check_answers_for_vote(self) -> "Infer":
+        """Raise ValueError for a vote of adapters that do not all answer the same samples."""
         if self.vote is not None and self.answers != "all":
-            raise ValueError("vote needs answers: all; adapters that answer different samples cannot vote together")
+            raise ValueError(
+                "vote: adapters that answer different samples cannot vote together; set infer.answers to all"
+            )
         return self
 
 
 class Eval(Section):
+    """How answers are scored and reported."""
+
     bootstrap: int = Field(
         2000,
         ge=100,
@@ -467,7 +510,8 @@ class Recipe(Section):
     eval: Eval = Field(Eval(), description="How answers are scored and reported")
 
     @model_validator(mode="after")
-    def _no_adapter_is_named_connector(self) -> "Recipe":
+    def _check_connector_name(self) -> "Recipe":
+        """Raise ValueError if an adapter has the name of the first phase."""
         if self.train.connector is not None and any(adapter.name == CONNECTOR for adapter in self.train.adapters):
             raise ValueError(
                 f"train.adapters: {CONNECTOR!r} is the name of the first phase (train.connector); choose another name"
@@ -475,18 +519,21 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _voters_are_trained(self) -> "Recipe":
+    def _check_voters_are_trained(self) -> "Recipe":
+        """Raise ValueError if an adapter that is listed to vote is not trained."""
         vote = self.infer.vote
         if vote is not None and isinstance(vote.adapters, list) and self.train.adapters:
             unknown = sorted(set(vote.adapters) - {adapter.name for adapter in self.train.adapters})
             if unknown:
-                raise ValueError(f"infer.vote.adapters: train.adapters has no {', '.join(unknown)}")
+                raise ValueError(
+                    f"infer.vote.adapters: {', '.join(unknown)} not in train.adapters; list adapters that are trained"
+                )
         return self
 
     def digest(self, *sections: str) -> str:
-        """sha256 (hex) of the named sections' values (or of `section.key`), or of all values that can change a result.
+        """sha256 (hex) of the values of the named sections or keys (`section.key`); without names, of the whole recipe.
 
-        The settings of `RESULT_NEUTRAL` do not count: they may change, as after an out-of-memory, and the run resumes.
+        `RESULT_NEUTRAL`, description and profile are left out: a run resumes with other values of these.
         """
         values = self.model_dump(mode="json", exclude={"description": True, "profile": True, **_LEFT_OUT})
         if not sections:
@@ -501,11 +548,11 @@ class Recipe(Section):
 def load_recipe(
     path: Path, profile: str | None = None, overrides: tuple[str, ...] = (), data: Path | None = None
 ) -> Recipe:
-    """Read a recipe file, apply a profile, a data folder and `section.key=value` overrides, and validate the result.
+    """The resolved recipe of a file, after a profile, a data folder and `section.key=value` overrides, in this order.
 
-    Raises UsageError with the file, the line, the value found and the nearest known key.
+    Raises UsageError with file and line for a recipe that cannot be read, unknown keys and wrong values.
     """
-    values, profiles, text = _read(path)
+    values, profiles, text = _read_recipe_file(path)
     prefix: tuple[str, ...] = ()
     if profile is not None:
         if profile not in profiles:
@@ -523,26 +570,30 @@ def load_recipe(
         raise UsageError(_describe_problems(error, path, text, prefix)) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """A recipe file's values, its profiles, and its text."""
+def _read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """A recipe file's values without profiles, its profiles by name, and its text."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the recipe ({error})") from error
+        raise UsageError(f"{path}: cannot read the recipe ({error}); name a readable text file") from error
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}); correct that line") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+        known = ", ".join(Recipe.model_fields)
+        raise UsageError(f"{path}: found a {type(values).__name__}; write a mapping with the keys {known}")
     profiles = values.pop("profiles", None) or {}
     if not isinstance(profiles, dict):
-        raise UsageError(f"{path}: profiles: expected a mapping of names to values, found {profiles!r}")
+        raise UsageError(f"{path}: profiles: found {profiles!r}; write a mapping of names to sections")
     return values, profiles, text
 
 
 def place_of_key(path: Path, location: tuple[str, ...], profile: str | None) -> str:
-    """`file:line` of a key in a recipe file, or the file alone where the key is not in it."""
+    """Where a recipe file sets a key, as `file:line`; only the file if it does not set it.
+
+    A profile's value takes precedence. Raises OSError if the file cannot be read.
+    """
     text = path.read_text(encoding="utf-8")
     line = _line_of(text, ("profiles", profile, *location)) if profile else None
     line = line or _line_of(text, location)
@@ -550,15 +601,12 @@ def place_of_key(path: Path, location: tuple[str, ...], profile: str | None) -> 
 
 
 def profile_names(path: Path) -> list[str]:
-    """Names of a recipe file's profiles."""
-    return list(_read(path)[1])
+    """Names of a recipe file's profiles. Raises UsageError if the file is not a recipe."""
+    return list(_read_recipe_file(path)[1])
 
 
 def recipe_file_schema(engines: Sequence[str]) -> dict[str, Any]:
-    """JSON schema of a recipe file: a recipe and its profiles, each of which may override any of its values.
-
-    `engines` are the values that `infer.engine` may have.
-    """
+    """JSON schema of a recipe file, with its profiles; `engines` are the names that `infer.engine` may have."""
     schema = Recipe.model_json_schema()
     schema["$defs"]["Infer"]["properties"]["engine"]["enum"] = list(engines)
     schema["properties"].pop("profile")
@@ -571,14 +619,15 @@ def recipe_file_schema(engines: Sequence[str]) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """A resolved recipe as YAML."""
+    """A resolved recipe as YAML text."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets a later key silently replace an earlier one; a recipe must not."""
+    """Loads YAML and refuses a key that comes twice, where PyYAML's own loader silently takes the later one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node. Raises MarkedYAMLError for a key that is not a plain name, or comes twice."""
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -589,16 +638,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 2e-4 (no dot) as text; people mean a number
+# YAML 1.1 reads 2e-4 (no dot) as text, but the user means a number
 _UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 def _merge(base: Any, over: Any, where: str) -> dict[str, Any]:
-    """`base` with the values of `over`: mappings merge key by key, all else, lists included, is replaced whole."""
+    """`base` with the values of `over`. Mappings are merged key by key; other values, also lists, are replaced."""
     if not isinstance(over, dict):
-        raise UsageError(f"{where}: expected a mapping of keys to values, found {over!r}")
+        raise UsageError(f"{where}: found {over!r}; write a mapping of keys to values")
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -607,20 +656,21 @@ def _merge(base: Any, over: Any, where: str) -> dict[str, Any]:
 
 
 def _parse_override(text: str) -> dict[str, Any]:
+    """The nested mapping that `section.key=value` stands for."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise UsageError(f"--set {text}: not section.key=value, as in train.learning_rate=2e-4")
+        raise UsageError(f"--set {text}: not section.key=value; write it as in train.learning_rate=2e-4")
     try:
         parsed: Any = yaml.load(value, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise UsageError(f"--set {text}: {value!r} is not a YAML value") from error
+        raise UsageError(f"--set {text}: {value!r} is not a YAML value; put it in quotes") from error
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return dict(parsed)
 
 
 def _describe_problems(error: ValidationError, path: Path, text: str, prefix: tuple[str, ...]) -> str:
-    """The first three problems, each with file, line and nearest known key."""
+    """The first three problems in one line, each with file, line and cure, and the number of further problems."""
     problems = []
     for detail in error.errors()[:3]:
         location = detail["loc"]
@@ -633,7 +683,7 @@ def _describe_problems(error: ValidationError, path: Path, text: str, prefix: tu
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             problems.append(f"{where}: unknown key {key!r}; {hint}")
         elif detail["type"] == "missing":
-            problems.append(f"{where}: {key!r} is missing")
+            problems.append(f"{where}: {key!r} is missing; set it")
         else:
             problems.append(f"{where}: {key}: {detail['msg']} (found {detail['input']!r})")
     more = error.error_count() - len(problems)
@@ -641,6 +691,7 @@ def _describe_problems(error: ValidationError, path: Path, text: str, prefix: tu
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that a section may have."""
     section: type[BaseModel] = Recipe
     for part in location:
         if isinstance(part, int):
@@ -652,7 +703,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _line_of(text: str, location: tuple[int | str, ...]) -> int | None:
-    """1-based line of a key in YAML text; None if the text does not have it."""
+    """The line (1-based) of a key in YAML text; None if the text does not have the key."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     line = None
     for part in location:

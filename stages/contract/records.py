@@ -11,20 +11,22 @@ BASE, VOTE = "base", "vote"
 
 
 class Message(TypedDict):
+    """One message of a conversation, in ms-swift's format."""
+
     role: str
     """`system`, `user` or `assistant`."""
     content: str
 
 
 class Meta(TypedDict):
-    """What the stages read of a sample besides its messages. A task that keeps more there extends this TypedDict."""
+    """What the stages know of a sample besides its messages. A task with further keys extends this TypedDict."""
 
     group: str
-    """Samples of one group, such as a document, fall into the same split; an interval counts groups."""
+    """Samples of one group, such as a document, are in the same split; intervals of scores count groups."""
     source: NotRequired[str]
     """The data set, by the name that data mixes use; preprocess sets it from the question."""
     kind: NotRequired[str]
-    """Scores are broken down by it."""
+    """Kind of the question: the report has a score for each kind."""
     question: NotRequired[str]
     """The question's own text, for the report."""
     target: NotRequired[str]
@@ -36,10 +38,12 @@ class Meta(TypedDict):
     pages: NotRequired[list[int]]
     """Pages that the sample shows, counted from 1."""
     page_images: NotRequired[list[str]]
-    """Their pictures, relative to the run folder, for the report."""
+    """Pictures of those pages, relative to the run folder, for the report."""
 
 
 class Sample(TypedDict):
+    """One record to learn from or to answer."""
+
     id: str
     messages: list[Message]
     """The conversation. In train and validation it ends with the assistant's answer; in test it does not."""
@@ -51,23 +55,26 @@ class Sample(TypedDict):
 
 
 class Prediction(TypedDict):
+    """One model's answer to a sample."""
+
     id: str
     answer: str | None
     """The answer that the task read out of the text; None if the sample failed."""
     text: str | None
-    """The completion of the last pass, as generated."""
+    """The completion of the last pass, as generated; None if the sample failed."""
     finish_reason: str | None
     """`stop`, or `length` when max_new_tokens cut it off."""
     prompt_tokens: int
-    """Over all passes, with the tokens of pictures."""
+    """Tokens of the prompts of all passes, with those of pictures."""
     completion_tokens: int
     error: str | None
+    """Why the sample failed; None if it did not."""
     passes: dict[str, str]
-    """Completions of the passes before the last one, by the passes' names."""
+    """Completions of the earlier passes, by the pass's name."""
 
 
 def failed_prediction(sample_id: str, error: str, prompt_tokens: int = 0) -> Prediction:
-    """The prediction of a sample that failed: no answer, and why."""
+    """The prediction of a failed sample: without an answer, and with `error`, the reason."""
     return {
         "id": sample_id,
         "answer": None,

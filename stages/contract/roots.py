@@ -10,13 +10,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Roots:
+    """The folders of the three mounts, as absolute paths."""
+
     data: Path
     models: Path
     runs: Path
 
     @staticmethod
     def from_environment() -> "Roots":
-        """The mounts that the environment names; stage images set /data, /models and /runs."""
+        """The folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name; default: recipes/data, models and runs."""
         return Roots(
             data=Path(os.environ.get("LORRY_DATA", "recipes/data")).absolute(),
             models=Path(os.environ.get("LORRY_MODELS", "models")).absolute(),

@@ -67,6 +67,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """The run folder: it need not exist yet."""
         return self.roots.runs / self.name
 
     def stage_folder(self, stage: str, part: Part = None) -> Path:
@@ -82,7 +83,7 @@ class Run:
         return self.stage_folder(stage).joinpath(*parts)
 
     def manifest(self, stage: str, shard: Shard | None = None) -> dict[str, Any] | None:
-        """The manifest of a stage or of a shard; None while that is not done."""
+        """The manifest of a stage or of one of its shards; None if it is not done in this contract version."""
         manifest: dict[str, Any] | None = read_json(self.stage_folder(stage, shard) / "manifest.json")
         if manifest is not None and manifest.get("contract") != CONTRACT_VERSION:
             return None
@@ -94,7 +95,7 @@ class Run:
         folder = self.roots.data / self.recipe.data.path
         if not folder.is_dir():
             raise UsageError(
-                f"{folder}: no such data folder (data.path in the recipe, LORRY_DATA is {self.roots.data})"
+                f"{folder}: no such data folder; set data.path to a folder below LORRY_DATA ({self.roots.data})"
             )
         return folder
 
@@ -103,17 +104,19 @@ class Run:
         folder = self.roots.models / path
         if not folder.is_dir():
             raise UsageError(
-                f"{folder}: no such model folder ({key} in the recipe, LORRY_MODELS is {self.roots.models})"
+                f"{folder}: no such model folder; set {key} to a folder below LORRY_MODELS ({self.roots.models})"
             )
         for needed in ("config.json", "*.safetensors"):
             if not any(folder.glob(needed)):
-                raise UsageError(f"{folder}: has no {needed}; set {key} to the folder of a Hugging Face model")
+                raise UsageError(
+                    f"{folder}: no {needed} in this folder; set {key} to the folder of a Hugging Face model"
+                )
         return folder
 
     def inputs(self, stage: str, hashes: FileHashes) -> dict[str, str]:
-        """sha256 (hex) of everything that a stage reads, by name.
+        """sha256 (hex) of each input of a stage, by name, such as `models/base` or `preprocess/samples/test.jsonl`.
 
-        Raises UsageError if an earlier stage is not done, or its output no longer matches its manifest.
+        Raises UsageError if an earlier stage is not done, or its outputs no longer match its manifest.
         """
         found: dict[str, str] = {}
         for earlier, wanted in UPSTREAM[stage].items():
@@ -132,27 +135,27 @@ class Run:
                 found[f"{earlier}/{name}"] = output["sha256"]
         if stage == "preprocess":
             for path in visible_files(self.data):
-                found[f"data/{stored_name(path.relative_to(self.data))}"] = hashes.file(path)
+                found[f"data/{stored_name(path.relative_to(self.data))}"] = hashes.file_digest(path)
             retrieval = self.recipe.preprocess.retrieval
             if retrieval is not None:
                 folder = self.model(retrieval.embedder, "preprocess.retrieval.embedder")
-                found["models/embedder"] = hashes.tree(folder)[0]
+                found["models/embedder"] = hashes.tree_digest(folder)[0]
             juicer = self.recipe.preprocess.data_juicer
             for key, weights in juicer.weights().items() if juicer else ():
-                found[f"models/{weights}"] = hashes.tree(self.model(weights, key))[0]
+                found[f"models/{weights}"] = hashes.tree_digest(self.model(weights, key))[0]
         asks_the_model = stage == "preprocess" and self.recipe.preprocess.classifier == "model"
         if stage in ("train", "infer") or asks_the_model:
-            found["models/base"] = hashes.tree(self.model(self.recipe.model.path, "model.path"))[0]
+            found["models/base"] = hashes.tree_digest(self.model(self.recipe.model.path, "model.path"))[0]
         return found
 
     def refuse_other_version(self, stage: str, shard: Shard | None = None, reader: str | None = None) -> None:
-        """Raise UsageError if another major.minor version of Lorry did a stage, or a shard of it.
+        """Raise UsageError if a stage, or a shard of it, was done by another major.minor version of Lorry.
 
-        `reader` is the later stage that would read the result; None: the stage itself would resume there.
+        `reader` is the later stage that would read the result; None: the stage itself would resume.
         """
         manifest = read_json(self.stage_folder(stage, shard) / "manifest.json")
         ours = importlib.metadata.version("lorry")
-        if manifest is None or same_series(str(manifest.get("version")), ours):
+        if manifest is None or is_same_series(str(manifest.get("version")), ours):
             return
         made = f"Lorry {manifest.get('version')} ({manifest.get('image') or 'a local process'})"
         this = f"Lorry {ours} ({os.environ.get('LORRY_IMAGE') or 'a local process'})"
@@ -163,9 +166,9 @@ class Run:
         )
 
     def _refuse_stale(self, stage: str, manifest: dict[str, Any]) -> None:
-        """Raise UsageError if a stage ran with another recipe, or on inputs that have since been replaced.
+        """Raise UsageError if a stage ran with another recipe, or if its inputs have changed since.
 
-        Otherwise an adapter that was trained on one split could be scored on the test set of another.
+        Otherwise an adapter trained on one split could be scored on the test set of another split.
         """
         if manifest["key"] != self.key(stage, manifest["inputs"]):
             raise UsageError(f"{self.folder}: {stage} ran with another recipe; run {stage} again")
@@ -177,18 +180,19 @@ class Run:
                     raise UsageError(f"{self.folder}: {earlier} has changed since {stage} used it; run {stage} again")
 
     def key(self, stage: str, inputs: dict[str, str]) -> str:
-        """Digest (sha256, hex) of all that a stage's result depends on: equal keys, equal results."""
+        """sha256 (hex) of all that a stage's result depends on. Equal keys mean equal results."""
         recipe = self.recipe.digest(*SECTIONS[stage])
         return digest_of({"contract": CONTRACT_VERSION, "stage": stage, "recipe": recipe, "inputs": inputs})
 
     def is_done(self, stage: str, hashes: FileHashes, shard: Shard | None = None) -> bool:
-        """Whether the stage, or a shard of it, is done with these inputs and its outputs are intact."""
+        """Whether a stage, or a shard of it, is done with the present recipe and inputs, and its outputs are intact."""
         self.refuse_other_version(stage, shard)
         if (self.manifest(stage, shard) or {}).get("untrained"):
-            return False  # later stages go on without those adapters; train tries them again at every start
+            return False  # later stages use the other adapters; each start of train tries these again
         return self._matches(stage, shard, self.key(stage, self.inputs(stage, hashes)), hashes)
 
     def _matches(self, stage: str, shard: Shard | None, key: str, hashes: FileHashes) -> bool:
+        """Whether a stage, or a shard of it, is done with this key and has intact outputs."""
         manifest = self.manifest(stage, shard)
         if manifest is None or manifest.get("key") != key:
             return False
@@ -196,7 +200,7 @@ class Run:
         return all(output_is_intact(folder, name, entry, hashes) for name, entry in manifest["outputs"].items())
 
     def shards(self, stage: str) -> list[Shard]:
-        """Every shard of a stage that ever started, finished or not."""
+        """All shards of a stage that have a folder, finished or not, sorted by count and index."""
         found = []
         for folder in (self.folder / "shards" / stage).glob("*-of-*"):
             index, _, count = folder.name.partition("-of-")
@@ -204,41 +208,44 @@ class Run:
         return sorted(found, key=lambda shard: (shard.count, shard.index))
 
     def finished_shards(self, stage: str, key: str, hashes: FileHashes) -> list[Shard]:
-        """The shards that are done with this key and whose outputs are intact."""
+        """The shards of a stage that are done with this key and have intact outputs."""
         matching = [shard for shard in self.shards(stage) if self._matches(stage, shard, key, hashes)]
         for shard in matching:
             self.refuse_other_version(stage, shard)
         return matching
 
 
-def same_series(version: str, other: str) -> bool:
-    """Whether two versions of Lorry can read each other's runs: equal major and minor."""
+def is_same_series(version: str, other: str) -> bool:
+    """Whether two versions of Lorry have the same major and minor number, so that they can read each other's runs."""
     return version.split(".")[:2] == other.split(".")[:2]
 
 
 def describe_output(folder: Path, name: str, records: int | None, hashes: FileHashes) -> dict[str, Any]:
-    """A manifest's entry for an output: a file, or a whole folder if the name ends in `/`."""
+    """The manifest's entry for an output: sha256 (hex), size in bytes, and the number of files or records.
+
+    A name that ends in `/` is a whole folder.
+    """
     path = folder / name
     if name.endswith("/"):
-        digest, files = hashes.tree(path)
+        digest, files = hashes.tree_digest(path)
         return {"sha256": digest, "files": files, "bytes": sum(p.stat().st_size for p in visible_files(path))}
-    entry: dict[str, Any] = {"sha256": hashes.file(path), "bytes": path.stat().st_size}
+    entry: dict[str, Any] = {"sha256": hashes.file_digest(path), "bytes": path.stat().st_size}
     return entry if records is None else {**entry, "records": records}
 
 
 def output_is_intact(folder: Path, name: str, entry: dict[str, Any], hashes: FileHashes) -> bool:
-    """Whether an output still has the content that the manifest records."""
+    """Whether an output still has the content that its manifest entry records."""
     path = folder / name
     if name.endswith("/"):
-        return path.is_dir() and hashes.tree(path)[0] == entry["sha256"]
-    return path.is_file() and path.stat().st_size == entry["bytes"] and hashes.file(path) == entry["sha256"]
+        return path.is_dir() and hashes.tree_digest(path)[0] == entry["sha256"]
+    return path.is_file() and path.stat().st_size == entry["bytes"] and hashes.file_digest(path) == entry["sha256"]
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[int]:
-    """Lock a stage's folder for this process and its children; yields the lock's file descriptor.
+def lock_stage_folder(folder: Path) -> Iterator[int]:
+    """Lock a stage's folder for this process and its children. Yields the lock's file descriptor.
 
-    The kernel drops the lock when the last holder dies, however it dies. Raises InterruptedRunError (75) if another
+    The kernel releases the lock when the last holder dies, even by SIGKILL. Raises InterruptedRunError (75) if another
     process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +266,10 @@ def only_writer(folder: Path) -> Iterator[int]:
 
 
 def _lock(descriptor: int, tries: int = 5) -> None:
-    """Take the lock. Tries for half a second, since `lorry status` holds it for a moment."""
+    """Lock a file for this process alone. Raises BlockingIOError if it is still locked after half a second.
+
+    It tries again because `lorry status` holds the lock for a moment.
+    """
     for left in range(tries - 1, -1, -1):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -271,7 +281,7 @@ def _lock(descriptor: int, tries: int = 5) -> None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a live process runs the stage of this folder."""
+    """Whether a running process holds the lock of a stage's folder."""
     try:
         with (folder / ".lock").open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What a stage's work gets, and what it returns for the manifest."""
+"""The object that a stage's work gets its run from and reports its results to."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from stages.contract.stop import StopRequest
 
 @dataclass
 class Stage:
-    """What a stage's work gets, and what it returns for the manifest."""
+    """One start of a stage: what its work gets, and what its work reports for the manifest."""
 
     run: Run
     name: str
@@ -29,62 +29,69 @@ class Stage:
     key: str = ""
     """Digest (sha256, hex) of all that the result depends on."""
     starts: list[str] = field(default_factory=list)
-    """Times of this start and of earlier starts of the same work."""
+    """Times (ISO 8601, UTC) of this start and of earlier starts of the same work."""
     finished_shards: list[Path] = field(default_factory=list)
-    """Folders of finished shards, whose results the whole stage takes over."""
+    """Folders of finished shards, whose results the whole stage uses."""
     outputs: dict[str, int | None] = field(default_factory=dict)
-    """Output files (or folders, ending in `/`), relative to the stage's folder, and their numbers of records."""
+    """Number of records, or None, of each output by its path in the stage's folder. A folder's path ends in `/`."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Records read, used and failed."""
+    """Numbers of records that were read, used and failed."""
     skipped: list[dict[str, str]] = field(default_factory=list)
-    """Every skipped record or file: `{"what", "reason", "detail"}`."""
+    """One entry for each skipped record or file: `{"what", "reason", "detail"}`."""
     decisions: list[dict[str, Any]] = field(default_factory=list)
     """Decisions for this machine: engine, precision, batch plan."""
     gpus: list[dict[str, Any]] = field(default_factory=list)
-    """GPUs of the other processes whose results are taken over."""
+    """GPUs of the shards whose results the stage uses."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Anything else that belongs in the manifest."""
+    """Further keys of the manifest."""
     _cache_used: set[Path] = field(default_factory=set)
 
     @property
     def folder(self) -> Path:
+        """The folder that this process writes to."""
         return self.run.stage_folder(self.name, self.part)
 
     @property
     def shard(self) -> Shard | None:
+        """The shard that this process does; None: the whole stage or a node."""
         return self.part if isinstance(self.part, Shard) else None
 
-    def has(self, number: int) -> bool:
-        """Whether this process does piece `number`, counted from 0: a document, adapter or chunk."""
+    def does_piece(self, number: int) -> bool:
+        """Whether this process does piece `number` (0-based), which is a document, an adapter or a chunk."""
         return self.shard is None or number % self.shard.count == self.shard.index
 
-    def nothing_to_do(self, pieces: int, unit: str) -> bool:
-        """Whether this shard has no piece to do, because there are fewer pieces than shards. Prints a line if so."""
+    def has_nothing_to_do(self, pieces: int, unit: str) -> bool:
+        """Whether this shard has nothing to do, because there are fewer pieces than shards; if so, it prints a line."""
         if self.shard is None or self.shard.index < pieces:
             return False
-        self.events.say(f"shard {self.shard} has nothing to do: there are only {pieces} {unit}")
+        self.events.say(f"shard {self.shard} has nothing to do, as there are only {pieces} {unit}")
         return True
 
     def path(self, *parts: str) -> Path:
+        """A path in the folder that this process writes to."""
         return self.folder.joinpath(*parts)
 
     def cache_file(self, *parts: str) -> Path:
-        """A file that is kept when inputs change; its user checks that it matches. The stage deletes unused ones."""
+        """The path of a file that stays when inputs change. The caller checks that it still matches its own input.
+
+        `remove_unused_cache` deletes the files that this start did not ask for.
+        """
         path = self.path("cache", *parts)
         self._cache_used.add(path)
         return path
 
     def remove_unused_cache(self) -> None:
+        """Delete the cached files that this start did not use."""
         for path in visible_files(self.path("cache")):
             if path not in self._cache_used:
                 path.unlink()
 
     def skip(self, what: str, reason: str, detail: str = "") -> None:
-        """Count a record or file as skipped; the manifest names it."""
+        """Count a record or file as skipped, and list it in the manifest with the reason."""
         self.skipped.append({"what": what, "reason": reason, "detail": detail})
 
     def decide(self, what: str, value: Any, why: str) -> None:
-        """Record a decision, and print it."""
+        """Record a decision for the manifest, with its reason, and print it."""
         self.decisions.append({"what": what, "value": value, "why": why})
         self.events.emit("decision", what=what, value=value, why=why)
         self.events.say(f"{what}: {value} ({why})")

@@ -1,4 +1,4 @@
-"""Orderly stops: after SIGTERM or Ctrl-C the stage saves its state at the next safe point and exits 75."""
+"""Stops a stage in order: after SIGTERM or Ctrl-C it saves its state at the next safe point and exits 75."""
 
 import ctypes
 import os
@@ -10,13 +10,14 @@ from stages.contract.errors import InterruptedRunError
 
 
 class Child(Protocol):
-    """A child process, or several."""
+    """One or several child processes that take signals, such as a `subprocess.Popen`."""
 
-    def send_signal(self, sig: int, /) -> None: ...
+    def send_signal(self, sig: int, /) -> None:
+        """Send signal number `sig` to each process."""
 
 
 class StopRequest:
-    """Notes a request to stop. A second Ctrl-C does not wait for the safe point."""
+    """Records that SIGTERM or Ctrl-C asks this process to stop. A second Ctrl-C stops it at once."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -24,20 +25,21 @@ class StopRequest:
         self._hears_ctrl_c = True
 
     def install(self) -> None:
-        """Handle SIGTERM and SIGINT. Call it from the main thread."""
+        """Handle SIGTERM and SIGINT from now on. Call it from the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._handle_signal)
 
     def pass_on_to(self, child: Child, hears_ctrl_c: bool = True) -> None:
-        """Pass a stop on to a child process at once, as this process may be waiting for it.
+        """Pass each stop signal on to the child at once, as this process may be waiting for the child.
 
-        `hears_ctrl_c`: whether the terminal's Ctrl-C reaches the child directly. It does not in another session.
+        `hears_ctrl_c` says whether the terminal's Ctrl-C reaches the child directly. In another session it does not.
         """
         self._child, self._hears_ctrl_c = child, hears_ctrl_c
         if self.signal is not None:
             child.send_signal(signal.SIGTERM)
 
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Note the signal, and pass it on to the child. A second Ctrl-C without a child raises KeyboardInterrupt."""
         if self.signal is signal.Signals.SIGINT and number == signal.SIGINT and self._child is None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
@@ -45,7 +47,7 @@ class StopRequest:
             self._child.send_signal(number)  # no effect on a child that has ended
 
     def check(self) -> None:
-        """Raise InterruptedRunError after a request to stop. Call it where all finished work is saved."""
+        """Raise InterruptedRunError if this process was asked to stop. Call it where all finished work is saved."""
         if self.signal is not None:
             raise InterruptedRunError(
                 f"stopped by {self.signal.name}, finished work is saved; run the same command again"
@@ -53,20 +55,20 @@ class StopRequest:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent` (a process id) dies, so that a SIGKILL leaves no child (Linux).
+    """Ask the kernel to kill this process when its parent, with process id `parent`, dies (prctl(2), Linux).
 
     Otherwise the children of a killed stage would write into a run folder that the next start uses.
     """
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before the call above
+    if os.getppid() != parent:  # it died before the call above
         os._exit(1)
 
 
-def forks_die_with_parents() -> None:
-    """Make every process that this one forks, and their forks, die with its parent, however the parent ends.
+def make_forks_die_with_parents() -> None:
+    """Make each process that is forked from now on die with its parent, also the forks of forks.
 
-    Workers that libraries fork would wait for ever for a killed parent, and hold the stage's lock.
+    Otherwise the workers of a library would wait for ever for a killed parent, and hold the stage's lock.
     """
     parent = [os.getpid()]
     os.register_at_fork(

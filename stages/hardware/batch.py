@@ -1,4 +1,4 @@
-"""Keep the recipe's effective batch on any number of GPUs."""
+"""Plans micro-batch and accumulation so that the effective batch stays the recipe's on any number of GPUs."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,17 @@ from stages.contract.errors import DoesNotFitError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How an effective batch (in samples) is composed: micro_batch x accumulation x gpus."""
+    """How an effective batch is composed: micro_batch (samples) x accumulation (forward passes) x gpus."""
 
     wanted: int
+    """The recipe's effective batch, in samples."""
     micro_batch: int
     accumulation: int
     gpus: int
 
     @property
     def effective(self) -> int:
+        """The effective batch of this plan, in samples."""
         return self.micro_batch * self.accumulation * self.gpus
 
     def __str__(self) -> str:
@@ -24,9 +26,9 @@ class BatchPlan:
 
 
 def plan_batch(effective: int, micro_batch: int, gpus: int) -> BatchPlan:
-    """The plan whose effective batch (in samples) is nearest to the recipe's; of two as near, the larger.
+    """The plan whose effective batch is nearest to `effective` (samples); of two equally near, the larger batch.
 
-    `micro_batch` is the most that fits on a GPU; a smaller one is used only if it comes closer.
+    `micro_batch` is the largest allowed; a smaller one is used only if it comes closer.
     """
     plans = []
     for micro in range(micro_batch, 0, -1):
@@ -37,8 +39,10 @@ def plan_batch(effective: int, micro_batch: int, gpus: int) -> BatchPlan:
 
 
 def refuse_inexact(batch: BatchPlan, name: str, most_gpus: int = 64) -> None:
-    """Raise DoesNotFitError if a plan does not reach the batch that the recipe's key `name` asks for. The message has
-    the nearest GPU counts that do."""
+    """Raise DoesNotFitError if a plan does not reach exactly the effective batch of the recipe's key `name`.
+
+    The message names the nearest GPU counts, up to `most_gpus`, that do.
+    """
     if batch.effective == batch.wanted:
         return
     counts = [gpus for gpus in range(1, most_gpus + 1) if batch.wanted % gpus == 0]
@@ -47,5 +51,5 @@ def refuse_inexact(batch: BatchPlan, name: str, most_gpus: int = 64) -> None:
     ways = [str(plan_batch(batch.wanted, batch.micro_batch, gpus)) for gpus in fewer + more]
     raise DoesNotFitError(
         f"{name} is {batch.wanted} and train.exact_batch is set, but the nearest that {batch.gpus} GPU(s) can do is"
-        f" {batch.effective}; exact plans (micro-batch x accumulation x GPUs): {', or '.join(ways)}"
+        f" {batch.effective}; use an exact plan (micro-batch x accumulation x GPUs): {', or '.join(ways)}"
     )

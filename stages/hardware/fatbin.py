@@ -1,9 +1,9 @@
-"""Reads from a CUDA library for which GPUs it has code. Images have no cuobjdump.
+"""Reads which GPUs a CUDA library has code for. Images do not have NVIDIA's cuobjdump, which also does that.
 
 A CUDA library has its device code in the ELF section `.nv_fatbin`: a sequence of fatbins, each a header and entries,
 each entry a header and code for one architecture. Code may be compressed, headers are not. NVIDIA does not publish the
-layout; this is what CUDA 11 to 13 write, and the result equals that of `cuobjdump --list-elf --list-ptx`. Relocatable
-code (`__nv_relfatbin`) is left out, as there: it is linked into `.nv_fatbin`.
+layout. This module reads what CUDA 11 to 13 write, and finds the same as `cuobjdump --list-elf --list-ptx`. Both leave
+out relocatable code (`__nv_relfatbin`), which is linked into `.nv_fatbin`.
 """
 
 import re
@@ -15,17 +15,19 @@ from typing import IO
 from stages.contract.errors import UsageError
 
 FATBIN = struct.Struct("<IHHQ")
-"""Magic, version, bytes of this header, bytes of the entries."""
+"""Header of a fatbin: magic, version, bytes of this header, bytes of the entries."""
 MAGIC = 0xBA55ED50
 ENTRY = struct.Struct("<HHIQ 12x I 8x Q")
-"""Kind (1 PTX, 2 binary), version, bytes of this header, bytes of the code, ..., architecture, ..., flags."""
+"""Header of an entry: kind (1 PTX, 2 binary), version, bytes of this header, bytes of the code, architecture, flags."""
 ARCHITECTURE_SPECIFIC = 0x100000
-"""The flag of architecture-specific code, such as sm_90a."""
+"""Flag of code that runs on one architecture only, such as sm_90a."""
 
 
 def architectures(library: Path) -> set[str]:
-    """The architectures that a shared library has code for, as nvcc names them: binaries `sm_80`, `sm_90a`, PTX
-    `compute_80`. Raises UsageError for a file that is not a 64-bit ELF library."""
+    """The architectures that a shared library has code for, as nvcc names them.
+
+    Binaries are `sm_80` or `sm_90a`, PTX is `compute_80`. Raises UsageError if the file is not a 64-bit ELF library.
+    """
     found = set()
     with library.open("rb") as file:
         for offset, size in _sections(file, library, b".nv_fatbin"):
@@ -36,10 +38,10 @@ def architectures(library: Path) -> set[str]:
 
 
 def _sections(file: IO[bytes], path: Path, wanted: bytes) -> Iterator[tuple[int, int]]:
-    """Offset and size of the sections with a name in a 64-bit little-endian ELF file (System V ABI, chapter 4)."""
+    """Offset and size, in bytes, of the sections named `wanted` in a 64-bit ELF file (System V ABI, chapter 4)."""
     header = file.read(64)
     if header[:6] != b"\x7fELF\x02\x01" or len(header) < 64:
-        raise UsageError(f"{path}: not a 64-bit ELF library")
+        raise UsageError(f"{path}: not a 64-bit ELF library; install the library again")
     (table,) = struct.unpack_from("<Q", header, 40)
     each, count, names = struct.unpack_from("<HHH", header, 58)
     file.seek(table)
@@ -52,7 +54,7 @@ def _sections(file: IO[bytes], path: Path, wanted: bytes) -> Iterator[tuple[int,
 
 
 def _entries(file: IO[bytes], position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Kind, architecture and flags of every entry of the fatbins between two offsets of a file."""
+    """Kind, architecture and flags of each entry of the fatbins between two offsets of a file."""
     while position + FATBIN.size <= end:
         file.seek(position)
         magic, _, header, size = FATBIN.unpack(file.read(FATBIN.size))
@@ -72,12 +74,12 @@ def _entries(file: IO[bytes], position: int, end: int) -> Iterator[tuple[int, in
 def has_code_for(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
     """Whether a library with code for these architectures runs on a GPU of this compute capability.
 
-    NVIDIA, CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility": a binary for X.y runs on X.z
-    with z >= y and on no other major version (one with an `a`, on X.y only); the driver compiles PTX for any GPU that
-    is not older. PTX counts only for GPUs newer than every binary: a library that dropped a GPU may still have one
-    kernel as old PTX (vLLM has one for 5.2), which says nothing about its other kernels.
+    A binary for X.y runs on X.z with z >= y, and on no other major version; one with an `a` runs on X.y only. The
+    driver compiles PTX for any GPU that is not older. Here PTX counts only for GPUs that are newer than all binaries: a
+    library that dropped a GPU may still have one kernel as old PTX (vLLM has one for 5.2). Source: NVIDIA, CUDA C++
+    Programming Guide, "Binary Compatibility" and "PTX Compatibility".
     """
-    parsed = [_parse(name) for name in compiled]
+    parsed = [_parse_architecture(name) for name in compiled]
     binaries = [(number, suffix) for kind, number, suffix in parsed if kind == "sm"]
     for number, suffix in binaries:
         if number == capability or (not suffix and number[0] == capability[0] and number <= capability):
@@ -86,9 +88,10 @@ def has_code_for(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
     return newer and any(kind == "compute" and not suffix and number <= capability for kind, number, suffix in parsed)
 
 
-def _parse(name: str) -> tuple[str, tuple[int, int], str]:
+def _parse_architecture(name: str) -> tuple[str, tuple[int, int], str]:
+    """Kind, compute capability and suffix of an architecture: `sm_90a` is ("sm", (9, 0), "a")."""
     found = re.fullmatch(r"(sm|compute)_(\d+)(\d)(\D?)", name)
     if found is None:
-        raise UsageError(f"{name}: not a CUDA architecture such as sm_80")
+        raise UsageError(f"{name}: not a CUDA architecture; expected a name such as sm_80")
     kind, major, minor, suffix = found.groups()
     return kind, (int(major), int(minor)), suffix

@@ -1,7 +1,7 @@
-"""Finds a way to train an adapter that fits the GPUs: the recipe's own, or one with the same result in less memory.
+"""Finds a way to train that fits the GPUs: as the recipe says, or with the same result in less memory.
 
-Micro-batch, gradient checkpointing and sharding change memory and speed, not the result: the plan changes those on its
-own. A base in 4 bits, fewer pixels and shorter samples change the result: the plan only suggests them.
+Micro-batch, gradient checkpointing and sharding change memory and speed, but not the result, so Lorry changes them on
+its own. A base in 4 bits, smaller pictures and shorter samples change the result, so Lorry only suggests them.
 """
 
 from collections.abc import Iterator
@@ -13,43 +13,45 @@ from stages.hardware.memory import Estimate, Lengths, estimate, trained_paramete
 from stages.models.shape import ModelShape
 
 UNSURE = 0.03
-"""Share by which an estimate may be too low: up to 2.3% in the measurements (docs/measurements.md)."""
+"""Share by which an estimate may be too low. In measurements it was up to 2.3% too low (docs/measurements.md)."""
 SHORT = 64
-"""Tokens of a very short sample: hardly any job has only samples of that length."""
+"""Tokens of a very short sample: almost every job has longer ones."""
 MOST_GPUS = 8
-"""Most GPUs that one machine usually has."""
+"""The number of GPUs up to which Lorry suggests more: one machine rarely has more."""
 LEAST_PIXELS = 200_000
-"""Pixels of a picture on which a reader can just distinguish a page's text from its drawing."""
+"""Pixels of the smallest picture to suggest: there one can just distinguish a page's text from its drawing."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train."""
+    """One way to train: settings, batch plan, sharding and data type, with the memory that they take."""
 
     settings: Train
     batch: BatchPlan
     sharding: str
     """`none`, `zero2` or `zero3`."""
     dtype: str
+    """Data type that the frozen base computes in."""
     estimate: Estimate
     changes: tuple[str, ...] = ()
     """Differences from the recipe, as `key=value for the recipe's value`."""
 
     def fits(self, memory: int | None) -> bool:
+        """Whether the peak fits in `memory` bytes on each GPU; None: no limit."""
         return memory is None or self.estimate.total <= memory
 
-    def tight(self, memory: int | None) -> bool:
-        """Whether it fits, but with less room than an estimate may be too low by."""
+    def is_tight(self, memory: int | None) -> bool:
+        """Whether the peak fits in `memory` bytes, but would not if the estimate were too low by UNSURE."""
         return memory is not None and self.fits(memory) and self.estimate.total > (1 - UNSURE) * memory
 
 
 def plan_training(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int | None, lengths: Lengths | None = None
 ) -> Way:
-    """The first way that fits in `memory` bytes on each GPU (None: no limit, as on a CPU), else the one that takes
-    least memory.
+    """The fastest way that fits in `memory` bytes on each GPU; if none fits, the one that takes least memory.
 
-    `lengths` are those of the samples; without them every sample and its answer count as max_length tokens.
+    `processes` is the number of GPUs. `memory` None means no limit, as on a CPU. Without `lengths`, every sample and
+    its answer count as max_length tokens.
     """
     lengths = lengths or Lengths(settings.max_length, settings.max_length)
     ways = list(_ways(shape, settings, processes, dtype, lengths))
@@ -58,40 +60,41 @@ def plan_training(
 
 
 def unestimated_way(settings: Train, processes: int, dtype: str) -> Way:
-    """The recipe's own way, for a model whose memory cannot be estimated."""
+    """The way that the recipe asks for, with an estimate of 0, for a model whose memory cannot be estimated."""
     sharding = "none" if settings.sharding == "auto" else settings.sharding
     batch = plan_batch(settings.effective_batch, settings.micro_batch, processes)
     return Way(settings, batch, sharding, dtype, Estimate(*[0] * 8))
 
 
 def most_gpus(settings: Train) -> int:
-    """The most GPUs with which a step has no more samples than the recipe's effective batch, in both phases."""
+    """The smallest effective batch of the phases: with more GPUs, some would get no sample in a step."""
     return min(_effective_batches(settings))
 
 
 def makes_exact_batches(settings: Train, gpus: int) -> bool:
-    """Whether train.exact_batch allows this number of GPUs: it must divide the effective batches of both phases."""
+    """Whether `gpus` divides the effective batch of each phase; always True without train.exact_batch."""
     return not settings.exact_batch or all(batch % gpus == 0 for batch in _effective_batches(settings))
 
 
 def _effective_batches(settings: Train) -> list[int]:
+    """The effective batch of each phase, in samples."""
     first = [settings.connector.effective_batch] if settings.connector else []
     return [settings.effective_batch, *first]
 
 
 def recipe_way(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Way:
-    """The recipe's own way; without sharding if the recipe has sharding `auto`."""
+    """The way that the recipe asks for; with sharding `auto`, without sharding."""
     return next(_ways(shape, settings, processes, dtype, lengths))
 
 
 def least_memory(shape: ModelShape, settings: Train, processes: int, dtype: str) -> int:
-    """The least bytes on each GPU that training takes with the same result, even with very short samples."""
+    """Bytes on each GPU of the way that takes least memory, with very short samples: training cannot take less."""
     lengths = Lengths(SHORT, SHORT // 4)
     return min(way.estimate.total for way in _ways(shape, settings, processes, dtype, lengths))
 
 
 def _ways(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Iterator[Way]:
-    """Every way with the same result, the fastest first: smaller micro-batches, checkpointing, then sharding."""
+    """All ways with the same result, the fastest first: smaller micro-batches, then checkpointing, then sharding."""
     shardings = ["none", "zero2", "zero3"] if processes > 1 else ["none"]
     if settings.load_in_4bit or shape.quantisation is not None:
         shardings = shardings[:2]  # ZeRO-3 cannot shard a quantised base
@@ -109,6 +112,7 @@ def _ways(shape: ModelShape, settings: Train, processes: int, dtype: str, length
 
 
 def _halves(most: int) -> list[int]:
+    """A number, its half and so on down to 1, rounded down."""
     found = [most]
     while found[-1] > 1:
         found.append(found[-1] // 2)
@@ -116,6 +120,7 @@ def _halves(most: int) -> list[int]:
 
 
 def _changes(asked: Train, changed: Train, sharding: str) -> tuple[str, ...]:
+    """The settings that differ from the recipe's, as text for `Way.changes`."""
     found = []
     if changed.micro_batch != asked.micro_batch:
         found.append(f"{asked.key_of('micro_batch')}={changed.micro_batch} for {asked.micro_batch}")
@@ -128,12 +133,12 @@ def _changes(asked: Train, changed: Train, sharding: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Offers:
-    """Libraries of the image: a way that needs a missing one is not suggested."""
+    """Which libraries the train image has. Lorry suggests no way that needs a missing one."""
 
     bitsandbytes: bool = True
-    """Whether there are kernels for a base in 4 bits."""
+    """Whether it has kernels for a base in 4 bits."""
     deepspeed: bool = True
-    """Whether there is ZeRO."""
+    """Whether it has DeepSpeed, which ZeRO needs."""
 
 
 def smallest_changes(
@@ -145,37 +150,40 @@ def smallest_changes(
     lengths: Lengths,
     offers: Offers = Offers(),
 ) -> list[Way]:
-    """Ways to fit, the smallest change first, one of each kind. Empty if no known way fits.
+    """Ways that fit in `memory` bytes on each GPU, at most one of each kind, the smallest change first.
 
-    The first three kinds keep the result; the others change it, as their changes say.
+    Kinds with the same result: the settings that Lorry changes on its own, another sharding, another number of GPUs.
+    Kinds with another result: a base in 4 bits, smaller pictures, shorter samples. Empty if no way fits.
     """
     kinds: list[Iterator[Way]] = [
         iter([plan_training(shape, settings, processes, dtype, memory, lengths)]),
-        _with_other_sharding(shape, settings, processes, dtype, memory, lengths, offers),
-        _on_other_gpus(shape, settings, processes, dtype, memory, lengths, offers),
-        _in_4bit(shape, settings, processes, dtype, memory, lengths) if offers.bitsandbytes else iter(()),
-        _fewer_pixels(shape, settings, processes, dtype, memory, lengths),
-        _shorter(shape, settings, processes, dtype, memory, lengths),
+        _ways_with_other_sharding(shape, settings, processes, dtype, memory, lengths, offers),
+        _ways_on_other_gpus(shape, settings, processes, dtype, memory, lengths, offers),
+        _ways_in_4bit(shape, settings, processes, dtype, memory, lengths) if offers.bitsandbytes else iter(()),
+        _ways_with_smaller_pictures(shape, settings, processes, dtype, memory, lengths),
+        _ways_with_shorter_samples(shape, settings, processes, dtype, memory, lengths),
     ]
     first_of_each = (next((way for way in kind if way.fits(memory)), None) for kind in kinds)
     return [way for way in first_of_each if way is not None]
 
 
-def _with_other_sharding(
+def _ways_with_other_sharding(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths, offers: Offers
 ) -> Iterator[Way]:
-    """On the same number of GPUs, with another sharding than the recipe's."""
+    """The way on the same number of GPUs with sharding `auto`, if the recipe sets another."""
     if settings.sharding != "auto":
         free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
         way = plan_training(shape, free, processes, dtype, memory, lengths)
         yield replace(way, changes=_changes(settings, way.settings, way.sharding))
 
 
-def _on_other_gpus(
+def _ways_on_other_gpus(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths, offers: Offers
 ) -> Iterator[Way]:
-    """On fewer GPUs, which need no NCCL or split the batch differently, or on more, with which each gets a smaller part
-    of the base under ZeRO-3; the nearest number first."""
+    """Ways on fewer or more GPUs, the nearest number first.
+
+    Fewer may fit, as one GPU needs no NCCL. More may fit, as ZeRO-3 then puts a smaller part of the base on each.
+    """
     free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
     most = min(MOST_GPUS, most_gpus(settings))
     others = [gpus for gpus in range(1, most + 1) if gpus != processes and makes_exact_batches(settings, gpus)]
@@ -186,20 +194,20 @@ def _on_other_gpus(
             yield replace(way, changes=(count, *_changes(settings, way.settings, way.sharding)))
 
 
-def _in_4bit(
+def _ways_in_4bit(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
 ) -> Iterator[Way]:
-    """With the frozen base in 4 bits, which ZeRO-3 cannot share out."""
+    """The way with the frozen base in 4 bits, which ZeRO-3 cannot shard."""
     if shape.quantisation is None and not settings.load_in_4bit and settings.sharding != "zero3":
         changed = settings.model_copy(update={"load_in_4bit": True, "sharding": "none"})
         way = plan_training(shape, changed, processes, dtype, memory, lengths)
         yield replace(way, changes=("train.load_in_4bit=true", *way.changes))
 
 
-def _fewer_pixels(
+def _ways_with_smaller_pictures(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
 ) -> Iterator[Way]:
-    """With smaller pictures: a sample with one gets shorter by the tokens that the picture loses."""
+    """Ways with smaller pictures, the largest first. A sample gets shorter by the tokens that its picture loses."""
     if shape.vision is None or settings.max_pixels is None:
         return
     side = int(shape.vision.get("patch_size", 14)) * int(shape.vision.get("spatial_merge_size", 1))
@@ -211,10 +219,10 @@ def _fewer_pixels(
         yield replace(way, changes=(f"train.max_pixels={pixels} for {settings.max_pixels}", *way.changes))
 
 
-def _shorter(
+def _ways_with_shorter_samples(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
 ) -> Iterator[Way]:
-    """With shorter samples; longer ones would be left out."""
+    """Ways with a lower train.max_length, the longest first; training leaves out the longer samples."""
     length = lengths.longest
     while (length := length * 3 // 4) >= SHORT:
         shorter = replace(lengths, longest=length, answer=min(lengths.answer, length))
@@ -224,10 +232,12 @@ def _shorter(
 
 
 def disk_bytes(shape: ModelShape, settings: Train) -> int:
-    """Bytes that training writes: each adapter, and the checkpoints of one at a time, with the optimizer's two moments;
-    the same for the connector."""
+    """Bytes that training writes to disk at most, over both phases.
+
+    These are all adapters and the checkpoints of one adapter at a time, each with the optimizer's two moments.
+    """
     adapter = 4 * trained_parameters(shape, settings)
-    checkpoints = (settings.keep_checkpoints + 1) * 4 * adapter  # weights, master copy under ZeRO, two moments
+    checkpoints = (settings.keep_checkpoints + 1) * 4 * adapter  # each has weights, ZeRO's master copy and two moments
     first = settings.connector is not None and not settings.trains_connector
     return (
         len(settings.adapters) * adapter

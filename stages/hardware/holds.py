@@ -1,7 +1,7 @@
-"""Holds GPUs against other Lorry processes of this host: a lock file for each GPU, in a folder that all users share.
+"""Reserves GPUs for this Lorry process: a lock file for each GPU, in a folder that all users of the host share.
 
-The locks are flock(2)'s: the kernel drops them when their process dies, however it dies. The files stay and mean
-nothing. /proc/locks says which process holds a lock.
+The locks are those of flock(2), which the kernel releases when their process dies, even by SIGKILL. A file without a
+lock means nothing and stays. /proc/locks says which process holds a lock.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from stages.contract.errors import InterruptedRunError, UsageError
 from stages.hardware.probe import PROC, user_of
 
 FOLDER = Path("/tmp/lorry-gpus")
-"""One for the whole host, since jobs of different users share its GPUs."""
+"""One folder for the whole host, since jobs of different users share its GPUs."""
 
 PATIENCE = 10.0
 """Seconds to wait while another Lorry process chooses GPUs, which takes milliseconds."""
@@ -29,14 +29,16 @@ class Lock:
 
     pid: int
     user: str
+    """Name of the process's user; `?` if it cannot be seen."""
     exclusive: bool
+    """Whether the process shares the GPU with no other."""
 
     def __str__(self) -> str:
         return f"lorry, pid {self.pid} of {self.user}"
 
 
 class Holds:
-    """The GPUs that this process holds, by UUID, until `close` or its death."""
+    """The GPUs that this process holds, by UUID, until it calls `close` or dies."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(os.environ.get("LORRY_GPU_HOLDS") or FOLDER)
@@ -44,9 +46,12 @@ class Holds:
         self._directory: int | None = None
 
     @contextmanager
-    def choosing(self) -> Iterator[None]:
-        """Keep other Lorry processes from choosing meanwhile: if each wants two of three GPUs, only one may fail."""
-        descriptor = self._open("choosing")
+    def choice_lock(self) -> Iterator[None]:
+        """Keep other Lorry processes from choosing GPUs meanwhile. Raises InterruptedRunError after PATIENCE seconds.
+
+        Without it, two processes that each want two of three GPUs could both fail.
+        """
+        descriptor = self._open_lock_file("choosing")
         try:
             until = time.monotonic() + PATIENCE
             while not _try_lock(descriptor, fcntl.LOCK_EX):
@@ -62,9 +67,9 @@ class Holds:
             os.close(descriptor)
 
     def take(self, uuid: str, exclusive: bool) -> bool:
-        """Hold a GPU. False if another process holds it exclusively, or holds it at all and `exclusive` is asked."""
+        """Hold a GPU. Returns False if another process holds it and either of the two does so exclusively."""
         while True:
-            descriptor = self._open(uuid)
+            descriptor = self._open_lock_file(uuid)
             if not _try_lock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH):
                 os.close(descriptor)
                 return False
@@ -74,22 +79,25 @@ class Holds:
             os.close(descriptor)  # a cleaner of /tmp deleted the file between opening and locking
 
     def release(self, uuid: str) -> None:
+        """Release one GPU. Raises KeyError if this process does not hold it."""
         os.close(self._held.pop(uuid))
 
-    def keep(self, uuids: set[str]) -> None:
-        """Release all GPUs but these."""
+    def keep_only(self, uuids: set[str]) -> None:
+        """Release all GPUs except these."""
         for uuid in self._held.keys() - uuids:
             self.release(uuid)
 
     def holders(self, name: str) -> list[Lock]:
-        """The locks that processes hold on a file of the folder, such as a GPU's UUID; empty if none, or if they cannot
-        be seen."""
+        """The locks that processes hold on a file of the folder; `name` is a GPU's UUID, or `choosing`.
+
+        Empty if there are none, or if this process cannot see them.
+        """
         try:
             found = (self.folder / name).lstat()
             table = (PROC / "locks").read_text()
         except OSError:
             return []
-        # on file systems such as btrfs the device numbers differ: they only decide between equal inodes
+        # on file systems such as btrfs the device numbers differ, so they only decide between equal inodes
         device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
         rows = [row for row in map(str.split, table.splitlines()) if _is_flock(row)]
         rows = [row for row in rows if row[5].rpartition(":")[2] == str(found.st_ino)]
@@ -97,15 +105,15 @@ class Holds:
         return [Lock(int(row[4]), user_of(int(row[4])), row[3] == "WRITE") for row in same or rows]
 
     def close(self) -> None:
-        """Release everything."""
+        """Release all GPUs and the folder."""
         for uuid in [*self._held]:
             self.release(uuid)
         if self._directory is not None:
             os.close(self._directory)
             self._directory = None
 
-    def _open(self, name: str) -> int:
-        """Open a lock file, or create it. It is opened for reading, which is enough to lock another user's file.
+    def _open_lock_file(self, name: str) -> int:
+        """Open a lock file, or create it. Opening it for reading is enough to lock it, also if another user owns it.
 
         Links are not followed, and an existing file is not opened with O_CREAT, which fs.protected_regular refuses for
         other users' files.
@@ -124,7 +132,7 @@ class Holds:
             raise self._unusable_error(name, error.strerror or str(error)) from error
 
     def _open_directory(self) -> int:
-        """Open the folder, or create it. It stays locked (shared), so that systemd-tmpfiles does not delete it."""
+        """Open the folder, or create it. A shared lock on it keeps systemd-tmpfiles from deleting it."""
         if self._directory is None:
             with suppress(FileExistsError):
                 self.folder.mkdir(parents=True)
@@ -135,13 +143,14 @@ class Holds:
         return self._directory
 
     def _require_regular(self, descriptor: int) -> int:
-        """The descriptor. Raises OSError, and closes it, if it is not a regular file's."""
+        """The same descriptor. If it is not that of a regular file, closes it and raises OSError."""
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError("not a regular file")
         return descriptor
 
     def _is_current(self, name: str, descriptor: int) -> bool:
+        """Whether a descriptor is still that of the file with this name."""
         try:
             now = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
         except FileNotFoundError:
@@ -149,14 +158,15 @@ class Holds:
         return os.path.samestat(now, os.fstat(descriptor))
 
     def _unusable_error(self, name: str, why: str) -> UsageError:
+        """The error for a lock file that cannot be used."""
         return UsageError(
-            f"{self.folder}/{name}: cannot hold a GPU with this file ({why}); it must be a regular file in a folder of"
-            f" mode 1777: sudo rm -rf {self.folder} while no Lorry process runs, or name another folder for all users"
-            " (LORRY_GPU_HOLDS)"
+            f"{self.folder}/{name}: cannot hold a GPU with this file ({why}); delete the folder while no Lorry"
+            f" process runs (sudo rm -rf {self.folder}), or name another one of mode 1777 (LORRY_GPU_HOLDS)"
         )
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:
+    """Lock a file without waiting. Returns False if another process has it locked."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -165,5 +175,5 @@ def _try_lock(descriptor: int, kind: int) -> bool:
 
 
 def _is_flock(row: list[str]) -> bool:
-    """Whether a line of /proc/locks is a lock that a process holds, not one that it waits for."""
+    """Whether a line of /proc/locks is a flock that a process holds, and not one that it waits for."""
     return len(row) > 5 and row[1] == "FLOCK"

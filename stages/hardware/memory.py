@@ -1,6 +1,6 @@
 """Estimates the memory that training an adapter or a connector takes on each GPU, from the model's shape alone.
 
-The tensors that autograd keeps are counted one by one for a decoder layer as transformers runs it: RMSNorm in float32,
+It counts one by one the tensors that autograd keeps in a decoder layer as transformers runs it: RMSNorm in float32,
 scaled dot-product attention, a gated MLP, and PEFT's LoRA in float32 under autocast. Constants without a source were
 measured on an H200 with torch 2.11 (benchmarks/memory.py; docs/measurements.md). Sizes are in bytes.
 """
@@ -22,7 +22,7 @@ NCCL = 1_000_000_000
 """NCCL's buffers and channels for each process in a group; measured with a group of one (under ZeRO-2)."""
 
 ZERO_BUCKET = 20_000_000
-"""Elements that ZeRO reduces or gathers at a time: a buffer of 40 to 80 MB. DeepSpeed's default of 500 million would
+"""Elements that ZeRO reduces or gathers at a time, in a buffer of 40 to 80 MB. DeepSpeed's default of 500 million would
 take 1 GB or more for gradients that LoRA does not have."""
 ZERO3_LIVE = 500_000_000
 """Weights that a GPU gathers at a time under ZeRO-3, if the current layer is smaller: 1 GB in 16 bits, two layers of a
@@ -53,9 +53,9 @@ MGM_READS = 16
 reordered parts and their normalised copy in float32, the last in 16 bits too, and the projections. Traced in float32,
 read from the source for autocast; not measured on a GPU."""
 MGM_READS_BACK = 20
-"""The same in the backward pass of one picture, when the connector is trained."""
+"""Bytes per channel and position in the backward pass of one picture, if the connector is trained."""
 MGM_KEEPS = {True: 5, False: 15}
-"""The same for what each picture keeps for that backward pass, with and without gradient checkpointing."""
+"""Bytes per channel and position that each picture keeps for that backward pass, by gradient checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,28 @@ class Lengths:
     """Length of the shortest prompt before an answer; None: all samples are alike."""
 
     def logit_positions(self, micro_batch: int) -> int:
-        """The most positions of a micro-batch that can get logits. With several samples, ms-swift takes all from the
-        start of the first answer to the end of the longest sample."""
+        """The maximum number of positions in a micro-batch that get logits.
+
+        With several samples, ms-swift computes them from the first answer's start to the longest sample's end.
+        """
         if micro_batch == 1 or self.shortest_prompt is None:
             return micro_batch * self.answer
         return micro_batch * (self.longest - min(self.shortest_prompt, self.longest - self.answer))
 
 
-def lengths_at_most(recipe: Recipe) -> Lengths:
-    """The longest that the recipe allows, before there are samples: max_length, with an answer of infer.max_new_tokens;
-    in a micro-batch of several, next to a sample with an empty prompt."""
+def max_lengths(recipe: Recipe) -> Lengths:
+    """The longest samples that the recipe allows, for an estimate before preprocess has run.
+
+    A sample has train.max_length tokens, of which infer.max_new_tokens are the answer. In a micro-batch of several,
+    one sample has an empty prompt.
+    """
     longest = recipe.train.max_length
     return Lengths(longest, min(longest, recipe.infer.max_new_tokens), shortest_prompt=0)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The peak on one GPU in bytes, by what takes memory at that moment."""
+    """The peak memory on one GPU, in bytes, split into what takes it at that moment."""
 
     weights: int
     adapter: int
@@ -98,20 +103,22 @@ class Estimate:
     fragmentation: int
 
     def parts(self) -> dict[str, int]:
+        """Bytes of each part, by its name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def total(self) -> int:
+        """Bytes of all parts together: the peak."""
         return sum(self.parts().values())
 
 
 def estimate(
     shape: ModelShape, settings: Train, batch: BatchPlan, dtype: str, sharding: str, lengths: Lengths
 ) -> Estimate:
-    """The peak on one GPU.
+    """The peak memory of training on one GPU.
 
-    It is the largest of these moments: the loss, with the activations of all layers and the logits; the backward pass
-    through a layer, with that layer's working set and, at its end, all gradients; and the reading of MGM's pictures.
+    It is the maximum of four moments: the loss, with the activations of all layers and the logits; the backward pass of
+    the last layer and that of the first, with a layer's working set; and the reading of MGM's pictures.
     """
     size = FLOAT32 if dtype == "float32" else 2
     tokens = batch.micro_batch * lengths.longest
@@ -123,7 +130,7 @@ def estimate(
     gradients = adapter * FLOAT32 if sharding == "none" else adapter * size + ZERO_BUCKET * FLOAT32
 
     connector = _connector_activations(shape, settings) * tokens
-    of_pictures, reading = _large_maps(shape, settings, batch.micro_batch)
+    of_pictures, reading = _large_map_bytes(shape, settings, batch.micro_batch)
     connector += of_pictures
     layer = _layer_activations(shape, settings, size, batch.micro_batch, lengths.longest) * tokens
     # with a GPTQ base autograd also keeps each module's unpacked weights, for any number of tokens
@@ -140,7 +147,7 @@ def estimate(
     at_pictures = (connector + reading, 0, gradients if settings.trains_connector else earlier)
     activations, of_logits, alive = max(at_loss, in_first, in_last, at_pictures, key=sum)
 
-    weights = _weights(shape, settings, size, sharding, batch.gpus)
+    weights = _weight_bytes(shape, settings, size, sharding, batch.gpus)
     grouped = batch.gpus > 1 or sharding != "none"
     parts = weights + held + moments + activations
     return Estimate(
@@ -156,20 +163,23 @@ def estimate(
 
 
 def trained_parameters(shape: ModelShape, settings: Train) -> int:
-    """Number of parameters that get gradients: LoRA's, or in the first phase the connector's."""
+    """The number of parameters that get gradients: those of LoRA, or in the first phase those of the connector."""
     if not settings.trains_connector:
         return adapter_parameters(shape, settings)
     return sum(weight.count for weight in shape.weights if _is_connector(weight.name))
 
 
 def adapter_parameters(shape: ModelShape, settings: Train) -> int:
-    """Number of parameters that LoRA adds: rank x (inputs + outputs) for each adapted module."""
+    """The number of parameters that LoRA adds: rank x (inputs + outputs) for each adapted module (arXiv:2106.09685)."""
     return sum(settings.rank * sum(shape.linears[name]) for name in adapted_modules(shape, settings))
 
 
 def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
-    """Paths of the linear modules that get LoRA, as ms-swift and PEFT choose them: not the head, not a frozen vision
-    tower, and none at all when the connector is trained."""
+    """Paths of the linear modules that get LoRA, by the rules of ms-swift and PEFT.
+
+    The head never gets LoRA, nor does a frozen vision tower. In the first phase, which trains the connector, no module
+    does.
+    """
     if settings.trains_connector:
         return []
     linears = [name for name in shape.linears if name.rpartition(".")[2] != "lm_head"]
@@ -183,14 +193,15 @@ def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
     return [name for name in linears if any(name == one or name.endswith(f".{one}") for one in wanted)]
 
 
-def missing_from_estimate(shape: ModelShape, settings: Train) -> str | None:
-    """What the estimate of this training's memory lacks, in words; None if it is complete."""
+def gap_in_estimate(shape: ModelShape, settings: Train) -> str | None:
+    """What the estimate of this training does not count, as text; None if it counts all."""
     if settings.freeze_vision or not any(map(_is_vision, adapted_modules(shape, settings))):
         return None
-    return "what an adapted vision tower keeps of its pictures for the backward pass (train.freeze_vision is false)"
+    return "activations of the adapted vision tower (train.freeze_vision is false)"
 
 
 def _is_vision(module: str) -> bool:
+    """Whether a module is part of a vision tower or of a connector."""
     towers = {"visual", "vision_tower", "vision_tower_aux", "vision_model"}
     return bool(towers & set(module.split("."))) or _is_connector(module)
 
@@ -207,7 +218,7 @@ def _adapted_in_layers(shape: ModelShape, settings: Train) -> list[str]:
 
 
 def _packed_in_layers(shape: ModelShape) -> list[tuple[int, int]]:
-    """Inputs and outputs of the decoder layers' modules whose weights are stored quantised."""
+    """Inputs and outputs of the modules in decoder layers whose weights are stored quantised."""
     return [shape.linears[name] for name in shape.packed if _is_in_a_layer(name)]
 
 
@@ -217,16 +228,20 @@ def _is_in_a_layer(linear: str) -> bool:
 
 
 def _connector_activations(shape: ModelShape, settings: Train) -> int:
-    """Bytes per token that a connector in training keeps: input and output of its linear modules, as in float32. Every
-    token counts as a picture's."""
+    """Bytes per token that the connector keeps for its backward pass: inputs and outputs of its modules in float32.
+
+    Every token counts as a token of a picture. 0 if the connector is not trained.
+    """
     if not settings.trains_connector:
         return 0
     return FLOAT32 * sum(sum(sizes) for name, sizes in shape.linears.items() if _is_connector(name))
 
 
-def _large_maps(shape: ModelShape, settings: Train, micro_batch: int) -> tuple[int, int]:
-    """Bytes that MGM's pictures keep, one per sample, and bytes that reading one of them takes: it reads them one by
-    one. 0 for other models, where pictures are small compared with their tokens."""
+def _large_map_bytes(shape: ModelShape, settings: Train, micro_batch: int) -> tuple[int, int]:
+    """Bytes that MGM keeps for the pictures of a micro-batch, one per sample, and bytes that reading one picture takes.
+
+    MGM reads them one by one. Both are 0 for other models, whose pictures are small compared with their tokens.
+    """
     if shape.vision_aux is None:
         return 0, 0
     tower = shape.vision_aux
@@ -236,8 +251,8 @@ def _large_maps(shape: ModelShape, settings: Train, micro_batch: int) -> tuple[i
     return MGM_KEEPS[settings.gradient_checkpointing] * micro_batch * size, MGM_READS_BACK * size
 
 
-def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
-    """Bytes of the frozen base on one GPU. Weights that a file has in integers (GPTQ) keep their size."""
+def _weight_bytes(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
+    """Bytes of the frozen base on one GPU. Weights that are stored as integers (GPTQ) keep their size."""
     total = 0.0
     in_4bit = (
         {name for name in shape.linears if name.rpartition(".")[2] != "lm_head"}
@@ -255,13 +270,14 @@ def _weights(shape: ModelShape, settings: Train, size: int, sharding: str, gpus:
             total += weight.stored_bytes
     if sharding != "zero3" or gpus == 1:
         return round(total)
-    # gathered at a time: a layer, and with it the head, the embeddings or the next layers
+    # ZeRO-3 gathers a layer at a time, together with the head, the embeddings or the next layers
     layer = sum(prod(sizes) for name, sizes in shape.linears.items() if _is_in_a_layer(name)) // shape.layers
     largest = max(weight.count for weight in shape.weights)
     return round(total / gpus) + size * (max(ZERO3_LIVE, largest) + max(ZERO3_PREFETCH, layer))
 
 
 def _inputs_of(shape: ModelShape, modules: Iterable[str]) -> int:
+    """The sum of the modules' input sizes."""
     return sum(shape.linears[name][0] for name in modules)
 
 
@@ -282,7 +298,7 @@ def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batc
 
 
 def _layer_working_set(shape: ModelShape, settings: Train, sharding: str) -> int:
-    """Bytes per token that one layer's backward pass needs besides the kept activations; the MLP takes most."""
+    """Bytes per token that the backward pass of one layer needs besides the kept activations; the MLP takes most."""
     adapts_mlp = any(shape.linears[name][0] == shape.intermediate for name in _adapted_in_layers(shape, settings))
     # without sharding LoRA is in float32, and so are the gradients through it
     in_float32 = adapts_mlp and sharding == "none"

@@ -1,4 +1,4 @@
-"""Chooses a job's GPUs: those that the user names, or those with the most free memory that the job fits on (`auto`)."""
+"""Chooses a job's GPUs: the named ones, or with `auto` those with the most free memory on which the job fits."""
 
 import os
 import re
@@ -20,48 +20,51 @@ Bytes = Callable[[int, Capability], int]
 
 @dataclass(frozen=True)
 class Need:
-    """What a job needs of each GPU."""
+    """The memory that a job needs on each GPU, and the numbers of GPUs that it can use."""
 
     asked: Bytes
-    """Need of the recipe's own way."""
+    """Memory for training as the recipe asks."""
     least: Bytes
-    """Need of the way with the same result that takes least memory; used if too few GPUs have `asked` free."""
+    """Least memory for the same result; it decides if too few GPUs have `asked` free."""
     most: int
-    """The most GPUs that the job can use."""
+    """The largest number of GPUs that the job can use."""
     usable: Callable[[int], bool] = lambda _number: True
     """Whether the job can use exactly this number of GPUs."""
 
     @staticmethod
     def of(amount: int, most: int = 1) -> "Need":
-        """The same need on any number of GPUs."""
+        """The need of a job that takes `amount` bytes on each GPU, whatever their number."""
         return Need(lambda _number, _capability: amount, lambda _number, _capability: amount, most)
 
 
 @dataclass(frozen=True)
 class Wish:
-    """A parsed GPUS: names of GPUs, or `auto` with or without a number."""
+    """The parsed value of GPUS: names of GPUs, or `auto` with or without a number."""
 
     text: str
     names: tuple[str, ...] = ()
     auto: bool = False
     count: int | None = None
+    """The number in `auto:4`; None: as many as the job can use."""
 
 
 @dataclass(frozen=True)
 class Pick:
-    """The GPUs that `auto` took, by index, and a line on each."""
+    """The GPUs that `auto` took, sorted by index, and a line to print about each."""
 
     cards: tuple[Gpu, ...]
     lines: tuple[str, ...]
 
 
 def parse_wish(text: str) -> Wish:
-    """Parse GPUS. Raises UsageError for a text that is neither a list of GPUs nor `auto` with a number from 1 on."""
+    """Parse the value of GPUS. Raises UsageError if it is neither a list of GPUs, nor `auto`, nor `auto:N`."""
     text = text.strip()
     if re.match(r"auto\b", text):
         found = re.fullmatch(r"auto(?::([1-9][0-9]*))?", text)
         if not found:
-            raise UsageError(f"GPUS={text}: write auto, or auto:4 for exactly four GPUs; a list of GPUs has no auto")
+            raise UsageError(
+                f"GPUS={text}: not a list of GPUs, nor auto; write 0,2 or auto, or auto:4 for exactly four GPUs"
+            )
         return Wish(text, auto=True, count=int(found[1]) if found[1] else None)
     names = tuple(name.strip() for name in text.split(","))
     if not all(names):
@@ -73,24 +76,25 @@ def parse_wish(text: str) -> Wish:
 
 
 def denied_cards(text: str | None, gpus: tuple[Gpu, ...]) -> frozenset[int]:
-    """Indexes of the GPUs that LORRY_GPU_DENY denies. Raises UsageError for an entry that is not a GPU: after a typing
-    error no GPU may be used by mistake."""
+    """Indexes of the GPUs that LORRY_GPU_DENY denies.
+
+    Raises UsageError for an entry that is not a GPU: a typing error must not let a job use a denied GPU.
+    """
     if not text or not text.strip():
         return frozenset()
     where, denied = f"LORRY_GPU_DENY={text.strip()}", set()
     for name in (name.strip() for name in text.split(",")):
         if _may_be_lost(name, gpus):
             continue
-        denied.add(_find(name, gpus, where).index)
+        denied.add(_find_gpu(name, gpus, where).index)
     return frozenset(denied)
 
 
 def hide_denied_cards(needs_one: bool = True) -> None:
     """Remove the GPUs in LORRY_GPU_DENY from CUDA_VISIBLE_DEVICES, for this process and those that it starts.
 
-    For a stage that is started on its own, not by `lorry launch`, which chooses its GPUs. Raises UsageError for an
-    entry that is not a GPU, and DoesNotFitError if no GPU is left and the stage needs one: it would take hours on a
-    CPU.
+    A stage that `lorry launch` did not start needs this. Raises UsageError for an entry that is not a GPU, and
+    DoesNotFitError if no GPU is left and `needs_one`, as the stage would take hours on a CPU.
     """
     text = os.environ.get("LORRY_GPU_DENY", "").strip()
     gpus = read_cards().gpus if text and os.environ.get("LORRY_TARGET") != "cpu" else ()
@@ -101,7 +105,7 @@ def hide_denied_cards(needs_one: bool = True) -> None:
     left = [gpu for gpu in shown if gpu.index not in denied]
     if not left and needs_one:
         raise DoesNotFitError(
-            f"LORRY_GPU_DENY={text}: denies every GPU here ({_describe(shown)}); LORRY_TARGET=cpu computes without GPUs"
+            f"LORRY_GPU_DENY={text}: denies every GPU here ({_gpu_names(shown)}); allow one, or set LORRY_TARGET=cpu"
         )
     if len(left) < len(shown):  # NVML numbers GPUs by their place on the bus
         numbers = ",".join(str(gpu.index) for gpu in left)
@@ -109,13 +113,16 @@ def hide_denied_cards(needs_one: bool = True) -> None:
 
 
 def named_cards(wish: Wish, gpus: tuple[Gpu, ...], denied: frozenset[int]) -> tuple[Gpu, ...]:
-    """The GPUs of a list, in its order. Raises UsageError for a GPU that does not exist, is named twice, is denied or
-    in MIG mode, and DoesNotFitError for one that no longer answers."""
+    """The GPUs that the user named, in that order.
+
+    Raises UsageError for a GPU that does not exist, is named twice, is denied or in MIG mode, and DoesNotFitError for
+    one that no longer answers.
+    """
     where, chosen = f"GPUS={wish.text}", []
     for name in wish.names:
-        gpu = _find(name, gpus, where)
+        gpu = _find_gpu(name, gpus, where)
         if gpu in chosen:
-            raise UsageError(f"{where}: names {gpu} twice; this machine has: {_describe(gpus)}")
+            raise UsageError(f"{where}: names {gpu} twice; name each GPU once; this machine has: {_gpu_names(gpus)}")
         refuse_unusable(gpu, where, denied)
         chosen.append(gpu)
     return tuple(chosen)
@@ -137,9 +144,9 @@ def refuse_unusable(gpu: Gpu, where: str, denied: frozenset[int]) -> None:
         )
 
 
-def _find(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
-    """The GPU with an index, a UUID, or a beginning of a UUID that no other GPU has."""
-    here = f"this machine has: {_describe(gpus)}"
+def _find_gpu(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
+    """The GPU that has `name` as its index, or whose UUID alone begins with it. Raises UsageError if there is none."""
+    here = f"this machine has: {_gpu_names(gpus)}"
     if name.upper().startswith("MIG-"):
         raise UsageError(f"{where}: {name} is a MIG slice, and Lorry binds whole GPUs; name one; {here}")
     if name.upper().startswith("GPU-"):
@@ -160,19 +167,22 @@ def _find(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
 
 
 def _may_be_lost(name: str, gpus: tuple[Gpu, ...]) -> bool:
-    """Whether a UUID that no GPU has may belong to a GPU that no longer reports its own."""
+    """Whether a UUID is unknown here, but may be that of a GPU that no longer reports its UUID."""
     known = any(gpu.uuid.lower().startswith(name.lower()) for gpu in gpus if gpu.uuid)
     return name.upper().startswith("GPU-") and not known and any(not gpu.uuid for gpu in gpus)
 
 
-def _describe(gpus: tuple[Gpu, ...]) -> str:
+def _gpu_names(gpus: tuple[Gpu, ...]) -> str:
+    """Index and name of each GPU, as text."""
     return "; ".join(f"{gpu.index} {gpu.name or 'lost'}" for gpu in gpus) or "none that NVML shows"
 
 
 def hold_named(cards: tuple[Gpu, ...], where: str, holds: Holds) -> None:
-    """Hold GPUs that the user named, which several jobs may share. Raises InterruptedRunError if GPUS=auto of another
-    process holds one."""
-    with holds.choosing():
+    """Hold the GPUs that the user named, which several jobs may share.
+
+    Raises InterruptedRunError if another process holds one of them for itself, as GPUS=auto does.
+    """
+    with holds.choice_lock():
         for gpu in cards:
             if not holds.take(gpu.uuid, exclusive=False):
                 holder = next(iter(holds.holders(gpu.uuid)), "another Lorry process")
@@ -188,12 +198,12 @@ def hold_named(cards: tuple[Gpu, ...], where: str, holds: Holds) -> None:
 def pick_cards(
     wish: Wish, need: Need, gpus: tuple[Gpu, ...], denied: frozenset[int], holds: Holds, oldest: Capability = (0, 0)
 ) -> Pick:
-    """The GPUs for `auto`, held by this process alone: those with the most free memory of one compute capability, not
-    below `oldest`; as many as the wish says, or all that the job fits on and can use.
+    """Choose the GPUs for `auto` and hold them for this process alone.
 
-    Raises DoesNotFitError if too few are free, with one reason for each GPU.
+    It takes those with the most free memory, all of one compute capability from `oldest` on: as many as the wish says,
+    or all that the job can use. Raises DoesNotFitError, with one reason for each GPU, if too few have enough free.
     """
-    with holds.choosing():
+    with holds.choice_lock():
         free, reasons = [], {}
         for gpu in sorted(gpus, key=lambda gpu: (-gpu.memory_free, gpu.index)):
             reason = reason_to_skip(gpu, denied, oldest)
@@ -205,19 +215,19 @@ def pick_cards(
             else:
                 free.append(gpu)
         for amount in (need.asked, need.least):
-            taken = _best(free, wish.count, need, amount)
+            taken = _best_gpus(free, wish.count, need, amount)
             if taken:
                 break
         for gpu in free:
             if gpu not in taken:
                 holds.release(gpu.uuid)
     if not taken:
-        raise DoesNotFitError(_refusal(wish, need, gpus, free, reasons))
-    return Pick(taken, tuple(_lines(taken, need)))
+        raise DoesNotFitError(_refusal_text(wish, need, gpus, free, reasons))
+    return Pick(taken, tuple(_choice_lines(taken, need)))
 
 
 def reason_to_skip(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0)) -> str:
-    """Why a GPU cannot be taken, however much memory is free; empty if it can."""
+    """Why `auto` cannot take a GPU, apart from memory; empty if it can."""
     if gpu.index in denied:
         return "in LORRY_GPU_DENY"
     if gpu.lost:
@@ -225,14 +235,14 @@ def reason_to_skip(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0)
     if gpu.mig:
         return "in MIG mode"
     if gpu.capability < oldest:
-        return f"older than the target ({_version(gpu.capability)} < {_version(oldest)})"
+        return f"older than the target ({_version_text(gpu.capability)} < {_version_text(oldest)})"
     return ""
 
 
-def _best(free: list[Gpu], count: int | None, need: Need, amount: Bytes) -> tuple[Gpu, ...]:
-    """The GPUs to take, by index; none if too few fit. `free` has those with the most free memory first.
+def _best_gpus(free: list[Gpu], count: int | None, need: Need, amount: Bytes) -> tuple[Gpu, ...]:
+    """The GPUs to take, sorted by index; empty if the job fits on too few. `free` is sorted by free memory, most first.
 
-    Of several kinds of card, the kind with the most GPUs that fit, then the newer.
+    Of several compute capabilities, that with the most GPUs that fit is chosen, then the newer.
     """
     found: list[tuple[int, Capability, list[Gpu]]] = []
     kinds = sorted(free, key=lambda gpu: gpu.capability)
@@ -247,27 +257,32 @@ def _best(free: list[Gpu], count: int | None, need: Need, amount: Bytes) -> tupl
     return tuple(sorted(chosen, key=lambda gpu: gpu.index))
 
 
-def _lines(taken: tuple[Gpu, ...], need: Need) -> list[str]:
+def _choice_lines(taken: tuple[Gpu, ...], need: Need) -> list[str]:
+    """A line on each GPU that was taken, and one more if some have less free than the recipe asks for."""
     number, capability = len(taken), taken[0].capability
     asked = need.asked(number, capability)
     lines = [
-        f"{gpu}: taken, {gib(gpu.memory_free)} GiB free of {gib(gpu.memory_total)}, {gib(asked)} asked for"
+        f"{gpu}: taken, {gib_text(gpu.memory_free)} GiB free of {gib_text(gpu.memory_total)},"
+        f" {gib_text(asked)} asked for"
         for gpu in taken
     ]
     if min(gpu.memory_free for gpu in taken) < asked:
-        least = gib(need.least(number, capability))
-        lines.append(f"no {number} GPUs have that free: the same result in less memory, down to {least} GiB per GPU")
+        least = gib_text(need.least(number, capability))
+        lines.append(
+            f"some have less free than asked for; train reaches the same result with down to {least} GiB per GPU"
+        )
     return lines
 
 
-def _refusal(wish: Wish, need: Need, gpus: tuple[Gpu, ...], free: list[Gpu], reasons: dict[int, str]) -> str:
+def _refusal_text(wish: Wish, need: Need, gpus: tuple[Gpu, ...], free: list[Gpu], reasons: dict[int, str]) -> str:
+    """Why `auto` finds too few GPUs: the memory needed, the state of each GPU, and what to do."""
     if not gpus:
         return f"GPUS={wish.text}: NVML shows no GPU on this machine; name GPUs, or use TARGET=cpu"
     newest = max(gpu.capability for gpu in free or gpus)
     possible = filter(need.usable, range(1, max(min(len(free), need.most), 1) + 1))
     number = wish.count or min(possible, key=lambda number: need.least(number, newest))
     asked, least = need.asked(number, newest), need.least(number, newest)
-    lean = f" ({gib(least)} at least)" if least < asked else ""
+    lean = f" ({gib_text(least)} at least)" if least < asked else ""
     states = []
     for gpu in gpus:
         fits = gpu.memory_free >= need.least(number, gpu.capability) if gpu in free else False
@@ -275,23 +290,24 @@ def _refusal(wish: Wish, need: Need, gpus: tuple[Gpu, ...], free: list[Gpu], rea
         states.append(f"GPU {gpu.index}: {state}")
     too_few = f"no {number} GPUs of one kind have" if number > 1 else "no GPU has"
     return (
-        f"GPUS={wish.text}: {too_few} {gib(asked)} GiB free{lean}: {'; '.join(states)}; wait"
+        f"GPUS={wish.text}: {too_few} {gib_text(asked)} GiB free{lean}: {'; '.join(states)}; wait"
         f"{', use fewer GPUs' if (wish.count or 0) > 1 else ''}, or see `lorry plan` for settings that need less"
     )
 
 
 def describe_memory(gpu: Gpu) -> str:
-    """How much of a GPU is free, and which processes hold the rest."""
-    largest = [f"{holder} {gib(holder.memory)}" if holder.memory else str(holder) for holder in gpu.processes[:2]]
+    """How much memory of a GPU is free, and which processes hold most of the rest, as text."""
+    largest = [f"{holder} {gib_text(holder.memory)}" if holder.memory else str(holder) for holder in gpu.processes[:2]]
     more = f" and {len(gpu.processes) - 2} more" if len(gpu.processes) > 2 else ""
     held = f", held by {', '.join(largest)}{more}" if largest else ""
-    return f"{gib(gpu.memory_free)} GiB free of {gib(gpu.memory_total)}{held}"
+    return f"{gib_text(gpu.memory_free)} GiB free of {gib_text(gpu.memory_total)}{held}"
 
 
-def gib(amount: int) -> str:
-    """Bytes as text in GiB, with one decimal."""
+def gib_text(amount: int) -> str:
+    """Bytes as a number of GiB with one decimal, without the unit."""
     return f"{amount / GIB:.1f}"
 
 
-def _version(capability: Capability) -> str:
+def _version_text(capability: Capability) -> str:
+    """A compute capability as NVIDIA writes it, such as 8.0."""
     return f"{capability[0]}.{capability[1]}"

@@ -1,4 +1,4 @@
-"""Probes this machine: processors, memory, NVIDIA GPUs."""
+"""Reads what this machine has: CPUs, memory, NVIDIA GPUs."""
 
 import os
 import pwd
@@ -14,7 +14,7 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that uses a GPU. `?` is a name that cannot be seen, as from inside a container."""
+    """A process that uses a GPU. Its name and user are `?` if they cannot be seen, as from inside a container."""
 
     pid: int
     name: str
@@ -49,38 +49,39 @@ class Gpu:
         return f"GPU {self.index} ({self.name})" if self.name else f"GPU {self.index}"
 
     def identity(self) -> dict[str, Any]:
-        """The facts that a manifest records: nothing that other processes on the GPU change."""
+        """The GPU's fields for a manifest, without those that other processes on the GPU change."""
         passing = ("memory_free", "processes", "lost")
         return {key: value for key, value in asdict(self).items() if key not in passing}
 
 
 @dataclass(frozen=True)
 class Cards:
-    """The GPUs that the NVIDIA driver shows, and why it shows none if there should be some."""
+    """The GPUs that the NVIDIA driver shows, or the reason why it shows none."""
 
     gpus: tuple[Gpu, ...]
     driver: str = ""
-    """Its version; empty if it does not answer."""
+    """The driver's version; empty if it does not answer."""
     problem: str = ""
-    """Why an installed driver does not answer, and the cure, in one line."""
+    """Why an installed driver does not answer, and the cure, in one line; else empty."""
 
 
 @dataclass(frozen=True)
 class Machine:
+    """What this process can use of the machine."""
+
     cpus: int
     """CPUs that this process may use."""
     memory_bytes: int
     gpus: tuple[Gpu, ...]
     problem: str = ""
-    """Why the GPUs of this machine cannot be seen, if it seems to have some."""
+    """Why this machine's GPUs cannot be seen, although a driver is installed; else empty."""
 
 
 def probe() -> Machine:
-    """The machine as this process sees it. A host without the NVIDIA driver has no GPUs; that is no error.
+    """The CPUs, memory and GPUs that this process can use. Without the NVIDIA driver there are no GPUs, and no error.
 
-    CUDA_VISIBLE_DEVICES, which `lorry launch` sets for a local process, hides GPUs here as it does from CUDA. With
-    LORRY_TARGET=cpu, which the CPU images and the demo set, GPUs are not used. A GPU that no longer answers is left
-    out: nothing can compute on it.
+    GPUs that CUDA_VISIBLE_DEVICES hides are left out, as CUDA does. So are GPUs that no longer answer. With
+    LORRY_TARGET=cpu, which the CPU images and the demo set, there are no GPUs.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cards = Cards(()) if os.environ.get("LORRY_TARGET") == "cpu" else read_cards()
@@ -94,7 +95,10 @@ def probe() -> Machine:
 
 
 def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES shows: numbers or UUIDs, up to the first that is neither."""
+    """The GPUs that CUDA_VISIBLE_DEVICES, whose value is `setting`, shows; None: all.
+
+    As in CUDA, an entry that is no GPU's number or UUID hides itself and all entries after it.
+    """
     if setting is None:
         return gpus
     chosen: list[Gpu] = []
@@ -107,7 +111,7 @@ def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
 
 
 def read_cards() -> Cards:
-    """Every GPU that the NVIDIA driver shows, with those that no longer answer. Never raises an error of the driver."""
+    """All GPUs that the NVIDIA driver shows, also lost ones. An error of the driver is in `problem`, and not raised."""
     import pynvml
 
     try:
@@ -118,14 +122,14 @@ def read_cards() -> Cards:
         driver = str(pynvml.nvmlSystemGetDriverVersion())
         return Cards(tuple(_gpu(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount())), driver)
     except pynvml.NVMLError as error:
-        return Cards((), problem=f"the NVIDIA driver has stopped answering ({error}): see `dmesg`, and reboot")
+        return Cards((), problem=f"the NVIDIA driver has stopped answering ({error}); see `dmesg`, and reboot")
     finally:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
 
 
 def has_card_on_bus() -> bool:
-    """Whether an NVIDIA card is on the PCI bus, with a driver or without."""
+    """Whether an NVIDIA card is on the PCI bus, with or without a driver."""
     for device in PCI_DEVICES.glob("*"):
         try:
             vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
@@ -142,7 +146,7 @@ def _driver_problem(pynvml: Any, error: Any) -> str:
         return ""
     if isinstance(error, pynvml.NVMLError_LibRmVersionMismatch):
         return (
-            "NVIDIA driver/library version mismatch: the driver was updated and the old kernel module still runs:"
+            "NVIDIA driver/library version mismatch: the driver was updated and the old kernel module still runs;"
             " reboot, or end what uses the GPUs and reload it (sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia;"
             " sudo modprobe nvidia)"
         )
@@ -150,14 +154,14 @@ def _driver_problem(pynvml: Any, error: Any) -> str:
         if not has_card_on_bus():  # the library alone, as in an image or on a build machine
             return ""
         return (
-            "the NVIDIA kernel module is not loaded, and a card is on the PCI bus: sudo modprobe nvidia (after a"
+            "the NVIDIA kernel module is not loaded, and a card is on the PCI bus; sudo modprobe nvidia (after a"
             " kernel update, install the driver again)"
         )
-    return f"the NVIDIA driver does not answer ({error}): see `nvidia-smi` and `dmesg`"
+    return f"the NVIDIA driver does not answer ({error}); see `nvidia-smi` and `dmesg`"
 
 
 def _gpu(pynvml: Any, index: int, driver: str) -> Gpu:
-    """One GPU. It is lost if it does not report what every GPU reports; other queries it may refuse."""
+    """The GPU with an index in NVML. It counts as lost if it refuses a query that every working GPU answers."""
     uuid = name = ""
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -172,15 +176,17 @@ def _gpu(pynvml: Any, index: int, driver: str) -> Gpu:
             memory_free=free,
             driver=driver,
             processes=_holders(pynvml, handle),
-            mig=_in_mig_mode(pynvml, handle),
+            mig=_is_in_mig_mode(pynvml, handle),
         )
     except pynvml.NVMLError as error:
         return Gpu(index, uuid, name, (0, 0), 0, 0, driver, lost=str(error))
 
 
 def _memory(pynvml: Any, handle: Any) -> tuple[int, int]:
-    """Total and free bytes of a GPU. 0 if it does not report them: one that shares the CPU's memory, or one in MIG
-    mode when the user lacks permission."""
+    """Total and free bytes of a GPU; 0 if it does not report them.
+
+    That is so for a GPU that shares the CPU's memory, and in MIG mode without permission.
+    """
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
@@ -188,16 +194,20 @@ def _memory(pynvml: Any, handle: Any) -> tuple[int, int]:
     return int(memory.total), int(memory.free)
 
 
-def _in_mig_mode(pynvml: Any, handle: Any) -> bool:
+def _is_in_mig_mode(pynvml: Any, handle: Any) -> bool:
+    """Whether a GPU is in MIG mode. Cards and drivers that do not know MIG are not."""
     try:
         current, _pending = pynvml.nvmlDeviceGetMigMode(handle)
-    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):  # cards and drivers older than MIG
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
         return False
     return bool(current == pynvml.NVML_DEVICE_MIG_ENABLE)
 
 
 def _holders(pynvml: Any, handle: Any) -> tuple[Holder, ...]:
-    """The processes on a GPU, the largest first. A GPU that does not report them is usable; a lost one is not."""
+    """The processes on a GPU, those with the most memory first; empty if the GPU does not report them.
+
+    Raises NVMLError if the GPU is lost.
+    """
     found: dict[int, Any] = {}
     for ask in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses):
         for process in _query(pynvml, ask, handle):
@@ -207,6 +217,7 @@ def _holders(pynvml: Any, handle: Any) -> tuple[Holder, ...]:
 
 
 def _query(pynvml: Any, ask: Callable[[Any], list[Any]], handle: Any) -> list[Any]:
+    """What NVML answers to a query; empty if the GPU does not support it. Raises NVMLError if the GPU is lost."""
     try:
         return ask(handle)
     except (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired):
@@ -216,6 +227,7 @@ def _query(pynvml: Any, ask: Callable[[Any], list[Any]], handle: Any) -> list[An
 
 
 def _name_of(pid: int) -> str:
+    """The name of a process; `?` if it cannot be seen."""
     try:
         return (PROC / str(pid) / "comm").read_text(errors="replace").strip() or "?"
     except OSError:
@@ -223,7 +235,7 @@ def _name_of(pid: int) -> str:
 
 
 def user_of(pid: int) -> str:
-    """The user that a process belongs to; `?` if it cannot be seen."""
+    """Name of the user that a process belongs to, or the uid if it has no name; `?` if it cannot be seen."""
     try:
         lines = (PROC / str(pid) / "status").read_text(errors="replace").splitlines()
         uid = next(int(line.split()[1]) for line in lines if line.startswith("Uid:"))

@@ -1,4 +1,4 @@
-"""Plans inference: how many GPUs share a model's weights, and the memory left on each for the KV cache."""
+"""Plans inference: how many GPUs share a model's weights, and how much memory is left for the KV cache."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from stages.models.shape import ModelShape
 GIB = 1024**3
 
 SHARE = 0.9
-"""Share of a GPU's free memory that vLLM gets."""
+"""Share of a GPU's free memory that vLLM may use."""
 
 RUNTIME = 3 * GIB
 """Bytes for the CUDA context, CUDA graphs and the activations of a chunk of a prompt. vLLM measures the real figure
@@ -17,30 +17,31 @@ before it allots the rest."""
 
 @dataclass(frozen=True)
 class Serving:
-    """How a model is served."""
+    """How vLLM serves a model."""
 
     tensor_parallel: int
+    """GPUs that share the weights."""
     weights: int
-    """Bytes on each GPU."""
+    """Bytes of the weights on each GPU."""
     kv_token: int
     """Bytes of a token's keys and values on each GPU."""
     room: int | None
     """Tokens that fit in the KV cache, over all sequences; None if the memory is not known."""
     why: str
+    """Reason for tensor_parallel, and the room in words."""
 
 
 def plan_serving(shape: ModelShape, free: list[int], asked: int | None, dtype: str, max_length: int) -> Serving:
-    """How to serve on GPUs with `free` bytes each (0: not known): on `asked` of them, or on as many as the heads can be
-    split over.
+    """The plan to serve a model on `asked` GPUs; None: on as many as its heads can be split over.
 
-    Raises UsageError for a number that the heads do not allow, and DoesNotFitError if the weights and one sequence of
-    `max_length` tokens do not fit.
+    `free` has the free bytes of each GPU; 0: not known. Raises UsageError if the heads cannot be split over `asked`
+    GPUs, and DoesNotFitError if the weights and one sequence of `max_length` tokens do not fit.
     """
-    allowed = [n for n in range(1, len(free) + 1) if _divides(shape, n)]
+    allowed = [n for n in range(1, len(free) + 1) if _can_split_heads(shape, n)]
     if asked is not None and asked not in allowed:
         raise UsageError(
-            f"infer.tensor_parallel {asked}: {shape.heads} heads and {shape.kv_heads} KV heads on {len(free)} GPU(s)"
-            f" allow {', '.join(map(str, allowed))}"
+            f"infer.tensor_parallel {asked}: {shape.heads} heads and {shape.kv_heads} KV heads cannot be split"
+            f" over so many of {len(free)} GPU(s); set it to {' or '.join(map(str, allowed))}"
         )
     count = asked or allowed[-1]
     size = 4 if dtype == "float32" else 2
@@ -54,14 +55,16 @@ def plan_serving(shape: ModelShape, free: list[int], asked: int | None, dtype: s
     if left < kv_token * max_length:
         needed = (weights + RUNTIME + kv_token * max_length) / SHARE / GIB
         raise DoesNotFitError(
-            f"inference takes {needed:.1f} GiB on each of {count} GPU(s) for one sequence of {max_length} tokens, and"
+            f"inference takes {needed:.1f} GiB on each of {count} GPU(s) for one sequence of {max_length} tokens, but"
             f" {least / GIB:.1f} GiB are free; use more GPUs, a lower infer.max_length, or a quantised model"
         )
     room = left // kv_token
     return Serving(count, weights, kv_token, room, f"{why}; room for {room:,} tokens of all sequences")
 
 
-def _divides(shape: ModelShape, count: int) -> bool:
-    """Whether vLLM can split the heads over `count` GPUs: each gets as many heads, and at least one KV head, a copy if
-    there are fewer KV heads than GPUs."""
+def _can_split_heads(shape: ModelShape, count: int) -> bool:
+    """Whether vLLM can split the heads over `count` GPUs.
+
+    Each GPU gets the same number of heads and of KV heads. With fewer KV heads than GPUs, several get a copy of one.
+    """
     return shape.heads % count == 0 and (shape.kv_heads % count == 0 or count % shape.kv_heads == 0)

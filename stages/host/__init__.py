@@ -1,1 +1,1 @@
-"""Starts and watches stages on a host, in containers or as local processes; checks and plans what they need."""
+"""Starts and watches stages on a host, as containers or local processes; checks and plans what they need."""

@@ -1,4 +1,4 @@
-"""Which GPUs `lorry launch` gives its stages, from GPUS, LORRY_GPU_DENY, what NVML shows, and what the job needs."""
+"""Chooses the GPUs of the stages that `lorry launch` starts, by GPUS, LORRY_GPU_DENY, NVML, and the job's needs."""
 
 import os
 from dataclasses import dataclass, replace
@@ -30,41 +30,43 @@ if TYPE_CHECKING:
     from stages.models.shape import ModelShape
 
 DEFAULT = "GPUS is not set (default: 0)"
-"""As in plain Compose: GPU 0, not every GPU of a box that others share."""
+"""GPU 0, as in plain Compose, and not every GPU of a machine that others share."""
 
 
 @dataclass(frozen=True)
 class CardChoice:
-    """The GPUs of a launch."""
+    """The GPUs that a launch gives to its stages."""
 
     cards: tuple[Gpu, ...] = ()
     names: tuple[str, ...] = ()
-    """As given, if NVML shows no GPUs to compare them with."""
+    """GPUs as the user named them, if NVML shows none to compare with."""
     auto: bool = False
+    """Whether `auto` chose them."""
     lines: tuple[str, ...] = ()
-    """What to print about the choice."""
+    """Lines to print about the choice."""
 
     def cards_of(self, stage: str) -> tuple[Gpu, ...]:
-        """The GPUs of one stage. infer computes on one GPU: of several that `auto` took, it gets the first. GPUs that
-        were named stay together."""
+        """The GPUs of one stage. infer computes on one GPU, so it gets only the first of those that `auto` took."""
         return self.cards[:1] if self.auto and stage == "infer" else self.cards
 
     def devices(self, stage: str) -> list[str]:
-        """The GPUs of a stage as a container gets them, by UUID."""
+        """UUIDs of a stage's GPUs, as a container gets them; the user's names if NVML shows no GPUs."""
         return [gpu.uuid for gpu in self.cards_of(stage)] or list(self.names)
 
-    def numbers(self, stage: str) -> str:
-        """CUDA_VISIBLE_DEVICES of a local process: libraries read it as integers and break on UUIDs."""
+    def visible_devices(self, stage: str) -> str:
+        """CUDA_VISIBLE_DEVICES of a stage as a local process, such as `0,2`."""
+        # not UUIDs: libraries read it as integers
         return ",".join([str(gpu.index) for gpu in self.cards_of(stage)] or self.names)
 
 
 def choose_cards(
     text: str | None, target: str | None, stages: tuple[str, ...], options: dict[str, Any], found: Cards, holds: Holds
 ) -> CardChoice:
-    """The GPUs for these stages, held if one of the stages computes on GPUs.
+    """Choose the GPUs for these stages, and hold them if one of the stages computes on GPUs.
 
-    Raises UsageError for a list with a mistake, or with the target `cpu`; InterruptedRunError for GPUs that another
-    lorry holds for itself; DoesNotFitError if `auto` finds too few, or NVML does not answer.
+    `text` is GPUS, `target` a target's name, and `options` name the run (`open_run`). Raises UsageError for a wrong
+    list, or a list with the target `cpu`; InterruptedRunError for GPUs that another Lorry process holds for itself;
+    DoesNotFitError if `auto` finds too few, or NVML does not answer.
     """
     wish = parse_wish(text) if text and text.strip() else None
     gpu_stages = tuple(stage for stage in stages if stage in GPU_STAGES)
@@ -74,7 +76,7 @@ def choose_cards(
             raise UsageError(f"target {named.name} takes no GPUs; leave GPUS out, or name the GPUs' target")
         return CardChoice()
     if found.problem and (gpu_stages or named is None):
-        raise DoesNotFitError(f"{found.problem}; or set TARGET=cpu")
+        raise DoesNotFitError(f"{found.problem}, or set TARGET=cpu")
     if not found.gpus and not (wish and wish.auto):
         return _cards_by_name(wish, named is not None and bool(gpu_stages))
     denied = denied_cards(os.environ.get("LORRY_GPU_DENY"), found.gpus)
@@ -87,13 +89,16 @@ def choose_cards(
 
 
 def choose_target(name: str | None, choice: CardChoice, gpus: tuple[Gpu, ...]) -> Target:
-    """The target that was named, or that of the chosen GPUs. If no GPU is needed, the target of the machine's first
-    GPU, because it says which images exist."""
+    """The target called `name`; None: the target of the chosen GPUs.
+
+    If no GPU was chosen, it is that of the machine's first working GPU, for which the images were built. Raises
+    UsageError for an unknown target, and if NVML shows no GPUs to read it from.
+    """
     targets = load_targets()
     if name:
         return named_target(name, targets)
     if choice.names:
-        raise UsageError(f"NVML shows no GPUs here; name their target, TARGET= one of {', '.join(targets)}")
+        raise UsageError(f"NVML shows no GPUs here; name their target (TARGET=...), one of {', '.join(targets)}")
     cards = choice.cards or tuple(gpu for gpu in gpus if not gpu.lost)[:1]
     return target_of(Machine(cpus=0, memory_bytes=0, gpus=cards), targets)
 
@@ -107,12 +112,12 @@ def _pick(
     holds: Holds,
     target: Target | None,
 ) -> CardChoice:
-    """The GPUs that `auto` takes; none if no stage computes on GPUs."""
+    """Choose and hold the GPUs for `auto`; none if no stage computes on GPUs."""
     if not gpu_stages:
         return CardChoice(auto=True)
     need, note = job_need(gpu_stages, options), []
     if "train" not in gpu_stages and (wish.count or 1) > 1:
-        wish, note = replace(wish, count=1), [f"infer computes on one GPU: GPUS={wish.text} takes one"]
+        wish, note = replace(wish, count=1), [f"GPUS={wish.text}: takes one GPU, as infer computes on one"]
     if wish.count is not None:
         _refuse_inexact_batches(gpu_stages, options, wish.count)
     pick = pick_cards(wish, need, found.gpus, denied, holds, _oldest_capability(target))
@@ -120,7 +125,7 @@ def _pick(
 
 
 def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
-    """GPUs that NVML does not show, as on a Docker engine's host that is not this machine, by the names given."""
+    """The GPUs by the user's names, if NVML shows none here, as when the Docker engine runs on another machine."""
     denied = [name.strip() for name in os.environ.get("LORRY_GPU_DENY", "").split(",")]
     if wish is None:
         if needs_gpu and "0" in denied:
@@ -128,9 +133,9 @@ def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
         return CardChoice()
     for name in wish.names:
         if not (name.isdecimal() and name.isascii()) and not name.upper().startswith("GPU-"):
-            named_cards(wish, (), frozenset())  # raises, with what is wrong
+            named_cards(wish, (), frozenset())  # raises UsageError with the reason
     if len(set(wish.names)) < len(wish.names):
-        raise UsageError(f"GPUS={wish.text}: names a GPU twice; NVML shows no GPUs on this machine")
+        raise UsageError(f"GPUS={wish.text}: names a GPU twice; name each GPU once")
     for name in wish.names:
         if name in denied:
             raise UsageError(f"GPUS={wish.text}: GPU {name} is denied by LORRY_GPU_DENY; name others")
@@ -138,7 +143,7 @@ def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
 
 
 def _default_cards(gpus: tuple[Gpu, ...], denied: frozenset[int], needs_gpu: bool) -> tuple[Gpu, ...]:
-    """GPU 0; none if it cannot be used and no stage needs one. Raises why it cannot be used."""
+    """GPU 0; no GPU if it cannot be used and no stage needs one. Else raises the error of `refuse_unusable`."""
     try:
         refuse_unusable(gpus[0], DEFAULT, denied)
     except LorryError:
@@ -149,7 +154,7 @@ def _default_cards(gpus: tuple[Gpu, ...], denied: frozenset[int], needs_gpu: boo
 
 
 def _oldest_capability(target: Target | None) -> Capability:
-    """The lowest compute capability that the target's image, or any image, has code for."""
+    """The lowest compute capability that the images of a target have code for; None: those of all targets."""
     known = [each.capability for each in load_targets().values() if each.capability]
     least: Capability = (target.capability if target and target.capability else min(known))[:2]  # type: ignore[assignment]
     return least
@@ -159,7 +164,10 @@ def _oldest_capability(target: Target | None) -> Capability:
 
 
 def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
-    """What these stages need of each GPU. Raises UsageError if the recipe or the model does not exist."""
+    """The memory that these stages need on each GPU, and the numbers of GPUs that they can use.
+
+    Raises UsageError if the recipe or the model does not exist.
+    """
     from stages.hardware.fit import makes_exact_batches, most_gpus
     from stages.models.shape import read_shape
 
@@ -180,7 +188,7 @@ def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
 
 
 def _refuse_inexact_batches(stages: tuple[str, ...], options: dict[str, Any], number: int) -> None:
-    """Raise DoesNotFitError if training would refuse exactly this number of GPUs."""
+    """Raise DoesNotFitError if train.exact_batch is set and an effective batch cannot be split over `number` GPUs."""
     from stages.hardware.batch import plan_batch, refuse_inexact
 
     settings = open_run(**options).recipe.train
@@ -192,38 +200,44 @@ def _refuse_inexact_batches(stages: tuple[str, ...], options: dict[str, Any], nu
 
 
 def _phases(settings: "Train") -> "list[Train]":
-    """The settings of each phase of training: of the connector, if there is one, and of the adapters."""
+    """The settings of each phase of training: the connector's, if the recipe trains one, and the adapters'."""
     return [settings] if settings.connector is None else [settings.connector_settings(), settings]
 
 
 def inference_bytes(weights: int) -> int:
-    """Bytes on a GPU for inference, by a rule of thumb: the weights in half precision, a fifth more for activations and
-    the cache of keys and values, and 2 GiB for CUDA, its graphs and the adapters."""
+    """Bytes that inference takes on one GPU, by a rule of thumb, for a model of `weights` bytes in half precision.
+
+    Activations and the KV cache add a fifth of the weights; CUDA, its graphs and the adapters add 2 GiB.
+    """
     return int(weights * 1.2) + 2 * GIB
 
 
 def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes]:
-    """Bytes for training on each of a number of GPUs, as `lorry plan` estimates them: as asked, and in the leanest way.
-    Of two phases, the larger."""
+    """Bytes that training takes on each GPU, as `lorry plan` estimates them: as asked, and with least memory.
+
+    Of two phases, the larger counts.
+    """
     from stages.hardware.fit import plan_training
-    from stages.hardware.memory import lengths_at_most
+    from stages.hardware.memory import max_lengths
 
     phases = [
-        (settings, lengths_at_most(recipe.model_copy(update={"train": settings}))) for settings in _phases(recipe.train)
+        (settings, max_lengths(recipe.model_copy(update={"train": settings}))) for settings in _phases(recipe.train)
     ]
 
     @cache
-    def planned(number: int, capability: Capability, memory: int | None) -> int:
+    def planned_bytes(number: int, capability: Capability, memory: int | None) -> int:
+        """Bytes of the larger phase, planned to fit in `memory` bytes; None: as asked."""
         dtype = target_of(_machine_of(capability), load_targets()).dtype
         dtype = dtype if recipe.train.precision == "auto" else recipe.train.precision
         ways = [plan_training(shape, settings, number, dtype, memory, lengths) for settings, lengths in phases]
         return int(max(way.estimate.total for way in ways))
 
-    # with a single byte to fit in, the plan goes down to the leanest way
-    return (lambda number, capability: planned(number, capability, None)), (
-        lambda number, capability: planned(number, capability, 1)
+    # nothing fits in a single byte, so the plan is then the way that takes least memory
+    return (lambda number, capability: planned_bytes(number, capability, None)), (
+        lambda number, capability: planned_bytes(number, capability, 1)
     )
 
 
 def _machine_of(capability: Capability) -> Machine:
+    """A machine with one GPU of this compute capability, to look up its target."""
     return Machine(cpus=0, memory_bytes=0, gpus=(Gpu(0, "", "", capability, 0, 0, ""),))

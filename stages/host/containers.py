@@ -1,6 +1,6 @@
-"""Stages as containers: `docker compose run` with compose.yaml, watched through the Docker engine.
+"""Runs stages as containers: with `docker compose run` and compose.yaml, watched through the Docker engine.
 
-The only module that knows docker-py.
+No other module uses docker-py, except for its error types.
 """
 
 import importlib.metadata
@@ -27,14 +27,14 @@ from stages.host.runs import stage_arguments
 REPOSITORY = Path(__file__).parents[2]
 VERSION_LABEL = "org.opencontainers.image.version"
 USER = 1000
-"""The uid and gid that containers run as if root starts them: never root."""
+"""The uid and gid of containers that root starts: containers never run as root."""
 
 
 def find_engine(timeout: float = 20) -> tuple[Any, str]:
-    """A client of the Docker engine, None if none answers, and its address. `timeout` in seconds.
+    """The client of the Docker engine, or None if no engine answers within `timeout` seconds, and its address.
 
-    The address is DOCKER_HOST, or that of the current context, as for `docker` itself. Raises UsageError if an engine
-    is there and refuses this user or cannot be used.
+    The address is DOCKER_HOST or that of the current context, as for `docker` itself. Raises UsageError if the engine
+    refuses this user or cannot be used.
     """
     try:
         import docker
@@ -53,12 +53,15 @@ def find_engine(timeout: float = 20) -> tuple[Any, str]:
                 f"no permission on the Docker engine's socket {address}; join its group (`sudo usermod -aG docker"
                 " $USER`, then log in again)"
             ) from error
-        raise UsageError(f"the Docker engine at {address} cannot be used: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"the Docker engine at {address} cannot be used ({reason}); see `docker info`, or set DOCKER_HOST"
+        ) from error
     return engine, address
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """The operating system's error at the bottom of what docker-py, requests and urllib3 made of it."""
+    """The operating system's error that docker-py, requests and urllib3 wrapped in others; None if there is none."""
     left = [error]
     while left:
         one = left.pop()
@@ -76,10 +79,10 @@ def container_runner(
     devices: Callable[[str], list[str]],
     target: Target,
 ) -> tuple[Runner, str]:
-    """A runner of containers, and the image of the last stage. `devices` names the GPUs of a stage, by UUID.
+    """A function that runs a stage in a container, and the image of the last stage.
 
-    Raises UsageError or DoesNotFitError if one of the containers could not run: no Compose plugin, no NVIDIA runtime,
-    no image or one of another version, no folder to mount.
+    `devices` returns the UUIDs of a stage's GPUs. Raises UsageError or DoesNotFitError if a container could not run: no
+    Compose plugin, no NVIDIA runtime, no image, an image of another version, or no folder to mount.
     """
     compose = compose_command()
     if target.capability and set(stages) & set(GPU_STAGES):
@@ -92,6 +95,7 @@ def container_runner(
     signals = _collect_signals()
 
     def run(stage: str, more: list[str]) -> Outcome:
+        """Run a stage in a container, with further arguments."""
         if signals:
             raise InterruptedRunError(f"stopped by {signals[0].name}; run the same command again")
         name = f"lorry-{stage}-{uuid.uuid4().hex[:8]}"
@@ -105,7 +109,7 @@ def container_runner(
 
 
 def image_name(stage: str, version: str, target: Target) -> str:
-    """The image of a stage, as images/docker-bake.hcl names it."""
+    """The name of a stage's image, as images/docker-bake.hcl gives it."""
     registry = os.environ.get("REGISTRY")
     prefix = f"{registry}/" if registry else ""
     return f"{prefix}lorry-{stage}:{version}-{image_target(stage, target)}"
@@ -120,8 +124,10 @@ def image_target(stage: str, target: Target) -> str:
 
 
 def compose_command() -> list[str]:
-    """`docker compose` with its options, of the first docker client on PATH that has it. Raises UsageError if none
-    has."""
+    """The command line of `docker compose`, with the first docker client on PATH that has the plugin.
+
+    Raises UsageError if no client has it.
+    """
     for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
         client = shutil.which("docker", path=folder)
         if client and subprocess.run([client, "compose", "version"], capture_output=True, check=False).returncode == 0:
@@ -133,8 +139,10 @@ def compose_command() -> list[str]:
 
 
 def refuse_without_nvidia(info: dict[str, Any], target: Target) -> None:
-    """Raise DoesNotFitError if the Docker engine cannot give a container a GPU: it has no runtime, hook or CDI device
-    of NVIDIA's. `info` is the engine's own."""
+    """Raise DoesNotFitError if the Docker engine cannot give GPUs to containers, with NVIDIA's runtime, hook or CDI.
+
+    `info` is the answer of docker-py's `info()`.
+    """
     devices = [str(device.get("ID")) for device in info.get("DiscoveredDevices") or ()]  # CDI, from Docker 28 on
     cdi = any(device.startswith("nvidia.com/gpu") for device in devices)
     if "nvidia" not in (info.get("Runtimes") or {}) and not cdi and not shutil.which("nvidia-container-runtime-hook"):
@@ -146,7 +154,7 @@ def refuse_without_nvidia(info: dict[str, Any], target: Target) -> None:
 
 
 def refuse_image(engine: Any, image: str, version: str, target: str) -> None:
-    """Raise UsageError if the Docker engine has no such image, or one that holds another version of Lorry."""
+    """Raise UsageError if the Docker engine lacks an image, or if the image holds another version of Lorry."""
     from docker.errors import ImageNotFound
 
     if os.environ.get("PULL", "never") not in ("", "never"):
@@ -168,33 +176,35 @@ def refuse_image(engine: Any, image: str, version: str, target: str) -> None:
 
 
 def _compose_variables(options: dict[str, Any]) -> dict[str, str]:
-    """What compose.yaml reads of this machine: the folders to mount, the registry, and the outputs' owner. Makes the
-    runs folder. Raises UsageError if a folder to mount does not exist."""
+    """The variables that compose.yaml reads: the folders to mount, the registry, and the owner of the outputs.
+
+    It also creates the runs folder. Raises UsageError if another folder to mount does not exist.
+    """
     roots = Roots.from_environment()
     data = Path(options["data"]).absolute() if options["data"] else roots.data
     for folder, name in ((data, "LORRY_DATA"), (roots.models, "LORRY_MODELS")):
         if not folder.is_dir():
-            raise UsageError(f"{folder}: no such folder to mount ({name})")
+            raise UsageError(f"{folder}: no such folder to mount; create it, or set {name} to another")
     uid, gid = container_user()
     roots.runs.mkdir(parents=True, exist_ok=True)
-    if os.getuid() == 0 and roots.runs.stat().st_uid == 0:  # a checkout by root: containers never run as root
+    if os.getuid() == 0 and roots.runs.stat().st_uid == 0:  # root made the checkout, and containers never run as root
         os.chown(roots.runs, uid, gid)
     mounts = {"LORRY_DATA": str(data), "LORRY_MODELS": str(roots.models), "LORRY_RUNS": str(roots.runs)}
-    # empty rather than unset: refuse_image has not seen what `.env` says of these
+    # empty rather than unset, or Compose would read them from `.env`, which refuse_image does not
     images = {"REGISTRY": os.environ.get("REGISTRY", ""), "PULL": os.environ.get("PULL", "")}
     return {**mounts, **images, "LORRY_UID": str(uid), "LORRY_GID": str(gid)}
 
 
 def container_user() -> tuple[int, int]:
-    """The uid and gid that containers run as."""
+    """The uid and gid that containers run as: LORRY_UID and LORRY_GID, or this process's own, but never root."""
     uid = int(os.environ.get("LORRY_UID") or os.getuid()) or USER
     gid = int(os.environ.get("LORRY_GID") or os.getgid()) or USER
     return uid, gid
 
 
 def _run_options(name: str, options: dict[str, Any]) -> list[str]:
-    """The options of `docker compose run`. --no-deps, because the earlier stages have run, each with its exit code
-    checked."""
+    """`run` and its options, for `docker compose`."""
+    # --no-deps: the earlier stages have run, and their exit codes were checked
     arguments = [
         "run",
         "--rm",
@@ -205,19 +215,19 @@ def _run_options(name: str, options: dict[str, Any]) -> list[str]:
     ]
     for setting in ("LORRY_RECIPE", "LORRY_PROFILE", "LORRY_RUN", "LORRY_SET"):
         arguments += ["--env", f"{setting}="]  # the command line decides, not a default of compose.yaml
-    if options["recipe"]:  # this machine's file, not what was in recipes/ when the image was built
+    if options["recipe"]:  # this machine's file, and not that in the image
         arguments += ["--volume", f"{options['recipe']}:{_mounted_options(options)['recipe']}:ro"]
     return arguments
 
 
 def _mounted_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the paths that they have inside a container."""
+    """The options with their paths as they are inside a container."""
     recipe = f"/recipe/{Path(options['recipe']).name}" if options["recipe"] else None
     return {**options, "recipe": recipe, "data": "/data" if options["data"] else None}
 
 
 def _collect_signals() -> list[signal.Signals]:
-    """A list to which every stop signal from now on is added."""
+    """Handle stop signals from now on: returns a list to which each one is appended."""
     signals: list[signal.Signals] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: signals.append(signal.Signals(got)))
@@ -229,8 +239,8 @@ def _run_container(
 ) -> int:
     """Run `docker compose run` to its end and pass signals on to the container. Returns the container's exit code.
 
-    Signals go through the Docker engine: Compose itself would leave the container running and exit at once. So it must
-    not see a Ctrl-C either, unless it has the terminal and passes the key on.
+    Signals go through the Docker engine, as Compose would exit at once and leave the container running. Therefore
+    Compose must not get a Ctrl-C either, unless it has the terminal and passes the key on.
     """
     terminal = "-T" not in command
     process = subprocess.Popen(
@@ -250,7 +260,7 @@ def _run_container(
 
 
 def _send_signal(engine: Any, name: str, number: signal.Signals) -> bool:
-    """Send a container a signal. False if it has not started yet: try again."""
+    """Send a signal to a container. Returns False if that failed, as when the container has not started yet."""
     from docker.errors import DockerException
 
     try:

@@ -1,7 +1,7 @@
-"""`lorry launch`: start a stage and the stages that it needs, in containers if a Docker engine answers, else as local
-processes.
+"""Does the work of `lorry launch`: starts a stage and the stages that it needs.
 
-Nothing else falls back: a Docker engine that refuses this user, a missing image or a missing GPU ends the launch.
+If a Docker engine answers, they run in containers; else as local processes. A Docker engine that refuses this user, a
+missing image or a missing GPU ends the launch.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from stages.contract.errors import DoesNotFitError, Exit, InterruptedRunError, UsageError
 from stages.hardware.holds import Holds
 from stages.hardware.probe import Cards, read_cards
-from stages.hardware.targets import load_targets, refuse_old_driver, refuse_old_driver_for
+from stages.hardware.targets import load_targets, refuse_driver_too_old_for_cuda, refuse_old_driver
 from stages.host.cards import CardChoice, choose_cards, choose_target
 from stages.host.containers import container_runner, find_engine
 from stages.host.needs import GPU_STAGES, STAGES
@@ -24,11 +24,13 @@ from stages.host.runs import recipe_path, unfinished_stages
 def launch(
     stage: str, options: dict[str, Any], gpus: str | None, target: str | None, force: bool, shard: str | None
 ) -> Lines:
-    """Start a stage and the stages that it needs, in order, until one does not end with 0.
+    """Run a stage, after the stages that it needs. Yields lines to print; returns the exit code.
 
-    `options` name the run (`open_run`); `gpus` is GPUS, `target` a target's name. `force` and `shard` ("0/2") go to the
-    stage itself; a shard is started without earlier stages. Raises what the choice of GPUs raises, UsageError or
-    DoesNotFitError for a stage that cannot start here, and after a crash that for a GPU that no longer answers.
+    The first stage that does not exit with 0 ends the launch.
+
+    `options` name the run (`open_run`), `gpus` is GPUS, `target` a target's name. `force` and `shard` (such as `0/2`)
+    are for the stage itself; a shard starts without the earlier stages. Raises the errors of `choose_cards`, UsageError
+    or DoesNotFitError for a stage that cannot start here, and those of `_check_gpus` after a failure.
     """
     if options["recipe"]:
         options = {**options, "recipe": str(recipe_path(options["recipe"]).absolute())}
@@ -44,18 +46,18 @@ def launch(
         found = read_cards()
         choice = choose_cards(gpus, target, stages, options, found, holds)
         yield from choice.lines
-        run = yield from _runner(stages, options, target, choice, found)
+        run = yield from _choose_runner(stages, options, target, choice, found)
         for number, name in enumerate(stages):
             code = yield from _run_one(run, name, own_arguments if name == stage else [], choice)
             if code != Exit.DONE:
                 return code
             later = [following for following in stages[number + 1 :] if following in GPU_STAGES]
-            holds.keep({gpu.uuid for following in later for gpu in choice.cards_of(following)})
+            holds.keep_only({gpu.uuid for following in later for gpu in choice.cards_of(following)})
     return Exit.DONE
 
 
 def _run_one(run: Runner, stage: str, arguments: list[str], choice: CardChoice) -> Generator[str, None, int]:
-    """Run one stage to its end. Returns its exit code."""
+    """Run one stage to its end. Yields lines on its failure; returns its exit code."""
     outcome = run(stage, arguments)
     if outcome.problem:
         yield outcome.problem
@@ -64,10 +66,10 @@ def _run_one(run: Runner, stage: str, arguments: list[str], choice: CardChoice) 
     return outcome.code
 
 
-def _runner(
+def _choose_runner(
     stages: tuple[str, ...], options: dict[str, Any], target: str | None, choice: CardChoice, found: Cards
 ) -> Generator[str, None, Runner]:
-    """What runs a stage: containers, or local processes if no Docker engine answers. Yields a line that says which."""
+    """The function that runs a stage: in a container, or as a process if no Docker engine answers. Yields a line."""
     card = choose_target(target, choice, found.gpus)
     engine, address = find_engine()
     if engine is not None and int(os.environ.get("LORRY_NODES") or 1) > 1:
@@ -77,25 +79,25 @@ def _runner(
         )
     uses_gpus = bool(choice.cards and set(stages) & set(GPU_STAGES))
     if engine is None:
-        yield f"no Docker engine answers at {address}: running as a local process"
+        yield f"no Docker engine answers at {address}; running as a local process"
         cuda = installed_cuda() if uses_gpus else None
         if cuda:
-            refuse_old_driver_for(cuda, found.driver, load_targets())
+            refuse_driver_too_old_for_cuda(cuda, found.driver, load_targets())
         return local_runner(stages, options, choice, target)
     if uses_gpus:
         refuse_old_driver(card, found.driver)
     run, image = container_runner(engine, stages, options, choice.devices, card)
     stage = stages[-1]
-    gpus = f" with GPUs {choice.numbers(stage) or '0'}" if stage in GPU_STAGES and card.capability else ""
+    gpus = f" with GPUs {choice.visible_devices(stage) or '0'}" if stage in GPU_STAGES and card.capability else ""
     yield f"Docker engine {engine.version()['Version']} at {address}: running {image}{gpus}"
     return run
 
 
 def _check_gpus(choice: CardChoice, stage: str, code: Exit) -> Iterator[str]:
-    """After a stage ended with `code`, look whether one of its GPUs no longer answers, which would be the cause.
+    """Check whether a stage that ended with `code` failed because one of its GPUs no longer answers.
 
-    Raises DoesNotFitError for it, or InterruptedRunError if the stage exited with 75, because its state is saved.
-    Yields a line if the driver does not answer.
+    If so, raises DoesNotFitError, or InterruptedRunError after exit code 75, as the stage's state is saved. Yields a
+    line if the driver does not answer.
     """
     if not choice.cards:
         return

@@ -1,4 +1,4 @@
-"""What each stage needs of a host: libraries and GPUs."""
+"""The libraries and GPUs that each stage needs on a host."""
 
 from stages.engines import engine_libraries
 
@@ -8,13 +8,13 @@ LIBRARIES = {
     "infer": tuple(engine_libraries()),
     "eval": ("numpy", "matplotlib", "jinja2"),
 }
-"""The libraries that a stage cannot do without, in the order of import."""
+"""The libraries that each stage requires, in the order of import."""
 
 STAGES = tuple(LIBRARIES)
-"""In the order they run."""
+"""The stages in the order in which they run."""
 
 OPTIONAL_LIBRARIES = {"train": ("bitsandbytes", "deepspeed", "gptqmodel", "auto_gptq", "flash_attn")}
 """Libraries that only some targets have."""
 
 GPU_STAGES = ("train", "infer")
-"""The stages whose torch must compute on the target's GPU."""
+"""The stages that need a GPU, unless the target is cpu."""

@@ -1,4 +1,4 @@
-"""How a stage that was started here ended, and the lines to print about it."""
+"""Types for the end of a stage that was started here, and for the lines to print about it."""
 
 import signal
 from collections.abc import Callable, Generator
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from stages.contract.errors import Exit
 
 Lines = Generator[str, None, int | None]
-"""Lines to print as they come, and at the end the exit code; None is 0."""
+"""Yields lines to print as they come; returns the exit code, where None means 0."""
 
 
 class Problem(str):
-    """A line for standard error."""
+    """A line to print on standard error."""
 
     __slots__ = ()
 
@@ -21,16 +21,17 @@ class Outcome:
     """How a stage ended."""
 
     code: int
+    """The exit code, as the stage's own process would have it."""
     problem: Problem | None = None
-    """What to print of it, where the stage itself could not."""
+    """A line on its end that the stage itself could not print; None if it could."""
 
 
 Runner = Callable[[str, list[str]], Outcome]
-"""Runs one stage with some more arguments."""
+"""Runs one stage to its end, with further arguments of its command."""
 
 
 def outcome_of_signal(stage: str, number: int) -> Outcome:
-    """The outcome of a stage that a signal ended, by the signal's number."""
+    """The outcome of a stage that signal `number` ended: code 75 for SIGTERM and SIGINT, 1 for others."""
     if number not in signal.valid_signals():
         return Outcome(Exit.CRASHED, Problem(f"{stage}: exited with {128 + number}"))
     name = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""`lorry plan`: whether training a recipe fits the GPUs, before anything runs; the GPUs need not be here."""
+"""Does the work of `lorry plan`: says whether training a recipe fits the GPUs, which need not be here."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from stages.contract.recipe import Infer, Recipe, Train
 from stages.engines import engine_kind
 from stages.hardware.batch import refuse_inexact
 from stages.hardware.fit import Offers, Way, disk_bytes, plan_training, recipe_way, smallest_changes
-from stages.hardware.memory import Lengths, lengths_at_most, missing_from_estimate, trained_parameters
+from stages.hardware.memory import Lengths, gap_in_estimate, max_lengths, trained_parameters
 from stages.hardware.pick import denied_cards, describe_memory, reason_to_skip
 from stages.hardware.probe import Gpu, Machine, read_cards, visible_gpus
 from stages.hardware.serve import plan_serving
@@ -38,10 +38,10 @@ USABLE = 0.985
 
 
 def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Lines:
-    """Lines on what training a run's recipe takes on `count` GPUs of a target, or of this machine, and whether it fits;
-    the exit code is 4 if it does not. `memory` is GiB of a GPU; default: the target's.
+    """Plan the training of a run's recipe. Yields lines on memory and disk; returns 0, or 4 if it does not fit.
 
-    Raises what training would refuse before it starts.
+    `count` is the number of GPUs, of the target or (None) of this machine. `memory` is the memory of a GPU in GiB;
+    None: that of the target or machine. Raises the errors with which train would refuse the recipe.
     """
     train = run.recipe.train
     model = run.model(run.recipe.model.path, "model.path")
@@ -77,17 +77,21 @@ class _Gpus:
 
     count: int
     text: str
+    """The GPUs in words."""
     memory: int | None
-    """Bytes free on each; None on a CPU."""
+    """Free bytes on each; None on a CPU."""
     dtype: str
+    """Data type that the frozen base computes in."""
     target: Target
     fullest: Gpu | None = None
-    """The one with the least free memory, of GPUs that are here."""
+    """The GPU with the least free memory; None for GPUs that are not here."""
 
 
 def _planned_gpus(target: str | None, count: int, memory: float | None, precision: str) -> _Gpus:
-    """The GPUs of a target, or those with the most free memory here. Raises UsageError or DoesNotFitError if there are
-    too few here."""
+    """The GPUs to plan for: `count` of a target; without a target, those with the most free memory here.
+
+    Raises UsageError or DoesNotFitError if too few are here.
+    """
     targets = load_targets()
     here = () if target else _usable_gpus()
     try:
@@ -116,7 +120,7 @@ def _planned_gpus(target: str | None, count: int, memory: float | None, precisio
 
 
 def _usable_gpus() -> tuple[Gpu, ...]:
-    """This machine's GPUs without those that no launch would take. Raises DoesNotFitError if none is left."""
+    """The GPUs here that a launch could take. Raises DoesNotFitError if there are GPUs, but it could take none."""
     if os.environ.get("LORRY_TARGET") == "cpu":
         return ()
     found = read_cards()
@@ -132,14 +136,14 @@ def _usable_gpus() -> tuple[Gpu, ...]:
 
 
 def _allowed_settings(train: Train, target: Target) -> Train:
-    """The settings as training on the target would use them. Raises what it would raise."""
+    """The settings as train uses them on the target. Raises the error with which train would refuse them."""
     if train.load_in_4bit:
         refuse_4bit_without_kernels(target)
     if target.deepspeed or train.sharding == "none":
         return train
     if train.sharding != "auto":
         raise UsageError(
-            f"train.sharding is {train.sharding}, and target {target.name} has no DeepSpeed; set it to auto"
+            f"train.sharding is {train.sharding}, but target {target.name} has no DeepSpeed; set it to auto"
         )
     return train.model_copy(update={"sharding": "none"})
 
@@ -149,28 +153,31 @@ def _allowed_settings(train: Train, target: Target) -> Train:
 
 @dataclass(frozen=True)
 class _Phase:
-    """What one phase of training takes: the connector's, or the adapter's."""
+    """The plan of one phase of training: that of the connector or that of the adapters."""
 
     shape: ModelShape
     train: Train
     gpus: _Gpus
     lengths: Lengths
     asked: Way
-    """As the recipe asks."""
+    """The way that the recipe asks for."""
     way: Way
-    """As train would do it."""
+    """The way that train would choose."""
 
 
 def _plan_phase(recipe: Recipe, shape: ModelShape, train: Train, gpus: _Gpus) -> _Phase:
-    lengths = lengths_at_most(recipe.model_copy(update={"train": train}))
+    """The plan of the phase whose settings are `train`."""
+    lengths = max_lengths(recipe.model_copy(update={"train": train}))
     asked = recipe_way(shape, train, gpus.count, gpus.dtype, lengths)
     way = plan_training(shape, train, gpus.count, gpus.dtype, gpus.memory, lengths)
     return _Phase(shape, train, gpus, lengths, asked, way)
 
 
 def _phase_lines(phase: _Phase) -> Iterator[str]:
-    """What a phase trains, on which samples, and its table. Raises DoesNotFitError for an effective batch that is not
-    exact and has to be."""
+    """Yield lines on a phase: its parameters, samples, effective batch and memory.
+
+    Raises DoesNotFitError if the effective batch must be exact and cannot be.
+    """
     shape, train, lengths = phase.shape, phase.train, phase.lengths
     if train.connector is not None:
         title = (
@@ -195,13 +202,13 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
         refuse_inexact(phase.way.batch, train.key_of("effective_batch"))
     yield f"effective batch: {phase.way.batch}\n"
     yield from _table(phase)
-    left_out = missing_from_estimate(shape, train)
+    left_out = gap_in_estimate(shape, train)
     if left_out:
         yield f"not in the estimate: {left_out}"
 
 
 def _table(phase: _Phase) -> Iterator[str]:
-    """Components and total in GiB, as the recipe asks and, if it differs, as train would do it."""
+    """Yield a table of the peak memory by component, in GiB: as asked, and as train would change it if it does."""
     ways = [phase.asked] if phase.asked == phase.way else [phase.asked, phase.way]
     heads = ("as asked", "changed")[: len(ways)]
     yield "".join([f"{'peak on each GPU, GiB':<24}", *(f"{head:>12}" for head in heads)])
@@ -211,50 +218,50 @@ def _table(phase: _Phase) -> Iterator[str]:
 
 
 def _verdict(phase: _Phase) -> tuple[bool, list[str]]:
-    """Whether a phase fits, and why; if it does not, the smallest changes that fit."""
+    """Whether a phase fits, and lines that say why; if it does not, also the smallest changes that fit."""
     asked, way, gpus = phase.asked, phase.way, phase.gpus
     if gpus.memory is None:
-        return True, ["fits: no limit is known for a CPU"]
+        return True, ["fits: Lorry knows no memory limit for a CPU"]
     room = f"{gpus.memory / GIB:.1f} GiB"
     if asked.fits(gpus.memory):
-        note = _tightness(asked, gpus, explained=True)
+        note = _tight_note(asked, gpus, explained=True)
         return True, [f"fits: {asked.estimate.total / GIB:.1f} of {room} on each GPU{note}"]
     lines = [f"does not fit as asked: {asked.estimate.total / GIB:.1f} of {room} on each GPU"]
     if way.fits(gpus.memory):
         lines.append(
             f"fits with {' and '.join(way.changes)}, which train changes on its own and which does not affect the"
-            f" result: {way.estimate.total / GIB:.1f} of {room}{_tightness(way, gpus, explained=True)}"
+            f" result: {way.estimate.total / GIB:.1f} of {room}{_tight_note(way, gpus, explained=True)}"
         )
         return True, lines
     changes = _changes(phase)
     freed = gpus.fullest is not None and way.fits(int(gpus.fullest.memory_total * USABLE))
     if gpus.fullest is not None and freed:
         lines.append(
-            f"fits on a GPU that is free: {way.estimate.total / GIB:.1f} of"
+            f"fits on a free GPU: {way.estimate.total / GIB:.1f} of"
             f" {gpus.fullest.memory_total / GIB:.1f} GiB; {gpus.fullest}: {describe_memory(gpus.fullest)}"
         )
     for number, each in enumerate(changes):
         head = "the smallest change that fits" if number == 0 else "or"
-        total = f"{each.estimate.total / GIB:.1f} of {room}{_tightness(each, gpus)}"
+        total = f"{each.estimate.total / GIB:.1f} of {room}{_tight_note(each, gpus)}"
         lines.append(f"{head}: {' and '.join(each.changes)} ({total})")
     if not changes and not freed:
-        lines.append("no change that Lorry knows makes it fit: choose a smaller model or a larger GPU")
+        lines.append("no change that Lorry knows makes it fit; choose a smaller model or a larger GPU")
     return False, lines
 
 
 def _changes(phase: _Phase) -> list[Way]:
-    """The smallest changes to the recipe that fit, smallest first."""
+    """The ways that fit by a change of the recipe, the smallest change first."""
     gpus = phase.gpus
     assert gpus.memory is not None
     offers = Offers("bitsandbytes" in gpus.target.quantisation, gpus.target.deepspeed)
-    if phase.train.trains_connector:  # the first phase has neither
+    if phase.train.trains_connector:  # the first phase uses neither 4 bits nor ZeRO
         offers = Offers(bitsandbytes=False, deepspeed=False)
     return smallest_changes(phase.shape, phase.train, gpus.count, gpus.dtype, gpus.memory, phase.lengths, offers)
 
 
-def _tightness(way: Way, gpus: _Gpus, explained: bool = False) -> str:
-    """A warning for an estimate that would not fit if it were a little too low."""
-    if not way.tight(gpus.memory):
+def _tight_note(way: Way, gpus: _Gpus, explained: bool = False) -> str:
+    """A warning if the way fits only if the estimate is not too low; else empty."""
+    if not way.is_tight(gpus.memory):
         return ""
     return ": tight" + (
         "; estimates were up to 2.3 % too low; if memory runs out, train resumes with less" if explained else ""
@@ -265,7 +272,7 @@ def _tightness(way: Way, gpus: _Gpus, explained: bool = False) -> str:
 
 
 def _disk_verdict(run: "Run", shape: ModelShape) -> tuple[bool, str]:
-    """Whether there is room for what training writes, and a line on it."""
+    """Whether the disk has room for the files that training writes, and a line on it."""
     needed = disk_bytes(shape, run.recipe.train)
     place = run.roots.runs
     while not place.exists():
@@ -276,7 +283,7 @@ def _disk_verdict(run: "Run", shape: ModelShape) -> tuple[bool, str]:
 
 
 def _inference_line(settings: Infer, shape: ModelShape, gpus: _Gpus) -> str:
-    """How the same GPUs serve the model. Not part of the exit code: inference may run on other GPUs."""
+    """A line on whether inference fits the same GPUs. It does not change the exit code, as infer may run on others."""
     if gpus.memory is None or not engine_kind(settings.engine).shares_weights:
         where = "" if gpus.memory else " on a CPU"
         return f"inference: by {settings.engine}{where}; its memory is not estimated"

@@ -1,4 +1,4 @@
-"""Stages as local processes."""
+"""Runs stages as local processes."""
 
 import importlib.util
 import os
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
-    """Run the four stages of the run that the options name, in order, each in a process; skip those that are done.
+    """Run the four stages in order, each in a process of its own, and skip those that are done, unless `force`.
 
-    Raises InterruptedRunError if it is stopped between two stages.
+    `options` name the run (`open_run`). Yields lines to print; returns the first exit code that is not 0. Raises
+    InterruptedRunError if it is stopped between two stages.
     """
     run = open_run(**options)
     arguments = [*stage_arguments(options), *(["--force"] if force else [])]
@@ -44,7 +45,10 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
 
 
 def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardChoice", target: str | None) -> Runner:
-    """A runner of local processes. Raises UsageError if a library of one of the stages is not installed."""
+    """A function that runs a stage as a local process, on the chosen GPUs.
+
+    `target` is a target's name; None: by the GPUs. Raises UsageError if a library of one of the stages is missing.
+    """
     for stage in stages:
         missing = missing_libraries(stage)
         if missing:
@@ -58,10 +62,11 @@ def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardC
     stop.install()
 
     def run(stage: str, more: list[str]) -> Outcome:
+        """Run a stage as a process, with further arguments."""
         stop.check()
-        if cards.auto or cards.numbers(stage):  # as nvidia-smi counts; empty if `auto` took none
-            environment["CUDA_VISIBLE_DEVICES"] = cards.numbers(stage)
-            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        if cards.auto or cards.visible_devices(stage):  # it is empty if `auto` took none
+            environment["CUDA_VISIBLE_DEVICES"] = cards.visible_devices(stage)
+            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # numbers as nvidia-smi has them
         return run_process(stage, [*stage_arguments(options), *more], stop, environment)
 
     return run
@@ -70,7 +75,7 @@ def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardC
 def run_process(
     stage: str, arguments: list[str], stop: StopRequest, environment: dict[str, str] | None = None
 ) -> Outcome:
-    """Run a stage in its own process, so that its memory is free before the next; a stop is passed on to it."""
+    """Run a stage in its own process, and pass stop signals on to it. `environment` None: that of this process."""
     process = subprocess.Popen(
         [sys.executable, "-m", f"entrypoints.{stage}", *arguments],
         env=environment,
@@ -82,12 +87,12 @@ def run_process(
 
 
 def missing_libraries(stage: str) -> list[str]:
-    """The libraries that a stage cannot do without and that are not installed here."""
+    """The libraries that a stage requires and that are not installed here."""
     return [library for library in LIBRARIES[stage] if importlib.util.find_spec(library) is None]
 
 
 def installed_cuda() -> str | None:
-    """The CUDA version that the installed torch is built for, read without importing it; None without CUDA or torch."""
+    """The CUDA version that the installed torch is built for, such as 12.8; None without torch, or for a CPU build."""
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         return None

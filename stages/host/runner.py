@@ -1,4 +1,4 @@
-"""What every stage does around its work: lock, skip, resume, stop, and write the manifest at the end."""
+"""Runs a stage's work: locks its folder, skips or resumes it, handles its end, and writes the manifest."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import Exit, InterruptedRunError, LorryError, UsageError
-from stages.contract.events import Events, output_to, say
+from stages.contract.events import Events, redirect_output, say
 from stages.contract.files import (
     FileHashes,
     machine_error,
@@ -24,7 +24,7 @@ from stages.contract.files import (
 )
 from stages.contract.part import Node, Part, Shard
 from stages.contract.recipe import dump_recipe
-from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, only_writer
+from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, lock_stage_folder
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
 from stages.engines import ENGINES
@@ -39,9 +39,9 @@ DEPENDENCIES = (
 
 
 def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = False, part: Part = None) -> Exit:
-    """Run one stage of a run, or a part of it, unless it is done. Returns its exit code; says each problem in one line.
+    """Run one stage of a run, or a part of it, unless it is done. Prints an error as one line; returns the exit code.
 
-    Without a part, finished shards of the same key are taken over, unless it is forced.
+    The whole stage uses the results of finished shards with the same key, unless `force`.
     """
     stop = StopRequest()
     stop.install()
@@ -51,7 +51,7 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
                 f"--force on {part.count} nodes: the nodes cannot agree when to start again; delete"
                 f" {run.stage_folder(name)} and start them without --force"
             )
-        with only_writer(run.stage_folder(name, part)) as lock:
+        with lock_stage_folder(run.stage_folder(name, part)) as lock:
             return _run_with_lock(run, name, work, force, stop, lock, part)
     except LorryError as error:
         say(name, str(error), error=True)
@@ -65,7 +65,7 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
 
 
 def write_recipe(run: Run) -> None:
-    """Write the resolved recipe into the run folder, if it differs from the one there."""
+    """Write the resolved recipe to the run folder, unless the same is there already."""
     text = dump_recipe(run.recipe)
     path = run.folder / "recipe.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -76,9 +76,10 @@ def write_recipe(run: Run) -> None:
 def _run_with_lock(
     run: Run, name: str, work: Callable[[Stage], None], force: bool, stop: StopRequest, lock: int, part: Part
 ) -> Exit:
+    """Run a stage, or a part of it, in its locked folder. Returns the exit code."""
     folder = run.stage_folder(name, part)
     label = f"{name} {part.label}" if part else name
-    helps = isinstance(part, Node) and part.rank > 0  # node 0 starts, and writes results and manifest
+    helps = isinstance(part, Node) and part.rank > 0  # node 0 prepares the folder and writes results and manifest
     hashes = FileHashes(folder / ".hashes.json")
     inputs = run.inputs(name, hashes)
     key = run.key(name, inputs)
@@ -94,7 +95,7 @@ def _run_with_lock(
         state = _prepare_folder(folder, key, force, REUSABLE.get(name, ()))
 
     with (
-        output_to(folder / "log.txt") as console,
+        redirect_output(folder / "log.txt") as console,
         closing(Events(folder / "events.jsonl", label, console)) as events,
     ):
         stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"])
@@ -124,7 +125,7 @@ def _run_with_lock(
 
 
 def _find_shards(stage: Stage) -> None:
-    """Set which shards this start takes over, and add the GPUs and decisions of their manifests."""
+    """Set the finished shards whose results this start uses, and add the GPUs and decisions of their manifests."""
     every = stage.run.shards(stage.name)
     if not every:
         return
@@ -132,7 +133,7 @@ def _find_shards(stage: Stage) -> None:
     stage.finished_shards = [stage.run.stage_folder(stage.name, shard) for shard in finished]
     ignored = ", ".join(str(shard) for shard in every if shard not in finished)
     if ignored:
-        stage.events.say(f"ignored shards, unfinished or of other inputs or recipe: {ignored}")
+        stage.events.say(f"ignores shards {ignored}, which are unfinished or have other inputs or another recipe")
     if finished:
         stage.decide("shards taken over", ", ".join(map(str, finished)), "finished, with these inputs and this recipe")
     for shard in finished:
@@ -142,27 +143,26 @@ def _find_shards(stage: Stage) -> None:
 
 
 def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> dict[str, Any]:
-    """Prepare a stage's folder for a start. Returns its state: `starts`, the times of this and earlier starts of the
-    same work, and whether they were `forced`.
+    """Prepare a stage's folder for a start: keep half-done work of the same key, and remove all other files.
 
-    Half-done work is resumed only if it was started with the same key and, with `force`, was forced too. Any other was
-    made from other inputs or changed by hand, and is removed: none of it may pass for new.
+    Returns the state, with `starts`, the times of this start and of earlier ones of the same work, and `forced`. With
+    `force`, only half-done work of a forced start is kept. Other work has other inputs or was changed by hand.
     """
     state = read_json(folder / "state.json") or {}
     resumes = state.get("key") == key and (state["forced"] or not force)
     if not resumes:
-        _clear(folder, keep=() if force else reusable)
+        _clear_folder(folder, keep=() if force else reusable)
     starts = [*(state["starts"] if resumes else []), _now()]
     state = {"key": key, "forced": force or (resumes and state["forced"]), "starts": starts}
     write_json(folder / "state.json", state)
     (folder / "manifest.json").unlink(missing_ok=True)
-    for partial in folder.rglob(".*.partial"):  # of writes that a kill cut off
+    for partial in folder.rglob(".*.partial"):  # left by writes that a kill interrupted
         partial.unlink()
     return state
 
 
 def _report_end(stage: Stage, error: BaseException) -> Exit:
-    """Say how the stage ended and return the exit code. The log gets the traceback of an error that is a bug."""
+    """Print how the stage ended, and write the traceback of a bug to the log. Returns the exit code."""
     explained = error if isinstance(error, LorryError) else machine_error(error)
     if explained is None and isinstance(error, KeyboardInterrupt):
         explained = InterruptedRunError("interrupted, finished work is saved; run the same command again")
@@ -177,16 +177,17 @@ def _report_end(stage: Stage, error: BaseException) -> Exit:
 
 
 def _emit_quietly(stage: Stage, error: LorryError) -> None:
+    """Write the event of a stop; ignore an OSError."""
     try:
         stage.events.emit("stopped", error=str(error), exit_code=int(error.exit_code))
-    except OSError:  # the disk may be what failed
+    except OSError:  # the disk may be full
         return
 
 
-def _clear(folder: Path, keep: tuple[str, ...] = ()) -> None:
-    """Empty a stage's folder, except for hidden files (lock, digests) and the names to keep.
+def _clear_folder(folder: Path, keep: tuple[str, ...] = ()) -> None:
+    """Delete everything in a stage's folder, except for hidden files (lock, digests) and the names in `keep`.
 
-    The files that say what the others were made from go last: after a kill in between, the next start clears the rest.
+    State and manifest go last, so that after a kill in between the next start still knows to delete the rest.
     """
     for path in sorted(folder.iterdir(), key=lambda path: path.name in ("state.json", "manifest.json")):
         if not path.name.startswith(".") and path.name not in keep:
@@ -194,6 +195,7 @@ def _clear(folder: Path, keep: tuple[str, ...] = ()) -> None:
 
 
 def _manifest(stage: Stage, key: str, inputs: dict[str, str], starts: list[str], hashes: FileHashes) -> dict[str, Any]:
+    """The manifest of a finished stage."""
     run, machine = stage.run, probe()
     end = datetime.now(UTC)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -227,10 +229,12 @@ def _manifest(stage: Stage, key: str, inputs: dict[str, str], starts: list[str],
 
 
 def _now() -> str:
+    """The present time in UTC, as ISO 8601 with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _dependencies() -> dict[str, str]:
+    """Versions of the installed DEPENDENCIES, by name."""
     found = {}
     for name in DEPENDENCIES:
         try:
@@ -241,7 +245,7 @@ def _dependencies() -> dict[str, str]:
 
 
 def _revision() -> str | None:
-    """The git revision of this code; images carry it in LORRY_REVISION."""
+    """The git revision of this code, which images have in LORRY_REVISION; None outside a checkout."""
     if "LORRY_REVISION" in os.environ:
         return os.environ["LORRY_REVISION"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]

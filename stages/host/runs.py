@@ -1,4 +1,4 @@
-"""Which run a command is about: a recipe by path or by name, its run folder, and which of its stages are done."""
+"""Finds the run that a command names: the recipe by path or name, the run folder, and the stages that are done."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def recipe_path(recipe: str) -> Path:
-    """The file of a recipe given by path or by name. Raises UsageError if there is none."""
+    """The file of a recipe that is named by path or by its name in recipes/. Raises UsageError if there is none."""
     for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
         if path.is_file():
             return path
@@ -22,12 +22,12 @@ def recipe_path(recipe: str) -> Path:
 
 
 def shipped_recipes() -> list[Path]:
-    """The recipes that come with Lorry, by name."""
+    """The files of the recipes that come with Lorry, sorted by name."""
     return sorted(RECIPES.glob("*.yaml"))
 
 
 def recipe_summary(path: Path) -> tuple[str, list[str]]:
-    """A recipe's description and the names of its profiles."""
+    """The description of a recipe file, and the names of its profiles."""
     import yaml
 
     from stages.contract.recipe import profile_names
@@ -37,7 +37,7 @@ def recipe_summary(path: Path) -> tuple[str, list[str]]:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file, with the names of the engines."""
+    """The JSON schema of a recipe file, with the names of the engines as values of infer.engine."""
     from stages.contract.recipe import recipe_file_schema
     from stages.engines import engine_names
 
@@ -51,7 +51,11 @@ def open_run(
     overrides: tuple[str, ...] = (),
     run_name: str | None = None,
 ) -> "Run":
-    """The run that a command's options name. Raises UsageError for a recipe, run or task that does not exist."""
+    """The run that a command's options name, with its resolved recipe.
+
+    Without `recipe`, it is the recipe of the existing run `run_name`. Raises UsageError if the recipe, run, task or
+    engine does not exist, or the recipe is wrong.
+    """
     from stages.contract.recipe import load_recipe, place_of_key
     from stages.contract.run import Run
     from stages.engines import engine_kind
@@ -65,7 +69,7 @@ def open_run(
         if not path.is_file():
             raise UsageError(f"{path}: no such run; name a RECIPE to start one")
     else:
-        raise UsageError("name a RECIPE, or --run with the name of a run")
+        raise UsageError("no RECIPE and no --run given; name a RECIPE, or an existing run with --run")
     loaded = load_recipe(path, profile, overrides, Path(data) if data else None)
     try:
         engine_kind(loaded.infer.engine)
@@ -73,12 +77,12 @@ def open_run(
         raise UsageError(f"{place_of_key(path, ('infer', 'engine'), loaded.profile)}: {error}") from error
     name = run_name or path.stem
     if name in (".", "..") or "/" in name:
-        raise UsageError(f"--run {name}: a run's name is one folder name, without '/'")
+        raise UsageError(f"--run {name}: not the name of one folder; choose a name without '/'")
     return Run(name, settle_recipe(loaded, str(path), roots.data), roots)
 
 
 def stage_arguments(options: dict[str, Any]) -> list[str]:
-    """The options that name a run (`open_run`) as a stage's command takes them."""
+    """The arguments of a stage's command for the options that name a run (`open_run`)."""
     arguments = [options["recipe"]] if options["recipe"] else []
     for name, value in (("--profile", options["profile"]), ("--data", options["data"]), ("--run", options["run_name"])):
         arguments += [name, value] if value else []
@@ -86,7 +90,7 @@ def stage_arguments(options: dict[str, Any]) -> list[str]:
 
 
 def is_done(run: "Run", stage: str) -> bool:
-    """Whether a stage is done and unchanged. False if that cannot be read: the stage itself says what is wrong."""
+    """Whether a stage is done and unchanged. Also False after an error, which the stage itself then reports."""
     from stages.contract.files import FileHashes
 
     hashes = FileHashes(run.stage_folder(stage) / ".hashes.json")
@@ -97,7 +101,7 @@ def is_done(run: "Run", stage: str) -> bool:
 
 
 def unfinished_stages(stages: tuple[str, ...], last: str, force: bool, options: dict[str, Any]) -> tuple[str, ...]:
-    """The stages from the first that is not done, which is `last` at the latest if forced: only they can need a GPU."""
+    """The stages from the first one that is not done, or from `last` if `force`; only these can need a GPU."""
     run = open_run(**options)
     for number, stage in enumerate(stages):
         if (force and stage == last) or not is_done(run, stage):

@@ -1,7 +1,7 @@
-"""`lorry-<stage> selftest`: does this image hold what its stage and its target need?
+"""Does the work of `lorry-<stage> selftest`: checks that an image has all that its stage and target need.
 
-It imports the stage's libraries, looks in them for device code for the target's card, and computes on each GPU that is
-visible. The build of every image runs it, so no image without code for its card is ever built.
+It imports the stage's libraries, looks in them for device code for the target's card, and computes on each visible GPU.
+The build of every image runs it and fails if the image has no code for its card.
 """
 
 import importlib
@@ -22,8 +22,11 @@ from stages.host.needs import GPU_STAGES, LIBRARIES, OPTIONAL_LIBRARIES
 
 
 def selftest(stage: str) -> Generator[str, None, None]:
-    """Lines on what is here, one for each check. Raises UsageError for what is broken, and DoesNotFitError for a
-    library without code for the target's card, or a GPU that does not compute."""
+    """Check this image, or this host, for a stage. Yields one line for each check.
+
+    Raises UsageError for a library that cannot be imported or a mount that is not writable, and DoesNotFitError for a
+    library without code for the target's card, or a GPU that does not compute.
+    """
     name = os.environ.get("LORRY_TARGET")
     target = named_target(name, load_targets()) if name else None
     image, revision = os.environ.get("LORRY_IMAGE"), os.environ.get("LORRY_REVISION")
@@ -43,18 +46,22 @@ def selftest(stage: str) -> Generator[str, None, None]:
             unwritable.append(folder)
     yield from _check_gpus(modules.get("torch"))
     if unwritable:
-        raise UsageError(f"{unwritable[0]} is mounted, but not writable for uid {os.getuid()}; chown it on the host")
+        raise UsageError(f"{unwritable[0]}: mounted, but not writable for uid {os.getuid()}; chown it on the host")
 
 
 def _import_library(library: str) -> Any:
+    """The imported library. Raises UsageError, whatever its import raises."""
     try:
         return importlib.import_module(library)
-    except Exception as error:  # a missing module, a missing .so, or whatever a library does on import
+    except Exception as error:  # a missing module, a missing .so, or a bug in the library
         why = " ".join(str(error).split())[:300]
-        raise UsageError(f"{library} cannot be imported: {type(error).__name__}: {why}") from error
+        raise UsageError(
+            f"{library} cannot be imported ({type(error).__name__}: {why}); install it again, or build the image again"
+        ) from error
 
 
 def _version(library: str, module: Any) -> str:
+    """The version of an imported library."""
     distributions = importlib.metadata.packages_distributions().get(library, [])
     if distributions:
         return importlib.metadata.version(distributions[0])
@@ -62,7 +69,7 @@ def _version(library: str, module: Any) -> str:
 
 
 def _check_code(stage: str, modules: dict[str, Any], target: Target | None) -> Iterator[str]:
-    """The architectures of every library with device code. Raises DoesNotFitError if one lacks the target's."""
+    """Yield the architectures of each library with device code. Raises DoesNotFitError if one lacks the target's."""
     for name, found in _device_code(stage, modules):
         yield f"code in {name}: {' '.join(sorted(found, key=_sort_key)) or 'none for any card'}"
         if target is not None and target.capability is not None and not has_code_for(found, target.capability):
@@ -71,9 +78,9 @@ def _check_code(stage: str, modules: dict[str, Any], target: Target | None) -> I
 
 
 def _device_code(stage: str, modules: dict[str, Any]) -> Iterator[tuple[str, set[str]]]:
-    """The files that need code for the target's card, and the architectures that each was compiled for.
+    """Yield each file that needs code for the target's card, and the architectures that it has code for.
 
-    Files that serve only some cards by design, such as vLLM's flash attention, are left out.
+    Files that are meant for some cards only, such as vLLM's flash attention, are left out.
     """
     torch = modules.get("torch")
     if torch is None:
@@ -100,13 +107,13 @@ def _device_code(stage: str, modules: dict[str, Any]) -> Iterator[tuple[str, set
 
 
 def _sort_key(name: str) -> tuple[str, int]:
-    """Sorts architectures by kind and number: sm_90 before sm_100."""
+    """The key that sorts architectures by kind and number: sm_90 before sm_100."""
     kind, _, number = name.partition("_")
     return kind, int("".join(character for character in number if character.isdigit()))
 
 
 def _check_gpus(torch: Any) -> Iterator[str]:
-    """Compute a little on every visible GPU. Raises DoesNotFitError for one that fails."""
+    """Compute on each visible GPU, and yield a line on it. Raises DoesNotFitError for a GPU that fails."""
     if torch is None:
         yield "GPU not used by this stage"
         return
@@ -119,7 +126,8 @@ def _check_gpus(torch: Any) -> Iterator[str]:
             ones = torch.ones(64, 64, device=f"cuda:{index}", dtype=torch.float16)
             total = float((ones @ ones).float().sum())
         except RuntimeError as error:
-            raise DoesNotFitError(f"GPU {index} ({name}) does not compute: {str(error).splitlines()[0]}") from error
+            why = str(error).splitlines()[0]
+            raise DoesNotFitError(f"GPU {index} ({name}) does not compute ({why}); use another GPU") from error
         if total != 64.0**3:
-            raise DoesNotFitError(f"GPU {index} ({name}) computes {total} instead of {64.0**3}")
+            raise DoesNotFitError(f"GPU {index} ({name}) computes {total} instead of {64.0**3}; use another GPU")
         yield f"GPU {index} {name} computes"

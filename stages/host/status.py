@@ -1,4 +1,4 @@
-"""How far runs are: a few lines for each, from manifests and events."""
+"""Does the work of `lorry status`: says how far runs are, from manifests and events."""
 
 import json
 import time
@@ -14,21 +14,21 @@ from stages.host.outcome import Problem
 
 
 def status_lines(run_name: str | None) -> Generator[str, None, None]:
-    """The state of one run, or of all in the runs folder. Raises UsageError if the named run does not exist."""
+    """Yield lines on the state of one run; None: of all runs. Raises UsageError if the named run does not exist."""
     runs = Roots.from_environment().runs
     folders = [runs / run_name] if run_name else sorted(path.parent for path in runs.glob("*/recipe.yaml"))
     if run_name and not (folders[0] / "recipe.yaml").is_file():
-        raise UsageError(f"{folders[0]}: no such run")
+        raise UsageError(f"{folders[0]}: no such run; `lorry status` lists all runs")
     if not folders:
-        yield Problem(f"no run in {runs}")
+        yield Problem(f"{runs}: no run here; start one, or set LORRY_RUNS to another folder")
     for folder in folders:
         yield folder.name
         for stage in STAGES:
-            yield from (f"  {stage:<11}{state}" for state in _states(folder, stage))
+            yield from (f"  {stage:<11}{state}" for state in _state_lines(folder, stage))
 
 
-def _states(folder: Path, stage: str) -> list[str]:
-    """The state of a stage, and of its shards if there are any."""
+def _state_lines(folder: Path, stage: str) -> list[str]:
+    """Lines on the state of a stage, and of its shards if there are any."""
     from stages.contract.run import is_held
 
     try:
@@ -45,7 +45,7 @@ def _states(folder: Path, stage: str) -> list[str]:
 
 
 def _event_text(event: dict[str, Any], running: bool) -> str:
-    """An event of events.jsonl in words, after a colon; empty if it is only the end of a process."""
+    """An event of events.jsonl as text, with a colon before it; empty for the end of a process."""
     if event["event"] == "end":
         return ""
     if event["event"] != "progress":
@@ -57,7 +57,7 @@ def _event_text(event: dict[str, Any], running: bool) -> str:
 
 
 def _shard_counts(folder: Path, stage: str) -> str:
-    """How many shards of a stage are done, for each number of shards it was divided into; empty without shards."""
+    """How many shards of a stage are done and running, for each count that it was split into; empty without shards."""
     from stages.contract.run import is_held
 
     counts: dict[int, list[Path]] = {}

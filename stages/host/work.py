@@ -1,4 +1,4 @@
-"""The work of each stage, imported only when it runs: that takes seconds."""
+"""Runs the work of a stage. It imports the stage only then, as that takes seconds."""
 
 import importlib
 
@@ -8,7 +8,7 @@ from stages.host.needs import GPU_STAGES
 
 
 def run_work(stage: Stage) -> None:
-    """Do a stage's work, `work` of `stages.<stage>.stage`, on GPUs that are not in LORRY_GPU_DENY.
+    """Run `work` of `stages.<stage>.stage`, on GPUs that LORRY_GPU_DENY does not name.
 
     Raises DoesNotFitError if the stage needs a GPU and LORRY_GPU_DENY leaves none.
     """

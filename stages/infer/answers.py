@@ -75,7 +75,7 @@ class _Conversation:
                         new = self.journals.completion_tokens - tokens
                         rate = round(new / (time.monotonic() - before), 1)
                         activity = f"{name} {'' if variant.without else 'with '}{variant.name}"
-                        self.events.progress(activity, done, total, "samples", tokens_per_second=rate)
+                        self.events.report_progress(activity, done, total, "samples", tokens_per_second=rate)
                     self.stop.check()
 
     def _answer_chunk(self, variant: Variant, name: str, chunk: list[Sample]) -> bool:

@@ -100,10 +100,10 @@ def journal_names(run: Run, model: Path, adapters: list[str], hashes: FileHashes
     pages = ((run.manifest("preprocess") or {}).get("outputs") or {}).get("pages/", {}).get("sha256")
 
     def name_of(adapter: str | None) -> str:
-        weights = [hashes.tree(model)[0]]
+        weights = [hashes.tree_digest(model)[0]]
         if adapter is not None:
             folder = run.path("train", "adapters", adapter)
-            weights += [hashes.file(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()]
+            weights += [hashes.file_digest(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()]
             connector = trained_connector(run)
             weights += [connector[1]] if connector else []
         made_from = [infer.engine, infer.merged, infer.batch_size, infer.chunk_size, run.recipe.seed, weights, pages]

@@ -39,7 +39,7 @@ def work(stage: Stage) -> None:
     run, recipe, vote = stage.run, stage.run.recipe, stage.run.recipe.infer.vote
     samples, size = samples_by_variant(run), recipe.infer.chunk_size
     chunks = cut_into_chunks(samples, size)
-    if stage.nothing_to_do(len(chunks), "chunks of samples"):
+    if stage.has_nothing_to_do(len(chunks), "chunks of samples"):
         return
     names = [adapter.name for adapter in trained_adapters(run)]
     if vote is not None:
@@ -53,7 +53,7 @@ def work(stage: Stage) -> None:
         Journals(stage.path("partial"), files, stage.key) as journals,
         Engines(recipe, model, adapters, trained_connector(run), stage.folder, stage.decide) as engines,
     ):
-        first = first_round(samples, chunks, stage.has, stage.finished_shards)
+        first = first_round(samples, chunks, stage.does_piece, stage.finished_shards)
         answer_round(first, prompts, journals, engines, stage.events, stage.stop)
         predictions, took = predict_round(first, prompts, journals, task)
         written = write_predictions(run, stage.folder, predictions, stage.shard is None, stage.events.say)

@@ -44,7 +44,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
     """The model's completions, by the digest of the prompt."""
     recipe = stage.run.recipe
     model = stage.run.model(recipe.model.path, "model.path")
-    weights, _ = FileHashes(stage.path(".hashes.json")).tree(model)
+    weights, _ = FileHashes(stage.path(".hashes.json")).tree_digest(model)
     with JsonlJournal(stage.cache_file("classifier", f"{weights}.jsonl")) as journal:
         known = {record["asked"]: str(record["text"]) for record in journal.records}
         missing = {_digest(ask): ask for ask in asks if _digest(ask) not in known}
@@ -61,7 +61,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
             journal.append([{"asked": key, "prompt": question, "text": completion.text}])
             known[key] = completion.text
             done = sum(prompt.id in known for prompt in prompts)
-            stage.events.progress("classify questions", done, len(prompts), "questions")
+            stage.events.report_progress("classify questions", done, len(prompts), "questions")
             stage.stop.check()
 
         try:

@@ -228,7 +228,7 @@ def _follow(stage: Stage, reading: int) -> LorryError | None:
             elif "say" in message:
                 stage.events.say(message["say"])
             else:
-                stage.events.progress(message["activity"], message["step"], message["total"], "records")
+                stage.events.report_progress(message["activity"], message["step"], message["total"], "records")
     return error
 
 

@@ -34,7 +34,7 @@ from typing import Any
 
 from stages.contract.errors import DataError, Exit, UsageError
 from stages.contract.files import read_json, read_jsonl, remove, write_json, write_jsonl
-from stages.contract.stop import forks_die_with_parents
+from stages.contract.stop import make_forks_die_with_parents
 
 Row = dict[str, Any]
 """`id`, `text`, `images` (relative to the data folder), `original_id` of an added record, and operators' own fields."""
@@ -81,7 +81,7 @@ process."""
 
 def main() -> None:
     job = Job(**read_json(Path(sys.argv[1])))
-    forks_die_with_parents()  # operators' workers, and Ray
+    make_forks_die_with_parents()  # operators' workers, and Ray
     try:
         _refuse_to_install()
         operators = _load(job)

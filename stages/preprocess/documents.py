@@ -91,7 +91,7 @@ def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str,
         )
     _remove_stale_pictures(stage, usable)
     for record in usable:  # save the digests, so that a restart does not read every picture
-        hashes.file(_picture_path(stage, record))
+        hashes.file_digest(_picture_path(stage, record))
     hashes.save()
     if stage.shard is not None:  # the merging stage writes the table
         return usable
@@ -155,7 +155,7 @@ def _without_words(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _range_key(settings: Preprocess, pages: PageRange, hashes: FileHashes) -> str:
     look = settings.pages
     assert look is not None  # a recipe of a task that reads documents has it
-    made_from = [hashes.file(pages.source), pages.first, pages.last, look.max_pixels, look.jpeg_quality]
+    made_from = [hashes.file_digest(pages.source), pages.first, pages.last, look.max_pixels, look.jpeg_quality]
     return digest_of([*made_from, pymupdf.VersionBind])
 
 
@@ -167,7 +167,7 @@ def _finished_records(stage: Stage, pages: PageRange, hashes: FileHashes) -> lis
     folder = stage.path("pages", picture_folder(pages.document))
     for record in saved["records"]:
         picture = folder / f"{record['page']}.jpg"
-        if record["status"] == "ok" and not (picture.is_file() and hashes.file(picture) == record["sha256"]):
+        if record["status"] == "ok" and not (picture.is_file() and hashes.file_digest(picture) == record["sha256"]):
             return None
     return _without_words(saved["records"])
 
@@ -200,7 +200,7 @@ def _render_missing(
         rendered += len(records)
         if len(collected[target]) == len(target):
             done[target] = _save_range(stage, target, collected.pop(target), hashes)
-        stage.events.progress("render pages", rendered, total, "pages")
+        stage.events.report_progress("render pages", rendered, total, "pages")
         stage.stop.check()
     hashes.save()
 

@@ -70,7 +70,7 @@ class Embedder:
         takes_pictures = (read_json(folder / "config.json") or {}).get("model_type") == "qwen2_vl"
         self._settings = Settings(folder, takes_pictures, settings.max_pixels, settings.batch_size, settings.vectors)
         self._devices = devices
-        digest, _ = FileHashes(stage.path(".hashes.json")).tree(folder)
+        digest, _ = FileHashes(stage.path(".hashes.json")).tree_digest(folder)
         # without the precision: it depends on the GPU, and shards may run on several kinds
         self._made_from = [digest, settings.batch_size, settings.vectors]
         if takes_pictures:
@@ -182,7 +182,7 @@ class Embedder:
         )
         for piece in embedded:
             done += len(piece.items)
-            self._stage.events.progress(f"embed {what}", done, total, what)
+            self._stage.events.report_progress(f"embed {what}", done, total, what)
             self._stage.stop.check()
 
     @functools.cached_property

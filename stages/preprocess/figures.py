@@ -50,7 +50,7 @@ def crop_figures(stage: Stage, wanted: list[Figure], documents: dict[str, Path])
         if FIGURE.fullmatch(path.name) and path not in crops:
             path.unlink()
     for path in crops:  # save the digests, so that a restart does not read every picture
-        hashes.file(path)
+        hashes.file_digest(path)
     hashes.save()
     return {
         figure: {"image": f"preprocess/pages/{_name(figure)}", **{k: record[k] for k in ("width", "height", "sha256")}}
@@ -85,7 +85,7 @@ def _record_path(stage: Stage, figure: Figure) -> Path:
 def _key(settings: Preprocess, figure: Figure, documents: dict[str, Path], hashes: FileHashes) -> str:
     look = settings.pages
     assert look is not None  # a recipe of a task that reads documents has it
-    made_from = [hashes.file(documents[figure[0]]), *figure[1:], look.max_pixels, look.jpeg_quality]
+    made_from = [hashes.file_digest(documents[figure[0]]), *figure[1:], look.max_pixels, look.jpeg_quality]
     return digest_of([*made_from, RULES_VERSION, pymupdf.VersionBind])
 
 
@@ -98,7 +98,7 @@ def _finished_record(
         return None
     record: dict[str, Any] = saved["record"]
     crop = _crop_path(stage, figure)
-    if record["status"] == "ok" and not (crop.is_file() and hashes.file(crop) == record["sha256"]):
+    if record["status"] == "ok" and not (crop.is_file() and hashes.file_digest(crop) == record["sha256"]):
         return None
     return record
 
@@ -133,5 +133,5 @@ def _crop_missing(
             key = _key(settings, figure, documents, hashes)
             write_json(_record_path(stage, figure), {"key": key, "record": record})
         cropped += len(names[page])
-        stage.events.progress("crop figures", cropped, len(missing), "figures")
+        stage.events.report_progress("crop figures", cropped, len(missing), "figures")
         stage.stop.check()

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.contract.files import open_atomically, place_same, visible_files
+from stages.contract.files import link_or_copy, open_atomically, visible_files
 from stages.contract.stage import Stage
 from stages.preprocess.classify import classify_drawings
 from stages.preprocess.documents import render_documents
@@ -38,11 +38,11 @@ class Index:
 def read_documents(stage: Stage, documents: Mapping[str, Path], questions: list[Any]) -> Index | None:
     """Render and embed this process's share. Returns None for a shard: the merging stage does the rest."""
     _adopt_shards(stage)
-    pages = render_documents(stage, {name: documents[name] for n, name in enumerate(documents) if stage.has(n)})
+    pages = render_documents(stage, {name: documents[name] for n, name in enumerate(documents) if stage.does_piece(n)})
     embedder = Embedder(stage)
     embedder.embed_pages(pages)
     chunks = split_into_chunks([question.text for question in questions])  # shards share questions by chunk
-    vectors = embedder.embed_questions([chunk for n, chunk in enumerate(chunks) if stage.has(n)])
+    vectors = embedder.embed_questions([chunk for n, chunk in enumerate(chunks) if stage.does_piece(n)])
     embedder.close()
     if stage.shard is not None:
         _list_outputs_of_shard(stage)
@@ -57,7 +57,7 @@ def _adopt_shards(stage: Stage) -> None:
     """Put pictures, page records and vectors of finished shards where an earlier start of this stage would have."""
     for folder in stage.finished_shards:
         for path in [*visible_files(folder / "pages"), *visible_files(folder / "cache")]:
-            place_same(path, stage.path(str(path.relative_to(folder))))
+            link_or_copy(path, stage.path(str(path.relative_to(folder))))
 
 
 def _list_outputs_of_shard(stage: Stage) -> None:

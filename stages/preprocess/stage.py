@@ -21,7 +21,7 @@ def work(stage: Stage) -> None:
     task = load_task(recipe.task)
     documents = _documents(task, data)
     if reads_records(task):
-        if stage.nothing_to_do(0, "documents"):  # shards do not share records: Data-Juicer has its own processes
+        if stage.has_nothing_to_do(0, "documents"):  # shards do not share records: Data-Juicer has its own processes
             return
         questions = _questions_of_records(stage, task)
     else:
@@ -32,7 +32,7 @@ def work(stage: Stage) -> None:
     groups = _groups(questions, documents, stage.path(".hashes.json"))
     splits = split_questions(questions, groups, recipe.data, recipe.seed, stage.skip)
     questions = [question for question in questions if question.id in splits]
-    if stage.nothing_to_do(len(documents), "documents"):
+    if stage.has_nothing_to_do(len(documents), "documents"):
         return
     founds = None
     if reads_documents(task):
@@ -81,7 +81,7 @@ def _groups(questions: list[Any], documents: dict[str, Path], known_hashes: Path
         return {question.id: question.group for question in questions}
     hashes = FileHashes(known_hashes)
     names = sorted({question.document for question in questions})
-    content = {name: hashes.file(documents[name]) for name in names}
+    content = {name: hashes.file_digest(documents[name]) for name in names}
     first = {digest: name for name, digest in reversed(content.items())}  # the first name of each content
     return {question.id: first[content[question.document]] for question in questions}
 

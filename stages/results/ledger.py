@@ -23,7 +23,7 @@ from stages.contract.mixes import training_samples
 from stages.contract.recipe import Adapter
 from stages.contract.records import BASE, VOTE
 from stages.contract.roots import Roots
-from stages.contract.run import CONTRACT_VERSION, STAGES, Run, is_held, same_series
+from stages.contract.run import CONTRACT_VERSION, STAGES, Run, is_held, is_same_series
 from stages.results.run_reader import DamagedError, RunReader, recipe_of, suggestion
 from stages.results.summary import dataset_name, read_summary
 
@@ -378,7 +378,7 @@ class _RowReader(RunReader):
         if self.troubles:
             state = f"stale: {next(iter(self.troubles.values()))}" + (f"; {state}" if seen else "")
         ours = importlib.metadata.version("lorry")
-        if not same_series(str(made.get("version")), ours):
+        if not is_same_series(str(made.get("version")), ours):
             state += f", by Lorry {made.get('version')} (this is {ours})"
         return {**columns, "state": _one_line(state)}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from stages.contract.errors import DataError, UsageError
-from stages.contract.lora_config import with_lora_config
+from stages.contract.lora_config import apply_lora_config
 from stages.contract.recipe import Adapter, Recipe, Section, Source, Train, file_name
 from stages.tasks.task import Task, check_task
 
@@ -82,7 +82,7 @@ def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
 def _settle_training(recipe: Recipe, task: Task, where: str, data: Path) -> Train:
     settings = recipe.train
     if settings.lora_config is not None:
-        settings = with_lora_config(settings, data / settings.lora_config)
+        settings = apply_lora_config(settings, data / settings.lora_config)
     if not settings.adapter_for_each_source:
         return settings
     try:

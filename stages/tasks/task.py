@@ -112,7 +112,7 @@ class Ask:
 
 
 class Task(Protocol):
-    """What every task's module has. `stages.tasks.common.defaults` has what most tasks leave as it is."""
+    """What every task's module has. `stages.tasks.common.default_*` has what most tasks leave as it is."""
 
     # A task's own question type takes the place of Any: a parameter of type Question would refuse it.
 
@@ -271,10 +271,11 @@ def reads_records(task: Task) -> TypeGuard[RecordTask]:
 
 
 HAVE_DEFAULTS = {
-    *("COMPONENTS", "READS_DOCUMENTS", "READS_RECORDS", "SHARED", "Passes", "Samples", "Scoring", "ask", "asked_rows"),
-    *("facts", "measures", "narrowed_sample", "passes", "picture", "rehearsal", "submission", "together", "uploads"),
+    **dict.fromkeys(("COMPONENTS", "READS_DOCUMENTS", "READS_RECORDS", "Passes", "Samples", "Scoring"), "settings"),
+    **dict.fromkeys(("SHARED", "ask", "narrowed_sample", "passes", "rehearsal"), "prompts"),
+    **dict.fromkeys(("asked_rows", "facts", "measures", "picture", "submission", "together", "uploads"), "results"),
 }
-"""Members of the contract that `stages.tasks.common.defaults` has."""
+"""Members of the contract that have a default, in `stages.tasks.common.default_<this>`."""
 
 
 def check_task(module: ModuleType) -> Task:
@@ -308,7 +309,9 @@ def _members(contract: type) -> list[tuple[str, Any]]:
 def _fault(module: ModuleType, name: str, member: Any) -> str | None:
     """What is wrong with one member of a module; None where nothing is."""
     if not hasattr(module, name):
-        cure = "define it, or import it from stages.tasks.common.defaults" if name in HAVE_DEFAULTS else "define it"
+        cure = "define it"
+        if name in HAVE_DEFAULTS:
+            cure += f", or import it from stages.tasks.common.default_{HAVE_DEFAULTS[name]}"
         return f"{name} is missing ({cure})"
     value = getattr(module, name)
     if isinstance(member, property):

@@ -20,7 +20,7 @@ from stages.contract.errors import DoesNotFitError, InterruptedRunError, LorryEr
 from stages.contract.files import (
     FileHashes,
     digest_of,
-    place_same,
+    link_or_copy,
     read_json,
     read_jsonl,
     remove,
@@ -35,7 +35,7 @@ from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
 from stages.hardware.batch import refuse_inexact
 from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unestimated_way
-from stages.hardware.memory import Lengths, missing_from_estimate
+from stages.hardware.memory import Lengths, gap_in_estimate
 from stages.hardware.probe import Gpu, probe
 from stages.hardware.targets import (
     Target,
@@ -78,10 +78,10 @@ def work(stage: Stage) -> None:
     if node is not None and node.rank > 0:
         _help(stage, node)
         return
-    if stage.nothing_to_do(len(recipe.train.adapters), "adapters"):
+    if stage.has_nothing_to_do(len(recipe.train.adapters), "adapters"):
         return
     log: list[dict[str, Any]] = []
-    adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.has(number)]
+    adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.does_piece(number)]
     mixes, failures = _mixes_of(stage, adapters)
     connector = None
     plan: _Plan | None = None  # made when something has to be trained: existing adapters need no GPU
@@ -229,7 +229,7 @@ def _samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _model_digest(stage: Stage, hashes: FileHashes) -> str:
-    return hashes.tree(stage.run.model(stage.run.recipe.model.path, "model.path"))[0]
+    return hashes.tree_digest(stage.run.model(stage.run.recipe.model.path, "model.path"))[0]
 
 
 def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: FileHashes) -> Any:
@@ -246,7 +246,10 @@ def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: File
         return pages
     files = {name: stage.run.folder / name for name in names if name.startswith("preprocess/pictures/")}
     # a missing file is reported where it is read
-    return {"pages/": pages, "pictures/": {name: hashes.file(path) for name, path in files.items() if path.is_file()}}
+    return {
+        "pages/": pages,
+        "pictures/": {name: hashes.file_digest(path) for name, path in files.items() if path.is_file()},
+    }
 
 
 Mixes = dict[str, list[list[dict[str, Any]]]]
@@ -288,7 +291,7 @@ def _remove_outdated(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | N
     for path in stage.path("adapters").glob("*/"):
         made = read_json(path / "made.json") or {}
         whole = all(
-            (path / name).is_file() and hashes.file(path / name) == digest
+            (path / name).is_file() and hashes.file_digest(path / name) == digest
             for name, digest in made.get("files", {}).items()
         )
         if made.get("key") != keys.get(path.name, "") or not whole:
@@ -368,7 +371,7 @@ def _take_over(stage: Stage, name: str) -> None:
             partial = stage.path("adapters", f".{name}")
             remove(partial)
             for path in visible_files(source):
-                place_same(path, partial / path.relative_to(source))
+                link_or_copy(path, partial / path.relative_to(source))
             partial.rename(stage.path("adapters", name))
             return
 
@@ -451,7 +454,7 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
         free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}, {fullest.uuid[:12]}"
         needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
         decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
-    left_out = missing_from_estimate(shape, settings)
+    left_out = gap_in_estimate(shape, settings)
     if left_out:
         decide("memory not estimated", left_out, "it must fit in the remaining memory")
     for change in way.changes:

@@ -195,7 +195,7 @@ def _follow(stage: Stage, name: str, reading: int, received: _Messages, workers:
                     received.tokens += message["tokens"]
                     received.seconds += message["seconds"]
                 shown = {"loss": loss, "tokens_per_second": speed and round(speed, 1), "memory": message["memory"]}
-                stage.events.progress(activity, message["step"], message["total"], "steps", **shown)
+                stage.events.report_progress(activity, message["step"], message["total"], "steps", **shown)
             elif message["event"] == "loss":
                 loss = message["loss"]
                 stage.events.emit("loss", adapter=name, step=message["step"], loss=loss)

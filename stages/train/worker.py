@@ -24,7 +24,7 @@ from stages.contract.errors import DataError, DoesNotFitError, Exit, Interrupted
 from stages.contract.files import machine_error, read_json, read_jsonl, remove, sha256_file, write_json, write_jsonl
 from stages.contract.mixes import samples_with_pictures, training_samples, validation_samples
 from stages.contract.recipe import Train
-from stages.contract.stop import StopRequest, die_with_parent, forks_die_with_parents
+from stages.contract.stop import StopRequest, die_with_parent, make_forks_die_with_parents
 from stages.hardware.probe import read_cards
 from stages.hardware.targets import refuse_4bit_twice
 from stages.models.connector import link_connector
@@ -394,7 +394,7 @@ def main() -> None:
     progress = Progress(job.progress)
     stop = StopRequest()
     stop.install()
-    forks_die_with_parents()  # ms-swift forks processes that read the samples
+    make_forks_die_with_parents()  # ms-swift forks processes that read the samples
     if job.processes > 1:
         die_with_parent(os.getppid())  # torchrun, which dies with the stage
         progress.send(event="process", id=os.getpid())

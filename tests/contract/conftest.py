@@ -15,7 +15,7 @@ from tests.conftest import Lorry, make_data
 
 @pytest.fixture
 def small_mounts(lorry: Lorry, tmp_path: Path) -> Lorry:
-    """Mounts with data and two model folders that are only ever hashed: right in form, of a few bytes."""
+    """Mounts with data and two model folders of a few bytes, which stages only hash."""
     for name in ("all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"):
         folder = tmp_path / "models" / name
         folder.mkdir(parents=True)
@@ -32,7 +32,7 @@ def run(small_mounts: Lorry, recipe_file: Path) -> Run:
 
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
-    """`run_stage` listens to signals; the tests' own process goes on after it."""
+    """Restore the signal handlers, which `run_stage` replaces in the tests' process."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():

@@ -23,18 +23,18 @@ STEPS = 20
 
 
 def count(stage: Stage) -> None:
-    """Twenty records, one each 50 ms; an interrupted start goes on where it was."""
+    """Write twenty records, one every 50 ms; a start after a stop continues there."""
     with JsonlJournal(stage.path("records.jsonl")) as journal:
         for step in range(len(journal.records), STEPS):
             journal.append([{"step": step, "process": os.getpid()}])
-            stage.events.progress("count", step + 1, STEPS, "steps")
+            stage.events.report_progress("count", step + 1, STEPS, "steps")
             time.sleep(0.05)
             stage.stop.check()
     stage.outputs["records.jsonl"] = STEPS
 
 
 def write(stage: Stage) -> None:
-    """Samples, pages and a cache, at once."""
+    """Write samples, pages and a cache."""
     for name in ("train", "validation", "test"):
         path = f"samples/{name}.jsonl"
         stage.outputs[path] = write_jsonl(stage.path(path), [{"id": name}])
@@ -46,7 +46,7 @@ def write(stage: Stage) -> None:
 
 
 def wait(stage: Stage) -> None:
-    """Hold the stage until killed."""
+    """Hold the stage until the process is killed."""
     stage.events.say("waiting")
     while True:
         time.sleep(0.05)
@@ -54,7 +54,7 @@ def wait(stage: Stage) -> None:
 
 
 def deaf(stage: Stage) -> None:
-    """Never come to a safe point."""
+    """Sleep without ever checking for a stop."""
     stage.events.say("waiting")
     while True:
         time.sleep(0.05)

@@ -153,9 +153,9 @@ def aged(path: Path, content: bytes, seconds: int = 60) -> Path:
 def test_a_change_of_the_same_size_is_noticed(tmp_path: Path) -> None:
     path = aged(tmp_path / "a", b"one")
     hashes = FileHashes(tmp_path / ".memory")
-    first = hashes.file(path)
+    first = hashes.file_digest(path)
     path.write_bytes(b"two")
-    assert hashes.file(path) != first
+    assert hashes.file_digest(path) != first
 
 
 def test_a_change_right_after_hashing_is_noticed(tmp_path: Path) -> None:
@@ -163,9 +163,9 @@ def test_a_change_right_after_hashing_is_noticed(tmp_path: Path) -> None:
     for content in (b"0", b"1", b"2", b"3", b"4", b"5"):  # within one tick of the file system's clock
         path.write_bytes(content)
         hashes = FileHashes(tmp_path / ".memory")
-        digest = hashes.file(path)
+        digest = hashes.file_digest(path)
         hashes.save()
-        assert digest == FileHashes(tmp_path / "none").file(path)
+        assert digest == FileHashes(tmp_path / "none").file_digest(path)
 
 
 def test_a_change_that_keeps_size_and_time_stamp_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,10 +175,10 @@ def test_a_change_that_keeps_size_and_time_stamp_is_noticed(tmp_path: Path, monk
     hashes = FileHashes(tmp_path / ".memory")
     now = time.time_ns()
     monkeypatch.setattr(files.time, "time_ns", lambda: now + 60 * 10**9)  # a minute later it is remembered
-    first = hashes.file(path)
+    first = hashes.file_digest(path)
     path.write_bytes(b"two")
     os.utime(path, ns=(stamp, stamp))
-    assert hashes.file(path) != first
+    assert hashes.file_digest(path) != first
 
 
 def test_an_unchanged_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,21 +187,21 @@ def test_an_unchanged_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest
     now = time.time_ns()
     monkeypatch.setattr(files.time, "time_ns", lambda: now + 60 * 10**9)
     hashes = FileHashes(tmp_path / ".memory")
-    digest = hashes.file(path)
+    digest = hashes.file_digest(path)
     hashes.save()
 
     def read_again(_: Path) -> str:
         raise AssertionError
 
     monkeypatch.setattr(files, "sha256_file", read_again)
-    assert FileHashes(tmp_path / ".memory").file(path) == digest
+    assert FileHashes(tmp_path / ".memory").file_digest(path) == digest
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff"])
 def test_a_damaged_memory_costs_only_time(tmp_path: Path, damage: bytes) -> None:
     path = aged(tmp_path / "a", b"one")
     (tmp_path / ".memory").write_bytes(damage)
-    assert FileHashes(tmp_path / ".memory").file(path) == FileHashes(tmp_path / "none").file(path)
+    assert FileHashes(tmp_path / ".memory").file_digest(path) == FileHashes(tmp_path / "none").file_digest(path)
 
 
 def test_a_folders_digest_follows_names_and_content_but_not_hidden_files(tmp_path: Path) -> None:
@@ -209,12 +209,12 @@ def test_a_folders_digest_follows_names_and_content_but_not_hidden_files(tmp_pat
     for name in ("a", "sub/b"):
         (tmp_path / name).write_text(name)
     hashes = FileHashes(tmp_path / ".memory")
-    before = hashes.tree(tmp_path)
+    before = hashes.tree_digest(tmp_path)
     assert before[1] == 2
     (tmp_path / ".hidden").write_text("x")
-    assert hashes.tree(tmp_path) == before
+    assert hashes.tree_digest(tmp_path) == before
     (tmp_path / "sub" / "b").rename(tmp_path / "sub" / "c")
-    assert hashes.tree(tmp_path)[0] != before[0]
+    assert hashes.tree_digest(tmp_path)[0] != before[0]
 
 
 def test_a_file_name_that_is_no_utf8_is_hashed_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,10 +225,10 @@ def test_a_file_name_that_is_no_utf8_is_hashed_and_remembered(tmp_path: Path, mo
     now = time.time_ns()
     monkeypatch.setattr(files.time, "time_ns", lambda: now + 60 * 10**9)
     hashes = FileHashes(tmp_path / ".memory")
-    digest = hashes.tree(folder)
+    digest = hashes.tree_digest(folder)
     hashes.save()
     assert json.loads((tmp_path / ".memory").read_text())
-    assert FileHashes(tmp_path / ".memory").tree(folder) == digest
+    assert FileHashes(tmp_path / ".memory").tree_digest(folder) == digest
 
 
 # -- disk errors ---------------------------------------------------------------------------------------------------

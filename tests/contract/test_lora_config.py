@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.contract.errors import UsageError
-from stages.contract.lora_config import with_lora_config
+from stages.contract.lora_config import apply_lora_config
 from stages.contract.recipe import Adapter, Train
 
 RECIPES = Train(adapters=[Adapter(name="a")], rank=3, alpha=5, dropout=0.25, target_modules=["up_proj"], epochs=7.0)
@@ -21,7 +21,7 @@ def written(folder: Path, content: Any) -> Path:
 
 def refused(path: Path) -> str:
     with pytest.raises(UsageError) as caught:
-        with_lora_config(RECIPES, path)
+        apply_lora_config(RECIPES, path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
@@ -34,15 +34,15 @@ def lora(settings: Train) -> tuple[Any, ...]:
 
 def test_pefts_names_take_the_place_of_the_recipes_and_nothing_else_changes(tmp_path: Path) -> None:
     values = {"r": 64, "lora_alpha": 128, "lora_dropout": 0.1, "target_modules": ["v_proj", "q_proj"]}
-    found = with_lora_config(RECIPES, written(tmp_path, values))
+    found = apply_lora_config(RECIPES, written(tmp_path, values))
     assert lora(found) == (64, 128, 0.1, ["q_proj", "v_proj"]), "sorted: PEFT keeps a set"
     untouched = set(Train.model_fields) - {"rank", "alpha", "dropout", "target_modules"}
     assert all(getattr(found, name) == getattr(RECIPES, name) for name in untouched)
 
 
 def test_what_the_file_leaves_out_stays_as_the_recipe_has_it(tmp_path: Path) -> None:
-    assert lora(with_lora_config(RECIPES, written(tmp_path, {"r": 64}))) == (64, 5, 0.25, ["up_proj"])
-    assert with_lora_config(RECIPES, written(tmp_path, {})) == RECIPES
+    assert lora(apply_lora_config(RECIPES, written(tmp_path, {"r": 64}))) == (64, 5, 0.25, ["up_proj"])
+    assert apply_lora_config(RECIPES, written(tmp_path, {})) == RECIPES
 
 
 @pytest.mark.parametrize(
@@ -55,16 +55,16 @@ def test_what_the_file_leaves_out_stays_as_the_recipe_has_it(tmp_path: Path) -> 
     ],
 )
 def test_modules_are_names_or_one_expression(tmp_path: Path, given: Any, found: Any) -> None:
-    settings = with_lora_config(RECIPES, written(tmp_path, {"target_modules": given}))
+    settings = apply_lora_config(RECIPES, written(tmp_path, {"target_modules": given}))
     assert settings.target_modules == found
 
 
 def test_a_whole_number_is_a_dropout(tmp_path: Path) -> None:
-    assert with_lora_config(RECIPES, written(tmp_path, {"lora_dropout": 0})).dropout == 0.0
+    assert apply_lora_config(RECIPES, written(tmp_path, {"lora_dropout": 0})).dropout == 0.0
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
-    assert with_lora_config(RECIPES, written(tmp_path, '\ufeff{"r": 64}')).rank == 64
+    assert apply_lora_config(RECIPES, written(tmp_path, '\ufeff{"r": 64}')).rank == 64
 
 
 @pytest.mark.parametrize("given", [{"task_type": "CAUSAL_LM"}, {}])
@@ -73,7 +73,7 @@ def test_what_peft_writes_is_accepted(tmp_path: Path, given: dict[str, Any]) -> 
 
     wanted = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["v_proj", "q_proj"]}
     LoraConfig(**wanted, **given).save_pretrained(tmp_path)
-    assert lora(with_lora_config(RECIPES, tmp_path / "adapter_config.json")) == (4, 8, 0.1, ["q_proj", "v_proj"])
+    assert lora(apply_lora_config(RECIPES, tmp_path / "adapter_config.json")) == (4, 8, 0.1, ["q_proj", "v_proj"])
 
 
 def test_the_file_beside_an_adapter_of_pefts_is_accepted(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_the_file_beside_an_adapter_of_pefts_is_accepted(tmp_path: Path) -> None
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     config.inference_mode, config.base_model_name_or_path = True, "somebody/model"
     config.save_pretrained(tmp_path)
-    found = with_lora_config(RECIPES, tmp_path / "adapter_config.json")
+    found = apply_lora_config(RECIPES, tmp_path / "adapter_config.json")
     assert lora(found) == (4, 8, 0.0, ["all-linear"])
 
 
@@ -106,10 +106,13 @@ def test_what_peft_writes_of_what_we_would_not_do_is_refused(tmp_path: Path, ask
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bias": "all"}, "'bias' is 'all'; Lorry trains adapters with 'none' only; change it"),
-        ({"use_rslora": True}, "'use_rslora' is True; Lorry trains adapters with False only; change it"),
-        ({"peft_type": "IA3"}, "'peft_type' is 'IA3'; Lorry trains adapters with 'LORA' only; change it"),
-        ({"task_type": "SEQ_CLS"}, "'task_type' is 'SEQ_CLS'; Lorry trains adapters with 'CAUSAL_LM' only; change it"),
+        ({"bias": "all"}, "'bias' is 'all', but Lorry trains adapters with 'none' only; change it"),
+        ({"use_rslora": True}, "'use_rslora' is True, but Lorry trains adapters with False only; change it"),
+        ({"peft_type": "IA3"}, "'peft_type' is 'IA3', but Lorry trains adapters with 'LORA' only; change it"),
+        (
+            {"task_type": "SEQ_CLS"},
+            "'task_type' is 'SEQ_CLS', but Lorry trains adapters with 'CAUSAL_LM' only; change it",
+        ),
         ({"lora_alhpa": 16}, "'lora_alhpa' is not supported and would be ignored; did you mean 'lora_alpha'?"),
         ({"lora_droupout": 0}, "'lora_droupout' is not supported and would be ignored; did you mean 'lora_dropout'?"),
         (
@@ -137,7 +140,7 @@ def test_a_setting_that_is_not_supported_is_reported_in_one_line(tmp_path: Path,
 
 def test_a_missing_file_or_one_that_is_no_text_is_reported(tmp_path: Path) -> None:
     message = refused(tmp_path / "nowhere.json")
-    assert message == "no such file (train.lora_config, relative to the data mount)"
+    assert message == "no such file; set train.lora_config to a file below the data mount"
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x80")
     assert "cannot be read as JSON" in refused(tmp_path / "binary.json")
     assert "cannot be read as JSON" in refused(tmp_path)

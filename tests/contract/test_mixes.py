@@ -100,7 +100,9 @@ def test_other_data_sets_around_it_change_no_draw(chance: random.Random) -> None
 def test_a_data_set_without_samples_is_named_with_those_that_there_are() -> None:
     with pytest.raises(UsageError) as caught:
         training_samples(SAMPLES, adapter("train", "mroe#3", name="mix-3"), 42)
-    message = "train.adapters: the data mix of mix-3 names 'mroe', which has no training samples; data sets with some: "
+    message = (
+        "train.adapters: the data mix of mix-3 names 'mroe', which has no training samples; name a data set that has: "
+    )
     assert str(caught.value) == message + "guessed, more, train"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from stages.contract.files import machine_error
 from tests.conftest import Finished, Lorry
-from tests.other_user import UID, as_other_user, folder_for_all
+from tests.other_user import UID, folder_for_all, run_as_other_user
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def mounts(small_mounts: Lorry, recipe_file: Path) -> Iterator[Lorry]:
 
 def preprocess(mounts: Lorry) -> Finished:
     recipe = str(mounts.runs.parent / "small.yaml")
-    return as_other_user(mounts.environment, "tests.contract.some_stage", "write", recipe)
+    return run_as_other_user(mounts.environment, "tests.contract.some_stage", "write", recipe)
 
 
 def refused(done: Finished, folder: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_mount_of_ones_own_without_the_permission(mounts: Lorry) -> None:
     done = preprocess(mounts)
     assert done.code == 2
     assert (
-        f"{mounts.runs} belongs to this uid {UID}, but its mode forbids access: chmod -R u+rwX {mounts.runs}"
+        f"{mounts.runs} belongs to this uid {UID}, but its mode forbids access; chmod -R u+rwX {mounts.runs}"
         in done.output
     )
 
@@ -82,9 +82,9 @@ def test_data_that_may_not_be_read(mounts: Lorry) -> None:
     os.chown(questions, 0, 0)
     done = preprocess(mounts)
     assert (done.code, len(done.lines)) == (2, 1), done.output
-    assert f"not permitted at {questions}: Permission denied; {questions} belongs to uid 0" in done.output
+    assert f"{questions}: not permitted (Permission denied); {questions} belongs to uid 0" in done.output
 
 
 def test_a_read_only_mount_says_to_mount_it_otherwise() -> None:
     message = str(machine_error(OSError(errno.EROFS, "Read-only file system", "/runs/r")))
-    assert "mount the run folder read-write" in message
+    assert "the run folder writable (mount it read-write)" in message

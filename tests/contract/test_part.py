@@ -48,8 +48,8 @@ def test_what_is_asked_for(option: str | None, environment: dict[str, str], expe
         (None, {"JOB_COMPLETION_INDEX": "3", "LORRY_SHARDS": "3"}, "JOB_COMPLETION_INDEX/LORRY_SHARDS 3/3:"),
         (None, {"LORRY_NODES": "two"}, "LORRY_NODES two:"),
         (None, {"LORRY_NODES": "0"}, "LORRY_NODES 0:"),
-        (None, MEETING, "LORRY_NODE_RANK is not set: with LORRY_NODES 3 set it to 0..2"),
-        (None, {**MEETING, "LORRY_NODE_RANK": "3"}, "LORRY_NODE_RANK 3:"),
+        (None, MEETING, "LORRY_NODE_RANK is not set; with LORRY_NODES 3 set it to 0..2"),
+        (None, {**MEETING, "LORRY_NODE_RANK": "3"}, "LORRY_NODE_RANK 3; with LORRY_NODES 3"),
         (None, {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0"}, "LORRY_RENDEZVOUS is not set; set it to host:port"),
         (None, {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0", "LORRY_RENDEZVOUS": "host"}, "LORRY_RENDEZVOUS host;"),
         (None, {"LORRY_NODE_RANK": "0"}, "LORRY_NODES is not set"),
@@ -134,7 +134,7 @@ def test_finished_shards_of_the_same_key_are_noted_others_ignored(sharded: Shard
     assert "preprocess 2 of 3 shards done" in status.output
     code, lines = sharded("write")
     assert code == 0
-    assert "preprocess: ignored shards, unfinished or of other inputs or recipe: 1/3, 2/3" in lines
+    assert "preprocess: ignores shards 1/3, 2/3, which are unfinished or have other inputs or another recipe" in lines
     decided = json.loads((sharded.run / "preprocess" / "manifest.json").read_text())["decisions"]
     assert [made["value"] for made in decided if made["what"] == "shards taken over"] == ["0/3"]
     status = sharded.lorry("entrypoints.lorry", "status")
@@ -151,7 +151,7 @@ def test_force_takes_nothing_over_even_when_it_is_killed_and_goes_on(sharded: Sh
 def test_a_shard_of_another_recipe_is_ignored(sharded: Sharded) -> None:
     sharded("write", "--shard", "0/2")
     sharded.recipe.write_text(sharded.recipe.read_text() + "seed: 7\n")
-    assert "ignored shards" in sharded("write")[1][0]
+    assert "ignores shards" in sharded("write")[1][0]
 
 
 def test_the_option_is_explained() -> None:

@@ -247,8 +247,8 @@ def test_a_bad_override_is_reported_in_one_line(recipe_file: Path, override: str
 
 
 def test_adapters_have_names_of_their_own(recipe_file: Path) -> None:
-    assert "cannot be named 'base'" in refused(recipe_file, None, "train.adapters=[{name: base}]")
-    assert "found twice: a" in refused(recipe_file, None, "train.adapters=[{name: a}, {name: b}, {name: a}]")
+    assert "'base' is the untuned model in every table" in refused(recipe_file, None, "train.adapters=[{name: base}]")
+    assert "rename one of each: a" in refused(recipe_file, None, "train.adapters=[{name: a}, {name: b}, {name: a}]")
     assert "train.adapters" in refused(recipe_file, None, "train.adapters=[]")
 
 
@@ -292,13 +292,13 @@ def test_a_mix_may_stand_in_the_file_and_is_kept_in_the_run(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ("['more#']", "write a part of a data mix as name, or as name#100 for 100 of its samples"),
-        ("['more#many']", "write a part of a data mix as name, or as name#100 for 100 of its samples"),
-        ("['more#-1']", "write a part of a data mix as name, or as name#100 for 100 of its samples"),
+        ("['more#']", "not a part of a data mix; write name, or name#100 for 100 of its samples"),
+        ("['more#many']", "not a part of a data mix; write name, or name#100 for 100 of its samples"),
+        ("['more#-1']", "not a part of a data mix; write name, or name#100 for 100 of its samples"),
         ("['more#0']", "train.adapters.0.data.0.count: Input should be greater than or equal to 1"),
         ("['#5']", "train.adapters.0.data.0.source: String should have at least 1 character"),
         ("[train, '']", "train.adapters.0.data.1.source: String should have at least 1 character"),
-        ("[{source: train, count: 3, fraction: 0.5}]", "give count or fraction, not both"),
+        ("[{source: train, count: 3, fraction: 0.5}]", "count and fraction are both set; remove one of them"),
         ("[{source: train, fraction: 0}]", "train.adapters.0.data.0.fraction: Input should be greater than 0"),
         ("[{source: train, draw: last}]", "train.adapters.0.data.0.draw: Input should be 'random' or 'first'"),
         ("[{source: train, cuont: 3}]", "unknown key 'train.adapters.0.data.0.cuont'; did you mean 'count'?"),
@@ -339,13 +339,19 @@ def test_ways_to_vote(recipe_file: Path, vote: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("infer.vote={adapters: []}",), "adapters: no adapter votes: list at least one, or write all or greedy"),
-        (("infer.vote={adapters: [tuned, tuned]}",), "adapters: an adapter is listed twice, and each has one vote"),
-        (("infer.vote={adapters: [tuned, other]}",), "infer.vote.adapters: train.adapters has no other"),
+        (("infer.vote={adapters: []}",), "adapters: no adapter votes; list at least one, or write all or greedy"),
+        (
+            ("infer.vote={adapters: [tuned, tuned]}",),
+            "adapters: an adapter is listed twice, but has one vote",
+        ),
+        (("infer.vote={adapters: [tuned, other]}",), "infer.vote.adapters: other not in train.adapters"),
         (("infer.vote={adapters: some}",), "infer.vote.adapters"),
         (("infer.vote={wieghts: uniform}",), "unknown key 'infer.vote.wieghts'; did you mean 'weights'?"),
-        (("infer.vote={}", "infer.answers=own sources"), "vote needs answers: all"),
-        (("train.adapters=[{name: vote}]",), "an adapter cannot be named 'vote'"),
+        (
+            ("infer.vote={}", "infer.answers=own sources"),
+            "cannot vote together; set infer.answers to all",
+        ),
+        (("train.adapters=[{name: vote}]",), "'vote' is the common answer in every table; choose another name"),
     ],
 )
 def test_a_wrong_vote_is_reported_in_one_line(recipe_file: Path, overrides: tuple[str, ...], message: str) -> None:

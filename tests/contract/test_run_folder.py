@@ -243,13 +243,13 @@ def test_a_stage_before_its_turn_exits_2_and_names_the_one_to_run(
 
 def test_a_missing_mount_names_folder_recipe_key_and_variable(run: Run, tmp_path: Path) -> None:
     (tmp_path / "models" / "all-MiniLM-L6-v2" / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"has no \*\.safetensors"):
+    with pytest.raises(UsageError, match=r"no \*\.safetensors in this folder"):
         run.inputs("preprocess", fresh(run))
     remove(tmp_path / "models" / "all-MiniLM-L6-v2")
-    with pytest.raises(UsageError, match=r"all-MiniLM-L6-v2: no such model folder .*embedder.* LORRY_MODELS"):
+    with pytest.raises(UsageError, match=r"all-MiniLM-L6-v2: no such model folder; .*embedder.* LORRY_MODELS"):
         run.inputs("preprocess", fresh(run))
     remove(tmp_path / "data" / "few")
-    with pytest.raises(UsageError, match=r"few: no such data folder .*data\.path.* LORRY_DATA"):
+    with pytest.raises(UsageError, match=r"few: no such data folder; set data\.path .* LORRY_DATA"):
         run.inputs("preprocess", fresh(run))
 
 

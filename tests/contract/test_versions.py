@@ -10,7 +10,7 @@ import pytest
 from stages.contract.errors import Exit, UsageError
 from stages.contract.files import FileHashes
 from stages.contract.part import Shard
-from stages.contract.run import Run, same_series
+from stages.contract.run import Run, is_same_series
 from stages.host.runner import run_stage
 from tests.conftest import Lorry
 from tests.contract import some_stage
@@ -39,7 +39,7 @@ def made_by(run: Run, version: str | None, image: str | None = None) -> None:
     ("version", "reads"), [("0.1.0", True), ("0.1.7", True), ("0.2.0", False), ("1.1.0", False), ("None", False)]
 )
 def test_same_major_and_minor(version: str, reads: bool) -> None:
-    assert same_series(version, "0.1.0") is reads
+    assert is_same_series(version, "0.1.0") is reads
 
 
 def test_a_stage_refuses_its_own_run_of_another_version(

@@ -1,4 +1,4 @@
-"""What can be wrong with a page: links, commands, recipe keys, paths, settings, form. Each check returns problems."""
+"""Checks pages: links, commands, recipe keys, paths, settings, form. Each check returns its problems."""
 
 import importlib.util
 import re
@@ -41,7 +41,7 @@ PLACEHOLDER = re.compile(r"[A-Z][A-Z/]*|.*[<…].*")
 
 
 class Code(NamedTuple):
-    """A piece of code in a page."""
+    """A piece of code in a page, with its line."""
 
     line: int
     """1-based line that it begins at."""
@@ -51,7 +51,7 @@ class Code(NamedTuple):
 
 
 def code_of(text: str) -> list[Code]:
-    """The fenced blocks of a page and its inline code."""
+    """All code of a page: its fenced blocks and inline code."""
     found, prose, fence, number = [], [], 0, 0
     block: list[str] = []
     for number, line in enumerate([*text.splitlines(), ""], start=1):
@@ -83,7 +83,7 @@ def without_blocks(text: str) -> str:
 
 
 def bad_links(page: Path, text: str) -> list[str]:
-    """Relative links and images without a file, and anchors without a heading."""
+    """Problems: relative links and images without a file, and anchors without a heading."""
     problems = []
     prose = re.sub(r"`[^`\n]*`", "", without_blocks(text))
     for match in re.finditer(r"\[[^\]]*\]\(([^)\s]+)\)", prose):
@@ -99,7 +99,7 @@ def bad_links(page: Path, text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """The anchors of a page's headings, as GitHub forms them."""
     titles = re.findall(r"^#+ (.+)$", without_blocks(text), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -122,7 +122,7 @@ def bad_commands(text: str) -> list[str]:
 
 
 def _commands(code: Code) -> Iterator[tuple[int, list[str]]]:
-    """The simple commands in a piece of code as words, with their lines."""
+    """Yield the words of each simple command in a piece of code, with its line."""
     number = code.line
     for logical in re.sub(r"\\\n", "\x00", code.text).split("\n"):
         plain = re.sub(r"(^|\s)#(\s.*)?$", "", logical.replace("\x00", " "))
@@ -143,7 +143,7 @@ def _commands(code: Code) -> Iterator[tuple[int, list[str]]]:
 
 
 def _problems(words: Sequence[str], complete: bool) -> Iterator[str]:
-    """`complete`: whether arguments that a command needs must be there."""
+    """Problems of one command. `complete` says whether all required arguments must be given."""
     words = list(words)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         name, _, value = words.pop(0).partition("=")
@@ -202,7 +202,7 @@ def _command(name: str) -> click.Command | None:
 
 
 def _recipe(name: str | None, profile: str | None, overrides: Sequence[str]) -> Iterator[str]:
-    """That a recipe is valid with its profile and overrides, task settings included."""
+    """Problems of a recipe with its profile and overrides, also in the task's settings."""
     if name is None or PLACEHOLDER.fullmatch(name) or name == "selftest" or name.endswith(".yaml"):
         yield from _unknown_keys(overrides)
         return
@@ -242,7 +242,7 @@ def make_targets(makefile: str) -> set[str]:
 
 
 def _no_module(name: str) -> bool:
-    """Whether a module is of the project and not there."""
+    """Whether a module would belong to the project, but does not exist."""
     path = REPOSITORY.joinpath(*name.split("."))
     if name.partition(".")[0] not in FOLDERS:
         return False
@@ -254,7 +254,7 @@ def _no_module(name: str) -> bool:
 
 @cache
 def reference() -> ModuleType:
-    """docs/make_reference.py."""
+    """The module docs/make_reference.py."""
     spec = importlib.util.spec_from_file_location("make_reference", REPOSITORY / "docs" / "make_reference.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -264,7 +264,7 @@ def reference() -> ModuleType:
 
 @cache
 def known_keys() -> set[str]:
-    """Every dotted key that a recipe may have, with and without `[]` for entries of a list."""
+    """All dotted keys that a recipe may have, with and without `[]` for entries of a list."""
     keys: set[str] = reference().all_keys()
     return keys | {key.replace("[]", "") for key in keys}
 
@@ -277,7 +277,7 @@ def _unknown_keys(settings: Sequence[str]) -> Iterator[str]:
 
 
 def bad_keys(text: str) -> list[str]:
-    """Dotted recipe keys in inline code that no recipe has, values that they cannot have, and unknown profiles."""
+    """Problems: recipe keys in inline code that do not exist, values that they cannot have, and unknown profiles."""
     problems = []
     sections = "|".join(("model", "data", *STAGES))
     for code in code_of(text):
@@ -303,7 +303,7 @@ def bad_keys(text: str) -> list[str]:
 
 
 def bad_paths(text: str) -> list[str]:
-    """Paths and modules of the project in code that are not there."""
+    """Problems: paths and modules of the project in code that do not exist."""
     problems = []
     for code in code_of(text):
         for word in code.text.split():
@@ -318,14 +318,14 @@ def bad_paths(text: str) -> list[str]:
 
 @cache
 def settings_read() -> set[str]:
-    """The LORRY_ variables that the project's files name."""
+    """Names of the LORRY_ variables in the project's files."""
     files = [path for pattern in READERS for path in REPOSITORY.glob(pattern) if path.is_file()]
     texts = (path.read_text(encoding="utf-8") for path in files if "__pycache__" not in path.parts)
     return {name for text in texts for name in re.findall(r"LORRY_[A-Z_]*[A-Z]", text)}
 
 
 def bad_settings(text: str) -> list[str]:
-    """LORRY_ variables that no file of the project reads."""
+    """Problems: LORRY_ variables that no file of the project names."""
     found = sorted(set(re.findall(r"LORRY_[A-Z_]*[A-Z]", text)) - settings_read())
     return [f"no setting {name}" for name in found]
 
@@ -334,7 +334,7 @@ def bad_settings(text: str) -> list[str]:
 
 
 def bad_opening(text: str) -> list[str]:
-    """A page that does not open with a title and a sentence."""
+    """Problems: a page that does not open with a title and a sentence."""
     title, *rest = [part for part in text.split("\n\n") if part.strip()]
     if not re.fullmatch(r"# .+", title.strip()):
         return [f"1: no title: {title[:60]!r}"]
@@ -344,7 +344,7 @@ def bad_opening(text: str) -> list[str]:
 
 
 def bad_lines(text: str, most: int = 120) -> list[str]:
-    """Lines that are too long, tables apart, and words that the style page rules out."""
+    """Problems: lines that are too long, except in tables, and words that the style page rules out."""
     problems = []
     for number, line in enumerate(text.splitlines(), start=1):
         if len(line) > most and not line.startswith("|"):
@@ -354,8 +354,10 @@ def bad_lines(text: str, most: int = 120) -> list[str]:
 
 
 def bad_map(text: str) -> list[str]:
-    """Places in the map of the project, a block that begins with Makefile, that are not there; rooms of stages/ that
-    it lacks."""
+    """Problems of the project's map: places that do not exist, and rooms of stages/ that it lacks.
+
+    The map is the block that begins with Makefile.
+    """
     (house,) = [code for code in code_of(text) if code.block and code.text.startswith("Makefile")]
     problems, folder, named = [], REPOSITORY, set()
     for number, line in enumerate(house.text.splitlines(), start=house.line):
@@ -386,11 +388,11 @@ def made_by(text: str) -> set[str]:
 
 
 def but_for_what_it_makes(problems: Sequence[str], text: str) -> list[str]:
-    """The problems that are left once a page's reader has made what it says."""
+    """The problems that remain once a reader has made the files that the page describes."""
     made = made_by(text)
     return [problem for problem in problems if problem.rpartition(" ")[2] not in made]
 
 
 def any_problem(checks: Sequence[Any], text: str) -> list[str]:
-    """The problems that several checks find."""
+    """All problems that these checks find."""
     return [problem for check in checks for problem in check(text)]

@@ -20,7 +20,7 @@ from stages.engines.engine import EngineSettings
 from stages.tasks import settle_recipe
 from tests.conftest import REPOSITORY
 from tests.infer.conftest import ask, describe, sample
-from tests.pages import bare_checkout, read_page, run_command, write_files
+from tests.pages import copy_checkout, read_page, run_command, write_files
 
 PAGE = "add-an-engine.md"
 TABLE = Path("stages", "engines", "__init__.py")
@@ -48,7 +48,7 @@ def prepare_demo(roots: Roots) -> Run:
 
 
 def test_the_page_is_followed_to_the_letter(tmp_path: Path, small_models: Path) -> None:
-    page, checkout = read_page(PAGE), bare_checkout(tmp_path / "checkout")
+    page, checkout = read_page(PAGE), copy_checkout(tmp_path / "checkout")
     write_files(page, checkout)
     add_the_line(checkout)
     models = tmp_path / "models"  # a random Llama under the small model's name: the page sees no other difference

@@ -46,7 +46,7 @@ def test_the_exit_code_says_what_fails(lorry: Lorry) -> None:
     done = replace(lorry, models=lorry.data / "none")("entrypoints.lorry", "doctor")
     assert done.code == 2
     assert (
-        f"FAIL        folders: {lorry.data}/none: no such folder: create it, or name another (LORRY_MODELS)"
+        f"FAIL        folders: {lorry.data}/none: no such folder; create it, or name another (LORRY_MODELS)"
         in done.lines
     )
 

@@ -23,7 +23,7 @@ from stages.host.needs import STAGES
 from stages.host.outcome import Outcome
 from tests.conftest import Lorry
 from tests.hardware.recorded import Box
-from tests.other_user import as_other_user, folder_for_all
+from tests.other_user import folder_for_all, run_as_other_user
 
 NO_ENGINE = "unix:///nowhere/docker.sock"
 
@@ -34,7 +34,10 @@ NO_ENGINE = "unix:///nowhere/docker.sock"
         (("--target", "a100"), "no target 'a100'; known targets: cpu, v100"),
         (("--target", "a800", "--gpus", "1,1"), "GPUS=1,1: names a GPU twice"),
         (("--target", "a800", "--gpus", "0,,1"), "GPUS=0,,1: has an empty element"),
-        (("patent-qa", "--gpus", "auto:-2"), "GPUS=auto:-2: write auto, or auto:4"),
+        (
+            ("patent-qa", "--gpus", "auto:-2"),
+            "GPUS=auto:-2: not a list of GPUs, nor auto; write 0,2 or auto",
+        ),
         (("no-such-recipe",), "no such recipe file, and no such name"),
     ],
 )
@@ -61,7 +64,7 @@ def test_without_an_engine_it_says_so_and_runs_here(lorry: Lorry, tmp_path: Path
     address = address.format(dead=dead)
     done = replace(lorry, extra={"DOCKER_HOST": address})("entrypoints.lorry", "launch", "train", "--run", "gone")
     assert done.lines == [
-        f"no Docker engine answers at {address}: running as a local process",
+        f"no Docker engine answers at {address}; running as a local process",
         f"error: {lorry.runs}/gone/recipe.yaml: no such run; name a RECIPE to start one",
     ]
     assert done.code == 2
@@ -211,7 +214,7 @@ def test_auto_takes_cards_that_only_a_leaner_way_fits_on(
     box.free(*[(asked + least) / 2 / 2**30] * 8)
     done = small(local, "train", "--gpus", "auto:2")
     assert done.visible[-1] == ("train", "0,1"), done.output
-    assert "no 2 GPUs have that free: the same result in less memory, down to" in done.output
+    assert "some have less free than asked for; train reaches the same result with down to" in done.output
     box.free(*[(least - 1) / 2**30] * 8)
     assert small(local, "train", "--gpus", "auto:2").code == 4
 
@@ -233,7 +236,7 @@ def test_auto_for_infer_alone_takes_one_card(box: Box, local: Launch, language_m
 def test_infer_takes_one_card_of_as_many_as_it_is_given(box: Box, local: Launch, language_model: Path) -> None:
     done = small(local, "infer", "--gpus", "auto:4", "--shard", "0/2")
     assert done.visible == [("infer", "1")], done.output
-    assert "infer computes on one GPU: GPUS=auto:4 takes one" in done.output
+    assert "GPUS=auto:4: takes one GPU, as infer computes on one" in done.output
 
 
 def test_cards_are_let_go_once_no_later_stage_computes_on_them(box: Box, local: Launch, language_model: Path) -> None:
@@ -259,7 +262,7 @@ def test_auto_where_all_are_busy_is_one_line_and_exit_4(box: Box, local: Launch,
 def test_auto_without_the_model_says_so(box: Box, local: Launch) -> None:
     done = local("infer", "patent-qa", "--set", "model.path=not-there", "--gpus", "auto")
     assert (done.code, len(done.output.splitlines())) == (2, 1)
-    assert "not-there: no such model folder (model.path in the recipe" in done.output
+    assert "not-there: no such model folder; set model.path to a folder below LORRY_MODELS" in done.output
 
 
 def test_two_launches_do_not_get_the_same_card(box: Box, local: Launch, language_model: Path) -> None:
@@ -333,7 +336,7 @@ def test_containers_get_uuids_and_an_old_driver_is_reported_before(
     box.save()
     refused = small(local, "infer", "--gpus", "0")
     assert (refused.code, len(refused.output.splitlines())) == (4, 1)
-    assert "(cu128) needs NVIDIA driver 525 or newer, and this machine has 515.105.01" in refused.output
+    assert "(cu128) needs NVIDIA driver 525 or newer, but this machine has 515.105.01" in refused.output
 
 
 # -- a card that falls away ----------------------------------------------------------------------------------------
@@ -413,7 +416,7 @@ def test_an_old_driver_is_reported_before_a_local_process_starts(
     monkeypatch.setattr(launching, "installed_cuda", lambda: "12.8")
     done = local("train", "patent-qa", "--gpus", "1")
     assert (done.code, done.seen) == (4, [])
-    told = "CUDA 12.8, which needs NVIDIA driver 525 or newer, and this machine has 450.80.02"
+    told = "CUDA 12.8, which needs NVIDIA driver 525 or newer, but this machine has 450.80.02"
     assert told in done.output.splitlines()[-1]
     assert local("preprocess", "patent-qa", "--gpus", "1").code == 0, "which computes on no card"
     box.recorded["driver_version"] = "535.183.06"
@@ -439,7 +442,7 @@ def forbidden() -> Iterator[str]:
 
 def test_no_permission_on_the_socket_is_reported_and_does_not_fall_back(lorry: Lorry, forbidden: str) -> None:
     environment = {**lorry.environment, "DOCKER_HOST": forbidden, "TARGET": "cpu", "GPUS": "", "HOME": "/tmp"}
-    done = as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
+    done = run_as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
     assert (done.code, len(done.lines)) == (2, 1), done.output
     assert f"no permission on the Docker engine's socket {forbidden}; join its group" in done.output
 
@@ -458,4 +461,4 @@ def test_the_docker_context_is_asked_where_docker_host_is_not_set(lorry: Lorry, 
     (tmp_path / "config.json").write_text('{"currentContext": "rootless"}')
     extra = {"DOCKER_HOST": "", "DOCKER_CONFIG": str(tmp_path)}
     done = replace(lorry, extra=extra)("entrypoints.lorry", "launch", "eval", "--run", "r")
-    assert done.lines[0] == "no Docker engine answers at unix:///nowhere/rootless.sock: running as a local process"
+    assert done.lines[0] == "no Docker engine answers at unix:///nowhere/rootless.sock; running as a local process"

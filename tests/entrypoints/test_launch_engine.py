@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY, Finished, Lorry
-from tests.other_user import UID, as_other_user, folder_for_all
+from tests.other_user import UID, folder_for_all, run_as_other_user
 
 pytestmark = pytest.mark.images
 
@@ -243,7 +243,7 @@ def test_no_client_with_compose(launched: Lorry) -> None:
 
 def test_folders_that_are_not_there(launched: Lorry) -> None:
     done = launch(replace(launched, models=launched.runs / "no-models"), "preprocess", "--run", "r")
-    refused(done, 2, f"{launched.runs}/no-models: no such folder to mount (LORRY_MODELS)")
+    refused(done, 2, f"{launched.runs}/no-models: no such folder to mount; create it, or set LORRY_MODELS to another")
 
 
 def test_a_user_whom_the_socket_does_not_admit(launched: Lorry, engine: Any) -> None:
@@ -252,7 +252,7 @@ def test_a_user_whom_the_socket_does_not_admit(launched: Lorry, engine: Any) -> 
     if not path.is_socket() or path.stat().st_mode & 0o006 or path.stat().st_uid == UID:
         pytest.skip(f"{address} is no socket that keeps others out")
     environment = {**launched.environment, "HOME": str(launched.runs), "DOCKER_HOST": address}
-    done = as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
+    done = run_as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
     refused(done, 2, f"no permission on the Docker engine's socket {address}")
 
 

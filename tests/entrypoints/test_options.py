@@ -35,7 +35,9 @@ def test_an_empty_variable_is_none(lorry: Lorry) -> None:
     done = show(lorry, "patent-qa", LORRY_RECIPE="", LORRY_PROFILE="", LORRY_SET="", LORRY_RUN="")
     assert done.code == 0, done.output
     assert yaml.safe_load(done.output)["profile"] is None
-    assert show(lorry, LORRY_RECIPE="").lines == ["error: name a RECIPE, or --run with the name of a run"]
+    assert show(lorry, LORRY_RECIPE="").lines == [
+        "error: no RECIPE and no --run given; name a RECIPE, or an existing run with --run"
+    ]
 
 
 @pytest.mark.parametrize("command", ["preprocess", "lorry"])

@@ -102,7 +102,7 @@ def test_inference_that_does_not_fit_leaves_the_exit_code_to_training(lorry: Lor
     """It may have other cards."""
     done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", "--memory", "19")
     assert done.code == 0, done.output
-    told = "inference does not fit: it takes 19.6 GiB on each of 1 GPU(s) for one sequence of 8192 tokens, and 18.7 GiB"
+    told = "inference does not fit: it takes 19.6 GiB on each of 1 GPU(s) for one sequence of 8192 tokens, but 18.7 GiB"
     assert any(line.startswith(told) for line in done.lines), done.output
     asked = ("--gpus", "3", "--set", "infer.tensor_parallel=3")
     odd = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", *asked)
@@ -126,7 +126,7 @@ def test_an_adapted_tower_is_counted_and_what_is_not_estimated_is_reported(lorry
     found = [next(float(line.split()[1]) for line in done.lines if line[:7] == "adapter") for done in (frozen, adapted)]
     of_tower = 32 * 1024 * (3840 + 1280) * 4 / 2**30  # the merger is left as it is
     assert found[1] - found[0] == pytest.approx(of_tower, abs=0.011)
-    note = "not in the estimate: what an adapted vision tower keeps of its pictures for the backward pass"
+    note = "not in the estimate: activations of the adapted vision tower (train.freeze_vision is false)"
     assert note in adapted.output and "not in the estimate" not in frozen.output
 
 
@@ -212,7 +212,7 @@ def test_where_cards_are_merely_busy_it_says_that_freeing_one_would_do(here: Lor
     box.free(*[2.0] * 8)
     done = here("entrypoints.lorry", "plan", *RECIPE)
     assert done.code == 4
-    told = "fits on a GPU that is free: 18.1 of 80.0 GiB; GPU 0 (NVIDIA A800-SXM4-80GB): 2.0 GiB free of 80.0, "
+    told = "fits on a free GPU: 18.1 of 80.0 GiB; GPU 0 (NVIDIA A800-SXM4-80GB): 2.0 GiB free of 80.0, "
     assert f"{told}held by pid 41120, not visible from here, 67.4" in done.lines
     assert "no change that Lorry knows" not in done.output
     model = (

@@ -1,11 +1,11 @@
-"""CUDA libraries of a few hundred bytes, with the headers of real ones and code of zeros."""
+"""Makes CUDA libraries of a few hundred bytes, with the headers of real ones and zeros as code."""
 
 import struct
 from pathlib import Path
 
 
 def fatbin(*codes: tuple[str, int | str], size: int = 200) -> bytes:
-    """A fatbin with an entry for each `("sm" or "compute", number)`; `"90a"` is for that card alone."""
+    """The bytes of a fatbin with an entry for each `("sm" or "compute", number)`, where the number may be `"90a"`."""
     entries = b""
     for kind, name in codes:
         number, specific = int(str(name).rstrip("a")), str(name).endswith("a")
@@ -17,7 +17,7 @@ def fatbin(*codes: tuple[str, int | str], size: int = 200) -> bytes:
 
 
 def cuda_library(path: Path, code: bytes, section: str = ".nv_fatbin") -> Path:
-    """A 64-bit ELF file with one section of that content, and the table of names."""
+    """The bytes of a 64-bit ELF file with one section of this content, and the table of names."""
     names = b"\0.shstrtab\0" + section.encode() + b"\0"
     content, table = 64 + len(names), 64 + len(names) + len(code)
     header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")

@@ -1,4 +1,4 @@
-"""A box of cards, played by the stand-in for pynvml: for tests on machines without a card.
+"""A machine with recorded GPUs, which a stand-in for pynvml plays, for tests on machines without a GPU.
 
 snapshots/eight_a800.json is in the shape of NVML's answers, but no recording: the memory used on cards 0 to 4 is what a
 real shared box had; UUIDs, processes, users, the driver's last digits and the figures of 5 to 7 are made up.
@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 class Box:
-    """The box that NVML shows. Change `cards` or `recorded` and `save()`: the next look sees it."""
+    """The machine that NVML shows. Change `cards` or `recorded`, then `save()`: the next call of NVML shows it."""
 
     def __init__(self, folder: Path, recorded: dict[str, Any]) -> None:
         self.file = folder / "nvml.json"
@@ -46,7 +46,7 @@ class Box:
 
     @property
     def variables(self) -> dict[str, str]:
-        """For a process of its own."""
+        """Environment variables with which another process sees this machine."""
         return {
             "PYTHONPATH": str(NVML),
             "LORRY_NVML_SNAPSHOT": str(self.file),
@@ -64,7 +64,7 @@ class Box:
         partial.replace(self.file)
 
     def free(self, *gib: float) -> None:
-        """Set how much of each card is free."""
+        """Set the free memory of each GPU, in GiB."""
         for card, amount in zip(self.cards, gib, strict=True):
             info = card["memory_info"]
             info["free"] = int(amount * GIB)
@@ -72,22 +72,22 @@ class Box:
         self.save()
 
     def lose(self, index: int, error: str = "GPU_IS_LOST", function: str = "*") -> None:
-        """Let a card fail, in one function of NVML or in all."""
+        """Make a GPU fail, in one function of NVML or in all."""
         self.cards[index].setdefault("errors", {})[function] = error
         self.save()
 
     def slice(self, index: int) -> None:
-        """Put a card into MIG mode."""
+        """Put a GPU into MIG mode."""
         self.cards[index]["mig_mode"] = [1, 1]
         self.save()
 
     def keep(self, count: int) -> None:
-        """Take cards out of the box."""
+        """Keep only the first `count` GPUs."""
         del self.cards[count:]
         self.save()
 
     def show(self, pid: int) -> None:
-        """Let a real process be seen in the box's /proc."""
+        """Show a real process in the machine's /proc."""
         (self.proc / str(pid)).symlink_to(f"/proc/{pid}")
 
 
@@ -101,7 +101,7 @@ def stand_in() -> Any:
 
 @pytest.fixture
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
-    """The eight A800s of a shared box, in this process."""
+    """A shared machine of eight A800s, as this process sees it."""
     folder = tmp_path / "box"
     folder.mkdir()
     found = Box(folder, json.loads((SNAPSHOTS / "eight_a800.json").read_text(encoding="utf-8")))

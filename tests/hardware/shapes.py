@@ -1,4 +1,4 @@
-"""Model folders with the headers of true shapes and no weights: the files are sparse."""
+"""Makes model folders with tensors of true shapes and without weights, in sparse files."""
 
 import json
 import struct
@@ -33,7 +33,7 @@ CONFIGS["Qwen2.5-32B"] = {
 
 
 def tensors(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Names and shapes of a Qwen2's weights."""
+    """Names and shapes of the weights of a Qwen2 model."""
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     found = {"model.embed_tokens.weight": [config["vocab_size"], hidden], "model.norm.weight": [hidden]}
@@ -51,7 +51,7 @@ def tensors(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def write_safetensors(path: Path, shapes: dict[str, list[int]], dtype: str = "BF16", width: int = 2) -> None:
-    """A safetensors file with these tensors, all zeros, that takes no room on the disk."""
+    """Write a sparse safetensors file with these tensors, all zeros, which takes no disk space."""
     header, size = {}, 0
     for name, shape in shapes.items():
         length = width * prod(shape)
@@ -64,7 +64,7 @@ def write_safetensors(path: Path, shapes: dict[str, list[int]], dtype: str = "BF
 
 
 def make_gptq_shape(folder: Path, name: str, group: int = 128) -> Path:
-    """The folder of a model of CONFIGS with its layers' linear modules in GPTQ's 4 bits, as models are published."""
+    """Make the folder of a model of CONFIGS with the linear modules of its layers in GPTQ's 4 bits."""
     folder.mkdir(parents=True, exist_ok=True)
     how = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True}
     (folder / "config.json").write_text(json.dumps({**CONFIGS[name], "quantization_config": how}))
@@ -84,7 +84,7 @@ def make_gptq_shape(folder: Path, name: str, group: int = 128) -> Path:
 
 
 def make_shape(folder: Path, name: str) -> Path:
-    """The folder of a model of CONFIGS."""
+    """Make the folder of a model of CONFIGS. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
     write_safetensors(folder / "model.safetensors", tensors(CONFIGS[name]))
@@ -135,7 +135,7 @@ def llava_tensors() -> dict[str, list[int]]:
 
 
 def make_llava_shape(folder: Path) -> Path:
-    """The folder of LLaVA-1.5-7B as it is published."""
+    """Make the folder of LLaVA-1.5-7B as published. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(LLAVA))
     write_safetensors(folder / "model.safetensors", llava_tensors(), "F16")

@@ -130,9 +130,9 @@ def test_numbers_of_cards_that_make_no_exact_batch_are_not_proposed(seven: Model
 def test_what_fits_by_less_than_estimates_may_be_wrong_is_tight(seven: ModelShape) -> None:
     way = recipe_way(seven, settings(), 1, "bfloat16", LENGTHS)
     total = way.estimate.total
-    assert [way.tight(memory) for memory in (total - 1, total, round(total * 1.029), round(total * 1.032), None)] == [
-        *(False, True, True, False, False)
-    ]
+    assert [
+        way.is_tight(memory) for memory in (total - 1, total, round(total * 1.029), round(total * 1.032), None)
+    ] == [*(False, True, True, False, False)]
 
 
 def test_a_shorter_sample_is_proposed_where_it_is_what_does_not_fit(seven: ModelShape) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from stages.hardware.holds import Holds
 folder, kind, wanted, *cards = sys.argv[1:]
 holds = Holds(Path(folder))
-with holds.choosing():
+with holds.choice_lock():
     taken = []
     for card in cards:
         if len(taken) < int(wanted) and holds.take(card, kind == "exclusive"):
@@ -158,8 +158,7 @@ def test_a_folder_that_a_user_may_not_write_to_is_reported(take: Take) -> None:
         output, _ = take(str(place), "exclusive", "1", "GPU-a", prefix=prefix).communicate("")
         assert "UsageError" in output
         assert (
-            f"{place}/choosing: cannot hold a GPU with this file (Permission denied); it must be a regular file"
-            in output
+            f"{place}/choosing: cannot hold a GPU with this file (Permission denied); delete the folder while" in output
         )
 
 
@@ -191,7 +190,7 @@ def test_what_is_no_plain_file_is_refused_and_does_not_block(tmp_path: Path) -> 
 
 
 def test_a_lock_file_that_was_deleted_meanwhile_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, opened = Holds._open, []
+    real, opened = Holds._open_lock_file, []
 
     def open_then_delete(self: Holds, name: str) -> int:
         descriptor = real(self, name)
@@ -200,7 +199,7 @@ def test_a_lock_file_that_was_deleted_meanwhile_is_not_trusted(tmp_path: Path, m
         opened.append(name)
         return descriptor
 
-    monkeypatch.setattr(Holds, "_open", open_then_delete)
+    monkeypatch.setattr(Holds, "_open_lock_file", open_then_delete)
     first = Holds(tmp_path)
     assert first.take("GPU-a", exclusive=True)
     assert opened == ["GPU-a", "GPU-a"]
@@ -209,9 +208,9 @@ def test_a_lock_file_that_was_deleted_meanwhile_is_not_trusted(tmp_path: Path, m
 
 def test_one_that_chooses_for_ever_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.1)
-    with Holds(tmp_path).choosing():
+    with Holds(tmp_path).choice_lock():
         pass
     other = Holds(tmp_path)
     message = rf"{tmp_path}/choosing: lorry, pid {os.getpid()} of \w+ has been choosing GPUs"
-    with other.choosing(), pytest.raises(InterruptedRunError, match=message), Holds(tmp_path).choosing():
+    with other.choice_lock(), pytest.raises(InterruptedRunError, match=message), Holds(tmp_path).choice_lock():
         pass

@@ -16,7 +16,7 @@ from stages.hardware.memory import (
     adapted_modules,
     adapter_parameters,
     estimate,
-    lengths_at_most,
+    max_lengths,
 )
 from stages.models.shape import ModelShape, read_shape
 from tests.hardware.shapes import CONFIGS, make_gptq_shape, make_shape
@@ -102,7 +102,7 @@ def test_parts_make_the_total(shapes: dict[str, ModelShape]) -> None:
 def test_before_there_are_samples_a_micro_batch_is_taken_to_be_of_mixed_lengths(shapes: dict[str, ModelShape]) -> None:
     """Positions get logits from where the first answer begins: beside a sample with hardly any prompt, nearly all."""
     recipe = load_recipe(RECIPE, "text", ("train.max_length=2048", "train.micro_batch=4"))
-    lengths = lengths_at_most(recipe)
+    lengths = max_lengths(recipe)
     assert (lengths.logit_positions(1), lengths.logit_positions(4)) == (64, 4 * 2048)
     mixed, alike = (
         recipe_way(shapes["Qwen2.5-7B"], recipe.train, 1, "bfloat16", one).estimate.total
@@ -121,9 +121,7 @@ def test_the_committed_rows_hold_with_the_present_code(shapes: dict[str, ModelSh
         if row.get("exit code") != 0 or model not in shapes or "earlier code" in row:
             continue
         recipe = load_recipe(RECIPE, "text", tuple(row["sets"]))
-        lengths = (
-            Lengths(**row["lengths"]) if "lengths" in row else replace(lengths_at_most(recipe), shortest_prompt=None)
-        )
+        lengths = Lengths(**row["lengths"]) if "lengths" in row else replace(max_lengths(recipe), shortest_prompt=None)
         way = recipe_way(shapes[model], recipe.train, row["GPUs"], "bfloat16", lengths)
         off.append(way.estimate.total / row["measured bytes"] - 1)
     assert len(off) >= 10

@@ -60,10 +60,10 @@ def test_cards_are_named_by_number_and_by_uuid(box: Box) -> None:
         ("GPU-8f5e", "2 UUIDs begin with GPU-8f5e: 0 GPU-8f5e3c1a-"),
         ("GPU-0000", "no GPU's UUID begins with GPU-0000; this machine has: 0 GPU-8f5e3c1a"),
         ("MIG-41e9d2b6-8a05-4f7c-9d13-7c2f6e8b0a59", "is a MIG slice, and Lorry binds whole GPUs"),
-        ("auto:0", "write auto, or auto:4 for exactly four GPUs"),
-        ("auto:x", "write auto, or auto:4"),
-        ("auto:", "write auto, or auto:4"),
-        ("auto,1", "a list of GPUs has no auto"),
+        ("auto:0", "write 0,2 or auto, or auto:4 for exactly four GPUs"),
+        ("auto:x", "write 0,2 or auto, or auto:4"),
+        ("auto:", "write 0,2 or auto, or auto:4"),
+        ("auto,1", "not a list of GPUs, nor auto"),
     ],
 )
 def test_a_text_that_is_no_list_of_gpus_is_refused_in_one_line(box: Box, text: str, message: str) -> None:
@@ -211,7 +211,10 @@ def test_if_the_recipes_way_does_not_fit_the_leanest_is_taken_and_reported(box: 
     need = Need(lambda *_: 75 * GIB, lambda *_: 50 * GIB, most=16)
     pick = auto(box, "auto:2", need=need)
     assert indexes(pick) == [1, 3]
-    assert pick.lines[-1] == "no 2 GPUs have that free: the same result in less memory, down to 50.0 GiB per GPU"
+    assert (
+        pick.lines[-1]
+        == "some have less free than asked for; train reaches the same result with down to 50.0 GiB per GPU"
+    )
 
 
 def test_all_busy_says_what_is_in_the_way_on_every_card(box: Box) -> None:

@@ -49,7 +49,9 @@ def test_more_cards_than_heads_of_keys_each_keep_one(shapes: dict[str, ModelShap
 def test_a_number_that_the_model_does_not_allow_is_refused_with_those_that_it_does(
     shapes: dict[str, ModelShape], asked: int
 ) -> None:
-    with pytest.raises(UsageError, match=rf"tensor_parallel {asked}: 28 heads and 4 KV heads on 8 .* allow 1, 2, 4$"):
+    with pytest.raises(
+        UsageError, match=rf"tensor_parallel {asked}: 28 heads and 4 KV heads cannot .* of 8 .*; set it to 1 or 2 or 4$"
+    ):
         plan_serving(shapes["Qwen2.5-7B"], [80 * GIB] * 8, asked, "bfloat16", 2048)
 
 
@@ -64,7 +66,7 @@ def test_what_is_asked_for_is_taken_and_the_fullest_of_the_freest_decides(shapes
 
 def test_too_little_memory_is_reported_with_what_it_takes(shapes: dict[str, ModelShape]) -> None:
     shape = shapes["Qwen2.5-14B"]
-    with pytest.raises(DoesNotFitError, match=r"takes 3\d\.\d GiB on each of 1 GPU.*16384 tokens, and 24\.0 GiB are"):
+    with pytest.raises(DoesNotFitError, match=r"takes 3\d\.\d GiB on each of 1 GPU.*16384 tokens, but 24\.0 GiB are"):
         plan_serving(shape, [24 * GIB], None, "bfloat16", 16384)
     fitting = plan_serving(shape, [24 * GIB] * 2, None, "bfloat16", 16384)
     assert fitting.room is not None and fitting.room >= 16384

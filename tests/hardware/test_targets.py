@@ -10,7 +10,7 @@ from stages.hardware.targets import (
     load_targets,
     refuse_4bit_twice,
     refuse_base_without_kernels,
-    refuse_old_driver_for,
+    refuse_driver_too_old_for_cuda,
     target_of,
     working_target,
 )
@@ -65,10 +65,10 @@ def test_targets_of_one_line_of_wheels_need_the_same_driver(name: str) -> None:
 
 def test_a_torch_of_another_line_needs_the_driver_of_its_own_cuda() -> None:
     for cuda, driver in (("12.4", "525.60.13"), ("13.0", "580.65.06"), ("11.8", "450.80.02")):
-        refuse_old_driver_for(cuda, driver, TARGETS)
+        refuse_driver_too_old_for_cuda(cuda, driver, TARGETS)
     for cuda, driver, least in (("12.4", "450.80.02", 525), ("13.2", "535.183.06", 580)):
         with pytest.raises(DoesNotFitError, match=f"CUDA {cuda}, which needs NVIDIA driver {least} or newer"):
-            refuse_old_driver_for(cuda, driver, TARGETS)
+            refuse_driver_too_old_for_cuda(cuda, driver, TARGETS)
 
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.dtype == "bfloat16"])
@@ -175,7 +175,7 @@ def test_the_cpu_image_needs_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_gpu_visible_says_how_to_hand_it_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DoesNotFitError) as caught:
         working(monkeypatch, "a800", machine())
-    for words in ("for a800 cards and no GPU is visible", "GPUS=0", "--gpus", "nvidia.com/gpu", "TARGET=cpu"):
+    for words in ("for a800 cards, but no GPU is visible", "GPUS=0", "--gpus", "nvidia.com/gpu", "TARGET=cpu"):
         assert words in str(caught.value)
 
 

@@ -26,13 +26,13 @@ def choose(text: str | None, holds: Holds, stage: str = "train", target: str | N
 def test_cards_reach_containers_by_uuid_and_local_processes_by_number(box: Box, holds: Holds) -> None:
     chosen = choose(f"3,{box.uuid(1)}", holds)
     assert chosen.devices("train") == chosen.devices("infer") == [box.uuid(3), box.uuid(1)]
-    assert chosen.numbers("train") == "3,1"
+    assert chosen.visible_devices("train") == "3,1"
 
 
 def test_without_a_list_it_is_card_0_unless_that_is_denied(
     box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert choose(None, holds).numbers("train") == choose(" ", holds).numbers("train") == "0"
+    assert choose(None, holds).visible_devices("train") == choose(" ", holds).visible_devices("train") == "0"
     monkeypatch.setenv("LORRY_GPU_DENY", "0,5")
     told = r"GPUS is not set \(default: 0\): GPU 0 \(NVIDIA.*is denied by LORRY_GPU_DENY"
     with pytest.raises(UsageError, match=told):

@@ -99,9 +99,9 @@ def bare(box: Box) -> Box:
 def test_a_machine_without_cards_and_engine_can_do_cpu_work(bare: Box, doctor: Doctor) -> None:
     told = doctor()
     assert (told.code, told.failed) == (0, [])
-    assert told.of("driver", "ok") == ["no NVIDIA GPU here: target cpu"]
+    assert told.of("driver", "ok") == ["no NVIDIA GPU here, so the target is cpu"]
     assert told.of("Docker engine", "warn") == [
-        f"none answers at {NO_ENGINE}: stages run as local processes; to run them in containers, start Docker or set"
+        f"none answers at {NO_ENGINE}, so stages run as local processes; to run them in containers, start Docker or set"
         " DOCKER_HOST"
     ]
     assert told.of("/dev/shm", "not checked") == ["only needed for several GPUs"]
@@ -190,13 +190,13 @@ def test_cards_that_cannot_be_used(box: Box, doctor: Doctor) -> None:
     assert "GPU 3 no longer answers (NVML: GPU is lost); see `dmesg | grep Xid`; nvidia-smi --gpu-reset -i 3" in lost
     old, sliced = told.of("GPUs", "warn")
     assert "older than every target" in old
-    assert "in MIG mode: Lorry binds whole GPUs: sudo nvidia-smi -i 1 -mig 0" in sliced
+    assert "in MIG mode, but Lorry binds whole GPUs; sudo nvidia-smi -i 1 -mig 0" in sliced
 
 
 def test_a_driver_too_old(box: Box, doctor: Doctor) -> None:
     told = doctor("h100")
     assert told.code == 4
-    assert "(cu130) needs NVIDIA driver 580 or newer, and this machine has 535.183.06" in told.of("driver", "FAIL")[0]
+    assert "(cu130) needs NVIDIA driver 580 or newer, but this machine has 535.183.06" in told.of("driver", "FAIL")[0]
 
 
 def test_every_kind_of_card_has_its_driver_checked(box: Box, doctor: Doctor) -> None:
@@ -324,7 +324,7 @@ def test_shared_memory_of_local_processes_on_several_cards(
     told = doctor()
     assert told.code == 4
     assert told.of("/dev/shm", "FAIL") == [
-        "0.1 GiB for the processes of several GPUs, 1 GiB needed: sudo mount -o remount,size=16g /dev/shm"
+        "0.1 GiB for the processes of several GPUs, but 1 GiB is needed; sudo mount -o remount,size=16g /dev/shm"
     ]
 
 
@@ -332,7 +332,7 @@ def test_folders_that_are_not_there(bare: Box, doctor: Doctor, monkeypatch: pyte
     monkeypatch.setenv("LORRY_MODELS", "/nowhere/models")
     told = doctor()
     assert told.code == 2
-    assert told.of("folders", "FAIL") == ["/nowhere/models: no such folder: create it, or name another (LORRY_MODELS)"]
+    assert told.of("folders", "FAIL") == ["/nowhere/models: no such folder; create it, or name another (LORRY_MODELS)"]
 
 
 def test_folders_are_looked_at_for_the_containers_user(
@@ -347,10 +347,10 @@ def test_folders_are_looked_at_for_the_containers_user(
     told = doctor()
     assert told.code == 2
     unreadable, *others = told.of("folders", "FAIL")
-    assert unreadable == f"{weights}: uid 54321 cannot read it: sudo chmod o+r {weights} (and what is below)"
+    assert unreadable == f"{weights}: uid 54321 cannot read it; sudo chmod o+r {weights} (and what is below)"
     if os.getuid() != 0:
         assert others == [
-            f"{healthy.runs}: uid 54321 cannot write there: sudo chown 54321:54321 {healthy.runs}, or name"
+            f"{healthy.runs}: uid 54321 cannot write there; sudo chown 54321:54321 {healthy.runs}, or name"
             " another folder (LORRY_RUNS)"
         ]
     else:
@@ -367,7 +367,7 @@ def test_another_users_run_is_reported(
     told = doctor("a800", recipe=str(recipe_file), run_name="r", overrides=("model.path=small",))
     assert f"{healthy.runs}: writable for uid {UID}" in told.of("folders", "ok")
     failed = told.of("folders", "FAIL")
-    assert f"{healthy.runs}/r: uid {UID} cannot write there: sudo chown -R {UID}:{UID} {healthy.runs}/r" in failed[0]
+    assert f"{healthy.runs}/r: uid {UID} cannot write there; sudo chown -R {UID}:{UID} {healthy.runs}/r" in failed[0]
     assert len(failed) == 2
 
 
@@ -378,7 +378,7 @@ def test_a_runs_folder_of_somebody_else(box: Box, engine: Engine, doctor: Doctor
     told = doctor()
     assert told.code == 2
     assert (
-        f"{healthy.runs}: uid {UID} cannot write there: sudo chown {UID}:{UID} {healthy.runs}"
+        f"{healthy.runs}: uid {UID} cannot write there; sudo chown {UID}:{UID} {healthy.runs}"
         in told.of("folders", "FAIL")[0]
     )
 
@@ -416,8 +416,8 @@ def test_the_recipes_models_are_looked_at_with_one(
     told = doctor(recipe=str(recipe_file), overrides=("model.path=small", "preprocess.retrieval.embedder=none"))
     assert told.code == 2
     assert told.failed == [
-        f"weights: {healthy.models}/none: no such model folder (preprocess.retrieval.embedder in the recipe,"
-        f" LORRY_MODELS is {healthy.models})"
+        f"weights: {healthy.models}/none: no such model folder; set preprocess.retrieval.embedder to a folder"
+        f" below LORRY_MODELS ({healthy.models})"
     ]
     assert told.of("folders", "ok")[0] == f"{healthy.data}/few: readable for uid {os.getuid()}"
 
@@ -433,7 +433,7 @@ def test_every_line_that_fails_or_warns_says_the_cure(box: Box, doctor: Doctor) 
     box.lose(0)
     for line in doctor().lines:
         if line.startswith(("FAIL", "warn")):
-            assert ": " in line[12:].partition(": ")[2], line
+            assert "; " in line[12:].partition(": ")[2], line
 
 
 def test_the_errors_that_are_reported_keep_their_code() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from stages.contract.errors import UsageError
 from stages.contract.files import write_jsonl
-from stages.contract.run import only_writer
+from stages.contract.run import lock_stage_folder
 from stages.host.outcome import Problem
 from stages.host.status import status_lines
 
@@ -34,7 +34,7 @@ def test_each_stage_has_a_line(run: Path) -> None:
     done = {"seconds": 61.4, "end": "2026-01-02T03:06:05+00:00"}
     (run / "preprocess" / "manifest.json").write_text(json.dumps(done))
     happened(run / "train", STEP)
-    with only_writer(run / "train"):
+    with lock_stage_folder(run / "train"):
         assert list(status_lines("job")) == [
             "job",
             "  preprocess done, 61 s, 2026-01-02T03:06:05+00:00",
@@ -59,4 +59,6 @@ def test_no_run_is_no_error_but_a_wrong_name_is(run: Path, monkeypatch: pytest.M
     with pytest.raises(UsageError, match="none: no such run"):
         list(status_lines("none"))
     monkeypatch.setenv("LORRY_RUNS", str(run / "train"))
-    assert list(status_lines(None)) == [Problem(f"no run in {run / 'train'}")]
+    assert list(status_lines(None)) == [
+        Problem(f"{run / 'train'}: no run here; start one, or set LORRY_RUNS to another folder")
+    ]

@@ -1,4 +1,4 @@
-"""A real engine, the real cpu images, and containers that are always gone at the end."""
+"""A real Docker engine, the real cpu images, and containers that are removed at the end."""
 
 import importlib.metadata
 import os
@@ -26,7 +26,7 @@ class Finished:
 
 @dataclass
 class Containers:
-    """docker-py, with every container removed at the end, and a failure where a log has an ERROR line."""
+    """Starts containers with docker-py, removes them at the end, and fails if a log has an ERROR line."""
 
     client: docker.DockerClient
     started: list[Container] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Containers:
         return container
 
     def run(self, image: str, *arguments: str, **options: Any) -> Finished:
-        """Run to the end."""
+        """Run a container to its end."""
         container = self.start(image, *arguments, **options)
         code = container.wait(timeout=900)["StatusCode"]
         output = container.logs().decode(errors="replace")
@@ -68,7 +68,7 @@ def containers(client: docker.DockerClient) -> Iterator[Containers]:
 
 @pytest.fixture(scope="session")
 def images(client: docker.DockerClient) -> dict[str, str]:
-    """The four cpu images by stage, built from this very tree."""
+    """The four cpu images by stage, built from this checkout."""
     done = subprocess.run(["images/build.sh", "cpu"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     names = {stage: f"lorry-{stage}:{VERSION}-cpu" for stage in STAGES}
@@ -78,14 +78,14 @@ def images(client: docker.DockerClient) -> dict[str, str]:
 
 
 def compose_environment(**variables: str) -> dict[str, str]:
-    """The environment for Compose: nothing of Lorry's but what the test says."""
+    """The environment for Compose: of Lorry's variables only those of the test."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LORRY_")}
     return {**kept, "TARGET": "cpu", "COMPOSE_ANSI": "never", **variables}
 
 
 @pytest.fixture(scope="session")
 def compose() -> str:
-    """The client, which must have the plugin."""
+    """The command line of `docker compose`."""
     found = shutil.which("docker")
     assert found is not None
     subprocess.run([found, "compose", "version"], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The image tree: what holds for a layer is tested in every image that has it."""
+"""The tree of images and layers: a test of a layer runs in each image that has it."""
 
 STAGES = ("preprocess", "train", "infer", "eval")
 
@@ -22,5 +22,5 @@ def layers(stage: str) -> list[str]:
 
 
 def having(layer: str) -> list[str]:
-    """The stages whose image has this layer."""
+    """The stages whose images have this layer."""
     return [stage for stage in STAGES if layer in layers(stage)]

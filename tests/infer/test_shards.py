@@ -108,7 +108,7 @@ def test_a_stale_shard_is_ignored(run: Run, monkeypatch: pytest.MonkeyPatch, cap
     asked: Asked = []
     assert answers(run, monkeypatch, noting(asked)) == Exit.DONE
     assert len(asked) == 12
-    assert "ignored shards, unfinished or of other inputs or recipe: 0/2" in capfd.readouterr().err
+    assert "ignores shards 0/2, which are unfinished or have other inputs or another recipe" in capfd.readouterr().err
     assert not any(made["what"] == "shards taken over" for made in manifest(run)["decisions"])
 
 
@@ -116,7 +116,7 @@ def test_a_surplus_shard_is_done_at_once(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert answers(run, monkeypatch, no_engine, Shard(4, 5)) == Exit.DONE
-    assert "shard 4/5 has nothing to do: there are only 4 chunks of samples" in capfd.readouterr().err
+    assert "shard 4/5 has nothing to do, as there are only 4 chunks of samples" in capfd.readouterr().err
     assert answers(run, monkeypatch, echo) == Exit.DONE
     assert len(read_jsonl(run.path("infer", "predictions", "base.jsonl"))) == 6
 

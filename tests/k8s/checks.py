@@ -1,4 +1,4 @@
-"""What an API server refuses and no schema knows, and what Lorry promises of its Jobs.
+"""Checks manifests for what an API server refuses beyond its schema, and for what Lorry's docs promise.
 
 Each check takes a document and returns what is wrong with it, one line each; nothing wrong is an empty list. The rules
 of the server are those of Kubernetes' pkg/apis/{batch,core}/validation and of Pod Security "restricted".
@@ -55,7 +55,7 @@ def schema_problems(document: Document, version: str) -> list[str]:
 
 
 def problems(document: Document, claims: set[str], version: str) -> list[str]:
-    """All that is wrong with one document; `claims` are the volume claims that exist, `version` is Lorry's."""
+    """All problems of one document; `claims` are the volume claims that exist, `version` is Lorry's."""
     found = list(_metadata(document["metadata"]))
     match document["kind"]:
         case "PersistentVolumeClaim":
@@ -77,7 +77,7 @@ def problems(document: Document, claims: set[str], version: str) -> list[str]:
 
 
 def quantity(value: str | int) -> Decimal:
-    """A resource quantity as a number. Raises ValueError where the server would refuse it."""
+    """A resource quantity as a number. Raises ValueError if the server would refuse it."""
     match = QUANTITY.fullmatch(str(value))
     if match is None:
         raise ValueError(f"{value!r} is no quantity")
@@ -85,7 +85,7 @@ def quantity(value: str | int) -> Decimal:
 
 
 def failure_action(policy: Document, code: int, disrupted: bool = False) -> str:
-    """What a podFailurePolicy does with a pod that failed so: the action of the first rule that matches."""
+    """The action of a podFailurePolicy for a failed pod: that of the first rule that matches."""
     for rule in policy["rules"]:
         codes = rule.get("onExitCodes")
         if codes and (code in codes["values"]) == (codes["operator"] == "In"):
@@ -201,7 +201,7 @@ def _job_spec(name: str, spec: Document) -> Iterator[str]:
 
 
 def _on_failure(spec: Document) -> Iterator[str]:
-    """That our exit codes come to what docs/runs.md says, whatever rules lead there and in whatever order."""
+    """Problems: exit codes that do not lead to the action that docs/runs.md states."""
     policy = spec.get("podFailurePolicy")
     if not policy:
         yield "podFailurePolicy is missing"

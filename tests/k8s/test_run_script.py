@@ -123,7 +123,7 @@ def test_failure_without_a_pod(cluster: Cluster) -> None:
     cluster.write("after/lorry-infer", "Failed ")
     ended = cluster("a800")
     assert ended.code == 1
-    assert "its pods are gone; the stage's log.txt" in ended.error
+    assert "its pods are gone; see the stage's log.txt in the run folder" in ended.error
     assert "log.txt" in ended.error
 
 
@@ -136,7 +136,7 @@ def test_a_server_that_never_answers_again(cluster: Cluster) -> None:
     cluster.write("after/lorry-preprocess", "unanswered")
     ended = cluster("a800")
     assert ended.code == 1
-    assert "no longer answers: Unable to connect" in ended.error
+    assert "no longer answers (Unable to connect" in ended.error
 
 
 def test_a_job_deleted_by_somebody_else(cluster: Cluster) -> None:
@@ -178,7 +178,8 @@ def test_usage(cluster: Cluster, arguments: list[str]) -> None:
 def test_no_cluster(cluster: Cluster) -> None:
     cluster.write("refuse/version", "E1122 memcache.go:265] retry\nThe connection to localhost:8080 was refused")
     ended = cluster("a800")
-    assert (ended.code, ended.error) == (2, "error: no cluster answers: The connection to localhost:8080 was refused\n")
+    told = "error: no cluster answers (The connection to localhost:8080 was refused); set KUBECONFIG or the context\n"
+    assert (ended.code, ended.error) == (2, told)
 
 
 def test_no_kubectl(cluster: Cluster) -> None:
@@ -189,7 +190,7 @@ def test_no_kubectl(cluster: Cluster) -> None:
         assert found
         (tools / tool).symlink_to(found)
     ended = cluster("a800", path=str(tools))
-    assert (ended.code, ended.error) == (2, "error: kubectl is not installed, or not on the PATH\n")
+    assert (ended.code, ended.error) == (2, "error: no kubectl on the PATH; install it, or add its folder to PATH\n")
 
 
 def test_shellcheck() -> None:

@@ -379,7 +379,9 @@ def test_without_data_juicer_the_message_says_how_to_install_it(
 def test_a_malformed_list_of_operators_is_refused(
     entry: dict[str, Any], made: Made, stage_of: Callable[..., Stage]
 ) -> None:
-    with pytest.raises(UsageError, match=r"preprocess\.data_juicer: .*an operator is one name with its parameters"):
+    with pytest.raises(
+        UsageError, match=r"preprocess\.data_juicer: .*write an operator as one name with its parameters"
+    ):
         stage_of(made.root, "malformed", [entry])
 
 

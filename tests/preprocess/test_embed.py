@@ -86,7 +86,7 @@ def embed_all(run: Run, part: Shard | None = None, **options: Any) -> Any:
 
     def work(stage: Stage) -> None:
         documents = document_ids(sorted((run.data / "documents").iterdir()), run.data / "documents")
-        mine = {name: path for n, (name, path) in enumerate(documents.items()) if stage.has(n)}
+        mine = {name: path for n, (name, path) in enumerate(documents.items()) if stage.does_piece(n)}
         pages = render_documents(stage, mine)
         embedder = Embedder(stage, **options)
         embedder.embed_pages(pages)

@@ -470,10 +470,10 @@ def test_a_figure_that_kills_its_worker_costs_the_figures_of_its_page(
 def test_the_digest_of_the_pages_covers_the_crops(new_stage: NewStage, documents: dict[str, Path]) -> None:
     stage = new_stage()
     _, found = start(stage, documents, ASKED)
-    digest, count = FileHashes(stage.path(".none.json")).tree(stage.path("pages"))
+    digest, count = FileHashes(stage.path(".none.json")).tree_digest(stage.path("pages"))
     assert count == 4
     (stage.run.folder / found[ASKED[0]]["image"]).write_bytes(b"other")
-    assert FileHashes(stage.path(".none.json")).tree(stage.path("pages"))[0] != digest
+    assert FileHashes(stage.path(".none.json")).tree_digest(stage.path("pages"))[0] != digest
 
 
 def test_the_figures_of_the_demo(new_stage: NewStage) -> None:

@@ -283,7 +283,7 @@ def test_a_shard_without_work_is_done_at_once_and_the_merge_does_the_work_of_a_m
         )
         output, _ = (process := shard(calm, "gaps", f"{index}/31")).communicate(timeout=60)
         assert process.returncode == 0, output
-    assert "shard 30/31 has nothing to do: there are only 11 documents" in output
+    assert "shard 30/31 has nothing to do, as there are only 11 documents" in output
     calm.give_vectors(run)
     merged = make_run(calm, "gaps")
     assert merged.code == 0
@@ -385,7 +385,7 @@ def test_a_read_only_run_folder_is_one_line(calm: Calm, small_disk: Path) -> Non
     done = replace(calm.lorry, runs=small_disk).preprocess(str(calm.recipe), "--run", "r")
     assert done.code == 2
     assert len(done.lines) == 1, done.output
-    assert f"not permitted at {small_disk}/r/preprocess: Read-only file system" in done.output
+    assert f"{small_disk}/r/preprocess: not permitted (Read-only file system)" in done.output
 
 
 # -- unusable input -----------------------------------------------------------------------------------------------

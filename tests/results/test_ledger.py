@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stages.contract.errors import Exit
 from stages.contract.files import read_json, read_jsonl, write_json, write_jsonl
 from stages.contract.recipe import dump_recipe
-from stages.contract.run import CONTRACT_VERSION, only_writer
+from stages.contract.run import CONTRACT_VERSION, lock_stage_folder
 from stages.eval.stage import work as eval_work
 from stages.host.runner import run_stage
 from stages.results.ledger import Row, sorted_rows
@@ -168,7 +168,7 @@ def test_what_runs_and_what_has_not_run(tmp_path: Path) -> None:
     for stage in ("eval", "infer"):
         shutil.rmtree(run.stage_folder(stage))
     assert row_of(tmp_path, "plain").state == "trained, not scored: infer has not run"
-    with only_writer(run.stage_folder("infer")):
+    with lock_stage_folder(run.stage_folder("infer")):
         assert row_of(tmp_path, "plain").state == "trained, not scored: infer is running"
     shutil.rmtree(run.stage_folder("train"))
     assert {row.state for row in rows_of(tmp_path)} == {
@@ -338,7 +338,7 @@ def test_a_file_that_the_manifest_does_not_vouch_for_is_not_believed(tmp_path: P
     ("name", "content", "told"),
     [
         ("recipe.yaml", None, "broken: recipe.yaml is missing"),
-        ("recipe.yaml", b"- a list\n", "broken: recipe.yaml: a recipe is a mapping"),
+        ("recipe.yaml", b"- a list\n", "broken: recipe.yaml: found a list; write a mapping with the keys"),
         ("recipe.yaml", b"\xff\xfe", "broken: recipe.yaml: cannot read the recipe"),
         ("eval/manifest.json", b"{", "trained, not scored: eval/manifest.json is damaged"),
         ("eval/manifest.json", b"[]", "trained, not scored: eval/manifest.json is damaged"),

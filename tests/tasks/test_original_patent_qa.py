@@ -596,7 +596,7 @@ def test_defect_07_more_shards_than_documents(job: Job, tmp_path: Path, capfd: p
     shutil.rmtree(few.run.folder)
     for index in range(3):
         assert few.preprocess(Shard(index, 3)) == Exit.DONE
-    assert "shard 2/3 has nothing to do: there are only 2 documents" in capfd.readouterr().err
+    assert "shard 2/3 has nothing to do, as there are only 2 documents" in capfd.readouterr().err
     assert few.preprocess() == Exit.DONE
     assert few.manifest("preprocess")["outputs"]["vectors.npy"]["records"] == 2
 

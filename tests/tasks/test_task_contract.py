@@ -10,10 +10,10 @@ import pytest
 
 from stages.contract.errors import UsageError
 from stages.tasks import articulation, extractive_qa, load_task, patent_qa, task_names
-from stages.tasks.common import defaults
+from stages.tasks.common import default_prompts, default_results, default_settings
 from stages.tasks.task import HAVE_DEFAULTS, check_task, reads_documents, reads_records
 from tests.conftest import REPOSITORY, Lorry
-from tests.pages import bare_checkout, read_page, run_command, write_files
+from tests.pages import copy_checkout, read_page, run_command, write_files
 
 FIVE = ["articulation", "better_synth", "extractive_qa", "logic_choice", "patent_qa"]
 
@@ -51,7 +51,7 @@ def test_every_task_keeps_the_contract(name: str) -> None:
 def test_a_missing_function_is_named_with_the_file() -> None:
     assert fault_of(module_with(score=None, narrowed_sample=None)) == (
         "task: stages/tasks/changed.py breaks the contract of QuestionTask (stages/tasks/task.py): narrowed_sample is"
-        " missing (define it, or import it from stages.tasks.common.defaults); score is missing (define it)"
+        " missing (define it, or import it from stages.tasks.common.default_prompts); score is missing (define it)"
     )
 
 
@@ -114,14 +114,14 @@ def test_the_contract_and_its_typing_agree_for_every_task(tmp_path: Path) -> Non
 
 
 def test_a_task_that_breaks_its_contract_ends_with_2_when_the_recipe_is_read(tmp_path: Path) -> None:
-    checkout = bare_checkout(tmp_path)
+    checkout = copy_checkout(tmp_path)
     page = read_page("add-a-workload.md")
     write_files(page, checkout)
     file = checkout / "stages" / "tasks" / "capitals.py"
     whole = file.read_text(encoding="utf-8")
     for broken, words in (
         (whole.replace("def read_answer(text: str, sample: Sample)", "def read_answer(text: str)"), "read_answer must"),
-        (whole.replace("    narrowed_sample,\n", ""), "narrowed_sample is missing"),
+        (whole.replace("narrowed_sample, ", ""), "narrowed_sample is missing"),
         (whole.replace("import DataError", "import NoSuchError"), "cannot import stages/tasks/capitals"),
         ("def broken(:\n", "cannot import stages/tasks/capitals"),
     ):
@@ -134,7 +134,7 @@ def test_a_task_that_breaks_its_contract_ends_with_2_when_the_recipe_is_read(tmp
 
 def test_the_page_is_followed_to_the_letter(tmp_path: Path, small_models: Path, lorry: Lorry) -> None:
     page = read_page("add-a-workload.md")
-    checkout = bare_checkout(tmp_path / "checkout")
+    checkout = copy_checkout(tmp_path / "checkout")
     write_files(page, checkout)
     models = tmp_path / "models"  # a random Llama under the small model's name: nothing else differs for the page
     models.mkdir()
@@ -161,8 +161,9 @@ def test_the_page_is_followed_to_the_letter(tmp_path: Path, small_models: Path, 
 
 def test_defaults_are_the_contracts() -> None:
     defined = {
-        name
-        for name, value in vars(defaults).items()
-        if name.isupper() or getattr(value, "__module__", None) == defaults.__name__
+        name: module.__name__.rpartition("_")[2]
+        for module in (default_prompts, default_results, default_settings)
+        for name, value in vars(module).items()
+        if name.isupper() or getattr(value, "__module__", None) == module.__name__
     }
     assert defined == HAVE_DEFAULTS

@@ -30,14 +30,14 @@ def test_an_adapter_learns_on_it_and_loads_again(lorry: Lorry, base: Path, tmp_p
         *("train.epochs=2", "train.learning_rate=2e-3", "train.warmup_ratio=0", "train.log_every=1"),
         *("train.gradient_checkpointing=false", "train.checkpoint_every=1000"),
     )
-    before = FileHashes(tmp_path / "none").tree(base)
+    before = FileHashes(tmp_path / "none").tree_digest(base)
     training = Training(lorry, overrides).with_samples(16, validation=0)
     code, output = training(OMP_NUM_THREADS="1")
     assert code == 0, output
     losses = [entry["loss"] for entry in read_jsonl(training.run.path("train", "metrics.jsonl")) if "loss" in entry]
     assert len(losses) == 4
     assert losses[-1] < 0.7 * losses[0]
-    assert FileHashes(tmp_path / "none").tree(base) == before, "the base is never written to"
+    assert FileHashes(tmp_path / "none").tree_digest(base) == before, "the base is never written to"
     adapter = training.run.path("train", "adapters", "tuned")
     assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == BASE
 

@@ -290,7 +290,9 @@ def test_a_mix_of_which_nothing_is_there_is_told_before_hours_of_training(
     code, trainer = wrong()
     assert (code, trainer.trained) == (Exit.USAGE, [])
     error = capfd.readouterr().err
-    assert "the data mix of two names 'nowhere', which has no training samples; data sets with some: a, b, c" in error
+    assert (
+        "the data mix of two names 'nowhere', which has no training samples; name a data set that has: a, b, c" in error
+    )
 
 
 def test_a_mix_of_which_nothing_is_there_leaves_the_others_where_the_recipe_goes_on(job: Job) -> None:

@@ -34,7 +34,7 @@ def test_two_shards_at_once_one_of_them_killed_merge_to_the_bytes_of_one_run(
     assert "train 1/2: train two: 24 samples, resuming from checkpoint-" in output
     code, surplus = sharded("--shard", "2/3")
     assert code == 0
-    assert "shard 2/3 has nothing to do: there are only 2 adapters" in surplus
+    assert "shard 2/3 has nothing to do, as there are only 2 adapters" in surplus
 
     code, merged = sharded()
     assert code == 0, merged

@@ -36,16 +36,9 @@ from stages.tasks.better_synth.records import (
     sources,
     without_words,
 )
-from stages.tasks.common.defaults import (
-    READS_DOCUMENTS,
-    SHARED,
-    Passes,
-    facts,
-    measures,
-    narrowed_sample,
-    passes,
-    picture,
-)
+from stages.tasks.common.default_prompts import SHARED, narrowed_sample, passes
+from stages.tasks.common.default_results import facts, measures, picture
+from stages.tasks.common.default_settings import READS_DOCUMENTS, Passes
 from stages.tasks.task import Ask, Found, Skip
 
 READS_RECORDS = True

@@ -19,23 +19,9 @@ from pydantic import Field
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Meta, Prediction, Sample
 from stages.tasks.common import metrics
-from stages.tasks.common.defaults import (
-    COMPONENTS,
-    READS_DOCUMENTS,
-    READS_RECORDS,
-    SHARED,
-    Passes,
-    Samples,
-    ask,
-    facts,
-    measures,
-    narrowed_sample,
-    passes,
-    picture,
-    rehearsal,
-    together,
-    uploads,
-)
+from stages.tasks.common.default_prompts import SHARED, ask, narrowed_sample, passes, rehearsal
+from stages.tasks.common.default_results import facts, measures, picture, together, uploads
+from stages.tasks.common.default_settings import COMPONENTS, READS_DOCUMENTS, READS_RECORDS, Passes, Samples
 from stages.tasks.extractive_qa import prompts
 from stages.tasks.extractive_qa.questions import ContextQuestion, asked_rows, read_questions, sources
 from stages.tasks.task import Found

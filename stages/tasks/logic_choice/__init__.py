@@ -24,18 +24,9 @@ from pydantic import Field
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Meta, Prediction, Sample
-from stages.tasks.common.defaults import (
-    READS_DOCUMENTS,
-    READS_RECORDS,
-    SHARED,
-    Samples,
-    Scoring,
-    facts,
-    measures,
-    picture,
-    together,
-    uploads,
-)
+from stages.tasks.common.default_prompts import SHARED
+from stages.tasks.common.default_results import facts, measures, picture, together, uploads
+from stages.tasks.common.default_settings import READS_DOCUMENTS, READS_RECORDS, Samples, Scoring
 from stages.tasks.logic_choice import prompts
 from stages.tasks.logic_choice.problems import LETTERS, LogicQuestion, asked_rows, read_problems, sources
 from stages.tasks.task import Ask, Found, Skip

@@ -22,15 +22,9 @@ from pydantic import Field
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Meta, Prediction, Sample
 from stages.tasks.common import metrics
-from stages.tasks.common.defaults import (
-    READS_RECORDS,
-    Scoring,
-    measures,
-    narrowed_sample,
-    picture,
-    together,
-    uploads,
-)
+from stages.tasks.common.default_prompts import narrowed_sample
+from stages.tasks.common.default_results import measures, picture, together, uploads
+from stages.tasks.common.default_settings import READS_RECORDS, Scoring
 from stages.tasks.common.mentions import asks_position
 from stages.tasks.patent_qa import prompts
 from stages.tasks.patent_qa.questions import SOURCE, PatentQuestion, asked_rows, find_documents, read_questions
