@@ -421,7 +421,6 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     label = f"{CONNECTOR} " if settings.trains_connector else ""
 
     def decide(what: str, value: Any, why: str) -> None:
-        """Add a decision to the stage, named with its phase."""
         stage.decide(f"{label}{what}", value, why)
 
     target = working_target(machine, load_targets())

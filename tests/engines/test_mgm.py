@@ -404,13 +404,13 @@ def test_gemma_gets_towers_and_a_connector(weights: Weights, folder: Path, tmp_p
         (
             lambda w: renamed(w, "vlm_uni_val_projector.1.bias", "vlm_uni_value_projector.1.bias"),
             {},
-            ["1 unknown: model.vlm_uni_value_projector.1.bias", "1 missing: model.vlm_uni_val_projector.1.bias"],
+            ["1 unknown (model.vlm_uni_value_projector.1.bias)", "1 missing (model.vlm_uni_val_projector.1.bias)"],
         ),
         (
             lambda w: without(w, "model.vision_tower.vision_tower."),
             {},
             [
-                "missing: model.vision_tower.",
+                "missing (model.vision_tower.",
                 "more",
                 "; give CLIP's folder (openai/clip-vit-large-patch14-336) with --clip",
             ],
@@ -427,7 +427,7 @@ def test_gemma_gets_towers_and_a_connector(weights: Weights, folder: Path, tmp_p
             ["lm_head.weight differs from model.embed_tokens.weight"],
         ),
         (lambda w: w, {"model_type": "mgm_llama"}, ["model_type is 'mgm_llama'", "'mgm_gemma'"]),
-        (lambda w: without(w, "model.mm_projector."), {}, ["4 missing: model.mm_projector.0.weight"]),
+        (lambda w: without(w, "model.mm_projector."), {}, ["4 missing (model.mm_projector.0.weight"]),
         (lambda w: w, {"image_grid": 2}, ["image_grid is 2"]),
     ],
 )
