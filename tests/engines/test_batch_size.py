@@ -120,7 +120,7 @@ def prompts(model: Path) -> list[Prompt]:
 
 def with_memory_for(engine: Any, most: int) -> list[int]:
     """Have an engine run out of memory beyond so many; returns the sizes of the batches that it tries."""
-    inner, tried = engine._batch, []
+    inner, tried = engine._complete_batch, []
 
     def batch(prompts: list[Prompt], adapter: str | None) -> Any:
         tried.append(len(prompts))
@@ -128,7 +128,7 @@ def with_memory_for(engine: Any, most: int) -> list[int]:
             raise torch.OutOfMemoryError(f"{len(prompts)} do not fit")
         return inner(prompts, adapter)
 
-    engine._batch = batch
+    engine._complete_batch = batch
     return tried
 
 
