@@ -44,7 +44,9 @@ class PictureRules:
         Qwen2-VL processor. Raises DataError if one side is more than MAX_RATIO times the other.
         """
         if max(width, height) > MAX_RATIO * min(width, height):
-            raise DataError(f"a picture of {width} x {height} pixels: its sides differ more than {MAX_RATIO} to 1")
+            raise DataError(
+                f"a picture of {width} x {height} pixels: its sides differ more than {MAX_RATIO} to 1; crop it"
+            )
         limit = min(budget or self.max_pixels, self.max_pixels)
         columns, rows = (max(round(side / self.factor) * self.factor, self.factor) for side in (width, height))
         if columns * rows > limit:

@@ -92,7 +92,7 @@ def split_groups(
     if not (train or learnt) or not (test or data.evaluate_on_training):
         raise DataError(
             f"found questions on {len(groups)} document(s) or group(s), {len(train)} to train on and {len(test)} to"
-            " test on, but each split needs at least one; add documents or groups, or set data.evaluate_on_training to"
+            " test on, but both need at least one; add documents or groups, or set data.evaluate_on_training to"
             " score the training data, which every table then says"
         )
     named = {"train": train, "validation": validated, "test": test}

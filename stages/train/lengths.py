@@ -24,6 +24,8 @@ OF_A_MESSAGE, OF_A_PROMPT, OF_A_PICTURE = 6, 24, 2
 
 @dataclass(frozen=True)
 class _Sample:
+    """What a sample's length depends on."""
+
     texts: list[str]
     """Text of each message."""
     prompt_messages: int

@@ -46,7 +46,7 @@ def adapters_announced_by_the_first(stage: Stage) -> Iterator[str]:
     run, joined = stage.run, None
     hashes = FileHashes(stage.path(".hashes.json"))
     patience = time.monotonic() + JOIN_SECONDS
-    stage.events.say("waiting for node 0")
+    stage.events.say("waits for node 0")
     while not run.is_done(stage.name, hashes):
         stage.stop.check()
         found = read_json(run.path(stage.name, "checkpoints", "announced.json"))

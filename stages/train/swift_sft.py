@@ -247,6 +247,7 @@ def _with_micro_batch(training_loop: Any, micro_batch: int) -> Any:
     """The trainer's training loop with its micro-batch fixed."""
 
     def loop(batch_size: int | None = None, **others: Any) -> Any:
+        """The training loop with `micro_batch`, whatever batch size the trainer passes."""
         return training_loop(batch_size=micro_batch, **others)
 
     return loop
@@ -296,7 +297,7 @@ class _TokenCount:
         batch: dict[str, Any] = self._collate(samples)
         if self._progress.during == "training":
             mask = batch.get("attention_mask")
-            # without a two-dimensional mask, padding cannot be told from tokens and is counted too
+            # without a two-dimensional mask, padding cannot be distinguished from tokens and is counted too
             self._tokens += int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
         return batch
 

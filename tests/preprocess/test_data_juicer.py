@@ -293,7 +293,7 @@ REFUSED = {
     "text_length_filter": ({"min_length": 3}, "Unknown parameter 'min_length' (did you mean: min_len?)"),
     "alphanumeric_filter": ({"min_ratio": "high"}, "Parameter 'min_ratio' expects type 'float', got 'str'"),
     "stopwords_filter": ({}, "no stopwords_dir; set it to a folder, relative to data.path, with stopwords.json"),
-    "extract_keyword_mapper": ({}, "asks a model over the network, and no stage uses the network; remove it"),
+    "extract_keyword_mapper": ({}, "asks a model over the network, but no stage uses the network; remove it"),
     "nlpaug_en_mapper": (
         {"swap_random_word": True},
         "needs the package nlpaug, which is not installed; Lorry installs nothing at run time",

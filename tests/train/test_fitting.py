@@ -83,8 +83,8 @@ def test_a_full_card_is_refused_before_any_process_starts(training: Training, bo
     code, output = training(CUDA_VISIBLE_DEVICES="3", **box.variables)
     assert code == 4, output
     last = output.splitlines()[-1]
-    assert "training needs at least " in last and " GiB on each GPU, and GPU 3 (NVIDIA A800-SXM4-80GB), GPU-" in last
-    assert ", has 0.4 of 80.0 GiB free (held by" in last
+    assert "training needs at least " in last and " GiB on each GPU, but GPU 3 (NVIDIA A800-SXM4-80GB), GPU-" in last
+    assert ", has only 0.4 of 80.0 GiB free (held by" in last
     assert "free that GPU or use another" in last
     assert not training.run.path("train", "checkpoints").exists()
     assert time.monotonic() - began < 20

@@ -126,7 +126,7 @@ def test_two_nodes_train_together_and_survive_a_kill_and_a_stop(nodes: TwoNodes)
 
 def test_a_stop_while_waiting_for_the_other_node_exits_75_at_once(nodes: TwoNodes) -> None:
     meeting = {"LORRY_NODES": "2", "LORRY_RENDEZVOUS": f"127.0.0.1:{free_port()}"}
-    for rank, waiting in enumerate(("training processes: 2", "waiting for node 0")):
+    for rank, waiting in enumerate(("training processes: 2", "waits for node 0")):
         process = nodes.training.start(**meeting, LORRY_NODE_RANK=str(rank))
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")
