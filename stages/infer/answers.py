@@ -35,7 +35,7 @@ def answer_round(
     engines.refuse_unserved(adapters)
     asks_base = any(None in models for models in missing.values())
     limits = prompts.engine_limits(asked.chunks)
-    for engine, models in engines.serve(adapters, asks_base, limits, prompts.longest):
+    for engine, models in engines.serve(adapters, asks_base, limits, prompts.longest_prompts):
         _EngineSession(engine, models, prompts, journals, events, stop).answer(asked)
 
 

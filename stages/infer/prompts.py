@@ -110,7 +110,7 @@ class Prompts:
                     pixels = max([pixels, *(one.width * one.height for one in prompt.pictures)])
         return EngineLimits(min(length, self._recipe.infer.max_length), pictures - 1, pixels)
 
-    def longest(self) -> list[Prompt]:
+    def longest_prompts(self) -> list[Prompt]:
         """The LONGEST prompts with the most tokens among those rendered so far, the longest first."""
         return sorted(self._prompts(), key=lambda prompt: (-prompt.length, prompt.id))[:LONGEST]
 

@@ -86,7 +86,7 @@ def main() -> None:
     forks_die_with_parents()  # operators' workers, and Ray
     try:
         _refuse_to_install()
-        operators = _load(job)
+        operators = _load_operators(job)
         rows = _check_pictures(job)
         for number, operator in enumerate(operators, start=1):
             rows = _run_operator(job, number, operator, rows)
@@ -110,7 +110,7 @@ def _check_pictures(job: Job) -> list[Row]:
 def _drop_damaged(job: Job, pool: Any, rows: list[Row], problems: list[Row]) -> list[Row]:
     """Return the rows whose pictures can be read, and add the others to `problems`."""
     paths = sorted({image for row in rows for image in row["images"]})
-    damage = dict(zip(paths, pool.map(_damage, [os.path.join(job.data, path) for path in paths]), strict=True))  # noqa: PTH118
+    damage = dict(zip(paths, pool.map(_damage_reason, [os.path.join(job.data, path) for path in paths]), strict=True))  # noqa: PTH118
     good = []
     for row in rows:
         broken = [image for image in row["images"] if damage[image]]
@@ -121,7 +121,7 @@ def _drop_damaged(job: Job, pool: Any, rows: list[Row], problems: list[Row]) -> 
     return good
 
 
-def _damage(path: str) -> str:
+def _damage_reason(path: str) -> str:
     """Return the reason why a picture cannot be read; empty if it can."""
     from PIL import Image, ImageFile
 
@@ -284,7 +284,7 @@ def _refuse_to_install() -> None:
     model_utils.check_model = refuse_download
 
 
-def _load(job: Job) -> list[Any]:
+def _load_operators(job: Job) -> list[Any]:
     """Return the loaded operators. Raises UsageError, with the key in the recipe, for one that cannot be loaded."""
     from data_juicer.ops import OPERATORS, base_op
 
@@ -446,7 +446,7 @@ def _run_here(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
     with new_stream(path, table.schema) as file:
         file.write_table(table)
     dataset = NestedDataset(Dataset.from_file(str(path)))
-    return _rows(job, dataset.process([operator], open_monitor=False).to_list())
+    return _rows_of(job, dataset.process([operator], open_monitor=False).to_list())
 
 
 def _run_on_ray(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
@@ -461,7 +461,7 @@ def _run_on_ray(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
     slices = [table.slice(first, size) for first in range(0, len(rows), size)]
     dataset = RayDataset(ray.data.from_arrow(slices), cfg=Namespace(auto_op_parallelism=False))
     done = dataset.process([operator]).data
-    return _rows(job, [row for part in ray.get(done.to_arrow_refs()) for row in part.to_pylist()])
+    return _rows_of(job, [row for part in ray.get(done.to_arrow_refs()) for row in part.to_pylist()])
 
 
 def _ray_options(job: Job) -> dict[str, Any]:
@@ -504,7 +504,7 @@ def _table(job: Job, rows: list[Row]) -> Any:
     return pa.table({**columns, **{key: pa.array([row.get(key) for row in rows]) for key in others}})
 
 
-def _rows(job: Job, samples: list[dict[str, Any]]) -> list[Row]:
+def _rows_of(job: Job, samples: list[dict[str, Any]]) -> list[Row]:
     """Return an operator's output as rows, without statistics and hashes, and with pictures relative to the data
     folder."""
     rows = []

@@ -77,7 +77,7 @@ class Gme:
 
             def read(paths: Sequence[Path]) -> list[Any]:
                 """Start reading a batch. Returns a future for each picture."""
-                return [readers.submit(self._read, path) for path in paths]
+                return [readers.submit(self._read_pixels, path) for path in paths]
 
             ahead = read(batches[0]) if batches else []
             for number in range(len(batches)):
@@ -85,7 +85,7 @@ class Gme:
                 ahead = read(batches[number + 1]) if number + 1 < len(batches) else []
                 yield self._embed_batch(batch)
 
-    def _read(self, path: Path) -> tuple[Picture, npt.NDArray[np.uint8]]:
+    def _read_pixels(self, path: Path) -> tuple[Picture, npt.NDArray[np.uint8]]:
         """Return a picture and its pixels: uint8, shape (height, width, 3)."""
         picture = open_picture(path, self._rules)
         return picture, np.asarray(picture.load())

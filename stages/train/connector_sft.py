@@ -29,7 +29,7 @@ def patch_connector_training(trainer: Any, model: Path, together: Together) -> N
 
     def save(output_dir: str, _internal_call: bool = False) -> None:
         """Save the connector's weights. Only the first process writes."""
-        if together.first:
+        if together.is_first:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             weights = {names[name]: weight.detach().cpu().contiguous() for name, weight in trained.items()}
             save_file(weights, Path(output_dir) / FILE, metadata={"format": "pt"})

@@ -171,7 +171,7 @@ class Ladder:
     """Total memory of the smallest GPU, in bytes; 0 on a CPU. A rung of a start with smaller GPUs does not apply."""
 
     @staticmethod
-    def of(work: Path, room: int = 0) -> "Ladder":
+    def read(work: Path, room: int = 0) -> "Ladder":
         """The ladder of the adapter whose checkpoints are in the folder `work`, as its ladder.json has it."""
         path = work / "ladder.json"
         return Ladder(path, (read_json(path) or {"rungs": []})["rungs"], room)
@@ -188,7 +188,7 @@ class Ladder:
                 attempt = lowered_attempt(attempt, rung["change"])
         return attempt
 
-    def take(self, adapter: str, shortage: Shortage, change: Change, attempt: Attempt) -> Attempt:
+    def take_rung(self, adapter: str, shortage: Shortage, change: Change, attempt: Attempt) -> Attempt:
         """Apply a change and record it as a rung in ladder.json. Returns the next attempt."""
         after = lowered_attempt(attempt, change)
         decision = {"what": WHAT, "value": describe_change(change, after), "why": f"adapter {adapter}, {shortage}"}

@@ -125,7 +125,7 @@ class ZeroStates:
             state = self._optimizer.state.get(flat, {})
             for parameter in group if state else ():
                 name = self._names[parameter]
-                found |= {f"{name}.{what}": self._whole(parameter, state[what]) for what in MOMENTS}
+                found |= {f"{name}.{what}": self._gathered_weight(parameter, state[what]) for what in MOMENTS}
                 found[f"{name}.step"] = state["step"].clone()
         return found
 
@@ -141,18 +141,22 @@ class ZeroStates:
             self._optimizer.state[flat] = {"step": step, **state}
             for parameter in group:
                 for what in MOMENTS:
-                    self._put(parameter, state[what], states.get(f"{self._names[parameter]}.{what}"))
+                    self._scatter_weight(parameter, state[what], states.get(f"{self._names[parameter]}.{what}"))
 
     def weights(self) -> dict[str, Tensor]:
         """The optimizer's weights by name, in float32 and in the weights' shapes. All processes must call this."""
         pairs = zip(self._flats, self._groups, strict=True)
-        return {self._names[parameter]: self._whole(parameter, flat) for flat, group in pairs for parameter in group}
+        return {
+            self._names[parameter]: self._gathered_weight(parameter, flat)
+            for flat, group in pairs
+            for parameter in group
+        }
 
     def write_weights(self, weight: Callable[[str], Tensor]) -> None:
         """Set the optimizer's float32 weights; `weight` returns one by its name. Leaves the model's own weights."""
         for flat, group in zip(self._flats, self._groups, strict=True):
             for parameter in group:
-                self._put(parameter, flat, weight(self._names[parameter]))
+                self._scatter_weight(parameter, flat, weight(self._names[parameter]))
 
     def _counts_on_gpu(self, number: int) -> bool:
         """Whether torch keeps the step count of a flat tensor on the GPU."""
@@ -174,7 +178,7 @@ class ZeroStates:
         return Fragment(address.start, mapping.lp_fragment_address.start, address.numel)
 
     @torch.no_grad()
-    def _whole(self, parameter: Any, flat: Tensor) -> Tensor:
+    def _gathered_weight(self, parameter: Any, flat: Tensor) -> Tensor:
         """A weight's values from all processes' parts of a flat tensor: in the weight's shape, on the CPU."""
         shape = parameter.ds_shape if self._is_3 else parameter.shape
         whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=flat.device)
@@ -186,7 +190,7 @@ class ZeroStates:
         return whole.view(shape).cpu()
 
     @torch.no_grad()
-    def _put(self, parameter: Any, flat: Tensor, whole: Tensor | None) -> None:
+    def _scatter_weight(self, parameter: Any, flat: Tensor, whole: Tensor | None) -> None:
         """Copy this process's part of a weight's values into a flat tensor. Does nothing if `whole` is None."""
         fragment = self._fragment(parameter)
         if fragment is not None and whole is not None:
@@ -206,27 +210,29 @@ class _Saving:
     def __init__(self, trainer: Any, together: Together) -> None:
         self._trainer, self._together = trainer, together
 
-    def _names(self) -> dict[Parameter, str]:
+    def _parameter_names(self) -> dict[Parameter, str]:
         """The names in files of the trainable parameters."""
         named = self._trainer.model.named_parameters()
         return {parameter: name_in_file(name) for name, parameter in named if parameter.requires_grad}
 
-    def _zero(self) -> Any:
+    def _zero_optimizer(self) -> Any:
         """DeepSpeed's optimizer; None without DeepSpeed."""
         return self._trainer.model_wrapped.optimizer if self._trainer.is_deepspeed_enabled else None
 
-    def _states(self) -> States:
+    def _optimizer_states(self) -> States:
         """The state of the trainer's optimizer."""
-        zero = self._zero()
+        zero = self._zero_optimizer()
         if zero is not None:
-            return ZeroStates(zero, self._names())
+            return ZeroStates(zero, self._parameter_names())
         optimizer = self._trainer.optimizer
-        return TorchStates(getattr(optimizer, "optimizer", optimizer), self._names())  # without accelerate's wrapper
+        return TorchStates(
+            getattr(optimizer, "optimizer", optimizer), self._parameter_names()
+        )  # without accelerate's wrapper
 
     def save(self, checkpoint: str) -> None:
         """Save optimizer, schedule and loss scale to a checkpoint. Only the first process writes."""
-        states, folder = self._states().read(), Path(checkpoint)
-        if self._together.first:
+        states, folder = self._optimizer_states().read(), Path(checkpoint)
+        if self._together.is_first:
             save_file({name: value.detach().cpu().contiguous() for name, value in states.items()}, folder / STATES)
             schedule, scale = read_schedule(self._trainer.lr_scheduler), self._read_loss_scale()
             write_json(folder / POSITION, {"schedule": schedule, "loss_scale": scale})
@@ -236,7 +242,7 @@ class _Saving:
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        states = self._states()
+        states = self._optimizer_states()
         states.write(load_file(folder / STATES))
         if isinstance(states, ZeroStates):
             with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
@@ -251,14 +257,14 @@ class _Saving:
 
         The trainer's own method saves the 16-bit weights and, with ZeRO-2, copies the whole base in each process.
         """
-        zero = self._zero()
+        zero = self._zero_optimizer()
         weights = ZeroStates(zero, {p: n for n, p in self._trainer.model.named_parameters()}).weights()
-        if self._together.first:
+        if self._together.is_first:
             self._trainer._save(output_dir, state_dict=weights)
 
     def _read_loss_scale(self) -> dict[str, Any] | None:
         """`scale` and `steps`, the number of steps since its last change; None if there is no loss scale."""
-        zero = self._zero()
+        zero = self._zero_optimizer()
         if zero is not None:
             return read_loss_scale_of_zero(zero.loss_scaler)
         scaler = self._trainer.accelerator.scaler
@@ -269,7 +275,7 @@ class _Saving:
 
     def _write_loss_scale(self, saved: Mapping[str, Any]) -> None:
         """Restore what `_read_loss_scale` returned. Does nothing without a loss scale, as with another precision."""
-        zero = self._zero()
+        zero = self._zero_optimizer()
         if zero is not None:
             write_loss_scale_of_zero(zero.loss_scaler, saved)
             return

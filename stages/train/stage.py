@@ -76,7 +76,7 @@ def work(stage: Stage) -> None:
     recipe = stage.run.recipe
     node = stage.part if isinstance(stage.part, Node) else None
     if node is not None and node.rank > 0:
-        _help(stage, node)
+        _train_with_node_0(stage, node)
         return
     if stage.nothing_to_do(len(recipe.train.adapters), "adapters"):
         return
@@ -99,7 +99,7 @@ def work(stage: Stage) -> None:
             _note_result(stage, results, adapter, {"error": str(failures[name])})
             continue
         if not folder.is_dir():
-            _take_over(stage, name)
+            _copy_from_shard(stage, name)
         if not folder.is_dir():
             plan = plan or _plan(stage, node)
             try:
@@ -122,7 +122,7 @@ def work(stage: Stage) -> None:
     _remove_checkpoints(stage, failures)
 
 
-def _help(stage: Stage, node: Node) -> None:
+def _train_with_node_0(stage: Stage, node: Node) -> None:
     """Train each adapter that node 0 announces, together with node 0 and the other nodes."""
     recipe = stage.run.recipe
     by_name = {adapter.name: adapter for adapter in recipe.train.adapters}
@@ -366,7 +366,7 @@ def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> No
             stage.decisions.append(rung)
 
 
-def _take_over(stage: Stage, name: str) -> None:
+def _copy_from_shard(stage: Stage, name: str) -> None:
     """Copy an adapter from the shard that trained it, if there is one. The copy appears in one step."""
     for shard in stage.finished_shards:
         source = shard / "adapters" / name
@@ -389,7 +389,7 @@ class _Plan:
     """This machine's GPUs; empty on a CPU."""
 
     @property
-    def here(self) -> int:
+    def processes_here(self) -> int:
         """Training processes on this machine."""
         return max(len(self.gpus), 1)
 
@@ -456,7 +456,7 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     way = plan_training(shape, settings, processes, dtype, memory, lengths)
     if fullest:
         if least_memory(shape, settings, processes, dtype) > fullest.memory_free:
-            raise _cannot_fit(shape, settings, processes, dtype, lengths, fullest, offers)
+            raise _too_little_memory(shape, settings, processes, dtype, lengths, fullest, offers)
         free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}, {fullest.uuid[:12]}"
         needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
         decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}; it may run out")
@@ -480,7 +480,7 @@ def _offers(settings: Train, target: Target) -> Offers:
     return Offers("bitsandbytes" in target.quantisation, importlib.util.find_spec("deepspeed") is not None)
 
 
-def _cannot_fit(
+def _too_little_memory(
     shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths, gpu: Gpu, offers: Offers
 ) -> DoesNotFitError:
     """The error for a GPU whose free memory is below what training needs at least. It lists what would fit."""
@@ -512,18 +512,18 @@ def _train(
     name = adapter.name
     # with several nodes, node 0's folder holds checkpoints and adapter
     work = stage.run.path("train", "checkpoints", name) if node else stage.path("checkpoints", name)
-    ladder = Ladder.of(work, min((gpu.memory_total for gpu in plan.gpus), default=0))
+    ladder = Ladder.read(work, min((gpu.memory_total for gpu in plan.gpus), default=0))
     attempt = ladder.apply_rungs(plan.first_attempt)
     for made in ladder.decisions:
         stage.events.say(f"train {name}: out of memory in an earlier start: {made['value']}")
-    with _timed(work, stage.path(*place_of(name)), node):
+    with _record_seconds(work, stage.path(*place_of(name)), node):
         while True:
             before = probe().gpus if plan.gpus else ()
             try:
                 job = _job(stage, adapter, key, plan, attempt, node, connector)
-                speed = train_adapter(stage, job, plan.here, node, plan.target.environment)
+                speed = train_adapter(stage, job, plan.processes_here, node, plan.target.environment)
             except MemoryRanOutError as error:
-                attempt = _one_rung_lower(stage, name, ladder, attempt, error, node)
+                attempt = _next_attempt(stage, name, ladder, attempt, error, node)
                 _wait_for_memory(stage, before, error.processes)
                 continue
             if speed is not None:
@@ -532,7 +532,7 @@ def _train(
 
 
 @contextmanager
-def _timed(work: Path, adapter: Path, node: Node | None) -> Iterator[None]:
+def _record_seconds(work: Path, adapter: Path, node: Node | None) -> Iterator[None]:
     """Record how many seconds this context takes, summed over all starts of an adapter that were not killed.
 
     The sum is in `work`/seconds.json and, once the adapter is finished, in `adapter`/timing.json. With several nodes,
@@ -550,7 +550,7 @@ def _timed(work: Path, adapter: Path, node: Node | None) -> Iterator[None]:
     write_json(adapter / "timing.json", {**(read_json(adapter / "timing.json") or {}), "seconds": round(seconds, 3)})
 
 
-def _one_rung_lower(
+def _next_attempt(
     stage: Stage, name: str, ladder: Ladder, attempt: Attempt, error: MemoryRanOutError, node: Node | None
 ) -> Attempt:
     """The next attempt after memory ran out. Raises DoesNotFitError if no rung is left, or with several nodes."""
@@ -566,7 +566,7 @@ def _one_rung_lower(
             f"training {name}: out of memory {shortage}; start all {node.count} nodes again with"
             f" {change_as_options(change, attempt.settings)}"
         )
-    after = ladder.take(name, shortage, change, attempt)
+    after = ladder.take_rung(name, shortage, change, attempt)
     made = ladder.decisions[-1]  # the manifest takes it from training.json
     stage.events.emit("decision", **made)
     stage.events.say(f"{made['what']}: {made['value']} ({made['why']})")

@@ -87,9 +87,9 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             row: dict[str, Any] = {"messages": sample["messages"]}
             files = [self._job.run / name for name in sample.get("images") or []]
             if files:
-                row["images"] = [str(_picture(file, str(sample["id"]))) for file in files]
+                row["images"] = [str(_checked_picture(file, str(sample["id"]))) for file in files]
             try:
-                encoded = self._encoded(row)
+                encoded = self._encoded_sample(row)
             except MaxLengthError:
                 left_out.append(str(sample["id"]))
                 continue
@@ -110,17 +110,17 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         real = processor.image_processor
         blank = real(images=[Image.new("RGB", (self._rules.factor, self._rules.factor))], return_tensors="pt")
 
-        def repeated(images: list[Any], **_: Any) -> BatchFeature:
+        def blank_output(images: list[Any], **_: Any) -> BatchFeature:
             """The processor's output for as many blank pictures as there are pictures."""
             return BatchFeature({name: one.expand(len(images), *one.shape[1:]) for name, one in blank.items()})
 
-        processor.image_processor = repeated
+        processor.image_processor = blank_output
         try:
             yield
         finally:
             processor.image_processor = real
 
-    def _encoded(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _encoded_sample(self, row: dict[str, Any]) -> dict[str, Any]:
         """A sample as ms-swift's template encodes it. Raises MaxLengthError if it is longer than max_length.
 
         If Lorry can count a picture's tokens from its size, a blank picture of one patch replaces it, and no pixel is
@@ -222,7 +222,7 @@ def _refuse_adapted_vision(model: Any) -> None:
             )
 
 
-def _picture(path: Path, sample: str) -> Path:
+def _checked_picture(path: Path, sample: str) -> Path:
     """`path`, if the file is a picture. Raises DataError if it is missing or not a picture.
 
     ms-swift would take the name of a missing file for a picture in base64.
@@ -301,7 +301,7 @@ class _TokenCount:
             self._tokens += int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
         return batch
 
-    def take(self) -> int:
+    def take_tokens(self) -> int:
         """The number of tokens since the last call. Starts counting from 0 again."""
         tokens, self._tokens = self._tokens, 0
         return tokens
@@ -338,7 +338,7 @@ class _Checkpoints(TrainerCallback):
         checkpoint = self._job.work / f"checkpoint-{state.global_step}"
         # each process wrote its random state; the first process may not see the files of other machines yet
         random_states = self._together.of_all(_flush_file(checkpoint / f"rng_state_{self._together.rank}.pth"))
-        if not self._together.first:
+        if not self._together.is_first:
             return
         remove(checkpoint / "complete.json")
         # files that nobody reads; ms-swift reads LoRA+ from additional_config.json when it resumes, so that stays
@@ -356,7 +356,7 @@ class _Checkpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Send the step's progress. Save a checkpoint and end training after the last step, or if asked to stop."""
-        stops, tokens = self._together.sums(int(self._stop.signal is not None), self._count.take())
+        stops, tokens = self._together.sums(int(self._stop.signal is not None), self._count.take_tokens())
         state.num_input_tokens_seen += tokens  # the trainer does not count them; checkpoints save this
         now = time.monotonic()
         self._progress.step = state.global_step

@@ -36,7 +36,7 @@ class Together:
         self._group = dist.new_group(backend="gloo", timeout=SILENCE)
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this process is the one that sends progress and writes files for all."""
         return self.rank == 0
 

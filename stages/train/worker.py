@@ -84,10 +84,10 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
 
     together = Together(job.processes, job.use_cpu, job.sharding)
     _refuse_another_job(job, together)
-    resume = newest_good_checkpoint(job.work) if together.first else None
+    resume = newest_good_checkpoint(job.work) if together.is_first else None
     name = together.of_first(resume and resume.name)
     resume = job.work / name if name else None
-    progress.only_problems = not together.first
+    progress.only_problems = not together.is_first
     if job.sharding != "none":
         batch = job.micro_batch, job.accumulation
         config = deepspeed_config(job.sharding, job.dtype, *batch, job.settings.max_grad_norm)
@@ -95,7 +95,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     if job.sharding == "zero3":
         fix_zero3_loading()
     arguments = _arguments(job, scratch, resume)
-    if together.first:
+    if together.is_first:
         print("swift sft", shlex.join(arguments), flush=True)  # for the log: the command that repeats it by hand
     sft = LorrySft(arguments, job, progress, stop, together)
     counts, left_out, unused = _write_samples(job, sft, scratch)
@@ -107,7 +107,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     sft.main()
     together.check(stop)
     memory = largest_figures(together.of_all(_gpu_memory(job)))
-    if together.first:
+    if together.is_first:
         facts = {
             "mix": job.mix.mix,
             "samples": counts,
@@ -119,7 +119,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
             "max_length": job.settings.max_length,
             "tokens": sft.tokens,
         }
-        rungs = Ladder.of(job.work).decisions
+        rungs = Ladder.read(job.work).decisions
         facts |= ({"memory": memory} if memory else {}) | ({"out_of_memory": rungs} if rungs else {})
         _publish(job, sft.log, facts)
     together.leave()
@@ -381,7 +381,7 @@ def _quantisation_options(job: Job) -> dict[str, Any]:
     return {**kind, "bnb_4bit_compute_dtype": job.dtype}
 
 
-def _explain(job: Job, error: BaseException, progress: Progress) -> tuple[LorryError | None, Shortage | None]:
+def _explained_error(job: Job, error: BaseException, progress: Progress) -> tuple[LorryError | None, Shortage | None]:
     """The error as one that the user can understand, and the shortage if a GPU's memory ran out.
 
     Both are None if the error is a bug in Lorry.
@@ -415,7 +415,7 @@ def main() -> None:
     try:
         train(job, progress, stop)
     except BaseException as error:  # noqa: BLE001 - every end must be reported to the stage
-        explained, shortage = _explain(job, error, progress)
+        explained, shortage = _explained_error(job, error, progress)
         if explained is None and stop.signal is not None:
             explained = InterruptedRunError(f"stopped by {stop.signal.name}; run the same command again")
         if explained is None and job.processes > 1 and is_peer_lost(error):

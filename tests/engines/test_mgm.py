@@ -202,10 +202,10 @@ def test_mining_looks_at_the_region_under_each_token(weights: Weights, model: An
     torch.manual_seed(3)
     low, high = torch.randn(2, TOKENS, 24), torch.randn(2, sum(SIZES), 32, 32)
     expected = torch.stack([mined_by_hand(low[i], high[i], weights) for i in range(2)])
-    mined = model.model.mine(low, high)
+    mined = model.model.mine_patches(low, high)
     torch.testing.assert_close(mined, expected, rtol=1e-4, atol=1e-5)
     high[:, :, 8:16, 24:32].neg_()  # under the token of row 1 and column 3
-    changed = (model.model.mine(low, high) - mined).abs().amax(-1) > 1e-6
+    changed = (model.model.mine_patches(low, high) - mined).abs().amax(-1) > 1e-6
     assert changed.nonzero().tolist() == [[0, 7], [1, 7]]
 
 

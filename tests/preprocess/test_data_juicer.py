@@ -317,7 +317,7 @@ from stages.preprocess import data_juicer_worker as worker
 worker._refuse_to_install()
 for name, given in json.loads(sys.argv[1]):
     try:
-        worker._load(worker.Job([(name, given)], "default", 1, 1, 1, 0, "", "", "", 0))
+        worker._load_operators(worker.Job([(name, given)], "default", 1, 1, 1, 0, "", "", "", 0))
         print("loaded")
     except worker.UsageError as error:
         print(error)

@@ -12,7 +12,7 @@ import pytest
 
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.part import Node
-from stages.train.stage import _timed
+from stages.train.stage import _record_seconds
 from stages.train.worker import newest_good_checkpoint
 from tests.train.conftest import Training
 
@@ -144,7 +144,7 @@ def test_only_node_0_notes_how_long_it_took(tmp_path: Path, rank: int) -> None:
     """What another wrote into its folder while it removed that made it fail."""
     work, adapter = tmp_path / "work", tmp_path / "adapter"
     work.mkdir()
-    with _timed(work, adapter, Node(rank, 2, "127.0.0.1:1")):
+    with _record_seconds(work, adapter, Node(rank, 2, "127.0.0.1:1")):
         pass
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")}
     assert written == (set() if rank else {"work/seconds.json", "adapter/timing.json"})

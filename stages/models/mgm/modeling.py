@@ -118,9 +118,9 @@ class MgmModel(MgmPreTrainedModel):
         if self.gradient_checkpointing and self.training:
             # else mining stores three maps of 2880 channels per picture for the connectors' gradients. Always
             # non-reentrant: reentrant checkpointing computes no gradients if no input requires them
-            mined = checkpoint(self.mine, low, high, use_reentrant=False)
+            mined = checkpoint(self.mine_patches, low, high, use_reentrant=False)
         else:
-            mined = self.mine(low, high)
+            mined = self.mine_patches(low, high)
         return self.mm_projector(low + mined)
 
     def _run_towers(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +140,7 @@ class MgmModel(MgmPreTrainedModel):
             high = self.vision_tower_aux(pixel_values.to(dtype))
         return low, high
 
-    def mine(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    def mine_patches(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """Return what patch info mining (section 3.2) adds to the tokens: a tensor of the shape of `low`.
 
         Each token attends to the part of the high-resolution map that it covers. `low`: (pictures, tokens, channels);
