@@ -158,7 +158,7 @@ def test_the_engine_tries_its_longest_prompts_with_short_answers_and_keeps_the_s
 ) -> None:
     engine = new_engine(model, size=None)
     tried: list[list[Prompt]] = []
-    monkeypatch.setattr(engine, "_batch", lambda prompts, adapter: tried.append(prompts))
+    monkeypatch.setattr(engine, "_complete_batch", lambda prompts, adapter: tried.append(prompts))
     monkeypatch.setattr(batch_size, "_peak_memory", lambda before: 0)
     long = [replace(prompt, max_new_tokens=500) for prompt in prompts[:3]]
     found, why = engine.find_batch_size(long)
