@@ -27,7 +27,7 @@ from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.host.runner import run_stage
-from stages.preprocess.data_juicer import process
+from stages.preprocess.data_juicer import run_operators
 
 RECORDS, PICTURES, CHUNK = 10_000, 300, 2_500
 WORDS = (  # noqa: SIM905 - reads better
@@ -104,7 +104,7 @@ def run_of(root: Path, name: str, executor: str) -> Run:
 def stage(root: Path, name: str, executor: str) -> int:
     """Run the part of the preprocess stage that processes records. Returns its exit code."""
     run = run_of(root, name, executor)
-    return run_stage(run, "preprocess", lambda stage: process(stage, run.data / "records.jsonl") and None)
+    return run_stage(run, "preprocess", lambda stage: run_operators(stage, run.data / "records.jsonl") and None)
 
 
 def start(root: Path, name: str, executor: str) -> "subprocess.Popen[bytes]":

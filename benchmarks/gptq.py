@@ -82,7 +82,7 @@ def reload(setting: Setting, name: str) -> dict[str, Any]:
     found = {}
     with torch.inference_mode(), torch.autocast(engine._device, getattr(torch, dtype), enabled=dtype != "float32"):
         for who in ("tuned", None):
-            with engine._switched_to(who):
+            with engine._adapter_context(who):
                 found[who or "base"] = round(float(network(**batch).loss), 4)
     return {
         "kernel": type(kernel).__name__,

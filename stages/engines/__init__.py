@@ -21,21 +21,21 @@ class EngineKind:
     """What an engine can do, and where its code is."""
 
     name: str
-    """As recipes write it."""
+    """The value of `infer.engine` that names it."""
     path: str
-    """`module:class`. The class is called with `EngineSettings` and is an `Engine` (stages/engines/engine.py)."""
+    """`module:class` of an `Engine` (stages/engines/engine.py) that takes `EngineSettings`."""
     shares_weights: bool = False
-    """Whether it splits a model's weights over GPUs (`infer.tensor_parallel`), in the memory that
-    `stages.hardware.serve` plans. The memory of other engines is not estimated."""
+    """Whether it splits a model's weights over GPUs (`infer.tensor_parallel`). `stages.hardware.serve` plans the memory
+    of these engines; the memory of others is not estimated."""
     serves_adapted_vision: bool = False
-    """Whether it serves adapters of a vision tower. If not, they are refused unless `infer.merged` merges them."""
+    """Whether it serves adapters of a vision tower. If not, Lorry refuses them unless `infer.merged` merges them."""
     cannot_serve: tuple[str, ...] = ()
-    """Model types, as in a model's config.json, that it has no code for."""
+    """Model types, as in a model's config.json, that it does not support."""
     libraries: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Libraries to import, in order, each with the patterns of those of its files that need device code for the GPU.
+    """Libraries to import, in order. Each has the patterns of its files that must hold device code for the GPU.
     `lorry-infer selftest` refuses an image without them."""
     distributions: tuple[str, ...] = ()
-    """Names that its libraries are installed under: the manifest records their versions."""
+    """Names of the packages that hold its libraries. The manifest records their versions."""
 
 
 ENGINES = (
@@ -58,12 +58,12 @@ ENGINES = (
 
 
 def engine_names() -> list[str]:
-    """Names that `infer.engine` may have."""
+    """The names of all engines: the values that `infer.engine` may have."""
     return [kind.name for kind in ENGINES]
 
 
 def engine_kind(name: str) -> EngineKind:
-    """What the engine of this name can do. Raises UsageError for a name that is not in the table."""
+    """What the engine `name` can do. Raises UsageError if there is no such engine."""
     for kind in ENGINES:
         if kind.name == name:
             return kind
@@ -73,12 +73,12 @@ def engine_kind(name: str) -> EngineKind:
 
 
 def engine_libraries() -> dict[str, tuple[str, ...]]:
-    """The libraries of all engines, in the order of import, with the patterns of their files with device code."""
+    """The libraries of all engines in the order of import, each with the patterns of its files with device code."""
     return {library: files for kind in ENGINES for library, files in kind.libraries.items()}
 
 
 def start_engine(name: str, settings: "EngineSettings") -> "Engine":
-    """An engine with model and adapters loaded. Raises UsageError for a model type that it cannot serve."""
+    """Load model and adapters. Returns the engine `name`. Raises UsageError for a model type that it cannot serve."""
     kind = engine_kind(name)
     model_type = (read_json(settings.model / "config.json") or {}).get("model_type")
     if model_type in kind.cannot_serve:

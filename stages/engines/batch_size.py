@@ -1,4 +1,4 @@
-"""The number of sequences to decode together, for an engine that computes in padded batches: found by trial."""
+"""Find by trial how many sequences to decode together, for an engine that computes in padded batches."""
 
 import gc
 import resource
@@ -9,22 +9,21 @@ import psutil
 import torch
 
 MOST = 256
-"""Sequences; a larger batch was not faster on any card that we measured."""
+"""Largest batch to try, in sequences. A larger one was not faster on any card that was measured."""
 
 WORTH = 1.1
-"""A batch twice as large is used if it is faster by at least this factor: a kill loses a whole batch."""
+"""A batch of twice the size must decode more sequences a second by this factor: a kill loses a whole batch."""
 
 SHARE = 0.7
-"""Share of the free memory that a batch may take. Trials have the longest prompts, but short answers."""
+"""Share of the free memory that a batch may use. Trials have the longest prompts, but short completions."""
 
 
 def best_batch_size(attempt: Callable[[int], None], most: int = MOST) -> tuple[int, str]:
-    """The batch size and the reason for it. `attempt(n)` decodes the n longest prompts together.
+    """The batch size, in sequences, and the reason for it. `attempt(n)` must decode the n longest prompts together.
 
-    Sizes double, up to `most`, as long as more sequences are decoded in a second. A size that runs out of memory is too
-    large.
+    Doubles the size, up to `most`, until more sequences take too much memory or are not decoded faster.
     """
-    attempt(1)  # the first one loads and compiles kernels
+    attempt(1)  # not measured: the first attempt loads and compiles kernels
     best, speed, why = 1, 0.0, "larger ones were not faster"
     size, free, before = 1, _free_memory(), psutil.Process().memory_info().rss
     while size <= most:
@@ -50,6 +49,7 @@ def best_batch_size(attempt: Callable[[int], None], most: int = MOST) -> tuple[i
 
 
 def _free_caches() -> None:
+    """Free the memory of earlier attempts and start measuring the peak again."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -57,7 +57,7 @@ def _free_caches() -> None:
 
 
 def _free_memory() -> int:
-    """Bytes free on the GPU, or in the machine if it has no GPU."""
+    """Free bytes on the GPU, or in the machine's memory without a GPU."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -65,8 +65,10 @@ def _free_memory() -> int:
 
 
 def _peak_memory(before: int) -> int:
-    """The peak of the last attempt beside the weights, in bytes. On a CPU the peak of all attempts, above the bytes
-    that the process had `before`."""
+    """The peak memory of the last attempt without the weights, in bytes.
+
+    On a CPU, the peak of all attempts: `before` is the number of bytes that the process had before the first one.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

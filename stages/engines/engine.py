@@ -1,4 +1,4 @@
-"""The interface of engines: base and adapters are loaded once, prompts of tokens and pictures become completions."""
+"""The interface of engines. An engine loads base and adapters once and completes prompts of tokens and pictures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,37 +14,38 @@ class Completion:
 
     text: str
     tokens: int
+    """Number of tokens, without the end token."""
     finish_reason: str
-    """`stop`, or `length` if the token limit cut it off."""
+    """`stop` after an end token, `length` at the limit of tokens."""
 
 
 Done = Callable[[int, Completion], None]
-"""Called with a prompt's place among those submitted and its completion, as soon as the completion is there."""
+"""A function that the engine calls for each finished completion, with the place of its prompt in the list."""
 
 
 class Engine(Protocol):
-    """A base model with its adapters, ready to answer. Made from `EngineSettings`."""
+    """A base with its adapters, ready to complete prompts. Its class is called with `EngineSettings`."""
 
     continuous: bool
-    """Whether prompts flow through the engine one by one. If not, prompts that are submitted together share batches,
-    and infer always submits the same prompts together."""
+    """Whether a completion is independent of the prompts that are submitted with it. If not, infer always submits the
+    same prompts together: they share padded batches."""
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
-        """Completions, in the order of the prompts. `adapter` None asks the base model.
+        """The completions of the prompts, in the same order. `adapter` None: the base completes them.
 
-        Calls `done` for each completion, in any order. An exception fails the prompts that are not done: infer tries
-        each of them alone.
+        Calls `done` for each completion as soon as it is finished, in any order. After an exception, infer tries each
+        unfinished prompt alone.
         """
 
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
-        """Find the number of sequences to decode together and use it from now on; returns it with the reason.
+        """Find the number of sequences to decode together, and use it from now on. Returns it and the reason.
 
-        `prompts` are the longest ones, longest first. Called for `infer.batch_size: auto`, once for all starts of the
-        same work: a later start gets the number in its settings.
+        `prompts` are the longest prompts of the job, the longest first. infer calls this for `infer.batch_size: auto`,
+        once for a stage: later starts get the number in their settings.
         """
 
     def close(self) -> None:
-        """Free the memory."""
+        """Free the memory and end the engine's processes."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,16 @@ class EngineSettings:
     dtype: str
     """torch's name of the weights' type, such as `bfloat16`."""
     max_new_tokens: int
-    """Limit of a completion whose prompt has none of its own."""
+    """Largest number of tokens of a completion whose prompt sets no limit."""
     batch_size: int | None
-    """Sequences decoded together; None: `find_batch_size` follows."""
+    """Number of sequences decoded together; None: infer calls `find_batch_size`."""
     max_length: int
-    """Tokens of the longest prompt with its completion."""
+    """Largest number of tokens of a prompt with its completion."""
     seed: int
-    """Seed of the engine's own random numbers; prompts that sample have seeds of their own."""
+    """Seed of the engine's own random numbers. Prompts with a temperature have their own seeds."""
     tensor_parallel: int = 1
-    """GPUs that share the weights."""
+    """Number of GPUs that share the weights."""
     max_pictures: int = 0
-    """The number of pictures in the prompt with the most."""
+    """Largest number of pictures in a prompt."""
     max_pixels: int = 0
-    """Pixels of the largest picture."""
+    """Number of pixels of the largest picture."""

@@ -1,6 +1,6 @@
 """The transformers engine: padded batches on any device that torch supports.
 
-For cards without vLLM kernels, and for small jobs that end before vLLM has started.
+It serves cards for which vLLM has no kernels, and small jobs, which it finishes before vLLM would have started.
 """
 
 import importlib.util
@@ -30,26 +30,27 @@ from stages.models.pictures import PictureRules, rules_of
 from stages.models.rendering import Prompt, load_tokenizer
 
 TRIED_TOKENS = 16
-"""Tokens of a completion in trials of batch sizes: prompts take most of the time and memory."""
+"""Largest number of tokens of a completion in trials of batch sizes: the prompts use most of the time and memory."""
 
 
 class TransformersEngine:
-    """All adapters on one base; each batch switches to its adapter in place."""
+    """All adapters on one base. Each batch switches to its adapter without loading."""
 
     continuous = False
 
     def __init__(self, settings: EngineSettings) -> None:
+        """Load base and adapters."""
         self._settings = settings
         self.batch_size = settings.batch_size
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer = load_tokenizer(settings.model)
         config = AutoConfig.from_pretrained(settings.model, local_files_only=True)
         kind: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        # over several GPUs layer by layer: they compute one after the other, but hold a model too large for one of them
+        # over several GPUs layer by layer: they compute in turn, but together hold a model that one GPU cannot
         spread = torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
-        # MGM's two towers meet in its connectors and must be on one GPU; its 3 billion parameters fit any
+        # MGM's connectors read both towers, so all must be on one GPU; its 3 billion parameters fit any GPU
         spread = spread and config.model_type != "mgm"
-        quantised = gptq.is_gptq(settings.model)  # where its weights are loaded decides its kernel
+        quantised = gptq.is_gptq(settings.model)  # must be loaded on its device, which decides the kernel
         with gptq.patch_gptq_kernels(settings.model, on_card=self._device == "cuda", training=False):
             model: Any = kind.from_pretrained(
                 settings.model,
@@ -65,11 +66,12 @@ class TransformersEngine:
         self._picture_token: int = getattr(config, "image_token_id", -1)
         self._processor: Any = None
         self._end_tokens = _end_tokens(model, self._tokenizer)
-        model.generation_config = GenerationConfig()  # the folder's own would add penalties
+        model.generation_config = GenerationConfig()  # the folder's own may add penalties
         self._model = (model if spread else model.to(self._device)).eval()
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
-        """Completions. The prompts form batches of `batch_size`, longest first, padded on the left."""
+        """The completions of the prompts, in the same order. Batches have at most `batch_size` prompts, padded on the
+        left. Raises torch.OutOfMemoryError if a prompt does not fit alone."""
         found: dict[int, Completion] = {}
         for batch in self._batches(prompts):
             for place, completion in zip(
@@ -81,61 +83,67 @@ class TransformersEngine:
         return [found[i] for i in range(len(prompts))]
 
     def _batches(self, prompts: list[Prompt]) -> Iterator[list[int]]:
-        """Places of the prompts of each batch: prompts with the same limit share batches, the longest first."""
-        order = sorted(range(len(prompts)), key=lambda i: (-self._limit(prompts[i]), -prompts[i].length, i))
+        """Yield the places of each batch's prompts. A batch has prompts with the same token limit. Prompts with the
+        highest limit come first, among those the longest."""
+        order = sorted(range(len(prompts)), key=lambda i: (-self._token_limit(prompts[i]), -prompts[i].length, i))
         while order:
-            limit = self._limit(prompts[order[0]])
-            batch = [i for i in order[: self.batch_size] if self._limit(prompts[i]) == limit]
+            limit = self._token_limit(prompts[order[0]])
+            batch = [i for i in order[: self.batch_size] if self._token_limit(prompts[i]) == limit]
             yield batch
             order = order[len(batch) :]
 
-    def _limit(self, prompt: Prompt) -> int:
+    def _token_limit(self, prompt: Prompt) -> int:
+        """The largest number of tokens of a prompt's completion."""
         return prompt.max_new_tokens or self._settings.max_new_tokens
 
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
-        """Decode these prompts in ever larger batches, with short completions. If there are adapters, one of them
-        answers, because it takes more memory than the base alone."""
-        if not prompts:  # all are too long to be asked
+        """Find the batch size by decoding these prompts in growing batches. Returns it and the reason.
+
+        Completions are short. The first adapter completes the prompts, since it needs more memory than the base alone.
+        """
+        if not prompts:  # every prompt is too long for infer.max_length
             self.batch_size = 1
             return 1, "no prompt to try"
-        tried = [replace(prompt, max_new_tokens=min(TRIED_TOKENS, self._limit(prompt))) for prompt in prompts]
+        tried = [replace(prompt, max_new_tokens=min(TRIED_TOKENS, self._token_limit(prompt))) for prompt in prompts]
         adapter = next(iter(self._settings.adapters), None)
 
         def attempt(size: int) -> None:
-            self._batch(list(islice(cycle(tried), size)), adapter)
+            """Decode this number of prompts together, some of them again if there are fewer."""
+            self._complete_batch(list(islice(cycle(tried), size)), adapter)
 
         self.batch_size, why = best_batch_size(attempt, most=2 * len(prompts))
         return self.batch_size, why
 
     def _batch_or_halves(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
-        """The completions of a batch, computed in halves if it runs out of memory."""
+        """The completions of a batch. If it runs out of memory, its halves are computed one after the other."""
         try:
-            return self._batch(prompts, adapter)
+            return self._complete_batch(prompts, adapter)
         except torch.OutOfMemoryError:
             if len(prompts) == 1:
                 raise
-        torch.cuda.empty_cache()  # not in the handler: the error's traceback holds the batch's memory
+        torch.cuda.empty_cache()  # outside the handler, where the error's traceback would hold the batch's memory
         half = len(prompts) // 2
-        print(f"out of memory with {len(prompts)} sequences: retrying with {half} and {len(prompts) - half}")
+        print(f"infer: out of memory with {len(prompts)} sequences; retries with {half} and {len(prompts) - half}")
         return [c for part in (prompts[:half], prompts[half:]) for c in self._batch_or_halves(part, adapter)]
 
-    def _batch(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
-        pictures = self._pictures(prompts)
-        rows = [self._expand(prompt) for prompt in prompts]
+    def _complete_batch(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+        """The completions of a batch, computed together. All prompts have the same token limit."""
+        pictures = self._picture_inputs(prompts)
+        rows = [self._expanded_tokens(prompt) for prompt in prompts]
         longest = max(map(len, rows))
         pad = self._end_tokens[0]
-        # left padding: a decoder continues at the last position, which must be the prompt's own
+        # pad on the left: a decoder continues after the last position, which must be the prompt's last token
         tokens = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self._device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._device)
         if "image_grid_thw" in pictures:  # picture tokens have two-dimensional positions
             pictures["mm_token_type_ids"] = tokens.eq(self._picture_token).int()
         config = GenerationConfig(
-            max_new_tokens=self._limit(prompts[0]),
+            max_new_tokens=self._token_limit(prompts[0]),
             do_sample=False,
             eos_token_id=self._end_tokens,
             pad_token_id=pad,
         )
-        with torch.inference_mode(), self._switched_to(adapter):
+        with torch.inference_mode(), self._adapter_context(adapter):
             output = self._model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -145,9 +153,9 @@ class TransformersEngine:
             )
         return [self._completion(row[longest:].tolist()) for row in output]
 
-    def _pictures(self, prompts: list[Prompt]) -> dict[str, Any]:
-        """The model's inputs for the pictures of all prompts, with grids of patches if the model uses them; empty if no
-        prompt has a picture."""
+    def _picture_inputs(self, prompts: list[Prompt]) -> dict[str, Any]:
+        """The model's input tensors for the pictures of all prompts, by the names of its processor. Empty if no prompt
+        has a picture."""
         opened = [picture.load() for prompt in prompts for picture in prompt.pictures]
         if not opened:
             return {}
@@ -155,7 +163,7 @@ class TransformersEngine:
             from transformers import AutoImageProcessor
 
             self._processor = AutoImageProcessor.from_pretrained(self._settings.model, local_files_only=True)
-        # pictures for the Qwen2-VL family already have their size; LLaVA's own processor makes them square
+        # pictures for the Qwen2-VL family already have their size; LLaVA's own processor crops them to a square
         sized = {"do_resize": False} if isinstance(rules_of(self._settings.model), PictureRules) else {}
         found = self._processor(images=opened, return_tensors="pt", **sized)
         dtype = getattr(torch, self._settings.dtype)
@@ -164,14 +172,14 @@ class TransformersEngine:
             for name, value in found.items()
         }
 
-    def _expand(self, prompt: Prompt) -> list[int]:
-        """The prompt's tokens, each picture's placeholder repeated for every token of the picture."""
+    def _expanded_tokens(self, prompt: Prompt) -> list[int]:
+        """The prompt's token ids, with each picture's placeholder repeated once per token of the picture."""
         if not prompt.pictures:
             return prompt.tokens
         return prompt.repeat_placeholders([picture.tokens for picture in prompt.pictures], self._picture_token)
 
-    def _switched_to(self, adapter: str | None) -> Any:
-        """A context in which the model answers as an adapter, or as the base."""
+    def _adapter_context(self, adapter: str | None) -> Any:
+        """A context in which the model computes with an adapter; None: as the base alone."""
         if not isinstance(self._model, PeftModel):
             return nullcontext()
         if adapter is None:
@@ -180,28 +188,32 @@ class TransformersEngine:
         return nullcontext()
 
     def _completion(self, tokens: list[int]) -> Completion:
+        """The completion in the tokens after a prompt, up to the first end token."""
         ends = [i for i, token in enumerate(tokens) if token in self._end_tokens]
         length = ends[0] if ends else len(tokens)
         text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
         if not ends:
-            # the limit may cut a character's bytes in two; vLLM leaves out the half, too
+            # the limit may cut a character's bytes in two; vLLM leaves out the half as well
             text = text.rstrip("\ufffd")
         return Completion(text, length, "stop" if ends else "length")
 
     def close(self) -> None:
+        """Free the model's memory."""
         del self._model
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
 
 class _Sampling(LogitsProcessor):  # type: ignore[misc]
-    """Samples the next token of prompts with a temperature, each from random numbers of its own: a prompt's completion
+    """Samples the next token of prompts with a temperature. Each prompt has its own random numbers, so its completion
     does not depend on its batch.
 
-    The largest of logit / temperature + Gumbel noise is a draw from the softmax (Maddison et al. 2014, 'A* sampling').
+    The token with the largest logit / temperature + Gumbel noise is a sample from the softmax (Maddison et al. 2014,
+    'A* sampling', arXiv:1411.0030).
     """
 
     def __init__(self, prompts: list[Prompt]) -> None:
+        """Seed the random numbers of each prompt with a temperature. `prompts` are the rows of the batch."""
         self._sampled = [
             (row, prompt.temperature, torch.Generator().manual_seed(prompt.seed))
             for row, prompt in enumerate(prompts)
@@ -209,6 +221,7 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
         ]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """The logits (prompts, vocabulary), with noise in the rows of prompts with a temperature."""
         for row, temperature, generator in self._sampled:
             uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
             noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
@@ -217,7 +230,8 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a completion: the tokenizer's and those of the generation config. Raises ValueError if none."""
+    """The ids of the tokens that end a completion, from tokenizer and generation config. Raises ValueError if neither
+    has one."""
     configured = model.generation_config.eos_token_id
     found = configured if isinstance(configured, list) else [configured]
     ends = [token for token in dict.fromkeys([tokenizer.eos_token_id, *found]) if token is not None]

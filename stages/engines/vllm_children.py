@@ -1,6 +1,6 @@
-"""A vLLM plugin, loaded in each of vLLM's processes: the engine's core and its workers end with their parent.
+"""A vLLM plugin that ends vLLM's processes with their parent. vLLM loads it in the engine's core and in each worker.
 
-Without it, a SIGKILL of the stage leaves them on the GPU with all of its memory.
+Without it, these processes survive a SIGKILL of the stage and keep the GPU's memory.
 """
 
 import multiprocessing
@@ -13,13 +13,16 @@ NAME = "lorry"
 
 
 def end_with_parent() -> None:
-    """End this process with its parent. vLLM calls it in its own processes and in this one, where it does nothing."""
+    """Make the kernel end this process when its parent ends. Does nothing in the stage's own process.
+
+    vLLM calls it in each of its processes and in the stage's.
+    """
     if multiprocessing.parent_process() is not None:
         die_with_parent(os.getppid())
 
 
 def is_installed() -> bool:
-    """Whether vLLM finds the plugin. It does not if Lorry runs from a folder and is not installed."""
+    """Whether vLLM finds the plugin. It finds none if Lorry runs from its folder without being installed."""
     from importlib.metadata import entry_points
 
     return any(point.name == NAME for point in entry_points(group="vllm.general_plugins"))

@@ -1,4 +1,4 @@
-"""The vLLM engine: offline, base and adapters in one load, continuous batching. For all targets."""
+"""The vLLM engine: it loads base and adapters once and uses continuous batching. It needs no server."""
 
 import os
 from collections import deque
@@ -15,35 +15,36 @@ from stages.models.pictures import PictureRules, rules_of
 from stages.models.rendering import Prompt
 
 MOST_OF_A_GPU, SPARE = 0.9, 0.02
-"""Shares of a GPU's memory: what vLLM takes at most (its own default), and what stays free on a GPU that others use,
-too. vLLM takes a share of the whole GPU and refuses to start if less is free."""
+"""Shares of a GPU's memory: the most that vLLM uses (its own default), and what stays free if other programs use the
+GPU too. vLLM reserves a share of the whole GPU and refuses to start if less is free."""
 
 IN_FLIGHT = 2
-"""Prompts in the engine's queue for each one that it decodes: enough that it never waits. Pictures are read when their
-prompt goes in, so that those of a million prompts are never in memory at once."""
+"""Prompts in the engine for each one that it decodes at once: enough that it never waits for prompts. Few enough that
+memory never holds the pictures of all prompts, which are read when their prompt is submitted."""
 
 AUTO_BATCH, AUTO_BATCH_ON_CPU = 256, 16
-"""Sequences decoded together with `batch_size: auto`, on a GPU and on a CPU. If their keys and values do not fit, vLLM
-lets some wait."""
+"""Number of sequences decoded together with `batch_size: auto`, on a GPU and on a CPU. If they do not fit the KV cache,
+vLLM lets some wait."""
 
 MOST_ADAPTERS = 16
-"""Adapters on the GPU at once: they are asked one after the other, and reading one takes half a second."""
+"""Largest number of adapters on the GPU at once. infer uses one after the other; loading one takes half a second."""
 
 READERS, AHEAD = 8, 16
-"""Threads that read pictures, and prompts whose pictures are read before their turn."""
+"""Number of threads that read pictures, and of prompts whose pictures are read in advance."""
 
 
 class VllmEngine:
-    """Adapters are LoRA requests on one base. Shared prefixes of prompts are computed once."""
+    """An offline vLLM with all adapters on one base. It computes shared prefixes of prompts once."""
 
     continuous = True
 
     def __init__(self, settings: EngineSettings) -> None:
+        """Start vLLM. Raises DoesNotFitError if a GPU has hardly any free memory."""
         os.environ |= {
             "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",  # it would report over the network
+            "VLLM_NO_USAGE_STATS": "1",  # else it reports over the network
             "DO_NOT_TRACK": "1",
-            # only this one: ms-swift has a plugin, too, which breaks vLLM without torchvision
+            # no other plugin: ms-swift's breaks vLLM without torchvision
             "VLLM_PLUGINS": vllm_children.NAME,
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "TOKENIZERS_PARALLELISM": "false",
@@ -51,8 +52,8 @@ class VllmEngine:
         }
         import torch
 
-        # on a GPU the engine's core gets a process of its own, which computes while this one prepares pictures, unless
-        # the plugin that ends it with this one is missing; on a CPU that gains nothing
+        # on a GPU, the engine's core gets its own process and computes while this one prepares pictures; but only with
+        # the plugin, without which that process could outlive this one. On a CPU this would not be faster
         apart = torch.cuda.is_available() and vllm_children.is_installed()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
         from vllm import LLM
@@ -69,14 +70,14 @@ class VllmEngine:
             options["limit_mm_per_prompt"] = {"image": settings.max_pictures}
             if isinstance(rules_of(settings.model), PictureRules):
                 options["limit_mm_per_prompt"]["video"] = 0
-                # pictures already have their size; vLLM reserves memory for the largest, not for the model's own limit
+                # pictures already have their size: vLLM shall reserve memory for the largest, not for the model's limit
                 options["mm_processor_kwargs"] = {"max_pixels": settings.max_pixels}
         if torch.cuda.is_available():
             options["tensor_parallel_size"] = settings.tensor_parallel
             options["gpu_memory_utilization"] = round(_share_of_the_fullest_gpu(settings.tensor_parallel), 3)
         else:
             options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings, self.batch_size)
-            options["enforce_eager"] = True  # compiling for a CPU needs g++ and takes longer than it saves
+            options["enforce_eager"] = True  # compiling for a CPU needs g++ and costs more time than it saves
         self._llm = LLM(
             model=str(settings.model),
             dtype=settings.dtype,  # type: ignore[arg-type]
@@ -93,7 +94,7 @@ class VllmEngine:
         }
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
-        """Completions; vLLM batches the prompts as they come and go."""
+        """The completions of the prompts, in the same order. `adapter` None: the base completes them."""
         found: dict[int, Completion] = {}
         for place, completion in self._stream(prompts, adapter):
             found[place] = completion
@@ -102,11 +103,11 @@ class VllmEngine:
         return [found[place] for place in range(len(prompts))]
 
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
-        """The configured batch size and its source. vLLM queues prompts until its KV cache has room for them."""
+        """The configured batch size and its source. vLLM itself lets prompts wait until its KV cache has room."""
         return self.batch_size, "vLLM's own choice"
 
     def _stream(self, prompts: list[Prompt], adapter: str | None) -> Iterator[tuple[int, Completion]]:
-        """Each prompt's place and completion, in the order in which they end."""
+        """Yield each prompt's place and completion, in the order in which the completions finish."""
         request = self._requests[adapter] if adapter is not None else None
         engine = self._llm.llm_engine
         places: dict[str, int] = {}
@@ -121,11 +122,11 @@ class VllmEngine:
                 for output in finished:
                     yield places.pop(output.request_id), _completion(output.outputs[0])
         finally:
-            if places:  # after a failed prompt or a stop: the next call must not get these
+            if places:  # after a failed prompt or a stop: the next call must not get the outputs of these prompts
                 engine.abort_request(list(places))
 
     def _submit(self, prompt: Prompt, pictures: list[Any], request: Any) -> str:
-        """Put one prompt into the engine's queue. Returns the request's name, which its output carries."""
+        """Add one prompt to vLLM's queue. Returns the id that its output will have. `request`: the adapter's."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -138,15 +139,16 @@ class VllmEngine:
         if pictures:
             tokens["multi_modal_data"] = {"image": pictures}
         (name,) = self._llm.enqueue([tokens], sampling, lora_request=request, use_tqdm=False)
-        return str(name).partition("-")[0]  # vLLM appends a hyphen and a mark of its own
+        return str(name).partition("-")[0]  # vLLM appends a hyphen and a suffix
 
     def close(self) -> None:
+        """End vLLM's processes and free its memory."""
         self._llm.llm_engine.engine_core.shutdown()  # waits for the engine's processes, if it has any
         del self._llm
 
 
 def _read_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
-    """Each prompt with its pictures, which threads read and shrink ahead of its turn."""
+    """Yield each prompt with its pictures. Threads read and scale the pictures of the next prompts in advance."""
     with ThreadPoolExecutor(READERS) as readers:
         ahead: deque[list[Future[Any]]] = deque()
         for place, prompt in enumerate(prompts):
@@ -156,12 +158,13 @@ def _read_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
 
 
 def _completion(output: Any) -> Completion:
+    """The completion in vLLM's output, its end token not counted."""
     ended = output.finish_reason == "stop"
     return Completion(output.text, len(output.token_ids) - ended, str(output.finish_reason))
 
 
 def _share_of_the_fullest_gpu(gpus: int) -> float:
-    """The share of each GPU's memory that vLLM may take. Raises DoesNotFitError if a GPU has hardly any free."""
+    """The share of each GPU's memory that vLLM may use. Raises DoesNotFitError if a GPU has hardly any free memory."""
     import torch
 
     free, total = min((torch.cuda.mem_get_info(gpu) for gpu in range(gpus)), key=lambda one: one[0] / one[1])
@@ -174,9 +177,9 @@ def _share_of_the_fullest_gpu(gpus: int) -> float:
 
 
 def _kv_cache_bytes(settings: EngineSettings, batch_size: int) -> int:
-    """Bytes of keys and values for a full batch, in float32.
+    """The size of the KV cache for a full batch in float32, in bytes.
 
-    By default, vLLM on a CPU takes nine tenths of all memory for them, and refuses to start if others use some.
+    vLLM's default on a CPU is nine tenths of all memory, and it refuses to start if other programs use some of that.
     """
     from transformers import AutoConfig
 
@@ -188,5 +191,5 @@ def _kv_cache_bytes(settings: EngineSettings, batch_size: int) -> int:
 
 
 def _supported_rank(rank: int) -> int:
-    """The smallest rank that vLLM supports for adapters of this rank: a larger one wastes memory and time."""
+    """The smallest `max_lora_rank` of vLLM's that is at least `rank`. A larger one would waste memory and time."""
     return next((allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), rank)

@@ -1,4 +1,4 @@
-"""Step 2 of infer: the engine answers what is missing of a round, and the journals keep every answer."""
+"""Step 2 of infer: the engine answers the unanswered samples of a round, and the journals keep every completion."""
 
 import time
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ from stages.models.rendering import Prompt
 def answer_round(
     asked: Round, prompts: Prompts, journals: Journals, engines: Engines, events: Events, stop: StopRequest
 ) -> None:
-    """Answer what is missing of a round into the journals. Loads no model if nothing is missing.
+    """Answer the unanswered samples of a round and add the completions to the journals. Loads no model if there are
+    none.
 
-    A sample that fails is kept as failed. Raises InterruptedRunError when the stage is asked to stop, and whatever the
-    engine raises if it fails on every sample; the answers so far are kept.
+    If the engine fails on a sample, the journals get the error. Raises InterruptedRunError if the stage is asked to
+    stop, UsageError if the engine cannot serve an adapter, and the engine's own error if it fails on every sample. The
+    journals keep all completions until then.
     """
     if not asked.chunks:
         return
@@ -32,22 +34,22 @@ def answer_round(
         return
     engines.refuse_unserved(adapters)
     asks_base = any(None in models for models in missing.values())
-    room = prompts.room_for(asked.chunks)
-    for engine, models in engines.serve(adapters, asks_base, room, prompts.longest):
-        _Conversation(engine, models, prompts, journals, events, stop).answer(asked)
+    limits = prompts.engine_limits(asked.chunks)
+    for engine, models in engines.serve(adapters, asks_base, limits, prompts.longest_prompts):
+        _EngineSession(engine, models, prompts, journals, events, stop).answer(asked)
 
 
 def _missing_models(
     variant: Variant, chunks: list[list[Sample]], prompts: Prompts, journals: Journals
 ) -> set[str | None]:
-    """The models that the samples' next unanswered passes are asked of; empty where all is answered."""
+    """The models that the next unanswered pass of each sample needs (None: base). Empty if all passes are answered."""
     steps = (step for chunk in chunks for sample in chunk for step in prompts.steps(variant, sample, journals))
     return {step.model for step in steps if step.record is None}
 
 
 @dataclass
-class _Conversation:
-    """An engine that serves `models`, and what is asked of it."""
+class _EngineSession:
+    """A running engine that serves `models` (None: base), and what is needed to use it."""
 
     engine: Engine
     models: set[str | None]
@@ -57,10 +59,10 @@ class _Conversation:
     stop: StopRequest
 
     def answer(self, asked: Round) -> None:
-        """Answer the passes of a round that these models answer.
+        """Answer the passes of a round that need these models.
 
-        Pass by pass over all chunks of a variant, chunk by chunk: where the engine computes in batches, the same
-        samples are always submitted together, whatever is known of them.
+        For each variant and pass, submits chunk by chunk. An engine that computes in padded batches always gets the
+        same samples together, even those that are answered already.
         """
         for variant, chunks in asked.chunks.items():
             for name in self.prompts.passes:
@@ -79,7 +81,7 @@ class _Conversation:
                     self.stop.check()
 
     def _answer_chunk(self, variant: Variant, name: str, chunk: list[Sample]) -> bool:
-        """Answer what is missing of a chunk in a pass. Returns whether the engine was asked."""
+        """Answer a chunk's unanswered samples in the pass `name`. Returns whether the engine had to answer any."""
         missing: dict[str, Step] = {}
         prompts: list[Prompt] = []
         for sample in chunk:
@@ -100,15 +102,16 @@ class _Conversation:
         return True
 
     def _generate(self, prompts: list[Prompt], missing: dict[str, Step]) -> None:
-        """Submit these prompts and keep the answers to the missing ones, which this removes from `missing`.
+        """Complete these prompts and add the completions of those in `missing` to the journals. Empties `missing`.
 
-        If the engine fails on them, each is tried alone, and those that fail again are kept as failed. A fault of the
-        machine or of the engine is raised instead.
+        If the engine fails, tries each missing prompt alone and adds the error of those that fail again. Raises the
+        error instead if it is the machine's, or the engine fails on other prompts too.
         """
         (model,) = {step.model for step in missing.values()}
         clock = time.monotonic()
 
         def keep(place: int, completion: Completion) -> None:
+            """Add a finished completion to the journals, unless they have it."""
             nonlocal clock
             before, clock = clock, time.monotonic()
             prompt = prompts[place]
@@ -121,7 +124,7 @@ class _Conversation:
         try:
             self.engine.generate(prompts, model, keep)
         except Exception as error:
-            self.stop.check()  # a Ctrl-C reaches an engine's own processes too
+            self.stop.check()  # a Ctrl-C also ends the engine's own processes, and is then the cause
             explained = machine_error(error)
             if explained is not None:
                 raise explained from error
@@ -131,19 +134,19 @@ class _Conversation:
                     self._generate([prompt], {prompt.id: missing.pop(prompt.id)})
                 return
             for prompt in left:
-                print(f"sample {prompt.id} failed: {error!r}")  # into the log
+                print(f"infer: sample {prompt.id} failed: {error!r}")  # for the log
                 if not self._answers_another(model, prompt):
                     raise
                 why = f"{type(error).__name__}: {error}"
                 self.journals.add(model, missing.pop(prompt.id).question, None, why, prompt.length)
 
     def _answers_another(self, model: str | None, failed: Prompt) -> bool:
-        """Whether the engine still answers one of the three shortest other prompts."""
+        """Whether the engine still completes at least one of the three shortest prompts of other samples."""
         for prompt in self.prompts.shortest_without(failed.id, 3):
             try:
                 self.engine.generate([prompt], model)
             except Exception as error:  # noqa: BLE001 - any failure means that it does not
-                print(f"after {failed.id}, {prompt.id} failed too: {error!r}")
+                print(f"infer: after sample {failed.id}, sample {prompt.id} failed too: {error!r}")
             else:
                 return True
         return False

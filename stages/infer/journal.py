@@ -1,7 +1,7 @@
-"""The journals of answers: one file a model, one line a completion, written as soon as the completion is there.
+"""The journals of completions: a file for each model, a line for each completion, written as soon as it is finished.
 
-An answer is found by sample, pass and a digest of what was asked. A later start therefore asks only what is missing,
-and variants of the task share the answers to what they ask alike.
+A completion is found by sample id, pass and a digest of the prompt. A later start therefore completes only the missing
+prompts, and variants with the same prompt share its completion.
 """
 
 from collections.abc import Mapping
@@ -14,25 +14,26 @@ from stages.engines.engine import Completion
 from stages.models.connector import trained_connector
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""The files of an adapter's folder that its answers depend on."""
+"""The files in an adapter's folder that decide its completions."""
 
 Question = tuple[str, str, str]
-"""A sample's id, a pass, and the digest of what is asked in it."""
+"""A sample's id, the name of a pass, and the digest of the pass's prompt."""
 
 Record = dict[str, Any]
-"""A line of a journal."""
+"""A line of a journal: a completion or an error, with the fields that `Journals.add` writes."""
 
 
 class Journals:
-    """The answers of all models, by their names; None is the base model."""
+    """The completions of all models. A model is an adapter's name; None: base."""
 
     def __init__(self, folder: Path, names: Mapping[str | None, str], key: str) -> None:
-        """Open the files `names` of a folder and delete all others in it: they are of other weights or pictures.
+        """Open each model's file, `names`, in a folder. Delete all other files there: other weights or pictures made
+        them.
 
-        `key` is the stage's: failures of another key are forgotten, because the recipe may have changed to cure them.
+        `key` is the stage's key. Errors with another key are ignored: the recipe may have changed to avoid them.
         """
         self.completion_tokens = 0
-        """Of the answers added since this start."""
+        """Number of tokens of the completions that this start added."""
         self._key = key
         paths = {model: folder / name for model, name in names.items()}
         for path in visible_files(folder):
@@ -49,7 +50,7 @@ class Journals:
         }
 
     def find(self, model: str | None, question: Question) -> Record | None:
-        """The record of a model's answer or failure; None where it was not asked."""
+        """The record of a model's completion or error; None if there is none yet."""
         return self._known[model].get(question)
 
     def add(
@@ -61,7 +62,7 @@ class Journals:
         prompt_tokens: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        """Keep a completion, or the error instead of one, and the seconds it took.
+        """Add a completion, or the error in its place, with the number of prompt tokens and the seconds it took.
 
         Once this returns, a SIGKILL no longer loses it.
         """
@@ -80,6 +81,7 @@ class Journals:
         self._known[model][question] = record
 
     def close(self) -> None:
+        """Close all files."""
         for file in self._files.values():
             file.close()
 
@@ -91,15 +93,16 @@ class Journals:
 
 
 def journal_names(run: Run, model: Path, adapters: list[str], hashes: FileHashes) -> dict[str | None, str]:
-    """File names of the journals of base and adapters, which differ for other weights, engines, batches or pictures.
+    """The file name of each model's journal, by the adapter's name (None: base).
 
-    The rest of the recipe does not count, so that answers outlive a change of it. `hashes` knows the model's
-    files from when the stage's inputs were hashed.
+    Other weights, engines, batches or pictures lead to another name. The rest of the recipe has no effect on it, so
+    completions stay usable if it changes. `hashes` has the model's files cached since the stage hashed its inputs.
     """
     infer = run.recipe.infer
     pages = ((run.manifest("preprocess") or {}).get("outputs") or {}).get("pages/", {}).get("sha256")
 
     def name_of(adapter: str | None) -> str:
+        """The file name of one model's journal."""
         weights = [hashes.tree_digest(model)[0]]
         if adapter is not None:
             folder = run.path("train", "adapters", adapter)

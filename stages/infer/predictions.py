@@ -1,4 +1,4 @@
-"""Step 3 of infer: predictions out of the journals, and their files and submissions."""
+"""Step 3 of infer: read predictions out of the journals, and write them and the submissions."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,23 +17,25 @@ from stages.tasks import load_task
 from stages.tasks.task import Task
 
 NO_ANSWER = "no valid answer in the completion"
-"""Error of a prediction whose completion holds no answer that the task can read: the model abstains."""
+"""How the error of a prediction begins if the task finds no answer in the completion: the model abstains."""
 
 
 def predict_round(
     asked: Round, prompts: Prompts, journals: Journals, task: Task
 ) -> tuple[dict[Variant, list[Prediction]], dict[str, dict[str, float]]]:
-    """The predictions of a round whose samples are all answered, in the samples' order; and how long they took.
+    """The predictions of a round by variant, in the order of the samples, and how long they took. All samples must be
+    answered.
 
-    The second is, by the variant's name, the number of `samples` that no shard had answered and the `seconds` that
-    their answers took over all starts, without the engine's start. Variants without such samples are left out.
+    The second has, by the variant's name, `samples`: how many of them no shard had answered, and `seconds`: how long
+    their completions took over all starts, without the engine's start. It has no entry for a variant that shards
+    answered completely.
     """
     found: dict[Variant, list[Prediction]] = {}
     took: dict[str, dict[str, float]] = {}
     for variant, samples in asked.samples.items():
         known = asked.from_shards[variant]
         found[variant] = [known.get(s["id"]) or _prediction(variant, s, prompts, journals, task) for s in samples]
-        if own := asked.left_by_shards(variant):
+        if own := asked.unanswered_by_shards(variant):
             steps = [step for sample in own for step in prompts.steps(variant, sample, journals)]
             seconds = sum(float(step.record["seconds"]) for step in steps if step.record is not None)
             took[variant.name] = {"samples": len(own), "seconds": round(seconds, 3)}
@@ -41,6 +43,7 @@ def predict_round(
 
 
 def _prediction(variant: Variant, sample: Sample, prompts: Prompts, journals: Journals, task: Task) -> Prediction:
+    """The prediction of one sample, from the records of its passes. The last pass has the answer."""
     if "error" in sample["meta"]:
         return failed_prediction(sample["id"], sample["meta"]["error"])
     records = {step.name: step.record for step in prompts.steps(variant, sample, journals)}
@@ -65,15 +68,16 @@ def _prediction(variant: Variant, sample: Sample, prompts: Prompts, journals: Jo
 
 
 @dataclass
-class Written:
-    """What was written, for the manifest."""
+class WrittenFiles:
+    """What `write_predictions` wrote, for the manifest."""
 
     outputs: dict[str, int] = field(default_factory=dict)
-    """Records in each file, by its name relative to the stage's folder."""
+    """Number of records in each file, by its name relative to the stage's folder."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Predictions answered and failed, and how many of the failed ones abstained."""
+    """Number of predictions that `answered` and `failed`; `abstained` counts those among the failed without an answer
+    in the completion."""
     submissions: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Lines of each variant's submission, and those without an answer."""
+    """Number of `lines` of each variant's submission, and of those `without answer`."""
 
 
 def write_predictions(
@@ -82,13 +86,13 @@ def write_predictions(
     predictions: Mapping[Variant, list[Prediction]],
     submits: bool,
     say: Callable[[str], None],
-) -> Written:
-    """Write each variant's predictions into the stage's folder; with `submits` also the submissions of those variants
-    that answer the whole test set. Says how many lines of a submission have no answer.
+) -> WrittenFiles:
+    """Write each variant's predictions into the stage's folder. Returns what was written.
 
-    Raises DataError where a submission does not have one line for each question.
+    With `submits`, also writes the submission of base, of each adapter and of the vote, and reports with `say` how many
+    of its lines have no answer. Raises DataError if a submission would not have exactly one line for each question.
     """
-    written = Written()
+    written = WrittenFiles()
     for variant, found in predictions.items():
         written.outputs[variant.output] = write_jsonl(folder / variant.output, found)  # type: ignore[arg-type]
         outcomes = Counter("failed" if prediction["error"] else "answered" for prediction in found)
@@ -99,7 +103,7 @@ def write_predictions(
             path = folder / variant.submission
             written.outputs[variant.submission] = write_jsonl(path, lines)
             if read_jsonl(path) != lines:
-                raise DataError(f"{path}: read back other than written; check the disk and run again")
+                raise DataError(f"{path}: differs from what was written; check the disk, then run again")
             written.submissions[variant.name] = {"lines": len(lines), "without answer": empty}
             if empty:
                 say(f"{variant.submission}: {empty} of {len(lines)} lines have no answer")
@@ -109,7 +113,7 @@ def write_predictions(
 def _submission_lines(
     run: Run, variant: Variant, predictions: Mapping[str, Prediction]
 ) -> tuple[list[dict[str, Any]], int]:
-    """A line for each question in the order of the data, and how many lines have no answer."""
+    """The lines of a submission, one for each question in the order of the data, and how many have no answer."""
     task = load_task(run.recipe.task)
     rows = read_jsonl(run.path("preprocess", "asked.jsonl"))
     asked = [row for row in rows if row.get("line", True)]

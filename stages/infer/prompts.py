@@ -1,4 +1,4 @@
-"""What a task asks about each sample: its passes in turn, and their prompts for one model."""
+"""The prompts of a task for one model: a sample has one prompt for each pass, and the passes follow one another."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,45 +16,46 @@ from stages.tasks import load_task
 from stages.tasks.task import Ask
 
 LONGEST = 256
-"""Prompts to try batch sizes with: as many as are ever decoded together."""
+"""Number of prompts with which batch sizes are tried: the largest batch that is tried."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A pass of a sample."""
+    """One pass of one sample."""
 
     sample_id: str
     name: str
+    """Name of the pass."""
     ask: Ask
     model: str | None
-    """The adapter that answers it; None: the base model."""
+    """The adapter that answers it; None: base."""
     asked: str
-    """Digest of all that the answer depends on, beside the model."""
+    """Digest of everything that the completion depends on, except the model."""
     record: Record | None
-    """Its answer or failure; None where it is still to be asked."""
+    """Its completion or error; None if it is unanswered."""
 
     @property
     def question(self) -> Question:
-        """What the journals keep the answer under."""
+        """The key of its completion in the journals."""
         return self.sample_id, self.name, self.asked
 
 
-class Room(NamedTuple):
-    """What an engine must have room for."""
+class EngineLimits(NamedTuple):
+    """The largest inputs that an engine must be able to process."""
 
     max_length: int
-    """Tokens of the longest prompt with its completion."""
+    """Largest number of tokens of a prompt with its completion."""
     pictures: int
-    """Pictures of the prompt with the most."""
+    """Largest number of pictures in a prompt."""
     pixels: int
-    """Pixels of the largest picture."""
+    """Number of pixels of the largest picture."""
 
 
 class Prompts:
     """A task's prompts for one model, each rendered once."""
 
     def __init__(self, recipe: Recipe, model: Path, run_folder: Path) -> None:
-        """Prompts for the model in a folder. The samples' pictures are relative to the run's folder."""
+        """Load the task's passes and the tokenizer in the folder `model`. Pictures are relative to `run_folder`."""
         self._recipe, self._run_folder = recipe, run_folder
         self._task = load_task(recipe.task)
         self._renderer = Renderer(model)
@@ -62,11 +63,11 @@ class Prompts:
         self.passes: tuple[str, ...] = self._task.passes(recipe)
 
     def model_of(self, variant: Variant, name: str) -> str | None:
-        """The model that answers a pass: some passes are asked of the base model for all variants."""
+        """The adapter that answers a pass of a variant; None: base, which answers shared passes for all variants."""
         return None if name in self._task.SHARED else variant.adapter
 
     def steps(self, variant: Variant, sample: Sample, journals: Journals) -> list[Step]:
-        """The sample's passes in turn, up to the first that is unanswered or has failed."""
+        """The sample's passes in order, up to the first one that is unanswered or failed."""
         steps: list[Step] = []
         texts: dict[str, str] = {}
         if "error" in sample["meta"]:
@@ -84,16 +85,16 @@ class Prompts:
         return steps
 
     def render(self, sample_id: str, ask: Ask) -> Prompt | str:
-        """The prompt, or the reason why there is none."""
+        """The prompt of a pass, or as text the reason why it cannot be used."""
         key = f"{sample_id} {self._digest(ask)}"
         if key not in self._rendered:
             self._rendered[key] = self._render(sample_id, ask)
         return self._rendered[key]
 
-    def room_for(self, chunks: Mapping[Variant, list[list[Sample]]]) -> Room:
-        """The room for all that can be asked about these samples, before any of it is answered.
+    def engine_limits(self, chunks: Mapping[Variant, list[list[Sample]]]) -> EngineLimits:
+        """The limits that cover every prompt these samples can lead to, before any pass is answered.
 
-        A prompt that leaves no room for its answer in `infer.max_length` is never asked and does not count.
+        A prompt that leaves no room for its completion in `infer.max_length` is never used and does not count.
         """
         length = pictures = pixels = 1
         for variant, members in chunks.items():
@@ -104,36 +105,43 @@ class Prompts:
                     prompt = self.render(sample["id"], ask)
                     if isinstance(prompt, str):
                         continue
-                    length = max(length, prompt.length + spare + self._limit(ask))
+                    length = max(length, prompt.length + spare + self._token_limit(ask))
                     pictures = max(pictures, len(prompt.pictures) + 1)
                     pixels = max([pixels, *(one.width * one.height for one in prompt.pictures)])
-        return Room(min(length, self._recipe.infer.max_length), pictures - 1, pixels)
+        return EngineLimits(min(length, self._recipe.infer.max_length), pictures - 1, pixels)
 
-    def longest(self) -> list[Prompt]:
-        """The longest prompts rendered so far, longest first."""
+    def longest_prompts(self) -> list[Prompt]:
+        """The LONGEST prompts with the most tokens among those rendered so far, the longest first."""
         return sorted(self._prompts(), key=lambda prompt: (-prompt.length, prompt.id))[:LONGEST]
 
     def shortest_without(self, sample_id: str, count: int) -> list[Prompt]:
-        """The shortest prompts rendered so far, those of one sample left out."""
+        """The `count` shortest prompts rendered so far, without those of one sample."""
         others = [prompt for prompt in self._prompts() if prompt.id != sample_id]
         return sorted(others, key=lambda prompt: prompt.length)[:count]
 
     def _prompts(self) -> list[Prompt]:
+        """All usable prompts rendered so far."""
         return [prompt for prompt in self._rendered.values() if isinstance(prompt, Prompt)]
 
     def _digest(self, ask: Ask) -> str:
-        return digest_of([ask.messages, ask.images, ask.max_pixels, self._limit(ask), ask.temperature, ask.seed])
+        """Digest of everything that a completion depends on, except the model."""
+        return digest_of([ask.messages, ask.images, ask.max_pixels, self._token_limit(ask), ask.temperature, ask.seed])
 
-    def _limit(self, ask: Ask) -> int:
+    def _token_limit(self, ask: Ask) -> int:
+        """Largest number of tokens of a completion."""
         return ask.max_new_tokens or self._recipe.infer.max_new_tokens
 
     def _render(self, sample_id: str, ask: Ask) -> Prompt | str:
+        """What `render` returns, not cached."""
         pictures = [self._run_folder / name for name in ask.images]
         try:
             prompt = self._renderer.render(sample_id, ask.messages, pictures, ask.max_pixels, ask.max_new_tokens)
         except DataError as error:
             return str(error)
         prompt = replace(prompt, temperature=ask.temperature, seed=ask.seed)
-        if prompt.length + self._limit(ask) > self._recipe.infer.max_length:
-            return f"prompt of {prompt.length} tokens leaves no room for an answer in infer.max_length"
+        if prompt.length + self._token_limit(ask) > self._recipe.infer.max_length:
+            limit = self._recipe.infer.max_length
+            return (
+                f"prompt of {prompt.length} tokens leaves no room for an answer in infer.max_length {limit}; raise it"
+            )
         return prompt

@@ -1,7 +1,7 @@
-"""Step 1 of infer: which model answers which samples, and which of them are still to be asked.
+"""Step 1 of infer: which model answers which samples, and which samples are still unanswered.
 
-A round is a set of samples that are asked together. The first round has all of them; a vote's second round has those
-without a majority.
+A round is a set of samples that are answered together. The first round has all samples. The second round of a vote has
+those without a majority.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,22 +17,25 @@ from stages.contract.run import Run
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to answer samples: a model, and perhaps a component of the task that is left out."""
+    """One way to answer samples: a model, with or without one of the task's components."""
 
     adapter: str | None
-    """None: the base model."""
+    """None: base."""
     without: str | None = None
+    """The component of the task that is left out; None: the whole task."""
     asks: Literal["test", "validation", "second round"] = "test"
-    """The samples it answers: the test set, those that compare adapters, or those that are voted on again."""
+    """The samples it answers: the test set, the validation samples, or those of a vote's second round."""
 
     @property
     def name(self) -> str:
+        """Its name in files, console and report."""
         if self.asks != "test":
             return f"{self.adapter or 'base'}, {self.asks}"
         return f"without {self.without}" if self.without else self.adapter or "base"
 
     @property
     def left_out(self) -> tuple[str, ...]:
+        """The components that are left out."""
         return (self.without,) if self.without else ()
 
     @property
@@ -44,6 +47,7 @@ class Variant:
 
     @property
     def submission(self) -> str:
+        """The file of its submission, relative to the stage's folder."""
         return f"submission/{self.name}.jsonl"
 
 
@@ -56,28 +60,28 @@ class Round:
     """The samples that this process answers together."""
 
     samples: dict[Variant, list[Sample]]
-    """Those that it writes predictions of, in their order."""
+    """Those whose predictions it writes, in the order of the file."""
     chunks: dict[Variant, list[list[Sample]]]
-    """Those that no finished shard has answered whole, chunk by chunk."""
+    """Those chunks that no finished shard has answered completely."""
     from_shards: dict[Variant, dict[str, Prediction]]
     """Predictions of finished shards, by sample id."""
 
-    def left_by_shards(self, variant: Variant) -> list[Sample]:
+    def unanswered_by_shards(self, variant: Variant) -> list[Sample]:
         """The variant's samples that no finished shard has answered."""
         return [sample for sample in self.samples[variant] if sample["id"] not in self.from_shards[variant]]
 
 
 def trained_adapters(run: Run) -> list[Adapter]:
-    """The recipe's adapters without those whose training failed."""
+    """The recipe's adapters, except those whose training failed."""
     untrained = (run.manifest("train") or {}).get("untrained", {})
     return [adapter for adapter in run.recipe.train.adapters if adapter.name not in untrained]
 
 
 def list_variants(run: Run) -> list[Variant]:
-    """Base, the adapters, and the first adapter without each component in `infer.ablate`. With a vote, also the
-    adapters on the validation samples.
+    """All variants of a run: base, each adapter, and the first adapter without each component in `infer.ablate`. With a
+    vote, also each adapter on the validation samples.
 
-    "Without the adapter" is base, so it adds no variant.
+    The component `adapter` adds no variant, because leaving it out gives base.
     """
     infer = run.recipe.infer
     names = [adapter.name for adapter in trained_adapters(run)]
@@ -87,9 +91,10 @@ def list_variants(run: Run) -> list[Variant]:
 
 
 def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
-    """The samples that each variant answers, base first, then adapter by adapter."""
+    """The samples that each variant answers, in the order of `list_variants`."""
 
     def read(name: str) -> list[Sample]:
+        """The samples in one of preprocess's files."""
         return cast(list[Sample], read_jsonl(run.path("preprocess", "samples", f"{name}.jsonl")))
 
     tested = read("test")
@@ -97,6 +102,7 @@ def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
     adapters = {adapter.name: adapter for adapter in run.recipe.train.adapters}
 
     def samples_of(variant: Variant) -> list[Sample]:
+        """The samples that one variant answers."""
         if variant.asks == "validation":
             return [sample for sample in compared if sample["references"]]
         if run.recipe.infer.answers == "all" or variant.adapter is None:
@@ -107,10 +113,10 @@ def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
 
 
 def cut_into_chunks(samples: Mapping[Variant, list[Sample]], size: int) -> list[Chunk]:
-    """Chunks of at most `size` samples.
+    """The chunks of all variants, of at most `size` samples each.
 
-    They are cut from all samples, whatever is missing or another shard's, so that the same samples always share a
-    batch: a sum in another order can turn a greedy answer at a near tie.
+    All samples are cut into chunks, also those that are answered or belong to another shard. The same samples therefore
+    always share a batch: sums in another order can change a greedy completion at a near tie.
     """
     return [(v, members[at : at + size]) for v, members in samples.items() for at in range(0, len(members), size)]
 
@@ -121,7 +127,10 @@ def first_round(
     is_mine: Callable[[int], bool],
     finished_shards: Sequence[Path],
 ) -> Round:
-    """The chunks that are this process's by their number, with what the folders of finished shards know of them."""
+    """The first round of this process: the chunks whose number `is_mine`, with the predictions of finished shards.
+
+    `finished_shards` are the shards' folders.
+    """
     from_shards = {variant: _read_predictions(finished_shards, variant) for variant in samples}
     mine = [chunk for number, chunk in enumerate(chunks) if is_mine(number)]
     missing: dict[Variant, list[list[Sample]]] = {variant: [] for variant in samples}
@@ -133,7 +142,7 @@ def first_round(
 
 
 def second_round(voters: Sequence[str], samples: list[Sample], size: int) -> Round:
-    """Every voter on the same samples; an empty round without samples."""
+    """The second round of a vote: every voter answers the same samples, in chunks of `size`. Empty without samples."""
     asked = {Variant(name, asks="second round"): samples for name in sorted(voters)} if samples else {}
     missing: dict[Variant, list[list[Sample]]] = {variant: [] for variant in asked}
     for variant, members in cut_into_chunks(asked, size):
@@ -142,6 +151,7 @@ def second_round(voters: Sequence[str], samples: list[Sample], size: int) -> Rou
 
 
 def _read_predictions(folders: Sequence[Path], variant: Variant) -> dict[str, Prediction]:
+    """A variant's predictions in these folders, by sample id."""
     paths = [folder / variant.output for folder in folders]
     rows = [row for path in paths if path.is_file() for row in read_jsonl(path)]  # a shard without chunks has no file
     return {row["id"]: row for row in rows}  # type: ignore[misc]

@@ -1,7 +1,8 @@
-"""The life of infer's engine: which weights it serves, when it starts and closes, and its batch size.
+"""How infer's engine is started and closed, with which weights, and with which batch size.
 
-One engine at a time, and as few starts as the weights allow: one for base and all adapters; one each for base and
-adapters with a connector (`train.connector`); one for each adapter that is merged (`infer.merged`).
+One engine runs at a time, and as few are started as the weights allow: one for base and all adapters together; with a
+trained connector (`train.connector`), one for base and one for the adapters; one for each merged adapter
+(`infer.merged`).
 """
 
 import time
@@ -16,21 +17,21 @@ from stages.engines.engine import Engine, EngineSettings
 from stages.hardware.probe import probe
 from stages.hardware.serve import plan_serving
 from stages.hardware.targets import Target, load_targets, working_target
-from stages.infer.prompts import Room
+from stages.infer.prompts import EngineLimits
 from stages.models.connector import link_connector
 from stages.models.merge import refuse_adapted_vision, write_merged_copy
 from stages.models.rendering import Prompt
 from stages.models.shape import UnknownShapeError, read_shape
 
 BATCH_SIZE = "batch_size.json"
-"""The file that keeps the batch size that was found: a later start must batch the same samples together."""
+"""The file with the batch size that an engine found. A later start must batch the same samples together."""
 
 Decide = Callable[[str, Any, str], None]
-"""Records and shows a decision: what, its value, and why."""
+"""A function that records and shows a decision: what is decided, the value, and the reason."""
 
 
 class Engines:
-    """Starts the engine for the weights that are asked, and closes it when others are."""
+    """Starts the engine for the weights that are needed, and closes it when other weights are needed."""
 
     def __init__(
         self,
@@ -41,19 +42,20 @@ class Engines:
         folder: Path,
         decide: Decide,
     ) -> None:
-        """`adapters` are the folders of all trained adapters, `connector` the file that was trained and its sha256.
+        """Prepare without starting an engine. `adapters` are the folders of all trained adapters, `connector` is the
+        file of the trained connector and its sha256.
 
-        `folder` is the stage's: it keeps the batch size, and copies of the model while they are served.
+        `folder` is the stage's folder, for the batch size and for copies of the model while they are served.
         """
         self._recipe, self._model, self._adapters, self._connector = recipe, model, dict(adapters), connector
         self._folder, self._decide = folder, decide
         self._kind = engine_kind(recipe.infer.engine)
         self._engine: Engine | None = None
         self._serves: tuple[Path, tuple[str, ...]] | None = None
-        self._room = Room(0, 0, 0)
+        self._limits = EngineLimits(0, 0, 0)
         self._connected: Path | None = None
         self.start_seconds: float | None = None
-        """What all starts of engines took together; None before the first."""
+        """Seconds that all starts of engines took together; None before the first start."""
 
     def refuse_unserved(self, adapters: Sequence[str]) -> None:
         """Raise UsageError if the recipe's engine would ignore the LoRA weights of an adapter's vision tower."""
@@ -62,37 +64,38 @@ class Engines:
             refuse_adapted_vision({name: self._adapters[name] for name in adapters}, self._kind.name, others)
 
     def serve(
-        self, adapters: Sequence[str], asks_base: bool, room: Room, longest: Callable[[], list[Prompt]]
+        self, adapters: Sequence[str], asks_base: bool, limits: EngineLimits, longest: Callable[[], list[Prompt]]
     ) -> Iterator[tuple[Engine, set[str | None]]]:
-        """Engines that together serve what is asked, each with the models it answers for (None: base).
+        """Yield engines that together serve these adapters and, with `asks_base`, base. Each comes with the models that
+        it serves (None: base), and is closed before the next one starts.
 
-        `adapters` are those that are asked, `asks_base` says whether base is. Each engine is closed when the next one
-        is taken. `longest` gives the prompts to find the batch size with.
+        `longest` returns the prompts with which the batch size is found, the longest first.
         """
         merged = self._recipe.infer.merged
         if not merged and self._connector is None:
-            yield self._running(self._model, self._adapters, room, longest), {None, *self._adapters}
+            yield self._running_engine(self._model, self._adapters, limits, longest), {None, *self._adapters}
             return
         if asks_base:  # first: it answers the passes that all variants share
-            yield self._running(self._model, {}, room, longest), {None}
+            yield self._running_engine(self._model, {}, limits, longest), {None}
         if not adapters:
             return
-        model = self._model if self._connector is None else self._with_connector(self._connector)
+        model = self._model if self._connector is None else self._model_with_connector(self._connector)
         if not merged:
-            yield self._running(model, self._adapters, room, longest), set(self._adapters)
+            yield self._running_engine(model, self._adapters, limits, longest), set(self._adapters)
             return
         for name in adapters:
             copy = write_merged_copy(model, self._adapters[name], self._folder / "merged" / name, _target().dtype)
-            yield self._running(copy, {}, room, longest), {name}
+            yield self._running_engine(copy, {}, limits, longest), {name}
             self.close()
             remove(copy)
 
     def record_batch_size(self) -> None:
-        """Record the batch size that an earlier start found, if it did: that start has answered everything."""
+        """Record the batch size that an earlier start found, if there is one. For a start that needs no engine."""
         if found := read_json(self._folder / BATCH_SIZE):
             self._decide("batch size", found["batch_size"], found["why"])
 
     def close(self) -> None:
+        """Close the running engine, if there is one."""
         if self._engine is not None:
             self._engine.close()
             self._engine = self._serves = None
@@ -103,27 +106,31 @@ class Engines:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _running(
-        self, model: Path, adapters: dict[str, Path], room: Room, longest: Callable[[], list[Prompt]]
+    def _running_engine(
+        self, model: Path, adapters: dict[str, Path], limits: EngineLimits, longest: Callable[[], list[Prompt]]
     ) -> Engine:
-        """The engine of these weights. A running one is kept if it serves them and has the room: a second round may be
-        about longer prompts than this process has asked before, if shards answered those."""
-        has_room = all(there >= needed for there, needed in zip(self._room, room, strict=True))
-        if self._engine is None or self._serves != (model, tuple(adapters)) or not has_room:
+        """The engine that serves these weights within these limits: the running one if it does, else a new one.
+
+        The limits can grow in a second round, if shards answered the longer prompts of the first.
+        """
+        limits_suffice = all(there >= needed for there, needed in zip(self._limits, limits, strict=True))
+        if self._engine is None or self._serves != (model, tuple(adapters)) or not limits_suffice:
             self.close()
-            self._engine = self._start(model, adapters, room)
-            self._serves, self._room = (model, tuple(adapters)), room
+            self._engine = self._start(model, adapters, limits)
+            self._serves, self._limits = (model, tuple(adapters)), limits
             if self._recipe.infer.batch_size == "auto":
                 self._set_batch_size(self._engine, longest)
         return self._engine
 
-    def _with_connector(self, connector: tuple[Path, str]) -> Path:
-        """The base with the connector, linked together once in each start: the links are this machine's."""
+    def _model_with_connector(self, connector: tuple[Path, str]) -> Path:
+        """The folder of the base with the trained connector. Each start writes its links again: another machine may
+        have written them before."""
         if self._connected is None:
             self._connected = link_connector(self._model, *connector, self._folder / "merged" / "with-connector")
         return self._connected
 
-    def _start(self, model: Path, adapters: dict[str, Path], room: Room) -> Engine:
+    def _start(self, model: Path, adapters: dict[str, Path], limits: EngineLimits) -> Engine:
+        """Start an engine and record the decisions about it."""
         recipe, target = self._recipe, _target()
         size = recipe.infer.batch_size
         settings = EngineSettings(
@@ -132,15 +139,15 @@ class Engines:
             dtype=target.dtype,
             max_new_tokens=recipe.infer.max_new_tokens,
             batch_size=(read_json(self._folder / BATCH_SIZE) or {}).get("batch_size") if size == "auto" else size,
-            max_length=room.max_length,
+            max_length=limits.max_length,
             seed=recipe.seed,
-            tensor_parallel=self._plan_tensor_parallel(model, target.dtype, room.max_length),
-            max_pictures=room.pictures,
-            max_pixels=room.pixels,
+            tensor_parallel=self._plan_tensor_parallel(model, target.dtype, limits.max_length),
+            max_pictures=limits.pictures,
+            max_pixels=limits.pixels,
         )
         self._decide("engine", self._kind.name, f"infer.engine; {target.dtype} on target {target.name}")
-        why = "the longest prompt with its answer, and no more than infer.max_length"
-        self._decide("longest", f"{room.max_length} tokens", why)
+        why = "the longest prompt with its completion, at most infer.max_length"
+        self._decide("longest", f"{limits.max_length} tokens", why)
         before = time.monotonic()
         engine = start_engine(self._kind.name, settings)
         started = round(time.monotonic() - before, 2)
@@ -148,7 +155,7 @@ class Engines:
         return engine
 
     def _plan_tensor_parallel(self, model: Path, dtype: str, max_length: int) -> int:
-        """GPUs that share the weights. Raises DoesNotFitError if they cannot hold them."""
+        """The number of GPUs that share the weights. Raises DoesNotFitError if the weights do not fit them."""
         gpus = probe().gpus
         asked = self._recipe.infer.tensor_parallel
         if not gpus or not self._kind.shares_weights:
@@ -156,13 +163,13 @@ class Engines:
         try:
             plan = plan_serving(read_shape(model), [gpu.memory_free for gpu in gpus], asked, dtype, max_length)
         except UnknownShapeError as error:
-            self._decide("tensor parallel", asked or 1, f"not planned: {error}")
+            self._decide("tensor parallel", asked or 1, f"not planned ({error})")
             return asked or 1
         self._decide("tensor parallel", plan.tensor_parallel, plan.why)
         return plan.tensor_parallel
 
     def _set_batch_size(self, engine: Engine, longest: Callable[[], list[Prompt]]) -> None:
-        """Have the engine find its batch size, once for all starts of this work."""
+        """Let the engine find its batch size, unless an earlier start of the stage found one."""
         path = self._folder / BATCH_SIZE
         found = read_json(path)
         if found is None:
@@ -172,4 +179,5 @@ class Engines:
 
 
 def _target() -> Target:
+    """The target of this machine and image."""
     return working_target(probe(), load_targets())

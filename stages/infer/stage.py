@@ -1,7 +1,7 @@
 """infer: the base model and every adapter answer the test samples.
 
-Three steps in a line. rounds.py finds the samples to ask about. answers.py has the engine answer them and keeps each
-answer in a journal. predictions.py writes predictions and submissions. With `infer.vote` the adapters then vote; a
+It takes three steps. rounds.py finds the unanswered samples. answers.py lets the engine answer them and keeps each
+completion in a journal. predictions.py writes predictions and submissions. With `infer.vote` the adapters then vote. A
 second round of the vote takes the same three steps.
 """
 
@@ -9,7 +9,7 @@ from stages.contract.files import FileHashes, remove, write_jsonl
 from stages.contract.stage import Stage
 from stages.infer.answers import answer_round
 from stages.infer.journal import Journals, journal_names
-from stages.infer.predictions import Written, predict_round, write_predictions
+from stages.infer.predictions import WrittenFiles, predict_round, write_predictions
 from stages.infer.prompts import Prompts
 from stages.infer.rounds import (
     Variant,
@@ -57,7 +57,7 @@ def work(stage: Stage) -> None:
         answer_round(first, prompts, journals, engines, stage.events, stage.stop)
         predictions, took = predict_round(first, prompts, journals, task)
         written = write_predictions(run, stage.folder, predictions, stage.shard is None, stage.events.say)
-        _report(stage, engines, written)
+        _record_output(stage, engines, written)
         if took:
             stage.facts["answering"] = took
         if vote is not None and stage.shard is None:
@@ -72,12 +72,12 @@ def work(stage: Stage) -> None:
             stage.facts["vote"] = describe_election(vote, election, rows, len(again))
             votes = {VOTE: predictions_of(rows)}
             written = write_predictions(run, stage.folder, votes, True, stage.events.say)
-            _report(stage, engines, written)
+            _record_output(stage, engines, written)
     remove(stage.path("merged"))
 
 
-def _report(stage: Stage, engines: Engines, written: Written) -> None:
-    """Put into the manifest what a round wrote."""
+def _record_output(stage: Stage, engines: Engines, written: WrittenFiles) -> None:
+    """Add what a round wrote to the manifest."""
     if engines.start_seconds is not None:
         stage.facts["engine_start_seconds"] = engines.start_seconds
     stage.outputs |= written.outputs

@@ -1,7 +1,7 @@
-"""How adapters vote on an answer. The order in which they are listed has no effect.
+"""How adapters vote on an answer. The order of the adapters in the recipe has no effect.
 
-An adapter without a valid answer abstains. The answer with the most votes, or the most weight, wins. A tie goes to the
-answer whose voters have the higher sum of scores, then to the answer of the best single adapter.
+An adapter without a valid answer abstains. The answer with the largest sum of weights wins. In a tie, the answer whose
+voters have the higher sum of scores wins, then the answer of the best single adapter.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Answers = Mapping[str, str | None]
-"""The answer of each adapter; None if it is not valid."""
+"""Each adapter's answer by its name; None if it has no valid answer."""
 
 By = Literal["majority", "plurality", "better voters", "best adapter", "nobody"]
 
@@ -20,34 +20,35 @@ class Decision:
     """The result of a vote."""
 
     answer: str | None
-    """None if nobody voted."""
+    """The answer that won; None if all voters abstained."""
     by: By
-    """`majority`: more than half of the valid votes; `plurality`: the most votes; the others decide ties."""
+    """What decided: `majority`, more than half of the weight of the valid votes; `plurality`, the most weight; `better
+    voters` or `best adapter`, a tie; `nobody`, no valid vote."""
     agreement: float
-    """Share of all voters, abstentions included, that gave this answer."""
+    """Share of the voters that gave this answer, 0..1. Those that abstain count as voters."""
     entropy: float
-    """Of the valid votes, unweighted, in bits; 0 if all are equal."""
+    """Entropy of the valid votes, unweighted, in bits; 0 if all are equal."""
     leading: tuple[str, ...]
-    """The answers of a second round: those with the most votes, and those with the second most if the first is one
-    alone. Sorted."""
+    """The answers that a second round would have, sorted: those with the most weight and, if that is one answer, those
+    with the second most."""
 
 
 @dataclass(frozen=True)
 class Electorate:
-    """The voters and what their votes count."""
+    """The voters and the weights of their votes."""
 
     weights: Mapping[str, float]
-    """What each voter's vote counts. If the votes of all that do not abstain count 0, they count 1 each."""
+    """The weight of each voter's vote. If all who do not abstain have weight 0, each of them has weight 1."""
     scores: Mapping[str, float]
-    """Each adapter's mean score on the validation samples, in 0..1; equal if it is not known."""
+    """Each adapter's mean score on the validation samples, 0..1; equal without validation samples."""
 
     def ranking(self) -> list[str]:
-        """The voters, best score first; equal ones by name."""
+        """The names of the voters, the best score first; equal scores are sorted by name."""
         return sorted(self.weights, key=lambda name: (-self.scores[name], name))
 
 
 def decide(answers: Answers, electorate: Electorate) -> Decision:
-    """The vote on one sample. `answers` has every voter."""
+    """Count the votes on one sample. `answers` must have every voter's answer."""
     votes = {name: answer for name in electorate.weights if (answer := answers[name]) is not None}
     if not votes:
         return Decision(None, "nobody", 0.0, 0.0, ())
@@ -69,20 +70,22 @@ def decide(answers: Answers, electorate: Electorate) -> Decision:
         by=by,
         agreement=list(votes.values()).count(answer) / len(electorate.weights),
         entropy=abs(math.fsum(n / len(votes) * math.log2(n / len(votes)) for n in sorted(given))),
-        leading=_leading(totals),
+        leading=_leading_answers(totals),
     )
 
 
 def _total(votes: Mapping[str, str], answer: str, weights: Mapping[str, float]) -> float:
+    """The sum of the weights of the voters that gave an answer."""
     return _sum(weights[name] for name, given in votes.items() if given == answer)
 
 
 def _sum(values: Iterable[float]) -> float:
-    """The same in any order. Sums that differ only by rounding, as of 1/10, are a tie."""
+    """The sum of the values, in whatever order. It is rounded to 12 decimals, so that rounding errors break no tie."""
     return round(math.fsum(values), 12)
 
 
-def _leading(totals: Mapping[str, float]) -> tuple[str, ...]:
+def _leading_answers(totals: Mapping[str, float]) -> tuple[str, ...]:
+    """The answers for a second round, as `Decision.leading` describes them. `totals` has each answer's weight."""
     levels = sorted(set(totals.values()), reverse=True)
     first = [answer for answer, total in totals.items() if total == levels[0]]
     second = [answer for answer, total in totals.items() if len(levels) > 1 and total == levels[1]]
@@ -95,19 +98,21 @@ def choose_greedily(
     """Choose the adapters whose vote is best on the validation samples, by forward selection (Caruana et al. 2004,
     'Ensemble selection from libraries of models').
 
-    It starts with the best single adapter and adds the one that gives the best vote (of equal ones the better, then by
-    name), until all are in. It does not stop at the first step that does not help, since a second voter never outvotes
-    the first. It returns the best electorate on the way, of equal ones the largest, because more voters' errors even
-    out. No adapter votes twice.
+    Returns the voters in the order in which they were added, and the vote's score (0..1) after each step, until all
+    adapters are added. `answers` has each sample's answers, `right` the score (0..1) of each answer, and `scores` each
+    adapter's mean score. With `weighted`, a vote's weight is its adapter's score, else 1.
 
-    `answers` has each sample's answers, `right` the score in 0..1 of each of them, `scores` each adapter's mean score.
-    Returns the voters in the order in which they were added, and the vote's score with each adapter added, in 0..1.
+    The selection starts with the best single adapter. Each step adds the adapter with which the vote scores best; if
+    several are equal, the one with the better own score, then by name. A step that does not help does not end the
+    selection, because a second voter can never outvote the first. The voters are those of the best step. If several
+    steps are equal, those of the last one, because the errors of more voters even out. No adapter votes twice.
     """
     left = sorted(scores, key=lambda name: (-scores[name], name))
     chosen: list[str] = []
     path: list[float] = []
 
     def score_with(name: str) -> float:
+        """The sum of the vote's scores over all samples, with one more voter."""
         voters = [*chosen, name]
         electorate = Electorate({each: scores[each] if weighted else 1.0 for each in voters}, scores)
         decisions = [decide(each, electorate).answer for each in answers]

@@ -1,4 +1,4 @@
-"""The adapters' vote on the test samples: who votes and with what weight, a second round, and votes.jsonl."""
+"""The adapters' vote on the test samples: the voters and their weights, the second round, and votes.jsonl."""
 
 import math
 from collections import Counter
@@ -14,10 +14,10 @@ from stages.infer.vote import Answers, Decision, Electorate, choose_greedily, de
 from stages.tasks.task import Task
 
 VOTE = Variant("vote")
-"""The adapters' common answer, among the predictions of the adapters."""
+"""The variant under which the vote's predictions are written, beside those of the adapters."""
 
 Say = Callable[[str], None]
-"""Prints a line on the console."""
+"""A function that prints a line on the console."""
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,33 @@ class Election:
     """The first round of a vote."""
 
     electorate: Electorate
-    """Who votes."""
+    """The voters and their weights."""
     scores: dict[str, float]
-    """Every trained adapter's mean score on the validation samples, in 0..1; 0 without validation samples."""
+    """Every trained adapter's mean score on the validation samples, 0..1; 0 without validation samples."""
     compared: int
-    """The number of validation samples."""
+    """Number of validation samples."""
     path: list[float]
-    """With `adapters: greedy`, the vote's score on the validation samples with each adapter that was added."""
+    """With `adapters: greedy`, the vote's score (0..1) on the validation samples after each adapter is added."""
     ballots: list[Answers]
     """The voters' answers to each test sample."""
     decisions: list[Decision]
-    """The vote on each test sample."""
+    """The result of the vote on each test sample."""
 
     @property
     def voters(self) -> list[str]:
-        """Sorted by name."""
+        """Names of the voters, sorted."""
         return sorted(self.electorate.weights)
 
 
 def refuse_impossible_vote(vote: Vote, adapters: Collection[str], compared: int) -> None:
-    """Raise DataError if the vote that the recipe asks for cannot be held, before anything is asked.
+    """Raise DataError if the recipe's vote is impossible. Call it before any sample is answered.
 
-    `adapters` are the trained ones, `compared` is the number of validation samples.
+    `adapters` are the names of the trained adapters, `compared` is the number of validation samples.
     """
     if not compared and (vote.adapters == "greedy" or vote.weights == "validation"):
         raise DataError(
-            "infer.vote: adapters are to be chosen or weighted by validation samples, and there are none; set"
-            " data.validation_fraction above 0, or infer.vote to adapters all and weights uniform"
+            "infer.vote: adapters cannot be chosen or weighted, because there are no validation samples; set"
+            " data.validation_fraction above 0, or infer.vote.adapters to all and infer.vote.weights to uniform"
         )
     if isinstance(vote.adapters, list) and not set(vote.adapters) & set(adapters):
         raise DataError(f"infer.vote.adapters: none of {', '.join(vote.adapters)} is trained; name trained adapters")
@@ -64,7 +64,11 @@ def hold_election(
     predictions: Mapping[Variant, list[Prediction]],
     say: Say,
 ) -> Election:
-    """Choose the voters and let them vote on every test sample. `refuse_impossible_vote` has passed."""
+    """Choose the voters and let them vote on every test sample. Returns the first round.
+
+    `samples` and `predictions` are by variant, in the same order. Reports voters that are not trained with `say`.
+    Requires that `refuse_impossible_vote` has passed.
+    """
     vote = recipe.infer.vote
     assert vote is not None
     names = sorted(variant.adapter for variant in predictions if variant.adapter and variant.asks == "validation")
@@ -84,7 +88,7 @@ def hold_election(
         voters = [name for name in vote.adapters if name in names]
         absent = sorted(set(vote.adapters) - set(voters))
         if absent:
-            say(f"not trained, so without a vote: {', '.join(absent)}")
+            say(f"not trained and therefore without a vote: {', '.join(absent)}")
     electorate = Electorate({name: scores[name] if vote.weights == "validation" else 1.0 for name in voters}, scores)
     answers = {name: _answers_of(predictions[Variant(name)]) for name in voters}
     count = len(samples[Variant(None)])
@@ -96,8 +100,10 @@ def hold_election(
 def samples_to_vote_again(
     recipe: Recipe, task: Task, tested: list[Sample], election: Election, say: Say
 ) -> list[Sample]:
-    """The samples of a second round: those where no answer has more than half of the votes, with the leading answers
-    only. Says how many there are; none if the recipe has no second round."""
+    """The samples of a second round: those without a majority, with the leading answers as the only choices.
+
+    Reports their number with `say`. Returns none if the recipe has no second round.
+    """
     assert recipe.infer.vote is not None
     if not recipe.infer.vote.second_round:
         return []
@@ -108,9 +114,9 @@ def samples_to_vote_again(
     ]
     again = [sample for sample in narrowed if sample is not None]
     if again:
-        say(f"second round: {len(again)} of {len(tested)} samples have no majority, and fewer answers to choose from")
+        say(f"second round on {len(again)} of {len(tested)} samples, which have no majority in the first")
     else:
-        say("no second round: " + ("no question can be narrowed" if narrowed else "none is needed"))
+        say("no second round: " + ("no question can have fewer choices" if narrowed else "none is needed"))
     return again
 
 
@@ -120,7 +126,10 @@ def count_votes(
     again: list[Sample],
     predictions: Mapping[Variant, list[Prediction]],
 ) -> list[dict[str, Any]]:
-    """The lines of votes.jsonl, one a test sample. `predictions` are the voters' of the second round about `again`."""
+    """The lines of votes.jsonl, one for each test sample.
+
+    `again` are the samples of the second round, and `predictions` the voters' predictions on them.
+    """
     second: dict[str, tuple[Answers, Decision]] = {}
     for place, sample in enumerate(again):
         answers = {variant.adapter: _answers_of(found)[place] for variant, found in predictions.items()}
@@ -133,7 +142,10 @@ def count_votes(
 
 
 def describe_election(vote: Vote, election: Election, rows: Sequence[Mapping[str, Any]], again: int) -> dict[str, Any]:
-    """Who voted, why, and how it was decided, for the manifest. `again` is the number of samples in a second round."""
+    """The facts of a vote for the manifest: voters, weights, scores (0..1), and how many samples were decided how.
+
+    `rows` are the lines of votes.jsonl, `again` is the number of samples in the second round.
+    """
     names, weights = sorted(election.scores), election.electorate.weights
     return {
         "adapters": election.voters,
@@ -149,34 +161,36 @@ def describe_election(vote: Vote, election: Election, rows: Sequence[Mapping[str
 
 
 def reason_for_voters(vote: Vote, election: Election) -> str:
-    """Why these adapters vote, for the decision in the manifest."""
+    """The reason why these adapters vote with these weights, for the decision in the manifest."""
     why = f"{vote.weights} weights; ties by validation score" if election.compared else "uniform weights; ties by name"
     return f"{vote.adapters if election.path else 'infer.vote'}; {why}"
 
 
 def predictions_of(rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
-    """The vote as predictions, one for each line of votes.jsonl."""
+    """The vote's predictions, one for each line of votes.jsonl."""
     return [_prediction(row) for row in rows]
 
 
 def _scores_of(recipe: Recipe, task: Task, sample: Sample, given: Answers) -> dict[str, float]:
-    """The task's first metric, in 0..1, of each answer that an adapter gave to a validation sample."""
+    """The task's first metric (0..1) of each answer that the adapters gave to a validation sample."""
     scored = {answer: task.score(recipe, answer, sample) for answer in given.values() if answer is not None}
     return {answer: next(iter(metrics.values())) for answer, metrics in scored.items()}
 
 
 def _answers_of(predictions: list[Prediction]) -> list[str | None]:
+    """The answers of predictions; None for those that failed."""
     return [None if prediction["error"] else prediction["answer"] for prediction in predictions]
 
 
 def _mean(values: list[float]) -> float:
+    """The mean of the values; 0 without values."""
     return math.fsum(values) / len(values) if values else 0.0
 
 
 def _row(
     sample: Sample, ballot: Answers, decision: Decision, second: tuple[Answers, Decision] | None
 ) -> dict[str, Any]:
-    """A line of votes.jsonl. If the second round decided, the line is that decision, with the first one beside it."""
+    """A line of votes.jsonl. If the second round decided, its decision, with the first round's as `first_round`."""
     first = {"votes": dict(sorted(ballot.items())), **asdict(decision), "leading": list(decision.leading)}
     if second is None or second[1].answer is None:  # if all abstain from a second round, the first one decides
         return {"id": sample["id"], "round": 1, **first}
@@ -186,6 +200,7 @@ def _row(
 
 
 def _prediction(row: Mapping[str, Any]) -> Prediction:
+    """The vote's prediction on one sample. Its text lists the answers with their numbers of votes."""
     if row["answer"] is None:
         return failed_prediction(row["id"], "no adapter gave a valid answer")
     tally = Counter(answer if answer is not None else "abstained" for answer in row["votes"].values())

@@ -1,9 +1,9 @@
-"""A vision-language model with a trained connector: links to the base's files plus one small file, without a copy.
+"""A vision-language model with a trained connector: a folder of links to the base's files plus one small file.
 
 `train.connector` trains the layers between vision tower and language model (LLaVA's `multi_modal_projector`) before the
-adapters. Training, inference and merging all use the result in the same way: a folder of links to the base's files,
-with an index that takes the connector's tensors from their own file. transformers and vLLM read the index's files in
-the order of their names, and of two tensors with one name the later one wins.
+adapters. Training, inference and merging use the same folder. Its index names the connector's own file for the
+connector's tensors. transformers and vLLM read the files of an index in the order of their names; if two files have a
+tensor of the same name, the later one counts.
 """
 
 from pathlib import Path
@@ -16,18 +16,18 @@ from stages.contract.run import Run
 from stages.models.shape import tensors_of
 
 FILE = "connector.safetensors"
-"""The file of the connector's weights, whose names are those in the base's files."""
+"""Name of the file with the connector's weights. The tensors have the same names as in the base's files."""
 
 INDEX = "model.safetensors.index.json"
 
 LAST = f"zz-{FILE}"
-"""Its name among the base's files, so that it sorts last."""
+"""Name of that file in a folder of links: it sorts after all files of the base."""
 
 
 def trained_connector(run: Run) -> tuple[Path, str] | None:
-    """Return a run's trained connector and its sha256; None if the recipe trains none.
+    """Return the file of a run's trained connector and its sha256; None if the recipe has no train.connector.
 
-    Raises UsageError if the recipe trains one and it does not exist yet.
+    Raises UsageError if the recipe has it but no connector is trained yet.
     """
     if run.recipe.train.connector is None:
         return None
@@ -39,7 +39,7 @@ def trained_connector(run: Run) -> tuple[Path, str] | None:
 
 
 def check_connector(connector: Path, sha256: str) -> None:
-    """Raise UsageError if the file is not the one that the adapters were trained on."""
+    """Raise UsageError if the connector's file does not have this sha256: it is missing, or changed after training."""
     found = sha256_file(connector) if connector.is_file() else None
     if found != sha256:
         now = f"sha256 {found[:16]}" if found else "missing"
@@ -50,9 +50,9 @@ def check_connector(connector: Path, sha256: str) -> None:
 
 
 def link_connector(model: Path, connector: Path, sha256: str, folder: Path) -> Path:
-    """Make `folder` a model folder of links to the base with this connector. Returns it.
+    """Write a model folder of links to the base's files, with this connector. Replaces `folder` and returns it.
 
-    Raises UsageError for a connector that has changed, or that belongs to another model.
+    Raises UsageError if the connector does not have this sha256, or belongs to another model.
     """
     check_connector(connector, sha256)
     remove(folder)
@@ -83,7 +83,8 @@ def link_connector(model: Path, connector: Path, sha256: str, folder: Path) -> P
 
 
 def tensor_files(model: Path) -> dict[str, Path]:
-    """Return the file of each tensor of a model folder. Raises UsageError for a folder without safetensors files."""
+    """Return the file of each tensor in a model folder, by tensor name. Raises UsageError if there are no safetensors
+    files."""
     index: Any = read_json(model / INDEX)
     if index is not None:
         return {name: model / file for name, file in index["weight_map"].items()}
@@ -96,10 +97,10 @@ def tensor_files(model: Path) -> dict[str, Path]:
 
 
 def names_in_files(model: Path, parameters: list[str]) -> dict[str, str]:
-    """Return the names in the model's files of parameters, by their names in memory.
+    """Return each parameter's name in the model's files, by its name in memory.
 
-    In memory a LLaVA's connector is `model.multi_modal_projector`; in published files it has no `model.` prefix. Raises
-    UsageError for a parameter that no file has.
+    In memory, a LLaVA's connector is `model.multi_modal_projector`; in published files it has no `model.` prefix.
+    Raises UsageError for a parameter that no file has.
     """
     stored = tensor_files(model)
     found = {}

@@ -1,17 +1,17 @@
 """Choose the library and the kernel that compute with a GPTQ base.
 
 transformers, PEFT and ms-swift load a GPTQ folder with auto-gptq (the image v100-gptq, transformers 4) or its successor
-gptqmodel (all other images), but they choose the wrong kernel: the one that is fastest in inference. These kernels pass
-no gradient to their input, some with an error and some silently, so that LoRA modules below them hardly learn. This
-module chooses kernels with a backward pass, for training and inference alike, so that an adapter answers with the
-numerics it was trained with:
+gptqmodel (all other images). By default they choose the kernel that is fastest in inference. These kernels pass no
+gradient to their input, some with an error and some silently, so LoRA modules below them hardly learn. This module
+chooses kernels with a backward pass. Training and inference use the same kernel, so an adapter is served with the
+arithmetic that it was trained with:
 
-* gptqmodel on a GPU: `gptq_triton`, which unpacks a module's weights with a Triton kernel and multiplies with torch. On
-  a CPU, and for bit widths that the Triton kernel lacks: `gptq_torch`, which unpacks with torch.
-* auto-gptq: torch's matmul on unpacked weights (its QuantLinear "cuda-old"), without the ExLlama kernels and, in
-  training, without its own kernel for fewer than 128 tokens, which has no backward pass either.
+* gptqmodel on a GPU: `gptq_triton`, which unpacks a module's weights with a Triton kernel and multiplies with torch.
+  On a CPU, and for bit widths that the Triton kernel lacks: `gptq_torch`, which unpacks with torch.
+* auto-gptq: torch's matmul on unpacked weights (its QuantLinear "cuda-old"), without the ExLlama kernels. Training
+  also avoids its own kernel for fewer than 128 tokens, which has no backward pass.
 
-Weights are unpacked with float16 scales and then cast to the model's dtype.
+Weights are unpacked with float16 scales and then cast to the model's dtype. GPTQ: https://arxiv.org/abs/2210.17323
 """
 
 import importlib.util
@@ -33,29 +33,32 @@ def is_gptq(model: Path) -> bool:
 
 
 def quantisation_of(model: Path) -> str | None:
-    """Return how a model folder's weights are quantised, as its config.json says: gptq, awq, bitsandbytes; None if they
-    are not."""
+    """Return the quantisation method in a model folder's config.json, such as `gptq`, `awq` or `bitsandbytes`; None if
+    the weights are not quantised."""
     config = read_json(model / "config.json") or {}
     return (config.get("quantization_config") or {}).get("quant_method")
 
 
 def gptq_library(model: Path) -> str:
-    """Return the installed library: `gptqmodel` or `auto_gptq`. Raises UsageError if neither or optimum is missing."""
+    """Return the name of the installed GPTQ library: `gptqmodel` or `auto_gptq`.
+
+    Raises UsageError if neither is installed, or optimum is not.
+    """
     found = next((name for name in ("gptqmodel", "auto_gptq") if importlib.util.find_spec(name)), "gptqmodel")
     missing = [name for name in (found, "optimum") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"{model}: its GPTQ weights need {' and '.join(missing)}, not installed here; pip install --no-deps -r"
-            " requirements/gptq.txt, or use an image for GPUs (--set infer.engine=vllm answers there without it)"
+            " requirements/gptq.txt, or use an image for GPUs (there, infer.engine=vllm needs neither)"
         )
     return found
 
 
 @contextmanager
 def patch_gptq_kernels(model: Path, on_card: bool, training: bool) -> Iterator[None]:
-    """Within this context, transformers loads a GPTQ base with the right kernel, whoever calls it.
+    """Within this context, transformers, PEFT and ms-swift load a GPTQ base with a kernel that has a backward pass.
 
-    Raises UsageError if no library for it is installed.
+    Raises UsageError if the base is in GPTQ's format and no library for it is installed.
     """
     with ExitStack() as patches:
         if quantisation_of(model) is None:
@@ -72,19 +75,21 @@ def patch_gptq_kernels(model: Path, on_card: bool, training: bool) -> Iterator[N
 
 
 def _with_gptqmodel(patches: ExitStack, model: Path, on_card: bool, training: bool) -> None:
-    with redirect_stdout(StringIO()):  # it prints a banner
+    """Patch the loading of a base with gptqmodel."""
+    with redirect_stdout(StringIO()):  # the import prints a banner
         import gptqmodel  # noqa: F401
 
     bits = int(read_json(model / "config.json")["quantization_config"]["bits"])
-    # it would compile the unpacking of each module: minutes, and with a compiler that no image has
+    # gptqmodel would compile the unpacking of each module: this takes minutes, and no image has the compiler
     environment = {"TORCHDYNAMO_DISABLE": "1"}
-    if not on_card and not training:  # a CPU takes far longer to unpack a weight than to use it for one token
+    if not on_card and not training:  # on a CPU, unpacking a weight takes far longer than using it for one token
         environment["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"
     patches.enter_context(patch.dict(os.environ, environment))
     _choose_kernel(patches, backend="gptq_triton" if on_card and bits in (2, 4, 8) else "gptq_torch")
 
 
 def _with_auto_gptq(patches: ExitStack, training: bool) -> None:
+    """Patch the loading of a base with auto-gptq."""
     _choose_kernel(patches, use_exllama=False)
     if training:
         from auto_gptq.nn_modules.qlinear import qlinear_cuda, qlinear_cuda_old
@@ -94,12 +99,13 @@ def _with_auto_gptq(patches: ExitStack, training: bool) -> None:
 
 
 def _choose_kernel(patches: ExitStack, **kernel: Any) -> None:
-    """Read every quantization_config as if it named this kernel: neither ms-swift nor PEFT has an option for it."""
+    """Add these options to every GPTQConfig that is created: neither ms-swift nor PEFT has an option for the kernel."""
     from transformers import GPTQConfig
 
     plain = GPTQConfig.__init__
 
     def with_kernel(self: Any, *arguments: Any, **named: Any) -> None:
+        """GPTQConfig's own `__init__` with the kernel's options."""
         plain(self, *arguments, **{**named, **kernel})
 
     patches.enter_context(patch.object(GPTQConfig, "__init__", with_kernel))

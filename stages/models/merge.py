@@ -10,12 +10,14 @@ from stages.contract.errors import DoesNotFitError, UsageError
 from stages.contract.files import read_json, remove, visible_files
 
 VISION = ("visual", "vision_tower", "vision_tower_aux", "vision_model", "multi_modal_projector", "mm_projector")
-"""Names of vision towers and connectors within module names."""
+"""Parts of module names that mark vision towers and connectors."""
 
 
 def refuse_adapted_vision(adapters: dict[str, Path], engine: str, others: list[str]) -> None:
-    """Raise UsageError for an adapter of a vision tower. `engine` would leave that part out, vLLM with no more than a
-    warning; the `others` serve it."""
+    """Raise UsageError if an adapter in `adapters` (folder by name) has LoRA weights of a vision tower or connector.
+
+    `engine` would ignore them, vLLM with only a warning. The message names the engines in `others`, which serve them.
+    """
     for name, folder in adapters.items():
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
@@ -26,15 +28,16 @@ def refuse_adapted_vision(adapters: dict[str, Path], engine: str, others: list[s
         found = next((tensor for tensor in tensors if set(VISION) & set(tensor.split("."))), None)
         if found:
             raise UsageError(
-                f"adapter {name} adapts the vision tower ({found}), and {engine} would leave that out:"
-                f" set infer.merged to true to merge it, or infer.engine to {' or '.join(others)} to serve it"
+                f"adapter {name} adapts the vision tower ({found}), which {engine} would ignore; set infer.merged to"
+                f" true to merge the adapter, or infer.engine to {' or '.join(others)}"
             )
 
 
 def write_merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> Path:
-    """Write the base with the adapter merged into it, as a Hugging Face model folder, by one atomic rename. Returns it.
+    """Write a copy of the base with the adapter merged into it, as a Hugging Face model folder. Returns `folder`.
 
-    Raises UsageError for a quantised base, DoesNotFitError if the disk is too small.
+    The folder appears in one step; one that exists already is not written again. `dtype` is torch's name of the
+    weights' type. Raises UsageError for a quantised base, and DoesNotFitError if the disk has too little space.
     """
     if read_json(model / "config.json").get("quantization_config"):
         raise UsageError(f"{model}: LoRA cannot be merged into a quantised base; remove infer.merged")
@@ -45,7 +48,7 @@ def write_merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> P
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise DoesNotFitError(
-            f"{folder}: a merged copy takes {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; free some"
+            f"{folder}: a merged copy needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; free some"
             " space, or remove infer.merged"
         )
     import torch

@@ -1,11 +1,12 @@
 """Sizes and token counts of pictures for vision-language models.
 
-Models of the Qwen2-VL family read a picture in patches of `patch_size`, merged `merge_size` by `merge_size` into one
-token: both sides become multiples of their product (28 for Qwen2-VL and Qwen2.5-VL), and a picture of W x H costs
-W x H / 28 / 28 tokens (arXiv:2409.12191, section 2.1). A pixel budget lowers that.
+Models of the Qwen2-VL family read a picture in patches of `patch_size` pixels a side and merge `merge_size` x
+`merge_size` patches into one token. Both sides of the picture are scaled to multiples of the product (28 for Qwen2-VL
+and Qwen2.5-VL), so a picture of W x H pixels has W x H / 28 / 28 tokens (arXiv:2409.12191, section 2.1). A pixel budget
+lowers this number.
 
-LLaVA's processor (arXiv:2310.03744) crops every picture to the same square, so each costs the same number of tokens,
-and a budget changes nothing.
+LLaVA's processor (arXiv:2310.03744) crops every picture to the same square. Each picture then has the same number of
+tokens, and a budget changes nothing.
 """
 
 import json
@@ -24,7 +25,7 @@ MAX_RATIO = 200
 
 
 FAMILY = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
-"""Names, or beginnings of names, of the family's picture processors in preprocessor_config.json."""
+"""How the names of the Qwen2-VL family's picture processors in preprocessor_config.json begin."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,20 @@ class PictureRules:
     """How a model of the Qwen2-VL family reads pictures."""
 
     factor: int = 28
-    """Pixels. Both sides are multiples of it; one token is factor x factor."""
+    """Side of one token, in pixels. Both sides of a picture are scaled to multiples of it."""
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
 
     def size(self, width: int, height: int, budget: int | None = None) -> tuple[int, int]:
-        """Return the pixels (width, height) at which a picture is read, by the family's own rule, `smart_resize`.
+        """Return the (width, height) in pixels at which the model reads a picture of this size.
 
-        Raises DataError for a shape that no model of the family accepts.
+        `budget` limits the number of pixels; None: the model's own limit. The rule is `smart_resize` of transformers'
+        Qwen2-VL processor. Raises DataError if one side is more than MAX_RATIO times the other.
         """
         if max(width, height) > MAX_RATIO * min(width, height):
-            raise DataError(f"a picture of {width} x {height} pixels: its sides differ more than {MAX_RATIO} to 1")
+            raise DataError(
+                f"a picture of {width} x {height} pixels: its sides differ more than {MAX_RATIO} to 1; crop it"
+            )
         limit = min(budget or self.max_pixels, self.max_pixels)
         columns, rows = (max(round(side / self.factor) * self.factor, self.factor) for side in (width, height))
         if columns * rows > limit:
@@ -54,10 +58,11 @@ class PictureRules:
         return columns, rows
 
     def _floor(self, side: float) -> int:
+        """Return a side rounded down to a multiple of the factor, and at least the factor."""
         return max(math.floor(side / self.factor) * self.factor, self.factor)
 
     def tokens(self, width: int, height: int) -> int:
-        """Return the tokens of a picture that is read at this size."""
+        """Return the number of tokens of a picture. `width` and `height` are what `size` returned."""
         return (width // self.factor) * (height // self.factor)
 
 
@@ -68,13 +73,14 @@ class SquareRules:
     factor: int
     """Side of a patch, in pixels."""
     tokens_each: int
+    """Number of tokens of every picture."""
 
     def size(self, width: int, height: int, budget: int | None = None) -> tuple[int, int]:
-        """Return the picture's own size: the model's processor resizes it."""
+        """Return the picture's own (width, height) in pixels: the model's processor resizes it later."""
         return width, height
 
     def tokens(self, width: int, height: int) -> int:
-        """Return the tokens of a picture, the same for any size."""
+        """Return the number of tokens of a picture, the same for any size."""
         return self.tokens_each
 
 
@@ -83,21 +89,21 @@ Rules = PictureRules | SquareRules
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file and the size, in pixels, at which it is read."""
+    """A picture file and the size, in pixels, at which the model reads it."""
 
     path: Path
     width: int
     height: int
     tokens: int = 0
-    """Tokens that it costs the model."""
+    """Number of tokens that the model sees of it."""
 
     def load(self) -> "Image":
-        """Return the picture in RGB at its size. Raises DataError for a file that is not a picture."""
+        """Return the picture in RGB, scaled to `width` x `height`. Raises DataError if the file cannot be read."""
         from PIL import Image, UnidentifiedImageError
 
         try:
             with Image.open(self.path) as opened:
-                opened.draft("RGB", (self.width, self.height))  # decodes a JPEG of twice the size at half size
+                opened.draft("RGB", (self.width, self.height))  # decode a JPEG of twice this size at half its size
                 picture = opened.convert("RGB")
         except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
             raise DataError(f"{self.path}: not a readable picture ({error}); run preprocess again") from error
@@ -107,7 +113,10 @@ class Picture:
 
 
 def family_rules(model: Path) -> Rules | None:
-    """Return the rules of a Qwen2-VL, a LLaVA or an MGM; None for any other model."""
+    """Return how a Qwen2-VL, LLaVA or MGM model reads pictures; None for any other model.
+
+    `model` is a folder in Hugging Face format. Raises UsageError if a Qwen2-VL's settings are incomplete.
+    """
     config = _read(model / "config.json")
     processor = _read(model / "preprocessor_config.json")
     if config is not None and config.get("model_type") in ("llava", "mgm") and processor is not None:
@@ -118,6 +127,7 @@ def family_rules(model: Path) -> Rules | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """Return the values in a JSON file; None if it cannot be read."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -126,7 +136,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _square_rules(model: Path, config: dict[str, Any], processor: dict[str, Any]) -> SquareRules:
-    """Count as LlavaProcessor does: the patches of the square, and the class token unless the strategy drops it."""
+    """Return the rules of a LLaVA or MGM. Tokens are counted as in transformers' LlavaProcessor: the patches of the
+    square, and the class token unless the feature strategy drops it."""
     own = {**config, **(_read(model / "processor_config.json") or {})}
     patch = int(own.get("patch_size") or config["vision_config"]["patch_size"])
     crop = processor.get("crop_size") or processor.get("size") or {}
@@ -140,17 +151,18 @@ def _square_rules(model: Path, config: dict[str, Any], processor: dict[str, Any]
 
 
 def rules_of(model: Path) -> Rules:
-    """Return a model's rules. Raises UsageError for a model that reads no pictures, or of an unsupported family."""
+    """Return how a model reads pictures. Raises UsageError if it reads none, or Lorry does not support its family."""
     return family_rules(model) or read_rules(model)
 
 
 def read_rules(model: Path) -> PictureRules:
-    """Return the rules of a Qwen2-VL model, from its preprocessor_config.json. Raises UsageError for other models."""
+    """Return how a Qwen2-VL model reads pictures, from its preprocessor_config.json. Raises UsageError for any other
+    model."""
     path = model / "preprocessor_config.json"
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); {model.name} must be a vision-language model") from error
+        raise UsageError(f"{path}: cannot be read ({error}); use a vision-language model for pictures") from error
     if "patch_size" not in values or "merge_size" not in values:
         raise UsageError(
             f"{path}: no patch_size and merge_size; for pictures use a model of the Qwen2-VL family, a LLaVA or an MGM"
@@ -164,8 +176,11 @@ def read_rules(model: Path) -> PictureRules:
 
 
 def open_picture(path: Path, rules: Rules, budget: int | None = None) -> Picture:
-    """Return a picture file with its size by rules and pixel budget. Reads only the header. Raises DataError for a file
-    that is not a picture."""
+    """Return a picture file with the size and the number of tokens at which the model reads it.
+
+    Reads only the file's header. `budget` limits the number of pixels; None: the model's own limit. Raises DataError if
+    the file cannot be read, or no model accepts its shape.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -1,7 +1,7 @@
-"""Renders conversations as prompts: tokens by the model's own chat template, pictures by the model's own rules.
+"""Renders conversations as prompts, with the model's own chat template and rules for pictures.
 
-All engines get the same tokens and pictures of the same size, so that greedy completions of two engines differ only by
-the arithmetic of their kernels.
+All engines get the same tokens and pictures of the same size. Greedy completions of two engines then differ only by the
+arithmetic of their kernels.
 """
 
 import re
@@ -25,30 +25,31 @@ class Prompt:
 
     id: str
     tokens: list[int]
-    """With one placeholder token for each picture."""
+    """Token ids, with one placeholder token for each picture."""
     pictures: tuple[Picture, ...] = ()
     max_new_tokens: int | None = None
-    """Tokens of the completion at most; None: the engine's `EngineSettings.max_new_tokens`."""
+    """Largest number of tokens of the completion; None: the engine's `EngineSettings.max_new_tokens`."""
     temperature: float = 0.0
-    """Of sampling; 0: greedy."""
+    """Temperature of sampling; 0: greedy."""
     seed: int = 0
-    """Seed of sampling: the same prompt with the same seed gives the same completion, whatever shares its batch."""
+    """Seed of sampling. A prompt with the same seed gets the same completion, whatever else is in its batch."""
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt, with those of its pictures."""
+        """Number of tokens of the prompt, including those of its pictures."""
         return len(self.tokens) + sum(picture.tokens - 1 for picture in self.pictures)
 
     def repeat_placeholders(self, counts: Sequence[int], placeholder: int) -> list[int]:
-        """The tokens, with the n-th `placeholder` repeated `counts[n]` times."""
+        """The prompt's token ids, with its n-th token `placeholder` repeated `counts[n]` times."""
         left = iter(counts)
         return [same for token in self.tokens for same in [token] * (next(left) if token == placeholder else 1)]
 
 
 class Renderer:
-    """Turns conversations into prompts, by the chat template and the picture rules of one model."""
+    """Turns conversations into prompts, with the chat template and the picture rules of one model."""
 
     def __init__(self, model: Path) -> None:
+        """Load the tokenizer from a model folder. The rules for pictures are read when a prompt needs them."""
         self.tokenizer = load_tokenizer(model)
         self._model = model
         self._rules: Rules | None = None
@@ -56,7 +57,7 @@ class Renderer:
 
     @property
     def rules(self) -> Rules:
-        """How the model reads pictures. Raises UsageError for a model that reads none or has rules unknown to Lorry."""
+        """How the model reads pictures. Raises UsageError if it reads none, or Lorry does not support its family."""
         if self._rules is None:
             self._rules = rules_of(self._model)
         return self._rules
@@ -69,10 +70,11 @@ class Renderer:
         max_pixels: int | None = None,
         max_new_tokens: int | None = None,
     ) -> Prompt:
-        """The prompt of a conversation, up to where the chat template begins the answer.
+        """The prompt of a conversation, including the tokens with which the chat template begins the answer.
 
-        The messages hold `<image>` once for each of `pictures`; each picture gets at most `max_pixels`. Raises
-        DataError for a picture that cannot be read, and for a text that itself contains a picture's token.
+        The messages contain `<image>` once for each of `pictures`, in order. Each picture is scaled to at most
+        `max_pixels`. Raises DataError for a picture that cannot be read, and for messages with another number of
+        picture tokens than pictures.
         """
         opened = tuple(open_picture(path, self.rules, max_pixels) for path in pictures)
         tokens = self._tokens_of(messages, bool(opened))
@@ -84,43 +86,45 @@ class Renderer:
                 )
         return Prompt(prompt_id, tokens, opened, max_new_tokens)
 
-    def _tokens_of(self, messages: Sequence[Message], shows: bool) -> list[int]:
+    def _tokens_of(self, messages: Sequence[Message], has_pictures: bool) -> list[int]:
+        """Token ids of a conversation, by the chat template."""
         template = self.tokenizer.apply_chat_template
         if not self._is_llava:
-            conversation = [_with_parts(message) for message in messages] if shows else list(messages)
+            conversation = [_with_parts(message) for message in messages] if has_pictures else list(messages)
             return list(template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False))
-        # published LLaVAs' templates take parts only, and leave the first token to the processor, which adds it if it
-        # is missing (transformers' ProcessorMixin.apply_chat_template)
+        # the templates of published LLaVAs accept only parts, and do not write the first token: the processor adds it
+        # if it is missing (transformers' ProcessorMixin.apply_chat_template)
         conversation = [_with_parts(message, self._breaks_line) for message in messages]
         text = template(conversation, add_generation_prompt=True, tokenize=False)
         return list(self.tokenizer.encode(self._missing_first_token(text) + text, add_special_tokens=False))
 
     def _missing_first_token(self, text: str) -> str:
-        """The token that begins every text, if the tokenizer adds it and the text lacks it; else empty."""
+        """The tokenizer's first token as text, if it begins every text with one and this text lacks it; else empty."""
         first = self.tokenizer.bos_token
         adds = first is not None and self.tokenizer.encode("")[:1] == [self.tokenizer.bos_token_id]
         return str(first) if adds and not text.startswith(first) else ""
 
     @cached_property
     def _is_llava(self) -> bool:
+        """Whether the model reads pictures as a LLaVA or an MGM does."""
         return isinstance(family_rules(self._model), SquareRules)
 
     @cached_property
     def _breaks_line(self) -> bool:
-        """Whether the chat template itself breaks the line after a picture."""
+        """Whether the chat template adds a line break after a picture."""
         probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
         return f"{PLACEHOLDER}\nx" in self.tokenizer.apply_chat_template(probe, tokenize=False)
 
     @property
     def picture_token(self) -> int:
-        """Number of the token that marks a picture's place."""
+        """Id of the token that marks a picture's place. The model must be a vision-language model."""
         if self._placeholder is None:
             self._placeholder = picture_token(self._model)
         return self._placeholder
 
 
 def picture_token(model: Path) -> int:
-    """Number of the token that marks a picture's place."""
+    """Id of the token that marks a picture's place in the prompts of a vision-language model."""
     from transformers import AutoConfig
 
     import stages.models.mgm  # noqa: F401 - registers it with transformers
@@ -129,9 +133,9 @@ def picture_token(model: Path) -> int:
 
 
 def _with_parts(message: Message, breaks_line: bool = False) -> dict[str, Any]:
-    """A message whose content is a list of texts and pictures, as chat templates of vision-language models read it.
+    """A message with its content as a list of texts and pictures, the form of vision-language models' chat templates.
 
-    If the template breaks the line after a picture (`breaks_line`), the message's own line break there is left out.
+    If the template adds a line break after a picture (`breaks_line`), the message's own one is removed.
     """
     parts: list[dict[str, str]] = []
     for piece in re.split(rf"({PLACEHOLDER}\n?)" if breaks_line else f"({PLACEHOLDER})", message["content"]):
@@ -143,7 +147,7 @@ def _with_parts(message: Message, breaks_line: bool = False) -> dict[str, Any]:
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The model's own tokenizer, from its folder."""
+    """The tokenizer in a model folder."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model, local_files_only=True)

@@ -1,4 +1,4 @@
-"""A model's shape, from its config.json and the headers of its safetensors files, without reading weights."""
+"""A model's shape: the sizes in its config.json and in the headers of its safetensors files. No weights are read."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ from typing import Any
 from stages.contract.errors import UsageError
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Bytes per element, by the safetensors format's names; names that are missing here, F8 and so on, have one."""
+"""Bytes per element, by safetensors' names of types. Types that are missing here, such as F8_E4M3, have one byte."""
 
 
 class UnknownShapeError(UsageError):
@@ -19,7 +19,7 @@ class UnknownShapeError(UsageError):
 
 
 MAX_HEADER = 100_000_000
-"""The safetensors format's own limit."""
+"""Most bytes of a header, by the safetensors format (https://huggingface.co/docs/safetensors)."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,23 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """In the file, by safetensors' names: BF16, F16, F32, I32."""
+    """Type in the file, by safetensors' names: BF16, F16, F32, I32."""
 
     @property
     def count(self) -> int:
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def stored_bytes(self) -> int:
+        """Bytes in the file."""
         return self.count * BYTES.get(self.dtype, 1)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that memory depends on. They are the language model's; `vision` has those of the vision tower."""
+    """The sizes on which a model's memory depends. They are those of the language model; `vision` has the vision
+    tower's."""
 
     weights: tuple[Weight, ...]
     hidden: int
@@ -55,17 +58,17 @@ class ModelShape:
     tied: bool
     """Whether the language-model head shares the embedding's weights."""
     quantisation: str | None
-    """How the weights are quantised: `gptq`, `awq` and so on; None if they are not."""
+    """Quantisation method of the weights, such as `gptq` or `awq`; None if they are not quantised."""
     vision: dict[str, Any] | None
-    """The config of the vision tower."""
+    """Config of the vision tower; None if the model has none."""
     bits: int = 4
     """Bits per quantised weight."""
     vision_aux: dict[str, Any] | None = None
-    """The config of MGM's second tower, a ConvNeXt."""
+    """Config of MGM's second tower, a ConvNeXt; None for other models."""
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Every linear module with its numbers of inputs and outputs, including quantised ones."""
+        """(number of inputs, number of outputs) of every linear module by name, including quantised ones."""
         found: dict[str, tuple[int, int]] = {}
         scales = {weight.name: weight.shape for weight in self.weights if weight.name.endswith(".scales")}
         for weight in self.weights:
@@ -80,12 +83,12 @@ class ModelShape:
 
     @cached_property
     def packed(self) -> frozenset[str]:
-        """Linear modules stored as integers with scales: GPTQ, AWQ."""
+        """Names of the linear modules that are stored as packed integers with scales, as with GPTQ and AWQ."""
         return frozenset(weight.name.rpartition(".")[0] for weight in self.weights if weight.name.endswith(".qweight"))
 
     @property
     def parameters(self) -> int:
-        """The number of parameters, counting quantised modules unpacked, as model cards do."""
+        """Number of parameters as model cards give it: quantised modules count as if unpacked."""
         packing = {f"{module}.{kind}" for module in self.linears for kind in ("qweight", "qzeros", "scales", "g_idx")}
         plain = {f"{module}.weight" for module in self.linears}
         others = sum(weight.count for weight in self.weights if weight.name not in packing | plain)
@@ -93,10 +96,12 @@ class ModelShape:
 
     @property
     def disk_bytes(self) -> int:
+        """Bytes of all weights in their files."""
         return sum(weight.stored_bytes for weight in self.weights)
 
 
 def _is_embedding(module: str) -> bool:
+    """Whether a module's name is one of an embedding."""
     return module.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings", "embedding", "position_embedding")
 
 
@@ -104,12 +109,15 @@ LLAMA = {
     **{"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
     "vocab_size": 32000,
 }
-"""Defaults of a Llama config, a 7B's: the `text_config` of published LLaVAs leaves these out."""
+"""Defaults of a Llama config, those of a 7B: the `text_config` of published LLaVAs leaves them out."""
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Return the shape of the model in a Hugging Face folder. Raises UsageError for a folder that is not a model's, or
-    damaged, and UnknownShapeError for a config without the sizes of a decoder."""
+    """Return the shape of the model in a Hugging Face folder.
+
+    Raises UsageError if the folder holds no model or is damaged, and UnknownShapeError if its config.json lacks the
+    sizes of a decoder.
+    """
     config = _read_json(folder / "config.json")
     text = {**config, **(config.get("text_config") or {})}
     if text.get("model_type") == "llama" and "text_config" in config:
@@ -140,6 +148,7 @@ def read_shape(folder: Path) -> ModelShape:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises UsageError if the file cannot be read or holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -150,12 +159,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def tensors_of(path: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file. Raises UsageError for a damaged file."""
+    """Return the names of all tensors in a safetensors file. Raises UsageError if the file is damaged."""
     return [weight.name for weight in _header(path)]
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files. Raises UsageError if there are none, or if the index names one that is missing."""
+    """Return a model folder's safetensors files. Raises UsageError if it has none, or not all that its index names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(_read_json(index).get("weight_map", {}).values()))
@@ -172,7 +181,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _header(path: Path) -> list[Weight]:
-    """The tensors of a safetensors file. Raises UsageError if the file's size does not match its header."""
+    """Return the tensors that the header of a safetensors file lists. Raises UsageError if the file is damaged: its
+    header cannot be read, or does not match its size."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -1,4 +1,4 @@
-"""Ask the model which questions a page's drawing alone answers, once for each question and model."""
+"""Let the model decide which questions a page's drawing alone answers, once for each question and model."""
 
 from typing import Any
 
@@ -12,14 +12,15 @@ from stages.models.rendering import Prompt, Renderer
 from stages.tasks.task import Ask
 
 ENGINE = "transformers"
-"""The engine that every image of preprocess has."""
+"""The engine that answers: every preprocess image has it."""
 
 
 def classify_drawings(stage: Stage, task: Any, questions: list[Any]) -> dict[str, bool]:
-    """Return by question id whether the drawing is enough; questions that the task does not classify are left out.
+    """Return by question id whether the drawing alone is enough. Has no entry for questions that the task does not
+    classify.
 
-    A completion is cached by the digests of prompt and weights, so a question is asked again only if one of these
-    changes. The transformers engine answers, as every preprocess image has it.
+    Completions are cached by the digests of prompt and weights, so a question is asked again only if one of these
+    changes. Raises InterruptedRunError if the stage is asked to stop.
     """
     found: dict[str, bool] = {}
     asks: dict[str, Ask] = {}
@@ -37,11 +38,12 @@ def classify_drawings(stage: Stage, task: Any, questions: list[Any]) -> dict[str
 
 
 def _digest(ask: Ask) -> str:
+    """The digest of a prompt and its token limit."""
     return digest_of([ask.messages, ask.max_new_tokens])
 
 
 def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
-    """The model's completions, by the digest of the prompt."""
+    """The text of the model's completions, by the digest of the prompt. The cache may add completions of others."""
     recipe = stage.run.recipe
     model = stage.run.model(recipe.model.path, "model.path")
     weights, _ = FileHashes(stage.path(".hashes.json")).tree_digest(model)
@@ -56,6 +58,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
         engine = _engine(stage, model, prompts, limit)
 
         def note(place: int, completion: Completion) -> None:
+            """Add a finished completion to the cache."""
             key = prompts[place].id
             question = missing[key].messages[-1]["content"]
             journal.append([{"asked": key, "prompt": question, "text": completion.text}])
@@ -72,6 +75,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
 
 
 def _engine(stage: Stage, model: Any, prompts: list[Prompt], limit: int) -> Any:
+    """The started engine for these prompts. `limit`: largest number of tokens of a completion."""
     recipe, target = stage.run.recipe, working_target(probe(), load_targets())
     stage.decide("classifier", recipe.model.path, f"{len(prompts)} questions, in {target.dtype}")
     return start_engine(

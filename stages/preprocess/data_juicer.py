@@ -1,7 +1,7 @@
 """Run the recipe's Data-Juicer operators (arXiv:2309.02033) over records, to filter and rewrite them, offline.
 
-Data-Juicer runs in a child process (`data_juicer_worker.py`), because importing it changes the process and an operator
-may crash. The child saves every chunk of every operator, so a kill costs at most one chunk.
+Data-Juicer runs in a child process (`data_juicer_worker.py`), because its import changes global state and an operator
+may crash. The child saves every chunk of every operator, so a kill loses at most one chunk.
 """
 
 import importlib.util
@@ -35,29 +35,33 @@ WORDS = ("flagged_words_dir", "stopwords_dir")
 """Parameters that name a folder of word lists: JSON files, each with one list per language."""
 
 Records = dict[str, tuple[str, dict[str, Any]]]
-"""By id: the record's place (file:line), and the record."""
+"""Records by id, each with its file and line."""
 
 
-def process(stage: Stage, records: Path) -> Path:
+def run_operators(stage: Stage, records: Path) -> Path:
     """Run the recipe's operators over a JSON Lines file of records. Returns the file of the records that they keep.
 
     A record has `id`, `text` and `images` (paths relative to the data folder); other fields are copied. The output
-    keeps the order of the input. A record that an operator adds (a second caption) follows its source record. It
-    has a new id, and the source's id as `original_id`.
+    keeps the order of the input. A record that an operator adds (such as a second caption) follows its source record.
+    It has a new id, and the source's id as `original_id`.
 
     Writes <run>/preprocess/records/kept.jsonl, and operators.json with each operator's seconds and the numbers of
     records that it read, kept, dropped, changed, added and failed on. Raises UsageError for an operator, a parameter or
-    weights that do not exist, DataError when no record is left.
+    weights that do not exist, DataError if no record is left, InterruptedRunError if the stage is asked to stop, and
+    LorryError if the child process ends without a message.
     """
     settings = stage.run.recipe.preprocess.data_juicer
     assert settings is not None
     _refuse_missing(settings)
-    operators = [_resolve(stage.run, name, given, number) for number, (name, given) in enumerate(settings.operators())]
-    known = _read(records, stage)
+    operators = [
+        _with_absolute_paths(stage.run, name, given, number)
+        for number, (name, given) in enumerate(settings.operators())
+    ]
+    known = _usable_records(records, stage)
     kept, done, failed = (stage.path("records", name) for name in ("kept.jsonl", "operators.json", "failed.jsonl"))
-    if not done.exists():  # written last: if it exists, an earlier start has finished the other two
+    if not done.exists():  # written last: if it exists, an earlier start has written the other two
         work = stage.path("records", "work")
-        _run(stage, settings, operators, known, work)
+        _run_child(stage, settings, operators, known, work)
         results = [read_json(work / f"{number:02}.json") for number in range(len(operators) + 1)]
         rows = read_jsonl(work / f"{len(operators):02}.jsonl")
         write_jsonl(kept, (_kept_record(row, known) for row in rows))
@@ -66,11 +70,12 @@ def process(stage: Stage, records: Path) -> Path:
         remove(work)
     for one in read_jsonl(failed):
         stage.skip(known[one["id"]][0], one["reason"], one["detail"])
-    _count(stage, read_json(done), len(known), kept)
+    _report_counts(stage, read_json(done), len(known), kept)
     return kept
 
 
-def _count(stage: Stage, operators: list[dict[str, Any]], read: int, kept: Path) -> None:
+def _report_counts(stage: Stage, operators: list[dict[str, Any]], read: int, kept: Path) -> None:
+    """Show each operator's numbers of records, and add counts and outputs. Raises DataError if no record is left."""
     left = operators[-1]["kept"]
     for one in operators:
         stage.events.say(
@@ -79,8 +84,8 @@ def _count(stage: Stage, operators: list[dict[str, Any]], read: int, kept: Path)
         )
     if not left:
         raise DataError(
-            f"{kept}: Data-Juicer kept none of {read} records; see {kept.with_name('operators.json')} for the operator"
-            " that dropped them"
+            f"{kept}: Data-Juicer kept none of {read} records; relax the operator that dropped them"
+            f" ({kept.with_name('operators.json')})"
         )
     stage.counts["records"] = read
     stage.counts["records kept"] = left
@@ -92,18 +97,22 @@ def _count(stage: Stage, operators: list[dict[str, Any]], read: int, kept: Path)
 
 
 def _refuse_missing(settings: DataJuicer) -> None:
+    """Raise UsageError if Data-Juicer, or Ray for its executor, is not installed."""
     for package, what, needed in (
         ("data_juicer", "Data-Juicer", True),
         ("ray", "Ray, for `executor: ray`,", settings.executor == "ray"),
     ):
         if needed and importlib.util.find_spec(package) is None:
             raise UsageError(
-                f"preprocess.data_juicer: {what} is not installed; run `make setup`, or use a preprocess image"
+                f"preprocess.data_juicer: {what} is not installed here; run `make setup`, or use a preprocess image"
             )
 
 
-def _resolve(run: Run, name: str, given: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
-    """Return an operator with absolute paths of the folders that it names. Raises UsageError for a missing folder."""
+def _with_absolute_paths(run: Run, name: str, given: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
+    """Return an operator's name and parameters, with absolute paths of weights and word lists.
+
+    Raises UsageError if these do not exist.
+    """
     where = f"preprocess.data_juicer.process[{number}].{name}"
     found = dict(given)
     for key, value in given.items():
@@ -114,22 +123,22 @@ def _resolve(run: Run, name: str, given: dict[str, Any], number: int) -> tuple[s
             kind = key.removesuffix("_dir")
             if not any(folder.glob(f"*{kind}*.json")):
                 raise UsageError(
-                    f"{folder}: no {kind}.json; put one there, with a list of words per language ({where}.{key} names"
-                    " this folder, relative to data.path)"
+                    f"{where}.{key}: {folder} has no {kind}.json; put one there, with a list of words per language, or"
+                    " name another folder, relative to data.path"
                 )
             found[key] = str(folder.absolute())
     return name, found
 
 
-def _read(path: Path, stage: Stage) -> Records:
-    """Return the usable records by id, in the file's order; the others are skipped, each with its line."""
+def _usable_records(path: Path, stage: Stage) -> Records:
+    """Return the usable records by id, in the file's order, and skip the others. Raises DataError if none is usable."""
     known: Records = {}
     for number, line in lines_in(path):
         where = f"{path.name}:{number}"
         try:
             record = object_in(line)
             name = text_of(record, "id")
-            _check(record)
+            _refuse_bad_record(record)
             if name in known:
                 raise BadRecordError("duplicate id", f"{name}, as in {known[name][0]}")
         except BadRecordError as error:
@@ -137,16 +146,16 @@ def _read(path: Path, stage: Stage) -> Records:
             continue
         known[name] = where, record
     if not known:
-        raise DataError(f"{path}: no usable record; a record has `id`, `text` and `images`")
+        raise DataError(f"{path}: no usable record; give each record `id`, `text` and `images`")
     return known
 
 
-def _check(record: dict[str, Any]) -> None:
+def _refuse_bad_record(record: dict[str, Any]) -> None:
     """Raise BadRecordError for a record that is not in Data-Juicer's format."""
     text_of(record, "text")
     images = record.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise BadRecordError("images is no list of paths", repr(images)[:100])
+        raise BadRecordError("images is not a list of paths", repr(images)[:100])
     for image in images:
         if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
             raise BadRecordError("picture outside the data folder", image)
@@ -157,13 +166,16 @@ def _check(record: dict[str, Any]) -> None:
 # -- the child process -----------------------------------------------------------------------------------------------
 
 
-def _run(
+def _run_child(
     stage: Stage, settings: DataJuicer, operators: list[tuple[str, dict[str, Any]]], known: Records, work: Path
 ) -> None:
-    """Run all operators in the child, or resume them. Raises the error that the child sends."""
+    """Run all operators in the child process, or resume them from the last saved chunk in `work`.
+
+    Raises the error that the child sends, and LorryError if it ends without one.
+    """
     work.mkdir(parents=True, exist_ok=True)
     before = read_json(work / "job.json")
-    if before is not None:  # a kill left it behind
+    if before is not None:  # an earlier start was killed
         shutil.rmtree(before["scratch"], ignore_errors=True)
     scratch = Path(
         tempfile.mkdtemp(prefix="lorry-")
@@ -212,12 +224,13 @@ def _run(
 
 
 def _rows(known: Records) -> Iterable[dict[str, Any]]:
+    """Yield the records with only the fields that operators read."""
     for name, (_, record) in known.items():
         yield {"id": name, "text": record["text"], "images": record.get("images", [])}
 
 
 def _follow(stage: Stage, reading: int) -> LorryError | None:
-    """Show the child's messages until it ends. Returns the error among them, if any."""
+    """Show the child's messages until it ends. Returns the error that it sent; None if it sent none."""
     kinds = {"usage": UsageError, "data": DataError, "stopped": InterruptedRunError}
     error = None
     with os.fdopen(reading, encoding="utf-8") as channel:
@@ -233,7 +246,7 @@ def _follow(stage: Stage, reading: int) -> LorryError | None:
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """Return an environment that keeps Data-Juicer and its libraries off the network and out of the home folder."""
+    """Return the child's environment. Data-Juicer and its libraries then use neither network nor home folder."""
     given = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
     return {
         **given,
@@ -243,7 +256,7 @@ def _environment(scratch: Path) -> dict[str, str]:
         "HF_DATASETS_CACHE": str(scratch / "datasets"),
         "DATA_JUICER_CACHE_HOME": str(scratch / "data_juicer"),
         "TMPDIR": str(scratch),
-        # Data-Juicer installs packages that an operator lacks
+        # else Data-Juicer installs packages that an operator lacks
         "PIP_NO_INDEX": "1",
         "UV_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -252,13 +265,13 @@ def _environment(scratch: Path) -> dict[str, str]:
             "RAY_AUTH_TOKEN", secrets.token_hex(32)
         ),  # else Ray writes one into the home folder
         "TOKENIZERS_PARALLELISM": "false",
-        # one thread a process: there are as many processes as CPUs
+        # one thread for each process: there are as many processes as CPUs
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
 
 
 def _kept_record(row: dict[str, Any], known: Records) -> dict[str, Any]:
-    """A kept record: the input's fields, with what operators changed or added."""
+    """Return an output record: the input's fields, with those that operators changed or added."""
     origin = row.pop("original_id", row["id"])
     record = known[origin][1]
     if row["id"] != origin:

@@ -1,16 +1,16 @@
-"""The process that Data-Juicer runs in: `python -m stages.preprocess.data_juicer_worker <job.json>`.
+"""The process in which Data-Juicer runs: `python -m stages.preprocess.data_juicer_worker <job.json>`.
 
-It runs the operators one after the other, a chunk of records at a time, and saves every chunk:
+It runs the operators one after the other, on one chunk of records at a time, and saves every chunk:
 
 <work>/read.jsonl           the records as read: id, text, images
 <work>/NN/CCCCCC.jsonl      operator NN (from 1; 00 checks the pictures), chunk C: a line of counts, then its records
-<work>/NN.jsonl, NN.json    records and counts of a finished operator; the records of the operator before are deleted
+<work>/NN.jsonl, NN.json    records and counts of a finished operator; the previous operator's records are deleted
 
-Operators that compare records (deduplicators, selectors) get all of them as one chunk. With `executor: ray` they still
-run in local processes, unless they support Ray.
+Operators that compare records (deduplicators, selectors) get all records as one chunk. With `executor: ray`, those that
+do not support Ray run in local processes.
 
-The result does not depend on chunks and processes. Captions are sampled: the id of the record seeds them. On a GPU,
-records that are captioned together share one seed; captions on a GPU with Ray have no seed.
+The result does not depend on the sizes of chunks or the number of processes. Captions are sampled with a seed from the
+record's id. On a GPU, records that are captioned together share one seed; with Ray on a GPU, captions have no seed.
 """
 
 import difflib
@@ -40,18 +40,18 @@ Row = dict[str, Any]
 """`id`, `text`, `images` (relative to the data folder), `original_id` of an added record, and operators' own fields."""
 
 BATCH = 100
-"""Records that an operator without weights gets at once."""
+"""Number of records that an operator without weights gets at once."""
 
 FAILURES_BEFORE_GIVING_UP = 10
-"""Failed records after which an operator that has not done a single one is given up."""
+"""Number of failed records after which the stage fails, if the operator has processed none until then."""
 
 META = "__dj__meta__"
-"""Field for operators' tags. Other fields that begin with `__dj__` (statistics, hashes) serve one operator only."""
+"""Field for operators' tags. Other fields that begin with `__dj__` (statistics, hashes) are for one operator only."""
 
 
 @dataclass
 class Job:
-    """The content of job.json, which `data_juicer._run` writes."""
+    """The content of job.json, which `stages.preprocess.data_juicer` writes."""
 
     operators: list[tuple[str, dict[str, Any]]]
     executor: str
@@ -67,24 +67,26 @@ class Job:
 
     @property
     def processes(self) -> int:
+        """Number of processes for an operator."""
         return self.workers or self.cpus
 
     def send(self, **fields: Any) -> None:
-        """Send the stage a message."""
+        """Send one message to the stage, as a line of JSON."""
         os.write(self.channel, (json.dumps(fields) + "\n").encode())
 
 
 Step = Callable[[list[Row]], list[Row]]
-"""Processes a chunk. Returns its rows, those of one record together. Raises any exception for a row that it cannot
-process."""
+"""A function that processes a chunk and returns its rows, those of one record together. It raises any exception if it
+cannot process a row."""
 
 
 def main() -> None:
+    """Run the operators of the job that the command line names. Send an error to the stage and exit with its code."""
     job = Job(**read_json(Path(sys.argv[1])))
     make_forks_die_with_parents()  # operators' workers, and Ray
     try:
         _refuse_to_install()
-        operators = _load(job)
+        operators = _load_operators(job)
         rows = _check_pictures(job)
         for number, operator in enumerate(operators, start=1):
             rows = _run_operator(job, number, operator, rows)
@@ -99,15 +101,16 @@ def main() -> None:
 
 
 def _check_pictures(job: Job) -> list[Row]:
-    """Return the records whose pictures can be read. For an unreadable one, Data-Juicer would drop the whole batch."""
+    """Return the records whose pictures can be read. Data-Juicer would drop the whole batch of an unreadable one."""
     rows = read_jsonl(Path(job.work, "read.jsonl")) if not _is_done(job, 0) else []
     with multiprocessing.Pool(job.processes) as pool:
         return _run_step(job, 0, "check pictures", rows, job.chunk_size, functools.partial(_drop_damaged, job, pool))
 
 
 def _drop_damaged(job: Job, pool: Any, rows: list[Row], problems: list[Row]) -> list[Row]:
+    """Return the rows whose pictures can be read, and add the others to `problems`."""
     paths = sorted({image for row in rows for image in row["images"]})
-    damage = dict(zip(paths, pool.map(_damage, [os.path.join(job.data, path) for path in paths]), strict=True))  # noqa: PTH118
+    damage = dict(zip(paths, pool.map(_damage_reason, [os.path.join(job.data, path) for path in paths]), strict=True))  # noqa: PTH118
     good = []
     for row in rows:
         broken = [image for image in row["images"] if damage[image]]
@@ -118,8 +121,8 @@ def _drop_damaged(job: Job, pool: Any, rows: list[Row], problems: list[Row]) -> 
     return good
 
 
-def _damage(path: str) -> str:
-    """Say why a picture cannot be read; empty if it can."""
+def _damage_reason(path: str) -> str:
+    """Return the reason why a picture cannot be read; empty if it can."""
     from PIL import Image, ImageFile
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # Data-Juicer sets it
@@ -132,6 +135,8 @@ def _damage(path: str) -> str:
 
 
 def _run_operator(job: Job, number: int, operator: Any, rows: list[Row]) -> list[Row]:
+    """Run one operator over all rows. Returns its rows. Raises DataError if it fails on every record, or on all at
+    once."""
     from data_juicer.ops.base_op import Filter, Mapper
 
     run = functools.partial(_run_on_ray if _supports_ray(job, operator) else _run_here, job, operator)
@@ -140,22 +145,25 @@ def _run_operator(job: Job, number: int, operator: Any, rows: list[Row]) -> list
         return _run_step(job, number, name, rows, job.chunk_size, _Bisecting(run, operator._name))
 
     def whole(rows: list[Row], _problems: list[Row]) -> list[Row]:
+        """Process all rows as one chunk."""
         try:
             return run(rows)
         except Exception as error:
-            raise DataError(f"{operator._name} fails: {_error_text(error)}") from error
+            raise DataError(f"{operator._name} fails ({_error_text(error)}); remove it, or correct the data") from error
 
     return _run_step(job, number, name, rows, max(len(rows), 1), whole)
 
 
 class _Bisecting:
-    """Processes a chunk. If that fails, processes its halves, and so on down to the records at fault."""
+    """Processes a chunk. If that fails, processes its halves, and so on down to the records that cause the failure."""
 
     def __init__(self, run: Step, name: str) -> None:
         self._run, self._name = run, name
         self._one_done, self._failed = False, 0
 
     def __call__(self, rows: list[Row], problems: list[Row]) -> list[Row]:
+        """Return the operator's rows, and add the records that it fails on to `problems`. Raises DataError if it fails
+        on every record."""
         try:
             done = self._run(rows)
         except Exception as error:
@@ -165,7 +173,9 @@ class _Bisecting:
             traceback.print_exc()
             self._failed += 1
             if self._failed >= FAILURES_BEFORE_GIVING_UP and not self._one_done:
-                raise DataError(f"{self._name} fails on every record: {_error_text(error)}") from error
+                raise DataError(
+                    f"{self._name} fails on every record ({_error_text(error)}); remove it, or correct its parameters"
+                ) from error
             problems.append(_problem(rows[0], f"{self._name} failed", _error_text(error)))
             return []
         self._one_done = True
@@ -175,7 +185,7 @@ class _Bisecting:
 def _run_step(
     job: Job, number: int, name: str, rows: list[Row], size: int, work: Callable[[list[Row], list[Row]], list[Row]]
 ) -> list[Row]:
-    """Process the chunks of a step that are not saved yet. Returns all its rows."""
+    """Process those chunks of a step, `size` rows each, that are not saved yet. Returns the rows of all its chunks."""
     whole = Path(job.work, f"{number:02}.jsonl")
     if _is_done(job, number):
         return read_jsonl(whole) if whole.exists() else []
@@ -206,18 +216,21 @@ def _run_step(
 
 
 def _is_done(job: Job, number: int) -> bool:
+    """Whether an earlier start has finished a step."""
     return Path(job.work, f"{number:02}.json").exists()
 
 
 def _process_chunk(number: int, rows: list[Row], work: Callable[[list[Row], list[Row]], list[Row]]) -> list[Row]:
-    """Return a chunk's counts, then its rows in the order of the input. Of rows with one id, all but the first get an
-    id of their own."""
+    """Return a chunk's counts, then its rows in the order of the input.
+
+    If an operator returns several rows for one id, all except the first get a new id.
+    """
     began = time.monotonic()
     problems: list[Row] = []
     out = work(rows, problems)
     seconds = time.monotonic() - began
     place = {row["id"]: index for index, row in enumerate(rows)}
-    out.sort(key=lambda row: place[row["id"]])  # stable: rows of one record stay in the operator's order
+    out.sort(key=lambda row: place[row["id"]])  # stable: a record's rows stay in the operator's order
     seen: Counter[str] = Counter()
     changed = 0
     for row in out:
@@ -237,10 +250,12 @@ def _process_chunk(number: int, rows: list[Row], work: Callable[[list[Row], list
 
 
 def _problem(row: Row, reason: str, detail: str) -> Row:
+    """Return the entry for a record that failed, with the id of the input's record."""
     return {"id": row.get("original_id", row["id"]), "reason": reason, "detail": detail}
 
 
 def _error_text(error: BaseException) -> str:
+    """Return an exception as one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300]
 
@@ -249,26 +264,28 @@ def _error_text(error: BaseException) -> str:
 
 
 def _refuse_to_install() -> None:
-    """Keep Data-Juicer from installing packages and downloading weights that an operator lacks."""
+    """Patch Data-Juicer to raise errors instead of installing packages and downloading weights."""
     from data_juicer.utils import model_utils
     from data_juicer.utils.lazy_loader import LazyLoader
     from loguru import logger
 
-    logger.remove()  # it logs several lines per chunk
+    logger.remove()  # Data-Juicer logs several lines for each chunk
     logger.add(sys.stderr, level="WARNING")
 
-    def install(package: str, _arguments: Any = None) -> None:
+    def refuse_install(package: str, _arguments: Any = None) -> None:
+        """Raise ImportError with the name of the package."""
         raise ImportError(f"needs the package {package}, which is not installed; Lorry installs nothing at run time")
 
-    def fetch(name: str, **_: Any) -> None:
+    def refuse_download(name: str, **_: Any) -> None:
+        """Raise FileNotFoundError with the name of the weights."""
         raise FileNotFoundError(f"needs {name}, which does not exist; Lorry downloads nothing at run time")
 
-    LazyLoader._install_package = staticmethod(install)
-    model_utils.check_model = fetch
+    LazyLoader._install_package = staticmethod(refuse_install)
+    model_utils.check_model = refuse_download
 
 
-def _load(job: Job) -> list[Any]:
-    """Load the operators. Raises UsageError, with the place in the recipe, for one that cannot be loaded."""
+def _load_operators(job: Job) -> list[Any]:
+    """Return the loaded operators. Raises UsageError, with the key in the recipe, for one that cannot be loaded."""
     from data_juicer.ops import OPERATORS, base_op
 
     loaded = []
@@ -276,7 +293,7 @@ def _load(job: Job) -> list[Any]:
         where = f"preprocess.data_juicer.process[{number}]"
         if name not in OPERATORS.modules:
             near = difflib.get_close_matches(name, OPERATORS.modules, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else "see Data-Juicer's list of operators"
+            hint = f"did you mean {' or '.join(near)}?" if near else "name one of Data-Juicer's list of operators"
             raise UsageError(f"{where}: Data-Juicer has no operator {name!r}; {hint}")
         kind = OPERATORS.modules[name]
         _refuse_unusable(job, kind, f"{where}.{name}", given)
@@ -290,24 +307,28 @@ def _load(job: Job) -> list[Any]:
     if any(operator._accelerator == "cuda" for operator in loaded):
         _import_models(job)
     else:
-        base_op.free_models = lambda: None  # it would load torch, only to find no model to free
+        base_op.free_models = lambda: None  # it would import torch although there is no model to free
     return loaded
 
 
 def _import_models(job: Job) -> None:
-    """Import torch and the classes of the operators' models once, not in each worker that is forked for each chunk:
-    transformers imports its modules on first use."""
+    """Import torch and the classes of the operators' models before workers are forked. Otherwise each worker of each
+    chunk would import them, because transformers imports its modules on first use."""
     import torch  # noqa: F401
     import transformers
 
     for _, given in job.operators:
         for folder in (value for key, value in given.items() if key.startswith("hf_")):
             for name in (read_json(Path(folder, "config.json")) or {}).get("architectures") or []:
-                with suppress(ImportError, RuntimeError):  # the operator itself says what it lacks
+                with suppress(ImportError, RuntimeError):  # the operator itself reports what it lacks
                     getattr(transformers, name, None)
 
 
 def _refuse_unusable(job: Job, kind: Any, where: str, given: dict[str, Any]) -> None:
+    """Raise UsageError for an operator that Lorry cannot run, or whose parameters are wrong or missing.
+
+    `where` is its key in the recipe, `given` its parameters.
+    """
     from data_juicer.core.preflight import PipelineConfigError, pre_instantiation_check
     from data_juicer.ops.base_op import Deduplicator, Filter, Mapper, Selector
 
@@ -331,7 +352,7 @@ def _refuse_unusable(job: Job, kind: Any, where: str, given: dict[str, Any]) -> 
                 f" download the default, {parameter.default})"
             )
         if key.startswith("api_model"):
-            raise UsageError(f"{where}: asks a model over the network, and no stage uses the network; remove it")
+            raise UsageError(f"{where}: asks a model over the network, but no stage uses the network; remove it")
         if key in ("flagged_words_dir", "stopwords_dir"):
             raise UsageError(
                 f"{where}: no {key}; set it to a folder, relative to data.path, with {key.removesuffix('_dir')}.json,"
@@ -340,7 +361,7 @@ def _refuse_unusable(job: Job, kind: Any, where: str, given: dict[str, Any]) -> 
 
 
 def _with_defaults(job: Job, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe's parameters, completed by the number of processes and of records at once."""
+    """Return an operator's parameters, with defaults for the number of processes and of records at once."""
     from data_juicer.utils.resource_utils import is_cuda_available
 
     weights = kind._accelerator == "cuda"
@@ -353,17 +374,18 @@ def _with_defaults(job: Job, kind: Any, given: dict[str, Any]) -> dict[str, Any]
         if on_card:
             found = {"num_gpus": 1, **found}
     if not on_card:
-        # with weights one record at a time: its seed then depends on it alone, and a CPU gains nothing from batches
+        # with weights, one record at a time: only the record then decides the seed, and batches are no faster on a CPU
         found = {"batch_size": 1 if weights else BATCH, **found}
     return found
 
 
 def _seed_each_call(function: Any, seed: str) -> Any:
-    """Wrap a mapper's function so that the first record seeds each call: captions are sampled, and must not depend on
-    the process."""
+    """Return a mapper's function wrapped so that the first record's id and `seed` seed each call. Sampled captions must
+    not depend on the process."""
 
     @functools.wraps(function)  # Data-Juicer finds the operator through __wrapped__
     def call_with_seed(samples: Any, *arguments: Any, **named: Any) -> Any:
+        """Seed Python, numpy and torch, then call the mapper's function."""
         import numpy as np
 
         first = samples["id"][0] if not isinstance(samples["id"], str) else samples["id"]
@@ -379,14 +401,18 @@ def _seed_each_call(function: Any, seed: str) -> Any:
 
 
 def _keep_picture_token() -> None:
-    """Let each BLIP-2 keep its own picture token. Data-Juicer gives all of them the token of those on OPT, 50265, which
-    is outside Flan-T5's vocabulary and raises IndexError in transformers 5."""
+    """Patch Data-Juicer so that each BLIP-2 keeps its own picture token.
+
+    Data-Juicer sets it to 50265, which is right for OPT. It is outside Flan-T5's vocabulary, and transformers 5 then
+    raises IndexError.
+    """
     captioning: Any = sys.modules.get("data_juicer.ops.mapper.image_captioning_mapper")
     if captioning is None or hasattr(captioning.get_model, "__wrapped__"):
         return
 
     @functools.wraps(captioning.get_model)
     def get_model(*arguments: Any, **named: Any) -> Any:
+        """Data-Juicer's function of this name. The model's picture token cannot be set afterwards."""
         model, processor = get_model.__wrapped__(*arguments, **named)
         own = model.config.image_token_index
         if own is not None:
@@ -403,26 +429,28 @@ def _keep_picture_token() -> None:
 
 
 def _supports_ray(job: Job, operator: Any) -> bool:
-    """Whether the operator runs on Ray. Operators that compare all records mostly do not, and run in processes."""
+    """Whether the operator runs on Ray. Most operators that compare all records do not."""
     return job.executor == "ray" and "ray" in operator._supported_exec_modes
 
 
 def _run_here(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
+    """Run an operator over rows in local processes. Returns its rows."""
     from data_juicer.core.data import NestedDataset
     from datasets import Dataset, disable_caching
     from pyarrow.ipc import new_stream
 
     disable_caching()
-    # through a file: workers then write their results to files, too; from memory they return 40 records a second
+    # through a file: workers then write their results to files too; from memory they return only 40 records a second
     path = Path(job.scratch, "chunk.arrow")
     table = _table(job, rows)
     with new_stream(path, table.schema) as file:
         file.write_table(table)
     dataset = NestedDataset(Dataset.from_file(str(path)))
-    return _rows(job, dataset.process([operator], open_monitor=False).to_list())
+    return _rows_of(job, dataset.process([operator], open_monitor=False).to_list())
 
 
 def _run_on_ray(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
+    """Run an operator over rows on Ray. Returns its rows."""
     _start_ray(job)
     import ray
     from data_juicer.core.data.ray_dataset import RayDataset
@@ -433,11 +461,11 @@ def _run_on_ray(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
     slices = [table.slice(first, size) for first in range(0, len(rows), size)]
     dataset = RayDataset(ray.data.from_arrow(slices), cfg=Namespace(auto_op_parallelism=False))
     done = dataset.process([operator]).data
-    return _rows(job, [row for part in ray.get(done.to_arrow_refs()) for row in part.to_pylist()])
+    return _rows_of(job, [row for part in ray.get(done.to_arrow_refs()) for row in part.to_pylist()])
 
 
 def _ray_options(job: Job) -> dict[str, Any]:
-    """Arguments of `ray.init`: a local Ray that opens no port to other machines, or the one at RAY_ADDRESS."""
+    """Return the arguments of `ray.init`: the Ray at RAY_ADDRESS, or a local one without ports for other machines."""
     if os.environ.get("RAY_ADDRESS"):
         return {}
     return {
@@ -451,6 +479,7 @@ def _ray_options(job: Job) -> dict[str, Any]:
 
 
 def _start_ray(job: Job) -> None:
+    """Start Ray or connect to it, unless that is done."""
     import ray
 
     if ray.is_initialized():
@@ -463,7 +492,7 @@ def _start_ray(job: Job) -> None:
 
 
 def _table(job: Job, rows: list[Row]) -> Any:
-    """Rows as an Arrow table, pictures by absolute paths."""
+    """Return the rows as an Arrow table, with absolute paths of pictures."""
     import pyarrow as pa
 
     columns: dict[str, Any] = {
@@ -475,8 +504,9 @@ def _table(job: Job, rows: list[Row]) -> Any:
     return pa.table({**columns, **{key: pa.array([row.get(key) for row in rows]) for key in others}})
 
 
-def _rows(job: Job, samples: list[dict[str, Any]]) -> list[Row]:
-    """An operator's output without statistics and hashes, pictures relative to the data folder again."""
+def _rows_of(job: Job, samples: list[dict[str, Any]]) -> list[Row]:
+    """Return an operator's output as rows, without statistics and hashes, and with pictures relative to the data
+    folder."""
     rows = []
     for sample in samples:
         row = {key: value for key, value in sample.items() if not key.startswith("__dj__") and value is not None}

@@ -1,8 +1,9 @@
 """GME: embeds texts and pictures into one space with a model of Qwen2-VL's architecture (arXiv:2412.16855).
 
-It computes what its authors' gme_inference.py computes, but in batches. The input is a chat with the text or picture as
-the user's message, ended by `<|endoftext|>`. Positions count up token by token; they are not the two-dimensional ones
-of generation. The vector is the last token's state, scaled to length one. A picture gets 256 to 1,280 tokens.
+The vectors are those of its authors' gme_inference.py, but computed in batches. The input is a chat with the text or
+picture as the user's message, and `<|endoftext|>` at the end. Positions count token by token, unlike in generation,
+where pictures have two-dimensional positions. The vector is the last token's hidden state, scaled to length one. A
+picture has 256 to 1,280 tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,17 +25,21 @@ AFTER = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 SHOWN = "<|vision_start|>", "<|vision_end|>"
 
 MAX_LENGTH = 1800
-"""Tokens of the whole input. A longer text is cut, as in GME's training."""
+"""Largest number of tokens of the whole input. A longer text is cut, as in GME's training."""
 MIN_TOKENS = 256
-"""Tokens of a picture; smaller pictures are enlarged."""
+"""Smallest number of tokens of a picture. Smaller pictures are enlarged."""
 READERS = 8
-"""Threads that read pictures while the GPU computes."""
+"""Number of threads that read pictures while the GPU computes."""
 
 
 class Gme:
-    """A GME model on one device. Raises UsageError for a folder that lacks weights."""
+    """A GME model on one device."""
 
     def __init__(self, folder: Path, device: str, dtype: str, max_pixels: int) -> None:
+        """Load the model in `folder`. `device` and `dtype` are torch's names, `max_pixels` limits a picture's size.
+
+        Raises UsageError if weights are missing, or the model is not of Qwen2-VL's architecture.
+        """
         from transformers import AutoModelForImageTextToText, AutoTokenizer
 
         own = read_rules(folder)
@@ -44,12 +49,12 @@ class Gme:
         load: Any = AutoModelForImageTextToText.from_pretrained
         network, loaded = load(folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True)
         lacking = sorted(name for name in loaded["missing_keys"] if not name.startswith("lm_head"))
-        if lacking:  # transformers initialises them at random, and the vectors would mean nothing
+        if lacking:  # transformers has initialised them at random: the vectors would be meaningless
             raise UsageError(
                 f"{folder}: {len(lacking)} of the network's parameters are missing, such as {lacking[0]}; copy a whole"
                 " model of Qwen2-VL's architecture there"
             )
-        self._network = network.model.to(device).eval()  # without the head: nothing is generated
+        self._network = network.model.to(device).eval()  # without the head: GME generates no tokens
         self._picture = int(network.config.image_token_id)
         self._device, self._dtype = device, getattr(torch, dtype)
         self._patches = _Patches(folder, device)
@@ -58,20 +63,21 @@ class Gme:
         )
 
     def embed_texts(self, texts: Sequence[str]) -> Vectors:
-        """Return unit vectors: float32, shape (texts, dimensions)."""
+        """Return the unit vectors of texts: float32, shape (texts, dimensions)."""
         room = MAX_LENGTH - len(self._before) - len(self._after)
         encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return self._embed([[*self._before, *tokens[:room], *self._after] for tokens in encoded], None)
 
     def embed_pictures(self, batches: Sequence[Sequence[Path]]) -> Iterator[Vectors]:
-        """Yield unit vectors of each batch of pictures: float32, shape (pictures, dimensions).
+        """Yield the unit vectors of each batch of pictures: float32, shape (pictures, dimensions).
 
-        Threads read the next batch while one is computed. Raises DataError for a file that is not a picture.
+        Threads read the next batch while the model computes one. Raises DataError for a file that is not a picture.
         """
         with ThreadPoolExecutor(READERS) as readers:
 
             def read(paths: Sequence[Path]) -> list[Any]:
-                return [readers.submit(self._read, path) for path in paths]
+                """Start reading a batch. Returns a future for each picture."""
+                return [readers.submit(self._read_pixels, path) for path in paths]
 
             ahead = read(batches[0]) if batches else []
             for number in range(len(batches)):
@@ -79,11 +85,13 @@ class Gme:
                 ahead = read(batches[number + 1]) if number + 1 < len(batches) else []
                 yield self._embed_batch(batch)
 
-    def _read(self, path: Path) -> tuple[Picture, npt.NDArray[np.uint8]]:
+    def _read_pixels(self, path: Path) -> tuple[Picture, npt.NDArray[np.uint8]]:
+        """Return a picture and its pixels: uint8, shape (height, width, 3)."""
         picture = open_picture(path, self._rules)
         return picture, np.asarray(picture.load())
 
     def _embed_batch(self, batch: list[tuple[Picture, npt.NDArray[np.uint8]]]) -> Vectors:
+        """Return the unit vectors of a batch of pictures: float32, shape (pictures, dimensions)."""
         rows = [
             [*self._before, *self._start, *[self._picture] * picture.tokens, *self._end, *self._after]
             for picture, _ in batch
@@ -94,15 +102,23 @@ class Gme:
 
     @torch.inference_mode()
     def _run_tower(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-        """Return the vision tower's output: shape (tokens of all pictures, hidden)."""
+        """Return the vision tower's output: shape (tokens of all pictures, hidden).
+
+        `patches` are those of all pictures, `grids` has (1, rows, columns) of patches for each picture.
+        """
         output = self._network.visual(patches, grid_thw=grids)
         found: torch.Tensor = getattr(output, "pooler_output", output)
         return found
 
     @torch.inference_mode()
     def _embed(self, rows: list[list[int]], seen: torch.Tensor | None) -> Vectors:
+        """Return the unit vectors of inputs: float32, shape (inputs, dimensions).
+
+        `rows` has the token ids of each input. `seen` replaces the tokens of pictures, in order: shape (tokens of all
+        pictures, hidden); None: no input has a picture.
+        """
         longest = max(map(len, rows))
-        # padding on the right, as in GME's training; it is masked, and no token attends to later ones
+        # pad on the right, as in GME's training: the padding is masked, and no token attends to later ones
         tokens = torch.tensor([row + [self._after[-1]] * (longest - len(row)) for row in rows], device=self._device)
         lengths = torch.tensor([len(row) for row in rows], device=self._device)
         mask = torch.arange(longest, device=self._device)[None, :] < lengths[:, None]
@@ -123,9 +139,10 @@ class Gme:
 
 
 class _Patches:
-    """Cuts pictures into patches on the device: the same numbers as transformers' processor, computed faster."""
+    """Cuts pictures into patches on the device. The values are those of transformers' processor, computed faster."""
 
     def __init__(self, folder: Path, device: str) -> None:
+        """Read patch size and normalisation from the folder's preprocessor_config.json."""
         import json
 
         values = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -137,10 +154,10 @@ class _Patches:
         self._device = device
 
     def cut(self, pixels: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, list[int]]:
-        """Return patches, float32, shape (rows x columns, channels x frames x side x side), and the grid: 1, rows,
-        columns.
+        """Return a picture's patches, float32, shape (rows x columns, channels x frames x side x side), and their grid:
+        [1, rows, columns].
 
-        `pixels` is (height, width, 3), both sides multiples of the patch times the merge size.
+        `pixels`: (height, width, 3), both sides multiples of patch size times merge size.
         """
         picture = torch.from_numpy(pixels.copy()).to(self._device).permute(2, 0, 1).float()
         picture = picture * self._factor - self._shift

@@ -1,4 +1,4 @@
-"""Turn questions into samples, and write the rows that a submission must answer."""
+"""Turn questions into samples, and write the rows that a submission must have."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from stages.preprocess.split import SPLITS
 from stages.tasks.task import Found
 
 ASKED = "validation_asked"
-"""Validation samples without their answers: prompts for adapters that are chosen or weighed by their score on them."""
+"""Validation samples without their answers. Their scores choose or weight the adapters of a vote."""
 
 
 def write_samples(
@@ -23,9 +23,10 @@ def write_samples(
     groups: Mapping[str, str],
     founds: Mapping[str, Found] | None,
 ) -> None:
-    """Write the samples of each split, and the rows of a submission. Raises DataError if none is left to train on.
+    """Write the samples of each split and the rows of a submission, and add them to outputs and counts.
 
-    `splits`, `groups` and `founds` are by question id; the last is None if the task reads no documents.
+    `splits`, `groups` and `founds` are by question id; `founds` is None if the task reads no documents. Raises
+    DataError if there is no training sample, or no test question of a data set has a usable prompt.
     """
     recipe = stage.run.recipe
     learnt = {group for name, group in groups.items() if splits.get(name) == "train"}
@@ -50,7 +51,7 @@ def write_samples(
             samples[split] += _answered_samples(recipe, task, question, found, split)
     if not samples["train"]:
         raise DataError(
-            f"{stage.run.data}: no question is left to train on; see {stage.path('log.txt')} for the skipped ones"
+            f"{stage.run.data}: no question is left to train on; correct the skipped ones ({stage.path('log.txt')})"
         )
     for split, members in samples.items():
         name = f"samples/{split}.jsonl"
@@ -63,8 +64,10 @@ def write_samples(
 
 
 def _check_test_samples(stage: Stage, tested: list[Sample]) -> None:
-    """Say which test samples have errors. Raises DataError if all of a data set have: its score would be 0, and mean
-    nothing."""
+    """Report how many test samples of each data set have errors.
+
+    Raises DataError if all samples of a data set have errors: its score of 0 would be meaningless.
+    """
     for source in sorted({str(sample["meta"]["source"]) for sample in tested}):
         members = [sample for sample in tested if sample["meta"]["source"] == source]
         broken = [sample for sample in members if sample["meta"].get("error")]
@@ -81,7 +84,7 @@ def _check_test_samples(stage: Stage, tested: list[Sample]) -> None:
 
 
 def _answered_samples(recipe: Recipe, task: Any, question: Any, found: Found | None, split: str) -> list[Sample]:
-    """A question's samples for training or validation, answer included."""
+    """The samples of a question for training or validation, with the answer as the last message."""
     members: list[Sample] = task.build_samples(recipe, question, found, split)
     for sample in members:
         target = sample["meta"].pop("target", sample["references"][0])
@@ -91,20 +94,22 @@ def _answered_samples(recipe: Recipe, task: Any, question: Any, found: Found | N
 
 
 def _prompt_sample(recipe: Recipe, task: Any, question: Any, found: Found | None, trained_on: bool = False) -> Sample:
-    """A question's sample for inference, without the answer."""
+    """The sample of a question for inference, without the answer. `trained_on`: training has the question too."""
     sample: Sample
     (sample,) = task.build_samples(recipe, question, found, "test")
     sample["meta"]["source"] = question.source
     if trained_on:
         sample["meta"]["trained_on"] = True
-    if found is not None and not found.pages:  # it stays in the test set and counts as failed
+    if found is not None and not found.pages:  # the sample stays in the test set and counts as failed
         sample["meta"]["error"] = f"no readable page in {question.document}"
     return sample
 
 
 def _reason_to_skip(question: Any, split: str | None, found: Found | None) -> tuple[str, str] | None:
-    """Why a question becomes no sample, and the detail; None if it becomes one. No test question is skipped: each is
-    scored or counted as failed."""
+    """The reason and the detail why a question is skipped; None if it becomes a sample.
+
+    Test questions are never skipped: each one is scored or counts as failed.
+    """
     if split is None and found is not None:
         return "training question on a test document", f"{question.document}, by its content"
     if split is None:

@@ -1,4 +1,4 @@
-"""Split questions by group (a document, a context, a problem), never by row, so that no training data is scored."""
+"""Split questions by group (a document, a context, a problem), never row by row: training data must not be scored."""
 
 import hashlib
 import math
@@ -17,9 +17,9 @@ def split_questions(
 ) -> dict[str, str | None]:
     """Return the split of each question by id; None for a question that may be neither trained on nor scored.
 
-    `groups` has each question's group by id. Each data set is split by itself, so that each has its share of the test
-    set; a group in several data sets has the same split in all. A data set left with only one of train and test cannot
-    be split: its questions go to `skip` and are not in the result. Raises DataError if no data set can be split.
+    `groups` has each question's group by id. Each data set is split separately and contributes its share to the test
+    set. A group in several data sets has the same split in all. A data set that suffices for only one of train and test
+    is not split: its questions go to `skip` and are not in the result. Raises DataError if no data set can be split.
     """
     splits = {groups[question.id]: "test" for question in questions if question.split in ("test", "test only")}
     divided: dict[str, dict[str, str | None]] = {}
@@ -50,8 +50,9 @@ def split_questions(
 
 
 def _split_of(question: Any, of_its_group: str | None, data: Data) -> str | None:
+    """The split of a question whose group has the split `of_its_group`; None: neither trained on nor scored."""
     if question.split in ("asked", "test only"):
-        return "test"  # a question that is only asked has no answer, and so no score
+        return "test"  # a question of split `asked` has no answer, so it is not scored
     if question.split == "train only":
         return "train" if of_its_group in ("train", None) else None
     if question.split == "train" and of_its_group == "test":
@@ -67,11 +68,12 @@ def split_groups(
     taken: Mapping[str, str] | None = None,
     learnt: bool = False,
 ) -> dict[str, str]:
-    """Return the split of each group. `given` has the splits (`train` or `test`) that the data state, `taken` those
-    that other data sets have set; `learnt` says that there are questions to train on in any case.
+    """Return the split of each group: `train`, `validation` or `test`.
 
-    The other groups are ordered by a hash of the seed and their names, so that a group's place does not depend on the
-    order of the list. Raises DataError if the groups suffice for only one of train and test.
+    `given` has the splits (`train` or `test`) in the data itself, `taken` the splits that the groups have in other data
+    sets. `learnt`: there are questions to train on in any case. The other groups are ordered by a hash of seed and
+    name, so a group's split does not depend on the order of the list. Raises DataError if the groups suffice for only
+    one of train and test.
     """
     taken = taken or {}
     order = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).hexdigest())
@@ -89,9 +91,9 @@ def split_groups(
     train = free + [group for group in order if taken.get(group) == "train"]
     if not (train or learnt) or not (test or data.evaluate_on_training):
         raise DataError(
-            f"found questions on {len(groups)} document(s) or group(s): {len(train)} to train on and {len(test)} to"
-            " test on; splits are by group, so both need at least one; add documents or groups, or set"
-            " data.evaluate_on_training to score the training data, as every table then says"
+            f"found questions on {len(groups)} document(s) or group(s), {len(train)} to train on and {len(test)} to"
+            " test on, but both need at least one; add documents or groups, or set data.evaluate_on_training to"
+            " score the training data, which every table then says"
         )
     named = {"train": train, "validation": validated, "test": test}
     return {group: split for split, members in named.items() for group in members}

@@ -1,4 +1,4 @@
-"""preprocess: read the questions, split them by group, find in their documents what belongs to them, write samples.
+"""preprocess: read the questions, split them by group, find the pages that belong to them, and write samples.
 
 If the task reads records, Data-Juicer may filter and rewrite them first.
 """
@@ -28,7 +28,7 @@ def work(stage: Stage) -> None:
         questions = cast(QuestionTask, task).read_questions(recipe, data, set(documents), stage.skip)
     stage.counts["questions"] = len(questions)
 
-    # before hours of work: it fails if nothing can be held out
+    # before hours of work: this fails if no test set can be held out
     groups = _groups(questions, documents, stage.path(".hashes.json"))
     splits = split_questions(questions, groups, recipe.data, recipe.seed, stage.skip)
     questions = [question for question in questions if question.id in splits]
@@ -47,23 +47,23 @@ def work(stage: Stage) -> None:
 
 
 def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
-    """The questions of a task that reads records, after Data-Juicer. Also writes the pictures of the samples."""
+    """The questions of a task that reads records, after Data-Juicer. Also writes the samples' pictures."""
     recipe, data = stage.run.recipe, stage.run.data
     records = task.records(data)
     pictures = stage.path("pictures")
     pictures.mkdir(parents=True, exist_ok=True)
     others: list[Any] = task.read_others(recipe, data, pictures, stage.skip)
     if recipe.preprocess.data_juicer is not None:
-        from stages.preprocess.data_juicer import process
+        from stages.preprocess.data_juicer import run_operators
 
-        records = process(stage, records)
+        records = run_operators(stage, records)
     made: list[Any] = task.read_records(recipe, data, records, pictures, others, stage.skip)
     stage.outputs["pictures/"] = None
     return others + made
 
 
 def _documents(task: Task, data: Path) -> dict[str, Path]:
-    """The documents by id; empty if the task reads none."""
+    """The documents' files by id; empty if the task reads no documents."""
     if not reads_documents(task):
         return {}
     from stages.preprocess.documents import document_ids
@@ -72,10 +72,10 @@ def _documents(task: Task, data: Path) -> dict[str, Path]:
 
 
 def _groups(questions: list[Any], documents: dict[str, Path], known_hashes: Path) -> dict[str, str]:
-    """The group of each question, by id: questions of a group share a split. Documents with the same content are one
-    group, whatever their names.
+    """The group of each question by id. Questions of a group share a split; documents with the same content are one
+    group.
 
-    `known_hashes` has the documents' digests since the stage hashed its inputs.
+    The file `known_hashes` has the documents' digests cached since the stage hashed its inputs.
     """
     if not documents:
         return {question.id: question.group for question in questions}
@@ -87,6 +87,8 @@ def _groups(questions: list[Any], documents: dict[str, Path], known_hashes: Path
 
 
 def _show_counts(stage: Stage) -> None:
+    """Show how many samples of each split there are and how many records are skipped for which reason. The log gets
+    every skipped record."""
     reasons: dict[str, int] = defaultdict(int)
     for skipped in stage.skipped:
         reasons[skipped["reason"]] += 1

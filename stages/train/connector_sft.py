@@ -1,6 +1,6 @@
-"""The first phase in ms-swift's trainer: trains and saves only the connector of a whole model.
+"""The first phase in ms-swift's trainer: it trains and saves only the connector of a whole model.
 
-checkpoint-<step>/connector.safetensors   its weights in float32, named as in the base's own files
+checkpoint-<step>/connector.safetensors   the connector's weights in float32, named as in the base's own files
 """
 
 from pathlib import Path
@@ -14,11 +14,11 @@ from stages.models.connector import FILE, names_in_files
 from stages.train.together import Together
 
 
-def train_connector_only(trainer: Any, model: Path, together: Together) -> None:
-    """Make a transformers Trainer keep the trainable weights in float32, as LoRA's are beside a base in 16 bits, and to
-    save and load only them. Call it before the training.
+def patch_connector_training(trainer: Any, model: Path, together: Together) -> None:
+    """Convert the trainable weights to float32 and patch a transformers Trainer to save and load only these weights.
+    Call it before training.
 
-    Raises UsageError for a model that has no connector.
+    LoRA weights are in float32 too when the base is in 16 bits. Raises UsageError if the model has no connector.
     """
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     if not trained:
@@ -28,12 +28,14 @@ def train_connector_only(trainer: Any, model: Path, together: Together) -> None:
         weight.data = weight.data.float()
 
     def save(output_dir: str, _internal_call: bool = False) -> None:
-        if together.first:
+        """Save the connector's weights. Only the first process writes."""
+        if together.is_first:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             weights = {names[name]: weight.detach().cpu().contiguous() for name, weight in trained.items()}
             save_file(weights, Path(output_dir) / FILE, metadata={"format": "pt"})
 
     def load(checkpoint: str, model: Any = None) -> None:
+        """Copy a checkpoint's connector into the model."""
         weights = load_file(Path(checkpoint) / FILE)
         with torch.no_grad():
             for name, weight in trained.items():

@@ -13,21 +13,21 @@ from stages.train.ladder import During
 
 @dataclass(frozen=True)
 class Job:
-    """One training with every choice made."""
+    """What a training process needs to know to train one adapter or connector. Every choice is made."""
 
     model: Path
     work: Path
-    """Folder of this adapter's checkpoints."""
+    """Folder of the checkpoints."""
     scratch: Path
-    """Folder for files that only this machine's processes need."""
+    """Folder for temporary files of this machine's processes."""
     adapter: Path
-    """Folder that the finished adapter or connector goes to."""
+    """Folder of the finished adapter or connector."""
     run: Path
     """The run's folder; picture names are relative to it."""
     key: str
-    """Digest of everything that the adapter depends on."""
+    """Digest of everything that the adapter or connector depends on."""
     mix: Adapter
-    """The adapter's data mix."""
+    """The adapter's entry in the recipe, with its data mix."""
     train: list[Path]
     validation: list[Path]
     seed: int
@@ -46,20 +46,20 @@ class Job:
     model_settings: Model
     settings: Train
     progress: int
-    """File descriptor that progress is written to."""
+    """File descriptor to which the process writes its progress."""
     connector: tuple[Path, str] | None = None
-    """File and sha256 of the connector that the adapter is trained with."""
+    """File and sha256 of the connector that the base gets before the adapter is trained; None: the base's own."""
 
     @property
-    def weights(self) -> tuple[str, ...]:
-        """Names of the checkpoint's files that the finished adapter or connector consists of."""
+    def weight_files(self) -> tuple[str, ...]:
+        """Names of the files in a checkpoint that make up the finished adapter or connector."""
         if self.settings.trains_connector:
             return (CONNECTOR_FILE,)
         return ("adapter_model.safetensors", "adapter_config.json")
 
     @staticmethod
     def read(path: Path) -> "Job":
-        """Read a job from its JSON file."""
+        """The job in a JSON file that `stages.train.torchrun` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
         values |= {name: Path(values[name]) for name in ("model", "work", "scratch", "adapter", "run")}
         values |= {name: [Path(p) for p in values[name]] for name in ("train", "validation")}
@@ -78,14 +78,14 @@ class Progress:
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8")
         self.only_problems = False
-        """Send errors only: of several processes, the first sends the progress of all."""
+        """Whether to send only errors. Of several processes, the first sends the progress of all."""
         self.during: During = "loading"
-        """Phase of this process; it decides what changes when memory runs out."""
+        """What this process does now. It decides what the next attempt changes if memory runs out."""
         self.step = 0
-        """The last finished optimizer step."""
+        """Number of the last finished optimizer step."""
 
     def send(self, **fields: Any) -> None:
-        """Send one message; `event` is its kind."""
+        """Send one message as a line of JSON. Its field `event` is `process`, `loaded`, `step`, `loss` or `error`."""
         if self.only_problems and fields["event"] != "error":
             return
         self._file.write(json.dumps(fields) + "\n")
@@ -93,5 +93,5 @@ class Progress:
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
-    """Size in bytes of each of a checkpoint's files, by name, without the mark complete.json."""
+    """Sizes in bytes of a checkpoint's files, by name. The mark complete.json is not among them."""
     return {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir()) if p.name != "complete.json"}

@@ -1,9 +1,10 @@
 """The ladder: what the next attempt changes after training ran out of memory, and the file that records it.
 
-Each rung needs less memory and keeps the effective batch. Pixels and length decide what the adapter learns from: they
-are lowered only if the recipe allows it. An evaluation that runs out of memory changes only the evaluation.
+Each rung is one change: it needs less memory and keeps the effective batch. Pixels and length decide what the adapter
+learns from, so Lorry lowers them only if the recipe allows it. If an evaluation runs out of memory, only the evaluation
+changes.
 
-    <checkpoints>/ladder.json   the rungs taken; a later start of the same work begins at the last one
+    <checkpoints>/ladder.json   the rungs so far; a later start of the same training begins at the last one
 """
 
 import re
@@ -29,17 +30,17 @@ class Shortage:
 
     during: During
     step: int
-    """The last finished optimizer step."""
+    """Number of the last finished optimizer step."""
     said: str
-    """Memory requested and memory free, in torch's words."""
+    """Memory requested and memory free, as torch reports them."""
 
     def __str__(self) -> str:
         at = "while loading the model" if self.during == "loading" else f"in {self.during} after step {self.step}"
-        return f"{at}: {self.said}"
+        return f"{at} ({self.said})"
 
 
 class MemoryRanOutError(DoesNotFitError):
-    """Training ran out of memory. `processes` are the ids of those that held it and have ended."""
+    """Training ran out of GPU memory. `processes` are the ids of the training processes, which have ended."""
 
     def __init__(self, text: str, shortage: Shortage, processes: tuple[int, ...] = ()) -> None:
         super().__init__(text)
@@ -47,35 +48,40 @@ class MemoryRanOutError(DoesNotFitError):
 
 
 class LostCardError(InterruptedRunError):
-    """A GPU stopped working. Training resumes from the last checkpoint, on other GPUs too."""
+    """A GPU stopped working. Training can resume from the last checkpoint, also on other GPUs."""
 
 
 @dataclass(frozen=True)
-class Footing:
-    """The part of a training's settings that depends on the memory."""
+class Attempt:
+    """The settings of one attempt at a training that depend on the memory."""
 
     settings: Train
     batch: BatchPlan
     eval_micro_batch: int
     """Samples per forward pass of an evaluation on one GPU."""
     evaluate: bool = True
+    """Whether to evaluate during training."""
 
 
 Change = dict[str, int | bool]
 """What a rung sets: `micro_batch`, `eval_micro_batch`, `evaluate`, or a field of the recipe's `train`."""
 
 
-def next_rung(footing: Footing, during: During) -> Change | None:
-    """The next change that needs less memory; None if the recipe allows no other."""
+def next_rung(attempt: Attempt, during: During) -> Change | None:
+    """The next change that lowers memory use; None if no change is left that the recipe allows.
+
+    `during` is what ran out of memory. No change helps while the model is loading.
+    """
     if during == "evaluation":
-        return _lighter_evaluation(footing)
+        return _lighter_evaluation(attempt)
     if during == "training":
-        return _lighter_training(footing)
+        return _lighter_training(attempt)
     return None  # while loading, no sample is on the GPU yet: a smaller batch frees nothing
 
 
-def _lighter_training(footing: Footing) -> Change | None:
-    settings, micro_batch = footing.settings, footing.batch.micro_batch
+def _lighter_training(attempt: Attempt) -> Change | None:
+    """The next change of the training, the mildest first; None if none is left."""
+    settings, micro_batch = attempt.settings, attempt.batch.micro_batch
     if micro_batch > 1:
         return {"micro_batch": micro_batch // 2}
     if not settings.gradient_checkpointing:
@@ -87,15 +93,16 @@ def _lighter_training(footing: Footing) -> Change | None:
     return None
 
 
-def _lighter_evaluation(footing: Footing) -> Change | None:
-    if footing.eval_micro_batch > 1:
-        return {"eval_micro_batch": footing.eval_micro_batch // 2}
-    return {"evaluate": False} if footing.evaluate else None
+def _lighter_evaluation(attempt: Attempt) -> Change | None:
+    """The next change of the evaluation: a smaller micro-batch, at last no evaluation; None if it is off already."""
+    if attempt.eval_micro_batch > 1:
+        return {"eval_micro_batch": attempt.eval_micro_batch // 2}
+    return {"evaluate": False} if attempt.evaluate else None
 
 
-def lowered_footing(footing: Footing, change: Change) -> Footing:
-    """The footing with a rung's change. A value that is already lower stays: this start may have other cards."""
-    batch, settings = footing.batch, footing.settings
+def lowered_attempt(attempt: Attempt, change: Change) -> Attempt:
+    """The attempt with a rung's change. Never raises a value: on other GPUs, the attempt may start with a lower one."""
+    batch, settings = attempt.batch, attempt.settings
     if "micro_batch" in change:
         batch = plan_batch(batch.wanted, min(batch.micro_batch, int(change["micro_batch"])), batch.gpus)
     update: Change = {}
@@ -106,22 +113,22 @@ def lowered_footing(footing: Footing, change: Change) -> Footing:
     if "max_length" in change:
         update["max_length"] = min(settings.max_length, int(change["max_length"]))
     return replace(
-        footing,
+        attempt,
         settings=settings.model_copy(update=update),
         batch=batch,
-        eval_micro_batch=min(footing.eval_micro_batch, int(change.get("eval_micro_batch", footing.eval_micro_batch))),
-        evaluate=footing.evaluate and bool(change.get("evaluate", True)),
+        eval_micro_batch=min(attempt.eval_micro_batch, int(change.get("eval_micro_batch", attempt.eval_micro_batch))),
+        evaluate=attempt.evaluate and bool(change.get("evaluate", True)),
     )
 
 
-def describe_change(change: Change, after: Footing) -> str:
-    """A rung in words, for console, manifest and report."""
+def describe_change(change: Change, after: Attempt) -> str:
+    """A rung's change in words, for console, manifest and report. `after` is the attempt with the change."""
     batch = after.batch
     words = {
         "micro_batch": f"micro-batch {batch.micro_batch}, accumulation {batch.accumulation}: {batch}",
         "gradient_checkpointing": f"gradient checkpointing on, effective batch still {batch.effective}",
         "max_pixels": f"max_pixels {after.settings.max_pixels}",
-        "max_length": f"max_length {after.settings.max_length}: longer samples are left out",
+        "max_length": f"max_length {after.settings.max_length}: longer samples are skipped",
         "eval_micro_batch": f"evaluation {after.eval_micro_batch} at a time; training unchanged",
         "evaluate": "no evaluation; training unchanged",
     }
@@ -129,16 +136,19 @@ def describe_change(change: Change, after: Footing) -> str:
 
 
 def change_as_options(change: Change, settings: Train) -> str:
-    """A rung as options of the command. An evaluation has no option of its own: training's sets both."""
+    """A rung's change as command options, such as `--set train.micro_batch=2`.
+
+    An evaluation has no micro-batch option; training's sets both.
+    """
     if "evaluate" in change:
         return "--set data.validation_fraction=0 (preprocess too)"
     options = {settings.key_of(name.removeprefix("eval_")): value for name, value in change.items()}
     return " ".join(f"--set {key}={str(value).lower()}" for key, value in options.items())
 
 
-def memory_advice(footing: Footing) -> str:
-    """The last part of an error message: what to change if no rung is left."""
-    settings = footing.settings
+def memory_advice(attempt: Attempt) -> str:
+    """The cure in an error message if no rung is left: what the user can change."""
+    settings = attempt.settings
     ways = ["GPUs with more free memory"]
     if not (settings.load_in_4bit or settings.trains_connector):
         ways.append("the base in 4 bits (train.load_in_4bit=true)")
@@ -147,40 +157,40 @@ def memory_advice(footing: Footing) -> str:
     if settings.max_pixels and settings.max_pixels > (settings.least_max_pixels or 0):
         ways.append(f"fewer pixels (train.max_pixels below {settings.max_pixels})")
     ways.append(f"shorter samples ({settings.key_of('max_length')} below {settings.max_length})")
-    return f"what helps: {', '.join(ways[:-1])}, or {ways[-1]}"
+    return f"use {', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 @dataclass
 class Ladder:
-    """The rungs that one adapter's training took, over all starts of the same work."""
+    """The rungs of one adapter's training, over all its starts."""
 
     path: Path
     rungs: list[dict[str, Any]] = field(default_factory=list)
     """`{"decision": as the manifest has it, "change": Change, "room": as below}`"""
     room: int = 0
-    """Total memory of the smallest GPU, in bytes. A rung taken on a smaller one does not apply."""
+    """Total memory of the smallest GPU, in bytes; 0 on a CPU. A rung of a start with smaller GPUs does not apply."""
 
     @staticmethod
-    def of(work: Path, room: int = 0) -> "Ladder":
-        """The ladder of the adapter whose checkpoints are in `work`."""
+    def read(work: Path, room: int = 0) -> "Ladder":
+        """The ladder of the adapter whose checkpoints are in the folder `work`, as its ladder.json has it."""
         path = work / "ladder.json"
         return Ladder(path, (read_json(path) or {"rungs": []})["rungs"], room)
 
     @property
     def decisions(self) -> list[dict[str, Any]]:
-        """The rungs as the manifest's decisions."""
+        """The rungs as decisions of the manifest: `{"what", "value", "why"}` each."""
         return [dict(rung["decision"]) for rung in self.rungs]
 
-    def apply_rungs(self, footing: Footing) -> Footing:
-        """The footing with every rung that applies to these GPUs."""
+    def apply_rungs(self, attempt: Attempt) -> Attempt:
+        """The attempt with every rung that applies to these GPUs."""
         for rung in self.rungs:
             if self.room <= rung["room"]:
-                footing = lowered_footing(footing, rung["change"])
-        return footing
+                attempt = lowered_attempt(attempt, rung["change"])
+        return attempt
 
-    def take(self, adapter: str, shortage: Shortage, change: Change, footing: Footing) -> Footing:
-        """Go down one rung and record it. Returns the footing after it."""
-        after = lowered_footing(footing, change)
+    def take_rung(self, adapter: str, shortage: Shortage, change: Change, attempt: Attempt) -> Attempt:
+        """Apply a change and record it as a rung in ladder.json. Returns the next attempt."""
+        after = lowered_attempt(attempt, change)
         decision = {"what": WHAT, "value": describe_change(change, after), "why": f"adapter {adapter}, {shortage}"}
         self.rungs.append({"decision": decision, "change": change, "room": self.room})
         write_json(self.path, {"rungs": self.rungs})
@@ -194,7 +204,7 @@ _NO_MEMORY = re.compile(
     r"|NCCL.*out of memory|Cuda failure.*out of memory|DefaultCPUAllocator: can't allocate memory",
     re.DOTALL,
 )
-"""Texts of plain RuntimeErrors. Only torch's allocator raises a type of its own."""
+"""Texts of RuntimeErrors that mean out of memory. Only torch's allocator raises a type of its own."""
 
 _LOST = re.compile(
     r"unspecified launch failure|GPU is lost|fallen off the bus|uncorrectable ECC|no CUDA-capable device"
@@ -202,19 +212,22 @@ _LOST = re.compile(
     r"|CUDA-capable device\(s\) is/are busy or unavailable|device kernel image is invalid",
     re.IGNORECASE,
 )
-"""CUDA's words for a GPU that stopped working. A device-side assertion is not among them: it is a bug."""
+"""CUDA's messages for a GPU that stopped working. A device-side assertion is not among them: it is a bug."""
 
 
 def shortage_of(error: BaseException, during: During, step: int) -> Shortage | None:
-    """The shortage behind an error; None if it is another kind of error."""
+    """The out-of-memory error that an error is or was caused by; None for any other error."""
     for one in _with_causes(error):
         if type(one).__name__ == "OutOfMemoryError" or (isinstance(one, RuntimeError) and _NO_MEMORY.search(str(one))):
             return Shortage(during, step, _requested_memory(str(one)))
     return None
 
 
-def lost_card(error: BaseException) -> str | None:
-    """CUDA's words for a GPU that stopped working; None if it is another kind of error."""
+def lost_gpu_message(error: BaseException) -> str | None:
+    """CUDA's message if an error means that a GPU stopped working; None for any other error.
+
+    One line, at most 200 characters.
+    """
     for one in _with_causes(error):
         if isinstance(one, RuntimeError) and _LOST.search(str(one)):
             return str(one).strip().splitlines()[0][:200]
@@ -222,6 +235,7 @@ def lost_card(error: BaseException) -> str | None:
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, then its cause, then that one's cause, and so on."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
@@ -229,7 +243,10 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _requested_memory(text: str) -> str:
-    """`asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free`, read from torch's long text; else its first 150 characters."""
+    """Memory requested and free in torch's error text, as `asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free`.
+
+    If the text has no such figures, its first 150 characters.
+    """
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
     free = re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text)
     if asked is None:

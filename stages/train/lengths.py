@@ -12,24 +12,26 @@ from stages.hardware.memory import Lengths
 from stages.models.pictures import family_rules, open_picture
 
 CANDIDATES = 64
-"""Samples that are tokenised: the longest and the shortest by size. The longest and shortest by tokens are among them,
-or close."""
+"""How many of the longest samples, and of the shortest, are tokenised. Estimated lengths choose them; the longest and
+the shortest in tokens are among them, or close."""
 
 CHARACTERS = 2
-"""Characters that count as one token in a sample's size: four would fit English, one Chinese."""
+"""Characters that count as one token in an estimated length: four would fit English, one Chinese."""
 
 OF_A_MESSAGE, OF_A_PROMPT, OF_A_PICTURE = 6, 24, 2
-"""Tokens that a chat template adds: around a message, for its own system prompt, and around a picture."""
+"""Tokens that a chat template adds at most: around a message, for its own system prompt, and around a picture."""
 
 
 @dataclass(frozen=True)
 class _Sample:
+    """What a sample's length depends on."""
+
     texts: list[str]
     """Text of each message."""
-    asked: int
-    """Messages before the first answer."""
+    prompt_messages: int
+    """Number of messages before the first answer."""
     pictures: int
-    """Tokens of its pictures, with those around them."""
+    """Number of tokens of and around its pictures."""
 
     @property
     def size(self) -> int:
@@ -43,17 +45,17 @@ class _Sample:
 
     @property
     def answers(self) -> list[str]:
-        """The first answer and everything after it: the adapter learns every answer of a conversation."""
-        return self.texts[self.asked :]
+        """Texts of the first answer and of every message after it: the adapter learns all answers of a conversation."""
+        return self.texts[self.prompt_messages :]
 
 
 def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run: Path) -> Lengths:
-    """Tokens of the longest sample, the longest answer and the shortest prompt, at most max_length each. Picture names
-    are relative to `run`.
+    """Lengths in tokens of the longest sample, the longest answer and the shortest prompt. Sample and answer are at
+    most max_length. Picture names are relative to the folder `run`.
 
-    A picture's tokens depend on the model. For the Qwen2-VL family and LLaVAs they are counted from the file's header;
-    for other models, a sample with pictures counts as max_length. If the model has no tokenizer.json, every sample and
-    answer counts as max_length. Raises DataError for a file that is no picture.
+    For the Qwen2-VL family and LLaVAs, a picture's tokens are computed from its size in the file's header. For other
+    models, a sample with pictures counts as max_length. If the model has no tokenizer.json, or there are no samples,
+    sample and answer count as max_length. Raises DataError for a file that is not a picture.
     """
     limit = settings.max_length
     if not samples or not (model / "tokenizer.json").is_file():
@@ -65,17 +67,19 @@ def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run:
 
     @cache  # samples share pages
     def picture_tokens(name: str) -> int:
+        """Number of tokens of and around a picture; 0 if the model's rules are unknown."""
         return open_picture(run / name, rules, settings.max_pixels).tokens + OF_A_PICTURE if rules else 0
 
     def tokens(text: str) -> int:
+        """Number of tokens of a text, without those of its pictures."""
         pieces = text.split("<image>") if rules else [text]
         return sum(len(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in pieces)
 
     counted = []
     for sample in samples:
         texts = [str(message["content"]) for message in sample["messages"]]
-        asked = next(place for place, message in enumerate(sample["messages"]) if message["role"] == "assistant")
-        counted.append(_Sample(texts, asked, sum(map(picture_tokens, sample.get("images") or []))))
+        before = next(place for place, message in enumerate(sample["messages"]) if message["role"] == "assistant")
+        counted.append(_Sample(texts, before, sum(map(picture_tokens, sample.get("images") or []))))
     longest = heapq.nlargest(CANDIDATES, counted, key=lambda sample: sample.size)
     prompts = heapq.nsmallest(CANDIDATES, counted, key=lambda sample: sample.prompt_size)
     answers = heapq.nlargest(CANDIDATES, (sample.answers for sample in counted), key=lambda texts: sum(map(len, texts)))
@@ -83,11 +87,11 @@ def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run:
     if rules is None and any(sample.get("images") for sample in samples):
         whole = limit
     answer = max(sum(tokens(text) + OF_A_MESSAGE for text in texts) for texts in answers)
-    # without the template's tokens: those are an upper estimate, and this is a lower one
-    shortest = min(sum(map(tokens, one.texts[: one.asked])) + one.pictures for one in prompts)
+    # without the template's tokens, whose number is an upper bound: the shortest prompt must be a lower bound
+    shortest = min(sum(map(tokens, one.texts[: one.prompt_messages])) + one.pictures for one in prompts)
     return Lengths(min(whole, limit), min(answer, limit), shortest)
 
 
 def read_lengths(path: Path, model: Path, settings: Train, run: Path) -> Lengths:
-    """`lengths_of` for a file of samples."""
+    """Lengths in tokens of the samples in the JSON Lines file `path`, as `lengths_of` returns them."""
     return lengths_of(read_jsonl(path), model, settings, run)

@@ -1,5 +1,5 @@
-"""ms-swift templates for LLaVAs. They match the chat template in the model's folder and put a picture where the message
-has it. Importing this module registers two values of `model.swift_template`:
+"""ms-swift templates for LLaVAs. They match the chat template in the model's folder and keep each picture's place in
+the message. Importing this module registers two values of `model.swift_template`:
 
 * llava_chatml: `<|im_start|>user\\n...<|im_end|>\\n`, for tiny-llava
 * llava_vicuna: `USER: ... ASSISTANT:`, for the published LLaVA-1.5 models. ms-swift's own llava1_5_hf adds a line break
@@ -14,9 +14,10 @@ from swift.template.templates.utils import ChatmlTemplateMeta
 
 
 class _InPlace(LlavaHfTemplate):  # type: ignore[misc]
-    """Puts a picture's token in the place of `<image>`, without a line break after it."""
+    """Replaces `<image>` in a message by a picture's token alone. ms-swift's class adds a line break."""
 
     def replace_tag(self, media_type: str, index: int, inputs: Any) -> list[Any]:
+        """The text that replaces a picture's tag."""
         return ["<image>"]
 
 

@@ -12,9 +12,12 @@ from stages.train.llava_templates import _InPlace
 
 
 class _Loader(ModelLoader):  # type: ignore[misc]
+    """Loads MGM with Lorry's model class."""
+
     default_trust_remote_code = False  # the model is defined in Lorry; its folder holds no code
 
     def get_model(self, *args: Any, **kwargs: Any) -> Any:
+        """The model, loaded as ms-swift loads any other."""
         self.auto_model_cls = MgmForConditionalGeneration
         return super().get_model(*args, **kwargs)
 

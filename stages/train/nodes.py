@@ -1,7 +1,7 @@
-"""How several machines train the same adapter at the same time: node 0 announces it, the others follow.
+"""How several nodes train the same adapter together: node 0 announces it, the other nodes join.
 
-Only node 0 reads and writes the stage's folder and knows which adapters are left. While its processes run, the adapter
-is named in `checkpoints/announced.json`. The other nodes read that file until node 0's manifest is written.
+Only node 0 knows which adapters are still to be trained. While its training processes run, `checkpoints/announced.json`
+names their adapter. The other nodes read that file until node 0 writes its manifest.
 """
 
 import time
@@ -17,13 +17,16 @@ from stages.train.torchrun import JOIN_SECONDS
 
 
 def place_of(name: str) -> tuple[str, ...]:
-    """Parts of the path, below the stage's folder, of a trained adapter or of the connector."""
+    """Path of an adapter's or the connector's folder, relative to the stage's folder, as its parts."""
     return (CONNECTOR,) if name == CONNECTOR else ("adapters", name)
 
 
 @contextmanager
 def announce_training(stage: Stage, adapter: str, node: Node | None) -> Iterator[None]:
-    """Announce an adapter or the connector to the other nodes, if there are any, while the context lasts."""
+    """Within this context, announce the training of an adapter or the connector to the other nodes.
+
+    Does nothing if `node` is None: there are no other nodes.
+    """
     if node is None:
         yield
         return
@@ -36,18 +39,18 @@ def announce_training(stage: Stage, adapter: str, node: Node | None) -> Iterator
 
 
 def adapters_announced_by_the_first(stage: Stage) -> Iterator[str]:
-    """Names of adapters in the order in which node 0 announces them, until it is done.
+    """Yield the name of each adapter, or of the connector, that node 0 announces, until node 0 finishes the stage.
 
-    Raises InterruptedRunError if node 0 announces nothing for JOIN_SECONDS, or this process is asked to stop.
+    Raises InterruptedRunError if node 0 announces nothing for JOIN_SECONDS, or if this process is asked to stop.
     """
     run, joined = stage.run, None
     hashes = FileHashes(stage.path(".hashes.json"))
     patience = time.monotonic() + JOIN_SECONDS
-    stage.events.say("waiting for node 0")
+    stage.events.say("waits for node 0")
     while not run.is_done(stage.name, hashes):
         stage.stop.check()
         found = read_json(run.path(stage.name, "checkpoints", "announced.json"))
-        # the file may be left from a killed start: for other inputs, or for an adapter that is done
+        # a killed start may have left the file: for other inputs, or for an adapter that is trained already
         is_new = found is not None and found["key"] == stage.key and found["round"] != joined
         if is_new and not run.path(stage.name, *place_of(found["adapter"])).is_dir():
             joined = found["round"]

@@ -1,14 +1,14 @@
 """ms-swift on torch 2.2, the newest torch that loads auto-gptq's kernels (image v100-gptq).
 
-ms-swift 4.6 imports two names that torch 2.2 lacks, for sequence parallelism and FSDP 2. Lorry uses neither; the names
-only have to be importable.
+ms-swift 4.6 imports two names that torch 2.2 lacks, for sequence parallelism and FSDP 2. Lorry uses neither, but the
+imports must succeed.
 """
 
 import importlib
 
 
 def supply_later_names() -> None:
-    """Add the names that ms-swift imports to torch. A name that torch has stays."""
+    """Add the two names to torch if they are missing. Does nothing on a newer torch."""
     import torch.distributed
     import torch.distributed.fsdp
 

@@ -1,12 +1,12 @@
-"""The optimizer's state in a checkpoint, by the names of the weights. Training resumes from it on any number of GPUs,
-with or without ZeRO.
+"""The optimizer's state in a checkpoint, stored by weight name. Training resumes from it on any number of GPUs, with or
+without ZeRO.
 
     adapter_model.safetensors   the optimizer's LoRA weights, in float32
-    optimizer.safetensors       `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step` for each of them, by the same names
+    optimizer.safetensors       `<name>.exp_avg`, `<name>.exp_avg_sq` and `<name>.step` for each of these weights
     optimizer.json              the schedule's position and, with float16, the loss scale
 
-DeepSpeed's own checkpoints fit only one number of GPUs and one ZeRO stage, and are pickles. The states' names are those
-of torch's AdamW (https://arxiv.org/abs/1711.05101).
+DeepSpeed's own checkpoints are pickles and fit only one number of GPUs and one ZeRO stage. The names `exp_avg`,
+`exp_avg_sq` and `step` are those of torch's AdamW (https://arxiv.org/abs/1711.05101).
 """
 
 import json
@@ -28,42 +28,50 @@ from stages.contract.files import write_json
 from stages.train.together import Together
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's tensors with the shape of the weight. The third part of its state, `step`, is one number."""
 
 
-def save_state_by_name(trainer: Any, together: Together) -> None:
-    """Make a transformers Trainer save and load its optimizer and schedule by name. Call it before the training."""
+def patch_state_saving(trainer: Any, together: Together) -> None:
+    """Patch a transformers Trainer to save and load the state of optimizer and schedule by weight name.
+
+    Call it before training.
+    """
     saving = _Saving(trainer, together)
     trainer._save_optimizer_and_scheduler = saving.save
     trainer._load_optimizer_and_scheduler = saving.load
     trainer._save_scaler = trainer._load_scaler = lambda checkpoint: None  # optimizer.json holds the scale
     if trainer.is_deepspeed_enabled:
         trainer.save_model = saving.save_model
-        # transformers calls it before the method above, and it would require DeepSpeed's own folders
+        # transformers calls this function before it loads the optimizer; it would require DeepSpeed's own folders
         vars(transformers.trainer)["deepspeed_load_checkpoint"] = lambda *_, **__: None
 
 
 def name_in_file(parameter: str) -> str:
-    """A LoRA weight's name as PEFT writes it: without the adapter's name."""
+    """A LoRA parameter's name in PEFT's files: without the adapter's name, `default`."""
     return re.sub(r"\.default(?=\.|$)", "", parameter)
 
 
 class States(Protocol):
-    """An optimizer's state, by the weights' names."""
+    """Reads and writes an optimizer's state by weight name."""
 
     def read(self) -> dict[str, Tensor]:
-        """The whole state. All processes must call this; each gets all of it, with ZeRO too."""
+        """The whole state: `<name>.exp_avg` and `<name>.exp_avg_sq` in the weight's shape, `<name>.step` as a scalar.
+
+        All processes must call this, and each gets the whole state, with ZeRO too.
+        """
 
     def write(self, states: Mapping[str, Tensor]) -> None:
         """Restore a state that `read` returned, here or on another number of processes."""
 
 
 class TorchStates:
-    """The state of a torch optimizer, whole in each process."""
+    """The state of a torch optimizer. Each process holds all of it."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[Parameter, str]) -> None:
         self._optimizer, self._names = optimizer, names
 
     def read(self) -> dict[str, Tensor]:
+        """The whole state by name. Empty before the first step."""
         found: dict[str, Tensor] = {}
         for parameter, name in self._names.items():
             for what, value in self._optimizer.state.get(parameter, {}).items():
@@ -71,6 +79,7 @@ class TorchStates:
         return found
 
     def write(self, states: Mapping[str, Tensor]) -> None:
+        """Restore a whole state by name. A weight without a saved state gets none."""
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         state = {}
         for number, parameter in enumerate(parameters):
@@ -84,21 +93,23 @@ class TorchStates:
 
 @dataclass(frozen=True)
 class Fragment:
-    """This process's part of a weight, in the flat tensor of its group. All fields count elements."""
+    """Where this process's part of a weight lies. All fields are numbers of elements."""
 
     in_flat: int
-    """Start in the flat tensor."""
+    """Start of the part in the flat tensor of the weight's group."""
     in_weight: int
-    """Start in the flattened weight."""
+    """Start of the part in the flattened weight."""
     size: int
+    """Length of the part."""
 
 
 class ZeroStates:
-    """The state of DeepSpeed's ZeRO-2 or ZeRO-3 optimizer. Each group of weights is one flat float32 tensor, in ZeRO-3
-    one or several, and each process holds a part of it.
+    """The state of DeepSpeed's ZeRO-2 or ZeRO-3 optimizer.
 
-    `deepspeed.utils.safe_*` do not serve here: before a second step they return the first group's moments only
-    (ZeRO-2), and they fail if a weight's size is not divisible by the number of GPUs (ZeRO-3).
+    ZeRO-2 joins each group of weights into one flat float32 tensor, ZeRO-3 into one or several. Each process holds a
+    part of every flat tensor. The functions `deepspeed.utils.safe_*` are not usable here: with ZeRO-2 they return only
+    the first group's moments before the second step, and with ZeRO-3 they fail if the number of GPUs does not divide a
+    weight's size.
     """
 
     def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
@@ -108,45 +119,53 @@ class ZeroStates:
         self._groups: list[list[Parameter]] = zero.fp16_groups if self._is_3 else zero.bit16_groups
 
     def read(self) -> dict[str, Tensor]:
+        """The whole state by name, gathered from all processes. All processes must call this."""
         found: dict[str, Tensor] = {}
         for flat, group in zip(self._flats, self._groups, strict=True):
             state = self._optimizer.state.get(flat, {})
             for parameter in group if state else ():
                 name = self._names[parameter]
-                found |= {f"{name}.{what}": self._whole(parameter, state[what]) for what in MOMENTS}
+                found |= {f"{name}.{what}": self._gathered_weight(parameter, state[what]) for what in MOMENTS}
                 found[f"{name}.step"] = state["step"].clone()
         return found
 
     def write(self, states: Mapping[str, Tensor]) -> None:
+        """Restore this process's parts of a whole state by name. A group without a saved state stays as it is."""
         for number, (flat, group) in enumerate(zip(self._flats, self._groups, strict=True)):
             steps = [states[f"{self._names[p]}.step"] for p in group if f"{self._names[p]}.step" in states]
             if not steps:
                 continue
-            # a group has one step count; counts of weights differ only if some had no gradient in some steps
+            # a group has one step count; the weights' counts differ only if some had no gradient in some steps
             step = torch.stack(steps).max().to(flat.device if self._counts_on_gpu(number) else "cpu")
             state = {what: torch.zeros_like(flat, requires_grad=False) for what in MOMENTS}
             self._optimizer.state[flat] = {"step": step, **state}
             for parameter in group:
                 for what in MOMENTS:
-                    self._put(parameter, state[what], states.get(f"{self._names[parameter]}.{what}"))
+                    self._scatter_weight(parameter, state[what], states.get(f"{self._names[parameter]}.{what}"))
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole float32 weights by name. All processes must call this."""
+        """The optimizer's weights by name, in float32 and in the weights' shapes. All processes must call this."""
         pairs = zip(self._flats, self._groups, strict=True)
-        return {self._names[parameter]: self._whole(parameter, flat) for flat, group in pairs for parameter in group}
+        return {
+            self._names[parameter]: self._gathered_weight(parameter, flat)
+            for flat, group in pairs
+            for parameter in group
+        }
 
     def write_weights(self, weight: Callable[[str], Tensor]) -> None:
-        """Set the float32 weights. The model's own weights are set from the same values before."""
+        """Set the optimizer's float32 weights; `weight` returns one by its name. Leaves the model's own weights."""
         for flat, group in zip(self._flats, self._groups, strict=True):
             for parameter in group:
-                self._put(parameter, flat, weight(self._names[parameter]))
+                self._scatter_weight(parameter, flat, weight(self._names[parameter]))
 
     def _counts_on_gpu(self, number: int) -> bool:
+        """Whether torch keeps the step count of a flat tensor on the GPU."""
         group = self._zero.sub_group_to_group_id[number] if self._is_3 else number
         settings = self._optimizer.param_groups[group]
         return bool(settings.get("fused") or settings.get("capturable"))
 
     def _fragment(self, parameter: Any) -> Fragment | None:
+        """This process's part of a weight; None if it holds no part."""
         if self._is_3:
             _, start, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
             first = size * dist.get_rank()
@@ -159,8 +178,8 @@ class ZeroStates:
         return Fragment(address.start, mapping.lp_fragment_address.start, address.numel)
 
     @torch.no_grad()
-    def _whole(self, parameter: Any, flat: Tensor) -> Tensor:
-        """A weight's values in a flat tensor, gathered from all processes, in the weight's shape."""
+    def _gathered_weight(self, parameter: Any, flat: Tensor) -> Tensor:
+        """A weight's values from all processes' parts of a flat tensor: in the weight's shape, on the CPU."""
         shape = parameter.ds_shape if self._is_3 else parameter.shape
         whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=flat.device)
         fragment = self._fragment(parameter)
@@ -171,7 +190,8 @@ class ZeroStates:
         return whole.view(shape).cpu()
 
     @torch.no_grad()
-    def _put(self, parameter: Any, flat: Tensor, whole: Tensor | None) -> None:
+    def _scatter_weight(self, parameter: Any, flat: Tensor, whole: Tensor | None) -> None:
+        """Copy this process's part of a weight's values into a flat tensor. Does nothing if `whole` is None."""
         fragment = self._fragment(parameter)
         if fragment is not None and whole is not None:
             part = whole.flatten().narrow(0, fragment.in_weight, fragment.size)
@@ -179,43 +199,50 @@ class ZeroStates:
 
 
 def _flats_of_2(zero: Any) -> list[Tensor]:
+    """This process's part of each flat tensor of a ZeRO-2 optimizer."""
     flats: list[Tensor] = zero.single_partition_of_fp32_groups
     return flats
 
 
 class _Saving:
-    """Replaces the trainer's methods."""
+    """Methods that replace those of a transformers Trainer for saving and loading."""
 
     def __init__(self, trainer: Any, together: Together) -> None:
         self._trainer, self._together = trainer, together
 
-    def _names(self) -> dict[Parameter, str]:
+    def _parameter_names(self) -> dict[Parameter, str]:
+        """The names in files of the trainable parameters."""
         named = self._trainer.model.named_parameters()
         return {parameter: name_in_file(name) for name, parameter in named if parameter.requires_grad}
 
-    def _zero(self) -> Any:
-        """DeepSpeed's optimizer, or None."""
+    def _zero_optimizer(self) -> Any:
+        """DeepSpeed's optimizer; None without DeepSpeed."""
         return self._trainer.model_wrapped.optimizer if self._trainer.is_deepspeed_enabled else None
 
-    def _states(self) -> States:
-        zero = self._zero()
+    def _optimizer_states(self) -> States:
+        """The state of the trainer's optimizer."""
+        zero = self._zero_optimizer()
         if zero is not None:
-            return ZeroStates(zero, self._names())
+            return ZeroStates(zero, self._parameter_names())
         optimizer = self._trainer.optimizer
-        return TorchStates(getattr(optimizer, "optimizer", optimizer), self._names())  # without accelerate's wrapper
+        return TorchStates(
+            getattr(optimizer, "optimizer", optimizer), self._parameter_names()
+        )  # without accelerate's wrapper
 
     def save(self, checkpoint: str) -> None:
-        states, folder = self._states().read(), Path(checkpoint)
-        if self._together.first:
+        """Save optimizer, schedule and loss scale to a checkpoint. Only the first process writes."""
+        states, folder = self._optimizer_states().read(), Path(checkpoint)
+        if self._together.is_first:
             save_file({name: value.detach().cpu().contiguous() for name, value in states.items()}, folder / STATES)
             schedule, scale = read_schedule(self._trainer.lr_scheduler), self._read_loss_scale()
             write_json(folder / POSITION, {"schedule": schedule, "loss_scale": scale})
 
     def load(self, checkpoint: str | None) -> None:
+        """Restore optimizer, schedule and loss scale from a checkpoint. Does nothing if it is None."""
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        states = self._states()
+        states = self._optimizer_states()
         states.write(load_file(folder / STATES))
         if isinstance(states, ZeroStates):
             with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
@@ -226,18 +253,18 @@ class _Saving:
             self._write_loss_scale(position["loss_scale"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter from the float32 weights: with ZeRO it must equal one trained without.
+        """Save the adapter from the optimizer's float32 weights, as a training without ZeRO does.
 
-        The trainer would save the 16-bit weights and, with ZeRO-2, copy the whole base in each process.
+        The trainer's own method saves the 16-bit weights and, with ZeRO-2, copies the whole base in each process.
         """
-        zero = self._zero()
+        zero = self._zero_optimizer()
         weights = ZeroStates(zero, {p: n for n, p in self._trainer.model.named_parameters()}).weights()
-        if self._together.first:
+        if self._together.is_first:
             self._trainer._save(output_dir, state_dict=weights)
 
     def _read_loss_scale(self) -> dict[str, Any] | None:
-        """The scale and the steps since its last change; None if there is no loss scale."""
-        zero = self._zero()
+        """`scale` and `steps`, the number of steps since its last change; None if there is no loss scale."""
+        zero = self._zero_optimizer()
         if zero is not None:
             return read_loss_scale_of_zero(zero.loss_scaler)
         scaler = self._trainer.accelerator.scaler
@@ -247,12 +274,13 @@ class _Saving:
         return {"scale": state["scale"], "steps": state["_growth_tracker"]}
 
     def _write_loss_scale(self, saved: Mapping[str, Any]) -> None:
-        zero = self._zero()
+        """Restore what `_read_loss_scale` returned. Does nothing without a loss scale, as with another precision."""
+        zero = self._zero_optimizer()
         if zero is not None:
             write_loss_scale_of_zero(zero.loss_scaler, saved)
             return
         scaler = self._trainer.accelerator.scaler
-        if scaler is not None and scaler.is_enabled():  # it is not if this start has another precision
+        if scaler is not None and scaler.is_enabled():
             now = {"scale": saved["scale"], "_growth_tracker": saved["steps"]}
             scaler.load_state_dict({**scaler.state_dict(), **now})
 
@@ -262,18 +290,18 @@ POSITION = "optimizer.json"
 
 
 def read_schedule(schedule: Any) -> dict[str, Any]:
-    """A torch LambdaLR's position and the base learning rate of each group of weights."""
+    """The position of a torch LambdaLR (`last_epoch`, `step_count`) and its base learning rates by group of weights."""
     rates = [float(rate) for rate in schedule.base_lrs]
     return {"last_epoch": schedule.last_epoch, "step_count": schedule._step_count, "learning_rates": rates}
 
 
 def write_schedule(schedule: Any, saved: Mapping[str, Any]) -> None:
-    """Set a torch LambdaLR to a saved position, and the learning rates to those of that step.
+    """Set a torch LambdaLR to the position that `read_schedule` returned, and the optimizer to its learning rates.
 
-    Raises ValueError if its base learning rates differ from the saved ones.
+    Raises ValueError if the base learning rates differ from the saved ones.
     """
     if saved["learning_rates"] != schedule.base_lrs:
-        raise ValueError(f"learning rates were {saved['learning_rates']}, and are now {schedule.base_lrs}")
+        raise ValueError(f"the checkpoint's learning rates are {saved['learning_rates']}, not {schedule.base_lrs}")
     schedule.last_epoch, schedule._step_count = saved["last_epoch"], saved["step_count"]
     factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
@@ -282,7 +310,7 @@ def write_schedule(schedule: Any, saved: Mapping[str, Any]) -> None:
 
 
 def read_loss_scale_of_zero(scaler: Any) -> dict[str, Any] | None:
-    """DeepSpeed's loss scale and the steps since its last change; None if the scale is fixed.
+    """DeepSpeed's loss scale as `scale` and the number of steps since its last change as `steps`; None if it is fixed.
 
     DeepSpeed counts steps from the start of training and records the last one whose gradients overflowed.
     """
@@ -293,6 +321,6 @@ def read_loss_scale_of_zero(scaler: Any) -> dict[str, Any] | None:
 
 
 def write_loss_scale_of_zero(scaler: Any, saved: Mapping[str, Any]) -> None:
-    """Restore what `read_loss_scale_of_zero` returned. Does nothing if the scale is fixed."""
+    """Set DeepSpeed's loss scale to what `read_loss_scale_of_zero` returned. Does nothing if the scale is fixed."""
     if scaler.dynamic:
         scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = saved["scale"], saved["steps"], -1

@@ -1,8 +1,9 @@
-"""DeepSpeed's ZeRO for LoRA: its configuration, and the changes that the model needs first.
+"""DeepSpeed's ZeRO for LoRA: its configuration, and what has to be changed in the model first.
 
-ZeRO-2 divides gradients and optimizer states among the GPUs, ZeRO-3 the frozen base too. With LoRA, ZeRO-2 saves
-little, because the base fills a GPU. ZeRO-3 trains a base that no GPU holds alone. Nothing is moved to the CPU's
-memory. ZeRO: https://arxiv.org/abs/1910.02054; the options: https://www.deepspeed.ai/docs/config-json
+ZeRO-2 shards gradients and optimizer states over the GPUs. ZeRO-3 also shards the frozen base. With LoRA, ZeRO-2 saves
+little, because most of the memory holds the base. ZeRO-3 can train a base that is too large for one GPU. Lorry
+offloads nothing to the CPU's memory. ZeRO: https://arxiv.org/abs/1910.02054; DeepSpeed's options:
+https://www.deepspeed.ai/docs/config-json
 """
 
 import importlib.util
@@ -18,17 +19,17 @@ if TYPE_CHECKING:
 STAGES = {"zero2": 2, "zero3": 3}
 
 UNDIVIDED_ELEMENTS = 100_000
-"""Elements up to which ZeRO-3 does not divide a tensor: norms, biases and small LoRA weights, some 40 MB of a 7B model.
-Gathering them one by one would cost more time than keeping them costs memory."""
+"""ZeRO-3 keeps tensors of fewer elements whole on each GPU: norms, biases and small LoRA weights, some 40 MB of a 7B
+model. Gathering each of them would take more time than the memory is worth."""
 
 
 def deepspeed_config(
     sharding: str, dtype: str, micro_batch: int, accumulation: int, max_grad_norm: float
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration. It sets every option that costs memory or changes the result.
+    """DeepSpeed's configuration, with every option that affects memory or the result. `sharding` is `zero2` or `zero3`.
 
-    Optimizer and schedule are the trainer's own: torch's AdamW with the groups of LoRA+ and weight decay. None of
-    DeepSpeed's kernels is compiled. With bfloat16 and float16, the model computes with LoRA weights of that type; the
+    Optimizer and schedule are the trainer's own: torch's AdamW with the groups of LoRA+ and weight decay. DeepSpeed
+    compiles none of its kernels. With bfloat16 and float16, the model computes with LoRA weights of that type; the
     optimizer keeps the weights and sums the gradients in float32.
     """
     zero: dict[str, Any] = {
@@ -51,7 +52,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
-        # as in torch's GradScaler, used without DeepSpeed: a checkpoint's loss scale means the same in both
+        # the values of torch's GradScaler, used without DeepSpeed: both must read a checkpoint's loss scale alike
         "fp16": {
             "enabled": dtype == "float16",
             "loss_scale": 0,
@@ -68,12 +69,15 @@ def deepspeed_config(
 
 
 def check_sharding(sharding: str, use_cpu: bool, quantisation: str | None) -> None:
-    """Raise UsageError if DeepSpeed cannot work. `quantisation` names the base's, or is None."""
+    """Raise UsageError if the base or this machine cannot be used with the chosen sharding.
+
+    `quantisation` is the method that the base is quantised with, such as `gptq`; None if it is not quantised.
+    """
     if sharding == "none":
         return
     if sharding == "zero3" and quantisation is not None:
         raise UsageError(
-            f"train.sharding is zero3, which cannot divide a base quantised with {quantisation}; set it to zero2,"
+            f"train.sharding is zero3, which cannot shard a base quantised with {quantisation}; set it to zero2,"
             " none or auto"
         )
     if use_cpu and os.environ.get("DS_ACCELERATOR") != "cpu":  # DeepSpeed's own variable, for tests
@@ -83,10 +87,10 @@ def check_sharding(sharding: str, use_cpu: bool, quantisation: str | None) -> No
 
 
 def convert_trainable_weights(dtype: str, model: "torch.nn.Module") -> None:
-    """Convert the trainable weights to the type that the base computes in, which ZeRO requires.
+    """Convert a model's trainable weights to `dtype`, the type that the base computes in. ZeRO requires this.
 
-    DeepSpeed converts them itself, except for a base that ZeRO-3 divided while loading: there, LoRA would stay and
-    compute in float32.
+    DeepSpeed converts them itself unless ZeRO-3 sharded the base while it was loaded. Without this function, LoRA would
+    then compute in float32.
     """
     import torch
 
@@ -96,14 +100,14 @@ def convert_trainable_weights(dtype: str, model: "torch.nn.Module") -> None:
 
 
 def gather_by_layer(model: "torch.nn.Module", whole_layers: bool) -> None:
-    """Make ZeRO-3 gather and release a layer's weights together. Call it before DeepSpeed gets the model.
+    """Make ZeRO-3 gather and release all weights of a layer together. Call it before DeepSpeed gets the model.
 
-    By default, ZeRO-3 does so for each module: thousands of small steps that take most of the time. When a layer is
-    computed again for its backward pass, its weights are gathered twice. A layer is a module that transformers never
-    splits.
+    By default, ZeRO-3 gathers the weights of each module separately. These thousands of small steps take most of the
+    time, and with gradient checkpointing the weights are gathered twice. A layer is a module that transformers never
+    splits over GPUs (`_no_split_modules`).
 
-    `whole_layers` may be true only if the input of every layer with trained weights requires gradients, as with
-    gradient checkpointing. Otherwise DeepSpeed assumes the end of a layer's backward pass before its start, and fails.
+    Set `whole_layers` only if the input of every layer with trained weights requires gradients, as it does with
+    gradient checkpointing. Otherwise DeepSpeed takes a layer's backward pass for finished before it starts, and fails.
     """
     import torch
     from deepspeed.utils import set_z3_leaf_module
@@ -113,8 +117,8 @@ def gather_by_layer(model: "torch.nn.Module", whole_layers: bool) -> None:
         if whole_layers and type(module).__name__ in layers:
             set_z3_leaf_module(module, True)
         elif isinstance(module, torch.nn.Embedding) and not module.weight.requires_grad:
-            # gradient checkpointing makes embeddings require gradients, and DeepSpeed would gather the whole table with
-            # nothing to compute. DeepSpeed does not replace an attribute of this name
+            # gradient checkpointing makes the embeddings' output require gradients, so DeepSpeed would gather the whole
+            # table for a backward pass that computes nothing. It does not replace an attribute that exists
             module.pre_bwd_fn = _NoGathering  # type: ignore[assignment]
 
 
@@ -123,12 +127,16 @@ class _NoGathering:
 
     @staticmethod
     def apply(output: "torch.Tensor") -> "torch.Tensor":
+        """The output, unchanged."""
         return output
 
 
 def free_whole_weights(model: "torch.nn.Module") -> None:
-    """Free the weights that ZeRO-3 keeps whole after a forward pass: the head and the last layers, for a backward pass.
-    In an evaluation there is none, and the next forward pass would hold them beside its own."""
+    """Free the whole weights that ZeRO-3 keeps after a forward pass. Call it after each batch of an evaluation.
+
+    ZeRO-3 keeps the head and the last layers for the backward pass. An evaluation has no backward pass, so the next
+    forward pass would need memory for these weights and its own.
+    """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     for weight in model.parameters():
@@ -138,22 +146,24 @@ def free_whole_weights(model: "torch.nn.Module") -> None:
 
 
 def fix_zero3_loading() -> None:
-    """Make ZeRO-3 load a model with unrounded constants, and gather each weight into its own memory. Call it before the
-    model is loaded.
+    """Patch ZeRO-3 to keep float32 constants while a model loads, and to gather each weight into its own memory. Call
+    it before the model is loaded.
 
     While a model is built, DeepSpeed converts every new tensor to the type of the weights, even one created in float32.
-    Rotary embeddings whose frequencies are rounded to bfloat16 are wrong by whole turns after some thousand tokens. The
-    weights get their type without that: transformers makes it torch's default while loading. DeepSpeed also gathers
-    several weights into one buffer and copies each from there, so that all exist twice. Its option against that,
-    stage3_allgather_sequential, would also turn off prefetching.
+    Rotary embeddings with frequencies in bfloat16 are wrong by whole turns after some thousand tokens. The weights do
+    not need this conversion: transformers sets their type as torch's default while loading.
+
+    DeepSpeed also gathers several weights into one buffer and then copies each, so that all exist twice. Its option
+    stage3_allgather_sequential avoids that but also turns off prefetching.
     """
     from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride, Init
 
-    made = Init.__init__
+    original = Init.__init__
     only_the_device = frozenset({DeepSpeedTensorOverride.device})
 
-    def mended(self: Any, *arguments: Any, **named: Any) -> None:
-        made(self, *arguments, **{"tensor_overrides": only_the_device, **named})
+    def patched(self: Any, *arguments: Any, **named: Any) -> None:
+        """DeepSpeed's `Init.__init__` with the two settings changed."""
+        original(self, *arguments, **{"tensor_overrides": only_the_device, **named})
         self.allgather_sequential = True
 
-    Init.__init__ = mended
+    Init.__init__ = patched

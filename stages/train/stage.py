@@ -1,11 +1,11 @@
-"""train: one LoRA adapter for each entry of `train.adapters`, each trained in a process of its own.
+"""train: one LoRA adapter for each entry of `train.adapters`, each trained in its own process.
 
-That process ends, and its memory with it, before the next one starts on the GPU; a crash there does not end the stage.
-When a GPU's memory runs out, the next process starts one rung lower on the ladder (`ladder.py`) from the newest
-checkpoint.
+The process ends and frees its memory before the next one starts on the GPU; a crash there does not end the stage. If a
+GPU's memory runs out, the next process starts from the newest checkpoint with settings that need less memory
+(`ladder.py`).
 
-With `train.connector`, a first phase trains the connector in the same way. The adapters are trained on the base with
-that connector; another connector means other adapters.
+With `train.connector`, a first phase trains the connector in the same way. The adapters are then trained on the base
+with that connector. If the connector changes, Lorry trains the adapters again.
 """
 
 import importlib.util
@@ -52,7 +52,7 @@ from stages.models.gptq import quantisation_of
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
 from stages.results.summary import SUMMARY, dataset_result, summary_of_data_sets, training_facts
 from stages.train.job import Job
-from stages.train.ladder import Footing, Ladder, MemoryRanOutError, change_as_options, memory_advice, next_rung
+from stages.train.ladder import Attempt, Ladder, MemoryRanOutError, change_as_options, memory_advice, next_rung
 from stages.train.lengths import read_lengths
 from stages.train.nodes import adapters_announced_by_the_first, announce_training, place_of
 from stages.train.sharding import check_sharding
@@ -61,10 +61,10 @@ from stages.train.torchrun import train_adapter
 GIB = 1024**3
 
 MEMORY_SLACK = 256 * 1024**2
-"""Bytes by which a GPU's free memory may be lower than before: other programs' use varies."""
+"""Bytes by which a GPU's free memory may stay below its earlier value: what other programs use varies."""
 
 MEMORY_PATIENCE = 60.0
-"""Seconds to wait for the memory of a process that has ended."""
+"""Seconds to wait until the driver frees the memory of a process that has ended."""
 
 
 LEARNT = set(Train.model_fields) - {*RESULT_NEUTRAL, "adapters", "adapter_for_each_source", "lora_config", "connector"}
@@ -76,7 +76,7 @@ def work(stage: Stage) -> None:
     recipe = stage.run.recipe
     node = stage.part if isinstance(stage.part, Node) else None
     if node is not None and node.rank > 0:
-        _help(stage, node)
+        _train_with_node_0(stage, node)
         return
     if stage.has_nothing_to_do(len(recipe.train.adapters), "adapters"):
         return
@@ -99,7 +99,7 @@ def work(stage: Stage) -> None:
             _note_result(stage, results, adapter, {"error": str(failures[name])})
             continue
         if not folder.is_dir():
-            _take_over(stage, name)
+            _copy_from_shard(stage, name)
         if not folder.is_dir():
             plan = plan or _plan(stage, node)
             try:
@@ -122,15 +122,15 @@ def work(stage: Stage) -> None:
     _remove_checkpoints(stage, failures)
 
 
-def _help(stage: Stage, node: Node) -> None:
-    """Train what node 0 announces, with it and the others."""
+def _train_with_node_0(stage: Stage, node: Node) -> None:
+    """Train each adapter that node 0 announces, together with node 0 and the other nodes."""
     recipe = stage.run.recipe
     by_name = {adapter.name: adapter for adapter in recipe.train.adapters}
     plans: dict[bool, _Plan] = {}
     for name in adapters_announced_by_the_first(stage):
         first_phase = name == CONNECTOR
         settings = recipe.train.connector_settings() if first_phase else recipe.train
-        # plan the second phase too: what makes it impossible must not surface after the first
+        # plan the second phase too: it must not turn out impossible only after the first
         for phase in (True, False) if first_phase else (False,):
             plans[phase] = plans.get(phase) or _plan(stage, node, settings if phase else None)
         adapter = settings.adapters[0] if first_phase else by_name[name]
@@ -138,8 +138,8 @@ def _help(stage: Stage, node: Node) -> None:
 
 
 def _add_outputs(stage: Stage, name: str, files: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Add a trained adapter or connector to the stage's outputs, counts and decisions. Returns its rows of
-    metrics.jsonl."""
+    """Add a trained adapter or connector to the stage's outputs, counts and decisions. Returns its metrics.jsonl
+    rows."""
     place = place_of(name)
     training = read_json(stage.path(*place, "training.json"))
     stage.counts[f"{name} samples"] = training["samples"]["train"]
@@ -153,21 +153,22 @@ def _add_outputs(stage: Stage, name: str, files: tuple[str, ...]) -> list[dict[s
 def _train_connector(
     stage: Stage, node: Node | None, log: list[dict[str, Any]]
 ) -> tuple[tuple[Path, str], "_Plan | None"]:
-    """Train the connector, unless an earlier start did. Returns its file and sha256 and, if it was trained now, the
-    second phase's plan: what makes that phase impossible must not surface after hours of training.
+    """Train the connector, unless an earlier start trained it. Returns ((file, sha256), plan of the second phase).
 
-    Raises UsageError if the file has changed since it was trained.
+    The plan is None if this start trained no connector. It is made first: the second phase must not turn out impossible
+    after hours of training. Raises UsageError if the connector's file has changed since it was trained, and for a shard
+    or a quantised base.
     """
     if stage.shard is not None:
         raise UsageError(
-            "train.connector: each shard would train a connector of its own; train without --shard, on one machine's"
-            " GPUs or with nodes"
+            "train.connector: cannot be used with --shard, since each shard would train its own connector; leave out"
+            " --shard, or use nodes"
         )
     settings = stage.run.recipe.train.connector_settings()
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
     if quantisation_of(model) is not None:
         raise UsageError(
-            f"{model}: train.connector needs a base in 16 bits or more, and this one is quantised; take another base or"
+            f"{model}: train.connector needs a base in 16 bits or more, but this one is quantised; use another base, or"
             " leave out train.connector"
         )
     mix, folder = settings.adapters[0], stage.path(*place_of(CONNECTOR))
@@ -189,7 +190,7 @@ def _train_connector(
 
 
 def _key_of_connector(stage: Stage, settings: Train) -> str:
-    """Digest of everything that the connector depends on. The adapters' data mixes and settings are not part of it."""
+    """Digest of everything that the connector depends on. The adapters' own settings and mixes are not among it."""
     run = stage.run
     assert settings.connector is not None
     train, validation = _samples(stage)
@@ -212,7 +213,7 @@ LORAS_OWN = {"rank", "alpha", "dropout", "target_modules", "lora_plus_ratio", "f
 
 
 def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
-    """Remove the checkpoints of trained adapters. Those of adapters that failed stay for the next attempt."""
+    """Remove the checkpoints of trained adapters. The next start resumes from those of failed adapters."""
     for path in stage.path("checkpoints").glob("*"):
         if path.name not in failures:
             remove(path)
@@ -221,7 +222,7 @@ def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
 
 
 def _samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The samples to train on and those to validate on."""
+    """The training samples and the validation samples of all data sets."""
     train, validation = (
         read_jsonl(stage.run.path("preprocess", "samples", f"{name}.jsonl")) for name in ("train", "validation")
     )
@@ -229,13 +230,14 @@ def _samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _model_digest(stage: Stage, hashes: FileHashes) -> str:
+    """Digest of all files of the base."""
     return hashes.tree_digest(stage.run.model(stage.run.recipe.model.path, "model.path"))[0]
 
 
 def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: FileHashes) -> Any:
-    """Digest of the samples' pictures; None if they have none.
+    """The hashes of the samples' pictures, as part of a key; None if the samples have no pictures.
 
-    It covers all of `pages/`, and of `pictures/` only what these samples name: that folder holds test sets too.
+    They cover the whole folder `pages/`, but in `pictures/`, which also holds test sets, only the samples' own files.
     """
     names = {name for part in samples for sample in part for name in sample["images"]}
     if not names:
@@ -245,7 +247,7 @@ def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: File
     if "pictures/" not in outputs:
         return pages
     files = {name: stage.run.folder / name for name in names if name.startswith("preprocess/pictures/")}
-    # a missing file is reported where it is read
+    # training reports a missing file
     return {
         "pages/": pages,
         "pictures/": {name: hashes.file_digest(path) for name, path in files.items() if path.is_file()},
@@ -253,11 +255,14 @@ def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: File
 
 
 Mixes = dict[str, list[list[dict[str, Any]]]]
-"""By adapter: the samples that it is trained on, and those that it is validated on."""
+"""By adapter name: its training samples and its validation samples."""
 
 
 def _mixes_of(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, LorryError]]:
-    """The adapters' samples, and an error for each adapter whose mix has none of a data set."""
+    """Each adapter's samples by its name, and an error for each adapter that wants a data set without samples.
+
+    Raises UsageError instead if there is one adapter only, or train.keep_going is not set.
+    """
     train, validation = _samples(stage)
     mixes: Mixes = {}
     failures: dict[str, LorryError] = {}
@@ -275,10 +280,10 @@ def _mixes_of(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, L
 
 
 def _remove_outdated(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None) -> dict[str, str]:
-    """Remove earlier starts' adapters that have other keys or other names. Returns each adapter's key by its name: a
-    digest of everything that it depends on.
+    """Remove earlier starts' adapters that the recipe no longer has in this form. Returns each adapter's key by name.
 
-    A change of one data mix costs the training of one adapter; another connector costs that of all.
+    An adapter's key is a digest of everything that it depends on. If one data mix changes, one adapter is trained
+    again; if the connector changes, all are.
     """
     run = stage.run
     hashes = FileHashes(stage.path(".hashes.json"))
@@ -300,8 +305,7 @@ def _remove_outdated(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | N
 
 
 def _earlier_results(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[str, Any]]:
-    """Results of the adapters that earlier starts trained, by name. A summary written while an adapter before them is
-    trained again includes them."""
+    """Results of the adapters that earlier starts trained, by name. Every summary of this start includes them."""
     folders = {adapter.name: stage.path("adapters", adapter.name) for adapter in adapters}
     return {
         adapter.name: dataset_result(
@@ -313,14 +317,15 @@ def _earlier_results(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[st
 
 
 def _note_result(stage: Stage, results: dict[str, dict[str, Any]], adapter: Adapter, result: dict[str, Any]) -> None:
-    """Add an adapter's result, and write the summary of the results so far: it exists even if a later adapter fails."""
+    """Add an adapter's result and write the summary of all results so far. It exists even if a later adapter fails."""
     results[adapter.name] = dataset_result(stage.run, adapter, result)
     so_far = sorted(results.values(), key=lambda one: one["dataset_index"])
     write_json(stage.path(SUMMARY), summary_of_data_sets(stage.run, so_far, stage.starts[0]))
 
 
 def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:
-    """Raise LorryError if adapters failed, unless train.keep_going is set and others were trained."""
+    """Raise LorryError if adapters failed, with the first one's exit code. If train.keep_going is set and others were
+    trained, report the failures instead."""
     if not failures:
         return
     if len(stage.run.recipe.train.adapters) == 1:
@@ -344,13 +349,14 @@ def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: in
 
 
 def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> None:
-    """Add the facts of an adapter's training.json to the manifest: an earlier start may have trained it."""
+    """Add the facts in an adapter's training.json to the manifest. They are in the file because an earlier start may
+    have trained the adapter."""
     settings, what = stage.run.recipe.train, f"adapter {name}"
     if name == CONNECTOR:
         settings, what = settings.connector_settings(), name
     wanted, used = settings.max_length, training["max_length"]
     reason = f"longer than {settings.key_of('max_length')}" + (
-        "" if used == wanted else f", which memory brought down to {used}"
+        "" if used == wanted else f", which was lowered to {used} to fit the memory"
     )
     for split, samples in training["left_out"].items():
         for sample in samples:
@@ -358,13 +364,13 @@ def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> No
     if "memory" in training:
         stage.facts.setdefault("gpu_memory", {})[name] = training["memory"]
     for rung in training.get("out_of_memory", []):
-        # a shard's decisions are in the list already, with the shard's name appended
+        # the list already has a shard's decisions, with the shard's name at their end
         if not any(made["value"] == rung["value"] and made["why"].startswith(rung["why"]) for made in stage.decisions):
             stage.decisions.append(rung)
 
 
-def _take_over(stage: Stage, name: str) -> None:
-    """Copy an adapter from the shard that trained it, if there is one. It appears in one step."""
+def _copy_from_shard(stage: Stage, name: str) -> None:
+    """Copy an adapter from the shard that trained it, if there is one. The copy appears in one step."""
     for shard in stage.finished_shards:
         source = shard / "adapters" / name
         if source.is_dir():
@@ -378,27 +384,29 @@ def _take_over(stage: Stage, name: str) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
+    """How one phase trains on this machine."""
+
     target: Target
     way: Way
     gpus: tuple[Gpu, ...]
     """This machine's GPUs; empty on a CPU."""
 
     @property
-    def here(self) -> int:
+    def processes_here(self) -> int:
         """Training processes on this machine."""
         return max(len(self.gpus), 1)
 
     @property
-    def footing(self) -> Footing:
-        """The settings that training starts with."""
-        return Footing(self.way.settings, self.way.batch, eval_micro_batch=self.way.batch.micro_batch)
+    def first_attempt(self) -> Attempt:
+        """The settings that training starts with if no earlier start ran out of memory."""
+        return Attempt(self.way.settings, self.way.batch, eval_micro_batch=self.way.batch.micro_batch)
 
 
 def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Plan:
-    """How to train on this machine's GPUs, together with the other machines'. `settings` defaults to the recipe's.
+    """The plan for training on the GPUs of this machine and of the other nodes. `settings` defaults to the recipe's.
 
-    Raises DoesNotFitError if no way of training fits the GPUs, or they do not fit the image, and UsageError for a
-    sharding that is impossible here. No process has started by then.
+    Raises DoesNotFitError if the training does not fit the GPUs or they do not fit the image, and UsageError if the
+    sharding or effective_batch is impossible here. No training process has started by then.
     """
     settings = settings or stage.run.recipe.train
     plan = _make_plan(stage, settings, node)
@@ -410,6 +418,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
 
 
 def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
+    """The plan, with its decisions added to the stage. `_plan` checks it."""
     machine, recipe = probe(), stage.run.recipe
     gpus = machine.gpus
     label = f"{CONNECTOR} " if settings.trains_connector else ""
@@ -445,15 +454,15 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     lengths = read_lengths(samples, model, settings, stage.run.folder)
     known = [gpu for gpu in gpus if gpu.memory_total]  # some GPUs do not report their memory
     fullest = min(known, key=lambda gpu: gpu.memory_free, default=None)
-    # machines that train together need the same plan, and differ in free memory
+    # nodes that train together need the same plan, but their free memory differs
     memory = fullest.memory_free if fullest and node is None else None
     way = plan_training(shape, settings, processes, dtype, memory, lengths)
     if fullest:
         if least_memory(shape, settings, processes, dtype) > fullest.memory_free:
-            raise _cannot_fit(shape, settings, processes, dtype, lengths, fullest, offers)
+            raise _too_little_memory(shape, settings, processes, dtype, lengths, fullest, offers)
         free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}, {fullest.uuid[:12]}"
         needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
-        decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}: it may run out")
+        decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}; it may run out")
     left_out = gap_in_estimate(shape, settings)
     if left_out:
         decide("memory not estimated", left_out, "it must fit in the remaining memory")
@@ -468,25 +477,25 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
 
 
 def _offers(settings: Train, target: Target) -> Offers:
-    """Libraries that this image has and the phase can use; the first phase uses none of them."""
+    """The optional libraries that this image has and the phase can use. The first phase uses none of them."""
     if settings.trains_connector:
         return Offers(bitsandbytes=False, deepspeed=False)
     return Offers("bitsandbytes" in target.quantisation, importlib.util.find_spec("deepspeed") is not None)
 
 
-def _cannot_fit(
+def _too_little_memory(
     shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths, gpu: Gpu, offers: Offers
 ) -> DoesNotFitError:
-    """The error for a GPU with less free memory than training needs at least, with its cures."""
+    """The error for a GPU whose free memory is below what training needs at least. It lists what would fit."""
     least, free = least_memory(shape, settings, processes, dtype), gpu.memory_free
     holders = f" (held by {', '.join(map(str, gpu.processes))})" if gpu.processes else ""
-    cures = ["free that GPU or take another (make: GPUS=...)"] if least <= gpu.memory_total else []
+    cures = ["free that GPU or use another (GPUS=...)"] if least <= gpu.memory_total else []
     for way in smallest_changes(shape, settings, processes, dtype, free, lengths, offers):
-        cures.append("with " + " and ".join(way.changes))
+        cures.append("use " + " and ".join(way.changes))
     return DoesNotFitError(
-        f"training needs at least {least / GIB:.1f} GiB on each GPU, and {gpu}, {gpu.uuid[:12]}, has"
+        f"training needs at least {least / GIB:.1f} GiB on each GPU, but {gpu}, {gpu.uuid[:12]}, has only"
         f" {free / GIB:.1f} of {gpu.memory_total / GIB:.1f} GiB free{holders};"
-        f" to fit: {', or '.join(cures) or 'take a smaller model'}"
+        f" {', or '.join(cures) or 'use a smaller model'}"
     )
 
 
@@ -498,23 +507,26 @@ def _train(
     node: Node | None,
     connector: tuple[Path, str] | None,
 ) -> None:
-    """Train one adapter, with the connector if there is one, or the connector itself. Each time memory runs out, retry
-    one rung lower. Raises DoesNotFitError below the last rung."""
+    """Train one adapter or the connector. Each time memory runs out, try again one rung lower on the ladder.
+
+    `connector` is the file and sha256 of the connector that an adapter is trained with; None: the base's own. Raises
+    DoesNotFitError if memory runs out on the last rung.
+    """
     name = adapter.name
-    # of several machines, node 0's folder holds checkpoints and adapter
+    # with several nodes, node 0's folder holds checkpoints and adapter
     work = stage.run.path("train", "checkpoints", name) if node else stage.path("checkpoints", name)
-    ladder = Ladder.of(work, min((gpu.memory_total for gpu in plan.gpus), default=0))
-    footing = ladder.apply_rungs(plan.footing)
+    ladder = Ladder.read(work, min((gpu.memory_total for gpu in plan.gpus), default=0))
+    attempt = ladder.apply_rungs(plan.first_attempt)
     for made in ladder.decisions:
         stage.events.say(f"train {name}: out of memory in an earlier start: {made['value']}")
-    with _timed(work, stage.path(*place_of(name)), node):
+    with _record_seconds(work, stage.path(*place_of(name)), node):
         while True:
             before = probe().gpus if plan.gpus else ()
             try:
-                job = _job(stage, adapter, key, plan, footing, node, connector)
-                speed = train_adapter(stage, job, plan.here, node, plan.target.environment)
+                job = _job(stage, adapter, key, plan, attempt, node, connector)
+                speed = train_adapter(stage, job, plan.processes_here, node, plan.target.environment)
             except MemoryRanOutError as error:
-                footing = _one_rung_lower(stage, name, ladder, footing, error, node)
+                attempt = _next_attempt(stage, name, ladder, attempt, error, node)
                 _wait_for_memory(stage, before, error.processes)
                 continue
             if speed is not None:
@@ -523,11 +535,11 @@ def _train(
 
 
 @contextmanager
-def _timed(work: Path, adapter: Path, node: Node | None) -> Iterator[None]:
-    """Record the seconds that an adapter takes in this context, added over all starts that were not killed: in
-    `work`/seconds.json, and in `adapter`/timing.json once the adapter is finished.
+def _record_seconds(work: Path, adapter: Path, node: Node | None) -> Iterator[None]:
+    """Record how many seconds this context takes, summed over all starts of an adapter that were not killed.
 
-    Of several machines, only node 0 does so: it owns `work` and removes it at the end.
+    The sum is in `work`/seconds.json and, once the adapter is finished, in `adapter`/timing.json. With several nodes,
+    only node 0 records it: it owns `work` and removes it at the end.
     """
     if node is not None and node.rank > 0:
         yield
@@ -541,22 +553,23 @@ def _timed(work: Path, adapter: Path, node: Node | None) -> Iterator[None]:
     write_json(adapter / "timing.json", {**(read_json(adapter / "timing.json") or {}), "seconds": round(seconds, 3)})
 
 
-def _one_rung_lower(
-    stage: Stage, name: str, ladder: Ladder, footing: Footing, error: MemoryRanOutError, node: Node | None
-) -> Footing:
+def _next_attempt(
+    stage: Stage, name: str, ladder: Ladder, attempt: Attempt, error: MemoryRanOutError, node: Node | None
+) -> Attempt:
+    """The next attempt after memory ran out. Raises DoesNotFitError if no rung is left, or with several nodes."""
     shortage = error.shortage
-    change = next_rung(footing, shortage.during)
+    change = next_rung(attempt, shortage.during)
     if change is None:
         last = "" if shortage.during == "loading" else ", and nothing is left to reduce"
         raise DoesNotFitError(
-            f"training {name}: out of memory {shortage}{last}; {memory_advice(footing)}; log: {stage.path('log.txt')}"
+            f"training {name}: out of memory {shortage}{last}; {memory_advice(attempt)}; log: {stage.path('log.txt')}"
         )
-    if node is not None:  # all machines must start the next attempt together
+    if node is not None:  # all nodes must start the next attempt together
         raise DoesNotFitError(
             f"training {name}: out of memory {shortage}; start all {node.count} nodes again with"
-            f" {change_as_options(change, footing.settings)}"
+            f" {change_as_options(change, attempt.settings)}"
         )
-    after = ladder.take(name, shortage, change, footing)
+    after = ladder.take_rung(name, shortage, change, attempt)
     made = ladder.decisions[-1]  # the manifest takes it from training.json
     stage.events.emit("decision", **made)
     stage.events.say(f"{made['what']}: {made['value']} ({made['why']})")
@@ -564,15 +577,17 @@ def _one_rung_lower(
 
 
 def _wait_for_memory(stage: Stage, before: tuple[Gpu, ...], processes: tuple[int, ...]) -> None:
-    """Wait until no GPU lists these processes any more or, if the driver does not list them, until the memory is free
-    again. Gives up after MEMORY_PATIENCE."""
+    """Wait until the GPUs have freed the memory of these ended processes, MEMORY_PATIENCE at most.
+
+    `before` are the GPUs as they were before these processes started.
+    """
     if not before:
         return
     began = time.monotonic()
     free_before = {gpu.uuid: gpu.memory_free - MEMORY_SLACK for gpu in before}
     while True:
         stage.stop.check()
-        held = [gpu for gpu in probe().gpus if _still_held(gpu, processes, free_before.get(gpu.uuid, 0))]
+        held = [gpu for gpu in probe().gpus if _is_still_held(gpu, processes, free_before.get(gpu.uuid, 0))]
         waited = time.monotonic() - began
         if not held:
             stage.events.say(f"GPU memory is free again after {waited:.1f} s")
@@ -584,11 +599,12 @@ def _wait_for_memory(stage: Stage, before: tuple[Gpu, ...], processes: tuple[int
         time.sleep(0.5)
 
 
-def _still_held(gpu: Gpu, processes: tuple[int, ...], free_before: int) -> bool:
+def _is_still_held(gpu: Gpu, processes: tuple[int, ...], free_before: int) -> bool:
+    """Whether ended processes still hold a GPU's memory: it lists them, or less than `free_before` bytes are free."""
     if any(one.pid in processes for one in gpu.processes):
         return True
-    # in a container the driver may list processes under other ids, or none; if it lists every one, other programs took
-    # the missing memory
+    # in a container, the driver may list processes with other ids or none at all; if it lists and names every process,
+    # other programs hold the missing memory
     others_are_known = bool(gpu.processes) and all(one.name != "?" for one in gpu.processes)
     return gpu.memory_free < free_before and not others_are_known
 
@@ -598,11 +614,12 @@ def _job(
     adapter: Adapter,
     key: str,
     plan: _Plan,
-    footing: Footing,
+    attempt: Attempt,
     node: Node | None,
     connector: tuple[Path, str] | None,
 ) -> Job:
-    """The job of this machine's processes. Of several machines, node 0's folder holds checkpoints and adapter."""
+    """The job of this machine's training processes. With several nodes, node 0's folder holds checkpoints and
+    adapter."""
     run, recipe, name = stage.run, stage.run.recipe, adapter.name
     own = stage.path("checkpoints", name)
     return Job(
@@ -618,15 +635,15 @@ def _job(
         seed=recipe.seed,
         dtype=plan.way.dtype,
         sharding=plan.way.sharding,
-        micro_batch=footing.batch.micro_batch,
-        accumulation=footing.batch.accumulation,
-        processes=footing.batch.gpus,
-        eval_micro_batch=footing.eval_micro_batch,
-        evaluate=footing.evaluate,
+        micro_batch=attempt.batch.micro_batch,
+        accumulation=attempt.batch.accumulation,
+        processes=attempt.batch.gpus,
+        eval_micro_batch=attempt.eval_micro_batch,
+        evaluate=attempt.evaluate,
         use_cpu=not plan.gpus,
         cards=[f"{gpu}, {gpu.uuid}" for gpu in plan.gpus],
         model_settings=recipe.model,
-        settings=footing.settings,
+        settings=attempt.settings,
         progress=-1,
         connector=connector,
     )

@@ -1,4 +1,4 @@
-"""ms-swift's fine-tuning with Lorry's additions: marks on whole checkpoints, saving on a stop, a prompt check."""
+"""ms-swift's fine-tuning with Lorry's additions: it marks complete checkpoints, saves one on a stop, checks prompts."""
 
 import copy
 import importlib
@@ -27,17 +27,17 @@ from stages.models import gptq, mgm
 from stages.models.pictures import PictureRules, Rules, SquareRules, family_rules, open_picture
 from stages.models.rendering import PLACEHOLDER, Renderer
 from stages.train import llava_templates  # noqa: F401 - registers templates
-from stages.train.connector_sft import train_connector_only
+from stages.train.connector_sft import patch_connector_training
 from stages.train.job import Job, Progress, file_sizes
-from stages.train.optimizer_state import save_state_by_name
+from stages.train.optimizer_state import patch_state_saving
 from stages.train.sharding import convert_trainable_weights, free_whole_weights, gather_by_layer
 from stages.train.together import Together
 
 if mgm.AVAILABLE:
     from stages.train import mgm_swift  # noqa: F401 - registers the model and its template
 
-# Read a checkpoint's adapter into the CPU's memory. PEFT's default is "cuda", which safetensors takes for GPU 0:
-# every resumed process would hold memory there.
+# Read a checkpoint's adapter into the CPU's memory. PEFT's default is "cuda", which safetensors reads as GPU 0: every
+# process that resumes would hold memory there.
 PeftModel.load_adapter = partialmethod(  # type: ignore[assignment, method-assign]
     PeftModel.load_adapter, torch_device="cpu"
 )
@@ -49,6 +49,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
     def __init__(
         self, arguments: list[str], job: Job, progress: Progress, stop: StopRequest, together: Together
     ) -> None:
+        """Load the model. `arguments` are those of the command `swift sft`."""
         with gptq.patch_gptq_kernels(job.model, on_card=not job.use_cpu, training=True):
             super().__init__(arguments)
         self._job, self._progress, self._stop, self._together = job, progress, stop, together
@@ -56,7 +57,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         self._rules = family_rules(job.model)
         if self._rules is not None:
             self.template._load_image = partial(_load_picture, self._rules, job.settings.max_pixels)
-            # the later steps of ms-swift must keep that size: turn off its own budget and its minimum of four tokens
+            # the later steps of ms-swift must keep this size: turn off its own budget and its minimum of four tokens
             self.template.max_pixels = None
         if isinstance(self._rules, PictureRules):
             picture_utils: Any = importlib.import_module("qwen_vl_utils.vision_process")
@@ -67,16 +68,18 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         """Tokens of all steps without padding, set by `train`."""
 
     def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-        """The samples that fit max_length, with only the fields that swift reads, and the ids of the others.
+        """The samples of at most max_length tokens, with only ms-swift's fields, and the ids of the others.
 
-        Raises UsageError if swift's template renders a prompt unlike the model's own chat template, which inference
-        uses: the adapter would learn prompts that it never gets. Compares the first sample without a picture and, for
-        a model whose pictures' tokens Lorry counts, the first one with a picture.
+        Raises UsageError if ms-swift's template renders another prompt than the model's own chat template, which
+        inference uses: the adapter would learn prompts that it never gets. The check compares the first sample without
+        a picture and, if Lorry can count the tokens of the model's pictures, the first sample with one. Raises
+        DataError for a file that is not a picture.
         """
-        with self._pictures_blank():
-            return self._fitting(samples)
+        with self._blank_pictures():
+            return self._split_by_length(samples)
 
-    def _fitting(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    def _split_by_length(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+        """What `fitting_samples` returns, with the pictures as they are."""
         kept: list[dict[str, Any]] = []
         left_out: list[str] = []
         compared: set[bool] = set()
@@ -84,9 +87,9 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             row: dict[str, Any] = {"messages": sample["messages"]}
             files = [self._job.run / name for name in sample.get("images") or []]
             if files:
-                row["images"] = [str(_picture(file, str(sample["id"]))) for file in files]
+                row["images"] = [str(_checked_picture(file, str(sample["id"]))) for file in files]
             try:
-                encoded = self._encoded(row)
+                encoded = self._encoded_sample(row)
             except MaxLengthError:
                 left_out.append(str(sample["id"]))
                 continue
@@ -97,9 +100,9 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         return kept, left_out
 
     @contextmanager
-    def _pictures_blank(self) -> Iterator[None]:
-        """Within this context, a LLaVA's processor returns one prepared blank picture for every picture. Enlarging each
-        blank picture would take minutes for some ten thousand samples."""
+    def _blank_pictures(self) -> Iterator[None]:
+        """Within this context, a LLaVA's processor returns the same prepared blank picture for every picture. Resizing
+        each blank picture would take minutes for ten thousand samples. Does nothing for other models."""
         if not isinstance(self._rules, SquareRules):
             yield
             return
@@ -107,19 +110,21 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         real = processor.image_processor
         blank = real(images=[Image.new("RGB", (self._rules.factor, self._rules.factor))], return_tensors="pt")
 
-        def repeated(images: list[Any], **_: Any) -> BatchFeature:
+        def blank_output(images: list[Any], **_: Any) -> BatchFeature:
+            """The processor's output for as many blank pictures as there are pictures."""
             return BatchFeature({name: one.expand(len(images), *one.shape[1:]) for name, one in blank.items()})
 
-        processor.image_processor = repeated
+        processor.image_processor = blank_output
         try:
             yield
         finally:
             processor.image_processor = real
 
-    def _encoded(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A sample as swift's template encodes it. Raises MaxLengthError if it is longer than max_length.
+    def _encoded_sample(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A sample as ms-swift's template encodes it. Raises MaxLengthError if it is longer than max_length.
 
-        If a picture's tokens follow from its size, no pixel is read: a blank picture of one patch replaces it.
+        If Lorry can count a picture's tokens from its size, a blank picture of one patch replaces it, and no pixel is
+        read.
         """
         row = copy.deepcopy(row)  # the template replaces the names with the opened pictures
         if "images" not in row or self._rules is None:
@@ -128,22 +133,22 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         pictures = [open_picture(Path(name), self._rules, self._job.settings.max_pixels) for name in row["images"]]
         blank = Image.new("RGB", (self._rules.factor, self._rules.factor))
         encoded = self.template.encode({**row, "images": [blank] * len(pictures)})
-        length = len(encoded["input_ids"]) + sum(picture.tokens - self._of_a_blank for picture in pictures)
+        length = len(encoded["input_ids"]) + sum(picture.tokens - self._blank_tokens for picture in pictures)
         if length > self._job.settings.max_length:
             raise MaxLengthError(f"{length} tokens")
         return encoded
 
     @property
-    def _of_a_blank(self) -> int:
-        """Tokens of a blank picture of one patch; 0 if they are not counted."""
+    def _blank_tokens(self) -> int:
+        """Number of tokens of a blank picture of one patch; 0 if Lorry cannot count this model's."""
         return self._rules.tokens(self._rules.factor, self._rules.factor) if self._rules else 0
 
     def _check_prompt(
         self, sample: str, messages: list[dict[str, str]], pictures: list[Path], encoded: dict[str, Any]
     ) -> None:
-        """Raise UsageError if swift's prompt differs from the prompt of inference, both with blank pictures.
+        """Raise UsageError if ms-swift's prompt differs from that of inference, or its answer has no end token.
 
-        Raises DataError for a sample that cannot be rendered.
+        Both prompts have blank pictures. Raises DataError if the sample cannot be rendered.
         """
         tokens, labels = list(encoded["input_ids"]), list(encoded["labels"])
         prompt = next(i for i, label in enumerate(labels) if label != -100)
@@ -155,43 +160,44 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             rendered = self._renderer.render(sample, asked, shown)  # type: ignore[arg-type]
             own = rendered.tokens  # a text-only model has no token for pictures
             if pictures:
-                own = rendered.repeat_placeholders([self._of_a_blank] * len(shown), self._renderer.picture_token)
+                own = rendered.repeat_placeholders([self._blank_tokens] * len(shown), self._renderer.picture_token)
         except DataError as error:
             raise DataError(f"sample {sample}: {error}") from error
         if swifts != own:
             raise UsageError(
                 f"model.swift_template {self._job.model_settings.swift_template!r} renders another prompt than the chat"
-                f" template in {self._job.model}; name the matching template. ms-swift:"
-                f" {self.tokenizer.decode(swifts)[:300]!r}; the model: {self.tokenizer.decode(own)[:300]!r}"
+                f" template in {self._job.model} ({self.tokenizer.decode(swifts)[:300]!r} instead of"
+                f" {self.tokenizer.decode(own)[:300]!r}); set it to the template that matches"
             )
         if self.tokenizer.eos_token_id not in labels[prompt:]:
             raise UsageError(
                 f"model.swift_template {self._job.model_settings.swift_template!r} ends the answer without the model's"
-                f" end token {self.tokenizer.eos_token!r}, so the tuned model would never stop; name the matching"
-                " template"
+                f" end token {self.tokenizer.eos_token!r}, so the tuned model would never stop; set it to the template"
+                " that matches"
             )
 
     def train(self, trainer: Any) -> Any:
+        """Train with Lorry's patches of ms-swift's trainer. Returns what `swift sft` returns."""
         if self._job.settings.trains_connector:
-            train_connector_only(trainer, self._job.model, self._together)
+            patch_connector_training(trainer, self._job.model, self._together)
         elif self._job.settings.freeze_vision:
             _refuse_adapted_vision(trainer.model)
         count = _TokenCount(trainer.data_collator, self._progress)
         trainer.data_collator = count.collate
         trainer.add_callback(_Checkpoints(self._job, self._progress, self._stop, self._together, count))
-        # the trainer would delete the last whole checkpoint before the new one is marked; _Checkpoints deletes it after
+        # the trainer would delete the last complete checkpoint before the new one is marked; _Checkpoints does it later
         trainer.args.save_total_limit = None
         trainer._evaluate = partial(_evaluate_apart, trainer, trainer._evaluate, self._progress)
-        # transformers 4 takes the micro-batch of the checkpoint it resumes from, which may be larger
+        # transformers 4 uses the micro-batch of the checkpoint that it resumes from, which may be larger
         trainer._inner_training_loop = _with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
         if self._job.sharding != "none":
             convert_trainable_weights(self._job.dtype, trainer.model)
         if self._job.sharding == "zero3":
             settings = self._job.settings
-            # an adapted vision tower's first layer gets a picture, which requires no gradient
+            # the input of a vision tower's first layer is a picture, which requires no gradient
             gather_by_layer(trainer.model, settings.gradient_checkpointing and settings.freeze_vision)
             trainer.add_callback(_FreeWeights())
-        save_state_by_name(trainer, self._together)
+        patch_state_saving(trainer, self._together)
         try:
             return super().train(trainer)
         finally:
@@ -199,8 +205,11 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
 
 
 def _refuse_adapted_vision(model: Any) -> None:
-    """Raise UsageError if LoRA is on a vision tower that the recipe freezes, or on the connector: vLLM would skip that
-    part with only a warning. Plain module names in train.target_modules match the tower too."""
+    """Raise UsageError if the vision tower or the connector got LoRA although the recipe freezes them.
+
+    Plain module names in train.target_modules can match them too, and vLLM would ignore these weights with only a
+    warning.
+    """
     meta = model.model_meta
     seeing = ("vision_tower", "aligner") if meta.is_multimodal else ()
     towers = [module for part in seeing for module in getattr(meta.model_arch, part, None) or []]
@@ -213,35 +222,43 @@ def _refuse_adapted_vision(model: Any) -> None:
             )
 
 
-def _picture(path: Path, sample: str) -> Path:
-    """The file, checked: ms-swift would take a name without a file for a picture in base64. Raises DataError."""
+def _checked_picture(path: Path, sample: str) -> Path:
+    """`path`, if the file is a picture. Raises DataError if it is missing or not a picture.
+
+    ms-swift would take the name of a missing file for a picture in base64.
+    """
     try:
         with Image.open(path):
             return path
     except (FileNotFoundError, UnidentifiedImageError) as error:
-        raise DataError(f"{path}: not a picture, and sample {sample} needs it; run preprocess again") from error
+        raise DataError(f"{path}: not a picture, but sample {sample} needs one; run preprocess again") from error
 
 
 def _load_picture(rules: Rules, budget: int | None, picture: Any, load: bool = True) -> Any:
-    """The picture at the size that inference uses.
+    """The picture at the size that inference uses, within `budget` pixels (None: the model's own budget).
 
-    ms-swift's own result may exceed the budget: it shrinks to the budget, then rounds both sides to the nearest
-    multiple.
+    Replaces ms-swift's method, whose result may exceed the budget: it rounds both sides after scaling.
     """
     name = picture.get("path") if isinstance(picture, dict) else picture
     return open_picture(Path(name), rules, budget).load() if isinstance(name, str) else picture
 
 
 def _with_micro_batch(training_loop: Any, micro_batch: int) -> Any:
+    """The trainer's training loop with its micro-batch fixed."""
+
     def loop(batch_size: int | None = None, **others: Any) -> Any:
+        """The training loop with `micro_batch`, whatever batch size the trainer passes."""
         return training_loop(batch_size=micro_batch, **others)
 
     return loop
 
 
 def _evaluate_apart(trainer: Any, evaluate: Any, progress: Progress, *arguments: Any, **named: Any) -> Any:
-    """Evaluate without any effect on training: save the checkpoint of this step first, because the evaluation may run
-    out of memory, and restore the random state afterwards."""
+    """Evaluate without any effect on training. Returns the metrics.
+
+    Saves this step's checkpoint first, because the evaluation may run out of memory, and restores the random state
+    afterwards.
+    """
     if trainer.control.should_save:
         trainer._save_checkpoint(trainer.model, None)
         trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
@@ -254,6 +271,7 @@ def _evaluate_apart(trainer: Any, evaluate: Any, progress: Progress, *arguments:
 
 @contextmanager
 def _restore_random_state() -> Iterator[None]:
+    """At the end of this context, restore the random state of Python, numpy and torch."""
     python, numbers = random.getstate(), numpy.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     try:
@@ -267,7 +285,7 @@ def _restore_random_state() -> Iterator[None]:
 class _TokenCount:
     """Counts the tokens of a step while its micro-batches are collated in the CPU's memory.
 
-    The trainer collates the micro-batches of one step, and only those, before the step starts.
+    The trainer collates exactly the micro-batches of one step before the step starts.
     """
 
     def __init__(self, collate: Any, progress: Progress) -> None:
@@ -275,29 +293,34 @@ class _TokenCount:
         self._tokens = 0
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The micro-batch of these samples. Counts its tokens if it is for training."""
         batch: dict[str, Any] = self._collate(samples)
         if self._progress.during == "training":
             mask = batch.get("attention_mask")
-            # without a two-dimensional mask, padding is counted too
+            # without a two-dimensional mask, padding cannot be distinguished from tokens and is counted too
             self._tokens += int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
         return batch
 
-    def take(self) -> int:
-        """Tokens since the last call."""
+    def take_tokens(self) -> int:
+        """The number of tokens since the last call. Starts counting from 0 again."""
         tokens, self._tokens = self._tokens, 0
         return tokens
 
 
 class _Checkpoints(TrainerCallback):
-    """Marks whole checkpoints and deletes the oldest, sends progress, and saves a checkpoint on a stop."""
+    """Marks complete checkpoints, deletes the oldest, sends progress, and saves a checkpoint on a stop.
+
+    transformers calls its methods (https://huggingface.co/docs/transformers/main_classes/callback).
+    """
 
     def __init__(self, job: Job, progress: Progress, stop: StopRequest, together: Together, count: _TokenCount) -> None:
         self._job, self._progress, self._stop, self._together, self._count = job, progress, stop, together, count
         self._since = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock. Evaluate first if the last start ended before the evaluation at its checkpoint's step."""
         self._progress.during, self._progress.step = "training", state.global_step
-        # a checkpoint is saved before the evaluation at its step, so a resumed start evaluates first
+        # a checkpoint is saved before the evaluation at its step, which may be missing when training resumes
         every, last = int(args.eval_steps or 0), state.global_step >= state.max_steps
         if args.eval_strategy != "no" and state.global_step and (last or state.global_step % every == 0):
             args.eval_on_start = not any(
@@ -306,20 +329,22 @@ class _Checkpoints(TrainerCallback):
         self._since = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._mark_whole(state)
+        """Mark the new checkpoint as complete. The time of saving counts for no step."""
+        self._mark_complete(state)
         self._since = time.monotonic()
 
-    def _mark_whole(self, state: TrainerState) -> None:
+    def _mark_complete(self, state: TrainerState) -> None:
+        """Flush this step's checkpoint to the disk, write its complete.json, and delete the oldest checkpoints."""
         checkpoint = self._job.work / f"checkpoint-{state.global_step}"
-        # each process wrote its random state there; the first may not see the files of other machines yet
+        # each process wrote its random state; the first process may not see the files of other machines yet
         random_states = self._together.of_all(_flush_file(checkpoint / f"rng_state_{self._together.rank}.pth"))
-        if not self._together.first:
+        if not self._together.is_first:
             return
         remove(checkpoint / "complete.json")
-        # files that nobody reads; additional_config.json stays, where ms-swift finds LoRA+ when it resumes
+        # files that nobody reads; ms-swift reads LoRA+ from additional_config.json when it resumes, so that stays
         for name in ("args.json", "README.md", "training_args.bin"):
             remove(checkpoint / name)
-        for path in checkpoint.iterdir():  # to the disk before the mark: a power cut must not leave a mark alone
+        for path in checkpoint.iterdir():  # flush before the mark: a power cut must not leave a mark without its files
             _sync(path)
         sizes = file_sizes(checkpoint)
         for state_of_one in random_states:
@@ -330,7 +355,8 @@ class _Checkpoints(TrainerCallback):
             remove(path)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        stops, tokens = self._together.sums(int(self._stop.signal is not None), self._count.take())
+        """Send the step's progress. Save a checkpoint and end training after the last step, or if asked to stop."""
+        stops, tokens = self._together.sums(int(self._stop.signal is not None), self._count.take_tokens())
         state.num_input_tokens_seen += tokens  # the trainer does not count them; checkpoints save this
         now = time.monotonic()
         self._progress.step = state.global_step
@@ -348,10 +374,11 @@ class _Checkpoints(TrainerCallback):
         if stops or state.global_step >= state.max_steps:
             control.should_save = True
             control.should_training_stop = True
-        if stops:  # time may be short; the next start evaluates
+        if stops:  # there may be no time for an evaluation; the next start evaluates
             control.should_evaluate = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock again: the time of an evaluation counts for no step."""
         self._since = time.monotonic()
 
     def on_log(
@@ -362,22 +389,25 @@ class _Checkpoints(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
+        """Send the training loss, if the log has one."""
         loss = (logs or {}).get("loss")
         if loss is not None:
             self._progress.send(event="loss", step=state.global_step, loss=float(loss))
 
 
 def _step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint, `checkpoint-<step>`."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def _sync(path: Path) -> None:
+    """Flush a file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _flush_file(path: Path) -> dict[str, int]:
-    """Flush a file to the disk. Returns its size by its name; empty if there is no such file, as with one process."""
+    """Flush a file to the disk. Returns `{its name: its size in bytes}`; empty if the file does not exist."""
     if not path.is_file():
         return {}
     _sync(path)
@@ -385,9 +415,10 @@ def _flush_file(path: Path) -> dict[str, int]:
 
 
 class _FreeWeights(TrainerCallback):
-    """Frees ZeRO-3's whole weights after each batch of an evaluation."""
+    """Frees the weights that ZeRO-3 keeps whole, after each batch of an evaluation."""
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
     ) -> None:
+        """Free the whole weights of the model. transformers calls this after each batch of an evaluation."""
         free_whole_weights(named["model"])

@@ -1,4 +1,4 @@
-"""What the processes of one training exchange beside the gradients. A single process exchanges nothing."""
+"""How the processes of one training exchange small values, apart from gradients. A single process exchanges nothing."""
 
 import os
 from datetime import timedelta
@@ -8,15 +8,16 @@ from stages.contract.errors import InterruptedRunError
 from stages.contract.stop import StopRequest
 
 SILENCE = timedelta(minutes=30)
-"""How long a process waits for another one during training. ms-swift's own limit is 208 days."""
+"""How long a process waits for another one during training. ms-swift's own default is 208 days."""
 
 T = TypeVar("T")
 
 
 class Together:
-    """The processes that train one adapter together, started by torchrun. `sharding` as in `Job`."""
+    """The processes that train one adapter together. torchrun starts them if there are several."""
 
     def __init__(self, processes: int, use_cpu: bool, sharding: str = "none") -> None:
+        """Join the group of all training processes. `sharding` is `none`, `zero2` or `zero3`."""
         self.rank = 0
         self._group: Any = None
         if processes == 1:
@@ -29,14 +30,14 @@ class Together:
         self.rank = int(os.environ["RANK"])
         if not use_cpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # before swift and accelerate, which use an existing group
+        # join before swift and accelerate do: they use an existing group
         dist.init_process_group("gloo" if use_cpu else "nccl", timeout=SILENCE)
-        # messages go over the CPUs: the exchange of stop requests at each step must not hold up a GPU
+        # a group on the CPUs: the exchange of stop requests at each step must not delay a GPU
         self._group = dist.new_group(backend="gloo", timeout=SILENCE)
 
     @property
-    def first(self) -> bool:
-        """Whether this process sends progress and writes files for all."""
+    def is_first(self) -> bool:
+        """Whether this process is the one that sends progress and writes files for all."""
         return self.rank == 0
 
     def of_first(self, value: T) -> T:
@@ -44,7 +45,7 @@ class Together:
         return self.of_all(value)[0]
 
     def of_all(self, value: T) -> list[T]:
-        """Every process's value by rank, in every process. Waits for all processes."""
+        """The values of all processes by rank, in every process. Waits for all processes."""
         if self._group is None:
             return [value]
         import torch.distributed as dist
@@ -54,7 +55,7 @@ class Together:
         return values
 
     def sums(self, *values: int) -> list[int]:
-        """The sum of each value over the processes, in every process."""
+        """The sum of each value over all processes, in every process. Waits for all processes."""
         if self._group is None:
             return list(values)
         import torch
@@ -65,17 +66,17 @@ class Together:
         return [int(value) for value in sums.tolist()]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; the same in every process."""
+        """Whether the flag is set in at least one process. Every process gets the same result."""
         return bool(self.sums(int(flag))[0])
 
     def check(self, stop: StopRequest) -> None:
-        """Raise InterruptedRunError in every process if any one is asked to stop."""
+        """Raise InterruptedRunError in every process if at least one is asked to stop."""
         if self.any(stop.signal is not None):
             stop.check()
             raise InterruptedRunError("another node was stopped, finished work is saved; run the same command again")
 
     def leave(self) -> None:
-        """Wait for the others a last time, then leave the group."""
+        """Wait for all processes, then leave the group."""
         self.of_all(None)
         import torch.distributed as dist
 
@@ -84,7 +85,7 @@ class Together:
 
 
 def _group_of_one(use_cpu: bool) -> None:
-    """Set up what DeepSpeed requires even for one process: a group, and the variables that torchrun sets."""
+    """Set up a group of one process and the variables that torchrun sets: DeepSpeed requires both."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
@@ -94,7 +95,7 @@ def _group_of_one(use_cpu: bool) -> None:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether an error means that another process ended or cannot be reached."""
+    """Whether an error means that another training process ended or cannot be reached."""
     from torch.distributed import DistError
 
     # gloo raises plain RuntimeErrors

@@ -1,7 +1,7 @@
 """Start the training processes of one adapter on this machine, and follow their progress until they end.
 
-A single process starts directly. torchrun starts several, on one machine or more: it gives each its rank, and ends all
-of a machine's processes when one fails.
+Lorry starts a single process itself. torchrun starts several processes, on one machine or more: it gives each its rank,
+and ends all processes of a machine if one fails.
 """
 
 import json
@@ -25,34 +25,34 @@ from stages.train.job import Job
 from stages.train.ladder import MemoryRanOutError, Shortage
 
 WORKER = "stages.train.worker"
-"""The module that the processes run."""
+"""The module that each training process runs."""
 
 JOIN_SECONDS = 900
-"""Seconds that the first machine waits for the last one: a new node of a cluster may have to pull its image first."""
+"""Seconds that the first node waits for the last one: a new machine in a cluster may have to pull its image first."""
 
 
 @dataclass
 class _Messages:
-    """What the training processes sent so far."""
+    """What the training processes have sent so far."""
 
     processes: list[int] = field(default_factory=list)
-    """Process ids of those that torchrun started."""
+    """Ids of the processes that torchrun started."""
     errors: list[tuple[Exit, str]] = field(default_factory=list)
-    """Exit code and text of each process that failed and sent its error, in the order of arrival."""
+    """Exit code and text of each error that a process sent, in the order of arrival."""
     shortages: list[Shortage] = field(default_factory=list)
-    """Shortage of each process whose GPU ran out of memory."""
+    """The out-of-memory errors among them."""
     lost: list[str] = field(default_factory=list)
-    """Text of each process whose GPU stopped working."""
+    """Texts of the errors among them that mean a GPU stopped working."""
     tokens: int = 0
-    """Tokens of all steps but the first of this start: the first includes the start of CUDA and its kernels."""
+    """Tokens of all steps of this start except the first, which includes the start of CUDA and its kernels."""
     seconds: float = 0.0
     """Duration of the same steps."""
     steps: int = 0
-    """Steps of this start."""
+    """Number of steps of this start."""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over all processes; None after fewer than two steps."""
+        """Training speed over all processes; None after fewer than two steps."""
         return self.tokens / self.seconds if self.seconds else None
 
 
@@ -60,8 +60,9 @@ def train_adapter(stage: Stage, job: Job, here: int, node: Node | None, environm
     """Train one adapter with `here` processes on this machine. Returns tokens per second over all processes, or None
     after fewer than two steps.
 
-    Raises the LorryError that fits their exit codes and last messages; MemoryRanOutError if a GPU's memory was too
-    small. `environment` holds the variables of the target; a variable that is already set wins.
+    `environment` holds the target's variables; they do not replace variables that are already set. Raises
+    MemoryRanOutError if a GPU's memory ran out, InterruptedRunError after a stop or the loss of a GPU or node, and
+    LorryError with a process's exit code for every other failure.
     """
     received = _Messages()
     if job.processes == 1:
@@ -72,12 +73,13 @@ def train_adapter(stage: Stage, job: Job, here: int, node: Node | None, environm
 
 
 def _train_alone(stage: Stage, job: Job, received: _Messages) -> None:
+    """Train in one process without torchrun. Raises the same errors as `train_adapter`."""
     name = job.adapter.name
     reading, writing = os.pipe()
     job_file = _write_job(replace(job, progress=writing), job.work)
     with subprocess.Popen(
         [sys.executable, "-m", WORKER, str(job_file)],
-        pass_fds=[writing, stage.lock],  # a worker that outlives this process still holds the stage
+        pass_fds=[writing, stage.lock],  # a worker that outlives this process must still hold the stage's lock
         preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     ) as worker:
         os.close(writing)
@@ -95,21 +97,22 @@ def _train_alone(stage: Stage, job: Job, received: _Messages) -> None:
         ended_by = signal.Signals(-code).name
         raise LorryError(
             f"training {name} was ended by {ended_by}"
-            + (" (the kernel does that when memory runs out)" if ended_by == "SIGKILL" else "")
+            + (" (the kernel sends it when memory runs out)" if ended_by == "SIGKILL" else "")
             + f"; run the same command again to resume from the last checkpoint; log: {stage.path('log.txt')}"
         )
     raise _failure(stage, name, Exit(code) if code in tuple(Exit) else Exit.CRASHED, str(error))
 
 
 class _Workers:
-    """The processes that torchrun started. Signals go to them directly: torchrun kills a process that has not ended
-    half a minute after a signal, which may be in the middle of a step or of saving."""
+    """The processes that torchrun started. They get signals directly: torchrun would kill a process half a minute after
+    a signal, possibly in the middle of a step or while it saves."""
 
     def __init__(self, torchrun_process: "subprocess.Popen[bytes]", processes: list[int]) -> None:
         self._torchrun, self._processes = torchrun_process, processes
 
     def send_signal(self, sig: int, /) -> None:
-        if not self._processes:  # the nodes have not met yet: there is nothing to save
+        """Send a signal to each process, or SIGTERM to torchrun if no process has started."""
+        if not self._processes:  # the nodes have not met yet: no work is lost
             self._torchrun.send_signal(signal.SIGTERM)
         for process in self._processes:
             with suppress(ProcessLookupError):
@@ -119,8 +122,9 @@ class _Workers:
 def _train_together(
     stage: Stage, job: Job, here: int, node: Node | None, environment: Mapping[str, str], received: _Messages
 ) -> None:
+    """Train in several processes that torchrun starts. Raises the same errors as `train_adapter`."""
     reading, writing = os.pipe()
-    # torchrun passes on only the standard descriptors; standard input is free
+    # torchrun passes only the standard descriptors to its processes, and standard input is not used otherwise
     job_file = _write_job(replace(job, progress=0), job.scratch)
     with subprocess.Popen(
         torchrun(job_file, here, node),
@@ -135,15 +139,15 @@ def _train_together(
         stage.stop.pass_on_to(workers, hears_ctrl_c=False)
         _follow(stage, job.adapter.name, reading, received, workers)
         code = torchrun_process.wait()
-    if received.shortages:  # before the errors of the processes that then missed it
+    if received.shortages:  # checked first: the other processes failed because of it
         raise MemoryRanOutError("out of memory", received.shortages[0], tuple(received.processes))
     if code != Exit.DONE:
         raise _torchrun_error(stage, job.adapter.name, node, received)
 
 
 def torchrun(job_file: Path, here: int, node: Node | None) -> list[str]:
-    """The command that starts `here` processes on this machine. Node rank 0 holds the first process."""
-    where = ["--standalone", "--local-addr=127.0.0.1"]  # a container without network cannot look up its own name
+    """The torchrun command that starts `here` training processes on this machine. Node 0 starts the first ranks."""
+    where = ["--standalone", "--local-addr=127.0.0.1"]  # a container without network cannot resolve its own name
     if node is not None:
         host, _, port = node.rendezvous.rpartition(":")
         where = [f"--nnodes={node.count}", f"--node-rank={node.rank}", f"--master-addr={host}", f"--master-port={port}"]
@@ -153,7 +157,7 @@ def torchrun(job_file: Path, here: int, node: Node | None) -> list[str]:
 
 
 def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messages) -> LorryError:
-    """The cause of torchrun's failure, from its processes' messages: torchrun has one exit code for every failure."""
+    """The error that made torchrun fail, from the processes' messages: torchrun has one exit code for all errors."""
     for code, text in received.errors:
         if code != Exit.INTERRUPTED:
             return _failure(stage, name, code, text)
@@ -161,7 +165,7 @@ def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messa
     if len(received.processes) > len(received.errors) and not received.lost:
         # one ended without a message, and the others may have stopped because of that
         return LorryError(
-            f"a process that trains {name} was ended from outside (the kernel does that when memory runs out); run the"
+            f"training {name}: a process was ended from outside (the kernel does that when memory runs out); run the"
             f" same command again to resume from the last checkpoint; log: {stage.path('log.txt')}"
         )
     if texts:
@@ -177,6 +181,7 @@ def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messa
 
 
 def _failure(stage: Stage, name: str, code: Exit, text: str) -> LorryError:
+    """The error for a training that failed, with the exit code of its process."""
     failure = LorryError(f"training {name} failed: {text}; log: {stage.path('log.txt')}")
     failure.exit_code = code
     return failure
@@ -218,13 +223,14 @@ def _follow(stage: Stage, name: str, reading: int, received: _Messages, workers:
 
 
 def _write_job(job: Job, folder: Path) -> Path:
+    """Write a job to job.json, for `Job.read`. Returns the file."""
     path = folder / "job.json"
     write_json(path, _json_value(asdict(job)))
     return path
 
 
 def _json_value(value: Any) -> Any:
-    """The value with JSON types only."""
+    """The value with JSON's types only: paths become text, settings become dicts."""
     if isinstance(value, dict):
         return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

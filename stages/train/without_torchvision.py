@@ -1,7 +1,7 @@
-"""The Qwen2-VL family in ms-swift without torchvision, which is not installed beside torch's CPU build.
+"""The Qwen2-VL family in ms-swift without torchvision, which is not installed with torch's CPU build.
 
-Pictures do not need it: qwen_vl_utils imports it for videos, and transformers' processors of the family require a video
-processor. This module makes the import succeed, and builds the processor from the parts for pictures and text.
+Pictures do not need torchvision: qwen_vl_utils imports it for videos, and transformers' processors of this family
+require a video processor. This module makes the import succeed, and builds a processor for pictures and text only.
 """
 
 import importlib.util
@@ -13,7 +13,10 @@ from typing import Any
 
 
 def do_without_torchvision() -> None:
-    """Make the family's models load. Does nothing if torchvision is installed."""
+    """Patch qwen_vl_utils, transformers and ms-swift so that the family's models load without torchvision.
+
+    Does nothing if torchvision is installed.
+    """
     if importlib.util.find_spec("torchvision") is not None:
         return
     if importlib.util.find_spec("qwen_vl_utils") is not None:
@@ -25,8 +28,10 @@ def do_without_torchvision() -> None:
 
 
 def _import_picture_utils() -> None:
-    """Import qwen_vl_utils with stand-ins for what only its video functions use. The stand-ins are removed afterwards:
-    nothing else may think that torchvision is installed."""
+    """Import qwen_vl_utils with empty modules in place of torchvision's, which only its video functions use.
+
+    Removes these modules afterwards: other libraries must not take torchvision for installed.
+    """
     names = {"torchvision": ("io", "transforms"), "torchvision.transforms": ("InterpolationMode",)}
     for name, members in names.items():
         module = types.ModuleType(name)
@@ -41,6 +46,7 @@ def _import_picture_utils() -> None:
 
 
 def _load_processors_without_videos() -> None:
+    """Patch transformers' AutoProcessor to load the family's processor without its part for videos."""
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 
     class PictureProcessor(ProcessorMixin):  # type: ignore[misc]
@@ -52,6 +58,7 @@ def _load_processors_without_videos() -> None:
     load = AutoProcessor.from_pretrained
 
     def from_pretrained(folder: Any, **options: Any) -> Any:
+        """The processor of the model in a folder; for this family, without its part for videos."""
         preprocessor = Path(folder) / "preprocessor_config.json"
         if not preprocessor.is_file() or "Qwen2VLImageProcessor" not in preprocessor.read_text(encoding="utf-8"):
             return load(folder, **options)
@@ -62,7 +69,8 @@ def _load_processors_without_videos() -> None:
 
 
 def rescaled_picture(picture: Any, max_pixels: int) -> Any:
-    """A PIL picture shrunk to the budget with its aspect ratio kept. Replaces torchvision's Resize in ms-swift."""
+    """A PIL picture scaled down to at most `max_pixels` pixels with the same aspect ratio. A smaller one is returned as
+    it is. Replaces torchvision's Resize in ms-swift."""
     from PIL import Image
 
     width, height = picture.size

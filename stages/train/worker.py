@@ -1,11 +1,11 @@
-"""The training process: trains one adapter or the connector with ms-swift. The stage starts and watches it.
+"""The training process: it trains one adapter or the connector with ms-swift. The stage starts and watches it.
 
-The command is `python -m stages.train.worker JOB.json`; the file's fields are `Job`'s. torchrun starts several of these
-processes to train one adapter together. Each writes its progress as JSON Lines to the file descriptor `job.progress`,
-and exits with the codes of `stages.contract.errors`. It writes:
+The command is `python -m stages.train.worker JOB.json`; the file has the fields of `Job`. torchrun starts several of
+these processes to train one adapter together. Each sends its progress as JSON Lines to the file descriptor
+`job.progress`, and exits with the codes of `stages.contract.errors`. The first process writes:
 
-    <work>/checkpoint-<step>/complete.json   marks the checkpoint as whole
-    <adapter>/                               the finished adapter or connector with `training.json`, moved here whole
+    <work>/checkpoint-<step>/complete.json   marks the checkpoint as complete
+    <adapter>/                               the finished adapter or connector with `training.json`, moved in one step
 """
 
 import json
@@ -30,20 +30,21 @@ from stages.hardware.targets import refuse_4bit_twice
 from stages.models.connector import link_connector
 from stages.models.gptq import quantisation_of
 from stages.train.job import Job, Progress, file_sizes
-from stages.train.ladder import Ladder, LostCardError, Shortage, lost_card, shortage_of
+from stages.train.ladder import Ladder, LostCardError, Shortage, lost_gpu_message, shortage_of
 from stages.train.sharding import check_sharding, deepspeed_config, fix_zero3_loading
 from stages.train.together import Together, is_peer_lost
 
 T = TypeVar("T")
 
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
-"""What the trainer measures from the last start of a training to its end."""
+"""The trainer's measurements of a training's last start."""
 
 
 def newest_good_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint whose files have the sizes in its complete.json. Deletes the others.
+    """The newest complete checkpoint in the folder `work`; None if it has none. Deletes incomplete checkpoints.
 
-    A checkpoint whose writing was killed has no complete.json.
+    A checkpoint is complete if its files have the sizes in its complete.json. That file is missing if the process was
+    killed while it saved.
     """
     good = []
     for path in work.glob("checkpoint-*"):
@@ -56,9 +57,11 @@ def newest_good_checkpoint(work: Path) -> Path | None:
 
 
 def train(job: Job, progress: Progress, stop: StopRequest) -> None:
-    """Train the adapter or the connector, from the newest good checkpoint if there is one.
+    """Train the adapter or the connector, from its newest complete checkpoint if it has one.
 
-    Raises InterruptedRunError after saving a checkpoint if this process or another one is asked to stop.
+    If this or another process is asked to stop, saves a checkpoint and raises InterruptedRunError. Raises UsageError
+    for settings that cannot work here, DoesNotFitError for GPUs that torch cannot use, and DataError if no training
+    sample fits max_length.
     """
     check_sharding(job.sharding, job.use_cpu, quantisation_of(job.model))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -81,10 +84,10 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
 
     together = Together(job.processes, job.use_cpu, job.sharding)
     _refuse_another_job(job, together)
-    resume = newest_good_checkpoint(job.work) if together.first else None
+    resume = newest_good_checkpoint(job.work) if together.is_first else None
     name = together.of_first(resume and resume.name)
     resume = job.work / name if name else None
-    progress.only_problems = not together.first
+    progress.only_problems = not together.is_first
     if job.sharding != "none":
         batch = job.micro_batch, job.accumulation
         config = deepspeed_config(job.sharding, job.dtype, *batch, job.settings.max_grad_norm)
@@ -92,8 +95,8 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     if job.sharding == "zero3":
         fix_zero3_loading()
     arguments = _arguments(job, scratch, resume)
-    if together.first:
-        print("swift sft", shlex.join(arguments), flush=True)  # for the log: the command to repeat it by hand
+    if together.is_first:
+        print("swift sft", shlex.join(arguments), flush=True)  # for the log: the command that repeats it by hand
     sft = LorrySft(arguments, job, progress, stop, together)
     counts, left_out, unused = _write_samples(job, sft, scratch)
     _refuse_no_samples(job, counts["train"])
@@ -104,7 +107,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     sft.main()
     together.check(stop)
     memory = largest_figures(together.of_all(_gpu_memory(job)))
-    if together.first:
+    if together.is_first:
         facts = {
             "mix": job.mix.mix,
             "samples": counts,
@@ -116,7 +119,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
             "max_length": job.settings.max_length,
             "tokens": sft.tokens,
         }
-        rungs = Ladder.of(job.work).decisions
+        rungs = Ladder.read(job.work).decisions
         facts |= ({"memory": memory} if memory else {}) | ({"out_of_memory": rungs} if rungs else {})
         _publish(job, sft.log, facts)
     together.leave()
@@ -133,8 +136,11 @@ def _refuse_no_samples(job: Job, samples: int) -> None:
 
 
 def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], dict[str, list[str]], dict[str, int]]:
-    """Write the training and validation samples for ms-swift. Returns the number of samples by split, the ids of the
-    samples that are too long by split, and for a connector the number of unused samples by reason."""
+    """Write the training and validation samples as files for ms-swift.
+
+    Returns the number of samples by split, the ids of samples longer than max_length by split, and for a connector the
+    number of unused training samples by reason.
+    """
     counts, left_out, unused = {}, {}, dict[str, int]()
     for split, sources in (("train", job.train), ("validation", job.validation)):
         samples = [sample for source in sources for sample in read_jsonl(source)]
@@ -152,7 +158,7 @@ def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], d
 
 
 def _refuse_dead_cards(job: Job) -> None:
-    """Raise DoesNotFitError if torch cannot compute on the GPUs: its own message comes late and hides the cause."""
+    """Raise DoesNotFitError if torch cannot use the GPUs. Its own message comes late and hides the cause."""
     import torch
 
     if torch.cuda.is_available():
@@ -171,10 +177,10 @@ def _refuse_dead_cards(job: Job) -> None:
 
 
 def _let_memory_segments_grow() -> None:
-    """Set torch's allocator to grow its segments instead of reserving a new one for each longer sample.
+    """Set torch's allocator to grow its memory segments instead of reserving a new one for each longer micro-batch.
 
-    Micro-batches differ in length. A segment of a fixed size that no later micro-batch fits stays reserved: memory that
-    is neither used nor free. torch before 2.9 reads the older of the two names only. A value set by the user stays.
+    A segment of fixed size that no later micro-batch fits would stay reserved: neither used nor free. torch before 2.9
+    reads only the second of the two variables. Changes nothing if the user has set one of them.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if not any(name in os.environ for name in names):
@@ -182,8 +188,8 @@ def _let_memory_segments_grow() -> None:
 
 
 def _gpu_memory(job: Job) -> dict[str, int]:
-    """Bytes on this process's GPU: the peak of what tensors took and of what torch reserved for them, and what all
-    processes hold there now, CUDA's own part included. Empty on a CPU."""
+    """Bytes on this process's GPU: `allocated` is the peak that tensors used, `reserved` the peak that torch reserved
+    for them. `device_used` is what all processes hold now, CUDA's own part included. Empty on a CPU."""
     if job.use_cpu:
         return {}
     import torch
@@ -197,26 +203,27 @@ def _gpu_memory(job: Job) -> dict[str, int]:
 
 
 def largest_figures(measured: list[dict[str, int]]) -> dict[str, int]:
-    """The largest of several processes' figures, for each name."""
+    """The largest figure of all processes, by name. Every process has the same names."""
     return {name: max(one[name] for one in measured) for name in measured[0]}
 
 
 def pad_samples(samples: list[T], processes: int) -> list[T]:
-    """The samples, with the first ones repeated until each process gets the same number.
+    """The samples, with the first ones repeated until all processes get the same number.
 
-    ms-swift would leave the last ones out of every epoch, and the steps of an epoch would depend on the GPU count.
+    Without this, ms-swift would leave the last samples out of every epoch, and the number of steps would depend on the
+    number of GPUs.
     """
     return [*samples, *islice(cycle(samples), -len(samples) % processes)]
 
 
 def has_random_states(checkpoint: Path, processes: int) -> bool:
-    """Whether each process finds its random state in a checkpoint. Those of another number of processes do not fit."""
+    """Whether a checkpoint has a random state for each process. False if another number of processes saved it."""
     saved = {path.name for path in checkpoint.glob("rng_state*.pth")}
     return saved == ({"rng_state.pth"} if processes == 1 else {f"rng_state_{rank}.pth" for rank in range(processes)})
 
 
 def _refuse_another_job(job: Job, together: Together) -> None:
-    """Raise UsageError if this process's job differs from the first one's: their gradients would not fit together."""
+    """Raise UsageError if this process's job differs from the first process's: they could not train together."""
     own = {
         "adapter": job.adapter.name,
         "precision": job.dtype,
@@ -229,13 +236,13 @@ def _refuse_another_job(job: Job, together: Together) -> None:
     }
     first = together.of_first(own)
     if own != first:
-        raise UsageError(f"node 0 has {first}, this node {own}; nodes need the same kind and number of GPUs")
+        raise UsageError(f"node 0 has {first}, this node {own}; use nodes with the same kind and number of GPUs")
 
 
 def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Move the last checkpoint's adapter to its folder in one step, with the facts of its training for the stage.
+    """Move the last checkpoint's adapter or connector to its folder in one step, with `facts` for the stage.
 
-    `history` is the trainer's log of all steps: the checkpoint's own log ends before the evaluation at its step.
+    `history` is the trainer's log of all steps. The checkpoint's own log lacks the evaluation at its step.
     """
     last = newest_good_checkpoint(job.work)
     assert last is not None, "training ended without a checkpoint"
@@ -243,14 +250,14 @@ def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> 
     partial = job.adapter.with_name(f".{job.adapter.name}")
     remove(partial)
     partial.mkdir(parents=True)
-    for name in job.weights:
+    for name in job.weight_files:
         shutil.copyfile(last / name, partial / name)
     wanted = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "token_acc", "eval_token_acc")
     # a gradient that overflows in float16 has no finite norm; its step is skipped
     log = [{key: entry[key] for key in wanted if key in entry and math.isfinite(entry[key])} for entry in history]
     log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
     write_json(partial / "training.json", {"steps": state["global_step"], **facts, "log": log})
-    # in a file of its own that is no output of the stage: times differ from machine to machine, results must not
+    # in a separate file that is no output of the stage: times differ between machines, results must not
     timed = [entry for entry in history if "train_runtime" in entry]
     write_json(partial / "timing.json", {key: timed[-1][key] for key in TIMES if key in timed[-1]} if timed else {})
     if not job.settings.trains_connector:
@@ -265,7 +272,7 @@ def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> 
 
 
 def _write_adapter_config(job: Job, path: Path) -> None:
-    """Rewrite PEFT's own file so that it does not depend on where the adapter is trained."""
+    """Rewrite PEFT's adapter_config.json so that it is the same on every machine."""
     config = json.loads(path.read_text(encoding="utf-8"))
     # the base's name below the model mount, not its path on this machine
     config["base_model_name_or_path"] = job.model_settings.path
@@ -275,8 +282,10 @@ def _write_adapter_config(job: Job, path: Path) -> None:
 
 
 def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
-    """The command line of `swift sft`. Batch, precision and length are decided before: no default of ms-swift that
-    depends on the machine is used."""
+    """The command-line arguments of `swift sft`. They set all that ms-swift would otherwise choose by the machine.
+
+    `resume` is the checkpoint to resume from; None: train from the start.
+    """
     settings = job.settings
     values: dict[str, Any] = {
         "model": job.model,
@@ -292,7 +301,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "split_dataset_ratio": 0,
         "output_dir": job.work,
         "add_version": False,
-        "check_model": False,  # else ms-swift asks a hub for a newer model, with seconds of retries
+        "check_model": False,  # else ms-swift asks a hub for a newer model and retries for seconds
         "report_to": "none",
         "use_cpu": job.use_cpu,
         "ddp_backend": ("gloo" if job.use_cpu else "nccl") if job.processes > 1 else None,
@@ -304,15 +313,15 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "per_device_eval_batch_size": job.eval_micro_batch,
         "gradient_accumulation_steps": job.accumulation,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        # with DeepSpeed, ms-swift takes the reentrant kind: ZeRO-3 then sees no layer's backward pass end, and keeps
-        # the whole base gathered until the end of the backward pass
+        # with DeepSpeed, ms-swift's default is the reentrant kind: ZeRO-3 then does not see when a layer's backward
+        # pass ends, and keeps the whole base gathered until the last layer's does
         "gradient_checkpointing_kwargs": '{"use_reentrant": false}' if job.sharding == "zero3" else None,
-        # for a vision-language model; a frozen tower keeps nothing for a backward pass anyway
+        # for a vision-language model; a frozen tower keeps no activations anyway
         "vit_gradient_checkpointing": settings.gradient_checkpointing
         and not (settings.freeze_vision or settings.trains_connector),
         "max_pixels": settings.max_pixels,
         "max_length": settings.max_length,
-        "truncation_strategy": "delete",  # the template raises; samples too long are left out before, none is cut
+        "truncation_strategy": "delete",  # the template raises instead of cutting; `_write_samples` leaves these out
         "lr_scheduler_type": "cosine",
         "warmup_ratio": settings.warmup_ratio,
         "weight_decay": settings.weight_decay,
@@ -327,7 +336,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "eval_steps": settings.checkpoint_every,
         "seed": job.seed,
         "data_seed": job.seed,
-        "dataset_shuffle": False,  # the trainer's sampler shuffles, by the seed
+        "dataset_shuffle": False,  # the trainer's sampler shuffles with the seed
         "lazy_tokenize": True,  # encode a sample and read its pictures when the trainer needs it
         "strict": True,  # else ms-swift silently replaces a sample that it cannot read
         "dataloader_num_workers": 0,
@@ -342,6 +351,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
 
 
 def _lora_options(settings: Train) -> dict[str, Any]:
+    """Options that train LoRA with float32 weights."""
     return {
         "tuner_type": "lora",
         "lora_rank": settings.rank,
@@ -360,8 +370,10 @@ def _connector_options() -> dict[str, Any]:
 
 
 def _quantisation_options(job: Job) -> dict[str, Any]:
-    """Options for a base in 4 bits: NF4 with double quantisation, computed in the base's precision (QLoRA,
-    arXiv:2305.14314). Raises UsageError for a base whose weights are quantised already."""
+    """Options for a base in 4 bits: NF4 with double quantisation, computed in `job.dtype` (QLoRA, arXiv:2305.14314).
+
+    Empty unless train.load_in_4bit is set. Raises UsageError if the base is quantised already.
+    """
     if not job.settings.load_in_4bit:
         return {}
     refuse_4bit_twice(job.model, quantisation_of(job.model))
@@ -369,15 +381,17 @@ def _quantisation_options(job: Job) -> dict[str, Any]:
     return {**kind, "bnb_4bit_compute_dtype": job.dtype}
 
 
-def _explain(job: Job, error: BaseException, progress: Progress) -> tuple[LorryError | None, Shortage | None]:
-    """The error as a message for the user, and the shortage if a GPU's memory ran out. (None, None) for a bug in
-    Lorry."""
+def _explained_error(job: Job, error: BaseException, progress: Progress) -> tuple[LorryError | None, Shortage | None]:
+    """The error as one that the user can understand, and the shortage if a GPU's memory ran out.
+
+    Both are None if the error is a bug in Lorry.
+    """
     if isinstance(error, LorryError):
         return error, None
     shortage = shortage_of(error, progress.during, progress.step)
     if shortage is not None:
         return DoesNotFitError(f"out of memory {shortage}"), shortage
-    words = lost_card(error)
+    words = lost_gpu_message(error)
     if words is not None:
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         card = job.cards[rank] if rank < len(job.cards) else "the GPU"
@@ -389,7 +403,7 @@ def _explain(job: Job, error: BaseException, progress: Progress) -> tuple[LorryE
 
 
 def main() -> None:
-    """Entry point. Every problem ends in one message to the stage and an exit code."""
+    """Run the job in the file that the command line names. Send every error to the stage and exit with its code."""
     job = Job.read(Path(sys.argv[1]))
     progress = Progress(job.progress)
     stop = StopRequest()
@@ -401,7 +415,7 @@ def main() -> None:
     try:
         train(job, progress, stop)
     except BaseException as error:  # noqa: BLE001 - every end must be reported to the stage
-        explained, shortage = _explain(job, error, progress)
+        explained, shortage = _explained_error(job, error, progress)
         if explained is None and stop.signal is not None:
             explained = InterruptedRunError(f"stopped by {stop.signal.name}; run the same command again")
         if explained is None and job.processes > 1 and is_peer_lost(error):

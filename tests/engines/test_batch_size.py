@@ -120,7 +120,7 @@ def prompts(model: Path) -> list[Prompt]:
 
 def with_memory_for(engine: Any, most: int) -> list[int]:
     """Have an engine run out of memory beyond so many; returns the sizes of the batches that it tries."""
-    inner, tried = engine._batch, []
+    inner, tried = engine._complete_batch, []
 
     def batch(prompts: list[Prompt], adapter: str | None) -> Any:
         tried.append(len(prompts))
@@ -128,7 +128,7 @@ def with_memory_for(engine: Any, most: int) -> list[int]:
             raise torch.OutOfMemoryError(f"{len(prompts)} do not fit")
         return inner(prompts, adapter)
 
-    engine._batch = batch
+    engine._complete_batch = batch
     return tried
 
 
@@ -158,7 +158,7 @@ def test_the_engine_tries_its_longest_prompts_with_short_answers_and_keeps_the_s
 ) -> None:
     engine = new_engine(model, size=None)
     tried: list[list[Prompt]] = []
-    monkeypatch.setattr(engine, "_batch", lambda prompts, adapter: tried.append(prompts))
+    monkeypatch.setattr(engine, "_complete_batch", lambda prompts, adapter: tried.append(prompts))
     monkeypatch.setattr(batch_size, "_peak_memory", lambda before: 0)
     long = [replace(prompt, max_new_tokens=500) for prompt in prompts[:3]]
     found, why = engine.find_batch_size(long)

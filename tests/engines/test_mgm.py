@@ -202,10 +202,10 @@ def test_mining_looks_at_the_region_under_each_token(weights: Weights, model: An
     torch.manual_seed(3)
     low, high = torch.randn(2, TOKENS, 24), torch.randn(2, sum(SIZES), 32, 32)
     expected = torch.stack([mined_by_hand(low[i], high[i], weights) for i in range(2)])
-    mined = model.model.mine(low, high)
+    mined = model.model.mine_patches(low, high)
     torch.testing.assert_close(mined, expected, rtol=1e-4, atol=1e-5)
     high[:, :, 8:16, 24:32].neg_()  # under the token of row 1 and column 3
-    changed = (model.model.mine(low, high) - mined).abs().amax(-1) > 1e-6
+    changed = (model.model.mine_patches(low, high) - mined).abs().amax(-1) > 1e-6
     assert changed.nonzero().tolist() == [[0, 7], [1, 7]]
 
 
@@ -404,13 +404,13 @@ def test_gemma_gets_towers_and_a_connector(weights: Weights, folder: Path, tmp_p
         (
             lambda w: renamed(w, "vlm_uni_val_projector.1.bias", "vlm_uni_value_projector.1.bias"),
             {},
-            ["1 unknown: model.vlm_uni_value_projector.1.bias", "1 missing: model.vlm_uni_val_projector.1.bias"],
+            ["1 unknown (model.vlm_uni_value_projector.1.bias)", "1 missing (model.vlm_uni_val_projector.1.bias)"],
         ),
         (
             lambda w: without(w, "model.vision_tower.vision_tower."),
             {},
             [
-                "missing: model.vision_tower.",
+                "missing (model.vision_tower.",
                 "more",
                 "; give CLIP's folder (openai/clip-vit-large-patch14-336) with --clip",
             ],
@@ -427,7 +427,7 @@ def test_gemma_gets_towers_and_a_connector(weights: Weights, folder: Path, tmp_p
             ["lm_head.weight differs from model.embed_tokens.weight"],
         ),
         (lambda w: w, {"model_type": "mgm_llama"}, ["model_type is 'mgm_llama'", "'mgm_gemma'"]),
-        (lambda w: without(w, "model.mm_projector."), {}, ["4 missing: model.mm_projector.0.weight"]),
+        (lambda w: without(w, "model.mm_projector."), {}, ["4 missing (model.mm_projector.0.weight"]),
         (lambda w: w, {"image_grid": 2}, ["image_grid is 2"]),
     ],
 )

@@ -291,7 +291,7 @@ def test_a_vote_by_validation_without_validation_samples_is_refused_before_anyth
     assert run_stage(voting(run, vote=vote), "infer", infer.work) == Exit.DATA
     message = capfd.readouterr().err.strip().splitlines()[-1]
     assert (
-        "chosen or weighted by validation samples, and there are none; set data.validation_fraction above 0" in message
+        "chosen or weighted, because there are no validation samples; set data.validation_fraction above 0" in message
     )
     infers(run, monkeypatch, Engine())
     assert held(run)["validation"] == {} and held(run)["best"] == "one"
@@ -364,7 +364,7 @@ def test_without_a_question_to_narrow_there_is_no_second_round(
     again = voting(run, vote="{second_round: true}")
     made = infers(again, monkeypatch, Engine())
     assert not any(entry[2] for entry in made.asked)
-    assert "no second round: no question can be narrowed" in capfd.readouterr().err
+    assert "no second round: no question can have fewer choices" in capfd.readouterr().err
     assert held(run)["second round"] == 0
 
 

@@ -93,7 +93,7 @@ def test_pictures_are_embedded_as_published_in_any_batch(gme: Gme, folder: Path,
 def test_patches_are_those_of_transformers_own_processor(gme: Gme, folder: Path, pages: list[Path]) -> None:
     from transformers import AutoImageProcessor
 
-    picture, pixels = gme._read(pages[0])
+    picture, pixels = gme._read_pixels(pages[0])
     assert picture.width * picture.height <= MAX_PIXELS
     patches, grid = gme._patches.cut(pixels)
     own = AutoImageProcessor.from_pretrained(folder)(images=[pixels], do_resize=False, return_tensors="pt")

@@ -24,9 +24,9 @@ from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, precision_of
 from stages.models.shape import ModelShape, UnknownShapeError
 from stages.train import stage as train_stage
-from stages.train.ladder import Footing, Ladder, MemoryRanOutError, Shortage
+from stages.train.ladder import Attempt, Ladder, MemoryRanOutError, Shortage
 from stages.train.lengths import lengths_of
-from stages.train.stage import _one_rung_lower, _plan, _wait_for_memory
+from stages.train.stage import _next_attempt, _plan, _wait_for_memory
 from tests.hardware.recorded import Box, box
 from tests.train.conftest import Training
 
@@ -83,9 +83,9 @@ def test_a_full_card_is_refused_before_any_process_starts(training: Training, bo
     code, output = training(CUDA_VISIBLE_DEVICES="3", **box.variables)
     assert code == 4, output
     last = output.splitlines()[-1]
-    assert "training needs at least " in last and " GiB on each GPU, and GPU 3 (NVIDIA A800-SXM4-80GB), GPU-" in last
-    assert ", has 0.4 of 80.0 GiB free (held by" in last
-    assert "free that GPU or take another" in last
+    assert "training needs at least " in last and " GiB on each GPU, but GPU 3 (NVIDIA A800-SXM4-80GB), GPU-" in last
+    assert ", has only 0.4 of 80.0 GiB free (held by" in last
+    assert "free that GPU or use another" in last
     assert not training.run.path("train", "checkpoints").exists()
     assert time.monotonic() - began < 20
 
@@ -96,7 +96,7 @@ def test_with_memory_enough_the_recipe_is_taken_as_it_is(
     box.free(*[70.0] * 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     plan = _plan(stage, None)
-    assert (plan.here, plan.way.dtype, plan.way.sharding, plan.way.changes) == (2, "bfloat16", "none", ())
+    assert (plan.processes_here, plan.way.dtype, plan.way.sharding, plan.way.changes) == (2, "bfloat16", "none", ())
     decisions = {made["what"]: made["value"] for made in stage.decisions}
     assert decisions["effective batch"] == "1 x 2 x 2 GPU(s) = 4"
     assert "estimated" in decisions["memory"]
@@ -201,14 +201,14 @@ def test_memory_that_does_not_come_back_is_told_and_a_stop_ends_the_waiting(
 
 def test_several_machines_are_told_what_to_set(stage: Told, tmp_path: Path) -> None:
     settings = Train(adapters=[Adapter(name="tuned")], micro_batch=4)
-    footing = Footing(settings, plan_batch(16, 4, 2), 4)
+    attempt = Attempt(settings, plan_batch(16, 4, 2), 4)
     error = MemoryRanOutError("", Shortage("training", 7, "asked for 1.00 GiB"))
-    ladder = Ladder.of(tmp_path)
+    ladder = Ladder.read(tmp_path)
     with pytest.raises(DoesNotFitError, match=r"start all 2 nodes again with --set train\.micro_batch=2"):
-        _one_rung_lower(stage, "tuned", ladder, footing, error, Node(0, 2, "node-0:29500"))
+        _next_attempt(stage, "tuned", ladder, attempt, error, Node(0, 2, "node-0:29500"))
     assert not ladder.rungs
-    after = _one_rung_lower(stage, "tuned", ladder, footing, error, None)
-    assert after == replace(footing, batch=plan_batch(16, 2, 2))
+    after = _next_attempt(stage, "tuned", ladder, attempt, error, None)
+    assert after == replace(attempt, batch=plan_batch(16, 2, 2))
 
 
 def test_a_model_whose_memory_cannot_be_estimated_is_trained_as_asked(

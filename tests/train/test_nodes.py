@@ -12,7 +12,7 @@ import pytest
 
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.part import Node
-from stages.train.stage import _timed
+from stages.train.stage import _record_seconds
 from stages.train.worker import newest_good_checkpoint
 from tests.train.conftest import Training
 
@@ -126,7 +126,7 @@ def test_two_nodes_train_together_and_survive_a_kill_and_a_stop(nodes: TwoNodes)
 
 def test_a_stop_while_waiting_for_the_other_node_exits_75_at_once(nodes: TwoNodes) -> None:
     meeting = {"LORRY_NODES": "2", "LORRY_RENDEZVOUS": f"127.0.0.1:{free_port()}"}
-    for rank, waiting in enumerate(("training processes: 2", "waiting for node 0")):
+    for rank, waiting in enumerate(("training processes: 2", "waits for node 0")):
         process = nodes.training.start(**meeting, LORRY_NODE_RANK=str(rank))
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")
@@ -144,7 +144,7 @@ def test_only_node_0_notes_how_long_it_took(tmp_path: Path, rank: int) -> None:
     """What another wrote into its folder while it removed that made it fail."""
     work, adapter = tmp_path / "work", tmp_path / "adapter"
     work.mkdir()
-    with _timed(work, adapter, Node(rank, 2, "127.0.0.1:1")):
+    with _record_seconds(work, adapter, Node(rank, 2, "127.0.0.1:1")):
         pass
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")}
     assert written == (set() if rank else {"work/seconds.json", "adapter/timing.json"})

@@ -107,7 +107,7 @@ def test_a_model_that_does_not_load_ends_at_once_in_one_line(tmp_path: Path, sma
     training = make(tmp_path / "hungry", small_models)
     code, output = hungry(training, during="loading", above=0)
     assert code == 4, output
-    assert "out of memory while loading the model: asked for 2.00 GiB" in output.splitlines()[-1]
+    assert "out of memory while loading the model (asked for 2.00 GiB" in output.splitlines()[-1]
     assert output.count("out of memory") == 1, "no rung was tried"
 
 
@@ -141,10 +141,12 @@ def test_checkpointing_and_a_shorter_length_where_the_recipe_allows_it(tmp_path:
     )
     code, output = hungry(shorter, during="training", longer=29, above=0)
     assert code == 0, output
-    assert rungs(shorter) == ["max_length 29: longer samples are left out"]
+    assert rungs(shorter) == ["max_length 29: longer samples are skipped"]
     manifest = shorter.manifest()
     left_out = [entry for entry in manifest["skipped"] if entry["detail"] == "train, adapter tuned"]
-    assert {entry["reason"] for entry in left_out} == {"longer than train.max_length, which memory brought down to 29"}
+    assert {entry["reason"] for entry in left_out} == {
+        "longer than train.max_length, which was lowered to 29 to fit the memory"
+    }
     assert manifest["counts"]["tuned samples"] + len(left_out) == 24
 
 

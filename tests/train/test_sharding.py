@@ -40,7 +40,7 @@ def test_the_loss_scale_means_what_it_means_to_torch() -> None:
 
 def test_sharding_without_gpus_or_deepspeed_is_one_clear_line() -> None:
     check_sharding("none", use_cpu=True, quantisation="gptq")
-    with pytest.raises(UsageError, match=r"zero3, which cannot divide a base quantised with gptq; set it to"):
+    with pytest.raises(UsageError, match=r"zero3, which cannot shard a base quantised with gptq; set it to"):
         check_sharding("zero3", use_cpu=False, quantisation="gptq")
     with pytest.raises(UsageError, match=r"sharding is zero3, but there is no GPU here; set it to none or auto"):
         check_sharding("zero3", use_cpu=True, quantisation=None)
@@ -69,6 +69,6 @@ def test_one_process_alone_has_a_group_where_deepspeed_wants_one(monkeypatch: py
         monkeypatch.setenv(name, "")  # set back afterwards
     together = Together(1, use_cpu=True, sharding="zero2")
     assert (torch.distributed.get_world_size(), os.environ["LOCAL_RANK"]) == (1, "0")
-    assert together.first and together.of_all("said") == ["said"] and not together.any(False)
+    assert together.is_first and together.of_all("said") == ["said"] and not together.any(False)
     together.leave()
     assert not torch.distributed.is_initialized()

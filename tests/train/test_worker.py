@@ -14,7 +14,7 @@ from stages.train.ladder import LostCardError
 from stages.train.torchrun import torchrun
 from stages.train.worker import (
     _arguments,
-    _explain,
+    _explained_error,
     _let_memory_segments_grow,
     largest_figures,
     newest_good_checkpoint,
@@ -147,14 +147,14 @@ def test_a_lost_card_is_named_with_cuda_s_words(tmp_path: Path, monkeypatch: pyt
     progress = Progress(os.open(os.devnull, os.O_WRONLY))
     progress.during, progress.step = "training", 12
     error = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
-    explained, shortage = _explain(lost, error, progress)
+    explained, shortage = _explained_error(lost, error, progress)
     assert isinstance(explained, LostCardError) and shortage is None
     assert explained.exit_code == 75, "what is saved can be gone on with"
     assert str(explained).startswith(
         "GPU 5 (A800), GPU-b stopped working after step 12 (CUDA error: unspecified launch failure); run the same"
         " command again to resume from the last checkpoint"
     )
-    assert _explain(lost, RuntimeError("CUDA error: device-side assert triggered"), progress) == (None, None)
+    assert _explained_error(lost, RuntimeError("CUDA error: device-side assert triggered"), progress) == (None, None)
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

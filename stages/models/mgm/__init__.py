@@ -1,14 +1,14 @@
 """MGM-2B (Mini-Gemini): two vision towers and Gemma, as a transformers model.
 
-No maintained library has it: transformers, ms-swift and vLLM do not support it, and the published code needs
-transformers 4.38, DeepSpeed, open_clip and timm. Importing this package registers the model with the Auto classes.
+No maintained library supports it: transformers, ms-swift and vLLM do not, and the published code needs transformers
+4.38, DeepSpeed, open_clip and timm. Importing this package registers the model with transformers' Auto classes.
 """
 
 import transformers
 
 AVAILABLE = int(transformers.__version__.partition(".")[0]) >= 5
-"""False with transformers 4, which the image v100-gptq has: it scales embeddings elsewhere and lacks classes used here.
-"""
+"""Whether MGM can be used. With transformers 4 (image v100-gptq) it cannot: that scales embeddings elsewhere and lacks
+classes that MGM needs."""
 
 if AVAILABLE:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor

@@ -20,11 +20,11 @@ CONVNEXT_L: dict[str, Any] = {
 
 
 class MgmConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Configuration of a model; parts that are left out are MGM-2B's.
+    """Configuration of an MGM. A part that is None has MGM-2B's values.
 
-    `vision_config` is that of the low-resolution tower, a CLIP. `vision_config_aux` is that of the high-resolution
-    tower, a ConvNeXt; its `image_size` is the side, in pixels, of the input pictures. Raises ValueError if a token of
-    the first does not cover a whole number of positions of the second.
+    `vision_config` configures the low-resolution tower, a CLIP. `vision_config_aux` configures the high-resolution
+    tower, a ConvNeXt; its `image_size` is the side of the input pictures in pixels. Raises ValueError if a token of the
+    CLIP does not cover a whole number of positions of the ConvNeXt's map.
     """
 
     model_type = "mgm"
@@ -59,17 +59,17 @@ class MgmConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def tokens_across(self) -> int:
-        """Tokens along a picture's side: 24 in MGM-2B, so 576 per picture."""
+        """Number of tokens along a picture's side: 24 in MGM-2B, so 576 for a picture."""
         return int(self.vision_config.image_size // self.vision_config.patch_size)
 
     @property
     def pixels_across(self) -> int:
-        """Pixels of the input picture along a token's side: 32 in MGM-2B."""
+        """Number of pixels of the input picture along a token's side: 32 in MGM-2B."""
         return int(self.vision_config_aux.image_size // self.tokens_across)
 
 
 def _part(kind: Any, given: Any, default: dict[str, Any]) -> Any:
-    """A part's config from a config, from a mapping, or, for None, from MGM-2B's values."""
+    """A part's config of class `kind`, from a config, a mapping of its values, or (for None) MGM-2B's values."""
     if isinstance(given, kind):
         return given
     return kind(**(default if given is None else given))

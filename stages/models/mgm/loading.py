@@ -1,10 +1,10 @@
-"""Convert a published MGM checkpoint, or the parts to train one from, into one Hugging Face folder for this package.
+"""Convert a published MGM checkpoint, or the parts to train one, into one Hugging Face folder for this package.
 
-A published folder (YanweiLi/MGM-2B) has Gemma and the connector, and the towers only if they were saved, too; else they
-have folders of their own: openai/clip-vit-large-patch14-336, and OpenCLIP's
+A published folder (YanweiLi/MGM-2B) has Gemma and the connector. It has the towers only if they were saved too;
+otherwise they come from their own folders: openai/clip-vit-large-patch14-336, and OpenCLIP's
 CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup. Training starts from google/gemma-2b-it and a new connector, or
-the published connector of the first phase (mm_projector.bin). Weights are read from safetensors, or from PyTorch files,
-of which only tensors are unpickled.
+the published connector of the first phase (mm_projector.bin). Weights are read from safetensors files, or from PyTorch
+files, of which only tensors are unpickled.
 """
 
 import re
@@ -31,7 +31,7 @@ ONLY = {
     "image_grid": 1,
     "image_global": False,
 }
-"""Keys of a published config.json with the only supported value, which is also the default of a missing key."""
+"""Keys of a published config.json for which Lorry supports only this value. A missing key has this value."""
 
 CONVNEXT = (
     (r"^stem\.0\.", "stem.patch_embeddings."),
@@ -43,7 +43,8 @@ CONVNEXT = (
     (r"(\.layers\.\d+)\.norm\.", r"\1.layernorm."),
     (r"\.mlp\.fc([12])\.", r".pwconv\1."),
 )
-"""Renames a ConvNeXt's tensors from timm's names, which OpenCLIP uses, to transformers'; applied in this order."""
+"""Replacements that turn a ConvNeXt's tensor names from timm's, which OpenCLIP uses, into transformers'. Their order
+matters."""
 
 WITHOUT_USE = {
     "MGM": r".*\.(position_ids|inv_freq)$",
@@ -51,7 +52,7 @@ WITHOUT_USE = {
     "OpenCLIP": r"visual\.(trunk\.(head|norm_pre)|head)\.|text\.|transformer\.|token_embedding\.|ln_final\."
     r"|(positional_embedding|text_projection|logit_scale|attn_mask)$",
 }
-"""Tensors of each source that MGM does not use: buffers that are computed at loading, text encoders, and heads."""
+"""Names of the tensors that MGM does not use, by source: buffers that are computed at loading, text encoders, heads."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -75,10 +76,10 @@ def convert(
     _refuse_others(published, values)
     only_gemma = values["model_type"] == "gemma"
     found: Tensors = {}
-    unknown = _take(found, _tensors(connector), "MGM", mgm_name) if connector else []
+    unknown = _add_tensors(found, _tensors(connector), "MGM", mgm_name) if connector else []
     sources = ((published, "MGM", mgm_name), (clip, "CLIP", clip_name), (convnext, "OpenCLIP", openclip_name))
     for folder, source, rename in sources:
-        unknown += _take(found, _all_tensors(folder), source, rename) if folder else []
+        unknown += _add_tensors(found, _all_tensors(folder), source, rename) if folder else []
     config = MgmConfig(
         text_config=_gemma(values),
         vision_config=_clip(clip),
@@ -93,7 +94,7 @@ def convert(
     if new:
         found |= _new_connector(model, seed)
     _drop_head(found, published)
-    _check(model, found, unknown, published)
+    _refuse_other_tensors(model, found, unknown, published)
     config.image_token_id = _copy_tokenizer(published, output)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in found.items()}, strict=False, assign=True)
     model.tie_weights()
@@ -101,7 +102,7 @@ def convert(
     tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
     processor = make_processor(config, tokenizer)
     processor.save_pretrained(output)
-    processor.image_processor.save_pretrained(output)  # also in a file of its own, which some programs read
+    processor.image_processor.save_pretrained(output)  # also in a separate file, which some programs read
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
@@ -110,7 +111,7 @@ def convert(
 
 
 def mgm_name(name: str) -> str | None:
-    """Return our name of a tensor of a published MGM checkpoint; None for an unknown one."""
+    """Return the name in MgmForConditionalGeneration of a tensor in a published MGM checkpoint; None if unknown."""
     if name == "lm_head.weight" or re.match(rf"model\.({'|'.join(CONNECTORS)})\.", name):
         return name
     if re.match(r"model\.(embed_tokens|layers|norm)\.", name):
@@ -123,12 +124,13 @@ def mgm_name(name: str) -> str | None:
 
 
 def clip_name(name: str) -> str | None:
-    """Return our name of a tensor of a CLIP folder; None for an unknown one."""
+    """Return the name in MgmForConditionalGeneration of a tensor in a CLIP folder; None if unknown."""
     return f"model.vision_tower.{name.removeprefix('vision_model.')}" if name.startswith("vision_model.") else None
 
 
 def openclip_name(name: str) -> str | None:
-    """Return our name of a tensor of an OpenCLIP folder with a ConvNeXt; None for an unknown one."""
+    """Return the name in MgmForConditionalGeneration of a tensor in an OpenCLIP folder with a ConvNeXt; None if
+    unknown."""
     rest = name.removeprefix("visual.trunk.")
     if not re.match(r"(stem|stages)\.", rest) or rest == name:
         return None
@@ -138,6 +140,7 @@ def openclip_name(name: str) -> str | None:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a published folder. Raises UsageError if there is none."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise UsageError(f"{path}: missing, or not a JSON object; copy the whole published folder")
@@ -145,22 +148,23 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _refuse_others(folder: Path, values: dict[str, Any]) -> None:
+    """Raise UsageError if a published config.json is not of MGM-2B or Gemma."""
     if values.get("model_type") not in ("mgm_gemma", "gemma"):
         raise UsageError(
-            f"{folder / 'config.json'}: model_type is {values.get('model_type')!r}; use MGM on Gemma, 'mgm_gemma', or"
-            " 'gemma' to train one"
+            f"{folder / 'config.json'}: model_type is {values.get('model_type')!r}; use a folder of 'mgm_gemma', or of"
+            " 'gemma' to train MGM"
         )
     for key, value in ONLY.items():
         if values.get(key, value) != value:
             raise UsageError(
-                f"{folder / 'config.json'}: {key} is {values.get(key)!r}, but only MGM-2B's {value!r} is supported"
+                f"{folder / 'config.json'}: {key} is {values.get(key)!r}, but only {value!r} is supported; use MGM-2B"
             )
 
 
-def _take(
+def _add_tensors(
     found: Tensors, tensors: Iterable[tuple[str, torch.Tensor]], source: str, rename: Callable[[str], str | None]
 ) -> list[str]:
-    """Add a source's tensors to `found` under our names, unless it has them. Returns the unknown names."""
+    """Add a source's tensors to `found` by their names in the model, unless it has them. Returns the unknown names."""
     unknown = []
     for name, tensor in tensors:
         ours = rename(name)
@@ -174,12 +178,13 @@ def _take(
 
 
 def _all_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and tensor of all weights in a folder."""
     for path in _weight_files(folder):
         yield from _tensors(path)
 
 
 def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
-    """Names and tensors of a file, mapped from it. Raises UsageError for a file that cannot be read."""
+    """Return the names and tensors in a file, mapped into memory. Raises UsageError if it cannot be read."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -191,7 +196,7 @@ def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
 
 
 def _new_connector(model: MgmForConditionalGeneration, seed: int) -> Tensors:
-    """Initialise a connector with PyTorch's defaults for its modules, as the published code does."""
+    """Return the tensors of a new connector, initialised with torch's defaults as in the published code."""
     found: Tensors = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -205,6 +210,7 @@ def _new_connector(model: MgmForConditionalGeneration, seed: int) -> Tensors:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """Return the files with a published folder's weights. Raises UsageError if there are none."""
     for pattern in ("model*.safetensors", "open_clip_model.safetensors", "pytorch_model*.bin", "open_clip_*.bin"):
         files = sorted(folder.glob(pattern))
         if files:
@@ -215,12 +221,13 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _gemma(values: dict[str, Any]) -> GemmaConfig:
-    """Gemma's part of a published config.json, which has the keys of all parts on one level."""
+    """Return Gemma's part of a published config.json, which has the keys of all parts on one level."""
     known = {*GemmaConfig().to_dict(), "rope_theta"} - {"model_type", "architectures", "transformers_version", "dtype"}
     return GemmaConfig(**{key: value for key, value in values.items() if key in known})
 
 
 def _clip(folder: Path | None) -> CLIPVisionConfig:
+    """Return the low-resolution tower's config, from CLIP's folder; without a folder, that of MGM-2B."""
     if folder is None:
         return CLIPVisionConfig(**CLIP_L_14_336)
     values = _read_settings(folder / "config.json")
@@ -228,7 +235,10 @@ def _clip(folder: Path | None) -> CLIPVisionConfig:
 
 
 def _convnext(found: Tensors, side: int) -> ConvNextConfig | None:
-    """The high-resolution tower's config, from its tensors: OpenCLIP's folder has only its name. None without them."""
+    """Return the high-resolution tower's config; None without its tensors. `side` is the input's side in pixels.
+
+    The config is read from the tensors' shapes, because OpenCLIP's folder has only the tower's name.
+    """
     prefix = "model.vision_tower_aux."
     stem = found.get(f"{prefix}stem.patch_embeddings.weight")
     if stem is None:
@@ -250,7 +260,8 @@ def _convnext(found: Tensors, side: int) -> ConvNextConfig | None:
 
 
 def _drop_head(found: Tensors, folder: Path) -> None:
-    """Drop Gemma's head, which is its embedding; a checkpoint may have both. Raises UsageError if they differ."""
+    """Remove Gemma's head from the tensors: it shares the embedding's weights, but a checkpoint may have both. Raises
+    UsageError if they differ."""
     head, embedding = found.pop("lm_head.weight", None), found.get("model.language_model.embed_tokens.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise UsageError(
@@ -259,7 +270,8 @@ def _drop_head(found: Tensors, folder: Path) -> None:
         )
 
 
-def _check(model: MgmForConditionalGeneration, found: Tensors, unknown: list[str], folder: Path) -> None:
+def _refuse_other_tensors(model: MgmForConditionalGeneration, found: Tensors, unknown: list[str], folder: Path) -> None:
+    """Raise UsageError if the tensors are not those of the model: some are unknown, missing or of another shape."""
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     unknown = unknown + [name for name in found if name not in expected]
     missing = [name for name in expected if name not in found]
@@ -269,7 +281,7 @@ def _check(model: MgmForConditionalGeneration, found: Tensors, unknown: list[str
         if name in expected and tensor.shape != expected[name]
     ]
     kinds = (("unknown", unknown), ("missing", missing), ("of another shape", misshapen))
-    wrong = [f"{len(names)} {kind}: {_name_list(names)}" for kind, names in kinds if names]
+    wrong = [f"{len(names)} {kind} ({_name_list(names)})" for kind, names in kinds if names]
     if not wrong:
         return
     advice = {
@@ -277,16 +289,21 @@ def _check(model: MgmForConditionalGeneration, found: Tensors, unknown: list[str
         "model.vision_tower_aux.": "; give OpenCLIP's folder (CLIP-convnext_large_d_320) with --convnext",
     }
     hints = [hint for prefix, hint in advice.items() if any(name.startswith(prefix) for name in missing)]
-    raise UsageError(f"{folder}: its tensors are not MGM-2B's: {'; '.join(wrong)}{''.join(hints)}")
+    cures = "".join(hints) or "; copy the published folder again"
+    raise UsageError(f"{folder}: its tensors are not MGM-2B's: {', '.join(wrong)}{cures}")
 
 
 def _name_list(names: list[str]) -> str:
+    """Return the first six names and the number of the others, as text."""
     more = len(names) - 6
     return ", ".join(names[:6]) + (f" and {more} more" if more > 0 else "")
 
 
 def _copy_tokenizer(published: Path, output: Path) -> int:
-    """Copy the tokenizer, with its reserved token as the image token. Returns that token's id."""
+    """Copy the tokenizer, with its reserved token renamed to the image token. Returns that token's id.
+
+    Raises UsageError if the tokenizer has no reserved token.
+    """
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = _read_settings(published / "tokenizer.json")
     settings = _read_settings(published / "tokenizer_config.json")

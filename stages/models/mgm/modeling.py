@@ -1,9 +1,9 @@
 """MGM's network (Li et al. 2024, 'Mini-Gemini: Mining the Potential of Multi-modality Vision Language Models',
 arXiv:2403.18814, section 3), built from transformers' CLIP, ConvNeXt and Gemma.
 
-A picture of 768 x 768 pixels goes through a ConvNeXt and, shrunk to 336 x 336, through CLIP, which makes 24 x 24
-tokens. Each token attends to the 8 x 8 positions of the ConvNeXt's map that it covers (patch info mining). The result
-is added to the token, and an MLP turns the sum into a token of the language model.
+The ConvNeXt reads a picture of 768 x 768 pixels. CLIP reads it scaled down to 336 x 336 and returns 24 x 24 tokens.
+Each token attends to the 8 x 8 positions of the ConvNeXt's map that it covers (patch info mining). The result is added
+to the token, and an MLP turns the sum into a token of the language model.
 """
 
 import math
@@ -21,13 +21,13 @@ from transformers.utils.generic import ModelOutput
 from stages.models.mgm.configuration import MgmConfig
 
 CONNECTORS = ("mm_projector", "vlm_uni_query_projector", "vlm_uni_aux_projector", "vlm_uni_val_projector")
-"""The modules between towers and language model, by their published names; the first phase trains them alone."""
+"""Published names of the modules between towers and language model. The first phase trains only these."""
 
 
 class MgmConvNext(ConvNextPreTrainedModel):  # type: ignore[misc]
-    """The high-resolution tower: a ConvNeXt without its head. Its output has the maps of all stages."""
+    """The high-resolution tower: a ConvNeXt without its head (arXiv:2201.03545). It returns the maps of all stages."""
 
-    # it has no attention, so any kind that the other parts use will do
+    # it has no attention, so every kind of attention that the other parts use is supported
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -43,9 +43,10 @@ class MgmConvNext(ConvNextPreTrainedModel):  # type: ignore[misc]
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(pictures, 3, side, side) -> (pictures, channels of all stages, side / 4, side / 4).
+        """Return the maps of all stages: (pictures, channels of all stages, side / 4, side / 4).
 
-        The later stages' smaller maps are interpolated to the size of the first.
+        `pixel_values`: (pictures, 3, side, side). The smaller maps of later stages are interpolated to the size of the
+        first stage's map.
         """
         features = self.stem(pixel_values)
         maps = []
@@ -58,6 +59,8 @@ class MgmConvNext(ConvNextPreTrainedModel):  # type: ignore[misc]
 
 
 class MgmPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What MGM's models share: the settings that transformers reads from their class."""
+
     config: MgmConfig
     config_class = MgmConfig
     base_model_prefix = "model"
@@ -78,7 +81,7 @@ class MgmModel(MgmPreTrainedModel):
         super().__init__(config)
         low, high = config.vision_config.hidden_size, sum(config.vision_config_aux.hidden_sizes)
         clip = AutoModel.from_config(config.vision_config)
-        # transformers before about 5.6 has the tower one level deeper; this makes the names the same
+        # transformers before about 5.6 has the tower one level deeper; this keeps the weights' names the same
         self.vision_tower = getattr(clip, "vision_model", clip)
         self.vision_tower_aux = MgmConvNext(config.vision_config_aux)
         self.vlm_uni_query_projector = nn.Sequential(nn.LayerNorm(low), nn.Linear(low, low))
@@ -91,39 +94,44 @@ class MgmModel(MgmPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> Any:
+        """Return Gemma's word embedding."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: Any) -> None:
+        """Replace Gemma's word embedding."""
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(pictures, 3, side, side) of normalised pixels -> (pictures, tokens, hidden), as input to Gemma's layers.
+        """Return the pictures as input of Gemma's layers: (pictures, tokens, hidden).
 
-        In published MGM, Gemma multiplies the embeddings of words and pictures by the root of the hidden size. In
-        transformers 5 the word embedding does that, so this method does it for pictures.
+        `pixel_values`: (pictures, 3, side, side), normalised. In published MGM, Gemma multiplies the embeddings of
+        words and pictures by the square root of the hidden size. In transformers 5, the word embedding multiplies only
+        its own output, so this method does it for pictures.
         """
-        # one by one: a single picture keeps a GPU busy, and each needs a gigabyte meanwhile
+        # one by one: a single picture keeps a GPU busy, and each needs a gigabyte of memory
         tokens = torch.cat([self._picture_tokens(picture) for picture in pixel_values.split(1)])
         return tokens * math.sqrt(self.config.text_config.hidden_size)
 
     def _picture_tokens(self, pixel_values: torch.Tensor) -> Any:
+        """Return (pictures, tokens, hidden), without Gemma's factor. `pixel_values`: (pictures, 3, side, side)."""
         low, high = self._run_towers(pixel_values)
         if self.gradient_checkpointing and self.training:
-            # per picture, mining would store three maps of 2880 channels for the connectors' gradients. Always
-            # non-reentrant: reentrant checkpointing gives no gradients if no input requires them
-            mined = checkpoint(self.mine, low, high, use_reentrant=False)
+            # else mining stores three maps of 2880 channels per picture for the connectors' gradients. Always
+            # non-reentrant: reentrant checkpointing computes no gradients if no input requires them
+            mined = checkpoint(self.mine_patches, low, high, use_reentrant=False)
         else:
-            mined = self.mine(low, high)
+            mined = self.mine_patches(low, high)
         return self.mm_projector(low + mined)
 
     def _run_towers(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return both towers' outputs: (pictures, tokens, channels) and (pictures, channels, rows, columns).
+        """Return the outputs of CLIP, (pictures, tokens, channels), and of the ConvNeXt, (pictures, channels, rows,
+        columns). `pixel_values`: (pictures, 3, side, side).
 
         A frozen tower runs without gradients. With gradient checkpointing, trainers make the embeddings of every tower
-        require gradients, and all its activations would be stored in vain.
+        require gradients, and torch would store all its activations for nothing.
         """
         size, dtype = self.config.vision_config.image_size, self.vision_tower_aux.dtype
-        # in float32, as in the published processing
+        # scale in float32, as the published code does
         small = functional.interpolate(pixel_values.float(), (size, size), mode="bilinear").to(dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.vision_tower)):
             states = self.vision_tower(pixel_values=small, output_hidden_states=True, return_dict=True).hidden_states
@@ -132,10 +140,11 @@ class MgmModel(MgmPreTrainedModel):
             high = self.vision_tower_aux(pixel_values.to(dtype))
         return low, high
 
-    def mine(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Patch info mining (section 3.2): each token attends to the part of the high-resolution map that it covers.
+    def mine_patches(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Return what patch info mining (section 3.2) adds to the tokens: a tensor of the shape of `low`.
 
-        low: (pictures, tokens, channels), high: (pictures, more channels, rows, columns) -> shape of low.
+        Each token attends to the part of the high-resolution map that it covers. `low`: (pictures, tokens, channels);
+        `high`: (pictures, more channels, rows, columns).
         """
         pictures, channels = high.shape[:2]
         across = self.config.tokens_across
@@ -159,10 +168,11 @@ class MgmModel(MgmPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """Return Gemma's hidden states, with pictures in place of the image tokens, in order.
+        """Return Gemma's output, whose `last_hidden_state` is (samples, length, hidden). Pictures replace the image
+        tokens, in order.
 
-        input_ids: (samples, length), with `config.image_token_id` once for each token of a picture; pixel_values:
-        (pictures of all samples, 3, side, side). Raises ValueError if their numbers do not match.
+        `input_ids`: (samples, length), with `config.image_token_id` once for each token of a picture. `pixel_values`:
+        (pictures of all samples, 3, side, side). Raises ValueError if the number of image tokens does not match.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -188,7 +198,7 @@ class MgmModel(MgmPreTrainedModel):
 
 @dataclass
 class MgmOutput(ModelOutput):  # type: ignore[misc]
-    """Loss, if there were labels, and logits (samples, positions, vocabulary)."""
+    """What MgmForConditionalGeneration returns. `logits`: (samples, positions, vocabulary); `loss` needs labels."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -209,12 +219,15 @@ class MgmForConditionalGeneration(MgmPreTrainedModel, GenerationMixin):  # type:
         self.post_init()
 
     def get_input_embeddings(self) -> Any:
+        """Return Gemma's word embedding."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: Any) -> None:
+        """Replace Gemma's word embedding."""
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> Any:
+        """Return the language-model head."""
         return self.lm_head
 
     def forward(
@@ -226,7 +239,11 @@ class MgmForConditionalGeneration(MgmPreTrainedModel, GenerationMixin):  # type:
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MgmOutput:
-        """Like MgmModel.forward. `labels`: (samples, length), -100 at positions without loss."""
+        """Return the logits and, if there are labels, their loss. The other inputs are those of MgmModel.forward.
+
+        `labels`: (samples, length), -100 at positions without loss. `logits_to_keep`: how many of the last positions
+        get logits (0: all), or the indices of the positions.
+        """
         output = self.model(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
@@ -237,8 +254,9 @@ class MgmForConditionalGeneration(MgmPreTrainedModel, GenerationMixin):  # type:
         return MgmOutput(loss, logits, output.past_key_values, output.hidden_states, output.attentions)
 
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the inputs of a step. With a cache, only the first step has pictures. (`generate` finds `forward`'s
-        arguments only if the rest is named `kwargs`.)
+        """Return `forward`'s inputs for one step of `generate`. With a cache, only the first step has pictures.
+
+        `generate` requires the name `kwargs`: it recognises `forward`'s arguments by it.
         """
         pixel_values = kwargs.pop("pixel_values", None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
@@ -248,4 +266,5 @@ class MgmForConditionalGeneration(MgmPreTrainedModel, GenerationMixin):  # type:
 
 
 def _is_trained(tower: nn.Module) -> bool:
+    """Whether any of a tower's weights is trained."""
     return any(parameter.requires_grad for parameter in tower.parameters())

@@ -1,7 +1,7 @@
 """MGM's input: pictures padded to a square of 768 pixels, and conversations in Gemma's turns.
 
-transformers' LLaVA processor does both. The model gets only the large picture and shrinks it for its low-resolution
-tower, as the published processing does.
+transformers' LLaVA processor does both. The model gets only the large picture and scales it down for its low-resolution
+tower, as the published code does.
 """
 
 from typing import Any
@@ -36,10 +36,11 @@ CHAT_TEMPLATE = """\
 
 
 def make_processor(config: MgmConfig, tokenizer: Any) -> LlavaProcessor:
-    """Return the processor for a model of this config. It repeats each `<image>` once per token of a picture."""
+    """Return the processor for a model with this config. It replaces each `<image>` by one token for each token of the
+    picture."""
     side = config.vision_config_aux.image_size
     pictures = LlavaImageProcessorPil(
-        do_pad=True,  # to a square, with the mean colour: `pad`, the published configs' image_aspect_ratio
+        do_pad=True,  # to a square, with the mean colour: `pad` is image_aspect_ratio in the published configs
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
     )
@@ -47,7 +48,7 @@ def make_processor(config: MgmConfig, tokenizer: Any) -> LlavaProcessor:
         image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=config.pixels_across,
-        vision_feature_select_strategy="full",  # no class token is to be subtracted from the count
+        vision_feature_select_strategy="full",  # the count includes no class token that had to be subtracted
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE_TOKEN,
     )
