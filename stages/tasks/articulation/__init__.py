@@ -55,6 +55,8 @@ from stages.tasks.task import Found, Skip
 
 
 class ArticulationMeta(Meta):
+    """Metadata of a sample."""
+
     mode: Mode
     boxes: dict[str, dict[str, Any]]
     """By box number."""
@@ -86,14 +88,14 @@ class Scoring(Section):
 
 
 def sources(folder: Path) -> list[str]:
-    """The name of the one data set. Raises DataError where it is missing."""
+    """The name of the one data set, in a list. Raises DataError if it is missing."""
     if not (folder / BOXES).is_dir():
         raise DataError(f"{folder}: no folder {BOXES}; put the boxes there, one folder per object")
     return [SOURCE]
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ObjectQuestion]:
-    """One question for each loop, with its label. Unusable loops go to `skip`. Raises DataError where none is left."""
+    """One question for each loop, with its label. Unusable loops go to `skip`. Raises DataError if none is usable."""
     sources(folder)
     mode = _samples(recipe).mode
     found = read_objects(folder, skip)
@@ -106,7 +108,7 @@ def prompt_boxes(boxes: Mapping[int, Box], mode: Mode) -> dict[int, Box]:
 
 
 def label(view: Object, mode: Mode) -> str:
-    """The code to learn: the root and its joints, ordered by box."""
+    """The code to learn: the root and the joints, ordered by box."""
     assert view.root is not None
     boxes = prompt_boxes(view.boxes, mode)
     return grammar.joints_code(view.root, [encode(one, boxes[number], mode) for number, one in view.joints.items()])
@@ -138,7 +140,7 @@ def _sample(question: ObjectQuestion, view: Object, mode: Mode, name: str) -> Sa
     }
     return {
         "id": name,
-        "messages": prompts.joints_of(boxes, mode),
+        "messages": prompts.joints_prompt(boxes, mode),
         "images": [],
         "references": [label(view, mode)] if view.root is not None else [],
         "meta": meta,
@@ -159,13 +161,13 @@ def _joint_record(view: Object, joint: Joint) -> dict[str, Any]:
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """The code in a completion, formatted like a label; None where no code in it is complete and valid."""
+    """The code in a completion, formatted like a label; None without complete and valid code."""
     code = grammar.find_code(text, _meta(sample)["mode"])
     return grammar.joints_code(code.root, code.joints) if code is not None else None
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """The loop's id and its code; empty where there is no answer."""
+    """A line with the loop's id and its code. The code is empty if there is no answer."""
     prediction = predictions.get(row["id"])
     return {"id": row["id"], "code": (prediction["answer"] if prediction else None) or ""}
 
@@ -197,7 +199,7 @@ def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, li
 def facts(sample: Sample) -> dict[str, float]:
     """The share of the URDF's joints that the label itself reproduces within the limits of a right answer.
 
-    Where boxes are rough, or rotated against the joints, no answer can do better.
+    If boxes are rough, or rotated against the joints, no answer can do better.
     """
     boxes = _boxes(sample)
     _, labelled = _label(sample)
@@ -210,7 +212,7 @@ def facts(sample: Sample) -> dict[str, float]:
 
 
 def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
-    """An SVG of the boxes with the label's joints, and beside it with the answer's joints."""
+    """An SVG of the boxes with the label's joints, and beside it of the boxes with the answer's joints."""
     boxes, (root, true) = _boxes(sample), _label(sample)
     answer = prediction["answer"] if prediction else None
     if answer is None:
@@ -228,18 +230,20 @@ def _compare(answer: str, sample: Sample) -> tuple[list[Joint | None], list[Join
 
 
 def _official_joints(predicted: Sequence[Joint | None]) -> list[Joint]:
-    """The joints that the official rule scores: none where one has an unknown box, which makes the original fail."""
+    """The joints that the official rule scores; none if one has an unknown box, which makes the original fail."""
     known = [joint for joint in predicted if joint is not None]
     return known if len(known) == len(predicted) else []
 
 
 def _label(sample: Sample) -> tuple[int, list[Joint]]:
+    """The root and the joints of a sample's label."""
     mode, boxes = _meta(sample)["mode"], _boxes(sample)
     code = grammar.parse(sample["references"][0], mode)
     return code.root, [decode(joint, boxes[joint["box"]], mode) for joint in code.joints]
 
 
 def _decode_joints(code: grammar.Code, boxes: Mapping[int, Box], mode: Mode) -> list[Joint | None]:
+    """The joints of a code; None for each whose box does not exist."""
     return [decode(one, boxes[one["box"]], mode) if one["box"] in boxes else None for one in code.joints]
 
 

@@ -63,6 +63,7 @@ def draw(
 
 
 def _panel(heading: str, boxes: Mapping[int, Box], root: int, joints: Sequence[tuple[Joint, str]], place: Place) -> str:
+    """SVG elements of one panel: heading, boxes with their numbers, and joints, each with its colour."""
     parts = [_heading(heading), f'<g transform="translate(0 {HEAD})">']
     for number, box in boxes.items():
         corners = [place(corner) for corner in box.corners()]

@@ -66,7 +66,7 @@ def joints_code(root: int, joints: Sequence[Mapping[str, Any]]) -> str:
 
 
 def find_code(text: str, mode: Mode) -> Code | None:
-    """The first complete and valid code in a completion, whatever surrounds it; None where there is none."""
+    """The first complete and valid code in a completion, whatever surrounds it; None if there is none."""
     for match in _CODE.finditer(text[:LONGEST]):
         try:
             return parse(match.group().strip(), mode)
@@ -76,7 +76,7 @@ def find_code(text: str, mode: Mode) -> Code | None:
 
 
 def parse(code: str, mode: Mode) -> Code:
-    """Read a label. Raises GrammarError for anything but the two assignments with their exact keys."""
+    """The content of a label or an answer. Raises GrammarError unless it is the two assignments with the exact keys."""
     try:
         statements = ast.parse(code).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -91,6 +91,7 @@ def parse(code: str, mode: Mode) -> Code:
 
 
 def _assigned_value(statement: ast.stmt, name: str) -> ast.expr:
+    """The right side of an assignment to `name`. Raises GrammarError for another statement."""
     match statement:
         case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
             return value

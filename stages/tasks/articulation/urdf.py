@@ -35,10 +35,11 @@ class UrdfJoint:
     type: str | None
     """`hinge` or `slide`; None for a fixed joint."""
     pos: Array
+    """Shape (3), in metres."""
     axis: Array
-    """Unit vector; zeros for a fixed joint."""
+    """Unit vector (3); zeros for a fixed joint."""
     range: tuple[float, float] | None
-    """Limits in radians or metres; None where the file states none."""
+    """Limits in radians or metres; None if the file states none."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read_urdf(path: Path) -> Mobility:
 
 
 def _compose(root: str, parents: dict[str, str], elements: dict[str, ET.Element]) -> Mobility:
-    """Compose the transforms from the root to the leaves."""
+    """The object with all joints in world coordinates: the transforms composed from the root to the leaves."""
     turns = {child: _transform(element) for child, element in elements.items()}
     upright = any(
         parents[child] == root and elements[child].get("type") == "fixed" and np.allclose(turn, UPRIGHT, atol=1e-3)

@@ -34,7 +34,7 @@ from stages.tasks.common.defaults import (
 from stages.tasks.common.mentions import asks_position
 from stages.tasks.patent_qa import prompts
 from stages.tasks.patent_qa.questions import SOURCE, PatentQuestion, asked_rows, find_documents, read_questions
-from stages.tasks.task import Ask, Found, Wanted
+from stages.tasks.task import Ask, Found, RetrievalNeeds
 
 READS_DOCUMENTS = True
 
@@ -50,7 +50,7 @@ RECALL_AT = (1, 2, 5)
 
 
 class PatentMeta(Meta, total=False):
-    """What the passes choose the pages of a sample by. Pages are 1-based."""
+    """Metadata by which the passes choose the pages of a sample. Pages are 1-based."""
 
     page_named: int | None
     """The first page that the question names, usable or not."""
@@ -114,7 +114,7 @@ class Passes(Section):
 
 
 def sources(folder: Path) -> list[str]:
-    """The name of the one data set."""
+    """The name of the one data set, in a list."""
     return [SOURCE]
 
 
@@ -138,14 +138,15 @@ def _top_k(recipe: Recipe) -> int:
 # -- samples -----------------------------------------------------------------------------------------------------
 
 
-def retrieval_needs(recipe: Recipe) -> Wanted:
+def retrieval_needs(recipe: Recipe) -> RetrievalNeeds:
     """What retrieval must find for the questions."""
     settings = _samples(recipe)
-    return Wanted(settings.examples, settings.crop_figure and settings.shows == "pictures")
+    return RetrievalNeeds(settings.examples, settings.crop_figure and settings.shows == "pictures")
 
 
 def classification(recipe: Recipe, question: PatentQuestion) -> Ask | bool | None:
-    """How to decide whether a page's drawing is enough for a question; None if the classifier does not apply."""
+    """How to decide whether a page's drawing is enough for a question: a prompt for the model, or the rule's verdict.
+    None if the recipe has no classifier, or the question does not name exactly one page."""
     if len(question.pages) != 1 or recipe.preprocess.classifier == "none":  # several pages are never shown alone
         return None
     if recipe.preprocess.classifier == "rule":
@@ -192,15 +193,15 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None,
     }
     if split == "test":
         meta["examples"] = found.examples
-        _show(recipe, whole, _other_pages(settings, meta, ()), found.pages)
+        _set_prompt(recipe, whole, _other_pages(settings, meta, ()), found.pages)
         candidates = {*meta["ranked"], *meta["first"], *usable}
         meta["candidates"] = {str(number): _page_record(settings, found.pages[number]) for number in sorted(candidates)}
         return [whole]
     rows = [whole]
-    _show(recipe, whole, _other_pages(settings, meta, ()), found.pages)
+    _set_prompt(recipe, whole, _other_pages(settings, meta, ()), found.pages)
     if meta["drawing_is_enough"]:
         alone: Sample = {**whole, "id": f"{question.id}#{ALONE}", "meta": cast(PatentMeta, dict(meta))}
-        _show(recipe, alone, [], found.pages)
+        _set_prompt(recipe, alone, [], found.pages)
         rows.append(alone)
     return rows
 
@@ -211,15 +212,15 @@ def _page_record(settings: Samples, page: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other_pages(settings: Samples, meta: PatentMeta, without: Collection[str]) -> list[int]:
-    """The pages shown with the first named page, or without one: pages also named, then the most similar ones. Sorted
-    as in the document."""
+    """Numbers of the pages to show besides the first named page, if there is one: other named pages, then the most
+    similar ones. Sorted."""
     ranked = meta["first"] if "retrieval" in without else meta["ranked"]
     count = meta["top_k"] if meta["named"] is None else max(settings.others, len(meta["also_named"]))
     others = dict.fromkeys([*meta["also_named"], *ranked])
     return sorted([number for number in others if number != meta["named"]][:count])
 
 
-def _show(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int, Mapping[str, Any]]) -> None:
+def _set_prompt(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int, Mapping[str, Any]]) -> None:
     """Set the messages and images of a sample to its question with these pages."""
     meta = _meta(sample)
     ask = _answer_prompt(recipe, meta, others, {str(number): page for number, page in pages.items()}, ())
@@ -237,7 +238,7 @@ def _answer_prompt(
     pages: Mapping[str, Mapping[str, Any]],
     without: Collection[str],
 ) -> Ask:
-    """The prompt for the question with its named page, if any, and `others`. `pages` are by number as text."""
+    """The prompt for the question with its named page, if there is one, and `others`. `pages` are by number as text."""
     settings, passes = _samples(recipe), _passes(recipe)
     named = meta["named"]
     alone = named is not None and not others
@@ -266,7 +267,7 @@ def passes(recipe: Recipe) -> tuple[str, ...]:
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask | None:
-    """The prompt of a test sample in a pass; None if it skips the pass."""
+    """The prompt of the pass `name` for a test sample; None if the sample skips that pass."""
     meta, settings = _meta(sample), _passes(recipe)
     if name == "classify":
         if meta.get("named") is None or meta["also_named"] or "classifier" in without:
@@ -287,7 +288,8 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """All prompts that a sample may lead to, each with the most tokens of earlier completions that it will hold."""
+    """All prompts that the passes may ask about a sample, each with the most tokens that earlier completions add to
+    it."""
     asks: list[tuple[Ask | None, int]] = [
         (ask(recipe, sample, "answer", {"classify": word}, without), 0) for word in "YN"
     ]
@@ -299,7 +301,7 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
 
 
 def _shows_page_alone(meta: PatentMeta, before: Mapping[str, str], without: Collection[str]) -> bool:
-    """Whether to show a question's page alone."""
+    """Whether to show a question's page alone, by the classifier's verdict."""
     if meta.get("named") is None or meta["also_named"] or "classifier" in without:
         return False
     if "classify" in before:
@@ -314,8 +316,8 @@ def read_answer(text: str, sample: Sample) -> str:
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, str]:
-    """A line with the original's keys: `question_type` is the classifier's completion, `answer` the long answer and
-    `style_answer` the final one. Both are empty where there is none."""
+    """A line with the original's keys. `question_type` is the classifier's completion, `answer` the long answer and
+    `style_answer` the final one; each is empty if there is none."""
     prediction = next((predictions[name] for name in row["ids"] if name in predictions), None)
     texts = prediction["passes"] if prediction else {}
     final = (prediction["answer"] if prediction else None) or ""
@@ -333,8 +335,8 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese; for questions about positions, also
-    their exact match under its own name."""
+    """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese, in 0..1. For questions about positions,
+    `position_exact_match` repeats the exact match."""
     references = sample["references"]
     exact = metrics.best_score(metrics.exact_match, answer, references)
     found = {
@@ -348,8 +350,8 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def facts(sample: Sample) -> dict[str, float]:
-    """Recall of retrieval, if the data name evidence: the share of evidence pages that are shown, and that are among
-    the k most similar."""
+    """Recall of retrieval in 0..1: the share of evidence pages that are shown, and that are among the k most similar.
+    Empty if the data name no evidence."""
     meta = _meta(sample)
     evidence = set(meta["evidence"])
     if not evidence:
