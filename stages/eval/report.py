@@ -220,6 +220,7 @@ def _worst_answers(run: Run, scores: Scores, task: Any) -> list[dict[str, Any]]:
 
 
 def _shown_model(scores: Scores) -> str:
+    """The model whose worst answers are shown: the first adapter, or base without one."""
     return next((model for model in scores.models if model != "base"), "base")
 
 
@@ -258,7 +259,7 @@ def question_of(sample: Sample) -> str:
 
 
 def picture_data(path: Path) -> str | None:
-    """Return a picture as a data URI, shrunk to PICTURE_WIDTH; None if it cannot be read, which fails no report."""
+    """Return a picture as a data URI, shrunk to PICTURE_WIDTH; None if it cannot be read, as a report may lack it."""
     from PIL import Image
 
     content = io.BytesIO()
@@ -294,7 +295,7 @@ def _stage_facts(run: Run, name: str) -> dict[str, Any]:
 
 
 def _format_duration(seconds: float) -> str:
-    """`8.4 s`, `3 min 05 s`, `2 h 07 min`."""
+    """A duration as text: `8.4 s`, `3 min 05 s`, `2 h 07 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -37,7 +37,7 @@ class Cell(NamedTuple):
 
 
 def as_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) -> str:
-    """The ledger's page, with all columns."""
+    """The ledger as an HTML page with all columns."""
     columns = columns_of(rows)
     direction = "descending" if descending else "ascending"
     heads = [Head(each.title, each.number, direction if sorted_by == each.values[0] else None) for each in columns]
@@ -52,14 +52,14 @@ def as_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) -> str
 
 
 def _kind(row: Row) -> str:
-    """The style class of a row: what it is, or `doubtful`."""
+    """The style class of a row: `base`, `vote`, `adapter`, or `doubtful`."""
     if not row.state.startswith("scored") or row.scored_on.startswith("training"):
         return "doubtful"
     return row.adapter if row.adapter in ("base", "vote") else "adapter"
 
 
 def _page(heads: Sequence[Head], rows: Sequence[tuple[str, Sequence[Cell]]], lead: str, notes: Sequence[str]) -> str:
-    """The page. Each row has a style class, and a cell for each head. Every text is escaped."""
+    """The HTML of the page. Each row has a style class, and a cell for each head. Every text is escaped."""
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script is not None
