@@ -51,6 +51,7 @@ ROOTS = Roots.from_environment()
 
 
 def run_of(length: str) -> Run:
+    """Return the run for answers of a length, `long` or `short`."""
     sets = (f"model.path={MODEL}", *LIMITS[length])
     recipe = settle_recipe(
         load_recipe(Path("recipes/patent-qa.yaml"), None, sets), "recipes/patent-qa.yaml", Path("recipes/data")
@@ -84,8 +85,8 @@ def prepare() -> None:
         else:
             shutil.copytree(first, run.path("preprocess", "pages"), dirs_exist_ok=True)
         make_adapter(run.path("train", "adapters", "tuned"), ROOTS.models / MODEL, run.recipe.train.rank, 0)
-        _describe(run, "preprocess", "samples/test.jsonl", "asked.jsonl", "pages/")
-        _describe(run, "train", "adapters/tuned/adapter_config.json", "adapters/tuned/adapter_model.safetensors")
+        _write_manifest(run, "preprocess", "samples/test.jsonl", "asked.jsonl", "pages/")
+        _write_manifest(run, "train", "adapters/tuned/adapter_config.json", "adapters/tuned/adapter_model.safetensors")
     shown = {(int(Path(i).parent.name[1:]), int(Path(i).stem)) for s in samples[-ONE_BY_ONE:] for i in s["images"]}
     with ProcessPoolExecutor() as pool:  # 4960 x 7016 pixels: A4 at 600 DPI
         list(pool.map(draw_page, [(ROOTS.runs / "passes-600dpi", d, p, 4960 * 7016) for d, p in sorted(shown)]))
@@ -111,7 +112,7 @@ def _sample(run: Run, question: PatentQuestion) -> Any:
 
 
 def _silence_unused_tokens(folder: Path) -> None:
-    """Zero the head's rows of tokens without text: their logit is then 0, and another token's is always higher."""
+    """Zero the head's rows of tokens without text. Their logit is then 0, and another token's is always higher."""
     import struct
 
     index = read_json(folder / "model.safetensors.index.json")["weight_map"]
@@ -125,7 +126,8 @@ def _silence_unused_tokens(folder: Path) -> None:
         file.write(bytes(end - start - REAL_TOKENS * row))
 
 
-def _describe(run: Run, stage: str, *names: str) -> None:
+def _write_manifest(run: Run, stage: str, *names: str) -> None:
+    """Write the manifest of a stage with these outputs, as if it had run."""
     hashes = FileHashes(run.folder / "none")
     manifest = {
         "contract": CONTRACT_VERSION,
@@ -144,13 +146,14 @@ class FineDrawing(Picture):
     """A page at 600 DPI, decoded at full size and then shrunk."""
 
     def load(self) -> Any:
+        """Return the page as an RGB picture of its own width and height."""
         from PIL import Image
 
         return Image.open(self.path).convert("RGB").resize((self.width, self.height))
 
 
 class Job:
-    """The questions with one limit of answers, and the engine that answers them."""
+    """The questions with one limit of answer tokens, and the engine that answers them."""
 
     def __init__(self, engine: Engine, length: str) -> None:
         self._engine, self._length, self._run = engine, length, run_of(length)
@@ -212,7 +215,7 @@ PASSES = ("classify", "answer", "refine")
 
 
 def measure_both() -> None:
-    """Measure both ways with one engine."""
+    """Measure both ways with one engine, and write their rows."""
     from stages.engines.vllm_engine import VllmEngine
 
     recipe = run_of("long").recipe
@@ -250,8 +253,8 @@ def _empty_caches(engine: Any) -> None:
     engine._llm.reset_mm_cache()
 
 
-def stage() -> None:
-    """Measure the infer stage: base and adapter, each in three passes over all questions."""
+def measure_stage() -> None:
+    """Run the infer stage with base and adapter, each in three passes over all questions, and print its row."""
     for length, values in LIMITS.items():
         run = run_of(length)
         began = time.monotonic()
@@ -273,7 +276,7 @@ def stage() -> None:
 def main() -> None:
     if not (ROOTS.models / MODEL / "config.json").is_file():
         prepare()
-    stage() if sys.argv[1:] == ["stage"] else measure_both()
+    measure_stage() if sys.argv[1:] == ["stage"] else measure_both()
 
 
 if __name__ == "__main__":
