@@ -96,6 +96,7 @@ class WatchedStage:
         return self._process.wait()
 
     def _last(self) -> dict[str, Any] | None:
+        """The last progress event of this start; None before the first."""
         try:
             with self._events.open("rb") as file:
                 file.seek(max(self._skip, self._events.stat().st_size - 4096))
@@ -106,6 +107,7 @@ class WatchedStage:
         return dict(json.loads(whole[-1])) if whole else None
 
     def _memory(self) -> float:
+        """MB of the stage's main process; 0 once it has ended."""
         try:
             status = Path(f"/proc/{self._process.pid}/status").read_text()
         except OSError:

@@ -171,6 +171,7 @@ def _sample(number: int, length: int, answer: int, pictures: list[str]) -> dict[
 
 
 def _picture(stage: Stage) -> str:
+    """Write a picture of noise into the run. Returns its path relative to the run."""
     from PIL import Image
 
     path = stage.path("pages", "page.png")

@@ -166,11 +166,13 @@ def measure_full() -> None:
 
 
 def _finish_disturbed(training: Training, other: Hog, leave: float, whole: Training) -> None:
+    """Take memory with another process, then finish the training and compare its losses."""
     training.row["left by the other, GiB"] = other.take_all_but(leave)
     _finish(training, whole)
 
 
 def _finish(training: Training, whole: Training | None) -> None:
+    """Wait for the end of a training. Add rows with its decisions and, against `whole`, its losses."""
     training.end(alone=False)
     manifest = read_json(training.folder / "manifest.json") or {"decisions": []}
     rungs = [made for made in manifest["decisions"] if made["what"] in ("out of memory", "fit", "memory")]
@@ -180,6 +182,7 @@ def _finish(training: Training, whole: Training | None) -> None:
 
 
 def _memory_by_step(training: Training) -> dict[int, float]:
+    """The GPU memory of a training in GiB, by step."""
     steps = [event for event in read_jsonl(training.events) if event.get("unit") == "steps" and event.get("memory")]
     return {event["step"]: round(event["memory"] / GIB, 2) for event in steps}
 
@@ -341,6 +344,7 @@ def measure_use() -> None:
 
 
 def _measure_command(what: str, command: list[str], environment: dict[str, str], lines: int) -> None:
+    """Run a command. Add a row with its exit code, seconds and last lines."""
     began = time.monotonic()
     done = _run(command, environment)
     said = (done.stdout + done.stderr).strip().splitlines()[-lines:]
@@ -348,6 +352,7 @@ def _measure_command(what: str, command: list[str], environment: dict[str, str],
 
 
 def _run(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run a command with more environment variables. Returns its exit code and output."""
     return subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240
     )

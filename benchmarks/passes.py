@@ -104,6 +104,7 @@ def _question(number: int) -> PatentQuestion:
 
 
 def _sample(run: Run, question: PatentQuestion) -> Any:
+    """The test sample of a question, with pages in random order of similarity."""
     name = question.document.removesuffix(".pdf")
     pages = {p: {"page": p, "text": "", "image": f"preprocess/pages/{name}/{p}.jpg"} for p in range(1, PAGES + 1)}
     ranked = random.sample(range(1, PAGES + 1), PAGES)
@@ -163,6 +164,7 @@ class Job:
         self._tokens = 0
 
     def _prompt(self, sample: Any, name: str, fine: bool) -> Prompt | None:
+        """The prompt of a pass, with pages at 600 DPI if `fine`; None if the sample skips the pass."""
         wanted = ask(self._run.recipe, sample, name, self._texts[sample["id"]], ())
         if wanted is None:
             return None
@@ -177,12 +179,14 @@ class Job:
         return replace(prompt, pictures=pages)
 
     def _call(self, name: str, samples: list[Any], adapter: str | None, fine: bool) -> None:
+        """Answer the samples in one pass, and keep the completions."""
         prompts = [prompt for sample in samples if (prompt := self._prompt(sample, name, fine)) is not None]
         for prompt, completion in zip(prompts, self._engine.generate(prompts, adapter), strict=True):
             self._texts[prompt.id][name] = completion.text
             self._tokens += completion.tokens
 
     def _row(self, way: str, questions: int, seconds: float, **more: Any) -> dict[str, Any]:
+        """The row of a way, which is also printed."""
         row = {"way": way, "answers": self._length, "questions": questions, **more}
         row |= {"seconds a question": round(seconds / questions, 3), "tokens written": self._tokens}
         print("ROW", json.dumps(row), flush=True)

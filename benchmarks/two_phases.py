@@ -69,6 +69,7 @@ def prepare(run: Run) -> None:
 
 
 def _sample(stage: Stage, source: str, number: int) -> dict[str, Any]:
+    """A sample with one picture, of the caption (`pretrain`) or of a question (`finetune`)."""
     from PIL import Image
 
     name, colour = f"{source}{number}", COLOURS[number % len(COLOURS)]
@@ -124,6 +125,7 @@ class Peaks:
         self._thread.start()
 
     def _look(self) -> None:
+        """Update the peaks ten times a second until `stop`."""
         import pynvml
 
         pynvml.nvmlInit()

@@ -96,6 +96,7 @@ def write_report(
 
 @cache
 def _template() -> Template:
+    """The template of the report."""
     # adapter names and model output are untrusted: everything is escaped except Markup
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -116,6 +117,7 @@ _INK = "#010203"  # placeholder for the text's colour, which differs on a dark p
 
 
 def _colour(index: int) -> str:
+    """A placeholder for the colour of a model."""
     return f"#0405{index:02x}"  # placeholder for the style sheet's colour of a model
 
 
@@ -158,6 +160,7 @@ def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup |
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """The x and the y values of points."""
     return [x for x, _ in points], [y for _, y in points]
 
 

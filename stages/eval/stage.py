@@ -173,6 +173,7 @@ def _predictions(run: Run, ids: set[str]) -> dict[str, list[Prediction]]:
 
 
 def _write_output(stage: Stage, name: str, value: Any) -> None:
+    """Write a JSON file, and record it as an output of the stage."""
     write_json(stage.path(name), value)
     stage.outputs[name] = None
 
@@ -260,6 +261,7 @@ def _vote_table(vote: VoteOutcome, figures: dict[str, Figures]) -> Any:
 
 
 def _vote_line(vote: VoteOutcome) -> str:
+    """A line on how the vote went, and its difference from the best voter."""
     metric, gain = next(iter(vote.over_best.items()))
     decided = ", ".join(f"{by} {count}" for by, count in sorted(vote.decided_by.items()))
     return (
@@ -269,6 +271,7 @@ def _vote_line(vote: VoteOutcome) -> str:
 
 
 def _format_seconds(took: float | None) -> str:
+    """Seconds with three digits; empty if not recorded."""
     return "" if took is None else f"{took:.3g}"
 
 
@@ -296,8 +299,10 @@ def _ablation_table(adapter: str, ablated: list[Ablation]) -> Any:
 
 
 def _gain_text(gain: dict[str, Any]) -> str:
+    """A difference with its interval, and a star if it is clear."""
     return format_interval(gain, sign="+") + ("*" if is_clear(gain) else " ")
 
 
 def _format_points(gain: dict[str, Any]) -> str:
+    """A difference in points, and a star if it is clear."""
     return f"{gain['value']:+.1f}{'*' if is_clear(gain) else ' '}"

@@ -197,6 +197,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
 
 
 def _metrics(line: Mapping[str, Any]) -> list[str]:
+    """The metrics of a line, with repetitions."""
     return [metric for model in line["models"].values() for metric in model["scores"]]
 
 
@@ -254,6 +255,7 @@ def suspicions(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def _sources(run: EvaluatedRun) -> list[str]:
+    """The data sets of a run's samples, in their order."""
     return list(dict.fromkeys(str(line["source"]) for line in run.lines))
 
 

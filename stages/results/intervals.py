@@ -124,10 +124,12 @@ def percent(value: float) -> float:
 
 
 def _percent_or_none(value: float) -> float | None:
+    """A score in percent; None for NaN."""
     return None if math.isnan(value) else percent(value)
 
 
 def _means(values: Values) -> Values:
+    """The mean of each column, without NaN."""
     with np.errstate(invalid="ignore"):  # 0/0 in a column without scores
         return np.asarray(np.nansum(values, axis=0) / (~np.isnan(values)).sum(0))
 

@@ -174,6 +174,7 @@ class _RowReader(RunReader):
 
     @cached_property
     def _differences(self) -> dict[str, Any]:
+        """Gains over base by model and metric; empty if eval is not done."""
         return self.read_output("eval", "differences.json") or {}
 
     @property
@@ -234,6 +235,7 @@ class _RowReader(RunReader):
         return [self._row(name, adapters.get(name)) for name in names]
 
     def _row(self, name: str, adapter: Adapter | None) -> Row:
+        """The row of one model. `adapter` is its entry in the recipe, None for others."""
         row = Row(
             self._name,
             task=_one_line(self.run.recipe.task),

@@ -74,17 +74,20 @@ def _page(heads: Sequence[Head], rows: Sequence[tuple[str, Sequence[Cell]]], lea
 
 
 def _head(head: Head) -> str:
+    """The HTML of a column's head, with a button that sorts by it."""
     order = f' aria-sort="{escape(head.sorted)}"' if head.sorted else ""
     number = ' class="number"' if head.number else ""
     return f'<th scope="col"{number}{order}><button type="button">{escape(head.title)}</button></th>'
 
 
 def _row(kind: str, cells: Sequence[Cell], heads: Sequence[Head]) -> str:
+    """The HTML of a row, with its style class."""
     inner = "".join(_cell(cell, head) for cell, head in zip(cells, heads, strict=True))
     return f'<tr class="{escape(kind)}">{inner}</tr>'
 
 
 def _cell(cell: Cell, head: Head) -> str:
+    """The HTML of a cell, with the key that it sorts by."""
     number = ' class="number"' if head.number else ""
     key = "" if cell.key is None else f' data-key="{escape(str(cell.key))}"'
     return f"<td{number}{key}>{escape(cell.text)}</td>"

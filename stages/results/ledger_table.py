@@ -90,22 +90,27 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
 
 
 def _digits(value: float | None, form: str = "") -> str:
+    """A number in a format; empty for None."""
     return "" if value is None else format(value, form)
 
 
 def _kept_text(row: Row) -> str:
+    """How many of the records Data-Juicer kept."""
     return "" if row.records_kept is None else f"{row.records_kept} of {row.records_read}"
 
 
 def _score_text(row: Row) -> str:
+    """The score with its interval, or UNTESTED."""
     return interval_text(row.score, row.low, row.high) or UNTESTED
 
 
 def _gain_text(row: Row) -> str:
+    """The gain with its interval, and a star if it is clear."""
     return interval_text(row.gain, row.gain_low, row.gain_high, "+") + ("*" if is_clear({"p": row.gain_p}) else "")
 
 
 def _vote_text(row: Row, weighted: bool) -> str:
+    """Whether the adapter votes, with its weight if weights differ."""
     return f"{row.in_vote}, {row.weight:.2f}" if weighted and row.weight is not None else row.in_vote
 
 
@@ -143,6 +148,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def _without_formula(text: str) -> str:
+    """The text, with an apostrophe in front if a spreadsheet would take it for a formula."""
     return f"'{text}" if text.startswith(FORMULAS) else text
 
 
@@ -190,6 +196,7 @@ def _fitting_columns(every: list[Column], rows: Sequence[Row], sorted_by: str | 
 
 
 def _table(columns: list[Column], rows: Sequence[Row]) -> "Table":
+    """The table of these columns, without notes."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -210,4 +217,5 @@ def _table(columns: list[Column], rows: Sequence[Row]) -> "Table":
 
 
 def _style(row: Row) -> str:
+    """The style of a row: base is dim, the vote bold."""
     return {"base": "dim", "vote": "bold"}.get(row.adapter, "")

@@ -115,6 +115,7 @@ def suggestion(name: str, known: Sequence[str], what: str) -> str:
 
 
 def _is_run(path: Path) -> bool:
+    """Whether a folder is a run, or the remains of one."""
     try:
         return path.is_dir() and any((path / part).exists() for part in ("recipe.yaml", "shards", *STAGES))
     except OSError:  # a folder that cannot be read is listed, too

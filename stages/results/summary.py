@@ -86,6 +86,7 @@ def _data_set_path(run: Run, adapter: Adapter) -> str:
 
 
 def _is_data_set(path: Path, name: str) -> bool:
+    """Whether a file or folder is the data set of that name."""
     try:
         return data_set_name(path) == name
     except DataError:  # a part was deleted after it was read; the summary need not fail for that
@@ -132,6 +133,7 @@ def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] |
 
 
 def _summary_statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entry `summary_statistics`: means and best scores over all results."""
     training = [r["training"]["training_time"] for r in results if r.get("training")]
     evaluation = [r["evaluation"] for r in results if "evaluation" in r]
     exact, f1 = ([e["metrics"][name] for e in evaluation if name in e["metrics"]] for name in ("exact_match", "f1"))
@@ -149,4 +151,5 @@ def _summary_statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _rounded_mean(values: Sequence[float]) -> float | None:
+    """The mean, rounded to four digits; None without values."""
     return round(fmean(values), 4) if values else None

@@ -50,6 +50,7 @@ def outdated_note(run: str) -> str:
 
 
 def _documents(counts: Sequence[int]) -> str:
+    """The range of sorted counts in words, such as `5 to 8 documents`."""
     ends = dict.fromkeys([counts[0], counts[-1]])
     return f"{' to '.join(map(str, ends))} document{'' if counts[-1] == 1 else 's'}"
 

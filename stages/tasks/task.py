@@ -332,6 +332,7 @@ def _fault(module: ModuleType, name: str, member: Any) -> str | None:
 
 
 def _has_type(value: Any, wanted: Any) -> bool:
+    """Whether a member's value has the type that the contract states."""
     if wanted is bool:
         return isinstance(value, bool)
     if wanted == tuple[str, ...]:
@@ -340,6 +341,7 @@ def _has_type(value: Any, wanted: Any) -> bool:
 
 
 def _type_in_words(wanted: Any) -> str:
+    """A type of the contract as a message names it."""
     if wanted is bool:
         return "True or False"
     return "a tuple of texts" if wanted == tuple[str, ...] else "a subclass of stages.contract.recipe.Section"

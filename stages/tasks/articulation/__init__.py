@@ -97,7 +97,7 @@ def sources(folder: Path) -> list[str]:
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ObjectQuestion]:
     """One question for each loop, with its label. Unusable loops go to `skip`. Raises DataError if none is usable."""
     sources(folder)
-    mode = _samples(recipe).mode
+    mode = _sample_settings(recipe).mode
     found = read_objects(folder, skip)
     return [one if one.view.root is None else replace(one, answers=(label(one.view, mode),)) for one in found]
 
@@ -116,7 +116,7 @@ def label(view: Object, mode: Mode) -> str:
 
 def build_samples(recipe: Recipe, question: ObjectQuestion, found: Found | None, split: str) -> list[Sample]:
     """The sample of a loop; in training also its augmented copies, with labels encoded from the rotated joints."""
-    settings = _samples(recipe)
+    settings = _sample_settings(recipe)
     samples = [_sample(question, question.view, settings.mode, question.id)]
     for number in range(1, settings.copies + 1 if split == "train" else 1):
         name = f"{question.id}#{number}"
@@ -179,7 +179,7 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     """Metrics of the answer's joints against the label's, in world coordinates; see `scoring.metrics`."""
     predicted, true, found = _compare(answer, sample)
     values = scoring.metrics(found)
-    if _scoring(recipe).official_joint_eval:
+    if _scoring_settings(recipe).official_joint_eval:
         pairs = scoring.official_pairs(_official_joints(predicted), true)
         values["official_type"] = sum(pair.type for pair in pairs) / len(pairs)
     return values
@@ -191,7 +191,7 @@ def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, li
         return {"missing joints": [float(len(_label(sample)[1]))], "extra joints": [0.0]}
     predicted, true, found = _compare(answer, sample)
     values = scoring.measures(found)
-    if _scoring(recipe).official_joint_eval:
+    if _scoring_settings(recipe).official_joint_eval:
         values |= scoring.official_measures(scoring.official_pairs(_official_joints(predicted), true))
     return values
 
@@ -255,9 +255,9 @@ def _meta(sample: Sample) -> ArticulationMeta:
     return cast(ArticulationMeta, sample["meta"])
 
 
-def _samples(recipe: Recipe) -> Samples:
+def _sample_settings(recipe: Recipe) -> Samples:
     return Samples.model_validate(recipe.preprocess.samples)
 
 
-def _scoring(recipe: Recipe) -> Scoring:
+def _scoring_settings(recipe: Recipe) -> Scoring:
     return Scoring.model_validate(recipe.eval.scoring)

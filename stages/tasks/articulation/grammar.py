@@ -99,6 +99,7 @@ def _assigned_value(statement: ast.stmt, name: str) -> ast.expr:
 
 
 def _joint(node: ast.expr, mode: Mode) -> dict[str, Any]:
+    """The fields of one `dict(...)`. Raises GrammarError for another form."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict") or node.args:
         raise GrammarError("a joint is not dict(...)")
     keys = [keyword.arg for keyword in node.keywords]
@@ -109,6 +110,7 @@ def _joint(node: ast.expr, mode: Mode) -> dict[str, Any]:
 
 
 def _value(key: str, node: ast.expr, mode: Mode) -> Any:
+    """The value of one key of a joint. Raises GrammarError for a value that the key cannot have."""
     if key == "box":
         return _integer(node, key, range(10_000))
     if key == "idx":
@@ -131,6 +133,7 @@ def _value(key: str, node: ast.expr, mode: Mode) -> Any:
 
 
 def _integer(node: ast.expr, key: str, allowed: Sequence[int]) -> int:
+    """An integer among the allowed ones. Raises GrammarError for another value."""
     value = _number(node, key)
     if value != int(value) or int(value) not in allowed:
         raise GrammarError(f"{key}={value} is not allowed")

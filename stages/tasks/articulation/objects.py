@@ -211,5 +211,6 @@ def _with_joints(boxes: dict[int, Box], mobility: Mobility, where: str, skip: Sk
 
 
 def _joint(number: int, joint: UrdfJoint) -> Joint:
+    """The joint of box `number`."""
     assert joint.type is not None  # a fixed joint moves no body
     return Joint(number, joint.type, joint.pos, joint.axis)

@@ -35,6 +35,7 @@ class Pair:
 
     @property
     def is_right(self) -> bool:
+        """Whether box, type, axis and line are all within the limits of a right joint."""
         near = self.distance is None or self.distance <= METRES
         return self.box and self.type and self.signed_angle <= DEGREES and near
 
@@ -61,12 +62,14 @@ class Comparison:
     """Whether the answer names the true root."""
 
     @property
-    def missing(self) -> int:
+    def missing_count(self) -> int:
+        """Number of true joints without a partner."""
         return sum(pair is None for pair in self.pairs)
 
     @property
-    def extra(self) -> int:
-        return self.predicted - (len(self.pairs) - self.missing)
+    def extra_count(self) -> int:
+        """Number of predicted joints without a partner."""
+        return self.predicted - (len(self.pairs) - self.missing_count)
 
 
 def compare(
@@ -130,6 +133,7 @@ def metrics(found: Comparison) -> dict[str, float]:
 
 
 def _is_within(value: float | None, limit: float) -> bool:
+    """Whether there is a value, and it is at most the limit."""
     return value is not None and value <= limit
 
 
@@ -140,8 +144,8 @@ def measures(found: Comparison) -> dict[str, list[float]]:
         "axis angle with sign, degrees": [pair.signed_angle for pair in pairs],
         "axis angle, degrees": [pair.angle for pair in pairs],
         "hinge line distance, cm": [100 * pair.distance for pair in pairs if pair.distance is not None],
-        "missing joints": [float(found.missing)],
-        "extra joints": [float(found.extra)],
+        "missing joints": [float(found.missing_count)],
+        "extra joints": [float(found.extra_count)],
     }
 
 

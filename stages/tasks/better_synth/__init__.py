@@ -129,6 +129,7 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
 
 
 def _with_content(message: Message, content: str) -> Message:
+    """The message with another content."""
     return {"role": message["role"], "content": content}
 
 

@@ -78,6 +78,7 @@ def from_messages(name: str | int, messages: list[Message], pictures: list[str])
 
 
 def _llava_record(name: str | int, turns: list[tuple[str, str]], pictures: list[str]) -> Llava:
+    """The LLaVA record with this id, these turns (speaker and text) and these pictures."""
     shown = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
     return {"id": name, **shown, "conversations": [{"from": who, "value": value} for who, value in turns]}
 
@@ -111,6 +112,7 @@ def pictures_of(record: Llava) -> list[str]:
 
 
 def _list_of_names(value: Any) -> list[str]:
+    """The value, if it is a list of non-empty names. Raises BadRecordError otherwise."""
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise BadRecordError("pictures are not a list of names", repr(value)[:100])
     return value
@@ -142,6 +144,7 @@ def to_dj_caption(record: Llava) -> DataJuicer:
 
 
 def _dj_text(value: str) -> str:
+    """The text of a turn in Data-Juicer's form. Raises BadRecordError if it contains one of Data-Juicer's marks."""
     mark = _MARK.search(f"{value} ")  # because a blank comes before the end mark
     taken = mark.group() if mark else next((mark for mark in (DJ_PLACE, DJ_END) if mark in value), None)
     if taken is not None:
@@ -220,6 +223,7 @@ def caption_in(text: str) -> str:
 
 
 def _without_end(text: str) -> str:
+    """The text without Data-Juicer's mark of the end, and without the blank before it."""
     if not text.rstrip().endswith(DJ_END):
         return text
     return text.rstrip().removesuffix(DJ_END).removesuffix(" ")

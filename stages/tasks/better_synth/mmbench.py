@@ -300,6 +300,7 @@ def _folded_text(text: str) -> str:
 
 
 def _comparable_text(text: str) -> str:
+    """The text without differences of width, case and outer punctuation."""
     return _folded_text(text).casefold().strip(".,!?:;\"' ")
 
 

@@ -29,6 +29,8 @@ class StoredPicture:
 
 @dataclass(frozen=True)
 class _PreparedPicture:
+    """A picture that was checked, and padded if the recipe asks for it."""
+
     stored: StoredPicture
     content: bytes | None
     """Content of the file to write; None if the file exists already."""
@@ -63,6 +65,7 @@ class Pictures:
         return self._store(self._prepare(data, name))
 
     def _prepare_file(self, name: str) -> _PreparedPicture | BadRecordError:
+        """The picture of a file below the data folder, ready to store, or the error that makes it unusable."""
         path = PurePosixPath(name)
         if path.is_absolute() and path.is_relative_to(self._data):
             path = path.relative_to(self._data)
@@ -78,6 +81,7 @@ class Pictures:
             return error
 
     def _prepare(self, data: bytes, name: str) -> _PreparedPicture:
+        """The picture of a file's content, ready to store. Raises BadRecordError if it is damaged or not a picture."""
         digest = hashlib.sha256(data).hexdigest()
         stem = digest[:32] + ("-square" if self._pad else "")
         if stem in self._existing:
@@ -95,6 +99,7 @@ class Pictures:
         return _PreparedPicture(StoredPicture(f"{stem}.{'jpg' if kind == 'JPEG' else kind.lower()}", digest), data)
 
     def _store(self, prepared: _PreparedPicture) -> StoredPicture:
+        """Write a picture unless it exists, and return where it is."""
         path = self._folder / prepared.stored.name
         if prepared.content is not None and path.stem not in self._existing:
             with open_atomically(path, "wb") as file:

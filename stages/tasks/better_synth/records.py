@@ -93,6 +93,7 @@ class PictureQuestion:
 
 
 def _picture_group(digest: str) -> str:
+    """The group of all questions that show the picture with this digest."""
     return f"picture-{digest[:16]}"
 
 
@@ -197,6 +198,7 @@ def read_originals(path: Path, skip: Skip) -> dict[str, Original | None]:
 
 
 def _record_in(row: Row) -> dict[str, Any]:
+    """The JSON object of a row. Raises BadRecordError for another value, or a row that could not be read."""
     if row.bad is not None:
         raise BadRecordError(*row.bad)
     if not isinstance(row.record, dict):
@@ -326,6 +328,7 @@ def _with_picture(store: Pictures, name: str, question: PictureQuestion) -> Pict
 
 
 def _with_stored_picture(question: PictureQuestion, picture: StoredPicture) -> PictureQuestion:
+    """The question with its picture, in the picture's group."""
     return replace(question, images=(picture.name,), group=_picture_group(picture.digest))
 
 
@@ -371,6 +374,7 @@ def _picture_of(
 
 
 def _mmbench_question(row: mmbench.MMBenchRow, turn: mmbench.Round, circular: bool) -> PictureQuestion:
+    """The question of one rotation, without its picture."""
     name = f"{MMBENCH}/{turn.id}"
     return PictureQuestion(
         id=name,
@@ -414,4 +418,5 @@ def asked_rows(folder: Path, tested: list[PictureQuestion]) -> list[dict[str, An
 
 
 def _without_picture(text: str) -> str:
+    """The text of a prompt without its picture."""
     return text.removeprefix(f"{PLACE}\n")

@@ -141,6 +141,7 @@ def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> I
 
 
 def _question(line: bytes, annotations: Annotations | None, where: str) -> TextVqaQuestion:
+    """The question in a line. Raises BadRecordError if the line is unusable or has no annotation."""
     record = object_in(line)
     name, image = _id(record, "question_id"), text_of(record, "image")
     text_of(record, "text")
@@ -188,12 +189,14 @@ def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
 
 
 def _texts(values: list[str]) -> list[str]:
+    """The values, if they are a list of strings. Raises TypeError otherwise."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError("answers are not a list of strings")
     return values
 
 
 def _id(record: Mapping[str, object], field: str) -> str:
+    """An id of a record as text. Raises BadRecordError if it is neither a string nor an integer."""
     value = record.get(field)
     if type(value) not in (str, int):
         raise BadRecordError(

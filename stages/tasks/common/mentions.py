@@ -84,6 +84,7 @@ def figure_labelled(text: str) -> tuple[str, str] | None:
 
 
 def _figure(match: re.Match[str]) -> str | None:
+    """The figure of a match as number and letter; None for a number that is not well-formed."""
     digits, numeral, *letters = match.groups()
     number = int(digits) if digits else chinese_number(numeral)
     return f"{number}{''.join(filter(None, letters)).lower()}" if number else None

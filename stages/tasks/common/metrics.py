@@ -68,11 +68,13 @@ def best_score(metric: Callable[[str, str], float], answer: str, references: Seq
 
 
 def _characters(text: str) -> list[str]:
+    """The characters that `character_f1` compares."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return [c for c in folded if not c.isspace() and not unicodedata.category(c).startswith("P")]
 
 
 def _bag_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
+    """F1 of two bags of tokens; 0 if they share none."""
     shared = sum((Counter(answer) & Counter(reference)).values())
     if shared == 0:
         return 0.0

@@ -84,12 +84,14 @@ def _files(folder: Path) -> list[tuple[Path, Split | None]]:
 
 
 def _existing_path(path: Path) -> Path:
+    """The path. Raises DataError if it does not exist."""
     if not path.exists():
         raise DataError(f"{path}: missing, but listed by the data set's metadata; copy the whole folder")
     return path
 
 
 def _json(path: Path) -> Any:
+    """The JSON value in a file; None if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -103,6 +105,7 @@ def _split_of(path: Path) -> Split | None:
 
 
 def _split_in(name: str) -> Split | None:
+    """The first split that a word of a name states; None without one."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 
@@ -126,6 +129,7 @@ def _read_file(path: Path, file: str, split: Split | None) -> Iterator[Row]:
     count = before = 0
 
     def row(number: int, record: Any = None, *, bad: tuple[str, str] | None = None, last: int | None = None) -> Row:
+        """The Row at `number`, numbered by place if an earlier one has the same line."""
         nonlocal count, before
         count, shared, before = count + 1, number == before, number
         if ending in TEXT:
@@ -146,6 +150,7 @@ def _read_file(path: Path, file: str, split: Split | None) -> Iterator[Row]:
 
 
 def _refuse_constant(name: str) -> Any:
+    """Raise ValueError for NaN and infinities, which are not JSON."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -163,6 +168,7 @@ _BRACKETS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[{}\[\]]')
 
 
 def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
+    """The rows of a text file: an array, SQuAD's form, values one after the other, or JSON Lines."""
     with path.open("rb") as file:
         beginning = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().decode("utf-8", "replace")
     lines = _begins_with_json_line(path)  # each of them may be a table or an array
@@ -192,6 +198,7 @@ def _begins_with_json_line(path: Path) -> bool:
 
 
 def _read_lines(path: Path, row: MakeRow) -> Iterator[Row]:
+    """The rows of a JSON Lines file."""
     with path.open("rb") as lines:  # in bytes: text would also be split at U+2028, which JSON may contain
         for number, line in enumerate(lines, start=1):
             text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").strip()
@@ -363,5 +370,6 @@ def _read_batch(batch: Any, before: int, row: MakeRow) -> Iterator[Row]:
 
 
 def _batches(file: Any) -> Iterator[Any]:
+    """The record batches of an Arrow file, read one at a time."""
     for number in range(file.num_record_batches):
         yield file.get_batch(number)

@@ -250,6 +250,7 @@ def _parse_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _text(record: dict[str, Any], field: str) -> str:
+    """The text of a field, stripped. Raises _BadRecordError if it is missing or not a string."""
     if record.get(field) is None:
         raise _BadRecordError(f"no {field}")
     if not isinstance(record[field], str):

@@ -102,10 +102,10 @@ def build_samples(recipe: Recipe, question: LogicQuestion, found: Found | None, 
 
 def passes(recipe: Recipe) -> tuple[str, ...]:
     """`answer`, then a pass for each retry."""
-    return ("answer", *(f"retry_{number}" for number in range(1, _passes(recipe).retries + 1)))
+    return ("answer", *(f"retry_{number}" for number in range(1, _pass_settings(recipe).retries + 1)))
 
 
-def _passes(recipe: Recipe) -> Passes:
+def _pass_settings(recipe: Recipe) -> Passes:
     return Passes.model_validate(recipe.infer.passes)
 
 
@@ -117,7 +117,7 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
         return None
     # a seed for each sample and pass, so that other prompts and their order do not change the completion
     seed = int(digest_of([recipe.seed, sample["id"], name])[:8], 16) & 0x7FFFFFFF
-    return Ask(sample["messages"], temperature=_passes(recipe).retry_temperature, seed=seed)
+    return Ask(sample["messages"], temperature=_pass_settings(recipe).retry_temperature, seed=seed)
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:

@@ -140,6 +140,7 @@ def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
 
 
 def _add(questions: dict[str, LogicQuestion], question: LogicQuestion) -> None:
+    """Add a question under its id."""
     assert question.id not in questions, question.id  # ids contain the file's name, which is unique
     questions[question.id] = question
 
@@ -285,6 +286,7 @@ def letter_of(answer: Any, options: tuple[str, ...]) -> str | None:
 
 
 def _is_same_text(option: str, answer: str) -> bool:
+    """Whether an option and an answer are equal, apart from width, case and white space."""
     return " ".join(unicodedata.normalize("NFKC", option).split()).casefold() == " ".join(answer.split()).casefold()
 
 

@@ -206,9 +206,11 @@ def _option_pattern(option: str) -> str:
 
 
 def _is_latin_or_digit(character: str) -> bool:
+    """Whether a character is an ASCII letter or digit."""
     return character.isascii() and character.isalnum()
 
 
 def _folded_text(text: str) -> str:
+    """The text without differences of width, case and white space, line by line."""
     lines = unicodedata.normalize("NFKC", text).casefold().strip().split("\n")
     return "\n".join(" ".join(line.split()) for line in lines)

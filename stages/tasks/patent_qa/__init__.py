@@ -122,11 +122,11 @@ def _meta(sample: Sample) -> PatentMeta:
     return cast(PatentMeta, sample["meta"])
 
 
-def _samples(recipe: Recipe) -> Samples:
+def _sample_settings(recipe: Recipe) -> Samples:
     return Samples.model_validate(recipe.preprocess.samples)
 
 
-def _passes(recipe: Recipe) -> Passes:
+def _pass_settings(recipe: Recipe) -> Passes:
     return Passes.model_validate(recipe.infer.passes)
 
 
@@ -140,7 +140,7 @@ def _top_k(recipe: Recipe) -> int:
 
 def retrieval_needs(recipe: Recipe) -> RetrievalNeeds:
     """What retrieval must find for the questions."""
-    settings = _samples(recipe)
+    settings = _sample_settings(recipe)
     return RetrievalNeeds(settings.examples, settings.crop_figure and settings.shows == "pictures")
 
 
@@ -151,7 +151,7 @@ def classification(recipe: Recipe, question: PatentQuestion) -> Ask | bool | Non
         return None
     if recipe.preprocess.classifier == "rule":
         return asks_position(question.text)
-    return Ask(prompts.classification_prompt(question.text), max_new_tokens=_passes(recipe).classify_tokens)
+    return Ask(prompts.classification_prompt(question.text), max_new_tokens=_pass_settings(recipe).classify_tokens)
 
 
 def read_classification(text: str) -> bool:
@@ -166,7 +166,7 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None,
     then similar ones. If the drawing of a page is enough, training gets a second sample with that page alone.
     """
     assert found is not None  # the task reads documents
-    settings, top_k = _samples(recipe), _top_k(recipe)
+    settings, top_k = _sample_settings(recipe), _top_k(recipe)
     usable = [number for number in question.pages if number in found.pages]
     named, also = (usable[0], usable[1:]) if usable else (None, [])
     meta: PatentMeta = {
@@ -239,7 +239,7 @@ def _answer_prompt(
     without: Collection[str],
 ) -> Ask:
     """The prompt for the question with its named page, if there is one, and `others`. `pages` are by number as text."""
-    settings, passes = _samples(recipe), _passes(recipe)
+    settings, passes = _sample_settings(recipe), _pass_settings(recipe)
     named = meta["named"]
     alone = named is not None and not others
     hint = alone and settings.position_hint and asks_position(meta["question"]) and "position_hint" not in without
@@ -263,12 +263,12 @@ def _answer_prompt(
 def passes(recipe: Recipe) -> tuple[str, ...]:
     """`classify` if the model is the classifier, `answer`, and `refine` if the recipe asks for it."""
     first = ("classify",) if recipe.preprocess.classifier == "model" else ()
-    return (*first, "answer", *(("refine",) if _passes(recipe).refine else ()))
+    return (*first, "answer", *(("refine",) if _pass_settings(recipe).refine else ()))
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask | None:
     """The prompt of the pass `name` for a test sample; None if the sample skips that pass."""
-    meta, settings = _meta(sample), _passes(recipe)
+    meta, settings = _meta(sample), _pass_settings(recipe)
     if name == "classify":
         if meta.get("named") is None or meta["also_named"] or "classifier" in without:
             return None
@@ -281,7 +281,7 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
         return Ask(messages, max_new_tokens=settings.refine_tokens)
     alone = _shows_page_alone(meta, before, without)
     if alone or "retrieval" in without:
-        others = [] if alone else _other_pages(_samples(recipe), meta, without)
+        others = [] if alone else _other_pages(_sample_settings(recipe), meta, without)
         return _answer_prompt(recipe, meta, others, meta["candidates"], without)
     limit = settings.page_tokens if meta.get("named") is not None else None
     return Ask(sample["messages"], sample["images"], meta.get("max_pixels"), limit)

@@ -16,6 +16,7 @@ READER = "Answer with the shortest exact words from the pages."
 
 
 def _user(content: str) -> list[Message]:
+    """One message of the user."""
     return [{"role": "user", "content": content}]
 
 

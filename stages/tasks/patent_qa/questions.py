@@ -115,6 +115,7 @@ def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any
 
 
 def _row(row: int, question: PatentQuestion | None, record: dict[str, Any]) -> dict[str, Any]:
+    """The row of the submission for a line; `record` is the JSON object of an unusable one."""
     if question is not None:
         record = {"ids": [question.id], "document": question.document, "question": question.text}
     else:
@@ -123,6 +124,7 @@ def _row(row: int, question: PatentQuestion | None, record: dict[str, Any]) -> d
 
 
 def _raw_record(line: bytes) -> dict[str, Any]:
+    """The JSON object in a line, whatever its fields; empty if it cannot be read."""
     try:
         record = json.loads(line.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
@@ -133,6 +135,7 @@ def _raw_record(line: bytes) -> dict[str, Any]:
 def _parse_line(
     line: bytes, default_id: str, split: Literal["train", "test"] | None, documents: set[str]
 ) -> PatentQuestion:
+    """The question in a line. Raises BadRecordError if it is unusable."""
     record = object_in(line)
     text = text_of(record, "question")
     document = unicodedata.normalize("NFC", text_of(record, "document"))
@@ -153,6 +156,7 @@ def _parse_line(
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
+    """The answers of a record. Raises BadRecordError for values that are not texts."""
     value = record.get("answer", [])
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
@@ -161,6 +165,7 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _evidence(record: dict[str, Any]) -> tuple[int, ...]:
+    """The pages of a record's evidence. Raises BadRecordError for values that are not page numbers."""
     value = record.get("pages", [])
     if not isinstance(value, list) or not all(type(v) is int and v >= 1 for v in value):
         raise BadRecordError("pages is not a list of page numbers", repr(value)[:100])
