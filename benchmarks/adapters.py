@@ -76,6 +76,7 @@ def _wait_for_memory(patience: float = 60.0) -> None:
 
 
 def main(small: bool) -> None:
+    """Measure both ways, and write their rows. `small` tests the benchmark on a CPU."""
     model = ROOTS.models / ("SmolLM2-135M-Instruct" if small else "Qwen2.5-7B")
     if not model.is_dir():
         make_model(model, CONFIGS["Qwen2.5-7B"])

@@ -101,6 +101,7 @@ def row_of(folder: Path, seed: int, objects: list[int], seconds: dict[str, float
 
 
 def main() -> None:
+    """Run the stages, and write the row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="Seed of cabinets and training. Default: 0.")
     parser.add_argument(

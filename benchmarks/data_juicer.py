@@ -118,7 +118,7 @@ def time_records(root: Path, name: str, executor: str) -> dict[str, Any]:
     began = time.monotonic()
     code = start_process(root, name, executor).wait()
     if code:
-        sys.exit(f"{name}: exit {code}")
+        sys.exit(f"{name}: exit code {code}")
     seconds = time.monotonic() - began
     kept = (root / "runs" / name / "preprocess" / "records" / "kept.jsonl").read_bytes()
     return {
@@ -147,6 +147,7 @@ def kill_and_resume(root: Path, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Process the records in three ways, and write the rows."""
     root = Path(tempfile.mkdtemp(prefix="data-juicer-"))
     try:
         make_data(root / "made")

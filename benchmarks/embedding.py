@@ -107,6 +107,7 @@ def measure_one_by_one(
 
 
 def main() -> None:
+    """Measure all ways, and write their rows."""
     import torch
 
     from stages.preprocess.gme import Gme

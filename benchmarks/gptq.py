@@ -126,6 +126,7 @@ def add_losses(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[
 
 
 def main() -> None:
+    """Measure the settings, or those named, and write a row for each."""
     if sys.argv[1:2] == ["--reload"]:
         print(json.dumps(reload(next(one for one in SETTINGS if one.name == sys.argv[2]), sys.argv[3])))
         return

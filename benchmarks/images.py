@@ -21,6 +21,7 @@ STAGES = ("preprocess", "train", "infer", "eval")
 
 
 def main() -> None:
+    """Build and measure the images of each target, and write a row for each."""
     client = docker.from_env(timeout=600)
     rows: list[dict[str, Any]] = []
     for target in sys.argv[1:]:

@@ -179,6 +179,7 @@ def search_with_faiss(
 
 
 def main() -> None:
+    """Measure preprocess with a kill, or only the search, and write the rows."""
     if sys.argv[1:] == ["search"]:
         write_rows("many_pages", measure_search(), "python -m benchmarks.many_pages", by="part")
         return

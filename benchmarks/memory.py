@@ -309,6 +309,7 @@ def measure(settings: list[Setting]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Measure the settings, or those named, and write a row for each."""
     wanted = [one for one in SETTINGS if not sys.argv[1:] or one.name in sys.argv[1:]]
     for model in dict.fromkeys(one.model for one in wanted):
         if not (ROOTS.models / model / "model.safetensors.index.json").is_file():

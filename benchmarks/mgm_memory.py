@@ -100,6 +100,7 @@ def shape_of_mgm() -> ModelShape:
 
 
 def main() -> None:
+    """Measure all cases, and write a row for each."""
     shape = shape_of_mgm()
     rows = []
     for phase, micro_batch, length, checkpointing in CASES:

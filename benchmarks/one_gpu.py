@@ -359,6 +359,7 @@ def _run(command: list[str], environment: dict[str, str]) -> "subprocess.Complet
 
 
 def main() -> None:
+    """Measure all parts, or those named, and write their rows."""
     parts = {"precision": measure_precision, "kills": measure_kills, "hog": measure_hog, "full": measure_full}
     parts |= {"speed": measure_speed, "use": measure_use}
     make_model_in_a_process("random-llama", RANDOM_LLAMA)

@@ -278,6 +278,7 @@ def measure_stage() -> None:
 
 
 def main() -> None:
+    """Measure both ways, or the infer stage, and write or print the rows."""
     if not (ROOTS.models / MODEL / "config.json").is_file():
         prepare()
     measure_stage() if sys.argv[1:] == ["stage"] else measure_both()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 
 def main() -> None:
+    """Print the row, with the compilers' caches in a temporary folder."""
     with tempfile.TemporaryDirectory() as caches:
         os.environ |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
         print(json.dumps(measure(Path(caches))))

@@ -214,6 +214,7 @@ def connector_row(run: Run) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Train both phases, and write their rows."""
     tiny = sys.argv[1:] == ["tiny"]
     model = "tiny-llava" if tiny else "LLaVA-1.5-7B"
     if not tiny and not (ROOTS.models / model / "model.safetensors.index.json").is_file():

@@ -244,6 +244,7 @@ class Seed:
 
 
 def main() -> None:
+    """Run all seeds, or the probe, and write a row for each finished seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="Seeds to run. Default: 0 to 4.")
     parser.add_argument("--adapters", type=int, default=ADAPTERS, help="Number of voting adapters. Default: 9.")

@@ -55,7 +55,7 @@ def work(stage: Stage) -> None:
     together = len(set(scores.together))
     if together < len(scored):
         stage.counts["counted together"] = together
-        stage.events.say(f"{len(scored)} test samples are scored and counted as {together}: some belong together")
+        stage.events.say(f"{len(scored)} test samples are scored and count as {together}, since some count as one")
     stage.outputs["scored.jsonl"] = write_jsonl(stage.path("scored.jsonl"), scored_lines(scores))
     trained_on = sum(bool(sample["meta"].get("trained_on")) for sample in scored)
     if trained_on:

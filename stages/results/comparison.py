@@ -46,10 +46,12 @@ class EvaluatedRun:
 
     @property
     def models(self) -> list[str]:
+        """The names of the models, in the order of scores.json."""
         return list(self.figures)
 
     @cached_property
     def by_id(self) -> dict[str, Mapping[str, Any]]:
+        """The lines by sample id."""
         return {line["id"]: line for line in self.lines}
 
     @cached_property
@@ -104,7 +106,7 @@ class ComparisonRow:
 def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[EvaluatedRun], list[str]]:
     """The runs that eval has scored, at least two, and a sentence on each of the others.
 
-    Raises UsageError for fewer runs, for scores of other answers than a run holds now, and for runs of another task,
+    Raises UsageError for fewer runs, for scores of answers that have changed since, and for runs of another task,
     scoring or test set than the first.
     """
     runs, notes = [], []

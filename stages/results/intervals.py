@@ -58,7 +58,8 @@ def mean_intervals(values: Values, groups: Sequence[str], least: float = 0.0) ->
 
 
 def intervals_of_totals(sums: Values, sizes: Values, least: float = 0.0) -> Intervals:
-    """`mean_intervals` from each document's sum of scores and number of scores, both of shape (documents, columns)."""
+    """The intervals of the columns' means, from each document's sum and number of scores, both of shape (documents,
+    columns). `mean_intervals` says more."""
     each = 2 if least == 0 else 1  # pseudo-observations at either end
     n = sizes.sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 in a column without scores
@@ -83,7 +84,7 @@ def intervals_of_totals(sums: Values, sizes: Values, least: float = 0.0) -> Inte
 
 
 def mean_figures(values: Values, groups: Sequence[str]) -> list[dict[str, Any]]:
-    """`value`, `low` and `high` in percent, and `groups`, for each column of scores."""
+    """The figures of each column of scores: `value`, `low` and `high` in percent, and `groups`."""
     found = mean_intervals(values, groups)
     columns = zip(_means(values), found.low, found.high, found.groups, strict=True)
     return [
@@ -93,9 +94,10 @@ def mean_figures(values: Values, groups: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def difference_figures(differences: Sequence[tuple[Values, Sequence[str]]]) -> list[dict[str, Any]]:
-    """`value`, `low` and `high` in points, `groups` and `p`, for each model that is compared.
+    """The figures of each model that is compared: `value`, `low` and `high` in points, `groups` and `p`.
 
-    Each has its paired differences of one metric, of shape (rows,), and the rows' documents. `p` is corrected for all.
+    `differences` has the paired differences of each model by one metric, of shape (rows,), and the rows' documents.
+    `p` is corrected for all models.
     """
     figures, tests = [], []
     for values, groups in differences:

@@ -129,12 +129,12 @@ def parse_order(order: str | None) -> tuple[str | None, bool]:
     if column not in names:
         raise UsageError(f"--sort {order}: no column {column!r}; {suggestion(column, names, 'columns')}")
     if colon and direction != "desc":
-        raise UsageError(f"--sort {order}: write {column}, or {column}:desc to sort in descending order")
+        raise UsageError(f"--sort {order}: unknown direction {direction!r}; write {column} or {column}:desc")
     return column, bool(colon)
 
 
 def refuse_unknown_metric(metric: str | None, known: Sequence[str]) -> None:
-    """Raise UsageError for a metric that no run is scored by."""
+    """Raise UsageError for a metric by which no run is scored."""
     if metric is not None and known and metric not in known:
         raise UsageError(f"--metric {metric}: no run is scored by it; {suggestion(metric, known, 'metrics')}")
 

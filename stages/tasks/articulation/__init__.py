@@ -128,6 +128,7 @@ def build_samples(recipe: Recipe, question: ObjectQuestion, found: Found | None,
 
 
 def _sample(question: ObjectQuestion, view: Object, mode: Mode, name: str) -> Sample:
+    """The sample of one view of an object. `name` is its id."""
     boxes = prompt_boxes(view.boxes, mode)
     meta: ArticulationMeta = {
         "group": question.group,
@@ -248,16 +249,20 @@ def _decode_joints(code: grammar.Code, boxes: Mapping[int, Box], mode: Mode) -> 
 
 
 def _boxes(sample: Sample) -> dict[int, Box]:
+    """The boxes of a sample by number."""
     return {int(number): box_from(box) for number, box in _meta(sample)["boxes"].items()}
 
 
 def _meta(sample: Sample) -> ArticulationMeta:
+    """The metadata of a sample, with the keys of this task."""
     return cast(ArticulationMeta, sample["meta"])
 
 
 def _sample_settings(recipe: Recipe) -> Samples:
+    """The settings of `preprocess.samples`."""
     return Samples.model_validate(recipe.preprocess.samples)
 
 
 def _scoring_settings(recipe: Recipe) -> Scoring:
+    """The settings of `eval.scoring`."""
     return Scoring.model_validate(recipe.eval.scoring)

@@ -67,6 +67,7 @@ class ObjectQuestion:
 
     @property
     def text(self) -> str:
+        """The loop's name and its number of boxes."""
         moving = len(self.view.boxes) - 1
         return f"{self.id.replace('_', ' ')}: {len(self.view.boxes)} boxes, at most {moving} of which move"
 

@@ -80,7 +80,7 @@ class Scoring(Section):
 
 
 def records(folder: Path) -> Path:
-    """Path of the file of Data-Juicer records. Raises DataError as `records_file` does."""
+    """Path of the file of Data-Juicer records. Raises DataError if it, or the file with its questions, is missing."""
     return records_file(folder)
 
 
@@ -188,4 +188,5 @@ def together(sample: Sample) -> str:
 
 
 def _meta(sample: Sample) -> PictureMeta:
+    """The metadata of a sample, with the keys of this task."""
     return cast(PictureMeta, sample["meta"])

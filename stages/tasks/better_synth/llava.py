@@ -132,8 +132,8 @@ def to_dj(record: Llava) -> DataJuicer:
 
 
 def to_dj_caption(record: Llava) -> DataJuicer:
-    """The Data-Juicer record with only the answer of a LLaVA record. Raises BadRecordError if
-    there are more turns, or the answer contains a picture or a mark of Data-Juicer."""
+    """The Data-Juicer record with only the answer of a LLaVA record. Raises BadRecordError if there are
+    more turns, or the answer contains a picture or a mark of Data-Juicer."""
     turns, pictures = turns_of(record), pictures_of(record)
     if [speaker for speaker, _ in turns] != ["human", "gpt"]:
         raise BadRecordError("not one question and one answer", f"found {len(turns)} turns")

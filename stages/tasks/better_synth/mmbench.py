@@ -353,7 +353,7 @@ def write_xlsx(path: Path, rows: Sequence[Mapping[str, str | int]]) -> None:
     lines += [[row[name] for name in rows[0]] for row in rows]
     for text in (value for line in lines for value in line if isinstance(value, str) and len(value) > LONGEST_CELL):
         raise DataError(
-            f"{path}: text of {len(text)} characters, an xlsx cell holds {LONGEST_CELL}; shorten {text[:60]!r}"
+            f"{path}: text of {len(text)} characters, but an xlsx cell holds {LONGEST_CELL}; shorten {text[:60]!r}"
         )
     with open_atomically(path, "wb") as file, xlsxwriter.Workbook(file, _AS_TEXT) as book:
         book.set_properties({"created": datetime(1980, 1, 1)})  # else the file would contain the time of writing

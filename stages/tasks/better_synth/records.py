@@ -86,6 +86,7 @@ class PictureQuestion:
 
     @property
     def text(self) -> str:
+        """The last message of the question."""
         return self.messages[-1]["content"]
 
 
@@ -116,7 +117,7 @@ def records_file(folder: Path) -> Path:
             with suppress(BadRecordError):
                 if not has_turns(_record_in(row)):
                     raise DataError(
-                        f"{originals}: no such file; put the question of {row.where} there, which has only a caption"
+                        f"{originals}: no such file; put the question of {row.where} there, as it has only a caption"
                     )
     return path
 
@@ -162,7 +163,7 @@ def _finetune_questions(folder: Path, store: Pictures, tested: set[str], skip: S
 def _pretrain_questions(
     folder: Path, records: Path, store: Pictures, tested: set[str], skip: Skip
 ) -> Iterator[PictureQuestion]:
-    """Captions, each with its question from LLaVA's file."""
+    """The questions to train on from captions. LLaVA's file has the question of each caption."""
     if not records.is_file():
         return
     path = folder / ORIGINALS

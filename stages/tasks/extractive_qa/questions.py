@@ -167,7 +167,7 @@ def _group_name(question: ContextQuestion) -> str:
 
 
 def asked_rows(folder: Path, tested: list[ContextQuestion]) -> list[dict[str, Any]]:
-    """A row for each test question, in the order of the data."""
+    """A row of the submission for each test question, in the order of the data."""
     return [{"ids": [one.id], "id": one.id, "dataset": one.source, "question": one.text} for one in tested]
 
 

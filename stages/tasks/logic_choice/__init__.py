@@ -106,6 +106,7 @@ def passes(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _pass_settings(recipe: Recipe) -> Passes:
+    """The settings of `infer.passes`."""
     return Passes.model_validate(recipe.infer.passes)
 
 
@@ -142,6 +143,7 @@ def narrowed_sample(sample: Sample, answers: Sequence[str]) -> Sample | None:
 
 
 def _meta(sample: Sample) -> LogicMeta:
+    """The metadata of a sample, with the keys of this task."""
     return cast(LogicMeta, sample["meta"])
 
 

@@ -119,18 +119,22 @@ def sources(folder: Path) -> list[str]:
 
 
 def _meta(sample: Sample) -> PatentMeta:
+    """The metadata of a sample, with the keys of this task."""
     return cast(PatentMeta, sample["meta"])
 
 
 def _sample_settings(recipe: Recipe) -> Samples:
+    """The settings of `preprocess.samples`."""
     return Samples.model_validate(recipe.preprocess.samples)
 
 
 def _pass_settings(recipe: Recipe) -> Passes:
+    """The settings of `infer.passes`."""
     return Passes.model_validate(recipe.infer.passes)
 
 
 def _top_k(recipe: Recipe) -> int:
+    """The number of most similar pages to show."""
     assert recipe.preprocess.retrieval is not None  # required for a task that reads documents
     return recipe.preprocess.retrieval.top_k
 

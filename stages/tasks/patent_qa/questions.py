@@ -40,10 +40,12 @@ class PatentQuestion:
 
     @property
     def source(self) -> str:
+        """Name of the one data set."""
         return SOURCE
 
     @property
     def group(self) -> str:
+        """The document, because all its questions fall into the same split."""
         return self.document
 
     @property
