@@ -56,6 +56,6 @@ def _documents(counts: Sequence[int]) -> str:
 
 
 def star_note(compared: int, what: str = "models") -> str:
-    """A note on what a star means if `compared` models, or other things, are compared with one."""
+    """A note on what a star means. `compared` is the number of models, or of `what`, that are compared with one."""
     correction = f" after Holm's correction for {compared} {what}" if compared > 1 else ""
     return f"*: the 95% interval excludes 0{correction and ', also'}{correction}"

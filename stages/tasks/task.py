@@ -126,11 +126,11 @@ class Task(Protocol):
 
     @property
     def READS_DOCUMENTS(self) -> bool:  # noqa: N802 - a constant of the module
-        """Whether it is a DocumentTask."""
+        """Whether the task is a DocumentTask."""
 
     @property
     def READS_RECORDS(self) -> bool:  # noqa: N802
-        """Whether it is a RecordTask."""
+        """Whether the task is a RecordTask."""
 
     @property
     def Samples(self) -> type[Section]:  # noqa: N802 - a class of the module

@@ -65,7 +65,7 @@ class ArticulationMeta(Meta):
 
 
 class Samples(Section):
-    """`preprocess.samples`."""
+    """Settings of `preprocess.samples`."""
 
     mode: Mode = Field(
         "obb_rel",
@@ -79,7 +79,7 @@ class Samples(Section):
 
 
 class Scoring(Section):
-    """`eval.scoring`."""
+    """Settings of `eval.scoring`."""
 
     official_joint_eval: bool = Field(
         False,

@@ -133,7 +133,7 @@ def metrics(found: Comparison) -> dict[str, float]:
 
 
 def _is_within(value: float | None, limit: float) -> bool:
-    """Whether there is a value, and it is at most the limit."""
+    """Whether a value exists and is at most the limit."""
     return value is not None and value <= limit
 
 

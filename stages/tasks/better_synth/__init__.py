@@ -70,7 +70,7 @@ class PictureMeta(Meta, total=False):
 
 
 class Scoring(Section):
-    """`eval.scoring`."""
+    """Settings of `eval.scoring`."""
 
     textvqa_cleaning: textvqa.Cleaning = Field(
         "mmf",
@@ -92,7 +92,7 @@ def read_others(recipe: Recipe, folder: Path, pictures: Path, skip: Skip) -> lis
 def read_records(
     recipe: Recipe, folder: Path, records: Path, pictures: Path, others: list[PictureQuestion], skip: Skip
 ) -> list[PictureQuestion]:
-    """The captions to train on, read from `records`."""
+    """Questions to train on from the captions in the file `records`."""
     settings = Samples.model_validate(recipe.preprocess.samples)
     return caption_questions(folder, records, pictures, settings, others, skip)
 

@@ -45,7 +45,7 @@ AHEAD = 512
 
 
 class Samples(Section):
-    """`preprocess.samples`."""
+    """Settings of `preprocess.samples`."""
 
     pad: bool = Field(
         True,
@@ -334,8 +334,11 @@ def _with_stored_picture(question: PictureQuestion, picture: StoredPicture) -> P
 
 
 def _mmbench_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> list[PictureQuestion]:
-    """MMBench's questions, each repeated with its options rotated; once if it has no answer or the table contains the
-    rotations. If the table contains them, questions that lack a rotation go to `skip`, because they would be easier."""
+    """MMBench's questions, each repeated with its options rotated.
+
+    A question without an answer is asked once, and so is each row of a table that contains the rotations. Questions of
+    such a table that lack a rotation go to `skip`, because they would be easier.
+    """
     path = folder / FILES[MMBENCH]
     if not path.is_file():
         return []

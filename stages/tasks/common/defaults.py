@@ -21,15 +21,15 @@ SHARED: tuple[str, ...] = ()
 
 
 class Samples(Section):
-    """`preprocess.samples`: no settings."""
+    """Settings of `preprocess.samples`: none."""
 
 
 class Passes(Section):
-    """`infer.passes`: no settings."""
+    """Settings of `infer.passes`: none."""
 
 
 class Scoring(Section):
-    """`eval.scoring`: no settings."""
+    """Settings of `eval.scoring`: none."""
 
 
 def asked_rows(folder: Path, tested: list[Any]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ class ExtractiveMeta(Meta):
 
 
 class Scoring(Section):
-    """`eval.scoring`."""
+    """Settings of `eval.scoring`."""
 
     normalization: metrics.Normalization = Field(
         "squad",

@@ -74,7 +74,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ContextQuestion]:
-    """All usable questions by data set. Unusable ones go to `skip` with file and line. Raises DataError without any."""
+    """Usable questions by data set. Others go to `skip` with file and line. Raises DataError if none is usable."""
     data_sets = _data_sets(folder)
     for path in _entries(folder):
         if path not in data_sets.values() and path.stem.upper() not in ("README", "LICENSE", "NOTICE"):

@@ -57,7 +57,7 @@ class LogicMeta(Meta):
 
 
 class Passes(Section):
-    """`infer.passes`."""
+    """Settings of `infer.passes`."""
 
     retries: int = Field(
         2, ge=0, description="Maximum number of retries for a question whose completion has no valid letter"
@@ -101,7 +101,7 @@ def build_samples(recipe: Recipe, question: LogicQuestion, found: Found | None, 
 
 
 def passes(recipe: Recipe) -> tuple[str, ...]:
-    """`answer`, then a pass for each retry."""
+    """Names of the passes: `answer`, then one for each retry."""
     return ("answer", *(f"retry_{number}" for number in range(1, _pass_settings(recipe).retries + 1)))
 
 

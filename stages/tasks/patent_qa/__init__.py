@@ -80,7 +80,7 @@ class PatentMeta(Meta, total=False):
 
 
 class Samples(Section):
-    """`preprocess.samples`."""
+    """Settings of `preprocess.samples`."""
 
     shows: Literal["pictures", "text"] = Field(
         "text", description="How pages are shown: pictures, or text for a model without vision"
@@ -99,7 +99,7 @@ class Samples(Section):
 
 
 class Passes(Section):
-    """`infer.passes`."""
+    """Settings of `infer.passes`."""
 
     refine: bool = Field(False, description="Add a pass that shortens the answer to the style of the training answers")
     page_tokens: int | None = Field(
@@ -265,7 +265,7 @@ def _answer_prompt(
 
 
 def passes(recipe: Recipe) -> tuple[str, ...]:
-    """`classify` if the model is the classifier, `answer`, and `refine` if the recipe asks for it."""
+    """Names of the passes: `classify` if the model is the classifier, `answer`, and `refine` if the recipe has it."""
     first = ("classify",) if recipe.preprocess.classifier == "model" else ()
     return (*first, "answer", *(("refine",) if _pass_settings(recipe).refine else ()))
 
