@@ -28,7 +28,7 @@ ROOTS = Roots.from_environment()
 
 
 def prompts_of(model: Path, count: int) -> list[Prompt]:
-    """Return prompts as long as a problem with its question and options; no two have the same beginning."""
+    """Return `count` prompts as long as a problem with its question and options; no two have the same beginning."""
     renderer, words = Renderer(model), random.Random(0)
     vocabulary = ("red", "cup", "stands", "left", "of", "box", "seven", "and", "nobody", "taller", "than", "Ann", "is")
     prompts = []
@@ -38,8 +38,8 @@ def prompts_of(model: Path, count: int) -> list[Prompt]:
     return prompts
 
 
-def timed_start(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Engine, float]:
-    """Return an engine with these adapters, and the seconds of its start."""
+def time_start(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Engine, float]:
+    """Start an engine with these adapters. Returns it and the seconds of its start."""
     settings = EngineSettings(
         model=model,
         adapters=adapters,
@@ -55,7 +55,7 @@ def timed_start(model: Path, adapters: dict[str, Path], small: bool) -> tuple[En
 
 
 def time_answers(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[float, list[str]]:
-    """Return the seconds to answer all prompts, and the completions."""
+    """Answer all prompts. Returns the seconds and the completions."""
     if hasattr(engine, "_llm"):
         engine._llm.reset_prefix_cache()
     began = time.perf_counter()
@@ -64,7 +64,7 @@ def time_answers(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[f
 
 
 def _wait_for_memory(patience: float = 60.0) -> None:
-    """Wait until the closed engine's memory is free again."""
+    """Wait until the closed engine's memory is free again, or for `patience` seconds."""
     import torch
 
     until = time.monotonic() + patience
@@ -76,6 +76,7 @@ def _wait_for_memory(patience: float = 60.0) -> None:
 
 
 def main(small: bool) -> None:
+    """Measure both ways, and write their rows. `small` tests the benchmark on a CPU."""
     model = ROOTS.models / ("SmolLM2-135M-Instruct" if small else "Qwen2.5-7B")
     if not model.is_dir():
         make_model(model, CONFIGS["Qwen2.5-7B"])
@@ -89,7 +90,7 @@ def main(small: bool) -> None:
     shown |= {"tokens an answer": NEW_TOKENS, "rank": RANK, "engine": "transformers" if small else "vllm"}
     rows: list[dict[str, Any]] = []
 
-    engine, start = timed_start(model, adapters, small)
+    engine, start = time_start(model, adapters, small)
     time_answers(engine, prompts, names[0])  # warm-up: the first call compiles and loads
     before = time.perf_counter()
     taken = {name: time_answers(engine, prompts, name) for name in names}  # eight adapters are read from disk meanwhile
@@ -115,7 +116,7 @@ def main(small: bool) -> None:
     )
     write_rows("adapters", rows, "python -m benchmarks.adapters")
 
-    engine, start = timed_start(model, {names[0]: adapters[names[0]]}, small)
+    engine, start = time_start(model, {names[0]: adapters[names[0]]}, small)
     time_answers(engine, prompts, names[0])
     singles = [time_answers(engine, prompts, names[0]) for _ in range(3)]
     engine.close()

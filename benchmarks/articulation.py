@@ -1,4 +1,4 @@
-"""Joint code for made cabinets: SmolLM2 before and after training, on held-out objects, through Lorry's own stages.
+"""Scores of SmolLM2 on joint code for generated cabinets, before and after training, on held-out objects.
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.articulation [--objects 2500 200] [--set KEY=VALUE]
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.made_data import maker
+from benchmarks.made_data import load_maker
 from benchmarks.rows import write_rows
 from stages.contract.files import read_json, read_jsonl, write_json
 from stages.contract.recipe import load_recipe
@@ -57,8 +57,8 @@ def run_stage(name: str, stage: str, data: Path, sets: list[str]) -> float:
     return round(took, 1)
 
 
-def guess(samples: list[Sample], trained: list[Sample]) -> dict[str, float]:
-    """Return the mean scores of answers that have the right form and know no object."""
+def guess_scores(samples: list[Sample], trained: list[Sample]) -> dict[str, float]:
+    """Return the mean scores, in percent, of a guess that has the right form and ignores the object."""
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "articulation.yaml", "tiny")
     lines = Counter(
         line.partition(",")[2]
@@ -91,7 +91,7 @@ def row_of(folder: Path, seed: int, objects: list[int], seconds: dict[str, float
         "boxes of an object, at most": MOST_BOXES,
         "samples trained on": len(trained),
         "base": {name: figure["value"] for name, figure in scores["base"].items()},
-        "guess": guess(samples, trained),
+        "guess": guess_scores(samples, trained),
         "tuned": {name: figure["value"] for name, figure in scores["joints"].items()},
         f"tuned over base, {first}, 95% interval": [gains[first][key] for key in ("value", "low", "high")],
         "failed": {name: scores[name][first]["failed"] for name in ("base", "joints")},
@@ -101,19 +101,22 @@ def row_of(folder: Path, seed: int, objects: list[int], seconds: dict[str, float
 
 
 def main() -> None:
+    """Run the stages, and write the row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of cabinets and training; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of cabinets and training. Default: 0.")
     parser.add_argument(
-        "--objects", type=int, nargs=2, default=OBJECTS, metavar=("TRAIN", "TEST"), help="default: 2500 200"
+        "--objects", type=int, nargs=2, default=OBJECTS, metavar=("TRAIN", "TEST"), help="Objects. Default: 2500 200."
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="recipe override; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="Recipe override; may be repeated."
+    )
     chosen = parser.parse_args()
     train, test = chosen.objects
     name = f"articulation-{chosen.seed}-{train}-{test}"
     data = ROOTS.runs / "articulation-data" / name
     began = time.monotonic()
     if not data.is_dir():
-        maker("articulation").make(
+        load_maker("articulation").make(
             data.with_name(f"{name}.new"), chosen.seed, train, test, loops=1, most_boxes=MOST_BOXES
         )
         data.with_name(f"{name}.new").rename(data)

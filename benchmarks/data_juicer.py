@@ -1,4 +1,4 @@
-"""Ten thousand synthetic records through Data-Juicer: in processes, killed half-way and resumed, and on Ray.
+"""Process ten thousand synthetic records with Data-Juicer: in processes, killed half-way and resumed, and on Ray.
 
     python -m benchmarks.data_juicer
 
@@ -88,6 +88,7 @@ def make_data(folder: Path) -> None:
 
 
 def run_of(root: Path, name: str, executor: str) -> Run:
+    """Return the run `name` below `root`, with the operators on an executor, `default` or `ray`."""
     juicer = {"process": OPERATORS, "executor": executor, "chunk_size": CHUNK}
     recipe = root / f"{name}.yaml"
     values: dict[str, Any] = {
@@ -101,22 +102,23 @@ def run_of(root: Path, name: str, executor: str) -> Run:
     return Run(name, load_recipe(recipe), Roots(root, root, root / "runs"))
 
 
-def stage(root: Path, name: str, executor: str) -> int:
-    """Run the part of the preprocess stage that processes records. Returns its exit code."""
+def process_records(root: Path, name: str, executor: str) -> int:
+    """Run the part of the preprocess stage that runs Data-Juicer's operators. Returns its exit code."""
     run = run_of(root, name, executor)
     return run_stage(run, "preprocess", lambda stage: run_operators(stage, run.data / "records.jsonl") and None)
 
 
-def start(root: Path, name: str, executor: str) -> "subprocess.Popen[bytes]":
+def start_process(root: Path, name: str, executor: str) -> "subprocess.Popen[bytes]":
+    """Start `process_records` in a process of its own."""
     return subprocess.Popen([sys.executable, "-m", "benchmarks.data_juicer", "stage", str(root), name, executor])
 
 
-def time_stage(root: Path, name: str, executor: str) -> dict[str, Any]:
-    """Run the stage in a process of its own. Returns its row."""
+def time_records(root: Path, name: str, executor: str) -> dict[str, Any]:
+    """Process the records in a process of their own. Returns the row with seconds and a digest of the kept records."""
     began = time.monotonic()
-    code = start(root, name, executor).wait()
+    code = start_process(root, name, executor).wait()
     if code:
-        sys.exit(f"{name}: exit {code}")
+        sys.exit(f"{name}: exit code {code}")
     seconds = time.monotonic() - began
     kept = (root / "runs" / name / "preprocess" / "records" / "kept.jsonl").read_bytes()
     return {
@@ -132,26 +134,27 @@ def time_stage(root: Path, name: str, executor: str) -> dict[str, Any]:
 def kill_and_resume(root: Path, name: str) -> dict[str, Any]:
     """Kill the stage with SIGKILL after half of its operators, and run it again. Returns the second run's row."""
     began = time.monotonic()
-    child = start(root, name, "default")
+    child = start_process(root, name, "default")
     half = root / "runs" / name / "preprocess" / "records" / "work" / f"{len(OPERATORS) // 2 + 1:02}.json"
     while not half.exists() and child.poll() is None:
         time.sleep(0.05)
-    time.sleep(3.0)  # into the next operator
+    time.sleep(3.0)  # so that the next operator is at work
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     before = time.monotonic() - began
-    again = time_stage(root, name, "default")
+    again = time_records(root, name, "default")
     return {**again, "run": "killed half-way", "seconds before the kill": round(before, 1)}
 
 
 def main() -> None:
+    """Process the records in three ways, and write the rows."""
     root = Path(tempfile.mkdtemp(prefix="data-juicer-"))
     try:
         make_data(root / "made")
         rows = [
-            time_stage(root, "processes", "default"),
+            time_records(root, "processes", "default"),
             kill_and_resume(root, "killed"),
-            time_stage(root, "ray", "ray"),
+            time_records(root, "ray", "ray"),
         ]
         for row in rows:
             row["same output"] = row["kept sha256"] == rows[0]["kept sha256"]
@@ -165,5 +168,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["stage"]:
-        sys.exit(stage(Path(sys.argv[2]), sys.argv[3], sys.argv[4]))
+        sys.exit(process_records(Path(sys.argv[2]), sys.argv[3], sys.argv[4]))
     main()

@@ -22,7 +22,7 @@ RUN = ROOT / "runs" / "demo"
 
 
 def time_command(command: list[str]) -> tuple[float, float]:
-    """Run a command. Returns its wall seconds and peak memory in GiB, including children."""
+    """Run a command. Returns its seconds and the peak memory, in GiB, of it and its children."""
     before = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT)
     peak = 0.0

@@ -1,4 +1,4 @@
-"""Pages with a drawing's lines and numbers, for benchmarks that need more pages than the demo has."""
+"""Draw pages with lines and numbers, for benchmarks that need more pages than the demo has."""
 
 import random
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 def draw_page(page: tuple[Path, int, int, int]) -> None:
     """Write a page of A4 as `D<document>/<number>.jpg` below a folder.
 
-    `page`: folder, document, number and pixels (about that many), in one argument as a pool's `map` passes it.
+    `page` has folder, document, number and approximate pixels, in one argument because a pool's `map` passes one.
     """
     from PIL import Image, ImageDraw
 

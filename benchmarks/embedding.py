@@ -1,4 +1,4 @@
-"""Pages embedded by GME in batches, against one picture per call.
+"""Speed of GME with pages in batches, against one picture per call.
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.embedding [tiny]
 
@@ -55,6 +55,7 @@ class OneByOne:
         self._processor = AutoImageProcessor.from_pretrained(model)
 
     def __call__(self, path: Path) -> Any:
+        """Return the normalised vector of a picture, float32 of shape (dimensions,)."""
         from PIL import Image
 
         torch, network = self._torch, self._network.model
@@ -77,6 +78,7 @@ class OneByOne:
 
 
 def time_pages(what: str, count: int, work: Callable[[], Any], **more: Any) -> dict[str, Any]:
+    """Run `work`, which embeds `count` pages. Returns the row with pages per second and peak GPU memory in GB."""
     import torch
 
     if torch.cuda.is_available():
@@ -91,8 +93,10 @@ def time_pages(what: str, count: int, work: Callable[[], Any], **more: Any) -> d
     return row
 
 
-def one_by_one(model: Path, device: str, fine: list[Path], few: list[Path]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Return the rows of both ways with one picture per call, and some vectors to check the batched ones against."""
+def measure_one_by_one(
+    model: Path, device: str, fine: list[Path], few: list[Path]
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Return the rows of both ways with one picture per call, and four vectors to compare the batched ones with."""
     embed = OneByOne(model, device)
     embed(fine[0])  # warm-up: the first call compiles and loads
     rows = [
@@ -103,6 +107,7 @@ def one_by_one(model: Path, device: str, fine: list[Path], few: list[Path]) -> t
 
 
 def main() -> None:
+    """Measure all ways, and write their rows."""
     import torch
 
     from stages.preprocess.gme import Gme
@@ -114,7 +119,7 @@ def main() -> None:
         make_model(model, CONFIGS[MODEL])
     at_budget, fine = draw_pages(tiny)
     few = at_budget[: len(at_budget) // 4]
-    rows, vectors = one_by_one(model, device, fine, few)
+    rows, vectors = measure_one_by_one(model, device, fine, few)
     gme = Gme(model, device, "bfloat16" if device == "cuda" else "float32", BUDGET)
     for size in (1, 8, 16, 32):
         batches = [at_budget[start : start + size] for start in range(0, len(at_budget), size)]

@@ -55,8 +55,8 @@ def losses(run: Run) -> dict[str, Any]:
 
 
 def reload(setting: Setting, name: str) -> dict[str, Any]:
-    """Load the adapter in the transformers engine. Returns how many answers differ from the base's, and the loss of a
-    validation sample."""
+    """Load a run's adapter in the transformers engine. Returns the kernel, the number of answers that differ from the
+    base's, and the losses of a validation sample with and without the adapter."""
     import torch
 
     from stages.engines.engine import EngineSettings
@@ -102,7 +102,7 @@ def _tokens_and_labels(renderer: Any, messages: list[Any]) -> tuple[list[int], l
 
 
 def add_losses(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the trainings, each with its losses and with a test of its adapter in a process of its own."""
+    """Yield the rows of the trainings with their losses and, if they measure learning, with the results of `reload`."""
     number = {one.name: place for place, one in enumerate(settings)}
     for row in rows:
         if row.get("exit code") != 0:
@@ -126,6 +126,7 @@ def add_losses(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[
 
 
 def main() -> None:
+    """Measure the settings, or those named, and write a row for each."""
     if sys.argv[1:2] == ["--reload"]:
         print(json.dumps(reload(next(one for one in SETTINGS if one.name == sys.argv[2]), sys.argv[3])))
         return

@@ -1,4 +1,4 @@
-"""Seconds of `--help`, `lorry plan` and `lorry doctor`: whole processes, median of eleven.
+"""Seconds that `--help`, `lorry plan` and `lorry doctor` take as whole processes: the median of eleven.
 
 python -m benchmarks.help
 """

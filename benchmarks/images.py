@@ -21,17 +21,18 @@ STAGES = ("preprocess", "train", "infer", "eval")
 
 
 def main() -> None:
+    """Build and measure the images of each target, and write a row for each."""
     client = docker.from_env(timeout=600)
     rows: list[dict[str, Any]] = []
     for target in sys.argv[1:]:
         stages = ("train",) if target == "v100-gptq" else STAGES
         build = ["images/build.sh", target]
-        subprocess.run(build, check=True, capture_output=True)  # of the current code
+        subprocess.run(build, check=True, capture_output=True)  # builds the current code
         images = {stage: client.images.get(f"lorry-{stage}:{VERSION}-{target}") for stage in stages}
         before = time.monotonic()
         subprocess.run(build, check=True, capture_output=True)
         again = round(time.monotonic() - before, 1)
-        rows.append({"target": target, "unchanged build s": again, "together GB": _together(client, images)})
+        rows.append({"target": target, "unchanged build s": again, "together GB": _size_together(client, images)})
         for stage, image in images.items():
             test = client.containers.run(image, ["selftest"], remove=True, network_mode="none", stderr=True).decode()
             shown = [line for line in test.splitlines() if line.startswith(("code in", "torch ", "vllm ", "swift "))]
@@ -40,7 +41,7 @@ def main() -> None:
     write_rows("images", rows, f"python -m benchmarks.images {' '.join(sys.argv[1:])}")
 
 
-def _together(client: docker.DockerClient, images: dict[str, Any]) -> float:
+def _size_together(client: docker.DockerClient, images: dict[str, Any]) -> float:
     """Return the GB of the layers of these images, counting shared layers, which come first in the history, once."""
     layers: dict[str, int] = {}
     for image in images.values():

@@ -1,4 +1,4 @@
-"""How often a 95% interval covers the true mean, and how often a star is false, with few documents: a simulation.
+"""Simulate how often a 95% interval covers the true mean, and how often a star is false, with few documents.
 
     python -m benchmarks.intervals [--draws 4000]
 
@@ -9,8 +9,8 @@ is the document's own with some probability and independent otherwise; `beta`, e
 right answer, from a beta distribution.
 
 `before` is the percentile bootstrap that Lorry used first: 2,000 resamples of whole documents. `now` is
-stages/results/intervals.py. Widths are in points. A star means that the interval of the difference excludes 0; where
-base and tuned have the same true mean it is false. Needs five minutes of one core.
+stages/results/intervals.py. Widths are in points. A star means that the interval of the difference excludes 0; it is
+false if base and tuned have the same true mean. Needs five minutes of one core.
 """
 
 import argparse
@@ -39,8 +39,8 @@ DESIGNS = (*product(KINDS, ("2 to 20", "1 to 80, skewed")), (KINDS[0], "20 to 60
 RESAMPLES = 2000
 
 
-def score_of(scores: str, mean: float) -> Callable[[Array], Array]:
-    """The function that turns uniform numbers in 0..1 into scores with that mean."""
+def score_function(scores: str, mean: float) -> Callable[[Array], Array]:
+    """A function that turns uniform numbers in 0..1 into scores of a kind (`scores`) with a mean."""
     if scores == "right or wrong":
         return lambda luck: (luck > 1 - mean).astype(np.float64)
     # shares of 0 and of 1, and the ends between which the others are uniform
@@ -59,12 +59,12 @@ def score_of(scores: str, mean: float) -> Callable[[Array], Array]:
 
 
 def true_mean(scores: str, mean: float) -> float:
-    """The mean that `score_of` gives, to 1e-5."""
-    return float(score_of(scores, mean)((np.arange(100_000) + 0.5) / 100_000).mean())
+    """The true mean of the scores of `score_function`, accurate to 1e-5."""
+    return float(score_function(scores, mean)((np.arange(100_000) + 0.5) / 100_000).mean())
 
 
 def sizes_of(generator: np.random.Generator, sizes: str, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """Questions of each document."""
+    """Random numbers of questions of each document, of this shape. `sizes` is their range, as text."""
     if sizes != "1 to 80, skewed":
         first, last = map(int, sizes.split(" to "))
         return generator.integers(first, last + 1, shape)
@@ -72,7 +72,10 @@ def sizes_of(generator: np.random.Generator, sizes: str, shape: tuple[int, int])
 
 
 class Luck:
-    """The uniform numbers behind a model's scores: `own` (draws, documents, questions), `shared` one a document."""
+    """The uniform random numbers behind a model's scores: `own` for each question, `shared` for each document.
+
+    Shapes: (draws, documents, questions), and 1 instead of questions. `like` makes them agree with another model's.
+    """
 
     def __init__(self, generator: np.random.Generator, shape: tuple[int, int, int], like: "Luck | None" = None) -> None:
         self.shared, self.own = generator.random((*shape[:2], 1)), generator.random(shape)
@@ -81,14 +84,14 @@ class Luck:
             self.own = np.where(generator.random(shape) < AGREE, like.own, self.own)
 
     def scores(self, scores: str, mean: float, alike: NDArray[np.bool_], chances: Array | None) -> Array:
-        """(draws, documents, questions). `alike` marks questions that get the document's shared score. `chances` has
-        each document's chance of a right answer, if it has one."""
+        """The scores, of shape (draws, documents, questions). `alike` marks questions that get the document's shared
+        score. `chances` has each document's chance of a right answer, if it has one."""
         if chances is not None:
             return (self.own > 1 - chances).astype(np.float64)
-        return score_of(scores, mean)(np.where(alike, self.shared, self.own))
+        return score_function(scores, mean)(np.where(alike, self.shared, self.own))
 
 
-def drawn(
+def draw_scores(
     generator: np.random.Generator,
     kind: tuple[str, str],
     sizes: str,
@@ -96,8 +99,8 @@ def drawn(
     correlation: float,
     means: tuple[float, ...],
 ) -> tuple[Array, Array]:
-    """The sum of each document's scores (with two means: of tuned less base) and their number: both (documents,
-    draws)."""
+    """Simulated scores as the sum and the number of each document's scores, both of shape (documents, draws). With two
+    means, the scores are differences, tuned less base."""
     scores, way = kind
     count = sizes_of(generator, sizes, shape)
     cells = (*shape, int(count.max()))
@@ -118,8 +121,8 @@ def drawn(
     return np.where(asked, values, 0.0).sum(2).T, count.T.astype(np.float64)
 
 
-def bootstrapped(sums: Array, sizes: Array) -> tuple[Array, Array]:
-    """Percentile intervals, low and high. All test sets share the resamples, as all runs with one seed did."""
+def bootstrap_intervals(sums: Array, sizes: Array) -> tuple[Array, Array]:
+    """Percentile intervals: low and high ends. All test sets share the resamples, as all runs with one seed did."""
     documents = len(sums)
     times = np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES).astype(float)
     # nearest ranks: the interpolation between them is a fraction of a point
@@ -128,8 +131,9 @@ def bootstrapped(sums: Array, sizes: Array) -> tuple[Array, Array]:
     return means[:, ranks[0]], means[:, ranks[1]]
 
 
-def measured(low: Array, high: Array, true: float) -> dict[str, float]:
-    """Percent of the draws whose interval covers the true mean, and excludes 0; mean width in points."""
+def interval_figures(low: Array, high: Array, true: float) -> dict[str, float]:
+    """`coverage` and `stars`, the percent of the draws whose interval covers the true mean and excludes 0, and `width`,
+    the mean width in points."""
     holds = (low <= true + 1e-9) & (true - 1e-9 <= high)
     return {
         "coverage": round(100 * float(holds.mean()), 2),
@@ -138,7 +142,7 @@ def measured(low: Array, high: Array, true: float) -> dict[str, float]:
     }
 
 
-def cells(draws: int) -> Iterator[dict[str, Any]]:
+def simulated_rows(draws: int) -> Iterator[dict[str, Any]]:
     """One row for each way to simulate and each true mean or pair; figures are lists by number of documents."""
     for number, ((kind, sizes), means, correlation) in enumerate(
         product(DESIGNS, [*((mean,) for mean in MEANS), *PAIRS], CORRELATIONS)
@@ -158,19 +162,19 @@ def cells(draws: int) -> Iterator[dict[str, Any]]:
         found: dict[str, list[float]] = {}
         for documents in DOCUMENTS:
             generator = np.random.default_rng([number, documents])
-            sums, counts = drawn(generator, kind, sizes, (draws, documents), correlation, means)
+            sums, counts = draw_scores(generator, kind, sizes, (draws, documents), correlation, means)
             now = intervals_of_totals(sums, counts, -1.0 if paired else 0.0)
             results = {
-                "before": measured(*bootstrapped(sums, counts), true),
-                "now": measured(now.low, now.high, true),
+                "before": interval_figures(*bootstrap_intervals(sums, counts), true),
+                "now": interval_figures(now.low, now.high, true),
             }
             for name, when in product(("coverage", "width", "stars") if paired else ("coverage", "width"), results):
                 found.setdefault(f"{name} {when}", []).append(results[when][name])
         yield {**row, **found}
 
 
-def extremes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The worst figures of all rows, and the interval where every answer is right."""
+def extreme_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the worst figures of all rows, and with the interval if every answer is right."""
     found = []
     for of in ("mean", "tuned less base"):
         those = [row for row in rows if row["of"] == of]
@@ -201,13 +205,14 @@ def extremes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Simulate all ways, and write a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=4000, help="test sets of each kind")
+    parser.add_argument("--draws", type=int, default=4000, help="Number of test sets of each kind. Default: 4000.")
     arguments = parser.parse_args()
-    rows = list(cells(arguments.draws))
+    rows = list(simulated_rows(arguments.draws))
     for row in rows:
         row["draws"] = arguments.draws
-    write_rows("intervals", [*extremes(rows), *rows], "python -m benchmarks.intervals")
+    write_rows("intervals", [*extreme_rows(rows), *rows], "python -m benchmarks.intervals")
 
 
 if __name__ == "__main__":

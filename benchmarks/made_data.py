@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 
-def maker(name: str) -> Any:
-    """Return the script `make_<name>.py` as a module."""
+def load_maker(name: str) -> Any:
+    """Load the script `make_<name>.py`. Returns it as a module."""
     script = Path(__file__).parents[1] / "recipes" / "data" / f"make_{name}.py"
     spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec is not None and spec.loader is not None
-    module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)  # because dataclasses look it up
     spec.loader.exec_module(module)
     return module

@@ -43,6 +43,7 @@ SETS = (
 
 
 def make_data(folder: Path, documents: int) -> None:
+    """Write PDFs of PAGES pages each, and a question about each of them."""
     (folder / "documents").mkdir(parents=True)
     generator = random.Random(0)
     lines = []
@@ -58,7 +59,7 @@ def make_data(folder: Path, documents: int) -> None:
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-class Watched:
+class WatchedStage:
     """A start of the stage, with its memory and progress over time."""
 
     def __init__(self, environment: dict[str, str], events: Path) -> None:
@@ -78,10 +79,11 @@ class Watched:
             [*command, "--run", "many", "--set", "data.path=many", *sets], env=environment, stdout=subprocess.DEVNULL
         )
         self.seen: list[tuple[float, str, int, int, float]] = []
-        """Seconds, activity, pages done, pages in total, MB of the process."""
+        """By time: seconds, activity, pages done, pages in total, and MB of the process."""
 
     def watch(self, until: tuple[str, int] | None = None) -> int | None:
-        """Watch until the stage ends; kill it at `until`, so many pages of an activity. Returns its exit code."""
+        """Watch until the stage ends. `until` is an activity and the number of its pages at which to kill the stage.
+        Returns the exit code."""
         began = time.monotonic()
         while self._process.poll() is None:
             time.sleep(0.5)
@@ -94,6 +96,7 @@ class Watched:
         return self._process.wait()
 
     def _last(self) -> dict[str, Any] | None:
+        """The last progress event of this start; None before the first."""
         try:
             with self._events.open("rb") as file:
                 file.seek(max(self._skip, self._events.stat().st_size - 4096))
@@ -104,6 +107,7 @@ class Watched:
         return dict(json.loads(whole[-1])) if whole else None
 
     def _memory(self) -> float:
+        """MB of the stage's main process; 0 once it has ended."""
         try:
             status = Path(f"/proc/{self._process.pid}/status").read_text()
         except OSError:
@@ -112,7 +116,10 @@ class Watched:
 
 
 def quarters(seen: list[tuple[float, str, int, int, float]], activity: str, known: int = 0) -> list[dict[str, Any]]:
-    """Return seconds and memory at each quarter of the pages of this start."""
+    """Return a row for each quarter of the pages of this start, with its seconds and its memory at the end.
+
+    `known` pages were already done before the start.
+    """
     own = [entry for entry in seen if entry[1] == activity]
     if not own:
         return []
@@ -126,7 +133,8 @@ def quarters(seen: list[tuple[float, str, int, int, float]], activity: str, know
 
 
 def measure_search() -> list[dict[str, Any]]:
-    """Return rows of exact search over this job's pages and over a million small vectors: medians of three."""
+    """Return rows with the seconds of exact search, over this job's pages and over a million small vectors. Figures are
+    medians of three."""
     rows = []
     generator = np.random.default_rng(0)
     for what, pages, dimensions in (("20,000 of GME-7B", 20_000, 3584), ("1,000,000 of MiniLM", 1_000_000, 384)):
@@ -153,7 +161,10 @@ def measure_search() -> list[dict[str, Any]]:
 def search_with_faiss(
     many: np.ndarray[Any, Any], queries: np.ndarray[Any, Any]
 ) -> tuple[float, float, np.ndarray[Any, Any]]:
-    """Return seconds to build faiss's exact index from float16 vectors, seconds to search it, and the rows found."""
+    """Return the seconds to build faiss's exact index from float16 vectors, those to search it, and the rows found.
+
+    Shapes: `many` (pages, dimensions), `queries` (queries, dimensions), rows (queries, 5).
+    """
     import faiss
 
     began = time.monotonic()
@@ -168,6 +179,7 @@ def search_with_faiss(
 
 
 def main() -> None:
+    """Measure preprocess with a kill, or only the search, and write the rows."""
     if sys.argv[1:] == ["search"]:
         write_rows("many_pages", measure_search(), "python -m benchmarks.many_pages", by="part")
         return
@@ -181,11 +193,11 @@ def main() -> None:
         environment |= {"LORRY_TARGET": "cpu"}
         run = folder / "runs" / "many" / "preprocess"
         total = documents * PAGES
-        first = Watched(environment, run / "events.jsonl")
+        first = WatchedStage(environment, run / "events.jsonl")
         first.watch(until=("embed pages", total // 2))
         kept = sum(len(np.load(path)) for path in (run / "cache" / "vectors").glob("*.npy"))
         shown = max(entry[2] for entry in first.seen if entry[1] == "embed pages")
-        second = Watched(environment, run / "events.jsonl")
+        second = WatchedStage(environment, run / "events.jsonl")
         code = second.watch()
         manifest = read_json(run / "manifest.json")
         drawn = quarters(first.seen, "render pages")

@@ -36,7 +36,7 @@ EFFECTIVE = 2
 """Micro-batches per optimizer step, and most GPUs: gradients of the first are in memory during the second."""
 STEPS = 4
 ONCE, BUDGET = 6, 70e9
-"""Trainings at a time, and bytes above which no other starts: each must find enough free memory when it plans."""
+"""Number of trainings at a time, and bytes above which no other starts, so that each finds enough memory free."""
 PICTURE = (1120, 1092)
 """Width and height: 1560 tokens, near the pixel budget of patent pages."""
 PICTURE_TOKENS = 1562
@@ -47,6 +47,8 @@ TEMPLATE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Setting:
+    """One training to measure."""
+
     name: str
     model: str
     length: int
@@ -61,6 +63,7 @@ class Setting:
     data."""
 
     def length_of(self, sample: int) -> int:
+        """The tokens of a sample, by its number."""
         return self.length - self.shorter * (sample % 2) * (self.micro_batch > 1)
 
     @property
@@ -70,6 +73,7 @@ class Setting:
 
     @property
     def overrides(self) -> tuple[str, ...]:
+        """The overrides of the recipe."""
         vision = "vision_config" in CONFIGS[self.model]
         kind = ("qwen2_5_vl", "qwen2_5_vl") if vision else ("qwen2", "chatml")
         return (
@@ -146,7 +150,7 @@ def prepare(setting: Setting, name: str) -> None:
 
 
 def _save_digests(model: str, folder: Path) -> None:
-    """Save a model's digest for the stage, as its first start does: hashing 30 GB takes half a minute."""
+    """Save a model's digest for the stage, as its first start does, because hashing 30 GB takes half a minute."""
     known = ROOTS.runs / f".{model}.json"
     if not known.is_file():
         hashes = FileHashes(known)
@@ -167,6 +171,7 @@ def _sample(number: int, length: int, answer: int, pictures: list[str]) -> dict[
 
 
 def _picture(stage: Stage) -> str:
+    """Write a picture of noise into the run. Returns its path relative to the run."""
     from PIL import Image
 
     path = stage.path("pages", "page.png")
@@ -193,6 +198,7 @@ class Training:
 
     @staticmethod
     def start(setting: Setting, number: int) -> "Training":
+        """Write the samples of a setting, and start its training. `number` is part of the run's name."""
         name = f"memory-{number:02}"
         prepare(setting, name)
         opened = open_run("patent-qa", "text", None, setting.overrides, name)
@@ -224,13 +230,14 @@ class Training:
         )
         return Training(setting, name, {**way.estimate.parts(), "total": way.estimate.total}, process)
 
-    def look(self, used: dict[int, int]) -> None:
-        """Note the driver's numbers for this training's processes."""
+    def update_peaks(self, used: dict[int, int]) -> None:
+        """Update the peaks of this training's processes. `used` has the driver's bytes by process id."""
         for pid in descendants(self.process.pid):
             if pid in used:
                 self.peaks[str(pid)] = max(self.peaks.get(str(pid), 0), used[pid])
 
     def row(self) -> dict[str, Any]:
+        """Wait for the end. Returns the row with estimated and measured bytes."""
         output = self.process.communicate()[0]
         measured = max(self.peaks.values(), default=0)
         row: dict[str, Any] = {
@@ -260,7 +267,8 @@ class Training:
 
 
 def measure(settings: list[Setting]) -> list[dict[str, Any]]:
-    """Return a row for each setting. Settings for more GPUs than this machine has do not run; their rows say so."""
+    """Run the trainings. Returns a row for each setting. Settings for more GPUs than this machine has do not run, and
+    their rows say so."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -283,7 +291,7 @@ def measure(settings: list[Setting]) -> list[dict[str, Any]]:
                 for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
             }
             for training in list(running):
-                training.look(used)
+                training.update_peaks(used)
             time.sleep(0.1)
 
     threading.Thread(target=look, daemon=True).start()
@@ -301,6 +309,7 @@ def measure(settings: list[Setting]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Measure the settings, or those named, and write a row for each."""
     wanted = [one for one in SETTINGS if not sys.argv[1:] or one.name in sys.argv[1:]]
     for model in dict.fromkeys(one.model for one in wanted):
         if not (ROOTS.models / model / "model.safetensors.index.json").is_file():

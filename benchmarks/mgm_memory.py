@@ -31,6 +31,7 @@ CASES += (("connector", 4, 1024, True), ("connector", 2, 1024, False))
 
 
 def settings(phase: str, micro_batch: int, checkpointing: bool) -> Train:
+    """Return the training settings of a phase, `lora` or `connector`."""
     fields = {"adapters": [{"name": "a"}], "rank": 16, "dropout": 0.0, "micro_batch": micro_batch}
     fields |= {"effective_batch": micro_batch, "gradient_checkpointing": checkpointing}
     connector = {"effective_batch": micro_batch, "micro_batch": micro_batch}
@@ -62,7 +63,7 @@ def model_to_train(phase: str, checkpointing: bool) -> Any:
     return adapted.train()
 
 
-def peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> float:
+def measure_peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> float:
     """Return the peak of torch's allocated memory in three steps, in GB."""
     model = model_to_train(phase, checkpointing)
     config = MgmConfig()
@@ -88,7 +89,7 @@ def peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> floa
 
 
 def shape_of_mgm() -> ModelShape:
-    """Return the shape that the folder's headers would have, without writing 6 GB of weights."""
+    """Return MGM-2B's shape as its folder's headers would give it, without writing 6 GB of weights."""
     with torch.device("meta"):
         state = MgmForConditionalGeneration(MgmConfig()).state_dict()
     weights = (Weight(name, tuple(t.shape), "BF16") for name, t in state.items() if name != "lm_head.weight")
@@ -99,13 +100,14 @@ def shape_of_mgm() -> ModelShape:
 
 
 def main() -> None:
+    """Measure all cases, and write a row for each."""
     shape = shape_of_mgm()
     rows = []
     for phase, micro_batch, length, checkpointing in CASES:
         train = settings(phase, micro_batch, checkpointing)
         parts = recipe_way(shape, train, 1, "bfloat16", Lengths(length, ANSWER)).estimate.parts()
         expected = sum(size for part, size in parts.items() if part not in ("framework", "fragmentation")) / 1e9
-        found = peak(phase, micro_batch, length, checkpointing)
+        found = measure_peak(phase, micro_batch, length, checkpointing)
         torch.cuda.empty_cache()
         rows.append(
             {

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.memory import Setting, prepare
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
-from benchmarks.two_gpus import RANDOM_LLAMA, SMALL, Training, make_model_in_a_process, on_gpus
+from benchmarks.two_gpus import RANDOM_LLAMA, SMALL, Training, make_model_in_a_process, processes_on_gpus
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.roots import Roots
 
@@ -34,6 +34,7 @@ rows: list[dict[str, Any]] = []
 
 
 def note(**row: Any) -> None:
+    """Add a row and print it."""
     rows.append(row)
     print(json.dumps(row)[:1500], flush=True)
 
@@ -41,7 +42,7 @@ def note(**row: Any) -> None:
 # -- precision -----------------------------------------------------------------------------------------------------
 
 
-class Precise(Training):
+class PrecisionTraining(Training):
     """A training whose row also says whether every loss was finite."""
 
     def _results(self) -> dict[str, Any]:
@@ -57,11 +58,11 @@ class Precise(Training):
         }
 
 
-def precision() -> None:
+def measure_precision() -> None:
     """Train 208 steps by the V100's rule, base in float16 and LoRA in float32, and the same steps in bfloat16."""
     long = (*SMALL, "train.epochs=16", "train.log_every=1", "train.checkpoint_every=100")
     for training in [
-        Precise(f"{dtype}, 208 steps", f"precision-{dtype}", "0", (*long, f"train.precision={dtype}"))
+        PrecisionTraining(f"{dtype}, 208 steps", f"precision-{dtype}", "0", (*long, f"train.precision={dtype}"))
         for dtype in ("float16", "bfloat16")
     ]:
         training.end(alone=False)
@@ -70,7 +71,7 @@ def precision() -> None:
 # -- kills ---------------------------------------------------------------------------------------------------------
 
 
-def kills() -> None:
+def measure_kills() -> None:
     """Stop a job with SIGTERM and kill it with SIGKILL, resume it, and compare its losses with an undisturbed job's."""
     from benchmarks.two_gpus import note_differences
 
@@ -101,7 +102,7 @@ for line in sys.stdin:
 
 
 class Hog:
-    """A process that, on command, holds all but so many GiB of the GPU."""
+    """A process that holds all but a given number of GiB of the GPU's memory."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -112,7 +113,7 @@ class Hog:
         self._hear.readline()
 
     def take_all_but(self, gib: float) -> float:
-        """Take all but `gib` GiB. Returns the GiB that are left."""
+        """Take all free memory but `gib` GiB. Returns the GiB that are left."""
         self._say.write(f"{gib}\n")
         self._say.flush()
         return round(float(self._hear.readline()), 2)
@@ -123,7 +124,7 @@ class Hog:
     def __exit__(self, *_: Any) -> None:
         self._process.kill()
         self._process.wait()
-        while any(on_gpus()):
+        while any(processes_on_gpus()):
             time.sleep(0.1)
 
 
@@ -133,9 +134,9 @@ HUNGRY = (
 )
 
 
-def hog() -> None:
-    """Another program takes most of the GPU's memory during training or after planning: does it recover, with the same
-    losses?"""
+def measure_hog() -> None:
+    """Measure whether training recovers, with the same losses, if another program takes most of the GPU's memory during
+    training or after planning."""
     if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
         make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
     whole = Training("0.5B, the card is free", "hog-none", "0", HUNGRY).end()
@@ -144,16 +145,16 @@ def hog() -> None:
     jump, before = max((memory[b] - memory[a], a) for a, b in pairwise(memory) if a > 5)
     with Hog() as other:
         late = Training("0.5B, another program takes the rest in mid-run", "hog-late", "0", HUNGRY).reach(before)
-        _disturbed(late, other, jump / 2, whole)
+        _finish_disturbed(late, other, jump / 2, whole)
     with Hog() as other:
         early = Training("0.5B, another program takes all but 8 GiB once the plan is made", "hog-early", "0", HUNGRY)
         while not early.events.is_file() or "effective batch" not in early.events.read_text():
             time.sleep(0.02)
-        _disturbed(early, other, 8, whole)
+        _finish_disturbed(early, other, 8, whole)
 
 
-def full() -> None:
-    """Another program holds most of the GPU's memory from the start: the plan uses less, or refuses."""
+def measure_full() -> None:
+    """Train while another program holds most of the GPU's memory from the start: the plan uses less, or refuses."""
     if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
         make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
     for leave in (1, 5):
@@ -164,12 +165,14 @@ def full() -> None:
             _finish(training, None)
 
 
-def _disturbed(training: Training, other: Hog, leave: float, whole: Training) -> None:
+def _finish_disturbed(training: Training, other: Hog, leave: float, whole: Training) -> None:
+    """Take memory with another process, then finish the training and compare its losses."""
     training.row["left by the other, GiB"] = other.take_all_but(leave)
     _finish(training, whole)
 
 
 def _finish(training: Training, whole: Training | None) -> None:
+    """Wait for the end of a training. Add rows with its decisions and, against `whole`, its losses."""
     training.end(alone=False)
     manifest = read_json(training.folder / "manifest.json") or {"decisions": []}
     rungs = [made for made in manifest["decisions"] if made["what"] in ("out of memory", "fit", "memory")]
@@ -179,12 +182,13 @@ def _finish(training: Training, whole: Training | None) -> None:
 
 
 def _memory_by_step(training: Training) -> dict[int, float]:
+    """The GPU memory of a training in GiB, by step."""
     steps = [event for event in read_jsonl(training.events) if event.get("unit") == "steps" and event.get("memory")]
     return {event["step"]: round(event["memory"] / GIB, 2) for event in steps}
 
 
 def _note_losses(whole: Training, other: Training) -> None:
-    """Note how far the losses of a resumed training are from the undisturbed one's."""
+    """Add a row with the differences between the losses of a resumed training and of the undisturbed one."""
     if whole.process.returncode or other.process.returncode:
         return
     one, two = whole.losses(), other.losses()
@@ -205,7 +209,7 @@ def _note_losses(whole: Training, other: Training) -> None:
 # -- Lorry's overhead ----------------------------------------------------------------------------------------------
 
 
-def speed() -> None:
+def measure_speed() -> None:
     """Measure tokens per second of the train command and of `swift sft` with the same arguments, alternating the order.
     A warm-up run, which reads the model from disk, is not counted."""
     model = "Qwen2.5-7B" if (ROOTS.models / "Qwen2.5-7B").is_dir() else "Qwen2.5-0.5B"
@@ -214,7 +218,7 @@ def speed() -> None:
     setting = Setting(
         "speed", model, 1024, 64, 4, ("train.epochs=3", "train.log_every=1", "train.checkpoint_every=999")
     )
-    warm, arguments = _by_command(setting, "warm-up")
+    warm, arguments = _train_pace(setting, "warm-up")
     note(what=f"{model}, warm-up, not counted", **warm)
     if not arguments:
         return
@@ -224,7 +228,7 @@ def speed() -> None:
         if turn >= 2 and (time.monotonic() - began) * (turn + 1) / turn > SPEED_SECONDS:
             break  # under a time limit, two turns are better than none
         for who in sorted(found, reverse=bool(turn % 2)):
-            pace = _by_command(setting, str(turn))[0] if who == "lorry" else _by_swift(arguments, setting, turn)
+            pace = _train_pace(setting, str(turn))[0] if who == "lorry" else _swift_pace(arguments, setting, turn)
             if pace:
                 found[who].append(pace)
     tokens = 2 * setting.micro_batch * setting.length
@@ -242,10 +246,10 @@ def speed() -> None:
 
 
 TURNS, SPEED_SECONDS = 3, 330
-"""Turns, each with both programs; and seconds after which no turn but the first two starts."""
+"""Number of turns, each with both programs, and seconds after which only the first two turns still start."""
 
 
-def _by_command(setting: Setting, turn: str) -> tuple[dict[str, float], list[str]]:
+def _train_pace(setting: Setting, turn: str) -> tuple[dict[str, float], list[str]]:
     """Return the pace of the train command, and its arguments to ms-swift; both empty if it failed."""
     name = f"speed-{turn}"
     prepare(setting, name)
@@ -259,10 +263,11 @@ def _by_command(setting: Setting, turn: str) -> tuple[dict[str, float], list[str
     return pace_of(log), _arguments_of(log)
 
 
-def _by_swift(arguments: list[str], setting: Setting, turn: int) -> dict[str, float]:
+def _swift_pace(arguments: list[str], setting: Setting, turn: int) -> dict[str, float]:
+    """Return the pace of `swift sft` with the same arguments; empty if it failed."""
     output = ROOTS.runs / f"by-hand-{turn}"
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
-    by_hand = _by_hand(arguments, "speed-warm-up", output)
+    by_hand = _arguments_by_hand(arguments, "speed-warm-up", output)
     done = _run([sys.executable, "-m", "swift.cli.sft", *by_hand], offline)
     if done.returncode:
         print(done.stdout[-800:], done.stderr[-1500:], flush=True)
@@ -270,9 +275,9 @@ def _by_swift(arguments: list[str], setting: Setting, turn: int) -> dict[str, fl
 
 
 def pace_of(log: str) -> dict[str, float]:
-    """Return the seconds per step, from the trainer's log, which gives the time so far over the steps so far.
+    """Return the seconds per step, over all steps and without the first two, which are slower.
 
-    One value is over all steps, one without the first two, which are slower. Empty if a log has fewer than three steps.
+    The trainer's log has the mean seconds per step so far. Empty if it has fewer than three steps.
     """
     said = re.findall(r"'global_step/max_steps': '(\d+)/\d+'.*?'train_speed\(s/it\)': '([0-9.]+)'", log)
     total = {int(step): int(step) * float(pace) for step, pace in said}
@@ -291,7 +296,7 @@ def _arguments_of(log: str) -> list[str]:
     return shlex.split(found[-1]) if found else []
 
 
-def _by_hand(arguments: list[str], run: str, output: Path) -> list[str]:
+def _arguments_by_hand(arguments: list[str], run: str, output: Path) -> list[str]:
     """Return the arguments with another output folder and a copy of the samples: the stage has deleted its own."""
     samples = output.with_suffix(".jsonl")
     source = ROOTS.runs / run / "preprocess" / "samples" / "train.jsonl"
@@ -307,8 +312,9 @@ def _by_hand(arguments: list[str], run: str, output: Path) -> list[str]:
 # -- use -------------------------------------------------------------------------------------------------------------
 
 
-def use() -> None:
-    """Run `lorry doctor`, `lorry plan` and wrong uses of --gpus: exit code, seconds and last lines of each."""
+def measure_use() -> None:
+    """Run `lorry doctor`, `lorry plan` and wrong uses of --gpus. Add a row with exit code, seconds and last lines of
+    each."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -330,14 +336,15 @@ def use() -> None:
         ("auto:2 of one", [*train, "--gpus", "auto:2"], {}),
     ]
     for what, command, environment in commands:
-        _use(what, command, environment, 40 if what in ("doctor", "plan here") else 2)
+        _measure_command(what, command, environment, 40 if what in ("doctor", "plan here") else 2)
     with Hog() as other:
         other.take_all_but(0.5)
-        _use("auto, all busy", [*train, "--gpus", "auto"], {}, 6)
-    _use("by UUID", [*train, "--gpus", uuid[:12]], {}, 6)
+        _measure_command("auto, all busy", [*train, "--gpus", "auto"], {}, 6)
+    _measure_command("by UUID", [*train, "--gpus", uuid[:12]], {}, 6)
 
 
-def _use(what: str, command: list[str], environment: dict[str, str], lines: int) -> None:
+def _measure_command(what: str, command: list[str], environment: dict[str, str], lines: int) -> None:
+    """Run a command. Add a row with its exit code, seconds and last lines."""
     began = time.monotonic()
     done = _run(command, environment)
     said = (done.stdout + done.stderr).strip().splitlines()[-lines:]
@@ -345,13 +352,16 @@ def _use(what: str, command: list[str], environment: dict[str, str], lines: int)
 
 
 def _run(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run a command with more environment variables. Returns its exit code and output."""
     return subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240
     )
 
 
 def main() -> None:
-    parts = {"precision": precision, "kills": kills, "hog": hog, "full": full, "speed": speed, "use": use}
+    """Measure all parts, or those named, and write their rows."""
+    parts = {"precision": measure_precision, "kills": measure_kills, "hog": measure_hog, "full": measure_full}
+    parts |= {"speed": measure_speed, "use": measure_use}
     make_model_in_a_process("random-llama", RANDOM_LLAMA)
     import traceback
 

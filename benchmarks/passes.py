@@ -51,6 +51,7 @@ ROOTS = Roots.from_environment()
 
 
 def run_of(length: str) -> Run:
+    """Return the run for answers of a length, `long` or `short`."""
     sets = (f"model.path={MODEL}", *LIMITS[length])
     recipe = settle_recipe(
         load_recipe(Path("recipes/patent-qa.yaml"), None, sets), "recipes/patent-qa.yaml", Path("recipes/data")
@@ -84,8 +85,8 @@ def prepare() -> None:
         else:
             shutil.copytree(first, run.path("preprocess", "pages"), dirs_exist_ok=True)
         make_adapter(run.path("train", "adapters", "tuned"), ROOTS.models / MODEL, run.recipe.train.rank, 0)
-        _describe(run, "preprocess", "samples/test.jsonl", "asked.jsonl", "pages/")
-        _describe(run, "train", "adapters/tuned/adapter_config.json", "adapters/tuned/adapter_model.safetensors")
+        _write_manifest(run, "preprocess", "samples/test.jsonl", "asked.jsonl", "pages/")
+        _write_manifest(run, "train", "adapters/tuned/adapter_config.json", "adapters/tuned/adapter_model.safetensors")
     shown = {(int(Path(i).parent.name[1:]), int(Path(i).stem)) for s in samples[-ONE_BY_ONE:] for i in s["images"]}
     with ProcessPoolExecutor() as pool:  # 4960 x 7016 pixels: A4 at 600 DPI
         list(pool.map(draw_page, [(ROOTS.runs / "passes-600dpi", d, p, 4960 * 7016) for d, p in sorted(shown)]))
@@ -103,6 +104,7 @@ def _question(number: int) -> PatentQuestion:
 
 
 def _sample(run: Run, question: PatentQuestion) -> Any:
+    """The test sample of a question, with pages in random order of similarity."""
     name = question.document.removesuffix(".pdf")
     pages = {p: {"page": p, "text": "", "image": f"preprocess/pages/{name}/{p}.jpg"} for p in range(1, PAGES + 1)}
     ranked = random.sample(range(1, PAGES + 1), PAGES)
@@ -111,7 +113,7 @@ def _sample(run: Run, question: PatentQuestion) -> Any:
 
 
 def _silence_unused_tokens(folder: Path) -> None:
-    """Zero the head's rows of tokens without text: their logit is then 0, and another token's is always higher."""
+    """Zero the head's rows of tokens without text. Their logit is then 0, and another token's is always higher."""
     import struct
 
     index = read_json(folder / "model.safetensors.index.json")["weight_map"]
@@ -125,7 +127,8 @@ def _silence_unused_tokens(folder: Path) -> None:
         file.write(bytes(end - start - REAL_TOKENS * row))
 
 
-def _describe(run: Run, stage: str, *names: str) -> None:
+def _write_manifest(run: Run, stage: str, *names: str) -> None:
+    """Write the manifest of a stage with these outputs, as if it had run."""
     hashes = FileHashes(run.folder / "none")
     manifest = {
         "contract": CONTRACT_VERSION,
@@ -144,13 +147,14 @@ class FineDrawing(Picture):
     """A page at 600 DPI, decoded at full size and then shrunk."""
 
     def load(self) -> Any:
+        """Return the page as an RGB picture of its own width and height."""
         from PIL import Image
 
         return Image.open(self.path).convert("RGB").resize((self.width, self.height))
 
 
 class Job:
-    """The questions with one limit of answers, and the engine that answers them."""
+    """The questions with one limit of answer tokens, and the engine that answers them."""
 
     def __init__(self, engine: Engine, length: str) -> None:
         self._engine, self._length, self._run = engine, length, run_of(length)
@@ -160,6 +164,7 @@ class Job:
         self._tokens = 0
 
     def _prompt(self, sample: Any, name: str, fine: bool) -> Prompt | None:
+        """The prompt of a pass, with pages at 600 DPI if `fine`; None if the sample skips the pass."""
         wanted = ask(self._run.recipe, sample, name, self._texts[sample["id"]], ())
         if wanted is None:
             return None
@@ -174,12 +179,14 @@ class Job:
         return replace(prompt, pictures=pages)
 
     def _call(self, name: str, samples: list[Any], adapter: str | None, fine: bool) -> None:
+        """Answer the samples in one pass, and keep the completions."""
         prompts = [prompt for sample in samples if (prompt := self._prompt(sample, name, fine)) is not None]
         for prompt, completion in zip(prompts, self._engine.generate(prompts, adapter), strict=True):
             self._texts[prompt.id][name] = completion.text
             self._tokens += completion.tokens
 
     def _row(self, way: str, questions: int, seconds: float, **more: Any) -> dict[str, Any]:
+        """The row of a way, which is also printed."""
         row = {"way": way, "answers": self._length, "questions": questions, **more}
         row |= {"seconds a question": round(seconds / questions, 3), "tokens written": self._tokens}
         print("ROW", json.dumps(row), flush=True)
@@ -212,7 +219,7 @@ PASSES = ("classify", "answer", "refine")
 
 
 def measure_both() -> None:
-    """Measure both ways with one engine."""
+    """Measure both ways with one engine, and write their rows."""
     from stages.engines.vllm_engine import VllmEngine
 
     recipe = run_of("long").recipe
@@ -250,8 +257,8 @@ def _empty_caches(engine: Any) -> None:
     engine._llm.reset_mm_cache()
 
 
-def stage() -> None:
-    """Measure the infer stage: base and adapter, each in three passes over all questions."""
+def measure_stage() -> None:
+    """Run the infer stage with base and adapter, each in three passes over all questions, and print its row."""
     for length, values in LIMITS.items():
         run = run_of(length)
         began = time.monotonic()
@@ -271,9 +278,10 @@ def stage() -> None:
 
 
 def main() -> None:
+    """Measure both ways, or the infer stage, and write or print the rows."""
     if not (ROOTS.models / MODEL / "config.json").is_file():
         prepare()
-    stage() if sys.argv[1:] == ["stage"] else measure_both()
+    measure_stage() if sys.argv[1:] == ["stage"] else measure_both()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def descendants(root: int) -> set[int]:
-    """Ids of a process and of all that it started, directly or not."""
+    """Return the ids of a process and of all processes that it started, directly or not."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

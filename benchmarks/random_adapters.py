@@ -1,4 +1,4 @@
-"""LoRA adapters with random weights, in the form of trained ones, for benchmarks without training."""
+"""Write LoRA adapters with random weights, in the form of trained ones, for benchmarks without training."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stages.models.shape import read_shape
 
 
 def make_adapter(folder: Path, model: Path, rank: int, seed: int) -> None:
-    """Write an adapter of all linear modules of a model's language model, with weights from the seed."""
+    """Write an adapter of rank `rank` for all linear modules of a language model, with weights from the seed."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""Model folders of real shapes with random weights, for benchmarks without access to the real weights.
+"""Write model folders of real shapes with random weights, for benchmarks without access to the real weights.
 
     python -m benchmarks.random_models FOLDER NAME...
 
@@ -123,8 +123,10 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Tensor:
+    """A tensor to write."""
+
     dtype: str
-    """By safetensors' names."""
+    """As safetensors names it: BF16, F16 or I32."""
     shape: list[int]
     kind: str = "weight"
     """`weight` for random numbers; else a GPTQ tensor, or `norm` for ones, without which the signal in a packed model
@@ -132,11 +134,12 @@ class Tensor:
 
     @property
     def bytes(self) -> int:
+        """Size in bytes."""
         return prod(self.shape) * {"BF16": 2, "F16": 2, "I32": 4}[self.dtype]
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Return names and shapes of a model's parameters, from transformers, without allocating them."""
+    """Return the shapes of a model's parameters by name, from transformers, without allocating them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -149,7 +152,7 @@ def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _kind(config: dict[str, Any], name: str) -> str:
-    """Return the kind of a tensor. A LLaVA's norms are ones, else its connector would have no effect."""
+    """Return the kind of a tensor. A LLaVA's norms are ones, because its connector would have no effect otherwise."""
     is_norm = name.endswith(("norm.weight", "layrnorm.weight", "layer_norm1.weight", "layer_norm2.weight"))
     return "norm of 16 bits" if config["model_type"] == "llava" and is_norm else "weight"
 
@@ -175,7 +178,7 @@ SCALE = 0.0043
 
 
 def _contents() -> dict[str, bytes]:
-    """Return a block of bytes, which is written repeatedly, by dtype or by kind of tensor."""
+    """Return a block of bytes for each dtype or kind of tensor, which is written repeatedly."""
     import torch
 
     normal = torch.randn(32 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -193,6 +196,7 @@ def _contents() -> dict[str, bytes]:
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the tensors as safetensors files of at most SHARD bytes, with their index."""
     contents, written = _contents(), Counter[str]()  # bytes so far, so that no two modules have the same weights
     files: list[dict[str, Tensor]] = [{}]
     size = 0

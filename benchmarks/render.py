@@ -39,7 +39,7 @@ def draw_at_budget(page: pymupdf.Page) -> bytes:
 
 
 def measure_both() -> dict[str, object]:
-    """Return the row of both ways, in turn over the pages of every fourth document."""
+    """Return the row with the speeds of both ways, in turn over the pages of every fourth document."""
     seconds = {"straight": 0.0, "at 600 DPI": 0.0}
     pages = 0
     for path in sorted(DOCUMENTS.glob("*.pdf"))[::4]:
@@ -60,8 +60,8 @@ def measure_both() -> dict[str, object]:
     }
 
 
-def with_processes(processes: int, repeats: int) -> dict[str, object]:
-    """Return the row of the stage's renderer on the demo's pages, including text layer and words."""
+def measure_processes(processes: int, repeats: int) -> dict[str, object]:
+    """Return the row with the speed of the stage's renderer on the demo's pages, including text layer and words."""
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         jobs = []
         for path in sorted(DOCUMENTS.glob("*.pdf")) * repeats:
@@ -79,10 +79,11 @@ def with_processes(processes: int, repeats: int) -> dict[str, object]:
 
 
 def _render(job: tuple[PageRange, Path]) -> int:
+    """Render a range of pages into a temporary folder. Returns the number of pages."""
     with tempfile.TemporaryDirectory(dir=job[1]) as folder:
         return len(render_range(job[0], Path(folder), MAX_PIXELS, 90))
 
 
 if __name__ == "__main__":
-    rows = [measure_both(), with_processes(1, 2), with_processes(2, 2), with_processes(1, 2), with_processes(2, 2)]
+    rows = [measure_both(), *(measure_processes(count, 2) for count in (1, 2, 1, 2))]
     write_rows("render", rows, "python -m benchmarks.render")

@@ -27,8 +27,8 @@ SOFTWARE = (
 def write_rows(name: str, rows: list[dict[str, Any]], command: str, by: str | None = None) -> None:
     """Write rows to results/<name>.json and print them.
 
-    `by` names the column with the part of the benchmark that a row belongs to: earlier rows of other parts then stay,
-    with the day and the GPUs of their measurement. A row that says `not run` replaces none.
+    `by` names the column with the part of the benchmark that a row belongs to. Earlier rows of other parts then stay,
+    with the day and the GPUs of their measurement. A row with `not run` replaces no row.
     """
     machine = probe()
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
@@ -67,6 +67,7 @@ def _merge(
 
 
 def _software(driver: str) -> dict[str, str]:
+    """Return the version of the driver and of each installed library in SOFTWARE."""
     found = {"driver": driver}
     for name in SOFTWARE:
         try:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 
 def main() -> None:
+    """Print the row, with the compilers' caches in a temporary folder."""
     with tempfile.TemporaryDirectory() as caches:
         os.environ |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
         print(json.dumps(measure(Path(caches))))
 
 
 def measure(caches: Path) -> dict[str, object]:
-    """Return the row."""
+    """Compile a small model and a loss, with caches in this folder. Returns the row with their errors."""
     import torch
     import triton
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -57,8 +57,8 @@ def make_model(name: str, shape: dict[str, int]) -> None:
 
 
 def make_model_in_a_process(name: str, shape: dict[str, int]) -> None:
-    """Make a model in another process, so that this one never holds a GPU. An existing model stays: trainings may be
-    reading it."""
+    """Write a model in another process, so that this one never holds a GPU. An existing model is kept, because
+    trainings may be reading it."""
     if (ROOTS.models / name / "model.safetensors").is_file():
         return
     code = f"from benchmarks.two_gpus import make_model; make_model({name!r}, {shape!r})"
@@ -66,7 +66,7 @@ def make_model_in_a_process(name: str, shape: dict[str, int]) -> None:
 
 
 class Training:
-    """One start of the train command. Its row is complete once it has ended."""
+    """One start of the train command. `end` completes its row."""
 
     def __init__(self, what: str, run: str, gpus: str, settings: tuple[str, ...] = SMALL) -> None:
         self.run, self.folder, self.began = run, ROOTS.runs / run / "train", time.monotonic()
@@ -86,7 +86,7 @@ class Training:
         )
 
     def steps(self) -> list[dict[str, Any]]:
-        """Return the steps of this start, from its events."""
+        """Return the loss events of this start, one for each logged step."""
         with suppress(OSError, json.JSONDecodeError):  # no file yet, or half a line
             return [event for event in read_jsonl(self.events)[self.earlier :] if event["event"] == "loss"]
         return []
@@ -104,14 +104,14 @@ class Training:
         return [process for _, process in sorted(found)]
 
     def reach(self, step: int) -> "Training":
-        """Wait for a step. Notes how many processes each GPU has then."""
+        """Wait for a step, then add the number of processes on each GPU to the row."""
         while self.process.poll() is None and (not self.steps() or self.steps()[-1]["step"] < step):
             time.sleep(0.01)
-        self.row["on GPUs"] = on_gpus()
+        self.row["on GPUs"] = processes_on_gpus()
         return self
 
     def disturb(self, sig: signal.Signals, worker: int | None = None, at: int = 20) -> "Training":
-        """Send a signal at a step: to the stage, or to one of its training processes."""
+        """Send a signal at the step `at`, to the stage or to the training process of rank `worker`."""
         self.reach(at)
         self.row["signal"] = f"{sig.name} to {'the stage' if worker is None else f'process {worker}'}"
         self.row["sent at step"] = self.steps()[-1]["step"] if self.steps() else None
@@ -121,7 +121,8 @@ class Training:
         return self
 
     def end(self, alone: bool = True) -> "Training":
-        """Wait for the end. `alone`: no other process uses the GPUs, so also wait until they are free."""
+        """Wait for the end, and add the row to `rows`. `alone`: no other process uses the GPUs, so also wait until they
+        are free."""
         try:
             output, _ = self.process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
@@ -137,9 +138,9 @@ class Training:
         self.row |= {"exit code": self.process.returncode, "seconds": round(now - self.began, 1)}
         self.row["said"] = output.strip().splitlines()[-1:]
         if alone:
-            while time.monotonic() < now + 45 and (any(on_gpus()) or self.workers()):
+            while time.monotonic() < now + 45 and (any(processes_on_gpus()) or self.workers()):
                 time.sleep(0.1)
-            self.row["on GPUs after"] = on_gpus()
+            self.row["on GPUs after"] = processes_on_gpus()
             self.row["processes after"] = self.workers()
             self.row["seconds until they were gone"] = round(time.monotonic() - now, 1)
         self.row["checkpoints"] = sorted(path.name for path in self.folder.glob("checkpoints/*/checkpoint-*"))
@@ -169,11 +170,12 @@ class Training:
         return found
 
     def losses(self) -> dict[int, float]:
+        """Return the training losses by step."""
         return {row["step"]: row["loss"] for row in read_jsonl(self.folder / "metrics.jsonl") if "loss" in row}
 
 
-def on_gpus() -> list[int]:
-    """Return the number of processes on each GPU, by the driver."""
+def processes_on_gpus() -> list[int]:
+    """Return the number of processes on each GPU, as the driver counts them."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -192,7 +194,8 @@ def note_differences(what: str, one: Training, other: Training) -> None:
     print(json.dumps(rows[-1]), flush=True)
 
 
-def tokens_a_sample() -> float:
+def mean_tokens() -> float:
+    """Return the mean number of tokens of a training sample."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(ROOTS.models / "random-1.7b")
@@ -201,7 +204,7 @@ def tokens_a_sample() -> float:
     return statistics.mean(len(tokenizer(text)["input_ids"]) for text in texts)
 
 
-def small() -> None:
+def measure_small() -> None:
     """Measure losses, stops and kills on two GPUs, with a model too small to measure speed."""
     make_model_in_a_process("random-llama", RANDOM_LLAMA)
     two = Training("two GPUs", "two", BOTH).end()
@@ -222,8 +225,8 @@ def small() -> None:
     note_differences("killed twice against undisturbed", two, Training("two go on after both", "killed", BOTH).end())
 
 
-def large() -> None:
-    """Measure speed with gradient checkpointing and a model that keeps a GPU busy; also after a stop."""
+def measure_large() -> None:
+    """Measure the speed of a model that keeps a GPU busy, with gradient checkpointing; also after a stop."""
     make_model_in_a_process("random-1.7b", RANDOM_LARGE)
     stopped = Training("1.7B, two GPUs, stopped", "large-two", BOTH, LARGE).disturb(signal.SIGTERM, at=12).end()
     two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).reach(14).end()
@@ -232,8 +235,8 @@ def large() -> None:
     add_speed(stopped, one)
 
 
-def sharded() -> None:
-    """Measure ZeRO's speed, with the same model on two GPUs."""
+def measure_sharded() -> None:
+    """Measure the speed with and without ZeRO, with the model of `measure_large` on two GPUs."""
     make_model_in_a_process("random-1.7b", RANDOM_LARGE)
     found = {
         name: Training(f"1.7B, two GPUs, {name}", f"large-{name}", BOTH, (*LARGE, f"train.sharding={name}")).end()
@@ -246,7 +249,7 @@ def sharded() -> None:
 
 def add_speed(*trainings: Training) -> None:
     """Add samples and tokens per second to the trainings' rows."""
-    tokens = tokens_a_sample()
+    tokens = mean_tokens()
     for training in trainings:
         if "median seconds a step" in training.row:
             rate = 104 / training.row["median seconds a step"]
@@ -256,7 +259,7 @@ def add_speed(*trainings: Training) -> None:
 if __name__ == "__main__":
     for part in sys.argv[1:] or ["small", "large", "sharded"]:
         try:
-            {"small": small, "large": large, "sharded": sharded}[part]()
+            {"small": measure_small, "large": measure_large, "sharded": measure_sharded}[part]()
         finally:
             for row in rows:
                 row.setdefault("part", part)

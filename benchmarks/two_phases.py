@@ -55,8 +55,8 @@ def settings(model: str) -> tuple[str, ...]:
 
 
 def prepare(run: Run) -> None:
-    """Write captions of pictures and questions about them, as if preprocess had made them. Pictures show one colour
-    under noise."""
+    """Write samples with captions of pictures and with questions about them, as if preprocess had written them. The
+    pictures show one colour under noise."""
 
     def work(stage: Stage) -> None:
         rows = [_sample(stage, source, i) for source in ("pretrain", "finetune") for i in range(STEPS * BATCH)]
@@ -69,6 +69,7 @@ def prepare(run: Run) -> None:
 
 
 def _sample(stage: Stage, source: str, number: int) -> dict[str, Any]:
+    """A sample with one picture, of the caption (`pretrain`) or of a question (`finetune`)."""
     from PIL import Image
 
     name, colour = f"{source}{number}", COLOURS[number % len(COLOURS)]
@@ -99,7 +100,7 @@ sys.stdin.read()
 
 
 class Neighbour:
-    """A process that holds all but so many bytes of the GPU, until it is closed."""
+    """A process that holds all but `left` bytes of the GPU's memory, until it is closed."""
 
     def __init__(self, left: int) -> None:
         command = [sys.executable, "-c", HOLD, str(left)]
@@ -108,6 +109,7 @@ class Neighbour:
         self.free = int(self._process.stdout.readline())
 
     def close(self) -> None:
+        """End the process, so that its memory is free."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -123,6 +125,7 @@ class Peaks:
         self._thread.start()
 
     def _look(self) -> None:
+        """Update the peaks ten times a second until `stop`."""
         import pynvml
 
         pynvml.nvmlInit()
@@ -135,6 +138,7 @@ class Peaks:
                     self.bytes[process.pid] = max(most, process.usedGpuMemory or 0)
 
     def stop(self) -> list[int]:
+        """Stop measuring. Returns the peak bytes of each process, in the order of their start."""
         self._stopped.set()
         self._thread.join()
         return list(self.bytes.values())
@@ -153,8 +157,8 @@ def train(sets: list[str]) -> tuple[int, str, float, list[int]]:
     return process.returncode, output, round(time.monotonic() - began, 1), peaks.stop() if peaks else []
 
 
-def plan(sets: list[str]) -> dict[str, Any]:
-    """Return the row of `lorry plan` for a card of 24 GB, before there are samples."""
+def plan_row(sets: list[str]) -> dict[str, Any]:
+    """Return the row with the verdicts of `lorry plan` for a card of 24 GB, before there are samples."""
     options = ["--data", DATA, "--target", "rtx4090", "--gpus", "1"]
     command = [sys.executable, "-m", "entrypoints.lorry", "plan", "better-synth", *options, *sets]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -162,7 +166,7 @@ def plan(sets: list[str]) -> dict[str, Any]:
     return {"phase": "lorry plan, 24 GB", "exit code": done.returncode, "said": verdicts}
 
 
-def phase(run: Run, name: str, peak: int | None, free: int | None) -> dict[str, Any]:
+def phase_row(run: Run, name: str, peak: int | None, free: int | None) -> dict[str, Any]:
     """Return the row of one phase: its losses, and its memory against the estimate."""
     manifest = read_json(run.path("train", "manifest.json"))
     losses = [r["loss"] for r in read_jsonl(run.path("train", "metrics.jsonl")) if r["adapter"] == name and "loss" in r]
@@ -210,6 +214,7 @@ def connector_row(run: Run) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Train both phases, and write their rows."""
     tiny = sys.argv[1:] == ["tiny"]
     model = "tiny-llava" if tiny else "LLaVA-1.5-7B"
     if not tiny and not (ROOTS.models / model / "model.safetensors.index.json").is_file():
@@ -218,7 +223,7 @@ def main() -> None:
     run = open_run("better-synth", None, DATA, settings(model), NAME)
     prepare(run)
     sets = [word for one in settings(model) for word in ("--set", one)]
-    rows = [plan(sets)]
+    rows = [plan_row(sets)]
     neighbour = None
     try:
         cards = read_cards().gpus
@@ -229,7 +234,8 @@ def main() -> None:
         if code == 0:
             found = [*peaks, None, None]
             free = neighbour.free if neighbour else None
-            rows += [phase(run, "connector", found[0], free), phase(run, "tuned", found[1], free), connector_row(run)]
+            rows += [phase_row(run, "connector", found[0], free), phase_row(run, "tuned", found[1], free)]
+            rows.append(connector_row(run))
         else:
             log = run.path("train", "log.txt")
             print(log.read_text(encoding="utf-8")[-3000:] if log.is_file() else output, flush=True)

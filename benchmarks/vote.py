@@ -10,7 +10,7 @@ alternative to training nine.
 
 The seeds run side by side on all GPUs; each runs the four stages' commands one after the other. After `--seconds` all
 get SIGTERM, and the same command resumes them. Each seed writes its row when it is done, after voting again in other
-ways, of which only the second round asks anything again.
+ways. Only the second round prompts a model again.
 
 `--probe 'KEY=VALUE;KEY=VALUE' ...` is for choosing settings: it trains one adapter on each source alone, on the first
 seed, with each of these settings side by side, and prints accuracy by kind of puzzle.
@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.made_data import maker
+from benchmarks.made_data import load_maker
 from benchmarks.rows import write_rows
 from stages.contract.files import read_json, read_jsonl, write_json
 from stages.contract.roots import Roots
@@ -47,7 +47,8 @@ PROBLEMS = {"train": 300, "test": 400, "source": 1500}
 """Problems in train.jsonl, in test.jsonl, and in each file of sources/."""
 KINDS = ("chain", "clubs", "family")
 MOST_OPTIONS = 7
-"""Puzzles that so small a model learns in minutes (others it only learns to guess), and most options per question."""
+"""Kinds of puzzles that so small a model learns in minutes, and most options per question. It only learns to guess
+other kinds."""
 
 ADAPTERS = 9
 SHARE = 0.7
@@ -67,11 +68,11 @@ OTHER_VOTES = {
     "second round": "{second_round: true}",
     "chosen greedily, of all ten": "{adapters: greedy}",
 }
-"""Other ways to vote: names and settings. Only the second round asks anything; the last may choose all ten."""
+"""Settings of other ways to vote, by name. Only the second round prompts a model; the last may choose all ten."""
 
 
 def mixes(seed: int, count: int, kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return the data mixes of a seed by adapter: all sources but one, in turn; and all of them."""
+    """Return the data mixes of a seed by adapter: each has all sources but one, in turn, and the last has all."""
     found = {}
     for number in range(1, count + 1):
         left_out = kinds[number % len(kinds)]
@@ -85,8 +86,8 @@ def parts(kinds: Sequence[str], draw: int) -> list[dict[str, Any]]:
 
 
 def make_data(folder: Path, seed: int, problems: dict[str, int], kinds: Sequence[str], most_options: int) -> None:
-    """Write puzzles with answers, and in sources/ a file of each kind."""
-    made = maker("logic_choice")
+    """Write train.jsonl and test.jsonl with answers, and a file of each kind of puzzle in sources/."""
+    made = load_maker("logic_choice")
     some = {"train": problems["train"], "test": problems["test"], "more": 0}
     made.make(folder, seed, **some, answers=True, kinds=kinds, most_options=most_options)
     known = {problem["problem"] for problem in read_jsonl(folder / "test.jsonl")}
@@ -164,13 +165,14 @@ class Seed:
             return [process.wait() for process in self.processes]
 
     def stop(self) -> None:
+        """Stop the stage that runs, and start no other."""
         self.stopped = True
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
     def work(self) -> dict[str, Any] | None:
-        """Run all stages. Returns the row; None if not done. A row of an earlier start is returned unchanged."""
+        """Run all stages. Returns the row, unchanged if an earlier start wrote it; None if a stage is not done."""
         kept = ROOTS.runs / f"vote-row-{self.seed}.json"
         row = read_json(kept)
         if row is None and all(self.stage(stage) for stage in STAGES):
@@ -182,21 +184,24 @@ class Seed:
         return row
 
     def add_other_votes(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Vote again in the other ways, and add their accuracies to the row. Returns the row."""
         for name, vote in OTHER_VOTES.items():
             if self.stage("infer", self._vote(vote)) and self.stage("eval", self._vote(vote)):
                 row["other votes"][name] = read_json(self.folder("eval") / "scores.json")["vote"]["accuracy"]["value"]
         return row
 
     def probe(self) -> None:
-        """Run all stages. Prints accuracy by kind of puzzle."""
+        """Run all stages, and print the accuracy by kind of puzzle."""
         if all(self.stage(stage) for stage in STAGES):
             print("PROBE", self.sets[len(SETTINGS) + 3 :], dict(self.seconds), flush=True)
             self.print_by_kind()
 
     def folder(self, stage: str) -> Path:
+        """Return a stage's folder in the run."""
         return ROOTS.runs / self.name / stage
 
     def row(self) -> dict[str, Any]:
+        """Return the row of a finished run, without other votes."""
         scores = {name: one["accuracy"] for name, one in read_json(self.folder("eval") / "scores.json").items()}
         vote = read_json(self.folder("eval") / "vote.json")
         single = {name: scores[name]["value"] for name in self.voters}
@@ -239,18 +244,35 @@ class Seed:
 
 
 def main() -> None:
+    """Run all seeds, or the probe, and write a row for each finished seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--adapters", type=int, default=ADAPTERS)
-    parser.add_argument("--shards", type=int, default=2, help="processes that share a seed's adapters; default: 2")
-    parser.add_argument("--problems", type=int, nargs=3, metavar=("TRAIN", "TEST", "SOURCE"))
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="kinds of puzzles")
-    parser.add_argument("--most-options", type=int, default=MOST_OPTIONS, help="most options per question")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop all seeds after so many seconds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="Seeds to run. Default: 0 to 4.")
+    parser.add_argument("--adapters", type=int, default=ADAPTERS, help="Number of voting adapters. Default: 9.")
+    parser.add_argument("--shards", type=int, default=2, help="Processes that share a seed's adapters. Default: 2.")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="recipe override for all seeds; repeatable"
+        "--problems",
+        type=int,
+        nargs=3,
+        metavar=("TRAIN", "TEST", "SOURCE"),
+        help="Problems in train.jsonl, in test.jsonl, and in each file of sources/. Default: 300 400 1500.",
     )
-    parser.add_argument("--probe", nargs="+", metavar="SETTINGS", help="choose settings: see this module's docstring")
+    parser.add_argument(
+        "--kinds", nargs="+", default=list(KINDS), help="Kinds of puzzles. Default: chain clubs family."
+    )
+    parser.add_argument("--most-options", type=int, default=MOST_OPTIONS, help="Most options per question. Default: 7.")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="Seconds after which all seeds stop. Default: never."
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Recipe override for all seeds; may be repeated.",
+    )
+    parser.add_argument(
+        "--probe", nargs="+", metavar="SETTINGS", help="Settings to compare; this module's docstring says how."
+    )
     chosen = parser.parse_args()
     problems = dict(zip(PROBLEMS, chosen.problems, strict=True)) if chosen.problems else PROBLEMS
     ROOTS.runs.mkdir(parents=True, exist_ok=True)

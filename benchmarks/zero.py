@@ -1,4 +1,4 @@
-"""ZeRO-2 and ZeRO-3 against training without: losses, and resuming with another sharding or number of processes.
+"""Training with ZeRO-2 and ZeRO-3 against training without: losses, and resuming in another way.
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.zero [PART...]
 
@@ -31,7 +31,7 @@ SETTINGS = (
 HALF = (*SETTINGS, "train.precision=float16")
 STOPS = (20, 50)
 ONCE = max(2, (os.cpu_count() or 2) * 3 // 8)
-"""Trainings at a time."""
+"""Number of trainings at a time."""
 
 
 class Start(Training):
@@ -58,6 +58,7 @@ class Start(Training):
         )
 
     def end(self, alone: bool = False) -> "Start":
+        """Wait for the end, then add the GPU memory to the row."""
         super().end(alone)
         manifest = read_json(self.folder / "manifest.json")
         if self.process.returncode == 0 and manifest is not None:
@@ -66,6 +67,7 @@ class Start(Training):
 
 
 def gpu_count() -> int:
+    """Return the number of GPUs of this machine, by the driver."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -73,12 +75,13 @@ def gpu_count() -> int:
 
 
 def train_undisturbed(sharding: str, processes: int, kind: str = "", **environment: str) -> Start:
+    """Train without a stop. `kind` begins the run's name; `half` trains in float16."""
     settings = HALF if kind.startswith("half") else SETTINGS
     return Start(f"{kind or 'whole'}-{sharding}-{processes}", sharding, processes, settings, **environment).end()
 
 
 def train_in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[str, ...] = SETTINGS) -> Start:
-    """Train, stop, and resume in another way, until done."""
+    """Train, stop, and resume the next way, until done. `ways` are shardings with numbers of processes."""
     for (sharding, processes), stop in zip(ways[:-1], STOPS, strict=False):
         start = Start(name, sharding, processes, settings)
         start.disturb(signal.SIGTERM, at=stop)
@@ -90,14 +93,14 @@ def train_in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[
     return Start(name, *ways[-1], settings).end()
 
 
-def without_nvcc() -> dict[str, str]:
+def environment_without_nvcc() -> dict[str, str]:
     """Return an environment without a GPU compiler, as in the images."""
     paths = [path for path in os.environ["PATH"].split(":") if not (Path(path) / "nvcc").exists()]
     return {"PATH": ":".join(paths), "CUDA_HOME": "/nowhere"}
 
 
 def try_part(part: str, work: Callable[[], Start]) -> Start | None:
-    """Run one part. If it fails, note that, so that the others' rows are still written."""
+    """Run one part. If it fails, add a row that says so and return None, so that other rows are still written."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001
@@ -112,7 +115,7 @@ def main(wanted: list[str]) -> None:
     parts: dict[str, Callable[[], Start]] = {
         "none 1": lambda: train_undisturbed("none", 1),
         "none 2": lambda: train_undisturbed("none", 2),
-        "zero2 1 without nvcc": lambda: train_undisturbed("zero2", 1, **without_nvcc()),
+        "zero2 1 without nvcc": lambda: train_undisturbed("zero2", 1, **environment_without_nvcc()),
         "zero3 1": lambda: train_undisturbed("zero3", 1),
         "zero2 2": lambda: train_undisturbed("zero2", 2),
         "zero3 2": lambda: train_undisturbed("zero3", 2),

@@ -13,7 +13,7 @@ from stages.host.outcome import Problem
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """RECIPE, --profile, --data, --set and --run, which name a run; `open_run` takes them.
+    """Add RECIPE, --profile, --data, --set and --run to a command. They name a run, and `open_run` takes them.
 
     Compose files and Kubernetes Jobs set them as environment variables; the command line takes precedence.
     """
@@ -47,7 +47,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stage_command(name: str, summary: str) -> click.Command:
-    """The click command of a stage."""
+    """The click command of a stage. `summary` is the first sentence of its help."""
 
     @click.command(
         name=f"lorry-{name}",
@@ -80,7 +80,7 @@ def stage_command(name: str, summary: str) -> click.Command:
 
 
 def print_lines(lines: Generator[str, None, int | None]) -> int:
-    """Print lines as they come, problems on standard error. Returns the exit code that comes after them."""
+    """Print lines as they come, problems on standard error. Returns the exit code that the generator returns."""
     while True:
         try:
             line = next(lines)
@@ -90,7 +90,7 @@ def print_lines(lines: Generator[str, None, int | None]) -> int:
 
 
 def one_line_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Print a LorryError as one line on standard error and exit with its code."""
+    """Make a command print a LorryError as one line on standard error, and exit with the error's code."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

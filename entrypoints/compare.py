@@ -24,7 +24,7 @@ def compare(runs: tuple[str, ...]) -> None:
     roots = Roots.from_environment()
     names = select_runs(runs, roots.runs)
     if len(names) < 2:
-        raise UsageError(f"lorry compare {' '.join(runs)}: name two runs or more")
+        raise UsageError(f"lorry compare {' '.join(runs)}: only one run; name two runs or more")
     try:
         from stages.results.comparison import comparable_runs, warnings_about
         from stages.results.comparison_table import comparison_tables

@@ -23,7 +23,7 @@ from entrypoints.common import one_line_errors, print_lines, recipe_options
     "--memory",
     metavar="GIB",
     type=click.FloatRange(min=0, min_open=True),
-    help="Memory of a GPU. Default: the target's.",
+    help="Memory of each GPU, in GiB. Default: the target's.",
 )
 @one_line_errors
 def plan(target: str | None, count: int, memory: float | None, **options: Any) -> None:

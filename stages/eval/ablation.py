@@ -38,7 +38,8 @@ def ablated_adapter(recipe: Recipe, predictions: Mapping[str, Any]) -> str | Non
 def ablations(
     run: Run, task: Any, samples: Sequence[Sample], predictions: Mapping[str, list[Prediction]], asked: Asked
 ) -> list[Ablation]:
-    """Return EVERYTHING, then each ablated component in the recipe's order; empty if the recipe ablates nothing.
+    """Return the scores with EVERYTHING, then without each ablated component in the recipe's order; empty if the recipe
+    ablates nothing.
 
     `samples` are those with references, `predictions` all models'; samples that the adapter was not asked do not count.
     """
@@ -57,7 +58,7 @@ def ablations(
             component=EVERYTHING if name == "base" else name,
             figures={metric: figure for metric, figure in figures[name].items() if metric not in scores.facts},
             difference=differences.get(name, {}),
-            changed=_changed(model, everything),
+            changed=_count_changed(model, everything),
             seconds=seconds_per_question(run, whole if name == "base" else _variant(name)),
         )
         for name, model in scores.models.items()
@@ -76,7 +77,8 @@ def _variant(component: str) -> str:
     return "base" if component == "adapter" else f"without {component}"
 
 
-def _changed(model: Model, everything: Model) -> int:
+def _count_changed(model: Model, everything: Model) -> int:
+    """The number of samples with another answer than with everything."""
     answers, others = (
         [prediction and prediction["answer"] for prediction in each.predictions] for each in (model, everything)
     )

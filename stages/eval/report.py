@@ -96,6 +96,7 @@ def write_report(
 
 @cache
 def _template() -> Template:
+    """The template of the report."""
     # adapter names and model output are untrusted: everything is escaped except Markup
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -116,6 +117,7 @@ _INK = "#010203"  # placeholder for the text's colour, which differs on a dark p
 
 
 def _colour(index: int) -> str:
+    """A placeholder for the colour of a model."""
     return f"#0405{index:02x}"  # placeholder for the style sheet's colour of a model
 
 
@@ -158,6 +160,7 @@ def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup |
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """The x and the y values of points."""
     return [x for x, _ in points], [y for _, y in points]
 
 
@@ -220,6 +223,7 @@ def _worst_answers(run: Run, scores: Scores, task: Any) -> list[dict[str, Any]]:
 
 
 def _shown_model(scores: Scores) -> str:
+    """The model whose worst answers are shown: the first adapter, or base without one."""
     return next((model for model in scores.models if model != "base"), "base")
 
 
@@ -258,7 +262,7 @@ def question_of(sample: Sample) -> str:
 
 
 def picture_data(path: Path) -> str | None:
-    """Return a picture as a data URI, shrunk to PICTURE_WIDTH; None if it cannot be read, which fails no report."""
+    """Return a picture as a data URI, shrunk to PICTURE_WIDTH; None if it cannot be read, as a report may lack it."""
     from PIL import Image
 
     content = io.BytesIO()
@@ -294,7 +298,7 @@ def _stage_facts(run: Run, name: str) -> dict[str, Any]:
 
 
 def _format_duration(seconds: float) -> str:
-    """`8.4 s`, `3 min 05 s`, `2 h 07 min`."""
+    """A duration as text: `8.4 s`, `3 min 05 s`, `2 h 07 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -66,7 +66,7 @@ def score_models(
 
     Raises DataError if a model has two predictions of one sample.
     """
-    answered = {name: _by_sample(samples, records, name) for name, records in predictions.items()}
+    answered = {name: _align_predictions(samples, records, name) for name, records in predictions.items()}
     errors = {
         name: [error_of(record) if asked(name, s) else None for s, record in zip(samples, records, strict=True)]
         for name, records in answered.items()
@@ -121,7 +121,11 @@ def error_of(prediction: Prediction | None) -> str | None:
     return prediction["error"]
 
 
-def _by_sample(samples: Sequence[Sample], predictions: Sequence[Prediction], name: str) -> list[Prediction | None]:
+def _align_predictions(
+    samples: Sequence[Sample], predictions: Sequence[Prediction], name: str
+) -> list[Prediction | None]:
+    """A model's predictions in the order of the samples, with None for a missing one. Raises DataError if a sample has
+    two."""
     by_id: dict[str, Prediction] = {}
     for prediction in predictions:
         if prediction["id"] in by_id:
@@ -137,6 +141,7 @@ def _score_rows(
     predictions: Sequence[Prediction | None],
     errors: Sequence[str | None],
 ) -> list[dict[str, float]]:
+    """The scores of each sample by metric: 0 for a failed answer, none for a sample that was not asked."""
     rows = []
     for sample, prediction, error in zip(samples, predictions, errors, strict=True):
         if error is not None:

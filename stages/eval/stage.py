@@ -50,12 +50,12 @@ def work(stage: Stage) -> None:
             f"{len(samples) - len(scored)} of {len(samples)} test samples have no reference and are not scored"
         )
 
-    asked = _was_asked(recipe)
+    asked = _asked_function(recipe)
     scores = score_models(task, recipe, scored, predictions, asked)
     together = len(set(scores.together))
     if together < len(scored):
         stage.counts["counted together"] = together
-        stage.events.say(f"{len(scored)} test samples are scored and counted as {together}: some belong together")
+        stage.events.say(f"{len(scored)} test samples are scored and count as {together}, since some count as one")
     stage.outputs["scored.jsonl"] = write_jsonl(stage.path("scored.jsonl"), scored_lines(scores))
     trained_on = sum(bool(sample["meta"].get("trained_on")) for sample in scored)
     if trained_on:
@@ -64,19 +64,19 @@ def work(stage: Stage) -> None:
     stage.stop.check()
     figures, differences = overall_figures(scores)
     groups = {key: breakdown(scores, key) for key in ("group", "kind")}
-    _write(stage, "scores.json", figures)
-    _write(stage, "differences.json", differences)
-    _write(stage, "by_group.json", {name: {key: groups[key][name] for key in groups} for name in scores.models})
+    _write_output(stage, "scores.json", figures)
+    _write_output(stage, "differences.json", differences)
+    _write_output(stage, "by_group.json", {name: {key: groups[key][name] for key in groups} for name in scores.models})
     ablated = ablations(stage.run, task, scored, predictions, asked)
     if ablated:
-        _write(stage, "ablations.json", {each.component: asdict(each) for each in ablated})
+        _write_output(stage, "ablations.json", {each.component: asdict(each) for each in ablated})
     vote = vote_outcome(stage.run, task, scored, predictions)
     if vote is not None:
-        _write(stage, "vote.json", asdict(vote))
+        _write_output(stage, "vote.json", asdict(vote))
     measures = measure_answers(task, recipe, scores)
     if measures:
         by_model = {name: {key: asdict(one) for key, one in each.items()} for name, each in measures.items()}
-        _write(stage, "measures.json", by_model)
+        _write_output(stage, "measures.json", by_model)
     _write_summary(stage, figures)
     stage.stop.check()
     write_report(stage, scores, figures, differences, groups, ablated, vote, measures)
@@ -96,8 +96,8 @@ def _write_uploads(
     return written
 
 
-def _was_asked(recipe: Recipe) -> Asked:
-    """Return the test whether a model is asked a sample, which `infer.answers` decides."""
+def _asked_function(recipe: Recipe) -> Asked:
+    """Return a function that says whether a model is asked a sample, by `infer.answers`."""
     adapters = {adapter.name: adapter for adapter in recipe.train.adapters}
 
     def was_asked(model: str, sample: Sample) -> bool:
@@ -108,7 +108,7 @@ def _was_asked(recipe: Recipe) -> Asked:
 
 
 def _write_summary(stage: Stage, figures: Mapping[str, Figures]) -> None:
-    """Write summary.json, again after each adapter."""
+    """Write summary.json, and write it again after each adapter, as train does."""
     run, infer = stage.run, stage.run.manifest("infer") or {}
     untrained = (run.manifest("train") or {}).get("untrained", {})
     batch = run.recipe.infer.batch_size
@@ -172,7 +172,8 @@ def _predictions(run: Run, ids: set[str]) -> dict[str, list[Prediction]]:
     return predictions
 
 
-def _write(stage: Stage, name: str, value: Any) -> None:
+def _write_output(stage: Stage, name: str, value: Any) -> None:
+    """Write a JSON file, and record it as an output of the stage."""
     write_json(stage.path(name), value)
     stage.outputs[name] = None
 
@@ -260,6 +261,7 @@ def _vote_table(vote: VoteOutcome, figures: dict[str, Figures]) -> Any:
 
 
 def _vote_line(vote: VoteOutcome) -> str:
+    """A line on how the vote went, and its difference from the best voter."""
     metric, gain = next(iter(vote.over_best.items()))
     decided = ", ".join(f"{by} {count}" for by, count in sorted(vote.decided_by.items()))
     return (
@@ -269,6 +271,7 @@ def _vote_line(vote: VoteOutcome) -> str:
 
 
 def _format_seconds(took: float | None) -> str:
+    """Seconds with three digits; empty if not recorded."""
     return "" if took is None else f"{took:.3g}"
 
 
@@ -296,8 +299,10 @@ def _ablation_table(adapter: str, ablated: list[Ablation]) -> Any:
 
 
 def _gain_text(gain: dict[str, Any]) -> str:
+    """A difference with its interval, and a star if it is clear."""
     return format_interval(gain, sign="+") + ("*" if is_clear(gain) else " ")
 
 
 def _format_points(gain: dict[str, Any]) -> str:
+    """A difference in points, and a star if it is clear."""
     return f"{gain['value']:+.1f}{'*' if is_clear(gain) else ' '}"

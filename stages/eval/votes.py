@@ -88,6 +88,7 @@ def _first_round(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _voter(adapter: Any, vote: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Voter:
+    """An adapter's part in the vote. `vote` is the vote in infer's manifest, `rows` the lines of votes.jsonl."""
     name = adapter.name
     score = vote["validation"].get(name)
     votes = name in vote["weights"]

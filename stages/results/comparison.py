@@ -21,7 +21,7 @@ from stages.results.run_reader import DamagedError, RunReader, recipe_of
 from stages.results.uncertainty import outdated_note
 
 LEAST_ANSWERS = 10
-"""Fewer answers may be identical, or repetitive, by chance."""
+"""Smallest number of answers to judge; fewer may be identical, or repetitive, by chance."""
 
 REPETITIVE = 10
 """Distinct references for each distinct answer of a model, from which on the model's answers are suspiciously few."""
@@ -46,10 +46,12 @@ class EvaluatedRun:
 
     @property
     def models(self) -> list[str]:
+        """The names of the models, in the order of scores.json."""
         return list(self.figures)
 
     @cached_property
     def by_id(self) -> dict[str, Mapping[str, Any]]:
+        """The lines by sample id."""
         return {line["id"]: line for line in self.lines}
 
     @cached_property
@@ -59,7 +61,7 @@ class EvaluatedRun:
 
     @cached_property
     def groups(self) -> dict[str, str]:
-        """The document of everything that is counted once."""
+        """The document of each key in `together`: samples with the same key are counted once."""
         groups: dict[str, str] = {}
         for line in self.lines:
             groups.setdefault(line["together"], line["group"])
@@ -76,7 +78,7 @@ class EvaluatedRun:
         }
 
     def scores(self, model: str, metric: str) -> dict[str, float]:
-        """A model's scores in 0..1 by what is counted once: the lowest of the samples that are counted together."""
+        """A model's scores in 0..1 by the key in `together`: the lowest of the samples that are counted together."""
         found: dict[str, float] = {}
         for line in self.lines:
             value = line["models"].get(model, {}).get("scores", {}).get(metric)
@@ -104,24 +106,24 @@ class ComparisonRow:
 def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[EvaluatedRun], list[str]]:
     """The runs that eval has scored, at least two, and a sentence on each of the others.
 
-    Raises UsageError for fewer runs, for scores of other answers than a run holds now, and for runs of another task,
+    Raises UsageError for fewer runs, for scores of answers that have changed since, and for runs of another task,
     scoring or test set than the first.
     """
     runs, notes = [], []
     for name in names:
         found = _read(roots, name)
         if isinstance(found, str):
-            notes.append(f"{name}: nothing evaluated: {found}")
+            notes.append(f"{name}: not compared, because {found}")
         else:
             runs.append(found)
     if len(runs) < 2:
-        raise UsageError(f"{'; '.join(notes)}: nothing to compare; run the missing stages first")
+        raise UsageError(f"{'; '.join(notes)}; run the missing stages, since a comparison needs two scored runs")
     refuse_other_sets(runs)
     return runs, notes
 
 
 def _read(roots: Roots, name: str) -> EvaluatedRun | str:
-    """A run that eval has scored, or why there is nothing to compare."""
+    """A run that eval has scored, or the reason why it cannot be compared."""
     folder = roots.runs / name
     try:
         recipe = recipe_of(folder)
@@ -174,8 +176,8 @@ def reference_model(run: EvaluatedRun) -> str:
 
 
 def compare(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
-    """Every model of every run by every metric, metric by metric. The runs must have the same test set; the first
-    names its documents."""
+    """A row for every model of every run and every metric, metric by metric. The runs must have the same test set; the
+    first one names its documents."""
     first, model = runs[0], reference_model(runs[0])
     metrics = dict.fromkeys(metric for run in runs for line in run.lines for metric in _metrics(line))
     rows = []
@@ -183,7 +185,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
         beside = first.scores(model, metric)
         places = [(run, name) for run in runs for name in run.models if metric in run.figures[name]]
         pairs = {
-            (run.run, name): _paired(first, run.scores(name, metric), beside)
+            (run.run, name): _paired_differences(first, run.scores(name, metric), beside)
             for run, name in places
             if run is not first or name != model
         }
@@ -197,23 +199,27 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
 
 
 def _metrics(line: Mapping[str, Any]) -> list[str]:
+    """The metrics of a line, with repetitions."""
     return [metric for model in line["models"].values() for metric in model["scores"]]
 
 
-def _paired(first: EvaluatedRun, scores: Mapping[str, float], beside: Mapping[str, float]) -> tuple[Values, list[str]]:
-    """The differences on what both have scores for, and the documents of the first run that these belong to."""
+def _paired_differences(
+    first: EvaluatedRun, scores: Mapping[str, float], beside: Mapping[str, float]
+) -> tuple[Values, list[str]]:
+    """The differences of the scores that both models have, and the documents that these belong to in the first run."""
     both = [name for name in first.groups if name in scores and name in beside]
     return np.array([scores[name] - beside[name] for name in both]), [first.groups[name] for name in both]
 
 
 def _percent_equal(answers: Mapping[str, str], others: Mapping[str, str]) -> float | None:
+    """Percent of the samples with both answers that have the same answer; None if no sample has both."""
     both = answers.keys() & others.keys()
     return 100 * sum(answers[name] == others[name] for name in both) / len(both) if both else None
 
 
 def prompt_differences(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """Sentences on runs whose prompts show something else than those of the first: score differences may come from
-    that."""
+    """Sentences on runs whose prompts show something else than those of the first, which may explain differences in
+    scores."""
     first, found = runs[0], []
     for other in runs[1:]:
         keys = sorted(key for key in {*first.shown, *other.shown} if first.shown.get(key) != other.shown.get(key))
@@ -227,7 +233,7 @@ def prompt_differences(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def warnings_about(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """All that makes a comparison of these runs doubtful, in sentences."""
+    """Sentences on all that makes a comparison of these runs doubtful."""
     return [*prompt_differences(runs), *outdated_intervals(runs), *(f"suspicious: {line}" for line in suspicions(runs))]
 
 
@@ -251,11 +257,12 @@ def suspicions(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def _sources(run: EvaluatedRun) -> list[str]:
+    """The data sets of a run's samples, in their order."""
     return list(dict.fromkeys(str(line["source"]) for line in run.lines))
 
 
-def _of_source(source: str, run: EvaluatedRun) -> str:
-    """` of <data set>`, if the run has several."""
+def _source_phrase(source: str, run: EvaluatedRun) -> str:
+    """The words ` of <data set>` if the run has several data sets, else nothing."""
     return f" of {source}" if source and len(_sources(run)) > 1 else ""
 
 
@@ -270,11 +277,11 @@ def _repetitive_answers(run: EvaluatedRun, model: str) -> list[str]:
         distinct = len(set(answers.values()))
         wanted = len({run.by_id[name]["references"] for name in answers})
         if not answers:
-            found.append(f"{where}: all {count} answers{_of_source(source, run)} failed")
+            found.append(f"{where}: all {count} answers{_source_phrase(source, run)} failed")
         if len(answers) >= LEAST_ANSWERS and (distinct * REPETITIVE <= wanted or distinct == 1 < wanted):
             found.append(
                 f"{where}: only {distinct} distinct answer{'' if distinct == 1 else 's'} among {len(answers)}"
-                f"{_of_source(source, run)}, and {wanted} distinct references: did the model read the questions?"
+                f"{_source_phrase(source, run)}, and {wanted} distinct references; check its prompts"
             )
     return found
 
@@ -297,7 +304,7 @@ def _identical_answers(run: EvaluatedRun, name: str, other: EvaluatedRun, other_
             continue
         if any(next(iter(run.by_id[sample]["models"][name]["scores"].values()), 1.0) < 1 for sample in both):
             found.append(
-                f"{run.run}/{name} and {other.run}/{other_name}: all {len(both)} answers{_of_source(source, run)} are"
-                " identical, wrong ones included: are they one model, or did neither answer?"
+                f"{run.run}/{name} and {other.run}/{other_name}: all {len(both)} answers{_source_phrase(source, run)}"
+                " are identical, wrong ones included; check that they are two models"
             )
     return found

@@ -58,7 +58,8 @@ def mean_intervals(values: Values, groups: Sequence[str], least: float = 0.0) ->
 
 
 def intervals_of_totals(sums: Values, sizes: Values, least: float = 0.0) -> Intervals:
-    """`mean_intervals` from each document's sum of scores and number of scores, both of shape (documents, columns)."""
+    """The intervals of the columns' means, from each document's sum and number of scores, both of shape (documents,
+    columns). `mean_intervals` says more."""
     each = 2 if least == 0 else 1  # pseudo-observations at either end
     n = sizes.sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 in a column without scores
@@ -83,7 +84,7 @@ def intervals_of_totals(sums: Values, sizes: Values, least: float = 0.0) -> Inte
 
 
 def mean_figures(values: Values, groups: Sequence[str]) -> list[dict[str, Any]]:
-    """`value`, `low` and `high` in percent, and `groups`, for each column of scores."""
+    """The figures of each column of scores: `value`, `low` and `high` in percent, and `groups`."""
     found = mean_intervals(values, groups)
     columns = zip(_means(values), found.low, found.high, found.groups, strict=True)
     return [
@@ -93,9 +94,10 @@ def mean_figures(values: Values, groups: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def difference_figures(differences: Sequence[tuple[Values, Sequence[str]]]) -> list[dict[str, Any]]:
-    """`value`, `low` and `high` in points, `groups` and `p`, for each model that is compared.
+    """The figures of each model that is compared: `value`, `low` and `high` in points, `groups` and `p`.
 
-    Each has its paired differences of one metric, of shape (rows,), and the rows' documents. `p` is corrected for all.
+    `differences` has the paired differences of each model by one metric, of shape (rows,), and the rows' documents.
+    `p` is corrected for all models.
     """
     figures, tests = [], []
     for values, groups in differences:
@@ -103,12 +105,12 @@ def difference_figures(differences: Sequence[tuple[Values, Sequence[str]]]) -> l
         ends = {"low": _percent_or_none(found.low[0]), "high": _percent_or_none(found.high[0])}
         figures.append({"value": percent(_means(values[:, None])[0]), **ends, "groups": int(found.groups[0])})
         tests.append(float(found.p[0]))
-    corrected = (None if math.isnan(p) else round(p, 6) for p in holm(tests))
+    corrected = (None if math.isnan(p) else round(p, 6) for p in holm_p_values(tests))
     return [{**figure, "p": p} for figure, p in zip(figures, corrected, strict=True)]
 
 
-def holm(tests: Sequence[float]) -> list[float]:
-    """The p values corrected for testing all of them (Holm 1979). NaN is no test and stays."""
+def holm_p_values(tests: Sequence[float]) -> list[float]:
+    """The p values corrected for testing all of them (Holm 1979). NaN is not a test and stays NaN."""
     corrected = [math.nan] * len(tests)
     order = sorted((p, place) for place, p in enumerate(tests) if not math.isnan(p))
     least = 0.0
@@ -119,15 +121,17 @@ def holm(tests: Sequence[float]) -> list[float]:
 
 
 def percent(value: float) -> float:
-    """A score in percent, to four digits."""
+    """A score in percent, rounded to four digits."""
     return round(100 * float(value), 4) + 0.0  # -0.0 becomes 0.0
 
 
 def _percent_or_none(value: float) -> float | None:
+    """A score in percent; None for NaN."""
     return None if math.isnan(value) else percent(value)
 
 
 def _means(values: Values) -> Values:
+    """The mean of each column, without NaN."""
     with np.errstate(invalid="ignore"):  # 0/0 in a column without scores
         return np.asarray(np.nansum(values, axis=0) / (~np.isnan(values)).sum(0))
 
@@ -138,18 +142,18 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
 
 
 def student_tails(t: Values, freedom: Values) -> Values:
-    """P(|T| > t) for t >= 0 and freedom >= 1, to 1e-9. Hosts have no scipy.
+    """P(|T| > t) of Student's t, for t >= 0 and freedom >= 1, accurate to 1e-9. Hosts have no scipy.
 
     With t = sqrt(freedom) tan(angle), the density becomes cos(angle)^(freedom - 1); Gauss-Legendre integrates it.
     """
     angle = np.arctan(t / np.sqrt(freedom))
     heights = np.cos(angle[..., None] * (_NODES + 1) / 2) ** (freedom[..., None] - 1)
-    return np.asarray(np.clip(1 - _peak(freedom) * np.sqrt(freedom) * angle * (heights @ _WEIGHTS), 0, 1))
+    return np.asarray(np.clip(1 - _density_at_zero(freedom) * np.sqrt(freedom) * angle * (heights @ _WEIGHTS), 0, 1))
 
 
 def student_quantile(freedom: Values) -> Values:
-    """The t with P(|T| > t) = LEVEL, by Newton's method: from below, since the tail is convex in t."""
-    t, peak = np.full(freedom.shape, 1.9599), _peak(freedom)
+    """The t with P(|T| > t) = LEVEL, by Newton's method. It starts from below, because the tail is convex in t."""
+    t, peak = np.full(freedom.shape, 1.9599), _density_at_zero(freedom)
     for _ in range(20):
         density = peak * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
         step = (student_tails(t, freedom) - LEVEL) / (2 * density)
@@ -159,7 +163,7 @@ def student_quantile(freedom: Values) -> Values:
     return t
 
 
-def _peak(freedom: Values) -> Values:
-    """The density at 0."""
+def _density_at_zero(freedom: Values) -> Values:
+    """The density of Student's t at 0."""
     log_gamma = np.vectorize(math.lgamma, otypes=[float])
     return np.asarray(np.exp(log_gamma((freedom + 1) / 2) - log_gamma(freedom / 2)) / np.sqrt(np.pi * freedom))

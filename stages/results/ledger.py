@@ -28,7 +28,7 @@ from stages.results.run_reader import DamagedError, RunReader, recipe_of, sugges
 from stages.results.summary import dataset_name, read_summary
 
 LONGEST_TEXT = 500
-"""Characters; a traceback must not fill the table."""
+"""Largest number of characters of a text; a traceback must not fill the table."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Row:
     weight: float | None = None
     """The weight of its vote."""
     scored_on: str = ""
-    """`test data`, or `training data` and how much of the samples; empty without a score."""
+    """`test data`, or `training data` and how many of the samples; empty without a score."""
     state: str = ""
     date: str = ""
     version: str = ""
@@ -87,14 +87,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Ledger:
+    """The rows of several runs."""
+
     rows: list[Row]
     metrics: list[str]
-    """All metrics that any of the runs is scored by."""
+    """The names of all metrics by which any of the runs is scored."""
 
 
 def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledger:
-    """The rows of these runs, in their order: base, the adapters in the recipe's order, the vote. `metric` names the
-    score; None takes each run's first metric. Never raises for what a run folder holds: the row's state says it."""
+    """The rows of these runs, in their order: base, the adapters in the recipe's order, the vote.
+
+    `metric` names the score; None takes each run's first metric. A damaged run folder raises no error: the state of its
+    row says what is damaged.
+    """
     rows: list[Row] = []
     metrics: dict[str, None] = {}
     for name in names:
@@ -115,8 +120,8 @@ def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledge
 
 
 def parse_order(order: str | None) -> tuple[str | None, bool]:
-    """The column that `COLUMN` or `COLUMN:desc` sorts by, and whether it descends. Raises UsageError for anything
-    else."""
+    """The column in `COLUMN` or `COLUMN:desc`, and whether the order is descending. The column is None if `order` is.
+    Raises UsageError for anything else."""
     if order is None:
         return None, False
     column, colon, direction = order.partition(":")
@@ -124,18 +129,18 @@ def parse_order(order: str | None) -> tuple[str | None, bool]:
     if column not in names:
         raise UsageError(f"--sort {order}: no column {column!r}; {suggestion(column, names, 'columns')}")
     if colon and direction != "desc":
-        raise UsageError(f"--sort {order}: write {column}, or {column}:desc to sort in descending order")
+        raise UsageError(f"--sort {order}: unknown direction {direction!r}; write {column} or {column}:desc")
     return column, bool(colon)
 
 
 def refuse_unknown_metric(metric: str | None, known: Sequence[str]) -> None:
-    """Raise UsageError for a metric that no run is scored by."""
+    """Raise UsageError for a metric by which no run is scored."""
     if metric is not None and known and metric not in known:
         raise UsageError(f"--metric {metric}: no run is scored by it; {suggestion(metric, known, 'metrics')}")
 
 
 def sorted_rows(rows: Sequence[Row], column: str | None, descending: bool) -> list[Row]:
-    """The rows by a column; equal ones keep their order, and those without a value come last in either direction.
+    """The rows sorted by a column. Equal rows keep their order, and rows without a value come last in either direction.
 
     Numbers sort as numbers, within texts too; texts are compared without regard to case.
     """
@@ -146,7 +151,7 @@ def sorted_rows(rows: Sequence[Row], column: str | None, descending: bool) -> li
         value = getattr(row, column)
         if not isinstance(value, str):
             return value
-        return re.sub(r"\d+", lambda number: number[0].zfill(20), value.casefold())  # mix-2 before mix-10
+        return re.sub(r"\d+", lambda number: number[0].zfill(20), value.casefold())  # so that mix-2 comes before mix-10
 
     missing = [row for row in rows if getattr(row, column) in (None, "")]
     known = [row for row in rows if getattr(row, column) not in (None, "")]
@@ -169,6 +174,7 @@ class _RowReader(RunReader):
 
     @cached_property
     def _differences(self) -> dict[str, Any]:
+        """Gains over base by model and metric; empty if eval is not done."""
         return self.read_output("eval", "differences.json") or {}
 
     @property
@@ -210,7 +216,7 @@ class _RowReader(RunReader):
             LookupError,
             TypeError,
             AttributeError,
-        ):  # made for people, and no manifest records its digest
+        ):  # people may edit the summary: no manifest records its digest
             return {}
 
     def rows(self) -> list[Row]:
@@ -229,6 +235,7 @@ class _RowReader(RunReader):
         return [self._row(name, adapters.get(name)) for name in names]
 
     def _row(self, name: str, adapter: Adapter | None) -> Row:
+        """The row of one model. `adapter` is its entry in the recipe, None for others."""
         row = Row(
             self._name,
             task=_one_line(self.run.recipe.task),
@@ -301,7 +308,7 @@ class _RowReader(RunReader):
         return made
 
     def _sources(self, adapter: Adapter | None, training: Mapping[str, Any]) -> str:
-        """How many samples of each data set were trained on; empty if that can no longer be known."""
+        """The data sets, each with the number of its samples that were trained on; empty if that is no longer known."""
         total = training["samples"]["train"]
         if adapter is None:
             return ""
@@ -397,7 +404,7 @@ class _RowReader(RunReader):
         return None
 
     def _has_current_answers(self, name: str) -> bool:
-        """Whether infer's answers of an adapter are by the training that the folder holds now."""
+        """Whether infer answered with the adapter that the folder holds now."""
         training = f"adapters/{name}/training.json"
         path = self.run.path("train", training)
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
@@ -418,7 +425,7 @@ class _RowReader(RunReader):
 
 
 def _provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of which recipe and which Lorry made a row, and when; none for a stage that is not done."""
+    """The columns `recipe`, `date` and `version` of a stage, from its manifest; none if the stage is not done."""
     if not manifest:
         return {}
     return {
@@ -429,7 +436,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _contract_note(folder: Path) -> str:
-    """For a run whose recipe cannot be read: that it was made under another version of the contract, if it was."""
+    """A note that a run was made under another version of the contract; empty if it was not. Reads no recipe."""
     for stage in STAGES:
         try:
             contract = json.loads((folder / stage / "manifest.json").read_text(encoding="utf-8"))["contract"]
@@ -448,13 +455,13 @@ def _reason(error: Exception, folder: Path) -> str:
 
 
 def _number(value: Any) -> Any:
-    """The number; None for anything else, which cannot be sorted among numbers."""
+    """The value if it is a finite number, else None, because other values cannot be sorted among numbers."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if known else None
 
 
 def _one_line(text: Any) -> str:
-    """A text on one line without control characters: names and errors may hold anything."""
+    """A text on one line without control characters, of at most LONGEST_TEXT: names and errors may hold anything."""
     line = " ".join(str(text).split())
     line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
     return line if len(line) <= LONGEST_TEXT else line[: LONGEST_TEXT - 1] + "…"

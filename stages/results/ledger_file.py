@@ -14,7 +14,7 @@ SUFFIXES = {".csv": "csv", ".html": "html"}
 
 
 def render_ledger(rows: Sequence[Row], form: str, sorted_by: str | None, descending: bool, coloured: bool) -> str:
-    """The rows as `table`, `csv` or `html`."""
+    """The text of the ledger in the format `form`: `table`, `csv` or `html`."""
     if form == "csv":
         return as_csv(rows)
     if form == "html":
@@ -29,4 +29,6 @@ def write_ledger(path: Path, text: str, form: str) -> None:
         with open_atomically(path.absolute()) as file:
             file.write(mark + text)
     except OSError as error:
-        raise machine_error(error) or UsageError(f"--out {path}: cannot be written ({error.strerror})") from error
+        raise machine_error(error) or UsageError(
+            f"--out {path}: cannot be written ({error.strerror}); name another file"
+        ) from error

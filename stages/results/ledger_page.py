@@ -37,7 +37,7 @@ class Cell(NamedTuple):
 
 
 def as_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) -> str:
-    """The ledger's page, with all columns."""
+    """The ledger as an HTML page with all columns."""
     columns = columns_of(rows)
     direction = "descending" if descending else "ascending"
     heads = [Head(each.title, each.number, direction if sorted_by == each.values[0] else None) for each in columns]
@@ -52,14 +52,14 @@ def as_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) -> str
 
 
 def _kind(row: Row) -> str:
-    """The style class of a row: what it is, or `doubtful`."""
+    """The style class of a row: `base`, `vote`, `adapter`, or `doubtful`."""
     if not row.state.startswith("scored") or row.scored_on.startswith("training"):
         return "doubtful"
     return row.adapter if row.adapter in ("base", "vote") else "adapter"
 
 
 def _page(heads: Sequence[Head], rows: Sequence[tuple[str, Sequence[Cell]]], lead: str, notes: Sequence[str]) -> str:
-    """The page. Each row has a style class, and a cell for each head. Every text is escaped."""
+    """The HTML of the page. Each row has a style class, and a cell for each head. Every text is escaped."""
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script is not None
@@ -74,17 +74,20 @@ def _page(heads: Sequence[Head], rows: Sequence[tuple[str, Sequence[Cell]]], lea
 
 
 def _head(head: Head) -> str:
+    """The HTML of a column's head, with a button that sorts by it."""
     order = f' aria-sort="{escape(head.sorted)}"' if head.sorted else ""
     number = ' class="number"' if head.number else ""
     return f'<th scope="col"{number}{order}><button type="button">{escape(head.title)}</button></th>'
 
 
 def _row(kind: str, cells: Sequence[Cell], heads: Sequence[Head]) -> str:
+    """The HTML of a row, with its style class."""
     inner = "".join(_cell(cell, head) for cell, head in zip(cells, heads, strict=True))
     return f'<tr class="{escape(kind)}">{inner}</tr>'
 
 
 def _cell(cell: Cell, head: Head) -> str:
+    """The HTML of a cell, with the key that it sorts by."""
     number = ' class="number"' if head.number else ""
     key = "" if cell.key is None else f' data-key="{escape(str(cell.key))}"'
     return f"<td{number}{key}>{escape(cell.text)}</td>"

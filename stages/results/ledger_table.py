@@ -22,7 +22,7 @@ FORMULAS = tuple("=+-@＝＋－＠")
 """The characters that a spreadsheet takes for the start of a formula."""
 
 MOST_WIDTH = 40
-"""Characters of a column in a terminal; longer texts are folded."""
+"""Largest width of a column in a terminal, in characters; longer texts are folded."""
 
 LEAST_WIDTH = 24
 """The same for columns of long texts, which are folded sooner to make room for others."""
@@ -43,12 +43,12 @@ class Column:
     values: tuple[str, ...]
     """The row's values in it; it sorts by the first."""
     rank: int = 0
-    """If there is no room for all columns, those with the lowest rank stay; 0 always does."""
+    """If there is no room for all columns, those with the lowest rank stay. A column of rank 0 always stays."""
     number: bool = False
     long: bool = False
-    """Its texts may be sentences."""
+    """Whether its texts may be sentences."""
     rare: bool = False
-    """It is left out if no row has a text for it."""
+    """Whether it is left out if no row has a text for it."""
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
@@ -90,27 +90,32 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
 
 
 def _digits(value: float | None, form: str = "") -> str:
+    """A number in a format; empty for None."""
     return "" if value is None else format(value, form)
 
 
 def _kept_text(row: Row) -> str:
+    """How many of the records Data-Juicer kept."""
     return "" if row.records_kept is None else f"{row.records_kept} of {row.records_read}"
 
 
 def _score_text(row: Row) -> str:
+    """The score with its interval, or UNTESTED."""
     return interval_text(row.score, row.low, row.high) or UNTESTED
 
 
 def _gain_text(row: Row) -> str:
+    """The gain with its interval, and a star if it is clear."""
     return interval_text(row.gain, row.gain_low, row.gain_high, "+") + ("*" if is_clear({"p": row.gain_p}) else "")
 
 
 def _vote_text(row: Row, weighted: bool) -> str:
+    """Whether the adapter votes, with its weight if weights differ."""
     return f"{row.in_vote}, {row.weight:.2f}" if weighted and row.weight is not None else row.in_vote
 
 
 def notes_on(rows: Sequence[Row]) -> list[str]:
-    """Sentences on what the scores of these rows do not say."""
+    """Sentences on how far the scores of these rows can be trusted."""
     notes = [ON_TRAINING_DATA] if any(row.scored_on.startswith("training") for row in rows) else []
     gains = Counter(row.run for row in rows if row.gain is not None)
     if gains:
@@ -127,8 +132,8 @@ def notes_on(rows: Sequence[Row]) -> list[str]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """All values, a line for each row. A text that a spreadsheet would take for a formula gets an apostrophe in
-    front."""
+    """The ledger as CSV: all values, one line for each row. A text that a spreadsheet would take for a formula gets an
+    apostrophe in front."""
     every = [field.name for field in fields(Row)]
     names = [n for n in every if n not in RARE_COLUMNS or any(getattr(row, n) not in (None, "") for row in rows)]
     text = io.StringIO()
@@ -143,6 +148,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def _without_formula(text: str) -> str:
+    """The text, with an apostrophe in front if a spreadsheet would take it for a formula."""
     return f"'{text}" if text.startswith(FORMULAS) else text
 
 
@@ -150,8 +156,8 @@ def _without_formula(text: str) -> str:
 
 
 def as_table(rows: Sequence[Row], sorted_by: str | None, coloured: bool) -> str:
-    """A table with as many columns as the terminal has room for, and a line on those left out. The column `sorted_by`
-    is always shown."""
+    """The ledger as a table with as many columns as the terminal has room for, and a line on those left out. The column
+    `sorted_by` is always shown."""
     from rich.console import Console
 
     text = io.StringIO()
@@ -190,6 +196,7 @@ def _fitting_columns(every: list[Column], rows: Sequence[Row], sorted_by: str | 
 
 
 def _table(columns: list[Column], rows: Sequence[Row]) -> "Table":
+    """The table of these columns, without notes."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -210,4 +217,5 @@ def _table(columns: list[Column], rows: Sequence[Row]) -> "Table":
 
 
 def _style(row: Row) -> str:
+    """The style of a row: base is dim, the vote bold."""
     return {"base": "dim", "vote": "bold"}.get(row.adapter, "")

@@ -21,14 +21,14 @@ class DamagedError(Exception):
 
 
 class RunReader:
-    """Reads one run."""
+    """Reads the manifests of one run, and the outputs that they record."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.manifests: dict[str, dict[str, Any]] = {}
-        """Of the stages that are done, under this version of the contract."""
+        """Manifest by stage, for stages that are done under this version of the contract."""
         self.troubles: dict[str, str] = {}
-        """Why a stage's result is missing or stale, the first stage first."""
+        """By stage, why its result is missing or stale; the first stage first."""
         for stage in STAGES:
             try:
                 self._check_stage(stage)
@@ -37,17 +37,18 @@ class RunReader:
                 self.troubles[stage] = f"{stage}/manifest.json is damaged"
 
     def _check_stage(self, stage: str) -> None:
+        """Add a stage's manifest to `manifests`, or the reason why its result is missing or stale to `troubles`."""
         manifest = read_json(self.run.path(stage, "manifest.json"))
         if manifest is None:
             self.troubles[stage] = _unfinished_state(self.run, stage)
             return
         if manifest["contract"] != CONTRACT_VERSION:
-            found = f"{stage} was made under version {manifest['contract']} of the contract"
+            found = f"{stage} ran under version {manifest['contract']} of the contract"
             self.troubles[stage] = f"{found}, this Lorry reads {CONTRACT_VERSION}"
             return
         self.manifests[stage] = manifest
         if not self.fits_recipe(stage):
-            self.troubles[stage] = f"{stage} was made with another recipe than recipe.yaml"
+            self.troubles[stage] = f"{stage} ran with another recipe than recipe.yaml"
             return
         for name, digest in manifest["inputs"].items():
             earlier, _, output = name.partition("/")
@@ -56,7 +57,7 @@ class RunReader:
                 return
 
     def fits_recipe(self, stage: str) -> bool:
-        """Whether a finished stage was made with the run's recipe."""
+        """Whether a finished stage ran with the run's recipe."""
         manifest = self.manifests[stage]
         return bool(manifest["key"] == self.run.key(stage, manifest["inputs"]))
 
@@ -75,14 +76,14 @@ class RunReader:
         path = self.run.path(stage, name)
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(content).hexdigest() != wanted:
-            raise DamagedError(f"{stage}/{name} is not as {stage} wrote it")
+            raise DamagedError(f"{stage}/{name} has changed since {stage} wrote it")
         if name.endswith(".jsonl"):
             return [json.loads(line) for line in content.split(b"\n") if line]
         return json.loads(content)
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """A run's recipe, resolved as it ran. Raises DamagedError if it is missing, UsageError if it is wrong."""
+    """A run's recipe with profile and overrides applied. Raises DamagedError if it is missing, UsageError if wrong."""
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise DamagedError("recipe.yaml is missing")
@@ -90,18 +91,18 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def run_names(runs: Path) -> list[str]:
-    """The folders below the runs mount that are runs, or the remains of one."""
+    """Names of the folders below the runs mount that are runs, or the remains of one, sorted."""
     if not runs.is_dir():
         return []
     return sorted(path.name for path in runs.iterdir() if not path.name.startswith(".") and _is_run(path))
 
 
 def select_runs(wanted: Sequence[str], runs: Path) -> list[str]:
-    """The wanted runs, each once; all if none is named. Raises UsageError for one that does not exist."""
+    """The names of the wanted runs, each once; of all runs if none is named. Raises UsageError for an unknown run."""
     names = run_names(runs)
     for name in wanted:
         if name not in names:
-            hint = suggestion(name, names, "runs") if names else "there are no runs"
+            hint = suggestion(name, names, "runs") if names else "there are no runs yet"
             raise UsageError(f"{runs / name}: no such run; {hint}")
     return list(dict.fromkeys(wanted)) or names
 
@@ -114,6 +115,7 @@ def suggestion(name: str, known: Sequence[str], what: str) -> str:
 
 
 def _is_run(path: Path) -> bool:
+    """Whether a folder is a run, or the remains of one."""
     try:
         return path.is_dir() and any((path / part).exists() for part in ("recipe.yaml", "shards", *STAGES))
     except OSError:  # a folder that cannot be read is listed, too

@@ -18,7 +18,7 @@ from stages.contract.run import Run
 from stages.tasks.common.tables import data_set_name
 
 SUMMARY = "summary.json"
-"""Its name in a stage's folder. Earlier versions called it `report.json`, which is still read."""
+"""Name of the file in a stage's folder. Earlier versions called it `report.json`, which is still read."""
 
 
 def read_summary(run: Run, stage: str) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def summary_of_data_sets(
             "evaluated_on_training_data": run.recipe.data.evaluate_on_training,
         },
         "dataset_results": list(results),
-        "summary_statistics": _summary(results),
+        "summary_statistics": _summary_statistics(results),
     }
 
 
@@ -86,9 +86,10 @@ def _data_set_path(run: Run, adapter: Adapter) -> str:
 
 
 def _is_data_set(path: Path, name: str) -> bool:
+    """Whether a file or folder is the data set of that name."""
     try:
         return data_set_name(path) == name
-    except DataError:  # a part of it is gone since it was read; the summary need not fail for that
+    except DataError:  # a part was deleted after it was read; the summary need not fail for that
         return path.name == name
 
 
@@ -98,7 +99,7 @@ def dataset_name(adapter: Adapter) -> str:
 
 
 def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] | None:
-    """`training` of a finished adapter in `folder`; None if the program that trained it left no record."""
+    """The entry `training` of a finished adapter in `folder`; None if the program that trained it left no record."""
     settings = run.recipe.train
     if not (folder / "training.json").is_file():
         return None
@@ -131,20 +132,24 @@ def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] |
     }
 
 
-def _summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary_statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entry `summary_statistics`: means and best scores over all results."""
     training = [r["training"]["training_time"] for r in results if r.get("training")]
     evaluation = [r["evaluation"] for r in results if "evaluation" in r]
     exact, f1 = ([e["metrics"][name] for e in evaluation if name in e["metrics"]] for name in ("exact_match", "f1"))
     return {
-        "avg_training_time": _mean([time for time in training if time is not None]),
-        "avg_evaluation_time": _mean([e["evaluation_time"] for e in evaluation if e["evaluation_time"] is not None]),
-        "avg_em_score": _mean(exact),
-        "avg_f1_score": _mean(f1),
+        "avg_training_time": _rounded_mean([time for time in training if time is not None]),
+        "avg_evaluation_time": _rounded_mean(
+            [e["evaluation_time"] for e in evaluation if e["evaluation_time"] is not None]
+        ),
+        "avg_em_score": _rounded_mean(exact),
+        "avg_f1_score": _rounded_mean(f1),
         "best_em_score": max(exact, default=None),
         "best_f1_score": max(f1, default=None),
         "failed_answers": sum(e["failed"] for e in evaluation),
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _rounded_mean(values: Sequence[float]) -> float | None:
+    """The mean, rounded to four digits; None without values."""
     return round(fmean(values), 4) if values else None

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 LEAST_GROUPS = 5
-"""Documents; with fewer there is no interval and no star."""
+"""Smallest number of documents for an interval and a star."""
 
 ROUGH_GROUPS = 10
-"""Documents; with fewer the interval is wide, and each document matters."""
+"""Number of documents below which the interval is wide, and each document matters."""
 
 LEVEL = 0.05
-"""Two-sided; intervals are of 1 - LEVEL."""
+"""Two-sided significance level; intervals have a confidence of 1 - LEVEL."""
 
 
 def is_clear(difference: Mapping[str, Any]) -> bool:
@@ -23,7 +23,10 @@ def is_clear(difference: Mapping[str, Any]) -> bool:
 
 
 def interval_text(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
-    """`34.4 [25.0, 43.8]`, or `+34.4 [+25.0, +43.8]` with the sign `+`; `34.4 [too few]` without an interval."""
+    """A figure with its interval, such as `34.4 [25.0, 43.8]`, or `34.4 [too few]` without one; empty without a figure.
+
+    The sign `+` is for differences: `+34.4 [+25.0, +43.8]`.
+    """
     if value is None:
         return ""
     if low is None or high is None:
@@ -32,7 +35,7 @@ def interval_text(value: float | None, low: float | None, high: float | None, si
 
 
 def documents_note(groups: Iterable[int | None]) -> str | None:
-    """`5 documents: intervals are rough`, from the number of documents behind each figure; None if there are enough."""
+    """A note such as `5 documents: intervals are rough`, by the documents behind each figure; None if they suffice."""
     counts = sorted({count for count in groups if count})
     few = [count for count in counts if count < LEAST_GROUPS]
     rough = [count for count in counts if LEAST_GROUPS <= count < ROUGH_GROUPS]
@@ -42,16 +45,17 @@ def documents_note(groups: Iterable[int | None]) -> str | None:
 
 
 def outdated_note(run: str) -> str:
-    """On a run scored by an older version, whose figures do not count documents."""
+    """A note on a run that an older version of Lorry scored, whose figures do not count documents."""
     return f"{run}: intervals of an older version of Lorry, too narrow with few documents; run eval again with --force"
 
 
 def _documents(counts: Sequence[int]) -> str:
+    """The range of sorted counts in words, such as `5 to 8 documents`."""
     ends = dict.fromkeys([counts[0], counts[-1]])
     return f"{' to '.join(map(str, ends))} document{'' if counts[-1] == 1 else 's'}"
 
 
 def star_note(compared: int, what: str = "models") -> str:
-    """What a star means, if so many are compared with one."""
+    """A note on what a star means. `compared` is the number of models, or of `what`, that are compared with one."""
     correction = f" after Holm's correction for {compared} {what}" if compared > 1 else ""
     return f"*: the 95% interval excludes 0{correction and ', also'}{correction}"

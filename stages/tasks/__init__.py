@@ -16,7 +16,7 @@ from stages.contract.recipe import Adapter, Recipe, Section, Source, Train, file
 from stages.tasks.task import Task, check_task
 
 NO_TASKS = ("common", "task")
-"""Modules of this package that are no workloads."""
+"""Modules of this package that are not tasks."""
 
 
 def load_task(name: str) -> Task:
@@ -33,7 +33,7 @@ def load_task(name: str) -> Task:
     try:
         module = importlib.import_module(f"stages.tasks.{name}")
     except (ImportError, SyntaxError) as error:
-        raise UsageError(f"task: cannot import stages/tasks/{name}: {error}") from error
+        raise UsageError(f"task: cannot import stages/tasks/{name} ({error}); mend that module") from error
     return check_task(module)
 
 
@@ -43,8 +43,7 @@ def task_names() -> list[str]:
 
 
 def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
-    """The recipe with its task checked, every setting of that task filled in, its adapters listed, and its file of LoRA
-    settings read.
+    """The complete recipe: with all settings of its task, its list of adapters, and the settings of its LoRA file.
 
     `where` names the recipe's file in messages, `data` is the data mount. Raises UsageError for a task that breaks its
     contract and for a wrong setting.
@@ -64,7 +63,7 @@ def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
         if task.READS_DOCUMENTS and getattr(recipe.preprocess, name) is None:
             raise UsageError(f"{where}: preprocess.{name} is missing; set it, as {recipe.task} reads documents")
     if recipe.preprocess.data_juicer is not None and not task.READS_RECORDS:
-        raise UsageError(f"{where}: preprocess.data_juicer: {recipe.task} reads no records for Data-Juicer to process")
+        raise UsageError(f"{where}: preprocess.data_juicer: {recipe.task} reads no records for it; remove the key")
     complete = recipe.model_copy(
         update={
             "preprocess": recipe.preprocess.model_copy(update={"samples": samples.model_dump(mode="json")}),
@@ -80,6 +79,7 @@ def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
 
 
 def _settle_training(recipe: Recipe, task: Task, where: str, data: Path) -> Train:
+    """The training settings, with the settings of the LoRA file and an adapter for each data set if they ask for it."""
     settings = recipe.train
     if settings.lora_config is not None:
         settings = apply_lora_config(settings, data / settings.lora_config)
@@ -94,6 +94,7 @@ def _settle_training(recipe: Recipe, task: Task, where: str, data: Path) -> Trai
 
 
 def _settings(kind: type[Section], values: dict[str, object], where: str) -> Section:
+    """The settings of a section, with defaults. Raises UsageError for an unknown key or a wrong value."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -18,29 +18,34 @@ from stages.contract.records import Message, Prediction, Sample
 
 
 class Skip(Protocol):
-    """Leaves one record out: counts it and names it in the manifest."""
+    """Leaves one record out, counts it by reason and names it in the manifest.
+
+    `what` is the record's file and line or its id, `reason` the kind of fault, `detail` the value found.
+    """
 
     def __call__(self, what: str, reason: str, detail: str = "") -> None: ...
 
 
 Given = Literal["train", "test", "train only", "test only", "asked"]
-"""The split that the data themselves give a question. `train`: train or validation; `train only`: never validation, for
-a guessed label; `test`: scored; `test only`: scored, of a data set that nothing is trained on; `asked`: no reference
-answer, for the submission only. None: Lorry chooses the split."""
+"""The split that the data state for a question; None: Lorry chooses it. `train`: train or validation. `train only`:
+never validation, as for guessed labels. `test`: scored. `test only`: scored, and its data set is never trained on.
+`asked`: answered for the submission and not scored, because it has no reference."""
 
 
 class Question(Protocol):
-    """What a task reads from its data for each sample to build."""
+    """A question as a task reads it from its data. Samples are built from it."""
 
     @property
     def id(self) -> str:
         """Unique within the run."""
 
     @property
-    def text(self) -> str: ...
+    def text(self) -> str:
+        """The words of the question."""
+
     @property
     def source(self) -> str:
-        """Its data set, by the name that data mixes use."""
+        """Name of its data set, as data mixes use it."""
 
     @property
     def group(self) -> str:
@@ -48,24 +53,27 @@ class Question(Protocol):
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Reference answers; empty where none is given."""
+        """Reference answers; empty if the data have none."""
 
     @property
-    def split(self) -> Given | None: ...
+    def split(self) -> Given | None:
+        """The split that the data state; None: Lorry chooses it."""
 
 
 class DocumentQuestion(Question, Protocol):
     """A question about a document."""
 
     @property
-    def document(self) -> str: ...
+    def document(self) -> str:
+        """Id of its document."""
+
     @property
     def page(self) -> int | None:
-        """1-based page that the question names."""
+        """1-based page that the question names; None if it names none."""
 
     @property
     def figure(self) -> str | None:
-        """Figure that the question names."""
+        """Figure that the question names; None if it names none."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +85,16 @@ class Found:
     ranked: list[int] = field(default_factory=list)
     """Numbers of those pages, most similar to the question first."""
     crop: str | None = None
-    """Picture of the figure that the question names, cut out of its page."""
+    """Path, relative to the run, of the figure that the question names, cut out of its page; None without one."""
     examples: list[str] = field(default_factory=list)
     """Answers of the most similar training questions, none about the same document."""
     drawing_is_enough: bool | None = None
-    """For a question about a page, the classifier's verdict; None where it was not asked."""
+    """The classifier's verdict on whether the page's drawing answers the question; None if it was not asked."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What retrieval must find for a question beside the pages."""
+class RetrievalNeeds:
+    """What retrieval must find for a question in addition to pages."""
 
     examples: int
     """How many answers of similar training questions."""
@@ -114,15 +122,15 @@ class Ask:
 class Task(Protocol):
     """What every task's module has. `stages.tasks.common.default_*` has what most tasks leave as it is."""
 
-    # A task's own question type takes the place of Any: a parameter of type Question would refuse it.
+    # Questions are Any: a function that takes a task's own question type is not one that takes any Question.
 
     @property
     def READS_DOCUMENTS(self) -> bool:  # noqa: N802 - a constant of the module
-        """Whether it is a DocumentTask."""
+        """Whether the task is a DocumentTask."""
 
     @property
     def READS_RECORDS(self) -> bool:  # noqa: N802
-        """Whether it is a RecordTask."""
+        """Whether the task is a RecordTask."""
 
     @property
     def Samples(self) -> type[Section]:  # noqa: N802 - a class of the module
@@ -145,77 +153,78 @@ class Task(Protocol):
         """Passes that the base model answers once for all adapters."""
 
     def sources(self, folder: Path) -> list[str]:
-        """Names of the data sets in the data folder that an adapter can be trained on, sorted. Raises DataError where
+        """Names of the data sets in the data folder that an adapter can be trained on, sorted. Raises DataError if
         there is none."""
 
     def asked_rows(self, folder: Path, tested: list[Any]) -> list[dict[str, Any]]:
-        """The rows of the submission, in order; `tested` are the test questions.
+        """The rows of the submission, in order. `tested` has the test questions.
 
-        Each row has `ids`, the samples whose answers it takes; each test sample is in exactly one row. A row with
-        `line` False is scored but not submitted.
+        Each row has `ids`: the ids of the samples whose answers it uses. Each test sample is in exactly one row. A row
+        with `line` False is scored but not submitted.
         """
 
     def build_samples(self, recipe: Recipe, question: Any, found: Found | None, split: str) -> list[Sample]:
-        """The samples of one question, at least one; in the test split exactly one. `found` is None where the task
+        """The samples of one question, at least one; in the test split exactly one. `found` is None if the task
         reads no documents.
 
-        The messages end before the answer. In training the first reference is the completion to learn, or
-        `meta["target"]` where that differs.
+        The messages end before the answer. Training learns `meta["target"]` as the completion, or the first reference
+        if there is no target.
         """
 
     def passes(self, recipe: Recipe) -> tuple[str, ...]:
-        """Names of the passes in order; the last one that a sample needs gives its answer."""
+        """Names of the passes, in order. The answer to a sample comes from the last pass that it does not skip."""
 
     def ask(
         self, recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]
     ) -> Ask | None:
-        """The prompt of a pass, given the completions of the passes before it; None where the sample skips the pass.
+        """The prompt of the pass `name` for a sample; None if the sample skips that pass.
 
-        `without` are the components that an ablation leaves out.
+        `before` has the completions of earlier passes by name, `without` the components that an ablation leaves out.
         """
 
     def rehearsal(self, recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-        """All prompts that a sample may lead to, each with the most tokens of earlier completions that it will hold."""
+        """All prompts that the passes may ask about a sample, each with the most tokens that earlier completions add to
+        it."""
 
     def read_answer(self, text: str, sample: Sample) -> str | None:
-        """The answer in a completion; None where it holds none."""
+        """The answer in a completion; None if there is none."""
 
     def narrowed_sample(self, sample: Sample, answers: Sequence[str]) -> Sample | None:
-        """The sample with only these answers to choose from, for a second round of the vote; None where that is
-        impossible or changes nothing."""
+        """The sample with only these answers as options, for the second round of the vote; None if it has no options or
+        none would be removed."""
 
     def submission(self, row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-        """A line of the submission for a row of `asked_rows`; `predictions` by sample id, where there are any."""
+        """The line of the submission for a row of `asked_rows`. `predictions` are by sample id; some may be missing."""
 
     def score(self, recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-        """Metrics of one answer, each in 0..1. The first one ranks and weighs adapters."""
+        """Metrics of one answer by name, each in 0..1. The first one ranks adapters and weights their votes."""
 
     def facts(self, sample: Sample) -> dict[str, float]:
-        """Metrics of a sample that no answer changes, such as retrieval recall, each in 0..1."""
+        """Metrics of a sample that do not depend on its answer, such as retrieval recall, by name, each in 0..1."""
 
     def together(self, sample: Sample) -> str:
-        """A key that samples which count once share, such as the rotations of one question: their lowest score counts.
-        The sample's id where it counts by itself."""
+        """The key of the samples that a sample is counted with, such as the rotations of one question. Samples with the
+        same key count once, with their lowest score. A sample that counts alone has its id as key."""
 
     def uploads(self, folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-        """Write one model's answers to the test samples below `folder`, as a benchmark's server takes them. Returns the
-        files' names. A sample may lack a prediction."""
+        """Write one model's answers below `folder`, in the format that a benchmark's server accepts. Returns the names
+        of the files. `predictions` are by sample id; some may be missing."""
 
     def measures(self, recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
-        """Values of an answer that have a unit, by a name that says it (`axis angle, degrees`): any number of values a
-        name. `answer` is None where there is none. They rank nothing."""
+        """Values of an answer in units, by a name with the unit, such as `axis angle, degrees`. A name may have any
+        number of values. `answer` is None for a failed one. Measures do not rank adapters."""
 
     def picture(self, recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
-        """Reference and answer drawn as one SVG for the report, all outside text escaped; None: nothing to draw."""
+        """An SVG of reference and answer for the report; None without a drawing. Text of data and models is escaped."""
 
 
 class QuestionTask(Task, Protocol):
     """A task that reads its questions from its own files."""
 
     def read_questions(self, recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[Any]:
-        """All usable questions of the data folder; the others go to `skip`. Raises DataError where none is left.
+        """All usable questions of the data folder. Unusable ones go to `skip`. Raises DataError if none is usable.
 
-        `documents` are the ids of the documents; empty where the task reads none.
+        `documents` has the ids of the documents; it is empty if the task reads none.
         """
 
 
@@ -223,39 +232,40 @@ class DocumentTask(QuestionTask, Protocol):
     """A task whose questions are about documents, which preprocess renders, embeds and searches."""
 
     def find_documents(self, folder: Path) -> list[Path]:
-        """The documents to render, sorted. Raises DataError where there is none."""
+        """Paths of the documents to render, sorted. Raises DataError if there is none."""
 
-    def retrieval_needs(self, recipe: Recipe) -> Wanted:
+    def retrieval_needs(self, recipe: Recipe) -> RetrievalNeeds:
         """What retrieval must find for the questions."""
 
     def classification(self, recipe: Recipe, question: Any) -> Ask | bool | None:
-        """Whether the drawing on its page is enough for a question: a prompt for the model, a rule's verdict, or None
-        where nobody decides."""
+        """How to decide whether the drawing on a page is enough for a question: a prompt for the model, a rule's
+        verdict, or None if it need not be decided."""
 
     def read_classification(self, text: str) -> bool:
-        """The verdict in a model's completion."""
+        """Whether a completion says that the drawing is enough."""
 
 
 class RecordTask(Task, Protocol):
-    """A task some of whose questions come from records in Data-Juicer's format (`id`, `text`, `images`), which
-    Data-Juicer may filter and rewrite first. Such a task reads no documents."""
+    """A task that reads some of its questions from records in Data-Juicer's format (`id`, `text`, `images`).
+    Data-Juicer may filter and rewrite the records first. Such a task reads no documents."""
 
     def records(self, folder: Path) -> Path:
-        """The file of records, JSON Lines. Raises DataError where it, or what its questions need, is missing."""
+        """Path of the file of records (JSON Lines). Raises DataError if it is missing, or a file that its questions
+        need."""
 
     def read_others(self, recipe: Recipe, folder: Path, pictures: Path, skip: Skip) -> list[Any]:
-        """All usable questions that come from no record.
+        """All usable questions that do not come from records. Unusable ones go to `skip`.
 
-        They are read before Data-Juicer starts, so that their faults are found before hours of work. Pictures that they
-        show are written to `pictures`, <run>/preprocess/pictures.
+        Preprocess reads them before Data-Juicer starts, so that faults in them are found before hours of work. Their
+        pictures are written to `pictures`, <run>/preprocess/pictures.
         """
 
     def read_records(
         self, recipe: Recipe, folder: Path, records: Path, pictures: Path, others: list[Any], skip: Skip
     ) -> list[Any]:
-        """The usable questions from records. None shows a picture of a test question among `others`.
+        """The usable questions from records. None of them shows a picture of a test question in `others`.
 
-        `records` is the file that Data-Juicer kept, or the original file where the recipe has no
+        `records` is the file that Data-Juicer wrote, or the original file if the recipe has no
         `preprocess.data_juicer`.
         """
 
@@ -279,9 +289,9 @@ HAVE_DEFAULTS = {
 
 
 def check_task(module: ModuleType) -> Task:
-    """The module as a Task.
+    """The module as a Task, if it has all members of the contract.
 
-    Raises UsageError that names the module's file and every part of the contract that is missing or of another form.
+    Raises UsageError with the module's file and every member that is missing or differs from the contract.
     """
     contract = _contract_of(module)
     faults = [fault for name, member in _members(contract) if (fault := _fault(module, name, member))]
@@ -294,9 +304,10 @@ def check_task(module: ModuleType) -> Task:
 
 
 def _contract_of(module: ModuleType) -> type:
+    """The contract that a module must meet, by its constants READS_DOCUMENTS and READS_RECORDS."""
     documents, records = getattr(module, "READS_DOCUMENTS", False), getattr(module, "READS_RECORDS", False)
     if documents and records:
-        raise UsageError(f"task: {module.__file__}: READS_DOCUMENTS and READS_RECORDS are both set; set one at most")
+        raise UsageError(f"task: {module.__file__}: READS_DOCUMENTS and READS_RECORDS are both set; set at most one")
     return DocumentTask if documents else RecordTask if records else QuestionTask
 
 
@@ -307,7 +318,7 @@ def _members(contract: type) -> list[tuple[str, Any]]:
 
 
 def _fault(module: ModuleType, name: str, member: Any) -> str | None:
-    """What is wrong with one member of a module; None where nothing is."""
+    """How one member of a module breaks the contract, in words; None if it does not."""
     if not hasattr(module, name):
         cure = "define it"
         if name in HAVE_DEFAULTS:
@@ -316,14 +327,15 @@ def _fault(module: ModuleType, name: str, member: Any) -> str | None:
     value = getattr(module, name)
     if isinstance(member, property):
         wanted = get_type_hints(member.fget)["return"]
-        return None if _is_of(value, wanted) else f"{name} must be {_in_words(wanted)}, found {value!r}"
+        return None if _has_type(value, wanted) else f"{name} must be {_type_in_words(wanted)}, found {value!r}"
     if not callable(value):
         return f"{name} must be a function, found {value!r}"
     expected = list(inspect.signature(member).parameters)[1:]
     return _fault_of_parameters(name, value, expected)
 
 
-def _is_of(value: Any, wanted: Any) -> bool:
+def _has_type(value: Any, wanted: Any) -> bool:
+    """Whether a member's value has the type that the contract states."""
     if wanted is bool:
         return isinstance(value, bool)
     if wanted == tuple[str, ...]:
@@ -331,14 +343,18 @@ def _is_of(value: Any, wanted: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Section)
 
 
-def _in_words(wanted: Any) -> str:
+def _type_in_words(wanted: Any) -> str:
+    """A type of the contract as a message names it."""
     if wanted is bool:
         return "True or False"
     return "a tuple of texts" if wanted == tuple[str, ...] else "a subclass of stages.contract.recipe.Section"
 
 
 def _fault_of_parameters(name: str, function: Any, expected: list[str]) -> str | None:
-    """The stages pass arguments by place, so that the names must come in the contract's order."""
+    """How the parameters of a function break the contract, in words; None if they do not.
+
+    The stages pass arguments by position, so the names must be in the contract's order.
+    """
     found = list(inspect.signature(function).parameters.values())
     names = [one.name for one in found]
     optional = all(one.default is not one.empty for one in found[len(expected) :])

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import one_gpu, rows, two_gpus
 from benchmarks.memory import SETTINGS
-from benchmarks.one_gpu import Precise, pace_of
+from benchmarks.one_gpu import PrecisionTraining, pace_of
 from benchmarks.rows import write_rows
 from stages.hardware.memory import Lengths
 
@@ -79,10 +79,10 @@ def test_speeds_are_medians_and_the_first_run_is_not_counted(monkeypatch: pytest
 
     noted: list[dict[str, Any]] = []
     monkeypatch.setattr(one_gpu, "make_model", lambda *_: None)
-    monkeypatch.setattr(one_gpu, "_by_command", by_command)
-    monkeypatch.setattr(one_gpu, "_by_swift", by_swift)
+    monkeypatch.setattr(one_gpu, "_train_pace", by_command)
+    monkeypatch.setattr(one_gpu, "_swift_pace", by_swift)
     monkeypatch.setattr(one_gpu, "note", lambda **row: noted.append(row))
-    one_gpu.speed()
+    one_gpu.measure_speed()
     assert order == ["lorry warm-up", "lorry 0", "swift 0", "swift 1", "lorry 1", "lorry 2", "swift 2"]
     assert noted[-1]["seconds a step, from the third step on"] == {"lorry": [2.0, 4.0, 3.0], "swift": [3.0] * 3}
     assert noted[-1]["lorry over swift, from the third step on"] == 1.0
@@ -94,7 +94,7 @@ def test_a_row_of_precision_has_its_losses_when_it_is_first_written(
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": NaN}\n')
     (tmp_path / "log.txt").write_text("Attempting to unscale FP16 gradients\n")
-    training = Precise.__new__(Precise)
+    training = PrecisionTraining.__new__(PrecisionTraining)
     training.folder, training.events, training.earlier = tmp_path, tmp_path / "events.jsonl", 0
     training.row, training.began = {"what": "float16"}, 0.0
     training.process = SimpleNamespace(communicate=lambda timeout: ("train: done", None), returncode=0)  # type: ignore[assignment]

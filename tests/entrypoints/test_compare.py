@@ -119,9 +119,13 @@ def test_what_is_not_evaluated_is_reported_and_not_compared(tmp_path: Path, lorr
     shutil.rmtree(tmp_path / "runs" / "never" / "eval")
     done = lorry("baseline", "never", "custom")
     assert done.exit_code == 0
-    assert "never: nothing evaluated: eval has not run" in done.output.splitlines()
+    assert "never: not compared, because eval has not run" in done.output.splitlines()
     assert line_of(done, "custom", "tuned")
-    one_line(lorry("baseline", "never"), "never: nothing evaluated: eval has not run", "nothing to compare")
+    one_line(
+        lorry("baseline", "never"),
+        "never: not compared, because eval has not run; run the missing stages",
+        "needs two scored runs",
+    )
 
 
 def test_a_success_without_a_sample_is_nothing_evaluated(tmp_path: Path, lorry: Callable[..., Result]) -> None:
@@ -129,7 +133,7 @@ def test_a_success_without_a_sample_is_nothing_evaluated(tmp_path: Path, lorry: 
     evaluated(tmp_path, "custom", right)
     figures = {model: {} for model in ("base", "tuned")}
     _written(run, "scores.json", figures)
-    one_line(lorry("custom", "baseline"), "baseline: nothing evaluated: eval scored no sample")
+    one_line(lorry("custom", "baseline"), "baseline: not compared, because eval scored no sample")
 
 
 def _written(run: Run, name: str, content: Any) -> None:
@@ -155,7 +159,7 @@ def test_scores_that_were_changed_by_hand_are_refused(tmp_path: Path, lorry: Cal
     run = evaluated(tmp_path, "custom", right)
     lines = read_jsonl(run.path("eval", "scored.jsonl"))
     write_jsonl(run.path("eval", "scored.jsonl"), lines[1:])
-    one_line(lorry("baseline", "custom"), "eval/scored.jsonl is not as eval wrote it")
+    one_line(lorry("baseline", "custom"), "eval/scored.jsonl has changed since eval wrote it")
 
 
 def test_an_eval_of_before_is_to_be_done_again(tmp_path: Path, lorry: Callable[..., Result]) -> None:

@@ -42,7 +42,7 @@ def test_the_command_sorts_writes_and_picks_runs(tmp_path: Path, lorry: Lorry) -
     ("arguments", "told"),
     [
         (["--sort", "scor"], "error: --sort scor: no column 'scor'; did you mean 'score'? columns: run, task, adapter"),
-        (["--sort", "score:down"], "error: --sort score:down: write score, or score:desc to sort in descending order"),
+        (["--sort", "score:down"], "error: --sort score:down: unknown direction 'down'; write score or score:desc"),
         (["--sort", ""], "error: --sort : no column ''; columns: run"),
         (["--metric", "exact"], "error: --metric exact: no run is scored by it; did you mean 'exact_match'? metrics: "),
         (["jbo"], "no such run; did you mean 'job'? runs: job"),

@@ -186,7 +186,7 @@ def test_honest_runs_are_not_suspicious() -> None:
 def test_two_models_with_the_same_wrong_answers_are() -> None:
     first, other = run_of("a", {"base": every(2), "x": every(5)}), run_of("b", {"base": every(2), "y": every(5)})
     assert suspicions([first, other]) == [
-        "a/x and b/y: all 40 answers are identical, wrong ones included: are they one model, or did neither answer?"
+        "a/x and b/y: all 40 answers are identical, wrong ones included; check that they are two models"
     ]
 
 
@@ -204,9 +204,7 @@ def test_a_vote_may_follow_a_voter_but_an_adapter_not_base() -> None:
 def test_few_answers_to_many_questions_are_suspicious() -> None:
     words = ("text", "unknown", "3")
     found = suspicions([run_of("a", {"base": lambda number: words[number % 3]})])
-    assert found == [
-        "a/base: only 3 distinct answers among 40, and 40 distinct references: did the model read the questions?"
-    ]
+    assert found == ["a/base: only 3 distinct answers among 40, and 40 distinct references; check its prompts"]
 
 
 def test_letters_are_few_by_nature_but_not_one() -> None:
@@ -215,7 +213,7 @@ def test_letters_are_few_by_nature_but_not_one() -> None:
     assert suspicions([choosing]) == []
     always = run_of("a", {"base": lambda number: "A"}, references=letters)
     assert suspicions([always]) == [
-        "a/base: only 1 distinct answer among 40, and 4 distinct references: did the model read the questions?"
+        "a/base: only 1 distinct answer among 40, and 4 distinct references; check its prompts"
     ]
 
 
@@ -225,7 +223,7 @@ def test_data_sets_are_looked_at_one_by_one() -> None:
 
     simulated = run_of("a", {"base": lambda number: "text" if number < 20 else f"own {number}"}, sources=halves)
     assert suspicions([simulated]) == [
-        "a/base: only 1 distinct answer among 20 of read, and 20 distinct references: did the model read the questions?"
+        "a/base: only 1 distinct answer among 20 of read, and 20 distinct references; check its prompts"
     ]
 
 

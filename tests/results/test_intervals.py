@@ -12,7 +12,7 @@ from stages.results.intervals import (
     CORRELATION,
     Values,
     difference_figures,
-    holm,
+    holm_p_values,
     intervals_of_totals,
     mean_figures,
     mean_intervals,
@@ -177,13 +177,13 @@ def test_a_column_without_scores_has_no_interval() -> None:
 
 def test_holm() -> None:
     # 4 x 0.005; 3 x 0.011; 2 x 0.02; 0.04, which is not below the one before it
-    assert holm([0.02, 0.005, 0.04, 0.011]) == pytest.approx([0.04, 0.02, 0.04, 0.033])
-    assert holm([0.03, 0.04]) == pytest.approx([0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1, 1]
-    found = holm([math.nan, 0.02, 0.04])
+    assert holm_p_values([0.02, 0.005, 0.04, 0.011]) == pytest.approx([0.04, 0.02, 0.04, 0.033])
+    assert holm_p_values([0.03, 0.04]) == pytest.approx([0.06, 0.06])
+    assert holm_p_values([0.9, 0.8]) == [1, 1]
+    found = holm_p_values([math.nan, 0.02, 0.04])
     assert math.isnan(found[0])  # no test, which the others are not corrected for
     assert found[1:] == pytest.approx([0.04, 0.04])
-    assert holm([]) == []
+    assert holm_p_values([]) == []
 
 
 def test_a_star_is_an_interval_that_excludes_0_and_holm_takes_some_away() -> None:

@@ -280,11 +280,11 @@ def test_a_recipe_that_has_changed_since(tmp_path: Path) -> None:
     (run.folder / "recipe.yaml").write_text(dump_recipe(changed), encoding="utf-8")
     row = row_of(tmp_path, "plain")
     assert (row.data_mix, row.sources) == ("main", "")  # as it was trained, not as the recipe says now
-    assert row.state == "stale: train was made with another recipe than recipe.yaml; the score was 42.5"
+    assert row.state == "stale: train ran with another recipe than recipe.yaml; the score was 42.5"
     changed = make_recipe(tmp_path, {**MIXES, "plain": ["extra"]})  # of what eval goes by, nothing has changed
     (run.folder / "recipe.yaml").write_text(dump_recipe(changed), encoding="utf-8")
     row = row_of(tmp_path, "plain")
-    assert (row.score, row.state) == (42.5, "stale: train was made with another recipe than recipe.yaml")
+    assert (row.score, row.state) == (42.5, "stale: train ran with another recipe than recipe.yaml")
 
 
 def test_sources_are_not_reported_of_other_samples_than_were_trained_on(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_an_adapter_that_the_recipe_no_longer_has(tmp_path: Path) -> None:
     (run.folder / "recipe.yaml").write_text(dump_recipe(fewer), encoding="utf-8")
     row = row_of(tmp_path, "mixed")
     assert (row.data_mix, row.score) == ("main#4, extra x 1.5", 61.25)
-    assert row.state == "stale: train was made with another recipe than recipe.yaml"
+    assert row.state == "stale: train ran with another recipe than recipe.yaml"
 
 
 # -- folders in every state --------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_another_version_of_the_contract(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     manifest = read_json(run.path("eval", "manifest.json"))
     write_json(run.path("eval", "manifest.json"), {**manifest, "contract": 2})
-    told = f"eval was made under version 2 of the contract, this Lorry reads {CONTRACT_VERSION}"
+    told = f"eval ran under version 2 of the contract, this Lorry reads {CONTRACT_VERSION}"
     assert row_of(tmp_path, "mixed").state == f"trained, not scored: {told}"
     assert row_of(tmp_path, "base").score is None
     (run.folder / "recipe.yaml").write_text("model: {path: small}\nolder: 1\n", encoding="utf-8")
@@ -331,7 +331,7 @@ def test_a_file_that_the_manifest_does_not_vouch_for_is_not_believed(tmp_path: P
     scores["mixed"]["exact_match"]["value"] = 99.0
     write_json(run.path("eval", "scores.json"), scores)
     row = row_of(tmp_path, "mixed")
-    assert (row.score, row.samples, row.state) == (None, 8, "broken: eval/scores.json is not as eval wrote it")
+    assert (row.score, row.samples, row.state) == (None, 8, "broken: eval/scores.json has changed since eval wrote it")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_a_file_that_the_manifest_does_not_vouch_for_is_not_believed(tmp_path: P
         ("eval/manifest.json", b"{", "trained, not scored: eval/manifest.json is damaged"),
         ("eval/manifest.json", b"[]", "trained, not scored: eval/manifest.json is damaged"),
         ("eval/manifest.json", b'{"contract": 3}', "trained, not scored: eval/manifest.json is damaged"),
-        ("eval/scores.json", None, "broken: eval/scores.json is not as eval wrote it"),
+        ("eval/scores.json", None, "broken: eval/scores.json has changed since eval wrote it"),
         ("train/adapters/mixed/training.json", b"{}", "broken: train/adapters/mixed/training.json is not as"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.made_data import maker
+from benchmarks.made_data import load_maker
 from stages.contract.errors import DataError, UsageError
 from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.records import failed_prediction
@@ -62,7 +62,7 @@ class Skipped(list[tuple[str, str]]):
 def cabinets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """220 generated cabinets of two loops each, as read from disk, and their true parts."""
     folder = tmp_path_factory.mktemp("cabinets")
-    made = maker("articulation").make(
+    made = load_maker("articulation").make(
         folder, seed=7, train=200, test=20, loops=2, most_boxes=6, any_direction=request.param
     )
     return read_objects(folder, no_skip), made
@@ -535,7 +535,7 @@ def _answered(name: str, text: str) -> Any:
 
 def test_the_demo_is_what_its_script_writes(tmp_path: Path) -> None:
     ours = REPOSITORY / "recipes" / "data" / "articulation"
-    maker("articulation").make(tmp_path, 4, 16, 4, 2, 3)
+    load_maker("articulation").make(tmp_path, 4, 16, 4, 2, 3)
     names = [path.relative_to(ours) for path in sorted(ours.rglob("*")) if path.is_file()]
     assert names == [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     assert all((ours / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)

@@ -157,7 +157,7 @@ def test_a_case_worked_by_hand(name: str) -> None:
     predicted, different, (missing, extra) = CASES[name]
     found = compare(predicted, TRUE, BOXES)
     assert metrics(found) == pytest.approx({**ALL, **different})
-    assert (found.missing, found.extra) == (missing, extra)
+    assert (found.missing_count, found.extra_count) == (missing, extra)
 
 
 def test_the_root_counts_only_for_the_whole_object() -> None:
@@ -174,7 +174,7 @@ def test_the_assignment_is_optimal_and_not_greedy() -> None:
     true = [hinge(1, -0.3, 0), hinge(2, -0.3, 0.25)]
     predicted = [hinge(1, -0.3, 0.1), hinge(1, -0.3, -0.2), hinge(1, -0.3, 3)]
     found = compare(predicted, true, BOXES)
-    assert list(found.partner) == [1, 0] and found.extra == 1
+    assert list(found.partner) == [1, 0] and found.extra_count == 1
     assert [pair and pair.distance for pair in found.pairs] == pytest.approx([0.2, 0.15])
 
 

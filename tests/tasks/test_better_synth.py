@@ -34,7 +34,7 @@ from stages.tasks.better_synth import (
     uploads,
 )
 from stages.tasks.better_synth.pictures import MEAN_COLOUR, Pictures
-from stages.tasks.better_synth.records import AHEAD, PictureQuestion, without_words
+from stages.tasks.better_synth.records import AHEAD, PictureQuestion, without_ocr_words
 from stages.tasks.common.json_lines import BadRecordError
 from stages.tasks.task import Skip
 from tests.conftest import REPOSITORY
@@ -333,7 +333,7 @@ def test_textvqa_without_ocr_words(tmp_path: Path) -> None:
     ],
 )
 def test_ocr_words_are_removed_from_either_form(prompt: str, plain: str) -> None:
-    assert without_words(prompt) == plain
+    assert without_ocr_words(prompt) == plain
 
 
 def test_textvqa_without_annotations_is_not_scored(tmp_path: Path) -> None:

@@ -462,6 +462,6 @@ def test_control_characters_do_not_break_it(tmp_path: Path) -> None:
 
 
 def test_a_text_that_is_too_long_for_a_cell_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.xlsx: text of 32768 characters, an xlsx cell holds 32767"):
+    with pytest.raises(DataError, match=r"a\.xlsx: text of 32768 characters, but an xlsx cell holds 32767"):
         write_xlsx(tmp_path / "a.xlsx", [{"question": "x" * 32_768}])
     assert list(tmp_path.iterdir()) == []

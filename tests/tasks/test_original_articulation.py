@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.made_data import maker
+from benchmarks.made_data import load_maker
 from stages.contract.errors import Exit
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.recipe import Adapter, Recipe, load_recipe
@@ -78,7 +78,7 @@ def test_defect_01_axes_are_in_the_frame_of_the_boxes(tmp_path: Path) -> None:
     assert angle(decode(ours, DOOR_17, "obb_rel").axis, true, signed=True) == pytest.approx(0, abs=1e-4)
 
     # in generated cabinets, every vertical hinge is 90 degrees off by the program's rule and none by Lorry's
-    maker("articulation").make(tmp_path / "made", 1, 20, 1, 1, 5)
+    load_maker("articulation").make(tmp_path / "made", 1, 20, 1, 1, 5)
     old, new = [], []
     for question in read_objects(tmp_path / "made", no_skip):
         for number, joint in question.view.joints.items():
@@ -137,7 +137,7 @@ def test_defect_04_the_root_is_the_box_that_no_joint_moves() -> None:
 
 
 def test_defect_05_boxes_are_checked_and_parents_and_ranges_kept(tmp_path: Path) -> None:
-    maker("articulation").make(tmp_path, 5, 80, 1, 1, 5)
+    load_maker("articulation").make(tmp_path, 5, 80, 1, 1, 5)
     nested = [
         (question, number)
         for question in read_objects(tmp_path, no_skip)
@@ -273,7 +273,7 @@ def test_defect_08_an_answer_is_scored_by_the_place_of_its_joints() -> None:
 
 
 def test_defect_09_loops_of_an_object_never_straddle_a_split(tmp_path: Path) -> None:
-    maker("articulation").make(tmp_path / "data", 9, 30, 1, 3, 3)
+    load_maker("articulation").make(tmp_path / "data", 9, 30, 1, 3, 3)
 
     def original(rows: list[str]) -> set[str]:
         """Shuffle rows and cut the list; return the objects with loops on both sides."""

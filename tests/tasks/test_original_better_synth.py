@@ -318,12 +318,12 @@ def test_defect_1_answers_that_no_model_gave_are_detected() -> None:
     baseline, custom = run("baseline", blank, answers), run("custom", blank, answers)
     assert baseline.figures["tuned"]["textvqa_accuracy"]["value"] == 0.0
     told = suspicions([baseline, custom])
-    few = "only 5 distinct answers among 5000, and 4951 distinct references: did the model read the questions?"
+    few = "only 5 distinct answers among 5000, and 4951 distinct references; check its prompts"
     assert told == [
         f"baseline/tuned: {few}",
         f"custom/tuned: {few}",
-        "baseline/tuned and custom/tuned: all 5000 answers are identical, wrong ones included: are they one model,"
-        " or did neither answer?",
+        "baseline/tuned and custom/tuned: all 5000 answers are identical, wrong ones included; check that they are two"
+        " models",
     ]
     read = [sample["references"][0] if number % 3 else f"wrong {number}" for number, sample in enumerate(samples)]
     honest = run("honest", blank, read)
@@ -380,7 +380,7 @@ def test_defect_2_an_evaluation_without_answers_fails(job: Job, capfd: Any, monk
         monkeypatch.setenv(f"LORRY_{name.upper()}", str(getattr(job.run.roots, name)))
     done = CliRunner().invoke(main, ["compare", "whole", "r"])
     assert done.exit_code == Exit.USAGE
-    assert "r: nothing evaluated: eval is half done: none of" in done.output
+    assert "r: not compared, because eval is half done: none of" in done.output
 
 
 # -- 3: steps that were not done ------------------------------------------------------------------------

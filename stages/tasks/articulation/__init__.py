@@ -44,6 +44,8 @@ from stages.tasks.task import Found, Skip
 
 
 class ArticulationMeta(Meta):
+    """Metadata of a sample."""
+
     mode: Mode
     boxes: dict[str, dict[str, Any]]
     """By box number."""
@@ -52,7 +54,7 @@ class ArticulationMeta(Meta):
 
 
 class Samples(Section):
-    """`preprocess.samples`."""
+    """Settings of `preprocess.samples`."""
 
     mode: Mode = Field(
         "obb_rel",
@@ -66,7 +68,7 @@ class Samples(Section):
 
 
 class Scoring(Section):
-    """`eval.scoring`."""
+    """Settings of `eval.scoring`."""
 
     official_joint_eval: bool = Field(
         False,
@@ -75,16 +77,16 @@ class Scoring(Section):
 
 
 def sources(folder: Path) -> list[str]:
-    """The name of the one data set. Raises DataError where it is missing."""
+    """The name of the one data set, in a list. Raises DataError if it is missing."""
     if not (folder / BOXES).is_dir():
         raise DataError(f"{folder}: no folder {BOXES}; put the boxes there, one folder per object")
     return [SOURCE]
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ObjectQuestion]:
-    """One question for each loop, with its label. Unusable loops go to `skip`. Raises DataError where none is left."""
+    """One question for each loop, with its label. Unusable loops go to `skip`. Raises DataError if none is usable."""
     sources(folder)
-    mode = _samples(recipe).mode
+    mode = _sample_settings(recipe).mode
     found = read_objects(folder, skip)
     return [one if one.view.root is None else replace(one, answers=(label(one.view, mode),)) for one in found]
 
@@ -95,7 +97,7 @@ def prompt_boxes(boxes: Mapping[int, Box], mode: Mode) -> dict[int, Box]:
 
 
 def label(view: Object, mode: Mode) -> str:
-    """The code to learn: the root and its joints, ordered by box."""
+    """The code to learn: the root and the joints, ordered by box."""
     assert view.root is not None
     boxes = prompt_boxes(view.boxes, mode)
     return grammar.joints_code(view.root, [encode(one, boxes[number], mode) for number, one in view.joints.items()])
@@ -103,7 +105,7 @@ def label(view: Object, mode: Mode) -> str:
 
 def build_samples(recipe: Recipe, question: ObjectQuestion, found: Found | None, split: str) -> list[Sample]:
     """The sample of a loop; in training also its augmented copies, with labels encoded from the rotated joints."""
-    settings = _samples(recipe)
+    settings = _sample_settings(recipe)
     samples = [_sample(question, question.view, settings.mode, question.id)]
     for number in range(1, settings.copies + 1 if split == "train" else 1):
         name = f"{question.id}#{number}"
@@ -115,6 +117,7 @@ def build_samples(recipe: Recipe, question: ObjectQuestion, found: Found | None,
 
 
 def _sample(question: ObjectQuestion, view: Object, mode: Mode, name: str) -> Sample:
+    """The sample of one view of an object. `name` is its id."""
     boxes = prompt_boxes(view.boxes, mode)
     meta: ArticulationMeta = {
         "group": question.group,
@@ -127,7 +130,7 @@ def _sample(question: ObjectQuestion, view: Object, mode: Mode, name: str) -> Sa
     }
     return {
         "id": name,
-        "messages": prompts.joints_of(boxes, mode),
+        "messages": prompts.joints_prompt(boxes, mode),
         "images": [],
         "references": [label(view, mode)] if view.root is not None else [],
         "meta": meta,
@@ -148,13 +151,13 @@ def _joint_record(view: Object, joint: Joint) -> dict[str, Any]:
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """The code in a completion, formatted like a label; None where no code in it is complete and valid."""
+    """The code in a completion, formatted like a label; None without complete and valid code."""
     code = grammar.find_code(text, _meta(sample)["mode"])
     return grammar.joints_code(code.root, code.joints) if code is not None else None
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """The loop's id and its code; empty where there is no answer."""
+    """A line with the loop's id and its code. The code is empty if there is no answer."""
     prediction = predictions.get(row["id"])
     return {"id": row["id"], "code": (prediction["answer"] if prediction else None) or ""}
 
@@ -166,7 +169,7 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     """Metrics of the answer's joints against the label's, in world coordinates; see `scoring.metrics`."""
     predicted, true, found = _compare(answer, sample)
     values = scoring.metrics(found)
-    if _scoring(recipe).official_joint_eval:
+    if _scoring_settings(recipe).official_joint_eval:
         pairs = scoring.official_pairs(_official_joints(predicted), true)
         values["official_type"] = sum(pair.type for pair in pairs) / len(pairs)
     return values
@@ -178,7 +181,7 @@ def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, li
         return {"missing joints": [float(len(_label(sample)[1]))], "extra joints": [0.0]}
     predicted, true, found = _compare(answer, sample)
     values = scoring.measures(found)
-    if _scoring(recipe).official_joint_eval:
+    if _scoring_settings(recipe).official_joint_eval:
         values |= scoring.official_measures(scoring.official_pairs(_official_joints(predicted), true))
     return values
 
@@ -186,7 +189,7 @@ def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, li
 def facts(sample: Sample) -> dict[str, float]:
     """The share of the URDF's joints that the label itself reproduces within the limits of a right answer.
 
-    Where boxes are rough, or rotated against the joints, no answer can do better.
+    If boxes are rough, or rotated against the joints, no answer can do better.
     """
     boxes = _boxes(sample)
     _, labelled = _label(sample)
@@ -199,7 +202,7 @@ def facts(sample: Sample) -> dict[str, float]:
 
 
 def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
-    """An SVG of the boxes with the label's joints, and beside it with the answer's joints."""
+    """An SVG of the boxes with the label's joints, and beside it of the boxes with the answer's joints."""
     boxes, (root, true) = _boxes(sample), _label(sample)
     answer = prediction["answer"] if prediction else None
     if answer is None:
@@ -217,32 +220,38 @@ def _compare(answer: str, sample: Sample) -> tuple[list[Joint | None], list[Join
 
 
 def _official_joints(predicted: Sequence[Joint | None]) -> list[Joint]:
-    """The joints that the official rule scores: none where one has an unknown box, which makes the original fail."""
+    """The joints that the official rule scores; none if one has an unknown box, which makes the original fail."""
     known = [joint for joint in predicted if joint is not None]
     return known if len(known) == len(predicted) else []
 
 
 def _label(sample: Sample) -> tuple[int, list[Joint]]:
+    """The root and the joints of a sample's label."""
     mode, boxes = _meta(sample)["mode"], _boxes(sample)
     code = grammar.parse(sample["references"][0], mode)
     return code.root, [decode(joint, boxes[joint["box"]], mode) for joint in code.joints]
 
 
 def _decode_joints(code: grammar.Code, boxes: Mapping[int, Box], mode: Mode) -> list[Joint | None]:
+    """The joints of a code; None for each whose box does not exist."""
     return [decode(one, boxes[one["box"]], mode) if one["box"] in boxes else None for one in code.joints]
 
 
 def _boxes(sample: Sample) -> dict[int, Box]:
+    """The boxes of a sample by number."""
     return {int(number): box_from(box) for number, box in _meta(sample)["boxes"].items()}
 
 
 def _meta(sample: Sample) -> ArticulationMeta:
+    """The metadata of a sample, with the keys of this task."""
     return cast(ArticulationMeta, sample["meta"])
 
 
-def _samples(recipe: Recipe) -> Samples:
+def _sample_settings(recipe: Recipe) -> Samples:
+    """The settings of `preprocess.samples`."""
     return Samples.model_validate(recipe.preprocess.samples)
 
 
-def _scoring(recipe: Recipe) -> Scoring:
+def _scoring_settings(recipe: Recipe) -> Scoring:
+    """The settings of `eval.scoring`."""
     return Scoring.model_validate(recipe.eval.scoring)

@@ -31,7 +31,7 @@ def draw(
     found: Comparison | None = None,
     predicted_root: int | None = None,
 ) -> str:
-    """An SVG with two panels: the true joints, and an answer's joints, green where right and red where wrong.
+    """An SVG with two panels: the true joints, and an answer's joints, green if right and red if wrong.
 
     A hinge is an arrow along its axis, as long as its box; a slide is a dashed arrow from the box's center. The root's
     box has thick lines.
@@ -50,7 +50,7 @@ def draw(
     else:
         right = {at for pair, at in zip(found.pairs, found.partner, strict=True) if pair is not None and pair.is_right}
         coloured = [(joint, RIGHT if at in right else WRONG) for at, joint in enumerate(predicted) if joint is not None]
-        counts = f"{len(right)} of {len(true)} right, {found.missing} missing, {found.extra} extra"
+        counts = f"{len(right)} of {len(true)} right, {found.missing_count} missing, {found.extra_count} extra"
         panels.append(_panel(f"predicted: {counts}", boxes, predicted_root, coloured, place))
     width = 2 * SIDE + GAP
     shifted = "".join(
@@ -63,6 +63,7 @@ def draw(
 
 
 def _panel(heading: str, boxes: Mapping[int, Box], root: int, joints: Sequence[tuple[Joint, str]], place: Place) -> str:
+    """SVG elements of one panel: heading, boxes with their numbers, and joints, each with its colour."""
     parts = [_heading(heading), f'<g transform="translate(0 {HEAD})">']
     for number, box in boxes.items():
         corners = [place(corner) for corner in box.corners()]
@@ -84,6 +85,7 @@ def _panel(heading: str, boxes: Mapping[int, Box], root: int, joints: Sequence[t
 
 
 def _arrow(start: tuple[float, float], end: tuple[float, float], colour: str, dash: str) -> str:
+    """SVG elements of an arrow. `dash` is an attribute of its line, or empty."""
     along = np.array(end) - np.array(start)
     length = float(np.hypot(*along)) or 1.0
     back, side = -along / length * 6, np.array([-along[1], along[0]]) / length * 3
@@ -93,8 +95,10 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], colour: str, da
 
 
 def _xy(point: tuple[float, ...]) -> str:
+    """A point as SVG paths write it."""
     return f"{point[0]:g} {point[1]:g}"
 
 
 def _heading(text: str) -> str:
+    """The SVG element of a panel's heading."""
     return f'<text x="2" y="14" font-size="11" fill="currentColor">{text}</text>'

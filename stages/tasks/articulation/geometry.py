@@ -26,9 +26,11 @@ class Box:
     """An oriented box. The columns of `rotation` are its axes; they may be rounded or left-handed."""
 
     center: Array
+    """Shape (3)."""
     rotation: Array
+    """Shape (3, 3)."""
     extent: Array
-    """Full side lengths."""
+    """Full side lengths (3)."""
 
     def axis(self, idx: int) -> Array:
         """The unit vector (3) of axis `idx`."""
@@ -71,9 +73,9 @@ class Joint:
     type: str
     """`hinge` or `slide`."""
     pos: Array
-    """A point on its axis; without meaning for a slide."""
+    """A point (3) on its axis; without meaning for a slide."""
     axis: Array
-    """Unit vector; the part opens in its positive direction."""
+    """Unit vector (3); the part opens in its positive direction."""
 
     def moved_copy(self, turn: Array, offset: Array) -> "Joint":
         """The joint rotated by `turn` (3, 3), then shifted by `offset` (3)."""
@@ -90,11 +92,11 @@ def rotation_about_z(angle: float) -> Array:
 
 
 def encode(joint: Joint, box: Box, mode: Mode) -> dict[str, Any]:
-    """The fields of a joint in its label. In `obb_rot` the box must be `ordered`.
+    """The fields of a joint in its label. In `obb_rot` the box must have ordered axes (`Box.with_ordered_axes`).
 
     `idx` is the box axis with the smallest angle to the joint's axis, `sign` its direction. `obb_rel` names the corner
     edge nearest to the joint's line. `obb_rot` writes two of the three world coordinates from the box center to a
-    point of the joint's line. It takes the point whose third coordinate is 0, so nothing is lost where the box is
+    point of the joint's line. It takes the point whose third coordinate is 0, so nothing is lost if the box is
     rotated against the world. `absolute` takes the point nearest to the box center, because the error of a rounded
     axis grows with the distance. A slide has no position: its edge is constant and its point is the box center.
     """
@@ -118,7 +120,7 @@ def encode(joint: Joint, box: Box, mode: Mode) -> dict[str, Any]:
 
 
 def decode(label: Mapping[str, Any], box: Box, mode: Mode) -> Joint:
-    """The joint that a label describes. In `obb_rot` the box must be `ordered`."""
+    """The joint that a label describes. In `obb_rot` the box must have ordered axes (`Box.with_ordered_axes`)."""
     box_id, kind = label["box"], label["type"]
     if mode == "absolute":
         axis = np.array(label["axis"], float)

@@ -66,7 +66,7 @@ def joints_code(root: int, joints: Sequence[Mapping[str, Any]]) -> str:
 
 
 def find_code(text: str, mode: Mode) -> Code | None:
-    """The first complete and valid code in a completion, whatever surrounds it; None where there is none."""
+    """The first complete and valid code in a completion, whatever surrounds it; None if there is none."""
     for match in _CODE.finditer(text[:LONGEST]):
         try:
             return parse(match.group().strip(), mode)
@@ -76,7 +76,7 @@ def find_code(text: str, mode: Mode) -> Code | None:
 
 
 def parse(code: str, mode: Mode) -> Code:
-    """Read a label. Raises GrammarError for anything but the two assignments with their exact keys."""
+    """The content of a label or an answer. Raises GrammarError unless it is the two assignments with the exact keys."""
     try:
         statements = ast.parse(code).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -91,6 +91,7 @@ def parse(code: str, mode: Mode) -> Code:
 
 
 def _assigned_value(statement: ast.stmt, name: str) -> ast.expr:
+    """The right side of an assignment to `name`. Raises GrammarError for another statement."""
     match statement:
         case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
             return value
@@ -98,6 +99,7 @@ def _assigned_value(statement: ast.stmt, name: str) -> ast.expr:
 
 
 def _joint(node: ast.expr, mode: Mode) -> dict[str, Any]:
+    """The fields of one `dict(...)`. Raises GrammarError for another form."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict") or node.args:
         raise GrammarError("a joint is not dict(...)")
     keys = [keyword.arg for keyword in node.keywords]
@@ -108,6 +110,7 @@ def _joint(node: ast.expr, mode: Mode) -> dict[str, Any]:
 
 
 def _value(key: str, node: ast.expr, mode: Mode) -> Any:
+    """The value of one key of a joint. Raises GrammarError for a value that the key cannot have."""
     if key == "box":
         return _integer(node, key, range(10_000))
     if key == "idx":
@@ -130,6 +133,7 @@ def _value(key: str, node: ast.expr, mode: Mode) -> Any:
 
 
 def _integer(node: ast.expr, key: str, allowed: Sequence[int]) -> int:
+    """An integer among the allowed ones. Raises GrammarError for another value."""
     value = _number(node, key)
     if value != int(value) or int(value) not in allowed:
         raise GrammarError(f"{key}={value} is not allowed")

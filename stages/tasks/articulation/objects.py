@@ -22,12 +22,12 @@ BOXES, URDFS = "shape_output", "mobility_dataset_v2"
 
 @dataclass(frozen=True)
 class Nested:
-    """What the URDF states of a joint beyond its label."""
+    """What the URDF states about a joint and its label does not."""
 
     parent: int | None
-    """Box of the part that carries the joint; None where that part has no box."""
+    """Box of the part that carries the joint; None if that part has no box."""
     range: tuple[float, float] | None
-    """Joint limits in radians or metres; None where the URDF states none."""
+    """Joint limits in radians or metres; None if the URDF states none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,17 +67,18 @@ class ObjectQuestion:
 
     @property
     def text(self) -> str:
+        """The loop's name and its number of boxes."""
         moving = len(self.view.boxes) - 1
         return f"{self.id.replace('_', ' ')}: {len(self.view.boxes)} boxes, at most {moving} of which move"
 
 
 def read_objects(folder: Path, skip: Skip) -> list[ObjectQuestion]:
-    """All usable loops, the test folder's first. Unusable ones go to `skip`. Raises DataError where none is left.
+    """All usable loops, those of the test folder first. Unusable ones go to `skip`. Raises DataError if none is usable.
 
     Without folders `train` and `test`, objects are directly in shape_output/ and mobility_dataset_v2/.
     """
     found: dict[str, ObjectQuestion] = {}
-    for split in _parts(folder):
+    for split in _split_folders(folder):
         for loop in _loops(folder / BOXES / split):
             try:
                 question = _question(folder, split, loop, skip)
@@ -97,7 +98,8 @@ def read_objects(folder: Path, skip: Skip) -> list[ObjectQuestion]:
             for question in found.values()]  # fmt: skip
 
 
-def _parts(folder: Path) -> list[str]:
+def _split_folders(folder: Path) -> list[str]:
+    """The folders `test` and `train` that exist; the folder itself (`.`) without any."""
     given = [name for name in ("test", "train") if (folder / BOXES / name).is_dir()]
     return given or ["."]
 
@@ -105,14 +107,16 @@ def _parts(folder: Path) -> list[str]:
 def _loops(folder: Path) -> Iterator[Path]:
     """The folders `<Type>/<object>/loop_<n>`, numbers in numeric order."""
     found = [path for path in folder.glob("*/*/loop_*") if path.is_dir() and not path.parts[-3].startswith(".")]
-    return iter(sorted(found, key=lambda path: [_natural(part) for part in path.parts[-3:]]))
+    return iter(sorted(found, key=lambda path: [_natural_sort_key(part) for part in path.parts[-3:]]))
 
 
-def _natural(text: str) -> list[tuple[int, str]]:
+def _natural_sort_key(text: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in a text by their value."""
     return [(int(part), "") if part.isascii() and part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def _question(folder: Path, split: str, loop: Path, skip: Skip) -> ObjectQuestion:
+    """The question of a loop. Raises BadRecordError if it is unusable."""
     kind, name = loop.parts[-3:-1]
     boxes = _boxes(loop)
     urdf = folder / URDFS / split / kind / name / "mobility.urdf"
@@ -130,7 +134,7 @@ def _question(folder: Path, split: str, loop: Path, skip: Skip) -> ObjectQuestio
 
 
 def _boxes(loop: Path) -> dict[int, Box]:
-    """The boxes of obb_link_<k>.json by k. Raises BadRecordError."""
+    """The boxes of obb_link_<k>.json by k. Raises BadRecordError for an unusable box, and for fewer than two boxes."""
     found = {}
     for path in loop.glob("obb_link_*.json"):
         number = re.fullmatch(r"obb_link_(\d{1,4})\.json", path.name)
@@ -148,7 +152,8 @@ def _boxes(loop: Path) -> dict[int, Box]:
 def box_in(record: dict[str, Any]) -> Box:
     """The box of an OBB file: `center` [3], `R` [3x3] whose columns are its axes, and `extent` [3], full lengths.
 
-    Accepts axes rounded to one decimal, as the original writes them, and left-handed axes. Raises BadRecordError.
+    Accepts axes rounded to one decimal, as the original writes them, and left-handed axes. Raises BadRecordError for
+    another form.
     """
     for key, shape in (("center", (3,)), ("R", (3, 3)), ("extent", (3,))):
         value = record.get(key)
@@ -178,7 +183,7 @@ def _with_joints(boxes: dict[int, Box], mobility: Mobility, where: str, skip: Sk
 
     Links that are fixed to each other form one body. One box stands for each body: the box of the link that the joint
     moves, or else the largest. The root is the box of the body that no joint moves, whatever its number. A body that
-    moves and has no box has no label, and goes to `skip`. Raises BadRecordError.
+    moves and has no box has no label, and goes to `skip`. Raises BadRecordError if boxes and links do not match.
     """
     bodies: dict[str, list[int]] = {mobility.body(link): [] for link in (mobility.root, *mobility.joints)}
     for number in boxes:
@@ -207,5 +212,6 @@ def _with_joints(boxes: dict[int, Box], mobility: Mobility, where: str, skip: Sk
 
 
 def _joint(number: int, joint: UrdfJoint) -> Joint:
+    """The joint of box `number`."""
     assert joint.type is not None  # a fixed joint moves no body
     return Joint(number, joint.type, joint.pos, joint.axis)

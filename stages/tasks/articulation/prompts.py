@@ -26,8 +26,8 @@ _FORM: Mapping[Mode, str] = {
 }
 
 
-def joints_of(boxes: Mapping[int, Box], mode: Mode) -> list[Message]:
-    """The prompt that asks for the joints between boxes."""
+def joints_prompt(boxes: Mapping[int, Box], mode: Mode) -> list[Message]:
+    """The prompt that asks for the joints between boxes, in the grammar of the mode."""
     asked = (
         f"OBB Information:\n### Input:\n{boxes_code(boxes)}\n{_COMMON}\n{_KEYS[mode]}\n"
         f"Write ONLY this:\nroot_geom = ...\nchild_joints = [\n{_FORM[mode]}\n]\n### Response:"

@@ -29,12 +29,13 @@ class Pair:
     angle: float
     """Degrees, 0 to 90, whatever the sign."""
     distance: float | None
-    """Metres between two hinges' lines; None where either is a slide, which has no position."""
+    """Metres between two hinges' lines; None if either is a slide, which has no position."""
     edge: bool | None
     """Whether a hinge is at the true corner edge; None for a slide."""
 
     @property
     def is_right(self) -> bool:
+        """Whether box, type, axis and line are all within the limits of a right joint."""
         near = self.distance is None or self.distance <= METRES
         return self.box and self.type and self.signed_angle <= DEGREES and near
 
@@ -50,23 +51,25 @@ class Comparison:
     """The joints of an answer paired with the true ones."""
 
     pairs: Sequence[Pair | None]
-    """One for each true joint; None where it is missing."""
+    """One for each true joint; None if it is missing."""
     hinges: Sequence[bool]
     """For each true joint, whether it is a hinge."""
     partner: Sequence[int | None]
-    """For each true joint, the index of its partner among the predicted joints; None where it is missing."""
+    """For each true joint, the index of its partner among the predicted joints; None if it is missing."""
     predicted: int
     """Number of joints in the answer."""
     root: bool
     """Whether the answer names the true root."""
 
     @property
-    def missing(self) -> int:
+    def missing_count(self) -> int:
+        """Number of true joints without a partner."""
         return sum(pair is None for pair in self.pairs)
 
     @property
-    def extra(self) -> int:
-        return self.predicted - (len(self.pairs) - self.missing)
+    def extra_count(self) -> int:
+        """Number of predicted joints without a partner."""
+        return self.predicted - (len(self.pairs) - self.missing_count)
 
 
 def compare(
@@ -89,6 +92,7 @@ def compare(
 
 
 def _pair(joint: Joint, true: Joint, boxes: Mapping[int, Box]) -> Pair:
+    """The errors of a predicted joint, if it were the partner of a true one."""
     box = boxes[true.box]
     hinges = joint.type == true.type == HINGE
     return Pair(
@@ -104,7 +108,7 @@ def _pair(joint: Joint, true: Joint, boxes: Mapping[int, Box]) -> Pair:
 
 
 def metrics(found: Comparison) -> dict[str, float]:
-    """Metrics of an object in 0..1; the first one ranks adapters. A missing joint counts as wrong in each."""
+    """Metrics of an object by name, in 0..1; the first one ranks adapters. A missing joint counts as wrong in each."""
     right = sum(pair is not None and pair.is_right for pair in found.pairs)
     precision = right / found.predicted if found.predicted else 0.0
     recall = right / len(found.pairs)
@@ -119,16 +123,17 @@ def metrics(found: Comparison) -> dict[str, float]:
     }
     if hinges:
         values["edge"] = fmean(bool(pair and pair.edge) for pair in hinges)
-        values["line_within_5_cm"] = fmean(_within(pair.distance if pair else None, METRES) for pair in hinges)
+        values["line_within_5_cm"] = fmean(_is_within(pair.distance if pair else None, METRES) for pair in hinges)
     values["axis_within_5_degrees_with_sign"] = fmean(
-        _within(pair.signed_angle if pair else None, DEGREES) for pair in found.pairs
+        _is_within(pair.signed_angle if pair else None, DEGREES) for pair in found.pairs
     )
-    values["axis_within_5_degrees"] = fmean(_within(pair.angle if pair else None, DEGREES) for pair in found.pairs)
+    values["axis_within_5_degrees"] = fmean(_is_within(pair.angle if pair else None, DEGREES) for pair in found.pairs)
     values["type"] = fmean(bool(pair and pair.type) for pair in found.pairs)
     return values
 
 
-def _within(value: float | None, limit: float) -> bool:
+def _is_within(value: float | None, limit: float) -> bool:
+    """Whether a value exists and is at most the limit."""
     return value is not None and value <= limit
 
 
@@ -139,8 +144,8 @@ def measures(found: Comparison) -> dict[str, list[float]]:
         "axis angle with sign, degrees": [pair.signed_angle for pair in pairs],
         "axis angle, degrees": [pair.angle for pair in pairs],
         "hinge line distance, cm": [100 * pair.distance for pair in pairs if pair.distance is not None],
-        "missing joints": [float(found.missing)],
-        "extra joints": [float(found.extra)],
+        "missing joints": [float(found.missing_count)],
+        "extra joints": [float(found.extra_count)],
     }
 
 
@@ -152,7 +157,7 @@ MOST_PERMUTATIONS = 50_000
 
 @dataclass(frozen=True)
 class OfficialError:
-    """The official evaluation's errors of a pair; None where it defines none."""
+    """The official evaluation's errors of a pair; None if it defines none."""
 
     type: int
     """1 for the right type, else 0."""
@@ -166,8 +171,8 @@ def official_error(predicted: Joint, true: Joint) -> OfficialError:
     """The official errors of one pair. The sign is never scored, a wrong type has no other error, and only hinges have
     a position error.
 
-    For parallel lines, the position error is the distance along cross(axis, x) alone, or along cross(axis, y) where the
-    predicted axis is x. It is too small, and 0 for some lines that are clearly apart. Where this would divide 0 by 0
+    For parallel lines, the position error is the distance along cross(axis, x) alone, or along cross(axis, y) if the
+    predicted axis is x. It is too small, and 0 for some lines that are clearly apart. If this would divide 0 by 0
     (axis -x), the position error is None, and the cosine is clipped; the official code returns NaN in both cases.
     """
     if predicted.type != true.type:
@@ -186,7 +191,7 @@ def official_error(predicted: Joint, true: Joint) -> OfficialError:
 
 
 def official_pairs(predicted: Sequence[Joint], true: Sequence[Joint]) -> list[OfficialError]:
-    """The errors by the official evaluation (Real2Code, eval_utils/joint_eval.py).
+    """The errors of all pairs by the official evaluation (Real2Code, eval_utils/joint_eval.py).
 
     It compares predicted and true joints position by position, in the order of the predictions with the lowest mean of
     mean type error, mean degrees and mean metres. Missing and extra joints are dropped and cost nothing; only an empty
@@ -213,6 +218,7 @@ def official_pairs(predicted: Sequence[Joint], true: Sequence[Joint]) -> list[Of
 
 
 def _official_cost(pairs: Sequence[OfficialError]) -> float:
+    """The mean of mean type error, mean degrees and mean metres, which the official evaluation minimises."""
     rotations = [pair.rotation for pair in pairs if pair.rotation is not None]
     positions = [pair.position for pair in pairs if pair.position is not None]
     means = (fmean(values) if values else 0.0 for values in (rotations, positions))
@@ -220,7 +226,7 @@ def _official_cost(pairs: Sequence[OfficialError]) -> float:
 
 
 def official_measures(pairs: Sequence[OfficialError]) -> dict[str, list[float]]:
-    """The official errors that have a unit."""
+    """The official errors in degrees and centimetres, by name."""
     return {
         "official rotation error, degrees": [pair.rotation for pair in pairs if pair.rotation is not None],
         "official position error, cm": [100 * pair.position for pair in pairs if pair.position is not None],

@@ -35,10 +35,11 @@ class UrdfJoint:
     type: str | None
     """`hinge` or `slide`; None for a fixed joint."""
     pos: Array
+    """Shape (3), in metres."""
     axis: Array
-    """Unit vector; zeros for a fixed joint."""
+    """Unit vector (3); zeros for a fixed joint."""
     range: tuple[float, float] | None
-    """Limits in radians or metres; None where the file states none."""
+    """Limits in radians or metres; None if the file states none."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read_urdf(path: Path) -> Mobility:
 
 
 def _compose(root: str, parents: dict[str, str], elements: dict[str, ET.Element]) -> Mobility:
-    """Compose the transforms from the root to the leaves."""
+    """The object with all joints in world coordinates: the transforms composed from the root to the leaves."""
     turns = {child: _transform(element) for child, element in elements.items()}
     upright = any(
         parents[child] == root and elements[child].get("type") == "fixed" and np.allclose(turn, UPRIGHT, atol=1e-3)
@@ -97,6 +98,7 @@ def _compose(root: str, parents: dict[str, str], elements: dict[str, ET.Element]
 
 
 def _joint(element: ET.Element, child: str, parent: str, turn: Array, pos: Array) -> UrdfJoint:
+    """The joint of an element, in the frame with this rotation and position. Raises BadRecordError if unusable."""
     kind = element.get("type", "")
     if kind not in TYPES and kind != "fixed":
         raise BadRecordError("unsupported joint type", f"{kind!r}; supported: fixed, {', '.join(TYPES)}")
@@ -125,6 +127,7 @@ def _transform(element: ET.Element) -> tuple[Array, Array]:
 
 
 def _link(element: ET.Element, end: str) -> str:
+    """The name of the link at an end of a joint, `parent` or `child`. Raises BadRecordError without one."""
     found = element.find(end)
     name = found.get("link") if found is not None else None
     if not name:
@@ -133,6 +136,7 @@ def _link(element: ET.Element, end: str) -> str:
 
 
 def _numbers(element: ET.Element | None, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    """Three numbers of an attribute, or the default. Raises BadRecordError for anything else."""
     text = element.get(key) if element is not None else None
     if text is None:
         return default
@@ -143,6 +147,7 @@ def _numbers(element: ET.Element | None, key: str, default: tuple[float, ...]) -
 
 
 def _number(word: str, key: str) -> float:
+    """A number as XML writes it. Raises BadRecordError for another text, and for a million and above."""
     if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word):
         raise BadRecordError("mobility.urdf: not a number", f"{key}: {word!r}"[:100])
     value = float(word)

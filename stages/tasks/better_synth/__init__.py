@@ -34,7 +34,7 @@ from stages.tasks.better_synth.records import (
     other_questions,
     records_file,
     sources,
-    without_words,
+    without_ocr_words,
 )
 from stages.tasks.common.default_prompts import SHARED, narrowed_sample, passes
 from stages.tasks.common.default_results import facts, measures, picture
@@ -63,7 +63,7 @@ class PictureMeta(Meta, total=False):
 
 
 class Scoring(Section):
-    """`eval.scoring`."""
+    """Settings of `eval.scoring`."""
 
     textvqa_cleaning: textvqa.Cleaning = Field(
         "mmf",
@@ -73,19 +73,19 @@ class Scoring(Section):
 
 
 def records(folder: Path) -> Path:
-    """The file of Data-Juicer records."""
+    """Path of the file of Data-Juicer records. Raises DataError if it, or the file with its questions, is missing."""
     return records_file(folder)
 
 
 def read_others(recipe: Recipe, folder: Path, pictures: Path, skip: Skip) -> list[PictureQuestion]:
-    """The questions of the test sets and the conversations to train on. Raises DataError without a test question."""
+    """The questions of the test sets and the conversations to train on. Raises DataError if none can be tested."""
     return other_questions(folder, pictures, Samples.model_validate(recipe.preprocess.samples), skip)
 
 
 def read_records(
     recipe: Recipe, folder: Path, records: Path, pictures: Path, others: list[PictureQuestion], skip: Skip
 ) -> list[PictureQuestion]:
-    """The captions to train on, read from `records`."""
+    """Questions to train on from the captions in the file `records`."""
     settings = Samples.model_validate(recipe.preprocess.samples)
     return caption_questions(folder, records, pictures, settings, others, skip)
 
@@ -110,10 +110,11 @@ def build_samples(recipe: Recipe, question: PictureQuestion, found: Found | None
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask:
-    """The question. `without` may leave out its picture or the OCR words in its text."""
+    """The prompt with the sample's messages and pictures. `without` may remove pictures (`picture`) or OCR words
+    (`ocr`)."""
     messages, images = sample["messages"], sample["images"]
     if "ocr" in without and sample["meta"]["source"] == TEXTVQA:
-        messages = [_with_content(message, without_words(message["content"])) for message in messages]
+        messages = [_with_content(message, without_ocr_words(message["content"])) for message in messages]
     if "picture" in without:
         messages = [_with_content(m, m["content"].replace(f"{PLACE}\n", "").replace(PLACE, "")) for m in messages]
         images = []
@@ -121,6 +122,7 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
 
 
 def _with_content(message: Message, content: str) -> Message:
+    """The message with another content."""
     return {"role": message["role"], "content": content}
 
 
@@ -130,7 +132,7 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """For MMBench, the letter that a completion means, or None without one; for TextVQA, the whole completion."""
+    """For MMBench, the letter that a completion means; for TextVQA, the whole completion. None without either."""
     if sample["meta"]["source"] == MMBENCH:
         return mmbench.letter_in(text, _meta(sample)["options"])
     return text.strip() or None
@@ -140,7 +142,7 @@ def read_answer(text: str, sample: Sample) -> str | None:
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """A line in LLaVA's form for either benchmark. The text is empty where there is no answer."""
+    """A line in LLaVA's form, for either benchmark. The text is empty if there is no answer."""
     name = row["ids"][0]
     prediction = predictions.get(name)
     text = (prediction["text"] if prediction else None) or ""
@@ -149,7 +151,8 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 
 def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-    """Write MMBench's workbook: each row of its table with the answer to the unrotated question."""
+    """Write MMBench's workbook: each row of its table with the answer to the unrotated question. Returns its name, or
+    nothing if MMBench is not among the samples."""
     asked = [sample for sample in samples if _meta(sample)["source"] == MMBENCH and _meta(sample)["round"] == 0]
     if not asked:
         return []
@@ -163,8 +166,8 @@ def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, P
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """TextVQA's accuracy, or whether MMBench's letter is right. The rotations of an MMBench question count once, with
-    the lowest of their scores (`together`)."""
+    """TextVQA's accuracy in 0..1, or 1 if MMBench's letter is right, else 0. The rotations of an MMBench question count
+    once, with the lowest of their scores (`together`)."""
     references = sample["references"]
     if sample["meta"]["source"] == MMBENCH:
         return {"mmbench_accuracy": float(answer in references)}
@@ -178,4 +181,5 @@ def together(sample: Sample) -> str:
 
 
 def _meta(sample: Sample) -> PictureMeta:
+    """The metadata of a sample, with the keys of this task."""
     return cast(PictureMeta, sample["meta"])

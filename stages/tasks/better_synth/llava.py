@@ -74,10 +74,11 @@ def to_messages(record: Llava) -> tuple[list[Message], list[str]]:
 def from_messages(name: str | int, messages: list[Message], pictures: list[str]) -> Llava:
     """The LLaVA record of messages and their pictures."""
     turns = [(_SPEAKERS[message["role"]], message["content"]) for message in messages]
-    return _llava(name, turns, pictures)
+    return _llava_record(name, turns, pictures)
 
 
-def _llava(name: str | int, turns: list[tuple[str, str]], pictures: list[str]) -> Llava:
+def _llava_record(name: str | int, turns: list[tuple[str, str]], pictures: list[str]) -> Llava:
+    """The LLaVA record with this id, these turns (speaker and text) and these pictures."""
     shown = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
     return {"id": name, **shown, "conversations": [{"from": who, "value": value} for who, value in turns]}
 
@@ -107,10 +108,11 @@ def turns_of(record: Llava) -> list[tuple[str, str]]:
 def pictures_of(record: Llava) -> list[str]:
     """The names of a LLaVA record's pictures. Raises BadRecordError for anything else in `image`."""
     found = record.get("image")
-    return _names([] if found in (None, "") else [found] if isinstance(found, str) else found)
+    return _list_of_names([] if found in (None, "") else [found] if isinstance(found, str) else found)
 
 
-def _names(value: Any) -> list[str]:
+def _list_of_names(value: Any) -> list[str]:
+    """The value, if it is a list of non-empty names. Raises BadRecordError otherwise."""
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise BadRecordError("pictures are not a list of names", repr(value)[:100])
     return value
@@ -125,22 +127,24 @@ def to_dj(record: Llava) -> DataJuicer:
     Raises BadRecordError if a turn contains one of Data-Juicer's marks of a turn, a picture or an end.
     """
     turns = turns_of(record)
-    text = "\n".join(f"[[{speaker}]]: {_for_dj(value)}" for speaker, value in turns)
+    text = "\n".join(f"[[{speaker}]]: {_dj_text(value)}" for speaker, value in turns)
     return {"id": str(id_of(record)), "text": f"{text} {DJ_END}", "images": pictures_of(record)}
 
 
 def to_dj_caption(record: Llava) -> DataJuicer:
-    """The Data-Juicer record with only the answer of a LLaVA record. Raises BadRecordError for more than one answer."""
+    """The Data-Juicer record with only the answer of a LLaVA record. Raises BadRecordError if there are
+    more turns, or the answer contains a picture or a mark of Data-Juicer."""
     turns, pictures = turns_of(record), pictures_of(record)
     if [speaker for speaker, _ in turns] != ["human", "gpt"]:
         raise BadRecordError("not one question and one answer", f"found {len(turns)} turns")
     if PLACE in turns[1][1]:
         raise BadRecordError("an answer contains <image>", turns[1][1][:100])
-    text = f"{DJ_PLACE}\n" * len(pictures) + f"{_for_dj(turns[1][1])} {DJ_END}"
+    text = f"{DJ_PLACE}\n" * len(pictures) + f"{_dj_text(turns[1][1])} {DJ_END}"
     return {"id": str(id_of(record)), "text": text, "images": pictures}
 
 
-def _for_dj(value: str) -> str:
+def _dj_text(value: str) -> str:
+    """The text of a turn in Data-Juicer's form. Raises BadRecordError if it contains one of Data-Juicer's marks."""
     mark = _MARK.search(f"{value} ")  # because a blank comes before the end mark
     taken = mark.group() if mark else next((mark for mark in (DJ_PLACE, DJ_END) if mark in value), None)
     if taken is not None:
@@ -162,21 +166,24 @@ def text_of_dj(record: DataJuicer) -> str:
 
 
 def from_dj(record: DataJuicer, name: str | int | None = None) -> Llava:
-    """The LLaVA record of a Data-Juicer record with all turns. `name` is its id in LLaVA's file, if known."""
+    """The LLaVA record of a Data-Juicer record with all turns. `name` is its id in LLaVA's file, if known.
+
+    Raises BadRecordError if the text does not begin with a turn.
+    """
     pieces = _TURN.split(text_of_dj(record))
     if len(pieces) < 3 or pieces[0].strip():
         raise BadRecordError("no [[human]]: and [[gpt]]: in the text", pieces[0][:100])
     speakers, values = pieces[1::2], [_without_end(value).replace(DJ_PLACE, PLACE) for value in pieces[2::2]]
     turns = list(zip(speakers, values, strict=True))
-    return _llava(id_of(record) if name is None else name, turns, _pictures(record, turns))
+    return _llava_record(id_of(record) if name is None else name, turns, _pictures(record, turns))
 
 
 def restored_record(record: DataJuicer, originals: Mapping[str, Original | None]) -> Llava:
-    """The LLaVA record of a caption, with the question that LLaVA's file has under its id, or under its `original_id`
-    for a caption that was added to another record.
+    """The LLaVA record of a caption, with the question from LLaVA's file.
 
-    `originals` are by id as text; None where records with the same id have different questions. Raises BadRecordError
-    if the question cannot be found.
+    The question is found by the record's id; for a caption that Data-Juicer added, by its `original_id`. `originals`
+    are by id as text; None if records with the same id have different questions. Raises BadRecordError if there is no
+    question, or more than one.
     """
     name = id_of({"id": record.get("original_id", record.get("id"))})
     if str(name) not in originals:
@@ -185,12 +192,12 @@ def restored_record(record: DataJuicer, originals: Mapping[str, Original | None]
     if original is None:
         raise BadRecordError("several questions with its id in the LLaVA file", str(name))
     turns = [("human", original.question), ("gpt", caption_in(text_of_dj(record)))]
-    return _llava(original.id, turns, _pictures(record, turns))
+    return _llava_record(original.id, turns, _pictures(record, turns))
 
 
 def _pictures(record: DataJuicer, turns: list[tuple[str, str]]) -> list[str]:
-    """The names of a record's pictures. Operators that add a caption repeat the name; then each name counts once."""
-    pictures = _names(record.get("images") or [])
+    """The names of a record's pictures. Operators that add a caption repeat names; if needed, each counts once."""
+    pictures = _list_of_names(record.get("images") or [])
     once = list(dict.fromkeys(pictures))
     places = sum(value.count(PLACE) for speaker, value in turns if speaker != "gpt")
     return once if len(once) == places else pictures
@@ -216,6 +223,7 @@ def caption_in(text: str) -> str:
 
 
 def _without_end(text: str) -> str:
+    """The text without Data-Juicer's mark of the end, and without the blank before it."""
     if not text.rstrip().endswith(DJ_END):
         return text
     return text.rstrip().removesuffix(DJ_END).removesuffix(" ")

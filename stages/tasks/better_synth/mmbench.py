@@ -33,10 +33,10 @@ COPIES = 1_000_000
 """Distance between the indices of a question's rotations in TSVs that contain them."""
 
 LONGEST_FIELD = 256 * 1024**2
-"""Most characters of a field; pictures in base64 are long."""
+"""Largest number of characters of a field; pictures in base64 are long."""
 
 SHORTEST_PICTURE = 64
-"""Least characters of a picture in base64; digits shorter than this are the index of another row (VLMEvalKit)."""
+"""Smallest number of characters of a picture in base64; shorter digits are the index of another row (VLMEvalKit)."""
 
 NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
 """Columns that LLaVA's convert_mmbench_for_submission.py drops."""
@@ -131,6 +131,7 @@ def _index(columns: Mapping[str, str]) -> int | None:
 
 
 def _row(columns: Mapping[str, str], where: str) -> MMBenchRow:
+    """The row with these columns. Raises BadRecordError for an unusable one."""
     index = _index(columns)
     if index is None:
         raise BadRecordError("index is not a number", columns["index"][:100])
@@ -139,20 +140,20 @@ def _row(columns: Mapping[str, str], where: str) -> MMBenchRow:
             raise BadRecordError("not UTF-8", f"{name} is {columns[name][:60]!r}; save the table as UTF-8")
     question, image = columns.get("question", ""), columns.get("image", "")
     for name, text in (("question", question), ("image", image)):
-        if _is_none(text):
+        if _is_empty(text):
             raise BadRecordError(f"no {name}")
     options = _options(columns)
     if len(options) < 2:
         raise BadRecordError("fewer than two options", str(index))
     answer = columns.get("answer", "").strip().upper()
-    if not _is_none(answer) and answer not in LETTERS[: len(options)]:
+    if not _is_empty(answer) and answer not in LETTERS[: len(options)]:
         raise BadRecordError("answer is not an option", answer[:100])
     return MMBenchRow(
         index,
         question,
-        hint="" if _is_none(columns.get("hint", "")) else columns["hint"],
+        hint="" if _is_empty(columns.get("hint", "")) else columns["hint"],
         options=options,
-        answer=None if _is_none(answer) else answer,
+        answer=None if _is_empty(answer) else answer,
         category=columns.get("category", ""),
         l2_category=columns.get("l2-category", ""),
         image=image,
@@ -162,16 +163,16 @@ def _row(columns: Mapping[str, str], where: str) -> MMBenchRow:
 
 
 def _options(columns: Mapping[str, str]) -> tuple[str, ...]:
-    """The texts of the options from A to the last one before an empty one."""
+    """The texts of the options from A on, up to the first empty one."""
     found: list[str] = []
     for letter in LETTERS:
-        if _is_none(columns.get(letter, "")):
+        if _is_empty(columns.get(letter, "")):
             break
         found.append(columns[letter])
     return tuple(found)
 
 
-def _is_none(text: str) -> bool:
+def _is_empty(text: str) -> bool:
     """Whether a cell is empty by LLaVA's rule, which includes `nan` and `none` as pandas writes them."""
     return text.strip().lower() in ("", "nan", "none")
 
@@ -209,8 +210,8 @@ class Round:
 
 
 def rounds(row: MMBenchRow, rotate: bool = True) -> list[Round]:
-    """A row's rotations: one for each option, each rotated to the left by one more. Without `rotate`, only the row as
-    it is, for a TSV that contains the rotations."""
+    """The rotations of a row, one for each option, each rotated to the left by one more. Without `rotate`, only the row
+    as it is, for a TSV that contains the rotations."""
     letters = LETTERS[: len(row.options)]
     found = []
     for number in range(len(letters) if rotate else 1):
@@ -224,7 +225,7 @@ def rounds(row: MMBenchRow, rotate: bool = True) -> list[Round]:
 def incomplete_questions(options: Iterable[tuple[int, int]]) -> list[int]:
     """The questions that lack a rotation, sorted. `options` has the question and the number of options of each round.
 
-    Circular evaluation is easier for such questions, so leave them out.
+    Circular evaluation is easier for these questions, so they must be left out.
     """
     rows = list(options)
     count = Counter(group for group, _ in rows)
@@ -299,11 +300,12 @@ def _folded_text(text: str) -> str:
 
 
 def _comparable_text(text: str) -> str:
+    """The text without differences of width, case and outer punctuation."""
     return _folded_text(text).casefold().strip(".,!?:;\"' ")
 
 
 def _mentioned_letters(text: str, options: Mapping[str, str]) -> list[str]:
-    """The options whose text occurs in a text as whole words, without those inside another option that occurs."""
+    """The letters of the options that occur in a text as whole words, without options inside another that occurs."""
     texts = {letter: _comparable_text(option) for letter, option in options.items()}
     if len(text) > 2 * sum(map(len, texts.values())):
         return []
@@ -316,7 +318,8 @@ def _mentioned_letters(text: str, options: Mapping[str, str]) -> list[str]:
 
 
 def _has_words(text: str, part: str) -> bool:
-    """Whether a text contains a part that no Latin letter or digit touches. Chinese has no blanks between words."""
+    """Whether a text contains a part as whole words: no Latin letter or digit touches it. Chinese has no blanks between
+    words."""
     return re.search(rf"(?<![a-z0-9]){re.escape(part)}(?![a-z0-9])", text) is not None
 
 
@@ -324,8 +327,10 @@ def _has_words(text: str, part: str) -> bool:
 
 
 def upload_row(uploaded: Mapping[str, str], answer: str | None, text: str | None) -> dict[str, str | int]:
-    """A row of the upload: its columns, with the prediction after the last option: the answer's letter, else the
-    completion, which the server reads by its own rules, else nothing."""
+    """A row of the upload, with a column `prediction` after the last option.
+
+    It has the answer's letter; without one the completion, which the server reads by its own rules; else nothing.
+    """
     row: dict[str, str | int] = dict(uploaded)
     row["index"] = int(uploaded["index"])
     last = max(place for place, name in enumerate(row) if name in LETTERS)
@@ -334,7 +339,7 @@ def upload_row(uploaded: Mapping[str, str], answer: str | None, text: str | None
 
 
 LONGEST_CELL = 32_767
-"""Most characters of an xlsx cell."""
+"""Largest number of characters of an xlsx cell."""
 
 _AS_TEXT = {"in_memory": True, "strings_to_formulas": False, "strings_to_urls": False}
 
@@ -348,10 +353,10 @@ def write_xlsx(path: Path, rows: Sequence[Mapping[str, str | int]]) -> None:
     lines += [[row[name] for name in rows[0]] for row in rows]
     for text in (value for line in lines for value in line if isinstance(value, str) and len(value) > LONGEST_CELL):
         raise DataError(
-            f"{path}: text of {len(text)} characters, an xlsx cell holds {LONGEST_CELL}; shorten {text[:60]!r}"
+            f"{path}: text of {len(text)} characters, but an xlsx cell holds {LONGEST_CELL}; shorten {text[:60]!r}"
         )
     with open_atomically(path, "wb") as file, xlsxwriter.Workbook(file, _AS_TEXT) as book:
-        book.set_properties({"created": datetime(1980, 1, 1)})  # else the file contains the time of writing
+        book.set_properties({"created": datetime(1980, 1, 1)})  # else the file would contain the time of writing
         sheet = book.add_worksheet()
         for number, line in enumerate(lines):
             sheet.write_row(number, 0, line)

@@ -18,7 +18,7 @@ MEAN_COLOUR = (122, 116, 104)
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredPicture:
     """A picture in <run>/preprocess/pictures."""
 
     name: str
@@ -28,10 +28,12 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    stored: Stored
+class _PreparedPicture:
+    """A picture that was checked, and padded if the recipe asks for it."""
+
+    stored: StoredPicture
     content: bytes | None
-    """Content of the file to write; None where the file exists already."""
+    """Content of the file to write; None if the file exists already."""
 
 
 class Pictures:
@@ -40,28 +42,30 @@ class Pictures:
     def __init__(self, data: Path, folder: Path, pad: bool) -> None:
         self._data, self._folder, self._pad = data, folder, pad
         self._existing = {path.stem: path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        self._known: dict[str, Stored | BadRecordError] = {}
+        self._known: dict[str, StoredPicture | BadRecordError] = {}
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Read and store pictures, one per CPU at a time. `of_file` returns each one, or raises its error."""
+        """Read and store the named pictures, a thread per CPU. `of_file` then returns each, or raises its error."""
         new = [name for name in dict.fromkeys(names) if name not in self._known]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for name, prepared in zip(new, pool.map(self._read, new), strict=True):
+            for name, prepared in zip(new, pool.map(self._prepare_file, new), strict=True):
                 self._known[name] = prepared if isinstance(prepared, BadRecordError) else self._store(prepared)
 
-    def of_file(self, name: str) -> Stored:
-        """A picture by its name below the data folder. Raises BadRecordError if it cannot be used."""
+    def of_file(self, name: str) -> StoredPicture:
+        """The stored picture of a file, named relative to the data folder. Raises BadRecordError if it is unusable."""
         self.fetch([name])
         found = self._known[name]
         if isinstance(found, BadRecordError):
             raise BadRecordError(found.reason, str(found))
         return found
 
-    def of_bytes(self, data: bytes, name: str) -> Stored:
-        """A picture by its file's content. Raises BadRecordError if that is not a picture, or damaged."""
+    def of_bytes(self, data: bytes, name: str) -> StoredPicture:
+        """The stored picture of a file's content. Raises BadRecordError if it is damaged or not a picture; `name` is
+        for that message."""
         return self._store(self._prepare(data, name))
 
-    def _read(self, name: str) -> _Prepared | BadRecordError:
+    def _prepare_file(self, name: str) -> _PreparedPicture | BadRecordError:
+        """The picture of a file below the data folder, ready to store, or the error that makes it unusable."""
         path = PurePosixPath(name)
         if path.is_absolute() and path.is_relative_to(self._data):
             path = path.relative_to(self._data)
@@ -76,11 +80,12 @@ class Pictures:
         except BadRecordError as error:
             return error
 
-    def _prepare(self, data: bytes, name: str) -> _Prepared:
+    def _prepare(self, data: bytes, name: str) -> _PreparedPicture:
+        """The picture of a file's content, ready to store. Raises BadRecordError if it is damaged or not a picture."""
         digest = hashlib.sha256(data).hexdigest()
         stem = digest[:32] + ("-square" if self._pad else "")
         if stem in self._existing:
-            return _Prepared(Stored(self._existing[stem], digest), None)
+            return _PreparedPicture(StoredPicture(self._existing[stem], digest), None)
         try:
             with Image.open(io.BytesIO(data)) as picture:
                 kind = str(picture.format)
@@ -91,9 +96,10 @@ class Pictures:
                     picture.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise BadRecordError("not a picture, or damaged", f"{name} ({' '.join(str(error).split())})") from error
-        return _Prepared(Stored(f"{stem}.{'jpg' if kind == 'JPEG' else kind.lower()}", digest), data)
+        return _PreparedPicture(StoredPicture(f"{stem}.{'jpg' if kind == 'JPEG' else kind.lower()}", digest), data)
 
-    def _store(self, prepared: _Prepared) -> Stored:
+    def _store(self, prepared: _PreparedPicture) -> StoredPicture:
+        """Write a picture unless it exists, and return where it is."""
         path = self._folder / prepared.stored.name
         if prepared.content is not None and path.stem not in self._existing:
             with open_atomically(path, "wb") as file:

@@ -27,7 +27,7 @@ from stages.tasks.better_synth.llava import (
     to_messages,
     turns_of,
 )
-from stages.tasks.better_synth.pictures import Pictures, Stored
+from stages.tasks.better_synth.pictures import Pictures, StoredPicture
 from stages.tasks.common.json_lines import BadRecordError
 from stages.tasks.common.tables import Row, read_rows
 from stages.tasks.common.wording import break_placeholders
@@ -45,7 +45,7 @@ AHEAD = 512
 
 
 class Samples(Section):
-    """`preprocess.samples`."""
+    """Settings of `preprocess.samples`."""
 
     pad: bool = Field(
         True,
@@ -86,18 +86,20 @@ class PictureQuestion:
 
     @property
     def text(self) -> str:
+        """The last message of the question."""
         return self.messages[-1]["content"]
 
 
 # -- all questions -----------------------------------------------------------------------------------------------
 
 
-def _group(digest: str) -> str:
+def _picture_group(digest: str) -> str:
+    """The group of all questions that show the picture with this digest."""
     return f"picture-{digest[:16]}"
 
 
 def sources(folder: Path) -> list[str]:
-    """The data sets in the data folder that can be trained on, sorted. Raises DataError where there is none."""
+    """The data sets in the data folder that can be trained on, sorted. Raises DataError if there is none."""
     found = [name for name in (FINETUNE, PRETRAIN) if (folder / FILES[name]).is_file()]
     if not found:
         raise DataError(f"{folder}: nothing to train on; put {FILES[PRETRAIN]} or {FILES[FINETUNE]} there")
@@ -105,8 +107,8 @@ def sources(folder: Path) -> list[str]:
 
 
 def records_file(folder: Path) -> Path:
-    """The file of Data-Juicer records. Raises DataError if it is missing, or if it has captions without questions and
-    the file with their questions is missing."""
+    """Path of the file of Data-Juicer records. Raises DataError if it is missing, or if it has captions and the file
+    with their questions is missing."""
     path, originals = folder / FILES[PRETRAIN], folder / ORIGINALS
     if not path.is_file():
         raise DataError(f"{path}: no such file; put the records in Data-Juicer's form there")
@@ -115,14 +117,14 @@ def records_file(folder: Path) -> Path:
             with suppress(BadRecordError):
                 if not has_turns(_record_in(row)):
                     raise DataError(
-                        f"{originals}: no such file; put the question of {row.where} there, which has only a caption"
+                        f"{originals}: no such file; put the question of {row.where} there, as it has only a caption"
                     )
     return path
 
 
 def other_questions(folder: Path, pictures: Path, settings: Samples, skip: Skip) -> list[PictureQuestion]:
     """The questions of the test sets, then the conversations to train on. Unusable ones go to `skip` with file and
-    line. Raises DataError where there is nothing to test on."""
+    line. Raises DataError if no question can be tested."""
     sources(folder)
     store = Pictures(folder, pictures, settings.pad)
     tested = [*_textvqa_questions(folder, settings, store, skip), *_mmbench_questions(folder, settings, store, skip)]
@@ -134,7 +136,10 @@ def other_questions(folder: Path, pictures: Path, settings: Samples, skip: Skip)
 def caption_questions(
     folder: Path, records: Path, pictures: Path, settings: Samples, others: list[PictureQuestion], skip: Skip
 ) -> list[PictureQuestion]:
-    """The captions to train on from the file `records`; `others` are all other questions."""
+    """Questions to train on from the captions in the file `records`.
+
+    `others` has all other questions. A caption of a picture that a test question shows goes to `skip`.
+    """
     tested = [question for question in others if question.source in (TEXTVQA, MMBENCH)]
     store = Pictures(folder, pictures, settings.pad)
     return list(_pretrain_questions(folder, records, store, _picture_groups(tested), skip))
@@ -149,6 +154,7 @@ def _picture_groups(tested: list[PictureQuestion]) -> set[str]:
 
 
 def _finetune_questions(folder: Path, store: Pictures, tested: set[str], skip: Skip) -> Iterator[PictureQuestion]:
+    """The conversations of finetune.json; none without that file."""
     path = folder / FILES[FINETUNE]
     if path.is_file():
         yield from _conversations(FINETUNE, path, _record_in, store, tested, skip)
@@ -157,7 +163,7 @@ def _finetune_questions(folder: Path, store: Pictures, tested: set[str], skip: S
 def _pretrain_questions(
     folder: Path, records: Path, store: Pictures, tested: set[str], skip: Skip
 ) -> Iterator[PictureQuestion]:
-    """Captions, each with its question from LLaVA's file."""
+    """The questions to train on from captions. LLaVA's file has the question of each caption."""
     if not records.is_file():
         return
     path = folder / ORIGINALS
@@ -173,7 +179,7 @@ def _pretrain_questions(
 
 
 def read_originals(path: Path, skip: Skip) -> dict[str, Original | None]:
-    """The questions of a LLaVA file by id as text; None where records with the same id have different questions."""
+    """The questions of a LLaVA file by id as text; None if records with the same id have different questions."""
     found: dict[str, Original | None] = {}
     for row in read_rows(path):
         try:
@@ -193,6 +199,7 @@ def read_originals(path: Path, skip: Skip) -> dict[str, Original | None]:
 
 
 def _record_in(row: Row) -> dict[str, Any]:
+    """The JSON object of a row. Raises BadRecordError for another value, or a row that could not be read."""
     if row.bad is not None:
         raise BadRecordError(*row.bad)
     if not isinstance(row.record, dict):
@@ -204,7 +211,7 @@ def _conversations(
     source: str, path: Path, read: Callable[[Row], Llava], store: Pictures, tested: set[str], skip: Skip
 ) -> Iterator[PictureQuestion]:
     """The conversations of a file; `read` converts a row to a LLaVA record. Samples with the same id are numbered: ids
-    repeat in LLaVA's own mix, and where Data-Juicer writes a second caption."""
+    repeat in LLaVA's own mix, and if Data-Juicer writes a second caption."""
     times: dict[str, int] = {}
     seen: set[str] = set()
     for row, record in _read_records(path, read, store):
@@ -228,7 +235,7 @@ def _conversations(
 def _read_records(
     path: Path, read: Callable[[Row], Llava], store: Pictures
 ) -> Iterator[tuple[Row, Llava | BadRecordError]]:
-    """The rows of a file, each with its LLaVA record, whose pictures are stored, or with the record's error."""
+    """The rows of a file, each with its LLaVA record or the record's error. The pictures of the records are stored."""
 
     def attempt(row: Row) -> Llava | BadRecordError:
         try:
@@ -246,10 +253,11 @@ def _read_records(
 
 
 def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestion:
+    """The conversation of a LLaVA record. Raises BadRecordError if it or one of its pictures is unusable."""
     name = id_of(record)
     messages, names = to_messages(record)
     images = [store.of_file(each) for each in names]
-    groups = [_group(image.digest) for image in images]
+    groups = [_picture_group(image.digest) for image in images]
     *asked, answer = [_without_placeholders(message) for message in messages]
     return PictureQuestion(
         id=f"{source}/{name}",
@@ -264,7 +272,7 @@ def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestio
 
 
 def _without_placeholders(message: Message) -> Message:
-    """The message with all placeholders broken up but those of pictures; in an answer, those too."""
+    """The message with its placeholders broken up. Those of pictures stay, except in an answer."""
     pieces = message["content"].split(PLACE) if message["role"] != "assistant" else [message["content"]]
     return {"role": message["role"], "content": PLACE.join(map(break_placeholders, pieces))}
 
@@ -272,12 +280,13 @@ def _without_placeholders(message: Message) -> Message:
 # -- test sets ---------------------------------------------------------------------------------------------------
 
 
-def _below_picture(text: str) -> tuple[Message, ...]:
-    """The user message with one picture, then a text."""
+def _picture_message(text: str) -> tuple[Message, ...]:
+    """One user message: a picture, then the text."""
     return ({"role": "user", "content": f"{PLACE}\n{break_placeholders(text)}"},)
 
 
 def _textvqa_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> Iterator[PictureQuestion]:
+    """TextVQA's questions with their pictures; none without its file."""
     path, annotations = folder / FILES[TEXTVQA], folder / ANNOTATIONS
     if not path.is_file():
         return
@@ -292,7 +301,7 @@ def _textvqa_questions(folder: Path, settings: Samples, store: Pictures, skip: S
             PictureQuestion(
                 id=f"{TEXTVQA}/{name}/{times[name]}",
                 source=TEXTVQA,
-                messages=_below_picture(question.prompt if settings.ocr else without_words(question.prompt)),
+                messages=_picture_message(question.prompt if settings.ocr else without_ocr_words(question.prompt)),
                 images=(),
                 answers=question.answers,
                 group="",
@@ -306,38 +315,44 @@ _WORDS_LINE = re.compile(r"^Reference OCR token:[^\n]*\n?|\n?^Reference OCR toke
 _WORDS_BEFORE = re.compile(r"\A((?:<image>\n)?)OCR tokens: .*?(?=Question: )", re.DOTALL)
 
 
-def without_words(prompt: str) -> str:
+def without_ocr_words(prompt: str) -> str:
     """A TextVQA prompt without its OCR words, in either of LLaVA's forms."""
     return _WORDS_BEFORE.sub(r"\1", _WORDS_LINE.sub("", prompt))
 
 
 def _with_picture(store: Pictures, name: str, question: PictureQuestion) -> PictureQuestion:
-    """A test question with its picture, or with the error of its picture. It is never left out."""
+    """A test question with its picture, or with the error of its picture: test questions are never left out."""
     try:
-        return _with_stored(question, store.of_file(name))
+        return _with_stored_picture(question, store.of_file(name))
     except BadRecordError as error:
         return replace(question, group=question.id, error=f"{error.reason}: {error}")
 
 
-def _with_stored(question: PictureQuestion, picture: Stored) -> PictureQuestion:
-    return replace(question, images=(picture.name,), group=_group(picture.digest))
+def _with_stored_picture(question: PictureQuestion, picture: StoredPicture) -> PictureQuestion:
+    """The question with its picture, in the picture's group."""
+    return replace(question, images=(picture.name,), group=_picture_group(picture.digest))
 
 
 def _mmbench_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> list[PictureQuestion]:
-    """The questions, each repeated with its options rotated; once if the table has no answer for it or contains the
-    rotations. In the latter case, questions that lack a rotation go to `skip`: they would be easier."""
+    """MMBench's questions, each repeated with its options rotated.
+
+    A question without an answer is asked once, and so is each row of a table that contains the rotations. Questions of
+    such a table that lack a rotation go to `skip`, because they would be easier.
+    """
     path = folder / FILES[MMBENCH]
     if not path.is_file():
         return []
     rotate = settings.circular and not mmbench.has_rotations(path)
     found: list[PictureQuestion] = []
-    shown: dict[int, Stored] = {}
+    shown: dict[int, StoredPicture] = {}
     for row in mmbench.read_rows(path, skip):
         picture, error = _picture_of(row, shown, store)
         for turn in mmbench.rounds(row, rotate=rotate and row.answer is not None):
             question = _mmbench_question(row, turn, settings.circular)
             found.append(
-                _with_stored(question, picture) if picture else replace(question, group=question.id, error=error)
+                _with_stored_picture(question, picture)
+                if picture
+                else replace(question, group=question.id, error=error)
             )
     if rotate or not settings.circular:
         return found
@@ -348,8 +363,10 @@ def _mmbench_questions(folder: Path, settings: Samples, store: Pictures, skip: S
     return [question for question in found if question.meta["of"] not in lacking]
 
 
-def _picture_of(row: mmbench.MMBenchRow, shown: dict[int, Stored], store: Pictures) -> tuple[Stored | None, str | None]:
-    """A row's picture, which an earlier row may have, or the reason why there is none."""
+def _picture_of(
+    row: mmbench.MMBenchRow, shown: dict[int, StoredPicture], store: Pictures
+) -> tuple[StoredPicture | None, str | None]:
+    """A row's picture and None, or None and the reason why there is none. An earlier row may have the picture."""
     if row.picture_of != row.index:
         other = shown.get(row.picture_of)
         return other, None if other else f"its picture is that of row {row.picture_of}, which has none before it"
@@ -361,11 +378,12 @@ def _picture_of(row: mmbench.MMBenchRow, shown: dict[int, Stored], store: Pictur
 
 
 def _mmbench_question(row: mmbench.MMBenchRow, turn: mmbench.Round, circular: bool) -> PictureQuestion:
+    """The question of one rotation, without its picture."""
     name = f"{MMBENCH}/{turn.id}"
     return PictureQuestion(
         id=name,
         source=MMBENCH,
-        messages=_below_picture(mmbench.prompt(row.question, row.hint, turn.options)),
+        messages=_picture_message(mmbench.prompt(row.question, row.hint, turn.options)),
         images=(),
         answers=(turn.answer,) if turn.answer else (),
         group="",
@@ -386,8 +404,10 @@ def _mmbench_question(row: mmbench.MMBenchRow, turn: mmbench.Round, circular: bo
 
 
 def asked_rows(folder: Path, tested: list[PictureQuestion]) -> list[dict[str, Any]]:
-    """A row for each TextVQA question and each row of MMBench's table, in the files' order. `asked` has the keys of
-    LLaVA's lines about the question, `ids` the samples. The first rotation of a row is submitted."""
+    """The rows of the submission: one for each TextVQA question and each row of MMBench's table, in the files' order.
+
+    `asked` has the keys of LLaVA's lines about the question, `ids` the sample ids. The first rotation is submitted.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for question in tested:
         meta = question.meta
@@ -402,4 +422,5 @@ def asked_rows(folder: Path, tested: list[PictureQuestion]) -> list[dict[str, An
 
 
 def _without_picture(text: str) -> str:
+    """The text of a prompt without its picture."""
     return text.removeprefix(f"{PLACE}\n")

@@ -59,7 +59,7 @@ ways to leave one human out."""
 
 
 def accuracy(answer: str, references: Sequence[str], cleaning: Cleaning = "mmf") -> float:
-    """The accuracy of one answer in 0..1 against ten human answers. Raises DataError for another number of them."""
+    """The accuracy of one answer in 0..1 against ten human answers. Raises DataError if there are not ten."""
     if len(references) != HUMANS:
         raise DataError(f"a TextVQA question has {len(references)} human answers; its accuracy needs {HUMANS}")
     cleaned = clean(answer, cleaning)
@@ -130,7 +130,7 @@ with a capital (so "Im" stays "im") or with `'s`; and entries that change nothin
 def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> Iterator[TextVqaQuestion]:
     """The questions of a file, line by line. Unusable lines go to `skip`, also those without an annotation.
 
-    `annotations` is None if nothing is scored.
+    `annotations` is None if the questions are not scored; then they need none.
     """
     for number, line in lines_in(path):
         where = f"{path.name}:{number}"
@@ -141,6 +141,7 @@ def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> I
 
 
 def _question(line: bytes, annotations: Annotations | None, where: str) -> TextVqaQuestion:
+    """The question in a line. Raises BadRecordError if the line is unusable or has no annotation."""
     record = object_in(line)
     name, image = _id(record, "question_id"), text_of(record, "image")
     text_of(record, "text")
@@ -175,8 +176,8 @@ def question_in(prompt: str) -> str:
 
 
 def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
-    """Human answers by image and question. The last one counts if a question occurs twice, as in LLaVA. Raises
-    DataError for a file of another form."""
+    """Human answers by image id and lower-case question. If a question occurs twice, the last one counts, as in LLaVA.
+    Raises DataError for a file of another form."""
     try:
         content = json.loads(path.read_bytes())
         return {(_id(each, "image_id"), each["question"].lower()): _texts(each["answers"]) for each in content["data"]}
@@ -188,12 +189,14 @@ def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
 
 
 def _texts(values: list[str]) -> list[str]:
+    """The values, if they are a list of strings. Raises TypeError otherwise."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError("answers are not a list of strings")
     return values
 
 
 def _id(record: Mapping[str, object], field: str) -> str:
+    """An id of a record as text. Raises BadRecordError if it is neither a string nor an integer."""
     value = record.get(field)
     if type(value) not in (str, int):
         raise BadRecordError(

@@ -9,7 +9,7 @@ from typing import Any
 class BadRecordError(Exception):
     """A line, or a part of a line, that cannot be used.
 
-    `reason` names the kind of fault, by which skipped records are counted; the message holds the value found.
+    Skipped records are counted by `reason`, the kind of fault. The message holds the value found.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -22,14 +22,14 @@ def lines_in(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, line.removesuffix(b"\n")  # else an error at its end would be on a second line
+                yield number, line.removesuffix(b"\n")  # else an error there would seem to be on the next line
 
 
 def object_in(line: bytes) -> dict[str, Any]:
     """The JSON object in a line. Raises BadRecordError for anything else."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
-        json.dumps(record, ensure_ascii=False).encode()  # half a character, "\\ud83d", is valid JSON but not Unicode
+        json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate, "\\ud83d", is valid JSON, not Unicode
     except (ValueError, RecursionError) as error:
         raise BadRecordError("not JSON", str(error)) from error
     if not isinstance(record, dict):
@@ -38,7 +38,7 @@ def object_in(line: bytes) -> dict[str, Any]:
 
 
 def text_of(record: dict[str, Any], field: str) -> str:
-    """A field's text, stripped. An `id` may also be an integer. Raises BadRecordError for other and empty values."""
+    """The text of a field, stripped. An `id` may be an integer. Raises BadRecordError for other and empty values."""
     if field not in record:
         raise BadRecordError(f"no {field}")
     value = record[field]

@@ -10,7 +10,7 @@ _DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇
 _UNITS = {"十": 10, "百": 100, "千": 1000}
 _CHINESE_NUMBER = "[零〇一二两三四五六七八九十百千]{1,12}"
 _NUMBER = rf"(?:\d{{1,6}}|{_CHINESE_NUMBER})"
-# not \b, which takes Chinese characters for word characters: they touch English words without a space
+# not \b, which counts Chinese characters as word characters: they touch English words without a space
 _PAGE_PATTERNS = (
     re.compile(rf"第\s*({_NUMBER}(?:\s*(?:以及|[、,和与與及])\s*第?\s*{_NUMBER}){{0,9}})\s*[页頁]"),
     re.compile(r"(?<![a-z])page\s*(?:(?:no\.?|number)\s*)?(\d{1,6})(?![a-z\d])", re.IGNORECASE),
@@ -43,7 +43,7 @@ _POSITION = re.compile(
 def pages_named(text: str) -> list[int]:
     """1-based pages that a question names, in its order, each once.
 
-    Reads `第3页和第5页`, `第3、5页` and `pages 3 and 5`. Full-width digits count as digits. Page 0 is no page. A range
+    Reads `第3页和第5页`, `第3、5页` and `pages 3 and 5`. Full-width digits count as digits. Page 0 is left out. A range
     such as `pages 3-5` names its first page.
     """
     text = unicodedata.normalize("NFKC", text)
@@ -56,17 +56,17 @@ def pages_named(text: str) -> list[int]:
 
 
 def page_named(text: str) -> int | None:
-    """1-based page that a question names: `第6页`, `第 六 页`, `page 6`, `6th page`; None where it names none.
+    """The first 1-based page that a question names; None without one.
 
-    The first page named wins.
+    Reads `第6页`, `第 六 页`, `page 6` and `6th page`.
     """
     return next(iter(pages_named(text)), None)
 
 
 def figure_named(text: str) -> str | None:
-    """Figure that a question names, as number and small letter: `图2` -> `2`, `FIG. 2A` and `图二(a)` -> `2a`.
+    """The first figure that a question names, as number and lower-case letter; None without one.
 
-    Also `附图3`, `第2幅图`, `Figure 2(b)`. The first figure named wins. None without one.
+    `图2` becomes `2`; `FIG. 2A` and `图二(a)` become `2a`. Also reads `附图3`, `第2幅图` and `Figure 2(b)`.
     """
     text = unicodedata.normalize("NFKC", text)
     matches = [match for pattern in _FIGURE_PATTERNS for match in pattern.finditer(text)]
@@ -75,7 +75,7 @@ def figure_named(text: str) -> str | None:
 
 
 def figure_labelled(text: str) -> tuple[str, str] | None:
-    """Figure that a text begins with, and the text after it: `图2 剖视图` -> (`2`, ` 剖视图`). None for other texts."""
+    """The figure that a text begins with, and the rest of the text: `图2 剖视图` -> (`2`, ` 剖视图`). Else None."""
     text = unicodedata.normalize("NFKC", text).strip().removeprefix("附")
     for match in filter(None, (pattern.match(text) for pattern in _FIGURE_PATTERNS[:2])):
         figure = _figure(match)
@@ -84,6 +84,7 @@ def figure_labelled(text: str) -> tuple[str, str] | None:
 
 
 def _figure(match: re.Match[str]) -> str | None:
+    """The figure of a match as number and letter; None for a number that is not well-formed."""
     digits, numeral, *letters = match.groups()
     number = int(digits) if digits else chinese_number(numeral)
     return f"{number}{''.join(filter(None, letters)).lower()}" if number else None
@@ -96,7 +97,7 @@ def asks_position(text: str) -> bool:
 
 
 def chinese_number(text: str) -> int | None:
-    """Value of a Chinese numeral below ten thousand; None for a text that is not a well-formed number.
+    """The value of a Chinese numeral below ten thousand; None for a text that is not a well-formed number.
 
     `二十一` -> 21, `一百零五` -> 105, `一百五` -> 150 (spoken form), and a row of digits: `一二` -> 12.
     """

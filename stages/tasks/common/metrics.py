@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 
 
 def _current_name(value: Any) -> Any:
-    """The value, with the name that older recipes have for `original` replaced."""
+    """The value; `original` for `seed_001`, which is its name in older recipes."""
     return "original" if value == "seed_001" else value
 
 
@@ -33,8 +33,8 @@ def normalize(text: str) -> str:
 
 
 def normalize_original(text: str) -> str:
-    """The text as the program that extractive_qa replaces normalises it, in its order: lower case, one space for each
-    run of characters that are no letters or digits, articles removed, white space squeezed.
+    """The text normalised as the original of extractive_qa does, in its order: lower case, one space for each sequence
+    of characters that are neither letters nor digits, no articles, single spaces.
 
     More texts become equal than by SQuAD's rules, such as 3.5% and "3 5", and words get lost: "N/A" becomes "n".
     """
@@ -61,18 +61,20 @@ def character_f1(answer: str, reference: str) -> float:
 
 
 def best_score(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
-    """The best score over all references. Raises ValueError where there are none."""
+    """The best score over all references. Raises ValueError if there are none."""
     if not references:
         raise ValueError("a sample without references cannot be scored")
     return max(metric(answer, reference) for reference in references)
 
 
 def _characters(text: str) -> list[str]:
+    """The characters that `character_f1` compares."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return [c for c in folded if not c.isspace() and not unicodedata.category(c).startswith("P")]
 
 
 def _bag_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
+    """F1 of two bags of tokens; 0 if they share none."""
     shared = sum((Counter(answer) & Counter(reference)).values())
     if shared == 0:
         return 0.0

@@ -40,19 +40,19 @@ class Row:
     number: int
     """1-based line of a text file on which it begins, or row of a table."""
     place: str
-    """The number. Where another record begins on the same line before it, line and record: `1-500`."""
+    """The number; line and record, such as `1-500`, if another record begins earlier on the same line."""
     where: str
     """File and place for messages: `a.jsonl:7`, `a.json:1 record 500`, `b.parquet row 7`."""
     split: Split | None
     """The split that the name of its file or folder states."""
     record: Any
-    """The JSON value; None where it cannot be read."""
+    """The JSON value; None if it cannot be read."""
     bad: tuple[str, str] | None = None
     """Why it cannot be read: a reason and a detail."""
 
 
 def data_set_name(path: Path) -> str | None:
-    """The name of the data set at a path; None where the path is no data set."""
+    """The name of the data set at a path; None if the path is not a data set."""
     if path.is_dir():
         return path.name if _files(path) else None
     return path.stem if path.suffix.lower() in ENDINGS and path.is_file() else None
@@ -62,9 +62,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a data set, a file or a folder of files. Raises DataError for a folder with missing parts."""
     if path.is_dir():
         for file, split in _files(path):
-            yield from _read(file, str(file.relative_to(path.parent)), split)
+            yield from _read_file(file, str(file.relative_to(path.parent)), split)
     else:
-        yield from _read(path, path.name, None)
+        yield from _read_file(path, path.name, None)
 
 
 def _files(folder: Path) -> list[tuple[Path, Split | None]]:
@@ -84,12 +84,14 @@ def _files(folder: Path) -> list[tuple[Path, Split | None]]:
 
 
 def _existing_path(path: Path) -> Path:
+    """The path. Raises DataError if it does not exist."""
     if not path.exists():
         raise DataError(f"{path}: missing, but listed by the data set's metadata; copy the whole folder")
     return path
 
 
 def _json(path: Path) -> Any:
+    """The JSON value in a file; None if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -103,26 +105,31 @@ def _split_of(path: Path) -> Split | None:
 
 
 def _split_in(name: str) -> Split | None:
+    """The first split that a word of a name states; None without one."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 
 
 def names_a_split(name: str) -> bool:
-    """Whether a name is only the name of a split: `test`, but not `law-test`."""
+    """Whether a name is a split's name and nothing else: `test`, but not `law-test`."""
     return name.lower() in _SPLITS
 
 
 class MakeRow(Protocol):
+    """Makes the Row of a record, or of the fault `bad` in all rows from `number` to `last`."""
+
     def __call__(
         self, number: int, record: Any = None, *, bad: tuple[str, str] | None = None, last: int | None = None
     ) -> Row: ...
 
 
-def _read(path: Path, file: str, split: Split | None) -> Iterator[Row]:
+def _read_file(path: Path, file: str, split: Split | None) -> Iterator[Row]:
+    """The rows of one file. `file` is its path as the rows state it."""
     ending = path.suffix.lower()
     count = before = 0
 
     def row(number: int, record: Any = None, *, bad: tuple[str, str] | None = None, last: int | None = None) -> Row:
+        """The Row at `number`, numbered by place if an earlier one has the same line."""
         nonlocal count, before
         count, shared, before = count + 1, number == before, number
         if ending in TEXT:
@@ -143,6 +150,7 @@ def _read(path: Path, file: str, split: Split | None) -> Iterator[Row]:
 
 
 def _refuse_constant(name: str) -> Any:
+    """Raise ValueError for NaN and infinities, which are not JSON."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -160,9 +168,10 @@ _BRACKETS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[{}\[\]]')
 
 
 def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
+    """The rows of a text file: an array, SQuAD's form, values one after the other, or JSON Lines."""
     with path.open("rb") as file:
         beginning = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().decode("utf-8", "replace")
-    lines = _first_of_several_lines(path)  # each of them may be a table or an array
+    lines = _begins_with_json_line(path)  # each of them may be a table or an array
     table = None if lines else _TABLE.match(beginning)
     array_at_once = beginning.startswith("[") and not lines
     if path.suffix.lower() != ".json" and table is None and not array_at_once:
@@ -176,7 +185,7 @@ def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
         yield from _read_elements(text, 0, False, row)
 
 
-def _first_of_several_lines(path: Path) -> bool:
+def _begins_with_json_line(path: Path) -> bool:
     """Whether a file's first line is a JSON value and more lines follow."""
     with path.open("rb") as file:
         lines = (line for line in file if line.removeprefix(b"\xef\xbb\xbf").strip())
@@ -189,6 +198,7 @@ def _first_of_several_lines(path: Path) -> bool:
 
 
 def _read_lines(path: Path, row: MakeRow) -> Iterator[Row]:
+    """The rows of a JSON Lines file."""
     with path.open("rb") as lines:  # in bytes: text would also be split at U+2028, which JSON may contain
         for number, line in enumerate(lines, start=1):
             text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").strip()
@@ -231,21 +241,24 @@ def _read_elements(text: str, place: int, array: bool, row: MakeRow) -> Iterator
 
 
 def _after_space(text: str, place: int) -> int:
-    """The place after the white space at a place."""
+    """The place of the first character from `place` on that is not white space."""
     found = _SPACE.match(text, place)
     return found.end() if found else place
 
 
 def _first_key(text: str, place: int) -> str:
-    """The first key of the object at a place, as written, with its quotation marks; empty where there is none."""
+    """The first key of the object at a place, as written, with its quotation marks; empty without one."""
     found = _FIRST_KEY.match(text, place)
     return found.group(1) if found else ""
 
 
 def _next_element(text: str, place: int, key: str) -> int:
-    """Where to resume after a broken element: after its closing bracket, unless a complete element begins before that.
-    Without a closing bracket, where an object begins with the first key of this element or of the one before, else at
-    the end of the text."""
+    """The place at which reading resumes after a broken element.
+
+    That is after its closing bracket, or at a complete element that begins before the bracket. Without a closing
+    bracket, it is the next object that begins with the first key of this element or of the one before, else the end of
+    the text.
+    """
     keys = {_first_key(text, place), key} - {""}
     opening = re.compile(r"\{\s*(?:" + ("|".join(map(re.escape, keys)) or '"') + ")")
     end = _closing_place(text, place)
@@ -270,7 +283,7 @@ def _is_element(text: str, place: int, opening: re.Pattern[str]) -> bool:
 
 
 def _closing_place(text: str, place: int) -> int | None:
-    """The place after the bracket that closes the one at a place; None where brackets do not match."""
+    """The place after the bracket that closes the one at a place; None if brackets do not match."""
     awaited = []
     for found in _BRACKETS.finditer(text, place):
         token = found.group()
@@ -287,7 +300,7 @@ def _closing_place(text: str, place: int) -> int | None:
 
 
 def _utf8_row(record: Any, number: int, row: MakeRow) -> Row:
-    """The row of a record; a bad row if the record cannot be written as UTF-8: wrong bytes, or half a character."""
+    """The row of a record; a bad row if the record cannot be written as UTF-8: wrong bytes, or a lone surrogate."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -327,8 +340,8 @@ def _read_parquet(path: Path, row: MakeRow) -> Iterator[Row]:
 
 
 def _read_arrow(path: Path, row: MakeRow) -> Iterator[Row]:
-    """The rows of an Arrow stream, as `datasets` writes it, or of an Arrow file, read by record batch. All after a
-    damaged batch are lost, because only reading a batch shows where the next one begins."""
+    """The rows of an Arrow stream, as `datasets` writes it, or of an Arrow file, read by record batch. Rows
+    after a damaged batch are lost, because only reading a batch shows where the next one begins."""
     import pyarrow as pa
 
     number = 0
@@ -357,5 +370,6 @@ def _read_batch(batch: Any, before: int, row: MakeRow) -> Iterator[Row]:
 
 
 def _batches(file: Any) -> Iterator[Any]:
+    """The record batches of an Arrow file, read one at a time."""
     for number in range(file.num_record_batches):
         yield file.get_batch(number)

@@ -28,11 +28,13 @@ from stages.tasks.task import Found
 
 
 class ExtractiveMeta(Meta):
+    """Metadata of a sample."""
+
     context_characters: int
 
 
 class Scoring(Section):
-    """`eval.scoring`."""
+    """Settings of `eval.scoring`."""
 
     normalization: metrics.Normalization = Field(
         "squad",
@@ -42,7 +44,7 @@ class Scoring(Section):
 
 
 def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None, split: str) -> list[Sample]:
-    """The one sample of a question, equal in every split."""
+    """The one sample of a question, the same in every split."""
     meta: ExtractiveMeta = {
         "group": question.group,
         "source": question.source,
@@ -62,19 +64,19 @@ def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """The first line of a completion, because all answers in training are one line; None if there is none."""
+    """The first line of a completion, because all answers in training are one line; None if it is empty."""
     return text.strip().split("\n")[0].strip() or None
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """The question's id, data set, text and answer. The answer is empty where there is none."""
+    """A line with the question's id, data set, text and answer. The answer is empty if there is none."""
     prediction = predictions.get(row["id"])
     answer = (prediction["answer"] if prediction else None) or ""
     return {"id": row["id"], "dataset": row["dataset"], "question": row["question"], "answer": answer}
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese; each the best over all references."""
+    """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese: 0..1, the best over all references."""
     settings = Scoring.model_validate(recipe.eval.scoring)
     first = metrics.normalize_original if settings.normalization == "original" else str
     best = partial(metrics.best_score, answer=first(answer), references=[first(one) for one in sample["references"]])

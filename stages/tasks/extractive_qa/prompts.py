@@ -15,7 +15,7 @@ _QUESTION = {True: "问题：{}", False: "Question: {}"}
 def answer_prompt(context: str, question: str) -> list[Message]:
     """The prompt for a question with its context, which is never cut. An empty context is not mentioned.
 
-    The instruction is the system message, because chat templates insert a default one where it is missing.
+    The instruction is the system message, because chat templates insert a default one if it is missing.
     """
     chinese = is_chinese(question)
     asked = _QUESTION[chinese].format(break_placeholders(question))

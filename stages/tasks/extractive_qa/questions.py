@@ -64,6 +64,7 @@ def _data_sets(folder: Path) -> dict[str, Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
+    """The files and folders in the data folder, sorted, without hidden ones."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; put the data sets there")
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -73,12 +74,12 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ContextQuestion]:
-    """All usable questions by data set. Others go to `skip` with file and line. Raises DataError if none is left."""
+    """Usable questions by data set. Others go to `skip` with file and line. Raises DataError if none is usable."""
     data_sets = _data_sets(folder)
     for path in _entries(folder):
         if path not in data_sets.values() and path.stem.upper() not in ("README", "LICENSE", "NOTICE"):
             skip(path.name, "not a data set", f"its ending is none of {', '.join(ENDINGS)}")
-    questions = [question for name in sorted(data_sets) for question in _read(name, data_sets[name], skip)]
+    questions = [question for name in sorted(data_sets) for question in _read_data_set(name, data_sets[name], skip)]
     if not questions:
         raise DataError(
             f"{folder}: no usable question in {', '.join(sorted(data_sets))}; see the skipped records in the log"
@@ -86,7 +87,7 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
     return _with_groups(questions)
 
 
-def _read(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
+def _read_data_set(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
     """The questions of one data set. `group` is the record's own group, or empty."""
     found: dict[str, ContextQuestion] = {}
     stated: dict[str, Split | None] = {}
@@ -97,7 +98,7 @@ def _read(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
             continue
         for number, part in enumerate(_nested_records(row.record)):
             try:
-                name, question = _parse(part)
+                name, question = _parse_record(part)
             except _BadRecordError as error:
                 skip(row.where, error.reason, str(error))
                 continue
@@ -121,7 +122,7 @@ def _read(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
 
 
 def _split_uses(stated: set[Split]) -> dict[Split, Given]:
-    """How each split that a data set states is used.
+    """The split that Lorry makes of each split that a data set states.
 
     The test split is the test set. With a test split, the validation split is trained on, because Lorry holds out its
     own part of the training data to choose checkpoints. Without a test split, the validation split is the test set, as
@@ -138,8 +139,11 @@ def _split_uses(stated: set[Split]) -> dict[Split, Given]:
 
 
 def _with_groups(questions: list[ContextQuestion]) -> list[ContextQuestion]:
-    """The questions with final groups: one for all questions about the same context, in any data set, and for all that
-    share a group in their own data set. The name of a group does not depend on the order of questions."""
+    """The questions with their final groups.
+
+    Questions about the same context fall into one group, whatever their data sets. So do questions of one data set that
+    state the same group. The name of a group does not depend on the order of questions.
+    """
     above: dict[str, str] = {}
 
     def top(name: str) -> str:
@@ -163,7 +167,7 @@ def _group_name(question: ContextQuestion) -> str:
 
 
 def asked_rows(folder: Path, tested: list[ContextQuestion]) -> list[dict[str, Any]]:
-    """A row for each test question, in the order of the data."""
+    """A row of the submission for each test question, in the order of the data."""
     return [{"ids": [one.id], "id": one.id, "dataset": one.source, "question": one.text} for one in tested]
 
 
@@ -179,7 +183,7 @@ class _BadRecordError(Exception):
 
 
 def _nested_records(record: Any) -> Iterator[Any]:
-    """The questions nested in a record: in SQuAD's own files, articles contain paragraphs, and these questions."""
+    """The questions nested in a record: in SQuAD's own files, articles contain paragraphs with questions."""
     if not isinstance(record, dict):
         yield record
     elif isinstance(record.get("data"), list):
@@ -198,12 +202,12 @@ def _nested_records(record: Any) -> Iterator[Any]:
         yield record
 
 
-def _parse(record: Any) -> tuple[str, ContextQuestion]:
+def _parse_record(record: Any) -> tuple[str, ContextQuestion]:
     """A record's id, empty if it has none, and its question without id and source."""
     if not isinstance(record, dict):
         raise _BadRecordError("not a JSON object", f"found {type(record).__name__}")
     if record.get("messages") is not None:
-        context, text, answers = _from_messages(record["messages"])
+        context, text, answers = _parse_messages(record["messages"])
     else:
         context = _text(record, "context") if record.get("context") is not None else ""
         text, answers = _text(record, "question"), _answers(record)
@@ -211,7 +215,7 @@ def _parse(record: Any) -> tuple[str, ContextQuestion]:
         raise _BadRecordError("empty question")
     if not answers:
         raise _BadRecordError("no answer")
-    if break_placeholders(answers[0]) != answers[0]:  # training would read it as a picture or as the end
+    if break_placeholders(answers[0]) != answers[0]:  # training would read it as a picture or as the end of the text
         raise _BadRecordError("answer contains a placeholder", answers[0][:100])
     group = _name(record, "group") or _name(record, "title")
     return _name(record, "id"), ContextQuestion("", text, context, answers, "", group, None)
@@ -222,7 +226,7 @@ _QUESTION = re.compile(r"^[^\S\n]*(?:question|问题)\s*[:：]", re.IGNORECASE |
 _QUESTION_IN_LINE = re.compile(r"(?<=[\s.!?;。！？；…”」）)])(?:question|问题)\s*[:：]", re.IGNORECASE)
 
 
-def _from_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
+def _parse_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
     """Context, question and answers of a conversation. A system message is allowed and ignored: the task has its own.
 
     The context begins after the marker at the start of the text, and the question after the last marker at the start
@@ -246,6 +250,7 @@ def _from_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _text(record: dict[str, Any], field: str) -> str:
+    """The text of a field, stripped. Raises _BadRecordError if it is missing or not a string."""
     if record.get(field) is None:
         raise _BadRecordError(f"no {field}")
     if not isinstance(record[field], str):

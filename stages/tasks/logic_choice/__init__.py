@@ -35,6 +35,8 @@ COMPONENTS = ("retry", "adapter")
 
 
 class LogicMeta(Meta):
+    """Metadata of a sample."""
+
     problem: str
     options: dict[str, str]
     """Option texts by letter."""
@@ -42,11 +44,11 @@ class LogicMeta(Meta):
     index: int
     """0-based position of the sub-question in its problem."""
     label_source: str | None
-    """The file of guessed answers; None where the answer is the data's own."""
+    """The file of guessed answers that has the answer; None if the answer is the data's own."""
 
 
 class Passes(Section):
-    """`infer.passes`."""
+    """Settings of `infer.passes`."""
 
     retries: int = Field(
         2, ge=0, description="Maximum number of retries for a question whose completion has no valid letter"
@@ -57,7 +59,7 @@ class Passes(Section):
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[LogicQuestion]:
-    """The sub-questions of all files. Unusable ones go to `skip`. Raises DataError if none is left."""
+    """The sub-questions of all files. Unusable ones go to `skip`. Raises DataError if none is usable."""
     return read_problems(folder, skip)
 
 
@@ -77,11 +79,11 @@ def build_samples(recipe: Recipe, question: LogicQuestion, found: Found | None, 
         "label_source": question.label_source,
     }
     if split != "test":
-        meta["target"] = prompts.target(question.problem, question.answers[0])
+        meta["target"] = prompts.target_completion(question.problem, question.answers[0])
     return [
         {
             "id": question.id,
-            "messages": prompts.choice(question.problem, question.text, options),
+            "messages": prompts.choice_prompt(question.problem, question.text, options),
             "images": [],
             "references": list(question.answers),
             "meta": meta,
@@ -90,52 +92,54 @@ def build_samples(recipe: Recipe, question: LogicQuestion, found: Found | None, 
 
 
 def passes(recipe: Recipe) -> tuple[str, ...]:
-    """`answer`, then a pass for each retry."""
-    return ("answer", *(f"retry_{number}" for number in range(1, _passes(recipe).retries + 1)))
+    """Names of the passes: `answer`, then one for each retry."""
+    return ("answer", *(f"retry_{number}" for number in range(1, _pass_settings(recipe).retries + 1)))
 
 
-def _passes(recipe: Recipe) -> Passes:
+def _pass_settings(recipe: Recipe) -> Passes:
+    """The settings of `infer.passes`."""
     return Passes.model_validate(recipe.infer.passes)
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask | None:
-    """The prompt of the question; in a retry, with a temperature, and None if a completion has a valid letter."""
+    """The prompt of the question, in a retry with a temperature. No retry, and None, if a completion has a letter."""
     if name == "answer":
         return Ask(sample["messages"])
     if "retry" in without or any(read_answer(text, sample) for text in before.values()):
         return None
-    # a seed for each sample and pass: other prompts and their order do not change the completion
+    # a seed for each sample and pass, so that other prompts and their order do not change the completion
     seed = int(digest_of([recipe.seed, sample["id"], name])[:8], 16) & 0x7FFFFFFF
-    return Ask(sample["messages"], temperature=_passes(recipe).retry_temperature, seed=seed)
+    return Ask(sample["messages"], temperature=_pass_settings(recipe).retry_temperature, seed=seed)
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """The one prompt; retries repeat it."""
+    """The one prompt, which retries repeat."""
     return [(Ask(sample["messages"]), 0)]
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """The letter in a completion, if the question has an option with it, else None. There is no default letter."""
+    """The letter in a completion that names one of the question's options; None without one: there is no default."""
     return prompts.letter_in(text, _meta(sample)["options"])
 
 
 def narrowed_sample(sample: Sample, answers: Sequence[str]) -> Sample | None:
-    """The question with only these options, which keep their letters; None where that changes nothing."""
+    """The question with only these options, which keep their letters; None if fewer than two remain or all do."""
     meta = _meta(sample)
     options = {letter: option for letter, option in meta["options"].items() if letter in answers}
     if len(options) < 2 or len(options) == len(meta["options"]):
-        return None  # nothing is left to choose, or no option is removed
-    messages = prompts.choice(meta["problem"], meta["question"], options)
+        return None  # nothing to choose, or no option removed
+    messages = prompts.choice_prompt(meta["problem"], meta["question"], options)
     fewer: LogicMeta = {**meta, "options": options}
     return {**sample, "messages": messages, "meta": fewer}
 
 
 def _meta(sample: Sample) -> LogicMeta:
+    """The metadata of a sample, with the keys of this task."""
     return cast(LogicMeta, sample["meta"])
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """A problem's answers in the order of its questions, empty where there is none."""
+    """A line with the answers to a problem in the order of its questions. An answer is empty if there is none."""
     found = [predictions.get(place) if place else None for place in row["places"]]
     return {"id": row["id"], "questions": [{"answer": (one["answer"] if one else None) or ""} for one in found]}
 

@@ -15,7 +15,7 @@ from stages.tasks.task import Given, Skip
 LETTERS = "ABCDEFG"
 """Letters of options, in order."""
 TRAIN, TEST = "train", "test"
-"""Names of files. Both are the data set `train`: adapters trained on one are tested on the other."""
+"""Names of files. Both belong to the data set `train`, because adapters trained on one are tested on the other."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LogicQuestion:
     """A sub-question of a problem."""
 
     id: str
-    """`<problem>/<index>` in test.jsonl, and in train.jsonl unless test.jsonl has it; else with `@<data set>`."""
+    """`<problem>/<index>` for test.jsonl, and for train.jsonl if test.jsonl lacks it; others add `@<data set>`."""
     problem_id: str
     index: int
     """0-based position among the sub-questions of its problem."""
@@ -36,7 +36,7 @@ class LogicQuestion:
     group: str
     split: Given | None
     label_source: str | None
-    """The file of guessed answers that has its answer; None where the answer is the data's own."""
+    """The file of guessed answers that has its answer; None if the answer is the data's own."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A line of a problem file. None takes the place of an unusable sub-question."""
+    """A line of a problem file. `parts` has None in the place of an unusable sub-question."""
 
     id: str
     text: str
@@ -58,16 +58,16 @@ class _Problem:
 
     @property
     def group(self) -> str:
-        """The same for problems with the same text, whatever their ids, white space and Unicode form."""
+        """A name that all problems with the same text share, whatever their ids, white space and Unicode form."""
         return "problem-" + digest_of(" ".join(unicodedata.normalize("NFKC", self.text).split()))[:16]
 
     @property
     def parts_without_answers(self) -> tuple[tuple[str, tuple[str, ...]] | None, ...]:
-        """The sub-questions with their options, without answers, which one of several files may lack."""
+        """The text and options of each sub-question. Answers are left out, because some files may lack them."""
         return tuple((part.text, part.options) if part else None for part in self.parts)
 
     def question(self, index: int, source: str) -> LogicQuestion | None:
-        """A sub-question to train on; None if it is unusable."""
+        """The sub-question at a position, to train on; None if it is unusable."""
         part = self.parts[index]
         if part is None:
             return None
@@ -85,28 +85,29 @@ def sources(folder: Path) -> list[str]:
     """The data sets in the data folder that an adapter can be trained on, sorted. Raises DataError if there is
     none, or a name is ambiguous."""
     found = [TRAIN] if (folder / "train.jsonl").is_file() else []
-    found += [path.stem for part in ("sources", "labels") for path in _files(folder, part)]
+    found += [path.stem for part in ("sources", "labels") for path in _jsonl_files(folder, part)]
     clash = sorted({name for name in found if found.count(name) > 1 or name == TEST})
     if clash:
         raise DataError(
             f"{folder}: ambiguous names {', '.join(clash)}; rename the files of sources/ and labels/ so that no name is"
-            f" used twice and none is {TEST}: data mixes name them without endings"
+            f" used twice and none is {TEST}, as data mixes name them without endings"
         )
     if not found:
         raise DataError(f"{folder}: nothing to train on; put train.jsonl there, or files into sources/ or labels/")
     return sorted(found)
 
 
-def _files(folder: Path, part: str) -> list[Path]:
+def _jsonl_files(folder: Path, part: str) -> list[Path]:
+    """The `.jsonl` files in a subfolder of the data folder; none without that subfolder."""
     inside = folder / part
     return [path for path in visible_files(inside) if path.suffix == ".jsonl"] if inside.is_dir() else []
 
 
 def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
-    """The sub-questions of all files, test.jsonl's first. Unusable lines and sub-questions go to `skip` with file and
-    line. Raises DataError if no sub-question is usable."""
+    """The sub-questions of all files, those of test.jsonl first. Unusable lines and sub-questions go to `skip` with
+    file and line. Raises DataError if no sub-question is usable."""
     sources(folder)
-    problems = _read(folder / "test.jsonl", skip) if (folder / "test.jsonl").is_file() else []
+    problems = _read_file(folder / "test.jsonl", skip) if (folder / "test.jsonl").is_file() else []
     scored = any(part and part.answer for _, problem in problems for part in problem.parts)
     by_id: dict[str, list[_Problem]] = {}
     questions: dict[str, LogicQuestion] = {}
@@ -116,18 +117,18 @@ def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
             split: Given = "test" if question.answers else "asked"
             _add(questions, replace(question, id=f"{problem.id}/{question.index}", source=TRAIN, split=split))
     if (folder / "train.jsonl").is_file():
-        for where, problem in _read(folder / "train.jsonl", skip):
+        for where, problem in _read_file(folder / "train.jsonl", skip):
             by_id.setdefault(problem.id, []).append(problem)
             for question in _questions(problem, TRAIN, where, skip):
                 plain = f"{problem.id}/{question.index}"
                 name = question.id if plain in questions else plain
                 _add(questions, replace(question, id=name, split="train" if scored else None))
-    for path in _files(folder, "sources"):
-        for where, problem in _read(path, skip):
+    for path in _jsonl_files(folder, "sources"):
+        for where, problem in _read_file(path, skip):
             by_id.setdefault(problem.id, []).append(problem)
             for question in _questions(problem, path.stem, where, skip):
                 _add(questions, question)
-    for path in _files(folder, "labels"):
+    for path in _jsonl_files(folder, "labels"):
         for question in _labelled_questions(path, by_id, skip):
             _add(questions, question)
     if not questions:
@@ -139,11 +140,12 @@ def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
 
 
 def _add(questions: dict[str, LogicQuestion], question: LogicQuestion) -> None:
-    assert question.id not in questions, question.id  # ids contain the file's name, and names are unique
+    """Add a question under its id."""
+    assert question.id not in questions, question.id  # ids contain the file's name, which is unique
     questions[question.id] = question
 
 
-def _read(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
+def _read_file(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
     """The usable problems of a file, each with file and line."""
     found: dict[str, tuple[str, _Problem]] = {}
     for where, line in _lines(path):
@@ -207,6 +209,7 @@ def _labelled_questions(path: Path, by_id: dict[str, list[_Problem]], skip: Skip
 
 
 def _labels(line: bytes) -> tuple[str, list[Any]]:
+    """The problem id and the guessed answers in a line of labels. Raises BadRecordError for another form."""
     record = object_in(line)
     questions = record.get("questions")
     if not isinstance(questions, list) or not all(isinstance(one, dict) for one in questions):
@@ -215,7 +218,7 @@ def _labels(line: bytes) -> tuple[str, list[Any]]:
 
 
 def _labelled_problem(name: str, answers: list[Any], by_id: dict[str, list[_Problem]]) -> _Problem:
-    """The problem that a line of labels belongs to. Raises BadRecordError if there is none or several."""
+    """The problem that a line of labels belongs to. Raises BadRecordError for none, several, or other sub-questions."""
     found = by_id.get(name, [])
     if not found:
         raise BadRecordError("label of an unknown problem", name)
@@ -232,6 +235,7 @@ def _labelled_problem(name: str, answers: list[Any], by_id: dict[str, list[_Prob
 
 
 def _problem(line: bytes, where: str, skip: Skip) -> _Problem:
+    """The problem in a line. Its unusable sub-questions go to `skip`. Raises BadRecordError for an unusable line."""
     record = object_in(line)
     name, text = text_of(record, "id"), text_of(record, "problem")
     questions = record.get("questions")
@@ -243,11 +247,12 @@ def _problem(line: bytes, where: str, skip: Skip) -> _Problem:
             parts.append(_part(question))
         except BadRecordError as error:
             skip(f"{where}, question {number}", error.reason, str(error))
-            parts.append(None)  # keeps the positions of those after it
+            parts.append(None)  # so that those after it keep their positions
     return _Problem(name, text, tuple(parts))
 
 
 def _part(question: Any) -> _Part:
+    """A sub-question from its JSON value. Raises BadRecordError for another form."""
     if not isinstance(question, dict):
         raise BadRecordError("question is not a JSON object", repr(question)[:100])
     options = question.get("options")
@@ -260,9 +265,9 @@ def _part(question: Any) -> _Part:
 
 
 def letter_of(answer: Any, options: tuple[str, ...]) -> str | None:
-    """The letter for an answer in the data, which is a letter or the text of an option; None for an empty answer.
+    """The letter of an answer in the data, which is a letter or the text of an option; None for an empty answer.
 
-    Raises BadRecordError for an answer that fits no option or two.
+    Raises BadRecordError for an answer that fits no option or several.
     """
     if answer is None or answer == "":
         return None
@@ -281,6 +286,7 @@ def letter_of(answer: Any, options: tuple[str, ...]) -> str | None:
 
 
 def _is_same_text(option: str, answer: str) -> bool:
+    """Whether an option and an answer are equal, apart from width, case and white space."""
     return " ".join(unicodedata.normalize("NFKC", option).split()).casefold() == " ".join(answer.split()).casefold()
 
 
@@ -288,12 +294,12 @@ def _is_same_text(option: str, answer: str) -> bool:
 
 
 def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]]:
-    """The rows of the submission: one for each line of test.jsonl, also for unusable ones; without that file, one for
+    """The rows of the submission, one for each line of test.jsonl, also for unusable lines. Without that file, one for
     each problem held out from train.jsonl, in its order.
 
-    A row has the problem's `id` as written in the file, a number or a text; as `places` the sample id of each
-    sub-question, None for an unusable one; and as `ids` all sample ids. If test.jsonl has no answers, problems held out
-    from train.jsonl are tested too: a last row has them, and no line is submitted for it.
+    A row has the problem's `id` as written in the file, a number or a text. `places` has the sample id of each
+    sub-question, None for an unusable one, and `ids` all sample ids. If test.jsonl has no answers, problems held out
+    from train.jsonl are tested too. They are in a last row, which is not submitted.
     """
     given = folder / f"{TEST}.jsonl"
     lines = list(_lines(given)) if given.is_file() else []
@@ -314,7 +320,7 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
 
 
 def _id_and_count(line: bytes) -> tuple[str | int, int]:
-    """A line's problem id and number of sub-questions; empty and 0 where they cannot be read."""
+    """A line's problem id and number of sub-questions; empty and 0 if they cannot be read."""
     try:
         record = json.loads(line.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
@@ -323,5 +329,5 @@ def _id_and_count(line: bytes) -> tuple[str | int, int]:
         return "", 0
     name, questions = record.get("id", ""), record.get("questions")
     if type(name) is not int:
-        name = str(name).encode("utf-8", "replace").decode()  # JSON may contain half a character, which UTF-8 cannot
+        name = str(name).encode("utf-8", "replace").decode()  # JSON may contain a lone surrogate, UTF-8 not
     return name, len(questions) if isinstance(questions, list) else 0

@@ -30,7 +30,7 @@ def is_chinese(text: str) -> bool:
     return re.search(r"[\u3400-\u4dbf\u4e00-\u9fff]", text) is not None
 
 
-def choice(problem: str, question: str, options: Mapping[str, str]) -> list[Message]:
+def choice_prompt(problem: str, question: str, options: Mapping[str, str]) -> list[Message]:
     """The prompt for a sub-question of a problem; `options` are texts by letter."""
     chinese = is_chinese(problem)
     lines = "\n".join(f"{letter}. {break_placeholders(option)}" for letter, option in options.items())
@@ -40,7 +40,7 @@ def choice(problem: str, question: str, options: Mapping[str, str]) -> list[Mess
     return [{"role": "system", "content": _ROLE[chinese]}, {"role": "user", "content": asked}]
 
 
-def target(problem: str, letter: str) -> str:
+def target_completion(problem: str, letter: str) -> str:
     """The completion to learn: only the line that the prompt asks for."""
     return _TARGET[is_chinese(problem)].format(letter)
 
@@ -144,7 +144,7 @@ def _only_letter_called_right(text: str, options: Mapping[str, str]) -> str | No
 
 
 def _option_letter(text: str, match: re.Match[str], options: Mapping[str, str]) -> str | None:
-    """The letter that a pattern found, if it names an option and is neither an article nor one of several letters."""
+    """The letter that a pattern found; None if it names no option, is an article, or is one of several letters."""
     written, rest = match["letter"], text[match.end("letter") :]
     named = [letter for letter, option in options.items() if len(option) > 1 and _begins_with(written + rest, option)]
     if named:  # 'A is taller', 'A同学': options that begin with a letter
@@ -159,7 +159,7 @@ def _option_letter(text: str, match: re.Match[str], options: Mapping[str, str]) 
 
 
 def _lone_letter(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter of a last line that is only a letter, or of the only line with a letter and its option."""
+    """The letter of a last line that is only a letter, or of the only line with a letter and its option; else None."""
     lines = text.strip().split("\n")
     bare = _BARE.fullmatch(lines[-1])
     if bare is not None:
@@ -176,36 +176,41 @@ def _begins_with(text: str, option: str) -> bool:
     """Whether a text begins with an option as whole words."""
     found, wanted = _folded_text(text[: 2 * len(option) + 8]), _folded_text(option)
     rest = found[len(wanted) :]
-    return found.startswith(wanted) and not (wanted[-1:].isalnum() and wanted[-1:].isascii() and _is_word(rest[:1]))
+    return found.startswith(wanted) and not (
+        wanted[-1:].isalnum() and wanted[-1:].isascii() and _is_latin_or_digit(rest[:1])
+    )
 
 
 def _only_option(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the only option whose text occurs as whole words and is not denied."""
+    """The letter of the only option whose text occurs as whole words and is not denied; None if none or several do."""
     left, found = _folded_text(text), []
     for letter, option in sorted(options.items(), key=lambda item: -len(_folded_text(item[1]))):
         wanted = _folded_text(option)
-        places = list(re.finditer(_pattern(wanted), left))
+        places = list(re.finditer(_option_pattern(wanted), left))
         if places:
             # a shorter option inside a longer one does not count
-            left = re.sub(_pattern(wanted), "\0", left)
+            left = re.sub(_option_pattern(wanted), "\0", left)
         found += [letter] * any(
             not _DENIED.search(match.string[max(match.start() - 20, 0) : match.start()]) for match in places
         )
     return found[0] if len(found) == 1 else None
 
 
-def _pattern(option: str) -> str:
+def _option_pattern(option: str) -> str:
+    """A regular expression that finds an option as whole words, or as a whole clause if its text is a common word."""
     if len(option) == 1 or option in _WHOLE_CLAUSE:
         return rf"(?:(?<=[.,;:!?。、\n\0\"“(])|^)\s*{re.escape(option)}(?=\s*(?:[.,;:!?。、\n\"”)]|$))"
-    before = r"(?<![a-z0-9])" if _is_word(option[0]) else ""
-    after = r"(?![a-z0-9])" if _is_word(option[-1]) else ""
+    before = r"(?<![a-z0-9])" if _is_latin_or_digit(option[0]) else ""
+    after = r"(?![a-z0-9])" if _is_latin_or_digit(option[-1]) else ""
     return before + re.escape(option) + after
 
 
-def _is_word(character: str) -> bool:
+def _is_latin_or_digit(character: str) -> bool:
+    """Whether a character is an ASCII letter or digit."""
     return character.isascii() and character.isalnum()
 
 
 def _folded_text(text: str) -> str:
+    """The text without differences of width, case and white space, line by line."""
     lines = unicodedata.normalize("NFKC", text).casefold().strip().split("\n")
     return "\n".join(" ".join(line.split()) for line in lines)

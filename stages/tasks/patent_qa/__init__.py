@@ -28,7 +28,7 @@ from stages.tasks.common.default_settings import READS_RECORDS, Scoring
 from stages.tasks.common.mentions import asks_position
 from stages.tasks.patent_qa import prompts
 from stages.tasks.patent_qa.questions import SOURCE, PatentQuestion, asked_rows, find_documents, read_questions
-from stages.tasks.task import Ask, Found, Wanted
+from stages.tasks.task import Ask, Found, RetrievalNeeds
 
 READS_DOCUMENTS = True
 
@@ -44,7 +44,7 @@ RECALL_AT = (1, 2, 5)
 
 
 class PatentMeta(Meta, total=False):
-    """What the passes choose the pages of a sample by. Pages are 1-based."""
+    """Metadata by which the passes choose the pages of a sample. Pages are 1-based."""
 
     page_named: int | None
     """The first page that the question names, usable or not."""
@@ -74,7 +74,7 @@ class PatentMeta(Meta, total=False):
 
 
 class Samples(Section):
-    """`preprocess.samples`."""
+    """Settings of `preprocess.samples`."""
 
     shows: Literal["pictures", "text"] = Field(
         "text", description="How pages are shown: pictures, or text for a model without vision"
@@ -93,7 +93,7 @@ class Samples(Section):
 
 
 class Passes(Section):
-    """`infer.passes`."""
+    """Settings of `infer.passes`."""
 
     refine: bool = Field(False, description="Add a pass that shortens the answer to the style of the training answers")
     page_tokens: int | None = Field(
@@ -108,23 +108,27 @@ class Passes(Section):
 
 
 def sources(folder: Path) -> list[str]:
-    """The name of the one data set."""
+    """The name of the one data set, in a list."""
     return [SOURCE]
 
 
 def _meta(sample: Sample) -> PatentMeta:
+    """The metadata of a sample, with the keys of this task."""
     return cast(PatentMeta, sample["meta"])
 
 
-def _samples(recipe: Recipe) -> Samples:
+def _sample_settings(recipe: Recipe) -> Samples:
+    """The settings of `preprocess.samples`."""
     return Samples.model_validate(recipe.preprocess.samples)
 
 
-def _passes(recipe: Recipe) -> Passes:
+def _pass_settings(recipe: Recipe) -> Passes:
+    """The settings of `infer.passes`."""
     return Passes.model_validate(recipe.infer.passes)
 
 
 def _top_k(recipe: Recipe) -> int:
+    """The number of most similar pages to show."""
     assert recipe.preprocess.retrieval is not None  # required for a task that reads documents
     return recipe.preprocess.retrieval.top_k
 
@@ -132,19 +136,20 @@ def _top_k(recipe: Recipe) -> int:
 # -- samples -----------------------------------------------------------------------------------------------------
 
 
-def retrieval_needs(recipe: Recipe) -> Wanted:
+def retrieval_needs(recipe: Recipe) -> RetrievalNeeds:
     """What retrieval must find for the questions."""
-    settings = _samples(recipe)
-    return Wanted(settings.examples, settings.crop_figure and settings.shows == "pictures")
+    settings = _sample_settings(recipe)
+    return RetrievalNeeds(settings.examples, settings.crop_figure and settings.shows == "pictures")
 
 
 def classification(recipe: Recipe, question: PatentQuestion) -> Ask | bool | None:
-    """How to decide whether a page's drawing is enough for a question; None if the classifier does not apply."""
+    """How to decide whether a page's drawing is enough for a question: a prompt for the model, or the rule's verdict.
+    None if the recipe has no classifier, or the question does not name exactly one page."""
     if len(question.pages) != 1 or recipe.preprocess.classifier == "none":  # several pages are never shown alone
         return None
     if recipe.preprocess.classifier == "rule":
         return asks_position(question.text)
-    return Ask(prompts.classification_prompt(question.text), max_new_tokens=_passes(recipe).classify_tokens)
+    return Ask(prompts.classification_prompt(question.text), max_new_tokens=_pass_settings(recipe).classify_tokens)
 
 
 def read_classification(text: str) -> bool:
@@ -159,7 +164,7 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None,
     then similar ones. If the drawing of a page is enough, training gets a second sample with that page alone.
     """
     assert found is not None  # the task reads documents
-    settings, top_k = _samples(recipe), _top_k(recipe)
+    settings, top_k = _sample_settings(recipe), _top_k(recipe)
     usable = [number for number in question.pages if number in found.pages]
     named, also = (usable[0], usable[1:]) if usable else (None, [])
     meta: PatentMeta = {
@@ -186,15 +191,15 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None,
     }
     if split == "test":
         meta["examples"] = found.examples
-        _show(recipe, whole, _other_pages(settings, meta, ()), found.pages)
+        _set_prompt(recipe, whole, _other_pages(settings, meta, ()), found.pages)
         candidates = {*meta["ranked"], *meta["first"], *usable}
         meta["candidates"] = {str(number): _page_record(settings, found.pages[number]) for number in sorted(candidates)}
         return [whole]
     rows = [whole]
-    _show(recipe, whole, _other_pages(settings, meta, ()), found.pages)
+    _set_prompt(recipe, whole, _other_pages(settings, meta, ()), found.pages)
     if meta["drawing_is_enough"]:
         alone: Sample = {**whole, "id": f"{question.id}#{ALONE}", "meta": cast(PatentMeta, dict(meta))}
-        _show(recipe, alone, [], found.pages)
+        _set_prompt(recipe, alone, [], found.pages)
         rows.append(alone)
     return rows
 
@@ -205,15 +210,15 @@ def _page_record(settings: Samples, page: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other_pages(settings: Samples, meta: PatentMeta, without: Collection[str]) -> list[int]:
-    """The pages shown with the first named page, or without one: pages also named, then the most similar ones. Sorted
-    as in the document."""
+    """Numbers of the pages to show besides the first named page, if there is one: other named pages, then the most
+    similar ones. Sorted."""
     ranked = meta["first"] if "retrieval" in without else meta["ranked"]
     count = meta["top_k"] if meta["named"] is None else max(settings.others, len(meta["also_named"]))
     others = dict.fromkeys([*meta["also_named"], *ranked])
     return sorted([number for number in others if number != meta["named"]][:count])
 
 
-def _show(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int, Mapping[str, Any]]) -> None:
+def _set_prompt(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int, Mapping[str, Any]]) -> None:
     """Set the messages and images of a sample to its question with these pages."""
     meta = _meta(sample)
     ask = _answer_prompt(recipe, meta, others, {str(number): page for number, page in pages.items()}, ())
@@ -231,8 +236,8 @@ def _answer_prompt(
     pages: Mapping[str, Mapping[str, Any]],
     without: Collection[str],
 ) -> Ask:
-    """The prompt for the question with its named page, if any, and `others`. `pages` are by number as text."""
-    settings, passes = _samples(recipe), _passes(recipe)
+    """The prompt for the question with its named page, if there is one, and `others`. `pages` are by number as text."""
+    settings, passes = _sample_settings(recipe), _pass_settings(recipe)
     named = meta["named"]
     alone = named is not None and not others
     hint = alone and settings.position_hint and asks_position(meta["question"]) and "position_hint" not in without
@@ -254,14 +259,14 @@ def _answer_prompt(
 
 
 def passes(recipe: Recipe) -> tuple[str, ...]:
-    """`classify` if the model is the classifier, `answer`, and `refine` if the recipe asks for it."""
+    """Names of the passes: `classify` if the model is the classifier, `answer`, and `refine` if the recipe has it."""
     first = ("classify",) if recipe.preprocess.classifier == "model" else ()
-    return (*first, "answer", *(("refine",) if _passes(recipe).refine else ()))
+    return (*first, "answer", *(("refine",) if _pass_settings(recipe).refine else ()))
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask | None:
-    """The prompt of a test sample in a pass; None if it skips the pass."""
-    meta, settings = _meta(sample), _passes(recipe)
+    """The prompt of the pass `name` for a test sample; None if the sample skips that pass."""
+    meta, settings = _meta(sample), _pass_settings(recipe)
     if name == "classify":
         if meta.get("named") is None or meta["also_named"] or "classifier" in without:
             return None
@@ -274,14 +279,15 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
         return Ask(messages, max_new_tokens=settings.refine_tokens)
     alone = _shows_page_alone(meta, before, without)
     if alone or "retrieval" in without:
-        others = [] if alone else _other_pages(_samples(recipe), meta, without)
+        others = [] if alone else _other_pages(_sample_settings(recipe), meta, without)
         return _answer_prompt(recipe, meta, others, meta["candidates"], without)
     limit = settings.page_tokens if meta.get("named") is not None else None
     return Ask(sample["messages"], sample["images"], meta.get("max_pixels"), limit)
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """All prompts that a sample may lead to, each with the most tokens of earlier completions that it will hold."""
+    """All prompts that the passes may ask about a sample, each with the most tokens that earlier completions add to
+    it."""
     asks: list[tuple[Ask | None, int]] = [
         (ask(recipe, sample, "answer", {"classify": word}, without), 0) for word in "YN"
     ]
@@ -293,7 +299,7 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
 
 
 def _shows_page_alone(meta: PatentMeta, before: Mapping[str, str], without: Collection[str]) -> bool:
-    """Whether to show a question's page alone."""
+    """Whether to show a question's page alone, by the classifier's verdict."""
     if meta.get("named") is None or meta["also_named"] or "classifier" in without:
         return False
     if "classify" in before:
@@ -308,8 +314,8 @@ def read_answer(text: str, sample: Sample) -> str:
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, str]:
-    """A line with the original's keys: `question_type` is the classifier's completion, `answer` the long answer and
-    `style_answer` the final one. Both are empty where there is none."""
+    """A line with the original's keys. `question_type` is the classifier's completion, `answer` the long answer and
+    `style_answer` the final one; each is empty if there is none."""
     prediction = next((predictions[name] for name in row["ids"] if name in predictions), None)
     texts = prediction["passes"] if prediction else {}
     final = (prediction["answer"] if prediction else None) or ""
@@ -327,8 +333,8 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese; for questions about positions, also
-    their exact match under its own name."""
+    """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese, in 0..1. For questions about positions,
+    `position_exact_match` repeats the exact match."""
     references = sample["references"]
     exact = metrics.best_score(metrics.exact_match, answer, references)
     found = {
@@ -342,8 +348,8 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def facts(sample: Sample) -> dict[str, float]:
-    """Recall of retrieval, if the data name evidence: the share of evidence pages that are shown, and that are among
-    the k most similar."""
+    """Recall of retrieval in 0..1: the share of evidence pages that are shown, and that are among the k most similar.
+    Empty if the data name no evidence."""
     meta = _meta(sample)
     evidence = set(meta["evidence"])
     if not evidence:

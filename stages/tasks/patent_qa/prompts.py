@@ -16,6 +16,7 @@ READER = "Answer with the shortest exact words from the pages."
 
 
 def _user(content: str) -> list[Message]:
+    """One message of the user."""
     return [{"role": "user", "content": content}]
 
 
@@ -48,7 +49,7 @@ _CARE = {True: "请先仔细看图和文字，再给出答案。", False: "Look 
 
 
 def picture_prompt(question: str, named: int, others: int, hint: bool) -> list[Message]:
-    """The prompt for a question with pictures: `named` of the pages that it names, then `others` of further pages."""
+    """The prompt for a question with pictures of pages: first `named`, which the question names, then `others` more."""
     chinese = is_chinese(question)
     parts = [_ROLE[chinese]]
     if named:
@@ -94,7 +95,7 @@ def classification_prompt(question: str) -> list[Message]:
 
 
 def says_yes(text: str) -> bool:
-    """Whether a completion of the classifier says yes: the first whole word Y, N, yes or no decides; no without one."""
+    """Whether the classifier's completion says yes. The first whole word Y, N, yes or no decides; else False."""
     text = unicodedata.normalize("NFKC", text).lower()
     word = r"(?<![a-z])(?:y|yes|n|no)(?![a-z])|(?<![\u4e00-\u9fff])(?:是的?|否|不是?)(?![\u4e00-\u9fff])"
     found = re.search(word, text)

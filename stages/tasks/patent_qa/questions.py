@@ -34,16 +34,18 @@ class PatentQuestion:
     """1-based pages that hold the answer, by the data."""
     kind: str
     split: Literal["train", "test"] | None
-    """The split that the data give; None where Lorry chooses it."""
+    """The split that the data state; None: Lorry chooses it."""
     row: int
     """0-based position among the non-blank lines of its file, as in the original's submissions."""
 
     @property
     def source(self) -> str:
+        """Name of the one data set."""
         return SOURCE
 
     @property
     def group(self) -> str:
+        """The document, because all its questions fall into the same split."""
         return self.document
 
     @property
@@ -53,7 +55,8 @@ class PatentQuestion:
 
 
 def find_documents(folder: Path) -> list[Path]:
-    """All files below `documents/`, sorted. Rendering reports files that are not PDFs. Raises DataError for no file."""
+    """Paths of all files below `documents/`, sorted. Rendering reports those that are not PDFs. Raises DataError if
+    there is no file."""
     documents = folder / "documents"
     found = visible_files(documents) if documents.is_dir() else []
     if not found:
@@ -62,7 +65,7 @@ def find_documents(folder: Path) -> list[Path]:
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[PatentQuestion]:
-    """All usable questions. Bad lines go to `skip` with file and line. Raises DataError where no question is left."""
+    """All usable questions. Unusable lines go to `skip` with file and line. Raises DataError if none is usable."""
     sources: list[tuple[Path, Literal["train", "test"] | None]] = [
         (folder / "test.jsonl", "test"),
         (folder / "train.jsonl", "train"),
@@ -82,7 +85,7 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
         for row, (number, line) in enumerate(lines_in(path)):
             where = f"{path.name}:{number}"
             try:
-                question = replace(_parse(line, f"{path.stem}-{number}", split, documents), row=row)
+                question = replace(_parse_line(line, f"{path.stem}-{number}", split, documents), row=row)
             except BadRecordError as error:
                 skip(where, error.reason, str(error))
                 continue
@@ -101,8 +104,8 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
 
 
 def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any]]:
-    """The rows of the submission in the order of the file: one for each line of test.jsonl, also for unusable ones;
-    without that file, one for each question about the documents held out.
+    """The rows of the submission in the order of the file, one for each line of test.jsonl, also for unusable lines.
+    Without that file, one for each question about the documents held out.
 
     A row has `idx` (0-based, as text), `ids` (empty for an unusable line), `document` and `question`.
     """
@@ -114,6 +117,7 @@ def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any
 
 
 def _row(row: int, question: PatentQuestion | None, record: dict[str, Any]) -> dict[str, Any]:
+    """The row of the submission for a line; `record` is the JSON object of an unusable one."""
     if question is not None:
         record = {"ids": [question.id], "document": question.document, "question": question.text}
     else:
@@ -122,6 +126,7 @@ def _row(row: int, question: PatentQuestion | None, record: dict[str, Any]) -> d
 
 
 def _raw_record(line: bytes) -> dict[str, Any]:
+    """The JSON object in a line, whatever its fields; empty if it cannot be read."""
     try:
         record = json.loads(line.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
@@ -129,7 +134,10 @@ def _raw_record(line: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _parse(line: bytes, default_id: str, split: Literal["train", "test"] | None, documents: set[str]) -> PatentQuestion:
+def _parse_line(
+    line: bytes, default_id: str, split: Literal["train", "test"] | None, documents: set[str]
+) -> PatentQuestion:
+    """The question in a line. Raises BadRecordError if it is unusable."""
     record = object_in(line)
     text = text_of(record, "question")
     document = unicodedata.normalize("NFC", text_of(record, "document"))
@@ -150,6 +158,7 @@ def _parse(line: bytes, default_id: str, split: Literal["train", "test"] | None,
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
+    """The answers of a record. Raises BadRecordError for values that are not texts."""
     value = record.get("answer", [])
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
@@ -158,6 +167,7 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _evidence(record: dict[str, Any]) -> tuple[int, ...]:
+    """The pages of a record's evidence. Raises BadRecordError for values that are not page numbers."""
     value = record.get("pages", [])
     if not isinstance(value, list) or not all(type(v) is int and v >= 1 for v in value):
         raise BadRecordError("pages is not a list of page numbers", repr(value)[:100])
@@ -165,7 +175,7 @@ def _evidence(record: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _without_leaks(questions: list[PatentQuestion], skip: Skip) -> list[PatentQuestion]:
-    """The questions without training questions about a document that has test questions; those go to `skip`."""
+    """The questions. Training questions about a document that also has test questions are left out and go to `skip`."""
     tested = {question.document for question in questions if question.split == "test"}
     usable = []
     for question in questions:
