@@ -344,7 +344,7 @@ def test_a_file_that_the_manifest_does_not_vouch_for_is_not_believed(tmp_path: P
         ("eval/manifest.json", b"[]", "trained, not scored: eval/manifest.json is damaged"),
         ("eval/manifest.json", b'{"contract": 3}', "trained, not scored: eval/manifest.json is damaged"),
         ("eval/scores.json", None, "broken: eval/scores.json has changed since eval wrote it"),
-        ("train/adapters/mixed/training.json", b"{}", "broken: train/adapters/mixed/training.json is not as"),
+        ("train/adapters/mixed/training.json", b"{}", "broken: train/adapters/mixed/training.json has changed since"),
     ],
 )
 def test_damage_is_reported_in_a_row(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
