@@ -120,7 +120,7 @@ class Ask:
 
 
 class Task(Protocol):
-    """What every task's module has. `stages.tasks.common.default_*` has what most tasks leave as it is."""
+    """Members that every task's module must have. `stages.tasks.common.default_*` defines those that most share."""
 
     # Questions are Any: a function that takes a task's own question type is not one that takes any Question.
 
@@ -285,7 +285,7 @@ HAVE_DEFAULTS = {
     **dict.fromkeys(("SHARED", "ask", "narrowed_sample", "passes", "rehearsal"), "prompts"),
     **dict.fromkeys(("asked_rows", "facts", "measures", "picture", "submission", "together", "uploads"), "results"),
 }
-"""Members of the contract that have a default, in `stages.tasks.common.default_<this>`."""
+"""Members of the contract that have a default, each with the ending of its module `stages.tasks.common.default_*`."""
 
 
 def check_task(module: ModuleType) -> Task:
