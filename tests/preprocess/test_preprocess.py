@@ -426,7 +426,7 @@ def test_no_data_folder_and_no_model(lorry: Lorry, recipe_file: Path, few: Path,
     code, line = refused(lorry, str(recipe_file), "--set", "preprocess.retrieval.embedder=nothing")
     assert (code, "nothing: no such model folder" in line) == (2, True)
     code, line = refused(replace(lorry, models=tmp_path), str(recipe_file))
-    assert (code, f"LORRY_MODELS is {tmp_path}" in line) == (2, True)
+    assert (code, f"below LORRY_MODELS ({tmp_path})" in line) == (2, True)
 
 
 def test_a_wrong_recipe_or_option(lorry: Lorry, recipe_file: Path) -> None:
@@ -434,7 +434,7 @@ def test_a_wrong_recipe_or_option(lorry: Lorry, recipe_file: Path) -> None:
         ("no-such-recipe",): "patent-qa",
         (): "name a RECIPE",
         ("--run", "never-made"): "no such run",
-        (str(recipe_file), "--run", "../up"): "one folder name",
+        (str(recipe_file), "--run", "../up"): "not the name of one folder",
         (str(recipe_file), "--profile", "tiny"): "no profile 'tiny'",
         (str(recipe_file), "--set", "train.rnk=2"): "did you mean 'rank'?",
         (
