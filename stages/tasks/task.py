@@ -120,7 +120,7 @@ class Ask:
 
 
 class Task(Protocol):
-    """What every task's module has. `stages.tasks.common.default_*` has what most tasks leave as it is."""
+    """Members that the module of every task must have. `stages.tasks.common.default_*` has those that most share."""
 
     # Questions are Any: a function that takes a task's own question type is not one that takes any Question.
 

@@ -10,20 +10,20 @@ SHARED: tuple[str, ...] = ()
 
 
 def passes(recipe: Recipe) -> tuple[str, ...]:
-    """One pass."""
+    """The name of the one pass."""
     return ("answer",)
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask:
-    """The sample's own messages and images, as in training."""
+    """The prompt with the sample's own messages and images, as in training."""
     return Ask(sample["messages"], sample["images"])
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """The one prompt of `ask`."""
+    """The one prompt of `ask`, to which no earlier completion adds tokens."""
     return [(Ask(sample["messages"], sample["images"]), 0)]
 
 
 def narrowed_sample(sample: Sample, answers: Sequence[str]) -> Sample | None:
-    """None: answers are free text, so there are no options to choose from."""
+    """None, because answers are free text, without options to choose from."""
     return None

@@ -9,36 +9,36 @@ from stages.contract.records import Prediction, Sample
 
 
 def asked_rows(folder: Path, tested: list[Any]) -> list[dict[str, Any]]:
-    """One line of the submission for each test question, in their order."""
+    """A row of the submission for each test question, in the order of the questions."""
     return [{"id": question.id, "ids": [question.id]} for question in tested]
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """`id` and `answer`; the answer is empty where there is none."""
+    """A line with `id` and `answer`. The answer is empty if there is none."""
     prediction = predictions.get(row["id"])
     return {"id": row["id"], "answer": (prediction["answer"] if prediction else None) or ""}
 
 
 def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-    """No files beside the submission."""
+    """An empty list: no server needs other files than the submission."""
     return []
 
 
 def facts(sample: Sample) -> dict[str, float]:
-    """No metrics that are independent of the answer."""
+    """An empty dictionary: all metrics depend on the answer."""
     return {}
 
 
 def together(sample: Sample) -> str:
-    """Each sample counts by itself."""
+    """The sample's id, because each sample counts alone."""
     return sample["id"]
 
 
 def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
-    """No measures with a unit."""
+    """An empty dictionary: the task measures nothing in units."""
     return {}
 
 
 def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
-    """No drawing."""
+    """None: the task draws nothing."""
     return None

@@ -10,12 +10,12 @@ COMPONENTS: tuple[str, ...] = ()
 
 
 class Samples(Section):
-    """`preprocess.samples`: no settings."""
+    """Settings of `preprocess.samples`: none."""
 
 
 class Passes(Section):
-    """`infer.passes`: no settings."""
+    """Settings of `infer.passes`: none."""
 
 
 class Scoring(Section):
-    """`eval.scoring`: no settings."""
+    """Settings of `eval.scoring`: none."""
