@@ -45,18 +45,18 @@ class CardChoice:
     lines: tuple[str, ...] = ()
     """Lines to print about the choice."""
 
-    def cards_of(self, stage: str) -> tuple[Gpu, ...]:
+    def stage_cards(self, stage: str) -> tuple[Gpu, ...]:
         """The GPUs of one stage. infer computes on one GPU, so it gets only the first of those that `auto` took."""
         return self.cards[:1] if self.auto and stage == "infer" else self.cards
 
     def devices(self, stage: str) -> list[str]:
         """UUIDs of a stage's GPUs, as a container gets them; the user's names if NVML shows no GPUs."""
-        return [gpu.uuid for gpu in self.cards_of(stage)] or list(self.names)
+        return [gpu.uuid for gpu in self.stage_cards(stage)] or list(self.names)
 
     def visible_devices(self, stage: str) -> str:
         """CUDA_VISIBLE_DEVICES of a stage as a local process, such as `0,2`."""
         # not UUIDs: libraries read it as integers
-        return ",".join([str(gpu.index) for gpu in self.cards_of(stage)] or self.names)
+        return ",".join([str(gpu.index) for gpu in self.stage_cards(stage)] or self.names)
 
 
 def choose_cards(
@@ -64,16 +64,18 @@ def choose_cards(
 ) -> CardChoice:
     """Choose the GPUs for these stages, and hold them if one of the stages computes on GPUs.
 
-    `text` is GPUS, `target` a target's name, and `options` name the run (`open_run`). Raises UsageError for a wrong
-    list, or a list with the target `cpu`; InterruptedRunError for GPUs that another Lorry process holds for itself;
-    DoesNotFitError if `auto` finds too few, or NVML does not answer.
+    `text` is the value of GPUS, `target` a target's name, and `options` name the run (`open_run`). Raises UsageError
+    for a wrong list, or a list with the target `cpu`; InterruptedRunError for GPUs that another Lorry process holds for
+    itself; DoesNotFitError if `auto` finds too few, or NVML does not answer.
     """
     wish = parse_wish(text) if text and text.strip() else None
     gpu_stages = tuple(stage for stage in stages if stage in GPU_STAGES)
     named = named_target(target, load_targets()) if target else None
     if named is not None and named.capability is None:
         if wish is not None:
-            raise UsageError(f"target {named.name} takes no GPUs; leave GPUS out, or name the GPUs' target")
+            raise UsageError(
+                f"GPUS={wish.text}: target {named.name} has no GPUs; leave GPUS out, or set another TARGET"
+            )
         return CardChoice()
     if found.problem and (gpu_stages or named is None):
         raise DoesNotFitError(f"{found.problem}, or set TARGET=cpu")
@@ -81,7 +83,7 @@ def choose_cards(
         return _cards_by_name(wish, named is not None and bool(gpu_stages))
     denied = denied_cards(os.environ.get("LORRY_GPU_DENY"), found.gpus)
     if wish is not None and wish.auto:
-        return _pick(wish, gpu_stages, options, found, denied, holds, named)
+        return _pick_and_hold(wish, gpu_stages, options, found, denied, holds, named)
     cards = named_cards(wish, found.gpus, denied) if wish else _default_cards(found.gpus, denied, bool(gpu_stages))
     if gpu_stages:
         hold_named(cards, f"GPUS={wish.text}" if wish else DEFAULT, holds)
@@ -98,12 +100,13 @@ def choose_target(name: str | None, choice: CardChoice, gpus: tuple[Gpu, ...]) -
     if name:
         return named_target(name, targets)
     if choice.names:
-        raise UsageError(f"NVML shows no GPUs here; name their target (TARGET=...), one of {', '.join(targets)}")
+        known = ", ".join(targets)
+        raise UsageError(f"GPUS={','.join(choice.names)}: NVML shows no GPUs here; set TARGET, to one of {known}")
     cards = choice.cards or tuple(gpu for gpu in gpus if not gpu.lost)[:1]
     return target_of(Machine(cpus=0, memory_bytes=0, gpus=cards), targets)
 
 
-def _pick(
+def _pick_and_hold(
     wish: Wish,
     gpu_stages: tuple[str, ...],
     options: dict[str, Any],
@@ -112,7 +115,10 @@ def _pick(
     holds: Holds,
     target: Target | None,
 ) -> CardChoice:
-    """Choose and hold the GPUs for `auto`; none if no stage computes on GPUs."""
+    """Choose and hold the GPUs for `auto`; none if no stage computes on GPUs.
+
+    Raises DoesNotFitError if too few have enough free memory, or cannot reach an exact batch.
+    """
     if not gpu_stages:
         return CardChoice(auto=True)
     need, note = job_need(gpu_stages, options), []
@@ -125,7 +131,10 @@ def _pick(
 
 
 def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
-    """The GPUs by the user's names, if NVML shows none here, as when the Docker engine runs on another machine."""
+    """The GPUs as the user named them, if NVML shows none here, as when the Docker engine runs on another machine.
+
+    Raises UsageError for a name that is not a GPU's number or UUID, comes twice or is denied.
+    """
     denied = [name.strip() for name in os.environ.get("LORRY_GPU_DENY", "").split(",")]
     if wish is None:
         if needs_gpu and "0" in denied:
@@ -213,9 +222,9 @@ def inference_bytes(weights: int) -> int:
 
 
 def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes]:
-    """Bytes that training takes on each GPU, as `lorry plan` estimates them: as asked, and with least memory.
+    """Two functions for the bytes that training takes on each GPU: as the recipe asks, and with least memory.
 
-    Of two phases, the larger counts.
+    The bytes are those that `lorry plan` estimates. Of two phases, the larger counts.
     """
     from stages.hardware.fit import plan_training
     from stages.hardware.memory import max_lengths
@@ -227,7 +236,7 @@ def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes
     @cache
     def planned_bytes(number: int, capability: Capability, memory: int | None) -> int:
         """Bytes of the larger phase, planned to fit in `memory` bytes; None: as asked."""
-        dtype = target_of(_machine_of(capability), load_targets()).dtype
+        dtype = target_of(_machine_with_capability(capability), load_targets()).dtype
         dtype = dtype if recipe.train.precision == "auto" else recipe.train.precision
         ways = [plan_training(shape, settings, number, dtype, memory, lengths) for settings, lengths in phases]
         return int(max(way.estimate.total for way in ways))
@@ -238,6 +247,6 @@ def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes
     )
 
 
-def _machine_of(capability: Capability) -> Machine:
+def _machine_with_capability(capability: Capability) -> Machine:
     """A machine with one GPU of this compute capability, to look up its target."""
     return Machine(cpus=0, memory_bytes=0, gpus=(Gpu(0, "", "", capability, 0, 0, ""),))

@@ -21,7 +21,7 @@ from stages.contract.roots import Roots
 from stages.contract.stop import die_with_parent
 from stages.hardware.targets import Target
 from stages.host.needs import GPU_STAGES
-from stages.host.outcome import Outcome, Runner, outcome_of_signal
+from stages.host.outcome import Outcome, Runner, signal_outcome
 from stages.host.runs import stage_arguments
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,15 +31,15 @@ USER = 1000
 
 
 def find_engine(timeout: float = 20) -> tuple[Any, str]:
-    """The client of the Docker engine, or None if no engine answers within `timeout` seconds, and its address.
+    """The client of the Docker engine (None if none listens at its address), and the address.
 
-    The address is DOCKER_HOST or that of the current context, as for `docker` itself. Raises UsageError if the engine
-    refuses this user or cannot be used.
+    The address is DOCKER_HOST or that of the current context, as for `docker` itself. Raises UsageError if docker-py is
+    not installed, or if the engine refuses this user, does not answer within `timeout` seconds or cannot be used.
     """
     try:
         import docker
     except ImportError as error:
-        raise UsageError("docker-py is not installed here; run `make setup`") from error
+        raise UsageError("docker-py: not installed here; run `make setup`") from error
     address = os.environ.get("DOCKER_HOST") or docker.ContextAPI.get_current_context().Host
     try:
         engine = docker.from_env(environment={**os.environ, "DOCKER_HOST": address}, timeout=timeout)
@@ -50,12 +50,12 @@ def find_engine(timeout: float = 20) -> tuple[Any, str]:
             return None, address
         if isinstance(cause, PermissionError):
             raise UsageError(
-                f"no permission on the Docker engine's socket {address}; join its group (`sudo usermod -aG docker"
-                " $USER`, then log in again)"
+                f"{address}: no permission on this socket of the Docker engine; join its group (`sudo usermod -aG"
+                " docker $USER`, then log in again)"
             ) from error
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"the Docker engine at {address} cannot be used ({reason}); see `docker info`, or set DOCKER_HOST"
+            f"{address}: the Docker engine there cannot be used ({reason}); see `docker info`, or set DOCKER_HOST"
         ) from error
     return engine, address
 
@@ -97,13 +97,15 @@ def container_runner(
     def run(stage: str, more: list[str]) -> Outcome:
         """Run a stage in a container, with further arguments."""
         if signals:
-            raise InterruptedRunError(f"stopped by {signals[0].name}; run the same command again")
+            raise InterruptedRunError(
+                f"{stage}: stopped by {signals[0].name} before it began; run the same command again"
+            )
         name = f"lorry-{stage}-{uuid.uuid4().hex[:8]}"
         arguments = stage_arguments(_mounted_options(options))
         command = [*compose, *_run_options(name, options), stage, *arguments, *more]
         environment.update({"TARGET": image_target(stage, target), "GPUS": ",".join(devices(stage))})
         code = _run_container(engine, name, command, environment, signals)
-        return outcome_of_signal(stage, code - 128) if code > 128 else Outcome(code)
+        return signal_outcome(stage, code - 128) if code > 128 else Outcome(code)
 
     return run, images[stages[-1]]
 
@@ -133,7 +135,7 @@ def compose_command() -> list[str]:
         if client and subprocess.run([client, "compose", "version"], capture_output=True, check=False).returncode == 0:
             return [client, "compose", "--project-directory", str(REPOSITORY), "--progress", "quiet"]
     raise UsageError(
-        "a Docker engine answers, but no docker client on PATH has the compose plugin; install it (Debian:"
+        "PATH: a Docker engine answers, but no docker client here has the compose plugin; install it (Debian:"
         " docker-compose; Docker's own packages: docker-compose-plugin)"
     )
 
@@ -147,7 +149,7 @@ def refuse_without_nvidia(info: dict[str, Any], target: Target) -> None:
     cdi = any(device.startswith("nvidia.com/gpu") for device in devices)
     if "nvidia" not in (info.get("Runtimes") or {}) and not cdi and not shutil.which("nvidia-container-runtime-hook"):
         raise DoesNotFitError(
-            f"target {target.name} needs GPUs, but this Docker engine has no NVIDIA runtime; install"
+            f"target {target.name}: needs GPUs, but this Docker engine has no NVIDIA runtime; install"
             " nvidia-container-toolkit, run `nvidia-ctk runtime configure --runtime=docker` and restart Docker, or set"
             " TARGET=cpu"
         )
@@ -163,11 +165,11 @@ def refuse_image(engine: Any, image: str, version: str, target: str) -> None:
         found = engine.images.get(image).labels.get(VERSION_LABEL)
     except ImageNotFound as error:
         raise UsageError(
-            f"no image {image}; run `make images TARGET={target}`, or set PULL=missing to fetch it from REGISTRY"
+            f"{image}: no such image; run `make images TARGET={target}`, or set PULL=missing to fetch it from REGISTRY"
         ) from error
     if found != version:
         raise UsageError(
-            f"image {image} holds Lorry {found or 'of no version'}, but its name says {version}; run `make images"
+            f"{image}: holds Lorry {found or 'without a version'}, but its name says {version}; run `make images"
             f" TARGET={target}`"
         )
 
@@ -203,7 +205,7 @@ def container_user() -> tuple[int, int]:
 
 
 def _run_options(name: str, options: dict[str, Any]) -> list[str]:
-    """`run` and its options, for `docker compose`."""
+    """The arguments of `docker compose` up to the stage: `run`, with its options."""
     # --no-deps: the earlier stages have run, and their exit codes were checked
     arguments = [
         "run",
@@ -227,7 +229,7 @@ def _mounted_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _collect_signals() -> list[signal.Signals]:
-    """Handle stop signals from now on: returns a list to which each one is appended."""
+    """Handle stop signals from now on. Returns a list to which each signal is appended."""
     signals: list[signal.Signals] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: signals.append(signal.Signals(got)))

@@ -105,7 +105,7 @@ def examine(target: str | None, run: "Run | None") -> Iterator[Finding]:
     if target:
         named_target(target, known)
     roots, cards = Roots.from_environment(), read_cards()
-    targets = _targets(target, cards, known)
+    targets = _targets_to_check(target, cards, known)
     yield from _check_driver(cards, targets)
     engine, info, found = _find_engine()
     yield found
@@ -123,7 +123,7 @@ def examine(target: str | None, run: "Run | None") -> Iterator[Finding]:
 # -- driver and Docker engine --------------------------------------------------------------------------------------
 
 
-def _targets(name: str | None, cards: Cards, known: dict[str, Target]) -> list[Target]:
+def _targets_to_check(name: str | None, cards: Cards, known: dict[str, Target]) -> list[Target]:
     """The target called `name`; None: the targets of all GPUs here, or cpu without GPUs."""
     if name:
         return [known[name]]
@@ -232,7 +232,7 @@ def _check_libraries() -> Iterator[Finding]:
         missing = missing_libraries(stage)
         if missing:
             cure = "run `make setup`, or start Docker"
-            yield _warning("libraries", f"{stage} needs {missing[0]}, which is not installed here; {cure}")
+            yield _warning("libraries", f"{stage}: needs {missing[0]}, which is not installed here; {cure}")
 
 
 # -- disk, memory, permissions -------------------------------------------------------------------------------------
@@ -240,25 +240,25 @@ def _check_libraries() -> Iterator[Finding]:
 
 def _check_disk(roots: Roots, info: dict[str, Any]) -> Iterator[Finding]:
     """Check the free disk space for runs and for Docker's images."""
-    yield _free_space("runs", roots.runs, "delete old runs, or name another folder (LORRY_RUNS)")
+    yield _check_free_space("runs", roots.runs, "delete old runs, or name another folder (LORRY_RUNS)")
     if not info:
         return
     folder = Path(str(info.get("DockerRootDir")))
     if folder.is_dir():
-        yield _free_space("Docker's images", folder, "docker image prune, docker builder prune")
+        yield _check_free_space("Docker's images", folder, "run `docker image prune` or `docker builder prune`")
     else:
         yield _unchecked_finding("disk", f"Docker's images: {folder} is not on this machine")
 
 
-def _free_space(whose: str, folder: Path, cure: str) -> Finding:
+def _check_free_space(whose: str, folder: Path, cure: str) -> Finding:
     """A finding on the free disk space of a folder, which need not exist yet."""
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     text = f"{free / GB:.0f} GB free for {whose} ({folder})"
     if free < DISK_MINIMUM:
-        return _failure("disk", f"{text}, less than {DISK_MINIMUM // GB}; {cure}", Exit.DOES_NOT_FIT)
+        return _failure("disk", f"{text}, less than {DISK_MINIMUM // GB} GB; {cure}", Exit.DOES_NOT_FIT)
     if free < DISK_WARNING:
-        return _warning("disk", f"{text}, less than the {DISK_WARNING // GB} that a large job takes; {cure}")
+        return _warning("disk", f"{text}, less than the {DISK_WARNING // GB} GB that a large job takes; {cure}")
     return _ok_finding("disk", text)
 
 

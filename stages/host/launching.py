@@ -28,9 +28,10 @@ def launch(
 
     The first stage that does not exit with 0 ends the launch.
 
-    `options` name the run (`open_run`), `gpus` is GPUS, `target` a target's name. `force` and `shard` (such as `0/2`)
-    are for the stage itself; a shard starts without the earlier stages. Raises the errors of `choose_cards`, UsageError
-    or DoesNotFitError for a stage that cannot start here, and those of `_check_gpus` after a failure.
+    `options` name the run (`open_run`), `gpus` is the value of GPUS, `target` a target's name. `force` and `shard`
+    (such as `0/2`) are for the stage itself; a shard starts without the earlier stages. Raises the errors of
+    `choose_cards`, UsageError or DoesNotFitError for a stage that cannot start here, and those of `_check_gpus` after a
+    failure.
     """
     if options["recipe"]:
         options = {**options, "recipe": str(recipe_path(options["recipe"]).absolute())}
@@ -48,15 +49,15 @@ def launch(
         yield from choice.lines
         run = yield from _choose_runner(stages, options, target, choice, found)
         for number, name in enumerate(stages):
-            code = yield from _run_one(run, name, own_arguments if name == stage else [], choice)
+            code = yield from _run_stage(run, name, own_arguments if name == stage else [], choice)
             if code != Exit.DONE:
                 return code
             later = [following for following in stages[number + 1 :] if following in GPU_STAGES]
-            holds.keep_only({gpu.uuid for following in later for gpu in choice.cards_of(following)})
+            holds.keep_only({gpu.uuid for following in later for gpu in choice.stage_cards(following)})
     return Exit.DONE
 
 
-def _run_one(run: Runner, stage: str, arguments: list[str], choice: CardChoice) -> Generator[str, None, int]:
+def _run_stage(run: Runner, stage: str, arguments: list[str], choice: CardChoice) -> Generator[str, None, int]:
     """Run one stage to its end. Yields lines on its failure; returns its exit code."""
     outcome = run(stage, arguments)
     if outcome.problem:
@@ -72,9 +73,10 @@ def _choose_runner(
     """The function that runs a stage: in a container, or as a process if no Docker engine answers. Yields a line."""
     card = choose_target(target, choice, found.gpus)
     engine, address = find_engine()
-    if engine is not None and int(os.environ.get("LORRY_NODES") or 1) > 1:
+    nodes = int(os.environ.get("LORRY_NODES") or 1)
+    if engine is not None and nodes > 1:
         raise UsageError(
-            "LORRY_NODES: containers started here have no network and cannot train on several machines; start"
+            f"LORRY_NODES={nodes}: containers started here have no network and cannot train on several machines; start"
             " `lorry-train` on each machine, or see k8s/scale-out/train-multinode.yaml"
         )
     uses_gpus = bool(choice.cards and set(stages) & set(GPU_STAGES))
@@ -106,7 +108,7 @@ def _check_gpus(choice: CardChoice, stage: str, code: Exit) -> Iterator[str]:
         yield Problem(f"{stage}: {now.problem}")
         return
     alive = {gpu.uuid for gpu in now.gpus if not gpu.lost}
-    for gpu in choice.cards_of(stage):
+    for gpu in choice.stage_cards(stage):
         if gpu.uuid not in alive:
             says = next((other.lost for other in now.gpus if other.index == gpu.index and other.lost), "no such GPU")
             others = ",".join(str(other.index) for other in choice.cards if other.uuid in alive)

@@ -30,10 +30,10 @@ Runner = Callable[[str, list[str]], Outcome]
 """Runs one stage to its end, with further arguments of its command."""
 
 
-def outcome_of_signal(stage: str, number: int) -> Outcome:
+def signal_outcome(stage: str, number: int) -> Outcome:
     """The outcome of a stage that signal `number` ended: code 75 for SIGTERM and SIGINT, 1 for others."""
     if number not in signal.valid_signals():
-        return Outcome(Exit.CRASHED, Problem(f"{stage}: exited with {128 + number}"))
+        return Outcome(Exit.CRASHED, Problem(f"{stage}: exited with {128 + number}; see what it printed above"))
     name = signal.Signals(number).name
     code = Exit.INTERRUPTED if name in ("SIGTERM", "SIGINT") else Exit.CRASHED
     return Outcome(code, Problem(f"{stage}: ended by {name}; run the same command again to resume"))

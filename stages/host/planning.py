@@ -101,7 +101,8 @@ def _planned_gpus(target: str | None, count: int, memory: float | None, precisio
     dtype = precision_of(precision, card)
     if card.capability is None:
         if count > 1 or memory:
-            raise UsageError("--gpus and --memory are for GPUs; name their --target")
+            option = f"--memory {memory:g}" if memory else f"--gpus {count}"
+            raise UsageError(f"{option}: target {card.name} has no GPUs; leave it out, or name the GPUs' --target")
         return _Gpus(1, "a CPU", None, dtype, card)
     name = f"{count} x {card.name}" if count > 1 else card.name
     if memory:
@@ -111,7 +112,9 @@ def _planned_gpus(target: str | None, count: int, memory: float | None, precisio
         return _Gpus(count, f"{name} of {nominal} GiB, in {dtype}", round(nominal * USABLE * GIB), dtype, card)
     freest = sorted((gpu for gpu in here if gpu.memory_total), key=lambda gpu: (-gpu.memory_free, gpu.index))
     if len(freest) < count:
-        raise UsageError(f"--gpus {count}: this machine has {len(freest)} that Lorry may use; name a --target")
+        raise UsageError(
+            f"--gpus {count}: this machine has {len(freest)} that Lorry may use; ask for fewer, or name a --target"
+        )
     chosen = freest[:count]
     text = f"the {count} freest GPUs of this machine" if count > 1 else "the freest GPU of this machine"
     numbers = ",".join(str(gpu.index) for gpu in chosen)
@@ -131,7 +134,7 @@ def _usable_gpus() -> tuple[Gpu, ...]:
     reasons = {gpu: reason_to_skip(gpu, denied) for gpu in shown}
     if shown and all(reasons.values()):
         texts = "; ".join(f"GPU {gpu.index}: {reason}" for gpu, reason in reasons.items())
-        raise DoesNotFitError(f"Lorry may use no GPU here: {texts}; to plan for others, name a --target")
+        raise DoesNotFitError(f"Lorry may use no GPU of this machine ({texts}); to plan for others, name a --target")
     return tuple(gpu for gpu, reason in reasons.items() if not reason)
 
 
@@ -142,9 +145,7 @@ def _allowed_settings(train: Train, target: Target) -> Train:
     if target.deepspeed or train.sharding == "none":
         return train
     if train.sharding != "auto":
-        raise UsageError(
-            f"train.sharding is {train.sharding}, but target {target.name} has no DeepSpeed; set it to auto"
-        )
+        raise UsageError(f"train.sharding {train.sharding}: target {target.name} has no DeepSpeed; set it to auto")
     return train.model_copy(update={"sharding": "none"})
 
 
@@ -201,13 +202,13 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
     if train.exact_batch:
         refuse_inexact(phase.way.batch, train.key_of("effective_batch"))
     yield f"effective batch: {phase.way.batch}\n"
-    yield from _table(phase)
+    yield from _memory_table(phase)
     left_out = gap_in_estimate(shape, train)
     if left_out:
         yield f"not in the estimate: {left_out}"
 
 
-def _table(phase: _Phase) -> Iterator[str]:
+def _memory_table(phase: _Phase) -> Iterator[str]:
     """Yield a table of the peak memory by component, in GiB: as asked, and as train would change it if it does."""
     ways = [phase.asked] if phase.asked == phase.way else [phase.asked, phase.way]
     heads = ("as asked", "changed")[: len(ways)]
@@ -233,7 +234,7 @@ def _verdict(phase: _Phase) -> tuple[bool, list[str]]:
             f" result: {way.estimate.total / GIB:.1f} of {room}{_tight_note(way, gpus, explained=True)}"
         )
         return True, lines
-    changes = _changes(phase)
+    changes = _fitting_changes(phase)
     freed = gpus.fullest is not None and way.fits(int(gpus.fullest.memory_total * USABLE))
     if gpus.fullest is not None and freed:
         lines.append(
@@ -249,7 +250,7 @@ def _verdict(phase: _Phase) -> tuple[bool, list[str]]:
     return False, lines
 
 
-def _changes(phase: _Phase) -> list[Way]:
+def _fitting_changes(phase: _Phase) -> list[Way]:
     """The ways that fit by a change of the recipe, the smallest change first."""
     gpus = phase.gpus
     assert gpus.memory is not None
@@ -278,7 +279,7 @@ def _disk_verdict(run: "Run", shape: ModelShape) -> tuple[bool, str]:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    short = "" if needed <= free else ": too little"
+    short = "" if needed <= free else ": too little; free some, or set LORRY_RUNS to a folder on another disk"
     return needed <= free, f"disk: {needed / GIB:.2f} GiB below {run.roots.runs}, {free / GIB:.1f} GiB free{short}"
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stages.contract.errors import Exit, UsageError
 from stages.contract.stop import StopRequest, die_with_parent
 from stages.host.needs import LIBRARIES, STAGES
-from stages.host.outcome import Lines, Outcome, Runner, outcome_of_signal
+from stages.host.outcome import Lines, Outcome, Runner, signal_outcome
 from stages.host.runs import is_done, open_run, stage_arguments
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardC
         missing = missing_libraries(stage)
         if missing:
             raise UsageError(
-                f"{stage} needs {missing[0]}, which is not installed here; run `make setup`, or start Docker"
+                f"{stage}: needs {missing[0]}, which is not installed here; run `make setup`, or start Docker"
             )
     environment = dict(os.environ)
     if target:
@@ -83,7 +83,7 @@ def run_process(
     )
     stop.pass_on_to(process)
     code = process.wait()
-    return outcome_of_signal(stage, -code) if code < 0 else Outcome(code)
+    return signal_outcome(stage, -code) if code < 0 else Outcome(code)
 
 
 def missing_libraries(stage: str) -> list[str]:

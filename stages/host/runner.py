@@ -89,7 +89,7 @@ def _run_with_lock(
         say(label, "up to date")
         return Exit.DONE
     hashes.save()
-    state: dict[str, Any] = {"starts": [_now()], "forced": False}
+    state: dict[str, Any] = {"starts": [_present_time()], "forced": False}
     if not helps:
         write_recipe(run)
         state = _prepare_folder(folder, key, force, REUSABLE.get(name, ()))
@@ -102,7 +102,7 @@ def _run_with_lock(
         events.emit("start", key=key, starts=len(state["starts"]))
         try:
             if not (helps or stage.shard or state["forced"]):
-                _find_shards(stage)
+                _take_over_shards(stage)
             work(stage)
             if helps:
                 events.say("done")
@@ -124,7 +124,7 @@ def _run_with_lock(
     return Exit.DONE
 
 
-def _find_shards(stage: Stage) -> None:
+def _take_over_shards(stage: Stage) -> None:
     """Set the finished shards whose results this start uses, and add the GPUs and decisions of their manifests."""
     every = stage.run.shards(stage.name)
     if not every:
@@ -152,7 +152,7 @@ def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ..
     resumes = state.get("key") == key and (state["forced"] or not force)
     if not resumes:
         _clear_folder(folder, keep=() if force else reusable)
-    starts = [*(state["starts"] if resumes else []), _now()]
+    starts = [*(state["starts"] if resumes else []), _present_time()]
     state = {"key": key, "forced": force or (resumes and state["forced"]), "starts": starts}
     write_json(folder / "state.json", state)
     (folder / "manifest.json").unlink(missing_ok=True)
@@ -167,7 +167,7 @@ def _report_end(stage: Stage, error: BaseException) -> Exit:
     if explained is None and isinstance(error, KeyboardInterrupt):
         explained = InterruptedRunError("interrupted, finished work is saved; run the same command again")
     if explained is not None:
-        _emit_quietly(stage, explained)
+        _emit_stop_event(stage, explained)
         stage.events.say(str(explained))
         return explained.exit_code
     traceback.print_exception(error)  # into the log, which standard error is
@@ -176,7 +176,7 @@ def _report_end(stage: Stage, error: BaseException) -> Exit:
     return Exit.CRASHED
 
 
-def _emit_quietly(stage: Stage, error: LorryError) -> None:
+def _emit_stop_event(stage: Stage, error: LorryError) -> None:
     """Write the event of a stop; ignore an OSError."""
     try:
         stage.events.emit("stopped", error=str(error), exit_code=int(error.exit_code))
@@ -215,12 +215,12 @@ def _manifest(stage: Stage, key: str, inputs: dict[str, str], starts: list[str],
         **stage.facts,
         "seed": run.recipe.seed,
         "version": importlib.metadata.version("lorry"),
-        "revision": _revision(),
+        "revision": _git_revision(),
         "image": os.environ.get("LORRY_IMAGE"),
         "target": os.environ.get("LORRY_TARGET"),
         "gpus": list({gpu["uuid"]: gpu for gpu in [*(gpu.identity() for gpu in machine.gpus), *stage.gpus]}.values()),
         "machine": {"cpus": machine.cpus, "memory_bytes": machine.memory_bytes, "python": platform.python_version()},
-        "dependencies": _dependencies(),
+        "dependencies": _dependency_versions(),
         "starts": starts,
         "end": end.isoformat(timespec="seconds"),
         "seconds": round((end - datetime.fromisoformat(starts[-1])).total_seconds(), 2),
@@ -228,12 +228,12 @@ def _manifest(stage: Stage, key: str, inputs: dict[str, str], starts: list[str],
     }
 
 
-def _now() -> str:
+def _present_time() -> str:
     """The present time in UTC, as ISO 8601 with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _dependencies() -> dict[str, str]:
+def _dependency_versions() -> dict[str, str]:
     """Versions of the installed DEPENDENCIES, by name."""
     found = {}
     for name in DEPENDENCIES:
@@ -244,7 +244,7 @@ def _dependencies() -> dict[str, str]:
     return found
 
 
-def _revision() -> str | None:
+def _git_revision() -> str | None:
     """The git revision of this code, which images have in LORRY_REVISION; None outside a checkout."""
     if "LORRY_REVISION" in os.environ:
         return os.environ["LORRY_REVISION"]

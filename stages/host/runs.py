@@ -69,7 +69,7 @@ def open_run(
         if not path.is_file():
             raise UsageError(f"{path}: no such run; name a RECIPE to start one")
     else:
-        raise UsageError("no RECIPE and no --run given; name a RECIPE, or an existing run with --run")
+        raise UsageError("RECIPE: not given, and no --run either; name a RECIPE, or an existing run with --run")
     loaded = load_recipe(path, profile, overrides, Path(data) if data else None)
     try:
         engine_kind(loaded.infer.engine)

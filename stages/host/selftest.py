@@ -56,7 +56,7 @@ def _import_library(library: str) -> Any:
     except Exception as error:  # a missing module, a missing .so, or a bug in the library
         why = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"{library} cannot be imported ({type(error).__name__}: {why}); install it again, or build the image again"
+            f"{library}: cannot be imported ({type(error).__name__}: {why}); install it again, or build the image again"
         ) from error
 
 
@@ -74,7 +74,7 @@ def _check_code(stage: str, modules: dict[str, Any], target: Target | None) -> I
         yield f"code in {name}: {' '.join(sorted(found, key=_sort_key)) or 'none for any card'}"
         if target is not None and target.capability is not None and not has_code_for(found, target.capability):
             number = "".join(str(part) for part in target.capability)
-            raise DoesNotFitError(f"{name} has no code for target {target.name}, sm_{number}; install another build")
+            raise DoesNotFitError(f"{name}: no code for target {target.name}, sm_{number}; install another build")
 
 
 def _device_code(stage: str, modules: dict[str, Any]) -> Iterator[tuple[str, set[str]]]:
@@ -127,7 +127,7 @@ def _check_gpus(torch: Any) -> Iterator[str]:
             total = float((ones @ ones).float().sum())
         except RuntimeError as error:
             why = str(error).splitlines()[0]
-            raise DoesNotFitError(f"GPU {index} ({name}) does not compute ({why}); use another GPU") from error
+            raise DoesNotFitError(f"GPU {index} ({name}): does not compute ({why}); use another GPU") from error
         if total != 64.0**3:
-            raise DoesNotFitError(f"GPU {index} ({name}) computes {total} instead of {64.0**3}; use another GPU")
+            raise DoesNotFitError(f"GPU {index} ({name}): computes {total} instead of {64.0**3}; use another GPU")
         yield f"GPU {index} {name} computes"

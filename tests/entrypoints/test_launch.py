@@ -444,13 +444,13 @@ def test_no_permission_on_the_socket_is_reported_and_does_not_fall_back(lorry: L
     environment = {**lorry.environment, "DOCKER_HOST": forbidden, "TARGET": "cpu", "GPUS": "", "HOME": "/tmp"}
     done = run_as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
     assert (done.code, len(done.lines)) == (2, 1), done.output
-    assert f"no permission on the Docker engine's socket {forbidden}; join its group" in done.output
+    assert f"{forbidden}: no permission on this socket of the Docker engine; join its group" in done.output
 
 
 def test_an_address_that_is_none(lorry: Lorry) -> None:
     done = replace(lorry, extra={"DOCKER_HOST": "foo:bar"})("entrypoints.lorry", "launch", "eval", "--run", "r")
     assert (done.code, len(done.lines)) == (2, 1), done.output
-    assert "the Docker engine at foo:bar cannot be used" in done.output
+    assert "foo:bar: the Docker engine there cannot be used" in done.output
 
 
 def test_the_docker_context_is_asked_where_docker_host_is_not_set(lorry: Lorry, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_doctor_sees_the_engine_and_its_images(launched: Lorry, engine: Any) -> 
     assert f"ok          images: of cpu, version {VERSION}: preprocess, train, infer, eval" in done.output
     other = replace(launched, extra={**launched.extra, "LORRY_VERSION": "0.0.0-none"})("entrypoints.lorry", "doctor")
     assert other.code == 2
-    assert "FAIL        images: no image lorry-train:0.0.0-none-cpu; run `make images TARGET=cpu`" in other.output
+    assert "FAIL        images: lorry-train:0.0.0-none-cpu: no such image; run `make images TARGET=cpu`" in other.output
 
 
 # -- wrong use -----------------------------------------------------------------------------------------------------
@@ -222,23 +222,29 @@ def refused(done: Finished, code: int, *told: str) -> None:
 
 def test_an_image_that_is_not_there(launched: Lorry) -> None:
     done = launch(launched, "preprocess", LORRY_VERSION="0.0.0-none")
-    refused(done, 2, "no image lorry-preprocess:0.0.0-none-cpu; run `make images TARGET=cpu`")
+    refused(done, 2, "lorry-preprocess:0.0.0-none-cpu: no such image; run `make images TARGET=cpu`")
 
 
 def test_an_image_of_another_version(launched: Lorry) -> None:
     done = launch(launched, "preprocess", LORRY_VERSION=f"{VERSION}.9")
-    refused(done, 2, f"holds Lorry {VERSION}, but its name says {VERSION}.9")
+    refused(done, 2, f": holds Lorry {VERSION}, but its name says {VERSION}.9")
 
 
 def test_an_engine_without_nvidia(launched: Lorry, engine: Any) -> None:
     if "nvidia" in engine.info()["Runtimes"] or shutil.which("nvidia-container-runtime-hook"):
         pytest.skip("this engine has it")
     done = launch(launched, "train", TARGET="a800", GPUS="0,2")
-    refused(done, 4, "target a800 needs GPUs", "nvidia-container-toolkit")
+    refused(
+        done, 4, "target a800: needs GPUs, but this Docker engine has no NVIDIA runtime", "nvidia-container-toolkit"
+    )
 
 
 def test_no_client_with_compose(launched: Lorry) -> None:
-    refused(launch(launched, "preprocess", PATH="/nowhere"), 2, "compose plugin")
+    refused(
+        launch(launched, "preprocess", PATH="/nowhere"),
+        2,
+        "PATH: a Docker engine answers, but no docker client here has the compose plugin",
+    )
 
 
 def test_folders_that_are_not_there(launched: Lorry) -> None:
@@ -253,7 +259,7 @@ def test_a_user_whom_the_socket_does_not_admit(launched: Lorry, engine: Any) -> 
         pytest.skip(f"{address} is no socket that keeps others out")
     environment = {**launched.environment, "HOME": str(launched.runs), "DOCKER_HOST": address}
     done = run_as_other_user(environment, "entrypoints.lorry", "launch", "train", "patent-qa")
-    refused(done, 2, f"no permission on the Docker engine's socket {address}")
+    refused(done, 2, f"{address}: no permission on this socket of the Docker engine")
 
 
 def test_make_calls_it(launched: Lorry) -> None:

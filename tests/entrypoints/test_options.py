@@ -36,7 +36,7 @@ def test_an_empty_variable_is_none(lorry: Lorry) -> None:
     assert done.code == 0, done.output
     assert yaml.safe_load(done.output)["profile"] is None
     assert show(lorry, LORRY_RECIPE="").lines == [
-        "error: no RECIPE and no --run given; name a RECIPE, or an existing run with --run"
+        "error: RECIPE: not given, and no --run either; name a RECIPE, or an existing run with --run"
     ]
 
 

@@ -202,10 +202,11 @@ def test_cards_that_no_launch_would_take_are_not_planned_for(here: Lorry, box: B
     assert (unknown.code, "LORRY_GPU_DENY=1,9: no GPU 9; this machine has: " in unknown.lines[-1]) == (2, True)
     none = plan("0,1,2,4,5,6,7")
     assert (none.code, len(none.lines)) == (4, 1)
-    assert "Lorry may use no GPU here: GPU 0: in LORRY_GPU_DENY; " in none.output
+    assert "Lorry may use no GPU of this machine (GPU 0: in LORRY_GPU_DENY; " in none.output
     assert "GPU 3: in MIG mode; " in none.output and "name a --target" in none.output
     few = plan("0,1,2,5,6,7", "--gpus", "2")
-    assert (few.code, "this machine has 1 that Lorry may use" in few.lines[-1]) == (2, True), few.output
+    assert few.code == 2, few.output
+    assert "--gpus 2: this machine has 1 that Lorry may use; ask for fewer, or name a --target" in few.lines[-1]
 
 
 def test_where_cards_are_merely_busy_it_says_that_freeing_one_would_do(here: Lorry, box: Box) -> None:
@@ -239,7 +240,7 @@ def test_a_box_of_mixed_cards_has_to_name_a_target(here: Lorry, box: Box) -> Non
     ("arguments", "says"),
     [
         (("--target", "rtx9090"), "no target 'rtx9090'"),
-        (("--gpus", "3"), "name their --target"),
+        (("--gpus", "3"), "--gpus 3: target cpu has no GPUs; leave it out, or name the GPUs' --target"),
         (("--gpus", "0"), "is not in the range"),
         (("--memory", "0"), "is not in the range"),
         (("--target", "a800", "--set", "model.path=nowhere"), "no such model folder"),

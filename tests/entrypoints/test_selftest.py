@@ -99,7 +99,7 @@ def test_an_image_with_code_for_its_card(lorry: Lorry, site: Path, stage: str, t
 def lacks(done: Finished, library: str, code: str) -> None:
     assert done.code == 4, done.output
     errors = [line for line in done.lines if line.startswith("error: ")]
-    assert errors == [f"error: {library} has no code for target v100, {code}; install another build"]
+    assert errors == [f"error: {library}: no code for target v100, {code}; install another build"]
     assert "Traceback" not in done.output
 
 
@@ -134,4 +134,4 @@ def test_a_library_that_cannot_be_imported_is_named(lorry: Lorry, site: Path) ->
     done = in_image(lorry, site, "infer", "a800")
     assert done.code == 2
     why = "OSError: libnuma.so.1: cannot open shared object file"
-    assert done.lines[-1] == f"error: vllm cannot be imported ({why}); install it again, or build the image again"
+    assert done.lines[-1] == f"error: vllm: cannot be imported ({why}); install it again, or build the image again"

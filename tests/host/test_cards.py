@@ -49,7 +49,7 @@ def test_where_nvml_shows_no_card_any_may_be_one(box: Box, holds: Holds, monkeyp
     box.keep(0)
     chosen = choose("6,GPU-8f5e", holds)
     assert chosen.devices("train") == ["6", "GPU-8f5e"]
-    with pytest.raises(UsageError, match="NVML shows no GPUs here; name their target"):
+    with pytest.raises(UsageError, match="NVML shows no GPUs here; set TARGET, to one of cpu, v100"):
         choose_target(None, chosen, ())
     assert choose_target("a800", chosen, ()).name == "a800"
     for text, told in (("1,1", "names a GPU twice"), ("-1", "'-1' is not a GPU's number"), ("MIG-1", "is a MIG slice")):
@@ -85,7 +85,7 @@ def test_the_target_is_that_of_the_chosen_cards(box: Box) -> None:
 
 @pytest.mark.parametrize("text", ["0", "auto"])
 def test_the_cpu_takes_no_gpus(box: Box, holds: Holds, text: str) -> None:
-    with pytest.raises(UsageError, match="target cpu takes no GPUs"):
+    with pytest.raises(UsageError, match="target cpu has no GPUs; leave GPUS out, or set another TARGET"):
         choose(text, holds, target="cpu")
 
 

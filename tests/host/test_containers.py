@@ -26,5 +26,5 @@ def test_an_engine_that_hands_gpus_on(info: dict[str, object]) -> None:
 
 def test_an_engine_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(DoesNotFitError, match=r"target a800 needs GPUs.*nvidia-container-toolkit"):
+    with pytest.raises(DoesNotFitError, match=r"target a800: needs GPUs.*nvidia-container-toolkit"):
         containers.refuse_without_nvidia({"Runtimes": {"runc": {}}, "DiscoveredDevices": None}, load_targets()["a800"])

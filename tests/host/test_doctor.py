@@ -146,7 +146,7 @@ def test_a_card_without_a_driver(bare: Box, doctor: Doctor, tmp_path: Path, monk
 def test_a_library_that_is_not_here(bare: Box, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "LIBRARIES", {**LIBRARIES, "train": ("click", "no_such_library")})
     lines = doctor().of("libraries", "warn")
-    assert "train needs no_such_library, which is not installed here; run `make setup`, or start Docker" in lines
+    assert "train: needs no_such_library, which is not installed here; run `make setup`, or start Docker" in lines
 
 
 # -- the box of eight ----------------------------------------------------------------------------------------------
@@ -266,8 +266,8 @@ def test_images_that_are_not_built_or_of_another_version(box: Box, engine: Engin
     assert told.code == 2
     missing = told.of("images", "FAIL")
     assert len(missing) == 4
-    assert "no image lorry-preprocess:1.2.3-a800; run `make images TARGET=a800`" in missing[0]
-    assert "holds Lorry 1.2.2" in missing[1]
+    assert "lorry-preprocess:1.2.3-a800: no such image; run `make images TARGET=a800`" in missing[0]
+    assert ": holds Lorry 1.2.2, but its name says 1.2.3" in missing[1]
 
 
 def test_images_that_compose_fetches(box: Box, engine: Engine, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_an_engine_without_nvidia_and_a_client_without_compose(
 
 def test_an_engine_that_refuses_us(box: Box, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(timeout: float) -> None:
-        raise UsageError("no permission on the Docker engine's socket: join its group")
+        raise UsageError("/run/docker.sock: no permission on this socket of the Docker engine; join its group")
 
     monkeypatch.setattr(module, "find_engine", refuse)
     told = doctor()
