@@ -67,7 +67,7 @@ def unestimated_way(settings: Train, processes: int, dtype: str) -> Way:
 
 
 def most_gpus(settings: Train) -> int:
-    """The smallest effective batch of the phases: with more GPUs, some would get no sample in a step."""
+    """The largest number of GPUs that training can use: with more, some would get no sample in a step of some phase."""
     return min(_effective_batches(settings))
 
 
@@ -112,7 +112,7 @@ def _ways(shape: ModelShape, settings: Train, processes: int, dtype: str, length
 
 
 def _halves(most: int) -> list[int]:
-    """A number, its half and so on down to 1, rounded down."""
+    """`most`, its half, the half of that and so on down to 1; halves are rounded down."""
     found = [most]
     while found[-1] > 1:
         found.append(found[-1] // 2)
@@ -232,9 +232,9 @@ def _ways_with_shorter_samples(
 
 
 def disk_bytes(shape: ModelShape, settings: Train) -> int:
-    """Bytes that training writes to disk at most, over both phases.
+    """The most bytes that training has on disk, over both phases.
 
-    These are all adapters and the checkpoints of one adapter at a time, each with the optimizer's two moments.
+    They are those of all adapters and of the checkpoints of one adapter at a time, each with the optimizer's moments.
     """
     adapter = 4 * trained_parameters(shape, settings)
     checkpoints = (settings.keep_checkpoints + 1) * 4 * adapter  # each has weights, ZeRO's master copy and two moments

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.contract.errors import InterruptedRunError, UsageError
-from stages.hardware.probe import PROC, user_of
+from stages.hardware.probe import PROC, process_user
 
 FOLDER = Path("/tmp/lorry-gpus")
 """One folder for the whole host, since jobs of different users share its GPUs."""
@@ -102,7 +102,7 @@ class Holds:
         rows = [row for row in map(str.split, table.splitlines()) if _is_flock(row)]
         rows = [row for row in rows if row[5].rpartition(":")[2] == str(found.st_ino)]
         same = [row for row in rows if row[5].rpartition(":")[0] == device]
-        return [Lock(int(row[4]), user_of(int(row[4])), row[3] == "WRITE") for row in same or rows]
+        return [Lock(int(row[4]), process_user(int(row[4])), row[3] == "WRITE") for row in same or rows]
 
     def close(self) -> None:
         """Release all GPUs and the folder."""

@@ -115,10 +115,11 @@ class Estimate:
 def estimate(
     shape: ModelShape, settings: Train, batch: BatchPlan, dtype: str, sharding: str, lengths: Lengths
 ) -> Estimate:
-    """The peak memory of training on one GPU.
+    """The estimated peak memory of training on one GPU.
 
-    It is the maximum of four moments: the loss, with the activations of all layers and the logits; the backward pass of
-    the last layer and that of the first, with a layer's working set; and the reading of MGM's pictures.
+    `dtype` is the frozen base's; `sharding` is `none`, `zero2` or `zero3`. The peak is the
+    maximum of four moments: the loss, with the activations of all layers and the logits; the backward pass of the last
+    layer and that of the first, with a layer's working set; and the reading of MGM's pictures.
     """
     size = FLOAT32 if dtype == "float32" else 2
     tokens = batch.micro_batch * lengths.longest
@@ -134,8 +135,8 @@ def estimate(
     connector += of_pictures
     layer = _layer_activations(shape, settings, size, batch.micro_batch, lengths.longest) * tokens
     # with a GPTQ base autograd also keeps each module's unpacked weights, for any number of tokens
-    layer += size * sum(map(prod, _packed_in_layers(shape))) // shape.layers
-    unpacking = UNPACKING[dtype] * max(map(prod, _packed_in_layers(shape)), default=0)
+    layer += size * sum(map(prod, _quantised_layer_sizes(shape))) // shape.layers
+    unpacking = UNPACKING[dtype] * max(map(prod, _quantised_layer_sizes(shape)), default=0)
     working = max(_layer_working_set(shape, settings, sharding) * tokens, unpacking)
     kept = shape.layers * (2 * shape.hidden * size // 2 * tokens if settings.gradient_checkpointing else layer)
     logits = (lengths.logit_positions(batch.micro_batch) + batch.micro_batch) * shape.vocabulary
@@ -212,17 +213,17 @@ def _is_connector(module: str) -> bool:
     return any(part in names or "merger" in part or part.startswith("vlm_uni_") for part in module.split("."))
 
 
-def _adapted_in_layers(shape: ModelShape, settings: Train) -> list[str]:
-    """Paths of the adapted modules in the decoder layers."""
+def _adapted_layer_modules(shape: ModelShape, settings: Train) -> list[str]:
+    """Paths of the modules in decoder layers that get LoRA."""
     return [name for name in adapted_modules(shape, settings) if not _is_vision(name)]
 
 
-def _packed_in_layers(shape: ModelShape) -> list[tuple[int, int]]:
-    """Inputs and outputs of the modules in decoder layers whose weights are stored quantised."""
-    return [shape.linears[name] for name in shape.packed if _is_in_a_layer(name)]
+def _quantised_layer_sizes(shape: ModelShape) -> list[tuple[int, int]]:
+    """Numbers of inputs and outputs of each module in decoder layers whose weights are stored quantised."""
+    return [shape.linears[name] for name in shape.packed if _is_in_decoder_layer(name)]
 
 
-def _is_in_a_layer(linear: str) -> bool:
+def _is_in_decoder_layer(linear: str) -> bool:
     """Whether a linear module is in a decoder layer: neither the head nor in a vision tower."""
     return not _is_vision(linear) and linear.rpartition(".")[2] != "lm_head"
 
@@ -271,13 +272,13 @@ def _weight_bytes(shape: ModelShape, settings: Train, size: int, sharding: str, 
     if sharding != "zero3" or gpus == 1:
         return round(total)
     # ZeRO-3 gathers a layer at a time, together with the head, the embeddings or the next layers
-    layer = sum(prod(sizes) for name, sizes in shape.linears.items() if _is_in_a_layer(name)) // shape.layers
+    layer = sum(prod(sizes) for name, sizes in shape.linears.items() if _is_in_decoder_layer(name)) // shape.layers
     largest = max(weight.count for weight in shape.weights)
     return round(total / gpus) + size * (max(ZERO3_LIVE, largest) + max(ZERO3_PREFETCH, layer))
 
 
-def _inputs_of(shape: ModelShape, modules: Iterable[str]) -> int:
-    """The sum of the modules' input sizes."""
+def _sum_of_inputs(shape: ModelShape, modules: Iterable[str]) -> int:
+    """The number of inputs of these modules together."""
     return sum(shape.linears[name][0] for name in modules)
 
 
@@ -286,20 +287,19 @@ def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batc
     queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     norms = 2 * FLOAT32 * shape.hidden  # two, each keeps its input in float32
     attention = size * (2 * queries + 2 * keys)  # query, key, value, output
-    if (
-        micro_batch > 1
-    ):  # samples of different lengths need a mask, with which keys and values are repeated for each head
+    if micro_batch > 1:
+        # samples of different lengths need a mask, with which keys and values are repeated for each head
         attention += size * 2 * (queries - keys)
     mlp = 3 * size * shape.intermediate  # gate, its activation, up
-    adapted = _adapted_in_layers(shape, settings)
+    adapted = _adapted_layer_modules(shape, settings)
     # LoRA casts its input to float32 and autocast casts it back: a copy per module; dropout keeps a mask of one byte
-    copies = (size + bool(settings.dropout)) * _inputs_of(shape, adapted) // shape.layers
+    copies = (size + bool(settings.dropout)) * _sum_of_inputs(shape, adapted) // shape.layers
     return norms + attention + mlp + copies + 2 * size * settings.rank * len(adapted) // shape.layers
 
 
 def _layer_working_set(shape: ModelShape, settings: Train, sharding: str) -> int:
     """Bytes per token that the backward pass of one layer needs besides the kept activations; the MLP takes most."""
-    adapts_mlp = any(shape.linears[name][0] == shape.intermediate for name in _adapted_in_layers(shape, settings))
+    adapts_mlp = any(shape.linears[name][0] == shape.intermediate for name in _adapted_layer_modules(shape, settings))
     # without sharding LoRA is in float32, and so are the gradients through it
     in_float32 = adapts_mlp and sharding == "none"
     return 12 * shape.intermediate if in_float32 else 6 * shape.intermediate + 4 * shape.hidden

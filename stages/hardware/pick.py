@@ -32,7 +32,7 @@ class Need:
     """Whether the job can use exactly this number of GPUs."""
 
     @staticmethod
-    def of(amount: int, most: int = 1) -> "Need":
+    def per_gpu(amount: int, most: int = 1) -> "Need":
         """The need of a job that takes `amount` bytes on each GPU, whatever their number."""
         return Need(lambda _number, _capability: amount, lambda _number, _capability: amount, most)
 
@@ -123,12 +123,12 @@ def named_cards(wish: Wish, gpus: tuple[Gpu, ...], denied: frozenset[int]) -> tu
         gpu = _find_gpu(name, gpus, where)
         if gpu in chosen:
             raise UsageError(f"{where}: names {gpu} twice; name each GPU once; this machine has: {_gpu_names(gpus)}")
-        refuse_unusable(gpu, where, denied)
+        refuse_unusable_gpu(gpu, where, denied)
         chosen.append(gpu)
     return tuple(chosen)
 
 
-def refuse_unusable(gpu: Gpu, where: str, denied: frozenset[int]) -> None:
+def refuse_unusable_gpu(gpu: Gpu, where: str, denied: frozenset[int]) -> None:
     """Raise UsageError or DoesNotFitError if a GPU is denied, no longer answers or is in MIG mode."""
     if gpu.index in denied:
         raise UsageError(f"{where}: {gpu} is denied by LORRY_GPU_DENY; name other GPUs, or GPUS=auto")
@@ -177,7 +177,7 @@ def _gpu_names(gpus: tuple[Gpu, ...]) -> str:
     return "; ".join(f"{gpu.index} {gpu.name or 'lost'}" for gpu in gpus) or "none that NVML shows"
 
 
-def hold_named(cards: tuple[Gpu, ...], where: str, holds: Holds) -> None:
+def hold_named_cards(cards: tuple[Gpu, ...], where: str, holds: Holds) -> None:
     """Hold the GPUs that the user named, which several jobs may share.
 
     Raises InterruptedRunError if another process holds one of them for itself, as GPUS=auto does.

@@ -122,7 +122,7 @@ def read_cards() -> Cards:
         driver = str(pynvml.nvmlSystemGetDriverVersion())
         return Cards(tuple(_gpu(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount())), driver)
     except pynvml.NVMLError as error:
-        return Cards((), problem=f"the NVIDIA driver has stopped answering ({error}); see `dmesg`, and reboot")
+        return Cards((), problem=f"NVIDIA driver: has stopped answering ({error}); see `dmesg`, and reboot")
     finally:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
@@ -146,7 +146,7 @@ def _driver_problem(pynvml: Any, error: Any) -> str:
         return ""
     if isinstance(error, pynvml.NVMLError_LibRmVersionMismatch):
         return (
-            "NVIDIA driver/library version mismatch: the driver was updated and the old kernel module still runs;"
+            "NVIDIA driver/library version mismatch: the driver was updated, and the old kernel module still runs;"
             " reboot, or end what uses the GPUs and reload it (sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia;"
             " sudo modprobe nvidia)"
         )
@@ -154,10 +154,10 @@ def _driver_problem(pynvml: Any, error: Any) -> str:
         if not has_card_on_bus():  # the library alone, as in an image or on a build machine
             return ""
         return (
-            "the NVIDIA kernel module is not loaded, and a card is on the PCI bus; sudo modprobe nvidia (after a"
-            " kernel update, install the driver again)"
+            "NVIDIA driver: its kernel module is not loaded, and a card is on the PCI bus; run `sudo modprobe nvidia`"
+            " (after a kernel update, install the driver again)"
         )
-    return f"the NVIDIA driver does not answer ({error}); see `nvidia-smi` and `dmesg`"
+    return f"NVIDIA driver: does not answer ({error}); see `nvidia-smi` and `dmesg`"
 
 
 def _gpu(pynvml: Any, index: int, driver: str) -> Gpu:
@@ -212,7 +212,7 @@ def _holders(pynvml: Any, handle: Any) -> tuple[Holder, ...]:
     for ask in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses):
         for process in _query(pynvml, ask, handle):
             found.setdefault(process.pid, process.usedGpuMemory)
-    holders = [Holder(pid, _name_of(pid), user_of(pid), memory) for pid, memory in found.items()]
+    holders = [Holder(pid, _process_name(pid), process_user(pid), memory) for pid, memory in found.items()]
     return tuple(sorted(holders, key=lambda holder: (-(holder.memory or 0), holder.pid)))
 
 
@@ -226,7 +226,7 @@ def _query(pynvml: Any, ask: Callable[[Any], list[Any]], handle: Any) -> list[An
         return []
 
 
-def _name_of(pid: int) -> str:
+def _process_name(pid: int) -> str:
     """The name of a process; `?` if it cannot be seen."""
     try:
         return (PROC / str(pid) / "comm").read_text(errors="replace").strip() or "?"
@@ -234,7 +234,7 @@ def _name_of(pid: int) -> str:
         return "?"
 
 
-def user_of(pid: int) -> str:
+def process_user(pid: int) -> str:
     """Name of the user that a process belongs to, or the uid if it has no name; `?` if it cannot be seen."""
     try:
         lines = (PROC / str(pid) / "status").read_text(errors="replace").splitlines()

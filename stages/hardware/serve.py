@@ -55,8 +55,9 @@ def plan_serving(shape: ModelShape, free: list[int], asked: int | None, dtype: s
     if left < kv_token * max_length:
         needed = (weights + RUNTIME + kv_token * max_length) / SHARE / GIB
         raise DoesNotFitError(
-            f"inference takes {needed:.1f} GiB on each of {count} GPU(s) for one sequence of {max_length} tokens, but"
-            f" {least / GIB:.1f} GiB are free; use more GPUs, a lower infer.max_length, or a quantised model"
+            f"infer.max_length {max_length}: inference takes {needed:.1f} GiB on each of {count} GPU(s) for one such"
+            f" sequence, but {least / GIB:.1f} GiB are free; use more GPUs, a lower infer.max_length, or a quantised"
+            " model"
         )
     room = left // kv_token
     return Serving(count, weights, kv_token, room, f"{why}; room for {room:,} tokens of all sequences")

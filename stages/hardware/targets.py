@@ -52,7 +52,7 @@ def load_targets(path: Path = TARGETS_FILE) -> dict[str, Target]:
 def named_target(name: str, targets: dict[str, Target]) -> Target:
     """The target called `name`. Raises UsageError, with the known names, if there is none."""
     if name not in targets:
-        raise UsageError(f"no target {name!r}; known targets: {', '.join(targets)}")
+        raise UsageError(f"target {name!r}: no such target; known targets: {', '.join(targets)}")
     return targets[name]
 
 
@@ -79,7 +79,7 @@ def _target(name: str, values: dict[str, object]) -> Target:
     return Target(name=name, capability=parts, quantisation=quantisation, **{**defaults, **facts})  # type: ignore[arg-type]
 
 
-def target_of(machine: Machine, targets: dict[str, Target]) -> Target:
+def machine_target(machine: Machine, targets: dict[str, Target]) -> Target:
     """The target of a machine's GPUs, by their compute capability, not by their name; `cpu` without GPUs.
 
     It is the newest target that is not newer than the GPUs; of several with the same capability, the first. Raises
@@ -91,15 +91,15 @@ def target_of(machine: Machine, targets: dict[str, Target]) -> Target:
     if len(capabilities) > 1:
         different = ", ".join(map(_version_text, sorted(capabilities)))
         raise UsageError(
-            f"the visible GPUs differ in compute capability ({different}); choose GPUs of one kind (GPUS=...)"
+            f"visible GPUs: differ in compute capability ({different}); choose GPUs of one kind (GPUS=...)"
         )
     found = capabilities.pop()
     cards = [target for target in targets.values() if target.variant_of is None]
     fitting = [target for target in cards if target.capability is not None and target.capability <= found]
     if not fitting:
         raise UsageError(
-            f"compute capability {_version_text(found)} is older than every target in {TARGETS_FILE.name}; choose other"
-            " GPUs (GPUS=...), or set TARGET=cpu"
+            f"visible GPUs: compute capability {_version_text(found)} is older than every target in"
+            f" images/{TARGETS_FILE.name}; choose other GPUs (GPUS=...), or set TARGET=cpu"
         )
     return max(fitting, key=lambda target: target.capability or (0, 0))
 
@@ -114,20 +114,20 @@ def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
     if name != "cpu" and machine.problem:  # it has GPUs that cannot be used: do not spend hours on its CPU
         raise DoesNotFitError(f"{machine.problem}, or set LORRY_TARGET=cpu to compute without GPUs")
     if not name:
-        return target_of(machine, targets)
+        return machine_target(machine, targets)
     image = named_target(name, targets)
     if image.capability is None:
         return image
     if not machine.gpus:
         raise DoesNotFitError(
-            f"this image is for {name} cards, but no GPU is visible; give it one (make: GPUS=0; docker run: --gpus;"
+            f"LORRY_TARGET={name}: needs a GPU, but none is visible; give it one (make: GPUS=0; docker run: --gpus;"
             " Kubernetes: a limit of nvidia.com/gpu), or use TARGET=cpu"
         )
-    card, cards_target = machine.gpus[0], target_of(machine, targets)
+    card, cards_target = machine.gpus[0], machine_target(machine, targets)
     if card.capability < image.capability:
         raise DoesNotFitError(
-            f"this image is for {name} (compute capability {_version_text(image.capability)}), newer than this GPU,"
-            f" {card.name} ({_version_text(card.capability)}); use TARGET={cards_target.name}"
+            f"LORRY_TARGET={name}: needs compute capability {_version_text(image.capability)} or higher, but"
+            f" {card.name} has {_version_text(card.capability)}; use TARGET={cards_target.name}"
         )
     refuse_old_driver(image, card.driver)
     return image if image.capability == cards_target.capability else cards_target
@@ -137,8 +137,8 @@ def refuse_old_driver(image: Target, driver: str) -> None:
     """Raise DoesNotFitError if the NVIDIA driver is older than the CUDA of the target's images needs."""
     if image.min_driver and int(driver.partition(".")[0]) < image.min_driver:
         raise DoesNotFitError(
-            f"this image's CUDA ({image.cuda}) needs NVIDIA driver {image.min_driver} or newer, but this machine has"
-            f" {driver}; update it, or use a target with an older CUDA ({TARGETS_FILE.name})"
+            f"target {image.name}: its CUDA ({image.cuda}) needs NVIDIA driver {image.min_driver} or newer, but this"
+            f" machine has {driver}; update the driver, or use a target with an older CUDA (images/{TARGETS_FILE.name})"
         )
 
 
@@ -152,8 +152,8 @@ def refuse_driver_too_old_for_cuda(cuda: str, driver: str, targets: dict[str, Ta
     least = min((t.min_driver for t in targets.values() if t.min_driver and (t.cuda or "")[:4] == major), default=0)
     if int(driver.partition(".")[0]) < least:
         raise DoesNotFitError(
-            f"the torch installed here is built for CUDA {cuda}, which needs NVIDIA driver {least} or newer, but this"
-            f" machine has {driver}; update it, or install torch for an older CUDA"
+            f"torch: built for CUDA {cuda}, which needs NVIDIA driver {least} or newer, but this machine has {driver};"
+            " update the driver, or install torch for an older CUDA"
         )
 
 
@@ -166,15 +166,19 @@ def refuse_4bit_without_kernels(target: Target) -> None:
 
 
 def refuse_4bit_twice(model: Path, quantisation: str | None) -> None:
-    """Raise UsageError if the base of a recipe with train.load_in_4bit is quantised already, such as by gptq."""
-    # None: it is not
+    """Raise UsageError if the base of a recipe with train.load_in_4bit has quantised weights already.
+
+    `quantisation` is their format, such as gptq; None: they are not quantised.
+    """
     if quantisation:
         raise UsageError(f"{model}: its weights are quantised already ({quantisation}); remove train.load_in_4bit")
 
 
 def refuse_base_without_kernels(model: Path, quantisation: str | None, target: Target) -> None:
-    """Raise DoesNotFitError if the target has no kernels for a base's quantisation, such as gptq or awq."""
-    # None: the base is not quantised
+    """Raise DoesNotFitError if the target has no kernels for the format of a base's quantised weights.
+
+    `quantisation` is that format, such as gptq or awq; None: the weights are not quantised.
+    """
     if quantisation and quantisation not in target.quantisation:
         others = ", ".join(target.quantisation) or "none"
         raise DoesNotFitError(
@@ -183,7 +187,7 @@ def refuse_base_without_kernels(model: Path, quantisation: str | None, target: T
         )
 
 
-def precision_of(setting: str, target: Target) -> str:
+def base_dtype(setting: str, target: Target) -> str:
     """Data type that the frozen base computes in: `float32`, `float16` or `bfloat16`. `setting` is train.precision.
 
     The compute capability decides, and not torch, which reports bfloat16 on a V100, where it is emulated and slow.
@@ -193,13 +197,13 @@ def precision_of(setting: str, target: Target) -> str:
         return target.dtype
     if target.capability is None and setting != "float32":
         raise DoesNotFitError(
-            f"train.precision {setting}: a CPU trains in float32 (torch scales no float16 gradients there, and bfloat16"
-            " is slower than float32 without special instructions); set it to auto"
+            f"train.precision {setting}: a CPU trains in float32 only (torch scales no float16 gradients there, and"
+            " bfloat16 is slower than float32 without special instructions); set it to auto"
         )
     if setting == "bfloat16" and target.capability is not None and target.capability < (8, 0):
         raise DoesNotFitError(
-            f"train.precision bfloat16 needs compute capability 8.0, but this is {target.name}"
-            f" ({_version_text(target.capability)}), where it is only emulated; set it to auto, which is {target.dtype}"
+            f"train.precision bfloat16: needs compute capability 8.0 or higher, but {target.name} has"
+            f" {_version_text(target.capability)} and only emulates it; set it to auto, which is {target.dtype} here"
         )
     return setting
 

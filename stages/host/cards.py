@@ -14,14 +14,14 @@ from stages.hardware.pick import (
     Need,
     Wish,
     denied_cards,
-    hold_named,
+    hold_named_cards,
     named_cards,
     parse_wish,
     pick_cards,
-    refuse_unusable,
+    refuse_unusable_gpu,
 )
 from stages.hardware.probe import Cards, Gpu, Machine
-from stages.hardware.targets import Target, load_targets, named_target, target_of
+from stages.hardware.targets import Target, load_targets, machine_target, named_target
 from stages.host.needs import GPU_STAGES
 from stages.host.runs import open_run
 
@@ -86,7 +86,7 @@ def choose_cards(
         return _pick_and_hold(wish, gpu_stages, options, found, denied, holds, named)
     cards = named_cards(wish, found.gpus, denied) if wish else _default_cards(found.gpus, denied, bool(gpu_stages))
     if gpu_stages:
-        hold_named(cards, f"GPUS={wish.text}" if wish else DEFAULT, holds)
+        hold_named_cards(cards, f"GPUS={wish.text}" if wish else DEFAULT, holds)
     return CardChoice(cards)
 
 
@@ -103,7 +103,7 @@ def choose_target(name: str | None, choice: CardChoice, gpus: tuple[Gpu, ...]) -
         known = ", ".join(targets)
         raise UsageError(f"GPUS={','.join(choice.names)}: NVML shows no GPUs here; set TARGET, to one of {known}")
     cards = choice.cards or tuple(gpu for gpu in gpus if not gpu.lost)[:1]
-    return target_of(Machine(cpus=0, memory_bytes=0, gpus=cards), targets)
+    return machine_target(Machine(cpus=0, memory_bytes=0, gpus=cards), targets)
 
 
 def _pick_and_hold(
@@ -152,9 +152,9 @@ def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
 
 
 def _default_cards(gpus: tuple[Gpu, ...], denied: frozenset[int], needs_gpu: bool) -> tuple[Gpu, ...]:
-    """GPU 0; no GPU if it cannot be used and no stage needs one. Else raises the error of `refuse_unusable`."""
+    """GPU 0; no GPU if it cannot be used and no stage needs one. Else raises the error of `refuse_unusable_gpu`."""
     try:
-        refuse_unusable(gpus[0], DEFAULT, denied)
+        refuse_unusable_gpu(gpus[0], DEFAULT, denied)
     except LorryError:
         if needs_gpu:
             raise
@@ -185,7 +185,7 @@ def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
     shape = read_shape(run.model(run.recipe.model.path, "model.path"))
     inference = inference_bytes(shape.disk_bytes if shape.quantisation else shape.parameters * 2)
     if "train" not in stages:
-        return Need.of(inference)
+        return Need.per_gpu(inference)
     least_inference = inference if "infer" in stages else 0
     asked, least = _training_bytes(shape, run.recipe)
     return Need(
@@ -198,14 +198,14 @@ def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
 
 def _refuse_inexact_batches(stages: tuple[str, ...], options: dict[str, Any], number: int) -> None:
     """Raise DoesNotFitError if train.exact_batch is set and an effective batch cannot be split over `number` GPUs."""
-    from stages.hardware.batch import plan_batch, refuse_inexact
+    from stages.hardware.batch import plan_batch, refuse_inexact_batch
 
     settings = open_run(**options).recipe.train
     if "train" not in stages or not settings.exact_batch:
         return
     for phase in _phases(settings):
         batch = plan_batch(phase.effective_batch, phase.micro_batch, number)
-        refuse_inexact(batch, phase.key_of("effective_batch"))
+        refuse_inexact_batch(batch, phase.key_of("effective_batch"))
 
 
 def _phases(settings: "Train") -> "list[Train]":
@@ -236,7 +236,7 @@ def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes
     @cache
     def planned_bytes(number: int, capability: Capability, memory: int | None) -> int:
         """Bytes of the larger phase, planned to fit in `memory` bytes; None: as asked."""
-        dtype = target_of(_machine_with_capability(capability), load_targets()).dtype
+        dtype = machine_target(_machine_with_capability(capability), load_targets()).dtype
         dtype = dtype if recipe.train.precision == "auto" else recipe.train.precision
         ways = [plan_training(shape, settings, number, dtype, memory, lengths) for settings, lengths in phases]
         return int(max(way.estimate.total for way in ways))

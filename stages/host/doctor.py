@@ -15,7 +15,7 @@ from stages.contract.roots import Roots
 from stages.hardware.holds import Holds
 from stages.hardware.pick import denied_cards, gib_text
 from stages.hardware.probe import Cards, Gpu, Machine, has_card_on_bus, read_cards
-from stages.hardware.targets import Target, load_targets, named_target, refuse_old_driver, target_of
+from stages.hardware.targets import Target, load_targets, machine_target, named_target, refuse_old_driver
 from stages.host.containers import (
     compose_command,
     container_user,
@@ -131,7 +131,7 @@ def _targets_to_check(name: str | None, cards: Cards, known: dict[str, Target]) 
     for gpu in cards.gpus:
         if not gpu.lost:
             try:
-                target = target_of(Machine(0, 0, (gpu,)), known)
+                target = machine_target(Machine(0, 0, (gpu,)), known)
             except UsageError:  # older than every target: _check_gpu reports it
                 continue
             found[target.name] = target
@@ -142,7 +142,7 @@ def _check_driver(cards: Cards, targets: list[Target]) -> Iterator[Finding]:
     """Check whether the NVIDIA driver answers and is new enough for the targets."""
     wanted = [target for target in targets if target.capability is not None]
     if cards.problem:
-        yield _failure("driver", cards.problem, Exit.DOES_NOT_FIT)
+        yield _failure("driver", cards.problem.removeprefix("NVIDIA driver: "), Exit.DOES_NOT_FIT)
     elif not cards.driver and wanted:
         least = max(target.min_driver or 0 for target in wanted)
         yield _failure(

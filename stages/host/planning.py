@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stages.contract.errors import DoesNotFitError, Exit, UsageError
 from stages.contract.recipe import Infer, Recipe, Train
 from stages.engines import engine_kind
-from stages.hardware.batch import refuse_inexact
+from stages.hardware.batch import refuse_inexact_batch
 from stages.hardware.fit import Offers, Way, disk_bytes, plan_training, recipe_way, smallest_changes
 from stages.hardware.memory import Lengths, gap_in_estimate, max_lengths, trained_parameters
 from stages.hardware.pick import denied_cards, describe_memory, reason_to_skip
@@ -17,13 +17,13 @@ from stages.hardware.probe import Gpu, Machine, read_cards, visible_gpus
 from stages.hardware.serve import plan_serving
 from stages.hardware.targets import (
     Target,
+    base_dtype,
     load_targets,
+    machine_target,
     named_target,
-    precision_of,
     refuse_4bit_twice,
     refuse_4bit_without_kernels,
     refuse_base_without_kernels,
-    target_of,
 )
 from stages.host.outcome import Lines
 from stages.models.shape import ModelShape, read_shape
@@ -95,10 +95,10 @@ def _planned_gpus(target: str | None, count: int, memory: float | None, precisio
     targets = load_targets()
     here = () if target else _usable_gpus()
     try:
-        card = named_target(target, targets) if target else target_of(Machine(0, 0, here), targets)
+        card = named_target(target, targets) if target else machine_target(Machine(0, 0, here), targets)
     except UsageError as error:
         raise error if target else UsageError(f"{error}, or name a --target") from error
-    dtype = precision_of(precision, card)
+    dtype = base_dtype(precision, card)
     if card.capability is None:
         if count > 1 or memory:
             option = f"--memory {memory:g}" if memory else f"--gpus {count}"
@@ -200,7 +200,7 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
             f" {equal / GIB:.2f} GiB as asked. train plans again with the real samples"
         )
     if train.exact_batch:
-        refuse_inexact(phase.way.batch, train.key_of("effective_batch"))
+        refuse_inexact_batch(phase.way.batch, train.key_of("effective_batch"))
     yield f"effective batch: {phase.way.batch}\n"
     yield from _memory_table(phase)
     left_out = gap_in_estimate(shape, train)
@@ -292,7 +292,7 @@ def _inference_line(settings: Infer, shape: ModelShape, gpus: _Gpus) -> str:
     try:
         serving = plan_serving(shape, free, settings.tensor_parallel, gpus.target.dtype, settings.max_length)
     except DoesNotFitError as error:
-        return f"inference does not fit: it {str(error).removeprefix('inference ')}"
+        return f"inference does not fit: {error}"
     except UsageError as error:
         return f"inference cannot be split like this: {error}"
     return (

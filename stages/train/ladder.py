@@ -126,7 +126,7 @@ def describe_change(change: Change, after: Attempt) -> str:
     batch = after.batch
     words = {
         "micro_batch": f"micro-batch {batch.micro_batch}, accumulation {batch.accumulation}: {batch}",
-        "gradient_checkpointing": f"gradient checkpointing on, effective batch still {batch.effective}",
+        "gradient_checkpointing": f"gradient checkpointing on, effective batch still {batch.effective_batch}",
         "max_pixels": f"max_pixels {after.settings.max_pixels}",
         "max_length": f"max_length {after.settings.max_length}: longer samples are skipped",
         "eval_micro_batch": f"evaluation {after.eval_micro_batch} at a time; training unchanged",

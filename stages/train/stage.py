@@ -33,14 +33,14 @@ from stages.contract.part import Node
 from stages.contract.recipe import CONNECTOR, RESULT_NEUTRAL, Adapter, Train
 from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
-from stages.hardware.batch import refuse_inexact
+from stages.hardware.batch import refuse_inexact_batch
 from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unestimated_way
 from stages.hardware.memory import Lengths, gap_in_estimate
 from stages.hardware.probe import Gpu, probe
 from stages.hardware.targets import (
     Target,
+    base_dtype,
     load_targets,
-    precision_of,
     refuse_4bit_twice,
     refuse_4bit_without_kernels,
     refuse_base_without_kernels,
@@ -413,7 +413,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
     check_sharding(plan.way.sharding, use_cpu=not plan.gpus, quantisation=quantisation_of(model))
     if settings.exact_batch:
-        refuse_inexact(plan.way.batch, settings.key_of("effective_batch"))
+        refuse_inexact_batch(plan.way.batch, settings.key_of("effective_batch"))
     return plan
 
 
@@ -427,7 +427,7 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
         stage.decide(f"{label}{what}", value, why)
 
     target = working_target(machine, load_targets())
-    dtype = precision_of(settings.precision, target)
+    dtype = base_dtype(settings.precision, target)
     decide("precision", dtype, f"target {target.name}" if settings.precision == "auto" else "train.precision")
     if settings.load_in_4bit:
         refuse_4bit_without_kernels(target)

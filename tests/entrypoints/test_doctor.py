@@ -53,7 +53,10 @@ def test_the_exit_code_says_what_fails(lorry: Lorry) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(("--target", "a100"), "no target 'a100'"), (("no-such-recipe",), "no-such-recipe: no such recipe file")],
+    [
+        (("--target", "a100"), "target 'a100': no such target; known targets: cpu, v100"),
+        (("no-such-recipe",), "no-such-recipe: no such recipe file"),
+    ],
 )
 def test_wrong_use_is_one_line(lorry: Lorry, arguments: tuple[str, ...], says: str) -> None:
     done = lorry("entrypoints.lorry", "doctor", *arguments)

@@ -31,7 +31,7 @@ NO_ENGINE = "unix:///nowhere/docker.sock"
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--target", "a100"), "no target 'a100'; known targets: cpu, v100"),
+        (("--target", "a100"), "target 'a100': no such target; known targets: cpu, v100"),
         (("--target", "a800", "--gpus", "1,1"), "GPUS=1,1: names a GPU twice"),
         (("--target", "a800", "--gpus", "0,,1"), "GPUS=0,,1: has an empty element"),
         (
@@ -199,7 +199,7 @@ def test_auto_takes_a_number_of_cards_that_makes_the_exact_batches(
     refused = small(local, "train", "--gpus", "auto:3", *exact)
     assert (refused.code, refused.visible) == (4, []), refused.output
     assert (
-        "train.effective_batch is 16 and train.exact_batch is set, but the nearest that 3 GPU(s) can do is 15"
+        "train.effective_batch 16: train.exact_batch is set, but the nearest that 3 GPU(s) can do is 15"
         in refused.output
     )
 
@@ -381,7 +381,7 @@ def test_a_driver_that_dies_with_the_stage_is_reported(box: Box, local: Launch) 
 
     done = local("infer", "patent-qa", "--gpus", "6", "--shard", "0/2", end=end)
     assert done.code == 1
-    assert "infer: the NVIDIA driver does not answer (Unknown Error)" in done.output
+    assert "infer: NVIDIA driver: does not answer (Unknown Error)" in done.output
 
 
 def test_a_stop_reaches_the_local_process(bare: Lorry, few: Path, recipe_file: Path) -> None:

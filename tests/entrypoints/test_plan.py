@@ -54,7 +54,7 @@ def test_either_phase_is_reported_where_a_connector_is_trained_first(lorry: Lorr
 def test_gpus_that_make_no_exact_batch_are_refused(lorry: Lorry) -> None:
     done = lorry("entrypoints.lorry", "plan", "better-synth", "--target", "rtx4090", "--gpus", "3")
     assert done.code == 4, done.output
-    assert "train.connector.effective_batch is 256 and train.exact_batch is set" in done.lines[-1]
+    assert "train.connector.effective_batch 256: train.exact_batch is set" in done.lines[-1]
 
 
 def test_what_does_not_fit_gets_the_smallest_change(lorry: Lorry) -> None:
@@ -102,7 +102,10 @@ def test_inference_that_does_not_fit_leaves_the_exit_code_to_training(lorry: Lor
     """It may have other cards."""
     done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", "--memory", "19")
     assert done.code == 0, done.output
-    told = "inference does not fit: it takes 19.6 GiB on each of 1 GPU(s) for one sequence of 8192 tokens, but 18.7 GiB"
+    told = (
+        "inference does not fit: infer.max_length 8192: inference takes 19.6 GiB on each of 1 GPU(s) for one such"
+        " sequence, but 18.7 GiB"
+    )
     assert any(line.startswith(told) for line in done.lines), done.output
     asked = ("--gpus", "3", "--set", "infer.tensor_parallel=3")
     odd = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", *asked)
@@ -135,7 +138,10 @@ def test_a_v100_computes_in_float16_and_takes_no_other(lorry: Lorry) -> None:
     assert "on 2 x v100 of 32 GiB, in float16" in done.lines[0]
     refused = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "v100", "--set", "train.precision=bfloat16")
     assert refused.code == 4
-    assert "needs compute capability 8.0" in refused.lines[-1]
+    assert (
+        "train.precision bfloat16: needs compute capability 8.0 or higher, but v100 has 7.0 and only emulates it"
+        in refused.lines[-1]
+    )
 
 
 def test_zero_and_fewer_cards_are_proposed_before_more_and_what_is_tight_is_reported(lorry: Lorry) -> None:
@@ -239,7 +245,7 @@ def test_a_box_of_mixed_cards_has_to_name_a_target(here: Lorry, box: Box) -> Non
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--target", "rtx9090"), "no target 'rtx9090'"),
+        (("--target", "rtx9090"), "target 'rtx9090': no such target; known targets: cpu, v100"),
         (("--gpus", "3"), "--gpus 3: target cpu has no GPUs; leave it out, or name the GPUs' --target"),
         (("--gpus", "0"), "is not in the range"),
         (("--memory", "0"), "is not in the range"),

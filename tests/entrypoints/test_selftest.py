@@ -45,7 +45,7 @@ def test_it_needs_no_recipe_and_minds_none_from_the_environment(lorry: Lorry) ->
 def test_a_target_that_is_unknown(lorry: Lorry) -> None:
     done = selftest(lorry, "eval", LORRY_TARGET="a100")
     assert (done.code, len(done.lines)) == (2, 1)
-    assert "no target 'a100'; known targets: cpu, v100" in done.output
+    assert "target 'a100': no such target; known targets: cpu, v100" in done.output
 
 
 # -- stand-ins for libraries that this machine has not -------------------------------------------------------------

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.contract.errors import DoesNotFitError
-from stages.hardware.batch import plan_batch, refuse_inexact
+from stages.hardware.batch import plan_batch, refuse_inexact_batch
 
 effective_batches = st.integers(1, 600)
 micro_batches = st.integers(1, 40)
@@ -25,7 +25,7 @@ gpu_counts = st.integers(1, 16)
     ],
 )
 def test_known_plans(effective: int, micro: int, gpus: int, made: int) -> None:
-    assert plan_batch(effective, micro, gpus).effective == made
+    assert plan_batch(effective, micro, gpus).effective_batch == made
 
 
 @given(effective_batches, micro_batches, gpu_counts)
@@ -33,9 +33,9 @@ def test_no_other_plan_comes_nearer(effective: int, micro: int, gpus: int) -> No
     plan = plan_batch(effective, micro, gpus)
     others = [m * a * gpus for m in range(1, micro + 1) for a in range(1, effective // (m * gpus) + 3)]
     nearest = min(abs(other - effective) for other in others)
-    assert abs(plan.effective - effective) == nearest
+    assert abs(plan.effective_batch - effective) == nearest
     ties = [other for other in others if abs(other - effective) == nearest]
-    assert plan.effective == max(ties)
+    assert plan.effective_batch == max(ties)
 
 
 @given(effective_batches, micro_batches, gpu_counts)
@@ -47,7 +47,7 @@ def test_a_plan_fits_the_card_and_takes_the_largest_micro_batch_that_does_it(
     assert plan.accumulation >= 1
     assert plan.gpus == gpus
     larger = range(plan.micro_batch + 1, micro + 1)
-    assert not [m for m in larger if plan.effective % (m * gpus) == 0]
+    assert not [m for m in larger if plan.effective_batch % (m * gpus) == 0]
 
 
 def test_a_cpu_counts_as_one_card() -> None:
@@ -70,8 +70,8 @@ def test_a_changed_batch_is_reported() -> None:
 def test_a_batch_that_must_be_exact_names_the_nearest_gpus_that_make_it(
     effective: int, gpus: int, made: int, ways: list[str]
 ) -> None:
-    with pytest.raises(DoesNotFitError, match=r"train\.effective_batch is") as raised:
-        refuse_inexact(plan_batch(effective, 4, gpus), "train.effective_batch")
+    with pytest.raises(DoesNotFitError, match=r"train\.effective_batch \d+: train\.exact_batch is set") as raised:
+        refuse_inexact_batch(plan_batch(effective, 4, gpus), "train.effective_batch")
     assert f"the nearest that {gpus} GPU(s) can do is {made}" in str(raised.value)
     assert all(way in str(raised.value) for way in ways)
     assert str(raised.value).count("GPU(s) = ") == len(ways)
@@ -83,6 +83,6 @@ def test_it_is_refused_where_the_gpus_do_not_divide_it_and_only_there(effective:
     plan = plan_batch(effective, micro, gpus)
     if effective % gpus:
         with pytest.raises(DoesNotFitError):
-            refuse_inexact(plan, "train.effective_batch")
+            refuse_inexact_batch(plan, "train.effective_batch")
     else:
-        refuse_inexact(plan, "train.effective_batch")
+        refuse_inexact_batch(plan, "train.effective_batch")

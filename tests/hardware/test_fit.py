@@ -45,7 +45,7 @@ def test_first_a_smaller_micro_batch_then_checkpointing(seven: ModelShape) -> No
     assert need[24].settings.micro_batch < 4
     assert need[18].settings.gradient_checkpointing
     for way in need.values():
-        assert way.batch.effective == 16
+        assert way.batch.effective_batch == 16
         assert way.settings.max_length == asked.max_length  # what would change the result is never touched
 
 

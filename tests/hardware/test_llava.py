@@ -59,7 +59,7 @@ def test_both_phases_fit_24_gb_where_all_weights_trained_did_not(shape: ModelSha
     """The original's full fine-tuning of 3 billion parameters died on such a card, short of 500 MiB."""
     for settings in (RECIPE.connector_settings(), RECIPE):
         way = plan_training(shape, settings, 1, "bfloat16", CARD, LENGTHS)
-        assert way.fits(CARD) and way.batch.effective == settings.effective_batch
+        assert way.fits(CARD) and way.batch.effective_batch == settings.effective_batch
         assert way.sharding == "none"
     small = round(12 * GIB)
     assert not plan_training(shape, RECIPE.connector_settings(), 1, "bfloat16", small, LENGTHS).fits(small)

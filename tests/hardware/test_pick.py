@@ -13,7 +13,7 @@ from stages.hardware.pick import (
     Pick,
     denied_cards,
     hide_denied_cards,
-    hold_named,
+    hold_named_cards,
     named_cards,
     parse_wish,
     pick_cards,
@@ -158,7 +158,7 @@ def test_where_all_are_denied_a_stage_does_not_go_on_for_hours_without(
 
 def auto(box: Box, text: str = "auto", need: int | Need = 1, deny: str | None = "5,6,7", **more: object) -> Pick:
     gpus = read_cards().gpus
-    need = need if isinstance(need, Need) else Need.of(need * GIB, most=16)
+    need = need if isinstance(need, Need) else Need.per_gpu(need * GIB, most=16)
     return pick_cards(parse_wish(text), need, gpus, denied_cards(deny, gpus), Holds(), **more)  # type: ignore[arg-type]
 
 
@@ -193,7 +193,7 @@ def test_equally_free_cards_are_taken_from_the_lowest_number_on(box: Box) -> Non
 
 
 def test_never_more_cards_than_the_job_can_use(box: Box) -> None:
-    assert indexes(auto(box, need=Need.of(GIB, most=2))) == [1, 3]
+    assert indexes(auto(box, need=Need.per_gpu(GIB, most=2))) == [1, 3]
 
 
 def test_a_denied_card_is_never_taken_however_free(box: Box) -> None:
@@ -264,7 +264,7 @@ def test_a_machine_without_cards(box: Box) -> None:
 def test_what_auto_took_is_not_taken_again(box: Box) -> None:
     first, second = Holds(), Holds()
     gpus = read_cards().gpus
-    need = Need.of(20 * GIB, most=16)
+    need = Need.per_gpu(20 * GIB, most=16)
     one = pick_cards(parse_wish("auto:2"), need, gpus, frozenset({5, 6, 7}), first)
     two = pick_cards(parse_wish("auto"), need, gpus, frozenset({5, 6, 7}), second)
     assert (indexes(one), indexes(two)) == ([1, 3], [2])
@@ -281,7 +281,7 @@ from stages.hardware.holds import Holds
 from stages.hardware.pick import Need, denied_cards, parse_wish, pick_cards
 from stages.hardware.probe import read_cards
 gpus = read_cards().gpus
-pick = pick_cards(parse_wish("auto:2"), Need.of(10 * 2**30), gpus, denied_cards("5,6,7", gpus), Holds())
+pick = pick_cards(parse_wish("auto:2"), Need.per_gpu(10 * 2**30), gpus, denied_cards("5,6,7", gpus), Holds())
 print(*(gpu.index for gpu in pick.cards), flush=True)
 sys.stdin.read()
 """
@@ -310,16 +310,16 @@ def test_processes_that_pick_at_once_share_the_box_out(box: Box) -> None:
 def test_a_refusal_holds_nothing(box: Box) -> None:
     holds, gpus = Holds(), read_cards().gpus
     with pytest.raises(DoesNotFitError):
-        pick_cards(parse_wish("auto:8"), Need.of(GIB, 8), gpus, frozenset(), holds, (9, 9))
+        pick_cards(parse_wish("auto:8"), Need.per_gpu(GIB, 8), gpus, frozenset(), holds, (9, 9))
     with pytest.raises(DoesNotFitError):
-        pick_cards(parse_wish("auto:8"), Need.of(70 * GIB, 8), gpus, frozenset(), holds)
+        pick_cards(parse_wish("auto:8"), Need.per_gpu(70 * GIB, 8), gpus, frozenset(), holds)
     assert indexes(auto(box, "auto:1", need=70)) == [1]
 
 
 def test_two_jobs_may_be_put_on_one_card_by_name_but_auto_takes_another(box: Box) -> None:
     gpus, holds = read_cards().gpus, [Holds(), Holds()]
     for one in holds:
-        hold_named((gpus[1],), "GPUS=1", one)
+        hold_named_cards((gpus[1],), "GPUS=1", one)
     assert indexes(auto(box, "auto:1", need=20)) == [3]
 
 
@@ -328,4 +328,4 @@ def test_a_card_that_auto_holds_is_refused_by_name(box: Box) -> None:
     with pytest.raises(
         InterruptedRunError, match=r"GPUS=1: GPU 1 \(NVIDIA.*held by lorry, pid \d+ of \w+, whose GPUS="
     ):
-        hold_named((gpu,), "GPUS=1", Holds())
+        hold_named_cards((gpu,), "GPUS=1", Holds())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stages.hardware import probe as module
-from stages.hardware.probe import Gpu, Holder, probe, read_cards, user_of
+from stages.hardware.probe import Gpu, Holder, probe, process_user, read_cards
 from tests.conftest import REPOSITORY
 from tests.hardware.recorded import GIB, Box
 
@@ -39,14 +39,14 @@ def test_a_real_process_is_named(box: Box, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "PROC", Path("/proc"))
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         for _ in range(100):  # until it has become `sleep`
-            if module._name_of(sleeper.pid) == "sleep":
+            if module._process_name(sleeper.pid) == "sleep":
                 break
             time.sleep(0.02)
         box.cards[0]["compute_processes"] = [{"pid": sleeper.pid, "usedGpuMemory": 7}]
         box.save()
         (holder,) = read_cards().gpus[0].processes
         sleeper.kill()
-    assert holder == Holder(sleeper.pid, "sleep", user_of(os.getpid()), 7)
+    assert holder == Holder(sleeper.pid, "sleep", process_user(os.getpid()), 7)
     assert holder.user != "?"
 
 

@@ -66,7 +66,10 @@ def test_what_is_asked_for_is_taken_and_the_fullest_of_the_freest_decides(shapes
 
 def test_too_little_memory_is_reported_with_what_it_takes(shapes: dict[str, ModelShape]) -> None:
     shape = shapes["Qwen2.5-14B"]
-    with pytest.raises(DoesNotFitError, match=r"takes 3\d\.\d GiB on each of 1 GPU.*16384 tokens, but 24\.0 GiB are"):
+    with pytest.raises(
+        DoesNotFitError,
+        match=r"max_length 16384: inference takes 3\d\.\d GiB on each of 1 GPU.* sequence, but 24\.0 GiB are",
+    ):
         plan_serving(shape, [24 * GIB], None, "bfloat16", 16384)
     fitting = plan_serving(shape, [24 * GIB] * 2, None, "bfloat16", 16384)
     assert fitting.room is not None and fitting.room >= 16384

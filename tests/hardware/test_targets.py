@@ -8,10 +8,10 @@ from stages.contract.errors import DoesNotFitError, UsageError
 from stages.hardware.probe import Gpu, Machine, probe, visible_gpus
 from stages.hardware.targets import (
     load_targets,
+    machine_target,
     refuse_4bit_twice,
     refuse_base_without_kernels,
     refuse_driver_too_old_for_cuda,
-    target_of,
     working_target,
 )
 
@@ -105,30 +105,30 @@ def test_kernels_that_a_v100_has_not_are_not_promised() -> None:
     [((7, 0), "v100"), ((8, 0), "a800"), ((8, 9), "rtx4090"), ((9, 0), "h100"), ((7, 5), "v100"), ((8, 6), "a800")],
 )
 def test_a_card_takes_the_newest_target_that_is_not_newer(capability: tuple[int, int], target: str) -> None:
-    assert target_of(machine(capability, capability), TARGETS).name == target
+    assert machine_target(machine(capability, capability), TARGETS).name == target
 
 
 def test_a_card_newer_than_all_takes_the_newest_target() -> None:
     newest = max((t for t in TARGETS.values() if t.capability), key=lambda t: t.capability or (0, 0))
-    assert target_of(machine((99, 0)), TARGETS) == newest
+    assert machine_target(machine((99, 0)), TARGETS) == newest
 
 
 def test_the_name_decides_nothing() -> None:
-    assert target_of(machine((8, 0), name="Tesla V100"), TARGETS).name == "a800"
+    assert machine_target(machine((8, 0), name="Tesla V100"), TARGETS).name == "a800"
 
 
 def test_cards_of_different_kinds_are_refused() -> None:
-    with pytest.raises(UsageError, match="differ in compute capability"):
-        target_of(machine((8, 0), (8, 9)), TARGETS)
+    with pytest.raises(UsageError, match="visible GPUs: differ in compute capability"):
+        machine_target(machine((8, 0), (8, 9)), TARGETS)
 
 
 def test_a_card_too_old_is_refused_by_its_capability() -> None:
     with pytest.raises(UsageError, match=r"6\.1 is older"):
-        target_of(machine((6, 1)), TARGETS)
+        machine_target(machine((6, 1)), TARGETS)
 
 
 def test_no_card_is_the_cpu() -> None:
-    target = target_of(machine(), TARGETS)
+    target = machine_target(machine(), TARGETS)
     assert (target.name, target.capability, target.dtype) == ("cpu", None, "float32")
 
 
@@ -136,7 +136,7 @@ def test_a_variant_has_its_cards_facts_and_is_never_chosen_by_a_card() -> None:
     variant = TARGETS["v100-gptq"]
     assert (variant.variant_of, variant.capability, variant.dtype) == ("v100", (7, 0), "float16")
     assert variant.cuda != TARGETS["v100"].cuda
-    assert target_of(machine((7, 0)), TARGETS).name == "v100"
+    assert machine_target(machine((7, 0)), TARGETS).name == "v100"
 
 
 # -- an image and the cards that it finds --------------------------------------------------------------------------
@@ -175,12 +175,16 @@ def test_the_cpu_image_needs_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_gpu_visible_says_how_to_hand_it_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DoesNotFitError) as caught:
         working(monkeypatch, "a800", machine())
-    for words in ("for a800 cards, but no GPU is visible", "GPUS=0", "--gpus", "nvidia.com/gpu", "TARGET=cpu"):
+    assert "LORRY_TARGET=a800: needs a GPU, but none is visible; give it one" in str(caught.value)
+    for words in ("GPUS=0", "--gpus", "nvidia.com/gpu", "TARGET=cpu"):
         assert words in str(caught.value)
 
 
 def test_a_card_older_than_the_image_gets_the_right_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DoesNotFitError, match=r"for a800 \(compute capability 8\.0\).*Tesla.*\(7\.0\).*TARGET=v100"):
+    with pytest.raises(
+        DoesNotFitError,
+        match=r"LORRY_TARGET=a800: needs compute capability 8\.0 or higher, but Tesla.* has 7\.0; .*TARGET=v100",
+    ):
         working(monkeypatch, "a800", machine((7, 0), name="Tesla V100-SXM2-32GB"))
 
 
@@ -191,7 +195,7 @@ def test_a_driver_too_old_for_the_images_cuda_is_refused(monkeypatch: pytest.Mon
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no target 'a100'; known targets: cpu, v100"):
+    with pytest.raises(UsageError, match="target 'a100': no such target; known targets: cpu, v100"):
         working(monkeypatch, "a100", machine((8, 0)))
 
 

@@ -127,10 +127,7 @@ def test_gpus_that_make_no_exact_batch_are_refused_before_anything_is_trained(tm
     code, output = other(**meeting)
     assert code == 4, output
     told = output.splitlines()[-1]
-    assert (
-        "train.connector.effective_batch is 5 and train.exact_batch is set, but the nearest that 2 GPU(s) can do"
-        in told
-    )
+    assert "train.connector.effective_batch 5: train.exact_batch is set, but the nearest that 2 GPU(s) can do" in told
     assert "x 1 GPU(s) = 5, or 1 x 1 x 5 GPU(s) = 5" in told
 
 

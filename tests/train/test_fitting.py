@@ -21,7 +21,7 @@ from stages.hardware.batch import plan_batch
 from stages.hardware.fit import Way, plan_training
 from stages.hardware.memory import Lengths
 from stages.hardware.probe import probe
-from stages.hardware.targets import load_targets, precision_of
+from stages.hardware.targets import base_dtype, load_targets
 from stages.models.shape import ModelShape, UnknownShapeError
 from stages.train import stage as train_stage
 from stages.train.ladder import Attempt, Ladder, MemoryRanOutError, Shortage
@@ -61,20 +61,20 @@ def stage(training: Training, tmp_path: Path) -> Told:
     ],
 )
 def test_precision_goes_by_compute_capability(setting: str, target: str, dtype: str) -> None:
-    assert precision_of(setting, TARGETS[target]) == dtype
+    assert base_dtype(setting, TARGETS[target]) == dtype
 
 
 @pytest.mark.parametrize(
     ("setting", "target", "why"),
     [
-        ("bfloat16", "v100", "only emulated"),
+        ("bfloat16", "v100", "but v100 has 7.0 and only emulates it"),
         ("float16", "cpu", "trains in float32"),
         ("bfloat16", "cpu", "trains in float32"),
     ],
 )
 def test_a_precision_that_the_card_has_not_is_refused_with_the_reason(setting: str, target: str, why: str) -> None:
     with pytest.raises(DoesNotFitError, match=why):
-        precision_of(setting, TARGETS[target])
+        base_dtype(setting, TARGETS[target])
 
 
 def test_a_full_card_is_refused_before_any_process_starts(training: Training, box: Box) -> None:
@@ -116,7 +116,7 @@ def test_little_memory_changes_the_plan_and_says_so(
     monkeypatch.setattr(train_stage, "read_lengths", lambda *_: Lengths(2048, 2048))  # as if there were long ones
     stage.decisions.clear()
     plan = _plan(stage, None)
-    assert plan.way.batch.effective == 4
+    assert plan.way.batch.effective_batch == 4
     assert [made["value"] for made in stage.decisions if made["what"] == "fit"] == list(plan.way.changes)
     assert plan.way.changes
 
@@ -221,7 +221,7 @@ def test_a_model_whose_memory_cannot_be_estimated_is_trained_as_asked(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     plan = _plan(stage, None)
     assert (plan.way.sharding, plan.way.changes) == ("none", ())
-    assert plan.way.batch.effective == stage.run.recipe.train.effective_batch
+    assert plan.way.batch.effective_batch == stage.run.recipe.train.effective_batch
     assert {made["what"]: made["value"] for made in stage.decisions}["memory"] == "not estimated"
     assert "estimate" not in stage.facts
     assert "effective batch" in {made["what"] for made in stage.decisions}

@@ -70,7 +70,7 @@ def test_the_effective_batch_is_the_same_on_every_rung(gpus: int, effective: int
     start = now = attempt(gpus, effective_batch=effective, micro_batch=micro_batch)
     while (change := next_rung(now, "training")) is not None:
         now = lowered_attempt(now, change)
-        assert now.batch.effective == start.batch.effective
+        assert now.batch.effective_batch == start.batch.effective_batch
         assert now.eval_micro_batch == start.eval_micro_batch
     assert now.batch.micro_batch == 1
 
@@ -113,7 +113,7 @@ def test_rungs_are_remembered_and_hold_on_other_cards(tmp_path: Path) -> None:
         },
     ]
     on_two = again.apply_rungs(attempt(2, micro_batch=4))
-    assert (on_two.batch.micro_batch, on_two.batch.effective) == (2, 16)
+    assert (on_two.batch.micro_batch, on_two.batch.effective_batch) == (2, 16)
     lean = attempt(micro_batch=1)
     assert again.apply_rungs(lean).batch.micro_batch == 1, "a plan that is lower already stays so"
 
