@@ -29,7 +29,7 @@ def compare(runs: tuple[str, ...]) -> None:
         from stages.results.comparison import comparable_runs, warnings_about
         from stages.results.comparison_table import comparison_tables
     except ModuleNotFoundError as error:
-        raise UsageError(f"lorry compare needs {error.name}, which is not installed here; run `make setup`") from error
+        raise UsageError(f"lorry compare: needs {error.name}, which is not installed here; run `make setup`") from error
     found, notes = comparable_runs(roots, names)
     for text in comparison_tables(found, sys.stdout.isatty()):
         click.echo(text)

@@ -44,7 +44,7 @@ def ledger(runs: tuple[str, ...], order: str | None, form: str | None, out: Path
     refuse_unknown_metric(metric, found.metrics)
     rows = sorted_rows(found.rows, column, descending)
     if not rows:
-        click.echo(f"no run in {roots.runs}", err=True)
+        click.echo(f"{roots.runs}: no run here; start one, or set LORRY_RUNS to another folder", err=True)
     form = form or SUFFIXES.get(out.suffix if out else "", "table")
     text = render_ledger(rows, form, column, descending, sys.stdout.isatty() and out is None)
     if out is None:

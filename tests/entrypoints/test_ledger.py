@@ -59,7 +59,10 @@ def test_wrong_words_are_answered_in_one_line(tmp_path: Path, lorry: Lorry, argu
 
 def test_no_run_is_no_error(lorry: Lorry) -> None:
     done = lorry("entrypoints.lorry", "ledger")
-    assert (done.code, done.lines) == (0, [f"no run in {lorry.runs}"])
+    assert (done.code, done.lines) == (
+        0,
+        [f"{lorry.runs}: no run here; start one, or set LORRY_RUNS to another folder"],
+    )
 
 
 def test_nothing_is_written_into_the_runs(tmp_path: Path, lorry: Lorry) -> None:
