@@ -68,12 +68,12 @@ def stage_command(name: str, summary: str) -> click.Command:
             from stages.host.selftest import selftest
 
             sys.exit(print_lines(selftest(name)))
-        from stages.contract.part import part_of
+        from stages.contract.part import requested_part
         from stages.host.runner import run_stage
         from stages.host.runs import open_run
         from stages.host.work import run_work
 
-        part = part_of(name, shard, os.environ)
+        part = requested_part(name, shard, os.environ)
         sys.exit(run_stage(open_run(**options), name, run_work, force, part))
 
     return command

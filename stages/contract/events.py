@@ -60,15 +60,15 @@ class Events:
             self.emit("progress", activity=activity, step=step, total=total, unit=unit, eta_seconds=eta, **fields)
             self._emitted = now
         if last or now - self._shown >= (0.1 if self._terminal else CONSOLE_INTERVAL):
-            self._show(activity, step, total, unit, eta, fields, last)
+            self._show_progress(activity, step, total, unit, eta, fields, last)
             self._shown = now
 
-    def _show(
+    def _show_progress(
         self, activity: str, step: int, total: int, unit: str, eta: float | None, fields: dict[str, Any], last: bool
     ) -> None:
         """Print progress as a line, or as a bar on a terminal. `eta` is in seconds."""
         extras = "".join(f"  {_field_text(key, value)}" for key, value in fields.items() if value is not None)
-        left = f"  {_clock_text(eta)} left" if eta is not None and not last else ""
+        left = f"  {_duration_text(eta)} left" if eta is not None and not last else ""
         text = f"{self._stage}: {activity} {step}/{total} {unit}{extras}{left}"
         if not self._terminal:
             print(text, file=self._console, flush=True)
@@ -140,7 +140,7 @@ def _field_text(key: str, value: Any) -> str:
     return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
 
 
-def _clock_text(seconds: float) -> str:
+def _duration_text(seconds: float) -> str:
     """A duration as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -245,7 +245,8 @@ def machine_error(error: BaseException) -> LorryError | None:
             )
         if isinstance(seen, MemoryError) or _OUT_OF_MEMORY.search(text):
             return DoesNotFitError(
-                f"out of memory ({' '.join(text.split())[:200]}); lower the recipe's batch sizes or max_length"
+                f"out of memory ({' '.join(text.split())[:200]}); lower the stage's workers, batch size or max_length"
+                " in the recipe, or use a machine with more memory"
             )
         if code in (errno.EROFS, errno.EACCES, errno.EPERM):
             return UsageError(f"{where}not permitted ({os.strerror(code)}); {_permission_cure(code, seen)}")

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stages.contract.errors import UsageError
-from stages.contract.recipe import Train
+from stages.contract.recipe import Train, problem_text
 
 NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
 """PEFT's keys of settings that a recipe has, and the recipe's keys."""
@@ -30,7 +30,7 @@ IGNORED = {
 
 
 def apply_lora_config(settings: Train, path: Path) -> Train:
-    """The settings of `train`, with the LoRA settings of a JSON file in PEFT's format in their place.
+    """Training settings with their LoRA settings replaced by those of a JSON file in PEFT's format.
 
     Settings that the file lacks stay the recipe's. Raises UsageError if the file is missing or not JSON, if a value is
     out of range, and for a setting that Lorry does not support.
@@ -43,7 +43,7 @@ def apply_lora_config(settings: Train, path: Path) -> Train:
         elif key in MUST_BE:
             if value not in MUST_BE[key]:
                 raise UsageError(
-                    f"{path}: {key!r} is {value!r}, but Lorry trains adapters with {MUST_BE[key][0]!r} only; change it"
+                    f"{path}: {key!r} is {value!r}, but Lorry trains adapters with {MUST_BE[key][0]!r} only; write that"
                 )
         elif key not in IGNORED and not _is_off(value):
             near = difflib.get_close_matches(key, [*NAMES, *MUST_BE], 1)
@@ -59,7 +59,7 @@ def apply_lora_config(settings: Train, path: Path) -> Train:
         detail = error.errors()[0]
         theirs = {ours: name for name, ours in NAMES.items()}
         key = theirs.get(str(detail["loc"][0]), str(detail["loc"][0]))
-        raise UsageError(f"{path}: {key}: {detail['msg']} (found {detail['input']!r})") from error
+        raise UsageError(f"{path}: {problem_text(detail, key)}") from error
 
 
 def _is_off(value: Any) -> bool:
@@ -68,7 +68,7 @@ def _is_off(value: Any) -> bool:
 
 
 def _read_lora_config(path: Path) -> dict[str, Any]:
-    """The mapping in the JSON file. Raises UsageError if there is none."""
+    """The mapping in the JSON file. Raises UsageError if the file is missing, not JSON or not a mapping."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

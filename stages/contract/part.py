@@ -53,8 +53,8 @@ class Node:
 Part = Shard | Node | None
 
 
-def part_of(stage: str, option: str | None, environment: Mapping[str, str]) -> Part:
-    """The part that `--shard` or the environment asks for; None: the whole stage on one machine.
+def requested_part(stage: str, option: str | None, environment: Mapping[str, str]) -> Part:
+    """The part that `--shard` or the environment asks for. None: the whole stage on one machine.
 
     Raises UsageError if their values are wrong, incomplete, or exclude each other.
     """
@@ -93,22 +93,22 @@ def _node(environment: Mapping[str, str]) -> Node | None:
     if not count:
         if rank or rendezvous:
             raise UsageError(
-                "LORRY_NODES is not set, but LORRY_NODE_RANK or LORRY_RENDEZVOUS is; set it to the number of machines"
+                "LORRY_NODES: not set, but LORRY_NODE_RANK or LORRY_RENDEZVOUS is; set it to the number of machines"
             )
         return None
     rank = rank or environment.get("JOB_COMPLETION_INDEX")
     if not count.isdecimal() or int(count) < 1:
-        raise UsageError(f"LORRY_NODES {count}: not a number from 1 on; set it to the number of machines")
+        raise UsageError(f"LORRY_NODES {count}: not a whole number above 0; set it to the number of machines")
     if int(count) == 1:
         return None
     if not rank or not rank.isdecimal() or int(rank) >= int(count):
         last = int(count) - 1
         raise UsageError(
-            f"LORRY_NODE_RANK {rank or 'is not set'}; with LORRY_NODES {count} set it to 0..{last}, a different one on"
-            " each machine (an Indexed Job's JOB_COMPLETION_INDEX also counts)"
+            f"LORRY_NODE_RANK: found {rank or 'no value'}; with LORRY_NODES {count} set it to a number from 0 to"
+            f" {last}, another one on each machine (an Indexed Job's JOB_COMPLETION_INDEX also counts)"
         )
     if not rendezvous or not re.fullmatch(r"[^\s:]+:[0-9]{1,5}", rendezvous):
         raise UsageError(
-            f"LORRY_RENDEZVOUS {rendezvous or 'is not set'}; set it to host:port of node 0, such as node-0:29500"
+            f"LORRY_RENDEZVOUS: found {rendezvous or 'no value'}; set it to host:port of node 0, such as node-0:29500"
         )
     return Node(int(rank), int(count), rendezvous)

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from stages.contract.errors import UsageError
 from stages.contract.files import digest_of
 from stages.contract.records import BASE, VOTE
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A name that is also a folder's name: letters, digits, `.`, `_`, `-`; at most 64 characters."""
@@ -33,7 +36,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A mapping of a recipe, or of a task's settings. Unknown keys and values of another type are refused."""
+    """A mapping of a recipe, or of a task's settings. Unknown keys and values of another type are refused.
+
+    A validator's ValueError says `key: what was found; what to do`, with the key as from this section on.
+    `problem_text` completes the key.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
@@ -115,7 +122,7 @@ class DataJuicer(Section):
         """Name and parameters of each operator, in order."""
         return [(name, given or {}) for entry in self.process for name, given in entry.items()]
 
-    def weights(self) -> dict[str, str]:
+    def weight_folders(self) -> dict[str, str]:
         """The weight folders of the operators, relative to the model mount, by the recipe key that names each."""
         return {
             f"preprocess.data_juicer.process[{number}].{name}.{key}": value
@@ -175,7 +182,7 @@ class Source(Section):
         if not hash_sign:
             return {"source": value}
         if not count.isdecimal():
-            raise ValueError("not a part of a data mix; write name, or name#100 for 100 of its samples")
+            raise ValueError(f"source: found {value!r}; write a data set's name, or name#100 for 100 of its samples")
         return {"source": name, "count": int(count)}
 
     @classmethod
@@ -186,7 +193,7 @@ class Source(Section):
     def _check_amount(self) -> "Source":
         """Raise ValueError if count and fraction are both set."""
         if self.count is not None and self.fraction is not None:
-            raise ValueError("count and fraction are both set; remove one of them")
+            raise ValueError(f"count {self.count}: fraction {self.fraction:g} is set too; remove one of the two")
         return self
 
     def __str__(self) -> str:
@@ -212,9 +219,9 @@ class Adapter(Section):
     def _check_name(self) -> "Adapter":
         """Raise ValueError for a name that tables use for the base or the vote."""
         if self.name == BASE:
-            raise ValueError("'base' is the untuned model in every table; choose another name for the adapter")
+            raise ValueError(f"name: {BASE!r} is the untuned model in every table; choose another name")
         if self.name == VOTE:
-            raise ValueError("'vote' is the common answer in every table; choose another name for the adapter")
+            raise ValueError(f"name: {VOTE!r} is the common answer in every table; choose another name")
         return self
 
     @property
@@ -340,9 +347,9 @@ class Train(Section):
         names = [adapter.name for adapter in self.adapters]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"adapter names must differ; rename one of each: {', '.join(twice)}")
+            raise ValueError(f"adapters: several are named {' and '.join(twice)}; give each a name of its own")
         if not names and not self.adapter_for_each_source:
-            raise ValueError("no adapter to train; list one in train.adapters, or set train.adapter_for_each_source")
+            raise ValueError("adapters: lists none; list one, or set train.adapter_for_each_source")
         return self
 
     @property
@@ -350,7 +357,7 @@ class Train(Section):
         """Whether these are the settings of the first phase, which `connector_settings` returns."""
         return self.connector is not None and [adapter.name for adapter in self.adapters] == [CONNECTOR]
 
-    def key_of(self, name: str) -> str:
+    def full_key(self, name: str) -> str:
         """The full recipe key of one of these settings: `train.max_length`, or `train.connector.max_length`."""
         section = f"train.{CONNECTOR}" if self.trains_connector and name in Connector.model_fields else "train"
         return f"{section}.{name}"
@@ -377,7 +384,7 @@ class Train(Section):
         """Raise ValueError for zero3 with a base in 4 bits."""
         if self.load_in_4bit and self.sharding == "zero3":
             raise ValueError(
-                "sharding zero3 cannot shard a base in 4 bits; set sharding to zero2, or remove load_in_4bit"
+                "sharding zero3: cannot shard a base in 4 bits; set it to zero2, or train.load_in_4bit to false"
             )
         return self
 
@@ -386,12 +393,14 @@ class Train(Section):
         """Raise ValueError if a lower bound is above the value that it limits."""
         if self.least_max_length is not None and self.least_max_length > self.max_length:
             raise ValueError(
-                f"least_max_length {self.least_max_length} is above max_length {self.max_length}; lower it"
+                f"least_max_length {self.least_max_length}: above train.max_length, which is {self.max_length}; lower"
+                " it"
             )
         if self.least_max_pixels is not None and (self.max_pixels is None or self.least_max_pixels > self.max_pixels):
             found = self.max_pixels or "null"
             raise ValueError(
-                f"least_max_pixels {self.least_max_pixels} needs a max_pixels of at least that; raise it from {found}"
+                f"least_max_pixels {self.least_max_pixels}: train.max_pixels is {found}; set that to at least as much,"
+                " or this to null"
             )
         return self
 
@@ -425,9 +434,11 @@ class Vote(Section):
     def _check_voters(self) -> "Vote":
         """Raise ValueError if no adapter votes, or one is listed twice."""
         if not self.adapters:
-            raise ValueError("adapters: no adapter votes; list at least one, or write all or greedy")
-        if len(set(self.adapters)) < len(self.adapters) and isinstance(self.adapters, list):
-            raise ValueError("adapters: an adapter is listed twice, but has one vote; list it once")
+            raise ValueError("adapters: lists none; list at least one, or write all or greedy")
+        names = self.adapters if isinstance(self.adapters, list) else []
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"adapters: lists {name!r} twice; list it once")
         return self
 
 
@@ -468,8 +479,8 @@ class Infer(Section):
         """Raise ValueError if a completion alone may be as long as max_length."""
         if self.max_new_tokens >= self.max_length:
             raise ValueError(
-                f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in max_length {self.max_length};"
-                " raise max_length"
+                f"max_new_tokens {self.max_new_tokens}: leaves no room for a prompt, as infer.max_length is"
+                f" {self.max_length}; lower the one or raise the other"
             )
         return self
 
@@ -478,7 +489,8 @@ class Infer(Section):
         """Raise ValueError for a vote of adapters that do not all answer the same samples."""
         if self.vote is not None and self.answers != "all":
             raise ValueError(
-                "vote: adapters that answer different samples cannot vote together; set infer.answers to all"
+                f"answers {self.answers}: adapters that answer different samples cannot vote together; set it to all,"
+                " or infer.vote to null"
             )
         return self
 
@@ -514,7 +526,7 @@ class Recipe(Section):
         """Raise ValueError if an adapter has the name of the first phase."""
         if self.train.connector is not None and any(adapter.name == CONNECTOR for adapter in self.train.adapters):
             raise ValueError(
-                f"train.adapters: {CONNECTOR!r} is the name of the first phase (train.connector); choose another name"
+                f"train.adapters: {CONNECTOR!r} is the name of the first phase (train.connector); rename that adapter"
             )
         return self
 
@@ -526,7 +538,8 @@ class Recipe(Section):
             unknown = sorted(set(vote.adapters) - {adapter.name for adapter in self.train.adapters})
             if unknown:
                 raise ValueError(
-                    f"infer.vote.adapters: {', '.join(unknown)} not in train.adapters; list adapters that are trained"
+                    f"infer.vote.adapters: found {', '.join(unknown)}, which train.adapters lacks; list"
+                    " adapters that are trained"
                 )
         return self
 
@@ -589,14 +602,14 @@ def _read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     return values, profiles, text
 
 
-def place_of_key(path: Path, location: tuple[str, ...], profile: str | None) -> str:
-    """Where a recipe file sets a key, as `file:line`; only the file if it does not set it.
+def locate_key(path: Path, location: tuple[str, ...], profile: str | None) -> str:
+    """Find where a recipe file sets a key. Returns `file:line`; only the file if it does not set the key.
 
     A profile's value takes precedence. Raises OSError if the file cannot be read.
     """
     text = path.read_text(encoding="utf-8")
-    line = _line_of(text, ("profiles", profile, *location)) if profile else None
-    line = line or _line_of(text, location)
+    line = _key_line(text, ("profiles", profile, *location)) if profile else None
+    line = line or _key_line(text, location)
     return f"{path}:{line}" if line else str(path)
 
 
@@ -671,23 +684,52 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 def _describe_problems(error: ValidationError, path: Path, text: str, prefix: tuple[str, ...]) -> str:
     """The first three problems in one line, each with file, line and cure, and the number of further problems."""
-    problems = []
-    for detail in error.errors()[:3]:
-        location = detail["loc"]
-        line = _line_of(text, prefix + location) or _line_of(text, location)
+    problems: dict[str, str] = {}
+    for detail in error.errors():
+        location = _location(detail)
+        line = _key_line(text, prefix + location) or _key_line(text, location)
         where = f"{path}:{line}" if line else str(path)
-        key = ".".join(str(part) for part in location) or "recipe"
+        key = ".".join(map(str, location))
         if detail["type"] == "extra_forbidden":
             known = _known_keys(location[:-1])
             near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            problems.append(f"{where}: unknown key {key!r}; {hint}")
+            problems[key] = f"{where}: unknown key {key!r}; {hint}"
         elif detail["type"] == "missing":
-            problems.append(f"{where}: {key!r} is missing; set it")
+            problems[key] = f"{where}: {key!r} is missing; set it"
+        elif key in problems:  # if a key may have values of several types, pydantic lists a problem for each of them
+            problems[key] += f", or {_requirement(detail)}"
         else:
-            problems.append(f"{where}: {key}: {detail['msg']} (found {detail['input']!r})")
-    more = error.error_count() - len(problems)
-    return "; ".join(problems) + (f"; and {more} more" if more > 0 else "")
+            problems[key] = f"{where}: {problem_text(detail, key)}"
+    more = len(problems) - 3
+    return "; ".join([*problems.values()][:3]) + (f"; and {more} more" if more > 0 else "")
+
+
+def problem_text(detail: "ErrorDetails", key: str) -> str:
+    """One of pydantic's problems as `key: what was found; what to do`; `key` is that of the wrong value or section."""
+    if detail["type"] == "value_error":
+        section = f"{key}." if key else ""
+        return f"{section}{detail['ctx']['error']}"
+    found = detail["input"]
+    kind = "a mapping" if isinstance(found, dict) else "a list" if isinstance(found, list) else ""
+    return f"{key or 'recipe'}: found {kind if found and kind else repr(found)}; it must {_requirement(detail)}"
+
+
+def _requirement(detail: "ErrorDetails") -> str:
+    """What a wrong value must be or have, as a verb phrase such as `be greater than 0`."""
+    if detail["type"] in ("model_type", "dict_type"):
+        return "be a mapping of keys to values"
+    text = re.sub(r" after validation, not \d+$", "", detail["msg"])
+    return re.sub(r"^\w+ should ", "", text)
+
+
+def _location(detail: "ErrorDetails") -> tuple[int | str, ...]:
+    """The path of keys and list indexes to a wrong value or section, without the names of types that pydantic adds."""
+    if detail["type"] == "extra_forbidden":
+        return detail["loc"]
+    return tuple(
+        part for part in detail["loc"] if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))
+    )
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
@@ -702,7 +744,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def _line_of(text: str, location: tuple[int | str, ...]) -> int | None:
+def _key_line(text: str, location: tuple[int | str, ...]) -> int | None:
     """The line (1-based) of a key in YAML text; None if the text does not have the key."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     line = None

@@ -129,9 +129,9 @@ class Run:
                 if not name.startswith(wanted):
                     continue
                 if not output_is_intact(self.stage_folder(earlier), name, output, hashes):
-                    raise UsageError(
-                        f"{self.path(earlier, name)}: missing or changed since {earlier} wrote it; run {earlier} again"
-                    )
+                    path = self.path(earlier, name)
+                    state = f"changed since {earlier} wrote it" if path.exists() else "missing"
+                    raise UsageError(f"{path}: {state}; run {earlier} again")
                 found[f"{earlier}/{name}"] = output["sha256"]
         if stage == "preprocess":
             for path in visible_files(self.data):
@@ -141,7 +141,7 @@ class Run:
                 folder = self.model(retrieval.embedder, "preprocess.retrieval.embedder")
                 found["models/embedder"] = hashes.tree_digest(folder)[0]
             juicer = self.recipe.preprocess.data_juicer
-            for key, weights in juicer.weights().items() if juicer else ():
+            for key, weights in juicer.weight_folders().items() if juicer else ():
                 found[f"models/{weights}"] = hashes.tree_digest(self.model(weights, key))[0]
         asks_the_model = stage == "preprocess" and self.recipe.preprocess.classifier == "model"
         if stage in ("train", "infer") or asks_the_model:
@@ -189,9 +189,9 @@ class Run:
         self.refuse_other_version(stage, shard)
         if (self.manifest(stage, shard) or {}).get("untrained"):
             return False  # later stages use the other adapters; each start of train tries these again
-        return self._matches(stage, shard, self.key(stage, self.inputs(stage, hashes)), hashes)
+        return self._is_done_with_key(stage, shard, self.key(stage, self.inputs(stage, hashes)), hashes)
 
-    def _matches(self, stage: str, shard: Shard | None, key: str, hashes: FileHashes) -> bool:
+    def _is_done_with_key(self, stage: str, shard: Shard | None, key: str, hashes: FileHashes) -> bool:
         """Whether a stage, or a shard of it, is done with this key and has intact outputs."""
         manifest = self.manifest(stage, shard)
         if manifest is None or manifest.get("key") != key:
@@ -209,7 +209,7 @@ class Run:
 
     def finished_shards(self, stage: str, key: str, hashes: FileHashes) -> list[Shard]:
         """The shards of a stage that are done with this key and have intact outputs."""
-        matching = [shard for shard in self.shards(stage) if self._matches(stage, shard, key, hashes)]
+        matching = [shard for shard in self.shards(stage) if self._is_done_with_key(stage, shard, key, hashes)]
         for shard in matching:
             self.refuse_other_version(stage, shard)
         return matching

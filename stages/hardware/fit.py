@@ -123,7 +123,7 @@ def _changes(asked: Train, changed: Train, sharding: str) -> tuple[str, ...]:
     """The settings that differ from the recipe's, as text for `Way.changes`."""
     found = []
     if changed.micro_batch != asked.micro_batch:
-        found.append(f"{asked.key_of('micro_batch')}={changed.micro_batch} for {asked.micro_batch}")
+        found.append(f"{asked.full_key('micro_batch')}={changed.micro_batch} for {asked.micro_batch}")
     if changed.gradient_checkpointing != asked.gradient_checkpointing:
         found.append("train.gradient_checkpointing=true")
     if sharding != ("none" if asked.sharding == "auto" else asked.sharding):
@@ -228,7 +228,9 @@ def _ways_with_shorter_samples(
         shorter = replace(lengths, longest=length, answer=min(lengths.answer, length))
         changed = settings.model_copy(update={"max_length": length})
         way = plan_training(shape, changed, processes, dtype, memory, shorter)
-        yield replace(way, changes=(f"{settings.key_of('max_length')}={length}, longer samples left out", *way.changes))
+        yield replace(
+            way, changes=(f"{settings.full_key('max_length')}={length}, longer samples left out", *way.changes)
+        )
 
 
 def disk_bytes(shape: ModelShape, settings: Train) -> int:

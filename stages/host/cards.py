@@ -205,7 +205,7 @@ def _refuse_inexact_batches(stages: tuple[str, ...], options: dict[str, Any], nu
         return
     for phase in _phases(settings):
         batch = plan_batch(phase.effective_batch, phase.micro_batch, number)
-        refuse_inexact_batch(batch, phase.key_of("effective_batch"))
+        refuse_inexact_batch(batch, phase.full_key("effective_batch"))
 
 
 def _phases(settings: "Train") -> "list[Train]":

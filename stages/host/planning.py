@@ -188,7 +188,7 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
         )
         yield f"{title}: trains {trained_parameters(shape, train) / 1e6:.1f} million parameters"
     yield (
-        f"samples of {lengths.longest} tokens ({train.key_of('max_length')}), {lengths.answer} of them the answer"
+        f"samples of {lengths.longest} tokens ({train.full_key('max_length')}), {lengths.answer} of them the answer"
         " (infer.max_new_tokens)"
     )
     if train.micro_batch > 1:
@@ -200,7 +200,7 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
             f" {equal / GIB:.2f} GiB as asked. train plans again with the real samples"
         )
     if train.exact_batch:
-        refuse_inexact_batch(phase.way.batch, train.key_of("effective_batch"))
+        refuse_inexact_batch(phase.way.batch, train.full_key("effective_batch"))
     yield f"effective batch: {phase.way.batch}\n"
     yield from _memory_table(phase)
     left_out = gap_in_estimate(shape, train)

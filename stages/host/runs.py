@@ -56,7 +56,7 @@ def open_run(
     Without `recipe`, it is the recipe of the existing run `run_name`. Raises UsageError if the recipe, run, task or
     engine does not exist, or the recipe is wrong.
     """
-    from stages.contract.recipe import load_recipe, place_of_key
+    from stages.contract.recipe import load_recipe, locate_key
     from stages.contract.run import Run
     from stages.engines import engine_kind
     from stages.tasks import settle_recipe
@@ -74,7 +74,7 @@ def open_run(
     try:
         engine_kind(loaded.infer.engine)
     except UsageError as error:
-        raise UsageError(f"{place_of_key(path, ('infer', 'engine'), loaded.profile)}: {error}") from error
+        raise UsageError(f"{locate_key(path, ('infer', 'engine'), loaded.profile)}: {error}") from error
     name = run_name or path.stem
     if name in (".", "..") or "/" in name:
         raise UsageError(f"--run {name}: not the name of one folder; choose a name without '/'")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from stages.contract.errors import DataError, UsageError
 from stages.contract.lora_config import apply_lora_config
-from stages.contract.recipe import Adapter, Recipe, Section, Source, Train, file_name
+from stages.contract.recipe import Adapter, Recipe, Section, Source, Train, file_name, problem_text
 from stages.tasks.task import Task, check_task
 
 NO_TASKS = ("common", "task")
@@ -75,7 +75,7 @@ def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
     try:
         return Recipe.model_validate(complete.model_dump())  # checks the voters against the adapters, now listed
     except ValidationError as error:
-        raise UsageError(f"{where}: {error.errors()[0]['msg']}") from error
+        raise UsageError(f"{where}: {problem_text(error.errors()[0], '')}") from error
 
 
 def _settle_training(recipe: Recipe, task: Task, where: str, data: Path) -> Train:
@@ -104,4 +104,4 @@ def _settings(kind: type[Section], values: dict[str, object], where: str) -> Sec
             near = difflib.get_close_matches(key, kind.model_fields, 1)
             known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(kind.model_fields) or 'none'}"
             raise UsageError(f"{where}: unknown key {key!r}; {known}") from error
-        raise UsageError(f"{where}.{key}: {detail['msg']}, found {detail.get('input')!r}") from error
+        raise UsageError(problem_text(detail, f"{where}.{key}")) from error

@@ -142,7 +142,7 @@ def change_as_options(change: Change, settings: Train) -> str:
     """
     if "evaluate" in change:
         return "--set data.validation_fraction=0 (preprocess too)"
-    options = {settings.key_of(name.removeprefix("eval_")): value for name, value in change.items()}
+    options = {settings.full_key(name.removeprefix("eval_")): value for name, value in change.items()}
     return " ".join(f"--set {key}={str(value).lower()}" for key, value in options.items())
 
 
@@ -156,7 +156,7 @@ def memory_advice(attempt: Attempt) -> str:
         ways.append("ZeRO-3 over more GPUs (train.sharding=zero3)")
     if settings.max_pixels and settings.max_pixels > (settings.least_max_pixels or 0):
         ways.append(f"fewer pixels (train.max_pixels below {settings.max_pixels})")
-    ways.append(f"shorter samples ({settings.key_of('max_length')} below {settings.max_length})")
+    ways.append(f"shorter samples ({settings.full_key('max_length')} below {settings.max_length})")
     return f"use {', '.join(ways[:-1])}, or {ways[-1]}"
 
 

@@ -355,7 +355,7 @@ def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> No
     if name == CONNECTOR:
         settings, what = settings.connector_settings(), name
     wanted, used = settings.max_length, training["max_length"]
-    reason = f"longer than {settings.key_of('max_length')}" + (
+    reason = f"longer than {settings.full_key('max_length')}" + (
         "" if used == wanted else f", which was lowered to {used} to fit the memory"
     )
     for split, samples in training["left_out"].items():
@@ -413,7 +413,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
     check_sharding(plan.way.sharding, use_cpu=not plan.gpus, quantisation=quantisation_of(model))
     if settings.exact_batch:
-        refuse_inexact_batch(plan.way.batch, settings.key_of("effective_batch"))
+        refuse_inexact_batch(plan.way.batch, settings.full_key("effective_batch"))
     return plan
 
 
@@ -445,7 +445,9 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     except UnknownShapeError as error:
         decide("memory", "not estimated", str(error))
         way = unestimated_way(settings, processes, dtype)
-        decide("effective batch", str(way.batch), f"{settings.key_of('effective_batch')} is {settings.effective_batch}")
+        decide(
+            "effective batch", str(way.batch), f"{settings.full_key('effective_batch')} is {settings.effective_batch}"
+        )
         return _Plan(target, way, gpus)
     refuse_base_without_kernels(model, shape.quantisation, target)
     if settings.load_in_4bit:
@@ -471,7 +473,7 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
         decide("fit", change, f"{why}; the result stays the same")
     if settings.sharding in ("zero2", "zero3"):
         decide("sharding", settings.sharding, "train.sharding")
-    decide("effective batch", str(way.batch), f"{settings.key_of('effective_batch')} is {settings.effective_batch}")
+    decide("effective batch", str(way.batch), f"{settings.full_key('effective_batch')} is {settings.effective_batch}")
     stage.facts[f"{label}estimate".replace(" ", "_")] = {**way.estimate.parts(), "total": way.estimate.total}
     return _Plan(target, way, gpus)
 

@@ -131,7 +131,7 @@ def _refuse_no_samples(job: Job, samples: int) -> None:
     if samples:
         return
     what = " with a picture" if job.settings.trains_connector else ""
-    limit = f"{job.settings.key_of('max_length')} {job.settings.max_length}"
+    limit = f"{job.settings.full_key('max_length')} {job.settings.max_length}"
     raise DataError(f"{job.train[0]}: no training sample{what} fits in {limit}; raise it")
 
 

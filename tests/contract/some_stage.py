@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stages.contract.errors import DataError
 from stages.contract.files import JsonlJournal, write_jsonl
-from stages.contract.part import part_of
+from stages.contract.part import requested_part
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
@@ -91,6 +91,6 @@ if __name__ == "__main__":
             "preprocess",
             WORKS[sys.argv[1]],
             "--force" in sys.argv,
-            part_of("preprocess", shard, {}),
+            requested_part("preprocess", shard, {}),
         )
     )

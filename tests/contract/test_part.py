@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.contract.errors import UsageError
-from stages.contract.part import Node, Part, Shard, part_of
+from stages.contract.part import Node, Part, Shard, requested_part
 from tests.conftest import REPOSITORY, Lorry
 
 MEETING = {"LORRY_NODES": "3", "LORRY_RENDEZVOUS": "node-0.train:29500"}
@@ -33,7 +33,7 @@ MEETING = {"LORRY_NODES": "3", "LORRY_RENDEZVOUS": "node-0.train:29500"}
     ],
 )
 def test_what_is_asked_for(option: str | None, environment: dict[str, str], expected: Part) -> None:
-    assert part_of("train", option, environment) == expected
+    assert requested_part("train", option, environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,26 +48,30 @@ def test_what_is_asked_for(option: str | None, environment: dict[str, str], expe
         (None, {"JOB_COMPLETION_INDEX": "3", "LORRY_SHARDS": "3"}, "JOB_COMPLETION_INDEX/LORRY_SHARDS 3/3:"),
         (None, {"LORRY_NODES": "two"}, "LORRY_NODES two:"),
         (None, {"LORRY_NODES": "0"}, "LORRY_NODES 0:"),
-        (None, MEETING, "LORRY_NODE_RANK is not set; with LORRY_NODES 3 set it to 0..2"),
-        (None, {**MEETING, "LORRY_NODE_RANK": "3"}, "LORRY_NODE_RANK 3; with LORRY_NODES 3"),
-        (None, {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0"}, "LORRY_RENDEZVOUS is not set; set it to host:port"),
-        (None, {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0", "LORRY_RENDEZVOUS": "host"}, "LORRY_RENDEZVOUS host;"),
-        (None, {"LORRY_NODE_RANK": "0"}, "LORRY_NODES is not set"),
+        (None, MEETING, "LORRY_NODE_RANK: found no value; with LORRY_NODES 3 set it to a number from 0 to 2"),
+        (None, {**MEETING, "LORRY_NODE_RANK": "3"}, "LORRY_NODE_RANK: found 3; with LORRY_NODES 3"),
+        (None, {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0"}, "LORRY_RENDEZVOUS: found no value; set it to host:port"),
+        (
+            None,
+            {"LORRY_NODES": "2", "LORRY_NODE_RANK": "0", "LORRY_RENDEZVOUS": "host"},
+            "LORRY_RENDEZVOUS: found host; set it",
+        ),
+        (None, {"LORRY_NODE_RANK": "0"}, "LORRY_NODES: not set, but LORRY_NODE_RANK or LORRY_RENDEZVOUS is"),
         ("0/2", {**MEETING, "LORRY_NODE_RANK": "0"}, "shard 0/2 on 3 nodes"),
     ],
 )
 def test_wrong_or_half_given_values(option: str | None, environment: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError) as raised:
-        part_of("train", option, environment)
+        requested_part("train", option, environment)
     assert message in str(raised.value)
 
 
 def test_nodes_are_for_training_and_shards_not_for_eval() -> None:
-    assert part_of("infer", None, {**MEETING, "LORRY_NODE_RANK": "0"}) is None
-    assert part_of("eval", None, {"JOB_COMPLETION_INDEX": "0"}) is None
+    assert requested_part("infer", None, {**MEETING, "LORRY_NODE_RANK": "0"}) is None
+    assert requested_part("eval", None, {"JOB_COMPLETION_INDEX": "0"}) is None
     for option, environment in (("0/2", {}), (None, {"LORRY_SHARD": "0/2"})):
         with pytest.raises(UsageError, match="eval has no shards; run it once, without --shard and LORRY_SHARD"):
-            part_of("eval", option, environment)
+            requested_part("eval", option, environment)
 
 
 @pytest.mark.parametrize("command", ["preprocess", "train", "infer", "eval"])

@@ -236,7 +236,10 @@ def test_an_override_in_the_wrong_form_says_how_to_write_it(recipe_file: Path, o
         ("data.test_fraction=1", "data.test_fraction"),
         ("preprocess.pages.max_pixels=783", "preprocess.pages.max_pixels"),
         ("preprocess.pages.max_pixels=1e6", "preprocess.pages.max_pixels"),
-        ("infer.max_new_tokens=100000", "max_new_tokens"),
+        (
+            "infer.max_new_tokens=100000",
+            "infer.max_new_tokens 100000: leaves no room for a prompt, as infer.max_length is",
+        ),
     ],
 )
 def test_a_bad_override_is_reported_in_one_line(recipe_file: Path, override: str, message: str) -> None:
@@ -247,9 +250,11 @@ def test_a_bad_override_is_reported_in_one_line(recipe_file: Path, override: str
 
 
 def test_adapters_have_names_of_their_own(recipe_file: Path) -> None:
-    assert "'base' is the untuned model in every table" in refused(recipe_file, None, "train.adapters=[{name: base}]")
-    assert "rename one of each: a" in refused(recipe_file, None, "train.adapters=[{name: a}, {name: b}, {name: a}]")
-    assert "train.adapters" in refused(recipe_file, None, "train.adapters=[]")
+    base = refused(recipe_file, None, "train.adapters=[{name: base}]")
+    assert "train.adapters.0.name: 'base' is the untuned model in every table; choose another name" in base
+    twice = refused(recipe_file, None, "train.adapters=[{name: a}, {name: b}, {name: a}]")
+    assert "train.adapters: several are named a; give each a name of its own" in twice
+    assert "train.adapters: lists none; list one" in refused(recipe_file, None, "train.adapters=[]")
 
 
 @pytest.mark.parametrize("name", ["../up", ".hidden", "a/b", "", "名", "x" * 65, "a b"])
@@ -289,22 +294,28 @@ def test_a_mix_may_stand_in_the_file_and_is_kept_in_the_run(tmp_path: Path) -> N
     assert load_recipe(written(tmp_path, dump_recipe(recipe))) == recipe
 
 
+WRITE_A_PART = "write a data set's name, or name#100 for 100 of its samples"
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ("['more#']", "not a part of a data mix; write name, or name#100 for 100 of its samples"),
-        ("['more#many']", "not a part of a data mix; write name, or name#100 for 100 of its samples"),
-        ("['more#-1']", "not a part of a data mix; write name, or name#100 for 100 of its samples"),
-        ("['more#0']", "train.adapters.0.data.0.count: Input should be greater than or equal to 1"),
-        ("['#5']", "train.adapters.0.data.0.source: String should have at least 1 character"),
-        ("[train, '']", "train.adapters.0.data.1.source: String should have at least 1 character"),
-        ("[{source: train, count: 3, fraction: 0.5}]", "count and fraction are both set; remove one of them"),
-        ("[{source: train, fraction: 0}]", "train.adapters.0.data.0.fraction: Input should be greater than 0"),
-        ("[{source: train, draw: last}]", "train.adapters.0.data.0.draw: Input should be 'random' or 'first'"),
+        ("['more#']", f"train.adapters.0.data.0.source: found 'more#'; {WRITE_A_PART}"),
+        ("['more#many']", f"train.adapters.0.data.0.source: found 'more#many'; {WRITE_A_PART}"),
+        ("['more#-1']", f"train.adapters.0.data.0.source: found 'more#-1'; {WRITE_A_PART}"),
+        ("['more#0']", "train.adapters.0.data.0.count: found 0; it must be greater than or equal to 1"),
+        ("['#5']", "train.adapters.0.data.0.source: found ''; it must have at least 1 character"),
+        ("[train, '']", "train.adapters.0.data.1.source: found ''; it must have at least 1 character"),
+        (
+            "[{source: train, count: 3, fraction: 0.5}]",
+            "train.adapters.0.data.0.count 3: fraction 0.5 is set too; remove one of the two",
+        ),
+        ("[{source: train, fraction: 0}]", "train.adapters.0.data.0.fraction: found 0; it must be greater than 0"),
+        ("[{source: train, draw: last}]", "train.adapters.0.data.0.draw: found 'last'; it must be 'random' or 'first'"),
         ("[{source: train, cuont: 3}]", "unknown key 'train.adapters.0.data.0.cuont'; did you mean 'count'?"),
         ("[{count: 3}]", "'train.adapters.0.data.0.source' is missing"),
         ("[3]", "train.adapters.0.data.0"),
-        ("train", "train.adapters.0.data: Input should be a valid list"),
+        ("train", "train.adapters.0.data: found 'train'; it must be a valid list"),
     ],
 )
 def test_a_wrong_mix_is_reported_in_one_line(recipe_file: Path, parts: str, message: str) -> None:
@@ -339,19 +350,28 @@ def test_ways_to_vote(recipe_file: Path, vote: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("infer.vote={adapters: []}",), "adapters: no adapter votes; list at least one, or write all or greedy"),
+        (("infer.vote={adapters: []}",), "infer.vote.adapters: lists none; list at least one, or write all or greedy"),
         (
             ("infer.vote={adapters: [tuned, tuned]}",),
-            "adapters: an adapter is listed twice, but has one vote",
+            "infer.vote.adapters: lists 'tuned' twice; list it once",
         ),
-        (("infer.vote={adapters: [tuned, other]}",), "infer.vote.adapters: other not in train.adapters"),
-        (("infer.vote={adapters: some}",), "infer.vote.adapters"),
+        (
+            ("infer.vote={adapters: [tuned, other]}",),
+            "infer.vote.adapters: found other, which train.adapters lacks; list adapters that are trained",
+        ),
+        (
+            ("infer.vote={adapters: some}",),
+            "infer.vote.adapters: found 'some'; it must be 'all' or 'greedy', or be a valid list",
+        ),
         (("infer.vote={wieghts: uniform}",), "unknown key 'infer.vote.wieghts'; did you mean 'weights'?"),
         (
             ("infer.vote={}", "infer.answers=own sources"),
-            "cannot vote together; set infer.answers to all",
+            "infer.answers own sources: adapters that answer different samples cannot vote together; set it to all, or",
         ),
-        (("train.adapters=[{name: vote}]",), "'vote' is the common answer in every table; choose another name"),
+        (
+            ("train.adapters=[{name: vote}]",),
+            "train.adapters.0.name: 'vote' is the common answer in every table; choose another name",
+        ),
     ],
 )
 def test_a_wrong_vote_is_reported_in_one_line(recipe_file: Path, overrides: tuple[str, ...], message: str) -> None:

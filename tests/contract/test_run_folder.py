@@ -193,7 +193,10 @@ def test_a_stage_whose_output_was_touched_is_not_done_and_is_mended(preprocessed
 
 def test_a_later_stage_refuses_an_output_that_was_touched(preprocessed: Run) -> None:
     preprocessed.path("preprocess", "samples", "train.jsonl").write_text('{"id": "Train"}\n')
-    with pytest.raises(UsageError, match=r"train\.jsonl: missing or changed since preprocess wrote it"):
+    with pytest.raises(UsageError, match=r"train\.jsonl: changed since preprocess wrote it; run preprocess again"):
+        preprocessed.inputs("train", fresh(preprocessed))
+    preprocessed.path("preprocess", "samples", "train.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"train\.jsonl: missing; run preprocess again"):
         preprocessed.inputs("train", fresh(preprocessed))
 
 

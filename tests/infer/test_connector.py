@@ -78,4 +78,4 @@ def test_a_changed_connector_is_refused(trained: TwoPhases, capfd: pytest.Captur
     finally:
         trained.connector.write_bytes(content)
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert "connector.safetensors: missing or changed since train wrote it; run train again" in line
+    assert "connector.safetensors: changed since train wrote it; run train again" in line

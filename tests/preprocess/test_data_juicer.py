@@ -380,7 +380,8 @@ def test_a_malformed_list_of_operators_is_refused(
     entry: dict[str, Any], made: Made, stage_of: Callable[..., Stage]
 ) -> None:
     with pytest.raises(
-        UsageError, match=r"preprocess\.data_juicer: .*write an operator as one name with its parameters"
+        UsageError,
+        match=r"preprocess\.data_juicer\.process: found .*; write an operator as one name with its parameters",
     ):
         stage_of(made.root, "malformed", [entry])
 

@@ -520,4 +520,4 @@ def test_defect_7_inference_uses_the_projector_that_the_adapter_was_trained_with
     job.run.path("train", "connector", "connector.safetensors").unlink()
     capfd.readouterr()
     assert run_stage(job.run, "infer", infer.work) == Exit.USAGE
-    assert "missing or changed since train wrote it" in capfd.readouterr().err
+    assert "connector.safetensors: missing; run train again" in capfd.readouterr().err
