@@ -57,7 +57,7 @@ def open_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def _partial_path(path: Path) -> Path:
-    """The path of a temporary file in the same folder."""
+    """The path of this process's temporary file for `path`, in the same folder."""
     # with the host's name, as containers on one storage may have equal process ids
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
@@ -278,5 +278,5 @@ def _permission_cure(code: int, error: BaseException) -> str:
 
 
 def _name_on_host(folder: Path) -> str:
-    """How to name a folder to a user on the host: in a container, as the folder that is mounted there."""
+    """A folder's name for a user on the host; in a container, it says which mounted folder is meant."""
     return f"the host's folder mounted as {folder}" if "LORRY_IMAGE" in os.environ else str(folder)

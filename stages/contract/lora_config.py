@@ -78,5 +78,5 @@ def _read_lora_config(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read as JSON ({error}); put LoRA settings in PEFT's format there"
         ) from error
     if not isinstance(values, dict):
-        raise UsageError(f'{path}: found a {type(values).__name__}; expected a mapping such as {{"r": 8}}')
+        raise UsageError(f'{path}: found a {type(values).__name__}; write a mapping such as {{"r": 8}}')
     return values

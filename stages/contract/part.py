@@ -70,7 +70,10 @@ def requested_part(stage: str, option: str | None, environment: Mapping[str, str
 
 
 def _shard(option: str | None, environment: Mapping[str, str]) -> Shard | None:
-    """The shard that `--shard`, LORRY_SHARD or an Indexed Job's index names, in this order; None: no shards."""
+    """The shard that `--shard`, LORRY_SHARD or an Indexed Job's index names, in this order; None: no shards.
+
+    Raises UsageError for a value that is not I/N with I below N.
+    """
     index, count = environment.get("JOB_COMPLETION_INDEX"), environment.get("LORRY_SHARDS")
     if option is not None:
         text, name = option, "--shard"
@@ -87,7 +90,10 @@ def _shard(option: str | None, environment: Mapping[str, str]) -> Shard | None:
 
 
 def _node(environment: Mapping[str, str]) -> Node | None:
-    """The machine that the environment names; None if one machine trains alone."""
+    """The machine that the environment names; None if one machine trains alone.
+
+    Raises UsageError if the environment lacks a value, or has a wrong one.
+    """
     count, rendezvous = environment.get("LORRY_NODES"), environment.get("LORRY_RENDEZVOUS")
     rank = environment.get("LORRY_NODE_RANK")
     if not count:

@@ -658,7 +658,10 @@ _UniqueKeyLoader.add_implicit_resolver(
 
 
 def _merge(base: Any, over: Any, where: str) -> dict[str, Any]:
-    """`base` with the values of `over`. Mappings are merged key by key; other values, also lists, are replaced."""
+    """`base` with the values of `over`. Mappings are merged key by key; other values, also lists, are replaced.
+
+    Raises UsageError, which begins with `where`, if `over` is not a mapping.
+    """
     if not isinstance(over, dict):
         raise UsageError(f"{where}: found {over!r}; write a mapping of keys to values")
     result = dict(base)
@@ -669,7 +672,7 @@ def _merge(base: Any, over: Any, where: str) -> dict[str, Any]:
 
 
 def _parse_override(text: str) -> dict[str, Any]:
-    """The nested mapping that `section.key=value` stands for."""
+    """The nested mapping that `section.key=value` stands for. Raises UsageError for another text."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UsageError(f"--set {text}: not section.key=value; write it as in train.learning_rate=2e-4")

@@ -92,6 +92,6 @@ def _parse_architecture(name: str) -> tuple[str, tuple[int, int], str]:
     """Kind, compute capability and suffix of an architecture: `sm_90a` is ("sm", (9, 0), "a")."""
     found = re.fullmatch(r"(sm|compute)_(\d+)(\d)(\D?)", name)
     if found is None:
-        raise UsageError(f"{name}: not a CUDA architecture; expected a name such as sm_80")
+        raise UsageError(f"{name}: not a CUDA architecture; name it as in sm_80")
     kind, major, minor, suffix = found.groups()
     return kind, (int(major), int(minor)), suffix

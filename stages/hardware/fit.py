@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from stages.contract.recipe import Train
 from stages.hardware.batch import BatchPlan, plan_batch
-from stages.hardware.memory import Estimate, Lengths, estimate, trained_parameters
+from stages.hardware.memory import Estimate, Lengths, estimate_memory, trained_parameters
 from stages.models.shape import ModelShape
 
 UNSURE = 0.03
@@ -107,7 +107,7 @@ def _ways(shape: ModelShape, settings: Train, processes: int, dtype: str, length
                     update={"micro_batch": micro_batch, "gradient_checkpointing": checkpointing}
                 )
                 batch = plan_batch(settings.effective_batch, micro_batch, processes)
-                found = estimate(shape, changed, batch, dtype, sharding, lengths)
+                found = estimate_memory(shape, changed, batch, dtype, sharding, lengths)
                 yield Way(changed, batch, sharding, dtype, found, _changes(settings, changed, sharding))
 
 

@@ -112,7 +112,7 @@ class Estimate:
         return sum(self.parts().values())
 
 
-def estimate(
+def estimate_memory(
     shape: ModelShape, settings: Train, batch: BatchPlan, dtype: str, sharding: str, lengths: Lengths
 ) -> Estimate:
     """The estimated peak memory of training on one GPU.

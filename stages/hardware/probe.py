@@ -95,7 +95,7 @@ def probe() -> Machine:
 
 
 def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES, whose value is `setting`, shows; None: all.
+    """The GPUs that are visible if CUDA_VISIBLE_DEVICES is `setting`; None: all.
 
     As in CUDA, an entry that is no GPU's number or UUID hides itself and all entries after it.
     """

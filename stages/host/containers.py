@@ -135,7 +135,7 @@ def compose_command() -> list[str]:
         if client and subprocess.run([client, "compose", "version"], capture_output=True, check=False).returncode == 0:
             return [client, "compose", "--project-directory", str(REPOSITORY), "--progress", "quiet"]
     raise UsageError(
-        "PATH: a Docker engine answers, but no docker client here has the compose plugin; install it (Debian:"
+        "PATH: a Docker engine answers, but no docker client on it has the compose plugin; install it (Debian:"
         " docker-compose; Docker's own packages: docker-compose-plugin)"
     )
 

@@ -134,7 +134,7 @@ def _usable_gpus() -> tuple[Gpu, ...]:
     reasons = {gpu: reason_to_skip(gpu, denied) for gpu in shown}
     if shown and all(reasons.values()):
         texts = "; ".join(f"GPU {gpu.index}: {reason}" for gpu, reason in reasons.items())
-        raise DoesNotFitError(f"Lorry may use no GPU of this machine ({texts}); to plan for others, name a --target")
+        raise DoesNotFitError(f"this machine's GPUs: Lorry may use none ({texts}); to plan for others, name a --target")
     return tuple(gpu for gpu, reason in reasons.items() if not reason)
 
 

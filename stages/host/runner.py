@@ -125,7 +125,7 @@ def _run_with_lock(
 
 
 def _take_over_shards(stage: Stage) -> None:
-    """Set the finished shards whose results this start uses, and add the GPUs and decisions of their manifests."""
+    """Note the finished shards whose results this start uses, and add the GPUs and decisions of their manifests."""
     every = stage.run.shards(stage.name)
     if not every:
         return
@@ -143,10 +143,10 @@ def _take_over_shards(stage: Stage) -> None:
 
 
 def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> dict[str, Any]:
-    """Prepare a stage's folder for a start: keep half-done work of the same key, and remove all other files.
+    """Prepare a stage's folder for a start: keep half-done work of the same key, and remove work of another key.
 
-    Returns the state, with `starts`, the times of this start and of earlier ones of the same work, and `forced`. With
-    `force`, only half-done work of a forced start is kept. Other work has other inputs or was changed by hand.
+    Folders in `reusable` stay in any case, except with `force`, which keeps only half-done work of a forced start.
+    Returns the state: `key`, `forced`, and `starts`, the times of this start and of earlier ones of the same work.
     """
     state = read_json(folder / "state.json") or {}
     resumes = state.get("key") == key and (state["forced"] or not force)
@@ -172,7 +172,9 @@ def _report_end(stage: Stage, error: BaseException) -> Exit:
         return explained.exit_code
     traceback.print_exception(error)  # into the log, which standard error is
     stage.events.emit("crashed", error=repr(error))
-    stage.events.say(f"failed: {type(error).__name__}: {error}; the traceback is in {stage.path('log.txt')}")
+    stage.events.say(
+        f"failed: {type(error).__name__}: {error}; report this bug, with the traceback in {stage.path('log.txt')}"
+    )
     return Exit.CRASHED
 
 

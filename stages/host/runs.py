@@ -77,7 +77,9 @@ def open_run(
         raise UsageError(f"{locate_key(path, ('infer', 'engine'), loaded.profile)}: {error}") from error
     name = run_name or path.stem
     if name in (".", "..") or "/" in name:
-        raise UsageError(f"--run {name}: not the name of one folder; choose a name without '/'")
+        raise UsageError(
+            f"--run {name}: not a name for one folder; choose a name with letters or digits and without '/'"
+        )
     return Run(name, settle_recipe(loaded, str(path), roots.data), roots)
 
 

@@ -129,7 +129,7 @@ def test_what_peft_writes_of_what_we_would_not_do_is_refused(tmp_path: Path, ask
         ({"target_modules": []}, "target_modules: "),
         ({"target_modules": ["q_proj", 3]}, "target_modules: "),
         ({"target_modules": None}, "target_modules: "),
-        ([{"r": 8}], 'found a list; expected a mapping such as {"r": 8}'),
+        ([{"r": 8}], 'found a list; write a mapping such as {"r": 8}'),
         ('{"r": 8', "cannot be read as JSON"),
         ("", "cannot be read as JSON"),
     ],

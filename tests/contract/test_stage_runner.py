@@ -130,7 +130,9 @@ def test_a_crash_exits_1_and_leaves_the_traceback_in_the_log(stage: Runner) -> N
     done = stage("crash")
     assert done.code == 1
     log = stage.folder / "log.txt"
-    assert done.lines == [f"preprocess: failed: ZeroDivisionError: a bug in Lorry; the traceback is in {log}"]
+    assert done.lines == [
+        f"preprocess: failed: ZeroDivisionError: a bug in Lorry; report this bug, with the traceback in {log}"
+    ]
     assert "Traceback" in log.read_text()
     assert "a library's last words" in log.read_text()
     assert "crashed" in [event["event"] for event in stage.events()]

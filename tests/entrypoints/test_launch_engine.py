@@ -243,7 +243,7 @@ def test_no_client_with_compose(launched: Lorry) -> None:
     refused(
         launch(launched, "preprocess", PATH="/nowhere"),
         2,
-        "PATH: a Docker engine answers, but no docker client here has the compose plugin",
+        "PATH: a Docker engine answers, but no docker client on it has the compose plugin",
     )
 
 

@@ -208,7 +208,7 @@ def test_cards_that_no_launch_would_take_are_not_planned_for(here: Lorry, box: B
     assert (unknown.code, "LORRY_GPU_DENY=1,9: no GPU 9; this machine has: " in unknown.lines[-1]) == (2, True)
     none = plan("0,1,2,4,5,6,7")
     assert (none.code, len(none.lines)) == (4, 1)
-    assert "Lorry may use no GPU of this machine (GPU 0: in LORRY_GPU_DENY; " in none.output
+    assert "this machine's GPUs: Lorry may use none (GPU 0: in LORRY_GPU_DENY; " in none.output
     assert "GPU 3: in MIG mode; " in none.output and "name a --target" in none.output
     few = plan("0,1,2,5,6,7", "--gpus", "2")
     assert few.code == 2, few.output

@@ -15,7 +15,7 @@ from stages.hardware.memory import (
     Lengths,
     adapted_modules,
     adapter_parameters,
-    estimate,
+    estimate_memory,
     max_lengths,
 )
 from stages.models.shape import ModelShape, read_shape
@@ -60,7 +60,7 @@ def test_what_torch_allocates_is_estimated_within_two_percent(
     gigabytes: float,
 ) -> None:  # fmt: skip
     batch = plan_batch(micro_batch, micro_batch, 1)
-    found = estimate(shapes[model], settings(**values), batch, "bfloat16", "none", Lengths(length, answer))
+    found = estimate_memory(shapes[model], settings(**values), batch, "bfloat16", "none", Lengths(length, answer))
     allocated = found.total - found.fragmentation - FRAMEWORK + 67_000_000  # cuBLAS' workspaces are torch's
     assert allocated / 1e9 == pytest.approx(gigabytes, rel=0.02)
 
@@ -77,7 +77,7 @@ def test_lora_adapts_what_peft_adapts(shapes: dict[str, ModelShape]) -> None:
 def total(shape: ModelShape, gpus: int = 1, sharding: str = "none", length: int = 2048, **values: object) -> int:
     chosen = settings(**values)
     batch = plan_batch(16, chosen.micro_batch, gpus)
-    return estimate(shape, chosen, batch, "bfloat16", sharding, Lengths(length, 64)).total
+    return estimate_memory(shape, chosen, batch, "bfloat16", sharding, Lengths(length, 64)).total
 
 
 def test_each_remedy_takes_less_memory(shapes: dict[str, ModelShape]) -> None:
@@ -91,7 +91,9 @@ def test_each_remedy_takes_less_memory(shapes: dict[str, ModelShape]) -> None:
 
 
 def test_parts_make_the_total(shapes: dict[str, ModelShape]) -> None:
-    found = estimate(shapes["Qwen2.5-7B"], settings(), plan_batch(16, 1, 1), "bfloat16", "none", Lengths(2048, 64))
+    found = estimate_memory(
+        shapes["Qwen2.5-7B"], settings(), plan_batch(16, 1, 1), "bfloat16", "none", Lengths(2048, 64)
+    )
     assert found.total == sum(found.parts().values())
     assert list(found.parts()) == [
         *("weights", "adapter", "gradients", "optimizer", "activations", "logits", "framework", "fragmentation")
@@ -138,7 +140,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelShape]:
 def of_gptq(shape: ModelShape, dtype: str = "bfloat16", length: int = 2048, **values: object) -> Estimate:
     chosen = settings(**values)
     batch = plan_batch(2 * chosen.micro_batch, chosen.micro_batch, 1)
-    return estimate(shape, chosen, batch, dtype, "none", Lengths(length, 64))
+    return estimate_memory(shape, chosen, batch, dtype, "none", Lengths(length, 64))
 
 
 def test_a_gptq_base_stays_packed_but_for_the_layer_at_work(
@@ -177,5 +179,5 @@ def test_the_original_of_logic_choice_fits_a_v100_as_it_did(packed: dict[str, Mo
     shape = packed["Qwen2.5-32B"]
     assert shape.disk_bytes == pytest.approx(19.3e9, rel=0.01)
     chosen = settings(rank=rank, max_length=512)
-    found = estimate(shape, chosen, plan_batch(1, 1, 1), "float16", "none", Lengths(512, 512))
+    found = estimate_memory(shape, chosen, plan_batch(1, 1, 1), "float16", "none", Lengths(512, 512))
     assert 23.5e9 < found.total < 30e9

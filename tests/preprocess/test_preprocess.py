@@ -434,7 +434,11 @@ def test_a_wrong_recipe_or_option(lorry: Lorry, recipe_file: Path) -> None:
         ("no-such-recipe",): "patent-qa",
         (): "name a RECIPE",
         ("--run", "never-made"): "no such run",
-        (str(recipe_file), "--run", "../up"): "not the name of one folder",
+        (
+            str(recipe_file),
+            "--run",
+            "../up",
+        ): "--run ../up: not a name for one folder; choose a name with letters or digits and",
         (str(recipe_file), "--profile", "tiny"): "no profile 'tiny'",
         (str(recipe_file), "--set", "train.rnk=2"): "did you mean 'rank'?",
         (
