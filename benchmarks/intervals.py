@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rows import write_rows
-from stages.results.intervals import intervals_of_totals
+from stages.results.intervals import intervals_from_totals
 
 Array = NDArray[np.float64]
 
@@ -163,7 +163,7 @@ def simulated_rows(draws: int) -> Iterator[dict[str, Any]]:
         for documents in DOCUMENTS:
             generator = np.random.default_rng([number, documents])
             sums, counts = draw_scores(generator, kind, sizes, (draws, documents), correlation, means)
-            now = intervals_of_totals(sums, counts, -1.0 if paired else 0.0)
+            now = intervals_from_totals(sums, counts, -1.0 if paired else 0.0)
             results = {
                 "before": interval_figures(*bootstrap_intervals(sums, counts), true),
                 "now": interval_figures(now.low, now.high, true),
@@ -191,7 +191,7 @@ def extreme_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for when in ("before", "now")
     }
     found.append({"of": "stars where base and tuned have the same mean", "documents": list(DOCUMENTS), **false})
-    right = [intervals_of_totals(np.full((count, 1), 8.0), np.full((count, 1), 8.0)) for count in DOCUMENTS]
+    right = [intervals_from_totals(np.full((count, 1), 8.0), np.full((count, 1), 8.0)) for count in DOCUMENTS]
     lows = [round(100 * float(interval.low[0]), 1) for interval in right]
     found.append(
         {

@@ -26,12 +26,12 @@ def compare(runs: tuple[str, ...]) -> None:
     if len(names) < 2:
         raise UsageError(f"lorry compare {' '.join(runs)}: only one run; name two runs or more")
     try:
-        from stages.results.comparison import comparable_runs, warnings_about
+        from stages.results.comparison import comparable_runs, comparison_warnings
         from stages.results.comparison_table import comparison_tables
     except ModuleNotFoundError as error:
         raise UsageError(f"lorry compare: needs {error.name}, which is not installed here; run `make setup`") from error
     found, notes = comparable_runs(roots, names)
     for text in comparison_tables(found, sys.stdout.isatty()):
         click.echo(text)
-    for line in [*notes, *warnings_about(found)]:
+    for line in [*notes, *comparison_warnings(found)]:
         click.secho(line, fg="red", bold=True)

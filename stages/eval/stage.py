@@ -19,10 +19,10 @@ from stages.eval.votes import VoteOutcome, vote_outcome
 from stages.results.intervals import Figures
 from stages.results.summary import (
     SUMMARY,
+    build_summary,
     dataset_name,
     dataset_result,
-    seconds_of,
-    summary_of_data_sets,
+    stage_seconds,
     training_facts,
 )
 from stages.results.uncertainty import documents_note, is_clear, star_note
@@ -116,7 +116,7 @@ def _write_summary(stage: Stage, figures: Mapping[str, Figures]) -> None:
         batch = made["value"] if made["what"] == "batch size" else batch
     earlier = [manifest for name in ("train", "infer") if (manifest := run.manifest(name)) is not None]
     start = earlier[0]["starts"][0] if earlier else stage.starts[0]
-    before = sum(map(seconds_of, earlier))
+    before = sum(map(stage_seconds, earlier))
     results: list[dict[str, Any]] = []
     for adapter in run.recipe.train.adapters:
         result: dict[str, Any] = {"error": untrained.get(adapter.name)}
@@ -138,7 +138,7 @@ def _write_summary(stage: Stage, figures: Mapping[str, Figures]) -> None:
                 },
             }
         results.append(dataset_result(run, adapter, result))
-        write_json(stage.path(SUMMARY), summary_of_data_sets(run, results, start, before, stage.starts[0]))
+        write_json(stage.path(SUMMARY), build_summary(run, results, start, before, stage.starts[0]))
 
 
 def _generation_settings(recipe: Recipe) -> dict[str, Any]:

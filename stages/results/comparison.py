@@ -1,6 +1,6 @@
-"""Runs side by side: their scores on the same samples, paired differences, and what is suspicious about the answers.
+"""Compare runs: their scores on the same samples, paired differences, and suspicious answers.
 
-All is read from eval's scores.json and scored.jsonl.
+All of it is read from eval's scores.json and scored.jsonl.
 """
 
 from collections import Counter
@@ -17,14 +17,14 @@ from stages.contract.records import BASE, VOTE
 from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.results.intervals import Figures, Values, difference_figures
-from stages.results.run_reader import DamagedError, RunReader, recipe_of
+from stages.results.run_reader import DamagedError, RunReader, read_recipe
 from stages.results.uncertainty import outdated_note
 
 LEAST_ANSWERS = 10
-"""Smallest number of answers to judge; fewer may be identical, or repetitive, by chance."""
+"""With fewer answers, identical or repetitive ones may be due to chance, so none are reported."""
 
 REPETITIVE = 10
-"""Distinct references for each distinct answer of a model, from which on the model's answers are suspiciously few."""
+"""A model with this many times more distinct references than distinct answers is suspicious."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class EvaluatedRun:
     scoring: Mapping[str, Any]
     """eval.scoring of the recipe."""
     shown: Mapping[str, Any]
-    """preprocess.samples of the recipe: what the samples show."""
+    """preprocess.samples of the recipe: what the prompts show."""
     base_model: str
     """sha256 of the base."""
     figures: Mapping[str, Figures]
@@ -56,7 +56,7 @@ class EvaluatedRun:
 
     @cached_property
     def samples(self) -> dict[str, str]:
-        """Sample id -> a digest of its references and of the group that it is counted with."""
+        """By sample id, a digest of its references and of its key in `together`."""
         return {line["id"]: digest_of([line["references"], line["together"]]) for line in self.lines}
 
     @cached_property
@@ -68,7 +68,7 @@ class EvaluatedRun:
         return groups
 
     def answers(self, model: str, source: str | None = None) -> dict[str, str]:
-        """A model's answers by sample id, on all data sets or on one; failures are left out."""
+        """A model's answers by sample id, on all data sets or on the data set `source`, without failed answers."""
         return {
             line["id"]: line["models"][model]["answer"]
             for line in self.lines
@@ -78,7 +78,7 @@ class EvaluatedRun:
         }
 
     def scores(self, model: str, metric: str) -> dict[str, float]:
-        """A model's scores in 0..1 by the key in `together`: the lowest of the samples that are counted together."""
+        """A model's scores in 0..1, by the key in `together`: the lowest one of the samples counted together."""
         found: dict[str, float] = {}
         for line in self.lines:
             value = line["models"].get(model, {}).get("scores", {}).get(metric)
@@ -104,29 +104,34 @@ class ComparisonRow:
 
 
 def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[EvaluatedRun], list[str]]:
-    """The runs that eval has scored, at least two, and a sentence on each of the others.
+    """The runs among `names` that eval has scored, at least two, and for each other run a note that says why it is not
+    compared.
 
-    Raises UsageError for fewer runs, for scores of answers that have changed since, and for runs of another task,
-    scoring or test set than the first.
+    Raises UsageError for fewer than two scored runs, for scores that are stale or damaged, and for runs of another
+    task, scoring or test set than the first.
     """
     runs, notes = [], []
     for name in names:
-        found = _read(roots, name)
+        found = _read_run(roots, name)
         if isinstance(found, str):
             notes.append(f"{name}: not compared, because {found}")
         else:
             runs.append(found)
     if len(runs) < 2:
-        raise UsageError(f"{'; '.join(notes)}; run the missing stages, since a comparison needs two scored runs")
-    refuse_other_sets(runs)
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise UsageError(
+            f"{', '.join(names)}: a comparison needs two scored runs, and {len(runs)} can be compared{why}; run the"
+            " missing stages, or name other runs"
+        )
+    refuse_incomparable_runs(runs)
     return runs, notes
 
 
-def _read(roots: Roots, name: str) -> EvaluatedRun | str:
-    """A run that eval has scored, or the reason why it cannot be compared."""
+def _read_run(roots: Roots, name: str) -> EvaluatedRun | str:
+    """The run `name`, or the reason why it cannot be compared. Raises UsageError if its scores are stale or damaged."""
     folder = roots.runs / name
     try:
-        recipe = recipe_of(folder)
+        recipe = read_recipe(folder)
         reader = RunReader(Run(name, recipe, roots))
         if "eval" not in reader.manifests:
             return next(iter(reader.troubles.values()))
@@ -146,26 +151,26 @@ def _read(roots: Roots, name: str) -> EvaluatedRun | str:
     return EvaluatedRun(name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines)
 
 
-def refuse_other_sets(runs: Sequence[EvaluatedRun]) -> None:
+def refuse_incomparable_runs(runs: Sequence[EvaluatedRun]) -> None:
     """Raise UsageError for a run of another task, scoring or test set than the first."""
     first = runs[0]
     for other in runs[1:]:
         if other.task != first.task:
             raise UsageError(
-                f"{other.run} is of task {other.task}, {first.run} of {first.task}; compare runs of one task"
+                f"{other.run}: has task {other.task}, but {first.run} has {first.task}; compare runs of one task"
             )
         if other.scoring != first.scoring:
             raise UsageError(
-                f"{other.run} is scored by other rules than {first.run} (eval.scoring: {dict(other.scoring)} and"
+                f"{other.run}: scored by other rules than {first.run} (eval.scoring is {dict(other.scoring)} instead of"
                 f" {dict(first.scoring)}); make them equal and run eval again"
             )
         names = dict.fromkeys([*first.samples, *other.samples])
         differ = [name for name in names if first.samples.get(name) != other.samples.get(name)]
         if differ:
             raise UsageError(
-                f"{other.run} is scored on another test set than {first.run}: {len(differ)} of {len(names)} samples are"
-                f" in only one of them, or have other references (the first: {differ[0]!r}); compare runs with the same"
-                " test data and seed"
+                f"{other.run}: scored on another test set than {first.run} ({len(differ)} of {len(names)} samples are"
+                f" in only one of them, or have other references; the first is {differ[0]!r}); compare runs with the"
+                " same test data and seed"
             )
 
 
@@ -176,10 +181,10 @@ def reference_model(run: EvaluatedRun) -> str:
 
 
 def compare(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
-    """A row for every model of every run and every metric, metric by metric. The runs must have the same test set; the
-    first one names its documents."""
+    """A row for every metric and every model of every run, sorted by metric. All runs must have the same test set, and
+    the documents are those of the first run."""
     first, model = runs[0], reference_model(runs[0])
-    metrics = dict.fromkeys(metric for run in runs for line in run.lines for metric in _metrics(line))
+    metrics = dict.fromkeys(metric for run in runs for line in run.lines for metric in _line_metrics(line))
     rows = []
     for metric in metrics:
         beside = first.scores(model, metric)
@@ -198,15 +203,16 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
     return rows
 
 
-def _metrics(line: Mapping[str, Any]) -> list[str]:
-    """The metrics of a line, with repetitions."""
+def _line_metrics(line: Mapping[str, Any]) -> list[str]:
+    """The metrics of a line of scored.jsonl, once for each model."""
     return [metric for model in line["models"].values() for metric in model["scores"]]
 
 
 def _paired_differences(
     first: EvaluatedRun, scores: Mapping[str, float], beside: Mapping[str, float]
 ) -> tuple[Values, list[str]]:
-    """The differences of the scores that both models have, and the documents that these belong to in the first run."""
+    """The differences `scores` - `beside` of the samples in both, of shape (samples,), and the documents of these
+    samples in the first run."""
     both = [name for name in first.groups if name in scores and name in beside]
     return np.array([scores[name] - beside[name] for name in both]), [first.groups[name] for name in both]
 
@@ -218,8 +224,8 @@ def _percent_equal(answers: Mapping[str, str], others: Mapping[str, str]) -> flo
 
 
 def prompt_differences(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """Sentences on runs whose prompts show something else than those of the first, which may explain differences in
-    scores."""
+    """A sentence for each run whose prompts show something else than those of the first. This may explain differences
+    in scores."""
     first, found = runs[0], []
     for other in runs[1:]:
         keys = sorted(key for key in {*first.shown, *other.shown} if first.shown.get(key) != other.shown.get(key))
@@ -232,13 +238,17 @@ def prompt_differences(runs: Sequence[EvaluatedRun]) -> list[str]:
 # -- suspicious answers ------------------------------------------------------------------------------------------
 
 
-def warnings_about(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """Sentences on all that makes a comparison of these runs doubtful."""
-    return [*prompt_differences(runs), *outdated_intervals(runs), *(f"suspicious: {line}" for line in suspicions(runs))]
+def comparison_warnings(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """Sentences that say why a comparison of these runs is doubtful."""
+    return [
+        *prompt_differences(runs),
+        *outdated_interval_notes(runs),
+        *(f"suspicious: {line}" for line in suspicions(runs)),
+    ]
 
 
-def outdated_intervals(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """Sentences on runs whose scores have intervals of an older version."""
+def outdated_interval_notes(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """A note for each run whose intervals are from an older version of Lorry."""
     old = [
         run.run for run in runs if any("groups" not in cell for own in run.figures.values() for cell in own.values())
     ]
@@ -246,7 +256,7 @@ def outdated_intervals(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def suspicions(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """Sentences on models that failed throughout, answer repetitively, or give the same wrong answers as another."""
+    """Sentences on models that failed on every sample, answer repetitively, or share another model's wrong answers."""
     found = [line for run in runs for name in run.models for line in _repetitive_answers(run, name)]
     models = [(run, name) for run in runs for name in run.models]
     for place, (run, name) in enumerate(models):
@@ -262,12 +272,12 @@ def _sources(run: EvaluatedRun) -> list[str]:
 
 
 def _source_phrase(source: str, run: EvaluatedRun) -> str:
-    """The words ` of <data set>` if the run has several data sets, else nothing."""
+    """` of <data set>` if the run has several data sets, else an empty text."""
     return f" of {source}" if source and len(_sources(run)) > 1 else ""
 
 
 def _repetitive_answers(run: EvaluatedRun, model: str) -> list[str]:
-    """Sentences on data sets that a model failed on throughout, or gave few distinct answers to."""
+    """Sentences on data sets on which a model failed on every sample, or gave few distinct answers."""
     found, where = [], f"{run.run}/{model}"
     asked = Counter(line["source"] for line in run.lines if model in line["models"])
     if asked and not run.answers(model):
@@ -287,15 +297,15 @@ def _repetitive_answers(run: EvaluatedRun, model: str) -> list[str]:
 
 
 def _may_be_identical(run: EvaluatedRun, name: str, other: EvaluatedRun, other_name: str) -> bool:
-    """Whether two models may give the same answers: base of runs that share it, or a vote and one of its voters."""
+    """Whether two models may give the same answers: the same base in two runs, or a vote and a model of its run."""
     if run is other:
         return VOTE in (name, other_name)
     return name == other_name == BASE and run.base_model == other.base_model
 
 
 def _identical_answers(run: EvaluatedRun, name: str, other: EvaluatedRun, other_name: str) -> list[str]:
-    """Sentences on data sets to which two models give the same answers, wrong ones included: right ones are the same
-    for all good models."""
+    """Sentences on data sets on which two models give the same answers, wrong ones included. Right answers alone say
+    nothing: good models share them."""
     found = []
     for source in _sources(run):
         answers, others = run.answers(name, source), other.answers(other_name, source)

@@ -1,4 +1,4 @@
-"""A comparison of runs as tables on the console, one for each metric."""
+"""A comparison of runs as text for the console: a table for each metric."""
 
 import io
 from collections import Counter
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def comparison_tables(runs: Sequence[EvaluatedRun], coloured: bool) -> Iterator[str]:
-    """A table for each metric, then lines on how the scores are counted. The runs must have the same test set."""
+    """Yield a table for each metric, then lines that say how the scores are counted. The runs must have the same test
+    set. `coloured`: with ANSI colours."""
     from rich.console import Console
 
     first = runs[0]
@@ -35,7 +36,7 @@ def comparison_tables(runs: Sequence[EvaluatedRun], coloured: bool) -> Iterator[
 
 
 def _table(rows: Sequence[ComparisonRow], reference: str) -> "Table":
-    """The rows of one metric."""
+    """The table of one metric's rows. `reference` names the model that the others are compared with."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -52,7 +53,7 @@ def _table(rows: Sequence[ComparisonRow], reference: str) -> "Table":
 
 
 def _gain_text(row: ComparisonRow) -> str:
-    """The difference with its interval, and a star if it is clear; empty for the reference model."""
+    """The difference with its interval, and a star if the interval excludes 0; empty if there is no difference."""
     if row.difference is None:
         return ""
     value, low, high = (row.difference[name] for name in ("value", "low", "high"))

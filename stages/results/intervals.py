@@ -4,9 +4,9 @@ The document is the unit, not the sample: samples of one document share its page
 interval is a t interval with the cluster-robust variance CR2 (Bell and McCaffrey 2002), and degrees of freedom from the
 effective number of documents (Carter, Schnepel and Steigerwald 2017). Pseudo-observations at both ends of the range
 are added first: two and two for a mean in 0..1 ("plus four", Agresti and Coull 1998), one and one for a paired
-difference in -1..1 (Bonett and Price 2012). They keep the interval open if the scores hardly differ, for example if
-all answers are right. Each weighs as many samples as carry the information of one independent sample: the design
-effect of Kish (1965), for CORRELATION within a document.
+difference in -1..1 (Bonett and Price 2012). They keep the interval from shrinking to a point if the scores hardly
+differ, for example if all answers are right. Each weighs as many samples as carry the information of one independent
+sample: the design effect of Kish (1965), for CORRELATION within a document.
 
 `python -m benchmarks.intervals` measures how often the interval covers the true mean.
 """
@@ -48,18 +48,18 @@ class Intervals:
 
 
 def mean_intervals(values: Values, groups: Sequence[str], least: float = 0.0) -> Intervals:
-    """Intervals of the columns' means. `values` has shape (rows, columns) and lies in `least`..1: 0 for scores, -1 for
-    paired differences. NaN is left out. `groups` names each row's document."""
+    """The intervals of the columns' means. `values` has shape (rows, columns) and lies in `least`..1; `least` is 0 for
+    scores, -1 for paired differences. NaN is left out. `groups` names each row's document."""
     codes = np.unique(groups, return_inverse=True)[1]
     sums, sizes = np.zeros((2, int(codes.max()) + 1, values.shape[1]))
     np.add.at(sums, codes, np.nan_to_num(values))
     np.add.at(sizes, codes, ~np.isnan(values))
-    return intervals_of_totals(sums, sizes, least)
+    return intervals_from_totals(sums, sizes, least)
 
 
-def intervals_of_totals(sums: Values, sizes: Values, least: float = 0.0) -> Intervals:
+def intervals_from_totals(sums: Values, sizes: Values, least: float = 0.0) -> Intervals:
     """The intervals of the columns' means, from each document's sum and number of scores, both of shape (documents,
-    columns). `mean_intervals` says more."""
+    columns). `least` is that of `mean_intervals`."""
     each = 2 if least == 0 else 1  # pseudo-observations at either end
     n = sizes.sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 in a column without scores
@@ -86,7 +86,7 @@ def intervals_of_totals(sums: Values, sizes: Values, least: float = 0.0) -> Inte
 def mean_figures(values: Values, groups: Sequence[str]) -> list[dict[str, Any]]:
     """The figures of each column of scores: `value`, `low` and `high` in percent, and `groups`."""
     found = mean_intervals(values, groups)
-    columns = zip(_means(values), found.low, found.high, found.groups, strict=True)
+    columns = zip(_column_means(values), found.low, found.high, found.groups, strict=True)
     return [
         {"value": percent(value), "low": _percent_or_none(low), "high": _percent_or_none(high), "groups": int(count)}
         for value, low, high, count in columns
@@ -94,7 +94,7 @@ def mean_figures(values: Values, groups: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def difference_figures(differences: Sequence[tuple[Values, Sequence[str]]]) -> list[dict[str, Any]]:
-    """The figures of each model that is compared: `value`, `low` and `high` in points, `groups` and `p`.
+    """The figures of each compared model: `value`, `low` and `high` in points, `groups` and `p`.
 
     `differences` has the paired differences of each model by one metric, of shape (rows,), and the rows' documents.
     `p` is corrected for all models.
@@ -103,14 +103,14 @@ def difference_figures(differences: Sequence[tuple[Values, Sequence[str]]]) -> l
     for values, groups in differences:
         found = mean_intervals(values[:, None], groups, least=-1.0)
         ends = {"low": _percent_or_none(found.low[0]), "high": _percent_or_none(found.high[0])}
-        figures.append({"value": percent(_means(values[:, None])[0]), **ends, "groups": int(found.groups[0])})
+        figures.append({"value": percent(_column_means(values[:, None])[0]), **ends, "groups": int(found.groups[0])})
         tests.append(float(found.p[0]))
     corrected = (None if math.isnan(p) else round(p, 6) for p in holm_p_values(tests))
     return [{**figure, "p": p} for figure, p in zip(figures, corrected, strict=True)]
 
 
 def holm_p_values(tests: Sequence[float]) -> list[float]:
-    """The p values corrected for testing all of them (Holm 1979). NaN is not a test and stays NaN."""
+    """The p values, corrected for the number of tests (Holm 1979). NaN stands for no test and stays NaN."""
     corrected = [math.nan] * len(tests)
     order = sorted((p, place) for place, p in enumerate(tests) if not math.isnan(p))
     least = 0.0
@@ -130,7 +130,7 @@ def _percent_or_none(value: float) -> float | None:
     return None if math.isnan(value) else percent(value)
 
 
-def _means(values: Values) -> Values:
+def _column_means(values: Values) -> Values:
     """The mean of each column, without NaN."""
     with np.errstate(invalid="ignore"):  # 0/0 in a column without scores
         return np.asarray(np.nansum(values, axis=0) / (~np.isnan(values)).sum(0))
@@ -142,7 +142,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
 
 
 def student_tails(t: Values, freedom: Values) -> Values:
-    """P(|T| > t) of Student's t, for t >= 0 and freedom >= 1, accurate to 1e-9. Hosts have no scipy.
+    """P(|T| > t) of Student's t, for t >= 0 and freedom >= 1, accurate to 1e-9. scipy has it, but hosts lack scipy.
 
     With t = sqrt(freedom) tan(angle), the density becomes cos(angle)^(freedom - 1); Gauss-Legendre integrates it.
     """
@@ -164,6 +164,6 @@ def student_quantile(freedom: Values) -> Values:
 
 
 def _density_at_zero(freedom: Values) -> Values:
-    """The density of Student's t at 0."""
+    """The density of Student's t at 0, for these degrees of freedom."""
     log_gamma = np.vectorize(math.lgamma, otypes=[float])
     return np.asarray(np.exp(log_gamma((freedom + 1) / 2) - log_gamma(freedom / 2)) / np.sqrt(np.pi * freedom))

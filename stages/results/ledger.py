@@ -1,4 +1,4 @@
-"""The ledger's rows: for each adapter of each run, its data, its training and its score.
+"""The ledger's rows: the data, training and score of each adapter of each run.
 
 All is read from manifests and from files whose sha256 a manifest records. A row has a score only if the training that
 was scored is still there; if it has been replaced since, the row's state says what the score was. Nothing is written,
@@ -24,11 +24,11 @@ from stages.contract.recipe import Adapter
 from stages.contract.records import BASE, VOTE
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, STAGES, Run, is_held, is_same_series
-from stages.results.run_reader import DamagedError, RunReader, recipe_of, suggestion
+from stages.results.run_reader import DamagedError, RunReader, read_recipe, suggestion
 from stages.results.summary import dataset_name, read_summary
 
 LONGEST_TEXT = 500
-"""Largest number of characters of a text; a traceback must not fill the table."""
+"""Largest number of characters in a cell; a traceback must not fill the table."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +95,24 @@ class Ledger:
 
 
 def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledger:
-    """The rows of these runs, in their order: base, the adapters in the recipe's order, the vote.
+    """The rows of the runs `names`, in that order. Each run has base, the adapters in the recipe's order, and the vote.
 
-    `metric` names the score; None takes each run's first metric. A damaged run folder raises no error: the state of its
+    `metric` is the metric of the scores; None: each run's first. A damaged run folder raises no error: the state of its
     row says what is damaged.
     """
     rows: list[Row] = []
     metrics: dict[str, None] = {}
     for name in names:
-        shown = _one_line(stored_name(Path(name)))
+        folder, shown = roots.runs / name, _one_line(stored_name(Path(name)))
         try:
-            reader = _RowReader(shown, Run(name, recipe_of(roots.runs / name), roots), metric)
+            reader = _RowReader(shown, Run(name, read_recipe(folder), roots), metric)
             found = reader.rows()
             metrics |= dict.fromkeys(reader.metrics)
         except Exception as error:  # noqa: BLE001 - one damaged folder must not hide the others
             found = [
                 Row(
                     shown,
-                    state=_one_line(f"broken: {_contract_note(roots.runs / name)}{_reason(error, roots.runs / name)}"),
+                    state=_one_line(f"broken: {_contract_note(folder)}{_error_text(error, folder)}"),
                 )
             ]
         rows += found
@@ -120,8 +120,8 @@ def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledge
 
 
 def parse_order(order: str | None) -> tuple[str | None, bool]:
-    """The column in `COLUMN` or `COLUMN:desc`, and whether the order is descending. The column is None if `order` is.
-    Raises UsageError for anything else."""
+    """The column in `COLUMN` or `COLUMN:desc`, and whether the order is descending. The column is None if `order` is
+    None. Raises UsageError for anything else."""
     if order is None:
         return None, False
     column, colon, direction = order.partition(":")
@@ -147,7 +147,7 @@ def sorted_rows(rows: Sequence[Row], column: str | None, descending: bool) -> li
     if column is None:
         return list(rows)
 
-    def key(row: Row) -> Any:
+    def sort_key(row: Row) -> Any:
         value = getattr(row, column)
         if not isinstance(value, str):
             return value
@@ -155,7 +155,7 @@ def sorted_rows(rows: Sequence[Row], column: str | None, descending: bool) -> li
 
     missing = [row for row in rows if getattr(row, column) in (None, "")]
     known = [row for row in rows if getattr(row, column) not in (None, "")]
-    return sorted(known, key=key, reverse=descending) + missing
+    return sorted(known, key=sort_key, reverse=descending) + missing
 
 
 class _RowReader(RunReader):
@@ -187,7 +187,7 @@ class _RowReader(RunReader):
 
     @property
     def _row_metric(self) -> str:
-        """The metric of the run's rows."""
+        """The metric of the run's scores: the requested one, else the run's first; empty if it has none."""
         return self._metric or next(iter(self.metrics), "")
 
     @cached_property
@@ -211,13 +211,8 @@ class _RowReader(RunReader):
             summary = read_summary(self.run, "train")
             failed = [(adapters[e["dataset_index"]], e) for e in summary["dataset_results"] if e.get("error")]
             return {a.name: str(e["error"]) for a, e in failed if e["dataset_name"] == dataset_name(a)}
-        except (
-            LorryError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ):  # people may edit the summary: no manifest records its digest
-            return {}
+        except (LorryError, LookupError, TypeError, AttributeError):
+            return {}  # people may edit the summary: no manifest records its digest
 
     def rows(self) -> list[Row]:
         """The rows of base, each adapter, and the vote if there is one or the recipe wants one."""
@@ -256,12 +251,12 @@ class _RowReader(RunReader):
             row = replace(row, **self._vote_columns(name), **trained)
             return replace(row, **self._score_columns(name, trained))
         except Exception as error:  # noqa: BLE001 - one damaged file must not hide the other adapters
-            return replace(row, state=_one_line(f"broken: {_reason(error, self.run.folder)}"))
+            return replace(row, state=_one_line(f"broken: {_error_text(error, self.run.folder)}"))
 
     # -- training ------------------------------------------------------------------------------------------------
 
     def _training_columns(self, name: str, adapter: Adapter | None) -> dict[str, Any]:
-        """The columns of an adapter's training; none if it is not trained."""
+        """The columns of an adapter's training; empty if it is not trained."""
         output = f"adapters/{name}/training.json"
         if "train" in self.manifests:
             training = self.read_output("train", output)
@@ -276,25 +271,25 @@ class _RowReader(RunReader):
         return {
             "data_mix": _one_line(mix),
             **self._data_columns,
-            "sources": self._sources(adapter if adapter and adapter.mix == mix else None, training),
-            "samples": _number(training["samples"]["train"]),
-            "steps": _number(training["steps"]),
-            "loss": _number(losses[-1]) if losses else None,
+            "sources": self._sources_text(adapter if adapter and adapter.mix == mix else None, training),
+            "samples": _finite_number(training["samples"]["train"]),
+            "steps": _finite_number(training["steps"]),
+            "loss": _finite_number(losses[-1]) if losses else None,
             "base_model": _one_line(config.get("base_model_name_or_path") or self.run.recipe.model.path),
-            "seed": _number(made.get("seed", self.run.recipe.seed)),
-            **_provenance(made),
+            "seed": _finite_number(made.get("seed", self.run.recipe.seed)),
+            **_provenance_columns(made),
         }
 
     @cached_property
     def _data_columns(self) -> dict[str, Any]:
-        """The columns of Data-Juicer's work on the data, and of the connector's training; none if the data have changed
-        since."""
+        """The columns of the connector's training and of Data-Juicer's work on the data. Data-Juicer's are missing if the
+        data have changed since train."""
         made: dict[str, Any] = {}
         if "train" not in self.manifests:
             return made
         connector = self.read_output("train", "connector/training.json")
         if connector is not None:
-            made["connector_samples"] = _number(connector["samples"]["train"])
+            made["connector_samples"] = _finite_number(connector["samples"]["train"])
         samples = "samples/train.jsonl"
         if self.manifests["train"]["inputs"].get(f"preprocess/{samples}") != self.output_digest("preprocess", samples):
             return made
@@ -303,12 +298,12 @@ class _RowReader(RunReader):
         if operators and settings is not None and self.fits_recipe("preprocess"):
             names = ", ".join(re.sub(r"_(filter|mapper|deduplicator|selector)$", "", o["operator"]) for o in operators)
             made["data_recipe"] = _one_line(f"{names} ({digest_of(settings.process)[:8]})")
-            made["records_read"] = _number(operators[0]["read"])
-            made["records_kept"] = _number(operators[-1]["kept"])
+            made["records_read"] = _finite_number(operators[0]["read"])
+            made["records_kept"] = _finite_number(operators[-1]["kept"])
         return made
 
-    def _sources(self, adapter: Adapter | None, training: Mapping[str, Any]) -> str:
-        """The data sets, each with the number of its samples that were trained on; empty if that is no longer known."""
+    def _sources_text(self, adapter: Adapter | None, training: Mapping[str, Any]) -> str:
+        """The text of `sources`: each data set with the number of its samples that were trained on; empty if unknown."""
         total = training["samples"]["train"]
         if adapter is None:
             return ""
@@ -328,7 +323,7 @@ class _RowReader(RunReader):
 
     @cached_property
     def _train_samples(self) -> list[dict[str, Any]]:
-        """Id and data set of each sample that train read; none if the file has changed since."""
+        """The id and data set of each sample that train read; empty if the file has changed since."""
         wanted = self.manifests.get("train", {}).get("inputs", {}).get("preprocess/samples/train.jsonl")
         path = self.run.path("preprocess", "samples", "train.jsonl")
         if wanted is None or not path.is_file():
@@ -344,11 +339,11 @@ class _RowReader(RunReader):
     # -- scores --------------------------------------------------------------------------------------------------
 
     def _vote_columns(self, name: str) -> dict[str, Any]:
-        """The columns of an adapter's part in the vote; none if it has been trained again since."""
+        """The columns of an adapter's part in the vote; empty if it has no part, or has been trained again since."""
         if not self._vote or name in (BASE, VOTE) or not self._has_current_answers(name):
             return {}
-        weight = _number(self._vote["weights"].get(name))
-        share = _number(self._vote["validation"].get(name))
+        weight = _finite_number(self._vote["weights"].get(name))
+        share = _finite_number(self._vote["validation"].get(name))
         validation = None if share is None else round(100 * share, 4)
         return {"in_vote": "no" if weight is None else "yes", "weight": weight, "validation": validation}
 
@@ -360,7 +355,7 @@ class _RowReader(RunReader):
         if name not in self._scores:
             return {"state": _one_line(self._unscored_state(name, bool(trained)))}
         figures, made = self._scores[name], self.manifests["eval"]
-        columns = {"metric": _one_line(self._row_metric), **_provenance(made)}
+        columns = {"metric": _one_line(self._row_metric), **_provenance_columns(made)}
         figure = figures.get(self._row_metric)
         if figure is None:
             why = f" by {self._row_metric}, but by {', '.join(figures)}" if figures else ": it got no test sample"
@@ -371,10 +366,10 @@ class _RowReader(RunReader):
             return {"state": _one_line(f"stale: {why}; the score was {figure['value']:.1f}")}
         gain = self._differences.get(name, {}).get(self._row_metric, {})
         columns |= {
-            "score": _number(figure["value"]),
-            **{column: _number(figure.get(column)) for column in ("low", "high", "n", "failed", "groups")},
-            "gain": _number(gain.get("value")),
-            **{f"gain_{name}": _number(gain.get(name)) for name in ("low", "high", "p")},
+            "score": _finite_number(figure["value"]),
+            **{column: _finite_number(figure.get(column)) for column in ("low", "high", "n", "failed", "groups")},
+            "gain": _finite_number(gain.get("value")),
+            **{f"gain_{name}": _finite_number(gain.get(name)) for name in ("low", "high", "p")},
         }
         counts = made["counts"]
         seen, scored = counts.get("scored on training data", 0), counts.get("scored", 0)
@@ -424,8 +419,8 @@ class _RowReader(RunReader):
         return f"not trained: {self.troubles.get('train', 'train left no record of it')}"
 
 
-def _provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns `recipe`, `date` and `version` of a stage, from its manifest; none if the stage is not done."""
+def _provenance_columns(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns `recipe`, `date` and `version` of a stage, from its manifest; empty if the stage is not done."""
     if not manifest:
         return {}
     return {
@@ -447,21 +442,21 @@ def _contract_note(folder: Path) -> str:
     return ""
 
 
-def _reason(error: Exception, folder: Path) -> str:
-    """An error in words, with paths relative to the run's folder."""
+def _error_text(error: Exception, folder: Path) -> str:
+    """The text of an error, with paths relative to the run's folder."""
     if isinstance(error, LorryError | DamagedError | OSError):
         return str(error).replace(f"{folder}/", "")
     return f"{type(error).__name__}: {error}"
 
 
-def _number(value: Any) -> Any:
-    """The value if it is a finite number, else None, because other values cannot be sorted among numbers."""
+def _finite_number(value: Any) -> Any:
+    """The value if it is a finite number, else None: other values cannot be sorted among numbers."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if known else None
 
 
 def _one_line(text: Any) -> str:
-    """A text on one line without control characters, of at most LONGEST_TEXT: names and errors may hold anything."""
+    """The text on one line, without control characters and cut to LONGEST_TEXT. Names and errors may hold anything."""
     line = " ".join(str(text).split())
     line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
     return line if len(line) <= LONGEST_TEXT else line[: LONGEST_TEXT - 1] + "…"

@@ -6,8 +6,8 @@ from pathlib import Path
 from stages.contract.errors import UsageError
 from stages.contract.files import machine_error, open_atomically
 from stages.results.ledger import Row
-from stages.results.ledger_page import as_html
-from stages.results.ledger_table import as_csv, as_table
+from stages.results.ledger_page import render_html
+from stages.results.ledger_table import render_csv, render_table
 
 SUFFIXES = {".csv": "csv", ".html": "html"}
 """Formats by a file's suffix; any other is a table."""
@@ -16,10 +16,10 @@ SUFFIXES = {".csv": "csv", ".html": "html"}
 def render_ledger(rows: Sequence[Row], form: str, sorted_by: str | None, descending: bool, coloured: bool) -> str:
     """The text of the ledger in the format `form`: `table`, `csv` or `html`."""
     if form == "csv":
-        return as_csv(rows)
+        return render_csv(rows)
     if form == "html":
-        return as_html(rows, sorted_by, descending)
-    return as_table(rows, sorted_by, coloured) if rows else ""
+        return render_html(rows, sorted_by, descending)
+    return render_table(rows, sorted_by, coloured) if rows else ""
 
 
 def write_ledger(path: Path, text: str, form: str) -> None:

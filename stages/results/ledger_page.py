@@ -13,7 +13,7 @@ from string import Template
 from typing import NamedTuple
 
 from stages.results.ledger import Row
-from stages.results.ledger_table import columns_of, notes_on
+from stages.results.ledger_table import score_notes, table_columns
 
 TEMPLATE = Path(__file__).with_name("ledger.html")
 """The page, with `$name` for its content. Its security policy allows its script by digest, and no other."""
@@ -36,30 +36,34 @@ class Cell(NamedTuple):
     """What it sorts by; None is missing, and last."""
 
 
-def as_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) -> str:
+def render_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) -> str:
     """The ledger as an HTML page with all columns."""
-    columns = columns_of(rows)
+    columns = table_columns(rows)
     direction = "descending" if descending else "ascending"
     heads = [Head(each.title, each.number, direction if sorted_by == each.values[0] else None) for each in columns]
     body = []
     for row in rows:
         keys = [getattr(row, each.values[0]) for each in columns]
         cells = [Cell(each.text(row), None if key == "" else key) for each, key in zip(columns, keys, strict=True)]
-        body.append((_kind(row), cells))
+        body.append((_style_class(row), cells))
     runs = len({row.run for row in rows})
     notes = ["Percent [95% interval]; a failed answer scores 0 and counts in n. Gains are points over base, paired."]
-    return _page(heads, body, f"{len(rows)} rows of {runs} run{'' if runs == 1 else 's'}", [*notes_on(rows), *notes])
+    return _page_html(
+        heads, body, f"{len(rows)} rows of {runs} run{'' if runs == 1 else 's'}", [*score_notes(rows), *notes]
+    )
 
 
-def _kind(row: Row) -> str:
+def _style_class(row: Row) -> str:
     """The style class of a row: `base`, `vote`, `adapter`, or `doubtful`."""
     if not row.state.startswith("scored") or row.scored_on.startswith("training"):
         return "doubtful"
     return row.adapter if row.adapter in ("base", "vote") else "adapter"
 
 
-def _page(heads: Sequence[Head], rows: Sequence[tuple[str, Sequence[Cell]]], lead: str, notes: Sequence[str]) -> str:
-    """The HTML of the page. Each row has a style class, and a cell for each head. Every text is escaped."""
+def _page_html(
+    heads: Sequence[Head], rows: Sequence[tuple[str, Sequence[Cell]]], lead: str, notes: Sequence[str]
+) -> str:
+    """The HTML of the page. `rows`: each row's style class and its cells, one for each head. Every text is escaped."""
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script is not None
@@ -67,26 +71,26 @@ def _page(heads: Sequence[Head], rows: Sequence[tuple[str, Sequence[Cell]]], lea
     return Template(template).substitute(
         allowed=allowed,
         lead=escape(lead),
-        heads="\n".join(_head(head) for head in heads),
-        rows="\n".join(_row(kind, cells, heads) for kind, cells in rows),
+        heads="\n".join(_head_html(head) for head in heads),
+        rows="\n".join(_row_html(kind, cells, heads) for kind, cells in rows),
         notes="\n".join(f"<p>{escape(note)}</p>" for note in notes),
     )
 
 
-def _head(head: Head) -> str:
+def _head_html(head: Head) -> str:
     """The HTML of a column's head, with a button that sorts by it."""
     order = f' aria-sort="{escape(head.sorted)}"' if head.sorted else ""
     number = ' class="number"' if head.number else ""
     return f'<th scope="col"{number}{order}><button type="button">{escape(head.title)}</button></th>'
 
 
-def _row(kind: str, cells: Sequence[Cell], heads: Sequence[Head]) -> str:
-    """The HTML of a row, with its style class."""
-    inner = "".join(_cell(cell, head) for cell, head in zip(cells, heads, strict=True))
+def _row_html(kind: str, cells: Sequence[Cell], heads: Sequence[Head]) -> str:
+    """The HTML of a row of style class `kind`, with a cell for each head."""
+    inner = "".join(_cell_html(cell, head) for cell, head in zip(cells, heads, strict=True))
     return f'<tr class="{escape(kind)}">{inner}</tr>'
 
 
-def _cell(cell: Cell, head: Head) -> str:
+def _cell_html(cell: Cell, head: Head) -> str:
     """The HTML of a cell, with the key that it sorts by."""
     number = ' class="number"' if head.number else ""
     key = "" if cell.key is None else f' data-key="{escape(str(cell.key))}"'

@@ -1,4 +1,4 @@
-"""The ledger as a table on the console and as CSV, and the columns that table and page show."""
+"""The ledger as a table on the console and as CSV, and the columns that the table and the HTML page show."""
 
 import csv
 import io
@@ -41,7 +41,7 @@ class Column:
     title: str
     text: Callable[[Row], str]
     values: tuple[str, ...]
-    """The row's values in it; it sorts by the first."""
+    """The fields of Row that it shows; it sorts by the first."""
     rank: int = 0
     """If there is no room for all columns, those with the lowest rank stay. A column of rank 0 always stays."""
     number: bool = False
@@ -51,8 +51,8 @@ class Column:
     """Whether it is left out if no row has a text for it."""
 
 
-def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """The columns for these rows, in order. If all rows have one metric, it is the title of the score's column."""
+def table_columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns for these rows, in order. If all rows have the same metric, it is the title of the score's column."""
     metrics = list(dict.fromkeys(row.metric for row in rows if row.metric))
     one = len(metrics) == 1
     votes = any(row.in_vote for row in rows)
@@ -64,7 +64,12 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         Column("data recipe", lambda row: row.data_recipe, ("data_recipe",), long=True, rare=True),
         Column("records kept", _kept_text, ("records_kept", "records_read"), number=True, rare=True),
         Column(
-            "connector samples", lambda row: _digits(row.connector_samples), ("connector_samples",), 1, True, rare=True
+            "connector samples",
+            lambda row: _digits(row.connector_samples),
+            ("connector_samples",),
+            1,
+            True,
+            rare=True,
         ),
         Column("data mix", lambda row: row.data_mix, ("data_mix",), long=True),
         Column("sources", lambda row: row.sources, ("sources",), 8, long=True),
@@ -90,12 +95,12 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
 
 
 def _digits(value: float | None, form: str = "") -> str:
-    """A number in a format; empty for None."""
+    """A number as text, by the format specification `form`; empty for None."""
     return "" if value is None else format(value, form)
 
 
 def _kept_text(row: Row) -> str:
-    """How many of the records Data-Juicer kept."""
+    """The number of records that Data-Juicer kept, of how many; empty without Data-Juicer."""
     return "" if row.records_kept is None else f"{row.records_kept} of {row.records_read}"
 
 
@@ -105,7 +110,7 @@ def _score_text(row: Row) -> str:
 
 
 def _gain_text(row: Row) -> str:
-    """The gain with its interval, and a star if it is clear."""
+    """The gain with its interval, and a star if the interval excludes 0; empty without a gain."""
     return interval_text(row.gain, row.gain_low, row.gain_high, "+") + ("*" if is_clear({"p": row.gain_p}) else "")
 
 
@@ -114,7 +119,7 @@ def _vote_text(row: Row, weighted: bool) -> str:
     return f"{row.in_vote}, {row.weight:.2f}" if weighted and row.weight is not None else row.in_vote
 
 
-def notes_on(rows: Sequence[Row]) -> list[str]:
+def score_notes(rows: Sequence[Row]) -> list[str]:
     """Sentences on how far the scores of these rows can be trusted."""
     notes = [ON_TRAINING_DATA] if any(row.scored_on.startswith("training") for row in rows) else []
     gains = Counter(row.run for row in rows if row.gain is not None)
@@ -131,9 +136,9 @@ def notes_on(rows: Sequence[Row]) -> list[str]:
 # -- CSV ---------------------------------------------------------------------------------------------------------
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """The ledger as CSV: all values, one line for each row. A text that a spreadsheet would take for a formula gets an
-    apostrophe in front."""
+def render_csv(rows: Sequence[Row]) -> str:
+    """The ledger as CSV: a head, then one line for each row with all its values. A text that a spreadsheet would take
+    for a formula gets an apostrophe in front."""
     every = [field.name for field in fields(Row)]
     names = [n for n in every if n not in RARE_COLUMNS or any(getattr(row, n) not in (None, "") for row in rows)]
     text = io.StringIO()
@@ -143,11 +148,11 @@ def as_csv(rows: Sequence[Row]) -> str:
         cells = {name: getattr(row, name) for name in names}
         if row.score is None:
             cells["score"] = UNTESTED
-        writer.writerow(_without_formula(cell) if isinstance(cell, str) else cell for cell in cells.values())
+        writer.writerow(_escape_formula(cell) if isinstance(cell, str) else cell for cell in cells.values())
     return text.getvalue()
 
 
-def _without_formula(text: str) -> str:
+def _escape_formula(text: str) -> str:
     """The text, with an apostrophe in front if a spreadsheet would take it for a formula."""
     return f"'{text}" if text.startswith(FORMULAS) else text
 
@@ -155,20 +160,20 @@ def _without_formula(text: str) -> str:
 # -- table -------------------------------------------------------------------------------------------------------
 
 
-def as_table(rows: Sequence[Row], sorted_by: str | None, coloured: bool) -> str:
-    """The ledger as a table with as many columns as the terminal has room for, and a line on those left out. The column
-    `sorted_by` is always shown."""
+def render_table(rows: Sequence[Row], sorted_by: str | None, coloured: bool) -> str:
+    """The ledger as a table with as many columns as the terminal has room for, then notes, and a line that names the
+    columns left out. The column `sorted_by` is always shown."""
     from rich.console import Console
 
     text = io.StringIO()
     console = Console(
         file=text, width=Console().width, force_terminal=coloured, highlight=False, markup=False, emoji=False
     )
-    every = columns_of(rows)
+    every = table_columns(rows)
     shown = _fitting_columns(every, rows, sorted_by, console.width)
     console.print(_table(shown, rows))
     console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
-    for note in notes_on(rows):
+    for note in score_notes(rows):
         console.print(note, style="bold")
     missing = [each.title for each in every if each not in shown]
     if missing:
@@ -180,18 +185,18 @@ def _fitting_columns(every: list[Column], rows: Sequence[Row], sorted_by: str | 
     """The columns that a terminal of this width has room for, in order."""
     from rich.cells import cell_len
 
-    def room(column: Column) -> int:
-        # titles break between words, folded texts anywhere
+    def needed_width(column: Column) -> int:
+        """The width of a column with its gap, in characters: titles break between words, folded texts anywhere."""
         title = max(map(cell_len, column.title.split()))
         longest = max(cell_len(column.text(row)) for row in rows)
         return max(title, min(LEAST_WIDTH if column.long else MOST_WIDTH, longest)) + GAP
 
     shown = [each for each in every if not each.rank or sorted_by in each.values]
-    left = width - 2 - sum(map(room, shown))  # the box has an edge
+    left = width - 2 - sum(map(needed_width, shown))  # the box has an edge
     for each in sorted((each for each in every if each not in shown), key=lambda each: each.rank):
-        if room(each) <= left:
+        if needed_width(each) <= left:
             shown.append(each)
-            left -= room(each)
+            left -= needed_width(each)
     return [each for each in every if each in shown]
 
 

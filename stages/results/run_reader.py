@@ -1,4 +1,4 @@
-"""One run folder as it is: manifests, which stages are stale, and files whose digest a manifest records.
+"""Read one run folder as it is: its manifests, which stages are stale, and files whose digest a manifest records.
 
 Nothing is written. What is read here may be damaged, half done, or of another version of Lorry.
 """
@@ -82,8 +82,9 @@ class RunReader:
         return json.loads(content)
 
 
-def recipe_of(folder: Path) -> Recipe:
-    """A run's recipe with profile and overrides applied. Raises DamagedError if it is missing, UsageError if wrong."""
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe in a run's folder, with profile and overrides applied. Raises DamagedError if the file is missing, and
+    UsageError if it is not a valid recipe."""
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise DamagedError("recipe.yaml is missing")
@@ -91,24 +92,25 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def run_names(runs: Path) -> list[str]:
-    """Names of the folders below the runs mount that are runs, or the remains of one, sorted."""
+    """The sorted names of the folders in `runs` that are runs, or the remains of one."""
     if not runs.is_dir():
         return []
     return sorted(path.name for path in runs.iterdir() if not path.name.startswith(".") and _is_run(path))
 
 
 def select_runs(wanted: Sequence[str], runs: Path) -> list[str]:
-    """The names of the wanted runs, each once; of all runs if none is named. Raises UsageError for an unknown run."""
+    """The names of the wanted runs, each once; all runs if `wanted` is empty. Raises UsageError for an unknown run."""
     names = run_names(runs)
     for name in wanted:
         if name not in names:
-            hint = suggestion(name, names, "runs") if names else "there are no runs yet"
+            hint = suggestion(name, names, "runs") if names else "there are none yet; start one with `lorry run RECIPE`"
             raise UsageError(f"{runs / name}: no such run; {hint}")
     return list(dict.fromkeys(wanted)) or names
 
 
 def suggestion(name: str, known: Sequence[str], what: str) -> str:
-    """A hint for an unknown name: the nearest known name if one is close, then all known names."""
+    """A hint for an unknown name: the most similar known name, if one is similar, then all known names. `what` is their
+    noun in the plural."""
     near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}{what}: {', '.join(known)}"
@@ -123,7 +125,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _unfinished_state(run: Run, stage: str) -> str:
-    """The state of a stage without a manifest, in words."""
+    """The reason why a stage has no manifest, in words."""
     folder = run.stage_folder(stage)
     if is_held(folder):
         return f"{stage} is running"
@@ -136,7 +138,7 @@ def _unfinished_state(run: Run, stage: str) -> str:
 
 
 def _last_error(events: Path) -> str | None:
-    """The error that the last start of a stage ended with; None if it did not end with one."""
+    """The error with which the last start of a stage ended; None if it ended without one."""
     try:
         with events.open("rb") as file:
             file.seek(max(0, events.stat().st_size - 65_536))

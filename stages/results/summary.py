@@ -1,5 +1,5 @@
-"""summary.json: the result for each adapter's data set, with the field names of extractive_qa's original, because its
-users' programs read them.
+"""summary.json: the result for each adapter's data set. Its field names are those of extractive_qa's original, because
+its users' programs read them.
 
 Train writes it after each adapter, eval adds the scores. Times are in seconds, metrics in percent. It is for people and
 their programs: no stage reads it, and no manifest records its digest.
@@ -22,20 +22,20 @@ SUMMARY = "summary.json"
 
 
 def read_summary(run: Run, stage: str) -> dict[str, Any]:
-    """The summary that a stage has written, under its present or its earlier name; an empty one if there is none."""
+    """The summary that a stage has written, under its present or earlier name; one without results if it is missing."""
     for name in (SUMMARY, "report.json"):
         if (found := read_json(run.path(stage, name))) is not None:
             return dict(found)
     return {"dataset_results": []}
 
 
-def summary_of_data_sets(
+def build_summary(
     run: Run, results: Sequence[Mapping[str, Any]], start: str, before: float = 0.0, begun: str | None = None
 ) -> dict[str, Any]:
-    """The summary of the data sets so far.
+    """Build the summary of the `results` so far, as written to summary.json.
 
-    `start` is when the training of the first began (ISO 8601). If another stage writes the summary, it began at
-    `begun`, and the stages before it took `before` seconds.
+    `start` is when the first training began (ISO 8601). If eval writes the summary, `begun` is when eval began, and
+    `before` the seconds that the stages before it took.
     """
     config = run.recipe.train.lora_config
     failed = sum("error" in result for result in results)
@@ -58,7 +58,7 @@ def summary_of_data_sets(
 
 
 def dataset_result(run: Run, adapter: Adapter, result: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry of `dataset_results`; `result` has `training` and `evaluation`, or `error`."""
+    """The entry of `dataset_results` for one adapter. `result` has `training` and `evaluation`, or `error`."""
     names = [each.name for each in run.recipe.train.adapters]
     return {
         "dataset_index": names.index(adapter.name),
@@ -69,14 +69,14 @@ def dataset_result(run: Run, adapter: Adapter, result: Mapping[str, Any]) -> dic
     }
 
 
-def seconds_of(manifest: Mapping[str, Any]) -> float:
-    """Seconds from a stage's first start to its end."""
+def stage_seconds(manifest: Mapping[str, Any]) -> float:
+    """The seconds from a stage's first start to its end, at least those that its manifest counts."""
     first, end = (datetime.fromisoformat(text) for text in (manifest["starts"][0], manifest["end"]))
     return max((end - first).total_seconds(), float(manifest["seconds"]))
 
 
 def _data_set_path(run: Run, adapter: Adapter) -> str:
-    """The data set's own file or folder, as a recipe would name it; for a mix, the data folder."""
+    """The path of the adapter's data set, as a recipe would name it; for a mix of several, that of the data folder."""
     folder = run.roots.data / run.recipe.data.path
     if len(adapter.data) != 1 or not folder.is_dir():
         return run.recipe.data.path
@@ -89,17 +89,17 @@ def _is_data_set(path: Path, name: str) -> bool:
     """Whether a file or folder is the data set of that name."""
     try:
         return data_set_name(path) == name
-    except DataError:  # a part was deleted after it was read; the summary need not fail for that
+    except DataError:  # part of it was deleted since; the summary must not fail because of that
         return path.name == name
 
 
 def dataset_name(adapter: Adapter) -> str:
-    """The data set that an adapter is trained on, or the adapter's name if that is a mix."""
+    """The name of the data set that an adapter is trained on; for a mix of several, the adapter's name."""
     return adapter.data[0].source if len(adapter.data) == 1 else adapter.name
 
 
 def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] | None:
-    """The entry `training` of a finished adapter in `folder`; None if the program that trained it left no record."""
+    """The entry `training` for the finished adapter in `folder`; None if the folder has no training.json."""
     settings = run.recipe.train
     if not (folder / "training.json").is_file():
         return None

@@ -1,6 +1,6 @@
-"""How uncertain a figure is, in words. The ledger needs them where numpy is not installed.
+"""Say in words how uncertain a figure is. This module needs no numpy, because the ledger runs where it is missing.
 
-What the figures hold is in stages/results/intervals.py.
+stages/results/intervals.py describes the figures.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ LEAST_GROUPS = 5
 """Smallest number of documents for an interval and a star."""
 
 ROUGH_GROUPS = 10
-"""Number of documents below which the interval is wide, and each document matters."""
+"""With fewer documents, the interval is wide and depends on each document."""
 
 LEVEL = 0.05
 """Two-sided significance level; intervals have a confidence of 1 - LEVEL."""
@@ -25,7 +25,7 @@ def is_clear(difference: Mapping[str, Any]) -> bool:
 def interval_text(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
     """A figure with its interval, such as `34.4 [25.0, 43.8]`, or `34.4 [too few]` without one; empty without a figure.
 
-    The sign `+` is for differences: `+34.4 [+25.0, +43.8]`.
+    `sign` is `+` for differences: `+34.4 [+25.0, +43.8]`.
     """
     if value is None:
         return ""
@@ -35,12 +35,13 @@ def interval_text(value: float | None, low: float | None, high: float | None, si
 
 
 def documents_note(groups: Iterable[int | None]) -> str | None:
-    """A note such as `5 documents: intervals are rough`, by the documents behind each figure; None if they suffice."""
+    """A note such as `5 documents: intervals are rough`; None if all figures have enough documents. `groups` has the
+    number of documents behind each figure."""
     counts = sorted({count for count in groups if count})
     few = [count for count in counts if count < LEAST_GROUPS]
     rough = [count for count in counts if LEAST_GROUPS <= count < ROUGH_GROUPS]
-    notes = [f"{_documents(few)}: too few for an interval, at least {LEAST_GROUPS} are needed"] if few else []
-    notes += [f"{_documents(rough)}: intervals are rough"] if rough else []
+    notes = [f"{_document_range(few)}: too few for an interval, at least {LEAST_GROUPS} are needed"] if few else []
+    notes += [f"{_document_range(rough)}: intervals are rough"] if rough else []
     return "; ".join(notes) or None
 
 
@@ -49,13 +50,14 @@ def outdated_note(run: str) -> str:
     return f"{run}: intervals of an older version of Lorry, too narrow with few documents; run eval again with --force"
 
 
-def _documents(counts: Sequence[int]) -> str:
+def _document_range(counts: Sequence[int]) -> str:
     """The range of sorted counts in words, such as `5 to 8 documents`."""
     ends = dict.fromkeys([counts[0], counts[-1]])
     return f"{' to '.join(map(str, ends))} document{'' if counts[-1] == 1 else 's'}"
 
 
 def star_note(compared: int, what: str = "models") -> str:
-    """A note on what a star means. `compared` is the number of models, or of `what`, that are compared with one."""
+    """A note that says what a star means. `compared` is the number of comparisons with the reference model, `what` the
+    noun for what is compared."""
     correction = f" after Holm's correction for {compared} {what}" if compared > 1 else ""
     return f"*: the 95% interval excludes 0{correction and ', also'}{correction}"

@@ -50,7 +50,7 @@ from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.models.connector import check_connector, trained_connector
 from stages.models.gptq import quantisation_of
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
-from stages.results.summary import SUMMARY, dataset_result, summary_of_data_sets, training_facts
+from stages.results.summary import SUMMARY, build_summary, dataset_result, training_facts
 from stages.train.job import Job
 from stages.train.ladder import Attempt, Ladder, MemoryRanOutError, change_as_options, memory_advice, next_rung
 from stages.train.lengths import read_lengths
@@ -320,7 +320,7 @@ def _note_result(stage: Stage, results: dict[str, dict[str, Any]], adapter: Adap
     """Add an adapter's result and write the summary of all results so far. It exists even if a later adapter fails."""
     results[adapter.name] = dataset_result(stage.run, adapter, result)
     so_far = sorted(results.values(), key=lambda one: one["dataset_index"])
-    write_json(stage.path(SUMMARY), summary_of_data_sets(stage.run, so_far, stage.starts[0]))
+    write_json(stage.path(SUMMARY), build_summary(stage.run, so_far, stage.starts[0]))
 
 
 def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:

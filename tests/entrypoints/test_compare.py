@@ -109,7 +109,7 @@ def one_line(done: Result, *told: str) -> None:
 def test_another_test_set_is_refused(tmp_path: Path, lorry: Callable[..., Result]) -> None:
     evaluated(tmp_path, "baseline", half)
     evaluated(tmp_path, "fewer", half, samples=make_samples()[:20])
-    one_line(lorry("baseline", "fewer"), "fewer is scored on another test set than baseline: 4 of 24 samples")
+    one_line(lorry("baseline", "fewer"), "fewer: scored on another test set than baseline (4 of 24 samples")
 
 
 def test_what_is_not_evaluated_is_reported_and_not_compared(tmp_path: Path, lorry: Callable[..., Result]) -> None:
@@ -123,8 +123,8 @@ def test_what_is_not_evaluated_is_reported_and_not_compared(tmp_path: Path, lorr
     assert line_of(done, "custom", "tuned")
     one_line(
         lorry("baseline", "never"),
-        "never: not compared, because eval has not run; run the missing stages",
-        "needs two scored runs",
+        "baseline, never: a comparison needs two scored runs, and 1 can be compared (never: not compared, because eval has"
+        " not run); run the missing stages, or name other runs",
     )
 
 

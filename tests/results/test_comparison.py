@@ -11,10 +11,10 @@ from stages.contract.files import digest_of
 from stages.results.comparison import (
     EvaluatedRun,
     compare,
-    outdated_intervals,
+    outdated_interval_notes,
     prompt_differences,
     reference_model,
-    refuse_other_sets,
+    refuse_incomparable_runs,
     suspicions,
 )
 from stages.results.intervals import difference_figures
@@ -129,7 +129,7 @@ def test_intervals_of_an_older_version_are_reported() -> None:
     first, other = run_of("a", {"base": every(2)}), run_of("b", {"base": every(2)})
     for figures in other.figures.values():
         del figures["exact"]["groups"]
-    assert outdated_intervals([first, other]) == [
+    assert outdated_interval_notes([first, other]) == [
         "b: intervals of an older version of Lorry, too narrow with few documents; run eval again with --force"
     ]
 
@@ -145,7 +145,7 @@ def test_what_counts_together_is_compared_once() -> None:
 def test_the_order_of_samples_does_not_matter() -> None:
     first, other = run_of("a", {"base": every(4)}), run_of("b", {"base": every(8)})
     turned = EvaluatedRun(**{**vars(other), "lines": other.lines[::-1]})
-    refuse_other_sets([first, turned])
+    refuse_incomparable_runs([first, turned])
     assert compare([first, other]) == compare([first, turned])
 
 
@@ -162,16 +162,16 @@ def test_the_vote_is_what_is_compared_with_where_there_is_one() -> None:
     ("changes", "told"),
     [
         ({"count": 39}, "1 of 40 samples are in only one of them"),
-        ({"references": ["other", *REFERENCES[1:]]}, r"1 of 40 samples .*the first: 's0'"),
+        ({"references": ["other", *REFERENCES[1:]]}, r"1 of 40 samples .*the first is 's0'"),
         ({"together": lambda number: "all"}, "40 of 40 samples"),
-        ({"task": "numbers"}, "b is of task numbers, a of words"),
-        ({"scoring": {"normalization": "original"}}, "scored by other rules"),
+        ({"task": "numbers"}, "b: has task numbers, but a has words; compare runs of one task"),
+        ({"scoring": {"normalization": "original"}}, "b: scored by other rules than a"),
     ],
 )
 def test_another_test_set_is_refused(changes: dict[str, Any], told: str) -> None:
     first, other = run_of("a", {"base": right}), run_of("b", {"base": right}, **changes)
     with pytest.raises(UsageError, match=told):
-        refuse_other_sets([first, run_of("c", {"base": right}), other])
+        refuse_incomparable_runs([first, run_of("c", {"base": right}), other])
 
 
 # -- what is suspicious --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from stages.results.intervals import (
     Values,
     difference_figures,
     holm_p_values,
-    intervals_of_totals,
+    intervals_from_totals,
     mean_figures,
     mean_intervals,
     student_quantile,
@@ -215,7 +215,7 @@ def drawn(generator: np.random.Generator, mean: float, count: int, draws: int, c
 @pytest.mark.parametrize("correlation", [0.1, 0.5])
 def test_19_of_20_intervals_cover_the_true_mean(mean: float, correlation: float, count: int) -> None:
     # of 2,000 draws; a percentile bootstrap of documents covers 50% to 93% of these
-    found = intervals_of_totals(*drawn(np.random.default_rng(7), mean, count, 2000, correlation))
+    found = intervals_from_totals(*drawn(np.random.default_rng(7), mean, count, 2000, correlation))
     assert ((found.low <= mean) & (mean <= found.high)).mean() >= 0.935
 
 
@@ -225,7 +225,7 @@ def test_at_most_1_of_20_stars_is_false(count: int) -> None:
     generator = np.random.default_rng(8)
     sums, sizes = drawn(generator, 0.5, count, 2000, 0.25)
     base = generator.binomial(sizes.astype(int), generator.beta(1.5, 1.5, sizes.shape))
-    found = intervals_of_totals(sums - base, sizes, -1.0)
+    found = intervals_from_totals(sums - base, sizes, -1.0)
     assert ((found.low > 0) | (found.high < 0)).mean() <= 0.05
 
 

@@ -20,8 +20,8 @@ from stages.contract.run import CONTRACT_VERSION, lock_stage_folder
 from stages.eval.stage import work as eval_work
 from stages.host.runner import run_stage
 from stages.results.ledger import Row, sorted_rows
-from stages.results.ledger_page import as_html
-from stages.results.ledger_table import ON_TRAINING_DATA, as_csv, as_table
+from stages.results.ledger_page import render_html
+from stages.results.ledger_table import ON_TRAINING_DATA, render_csv, render_table
 from stages.results.run_reader import run_names
 from tests.contract.test_help import HEAVY, imported_by
 from tests.eval.conftest import answer, make_samples
@@ -198,9 +198,9 @@ def test_what_was_scored_on_training_data_says_so_everywhere(tmp_path: Path) -> 
         ("some", "training data (10 of 40 samples)"),
     }
     assert all("scored on training data" in row.state for row in rows)
-    assert ON_TRAINING_DATA in " ".join(as_table(rows, None, False).split())
-    assert ON_TRAINING_DATA in as_html(rows, None, False)
-    assert "training data (10 of 40 samples)" in as_csv(rows)
+    assert ON_TRAINING_DATA in " ".join(render_table(rows, None, False).split())
+    assert ON_TRAINING_DATA in render_html(rows, None, False)
+    assert "training data (10 of 40 samples)" in render_csv(rows)
 
 
 # -- experiments: the data recipe, what it kept, what was trained on it, and the score -----------------------------
@@ -218,12 +218,12 @@ def test_baseline_beside_custom(tmp_path: Path) -> None:
     assert counts == [100, 81, 80]
     row = next(row for row in rows if (row.run, row.adapter) == ("custom", "plain"))
     assert (row.samples, row.score, row.state) == (6, 42.5, "scored")
-    lines = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    lines = list(csv.DictReader(io.StringIO(render_csv(rows))))
     assert [line["records_kept"] for line in lines] == ["", "", "", "", "81", "81"]
-    text = as_html(rows, None, False)
+    text = render_html(rows, None, False)
     assert {"data recipe", "records kept", "connector samples"} <= set(re.findall(r">([^<>]+)</button>", text))
     assert "81 of 100" in Page(text).cells
-    shown = as_table([row for row in rows if row.run == "baseline"], None, False)
+    shown = render_table([row for row in rows if row.run == "baseline"], None, False)
     assert "data recipe" not in shown
     assert "kept" not in shown
     assert [row.records_kept for row in sorted_rows(rows, "records_kept", True)][:2] == [81, 81]
@@ -400,7 +400,7 @@ def test_no_damage_is_a_crash(whole: Path, data: st.DataObject) -> None:
         assert all(row.state for row in rows)
         for column in fields(Row):
             assert len(sorted_rows(rows, column.name, True)) == len(rows)
-        as_csv(rows), as_html(rows, None, False), as_table(rows, None, False)
+        render_csv(rows), render_html(rows, None, False), render_table(rows, None, False)
     finally:
         path.write_bytes(before)
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 
 from stages.results.ledger import Row
-from stages.results.ledger_page import as_html
-from stages.results.ledger_table import RARE_COLUMNS, UNTESTED, as_csv, as_table
+from stages.results.ledger_page import render_html
+from stages.results.ledger_table import RARE_COLUMNS, UNTESTED, render_csv, render_table
 from tests.results.made_runs import (
     ROWS,
     Page,
@@ -22,7 +22,7 @@ from tests.results.made_runs import (
 
 @given(rows=ROWS)
 def test_csv_comes_back_as_it_was_and_holds_no_formula(rows: list[Row]) -> None:
-    head, *lines = csv.reader(io.StringIO(as_csv(rows), newline=""))
+    head, *lines = csv.reader(io.StringIO(render_csv(rows), newline=""))
     assert head == [field.name for field in fields(Row) if field.name not in RARE_COLUMNS]
     assert len(lines) == len(rows)
     for row, line in zip(rows, lines, strict=True):
@@ -38,7 +38,7 @@ def test_csv_comes_back_as_it_was_and_holds_no_formula(rows: list[Row]) -> None:
 
 
 def test_a_formula_is_a_text_and_a_negative_number_a_number() -> None:
-    (line,) = csv.DictReader(io.StringIO(as_csv([Row("=1+1", state="@SUM(A1)", data_mix="-x", gain=-2.5)])))
+    (line,) = csv.DictReader(io.StringIO(render_csv([Row("=1+1", state="@SUM(A1)", data_mix="-x", gain=-2.5)])))
     assert (line["run"], line["state"], line["data_mix"], line["gain"]) == ("'=1+1", "'@SUM(A1)", "'-x", "-2.5")
 
 
@@ -46,9 +46,9 @@ def test_untested_is_a_word_everywhere(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     shutil.rmtree(run.stage_folder("eval"))
     rows = rows_of(tmp_path)
-    assert [line["score"] for line in csv.DictReader(io.StringIO(as_csv(rows)))] == [UNTESTED] * 3
-    assert Page(as_html(rows, None, False)).cells.count(UNTESTED) == 3
-    assert as_table(rows, None, False).count(UNTESTED) == 3
+    assert [line["score"] for line in csv.DictReader(io.StringIO(render_csv(rows)))] == [UNTESTED] * 3
+    assert Page(render_html(rows, None, False)).cells.count(UNTESTED) == 3
+    assert render_table(rows, None, False).count(UNTESTED) == 3
 
 
 @pytest.mark.parametrize("width", [80, 120, 250])
@@ -56,7 +56,7 @@ def test_the_table_has_what_fits(tmp_path: Path, width: int, monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", str(width))
     make_run(tmp_path)
     rows = [*rows_of(tmp_path), Row("折叠" * 30, adapter="x", state="broken: " + "much " * 40)]
-    text = as_table(rows, "seed", False)
+    text = render_table(rows, "seed", False)
     assert max(map(len, text.splitlines())) <= width
     assert "61.2 [51.2, 71.2]" in text
     assert "seed" in text.splitlines()[1]  # sorted by, and so shown
@@ -80,9 +80,9 @@ def test_few_documents_and_older_intervals_are_noted(monkeypatch: pytest.MonkeyP
         "d: 3 documents: too few for an interval, at least 5 are needed",
         "e: intervals of an older version of Lorry, too narrow with few documents; run eval again with --force",
     ]
-    table = as_table(rows, None, False)
+    table = render_table(rows, None, False)
     assert table.splitlines()[-3:] == notes
     assert "50.0 [too few]" in table
     assert "documents" in table.splitlines()[1]
-    page = as_html(rows, None, False)
+    page = render_html(rows, None, False)
     assert all(f"<p>{note}</p>" in page for note in notes)

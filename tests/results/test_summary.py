@@ -11,7 +11,7 @@ from stages.contract.files import write_json
 from stages.contract.recipe import Adapter, Recipe, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.results.summary import dataset_name, dataset_result, seconds_of, summary_of_data_sets, training_facts
+from stages.results.summary import build_summary, dataset_name, dataset_result, stage_seconds, training_facts
 from tests.conftest import REPOSITORY
 
 ORIGINAL: dict[str, set[str]] = {
@@ -76,7 +76,7 @@ def evaluated(exact: float, f1: float, seconds: float | None = 3.0, failed: int 
 
 def report(run: Run, *results: dict[str, Any], start: str | None = None, **times: Any) -> dict[str, Any]:
     entries = [dataset_result(run, a, r) for a, r in zip(run.recipe.train.adapters, results, strict=False)]
-    found = summary_of_data_sets(run, entries, start or datetime.now(UTC).isoformat(), **times)
+    found = build_summary(run, entries, start or datetime.now(UTC).isoformat(), **times)
     return dict(json.loads(json.dumps(found, allow_nan=False)))
 
 
@@ -189,8 +189,8 @@ def test_a_later_stage_adds_its_own_time_to_that_of_those_before_it(run: Run) ->
 
 def test_a_stage_took_from_its_first_start_to_its_end() -> None:
     manifest = {"starts": ["2026-01-02T03:00:00.000+00:00", "2026-01-02T03:04:00.000+00:00"], "seconds": 60.0}
-    assert seconds_of({**manifest, "end": "2026-01-02T03:05:00+00:00"}) == 300.0
-    assert seconds_of({**manifest, "starts": manifest["starts"][1:], "end": "2026-01-02T03:04:00+00:00"}) == 60.0  # type: ignore[index]
+    assert stage_seconds({**manifest, "end": "2026-01-02T03:05:00+00:00"}) == 300.0
+    assert stage_seconds({**manifest, "starts": manifest["starts"][1:], "end": "2026-01-02T03:04:00+00:00"}) == 60.0  # type: ignore[index]
 
 
 def test_every_entry_says_when_it_was_made(run: Run) -> None:
