@@ -1,4 +1,4 @@
-"""Step 2 of infer: the engine answers the unanswered samples of a round, and the journals keep every completion."""
+"""Step 2 of infer: the engine answers the unanswered samples of a round, and journals keep every completion."""
 
 import time
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from stages.models.rendering import Prompt
 def answer_round(
     asked: Round, prompts: Prompts, journals: Journals, engines: Engines, events: Events, stop: StopRequest
 ) -> None:
-    """Answer the unanswered samples of a round and add the completions to the journals. Loads no model if there are
-    none.
+    """Answer the unanswered samples of a round and add the completions to the journals. Loads no model if all samples
+    are answered.
 
     If the engine fails on a sample, the journals get the error. Raises InterruptedRunError if the stage is asked to
     stop, UsageError if the engine cannot serve an adapter, and the engine's own error if it fails on every sample. The
-    journals keep all completions until then.
+    journals then have all completions up to the error.
     """
     if not asked.chunks:
         return
@@ -42,7 +42,7 @@ def answer_round(
 def _missing_models(
     variant: Variant, chunks: list[list[Sample]], prompts: Prompts, journals: Journals
 ) -> set[str | None]:
-    """The models that the next unanswered pass of each sample needs (None: base). Empty if all passes are answered."""
+    """The models that the samples' next unanswered passes need (None: base). Empty if all passes are answered."""
     steps = (step for chunk in chunks for sample in chunk for step in prompts.steps(variant, sample, journals))
     return {step.model for step in steps if step.record is None}
 
@@ -59,14 +59,14 @@ class _EngineSession:
     stop: StopRequest
 
     def answer(self, asked: Round) -> None:
-        """Answer the passes of a round that need these models.
+        """Answer the passes of a round that need these models: variant by variant, pass by pass, chunk by chunk.
 
-        For each variant and pass, submits chunk by chunk. An engine that computes in padded batches always gets the
-        same samples together, even those that are answered already.
+        An engine that computes in padded batches always gets the same samples together, even those that are answered
+        already.
         """
         for variant, chunks in asked.chunks.items():
             for name in self.prompts.passes:
-                if self.prompts.model_of(variant, name) not in self.models:
+                if self.prompts.answering_model(variant, name) not in self.models:
                     continue
                 done, total = 0, sum(map(len, chunks))
                 for chunk in chunks:
@@ -81,7 +81,7 @@ class _EngineSession:
                     self.stop.check()
 
     def _answer_chunk(self, variant: Variant, name: str, chunk: list[Sample]) -> bool:
-        """Answer a chunk's unanswered samples in the pass `name`. Returns whether the engine had to answer any."""
+        """Answer a chunk's unanswered samples in the pass `name`. Returns whether the engine was asked."""
         missing: dict[str, Step] = {}
         prompts: list[Prompt] = []
         for sample in chunk:
@@ -105,13 +105,13 @@ class _EngineSession:
         """Complete these prompts and add the completions of those in `missing` to the journals. Empties `missing`.
 
         If the engine fails, tries each missing prompt alone and adds the error of those that fail again. Raises the
-        error instead if it is the machine's, or the engine fails on other prompts too.
+        error instead if the machine is its cause, or if the engine fails on other prompts too.
         """
         (model,) = {step.model for step in missing.values()}
         clock = time.monotonic()
 
-        def keep(place: int, completion: Completion) -> None:
-            """Add a finished completion to the journals, unless they have it."""
+        def add_completion(place: int, completion: Completion) -> None:
+            """Add the completion of prompt number `place` to the journals, unless they have it."""
             nonlocal clock
             before, clock = clock, time.monotonic()
             prompt = prompts[place]
@@ -122,9 +122,9 @@ class _EngineSession:
                 self.stop.check()
 
         try:
-            self.engine.generate(prompts, model, keep)
+            self.engine.generate(prompts, model, add_completion)
         except Exception as error:
-            self.stop.check()  # a Ctrl-C also ends the engine's own processes, and is then the cause
+            self.stop.check()  # a Ctrl-C also ends the engine's processes, so it may be the cause of the error
             explained = machine_error(error)
             if explained is not None:
                 raise explained from error
@@ -142,10 +142,10 @@ class _EngineSession:
 
     def _answers_another(self, model: str | None, failed: Prompt) -> bool:
         """Whether the engine still completes at least one of the three shortest prompts of other samples."""
-        for prompt in self.prompts.shortest_without(failed.id, 3):
+        for prompt in self.prompts.shortest_other_prompts(failed.id, 3):
             try:
                 self.engine.generate([prompt], model)
-            except Exception as error:  # noqa: BLE001 - any failure means that it does not
+            except Exception as error:  # noqa: BLE001 - whatever the error, the engine does not answer
                 print(f"infer: after sample {failed.id}, sample {prompt.id} failed too: {error!r}")
             else:
                 return True

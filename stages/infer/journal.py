@@ -1,4 +1,4 @@
-"""The journals of completions: a file for each model, a line for each completion, written as soon as it is finished.
+"""Journals of completions: a file for each model, with a line for each completion, written as soon as it is finished.
 
 A completion is found by sample id, pass and a digest of the prompt. A later start therefore completes only the missing
 prompts, and variants with the same prompt share its completion.
@@ -27,13 +27,14 @@ class Journals:
     """The completions of all models. A model is an adapter's name; None: base."""
 
     def __init__(self, folder: Path, names: Mapping[str | None, str], key: str) -> None:
-        """Open each model's file, `names`, in a folder. Delete all other files there: other weights or pictures made
-        them.
+        """Open the files `names` in `folder`, one for each model, and delete all others: they are of other weights or
+        pictures.
 
-        `key` is the stage's key. Errors with another key are ignored: the recipe may have changed to avoid them.
+        `key` is the stage's key. Errors recorded under another key are ignored: the recipe may have changed to avoid
+        them.
         """
         self.completion_tokens = 0
-        """Number of tokens of the completions that this start added."""
+        """Number of tokens in the completions that this start added."""
         self._key = key
         paths = {model: folder / name for model, name in names.items()}
         for path in visible_files(folder):
@@ -50,7 +51,7 @@ class Journals:
         }
 
     def find(self, model: str | None, question: Question) -> Record | None:
-        """The record of a model's completion or error; None if there is none yet."""
+        """The record of a model's completion of a question, or of its error; None if there is none yet."""
         return self._known[model].get(question)
 
     def add(
@@ -64,7 +65,7 @@ class Journals:
     ) -> None:
         """Add a completion, or the error in its place, with the number of prompt tokens and the seconds it took.
 
-        Once this returns, a SIGKILL no longer loses it.
+        Once this returns, it survives a SIGKILL.
         """
         record: Record = {
             **dict(zip(("id", "pass", "asked"), question, strict=True)),
@@ -95,13 +96,13 @@ class Journals:
 def journal_names(run: Run, model: Path, adapters: list[str], hashes: FileHashes) -> dict[str | None, str]:
     """The file name of each model's journal, by the adapter's name (None: base).
 
-    Other weights, engines, batches or pictures lead to another name. The rest of the recipe has no effect on it, so
-    completions stay usable if it changes. `hashes` has the model's files cached since the stage hashed its inputs.
+    The name changes with the weights, engine, batches, seed and pictures. It does not depend on the rest of the
+    recipe, so completions stay usable if that changes. `hashes` caches the sha256 of the model's files.
     """
     infer = run.recipe.infer
     pages = ((run.manifest("preprocess") or {}).get("outputs") or {}).get("pages/", {}).get("sha256")
 
-    def name_of(adapter: str | None) -> str:
+    def journal_name(adapter: str | None) -> str:
         """The file name of one model's journal."""
         weights = [hashes.tree_digest(model)[0]]
         if adapter is not None:
@@ -112,4 +113,4 @@ def journal_names(run: Run, model: Path, adapters: list[str], hashes: FileHashes
         made_from = [infer.engine, infer.merged, infer.batch_size, infer.chunk_size, run.recipe.seed, weights, pages]
         return f"{adapter or 'base'}.{digest_of(made_from)[:16]}.jsonl"
 
-    return {adapter: name_of(adapter) for adapter in dict.fromkeys([None, *adapters])}
+    return {adapter: journal_name(adapter) for adapter in dict.fromkeys([None, *adapters])}

@@ -1,4 +1,4 @@
-"""Step 3 of infer: read predictions out of the journals, and write them and the submissions."""
+"""Step 3 of infer: read the predictions out of the journals, and write predictions and submissions."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,18 +17,17 @@ from stages.tasks import load_task
 from stages.tasks.task import Task
 
 NO_ANSWER = "no valid answer in the completion"
-"""How the error of a prediction begins if the task finds no answer in the completion: the model abstains."""
+"""Start of a prediction's error if the task finds no answer in the completion, so that the model abstains."""
 
 
 def predict_round(
     asked: Round, prompts: Prompts, journals: Journals, task: Task
 ) -> tuple[dict[Variant, list[Prediction]], dict[str, dict[str, float]]]:
-    """The predictions of a round by variant, in the order of the samples, and how long they took. All samples must be
-    answered.
+    """Return a round's predictions by variant, in the order of the samples, and the time that they took.
 
-    The second has, by the variant's name, `samples`: how many of them no shard had answered, and `seconds`: how long
-    their completions took over all starts, without the engine's start. It has no entry for a variant that shards
-    answered completely.
+    Requires that all samples are answered. The time is by the variant's name: `samples` is the number of samples that
+    no shard had answered, `seconds` what their completions took over all starts, without the engine's start. A variant
+    that shards answered completely has no entry.
     """
     found: dict[Variant, list[Prediction]] = {}
     took: dict[str, dict[str, float]] = {}
@@ -43,7 +42,7 @@ def predict_round(
 
 
 def _prediction(variant: Variant, sample: Sample, prompts: Prompts, journals: Journals, task: Task) -> Prediction:
-    """The prediction of one sample, from the records of its passes. The last pass has the answer."""
+    """The prediction for one sample, from the records of its passes. The last pass has the answer."""
     if "error" in sample["meta"]:
         return failed_prediction(sample["id"], sample["meta"]["error"])
     records = {step.name: step.record for step in prompts.steps(variant, sample, journals)}
@@ -74,10 +73,9 @@ class WrittenFiles:
     outputs: dict[str, int] = field(default_factory=dict)
     """Number of records in each file, by its name relative to the stage's folder."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Number of predictions that `answered` and `failed`; `abstained` counts those among the failed without an answer
-    in the completion."""
+    """Number of `answered` and `failed` predictions; `abstained` counts the failed ones whose completion has no answer."""
     submissions: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Number of `lines` of each variant's submission, and of those `without answer`."""
+    """Number of `lines` in each variant's submission, and of lines `without answer`."""
 
 
 def write_predictions(
@@ -113,7 +111,8 @@ def write_predictions(
 def _submission_lines(
     run: Run, variant: Variant, predictions: Mapping[str, Prediction]
 ) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a submission, one for each question in the order of the data, and how many have no answer."""
+    """Return the lines of a submission, one for each question in the order of the data, and how many have no answer.
+    Raises DataError if asked.jsonl does not name each predicted question once."""
     task = load_task(run.recipe.task)
     rows = read_jsonl(run.path("preprocess", "asked.jsonl"))
     asked = [row for row in rows if row.get("line", True)]

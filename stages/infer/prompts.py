@@ -16,12 +16,12 @@ from stages.tasks import load_task
 from stages.tasks.task import Ask
 
 LONGEST = 256
-"""Number of prompts with which batch sizes are tried: the largest batch that is tried."""
+"""Number of prompts for trials of batch sizes: the largest batch that is tried."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One pass of one sample."""
+    """One pass over one sample."""
 
     sample_id: str
     name: str
@@ -62,8 +62,8 @@ class Prompts:
         self._rendered: dict[str, Prompt | str] = {}
         self.passes: tuple[str, ...] = self._task.passes(recipe)
 
-    def model_of(self, variant: Variant, name: str) -> str | None:
-        """The adapter that answers a pass of a variant; None: base, which answers shared passes for all variants."""
+    def answering_model(self, variant: Variant, name: str) -> str | None:
+        """The adapter that answers the pass `name` of a variant; None: base, which answers the shared passes of all."""
         return None if name in self._task.SHARED else variant.adapter
 
     def steps(self, variant: Variant, sample: Sample, journals: Journals) -> list[Step]:
@@ -73,10 +73,10 @@ class Prompts:
         if "error" in sample["meta"]:
             return steps
         for name in self.passes:
-            ask = self._task.ask(self._recipe, sample, name, texts, variant.left_out)
+            ask = self._task.ask(self._recipe, sample, name, texts, variant.left_out_components)
             if ask is None:
                 continue
-            model, asked = self.model_of(variant, name), self._digest(ask)
+            model, asked = self.answering_model(variant, name), self._digest(ask)
             record = journals.find(model, (sample["id"], name, asked))
             steps.append(Step(sample["id"], name, ask, model, asked, record))
             if record is None or record["error"] is not None:
@@ -85,23 +85,23 @@ class Prompts:
         return steps
 
     def render(self, sample_id: str, ask: Ask) -> Prompt | str:
-        """The prompt of a pass, or as text the reason why it cannot be used."""
+        """The prompt of a pass, or a text that says why it cannot be used."""
         key = f"{sample_id} {self._digest(ask)}"
         if key not in self._rendered:
             self._rendered[key] = self._render(sample_id, ask)
         return self._rendered[key]
 
     def engine_limits(self, chunks: Mapping[Variant, list[list[Sample]]]) -> EngineLimits:
-        """The limits that cover every prompt these samples can lead to, before any pass is answered.
+        """The limits that every prompt of these samples will stay within, known before any pass is answered.
 
-        A prompt that leaves no room for its completion in `infer.max_length` is never used and does not count.
+        Prompts that leave no room for their completion in `infer.max_length` are never used and do not count.
         """
         length = pictures = pixels = 1
         for variant, members in chunks.items():
             for sample in (sample for chunk in members for sample in chunk):
                 if "error" in sample["meta"]:
                     continue
-                for ask, spare in self._task.rehearsal(self._recipe, sample, variant.left_out):
+                for ask, spare in self._task.rehearsal(self._recipe, sample, variant.left_out_components):
                     prompt = self.render(sample["id"], ask)
                     if isinstance(prompt, str):
                         continue
@@ -111,11 +111,11 @@ class Prompts:
         return EngineLimits(min(length, self._recipe.infer.max_length), pictures - 1, pixels)
 
     def longest_prompts(self) -> list[Prompt]:
-        """The LONGEST prompts with the most tokens among those rendered so far, the longest first."""
+        """The longest prompts rendered so far, at most LONGEST of them, by tokens, the longest first."""
         return sorted(self._prompts(), key=lambda prompt: (-prompt.length, prompt.id))[:LONGEST]
 
-    def shortest_without(self, sample_id: str, count: int) -> list[Prompt]:
-        """The `count` shortest prompts rendered so far, without those of one sample."""
+    def shortest_other_prompts(self, sample_id: str, count: int) -> list[Prompt]:
+        """The `count` shortest prompts rendered so far, without those of the sample `sample_id`."""
         others = [prompt for prompt in self._prompts() if prompt.id != sample_id]
         return sorted(others, key=lambda prompt: prompt.length)[:count]
 
@@ -124,15 +124,15 @@ class Prompts:
         return [prompt for prompt in self._rendered.values() if isinstance(prompt, Prompt)]
 
     def _digest(self, ask: Ask) -> str:
-        """Digest of everything that a completion depends on, except the model."""
+        """The digest of everything that a completion depends on, except the model."""
         return digest_of([ask.messages, ask.images, ask.max_pixels, self._token_limit(ask), ask.temperature, ask.seed])
 
     def _token_limit(self, ask: Ask) -> int:
-        """Largest number of tokens of a completion."""
+        """The largest number of tokens in a completion."""
         return ask.max_new_tokens or self._recipe.infer.max_new_tokens
 
     def _render(self, sample_id: str, ask: Ask) -> Prompt | str:
-        """What `render` returns, not cached."""
+        """Render a prompt without the cache. Returns what `render` returns."""
         pictures = [self._run_folder / name for name in ask.images]
         try:
             prompt = self._renderer.render(sample_id, ask.messages, pictures, ask.max_pixels, ask.max_new_tokens)
@@ -142,6 +142,7 @@ class Prompts:
         if prompt.length + self._token_limit(ask) > self._recipe.infer.max_length:
             limit = self._recipe.infer.max_length
             return (
-                f"prompt of {prompt.length} tokens leaves no room for an answer in infer.max_length {limit}; raise it"
+                f"infer.max_length: {limit} leaves no room for an answer after a prompt of {prompt.length} tokens;"
+                " raise it"
             )
         return prompt

@@ -1,4 +1,4 @@
-"""Step 1 of infer: which model answers which samples, and which samples are still unanswered.
+"""Step 1 of infer: decide which model answers which samples, and find those that are still unanswered.
 
 A round is a set of samples that are answered together. The first round has all samples. The second round of a vote has
 those without a majority.
@@ -34,8 +34,8 @@ class Variant:
         return f"without {self.without}" if self.without else self.adapter or "base"
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """The components that are left out."""
+    def left_out_components(self) -> tuple[str, ...]:
+        """The components of the task that are left out: one or none."""
         return (self.without,) if self.without else ()
 
     @property
@@ -60,9 +60,9 @@ class Round:
     """The samples that this process answers together."""
 
     samples: dict[Variant, list[Sample]]
-    """Those whose predictions it writes, in the order of the file."""
+    """The samples whose predictions it writes, in the order of the file."""
     chunks: dict[Variant, list[list[Sample]]]
-    """Those chunks that no finished shard has answered completely."""
+    """The chunks that no finished shard has answered completely."""
     from_shards: dict[Variant, dict[str, Prediction]]
     """Predictions of finished shards, by sample id."""
 
@@ -93,15 +93,15 @@ def list_variants(run: Run) -> list[Variant]:
 def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
     """The samples that each variant answers, in the order of `list_variants`."""
 
-    def read(name: str) -> list[Sample]:
-        """The samples in one of preprocess's files."""
+    def read_samples(name: str) -> list[Sample]:
+        """The samples in a file of preprocess's, named without `.jsonl`."""
         return cast(list[Sample], read_jsonl(run.path("preprocess", "samples", f"{name}.jsonl")))
 
-    tested = read("test")
-    compared = read("validation_asked") if run.recipe.infer.vote is not None else []
+    tested = read_samples("test")
+    compared = read_samples("validation_asked") if run.recipe.infer.vote is not None else []
     adapters = {adapter.name: adapter for adapter in run.recipe.train.adapters}
 
-    def samples_of(variant: Variant) -> list[Sample]:
+    def select_samples(variant: Variant) -> list[Sample]:
         """The samples that one variant answers."""
         if variant.asks == "validation":
             return [sample for sample in compared if sample["references"]]
@@ -109,14 +109,14 @@ def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
             return tested
         return [sample for sample in tested if adapters[variant.adapter].covers(sample["meta"]["source"])]
 
-    return {variant: samples_of(variant) for variant in list_variants(run)}
+    return {variant: select_samples(variant) for variant in list_variants(run)}
 
 
 def cut_into_chunks(samples: Mapping[Variant, list[Sample]], size: int) -> list[Chunk]:
-    """The chunks of all variants, of at most `size` samples each.
+    """Cut the samples of each variant into chunks of at most `size`. Returns the chunks of all variants.
 
-    All samples are cut into chunks, also those that are answered or belong to another shard. The same samples therefore
-    always share a batch: sums in another order can change a greedy completion at a near tie.
+    Samples that are answered, or belong to another shard, are cut too, so that the same samples always share a batch:
+    in another batch, sums are rounded differently, which can change a greedy completion at a near tie.
     """
     return [(v, members[at : at + size]) for v, members in samples.items() for at in range(0, len(members), size)]
 
@@ -127,10 +127,8 @@ def first_round(
     is_mine: Callable[[int], bool],
     finished_shards: Sequence[Path],
 ) -> Round:
-    """The first round of this process: the chunks whose number `is_mine`, with the predictions of finished shards.
-
-    `finished_shards` are the shards' folders.
-    """
+    """The first round of this process: the chunks for whose numbers `is_mine` is true, and the predictions of finished
+    shards, whose folders are `finished_shards`."""
     from_shards = {variant: _read_predictions(finished_shards, variant) for variant in samples}
     mine = [chunk for number, chunk in enumerate(chunks) if is_mine(number)]
     missing: dict[Variant, list[list[Sample]]] = {variant: [] for variant in samples}

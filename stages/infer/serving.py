@@ -1,4 +1,4 @@
-"""How infer's engine is started and closed, with which weights, and with which batch size.
+"""Start and close infer's engine with the weights that are needed, and choose its batch size.
 
 One engine runs at a time, and as few are started as the weights allow: one for base and all adapters together; with a
 trained connector (`train.connector`), one for base and one for the adapters; one for each merged adapter
@@ -24,7 +24,7 @@ from stages.models.rendering import Prompt
 from stages.models.shape import UnknownShapeError, read_shape
 
 BATCH_SIZE = "batch_size.json"
-"""The file with the batch size that an engine found. A later start must batch the same samples together."""
+"""The file with the batch size that an engine found. Later starts read it, to batch the same samples together."""
 
 Decide = Callable[[str, Any, str], None]
 """A function that records and shows a decision: what is decided, the value, and the reason."""
@@ -42,10 +42,11 @@ class Engines:
         folder: Path,
         decide: Decide,
     ) -> None:
-        """Prepare without starting an engine. `adapters` are the folders of all trained adapters, `connector` is the
-        file of the trained connector and its sha256.
+        """Prepare, without starting an engine.
 
-        `folder` is the stage's folder, for the batch size and for copies of the model while they are served.
+        `adapters` has the folders of all trained adapters, by name. `connector` is the file of the trained connector
+        and its sha256; None without one. `folder` is the stage's folder, for the batch size and for copies of the
+        model while they are served.
         """
         self._recipe, self._model, self._adapters, self._connector = recipe, model, dict(adapters), connector
         self._folder, self._decide = folder, decide
@@ -55,7 +56,7 @@ class Engines:
         self._limits = EngineLimits(0, 0, 0)
         self._connected: Path | None = None
         self.start_seconds: float | None = None
-        """Seconds that all starts of engines took together; None before the first start."""
+        """Seconds that all starts of engines took together; None before the first one."""
 
     def refuse_unserved(self, adapters: Sequence[str]) -> None:
         """Raise UsageError if the recipe's engine would ignore the LoRA weights of an adapter's vision tower."""
@@ -75,7 +76,7 @@ class Engines:
         if not merged and self._connector is None:
             yield self._running_engine(self._model, self._adapters, limits, longest), {None, *self._adapters}
             return
-        if asks_base:  # first: it answers the passes that all variants share
+        if asks_base:  # base first, because it answers the passes that all variants share
             yield self._running_engine(self._model, {}, limits, longest), {None}
         if not adapters:
             return
@@ -90,7 +91,7 @@ class Engines:
             remove(copy)
 
     def record_batch_size(self) -> None:
-        """Record the batch size that an earlier start found, if there is one. For a start that needs no engine."""
+        """Record the batch size that an earlier start found, if any. infer calls this if it needs no engine."""
         if found := read_json(self._folder / BATCH_SIZE):
             self._decide("batch size", found["batch_size"], found["why"])
 
@@ -109,9 +110,9 @@ class Engines:
     def _running_engine(
         self, model: Path, adapters: dict[str, Path], limits: EngineLimits, longest: Callable[[], list[Prompt]]
     ) -> Engine:
-        """The engine that serves these weights within these limits: the running one if it does, else a new one.
+        """Return an engine that serves these weights within these limits: the running one if possible, else a new one.
 
-        The limits can grow in a second round, if shards answered the longer prompts of the first.
+        A second round can need larger limits, if shards answered the longest prompts of the first.
         """
         limits_suffice = all(there >= needed for there, needed in zip(self._limits, limits, strict=True))
         if self._engine is None or self._serves != (model, tuple(adapters)) or not limits_suffice:
@@ -123,14 +124,15 @@ class Engines:
         return self._engine
 
     def _model_with_connector(self, connector: tuple[Path, str]) -> Path:
-        """The folder of the base with the trained connector. Each start writes its links again: another machine may
-        have written them before."""
+        """Return a folder of links to the base with the trained connector. Each start of the stage writes it again, because
+        another machine may have written the links before."""
         if self._connected is None:
             self._connected = link_connector(self._model, *connector, self._folder / "merged" / "with-connector")
         return self._connected
 
     def _start(self, model: Path, adapters: dict[str, Path], limits: EngineLimits) -> Engine:
-        """Start an engine and record the decisions about it."""
+        """Start an engine with these weights and limits, and record the decisions. Raises DoesNotFitError if the weights
+        do not fit, UsageError if the engine cannot serve the model."""
         recipe, target = self._recipe, _target()
         size = recipe.infer.batch_size
         settings = EngineSettings(
@@ -155,7 +157,7 @@ class Engines:
         return engine
 
     def _plan_tensor_parallel(self, model: Path, dtype: str, max_length: int) -> int:
-        """The number of GPUs that share the weights. Raises DoesNotFitError if the weights do not fit them."""
+        """Choose how many GPUs share the weights, and record it. Raises DoesNotFitError if the weights do not fit."""
         gpus = probe().gpus
         asked = self._recipe.infer.tensor_parallel
         if not gpus or not self._kind.shares_weights:
@@ -169,7 +171,7 @@ class Engines:
         return plan.tensor_parallel
 
     def _set_batch_size(self, engine: Engine, longest: Callable[[], list[Prompt]]) -> None:
-        """Let the engine find its batch size, unless an earlier start of the stage found one."""
+        """Let the engine find its batch size, unless an earlier start of the stage found one. Record it."""
         path = self._folder / BATCH_SIZE
         found = read_json(path)
         if found is None:

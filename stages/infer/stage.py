@@ -24,11 +24,11 @@ from stages.infer.voting import (
     VOTE,
     count_votes,
     describe_election,
+    election_reason,
     hold_election,
-    predictions_of,
-    reason_for_voters,
     refuse_impossible_vote,
     samples_to_vote_again,
+    vote_predictions,
 )
 from stages.models.connector import trained_connector
 from stages.tasks import load_task
@@ -68,16 +68,16 @@ def work(stage: Stage) -> None:
             answer_round(second, prompts, journals, engines, stage.events, stage.stop)
             rows = count_votes(election, tested, again, predict_round(second, prompts, journals, task)[0])
             stage.outputs["votes.jsonl"] = write_jsonl(stage.path("votes.jsonl"), rows)
-            stage.decide("voters", ", ".join(election.voters), reason_for_voters(vote, election))
+            stage.decide("voters", ", ".join(election.voters), election_reason(vote, election))
             stage.facts["vote"] = describe_election(vote, election, rows, len(again))
-            votes = {VOTE: predictions_of(rows)}
+            votes = {VOTE: vote_predictions(rows)}
             written = write_predictions(run, stage.folder, votes, True, stage.events.say)
             _record_output(stage, engines, written)
     remove(stage.path("merged"))
 
 
 def _record_output(stage: Stage, engines: Engines, written: WrittenFiles) -> None:
-    """Add what a round wrote to the manifest."""
+    """Add the outputs and counts of a round, and the seconds of the engine's starts, to the manifest."""
     if engines.start_seconds is not None:
         stage.facts["engine_start_seconds"] = engines.start_seconds
     stage.outputs |= written.outputs

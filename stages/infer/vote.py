@@ -25,12 +25,12 @@ class Decision:
     """What decided: `majority`, more than half of the weight of the valid votes; `plurality`, the most weight; `better
     voters` or `best adapter`, a tie; `nobody`, no valid vote."""
     agreement: float
-    """Share of the voters that gave this answer, 0..1. Those that abstain count as voters."""
+    """Share of the voters that gave this answer, 0..1. Voters that abstain count."""
     entropy: float
     """Entropy of the valid votes, unweighted, in bits; 0 if all are equal."""
     leading: tuple[str, ...]
-    """The answers that a second round would have, sorted: those with the most weight and, if that is one answer, those
-    with the second most."""
+    """The sorted answers that a second round would choose from: those with the most weight and, if that is only one,
+    those with the second most."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Electorate:
     """The voters and the weights of their votes."""
 
     weights: Mapping[str, float]
-    """The weight of each voter's vote. If all who do not abstain have weight 0, each of them has weight 1."""
+    """The weight of each voter's vote, by name. If all who do not abstain have weight 0, each of them gets weight 1."""
     scores: Mapping[str, float]
-    """Each adapter's mean score on the validation samples, 0..1; equal without validation samples."""
+    """Each adapter's mean score on the validation samples, 0..1; all equal without validation samples."""
 
     def ranking(self) -> list[str]:
         """The names of the voters, the best score first; equal scores are sorted by name."""
@@ -48,18 +48,18 @@ class Electorate:
 
 
 def decide(answers: Answers, electorate: Electorate) -> Decision:
-    """Count the votes on one sample. `answers` must have every voter's answer."""
+    """Count the votes on one sample. Returns the result. `answers` must have every voter's answer."""
     votes = {name: answer for name in electorate.weights if (answer := answers[name]) is not None}
     if not votes:
         return Decision(None, "nobody", 0.0, 0.0, ())
     weights = electorate.weights if any(electorate.weights[name] for name in votes) else dict.fromkeys(votes, 1.0)
-    totals = {answer: _total(votes, answer, weights) for answer in set(votes.values())}
+    totals = {answer: _total_weight(votes, answer, weights) for answer in set(votes.values())}
     most = max(totals.values())
     tied = {answer for answer, total in totals.items() if total == most}
-    others = _sum(weights[name] for name, answer in votes.items() if answer not in tied)
+    others = _rounded_sum(weights[name] for name, answer in votes.items() if answer not in tied)
     by: By = "majority" if most > others else "plurality"
     if len(tied) > 1:
-        together = {answer: _total(votes, answer, electorate.scores) for answer in tied}
+        together = {answer: _total_weight(votes, answer, electorate.scores) for answer in tied}
         best = {answer for answer in tied if together[answer] == max(together.values())}
         by = "better voters" if len(best) == 1 else "best adapter"
         tied = best if len(best) == 1 else {next(votes[n] for n in electorate.ranking() if votes.get(n) in best)}
@@ -74,18 +74,18 @@ def decide(answers: Answers, electorate: Electorate) -> Decision:
     )
 
 
-def _total(votes: Mapping[str, str], answer: str, weights: Mapping[str, float]) -> float:
-    """The sum of the weights of the voters that gave an answer."""
-    return _sum(weights[name] for name, given in votes.items() if given == answer)
+def _total_weight(votes: Mapping[str, str], answer: str, weights: Mapping[str, float]) -> float:
+    """The sum of the weights of the voters that gave this answer."""
+    return _rounded_sum(weights[name] for name, given in votes.items() if given == answer)
 
 
-def _sum(values: Iterable[float]) -> float:
-    """The sum of the values, in whatever order. It is rounded to 12 decimals, so that rounding errors break no tie."""
+def _rounded_sum(values: Iterable[float]) -> float:
+    """The sum of the values, whatever their order, rounded to 12 decimals so that rounding errors break no tie."""
     return round(math.fsum(values), 12)
 
 
 def _leading_answers(totals: Mapping[str, float]) -> tuple[str, ...]:
-    """The answers for a second round, as `Decision.leading` describes them. `totals` has each answer's weight."""
+    """The answers of a second round, as in `Decision.leading`. `totals` has each answer's weight."""
     levels = sorted(set(totals.values()), reverse=True)
     first = [answer for answer, total in totals.items() if total == levels[0]]
     second = [answer for answer, total in totals.items() if len(levels) > 1 and total == levels[1]]
@@ -119,7 +119,7 @@ def choose_greedily(
         return math.fsum(known.get(answer or "", 0.0) for known, answer in zip(right, decisions, strict=True))
 
     while left:
-        best = max(left, key=score_with) if chosen else left[0]  # the first of equally good ones
+        best = max(left, key=score_with) if chosen else left[0]  # among equally good ones, the first in `left`
         path.append(score_with(best) / max(len(answers), 1))
         chosen.append(best)
         left.remove(best)

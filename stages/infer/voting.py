@@ -44,13 +44,13 @@ class Election:
 
 
 def refuse_impossible_vote(vote: Vote, adapters: Collection[str], compared: int) -> None:
-    """Raise DataError if the recipe's vote is impossible. Call it before any sample is answered.
+    """Raise DataError if the recipe's vote is impossible. infer calls this before any sample is answered.
 
     `adapters` are the names of the trained adapters, `compared` is the number of validation samples.
     """
     if not compared and (vote.adapters == "greedy" or vote.weights == "validation"):
         raise DataError(
-            "infer.vote: adapters cannot be chosen or weighted, because there are no validation samples; set"
+            "infer.vote: there are no validation samples by which to choose or weight adapters; set"
             " data.validation_fraction above 0, or infer.vote.adapters to all and infer.vote.weights to uniform"
         )
     if isinstance(vote.adapters, list) and not set(vote.adapters) & set(adapters):
@@ -73,9 +73,9 @@ def hold_election(
     assert vote is not None
     names = sorted(variant.adapter for variant in predictions if variant.adapter and variant.asks == "validation")
     compared = samples[Variant(names[0], asks="validation")]
-    validation = {name: _answers_of(predictions[Variant(name, asks="validation")]) for name in names}
+    validation = {name: _valid_answers(predictions[Variant(name, asks="validation")]) for name in names}
     by_sample = [{name: validation[name][place] for name in names} for place in range(len(compared))]
-    right = [_scores_of(recipe, task, sample, given) for sample, given in zip(compared, by_sample, strict=True)]
+    right = [_answer_scores(recipe, task, sample, given) for sample, given in zip(compared, by_sample, strict=True)]
     scores = {
         name: _mean([known.get(a or "", 0.0) for known, a in zip(right, validation[name], strict=True)])
         for name in names
@@ -90,7 +90,7 @@ def hold_election(
         if absent:
             say(f"not trained and therefore without a vote: {', '.join(absent)}")
     electorate = Electorate({name: scores[name] if vote.weights == "validation" else 1.0 for name in voters}, scores)
-    answers = {name: _answers_of(predictions[Variant(name)]) for name in voters}
+    answers = {name: _valid_answers(predictions[Variant(name)]) for name in voters}
     count = len(samples[Variant(None)])
     ballots: list[Answers] = [{name: answers[name][place] for name in voters} for place in range(count)]
     decisions = [decide(ballot, electorate) for ballot in ballots]
@@ -126,17 +126,17 @@ def count_votes(
     again: list[Sample],
     predictions: Mapping[Variant, list[Prediction]],
 ) -> list[dict[str, Any]]:
-    """The lines of votes.jsonl, one for each test sample.
+    """Count the votes of both rounds. Returns the lines of votes.jsonl, one for each test sample.
 
-    `again` are the samples of the second round, and `predictions` the voters' predictions on them.
+    `again` has the samples of the second round, `predictions` the voters' predictions on them.
     """
     second: dict[str, tuple[Answers, Decision]] = {}
     for place, sample in enumerate(again):
-        answers = {variant.adapter: _answers_of(found)[place] for variant, found in predictions.items()}
+        answers = {variant.adapter: _valid_answers(found)[place] for variant, found in predictions.items()}
         ballot = {name: answers[name] for name in election.voters}
         second[sample["id"]] = ballot, decide(ballot, election.electorate)
     return [
-        _row(sample, ballot, decision, second.get(sample["id"]))
+        _vote_line(sample, ballot, decision, second.get(sample["id"]))
         for sample, ballot, decision in zip(tested, election.ballots, election.decisions, strict=True)
     ]
 
@@ -160,25 +160,25 @@ def describe_election(vote: Vote, election: Election, rows: Sequence[Mapping[str
     }
 
 
-def reason_for_voters(vote: Vote, election: Election) -> str:
-    """The reason why these adapters vote with these weights, for the decision in the manifest."""
+def election_reason(vote: Vote, election: Election) -> str:
+    """The reason for the voters and their weights, for the decision in the manifest."""
     why = f"{vote.weights} weights; ties by validation score" if election.compared else "uniform weights; ties by name"
     return f"{vote.adapters if election.path else 'infer.vote'}; {why}"
 
 
-def predictions_of(rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
-    """The vote's predictions, one for each line of votes.jsonl."""
-    return [_prediction(row) for row in rows]
+def vote_predictions(rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+    """Return the vote's predictions, one for each line of votes.jsonl."""
+    return [_vote_prediction(row) for row in rows]
 
 
-def _scores_of(recipe: Recipe, task: Task, sample: Sample, given: Answers) -> dict[str, float]:
-    """The task's first metric (0..1) of each answer that the adapters gave to a validation sample."""
+def _answer_scores(recipe: Recipe, task: Task, sample: Sample, given: Answers) -> dict[str, float]:
+    """The score, 0..1, of each answer that adapters gave to a validation sample, by the task's first metric."""
     scored = {answer: task.score(recipe, answer, sample) for answer in given.values() if answer is not None}
     return {answer: next(iter(metrics.values())) for answer, metrics in scored.items()}
 
 
-def _answers_of(predictions: list[Prediction]) -> list[str | None]:
-    """The answers of predictions; None for those that failed."""
+def _valid_answers(predictions: list[Prediction]) -> list[str | None]:
+    """The answer of each prediction; None if it failed."""
     return [None if prediction["error"] else prediction["answer"] for prediction in predictions]
 
 
@@ -187,10 +187,11 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def _row(
+def _vote_line(
     sample: Sample, ballot: Answers, decision: Decision, second: tuple[Answers, Decision] | None
 ) -> dict[str, Any]:
-    """A line of votes.jsonl. If the second round decided, its decision, with the first round's as `first_round`."""
+    """A line of votes.jsonl: the decision of the first round or, if the second round decided, its decision, with the
+    first round's as `first_round`."""
     first = {"votes": dict(sorted(ballot.items())), **asdict(decision), "leading": list(decision.leading)}
     if second is None or second[1].answer is None:  # if all abstain from a second round, the first one decides
         return {"id": sample["id"], "round": 1, **first}
@@ -199,8 +200,8 @@ def _row(
     return {"id": sample["id"], "round": 2, **decided, "first_round": first}
 
 
-def _prediction(row: Mapping[str, Any]) -> Prediction:
-    """The vote's prediction on one sample. Its text lists the answers with their numbers of votes."""
+def _vote_prediction(row: Mapping[str, Any]) -> Prediction:
+    """The vote's prediction for one sample. Its text lists the answers with their numbers of votes."""
     if row["answer"] is None:
         return failed_prediction(row["id"], "no adapter gave a valid answer")
     tally = Counter(answer if answer is not None else "abstained" for answer in row["votes"].values())

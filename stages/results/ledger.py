@@ -282,8 +282,8 @@ class _RowReader(RunReader):
 
     @cached_property
     def _data_columns(self) -> dict[str, Any]:
-        """The columns of the connector's training and of Data-Juicer's work on the data. Data-Juicer's are missing if the
-        data have changed since train."""
+        """The columns of the connector's training and of Data-Juicer's work on the data. Without the latter if the data
+        have changed since train."""
         made: dict[str, Any] = {}
         if "train" not in self.manifests:
             return made
@@ -303,7 +303,7 @@ class _RowReader(RunReader):
         return made
 
     def _sources_text(self, adapter: Adapter | None, training: Mapping[str, Any]) -> str:
-        """The text of `sources`: each data set with the number of its samples that were trained on; empty if unknown."""
+        """The text of `sources`: each data set with the number of samples trained on; empty if that is unknown."""
         total = training["samples"]["train"]
         if adapter is None:
             return ""

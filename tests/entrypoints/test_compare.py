@@ -123,8 +123,8 @@ def test_what_is_not_evaluated_is_reported_and_not_compared(tmp_path: Path, lorr
     assert line_of(done, "custom", "tuned")
     one_line(
         lorry("baseline", "never"),
-        "baseline, never: a comparison needs two scored runs, and 1 can be compared (never: not compared, because eval has"
-        " not run); run the missing stages, or name other runs",
+        "baseline, never: a comparison needs two scored runs, and 1 can be compared (never: not compared, because"
+        " eval has not run); run the missing stages, or name other runs",
     )
 
 

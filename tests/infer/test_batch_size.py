@@ -77,7 +77,7 @@ def test_nothing_is_tried_if_every_prompt_is_too_long(
     monkeypatch.setenv("LORRY_TARGET", "cpu")
     assert run_stage(without_adapter(run), "infer", infer.work) == Exit.DONE, capfd.readouterr().err
     rows = read_jsonl(run.path("infer", "predictions", "base.jsonl"))
-    assert all("leaves no room" in row["error"] for row in rows)
+    assert all("leaves no room for an answer after a prompt of" in row["error"] for row in rows)
 
 
 def without_adapter(run: Run) -> Run:

@@ -122,7 +122,7 @@ def test_a_prompt_without_room_or_pages_is_a_failed_record(run: Run, monkeypatch
     ask(run, samples)
     assert answers(run, monkeypatch, echo) == Exit.DONE
     found = {p["id"]: p["error"] for p in read_jsonl(run.path("infer", "predictions", "tuned.jsonl"))}
-    assert "leaves no room for an answer in infer.max_length" in found["long"]
+    assert "leaves no room for an answer after a prompt of" in found["long"]
     assert found["blind"] == "no readable page in a.pdf"
     assert found["ok"] is None
 

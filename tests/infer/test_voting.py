@@ -291,7 +291,8 @@ def test_a_vote_by_validation_without_validation_samples_is_refused_before_anyth
     assert run_stage(voting(run, vote=vote), "infer", infer.work) == Exit.DATA
     message = capfd.readouterr().err.strip().splitlines()[-1]
     assert (
-        "chosen or weighted, because there are no validation samples; set data.validation_fraction above 0" in message
+        "there are no validation samples by which to choose or weight adapters; set data.validation_fraction above 0"
+        in message
     )
     infers(run, monkeypatch, Engine())
     assert held(run)["validation"] == {} and held(run)["best"] == "one"

@@ -626,7 +626,7 @@ def test_defect_11_prompts_that_are_too_long_are_counted_and_never_cut(finished:
     for name in ("base", "boats"):
         error = finished.predictions(name)["boats/22"]["error"]
         assert re.fullmatch(
-            r"prompt of \d+ tokens leaves no room for an answer in infer.max_length \d+; raise it", error
+            r"infer\.max_length: \d+ leaves no room for an answer after a prompt of \d+ tokens; raise it", error
         )
     evaluation = finished.report()["dataset_results"][0]["evaluation"]
     assert (evaluation["eval_samples"], evaluation["failed"]) == (4, 1)

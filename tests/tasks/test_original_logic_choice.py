@@ -272,7 +272,10 @@ def test_defect_02_samples_that_are_too_long_are_counted_and_listed_and_never_cu
     assert short.preprocess() == Exit.DONE
     assert short.infer(Engine(all_right)) == Exit.DONE
     asked = short.predictions("base")
-    assert all("leaves no room" in row["error"] and row["answer"] is None for row in asked.values())
+    assert all(
+        "leaves no room for an answer after a prompt of" in row["error"] and row["answer"] is None
+        for row in asked.values()
+    )
     assert short.manifest("infer")["counts"]["failed"] >= len(asked) * 4, "base, adapters and vote"
 
 
