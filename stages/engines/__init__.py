@@ -58,12 +58,12 @@ ENGINES = (
 
 
 def engine_names() -> list[str]:
-    """The names of all engines: the values that `infer.engine` may have."""
+    """The names of all engines, which are the values of `infer.engine`."""
     return [kind.name for kind in ENGINES]
 
 
 def engine_kind(name: str) -> EngineKind:
-    """What the engine `name` can do. Raises UsageError if there is no such engine."""
+    """The entry of the engine `name` in ENGINES. Raises UsageError if there is none."""
     for kind in ENGINES:
         if kind.name == name:
             return kind
@@ -73,12 +73,13 @@ def engine_kind(name: str) -> EngineKind:
 
 
 def engine_libraries() -> dict[str, tuple[str, ...]]:
-    """The libraries of all engines in the order of import, each with the patterns of its files with device code."""
+    """The libraries of all engines in the order of import, each with patterns of its files that hold device code."""
     return {library: files for kind in ENGINES for library, files in kind.libraries.items()}
 
 
 def start_engine(name: str, settings: "EngineSettings") -> "Engine":
-    """Load model and adapters. Returns the engine `name`. Raises UsageError for a model type that it cannot serve."""
+    """Start the engine `name`, which loads model and adapters. Returns it. Raises UsageError for an unknown name, and
+    for a model type that the engine cannot serve."""
     kind = engine_kind(name)
     model_type = (read_json(settings.model / "config.json") or {}).get("model_type")
     if model_type in kind.cannot_serve:

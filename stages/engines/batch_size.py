@@ -12,16 +12,17 @@ MOST = 256
 """Largest batch to try, in sequences. A larger one was not faster on any card that was measured."""
 
 WORTH = 1.1
-"""A batch of twice the size must decode more sequences a second by this factor: a kill loses a whole batch."""
+"""Least gain in sequences per second for which the batch is doubled: a kill loses a whole batch."""
 
 SHARE = 0.7
-"""Share of the free memory that a batch may use. Trials have the longest prompts, but short completions."""
+"""Largest share of the free memory that a batch may use. The rest is for completions, which are short in trials."""
 
 
 def best_batch_size(attempt: Callable[[int], None], most: int = MOST) -> tuple[int, str]:
-    """The batch size, in sequences, and the reason for it. `attempt(n)` must decode the n longest prompts together.
+    """Find the best batch size by trial. Returns it, in sequences, and the reason.
 
-    Doubles the size, up to `most`, until more sequences take too much memory or are not decoded faster.
+    `attempt(n)` must decode the n longest prompts together. The size doubles, up to `most`, until a larger batch would
+    take too much memory or is not faster.
     """
     attempt(1)  # not measured: the first attempt loads and compiles kernels
     best, speed, why = 1, 0.0, "larger ones were not faster"
@@ -49,7 +50,7 @@ def best_batch_size(attempt: Callable[[int], None], most: int = MOST) -> tuple[i
 
 
 def _free_caches() -> None:
-    """Free the memory of earlier attempts and start measuring the peak again."""
+    """Free the caches of earlier attempts, and reset the peak of the GPU's memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -57,7 +58,7 @@ def _free_caches() -> None:
 
 
 def _free_memory() -> int:
-    """Free bytes on the GPU, or in the machine's memory without a GPU."""
+    """The free bytes of the GPU's memory; without a GPU, of the machine's."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -65,9 +66,9 @@ def _free_memory() -> int:
 
 
 def _peak_memory(before: int) -> int:
-    """The peak memory of the last attempt without the weights, in bytes.
+    """The peak memory of the last attempt, without the weights, in bytes.
 
-    On a CPU, the peak of all attempts: `before` is the number of bytes that the process had before the first one.
+    On a CPU, that of all attempts: `before` is the number of bytes that the process used before them.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()

@@ -27,11 +27,11 @@ class Engine(Protocol):
     """A base with its adapters, ready to complete prompts. Its class is called with `EngineSettings`."""
 
     continuous: bool
-    """Whether a completion is independent of the prompts that are submitted with it. If not, infer always submits the
-    same prompts together: they share padded batches."""
+    """Whether a completion is independent of the other prompts in the same call. If not, because they share padded
+    batches, infer always submits the same prompts together."""
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
-        """The completions of the prompts, in the same order. `adapter` None: the base completes them.
+        """Complete the prompts with an adapter (None: the base). Returns the completions in the prompts' order.
 
         Calls `done` for each completion as soon as it is finished, in any order. After an exception, infer tries each
         unfinished prompt alone.
@@ -40,8 +40,8 @@ class Engine(Protocol):
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
         """Find the number of sequences to decode together, and use it from now on. Returns it and the reason.
 
-        `prompts` are the longest prompts of the job, the longest first. infer calls this for `infer.batch_size: auto`,
-        once for a stage: later starts get the number in their settings.
+        `prompts` are the longest prompts of the job, the longest first. infer calls this once per stage, with
+        `infer.batch_size: auto`. Later starts get the number in their settings.
         """
 
     def close(self) -> None:

@@ -30,11 +30,11 @@ from stages.models.pictures import PictureRules, rules_of
 from stages.models.rendering import Prompt, load_tokenizer
 
 TRIED_TOKENS = 16
-"""Largest number of tokens of a completion in trials of batch sizes: the prompts use most of the time and memory."""
+"""Largest number of tokens in a completion during trials of batch sizes: prompts use most of the time and memory."""
 
 
 class TransformersEngine:
-    """All adapters on one base. Each batch switches to its adapter without loading."""
+    """An engine with all adapters on one base. Each batch switches to its adapter without loading it."""
 
     continuous = False
 
@@ -46,11 +46,11 @@ class TransformersEngine:
         self._tokenizer = load_tokenizer(settings.model)
         config = AutoConfig.from_pretrained(settings.model, local_files_only=True)
         kind: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        # over several GPUs layer by layer: they compute in turn, but together hold a model that one GPU cannot
+        # spread the layers over all GPUs: they compute in turn, but hold a model that is too large for one
         spread = torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
-        # MGM's connectors read both towers, so all must be on one GPU; its 3 billion parameters fit any GPU
+        # MGM's connectors read both towers, so the whole model must be on one GPU; its 3 billion parameters fit any
         spread = spread and config.model_type != "mgm"
-        quantised = gptq.is_gptq(settings.model)  # must be loaded on its device, which decides the kernel
+        quantised = gptq.is_gptq(settings.model)  # must be loaded directly on its device, which decides the kernel
         with gptq.patch_gptq_kernels(settings.model, on_card=self._device == "cuda", training=False):
             model: Any = kind.from_pretrained(
                 settings.model,
@@ -66,16 +66,16 @@ class TransformersEngine:
         self._picture_token: int = getattr(config, "image_token_id", -1)
         self._processor: Any = None
         self._end_tokens = _end_tokens(model, self._tokenizer)
-        model.generation_config = GenerationConfig()  # the folder's own may add penalties
+        model.generation_config = GenerationConfig()  # the one in the folder may add penalties
         self._model = (model if spread else model.to(self._device)).eval()
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
-        """The completions of the prompts, in the same order. Batches have at most `batch_size` prompts, padded on the
-        left. Raises torch.OutOfMemoryError if a prompt does not fit alone."""
+        """Complete the prompts in batches of at most `batch_size`. Returns the completions in the order of the prompts.
+        Raises torch.OutOfMemoryError if a prompt does not fit alone."""
         found: dict[int, Completion] = {}
         for batch in self._batches(prompts):
             for place, completion in zip(
-                batch, self._batch_or_halves([prompts[i] for i in batch], adapter), strict=True
+                batch, self._complete_or_halve([prompts[i] for i in batch], adapter), strict=True
             ):
                 found[place] = completion
                 if done is not None:
@@ -83,8 +83,8 @@ class TransformersEngine:
         return [found[i] for i in range(len(prompts))]
 
     def _batches(self, prompts: list[Prompt]) -> Iterator[list[int]]:
-        """Yield the places of each batch's prompts. A batch has prompts with the same token limit. Prompts with the
-        highest limit come first, among those the longest."""
+        """Yield the indices of each batch's prompts, which share a token limit. Prompts with the highest limit come
+        first, and among those the longest."""
         order = sorted(range(len(prompts)), key=lambda i: (-self._token_limit(prompts[i]), -prompts[i].length, i))
         while order:
             limit = self._token_limit(prompts[order[0]])
@@ -97,9 +97,9 @@ class TransformersEngine:
         return prompt.max_new_tokens or self._settings.max_new_tokens
 
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
-        """Find the batch size by decoding these prompts in growing batches. Returns it and the reason.
+        """Find the batch size by completing these prompts in growing batches. Returns it and the reason.
 
-        Completions are short. The first adapter completes the prompts, since it needs more memory than the base alone.
+        Completions are short. The prompts are completed with the first adapter, which needs more memory than the base.
         """
         if not prompts:  # every prompt is too long for infer.max_length
             self.batch_size = 1
@@ -108,28 +108,29 @@ class TransformersEngine:
         adapter = next(iter(self._settings.adapters), None)
 
         def attempt(size: int) -> None:
-            """Decode this number of prompts together, some of them again if there are fewer."""
+            """Complete `size` prompts together; if there are fewer, some of them are repeated."""
             self._complete_batch(list(islice(cycle(tried), size)), adapter)
 
         self.batch_size, why = best_batch_size(attempt, most=2 * len(prompts))
         return self.batch_size, why
 
-    def _batch_or_halves(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
-        """The completions of a batch. If it runs out of memory, its halves are computed one after the other."""
+    def _complete_or_halve(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
+        """Complete a batch or, if memory runs out, its halves one after the other. Returns the completions. Raises
+        torch.OutOfMemoryError if one prompt alone does not fit."""
         try:
             return self._complete_batch(prompts, adapter)
         except torch.OutOfMemoryError:
             if len(prompts) == 1:
                 raise
-        torch.cuda.empty_cache()  # outside the handler, where the error's traceback would hold the batch's memory
+        torch.cuda.empty_cache()  # not inside the handler, where the error's traceback still holds the batch's memory
         half = len(prompts) // 2
         print(f"infer: out of memory with {len(prompts)} sequences; retries with {half} and {len(prompts) - half}")
-        return [c for part in (prompts[:half], prompts[half:]) for c in self._batch_or_halves(part, adapter)]
+        return [c for part in (prompts[:half], prompts[half:]) for c in self._complete_or_halve(part, adapter)]
 
     def _complete_batch(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
-        """The completions of a batch, computed together. All prompts have the same token limit."""
+        """Complete a batch of prompts with the same token limit. Returns the completions."""
         pictures = self._picture_inputs(prompts)
-        rows = [self._expanded_tokens(prompt) for prompt in prompts]
+        rows = [self._input_tokens(prompt) for prompt in prompts]
         longest = max(map(len, rows))
         pad = self._end_tokens[0]
         # pad on the left: a decoder continues after the last position, which must be the prompt's last token
@@ -172,14 +173,14 @@ class TransformersEngine:
             for name, value in found.items()
         }
 
-    def _expanded_tokens(self, prompt: Prompt) -> list[int]:
-        """The prompt's token ids, with each picture's placeholder repeated once per token of the picture."""
+    def _input_tokens(self, prompt: Prompt) -> list[int]:
+        """The prompt's token ids, with the placeholder of each picture repeated once per visual token."""
         if not prompt.pictures:
             return prompt.tokens
         return prompt.repeat_placeholders([picture.tokens for picture in prompt.pictures], self._picture_token)
 
     def _adapter_context(self, adapter: str | None) -> Any:
-        """A context in which the model computes with an adapter; None: as the base alone."""
+        """Return a context in which the model uses this adapter; None: the base alone."""
         if not isinstance(self._model, PeftModel):
             return nullcontext()
         if adapter is None:
@@ -193,7 +194,7 @@ class TransformersEngine:
         length = ends[0] if ends else len(tokens)
         text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
         if not ends:
-            # the limit may cut a character's bytes in two; vLLM leaves out the half as well
+            # the limit may cut a character in two; vLLM drops the incomplete one, too
             text = text.rstrip("\ufffd")
         return Completion(text, length, "stop" if ends else "length")
 
@@ -221,7 +222,7 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
         ]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """The logits (prompts, vocabulary), with noise in the rows of prompts with a temperature."""
+        """Add noise, in place, to the logits of prompts with a temperature. Returns all, (prompts, vocabulary)."""
         for row, temperature, generator in self._sampled:
             uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
             noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
@@ -237,7 +238,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     ends = [token for token in dict.fromkeys([tokenizer.eos_token_id, *found]) if token is not None]
     if not ends:
         raise ValueError(
-            f"{model.name_or_path}: neither tokenizer nor generation config has an end token; set eos_token_id in"
-            f" generation_config.json (config: {json.dumps(model.config.to_dict())[:200]})"
+            f"{model.name_or_path}: neither tokenizer nor generation config has an end token (config:"
+            f" {json.dumps(model.config.to_dict())[:200]}); set eos_token_id in generation_config.json"
         )
     return ends

@@ -22,7 +22,7 @@ def end_with_parent() -> None:
 
 
 def is_installed() -> bool:
-    """Whether vLLM finds the plugin. It finds none if Lorry runs from its folder without being installed."""
+    """Whether vLLM finds the plugin. It does not if Lorry runs from its folder without being installed."""
     from importlib.metadata import entry_points
 
     return any(point.name == NAME for point in entry_points(group="vllm.general_plugins"))

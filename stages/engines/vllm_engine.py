@@ -42,7 +42,7 @@ class VllmEngine:
         """Start vLLM. Raises DoesNotFitError if a GPU has hardly any free memory."""
         os.environ |= {
             "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",  # else it reports over the network
+            "VLLM_NO_USAGE_STATS": "1",  # else vLLM reports its use over the network
             "DO_NOT_TRACK": "1",
             # no other plugin: ms-swift's breaks vLLM without torchvision
             "VLLM_PLUGINS": vllm_children.NAME,
@@ -53,7 +53,7 @@ class VllmEngine:
         import torch
 
         # on a GPU, the engine's core gets its own process and computes while this one prepares pictures; but only with
-        # the plugin, without which that process could outlive this one. On a CPU this would not be faster
+        # the plugin: without it, that process could outlive this one. On a CPU, a second process is not faster
         apart = torch.cuda.is_available() and vllm_children.is_installed()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
         from vllm import LLM
@@ -70,11 +70,11 @@ class VllmEngine:
             options["limit_mm_per_prompt"] = {"image": settings.max_pictures}
             if isinstance(rules_of(settings.model), PictureRules):
                 options["limit_mm_per_prompt"]["video"] = 0
-                # pictures already have their size: vLLM shall reserve memory for the largest, not for the model's limit
+                # pictures already have their size, so vLLM needs memory for the largest, not for the model's limit
                 options["mm_processor_kwargs"] = {"max_pixels": settings.max_pixels}
         if torch.cuda.is_available():
             options["tensor_parallel_size"] = settings.tensor_parallel
-            options["gpu_memory_utilization"] = round(_share_of_the_fullest_gpu(settings.tensor_parallel), 3)
+            options["gpu_memory_utilization"] = round(_usable_memory_share(settings.tensor_parallel), 3)
         else:
             options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings, self.batch_size)
             options["enforce_eager"] = True  # compiling for a CPU needs g++ and costs more time than it saves
@@ -94,7 +94,7 @@ class VllmEngine:
         }
 
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
-        """The completions of the prompts, in the same order. `adapter` None: the base completes them."""
+        """Complete the prompts with an adapter (None: the base). Returns the completions in the prompts' order."""
         found: dict[int, Completion] = {}
         for place, completion in self._stream(prompts, adapter):
             found[place] = completion
@@ -103,11 +103,11 @@ class VllmEngine:
         return [found[place] for place in range(len(prompts))]
 
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
-        """The configured batch size and its source. vLLM itself lets prompts wait until its KV cache has room."""
+        """Return the batch size, unchanged, and the reason. vLLM lets prompts wait until its KV cache has room."""
         return self.batch_size, "vLLM's own choice"
 
     def _stream(self, prompts: list[Prompt], adapter: str | None) -> Iterator[tuple[int, Completion]]:
-        """Yield each prompt's place and completion, in the order in which the completions finish."""
+        """Yield each prompt's index and completion, in the order in which the completions finish."""
         request = self._requests[adapter] if adapter is not None else None
         engine = self._llm.llm_engine
         places: dict[str, int] = {}
@@ -122,11 +122,11 @@ class VllmEngine:
                 for output in finished:
                     yield places.pop(output.request_id), _completion(output.outputs[0])
         finally:
-            if places:  # after a failed prompt or a stop: the next call must not get the outputs of these prompts
+            if places:  # after an error or a stop, so that the next call does not get the outputs of these prompts
                 engine.abort_request(list(places))
 
     def _submit(self, prompt: Prompt, pictures: list[Any], request: Any) -> str:
-        """Add one prompt to vLLM's queue. Returns the id that its output will have. `request`: the adapter's."""
+        """Add one prompt to vLLM's queue. Returns the id of its output. `request` is the adapter's; None: the base."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -148,7 +148,7 @@ class VllmEngine:
 
 
 def _read_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
-    """Yield each prompt with its pictures. Threads read and scale the pictures of the next prompts in advance."""
+    """Yield each prompt with its pictures. Threads read and scale the pictures of the next AHEAD prompts in advance."""
     with ThreadPoolExecutor(READERS) as readers:
         ahead: deque[list[Future[Any]]] = deque()
         for place, prompt in enumerate(prompts):
@@ -158,12 +158,12 @@ def _read_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
 
 
 def _completion(output: Any) -> Completion:
-    """The completion in vLLM's output, its end token not counted."""
+    """The completion in vLLM's output. Its end token is not counted."""
     ended = output.finish_reason == "stop"
     return Completion(output.text, len(output.token_ids) - ended, str(output.finish_reason))
 
 
-def _share_of_the_fullest_gpu(gpus: int) -> float:
+def _usable_memory_share(gpus: int) -> float:
     """The share of each GPU's memory that vLLM may use. Raises DoesNotFitError if a GPU has hardly any free memory."""
     import torch
 
@@ -171,25 +171,25 @@ def _share_of_the_fullest_gpu(gpus: int) -> float:
     share = min(MOST_OF_A_GPU, free / total - SPARE)
     if share < SPARE:
         raise DoesNotFitError(
-            f"the fullest GPU has only {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; choose other GPUs (GPUS=...)"
+            f"GPUS: the fullest GPU has only {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; choose other GPUs"
         )
     return share
 
 
 def _kv_cache_bytes(settings: EngineSettings, batch_size: int) -> int:
-    """The size of the KV cache for a full batch in float32, in bytes.
+    """The bytes of the KV cache for a full batch in float32, on a CPU.
 
-    vLLM's default on a CPU is nine tenths of all memory, and it refuses to start if other programs use some of that.
+    By default, vLLM takes nine tenths of a CPU's memory, and refuses to start if other programs use part of it.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(settings.model, local_files_only=True).get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
-    block = 128  # tokens; a sequence's last block is partly empty
+    block = 128  # tokens: the last block of a sequence is partly empty
     return int(token * batch_size * (settings.max_length + block))
 
 
 def _supported_rank(rank: int) -> int:
-    """The smallest `max_lora_rank` of vLLM's that is at least `rank`. A larger one would waste memory and time."""
+    """The smallest `max_lora_rank` that vLLM accepts for `rank`. A larger one would waste memory and time."""
     return next((allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), rank)

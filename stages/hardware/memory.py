@@ -220,7 +220,7 @@ def _adapted_layer_modules(shape: ModelShape, settings: Train) -> list[str]:
 
 def _quantised_layer_sizes(shape: ModelShape) -> list[tuple[int, int]]:
     """Numbers of inputs and outputs of each module in decoder layers whose weights are stored quantised."""
-    return [shape.linears[name] for name in shape.packed if _is_in_decoder_layer(name)]
+    return [shape.linears[name] for name in shape.packed_modules if _is_in_decoder_layer(name)]
 
 
 def _is_in_decoder_layer(linear: str) -> bool:

@@ -73,7 +73,7 @@ class WrittenFiles:
     outputs: dict[str, int] = field(default_factory=dict)
     """Number of records in each file, by its name relative to the stage's folder."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Number of `answered` and `failed` predictions; `abstained` counts the failed ones whose completion has no answer."""
+    """Number of `answered` and `failed` predictions; `abstained` counts the failed ones without an answer."""
     submissions: dict[str, dict[str, int]] = field(default_factory=dict)
     """Number of `lines` in each variant's submission, and of lines `without answer`."""
 

@@ -124,15 +124,16 @@ class Engines:
         return self._engine
 
     def _model_with_connector(self, connector: tuple[Path, str]) -> Path:
-        """Return a folder of links to the base with the trained connector. Each start of the stage writes it again, because
+        """Return a folder of links to the base with the trained connector. Each start of the stage writes it again:
         another machine may have written the links before."""
         if self._connected is None:
             self._connected = link_connector(self._model, *connector, self._folder / "merged" / "with-connector")
         return self._connected
 
     def _start(self, model: Path, adapters: dict[str, Path], limits: EngineLimits) -> Engine:
-        """Start an engine with these weights and limits, and record the decisions. Raises DoesNotFitError if the weights
-        do not fit, UsageError if the engine cannot serve the model."""
+        """Start an engine with these weights and limits, and record the decisions.
+
+        Raises DoesNotFitError if the weights do not fit, UsageError if the engine cannot serve the model."""
         recipe, target = self._recipe, _target()
         size = recipe.infer.batch_size
         settings = EngineSettings(

@@ -13,7 +13,7 @@ from stages.contract.errors import UsageError
 from stages.contract.files import read_json, remove, sha256_file, visible_files, write_json
 from stages.contract.recipe import CONNECTOR
 from stages.contract.run import Run
-from stages.models.shape import tensors_of
+from stages.models.shape import tensor_names
 
 FILE = "connector.safetensors"
 """Name of the file with the connector's weights. The tensors have the same names as in the base's files."""
@@ -34,38 +34,37 @@ def trained_connector(run: Run) -> tuple[Path, str] | None:
     folder = run.path("train", CONNECTOR)
     made = read_json(folder / "made.json")
     if made is None:
-        raise UsageError(f"{folder}: no connector, but the recipe has train.connector; run train first")
+        raise UsageError(f"{folder}: has no trained connector, but the recipe has train.connector; run train first")
     return folder / FILE, str(made["files"][FILE])
 
 
 def check_connector(connector: Path, sha256: str) -> None:
-    """Raise UsageError if the connector's file does not have this sha256: it is missing, or changed after training."""
+    """Raise UsageError if the connector's file is missing, or has another sha256 than after its training."""
     found = sha256_file(connector) if connector.is_file() else None
     if found != sha256:
-        now = f"sha256 {found[:16]}" if found else "missing"
+        state = f"has sha256 {found[:16]}" if found else "is missing"
         raise UsageError(
-            f"{connector}: changed since it was trained ({now}, not sha256 {sha256[:16]}); restore it, or delete"
+            f"{connector}: {state}, but was trained as sha256 {sha256[:16]}; restore it, or delete"
             f" {connector.parent} to train it again"
         )
 
 
 def link_connector(model: Path, connector: Path, sha256: str, folder: Path) -> Path:
-    """Write a model folder of links to the base's files, with this connector. Replaces `folder` and returns it.
+    """Write a model folder of links to the base's files and to this connector. Replaces `folder` and returns it.
 
-    Raises UsageError if the connector does not have this sha256, or belongs to another model.
+    Raises UsageError if the connector is missing, does not have this sha256, or belongs to another model.
     """
     check_connector(connector, sha256)
     remove(folder)
     folder.mkdir(parents=True)
     places = tensor_files(model)
-    names = set(tensors_of(connector))
+    names = set(tensor_names(connector))
     if not names or not names <= places.keys():
-        strange = next(iter(sorted(names - places.keys())), "nothing")
-        raise UsageError(
-            f"{connector}: contains {strange}, which {model} does not have; use the model that it was trained for"
-        )
+        strange = next(iter(sorted(names - places.keys())), None)
+        found = f"contains {strange}, which {model} does not have" if strange else "contains no tensors"
+        raise UsageError(f"{connector}: {found}; use the model and the connector of one training")
     links = {path.name: path for path in set(places.values())}
-    if len(links) == 1:  # transformers reads a model.safetensors and no other file
+    if len(links) == 1:  # a file named model.safetensors would be read without the index
         links = {"model-00001-of-00001.safetensors": next(iter(links.values()))}
     called = {path: name for name, path in links.items()}
     assert max(links) < LAST, "the connector's file must be the last one"
@@ -93,11 +92,11 @@ def tensor_files(model: Path) -> dict[str, Path]:
         raise UsageError(
             f"{model}: neither {INDEX} nor model.safetensors; copy a whole Hugging Face model folder there"
         )
-    return dict.fromkeys(tensors_of(only), only)
+    return dict.fromkeys(tensor_names(only), only)
 
 
 def names_in_files(model: Path, parameters: list[str]) -> dict[str, str]:
-    """Return each parameter's name in the model's files, by its name in memory.
+    """Return the name of each parameter in the model's files, by its name in memory.
 
     In memory, a LLaVA's connector is `model.multi_modal_projector`; in published files it has no `model.` prefix.
     Raises UsageError for a parameter that no file has.
@@ -109,6 +108,6 @@ def names_in_files(model: Path, parameters: list[str]) -> dict[str, str]:
         endings = [".".join(parts[start:]) for start in range(len(parts))]
         name = next((ending for ending in endings if ending in stored), None)
         if name is None:
-            raise UsageError(f"{model}: no file has {parameter}, a parameter of the connector; copy the model again")
+            raise UsageError(f"{model}: no file has the connector's parameter {parameter}; copy the model again")
         found[parameter] = name
     return found

@@ -28,11 +28,11 @@ from stages.contract.files import read_json
 
 
 def is_gptq(model: Path) -> bool:
-    """Whether a model folder's config.json says that its weights are in GPTQ's format."""
-    return quantisation_of(model) == "gptq"
+    """Whether the weights in a model folder are in GPTQ's format, by its config.json."""
+    return quantisation_method(model) == "gptq"
 
 
-def quantisation_of(model: Path) -> str | None:
+def quantisation_method(model: Path) -> str | None:
     """Return the quantisation method in a model folder's config.json, such as `gptq`, `awq` or `bitsandbytes`; None if
     the weights are not quantised."""
     config = read_json(model / "config.json") or {}
@@ -48,48 +48,49 @@ def gptq_library(model: Path) -> str:
     missing = [name for name in (found, "optimum") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{model}: its GPTQ weights need {' and '.join(missing)}, not installed here; pip install --no-deps -r"
-            " requirements/gptq.txt, or use an image for GPUs (there, infer.engine=vllm needs neither)"
+            f"{model}: its GPTQ weights need {' and '.join(missing)}, which this Python lacks; run `pip install"
+            " --no-deps -r requirements/gptq.txt`, or use an image for GPUs (there, infer.engine=vllm needs neither)"
         )
     return found
 
 
 @contextmanager
 def patch_gptq_kernels(model: Path, on_card: bool, training: bool) -> Iterator[None]:
-    """Within this context, transformers, PEFT and ms-swift load a GPTQ base with a kernel that has a backward pass.
+    """Make transformers, PEFT and ms-swift load a GPTQ base with a kernel that has a backward pass, within the context.
 
-    Raises UsageError if the base is in GPTQ's format and no library for it is installed.
+    `on_card`: the base is loaded on a GPU. `training`: it is loaded to be trained. Raises UsageError if the base is in
+    GPTQ's format and no library for it is installed.
     """
     with ExitStack() as patches:
-        if quantisation_of(model) is None:
+        if quantisation_method(model) is None:
             # PEFT would import gptqmodel anyway, which takes a second, prints, and changes CUDA's order of GPUs
             for kind in ("gptq", "awq"):
                 name = f"peft.tuners.lora.{kind}.is_gptqmodel_available"
                 patches.enter_context(patch(name, lambda: False, create=True))
         elif is_gptq(model):
             if gptq_library(model) == "gptqmodel":
-                _with_gptqmodel(patches, model, on_card, training)
+                _patch_gptqmodel(patches, model, on_card, training)
             else:
-                _with_auto_gptq(patches, training)
+                _patch_auto_gptq(patches, training)
         yield
 
 
-def _with_gptqmodel(patches: ExitStack, model: Path, on_card: bool, training: bool) -> None:
-    """Patch the loading of a base with gptqmodel."""
+def _patch_gptqmodel(patches: ExitStack, model: Path, on_card: bool, training: bool) -> None:
+    """Patch how gptqmodel loads a base."""
     with redirect_stdout(StringIO()):  # the import prints a banner
         import gptqmodel  # noqa: F401
 
     bits = int(read_json(model / "config.json")["quantization_config"]["bits"])
     # gptqmodel would compile the unpacking of each module: this takes minutes, and no image has the compiler
     environment = {"TORCHDYNAMO_DISABLE": "1"}
-    if not on_card and not training:  # on a CPU, unpacking a weight takes far longer than using it for one token
+    if not on_card and not training:  # unpacking a weight on a CPU takes far longer than using it for one token
         environment["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"
     patches.enter_context(patch.dict(os.environ, environment))
     _choose_kernel(patches, backend="gptq_triton" if on_card and bits in (2, 4, 8) else "gptq_torch")
 
 
-def _with_auto_gptq(patches: ExitStack, training: bool) -> None:
-    """Patch the loading of a base with auto-gptq."""
+def _patch_auto_gptq(patches: ExitStack, training: bool) -> None:
+    """Patch how auto-gptq loads a base."""
     _choose_kernel(patches, use_exllama=False)
     if training:
         from auto_gptq.nn_modules.qlinear import qlinear_cuda, qlinear_cuda_old
@@ -99,13 +100,13 @@ def _with_auto_gptq(patches: ExitStack, training: bool) -> None:
 
 
 def _choose_kernel(patches: ExitStack, **kernel: Any) -> None:
-    """Add these options to every GPTQConfig that is created: neither ms-swift nor PEFT has an option for the kernel."""
+    """Add these options to every new GPTQConfig, because neither ms-swift nor PEFT has an option for the kernel."""
     from transformers import GPTQConfig
 
     plain = GPTQConfig.__init__
 
-    def with_kernel(self: Any, *arguments: Any, **named: Any) -> None:
-        """GPTQConfig's own `__init__` with the kernel's options."""
+    def initialise_with_kernel(self: Any, *arguments: Any, **named: Any) -> None:
+        """Call GPTQConfig's own `__init__` with the kernel's options."""
         plain(self, *arguments, **{**named, **kernel})
 
-    patches.enter_context(patch.object(GPTQConfig, "__init__", with_kernel))
+    patches.enter_context(patch.object(GPTQConfig, "__init__", initialise_with_kernel))

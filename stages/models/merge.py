@@ -1,4 +1,4 @@
-"""Merge an adapter into a copy of its base, and refuse adapters that vLLM serves only after merging."""
+"""Merge an adapter into a copy of its base, and refuse adapters that an engine can serve only after merging."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ VISION = ("visual", "vision_tower", "vision_tower_aux", "vision_model", "multi_m
 def refuse_adapted_vision(adapters: dict[str, Path], engine: str, others: list[str]) -> None:
     """Raise UsageError if an adapter in `adapters` (folder by name) has LoRA weights of a vision tower or connector.
 
-    `engine` would ignore them, vLLM with only a warning. The message names the engines in `others`, which serve them.
+    `engine` would ignore these weights (vLLM only warns). The engines in `others` use them, and the message says so.
     """
     for name, folder in adapters.items():
         path = folder / "adapter_model.safetensors"
@@ -28,19 +28,19 @@ def refuse_adapted_vision(adapters: dict[str, Path], engine: str, others: list[s
         found = next((tensor for tensor in tensors if set(VISION) & set(tensor.split("."))), None)
         if found:
             raise UsageError(
-                f"adapter {name} adapts the vision tower ({found}), which {engine} would ignore; set infer.merged to"
-                f" true to merge the adapter, or infer.engine to {' or '.join(others)}"
+                f"adapter {name}: adapts a vision tower or connector ({found}), which {engine} would ignore; set"
+                f" infer.merged to true to merge the adapter, or infer.engine to {' or '.join(others)}"
             )
 
 
 def write_merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> Path:
     """Write a copy of the base with the adapter merged into it, as a Hugging Face model folder. Returns `folder`.
 
-    The folder appears in one step; one that exists already is not written again. `dtype` is torch's name of the
+    The folder appears only when it is complete. An existing one is not written again. `dtype` is torch's name of the
     weights' type. Raises UsageError for a quantised base, and DoesNotFitError if the disk has too little space.
     """
     if read_json(model / "config.json").get("quantization_config"):
-        raise UsageError(f"{model}: LoRA cannot be merged into a quantised base; remove infer.merged")
+        raise UsageError(f"{model}: is quantised, so no adapter can be merged into it; set infer.merged to false")
     if folder.is_dir():
         return folder
     needed = sum(path.stat().st_size for path in model.glob("*.safetensors"))
@@ -49,7 +49,7 @@ def write_merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> P
     if free < needed:
         raise DoesNotFitError(
             f"{folder}: a merged copy needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; free some"
-            " space, or remove infer.merged"
+            " space, or set infer.merged to false"
         )
     import torch
     from peft import PeftModel

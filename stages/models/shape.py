@@ -15,11 +15,11 @@ BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, 
 
 
 class UnknownShapeError(UsageError):
-    """An intact model of a kind whose memory Lorry cannot estimate."""
+    """The model is intact, but Lorry cannot estimate its memory."""
 
 
 MAX_HEADER = 100_000_000
-"""Most bytes of a header, by the safetensors format (https://huggingface.co/docs/safetensors)."""
+"""Largest number of bytes in a header, by the safetensors format (https://huggingface.co/docs/safetensors)."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class ModelShape:
         return found
 
     @cached_property
-    def packed(self) -> frozenset[str]:
-        """Names of the linear modules that are stored as packed integers with scales, as with GPTQ and AWQ."""
+    def packed_modules(self) -> frozenset[str]:
+        """The names of the linear modules that are stored as packed integers with scales, as with GPTQ and AWQ."""
         return frozenset(weight.name.rpartition(".")[0] for weight in self.weights if weight.name.endswith(".qweight"))
 
     @property
     def parameters(self) -> int:
-        """Number of parameters as model cards give it: quantised modules count as if unpacked."""
+        """Number of parameters, as on model cards: quantised modules count as if they were not packed."""
         packing = {f"{module}.{kind}" for module in self.linears for kind in ("qweight", "qzeros", "scales", "g_idx")}
         plain = {f"{module}.weight" for module in self.linears}
         others = sum(weight.count for weight in self.weights if weight.name not in packing | plain)
@@ -101,7 +101,7 @@ class ModelShape:
 
 
 def _is_embedding(module: str) -> bool:
-    """Whether a module's name is one of an embedding."""
+    """Whether a module is an embedding, by its name."""
     return module.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings", "embedding", "position_embedding")
 
 
@@ -116,9 +116,9 @@ def read_shape(folder: Path) -> ModelShape:
     """Return the shape of the model in a Hugging Face folder.
 
     Raises UsageError if the folder holds no model or is damaged, and UnknownShapeError if its config.json lacks the
-    sizes of a decoder.
+    sizes of a decoder, or they are not numbers.
     """
-    config = _read_json(folder / "config.json")
+    config = _read_object(folder / "config.json")
     text = {**config, **(config.get("text_config") or {})}
     if text.get("model_type") == "llama" and "text_config" in config:
         text = {**LLAMA, **text}
@@ -126,7 +126,7 @@ def read_shape(folder: Path) -> ModelShape:
     try:
         heads = int(text["num_attention_heads"])
         return ModelShape(
-            weights=tuple(weight for path in _files(folder) for weight in _header(path)),
+            weights=tuple(weight for path in _weight_files(folder) for weight in _read_header(path)),
             hidden=int(text["hidden_size"]),
             layers=int(text["num_hidden_layers"]),
             heads=heads,
@@ -141,13 +141,13 @@ def read_shape(folder: Path) -> ModelShape:
             vision_aux=config.get("vision_config_aux"),
         )
     except (KeyError, TypeError, ValueError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else f"a size is not a number ({error})"
         raise UnknownShapeError(
-            f"{folder / 'config.json'}: no usable {error}; Lorry estimates memory only for decoders such as Llama and"
-            " Qwen"
+            f"{folder / 'config.json'}: {found}, so memory cannot be estimated; use a decoder such as Llama or Qwen"
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises UsageError if the file cannot be read or holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -158,16 +158,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def tensors_of(path: Path) -> list[str]:
+def tensor_names(path: Path) -> list[str]:
     """Return the names of all tensors in a safetensors file. Raises UsageError if the file is damaged."""
-    return [weight.name for weight in _header(path)]
+    return [weight.name for weight in _read_header(path)]
 
 
-def _files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     """Return a model folder's safetensors files. Raises UsageError if it has none, or not all that its index names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(_read_object(index).get("weight_map", {}).values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UsageError(
@@ -180,9 +180,9 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def _header(path: Path) -> list[Weight]:
-    """Return the tensors that the header of a safetensors file lists. Raises UsageError if the file is damaged: its
-    header cannot be read, or does not match its size."""
+def _read_header(path: Path) -> list[Weight]:
+    """Return the tensors that the header of a safetensors file lists. Raises UsageError if the file is damaged: the
+    header cannot be read, or does not match the size of the file."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

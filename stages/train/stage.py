@@ -48,7 +48,7 @@ from stages.hardware.targets import (
 )
 from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.models.connector import check_connector, trained_connector
-from stages.models.gptq import quantisation_of
+from stages.models.gptq import quantisation_method
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
 from stages.results.summary import SUMMARY, build_summary, dataset_result, training_facts
 from stages.train.job import Job
@@ -166,7 +166,7 @@ def _train_connector(
         )
     settings = stage.run.recipe.train.connector_settings()
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
-    if quantisation_of(model) is not None:
+    if quantisation_method(model) is not None:
         raise UsageError(
             f"{model}: train.connector needs a base in 16 bits or more, but this one is quantised; use another base, or"
             " leave out train.connector"
@@ -411,7 +411,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     settings = settings or stage.run.recipe.train
     plan = _make_plan(stage, settings, node)
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
-    check_sharding(plan.way.sharding, use_cpu=not plan.gpus, quantisation=quantisation_of(model))
+    check_sharding(plan.way.sharding, use_cpu=not plan.gpus, quantisation=quantisation_method(model))
     if settings.exact_batch:
         refuse_inexact_batch(plan.way.batch, settings.full_key("effective_batch"))
     return plan

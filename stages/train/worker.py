@@ -28,7 +28,7 @@ from stages.contract.stop import StopRequest, die_with_parent, make_forks_die_wi
 from stages.hardware.probe import read_cards
 from stages.hardware.targets import refuse_4bit_twice
 from stages.models.connector import link_connector
-from stages.models.gptq import quantisation_of
+from stages.models.gptq import quantisation_method
 from stages.train.job import Job, Progress, file_sizes
 from stages.train.ladder import Ladder, LostCardError, Shortage, lost_gpu_message, shortage_of
 from stages.train.sharding import check_sharding, deepspeed_config, fix_zero3_loading
@@ -63,7 +63,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     for settings that cannot work here, DoesNotFitError for GPUs that torch cannot use, and DataError if no training
     sample fits max_length.
     """
-    check_sharding(job.sharding, job.use_cpu, quantisation_of(job.model))
+    check_sharding(job.sharding, job.use_cpu, quantisation_method(job.model))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     _let_memory_segments_grow()
     scratch = job.scratch if job.processes == 1 else job.scratch / os.environ["LOCAL_RANK"]
@@ -376,7 +376,7 @@ def _quantisation_options(job: Job) -> dict[str, Any]:
     """
     if not job.settings.load_in_4bit:
         return {}
-    refuse_4bit_twice(job.model, quantisation_of(job.model))
+    refuse_4bit_twice(job.model, quantisation_method(job.model))
     kind = {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     return {**kind, "bnb_4bit_compute_dtype": job.dtype}
 

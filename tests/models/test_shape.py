@@ -96,7 +96,7 @@ def _no_decoder(folder: Path) -> None:
         (_missing_part, "model-00002-of-00002.safetensors is missing, one of 2 files that .* names; copy it again"),
         (_no_weights, "no \\*.safetensors; copy a whole Hugging Face model folder there"),
         (_no_config, "config.json: cannot be read .*; copy a whole Hugging Face model folder there"),
-        (_no_decoder, "no usable 'num_attention_heads'; Lorry estimates memory only for decoders"),
+        (_no_decoder, "no 'num_attention_heads', so memory cannot be estimated; use a decoder such as Llama or Qwen"),
     ],
 )
 def test_a_damaged_folder_is_named_in_one_line(tmp_path: Path, damage: object, says: str) -> None:

@@ -74,7 +74,9 @@ def test_an_adapted_tower_is_served_merged_only(lorry: Lorry, model: Path, tmp_p
     assert parameters == adapter_parameters(read_shape(model), training.run.recipe.train)
 
     folder = training.run.path("train", "adapters", "tuned")
-    with pytest.raises(UsageError, match=r"adapter tuned adapts the vision tower .*vllm would.* infer\.merged"):
+    with pytest.raises(
+        UsageError, match=r"adapter tuned: adapts a vision tower or connector .*vllm would.* infer\.merged"
+    ):
         refuse_adapted_vision({"tuned": folder}, "vllm", ["transformers"])
     merged = load_file(write_merged_copy(model, folder, tmp_path / "merged", "float32") / "model.safetensors")
     base = load_file(model / "model.safetensors")

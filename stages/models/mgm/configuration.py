@@ -20,7 +20,7 @@ CONVNEXT_L: dict[str, Any] = {
 
 
 class MgmConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Configuration of an MGM. A part that is None has MGM-2B's values.
+    """Configuration of an MGM model. A part that is None gets MGM-2B's values.
 
     `vision_config` configures the low-resolution tower, a CLIP. `vision_config_aux` configures the high-resolution
     tower, a ConvNeXt; its `image_size` is the side of the input pictures in pixels. Raises ValueError if a token of the
@@ -43,9 +43,9 @@ class MgmConfig(PreTrainedConfig):  # type: ignore[misc]
         vision_feature_layer: int = -2,
         **others: Any,
     ) -> None:
-        self.text_config = _part(GemmaConfig, text_config, GEMMA_2B)
-        self.vision_config = _part(CLIPVisionConfig, vision_config, CLIP_L_14_336)
-        self.vision_config_aux = _part(ConvNextConfig, vision_config_aux, CONVNEXT_L)
+        self.text_config = _part_config(GemmaConfig, text_config, GEMMA_2B)
+        self.vision_config = _part_config(CLIPVisionConfig, vision_config, CLIP_L_14_336)
+        self.vision_config_aux = _part_config(ConvNextConfig, vision_config_aux, CONVNEXT_L)
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
         others.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
@@ -53,8 +53,8 @@ class MgmConfig(PreTrainedConfig):  # type: ignore[misc]
         high = self.vision_config_aux
         if high.image_size % (high.patch_size * self.tokens_across):
             raise ValueError(
-                f"vision_config_aux.image_size: {high.image_size} pixels in steps of {high.patch_size} do not divide"
-                f" into {self.tokens_across} tokens; choose another image_size"
+                f"vision_config_aux.image_size: {high.image_size} is no multiple of patch_size {high.patch_size} times"
+                f" {self.tokens_across} tokens along a side; choose a multiple"
             )
 
     @property
@@ -68,8 +68,8 @@ class MgmConfig(PreTrainedConfig):  # type: ignore[misc]
         return int(self.vision_config_aux.image_size // self.tokens_across)
 
 
-def _part(kind: Any, given: Any, default: dict[str, Any]) -> Any:
-    """A part's config of class `kind`, from a config, a mapping of its values, or (for None) MGM-2B's values."""
+def _part_config(kind: Any, given: Any, default: dict[str, Any]) -> Any:
+    """Return a part's config, of class `kind`. `given` is such a config or its values; None: `default`."""
     if isinstance(given, kind):
         return given
     return kind(**(default if given is None else given))

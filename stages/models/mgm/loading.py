@@ -52,7 +52,7 @@ WITHOUT_USE = {
     "OpenCLIP": r"visual\.(trunk\.(head|norm_pre)|head)\.|text\.|transformer\.|token_embedding\.|ln_final\."
     r"|(positional_embedding|text_projection|logit_scale|attn_mask)$",
 }
-"""Names of the tensors that MGM does not use, by source: buffers that are computed at loading, text encoders, heads."""
+"""Patterns of the tensor names that MGM does not use, by source: computed buffers, text encoders, heads."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -67,23 +67,27 @@ def convert(
 ) -> str:
     """Write the Hugging Face folder `output` from a published one. `clip` and `convnext` supply the towers.
 
-    A tensor in `published` replaces the same one in `clip` or `convnext`. The file `connector` replaces the published
-    connector. `published` may be Gemma's folder; without `connector`, the seed then initialises a new connector.
-    All tensors get Gemma's dtype. Returns the source of the connector, as text.
-    Raises UsageError for a model of another kind, and for missing, unknown or misshapen tensors, with their names.
+    A tensor in `published` takes precedence over the same one in `clip` or `convnext`, and the file `connector` over
+    the published connector. `published` may be Gemma's folder: without `connector`, a new connector is then
+    initialised by `seed`. All tensors get Gemma's dtype. Returns the source of the connector, in words. Raises
+    UsageError for another model, and for missing, unknown or misshapen tensors, with their names.
     """
-    values = _read_settings(published / "config.json")
-    _refuse_others(published, values)
+    values = _read_object(published / "config.json")
+    _refuse_other_models(published, values)
     only_gemma = values["model_type"] == "gemma"
     found: Tensors = {}
-    unknown = _add_tensors(found, _tensors(connector), "MGM", mgm_name) if connector else []
-    sources = ((published, "MGM", mgm_name), (clip, "CLIP", clip_name), (convnext, "OpenCLIP", openclip_name))
+    unknown = _add_tensors(found, _read_tensors(connector), "MGM", model_name_from_mgm) if connector else []
+    sources = (
+        (published, "MGM", model_name_from_mgm),
+        (clip, "CLIP", model_name_from_clip),
+        (convnext, "OpenCLIP", model_name_from_openclip),
+    )
     for folder, source, rename in sources:
-        unknown += _add_tensors(found, _all_tensors(folder), source, rename) if folder else []
+        unknown += _add_tensors(found, _read_all_tensors(folder), source, rename) if folder else []
     config = MgmConfig(
-        text_config=_gemma(values),
-        vision_config=_clip(clip),
-        vision_config_aux=_convnext(found, int(values.get("image_size_aux", 768 if only_gemma else 320))),
+        text_config=_gemma_config(values),
+        vision_config=_clip_config(clip),
+        vision_config_aux=_convnext_config(found, int(values.get("image_size_aux", 768 if only_gemma else 320))),
         vision_feature_layer=int(values.get("mm_vision_select_layer", -2)),
     )
     dtype = getattr(torch, str(values.get("torch_dtype") or values.get("dtype") or "bfloat16"))
@@ -93,7 +97,7 @@ def convert(
     new = only_gemma and connector is None
     if new:
         found |= _new_connector(model, seed)
-    _drop_head(found, published)
+    _remove_head(found, published)
     _refuse_other_tensors(model, found, unknown, published)
     config.image_token_id = _copy_tokenizer(published, output)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in found.items()}, strict=False, assign=True)
@@ -102,7 +106,7 @@ def convert(
     tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
     processor = make_processor(config, tokenizer)
     processor.save_pretrained(output)
-    processor.image_processor.save_pretrained(output)  # also in a separate file, which some programs read
+    processor.image_processor.save_pretrained(output)  # some programs read it from a file of its own
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
@@ -110,27 +114,26 @@ def convert(
     return f"new, by seed {seed}" if new else str(connector or published)
 
 
-def mgm_name(name: str) -> str | None:
-    """Return the name in MgmForConditionalGeneration of a tensor in a published MGM checkpoint; None if unknown."""
+def model_name_from_mgm(name: str) -> str | None:
+    """Return the MgmForConditionalGeneration name of a published MGM checkpoint's tensor; None if it has none."""
     if name == "lm_head.weight" or re.match(rf"model\.({'|'.join(CONNECTORS)})\.", name):
         return name
     if re.match(r"model\.(embed_tokens|layers|norm)\.", name):
         return name.replace("model.", "model.language_model.", 1)
     if name.startswith("model.vision_tower.vision_tower."):
-        return clip_name(name.removeprefix("model.vision_tower.vision_tower."))
+        return model_name_from_clip(name.removeprefix("model.vision_tower.vision_tower."))
     if name.startswith("model.vision_tower_aux.vision_"):
-        return openclip_name("visual.trunk." + name.removeprefix("model.vision_tower_aux.vision_"))
+        return model_name_from_openclip("visual.trunk." + name.removeprefix("model.vision_tower_aux.vision_"))
     return None
 
 
-def clip_name(name: str) -> str | None:
-    """Return the name in MgmForConditionalGeneration of a tensor in a CLIP folder; None if unknown."""
+def model_name_from_clip(name: str) -> str | None:
+    """Return the MgmForConditionalGeneration name of a CLIP checkpoint's tensor; None if it has none."""
     return f"model.vision_tower.{name.removeprefix('vision_model.')}" if name.startswith("vision_model.") else None
 
 
-def openclip_name(name: str) -> str | None:
-    """Return the name in MgmForConditionalGeneration of a tensor in an OpenCLIP folder with a ConvNeXt; None if
-    unknown."""
+def model_name_from_openclip(name: str) -> str | None:
+    """Return the MgmForConditionalGeneration name of a tensor of OpenCLIP's ConvNeXt; None if it has none."""
     rest = name.removeprefix("visual.trunk.")
     if not re.match(r"(stem|stages)\.", rest) or rest == name:
         return None
@@ -139,16 +142,17 @@ def openclip_name(name: str) -> str | None:
     return f"model.vision_tower_aux.{rest}"
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a published folder. Raises UsageError if there is none."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a published folder. Raises UsageError if it is missing or not an object."""
     values = read_json(path)
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: missing, or not a JSON object; copy the whole published folder")
+        found = "is not a JSON object" if path.is_file() else "is missing"
+        raise UsageError(f"{path}: {found}; copy the whole published folder")
     return values
 
 
-def _refuse_others(folder: Path, values: dict[str, Any]) -> None:
-    """Raise UsageError if a published config.json is not of MGM-2B or Gemma."""
+def _refuse_other_models(folder: Path, values: dict[str, Any]) -> None:
+    """Raise UsageError if the values of a published config.json are those of another model than MGM-2B or Gemma."""
     if values.get("model_type") not in ("mgm_gemma", "gemma"):
         raise UsageError(
             f"{folder / 'config.json'}: model_type is {values.get('model_type')!r}; use a folder of 'mgm_gemma', or of"
@@ -164,7 +168,8 @@ def _refuse_others(folder: Path, values: dict[str, Any]) -> None:
 def _add_tensors(
     found: Tensors, tensors: Iterable[tuple[str, torch.Tensor]], source: str, rename: Callable[[str], str | None]
 ) -> list[str]:
-    """Add a source's tensors to `found` by their names in the model, unless it has them. Returns the unknown names."""
+    """Add a source's tensors to `found` under their names in the model, unless it has them. Returns the names that the
+    model does not know."""
     unknown = []
     for name, tensor in tensors:
         ours = rename(name)
@@ -177,13 +182,13 @@ def _add_tensors(
     return unknown
 
 
-def _all_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and tensor of all weights in a folder."""
+def _read_all_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and tensor of each weight in a folder. Raises UsageError if there are none."""
     for path in _weight_files(folder):
-        yield from _tensors(path)
+        yield from _read_tensors(path)
 
 
-def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
+def _read_tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
     """Return the names and tensors in a file, mapped into memory. Raises UsageError if it cannot be read."""
     try:
         if path.suffix == ".safetensors":
@@ -220,22 +225,22 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _gemma(values: dict[str, Any]) -> GemmaConfig:
+def _gemma_config(values: dict[str, Any]) -> GemmaConfig:
     """Return Gemma's part of a published config.json, which has the keys of all parts on one level."""
     known = {*GemmaConfig().to_dict(), "rope_theta"} - {"model_type", "architectures", "transformers_version", "dtype"}
     return GemmaConfig(**{key: value for key, value in values.items() if key in known})
 
 
-def _clip(folder: Path | None) -> CLIPVisionConfig:
-    """Return the low-resolution tower's config, from CLIP's folder; without a folder, that of MGM-2B."""
+def _clip_config(folder: Path | None) -> CLIPVisionConfig:
+    """Return the low-resolution tower's config from CLIP's folder; None: that of MGM-2B."""
     if folder is None:
         return CLIPVisionConfig(**CLIP_L_14_336)
-    values = _read_settings(folder / "config.json")
+    values = _read_object(folder / "config.json")
     return CLIPVisionConfig(**{"projection_dim": 768, **values.get("vision_config", values)})
 
 
-def _convnext(found: Tensors, side: int) -> ConvNextConfig | None:
-    """Return the high-resolution tower's config; None without its tensors. `side` is the input's side in pixels.
+def _convnext_config(found: Tensors, side: int) -> ConvNextConfig | None:
+    """Return the high-resolution tower's config; None if its tensors are missing. `side` is the input's side in pixels.
 
     The config is read from the tensors' shapes, because OpenCLIP's folder has only the tower's name.
     """
@@ -259,8 +264,8 @@ def _convnext(found: Tensors, side: int) -> ConvNextConfig | None:
     )
 
 
-def _drop_head(found: Tensors, folder: Path) -> None:
-    """Remove Gemma's head from the tensors: it shares the embedding's weights, but a checkpoint may have both. Raises
+def _remove_head(found: Tensors, folder: Path) -> None:
+    """Remove Gemma's head from the tensors: it has the embedding's weights, but a checkpoint may hold both. Raises
     UsageError if they differ."""
     head, embedding = found.pop("lm_head.weight", None), found.get("model.language_model.embed_tokens.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
@@ -271,7 +276,7 @@ def _drop_head(found: Tensors, folder: Path) -> None:
 
 
 def _refuse_other_tensors(model: MgmForConditionalGeneration, found: Tensors, unknown: list[str], folder: Path) -> None:
-    """Raise UsageError if the tensors are not those of the model: some are unknown, missing or of another shape."""
+    """Raise UsageError if tensors are unknown, missing or of another shape than the model's."""
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     unknown = unknown + [name for name in found if name not in expected]
     missing = [name for name in expected if name not in found]
@@ -294,19 +299,19 @@ def _refuse_other_tensors(model: MgmForConditionalGeneration, found: Tensors, un
 
 
 def _name_list(names: list[str]) -> str:
-    """Return the first six names and the number of the others, as text."""
+    """Return the first six names and the number of the others, in words."""
     more = len(names) - 6
     return ", ".join(names[:6]) + (f" and {more} more" if more > 0 else "")
 
 
 def _copy_tokenizer(published: Path, output: Path) -> int:
-    """Copy the tokenizer, with its reserved token renamed to the image token. Returns that token's id.
+    """Copy the tokenizer, with RESERVED_TOKEN renamed to IMAGE_TOKEN. Returns the id of that token.
 
-    Raises UsageError if the tokenizer has no reserved token.
+    Raises UsageError if the tokenizer is missing or has no RESERVED_TOKEN.
     """
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = _read_settings(published / "tokenizer.json")
-    settings = _read_settings(published / "tokenizer_config.json")
+    tokenizer = _read_object(published / "tokenizer.json")
+    settings = _read_object(published / "tokenizer_config.json")
     vocabulary = tokenizer["model"]["vocab"]
     number = vocabulary.get(RESERVED_TOKEN)
     if number is None:

@@ -59,7 +59,7 @@ class MgmConvNext(ConvNextPreTrainedModel):  # type: ignore[misc]
 
 
 class MgmPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """What MGM's models share: the settings that transformers reads from their class."""
+    """The settings of MGM's models that transformers reads from their class."""
 
     config: MgmConfig
     config_class = MgmConfig
@@ -102,7 +102,7 @@ class MgmModel(MgmPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the pictures as input of Gemma's layers: (pictures, tokens, hidden).
+        """Return the pictures as input for Gemma's layers: (pictures, tokens, hidden).
 
         `pixel_values`: (pictures, 3, side, side), normalised. In published MGM, Gemma multiplies the embeddings of
         words and pictures by the square root of the hidden size. In transformers 5, the word embedding multiplies only
@@ -113,7 +113,8 @@ class MgmModel(MgmPreTrainedModel):
         return tokens * math.sqrt(self.config.text_config.hidden_size)
 
     def _picture_tokens(self, pixel_values: torch.Tensor) -> Any:
-        """Return (pictures, tokens, hidden), without Gemma's factor. `pixel_values`: (pictures, 3, side, side)."""
+        """Return the pictures as (pictures, tokens, hidden), without Gemma's factor. `pixel_values`: (pictures, 3,
+        side, side)."""
         low, high = self._run_towers(pixel_values)
         if self.gradient_checkpointing and self.training:
             # else mining stores three maps of 2880 channels per picture for the connectors' gradients. Always
@@ -141,7 +142,7 @@ class MgmModel(MgmPreTrainedModel):
         return low, high
 
     def mine_patches(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Return what patch info mining (section 3.2) adds to the tokens: a tensor of the shape of `low`.
+        """Return what patch info mining (section 3.2) adds to each token, in the shape of `low`.
 
         Each token attends to the part of the high-resolution map that it covers. `low`: (pictures, tokens, channels);
         `high`: (pictures, more channels, rows, columns).
@@ -172,19 +173,22 @@ class MgmModel(MgmPreTrainedModel):
         tokens, in order.
 
         `input_ids`: (samples, length), with `config.image_token_id` once for each token of a picture. `pixel_values`:
-        (pictures of all samples, 3, side, side). Raises ValueError if the number of image tokens does not match.
+        (pictures of all samples, 3, side, side). Raises ValueError if there are
+        pictures without `input_ids`, or if the number of image tokens does not match.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             if input_ids is None:
-                raise ValueError("pictures replace image tokens; pass input_ids, not inputs_embeds")
+                raise ValueError(
+                    "input_ids: missing, but pixel_values replace its image tokens; pass input_ids, not inputs_embeds"
+                )
             seen = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
             places = input_ids == self.config.image_token_id
             if int(places.sum()) != seen.shape[0] * seen.shape[1]:
                 raise ValueError(
-                    f"{int(places.sum())} image tokens for {seen.shape[0]} pictures of {seen.shape[1]} tokens each;"
-                    " repeat the image token once per token of each picture"
+                    f"input_ids: {int(places.sum())} image tokens for {seen.shape[0]} pictures of"
+                    f" {seen.shape[1]} tokens each; repeat the image token once per token of each picture"
                 )
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], seen)
         return self.language_model(

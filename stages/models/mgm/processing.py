@@ -1,7 +1,7 @@
 """MGM's input: pictures padded to a square of 768 pixels, and conversations in Gemma's turns.
 
-transformers' LLaVA processor does both. The model gets only the large picture and scales it down for its low-resolution
-tower, as the published code does.
+transformers' LLaVA processor does both. The model gets only this large picture, and scales it down for its
+low-resolution tower, as the published code does.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = """\
 
 
 def make_processor(config: MgmConfig, tokenizer: Any) -> LlavaProcessor:
-    """Return the processor for a model with this config. It replaces each `<image>` by one token for each token of the
+    """Return the processor for a model with this config. It repeats each `<image>` once per visual token of its
     picture."""
     side = config.vision_config_aux.image_size
     pictures = LlavaImageProcessorPil(
@@ -48,7 +48,7 @@ def make_processor(config: MgmConfig, tokenizer: Any) -> LlavaProcessor:
         image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=config.pixels_across,
-        vision_feature_select_strategy="full",  # the count includes no class token that had to be subtracted
+        vision_feature_select_strategy="full",  # there is no class token to subtract
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE_TOKEN,
     )
