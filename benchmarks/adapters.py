@@ -27,8 +27,8 @@ ADAPTERS, RANK, PROMPTS, WORDS, NEW_TOKENS = 9, 16, 256, 220, 16
 ROOTS = Roots.from_environment()
 
 
-def prompts_of(model: Path, count: int) -> list[Prompt]:
-    """Return `count` prompts as long as a problem with its question and options; no two have the same beginning."""
+def make_prompts(model: Path, count: int) -> list[Prompt]:
+    """Return `count` prompts as long as a problem with its question and options. No two begin alike."""
     renderer, words = Renderer(model), random.Random(0)
     vocabulary = ("red", "cup", "stands", "left", "of", "box", "seven", "and", "nobody", "taller", "than", "Ann", "is")
     prompts = []
@@ -55,7 +55,7 @@ def time_start(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Eng
 
 
 def time_answers(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[float, list[str]]:
-    """Answer all prompts. Returns the seconds and the completions."""
+    """Answer all prompts. Returns the seconds and the texts of the completions."""
     if hasattr(engine, "_llm"):
         engine._llm.reset_prefix_cache()
     began = time.perf_counter()
@@ -85,7 +85,7 @@ def main(small: bool) -> None:
     adapters = {name: folder / name for name in names}
     for number, path in enumerate(adapters.values()):
         make_adapter(path, model, RANK, number)
-    prompts = prompts_of(model, count)
+    prompts = make_prompts(model, count)
     shown = {"model": model.name, "prompts": count, "tokens a prompt": round(sum(p.length for p in prompts) / count)}
     shown |= {"tokens an answer": NEW_TOKENS, "rank": RANK, "engine": "transformers" if small else "vllm"}
     rows: list[dict[str, Any]] = []

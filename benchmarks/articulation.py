@@ -45,20 +45,20 @@ SETTINGS = (
 
 
 def run_stage(name: str, stage: str, data: Path, sets: list[str]) -> float:
-    """Run a stage's command. Returns its seconds; if it fails, the benchmark ends with its exit code."""
+    """Run a stage's command. Returns its seconds. If it fails, ends the benchmark with the same exit code."""
     words = [word for value in sets for word in ("--set", value)]
     command = [sys.executable, "-m", f"entrypoints.{stage}", "articulation", "--profile", "tiny", "--run", name]
     began = time.monotonic()
     code = subprocess.run([*command, "--data", str(data), *words], check=False).returncode
     took = time.monotonic() - began
-    print(f"{stage}: exit code {code} after {took:.0f} s", flush=True)
+    print(f"{stage}: exit code {code} after {took:.0f} s" + ("; see its messages above" if code else ""), flush=True)
     if code:
         raise SystemExit(code)
     return round(took, 1)
 
 
 def guess_scores(samples: list[Sample], trained: list[Sample]) -> dict[str, float]:
-    """Return the mean scores, in percent, of a guess that has the right form and ignores the object."""
+    """Return the mean scores, in percent by metric, of a guess that has the right form and ignores the object."""
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "articulation.yaml", "tiny")
     lines = Counter(
         line.partition(",")[2]
@@ -78,7 +78,7 @@ def guess_scores(samples: list[Sample], trained: list[Sample]) -> dict[str, floa
     return {name: round(100 * fmean(row[name] for row in rows if name in row), 4) for name in names}
 
 
-def row_of(folder: Path, seed: int, objects: list[int], seconds: dict[str, float]) -> dict[str, Any]:
+def finished_row(folder: Path, seed: int, objects: list[int], seconds: dict[str, float]) -> dict[str, Any]:
     """Return the row of a finished run."""
     scores = read_json(folder / "eval" / "scores.json")
     gains = read_json(folder / "eval" / "differences.json")["joints"]
@@ -124,7 +124,7 @@ def main() -> None:
     sets = [*SETTINGS, f"seed={chosen.seed}", *chosen.set]
     for stage in STAGES:
         seconds[stage] = run_stage(name, stage, data, sets)
-    row = row_of(ROOTS.runs / name, chosen.seed, [train, test], seconds)
+    row = finished_row(ROOTS.runs / name, chosen.seed, [train, test], seconds)
     OUT.mkdir(parents=True, exist_ok=True)
     write_json(OUT / f"{name}.json", row)
     write_rows("articulation", [row], "python -m benchmarks.articulation")

@@ -69,13 +69,13 @@ def make_data(folder: Path) -> None:
             width = 200
         if number % 20 == 1:
             width, height = 340, 900
-        spread = 2 if number % 20 == 2 else 90  # flat pictures make small files
+        spread = 2 if number % 20 == 2 else 90  # pictures with less contrast make smaller files
         Image.effect_noise((width, height), spread).convert("RGB").save(folder / "images" / f"{number}.jpg", quality=85)
     texts: list[str] = []
     with (folder / "records.jsonl").open("w", encoding="utf-8") as file:
         for number in range(RECORDS):
             text = " ".join(draw.choice(WORDS) for _ in range(draw.randint(12, 26)))
-            if number % 8 == 7:  # a near-duplicate: one word more at the end
+            if number % 8 == 7:  # a near-duplicate: with one more word at the end
                 text = f"{texts[draw.randrange(len(texts))]} again"
             texts.append(text)
             text = {3: "short", 5: f"darn {text}", 9: "na" * 60, 11: f"{text} {'#$%' * 25}"}.get(number % 50, text)
@@ -87,8 +87,8 @@ def make_data(folder: Path) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def run_of(root: Path, name: str, executor: str) -> Run:
-    """Return the run `name` below `root`, with the operators on an executor, `default` or `ray`."""
+def make_run(root: Path, name: str, executor: str) -> Run:
+    """Return the run `name` below `root`, whose operators use an executor: `default` or `ray`."""
     juicer = {"process": OPERATORS, "executor": executor, "chunk_size": CHUNK}
     recipe = root / f"{name}.yaml"
     values: dict[str, Any] = {
@@ -104,7 +104,7 @@ def run_of(root: Path, name: str, executor: str) -> Run:
 
 def process_records(root: Path, name: str, executor: str) -> int:
     """Run the part of the preprocess stage that runs Data-Juicer's operators. Returns its exit code."""
-    run = run_of(root, name, executor)
+    run = make_run(root, name, executor)
     return run_stage(run, "preprocess", lambda stage: run_operators(stage, run.data / "records.jsonl") and None)
 
 
@@ -118,7 +118,7 @@ def time_records(root: Path, name: str, executor: str) -> dict[str, Any]:
     began = time.monotonic()
     code = start_process(root, name, executor).wait()
     if code:
-        sys.exit(f"{name}: exit code {code}")
+        sys.exit(f"{name}: preprocess ended with exit code {code}; see its messages above")
     seconds = time.monotonic() - began
     kept = (root / "runs" / name / "preprocess" / "records" / "kept.jsonl").read_bytes()
     return {
@@ -138,7 +138,7 @@ def kill_and_resume(root: Path, name: str) -> dict[str, Any]:
     half = root / "runs" / name / "preprocess" / "records" / "work" / f"{len(OPERATORS) // 2 + 1:02}.json"
     while not half.exists() and child.poll() is None:
         time.sleep(0.05)
-    time.sleep(3.0)  # so that the next operator is at work
+    time.sleep(3.0)  # until the next operator is at work
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     before = time.monotonic() - began

@@ -28,7 +28,8 @@ def time_command(command: list[str]) -> tuple[float, float]:
     peak = 0.0
     ended = threading.Event()
 
-    def watch() -> None:
+    def poll_memory() -> None:
+        """Update the peak memory every 0.2 s until the command has ended."""
         nonlocal peak
         root = psutil.Process(process.pid)
         while not ended.wait(0.2):
@@ -40,7 +41,7 @@ def time_command(command: list[str]) -> tuple[float, float]:
                     continue
             peak = max(peak, total / 2**30)
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=poll_memory, daemon=True)
     watcher.start()
     code = process.wait()
     seconds = time.perf_counter() - before

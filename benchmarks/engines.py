@@ -22,7 +22,7 @@ MODELS = ("base", "tuned")
 
 
 def answer(engine: str) -> dict[str, Any]:
-    """Answer the demo's test set in a copy of its run. Returns seconds and predictions."""
+    """Answer the demo's test set with an engine, in a copy of its run. Returns the seconds and the predictions."""
     run = ROOT / "runs" / f"bench-{engine}"
     shutil.rmtree(run, ignore_errors=True)
     for stage in ("preprocess", "train"):

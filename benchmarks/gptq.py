@@ -54,9 +54,9 @@ def losses(run: Run) -> dict[str, Any]:
     }
 
 
-def reload(setting: Setting, name: str) -> dict[str, Any]:
+def measure_served_adapter(setting: Setting, name: str) -> dict[str, Any]:
     """Load a run's adapter in the transformers engine. Returns the kernel, the number of answers that differ from the
-    base's, and the losses of a validation sample with and without the adapter."""
+    base's, and the loss of a validation sample with and without the adapter."""
     import torch
 
     from stages.engines.engine import EngineSettings
@@ -93,8 +93,8 @@ def reload(setting: Setting, name: str) -> dict[str, Any]:
 
 
 def _tokens_and_labels(renderer: Any, messages: list[Any]) -> tuple[list[int], list[int]]:
-    """Return a conversation's tokens, and labels on those with a loss: the answer, its end token and a line break that
-    ms-swift's template chatml appends."""
+    """Return a conversation's tokens and labels. Only the answer, its end token and the line break that ms-swift's
+    template chatml appends have a loss."""
     prompt = renderer.render("x", messages[:-1]).tokens
     answer = renderer.tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
     answer += [renderer.tokenizer.eos_token_id, *renderer.tokenizer.encode("\n", add_special_tokens=False)]
@@ -102,7 +102,8 @@ def _tokens_and_labels(renderer: Any, messages: list[Any]) -> tuple[list[int], l
 
 
 def add_losses(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the trainings with their losses and, if they measure learning, with the results of `reload`."""
+    """Yield the rows of the trainings with their losses; for those that measure learning, also with the results of
+    `measure_served_adapter`."""
     number = {one.name: place for place, one in enumerate(settings)}
     for row in rows:
         if row.get("exit code") != 0:
@@ -128,7 +129,7 @@ def add_losses(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[
 def main() -> None:
     """Measure the settings, or those named, and write a row for each."""
     if sys.argv[1:2] == ["--reload"]:
-        print(json.dumps(reload(next(one for one in SETTINGS if one.name == sys.argv[2]), sys.argv[3])))
+        print(json.dumps(measure_served_adapter(next(one for one in SETTINGS if one.name == sys.argv[2]), sys.argv[3])))
         return
     wanted = [one for one in SETTINGS if not sys.argv[1:] or one.name in sys.argv[1:]]
     for model in dict.fromkeys(one.model for one in wanted):

@@ -27,7 +27,7 @@ def main() -> None:
     for target in sys.argv[1:]:
         stages = ("train",) if target == "v100-gptq" else STAGES
         build = ["images/build.sh", target]
-        subprocess.run(build, check=True, capture_output=True)  # builds the current code
+        subprocess.run(build, check=True, capture_output=True)  # rebuild with the current code
         images = {stage: client.images.get(f"lorry-{stage}:{VERSION}-{target}") for stage in stages}
         before = time.monotonic()
         subprocess.run(build, check=True, capture_output=True)
@@ -42,7 +42,8 @@ def main() -> None:
 
 
 def _size_together(client: docker.DockerClient, images: dict[str, Any]) -> float:
-    """Return the GB of the layers of these images, counting shared layers, which come first in the history, once."""
+    """Return the size of these images together, in GB. Layers that they share, which come first in the history, count
+    once."""
     layers: dict[str, int] = {}
     for image in images.values():
         chain = ""

@@ -40,10 +40,10 @@ RESAMPLES = 2000
 
 
 def score_function(scores: str, mean: float) -> Callable[[Array], Array]:
-    """A function that turns uniform numbers in 0..1 into scores of a kind (`scores`) with a mean."""
+    """Return a function that turns uniform numbers in 0..1 into scores of the kind `scores` with this mean."""
     if scores == "right or wrong":
         return lambda luck: (luck > 1 - mean).astype(np.float64)
-    # shares of 0 and of 1, and the ends between which the others are uniform
+    # the shares of scores 0 and 1, and the ends of the range in which the others are uniform
     zeros, ones, first, last = {
         0.5: (0.3, 0.3, 0.1, 0.9),
         0.95: (0.02, 0.88, 0.45, 0.95),
@@ -59,12 +59,12 @@ def score_function(scores: str, mean: float) -> Callable[[Array], Array]:
 
 
 def true_mean(scores: str, mean: float) -> float:
-    """The true mean of the scores of `score_function`, accurate to 1e-5."""
+    """The true mean of the scores that `score_function` gives, accurate to 1e-5."""
     return float(score_function(scores, mean)((np.arange(100_000) + 0.5) / 100_000).mean())
 
 
-def sizes_of(generator: np.random.Generator, sizes: str, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """Random numbers of questions of each document, of this shape. `sizes` is their range, as text."""
+def random_sizes(generator: np.random.Generator, sizes: str, shape: tuple[int, int]) -> NDArray[np.int64]:
+    """Random numbers of questions per document, of this shape. `sizes` is their range as text, such as `2 to 20`."""
     if sizes != "1 to 80, skewed":
         first, last = map(int, sizes.split(" to "))
         return generator.integers(first, last + 1, shape)
@@ -99,10 +99,10 @@ def draw_scores(
     correlation: float,
     means: tuple[float, ...],
 ) -> tuple[Array, Array]:
-    """Simulated scores as the sum and the number of each document's scores, both of shape (documents, draws). With two
-    means, the scores are differences, tuned less base."""
+    """The sum and the number of each document's simulated scores, both of shape (documents, draws). With two means, the
+    scores are differences: tuned minus base."""
     scores, way = kind
-    count = sizes_of(generator, sizes, shape)
+    count = random_sizes(generator, sizes, shape)
     cells = (*shape, int(count.max()))
     asked = np.arange(cells[2]) < count[..., None]
     alike = generator.random(cells) < np.sqrt(correlation)
@@ -122,18 +122,19 @@ def draw_scores(
 
 
 def bootstrap_intervals(sums: Array, sizes: Array) -> tuple[Array, Array]:
-    """Percentile intervals: low and high ends. All test sets share the resamples, as all runs with one seed did."""
+    """Return the low and high ends of percentile intervals. All test sets share the resamples, as runs with one seed
+    did."""
     documents = len(sums)
     times = np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES).astype(float)
-    # nearest ranks: the interpolation between them is a fraction of a point
+    # nearest ranks: interpolating between them changes a fraction of a point
     ranks = [round(0.025 * (RESAMPLES - 1)), round(0.975 * (RESAMPLES - 1))]
     means = np.partition((sums.T @ times.T) / (sizes.T @ times.T), ranks, axis=1)
     return means[:, ranks[0]], means[:, ranks[1]]
 
 
 def interval_figures(low: Array, high: Array, true: float) -> dict[str, float]:
-    """`coverage` and `stars`, the percent of the draws whose interval covers the true mean and excludes 0, and `width`,
-    the mean width in points."""
+    """Three figures: `coverage`, the percent of draws whose interval covers the true mean; `stars`, the percent of
+    draws whose interval excludes 0; `width`, the mean width in points."""
     holds = (low <= true + 1e-9) & (true - 1e-9 <= high)
     return {
         "coverage": round(100 * float(holds.mean()), 2),
@@ -143,7 +144,7 @@ def interval_figures(low: Array, high: Array, true: float) -> dict[str, float]:
 
 
 def simulated_rows(draws: int) -> Iterator[dict[str, Any]]:
-    """One row for each way to simulate and each true mean or pair; figures are lists by number of documents."""
+    """Yield a row for each way to simulate and each true mean or pair. Figures are lists by number of documents."""
     for number, ((kind, sizes), means, correlation) in enumerate(
         product(DESIGNS, [*((mean,) for mean in MEANS), *PAIRS], CORRELATIONS)
     ):
@@ -174,7 +175,7 @@ def simulated_rows(draws: int) -> Iterator[dict[str, Any]]:
 
 
 def extreme_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the worst figures of all rows, and with the interval if every answer is right."""
+    """The rows with the worst figures of `rows`, and with the interval if every answer is right."""
     found = []
     for of in ("mean", "tuned less base"):
         those = [row for row in rows if row["of"] == of]

@@ -82,12 +82,12 @@ class WatchedStage:
         """By time: seconds, activity, pages done, pages in total, and MB of the process."""
 
     def watch(self, until: tuple[str, int] | None = None) -> int | None:
-        """Watch until the stage ends. `until` is an activity and the number of its pages at which to kill the stage.
-        Returns the exit code."""
+        """Record memory and progress until the stage ends. Returns the exit code. `until` is an activity and the
+        number of its pages after which to kill the stage."""
         began = time.monotonic()
         while self._process.poll() is None:
             time.sleep(0.5)
-            last = self._last()
+            last = self._last_progress()
             if last is None:
                 continue
             self.seen.append((time.monotonic() - began, last["activity"], last["step"], last["total"], self._memory()))
@@ -95,8 +95,8 @@ class WatchedStage:
                 self._process.send_signal(signal.SIGKILL)
         return self._process.wait()
 
-    def _last(self) -> dict[str, Any] | None:
-        """The last progress event of this start; None before the first."""
+    def _last_progress(self) -> dict[str, Any] | None:
+        """The last progress event of this start; None if there is none yet."""
         try:
             with self._events.open("rb") as file:
                 file.seek(max(self._skip, self._events.stat().st_size - 4096))
@@ -107,7 +107,7 @@ class WatchedStage:
         return dict(json.loads(whole[-1])) if whole else None
 
     def _memory(self) -> float:
-        """MB of the stage's main process; 0 once it has ended."""
+        """The resident memory of the stage's main process in MB; 0 once it has ended."""
         try:
             status = Path(f"/proc/{self._process.pid}/status").read_text()
         except OSError:
@@ -115,7 +115,7 @@ class WatchedStage:
         return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS")), 0.0)
 
 
-def quarters(seen: list[tuple[float, str, int, int, float]], activity: str, known: int = 0) -> list[dict[str, Any]]:
+def quarter_rows(seen: list[tuple[float, str, int, int, float]], activity: str, known: int = 0) -> list[dict[str, Any]]:
     """Return a row for each quarter of the pages of this start, with its seconds and its memory at the end.
 
     `known` pages were already done before the start.
@@ -133,8 +133,8 @@ def quarters(seen: list[tuple[float, str, int, int, float]], activity: str, know
 
 
 def measure_search() -> list[dict[str, Any]]:
-    """Return rows with the seconds of exact search, over this job's pages and over a million small vectors. Figures are
-    medians of three."""
+    """Return rows with the seconds of exact search over this job's pages and over a million small vectors, each the
+    median of three."""
     rows = []
     generator = np.random.default_rng(0)
     for what, pages, dimensions in (("20,000 of GME-7B", 20_000, 3584), ("1,000,000 of MiniLM", 1_000_000, 384)):
@@ -161,7 +161,8 @@ def measure_search() -> list[dict[str, Any]]:
 def search_with_faiss(
     many: np.ndarray[Any, Any], queries: np.ndarray[Any, Any]
 ) -> tuple[float, float, np.ndarray[Any, Any]]:
-    """Return the seconds to build faiss's exact index from float16 vectors, those to search it, and the rows found.
+    """Search with faiss's exact index. Returns the seconds to build it from float16 vectors and to search it, and the
+    rows found.
 
     Shapes: `many` (pages, dimensions), `queries` (queries, dimensions), rows (queries, 5).
     """
@@ -200,8 +201,8 @@ def main() -> None:
         second = WatchedStage(environment, run / "events.jsonl")
         code = second.watch()
         manifest = read_json(run / "manifest.json")
-        drawn = quarters(first.seen, "render pages")
-        embedded = quarters(second.seen, "embed pages", kept)
+        drawn = quarter_rows(first.seen, "render pages")
+        embedded = quarter_rows(second.seen, "embed pages", kept)
         rendering = sum(row["seconds"] for row in drawn)
         resumed = [entry for entry in second.seen if entry[1] == "embed pages"]
         rows: list[dict[str, Any]] = [

@@ -62,18 +62,18 @@ class Setting:
     """Tokens by which every other sample is shorter if a micro-batch has several, so that there is padding, as in real
     data."""
 
-    def length_of(self, sample: int) -> int:
-        """The tokens of a sample, by its number."""
+    def sample_length(self, sample: int) -> int:
+        """The number of tokens of sample number `sample`."""
         return self.length - self.shorter * (sample % 2) * (self.micro_batch > 1)
 
     @property
     def lengths(self) -> Lengths:
         """The samples' lengths, as the plan gets them."""
-        return Lengths(self.length, self.answer, self.length_of(1) - self.answer)
+        return Lengths(self.length, self.answer, self.sample_length(1) - self.answer)
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """The overrides of the recipe."""
+        """The recipe's overrides, as KEY=VALUE."""
         vision = "vision_config" in CONFIGS[self.model]
         kind = ("qwen2_5_vl", "qwen2_5_vl") if vision else ("qwen2", "chatml")
         return (
@@ -128,7 +128,7 @@ SETTINGS = (
 
 def prepare(setting: Setting, name: str) -> None:
     """Write a run with samples of the setting's lengths, as if preprocess had made them."""
-    none = ROOTS.models / "none"  # in place of the embedder
+    none = ROOTS.models / "none"  # stands for the embedder
     none.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "none.safetensors"):
         (none / file).write_text("{}")
@@ -139,18 +139,18 @@ def prepare(setting: Setting, name: str) -> None:
         if setting.picture:
             picture = [_picture(stage)]
         number_of_all = STEPS * EFFECTIVE * 8
-        samples = [_sample(i, setting.length_of(i), setting.answer, picture) for i in range(number_of_all)]
+        samples = [_sample(i, setting.sample_length(i), setting.answer, picture) for i in range(number_of_all)]
         train = samples[: STEPS * EFFECTIVE * setting.micro_batch]
         for split, rows in (("train", train), ("validation", samples[:2]), ("test", samples[:1])):
             stage.outputs[f"samples/{split}.jsonl"] = write_jsonl(stage.path("samples", f"{split}.jsonl"), rows)
 
     if run_stage(run, "preprocess", work):
-        raise SystemExit(f"{name}: no samples")
+        raise SystemExit(f"{name}: the samples could not be written; see the message above")
     _save_digests(setting.model, run.stage_folder("train"))
 
 
 def _save_digests(model: str, folder: Path) -> None:
-    """Save a model's digest for the stage, as its first start does, because hashing 30 GB takes half a minute."""
+    """Save a model's digest in the stage's folder, as the first start does: hashing 30 GB takes half a minute."""
     known = ROOTS.runs / f".{model}.json"
     if not known.is_file():
         hashes = FileHashes(known)
@@ -236,8 +236,8 @@ class Training:
             if pid in used:
                 self.peaks[str(pid)] = max(self.peaks.get(str(pid), 0), used[pid])
 
-    def row(self) -> dict[str, Any]:
-        """Wait for the end. Returns the row with estimated and measured bytes."""
+    def finish(self) -> dict[str, Any]:
+        """Wait for the end of the training. Returns the row with estimated and measured bytes."""
         output = self.process.communicate()[0]
         measured = max(self.peaks.values(), default=0)
         row: dict[str, Any] = {
@@ -280,10 +280,11 @@ def measure(settings: list[Setting]) -> list[dict[str, Any]]:
             rows.append({"setting": one.name, "not run": f"{one.gpus} GPUs, and {len(handles)} here"})
         else:
             waiting.append((number, one))
-    waiting.sort(key=lambda item: -len(item[1].model))  # large models first: they take longest
+    waiting.sort(key=lambda item: -len(item[1].model))  # large models first, because they take longest
     running: list[Training] = []
 
-    def look() -> None:
+    def poll_memory_peaks() -> None:
+        """Update the memory peaks of the running trainings every 0.1 s until all have ended."""
         while waiting or running:
             used = {
                 process.pid: process.usedGpuMemory or 0
@@ -294,10 +295,10 @@ def measure(settings: list[Setting]) -> list[dict[str, Any]]:
                 training.update_peaks(used)
             time.sleep(0.1)
 
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=poll_memory_peaks, daemon=True).start()
     while waiting or running:
         for training in [one for one in running if one.process.poll() is not None]:
-            rows.append(training.row())
+            rows.append(training.finish())
             running.remove(training)
         taken = sum(training.estimate["total"] * training.setting.gpus for training in running)
         if waiting and len(running) < ONCE and taken < BUDGET:

@@ -30,7 +30,7 @@ CASES += (("connector", 4, 1024, True), ("connector", 2, 1024, False))
 """Phase, micro-batch, tokens of a sample including 576 of a picture, gradient checkpointing."""
 
 
-def settings(phase: str, micro_batch: int, checkpointing: bool) -> Train:
+def training_settings(phase: str, micro_batch: int, checkpointing: bool) -> Train:
     """Return the training settings of a phase, `lora` or `connector`."""
     fields = {"adapters": [{"name": "a"}], "rank": 16, "dropout": 0.0, "micro_batch": micro_batch}
     fields |= {"effective_batch": micro_batch, "gradient_checkpointing": checkpointing}
@@ -88,7 +88,7 @@ def measure_peak(phase: str, micro_batch: int, length: int, checkpointing: bool)
     return torch.cuda.max_memory_allocated() / 1e9
 
 
-def shape_of_mgm() -> ModelShape:
+def mgm_shape() -> ModelShape:
     """Return MGM-2B's shape as its folder's headers would give it, without writing 6 GB of weights."""
     with torch.device("meta"):
         state = MgmForConditionalGeneration(MgmConfig()).state_dict()
@@ -101,10 +101,10 @@ def shape_of_mgm() -> ModelShape:
 
 def main() -> None:
     """Measure all cases, and write a row for each."""
-    shape = shape_of_mgm()
+    shape = mgm_shape()
     rows = []
     for phase, micro_batch, length, checkpointing in CASES:
-        train = settings(phase, micro_batch, checkpointing)
+        train = training_settings(phase, micro_batch, checkpointing)
         parts = recipe_way(shape, train, 1, "bfloat16", Lengths(length, ANSWER)).estimate.parts()
         expected = sum(size for part, size in parts.items() if part not in ("framework", "fragmentation")) / 1e9
         found = measure_peak(phase, micro_batch, length, checkpointing)

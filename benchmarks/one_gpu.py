@@ -59,7 +59,7 @@ class PrecisionTraining(Training):
 
 
 def measure_precision() -> None:
-    """Train 208 steps by the V100's rule, base in float16 and LoRA in float32, and the same steps in bfloat16."""
+    """Train 208 steps by the V100's rule (base in float16, LoRA in float32), and the same steps in bfloat16."""
     long = (*SMALL, "train.epochs=16", "train.log_every=1", "train.checkpoint_every=100")
     for training in [
         PrecisionTraining(f"{dtype}, 208 steps", f"precision-{dtype}", "0", (*long, f"train.precision={dtype}"))
@@ -73,18 +73,18 @@ def measure_precision() -> None:
 
 def measure_kills() -> None:
     """Stop a job with SIGTERM and kill it with SIGKILL, resume it, and compare its losses with an undisturbed job's."""
-    from benchmarks.two_gpus import note_differences
+    from benchmarks.two_gpus import add_differences
 
     whole = Training("one GPU, undisturbed", "kill-none", "0")
-    stopped = Training("one GPU, stopped", "kill-term", "0").disturb(signal.SIGTERM).end(alone=False)
-    killed = Training("one GPU, killed", "kill-kill", "0").disturb(signal.SIGKILL, at=30).end(alone=False)
+    stopped = Training("one GPU, stopped", "kill-term", "0").signal_at_step(signal.SIGTERM).end(alone=False)
+    killed = Training("one GPU, killed", "kill-kill", "0").signal_at_step(signal.SIGKILL, at=30).end(alone=False)
     worker = Training("one GPU, training process killed", "kill-worker", "0")
-    worker.disturb(signal.SIGKILL, worker=0).end(alone=False)
+    worker.signal_at_step(signal.SIGKILL, worker=0).end(alone=False)
     whole.end(alone=False)
     began = [(first, Training(f"{first.row['what']}: goes on", first.run, "0")) for first in (stopped, killed, worker)]
     for first, again in began:
         again.end(alone=False)
-        note_differences(f"{first.row['what']} and gone on with, against undisturbed", whole, again)
+        add_differences(f"{first.row['what']} and gone on with, against undisturbed", whole, again)
 
 
 # -- memory that others hold -----------------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ HUNGRY = (
 
 
 def measure_hog() -> None:
-    """Measure whether training recovers, with the same losses, if another program takes most of the GPU's memory during
-    training or after planning."""
+    """Measure whether training recovers, with the same losses, if another program takes most of the GPU's memory after
+    planning or during training."""
     if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
         make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
     whole = Training("0.5B, the card is free", "hog-none", "0", HUNGRY).end()
@@ -144,7 +144,7 @@ def measure_hog() -> None:
     note(what="memory at steps of the undisturbed run", GiB=memory)
     jump, before = max((memory[b] - memory[a], a) for a, b in pairwise(memory) if a > 5)
     with Hog() as other:
-        late = Training("0.5B, another program takes the rest in mid-run", "hog-late", "0", HUNGRY).reach(before)
+        late = Training("0.5B, another program takes the rest in mid-run", "hog-late", "0", HUNGRY).wait_for(before)
         _finish_disturbed(late, other, jump / 2, whole)
     with Hog() as other:
         early = Training("0.5B, another program takes all but 8 GiB once the plan is made", "hog-early", "0", HUNGRY)
@@ -166,7 +166,7 @@ def measure_full() -> None:
 
 
 def _finish_disturbed(training: Training, other: Hog, leave: float, whole: Training) -> None:
-    """Take memory with another process, then finish the training and compare its losses."""
+    """Take all GPU memory but `leave` GiB with `other`, finish the training, and compare its losses with `whole`'s."""
     training.row["left by the other, GiB"] = other.take_all_but(leave)
     _finish(training, whole)
 
@@ -182,7 +182,7 @@ def _finish(training: Training, whole: Training | None) -> None:
 
 
 def _memory_by_step(training: Training) -> dict[int, float]:
-    """The GPU memory of a training in GiB, by step."""
+    """The GPU memory of a training by step, in GiB."""
     steps = [event for event in read_jsonl(training.events) if event.get("unit") == "steps" and event.get("memory")]
     return {event["step"]: round(event["memory"] / GIB, 2) for event in steps}
 
@@ -226,7 +226,7 @@ def measure_speed() -> None:
     began = time.monotonic()
     for turn in range(TURNS):
         if turn >= 2 and (time.monotonic() - began) * (turn + 1) / turn > SPEED_SECONDS:
-            break  # under a time limit, two turns are better than none
+            break  # two turns are better than none if there is a time limit
         for who in sorted(found, reverse=bool(turn % 2)):
             pace = _train_pace(setting, str(turn))[0] if who == "lorry" else _swift_pace(arguments, setting, turn)
             if pace:
@@ -260,24 +260,24 @@ def _train_pace(setting: Setting, turn: str) -> tuple[dict[str, float], list[str
     log = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     if done.returncode:
         print(done.stdout[-500:], done.stderr[-500:], log[-1500:], flush=True)
-    return pace_of(log), _arguments_of(log)
+    return read_pace(log), _read_arguments(log)
 
 
 def _swift_pace(arguments: list[str], setting: Setting, turn: int) -> dict[str, float]:
     """Return the pace of `swift sft` with the same arguments; empty if it failed."""
     output = ROOTS.runs / f"by-hand-{turn}"
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
-    by_hand = _arguments_by_hand(arguments, "speed-warm-up", output)
+    by_hand = _redirected_arguments(arguments, "speed-warm-up", output)
     done = _run([sys.executable, "-m", "swift.cli.sft", *by_hand], offline)
     if done.returncode:
         print(done.stdout[-800:], done.stderr[-1500:], flush=True)
-    return pace_of(done.stdout + done.stderr)
+    return read_pace(done.stdout + done.stderr)
 
 
-def pace_of(log: str) -> dict[str, float]:
-    """Return the seconds per step, over all steps and without the first two, which are slower.
+def read_pace(log: str) -> dict[str, float]:
+    """Return two means of the seconds per step: over all steps, and from the third step on. The first two are slower.
 
-    The trainer's log has the mean seconds per step so far. Empty if it has fewer than three steps.
+    Both come from the trainer's log, which has the mean so far. Empty if it has fewer than three steps.
     """
     said = re.findall(r"'global_step/max_steps': '(\d+)/\d+'.*?'train_speed\(s/it\)': '([0-9.]+)'", log)
     total = {int(step): int(step) * float(pace) for step, pace in said}
@@ -290,14 +290,15 @@ def pace_of(log: str) -> dict[str, float]:
     }
 
 
-def _arguments_of(log: str) -> list[str]:
-    """Return the arguments that the training process passed to ms-swift, from its log."""
+def _read_arguments(log: str) -> list[str]:
+    """Return the arguments that the training process passed to ms-swift, from its log; empty if it passed none."""
     found = re.findall(r"^swift sft (.*)$", log, re.MULTILINE)
     return shlex.split(found[-1]) if found else []
 
 
-def _arguments_by_hand(arguments: list[str], run: str, output: Path) -> list[str]:
-    """Return the arguments with another output folder and a copy of the samples: the stage has deleted its own."""
+def _redirected_arguments(arguments: list[str], run: str, output: Path) -> list[str]:
+    """Return the arguments with the output folder `output`, and a new copy of the samples, as the stage has deleted its
+    own."""
     samples = output.with_suffix(".jsonl")
     source = ROOTS.runs / run / "preprocess" / "samples" / "train.jsonl"
     rows_of_it = [{"messages": sample["messages"]} for sample in read_jsonl(source)]
@@ -352,7 +353,7 @@ def _measure_command(what: str, command: list[str], environment: dict[str, str],
 
 
 def _run(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Run a command with more environment variables. Returns its exit code and output."""
+    """Run a command with these environment variables added. Returns its exit code and output."""
     return subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240
     )

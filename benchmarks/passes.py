@@ -50,8 +50,8 @@ REAL_TOKENS = 49152
 ROOTS = Roots.from_environment()
 
 
-def run_of(length: str) -> Run:
-    """Return the run for answers of a length, `long` or `short`."""
+def run_for_length(length: str) -> Run:
+    """Return the run whose answers have the length `long` or `short`."""
     sets = (f"model.path={MODEL}", *LIMITS[length])
     recipe = settle_recipe(
         load_recipe(Path("recipes/patent-qa.yaml"), None, sets), "recipes/patent-qa.yaml", Path("recipes/data")
@@ -69,7 +69,7 @@ def prepare() -> None:
     _silence_unused_tokens(model)
     for length in LIMITS:
         random.seed(0)
-        run = run_of(length)
+        run = run_for_length(length)
         questions = [_question(number) for number in range(QUESTIONS)]
         samples = [_sample(run, question) for question in questions]
         rows = [{"idx": str(q.row), "ids": [q.id], "document": q.document, "question": q.text} for q in questions]
@@ -113,7 +113,7 @@ def _sample(run: Run, question: PatentQuestion) -> Any:
 
 
 def _silence_unused_tokens(folder: Path) -> None:
-    """Zero the head's rows of tokens without text. Their logit is then 0, and another token's is always higher."""
+    """Set the head's rows of tokens without text to 0. Their logits are then 0, and that of another token is higher."""
     import struct
 
     index = read_json(folder / "model.safetensors.index.json")["weight_map"]
@@ -157,7 +157,7 @@ class Job:
     """The questions with one limit of answer tokens, and the engine that answers them."""
 
     def __init__(self, engine: Engine, length: str) -> None:
-        self._engine, self._length, self._run = engine, length, run_of(length)
+        self._engine, self._length, self._run = engine, length, run_for_length(length)
         self._samples: list[Any] = read_jsonl(self._run.path("preprocess", "samples", "test.jsonl"))
         self._renderer = Renderer(ROOTS.models / MODEL)
         self._texts: dict[str, dict[str, str]] = {}
@@ -179,20 +179,20 @@ class Job:
         return replace(prompt, pictures=pages)
 
     def _call(self, name: str, samples: list[Any], adapter: str | None, fine: bool) -> None:
-        """Answer the samples in one pass, and keep the completions."""
+        """Answer the samples in the pass `name`, and keep the completions."""
         prompts = [prompt for sample in samples if (prompt := self._prompt(sample, name, fine)) is not None]
         for prompt, completion in zip(prompts, self._engine.generate(prompts, adapter), strict=True):
             self._texts[prompt.id][name] = completion.text
             self._tokens += completion.tokens
 
     def _row(self, way: str, questions: int, seconds: float, **more: Any) -> dict[str, Any]:
-        """The row of a way, which is also printed."""
+        """Return the row of a way to answer, and print it."""
         row = {"way": way, "answers": self._length, "questions": questions, **more}
         row |= {"seconds a question": round(seconds / questions, 3), "tokens written": self._tokens}
         print("ROW", json.dumps(row), flush=True)
         return row
 
-    def one_by_one(self, count: int) -> dict[str, Any]:
+    def answer_one_by_one(self, count: int) -> dict[str, Any]:
         """Answer question by question: classify, answer, refine. Returns the row."""
         self._texts, self._tokens = {sample["id"]: {} for sample in self._samples}, 0
         began = time.monotonic()
@@ -201,7 +201,7 @@ class Job:
                 self._call(name, [sample], None, fine=True)
         return self._row("one request at a time", count, time.monotonic() - began)
 
-    def batched(self, adapter: str | None, count: int = QUESTIONS) -> dict[str, Any]:
+    def answer_batched(self, adapter: str | None, count: int = QUESTIONS) -> dict[str, Any]:
         """Answer pass by pass: classify all, answer all, refine all. Returns the row."""
         samples = self._samples[:count]
         self._texts, self._tokens = {sample["id"]: {} for sample in self._samples}, 0
@@ -222,9 +222,9 @@ def measure_both() -> None:
     """Measure both ways with one engine, and write their rows."""
     from stages.engines.vllm_engine import VllmEngine
 
-    recipe = run_of("long").recipe
+    recipe = run_for_length("long").recipe
     began = time.monotonic()
-    adapter = run_of("long").path("train", "adapters", "tuned")
+    adapter = run_for_length("long").path("train", "adapters", "tuned")
     engine = VllmEngine(
         EngineSettings(
             model=ROOTS.models / MODEL,
@@ -239,13 +239,13 @@ def measure_both() -> None:
         )
     )
     rows: list[dict[str, Any]] = [{"what": "engine start", "seconds": round(time.monotonic() - began, 1)}]
-    Job(engine, "short").batched(None, 8)  # warm-up: first calls compile
+    Job(engine, "short").answer_batched(None, 8)  # warm-up: the first calls compile
     for length, count in (("short", 8), ("long", 4)):
         job = Job(engine, length)
         _empty_caches(engine)
-        one = job.one_by_one(count)
+        one = job.answer_one_by_one(count)
         _empty_caches(engine)
-        ours = job.batched(None)
+        ours = job.answer_batched(None)
         rows += [one, {**ours, "times": round(one["seconds a question"] / ours["seconds a question"], 1)}]
         write_rows("passes", rows, "python -m benchmarks.passes")
     engine.close()
@@ -260,7 +260,7 @@ def _empty_caches(engine: Any) -> None:
 def measure_stage() -> None:
     """Run the infer stage with base and adapter, each in three passes over all questions, and print its row."""
     for length, values in LIMITS.items():
-        run = run_of(length)
+        run = run_for_length(length)
         began = time.monotonic()
         sets = [word for value in (f"model.path={MODEL}", *values) for word in ("--set", value)]
         command = [sys.executable, "-m", "entrypoints.infer", "patent-qa", "--run", run.name, *sets]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def descendants(root: int) -> set[int]:
-    """Return the ids of a process and of all processes that it started, directly or not."""
+    """Return the ids of the process `root` and of all processes below it."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -116,7 +116,9 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     shapes = _shapes(plain)
     if plain == config:
-        _write_weights(folder, {name: Tensor("BF16", shape, _kind(config, name)) for name, shape in shapes.items()})
+        _write_weights(
+            folder, {name: Tensor("BF16", shape, _tensor_kind(config, name)) for name, shape in shapes.items()}
+        )
     else:
         _write_weights(folder, _pack(shapes))
 
@@ -151,7 +153,7 @@ def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in model.state_dict().items() if name not in tied}
 
 
-def _kind(config: dict[str, Any], name: str) -> str:
+def _tensor_kind(config: dict[str, Any], name: str) -> str:
     """Return the kind of a tensor. A LLaVA's norms are ones, because its connector would have no effect otherwise."""
     is_norm = name.endswith(("norm.weight", "layrnorm.weight", "layer_norm1.weight", "layer_norm2.weight"))
     return "norm of 16 bits" if config["model_type"] == "llava" and is_norm else "weight"
@@ -177,8 +179,8 @@ SCALE = 0.0043
 """Scale of an integer from 0 to 15, minus 8, so that the weights' standard deviation is 0.02."""
 
 
-def _contents() -> dict[str, bytes]:
-    """Return a block of bytes for each dtype or kind of tensor, which is written repeatedly."""
+def _repeated_blocks() -> dict[str, bytes]:
+    """Return, by dtype or kind of tensor, the block of bytes that is written repeatedly."""
     import torch
 
     normal = torch.randn(32 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -197,7 +199,8 @@ def _contents() -> dict[str, bytes]:
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write the tensors as safetensors files of at most SHARD bytes, with their index."""
-    contents, written = _contents(), Counter[str]()  # bytes so far, so that no two modules have the same weights
+    contents = _repeated_blocks()
+    written = Counter[str]()  # bytes so far: each tensor starts elsewhere in its block, so that no two are equal
     files: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

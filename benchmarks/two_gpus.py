@@ -57,8 +57,8 @@ def make_model(name: str, shape: dict[str, int]) -> None:
 
 
 def make_model_in_a_process(name: str, shape: dict[str, int]) -> None:
-    """Write a model in another process, so that this one never holds a GPU. An existing model is kept, because
-    trainings may be reading it."""
+    """Write a model in another process, so that this one never holds a GPU. Keeps an existing model, because trainings
+    may be reading it."""
     if (ROOTS.models / name / "model.safetensors").is_file():
         return
     code = f"from benchmarks.two_gpus import make_model; make_model({name!r}, {shape!r})"
@@ -87,7 +87,7 @@ class Training:
 
     def steps(self) -> list[dict[str, Any]]:
         """Return the loss events of this start, one for each logged step."""
-        with suppress(OSError, json.JSONDecodeError):  # no file yet, or half a line
+        with suppress(OSError, json.JSONDecodeError):  # there is no file yet, or only half a line
             return [event for event in read_jsonl(self.events)[self.earlier :] if event["event"] == "loss"]
         return []
 
@@ -103,16 +103,16 @@ class Training:
                     found.append((int(variables.get(b"RANK", b"0")), int(path.name)))
         return [process for _, process in sorted(found)]
 
-    def reach(self, step: int) -> "Training":
-        """Wait for a step, then add the number of processes on each GPU to the row."""
+    def wait_for(self, step: int) -> "Training":
+        """Wait until the training reaches this step, then add the number of processes on each GPU to the row."""
         while self.process.poll() is None and (not self.steps() or self.steps()[-1]["step"] < step):
             time.sleep(0.01)
         self.row["on GPUs"] = processes_on_gpus()
         return self
 
-    def disturb(self, sig: signal.Signals, worker: int | None = None, at: int = 20) -> "Training":
-        """Send a signal at the step `at`, to the stage or to the training process of rank `worker`."""
-        self.reach(at)
+    def signal_at_step(self, sig: signal.Signals, worker: int | None = None, at: int = 20) -> "Training":
+        """Send a signal at step `at` to the training process of rank `worker`; None: to the stage."""
+        self.wait_for(at)
         self.row["signal"] = f"{sig.name} to {'the stage' if worker is None else f'process {worker}'}"
         self.row["sent at step"] = self.steps()[-1]["step"] if self.steps() else None
         with suppress(IndexError, ProcessLookupError):
@@ -121,8 +121,8 @@ class Training:
         return self
 
     def end(self, alone: bool = True) -> "Training":
-        """Wait for the end, and add the row to `rows`. `alone`: no other process uses the GPUs, so also wait until they
-        are free."""
+        """Wait until the training ends, and add its row to `rows`. `alone`: no other process uses the GPUs, so also wait
+        until they are free."""
         try:
             output, _ = self.process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
@@ -152,7 +152,7 @@ class Training:
         return self
 
     def _results(self) -> dict[str, Any]:
-        """Return facts from the manifest and the metrics of a finished training."""
+        """Return the columns from the manifest and the metrics of a finished training."""
         times = [event["time"] for event in self.steps()]
         pace = [b - a for a, b in pairwise(times[3:])]
         speed = {"median seconds a step": round(statistics.median(pace), 4)} if pace else {}
@@ -183,7 +183,7 @@ def processes_on_gpus() -> list[int]:
     return [len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) for handle in handles]
 
 
-def note_differences(what: str, one: Training, other: Training) -> None:
+def add_differences(what: str, one: Training, other: Training) -> None:
     """Add a row with the differences between the losses of two finished trainings."""
     if one.process.returncode or other.process.returncode:
         return
@@ -209,29 +209,29 @@ def measure_small() -> None:
     make_model_in_a_process("random-llama", RANDOM_LLAMA)
     two = Training("two GPUs", "two", BOTH).end()
     one = Training("one GPU", "one", "0")
-    Training("the other GPU, stopped; beside it the row below", "one-first", "1").disturb(signal.SIGTERM).end(False)
-    note_differences("two GPUs against one", two, one.end())
-    Training("two GPUs, stopped", "stopped", BOTH).disturb(signal.SIGTERM).end()
+    Training("the other GPU, stopped; beside it the row below", "one-first", "1").signal_at_step(signal.SIGTERM).end(
+        False
+    )
+    add_differences("two GPUs against one", two, one.end())
+    Training("two GPUs, stopped", "stopped", BOTH).signal_at_step(signal.SIGTERM).end()
     shutil.copytree(ROOTS.runs / "stopped", ROOTS.runs / "two-first")
-    note_differences(
+    add_differences(
         "stopped and gone on against undisturbed", two, Training("two go on after a stop", "stopped", BOTH).end()
     )
-    note_differences(
-        "one after two against undisturbed", two, Training("one goes on after two", "two-first", "0").end()
-    )
-    note_differences("two after one against undisturbed", two, Training("two go on after one", "one-first", BOTH).end())
-    Training("two GPUs, a process killed", "killed", BOTH).disturb(signal.SIGKILL, worker=1).end()
-    Training("they go on, and the stage is killed", "killed", BOTH).disturb(signal.SIGKILL).end()
-    note_differences("killed twice against undisturbed", two, Training("two go on after both", "killed", BOTH).end())
+    add_differences("one after two against undisturbed", two, Training("one goes on after two", "two-first", "0").end())
+    add_differences("two after one against undisturbed", two, Training("two go on after one", "one-first", BOTH).end())
+    Training("two GPUs, a process killed", "killed", BOTH).signal_at_step(signal.SIGKILL, worker=1).end()
+    Training("they go on, and the stage is killed", "killed", BOTH).signal_at_step(signal.SIGKILL).end()
+    add_differences("killed twice against undisturbed", two, Training("two go on after both", "killed", BOTH).end())
 
 
 def measure_large() -> None:
     """Measure the speed of a model that keeps a GPU busy, with gradient checkpointing; also after a stop."""
     make_model_in_a_process("random-1.7b", RANDOM_LARGE)
-    stopped = Training("1.7B, two GPUs, stopped", "large-two", BOTH, LARGE).disturb(signal.SIGTERM, at=12).end()
-    two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).reach(14).end()
+    stopped = Training("1.7B, two GPUs, stopped", "large-two", BOTH, LARGE).signal_at_step(signal.SIGTERM, at=12).end()
+    two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).wait_for(14).end()
     one = Training("1.7B, one GPU", "large-one", "0", LARGE).end()
-    note_differences("1.7B: two GPUs against one", two, one)
+    add_differences("1.7B: two GPUs against one", two, one)
     add_speed(stopped, one)
 
 
@@ -244,7 +244,7 @@ def measure_sharded() -> None:
     }
     add_speed(*found.values())
     for name in ("zero2", "zero3"):
-        note_differences(f"1.7B, two GPUs: {name} against none", found["none"], found[name])
+        add_differences(f"1.7B, two GPUs: {name} against none", found["none"], found[name])
 
 
 def add_speed(*trainings: Training) -> None:

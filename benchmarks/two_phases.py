@@ -42,7 +42,7 @@ DATA = str(Path("recipes/data/patent-qa").absolute())
 """Any folder will do: the samples are made here."""
 
 
-def settings(model: str) -> tuple[str, ...]:
+def recipe_overrides(model: str) -> tuple[str, ...]:
     """Return the overrides of the recipe."""
     return (
         *(f"model.path={model}", "model.swift_template=llava_chatml", "preprocess.data_juicer=null"),
@@ -65,7 +65,7 @@ def prepare(run: Run) -> None:
         stage.outputs["pictures/"] = None
 
     if run_stage(run, "preprocess", work):
-        raise SystemExit("no samples")
+        raise SystemExit(f"{run.name}: the samples could not be written; see the message above")
 
 
 def _sample(stage: Stage, source: str, number: int) -> dict[str, Any]:
@@ -121,11 +121,11 @@ class Peaks:
     def __init__(self, root: int) -> None:
         self.bytes: dict[int, int] = {}
         self._root, self._stopped = root, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._poll_memory, daemon=True)
         self._thread.start()
 
-    def _look(self) -> None:
-        """Update the peaks ten times a second until `stop`."""
+    def _poll_memory(self) -> None:
+        """Update the peaks every 0.1 s until `stop` is called."""
         import pynvml
 
         pynvml.nvmlInit()
@@ -148,7 +148,7 @@ class Peaks:
 
 
 def train(sets: list[str]) -> tuple[int, str, float, list[int]]:
-    """Run the train command. Returns exit code, output, seconds, and the peak bytes of its training processes."""
+    """Run the train command. Returns its exit code, output, seconds, and its training processes' peak bytes."""
     command = [sys.executable, "-m", "entrypoints.train", "better-synth", "--run", NAME, "--data", DATA, *sets]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -220,9 +220,9 @@ def main() -> None:
     if not tiny and not (ROOTS.models / model / "model.safetensors.index.json").is_file():
         make_model(ROOTS.models / model, CONFIGS[model])
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "2")
-    run = open_run("better-synth", None, DATA, settings(model), NAME)
+    run = open_run("better-synth", None, DATA, recipe_overrides(model), NAME)
     prepare(run)
-    sets = [word for one in settings(model) for word in ("--set", one)]
+    sets = [word for one in recipe_overrides(model) for word in ("--set", one)]
     rows = [plan_row(sets)]
     neighbour = None
     try:

@@ -58,7 +58,7 @@ EVERYTHING = "everything"
 STAGES = ("preprocess", "train", "infer", "eval")
 SETTINGS = (
     *("data.validation_fraction=0.3", "train.rank=32", "train.alpha=64"),
-    # few modules of the upper layers: the time per step of so small a model grows with the number of LoRA modules
+    # few modules of the upper layers: the time per step of such a small model grows with the number of LoRA modules
     r"train.target_modules='.*\.layers\.[12][0-9]\..*(q_proj|v_proj|down_proj)'",
     *("train.learning_rate=2e-3", "train.epochs=2", "train.effective_batch=16", "train.micro_batch=16"),
     *("train.checkpoint_every=100000", "train.log_every=10", "infer.batch_size=256", "infer.chunk_size=1024"),
@@ -71,7 +71,7 @@ OTHER_VOTES = {
 """Settings of other ways to vote, by name. Only the second round prompts a model; the last may choose all ten."""
 
 
-def mixes(seed: int, count: int, kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def make_mixes(seed: int, count: int, kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Return the data mixes of a seed by adapter: each has all sources but one, in turn, and the last has all."""
     found = {}
     for number in range(1, count + 1):
@@ -116,7 +116,7 @@ class Seed:
         self.shards, self.card, self.adapters = shards, card, adapters
         matrix = json.dumps([{"name": name, "data": data} for name, data in adapters.items()])
         self.voters = [name for name in adapters if name != EVERYTHING]
-        self.sets = (*SETTINGS, f"seed={seed}", f"train.adapters={matrix}", self._vote(), *sets)
+        self.sets = (*SETTINGS, f"seed={seed}", f"train.adapters={matrix}", self._vote_setting(), *sets)
         self.data = ROOTS.runs / "vote-data" / "-".join(map(str, [seed, *problems.values(), *kinds, most_options]))
         self.processes: list[subprocess.Popen[bytes]] = []
         self.stopped = False
@@ -124,28 +124,28 @@ class Seed:
         if not self.data.is_dir():
             make_data(self.data, seed, problems, kinds, most_options)
 
-    def _vote(self, otherwise: str = "{}") -> str:
-        """Return the setting of a vote of the mixes' adapters."""
+    def _vote_setting(self, otherwise: str = "{}") -> str:
+        """Return the override of `infer.vote` for the mixes' adapters. `otherwise`: its other keys, as YAML."""
         return f"infer.vote={json.dumps({'adapters': self.voters, **yaml.safe_load(otherwise)})}"
 
-    def stage(self, stage: str, *more: str) -> bool:
+    def run_stage(self, stage: str, *more: str) -> bool:
         """Run a stage's command. Returns whether it is done."""
         if self.stopped:
             return False
         began = time.monotonic()
         code = 0
         if stage == "train":
-            code = max(self._run(stage, more, [f"{index}/{self.shards}" for index in range(self.shards)]))
+            code = max(self._run_processes(stage, more, [f"{index}/{self.shards}" for index in range(self.shards)]))
         if code == 0:
-            (code,) = self._run(stage, more, [None])
+            (code,) = self._run_processes(stage, more, [None])
         self.seconds[stage] += round(time.monotonic() - began, 1)
         print(f"seed {self.seed}: {stage}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
         if code not in (0, 75):
             print((ROOTS.runs / f"{self.name}.log").read_text(errors="replace")[-1500:], flush=True)
         return code == 0
 
-    def _run(self, stage: str, more: tuple[str, ...], shards: list[str | None]) -> list[int]:
-        """Run a stage's command for all shards at once, or without a shard for None. Returns the exit codes."""
+    def _run_processes(self, stage: str, more: tuple[str, ...], shards: list[str | None]) -> list[int]:
+        """Run a stage's command for all `shards` at once (None: without a shard). Returns the exit codes."""
         sets = [word for value in (*self.sets, *more) for word in ("--set", value)]
         command = [sys.executable, "-m", f"entrypoints.{stage}", "logic-choice", "--profile", "tiny"]
         command += ["--run", self.name, "--data", str(self.data), *sets]
@@ -165,19 +165,19 @@ class Seed:
             return [process.wait() for process in self.processes]
 
     def stop(self) -> None:
-        """Stop the stage that runs, and start no other."""
+        """Stop the running stage, and start no other."""
         self.stopped = True
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
-    def work(self) -> dict[str, Any] | None:
+    def run_stages(self) -> dict[str, Any] | None:
         """Run all stages. Returns the row, unchanged if an earlier start wrote it; None if a stage is not done."""
         kept = ROOTS.runs / f"vote-row-{self.seed}.json"
         row = read_json(kept)
-        if row is None and all(self.stage(stage) for stage in STAGES):
-            row = self.add_other_votes(self.row())
-            if not self.stopped:  # else other ways to vote are missing
+        if row is None and all(self.run_stage(stage) for stage in STAGES):
+            row = self.add_other_votes(self.finished_row())
+            if not self.stopped:  # a stopped seed lacks other ways to vote
                 write_json(kept, row)
         if row is not None:
             write_json(OUT / kept.name, row)
@@ -186,13 +186,13 @@ class Seed:
     def add_other_votes(self, row: dict[str, Any]) -> dict[str, Any]:
         """Vote again in the other ways, and add their accuracies to the row. Returns the row."""
         for name, vote in OTHER_VOTES.items():
-            if self.stage("infer", self._vote(vote)) and self.stage("eval", self._vote(vote)):
+            if self.run_stage("infer", self._vote_setting(vote)) and self.run_stage("eval", self._vote_setting(vote)):
                 row["other votes"][name] = read_json(self.folder("eval") / "scores.json")["vote"]["accuracy"]["value"]
         return row
 
-    def probe(self) -> None:
+    def run_probe(self) -> None:
         """Run all stages, and print the accuracy by kind of puzzle."""
-        if all(self.stage(stage) for stage in STAGES):
+        if all(self.run_stage(stage) for stage in STAGES):
             print("PROBE", self.sets[len(SETTINGS) + 3 :], dict(self.seconds), flush=True)
             self.print_by_kind()
 
@@ -200,7 +200,7 @@ class Seed:
         """Return a stage's folder in the run."""
         return ROOTS.runs / self.name / stage
 
-    def row(self) -> dict[str, Any]:
+    def finished_row(self) -> dict[str, Any]:
         """Return the row of a finished run, without other votes."""
         scores = {name: one["accuracy"] for name, one in read_json(self.folder("eval") / "scores.json").items()}
         vote = read_json(self.folder("eval") / "vote.json")
@@ -286,7 +286,7 @@ def main() -> None:
             for number, each in enumerate(chosen.probe)
         ]
     else:
-        made = [(seed, mixes(seed, chosen.adapters, chosen.kinds), sets, f"vote-{seed}") for seed in chosen.seeds]
+        made = [(seed, make_mixes(seed, chosen.adapters, chosen.kinds), sets, f"vote-{seed}") for seed in chosen.seeds]
     cards = max(torch.cuda.device_count(), 1)
     seeds = [
         Seed(seed, *puzzles, adapters, chosen.shards, own, name, place % cards)
@@ -295,7 +295,7 @@ def main() -> None:
     timer = threading.Timer(min(chosen.seconds, 86_400), lambda: [seed.stop() for seed in seeds])
     timer.start()
     with ThreadPoolExecutor(len(seeds)) as pool:
-        found = list(pool.map(Seed.probe if chosen.probe else Seed.work, seeds))
+        found = list(pool.map(Seed.run_probe if chosen.probe else Seed.run_stages, seeds))
     timer.cancel()
     rows = [row for row in found if row is not None]
     if rows:
@@ -303,9 +303,8 @@ def main() -> None:
         summary = {"seeds": len(rows), "vote no worse than the best single adapter": no_worse}
         write_rows("vote", [*rows, summary], "python -m benchmarks.vote")
     if not chosen.probe:
-        print(
-            f"{len(rows)} of {len(seeds)} seeds are done; run the same command again to resume the others", flush=True
-        )
+        cure = "; run the same command again to resume the others" if len(rows) < len(seeds) else ""
+        print(f"vote: {len(rows)} of {len(seeds)} seeds are done{cure}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import write_rows
-from benchmarks.two_gpus import RANDOM_LLAMA, ROOTS, Training, make_model_in_a_process, note_differences, rows
+from benchmarks.two_gpus import RANDOM_LLAMA, ROOTS, Training, add_differences, make_model_in_a_process, rows
 from stages.contract.files import read_json, read_jsonl
 
 SETTINGS = (
@@ -67,7 +67,7 @@ class Start(Training):
 
 
 def gpu_count() -> int:
-    """Return the number of GPUs of this machine, by the driver."""
+    """Return this machine's number of GPUs, as the driver counts them."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -75,16 +75,17 @@ def gpu_count() -> int:
 
 
 def train_undisturbed(sharding: str, processes: int, kind: str = "", **environment: str) -> Start:
-    """Train without a stop. `kind` begins the run's name; `half` trains in float16."""
+    """Train without a stop. `kind` is the start of the run's name; `half` trains in float16."""
     settings = HALF if kind.startswith("half") else SETTINGS
     return Start(f"{kind or 'whole'}-{sharding}-{processes}", sharding, processes, settings, **environment).end()
 
 
 def train_in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[str, ...] = SETTINGS) -> Start:
-    """Train, stop, and resume the next way, until done. `ways` are shardings with numbers of processes."""
+    """Train in the first of `ways`, stop, and resume in the next one, until the last one ends. A way is a sharding and
+    a number of processes."""
     for (sharding, processes), stop in zip(ways[:-1], STOPS, strict=False):
         start = Start(name, sharding, processes, settings)
-        start.disturb(signal.SIGTERM, at=stop)
+        start.signal_at_step(signal.SIGTERM, at=stop)
         start.end()
         checkpoints = sorted(start.folder.glob("checkpoints/*/checkpoint-*"))
         start.row["files"] = sorted(path.name for folder in checkpoints[-1:] for path in folder.iterdir())
@@ -100,7 +101,8 @@ def environment_without_nvcc() -> dict[str, str]:
 
 
 def try_part(part: str, work: Callable[[], Start]) -> Start | None:
-    """Run one part. If it fails, add a row that says so and return None, so that other rows are still written."""
+    """Run one part. Returns its training. If it fails, adds a row that says so and returns None, so that the other rows
+    are still written."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001
@@ -143,7 +145,7 @@ def main(wanted: list[str]) -> None:
         other = ended.get("half none 1" if name.startswith("half") else "none 1")
         if one is not None and other is not None and one is not other:
             already = len(rows)
-            note_differences(f"{name} against none 1", other, one)
+            add_differences(f"{name} against none 1", other, one)
             for row in rows[already:]:
                 row["run"] = one.run
 

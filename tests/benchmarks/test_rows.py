@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import one_gpu, rows, two_gpus
 from benchmarks.memory import SETTINGS
-from benchmarks.one_gpu import PrecisionTraining, pace_of
+from benchmarks.one_gpu import PrecisionTraining, read_pace
 from benchmarks.rows import write_rows
 from stages.hardware.memory import Lengths
 
@@ -60,8 +60,8 @@ def test_the_pace_is_over_all_steps_and_without_the_first_two() -> None:
         f"Train: {step}/4 {{'loss': '1', 'global_step/max_steps': '{step}/4', 'train_speed(s/it)': '{pace}'}}"
         for step, pace in enumerate(said, start=1)
     ]
-    assert pace_of("\n".join(lines)) == {"all steps": 1.5, "from the third step on": 1.0}
-    assert pace_of(lines[0]) == pace_of("") == {}
+    assert read_pace("\n".join(lines)) == {"all steps": 1.5, "from the third step on": 1.0}
+    assert read_pace(lines[0]) == read_pace("") == {}
 
 
 def test_speeds_are_medians_and_the_first_run_is_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_row_of_precision_has_its_losses_when_it_is_first_written(
 
 def test_one_setting_has_samples_of_mixed_lengths_in_a_micro_batch() -> None:
     mixed = next(one for one in SETTINGS if "mixed lengths" in one.name)
-    assert [mixed.length_of(sample) for sample in range(3)] == [2048, 648, 2048]
+    assert [mixed.sample_length(sample) for sample in range(3)] == [2048, 648, 2048]
     assert mixed.lengths == Lengths(2048, 512, 136)
     assert mixed.lengths.logit_positions(4) == 4 * (2048 - 136)
     alike = next(one for one in SETTINGS if one.name == "7B, 2048, micro-batch 4")
