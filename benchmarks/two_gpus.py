@@ -121,8 +121,8 @@ class Training:
         return self
 
     def end(self, alone: bool = True) -> "Training":
-        """Wait until the training ends, and add its row to `rows`. `alone`: no other process uses the GPUs, so also wait
-        until they are free."""
+        """Wait until the training ends, and add its row to `rows`. `alone`: no other process uses the GPUs, so also
+        wait until they are free."""
         try:
             output, _ = self.process.communicate(timeout=300)
         except subprocess.TimeoutExpired:

@@ -80,7 +80,7 @@ def test_tokens_and_pixels_are_those_of_the_model_s_own_processor(model: Path, p
     own = processor(
         text=[text] * 3, images=[Image.open(picture).convert("RGB") for picture in pictures], return_tensors="pt"
     )
-    assert [engine._expanded_tokens(prompt) for prompt in prompts] == own["input_ids"].tolist()
+    assert [engine._input_tokens(prompt) for prompt in prompts] == own["input_ids"].tolist()
     assert torch.equal(engine._picture_inputs(prompts)["pixel_values"], own["pixel_values"])
     text_only = Prompt("text", prompts[0].tokens[:3])
     together = engine.generate([*prompts, text_only], None)
