@@ -51,7 +51,8 @@ def run_stage(name: str, stage: str, data: Path, sets: list[str]) -> float:
     began = time.monotonic()
     code = subprocess.run([*command, "--data", str(data), *words], check=False).returncode
     took = time.monotonic() - began
-    print(f"{stage}: exit code {code} after {took:.0f} s" + ("; see its messages above" if code else ""), flush=True)
+    cure = "; see its messages above" if code else ""
+    print(f"{stage}: ended with exit code {code} after {took:.0f} s{cure}", flush=True)
     if code:
         raise SystemExit(code)
     return round(took, 1)

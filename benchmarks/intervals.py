@@ -52,6 +52,7 @@ def score_function(scores: str, mean: float) -> Callable[[Array], Array]:
     middle = 1 - zeros - ones
 
     def score(luck: Array) -> Array:
+        """Turn uniform numbers into scores, of the same shape."""
         between = first + (last - first) * (luck - zeros) / middle
         return np.where(luck < zeros, 0.0, np.where(luck > 1 - ones, 1.0, between))
 

@@ -189,7 +189,7 @@ def main() -> None:
     try:
         began = time.monotonic()
         make_data(folder / "data" / "many", documents)
-        print(f"made {documents} documents in {time.monotonic() - began:.0f} s", flush=True)
+        print(f"many_pages: made {documents} documents in {time.monotonic() - began:.0f} s", flush=True)
         environment = {**os.environ, "LORRY_DATA": str(folder / "data"), "LORRY_RUNS": str(folder / "runs")}
         environment |= {"LORRY_TARGET": "cpu"}
         run = folder / "runs" / "many" / "preprocess"

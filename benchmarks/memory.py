@@ -134,7 +134,8 @@ def prepare(setting: Setting, name: str) -> None:
         (none / file).write_text("{}")
     run = open_run("patent-qa", "text", str(Path("recipes/data/patent-qa").absolute()), setting.overrides, name)
 
-    def work(stage: Stage) -> None:
+    def write_samples(stage: Stage) -> None:
+        """Write the files of samples that the train command reads."""
         picture = []
         if setting.picture:
             picture = [_picture(stage)]
@@ -144,7 +145,7 @@ def prepare(setting: Setting, name: str) -> None:
         for split, rows in (("train", train), ("validation", samples[:2]), ("test", samples[:1])):
             stage.outputs[f"samples/{split}.jsonl"] = write_jsonl(stage.path("samples", f"{split}.jsonl"), rows)
 
-    if run_stage(run, "preprocess", work):
+    if run_stage(run, "preprocess", write_samples):
         raise SystemExit(f"{name}: the samples could not be written; see the message above")
     _save_digests(setting.model, run.stage_folder("train"))
 

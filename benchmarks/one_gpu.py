@@ -46,6 +46,7 @@ class PrecisionTraining(Training):
     """A training whose row also says whether every loss was finite."""
 
     def _results(self) -> dict[str, Any]:
+        """Return the columns of any finished training, and those on its losses."""
         found = super()._results()
         losses = self.losses() if not self.process.returncode else {}
         log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")

@@ -189,7 +189,7 @@ class Job:
         """Return the row of a way to answer, and print it."""
         row = {"way": way, "answers": self._length, "questions": questions, **more}
         row |= {"seconds a question": round(seconds / questions, 3), "tokens written": self._tokens}
-        print("ROW", json.dumps(row), flush=True)
+        print(f"passes: {json.dumps(row)}", flush=True)
         return row
 
     def answer_one_by_one(self, count: int) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def measure_stage() -> None:
         }
         for name, took in manifest["answering"].items():
             row[f"{name}: seconds a question"] = round(took["seconds"] / took["samples"], 3)
-        print("ROW", json.dumps(row), flush=True)
+        print(f"passes: {json.dumps(row)}", flush=True)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def write_rows(name: str, rows: list[dict[str, Any]], command: str, by: str | No
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     file = RESULTS / f"{name}.json"
     before = (read_json(file) if by else None) or {}
-    kept, new = _merge(before, rows, by) if before and by else ([], rows)
+    kept, new = _kept_and_new_rows(before, rows, by) if before and by else ([], rows)
     value = {
         **before,
         "command": command,
@@ -54,10 +54,11 @@ def write_rows(name: str, rows: list[dict[str, Any]], command: str, by: str | No
         print(row)
 
 
-def _merge(
+def _kept_and_new_rows(
     before: dict[str, Any], rows: list[dict[str, Any]], by: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the earlier rows that stay, and the new ones."""
+    """Return the earlier rows that stay, and the rows to add. `before` is the content of the file, `by` the column with
+    the part."""
     run_before = {row.get(by) for row in before["rows"] if "not run" not in row}
     new = [row for row in rows if "not run" not in row or row.get(by) not in run_before]
     replaced = {row.get(by) for row in new}

@@ -209,9 +209,8 @@ def measure_small() -> None:
     make_model_in_a_process("random-llama", RANDOM_LLAMA)
     two = Training("two GPUs", "two", BOTH).end()
     one = Training("one GPU", "one", "0")
-    Training("the other GPU, stopped; beside it the row below", "one-first", "1").signal_at_step(signal.SIGTERM).end(
-        False
-    )
+    other = Training("the other GPU, stopped; beside it the row below", "one-first", "1")
+    other.signal_at_step(signal.SIGTERM).end(alone=False)
     add_differences("two GPUs against one", two, one.end())
     Training("two GPUs, stopped", "stopped", BOTH).signal_at_step(signal.SIGTERM).end()
     shutil.copytree(ROOTS.runs / "stopped", ROOTS.runs / "two-first")

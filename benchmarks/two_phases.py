@@ -58,13 +58,14 @@ def prepare(run: Run) -> None:
     """Write samples with captions of pictures and with questions about them, as if preprocess had written them. The
     pictures show one colour under noise."""
 
-    def work(stage: Stage) -> None:
+    def write_samples(stage: Stage) -> None:
+        """Write the files of samples that the train command reads."""
         rows = [_sample(stage, source, i) for source in ("pretrain", "finetune") for i in range(STEPS * BATCH)]
         for split, part in (("train", rows), ("validation", []), ("test", rows[:1])):
             stage.outputs[f"samples/{split}.jsonl"] = write_jsonl(stage.path("samples", f"{split}.jsonl"), part)
         stage.outputs["pictures/"] = None
 
-    if run_stage(run, "preprocess", work):
+    if run_stage(run, "preprocess", write_samples):
         raise SystemExit(f"{run.name}: the samples could not be written; see the message above")
 
 

@@ -139,7 +139,8 @@ class Seed:
         if code == 0:
             (code,) = self._run_processes(stage, more, [None])
         self.seconds[stage] += round(time.monotonic() - began, 1)
-        print(f"seed {self.seed}: {stage}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
+        took = time.monotonic() - began
+        print(f"vote: {stage} of seed {self.seed} ended with exit code {code} after {took:.0f} s", flush=True)
         if code not in (0, 75):
             print((ROOTS.runs / f"{self.name}.log").read_text(errors="replace")[-1500:], flush=True)
         return code == 0
@@ -193,7 +194,7 @@ class Seed:
     def run_probe(self) -> None:
         """Run all stages, and print the accuracy by kind of puzzle."""
         if all(self.run_stage(stage) for stage in STAGES):
-            print("PROBE", self.sets[len(SETTINGS) + 3 :], dict(self.seconds), flush=True)
+            print(f"vote: probe of {self.sets[len(SETTINGS) + 3 :]}: seconds {dict(self.seconds)}", flush=True)
             self.print_by_kind()
 
     def folder(self, stage: str) -> Path:

@@ -142,7 +142,7 @@ def count_votes(
 
 
 def describe_election(vote: Vote, election: Election, rows: Sequence[Mapping[str, Any]], again: int) -> dict[str, Any]:
-    """The facts of a vote for the manifest: voters, weights, scores (0..1), and how many samples were decided how.
+    """Describe a vote for the manifest: voters, weights, scores (0..1), and how many samples were decided in which way.
 
     `rows` are the lines of votes.jsonl, `again` is the number of samples in the second round.
     """

@@ -180,7 +180,7 @@ def reference_model(run: EvaluatedRun) -> str:
     return VOTE if VOTE in run.models else [*adapters, BASE][0]
 
 
-def compare(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
+def comparison_rows(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
     """A row for every metric and every model of every run, sorted by metric. All runs must have the same test set, and
     the documents are those of the first run."""
     first, model = runs[0], reference_model(runs[0])

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from stages.results.comparison import ComparisonRow, EvaluatedRun, compare, reference_model
+from stages.results.comparison import ComparisonRow, EvaluatedRun, comparison_rows, reference_model
 from stages.results.uncertainty import documents_note, interval_text, is_clear, star_note
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def comparison_tables(runs: Sequence[EvaluatedRun], coloured: bool) -> Iterator[
     from rich.console import Console
 
     first = runs[0]
-    rows = compare(runs)
+    rows = comparison_rows(runs)
     for metric in dict.fromkeys(row.metric for row in rows):
         text = io.StringIO()
         console = Console(

@@ -10,7 +10,7 @@ from stages.contract.errors import UsageError
 from stages.contract.files import digest_of
 from stages.results.comparison import (
     EvaluatedRun,
-    compare,
+    comparison_rows,
     outdated_interval_notes,
     prompt_differences,
     reference_model,
@@ -85,7 +85,7 @@ def test_other_prompts_are_reported() -> None:
 def test_all_are_compared_with_one_model_of_the_first_run() -> None:
     first = run_of("baseline", {"base": every(2), "default": every(4)})
     other = run_of("custom", {"base": every(2), "default": every(8), "more": right})
-    rows = {(row.run, row.model): row for row in compare([first, other])}
+    rows = {(row.run, row.model): row for row in comparison_rows([first, other])}
     gains = {place: row.difference and row.difference["value"] for place, row in rows.items()}
     assert gains == {
         ("baseline", "base"): -25,
@@ -101,7 +101,7 @@ def test_all_are_compared_with_one_model_of_the_first_run() -> None:
 
 def test_the_difference_is_paired_and_its_interval_that_of_groups() -> None:
     first, other = (run_of(name, {"base": every(nth)}) for name, nth in (("a", 2), ("b", 8)))
-    row = compare([first, other])[1]
+    row = comparison_rows([first, other])[1]
     paired = np.array([float(number % 2 == 0 and number % 8 != 0) for number in range(COUNT)])
     (expected,) = difference_figures([(paired, [f"g{number // 4}" for number in range(COUNT)])])
     assert row.difference == expected
@@ -111,17 +111,17 @@ def test_the_difference_is_paired_and_its_interval_that_of_groups() -> None:
 
 def test_models_are_corrected_for_each_other() -> None:
     first, other = run_of("a", {"base": every(4)}), run_of("b", {"base": right})
-    (alone,) = [row.difference for row in compare([first, other]) if row.difference]
+    (alone,) = [row.difference for row in comparison_rows([first, other]) if row.difference]
     assert is_clear(alone)
     more = run_of("c", {name: every(4, lambda number: "x") for name in ("base", "v", "w", "x", "y", "z")})
-    (together,) = [row.difference for row in compare([first, other, more]) if row.difference and row.run == "b"]
+    (together,) = [row.difference for row in comparison_rows([first, other, more]) if row.difference and row.run == "b"]
     assert together == {**alone, "p": pytest.approx(7 * alone["p"], abs=1e-5)}
     assert not is_clear(together)
 
 
 def test_four_documents_are_too_few() -> None:
     first, other = (run_of(name, {"base": every(nth)}, count=16) for name, nth in (("a", 2), ("b", 8)))
-    row = compare([first, other])[1]
+    row = comparison_rows([first, other])[1]
     assert row.difference == {"value": 37.5, "low": None, "high": None, "groups": 4, "p": None}
 
 
@@ -137,7 +137,7 @@ def test_intervals_of_an_older_version_are_reported() -> None:
 def test_what_counts_together_is_compared_once() -> None:
     by_four: dict[str, Any] = {"together": lambda number: f"q{number // 4}"}
     first, other = run_of("a", {"base": every(4)}, **by_four), run_of("b", {"base": right}, **by_four)
-    row = compare([first, other])[1]
+    row = comparison_rows([first, other])[1]
     (expected,) = difference_figures([(np.ones(10), [f"g{number}" for number in range(10)])])
     assert row.difference == expected  # one wrong in each four: no question is right
 
@@ -146,7 +146,7 @@ def test_the_order_of_samples_does_not_matter() -> None:
     first, other = run_of("a", {"base": every(4)}), run_of("b", {"base": every(8)})
     turned = EvaluatedRun(**{**vars(other), "lines": other.lines[::-1]})
     refuse_incomparable_runs([first, turned])
-    assert compare([first, other]) == compare([first, turned])
+    assert comparison_rows([first, other]) == comparison_rows([first, turned])
 
 
 def test_the_vote_is_what_is_compared_with_where_there_is_one() -> None:
