@@ -96,7 +96,8 @@ def time_pages(what: str, count: int, work: Callable[[], Any], **more: Any) -> d
 def measure_one_by_one(
     model: Path, device: str, fine: list[Path], few: list[Path]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Return the rows of both ways with one picture per call, and four vectors to compare the batched ones with."""
+    """Embed in both ways with one picture per call. Returns their rows, and four vectors to compare batched ones
+    with."""
     embed = OneByOne(model, device)
     embed(fine[0])  # warm-up: the first call compiles and loads
     rows = [

@@ -133,7 +133,7 @@ def quarter_rows(seen: list[tuple[float, str, int, int, float]], activity: str, 
 
 
 def measure_search() -> list[dict[str, Any]]:
-    """Return rows with the seconds of exact search over this job's pages and over a million small vectors, each the
+    """Time exact search over this job's pages and over a million small vectors. Returns the rows, in seconds, each the
     median of three."""
     rows = []
     generator = np.random.default_rng(0)

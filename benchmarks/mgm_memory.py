@@ -64,7 +64,7 @@ def model_to_train(phase: str, checkpointing: bool) -> Any:
 
 
 def measure_peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> float:
-    """Return the peak of torch's allocated memory in three steps, in GB."""
+    """Run three training steps. Returns the peak of torch's allocated memory in GB."""
     model = model_to_train(phase, checkpointing)
     config = MgmConfig()
     pictures = config.tokens_across**2

@@ -33,7 +33,7 @@ GIB = 1024**3
 rows: list[dict[str, Any]] = []
 
 
-def note(**row: Any) -> None:
+def add_row(**row: Any) -> None:
     """Add a row and print it."""
     rows.append(row)
     print(json.dumps(row)[:1500], flush=True)
@@ -66,7 +66,7 @@ def measure_precision() -> None:
         PrecisionTraining(f"{dtype}, 208 steps", f"precision-{dtype}", "0", (*long, f"train.precision={dtype}"))
         for dtype in ("float16", "bfloat16")
     ]:
-        training.end(alone=False)
+        training.finish(alone=False)
 
 
 # -- kills ---------------------------------------------------------------------------------------------------------
@@ -77,14 +77,14 @@ def measure_kills() -> None:
     from benchmarks.two_gpus import add_differences
 
     whole = Training("one GPU, undisturbed", "kill-none", "0")
-    stopped = Training("one GPU, stopped", "kill-term", "0").signal_at_step(signal.SIGTERM).end(alone=False)
-    killed = Training("one GPU, killed", "kill-kill", "0").signal_at_step(signal.SIGKILL, at=30).end(alone=False)
+    stopped = Training("one GPU, stopped", "kill-term", "0").signal_at(signal.SIGTERM).finish(alone=False)
+    killed = Training("one GPU, killed", "kill-kill", "0").signal_at(signal.SIGKILL, at=30).finish(alone=False)
     worker = Training("one GPU, training process killed", "kill-worker", "0")
-    worker.signal_at_step(signal.SIGKILL, worker=0).end(alone=False)
-    whole.end(alone=False)
+    worker.signal_at(signal.SIGKILL, worker=0).finish(alone=False)
+    whole.finish(alone=False)
     began = [(first, Training(f"{first.row['what']}: goes on", first.run, "0")) for first in (stopped, killed, worker)]
     for first, again in began:
-        again.end(alone=False)
+        again.finish(alone=False)
         add_differences(f"{first.row['what']} and gone on with, against undisturbed", whole, again)
 
 
@@ -140,9 +140,9 @@ def measure_hog() -> None:
     planning or during training."""
     if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
         make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
-    whole = Training("0.5B, the card is free", "hog-none", "0", HUNGRY).end()
+    whole = Training("0.5B, the card is free", "hog-none", "0", HUNGRY).finish()
     memory = _memory_by_step(whole)
-    note(what="memory at steps of the undisturbed run", GiB=memory)
+    add_row(what="memory at steps of the undisturbed run", GiB=memory)
     jump, before = max((memory[b] - memory[a], a) for a, b in pairwise(memory) if a > 5)
     with Hog() as other:
         late = Training("0.5B, another program takes the rest in mid-run", "hog-late", "0", HUNGRY).wait_for(before)
@@ -174,12 +174,12 @@ def _finish_disturbed(training: Training, other: Hog, leave: float, whole: Train
 
 def _finish(training: Training, whole: Training | None) -> None:
     """Wait for the end of a training. Add rows with its decisions and, against `whole`, its losses."""
-    training.end(alone=False)
+    training.finish(alone=False)
     manifest = read_json(training.folder / "manifest.json") or {"decisions": []}
     rungs = [made for made in manifest["decisions"] if made["what"] in ("out of memory", "fit", "memory")]
-    note(what=f"{training.row['what']}: what was decided", decisions=rungs)
+    add_row(what=f"{training.row['what']}: what was decided", decisions=rungs)
     if whole is not None:
-        _note_losses(whole, training)
+        _add_loss_row(whole, training)
 
 
 def _memory_by_step(training: Training) -> dict[int, float]:
@@ -188,13 +188,13 @@ def _memory_by_step(training: Training) -> dict[int, float]:
     return {event["step"]: round(event["memory"] / GIB, 2) for event in steps}
 
 
-def _note_losses(whole: Training, other: Training) -> None:
+def _add_loss_row(whole: Training, other: Training) -> None:
     """Add a row with the differences between the losses of a resumed training and of the undisturbed one."""
     if whole.process.returncode or other.process.returncode:
         return
     one, two = whole.losses(), other.losses()
     apart = {step: round(abs(one[step] - two[step]), 5) for step in one.keys() & two.keys()}
-    note(
+    add_row(
         **{
             "what": f"{other.row['what']}: its losses against undisturbed",
             "steps": [len(one), len(two)],
@@ -220,7 +220,7 @@ def measure_speed() -> None:
         "speed", model, 1024, 64, 4, ("train.epochs=3", "train.log_every=1", "train.checkpoint_every=999")
     )
     warm, arguments = _train_pace(setting, "warm-up")
-    note(what=f"{model}, warm-up, not counted", **warm)
+    add_row(what=f"{model}, warm-up, not counted", **warm)
     if not arguments:
         return
     found: dict[str, list[dict[str, float]]] = {"lorry": [], "swift": []}
@@ -243,7 +243,7 @@ def measure_speed() -> None:
         }
         if len(middle) == 2:
             row[f"lorry over swift, {measure}"] = round(middle["swift"] / middle["lorry"], 4)
-    note(**row)
+    add_row(**row)
 
 
 TURNS, SPEED_SECONDS = 3, 330
@@ -251,7 +251,7 @@ TURNS, SPEED_SECONDS = 3, 330
 
 
 def _train_pace(setting: Setting, turn: str) -> tuple[dict[str, float], list[str]]:
-    """Return the pace of the train command, and its arguments to ms-swift; both empty if it failed."""
+    """Train with the train command. Returns its pace, and its arguments to ms-swift; both empty if it failed."""
     name = f"speed-{turn}"
     prepare(setting, name)
     sets = [word for one in setting.overrides for word in ("--set", one)]
@@ -265,7 +265,7 @@ def _train_pace(setting: Setting, turn: str) -> tuple[dict[str, float], list[str
 
 
 def _swift_pace(arguments: list[str], setting: Setting, turn: int) -> dict[str, float]:
-    """Return the pace of `swift sft` with the same arguments; empty if it failed."""
+    """Train with `swift sft` and the same arguments. Returns its pace; empty if it failed."""
     output = ROOTS.runs / f"by-hand-{turn}"
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
     by_hand = _redirected_arguments(arguments, "speed-warm-up", output)
@@ -350,7 +350,7 @@ def _measure_command(what: str, command: list[str], environment: dict[str, str],
     began = time.monotonic()
     done = _run(command, environment)
     said = (done.stdout + done.stderr).strip().splitlines()[-lines:]
-    note(**{"what": what, "exit code": done.returncode, "seconds": round(time.monotonic() - began, 2), "said": said})
+    add_row(**{"what": what, "exit code": done.returncode, "seconds": round(time.monotonic() - began, 2), "said": said})
 
 
 def _run(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":

@@ -66,7 +66,7 @@ def make_model_in_a_process(name: str, shape: dict[str, int]) -> None:
 
 
 class Training:
-    """One start of the train command. `end` completes its row."""
+    """One start of the train command. `finish` completes its row."""
 
     def __init__(self, what: str, run: str, gpus: str, settings: tuple[str, ...] = SMALL) -> None:
         self.run, self.folder, self.began = run, ROOTS.runs / run / "train", time.monotonic()
@@ -110,7 +110,7 @@ class Training:
         self.row["on GPUs"] = processes_on_gpus()
         return self
 
-    def signal_at_step(self, sig: signal.Signals, worker: int | None = None, at: int = 20) -> "Training":
+    def signal_at(self, sig: signal.Signals, worker: int | None = None, at: int = 20) -> "Training":
         """Send a signal at step `at` to the training process of rank `worker`; None: to the stage."""
         self.wait_for(at)
         self.row["signal"] = f"{sig.name} to {'the stage' if worker is None else f'process {worker}'}"
@@ -120,7 +120,7 @@ class Training:
         self.row["seconds to its end"] = -time.monotonic()
         return self
 
-    def end(self, alone: bool = True) -> "Training":
+    def finish(self, alone: bool = True) -> "Training":
         """Wait until the training ends, and add its row to `rows`. `alone`: no other process uses the GPUs, so also
         wait until they are free."""
         try:
@@ -207,29 +207,33 @@ def mean_tokens() -> float:
 def measure_small() -> None:
     """Measure losses, stops and kills on two GPUs, with a model too small to measure speed."""
     make_model_in_a_process("random-llama", RANDOM_LLAMA)
-    two = Training("two GPUs", "two", BOTH).end()
+    two = Training("two GPUs", "two", BOTH).finish()
     one = Training("one GPU", "one", "0")
     other = Training("the other GPU, stopped; beside it the row below", "one-first", "1")
-    other.signal_at_step(signal.SIGTERM).end(alone=False)
-    add_differences("two GPUs against one", two, one.end())
-    Training("two GPUs, stopped", "stopped", BOTH).signal_at_step(signal.SIGTERM).end()
+    other.signal_at(signal.SIGTERM).finish(alone=False)
+    add_differences("two GPUs against one", two, one.finish())
+    Training("two GPUs, stopped", "stopped", BOTH).signal_at(signal.SIGTERM).finish()
     shutil.copytree(ROOTS.runs / "stopped", ROOTS.runs / "two-first")
     add_differences(
-        "stopped and gone on against undisturbed", two, Training("two go on after a stop", "stopped", BOTH).end()
+        "stopped and gone on against undisturbed", two, Training("two go on after a stop", "stopped", BOTH).finish()
     )
-    add_differences("one after two against undisturbed", two, Training("one goes on after two", "two-first", "0").end())
-    add_differences("two after one against undisturbed", two, Training("two go on after one", "one-first", BOTH).end())
-    Training("two GPUs, a process killed", "killed", BOTH).signal_at_step(signal.SIGKILL, worker=1).end()
-    Training("they go on, and the stage is killed", "killed", BOTH).signal_at_step(signal.SIGKILL).end()
-    add_differences("killed twice against undisturbed", two, Training("two go on after both", "killed", BOTH).end())
+    add_differences(
+        "one after two against undisturbed", two, Training("one goes on after two", "two-first", "0").finish()
+    )
+    add_differences(
+        "two after one against undisturbed", two, Training("two go on after one", "one-first", BOTH).finish()
+    )
+    Training("two GPUs, a process killed", "killed", BOTH).signal_at(signal.SIGKILL, worker=1).finish()
+    Training("they go on, and the stage is killed", "killed", BOTH).signal_at(signal.SIGKILL).finish()
+    add_differences("killed twice against undisturbed", two, Training("two go on after both", "killed", BOTH).finish())
 
 
 def measure_large() -> None:
     """Measure the speed of a model that keeps a GPU busy, with gradient checkpointing; also after a stop."""
     make_model_in_a_process("random-1.7b", RANDOM_LARGE)
-    stopped = Training("1.7B, two GPUs, stopped", "large-two", BOTH, LARGE).signal_at_step(signal.SIGTERM, at=12).end()
-    two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).wait_for(14).end()
-    one = Training("1.7B, one GPU", "large-one", "0", LARGE).end()
+    stopped = Training("1.7B, two GPUs, stopped", "large-two", BOTH, LARGE).signal_at(signal.SIGTERM, at=12).finish()
+    two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).wait_for(14).finish()
+    one = Training("1.7B, one GPU", "large-one", "0", LARGE).finish()
     add_differences("1.7B: two GPUs against one", two, one)
     add_speed(stopped, one)
 
@@ -238,7 +242,7 @@ def measure_sharded() -> None:
     """Measure the speed with and without ZeRO, with the model of `measure_large` on two GPUs."""
     make_model_in_a_process("random-1.7b", RANDOM_LARGE)
     found = {
-        name: Training(f"1.7B, two GPUs, {name}", f"large-{name}", BOTH, (*LARGE, f"train.sharding={name}")).end()
+        name: Training(f"1.7B, two GPUs, {name}", f"large-{name}", BOTH, (*LARGE, f"train.sharding={name}")).finish()
         for name in ("none", "zero2", "zero3")
     }
     add_speed(*found.values())

@@ -195,7 +195,7 @@ class Seed:
         """Run all stages, and print the accuracy by kind of puzzle."""
         if all(self.run_stage(stage) for stage in STAGES):
             print(f"vote: probe of {self.sets[len(SETTINGS) + 3 :]}: seconds {dict(self.seconds)}", flush=True)
-            self.print_by_kind()
+            self.print_accuracies()
 
     def folder(self, stage: str) -> Path:
         """Return a stage's folder in the run."""
@@ -232,7 +232,7 @@ class Seed:
             "seconds": dict(self.seconds),
         }
 
-    def print_by_kind(self) -> None:
+    def print_accuracies(self) -> None:
         """Print the accuracy of base, adapters and vote by kind of puzzle and number of options of a question."""
         test = read_jsonl(self.folder("preprocess") / "samples" / "test.jsonl")
         kinds = {sample["id"]: f"{sample['id'].split('-')[1]}, {sample['meta']['kind']}" for sample in test}

@@ -57,9 +57,9 @@ class Start(Training):
             start_new_session=True,
         )
 
-    def end(self, alone: bool = False) -> "Start":
+    def finish(self, alone: bool = False) -> "Start":
         """Wait for the end, then add the GPU memory to the row."""
-        super().end(alone)
+        super().finish(alone)
         manifest = read_json(self.folder / "manifest.json")
         if self.process.returncode == 0 and manifest is not None:
             self.row["gpu_memory"] = manifest.get("gpu_memory")
@@ -77,7 +77,7 @@ def gpu_count() -> int:
 def train_undisturbed(sharding: str, processes: int, kind: str = "", **environment: str) -> Start:
     """Train without a stop. `kind` is the start of the run's name; `half` trains in float16."""
     settings = HALF if kind.startswith("half") else SETTINGS
-    return Start(f"{kind or 'whole'}-{sharding}-{processes}", sharding, processes, settings, **environment).end()
+    return Start(f"{kind or 'whole'}-{sharding}-{processes}", sharding, processes, settings, **environment).finish()
 
 
 def train_in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[str, ...] = SETTINGS) -> Start:
@@ -85,13 +85,13 @@ def train_in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[
     a number of processes."""
     for (sharding, processes), stop in zip(ways[:-1], STOPS, strict=False):
         start = Start(name, sharding, processes, settings)
-        start.signal_at_step(signal.SIGTERM, at=stop)
-        start.end()
+        start.signal_at(signal.SIGTERM, at=stop)
+        start.finish()
         checkpoints = sorted(start.folder.glob("checkpoints/*/checkpoint-*"))
         start.row["files"] = sorted(path.name for folder in checkpoints[-1:] for path in folder.iterdir())
         if start.process.returncode != 75:
             return start
-    return Start(name, *ways[-1], settings).end()
+    return Start(name, *ways[-1], settings).finish()
 
 
 def environment_without_nvcc() -> dict[str, str]:

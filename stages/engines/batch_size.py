@@ -12,7 +12,7 @@ MOST = 256
 """Largest batch to try, in sequences. A larger one was not faster on any card that was measured."""
 
 WORTH = 1.1
-"""Least gain in sequences per second for which the batch is doubled: a kill loses a whole batch."""
+"""Least speed-up, in sequences per second, for which a batch of twice the size is used: a kill loses a whole batch."""
 
 SHARE = 0.7
 """Largest share of the free memory that a batch may use. The rest is for completions, which are short in trials."""

@@ -179,7 +179,7 @@ def _usable_memory_share(gpus: int) -> float:
 def _kv_cache_bytes(settings: EngineSettings, batch_size: int) -> int:
     """The bytes of the KV cache for a full batch in float32, on a CPU.
 
-    By default, vLLM takes nine tenths of a CPU's memory, and refuses to start if other programs use part of it.
+    By default, vLLM takes nine tenths of the machine's memory, and refuses to start if other programs use part of it.
     """
     from transformers import AutoConfig
 

@@ -51,7 +51,7 @@ class Journals:
         }
 
     def find(self, model: str | None, question: Question) -> Record | None:
-        """The record of a model's completion of a question, or of its error; None if there is none yet."""
+        """Return the record of a model's completion of a question, or of its error; None if there is none yet."""
         return self._known[model].get(question)
 
     def add(

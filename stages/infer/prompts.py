@@ -85,7 +85,7 @@ class Prompts:
         return steps
 
     def render(self, sample_id: str, ask: Ask) -> Prompt | str:
-        """The prompt of a pass, or a text that says why it cannot be used."""
+        """Render the prompt of a pass. Returns it, or a text that says why it cannot be used."""
         key = f"{sample_id} {self._digest(ask)}"
         if key not in self._rendered:
             self._rendered[key] = self._render(sample_id, ask)

@@ -78,8 +78,8 @@ def trained_adapters(run: Run) -> list[Adapter]:
 
 
 def list_variants(run: Run) -> list[Variant]:
-    """All variants of a run: base, each adapter, and the first adapter without each component in `infer.ablate`. With a
-    vote, also each adapter on the validation samples.
+    """List all variants of a run: base, each adapter, and the first adapter without each component in `infer.ablate`.
+    With a vote, also each adapter on the validation samples.
 
     The component `adapter` adds no variant, because leaving it out gives base.
     """
@@ -94,7 +94,7 @@ def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
     """The samples that each variant answers, in the order of `list_variants`."""
 
     def read_samples(name: str) -> list[Sample]:
-        """The samples in a file of preprocess's, named without `.jsonl`."""
+        """Return the samples in a file of preprocess's, named without `.jsonl`."""
         return cast(list[Sample], read_jsonl(run.path("preprocess", "samples", f"{name}.jsonl")))
 
     tested = read_samples("test")
@@ -102,7 +102,7 @@ def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
     adapters = {adapter.name: adapter for adapter in run.recipe.train.adapters}
 
     def select_samples(variant: Variant) -> list[Sample]:
-        """The samples that one variant answers."""
+        """Return the samples that one variant answers."""
         if variant.asks == "validation":
             return [sample for sample in compared if sample["references"]]
         if run.recipe.infer.answers == "all" or variant.adapter is None:
@@ -149,7 +149,7 @@ def second_round(voters: Sequence[str], samples: list[Sample], size: int) -> Rou
 
 
 def _read_predictions(folders: Sequence[Path], variant: Variant) -> dict[str, Prediction]:
-    """A variant's predictions in these folders, by sample id."""
+    """Return a variant's predictions in these folders, by sample id."""
     paths = [folder / variant.output for folder in folders]
     rows = [row for path in paths if path.is_file() for row in read_jsonl(path)]  # a shard without chunks has no file
     return {row["id"]: row for row in rows}  # type: ignore[misc]

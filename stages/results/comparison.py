@@ -24,7 +24,7 @@ LEAST_ANSWERS = 10
 """With fewer answers, identical or repetitive ones may be due to chance, so none are reported."""
 
 REPETITIVE = 10
-"""A model with this many times more distinct references than distinct answers is suspicious."""
+"""A model with this many distinct references for each distinct answer, or more, is suspicious."""
 
 
 @dataclass(frozen=True)

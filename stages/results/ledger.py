@@ -95,7 +95,8 @@ class Ledger:
 
 
 def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledger:
-    """The rows of the runs `names`, in that order. Each run has base, the adapters in the recipe's order, and the vote.
+    """Read the rows of the runs `names`, in that order. Each run has base, the adapters in the recipe's order, and the
+    vote.
 
     `metric` is the metric of the scores; None: each run's first. A damaged run folder raises no error: the state of its
     row says what is damaged.
@@ -120,8 +121,8 @@ def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledge
 
 
 def parse_order(order: str | None) -> tuple[str | None, bool]:
-    """The column in `COLUMN` or `COLUMN:desc`, and whether the order is descending. The column is None if `order` is
-    None. Raises UsageError for anything else."""
+    """Return the column in `COLUMN` or `COLUMN:desc`, and whether the order is descending. The column is None if
+    `order` is None. Raises UsageError for anything else."""
     if order is None:
         return None, False
     column, colon, direction = order.partition(":")
@@ -148,6 +149,7 @@ def sorted_rows(rows: Sequence[Row], column: str | None, descending: bool) -> li
         return list(rows)
 
     def sort_key(row: Row) -> Any:
+        """What a row sorts by: its value, or its text with padded numbers."""
         value = getattr(row, column)
         if not isinstance(value, str):
             return value

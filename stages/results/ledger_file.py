@@ -14,7 +14,7 @@ SUFFIXES = {".csv": "csv", ".html": "html"}
 
 
 def render_ledger(rows: Sequence[Row], form: str, sorted_by: str | None, descending: bool, coloured: bool) -> str:
-    """The text of the ledger in the format `form`: `table`, `csv` or `html`."""
+    """Return the ledger as text in the format `form`: `table`, `csv` or `html`."""
     if form == "csv":
         return render_csv(rows)
     if form == "html":

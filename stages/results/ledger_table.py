@@ -65,7 +65,7 @@ def table_columns(rows: Sequence[Row]) -> list[Column]:
         Column("records kept", _kept_text, ("records_kept", "records_read"), number=True, rare=True),
         Column(
             "connector samples",
-            lambda row: _digits(row.connector_samples),
+            lambda row: _format(row.connector_samples),
             ("connector_samples",),
             1,
             True,
@@ -73,34 +73,34 @@ def table_columns(rows: Sequence[Row]) -> list[Column]:
         ),
         Column("data mix", lambda row: row.data_mix, ("data_mix",), long=True),
         Column("sources", lambda row: row.sources, ("sources",), 8, long=True),
-        Column("samples", lambda row: _digits(row.samples), ("samples",), 4, number=True),
-        Column("steps", lambda row: _digits(row.steps), ("steps",), 9, number=True),
-        Column("loss", lambda row: _digits(row.loss, ".4f"), ("loss",), 7, number=True),
+        Column("samples", lambda row: _format(row.samples), ("samples",), 4, number=True),
+        Column("steps", lambda row: _format(row.steps), ("steps",), 9, number=True),
+        Column("loss", lambda row: _format(row.loss, ".4f"), ("loss",), 7, number=True),
         Column("metric", lambda row: row.metric, ("metric",), 17 if one else 0),
         Column(metrics[0] if one else "score", _score_text, ("score", "low", "high"), number=True),
         Column("over base", _gain_text, ("gain", "gain_low", "gain_high"), 1, number=True),
-        Column("n", lambda row: _digits(row.n), ("n",), 2, number=True),
-        Column("failed", lambda row: _digits(row.failed), ("failed",), 3, number=True),
-        Column("validation", lambda row: _digits(row.validation, ".1f"), ("validation",), 5 if votes else 16, True),
+        Column("n", lambda row: _format(row.n), ("n",), 2, number=True),
+        Column("failed", lambda row: _format(row.failed), ("failed",), 3, number=True),
+        Column("validation", lambda row: _format(row.validation, ".1f"), ("validation",), 5 if votes else 16, True),
         Column("in the vote", lambda row: _vote_text(row, weighted), ("in_vote", "weight"), 0 if votes else 15),
         Column("state", lambda row: row.state, ("state", "scored_on"), long=True),
         Column("base model", lambda row: row.base_model, ("base_model",), 10),
-        Column("seed", lambda row: _digits(row.seed), ("seed",), 13, number=True),
+        Column("seed", lambda row: _format(row.seed), ("seed",), 13, number=True),
         Column("recipe", lambda row: row.recipe, ("recipe",), 11),
         Column("date", lambda row: row.date[:16].replace("T", " "), ("date",), 6),
         Column("lorry", lambda row: row.version, ("version",), 14),
-        Column("documents", lambda row: _digits(row.groups), ("groups",), 18, number=True),
+        Column("documents", lambda row: _format(row.groups), ("groups",), 18, number=True),
     ]
     return [column for column in columns if not column.rare or any(column.text(row) for row in rows)]
 
 
-def _digits(value: float | None, form: str = "") -> str:
-    """A number as text, by the format specification `form`; empty for None."""
+def _format(value: float | None, form: str = "") -> str:
+    """Format a number by the format specification `form`. Returns an empty text for None."""
     return "" if value is None else format(value, form)
 
 
 def _kept_text(row: Row) -> str:
-    """The number of records that Data-Juicer kept, of how many; empty without Data-Juicer."""
+    """The records that Data-Juicer kept, as `<kept> of <read>`; empty without Data-Juicer."""
     return "" if row.records_kept is None else f"{row.records_kept} of {row.records_read}"
 
 
@@ -115,7 +115,7 @@ def _gain_text(row: Row) -> str:
 
 
 def _vote_text(row: Row, weighted: bool) -> str:
-    """Whether the adapter votes, with its weight if weights differ."""
+    """`yes` or `no` for whether the adapter votes, with its weight if weights differ; empty without a vote."""
     return f"{row.in_vote}, {row.weight:.2f}" if weighted and row.weight is not None else row.in_vote
 
 
@@ -137,8 +137,8 @@ def score_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def render_csv(rows: Sequence[Row]) -> str:
-    """The ledger as CSV: a head, then one line for each row with all its values. A text that a spreadsheet would take
-    for a formula gets an apostrophe in front."""
+    """Return the ledger as CSV: a head, then one line for each row with all its values. A text that a spreadsheet would
+    take for a formula gets an apostrophe in front."""
     every = [field.name for field in fields(Row)]
     names = [n for n in every if n not in RARE_COLUMNS or any(getattr(row, n) not in (None, "") for row in rows)]
     text = io.StringIO()
@@ -153,7 +153,7 @@ def render_csv(rows: Sequence[Row]) -> str:
 
 
 def _escape_formula(text: str) -> str:
-    """The text, with an apostrophe in front if a spreadsheet would take it for a formula."""
+    """Put an apostrophe in front of a text that a spreadsheet would take for a formula. Returns the text."""
     return f"'{text}" if text.startswith(FORMULAS) else text
 
 
@@ -161,7 +161,7 @@ def _escape_formula(text: str) -> str:
 
 
 def render_table(rows: Sequence[Row], sorted_by: str | None, coloured: bool) -> str:
-    """The ledger as a table with as many columns as the terminal has room for, then notes, and a line that names the
+    """Return the ledger as a table with the columns that fit the terminal, then notes, and a line that names the
     columns left out. The column `sorted_by` is always shown."""
     from rich.console import Console
 
@@ -222,5 +222,5 @@ def _table(columns: list[Column], rows: Sequence[Row]) -> "Table":
 
 
 def _style(row: Row) -> str:
-    """The style of a row: base is dim, the vote bold."""
+    """The style of a row for rich: base is dim, the vote bold."""
     return {"base": "dim", "vote": "bold"}.get(row.adapter, "")

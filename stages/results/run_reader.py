@@ -68,8 +68,8 @@ class RunReader:
         return digest
 
     def read_output(self, stage: str, name: str) -> Any:
-        """A stage's output, JSON or JSON Lines; None without such an output. Raises DamagedError if the file is not the
-        one that the manifest records."""
+        """Return a stage's output, JSON or JSON Lines; None without such an output. Raises DamagedError if the file is
+        not the one that the manifest records."""
         wanted = self.output_digest(stage, name)
         if wanted is None:
             return None
@@ -83,8 +83,8 @@ class RunReader:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe in a run's folder, with profile and overrides applied. Raises DamagedError if the file is missing, and
-    UsageError if it is not a valid recipe."""
+    """Read the recipe in a run's folder, with profile and overrides applied. Raises DamagedError if the file is
+    missing, and UsageError if it is not a valid recipe."""
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise DamagedError("recipe.yaml is missing")
@@ -99,7 +99,8 @@ def run_names(runs: Path) -> list[str]:
 
 
 def select_runs(wanted: Sequence[str], runs: Path) -> list[str]:
-    """The names of the wanted runs, each once; all runs if `wanted` is empty. Raises UsageError for an unknown run."""
+    """Return the names of the wanted runs, each once; of all runs if `wanted` is empty. Raises UsageError for an
+    unknown run."""
     names = run_names(runs)
     for name in wanted:
         if name not in names:

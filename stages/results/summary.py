@@ -22,7 +22,8 @@ SUMMARY = "summary.json"
 
 
 def read_summary(run: Run, stage: str) -> dict[str, Any]:
-    """The summary that a stage has written, under its present or earlier name; one without results if it is missing."""
+    """Return the summary that a stage has written, under its present or earlier name; one without results if it is
+    missing."""
     for name in (SUMMARY, "report.json"):
         if (found := read_json(run.path(stage, name))) is not None:
             return dict(found)

@@ -99,7 +99,7 @@ def test_a_row_of_precision_has_its_losses_when_it_is_first_written(
     training.row, training.began = {"what": "float16"}, 0.0
     training.process = SimpleNamespace(communicate=lambda timeout: ("train: done", None), returncode=0)  # type: ignore[assignment]
     monkeypatch.setattr(two_gpus, "rows", [])
-    training.end(alone=False)
+    training.finish(alone=False)
     (row,) = two_gpus.rows
     found = [row[name] for name in ("steps", "all losses finite", "unscale errors in the log")]
     assert found == [2, False, 1]

@@ -215,7 +215,7 @@ def test_a_model_whose_memory_cannot_be_estimated_is_trained_as_asked(
     stage: Told, box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unknown(_: Path) -> None:
-        raise UnknownShapeError("config.json: no usable 'num_attention_heads'")
+        raise UnknownShapeError("config.json: no 'num_attention_heads', so memory cannot be estimated; use a decoder")
 
     monkeypatch.setattr(train_stage, "read_shape", unknown)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
