@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Generator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import click
@@ -74,7 +74,8 @@ def stage_command(name: str, summary: str) -> click.Command:
         from stages.host.work import run_work
 
         part = requested_part(name, shard, os.environ)
-        sys.exit(run_stage(open_run(**options), name, run_work, force, part))
+        say = partial(click.echo, err=True) if name == "eval" else None  # once in a run of all stages
+        sys.exit(run_stage(open_run(**options, say=say), name, run_work, force, part))
 
     return command
 

@@ -64,6 +64,10 @@ def list_recipes() -> None:
         click.echo(f"{path.stem:<16}{description}" + (f" (profiles: {', '.join(profiles)})" if profiles else ""))
 
 
+def _warn(line: str) -> None:
+    click.echo(line, err=True)
+
+
 @recipe.command()
 @recipe_options
 @one_line_errors
@@ -72,7 +76,7 @@ def show(**options: Any) -> None:
     from stages.contract.recipe import dump_recipe
     from stages.host.runs import open_run
 
-    click.echo(dump_recipe(open_run(**options).recipe), nl=False)
+    click.echo(dump_recipe(open_run(**options, say=_warn).recipe), nl=False)
 
 
 @recipe.command()
@@ -84,7 +88,7 @@ def validate(recipe: str) -> None:
     from stages.host.runs import open_run, recipe_path
 
     for profile in [None, *profile_names(recipe_path(recipe))]:
-        open_run(recipe, profile)
+        open_run(recipe, profile, say=_warn)
         click.echo(f"{recipe}: valid" + (f" with profile {profile}" if profile else ""))
 
 

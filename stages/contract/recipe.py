@@ -6,7 +6,7 @@ Paths in a recipe are relative to the three mounts (`roots.py`), so that a resol
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -498,11 +498,6 @@ class Infer(Section):
 class Eval(Section):
     """How answers are scored and reported."""
 
-    bootstrap: int = Field(
-        2000,
-        ge=100,
-        description="No effect: intervals need no resamples; accepted so that recipes of earlier runs load",
-    )
     worst: int = Field(10, ge=0, description="Number of worst answers in the report")
     scoring: dict[str, Any] = Field({}, description="Settings of the task: how answers are scored")
 
@@ -543,10 +538,11 @@ class Recipe(Section):
                 )
         return self
 
-    def digest(self, *sections: str) -> str:
+    def digest(self, *sections: str, replaced: Mapping[str, Mapping[str, Any]] | None = None) -> str:
         """sha256 (hex) of the values of the named sections or keys (`section.key`); without names, of the whole recipe.
 
-        `RESULT_NEUTRAL`, description and profile are left out: a run resumes with other values of these.
+        `RESULT_NEUTRAL`, description and profile are left out: a run resumes with other values of these. `replaced`
+        adds the values of `replaced_values`, for the digest by an earlier version.
         """
         values = self.model_dump(mode="json", exclude={"description": True, "profile": True, **_LEFT_OUT})
         if not sections:
@@ -555,15 +551,32 @@ class Recipe(Section):
         for name in sections:
             section, _, key = name.partition(".")
             found[name] = values[section][key] if key else values[section]
+            if not key and replaced and section in replaced:
+                found[name] = {**values[section], **replaced[section]}
         return digest_of(found)
 
 
+REPLACED = {("eval", "bootstrap"): "intervals are computed without resamples (docs/runs.md#intervals)"}
+"""Keys that recipes of earlier runs have, and what replaced them. They are read and ignored."""
+
+
+def replaced_values(path: Path) -> dict[str, dict[str, Any]]:
+    """The values in a recipe file, by section and name, of keys that are ignored."""
+    values, _, _ = _read_recipe_file(path)
+    return {section: {name: values[section][name]} for section, name in REPLACED if name in values.get(section, {})}
+
+
 def load_recipe(
-    path: Path, profile: str | None = None, overrides: tuple[str, ...] = (), data: Path | None = None
+    path: Path,
+    profile: str | None = None,
+    overrides: tuple[str, ...] = (),
+    data: Path | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Recipe:
     """The resolved recipe of a file, after a profile, a data folder and `section.key=value` overrides, in this order.
 
-    Raises UsageError with file and line for a recipe that cannot be read, unknown keys and wrong values.
+    `say` gets a line on each key that is ignored because something replaced it. Raises UsageError with file and line
+    for a recipe that cannot be read, unknown keys and wrong values.
     """
     values, profiles, text = _read_recipe_file(path)
     prefix: tuple[str, ...] = ()
@@ -577,6 +590,15 @@ def load_recipe(
         values = _merge(values, {"data": {"path": str(data.absolute())}}, "--data")
     for override in overrides:
         values = _merge(values, _parse_override(override), f"--set {override}")
+    for (section, name), instead in REPLACED.items():
+        given = values.get(section)
+        if not isinstance(given, dict) or name not in given:
+            continue
+        values[section] = {key: value for key, value in given.items() if key != name}
+        if say is not None:
+            options = [f"--set {override}" for override in overrides if override.startswith(f"{section}.{name}=")]
+            where = options[0] if options else locate_key(path, (section, name), profile)
+            say(f"{where}: '{section}.{name}' is ignored: {instead}; remove it")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -61,7 +61,7 @@ class Prediction(TypedDict):
     answer: str | None
     """The answer that the task read out of the text; None if the sample failed."""
     text: str | None
-    """The completion of the last pass, as generated; None if the sample failed."""
+    """The completion of the last pass, as generated; None if the sample failed. Of a vote, its answer."""
     finish_reason: str | None
     """`stop`, or `length` when max_new_tokens cut it off."""
     prompt_tokens: int

@@ -13,7 +13,7 @@ import importlib.metadata
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,9 +179,10 @@ class Run:
                 if current.get("sha256") != digest:
                     raise UsageError(f"{self.folder}: {earlier} has changed since {stage} used it; run {stage} again")
 
-    def key(self, stage: str, inputs: dict[str, str]) -> str:
-        """sha256 (hex) of all that a stage's result depends on. Equal keys mean equal results."""
-        recipe = self.recipe.digest(*SECTIONS[stage])
+    def key(self, stage: str, inputs: dict[str, str], replaced: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+        """sha256 (hex) of all that a stage's result depends on. Equal keys mean equal results. `replaced` is for the
+        key by an earlier version (`Recipe.digest`)."""
+        recipe = self.recipe.digest(*SECTIONS[stage], replaced=replaced)
         return digest_of({"contract": CONTRACT_VERSION, "stage": stage, "recipe": recipe, "inputs": inputs})
 
     def is_done(self, stage: str, hashes: FileHashes, shard: Shard | None = None) -> bool:

@@ -6,6 +6,7 @@ The report does not contain the time of writing: the same inputs give the same b
 import base64
 import io
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,11 @@ def write_report(
     ablated: list[Ablation],
     vote: VoteOutcome | None,
     measures: dict[str, dict[str, Measure]],
+    notes: Sequence[str],
+    suspicious: Sequence[str],
 ) -> None:
     """Write `report.html`. `groups` has the result of `scores.breakdown` for `group` and for `kind`, `ablated` that of
-    `ablation.ablations`."""
+    `ablation.ablations`, `notes` that of the task's `score_notes`, `suspicious` that of `comparison.suspicions`."""
     run, recipe = stage.run, stage.run.recipe
     adapters = [name for name in scores.models if name != "base"]
     task = load_task(recipe.task)
@@ -72,6 +75,8 @@ def write_report(
         documents=len(set(scores.groups("group"))),
         documents_note=documents_note(figure["groups"] for each in figures.values() for figure in each.values()),
         star_note=star_note,
+        notes=notes,
+        suspicious=suspicious,
         counts=stage.counts,
         losses=_loss_table(curve, trained),
         rungs=[made for made in trained["decisions"] if made["what"] == "out of memory"],

@@ -6,7 +6,7 @@ belong together, such as the rotations of a question, are scored one by one and 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def score_models(
     }
     facts = [task.facts(sample) for sample in samples]
     scored = {name: _score_rows(task, recipe, samples, answered[name], errors[name]) for name in answered}
-    names = list(dict.fromkeys(metric for rows in scored.values() for row in rows for metric in row))
+    names = _in_one_order(tuple(row) for rows in scored.values() for row in rows)
     fact_names = list(dict.fromkeys(fact for row in facts for fact in row))
     models = {}
     for name, rows in scored.items():
@@ -81,6 +81,20 @@ def score_models(
         table = [[row.get(metric, np.nan) for metric in names + fact_names] for row in full]
         models[name] = Model(answered[name], errors[name], np.array(table, dtype=np.float64))
     return Scores(list(samples), names + fact_names, fact_names, models, [task.together(sample) for sample in samples])
+
+
+def _in_one_order(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """All metrics, those of each row in its order, wherever another row has further ones."""
+    names: list[str] = []
+    for row in dict.fromkeys(rows):
+        place = next((names.index(metric) for metric in row if metric in names), len(names))
+        for metric in row:
+            if metric in names:
+                place = names.index(metric)
+            else:
+                names.insert(place, metric)
+            place += 1
+    return names
 
 
 def scored_lines(scores: Scores) -> list[dict[str, Any]]:
@@ -244,8 +258,8 @@ def worst_rows(scores: Scores, name: str, count: int) -> list[int]:
     answers = model.values[:, : len(scores.metrics) - len(scores.facts)]
 
     def rank(row: int) -> tuple[bool, tuple[float, ...], str]:
-        backwards = np.nan_to_num(answers[row, ::-1], nan=1.0)
-        return model.errors[row] is None, tuple(backwards), scores.samples[row]["id"]
+        own = answers[row, ::-1]
+        return model.errors[row] is None, tuple(own[~np.isnan(own)]), scores.samples[row]["id"]
 
     imperfect = [row for row in range(len(scores.samples)) if np.nanmin(answers[row], initial=1.0) < 1]
     return sorted(imperfect, key=rank)[:count]

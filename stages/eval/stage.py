@@ -1,7 +1,7 @@
 """eval: score base and every adapter on the test samples, with intervals; print tables and write a report."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from stages.eval.measures import measure_answers
 from stages.eval.report import ON_TRAINING_DATA, format_interval, write_report
 from stages.eval.scores import Asked, Scores, breakdown, overall_figures, score_models, scored_lines
 from stages.eval.votes import VoteOutcome, vote_outcome
+from stages.results.comparison import evaluated_run, suspicions
 from stages.results.intervals import Figures
 from stages.results.summary import (
     SUMMARY,
@@ -56,7 +57,8 @@ def work(stage: Stage) -> None:
     if together < len(scored):
         stage.counts["counted together"] = together
         stage.events.say(f"{len(scored)} test samples are scored and count as {together}, since some count as one")
-    stage.outputs["scored.jsonl"] = write_jsonl(stage.path("scored.jsonl"), scored_lines(scores))
+    lines = scored_lines(scores)
+    stage.outputs["scored.jsonl"] = write_jsonl(stage.path("scored.jsonl"), lines)
     trained_on = sum(bool(sample["meta"].get("trained_on")) for sample in scored)
     if trained_on:
         stage.counts["scored on training data"] = trained_on
@@ -77,11 +79,13 @@ def work(stage: Stage) -> None:
     if measures:
         by_model = {name: {key: asdict(one) for key, one in each.items()} for name, each in measures.items()}
         _write_output(stage, "measures.json", by_model)
-    _write_summary(stage, figures)
+    suspicious = suspicions([evaluated_run(stage.run, figures, lines)])
+    _write_summary(stage, figures, suspicious)
     stage.stop.check()
-    write_report(stage, scores, figures, differences, groups, ablated, vote, measures)
+    notes = task.score_notes(recipe, scored)
+    write_report(stage, scores, figures, differences, groups, ablated, vote, measures, notes, suspicious)
     stage.outputs["report.html"] = None
-    _print_tables(stage, scores, figures, differences, ablated, vote)
+    _print_tables(stage, scores, figures, differences, ablated, vote, notes, suspicious)
 
 
 def _write_uploads(
@@ -107,7 +111,7 @@ def _asked_function(recipe: Recipe) -> Asked:
     return was_asked
 
 
-def _write_summary(stage: Stage, figures: Mapping[str, Figures]) -> None:
+def _write_summary(stage: Stage, figures: Mapping[str, Figures], suspicious: Sequence[str]) -> None:
     """Write summary.json, and write it again after each adapter, as train does."""
     run, infer = stage.run, stage.run.manifest("infer") or {}
     untrained = (run.manifest("train") or {}).get("untrained", {})
@@ -138,7 +142,8 @@ def _write_summary(stage: Stage, figures: Mapping[str, Figures]) -> None:
                 },
             }
         results.append(dataset_result(run, adapter, result))
-        write_json(stage.path(SUMMARY), build_summary(run, results, start, before, stage.starts[0]))
+        summary = build_summary(run, results, start, before, stage.starts[0])
+        write_json(stage.path(SUMMARY), {**summary, "suspicious": list(suspicious)})
 
 
 def _generation_settings(recipe: Recipe) -> dict[str, Any]:
@@ -185,9 +190,11 @@ def _print_tables(
     differences: dict[str, Figures],
     ablated: list[Ablation],
     vote: VoteOutcome | None,
+    notes: Sequence[str],
+    suspicious: Sequence[str],
 ) -> None:
-    """Print to the console a table of base against each adapter, one of the vote, one of the ablations, and the path of
-    the report."""
+    """Print to the console a table of base against each adapter, one of the vote, one of the ablations, what to know
+    about the scores, what is suspicious about the answers, and the path of the report."""
     from rich.console import Console
 
     seconds = {name: seconds_per_question(stage.run, name) for name in scores.models}
@@ -203,6 +210,8 @@ def _print_tables(
         for name in [model for model in scores.models if model != "base"] or ["base"]:
             show(_table(name, figures, differences.get(name, {}), seconds))
         console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
+        for each in notes:
+            console.print(each, style="dim")
         if differences:
             console.print(star_note(len(differences)), style="dim")
         if vote is not None:
@@ -215,6 +224,8 @@ def _print_tables(
         note = documents_note(figure["groups"] for each in figures.values() for figure in each.values())
         if note:
             console.print(note, style="bold")
+        for line in suspicious:
+            console.print(f"suspicious: {line}", style="bold red")
     stage.events.say(f"report: {stage.path('report.html')}")
 
 

@@ -1,5 +1,6 @@
 """Finds the run that a command names: the recipe by path or name, the run folder, and the stages that are done."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,12 @@ def open_run(
     data: str | None = None,
     overrides: tuple[str, ...] = (),
     run_name: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> "Run":
     """The run that a command's options name, with its resolved recipe.
 
-    Without `recipe`, it is the recipe of the existing run `run_name`. Raises UsageError if the recipe, run, task or
-    engine does not exist, or the recipe is wrong.
+    Without `recipe`, it is the recipe of the existing run `run_name`. `say` gets a line on each key of the recipe that
+    is ignored. Raises UsageError if the recipe, run, task or engine does not exist, or the recipe is wrong.
     """
     from stages.contract.recipe import load_recipe, locate_key
     from stages.contract.run import Run
@@ -70,7 +72,7 @@ def open_run(
             raise UsageError(f"{path}: no such run; name a RECIPE to start one")
     else:
         raise UsageError("RECIPE: not given, and no --run either; name a RECIPE, or an existing run with --run")
-    loaded = load_recipe(path, profile, overrides, Path(data) if data else None)
+    loaded = load_recipe(path, profile, overrides, Path(data) if data else None, say)
     try:
         engine_kind(loaded.infer.engine)
     except UsageError as error:

@@ -3,7 +3,7 @@
 All of it is read from eval's scores.json and scored.jsonl.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +103,13 @@ class ComparisonRow:
     """Percent of the samples answered by both that have the same answer; None for the reference model itself."""
 
 
+def evaluated_run(run: Run, figures: Mapping[str, Figures], lines: Sequence[Mapping[str, Any]]) -> EvaluatedRun:
+    """A run with these contents of scores.json and scored.jsonl."""
+    recipe = run.recipe
+    base = (run.manifest("infer") or {"inputs": {}})["inputs"].get("models/base", "")
+    return EvaluatedRun(run.name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines)
+
+
 def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[EvaluatedRun], list[str]]:
     """The runs among `names` that eval has scored, at least two, and for each other run a note that says why it is not
     compared.
@@ -147,8 +154,7 @@ def _read_run(roots: Roots, name: str) -> EvaluatedRun | str:
         )
     if not any(figure["n"] for model in (figures or {}).values() for figure in model.values()) or not lines:
         return "eval scored no sample"
-    base = reader.manifests["infer"]["inputs"].get("models/base", "")
-    return EvaluatedRun(name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines)
+    return evaluated_run(reader.run, figures, lines)
 
 
 def refuse_incomparable_runs(runs: Sequence[EvaluatedRun]) -> None:
@@ -259,10 +265,26 @@ def suspicions(runs: Sequence[EvaluatedRun]) -> list[str]:
     """Sentences on models that failed on every sample, answer repetitively, or share another model's wrong answers."""
     found = [line for run in runs for name in run.models for line in _repetitive_answers(run, name)]
     models = [(run, name) for run in runs for name in run.models]
-    for place, (run, name) in enumerate(models):
-        for other, other_name in models[place + 1 :]:
-            if not _may_be_identical(run, name, other, other_name):
-                found += _identical_answers(run, name, other, other_name)
+    alike: dict[str, list[tuple[set[int], int]]] = defaultdict(list)  # by data set: places in `models`, and answers
+    for first, (run, name) in enumerate(models):
+        for second, (other, other_name) in enumerate(models[first + 1 :], first + 1):
+            if _may_be_identical(run, name, other, other_name):
+                continue
+            for source, count in _identical_answers(run, name, other, other_name).items():
+                joined, counts = {first, second}, [count]
+                for group in [group for group in alike[source] if group[0] & joined]:
+                    alike[source].remove(group)
+                    joined |= group[0]
+                    counts.append(group[1])
+                alike[source].append((joined, min(counts)))
+    for source, groups in alike.items():
+        for places, count in groups:
+            *others, last = (f"{models[place][0].run}/{models[place][1]}" for place in sorted(places))
+            number = "two" if len(places) == 2 else len(places)
+            found.append(
+                f"{', '.join(others)} and {last}: all {count} answers{_source_phrase(source, runs[0])} are identical,"
+                f" wrong ones included; check that they are {number} models"
+            )
     return found
 
 
@@ -303,18 +325,15 @@ def _may_be_identical(run: EvaluatedRun, name: str, other: EvaluatedRun, other_n
     return name == other_name == BASE and run.base_model == other.base_model
 
 
-def _identical_answers(run: EvaluatedRun, name: str, other: EvaluatedRun, other_name: str) -> list[str]:
-    """Sentences on data sets on which two models give the same answers, wrong ones included. Right answers alone say
-    nothing: good models share them."""
-    found = []
+def _identical_answers(run: EvaluatedRun, name: str, other: EvaluatedRun, other_name: str) -> dict[str, int]:
+    """The data sets to which two models give the same answers, wrong ones included, with the number of answers. Right
+    ones are the same for all good models."""
+    found = {}
     for source in _sources(run):
         answers, others = run.answers(name, source), other.answers(other_name, source)
         both = answers.keys() & others.keys()
         if len(both) < LEAST_ANSWERS or any(answers[sample] != others[sample] for sample in both):
             continue
         if any(next(iter(run.by_id[sample]["models"][name]["scores"].values()), 1.0) < 1 for sample in both):
-            found.append(
-                f"{run.run}/{name} and {other.run}/{other_name}: all {len(both)} answers{_source_phrase(source, run)}"
-                " are identical, wrong ones included; check that they are two models"
-            )
+            found[source] = len(both)
     return found

@@ -7,12 +7,13 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import LorryError, UsageError
 from stages.contract.files import read_json
-from stages.contract.recipe import Recipe, load_recipe
+from stages.contract.recipe import Recipe, load_recipe, replaced_values
 from stages.contract.run import CONTRACT_VERSION, STAGES, Run, is_held
 
 
@@ -57,9 +58,14 @@ class RunReader:
                 return
 
     def fits_recipe(self, stage: str) -> bool:
-        """Whether a finished stage ran with the run's recipe."""
-        manifest = self.manifests[stage]
-        return bool(manifest["key"] == self.run.key(stage, manifest["inputs"]))
+        """Whether a finished stage ran with the run's recipe, in this or an earlier version."""
+        key, inputs = self.manifests[stage]["key"], self.manifests[stage]["inputs"]
+        return bool(key == self.run.key(stage, inputs) or key == self.run.key(stage, inputs, self._replaced))
+
+    @cached_property
+    def _replaced(self) -> dict[str, dict[str, Any]]:
+        """The values in the run's recipe that this version ignores, and an earlier one counted."""
+        return replaced_values(self.run.folder / "recipe.yaml")
 
     def output_digest(self, stage: str, name: str) -> str | None:
         """sha256 of a stage's output, as its manifest records it; None without such an output."""

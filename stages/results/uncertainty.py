@@ -47,7 +47,7 @@ def documents_note(groups: Iterable[int | None]) -> str | None:
 
 def outdated_note(run: str) -> str:
     """A note on a run that an older version of Lorry scored, whose figures do not count documents."""
-    return f"{run}: intervals of an older version of Lorry, too narrow with few documents; run eval again with --force"
+    return f"{run}: intervals by the resampling of eval.bootstrap, too narrow with few documents; run eval again"
 
 
 def _document_range(counts: Sequence[int]) -> str:

@@ -202,6 +202,10 @@ class Task(Protocol):
     def facts(self, sample: Sample) -> dict[str, float]:
         """Metrics of a sample that do not depend on its answer, such as retrieval recall, by name, each in 0..1."""
 
+    def score_notes(self, recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
+        """Sentences for console and report on how the scored samples are scored: whose metrics these are, and where
+        they differ from published ones."""
+
     def together(self, sample: Sample) -> str:
         """The key of the samples that a sample is counted with, such as the rotations of one question. Samples with the
         same key count once, with their lowest score. A sample that counts alone has its id as key."""
@@ -283,7 +287,8 @@ def reads_records(task: Task) -> TypeGuard[RecordTask]:
 HAVE_DEFAULTS = {
     **dict.fromkeys(("COMPONENTS", "READS_DOCUMENTS", "READS_RECORDS", "Passes", "Samples", "Scoring"), "settings"),
     **dict.fromkeys(("SHARED", "ask", "narrowed_sample", "passes", "rehearsal"), "prompts"),
-    **dict.fromkeys(("asked_rows", "facts", "measures", "picture", "submission", "together", "uploads"), "results"),
+    **dict.fromkeys(("asked_rows", "facts", "measures", "picture", "score_notes", "submission"), "results"),
+    **dict.fromkeys(("together", "uploads"), "results"),
 }
 """Members of the contract that have a default, each with the ending of its module `stages.tasks.common.default_*`."""
 

@@ -103,6 +103,23 @@ def test_an_unknown_key_in_a_profile_is_found_on_the_profiles_line(tmp_path: Pat
     assert f"{path}:13: unknown key 'train.epoch'; did you mean 'epochs'?" in refused(path, "big")
 
 
+def test_a_key_that_was_replaced_is_ignored_with_one_line(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, MINIMAL_RECIPE + "eval:\n  worst: 3\n  bootstrap: 500\nprofiles:\n  big: {eval: {bootstrap: 900}}\n"
+    )
+    assert "bootstrap" not in dump_recipe(load_recipe(path)) + dump_recipe(load_recipe(path, "big"))
+    lines: list[str] = []
+    recipe = load_recipe(path, say=lines.append)
+    cure = "is ignored: intervals are computed without resamples (docs/runs.md#intervals); remove it"
+    assert lines == [f"{path}:12: 'eval.bootstrap' {cure}"]
+    assert recipe == load_recipe(written(tmp_path, MINIMAL_RECIPE), overrides=("eval.worst=3",))
+    path = written(tmp_path, MINIMAL_RECIPE)
+    lines.clear()
+    assert load_recipe(path, overrides=("eval.bootstrap=200",), say=lines.append) == load_recipe(path)
+    assert lines == [f"--set eval.bootstrap=200: 'eval.bootstrap' {cure}"]
+    assert "unknown key 'eval.bootstrab'" in refused(path, None, "eval.bootstrab=200")
+
+
 def test_a_wrong_type_is_reported_with_line_and_value(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL_RECIPE + "  rank: eight\n")
     message = refused(path)

@@ -23,7 +23,7 @@ SETTINGS = (
     f"train.adapters=[{', '.join(f'{{name: {name}, data: {data}}}' for name, data in ADAPTERS.items())}]",
     # the last layers are enough to learn the form of an answer
     *(r"train.target_modules=.*\.layers\.2[0-9]\..*_proj", "train.epochs=1", "train.effective_batch=4"),
-    *("train.checkpoint_every=100", "eval.bootstrap=200"),
+    "train.checkpoint_every=100",
     *("infer.vote.second_round=true", "infer.passes.retries=1"),
 )
 

@@ -16,7 +16,7 @@ SETS = REPOSITORY / "recipes" / "data" / "extractive-qa"
 SETTINGS = (
     # the last layers are enough to learn the form of an answer
     r"train.target_modules=.*\.layers\.2[0-9]\..*_proj",
-    *("train.epochs=3", "train.checkpoint_every=8", "infer.max_new_tokens=12", "eval.bootstrap=200"),
+    *("train.epochs=3", "train.checkpoint_every=8", "infer.max_new_tokens=12"),
 )
 
 

@@ -23,7 +23,7 @@ Build = Callable[..., Run]
 
 def recipe(*overrides: str) -> Recipe:
     adapters = "train.adapters=[{name: a, data: [first]}, {name: b, data: [second, third#3]}, {name: c}]"
-    return load_recipe(RECIPE, "tiny", (adapters, "eval.bootstrap=200", *overrides))
+    return load_recipe(RECIPE, "tiny", (adapters, *overrides))
 
 
 OWN = "infer.answers=own sources"

@@ -169,7 +169,7 @@ def test_nothing_wrong(build: Build, samples: list[Sample]) -> None:
 def test_many_adapters(build: Build, samples: list[Sample], predictions: Predictions) -> None:
     text = report_of(build(samples, {"base": predictions["base"]} | {f"a{i}": predictions["tuned"] for i in range(9)}))
     assert "a8" in text
-    assert "correction for 9 models." in text and "<b>6 documents: intervals are rough.</b>" in text
+    assert "correction for 9 models." in text and "; 6 documents: intervals are rough.</b>" in text
 
 
 def test_the_loss_curve_is_reproducible_and_takes_the_page_s_colours() -> None:

@@ -56,7 +56,8 @@ def test_no_facts_at_all() -> None:
     samples = [make_sample(1, evidence=[])]
     scores = score_models(patent_qa, RECIPE, samples, {"base": [answer(samples[0], "x")]})
     assert scores.facts == []
-    assert list(overall_figures(scores)[0]["base"]) == ["exact_match", "f1", "character_f1"]
+    own = ["character_exact_match", "character_f1"]
+    assert list(overall_figures(scores)[0]["base"]) == ["exact_match", "f1", *own]
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------
@@ -69,7 +70,9 @@ def test_differences_are_paired() -> None:
     scores = score_models(patent_qa, RECIPE, samples, {"base": base, "tuned": base})
     figures, differences = overall_figures(scores)
     assert figures["base"]["f1"]["high"] - figures["base"]["f1"]["low"] > 40
-    assert list(differences["tuned"]) == ["exact_match", "f1", "character_f1"]
+    own = ["character_exact_match", "character_f1"]
+    cmrc = ["cmrc_exact_match", "cmrc_f1"]  # every third document is Chinese
+    assert list(differences["tuned"]) == ["exact_match", "f1", *cmrc, *own]
     figure = differences["tuned"]["f1"]
     assert (figure["value"], figure["groups"], figure["p"]) == (0, 10, 1)
     assert -20 < figure["low"] == -figure["high"] < 0
@@ -103,3 +106,10 @@ def test_worst_first_failures_before_all_and_no_right_answer() -> None:
     assert worst_rows(scores, "base", 10) == [5, 2, 3, 4, 1]
     assert worst_rows(scores, "base", 2) == [5, 2]
     assert worst_rows(scores, "base", 0) == []
+
+
+def test_the_worst_answers_are_those_of_all_samples_whatever_metrics_they_have() -> None:
+    samples = [make_sample(number) for number in (0, 1, 8, 9)]  # two in English and two in Chinese
+    given = ["q", "the locking", "踏板支", "架"]
+    scores = score_models(patent_qa, RECIPE, samples, {"base": list(map(answer, samples, given))})
+    assert worst_rows(scores, "base", 10) == [0, 3, 1, 2]

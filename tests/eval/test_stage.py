@@ -25,10 +25,15 @@ def scores_of(run: Run) -> dict[str, Any]:
 def test_scores_have_the_promised_form(evaluated: Run, samples: list[Sample]) -> None:
     scores = scores_of(evaluated)
     assert list(scores) == ["base", "tuned"]
+    chinese = ("cmrc_exact_match", "cmrc_f1")  # of two of the six documents
     for figures in scores.values():
-        assert list(figures) == ["exact_match", "f1", "character_f1", "retrieval_recall"]
-        for figure in figures.values():
+        own = ["character_exact_match", "character_f1"]
+        assert list(figures) == ["exact_match", "f1", *chinese, *own, "retrieval_recall"]
+        for metric, figure in figures.items():
             assert list(figure) == ["value", "low", "high", "groups", "n", "failed"]
+            if metric in chinese:
+                assert (figure["groups"], figure["low"], figure["high"], figure["n"]) == (2, None, None, 8)
+                continue
             assert figure["groups"] == 6
             assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 100
             assert figure["n"] == len(samples)
@@ -133,13 +138,14 @@ def test_the_console_shows_base_against_each_adapter(
     shown = capfd.readouterr().err
     lines = shown.splitlines()
     assert max(len(line) for line in lines if str(run.folder) not in line) <= 100
-    assert sum("exact_match" in line for line in lines) == 2
+    assert sum(line.strip().startswith("exact_match") for line in lines) == 2
     assert "16.7 [" in shown
     assert "70.8 [" in shown
     assert "+54.2 [" in shown
     assert "0 / 1" in shown
     assert "*: the 95% interval excludes 0, also after Holm's correction for 2 models" in lines
-    assert "6 documents: intervals are rough" in lines
+    few = "2 documents: too few for an interval, at least 5 are needed"  # those in Chinese, of CMRC's scores
+    assert f"{few}; 6 documents: intervals are rough" in lines
     assert f"report: {run.path('eval', 'report.html')}" in shown
 
 
@@ -178,11 +184,52 @@ def test_three_documents_are_too_few_for_an_interval_and_a_star(
     assert difference == {"value": 100, "low": None, "high": None, "groups": 3, "p": None}
     shown = capfd.readouterr().err
     assert "+100.0 [too few]" in shown and "[too few]*" not in shown
-    note = "3 documents: too few for an interval, at least 5 are needed"
+    note = "1 to 3 documents: too few for an interval, at least 5 are needed"  # one of them is in Chinese
     assert note in shown.splitlines()
     report = run.path("eval", "report.html").read_text(encoding="utf-8")
     assert f"<b>{note}.</b>" in report and "+100.0 [too few]" in report
     assert 'class="range"' not in report and '"number over muted"' in report
+
+
+SAME = "patent-qa/base and patent-qa/tuned: all 24 answers are identical, wrong ones included; check that they are two"
+FEW = "patent-qa/tuned: only 1 distinct answer among 24, and 24 distinct references; check its prompts"
+
+
+@pytest.mark.parametrize("found", ["answers of base", "one answer", "nothing"])
+def test_suspicious_answers_are_reported_at_the_end_of_a_run(
+    build: Build, found: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    samples = [make_sample(number, references=[f"gear {number}"]) for number in range(24)]
+    base = [answer(sample, f"lever {number}") for number, sample in enumerate(samples)]
+    right = [answer(sample, sample["references"][0]) for sample in samples]
+    tuned = {"answers of base": base, "one answer": [answer(s, "lever") for s in samples], "nothing": right}[found]
+    run = build(samples, {"base": base, "tuned": tuned})
+    assert run_stage(run, "eval", work) == Exit.DONE
+    line = {"answers of base": SAME, "one answer": FEW, "nothing": ""}[found]
+    shown = " ".join(capfd.readouterr().err.split())
+    report = run.path("eval", "report.html").read_text(encoding="utf-8")
+    lines = read_json(run.path("eval", "summary.json")).get("suspicious")
+    if found == "nothing":
+        assert lines == [] and "suspicious:" not in shown and "Suspicious" not in report
+        return
+    assert f"suspicious: {line}" in shown
+    assert f"Suspicious: {line}" in report
+    assert len(lines) == 1 and lines[0].startswith(line)
+
+
+def test_console_and_report_say_whose_the_scores_are(
+    build: Build, samples: list[Sample], predictions: Predictions, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = build(samples, predictions)
+    assert run_stage(run, "eval", work) == Exit.DONE
+    note = (
+        "SQuAD's: exact_match, f1; CMRC 2018's: cmrc_exact_match, cmrc_f1 (8 of 24 samples, in Chinese); Lorry's own:"
+        " character_exact_match, character_f1"
+    )
+    assert note in " ".join(capfd.readouterr().err.split())
+    report = run.path("eval", "report.html").read_text(encoding="utf-8")
+    assert note.replace("'", "&#39;") in report
+    assert "CMRC exact match" in report and "CMRC F1" in report
 
 
 def test_nothing_is_done_twice(evaluated: Run) -> None:

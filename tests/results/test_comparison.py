@@ -130,7 +130,7 @@ def test_intervals_of_an_older_version_are_reported() -> None:
     for figures in other.figures.values():
         del figures["exact"]["groups"]
     assert outdated_interval_notes([first, other]) == [
-        "b: intervals of an older version of Lorry, too narrow with few documents; run eval again with --force"
+        "b: intervals by the resampling of eval.bootstrap, too narrow with few documents; run eval again"
     ]
 
 
@@ -187,6 +187,15 @@ def test_two_models_with_the_same_wrong_answers_are() -> None:
     first, other = run_of("a", {"base": every(2), "x": every(5)}), run_of("b", {"base": every(2), "y": every(5)})
     assert suspicions([first, other]) == [
         "a/x and b/y: all 40 answers are identical, wrong ones included; check that they are two models"
+    ]
+
+
+def test_many_models_with_the_same_wrong_answers_are_named_together() -> None:
+    models = {"base": every(2), "x": every(5), "y": every(5), "z": every(5), "u": every(3), "v": every(3)}
+    told = "all 40 answers are identical, wrong ones included; check that they are"
+    assert suspicions([run_of("a", models)]) == [
+        f"a/x, a/y and a/z: {told} 3 models",
+        f"a/u and a/v: {told} two models",
     ]
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.contract.errors import Exit
-from stages.contract.files import read_json, read_jsonl, write_json, write_jsonl
+from stages.contract.files import digest_of, read_json, read_jsonl, write_json, write_jsonl
 from stages.contract.recipe import dump_recipe
 from stages.contract.run import CONTRACT_VERSION, lock_stage_folder
 from stages.eval.stage import work as eval_work
@@ -276,7 +277,7 @@ def test_an_adapter_that_is_being_trained_again_has_lost_its_score(tmp_path: Pat
 
 def test_a_recipe_that_has_changed_since(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    changed = make_recipe(tmp_path, {**MIXES, "plain": ["extra"]}, eval={"bootstrap": 500})
+    changed = make_recipe(tmp_path, {**MIXES, "plain": ["extra"]}, eval={"worst": 3})
     (run.folder / "recipe.yaml").write_text(dump_recipe(changed), encoding="utf-8")
     row = row_of(tmp_path, "plain")
     assert (row.data_mix, row.sources) == ("main", "")  # as it was trained, not as the recipe says now
@@ -285,6 +286,24 @@ def test_a_recipe_that_has_changed_since(tmp_path: Path) -> None:
     (run.folder / "recipe.yaml").write_text(dump_recipe(changed), encoding="utf-8")
     row = row_of(tmp_path, "plain")
     assert (row.score, row.state) == (42.5, "stale: train ran with another recipe than recipe.yaml")
+
+
+def test_a_run_with_a_key_that_was_replaced_keeps_its_scores(tmp_path: Path) -> None:
+    """As earlier versions wrote it: the key is in the recipe, and eval's manifest counts it."""
+    run = make_run(tmp_path)
+    recipe = yaml.safe_load(dump_recipe(run.recipe))
+    recipe["eval"] = {"bootstrap": 2000, **recipe["eval"]}
+    (run.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    path = run.path("eval", "manifest.json")
+    manifest = read_json(path)
+    counted = {"task": run.recipe.task, "seed": run.recipe.seed, "infer.ablate": [], "infer.vote": None}
+    digest = digest_of({**counted, "eval": recipe["eval"]})
+    values = {"contract": CONTRACT_VERSION, "stage": "eval", "recipe": digest, "inputs": manifest["inputs"]}
+    write_json(path, {**manifest, "key": digest_of(values)})
+    assert (row_of(tmp_path, "plain").score, row_of(tmp_path, "plain").state) == (42.5, "scored")
+    recipe["eval"]["worst"] = 3
+    (run.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert row_of(tmp_path, "plain").state.startswith("stale: eval ran with another recipe than recipe.yaml")
 
 
 def test_sources_are_not_reported_of_other_samples_than_were_trained_on(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_few_documents_and_older_intervals_are_noted(monkeypatch: pytest.MonkeyP
     notes = [
         "a, c: 5 documents: intervals are rough",
         "d: 3 documents: too few for an interval, at least 5 are needed",
-        "e: intervals of an older version of Lorry, too narrow with few documents; run eval again with --force",
+        "e: intervals by the resampling of eval.bootstrap, too narrow with few documents; run eval again",
     ]
     table = render_table(rows, None, False)
     assert table.splitlines()[-3:] == notes

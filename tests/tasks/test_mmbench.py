@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import openpyxl
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from stages.contract.errors import DataError
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
 from stages.eval.scores import breakdown, overall_figures, score_models
+from stages.tasks import better_synth
 from stages.tasks.better_synth.mmbench import (
     ASKS,
     ASKS_IN_CHINESE,
@@ -26,7 +28,6 @@ from stages.tasks.better_synth.mmbench import (
     MMBenchRow,
     has_rotations,
     incomplete_questions,
-    letter_in,
     picture_bytes,
     prompt,
     read_rows,
@@ -90,10 +91,40 @@ def test_rows_are_read_unchanged(tmp_path: Path) -> None:
     assert (found[0].category, found[0].l2_category) == ("animal", "coarse")
 
 
-@pytest.mark.parametrize("empty", ["", " ", "nan", "NaN", "None"])
+EMPTY = ["", " ", "nan", "NaN", "None", "none", "NA", "N/A", "n/a", "null", "NULL", "#N/A", "<NA>", "-nan"]
+
+
+@pytest.mark.parametrize("empty", EMPTY)
 def test_options_end_at_the_first_empty_one(tmp_path: Path, empty: str) -> None:
     found, _ = read(tsv(tmp_path / "a.tsv", [line(1, "w x y z", C=empty)]))
     assert found[0].options == ("w", "x")
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+def test_empty_cells_are_empty_in_every_column(tmp_path: Path, empty: str) -> None:
+    path = tsv(
+        tmp_path / "a.tsv", [line(1, hint=empty, answer=empty, category=empty, split=empty), line(2, image=empty)]
+    )
+    (found,), skipped = read(path)
+    assert (found.hint, found.answer, found.category, found.uploaded["split"]) == ("", None, "", "")
+    assert [why[:2] for why in skipped] == [("a.tsv:3", "no image")]
+
+
+def test_cells_are_empty_where_pandas_reads_them_as_empty(tmp_path: Path) -> None:
+    words = [*EMPTY, "Na", "N.A.", "Null", "no", "0", "-", "+nan", "-1.#IND", "1.#QNAN", "cat"]
+    path = tsv(tmp_path / "a.tsv", [line(number, hint=word) for number, word in enumerate(words)])
+    hints = [row.hint for row in read(path)[0]]
+    by_pandas = pandas.read_csv(path, sep="\t")["hint"]
+    for word, hint, cell in zip(words, hints, by_pandas, strict=True):
+        if pandas.isna(cell):
+            assert hint == "", word
+        elif word.strip().lower() not in ("", "none", "nan"):  # these are empty for LLaVA's reader
+            assert hint == word
+
+
+@pytest.mark.parametrize("right", ["Ｂ", "b", " B ", "ｂ"])
+def test_a_right_letter_of_any_width_and_case_is_read(tmp_path: Path, right: str) -> None:
+    assert read(tsv(tmp_path / "a.tsv", [line(1, right=right)]))[0][0].answer == "B"
 
 
 def test_a_row_without_an_answer_is_not_scored(tmp_path: Path) -> None:
@@ -292,6 +323,16 @@ def test_accuracy_is_hit_groups_over_groups_also_by_category() -> None:
 
 # -- the letter in an answer ---------------------------------------------------------------------------------------
 
+
+def letter_in(said: str, options: Mapping[str, str]) -> str | None:
+    """The letter that the task reads in a completion."""
+    meta = {"group": "g", "source": "mmbench", "options": dict(options)}
+    return better_synth.read_answer(
+        said,
+        {"id": "q", "messages": [], "images": [], "references": ["A"], "meta": meta},  # type: ignore[typeddict-item]
+    )
+
+
 OPTIONS = {"A": "cat", "B": "dog", "C": "hot dog", "D": "red"}
 
 SAID = [
@@ -329,6 +370,61 @@ SAID = [
     ("", None),
     ("\N{REPLACEMENT CHARACTER}", None),
     ("Looking at it for a long time I begin to think of a dog that I had when I was young", None),  # much longer
+    ("B is correct", "B"),
+    ("B is right, because it barks", "B"),
+    ("B seems right", "B"),
+    ("B best describes the picture", "B"),
+    ("A best describes the picture", "A"),
+    ("A is correct", "A"),
+    ("A rather than B", "A"),
+    ("A best friend", None),
+    ("\\boxed{B}", "B"),
+    ("$\\boxed{\\text{B}}$", "B"),
+    ("A is wrong, and C. Thus $\\boxed{B}$.", "B"),
+    ("{B}", "B"),
+    ("[[B]]", "B"),
+    ("**B**", "B"),
+    ("**Answer:** B", "B"),
+    ("<answer>B</answer>", "B"),
+    ("#### B", "B"),
+    ("`B`", "B"),
+    ("B.dog", "B"),
+    ("B - dog", "B"),
+    ("The best choice would be B (cat)", "B"),
+    ("I'd go with B.", "B"),
+    ("The picture matches option B, I think", "B"),
+    ("answer is b", "B"),
+    ("the answer is a.", "A"),
+    ("The answer to the question is B", "B"),
+    ("B\nBecause A is a cat and C is food.", "B"),
+    ("Comparing A, C and D to it.\n\nB", "B"),
+    ("Options A, C and D are wrong. The answer is B.", "B"),
+    ("Among A, B, C and D, the correct answer is B.", "B"),
+    ("A and C are incorrect; B is correct", "B"),
+    ("Option A is a cat, which is wrong. Option B is right.", "B"),
+    ("It's not A, C, or D, so it must be B", "B"),
+    ("Excluding A and C, B remains", "B"),
+    ("The answer is not A. It is B.", "B"),
+    ("The answer is B, A and C are wrong", "B"),
+    ("B. A is wrong because it is a cat. C is food.", "B"),
+    ("B. The others (A, C, D) are wrong.", "B"),
+    ("B, not A", "B"),
+    ("A or B? B.", "B"),
+    ("It is B, isn't it?", "B"),
+    ("It is not a cat but a dog", "B"),
+    ("not B", None),
+    ("B is wrong", None),
+    ("B is not correct", None),
+    ("It isn't B", None),
+    ("I don't think it is B", None),
+    ("Is it B?", None),
+    ("I rule out A, C and D", None),
+    ("Not a dog", None),
+    ("The answer is B or C", None),
+    ("A. cat\nB. dog\nC. hot dog\nD. red", None),
+    ("A. cat B. dog C. hot dog D. red. Answer: B", "B"),
+    ("A) No. B) Yes.", None),
+    ("the B-52 bomber", None),
 ]
 
 
@@ -370,6 +466,22 @@ SAID_IN_CHINESE = [
     ("A、B", None),
     ("【A】「B」", None),
     ("B类", None),
+    ("B是正确的", "B"),
+    ("B正确", "B"),
+    ("最佳选择是B（猫）", "B"),
+    ("答案应该是B", "B"),
+    ("\\boxed{B}", "B"),
+    ("选项A、C、D都不对，答案是B", "B"),
+    ("A和C是错误的，B正确", "B"),
+    ("A，C，D错误，所以选B", "B"),
+    ("选B，A不对", "B"),
+    ("排除A和C，选B", "B"),
+    ("不是A，而是B", "B"),
+    ("B不对", None),
+    ("B是错的", None),
+    ("B吗", None),
+    ("答案是A还是B？", None),
+    ("维生素B", None),
     ("E。", None),
 ]
 
@@ -387,6 +499,49 @@ def test_an_option_whose_text_ends_in_a_letter_is_read_by_its_text() -> None:
     vitamins = {"A": "vitamin B", "B": "vitamin C", "C": "vitamin D"}
     assert letter_in("Vitamin C.", vitamins) == "B"
     assert letter_in("C", vitamins) == "C"
+    assert letter_in("The answer is vitamin C", vitamins) == "B"
+    assert letter_in("B. vitamin C", vitamins) == "B"
+    points = {"A": "Point B", "B": "Point A"}
+    assert letter_in("The answer is Point A", points) == "B"
+
+
+TEXTS = {"A": "cat", "B": "dog", "C": "horse", "D": "bird"}
+FORMS = [
+    *("{}", "({})", "{}:", "{}. {text}", "({}) {text}", "{} ({text})", "{text} ({})", "{text}. {}", "[{}]", "*{}*"),
+    *(
+        "Answer:{}",
+        "ANSWER {}",
+        "Ans. {}",
+        "The answer is: {}",
+        "The answer would be {}.",
+        "The correct option is ({}).",
+    ),
+    *("It is {}, {text}.", "It's {}.", "I think it's {}, {text}.", "I guess {}", "Probably {}", "So, {}.", "Hence {}."),
+    *(
+        "{} it is",
+        "{} is the answer",
+        "{} is the best choice.",
+        "{} would be correct",
+        "{} fits best",
+        "{} since it fits",
+    ),
+    *("Based on the image, I would say {}.", "Of the given choices, {} fits.", "The most suitable option is {}."),
+    *("We see a {text}, so {}.", "There is a {text} here, option {}.", "Only {} is correct.", "Let me think. {}"),
+    *("{others} are incorrect, so {}.", "Not {others}. It is {}.", "{others} are wrong. The answer is {}."),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_is_read_with_every_letter(form: str) -> None:
+    for right, text in TEXTS.items():
+        first, second, third = (letter for letter in TEXTS if letter != right)
+        said = form.format(right, text=text, others=f"{first}, {second} and {third}")
+        assert letter_in(said, TEXTS) == right, said
+
+
+@pytest.mark.parametrize("text", ["A and B ", "B, ", "A or ", "not ", "the answer to the ", "is ", "(", "answer is "])
+def test_a_long_completion_is_read(text: str) -> None:
+    assert letter_in(text * 4000, OPTIONS) in {None, *OPTIONS}  # with backtracking, it would not end
 
 
 def test_options_with_the_same_text_are_ambiguous() -> None:
@@ -417,18 +572,18 @@ def cells(path: Path) -> list[list[str | int | None]]:
     return [[cell.value for cell in row] for row in sheet.rows]
 
 
-def rows_of(path: Path, answers: Mapping[int, tuple[str | None, str | None]]) -> list[dict[str, str | int]]:
+def rows_of(path: Path, said: Mapping[int, str | None]) -> list[dict[str, str | int]]:
     found, _ = read(path)
-    return [upload_row(row.uploaded, *answers[row.index]) for row in found]
+    return [upload_row(row.uploaded, said[row.index]) for row in found]
 
 
 def test_the_upload_has_llavas_columns(tmp_path: Path) -> None:
     path = tsv(tmp_path / "test.tsv", [line(5, "cat dog", D="", question="1 < 2 & 'x'?"), line(1_000_005, "a b c d")])
-    rows = rows_of(path, {5: ("B", "(B) dog"), 1_000_005: (None, " I do not know\n")})
+    rows = rows_of(path, {5: "(B) dog", 1_000_005: " I do not know\n"})
     write_xlsx(tmp_path / "up" / "mmbench.xlsx", rows)
     assert cells(tmp_path / "up" / "mmbench.xlsx") == [
         ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"],
-        [5, "1 < 2 & 'x'?", "cat", "dog", None, None, "B", "A", "dev"],
+        [5, "1 < 2 & 'x'?", "cat", "dog", None, None, "(B) dog", "A", "dev"],
         [1000005, "What is in picture 1000005?", "a", "b", "c", "d", "I do not know", "A", "dev"],
     ]
 
@@ -440,7 +595,7 @@ def test_rows_with_stripped_trailing_tabs_are_uploaded(tmp_path: Path, short: in
     lines[1 + short] = lines[1 + short].rstrip("\t")
     assert lines[1 + short].count("\t") < lines[0].count("\t")
     path.write_text("\n".join(lines), encoding="utf-8")
-    write_xlsx(tmp_path / "a.xlsx", rows_of(path, {1: ("A", "A"), 2: ("B", "B")}))
+    write_xlsx(tmp_path / "a.xlsx", rows_of(path, {1: "A", 2: "B"}))
     assert cells(tmp_path / "a.xlsx") == [
         ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"],
         [1, "What is in picture 1?", "cat", "dog", "bird", None, "A", "A", None],
@@ -459,6 +614,18 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
 def test_control_characters_do_not_break_it(tmp_path: Path) -> None:
     write_xlsx(tmp_path / "a.xlsx", [{"question": "图\x00 \x1b]"}])
     assert len(cells(tmp_path / "a.xlsx")) == 2
+
+
+def test_the_upload_holds_the_models_own_words(tmp_path: Path) -> None:
+    (row,), _ = read(tsv(tmp_path / "a.tsv", [line(5)]))
+    (turned, *_) = rounds(row)
+    meta = {"group": "g", "source": "mmbench", "options": turned.options, "round": 0, "uploaded": row.uploaded}
+    sample: Any = {"id": "mmbench/5", "messages": [], "images": [], "references": ["A"], "meta": meta}
+    for said in ("B is correct, since it barks.", "none of them", "x" * 40_000):
+        prediction = {**answer(sample, str(better_synth.read_answer(said, sample))), "text": said}
+        assert better_synth.uploads(tmp_path, [sample], {"mmbench/5": prediction}) == ["mmbench.xlsx"]  # type: ignore[dict-item]
+        header, cell = cells(tmp_path / "mmbench.xlsx")
+        assert cell[header.index("prediction")] == said[:32_767]
 
 
 def test_a_text_that_is_too_long_for_a_cell_is_refused(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class Engine:
 
 
 def recipe_with(data: Path, *overrides: str) -> Recipe:
-    sets = ("preprocess.data_juicer=null", "eval.bootstrap=100", *overrides)
+    sets = ("preprocess.data_juicer=null", *overrides)
     return settle_recipe(load_recipe(RECIPE, "tiny", sets), "better-synth", data)
 
 

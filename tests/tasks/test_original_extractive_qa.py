@@ -546,7 +546,7 @@ def test_defect_09_the_batch_size_is_reported_if_the_last_start_answered_nothing
 def test_defect_09_scores_are_also_written_after_each_data_set(
     finished: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = finished.copy(tmp_path / "job", "eval.bootstrap=200")
+    job = finished.copy(tmp_path / "job", "eval.worst=3")
     inner = summary_module.dataset_result
 
     def dataset_result(run: Run, adapter: Any, result: Any) -> dict[str, Any]:

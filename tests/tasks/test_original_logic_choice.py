@@ -105,7 +105,7 @@ def all_right(adapter: str | None, sample: str) -> str:
 def recipe_with(data: Path, *overrides: str) -> Recipe:
     adapters = json.dumps([{"name": name, "data": data} for name, data in ADAPTERS.items()])
     small = ("model.path=reader", "data.path=logic", "data.test_fraction=0.25", "data.validation_fraction=0.2")
-    sets = (*small, f"train.adapters={adapters}", "infer.chunk_size=256", "eval.bootstrap=100", *overrides)
+    sets = (*small, f"train.adapters={adapters}", "infer.chunk_size=256", *overrides)
     return settle_recipe(load_recipe(RECIPE, "tiny", sets), "logic-choice", data)
 
 

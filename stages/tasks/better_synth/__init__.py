@@ -22,7 +22,7 @@ from pydantic import Field
 
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Message, Meta, Prediction, Sample
-from stages.tasks.better_synth import mmbench, textvqa
+from stages.tasks.better_synth import letters, mmbench, textvqa
 from stages.tasks.better_synth.llava import PLACE
 from stages.tasks.better_synth.records import (
     MMBENCH,
@@ -134,7 +134,7 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
 def read_answer(text: str, sample: Sample) -> str | None:
     """For MMBench, the letter that a completion means; for TextVQA, the whole completion. None without either."""
     if sample["meta"]["source"] == MMBENCH:
-        return mmbench.letter_in(text, _meta(sample)["options"])
+        return letters.letter_in(text, _meta(sample)["options"])
     return text.strip() or None
 
 
@@ -151,16 +151,15 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 
 def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-    """Write MMBench's workbook: each row of its table with the answer to the unrotated question. Returns its name, or
-    nothing if MMBench is not among the samples."""
+    """Write MMBench's workbook: each row of its table with the completion for the unrotated question. Returns its name,
+    or nothing if MMBench is not among the samples."""
     asked = [sample for sample in samples if _meta(sample)["source"] == MMBENCH and _meta(sample)["round"] == 0]
     if not asked:
         return []
     rows = []
     for sample in asked:
         prediction = predictions.get(sample["id"])
-        answer, text = (prediction["answer"], prediction["text"]) if prediction else (None, None)
-        rows.append(mmbench.upload_row(_meta(sample)["uploaded"], answer, text))
+        rows.append(mmbench.upload_row(_meta(sample)["uploaded"], prediction["text"] if prediction else None))
     mmbench.write_xlsx(folder / "mmbench.xlsx", rows)
     return ["mmbench.xlsx"]
 
@@ -173,6 +172,22 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
         return {"mmbench_accuracy": float(answer in references)}
     cleaning = Scoring.model_validate(recipe.eval.scoring).textvqa_cleaning
     return {"textvqa_accuracy": textvqa.accuracy(answer, references, cleaning)}
+
+
+def score_notes(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
+    """Where the scores differ from published ones."""
+    asked = {sample["meta"]["source"] for sample in samples}
+    notes = []
+    if TEXTVQA in asked:
+        cleaning = Scoring.model_validate(recipe.eval.scoring).textvqa_cleaning
+        bugs = "exactly" if cleaning == "mmf" else "with its bugs fixed"
+        notes.append(f"MMF's, {bugs}: textvqa_accuracy")
+    if MMBENCH in asked:
+        notes.append(
+            "MMBench's, but with letters read by rule: mmbench_accuracy; the official figure also asks a language model"
+            " and may be higher"
+        )
+    return notes
 
 
 def together(sample: Sample) -> str:

@@ -1,4 +1,4 @@
-"""MMBench: reading its TSV, the rotations of circular evaluation, the letter in an answer, and the upload.
+"""MMBench: reading its TSV, the rotations of circular evaluation, and the upload.
 
 Liu et al. 2024, 'MMBench: Is Your Multi-modal Model an All-around Player?' (arXiv:2307.06281): each question is asked
 as often as it has options, which are rotated by one each time. It counts as right only if every answer is right. The
@@ -138,26 +138,26 @@ def _row(columns: Mapping[str, str], where: str) -> MMBenchRow:
     for name in ("question", "hint", *LETTERS):
         if "\N{REPLACEMENT CHARACTER}" in columns.get(name, ""):
             raise BadRecordError("not UTF-8", f"{name} is {columns[name][:60]!r}; save the table as UTF-8")
-    question, image = columns.get("question", ""), columns.get("image", "")
+    question, image = _cell(columns, "question"), _cell(columns, "image")
     for name, text in (("question", question), ("image", image)):
-        if _is_empty(text):
+        if not text:
             raise BadRecordError(f"no {name}")
     options = _options(columns)
     if len(options) < 2:
         raise BadRecordError("fewer than two options", str(index))
-    answer = columns.get("answer", "").strip().upper()
-    if not _is_empty(answer) and answer not in LETTERS[: len(options)]:
+    answer = unicodedata.normalize("NFKC", _cell(columns, "answer")).strip().upper()
+    if answer and answer not in LETTERS[: len(options)]:
         raise BadRecordError("answer is not an option", answer[:100])
     return MMBenchRow(
         index,
         question,
-        hint="" if _is_empty(columns.get("hint", "")) else columns["hint"],
+        hint=_cell(columns, "hint"),
         options=options,
-        answer=None if _is_empty(answer) else answer,
-        category=columns.get("category", ""),
-        l2_category=columns.get("l2-category", ""),
+        answer=answer or None,
+        category=_cell(columns, "category"),
+        l2_category=_cell(columns, "l2-category"),
         image=image,
-        uploaded={name: text for name, text in columns.items() if name not in NOT_UPLOADED},
+        uploaded={name: _cell(columns, name) for name in columns if name not in NOT_UPLOADED},
         where=where,
     )
 
@@ -166,15 +166,31 @@ def _options(columns: Mapping[str, str]) -> tuple[str, ...]:
     """The texts of the options from A on, up to the first empty one."""
     found: list[str] = []
     for letter in LETTERS:
-        if _is_empty(columns.get(letter, "")):
+        text = _cell(columns, letter)
+        if not text:
             break
-        found.append(columns[letter])
+        found.append(text)
     return tuple(found)
 
 
+_EMPTY = frozenset(
+    (
+        *("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
+        *("NULL", "NaN", "None", "n/a", "nan", "null"),
+    )
+)
+"""Texts that pandas reads as an empty cell, and with it the programs of LLaVA and VLMEvalKit."""
+
+
 def _is_empty(text: str) -> bool:
-    """Whether a cell is empty by LLaVA's rule, which includes `nan` and `none` as pandas writes them."""
-    return text.strip().lower() in ("", "nan", "none")
+    """Whether a cell is empty: for pandas, and by LLaVA's rule `nan` and `none` in any case."""
+    return text in _EMPTY or text.strip().lower() in ("", "nan", "none")
+
+
+def _cell(columns: Mapping[str, str], name: str) -> str:
+    """A cell's text; empty if the column is missing."""
+    text = columns.get(name, "")
+    return "" if _is_empty(text) else text
 
 
 def picture_bytes(row: MMBenchRow) -> bytes:
@@ -244,102 +260,23 @@ def prompt(question: str, hint: str, options: Mapping[str, str]) -> str:
     return "\n".join([*lines, ASKS_IN_CHINESE if _CHINESE.search(question) else ASKS])
 
 
-# -- the letter in an answer -------------------------------------------------------------------------------------
-
-_SIGNS = str.maketrans("。、【】〔〕「」『』“”‘’", ".,[][]" + '"' * 6 + "'" * 2)
-"""Chinese punctuation that NFKC does not replace, and its ASCII counterparts. NFKC replaces full-width signs such as
-the comma and the colon."""
-_LETTER = r"([A-H])(?![A-Za-z0-9'])"
-_ALONE = re.compile(r"(?<![A-Za-z0-9'])(A(?!\s+[a-z])|[B-H])(?![A-Za-z0-9'])")
-"""A letter that is neither part of a word nor the article `a`."""
-_LEADING = re.compile(rf"[(\[\"]?{_LETTER}(?:\"|\s*[)\].:,;]|\s*选?项)")
-_STATED = re.compile(
-    rf"(?:(?i:\b(?:answer|option|choice))|答案|选项|(?<!不)选择?)\s*(?:(?i:is)|[是为])?\s*:?[\s*(\[\"]*{_LETTER}"
-)
-_IS = re.compile(rf"(?<!不)是[\s*(\[\"]*{_LETTER}[\s*)\]\"]*(?:选?项|[.,;!]|$)")
-"""A letter before further characters may be part of a word, as in 这是B超."""
-_BRACKETED = re.compile(rf"[(\[]{_LETTER}[)\]]")
-_LAST = re.compile(rf"(?:^|[\s:*]){_LETTER}[.!*]*$")
-
-
-def letter_in(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter of `options` (letter -> text) that an answer means; None if it means none or several.
-
-    Rules decide, without a model; the first one that finds anything counts:
-
-    1. a bare letter;
-    2. the text of an option;
-    3. if the answer names only one letter: a leading letter ("B.", "(B) dog", B选项), a stated one ("Answer: B",
-       答案是B), 是B at the end of a clause, "(B)" anywhere, a lone letter at the end, or B猫 where 猫 is the text of B;
-    4. the text of exactly one option inside an answer that is not much longer, as in VLMEvalKit.
-
-    "A dog" names no letter.
-    """
-    folded = _folded_text(text)
-    bare = folded.strip("()[].:,;!*\"' ").upper()
-    if bare in options and len(bare) == 1:
-        return bare
-    whole = [letter for letter, option in options.items() if _comparable_text(option) == _comparable_text(folded)]
-    rules = [whole, _mentioned_letters(_comparable_text(folded), options)]
-    if len(set(_ALONE.findall(folded))) < 2:
-        leading = _LEADING.match(folded)
-        named = [pattern.findall(folded) for pattern in (_STATED, _IS, _BRACKETED, _LAST)]
-        joined = [
-            letter
-            for letter, option in options.items()
-            if _CHINESE.match(option) and _comparable_text(folded) == _comparable_text(letter + option)
-        ]
-        rules[1:1] = [[leading.group(1)] if leading else [], *named, joined]
-    letters = set(next((found for found in rules if found), []))
-    return letters.pop() if len(letters) == 1 and letters <= options.keys() else None
-
-
-def _folded_text(text: str) -> str:
-    """The text on one line, with punctuation and letters of one width."""
-    return " ".join(unicodedata.normalize("NFKC", text).translate(_SIGNS).split())
-
-
-def _comparable_text(text: str) -> str:
-    """The text without differences of width, case and outer punctuation."""
-    return _folded_text(text).casefold().strip(".,!?:;\"' ")
-
-
-def _mentioned_letters(text: str, options: Mapping[str, str]) -> list[str]:
-    """The letters of the options that occur in a text as whole words, without options inside another that occurs."""
-    texts = {letter: _comparable_text(option) for letter, option in options.items()}
-    if len(text) > 2 * sum(map(len, texts.values())):
-        return []
-    inside = [letter for letter, option in texts.items() if option and _has_words(text, option)]
-    return [
-        letter
-        for letter in inside
-        if not any(texts[letter] != texts[other] and _has_words(texts[other], texts[letter]) for other in inside)
-    ]
-
-
-def _has_words(text: str, part: str) -> bool:
-    """Whether a text contains a part as whole words: no Latin letter or digit touches it. Chinese has no blanks between
-    words."""
-    return re.search(rf"(?<![a-z0-9]){re.escape(part)}(?![a-z0-9])", text) is not None
-
-
 # -- the upload --------------------------------------------------------------------------------------------------
-
-
-def upload_row(uploaded: Mapping[str, str], answer: str | None, text: str | None) -> dict[str, str | int]:
-    """A row of the upload, with a column `prediction` after the last option.
-
-    It has the answer's letter; without one the completion, which the server reads by its own rules; else nothing.
-    """
-    row: dict[str, str | int] = dict(uploaded)
-    row["index"] = int(uploaded["index"])
-    last = max(place for place, name in enumerate(row) if name in LETTERS)
-    cells = list(row.items())
-    return dict([*cells[: last + 1], ("prediction", answer or (text or "").strip()), *cells[last + 1 :]])
 
 
 LONGEST_CELL = 32_767
 """Largest number of characters of an xlsx cell."""
+
+
+def upload_row(uploaded: Mapping[str, str], text: str | None) -> dict[str, str | int]:
+    """A row of the upload: its columns, with the completion after the last option. It is the model's own words, cut to
+    what a cell holds, because the server reads the letter by its own rules."""
+    row: dict[str, str | int] = dict(uploaded)
+    row["index"] = int(uploaded["index"])
+    last = max(place for place, name in enumerate(row) if name in LETTERS)
+    cells = list(row.items())
+    prediction = (text or "").strip()[:LONGEST_CELL]
+    return dict([*cells[: last + 1], ("prediction", prediction), *cells[last + 1 :]])
+
 
 _AS_TEXT = {"in_memory": True, "strings_to_formulas": False, "strings_to_urls": False}
 

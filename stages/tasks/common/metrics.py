@@ -48,16 +48,22 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """F1 over bags of white-space tokens after normalisation (SQuAD v1.1). 0 if they share no token, or are empty.
+    """F1 over bags of white-space tokens after normalisation (SQuAD). 0 if they share no token.
 
+    If neither has a token, 1, the exact match, as in SQuAD's script of version 2.0; that of version 1.1 gives 0.
     Chinese text has no spaces: a phrase is one token, which makes this an exact match. See `character_f1`.
     """
     return _bag_f1(normalize(answer).split(), normalize(reference).split())
 
 
+def character_exact_match(answer: str, reference: str) -> float:
+    """1 if both have the same characters that count, else 0. See `characters`."""
+    return float(characters(answer) == characters(reference))
+
+
 def character_f1(answer: str, reference: str) -> float:
-    """F1 over bags of characters, after NFKC and case folding, without white space and punctuation."""
-    return _bag_f1(_characters(answer), _characters(reference))
+    """F1 over bags of the characters that count. See `characters`."""
+    return _bag_f1(characters(answer), characters(reference))
 
 
 def best_score(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
@@ -67,16 +73,35 @@ def best_score(metric: Callable[[str, str], float], answer: str, references: Seq
     return max(metric(answer, reference) for reference in references)
 
 
-def _characters(text: str) -> list[str]:
-    """The characters that `character_f1` compares."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return [c for c in folded if not c.isspace() and not unicodedata.category(c).startswith("P")]
+_THOUSANDS = re.compile(r"(?<![\d.,，])(?:[0-9]{1,3}(?:,[0-9]{3})+|[０-９]{1,3}(?:，[０-９]{3})+)(?![,，]?\d)")
+_SAME_SIGNS = str.maketrans("‐‑‒–—−、;", "------,,")
+_IN_NUMERALS = re.compile(
+    r"(?<=\d)[^\w\s](?=\d)|(?<=\d)\s*,\s*(?=\d)"  # 3.5, 1/2, 10:30, 14, 16
+    r"|(?<![a-z\d-])-(?=\.?\d)|(?<![a-z\d])\.(?=\d)"  # -5, .5, but not A-5 and No.5
+    r"|(?<=\d)\s*[%‰′″]"
+)
+"""Punctuation that changes a numeral."""
+
+
+def characters(text: str) -> list[str]:
+    """The characters of a text that count in Lorry's own scores: all but white space and punctuation, after NFKC, which
+    makes full-width characters normal ones, and case folding.
+
+    Punctuation that changes a numeral counts: 3.5 is not 35, and -5 is not 5. Commas between groups of three digits do
+    not: 1,000 is 1000. If nothing is left, all that is not white space counts.
+    """
+    text = _THOUSANDS.sub(lambda match: re.sub("[,，]", "", match.group()), text)
+    folded = unicodedata.normalize("NFKC", text).casefold().translate(_SAME_SIGNS)
+    kept = {place for match in _IN_NUMERALS.finditer(folded) for place in range(*match.span())}
+    visible = [place for place, character in enumerate(folded) if not character.isspace()]
+    counted = [place for place in visible if place in kept or not unicodedata.category(folded[place]).startswith("P")]
+    return [folded[place] for place in counted or visible]
 
 
 def _bag_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
     """F1 of two bags of tokens; 0 if they share none."""
     shared = sum((Counter(answer) & Counter(reference)).values())
     if shared == 0:
-        return 0.0
+        return float(not answer and not reference)
     precision, recall = shared / len(answer), shared / len(reference)
     return 2 * precision * recall / (precision + recall)

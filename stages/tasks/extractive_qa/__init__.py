@@ -10,15 +10,14 @@ folders named train, validation and test state the splits. Records have one of t
 All questions about the same context, or with the same `group` (or `title`), fall into the same split.
 """
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
 
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Meta, Prediction, Sample
-from stages.tasks.common import metrics
+from stages.tasks.common import metrics, short_answers
 from stages.tasks.common.default_prompts import SHARED, ask, narrowed_sample, passes, rehearsal
 from stages.tasks.common.default_results import facts, measures, picture, together, uploads
 from stages.tasks.common.default_settings import COMPONENTS, READS_DOCUMENTS, READS_RECORDS, Passes, Samples
@@ -52,6 +51,9 @@ def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None
         "question": question.text,
         "context_characters": len(question.context),
     }
+    target = short_answers.learnt_answer(question.answers)
+    if split != "test" and target is not None:
+        meta["target"] = target
     return [
         {
             "id": question.id,
@@ -64,8 +66,8 @@ def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """The first line of a completion, because all answers in training are one line; None if it is empty."""
-    return text.strip().split("\n")[0].strip() or None
+    """The first line of a completion, or as many as the longest reference has; None if there is none."""
+    return short_answers.first_lines(text, sample) or None
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
@@ -76,12 +78,12 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese: 0..1, the best over all references."""
+    """Exact match and F1 by the rules of SQuAD, of CMRC 2018 for Chinese, and of Lorry; see `short_answers.scores`."""
     settings = Scoring.model_validate(recipe.eval.scoring)
     first = metrics.normalize_original if settings.normalization == "original" else str
-    best = partial(metrics.best_score, answer=first(answer), references=[first(one) for one in sample["references"]])
-    return {
-        "exact_match": best(metrics.exact_match),
-        "f1": best(metrics.token_f1),
-        "character_f1": metrics.best_score(metrics.character_f1, answer, sample["references"]),
-    }
+    return short_answers.scores(answer, sample, squad_first=first)
+
+
+def score_notes(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
+    """Whose scores these are."""
+    return short_answers.score_notes(samples)

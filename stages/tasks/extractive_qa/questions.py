@@ -25,7 +25,7 @@ class ContextQuestion:
     context: str
     """Empty if the record has none."""
     answers: tuple[str, ...]
-    """Reference answers, each on one line; training learns the first."""
+    """Reference answers, without blank lines; training learns the first."""
     source: str
     group: str
     split: Given | None
@@ -271,8 +271,9 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _lines(texts: list[Any]) -> tuple[str, ...]:
-    """The texts, each on one line, without empty and repeated ones."""
-    return tuple(dict.fromkeys(line for line in (" ".join(text.split()) for text in texts) if line))
+    """The texts without blank lines and superfluous blanks, and without empty and repeated ones."""
+    found = ("\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip()) for text in texts)
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def _name(record: dict[str, Any], field: str) -> str:

@@ -13,7 +13,7 @@ Data folder: `documents/` with PDFs, also in subfolders, and either `questions.j
 1-based pages of the evidence. Scores are broken down by `kind`. A missing `id` becomes `<file>-<line>`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +21,7 @@ from pydantic import Field
 
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Meta, Prediction, Sample
-from stages.tasks.common import metrics
+from stages.tasks.common import short_answers
 from stages.tasks.common.default_prompts import narrowed_sample
 from stages.tasks.common.default_results import measures, picture, together, uploads
 from stages.tasks.common.default_settings import READS_RECORDS, Scoring
@@ -190,12 +190,14 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None,
         "meta": meta,
     }
     if split == "test":
-        meta["examples"] = found.examples
+        meta["examples"] = [short_answers.on_one_line(one) for one in found.examples]
         _set_prompt(recipe, whole, _other_pages(settings, meta, ()), found.pages)
         candidates = {*meta["ranked"], *meta["first"], *usable}
         meta["candidates"] = {str(number): _page_record(settings, found.pages[number]) for number in sorted(candidates)}
         return [whole]
     rows = [whole]
+    if (target := short_answers.learnt_answer(question.answers)) is not None:
+        meta["target"] = target
     _set_prompt(recipe, whole, _other_pages(settings, meta, ()), found.pages)
     if meta["drawing_is_enough"]:
         alone: Sample = {**whole, "id": f"{question.id}#{ALONE}", "meta": cast(PatentMeta, dict(meta))}
@@ -308,9 +310,13 @@ def _shows_page_alone(meta: PatentMeta, before: Mapping[str, str], without: Coll
 
 
 def read_answer(text: str, sample: Sample) -> str:
-    """The answer in a completion: its first line without a final full stop."""
-    lines = text.strip().split("\n")
-    return lines[0].strip().rstrip("。.").strip()
+    """The answer in a completion: its first line, or as many as the longest reference has, without a final full
+    stop."""
+    return _without_stop(short_answers.first_lines(text, sample))
+
+
+def _without_stop(text: str) -> str:
+    return text.rstrip("。. \n")
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, str]:
@@ -333,18 +339,18 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """Exact match and F1 by SQuAD's rules, and F1 over characters for Chinese, in 0..1. For questions about positions,
-    `position_exact_match` repeats the exact match."""
-    references = sample["references"]
-    exact = metrics.best_score(metrics.exact_match, answer, references)
-    found = {
-        "exact_match": exact,
-        "f1": metrics.best_score(metrics.token_f1, answer, references),
-        "character_f1": metrics.best_score(metrics.character_f1, answer, references),
-    }
-    if asks_position(sample["meta"].get("question", "")):
-        found["position_exact_match"] = exact
-    return found
+    """Exact match and F1 by the rules of SQuAD, of CMRC 2018 for Chinese, and of Lorry; see `short_answers.scores`. For
+    questions about positions, SQuAD's exact match also under its own name."""
+    found = short_answers.scores(answer, sample, _without_stop)
+    if not asks_position(sample["meta"].get("question", "")):
+        return found
+    exact = found["exact_match"]
+    return {"exact_match": exact, "position_exact_match": exact, **found}  # the strictest first
+
+
+def score_notes(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
+    """Whose scores these are."""
+    return short_answers.score_notes(samples)
 
 
 def facts(sample: Sample) -> dict[str, float]:

@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.data.metrics import squad_metrics  # the official SQuAD 2.0 script, as Hugging Face carries it
 
-from stages.tasks.common.metrics import best_score, character_f1, exact_match, normalize, normalize_original, token_f1
+from stages.tasks.common.cmrc import cmrc_exact_match, cmrc_f1
+from stages.tasks.common.metrics import (
+    best_score,
+    character_exact_match,
+    character_f1,
+    exact_match,
+    normalize,
+    normalize_original,
+    token_f1,
+)
 
 TEXT = st.text(max_size=30) | st.lists(
     st.sampled_from(
@@ -72,19 +81,17 @@ def test_a_repeated_token_counts_as_often_as_both_have_it() -> None:
     assert token_f1("cat cat", "cat cat dog") == 0.8
 
 
-def test_two_empty_answers_match_exactly_but_share_no_token() -> None:
-    # as v1.1's script has it; that of v2.0, which has questions without an answer, gives an F1 of 1
-    assert exact_match("", "the") == 1
-    assert token_f1("", "the") == 0
-    assert squad_metrics.compute_f1("", "the") == 1
+def test_where_nothing_is_left_f1_is_the_exact_match() -> None:
+    # as the script of v2.0, which has questions without an answer; that of v1.1 gives an F1 of 0
+    assert exact_match("", "the") == token_f1("", "the") == squad_metrics.compute_f1("", "the") == 1
+    assert exact_match("", "lever") == token_f1("", "lever") == squad_metrics.compute_f1("", "lever") == 0
 
 
 @given(TEXT, TEXT)
 def test_agrees_with_the_official_script(answer: str, reference: str) -> None:
     assert normalize(answer) == squad_metrics.normalize_answer(answer)
     assert exact_match(answer, reference) == squad_metrics.compute_exact(reference, answer)
-    if normalize(answer) or normalize(reference):
-        assert token_f1(answer, reference) == squad_metrics.compute_f1(reference, answer)
+    assert token_f1(answer, reference) == squad_metrics.compute_f1(reference, answer)
 
 
 # -- the original ------------------------------------------------------------------------------------------------
@@ -128,7 +135,7 @@ def test_squads_normalisation_changes_nothing_after_that_of_the_original(text: s
         ("ＬＥＤ灯", "led灯", 1.0),
         ("左左", "左", 2 * 0.5 * 1 / 1.5),
         ("。", "，", 0.0),
-        ("", "", 0.0),
+        ("", "", 1.0),
     ],
 )
 def test_character_f1(answer: str, reference: str, f1: float) -> None:
@@ -142,7 +149,11 @@ def test_token_f1_sees_a_chinese_phrase_as_one_token() -> None:
 
 # -- any text ----------------------------------------------------------------------------------------------------
 
-METRICS = pytest.mark.parametrize("metric", [exact_match, token_f1, character_f1], ids=lambda m: str(m.__name__))
+METRICS = pytest.mark.parametrize(
+    "metric",
+    [exact_match, token_f1, character_exact_match, character_f1, cmrc_exact_match, cmrc_f1],
+    ids=lambda m: str(m.__name__),
+)
 
 
 @METRICS
@@ -154,15 +165,17 @@ def test_scores_are_symmetric_and_between_0_and_1(metric, answer: str, reference
 
 
 @given(TEXT, TEXT)
-def test_an_exact_match_has_an_f1_of_1_unless_nothing_is_left(answer: str, reference: str) -> None:
+def test_an_exact_match_has_an_f1_of_1(answer: str, reference: str) -> None:
     if exact_match(answer, reference):
-        assert token_f1(answer, reference) == (1 if normalize(answer) else 0)
+        assert token_f1(answer, reference) == 1
+    if character_exact_match(answer, reference):
+        assert character_f1(answer, reference) == 1
 
 
 @given(TEXT)
 def test_normalising_again_changes_no_score(text: str) -> None:
     assert exact_match(text, text) == 1
-    assert token_f1(normalize(text), text) == (1 if normalize(text) else 0)
+    assert token_f1(normalize(text), text) == 1
 
 
 @METRICS

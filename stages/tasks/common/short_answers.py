@@ -1,0 +1,81 @@
+"""Short answers in words: how they are read, and the scores of the tasks that ask for them."""
+
+from collections.abc import Callable, Sequence
+
+from stages.contract.records import Sample
+from stages.tasks.common import metrics
+from stages.tasks.common.cmrc import cmrc_exact_match, cmrc_f1
+from stages.tasks.common.wording import is_chinese
+
+
+def on_one_line(text: str) -> str:
+    """The text with a blank for each run of white space. Models learn answers in this form."""
+    return " ".join(text.split())
+
+
+def learnt_answer(answers: Sequence[str]) -> str | None:
+    """The completion to learn: the first answer on one line; None if it is on one already, or there is none."""
+    line = on_one_line(answers[0]) if answers else None
+    return line if answers and line != answers[0] else None
+
+
+def first_lines(text: str, sample: Sample) -> str:
+    """As many lines of a text as the longest reference has, without blank ones; one if there is no reference. Models
+    go on after the answer, with explanations or further questions."""
+    count = max((len(_lines(reference)) for reference in sample["references"]), default=1)
+    return "\n".join(_lines(text)[: max(count, 1)])
+
+
+def scores(
+    answer: str, sample: Sample, plain: Callable[[str], str] = str, squad_first: Callable[[str], str] = str
+) -> dict[str, float]:
+    """Exact match and F1 by the rules of SQuAD, of CMRC 2018 for Chinese samples, and of Lorry; each the best over all
+    references.
+
+    An answer is compared with a reference line by line, as far as the reference goes, and `plain` is applied to both.
+    For SQuAD's scores, `squad_first` is applied to both, too.
+    """
+    pairs = [
+        (plain(" ".join(_lines(answer)[: len(lines) or 1])), plain(" ".join(lines)))
+        for lines in map(_lines, sample["references"])
+    ]
+    if not pairs:
+        raise ValueError("a sample without references cannot be scored")
+
+    def best(metric: Callable[[str, str], float], first: Callable[[str], str] = str) -> float:
+        return max(metric(first(given), first(reference)) for given, reference in pairs)
+
+    chinese = {"cmrc_exact_match": best(cmrc_exact_match), "cmrc_f1": best(cmrc_f1)} if is_about_chinese(sample) else {}
+    return {
+        "exact_match": best(metrics.exact_match, squad_first),
+        "f1": best(metrics.token_f1, squad_first),
+        **chinese,
+        "character_exact_match": best(metrics.character_exact_match),
+        "character_f1": best(metrics.character_f1),
+    }
+
+
+def is_about_chinese(sample: Sample) -> bool:
+    """Whether the question or a reference contains a Chinese character."""
+    return any(map(is_chinese, [sample["meta"].get("question", ""), *sample["references"]]))
+
+
+def score_notes(samples: Sequence[Sample]) -> list[str]:
+    """Sentences on whose scores these are."""
+    chinese = sum(map(is_about_chinese, samples))
+    cmrc = (
+        f" CMRC 2018's: cmrc_exact_match, cmrc_f1 ({chinese} of {len(samples)} samples, in Chinese);" if chinese else ""
+    )
+    notes = [f"SQuAD's: exact_match, f1;{cmrc} Lorry's own: character_exact_match, character_f1"]
+    empty = [sample["id"] for sample in samples if not all(map(metrics.normalize, sample["references"]))]
+    if empty:
+        notes.append(
+            f"SQuAD's rules leave nothing of a reference in {len(empty)} of {len(samples)} samples, such as {empty[0]}:"
+            " f1 equals exact_match there, and any answer of which they leave nothing is right"
+        )
+    return notes
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of a text with a blank for each run of white space, without empty lines."""
+    return [line for line in map(on_one_line, text.splitlines()) if line]
