@@ -234,7 +234,7 @@ class _Saving:
         states, folder = self._optimizer_states().read(), Path(checkpoint)
         if self._together.is_first:
             save_file({name: value.detach().cpu().contiguous() for name, value in states.items()}, folder / STATES)
-            schedule, scale = read_schedule(self._trainer.lr_scheduler), self._read_loss_scale()
+            schedule, scale = read_schedule(self._trainer.lr_scheduler), read_loss_scale(self._trainer)
             write_json(folder / POSITION, {"schedule": schedule, "loss_scale": scale})
 
     def load(self, checkpoint: str | None) -> None:
@@ -262,19 +262,8 @@ class _Saving:
         if self._together.is_first:
             self._trainer._save(output_dir, state_dict=weights)
 
-    def _read_loss_scale(self) -> dict[str, Any] | None:
-        """`scale` and `steps`, the number of steps since its last change; None if there is no loss scale."""
-        zero = self._zero_optimizer()
-        if zero is not None:
-            return read_loss_scale_of_zero(zero.loss_scaler)
-        scaler = self._trainer.accelerator.scaler
-        if scaler is None or not scaler.is_enabled():
-            return None
-        state = scaler.state_dict()
-        return {"scale": state["scale"], "steps": state["_growth_tracker"]}
-
     def _write_loss_scale(self, saved: Mapping[str, Any]) -> None:
-        """Restore what `_read_loss_scale` returned. Does nothing without a loss scale, as with another precision."""
+        """Restore what `read_loss_scale` returned. Does nothing without a loss scale, as with another precision."""
         zero = self._zero_optimizer()
         if zero is not None:
             write_loss_scale_of_zero(zero.loss_scaler, saved)
@@ -307,6 +296,17 @@ def write_schedule(schedule: Any, saved: Mapping[str, Any]) -> None:
     schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
         group["lr"] = rate
+
+
+def read_loss_scale(trainer: Any) -> dict[str, Any] | None:
+    """A trainer's loss scale and the steps since its last change; None without one, or if it is fixed."""
+    if trainer.is_deepspeed_enabled:
+        return read_loss_scale_of_zero(trainer.model_wrapped.optimizer.loss_scaler)
+    scaler = trainer.accelerator.scaler
+    if scaler is None or not scaler.is_enabled():
+        return None
+    state = scaler.state_dict()
+    return {"scale": state["scale"], "steps": state["_growth_tracker"]}
 
 
 def read_loss_scale_of_zero(scaler: Any) -> dict[str, Any] | None:

@@ -144,6 +144,8 @@ def _add_outputs(stage: Stage, name: str, files: tuple[str, ...]) -> list[dict[s
     training = read_json(stage.path(*place, "training.json"))
     stage.counts[f"{name} samples"] = training["samples"]["train"]
     stage.counts[f"{name} steps"] = training["steps"]
+    if "skipped_steps" in training:
+        stage.counts[f"{name} steps skipped by the loss scale"] = training["skipped_steps"]
     _add_training_facts(stage, name, training)
     for file in (*files, "training.json"):
         stage.outputs["/".join((*place, file))] = None

@@ -29,8 +29,9 @@ from stages.models.rendering import PLACEHOLDER, Renderer
 from stages.train import llava_templates  # noqa: F401 - registers templates
 from stages.train.connector_sft import patch_connector_training
 from stages.train.job import Job, Progress, file_sizes
+from stages.train.losses import Losses
 from stages.train.optimizer_state import patch_state_saving
-from stages.train.sharding import convert_trainable_weights, free_whole_weights, gather_by_layer
+from stages.train.sharding import convert_trainable_weights, gather_by_layer
 from stages.train.together import Together
 
 if mgm.AVAILABLE:
@@ -66,6 +67,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         """The trainer's log of all steps, set by `train`."""
         self.tokens = 0
         """Tokens of all steps without padding, set by `train`."""
+        self.skipped_steps = 0
+        """Steps that float16's loss scale skipped, set by `train`."""
 
     def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
         """The samples of at most max_length tokens, with only ms-swift's fields, and the ids of the others.
@@ -93,6 +96,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             except MaxLengthError:
                 left_out.append(str(sample["id"]))
                 continue
+            if all(label == -100 for label in encoded["labels"]):
+                raise DataError(f"sample {sample['id']}: has no answer to learn; run preprocess again")
             if bool(files) not in compared and (not files or self._rules is not None):
                 self._check_prompt(str(sample["id"]), sample["messages"], files, encoded)
                 compared.add(bool(files))
@@ -184,10 +189,11 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             _refuse_adapted_vision(trainer.model)
         count = _TokenCount(trainer.data_collator, self._progress)
         trainer.data_collator = count.collate
-        trainer.add_callback(_Checkpoints(self._job, self._progress, self._stop, self._together, count))
+        losses = Losses(trainer, self._job, self._together)
+        trainer.add_callback(_Checkpoints(self._job, self._progress, self._stop, self._together, count, losses))
         # the trainer would delete the last complete checkpoint before the new one is marked; _Checkpoints does it later
         trainer.args.save_total_limit = None
-        trainer._evaluate = partial(_evaluate_apart, trainer, trainer._evaluate, self._progress)
+        trainer._evaluate = partial(_evaluate_apart, trainer, losses, self._progress)
         # transformers 4 uses the micro-batch of the checkpoint that it resumes from, which may be larger
         trainer._inner_training_loop = _with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
         if self._job.sharding != "none":
@@ -196,12 +202,11 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             settings = self._job.settings
             # the input of a vision tower's first layer is a picture, which requires no gradient
             gather_by_layer(trainer.model, settings.gradient_checkpointing and settings.freeze_vision)
-            trainer.add_callback(_FreeWeights())
         patch_state_saving(trainer, self._together)
-        try:
-            return super().train(trainer)
-        finally:
-            self.log, self.tokens = trainer.state.log_history, trainer.state.num_input_tokens_seen
+        result = super().train(trainer)
+        self.log, self.tokens = trainer.state.log_history, trainer.state.num_input_tokens_seen
+        self.skipped_steps = trainer.state.global_step - trainer.lr_scheduler.last_epoch
+        return result
 
 
 def _refuse_adapted_vision(model: Any) -> None:
@@ -253,7 +258,7 @@ def _with_micro_batch(training_loop: Any, micro_batch: int) -> Any:
     return loop
 
 
-def _evaluate_apart(trainer: Any, evaluate: Any, progress: Progress, *arguments: Any, **named: Any) -> Any:
+def _evaluate_apart(trainer: Any, losses: Losses, progress: Progress, *_: Any, **__: Any) -> dict[str, float]:
     """Evaluate without any effect on training. Returns the metrics.
 
     Saves this step's checkpoint first, because the evaluation may run out of memory, and restores the random state
@@ -264,7 +269,7 @@ def _evaluate_apart(trainer: Any, evaluate: Any, progress: Progress, *arguments:
         trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     progress.during = "evaluation"
     with _restore_random_state():
-        metrics = evaluate(*arguments, **named)
+        metrics = losses.validate()
     progress.during = "training"
     return metrics
 
@@ -313,13 +318,23 @@ class _Checkpoints(TrainerCallback):
     transformers calls its methods (https://huggingface.co/docs/transformers/main_classes/callback).
     """
 
-    def __init__(self, job: Job, progress: Progress, stop: StopRequest, together: Together, count: _TokenCount) -> None:
-        self._job, self._progress, self._stop, self._together, self._count = job, progress, stop, together, count
+    def __init__(
+        self,
+        job: Job,
+        progress: Progress,
+        stop: StopRequest,
+        together: Together,
+        count: _TokenCount,
+        losses: Losses,
+    ) -> None:
+        self._job, self._progress, self._stop, self._together = job, progress, stop, together
+        self._count, self._losses = count, losses
         self._since = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock. Evaluate first if the last start ended before the evaluation at its checkpoint's step."""
         self._progress.during, self._progress.step = "training", state.global_step
+        self._losses.note_learning_rate()  # an evaluation may come first
         # a checkpoint is saved before the evaluation at its step, which may be missing when training resumes
         every, last = int(args.eval_steps or 0), state.global_step >= state.max_steps
         if args.eval_strategy != "no" and state.global_step and (last or state.global_step % every == 0):
@@ -354,17 +369,29 @@ class _Checkpoints(TrainerCallback):
         for path in sorted(older, key=_step_of, reverse=True)[self._job.settings.keep_checkpoints - 1 :]:
             remove(path)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Keep the step's learning rate."""
+        self._losses.note_learning_rate()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Send the step's progress. Save a checkpoint and end training after the last step, or if asked to stop."""
-        stops, tokens = self._together.sums(int(self._stop.signal is not None), self._count.take_tokens())
-        state.num_input_tokens_seen += tokens  # the trainer does not count them; checkpoints save this
+        """Send the step's progress. Save a checkpoint and end training after the last step, or if asked to stop.
+
+        Raises UsageError if a loss, gradient norm or weight is not finite.
+        """
+        stops, tokens, *loss = self._together.sums(
+            int(self._stop.signal is not None), self._count.take_tokens(), *self._losses.take()
+        )
+        self._losses.end_step(*loss, state)
+        state.num_input_tokens_seen += int(tokens)  # the trainer does not count them; checkpoints save this
         now = time.monotonic()
         self._progress.step = state.global_step
         self._progress.send(
             event="step",
             step=state.global_step,
             total=state.max_steps,
-            tokens=tokens,
+            tokens=int(tokens),
             seconds=now - self._since,
             memory=None if self._job.use_cpu else torch.cuda.max_memory_reserved(),
         )
@@ -376,6 +403,8 @@ class _Checkpoints(TrainerCallback):
             control.should_training_stop = True
         if stops:  # there may be no time for an evaluation; the next start evaluates
             control.should_evaluate = False
+        if control.should_save:
+            self._losses.check_weights(state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock again: the time of an evaluation counts for no step."""
@@ -412,13 +441,3 @@ def _flush_file(path: Path) -> dict[str, int]:
         return {}
     _sync(path)
     return {path.name: path.stat().st_size}
-
-
-class _FreeWeights(TrainerCallback):
-    """Frees the weights that ZeRO-3 keeps whole, after each batch of an evaluation."""
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
-    ) -> None:
-        """Free the whole weights of the model. transformers calls this after each batch of an evaluation."""
-        free_whole_weights(named["model"])

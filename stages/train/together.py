@@ -54,16 +54,16 @@ class Together:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def sums(self, *values: int) -> list[int]:
+    def sums(self, *values: float) -> list[float]:
         """The sum of each value over all processes, in every process. Waits for all processes."""
         if self._group is None:
             return list(values)
         import torch
         import torch.distributed as dist
 
-        sums = torch.tensor(values)
+        sums = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=self._group)
-        return [int(value) for value in sums.tolist()]
+        return [float(value) for value in sums.tolist()]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in at least one process. Every process gets the same result."""

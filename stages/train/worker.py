@@ -9,7 +9,6 @@ these processes to train one adapter together. Each sends its progress as JSON L
 """
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -118,6 +117,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
             "left_out": left_out,
             "max_length": job.settings.max_length,
             "tokens": sft.tokens,
+            **({"skipped_steps": sft.skipped_steps} if sft.skipped_steps else {}),
         }
         rungs = Ladder.read(job.work).decisions
         facts |= ({"memory": memory} if memory else {}) | ({"out_of_memory": rungs} if rungs else {})
@@ -253,8 +253,7 @@ def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> 
     for name in job.weight_files:
         shutil.copyfile(last / name, partial / name)
     wanted = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "token_acc", "eval_token_acc")
-    # a gradient that overflows in float16 has no finite norm; its step is skipped
-    log = [{key: entry[key] for key in wanted if key in entry and math.isfinite(entry[key])} for entry in history]
+    log = [{key: entry[key] for key in wanted if key in entry} for entry in history]
     log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
     write_json(partial / "training.json", {"steps": state["global_step"], **facts, "log": log})
     # in a separate file that is no output of the stage: times differ between machines, results must not
@@ -329,6 +328,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         "adam_beta2": settings.adam_beta2,
         "max_grad_norm": settings.max_grad_norm,
         "logging_steps": settings.log_every,
+        "logging_nan_inf_filter": False,  # it would wait for the GPU after every batch; Losses ends such a training
         "save_strategy": "steps",
         "save_steps": settings.checkpoint_every,
         "save_total_limit": settings.keep_checkpoints,

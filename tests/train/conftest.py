@@ -53,11 +53,18 @@ class Training:
 
     def with_samples(self, number: int = 24, images: tuple[str, ...] = (), validation: int = 2) -> "Training":
         """Put the outputs of preprocess into the run; every sample has the same images."""
+        splits = {"train": number, "validation": validation}
+        return self.with_splits(
+            {split: [sample(f"{split}{i}", images) for i in range(count)] for split, count in splits.items()}
+        )
+
+    def with_splits(self, splits: dict[str, list[dict[str, Any]]]) -> "Training":
+        """Put these samples into the run, by split, as the outputs of preprocess."""
         run = self.run
         outputs = {}
-        for split, count in (("train", number), ("validation", validation)):
+        for split, samples in splits.items():
             name = f"samples/{split}.jsonl"
-            write_jsonl(run.path("preprocess", name), [_sample(f"{split}{i}", images) for i in range(count)])
+            write_jsonl(run.path("preprocess", name), samples)
             outputs[name] = describe_output(run.stage_folder("preprocess"), name, None, FileHashes(run.folder / "none"))
         manifest = {"contract": CONTRACT_VERSION, "version": importlib.metadata.version("lorry")}
         manifest |= {"key": run.key("preprocess", {}), "inputs": {}, "outputs": outputs}
@@ -65,15 +72,19 @@ class Training:
         return self
 
 
-def _sample(name: str, images: tuple[str, ...]) -> dict[str, Any]:
-    said = {"system": "Answer.", "user": f"{'<image>' * len(images)}What is {name}?", "assistant": f"It is {name}."}
+def sample(
+    name: str, images: tuple[str, ...] = (), source: str = "questions", answer: str | None = None
+) -> dict[str, Any]:
+    """A question about `name` and its answer."""
+    question = f"{'<image>' * len(images)}What is {name}?"
+    said = {"system": "Answer.", "user": question, "assistant": answer or f"It is {name}."}
     messages = [{"role": role, "content": content} for role, content in said.items()]
     return {
         "id": name,
         "messages": messages,
         "images": list(images),
         "references": ["x"],
-        "meta": {"source": "questions"},
+        "meta": {"source": source},
     }
 
 

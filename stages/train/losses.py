@@ -1,0 +1,179 @@
+"""The losses of ms-swift's trainer as means over learnt tokens, and the end of a training that diverges.
+
+On their own, ms-swift 4.6 and transformers 4.57 to 5.19 take means of means: of batches in a validation, of steps in a
+log entry. They log a loss that is NaN as 0, and skip the update of a step whose gradient norm is NaN.
+"""
+
+import gc
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerState
+
+from stages.contract.errors import UsageError
+from stages.train.job import Job
+from stages.train.optimizer_state import read_loss_scale
+from stages.train.sharding import free_whole_weights
+from stages.train.together import Together
+
+
+@dataclass
+class TokenMean:
+    """A mean over learnt tokens."""
+
+    losses: float = 0.0
+    """Sum of the tokens' losses."""
+    tokens: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return self.losses / self.tokens
+
+    def add(self, losses: float, tokens: float) -> None:
+        self.losses += losses
+        self.tokens += tokens
+
+
+class Losses:
+    """Measures the losses of a trainer and of its log. Make it before the training: it replaces the trainer's methods.
+
+    The sums are taken where the template computes a batch's loss, before the trainer scales it for accumulation and
+    for the number of processes.
+    """
+
+    def __init__(self, trainer: Any, job: Job, together: Together) -> None:
+        self._trainer, self._job, self._together = trainer, job, together
+        self._batches = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
+        """Sum of the losses and number of tokens, of this process's batches since `take`."""
+        self._since_log, self._since_start = TokenMean(), TokenMean()
+        self._norm: Any = None
+        self._rate = 0.0
+        self._compute, trainer.template.compute_sft_loss = trainer.template.compute_sft_loss, self._compute_and_add
+        accelerator = trainer.accelerator
+        self._clip, accelerator.clip_grad_norm_ = accelerator.clip_grad_norm_, self._clip_and_keep_norm
+        self._log, trainer.log = trainer.log, self._log_token_means
+
+    def _compute_and_add(self, model: Any, inputs: Any, num_items_in_batch: Any = None, trainer: Any = None) -> Any:
+        outputs = self._compute(model, inputs, num_items_in_batch=num_items_in_batch, trainer=trainer)
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        # the template divides by the tokens of the whole step if it gets their number
+        losses = outputs.loss.detach().double() * (tokens if num_items_in_batch is None else num_items_in_batch)
+        self._batches += torch.stack([torch.where(tokens > 0, losses, 0.0), tokens.double()])
+        return outputs
+
+    def _clip_and_keep_norm(self, *arguments: Any, **named: Any) -> Any:
+        self._norm = self._clip(*arguments, **named)
+        return self._norm
+
+    def _log_token_means(self, logs: dict[str, Any], *rest: Any) -> None:
+        if "loss" in logs:
+            logs |= {"loss": self._since_log.value, "learning_rate": self._rate}
+            self._since_log = TokenMean()
+            if not math.isfinite(logs.get("grad_norm") or 0.0):  # of a step that float16's loss scale skipped
+                del logs["grad_norm"]
+        if "train_loss" in logs:
+            del logs["train_loss"]
+            if self._since_start.tokens:  # none in a start that only publishes
+                logs["train_loss"] = self._since_start.value
+        self._log(logs, *rest)
+
+    def note_learning_rate(self) -> None:
+        """Keep the learning rate of this step's update: the schedule moves on before the step is logged."""
+        self._rate = float(self._trainer.optimizer.param_groups[0]["lr"])
+
+    def take(self) -> tuple[float, float]:
+        """Sum of the losses and number of learnt tokens, of this process's batches since the last call."""
+        losses, tokens = self._batches.tolist()
+        self._batches.zero_()
+        return losses, tokens
+
+    def end_step(self, losses: float, tokens: float, state: TrainerState) -> None:
+        """Add a step's sums over all processes. Raises UsageError if the loss or the gradient norm is not finite."""
+        self._since_log.add(losses, tokens)
+        self._since_start.add(losses, tokens)
+        scale = read_loss_scale(self._trainer)
+        problem = step_problem(
+            losses / tokens,
+            None if self._norm is None else float(self._norm),
+            self._trainer.accelerator.optimizer_step_was_skipped,
+            scale and scale["scale"],
+        )
+        if problem:
+            raise self._diverged(problem, state)
+
+    def check_weights(self, state: TrainerState) -> None:
+        """Raise UsageError in every process if a trained weight is not finite. Call it before a checkpoint."""
+        trained = (weight for weight in self._trainer.model.parameters() if weight.requires_grad)
+        # ZeRO-3 keeps this process's part of a weight in `ds_tensor`
+        broken = any(not bool(getattr(weight, "ds_tensor", weight).isfinite().all()) for weight in trained)
+        if self._together.any(broken):
+            raise self._diverged("weights are not finite after the update", state)
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss per token of the whole validation set, which is also logged. All processes must call this.
+
+        Raises UsageError if it is not finite.
+        """
+        trainer, samples = self._trainer, self._trainer.eval_dataset
+        model = trainer.model
+        model.eval()
+        job = self._job
+        for own in shares(len(samples), job.eval_micro_batch, self._together.rank, job.processes):
+            batch = trainer.data_collator([samples[number] for number in own or [0]])
+            if not own:  # the other processes have a batch, and ZeRO-3 needs the forward passes of all
+                batch["labels"] = torch.full_like(batch["labels"], -100)
+            trainer.prediction_step(model, batch, prediction_loss_only=True)
+            if job.sharding == "zero3":
+                free_whole_weights(model)
+        losses, tokens = self._together.sums(*self.take())
+        mean = losses / tokens
+        if not math.isfinite(mean):
+            raise self._diverged(f"the validation loss is {_spelled(mean)}", trainer.state)
+        metrics = {"eval_loss": mean}
+        trainer.log(metrics)
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        gc.collect()
+        torch.cuda.empty_cache()  # of the evaluation's larger batches; does nothing on a CPU
+        return metrics
+
+    def _diverged(self, problem: str, state: TrainerState) -> UsageError:
+        settings = self._job.settings
+        cure = f"lower {settings.key_of('learning_rate')} or raise {settings.key_of('warmup_ratio')}"
+        if self._job.dtype == "float16":
+            cure = f"set train.precision to bfloat16 or float32, or {cure}"
+        return UsageError(
+            f"step {state.global_step} of {state.max_steps}: {problem} at learning rate {self._rate:.3g}; {cure};"
+            f" if that does not help, check the files in {self._job.model}"
+        )
+
+
+def shares(samples: int, micro_batch: int, rank: int, processes: int) -> Iterator[list[int]]:
+    """The numbers of the samples in each of a process's batches. Each sample is in one batch of one process.
+
+    Every process gets as many batches; the last one may be smaller, or empty.
+    """
+    for first in range(0, samples, micro_batch * processes):
+        own = first + rank * micro_batch
+        yield list(range(own, min(own + micro_batch, samples)))
+
+
+def step_problem(loss: float, norm: float | None, skipped: bool, scale: float | None) -> str | None:
+    """What is not finite after an optimizer step, in words; None if all is.
+
+    `scale` is float16's loss scale after the step, None without one. A step that it `skipped` because the scaled
+    gradients overflowed is normal: the scale is halved each time. Below 1, the gradients overflow by themselves.
+    """
+    if not math.isfinite(loss):
+        return f"the loss is {_spelled(loss)}"
+    if skipped and scale is not None and scale >= 1:
+        return None
+    if skipped or (norm is not None and not 0 <= norm < math.inf):  # DeepSpeed writes -1 for a norm that is not finite
+        return "the gradient norm is not finite"
+    return None
+
+
+def _spelled(number: float) -> str:
+    return "NaN" if math.isnan(number) else "infinite"
