@@ -141,7 +141,7 @@ class Losses:
 
     def _diverged(self, problem: str, state: TrainerState) -> UsageError:
         settings = self._job.settings
-        cure = f"lower {settings.full_key('learning_rate')} or raise {settings.key_of('warmup_ratio')}"
+        cure = f"lower {settings.full_key('learning_rate')} or raise {settings.full_key('warmup_ratio')}"
         if self._job.dtype == "float16":
             cure = f"set train.precision to bfloat16 or float32, or {cure}"
         return UsageError(
