@@ -16,8 +16,9 @@ ENGINE = "transformers"
 
 
 def classify_drawings(stage: Stage, task: Any, questions: list[Any]) -> dict[str, bool]:
-    """Return by question id whether the drawing alone is enough. Has no entry for questions that the task does not
-    classify.
+    """Return, by question id, whether a page's drawing alone answers the question.
+
+    Questions that the task does not classify are left out.
 
     Completions are cached by the digests of prompt and weights, so a question is asked again only if one of these
     changes. Raises InterruptedRunError if the stage is asked to stop.
@@ -38,12 +39,15 @@ def classify_drawings(stage: Stage, task: Any, questions: list[Any]) -> dict[str
 
 
 def _digest(ask: Ask) -> str:
-    """The digest of a prompt and its token limit."""
+    """The digest of a prompt's messages and its token limit: the key of its completion in the cache."""
     return digest_of([ask.messages, ask.max_new_tokens])
 
 
 def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
-    """The text of the model's completions, by the digest of the prompt. The cache may add completions of others."""
+    """The model's completions by the prompts' digests, with those of earlier prompts in the cache.
+
+    Asks the model only for completions that are not cached. Raises InterruptedRunError if the stage is asked to stop.
+    """
     recipe = stage.run.recipe
     model = stage.run.model(recipe.model.path, "model.path")
     weights, _ = FileHashes(stage.path(".hashes.json")).tree_digest(model)
@@ -58,7 +62,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
         engine = _engine(stage, model, prompts, limit)
 
         def note(place: int, completion: Completion) -> None:
-            """Add a finished completion to the cache."""
+            """Add the completion of prompt number `place` to the cache, and report progress."""
             key = prompts[place].id
             question = missing[key].messages[-1]["content"]
             journal.append([{"asked": key, "prompt": question, "text": completion.text}])
@@ -75,7 +79,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
 
 
 def _engine(stage: Stage, model: Any, prompts: list[Prompt], limit: int) -> Any:
-    """The started engine for these prompts. `limit`: largest number of tokens of a completion."""
+    """Start the engine for these prompts and return it. `limit` is the largest number of tokens of a completion."""
     recipe, target = stage.run.recipe, working_target(probe(), load_targets())
     stage.decide("classifier", recipe.model.path, f"{len(prompts)} questions, in {target.dtype}")
     return start_engine(

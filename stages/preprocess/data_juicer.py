@@ -1,4 +1,4 @@
-"""Run the recipe's Data-Juicer operators (arXiv:2309.02033) over records, to filter and rewrite them, offline.
+"""Filter and rewrite records with the recipe's Data-Juicer operators (arXiv:2309.02033), offline.
 
 Data-Juicer runs in a child process (`data_juicer_worker.py`), because its import changes global state and an operator
 may crash. The child saves every chunk of every operator, so a kill loses at most one chunk.
@@ -52,9 +52,9 @@ def run_operators(stage: Stage, records: Path) -> Path:
     """
     settings = stage.run.recipe.preprocess.data_juicer
     assert settings is not None
-    _refuse_missing(settings)
+    _refuse_missing_packages(settings)
     operators = [
-        _with_absolute_paths(stage.run, name, given, number)
+        _operator_with_absolute_paths(stage.run, name, given, number)
         for number, (name, given) in enumerate(settings.operators())
     ]
     known = _usable_records(records, stage)
@@ -75,7 +75,10 @@ def run_operators(stage: Stage, records: Path) -> Path:
 
 
 def _report_counts(stage: Stage, operators: list[dict[str, Any]], read: int, kept: Path) -> None:
-    """Show each operator's numbers of records, and add counts and outputs. Raises DataError if no record is left."""
+    """Print each operator's numbers of records, and add them to the stage. Raises DataError if no record is left.
+
+    `operators` is the content of operators.json, `read` the number of records before the first, `kept` the output file.
+    """
     left = operators[-1]["kept"]
     for one in operators:
         stage.events.say(
@@ -96,7 +99,7 @@ def _report_counts(stage: Stage, operators: list[dict[str, Any]], read: int, kep
 # -- before any work -------------------------------------------------------------------------------------------------
 
 
-def _refuse_missing(settings: DataJuicer) -> None:
+def _refuse_missing_packages(settings: DataJuicer) -> None:
     """Raise UsageError if Data-Juicer, or Ray for its executor, is not installed."""
     for package, what, needed in (
         ("data_juicer", "Data-Juicer", True),
@@ -108,10 +111,12 @@ def _refuse_missing(settings: DataJuicer) -> None:
             )
 
 
-def _with_absolute_paths(run: Run, name: str, given: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
-    """Return an operator's name and parameters, with absolute paths of weights and word lists.
+def _operator_with_absolute_paths(
+    run: Run, name: str, given: dict[str, Any], number: int
+) -> tuple[str, dict[str, Any]]:
+    """Return an operator's name and parameters, with the paths of weights and word lists made absolute.
 
-    Raises UsageError if these do not exist.
+    `number` is its place in the recipe, from 0. Raises UsageError if weights or word lists do not exist.
     """
     where = f"preprocess.data_juicer.process[{number}].{name}"
     found = dict(given)
@@ -131,7 +136,10 @@ def _with_absolute_paths(run: Run, name: str, given: dict[str, Any], number: int
 
 
 def _usable_records(path: Path, stage: Stage) -> Records:
-    """Return the usable records by id, in the file's order, and skip the others. Raises DataError if none is usable."""
+    """Read the records of a file. Returns the usable ones by id, in the order of the file, and skips the others.
+
+    Raises DataError if none is usable.
+    """
     known: Records = {}
     for number, line in lines_in(path):
         where = f"{path.name}:{number}"
@@ -200,7 +208,8 @@ def _run_child(
         with subprocess.Popen(
             [sys.executable, "-m", WORKER, str(work / "job.json")],
             env=_environment(scratch),
-            pass_fds=[writing, stage.lock] if stage.lock >= 0 else [writing],  # the living child holds the stage's lock
+            # the child holds the stage's lock while it lives
+            pass_fds=[writing, stage.lock] if stage.lock >= 0 else [writing],
             start_new_session=True,
             preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
         ) as child:
@@ -218,19 +227,19 @@ def _run_child(
     if code != Exit.DONE:
         ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else "failed"
         raise LorryError(
-            f"Data-Juicer {ended}; run the same command again to resume from the last chunk;"
+            f"preprocess.data_juicer: Data-Juicer {ended}; run the same command again to resume from the last chunk;"
             f" log: {stage.path('log.txt')}"
         )
 
 
 def _rows(known: Records) -> Iterable[dict[str, Any]]:
-    """Yield the records with only the fields that operators read."""
+    """Yield each record with only the fields that operators read: id, text, images."""
     for name, (_, record) in known.items():
         yield {"id": name, "text": record["text"], "images": record.get("images", [])}
 
 
 def _follow(stage: Stage, reading: int) -> LorryError | None:
-    """Show the child's messages until it ends. Returns the error that it sent; None if it sent none."""
+    """Print the child's messages and progress until it ends. Returns the error that it sent; None if it sent none."""
     kinds = {"usage": UsageError, "data": DataError, "stopped": InterruptedRunError}
     error = None
     with os.fdopen(reading, encoding="utf-8") as channel:
@@ -246,7 +255,7 @@ def _follow(stage: Stage, reading: int) -> LorryError | None:
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """Return the child's environment. Data-Juicer and its libraries then use neither network nor home folder."""
+    """Return the child's environment. It keeps Data-Juicer and its libraries off the network and the home folder."""
     given = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
     return {
         **given,
@@ -271,7 +280,7 @@ def _environment(scratch: Path) -> dict[str, str]:
 
 
 def _kept_record(row: dict[str, Any], known: Records) -> dict[str, Any]:
-    """Return an output record: the input's fields, with those that operators changed or added."""
+    """Return an output record: the fields of the input record, with those that operators changed or added."""
     origin = row.pop("original_id", row["id"])
     record = known[origin][1]
     if row["id"] != origin:

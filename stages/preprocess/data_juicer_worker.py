@@ -85,7 +85,7 @@ def main() -> None:
     job = Job(**read_json(Path(sys.argv[1])))
     make_forks_die_with_parents()  # operators' workers, and Ray
     try:
-        _refuse_to_install()
+        _forbid_installs_and_downloads()
         operators = _load_operators(job)
         rows = _check_pictures(job)
         for number, operator in enumerate(operators, start=1):
@@ -101,14 +101,19 @@ def main() -> None:
 
 
 def _check_pictures(job: Job) -> list[Row]:
-    """Return the records whose pictures can be read. Data-Juicer would drop the whole batch of an unreadable one."""
+    """Return the records whose pictures can all be read.
+
+    Without this step, Data-Juicer would drop the whole batch that contains an unreadable picture.
+    """
     rows = read_jsonl(Path(job.work, "read.jsonl")) if not _is_done(job, 0) else []
     with multiprocessing.Pool(job.processes) as pool:
-        return _run_step(job, 0, "check pictures", rows, job.chunk_size, functools.partial(_drop_damaged, job, pool))
+        return _run_step(
+            job, 0, "check pictures", rows, job.chunk_size, functools.partial(_drop_damaged_rows, job, pool)
+        )
 
 
-def _drop_damaged(job: Job, pool: Any, rows: list[Row], problems: list[Row]) -> list[Row]:
-    """Return the rows whose pictures can be read, and add the others to `problems`."""
+def _drop_damaged_rows(job: Job, pool: Any, rows: list[Row], problems: list[Row]) -> list[Row]:
+    """Return the rows whose pictures can all be read, and add a problem for each other row to `problems`."""
     paths = sorted({image for row in rows for image in row["images"]})
     damage = dict(zip(paths, pool.map(_damage_reason, [os.path.join(job.data, path) for path in paths]), strict=True))  # noqa: PTH118
     good = []
@@ -135,35 +140,41 @@ def _damage_reason(path: str) -> str:
 
 
 def _run_operator(job: Job, number: int, operator: Any, rows: list[Row]) -> list[Row]:
-    """Run one operator over all rows. Returns its rows. Raises DataError if it fails on every record, or on all at
-    once."""
+    """Run one operator over all rows. Returns the rows that it returns.
+
+    Raises DataError if a mapper or filter fails on every one of the first records, or another operator fails at all.
+    """
     from data_juicer.ops.base_op import Filter, Mapper
 
     run = functools.partial(_run_on_ray if _supports_ray(job, operator) else _run_here, job, operator)
     name = f"{number}/{len(job.operators)} {operator._name}"
+    where = f"preprocess.data_juicer.process[{number - 1}].{operator._name}"
     if isinstance(operator, Mapper | Filter):
-        return _run_step(job, number, name, rows, job.chunk_size, _Bisecting(run, operator._name))
+        return _run_step(job, number, name, rows, job.chunk_size, _Bisection(run, where))
 
-    def whole(rows: list[Row], _problems: list[Row]) -> list[Row]:
-        """Process all rows as one chunk."""
+    def process_all(rows: list[Row], _problems: list[Row]) -> list[Row]:
+        """Process all rows as one chunk. Returns the operator's rows. Raises DataError if the operator fails."""
         try:
             return run(rows)
         except Exception as error:
-            raise DataError(f"{operator._name} fails ({_error_text(error)}); remove it, or correct the data") from error
+            raise DataError(f"{where}: fails ({_error_text(error)}); remove it, or correct the data") from error
 
-    return _run_step(job, number, name, rows, max(len(rows), 1), whole)
+    return _run_step(job, number, name, rows, max(len(rows), 1), process_all)
 
 
-class _Bisecting:
+class _Bisection:
     """Processes a chunk. If that fails, processes its halves, and so on down to the records that cause the failure."""
 
-    def __init__(self, run: Step, name: str) -> None:
-        self._run, self._name = run, name
+    def __init__(self, run: Step, where: str) -> None:
+        """`run` is the operator's step, `where` its key in the recipe, which ends with its name."""
+        self._run, self._where, self._name = run, where, where.rpartition(".")[2]
         self._one_done, self._failed = False, 0
 
     def __call__(self, rows: list[Row], problems: list[Row]) -> list[Row]:
-        """Return the operator's rows, and add the records that it fails on to `problems`. Raises DataError if it fails
-        on every record."""
+        """Return the operator's rows, and add a problem for each record that it fails on to `problems`.
+
+        Raises DataError if it fails on each of the first FAILURES_BEFORE_GIVING_UP records.
+        """
         try:
             done = self._run(rows)
         except Exception as error:
@@ -174,7 +185,8 @@ class _Bisecting:
             self._failed += 1
             if self._failed >= FAILURES_BEFORE_GIVING_UP and not self._one_done:
                 raise DataError(
-                    f"{self._name} fails on every record ({_error_text(error)}); remove it, or correct its parameters"
+                    f"{self._where}: fails on each of the first {self._failed} records ({_error_text(error)}); remove"
+                    " it, or correct its parameters"
                 ) from error
             problems.append(_problem(rows[0], f"{self._name} failed", _error_text(error)))
             return []
@@ -185,7 +197,10 @@ class _Bisecting:
 def _run_step(
     job: Job, number: int, name: str, rows: list[Row], size: int, work: Callable[[list[Row], list[Row]], list[Row]]
 ) -> list[Row]:
-    """Process those chunks of a step, `size` rows each, that are not saved yet. Returns the rows of all its chunks."""
+    """Process the chunks of a step that are not saved yet, `size` rows each. Returns the rows of all chunks.
+
+    `work` processes one chunk: it returns the rows, and adds the records that fail to the list of problems.
+    """
     whole = Path(job.work, f"{number:02}.jsonl")
     if _is_done(job, number):
         return read_jsonl(whole) if whole.exists() else []
@@ -216,12 +231,12 @@ def _run_step(
 
 
 def _is_done(job: Job, number: int) -> bool:
-    """Whether an earlier start has finished a step."""
+    """Return whether a step is finished."""
     return Path(job.work, f"{number:02}.json").exists()
 
 
 def _process_chunk(number: int, rows: list[Row], work: Callable[[list[Row], list[Row]], list[Row]]) -> list[Row]:
-    """Return a chunk's counts, then its rows in the order of the input.
+    """Process a chunk. Returns one row with its counts, seconds and problems, then its rows in the order of the input.
 
     If an operator returns several rows for one id, all except the first get a new id.
     """
@@ -250,7 +265,7 @@ def _process_chunk(number: int, rows: list[Row], work: Callable[[list[Row], list
 
 
 def _problem(row: Row, reason: str, detail: str) -> Row:
-    """Return the entry for a record that failed, with the id of the input's record."""
+    """Return the entry for a record that failed. Its id is that of the input record that the row comes from."""
     return {"id": row.get("original_id", row["id"]), "reason": reason, "detail": detail}
 
 
@@ -263,8 +278,8 @@ def _error_text(error: BaseException) -> str:
 # -- operators -----------------------------------------------------------------------------------------------------
 
 
-def _refuse_to_install() -> None:
-    """Patch Data-Juicer to raise errors instead of installing packages and downloading weights."""
+def _forbid_installs_and_downloads() -> None:
+    """Patch Data-Juicer to raise an error when it would install a package or download weights."""
     from data_juicer.utils import model_utils
     from data_juicer.utils.lazy_loader import LazyLoader
     from loguru import logger
@@ -273,12 +288,17 @@ def _refuse_to_install() -> None:
     logger.add(sys.stderr, level="WARNING")
 
     def refuse_install(package: str, _arguments: Any = None) -> None:
-        """Raise ImportError with the name of the package."""
-        raise ImportError(f"needs the package {package}, which is not installed; Lorry installs nothing at run time")
+        """Raise ImportError. The message names the package."""
+        raise ImportError(
+            f"needs the package {package}, which is not installed; install it first, as Lorry installs"
+            " nothing at run time"
+        )
 
     def refuse_download(name: str, **_: Any) -> None:
-        """Raise FileNotFoundError with the name of the weights."""
-        raise FileNotFoundError(f"needs {name}, which does not exist; Lorry downloads nothing at run time")
+        """Raise FileNotFoundError. The message names the weights."""
+        raise FileNotFoundError(
+            f"needs the weights {name}, which do not exist; put them there, as Lorry downloads nothing at run time"
+        )
 
     LazyLoader._install_package = staticmethod(refuse_install)
     model_utils.check_model = refuse_download
@@ -293,14 +313,16 @@ def _load_operators(job: Job) -> list[Any]:
         where = f"preprocess.data_juicer.process[{number}]"
         if name not in OPERATORS.modules:
             near = difflib.get_close_matches(name, OPERATORS.modules, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else "name one of Data-Juicer's list of operators"
+            hint = f"did you mean {' or '.join(near)}?" if near else "choose one from Data-Juicer's list of operators"
             raise UsageError(f"{where}: Data-Juicer has no operator {name!r}; {hint}")
         kind = OPERATORS.modules[name]
-        _refuse_unusable(job, kind, f"{where}.{name}", given)
+        _refuse_unusable_operator(job, kind, f"{where}.{name}", given)
         try:
-            operator = kind(**_with_defaults(job, kind, given))
+            operator = kind(**_parameters_with_defaults(job, kind, given))
         except Exception as error:
-            raise UsageError(f"{where}.{name}: {_error_text(error)}") from error
+            raise UsageError(
+                f"{where}.{name}: cannot be loaded ({_error_text(error)}); correct its parameters, or remove it"
+            ) from error
         if isinstance(operator, base_op.Mapper):
             operator.process = _seed_each_call(operator.process, f"{job.seed} {number}")
         loaded.append(operator)
@@ -324,7 +346,7 @@ def _import_models(job: Job) -> None:
                     getattr(transformers, name, None)
 
 
-def _refuse_unusable(job: Job, kind: Any, where: str, given: dict[str, Any]) -> None:
+def _refuse_unusable_operator(job: Job, kind: Any, where: str, given: dict[str, Any]) -> None:
     """Raise UsageError for an operator that Lorry cannot run, or whose parameters are wrong or missing.
 
     `where` is its key in the recipe, `given` its parameters.
@@ -342,7 +364,8 @@ def _refuse_unusable(job: Job, kind: Any, where: str, given: dict[str, Any]) -> 
     try:
         pre_instantiation_check([{where.rpartition(".")[2]: given}])
     except PipelineConfigError as error:
-        raise UsageError(f"{where}: {'; '.join(str(one) for one in error.errors)}") from error
+        found = ", ".join(str(one) for one in error.errors)
+        raise UsageError(f"{where}: {found}; correct its parameters") from error
     for key, parameter in inspect.signature(kind.__init__).parameters.items():
         if key in given or not isinstance(parameter.default, str):
             continue
@@ -360,8 +383,8 @@ def _refuse_unusable(job: Job, kind: Any, where: str, given: dict[str, Any]) -> 
             )
 
 
-def _with_defaults(job: Job, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return an operator's parameters, with defaults for the number of processes and of records at once."""
+def _parameters_with_defaults(job: Job, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return an operator's parameters with Lorry's defaults: the number of processes, and of records per call."""
     from data_juicer.utils.resource_utils import is_cuda_available
 
     weights = kind._accelerator == "cuda"
@@ -380,8 +403,10 @@ def _with_defaults(job: Job, kind: Any, given: dict[str, Any]) -> dict[str, Any]
 
 
 def _seed_each_call(function: Any, seed: str) -> Any:
-    """Return a mapper's function wrapped so that the first record's id and `seed` seed each call. Sampled captions must
-    not depend on the process."""
+    """Return a mapper's function, wrapped so that each call starts from a seed of `seed` and its first record's id.
+
+    Otherwise sampled captions would depend on the process.
+    """
 
     @functools.wraps(function)  # Data-Juicer finds the operator through __wrapped__
     def call_with_seed(samples: Any, *arguments: Any, **named: Any) -> Any:
@@ -412,7 +437,7 @@ def _keep_picture_token() -> None:
 
     @functools.wraps(captioning.get_model)
     def get_model(*arguments: Any, **named: Any) -> Any:
-        """Data-Juicer's function of this name. The model's picture token cannot be set afterwards."""
+        """Return model and processor as Data-Juicer does, but with a picture token that cannot be set afterwards."""
         model, processor = get_model.__wrapped__(*arguments, **named)
         own = model.config.image_token_index
         if own is not None:
@@ -425,16 +450,16 @@ def _keep_picture_token() -> None:
     captioning.get_model = get_model
 
 
-# -- running them --------------------------------------------------------------------------------------------------
+# -- run them --------------------------------------------------------------------------------------------------
 
 
 def _supports_ray(job: Job, operator: Any) -> bool:
-    """Whether the operator runs on Ray. Most operators that compare all records do not."""
+    """Return whether the operator runs on Ray here: the recipe asks for it, and the operator supports it."""
     return job.executor == "ray" and "ray" in operator._supported_exec_modes
 
 
 def _run_here(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
-    """Run an operator over rows in local processes. Returns its rows."""
+    """Run an operator over rows in local processes. Returns the rows that it returns."""
     from data_juicer.core.data import NestedDataset
     from datasets import Dataset, disable_caching
     from pyarrow.ipc import new_stream
@@ -442,30 +467,30 @@ def _run_here(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
     disable_caching()
     # through a file: workers then write their results to files too; from memory they return only 40 records a second
     path = Path(job.scratch, "chunk.arrow")
-    table = _table(job, rows)
+    table = _arrow_table(job, rows)
     with new_stream(path, table.schema) as file:
         file.write_table(table)
     dataset = NestedDataset(Dataset.from_file(str(path)))
-    return _rows_of(job, dataset.process([operator], open_monitor=False).to_list())
+    return _output_rows(job, dataset.process([operator], open_monitor=False).to_list())
 
 
 def _run_on_ray(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
-    """Run an operator over rows on Ray. Returns its rows."""
+    """Run an operator over rows on Ray. Returns the rows that it returns."""
     _start_ray(job)
     import ray
     from data_juicer.core.data.ray_dataset import RayDataset
     from jsonargparse import Namespace
 
-    table = _table(job, rows)
+    table = _arrow_table(job, rows)
     size = min(BATCH, -(-len(rows) // job.processes))
     slices = [table.slice(first, size) for first in range(0, len(rows), size)]
     dataset = RayDataset(ray.data.from_arrow(slices), cfg=Namespace(auto_op_parallelism=False))
     done = dataset.process([operator]).data
-    return _rows_of(job, [row for part in ray.get(done.to_arrow_refs()) for row in part.to_pylist()])
+    return _output_rows(job, [row for part in ray.get(done.to_arrow_refs()) for row in part.to_pylist()])
 
 
 def _ray_options(job: Job) -> dict[str, Any]:
-    """Return the arguments of `ray.init`: the Ray at RAY_ADDRESS, or a local one without ports for other machines."""
+    """Return the arguments of `ray.init`: none if RAY_ADDRESS is set, else those of a Ray for this machine only."""
     if os.environ.get("RAY_ADDRESS"):
         return {}
     return {
@@ -479,7 +504,7 @@ def _ray_options(job: Job) -> dict[str, Any]:
 
 
 def _start_ray(job: Job) -> None:
-    """Start Ray or connect to it, unless that is done."""
+    """Start Ray, or connect to the one at RAY_ADDRESS. Does nothing if that is done already."""
     import ray
 
     if ray.is_initialized():
@@ -491,7 +516,7 @@ def _start_ray(job: Job) -> None:
     context.enable_progress_bars = False
 
 
-def _table(job: Job, rows: list[Row]) -> Any:
+def _arrow_table(job: Job, rows: list[Row]) -> Any:
     """Return the rows as an Arrow table, with absolute paths of pictures."""
     import pyarrow as pa
 
@@ -504,7 +529,7 @@ def _table(job: Job, rows: list[Row]) -> Any:
     return pa.table({**columns, **{key: pa.array([row.get(key) for row in rows]) for key in others}})
 
 
-def _rows_of(job: Job, samples: list[dict[str, Any]]) -> list[Row]:
+def _output_rows(job: Job, samples: list[dict[str, Any]]) -> list[Row]:
     """Return an operator's output as rows, without statistics and hashes, and with pictures relative to the data
     folder."""
     rows = []

@@ -75,14 +75,14 @@ class Gme:
         """
         with ThreadPoolExecutor(READERS) as readers:
 
-            def read(paths: Sequence[Path]) -> list[Any]:
-                """Start reading a batch. Returns a future for each picture."""
+            def start_reading(paths: Sequence[Path]) -> list[Any]:
+                """Start to read a batch of pictures in threads. Returns one future for each picture."""
                 return [readers.submit(self._read_pixels, path) for path in paths]
 
-            ahead = read(batches[0]) if batches else []
+            ahead = start_reading(batches[0]) if batches else []
             for number in range(len(batches)):
                 batch = [future.result() for future in ahead]
-                ahead = read(batches[number + 1]) if number + 1 < len(batches) else []
+                ahead = start_reading(batches[number + 1]) if number + 1 < len(batches) else []
                 yield self._embed_batch(batch)
 
     def _read_pixels(self, path: Path) -> tuple[Picture, npt.NDArray[np.uint8]]:
@@ -96,15 +96,16 @@ class Gme:
             [*self._before, *self._start, *[self._picture] * picture.tokens, *self._end, *self._after]
             for picture, _ in batch
         ]
-        patches, grids = zip(*[self._patches.cut(pixels) for _, pixels in batch], strict=True)
+        patches, grids = zip(*[self._patches.cut_picture(pixels) for _, pixels in batch], strict=True)
         seen = self._run_tower(torch.cat(patches).to(self._dtype), torch.tensor(grids, device=self._device))
         return self._embed(rows, seen)
 
     @torch.inference_mode()
     def _run_tower(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-        """Return the vision tower's output: shape (tokens of all pictures, hidden).
+        """Return the vision tower's output: shape (tokens of all pictures, hidden size).
 
-        `patches` are those of all pictures, `grids` has (1, rows, columns) of patches for each picture.
+        `patches` has one row for each patch of all pictures, as `_Patches.cut_picture` returns them.
+        `grids` has (1, rows, columns) of patches for each picture.
         """
         output = self._network.visual(patches, grid_thw=grids)
         found: torch.Tensor = getattr(output, "pooler_output", output)
@@ -115,7 +116,7 @@ class Gme:
         """Return the unit vectors of inputs: float32, shape (inputs, dimensions).
 
         `rows` has the token ids of each input. `seen` replaces the tokens of pictures, in order: shape (tokens of all
-        pictures, hidden); None: no input has a picture.
+        pictures, hidden size); None: no input has a picture.
         """
         longest = max(map(len, rows))
         # pad on the right, as in GME's training: the padding is masked, and no token attends to later ones
@@ -142,7 +143,7 @@ class _Patches:
     """Cuts pictures into patches on the device. The values are those of transformers' processor, computed faster."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        """Read patch size and normalisation from the folder's preprocessor_config.json."""
+        """Read patch size and normalisation from the model's preprocessor_config.json. `device` is torch's name."""
         import json
 
         values = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -153,7 +154,7 @@ class _Patches:
         self._factor, self._shift = (scale / deviation)[:, None, None], (mean / deviation)[:, None, None]
         self._device = device
 
-    def cut(self, pixels: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, list[int]]:
+    def cut_picture(self, pixels: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, list[int]]:
         """Return a picture's patches, float32, shape (rows x columns, channels x frames x side x side), and their grid:
         [1, rows, columns].
 

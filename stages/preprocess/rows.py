@@ -1,4 +1,4 @@
-"""Turn questions into samples, and write the rows that a submission must have."""
+"""Write the samples that questions become, and the rows that a submission must have."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -64,7 +64,7 @@ def write_samples(
 
 
 def _check_test_samples(stage: Stage, tested: list[Sample]) -> None:
-    """Report how many test samples of each data set have errors.
+    """Count and print the test samples of each data set that have errors.
 
     Raises DataError if all samples of a data set have errors: its score of 0 would be meaningless.
     """
@@ -84,7 +84,7 @@ def _check_test_samples(stage: Stage, tested: list[Sample]) -> None:
 
 
 def _answered_samples(recipe: Recipe, task: Any, question: Any, found: Found | None, split: str) -> list[Sample]:
-    """The samples of a question for training or validation, with the answer as the last message."""
+    """The samples of a question for training or validation. Each ends with a message that holds the answer."""
     members: list[Sample] = task.build_samples(recipe, question, found, split)
     for sample in members:
         target = sample["meta"].pop("target", sample["references"][0])
@@ -94,7 +94,7 @@ def _answered_samples(recipe: Recipe, task: Any, question: Any, found: Found | N
 
 
 def _prompt_sample(recipe: Recipe, task: Any, question: Any, found: Found | None, trained_on: bool = False) -> Sample:
-    """The sample of a question for inference, without the answer. `trained_on`: training has the question too."""
+    """The sample of a question for inference, without the answer. `trained_on`: whether training has it too."""
     sample: Sample
     (sample,) = task.build_samples(recipe, question, found, "test")
     sample["meta"]["source"] = question.source
@@ -106,7 +106,7 @@ def _prompt_sample(recipe: Recipe, task: Any, question: Any, found: Found | None
 
 
 def _reason_to_skip(question: Any, split: str | None, found: Found | None) -> tuple[str, str] | None:
-    """The reason and the detail why a question is skipped; None if it becomes a sample.
+    """The reason for skipping a question, and its detail; None if the question is not skipped.
 
     Test questions are never skipped: each one is scored or counts as failed.
     """

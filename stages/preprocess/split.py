@@ -15,7 +15,7 @@ SPLITS = ("train", "validation", "test")
 def split_questions(
     questions: list[Any], groups: Mapping[str, str], data: Data, seed: int, skip: Skip
 ) -> dict[str, str | None]:
-    """Return the split of each question by id; None for a question that may be neither trained on nor scored.
+    """Return the split of each question by id; None for a question that is neither trained on nor scored.
 
     `groups` has each question's group by id. Each data set is split separately and contributes its share to the test
     set. A group in several data sets has the same split in all. A data set that suffices for only one of train and test
@@ -37,7 +37,7 @@ def split_questions(
             lost[source] = error
     if lost and len(lost) == len(divided):
         source, first = next(iter(lost.items()))
-        raise DataError(f"{source}: {first}" if len(divided) > 1 else str(first)) from first
+        raise DataError(f"{source if len(divided) > 1 else 'data.path'}: {first}") from first
     left = [
         question
         for question in questions
@@ -46,18 +46,18 @@ def split_questions(
     for question in questions:
         if question.source in lost and question not in left:
             skip(question.id, f"nothing of {question.source} can be held out", str(lost[question.source]))
-    return {question.id: _split_of(question, splits.get(groups[question.id]), data) for question in left}
+    return {question.id: _question_split(question, splits.get(groups[question.id]), data) for question in left}
 
 
-def _split_of(question: Any, of_its_group: str | None, data: Data) -> str | None:
-    """The split of a question whose group has the split `of_its_group`; None: neither trained on nor scored."""
+def _question_split(question: Any, group_split: str | None, data: Data) -> str | None:
+    """The split of a question whose group has the split `group_split`; None: neither trained on nor scored."""
     if question.split in ("asked", "test only"):
         return "test"  # a question of split `asked` has no answer, so it is not scored
     if question.split == "train only":
-        return "train" if of_its_group in ("train", None) else None
-    if question.split == "train" and of_its_group == "test":
+        return "train" if group_split in ("train", None) else None
+    if question.split == "train" and group_split == "test":
         return "train" if data.evaluate_on_training else None
-    return of_its_group
+    return group_split
 
 
 def split_groups(

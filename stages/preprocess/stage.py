@@ -47,7 +47,7 @@ def work(stage: Stage) -> None:
 
 
 def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
-    """The questions of a task that reads records, after Data-Juicer. Also writes the samples' pictures."""
+    """Run Data-Juicer if the recipe sets it. Returns the questions of its and other records, and writes their pictures."""
     recipe, data = stage.run.recipe, stage.run.data
     records = task.records(data)
     pictures = stage.path("pictures")
@@ -63,7 +63,7 @@ def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
 
 
 def _documents(task: Task, data: Path) -> dict[str, Path]:
-    """The documents' files by id; empty if the task reads no documents."""
+    """The file of each document by its id; empty if the task reads no documents."""
     if not reads_documents(task):
         return {}
     from stages.preprocess.documents import document_ids
@@ -72,10 +72,10 @@ def _documents(task: Task, data: Path) -> dict[str, Path]:
 
 
 def _groups(questions: list[Any], documents: dict[str, Path], known_hashes: Path) -> dict[str, str]:
-    """The group of each question by id. Questions of a group share a split; documents with the same content are one
-    group.
+    """The group of each question by id: its document, or what the task names. All questions of a group get one split.
 
-    The file `known_hashes` has the documents' digests cached since the stage hashed its inputs.
+    Documents with the same content are one group. The file `known_hashes` holds the digests of the documents that the
+    stage has already computed.
     """
     if not documents:
         return {question.id: question.group for question in questions}
@@ -87,8 +87,7 @@ def _groups(questions: list[Any], documents: dict[str, Path], known_hashes: Path
 
 
 def _show_counts(stage: Stage) -> None:
-    """Show how many samples of each split there are and how many records are skipped for which reason. The log gets
-    every skipped record."""
+    """Print the number of skipped records by reason, then the number of samples by split. Log each skipped record."""
     reasons: dict[str, int] = defaultdict(int)
     for skipped in stage.skipped:
         reasons[skipped["reason"]] += 1

@@ -1,4 +1,4 @@
-"""Worker processes that may crash or hang on a malformed page without losing the work of the others."""
+"""Process pages in worker processes. If one crashes or hangs on a malformed page, the others' work is not lost."""
 
 import multiprocessing
 import os

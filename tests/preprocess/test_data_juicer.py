@@ -257,7 +257,7 @@ def test_a_record_on_which_an_operator_fails_costs_no_other() -> None:
 
     problems: list[worker.Row] = []
     rows = [{"id": str(number), "text": "", "images": []} for number in range(8)]
-    done = worker._Bisecting(fails_on_b, "some_mapper")(rows, problems)
+    done = worker._Bisection(fails_on_b, "some_mapper")(rows, problems)
     assert [row["id"] for row in done] == ["0", "1", "2", "3", "4", "6", "7"]
     assert problems == [{"id": "5", "reason": "some_mapper failed", "detail": "ValueError: no such luck"}]
     assert asked == [8, 4, 4, 2, 1, 1, 2]
@@ -271,8 +271,10 @@ def test_an_operator_that_fails_on_all_is_given_up() -> None:
         raise RuntimeError("no kernel")
 
     rows = [{"id": str(number), "text": "", "images": []} for number in range(1000)]
-    with pytest.raises(DataError, match=r"some_mapper fails on every record \(RuntimeError: no kernel"):
-        worker._Bisecting(fails, "some_mapper")(rows, [])
+    with pytest.raises(
+        DataError, match=r"some_mapper: fails on each of the first 10 records \(RuntimeError: no kernel"
+    ):
+        worker._Bisection(fails, "some_mapper")(rows, [])
     assert tried.count(1) == worker.FAILURES_BEFORE_GIVING_UP
 
 
@@ -296,7 +298,7 @@ REFUSED = {
     "extract_keyword_mapper": ({}, "asks a model over the network, but no stage uses the network; remove it"),
     "nlpaug_en_mapper": (
         {"swap_random_word": True},
-        "needs the package nlpaug, which is not installed; Lorry installs nothing at run time",
+        "needs the package nlpaug, which is not installed; install it first, as Lorry installs nothing at run time",
     ),
     "image_tagging_mapper": ({}, "needs the package ram @ git+https://github.com/cmgzn/recognize-anything"),
     "ray_bts_minhash_deduplicator": (
@@ -314,7 +316,7 @@ def test_an_operator_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     script = """
 import json, sys
 from stages.preprocess import data_juicer_worker as worker
-worker._refuse_to_install()
+worker._forbid_installs_and_downloads()
 for name, given in json.loads(sys.argv[1]):
     try:
         worker._load_operators(worker.Job([(name, given)], "default", 1, 1, 1, 0, "", "", "", 0))

@@ -95,7 +95,7 @@ def test_patches_are_those_of_transformers_own_processor(gme: Gme, folder: Path,
 
     picture, pixels = gme._read_pixels(pages[0])
     assert picture.width * picture.height <= MAX_PIXELS
-    patches, grid = gme._patches.cut(pixels)
+    patches, grid = gme._patches.cut_picture(pixels)
     own = AutoImageProcessor.from_pretrained(folder)(images=[pixels], do_resize=False, return_tensors="pt")
     assert [grid] == own["image_grid_thw"].tolist()
     assert patches.numpy() == pytest.approx(own["pixel_values"].numpy(), abs=1e-5)
