@@ -47,7 +47,7 @@ def work(stage: Stage) -> None:
 
 
 def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
-    """Run Data-Juicer if the recipe sets it. Returns the questions of its and other records, and writes their pictures."""
+    """Read a task's questions and write their pictures. If the recipe sets Data-Juicer, it processes records first."""
     recipe, data = stage.run.recipe, stage.run.data
     records = task.records(data)
     pictures = stage.path("pictures")

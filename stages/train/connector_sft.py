@@ -28,14 +28,14 @@ def patch_connector_training(trainer: Any, model: Path, together: Together) -> N
         weight.data = weight.data.float()
 
     def save(output_dir: str, _internal_call: bool = False) -> None:
-        """Save the connector's weights. Only the first process writes."""
+        """Save the connector's weights to a folder. Only the first process writes."""
         if together.is_first:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             weights = {names[name]: weight.detach().cpu().contiguous() for name, weight in trained.items()}
             save_file(weights, Path(output_dir) / FILE, metadata={"format": "pt"})
 
     def load(checkpoint: str, model: Any = None) -> None:
-        """Copy a checkpoint's connector into the model."""
+        """Copy the connector of a checkpoint into the model that is trained. `model` is ignored."""
         weights = load_file(Path(checkpoint) / FILE)
         with torch.no_grad():
             for name, weight in trained.items():

@@ -13,7 +13,7 @@ from stages.train.ladder import During
 
 @dataclass(frozen=True)
 class Job:
-    """What a training process needs to know to train one adapter or connector. Every choice is made."""
+    """What a training process needs to train one adapter or connector. It leaves nothing for the process to choose."""
 
     model: Path
     work: Path
@@ -59,7 +59,7 @@ class Job:
 
     @staticmethod
     def read(path: Path) -> "Job":
-        """The job in a JSON file that `stages.train.torchrun` wrote."""
+        """Read the job from a JSON file that `stages.train.torchrun` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
         values |= {name: Path(values[name]) for name in ("model", "work", "scratch", "adapter", "run")}
         values |= {name: [Path(p) for p in values[name]] for name in ("train", "validation")}
@@ -78,9 +78,9 @@ class Progress:
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8")
         self.only_problems = False
-        """Whether to send only errors. Of several processes, the first sends the progress of all."""
+        """Whether to send only errors: of several processes, only the first sends progress, which counts for all."""
         self.during: During = "loading"
-        """What this process does now. It decides what the next attempt changes if memory runs out."""
+        """What this process is doing. It decides what the next attempt changes if memory runs out."""
         self.step = 0
         """Number of the last finished optimizer step."""
 
@@ -93,5 +93,5 @@ class Progress:
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
-    """Sizes in bytes of a checkpoint's files, by name. The mark complete.json is not among them."""
+    """Sizes in bytes of a checkpoint's files, by name. Leaves out complete.json, which holds them."""
     return {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir()) if p.name != "complete.json"}

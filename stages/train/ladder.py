@@ -73,14 +73,14 @@ def next_rung(attempt: Attempt, during: During) -> Change | None:
     `during` is what ran out of memory. No change helps while the model is loading.
     """
     if during == "evaluation":
-        return _lighter_evaluation(attempt)
+        return _next_evaluation_change(attempt)
     if during == "training":
-        return _lighter_training(attempt)
+        return _next_training_change(attempt)
     return None  # while loading, no sample is on the GPU yet: a smaller batch frees nothing
 
 
-def _lighter_training(attempt: Attempt) -> Change | None:
-    """The next change of the training, the mildest first; None if none is left."""
+def _next_training_change(attempt: Attempt) -> Change | None:
+    """The mildest change that makes training need less memory; None if none is left that the recipe allows."""
     settings, micro_batch = attempt.settings, attempt.batch.micro_batch
     if micro_batch > 1:
         return {"micro_batch": micro_batch // 2}
@@ -93,15 +93,15 @@ def _lighter_training(attempt: Attempt) -> Change | None:
     return None
 
 
-def _lighter_evaluation(attempt: Attempt) -> Change | None:
-    """The next change of the evaluation: a smaller micro-batch, at last no evaluation; None if it is off already."""
+def _next_evaluation_change(attempt: Attempt) -> Change | None:
+    """The next change of the evaluation: half its micro-batch, or no evaluation if that is 1; None if it is off."""
     if attempt.eval_micro_batch > 1:
         return {"eval_micro_batch": attempt.eval_micro_batch // 2}
     return {"evaluate": False} if attempt.evaluate else None
 
 
 def lowered_attempt(attempt: Attempt, change: Change) -> Attempt:
-    """The attempt with a rung's change. Never raises a value: on other GPUs, the attempt may start with a lower one."""
+    """The attempt with a rung's change. A value that is already lower stays: other GPUs may start with lower ones."""
     batch, settings = attempt.batch, attempt.settings
     if "micro_batch" in change:
         batch = plan_batch(batch.wanted, min(batch.micro_batch, int(change["micro_batch"])), batch.gpus)
@@ -122,7 +122,7 @@ def lowered_attempt(attempt: Attempt, change: Change) -> Attempt:
 
 
 def describe_change(change: Change, after: Attempt) -> str:
-    """A rung's change in words, for console, manifest and report. `after` is the attempt with the change."""
+    """A rung's change in words, for console, manifest and report. `after` is the attempt that has the change."""
     batch = after.batch
     words = {
         "micro_batch": f"micro-batch {batch.micro_batch}, accumulation {batch.accumulation}: {batch}",
@@ -138,7 +138,7 @@ def describe_change(change: Change, after: Attempt) -> str:
 def change_as_options(change: Change, settings: Train) -> str:
     """A rung's change as command options, such as `--set train.micro_batch=2`.
 
-    An evaluation has no micro-batch option; training's sets both.
+    An evaluation's micro-batch has no option of its own: train.micro_batch sets both.
     """
     if "evaluate" in change:
         return "--set data.validation_fraction=0 (preprocess too)"
@@ -147,7 +147,7 @@ def change_as_options(change: Change, settings: Train) -> str:
 
 
 def memory_advice(attempt: Attempt) -> str:
-    """The cure in an error message if no rung is left: what the user can change."""
+    """What the user can change if no rung is left, as the cure in an error message."""
     settings = attempt.settings
     ways = ["GPUs with more free memory"]
     if not (settings.load_in_4bit or settings.trains_connector):
@@ -166,13 +166,13 @@ class Ladder:
 
     path: Path
     rungs: list[dict[str, Any]] = field(default_factory=list)
-    """`{"decision": as the manifest has it, "change": Change, "room": as below}`"""
+    """`{"decision": as in the manifest, "change": Change, "room": as below}`"""
     room: int = 0
     """Total memory of the smallest GPU, in bytes; 0 on a CPU. A rung of a start with smaller GPUs does not apply."""
 
     @staticmethod
     def read(work: Path, room: int = 0) -> "Ladder":
-        """The ladder of the adapter whose checkpoints are in the folder `work`, as its ladder.json has it."""
+        """Read the ladder of the adapter whose checkpoints are in the folder `work`. No ladder.json: no rungs."""
         path = work / "ladder.json"
         return Ladder(path, (read_json(path) or {"rungs": []})["rungs"], room)
 
@@ -182,7 +182,7 @@ class Ladder:
         return [dict(rung["decision"]) for rung in self.rungs]
 
     def apply_rungs(self, attempt: Attempt) -> Attempt:
-        """The attempt with every rung that applies to these GPUs."""
+        """The attempt with the change of every rung that applies to these GPUs."""
         for rung in self.rungs:
             if self.room <= rung["room"]:
                 attempt = lowered_attempt(attempt, rung["change"])
@@ -215,27 +215,27 @@ _LOST = re.compile(
 """CUDA's messages for a GPU that stopped working. A device-side assertion is not among them: it is a bug."""
 
 
-def shortage_of(error: BaseException, during: During, step: int) -> Shortage | None:
-    """The out-of-memory error that an error is or was caused by; None for any other error."""
-    for one in _with_causes(error):
+def find_shortage(error: BaseException, during: During, step: int) -> Shortage | None:
+    """Find an out-of-memory error in an error or its causes. Returns it as a shortage; None if there is none."""
+    for one in _error_chain(error):
         if type(one).__name__ == "OutOfMemoryError" or (isinstance(one, RuntimeError) and _NO_MEMORY.search(str(one))):
             return Shortage(during, step, _requested_memory(str(one)))
     return None
 
 
 def lost_gpu_message(error: BaseException) -> str | None:
-    """CUDA's message if an error means that a GPU stopped working; None for any other error.
+    """The line in which CUDA says that a GPU stopped working, from an error or its causes; None if there is none.
 
-    One line, at most 200 characters.
+    At most 200 characters.
     """
-    for one in _with_causes(error):
+    for one in _error_chain(error):
         if isinstance(one, RuntimeError) and _LOST.search(str(one)):
             return str(one).strip().splitlines()[0][:200]
     return None
 
 
-def _with_causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, then its cause, then that one's cause, and so on."""
+def _error_chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, its cause, the cause of that, and so on."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
@@ -245,7 +245,7 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
 def _requested_memory(text: str) -> str:
     """Memory requested and free in torch's error text, as `asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free`.
 
-    If the text has no such figures, its first 150 characters.
+    If the text has no such figures, returns its first 150 characters.
     """
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
     free = re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text)

@@ -31,7 +31,7 @@ class _Sample:
     prompt_messages: int
     """Number of messages before the first answer."""
     pictures: int
-    """Number of tokens of and around its pictures."""
+    """Number of tokens of its pictures and around them."""
 
     @property
     def size(self) -> int:
@@ -49,9 +49,9 @@ class _Sample:
         return self.texts[self.prompt_messages :]
 
 
-def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run: Path) -> Lengths:
-    """Lengths in tokens of the longest sample, the longest answer and the shortest prompt. Sample and answer are at
-    most max_length. Picture names are relative to the folder `run`.
+def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train, run: Path) -> Lengths:
+    """Measure in tokens the longest sample, the longest answer and the shortest prompt. The first two are at most
+    max_length. Picture names are relative to the folder `run`.
 
     For the Qwen2-VL family and LLaVAs, a picture's tokens are computed from its size in the file's header. For other
     models, a sample with pictures counts as max_length. If the model has no tokenizer.json, or there are no samples,
@@ -66,12 +66,12 @@ def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run:
     rules = family_rules(model)
 
     @cache  # samples share pages
-    def picture_tokens(name: str) -> int:
-        """Number of tokens of and around a picture; 0 if the model's rules are unknown."""
+    def count_picture_tokens(name: str) -> int:
+        """Count the tokens of a picture and around it; 0 if Lorry does not know the model's rules for pictures."""
         return open_picture(run / name, rules, settings.max_pixels).tokens + OF_A_PICTURE if rules else 0
 
-    def tokens(text: str) -> int:
-        """Number of tokens of a text, without those of its pictures."""
+    def count_tokens(text: str) -> int:
+        """Count the tokens of a text, without those of its pictures."""
         pieces = text.split("<image>") if rules else [text]
         return sum(len(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in pieces)
 
@@ -79,19 +79,22 @@ def lengths_of(samples: list[dict[str, Any]], model: Path, settings: Train, run:
     for sample in samples:
         texts = [str(message["content"]) for message in sample["messages"]]
         before = next(place for place, message in enumerate(sample["messages"]) if message["role"] == "assistant")
-        counted.append(_Sample(texts, before, sum(map(picture_tokens, sample.get("images") or []))))
+        counted.append(_Sample(texts, before, sum(map(count_picture_tokens, sample.get("images") or []))))
     longest = heapq.nlargest(CANDIDATES, counted, key=lambda sample: sample.size)
     prompts = heapq.nsmallest(CANDIDATES, counted, key=lambda sample: sample.prompt_size)
     answers = heapq.nlargest(CANDIDATES, (sample.answers for sample in counted), key=lambda texts: sum(map(len, texts)))
-    whole = max(sum(tokens(text) + OF_A_MESSAGE for text in one.texts) + one.pictures for one in longest) + OF_A_PROMPT
+    whole = (
+        max(sum(count_tokens(text) + OF_A_MESSAGE for text in one.texts) + one.pictures for one in longest)
+        + OF_A_PROMPT
+    )
     if rules is None and any(sample.get("images") for sample in samples):
         whole = limit
-    answer = max(sum(tokens(text) + OF_A_MESSAGE for text in texts) for texts in answers)
+    answer = max(sum(count_tokens(text) + OF_A_MESSAGE for text in texts) for texts in answers)
     # without the template's tokens, whose number is an upper bound: the shortest prompt must be a lower bound
-    shortest = min(sum(map(tokens, one.texts[: one.prompt_messages])) + one.pictures for one in prompts)
+    shortest = min(sum(map(count_tokens, one.texts[: one.prompt_messages])) + one.pictures for one in prompts)
     return Lengths(min(whole, limit), min(answer, limit), shortest)
 
 
 def read_lengths(path: Path, model: Path, settings: Train, run: Path) -> Lengths:
-    """Lengths in tokens of the samples in the JSON Lines file `path`, as `lengths_of` returns them."""
-    return lengths_of(read_jsonl(path), model, settings, run)
+    """Measure the samples in the JSON Lines file `path` as `measure_lengths` does, with the same errors."""
+    return measure_lengths(read_jsonl(path), model, settings, run)

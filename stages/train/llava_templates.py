@@ -17,7 +17,7 @@ class _InPlace(LlavaHfTemplate):  # type: ignore[misc]
     """Replaces `<image>` in a message by a picture's token alone. ms-swift's class adds a line break."""
 
     def replace_tag(self, media_type: str, index: int, inputs: Any) -> list[Any]:
-        """The text that replaces a picture's tag."""
+        """The pieces of a prompt that replace a picture's tag."""
         return ["<image>"]
 
 

@@ -17,7 +17,7 @@ class _Loader(ModelLoader):  # type: ignore[misc]
     default_trust_remote_code = False  # the model is defined in Lorry; its folder holds no code
 
     def get_model(self, *args: Any, **kwargs: Any) -> Any:
-        """The model, loaded as ms-swift loads any other."""
+        """Load the model as ms-swift does, but with Lorry's class. Returns it."""
         self.auto_model_cls = MgmForConditionalGeneration
         return super().get_model(*args, **kwargs)
 

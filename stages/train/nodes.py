@@ -16,8 +16,8 @@ from stages.contract.stage import Stage
 from stages.train.torchrun import JOIN_SECONDS
 
 
-def place_of(name: str) -> tuple[str, ...]:
-    """Path of an adapter's or the connector's folder, relative to the stage's folder, as its parts."""
+def folder_parts(name: str) -> tuple[str, ...]:
+    """The parts of the path of an adapter's or the connector's folder, relative to the stage's folder."""
     return (CONNECTOR,) if name == CONNECTOR else ("adapters", name)
 
 
@@ -38,7 +38,7 @@ def announce_training(stage: Stage, adapter: str, node: Node | None) -> Iterator
         remove(path)
 
 
-def adapters_announced_by_the_first(stage: Stage) -> Iterator[str]:
+def announced_adapters(stage: Stage) -> Iterator[str]:
     """Yield the name of each adapter, or of the connector, that node 0 announces, until node 0 finishes the stage.
 
     Raises InterruptedRunError if node 0 announces nothing for JOIN_SECONDS, or if this process is asked to stop.
@@ -52,13 +52,13 @@ def adapters_announced_by_the_first(stage: Stage) -> Iterator[str]:
         found = read_json(run.path(stage.name, "checkpoints", "announced.json"))
         # a killed start may have left the file: for other inputs, or for an adapter that is trained already
         is_new = found is not None and found["key"] == stage.key and found["round"] != joined
-        if is_new and not run.path(stage.name, *place_of(found["adapter"])).is_dir():
+        if is_new and not run.path(stage.name, *folder_parts(found["adapter"])).is_dir():
             joined = found["round"]
             yield found["adapter"]
             patience = time.monotonic() + JOIN_SECONDS
         elif time.monotonic() > patience:
             raise InterruptedRunError(
-                f"node 0 announced no training for {JOIN_SECONDS // 60} minutes; start it, then run this command again"
+                f"node 0: announced no training for {JOIN_SECONDS // 60} minutes; start it, then run this command again"
             )
         else:
             time.sleep(1)

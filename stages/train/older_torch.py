@@ -7,8 +7,8 @@ imports must succeed.
 import importlib
 
 
-def supply_later_names() -> None:
-    """Add the two names to torch if they are missing. Does nothing on a newer torch."""
+def add_missing_names() -> None:
+    """Add to torch the two names that ms-swift imports, if they are missing. Does nothing on a newer torch."""
     import torch.distributed
     import torch.distributed.fsdp
 

@@ -52,10 +52,11 @@ def name_in_file(parameter: str) -> str:
 
 
 class States(Protocol):
-    """Reads and writes an optimizer's state by weight name."""
+    """Reads and restores an optimizer's state by weight name."""
 
     def read(self) -> dict[str, Tensor]:
-        """The whole state: `<name>.exp_avg` and `<name>.exp_avg_sq` in the weight's shape, `<name>.step` as a scalar.
+        """Return the whole state: `<name>.exp_avg` and `<name>.exp_avg_sq` in the weight's shape, and the
+        scalar `<name>.step`.
 
         All processes must call this, and each gets the whole state, with ZeRO too.
         """
@@ -71,7 +72,7 @@ class TorchStates:
         self._optimizer, self._names = optimizer, names
 
     def read(self) -> dict[str, Tensor]:
-        """The whole state by name. Empty before the first step."""
+        """Return the whole state by weight name. Empty before the first step."""
         found: dict[str, Tensor] = {}
         for parameter, name in self._names.items():
             for what, value in self._optimizer.state.get(parameter, {}).items():
@@ -79,7 +80,7 @@ class TorchStates:
         return found
 
     def write(self, states: Mapping[str, Tensor]) -> None:
-        """Restore a whole state by name. A weight without a saved state gets none."""
+        """Restore a whole state by weight name. A weight without a saved state has none afterwards."""
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         state = {}
         for number, parameter in enumerate(parameters):
@@ -115,11 +116,11 @@ class ZeroStates:
     def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
         self._optimizer, self._names = zero.optimizer, names
         self._zero, self._is_3 = zero, hasattr(zero, "fp32_partitioned_groups_flat")
-        self._flats: list[Tensor] = zero.fp32_partitioned_groups_flat if self._is_3 else _flats_of_2(zero)
+        self._flats: list[Tensor] = zero.fp32_partitioned_groups_flat if self._is_3 else _zero2_flat_tensors(zero)
         self._groups: list[list[Parameter]] = zero.fp16_groups if self._is_3 else zero.bit16_groups
 
     def read(self) -> dict[str, Tensor]:
-        """The whole state by name, gathered from all processes. All processes must call this."""
+        """Gather the whole state from all processes, by weight name. All processes must call this."""
         found: dict[str, Tensor] = {}
         for flat, group in zip(self._flats, self._groups, strict=True):
             state = self._optimizer.state.get(flat, {})
@@ -130,7 +131,7 @@ class ZeroStates:
         return found
 
     def write(self, states: Mapping[str, Tensor]) -> None:
-        """Restore this process's parts of a whole state by name. A group without a saved state stays as it is."""
+        """Restore this process's parts of a whole state by weight name. A group without saved state stays as it is."""
         for number, (flat, group) in enumerate(zip(self._flats, self._groups, strict=True)):
             steps = [states[f"{self._names[p]}.step"] for p in group if f"{self._names[p]}.step" in states]
             if not steps:
@@ -143,8 +144,8 @@ class ZeroStates:
                 for what in MOMENTS:
                     self._scatter_weight(parameter, state[what], states.get(f"{self._names[parameter]}.{what}"))
 
-    def weights(self) -> dict[str, Tensor]:
-        """The optimizer's weights by name, in float32 and in the weights' shapes. All processes must call this."""
+    def gather_weights(self) -> dict[str, Tensor]:
+        """Gather the optimizer's float32 weights by name, in the weights' shapes. All processes must call this."""
         pairs = zip(self._flats, self._groups, strict=True)
         return {
             self._names[parameter]: self._gathered_weight(parameter, flat)
@@ -153,13 +154,13 @@ class ZeroStates:
         }
 
     def write_weights(self, weight: Callable[[str], Tensor]) -> None:
-        """Set the optimizer's float32 weights; `weight` returns one by its name. Leaves the model's own weights."""
+        """Set the optimizer's float32 weights; `weight` returns one by its name. The model's own weights stay."""
         for flat, group in zip(self._flats, self._groups, strict=True):
             for parameter in group:
                 self._scatter_weight(parameter, flat, weight(self._names[parameter]))
 
     def _counts_on_gpu(self, number: int) -> bool:
-        """Whether torch keeps the step count of a flat tensor on the GPU."""
+        """Whether the optimizer keeps the step count of flat tensor `number` on the GPU."""
         group = self._zero.sub_group_to_group_id[number] if self._is_3 else number
         settings = self._optimizer.param_groups[group]
         return bool(settings.get("fused") or settings.get("capturable"))
@@ -179,7 +180,7 @@ class ZeroStates:
 
     @torch.no_grad()
     def _gathered_weight(self, parameter: Any, flat: Tensor) -> Tensor:
-        """A weight's values from all processes' parts of a flat tensor: in the weight's shape, on the CPU."""
+        """Gather a weight from all processes' parts of a flat tensor. Returns it in the weight's shape, on the CPU."""
         shape = parameter.ds_shape if self._is_3 else parameter.shape
         whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=flat.device)
         fragment = self._fragment(parameter)
@@ -198,7 +199,7 @@ class ZeroStates:
             flat.narrow(0, fragment.in_flat, fragment.size).copy_(part)
 
 
-def _flats_of_2(zero: Any) -> list[Tensor]:
+def _zero2_flat_tensors(zero: Any) -> list[Tensor]:
     """This process's part of each flat tensor of a ZeRO-2 optimizer."""
     flats: list[Tensor] = zero.single_partition_of_fp32_groups
     return flats
@@ -211,7 +212,7 @@ class _Saving:
         self._trainer, self._together = trainer, together
 
     def _parameter_names(self) -> dict[Parameter, str]:
-        """The names in files of the trainable parameters."""
+        """Each trainable parameter with its name in files."""
         named = self._trainer.model.named_parameters()
         return {parameter: name_in_file(name) for name, parameter in named if parameter.requires_grad}
 
@@ -220,7 +221,7 @@ class _Saving:
         return self._trainer.model_wrapped.optimizer if self._trainer.is_deepspeed_enabled else None
 
     def _optimizer_states(self) -> States:
-        """The state of the trainer's optimizer."""
+        """The object that reads and restores the state of the trainer's optimizer."""
         zero = self._zero_optimizer()
         if zero is not None:
             return ZeroStates(zero, self._parameter_names())
@@ -253,12 +254,12 @@ class _Saving:
             self._write_loss_scale(position["loss_scale"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter from the optimizer's float32 weights, as a training without ZeRO does.
+        """Save the adapter with the optimizer's float32 weights, as training without ZeRO does.
 
         The trainer's own method saves the 16-bit weights and, with ZeRO-2, copies the whole base in each process.
         """
         zero = self._zero_optimizer()
-        weights = ZeroStates(zero, {p: n for n, p in self._trainer.model.named_parameters()}).weights()
+        weights = ZeroStates(zero, {p: n for n, p in self._trainer.model.named_parameters()}).gather_weights()
         if self._together.is_first:
             self._trainer._save(output_dir, state_dict=weights)
 
@@ -279,7 +280,7 @@ POSITION = "optimizer.json"
 
 
 def read_schedule(schedule: Any) -> dict[str, Any]:
-    """The position of a torch LambdaLR (`last_epoch`, `step_count`) and its base learning rates by group of weights."""
+    """The position of a torch LambdaLR, `last_epoch` and `step_count`, and the base learning rate of each group."""
     rates = [float(rate) for rate in schedule.base_lrs]
     return {"last_epoch": schedule.last_epoch, "step_count": schedule._step_count, "learning_rates": rates}
 
@@ -290,7 +291,9 @@ def write_schedule(schedule: Any, saved: Mapping[str, Any]) -> None:
     Raises ValueError if the base learning rates differ from the saved ones.
     """
     if saved["learning_rates"] != schedule.base_lrs:
-        raise ValueError(f"the checkpoint's learning rates are {saved['learning_rates']}, not {schedule.base_lrs}")
+        raise ValueError(
+            f"checkpoint: its learning rates are {saved['learning_rates']}, but {schedule.base_lrs} are set"
+        )
     schedule.last_epoch, schedule._step_count = saved["last_epoch"], saved["step_count"]
     factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]

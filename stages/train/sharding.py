@@ -69,7 +69,7 @@ def deepspeed_config(
 
 
 def check_sharding(sharding: str, use_cpu: bool, quantisation: str | None) -> None:
-    """Raise UsageError if the base or this machine cannot be used with the chosen sharding.
+    """Raise UsageError if the chosen sharding does not work with this base or on this machine.
 
     `quantisation` is the method that the base is quantised with, such as `gptq`; None if it is not quantised.
     """
@@ -77,13 +77,14 @@ def check_sharding(sharding: str, use_cpu: bool, quantisation: str | None) -> No
         return
     if sharding == "zero3" and quantisation is not None:
         raise UsageError(
-            f"train.sharding is zero3, which cannot shard a base quantised with {quantisation}; set it to zero2,"
-            " none or auto"
+            f"train.sharding: zero3 cannot shard a base quantised with {quantisation}; set it to zero2, none or auto"
         )
     if use_cpu and os.environ.get("DS_ACCELERATOR") != "cpu":  # DeepSpeed's own variable, for tests
-        raise UsageError(f"train.sharding is {sharding}, but there is no GPU here; set it to none or auto")
+        raise UsageError(f"train.sharding: {sharding} needs a GPU, but there is none here; set it to none or auto")
     if importlib.util.find_spec("deepspeed") is None:
-        raise UsageError(f"train.sharding is {sharding}, but DeepSpeed is not installed here; set it to none or auto")
+        raise UsageError(
+            f"train.sharding: {sharding} needs DeepSpeed, which is not installed here; set it to none or auto"
+        )
 
 
 def convert_trainable_weights(dtype: str, model: "torch.nn.Module") -> None:
@@ -127,7 +128,7 @@ class _NoGathering:
 
     @staticmethod
     def apply(output: "torch.Tensor") -> "torch.Tensor":
-        """The output, unchanged."""
+        """Return the output unchanged."""
         return output
 
 
@@ -161,9 +162,9 @@ def fix_zero3_loading() -> None:
     original = Init.__init__
     only_the_device = frozenset({DeepSpeedTensorOverride.device})
 
-    def patched(self: Any, *arguments: Any, **named: Any) -> None:
-        """DeepSpeed's `Init.__init__` with the two settings changed."""
+    def patched_init(self: Any, *arguments: Any, **named: Any) -> None:
+        """Call DeepSpeed's `Init.__init__` with the two settings changed."""
         original(self, *arguments, **{"tensor_overrides": only_the_device, **named})
         self.allgather_sequential = True
 
-    Init.__init__ = patched
+    Init.__init__ = patched_init

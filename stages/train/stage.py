@@ -54,7 +54,7 @@ from stages.results.summary import SUMMARY, build_summary, dataset_result, train
 from stages.train.job import Job
 from stages.train.ladder import Attempt, Ladder, MemoryRanOutError, change_as_options, memory_advice, next_rung
 from stages.train.lengths import read_lengths
-from stages.train.nodes import adapters_announced_by_the_first, announce_training, place_of
+from stages.train.nodes import announce_training, announced_adapters, folder_parts
 from stages.train.sharding import check_sharding
 from stages.train.torchrun import train_adapter
 
@@ -82,14 +82,14 @@ def work(stage: Stage) -> None:
         return
     log: list[dict[str, Any]] = []
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.does_piece(number)]
-    mixes, failures = _mixes_of(stage, adapters)
+    mixes, failures = _read_mixes(stage, adapters)
     connector = None
     plan: _Plan | None = None  # made when something has to be trained: existing adapters need no GPU
     if recipe.train.connector is not None:
         connector, plan = _train_connector(stage, node, log)
     else:
-        remove(stage.path(*place_of(CONNECTOR)))  # from an earlier recipe
-    keys = _remove_outdated(stage, mixes, connector)
+        remove(stage.path(*folder_parts(CONNECTOR)))  # from an earlier recipe
+    keys = _remove_outdated_adapters(stage, mixes, connector)
     results = _earlier_results(stage, [adapter for adapter in adapters if adapter.name not in failures])
     for adapter in adapters:
         name = adapter.name
@@ -127,7 +127,7 @@ def _train_with_node_0(stage: Stage, node: Node) -> None:
     recipe = stage.run.recipe
     by_name = {adapter.name: adapter for adapter in recipe.train.adapters}
     plans: dict[bool, _Plan] = {}
-    for name in adapters_announced_by_the_first(stage):
+    for name in announced_adapters(stage):
         first_phase = name == CONNECTOR
         settings = recipe.train.connector_settings() if first_phase else recipe.train
         # plan the second phase too: it must not turn out impossible only after the first
@@ -138,9 +138,9 @@ def _train_with_node_0(stage: Stage, node: Node) -> None:
 
 
 def _add_outputs(stage: Stage, name: str, files: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Add a trained adapter or connector to the stage's outputs, counts and decisions. Returns its metrics.jsonl
-    rows."""
-    place = place_of(name)
+    """Add a trained adapter or connector to the stage's outputs, counts and decisions. Returns its rows of
+    metrics.jsonl."""
+    place = folder_parts(name)
     training = read_json(stage.path(*place, "training.json"))
     stage.counts[f"{name} samples"] = training["samples"]["train"]
     stage.counts[f"{name} steps"] = training["steps"]
@@ -164,7 +164,7 @@ def _train_connector(
     if stage.shard is not None:
         raise UsageError(
             "train.connector: cannot be used with --shard, since each shard would train its own connector; leave out"
-            " --shard, or use nodes"
+            " --shard, or train on several nodes"
         )
     settings = stage.run.recipe.train.connector_settings()
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
@@ -173,8 +173,8 @@ def _train_connector(
             f"{model}: train.connector needs a base in 16 bits or more, but this one is quantised; use another base, or"
             " leave out train.connector"
         )
-    mix, folder = settings.adapters[0], stage.path(*place_of(CONNECTOR))
-    key = _key_of_connector(stage, settings)
+    mix, folder = settings.adapters[0], stage.path(*folder_parts(CONNECTOR))
+    key = _connector_key(stage, settings)
     second: _Plan | None = None
     if (read_json(folder / "made.json") or {}).get("key") != key:
         first, second = _plan(stage, node, settings), _plan(stage, node)
@@ -191,8 +191,8 @@ def _train_connector(
     return (folder / CONNECTOR_FILE, sha256), second
 
 
-def _key_of_connector(stage: Stage, settings: Train) -> str:
-    """Digest of everything that the connector depends on. The adapters' own settings and mixes are not among it."""
+def _connector_key(stage: Stage, settings: Train) -> str:
+    """Digest of everything that the connector depends on, so not of the adapters' own settings and mixes."""
     run = stage.run
     assert settings.connector is not None
     train, validation = _samples(stage)
@@ -205,7 +205,7 @@ def _key_of_connector(stage: Stage, settings: Train) -> str:
     )[0]
     learnt = settings.model_dump(mode="json", include=LEARNT - LORAS_OWN)
     hashes = FileHashes(stage.path(".hashes.json"))  # has model and pictures from hashing the stage's inputs
-    pictures = _pictures_of(stage, [samples, validated_on], hashes)
+    pictures = _picture_hashes(stage, [samples, validated_on], hashes)
     model, recipe = _model_digest(stage, hashes), run.recipe.digest("seed", "model")
     return digest_of([CONTRACT_VERSION, recipe, learnt, model, samples, validated_on, pictures])
 
@@ -224,7 +224,7 @@ def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
 
 
 def _samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The training samples and the validation samples of all data sets."""
+    """Read the training samples and the validation samples of all data sets."""
     train, validation = (
         read_jsonl(stage.run.path("preprocess", "samples", f"{name}.jsonl")) for name in ("train", "validation")
     )
@@ -236,7 +236,7 @@ def _model_digest(stage: Stage, hashes: FileHashes) -> str:
     return hashes.tree_digest(stage.run.model(stage.run.recipe.model.path, "model.path"))[0]
 
 
-def _pictures_of(stage: Stage, samples: list[list[dict[str, Any]]], hashes: FileHashes) -> Any:
+def _picture_hashes(stage: Stage, samples: list[list[dict[str, Any]]], hashes: FileHashes) -> Any:
     """The hashes of the samples' pictures, as part of a key; None if the samples have no pictures.
 
     They cover the whole folder `pages/`, but in `pictures/`, which also holds test sets, only the samples' own files.
@@ -260,7 +260,7 @@ Mixes = dict[str, list[list[dict[str, Any]]]]
 """By adapter name: its training samples and its validation samples."""
 
 
-def _mixes_of(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, LorryError]]:
+def _read_mixes(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, LorryError]]:
     """Each adapter's samples by its name, and an error for each adapter that wants a data set without samples.
 
     Raises UsageError instead if there is one adapter only, or train.keep_going is not set.
@@ -281,8 +281,8 @@ def _mixes_of(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, L
     return mixes, failures
 
 
-def _remove_outdated(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None) -> dict[str, str]:
-    """Remove earlier starts' adapters that the recipe no longer has in this form. Returns each adapter's key by name.
+def _remove_outdated_adapters(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None) -> dict[str, str]:
+    """Remove adapters of earlier starts that are damaged or no longer what the recipe says. Returns the keys by name.
 
     An adapter's key is a digest of everything that it depends on. If one data mix changes, one adapter is trained
     again; if the connector changes, all are.
@@ -293,7 +293,7 @@ def _remove_outdated(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | N
     recipe = run.recipe.digest("seed", "model", *(f"train.{name}" for name in Train.model_fields if name in LEARNT))
     keys: dict[str, str] = {}
     for name, samples in mixes.items():
-        parts = [CONTRACT_VERSION, recipe, model, samples, _pictures_of(stage, samples, hashes)]
+        parts = [CONTRACT_VERSION, recipe, model, samples, _picture_hashes(stage, samples, hashes)]
         keys[name] = digest_of(parts if connector is None else [*parts, connector[1]])
     for path in stage.path("adapters").glob("*/"):
         made = read_json(path / "made.json") or {}
@@ -307,7 +307,7 @@ def _remove_outdated(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | N
 
 
 def _earlier_results(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[str, Any]]:
-    """Results of the adapters that earlier starts trained, by name. Every summary of this start includes them."""
+    """The results of the adapters that earlier starts trained, by name, for this start's summaries."""
     folders = {adapter.name: stage.path("adapters", adapter.name) for adapter in adapters}
     return {
         adapter.name: dataset_result(
@@ -319,15 +319,17 @@ def _earlier_results(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[st
 
 
 def _note_result(stage: Stage, results: dict[str, dict[str, Any]], adapter: Adapter, result: dict[str, Any]) -> None:
-    """Add an adapter's result and write the summary of all results so far. It exists even if a later adapter fails."""
+    """Add an adapter's result and write the summary of all results so far, in case a later adapter fails."""
     results[adapter.name] = dataset_result(stage.run, adapter, result)
     so_far = sorted(results.values(), key=lambda one: one["dataset_index"])
     write_json(stage.path(SUMMARY), build_summary(stage.run, so_far, stage.starts[0]))
 
 
 def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:
-    """Raise LorryError if adapters failed, with the first one's exit code. If train.keep_going is set and others were
-    trained, report the failures instead."""
+    """Raise LorryError if an adapter failed, with the exit code of the first.
+
+    If train.keep_going is set and another one was trained, reports the failures instead.
+    """
     if not failures:
         return
     if len(stage.run.recipe.train.adapters) == 1:
@@ -342,7 +344,7 @@ def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: in
                 " with --set train.keep_going=true"
             )
         )
-        failure = LorryError(f"{len(failures)} of {adapters} adapters failed: {errors}{others}")
+        failure = LorryError(f"train.adapters: {len(failures)} of {adapters} failed: {errors}{others}")
         failure.exit_code = next(iter(failures.values())).exit_code
         raise failure
     stage.facts["untrained"] = {name: str(error) for name, error in failures.items()}
@@ -351,8 +353,7 @@ def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: in
 
 
 def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> None:
-    """Add the facts in an adapter's training.json to the manifest. They are in the file because an earlier start may
-    have trained the adapter."""
+    """Add the facts in an adapter's training.json to the manifest. An earlier start or a shard may have written it."""
     settings, what = stage.run.recipe.train, f"adapter {name}"
     if name == CONNECTOR:
         settings, what = settings.connector_settings(), name
@@ -366,13 +367,13 @@ def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> No
     if "memory" in training:
         stage.facts.setdefault("gpu_memory", {})[name] = training["memory"]
     for rung in training.get("out_of_memory", []):
-        # the list already has a shard's decisions, with the shard's name at their end
+        # the list already has a shard's decisions, whose `why` ends with the shard's name
         if not any(made["value"] == rung["value"] and made["why"].startswith(rung["why"]) for made in stage.decisions):
             stage.decisions.append(rung)
 
 
 def _copy_from_shard(stage: Stage, name: str) -> None:
-    """Copy an adapter from the shard that trained it, if there is one. The copy appears in one step."""
+    """Copy an adapter from the shard that trained it, in one step. Does nothing if no finished shard has it."""
     for shard in stage.finished_shards:
         source = shard / "adapters" / name
         if source.is_dir():
@@ -400,15 +401,15 @@ class _Plan:
 
     @property
     def first_attempt(self) -> Attempt:
-        """The settings that training starts with if no earlier start ran out of memory."""
+        """The settings of the first attempt, before any rung of the ladder."""
         return Attempt(self.way.settings, self.way.batch, eval_micro_batch=self.way.batch.micro_batch)
 
 
 def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Plan:
-    """The plan for training on the GPUs of this machine and of the other nodes. `settings` defaults to the recipe's.
+    """Plan the training on the GPUs of this machine and of the other nodes, and check the plan. Returns it.
 
     Raises DoesNotFitError if the training does not fit the GPUs or they do not fit the image, and UsageError if the
-    sharding or effective_batch is impossible here. No training process has started by then.
+    sharding or effective_batch is impossible here. `settings` defaults to the recipe's.
     """
     settings = settings or stage.run.recipe.train
     plan = _make_plan(stage, settings, node)
@@ -420,7 +421,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
 
 
 def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
-    """The plan, with its decisions added to the stage. `_plan` checks it."""
+    """Plan the training, and add the decisions to the stage. Returns the plan, which `_plan` checks."""
     machine, recipe = probe(), stage.run.recipe
     gpus = machine.gpus
     label = f"{CONNECTOR} " if settings.trains_connector else ""
@@ -438,7 +439,7 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     if processes > 1:
         where = f"{node.count} nodes with {here} each, meeting at {node.rendezvous}" if node else "one for each GPU"
         decide("training processes", processes, where)
-    offers = _offers(settings, target)
+    offers = _usable_libraries(settings, target)
     if settings.sharding == "auto" and not offers.deepspeed:
         settings = settings.model_copy(update={"sharding": "none"})
     model = stage.run.model(recipe.model.path, "model.path")
@@ -480,8 +481,8 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     return _Plan(target, way, gpus)
 
 
-def _offers(settings: Train, target: Target) -> Offers:
-    """The optional libraries that this image has and the phase can use. The first phase uses none of them."""
+def _usable_libraries(settings: Train, target: Target) -> Offers:
+    """The optional libraries that this image has and this phase can use. The connector's phase can use none."""
     if settings.trains_connector:
         return Offers(bitsandbytes=False, deepspeed=False)
     return Offers("bitsandbytes" in target.quantisation, importlib.util.find_spec("deepspeed") is not None)
@@ -490,15 +491,15 @@ def _offers(settings: Train, target: Target) -> Offers:
 def _too_little_memory(
     shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths, gpu: Gpu, offers: Offers
 ) -> DoesNotFitError:
-    """The error for a GPU whose free memory is below what training needs at least. It lists what would fit."""
+    """The error for a GPU with less free memory than training needs at least. It lists changes that would fit."""
     least, free = least_memory(shape, settings, processes, dtype), gpu.memory_free
     holders = f" (held by {', '.join(map(str, gpu.processes))})" if gpu.processes else ""
     cures = ["free that GPU or use another (GPUS=...)"] if least <= gpu.memory_total else []
     for way in smallest_changes(shape, settings, processes, dtype, free, lengths, offers):
         cures.append("use " + " and ".join(way.changes))
     return DoesNotFitError(
-        f"training needs at least {least / GIB:.1f} GiB on each GPU, but {gpu}, {gpu.uuid[:12]}, has only"
-        f" {free / GIB:.1f} of {gpu.memory_total / GIB:.1f} GiB free{holders};"
+        f"{gpu}, {gpu.uuid[:12]}: has only {free / GIB:.1f} of {gpu.memory_total / GIB:.1f} GiB free{holders}, but"
+        f" training needs at least {least / GIB:.1f} GiB on each GPU;"
         f" {', or '.join(cures) or 'use a smaller model'}"
     )
 
@@ -511,19 +512,19 @@ def _train(
     node: Node | None,
     connector: tuple[Path, str] | None,
 ) -> None:
-    """Train one adapter or the connector. Each time memory runs out, try again one rung lower on the ladder.
+    """Train one adapter or the connector. Each time memory runs out, try again with the ladder's next change.
 
     `connector` is the file and sha256 of the connector that an adapter is trained with; None: the base's own. Raises
-    DoesNotFitError if memory runs out on the last rung.
+    DoesNotFitError if memory runs out and no change is left.
     """
     name = adapter.name
-    # with several nodes, node 0's folder holds checkpoints and adapter
+    # with several nodes, checkpoints and adapter are in node 0's folder
     work = stage.run.path("train", "checkpoints", name) if node else stage.path("checkpoints", name)
     ladder = Ladder.read(work, min((gpu.memory_total for gpu in plan.gpus), default=0))
     attempt = ladder.apply_rungs(plan.first_attempt)
     for made in ladder.decisions:
         stage.events.say(f"train {name}: out of memory in an earlier start: {made['value']}")
-    with _record_seconds(work, stage.path(*place_of(name)), node):
+    with _record_seconds(work, stage.path(*folder_parts(name)), node):
         while True:
             before = probe().gpus if plan.gpus else ()
             try:
@@ -540,7 +541,7 @@ def _train(
 
 @contextmanager
 def _record_seconds(work: Path, adapter: Path, node: Node | None) -> Iterator[None]:
-    """Record how many seconds this context takes, summed over all starts of an adapter that were not killed.
+    """Add the seconds that this context takes to those of an adapter's earlier starts. A killed start adds none.
 
     The sum is in `work`/seconds.json and, once the adapter is finished, in `adapter`/timing.json. With several nodes,
     only node 0 records it: it owns `work` and removes it at the end.
@@ -560,7 +561,10 @@ def _record_seconds(work: Path, adapter: Path, node: Node | None) -> Iterator[No
 def _next_attempt(
     stage: Stage, name: str, ladder: Ladder, attempt: Attempt, error: MemoryRanOutError, node: Node | None
 ) -> Attempt:
-    """The next attempt after memory ran out. Raises DoesNotFitError if no rung is left, or with several nodes."""
+    """Take the ladder's next change after memory ran out. Returns the next attempt.
+
+    Raises DoesNotFitError if no change is left, or if several nodes train together.
+    """
     shortage = error.shortage
     change = next_rung(attempt, shortage.during)
     if change is None:
@@ -581,7 +585,7 @@ def _next_attempt(
 
 
 def _wait_for_memory(stage: Stage, before: tuple[Gpu, ...], processes: tuple[int, ...]) -> None:
-    """Wait until the GPUs have freed the memory of these ended processes, MEMORY_PATIENCE at most.
+    """Wait until the GPUs have freed the memory of these ended processes, at most MEMORY_PATIENCE seconds.
 
     `before` are the GPUs as they were before these processes started.
     """
@@ -604,7 +608,8 @@ def _wait_for_memory(stage: Stage, before: tuple[Gpu, ...], processes: tuple[int
 
 
 def _is_still_held(gpu: Gpu, processes: tuple[int, ...], free_before: int) -> bool:
-    """Whether ended processes still hold a GPU's memory: it lists them, or less than `free_before` bytes are free."""
+    """Whether ended processes still hold a GPU's memory: the driver lists them, or less than `free_before` bytes are
+    free and no other process explains it."""
     if any(one.pid in processes for one in gpu.processes):
         return True
     # in a container, the driver may list processes with other ids or none at all; if it lists and names every process,
@@ -622,15 +627,14 @@ def _job(
     node: Node | None,
     connector: tuple[Path, str] | None,
 ) -> Job:
-    """The job of this machine's training processes. With several nodes, node 0's folder holds checkpoints and
-    adapter."""
+    """The job of this machine's training processes. With several nodes, they write to node 0's folder."""
     run, recipe, name = stage.run, stage.run.recipe, adapter.name
     own = stage.path("checkpoints", name)
     return Job(
         model=run.model(recipe.model.path, "model.path"),
         work=run.path("train", "checkpoints", name) if node else own,
         scratch=own / "scratch",
-        adapter=run.path("train", *place_of(name)) if node else stage.path(*place_of(name)),
+        adapter=run.path("train", *folder_parts(name)) if node else stage.path(*folder_parts(name)),
         run=run.folder,
         key=key,
         mix=adapter,

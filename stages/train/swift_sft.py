@@ -78,11 +78,11 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         a picture and, if Lorry can count the tokens of the model's pictures, the first sample with one. Raises
         DataError for a file that is not a picture.
         """
-        with self._blank_pictures():
+        with self._use_blank_pictures():
             return self._split_by_length(samples)
 
     def _split_by_length(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-        """What `fitting_samples` returns, with the pictures as they are."""
+        """The samples of at most max_length tokens, and the ids of the others, as `fitting_samples` returns them."""
         kept: list[dict[str, Any]] = []
         left_out: list[str] = []
         compared: set[bool] = set()
@@ -105,7 +105,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         return kept, left_out
 
     @contextmanager
-    def _blank_pictures(self) -> Iterator[None]:
+    def _use_blank_pictures(self) -> Iterator[None]:
         """Within this context, a LLaVA's processor returns the same prepared blank picture for every picture. Resizing
         each blank picture would take minutes for ten thousand samples. Does nothing for other models."""
         if not isinstance(self._rules, SquareRules):
@@ -116,7 +116,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         blank = real(images=[Image.new("RGB", (self._rules.factor, self._rules.factor))], return_tensors="pt")
 
         def blank_output(images: list[Any], **_: Any) -> BatchFeature:
-            """The processor's output for as many blank pictures as there are pictures."""
+            """Return the processor's output for blank pictures, as many as there are in `images`."""
             return BatchFeature({name: one.expand(len(images), *one.shape[1:]) for name, one in blank.items()})
 
         processor.image_processor = blank_output
@@ -126,7 +126,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             processor.image_processor = real
 
     def _encoded_sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A sample as ms-swift's template encodes it. Raises MaxLengthError if it is longer than max_length.
+        """Encode a sample with ms-swift's template. Raises MaxLengthError if it is longer than max_length.
 
         If Lorry can count a picture's tokens from its size, a blank picture of one patch replaces it, and no pixel is
         read.
@@ -170,13 +170,13 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             raise DataError(f"sample {sample}: {error}") from error
         if swifts != own:
             raise UsageError(
-                f"model.swift_template {self._job.model_settings.swift_template!r} renders another prompt than the chat"
-                f" template in {self._job.model} ({self.tokenizer.decode(swifts)[:300]!r} instead of"
+                f"model.swift_template: {self._job.model_settings.swift_template!r} renders another prompt than the"
+                f" chat template in {self._job.model} ({self.tokenizer.decode(swifts)[:300]!r} instead of"
                 f" {self.tokenizer.decode(own)[:300]!r}); set it to the template that matches"
             )
         if self.tokenizer.eos_token_id not in labels[prompt:]:
             raise UsageError(
-                f"model.swift_template {self._job.model_settings.swift_template!r} ends the answer without the model's"
+                f"model.swift_template: {self._job.model_settings.swift_template!r} ends the answer without the model's"
                 f" end token {self.tokenizer.eos_token!r}, so the tuned model would never stop; set it to the template"
                 " that matches"
             )
@@ -195,7 +195,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         trainer.args.save_total_limit = None
         trainer._evaluate = partial(_evaluate_apart, trainer, losses, self._progress)
         # transformers 4 uses the micro-batch of the checkpoint that it resumes from, which may be larger
-        trainer._inner_training_loop = _with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
+        trainer._inner_training_loop = _loop_with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
         if self._job.sharding != "none":
             convert_trainable_weights(self._job.dtype, trainer.model)
         if self._job.sharding == "zero3":
@@ -221,14 +221,14 @@ def _refuse_adapted_vision(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(f".{tower}." in f".{name}" for tower in towers):
             raise UsageError(
-                f"train.target_modules also matches {name}, in the vision tower or connector, which train.freeze_vision"
-                " freezes; set it to [all-linear] or to a regular expression that matches only the language model, or"
-                " set train.freeze_vision=false and infer.merged=true"
+                f"train.target_modules: also matches {name}, in the vision tower or connector, which"
+                " train.freeze_vision freezes; set it to [all-linear] or to a regular expression that matches only the"
+                " language model, or set train.freeze_vision=false and infer.merged=true"
             )
 
 
 def _checked_picture(path: Path, sample: str) -> Path:
-    """`path`, if the file is a picture. Raises DataError if it is missing or not a picture.
+    """Return `path` if the file is a picture. Raises DataError if it is missing or not a picture.
 
     ms-swift would take the name of a missing file for a picture in base64.
     """
@@ -236,7 +236,9 @@ def _checked_picture(path: Path, sample: str) -> Path:
         with Image.open(path):
             return path
     except (FileNotFoundError, UnidentifiedImageError) as error:
-        raise DataError(f"{path}: not a picture, but sample {sample} needs one; run preprocess again") from error
+        raise DataError(
+            f"{path}: missing or not a picture, but sample {sample} needs it; run preprocess again"
+        ) from error
 
 
 def _load_picture(rules: Rules, budget: int | None, picture: Any, load: bool = True) -> Any:
@@ -248,11 +250,11 @@ def _load_picture(rules: Rules, budget: int | None, picture: Any, load: bool = T
     return open_picture(Path(name), rules, budget).load() if isinstance(name, str) else picture
 
 
-def _with_micro_batch(training_loop: Any, micro_batch: int) -> Any:
-    """The trainer's training loop with its micro-batch fixed."""
+def _loop_with_micro_batch(training_loop: Any, micro_batch: int) -> Any:
+    """Return the trainer's training loop with a fixed micro-batch."""
 
     def loop(batch_size: int | None = None, **others: Any) -> Any:
-        """The training loop with `micro_batch`, whatever batch size the trainer passes."""
+        """Run the training loop with `micro_batch`, whatever batch size the trainer passes."""
         return training_loop(batch_size=micro_batch, **others)
 
     return loop
@@ -298,7 +300,7 @@ class _TokenCount:
         self._tokens = 0
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The micro-batch of these samples. Counts its tokens if it is for training."""
+        """Collate samples to a micro-batch. Counts its tokens if it is for training."""
         batch: dict[str, Any] = self._collate(samples)
         if self._progress.during == "training":
             mask = batch.get("attention_mask")
@@ -307,7 +309,7 @@ class _TokenCount:
         return batch
 
     def take_tokens(self) -> int:
-        """The number of tokens since the last call. Starts counting from 0 again."""
+        """Return the number of tokens since the last call, and start to count from 0 again."""
         tokens, self._tokens = self._tokens, 0
         return tokens
 
@@ -344,7 +346,7 @@ class _Checkpoints(TrainerCallback):
         self._since = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the new checkpoint as complete. The time of saving counts for no step."""
+        """Mark the new checkpoint as complete, and start the clock again: the time of saving counts for no step."""
         self._mark_complete(state)
         self._since = time.monotonic()
 
@@ -365,8 +367,8 @@ class _Checkpoints(TrainerCallback):
         for state_of_one in random_states:
             sizes |= state_of_one
         write_json(checkpoint / "complete.json", {"sizes": dict(sorted(sizes.items()))})
-        older = [path for path in self._job.work.glob("checkpoint-*") if _step_of(path) < state.global_step]
-        for path in sorted(older, key=_step_of, reverse=True)[self._job.settings.keep_checkpoints - 1 :]:
+        older = [path for path in self._job.work.glob("checkpoint-*") if _step_number(path) < state.global_step]
+        for path in sorted(older, key=_step_number, reverse=True)[self._job.settings.keep_checkpoints - 1 :]:
             remove(path)
 
     def on_pre_optimizer_step(
@@ -424,7 +426,7 @@ class _Checkpoints(TrainerCallback):
             self._progress.send(event="loss", step=state.global_step, loss=float(loss))
 
 
-def _step_of(checkpoint: Path) -> int:
+def _step_number(checkpoint: Path) -> int:
     """The step in the name of a checkpoint, `checkpoint-<step>`."""
     return int(checkpoint.name.rpartition("-")[2])
 

@@ -8,7 +8,7 @@ from stages.contract.errors import InterruptedRunError
 from stages.contract.stop import StopRequest
 
 SILENCE = timedelta(minutes=30)
-"""How long a process waits for another one during training. ms-swift's own default is 208 days."""
+"""Longest time that a process waits for another one in training. ms-swift's own default is 208 days."""
 
 T = TypeVar("T")
 
@@ -17,12 +17,12 @@ class Together:
     """The processes that train one adapter together. torchrun starts them if there are several."""
 
     def __init__(self, processes: int, use_cpu: bool, sharding: str = "none") -> None:
-        """Join the group of all training processes. `sharding` is `none`, `zero2` or `zero3`."""
+        """Join the group of all training processes, if several or ZeRO need one. `sharding` is that of `Job`."""
         self.rank = 0
         self._group: Any = None
         if processes == 1:
             if sharding != "none":
-                _group_of_one(use_cpu)
+                _join_group_of_one(use_cpu)
             return
         import torch
         import torch.distributed as dist
@@ -41,11 +41,11 @@ class Together:
         return self.rank == 0
 
     def of_first(self, value: T) -> T:
-        """The first process's value, in every process."""
+        """Return the first process's value in every process. Waits for all processes."""
         return self.of_all(value)[0]
 
     def of_all(self, value: T) -> list[T]:
-        """The values of all processes by rank, in every process. Waits for all processes."""
+        """Return the values of all processes, in the order of ranks, in every process. Waits for all processes."""
         if self._group is None:
             return [value]
         import torch.distributed as dist
@@ -55,7 +55,7 @@ class Together:
         return values
 
     def sums(self, *values: float) -> list[float]:
-        """The sum of each value over all processes, in every process. Waits for all processes."""
+        """Return the sum of each value over all processes, in every process. Waits for all processes."""
         if self._group is None:
             return list(values)
         import torch
@@ -66,14 +66,14 @@ class Together:
         return [float(value) for value in sums.tolist()]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in at least one process. Every process gets the same result."""
+        """Return, in every process, whether the flag is set in at least one. Waits for all processes."""
         return bool(self.sums(int(flag))[0])
 
     def check(self, stop: StopRequest) -> None:
         """Raise InterruptedRunError in every process if at least one is asked to stop."""
         if self.any(stop.signal is not None):
             stop.check()
-            raise InterruptedRunError("another node was stopped, finished work is saved; run the same command again")
+            raise InterruptedRunError("another training process: asked to stop; run the same command again to resume")
 
     def leave(self) -> None:
         """Wait for all processes, then leave the group."""
@@ -84,7 +84,7 @@ class Together:
             dist.destroy_process_group()
 
 
-def _group_of_one(use_cpu: bool) -> None:
+def _join_group_of_one(use_cpu: bool) -> None:
     """Set up a group of one process and the variables that torchrun sets: DeepSpeed requires both."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore

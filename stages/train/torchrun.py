@@ -73,7 +73,7 @@ def train_adapter(stage: Stage, job: Job, here: int, node: Node | None, environm
 
 
 def _train_alone(stage: Stage, job: Job, received: _Messages) -> None:
-    """Train in one process without torchrun. Raises the same errors as `train_adapter`."""
+    """Train in one process, without torchrun. Raises the errors of `train_adapter`."""
     name = job.adapter.name
     reading, writing = os.pipe()
     job_file = _write_job(replace(job, progress=writing), job.work)
@@ -90,17 +90,19 @@ def _train_alone(stage: Stage, job: Job, received: _Messages) -> None:
     if code == Exit.DONE:
         return
     if code == Exit.INTERRUPTED:
-        raise InterruptedRunError(error or "stopped; run the same command again")
+        raise InterruptedRunError(error or f"training {name}: stopped; run the same command again to resume")
     if received.shortages:
         raise MemoryRanOutError("out of memory", received.shortages[0], (worker.pid,))
     if code < 0:
         ended_by = signal.Signals(-code).name
         raise LorryError(
-            f"training {name} was ended by {ended_by}"
+            f"training {name}: ended by {ended_by}"
             + (" (the kernel sends it when memory runs out)" if ended_by == "SIGKILL" else "")
             + f"; run the same command again to resume from the last checkpoint; log: {stage.path('log.txt')}"
         )
-    raise _failure(stage, name, Exit(code) if code in tuple(Exit) else Exit.CRASHED, str(error))
+    raise _failure(
+        stage, name, Exit(code) if code in tuple(Exit) else Exit.CRASHED, error or f"exit code {code} without a message"
+    )
 
 
 class _Workers:
@@ -122,12 +124,12 @@ class _Workers:
 def _train_together(
     stage: Stage, job: Job, here: int, node: Node | None, environment: Mapping[str, str], received: _Messages
 ) -> None:
-    """Train in several processes that torchrun starts. Raises the same errors as `train_adapter`."""
+    """Train in several processes, which torchrun starts. Raises the errors of `train_adapter`."""
     reading, writing = os.pipe()
     # torchrun passes only the standard descriptors to its processes, and standard input is not used otherwise
     job_file = _write_job(replace(job, progress=0), job.scratch)
     with subprocess.Popen(
-        torchrun(job_file, here, node),
+        torchrun_command(job_file, here, node),
         stdin=writing,
         pass_fds=[stage.lock],
         env=environment,
@@ -145,7 +147,7 @@ def _train_together(
         raise _torchrun_error(stage, job.adapter.name, node, received)
 
 
-def torchrun(job_file: Path, here: int, node: Node | None) -> list[str]:
+def torchrun_command(job_file: Path, here: int, node: Node | None) -> list[str]:
     """The torchrun command that starts `here` training processes on this machine. Node 0 starts the first ranks."""
     where = ["--standalone", "--local-addr=127.0.0.1"]  # a container without network cannot resolve its own name
     if node is not None:
@@ -157,7 +159,7 @@ def torchrun(job_file: Path, here: int, node: Node | None) -> list[str]:
 
 
 def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messages) -> LorryError:
-    """The error that made torchrun fail, from the processes' messages: torchrun has one exit code for all errors."""
+    """The error that made torchrun fail, chosen from the processes' messages: torchrun exits with one code for all."""
     for code, text in received.errors:
         if code != Exit.INTERRUPTED:
             return _failure(stage, name, code, text)
@@ -171,24 +173,24 @@ def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messa
     if texts:
         return InterruptedRunError(texts[0])
     if stage.stop.signal is not None:
-        return InterruptedRunError(f"stopped by {stage.stop.signal.name}; run the same command again")
+        return InterruptedRunError(f"training {name}: stopped by {stage.stop.signal.name}; run the same command again")
     if node is not None:
         return InterruptedRunError(
-            f"the {node.count} nodes did not meet at {node.rendezvous}; start this command on each of them within"
+            f"{node.rendezvous}: the {node.count} nodes did not meet there; start this command on each of them within"
             f" {JOIN_SECONDS // 60} minutes; log: {stage.path('log.txt')}"
         )
     return _failure(stage, name, Exit.CRASHED, "torchrun started no process")
 
 
 def _failure(stage: Stage, name: str, code: Exit, text: str) -> LorryError:
-    """The error for a training that failed, with the exit code of its process."""
+    """The error for a failed training: `text` with the log's path, and the process's exit code."""
     failure = LorryError(f"training {name} failed: {text}; log: {stage.path('log.txt')}")
     failure.exit_code = code
     return failure
 
 
 def _follow(stage: Stage, name: str, reading: int, received: _Messages, workers: _Workers | None = None) -> None:
-    """Show the processes' progress and collect their messages until the last process ends."""
+    """Print the processes' progress, and add their messages to `received`, until the last process ends."""
     activity, loss = f"train {name}", None
     with os.fdopen(reading, "r", encoding="utf-8") as messages:
         for line in messages:
@@ -223,14 +225,14 @@ def _follow(stage: Stage, name: str, reading: int, received: _Messages, workers:
 
 
 def _write_job(job: Job, folder: Path) -> Path:
-    """Write a job to job.json, for `Job.read`. Returns the file."""
+    """Write a job to job.json in a folder, for `Job.read`. Returns the file's path."""
     path = folder / "job.json"
     write_json(path, _json_value(asdict(job)))
     return path
 
 
 def _json_value(value: Any) -> Any:
-    """The value with JSON's types only: paths become text, settings become dicts."""
+    """Convert a value to JSON's types: paths become text, settings become dicts. Returns the result."""
     if isinstance(value, dict):
         return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

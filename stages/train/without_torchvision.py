@@ -58,7 +58,7 @@ def _load_processors_without_videos() -> None:
     load = AutoProcessor.from_pretrained
 
     def from_pretrained(folder: Any, **options: Any) -> Any:
-        """The processor of the model in a folder; for this family, without its part for videos."""
+        """Load the processor of the model in a folder; for this family, without its part for videos."""
         preprocessor = Path(folder) / "preprocessor_config.json"
         if not preprocessor.is_file() or "Qwen2VLImageProcessor" not in preprocessor.read_text(encoding="utf-8"):
             return load(folder, **options)
@@ -69,8 +69,10 @@ def _load_processors_without_videos() -> None:
 
 
 def rescaled_picture(picture: Any, max_pixels: int) -> Any:
-    """A PIL picture scaled down to at most `max_pixels` pixels with the same aspect ratio. A smaller one is returned as
-    it is. Replaces torchvision's Resize in ms-swift."""
+    """Scale a PIL picture down to at most `max_pixels` pixels, in the same aspect ratio. A smaller one stays as it is.
+
+    Replaces torchvision's Resize in ms-swift.
+    """
     from PIL import Image
 
     width, height = picture.size

@@ -29,7 +29,7 @@ from stages.hardware.targets import refuse_4bit_twice
 from stages.models.connector import link_connector
 from stages.models.gptq import quantisation_method
 from stages.train.job import Job, Progress, file_sizes
-from stages.train.ladder import Ladder, LostCardError, Shortage, lost_gpu_message, shortage_of
+from stages.train.ladder import Ladder, LostCardError, Shortage, find_shortage, lost_gpu_message
 from stages.train.sharding import check_sharding, deepspeed_config, fix_zero3_loading
 from stages.train.together import Together, is_peer_lost
 
@@ -40,7 +40,7 @@ TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", 
 
 
 def newest_good_checkpoint(work: Path) -> Path | None:
-    """The newest complete checkpoint in the folder `work`; None if it has none. Deletes incomplete checkpoints.
+    """Find the newest complete checkpoint in the folder `work`; None if it has none. Deletes incomplete checkpoints.
 
     A checkpoint is complete if its files have the sizes in its complete.json. That file is missing if the process was
     killed while it saved.
@@ -74,10 +74,10 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
         _refuse_dead_cards(job)
     if job.connector is not None:
         job = replace(job, model=link_connector(job.model, *job.connector, scratch / "model"))
-    from stages.train.older_torch import supply_later_names
+    from stages.train.older_torch import add_missing_names
     from stages.train.without_torchvision import do_without_torchvision
 
-    supply_later_names()
+    add_missing_names()
     do_without_torchvision()
     from stages.train.swift_sft import LorrySft  # imports torch and swift: takes seconds
 
@@ -203,12 +203,12 @@ def _gpu_memory(job: Job) -> dict[str, int]:
 
 
 def largest_figures(measured: list[dict[str, int]]) -> dict[str, int]:
-    """The largest figure of all processes, by name. Every process has the same names."""
+    """The largest figure of each name over all processes. `measured` has one dict for each, with the same names."""
     return {name: max(one[name] for one in measured) for name in measured[0]}
 
 
 def pad_samples(samples: list[T], processes: int) -> list[T]:
-    """The samples, with the first ones repeated until all processes get the same number.
+    """The samples, with the first ones repeated at the end until all processes get the same number.
 
     Without this, ms-swift would leave the last samples out of every epoch, and the number of steps would depend on the
     number of GPUs.
@@ -223,7 +223,7 @@ def has_random_states(checkpoint: Path, processes: int) -> bool:
 
 
 def _refuse_another_job(job: Job, together: Together) -> None:
-    """Raise UsageError if this process's job differs from the first process's: they could not train together."""
+    """Raise UsageError if this process's job differs from that of the first process: they could not train together."""
     own = {
         "adapter": job.adapter.name,
         "precision": job.dtype,
@@ -236,7 +236,9 @@ def _refuse_another_job(job: Job, together: Together) -> None:
     }
     first = together.of_first(own)
     if own != first:
-        raise UsageError(f"node 0 has {first}, this node {own}; use nodes with the same kind and number of GPUs")
+        raise UsageError(
+            f"this node: has {own}, but node 0 has {first}; use nodes with the same kind and number of GPUs"
+        )
 
 
 def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> None:
@@ -281,7 +283,7 @@ def _write_adapter_config(job: Job, path: Path) -> None:
 
 
 def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
-    """The command-line arguments of `swift sft`. They set all that ms-swift would otherwise choose by the machine.
+    """The arguments of the command `swift sft`. They leave ms-swift nothing to choose by the machine.
 
     `resume` is the checkpoint to resume from; None: train from the start.
     """
@@ -351,7 +353,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
 
 
 def _lora_options(settings: Train) -> dict[str, Any]:
-    """Options that train LoRA with float32 weights."""
+    """The options of `swift sft` that train LoRA with float32 weights."""
     return {
         "tuner_type": "lora",
         "lora_rank": settings.rank,
@@ -365,7 +367,7 @@ def _lora_options(settings: Train) -> dict[str, Any]:
 
 
 def _connector_options() -> dict[str, Any]:
-    """Options that train only the connector (ms-swift's aligner), without LoRA."""
+    """The options of `swift sft` that train only the connector (ms-swift's aligner), without LoRA."""
     return {"tuner_type": "full", "freeze_llm": True, "freeze_vit": True, "freeze_aligner": False}
 
 
@@ -382,13 +384,13 @@ def _quantisation_options(job: Job) -> dict[str, Any]:
 
 
 def _explained_error(job: Job, error: BaseException, progress: Progress) -> tuple[LorryError | None, Shortage | None]:
-    """The error as one that the user can understand, and the shortage if a GPU's memory ran out.
+    """The error as one that the user can understand, and the shortage if memory ran out.
 
     Both are None if the error is a bug in Lorry.
     """
     if isinstance(error, LorryError):
         return error, None
-    shortage = shortage_of(error, progress.during, progress.step)
+    shortage = find_shortage(error, progress.during, progress.step)
     if shortage is not None:
         return DoesNotFitError(f"out of memory {shortage}"), shortage
     words = lost_gpu_message(error)
@@ -396,7 +398,7 @@ def _explained_error(job: Job, error: BaseException, progress: Progress) -> tupl
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         card = job.cards[rank] if rank < len(job.cards) else "the GPU"
         return LostCardError(
-            f"{card} stopped working after step {progress.step} ({words}); run the same command again to resume from"
+            f"{card}: stopped working after step {progress.step} ({words}); run the same command again to resume from"
             " the last checkpoint, without this GPU if it fails again"
         ), None
     return machine_error(error), None
@@ -417,11 +419,13 @@ def main() -> None:
     except BaseException as error:  # noqa: BLE001 - every end must be reported to the stage
         explained, shortage = _explained_error(job, error, progress)
         if explained is None and stop.signal is not None:
-            explained = InterruptedRunError(f"stopped by {stop.signal.name}; run the same command again")
+            explained = InterruptedRunError(
+                f"training {job.adapter.name}: stopped by {stop.signal.name}; run the same command again"
+            )
         if explained is None and job.processes > 1 and is_peer_lost(error):
             explained = InterruptedRunError(
-                f"the other training processes are gone ({' '.join(str(error).split())[:100]}); run the same command"
-                " again to resume from the last checkpoint"
+                f"training {job.adapter.name}: the other processes are gone ({' '.join(str(error).split())[:100]}); run"
+                " the same command again to resume from the last checkpoint"
             )
         if not isinstance(explained, InterruptedRunError):
             traceback.print_exc()

@@ -176,9 +176,9 @@ dist.destroy_process_group()
 def test_processes_of_one_training_find_each_other_without_a_network(
     images: dict[str, str], containers: Containers
 ) -> None:
-    from stages.train.torchrun import torchrun
+    from stages.train.torchrun import torchrun_command
 
-    options = torchrun(Path("job.json"), 2, None)[3:]
+    options = torchrun_command(Path("job.json"), 2, None)[3:]
     launcher = " ".join(option for option in options if option.startswith("--"))
     script = f"cat > /tmp/two.py <<'E'\n{TWO_PROCESSES}E\n"
     script += f"timeout 120 python3 -m torch.distributed.run {launcher} /tmp/two.py"

@@ -38,7 +38,7 @@ from stages.results.comparison import EvaluatedRun, suspicions
 from stages.tasks import better_synth, settle_recipe
 from stages.tasks.better_synth import read_answer
 from stages.train import stage as training
-from stages.train.nodes import place_of
+from stages.train.nodes import folder_parts
 from tests.conftest import REPOSITORY, need_model
 from tests.infer.conftest import describe
 from tests.infer.engines import use_engine
@@ -420,7 +420,7 @@ def train(job: Job) -> None:
     ) -> None:
         samples = training_samples(job.samples("train"), adapter, job.recipe.seed)
         digest = digest_of([[sample["messages"] for sample in samples], connector and connector[1]])
-        folder = stage.path(*place_of(adapter.name))
+        folder = stage.path(*folder_parts(adapter.name))
         folder.mkdir(parents=True)
         if adapter.name == "connector":
             weights = load_file(job.models / "tiny-llava" / "model.safetensors")

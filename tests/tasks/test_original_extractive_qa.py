@@ -607,7 +607,7 @@ def test_defect_10_without_keep_going_the_failure_is_the_exit_code(fresh: Job, c
     fresh = replace(fresh, overrides=("train.keep_going=false",))
     assert fresh.preprocess() == Exit.DONE
     assert fresh.train(deaths="laws") == Exit.CRASHED
-    assert "1 of 3 adapters failed: laws: training laws was ended by SIGKILL" in capfd.readouterr().err
+    assert "train.adapters: 1 of 3 failed: laws: training laws: ended by SIGKILL" in capfd.readouterr().err
     assert {path.name for path in fresh.run.path("train", "adapters").iterdir()} == {"boats", "stars"}
 
 

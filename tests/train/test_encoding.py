@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from stages.contract.files import write_jsonl
 from stages.contract.recipe import Adapter, Train
 from stages.models.pictures import read_rules
-from stages.train.lengths import lengths_of
+from stages.train.lengths import measure_lengths
 from tests.conftest import REPOSITORY, need_model
 from tests.engines.test_llava import with_published_template
 
@@ -138,13 +138,13 @@ def test_tokens_are_counted_before_training_from_the_pictures_sizes(
     settings = Train(adapters=[Adapter(name="tuned")], max_length=1024, max_pixels=BUDGET)
     kept = [one for one in SAMPLES if one["id"] != "long"]
     for one, row in zip(kept, encoded["budget"]["rows"], strict=True):
-        counted = lengths_of([one], model, settings, pages)
+        counted = measure_lengths([one], model, settings, pages)
         assert 0 <= counted.longest - row["length"] <= 40, one["id"]
         assert counted.shortest_prompt is not None
         assert counted.shortest_prompt + counted.answer <= row["length"]
-    both = lengths_of(kept, model, settings, pages)
-    assert both.longest == lengths_of([kept[-1]], model, settings, pages).longest
-    assert lengths_of(SAMPLES, model, settings, pages).longest == 1024
+    both = measure_lengths(kept, model, settings, pages)
+    assert both.longest == measure_lengths([kept[-1]], model, settings, pages).longest
+    assert measure_lengths(SAMPLES, model, settings, pages).longest == 1024
     assert encoded["budget"]["left_out"] == ["long"]
 
 
@@ -173,7 +173,7 @@ def test_ms_swift_s_prompts_are_those_of_published_chat_templates(
     written = f"USER: <image>\nWhat is it? ASSISTANT:A square.{end}USER: Which colour? 颜色？ ASSISTANT:Red.{end}"
     assert ours["rows"][0]["length"] == len(tokenizer.encode(written)) + 15, "a picture has 16 tokens"
     settings = Train(adapters=[Adapter(name="tuned")], max_length=1024)
-    counted = lengths_of(TALKS, llava, settings, pages)
+    counted = measure_lengths(TALKS, llava, settings, pages)
     assert 0 <= counted.longest - ours["rows"][0]["length"] <= 60
     assert counted.answer >= len(tokenizer.encode("A square.USER: Which colour? 颜色？ ASSISTANT:Red."))
     assert "renders another prompt than the chat template" in theirs["error"]

@@ -25,7 +25,7 @@ from stages.hardware.targets import base_dtype, load_targets
 from stages.models.shape import ModelShape, UnknownShapeError
 from stages.train import stage as train_stage
 from stages.train.ladder import Attempt, Ladder, MemoryRanOutError, Shortage
-from stages.train.lengths import lengths_of
+from stages.train.lengths import measure_lengths
 from stages.train.stage import _next_attempt, _plan, _wait_for_memory
 from tests.hardware.recorded import Box, box
 from tests.train.conftest import Training
@@ -83,8 +83,8 @@ def test_a_full_card_is_refused_before_any_process_starts(training: Training, bo
     code, output = training(CUDA_VISIBLE_DEVICES="3", **box.variables)
     assert code == 4, output
     last = output.splitlines()[-1]
-    assert "training needs at least " in last and " GiB on each GPU, but GPU 3 (NVIDIA A800-SXM4-80GB), GPU-" in last
-    assert ", has only 0.4 of 80.0 GiB free (held by" in last
+    assert "GPU 3 (NVIDIA A800-SXM4-80GB), GPU-" in last and ": has only 0.4 of 80.0 GiB free (held by" in last
+    assert "), but training needs at least " in last and " GiB on each GPU;" in last
     assert "free that GPU or use another" in last
     assert not training.run.path("train", "checkpoints").exists()
     assert time.monotonic() - began < 20
@@ -137,13 +137,13 @@ def test_lengths_are_those_of_the_samples(small_models: Path) -> None:
         messages = [{"role": role, "content": content} for role, content in said.items()]
         return {"messages": messages, **more}
 
-    found = lengths_of([sample(5, 1), sample(100, 7), sample(60, 20)], model, settings, model)
+    found = measure_lengths([sample(5, 1), sample(100, 7), sample(60, 20)], model, settings, model)
     assert 107 <= found.longest <= 107 + 60
     assert 20 <= found.answer <= 20 + 10
     assert found.shortest_prompt in (5, 6), "the words, and perhaps the last space"
-    assert lengths_of([sample(5000, 1)], model, settings, model).longest == 300, "what is longer is left out"
+    assert measure_lengths([sample(5000, 1)], model, settings, model).longest == 300, "what is longer is left out"
     for unknown in ([], [sample(5, 1, images=["page.png"])]):
-        assert lengths_of(unknown, model, settings, model).longest == 300
+        assert measure_lengths(unknown, model, settings, model).longest == 300
 
 
 def _name_no_process(box: Box) -> None:

@@ -16,11 +16,11 @@ from stages.train.ladder import (
     Shortage,
     change_as_options,
     describe_change,
+    find_shortage,
     lost_gpu_message,
     lowered_attempt,
     memory_advice,
     next_rung,
-    shortage_of,
 )
 from tests.train.hungry_worker import SAID
 
@@ -184,19 +184,19 @@ def test_help_names_fewer_pixels_only_above_the_least_that_the_recipe_allows(
     ],
 )
 def test_shortages_are_known_by_type_or_text(error: Exception, said: str) -> None:
-    assert shortage_of(error, "training", 5) == Shortage("training", 5, said)
+    assert find_shortage(error, "training", 5) == Shortage("training", 5, said)
     try:
         try:
             raise error
         finally:
             raise KeyError("what a `finally` above it stumbles over")
     except KeyError as covered:
-        assert shortage_of(covered, "training", 5) == Shortage("training", 5, said)
+        assert find_shortage(covered, "training", 5) == Shortage("training", 5, said)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), ValueError("CUDA out of memory"), OSError(28)])
 def test_other_errors_are_none(error: Exception) -> None:
-    assert shortage_of(error, "training", 5) is None
+    assert find_shortage(error, "training", 5) is None
     assert lost_gpu_message(error) is None
 
 
@@ -211,7 +211,7 @@ def test_other_errors_are_none(error: Exception) -> None:
 def test_a_card_that_fell_away_is_known_by_cuda_s_words(words: str) -> None:
     text = f"{words}\nCUDA kernel errors might be asynchronously reported at some other API call."
     assert lost_gpu_message(RuntimeError(text)) == words
-    assert shortage_of(RuntimeError(text), "training", 5) is None
+    assert find_shortage(RuntimeError(text), "training", 5) is None
 
 
 def test_an_assertion_on_the_device_is_a_defect_and_no_lost_card() -> None:

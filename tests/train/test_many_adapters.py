@@ -169,7 +169,7 @@ NO_MEMORY = Shortage("loading", 0, "asked for 2.00 GiB, 1.00 GiB free")
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (LorryError("training two was ended by SIGKILL"), Exit.CRASHED),
+        (LorryError("training two: ended by SIGKILL"), Exit.CRASHED),
         (DataError("no training sample fits in train.max_length 16; raise it"), Exit.DATA),
         (DoesNotFitError("the disk is full"), Exit.DOES_NOT_FIT),
         (MemoryRanOutError("out of memory", NO_MEMORY), Exit.DOES_NOT_FIT),
@@ -183,7 +183,7 @@ def test_one_that_fails_leaves_the_others_and_its_exit_code(
     assert job.kept == {"one", "three"}
     assert not job.run.path("train", "manifest.json").exists()
     told = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "1 of 3 adapters failed: two: " in told and "train.keep_going=true" in told
+    assert "train.adapters: 1 of 3 failed: two: " in told and "train.keep_going=true" in told
     assert names(job.report) == ["one", "two!", "three"]
     assert job.report["pipeline_info"]["failed_datasets"] == 1
 
@@ -229,7 +229,7 @@ def test_where_all_fail_nothing_is_gone_on_with(job: Job, capfd: pytest.CaptureF
     assert (code, trainer.trained) == (Exit.DATA, NAMES)
     assert not job.run.path("train", "manifest.json").exists()
     told = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "3 of 3 adapters failed: one: bad; two: worse; three: worst" in told
+    assert "train.adapters: 3 of 3 failed: one: bad; two: worse; three: worst" in told
     assert "keep_going" not in told
     assert names(job.report) == ["one!", "two!", "three!"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.train.older_torch import supply_later_names
+from stages.train.older_torch import add_missing_names
 
 
 def test_names_that_torch_2_2_has_not_are_supplied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -12,7 +12,7 @@ def test_names_that_torch_2_2_has_not_are_supplied(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.delattr(torch.distributed, "init_device_mesh")
     monkeypatch.delattr(torch.distributed.fsdp, "FSDPModule")
-    supply_later_names()
+    add_missing_names()
     assert torch.distributed.init_device_mesh is init_device_mesh
     assert isinstance(torch.distributed.fsdp.FSDPModule, type)
 
@@ -21,5 +21,5 @@ def test_a_newer_torch_keeps_its_own() -> None:
     import torch.distributed.fsdp
 
     before = torch.distributed.init_device_mesh, torch.distributed.fsdp.FSDPModule
-    supply_later_names()
+    add_missing_names()
     assert (torch.distributed.init_device_mesh, torch.distributed.fsdp.FSDPModule) == before

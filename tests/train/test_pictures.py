@@ -65,4 +65,4 @@ def test_lora_on_the_vision_tower_is_refused(training: Training, tmp_path: Path)
     seeing, _ = with_pictures(training, tmp_path, 4, "train.target_modules=[q_proj]")
     code, output = seeing()
     assert code == 2, output
-    assert "train.target_modules also matches base_model.model." in output.splitlines()[-1]
+    assert "train.target_modules: also matches base_model.model." in output.splitlines()[-1]

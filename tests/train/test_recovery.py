@@ -160,7 +160,7 @@ def test_of_several_machines_the_hungry_one_says_what_to_set(tmp_path: Path, sma
     codes, output = ended([first, second])
     assert codes == [75, 4], output
     assert "start all 2 nodes again with --set train.micro_batch=1" in output
-    assert "the other training processes are gone" in output
+    assert ": the other processes are gone (" in output
     assert not processes_naming(training.run.folder)
 
 
@@ -194,7 +194,7 @@ def test_a_kill_before_a_checkpoint_is_marked_leaves_the_one_before_though_only_
     training = make(tmp_path / "t", small_models, "train.keep_checkpoints=1").with_samples(validation=validation)
     checkpoints = training.run.path("train", "checkpoints", "tuned")
     code, output = hungry(training, during="saving", from_step=6)
-    assert (code, "was ended by SIGKILL" in output) == (1, True), output
+    assert (code, ": ended by SIGKILL (" in output) == (1, True), output
     assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     newest = newest_good_checkpoint(checkpoints)
     assert newest is not None and newest.name == "checkpoint-4"

@@ -40,12 +40,16 @@ def test_the_loss_scale_means_what_it_means_to_torch() -> None:
 
 def test_sharding_without_gpus_or_deepspeed_is_one_clear_line() -> None:
     check_sharding("none", use_cpu=True, quantisation="gptq")
-    with pytest.raises(UsageError, match=r"zero3, which cannot shard a base quantised with gptq; set it to"):
+    with pytest.raises(UsageError, match=r"train.sharding: zero3 cannot shard a base quantised with gptq; set it to"):
         check_sharding("zero3", use_cpu=False, quantisation="gptq")
-    with pytest.raises(UsageError, match=r"sharding is zero3, but there is no GPU here; set it to none or auto"):
+    with pytest.raises(
+        UsageError, match=r"train.sharding: zero3 needs a GPU, but there is none here; set it to none or auto"
+    ):
         check_sharding("zero3", use_cpu=True, quantisation=None)
     assert importlib.util.find_spec("deepspeed") is None, "this test is for where it is missing"
-    with pytest.raises(UsageError, match=r"sharding is zero2, but DeepSpeed is not installed here"):
+    with pytest.raises(
+        UsageError, match=r"train.sharding: zero2 needs DeepSpeed, which is not installed here; set it to"
+    ):
         check_sharding("zero2", use_cpu=False, quantisation="gptq")
 
 

@@ -11,7 +11,7 @@ from stages.contract.part import Node
 from stages.contract.recipe import Adapter, load_recipe
 from stages.train.job import Job, Progress
 from stages.train.ladder import LostCardError
-from stages.train.torchrun import torchrun
+from stages.train.torchrun import torchrun_command
 from stages.train.worker import (
     _arguments,
     _explained_error,
@@ -151,7 +151,7 @@ def test_a_lost_card_is_named_with_cuda_s_words(tmp_path: Path, monkeypatch: pyt
     assert isinstance(explained, LostCardError) and shortage is None
     assert explained.exit_code == 75, "what is saved can be gone on with"
     assert str(explained).startswith(
-        "GPU 5 (A800), GPU-b stopped working after step 12 (CUDA error: unspecified launch failure); run the same"
+        "GPU 5 (A800), GPU-b: stopped working after step 12 (CUDA error: unspecified launch failure); run the same"
         " command again to resume from the last checkpoint"
     )
     assert _explained_error(lost, RuntimeError("CUDA error: device-side assert triggered"), progress) == (None, None)
@@ -180,12 +180,12 @@ def test_of_several_processes_the_largest_memory_counts() -> None:
 
 
 def test_one_machine_needs_no_meeting_and_nodes_keep_their_ranks(tmp_path: Path) -> None:
-    alone = torchrun(tmp_path / "job.json", 4, None)
+    alone = torchrun_command(tmp_path / "job.json", 4, None)
     assert alone[1:] == [
         *("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=4"),
         *("-m", "stages.train.worker", str(tmp_path / "job.json")),
     ]
-    second = torchrun(tmp_path / "job.json", 8, Node(1, 2, "node-0.train:29500"))
+    second = torchrun_command(tmp_path / "job.json", 8, Node(1, 2, "node-0.train:29500"))
     where = ("--nnodes=2", "--node-rank=1", "--master-addr=node-0.train", "--master-port=29500", "--nproc-per-node=8")
     assert set(where) < set(second)
 

@@ -171,7 +171,7 @@ def test_what_two_processes_have_in_parts_is_read_whole(group: Group, stage: int
         before = zero.states.read()
         for number in (1, 2):
             zero.step(number)
-        return before, zero.states.read(), zero.states.weights()
+        return before, zero.states.read(), zero.states.gather_weights()
 
     found = group.on_each(work)
     for number in (1, 2):
@@ -193,7 +193,7 @@ def test_training_goes_on_in_another_way_as_if_nothing_had_been(group: Group, fi
         trained = Zero(rank, first) if first else Whole()
         for number in (1, 2):
             trained.step(number)
-        weights = trained.states.weights() if isinstance(trained, Zero) else trained.weights
+        weights = trained.states.gather_weights() if isinstance(trained, Zero) else trained.weights
         return trained.states.read(), {name: value.detach().clone() for name, value in weights.items()}
 
     saved = group.on_each(begin)[0]  # the first process writes it
@@ -211,7 +211,7 @@ def test_training_goes_on_in_another_way_as_if_nothing_had_been(group: Group, fi
         assert same(states, again)
         for number in (3, 4):
             trained.step(number)
-        return trained.states.read(), trained.states.weights() if isinstance(trained, Zero) else trained.weights
+        return trained.states.read(), trained.states.gather_weights() if isinstance(trained, Zero) else trained.weights
 
     for states, weights in group.on_each(go_on):
         assert same(undisturbed.states.read(), states)
