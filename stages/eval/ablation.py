@@ -17,7 +17,7 @@ EVERYTHING = "everything"
 
 @dataclass(frozen=True)
 class Ablation:
-    """The scores without one component."""
+    """The scores without one component, or with EVERYTHING."""
 
     component: str
     """The component left out; EVERYTHING if none is."""
@@ -41,7 +41,8 @@ def ablations(
     """Return the scores with EVERYTHING, then without each ablated component in the recipe's order; empty if the recipe
     ablates nothing.
 
-    `samples` are those with references, `predictions` all models'; samples that the adapter was not asked do not count.
+    `samples` are those with references, `predictions` those of all models. Samples that the adapter was not
+    given do not count.
     """
     recipe = run.recipe
     whole = ablated_adapter(recipe, predictions)
@@ -49,7 +50,7 @@ def ablations(
     if not recipe.infer.ablate or whole is None or not samples:
         return []
     without = {component: _answers_without(run, component, predictions) for component in recipe.infer.ablate}
-    # `overall` takes differences from "base": here the answers with everything
+    # `overall_figures` takes differences from "base": here the answers with everything
     scores = score_models(task, recipe, samples, {"base": predictions[whole], **without})
     figures, differences = overall_figures(scores)
     everything = scores.models["base"]
@@ -58,27 +59,27 @@ def ablations(
             component=EVERYTHING if name == "base" else name,
             figures={metric: figure for metric, figure in figures[name].items() if metric not in scores.facts},
             difference=differences.get(name, {}),
-            changed=_count_changed(model, everything),
-            seconds=seconds_per_question(run, whole if name == "base" else _variant(name)),
+            changed=_count_changed_answers(model, everything),
+            seconds=seconds_per_question(run, whole if name == "base" else _variant_name(name)),
         )
         for name, model in scores.models.items()
     ]
 
 
 def _answers_without(run: Run, component: str, predictions: Mapping[str, list[Prediction]]) -> Sequence[Prediction]:
-    """The predictions without a component. Without the adapter they are base's, which infer does not write twice."""
+    """The predictions without a component. Without the adapter, these are base's: infer does not write them twice."""
     if component == "adapter":
         return predictions["base"]
     return cast(list[Prediction], read_jsonl(run.path("infer", "ablations", f"{component}.jsonl")))
 
 
-def _variant(component: str) -> str:
-    """The name in infer's manifest of the answers without a component."""
+def _variant_name(component: str) -> str:
+    """The name by which infer's manifest records the answers without a component."""
     return "base" if component == "adapter" else f"without {component}"
 
 
-def _count_changed(model: Model, everything: Model) -> int:
-    """The number of samples with another answer than with everything."""
+def _count_changed_answers(model: Model, everything: Model) -> int:
+    """Count the samples to which a model gives another answer than with everything."""
     answers, others = (
         [prediction and prediction["answer"] for prediction in each.predictions] for each in (model, everything)
     )

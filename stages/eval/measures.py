@@ -20,7 +20,7 @@ class Measure:
 
 
 def measure_answers(task: Any, recipe: Recipe, scores: Scores) -> dict[str, dict[str, Measure]]:
-    """Return measures by model and name; empty if the task measures nothing. The task gets None for a failed answer."""
+    """Return the measures of each model by name; empty if the task has none. The task gets None for a failed answer."""
     found: dict[str, dict[str, Measure]] = {}
     for name, model in scores.models.items():
         values: dict[str, list[float]] = defaultdict(list)

@@ -101,7 +101,7 @@ def write_report(
 
 @cache
 def _template() -> Template:
-    """The template of the report."""
+    """Load the report's template. Later calls return the same."""
     # adapter names and model output are untrusted: everything is escaped except Markup
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -121,14 +121,14 @@ def format_interval(figure: dict[str, Any], sign: str = "") -> str:
 _INK = "#010203"  # placeholder for the text's colour, which differs on a dark page
 
 
-def _colour(index: int) -> str:
-    """A placeholder for the colour of a model."""
-    return f"#0405{index:02x}"  # placeholder for the style sheet's colour of a model
+def _colour_placeholder(index: int) -> str:
+    """The placeholder for the colour that the style sheet gives a model."""
+    return f"#0405{index:02x}"
 
 
 def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup | None:
-    """Draw training loss (thin) and validation loss (dashed, with points) over steps, as inline SVG; None without a
-    point.
+    """Draw training loss (thin) and validation loss (dashed, with points) over steps, as inline SVG. Returns None
+    without losses.
 
     `curve` has the lines of train's metrics.jsonl. The same lines give the same bytes.
     """
@@ -145,7 +145,7 @@ def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup |
         axes = drawing.subplots()
         for adapter in dict.fromkeys(entry["adapter"] for entry in curve):
             own = [entry for entry in curve if entry["adapter"] == adapter]
-            colour = _colour(colours.get(adapter, 0))
+            colour = _colour_placeholder(colours.get(adapter, 0))
             train = [(entry["step"], entry["loss"]) for entry in own if "loss" in entry]
             validation = [(entry["step"], entry["eval_loss"]) for entry in own if "eval_loss" in entry]
             axes.plot(*_columns(train), color=colour, linewidth=1.4, marker="." if len(train) == 1 else "")
@@ -160,7 +160,7 @@ def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup |
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     for index in range(COLOURS):
-        svg = svg.replace(_colour(index), f"var(--model-{index})")
+        svg = svg.replace(_colour_placeholder(index), f"var(--model-{index})")
     return Markup(svg)  # safe: matplotlib's output has numbers and two fixed labels, no text from outside
 
 
@@ -170,8 +170,8 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
 
 
 def _loss_table(curve: list[dict[str, Any]], trained: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each adapter's first, last and lowest losses, and its memory and speed from train's manifest; None if not
-    measured."""
+    """For each adapter the first and last training loss, the last and lowest validation loss, and memory and speed from
+    train's manifest. A value that was not measured is None."""
     rows = []
     for adapter in dict.fromkeys(entry["adapter"] for entry in curve):
         own = [entry for entry in curve if entry["adapter"] == adapter]
@@ -215,7 +215,7 @@ def _worst_answers(run: Run, scores: Scores, task: Any) -> list[dict[str, Any]]:
         shown.append(
             {
                 "sample": sample,
-                "question": question_of(sample),
+                "question": question_text(sample),
                 "answers": answers,
                 "drawing": _drawing(run.recipe, scores, task, row),
                 "pictures": [
@@ -228,12 +228,12 @@ def _worst_answers(run: Run, scores: Scores, task: Any) -> list[dict[str, Any]]:
 
 
 def _shown_model(scores: Scores) -> str:
-    """The model whose worst answers are shown: the first adapter, or base without one."""
+    """The model whose worst answers the report shows: the first adapter, or base if there is none."""
     return next((model for model in scores.models if model != "base"), "base")
 
 
 def _drawing(recipe: Recipe, scores: Scores, task: Any, row: int) -> Markup | None:
-    """The task's drawing of a sample and the shown model's answer; None if it draws none."""
+    """The task's drawing of a sample and the answer of the model that the report shows; None if the task draws none."""
     graded = scores.models[_shown_model(scores)]
     prediction = graded.predictions[row] if graded.errors[row] is None else None
     svg = task.picture(recipe, scores.samples[row], prediction)
@@ -241,7 +241,7 @@ def _drawing(recipe: Recipe, scores: Scores, task: Any, row: int) -> Markup | No
 
 
 def _other_drawings(recipe: Recipe, scores: Scores, task: Any) -> list[dict[str, Any]]:
-    """Drawings of the samples whose answers are not among the worst, in the samples' order."""
+    """The drawings of the first MOST_DRAWN samples that have one and are not among the worst answers."""
     taken = set(worst_rows(scores, _shown_model(scores), recipe.eval.worst))
     drawn: list[dict[str, Any]] = []
     for row, sample in enumerate(scores.samples):
@@ -261,13 +261,13 @@ def _pages_and_pictures(sample: Sample) -> list[tuple[int | None, str]]:
     return [(None, path) for path in sample["images"]]
 
 
-def question_of(sample: Sample) -> str:
+def question_text(sample: Sample) -> str:
     """Return the question alone if the task provides it, else the whole last message."""
     return str(sample["meta"].get("question") or sample["messages"][-1]["content"])
 
 
 def picture_data(path: Path) -> str | None:
-    """Return a picture as a data URI, shrunk to PICTURE_WIDTH; None if it cannot be read, as a report may lack it."""
+    """Return a picture as a data URI, shrunk to PICTURE_WIDTH; None if it cannot be read: the report then lacks it."""
     from PIL import Image
 
     content = io.BytesIO()
@@ -284,7 +284,7 @@ def picture_data(path: Path) -> str | None:
 
 
 def _stage_facts(run: Run, name: str) -> dict[str, Any]:
-    """Facts on an earlier stage from its manifest, for the template; `manifest` is None if the stage has not run."""
+    """Facts about another stage from its manifest, for the template; `manifest` is None if that stage has not run."""
     manifest = run.manifest(name)
     if manifest is None:
         return {"name": name, "manifest": None}
@@ -303,7 +303,7 @@ def _stage_facts(run: Run, name: str) -> dict[str, Any]:
 
 
 def _format_duration(seconds: float) -> str:
-    """A duration as text: `8.4 s`, `3 min 05 s`, `2 h 07 min`."""
+    """Format a duration: `8.4 s`, `3 min 05 s`, `2 h 07 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -68,7 +68,7 @@ def score_models(
     """
     answered = {name: _align_predictions(samples, records, name) for name, records in predictions.items()}
     errors = {
-        name: [error_of(record) if asked(name, s) else None for s, record in zip(samples, records, strict=True)]
+        name: [failure_reason(record) if asked(name, s) else None for s, record in zip(samples, records, strict=True)]
         for name, records in answered.items()
     }
     facts = [task.facts(sample) for sample in samples]
@@ -126,8 +126,8 @@ def scored_lines(scores: Scores) -> list[dict[str, Any]]:
     return lines
 
 
-def error_of(prediction: Prediction | None) -> str | None:
-    """Return why a prediction counts as failed; None if it does not."""
+def failure_reason(prediction: Prediction | None) -> str | None:
+    """Return the reason why a prediction counts as failed; None if it does not."""
     if prediction is None:
         return "no prediction"
     if prediction["error"] is None and prediction["answer"] is None:
@@ -143,7 +143,7 @@ def _align_predictions(
     by_id: dict[str, Prediction] = {}
     for prediction in predictions:
         if prediction["id"] in by_id:
-            raise DataError(f"predictions of {name}: two for sample {prediction['id']!r}; run infer again")
+            raise DataError(f"infer/predictions/{name}.jsonl: two predictions of {prediction['id']!r}; run infer again")
         by_id[prediction["id"]] = prediction
     return [by_id.get(sample["id"]) for sample in samples]
 
@@ -198,7 +198,7 @@ def overall_figures(scores: Scores) -> tuple[dict[str, Figures], dict[str, Figur
     figures = {}
     for name, model in scores.models.items():
         cells = dict(zip(scores.metrics, mean_figures(model.values, groups), strict=True))
-        counts = _counts(scores, name, range(len(scores.samples)))
+        counts = _count_rows(scores, name, range(len(scores.samples)))
         figures[name] = {metric: {**cells[metric], **counts[metric]} for metric in counts}
     base = scores.models[BASE].values
     adapters = [name for name in scores.models if name != BASE]
@@ -221,7 +221,7 @@ def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
     result: dict[str, dict[str, Figures]] = defaultdict(dict)
     for name, model in scores.models.items():
         for group, chosen in sorted(rows.items()):
-            counts = _counts(scores, name, chosen)
+            counts = _count_rows(scores, name, chosen)
             part = model.values[chosen]
             result[name][group] = {
                 metric: {"value": percent(float(np.nanmean(part[:, column]))), **counts[metric]}
@@ -231,8 +231,11 @@ def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
     return dict(result)
 
 
-def _counts(scores: Scores, name: str, chosen: Sequence[int]) -> dict[str, dict[str, int]]:
-    """`n` and `failed` of the chosen rows by metric, for the metrics that any row has. Facts never fail."""
+def _count_rows(scores: Scores, name: str, chosen: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Count scored and failed rows among those chosen, as `n` and `failed` by metric. Facts never fail.
+
+    Leaves out metrics that none of these rows has.
+    """
     model = scores.models[name]
     present = ~np.isnan(model.values[chosen])
     failed = np.array([error is not None for error in model.errors])[chosen]

@@ -34,7 +34,7 @@ def work(stage: Stage) -> None:
     """Score the answers and write the report. `run_stage` calls this."""
     recipe = stage.run.recipe
     samples = cast(list[Sample], read_jsonl(stage.run.path("preprocess", "samples", "test.jsonl")))
-    predictions = _predictions(stage.run, {sample["id"] for sample in samples})
+    predictions = _read_predictions(stage.run, {sample["id"] for sample in samples})
     scored = [sample for sample in samples if sample["references"]]
     stage.counts["samples"] = len(samples)
     stage.counts["scored"] = len(scored)
@@ -44,7 +44,8 @@ def work(stage: Stage) -> None:
     if not scored:
         written = f" (files to upload are in {stage.path('uploads')})" if uploads else ""
         raise DataError(
-            f"none of {len(samples)} test samples has a reference{written}; add answers to the test questions"
+            f"{stage.run.path('preprocess', 'samples', 'test.jsonl')}: none of {len(samples)} test samples has a"
+            f" reference{written}; add answers to the test questions"
         )
     if len(scored) < len(samples):
         stage.events.say(
@@ -56,7 +57,9 @@ def work(stage: Stage) -> None:
     together = len(set(scores.together))
     if together < len(scored):
         stage.counts["counted together"] = together
-        stage.events.say(f"{len(scored)} test samples are scored and count as {together}, since some count as one")
+        stage.events.say(
+            f"{len(scored)} test samples are scored and count as {together}: samples of one question count once"
+        )
     lines = scored_lines(scores)
     stage.outputs["scored.jsonl"] = write_jsonl(stage.path("scored.jsonl"), lines)
     trained_on = sum(bool(sample["meta"].get("trained_on")) for sample in scored)
@@ -101,10 +104,11 @@ def _write_uploads(
 
 
 def _asked_function(recipe: Recipe) -> Asked:
-    """Return a function that says whether a model is asked a sample, by `infer.answers`."""
+    """Return a function that says whether a model was asked a sample, as infer.answers sets it."""
     adapters = {adapter.name: adapter for adapter in recipe.train.adapters}
 
     def was_asked(model: str, sample: Sample) -> bool:
+        """Return whether a model was asked a sample."""
         own = recipe.infer.answers == "own sources" and model in adapters
         return not own or adapters[model].covers(sample["meta"]["source"])
 
@@ -158,10 +162,10 @@ def _generation_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _predictions(run: Run, ids: set[str]) -> dict[str, list[Prediction]]:
-    """Predictions by model: base, the vote, the recipe's adapters in its order, then any others.
+def _read_predictions(run: Run, ids: set[str]) -> dict[str, list[Prediction]]:
+    """Read the predictions by model: base, the vote, the adapters in the recipe's order, then any others.
 
-    `ids` are those of the test samples. Raises DataError for predictions of another sample, or without base.
+    `ids` are those of the test samples. Raises DataError for a prediction of another sample, or if base has none.
     """
     folder = run.path("infer", "predictions")
     found = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
@@ -202,6 +206,7 @@ def _print_tables(
         console = Console(file=file, width=100, highlight=False, markup=False, emoji=False)
 
         def show(table: Any) -> None:
+            """Print a table. Its caption says if samples are training data."""
             table.caption = ON_TRAINING_DATA if stage.counts["scored on training data"] else None
             console.print(table)
 
@@ -272,7 +277,7 @@ def _vote_table(vote: VoteOutcome, figures: dict[str, Figures]) -> Any:
 
 
 def _vote_line(vote: VoteOutcome) -> str:
-    """A line on how the vote went, and its difference from the best voter."""
+    """One line on the vote: its difference from the best voter, how it was decided, agreement and entropy."""
     metric, gain = next(iter(vote.over_best.items()))
     decided = ", ".join(f"{by} {count}" for by, count in sorted(vote.decided_by.items()))
     return (
@@ -282,12 +287,12 @@ def _vote_line(vote: VoteOutcome) -> str:
 
 
 def _format_seconds(took: float | None) -> str:
-    """Seconds with three digits; empty if not recorded."""
+    """Format seconds with three significant digits; empty if not recorded."""
     return "" if took is None else f"{took:.3g}"
 
 
 def _ablation_table(adapter: str, ablated: list[Ablation]) -> Any:
-    """The adapter's figures with everything, and the gain or loss without each component, as a rich table."""
+    """The adapter's figures with everything, then its gain or loss without each component, as a rich table."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -315,5 +320,5 @@ def _gain_text(gain: dict[str, Any]) -> str:
 
 
 def _format_points(gain: dict[str, Any]) -> str:
-    """A difference in points, and a star if it is clear."""
+    """Format a difference in percentage points, with a star if it is clear."""
     return f"{gain['value']:+.1f}{'*' if is_clear(gain) else ' '}"

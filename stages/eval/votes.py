@@ -43,7 +43,7 @@ class VoteOutcome:
     best: str
     """The voter with the best validation score; without validation the first by name. Never chosen on the test set."""
     best_by: str
-    """How it was chosen, as text."""
+    """How that voter was chosen, as text."""
     over_best: Figures
     """Differences of the vote from that voter, paired, with intervals."""
     disagreements: list[dict[str, Any]]
@@ -65,7 +65,7 @@ def vote_outcome(
     _, differences = overall_figures(scores)
     first = scores.models[VOTE].values[:, 0]
     right = {sample["id"]: bool(value >= 1.0) for sample, value in zip(samples, first, strict=True)}
-    rows = [_first_round(row) for row in rows]
+    rows = [_first_round_line(row) for row in rows]
     # abstaining lowers agreement, but if all abstain there is no answer to disagree on
     split = [{**row, "right": right.get(row["id"])} for row in rows if row["answer"] and row["agreement"] < 1]
     return VoteOutcome(
@@ -81,14 +81,15 @@ def vote_outcome(
     )
 
 
-def _first_round(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of votes.jsonl with the first round's votes: in a second round voters see the others' answers."""
+def _first_round_line(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of votes.jsonl with votes, agreement and entropy of the first round: in a second, voters see each other's
+    answers."""
     first = row.get("first_round", row)
     return {**row, **{name: first[name] for name in ("votes", "agreement", "entropy")}}
 
 
 def _voter(adapter: Any, vote: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Voter:
-    """An adapter's part in the vote. `vote` is the vote in infer's manifest, `rows` the lines of votes.jsonl."""
+    """An adapter's part in the vote. `vote` is that in infer's manifest, `rows` the lines of votes.jsonl."""
     name = adapter.name
     score = vote["validation"].get(name)
     votes = name in vote["weights"]

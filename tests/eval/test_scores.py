@@ -5,7 +5,7 @@ import pytest
 from stages.contract.errors import DataError
 from stages.contract.recipe import load_recipe
 from stages.contract.records import Prediction, Sample, failed_prediction
-from stages.eval.scores import breakdown, error_of, overall_figures, score_models, worst_rows
+from stages.eval.scores import breakdown, failure_reason, overall_figures, score_models, worst_rows
 from stages.results.uncertainty import is_clear
 from stages.tasks import patent_qa
 from tests.conftest import REPOSITORY
@@ -32,13 +32,15 @@ def test_a_failed_answer_scores_0_even_if_an_empty_one_would_score() -> None:
 
 def test_a_record_with_neither_answer_nor_error_has_failed() -> None:
     sample = make_sample(0)
-    assert error_of({**answer(sample, ""), "answer": None}) == "neither answer nor error"
-    assert error_of(answer(sample, "")) is None
+    assert failure_reason({**answer(sample, ""), "answer": None}) == "neither answer nor error"
+    assert failure_reason(answer(sample, "")) is None
 
 
 def test_two_predictions_of_one_sample_are_refused() -> None:
     sample = make_sample(0)
-    with pytest.raises(DataError, match=r"base: two for sample 'US0000001A-q0'; run infer again"):
+    with pytest.raises(
+        DataError, match=r"infer/predictions/base.jsonl: two predictions of 'US0000001A-q0'; run infer again"
+    ):
         score_models(patent_qa, RECIPE, [sample], {"base": [answer(sample, "a"), answer(sample, "b")]})
 
 

@@ -105,7 +105,10 @@ def test_samples_without_references_are_counted_and_shown(build: Build, capfd: p
 def test_no_reference_at_all_is_an_error(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
     samples = [make_sample(0, references=[])]
     assert run_stage(build(samples, {"base": [answer(samples[0], "x")]}), "eval", work) == Exit.DATA
-    assert "none of 1 test samples has a reference; add answers to the test questions" in capfd.readouterr().err
+    assert (
+        "test.jsonl: none of 1 test samples has a reference; add answers to the test questions"
+        in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,10 @@ def test_no_reference_at_all_is_an_error(build: Build, capfd: pytest.CaptureFixt
             lambda p: {**p, "tuned": [*p["tuned"], {**p["tuned"][0], "id": "stranger"}]},
             "'stranger' is not a test sample; run infer again",
         ),
-        (lambda p: {**p, "tuned": [*p["tuned"], p["tuned"][0]]}, "two for sample 'US0000001A-q0'; run infer again"),
+        (
+            lambda p: {**p, "tuned": [*p["tuned"], p["tuned"][0]]},
+            "tuned.jsonl: two predictions of 'US0000001A-q0'; run infer again",
+        ),
         (lambda p: {"tuned": p["tuned"]}, "no base.jsonl"),
     ],
 )
