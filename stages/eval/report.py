@@ -148,8 +148,8 @@ def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup |
             colour = _colour_placeholder(colours.get(adapter, 0))
             train = [(entry["step"], entry["loss"]) for entry in own if "loss" in entry]
             validation = [(entry["step"], entry["eval_loss"]) for entry in own if "eval_loss" in entry]
-            axes.plot(*_columns(train), color=colour, linewidth=1.4, marker="." if len(train) == 1 else "")
-            axes.plot(*_columns(validation), color=colour, linewidth=1.8, linestyle="--", marker="o", markersize=4)
+            axes.plot(*_coordinates(train), color=colour, linewidth=1.4, marker="." if len(train) == 1 else "")
+            axes.plot(*_coordinates(validation), color=colour, linewidth=1.8, linestyle="--", marker="o", markersize=4)
         axes.set(xlabel="optimizer step", ylabel="loss")
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", alpha=0.15, color=_INK)
@@ -164,7 +164,7 @@ def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup |
     return Markup(svg)  # safe: matplotlib's output has numbers and two fixed labels, no text from outside
 
 
-def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _coordinates(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
     """The x and the y values of points."""
     return [x for x, _ in points], [y for _, y in points]
 

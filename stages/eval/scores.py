@@ -73,7 +73,7 @@ def score_models(
     }
     facts = [task.facts(sample) for sample in samples]
     scored = {name: _score_rows(task, recipe, samples, answered[name], errors[name]) for name in answered}
-    names = _in_one_order(tuple(row) for rows in scored.values() for row in rows)
+    names = _merge_metrics(tuple(row) for rows in scored.values() for row in rows)
     fact_names = list(dict.fromkeys(fact for row in facts for fact in row))
     models = {}
     for name, rows in scored.items():
@@ -83,8 +83,8 @@ def score_models(
     return Scores(list(samples), names + fact_names, fact_names, models, [task.together(sample) for sample in samples])
 
 
-def _in_one_order(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """All metrics, those of each row in its order, wherever another row has further ones."""
+def _merge_metrics(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Merge the metrics of all rows into one list. The metrics of each row keep their order."""
     names: list[str] = []
     for row in dict.fromkeys(rows):
         place = next((names.index(metric) for metric in row if metric in names), len(names))

@@ -205,7 +205,7 @@ def _print_tables(
     with os.fdopen(os.dup(stage.console), "w", encoding="utf-8") as file:
         console = Console(file=file, width=100, highlight=False, markup=False, emoji=False)
 
-        def show(table: Any) -> None:
+        def print_table(table: Any) -> None:
             """Print a table. Its caption says if samples are training data."""
             table.caption = ON_TRAINING_DATA if stage.counts["scored on training data"] else None
             console.print(table)
@@ -213,17 +213,17 @@ def _print_tables(
         if stage.counts["scored on training data"]:
             console.print(ON_TRAINING_DATA, style="bold")
         for name in [model for model in scores.models if model != "base"] or ["base"]:
-            show(_table(name, figures, differences.get(name, {}), seconds))
+            print_table(_model_table(name, figures, differences.get(name, {}), seconds))
         console.print("percent [95% interval]; failed answers score 0 and count in n", style="dim")
         for each in notes:
             console.print(each, style="dim")
         if differences:
             console.print(star_note(len(differences)), style="dim")
         if vote is not None:
-            show(_vote_table(vote, figures))
+            print_table(_vote_table(vote, figures))
             console.print(_vote_line(vote), style="dim")
         if ablated:
-            show(_ablation_table(str(ablated_adapter(stage.run.recipe, scores.models)), ablated))
+            print_table(_ablation_table(str(ablated_adapter(stage.run.recipe, scores.models)), ablated))
             stars = star_note(len(ablated) - 1, "components")
             console.print(f"percent, then gain or loss in points; {stars}", style="dim")
         note = documents_note(figure["groups"] for each in figures.values() for figure in each.values())
@@ -234,7 +234,7 @@ def _print_tables(
     stage.events.say(f"report: {stage.path('report.html')}")
 
 
-def _table(name: str, figures: dict[str, Figures], differences: Figures, seconds: dict[str, float | None]) -> Any:
+def _model_table(name: str, figures: dict[str, Figures], differences: Figures, seconds: dict[str, float | None]) -> Any:
     """Base against one adapter, or base alone, as a rich table."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

@@ -33,12 +33,12 @@ def classify_drawings(stage: Stage, task: Any, questions: list[Any]) -> dict[str
             found[question.id] = verdict
     if asks:
         texts = _completions(stage, list(asks.values()))
-        found |= {name: task.read_classification(texts[_digest(ask)]) for name, ask in asks.items()}
+        found |= {name: task.read_classification(texts[_prompt_digest(ask)]) for name, ask in asks.items()}
     stage.counts["drawing is enough"] = sum(found.values())
     return found
 
 
-def _digest(ask: Ask) -> str:
+def _prompt_digest(ask: Ask) -> str:
     """The digest of a prompt's messages and its token limit: the key of its completion in the cache."""
     return digest_of([ask.messages, ask.max_new_tokens])
 
@@ -53,13 +53,13 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
     weights, _ = FileHashes(stage.path(".hashes.json")).tree_digest(model)
     with JsonlJournal(stage.cache_file("classifier", f"{weights}.jsonl")) as journal:
         known = {record["asked"]: str(record["text"]) for record in journal.records}
-        missing = {_digest(ask): ask for ask in asks if _digest(ask) not in known}
+        missing = {_prompt_digest(ask): ask for ask in asks if _prompt_digest(ask) not in known}
         if not missing:
             return known
         renderer = Renderer(model)
         prompts = [renderer.render(key, ask.messages) for key, ask in missing.items()]
         limit = max(ask.max_new_tokens or recipe.infer.max_new_tokens for ask in asks)
-        engine = _engine(stage, model, prompts, limit)
+        engine = _start_engine(stage, model, prompts, limit)
 
         def note(place: int, completion: Completion) -> None:
             """Add the completion of prompt number `place` to the cache, and report progress."""
@@ -78,7 +78,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
     return known
 
 
-def _engine(stage: Stage, model: Any, prompts: list[Prompt], limit: int) -> Any:
+def _start_engine(stage: Stage, model: Any, prompts: list[Prompt], limit: int) -> Any:
     """Start the engine for these prompts and return it. `limit` is the largest number of tokens of a completion."""
     recipe, target = stage.run.recipe, working_target(probe(), load_targets())
     stage.decide("classifier", recipe.model.path, f"{len(prompts)} questions, in {target.dtype}")

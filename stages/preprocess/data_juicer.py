@@ -203,11 +203,11 @@ def _run_child(
     }
     try:
         if not (work / "read.jsonl").exists():
-            write_jsonl(work / "read.jsonl", _rows(known))
+            write_jsonl(work / "read.jsonl", _operator_rows(known))
         write_json(work / "job.json", job)
         with subprocess.Popen(
             [sys.executable, "-m", WORKER, str(work / "job.json")],
-            env=_environment(scratch),
+            env=_child_environment(scratch),
             # the child holds the stage's lock while it lives
             pass_fds=[writing, stage.lock] if stage.lock >= 0 else [writing],
             start_new_session=True,
@@ -232,7 +232,7 @@ def _run_child(
         )
 
 
-def _rows(known: Records) -> Iterable[dict[str, Any]]:
+def _operator_rows(known: Records) -> Iterable[dict[str, Any]]:
     """Yield each record with only the fields that operators read: id, text, images."""
     for name, (_, record) in known.items():
         yield {"id": name, "text": record["text"], "images": record.get("images", [])}
@@ -254,7 +254,7 @@ def _follow(stage: Stage, reading: int) -> LorryError | None:
     return error
 
 
-def _environment(scratch: Path) -> dict[str, str]:
+def _child_environment(scratch: Path) -> dict[str, str]:
     """Return the child's environment. It keeps Data-Juicer and its libraries off the network and the home folder."""
     given = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
     return {

@@ -16,10 +16,10 @@ from stages.tasks.task import QuestionTask, RecordTask, Task, reads_documents, r
 
 
 def work(stage: Stage) -> None:
-    """Turn the input into samples. `run_stage` calls this."""
+    """Turn the input into samples. A shard only reads its documents. `run_stage` calls this."""
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
-    documents = _documents(task, data)
+    documents = _find_documents(task, data)
     if reads_records(task):
         if stage.has_nothing_to_do(0, "documents"):  # shards do not share records: Data-Juicer has its own processes
             return
@@ -29,7 +29,7 @@ def work(stage: Stage) -> None:
     stage.counts["questions"] = len(questions)
 
     # before hours of work: this fails if no test set can be held out
-    groups = _groups(questions, documents, stage.path(".hashes.json"))
+    groups = _group_questions(questions, documents, stage.path(".hashes.json"))
     splits = split_questions(questions, groups, recipe.data, recipe.seed, stage.skip)
     questions = [question for question in questions if question.id in splits]
     if stage.has_nothing_to_do(len(documents), "documents"):
@@ -62,7 +62,7 @@ def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
     return others + made
 
 
-def _documents(task: Task, data: Path) -> dict[str, Path]:
+def _find_documents(task: Task, data: Path) -> dict[str, Path]:
     """The file of each document by its id; empty if the task reads no documents."""
     if not reads_documents(task):
         return {}
@@ -71,7 +71,7 @@ def _documents(task: Task, data: Path) -> dict[str, Path]:
     return document_ids(task.find_documents(data), data / "documents")
 
 
-def _groups(questions: list[Any], documents: dict[str, Path], known_hashes: Path) -> dict[str, str]:
+def _group_questions(questions: list[Any], documents: dict[str, Path], known_hashes: Path) -> dict[str, str]:
     """The group of each question by id: its document, or what the task names. All questions of a group get one split.
 
     Documents with the same content are one group. The file `known_hashes` holds the digests of the documents that the

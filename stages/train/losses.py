@@ -30,24 +30,26 @@ class TokenMean:
 
     @property
     def value(self) -> float:
+        """The mean loss per token. Raises ZeroDivisionError if no token was added."""
         return self.losses / self.tokens
 
     def add(self, losses: float, tokens: float) -> None:
+        """Add tokens: the sum of their losses, and their number."""
         self.losses += losses
         self.tokens += tokens
 
 
 class Losses:
-    """Measures the losses of a trainer and of its log. Make it before the training: it replaces the trainer's methods.
+    """Measures the losses of training and validation as means over learnt tokens, for the trainer's log.
 
-    The sums are taken where the template computes a batch's loss, before the trainer scales it for accumulation and
-    for the number of processes.
+    Create it before training starts, because it replaces methods of the trainer. It adds up losses where the template
+    computes a batch's loss, before the trainer scales it for accumulation and for the number of processes.
     """
 
     def __init__(self, trainer: Any, job: Job, together: Together) -> None:
         self._trainer, self._job, self._together = trainer, job, together
         self._batches = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
-        """Sum of the losses and number of tokens, of this process's batches since `take`."""
+        """Sum of the losses and number of learnt tokens in this process's batches since the last `take_sums`."""
         self._since_log, self._since_start = TokenMean(), TokenMean()
         self._norm: Any = None
         self._rate = 0.0
@@ -57,6 +59,7 @@ class Losses:
         self._log, trainer.log = trainer.log, self._log_token_means
 
     def _compute_and_add(self, model: Any, inputs: Any, num_items_in_batch: Any = None, trainer: Any = None) -> Any:
+        """Compute a batch's loss as the template does, and add it to the sums. Returns what the template returns."""
         outputs = self._compute(model, inputs, num_items_in_batch=num_items_in_batch, trainer=trainer)
         tokens = (inputs["labels"][:, 1:] != -100).sum()
         # the template divides by the tokens of the whole step if it gets their number
@@ -65,33 +68,38 @@ class Losses:
         return outputs
 
     def _clip_and_keep_norm(self, *arguments: Any, **named: Any) -> Any:
+        """Clip the gradients as the trainer does, and keep their norm. Returns the norm."""
         self._norm = self._clip(*arguments, **named)
         return self._norm
 
     def _log_token_means(self, logs: dict[str, Any], *rest: Any) -> None:
+        """Log an entry as the trainer does, with losses replaced by means over tokens."""
         if "loss" in logs:
             logs |= {"loss": self._since_log.value, "learning_rate": self._rate}
             self._since_log = TokenMean()
-            if not math.isfinite(logs.get("grad_norm") or 0.0):  # of a step that float16's loss scale skipped
+            if not math.isfinite(logs.get("grad_norm") or 0.0):  # float16's loss scale skipped this step
                 del logs["grad_norm"]
         if "train_loss" in logs:
             del logs["train_loss"]
-            if self._since_start.tokens:  # none in a start that only publishes
+            if self._since_start.tokens:  # there are none if this start only publishes the adapter
                 logs["train_loss"] = self._since_start.value
         self._log(logs, *rest)
 
     def note_learning_rate(self) -> None:
-        """Keep the learning rate of this step's update: the schedule moves on before the step is logged."""
+        """Keep this step's learning rate for the log: the schedule moves on before the step is logged."""
         self._rate = float(self._trainer.optimizer.param_groups[0]["lr"])
 
-    def take(self) -> tuple[float, float]:
-        """Sum of the losses and number of learnt tokens, of this process's batches since the last call."""
+    def take_sums(self) -> tuple[float, float]:
+        """Return the sum of losses and the number of learnt tokens in this process's batches since the last call."""
         losses, tokens = self._batches.tolist()
         self._batches.zero_()
         return losses, tokens
 
     def end_step(self, losses: float, tokens: float, state: TrainerState) -> None:
-        """Add a step's sums over all processes. Raises UsageError if the loss or the gradient norm is not finite."""
+        """Add a step's losses to the means. Raises UsageError if the loss or the gradient norm is not finite.
+
+        `losses` is the sum of the losses, `tokens` the number of learnt tokens, both over all processes.
+        """
         self._since_log.add(losses, tokens)
         self._since_start.add(losses, tokens)
         scale = read_loss_scale(self._trainer)
@@ -102,44 +110,45 @@ class Losses:
             scale and scale["scale"],
         )
         if problem:
-            raise self._diverged(problem, state)
+            raise self._divergence_error(problem, state)
 
     def check_weights(self, state: TrainerState) -> None:
-        """Raise UsageError in every process if a trained weight is not finite. Call it before a checkpoint."""
+        """Raise UsageError in every process if a trained weight is not finite. Call it before saving a checkpoint."""
         trained = (weight for weight in self._trainer.model.parameters() if weight.requires_grad)
         # ZeRO-3 keeps this process's part of a weight in `ds_tensor`
         broken = any(not bool(getattr(weight, "ds_tensor", weight).isfinite().all()) for weight in trained)
-        if self._together.any(broken):
-            raise self._diverged("weights are not finite after the update", state)
+        if self._together.is_set_anywhere(broken):
+            raise self._divergence_error("weights are not finite after the update", state)
 
     def validate(self) -> dict[str, float]:
-        """Mean loss per token of the whole validation set, which is also logged. All processes must call this.
+        """Compute and log the mean loss per token of the validation set. Returns it as `eval_loss`.
 
-        Raises UsageError if it is not finite.
+        All processes must call this. Raises UsageError if the loss is not finite.
         """
         trainer, samples = self._trainer, self._trainer.eval_dataset
         model = trainer.model
         model.eval()
         job = self._job
-        for own in shares(len(samples), job.eval_micro_batch, self._together.rank, job.processes):
+        for own in process_batches(len(samples), job.eval_micro_batch, self._together.rank, job.processes):
             batch = trainer.data_collator([samples[number] for number in own or [0]])
-            if not own:  # the other processes have a batch, and ZeRO-3 needs the forward passes of all
+            if not own:  # other processes have a batch, and ZeRO-3 needs a forward pass of each process
                 batch["labels"] = torch.full_like(batch["labels"], -100)
             trainer.prediction_step(model, batch, prediction_loss_only=True)
             if job.sharding == "zero3":
                 free_whole_weights(model)
-        losses, tokens = self._together.sums(*self.take())
+        losses, tokens = self._together.sums(*self.take_sums())
         mean = losses / tokens
         if not math.isfinite(mean):
-            raise self._diverged(f"the validation loss is {_spelled(mean)}", trainer.state)
+            raise self._divergence_error(f"the validation loss is {_nonfinite_name(mean)}", trainer.state)
         metrics = {"eval_loss": mean}
         trainer.log(metrics)
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
         gc.collect()
-        torch.cuda.empty_cache()  # of the evaluation's larger batches; does nothing on a CPU
+        torch.cuda.empty_cache()  # free the memory of the evaluation's larger batches; does nothing on a CPU
         return metrics
 
-    def _diverged(self, problem: str, state: TrainerState) -> UsageError:
+    def _divergence_error(self, problem: str, state: TrainerState) -> UsageError:
+        """The error for a training in which something is not finite. `problem` says what."""
         settings = self._job.settings
         cure = f"lower {settings.full_key('learning_rate')} or raise {settings.full_key('warmup_ratio')}"
         if self._job.dtype == "float16":
@@ -150,10 +159,10 @@ class Losses:
         )
 
 
-def shares(samples: int, micro_batch: int, rank: int, processes: int) -> Iterator[list[int]]:
-    """The numbers of the samples in each of a process's batches. Each sample is in one batch of one process.
+def process_batches(samples: int, micro_batch: int, rank: int, processes: int) -> Iterator[list[int]]:
+    """Yield the sample numbers of each batch of one process. Each sample is in one batch of one process.
 
-    Every process gets as many batches; the last one may be smaller, or empty.
+    All processes get the same number of batches. A process's last batch may be smaller, or empty.
     """
     for first in range(0, samples, micro_batch * processes):
         own = first + rank * micro_batch
@@ -161,13 +170,14 @@ def shares(samples: int, micro_batch: int, rank: int, processes: int) -> Iterato
 
 
 def step_problem(loss: float, norm: float | None, skipped: bool, scale: float | None) -> str | None:
-    """What is not finite after an optimizer step, in words; None if all is.
+    """Describe what is not finite after an optimizer step; None if everything is finite.
 
-    `scale` is float16's loss scale after the step, None without one. A step that it `skipped` because the scaled
-    gradients overflowed is normal: the scale is halved each time. Below 1, the gradients overflow by themselves.
+    `norm` is that of the gradients, None if it was not computed. `scale` is float16's loss scale after the step, None
+    without one. It is normal that a step is `skipped` because its scaled gradients overflowed: the scale is halved each
+    time. Below 1, the gradients overflow even without a scale.
     """
     if not math.isfinite(loss):
-        return f"the loss is {_spelled(loss)}"
+        return f"the loss is {_nonfinite_name(loss)}"
     if skipped and scale is not None and scale >= 1:
         return None
     if skipped or (norm is not None and not 0 <= norm < math.inf):  # DeepSpeed writes -1 for a norm that is not finite
@@ -175,5 +185,6 @@ def step_problem(loss: float, norm: float | None, skipped: bool, scale: float | 
     return None
 
 
-def _spelled(number: float) -> str:
+def _nonfinite_name(number: float) -> str:
+    """The word for a number that is not finite: NaN or infinite."""
     return "NaN" if math.isnan(number) else "infinite"

@@ -267,7 +267,7 @@ class _Saving:
         """Restore what `read_loss_scale` returned. Does nothing without a loss scale, as with another precision."""
         zero = self._zero_optimizer()
         if zero is not None:
-            write_loss_scale_of_zero(zero.loss_scaler, saved)
+            write_zero_loss_scale(zero.loss_scaler, saved)
             return
         scaler = self._trainer.accelerator.scaler
         if scaler is not None and scaler.is_enabled():
@@ -302,9 +302,12 @@ def write_schedule(schedule: Any, saved: Mapping[str, Any]) -> None:
 
 
 def read_loss_scale(trainer: Any) -> dict[str, Any] | None:
-    """A trainer's loss scale and the steps since its last change; None without one, or if it is fixed."""
+    """Read a trainer's loss scale: `scale`, and as `steps` the number of steps since its last change.
+
+    Returns None if there is no loss scale, or it is fixed.
+    """
     if trainer.is_deepspeed_enabled:
-        return read_loss_scale_of_zero(trainer.model_wrapped.optimizer.loss_scaler)
+        return read_zero_loss_scale(trainer.model_wrapped.optimizer.loss_scaler)
     scaler = trainer.accelerator.scaler
     if scaler is None or not scaler.is_enabled():
         return None
@@ -312,7 +315,7 @@ def read_loss_scale(trainer: Any) -> dict[str, Any] | None:
     return {"scale": state["scale"], "steps": state["_growth_tracker"]}
 
 
-def read_loss_scale_of_zero(scaler: Any) -> dict[str, Any] | None:
+def read_zero_loss_scale(scaler: Any) -> dict[str, Any] | None:
     """DeepSpeed's loss scale as `scale` and the number of steps since its last change as `steps`; None if it is fixed.
 
     DeepSpeed counts steps from the start of training and records the last one whose gradients overflowed.
@@ -323,7 +326,7 @@ def read_loss_scale_of_zero(scaler: Any) -> dict[str, Any] | None:
     return {"scale": float(scaler.cur_scale), "steps": steps % scaler.scale_window}
 
 
-def write_loss_scale_of_zero(scaler: Any, saved: Mapping[str, Any]) -> None:
-    """Set DeepSpeed's loss scale to what `read_loss_scale_of_zero` returned. Does nothing if the scale is fixed."""
+def write_zero_loss_scale(scaler: Any, saved: Mapping[str, Any]) -> None:
+    """Set DeepSpeed's loss scale to what `read_zero_loss_scale` returned. Does nothing if the scale is fixed."""
     if scaler.dynamic:
         scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = saved["scale"], saved["steps"], -1

@@ -72,7 +72,7 @@ LEARNT = set(Train.model_fields) - {*RESULT_NEUTRAL, "adapters", "adapter_for_ea
 
 
 def work(stage: Stage) -> None:
-    """Train the connector, if the recipe has one, and the adapters. `run_stage` calls this."""
+    """Train the connector, if the recipe has one, and the adapters of this shard, or all. `run_stage` calls this."""
     recipe = stage.run.recipe
     node = stage.part if isinstance(stage.part, Node) else None
     if node is not None and node.rank > 0:
@@ -117,7 +117,7 @@ def work(stage: Stage) -> None:
         _note_result(stage, results, adapter, {"training": training_facts(stage.run, adapter, folder)})
         log += _add_outputs(stage, name, ("adapter_model.safetensors", "adapter_config.json"))
         stage.stop.check()
-    _settle_failures(stage, failures, len(adapters))
+    _raise_or_report_failures(stage, failures, len(adapters))
     stage.outputs["metrics.jsonl"] = write_jsonl(stage.path("metrics.jsonl"), log)
     _remove_checkpoints(stage, failures)
 
@@ -195,7 +195,7 @@ def _connector_key(stage: Stage, settings: Train) -> str:
     """Digest of everything that the connector depends on, so not of the adapters' own settings and mixes."""
     run = stage.run
     assert settings.connector is not None
-    train, validation = _samples(stage)
+    train, validation = _read_samples(stage)
     mix = settings.adapters[0]
     samples, _ = samples_with_pictures(
         training_samples(train, mix, run.recipe.seed), settings.connector.most_samples, run.recipe.seed
@@ -223,7 +223,7 @@ def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
         remove(stage.path("checkpoints"))
 
 
-def _samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _read_samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Read the training samples and the validation samples of all data sets."""
     train, validation = (
         read_jsonl(stage.run.path("preprocess", "samples", f"{name}.jsonl")) for name in ("train", "validation")
@@ -263,9 +263,9 @@ Mixes = dict[str, list[list[dict[str, Any]]]]
 def _read_mixes(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, LorryError]]:
     """Each adapter's samples by its name, and an error for each adapter that wants a data set without samples.
 
-    Raises UsageError instead if there is one adapter only, or train.keep_going is not set.
+    Raises UsageError instead if `adapters` has only one, or train.keep_going is not set.
     """
-    train, validation = _samples(stage)
+    train, validation = _read_samples(stage)
     mixes: Mixes = {}
     failures: dict[str, LorryError] = {}
     for adapter in adapters:
@@ -325,7 +325,7 @@ def _note_result(stage: Stage, results: dict[str, dict[str, Any]], adapter: Adap
     write_json(stage.path(SUMMARY), build_summary(stage.run, so_far, stage.starts[0]))
 
 
-def _settle_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:
+def _raise_or_report_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:
     """Raise LorryError if an adapter failed, with the exit code of the first.
 
     If train.keep_going is set and another one was trained, reports the failures instead.
@@ -412,7 +412,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     sharding or effective_batch is impossible here. `settings` defaults to the recipe's.
     """
     settings = settings or stage.run.recipe.train
-    plan = _make_plan(stage, settings, node)
+    plan = _unchecked_plan(stage, settings, node)
     model = stage.run.model(stage.run.recipe.model.path, "model.path")
     check_sharding(plan.way.sharding, use_cpu=not plan.gpus, quantisation=quantisation_method(model))
     if settings.exact_batch:
@@ -420,7 +420,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
     return plan
 
 
-def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
+def _unchecked_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     """Plan the training, and add the decisions to the stage. Returns the plan, which `_plan` checks."""
     machine, recipe = probe(), stage.run.recipe
     gpus = machine.gpus
@@ -464,7 +464,7 @@ def _make_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     way = plan_training(shape, settings, processes, dtype, memory, lengths)
     if fullest:
         if least_memory(shape, settings, processes, dtype) > fullest.memory_free:
-            raise _too_little_memory(shape, settings, processes, dtype, lengths, fullest, offers)
+            raise _memory_error(shape, settings, processes, dtype, lengths, fullest, offers)
         free = f"{fullest.memory_free / GIB:.1f} GiB free on {fullest}, {fullest.uuid[:12]}"
         needed = f"{way.estimate.total / GIB:.1f} GiB estimated for the longest samples ({lengths.longest} tokens)"
         decide("memory", needed, free if way.fits(fullest.memory_free) else f"only {free}; it may run out")
@@ -488,7 +488,7 @@ def _usable_libraries(settings: Train, target: Target) -> Offers:
     return Offers("bitsandbytes" in target.quantisation, importlib.util.find_spec("deepspeed") is not None)
 
 
-def _too_little_memory(
+def _memory_error(
     shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths, gpu: Gpu, offers: Offers
 ) -> DoesNotFitError:
     """The error for a GPU with less free memory than training needs at least. It lists changes that would fit."""

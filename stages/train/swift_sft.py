@@ -193,7 +193,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         trainer.add_callback(_Checkpoints(self._job, self._progress, self._stop, self._together, count, losses))
         # the trainer would delete the last complete checkpoint before the new one is marked; _Checkpoints does it later
         trainer.args.save_total_limit = None
-        trainer._evaluate = partial(_evaluate_apart, trainer, losses, self._progress)
+        trainer._evaluate = partial(_evaluate_without_side_effects, trainer, losses, self._progress)
         # transformers 4 uses the micro-batch of the checkpoint that it resumes from, which may be larger
         trainer._inner_training_loop = _loop_with_micro_batch(trainer._inner_training_loop, self._job.micro_batch)
         if self._job.sharding != "none":
@@ -260,8 +260,10 @@ def _loop_with_micro_batch(training_loop: Any, micro_batch: int) -> Any:
     return loop
 
 
-def _evaluate_apart(trainer: Any, losses: Losses, progress: Progress, *_: Any, **__: Any) -> dict[str, float]:
-    """Evaluate without any effect on training. Returns the metrics.
+def _evaluate_without_side_effects(
+    trainer: Any, losses: Losses, progress: Progress, *_: Any, **__: Any
+) -> dict[str, float]:
+    """Evaluate in a way that does not affect training. Returns the metrics.
 
     Saves this step's checkpoint first, because the evaluation may run out of memory, and restores the random state
     afterwards.
@@ -354,7 +356,7 @@ class _Checkpoints(TrainerCallback):
         """Flush this step's checkpoint to the disk, write its complete.json, and delete the oldest checkpoints."""
         checkpoint = self._job.work / f"checkpoint-{state.global_step}"
         # each process wrote its random state; the first process may not see the files of other machines yet
-        random_states = self._together.of_all(_flush_file(checkpoint / f"rng_state_{self._together.rank}.pth"))
+        random_states = self._together.gather(_flush_file(checkpoint / f"rng_state_{self._together.rank}.pth"))
         if not self._together.is_first:
             return
         remove(checkpoint / "complete.json")
@@ -374,7 +376,7 @@ class _Checkpoints(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Keep the step's learning rate."""
+        """Keep the step's learning rate for the log."""
         self._losses.note_learning_rate()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -383,7 +385,7 @@ class _Checkpoints(TrainerCallback):
         Raises UsageError if a loss, gradient norm or weight is not finite.
         """
         stops, tokens, *loss = self._together.sums(
-            int(self._stop.signal is not None), self._count.take_tokens(), *self._losses.take()
+            int(self._stop.signal is not None), self._count.take_tokens(), *self._losses.take_sums()
         )
         self._losses.end_step(*loss, state)
         state.num_input_tokens_seen += int(tokens)  # the trainer does not count them; checkpoints save this

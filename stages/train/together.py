@@ -40,11 +40,11 @@ class Together:
         """Whether this process is the one that sends progress and writes files for all."""
         return self.rank == 0
 
-    def of_first(self, value: T) -> T:
+    def first_value(self, value: T) -> T:
         """Return the first process's value in every process. Waits for all processes."""
-        return self.of_all(value)[0]
+        return self.gather(value)[0]
 
-    def of_all(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """Return the values of all processes, in the order of ranks, in every process. Waits for all processes."""
         if self._group is None:
             return [value]
@@ -65,19 +65,19 @@ class Together:
         dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=self._group)
         return [float(value) for value in sums.tolist()]
 
-    def any(self, flag: bool) -> bool:
+    def is_set_anywhere(self, flag: bool) -> bool:
         """Return, in every process, whether the flag is set in at least one. Waits for all processes."""
         return bool(self.sums(int(flag))[0])
 
-    def check(self, stop: StopRequest) -> None:
+    def check_stop(self, stop: StopRequest) -> None:
         """Raise InterruptedRunError in every process if at least one is asked to stop."""
-        if self.any(stop.signal is not None):
+        if self.is_set_anywhere(stop.signal is not None):
             stop.check()
             raise InterruptedRunError("another training process: asked to stop; run the same command again to resume")
 
     def leave(self) -> None:
         """Wait for all processes, then leave the group."""
-        self.of_all(None)
+        self.gather(None)
         import torch.distributed as dist
 
         if dist.is_initialized():

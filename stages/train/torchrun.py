@@ -100,7 +100,7 @@ def _train_alone(stage: Stage, job: Job, received: _Messages) -> None:
             + (" (the kernel sends it when memory runs out)" if ended_by == "SIGKILL" else "")
             + f"; run the same command again to resume from the last checkpoint; log: {stage.path('log.txt')}"
         )
-    raise _failure(
+    raise _training_error(
         stage, name, Exit(code) if code in tuple(Exit) else Exit.CRASHED, error or f"exit code {code} without a message"
     )
 
@@ -162,7 +162,7 @@ def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messa
     """The error that made torchrun fail, chosen from the processes' messages: torchrun exits with one code for all."""
     for code, text in received.errors:
         if code != Exit.INTERRUPTED:
-            return _failure(stage, name, code, text)
+            return _training_error(stage, name, code, text)
     texts = received.lost or [text for _, text in received.errors]  # a lost GPU stops the other processes too
     if len(received.processes) > len(received.errors) and not received.lost:
         # one ended without a message, and the others may have stopped because of that
@@ -179,10 +179,10 @@ def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messa
             f"{node.rendezvous}: the {node.count} nodes did not meet there; start this command on each of them within"
             f" {JOIN_SECONDS // 60} minutes; log: {stage.path('log.txt')}"
         )
-    return _failure(stage, name, Exit.CRASHED, "torchrun started no process")
+    return _training_error(stage, name, Exit.CRASHED, "torchrun started no process")
 
 
-def _failure(stage: Stage, name: str, code: Exit, text: str) -> LorryError:
+def _training_error(stage: Stage, name: str, code: Exit, text: str) -> LorryError:
     """The error for a failed training: `text` with the log's path, and the process's exit code."""
     failure = LorryError(f"training {name} failed: {text}; log: {stage.path('log.txt')}")
     failure.exit_code = code

@@ -82,9 +82,9 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     from stages.train.swift_sft import LorrySft  # imports torch and swift: takes seconds
 
     together = Together(job.processes, job.use_cpu, job.sharding)
-    _refuse_another_job(job, together)
+    _refuse_different_job(job, together)
     resume = newest_good_checkpoint(job.work) if together.is_first else None
-    name = together.of_first(resume and resume.name)
+    name = together.first_value(resume and resume.name)
     resume = job.work / name if name else None
     progress.only_problems = not together.is_first
     if job.sharding != "none":
@@ -104,8 +104,8 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     random_states = resume is not None and has_random_states(resume, job.processes)
     progress.send(event="loaded", samples=counts, resumed_from=name, random_states=random_states)
     sft.main()
-    together.check(stop)
-    memory = largest_figures(together.of_all(_gpu_memory(job)))
+    together.check_stop(stop)
+    memory = largest_figures(together.gather(_gpu_memory(job)))
     if together.is_first:
         facts = {
             "mix": job.mix.mix,
@@ -121,7 +121,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
         }
         rungs = Ladder.read(job.work).decisions
         facts |= ({"memory": memory} if memory else {}) | ({"out_of_memory": rungs} if rungs else {})
-        _publish(job, sft.log, facts)
+        _publish_weights(job, sft.log, facts)
     together.leave()
     remove(scratch)
 
@@ -130,9 +130,9 @@ def _refuse_no_samples(job: Job, samples: int) -> None:
     """Raise DataError if no sample is left to train on."""
     if samples:
         return
-    what = " with a picture" if job.settings.trains_connector else ""
+    what, other = (" with a picture", ", or add pictures") if job.settings.trains_connector else ("", "")
     limit = f"{job.settings.full_key('max_length')} {job.settings.max_length}"
-    raise DataError(f"{job.train[0]}: no training sample{what} fits in {limit}; raise it")
+    raise DataError(f"{job.train[0]}: no training sample{what} fits in {limit}; raise it{other}")
 
 
 def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], dict[str, list[str]], dict[str, int]]:
@@ -222,7 +222,7 @@ def has_random_states(checkpoint: Path, processes: int) -> bool:
     return saved == ({"rng_state.pth"} if processes == 1 else {f"rng_state_{rank}.pth" for rank in range(processes)})
 
 
-def _refuse_another_job(job: Job, together: Together) -> None:
+def _refuse_different_job(job: Job, together: Together) -> None:
     """Raise UsageError if this process's job differs from that of the first process: they could not train together."""
     own = {
         "adapter": job.adapter.name,
@@ -234,14 +234,14 @@ def _refuse_another_job(job: Job, together: Together) -> None:
         "gradient checkpointing": job.settings.gradient_checkpointing,
         "max_length": job.settings.max_length,
     }
-    first = together.of_first(own)
+    first = together.first_value(own)
     if own != first:
         raise UsageError(
             f"this node: has {own}, but node 0 has {first}; use nodes with the same kind and number of GPUs"
         )
 
 
-def _publish(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+def _publish_weights(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Move the last checkpoint's adapter or connector to its folder in one step, with `facts` for the stage.
 
     `history` is the trainer's log of all steps. The checkpoint's own log lacks the evaluation at its step.

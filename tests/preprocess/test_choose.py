@@ -116,7 +116,7 @@ def question(name: str, document: str, split: str | None = None, source: str = "
 
 
 def splits_of(stage: Any, questions: list[Any], documents: dict[str, Path]) -> dict[str, str | None]:
-    groups = preprocess_stage._groups(questions, documents, stage.path(".hashes.json"))
+    groups = preprocess_stage._group_questions(questions, documents, stage.path(".hashes.json"))
     return split_questions(questions, groups, stage.run.recipe.data, stage.run.recipe.seed, stage.skip)
 
 

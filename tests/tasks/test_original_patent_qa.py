@@ -247,7 +247,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory, language_model: Path) -> 
     make_files(root / "data" / "b")
     job = Job(root, recipe_with())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classify_module, "_engine", lambda *_: Engine())
+        patch.setattr(classify_module, "_start_engine", lambda *_: Engine())
         assert job.preprocess() == Exit.DONE
     engine = Engine()
     assert job.infer(engine) == Exit.DONE

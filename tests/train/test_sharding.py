@@ -73,6 +73,6 @@ def test_one_process_alone_has_a_group_where_deepspeed_wants_one(monkeypatch: py
         monkeypatch.setenv(name, "")  # set back afterwards
     together = Together(1, use_cpu=True, sharding="zero2")
     assert (torch.distributed.get_world_size(), os.environ["LOCAL_RANK"]) == (1, "0")
-    assert together.is_first and together.of_all("said") == ["said"] and not together.any(False)
+    assert together.is_first and together.gather("said") == ["said"] and not together.is_set_anywhere(False)
     together.leave()
     assert not torch.distributed.is_initialized()
