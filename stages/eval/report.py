@@ -63,7 +63,7 @@ def write_report(
     trained = run.manifest("train") or {"decisions": []}
     curve = read_jsonl(metrics) if (metrics := run.path("train", "metrics.jsonl")).is_file() else []
     colours = {"base": 0} | {name: 1 + index % (COLOURS - 1) for index, name in enumerate(adapters)}
-    html = _template().render(
+    html = _load_template().render(
         run=run,
         recipe=recipe,
         scores=scores,
@@ -100,7 +100,7 @@ def write_report(
 
 
 @cache
-def _template() -> Template:
+def _load_template() -> Template:
     """Load the report's template. Later calls return the same."""
     # adapter names and model output are untrusted: everything is escaped except Markup
     environment = Environment(

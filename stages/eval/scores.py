@@ -261,6 +261,7 @@ def worst_rows(scores: Scores, name: str, count: int) -> list[int]:
     answers = model.values[:, : len(scores.metrics) - len(scores.facts)]
 
     def rank(row: int) -> tuple[bool, tuple[float, ...], str]:
+        """The key by which a row is sorted: failures first, then by scores, then by sample id."""
         own = answers[row, ::-1]
         return model.errors[row] is None, tuple(own[~np.isnan(own)]), scores.samples[row]["id"]
 

@@ -71,9 +71,9 @@ def split_groups(
     """Return the split of each group: `train`, `validation` or `test`.
 
     `given` has the splits (`train` or `test`) in the data itself, `taken` the splits that the groups have in other data
-    sets. `learnt`: there are questions to train on in any case. The other groups are ordered by a hash of seed and
-    name, so a group's split does not depend on the order of the list. Raises DataError if the groups suffice for only
-    one of train and test.
+    sets. `learnt`: whether the data set has training questions in any case. The other groups are ordered by a hash of
+    seed and name, so a group's split does not depend on the order of the list. Raises DataError if the groups suffice
+    for only one of train and test.
     """
     taken = taken or {}
     order = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).hexdigest())

@@ -16,7 +16,7 @@ from stages.tasks.task import QuestionTask, RecordTask, Task, reads_documents, r
 
 
 def work(stage: Stage) -> None:
-    """Turn the input into samples. A shard only reads its documents. `run_stage` calls this."""
+    """Turn the input into samples. A shard only processes its documents. `run_stage` calls this."""
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
     documents = _find_documents(task, data)

@@ -172,7 +172,7 @@ class Ladder:
 
     @staticmethod
     def read(work: Path, room: int = 0) -> "Ladder":
-        """Read the ladder of the adapter whose checkpoints are in the folder `work`. No ladder.json: no rungs."""
+        """Read the ladder of the adapter whose checkpoints are in `work`; without a ladder.json, one without rungs."""
         path = work / "ladder.json"
         return Ladder(path, (read_json(path) or {"rungs": []})["rungs"], room)
 
@@ -188,7 +188,7 @@ class Ladder:
                 attempt = lowered_attempt(attempt, rung["change"])
         return attempt
 
-    def take_rung(self, adapter: str, shortage: Shortage, change: Change, attempt: Attempt) -> Attempt:
+    def add_rung(self, adapter: str, shortage: Shortage, change: Change, attempt: Attempt) -> Attempt:
         """Apply a change and record it as a rung in ladder.json. Returns the next attempt."""
         after = lowered_attempt(attempt, change)
         decision = {"what": WHAT, "value": describe_change(change, after), "why": f"adapter {adapter}, {shortage}"}

@@ -126,7 +126,7 @@ class ZeroStates:
             state = self._optimizer.state.get(flat, {})
             for parameter in group if state else ():
                 name = self._names[parameter]
-                found |= {f"{name}.{what}": self._gathered_weight(parameter, state[what]) for what in MOMENTS}
+                found |= {f"{name}.{what}": self._gather_weight(parameter, state[what]) for what in MOMENTS}
                 found[f"{name}.step"] = state["step"].clone()
         return found
 
@@ -148,9 +148,7 @@ class ZeroStates:
         """Gather the optimizer's float32 weights by name, in the weights' shapes. All processes must call this."""
         pairs = zip(self._flats, self._groups, strict=True)
         return {
-            self._names[parameter]: self._gathered_weight(parameter, flat)
-            for flat, group in pairs
-            for parameter in group
+            self._names[parameter]: self._gather_weight(parameter, flat) for flat, group in pairs for parameter in group
         }
 
     def write_weights(self, weight: Callable[[str], Tensor]) -> None:
@@ -179,7 +177,7 @@ class ZeroStates:
         return Fragment(address.start, mapping.lp_fragment_address.start, address.numel)
 
     @torch.no_grad()
-    def _gathered_weight(self, parameter: Any, flat: Tensor) -> Tensor:
+    def _gather_weight(self, parameter: Any, flat: Tensor) -> Tensor:
         """Gather a weight from all processes' parts of a flat tensor. Returns it in the weight's shape, on the CPU."""
         shape = parameter.ds_shape if self._is_3 else parameter.shape
         whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=flat.device)

@@ -577,7 +577,7 @@ def _next_attempt(
             f"training {name}: out of memory {shortage}; start all {node.count} nodes again with"
             f" {change_as_options(change, attempt.settings)}"
         )
-    after = ladder.take_rung(name, shortage, change, attempt)
+    after = ladder.add_rung(name, shortage, change, attempt)
     made = ladder.decisions[-1]  # the manifest takes it from training.json
     stage.events.emit("decision", **made)
     stage.events.say(f"{made['what']}: {made['value']} ({made['why']})")

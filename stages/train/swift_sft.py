@@ -90,9 +90,9 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             row: dict[str, Any] = {"messages": sample["messages"]}
             files = [self._job.run / name for name in sample.get("images") or []]
             if files:
-                row["images"] = [str(_checked_picture(file, str(sample["id"]))) for file in files]
+                row["images"] = [str(_check_picture(file, str(sample["id"]))) for file in files]
             try:
-                encoded = self._encoded_sample(row)
+                encoded = self._encode_sample(row)
             except MaxLengthError:
                 left_out.append(str(sample["id"]))
                 continue
@@ -125,7 +125,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         finally:
             processor.image_processor = real
 
-    def _encoded_sample(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _encode_sample(self, row: dict[str, Any]) -> dict[str, Any]:
         """Encode a sample with ms-swift's template. Raises MaxLengthError if it is longer than max_length.
 
         If Lorry can count a picture's tokens from its size, a blank picture of one patch replaces it, and no pixel is
@@ -227,7 +227,7 @@ def _refuse_adapted_vision(model: Any) -> None:
             )
 
 
-def _checked_picture(path: Path, sample: str) -> Path:
+def _check_picture(path: Path, sample: str) -> Path:
     """Return `path` if the file is a picture. Raises DataError if it is missing or not a picture.
 
     ms-swift would take the name of a missing file for a picture in base64.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-def do_without_torchvision() -> None:
+def patch_missing_torchvision() -> None:
     """Patch qwen_vl_utils, transformers and ms-swift so that the family's models load without torchvision.
 
     Does nothing if torchvision is installed.

@@ -39,7 +39,7 @@ TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", 
 """The trainer's measurements of a training's last start."""
 
 
-def newest_good_checkpoint(work: Path) -> Path | None:
+def newest_complete_checkpoint(work: Path) -> Path | None:
     """Find the newest complete checkpoint in the folder `work`; None if it has none. Deletes incomplete checkpoints.
 
     A checkpoint is complete if its files have the sizes in its complete.json. That file is missing if the process was
@@ -75,15 +75,15 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     if job.connector is not None:
         job = replace(job, model=link_connector(job.model, *job.connector, scratch / "model"))
     from stages.train.older_torch import add_missing_names
-    from stages.train.without_torchvision import do_without_torchvision
+    from stages.train.without_torchvision import patch_missing_torchvision
 
     add_missing_names()
-    do_without_torchvision()
+    patch_missing_torchvision()
     from stages.train.swift_sft import LorrySft  # imports torch and swift: takes seconds
 
     together = Together(job.processes, job.use_cpu, job.sharding)
     _refuse_different_job(job, together)
-    resume = newest_good_checkpoint(job.work) if together.is_first else None
+    resume = newest_complete_checkpoint(job.work) if together.is_first else None
     name = together.first_value(resume and resume.name)
     resume = job.work / name if name else None
     progress.only_problems = not together.is_first
@@ -246,7 +246,7 @@ def _publish_weights(job: Job, history: list[dict[str, Any]], facts: dict[str, A
 
     `history` is the trainer's log of all steps. The checkpoint's own log lacks the evaluation at its step.
     """
-    last = newest_good_checkpoint(job.work)
+    last = newest_complete_checkpoint(job.work)
     assert last is not None, "training ended without a checkpoint"
     state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
     partial = job.adapter.with_name(f".{job.adapter.name}")

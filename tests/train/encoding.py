@@ -69,9 +69,9 @@ def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple
 
 def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1"}
-    from stages.train.without_torchvision import do_without_torchvision
+    from stages.train.without_torchvision import patch_missing_torchvision
 
-    do_without_torchvision()
+    patch_missing_torchvision()
     found = [
         told(Path(ask["model"]), Path(ask["run"]), read_jsonl(Path(ask["samples"])), tuple(ask["overrides"]))
         for ask in json.loads(sys.argv[1])

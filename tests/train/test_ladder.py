@@ -88,7 +88,7 @@ def test_no_batch_is_small_enough_for_a_model_that_cannot_be_loaded() -> None:
 
 def test_a_rung_taken_on_smaller_cards_says_nothing_of_larger_ones(tmp_path: Path) -> None:
     start = attempt(micro_batch=4)
-    after = Ladder.read(tmp_path, 24).take_rung("tuned", SHORT, {"micro_batch": 2}, start)
+    after = Ladder.read(tmp_path, 24).add_rung("tuned", SHORT, {"micro_batch": 2}, start)
     assert Ladder.read(tmp_path, 24).apply_rungs(start) == after
     assert Ladder.read(tmp_path, 16).apply_rungs(start) == after
     assert Ladder.read(tmp_path, 80).apply_rungs(start) == start
@@ -96,8 +96,8 @@ def test_a_rung_taken_on_smaller_cards_says_nothing_of_larger_ones(tmp_path: Pat
 
 def test_rungs_are_remembered_and_hold_on_other_cards(tmp_path: Path) -> None:
     ladder, start = Ladder.read(tmp_path), attempt(micro_batch=4)
-    after = ladder.take_rung("tuned", SHORT, {"micro_batch": 2}, start)
-    after = ladder.take_rung("tuned", replace(SHORT, during="evaluation"), {"eval_micro_batch": 2}, after)
+    after = ladder.add_rung("tuned", SHORT, {"micro_batch": 2}, start)
+    after = ladder.add_rung("tuned", replace(SHORT, during="evaluation"), {"eval_micro_batch": 2}, after)
     again = Ladder.read(tmp_path)
     assert again.apply_rungs(start) == after
     assert again.decisions == [

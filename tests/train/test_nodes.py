@@ -13,7 +13,7 @@ import pytest
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.part import Node
 from stages.train.stage import _record_seconds
-from stages.train.worker import newest_good_checkpoint
+from stages.train.worker import newest_complete_checkpoint
 from tests.train.conftest import Training
 
 
@@ -103,7 +103,7 @@ def test_two_nodes_train_together_and_survive_a_kill_and_a_stop(nodes: TwoNodes)
     codes, output = ended([first, second])
     assert codes == [75, 75], output + nodes.log()
     work = nodes.training.run.path("train", "checkpoints", "tuned")
-    saved = newest_good_checkpoint(work)
+    saved = newest_complete_checkpoint(work)
     assert saved is not None
     sizes = read_json(saved / "complete.json")["sizes"]
     assert {"adapter_model.safetensors", "optimizer.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= sizes.keys()

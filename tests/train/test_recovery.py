@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from stages.contract.files import read_json, read_jsonl
-from stages.train.worker import newest_good_checkpoint
+from stages.train.worker import newest_complete_checkpoint
 from tests.conftest import Lorry
 from tests.small_inputs import RANDOM_LLAMA
 from tests.train.conftest import Training
@@ -196,7 +196,7 @@ def test_a_kill_before_a_checkpoint_is_marked_leaves_the_one_before_though_only_
     code, output = hungry(training, during="saving", from_step=6)
     assert (code, ": ended by SIGKILL (" in output) == (1, True), output
     assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
-    newest = newest_good_checkpoint(checkpoints)
+    newest = newest_complete_checkpoint(checkpoints)
     assert newest is not None and newest.name == "checkpoint-4"
     code, output = training()
     assert (code, "resuming from checkpoint-4" in output) == (0, True), output

@@ -17,7 +17,7 @@ from stages.train.worker import (
     _explained_error,
     _let_memory_segments_grow,
     largest_figures,
-    newest_good_checkpoint,
+    newest_complete_checkpoint,
     pad_samples,
 )
 from tests.conftest import REPOSITORY
@@ -36,13 +36,13 @@ def checkpoint(work: Path, step: int, whole: bool = True) -> Path:
 def test_the_newest_whole_checkpoint_is_taken_by_step_not_by_name(tmp_path: Path) -> None:
     for step in (9, 10, 100):
         checkpoint(tmp_path, step)
-    assert newest_good_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+    assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
 
 
 def test_a_checkpoint_without_its_mark_is_deleted(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10)
     torn = checkpoint(tmp_path, 20, whole=False)
-    assert newest_good_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert not torn.exists()
 
 
@@ -51,12 +51,12 @@ def test_a_checkpoint_with_a_cut_or_lost_file_is_deleted(tmp_path: Path, name: s
     checkpoint(tmp_path, 10)
     for step, harm in ((20, lambda path: path.write_bytes(b"x")), (30, lambda path: path.unlink())):
         harm(checkpoint(tmp_path, step) / name)
-    assert newest_good_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert newest_good_checkpoint(tmp_path) is None
+    assert newest_complete_checkpoint(tmp_path) is None
 
 
 def job(tmp_path: Path, *overrides: str, processes: int = 1) -> Job:
