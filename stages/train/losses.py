@@ -107,7 +107,7 @@ class Losses:
             losses / tokens,
             None if self._norm is None else float(self._norm),
             self._trainer.accelerator.optimizer_step_was_skipped,
-            scale and scale["scale"],
+            None if scale is None else scale["scale"],
         )
         if problem:
             raise self._divergence_error(problem, state)

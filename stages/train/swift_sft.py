@@ -384,10 +384,10 @@ class _Checkpoints(TrainerCallback):
 
         Raises UsageError if a loss, gradient norm or weight is not finite.
         """
-        stops, tokens, *loss = self._together.sums(
+        stops, tokens, loss, learnt = self._together.sums(
             int(self._stop.signal is not None), self._count.take_tokens(), *self._losses.take_sums()
         )
-        self._losses.end_step(*loss, state)
+        self._losses.end_step(loss, learnt, state)
         state.num_input_tokens_seen += int(tokens)  # the trainer does not count them; checkpoints save this
         now = time.monotonic()
         self._progress.step = state.global_step
