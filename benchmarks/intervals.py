@@ -207,7 +207,7 @@ def extreme_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Simulate all ways, and write a row for each."""
+    """Simulate every design, true mean and correlation, and write a row for each, after the rows of the worst."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=4000, help="Number of test sets of each kind. Default: 4000.")
     arguments = parser.parse_args()

@@ -46,7 +46,8 @@ class Events:
         print(f"{self._stage}: {text}", file=self._console, flush=True)
 
     def report_progress(self, activity: str, step: int, total: int, unit: str, **fields: Any) -> None:
-        """Report on file and console that `step` of `total` units of an activity, such as `render pages`, are done.
+        """Write to events.jsonl and the console that `step` of `total` units of an activity, such as `render pages`,
+        are done. Calls that follow too closely write nothing; the last step always does.
 
         `fields` are further figures of the event, such as `loss`; those that are None are left out.
         """

@@ -50,7 +50,7 @@ class StopRequest:
         """Raise InterruptedRunError if this process was asked to stop. Call it where all finished work is saved."""
         if self.signal is not None:
             raise InterruptedRunError(
-                f"stopped by {self.signal.name}, finished work is saved; run the same command again"
+                f"stopped by {self.signal.name} after saving finished work; run the same command again"
             )
 
 

@@ -165,7 +165,7 @@ def _report_end(stage: Stage, error: BaseException) -> Exit:
     """Print how the stage ended, and write the traceback of a bug to the log. Returns the exit code."""
     explained = error if isinstance(error, LorryError) else machine_error(error)
     if explained is None and isinstance(error, KeyboardInterrupt):
-        explained = InterruptedRunError("interrupted, finished work is saved; run the same command again")
+        explained = InterruptedRunError("interrupted after saving finished work; run the same command again")
     if explained is not None:
         _emit_stop_event(stage, explained)
         stage.events.say(str(explained))

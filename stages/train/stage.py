@@ -523,7 +523,7 @@ def _train(
     ladder = Ladder.read(work, min((gpu.memory_total for gpu in plan.gpus), default=0))
     attempt = ladder.apply_rungs(plan.first_attempt)
     for made in ladder.decisions:
-        stage.events.say(f"train {name}: out of memory in an earlier start: {made['value']}")
+        stage.events.say(f"train {name}: an earlier start ran out of memory; its change was {made['value']}")
     with _record_seconds(work, stage.path(*folder_parts(name)), node):
         while True:
             before = probe().gpus if plan.gpus else ()

@@ -106,12 +106,12 @@ def test_what_peft_writes_of_what_we_would_not_do_is_refused(tmp_path: Path, ask
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bias": "all"}, "'bias' is 'all', but Lorry trains adapters with 'none' only; change it"),
-        ({"use_rslora": True}, "'use_rslora' is True, but Lorry trains adapters with False only; change it"),
-        ({"peft_type": "IA3"}, "'peft_type' is 'IA3', but Lorry trains adapters with 'LORA' only; change it"),
+        ({"bias": "all"}, "'bias' is 'all', but Lorry trains adapters with 'none' only; write that"),
+        ({"use_rslora": True}, "'use_rslora' is True, but Lorry trains adapters with False only; write that"),
+        ({"peft_type": "IA3"}, "'peft_type' is 'IA3', but Lorry trains adapters with 'LORA' only; write that"),
         (
             {"task_type": "SEQ_CLS"},
-            "'task_type' is 'SEQ_CLS', but Lorry trains adapters with 'CAUSAL_LM' only; change it",
+            "'task_type' is 'SEQ_CLS', but Lorry trains adapters with 'CAUSAL_LM' only; write that",
         ),
         ({"lora_alhpa": 16}, "'lora_alhpa' is not supported and would be ignored; did you mean 'lora_alpha'?"),
         ({"lora_droupout": 0}, "'lora_droupout' is not supported and would be ignored; did you mean 'lora_dropout'?"),

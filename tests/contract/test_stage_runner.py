@@ -83,10 +83,8 @@ def test_a_stop_in_the_middle_saves_and_exits_75_and_the_next_start_goes_on(stag
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 75
     last = output.strip().splitlines()[-1]
-    assert (
-        last
-        == f"preprocess: stopped by {signal.Signals(number).name}, finished work is saved; run the same command again"
-    )
+    name = signal.Signals(number).name
+    assert last == f"preprocess: stopped by {name} after saving finished work; run the same command again"
     before = read_jsonl(stage.folder / "records.jsonl")
     assert 3 <= len(before) < STEPS
     assert not (stage.folder / "manifest.json").exists()

@@ -120,9 +120,9 @@ def test_an_adapter_is_never_merged_into_it(base: Path, tmp_path: Path) -> None:
         ({"gptqmodel", "optimum"}, "gptqmodel"),
         ({"auto_gptq", "optimum"}, "auto_gptq"),
         ({"gptqmodel", "auto_gptq", "optimum"}, "gptqmodel"),  # as transformers decides
-        ({"auto_gptq"}, "need optimum, not"),
-        ({"optimum"}, "need gptqmodel, not"),
-        (set(), "need gptqmodel and optimum, not"),
+        ({"auto_gptq"}, "need optimum, which this Python lacks"),
+        ({"optimum"}, "need gptqmodel, which this Python lacks"),
+        (set(), "need gptqmodel and optimum, which this Python lacks"),
     ],
 )
 def test_one_loader_for_both_libraries(here: set[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_without_a_library_one_line_says_what_to_do(tmp_path: Path, monkeypatch:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     loading = gptq.patch_gptq_kernels(tmp_path, on_card=False, training=True)
-    with pytest.raises(UsageError, match="its GPTQ weights need gptqmodel and optimum, not installed here; pip"):
+    with pytest.raises(UsageError, match="its GPTQ weights need gptqmodel and optimum, which this Python lacks; run"):
         loading.__enter__()
 
 

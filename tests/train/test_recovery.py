@@ -180,7 +180,7 @@ def test_a_kill_does_not_forget_the_rung(tmp_path: Path, small_models: Path) -> 
 
     code, output = hungry(training, during="training", above=2, from_step=3)
     assert code == 0, output
-    assert "out of memory in an earlier start: micro-batch 2" in output
+    assert "an earlier start ran out of memory; its change was micro-batch 2" in output
     assert rungs(training) == ["micro-batch 2, accumulation 2: 2 x 2 x 1 GPU(s) = 4"]
     assert list(metrics(training, "loss")) == list(range(1, 49))
     assert load_file(adapter(training) / "adapter_model.safetensors")

@@ -95,7 +95,8 @@ def classification_prompt(question: str) -> list[Message]:
 
 
 def says_yes(text: str) -> bool:
-    """Whether the classifier's completion says yes. The first whole word Y, N, yes or no decides; else False."""
+    """Whether the classifier's completion says yes. The first whole word that means yes or no decides, in English (Y,
+    N, yes, no) or Chinese (是, 否, 不是); False if there is none."""
     text = unicodedata.normalize("NFKC", text).lower()
     word = r"(?<![a-z])(?:y|yes|n|no)(?![a-z])|(?<![\u4e00-\u9fff])(?:是的?|否|不是?)(?![\u4e00-\u9fff])"
     found = re.search(word, text)
