@@ -11,6 +11,12 @@ from stages.contract.part import Part, Shard
 from stages.contract.run import Run
 from stages.contract.stop import StopRequest
 
+NAMED = 1000
+"""Skipped records or files that a manifest names per reason: data can have millions. The log of preprocess has all."""
+
+LONGEST = 500
+"""Characters of a skipped record's name or detail in a manifest."""
+
 
 @dataclass
 class Stage:
@@ -37,7 +43,8 @@ class Stage:
     counts: Counter[str] = field(default_factory=Counter)
     """Numbers of records that were read, used and failed."""
     skipped: list[dict[str, str]] = field(default_factory=list)
-    """One entry for each skipped record or file: `{"what", "reason", "detail"}`."""
+    """One entry for each skipped record or file: `{"what", "reason", "detail"}`. The manifest has up to `NAMED` of each
+    reason."""
     decisions: list[dict[str, Any]] = field(default_factory=list)
     """Decisions for this machine: engine, precision, batch plan."""
     gpus: list[dict[str, Any]] = field(default_factory=list)
@@ -87,8 +94,22 @@ class Stage:
                 path.unlink()
 
     def skip(self, what: str, reason: str, detail: str = "") -> None:
-        """Count a record or file as skipped, and list it in the manifest with the reason."""
+        """Count a record or file as skipped, with the reason."""
         self.skipped.append({"what": what, "reason": reason, "detail": detail})
+
+    def skipped_counts(self) -> dict[str, int]:
+        """How many records or files are skipped for each reason."""
+        return dict(Counter(one["reason"] for one in self.skipped))
+
+    def named_skips(self) -> list[dict[str, str]]:
+        """The first `NAMED` skipped records or files of each reason, long names and details cut."""
+        named: Counter[str] = Counter()
+        found = []
+        for one in self.skipped:
+            named[one["reason"]] += 1
+            if named[one["reason"]] <= NAMED:
+                found.append({key: value[:LONGEST] for key, value in one.items()})
+        return found
 
     def decide(self, what: str, value: Any, why: str) -> None:
         """Record a decision for the manifest, with its reason, and print it."""

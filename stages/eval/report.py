@@ -288,7 +288,8 @@ def _stage_facts(run: Run, name: str) -> dict[str, Any]:
     manifest = run.manifest(name)
     if manifest is None:
         return {"name": name, "manifest": None}
-    skipped = Counter(entry["reason"] for entry in manifest["skipped"])
+    # a manifest of an earlier version names all that is skipped, and has no counts
+    skipped = Counter(manifest.get("skipped_counts") or [entry["reason"] for entry in manifest["skipped"]])
     examples: dict[str, list[str]] = defaultdict(list)
     for entry in manifest["skipped"]:
         examples[entry["reason"]].append(entry["what"])
@@ -298,6 +299,7 @@ def _stage_facts(run: Run, name: str) -> dict[str, Any]:
         "time": _format_duration(manifest["seconds"]),
         "memory": f"{manifest['peak_memory_bytes'] / GIB:.2f} GiB",
         "gpus": [f"{gpu['name']} ({gpu['uuid']}, driver {gpu['driver']})" for gpu in manifest["gpus"]],
+        "skipped_records": skipped.total(),
         "skipped": [(reason, count, examples[reason][:5]) for reason, count in skipped.most_common()],
     }
 

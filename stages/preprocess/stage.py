@@ -88,11 +88,9 @@ def _group_questions(questions: list[Any], documents: dict[str, Path], known_has
 
 def _show_counts(stage: Stage) -> None:
     """Print the number of skipped records by reason, then the number of samples by split. Log each skipped record."""
-    reasons: dict[str, int] = defaultdict(int)
     for skipped in stage.skipped:
-        reasons[skipped["reason"]] += 1
         print(f"skipped {skipped['what']}: {skipped['reason']} {skipped['detail']}")  # into the log
-    for reason, count in reasons.items():
+    for reason, count in stage.skipped_counts().items():
         stage.events.say(f"skipped {count}: {reason}")
     counts = ", ".join(f"{stage.counts[split]} {split}" for split in SPLITS)
     read = f"{stage.counts['questions']} questions"

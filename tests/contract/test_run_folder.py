@@ -231,6 +231,26 @@ def test_the_manifest_says_what_was_made_from_what(preprocessed: Run) -> None:
     assert manifest["peak_memory_bytes"] > 1 << 20
 
 
+def skip_much(stage: Stage) -> None:
+    """A document of which every page fails."""
+    some_stage.write(stage)
+    stage.skipped.clear()
+    for number in range(100_000):
+        stage.skip(f"a.pdf page {number}", "unreadable page", f"page cannot be rendered: no page {number}")
+    stage.skip("b.pdf page 1", "blank page", "x" * 100_000)
+
+
+def test_the_manifest_counts_all_that_is_skipped_and_names_some_of_each_reason(run: Run) -> None:
+    assert run_stage(run, "preprocess", skip_much) == Exit.DONE
+    manifest = run.manifest("preprocess")
+    assert manifest is not None
+    assert run.path("preprocess", "manifest.json").stat().st_size < 1_000_000
+    assert manifest["skipped_counts"] == {"unreadable page": 100_000, "blank page": 1}
+    named = [entry["what"] for entry in manifest["skipped"]]
+    assert named[:2] == ["a.pdf page 0", "a.pdf page 1"] and named[-1] == "b.pdf page 1"
+    assert max(len(entry["detail"]) for entry in manifest["skipped"]) < 1000
+
+
 # -- what is missing -----------------------------------------------------------------------------------------------
 
 
