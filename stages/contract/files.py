@@ -181,12 +181,61 @@ class FileHashes:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """The regular files below a folder, sorted; hidden files and those in hidden folders are left out."""
+    """The regular files below a folder, sorted; hidden files and those in hidden folders are left out, and so are those
+    behind links to folders."""
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not _is_hidden(f))
         found += [Path(root) / name for name in names if not _is_hidden(name)]
     return sorted(path for path in found if path.is_file())
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Regular files below a folder of input data, sorted, without hidden files and folders. Follows links to folders,
+    as people link their data instead of copying them; `unread_data` has what it leaves out."""
+    return _walk_data(folder)[0]
+
+
+def unread_data(folder: Path) -> dict[Path, tuple[str, str]]:
+    """What `data_files` leaves out besides hidden files and folders: reason and detail by path, sorted."""
+    return dict(sorted(_walk_data(folder)[1].items()))
+
+
+_LINKS_DEEP = 2
+"""Links to folders followed inside each other: links among n folders make up to n paths per level."""
+
+
+def _walk_data(top: Path) -> tuple[list[Path], dict[Path, tuple[str, str]]]:
+    files: list[Path] = []
+    unread: dict[Path, tuple[str, str]] = {}
+    todo: list[tuple[Path, tuple[Path, ...]]] = [(top, ())]  # a folder, and the real folders of the links to it
+    while todo:
+        folder, linked_from = todo.pop()
+        try:
+            paths = list(folder.iterdir())
+        except OSError as error:
+            unread[folder] = ("folder that cannot be read", str(error.strerror))
+            continue
+        for path in paths:
+            if _is_hidden(path.name):
+                continue
+            if path.is_file():
+                files.append(path)
+            elif not path.is_symlink() and path.is_dir():
+                todo.append((path, linked_from))
+            elif not path.is_symlink():
+                unread[path] = ("special file", "")
+            elif not path.is_dir():
+                unread[path] = ("link to nothing", f"to {stored_name(path.readlink())}")
+            else:
+                above = (*linked_from, folder.resolve())
+                if any(one.is_relative_to(path.resolve()) for one in above):
+                    unread[path] = ("link to a folder that it is in", f"to {stored_name(path.readlink())}")
+                elif len(linked_from) == _LINKS_DEEP:
+                    unread[path] = ("linked folder in linked folders", f"to {stored_name(path.readlink())}")
+                else:
+                    todo.append((path, above))
+    return sorted(files), unread
 
 
 def _is_hidden(name: str) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import InterruptedRunError, UsageError
-from stages.contract.files import FileHashes, digest_of, read_json, stored_name, visible_files
+from stages.contract.files import FileHashes, data_files, digest_of, read_json, stored_name, visible_files
 from stages.contract.part import Node, Part, Shard
 from stages.contract.recipe import Recipe
 from stages.contract.roots import Roots
@@ -134,7 +134,7 @@ class Run:
                     raise UsageError(f"{path}: {state}; run {earlier} again")
                 found[f"{earlier}/{name}"] = output["sha256"]
         if stage == "preprocess":
-            for path in visible_files(self.data):
+            for path in data_files(self.data):
                 found[f"data/{stored_name(path.relative_to(self.data))}"] = hashes.file_digest(path)
             retrieval = self.recipe.preprocess.retrieval
             if retrieval is not None:

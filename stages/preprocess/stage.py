@@ -3,11 +3,11 @@
 If the task reads records, Data-Juicer may filter and rewrite them first.
 """
 
-from collections import defaultdict
+import unicodedata
 from pathlib import Path
 from typing import Any, cast
 
-from stages.contract.files import FileHashes
+from stages.contract.files import FileHashes, stored_name, unread_data
 from stages.contract.stage import Stage
 from stages.preprocess.rows import write_samples
 from stages.preprocess.split import SPLITS, split_questions
@@ -19,7 +19,9 @@ def work(stage: Stage) -> None:
     """Turn the input into samples. A shard only processes its documents. `run_stage` calls this."""
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
-    documents = _find_documents(task, data)
+    for path, (reason, detail) in unread_data(data).items():
+        stage.skip(stored_name(path.relative_to(data)), reason, detail)
+    documents = _find_documents(stage, task, data)
     if reads_records(task):
         if stage.has_nothing_to_do(0, "documents"):  # shards do not share records: Data-Juicer has its own processes
             return
@@ -62,13 +64,20 @@ def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
     return others + made
 
 
-def _find_documents(task: Task, data: Path) -> dict[str, Path]:
+def _find_documents(stage: Stage, task: Task, data: Path) -> dict[str, Path]:
     """The file of each document by its id; empty if the task reads no documents."""
     if not reads_documents(task):
         return {}
     from stages.preprocess.documents import document_ids
 
-    return document_ids(task.find_documents(data), data / "documents")
+    documents = document_ids(task.find_documents(data), data / "documents")
+    decomposed = [name for name in documents if unicodedata.normalize("NFC", name) != name]
+    if decomposed:  # their composed names are others' ids
+        stage.events.say(
+            f"{len(decomposed)} documents have names that differ from others' only by Unicode composition, such as"
+            f" {decomposed[0]!a}; questions mean the document that is spelled as they spell it"
+        )
+    return documents
 
 
 def _group_questions(questions: list[Any], documents: dict[str, Path], known_hashes: Path) -> dict[str, str]:

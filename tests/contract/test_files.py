@@ -18,11 +18,13 @@ from stages.contract.errors import DoesNotFitError, UsageError
 from stages.contract.files import (
     FileHashes,
     JsonlJournal,
+    data_files,
     digest_of,
     machine_error,
     open_atomically,
     read_json,
     read_jsonl,
+    unread_data,
     visible_files,
     write_json,
     write_jsonl,
@@ -280,6 +282,47 @@ def test_hidden_files_are_left_out_and_a_name_with_two_dots_in_front_is_not(tmp_
         (tmp_path / name).write_text("")
     found = [str(path.relative_to(tmp_path)) for path in visible_files(tmp_path)]
     assert found == ["...and more.pdf", "..x..pdf", "a", "sub/b"]
+
+
+def test_input_data_are_found_behind_links_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+    data, other = tmp_path / "data", tmp_path / "other"
+    for path in (data / "a", data / "sub/b", data / "..c", data / ".hidden", other / "in/d"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    (data / "folder").symlink_to("../other")
+    (data / "sub/file").symlink_to("../../other/in/d")
+    (data / "nothing").symlink_to("gone")
+    (data / "loop").symlink_to("loop")
+    (data / "self").symlink_to(".")
+    (data / "sub/root").symlink_to("/")
+    (other / "back").symlink_to("../data/sub")  # sub is found on its own, and once more behind two links
+    os.mkfifo(data / "pipe")
+    found = [str(path.relative_to(data)) for path in data_files(data)]
+    assert found == ["..c", "a", "folder/back/b", "folder/back/file", "folder/in/d", "sub/b", "sub/file"]
+    assert {str(path.relative_to(data)): why for path, why in unread_data(data).items()} == {
+        "nothing": ("link to nothing", "to gone"),
+        "loop": ("link to nothing", "to loop"),
+        "self": ("link to a folder that it is in", "to ."),
+        "sub/root": ("link to a folder that it is in", "to /"),
+        "folder/back/root": ("link to a folder that it is in", "to /"),
+        "pipe": ("special file", ""),
+    }
+
+
+def test_links_among_many_folders_end(tmp_path: Path) -> None:
+    """Every folder has a link to every other: the paths without a cycle are 8! for each."""
+    for one in range(9):
+        (tmp_path / f"{one}").mkdir()
+        (tmp_path / f"{one}" / "file").write_text("")
+        for other in range(9):
+            (tmp_path / f"{one}" / f"to-{other}").symlink_to(f"../{other}")
+    found = data_files(tmp_path)
+    assert {f"{one}/file" for one in range(9)} <= {str(path.relative_to(tmp_path)) for path in found}
+    assert len(found) == 9 + 9 * 8 + 9 * 8 * 7
+    assert {reason for reason, _ in unread_data(tmp_path).values()} == {
+        "link to a folder that it is in",
+        "linked folder in linked folders",
+    }
 
 
 def test_json_is_written_for_people(tmp_path: Path) -> None:

@@ -61,6 +61,19 @@ def test_a_changed_input_changes_the_key(run: Run, tmp_path: Path, change: str) 
     assert key(run) != before
 
 
+@pytest.mark.parametrize("linked", ["documents", "documents/more"])
+def test_a_changed_document_in_a_linked_folder_changes_the_key(run: Run, tmp_path: Path, linked: str) -> None:
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "data" / "few" / linked
+    elsewhere.mkdir()
+    if link.is_dir():
+        link.rename(elsewhere / "documents")
+    (elsewhere / "E.pdf").write_bytes(b"before")
+    link.symlink_to(elsewhere)
+    before = key(run)
+    (elsewhere / "E.pdf").write_bytes(b"after it")
+    assert key(run) != before
+
+
 @pytest.mark.parametrize("change", NO_CHANGES)
 def test_what_is_no_input_does_not(run: Run, tmp_path: Path, change: str) -> None:
     before = key(run)

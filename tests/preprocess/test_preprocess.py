@@ -65,10 +65,16 @@ def make_mixed_data(folder: Path) -> None:
     make_pdf(documents / "locked.pdf", ["x"], encryption=pymupdf.PDF_ENCRYPT_AES_256, user_pw="u", owner_pw="o")
     (documents / "empty.pdf").write_bytes(b"")
     (documents / "notes.txt").write_text("no PDF")
+    make_pdf(folder.parent / "elsewhere" / "in" / "D9.pdf", ["Part 80 is a clasp."])
+    (documents / "linked").symlink_to("../../elsewhere")
+    (documents / "round").symlink_to(".")
+    (documents / "gone.pdf").symlink_to("../../nowhere.pdf")
+    os.mkfifo(documents / "pipe.pdf")
     more: list[dict[str, Any] | str] = [
         {"id": "sub", "question": "What is part 77?", "document": "sub/D1.pdf", "answer": "handle"},
         {"id": "capital", "question": "What is part 78?", "document": "D1.PDF", "answer": "shield"},
         {"id": "dots", "question": "What is part 79?", "document": "..x..pdf", "answer": "wheel"},
+        {"id": "linked", "question": "What is part 80?", "document": "linked/in/D9.pdf", "answer": "clasp"},
         {"id": "named", "question": "第三页中，部件16是什么？", "document": "专 利.v2.pdf", "answer": "铰链"},
         {"id": "blank", "question": "第2页中，部件14是什么？", "document": "专 利.v2.pdf", "answer": "踏板"},
         {"id": "beyond", "question": "On page 9, what is it?", "document": "专 利.v2.pdf", "answer": "踏板"},
@@ -109,7 +115,7 @@ def make_run(calm: Calm, name: str) -> Finished:
 def test_it_is_done_and_says_what_it_did(calm: Calm) -> None:
     assert calm.first.code == 0, calm.first.output
     assert calm.first.lines[-1].startswith("preprocess: done in ")
-    assert "samples from 18 pages of 8 documents" in calm.first.output
+    assert "samples from 19 pages of 9 documents" in calm.first.output
     assert "skipped 3: unreadable document" in calm.first.output
     assert "skipped 1: blank page" in calm.first.output
 
@@ -128,14 +134,17 @@ def test_every_sample_names_the_data_set_and_validation_is_asked_without_its_ans
 def test_every_skipped_record_is_named_with_its_reason(calm: Calm) -> None:
     skipped = {(entry["what"], entry["reason"]) for entry in calm.manifest["skipped"]}
     expected = {
-        ("questions.jsonl:20", "unknown document"),
-        ("questions.jsonl:21", "duplicate id"),
-        ("questions.jsonl:22", "not JSON"),
-        ("questions.jsonl:23", "empty question"),
+        ("questions.jsonl:21", "unknown document"),
+        ("questions.jsonl:22", "duplicate id"),
+        ("questions.jsonl:23", "not JSON"),
+        ("questions.jsonl:24", "empty question"),
         ("locked.pdf", "unreadable document"),
         ("empty.pdf", "unreadable document"),
         ("notes.txt", "unreadable document"),
         ("专 利.v2.pdf page 2", "blank page"),
+        ("documents/round", "link to a folder that it is in"),
+        ("documents/gone.pdf", "link to nothing"),
+        ("documents/pipe.pdf", "special file"),
     }
     assert expected <= skipped
     left = {what for what, _ in skipped - expected}
@@ -144,7 +153,7 @@ def test_every_skipped_record_is_named_with_its_reason(calm: Calm) -> None:
 
 def test_every_question_is_a_sample_or_named_as_skipped(calm: Calm) -> None:
     asked = {f"d{number}-{page}" for number in range(1, 5) for page in range(3)}
-    asked |= {"sub", "capital", "dots", "named", "blank", "beyond", "locked", "mute"}
+    asked |= {"sub", "capital", "dots", "linked", "named", "blank", "beyond", "locked", "mute"}
     assert set(calm.samples()) | {entry["what"] for entry in calm.manifest["skipped"]} >= asked
     counts = calm.manifest["counts"]
     assert sum(counts[split] for split in SPLITS) == len(calm.samples())
@@ -283,7 +292,7 @@ def test_a_shard_without_work_is_done_at_once_and_the_merge_does_the_work_of_a_m
         )
         output, _ = (process := shard(calm, "gaps", f"{index}/31")).communicate(timeout=60)
         assert process.returncode == 0, output
-    assert "shard 30/31 has nothing to do, as there are only 11 documents" in output
+    assert "shard 30/31 has nothing to do, as there are only 12 documents" in output
     calm.give_vectors(run)
     merged = make_run(calm, "gaps")
     assert merged.code == 0

@@ -211,6 +211,22 @@ def test_documents_are_all_visible_files_below_the_folder(tmp_path: Path) -> Non
     assert found == ["a.PDF", "b.pdf", "notes.txt", "sub/a.pdf"]
 
 
+def test_documents_in_linked_folders_are_found(tmp_path: Path) -> None:
+    for name in ("elsewhere/a.pdf", "data/documents/b.pdf"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "data/documents/more").symlink_to(tmp_path / "elsewhere")
+    found = [path.relative_to(tmp_path / "data/documents") for path in find_documents(tmp_path / "data")]
+    assert found == [Path("b.pdf"), Path("more/a.pdf")]
+
+
+def test_without_documents_that_can_be_read_the_message_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "a.pdf").symlink_to("/nowhere/a.pdf")
+    with pytest.raises(DataError, match=r"documents: no documents: a\.pdf is a link to nothing; put the PDFs there"):
+        find_documents(tmp_path)
+
+
 def test_without_documents_the_message_says_where_to_put_them(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(DataError, match=f"{tmp_path}/documents: no documents"):

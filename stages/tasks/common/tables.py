@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from stages.contract.errors import DataError
-from stages.contract.files import visible_files
+from stages.contract.files import data_files
 
 Split = Literal["train", "validation", "test"]
 
@@ -77,9 +77,7 @@ def _files(folder: Path) -> list[tuple[Path, Split | None]]:
     if isinstance(state, dict) and isinstance(state.get("_data_files"), list):
         # other arrow files here are the cache of `datasets`; `_split` only records where the rows came from
         return [(_existing_path(folder / str(part["filename"])), None) for part in state["_data_files"]]
-    found = [
-        file for file in visible_files(folder) if file.suffix.lower() in ENDINGS and file.name not in _DESCRIPTIONS
-    ]
+    found = [file for file in data_files(folder) if file.suffix.lower() in ENDINGS and file.name not in _DESCRIPTIONS]
     return [(file, _split_of(file.relative_to(folder))) for file in found]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import DataError
-from stages.contract.files import digest_of, visible_files
+from stages.contract.files import data_files, digest_of
 from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
 from stages.tasks.task import Given, Skip
 
@@ -100,7 +100,7 @@ def sources(folder: Path) -> list[str]:
 def _jsonl_files(folder: Path, part: str) -> list[Path]:
     """The `.jsonl` files in a subfolder of the data folder; none without that subfolder."""
     inside = folder / part
-    return [path for path in visible_files(inside) if path.suffix == ".jsonl"] if inside.is_dir() else []
+    return [path for path in data_files(inside) if path.suffix == ".jsonl"] if inside.is_dir() else []
 
 
 def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.contract.errors import DataError
-from stages.contract.files import visible_files
+from stages.contract.files import data_files, unread_data
 from stages.contract.recipe import Recipe
 from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
 from stages.tasks.common.mentions import figure_named, pages_named
@@ -58,9 +58,14 @@ def find_documents(folder: Path) -> list[Path]:
     """Paths of all files below `documents/`, sorted. Rendering reports those that are not PDFs. Raises DataError if
     there is no file."""
     documents = folder / "documents"
-    found = visible_files(documents) if documents.is_dir() else []
+    found = [path for path in data_files(folder) if documents in path.parents]
     if not found:
-        raise DataError(f"{documents}: no documents; put the PDFs there")
+        reasons = [
+            f": {path.name} is a {why}"
+            for path, (why, _) in unread_data(folder).items()
+            if path.is_relative_to(documents)
+        ]
+        raise DataError(f"{documents}: no documents{''.join(reasons[:1])}; put the PDFs there")
     return found
 
 
