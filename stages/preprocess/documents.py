@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,23 @@ FIGURE = re.compile(r"[0-9]+-figure-[0-9a-z]+\.jpg")
 
 
 def document_ids(documents: list[Path], folder: Path) -> dict[str, Path]:
-    """Documents by id: the path below the folder, with its suffix, so that no two files share one."""
-    return {unicodedata.normalize("NFC", stored_name(path.relative_to(folder))): path for path in documents}
+    """Documents by id: the path below the folder, with its suffix, composed (Unicode's NFC).
+
+    Of several paths that are equal when composed, the one that is spelled so has that id, or else the first. The others
+    have ids of their own: their spelling, numbered if it is taken.
+    """
+    alike: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for path in documents:
+        name = stored_name(path.relative_to(folder))
+        alike[unicodedata.normalize("NFC", name)].append((name, path))
+    ids: dict[str, Path] = {}
+    for composed, members in alike.items():
+        members.sort(key=lambda member: member[0] != composed)
+        ids[composed] = members[0][1]
+        for name, path in members[1:]:
+            numbered = (f"{name} ({number})" for number in count(2))
+            ids[next(one for one in chain([name], numbered) if one not in ids and one not in alike)] = path
+    return ids
 
 
 def picture_folder(document: str) -> str:

@@ -97,6 +97,37 @@ def test_a_name_stored_decomposed_is_found_composed(folder: Path) -> None:
     assert list(found(folder)) == ["\u00e9.pdf"]
 
 
+TWINS = {"\u00e9.pdf": "composed", "e\u0301.pdf": "decomposed"}
+
+
+def test_names_that_differ_only_by_composition_are_all_kept(new_stage: NewStage, folder: Path) -> None:
+    for name, text in TWINS.items():
+        make_pdf(folder / name, [text])
+    make_pdf(folder / "a.pdf", ["other"])
+    stage = new_stage()
+    pages = render(stage, folder)
+    assert {page["document"]: page["text"] for page in pages} == {**TWINS, "a.pdf": "other"}
+    assert len({page["image"] for page in pages}) == 3
+    assert stage.counts["documents"] == 3
+
+
+def test_of_several_decomposed_names_the_first_is_the_composed_one(folder: Path) -> None:
+    names = ["e\u0323\u0302.pdf", "\u1eb9\u0302.pdf", "\u00ea\u0323.pdf"]  # three spellings of one letter
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    ids = document_ids(sorted(folder.iterdir()), folder)
+    assert sorted(path.name for path in ids.values()) == sorted(names)
+    assert ids["\u1ec7.pdf"].name == min(names)
+
+
+def test_a_name_with_other_bytes_and_its_escape_are_two_documents(new_stage: NewStage, folder: Path) -> None:
+    make_pdf(folder / "a\\xb5.pdf", ["escaped"])
+    (folder / os.fsdecode(b"a\xb5.pdf")).write_bytes((folder / "a\\xb5.pdf").read_bytes())
+    stage = new_stage()
+    assert [page["text"] for page in render(stage, folder)] == ["escaped"]
+    assert len(stage.skipped) == 1, "not UTF-8"
+
+
 # -- bad files -----------------------------------------------------------------------------------------------------
 
 

@@ -151,6 +151,18 @@ def test_a_document_in_a_folder_is_named_with_it(tmp_path: Path) -> None:
     assert questions[0].document == "sub/a.pdf"
 
 
+def test_a_question_means_the_document_that_is_spelled_so_or_else_the_composed_one(tmp_path: Path) -> None:
+    composed, decomposed = "\u00e9.pdf", "e\u0301.pdf"
+    content = line(id="1", document=composed) + line(id="2", document=decomposed)
+    (tmp_path / "questions.jsonl").write_bytes(content)
+
+    def documents_of(*known: str) -> list[str]:
+        return [one.document for one in read_questions(RECIPE, tmp_path, set(known), lambda *_: None)]
+
+    assert documents_of(composed, decomposed) == [composed, decomposed]
+    assert documents_of(composed) == [composed, composed]
+
+
 def test_page_and_evidence_are_kept(tmp_path: Path) -> None:
     questions, _ = read(tmp_path, questions=line(question="On page 4, what is 3?", pages=[4, 2], kind="name"))
     assert (questions[0].page, questions[0].evidence, questions[0].kind) == (4, (4, 2), "name")

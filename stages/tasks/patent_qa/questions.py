@@ -145,7 +145,9 @@ def _parse_line(
     """The question in a line. Raises BadRecordError if it is unusable."""
     record = object_in(line)
     text = text_of(record, "question")
-    document = unicodedata.normalize("NFC", text_of(record, "document"))
+    document = text_of(record, "document")
+    if document not in documents:  # spelled so, where several names differ only by composition
+        document = unicodedata.normalize("NFC", document)
     if document not in documents:
         raise BadRecordError("unknown document", document)
     return PatentQuestion(
