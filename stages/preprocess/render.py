@@ -6,11 +6,14 @@ Rendering at the budget costs a tenth of rendering at 600 DPI and shrinking (`be
 import hashlib
 import math
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pymupdf
+from pymupdf import mupdf
 
 from stages.contract.files import stored_name
 
@@ -43,23 +46,103 @@ class PageRange:
 
 def open_document(source: Path) -> pymupdf.Document:
     """Open a PDF. Raises ValueError with a short reason for a file that cannot be read as one."""
+    document, _ = _open(source)
+    return document
+
+
+def _open(source: Path) -> tuple[pymupdf.Document, int]:
+    """Open a PDF. Returns it, and the number of pages that it states, which may be wrong. Raises as `open_document`."""
     if source.stat().st_size == 0:
         raise ValueError("empty file")
     if stored_name(source) != str(source):
         raise ValueError("its name is not UTF-8, so MuPDF cannot open it; rename it")
-    with source.open("rb") as file:
-        if b"%PDF-" not in file.read(1024):  # other bytes may precede the header (ISO 32000-1, annex H.3.4.1)
-            raise ValueError("not a PDF")
     try:
-        document = pymupdf.open(source, filetype="pdf")
-        locked, count = document.needs_pass, document.page_count
-    except RuntimeError as error:  # pymupdf.FileDataError is one
-        raise ValueError(f"damaged PDF: {error}".replace(str(source), source.name)) from error
-    if locked:
-        raise ValueError("encrypted: needs a password")
+        document = pymupdf.open(source, filetype="pdf")  # finds the objects where the header or their table is missing
+        if not document.is_pdf:  # MuPDF opens pictures and more, whatever type it is given
+            raise ValueError("not a PDF")
+        if document.needs_pass:
+            if not _encrypts_only_attachments(document):
+                raise ValueError("encrypted: needs a password")
+            document.is_encrypted = False
+        stated = _mend_page_tree(document, source)
+        count = document.page_count
+    except (RuntimeError, mupdf.FzErrorBase) as error:  # pymupdf.FileDataError is a RuntimeError
+        raise ValueError(_reason(source, str(error.__cause__ or error))) from error
     if count == 0:
-        raise ValueError("damaged PDF: no pages")
-    return document
+        raise ValueError(_reason(source, "no pages"))
+    return document, stated
+
+
+def _reason(source: Path, error: str) -> str:
+    """Why a file has no pages to read, from MuPDF's message."""
+    what = re.sub(r"^code=\d+: ", "", error).replace(str(source), source.name)
+    if "encryption" in what:
+        return f"encrypted: {what}"
+    with source.open("rb") as file:  # other bytes may precede the header (ISO 32000-1, annex H.3.4.1)
+        return f"damaged PDF: {what}" if b"%PDF-" in file.read(1024) else "not a PDF"
+
+
+def _encrypts_only_attachments(document: pymupdf.Document) -> bool:
+    """Whether an encrypted document's pages are not encrypted (ISO 32000-1, 7.6.5: the crypt filter Identity)."""
+    version, *filters = [document.xref_get_key(-1, f"Encrypt/{name}") for name in ("V", "StmF", "StrF")]
+    return version in (("int", "4"), ("int", "5")) and set(filters) <= {("null", "null"), ("name", "/Identity")}
+
+
+_sound: set[tuple[Path, int, int]] = set()
+"""Documents, by path, time stamp and size, whose page trees this process has found sound."""
+
+
+def _mend_page_tree(document: pymupdf.Document, source: Path) -> int:
+    """Correct, in memory, a page tree that states another number of pages than it has. Returns the number stated.
+
+    MuPDF believes it: a document would lose pages, or have 100,000 that fail.
+    """
+    pdf = pymupdf._as_pdf_document(document)
+    root = mupdf.pdf_dict_get(
+        mupdf.pdf_dict_get(mupdf.pdf_trailer(pdf), mupdf.PDF_ENUM_NAME_Root), mupdf.PDF_ENUM_NAME_Pages
+    )
+    stated: int = mupdf.pdf_to_int(mupdf.pdf_dict_get(root, mupdf.PDF_ENUM_NAME_Count))
+    stat = source.stat()
+    key = (source, stat.st_mtime_ns, stat.st_size)
+    if key in _sound or not mupdf.pdf_is_dict(root):
+        return stated
+    found = Counter(leaf is not None for leaf in _leaves(root))  # counted first: a million pages would take much memory
+    if not found[False] and found[True] == stated:
+        _sound.add(key)
+        return stated
+    kids = mupdf.pdf_new_array(pdf, found[True])
+    for leaf in _leaves(root):
+        if leaf is not None:
+            mupdf.pdf_array_push(kids, leaf)
+    mupdf.pdf_dict_put(root, mupdf.PDF_ENUM_NAME_Kids, kids)
+    mupdf.pdf_dict_put_int(root, mupdf.PDF_ENUM_NAME_Count, found[True])
+    return stated
+
+
+def _leaves(root: mupdf.PdfObj) -> Iterator[mupdf.PdfObj | None]:
+    """The pages of a page tree in order, readable or not. None in place of what is no page and no new node: a node that
+    came before, or an object such as null."""
+    seen: set[int] = set()
+    stack = [iter([root])]
+    while stack:
+        node = next(stack[-1], None)
+        if node is None:
+            stack.pop()
+            continue
+        number = mupdf.pdf_to_num(node)  # 0: written inside another object
+        kids = mupdf.pdf_dict_get(node, mupdf.PDF_ENUM_NAME_Kids)
+        kind = mupdf.pdf_to_name(mupdf.pdf_dict_get(node, mupdf.PDF_ENUM_NAME_Type))
+        if kind == "Page" or not (kind == "Pages" or mupdf.pdf_is_array(kids)):
+            yield node if number or mupdf.pdf_is_dict(node) else None
+        elif number in seen:
+            yield None
+        else:
+            seen |= {number} - {0}
+            stack.append(_elements(kids))
+
+
+def _elements(array: mupdf.PdfObj) -> Iterator[mupdf.PdfObj]:
+    return (mupdf.pdf_array_get(array, place) for place in range(mupdf.pdf_array_len(array)))
 
 
 def picture_size(width: float, height: float, max_pixels: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from stages.preprocess.render import MAX_RATIO, PATCH, PageRange, flowing, open_document, picture_size, render_range
 from tests.conftest import REPOSITORY, make_pdf
+from tests.preprocess import bad_pdfs
 
 sides = st.floats(0.5, 60_000, allow_nan=False)
 budgets = st.integers(PATCH * PATCH, 4_000_000)
@@ -229,6 +230,98 @@ def test_a_header_after_other_bytes_is_a_pdf(tmp_path: Path) -> None:
     path = make_pdf(tmp_path / "a.pdf", ["x"])
     path.write_bytes(b"\n" * 100 + path.read_bytes())
     assert rendered(path, tmp_path / "out")[0]["status"] == "ok"
+
+
+def texts(path: Path) -> list[str]:
+    with open_document(path) as document:
+        return [page.get_text().strip() for page in document]
+
+
+THREE = bad_pdfs.pdf(bad_pdfs.with_pages(b"3", b"3 0 R 4 0 R 5 0 R"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        random.Random(0).randbytes(100_000) + THREE,
+        b"From: a@example.org\n\n" * 500 + THREE,
+        THREE.removeprefix(b"%PDF-1.7\n"),
+        THREE.replace(b"%PDF", b"%FDP"),
+    ],
+    ids=["after 100 kB", "after a letter", "no header", "a damaged header"],
+)
+def test_a_pdf_without_a_header_at_its_beginning_is_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.pdf").write_bytes(content)
+    assert texts(tmp_path / "a.pdf") == ["page 3", "page 4", "page 5"]
+
+
+@pytest.mark.parametrize("version", bad_pdfs.ENCRYPTION)
+@pytest.mark.parametrize(
+    "filters", [b"/StmF/Identity/StrF/Identity/EFF/StdCF", b"/StmF/Identity/EFF/StdCF", b"/EFF/StdCF"]
+)
+def test_a_document_whose_attachments_alone_are_encrypted_is_read(
+    tmp_path: Path, version: bytes, filters: bytes
+) -> None:
+    path = tmp_path / "a.pdf"
+    path.write_bytes(bad_pdfs.encrypted(filters + b"/EFF/StdCF", version))
+    assert texts(path) == ["page 3", "page 4", "page 5"]
+    assert [record["status"] for record in rendered(path, tmp_path / "out")] == ["ok"] * 3
+
+
+@pytest.mark.parametrize("version", bad_pdfs.ENCRYPTION)
+@pytest.mark.parametrize("filters", [b"/StmF/StdCF/StrF/StdCF", b"/StmF/StdCF", b"/StrF/StdCF"])
+def test_a_document_with_encrypted_pages_is_not(tmp_path: Path, version: bytes, filters: bytes) -> None:
+    (tmp_path / "a.pdf").write_bytes(bad_pdfs.encrypted(filters, version))
+    with pytest.raises(ValueError, match="encrypted: needs a password"):
+        open_document(tmp_path / "a.pdf")
+
+
+def test_an_unknown_encryption_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(bad_pdfs.encrypted(b"/StmF/StdCF/StrF/StdCF", handler=b"Adobe.PubSec"))
+    with pytest.raises(ValueError, match=r"^encrypted: unknown encryption handler: 'Adobe\.PubSec'$"):
+        open_document(tmp_path / "a.pdf")
+
+
+# -- page trees that lie ---------------------------------------------------------------------------------------------
+
+NODE = b"<</Type/Pages/Parent 2 0 R/Count %b/Kids[%b]>>"
+EVERY = b"3 0 R 4 0 R 5 0 R"
+BOMB = {30: NODE % (b"100", b"31 0 R " * 10), 31: NODE % (b"10", b"32 0 R " * 10), 32: NODE % (b"1", b"4 0 R")}
+"""A node of ten times the same node, and that again: a hundred pages out of one."""
+
+TREES: dict[str, tuple[dict[int, bytes], list[int]]] = {
+    "more than there are": (bad_pdfs.with_pages(b"100000", EVERY), [3, 4, 5]),
+    "more, and objects' numbers to match": (bad_pdfs.with_pages(b"100000", b"3 0 R", {100_001: b"<<>>"}), [3]),
+    "more than an integer holds": (bad_pdfs.with_pages(b"99999999999", EVERY), [3, 4, 5]),
+    "fewer": (bad_pdfs.with_pages(b"1", EVERY), [3, 4, 5]),
+    "none": (bad_pdfs.with_pages(b"0", EVERY), [3, 4, 5]),
+    "less than none": (bad_pdfs.with_pages(b"-3", EVERY), [3, 4, 5]),
+    "no number": (bad_pdfs.with_pages(b"null", EVERY), [3, 4, 5]),
+    "more in a node": (bad_pdfs.with_pages(b"100000", b"20 0 R 5 0 R", {20: NODE % (b"99999", b"3 0 R")}), [3, 5]),
+    "fewer in a node": (bad_pdfs.with_pages(b"2", b"20 0 R 5 0 R", {20: NODE % (b"1", b"3 0 R 4 0 R")}), [3, 4, 5]),
+    "a node in itself": (bad_pdfs.with_pages(b"3", b"2 0 R " + EVERY), [3, 4, 5]),
+    "a node in its child": (bad_pdfs.with_pages(b"2", b"3 0 R 20 0 R", {20: NODE % (b"1", b"2 0 R 4 0 R")}), [3, 4]),
+    "the same node again": (bad_pdfs.with_pages(b"102", b"3 0 R 30 0 R 5 0 R", BOMB), [3, 4, 5]),
+    "null among the pages": (bad_pdfs.with_pages(b"3", b"3 0 R null 4 0 R 5 0 R"), [3, 4, 5]),
+    "right": (bad_pdfs.with_pages(b"3", b"20 0 R 5 0 R", {20: NODE % (b"2", b"3 0 R 4 0 R")}), [3, 4, 5]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_a_document_has_the_pages_that_are_there_whatever_number_it_states(tmp_path: Path, kind: str) -> None:
+    objects, pages = TREES[kind]
+    (tmp_path / "a.pdf").write_bytes(bad_pdfs.pdf(objects))
+    assert texts(tmp_path / "a.pdf") == [f"page {page}" for page in pages]
+    with open_document(tmp_path / "a.pdf") as document:
+        assert document.page_count == len(pages), "opened again"
+
+
+def test_a_page_20000_nodes_deep_is_found(tmp_path: Path) -> None:
+    depth = 20_000
+    nodes = {100 + n: NODE % (b"1", b"%d 0 R" % (101 + n)) for n in range(depth)}
+    objects = {**bad_pdfs.with_pages(b"1", b"100 0 R"), **nodes, **bad_pdfs.text_page(100 + depth, 99)}
+    (tmp_path / "a.pdf").write_bytes(bad_pdfs.pdf(objects))
+    assert texts(tmp_path / "a.pdf") == [f"page {100 + depth}"]
 
 
 @pytest.mark.parametrize("seed", range(40))
