@@ -137,7 +137,10 @@ class Preprocess(Section):
 
     workers: int | None = Field(None, ge=1, description="Processes that render pages; null: one per CPU")
     page_timeout: float = Field(
-        60.0, gt=0, description="Seconds that a page may take to render; after that its worker process is killed"
+        60.0,
+        gt=0,
+        description="Seconds that a page may take to render, or a document to open; after that its worker process is"
+        " killed",
     )
     pages: Pages | None = Field(None, description="How pages are rendered; only for tasks that read documents")
     retrieval: Retrieval | None = Field(

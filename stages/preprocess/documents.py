@@ -1,6 +1,7 @@
 """Render many documents in parallel, page range by page range. A restart keeps finished ranges."""
 
 import hashlib
+import math
 import os
 import re
 import unicodedata
@@ -26,8 +27,8 @@ from stages.contract.files import (
 )
 from stages.contract.recipe import Preprocess
 from stages.contract.stage import Stage
-from stages.preprocess.render import PageRange, open_document, render_range
-from stages.preprocess.workers import run_in_workers
+from stages.preprocess.render import PageRange, count_pages, render_range
+from stages.preprocess.workers import TOOK_TOO_LONG, run_in_workers
 
 RANGE = 16
 """Pages that a worker renders at once. A kill costs at most these, and workers share one long document."""
@@ -85,17 +86,17 @@ def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str,
     """
     settings = stage.run.recipe.preprocess
     hashes = FileHashes(stage.path(".pages.json"))
-    ranges = list(_ranges(stage, documents))
-    stage.counts["documents"] = len({pages.document for pages in ranges})
     done: dict[PageRange, list[dict[str, Any]]] = {}
     missing: list[PageRange] = []
-    for pages in ranges:
-        records = _finished_records(stage, pages, hashes)
-        if records is None:
-            missing.append(pages)
-        else:
-            done[pages] = records
     try:
+        ranges = list(_ranges(stage, documents, hashes))
+        stage.counts["documents"] = len({pages.document for pages in ranges})
+        for pages in ranges:
+            records = _finished_records(stage, pages, hashes)
+            if records is None:
+                missing.append(pages)
+            else:
+                done[pages] = records
         _render_missing(stage, missing, done, settings)
     except RuntimeError:
         stage.stop.check()  # a stop of the whole process group breaks the workers' pool while they start
@@ -147,17 +148,63 @@ def _write_table(stage: Stage, ranges: list[PageRange]) -> None:
         writer.write_table(pa.Table.from_pylist(rows, schema=PAGE_TABLE))
 
 
-def _ranges(stage: Stage, documents: dict[str, Path]) -> Iterator[PageRange]:
+def _ranges(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -> Iterator[PageRange]:
+    """The page ranges of all documents that can be read, in order. The others go to `stage.skip`."""
+    counted = _count_pages(stage, documents, hashes)
     for name, path in documents.items():
-        try:
-            with open_document(path) as document:
-                count = document.page_count
-        except (ValueError, RuntimeError) as error:
-            stage.skip(name, "unreadable document", str(error))
-            stage.events.say(f"skipped {name}: {error}")
+        found = counted[name]
+        if "status" in found:
+            stage.skip(name, "unreadable document", found["status"])
+            stage.events.say(f"skipped {name}: {found['status']}")
             continue
-        for first in range(0, count, RANGE):
-            yield PageRange(name, path, first, min(first + RANGE, count))
+        pages = int(found["pages"])
+        if found["stated"] > pages:
+            stage.skip(name, "fewer pages than stated", f"{found['stated']} stated, {pages} found")
+        for first in range(0, pages, RANGE):
+            yield PageRange(name, path, first, min(first + RANGE, pages))
+
+
+def _count_pages(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -> dict[str, dict[str, Any]]:
+    """Each document's record of `count_pages`, by id: an earlier start's, or made now in worker processes, since a
+    damaged document may take for ever to open."""
+    settings = stage.run.recipe.preprocess
+    counted: dict[str, dict[str, Any]] = {}
+    missing: list[PageRange] = []
+    for name, path in documents.items():
+        saved = read_json(_count_file(stage, name))
+        if saved is not None and saved["key"] == _count_key(path, hashes):
+            counted[name] = saved["record"]
+        else:
+            missing.append(PageRange(name, path, 0, 1))
+        stage.stop.check()
+    workers = min(_workers(settings), math.ceil(len(missing) / RANGE))  # starting one takes as long as many counts
+    for document, (record,) in run_in_workers(
+        lambda document: (count_pages, (document.source,)),
+        missing,
+        workers,
+        settings.page_timeout,
+        stage.stop,
+        "opening",
+    ):
+        counted[document.document] = record
+        if "pages" in record:  # what failed is tried again at the next start
+            key = _count_key(document.source, hashes)
+            write_json(_count_file(stage, document.document), {"key": key, "record": record})
+        stage.events.report_progress("count pages", len(counted), len(documents), "documents")
+        stage.stop.check()
+    return counted
+
+
+def _count_file(stage: Stage, document: str) -> Path:
+    return stage.cache_file("counts", f"{picture_folder(document)}.json")
+
+
+def _count_key(document: Path, hashes: FileHashes) -> str:
+    return digest_of([hashes.file_digest(document), pymupdf.VersionBind])
+
+
+def _workers(settings: Preprocess) -> int:
+    return settings.workers or len(os.sched_getaffinity(0))
 
 
 def _range_file(stage: Stage, pages: PageRange) -> Path:
@@ -176,9 +223,14 @@ def _range_key(settings: Preprocess, pages: PageRange, hashes: FileHashes) -> st
 
 
 def _finished_records(stage: Stage, pages: PageRange, hashes: FileHashes) -> list[dict[str, Any]] | None:
-    """Records of a range that an earlier start finished; None if it did not, or if a picture is missing or changed."""
+    """Records of a range that an earlier start finished; None if it did not, if a picture is missing or changed, or if
+    a page took too long then and may now take another time."""
+    settings = stage.run.recipe.preprocess
     saved = read_json(_range_file(stage, pages))
-    if saved is None or saved["key"] != _range_key(stage.run.recipe.preprocess, pages, hashes):
+    if saved is None or saved["key"] != _range_key(settings, pages, hashes):
+        return None
+    late = any(record["status"].endswith(TOOK_TOO_LONG) for record in saved["records"])
+    if late and saved.get("page_timeout") != settings.page_timeout:
         return None
     folder = stage.path("pages", picture_folder(pages.document))
     for record in saved["records"]:
@@ -203,7 +255,7 @@ def _render_missing(
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    workers = min(settings.workers or len(os.sched_getaffinity(0)), len(missing))
+    workers = min(_workers(settings), len(missing))
     for part, records in run_in_workers(
         lambda pages: (render_range, (pages, folder(pages), look.max_pixels, look.jpeg_quality)),
         missing,
@@ -229,8 +281,9 @@ def _save_range(
     finished = sorted(records, key=lambda record: int(record["page"]))
     for record in finished:
         record |= {"document": pages.document, "image": f"{folder}/{record['page']}.jpg"}
-    key = _range_key(stage.run.recipe.preprocess, pages, hashes)
-    write_json(_range_file(stage, pages), {"key": key, "records": finished})
+    settings = stage.run.recipe.preprocess
+    saved = {"key": _range_key(settings, pages, hashes), "page_timeout": settings.page_timeout, "records": finished}
+    write_json(_range_file(stage, pages), saved)
     return _without_words(finished)
 
 

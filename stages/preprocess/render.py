@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pymupdf
 from pymupdf import mupdf
 
 from stages.contract.files import stored_name
+from stages.preprocess.watch import watch
 
 PATCH = 28
 """Pixels. Models of the Qwen2-VL family take sides that are multiples of this (14-pixel patches merged 2 x 2)."""
@@ -43,11 +45,30 @@ class PageRange:
         """The same pages, one by one."""
         return [PageRange(self.document, self.source, i, i + 1) for i in range(self.first, self.last)]
 
+    def split_at(self, index: int) -> tuple["PageRange", "PageRange", "PageRange"]:
+        """The pages before page `index`, that page, and the pages after it."""
+        ends = (self.first, index, index + 1, self.last)
+        before, page, after = (PageRange(self.document, self.source, *pair) for pair in pairwise(ends))
+        return before, page, after
+
 
 def open_document(source: Path) -> pymupdf.Document:
     """Open a PDF. Raises ValueError with a short reason for a file that cannot be read as one."""
     document, _ = _open(source)
+    watch.restart()
     return document
+
+
+def count_pages(source: Path) -> list[dict[str, Any]]:
+    """Count a document's pages. Returns one record with their number `pages` and the number `stated` in the document,
+    or with the `status` of a file that cannot be read."""
+    watch.restart()
+    try:
+        document, stated = _open(source)
+    except ValueError as error:
+        return [{"status": str(error)}]
+    with document:
+        return [{"pages": document.page_count, "stated": stated}]
 
 
 def _open(source: Path) -> tuple[pymupdf.Document, int]:
@@ -187,6 +208,7 @@ def render_range(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: 
     records = []
     with open_document(pages.source) as document:
         for index in range(pages.first, pages.last):
+            watch.at_page(index)
             try:
                 record = _render_one(document[index], folder / f"{index + 1}.jpg", max_pixels, jpeg_quality)
             except (OSError, MemoryError):  # not the page's fault

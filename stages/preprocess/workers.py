@@ -2,17 +2,23 @@
 
 import multiprocessing
 import os
+import signal
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
+from collections.abc import Callable, Iterator, MutableSequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
 from stages.contract.stop import StopRequest, die_with_parent
 from stages.preprocess.render import PageRange
+from stages.preprocess.watch import OPENING, watch
 
 Records = list[dict[str, Any]]
+
+TOOK_TOO_LONG = "took too long"
+"""End of the status of a page whose time ran out."""
 
 
 def run_in_workers(
@@ -21,39 +27,61 @@ def run_in_workers(
     workers: int,
     page_timeout: float,
     stop: StopRequest,
+    unit: str = "page",
 ) -> Iterator[tuple[PageRange, Records]]:
     """Process page ranges in `workers` processes. Yields each range with its records as soon as it is done.
 
-    `call` returns the function and arguments for a range. If a worker crashes or takes longer than `page_timeout`
-    seconds per page, the range is tried again page by page; the page at fault yields one record, whose `status` says
-    so. Only a few ranges per worker are submitted at a time, so the cost per range does not grow with their number.
+    `call` returns the function and arguments for a range. If a worker crashes, or takes longer than `page_timeout`
+    seconds for a page, that page yields one record, whose `status` begins with `unit` and says so, and the rest of its
+    range is tried again. If the worker did not say which page it was at (`Watch.at_page`), all pages are, one by one.
+    Only a few ranges per worker are submitted at a time, so the cost per range does not grow with their number.
     """
     if not ranges:
         return
-    todo, flying = deque(ranges), dict[Future[Records], PageRange]()
+    todo, flying = deque(ranges), dict[Future[Records], tuple[PageRange, int]]()
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPool(workers, initializer=die_with_parent, initargs=(os.getpid(),), context=context)
+    free = list(range(4 * workers))
+    board = RawArray("i", len(free))
+    pool = ProcessPool(workers, initializer=_begin_worker, initargs=(os.getpid(), board), context=context)
     try:
         while todo or flying:
-            while todo and len(flying) < 4 * workers:
-                pages = todo.popleft()
-                function, arguments = call(pages)
-                flying[pool.schedule(function, args=arguments, timeout=page_timeout * len(pages))] = pages
+            while todo and free:
+                pages, slot = todo.popleft(), free.pop()
+                board[slot] = OPENING
+                flying[pool.schedule(_work, args=(slot, page_timeout, *call(pages)))] = pages, slot
             done = wait(flying, timeout=1, return_when=FIRST_COMPLETED).done
             if not done:
                 # a worker that a stop ends while it holds the pool's lock keeps the others waiting for a minute
                 stop.check()
             for future in done:
-                pages = flying.pop(future)
+                pages, slot = flying.pop(future)
+                free.append(slot)
                 try:
                     yield pages, future.result()
-                except (ProcessExpired, TimeoutError) as error:
+                except ProcessExpired as error:
                     stop.check()  # a stop of the whole process group ends the workers, too; not the page's fault
-                    if len(pages) > 1:
+                    at = pages.first if len(pages) == 1 else board[slot]
+                    if at == OPENING:
                         todo.extend(pages.pages())
-                    else:
-                        what = "took too long" if isinstance(error, TimeoutError) else "crashed its worker"
-                        yield pages, [{"page": pages.first + 1, "status": f"page {what}"}]
+                        continue
+                    fault = TOOK_TOO_LONG if error.exitcode == -signal.SIGALRM else "crashed its worker"
+                    before, page, after = pages.split_at(at)
+                    todo.extend(part for part in (before, after) if len(part))
+                    yield page, [{"page": at + 1, "status": f"{unit} {fault}"}]
     finally:
         pool.stop()
         pool.join()
+
+
+def _begin_worker(parent: int, board: MutableSequence[int]) -> None:
+    die_with_parent(parent)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool's handler does not run inside a library's C code
+    watch.share(board)
+
+
+def _work(slot: int, page_timeout: float, function: Callable[..., Records], arguments: tuple[Any, ...]) -> Records:
+    watch.begin(slot, page_timeout)
+    try:
+        return function(*arguments)
+    finally:
+        watch.end()

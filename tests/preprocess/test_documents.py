@@ -5,6 +5,8 @@ import os
 import random
 import resource
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from stages.contract.stage import Stage
 from stages.preprocess import documents as documents_module
 from stages.preprocess.documents import RANGE, document_ids, picture_folder, render_documents
 from tests.conftest import make_pdf
-from tests.preprocess import bad_workers
+from tests.preprocess import bad_pdfs, bad_workers
 
 NewStage = Callable[..., Stage]
 
@@ -171,6 +173,24 @@ def test_the_table_has_the_rows_of_the_records(new_stage: NewStage, folder: Path
     assert stage.outputs == {"pages/": None, "pages.parquet": 2}
 
 
+@pytest.mark.parametrize(
+    ("tree", "found", "skipped"),
+    [
+        (bad_pdfs.with_pages(b"100000", b"3 0 R", {100_001: b"<<>>"}), 1, ["100000 stated, 1 found"]),
+        (bad_pdfs.with_pages(b"3", b"3 0 R 5 0 R"), 2, ["3 stated, 2 found"]),
+        (bad_pdfs.with_pages(b"1", b"3 0 R 4 0 R 5 0 R"), 3, []),
+    ],
+)
+def test_pages_that_are_not_there_are_one_line(
+    new_stage: NewStage, folder: Path, tree: dict[int, bytes], found: int, skipped: list[str]
+) -> None:
+    (folder / "a.pdf").write_bytes(bad_pdfs.pdf(tree))
+    stage = new_stage()
+    assert len(render(stage, folder)) == stage.counts["pages"] == found
+    assert [entry["detail"] for entry in stage.skipped] == skipped
+    assert stage.counts["failed pages"] == 0
+
+
 # -- a long document -----------------------------------------------------------------------------------------------
 
 
@@ -224,6 +244,61 @@ def test_a_page_that_kills_its_worker_costs_that_page(
     assert stage.counts["failed pages"] == 1
 
 
+def test_hanging_pages_cost_their_own_limits_and_no_other_page(new_stage: NewStage, folder: Path) -> None:
+    """Each costs its limit once, not once for every page of its range."""
+    hanging, pages, limit = {1, 7, 8, 16}, RANGE + 4, 4.0
+    (folder / "bad.pdf").write_bytes(bad_pdfs.with_hanging_pages(pages, hanging))
+    stage = new_stage(f"preprocess.page_timeout={limit}", "preprocess.workers=1")
+    began = time.monotonic()
+    found = render(stage, folder)
+    took = time.monotonic() - began
+    assert [page["page"] for page in found] == [page for page in range(1, pages + 1) if page not in hanging]
+    assert reasons(stage) == {f"bad.pdf page {page}": "unreadable page: page took too long" for page in hanging}
+    assert took >= len(hanging) * limit
+    assert took < RANGE * limit, "the range's whole time was not waited for even once"
+
+
+def test_a_page_that_took_too_long_gets_another_limit(
+    new_stage: NewStage, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pdf(folder / "bad.pdf", ["one", "two"])
+    monkeypatch.setattr(documents_module, "render_range", bad_workers.hang_on_page_2)
+    first = new_stage("preprocess.page_timeout=3")
+    assert [page["page"] for page in render(first, folder)] == [1]
+    monkeypatch.undo()
+    assert [page["page"] for page in render(new_stage("preprocess.page_timeout=3"), folder)] == [1], "as before"
+    assert [page["page"] for page in render(new_stage("preprocess.page_timeout=60"), folder)] == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def slow_pdf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slow") / "slow.pdf"
+    path.write_bytes(bad_pdfs.slow_to_open(800_000))
+    return path
+
+
+def test_a_document_that_takes_too_long_to_open_costs_that_document(
+    new_stage: NewStage, folder: Path, slow_pdf: Path
+) -> None:
+    (folder / "a.pdf").symlink_to(slow_pdf)
+    make_pdf(folder / "b.pdf", ["one"])
+    stage = new_stage("preprocess.page_timeout=3")
+    assert [page["document"] for page in render(stage, folder)] == ["b.pdf"]
+    assert reasons(stage) == {"a.pdf": "unreadable document: opening took too long"}
+
+
+def test_a_stop_is_heard_while_a_document_is_opened(new_stage: NewStage, folder: Path, slow_pdf: Path) -> None:
+    (folder / "a.pdf").symlink_to(slow_pdf)
+    stage = new_stage("preprocess.page_timeout=3600")
+    timer = threading.Timer(3, lambda: setattr(stage.stop, "signal", signal.SIGTERM))
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(InterruptedRunError):
+        render(stage, folder)
+    timer.cancel()
+    assert time.monotonic() - began < 30, "opening takes two minutes"
+
+
 def test_a_worker_ended_by_a_stop_of_the_whole_group_does_not_make_its_page_bad(
     new_stage: NewStage, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,13 +316,20 @@ def test_a_worker_ended_by_a_stop_of_the_whole_group_does_not_make_its_page_bad(
 # -- restarts ------------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_keeps_what_is_finished(new_stage: NewStage, folder: Path) -> None:
+def test_a_stop_keeps_what_is_finished(new_stage: NewStage, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_pdf(folder / "a.pdf", [f"page {n}" for n in range(3 * RANGE)])
     stopped = new_stage("preprocess.workers=1")
-    stopped.stop.signal = signal.SIGTERM
+    save = documents_module._save_range
+
+    def save_and_stop(*arguments: Any) -> list[dict[str, Any]]:
+        stopped.stop.signal = signal.SIGTERM
+        return save(*arguments)
+
+    monkeypatch.setattr(documents_module, "_save_range", save_and_stop)
     with pytest.raises(InterruptedRunError):
         render(stopped, folder)
-    finished = json.loads(next(stopped.path("cache").rglob("*.json")).read_text())["records"]
+    monkeypatch.undo()
+    finished = json.loads(next(stopped.path("cache", "pages").rglob("*.json")).read_text())["records"]
     before = pictures(stopped)
     stage = new_stage()
     assert len(render(stage, folder)) == 3 * RANGE
@@ -281,6 +363,19 @@ def test_an_unchanged_start_renders_nothing_and_writes_the_same_table(new_stage:
     assert second.path("pages.parquet").read_bytes() == table
     assert second.skipped == first.skipped, "skipped pages are listed again"
     assert second.counts == first.counts
+
+
+def test_an_unchanged_start_opens_no_document(
+    new_stage: NewStage, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pdf(folder / "a.pdf", ["one"])
+    render(new_stage(), folder)
+    opened: list[object] = []
+    real_open = pymupdf.open
+    monkeypatch.setattr(pymupdf, "open", lambda path, **options: opened.append(path) or real_open(path, **options))
+    monkeypatch.setattr(documents_module, "run_in_workers", lambda _, ranges, *others: opened.extend(ranges) or [])
+    assert [page["text"] for page in render(new_stage(), folder)] == ["one"]
+    assert opened == []
 
 
 def test_a_removed_document_leaves_no_picture(new_stage: NewStage, folder: Path) -> None:

@@ -1,0 +1,49 @@
+"""What a worker process is doing, for its parent, and the time limit on it.
+
+The kernel keeps the time: its alarm kills the process even inside a library's C code, where no Python code runs.
+"""
+
+import signal
+from collections.abc import MutableSequence
+
+OPENING = -1
+"""On the board: the worker opens a document."""
+
+
+class Watch:
+    """The clock of this process. It limits nothing outside a worker."""
+
+    def __init__(self) -> None:
+        self._board: MutableSequence[int] = [OPENING]
+        self._slot = 0
+        self._seconds = 0.0
+
+    def share(self, board: MutableSequence[int]) -> None:
+        """Use a board that the parent can read: one slot per piece of work, with the 0-based page it is at."""
+        self._board = board
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent may ignore it, and a child inherits that
+
+    def begin(self, slot: int, seconds: float) -> None:
+        """Begin a piece of work whose pages may take `seconds` each. Opening its document may take twice as long:
+        another worker has opened it within `seconds` to count its pages."""
+        self._slot, self._seconds = slot, seconds
+        self._board[slot] = OPENING
+        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
+
+    def restart(self) -> None:
+        """Give what comes next the full time."""
+        if self._seconds:
+            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+
+    def at_page(self, index: int) -> None:
+        """Say that page `index` (0-based) comes next, and give it the full time."""
+        self._board[self._slot] = index
+        self.restart()
+
+    def end(self) -> None:
+        """End a piece of work: nothing is limited until the next."""
+        self._seconds = 0.0
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+watch = Watch()
