@@ -33,11 +33,14 @@ WIDE = 0.3
 LEAST = 0.02
 """Smallest share of the page's height and width for a drawing; less is a ruled line or a speck of a scan."""
 
+SPECKS = 0.3
+"""Share of the rows between two lines of a list that may have ink: an underline, or specks of a scan."""
+
 RULE = 0.08
 """Smallest share of the page's width for a rule of a table."""
 
 THICK = 0.01
-"""Largest share of the page's height for a rule; more is a filled area."""
+"""Largest share of the page's height for a rule; more is a filled area, whose edges are rules."""
 
 _LIST = re.compile(
     r"(?:list|table|index) of (?:figures|illustrations|drawings)|figures|illustrations"
@@ -49,6 +52,9 @@ _LIST = re.compile(
 
 _LEADER = re.compile(r"(?:[.\u2026\u00b7\u2025]\s?){3,}\s*\d*$")
 """Dots that lead to a page number."""
+
+_TABLE = re.compile(r"(?:table|tab\.|附?表)\s*[\divxlc]+", re.IGNORECASE)
+"""Begins the caption of a table."""
 
 _PART = re.compile(r"\(?[a-z]\)(?:\s|$)")
 """Begins the label of a part of a figure, such as `(a) Front view`."""
@@ -159,8 +165,10 @@ def figure_box(words: Iterable[Sequence[Any]], figure: str, ink: Ink) -> tuple[f
     prose = [
         line.box
         for line in lines
-        if line.box not in marks and not _PART.match(line.text) and _is_prose(line.box, drawn)
-    ] + tables
+        if line.box not in marks
+        and not _PART.match(line.text)
+        and (_TABLE.match(line.text) or _is_prose(line.box, drawn))
+    ] + [table for table in tables if _is_prose(table, drawn)]
     others = [line.box for line in lines if line.box not in prose]
     solid = _with_numbers(drawn, [box for box in others if box not in marks])
     below = _labels_are_below(marks, drawn)
@@ -237,6 +245,9 @@ def _listed(lines: list[Line], page: Box, ink: Ink) -> list[Line]:
         above = [one for one, other in named if _number(other) != _number(figure) and _is_next(one, line, drawn)]
         if above or any(_is_next(one, line, drawn) for one in [*headings, *listed]):
             listed += [line, *above]
+    for line, _ in reversed(named):
+        if any(_is_next(line, one, drawn) for one in listed):
+            listed.append(line)
     return listed
 
 
@@ -246,7 +257,10 @@ def _is_next(upper: Line, lower: Line, drawn: Ink) -> bool:
     apart = lower.box.y0 - upper.box.y1
     between = Box(min(upper.box.x0, lower.box.x0), upper.box.y1, max(upper.box.x1, lower.box.x1), lower.box.y0)
     aligned = abs(upper.box.x0 - lower.box.x0) < 3 * height or bool(_LIST.match(upper.text))
-    return -height < apart < 4 * height and lower.box.y0 > upper.box.y0 and aligned and not between.crop(drawn).any()
+    if not (-height < apart < 4 * height and lower.box.y0 > upper.box.y0 and aligned):
+        return False
+    inked = between.crop(drawn).any(axis=1)
+    return not len(inked) or bool(inked.mean() < SPECKS)
 
 
 def _has_page_number(line: Line, lines: list[Line], drawn: Ink) -> bool:
@@ -344,7 +358,7 @@ def _tables(words: Iterable[Sequence[Any]], ink: Ink) -> list[Box]:
 
 
 def _rules(ink: Ink) -> list[Box]:
-    """Horizontal rules, from the top down."""
+    """Horizontal rules, from the top down, and the upper and lower edges of filled areas."""
     height, width = ink.shape
     edges = np.diff(np.pad(ink.astype(np.int8), ((0, 0), (1, 1))), axis=1)
     (rows, starts), stops = np.nonzero(edges == 1), np.nonzero(edges == -1)[1]
@@ -356,7 +370,14 @@ def _rules(ink: Ink) -> list[Box]:
             found.append(Box(start, row, stop, row + 1))
         else:
             found[above] = found[above]._replace(y1=row + 1)
-    return [rule for rule in found if rule.y1 - rule.y0 <= max(THICK * height, 3)]
+    thick = max(THICK * height, 3)
+    return [
+        edge
+        for rule in found
+        for edge in (
+            [rule] if rule.y1 - rule.y0 <= thick else [rule._replace(y1=rule.y0 + 1), rule._replace(y0=rule.y1 - 1)]
+        )
+    ]
 
 
 def _is_below(rule: Box, row: int, start: int, stop: int) -> bool:
@@ -370,6 +391,7 @@ def _cell_rows(upper: Box, lower: Box, words: list[Box], ink: Ink) -> int | None
     if y1 - y0 < 3:
         return 0
     rest = Box(x0, y0, x1, y1).crop(ink).copy()
+    rest[rest.mean(axis=1) > 0.9] = False  # rows with a filled background
     upright = np.flatnonzero(rest.mean(axis=0) > 0.9)
     for column in upright.tolist():
         rest[:, max(column - 1, 0) : column + 2] = False

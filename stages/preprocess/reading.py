@@ -500,7 +500,7 @@ class _Layout:
         if not len(fewer):
             return False
         aligned = (np.abs(fewer[:, None] - more[None]).min(axis=1) < 0.2 * self.height).mean()
-        if aligned < 0.75:  # no rows of one table
+        if aligned < 0.75 or any(map(self._is_strewn, sides)):  # no rows of one table
             return len(fewer) > 2 and max(words) >= PROSE and any(full)
         if min(words) < PROSE or numeric:
             return False
@@ -509,6 +509,12 @@ class _Layout:
             return False
         tight = len(fewer) > 1 and np.median(np.diff(fewer)) < 1.4 * self.height
         return all(full) or bool(min(words) >= 4 and tight)
+
+    def _is_strewn(self, side: _Side) -> bool:
+        """Whether the rows begin and end anywhere, as a drawing's labels do. Those of a table or column do not."""
+        near = 0.3 * self.height
+        shares = [(np.abs(ends[:, None] - ends[None]) < near).mean(axis=1).max() for ends in (side.start, side.end)]
+        return len(side.start) > 3 and max(shares) < 0.5
 
     def _side(self, members: Places) -> _Side:
         rows = _row_starts(self.middle[members], 0.5 * self.height)

@@ -289,15 +289,16 @@ def test_a_list_of_figures_without_drawings_has_none() -> None:
 
 # -- tables and lists of figures -----------------------------------------------------------------------------------
 
-Style = Literal["grid", "three rules", "rows ruled"]
+Style = Literal["grid", "three rules", "rows ruled", "filled rows"]
 
 
 def draw_table(page: Page, box: Rectangle, style: Style, rows: int = 8, columns: int = 4) -> Page:
     """A ruled table with a short text in each cell."""
     x0, y0, x1, y1 = box
     high, wide = (y1 - y0) / rows, (x1 - x0) / columns
-    ruled = {"grid": range(rows + 1), "rows ruled": range(rows + 1), "three rules": (0, 1, rows)}[style]
-    for row in ruled:
+    for row in range(0, rows if style == "filled rows" else 0, 2):
+        page.page.draw_rect((x0, y0 + row * high, x1, y0 + (row + 1) * high), color=None, fill=(0.8, 0.8, 0.8))
+    for row in range(rows + 1) if style in ("grid", "rows ruled") else (0, 1, rows):
         page.page.draw_line((x0, y0 + row * high), (x1, y0 + row * high), width=0.7)
     for column in range(columns + 1 if style == "grid" else 0):
         page.page.draw_line((x0 + column * wide, y0), (x0 + column * wide, y1), width=0.7)
@@ -332,6 +333,23 @@ def test_a_table_above_a_figure_is_not_part_of_it(style: Style) -> None:
 def test_a_caption_with_only_a_table_near_it_has_no_figure(style: Style) -> None:
     page = draw_table(Page().write(297, 80, "Figure 4. Sectional view, continued"), (80, 120, 515, 400), style)
     assert page.box("4") is None
+
+
+def test_a_table_beside_a_figure_is_not_part_of_it() -> None:
+    own = (60, 90, 300, 320)
+    page = draw_table(Page().draw(own).write(180, 345, "Figure 1. View"), (340, 90, 540, 320), "grid", columns=2)
+    assert holds(page.box("1"), own)
+    assert apart(page.box("1"), (341, 90, 540, 320))
+
+
+def test_grid_lines_of_a_chart_are_no_table() -> None:
+    page = Page()
+    for y in range(100, 301, 40):
+        page.page.draw_line((120, y), (480, y), width=0.3)
+        page.write(105, y + 4, str(y), 8)
+    page.page.draw_bezier((120, 290), (200, 100), (300, 300), (480, 120))
+    page.write(300, 320, "Time (s)", 9).write(300, 345, "Figure 1. Speed over time")
+    assert holds(page.box("1"), (120, 100, 480, 300))
 
 
 def test_two_figures_and_a_table_between_them() -> None:
