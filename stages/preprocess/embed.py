@@ -91,7 +91,8 @@ class Embedder:
         A batch has passages or pictures of one document and of similar size, so that a shard of the documents makes
         the same bytes as a run without shards.
         """
-        self._embed([piece for _, pieces in self._pieces_by_document(pages) for piece, _ in pieces], "pages")
+        what = "pages" if self._settings.takes_pictures else "passages"
+        self._embed([piece for _, pieces in self._pieces_by_document(pages) for piece, _ in pieces], what)
 
     def write_pages(self, pages: Sequence[Mapping[str, Any]], path: Path) -> Vectors:
         """Write the vectors of embedded pages: a row for each passage, in the order of the pages. Returns them mapped
@@ -108,7 +109,7 @@ class Embedder:
         if longer:
             self._stage.counts["questions embedded without their end"] = longer
             self._stage.events.say(
-                f"{longer} questions have more than {self._window.tokens} tokens; the embedder reads their beginning"
+                f"questions of more than {self._window.tokens} tokens: {longer}; the embedder reads only their beginning"
             )
         grouped = [self._pieces([(text, text) for text in chunk], are_pictures=False) for chunk in chunks]
         self._embed([piece for pieces in grouped for piece, _ in pieces], "questions")

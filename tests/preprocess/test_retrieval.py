@@ -120,7 +120,7 @@ def test_a_question_longer_than_the_window_is_counted(
 ) -> None:
     stage, _ = search({"0.pdf": documents["0.pdf"]}, [QUESTIONS[0], FILLER * 10])
     assert stage.counts["questions embedded without their end"] == 1
-    assert "1 questions have more than 254 tokens; the embedder reads their beginning" in capfd.readouterr().err
+    assert "questions of more than 254 tokens: 1; the embedder reads only their beginning" in capfd.readouterr().err
 
 
 def test_a_restart_that_finds_all_passages_makes_the_same_vectors(
