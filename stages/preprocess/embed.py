@@ -109,7 +109,8 @@ class Embedder:
         if longer:
             self._stage.counts["questions embedded without their end"] = longer
             self._stage.events.say(
-                f"questions of more than {self._window.tokens} tokens: {longer}; the embedder reads only their beginning"
+                f"questions of more than {self._window.tokens} tokens: {longer};"
+                " the embedder reads only their beginning"
             )
         grouped = [self._pieces([(text, text) for text in chunk], are_pictures=False) for chunk in chunks]
         self._embed([piece for pieces in grouped for piece, _ in pieces], "questions")

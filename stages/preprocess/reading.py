@@ -501,7 +501,9 @@ class _Layout:
             return False
         aligned = (np.abs(fewer[:, None] - more[None]).min(axis=1) < 0.2 * self.height).mean()
         if aligned < 0.75 or any(map(self._is_strewn, sides)):  # no rows of one table
-            return len(fewer) > 2 and max(words) >= PROSE and any(full)
+            typical_words = [float(np.median(side.words)) for side in sides]
+            prose = [many >= (PROSE if is_full else 4) for many, is_full in zip(typical_words, full, strict=True)]
+            return len(fewer) > 2 and any(prose)
         if min(words) < PROSE or numeric:
             return False
         typical = float(np.median(np.concatenate([side.gap for side in sides])))
