@@ -259,8 +259,8 @@ def _is_next(upper: Line, lower: Line, drawn: Ink) -> bool:
     aligned = abs(upper.box.x0 - lower.box.x0) < 3 * height or bool(_LIST.match(upper.text))
     if not (-height < apart < 4 * height and lower.box.y0 > upper.box.y0 and aligned):
         return False
-    inked = between.crop(drawn).any(axis=1)
-    return not len(inked) or bool(inked.mean() < SPECKS)
+    inked = np.any(between.crop(drawn), axis=1).tolist()
+    return sum(inked) <= SPECKS * len(inked)
 
 
 def _has_page_number(line: Line, lines: list[Line], drawn: Ink) -> bool:

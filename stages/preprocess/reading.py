@@ -314,7 +314,7 @@ def _line_numbers(boxes: Boxes, texts: Sequence[str], height: float) -> list[int
     found = []
     for column in columns:
         run = _counted_run(sorted(column, key=lambda place: boxes[place, 1]), boxes, texts, height)
-        if run and _stand_alone(run, boxes, texts, height):
+        if run and _stand_alone(run, boxes, height):
             found += run
     return found
 
@@ -332,33 +332,31 @@ def _counted_run(column: list[int], boxes: Boxes, texts: Sequence[str], height: 
     if not 0.7 * height < line < 4 * height:
         return []
     alike = np.abs(lines - line) < 0.15 * line
-    begun = np.flatnonzero(np.diff(np.r_[False, alike, False].astype(np.int8)) == 1)
-    ended = np.flatnonzero(np.diff(np.r_[False, alike, False].astype(np.int8)) == -1)
-    if not len(begun):
+    runs = np.flatnonzero(np.diff(np.r_[False, alike, False].astype(np.int8))).reshape(-1, 2).tolist()
+    begun, ended = max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
+    if begun == ended:
         return []
-    longest = int((ended - begun).argmax())
-    run = column[begun[longest] : ended[longest] + 1]
-    values = values[begun[longest] : ended[longest] + 1]
+    run, values = column[begun : ended + 1], values[begun : ended + 1]
     step = int(np.gcd.reduce(np.diff(values)))
     return run if len(run) >= (5 if step == 1 else 3) and not (values % step).any() and step <= 10 else []
 
 
-def _stand_alone(run: list[int], boxes: Boxes, texts: Sequence[str], height: float) -> bool:
+def _stand_alone(run: list[int], boxes: Boxes, height: float) -> bool:
     """Whether numbers have a column of their own beside full lines of text; numbers of a table or list do not."""
     (left, top), (right, bottom) = boxes[run, :2].min(axis=0), boxes[run, 2:].max(axis=0)
     others = np.delete(boxes, run, axis=0)
     beside = others[(others[:, 3] > top) & (others[:, 1] < bottom)]
     if not len(beside) or ((beside[:, 0] < right) & (beside[:, 2] > left)).any():
         return False
-    covered = 0
     for one in beside[beside[:, 0] >= right], beside[beside[:, 2] <= left]:
         if len(one):
             lines = np.round((one[:, 1] + one[:, 3]) / 2 / (0.6 * height)).astype(int)
             inked = np.bincount(lines - lines.min(), weights=one[:, 2] - one[:, 0])
             inked = inked[inked > 0]
             is_full = inked > FULL * (one[:, 2].max() - one[:, 0].min())
-            covered += is_full.mean() > 0.5 and np.median(inked) > LONG * height
-    return covered > 0
+            if is_full.mean() > 0.5 and np.median(inked) > LONG * height:
+                return True
+    return False
 
 
 def _segments(boxes: Boxes, texts: Sequence[str], places: Places, height: float) -> list[list[int]]:
@@ -369,27 +367,31 @@ def _segments(boxes: Boxes, texts: Sequence[str], places: Places, height: float)
     open_by_band: dict[int, list[list[int]]] = defaultdict(list)
     found: list[list[int]] = []
     for place in places[np.argsort(boxes[places, 0], kind="stable")].tolist():
-        middle, size = (tops[place] + bottoms[place]) / 2, bottoms[place] - tops[place]
+        left, middle, size = lefts[place], (tops[place] + bottoms[place]) / 2, bottoms[place] - tops[place]
         band = int(middle // height)
-        best: tuple[float, list[int], int] | None = None
+        best: list[int] | None = None
+        best_apart, best_band = math.inf, band
         for near in (band - 1, band, band + 1):
-            for segment in open_by_band[near]:
+            segments = open_by_band.get(near)
+            if not segments:
+                continue
+            for segment in segments:
                 last = segment[-1]
-                apart = abs((tops[last] + bottoms[last]) / 2 - middle)
+                gap = left - rights[last]
                 own = min(bottoms[last] - tops[last], size)
-                gap = lefts[place] - rights[last]
                 most = MARK_GAP if len(segment) == 1 and is_mark[last] else GAP
-                fits = apart < 0.5 * own and -own < gap < most * max(own, 0.5 * height)
-                if fits and (best is None or apart < best[0]):
-                    best = (apart, segment, near)
+                apart = abs((tops[last] + bottoms[last]) / 2 - middle)
+                if -own < gap < most * max(own, 0.5 * height) and apart < min(0.5 * own, best_apart):
+                    best, best_apart, best_band = segment, apart, near
+            if rights[segments[0][-1]] < left - 20 * height:  # too far to the left for all that follow
+                del segments[0]
         if best is None:
-            segment = [place]
-            found.append(segment)
+            best = [place]
+            found.append(best)
         else:
-            segment = best[1]
-            open_by_band[best[2]].remove(segment)
-            segment.append(place)
-        open_by_band[band].append(segment)
+            open_by_band[best_band].remove(best)
+            best.append(place)
+        open_by_band[band].append(best)
     return found
 
 
