@@ -487,7 +487,8 @@ def _cuts_across(marks: list[Box], ink: Ink, part: Box, below: bool) -> Iterator
 
 
 def _cuts_down(marks: list[Box], ink: Ink, part: Box) -> Iterator[tuple[int, int, int]]:
-    """Cuts between labels side by side, in the gap nearest to the middle: (ink crossed, 1, column)."""
+    """Cuts between labels side by side: (ink crossed, 1, column). Each is in the widest gap; of gaps about as wide, in
+    the one nearest to the middle. A figure's parts are closer to each other than figures are."""
     for left, right in pairwise(sorted(marks, key=lambda mark: mark.x1)):
         end = min(mark.x0 for mark in marks if mark.x1 >= right.x1)
         if left.x1 > end:
@@ -496,7 +497,8 @@ def _cuts_down(marks: list[Box], ink: Ink, part: Box) -> Iterator[tuple[int, int
         free = np.flatnonzero(crossed == crossed.min()) + left.x1
         gaps = np.split(free, np.flatnonzero(np.diff(free) > 1) + 1)
         middle = (left.x0 + left.x1 + right.x0 + right.x1) / 4
-        nearest = min(gaps, key=lambda gap: np.abs(gap - middle).min())
+        widest = max(map(len, gaps))
+        nearest = min((gap for gap in gaps if len(gap) > 0.8 * widest), key=lambda gap: np.abs(gap - middle).min())
         yield int(crossed.min()), 1, int(nearest[len(nearest) // 2])
 
 

@@ -419,6 +419,35 @@ def test_parts_beside_each_other_are_one_figure(label: str, count: int) -> None:
     assert apart(page.box("3"), GRID[0])
 
 
+@pytest.mark.parametrize("place", ["below in the middle", "below at the left", "above at the left"])
+def test_parts_stay_together_beside_another_figure(place: str) -> None:
+    parts, other = [(40, 100, 160, 250), (190, 100, 310, 250)], (360, 100, 560, 250)
+    page = Page().draw(other)
+    for letter, box in zip("ab", parts, strict=True):
+        page.draw(box).write((box[0] + box[2]) / 2, box[3] + 16, f"({letter})", 9)
+    base = 85 if place.startswith("above") else 295
+    for number, left, middle in ((1, 40, 175), (2, 360, 460)):
+        if place.endswith("middle"):
+            page.write(middle, base, f"Fig. {number}")
+        else:
+            page.write_left(left, base, f"Fig. {number}")
+    assert all(holds(page.box("1"), box) for box in parts)
+    assert apart(page.box("1"), other)
+    assert holds(page.box("2"), other)
+    assert apart(page.box("2"), parts[1])
+
+
+def test_parts_in_a_column_beside_text_are_one_figure() -> None:
+    page, parts = Page(), [(x, y, x + 100, y + 90) for y in (80, 210) for x in (55, 175)]
+    for base in range(60, 780, 12):
+        page.write_left(310, base, "the lever turns on its pin when the pedal is pressed"[:46], 9.5)
+    for letter, box in zip("abcd", parts, strict=True):
+        page.draw(box).write((box[0] + box[2]) / 2, box[3] + 14, f"({letter})", 9)
+    found = page.write(165, 340, "Fig. 3. Views of it", 9).box("3")
+    assert all(holds(found, box) for box in parts)
+    assert apart(found, (310, 50, 560, 780))
+
+
 def test_a_part_with_its_own_label_is_cropped_alone_also_below_a_common_caption() -> None:
     page = Page()
     for letter, box in zip("ab", GRID, strict=False):
