@@ -260,7 +260,7 @@ def _is_next(upper: Line, lower: Line, drawn: Ink) -> bool:
     if not (-height < apart < 4 * height and lower.box.y0 > upper.box.y0 and aligned):
         return False
     inked = np.any(between.crop(drawn), axis=1).tolist()
-    return sum(inked) <= SPECKS * len(inked)
+    return bool(sum(inked) <= SPECKS * len(inked))
 
 
 def _has_page_number(line: Line, lines: list[Line], drawn: Ink) -> bool:
