@@ -105,27 +105,26 @@ class Direction(NamedTuple):
     """How far the line then falls, as a share of its length."""
 
 
-def read_page(page: pymupdf.Page) -> PageText:
-    """The text of a page and its words."""
-    textpage = page.get_textpage(flags=FLAGS)
-    found = page.get_text("words", textpage=textpage)
+def read_page(page: pymupdf.Page, content: pymupdf.DisplayList | None = None) -> PageText:
+    """The text of a page and its words. `content` is the page's, for a caller that draws it, too."""
+    # a display list has the page as it is shown: rotated, and in points
+    textpage = pymupdf.TextPage((content or page.get_displaylist()).get_textpage(FLAGS))
+    found = textpage.extractWORDS()
     if not found:
         return PageText("", [])
-    directions = _directions(page, textpage)
-    turns = (page.rotation // 90) % 4
-    width, height = textpage.rect.width, textpage.rect.height
-    shown = (height, width) if turns % 2 else (width, height)
-    reversed_rtl = any(_RTL.search(entry[4]) for entry in found) and _is_visual_order(page, textpage)
+    directions = _directions(textpage)
+    left, top = textpage.rect.tl
+    shown = textpage.rect.width, textpage.rect.height
+    reversed_rtl = any(_RTL.search(entry[4]) for entry in found) and _is_visual_order(textpage)
     groups: dict[int, list[Word]] = defaultdict(list)
     slopes: dict[int, list[float]] = defaultdict(list)
     for x0, y0, x1, y1, text, block, line, _ in found:
-        box = _turned((x0 / width, y0 / height, x1 / width, y1 / height), turns)
-        word = Word(*box, _plain(text, reversed_rtl))
-        if word.text:
+        plain = _plain(text, reversed_rtl)
+        if plain:
             turn, slope = directions.get((block, line), UPRIGHT)
-            key = (turn + turns) % 4 if turn >= 0 else turn
-            groups[key].append(word)
-            slopes[key].append(slope)
+            box = (x0 - left) / shown[0], (y0 - top) / shown[1], (x1 - left) / shown[0], (y1 - top) / shown[1]
+            groups[turn].append(Word(*box, plain))
+            slopes[turn].append(slope)
     texts, words = [], []
     for turn in sorted(groups, key=lambda turn: (turn < 0, -sum(len(word.text) for word in groups[turn]))):
         members = _without_doubles(groups[turn])
@@ -143,11 +142,11 @@ def read_page(page: pymupdf.Page) -> PageText:
 UPRIGHT = Direction(0, 0.0)
 
 
-def _directions(page: pymupdf.Page, textpage: Any) -> dict[tuple[int, int], Direction]:
+def _directions(textpage: pymupdf.TextPage) -> dict[tuple[int, int], Direction]:
     """The directions of all lines that are not upright, by block and line. A line of vertical writing is a line that
     runs downward: one turn."""
     found = {}
-    for block_number, block in enumerate(page.get_text("dict", textpage=textpage, sort=False)["blocks"]):
+    for block_number, block in enumerate(textpage.extractDICT()["blocks"]):
         for line_number, line in enumerate(block.get("lines", ())):
             across, down = line["dir"]
             if across == 1:
@@ -161,18 +160,10 @@ def _directions(page: pymupdf.Page, textpage: Any) -> dict[tuple[int, int], Dire
     return found
 
 
-def _turned(box: tuple[float, float, float, float], turns: int) -> tuple[float, float, float, float]:
-    """A box in 0..1 of a page, on the page after quarter turns clockwise."""
-    for _ in range(turns):
-        x0, y0, x1, y1 = box
-        box = (1 - y1, x0, 1 - y0, x1)
-    return box
-
-
-def _is_visual_order(page: pymupdf.Page, textpage: Any) -> bool:
+def _is_visual_order(textpage: pymupdf.TextPage) -> bool:
     """Whether the characters of right-to-left words are stored from left to right, as they are seen."""
     rising = falling = 0
-    for block in page.get_text("rawdict", textpage=textpage)["blocks"]:
+    for block in textpage.extractRAWDICT()["blocks"]:
         for line in block.get("lines", ()):
             across, down = line["dir"]
             characters = [one for span in line["spans"] for one in span["chars"]]
