@@ -215,7 +215,7 @@ def _continues(line: Box, word: Box) -> bool:
 
 def _labels(lines: list[Line], page: Box, ink: Ink) -> list[Label]:
     """Find the labels of the page's figures: `图2` by itself, or else a caption that begins with it."""
-    listed = _listed(lines, page, ink)
+    listed = _list_lines(lines, page, ink)
     bare: list[Label] = []
     captions: list[Label] = []
     for line in lines:
@@ -231,7 +231,7 @@ def _labels(lines: list[Line], page: Box, ink: Ink) -> list[Label]:
     return bare + [label for label in captions if label.figure not in {known.figure for known in bare}]
 
 
-def _listed(lines: list[Line], page: Box, ink: Ink) -> list[Line]:
+def _list_lines(lines: list[Line], page: Box, ink: Ink) -> list[Line]:
     """The lines of a list of figures: with dots or a page number behind them, below the list's heading, or with the
     next figure right below."""
     drawn = ink.copy()

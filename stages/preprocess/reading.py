@@ -119,7 +119,7 @@ def read_page(page: pymupdf.Page, content: pymupdf.DisplayList | None = None) ->
     groups: dict[int, list[Word]] = defaultdict(list)
     slopes: dict[int, list[float]] = defaultdict(list)
     for x0, y0, x1, y1, text, block, line, _ in found:
-        plain = _plain(text, reversed_rtl)
+        plain = _plain_text(text, reversed_rtl)
         if plain:
             turn, slope = directions.get((block, line), UPRIGHT)
             box = (x0 - left) / shown[0], (y0 - top) / shown[1], (x1 - left) / shown[0], (y1 - top) / shown[1]
@@ -176,7 +176,7 @@ def _is_visual_order(textpage: pymupdf.TextPage) -> bool:
     return rising > falling
 
 
-def _plain(text: str, reverse: bool) -> str:
+def _plain_text(text: str, reverse: bool) -> str:
     """A word without presentation forms and soft hyphens, but for one at its end, where the word goes on."""
     if text.isascii():
         return text
@@ -212,7 +212,7 @@ def _read_group(words: list[Word], turn: int, slope: float, shown: tuple[float, 
 
     `turn` is in quarter turns clockwise, `slope` as in `Direction`, `shown` the page's size in points.
     """
-    boxes = _upright(np.array([word[:4] for word in words]) * [*shown, *shown], turn, shown)
+    boxes = _upright_boxes(np.array([word[:4] for word in words]) * [*shown, *shown], turn, shown)
     texts = [word.text for word in words]
     wide = shown[1] if turn % 2 else shown[0]
     if abs(slope) > 0.002:
@@ -220,7 +220,7 @@ def _read_group(words: list[Word], turn: int, slope: float, shown: tuple[float, 
         boxes[:, 0::2] += slope * down
         boxes[:, 1::2] -= slope * across
     if turn == 0 and _is_stacked(boxes, texts):
-        boxes, wide = _upright(boxes, 1, shown), shown[1]
+        boxes, wide = _upright_boxes(boxes, 1, shown), shown[1]
     letters = [text for text in texts if any(map(str.isalpha, text))]
     right_to_left = sum(len(text) for text in letters if _RTL.search(text)) * 2 > sum(map(len, letters))
     if right_to_left:
@@ -229,10 +229,10 @@ def _read_group(words: list[Word], turn: int, slope: float, shown: tuple[float, 
     if any(map(_RTL.search, letters)):
         lines = [_with_runs_turned(line, texts, right_to_left) for line in lines]
     places = boxes.tolist()
-    return [words[place] for line in lines for place in line], [_joined(line, places, texts) for line in lines]
+    return [words[place] for line in lines for place in line], [_line_text(line, places, texts) for line in lines]
 
 
-def _upright(boxes: Boxes, turn: int, shown: tuple[float, float]) -> Boxes:
+def _upright_boxes(boxes: Boxes, turn: int, shown: tuple[float, float]) -> Boxes:
     """Boxes in a frame in which their text runs from left to right and its lines from top to bottom."""
     (width, height), (x0, y0, x1, y1) = shown, boxes.T
     if turn == 1:  # runs downward: lines follow each other from right to left
@@ -305,7 +305,7 @@ def _line_numbers(boxes: Boxes, texts: Sequence[str], height: float) -> list[int
     found = []
     for column in columns:
         run = _counted_run(sorted(column, key=lambda place: boxes[place, 1]), boxes, texts, height)
-        if run and _stand_alone(run, boxes, height):
+        if run and _has_own_column(run, boxes, height):
             found += run
     return found
 
@@ -332,7 +332,7 @@ def _counted_run(column: list[int], boxes: Boxes, texts: Sequence[str], height: 
     return run if len(run) >= (5 if step == 1 else 3) and not (values % step).any() and step <= 10 else []
 
 
-def _stand_alone(run: list[int], boxes: Boxes, height: float) -> bool:
+def _has_own_column(run: list[int], boxes: Boxes, height: float) -> bool:
     """Whether numbers have a column of their own beside full lines of text; numbers of a table or list do not."""
     (left, top), (right, bottom) = boxes[run, :2].min(axis=0), boxes[run, 2:].max(axis=0)
     others = np.delete(boxes, run, axis=0)
@@ -423,7 +423,7 @@ class _Layout:
     def rows(self, members: Places) -> Iterator[list[int]]:
         """Rows of segments in reading order."""
         if len(members) > 2 * LEAST_ROWS - 1:
-            parts = self._columns(members[np.lexsort((self.x0[members], self.middle[members]))])
+            parts = self._columns(members[np.argsort(self.middle[members], kind="stable")])
             if parts is not None:
                 for part in parts:
                     if len(part):
@@ -434,12 +434,16 @@ class _Layout:
     def _columns(self, order: Places) -> list[Places] | None:
         """The parts of a region that its tallest corridor leaves, in reading order; None where it has no columns.
         `order` is from the top down."""
+        starts = _row_starts(self.middle[order], 0.3 * self.height)
+        row_of = np.repeat(np.arange(len(starts)), np.diff([*starts, len(order)]))
+        order = order[np.lexsort((self.x0[order], row_of))]  # of a skewed scan, a row's middles differ
         x0, x1 = self.x0[order], self.x1[order]
-        # the left ends of a column's lines are below each other; right ends, too, beside labels that are strewn about
+        # the left ends of a column's lines are below each other; right ends, too, beside labels that are scattered
         edges = np.concatenate([_ends(x0, 0.3 * self.height, 2), _ends(x1, 0.1 * self.height, 5) + GAP * self.height])
         left_of = x1[None] <= edges[:, None] - (GAP - NEAR / 2) * self.height
         right_of = x0[None] >= edges[:, None] - NEAR * self.height
-        free = (left_of | right_of) & ~self._is_in_table(order)[None]
+        free = np.logical_and.reduceat(left_of | right_of, starts, axis=1)  # a segment across bars its whole row
+        free = (free & ~self._are_tabular(np.split(order, starts[1:]))[None])[:, row_of]
         for start, stop, row in _stretches(free, left_of, right_of):
             inside, left = order[start:stop], left_of[row, start:stop]
             if self._are_columns(inside[left], inside[~left], float(x1.max())):
@@ -448,19 +452,16 @@ class _Layout:
                 return [order[:first], inside[left], inside[~left], order[last:]]
         return None
 
-    def _is_in_table(self, order: Places) -> npt.NDArray[np.bool_]:
-        """Whether segments are in rows of three or more short pieces far apart, at least three such rows below each
-        other."""
-        found = np.zeros(len(order), bool)
-        starts = _row_starts(self.middle[order], 0.3 * self.height)
-        rows = np.split(order, starts[1:])
-        width = self.x1[order].max() - self.x0[order].min()
+    def _are_tabular(self, rows: list[Places]) -> npt.NDArray[np.bool_]:
+        """Which rows have three or more short pieces far apart, as at least two rows beside them have."""
+        found = np.zeros(len(rows), bool)
+        members = np.concatenate(rows)
+        width = self.x1[members].max() - self.x0[members].min()
         tabular = [self._is_tabular(row, width) for row in rows]
         changes = np.flatnonzero(np.diff(np.r_[False, tabular, False].astype(np.int8)))
-        ends = np.r_[starts[1:], len(order)]
         for begun, ended in changes.reshape(-1, 2):
             if ended - begun >= 3:
-                found[starts[begun] : ends[ended - 1]] = True
+                found[begun:ended] = True
         return found
 
     def _is_tabular(self, row: Places, width: float) -> bool:
@@ -493,7 +494,7 @@ class _Layout:
         if not len(fewer):
             return False
         aligned = (np.abs(fewer[:, None] - more[None]).min(axis=1) < 0.2 * self.height).mean()
-        if aligned < 0.75 or any(map(self._is_strewn, sides)):  # no rows of one table
+        if aligned < 0.75 or any(map(self._is_scattered, sides)):  # no rows of one table
             typical_words = [float(np.median(side.words)) for side in sides]
             prose = [many >= (PROSE if is_full else 4) for many, is_full in zip(typical_words, full, strict=True)]
             return len(fewer) > 2 and any(prose)
@@ -505,7 +506,7 @@ class _Layout:
         tight = len(fewer) > 1 and np.median(np.diff(fewer)) < 1.4 * self.height
         return all(full) or bool(min(words) >= 4 and tight)
 
-    def _is_strewn(self, side: _Side) -> bool:
+    def _is_scattered(self, side: _Side) -> bool:
         """Whether the rows begin and end anywhere, as a drawing's labels do. Those of a table or column do not."""
         near = 0.3 * self.height
         shares = [(np.abs(ends[:, None] - ends[None]) < near).mean(axis=1).max() for ends in (side.start, side.end)]
@@ -673,7 +674,7 @@ def _direction(text: str) -> int:
     return -1 if _RTL.search(text) else int(any(map(str.isalpha, text)))
 
 
-def _joined(line: list[int], boxes: list[list[float]], texts: Sequence[str]) -> str:
+def _line_text(line: list[int], boxes: list[list[float]], texts: Sequence[str]) -> str:
     """A line's text. Pieces that touch are one word, and Chinese has no spaces but where there is a gap."""
     parts: list[str] = []
     for number, place in enumerate(line):
@@ -701,7 +702,7 @@ def join_lines(lines: Sequence[str]) -> str:
         last = parts[-1] if parts else ""
         if not last:
             parts.append(line)
-        elif last[-1] in _HYPHENS and _goes_on(last, line, inside):
+        elif last[-1] in _HYPHENS and _is_continued(last, line, inside):
             parts[-1] = last[:-1]
             parts.append(line)
         elif last[-1] == "-" and re.search(r"\w-$", last) and line[0].isalnum():
@@ -713,7 +714,7 @@ def join_lines(lines: Sequence[str]) -> str:
     return " ".join("".join(parts).replace("\u00ad", "").split())
 
 
-def _goes_on(text: str, line: str, inside: Counter[str]) -> bool:
+def _is_continued(text: str, line: str, inside: Counter[str]) -> bool:
     """Whether the word at the end of a text goes on in the next line without its hyphen."""
     if text[-1] == "\u00ad":
         return True

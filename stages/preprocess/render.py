@@ -102,7 +102,7 @@ def render_page(
     scale = pymupdf.Matrix(width / drawn.width, height / drawn.height)
     pymupdf.TOOLS.set_graphics_min_line_width(LEAST_LINE)
     content = content or page.get_displaylist()
-    picture = content.get_pixmap(matrix=scale, colorspace=pymupdf.csRGB, alpha=False, clip=region)
+    picture: pymupdf.Pixmap = content.get_pixmap(matrix=scale, colorspace=pymupdf.csRGB, alpha=False, clip=region)
     if (picture.width, picture.height) != (width, height):  # rounding at the edges may add a row or column
         picture = pymupdf.Pixmap(picture, width, height, None)
     return picture
@@ -140,7 +140,7 @@ def _render_one(page: pymupdf.Page, path: Path, max_pixels: int, jpeg_quality: i
             return {"status": f"page cannot be rendered: {warning}" if warning else "blank"}
         record["nothing_drawn"] = warning or "no warning"
     record |= write_picture(picture, path, jpeg_quality)
-    return {**record, "text": written.text, "words": _rounded(written.words)}
+    return {**record, "text": written.text, "words": _rounded_words(written.words)}
 
 
 def is_unicolor(picture: pymupdf.Pixmap) -> bool:
@@ -154,10 +154,10 @@ def is_unicolor(picture: pymupdf.Pixmap) -> bool:
 
 def page_words(page: pymupdf.Page) -> list[list[Any]]:
     """Return a page's words with their boxes: `[x0, y0, x1, y1, word]`, in 0..1 of the page's width and height."""
-    return _rounded(read_page(page).words)
+    return _rounded_words(read_page(page).words)
 
 
-def _rounded(words: Iterable[Word]) -> list[list[Any]]:
+def _rounded_words(words: Iterable[Word]) -> list[list[Any]]:
     return [[*(round(value, 4) for value in word[:4]), word.text] for word in words]
 
 
