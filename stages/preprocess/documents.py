@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from stages.contract.files import (
 )
 from stages.contract.recipe import Preprocess
 from stages.contract.stage import Stage
+from stages.preprocess.reading import RULES_VERSION
 from stages.preprocess.render import PageRange, count_pages, render_range
 from stages.preprocess.workers import TOOK_TOO_LONG, run_in_workers
 
@@ -42,10 +43,12 @@ PAGE_TABLE = pa.schema(
         ("height", pa.int32()),
         ("sha256", pa.string()),
         ("text", pa.string()),
+        ("passages", pa.int32()),
         ("words", pa.list_(pa.struct([("box", pa.list_(pa.float32(), 4)), ("word", pa.string())]))),
     ]
 )
-"""Columns of pages.parquet. Row i is row i of vectors.npy; `box` is x0, y0, x1, y1 in 0..1 of the page."""
+"""Columns of pages.parquet. vectors.npy has `passages` rows for each page, in the same order; `box` is x0, y0, x1, y1
+in 0..1 of the page."""
 
 
 FIGURE = re.compile(r"[0-9]+-figure-[0-9a-z]+\.jpg")
@@ -78,8 +81,11 @@ def picture_folder(document: str) -> str:
     return f"{readable or 'document'}-{hashlib.sha256(document.encode()).hexdigest()[:8]}"
 
 
-def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str, Any]]:
+def render_documents(
+    stage: Stage, documents: dict[str, Path], passages_of: Callable[[dict[str, Any]], int] = lambda page: 1
+) -> list[dict[str, Any]]:
     """Render every page of every document and write pages.parquet. Returns the usable pages' records, in its order.
+    `passages_of` returns the number of a page's passages.
 
     Each record has the table's columns except the words, which for many pages would not fit in memory. Unreadable
     documents, blank pages and failing pages go to `stage.skip`. Raises DataError when no page is left.
@@ -112,7 +118,7 @@ def render_documents(stage: Stage, documents: dict[str, Path]) -> list[dict[str,
     hashes.save()
     if stage.shard is not None:  # the merging stage writes the table
         return usable
-    _write_table(stage, ranges)
+    _write_table(stage, ranges, passages_of)
     stage.outputs["pages/"] = None
     stage.outputs["pages.parquet"] = len(usable)
     return usable
@@ -127,10 +133,13 @@ def _is_usable(stage: Stage, document: str, record: dict[str, Any]) -> bool:
     elif record["status"] != "ok":
         stage.counts["failed pages"] += 1
         stage.skip(where, "unreadable page", record["status"])
+    elif "nothing_drawn" in record:
+        stage.counts["pages with text but nothing drawn"] += 1
+        print(f"{where}: text, but nothing drawn: {record['nothing_drawn']}")  # into the log
     return bool(record["status"] == "ok")
 
 
-def _write_table(stage: Stage, ranges: list[PageRange]) -> None:
+def _write_table(stage: Stage, ranges: list[PageRange], passages_of: Callable[[dict[str, Any]], int]) -> None:
     """Write pages.parquet range by range, so that the words of all pages are never in memory at once."""
     with (
         open_atomically(stage.path("pages.parquet"), "wb") as file,
@@ -141,7 +150,7 @@ def _write_table(stage: Stage, ranges: list[PageRange]) -> None:
             for record in read_json(_range_file(stage, pages))["records"]:
                 if record["status"] == "ok":
                     words = [{"box": word[:4], "word": word[4]} for word in record["words"]]
-                    rows.append({**record, "words": words})
+                    rows.append({**record, "words": words, "passages": passages_of(record)})
             if len(rows) >= 1024:
                 writer.write_table(pa.Table.from_pylist(rows, schema=PAGE_TABLE))
                 rows = []
@@ -219,7 +228,7 @@ def _range_key(settings: Preprocess, pages: PageRange, hashes: FileHashes) -> st
     look = settings.pages
     assert look is not None  # a recipe of a task that reads documents has it
     made_from = [hashes.file_digest(pages.source), pages.first, pages.last, look.max_pixels, look.jpeg_quality]
-    return digest_of([*made_from, pymupdf.VersionBind])
+    return digest_of([*made_from, RULES_VERSION, pymupdf.VersionBind])
 
 
 def _finished_records(stage: Stage, pages: PageRange, hashes: FileHashes) -> list[dict[str, Any]] | None:

@@ -1,6 +1,7 @@
 """Embed pages and questions, batch by batch. Each batch is saved at once, so that a restart does not repeat it.
 
-There are two kinds of embedders: GME-Qwen2-VL takes a page's picture, a sentence-transformers model its text.
+There are two kinds of embedders: GME-Qwen2-VL takes a page's picture, a sentence-transformers model its text, in
+passages that it reads whole. Each passage has a vector.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
 from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
+from stages.preprocess.passages import Window, sentence_window
 
 CHUNK = 256
 """Questions per chunk; shards get whole chunks."""
@@ -69,6 +71,7 @@ class Embedder:
         folder = stage.run.model(settings.embedder, "preprocess.retrieval.embedder")
         takes_pictures = (read_json(folder / "config.json") or {}).get("model_type") == "qwen2_vl"
         self._settings = Settings(folder, takes_pictures, settings.max_pixels, settings.batch_size, settings.vectors)
+        self._passages: dict[str, list[str]] = {}
         self._devices = devices
         digest, _ = FileHashes(stage.path(".hashes.json")).tree_digest(folder)
         # without the precision: it depends on the GPU, and shards may run on several kinds
@@ -78,24 +81,37 @@ class Embedder:
         self._model: _Model | None = None
         self._pool: ProcessPoolExecutor | None = None
 
+    def passages_of(self, page: Mapping[str, Any]) -> int:
+        """Number of a page's passages, and so of its vectors: 1 for a picture."""
+        return 1 if self._settings.takes_pictures else len(self._split(str(page["text"])))
+
     def embed_pages(self, pages: Sequence[Mapping[str, Any]]) -> None:
         """Embed pages: records of `render_documents`, those of a document one after the other.
 
-        A batch has pages of one document and of similar size, so that a shard of the documents makes the same bytes as
-        a run without shards.
+        A batch has passages or pictures of one document and of similar size, so that a shard of the documents makes
+        the same bytes as a run without shards.
         """
-        self._embed([piece for _, pieces in self._pieces_by_document(pages) for piece, _ in pieces], "pages")
+        what = "pages" if self._settings.takes_pictures else "passages"
+        self._embed([piece for _, pieces in self._pieces_by_document(pages) for piece, _ in pieces], what)
 
     def write_pages(self, pages: Sequence[Mapping[str, Any]], path: Path) -> Vectors:
-        """Write the vectors of embedded pages, row i for page i. Returns them mapped from the file: float32 or float16,
-        shape (pages, dimensions), each of length one or zero."""
-        self._write(path, len(pages), (self._vectors_of(pieces) for _, pieces in self._pieces_by_document(pages)))
+        """Write the vectors of embedded pages: a row for each passage, in the order of the pages. Returns them mapped
+        from the file: float32 or float16, shape (passages, dimensions), each of length one or zero."""
+        rows = sum(map(self.passages_of, pages))
+        self._write(path, rows, (self._vectors_of(pieces) for _, pieces in self._pieces_by_document(pages)))
         found: Vectors = np.load(path, mmap_mode="r", allow_pickle=False)
         return found
 
     def embed_questions(self, chunks: list[list[str]]) -> Vectors:
         """Return unit vectors of questions: float32, shape (questions, dimensions). An empty text gets the zero
-        vector."""
+        vector. Counts the questions whose end the embedder does not read."""
+        longer = sum(self._window.is_longer(text) for chunk in chunks for text in chunk)
+        if longer:
+            self._stage.counts["questions embedded without their end"] = longer
+            self._stage.events.say(
+                f"questions of more than {self._window.tokens} tokens: {longer};"
+                " the embedder reads only their beginning"
+            )
         grouped = [self._pieces([(text, text) for text in chunk], are_pictures=False) for chunk in chunks]
         self._embed([piece for pieces in grouped for piece, _ in pieces], "questions")
         if not grouped:
@@ -117,7 +133,7 @@ class Embedder:
     def _pieces_by_document(
         self, pages: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[str, list[tuple[Piece, list[int]]]]]:
-        """Each document's pieces, with the indices of their pages in the document."""
+        """Each document's pieces, with the indices of their pages' passages in the document."""
         own: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for page in pages:
             own[page["document"]].append(page)
@@ -127,7 +143,23 @@ class Embedder:
                 sizes = [-int(page["width"]) * int(page["height"]) for page in members]
                 yield document, self._pieces(pictures, are_pictures=True, sizes=sizes)
             else:
-                yield document, self._pieces([(str(page["text"]),) * 2 for page in members], are_pictures=False)
+                passages = [passage for page in members for passage in self._split(str(page["text"]))]
+                yield document, self._pieces([(passage, passage) for passage in passages], are_pictures=False)
+
+    @functools.cached_property
+    def _window(self) -> Window:
+        """What the embedder reads of a text."""
+        if self._settings.takes_pictures:
+            from stages.preprocess.gme import text_window
+
+            return text_window(self._settings.folder)
+        return sentence_window(self._settings.folder)
+
+    def _split(self, text: str) -> list[str]:
+        """A page's passages, which are needed several times."""
+        if text not in self._passages:
+            self._passages[text] = self._window.passages(text)
+        return self._passages[text]
 
     def _picture_path(self, page: Mapping[str, Any]) -> str:
         """A page's picture in this stage's or shard's folder. The record always has its path after merging."""

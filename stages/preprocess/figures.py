@@ -15,7 +15,7 @@ from stages.preprocess.layout import crop_page_figures
 from stages.preprocess.render import PageRange
 from stages.preprocess.workers import run_in_workers
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Increase it when the rules in `layout` change: crops by earlier rules are then made again."""
 
 Figure = tuple[str, int, str]

@@ -17,6 +17,7 @@ import torch
 
 from stages.contract.errors import UsageError
 from stages.models.pictures import Picture, PictureRules, open_picture, read_rules
+from stages.preprocess.passages import Window, read_tokenizer
 
 Vectors = npt.NDArray[np.float32]
 
@@ -30,6 +31,13 @@ MIN_TOKENS = 256
 """Smallest number of tokens of a picture. Smaller pictures are enlarged."""
 READERS = 8
 """Number of threads that read pictures while the GPU computes."""
+
+
+def text_window(folder: Path) -> Window:
+    """What GME reads of a text."""
+    tokenizer = read_tokenizer(folder)
+    around = [tokenizer.encode(part, add_special_tokens=False).ids for part in (BEFORE, AFTER)]
+    return Window(tokenizer, MAX_LENGTH - sum(map(len, around)))
 
 
 class Gme:

@@ -2,9 +2,11 @@
 
 A page is an array of ink: booleans, rows x columns, true where something is printed. Boxes are in pixels of that array.
 The page is cut between its labels where a cut crosses the least ink, until each part has one label. The figure is the
-drawing in that part, above the label or below it.
+drawing in that part, above the label or below it. Ruled tables are no drawings, and lines of a list of figures no
+labels.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +32,32 @@ WIDE = 0.3
 
 LEAST = 0.02
 """Smallest share of the page's height and width for a drawing; less is a ruled line or a speck of a scan."""
+
+SPECKS = 0.3
+"""Share of the rows between two lines of a list that may have ink: an underline, or specks of a scan."""
+
+RULE = 0.08
+"""Smallest share of the page's width for a rule of a table."""
+
+THICK = 0.01
+"""Largest share of the page's height for a rule; more is a filled area, whose edges are rules."""
+
+_LIST = re.compile(
+    r"(?:list|table|index) of (?:figures|illustrations|drawings)|figures|illustrations"
+    r"|(?:brief )?description of (?:the )?(?:several views of the )?drawings?"
+    r"|(?:插|附)?图\s*(?:目录|清单|索引|说明|列表)|(?:插|附)圖\s*(?:目錄|清單|索引|說明)",
+    re.IGNORECASE,
+)
+"""Headings of a list of figures."""
+
+_LEADER = re.compile(r"(?:[.\u2026\u00b7\u2025]\s?){3,}\s*\d*$")
+"""Dots that lead to a page number."""
+
+_TABLE = re.compile(r"(?:table|tab\.|附?表)\s*[\divxlc]+", re.IGNORECASE)
+"""Begins the caption of a table."""
+
+_PART = re.compile(r"\(?[a-z]\)(?:\s|$)")
+"""Begins the label of a part of a figure, such as `(a) Front view`."""
 
 NOT_FOUND = {"status": "not found"}
 
@@ -121,16 +149,26 @@ def figure_box(words: Iterable[Sequence[Any]], figure: str, ink: Ink) -> tuple[f
     """
     rows, columns = ink.shape
     page = Box(0, 0, columns, rows)
+    words = list(words)
     lines = _lines(words, page)
-    labels = _labels(lines, page)
-    wanted = _boxes_of(labels, figure)
+    labels = _labels(lines, page, ink)
+    wanted, labels = _boxes_of(labels, figure)
     if not wanted:
         return None
-    drawn = ink.copy()
+    drawn, tables = ink.copy(), _tables(words, ink)
+    for table in tables:
+        table.crop(drawn)[:] = False
     for line in lines:
         line.box.expand(1, page).crop(drawn)[:] = False
     marks = [label.box for label in labels]
-    prose = [line.box for line in lines if line.box not in marks and _is_prose(line.box, drawn)]
+    lines = [line for line in lines if line.box in marks or not any(line.box.touches(table) for table in tables)]
+    prose = [
+        line.box
+        for line in lines
+        if line.box not in marks
+        and not _PART.match(line.text)
+        and (_TABLE.match(line.text) or _is_prose(line.box, drawn))
+    ] + [table for table in tables if _is_prose(table, drawn)]
     others = [line.box for line in lines if line.box not in prose]
     solid = _with_numbers(drawn, [box for box in others if box not in marks])
     below = _labels_are_below(marks, drawn)
@@ -175,14 +213,15 @@ def _continues(line: Box, word: Box) -> bool:
     return on_one_row and -height < word.x0 - line.x1 < 1.5 * height
 
 
-def _labels(lines: list[Line], page: Box) -> list[Label]:
+def _labels(lines: list[Line], page: Box, ink: Ink) -> list[Label]:
     """Find the labels of the page's figures: `图2` by itself, or else a caption that begins with it."""
+    listed = _list_lines(lines, page, ink)
     bare: list[Label] = []
     captions: list[Label] = []
     for line in lines:
         found = figure_labelled(line.text)
         upright = line.box.x1 - line.box.x0 > line.box.y1 - line.box.y0
-        if found is None or not upright or _is_amid_text(line, lines, page):
+        if found is None or not upright or line in listed or _is_amid_text(line, lines, page):
             continue
         figure, rest = found
         if not rest.strip(" .:。"):
@@ -190,6 +229,52 @@ def _labels(lines: list[Line], page: Box) -> list[Label]:
         elif _is_caption(rest):
             captions.append(Label(line.box, figure))
     return bare + [label for label in captions if label.figure not in {known.figure for known in bare}]
+
+
+def _list_lines(lines: list[Line], page: Box, ink: Ink) -> list[Line]:
+    """The lines of a list of figures: with dots or a page number behind them, below the list's heading, or with the
+    next figure right below."""
+    drawn = ink.copy()
+    for line in lines:
+        line.box.expand(1, page).crop(drawn)[:] = False
+    named = [(line, found[0]) for line in lines if (found := figure_labelled(line.text))]
+    named.sort(key=lambda pair: pair[0].box.y0)
+    headings = [line for line in lines if _LIST.fullmatch(line.text.strip(" .:：·"))]
+    listed = [line for line, _ in named if _LEADER.search(line.text) or _has_page_number(line, lines, drawn)]
+    for line, figure in named:
+        above = [one for one, other in named if _number(other) != _number(figure) and _is_next(one, line, drawn)]
+        if above or any(_is_next(one, line, drawn) for one in [*headings, *listed]):
+            listed += [line, *above]
+    for line, _ in reversed(named):
+        if any(_is_next(line, one, drawn) for one in listed):
+            listed.append(line)
+    return listed
+
+
+def _is_next(upper: Line, lower: Line, drawn: Ink) -> bool:
+    """Whether a line is the next entry of a list: at most two lines lie between, and nothing is drawn there."""
+    height = max(upper.box.y1 - upper.box.y0, lower.box.y1 - lower.box.y0)
+    apart = lower.box.y0 - upper.box.y1
+    between = Box(min(upper.box.x0, lower.box.x0), upper.box.y1, max(upper.box.x1, lower.box.x1), lower.box.y0)
+    aligned = abs(upper.box.x0 - lower.box.x0) < 3 * height or bool(_LIST.match(upper.text))
+    if not (-height < apart < 4 * height and lower.box.y0 > upper.box.y0 and aligned):
+        return False
+    inked = np.any(between.crop(drawn), axis=1).tolist()
+    return bool(sum(inked) <= SPECKS * len(inked))
+
+
+def _has_page_number(line: Line, lines: list[Line], drawn: Ink) -> bool:
+    """Whether a caption has a number far to its right, and nothing is drawn between."""
+    found = figure_labelled(line.text)
+    if found is None or not found[1].strip(" .:。"):
+        return False
+    height = line.box.y1 - line.box.y0
+    for other in lines:
+        on_one_row = abs((line.box.y0 + line.box.y1) - (other.box.y0 + other.box.y1)) < height
+        if on_one_row and other.box.x0 > line.box.x1 and re.fullmatch(r"[\s.\u2026\u00b7]*\d{1,4}", other.text):
+            between = Box(line.box.x1, line.box.y0, other.box.x0, line.box.y1)
+            return other.box.x1 > 0.7 * drawn.shape[1] and not between.crop(drawn).any()
+    return False
 
 
 def _is_caption(rest: str) -> bool:
@@ -221,19 +306,115 @@ def _is_prose(box: Box, drawn: Ink) -> bool:
     return _is_wide(box, drawn.shape[1]) and int(beside.sum()) < 4
 
 
-def _boxes_of(labels: list[Label], figure: str) -> list[Box]:
-    """The boxes of a figure's labels."""
+def _boxes_of(labels: list[Label], figure: str) -> tuple[list[Box], list[Label]]:
+    """The boxes of a figure's labels, and the labels that cut the page: of a figure whose parts have labels, too, those
+    of its parts if one of them is wanted, and else its own."""
+    whole, named = _number(figure), {label.figure for label in labels}
+    exact = [label for label in labels if label.figure == figure]
+    wants_part = figure != whole and bool(exact)
+    marks = []
+    for label in labels:
+        number = _number(label.figure)
+        is_part = label.figure != number
+        if is_part if wants_part and number == whole else not (is_part and number in named):
+            marks.append(label)
+    others = [label for label in marks if label.figure == whole or _number(label.figure) == figure]
+    return [label.box for label in exact or others], marks
 
-    def number(name: str) -> str:
-        return name.rstrip("abcdefghijklmnopqrstuvwxyz")
 
-    exact = [label.box for label in labels if label.figure == figure]
-    if figure == number(figure):
-        return exact or [label.box for label in labels if number(label.figure) == figure]
-    return exact or [label.box for label in labels if label.figure == number(figure)]
+def _number(figure: str) -> str:
+    """The figure that a part such as `2a` belongs to."""
+    return figure.rstrip("abcdefghijklmnopqrstuvwxyz")
 
 
 # -- ink -----------------------------------------------------------------------------------------------------------
+
+
+def _tables(words: Iterable[Sequence[Any]], ink: Ink) -> list[Box]:
+    """The ruled tables of a page: rules of the same length below each other, with text in several cells and nothing
+    else between them."""
+    height, width = ink.shape
+    by_ends: list[list[Box]] = []
+    for rule in _rules(ink):
+        for group in by_ends:
+            if abs(group[0].x0 - rule.x0) < 0.015 * width and abs(group[0].x1 - rule.x1) < 0.015 * width:
+                group.append(rule)
+                break
+        else:
+            by_ends.append([rule])
+    places = [
+        Box(round(x0 * width), round(y0 * height), round(x1 * width), round(y1 * height)) for x0, y0, x1, y1, _ in words
+    ]
+    found = []
+    for group in by_ends:
+        rows = [_cell_rows(upper, lower, places, ink) for upper, lower in pairwise(group)]
+        first = 0
+        for last in range(len(rows) + 1):
+            if last == len(rows) or rows[last] is None:
+                if sum(row or 0 for row in rows[first:last]) >= 2:
+                    found.append(_union(group[first : last + 1]))
+                first = last + 1
+    return found
+
+
+def _rules(ink: Ink) -> list[Box]:
+    """Horizontal rules, from the top down, and the upper and lower edges of filled areas."""
+    height, width = ink.shape
+    edges = np.diff(np.pad(ink.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    (rows, starts), stops = np.nonzero(edges == 1), np.nonzero(edges == -1)[1]
+    long = stops - starts >= RULE * width
+    found: list[Box] = []
+    for row, start, stop in zip(rows[long].tolist(), starts[long].tolist(), stops[long].tolist(), strict=True):
+        above = next((n for n in range(len(found) - 1, -1, -1) if _is_below(found[n], row, start, stop)), None)
+        if above is None:
+            found.append(Box(start, row, stop, row + 1))
+        else:
+            found[above] = found[above]._replace(y1=row + 1)
+    thick = max(THICK * height, 3)
+    return [
+        edge
+        for rule in found
+        for edge in (
+            [rule] if rule.y1 - rule.y0 <= thick else [rule._replace(y1=rule.y0 + 1), rule._replace(y0=rule.y1 - 1)]
+        )
+    ]
+
+
+def _is_below(rule: Box, row: int, start: int, stop: int) -> bool:
+    """Whether a run of ink is the next row of a rule."""
+    return rule.y1 == row and abs(rule.x0 - start) < 4 and abs(rule.x1 - stop) < 4
+
+
+def _cell_rows(upper: Box, lower: Box, words: list[Box], ink: Ink) -> int | None:
+    """How many rows of text with several cells are between two rules of a table; None where it is no table's row."""
+    x0, x1, y0, y1 = upper.x0, upper.x1, upper.y1, lower.y0
+    if y1 - y0 < 3:
+        return 0
+    rest = Box(x0, y0, x1, y1).crop(ink).copy()
+    rest[rest.mean(axis=1) > 0.9] = False  # rows with a filled background
+    upright = np.flatnonzero(rest.mean(axis=0) > 0.9)
+    for column in upright.tolist():
+        rest[:, max(column - 1, 0) : column + 2] = False
+    inside = [box for box in words if x0 <= (box.x0 + box.x1) / 2 <= x1 and y0 <= (box.y0 + box.y1) / 2 <= y1]
+    for box in inside:
+        rest[max(box.y0 - y0 - 1, 0) : box.y1 - y0 + 1, max(box.x0 - x0 - 1, 0) : box.x1 - x0 + 1] = False
+    if rest.mean() > 0.005:
+        return None
+    if not inside:  # an empty row has the table's frame at both sides
+        framed = len(upright) and upright[0] < 4 and upright[-1] > x1 - x0 - 5
+        return 0 if framed else None
+    rows: dict[int, list[Box]] = {}
+    for box in sorted(inside):
+        size = box.y1 - box.y0
+        rows.setdefault((box.y0 + box.y1) // 2 // max(size, 1), []).append(box)
+    count = 0
+    for row in rows.values():
+        for left, right in pairwise(row):
+            ruled = ((upright + x0 >= left.x1 - 1) & (upright + x0 <= right.x0 + 1)).any()
+            if ruled or right.x0 - left.x1 > left.y1 - left.y0:
+                count += 1
+                break
+    return count
 
 
 def _labels_are_below(marks: list[Box], drawn: Ink) -> bool:
@@ -306,7 +487,8 @@ def _cuts_across(marks: list[Box], ink: Ink, part: Box, below: bool) -> Iterator
 
 
 def _cuts_down(marks: list[Box], ink: Ink, part: Box) -> Iterator[tuple[int, int, int]]:
-    """Cuts between labels side by side, in the gap nearest to the middle: (ink crossed, 1, column)."""
+    """Cuts between labels side by side: (ink crossed, 1, column). Each is in the widest gap; of gaps about as wide, in
+    the one nearest to the middle. A figure's parts are closer to each other than figures are."""
     for left, right in pairwise(sorted(marks, key=lambda mark: mark.x1)):
         end = min(mark.x0 for mark in marks if mark.x1 >= right.x1)
         if left.x1 > end:
@@ -315,7 +497,8 @@ def _cuts_down(marks: list[Box], ink: Ink, part: Box) -> Iterator[tuple[int, int
         free = np.flatnonzero(crossed == crossed.min()) + left.x1
         gaps = np.split(free, np.flatnonzero(np.diff(free) > 1) + 1)
         middle = (left.x0 + left.x1 + right.x0 + right.x1) / 4
-        nearest = min(gaps, key=lambda gap: np.abs(gap - middle).min())
+        widest = max(map(len, gaps))
+        nearest = min((gap for gap in gaps if len(gap) > 0.8 * widest), key=lambda gap: np.abs(gap - middle).min())
         yield int(crossed.min()), 1, int(nearest[len(nearest) // 2])
 
 

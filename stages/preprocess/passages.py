@@ -1,62 +1,91 @@
-"""A page's text in passages that an embedder reads whole: what is beyond its window is never seen."""
+"""A page's text in passages that an embedder reads whole: what is beyond its window would never be found."""
 
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 OVERLAP = 0.25
-"""Share of a passage that the next one repeats: a sentence on the border is whole in one of them, if no longer."""
+"""Share of a passage that the next one repeats. A sentence on the border is whole in one of them, if no longer."""
+
+SPARE = 2
+"""Tokens that a passage may have more than its part of the page has: its beginning may be split otherwise."""
+
+Spans = list[tuple[int, int]]
+"""First and last character, the latter exclusive, of each token of a text."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """What a sentence-transformers model reads of a text."""
+    """What an embedder reads of a text."""
 
-    folder: Path
+    tokenizer: Any
+    """A `tokenizers.Tokenizer` without truncation."""
+    tokens: int
+    """How many tokens of the text; those that the embedder adds do not count."""
 
-    @cached_property
-    def tokens(self) -> int:
-        """Tokens of its own that it reads of a text, those that its tokenizer adds left out."""
-        return max(self._most - len(self._tokenizer.encode("", add_special_tokens=True).ids), 8)
+    def is_longer(self, text: str) -> bool:
+        """Whether the embedder does not read the end of a text."""
+        return len(self._spans(text)) > self.tokens
 
     def passages(self, text: str) -> list[str]:
-        """The text as it is where the model reads it whole; else pieces that it reads whole, in order, each of which
-        repeats the end of the one before it. At least one, which may be empty."""
+        """Return the text as it is if the embedder reads it whole. Otherwise return passages that it reads whole, in
+        order, each of which repeats the end of the one before it. Always at least one, which may be empty."""
         return split_text(text, self._spans, self.tokens)
 
-    @cached_property
-    def _most(self) -> int:
-        """Source: sentence_bert_config.json; a model without one reads as far as its positions go."""
-        for name, key in (("sentence_bert_config.json", "max_seq_length"), ("config.json", "max_position_embeddings")):
-            path = self.folder / name
-            if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8")).get(key)):
-                return int(found)
-        return 256
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
-    def _spans(self, text: str) -> list[tuple[int, int]]:
-        spans: list[tuple[int, int]] = self._tokenizer.encode(text, add_special_tokens=False).offsets
+    def _spans(self, text: str) -> Spans:
+        spans: Spans = self.tokenizer.encode(text, add_special_tokens=False).offsets
         return spans
 
 
-def split_text(text: str, spans_of: Callable[[str], list[tuple[int, int]]], most: int) -> list[str]:
-    """Passages of at most `most` tokens. `spans_of` gives the tokens of a text: first and last character of each."""
+def sentence_window(folder: Path) -> Window:
+    """The window of a sentence-transformers model.
+
+    Its size is `max_seq_length` in sentence_bert_config.json, or else the smaller of the tokenizer's `model_max_length`
+    and the model's `max_position_embeddings`, as in sentence-transformers.
+    """
+    modules = _json(folder / "modules.json") or [{"path": ""}]
+    folder = folder / modules[0]["path"]
+    most = (_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
+    if not most:
+        known = [
+            (_json(folder / "tokenizer_config.json") or {}).get("model_max_length"),
+            (_json(folder / "config.json") or {}).get("max_position_embeddings"),
+        ]
+        most = min((int(value) for value in known if value and value > 0), default=512)
+    tokenizer = read_tokenizer(folder)
+    return Window(tokenizer, max(int(most) - len(tokenizer.encode("").ids), 1))
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """A model's `tokenizers.Tokenizer` without truncation and padding."""
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    else:  # an older model's vocabulary, which transformers converts
+        from transformers import AutoTokenizer
+
+        load: Any = AutoTokenizer.from_pretrained
+        tokenizer = load(folder, local_files_only=True).backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def split_text(text: str, spans_of: Callable[[str], Spans], most: int) -> list[str]:
+    """Split a text into passages of at most `most` tokens. `spans_of` gives the tokens of a text."""
     spans = spans_of(text)
     if len(spans) <= most:
         return [text]
     begins = _word_starts(text, spans)
+    most = max(most - SPARE, 1)
     found, first = [], 0
     while first < len(spans):
         last = min(first + most, len(spans))
@@ -71,8 +100,8 @@ def split_text(text: str, spans_of: Callable[[str], list[tuple[int, int]]], most
     return found
 
 
-def _word_starts(text: str, spans: list[tuple[int, int]]) -> set[int]:
-    """Tokens that begin a word: those after white space, and every one beside a Chinese or Japanese character."""
+def _word_starts(text: str, spans: Spans) -> set[int]:
+    """The tokens that begin a word: those after white space, and every one at a Chinese or Japanese character."""
     return {
         place
         for place, (start, _) in enumerate(spans)

@@ -1,15 +1,17 @@
 """The text of a page in the order in which a person reads it. Runs in worker processes: keep imports light.
 
-A content stream may place its words in any order, so that only their boxes count. Words are joined to segments, pieces
-of a line without a wide gap. A page is then cut along its white corridors (Breuel 2002, 'Two geometric algorithms for
-layout analysis'): what lies above a corridor comes first, then its left column, its right column, and what lies below.
-Vertical and rotated text is turned upright first; right-to-left text is mirrored.
+A content stream may place its words in any order, so only their boxes count. Words are joined to segments, pieces of a
+line without a wide gap. A page is then cut along its white corridors (Breuel 2002, 'Two geometric algorithms for layout
+analysis'): what is above a corridor comes first, then its left column, its right column, and what is below. Rows of a
+table have corridors, too, but are read across. Vertical, rotated and skewed text is turned upright first; right-to-left
+text is mirrored.
 """
 
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,34 +20,59 @@ import numpy as np
 import numpy.typing as npt
 import pymupdf
 
+RULES_VERSION = 2
+"""Increase it when a page's text changes: pages read by earlier rules are then read again."""
+
 Boxes = npt.NDArray[np.float64]
 """Shape (n, 4): x0, y0, x1, y1."""
+
+Places = npt.NDArray[np.int64]
 
 FLAGS = pymupdf.TEXT_PRESERVE_WHITESPACE | pymupdf.TEXT_MEDIABOX_CLIP | pymupdf.TEXT_CID_FOR_UNKNOWN_UNICODE
 """Without TEXT_PRESERVE_LIGATURES: MuPDF spells them out."""
 
-WIDE_GAP = 0.75
-"""Gap between two words, in heights of a line, that ends a segment: justified text has gaps of up to about half."""
+GAP = 0.5
+"""Gap between two words, in heights of a line, that ends a segment, and least width of a corridor. Justified text has
+wider gaps, but not below each other."""
 
-CORRIDOR = 0.5
-"""Least width of a corridor between columns, in heights of a line."""
-
-LEAST_LINES = 3
-"""On both sides of a corridor: fewer are read row by row."""
+MARK_GAP = 2.5
+"""The same between a list's mark and its item."""
 
 NEAR = 0.1
 """How far beyond a corridor's edge, in heights of a line, a segment may reach."""
 
-PROSE = 2.5
-"""Words a line from which on a column is prose, read before the column beside it. Cells of a table have fewer."""
+MOST_EDGES = 200
+"""Places that are tried for a corridor: a drawing may have thousands of labels."""
 
-LOOSE = 1.7
-"""Distance between lines, in heights of a line, from which on aligned lines on both sides are rows of a table."""
+LEAST_ROWS = 2
+"""On both sides of a corridor: fewer are read row by row."""
+
+MANY_ROWS = 8
+"""From which on white space between words is no accident, however narrow."""
+
+WIDE = 0.7
+"""Least width of a corridor, in heights of a line, beside fewer rows."""
+
+PROSE = 2.5
+"""Words a row from which on a column is prose. Cells of a table have fewer."""
+
+FULL = 0.65
+"""Share of a column's width that a row of prose covers."""
+
+LONG = 10
+"""Least length of a line of prose, in heights of a line, for numbers beside it to be those of lines."""
+
+ASKEW = math.sin(math.radians(8))
+"""Text at a larger angle is no line of the page, such as a mark across it."""
 
 _RTL = re.compile(r"[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefe]")
-_CJK = re.compile(r"[\u3000-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]")
+_CJK = re.compile(r"[\u3000-\u9fff\uf900-\ufaff\uff00-\uffef]")
+_KANA = re.compile(r"[\u3040-\u30ff]+")
 _FORMS = re.compile(r"[\ufb00-\ufb4f\ufb50-\ufdff\ufe70-\ufefe]")
 _NUMBER = re.compile(r"[1-9][0-9]{0,3}")
+_NUMERIC = re.compile(r"[^\w]*[0-9][0-9.,:/%\u2212-]*[^\w]*")
+_MARK = re.compile(r"[\u2022\u2023\u25aa\u25cf\u25e6\u00b7*\u2013\u2014-]|\(?[0-9a-zA-Z]{1,3}[.)]|[0-9]+(\.[0-9]+)+")
+"""At the beginning of a list's item or a heading."""
 _HYPHENS = "-\u2010\u00ad"
 
 
@@ -66,104 +93,146 @@ class PageText:
     text: str
     """In reading order, on one line."""
     words: list[Word]
-    """In no particular order."""
+    """In reading order."""
 
 
-def read_page(page: pymupdf.Page) -> PageText:
-    """The text of a page and its words."""
-    textpage = page.get_textpage(flags=FLAGS)
-    found = page.get_text("words", textpage=textpage)
+class Direction(NamedTuple):
+    """In which direction a line runs."""
+
+    turn: int
+    """Quarter turns, clockwise; -1: askew."""
+    slope: float
+    """How far the line then falls, as a share of its length."""
+
+
+def read_page(page: pymupdf.Page, content: pymupdf.DisplayList | None = None) -> PageText:
+    """The text of a page and its words. `content` is the page's, for a caller that draws it, too."""
+    # a display list has the page as it is shown: rotated, and in points
+    textpage = pymupdf.TextPage((content or page.get_displaylist()).get_textpage(FLAGS))
+    found = textpage.extractWORDS()
     if not found:
         return PageText("", [])
-    directions = _directions(page, textpage)
-    turns = (page.rotation // 90) % 4
-    width, height = textpage.rect.width, textpage.rect.height
-    shown = (height, width) if turns % 2 else (width, height)
+    directions = _directions(textpage)
+    left, top = textpage.rect.tl
+    shown = textpage.rect.width, textpage.rect.height
+    reversed_rtl = any(_RTL.search(entry[4]) for entry in found) and _is_visual_order(textpage)
     groups: dict[int, list[Word]] = defaultdict(list)
-    words = []
-    reversed_rtl = any(map(_RTL.search, (entry[4] for entry in found))) and _is_visual_order(page, textpage)
+    slopes: dict[int, list[float]] = defaultdict(list)
     for x0, y0, x1, y1, text, block, line, _ in found:
-        box = _turned((x0 / width, y0 / height, x1 / width, y1 / height), turns)
-        word = Word(*box, _plain(text, reversed_rtl))
-        if not word.text:
-            continue
-        words.append(word)
-        groups[(directions.get((block, line), 0) + turns) % 4].append(word)
-    parts = []
-    for turn, members in sorted(groups.items(), key=lambda pair: -sum(len(word.text) for word in pair[1])):
-        parts.append(_text_of_group(members, turn, shown))
-    return PageText(" ".join(filter(None, parts)), words)
+        plain = _plain_text(text, reversed_rtl)
+        if plain:
+            turn, slope = directions.get((block, line), UPRIGHT)
+            box = (x0 - left) / shown[0], (y0 - top) / shown[1], (x1 - left) / shown[0], (y1 - top) / shown[1]
+            groups[turn].append(Word(*box, plain))
+            slopes[turn].append(slope)
+    texts, words = [], []
+    for turn in sorted(groups, key=lambda turn: (turn < 0, -sum(len(word.text) for word in groups[turn]))):
+        members = _without_doubles(groups[turn])
+        if turn < 0:
+            lines = [" ".join(word.text for word in members)]
+        else:
+            members, lines = _read_group(members, turn, float(np.median(slopes[turn])), shown)
+        texts.append(join_lines(lines))
+        words += members
+    return PageText(" ".join(filter(None, texts)), words)
 
 
 # -- what MuPDF finds ----------------------------------------------------------------------------------------------
 
+UPRIGHT = Direction(0, 0.0)
 
-def _directions(page: pymupdf.Page, textpage: Any) -> dict[tuple[int, int], int]:
-    """The quarter turns, clockwise, of every line that is not upright, by block and line. A line of vertical writing
-    is a line that runs downward: one turn."""
+
+def _directions(textpage: pymupdf.TextPage) -> dict[tuple[int, int], Direction]:
+    """The directions of all lines that are not upright, by block and line. A line of vertical writing is a line that
+    runs downward: one turn."""
     found = {}
-    for block_number, block in enumerate(page.get_text("dict", textpage=textpage, sort=False)["blocks"]):
+    for block_number, block in enumerate(textpage.extractDICT()["blocks"]):
         for line_number, line in enumerate(block.get("lines", ())):
             across, down = line["dir"]
-            if abs(across) < abs(down):
-                found[block_number, line_number] = 1 if down > 0 else 3
-            elif across < 0:
-                found[block_number, line_number] = 2
+            if across == 1:
+                continue
+            if min(abs(across), abs(down)) > ASKEW:
+                found[block_number, line_number] = Direction(-1, 0.0)
+            elif abs(across) < abs(down):
+                found[block_number, line_number] = Direction(1 if down > 0 else 3, -across / down)
+            else:
+                found[block_number, line_number] = Direction(0 if across > 0 else 2, down / across)
     return found
 
 
-def _turned(box: tuple[float, float, float, float], turns: int) -> tuple[float, float, float, float]:
-    """A box in 0..1 of a page, on the page after quarter turns clockwise."""
-    for _ in range(turns):
-        x0, y0, x1, y1 = box
-        box = (1 - y1, x0, 1 - y0, x1)
-    return box
-
-
-def _is_visual_order(page: pymupdf.Page, textpage: Any) -> bool:
-    """Whether the characters of right-to-left words come from left to right."""
+def _is_visual_order(textpage: pymupdf.TextPage) -> bool:
+    """Whether the characters of right-to-left words are stored from left to right, as they are seen."""
     rising = falling = 0
-    for block in page.get_text("rawdict", textpage=textpage)["blocks"]:
+    for block in textpage.extractRAWDICT()["blocks"]:
         for line in block.get("lines", ()):
+            across, down = line["dir"]
             characters = [one for span in line["spans"] for one in span["chars"]]
             for left, right in pairwise(characters):
                 if _RTL.match(left["c"]) and _RTL.match(right["c"]):
-                    rising += right["origin"][0] > left["origin"][0]
-                    falling += right["origin"][0] < left["origin"][0]
+                    (x0, y0), (x1, y1) = left["origin"], right["origin"]
+                    step = (x1 - x0) * across + (y1 - y0) * down
+                    rising += step > 0
+                    falling += step < 0
     return rising > falling
 
 
-def _plain(text: str, reverse: bool) -> str:
+def _plain_text(text: str, reverse: bool) -> str:
     """A word without presentation forms and soft hyphens, but for one at its end, where the word goes on."""
+    if text.isascii():
+        return text
     if _FORMS.search(text):
         text = _FORMS.sub(lambda form: unicodedata.normalize("NFKC", form[0]), text)
     if reverse and _RTL.search(text):
         text = text[::-1]
         text = re.sub(r"[0-9A-Za-z][0-9A-Za-z.,:/%-]*[0-9A-Za-z]", lambda run: run[0][::-1], text)
-    return text[:-1].replace("\u00ad", "") + text[-1:] if text else text
+    return text[:-1].replace("\u00ad", "") + text[-1:]
 
 
-# -- order ---------------------------------------------------------------------------------------------------------
+def _without_doubles(words: list[Word]) -> list[Word]:
+    """The words without those that lie on their own copy: some writers print a word twice to make it bold."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, word in enumerate(words):
+        places[word.text].append(place)
+    doubles = set()
+    for same in places.values():
+        same.sort(key=lambda place: (words[place].x0, words[place].y0))
+        for first, second in pairwise(same):
+            one, other = words[first], words[second]
+            near = other.x0 - one.x0 < 0.2 * (one.x1 - one.x0)
+            if near and abs(other.y0 - one.y0) < 0.2 * (one.y1 - one.y0):
+                doubles.add(second)
+    return [word for place, word in enumerate(words) if place not in doubles]
 
 
-def _text_of_group(words: list[Word], turn: int, shown: tuple[float, float]) -> str:
-    """The text of words that run in one direction. `turn` is in quarter turns clockwise, `shown` the page's size."""
-    boxes = _upright(np.array([word[:4] for word in words]) * [*shown, *shown], turn, shown)
+# -- lines of words that run in one direction ----------------------------------------------------------------------
+
+
+def _read_group(words: list[Word], turn: int, slope: float, shown: tuple[float, float]) -> tuple[list[Word], list[str]]:
+    """Words that run in one direction, in reading order, and their lines' texts.
+
+    `turn` is in quarter turns clockwise, `slope` as in `Direction`, `shown` the page's size in points.
+    """
+    boxes = _upright_boxes(np.array([word[:4] for word in words]) * [*shown, *shown], turn, shown)
     texts = [word.text for word in words]
-    sideways = (shown[1], shown[0]) if turn % 2 else shown
+    wide = shown[1] if turn % 2 else shown[0]
+    if abs(slope) > 0.002:
+        across, down = boxes[:, 0::2].mean(axis=1, keepdims=True), boxes[:, 1::2].mean(axis=1, keepdims=True)
+        boxes[:, 0::2] += slope * down
+        boxes[:, 1::2] -= slope * across
     if turn == 0 and _is_stacked(boxes, texts):
-        boxes, sideways = _upright(boxes, 1, shown), (shown[1], shown[0])
-    right_to_left = sum(len(t) for t in texts if _RTL.search(t)) * 2 > sum(map(len, texts))
+        boxes, wide = _upright_boxes(boxes, 1, shown), shown[1]
+    letters = [text for text in texts if any(map(str.isalpha, text))]
+    right_to_left = sum(len(text) for text in letters if _RTL.search(text)) * 2 > sum(map(len, letters))
     if right_to_left:
-        boxes = np.stack([sideways[0] - boxes[:, 2], boxes[:, 1], sideways[0] - boxes[:, 0], boxes[:, 3]], axis=1)
+        boxes = np.stack([wide - boxes[:, 2], boxes[:, 1], wide - boxes[:, 0], boxes[:, 3]], axis=1)
     lines = _lines_in_order(boxes, texts)
-    if right_to_left:
-        lines = [_with_left_to_right_runs(line, texts) for line in lines]
+    if any(map(_RTL.search, letters)):
+        lines = [_with_runs_turned(line, texts, right_to_left) for line in lines]
     places = boxes.tolist()
-    return join_lines([_joined(line, places, texts) for line in lines])
+    return [words[place] for line in lines for place in line], [_line_text(line, places, texts) for line in lines]
 
 
-def _upright(boxes: Boxes, turn: int, shown: tuple[float, float]) -> Boxes:
+def _upright_boxes(boxes: Boxes, turn: int, shown: tuple[float, float]) -> Boxes:
     """Boxes in a frame in which their text runs from left to right and its lines from top to bottom."""
     (width, height), (x0, y0, x1, y1) = shown, boxes.T
     if turn == 1:  # runs downward: lines follow each other from right to left
@@ -183,217 +252,429 @@ def _is_stacked(boxes: Boxes, texts: Sequence[str]) -> bool:
     x0, y0, x1, y1 = boxes[single].T
     size = np.median(np.maximum(x1 - x0, 1e-6))
     across, down = (x0 + x1) / 2, (y0 + y1) / 2
-    near_x = np.abs(across[:, None] - across[None]) < 0.4 * size
-    near_y = np.abs(down[:, None] - down[None]) < 0.4 * size
-    below, right = down[None] - down[:, None], across[None] - across[:, None]
-    step_down = np.where(near_x & (below > 0.5 * size), below, np.inf).min(axis=1)
-    step_right = np.where(near_y & (right > 0.5 * size), right, np.inf).min(axis=1)
+    some = np.linspace(0, len(across) - 1, min(len(across), 200)).astype(int)  # enough, and memory stays small
+    below, right = down[None] - down[some, None], across[None] - across[some, None]
+    step_down = np.where((np.abs(right) < 0.4 * size) & (below > 0.5 * size), below, np.inf).min(axis=1)
+    step_right = np.where((np.abs(below) < 0.4 * size) & (right > 0.5 * size), right, np.inf).min(axis=1)
     return bool((step_down < step_right).mean() > 0.6)
 
 
 def _lines_in_order(boxes: Boxes, texts: Sequence[str]) -> list[list[int]]:
-    """Lines of words, by their places, in reading order."""
+    """Lines of words, by their places, in reading order. Line numbers and the readings beside Chinese characters come
+    last: they would break the text."""
     height = float(np.median(boxes[:, 3] - boxes[:, 1])) or 1.0
-    segments = _segments(boxes, height)
-    frame = np.array(
-        [
-            [boxes[one, 0].min(), boxes[one, 1].min(), boxes[one, 2].max(), boxes[one, 3].max()]
-            for one in map(list, segments)
-        ]
-    )
-    weights = np.array([sum(map(_weight, (texts[place] for place in one))) for one in segments])
-    single = [texts[one[0]] if len(one) == 1 else "" for one in segments]
-    numbers = np.array([int(text) if _NUMBER.fullmatch(text) else 0 for text in single])
-    lines = []
-    for row in _rows_in_order(np.arange(len(segments)), frame, weights, numbers, height):
-        lines.append([place for segment in row for place in segments[segment]])
-    return lines
+    aside = [*_readings(boxes, texts), *_line_numbers(boxes, texts, height)]
+    body = np.setdiff1d(np.arange(len(texts)), aside)
+    if not len(body):
+        return [[place] for place in aside]
+    segments = _segments(boxes, texts, body, height)
+    order = _Layout(segments, boxes, texts, height).rows(np.arange(len(segments)))
+    lines = [[place for segment in row for place in segments[segment]] for row in order]
+    return [*lines, aside] if aside else lines
 
 
-def _weight(text: str) -> float:
-    """A text in words: of Chinese and Japanese, two characters are about one."""
-    characters = len(_CJK.findall(text))
-    return characters / 2 if characters else 1.0
+def _readings(boxes: Boxes, texts: Sequence[str]) -> list[int]:
+    """Small kana right above larger characters, which say how these are read."""
+    kana = [place for place, text in enumerate(texts) if _KANA.fullmatch(text)]
+    if not kana:
+        return []
+    sizes = boxes[:, 3] - boxes[:, 1]
+    main = float(np.median([sizes[place] for place, text in enumerate(texts) if _CJK.search(text)]))
+    large = boxes[sizes > 0.8 * main]
+    found = []
+    for place in kana:
+        x0, _, x1, y1 = boxes[place]
+        over = (large[:, 0] < x1) & (large[:, 2] > x0) & (np.abs(large[:, 1] - y1) < 0.5 * main)
+        if sizes[place] < 0.65 * main and over.any():
+            found.append(place)
+    return found
 
 
-def _segments(boxes: Boxes, height: float) -> list[list[int]]:
+def _line_numbers(boxes: Boxes, texts: Sequence[str], height: float) -> list[int]:
+    """Numbers of lines (5, 10, 15, ... or 1, 2, 3, ...) in a column of their own: between a patent's columns, or in a
+    margin."""
+    numbers = [place for place, text in enumerate(texts) if _NUMBER.fullmatch(text)]
+    middle = (boxes[:, 0] + boxes[:, 2]) / 2
+    numbers.sort(key=lambda place: middle[place])
+    columns: list[list[int]] = []
+    for place in numbers:
+        if columns and middle[place] - middle[columns[-1][-1]] < 0.6 * height:
+            columns[-1].append(place)
+        else:
+            columns.append([place])
+    found = []
+    for column in columns:
+        run = _counted_run(sorted(column, key=lambda place: boxes[place, 1]), boxes, texts, height)
+        if run and _has_own_column(run, boxes, height):
+            found += run
+    return found
+
+
+def _counted_run(column: list[int], boxes: Boxes, texts: Sequence[str], height: float) -> list[int]:
+    """The numbers of a column that grow with the lines: the same distance for each line. Empty for fewer than 3."""
+    if len(column) < 3:
+        return []
+    values, tops = np.array([int(texts[place]) for place in column]), boxes[column, 3]
+    counted = np.diff(values)
+    lines = np.diff(tops) / np.where(counted > 0, counted, np.nan)
+    if np.isnan(lines).all():
+        return []
+    line = float(np.nanmedian(lines))
+    if not 0.7 * height < line < 4 * height:
+        return []
+    alike = np.abs(lines - line) < 0.15 * line
+    runs = np.flatnonzero(np.diff(np.r_[False, alike, False].astype(np.int8))).reshape(-1, 2).tolist()
+    begun, ended = max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
+    if begun == ended:
+        return []
+    run, values = column[begun : ended + 1], values[begun : ended + 1]
+    step = int(np.gcd.reduce(np.diff(values)))
+    return run if len(run) >= (5 if step == 1 else 3) and not (values % step).any() and step <= 10 else []
+
+
+def _has_own_column(run: list[int], boxes: Boxes, height: float) -> bool:
+    """Whether numbers have a column of their own beside full lines of text; numbers of a table or list do not."""
+    (left, top), (right, bottom) = boxes[run, :2].min(axis=0), boxes[run, 2:].max(axis=0)
+    others = np.delete(boxes, run, axis=0)
+    beside = others[(others[:, 3] > top) & (others[:, 1] < bottom)]
+    if not len(beside) or ((beside[:, 0] < right) & (beside[:, 2] > left)).any():
+        return False
+    for one in beside[beside[:, 0] >= right], beside[beside[:, 2] <= left]:
+        if len(one):
+            lines = np.round((one[:, 1] + one[:, 3]) / 2 / (0.6 * height)).astype(int)
+            inked = np.bincount(lines - lines.min(), weights=one[:, 2] - one[:, 0])
+            inked = inked[inked > 0]
+            is_full = inked > FULL * (one[:, 2].max() - one[:, 0].min())
+            if is_full.mean() > 0.5 and np.median(inked) > LONG * height:
+                return True
+    return False
+
+
+def _segments(boxes: Boxes, texts: Sequence[str], places: Places, height: float) -> list[list[int]]:
     """Words joined from left to right to pieces of a line."""
+    is_mark = [bool(_MARK.fullmatch(text)) for text in texts]
     # plain lists: single numbers of an array cost ten times as much
     lefts, tops, rights, bottoms = boxes.T.tolist()
     open_by_band: dict[int, list[list[int]]] = defaultdict(list)
     found: list[list[int]] = []
-    for place in np.argsort(boxes[:, 0], kind="stable").tolist():
-        middle, size = (tops[place] + bottoms[place]) / 2, bottoms[place] - tops[place]
+    for place in places[np.argsort(boxes[places, 0], kind="stable")].tolist():
+        left, middle, size = lefts[place], (tops[place] + bottoms[place]) / 2, bottoms[place] - tops[place]
         band = int(middle // height)
-        best: tuple[float, list[int], int] | None = None
+        best: list[int] | None = None
+        best_apart, best_band = math.inf, band
         for near in (band - 1, band, band + 1):
-            for segment in open_by_band[near]:
+            segments = open_by_band.get(near)
+            if not segments:
+                continue
+            for segment in segments:
                 last = segment[-1]
-                apart = abs((tops[last] + bottoms[last]) / 2 - middle)
+                gap = left - rights[last]
                 own = min(bottoms[last] - tops[last], size)
-                gap = lefts[place] - rights[last]
-                fits = apart < 0.5 * own and -own < gap < WIDE_GAP * max(own, 0.5 * height)
-                if fits and (best is None or apart < best[0]):
-                    best = (apart, segment, near)
+                most = MARK_GAP if len(segment) == 1 and is_mark[last] else GAP
+                apart = abs((tops[last] + bottoms[last]) / 2 - middle)
+                if -own < gap < most * max(own, 0.5 * height) and apart < min(0.5 * own, best_apart):
+                    best, best_apart, best_band = segment, apart, near
+            if rights[segments[0][-1]] < left - 20 * height:  # too far to the left for all that follow
+                del segments[0]
         if best is None:
-            segment = [place]
-            found.append(segment)
+            best = [place]
+            found.append(best)
         else:
-            segment = best[1]
-            open_by_band[best[2]].remove(segment)
-            segment.append(place)
-        open_by_band[band].append(segment)
+            open_by_band[best_band].remove(best)
+            best.append(place)
+        open_by_band[band].append(best)
     return found
 
 
-def _rows_in_order(
-    members: npt.NDArray[np.int64], frame: Boxes, weights: Any, numbers: Any, height: float
-) -> Iterable[list[int]]:
-    """Rows of segments in reading order."""
-    if len(members) > 1:
-        margin = _line_numbers(members, frame, numbers)
-        if margin is not None:
-            rest = np.setdiff1d(members, margin)
-            yield from _rows_in_order(rest, frame, weights, numbers, height)
-            yield from ([int(one)] for one in margin)
-            return
-        cut = _best_corridor(members, frame, weights, height)
-        if cut is not None:
-            for part in cut:
-                if len(part):
-                    yield from _rows_in_order(part, frame, weights, numbers, height)
-            return
-    yield from _rows(members, frame)
+# -- order ---------------------------------------------------------------------------------------------------------
 
 
-def _line_numbers(members: Any, frame: Boxes, numbers: Any) -> Any:
-    """Line numbers (5, 10, 15, ...) in a column of their own, as between the columns of a patent; None without any."""
-    column = members[numbers[members] > 0]
-    if not 3 <= len(column) < len(members) / 2:
+class _Side(NamedTuple):
+    """The rows of one side of a corridor, from the top down; one number for each."""
+
+    middle: npt.NDArray[np.float64]
+    start: npt.NDArray[np.float64]
+    end: npt.NDArray[np.float64]
+    covered: npt.NDArray[np.float64]
+    """Width of its segments."""
+    words: npt.NDArray[np.float64]
+    numeric: npt.NDArray[np.float64]
+    """How many of the words are numbers."""
+    gap: npt.NDArray[np.float64]
+    """Mean gap between its words."""
+
+
+class _Layout:
+    """Segments of a page, and their order. Regions are arrays of segments' places."""
+
+    def __init__(self, segments: list[list[int]], boxes: Boxes, texts: Sequence[str], height: float) -> None:
+        first, last = np.array([one[0] for one in segments]), np.array([one[-1] for one in segments])
+        starts = np.cumsum([0, *map(len, segments[:-1])])
+        flat = boxes[[place for one in segments for place in one]]
+        self.x0, self.x1 = boxes[first, 0], np.maximum.reduceat(flat[:, 2], starts)
+        self.y0, self.y1 = np.minimum.reduceat(flat[:, 1], starts), np.maximum.reduceat(flat[:, 3], starts)
+        self.x1 = np.maximum(self.x1, boxes[last, 2])
+        self.middle = (self.y0 + self.y1) / 2
+        self.inked = np.add.reduceat(flat[:, 2] - flat[:, 0], starts)
+        self.words = np.array([_words_in(one, boxes, texts, height) for one in segments])
+        self.numeric = np.array([sum(bool(_NUMERIC.fullmatch(texts[place])) for place in one) for one in segments])
+        self.height = height
+
+    def rows(self, members: Places) -> Iterator[list[int]]:
+        """Rows of segments in reading order."""
+        if len(members) > 2 * LEAST_ROWS - 1:
+            parts = self._columns(members[np.argsort(self.middle[members], kind="stable")])
+            if parts is not None:
+                for part in parts:
+                    if len(part):
+                        yield from self.rows(part)
+                return
+        yield from self._cells(list(self._lines(members)))
+
+    def _columns(self, order: Places) -> list[Places] | None:
+        """The parts of a region that its tallest corridor leaves, in reading order; None where it has no columns.
+        `order` is from the top down."""
+        starts = _row_starts(self.middle[order], 0.3 * self.height)
+        row_of = np.repeat(np.arange(len(starts)), np.diff([*starts, len(order)]))
+        order = order[np.lexsort((self.x0[order], row_of))]  # of a skewed scan, a row's middles differ
+        x0, x1 = self.x0[order], self.x1[order]
+        # the left ends of a column's lines are below each other; right ends, too, beside labels that are scattered
+        edges = np.concatenate([_ends(x0, 0.3 * self.height, 2), _ends(x1, 0.1 * self.height, 5) + GAP * self.height])
+        left_of = x1[None] <= edges[:, None] - (GAP - NEAR / 2) * self.height
+        right_of = x0[None] >= edges[:, None] - NEAR * self.height
+        free = np.logical_and.reduceat(left_of | right_of, starts, axis=1)  # a segment across bars its whole row
+        free = (free & ~self._are_tabular(np.split(order, starts[1:]))[None])[:, row_of]
+        for start, stop, row in _stretches(free, left_of, right_of):
+            inside, left = order[start:stop], left_of[row, start:stop]
+            if self._are_columns(inside[left], inside[~left], float(x1.max())):
+                first, last = self._without_running_heads(order, start, stop)
+                inside, left = order[first:last], left_of[row, first:last]
+                return [order[:first], inside[left], inside[~left], order[last:]]
         return None
-    centre = (frame[column, 0] + frame[column, 2]) / 2
-    size = np.median(frame[column, 3] - frame[column, 1])
-    column = column[np.abs(centre - np.median(centre)) < size]
-    column = column[np.argsort(frame[column, 1])]
-    if len(column) < 3 or len(np.unique(np.diff(numbers[column]))) > 1 or numbers[column][1] <= numbers[column][0]:
-        return None
-    left, right = frame[column, 0].min(), frame[column, 2].max()
-    others = np.setdiff1d(members, column)
-    top, bottom = frame[column, 1].min(), frame[column, 3].max()
-    within = others[(frame[others, 3] > top) & (frame[others, 1] < bottom)]
-    crossed = (frame[within, 0] < right) & (frame[within, 2] > left)
-    return column if not crossed.any() and len(within) >= len(column) else None
 
+    def _are_tabular(self, rows: list[Places]) -> npt.NDArray[np.bool_]:
+        """Which rows have three or more short pieces far apart, as at least two rows beside them have."""
+        found = np.zeros(len(rows), bool)
+        members = np.concatenate(rows)
+        width = self.x1[members].max() - self.x0[members].min()
+        tabular = [self._is_tabular(row, width) for row in rows]
+        changes = np.flatnonzero(np.diff(np.r_[False, tabular, False].astype(np.int8)))
+        for begun, ended in changes.reshape(-1, 2):
+            if ended - begun >= 3:
+                found[begun:ended] = True
+        return found
 
-def _best_corridor(members: Any, frame: Boxes, weights: Any, height: float) -> list[Any] | None:
-    """The parts of a region that its tallest corridor leaves, in reading order; None where it has no columns."""
-    order = members[np.lexsort((frame[members, 0], (frame[members, 1] + frame[members, 3]) / 2))]
-    x0, y0, x1, y1 = frame[order].T
-    edges = np.unique(np.round(x1))
-    left_of = x1[None] <= edges[:, None] + NEAR * height
-    right_of = x0[None] >= edges[:, None] + CORRIDOR * height
-    best: tuple[int, int, int, float] | None = None
-    for score, start, stop, row in sorted(_stretches(left_of, right_of), reverse=True):
-        inside = slice(start, stop)
-        sides = left_of[row, inside], right_of[row, inside]
-        if _are_columns(x0[inside], y0[inside], y1[inside], *sides, weights[order[inside]], height):
-            best = (score, start, stop, float(edges[row]))
-            break
-    if best is None:
-        return None
-    _, start, stop, edge = best
-    start, stop = _without_running_heads(start, stop, y0, y1, x1 <= edge + NEAR * height, height)
-    inside = order[start:stop]
-    left = frame[inside, 2] <= edge + NEAR * height
-    return [order[:start], inside[left], inside[~left], order[stop:]]
-
-
-def _stretches(left_of: Any, right_of: Any) -> list[tuple[int, int, int, int]]:
-    """Stretches of segments that no candidate edge crosses: how many are on the side with fewer, start, stop, and the
-    edge's place."""
-    found = []
-    free = left_of | right_of
-    changes = np.diff(np.pad(free.astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    begun, ended = np.nonzero(changes == 1), np.nonzero(changes == -1)
-    lefts, rights = (np.pad(side.cumsum(axis=1), ((0, 0), (1, 0))) for side in (left_of, right_of))
-    rows, starts, stops = begun[0], begun[1], ended[1]
-    fewer = np.minimum(lefts[rows, stops] - lefts[rows, starts], rights[rows, stops] - rights[rows, starts])
-    for place in np.flatnonzero(fewer >= LEAST_LINES):
-        found.append((int(fewer[place]), int(starts[place]), int(stops[place]), int(rows[place])))
-    return found
-
-
-def _are_columns(x0: Any, y0: Any, y1: Any, left: Any, right: Any, weights: Any, height: float) -> bool:
-    """Whether both sides of a corridor are prose that is read one after the other, not rows of a table."""
-    overlap = min(y1[left].max(), y1[right].max()) - max(y0[left].min(), y0[right].min())
-    if overlap < 1.5 * height:
-        return False
-    for side in (left, right):
-        rows = len(np.unique(np.round((y0[side] + y1[side]) / 2 / (0.6 * height))))
-        if weights[side].sum() / rows < PROSE:
+    def _is_tabular(self, row: Places, width: float) -> bool:
+        if len(row) < 3:
             return False
-    # lines of a column begin below each other; what follows a wide gap in justified lines does not
-    x, top, bottom = x0[right], y0[right], y1[right]
-    beside = np.minimum(bottom[:, None], bottom[None]) - np.maximum(top[:, None], top[None]) > 0.3 * height
-    first = ~(beside & (x[None] < x[:, None])).any(axis=1)
-    begin = np.abs(x[first] - np.median(x[first])) < 0.5 * height
-    if begin.sum() < 3 or begin.mean() < 0.6:
-        return False
-    middle_left, middle_right = ((y0[side] + y1[side]) / 2 for side in (left, right))
-    aligned = (np.abs(middle_left[:, None] - middle_right[None]).min(axis=1) < 0.25 * height).mean() > 0.8
-    steps = np.diff(np.unique(np.round(np.concatenate([middle_left, middle_right]) / (0.3 * height)))) * 0.3
-    return not (aligned and len(steps) and np.median(steps) > LOOSE)
+        row = row[np.argsort(self.x0[row])]
+        sizes, gaps = self.x1[row] - self.x0[row], self.x0[row[1:]] - self.x1[row[:-1]]
+        extent = self.x1[row[-1]] - self.x0[row[0]]
+        return bool(sizes.max() < 0.35 * width and sizes.sum() < 0.7 * extent and gaps.min() > 0.9 * self.height)
 
+    def _are_columns(self, left: Places, right: Places, edge: float) -> bool:
+        """Whether the sides of a corridor are read one after the other, not as rows of a table. `edge` is where the
+        right side's text may end."""
+        top = max(self.middle[left[0]], self.middle[right[0]])
+        bottom = min(self.middle[left[-1]], self.middle[right[-1]])
+        corridor = self.x0[right].min() - self.x1[left].max()
+        few = min(len(left), len(right)) < MANY_ROWS
+        if bottom - top < 0.5 * self.height or (few and corridor < WIDE * self.height):
+            return False
+        sides = self._side(left), self._side(right)
+        width = sides[1].start.min() - sides[0].start.min(), edge - sides[1].start.min()
+        words = [float(side.words.mean()) for side in sides]
+        full = [float((side.covered > FULL * w).mean()) > 0.4 for side, w in zip(sides, width, strict=True)]
+        numeric = any(side.numeric.sum() > 0.5 * side.words.sum() for side in sides)
+        beside = [
+            side.middle[(side.middle > top - 0.5 * self.height) & (side.middle < bottom + 0.5 * self.height)]
+            for side in sides
+        ]
+        fewer, more = sorted(beside, key=len)
+        if not len(fewer):
+            return False
+        aligned = (np.abs(fewer[:, None] - more[None]).min(axis=1) < 0.2 * self.height).mean()
+        if aligned < 0.75 or any(map(self._is_scattered, sides)):  # no rows of one table
+            typical_words = [float(np.median(side.words)) for side in sides]
+            prose = [many >= (PROSE if is_full else 4) for many, is_full in zip(typical_words, full, strict=True)]
+            return len(fewer) > 2 and any(prose)
+        if min(words) < PROSE or numeric:
+            return False
+        typical = float(np.median(np.concatenate([side.gap for side in sides])))
+        if len(fewer) < MANY_ROWS and corridor < 1.5 * typical:
+            return False
+        tight = len(fewer) > 1 and np.median(np.diff(fewer)) < 1.4 * self.height
+        return all(full) or bool(min(words) >= 4 and tight)
 
-def _without_running_heads(start: int, stop: int, y0: Any, y1: Any, left: Any, height: float) -> tuple[int, int]:
-    """The corridor's rows without a head or foot of one row that stands well apart from the columns."""
-    rows = list(range(start, stop))
-    tops, bottoms = y0[rows], y1[rows]
-    first = [row for row in rows if y0[row] < tops.min() + 0.7 * height]
-    rest = [row for row in rows if row not in first]
-    if rest and len(first) <= 3 and y0[rest].min() - y1[first].max() > 1.2 * height and len(rest) > 4:
-        start = max(first) + 1
-    last = [row for row in rows if y1[row] > bottoms.max() - 0.7 * height]
-    rest = [row for row in rows if row not in last]
-    if rest and len(last) <= 3 and y0[last].min() - y1[rest].max() > 1.2 * height and len(rest) > 4:
-        stop = min(last)
-    return (start, stop) if start < stop else (rows[0], rows[-1] + 1)
+    def _is_scattered(self, side: _Side) -> bool:
+        """Whether the rows begin and end anywhere, as a drawing's labels do. Those of a table or column do not."""
+        near = 0.3 * self.height
+        shares = [(np.abs(ends[:, None] - ends[None]) < near).mean(axis=1).max() for ends in (side.start, side.end)]
+        return len(side.start) > 3 and max(shares) < 0.5
 
+    def _side(self, members: Places) -> _Side:
+        rows = _row_starts(self.middle[members], 0.5 * self.height)
+        start, end = np.minimum.reduceat(self.x0[members], rows), np.maximum.reduceat(self.x1[members], rows)
+        words = np.add.reduceat(self.words[members], rows)
+        inked = np.add.reduceat(self.inked[members], rows)
+        return _Side(
+            self.middle[members][rows],
+            start,
+            end,
+            np.add.reduceat(self.x1[members] - self.x0[members], rows),
+            words,
+            np.add.reduceat(self.numeric[members], rows),
+            np.maximum(end - start - inked, 0) / np.maximum(words - 1, 1),
+        )
 
-def _rows(members: Any, frame: Boxes) -> Iterable[list[int]]:
-    """Segments of a region without columns, row by row."""
-    middle = (frame[:, 1] + frame[:, 3]) / 2
-    row: list[int] = []
-    top = bottom = 0.0
-    for place in map(int, members[np.argsort(middle[members], kind="stable")]):
-        overlap = min(bottom, frame[place, 3]) - max(top, frame[place, 1])
-        if row and overlap > 0.5 * min(bottom - top, frame[place, 3] - frame[place, 1]):
-            row.append(place)
-            continue
+    def _without_running_heads(self, order: Places, start: int, stop: int) -> tuple[int, int]:
+        """A corridor's rows without a head or foot of one row that stands well apart from the columns."""
+        rows = np.arange(start, stop)
+        tops, bottoms = self.y0[order[rows]], self.y1[order[rows]]
+        first = tops < tops.min() + 0.7 * self.height
+        last = bottoms > bottoms.max() - 0.7 * self.height
+        apart = 1.2 * self.height
+        begun, ended = start, stop
+        if first.sum() <= 3 and (~first).sum() > 4 and tops[~first].min() - bottoms[first].max() > apart:
+            begun = int(rows[first].max()) + 1
+        if last.sum() <= 3 and (~last).sum() > 4 and tops[last].min() - bottoms[~last].max() > apart:
+            ended = int(rows[last].min())
+        return (begun, ended) if begun < ended else (start, stop)
+
+    def _lines(self, members: Places) -> Iterator[list[int]]:
+        """Segments of a region without columns, row by row."""
+        row: list[int] = []
+        top = bottom = 0.0
+        for place in members[np.argsort(self.middle[members], kind="stable")].tolist():
+            overlap = min(bottom, self.y1[place]) - max(top, self.y0[place])
+            if row and overlap > 0.5 * min(bottom - top, self.y1[place] - self.y0[place]):
+                row.append(place)
+                continue
+            if row:
+                yield sorted(row, key=lambda one: self.x0[one])
+            row, top, bottom = [place], self.y0[place], self.y1[place]
         if row:
-            yield sorted(row, key=lambda one: frame[one, 0])
-        row, top, bottom = [place], frame[place, 1], frame[place, 3]
-    if row:
-        yield sorted(row, key=lambda one: frame[one, 0])
+            yield sorted(row, key=lambda one: self.x0[one])
+
+    def _cells(self, rows: list[list[int]]) -> Iterator[list[int]]:
+        """The rows of a region, but a table's cells of several lines cell by cell. Rows of such a table are set apart
+        by wider white space than lines."""
+        middles = np.array([self.middle[row].mean() for row in rows])
+        steps = np.diff(middles)
+        if len(steps) < 3:
+            yield from rows
+            return
+        wide = 1.25 * np.percentile(steps, 20)
+        bands = np.split(np.arange(len(rows)), np.flatnonzero(steps > wide) + 1)
+        for band in bands:
+            lines = [rows[place] for place in band]
+            yield from self._cells_of(lines) if len(bands) > 2 and 1 < len(lines) <= 8 else lines
+
+    def _are_labels(self, lines: list[list[int]]) -> bool:
+        """Whether the first of two lines has the labels of what is filled in below, in another size."""
+        sizes = [float(np.median(self.y1[line] - self.y0[line])) for line in lines]
+        return len(lines) == 2 and max(sizes) > 1.15 * min(sizes)
+
+    def _cells_of(self, lines: list[list[int]]) -> list[list[int]]:
+        """The lines of one row of a table, cell by cell; as they are where they are no such row."""
+        members = np.array([place for line in lines for place in line])
+        members = members[np.argsort(self.x0[members])]
+        ends = np.maximum.accumulate(self.x1[members])
+        begins = np.flatnonzero(np.r_[True, self.x0[members][1:] > ends[:-1] + self.height])
+        column_of = dict(zip(members.tolist(), np.searchsorted(begins, np.arange(len(members)), "right"), strict=True))
+        columns = range(1, len(begins) + 1)
+        # how many lines each cell has, if they are its first ones
+        filled = [[any(column_of[place] == column for place in line) for line in lines] for column in columns]
+        counts = [sum(one) for one in filled]
+        is_whole = all(all(one[:count]) for one, count in zip(filled, counts, strict=True))
+        if len(begins) < 2 or not is_whole or (min(counts) == len(lines) and not self._are_labels(lines)):
+            return lines
+        cells = [[[place for place in line if column_of[place] == column] for line in lines] for column in columns]
+        return [line for cell in cells for line in cell if line]
+
+
+def _words_in(segment: list[int], boxes: Boxes, texts: Sequence[str], height: float) -> float:
+    """How many words a segment has: pieces that touch are one, and two Chinese or Japanese characters are about one."""
+    count = characters = 0
+    right = -math.inf
+    for place in segment:
+        text = texts[place]
+        found = 0 if text.isascii() else len(_CJK.findall(text))
+        characters += found
+        count += not found and boxes[place, 0] - right > NEAR * height
+        right = boxes[place, 2]
+    return count + characters / 2
+
+
+def _row_starts(middles: npt.NDArray[np.float64], most: float) -> Places:
+    """Where rows begin among segments from the top down: a row's segments are within `most` of its first."""
+    found, first = [], -math.inf
+    for place, middle in enumerate(middles.tolist()):
+        if middle - first > most:
+            found.append(place)
+            first = middle
+    return np.array(found)
+
+
+def _ends(values: npt.NDArray[np.float64], near: float, least: int) -> npt.NDArray[np.float64]:
+    """Places near which at least so many ends of segments are, the most frequented ones."""
+    values = np.sort(values)
+    places = np.unique(np.round(values, 1))
+    counts = np.searchsorted(values, places + near) - np.searchsorted(values, places - near)
+    order = np.argsort(-counts, kind="stable")[:MOST_EDGES]
+    return places[order[counts[order] >= least]]
+
+
+def _stretches(free: Any, left_of: Any, right_of: Any) -> list[list[int]]:
+    """Stretches of segments that an edge does not cross: start, stop and the edge's place, those with most segments on
+    both sides first. All three arrays have the shape (edges, segments)."""
+    changes = np.diff(np.pad(free.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    (rows, starts), stops = np.nonzero(changes == 1), np.nonzero(changes == -1)[1]
+    sums = [np.pad(side.cumsum(axis=1, dtype=np.int32), ((0, 0), (1, 0))) for side in (left_of, right_of)]
+    lefts, rights = (one[rows, stops] - one[rows, starts] for one in sums)
+    fewer = np.minimum(lefts, rights)
+    # edges beside each other often part the segments in the same way
+    size = free.shape[1] + 1
+    _, first = np.unique((starts * size + stops) * size + lefts, return_index=True)
+    first = first[fewer[first] >= LEAST_ROWS]
+    best = first[np.lexsort((stops[first], starts[first], fewer[first]))[::-1]][:MOST_EDGES]
+    found: list[list[int]] = np.stack([starts, stops, rows], axis=1)[best].tolist()
+    return found
 
 
 # -- lines ---------------------------------------------------------------------------------------------------------
 
 
-def _with_left_to_right_runs(line: list[int], texts: Sequence[str]) -> list[int]:
-    """A right-to-left line whose runs of other words, such as English ones, are in their own order."""
+def _with_runs_turned(line: list[int], texts: Sequence[str], right_to_left: bool) -> list[int]:
+    """A line whose runs of words of the other direction, such as English ones between Hebrew, are in their own order.
+
+    A number goes with the words before and after it; between words of both directions, with the line's.
+    """
+    own = [_direction(texts[place]) for place in line]
     found: list[int] = []
-    run: list[int] = []
-    for place in line:
-        if _RTL.search(texts[place]):
-            found += [*reversed(run), place]
-            run = []
-        else:
-            run.append(place)
-    return [*found, *reversed(run)]
+    at = 0
+    while at < len(line):
+        end = at + 1
+        if own[at] == -_sign(right_to_left):
+            while end < len(line) and own[end] != _sign(right_to_left):
+                end += 1
+            while own[end - 1] == 0:
+                end -= 1
+        found += reversed(line[at:end])
+        at = end
+    return found
 
 
-def _joined(line: list[int], boxes: list[list[float]], texts: Sequence[str]) -> str:
+def _sign(right_to_left: bool) -> int:
+    return -1 if right_to_left else 1
+
+
+def _direction(text: str) -> int:
+    """1 for a word that runs to the right, -1 for one that runs to the left, 0 for a number."""
+    return -1 if _RTL.search(text) else int(any(map(str.isalpha, text)))
+
+
+def _line_text(line: list[int], boxes: list[list[float]], texts: Sequence[str]) -> str:
     """A line's text. Pieces that touch are one word, and Chinese has no spaces but where there is a gap."""
     parts: list[str] = []
     for number, place in enumerate(line):
@@ -416,22 +697,24 @@ def join_lines(lines: Sequence[str]) -> str:
     """
     lines = [line.strip() for line in lines if line.strip()]
     inside = Counter(word.strip(".,;:()\"'") for line in lines for word in line.split()[:-1])
-    text = ""
+    parts: list[str] = []
     for line in lines:
-        if not text:
-            text = line
-        elif text[-1] in _HYPHENS and _goes_on(text, line, inside):
-            text = text[:-1] + line
-        elif text[-1] == "-" and re.search(r"\w-$", text) and line[0].isalnum():
-            text += line
+        last = parts[-1] if parts else ""
+        if not last:
+            parts.append(line)
+        elif last[-1] in _HYPHENS and _is_continued(last, line, inside):
+            parts[-1] = last[:-1]
+            parts.append(line)
+        elif last[-1] == "-" and re.search(r"\w-$", last) and line[0].isalnum():
+            parts.append(line)
         else:
-            text = text.rstrip("\u00ad")
-            chinese = _CJK.match(text[-1]) and _CJK.match(line[0])
-            text += line if chinese else f" {line}"
-    return " ".join(text.replace("\u00ad", "").split())
+            parts[-1] = last.rstrip("\u00ad")
+            chinese = last and _CJK.match(last[-1]) and _CJK.match(line[0])
+            parts += ["" if chinese else " ", line]
+    return " ".join("".join(parts).replace("\u00ad", "").split())
 
 
-def _goes_on(text: str, line: str, inside: Counter[str]) -> bool:
+def _is_continued(text: str, line: str, inside: Counter[str]) -> bool:
     """Whether the word at the end of a text goes on in the next line without its hyphen."""
     if text[-1] == "\u00ad":
         return True

@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ import pymupdf
 from pymupdf import mupdf
 
 from stages.contract.files import stored_name
+from stages.preprocess.reading import Word, read_page
 from stages.preprocess.watch import watch
 
 PATCH = 28
@@ -24,6 +25,10 @@ PATCH = 28
 
 MAX_RATIO = 200
 """Largest ratio of the sides that this family's processors accept."""
+
+LEAST_LINE = 1.5
+"""Smallest width of a drawn line, in pixels: between two rows of them, each still gets three quarters of its colour.
+Drawings of patents are made of hairlines (`0 w`), which MuPDF would draw nearly white."""
 
 
 @dataclass(frozen=True)
@@ -188,12 +193,20 @@ def picture_size(width: float, height: float, max_pixels: int) -> tuple[int, int
     return columns, rows
 
 
-def render_page(page: pymupdf.Page, max_pixels: int, region: pymupdf.Rect | None = None) -> pymupdf.Pixmap:
-    """Draw a page, or a region of it in points, at exactly `picture_size`."""
+def render_page(
+    page: pymupdf.Page,
+    max_pixels: int,
+    region: pymupdf.Rect | None = None,
+    content: pymupdf.DisplayList | None = None,
+) -> pymupdf.Pixmap:
+    """Draw a page, or a region of it in points, at exactly `picture_size`. `content` is the page's, for a caller that
+    reads it, too."""
     drawn = page.rect if region is None else region
     width, height = picture_size(drawn.width, drawn.height, max_pixels)
     scale = pymupdf.Matrix(width / drawn.width, height / drawn.height)
-    picture = page.get_pixmap(matrix=scale, clip=region, colorspace=pymupdf.csRGB, alpha=False)
+    pymupdf.TOOLS.set_graphics_min_line_width(LEAST_LINE)
+    content = content or page.get_displaylist()
+    picture: pymupdf.Pixmap = content.get_pixmap(matrix=scale, colorspace=pymupdf.csRGB, alpha=False, clip=region)
     if (picture.width, picture.height) != (width, height):  # rounding at the edges may add a row or column
         picture = pymupdf.Pixmap(picture, width, height, None)
     return picture
@@ -203,7 +216,8 @@ def render_range(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: 
     """Render pages into `folder/<number>.jpg` (1-based). Returns a record for each page.
 
     A record has `page`, `status` (`ok`, `blank` or a reason), and for `ok`: `width`, `height` (pixels), `text`,
-    `words` (`[x0, y0, x1, y1, word]`, in 0..1 of the page's width and height) and the picture's `sha256`.
+    `words` (`[x0, y0, x1, y1, word]`, in 0..1 of the page's width and height) and the picture's `sha256`; also
+    `nothing_drawn`, MuPDF's warning, where the picture has one colour although the page has text.
     """
     records = []
     with open_document(pages.source) as document:
@@ -219,32 +233,37 @@ def render_range(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: 
     return records
 
 
-_CJK = r"[\u3000-\u9fff\uf900-\ufaff\uff00-\uffef]"
-_BREAK_INSIDE_CJK = re.compile(rf"(?<={_CJK})[^\S\n]*\n\s*(?={_CJK})")
-
-
-def flowing(text: str) -> str:
-    """Join the lines of a page with spaces, but Chinese and Japanese characters directly."""
-    return " ".join(_BREAK_INSIDE_CJK.sub("", text).split())
-
-
 def _render_one(page: pymupdf.Page, path: Path, max_pixels: int, jpeg_quality: int) -> dict[str, Any]:
-    words = page_words(page)
-    picture = render_page(page, max_pixels)
-    if not words and picture.is_unicolor:
-        return {"status": "blank"}
-    text = flowing(page.get_text("text", sort=True))
-    return {"status": "ok", **write_picture(picture, path, jpeg_quality), "text": text, "words": words}
+    pymupdf.TOOLS.reset_mupdf_warnings()
+    content = page.get_displaylist()  # reads the content stream, for text and picture
+    written = read_page(page, content)
+    picture = render_page(page, max_pixels, content=content)
+    warning = next(iter(pymupdf.TOOLS.mupdf_warnings().splitlines()), "")
+    record: dict[str, Any] = {"status": "ok"}
+    if is_unicolor(picture):
+        if not written.words:  # MuPDF leaves out what it cannot draw, and only warns
+            return {"status": f"page cannot be rendered: {warning}" if warning else "blank"}
+        record["nothing_drawn"] = warning or "no warning"
+    record |= write_picture(picture, path, jpeg_quality)
+    return {**record, "text": written.text, "words": _rounded_words(written.words)}
+
+
+def is_unicolor(picture: pymupdf.Pixmap) -> bool:
+    """Whether all pixels have one colour. PyMuPDF's own property walks over the pixels in Python: 200 times slower."""
+    some = picture.samples_mv[:: 101 * picture.n].tobytes()  # tells most pages without a copy of all pixels
+    if some.count(some[:1]) < len(some):
+        return False
+    samples = picture.samples
+    return bool(samples == samples[: picture.n] * (len(samples) // picture.n))
 
 
 def page_words(page: pymupdf.Page) -> list[list[Any]]:
     """Return a page's words with their boxes: `[x0, y0, x1, y1, word]`, in 0..1 of the page's width and height."""
-    width, height = page.rect.width, page.rect.height
-    words = []
-    for *box, word, _, _, _ in page.get_text("words", sort=True):
-        x0, y0, x1, y1 = pymupdf.Rect(box) * page.rotation_matrix  # MuPDF gives boxes of the page without its rotation
-        words.append([round(x0 / width, 4), round(y0 / height, 4), round(x1 / width, 4), round(y1 / height, 4), word])
-    return words
+    return _rounded_words(read_page(page).words)
+
+
+def _rounded_words(words: Iterable[Word]) -> list[list[Any]]:
+    return [[*(round(value, 4) for value in word[:4]), word.text] for word in words]
 
 
 def write_picture(picture: pymupdf.Pixmap, path: Path, jpeg_quality: int) -> dict[str, Any]:

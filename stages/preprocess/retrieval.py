@@ -6,6 +6,7 @@ Only tasks that read documents need it (`DocumentTask`).
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,23 @@ Pages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Index:
-    """The documents' pages, and all vectors. Row i of `page_vectors` is page i's; questions' vectors are by id."""
+    """The documents' pages, and all vectors."""
 
     documents: Mapping[str, Path]
     pages: Pages
+    first_rows: Sequence[int]
+    """The row of `page_vectors` where each page's passages begin, and the number of rows."""
     page_vectors: Vectors
     question_vectors: Mapping[str, Vectors]
+    """By the questions' ids."""
 
 
 def read_documents(stage: Stage, documents: Mapping[str, Path], questions: list[Any]) -> Index | None:
     """Render and embed this process's share. Returns None for a shard: the merging stage does the rest."""
     _adopt_shards(stage)
-    pages = render_documents(stage, {name: documents[name] for n, name in enumerate(documents) if stage.does_piece(n)})
     embedder = Embedder(stage)
+    mine = {name: documents[name] for n, name in enumerate(documents) if stage.does_piece(n)}
+    pages = render_documents(stage, mine, embedder.passages_of)
     embedder.embed_pages(pages)
     chunks = split_into_chunks([question.text for question in questions])  # shards share questions by chunk
     vectors = embedder.embed_questions([chunk for n, chunk in enumerate(chunks) if stage.does_piece(n)])
@@ -48,9 +53,11 @@ def read_documents(stage: Stage, documents: Mapping[str, Path], questions: list[
         _list_outputs_of_shard(stage)
         return None
     page_vectors = embedder.write_pages(pages, stage.path("vectors.npy"))
-    stage.outputs["vectors.npy"] = len(pages)
+    stage.counts["passages"] = stage.outputs["vectors.npy"] = len(page_vectors)
     _write_questions(stage, questions, vectors)
-    return Index(documents, pages, page_vectors, dict(zip([q.id for q in questions], vectors, strict=True)))
+    by_id = dict(zip([q.id for q in questions], vectors, strict=True))
+    first_rows = [0, *accumulate(map(embedder.passages_of, pages))]
+    return Index(documents, pages, first_rows, page_vectors, by_id)
 
 
 def _adopt_shards(stage: Stage) -> None:
@@ -68,7 +75,7 @@ def _list_outputs_of_shard(stage: Stage) -> None:
 
 
 def _write_questions(stage: Stage, questions: list[Any], vectors: Vectors) -> None:
-    """Write the questions' ids and vectors. Pages' vectors are in vectors.npy, in the row order of pages.parquet."""
+    """Write the questions' ids and vectors. Pages' vectors are in vectors.npy."""
     table = pa.table({"id": [question.id for question in questions], "vector": list(vectors)})
     with open_atomically(stage.path("questions.parquet"), "wb") as file:
         pq.write_table(table, file)
@@ -98,12 +105,11 @@ def find_for_questions(
     for question in questions:
         own = rows.get(question.document, [])
         numbers = [int(index.pages[row]["page"]) for row in own]
-        of_pages = index.page_vectors[own[0] : own[-1] + 1] if own else index.page_vectors[:0]
         if question.page is not None and question.page not in numbers:
             stage.counts["named page missing"] += 1
         found[question.id] = Found(
             pages=by_document.get(question.document, {}),
-            ranked=_rank_pages(numbers, of_pages, index.question_vectors[question.id]),
+            ranked=_rank_pages(index, own, index.question_vectors[question.id]),
             crop=crops[named[question.id]]["image"] if named.get(question.id) in crops else None,
             examples=examples.get(question.id, []),
             drawing_is_enough=enough.get(question.id),
@@ -111,12 +117,15 @@ def find_for_questions(
     return found
 
 
-def _rank_pages(numbers: list[int], pages: Vectors, question: Vectors) -> list[int]:
-    """A document's pages by similarity to a question, best first, ties by number."""
-    if not numbers:
+def _rank_pages(index: Index, own: list[int], question: Vectors) -> list[int]:
+    """A document's pages by the similarity of their best passage to a question, best first, ties by number. `own` are
+    the places of its pages, which follow each other."""
+    if not own:
         return []
-    _, order = top_k(pages, question[None], len(numbers))
-    return [numbers[place] for place in order[0]]
+    start, stop = index.first_rows[own[0]], index.first_rows[own[-1] + 1]
+    page_of = [int(index.pages[place]["page"]) for place in own for _ in range(*index.first_rows[place : place + 2])]
+    _, order = top_k(index.page_vectors[start:stop], question[None], stop - start)
+    return list(dict.fromkeys(page_of[row] for row in order[0]))
 
 
 def _examples(

@@ -1,13 +1,15 @@
 """Pages made for tests of reading order: what is written on each, in a person's order, is kept apart from where it is.
 
 Two writers: PyMuPDF's own, and PDF's operators by hand with a font that has nothing but a map to Unicode. Both place
-words in a shuffled order.
+words in a shuffled order. `layouts` has pages of more kinds.
 """
 
+import math
 import random
+import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pymupdf
@@ -17,35 +19,14 @@ Writer = Literal["pymupdf", "operators"]
 WIDTH, HEIGHT = 595.0, 842.0
 
 _SYLLABLES = [
-    "ba",
-    "de",
-    "fi",
-    "go",
-    "lu",
-    "ma",
-    "ne",
-    "pi",
-    "ro",
-    "su",
-    "ta",
-    "ve",
-    "wo",
-    "xi",
-    "za",
-    "cre",
-    "dro",
-    "fla",
-    "gri",
-    "plu",
-    "ster",
-    "thon",
-    "vil",
+    *("ba", "de", "fi", "go", "lu", "ma", "ne", "pi", "ro", "su", "ta", "ve", "wo", "xi", "za"),
+    *("cre", "dro", "fla", "gri", "plu", "ster", "thon", "vil"),
 ]
 _HANZI = (
     "发明涉及一种用于机械装置的阀门结构包括壳体弹簧活塞和密封环其中所述部件设置在内腔左侧并与连接杆固定可以沿轴线移动"
 )
-_HEBREW = "אבגדהוזחטיכלמנסעפצקרשת"
-_ARABIC = "ابتثجحخدذرزسشصضطظعغفقكلمنهوي"
+HEBREW = "אבגדהוזחטיכלמנסעפצקרשת"
+ARABIC = "ابتثجحخدذرزسشصضطظعغفقكلمنهوي"
 
 
 @dataclass(frozen=True)
@@ -58,6 +39,8 @@ class Placed:
     size: float = 9.0
     turn: int = 0
     """Quarter turns, clockwise."""
+    font: str = ""
+    """One of PyMuPDF's fonts, with its own widths; empty: the writer's."""
 
 
 @dataclass
@@ -73,6 +56,12 @@ class MadePage:
     """Further operators, such as lines."""
     vertical: bool = False
     """Whether the font writes from top to bottom."""
+    skew: float = 0.0
+    """By how many degrees the page was laid on the scanner askew."""
+    scanned: bool = False
+    """Whether the page is a picture with an invisible text layer."""
+    fields: list[Placed] = field(default_factory=list)
+    """What is filled into a form's fields."""
 
 
 def width_of(text: str, size: float) -> float:
@@ -331,6 +320,52 @@ def drawing(seed: int) -> MadePage:
     return page
 
 
+def hairlines(seed: int) -> MadePage:
+    """A drawing of hairlines only, with a caption and text around it."""
+    words, page = Words(seed), MadePage("hairlines")
+    texts, y = [], 80.0
+    for height in (0.0, 260.0):
+        y += height
+        text = words.words(90)
+        found, y = set_lines(text, 60, y, 470, 10)
+        page.placed += found
+        texts.append(" ".join(text))
+    across = words.random.uniform(100, 500)
+    page.drawing = (
+        f"0 w 60 400 470 180 re S {across:.1f} 400 m {across - 30:.1f} 580 l S"
+        " 0.1 w 100 450 m 200 550 300 350 500 500 c S"
+    )
+    page.streams = texts
+    return page
+
+
+def nearly_blank(seed: int) -> MadePage:
+    words, page = Words(seed), MadePage("nearly blank")
+    text = words.words(words.random.randint(2, 8))
+    page.placed, _ = set_lines(text, words.random.uniform(60, 200), words.random.uniform(60, 800), 380, 10)
+    page.streams = [" ".join(text)]
+    return page
+
+
+def scan(seed: int, skew: float) -> MadePage:
+    page = plain(seed, kind="scans") if seed % 2 else replace(columns(seed), kind="scans")
+    return replace(page, scanned=True, skew=skew)
+
+
+def filled_form(seed: int) -> MadePage:
+    """A form whose values are in its fields."""
+    words, page = Words(seed), MadePage("forms")
+    y, said = 90.0, []
+    for _ in range(18):
+        label, value = words.word(), " ".join(words.words(2))
+        page.placed.append(Placed(label + ":", 60, y, 10))
+        page.fields.append(Placed(value, 220, y, 10))
+        said += [label + ":", value]
+        y += 24
+    page.streams = [" ".join(said)]
+    return page
+
+
 def chinese(seed: int) -> MadePage:
     words, page = Words(seed), MadePage("chinese")
     text, y = words.hanzi(700), 80.0
@@ -357,13 +392,17 @@ def corpus(pages_a_kind: int = 14) -> Iterator[tuple[MadePage, Writer]]:
         yield rotated_columns(seed + 200, (90, 180, 270)[number % 3]), writer
         yield sideways(seed + 300, number % 3 + 1), "operators"
         yield vertical(seed + 400, one_by_one=bool(number % 2)), "operators"
-        yield right_to_left(seed + 600, (_HEBREW, _ARABIC)[number // 2 % 2], visual=bool(number % 2)), "operators"
+        yield right_to_left(seed + 600, (HEBREW, ARABIC)[number // 2 % 2], visual=bool(number % 2)), "operators"
         yield ligatures(seed + 700), "operators"
         yield footnotes(seed + 800), writer
         yield table(seed + 900), writer
         yield form(seed + 1000), writer
         yield drawing(seed + 1100), writer
         yield chinese(seed + 1200), "operators"
+        yield hairlines(seed + 1300), writer
+        yield nearly_blank(seed + 1400), writer
+        yield scan(seed + 1500, 0.0 if writer == "pymupdf" else (number % 5 - 2) * 0.8), writer
+        yield filled_form(seed + 1600), "pymupdf"
 
 
 # -- writers -------------------------------------------------------------------------------------------------------
@@ -390,9 +429,23 @@ def _as_stored(page: MadePage, x: float, y: float) -> tuple[float, float]:
 def _by_pymupdf(page: MadePage, placed: list[Placed]) -> bytes:
     document = pymupdf.open()
     made = document.new_page(width=WIDTH, height=HEIGHT)
+    mode = 0
+    if page.scanned:
+        seen = pymupdf.open("pdf", _by_pymupdf(replace(page, scanned=False), placed))
+        picture = seen[0].get_pixmap(dpi=72, colorspace=pymupdf.csGRAY)
+        made.insert_image(made.rect, stream=picture.tobytes("jpeg"))
+        mode = 3
     for one in placed:
         x, y = _as_stored(page, one.x, one.y)
-        made.insert_text((x, HEIGHT - y), one.text, fontname="cour", fontsize=one.size * 0.8, rotate=page.rotate)
+        font, size = (one.font, one.size) if one.font else ("cour", one.size * 0.8)
+        where = (x, HEIGHT - y)
+        made.insert_text(where, one.text, fontname=font, fontsize=size, rotate=page.rotate, render_mode=mode)
+    for number, one in enumerate(page.fields):
+        widget = pymupdf.Widget()
+        widget.field_type, widget.field_name = pymupdf.PDF_WIDGET_TYPE_TEXT, f"field {number}"
+        widget.field_value, widget.text_fontsize = one.text, one.size
+        widget.rect = pymupdf.Rect(one.x, one.y - one.size * 1.2, 540, one.y + one.size * 0.5)
+        made.add_widget(widget)
     if page.drawing:
         xref = document.get_new_xref()
         document.update_object(xref, "<<>>")
@@ -406,27 +459,31 @@ def _by_pymupdf(page: MadePage, placed: list[Placed]) -> bytes:
 
 
 def _by_operators(page: MadePage, placed: list[Placed]) -> bytes:
-    parts = [page.drawing, "BT"]
+    parts = [page.drawing]
+    if page.scanned:
+        parts.append(f"0.95 g 0 0 {WIDTH:g} {HEIGHT:g} re f 0 g 3 Tr")
+    parts.append("BT")
     for one in placed:
         x, y = _as_stored(page, one.x, one.y)
         turns = (-page.rotate // 90 + one.turn) % 4
-        a, b = {0: (1, 0), 1: (0, -1), 2: (-1, 0), 3: (0, 1)}[turns]
-        codes = one.text.encode("utf-16-be").hex()
-        parts.append(f"/F {one.size:.2f} Tf {a} {b} {-b} {a} {x:.2f} {y:.2f} Tm <{codes}> Tj")
+        angle = math.radians(-90 * turns + page.skew)
+        a, b = math.cos(angle), math.sin(angle)
+        if page.skew:
+            x, y = x * a - y * b, x * b + y * a
+        codes = one.text.encode("utf-16-be").hex() if not one.font else one.text.encode("cp1252").hex()
+        font = {"": "F", "tiro": "T", "helv": "H"}[one.font]
+        parts.append(f"/{font} {one.size:.2f} Tf {a:.6f} {b:.6f} {-b:.6f} {a:.6f} {x:.2f} {y:.2f} Tm <{codes}> Tj")
     parts.append("ET")
     stream = zlib.compress("\n".join(parts).encode("latin-1"))
     to_unicode = (
         b"/CIDInit /ProcSet findresource begin 12 dict begin begincmap /CMapName /U def /CMapType 2 def\n"
         b"1 begincodespacerange <0000> <FFFF> endcodespacerange\n"
-        + b"256 beginbfrange\n".replace(b"256", b"100")
-        + b"".join(b"<%02X00> <%02XFF> <%02X00>\n" % (high, high, high) for high in range(100))
-        + b"endbfrange\n"
-        + b"100 beginbfrange\n"
-        + b"".join(b"<%02X00> <%02XFF> <%02X00>\n" % (high, high, high) for high in range(100, 200))
-        + b"endbfrange\n"
-        + b"56 beginbfrange\n"
-        + b"".join(b"<%02X00> <%02XFF> <%02X00>\n" % (high, high, high) for high in range(200, 256))
-        + b"endbfrange\nendcmap CMapName currentdict /CMap defineresource pop end end"
+        + b"".join(
+            b"%d beginbfrange\n%bendbfrange\n"
+            % (len(part), b"".join(b"<%02X00> <%02XFF> <%02X00>\n" % (high, high, high) for high in part))
+            for part in (range(100), range(100, 200), range(200, 256))
+        )
+        + b"endcmap CMapName currentdict /CMap defineresource pop end end"
     )
     encoding = "Identity-V" if page.vertical else "Identity-H"
     objects = [
@@ -434,7 +491,9 @@ def _by_operators(page: MadePage, placed: list[Placed]) -> bytes:
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
         (
             f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {WIDTH:g} {HEIGHT:g}] /Rotate {page.rotate}"
-            " /Contents 4 0 R /Resources << /Font << /F 5 0 R >> >> >>"
+            " /Contents 4 0 R /Resources << /Font << /F 5 0 R"
+            " /T << /Type /Font /Subtype /Type1 /BaseFont /Times-Roman /Encoding /WinAnsiEncoding >>"
+            " /H << /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >> >> >> >>"
         ).encode(),
         b"<< /Length %d /Filter /FlateDecode >>\nstream\n%b\nendstream" % (len(stream), stream),
         (
@@ -442,7 +501,6 @@ def _by_operators(page: MadePage, placed: list[Placed]) -> bytes:
             " /ToUnicode 8 0 R >>"
         ).encode(),
         b"<< /Type /Font /Subtype /CIDFontType2 /BaseFont /Made"
-        b""
         b" /CIDSystemInfo << /Registry (Adobe) /Ordering (Identity)"
         b" /Supplement 0 >> /FontDescriptor 7 0 R /DW 1000 /W [0 11904 500] >>",
         b"<< /Type /FontDescriptor /FontName /Made /Flags 4 /FontBBox [0 -200 1000 800] /ItalicAngle 0 /Ascent 800"
@@ -469,10 +527,12 @@ def runs_kept(truth: list[str], text: str) -> tuple[int, int]:
     kept = total = 0
     said = " ".join(text.split())
     for stream in truth:
-        units = list(stream) if " " not in stream else stream.split()
-        joint = "" if " " not in stream else " "
+        spaced = " " in stream
+        units = stream.split() if spaced else list(stream)
+        # where Chinese touches Latin script, it depends on the font whether there is a space
+        own = said if spaced or not re.search("[0-9A-Za-z]", stream) else said.replace(" ", "")
         size = min(RUN, len(units))
         for start in range(len(units) - size + 1):
             total += 1
-            kept += joint.join(units[start : start + size]) in said
+            kept += (" " if spaced else "").join(units[start : start + size]) in own
     return kept, total

@@ -405,6 +405,28 @@ def test_other_page_settings_render_again(new_stage: NewStage, folder: Path, ove
     assert before[0]["sha256"] != after[0]["sha256"]
 
 
+def test_pages_read_by_earlier_rules_are_read_again(
+    new_stage: NewStage, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pdf(folder / "a.pdf", ["x"])
+    first = new_stage()
+    render(first, folder)
+    before = pictures(first)
+    monkeypatch.setattr(documents_module, "RULES_VERSION", -1)
+    again = new_stage()
+    render(again, folder)
+    assert pictures(again).keys() == before.keys() and pictures(again) != before
+
+
+def test_a_page_whose_text_is_all_that_is_there_is_counted(new_stage: NewStage, folder: Path) -> None:
+    document = pymupdf.open()
+    document.new_page().insert_text((50, 100), "a text layer", render_mode=3)
+    document.save(folder / "a.pdf")
+    stage = new_stage()
+    assert [page["text"] for page in render(stage, folder)] == ["a text layer"]
+    assert stage.counts["pages with text but nothing drawn"] == 1
+
+
 @pytest.mark.parametrize("damage", ["changed", "deleted"])
 def test_a_changed_or_deleted_picture_is_rendered_again(new_stage: NewStage, folder: Path, damage: str) -> None:
     make_pdf(folder / "a.pdf", ["one"])

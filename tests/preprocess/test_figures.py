@@ -5,7 +5,7 @@ import hashlib
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pymupdf
@@ -61,6 +61,11 @@ class Page:
         font = "helv" if text.isascii() else "china-s"
         width = pymupdf.get_text_length(text, font, size)
         self.page.insert_text((centre - width / 2, base), text, fontname=font, fontsize=size)
+        return self
+
+    def write_left(self, left: float, base: float, text: str, size: float = 12) -> "Page":
+        font = "helv" if text.isascii() else "china-s"
+        self.page.insert_text((left, base), text, fontname=font, fontsize=size)
         return self
 
     def prose(self, base: float, lines: tuple[str, ...] = PROSE) -> "Page":
@@ -280,6 +285,176 @@ def test_a_list_of_figures_without_drawings_has_none() -> None:
     page.page.draw_line((60, 60), (540, 60))
     assert page.box("1") is None
     assert page.box("2") is None
+
+
+# -- tables and lists of figures -----------------------------------------------------------------------------------
+
+Style = Literal["grid", "three rules", "rows ruled", "filled rows"]
+
+
+def draw_table(page: Page, box: Rectangle, style: Style, rows: int = 8, columns: int = 4) -> Page:
+    """A ruled table with a short text in each cell."""
+    x0, y0, x1, y1 = box
+    high, wide = (y1 - y0) / rows, (x1 - x0) / columns
+    for row in range(0, rows if style == "filled rows" else 0, 2):
+        page.page.draw_rect((x0, y0 + row * high, x1, y0 + (row + 1) * high), color=None, fill=(0.8, 0.8, 0.8))
+    for row in range(rows + 1) if style in ("grid", "rows ruled") else (0, 1, rows):
+        page.page.draw_line((x0, y0 + row * high), (x1, y0 + row * high), width=0.7)
+    for column in range(columns + 1 if style == "grid" else 0):
+        page.page.draw_line((x0 + column * wide, y0), (x0 + column * wide, y1), width=0.7)
+    for row in range(rows):
+        for column in range(columns):
+            page.write(x0 + (column + 0.5) * wide, y0 + (row + 0.6) * high, f"part {row * columns + column}", 9)
+    return page
+
+
+SMALL, TABLE = (200, 90, 400, 220), (80, 330, 515, 620)
+
+
+@pytest.mark.parametrize("style", get_args(Style))
+@pytest.mark.parametrize("title", ["", "Table 3: Parts of the stool", "表3 部件"])
+def test_a_table_below_a_caption_is_not_its_figure(style: Style, title: str) -> None:
+    page = draw_table(Page().draw(SMALL).write(300, 245, "Figure 1. Sectional view"), TABLE, style)
+    found = page.write(297, 320, title or " ").box("1")
+    assert holds(found, SMALL)
+    assert apart(found, TABLE)
+
+
+@pytest.mark.parametrize("style", get_args(Style))
+def test_a_table_above_a_figure_is_not_part_of_it(style: Style) -> None:
+    own = (180, 480, 420, 640)
+    page = draw_table(Page().write(297, 80, "Table 1. Parts"), (80, 95, 515, 400), style)
+    found = page.draw(own).write(300, 670, "Figure 2. Sectional view").box("2")
+    assert holds(found, own)
+    assert apart(found, (80, 95, 515, 400))
+
+
+@pytest.mark.parametrize("style", get_args(Style))
+def test_a_caption_with_only_a_table_near_it_has_no_figure(style: Style) -> None:
+    page = draw_table(Page().write(297, 80, "Figure 4. Sectional view, continued"), (80, 120, 515, 400), style)
+    assert page.box("4") is None
+
+
+def test_a_table_beside_a_figure_is_not_part_of_it() -> None:
+    own = (60, 90, 300, 320)
+    page = draw_table(Page().draw(own).write(180, 345, "Figure 1. View"), (340, 90, 540, 320), "grid", columns=2)
+    assert holds(page.box("1"), own)
+    assert apart(page.box("1"), (341, 90, 540, 320))
+
+
+def test_grid_lines_of_a_chart_are_no_table() -> None:
+    page = Page()
+    for y in range(100, 301, 40):
+        page.page.draw_line((120, y), (480, y), width=0.3)
+        page.write(105, y + 4, str(y), 8)
+    page.page.draw_bezier((120, 290), (200, 100), (300, 300), (480, 120))
+    page.write(300, 320, "Time (s)", 9).write(300, 345, "Figure 1. Speed over time")
+    assert holds(page.box("1"), (120, 100, 480, 300))
+
+
+def test_two_figures_and_a_table_between_them() -> None:
+    lower = (180, 560, 420, 720)
+    page = draw_table(Page().draw(SMALL).write(300, 245, "FIG. 1"), (80, 300, 515, 500), "grid")
+    page.draw(lower).write(300, 745, "FIG. 2")
+    assert holds(page.box("1"), SMALL) and apart(page.box("1"), (80, 300, 515, 500))
+    assert holds(page.box("2"), lower) and apart(page.box("2"), (80, 300, 515, 500))
+
+
+def test_equal_boxes_of_a_flow_chart_are_no_table() -> None:
+    page = Page()
+    for top in (100, 200, 300, 400):
+        page.page.draw_rect((180, top, 420, top + 50))
+        page.page.draw_line((300, top + 50), (300, top + 100))
+        page.write(300, top + 30, "TURN THE LEVER")
+    page.write(297, 540, "FIG. 5")
+    assert holds(page.box("5"), (180, 100, 420, 500))
+
+
+ENTRIES = {
+    "dots": "Figure {}  Sectional view of the stool ........................ {}",
+    "plain": "Figure {}: Sectional view of the stool",
+    "Chinese": "图{} 折叠梯的剖视图",
+    "wide": "Fig. {} View",
+}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize("heading", ["List of Figures", "图目录", ""])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_line_of_a_list_of_figures_is_no_caption(kind: str, heading: str, count: int) -> None:
+    if count == 1 and not heading and kind not in ("dots", "wide"):
+        pytest.skip("nothing tells it from a caption")
+    page = Page().write(160, 80, heading or " ", 14)
+    for number in range(1, count + 1):
+        page.write_left(80, 90 + 22 * number, ENTRIES[kind].format(number, number + 3))
+        if kind == "wide":
+            page.write_left(500, 90 + 22 * number, str(number + 3))
+    page.draw((150, 300, 450, 600))
+    assert page.box("1") is None
+    page.write(300, 630, "Figure 1: Sectional view of the stool")
+    assert holds(page.box("1"), (150, 300, 450, 600))
+    assert apart(page.box("1"), (80, 90, 540, 200)), "the list is not part of the crop"
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------
+
+GRID = [(x, y, x + 180, y + 150) for y in (80, 300) for x in (80, 330)]
+
+
+@pytest.mark.parametrize("label", ["({})", "({}) front view of the folding stool", "Figure 2({})", "Fig. 2{}"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_parts_beside_each_other_are_one_figure(label: str, count: int) -> None:
+    page = Page()
+    for letter, box in zip("abcd", GRID[:count], strict=False):
+        page.draw(box).write((box[0] + box[2]) / 2, box[3] + 20, label.format(letter), 9)
+    bottom = GRID[count - 1][3]
+    page.write(297, bottom + 50, "Figure 2. Views of the stool").prose(bottom + 100)
+    other = (200, bottom + 180, 400, bottom + 260)
+    page.draw(other).write(300, bottom + 285, "Figure 3. Lever")
+    found = page.box("2")
+    assert all(holds(found, box) for box in GRID[:count])
+    assert holds(found, (297, bottom + 44, 299, bottom + 50)), "the caption is part of the crop"
+    assert apart(found, other)
+    assert holds(page.box("3"), other)
+    assert apart(page.box("3"), GRID[0])
+
+
+@pytest.mark.parametrize("place", ["below in the middle", "below at the left", "above at the left"])
+def test_parts_stay_together_beside_another_figure(place: str) -> None:
+    parts, other = [(40, 100, 160, 250), (190, 100, 310, 250)], (360, 100, 560, 250)
+    page = Page().draw(other)
+    for letter, box in zip("ab", parts, strict=True):
+        page.draw(box).write((box[0] + box[2]) / 2, box[3] + 16, f"({letter})", 9)
+    base = 85 if place.startswith("above") else 295
+    for number, left, middle in ((1, 40, 175), (2, 360, 460)):
+        if place.endswith("middle"):
+            page.write(middle, base, f"Fig. {number}")
+        else:
+            page.write_left(left, base, f"Fig. {number}")
+    assert all(holds(page.box("1"), box) for box in parts)
+    assert apart(page.box("1"), other)
+    assert holds(page.box("2"), other)
+    assert apart(page.box("2"), parts[1])
+
+
+def test_parts_in_a_column_beside_text_are_one_figure() -> None:
+    page, parts = Page(), [(x, y, x + 100, y + 90) for y in (80, 210) for x in (55, 175)]
+    for base in range(60, 780, 12):
+        page.write_left(310, base, "the lever turns on its pin when the pedal is pressed"[:46], 9.5)
+    for letter, box in zip("abcd", parts, strict=True):
+        page.draw(box).write((box[0] + box[2]) / 2, box[3] + 14, f"({letter})", 9)
+    found = page.write(165, 340, "Fig. 3. Views of it", 9).box("3")
+    assert all(holds(found, box) for box in parts)
+    assert apart(found, (310, 50, 560, 780))
+
+
+def test_a_part_with_its_own_label_is_cropped_alone_also_below_a_common_caption() -> None:
+    page = Page()
+    for letter, box in zip("ab", GRID, strict=False):
+        page.draw(box).write((box[0] + box[2]) / 2, box[3] + 20, f"Fig. 2({letter})", 9)
+    page.write(297, 300, "Fig. 2. Views of the stool")
+    assert holds(page.box("2b"), GRID[1])
+    assert apart(page.box("2b"), GRID[0])
 
 
 def scanned(page: Page) -> pymupdf.Page:

@@ -2,12 +2,13 @@
 
 import random
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from stages.preprocess.passages import Window, split_text
+from stages.preprocess.passages import sentence_window, split_text
 
 
 def spans_of_words(text: str) -> list[tuple[int, int]]:
@@ -43,9 +44,24 @@ def test_a_word_longer_than_the_window_is_cut_not_lost() -> None:
 
 
 def test_the_real_embedders_window(embedder: Path) -> None:
-    window = Window(embedder)
+    window = sentence_window(embedder)
     assert window.tokens == 254, "256 with the two that its tokenizer adds"
     text = "".join(f"部件{number}位于阀体的左侧，" for number in range(200))
     passages = window.passages(text)
     assert len(passages) > 5 and "部件199" in passages[-1]
-    assert all(len(window._spans(passage)) <= 254 for passage in passages)
+    assert not any(map(window.is_longer, passages))
+    assert window.is_longer(text)
+
+
+def test_a_window_is_as_large_as_the_models_own_rule_says(embedder: Path, tmp_path: Path) -> None:
+    """Without sentence_bert_config.json; the vocabulary as older models have it; the model in a folder below."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedder / name, tmp_path)
+    assert sentence_window(tmp_path).tokens == 510, "the smaller of model_max_length and max_position_embeddings"
+    shutil.copy(embedder / "vocab.txt", tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert sentence_window(tmp_path).tokens == 510
+    whole = tmp_path / "whole"
+    shutil.copytree(embedder, whole / "0_Transformer")
+    (whole / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "0_Transformer", "type": "x"}]')
+    assert sentence_window(whole).tokens == 254

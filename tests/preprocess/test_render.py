@@ -12,9 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages.preprocess.render import MAX_RATIO, PATCH, PageRange, flowing, open_document, picture_size, render_range
+from stages.preprocess.render import MAX_RATIO, PATCH, PageRange, is_unicolor, open_document, picture_size, render_range
 from tests.conftest import REPOSITORY, make_pdf
 from tests.preprocess import bad_pdfs
+from tests.preprocess.corpus import MadePage, corpus, runs_kept, write_pdf
 
 sides = st.floats(0.5, 60_000, allow_nan=False)
 budgets = st.integers(PATCH * PATCH, 4_000_000)
@@ -164,18 +165,121 @@ def test_the_same_page_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "1.jpg").read_bytes() == (tmp_path / "b" / "1.jpg").read_bytes()
 
 
+KINDS = [page for page, writer in corpus(2) if writer == "operators"]
+"""A made page of each kind that the other writer cannot write alone."""
+
+
+@pytest.mark.parametrize("page", KINDS, ids=lambda page: page.kind)
+def test_the_text_of_a_page_is_in_reading_order(tmp_path: Path, page: MadePage) -> None:
+    (tmp_path / "a.pdf").write_bytes(write_pdf(page, "operators", 1))
+    (record,) = rendered(tmp_path / "a.pdf", tmp_path / "out")
+    kept, total = runs_kept(page.streams, str(record["text"]))
+    assert kept / total >= 0.9
+
+
+@pytest.mark.parametrize("rotate", [0, 90, 180, 270])
+@pytest.mark.parametrize("unit", [1, 2.5])
+def test_the_boxes_of_words_are_on_the_ink(tmp_path: Path, rotate: int, unit: float) -> None:
+    document = pymupdf.open()
+    page = document.new_page(width=400, height=600)
+    page.insert_text((50, 100), "hello", fontsize=20)
+    document.xref_set_key(page.xref, "UserUnit", str(unit))
+    page.set_rotation(rotate)
+    document.save(tmp_path / "a.pdf")
+    (record,) = rendered(tmp_path / "a.pdf", tmp_path / "out")
+    ((x0, y0, x1, y1, word),) = record["words"]  # type: ignore[misc]
+    with Image.open(tmp_path / "out" / "1.jpg") as picture:
+        left, top, right, bottom = picture.convert("L").point(lambda value: 255 * (value < 128)).getbbox()
+    width, height = record["width"], record["height"]
+    assert word == "hello"
+    assert x0 * width < left + 2 and right - 2 < x1 * width  # type: ignore[operator]
+    assert y0 * height < top + 2 and bottom - 2 < y1 * height  # type: ignore[operator]
+    assert (x1 - x0) * (y1 - y0) < 0.01
+
+
+# -- blank pages and hairlines -------------------------------------------------------------------------------------
+
+
+def with_content(path: Path, content: bytes, text: str = "") -> Path:
+    """A page with these operators, and with a text in front of them."""
+    document = pymupdf.open()
+    page = document.new_page(width=400, height=600)
+    if text:
+        page.insert_text((50, 100), text, render_mode=3)  # invisible, as a scan's text layer
+    xref = document.get_new_xref()
+    document.update_object(xref, "<<>>")
+    document.update_stream(xref, content)
+    contents = " ".join(f"{one} 0 R" for one in [*page.get_contents(), xref])
+    document.xref_set_key(page.xref, "Contents", f"[{contents}]")
+    document.save(path)
+    return path
+
+
 @pytest.mark.parametrize(
-    ("text", "joined"),
+    "line",
     [
-        ("one\ntwo\n\n three", "one two three"),
-        ("第一行\n第二行", "第一行第二行"),
-        ("部件\n12 是", "部件 12 是"),
-        ("，\n图", "，图"),
-        ("", ""),
+        b"0 w 50 300 m 350 300 l S",
+        b"0 w 50 100 m 350 500 l S",
+        b"0.05 w 50 100 m 50 500 l S",
+        b"0 w 50 50 200 300 re S",
+        b"0.1 w 200 300 m 300 400 350 300 350 200 c S",
+        b"0 0 1 RG 0 w 50 300 m 350 300 l S",
     ],
 )
-def test_lines_are_joined_by_the_rules_of_their_script(text: str, joined: str) -> None:
-    assert flowing(text) == joined
+def test_a_hairline_is_dark(tmp_path: Path, line: bytes) -> None:
+    path = with_content(tmp_path / "a.pdf", line)
+    assert rendered(path, tmp_path / "out")[0]["status"] == "ok"
+    picture = Image.open(tmp_path / "out" / "1.jpg").convert("L")
+    assert picture.getextrema()[0] < 100
+
+
+def test_a_page_that_cannot_be_drawn_is_no_blank_page(tmp_path: Path) -> None:
+    (record,) = rendered(with_content(tmp_path / "a.pdf", b"/Missing Do"), tmp_path / "out")
+    assert str(record["status"]).startswith("page cannot be rendered: syntax error: cannot find XObject")
+
+
+def test_a_page_with_text_of_which_nothing_is_drawn_keeps_its_text_and_says_so(tmp_path: Path) -> None:
+    (record,) = rendered(with_content(tmp_path / "a.pdf", b"/Missing Do", "a text layer"), tmp_path / "out")
+    assert (record["status"], record["text"]) == ("ok", "a text layer")
+    assert str(record["nothing_drawn"]).startswith("syntax error: cannot find XObject")
+    (seen,) = rendered(make_pdf(tmp_path / "b.pdf", ["seen"]), tmp_path / "out")
+    assert "nothing_drawn" not in seen
+
+
+def test_a_warning_is_of_its_own_page(tmp_path: Path) -> None:
+    with_content(tmp_path / "a.pdf", b"/Missing Do")
+    with pymupdf.open(tmp_path / "a.pdf") as document:
+        document.new_page()
+        document.save(tmp_path / "b.pdf")
+    failed, blank = rendered(tmp_path / "b.pdf", tmp_path / "out")
+    assert failed["status"] != "blank" and blank["status"] == "blank"
+
+
+def test_a_page_of_one_colour_is_blank_but_with_a_text_layer(tmp_path: Path) -> None:
+    for colour in (b"", b"0.5 g 0 0 400 600 re f"):
+        assert rendered(with_content(tmp_path / "a.pdf", colour), tmp_path / "out")[0]["status"] == "blank"
+        assert rendered(with_content(tmp_path / "b.pdf", colour, "words"), tmp_path / "out")[0]["status"] == "ok"
+
+
+@pytest.mark.parametrize("colour", [b"", b"0.5 g 0 0 400 600 re f", b"1 0 0 rg 0 0 400 600 re f"])
+def test_one_pixel_of_another_colour_is_seen(tmp_path: Path, colour: bytes) -> None:
+    with pymupdf.open(with_content(tmp_path / "a.pdf", colour)) as document:
+        picture = document[0].get_pixmap(matrix=pymupdf.Matrix(2, 2))
+        assert is_unicolor(picture)
+        picture.set_pixel(799, 1199, (1, 2, 3))
+        assert not is_unicolor(picture)
+
+
+def test_no_pixel_of_a_blank_page_is_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, real = [0], pymupdf.mupdf.fz_samples_get
+
+    def counting(*place: object) -> int:
+        calls[0] += 1
+        return int(real(*place))
+
+    monkeypatch.setattr(pymupdf.mupdf, "fz_samples_get", counting)
+    rendered(with_content(tmp_path / "a.pdf", b""), tmp_path / "out")
+    assert calls[0] < 100
 
 
 # -- files that are not PDFs, or damaged -----------------------------------------------------------------------------

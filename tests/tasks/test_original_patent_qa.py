@@ -218,6 +218,7 @@ def mounts(root: Path, language_model: Path) -> None:
     (root / "data" / "b").mkdir(parents=True)
     (root / "models" / "characters").mkdir(parents=True)
     (root / "models" / "characters" / "config.json").write_text('{"model_type": "bert"}')
+    shutil.copy(need_model("all-MiniLM-L6-v2") / "tokenizer.json", root / "models" / "characters")
     (root / "models" / "reader").mkdir()
     for path in language_model.iterdir():
         if path.suffix in (".json", ".jinja"):
