@@ -28,6 +28,7 @@ from stages.contract.stop import StopRequest, die_with_parent, make_forks_die_wi
 from stages.hardware.probe import read_cards
 from stages.hardware.targets import refuse_4bit_twice
 from stages.models.connector import link_connector
+from stages.models.control_words import count_said
 from stages.models.gptq import quantisation_of
 from stages.train.job import Job, Progress, file_sizes
 from stages.train.ladder import Ladder, LostCardError, Shortage, lost_gpu_message, shortage_of
@@ -108,6 +109,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     together.check(stop)
     memory = largest_figures(together.of_all(_gpu_memory(job)))
     if together.is_first:
+        said = count_said(sft.said)
         facts = {
             "mix": job.mix.mix,
             "samples": counts,
@@ -115,6 +117,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
             "accumulation": job.accumulation,
             **({"connector": job.connector[1]} if job.connector else {}),
             **unused,
+            **({"control_words": said} if said else {}),
             "left_out": left_out,
             "max_length": job.settings.max_length,
             "tokens": sft.tokens,

@@ -19,6 +19,7 @@ from tests.conftest import REPOSITORY
 
 def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple[str, ...]) -> dict[str, Any]:
     """Which samples are kept, how long each is, and the sizes of its pictures in patches."""
+    from stages.models.control_words import count_said
     from stages.models.pictures import Picture
     from stages.train.job import Job, Progress
     from stages.train.swift_sft import LorrySft
@@ -62,9 +63,10 @@ def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple
         encoded = sft.template.encode(row)
         grids = encoded["image_grid_thw"].tolist() if "image_grid_thw" in encoded else []
         rows.append({"length": len(encoded["input_ids"]), "grids": grids, "images": images, "read": len(read)})
+        rows[-1] |= {"tokens": list(encoded["input_ids"]), "labels": list(encoded["labels"])}
         read.clear()
     Picture.load = load  # type: ignore[method-assign]
-    return {"rows": rows, "left_out": left_out, "read before": before}
+    return {"rows": rows, "left_out": left_out, "read before": before, "said": count_said(sft.said)}
 
 
 def main() -> None:
