@@ -154,10 +154,11 @@ def _opened(file: Path | BinaryIO) -> Iterator[Any]:
     """Open a picture file. Raises DataError if that, or what is done with the picture, fails."""
     from PIL import Image
 
+    bad: tuple[type[Exception], ...] = (*BAD_PICTURE, Image.DecompressionBombError)
     try:
         with Image.open(file) as opened:
             yield opened
-    except (*BAD_PICTURE, Image.DecompressionBombError) as error:
+    except bad as error:
         name = file if isinstance(file, Path) else "picture"
         raise DataError(f"{name}: not a readable picture ({error}); run preprocess again") from error
 

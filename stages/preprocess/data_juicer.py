@@ -25,7 +25,8 @@ from stages.contract.recipe import DataJuicer
 from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
-from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
+from stages.tasks.common.json_lines import BadRecordError, is_given, lines_in, object_in, text_of
+from stages.tasks.common.skips import Skips
 
 WORKER = "stages.preprocess.data_juicer_worker"
 IMAGE = "<__dj__image>"
@@ -133,8 +134,9 @@ def _with_absolute_paths(run: Run, name: str, given: dict[str, Any], number: int
 def _usable_records(path: Path, stage: Stage) -> Records:
     """Return the usable records by id, in the file's order, and skip the others. Raises DataError if none is usable."""
     known: Records = {}
-    for number, line in lines_in(path):
-        where = f"{path.name}:{number}"
+    skip = Skips(stage.skip)
+    for place, line in lines_in(path):
+        where = f"{path.name}:{place}"
         try:
             record = object_in(line)
             name = text_of(record, "id")
@@ -142,18 +144,23 @@ def _usable_records(path: Path, stage: Stage) -> Records:
             if name in known:
                 raise BadRecordError("duplicate id", f"{name}, as in {known[name][0]}")
         except BadRecordError as error:
-            stage.skip(where, error.reason, str(error))
+            skip(where, error.reason, str(error))
             continue
         known[name] = where, record
     if not known:
-        raise DataError(f"{path}: no usable record; give each record `id`, `text` and `images`")
+        raise DataError(f"{path}: no usable record, which has `id`, `text` and `images`; {skip.why}")
     return known
+
+
+def _images(record: dict[str, Any]) -> Any:
+    """The record's pictures: an empty list where it gives none."""
+    return record["images"] if is_given(record.get("images")) else []
 
 
 def _refuse_bad_record(record: dict[str, Any]) -> None:
     """Raise BadRecordError for a record that is not in Data-Juicer's format."""
     text_of(record, "text")
-    images = record.get("images", [])
+    images = _images(record)
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise BadRecordError("images is not a list of paths", repr(images)[:100])
     for image in images:
@@ -226,7 +233,7 @@ def _run_child(
 def _rows(known: Records) -> Iterable[dict[str, Any]]:
     """Yield the records with only the fields that operators read."""
     for name, (_, record) in known.items():
-        yield {"id": name, "text": record["text"], "images": record.get("images", [])}
+        yield {"id": name, "text": record["text"], "images": _images(record)}
 
 
 def _follow(stage: Stage, reading: int) -> LorryError | None:

@@ -19,7 +19,6 @@ from tests.conftest import REPOSITORY
 
 def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple[str, ...]) -> dict[str, Any]:
     """Which samples are kept, how long each is, and the sizes of its pictures in patches."""
-    from stages.models.control_words import count_said
     from stages.models.pictures import Picture
     from stages.train.job import Job, Progress
     from stages.train.swift_sft import LorrySft
@@ -66,7 +65,12 @@ def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple
         rows[-1] |= {"tokens": list(encoded["input_ids"]), "labels": list(encoded["labels"])}
         read.clear()
     Picture.load = load  # type: ignore[method-assign]
-    return {"rows": rows, "left_out": left_out, "read before": before, "said": count_said(sft.said)}
+    return {
+        "rows": rows,
+        "left_out": left_out,
+        "read before": before,
+        "said": list(map(dict, getattr(sft, "said", []))),
+    }
 
 
 def main() -> None:

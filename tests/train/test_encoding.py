@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from stages.contract.files import write_jsonl
 from stages.contract.recipe import Adapter, Train
-from stages.contract.records import escape_places, unescape_places
 from stages.models.pictures import read_rules
 from stages.models.rendering import Renderer
 from stages.train.lengths import lengths_of
@@ -82,6 +81,7 @@ TALKS = [
 
 
 SAYS = "Is <image>, </s> or <|im_end|> a tag? <img>0.jpg</img> <|image_pad|><repo_name>"
+ESCAPED = "<\u2060image>"
 ANSWER = "No: <|im_end|> and <file_sep>, <|im_end|>"
 SAID = [
     {
@@ -93,8 +93,8 @@ SAID = [
         "id": "seen",
         "images": ["0.jpg"],
         "messages": [
-            {"role": "user", "content": f"<image>\n{escape_places(SAYS)}"},
-            {"role": "assistant", "content": escape_places("the word <image>, <|im_end|>")},
+            {"role": "user", "content": "<image>\n" + SAYS.replace("<image>", ESCAPED)},
+            {"role": "assistant", "content": f"the word {ESCAPED}, <|im_end|>"},
         ],
     },
 ]
@@ -211,21 +211,21 @@ def test_what_samples_say_is_learnt_as_text(
     folder = model if ask == "said" else llava
     tokenizer, renderer = AutoTokenizer.from_pretrained(folder), Renderer(folder)
     picture, end = renderer.picture_token, tokenizer.eos_token_id
+    assert "error" not in encoded[ask], encoded[ask]
     for one, row in zip(SAID, encoded[ask]["rows"], strict=True):
         tokens, labels = row["tokens"], row["labels"]
         learnt = [label for label in labels if label != -100]
-        answer = unescape_places(one["messages"][1]["content"])
+        answer = one["messages"][1]["content"].replace("\u2060", "")
         assert learnt.count(end) == 1 and tokenizer.decode(learnt).startswith(answer + tokenizer.eos_token)
         assert learnt[: learnt.index(end)] == plain(tokenizer, answer)
         assert SAYS in tokenizer.decode(tokens)
         shown = [pages / name for name in one["images"]]
         prompt = renderer.render("x", one["messages"][:1], shown, BUDGET if ask == "said" else None)
-        counts = [(tokens.count(picture))] if shown else []
-        expanded = prompt.repeat_placeholders(counts, picture)
+        expanded = prompt.repeat_placeholders([tokens.count(picture)] if shown else [], picture)
         assert tokens[: len(expanded)] == expanded, "the prompt is that of inference"
         assert bool(tokens.count(picture)) == bool(shown)
-    said = encoded[ask]["said"]
-    assert said["samples"] == 2 and said["<|im_end|>"] == 5 and said["<repo_name>"] == 2
+    counts = [(one["<|im_end|>"], one["<repo_name>"]) for one in encoded[ask]["said"]]
+    assert counts == [(3, 1), (2, 1)]
 
 
 def plain(tokenizer: Any, text: str) -> list[int]:
