@@ -4,10 +4,26 @@ A sample has ms-swift's message format, so that training reads it unchanged, and
 prediction is one model's answer to a sample; a failed one has `error` and no answer, and is counted.
 """
 
+import re
 from typing import NotRequired, TypedDict
 
 BASE, VOTE = "base", "vote"
 """Names of the untuned model and of the adapters' common answer in every table; no adapter may have them."""
+
+
+PLACE = "<image>"
+"""Marks the place of a picture in a message of a sample with pictures."""
+
+
+def escape_places(text: str) -> str:
+    """A text of the data as messages have it: where it says `<image>`, a word joiner, which has no width, comes after
+    the bracket, so that it marks no picture's place. Prompts and training get the text without it."""
+    return re.sub("<(?=\u2060*image>)", "<\u2060", text)
+
+
+def unescape_places(text: str) -> str:
+    """The text that was escaped."""
+    return re.sub("<\u2060(?=\u2060*image>)", "<", text)
 
 
 class Message(TypedDict):
@@ -48,7 +64,7 @@ class Sample(TypedDict):
     messages: list[Message]
     """The conversation. In train and validation it ends with the assistant's answer; in test it does not."""
     images: list[str]
-    """Paths relative to the run folder, one for each `<image>` in the messages."""
+    """Paths relative to the run folder, one for each `<image>` in the messages. Without any, `<image>` is text."""
     references: list[str]
     """Every answer that counts as right."""
     meta: Meta

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from stages.contract.errors import DataError
 from stages.contract.files import open_atomically, read_jsonl
 from stages.contract.recipe import Recipe
 from stages.contract.records import Sample
@@ -23,6 +24,7 @@ from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, seconds_
 from stages.eval.measures import Measure
 from stages.eval.scores import Scores, worst_rows
 from stages.eval.votes import VoteOutcome
+from stages.models.pictures import read_picture
 from stages.results.intervals import Figures
 from stages.results.uncertainty import documents_note, interval_text, is_clear, star_note
 from stages.tasks import load_task
@@ -267,16 +269,14 @@ def question_text(sample: Sample) -> str:
 
 
 def picture_data(path: Path) -> str | None:
-    """Return a picture as a data URI, shrunk to PICTURE_WIDTH; None if it cannot be read: the report then lacks it."""
-    from PIL import Image
-
+    """Return a picture as a data URI, shrunk to PICTURE_WIDTH; None if it cannot be read, as a report may lack it."""
     content = io.BytesIO()
     try:
-        with Image.open(path) as picture:
-            picture.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
-            picture.convert("RGB").save(content, "JPEG", quality=70)
-    except OSError:
+        picture = read_picture(path, (2 * PICTURE_WIDTH, 2 * PICTURE_WIDTH))
+    except DataError:
         return None
+    picture.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
+    picture.save(content, "JPEG", quality=70)
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 

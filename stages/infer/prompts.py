@@ -1,6 +1,6 @@
 """The prompts of a task for one model: a sample has one prompt for each pass, and the passes follow one another."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from stages.contract.recipe import Recipe
 from stages.contract.records import Sample
 from stages.infer.journal import Journals, Question, Record
 from stages.infer.rounds import Variant
+from stages.models.control_words import count_said
 from stages.models.rendering import Prompt, Renderer
 from stages.tasks import load_task
 from stages.tasks.task import Ask
@@ -109,6 +110,12 @@ class Prompts:
                     pictures = max(pictures, len(prompt.pictures) + 1)
                     pixels = max([pixels, *(one.width * one.height for one in prompt.pictures)])
         return EngineLimits(min(length, self._recipe.infer.max_length), pictures - 1, pixels)
+
+    def control_words(self, samples: Iterable[Sample]) -> dict[str, int]:
+        """`count_said` of the samples' own messages."""
+        return count_said(
+            self._renderer.control_words_in(sample["messages"], bool(sample["images"])) for sample in samples
+        )
 
     def longest_prompts(self) -> list[Prompt]:
         """The longest prompts rendered so far, at most LONGEST of them, by tokens, the longest first."""

@@ -6,6 +6,7 @@ second round of the vote takes the same three steps.
 """
 
 from stages.contract.files import FileHashes, remove, write_jsonl
+from stages.contract.records import Sample
 from stages.contract.stage import Stage
 from stages.infer.answers import answer_round
 from stages.infer.journal import Journals, journal_names
@@ -31,6 +32,7 @@ from stages.infer.voting import (
     vote_predictions,
 )
 from stages.models.connector import trained_connector
+from stages.models.control_words import said_note
 from stages.tasks import load_task
 
 
@@ -49,6 +51,7 @@ def work(stage: Stage) -> None:
     adapters = {name: run.path("train", "adapters", name) for name in names}
     files = journal_names(run, model, names, FileHashes(stage.path(".hashes.json")))
     prompts = Prompts(recipe, model, run.folder)
+    _report_control_words(stage, prompts, samples[Variant(None)])
     with (
         Journals(stage.path("partial"), files, stage.key) as journals,
         Engines(recipe, model, adapters, trained_connector(run), stage.folder, stage.decide) as engines,
@@ -74,6 +77,13 @@ def work(stage: Stage) -> None:
             written = write_predictions(run, stage.folder, votes, True, stage.events.say)
             _record_output(stage, engines, written)
     remove(stage.path("merged"))
+
+
+def _report_control_words(stage: Stage, prompts: Prompts, tested: list[Sample]) -> None:
+    """Put into the manifest which control words of the model the test samples say: they are text in the prompts."""
+    if said := prompts.control_words(tested):
+        stage.facts["control_words"] = said
+        stage.events.say(said_note(said))
 
 
 def _record_output(stage: Stage, engines: Engines, written: WrittenFiles) -> None:

@@ -11,9 +11,13 @@ tokens, and a budget changes nothing.
 
 import json
 import math
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from stages.contract.errors import DataError, UsageError
 
@@ -99,17 +103,125 @@ class Picture:
 
     def load(self) -> "Image":
         """Return the picture in RGB, scaled to `width` x `height`. Raises DataError if the file cannot be read."""
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
-        try:
-            with Image.open(self.path) as opened:
-                opened.draft("RGB", (self.width, self.height))  # decode a JPEG of twice this size at half its size
-                picture = opened.convert("RGB")
-        except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-            raise DataError(f"{self.path}: not a readable picture ({error}); run preprocess again") from error
+        picture = read_picture(self.path, (self.width, self.height))
         if picture.size != (self.width, self.height):
             picture = picture.resize((self.width, self.height), Image.Resampling.BICUBIC)
         return picture
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+ORIENTATION = 0x0112
+"""EXIF's tag for how the camera was held."""
+ON_ITS_SIDE = (5, 6, 7, 8)
+"""Its values for a picture whose width is the height of the file's pixels."""
+
+BAD_PICTURE: tuple[type[Exception], ...] = (
+    *(OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, EOFError, struct.error, zlib.error),
+)
+"""What Pillow raises for a file that is not a picture, or damaged, besides DecompressionBombError."""
+
+
+def read_picture(file: Path | BinaryIO, least: tuple[int, int] | None = None) -> "Image":
+    """Return a picture file as a person sees it, in RGB: upright by its EXIF orientation, transparent parts over white,
+    more than 8 bits a channel scaled to 8, and of an animation the first frame. `format` is the file's.
+
+    A JPEG may be decoded smaller, but no smaller than `least` (width, height), which is faster. Raises DataError for a
+    file that is not a picture, or damaged. All of Lorry opens pictures here or with `picture_size`.
+    """
+    with _opened(file) as opened:
+        orientation = _orientation(opened)
+        if least is not None:
+            opened.draft("RGB", least[::-1] if orientation in ON_ITS_SIDE else least)
+        opened.load()
+        picture = _rgb(_turned(opened, orientation))
+        picture.format = opened.format
+    return picture
+
+
+def picture_size(file: Path | BinaryIO) -> tuple[int, int]:
+    """Return the pixels (width, height) of an upright picture. Reads only the header. Raises DataError for a file that
+    is not a picture."""
+    with _opened(file) as opened:
+        width, height = opened.size
+        return (height, width) if _orientation(opened) in ON_ITS_SIDE else (width, height)
+
+
+@contextmanager
+def _opened(file: Path | BinaryIO) -> Iterator[Any]:
+    """Open a picture file. Raises DataError if that, or what is done with the picture, fails."""
+    from PIL import Image
+
+    bad: tuple[type[Exception], ...] = (*BAD_PICTURE, Image.DecompressionBombError)
+    try:
+        with Image.open(file) as opened:
+            yield opened
+    except bad as error:
+        name = file if isinstance(file, Path) else "picture"
+        raise DataError(f"{name}: not a readable picture ({error}); run preprocess again") from error
+
+
+def _orientation(opened: Any) -> int:
+    """A picture's EXIF orientation, 1 to 8; 1, upright, where it has none or its EXIF data are damaged."""
+    from PIL.Image import Image
+
+    if opened.format == "TIFF":  # Pillow itself turns these upright
+        return 1
+    try:
+        # not the PNG class's own method, which decodes all pixels to find EXIF data after them
+        return int(Image.getexif(opened).get(ORIENTATION, 1))
+    except BAD_PICTURE:
+        return 1
+
+
+def _turned(picture: Any, orientation: int) -> Any:
+    """A picture turned or mirrored so that it is upright."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return picture.transpose(turns[orientation]) if orientation in turns else picture
+
+
+def _rgb(picture: Any) -> "Image":
+    """A picture in RGB; `convert` alone clips 16 bits and drops transparency."""
+    from PIL import Image
+
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = _in_8_bits(picture)
+    if picture.has_transparency_data:
+        above = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+    rgb: Image.Image = picture.convert("RGB")
+    return rgb
+
+
+def _in_8_bits(picture: Any) -> "Image":
+    """A grey picture of 16 or 32 bits, integers or floats, in 8 bits.
+
+    16 bits range from 0 to 65,535, and floats from 0 to 1 or to 255. Other values range from the least to the greatest.
+    """
+    import numpy as np
+    from PIL import Image
+
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0.0, neginf=0.0)
+    least, most = float(values.min()), float(values.max())
+    ranges = [(0.0, 1.0), (0.0, 255.0)] if picture.mode == "F" else [(0.0, 65_535.0)]
+    fitting = [(low, high) for low, high in ranges if low <= least and most <= high]
+    low, high = fitting[0] if fitting else (least, most)
+    return Image.fromarray(np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8))
+
+
+# -- a model's rules ---------------------------------------------------------------------------------------------
 
 
 def family_rules(model: Path) -> Rules | None:
@@ -181,12 +293,6 @@ def open_picture(path: Path, rules: Rules, budget: int | None = None) -> Picture
     Reads only the file's header. `budget` limits the number of pixels; None: the model's own limit. Raises DataError if
     the file cannot be read, or no model accepts its shape.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as opened:
-            width, height = opened.size
-    except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path}: not a readable picture ({error}); run preprocess again") from error
+    width, height = picture_size(path)
     columns, rows = rules.size(width, height, budget)
     return Picture(path, columns, rows, rules.tokens(columns, rows))

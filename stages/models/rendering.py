@@ -1,10 +1,13 @@
 """Renders conversations as prompts, with the model's own chat template and rules for pictures.
 
+What messages say is text. Only the template writes control words such as `<|im_end|>`.
+
 All engines get the same tokens and pictures of the same size. Greedy completions of two engines then differ only by the
 arithmetic of their kernels.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import DataError
-from stages.contract.records import Message
+from stages.contract.records import PLACE, Message, unescape_places
+from stages.models.control_words import ControlWords
 from stages.models.pictures import Picture, Rules, SquareRules, family_rules, open_picture, rules_of
-
-PLACEHOLDER = "<image>"
-"""Marks the place of a picture in a message, as in ms-swift's format."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Renderer:
     def __init__(self, model: Path) -> None:
         """Load the tokenizer from a model folder. The rules for pictures are read when a prompt needs them."""
         self.tokenizer = load_tokenizer(model)
+        self._words = ControlWords(self.tokenizer, [PLACE])
         self._model = model
         self._rules: Rules | None = None
         self._placeholder: int | None = None
@@ -74,7 +76,7 @@ class Renderer:
 
         The messages contain `<image>` once for each of `pictures`, in order. Each picture is scaled to at most
         `max_pixels`. Raises DataError for a picture that cannot be read, and for messages with another number of
-        picture tokens than pictures.
+        `<image>` than pictures.
         """
         opened = tuple(open_picture(path, self.rules, max_pixels) for path in pictures)
         tokens = self._tokens_of(messages, bool(opened))
@@ -82,21 +84,29 @@ class Renderer:
             found = tokens.count(self.picture_token)
             if found != len(opened):
                 raise DataError(
-                    f"the prompt has {found} picture tokens for {len(opened)} pictures; remove them from its text"
+                    f"the prompt has {found} places of pictures for {len(opened)} pictures; write {PLACE} for each"
                 )
         return Prompt(prompt_id, tokens, opened, max_new_tokens)
 
+    def control_words_in(self, messages: Sequence[Message], has_pictures: bool) -> Counter[str]:
+        """The model's control words that the messages say, which are encoded as text, with how often each occurs.
+        `has_pictures`: whether the messages come with pictures."""
+        return self._words.hidden_in(hidden_content(self._words, message, has_pictures) for message in messages)
+
     def _tokens_of(self, messages: Sequence[Message], has_pictures: bool) -> list[int]:
-        """Token ids of a conversation, by the chat template."""
+        hidden: list[Message] = [
+            {"role": message["role"], "content": hidden_content(self._words, message, has_pictures)}
+            for message in messages
+        ]
         template = self.tokenizer.apply_chat_template
         if not self._is_llava:
-            conversation = [_with_parts(message) for message in messages] if has_pictures else list(messages)
-            return list(template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False))
-        # the templates of published LLaVAs accept only parts, and do not write the first token: the processor adds it
-        # if it is missing (transformers' ProcessorMixin.apply_chat_template)
-        conversation = [_with_parts(message, self._breaks_line) for message in messages]
+            conversation = [_with_parts(message) for message in hidden] if has_pictures else hidden
+            return self._words.encode(template(conversation, add_generation_prompt=True, tokenize=False))
+        # published LLaVAs' templates take parts only, and leave the first token to the processor, which adds it if it
+        # is missing (transformers' ProcessorMixin.apply_chat_template)
+        conversation = [_with_parts(message, self._breaks_line) for message in hidden]
         text = template(conversation, add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer.encode(self._missing_first_token(text) + text, add_special_tokens=False))
+        return self._words.encode(self._missing_first_token(text) + text)
 
     def _missing_first_token(self, text: str) -> str:
         """The tokenizer's first token as text, if it begins every text with one and this text lacks it; else empty."""
@@ -113,7 +123,7 @@ class Renderer:
     def _breaks_line(self) -> bool:
         """Whether the chat template adds a line break after a picture."""
         probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
-        return f"{PLACEHOLDER}\nx" in self.tokenizer.apply_chat_template(probe, tokenize=False)
+        return f"{PLACE}\nx" in self.tokenizer.apply_chat_template(probe, tokenize=False)
 
     @property
     def picture_token(self) -> int:
@@ -132,14 +142,22 @@ def picture_token(model: Path) -> int:
     return int(AutoConfig.from_pretrained(model, local_files_only=True).image_token_id)
 
 
+def hidden_content(words: ControlWords, message: Message, has_pictures: bool) -> str:
+    """A message's content with all control words hidden that it says itself, and of its `<image>` all but the places of
+    pictures. `has_pictures`: whether it comes with pictures; without any, no `<image>` is a place."""
+    kept = words.in_answers if message["role"] == "assistant" else ()
+    pieces = message["content"].split(PLACE) if has_pictures else [message["content"]]
+    return PLACE.join(words.hide(unescape_places(piece), kept) for piece in pieces)
+
+
 def _with_parts(message: Message, breaks_line: bool = False) -> dict[str, Any]:
     """A message with its content as a list of texts and pictures, the form of vision-language models' chat templates.
 
     If the template adds a line break after a picture (`breaks_line`), the message's own one is removed.
     """
     parts: list[dict[str, str]] = []
-    for piece in re.split(rf"({PLACEHOLDER}\n?)" if breaks_line else f"({PLACEHOLDER})", message["content"]):
-        if piece.startswith(PLACEHOLDER):
+    for piece in re.split(rf"({PLACE}\n?)" if breaks_line else f"({PLACE})", message["content"]):
+        if piece.startswith(PLACE):
             parts.append({"type": "image"})
         elif piece:
             parts.append({"type": "text", "text": piece})

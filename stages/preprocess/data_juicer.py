@@ -25,7 +25,8 @@ from stages.contract.recipe import DataJuicer
 from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
-from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
+from stages.tasks.common.json_lines import BadRecordError, is_given, lines_in, object_in, text_of
+from stages.tasks.common.skips import Skips
 
 WORKER = "stages.preprocess.data_juicer_worker"
 IMAGE = "<__dj__image>"
@@ -141,8 +142,9 @@ def _usable_records(path: Path, stage: Stage) -> Records:
     Raises DataError if none is usable.
     """
     known: Records = {}
-    for number, line in lines_in(path):
-        where = f"{path.name}:{number}"
+    skip = Skips(stage.skip)
+    for place, line in lines_in(path):
+        where = f"{path.name}:{place}"
         try:
             record = object_in(line)
             name = text_of(record, "id")
@@ -150,18 +152,23 @@ def _usable_records(path: Path, stage: Stage) -> Records:
             if name in known:
                 raise BadRecordError("duplicate id", f"{name}, as in {known[name][0]}")
         except BadRecordError as error:
-            stage.skip(where, error.reason, str(error))
+            skip(where, error.reason, str(error))
             continue
         known[name] = where, record
     if not known:
-        raise DataError(f"{path}: no usable record; give each record `id`, `text` and `images`")
+        raise DataError(f"{path}: no usable record, which has `id`, `text` and `images`; {skip.why}")
     return known
+
+
+def _images(record: dict[str, Any]) -> Any:
+    """The record's pictures: an empty list where it gives none."""
+    return record["images"] if is_given(record.get("images")) else []
 
 
 def _refuse_bad_record(record: dict[str, Any]) -> None:
     """Raise BadRecordError for a record that is not in Data-Juicer's format."""
     text_of(record, "text")
-    images = record.get("images", [])
+    images = _images(record)
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise BadRecordError("images is not a list of paths", repr(images)[:100])
     for image in images:
@@ -235,7 +242,7 @@ def _run_child(
 def _operator_rows(known: Records) -> Iterable[dict[str, Any]]:
     """Yield each record with only the fields that operators read: id, text, images."""
     for name, (_, record) in known.items():
-        yield {"id": name, "text": record["text"], "images": record.get("images", [])}
+        yield {"id": name, "text": record["text"], "images": _images(record)}
 
 
 def _follow(stage: Stage, reading: int) -> LorryError | None:

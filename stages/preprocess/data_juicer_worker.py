@@ -35,6 +35,7 @@ from typing import Any
 from stages.contract.errors import DataError, Exit, UsageError
 from stages.contract.files import read_json, read_jsonl, remove, write_json, write_jsonl
 from stages.contract.stop import make_forks_die_with_parents
+from stages.models.pictures import read_picture
 
 Row = dict[str, Any]
 """`id`, `text`, `images` (relative to the data folder), `original_id` of an added record, and operators' own fields."""
@@ -128,14 +129,14 @@ def _drop_damaged_rows(job: Job, pool: Any, rows: list[Row], problems: list[Row]
 
 def _damage_reason(path: str) -> str:
     """Return the reason why a picture cannot be read; empty if it can."""
-    from PIL import Image, ImageFile
+    from PIL import ImageFile
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # Data-Juicer sets it
     try:
-        with Image.open(path) as picture:
-            picture.load()
-    except Exception as error:  # noqa: BLE001 - decoders raise anything
-        return str(error).replace(path, Path(path).name)[:200] or type(error).__name__
+        read_picture(Path(path))
+    except DataError as error:
+        cause = error.__cause__
+        return str(cause).replace(path, Path(path).name)[:200] or type(cause).__name__
     return ""
 
 

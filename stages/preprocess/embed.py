@@ -277,6 +277,7 @@ class _Model:
             from sentence_transformers import SentenceTransformer
 
             self._network = SentenceTransformer(str(settings.folder), local_files_only=True, device=device)
+            self._network.tokenizer.split_special_tokens = True  # a page that says [SEP] is one text
 
     def embed(self, pieces: list[Piece]) -> Iterator[Piece]:
         """Embed pieces in turn. Writes the vectors of each before yielding it."""

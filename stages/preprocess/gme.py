@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from stages.contract.errors import UsageError
+from stages.models.control_words import ControlWords
 from stages.models.pictures import Picture, PictureRules, open_picture, read_rules
 from stages.preprocess.passages import Window, read_tokenizer
 
@@ -53,7 +54,8 @@ class Gme:
         own = read_rules(folder)
         least = min(MIN_TOKENS * own.factor**2, max_pixels)
         self._rules = PictureRules(own.factor, least, max_pixels)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._words = ControlWords(tokenizer)
         load: Any = AutoModelForImageTextToText.from_pretrained
         network, loaded = load(folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True)
         lacking = sorted(name for name in loaded["missing_keys"] if not name.startswith("lm_head"))
@@ -67,13 +69,13 @@ class Gme:
         self._device, self._dtype = device, getattr(torch, dtype)
         self._patches = _Patches(folder, device)
         self._before, self._after, self._start, self._end = (
-            self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in (BEFORE, AFTER, *SHOWN)
+            self._words.encode(part) for part in (BEFORE, AFTER, *SHOWN)
         )
 
     def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """Return the unit vectors of texts: float32, shape (texts, dimensions)."""
         room = MAX_LENGTH - len(self._before) - len(self._after)
-        encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        encoded = [self._words.encode(self._words.hide(text)) for text in texts]
         return self._embed([[*self._before, *tokens[:room], *self._after] for tokens in encoded], None)
 
     def embed_pictures(self, batches: Sequence[Sequence[Path]]) -> Iterator[Vectors]:

@@ -6,9 +6,10 @@ from typing import Any
 from stages.contract.errors import DataError
 from stages.contract.files import write_jsonl
 from stages.contract.recipe import Recipe
-from stages.contract.records import Sample
+from stages.contract.records import Sample, escape_places
 from stages.contract.stage import Stage
 from stages.preprocess.split import SPLITS
+from stages.tasks.common.skips import commonest_reason
 from stages.tasks.task import Found
 
 ASKED = "validation_asked"
@@ -50,9 +51,7 @@ def write_samples(
         if split != "test":
             samples[split] += _answered_samples(recipe, task, question, found, split)
     if not samples["train"]:
-        raise DataError(
-            f"{stage.run.data}: no question is left to train on; correct the skipped ones ({stage.path('log.txt')})"
-        )
+        raise DataError(f"{stage.run.data}: no question is left to train on; {commonest_reason(stage.skipped)}")
     for split, members in samples.items():
         name = f"samples/{split}.jsonl"
         stage.outputs[name] = write_jsonl(stage.path(name), members)  # type: ignore[arg-type]
@@ -88,7 +87,7 @@ def _answered_samples(recipe: Recipe, task: Any, question: Any, found: Found | N
     members: list[Sample] = task.build_samples(recipe, question, found, split)
     for sample in members:
         target = sample["meta"].pop("target", sample["references"][0])
-        sample["messages"] = [*sample["messages"], {"role": "assistant", "content": target}]
+        sample["messages"] = [*sample["messages"], {"role": "assistant", "content": escape_places(target)}]
         sample["meta"]["source"] = question.source
     return members
 

@@ -4,19 +4,31 @@ If the task reads records, Data-Juicer may filter and rewrite them first.
 """
 
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
+from stages.contract.errors import DataError
 from stages.contract.files import FileHashes, stored_name, unread_data
 from stages.contract.stage import Stage
 from stages.preprocess.rows import write_samples
 from stages.preprocess.split import SPLITS, split_questions
 from stages.tasks import load_task
+from stages.tasks.common.encodings import other_encodings
 from stages.tasks.task import QuestionTask, RecordTask, Task, reads_documents, reads_records
 
 
 def work(stage: Stage) -> None:
     """Turn the input into samples. A shard only processes its documents. `run_stage` calls this."""
+    try:
+        _make_samples(stage)
+    except DataError:  # its message names the commonest reason
+        _log_skips(stage)
+        raise
+
+
+def _make_samples(stage: Stage) -> None:
+    """Read, split and search, and write the samples."""
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
     for path, (reason, detail) in unread_data(data).items():
@@ -29,6 +41,7 @@ def work(stage: Stage) -> None:
     else:
         questions = cast(QuestionTask, task).read_questions(recipe, data, set(documents), stage.skip)
     stage.counts["questions"] = len(questions)
+    _show_encodings(stage)
 
     # before hours of work: this fails if no test set can be held out
     groups = _group_questions(questions, documents, stage.path(".hashes.json"))
@@ -95,12 +108,29 @@ def _group_questions(questions: list[Any], documents: dict[str, Path], known_has
     return {question.id: first[content[question.document]] for question in questions}
 
 
-def _show_counts(stage: Stage) -> None:
-    """Print the number of skipped records by reason, then the number of samples by split. Log each skipped record."""
+def _show_encodings(stage: Stage) -> None:
+    """Show which data files are read in another encoding than UTF-8, and add them to the manifest."""
+    found = other_encodings(stage.run.data)
+    for name, encoding in found.items():
+        stage.events.say(f"{name}: read as {encoding}; save it as UTF-8 if its text looks wrong")
+    if found:
+        stage.facts["encodings"] = found
+
+
+def _log_skips(stage: Stage) -> None:
+    """Write every skipped record to the log."""
     for skipped in stage.skipped:
         print(f"skipped {skipped['what']}: {skipped['reason']} {skipped['detail']}")  # into the log
-    for reason, count in stage.skipped_counts().items():
-        stage.events.say(f"skipped {count}: {reason}")
+
+
+def _show_counts(stage: Stage) -> None:
+    """Print the number of skipped records by reason, then the number of samples by split. Log each skipped record."""
+    _log_skips(stage)
+    first: dict[str, str] = {}
+    for skipped in stage.skipped:
+        first.setdefault(skipped["reason"], skipped["what"])
+    for reason, count in Counter(skipped["reason"] for skipped in stage.skipped).items():
+        stage.events.say(f"skipped {count}: {reason}, first {first[reason]}")
     counts = ", ".join(f"{stage.counts[split]} {split}" for split in SPLITS)
     read = f"{stage.counts['questions']} questions"
     if "pages" in stage.counts:

@@ -63,6 +63,7 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # what samples say is text: `</s>` takes more tokens than one
     rules = family_rules(model)
 
     @cache  # samples share pages

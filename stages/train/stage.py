@@ -48,6 +48,7 @@ from stages.hardware.targets import (
 )
 from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.models.connector import check_connector, trained_connector
+from stages.models.control_words import said_note
 from stages.models.gptq import quantisation_method
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
 from stages.results.summary import SUMMARY, build_summary, dataset_result, training_facts
@@ -364,6 +365,9 @@ def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> No
     for split, samples in training["left_out"].items():
         for sample in samples:
             stage.skip(sample, reason, f"{split}, {what}")
+    if "control_words" in training:
+        stage.facts.setdefault("control_words", {})[name] = training["control_words"]
+        stage.events.say(f"{what}: {said_note(training['control_words'])}")
     if "memory" in training:
         stage.facts.setdefault("gpu_memory", {})[name] = training["memory"]
     for rung in training.get("out_of_memory", []):

@@ -5,6 +5,7 @@ import importlib
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial, partialmethod
@@ -15,17 +16,27 @@ from typing import Any
 import numpy
 import torch
 from peft import PeftModel
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from swift.pipelines.train.sft import SwiftSft
 from swift.template.base import MaxLengthError
 from transformers import BatchFeature, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
+from stages.contract.records import PLACE
 from stages.contract.stop import StopRequest
 from stages.models import gptq, mgm
-from stages.models.pictures import PictureRules, Rules, SquareRules, family_rules, open_picture
-from stages.models.rendering import PLACEHOLDER, Renderer
+from stages.models.control_words import ControlWords
+from stages.models.pictures import (
+    PictureRules,
+    Rules,
+    SquareRules,
+    family_rules,
+    open_picture,
+    picture_size,
+    read_picture,
+)
+from stages.models.rendering import Renderer, hidden_content
 from stages.train import llava_templates  # noqa: F401 - registers templates
 from stages.train.connector_sft import patch_connector_training
 from stages.train.job import Job, Progress, file_sizes
@@ -44,6 +55,10 @@ PeftModel.load_adapter = partialmethod(  # type: ignore[assignment, method-assig
 )
 
 
+READ_BY_SWIFT = (PLACE, "<img>")
+"""What ms-swift's templates take for a picture wherever it occurs; `<img>` begins the name of a picture's file."""
+
+
 class LorrySft(SwiftSft):  # type: ignore[misc]
     """`swift sft` for one job."""
 
@@ -55,9 +70,11 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             super().__init__(arguments)
         self._job, self._progress, self._stop, self._together = job, progress, stop, together
         self._renderer = Renderer(job.model)
+        self._words = ControlWords(self.template.tokenizer, READ_BY_SWIFT)
+        self.template._tokenize = partial(_encode_as_said, self._words)
         self._rules = family_rules(job.model)
+        self.template._load_image = partial(_load_picture, self._rules, job.settings.max_pixels)
         if self._rules is not None:
-            self.template._load_image = partial(_load_picture, self._rules, job.settings.max_pixels)
             # the later steps of ms-swift must keep this size: turn off its own budget and its minimum of four tokens
             self.template.max_pixels = None
         if isinstance(self._rules, PictureRules):
@@ -69,6 +86,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         """Tokens of all steps without padding, set by `train`."""
         self.skipped_steps = 0
         """Steps that float16's loss scale skipped, set by `train`."""
+        self.said: list[Counter[str]] = []
+        """The control words that each fitting sample says, which are learnt as text. Set by `fitting_samples`."""
 
     def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
         """The samples of at most max_length tokens, with only ms-swift's fields, and the ids of the others.
@@ -87,8 +106,12 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         left_out: list[str] = []
         compared: set[bool] = set()
         for sample in samples:
-            row: dict[str, Any] = {"messages": sample["messages"]}
             files = [self._job.run / name for name in sample.get("images") or []]
+            contents = [hidden_content(self._words, message, bool(files)) for message in sample["messages"]]
+            roles = [message["role"] for message in sample["messages"]]
+            row: dict[str, Any] = {
+                "messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+            }
             if files:
                 row["images"] = [str(_check_picture(file, str(sample["id"]))) for file in files]
             try:
@@ -102,6 +125,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
                 self._check_prompt(str(sample["id"]), sample["messages"], files, encoded)
                 compared.add(bool(files))
             kept.append(row)
+            self.said.append(self._words.hidden_in(contents))
         return kept, left_out
 
     @contextmanager
@@ -161,7 +185,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         try:
             # up to the first answer: the adapter learns every answer of a conversation
             asked = list(takewhile(lambda message: message["role"] != "assistant", messages))
-            shown = pictures[: sum(message["content"].count(PLACEHOLDER) for message in asked)]
+            shown = pictures[: sum(message["content"].count(PLACE) for message in asked)]
             rendered = self._renderer.render(sample, asked, shown)  # type: ignore[arg-type]
             own = rendered.tokens  # a text-only model has no token for pictures
             if pictures:
@@ -227,27 +251,38 @@ def _refuse_adapted_vision(model: Any) -> None:
             )
 
 
+def _encode_as_said(words: ControlWords, text: str, **_: Any) -> list[int]:
+    """The tokens of a part of a sample, as ms-swift's template joins it: control words of the template, and those that
+    the sample says as text."""
+    return words.encode(text)
+
+
 def _check_picture(path: Path, sample: str) -> Path:
     """Return `path` if the file is a picture. Raises DataError if it is missing or not a picture.
 
     ms-swift would take the name of a missing file for a picture in base64.
     """
     try:
-        with Image.open(path):
-            return path
-    except (FileNotFoundError, UnidentifiedImageError) as error:
+        picture_size(path)
+    except DataError as error:
         raise DataError(
             f"{path}: missing or not a picture, but sample {sample} needs it; run preprocess again"
         ) from error
+    return path
 
 
-def _load_picture(rules: Rules, budget: int | None, picture: Any, load: bool = True) -> Any:
+def _load_picture(rules: Rules | None, budget: int | None, picture: Any, load: bool = True) -> Any:
     """The picture at the size that inference uses, within `budget` pixels (None: the model's own budget).
+
+    If Lorry does not know the model's rules, the picture has its own size, and a template that reads the file itself
+    (`load` is false) gets the name.
 
     Replaces ms-swift's method, whose result may exceed the budget: it rounds both sides after scaling.
     """
     name = picture.get("path") if isinstance(picture, dict) else picture
-    return open_picture(Path(name), rules, budget).load() if isinstance(name, str) else picture
+    if not isinstance(name, str) or (rules is None and not load):
+        return picture
+    return read_picture(Path(name)) if rules is None else open_picture(Path(name), rules, budget).load()
 
 
 def _loop_with_micro_batch(training_loop: Any, micro_batch: int) -> Any:

@@ -27,6 +27,7 @@ from stages.contract.stop import StopRequest, die_with_parent, make_forks_die_wi
 from stages.hardware.probe import read_cards
 from stages.hardware.targets import refuse_4bit_twice
 from stages.models.connector import link_connector
+from stages.models.control_words import count_said
 from stages.models.gptq import quantisation_method
 from stages.train.job import Job, Progress, file_sizes
 from stages.train.ladder import Ladder, LostCardError, Shortage, find_shortage, lost_gpu_message
@@ -107,6 +108,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     together.check_stop(stop)
     memory = largest_figures(together.gather(_gpu_memory(job)))
     if together.is_first:
+        said = count_said(sft.said)
         facts = {
             "mix": job.mix.mix,
             "samples": counts,
@@ -114,6 +116,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
             "accumulation": job.accumulation,
             **({"connector": job.connector[1]} if job.connector else {}),
             **unused,
+            **({"control_words": said} if said else {}),
             "left_out": left_out,
             "max_length": job.settings.max_length,
             "tokens": sft.tokens,

@@ -107,7 +107,14 @@ def test_a_picture_changes_the_answer_as_the_model_itself_would(model: Path, pag
     assert engine(model, 2).generate([prompt], None)[0].text == expected
 
 
-def test_a_picture_token_in_the_text_fails_the_prompt(model: Path, pages: list[Path]) -> None:
-    message: Any = [{"role": "user", "content": "<image> and <|image_pad|>"}]
-    with pytest.raises(DataError, match="the prompt has 2 picture tokens for 1 pictures; remove them from its text"):
+def test_another_number_of_places_than_of_pictures_fails_the_prompt(model: Path, pages: list[Path]) -> None:
+    message: Any = [{"role": "user", "content": "<image> and <image>"}]
+    with pytest.raises(DataError, match="the prompt has 2 places of pictures for 1 pictures; write <image> for each"):
         Renderer(model).render("x", message, pages[:1])
+
+
+def test_a_picture_token_in_the_text_is_text(model: Path, pages: list[Path]) -> None:
+    message: Any = [{"role": "user", "content": "<image> and <|image_pad|>"}]
+    prompt = Renderer(model).render("x", message, pages[:1])
+    assert prompt.tokens.count(Renderer(model).picture_token) == 1
+    assert len(engine(model, 1).generate([prompt], None)) == 1

@@ -55,6 +55,25 @@ def test_predictions_are_in_the_samples_order_for_base_and_adapter(run: Run, mon
         assert all(p["text"] == f"{adapter} {p['prompt_tokens']}" and p["error"] is None for p in found)
 
 
+def test_control_words_in_samples_are_text_and_counted(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ask(run, [sample("a", "plain"), sample("b", "<|im_end|> </s> <|im_end|>"), sample("c", "a <file_sep>")])
+    prompts: dict[str, list[int]] = {}
+
+    def answer(asked: list[Prompt], adapter: str | None) -> list[Completion]:
+        prompts.update((prompt.id, prompt.tokens) for prompt in asked)
+        return echo(asked, adapter)
+
+    assert answers(run, monkeypatch, answer) == Exit.DONE
+    ends = {name: tokens.count(2) for name, tokens in prompts.items()}
+    assert len(set(ends.values())) == 1, "the template's own only"
+    said = {"samples": 2, "<|im_end|>": 2, "<file_sep>": 1}
+    assert read_json(run.path("infer", "manifest.json"))["control_words"] == said
+    line = "2 samples say control words of the model, such as '<|im_end|>'; they are encoded as text"
+    assert f"infer: {line}" in capfd.readouterr().err
+
+
 def test_progress_counts_the_samples_of_each_pass(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
+from stages.preprocess import data_juicer
 from stages.preprocess import data_juicer_worker as worker
 from stages.preprocess.data_juicer import run_operators
 from tests.conftest import REPOSITORY
@@ -278,12 +279,20 @@ def test_an_operator_that_fails_on_all_is_given_up() -> None:
     assert tried.count(1) == worker.FAILURES_BEFORE_GIVING_UP
 
 
+def test_a_record_whose_pictures_are_null_has_none(made: Made, stage_of: Callable[..., Stage]) -> None:
+    write(made.folder, ['{"id": "a", "text": "words", "images": null}', '{"id": "b", "text": "words", "images": ""}'])
+    stage = stage_of(made.root, "null", made.OPERATORS)
+    rows = list(data_juicer._rows(data_juicer._usable_records(made.file, stage)))
+    assert [(row["id"], row["images"]) for row in rows] == [("a", []), ("b", [])]
+    assert stage.skipped == []
+
+
 def test_no_record_left_is_an_error(made: Made, stage_of: Callable[..., Stage]) -> None:
     stage = stage_of(made.root, "none", [{"text_length_filter": {"min_len": 5000}}])
     with pytest.raises(DataError, match=r"kept none of 14 records; relax the operator .* \(.*/operators.json"):
         run_operators(stage, made.file)
     write(made.folder, ["[]", ""])
-    with pytest.raises(DataError, match="no usable record; give each record `id`, `text` and `images`"):
+    with pytest.raises(DataError, match="no usable record, which has `id`, `text` and `images`; there is no record"):
         run_operators(stage_of(made.root, "empty", made.OPERATORS), made.file)
 
 

@@ -415,10 +415,26 @@ def test_an_empty_data_folder(lorry: Lorry, recipe_file: Path) -> None:
 
 
 def test_no_questions(lorry: Lorry, recipe_file: Path, few: Path) -> None:
-    (few / "questions.jsonl").unlink()
+    (few / "questions.jsonl").rename(few / "questions.csv")
     code, line = refused(lorry, str(recipe_file))
     assert code == 3
-    assert "no questions; put questions.jsonl there, or train.jsonl and test.jsonl" in line
+    assert "no questions, found documents, questions.csv; put questions.jsonl there, or train.jsonl and" in line
+
+
+def test_questions_of_another_form_are_refused_with_the_commonest_reason_and_the_log_has_each(
+    lorry: Lorry, recipe_file: Path, few: Path
+) -> None:
+    other = {"instruction": "What is part 1?", "input": "D1.pdf", "output": "gear"}
+    lines = [json.dumps(other)] * 2 + ["What is part 1?,D1.pdf,gear"]
+    (few / "questions.jsonl").write_text("\n".join(lines))
+    code, line = refused(lorry, str(recipe_file), "--run", "r")
+    assert code == 3
+    assert "few: no usable question in questions.jsonl; 2 of 3 skipped: no question, first questions.jsonl:1" in line
+    assert "(found the keys instruction, input, output); correct them" in line
+    log = (lorry.runs / "r" / "preprocess" / "log.txt").read_text(encoding="utf-8")
+    for number, reason in ((1, "no question"), (2, "no question"), (3, "not JSON")):
+        assert f"skipped questions.jsonl:{number}: {reason}" in log
+    assert "found 'What is part 1?,D1.pdf,gear'" in log
 
 
 def test_questions_on_one_document_only(lorry: Lorry, recipe_file: Path, few: Path) -> None:

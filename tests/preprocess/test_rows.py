@@ -180,3 +180,25 @@ def test_questions_without_a_usable_prompt_are_named_before_any_training(
     assert f"{lost} of 24 test samples of textvqa count as failed, such as textvqa/" in capfd.readouterr().err
     assert prepared("preprocess.samples.textvqa_images=nope").code == Exit.DATA
     assert "none of 24 test questions of textvqa has a usable prompt, such as textvqa/" in capfd.readouterr().err
+
+
+# -- data of other forms -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("gbk", "GBK"), ("utf-16", "UTF-16")])
+def test_a_file_in_another_encoding_is_read_and_named(
+    prepare: Callable[..., Prepared], tmp_path: Path, capfd: pytest.CaptureFixture[str], encoding: str, name: str
+) -> None:
+    run = prepare().run
+    path = tmp_path / "data" / "logic" / "sources" / "more.jsonl"
+    text = path.read_text(encoding="utf-8").replace("Known of", "关于这个问题，已知：")
+    path.write_bytes(text.encode(encoding))
+    capfd.readouterr()
+    assert run_stage(run, "preprocess", preprocess.work) == Exit.DONE
+    assert f"preprocess: sources/more.jsonl: read as {name}; save it as UTF-8 if its text looks wrong" in (
+        capfd.readouterr().err
+    )
+    done = Prepared(run, Exit.DONE)
+    assert done.manifest["encodings"] == {"sources/more.jsonl": name}
+    learnt = done.samples("train")["m0/0@more"]
+    assert "关于这个问题，已知： m0." in learnt["messages"][1]["content"]

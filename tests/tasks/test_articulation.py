@@ -452,6 +452,21 @@ def test_an_unusable_loop_is_skipped_with_its_reason(tmp_path: Path, boxes: Any,
     assert skipped == [("shape_output/train/柜子/2/loop_0", reason)]
 
 
+def test_attributes_that_are_empty_are_not_given_and_a_file_may_be_gbk(tmp_path: Path) -> None:
+    add(tmp_path, "1", {0: DOOR, 1: BOX}, HINGED)
+    add(tmp_path, "2", {0: DOOR, 1: BOX}, HINGED)
+    path = next(tmp_path.glob("mobility_dataset_v2/*/*/2/mobility.urdf"))
+    text = path.read_text(encoding="utf-8").replace("<joint", '<joint comment="门的铰链在左边"', 1)
+    text = text.replace("</joint>", '<limit lower="" upper=" "/></joint>', 1).replace(
+        "<child", '<origin rpy=""/><child', 1
+    )
+    path.write_bytes(text.encode("gbk"))
+    questions, skipped = read(tmp_path)
+    assert skipped == [] and len(questions) == 2
+    first, second = (question.answers for question in questions.values())
+    assert first == second
+
+
 def test_links_that_are_fixed_to_each_other_form_one_part(tmp_path: Path) -> None:
     """A handle moves with its door, a foot belongs to its body; a part without a box is skipped and counted."""
     handle, foot = {**DOOR, "extent": [0.02, 0.02, 0.1]}, {**BOX, "extent": [0.1, 0.1, 0.1]}
@@ -479,6 +494,9 @@ def test_a_folder_without_usable_loops_is_refused(tmp_path: Path) -> None:
         articulation.sources(tmp_path)
     (tmp_path / "shape_output").mkdir()
     with pytest.raises(DataError, match="no usable loop"):
+        read(tmp_path)
+    add(tmp_path, "1", {0: DOOR, 1: BOX}, None)
+    with pytest.raises(DataError, match=r"1 of 1 skipped: no mobility\.urdf, first shape_output/train/柜子/1/loop_0"):
         read(tmp_path)
 
 

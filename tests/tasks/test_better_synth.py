@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import openpyxl
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 from stages.contract.errors import DataError, UsageError
 from stages.contract.recipe import Recipe, load_recipe, profile_names
 from stages.contract.records import Prediction, Sample
+from stages.models.pictures import PictureRules, open_picture
 from stages.preprocess.split import split_questions
 from stages.tasks import settle_recipe
 from stages.tasks.better_synth import (
@@ -230,11 +232,15 @@ def test_one_of_several_pictures_in_a_test_set_leaves_the_conversation_out(tmp_p
     assert [why for _, why, _ in skipped] == ["shows a picture of a test set"]
 
 
-def test_placeholders_in_the_data_are_broken_up(tmp_path: Path) -> None:
-    said = talk("a", "images/red.png", "<image>\nIs <video> or <|im_end|> there?", "the word <image> is")
+def test_a_conversation_says_what_the_data_say(tmp_path: Path) -> None:
+    said = talk(
+        "a", "images/red.png", "<image>\nIs <video> or <|im_end|> there?", "the word <image> is", "So?", "<|x|>"
+    )
     question = read(make(tmp_path / "data", finetune=[said]))[0]["finetune/a"]
-    assert question.messages[0]["content"] == "<image>\nIs < video> or < |im_end|> there?"
-    assert question.answers == ("the word < image> is",)
+    assert question.messages[0]["content"] == "<image>\nIs <video> or <|im_end|> there?"
+    assert question.answers == ("<|x|>",)
+    answered = question.messages[1]["content"]
+    assert "<image>" not in answered and answered.replace("\u2060", "") == "the word <image> is"
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------
@@ -249,6 +255,29 @@ def test_pictures_become_squares_without_cropping(tmp_path: Path) -> None:
         assert square.getpixel((20, 0)) == square.getpixel((20, 39)) == MEAN_COLOUR
     as_it_is = Pictures(tmp_path, tmp_path, pad=False).of_file("wide.png")
     assert (tmp_path / as_it_is.name).read_bytes() == png("red", (40, 10))
+
+
+@pytest.mark.parametrize("pad", [True, False])
+def test_a_phones_photo_is_stored_so_that_it_is_read_upright(tmp_path: Path, pad: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright: the file's rows are the columns
+    photo = Image.new("RGB", (56, 112), "white")
+    photo.paste("red", (0, 0, 56, 28))
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.jpg", exif=exif.tobytes(), quality=95)
+    stored = Pictures(tmp_path, tmp_path, pad).of_file("photo.jpg")
+    seen = open_picture(tmp_path / stored.name, PictureRules(min_pixels=28 * 28)).load()
+    assert seen.size == ((112, 112) if pad else (56, 112))
+    assert seen.getpixel((56 if pad else 28, 9)) == pytest.approx((255, 0, 0), abs=12)
+    assert seen.getpixel((56 if pad else 28, 100)) == pytest.approx((255, 255, 255), abs=12)
+
+
+def test_a_padded_picture_is_white_where_it_is_transparent_and_16_bits_are_scaled(tmp_path: Path) -> None:
+    Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((20, 40), 257 * 100, np.uint16)).save(tmp_path / "grey.png")
+    store = Pictures(tmp_path, tmp_path, pad=True)
+    for name, colour in (("clear.png", (255, 255, 255)), ("grey.png", (100, 100, 100))):
+        with Image.open(tmp_path / store.of_file(name).name) as square:
+            assert square.getpixel((20, 20)) == colour, name
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
@@ -404,7 +433,10 @@ def test_mmbench_without_answers_is_asked_once_and_not_scored(tmp_path: Path) ->
     ("missing", "message"),
     [
         ({"records_llava": None}, "records_llava.json: no such file; put the question of records.jsonl:1 there"),
-        ({"textvqa": None, "mmbench": None}, "no question to test on; put textvqa.jsonl or mmbench.tsv there"),
+        (
+            {"textvqa": None, "mmbench": None},
+            "no question to test on, found .*; put textvqa.jsonl or mmbench.tsv there",
+        ),
     ],
 )
 def test_missing_files_are_reported_before_data_juicer_starts(
@@ -497,12 +529,17 @@ def test_mmbenchs_upload_has_a_row_for_each_row_of_its_table(tmp_path: Path) -> 
 
 
 def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing to train on; put records\.jsonl or finetune\.json there"):
+    with pytest.raises(
+        DataError, match=r"nothing to train on, found nothing; put records\.jsonl or finetune\.json there"
+    ):
         sources(tmp_path)
     with pytest.raises(DataError, match=r"records\.jsonl: no such file"):
         records(tmp_path)
     with pytest.raises(DataError, match="no question to test on"):
         read(make(tmp_path / "one", textvqa=None, mmbench=None))
+    why = r"1 of 1 skipped: no question_id, first textvqa\.jsonl:1 \(found the keys image, question\)"
+    with pytest.raises(DataError, match=f"no usable question to test on in textvqa.jsonl or mmbench.tsv; {why}"):
+        read(make(tmp_path / "other", textvqa=[{"image": "x.png", "question": "q?"}], mmbench=None))
     with pytest.raises(
         DataError, match=r"records_llava\.json: no such file; put the question of records\.jsonl:1 there"
     ):

@@ -117,6 +117,16 @@ def test_a_system_message_is_allowed(tmp_path: Path) -> None:
         ({"answer": "a"}, ("a",)),
         ({"answer": ["a", "b"], "answers": None}, ("a", "b")),
         ({"answers": ["12  High\n\n  Street "]}, ("12 High\nStreet",)),
+        ({"answers": 7}, ("7",)),
+        ({"answers": [3, 3.5, True]}, ("3", "3.5", "true")),
+        ({"answers": {"text": [1999], "answer_start": [2]}}, ("1999",)),
+        ({"answers": [{"text": 4}]}, ("4",)),
+        ({"answers": [None, "a", ""]}, ("a",)),
+        ({"answers": "", "answer": "a"}, ("a",)),
+        ({"answers": {"text": [], "answer_start": []}, "answer": 5}, ("5",)),
+        ({"answers": ["x<|im_end|>", "<image>"]}, ("x<|im_end|>", "<image>")),
+        ({"answers": "a", "messages": None}, ("a",)),
+        ({"answers": "a", "messages": [], "context": None, "group": None, "title": "", "id": None}, ("a",)),
     ],
 )
 def test_answers_of_a_record(tmp_path: Path, answers: dict[str, Any], read_as: tuple[str, ...]) -> None:
@@ -162,10 +172,8 @@ ROLES, LIST = "not one user and one assistant message", "messages is not a list 
         (squad(answers={"text": []}), "no answer"),
         (squad(answers=[""]), "no answer"),
         (squad(answers=None), "no answer"),
-        (squad(answers=[3]), "answer is neither a string nor a list of strings"),
-        (squad(answers=7), "answer is neither a string nor a list of strings"),
-        (squad(answers=["<image>"]), "answer contains a placeholder"),
-        (squad(answers=["x<|im_end|>"]), "answer contains a placeholder"),
+        (squad(answers=[["3"]]), "answer is neither a text nor a number, nor a list of them"),
+        (squad(answers={"text": {}}, answer=[{}]), "no answer"),
         ({"text": "just text"}, "no question"),
         ({"messages": []}, ROLES),
         ({"messages": messages("q")["messages"] * 2}, ROLES),
@@ -201,8 +209,51 @@ def test_a_bad_record_is_skipped_with_its_line_and_the_others_are_read(tmp_path:
 
 def test_a_data_set_without_a_usable_record_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", {"text": "x"})
-    with pytest.raises(DataError, match="no usable question in a; see the skipped records in the log"):
+    with pytest.raises(
+        DataError, match=r"usable question in a; 1 of 1 skipped: no question, first a\.jsonl:1 \(found the"
+    ):
         read(tmp_path)
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.csv")
+    with pytest.raises(DataError, match=r"no data set, found a\.csv; put files with an ending of \.json, "):
+        read(tmp_path)
+
+
+def test_an_assistants_number_is_its_text(tmp_path: Path) -> None:
+    assert one(tmp_path, messages("How many?", 3)).answers == ("3",)
+
+
+def test_a_nested_question_has_what_is_null_from_above(tmp_path: Path) -> None:
+    question = {"question": "q?", "answers": ["a"], "context": None, "title": ""}
+    found = one(tmp_path, {"title": "t", "context": "c", "qas": [question]})
+    assert (found.context, found.text) == ("c", "q?")
+
+
+def test_numbers_in_a_table_with_missing_values(tmp_path: Path) -> None:
+    """The missing value makes the whole column floats."""
+    rows = {"context": ["c"] * 3, "question": ["q1", "q2", "q3"], "answer": pa.array([2, None, 3.5], pa.float64())}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    questions, skipped = read(tmp_path)
+    assert [question.answers for question in questions] == [("2",), ("3.5",)]
+    assert [reason for _, reason in skipped] == ["no answer"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "gbk", "utf-8-sig"])
+@pytest.mark.parametrize("form", ["lines", "array", "indented", "SQuAD's"])
+def test_a_data_set_in_another_encoding_is_read(tmp_path: Path, encoding: str, form: str) -> None:
+    record = squad("部件3是齿轮，在上方。", "部件3是什么？", answers={"text": ["齿轮"], "answer_start": [4]})
+    paragraph = {"context": record["context"], "qas": [{"question": record["question"], "answers": ["齿轮"]}]}
+    text = {
+        "lines": json.dumps(record, ensure_ascii=False) + "\r\n",
+        "array": json.dumps([record], ensure_ascii=False),
+        "indented": json.dumps([record], ensure_ascii=False, indent=4),
+        "SQuAD's": json.dumps({"version": "1", "data": [{"paragraphs": [paragraph]}]}, ensure_ascii=False, indent=1),
+    }[form]
+    (tmp_path / "a.json").write_bytes(text.encode(encoding))
+    questions, skipped = read(tmp_path)
+    assert [(q.context, q.text, q.answers) for q in questions] == [
+        ("部件3是齿轮，在上方。", "部件3是什么？", ("齿轮",))
+    ]
+    assert skipped == []
 
 
 @given(
@@ -410,9 +461,10 @@ def test_without_a_context_the_prompt_mentions_none() -> None:
     assert "context" not in said(made(context="")).lower()
 
 
-def test_placeholders_in_the_data_are_broken_up() -> None:
+def test_a_prompt_says_what_the_data_say() -> None:
     text = said(made(text="What is <image> or <|im_end|>?", context="<video>"))
-    assert not any(mark in text for mark in ("<image>", "<video>", "<|"))
+    assert "<image>" not in text, "without a picture in its place"
+    assert text.replace("\u2060", "").endswith("Context: <video>\n\nQuestion: What is <image> or <|im_end|>?")
 
 
 def test_meta_names_the_data_set_as_kind() -> None:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from stages.tasks.better_synth.llava import (
     DJ_END,
     DJ_PLACE,
-    PLACE,
     Original,
     caption_in,
     from_dj,
@@ -24,6 +23,7 @@ from stages.tasks.better_synth.llava import (
 )
 from stages.tasks.common.json_lines import BadRecordError
 
+PLACE = "<image>"
 MARKS = re.compile(r"\[\[[a-zA-Z]*\]\]: |<image>|<__dj__image>|<\|__dj__eoc\|>")
 CHINESE = st.text("红色的公交车停在街上，。！？“”\u3000\n", max_size=12)
 TROUBLE = st.sampled_from(
@@ -227,3 +227,15 @@ def test_the_caption_form_holds_only_one_question() -> None:
         to_dj_caption(BUS)
     with pytest.raises(BadRecordError, match="a cat"):
         to_dj_caption({"id": 1, "conversations": turns(("human", "x"), ("gpt", "a cat <image>"))})
+
+
+def test_what_is_null_or_empty_is_not_given_and_a_number_is_its_text() -> None:
+    turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": 3}]
+    for nothing in (None, "", [], [None], [""]):
+        assert to_messages({"id": 1, "image": nothing, "conversations": turns}) == (
+            [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "3"}],
+            [],
+        )
+        caption = {"id": "7", "text": "A bus.", "images": nothing, "original_id": None}
+        restored = restored_record(caption, {"7": Original(7, "What is it?")})
+        assert restored["id"] == 7 and "image" not in restored

@@ -93,9 +93,10 @@ def test_it_is_a_task() -> None:
         (b'{"id": "x", "prob', "not JSON"),
         (b"\xff\xfe\x00", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b'{"id": "h", "problem": "\\ud83d", "questions": []}', "not JSON"),
+        (b'{"id": "h", "problem": "\\ud83d", "questions": []}', "not UTF-8"),
         (b'["a"]', "not a JSON object"),
         ({"problem": "x", "questions": [part()]}, "no id"),
+        ({"id": None, "problem": "x", "questions": [part()]}, "no id"),
         ({"id": " ", "problem": "x", "questions": [part()]}, "empty id"),
         ({"id": 1.5, "problem": "x", "questions": [part()]}, "id is not a string"),
         ({"id": "x", "questions": [part()]}, "no problem"),
@@ -119,11 +120,21 @@ def test_a_bad_line_is_skipped_with_its_number(tmp_path: Path, bad: Any, reason:
         (part(options=tuple("abcdefgh")), "not 2 to 7 options"),
         (part(options="red, blue"), "options are not a list of non-empty strings"),
         (part(options=("red", "")), "options are not a list of non-empty strings"),
-        (part(options=("red", 3)), "options are not a list of non-empty strings"),
+        (part(options=("red", "", "blue")), "options are not a list of non-empty strings"),
+        (part(options=("red", ["blue"])), "options are not a list of non-empty strings"),
+        (part(options={"A": "red", "C": "blue"}), "options are not a list of non-empty strings"),
+        (part(options={"A": "red", "B": None, "C": "blue"}), "options are not a list of non-empty strings"),
         ({"options": ["a", "b"], "answer": "A"}, "no question"),
         (part(question=" "), "empty question"),
         (part("D"), "answer is not an option"),
-        (part(0), "answer is not a string"),
+        (part(4), "answer is not an option"),
+        (part(-1), "answer is not an option"),
+        (part(True), "answer is not an option"),
+        (part({"letter": "A"}), "answer is not a string"),
+        (part(["A", "B"]), "answer is not a string"),
+        (part("AB"), "answer is not an option"),
+        (part("(D)"), "answer is not an option"),
+        (part("A. blue"), "answer is not an option"),
         (part("a", options=("x", "a")), "ambiguous answer"),
         (part("same", options=("same", "Same")), "ambiguous answer"),
         (part(...), "no answer to train on"),
@@ -146,6 +157,32 @@ def test_a_bad_sub_question_is_skipped_and_the_others_keep_their_places(tmp_path
         ("A", ("B", "A"), "A"),  # a capital letter is a letter, which is the documented form
         ("C", ("C", "D"), "A"),  # not a letter of two options, but the text of one
         ("a", ("a", "x"), "A"),
+        *[
+            (written, ("red", "blue", "green"), "B")
+            for written in (
+                "B.",
+                "(B)",
+                "B)",
+                "B、",
+                "b.",
+                "（Ｂ）",
+                "Ｂ．",
+                "B。",
+                "[B]",
+                "【B】",
+                "B:",
+                "B：",
+                " (b) ",
+                '"B"',
+            )
+        ],
+        *[(written, ("red", "blue"), "B") for written in ("B. blue", "(B) Blue", "B、blue", "b: blue")],
+        *[
+            (written, ("red", "blue"), "B")
+            for written in ("Option B", "option_b", "选项B", "答案：B", "B项", "Answer: (b)")
+        ],
+        ("2", ("1", "2", "3"), "B"),
+        ("B", ("A. red", "B. blue"), "B"),
     ],
 )
 def test_an_answer_may_be_a_letter_or_an_options_text(
@@ -153,6 +190,93 @@ def test_an_answer_may_be_a_letter_or_an_options_text(
 ) -> None:
     questions, _ = read(tmp_path, train=[problem("p", part(answer, options=options))])
     assert questions[0].answers == (letter,)
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", [], {}, float("nan")])
+def test_an_answer_that_is_null_or_empty_is_not_given(tmp_path: Path, nothing: Any) -> None:
+    questions, skipped = read(tmp_path, train=[problem("p")], test=[problem("t", part(nothing), part("C"))])
+    assert [(question.id, question.answers, question.split) for question in questions] == [
+        *(("t/0", (), "asked"), ("t/1", ("C",), "test"), ("p/0", ("A",), "train")),
+    ]
+    assert skipped == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "letters"),
+    [
+        ((0, 1, 2), "ABC"),
+        ((1, 2, 3), "ABC"),
+        ((1, 2), "BC"),  # from 0, unless the number of the last option says otherwise
+        (("0", "2"), "AC"),
+        (("3", "1"), "CA"),
+        ((0.0, 1.0), "AB"),
+        ((0, "B", "green"), "ABC"),
+        (([2], ["A"]), "CA"),
+    ],
+)
+def test_an_answer_may_be_the_options_number(tmp_path: Path, answers: tuple[Any, ...], letters: str) -> None:
+    rows = [problem(f"p{number}", part(answer)) for number, answer in enumerate(answers)]
+    for name in ("train", "sources__more"):
+        folder = tmp_path / name
+        folder.mkdir()
+        questions, skipped = read(folder, **{name: rows})
+        assert ["".join(question.answers) for question in questions] == list(letters)
+        assert skipped == []
+    labels = [{"id": row["id"], "questions": [{"answer": answer}]} for row, answer in zip(rows, answers, strict=True)]
+    unlabelled = [problem(row["id"], part(...)) for row in rows]
+    (tmp_path / "labelled").mkdir()
+    questions, _ = read(tmp_path / "labelled", train=[problem("x")], test=unlabelled, labels__guessed=labels)
+    assert ["".join(question.answers) for question in questions if question.label_source] == list(letters)
+
+
+def test_an_options_text_comes_before_its_number(tmp_path: Path) -> None:
+    questions, _ = read(tmp_path, train=[problem("p", part(2, options=[1, 2, 3]), part(1.5, options=[0.5, 1.5]))])
+    assert [(question.options, question.answers) for question in questions] == [
+        (("1", "2", "3"), ("B",)),
+        (("0.5", "1.5"), ("B",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "letter"),
+    [
+        ({"A": "red", "B": "blue", "C": "green"}, "B", "B"),
+        ({"C": "green", "A": "red", "B": "blue"}, "green", "C"),
+        ({"a": "red", "b": "blue", "c": "green"}, "(b)", "B"),
+        ({"A.": "red", "B.": "blue", "C.": "green", "D.": None}, "A", "A"),
+        ({"option_a": "red", "option_b": "blue", "option_c": "green"}, "option_b", "B"),
+        ({"0": "red", "1": "blue", "2": "green"}, 1, "B"),
+        ({"1": "red", "2": "blue", "3": "green"}, 1, "A"),
+        ({"1": "red", "2": "blue", "3": "green"}, "2", "B"),
+        ({"label": ["A", "B", "C"], "text": ["red", "blue", "green"]}, "C", "C"),
+        (["red", "blue", "green", None, ""], "C", "C"),
+        (["A. red", "B. blue", "C. green"], "B. blue", "B"),
+        (["(A) red", "(B) blue", "(C) green"], "B", "B"),
+        (["A、red", "B、blue", "Ｃ．green"], "green", "C"),
+    ],
+)
+def test_options_may_be_a_mapping_or_have_their_letters(tmp_path: Path, options: Any, answer: Any, letter: str) -> None:
+    questions, skipped = read(tmp_path, train=[problem("p", part(answer, options=options))])
+    assert skipped == []
+    assert [(question.options, question.answers) for question in questions] == [(("red", "blue", "green"), (letter,))]
+
+
+def test_options_that_only_look_as_if_they_had_letters_stay(tmp_path: Path) -> None:
+    options = ("B. Brown", "A. Adams")
+    questions, _ = read(tmp_path, train=[problem("p", part("A. Adams", options=options))])
+    assert (questions[0].options, questions[0].answers) == (options, ("B",))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "gbk", "utf-8-sig"])
+def test_files_in_another_encoding_are_read(tmp_path: Path, encoding: str) -> None:
+    rows = [problem("p", part("红", options=("蓝", "红")), text="小明有一顶帽子。")]
+    for name in ("train", "sources/more"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_bytes(text.encode(encoding))
+    questions, skipped = read(tmp_path)
+    assert [(q.problem, q.options, q.answers) for q in questions] == [("小明有一顶帽子。", ("蓝", "红"), ("B",))] * 2
+    assert skipped == []
 
 
 def test_splits_follow_from_the_files(tmp_path: Path) -> None:
@@ -242,7 +366,8 @@ def test_a_label_of_an_ambiguous_id_is_skipped(tmp_path: Path) -> None:
 
 def test_sources_are_the_files(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"nothing to train on; put train\.jsonl there, or files into sources/ or labels/"
+        DataError,
+        match=r"nothing to train on, found nothing; put train\.jsonl there, or files into sources/ or labels/",
     ):
         sources(tmp_path)
     read(tmp_path, train=[problem("p")], sources__more=[problem("m")], labels__g=[])
@@ -254,8 +379,10 @@ def test_sources_are_the_files(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_usable_question_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no usable question in .*; see the skipped lines in the log"):
+    with pytest.raises(DataError, match=r"no usable question in .*; 1 of 1 skipped: not JSON, first train\.jsonl:1 \("):
         read(tmp_path, train=[b"no"])
+    with pytest.raises(DataError, match=r"skipped: no id, first train\.jsonl:1 \(found the keys question, choices\)"):
+        read(tmp_path, train=[{"question": "Which?", "choices": ["red"]}])
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), st.lists, max_leaves=4))
@@ -298,9 +425,11 @@ def test_meta_names_the_origin_of_a_sample() -> None:
     assert (meta["problem_id"], meta["index"], meta["source"], meta["label_source"]) == ("p", 3, "g", "g")
 
 
-def test_special_tokens_in_the_data_are_broken_up() -> None:
+def test_a_prompt_says_what_the_data_say() -> None:
     text = one_sample(problem="<|im_end|> <image>", text="<|x|>?", options=("<image>", "b"))["messages"][1]["content"]
-    assert "<|" not in text and "<image>" not in text
+    assert "<image>" not in text, "without a picture in its place"
+    said = text.replace("\u2060", "")
+    assert said.startswith("<|im_end|> <image>\nQuestion: <|x|>?\nA. <image>\nB. b\n")
 
 
 # -- completions -------------------------------------------------------------------------------------------------

@@ -177,14 +177,47 @@ def test_a_row_that_ends_before_its_index_is_skipped(tmp_path: Path) -> None:
     assert [why[:2] for why in skipped] == [("a.tsv:3", "index is not a number")]
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16", "utf-8-sig"])
 @pytest.mark.parametrize("changes", [{"question": "什么颜色？"}, {"hint": "看图"}, {"B": "蓝色"}])
-def test_a_row_that_is_not_utf8_is_skipped(tmp_path: Path, changes: dict[str, str]) -> None:
-    """GBK, as Windows writes Chinese. ASCII rows are the same in both encodings and are read."""
+def test_a_table_in_another_encoding_is_read(tmp_path: Path, changes: dict[str, str], encoding: str) -> None:
+    """GBK, as Windows writes Chinese; UTF-16, as Excel writes text with tabs."""
     path = tsv(tmp_path / "a.tsv", [line(1, **changes), line(2)])
-    path.write_bytes(path.read_text(encoding="utf-8").encode("gbk"))
+    path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
     found, skipped = read(path)
-    assert [row.index for row in found] == [2]
+    assert [row.index for row in found] == [1, 2] and skipped == []
+    texts = {"question": found[0].question, "hint": found[0].hint, "B": found[0].options[1]}
+    assert changes.items() <= texts.items()
+
+
+def test_a_row_that_is_not_utf8_is_skipped(tmp_path: Path) -> None:
+    """Bytes that are of no encoding."""
+    path = tsv(tmp_path / "a.tsv", [line(1, question="什么颜色？"), line(2), line(3, question="它是什么？")])
+    path.write_bytes(path.read_bytes().replace("什么颜色".encode(), b"\xff\xfe"))
+    found, skipped = read(path)
+    assert [row.index for row in found] == [2, 3]
     assert [why[:2] for why in skipped] == [("a.tsv:2", "not UTF-8")]
+
+
+@pytest.mark.parametrize(
+    ("answers", "letters"),
+    [
+        (["B.", "(B)", "b", "Ｂ", "B、", "（B）", "dog", "B. dog"], "BBBBBBBB"),
+        (["0", "2", "1"], "ACB"),
+        (["1", "3", "2"], "ACB"),
+        (["A", "", "nan", "None"], "A   "),
+    ],
+)
+def test_an_answer_may_be_written_in_other_ways(tmp_path: Path, answers: list[str], letters: str) -> None:
+    rows = [line(number, right=answer) for number, answer in enumerate(answers, 1)]
+    found, skipped = read(tsv(tmp_path / "a.tsv", rows))
+    assert "".join(row.answer or " " for row in found) == letters and skipped == []
+
+
+@pytest.mark.parametrize("answer", ["AB", "BC", "D", "4", "(E)", "A or B"])
+def test_an_answer_that_is_no_option_is_skipped(tmp_path: Path, answer: str) -> None:
+    found, skipped = read(tsv(tmp_path / "a.tsv", [line(1, right=answer), line(2)]))
+    assert [row.index for row in found] == [2]
+    assert [why[:2] for why in skipped] == [("a.tsv:2", "answer is not an option")]
 
 
 @pytest.mark.parametrize("missing", ["index", "question", "A", "B", "image"])

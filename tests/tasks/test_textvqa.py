@@ -289,8 +289,41 @@ def test_unusable_lines_are_skipped_with_their_numbers(tmp_path: Path) -> None:
     ]
 
 
+def test_numbers_and_missing_answers_of_annotations(tmp_path: Path) -> None:
+    prompt = f"q?\n{ASKS}"
+    entries = [
+        {"image_id": "numbers", "question": "q?", "answers": [2, 3.50, True, None, *["x"] * 6]},
+        {"image_id": "null", "question": "q?", "answers": None},
+        {"image_id": "none", "question": "q?"},
+        {"image_id": "empty", "question": "q?", "answers": [""] * 10},
+    ]
+    lines = [{"question_id": entry["image_id"], "image": "x.jpg", "text": prompt} for entry in entries]
+    path, annotated = write(tmp_path, lines, {"data": entries})
+    skipped: list[tuple[str, ...]] = []
+    found = list(read_questions(path, read_annotations(annotated), lambda *why: skipped.append(why)))
+    assert [question.answers for question in found] == [("2", "3.5", "true", "", *["x"] * 6), (), (), ()]
+    assert skipped == []
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16", "utf-8-sig"])
+def test_files_in_another_encoding_are_read(tmp_path: Path, encoding: str) -> None:
+    line = {"question_id": "x", "image": "x.jpg", "text": f"牌子上写着什么？\n{ASKS}"}
+    entry = {"image_id": "x", "question": "牌子上写着什么？", "answers": ["出口"] * 10}
+    path, annotated = write(tmp_path, [line], {"data": [entry]})
+    for file in (path, annotated):
+        content = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+        file.write_bytes("\n".join(json.dumps(one, ensure_ascii=False) for one in content).encode(encoding))
+    found = list(read_questions(path, read_annotations(annotated), lambda *why: pytest.fail(str(why))))
+    assert [question.answers[0] for question in found] == ["出口"]
+
+
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"data": [1]}', '{"data": [{"image_id": "x", "question": "q"}]}', "{}", "[" * 100_000]
+    "content",
+    [
+        *("{", "[]", '{"data": [1]}', '{"data": [{"image_id": "x"}]}', "{}", "[" * 100_000),
+        '{"data": [{"image_id": "x", "question": "q", "answers": "one"}]}',
+        '{"data": [{"image_id": "x", "question": "q", "answers": [["one"]]}]}',
+    ],
 )
 def test_annotations_of_another_form_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "annotations.json"

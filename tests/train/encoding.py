@@ -62,9 +62,15 @@ def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple
         encoded = sft.template.encode(row)
         grids = encoded["image_grid_thw"].tolist() if "image_grid_thw" in encoded else []
         rows.append({"length": len(encoded["input_ids"]), "grids": grids, "images": images, "read": len(read)})
+        rows[-1] |= {"tokens": list(encoded["input_ids"]), "labels": list(encoded["labels"])}
         read.clear()
     Picture.load = load  # type: ignore[method-assign]
-    return {"rows": rows, "left_out": left_out, "read before": before}
+    return {
+        "rows": rows,
+        "left_out": left_out,
+        "read before": before,
+        "said": list(map(dict, getattr(sft, "said", []))),
+    }
 
 
 def main() -> None:

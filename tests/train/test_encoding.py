@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from stages.contract.files import write_jsonl
 from stages.contract.recipe import Adapter, Train
 from stages.models.pictures import read_rules
+from stages.models.rendering import Renderer
 from stages.train.lengths import measure_lengths
 from tests.conftest import REPOSITORY, need_model
 from tests.engines.test_llava import with_published_template
@@ -79,6 +80,27 @@ TALKS = [
 ]
 
 
+SAYS = "Is <image>, </s> or <|im_end|> a tag? <img>0.jpg</img> <|image_pad|><repo_name>"
+ESCAPED = "<\u2060image>"
+ANSWER = "No: <|im_end|> and <file_sep>, <|im_end|>"
+SAID = [
+    {
+        "id": "said",
+        "images": [],
+        "messages": [{"role": "user", "content": SAYS}, {"role": "assistant", "content": ANSWER}],
+    },
+    {
+        "id": "seen",
+        "images": ["0.jpg"],
+        "messages": [
+            {"role": "user", "content": "<image>\n" + SAYS.replace("<image>", ESCAPED)},
+            {"role": "assistant", "content": f"the word {ESCAPED}, <|im_end|>"},
+        ],
+    },
+]
+"""Samples whose texts say control words of the models, and what ms-swift takes for pictures."""
+
+
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA with the chat template of the published ones."""
@@ -93,6 +115,7 @@ def encoded(
     template that a LLaVA needs, and with ms-swift's own."""
     write_jsonl(pages / "samples.jsonl", SAMPLES)
     write_jsonl(pages / "talks.jsonl", TALKS)
+    write_jsonl(pages / "said.jsonl", SAID)
     other = tmp_path_factory.mktemp("models") / "other"
     shutil.copytree(model, other)
     template = other / "chat_template.jinja"
@@ -104,6 +127,8 @@ def encoded(
         "other template": (other, "samples", [f"train.max_pixels={BUDGET}"]),
         "llava_vicuna": (llava, "talks", [*seeing, "model.swift_template=llava_vicuna"]),
         "llava1_5_hf": (llava, "talks", [*seeing, "model.swift_template=llava1_5_hf"]),
+        "said": (model, "said", [f"train.max_pixels={BUDGET}"]),
+        "said to llava": (llava, "said", [*seeing, "model.swift_template=llava_vicuna"]),
     }
     fields = [
         {"model": str(folder), "run": str(pages), "samples": str(pages / f"{name}.jsonl"), "overrides": overrides}
@@ -177,3 +202,32 @@ def test_ms_swift_s_prompts_are_those_of_published_chat_templates(
     assert 0 <= counted.longest - ours["rows"][0]["length"] <= 60
     assert counted.answer >= len(tokenizer.encode("A square.USER: Which colour? 颜色？ ASSISTANT:Red."))
     assert "renders another prompt than the chat template" in theirs["error"]
+
+
+@pytest.mark.parametrize("ask", ["said", "said to llava"])
+def test_what_samples_say_is_learnt_as_text(
+    model: Path, llava: Path, pages: Path, encoded: dict[str, dict[str, Any]], ask: str
+) -> None:
+    folder = model if ask == "said" else llava
+    tokenizer, renderer = AutoTokenizer.from_pretrained(folder), Renderer(folder)
+    picture, end = renderer.picture_token, tokenizer.eos_token_id
+    assert "error" not in encoded[ask], encoded[ask]
+    for one, row in zip(SAID, encoded[ask]["rows"], strict=True):
+        tokens, labels = row["tokens"], row["labels"]
+        learnt = [label for label in labels if label != -100]
+        answer = one["messages"][1]["content"].replace("\u2060", "")
+        assert learnt.count(end) == 1 and tokenizer.decode(learnt).startswith(answer + tokenizer.eos_token)
+        assert learnt[: learnt.index(end)] == plain(tokenizer, answer)
+        assert SAYS in tokenizer.decode(tokens)
+        shown = [pages / name for name in one["images"]]
+        prompt = renderer.render("x", one["messages"][:1], shown, BUDGET if ask == "said" else None)
+        expanded = prompt.repeat_placeholders([tokens.count(picture)] if shown else [], picture)
+        assert tokens[: len(expanded)] == expanded, "the prompt is that of inference"
+        assert bool(tokens.count(picture)) == bool(shown)
+    counts = [(one["<|im_end|>"], one["<repo_name>"]) for one in encoded[ask]["said"]]
+    assert counts == [(3, 1), (2, 1)]
+
+
+def plain(tokenizer: Any, text: str) -> list[int]:
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return tokens

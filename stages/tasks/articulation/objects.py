@@ -12,7 +12,8 @@ import numpy as np
 from stages.contract.errors import DataError
 from stages.tasks.articulation.geometry import Array, Box, Joint, box_from
 from stages.tasks.articulation.urdf import Mobility, UrdfJoint, read_urdf
-from stages.tasks.common.json_lines import BadRecordError, object_in
+from stages.tasks.common.json_lines import BadRecordError, object_of
+from stages.tasks.common.skips import Skips
 from stages.tasks.task import Given, Skip
 
 SOURCE = "objects"
@@ -77,6 +78,7 @@ def read_objects(folder: Path, skip: Skip) -> list[ObjectQuestion]:
 
     Without folders `train` and `test`, objects are directly in shape_output/ and mobility_dataset_v2/.
     """
+    skip = Skips(skip)
     found: dict[str, ObjectQuestion] = {}
     for split in _split_folders(folder):
         for loop in _loops(folder / BOXES / split):
@@ -90,9 +92,7 @@ def read_objects(folder: Path, skip: Skip) -> list[ObjectQuestion]:
                 continue
             found[question.id] = question
     if not found:
-        raise DataError(
-            f"{folder}: no usable loop in {BOXES}/ with a mobility.urdf in {URDFS}/; see the skipped loops in the log"
-        )
+        raise DataError(f"{folder}: no usable loop in {BOXES}/ with a mobility.urdf in {URDFS}/; {skip.why}")
     scored = any(question.split == "test" for question in found.values())
     return [question if scored or question.split != "train" else replace(question, split=None)
             for question in found.values()]  # fmt: skip
@@ -141,7 +141,7 @@ def _boxes(loop: Path) -> dict[int, Box]:
         if number is None:
             raise BadRecordError("box without a number", path.name)
         try:
-            found[int(number[1])] = box_in(object_in(path.read_bytes()))
+            found[int(number[1])] = box_in(object_of(path.read_bytes()))
         except BadRecordError as error:
             raise BadRecordError(error.reason, f"{path.name}: {error}") from error
     if len(found) < 2:
@@ -171,7 +171,7 @@ def box_in(record: dict[str, Any]) -> Box:
 def _is_numbers(value: Any, shape: tuple[int, ...]) -> bool:
     """Whether a value is nested lists of this shape with numbers below a million. NumPy raises for ragged lists."""
     if not shape:
-        return type(value) in (int, float) and abs(value) < 1e6
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
     return isinstance(value, list) and len(value) == shape[0] and all(_is_numbers(each, shape[1:]) for each in value)
 
 

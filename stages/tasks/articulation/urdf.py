@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.tasks.articulation.geometry import HINGE, SLIDE, Array
+from stages.tasks.common.encodings import decode
 from stages.tasks.common.json_lines import BadRecordError
 
 UPRIGHT = np.array([[0.0, 0, -1], [-1, 0, 0], [0, 1, 0]])
@@ -59,9 +60,13 @@ class Mobility:
 
 def read_urdf(path: Path) -> Mobility:
     """The joints of a URDF file. Raises BadRecordError for an unreadable file and for links that form no tree."""
+    content = path.read_bytes()
     try:
-        robot = ET.fromstring(path.read_bytes())
-    except (ET.ParseError, ValueError, LookupError) as error:
+        try:
+            robot = ET.fromstring(content)
+        except (ET.ParseError, ValueError, LookupError):  # such as GBK, which expat does not know
+            robot = ET.fromstring(decode(content))
+    except (ET.ParseError, ValueError) as error:
         raise BadRecordError("mobility.urdf is not XML", f"{path.name}: {error}") from error
     elements: dict[str, ET.Element] = {}
     for element in robot.findall("joint"):
@@ -112,7 +117,8 @@ def _joint(element: ET.Element, child: str, parent: str, turn: Array, pos: Array
     limit = element.find("limit")
     limits = None
     if limit is not None and kind != "continuous":
-        limits = (_number(limit.get("lower", "0"), "lower"), _number(limit.get("upper", "0"), "upper"))
+        lower, upper = (_number(limit.get(end, "").strip() or "0", end) for end in ("lower", "upper"))
+        limits = (lower, upper)
     return UrdfJoint(child, parent, TYPES[kind], pos, turn @ axis / np.linalg.norm(axis), limits)
 
 
@@ -138,7 +144,7 @@ def _link(element: ET.Element, end: str) -> str:
 def _numbers(element: ET.Element | None, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
     """Three numbers of an attribute, or the default. Raises BadRecordError for anything else."""
     text = element.get(key) if element is not None else None
-    if text is None:
+    if text is None or not text.strip():
         return default
     values = tuple(_number(word, key) for word in text.split())
     if len(values) != 3:

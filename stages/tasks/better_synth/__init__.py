@@ -21,9 +21,8 @@ from typing import Any, cast
 from pydantic import Field
 
 from stages.contract.recipe import Recipe, Section
-from stages.contract.records import Message, Meta, Prediction, Sample
+from stages.contract.records import PLACE, Message, Meta, Prediction, Sample
 from stages.tasks.better_synth import letters, mmbench, textvqa
-from stages.tasks.better_synth.llava import PLACE
 from stages.tasks.better_synth.records import (
     MMBENCH,
     TEXTVQA,

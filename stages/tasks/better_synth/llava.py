@@ -21,11 +21,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.contract.records import Message
-from stages.tasks.common.json_lines import BadRecordError
+from stages.contract.records import PLACE, Message
+from stages.tasks.common.json_lines import BadRecordError, found_keys, is_given, text_or_number
 
-PLACE = "<image>"
-"""The placeholder of a picture in LLaVA's form and in messages."""
 DJ_PLACE, DJ_END = "<__dj__image>", "<|__dj__eoc|>"
 """Data-Juicer's marks of a picture and of the end of a chunk."""
 
@@ -88,17 +86,19 @@ def id_of(record: Mapping[str, Any]) -> str | int:
     name = record.get("id")
     if type(name) is int or (isinstance(name, str) and name.strip()):
         return name
-    raise BadRecordError("no id", repr(name)[:100])
+    raise BadRecordError("no id", repr(name)[:100] if is_given(name) else found_keys(record))
 
 
 def turns_of(record: Llava) -> list[tuple[str, str]]:
     """The turns of a LLaVA record, each with speaker and text. Raises BadRecordError for any other form."""
     found = record.get("conversations")
     if not isinstance(found, list) or not found:
-        raise BadRecordError("no conversations", repr(found)[:100])
+        raise BadRecordError("no conversations", repr(found)[:100] if is_given(found) else found_keys(record))
     turns = []
     for turn in found:
         speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if speaker == "gpt":
+            value = text_or_number(value)
         if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(value, str):
             raise BadRecordError("a turn lacks a `from` (system, human or gpt) or a text as `value`", repr(turn)[:100])
         turns.append((speaker, value))
@@ -108,14 +108,15 @@ def turns_of(record: Llava) -> list[tuple[str, str]]:
 def pictures_of(record: Llava) -> list[str]:
     """The names of a LLaVA record's pictures. Raises BadRecordError for anything else in `image`."""
     found = record.get("image")
-    return _list_of_names([] if found in (None, "") else [found] if isinstance(found, str) else found)
+    return _list_of_names([found] if isinstance(found, str) else found)
 
 
 def _list_of_names(value: Any) -> list[str]:
-    """The value, if it is a list of non-empty names. Raises BadRecordError otherwise."""
-    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+    """The names in a list that are given. Raises BadRecordError for another value."""
+    given = value if is_given(value) else []
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in filter(is_given, given)):
         raise BadRecordError("pictures are not a list of names", repr(value)[:100])
-    return value
+    return list(filter(is_given, given))
 
 
 # -- Data-Juicer -------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def restored_record(record: DataJuicer, originals: Mapping[str, Original | None]
     are by id as text; None if records with the same id have different questions. Raises BadRecordError if there is no
     question, or more than one.
     """
-    name = id_of({"id": record.get("original_id", record.get("id"))})
+    name = id_of({"id": record["original_id"]} if is_given(record.get("original_id")) else record)
     if str(name) not in originals:
         raise BadRecordError("no question with its id in the LLaVA file", str(name))
     original = originals[str(name)]
@@ -197,7 +198,7 @@ def restored_record(record: DataJuicer, originals: Mapping[str, Original | None]
 
 def _pictures(record: DataJuicer, turns: list[tuple[str, str]]) -> list[str]:
     """The names of a record's pictures. Operators that add a caption repeat names; if needed, each counts once."""
-    pictures = _list_of_names(record.get("images") or [])
+    pictures = _list_of_names(record.get("images"))
     once = list(dict.fromkeys(pictures))
     places = sum(value.count(PLACE) for speaker, value in turns if speaker != "gpt")
     return once if len(once) == places else pictures

@@ -23,7 +23,9 @@ from pathlib import Path
 
 from stages.contract.errors import DataError
 from stages.contract.files import open_atomically
+from stages.tasks.common.encodings import UTF8, encoding_of
 from stages.tasks.common.json_lines import BadRecordError
+from stages.tasks.common.options import first_index, letter_of
 from stages.tasks.task import Skip
 
 LETTERS = "ABCDEFGH"
@@ -82,9 +84,10 @@ def read_rows(path: Path, skip: Skip) -> Iterator[MMBenchRow]:
     """The usable rows of a TSV, read one at a time. The others go to `skip` with the line on which they end. Raises
     DataError if a required column is missing."""
     seen: set[int] = set()
+    first = first_index((_cell(columns, "answer"), len(_options(columns))) for _, columns in _rows(path))
     for where, columns in _rows(path):
         try:
-            row = _row(columns, where)
+            row = _row(columns, where, first)
             if row.index in seen:
                 raise BadRecordError("duplicate index", str(row.index))
             seen.add(row.index)
@@ -102,10 +105,11 @@ def has_rotations(path: Path) -> bool:
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Each row's place and columns. Columns missing at the end of a line are empty: editors strip trailing tabs.
 
-    Bytes that are not UTF-8 become U+FFFD, so that only their row is lost.
+    Bytes that are not of the file's encoding become U+FFFD, so that only their row is lost.
     """
     csv.field_size_limit(LONGEST_FIELD)
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    encoding = encoding_of(path)
+    with path.open(encoding="utf-8-sig" if encoding == UTF8 else encoding, errors="replace", newline="") as file:
         lines = csv.reader(file, delimiter="\t")
         try:
             header = next(lines, [])
@@ -130,7 +134,7 @@ def _index(columns: Mapping[str, str]) -> int | None:
     return int(text) if re.fullmatch(r"[0-9]{1,12}", text) else None
 
 
-def _row(columns: Mapping[str, str], where: str) -> MMBenchRow:
+def _row(columns: Mapping[str, str], where: str, first: int) -> MMBenchRow:
     """The row with these columns. Raises BadRecordError for an unusable one."""
     index = _index(columns)
     if index is None:
@@ -145,15 +149,13 @@ def _row(columns: Mapping[str, str], where: str) -> MMBenchRow:
     options = _options(columns)
     if len(options) < 2:
         raise BadRecordError("fewer than two options", str(index))
-    answer = unicodedata.normalize("NFKC", _cell(columns, "answer")).strip().upper()
-    if answer and answer not in LETTERS[: len(options)]:
-        raise BadRecordError("answer is not an option", answer[:100])
+    answer = letter_of(_cell(columns, "answer"), options, first=first)
     return MMBenchRow(
         index,
         question,
         hint=_cell(columns, "hint"),
         options=options,
-        answer=answer or None,
+        answer=answer,
         category=_cell(columns, "category"),
         l2_category=_cell(columns, "l2-category"),
         image=image,

@@ -10,7 +10,9 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from stages.contract.errors import DataError
 from stages.contract.files import open_atomically
+from stages.models.pictures import picture_size, read_picture
 from stages.tasks.common.json_lines import BadRecordError
 
 MEAN_COLOUR = (122, 116, 104)
@@ -87,15 +89,17 @@ class Pictures:
         if stem in self._existing:
             return _PreparedPicture(StoredPicture(self._existing[stem], digest), None)
         try:
-            with Image.open(io.BytesIO(data)) as picture:
-                kind = str(picture.format)
-                if self._pad and picture.width != picture.height:
-                    kind, data = ("JPEG" if kind == "JPEG" else "PNG"), _padded_file(picture)
-                else:
-                    picture.draft("RGB", (1, 1))  # finds a truncated JPEG without decoding it in full
-                    picture.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BadRecordError("not a picture, or damaged", f"{name} ({' '.join(str(error).split())})") from error
+            width, height = picture_size(io.BytesIO(data))
+            pads = self._pad and width != height
+            # to find a truncated JPEG it need not be decoded in full
+            picture = read_picture(io.BytesIO(data), None if pads else (1, 1))
+        except DataError as error:
+            raise BadRecordError(
+                "not a picture, or damaged", f"{name} ({' '.join(str(error.__cause__).split())})"
+            ) from error
+        kind = str(picture.format)
+        if pads:
+            kind, data = ("JPEG" if kind == "JPEG" else "PNG"), _padded_file(picture)
         return _PreparedPicture(StoredPicture(f"{stem}.{'jpg' if kind == 'JPEG' else kind.lower()}", digest), data)
 
     def _store(self, prepared: _PreparedPicture) -> StoredPicture:
@@ -109,10 +113,10 @@ class Pictures:
 
 
 def _padded_file(picture: Image.Image) -> bytes:
-    """The file content of a picture centred in a square of its longer side."""
+    """The file content of an RGB picture centred in a square of its longer side."""
     side = max(picture.size)
     square = Image.new("RGB", (side, side), MEAN_COLOUR)
-    square.paste(picture.convert("RGB"), ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     data = io.BytesIO()
     if picture.format == "JPEG":
         square.save(data, "JPEG", quality=95)

@@ -13,10 +13,9 @@ from pydantic import Field
 from stages.contract.errors import DataError
 from stages.contract.files import digest_of
 from stages.contract.recipe import Section
-from stages.contract.records import Message
+from stages.contract.records import PLACE, Message, escape_places, unescape_places
 from stages.tasks.better_synth import mmbench, textvqa
 from stages.tasks.better_synth.llava import (
-    PLACE,
     Llava,
     Original,
     from_dj,
@@ -29,8 +28,8 @@ from stages.tasks.better_synth.llava import (
 )
 from stages.tasks.better_synth.pictures import Pictures, StoredPicture
 from stages.tasks.common.json_lines import BadRecordError
-from stages.tasks.common.tables import Row, read_rows
-from stages.tasks.common.wording import break_placeholders
+from stages.tasks.common.skips import Skips
+from stages.tasks.common.tables import Row, names_in, read_rows
 from stages.tasks.task import Given, Skip
 
 PRETRAIN, FINETUNE, TEXTVQA, MMBENCH = "pretrain", "finetune", "textvqa", "mmbench"
@@ -102,7 +101,9 @@ def sources(folder: Path) -> list[str]:
     """The data sets in the data folder that can be trained on, sorted. Raises DataError if there is none."""
     found = [name for name in (FINETUNE, PRETRAIN) if (folder / FILES[name]).is_file()]
     if not found:
-        raise DataError(f"{folder}: nothing to train on; put {FILES[PRETRAIN]} or {FILES[FINETUNE]} there")
+        raise DataError(
+            f"{folder}: nothing to train on, found {names_in(folder)}; put {FILES[PRETRAIN]} or {FILES[FINETUNE]} there"
+        )
     return found
 
 
@@ -126,10 +127,16 @@ def other_questions(folder: Path, pictures: Path, settings: Samples, skip: Skip)
     """The questions of the test sets, then the conversations to train on. Unusable ones go to `skip` with file and
     line. Raises DataError if no question can be tested."""
     sources(folder)
+    skip = Skips(skip)
     store = Pictures(folder, pictures, settings.pad)
     tested = [*_textvqa_questions(folder, settings, store, skip), *_mmbench_questions(folder, settings, store, skip)]
     if not tested:
-        raise DataError(f"{folder}: no question to test on; put {FILES[TEXTVQA]} or {FILES[MMBENCH]} there")
+        files = [FILES[name] for name in (TEXTVQA, MMBENCH)]
+        if not any((folder / name).is_file() for name in files):
+            raise DataError(
+                f"{folder}: no question to test on, found {names_in(folder)}; put {' or '.join(files)} there"
+            )
+        raise DataError(f"{folder}: no usable question to test on in {' or '.join(files)}; {skip.why}")
     return [*tested, *_finetune_questions(folder, store, _picture_groups(tested), skip)]
 
 
@@ -258,11 +265,11 @@ def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestio
     messages, names = to_messages(record)
     images = [store.of_file(each) for each in names]
     groups = [_picture_group(image.digest) for image in images]
-    *asked, answer = [_without_placeholders(message) for message in messages]
+    *asked, answer = messages
     return PictureQuestion(
         id=f"{source}/{name}",
         source=source,
-        messages=tuple(asked),
+        messages=tuple(map(_escaped, asked)),
         images=tuple(image.name for image in images),
         answers=(answer["content"].strip(),),
         group=groups[0] if groups else f"text-{digest_of(messages[0])[:16]}",
@@ -271,10 +278,10 @@ def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestio
     )
 
 
-def _without_placeholders(message: Message) -> Message:
-    """The message with its placeholders broken up. Those of pictures stay, except in an answer."""
+def _escaped(message: Message) -> Message:
+    """The message with the `<image>` of an answer escaped. All others are places of pictures."""
     pieces = message["content"].split(PLACE) if message["role"] != "assistant" else [message["content"]]
-    return {"role": message["role"], "content": PLACE.join(map(break_placeholders, pieces))}
+    return {"role": message["role"], "content": PLACE.join(map(escape_places, pieces))}
 
 
 # -- test sets ---------------------------------------------------------------------------------------------------
@@ -282,7 +289,7 @@ def _without_placeholders(message: Message) -> Message:
 
 def _picture_message(text: str) -> tuple[Message, ...]:
     """One user message: a picture, then the text."""
-    return ({"role": "user", "content": f"{PLACE}\n{break_placeholders(text)}"},)
+    return ({"role": "user", "content": f"{PLACE}\n{escape_places(text)}"},)
 
 
 def _textvqa_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> Iterator[PictureQuestion]:
@@ -423,4 +430,4 @@ def asked_rows(folder: Path, tested: list[PictureQuestion]) -> list[dict[str, An
 
 def _without_picture(text: str) -> str:
     """The text of a prompt without its picture."""
-    return text.removeprefix(f"{PLACE}\n")
+    return unescape_places(text.removeprefix(f"{PLACE}\n"))

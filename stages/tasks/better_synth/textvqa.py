@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Literal
 
 from stages.contract.errors import DataError
-from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
+from stages.tasks.common.encodings import decode
+from stages.tasks.common.json_lines import (
+    BadRecordError,
+    found_keys,
+    is_given,
+    lines_in,
+    object_in,
+    text_of,
+    text_or_number,
+)
+from stages.tasks.common.tables import JsonFloat, Row
 from stages.tasks.task import Skip
 
 HUMANS = 10
@@ -132,15 +142,15 @@ def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> I
 
     `annotations` is None if the questions are not scored; then they need none.
     """
-    for number, line in lines_in(path):
-        where = f"{path.name}:{number}"
+    for place, line in lines_in(path):
+        where = f"{path.name}:{place}"
         try:
             yield _question(line, annotations, where)
         except BadRecordError as error:
             skip(where, error.reason, str(error))
 
 
-def _question(line: bytes, annotations: Annotations | None, where: str) -> TextVqaQuestion:
+def _question(line: Row, annotations: Annotations | None, where: str) -> TextVqaQuestion:
     """The question in a line. Raises BadRecordError if the line is unusable or has no annotation."""
     record = object_in(line)
     name, image = _id(record, "question_id"), text_of(record, "image")
@@ -152,7 +162,7 @@ def _question(line: bytes, annotations: Annotations | None, where: str) -> TextV
         if (name, question) not in annotations:
             raise BadRecordError("no annotation for the question", f"image {name}: {question}"[:200])
         answers = annotations[name, question]
-        if len(answers) != HUMANS:
+        if answers and len(answers) != HUMANS:
             raise BadRecordError(f"not {HUMANS} human answers", f"found {len(answers)}")
     return TextVqaQuestion(name, image, prompt, question, tuple(answers), where)
 
@@ -176,11 +186,13 @@ def question_in(prompt: str) -> str:
 
 
 def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
-    """Human answers by image id and lower-case question. If a question occurs twice, the last one counts, as in LLaVA.
-    Raises DataError for a file of another form."""
+    """Human answers by image id and lower-case question, none if the file gives none. If a question occurs twice, the
+    last one counts, as in LLaVA. Raises DataError for a file of another form."""
     try:
-        content = json.loads(path.read_bytes())
-        return {(_id(each, "image_id"), each["question"].lower()): _texts(each["answers"]) for each in content["data"]}
+        content = json.loads(decode(path.read_bytes()), parse_float=JsonFloat)
+        return {
+            (_id(each, "image_id"), each["question"].lower()): _texts(each.get("answers")) for each in content["data"]
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BadRecordError) as error:
         raise DataError(
             f"{path}: not TextVQA's annotations ({type(error).__name__}: {error}); it needs `data`, a list of objects"
@@ -188,11 +200,18 @@ def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
         ) from error
 
 
-def _texts(values: list[str]) -> list[str]:
-    """The values, if they are a list of strings. Raises TypeError otherwise."""
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+def _texts(values: object) -> list[str]:
+    """Human answers as texts; an answer that is not given is an empty one, and none if no answer is given."""
+    if not is_given(values):
+        return []
+    if not isinstance(values, list):
         raise TypeError("answers are not a list of strings")
-    return values
+    if not any(map(is_given, values)):
+        return []
+    found = [text_or_number(value) if is_given(value) else "" for value in values]
+    if None in found:
+        raise TypeError("answers are not a list of strings")
+    return [str(text) for text in found]
 
 
 def _id(record: Mapping[str, object], field: str) -> str:
@@ -200,6 +219,7 @@ def _id(record: Mapping[str, object], field: str) -> str:
     value = record.get(field)
     if type(value) not in (str, int):
         raise BadRecordError(
-            f"no {field}" if value is None else f"{field} is neither a string nor an integer", repr(value)[:100]
+            f"no {field}" if value is None else f"{field} is neither a string nor an integer",
+            found_keys(record) if value is None else repr(value)[:100],
         )
     return str(value)

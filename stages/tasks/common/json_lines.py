@@ -1,9 +1,17 @@
-"""JSON Lines: the lines of a questions file, each as a JSON object, and the fields of that object."""
+"""The records of a questions file, each as a JSON object, and the fields of that object.
+
+A field that is null, an empty text, an empty list or NaN is not given: it counts as missing.
+"""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+
+from stages.tasks.common.encodings import decode
+from stages.tasks.common.tables import JsonFloat, Row, read_rows
 
 
 class BadRecordError(Exception):
@@ -17,19 +25,28 @@ class BadRecordError(Exception):
         self.reason = reason
 
 
-def lines_in(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The non-blank lines of a file, each with its 1-based number, read one at a time."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line.removesuffix(b"\n")  # else an error there would seem to be on the next line
+def lines_in(path: Path) -> Iterator[tuple[str, Row]]:
+    """The records of a JSON Lines file, read one at a time, each with its place: the 1-based line.
+
+    A file that holds one JSON array is read too, record by record. There, a place is `1-500` for record 500 if it
+    begins on line 1, as another record does.
+    """
+    yield from ((row.place, row) for row in read_rows(path))
 
 
-def object_in(line: bytes) -> dict[str, Any]:
+def object_in(line: Row) -> dict[str, Any]:
     """The JSON object in a line. Raises BadRecordError for anything else."""
+    if line.bad is not None:
+        raise BadRecordError(*line.bad)
+    if not isinstance(line.record, dict):
+        raise BadRecordError("not a JSON object", f"found {type(line.record).__name__}")
+    return line.record
+
+
+def object_of(content: bytes) -> dict[str, Any]:
+    """The JSON object that is the content of a file. Raises BadRecordError for anything else."""
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-        json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate, "\\ud83d", is valid JSON, not Unicode
+        record = json.loads(decode(content))
     except (ValueError, RecursionError) as error:
         raise BadRecordError("not JSON", str(error)) from error
     if not isinstance(record, dict):
@@ -37,11 +54,28 @@ def object_in(line: bytes) -> dict[str, Any]:
     return record
 
 
+# -- fields ------------------------------------------------------------------------------------------------------
+
+
+def is_given(value: Any) -> bool:
+    """Whether data give a value: not where it is null, NaN, an empty list or object, or a text of white space."""
+    if isinstance(value, str):
+        return value.strip() != ""
+    if isinstance(value, float):
+        return not math.isnan(value)
+    return value is not None and value not in ([], {})
+
+
+def found_keys(record: Mapping[str, Any]) -> str:
+    """The keys of a record, for a message: `found the keys instruction, output`."""
+    return ("found the keys " + ", ".join(map(str, record)))[:200] if record else "found no keys"
+
+
 def text_of(record: dict[str, Any], field: str) -> str:
     """The text of a field, stripped. An `id` may be an integer. Raises BadRecordError for other and empty values."""
-    if field not in record:
-        raise BadRecordError(f"no {field}")
-    value = record[field]
+    value = record.get(field)
+    if value is None:
+        raise BadRecordError(f"no {field}", found_keys(record))
     if type(value) is int and field == "id":
         value = str(value)
     if not isinstance(value, str):
@@ -49,3 +83,25 @@ def text_of(record: dict[str, Any], field: str) -> str:
     if not value.strip():
         raise BadRecordError(f"empty {field}")
     return value.strip()
+
+
+def text_or_number(value: Any) -> str | None:
+    """A text as it is, or a number as text: as JSON writes it (`3.50`, `true`), and a whole number of a binary table
+    without a fraction, because there a column with missing values holds floats. None for other values."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, JsonFloat):
+        return value.written
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    return str(value) if isinstance(value, int | Decimal) else None
+
+
+def texts_of(value: Any) -> list[str] | None:
+    """The texts and numbers that are given in a value or a list of values, as stripped texts; None if it holds any
+    other value."""
+    values = [one for one in (value if isinstance(value, list) else [value]) if is_given(one)]
+    texts = [text for text in map(text_or_number, values) if text is not None]
+    return [text.strip() for text in texts] if len(texts) == len(values) else None

@@ -1,7 +1,8 @@
 """Data sets on disk, read record by record: JSON arrays, JSON Lines, Parquet, Arrow, and folders saved by `datasets`.
 
 A record that cannot be read becomes a row that says why; where possible, all other records are still read. The content
-of a text file decides its form, not its name: an array in a `.jsonl` and lines in a `.json` are read too.
+of a text file decides its form and its encoding, not its name: an array in a `.jsonl` and lines in a `.json` are read
+too. NaN, which Python writes for a missing value, is read as null.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from stages.contract.errors import DataError
 from stages.contract.files import data_files
+from stages.tasks.common.encodings import utf8_lines
 
 Split = Literal["train", "validation", "test"]
 
@@ -46,7 +48,7 @@ class Row:
     split: Split | None
     """The split that the name of its file or folder states."""
     record: Any
-    """The JSON value; None if it cannot be read."""
+    """The JSON value; None if it cannot be read. In a bad row, `?` is in place of what is not UTF-8."""
     bad: tuple[str, str] | None = None
     """Why it cannot be read: a reason and a detail."""
 
@@ -56,6 +58,12 @@ def data_set_name(path: Path) -> str | None:
     if path.is_dir():
         return path.name if _files(path) else None
     return path.stem if path.suffix.lower() in ENDINGS and path.is_file() else None
+
+
+def names_in(folder: Path) -> str:
+    """The names of the first entries of a folder, for the message that what is needed is not there."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    return ", ".join([*names[:5], *["..."] * (len(names) > 5)]) or "nothing"
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -147,12 +155,23 @@ def _read_file(path: Path, file: str, split: Split | None) -> Iterator[Row]:
 # -- text --------------------------------------------------------------------------------------------------------
 
 
-def _refuse_constant(name: str) -> Any:
-    """Raise ValueError for NaN and infinities, which are not JSON."""
-    raise ValueError(f"{name} is not JSON")
+class JsonFloat(float):
+    """A number with a fraction or an exponent, as JSON writes it: 3.50 is `3.50`."""
+
+    written: str
+
+    def __new__(cls, written: str) -> "JsonFloat":
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _read_constant(name: str) -> None:
+    if name != "NaN":
+        raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_float=JsonFloat, parse_constant=_read_constant)
 _SPACE = re.compile(r"\s*")
 _TABLE = re.compile(r'\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[\d.]+)\s*,\s*)*"data"\s*:\s*\[')
 """Start of a file in SQuAD's published form: the records are in `data`, perhaps after a version."""
@@ -167,15 +186,14 @@ _BRACKETS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[{}\[\]]')
 
 def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
     """The rows of a text file: an array, SQuAD's form, values one after the other, or JSON Lines."""
-    with path.open("rb") as file:
-        beginning = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().decode("utf-8", "replace")
+    beginning = _beginning(path)
     lines = _begins_with_json_line(path)  # each of them may be a table or an array
     table = None if lines else _TABLE.match(beginning)
     array_at_once = beginning.startswith("[") and not lines
     if path.suffix.lower() != ".json" and table is None and not array_at_once:
         yield from _read_lines(path, row)
         return
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    text = _text_in(path)
     array = text.index("[", table.end() - 1) if table else _after_space(text, 0)
     if text.startswith("[", array):
         yield from _read_elements(text, array + 1, True, row)
@@ -183,29 +201,43 @@ def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
         yield from _read_elements(text, 0, False, row)
 
 
+def _beginning(path: Path) -> str:
+    """The first 4,096 bytes of a file, or a few more, from its first character on."""
+    found = b""
+    for line in utf8_lines(path):
+        found = (found + line).lstrip()
+        if len(found) > 4096:
+            break
+    return found[:4096].decode("utf-8", "replace")
+
+
+def _text_in(path: Path) -> str:
+    """The text of a file, with bytes that are not UTF-8 as lone surrogates."""
+    return b"".join(utf8_lines(path)).decode("utf-8", "surrogateescape")
+
+
 def _begins_with_json_line(path: Path) -> bool:
-    """Whether a file's first line is a JSON value and more lines follow."""
-    with path.open("rb") as file:
-        lines = (line for line in file if line.removeprefix(b"\xef\xbb\xbf").strip())
-        first, more = next(lines, b""), next(lines, None) is not None
+    """Whether a file's first line is a JSON value, though perhaps a broken one, and more lines follow."""
+    lines = (line for line in utf8_lines(path) if line.strip())
+    first, more = next(lines, b""), next(lines, None) is not None
+    text = first.decode("utf-8", "surrogateescape").strip()
     try:
-        _DECODER.decode(first.decode("utf-8-sig", "surrogateescape").strip())
+        _DECODER.decode(text)
     except (ValueError, RecursionError):
-        return False
+        return more and _closing_place(text, 0) == len(text)
     return more
 
 
 def _read_lines(path: Path, row: MakeRow) -> Iterator[Row]:
     """The rows of a JSON Lines file."""
-    with path.open("rb") as lines:  # in bytes: text would also be split at U+2028, which JSON may contain
-        for number, line in enumerate(lines, start=1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").strip()
-            if not text:
-                continue
-            try:
-                yield _utf8_row(_DECODER.decode(text), number, row)
-            except (ValueError, RecursionError) as error:
-                yield row(number, bad=("not JSON", _error_text(error)))
+    for number, line in enumerate(utf8_lines(path), start=1):
+        if not line.strip():
+            continue
+        text = line.decode("utf-8", "surrogateescape").strip()
+        try:
+            yield _utf8_row(_DECODER.decode(text), number, row)
+        except (ValueError, RecursionError) as error:
+            yield row(number, bad=("not JSON", f"{_error_text(error)}, found {text[:60]!a}"))
 
 
 def _read_elements(text: str, place: int, array: bool, row: MakeRow) -> Iterator[Row]:
@@ -299,10 +331,11 @@ def _closing_place(text: str, place: int) -> int | None:
 
 def _utf8_row(record: Any, number: int, row: MakeRow) -> Row:
     """The row of a record; a bad row if the record cannot be written as UTF-8: wrong bytes, or a lone surrogate."""
+    text = json.dumps(record, ensure_ascii=False)
     try:
-        json.dumps(record, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        return row(number, bad=("not UTF-8", _error_text(error)))
+        return row(number, json.loads(text.encode("utf-8", "replace")), bad=("not UTF-8", _error_text(error)))
     return row(number, record)
 
 

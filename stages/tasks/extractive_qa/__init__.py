@@ -7,6 +7,8 @@ folders named train, validation and test state the splits. Records have one of t
     {"messages": [{"role": "user", "content": "Context: ...\\nQuestion: ..."}, {"role": "assistant", "content": "..."}]}
     {"context": "...", "question": "...", "answers": {"text": ["...", ...]}, "id": "", "group": "" or "title": ""}
 
+A field that is null or empty counts as missing, and a number as an answer is its text.
+
 All questions about the same context, or with the same `group` (or `title`), fall into the same split.
 """
 

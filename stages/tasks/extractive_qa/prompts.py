@@ -1,7 +1,7 @@
 """The prompt, the same in training and inference: Chinese for a Chinese question, else English."""
 
-from stages.contract.records import Message
-from stages.tasks.common.wording import break_placeholders, is_chinese
+from stages.contract.records import Message, escape_places
+from stages.tasks.common.wording import is_chinese
 
 _FROM_CONTEXT = {
     True: "用上下文中的原文回答问题，越短越好，只写答案。",
@@ -18,8 +18,8 @@ def answer_prompt(context: str, question: str) -> list[Message]:
     The instruction is the system message, because chat templates insert a default one if it is missing.
     """
     chinese = is_chinese(question)
-    asked = _QUESTION[chinese].format(break_placeholders(question))
+    asked = _QUESTION[chinese].format(escape_places(question))
     if not context:
         return [{"role": "system", "content": _ALONE[chinese]}, {"role": "user", "content": asked}]
-    content = _CONTEXT[chinese].format(break_placeholders(context)) + asked
+    content = _CONTEXT[chinese].format(escape_places(context)) + asked
     return [{"role": "system", "content": _FROM_CONTEXT[chinese]}, {"role": "user", "content": content}]

@@ -10,8 +10,9 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe
-from stages.tasks.common.tables import ENDINGS, Split, data_set_name, names_a_split, read_rows
-from stages.tasks.common.wording import break_placeholders
+from stages.tasks.common.json_lines import BadRecordError, found_keys, is_given, text_or_number, texts_of
+from stages.tasks.common.skips import Skips
+from stages.tasks.common.tables import ENDINGS, Split, data_set_name, names_a_split, names_in, read_rows
 from stages.tasks.task import Given, Skip
 
 
@@ -58,7 +59,8 @@ def _data_sets(folder: Path) -> dict[str, Path]:
         )
     if not found:
         raise DataError(
-            f"{folder}: no data set; put files with an ending of {', '.join(ENDINGS)} there, or folders of such files"
+            f"{folder}: no data set, found {names_in(folder)}; put files with an ending of {', '.join(ENDINGS)}"
+            " there, or folders of such files"
         )
     return found
 
@@ -75,15 +77,13 @@ def _entries(folder: Path) -> list[Path]:
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ContextQuestion]:
     """Usable questions by data set. Others go to `skip` with file and line. Raises DataError if none is usable."""
-    data_sets = _data_sets(folder)
+    data_sets, skip = _data_sets(folder), Skips(skip)
     for path in _entries(folder):
         if path not in data_sets.values() and path.stem.upper() not in ("README", "LICENSE", "NOTICE"):
             skip(path.name, "not a data set", f"its ending is none of {', '.join(ENDINGS)}")
     questions = [question for name in sorted(data_sets) for question in _read_data_set(name, data_sets[name], skip)]
     if not questions:
-        raise DataError(
-            f"{folder}: no usable question in {', '.join(sorted(data_sets))}; see the skipped records in the log"
-        )
+        raise DataError(f"{folder}: no usable question in {', '.join(sorted(data_sets))}; {skip.why}")
     return _with_groups(questions)
 
 
@@ -99,7 +99,7 @@ def _read_data_set(source: str, path: Path, skip: Skip) -> list[ContextQuestion]
         for number, part in enumerate(_nested_records(row.record)):
             try:
                 name, question = _parse_record(part)
-            except _BadRecordError as error:
+            except BadRecordError as error:
                 skip(row.where, error.reason, str(error))
                 continue
             file = str(Path(row.file).with_suffix("")).removeprefix(f"{source}/")
@@ -174,14 +174,6 @@ def asked_rows(folder: Path, tested: list[ContextQuestion]) -> list[dict[str, An
 # -- one record --------------------------------------------------------------------------------------------------
 
 
-class _BadRecordError(Exception):
-    """A record that cannot be used: `reason`, and the value found as its message."""
-
-    def __init__(self, reason: str, detail: Any = "") -> None:
-        super().__init__(detail if isinstance(detail, str) else repr(detail)[:100])
-        self.reason = reason
-
-
 def _nested_records(record: Any) -> Iterator[Any]:
     """The questions nested in a record: in SQuAD's own files, articles contain paragraphs with questions."""
     if not isinstance(record, dict):
@@ -191,32 +183,35 @@ def _nested_records(record: Any) -> Iterator[Any]:
             yield from _nested_records(article)
     elif isinstance(record.get("paragraphs"), list):
         for paragraph in record["paragraphs"]:
-            yield from _nested_records(
-                {"title": record.get("title"), **paragraph} if isinstance(paragraph, dict) else paragraph
-            )
+            yield from _nested_records(_with_those_above(paragraph, record, "title"))
     elif isinstance(record.get("qas"), list):
-        above = {key: record.get(key) for key in ("title", "group", "context")}
         for question in record["qas"]:
-            yield {**above, **question} if isinstance(question, dict) else question
+            yield _with_those_above(question, record, "title", "group", "context")
     else:
         yield record
+
+
+def _with_those_above(nested: Any, record: dict[str, Any], *fields: str) -> Any:
+    """A nested record with the fields of the record around it that it does not give itself."""
+    if not isinstance(nested, dict):
+        return nested
+    return {**nested, **{field: record.get(field) for field in fields if not is_given(nested.get(field))}}
 
 
 def _parse_record(record: Any) -> tuple[str, ContextQuestion]:
     """A record's id, empty if it has none, and its question without id and source."""
     if not isinstance(record, dict):
-        raise _BadRecordError("not a JSON object", f"found {type(record).__name__}")
-    if record.get("messages") is not None:
-        context, text, answers = _parse_messages(record["messages"])
+        raise BadRecordError("not a JSON object", f"found {type(record).__name__}")
+    messages = record.get("messages")
+    if messages is not None and (is_given(messages) or not is_given(record.get("question"))):
+        context, text, answers = _parse_messages(messages)
     else:
-        context = _text(record, "context") if record.get("context") is not None else ""
+        context = _text(record, "context") if is_given(record.get("context")) else ""
         text, answers = _text(record, "question"), _answers(record)
     if not text:
-        raise _BadRecordError("empty question")
+        raise BadRecordError("empty question")
     if not answers:
-        raise _BadRecordError("no answer")
-    if break_placeholders(answers[0]) != answers[0]:  # training would read it as a picture or as the end of the text
-        raise _BadRecordError("answer contains a placeholder", answers[0][:100])
+        raise BadRecordError("no answer", found_keys(record))
     group = _name(record, "group") or _name(record, "title")
     return _name(record, "id"), ContextQuestion("", text, context, answers, "", group, None)
 
@@ -234,43 +229,54 @@ def _parse_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
     sentence or white space counts. Without both markers, the whole text is the question.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _BadRecordError("messages is not a list of objects", messages)
+        raise BadRecordError("messages is not a list of objects", repr(messages)[:100])
     roles = [message.get("role") for message in messages]
     if roles[:1] == ["system"]:
         messages, roles = messages[1:], roles[1:]
     if roles != ["user", "assistant"]:
-        raise _BadRecordError("not one user and one assistant message", f"found {roles}"[:100])
-    asked, answer = (_text(message, "content") for message in messages)
+        raise BadRecordError("not one user and one assistant message", f"found {roles}"[:100])
+    asked, answer = _text(messages[0], "content"), _texts(messages[1], "content")
     context = _CONTEXT.match(asked)
     questions = list(_QUESTION.finditer(asked)) or list(_QUESTION_IN_LINE.finditer(asked))
     found = ("", asked)
     if context and questions and questions[-1].start() >= context.end():
         found = (asked[context.end() : questions[-1].start()].strip(), asked[questions[-1].end() :].strip())
-    return *found, _lines([answer])
+    return *found, _lines(answer)
 
 
 def _text(record: dict[str, Any], field: str) -> str:
-    """The text of a field, stripped. Raises _BadRecordError if it is missing or not a string."""
+    """The text of a field, stripped. Raises BadRecordError if it is missing or not a string."""
     if record.get(field) is None:
-        raise _BadRecordError(f"no {field}")
+        raise BadRecordError(f"no {field}", found_keys(record))
     if not isinstance(record[field], str):
-        raise _BadRecordError(f"{field} is not a string", record[field])
+        raise BadRecordError(f"{field} is not a string", repr(record[field])[:100])
     return str(record[field]).strip()
 
 
+def _texts(record: dict[str, Any], field: str) -> list[str]:
+    """A field's text, which may be a number."""
+    number = None if isinstance(record.get(field), str) else text_or_number(record.get(field))
+    return [_text(record, field) if number is None else number]
+
+
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
-    """The answers in `answers` or `answer`: a text, a list of texts or of `{"text"}`, or `{"text": [...]}`."""
-    value = record["answers"] if record.get("answers") is not None else record.get("answer")
-    if isinstance(value, dict):
-        value = value.get("text")
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    texts = [one.get("text") if isinstance(one, dict) else one for one in values]
-    if not all(isinstance(text, str) for text in texts):
-        raise _BadRecordError("answer is neither a string nor a list of strings", value)
-    return _lines(texts)
+    """The answers in `answers`, or else in `answer`: a text or number, a list of them or of `{"text"}`, or
+    `{"text": [...]}`."""
+    for value in (record.get("answers"), record.get("answer")):
+        given = value.get("text") if isinstance(value, dict) else value
+        texts = texts_of([one.get("text") if isinstance(one, dict) else one for one in _listed(given)])
+        if texts is None:
+            raise BadRecordError("answer is neither a text nor a number, nor a list of them", repr(value)[:100])
+        if texts:
+            return _lines(texts)
+    return ()
 
 
-def _lines(texts: list[Any]) -> tuple[str, ...]:
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _lines(texts: list[str]) -> tuple[str, ...]:
     """The texts without blank lines and superfluous blanks, and without empty and repeated ones."""
     found = ("\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip()) for text in texts)
     return tuple(dict.fromkeys(filter(None, found)))

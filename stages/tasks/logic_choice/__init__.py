@@ -5,7 +5,9 @@ problems to train on. One problem a line:
 
     {"id": "p1", "problem": "...", "questions": [{"question": "...", "options": ["...", "..."], "answer": "A"}]}
 
-with 2 to 7 options for each question, without letters. `answer` may also be the text of an option.
+with 2 to 7 options for each question. `options` may also be an object by letter, and `answer` another form of the
+letter (`(A)`, `a.`), the text of an option, or its number: from 1 in a file where a number is that of the last option
+and none is 0, else from 0. An answer that is null or empty counts as missing.
 `labels/<name>.jsonl` has guessed answers to problems of these files:
 
     {"id": "p1", "questions": [{"answer": "A"}]}

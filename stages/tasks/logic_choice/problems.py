@@ -1,15 +1,18 @@
 """The problem files: problems with their sub-questions, and guessed answers to them."""
 
-import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.files import data_files, digest_of
-from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
+from stages.tasks.common.json_lines import BadRecordError, found_keys, is_given, lines_in, object_in, text_of
+from stages.tasks.common.options import first_index, letter_of, options_of
+from stages.tasks.common.skips import Skips
+from stages.tasks.common.tables import Row, names_in
 from stages.tasks.task import Given, Skip
 
 LETTERS = "ABCDEFG"
@@ -45,6 +48,8 @@ class _Part:
 
     text: str
     options: tuple[str, ...]
+    labels: tuple[str, ...]
+    """The labels that the file gives the options; empty if there are none."""
     answer: str | None
 
 
@@ -93,7 +98,10 @@ def sources(folder: Path) -> list[str]:
             f" used twice and none is {TEST}, as data mixes name them without endings"
         )
     if not found:
-        raise DataError(f"{folder}: nothing to train on; put train.jsonl there, or files into sources/ or labels/")
+        raise DataError(
+            f"{folder}: nothing to train on, found {names_in(folder)}; put train.jsonl there, or files into sources/ or"
+            " labels/"
+        )
     return sorted(found)
 
 
@@ -107,6 +115,7 @@ def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
     """The sub-questions of all files, those of test.jsonl first. Unusable lines and sub-questions go to `skip` with
     file and line. Raises DataError if no sub-question is usable."""
     sources(folder)
+    skip = Skips(skip)
     problems = _read_file(folder / "test.jsonl", skip) if (folder / "test.jsonl").is_file() else []
     scored = any(part and part.answer for _, problem in problems for part in problem.parts)
     by_id: dict[str, list[_Problem]] = {}
@@ -132,10 +141,7 @@ def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
         for question in _labelled_questions(path, by_id, skip):
             _add(questions, question)
     if not questions:
-        raise DataError(
-            f"{folder}: no usable question in train.jsonl, test.jsonl, sources/ and labels/; see the skipped lines in"
-            " the log"
-        )
+        raise DataError(f"{folder}: no usable question in train.jsonl, test.jsonl, sources/ and labels/; {skip.why}")
     return list(questions.values())
 
 
@@ -148,9 +154,11 @@ def _add(questions: dict[str, LogicQuestion], question: LogicQuestion) -> None:
 def _read_file(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
     """The usable problems of a file, each with file and line."""
     found: dict[str, tuple[str, _Problem]] = {}
-    for where, line in _lines(path):
+    lines = list(_lines(path))
+    first = first_index(_answers(line.record for _, line in lines))
+    for where, line in lines:
         try:
-            problem = _problem(line, where, skip)
+            problem = _problem(line, where, first, skip)
         except BadRecordError as error:
             skip(where, error.reason, str(error))
             continue
@@ -161,10 +169,20 @@ def _read_file(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
     return list(found.values())
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The non-blank lines of a file, each with file and 1-based number: `sources/a.jsonl:7`."""
+def _answers(records: Iterable[Any]) -> Iterator[tuple[Any, int]]:
+    """Each answer in problem records, with the number of its options."""
+    for record in records:
+        questions = record.get("questions") if isinstance(record, dict) else None
+        for question in questions if isinstance(questions, list) else []:
+            if isinstance(question, dict):
+                with suppress(BadRecordError):
+                    yield question.get("answer"), len(options_of(question.get("options"))[0])
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """The lines of a file, each with file and place: `sources/a.jsonl:7`."""
     name = path.name if path.stem in (TRAIN, TEST) else f"{path.parent.name}/{path.name}"
-    yield from ((f"{name}:{number}", line) for number, line in lines_in(path))
+    yield from ((f"{name}:{place}", line) for place, line in lines_in(path))
 
 
 def _questions(problem: _Problem, source: str, where: str, skip: Skip) -> Iterator[LogicQuestion]:
@@ -182,7 +200,9 @@ def _questions(problem: _Problem, source: str, where: str, skip: Skip) -> Iterat
 def _labelled_questions(path: Path, by_id: dict[str, list[_Problem]], skip: Skip) -> Iterator[LogicQuestion]:
     """Sub-questions with their answers from a file of guesses, matched by problem id and index."""
     seen: set[str] = set()
-    for where, line in _lines(path):
+    lines = list(_lines(path))
+    first = first_index(_guesses((line for _, line in lines), by_id))
+    for where, line in lines:
         try:
             name, answers = _labels(line)
             if name in seen:
@@ -193,12 +213,13 @@ def _labelled_questions(path: Path, by_id: dict[str, list[_Problem]], skip: Skip
             skip(where, error.reason, str(error))
             continue
         for index, answer in enumerate(answers):
-            question, place = problem.question(index, path.stem), f"{where}, question {index + 1}"
-            if question is None:
+            part, question = problem.parts[index], problem.question(index, path.stem)
+            place = f"{where}, question {index + 1}"
+            if part is None or question is None:
                 skip(place, "label of an unusable question", name)
                 continue
             try:
-                letter = letter_of(answer, question.options)
+                letter = letter_of(answer, part.options, part.labels, first)
             except BadRecordError as error:
                 skip(place, f"label: {error.reason}", str(error))
                 continue
@@ -208,7 +229,16 @@ def _labelled_questions(path: Path, by_id: dict[str, list[_Problem]], skip: Skip
             yield replace(question, answers=(letter,), label_source=path.stem)
 
 
-def _labels(line: bytes) -> tuple[str, list[Any]]:
+def _guesses(lines: Iterable[Row], by_id: dict[str, list[_Problem]]) -> Iterator[tuple[Any, int]]:
+    """Each guessed answer to a usable question, with the number of its options."""
+    for line in lines:
+        with suppress(BadRecordError):
+            name, answers = _labels(line)
+            parts = _labelled_problem(name, answers, by_id).parts
+            yield from ((answer, len(part.options)) for part, answer in zip(parts, answers, strict=True) if part)
+
+
+def _labels(line: Row) -> tuple[str, list[Any]]:
     """The problem id and the guessed answers in a line of labels. Raises BadRecordError for another form."""
     record = object_in(line)
     questions = record.get("questions")
@@ -234,60 +264,35 @@ def _labelled_problem(name: str, answers: list[Any], by_id: dict[str, list[_Prob
 # -- lines -------------------------------------------------------------------------------------------------------
 
 
-def _problem(line: bytes, where: str, skip: Skip) -> _Problem:
-    """The problem in a line. Its unusable sub-questions go to `skip`. Raises BadRecordError for an unusable line."""
+def _problem(line: Row, where: str, first: int, skip: Skip) -> _Problem:
+    """The problem in a line. Its unusable sub-questions go to `skip`. `first` is the number of the first option, for
+    answers that are numbers. Raises BadRecordError for an unusable line."""
     record = object_in(line)
     name, text = text_of(record, "id"), text_of(record, "problem")
     questions = record.get("questions")
     if not isinstance(questions, list) or not questions:
-        raise BadRecordError("no questions", repr(questions)[:100])
+        raise BadRecordError("no questions", repr(questions)[:100] if is_given(questions) else found_keys(record))
     parts: list[_Part | None] = []
     for number, question in enumerate(questions, start=1):
         try:
-            parts.append(_part(question))
+            parts.append(_part(question, first))
         except BadRecordError as error:
             skip(f"{where}, question {number}", error.reason, str(error))
             parts.append(None)  # so that those after it keep their positions
     return _Problem(name, text, tuple(parts))
 
 
-def _part(question: Any) -> _Part:
+def _part(question: Any, first: int) -> _Part:
     """A sub-question from its JSON value. Raises BadRecordError for another form."""
     if not isinstance(question, dict):
         raise BadRecordError("question is not a JSON object", repr(question)[:100])
-    options = question.get("options")
-    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
-        raise BadRecordError("options are not a list of non-empty strings", repr(options)[:100])
+    if not is_given(question.get("options")):
+        raise BadRecordError("options are not a list of non-empty strings", found_keys(question))
+    options, labels = options_of(question["options"])
     if not 2 <= len(options) <= len(LETTERS):
         raise BadRecordError(f"not 2 to {len(LETTERS)} options", f"found {len(options)}")
-    found = tuple(option.strip() for option in options)
-    return _Part(text_of(question, "question"), found, letter_of(question.get("answer"), found))
-
-
-def letter_of(answer: Any, options: tuple[str, ...]) -> str | None:
-    """The letter of an answer in the data, which is a letter or the text of an option; None for an empty answer.
-
-    Raises BadRecordError for an answer that fits no option or several.
-    """
-    if answer is None or answer == "":
-        return None
-    if not isinstance(answer, str):
-        raise BadRecordError("answer is not a string", repr(answer)[:100])
-    folded = unicodedata.normalize("NFKC", answer).strip()
-    valid = LETTERS[: len(options)]
-    if len(folded) == 1 and folded in valid:
-        return folded  # a capital letter is the documented form, whatever the options' texts
-    meant = {valid[place] for place, option in enumerate(options) if _is_same_text(option, folded)}
-    if len(folded) == 1 and folded.upper() in valid:
-        meant.add(folded.upper())
-    if len(meant) != 1:
-        raise BadRecordError("ambiguous answer" if meant else "answer is not an option", answer[:100])
-    return meant.pop()
-
-
-def _is_same_text(option: str, answer: str) -> bool:
-    """Whether an option and an answer are equal, apart from width, case and white space."""
-    return " ".join(unicodedata.normalize("NFKC", option).split()).casefold() == " ".join(answer.split()).casefold()
+    answer = letter_of(question.get("answer"), options, labels, first)
+    return _Part(text_of(question, "question"), options, labels, answer)
 
 
 # -- submission --------------------------------------------------------------------------------------------------
@@ -319,15 +324,11 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
     return rows
 
 
-def _id_and_count(line: bytes) -> tuple[str | int, int]:
+def _id_and_count(line: Row) -> tuple[str | int, int]:
     """A line's problem id and number of sub-questions; empty and 0 if they cannot be read."""
-    try:
-        record = json.loads(line.decode("utf-8-sig", "replace"))
-    except (ValueError, RecursionError):
+    if not isinstance(line.record, dict):
         return "", 0
-    if not isinstance(record, dict):
-        return "", 0
-    name, questions = record.get("id", ""), record.get("questions")
+    name, questions = line.record.get("id"), line.record.get("questions")
     if type(name) is not int:
-        name = str(name).encode("utf-8", "replace").decode()  # JSON may contain a lone surrogate, UTF-8 not
+        name = str(name) if is_given(name) else ""
     return name, len(questions) if isinstance(questions, list) else 0

@@ -7,8 +7,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
-from stages.contract.records import Message
-from stages.tasks.common.wording import break_placeholders
+from stages.contract.records import Message, escape_places
 
 # -- prompt and target -------------------------------------------------------------------------------------------
 
@@ -33,10 +32,8 @@ def is_chinese(text: str) -> bool:
 def choice_prompt(problem: str, question: str, options: Mapping[str, str]) -> list[Message]:
     """The prompt for a sub-question of a problem; `options` are texts by letter."""
     chinese = is_chinese(problem)
-    lines = "\n".join(f"{letter}. {break_placeholders(option)}" for letter, option in options.items())
-    asked = _ASKED[chinese].format(
-        problem=break_placeholders(problem), question=break_placeholders(question), options=lines
-    )
+    lines = "\n".join(f"{letter}. {escape_places(option)}" for letter, option in options.items())
+    asked = _ASKED[chinese].format(problem=escape_places(problem), question=escape_places(question), options=lines)
     return [{"role": "system", "content": _ROLE[chinese]}, {"role": "user", "content": asked}]
 
 

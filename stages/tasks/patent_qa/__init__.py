@@ -10,7 +10,8 @@ Data folder: `documents/` with PDFs, also in subfolders, and either `questions.j
     {"id": "q1", "question": "...", "document": "CN000000001A.pdf", "answer": "..." or [...], "pages": [3], "kind": ""}
 
 `question` and `document` are required, and `answer` for training and scoring. Retrieval is scored by `pages`, the
-1-based pages of the evidence. Scores are broken down by `kind`. A missing `id` becomes `<file>-<line>`.
+1-based pages of the evidence. Scores are broken down by `kind`. A missing `id` becomes `<file>-<line>`. A field that is
+null or empty counts as missing, and a number as an answer is its text.
 """
 
 from collections.abc import Collection, Mapping, Sequence

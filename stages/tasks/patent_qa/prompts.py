@@ -7,10 +7,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from stages.contract.records import Message
-from stages.tasks.common.wording import break_placeholders, is_chinese
-
-PICTURE = "<image>"
+from stages.contract.records import PLACE, Message, escape_places
+from stages.tasks.common.wording import is_chinese
 
 READER = "Answer with the shortest exact words from the pages."
 
@@ -25,10 +23,10 @@ def _user(content: str) -> list[Message]:
 
 def text_prompt(question: str, pages: Sequence[tuple[int, str]], hint: bool) -> list[Message]:
     """The prompt for a question with pages as text: numbers and texts in the order of the document."""
-    parts = [f"Page {number}: {break_placeholders(text)}" for number, text in pages]
+    parts = [f"Page {number}: {escape_places(text)}" for number, text in pages]
     if hint:
         parts.append(POSITION_HINT[is_chinese(question)])
-    content = "\n".join([*parts, f"Question: {break_placeholders(question)}"])
+    content = "\n".join([*parts, f"Question: {escape_places(question)}"])
     return [{"role": "system", "content": READER}, {"role": "user", "content": content}]
 
 
@@ -53,12 +51,12 @@ def picture_prompt(question: str, named: int, others: int, hint: bool) -> list[M
     chinese = is_chinese(question)
     parts = [_ROLE[chinese]]
     if named:
-        parts.append((_PAGE if named == 1 else _NAMED_PAGES)[chinese] + PICTURE * named)
+        parts.append((_PAGE if named == 1 else _NAMED_PAGES)[chinese] + PLACE * named)
     if others:
-        parts.append((_OTHERS if named else _PAGES)[chinese] + PICTURE * others)
+        parts.append((_OTHERS if named else _PAGES)[chinese] + PLACE * others)
     if hint:
         parts.append(POSITION_HINT[chinese])
-    parts += [_QUESTION[chinese].format(break_placeholders(question)), _CARE[chinese]]
+    parts += [_QUESTION[chinese].format(escape_places(question)), _CARE[chinese]]
     return _user("\n".join(parts))
 
 
@@ -91,7 +89,7 @@ _CLASSIFY = {
 
 def classification_prompt(question: str) -> list[Message]:
     """The prompt that asks whether a page's drawing alone answers a question: Y or N."""
-    return _user(_CLASSIFY[is_chinese(question)].format(break_placeholders(question)))
+    return _user(_CLASSIFY[is_chinese(question)].format(escape_places(question)))
 
 
 def says_yes(text: str) -> bool:
@@ -142,7 +140,5 @@ _LAST = {
 def refinement_prompt(question: str, answer: str, examples: Sequence[str]) -> list[Message]:
     """The prompt to shorten an answer to the style of `examples`, which are answers in the training data."""
     chinese = is_chinese(question)
-    style = _STYLE[chinese].format("\n".join(map(break_placeholders, examples))) if examples else ""
-    return _user(
-        _REFINE[chinese] + style + _LAST[chinese].format(break_placeholders(question), break_placeholders(answer))
-    )
+    style = _STYLE[chinese].format("\n".join(map(escape_places, examples))) if examples else ""
+    return _user(_REFINE[chinese] + style + _LAST[chinese].format(escape_places(question), escape_places(answer)))

@@ -1,6 +1,5 @@
 """The questions files, and the documents that the questions are about."""
 
-import json
 import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import Any, Literal
 from stages.contract.errors import DataError
 from stages.contract.files import data_files, unread_data
 from stages.contract.recipe import Recipe
-from stages.tasks.common.json_lines import BadRecordError, lines_in, object_in, text_of
+from stages.tasks.common.json_lines import BadRecordError, is_given, lines_in, object_in, text_of, texts_of
 from stages.tasks.common.mentions import figure_named, pages_named
+from stages.tasks.common.skips import Skips
+from stages.tasks.common.tables import Row, names_in
 from stages.tasks.task import Skip
 
 SOURCE = "questions"
@@ -83,14 +84,18 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
         )
     if not any(pair):
         sources = [(folder / "questions.jsonl", None)]
+    skip = Skips(skip)
     questions: dict[str, PatentQuestion] = {}
     for path, split in sources:
         if not path.is_file():
-            raise DataError(f"{folder}: no questions; put questions.jsonl there, or train.jsonl and test.jsonl")
-        for row, (number, line) in enumerate(lines_in(path)):
-            where = f"{path.name}:{number}"
+            raise DataError(
+                f"{folder}: no questions, found {names_in(folder)}; put questions.jsonl there, or train.jsonl and"
+                " test.jsonl"
+            )
+        for row, (place, line) in enumerate(lines_in(path)):
+            where = f"{path.name}:{place}"
             try:
-                question = replace(_parse_line(line, f"{path.stem}-{number}", split, documents), row=row)
+                question = replace(_parse_line(line, f"{path.stem}-{place}", split, documents), row=row)
             except BadRecordError as error:
                 skip(where, error.reason, str(error))
                 continue
@@ -101,10 +106,7 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
                 continue
             questions[question.id] = question
     if not questions:
-        raise DataError(
-            f"{folder}: no usable question in {' or '.join(path.name for path, _ in sources)}; see the skipped lines in"
-            " the log"
-        )
+        raise DataError(f"{folder}: no usable question in {' or '.join(path.name for path, _ in sources)}; {skip.why}")
     return _without_leaks(list(questions.values()), skip)
 
 
@@ -118,29 +120,20 @@ def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any
     given = folder / "test.jsonl"
     if not given.is_file():
         return [_row(row, found[row], {}) for row in sorted(found)]
-    return [_row(row, found.get(row), _raw_record(line)) for row, (_, line) in enumerate(lines_in(given))]
+    return [_row(row, found.get(row), line.record) for row, (_, line) in enumerate(lines_in(given))]
 
 
-def _row(row: int, question: PatentQuestion | None, record: dict[str, Any]) -> dict[str, Any]:
-    """The row of the submission for a line; `record` is the JSON object of an unusable one."""
+def _row(row: int, question: PatentQuestion | None, record: Any) -> dict[str, Any]:
+    """The row of the submission for a line; `record` is the JSON value of an unusable one."""
     if question is not None:
-        record = {"ids": [question.id], "document": question.document, "question": question.text}
-    else:
-        record = {"ids": [], **{key: str(record.get(key, "")) for key in ("document", "question")}}
-    return {"idx": str(row), **record}
-
-
-def _raw_record(line: bytes) -> dict[str, Any]:
-    """The JSON object in a line, whatever its fields; empty if it cannot be read."""
-    try:
-        record = json.loads(line.decode("utf-8-sig", "replace"))
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
+        return {"idx": str(row), "ids": [question.id], "document": question.document, "question": question.text}
+    given = record if isinstance(record, dict) else {}
+    texts = {key: str(given[key]) if is_given(given.get(key)) else "" for key in ("document", "question")}
+    return {"idx": str(row), "ids": [], **texts}
 
 
 def _parse_line(
-    line: bytes, default_id: str, split: Literal["train", "test"] | None, documents: set[str]
+    line: Row, default_id: str, split: Literal["train", "test"] | None, documents: set[str]
 ) -> PatentQuestion:
     """The question in a line. Raises BadRecordError if it is unusable."""
     record = object_in(line)
@@ -151,34 +144,33 @@ def _parse_line(
     if document not in documents:
         raise BadRecordError("unknown document", document)
     return PatentQuestion(
-        id=text_of(record, "id") if "id" in record else default_id,
+        id=text_of(record, "id") if is_given(record.get("id")) else default_id,
         text=text,
         document=document,
         pages=tuple(pages_named(text)),
         figure=figure_named(text),
         answers=_answers(record),
         evidence=_evidence(record),
-        kind=str(record.get("kind", "")),
+        kind=str(record["kind"]) if is_given(record.get("kind")) else "",
         split=split,
         row=0,
     )
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
-    """The answers of a record. Raises BadRecordError for values that are not texts."""
-    value = record.get("answer", [])
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
-        raise BadRecordError("answer is neither a string nor a list of strings", repr(value)[:100])
-    return tuple(v.strip() for v in values)
+    """The answers of a record, numbers as text. Raises BadRecordError for other values."""
+    found = texts_of(record.get("answer"))
+    if found is None:
+        raise BadRecordError("answer is neither a text nor a number, nor a list of them", repr(record["answer"])[:100])
+    return tuple(found)
 
 
 def _evidence(record: dict[str, Any]) -> tuple[int, ...]:
     """The pages of a record's evidence. Raises BadRecordError for values that are not page numbers."""
-    value = record.get("pages", [])
-    if not isinstance(value, list) or not all(type(v) is int and v >= 1 for v in value):
+    value = record["pages"] if is_given(record.get("pages")) else []
+    if not isinstance(value, list) or not all(type(v) is int and v >= 1 for v in filter(is_given, value)):
         raise BadRecordError("pages is not a list of page numbers", repr(value)[:100])
-    return tuple(value)
+    return tuple(filter(is_given, value))
 
 
 def _without_leaks(questions: list[PatentQuestion], skip: Skip) -> list[PatentQuestion]:

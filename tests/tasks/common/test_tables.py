@@ -109,7 +109,7 @@ BROKEN = {
     "a comma missing": WHOLE.replace(', "text"', ' "text"'),
     "a bare word": WHOLE.replace('"x"', "x"),
     "Python's None": WHOLE.replace('"x"', "None"),
-    "not a number": WHOLE.replace('"x"', "NaN"),
+    "infinity": WHOLE.replace('"x"', "Infinity"),
     "quotation marks within": WHOLE.replace('"x"', '"say "x" twice"'),
     "one quotation mark within": WHOLE.replace('"x"', '"6" wide"'),
     "a text without end": WHOLE.replace('"x"', '"x'),
@@ -173,6 +173,51 @@ def test_a_record_with_bytes_that_are_not_utf_8_is_bad(tmp_path: Path) -> None:
         found = rows(tmp_path / name, text)
         assert good(found) == [{"id": 1}, {"id": 3}]
         assert bad(found) == [(f"{name}:2", "not UTF-8")]
+
+
+def test_not_a_number_is_null(tmp_path: Path) -> None:
+    """Python writes it for a missing value."""
+    for name, text in {"a.jsonl": '{"id": 1, "x": NaN}', "a.json": '[{"id": 1, "x": NaN}]'}.items():
+        assert good(rows(tmp_path / name, text)) == [{"id": 1, "x": None}]
+
+
+CHINESE = [{"id": n, "text": f"第{n}个部件的名称是什么？它位于壳体的上方，与弹簧座相连接。"} for n in range(20)]
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("write", ["lines", *ARRAYS])
+def test_other_encodings_are_read(tmp_path: Path, encoding: str, write: str) -> None:
+    text = lines(CHINESE, "\r\n") if write == "lines" else ARRAYS[write](CHINESE)
+    found = rows(tmp_path / "a.jsonl", text.encode(encoding))
+    assert good(found) == CHINESE and not bad(found)
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
+def test_a_broken_line_in_another_encoding_affects_no_other(tmp_path: Path, encoding: str) -> None:
+    text = lines(CHINESE[:2]) + '\n{"id": 7, "text": "部件\n' + lines(CHINESE[2:])
+    found = rows(tmp_path / "a.jsonl", text.encode(encoding))
+    assert good(found) == CHINESE and bad(found) == [("a.jsonl:3", "not JSON")]
+
+
+def test_a_damaged_utf_8_file_is_not_taken_for_gbk(tmp_path: Path) -> None:
+    text = lines(CHINESE).encode()
+    found = rows(tmp_path / "a.jsonl", text.replace("部件".encode(), "部件".encode()[:-1], 1))
+    assert good(found) == CHINESE[1:] and bad(found) == [("a.jsonl:1", "not UTF-8")]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("第一個部件的名稱是什麼？它位於殼體的上方，與彈簧座相連接。", "big5"),
+        ("部品の名前は何ですか。それはケースの上にあります。", "shift_jis"),
+        ("Où est la pièce numérotée ? Elle est à côté.", "latin-1"),
+        ("Größe: Überprüfung der Häuser", "latin-1"),
+    ],
+)
+def test_text_in_an_encoding_that_is_not_known_is_not_misread(tmp_path: Path, text: str, encoding: str) -> None:
+    content = json.dumps({"text": text}, ensure_ascii=False).encode(encoding)
+    found = rows(tmp_path / "a.jsonl", content)
+    assert good(found) == [] and {reason for _, reason in bad(found)} <= {"not UTF-8", "not JSON"}
 
 
 def test_a_second_record_on_a_line_is_reported(tmp_path: Path) -> None:

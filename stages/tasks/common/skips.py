@@ -1,0 +1,37 @@
+"""What is skipped while data are read, and the commonest reason, for the error where nothing usable is left."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from stages.tasks.task import Skip
+
+
+class Skips:
+    """Passes on each skip, and counts them by reason."""
+
+    def __init__(self, skip: Skip) -> None:
+        self._skip = skip
+        self._seen: list[dict[str, str]] = []
+
+    def __call__(self, what: str, reason: str, detail: str = "") -> None:
+        self._seen.append({"what": what, "reason": reason, "detail": detail})
+        self._skip(what, reason, detail)
+
+    @property
+    def why(self) -> str:
+        """`commonest_reason` of what was skipped so far."""
+        return commonest_reason(self._seen)
+
+
+def commonest_reason(skipped: Sequence[Mapping[str, str]]) -> str:
+    """Why nothing usable is left, for a message: how many records were skipped, the commonest reason, and the first
+    record that was skipped for it, with what was found there."""
+    if not skipped:
+        return "there is no record; put some there"
+    reason, count = Counter(one["reason"] for one in skipped).most_common(1)[0]
+    first = next(one for one in skipped if one["reason"] == reason)
+    found = f" ({first['detail']})" if first["detail"] else ""
+    return (
+        f"{count} of {len(skipped)} skipped: {reason}, first {first['what']}{found}; correct them, the log has the"
+        " reason of each"
+    )
