@@ -53,6 +53,7 @@ class Losses:
         self._since_log, self._since_start = TokenMean(), TokenMean()
         self._norm: Any = None
         self._rate = 0.0
+        self._scale: float | None = None
         self._compute, trainer.template.compute_sft_loss = trainer.template.compute_sft_loss, self._compute_and_add
         accelerator = trainer.accelerator
         self._clip, accelerator.clip_grad_norm_ = accelerator.clip_grad_norm_, self._clip_and_keep_norm
@@ -85,6 +86,13 @@ class Losses:
                 logs["train_loss"] = self._since_start.value
         self._log(logs, *rest)
 
+    def begin(self) -> None:
+        """Keep the learning rate and float16's loss scale that training starts or resumes with."""
+        self.note_learning_rate()
+        self._scale = self._loss_scale()
+        if self._trainer.is_deepspeed_enabled:  # it would fail when its scale is to fall below 1
+            self._trainer.model_wrapped.optimizer.loss_scaler.min_scale = 0.5
+
     def note_learning_rate(self) -> None:
         """Keep this step's learning rate for the log: the schedule moves on before the step is logged."""
         self._rate = float(self._trainer.optimizer.param_groups[0]["lr"])
@@ -102,15 +110,16 @@ class Losses:
         """
         self._since_log.add(losses, tokens)
         self._since_start.add(losses, tokens)
-        scale = read_loss_scale(self._trainer)
-        problem = step_problem(
-            losses / tokens,
-            None if self._norm is None else float(self._norm),
-            self._trainer.accelerator.optimizer_step_was_skipped,
-            None if scale is None else scale["scale"],
-        )
+        before, self._scale = self._scale, self._loss_scale()
+        # a fused optimizer skips the update itself, and accelerate does not notice
+        skipped = (before or 0.0) > (self._scale or 0.0) or self._trainer.accelerator.optimizer_step_was_skipped
+        problem = step_problem(losses / tokens, None if self._norm is None else float(self._norm), skipped, self._scale)
         if problem:
             raise self._divergence_error(problem, state)
+
+    def _loss_scale(self) -> float | None:
+        scale = read_loss_scale(self._trainer)
+        return None if scale is None else float(scale["scale"])
 
     def check_weights(self, state: TrainerState) -> None:
         """Raise UsageError in every process if a trained weight is not finite. Call it before saving a checkpoint."""

@@ -59,7 +59,7 @@ def deepspeed_config(
             "initial_scale_power": 16,
             "loss_scale_window": 2000,
             "hysteresis": 1,
-            "min_loss_scale": 0.5,  # DeepSpeed fails at the minimum; Lorry ends a training whose scale falls below 1
+            "min_loss_scale": 1,
         },
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -229,7 +229,9 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         patch_state_saving(trainer, self._together)
         result = super().train(trainer)
         self.log, self.tokens = trainer.state.log_history, trainer.state.num_input_tokens_seen
-        self.skipped_steps = trainer.state.global_step - trainer.lr_scheduler.last_epoch
+        # the optimizer counts the updates that it made; a checkpoint saves the count
+        updates = max((int(state["step"]) for state in trainer.optimizer.state.values()), default=0)
+        self.skipped_steps = trainer.state.global_step - updates
         return result
 
 
@@ -373,7 +375,7 @@ class _Checkpoints(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock. Evaluate first if the last start ended before the evaluation at its checkpoint's step."""
         self._progress.during, self._progress.step = "training", state.global_step
-        self._losses.note_learning_rate()  # an evaluation may come first
+        self._losses.begin()
         # a checkpoint is saved before the evaluation at its step, which may be missing when training resumes
         every, last = int(args.eval_steps or 0), state.global_step >= state.max_steps
         if args.eval_strategy != "no" and state.global_step and (last or state.global_step % every == 0):

@@ -63,6 +63,12 @@ def make_hungry() -> None:
         setattr(trainer, name, step)
         return train(self, trainer)
 
+    def scaled(self: Any, trainer: Any) -> Any:
+        accelerator = trainer.accelerator  # which has no scaler on a CPU
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=hunger["scale"])
+        return train(self, trainer)
+
     def loads_nothing(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError(SAID)
 
@@ -70,6 +76,8 @@ def make_hungry() -> None:
         swift_sft.LorrySft._prepare_model_tokenizer = loads_nothing  # type: ignore[method-assign]
     elif hunger["during"] == "saving":
         swift_sft.LorrySft.train = killed  # type: ignore[method-assign]
+    elif hunger["during"] == "scaling":
+        swift_sft.LorrySft.train = scaled  # type: ignore[method-assign]
     else:
         swift_sft.LorrySft.train = hungry  # type: ignore[method-assign]
 

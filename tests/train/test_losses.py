@@ -177,6 +177,22 @@ def test_a_sample_without_an_answer_is_named(tmp_path: Path, small_models: Path)
     assert "sample nothing: has no answer to learn; run preprocess again" in output.splitlines()[-1]
 
 
+def test_steps_that_float16_s_loss_scale_skips_are_counted_and_training_goes_on(
+    tmp_path: Path, small_models: Path
+) -> None:
+    """The scaler itself, with a scale at which float16's gradients overflow. It is halved at each skipped step."""
+    training = make(tmp_path / "t", small_models, "train.epochs=6", "train.warmup_ratio=0")
+    code, output = training(HUNGER=json.dumps({"during": "scaling", "scale": 2.0**36}))
+    assert code == 0, output
+    losses = metrics(training, "loss")
+    assert list(losses) == list(range(1, 37))
+    rows = [row for row in read_jsonl(training.run.path("train", "metrics.jsonl")) if "loss" in row]
+    skipped = [row["step"] for row in rows if "grad_norm" not in row]
+    assert skipped and skipped == list(range(1, len(skipped) + 1)), "the first ones, until the scale fits"
+    assert training.manifest()["counts"]["tuned steps skipped by the loss scale"] == len(skipped)
+    assert losses[36] < losses[1]
+
+
 @pytest.mark.kill
 def test_where_one_of_two_processes_meets_it_both_end_with_the_line(tmp_path: Path, damaged_models: Path) -> None:
     training = make(tmp_path / "t", damaged_models, "train.micro_batch=1").with_splits(

@@ -8,10 +8,11 @@ import torch
 from stages.train.losses import step_problem
 
 
-def test_a_step_that_float16_s_loss_scale_skips_is_no_failure_until_the_scale_is_below_one() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_float16_s_loss_scale_skips_is_no_failure_until_the_scale_is_below_one(fused: bool) -> None:
     """torch's own scaler, on the CPU: gradients that overflow at every scale."""
     weight = torch.nn.Parameter(torch.ones(2))
-    optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer, scaler = torch.optim.AdamW([weight], fused=fused), torch.amp.GradScaler("cpu", init_scale=4.0)
     found = []
     for _ in range(3):
         before = scaler.get_scale()
@@ -25,6 +26,7 @@ def test_a_step_that_float16_s_loss_scale_skips_is_no_failure_until_the_scale_is
         found.append(step_problem(2.5, float(norm), skipped, scaler.get_scale()))
     assert found == [None, None, "the gradient norm is not finite"]
     assert weight.tolist() == [1.0, 1.0]
+    assert max((int(state["step"]) for state in optimizer.state.values()), default=0) == 0, "it counts updates only"
 
 
 @pytest.mark.parametrize(
