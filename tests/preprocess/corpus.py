@@ -435,11 +435,13 @@ def _by_pymupdf(page: MadePage, placed: list[Placed]) -> bytes:
         picture = seen[0].get_pixmap(dpi=72, colorspace=pymupdf.csGRAY)
         made.insert_image(made.rect, stream=picture.tobytes("jpeg"))
         mode = 3
+    shape = made.new_shape()
     for one in placed:
         x, y = _as_stored(page, one.x, one.y)
         font, size = (one.font, one.size) if one.font else ("cour", one.size * 0.8)
         where = (x, HEIGHT - y)
-        made.insert_text(where, one.text, fontname=font, fontsize=size, rotate=page.rotate, render_mode=mode)
+        shape.insert_text(where, one.text, fontname=font, fontsize=size, rotate=page.rotate, render_mode=mode)
+    shape.commit()
     for number, one in enumerate(page.fields):
         widget = pymupdf.Widget()
         widget.field_type, widget.field_name = pymupdf.PDF_WIDGET_TYPE_TEXT, f"field {number}"
