@@ -704,7 +704,7 @@ def test_defect_10_the_effective_batch_is_the_recipes_and_is_recorded(
     events = Events(training.run.path("train", "events.jsonl"), "train", sys.stderr)
     stage = Stage(training.run, "train", events, StopRequest(), -1, -1)
     plan = _plan(stage, None)
-    assert (plan.here, plan.way.batch.effective_batch) == (gpus, made)
+    assert (plan.processes_here, plan.way.batch.effective_batch) == (gpus, made)
     recorded = {decision["what"]: decision["value"] for decision in stage.decisions}["effective batch"]
     assert recorded == str(plan.way.batch) and f"= {made}" in recorded
     assert ("the nearest to 16" in recorded) == (made != 16), "in the manifest and on the console"

@@ -6,6 +6,7 @@ path.
 
 import zlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ DIMENSIONS = 3584
 class SentenceTransformer:
     def __init__(self, folder: str, **options: Any) -> None:
         self.folder = folder
+        self.tokenizer = SimpleNamespace(split_special_tokens=False)
 
     def encode(self, texts: Sequence[str], **options: Any) -> Any:
         """Unit vectors: float32, shape (texts, dimensions)."""
