@@ -69,7 +69,7 @@ def character_f1(answer: str, reference: str) -> float:
 def best_score(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
     """The best score over all references. Raises ValueError if there are none."""
     if not references:
-        raise ValueError("a sample without references cannot be scored")
+        raise ValueError("references: empty, so the answer cannot be scored; pass at least one")
     return max(metric(answer, reference) for reference in references)
 
 

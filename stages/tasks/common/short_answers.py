@@ -40,7 +40,7 @@ def scores(
         for lines in map(_lines, sample["references"])
     ]
     if not pairs:
-        raise ValueError("a sample without references cannot be scored")
+        raise ValueError("references: empty, so the answer cannot be scored; pass at least one")
 
     def best(metric: Callable[[str, str], float], first: Callable[[str], str] = str) -> float:
         return max(metric(first(given), first(reference)) for given, reference in pairs)
