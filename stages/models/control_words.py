@@ -110,8 +110,8 @@ class _Twin:
         """`mark` is a character that is in no text to encode; each other spelling begins with it."""
         if not tokenizer.is_fast:
             raise UsageError(
-                f"{tokenizer.name_or_path}: the data contain control words of this tokenizer, which cannot encode them as"
-                " text without a tokenizer.json; save it as a fast tokenizer"
+                f"{tokenizer.name_or_path}: the data contain control words of this tokenizer, which cannot encode them"
+                " as text without a tokenizer.json; save it as a fast tokenizer"
             )
         from tokenizers import Tokenizer
 
