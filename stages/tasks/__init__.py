@@ -45,8 +45,8 @@ def task_names() -> list[str]:
 def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
     """The complete recipe: with all settings of its task, its list of adapters, and the settings of its LoRA file.
 
-    `where` names the recipe's file in messages, `data` is the data mount. Raises UsageError for a task that breaks its
-    contract and for a wrong setting.
+    `where` names the recipe's file in messages, `data` is the data mount. Raises UsageError for an
+    unknown task, a task that breaks its contract, and a wrong or missing setting.
     """
     try:
         task = load_task(recipe.task)
@@ -73,13 +73,14 @@ def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
         }
     )
     try:
-        return Recipe.model_validate(complete.model_dump())  # checks the voters against the adapters, now listed
+        return Recipe.model_validate(complete.model_dump())  # to check the voters, as the adapters are known now
     except ValidationError as error:
         raise UsageError(f"{where}: {problem_text(error.errors()[0], '')}") from error
 
 
 def _settle_training(recipe: Recipe, task: Task, where: str, data: Path) -> Train:
-    """The training settings, with the settings of the LoRA file and an adapter for each data set if they ask for it."""
+    """The training settings, with those of the LoRA file if they name one, and with an adapter for each data set if
+    `adapter_for_each_source` is set. Raises UsageError for a wrong LoRA file, or if there is no data set."""
     settings = recipe.train
     if settings.lora_config is not None:
         settings = apply_lora_config(settings, data / settings.lora_config)

@@ -1,8 +1,8 @@
 """The contract for tasks: what a task's module must have, and what passes between it and the stages.
 
-`Task` holds for every task. `QuestionTask`, `DocumentTask` and `RecordTask` add how its questions are read: from its
-own files, about documents, or from Data-Juicer's records. `check_task` checks a module when a recipe is read.
-docs/add-a-workload.md leads through a first task.
+Every task has the members of `Task`. `QuestionTask`, `DocumentTask` and `RecordTask` add how a task reads its
+questions: from its own files, about documents, or from Data-Juicer's records. `check_task` checks a module when a
+recipe is read. docs/add-a-workload.md walks through a first task.
 """
 
 import inspect
@@ -49,7 +49,8 @@ class Question(Protocol):
 
     @property
     def group(self) -> str:
-        """Questions of one group fall into the same split, so that nothing trained on is scored."""
+        """Name of its group, of which no question is trained on if another is scored, unless
+        `data.evaluate_on_training`."""
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -120,9 +121,10 @@ class Ask:
 
 
 class Task(Protocol):
-    """Members that every task's module must have. `stages.tasks.common.default_*` defines those that most share."""
+    """The members that every task's module must have. `stages.tasks.common.default_*` has those that most tasks
+    share."""
 
-    # Questions are Any: a function that takes a task's own question type is not one that takes any Question.
+    # Questions are Any, because a function that takes only a task's own question type does not accept every Question.
 
     @property
     def READS_DOCUMENTS(self) -> bool:  # noqa: N802 - a constant of the module
@@ -183,21 +185,21 @@ class Task(Protocol):
         """
 
     def rehearsal(self, recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-        """All prompts that the passes may ask about a sample, each with the most tokens that earlier completions add to
-        it."""
+        """All prompts that the passes may use for a sample, each with the largest number of tokens that earlier
+        completions can add to it."""
 
     def read_answer(self, text: str, sample: Sample) -> str | None:
         """The answer in a completion; None if there is none."""
 
     def narrowed_sample(self, sample: Sample, answers: Sequence[str]) -> Sample | None:
-        """The sample with only these answers as options, for the second round of the vote; None if it has no options or
-        none would be removed."""
+        """The sample with only these answers as options, for the second round of the vote. None if it has no options,
+        if fewer than two would remain, or if none would be removed."""
 
     def submission(self, row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
         """The line of the submission for a row of `asked_rows`. `predictions` are by sample id; some may be missing."""
 
     def score(self, recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-        """Metrics of one answer by name, each in 0..1. The first one ranks adapters and weights their votes."""
+        """Metrics of one answer by name, each in 0..1. The first one ranks adapters and may weight their votes."""
 
     def facts(self, sample: Sample) -> dict[str, float]:
         """Metrics of a sample that do not depend on its answer, such as retrieval recall, by name, each in 0..1."""
@@ -207,8 +209,8 @@ class Task(Protocol):
         they differ from published ones."""
 
     def together(self, sample: Sample) -> str:
-        """The key of the samples that a sample is counted with, such as the rotations of one question. Samples with the
-        same key count once, with their lowest score. A sample that counts alone has its id as key."""
+        """The key that a sample shares with those that count as one with it, such as the rotations of one question.
+        Samples with the same key count once, with their lowest score. A sample that counts alone has its id as key."""
 
     def uploads(self, folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
         """Write one model's answers below `folder`, in the format that a benchmark's server accepts. Returns the names
@@ -216,10 +218,11 @@ class Task(Protocol):
 
     def measures(self, recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
         """Values of an answer in units, by a name with the unit, such as `axis angle, degrees`. A name may have any
-        number of values. `answer` is None for a failed one. Measures do not rank adapters."""
+        number of values. `answer` is None for a failed sample. Measures do not rank adapters."""
 
     def picture(self, recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
-        """An SVG of reference and answer for the report; None without a drawing. Text of data and models is escaped."""
+        """An SVG of reference and answer for the report; None if there is nothing to draw. The task must escape text
+        that comes from data or models."""
 
 
 class QuestionTask(Task, Protocol):
@@ -254,8 +257,8 @@ class RecordTask(Task, Protocol):
     Data-Juicer may filter and rewrite the records first. Such a task reads no documents."""
 
     def records(self, folder: Path) -> Path:
-        """Path of the file of records (JSON Lines). Raises DataError if it is missing, or a file that its questions
-        need."""
+        """Path of the file of records (JSON Lines). Raises DataError if it, or another file that its questions need, is
+        missing."""
 
     def read_others(self, recipe: Recipe, folder: Path, pictures: Path, skip: Skip) -> list[Any]:
         """All usable questions that do not come from records. Unusable ones go to `skip`.
@@ -296,7 +299,8 @@ HAVE_DEFAULTS = {
 def check_task(module: ModuleType) -> Task:
     """The module as a Task, if it has all members of the contract.
 
-    Raises UsageError with the module's file and every member that is missing or differs from the contract.
+    Raises UsageError with the module's file and every member that is missing or differs from the contract, or if both
+    READS_DOCUMENTS and READS_RECORDS are set.
     """
     contract = _contract_of(module)
     faults = [fault for name, member in _members(contract) if (fault := _fault(module, name, member))]
@@ -309,7 +313,8 @@ def check_task(module: ModuleType) -> Task:
 
 
 def _contract_of(module: ModuleType) -> type:
-    """The contract that a module must meet, by its constants READS_DOCUMENTS and READS_RECORDS."""
+    """The contract that a module must meet, by its constants READS_DOCUMENTS and READS_RECORDS. Raises UsageError if
+    both are set."""
     documents, records = getattr(module, "READS_DOCUMENTS", False), getattr(module, "READS_RECORDS", False)
     if documents and records:
         raise UsageError(f"task: {module.__file__}: READS_DOCUMENTS and READS_RECORDS are both set; set at most one")
@@ -349,7 +354,7 @@ def _has_type(value: Any, wanted: Any) -> bool:
 
 
 def _type_in_words(wanted: Any) -> str:
-    """A type of the contract as a message names it."""
+    """A type of the contract in words, for a message."""
     if wanted is bool:
         return "True or False"
     return "a tuple of texts" if wanted == tuple[str, ...] else "a subclass of stages.contract.recipe.Section"
@@ -358,7 +363,8 @@ def _type_in_words(wanted: Any) -> str:
 def _fault_of_parameters(name: str, function: Any, expected: list[str]) -> str | None:
     """How the parameters of a function break the contract, in words; None if they do not.
 
-    The stages pass arguments by position, so the names must be in the contract's order.
+    The stages pass arguments by position, so the names must be in the contract's order. Further parameters must have
+    defaults.
     """
     found = list(inspect.signature(function).parameters.values())
     names = [one.name for one in found]

@@ -3,11 +3,11 @@
 Data folder, as the original lays it out:
 
     shape_output/{train,test}/<Type>/<object>/loop_<n>/obb_link_<k>.json       center, R (columns are axes), extent
-    mobility_dataset_v2/{train,test}/<Type>/<object>/mobility.urdf              y up, as PartNet-Mobility's
+    mobility_dataset_v2/{train,test}/<Type>/<object>/mobility.urdf              y up, as in PartNet-Mobility
 
 Boxes are in world coordinates with z up, and joints are transformed into them. Box k belongs to link_<k>. Without
 folders `train` and `test`, objects are held out by the recipe's fractions. All loops of an object fall into the same
-split. A test object without a URDF is answered and not scored.
+split. Answers for a test object without a URDF are not scored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,7 +84,8 @@ def sources(folder: Path) -> list[str]:
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ObjectQuestion]:
-    """One question for each loop, with its label. Unusable loops go to `skip`. Raises DataError if none is usable."""
+    """One question for each loop, with its label if it has a URDF. Unusable loops go to `skip`. Raises DataError if
+    none is usable."""
     sources(folder)
     mode = _sample_settings(recipe).mode
     found = read_objects(folder, skip)
@@ -187,7 +188,7 @@ def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, li
 
 
 def facts(sample: Sample) -> dict[str, float]:
-    """The share of the URDF's joints that the label itself reproduces within the limits of a right answer.
+    """The share (0..1) of the URDF's joints that the label itself reproduces within the limits of a right joint.
 
     If boxes are rough, or rotated against the joints, no answer can do better.
     """
@@ -202,7 +203,7 @@ def facts(sample: Sample) -> dict[str, float]:
 
 
 def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
-    """An SVG of the boxes with the label's joints, and beside it of the boxes with the answer's joints."""
+    """An SVG of the boxes with the label's joints and, beside them, with the answer's joints, if there is an answer."""
     boxes, (root, true) = _boxes(sample), _label(sample)
     answer = prediction["answer"] if prediction else None
     if answer is None:
@@ -220,7 +221,7 @@ def _compare(answer: str, sample: Sample) -> tuple[list[Joint | None], list[Join
 
 
 def _official_joints(predicted: Sequence[Joint | None]) -> list[Joint]:
-    """The joints that the official rule scores; none if one has an unknown box, which makes the original fail."""
+    """The joints that the official rule scores; none if one has an unknown box, because the original fails on it."""
     known = [joint for joint in predicted if joint is not None]
     return known if len(known) == len(predicted) else []
 

@@ -31,7 +31,8 @@ def draw(
     found: Comparison | None = None,
     predicted_root: int | None = None,
 ) -> str:
-    """An SVG with two panels: the true joints, and an answer's joints, green if right and red if wrong.
+    """An SVG with two panels: the true joints, and an answer's joints, green if right and red if wrong. Without an
+    answer, the second panel is only a heading.
 
     A hinge is an arrow along its axis, as long as its box; a slide is a dashed arrow from the box's center. The root's
     box has thick lines.

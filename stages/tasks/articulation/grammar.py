@@ -66,7 +66,8 @@ def joints_code(root: int, joints: Sequence[Mapping[str, Any]]) -> str:
 
 
 def find_code(text: str, mode: Mode) -> Code | None:
-    """The first complete and valid code in a completion, whatever surrounds it; None if there is none."""
+    """The first complete and valid code in the first LONGEST characters of a completion, whatever surrounds it; None if
+    there is none."""
     for match in _CODE.finditer(text[:LONGEST]):
         try:
             return parse(match.group().strip(), mode)
@@ -141,7 +142,8 @@ def _integer(node: ast.expr, key: str, allowed: Sequence[int]) -> int:
 
 
 def _number(node: ast.expr, key: str) -> float:
-    """A number with or without a sign. Raises GrammarError for a million and above."""
+    """A number with or without a sign. Raises GrammarError for anything else, and for magnitudes of a million and
+    above."""
     sign = 1
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
         sign, node = -1 if isinstance(node.op, ast.USub) else 1, node.operand

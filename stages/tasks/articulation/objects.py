@@ -68,7 +68,7 @@ class ObjectQuestion:
 
     @property
     def text(self) -> str:
-        """The loop's name and its number of boxes."""
+        """The loop's name, its number of boxes, and how many of them may move."""
         moving = len(self.view.boxes) - 1
         return f"{self.id.replace('_', ' ')}: {len(self.view.boxes)} boxes, at most {moving} of which move"
 
@@ -169,7 +169,8 @@ def box_in(record: dict[str, Any]) -> Box:
 
 
 def _is_numbers(value: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a value is nested lists of this shape with numbers below a million. NumPy raises for ragged lists."""
+    """Whether a value is nested lists of this shape with numbers below a million. NumPy would raise for ragged
+    lists."""
     if not shape:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
     return isinstance(value, list) and len(value) == shape[0] and all(_is_numbers(each, shape[1:]) for each in value)

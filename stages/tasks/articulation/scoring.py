@@ -31,11 +31,11 @@ class Pair:
     distance: float | None
     """Metres between two hinges' lines; None if either is a slide, which has no position."""
     edge: bool | None
-    """Whether a hinge is at the true corner edge; None for a slide."""
+    """Whether a hinge is at the true corner edge; None if the true joint is a slide."""
 
     @property
     def is_right(self) -> bool:
-        """Whether box, type, axis and line are all within the limits of a right joint."""
+        """Whether box and type are right, and the signed axis and the line are within the limits of a right joint."""
         near = self.distance is None or self.distance <= METRES
         return self.box and self.type and self.signed_angle <= DEGREES and near
 
@@ -75,7 +75,8 @@ class Comparison:
 def compare(
     predicted: Sequence[Joint | None], true: Sequence[Joint], boxes: Mapping[int, Box], root: bool = True
 ) -> Comparison:
-    """Pair predicted and true joints. A predicted joint whose box does not exist is None and has no partner."""
+    """The predicted joints paired with the true ones. A predicted joint whose box does not exist is None and has no
+    partner. `root`: whether the answer names the true root."""
     from scipy.optimize import linear_sum_assignment
 
     known = [place for place, joint in enumerate(predicted) if joint is not None]
@@ -108,7 +109,11 @@ def _pair(joint: Joint, true: Joint, boxes: Mapping[int, Box]) -> Pair:
 
 
 def metrics(found: Comparison) -> dict[str, float]:
-    """Metrics of an object by name, in 0..1; the first one ranks adapters. A missing joint counts as wrong in each."""
+    """Metrics of an object by name, in 0..1; the first one ranks adapters.
+
+    A missing joint counts as wrong in all but `joint_precision` and `root`. `edge` and `line_within_5_cm` are about the
+    true hinges, and are left out if there are none.
+    """
     right = sum(pair is not None and pair.is_right for pair in found.pairs)
     precision = right / found.predicted if found.predicted else 0.0
     recall = right / len(found.pairs)
@@ -172,8 +177,9 @@ def official_error(predicted: Joint, true: Joint) -> OfficialError:
     a position error.
 
     For parallel lines, the position error is the distance along cross(axis, x) alone, or along cross(axis, y) if the
-    predicted axis is x. It is too small, and 0 for some lines that are clearly apart. If this would divide 0 by 0
-    (axis -x), the position error is None, and the cosine is clipped; the official code returns NaN in both cases.
+    predicted axis is x. This is too small, and 0 for some lines that are clearly apart. The official code returns
+    NaN if it divides 0 by 0 (axis -x) or if rounding lifts a cosine above 1. Here the position error is then None, and
+    the cosine is clipped.
     """
     if predicted.type != true.type:
         return OfficialError(0)

@@ -59,7 +59,8 @@ class Mobility:
 
 
 def read_urdf(path: Path) -> Mobility:
-    """The joints of a URDF file. Raises BadRecordError for an unreadable file and for links that form no tree."""
+    """The links and joints of a URDF file. Raises BadRecordError if it is not XML, if its links do not form a tree, and
+    for an unusable joint."""
     content = path.read_bytes()
     try:
         try:
@@ -82,7 +83,8 @@ def read_urdf(path: Path) -> Mobility:
 
 
 def _compose(root: str, parents: dict[str, str], elements: dict[str, ET.Element]) -> Mobility:
-    """The object with all joints in world coordinates: the transforms composed from the root to the leaves."""
+    """The object with all joints in world coordinates: the transforms composed from the root to the leaves. Raises
+    BadRecordError for joints that form a cycle."""
     turns = {child: _transform(element) for child, element in elements.items()}
     upright = any(
         parents[child] == root and elements[child].get("type") == "fixed" and np.allclose(turn, UPRIGHT, atol=1e-3)
@@ -123,7 +125,7 @@ def _joint(element: ET.Element, child: str, parent: str, turn: Array, pos: Array
 
 
 def _transform(element: ET.Element) -> tuple[Array, Array]:
-    """A joint's rotation (3, 3) and offset (3). `rpy` rotates about the fixed x, then y, then z."""
+    """A joint's rotation (3, 3) and offset (3) in metres. `rpy` (radians) rotates about the fixed x, then y, then z."""
     origin = element.find("origin")
     roll, pitch, yaw = _numbers(origin, "rpy", (0.0, 0.0, 0.0))
     about_x = np.array([[1, 0, 0], [0, math.cos(roll), -math.sin(roll)], [0, math.sin(roll), math.cos(roll)]])
@@ -153,7 +155,8 @@ def _numbers(element: ET.Element | None, key: str, default: tuple[float, ...]) -
 
 
 def _number(word: str, key: str) -> float:
-    """A number as XML writes it. Raises BadRecordError for another text, and for a million and above."""
+    """A number as XML writes it. Raises BadRecordError for another text, and for magnitudes
+    of a million and above."""
     if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word):
         raise BadRecordError("mobility.urdf: not a number", f"{key}: {word!r}"[:100])
     value = float(word)

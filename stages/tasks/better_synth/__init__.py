@@ -7,8 +7,8 @@ rewrite; an adapter is then trained on conversations. Data folder, with picture 
     records_llava.json        the same records in LLaVA's form, which holds their questions by id
     finetune.json             conversations in LLaVA's form: {"id", "image", "conversations"}
     textvqa.jsonl             TextVQA's questions: {"question_id", "image", "text"}
-    textvqa_annotations.json  their human answers; without them TextVQA is answered and not scored
-    mmbench.tsv               MMBench's table; rows without an answer are answered and not scored
+    textvqa_annotations.json  their human answers; without them, predictions are not scored
+    mmbench.tsv               MMBench's table; predictions for rows without an answer are not scored
 
 Data mixes name the two training sets `pretrain` and `finetune`. Samples that show a picture of a test set are left out
 of both. There is no validation split: only the published test sets are held out.
@@ -72,7 +72,8 @@ class Scoring(Section):
 
 
 def records(folder: Path) -> Path:
-    """Path of the file of Data-Juicer records. Raises DataError if it, or the file with its questions, is missing."""
+    """Path of the file of Data-Juicer records. Raises DataError if it is missing, or if it has captions and the file
+    with their questions is missing."""
     return records_file(folder)
 
 
@@ -84,7 +85,7 @@ def read_others(recipe: Recipe, folder: Path, pictures: Path, skip: Skip) -> lis
 def read_records(
     recipe: Recipe, folder: Path, records: Path, pictures: Path, others: list[PictureQuestion], skip: Skip
 ) -> list[PictureQuestion]:
-    """Questions to train on from the captions in the file `records`."""
+    """The questions to train on in the file `records`, which has captions or whole conversations."""
     settings = Samples.model_validate(recipe.preprocess.samples)
     return caption_questions(folder, records, pictures, settings, others, skip)
 
@@ -126,12 +127,13 @@ def _with_content(message: Message, content: str) -> Message:
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """The one prompt of a sample."""
+    """The one prompt of a sample, to which no earlier completion adds tokens."""
     return [(ask(recipe, sample, "answer", {}, without), 0)]
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """For MMBench, the letter that a completion means; for TextVQA, the whole completion. None without either."""
+    """For MMBench, the letter that a completion means; for TextVQA, the whole completion. None if there is
+    none."""
     if sample["meta"]["source"] == MMBENCH:
         return letters.letter_in(text, _meta(sample)["options"])
     return text.strip() or None
@@ -141,7 +143,8 @@ def read_answer(text: str, sample: Sample) -> str | None:
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """A line in LLaVA's form, for either benchmark. The text is empty if there is no answer."""
+    """A line in LLaVA's form, for either benchmark. The text is the completion for the first of the row's
+    samples; empty if there is none."""
     name = row["ids"][0]
     prediction = predictions.get(name)
     text = (prediction["text"] if prediction else None) or ""
@@ -150,8 +153,8 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 
 def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-    """Write MMBench's workbook: each row of its table with the completion for the unrotated question. Returns its name,
-    or nothing if MMBench is not among the samples."""
+    """Write MMBench's workbook: each row of its table with the completion for the unrotated question. Returns its name
+    in a list, which is empty if MMBench is not among the samples."""
     asked = [sample for sample in samples if _meta(sample)["source"] == MMBENCH and _meta(sample)["round"] == 0]
     if not asked:
         return []
@@ -174,7 +177,7 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def score_notes(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
-    """Where the scores differ from published ones."""
+    """Sentences on whose metrics these are, and where they differ from published ones."""
     asked = {sample["meta"]["source"] for sample in samples}
     notes = []
     if TEXTVQA in asked:

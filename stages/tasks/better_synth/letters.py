@@ -1,7 +1,7 @@
 """The letter that an answer to a multiple-choice question means, by rule and without a model.
 
-It reads what the rules of VLMEvalKit's `can_infer` read, the public evaluator of MMBench, with these differences: a
-letter that is denied, and the article `A`, are not read, and a stated answer is read among several letters.
+The rules read what `can_infer` reads in VLMEvalKit, the public evaluator of MMBench, with these differences: they
+ignore denied letters and the article `A`, and they find a stated answer among several letters.
 """
 
 import re
@@ -18,7 +18,7 @@ _MARKUP = re.compile(r"\\[A-Za-z]+|\\.|[*_`$#{}<>|~]")
 _LETTER = r"[A-H](?![A-Za-z0-9'+-])"
 _OPEN = r"[\s(\[\"':]*+"
 _LONE = re.compile(rf"(?<![A-Za-z0-9'-])(?<![A-Za-z]\.){_LETTER}(?!\.[A-Za-z0-9])")
-"""A letter that is no part of a word or of an abbreviation."""
+"""A letter that is not part of a word or an abbreviation."""
 _TOUCHED = re.compile(r"[\u4e00-\u9fff]")
 _BEFORE = "选是为择项案应即故就有和与或及而非除得"
 _AFTER = re.compile(r"选?项|[是为对和与或及不错最更都均也吗]|正确|符合|排除|有误")
@@ -133,12 +133,12 @@ def _folded_text(text: str) -> str:
 
 
 def _plain_text(text: str) -> str:
-    """The folded text without markup, with `/` between what 、 separates. What is boxed is the answer."""
+    """The folded text without markup, with `/` in place of 、 and `answer:` before the content of a LaTeX box."""
     return " ".join(_MARKUP.sub(" ", _BOXED.sub(" answer: ", _folded_text(text.replace("、", "/")))).split())
 
 
 def _without_options(text: str, options: Mapping[str, str]) -> str:
-    """The text without the options' texts that contain a letter, such as `vitamin B` and `A red hat`."""
+    """The text with a white square in place of each option whose text contains a letter, such as `vitamin B`."""
     texts = {_plain_text(option) for option in options.values()}
     for option in sorted((each for each in texts if len(each) > 1 and _LONE.search(each)), key=len, reverse=True):
         text = re.sub(
@@ -151,7 +151,8 @@ def _without_options(text: str, options: Mapping[str, str]) -> str:
 
 
 def _letters_by_rule(text: str) -> list[str]:
-    """What the first of the rules 3 to 6 that finds one letter finds; empty if none does."""
+    """The one letter, perhaps repeated, that the first successful rule of 3 to 6 finds; empty if none finds exactly
+    one."""
     denied = {
         match.start("letters") + letter.start()
         for pattern in _DENIED
@@ -175,7 +176,7 @@ def _letters_by_rule(text: str) -> list[str]:
 
 
 def _lone_letters(text: str) -> Iterator[tuple[int, str]]:
-    """Places of letters that stand alone, without the article `A`."""
+    """The letters that stand alone, each with its place in the text. The article `A` is left out."""
     for match in _LONE.finditer(text):
         before, after = text[max(match.start() - 1, 0) : match.start()], text[match.end() : match.end() + 20]
         if _TOUCHED.match(before) and before not in _BEFORE:
@@ -202,7 +203,7 @@ def _comparable_text(text: str) -> str:
 
 
 def _joined_letters(text: str, options: Mapping[str, str]) -> list[str]:
-    """The letters whose option, a Chinese text, follows them in the text and is all that does."""
+    """The letters for which the text is only the letter and its option, which begins with a Chinese character."""
     whole = _comparable_text(text)
     return [
         letter
@@ -215,8 +216,8 @@ _DENIED_TEXT = re.compile(r"(?:\b(?:not|no|never|neither|nor)|n't|不是|并非|
 
 
 def _mentioned_letters(text: str, options: Mapping[str, str]) -> list[str]:
-    """The options whose text occurs in a text as whole words and is not denied there, without those inside another
-    option that occurs."""
+    """The letters of the options whose text occurs in a text as whole words and is not denied there, without options
+    that are part of another one that occurs. Empty if the text is more than twice as long as all options together."""
     text = _comparable_text(text)
     texts = {letter: _comparable_text(option) for letter, option in options.items()}
     if len(text) > 2 * sum(map(len, texts.values())):

@@ -112,7 +112,7 @@ def pictures_of(record: Llava) -> list[str]:
 
 
 def _list_of_names(value: Any) -> list[str]:
-    """The names in a list that are given. Raises BadRecordError for another value."""
+    """The names in a list, without missing ones (`is_given`). Raises BadRecordError for another value."""
     given = value if is_given(value) else []
     if not isinstance(given, list) or not all(isinstance(name, str) for name in filter(is_given, given)):
         raise BadRecordError("pictures are not a list of names", repr(value)[:100])
@@ -146,7 +146,7 @@ def to_dj_caption(record: Llava) -> DataJuicer:
 
 def _dj_text(value: str) -> str:
     """The text of a turn in Data-Juicer's form. Raises BadRecordError if it contains one of Data-Juicer's marks."""
-    mark = _MARK.search(f"{value} ")  # because a blank comes before the end mark
+    mark = _MARK.search(f"{value} ")  # a blank follows, as before the end mark
     taken = mark.group() if mark else next((mark for mark in (DJ_PLACE, DJ_END) if mark in value), None)
     if taken is not None:
         raise BadRecordError("a turn contains a Data-Juicer mark", taken)
@@ -169,7 +169,7 @@ def text_of_dj(record: DataJuicer) -> str:
 def from_dj(record: DataJuicer, name: str | int | None = None) -> Llava:
     """The LLaVA record of a Data-Juicer record with all turns. `name` is its id in LLaVA's file, if known.
 
-    Raises BadRecordError if the text does not begin with a turn.
+    Raises BadRecordError if the text does not begin with a turn, or if the id or the pictures are unusable.
     """
     pieces = _TURN.split(text_of_dj(record))
     if len(pieces) < 3 or pieces[0].strip():
@@ -197,7 +197,8 @@ def restored_record(record: DataJuicer, originals: Mapping[str, Original | None]
 
 
 def _pictures(record: DataJuicer, turns: list[tuple[str, str]]) -> list[str]:
-    """The names of a record's pictures. Operators that add a caption repeat names; if needed, each counts once."""
+    """The names of a record's pictures. Operators that add a caption repeat names, so each counts once if that gives
+    one picture for each `<image>`. Raises BadRecordError if they are not a list of names."""
     pictures = _list_of_names(record.get("images"))
     once = list(dict.fromkeys(pictures))
     places = sum(value.count(PLACE) for speaker, value in turns if speaker != "gpt")

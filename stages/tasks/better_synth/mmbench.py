@@ -6,7 +6,7 @@ TSV is tab-separated with a header, quoted like CSV, with the columns:
 
     index question hint A B C D ... answer category l2-category image (base64) source split comment
 
-`hint`, `answer` and all columns after it but `image` are optional. An `image` may also be the index of the row that has
+Only `index`, `question`, `A`, `B` and `image` are required. An `image` may also be the index of the row that has
 it. Some TSVs contain the rotations: copy r of question i has the index i + r * 1,000,000.
 """
 
@@ -38,7 +38,8 @@ LONGEST_FIELD = 256 * 1024**2
 """Largest number of characters of a field; pictures in base64 are long."""
 
 SHORTEST_PICTURE = 64
-"""Smallest number of characters of a picture in base64; shorter digits are the index of another row (VLMEvalKit)."""
+"""Smallest number of characters of a picture in base64. A shorter text of digits is the index of another row
+(VLMEvalKit)."""
 
 NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
 """Columns that LLaVA's convert_mmbench_for_submission.py drops."""
@@ -105,7 +106,8 @@ def has_rotations(path: Path) -> bool:
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Each row's place and columns. Columns missing at the end of a line are empty: editors strip trailing tabs.
 
-    Bytes that are not of the file's encoding become U+FFFD, so that only their row is lost.
+    Invalid bytes become U+FFFD, so that only their row is lost. Raises DataError if a required column is missing, or if
+    the TSV cannot be read.
     """
     csv.field_size_limit(LONGEST_FIELD)
     encoding = encoding_of(path)
@@ -211,7 +213,7 @@ class Round:
     """One rotation of a question."""
 
     index: int
-    """Index of its row."""
+    """Index of the question's row."""
     number: int
     """Number of places by which the options are rotated; 0: as in the TSV."""
     options: dict[str, str]
@@ -241,7 +243,7 @@ def rounds(row: MMBenchRow, rotate: bool = True) -> list[Round]:
 
 
 def incomplete_questions(options: Iterable[tuple[int, int]]) -> list[int]:
-    """The questions that lack a rotation, sorted. `options` has the question and the number of options of each round.
+    """The questions that lack a rotation, sorted. `options` has each round's question and its number of options.
 
     Circular evaluation is easier for these questions, so they must be left out.
     """
@@ -270,8 +272,8 @@ LONGEST_CELL = 32_767
 
 
 def upload_row(uploaded: Mapping[str, str], text: str | None) -> dict[str, str | int]:
-    """A row of the upload: its columns, with the completion after the last option. It is the model's own words, cut to
-    what a cell holds, because the server reads the letter by its own rules."""
+    """A row of the upload: its columns, with the completion after the last option. The completion is unchanged but cut
+    to LONGEST_CELL characters, because the server reads the letter by its own rules."""
     row: dict[str, str | int] = dict(uploaded)
     row["index"] = int(uploaded["index"])
     last = max(place for place, name in enumerate(row) if name in LETTERS)

@@ -47,7 +47,8 @@ class Pictures:
         self._known: dict[str, StoredPicture | BadRecordError] = {}
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Read and store the named pictures, a thread per CPU. `of_file` then returns each, or raises its error."""
+        """Read the named pictures with a thread per CPU, and store them. `of_file` then returns each, or raises its
+        error."""
         new = [name for name in dict.fromkeys(names) if name not in self._known]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for name, prepared in zip(new, pool.map(self._prepare_file, new), strict=True):
@@ -91,7 +92,7 @@ class Pictures:
         try:
             width, height = picture_size(io.BytesIO(data))
             pads = self._pad and width != height
-            # to find a truncated JPEG it need not be decoded in full
+            # a JPEG decoded at low resolution also shows whether it is truncated
             picture = read_picture(io.BytesIO(data), None if pads else (1, 1))
         except DataError as error:
             raise BadRecordError(
@@ -103,7 +104,7 @@ class Pictures:
         return _PreparedPicture(StoredPicture(f"{stem}.{'jpg' if kind == 'JPEG' else kind.lower()}", digest), data)
 
     def _store(self, prepared: _PreparedPicture) -> StoredPicture:
-        """Write a picture unless it exists, and return where it is."""
+        """Write a picture unless its file exists. Returns the stored picture."""
         path = self._folder / prepared.stored.name
         if prepared.content is not None and path.stem not in self._existing:
             with open_atomically(path, "wb") as file:

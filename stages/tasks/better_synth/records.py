@@ -76,7 +76,8 @@ class PictureQuestion:
     """File names in <run>/preprocess/pictures."""
     answers: tuple[str, ...]
     group: str
-    """The first picture, because training samples must show no picture of a test set."""
+    """The first picture, because training samples must show no picture of a test set; without one, the text or the
+    id."""
     split: Given
     meta: dict[str, Any] = field(default_factory=dict)
     """Values for reading an answer, scoring it and submitting it."""
@@ -143,9 +144,9 @@ def other_questions(folder: Path, pictures: Path, settings: Samples, skip: Skip)
 def caption_questions(
     folder: Path, records: Path, pictures: Path, settings: Samples, others: list[PictureQuestion], skip: Skip
 ) -> list[PictureQuestion]:
-    """Questions to train on from the captions in the file `records`.
+    """The questions to train on in the file `records`, which has captions or whole conversations.
 
-    `others` has all other questions. A caption of a picture that a test question shows goes to `skip`.
+    `others` has all other questions. A record with a picture that a test question shows goes to `skip`.
     """
     tested = [question for question in others if question.source in (TEXTVQA, MMBENCH)]
     store = Pictures(folder, pictures, settings.pad)
@@ -170,7 +171,8 @@ def _finetune_questions(folder: Path, store: Pictures, tested: set[str], skip: S
 def _pretrain_questions(
     folder: Path, records: Path, store: Pictures, tested: set[str], skip: Skip
 ) -> Iterator[PictureQuestion]:
-    """The questions to train on from captions. LLaVA's file has the question of each caption."""
+    """The questions to train on in the file `records`; none without that file. LLaVA's file has the question of each
+    caption."""
     if not records.is_file():
         return
     path = folder / ORIGINALS
@@ -186,7 +188,8 @@ def _pretrain_questions(
 
 
 def read_originals(path: Path, skip: Skip) -> dict[str, Original | None]:
-    """The questions of a LLaVA file by id as text; None if records with the same id have different questions."""
+    """The questions of a LLaVA file by id as text; None if records with the same id have different questions. Unusable
+    records go to `skip`."""
     found: dict[str, Original | None] = {}
     for row in read_rows(path):
         try:
@@ -217,8 +220,9 @@ def _record_in(row: Row) -> dict[str, Any]:
 def _conversations(
     source: str, path: Path, read: Callable[[Row], Llava], store: Pictures, tested: set[str], skip: Skip
 ) -> Iterator[PictureQuestion]:
-    """The conversations of a file; `read` converts a row to a LLaVA record. Samples with the same id are numbered: ids
-    repeat in LLaVA's own mix, and if Data-Juicer writes a second caption."""
+    """The conversations of a file; `read` converts a row to a LLaVA record. Later ones with the same id get a number:
+    ids repeat in LLaVA's own mix, and if Data-Juicer writes a second caption. Unusable and duplicate records, and those
+    that show a picture of a test set, go to `skip`."""
     times: dict[str, int] = {}
     seen: set[str] = set()
     for row, record in _read_records(path, read, store):
@@ -279,7 +283,7 @@ def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestio
 
 
 def _escaped(message: Message) -> Message:
-    """The message with the `<image>` of an answer escaped. All others are places of pictures."""
+    """The message with `<image>` escaped if it is an answer. In other messages, `<image>` is the place of a picture."""
     pieces = message["content"].split(PLACE) if message["role"] != "assistant" else [message["content"]]
     return {"role": message["role"], "content": PLACE.join(map(escape_places, pieces))}
 
@@ -341,10 +345,11 @@ def _with_stored_picture(question: PictureQuestion, picture: StoredPicture) -> P
 
 
 def _mmbench_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> list[PictureQuestion]:
-    """MMBench's questions, each repeated with its options rotated.
+    """MMBench's questions, each repeated with its options rotated; none without its file.
 
-    A question without an answer is asked once, and so is each row of a table that contains the rotations. Questions of
-    such a table that lack a rotation go to `skip`, because they would be easier.
+    A question without an answer is asked once, and so is each row of a table that contains the rotations, and each
+    question without `circular`. With `circular`, questions of a table with rotations that lack one go to `skip`,
+    because they would be easier.
     """
     path = folder / FILES[MMBENCH]
     if not path.is_file():
@@ -413,7 +418,8 @@ def _mmbench_question(row: mmbench.MMBenchRow, turn: mmbench.Round, circular: bo
 def asked_rows(folder: Path, tested: list[PictureQuestion]) -> list[dict[str, Any]]:
     """The rows of the submission: one for each TextVQA question and each row of MMBench's table, in the files' order.
 
-    `asked` has the keys of LLaVA's lines about the question, `ids` the sample ids. The first rotation is submitted.
+    `asked` has the keys of LLaVA's lines about the question, `ids` the ids of its samples, one for each rotation. The
+    first one is submitted.
     """
     rows: dict[str, dict[str, Any]] = {}
     for question in tested:

@@ -94,12 +94,12 @@ _ARTICLES = ("a", "an", "the")
 
 
 def clean(text: str, cleaning: Cleaning = "mmf") -> str:
-    """An answer normalised for comparison, by MMF's rules in their order.
+    """An answer normalised for comparison by MMF's rules.
 
-    Lower case; remove commas and question marks; put a blank before `'s`; remove each sign of PUNCTUATION if it touches
-    a blank anywhere in the text, else replace it by a blank; remove lone periods; write number words up to ten as
-    digits; remove articles; add apostrophes to contractions. (MMF also has a rule for texts such as "1,000", which
-    never applies because all commas are removed before.)
+    In this order: lower case; remove commas and question marks; put a blank before `'s`; remove each sign of
+    PUNCTUATION if it touches a blank anywhere in the text, else replace it by a blank; remove lone periods; write
+    number words up to ten as digits; remove articles; add apostrophes to contractions. (MMF also has a rule for texts
+    such as "1,000", which never applies because all commas are removed before.)
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -138,9 +138,9 @@ with a capital (so "Im" stays "im") or with `'s`; and entries that change nothin
 
 
 def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> Iterator[TextVqaQuestion]:
-    """The questions of a file, line by line. Unusable lines go to `skip`, also those without an annotation.
+    """The questions of a file, line by line. Unusable lines go to `skip`, including those without an annotation.
 
-    `annotations` is None if the questions are not scored; then they need none.
+    `annotations` is None if the questions are not scored.
     """
     for place, line in lines_in(path):
         where = f"{path.name}:{place}"
@@ -201,7 +201,8 @@ def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
 
 
 def _texts(values: object) -> list[str]:
-    """Human answers as texts; an answer that is not given is an empty one, and none if no answer is given."""
+    """Human answers as texts. A missing answer becomes an empty text; if all are missing, the list is empty. Raises
+    TypeError for other values."""
     if not is_given(values):
         return []
     if not isinstance(values, list):

@@ -3,7 +3,7 @@ its published evaluation script.
 
 The script splits what is not Chinese with NLTK's tokenizer, which needs data that do not come with Lorry. Rules take
 its place: Penn Treebank's for words, and a list of abbreviations to find the ends of sentences. So scores may differ
-from the script's where an answer has several sentences that are not Chinese, or words that are written together.
+from the script's if an answer has several sentences that are not Chinese, or words that are written together.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from difflib import SequenceMatcher
 
 _LEFT_OUT = set("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")
-"""Signs that do not count: those of the script. Other punctuation does, also that of ASCII."""
+"""Signs that do not count: those that the script leaves out. All other punctuation counts, also in ASCII."""
 
 _CHINESE = re.compile("[\u4e00-\u9fa5]")
 
@@ -34,7 +34,7 @@ def cmrc_exact_match(answer: str, reference: str) -> float:
 
 
 def cmrc_f1(answer: str, reference: str) -> float:
-    """F1 of the longest run of segments that both have in common; 0 without one. See `segments`."""
+    """F1 (0..1) of the longest run of segments that both have in common; 0 if they share none. See `segments`."""
     found, wanted = segments(answer), segments(reference)
     match = SequenceMatcher(None, found, wanted, autojunk=False).find_longest_match()
     return 2 * match.size / (len(found) + len(wanted)) if match.size else 0.0
@@ -71,7 +71,7 @@ def _words(run: str) -> Iterator[str]:
 
 
 def _ends_a_sentence(word: str, after: str) -> bool:
-    """Whether the full stop after a word is no part of it."""
+    """Whether the full stop after a word ends a sentence, and is not part of the word."""
     if _CLOSED.match(after):
         return True
     return after[:1].isspace() and len(word) > 1 and "." not in word and word not in _ABBREVIATIONS

@@ -10,7 +10,7 @@ SHARED: tuple[str, ...] = ()
 
 
 def passes(recipe: Recipe) -> tuple[str, ...]:
-    """The name of the one pass."""
+    """The name of the only pass, `answer`, in a tuple."""
     return ("answer",)
 
 

@@ -20,7 +20,7 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 
 def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-    """An empty list: no server needs other files than the submission."""
+    """An empty list: no benchmark's server needs files besides the submission."""
     return []
 
 
@@ -30,7 +30,7 @@ def facts(sample: Sample) -> dict[str, float]:
 
 
 def score_notes(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
-    """Nothing to say on the scores."""
+    """An empty list: nothing needs to be noted about the scores."""
     return []
 
 

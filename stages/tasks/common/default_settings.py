@@ -1,4 +1,4 @@
-"""Default members of a task's module: it reads no documents, no records, and has no settings of its own."""
+"""Default members of a task's module: it reads neither documents nor records, and has no settings of its own."""
 
 from stages.contract.recipe import Section
 

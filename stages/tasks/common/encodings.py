@@ -1,8 +1,8 @@
 """The character encoding of text files: UTF-8, UTF-16, UTF-32 or GBK.
 
-Windows programs save Chinese text as GBK or UTF-16. UTF-16 and UTF-32 show in a file's first bytes. A file is GBK if
-most of its lines with Chinese are not UTF-8, and all of it is GBK that is mostly made of common characters. Any other
-file is read as UTF-8, where a line in another encoding becomes a bad record.
+Windows programs save Chinese text as GBK or UTF-16. The first bytes of a file show UTF-16 and UTF-32. A file counts as
+GBK if most of its lines that are not ASCII are invalid UTF-8, and if all of it is valid GBK with mostly common
+characters. Any other file is read as UTF-8, where a line in another encoding becomes a bad record.
 """
 
 import codecs
@@ -15,11 +15,11 @@ from stages.contract.files import data_files
 
 UTF8 = "utf-8"
 GBK = "gb18030"
-"""Python's name of the codec that reads GBK and all that extends it."""
+"""Python's codec for GBK and its extensions."""
 
 COMMON = 0.75
-"""Smallest share of a GBK text's characters outside ASCII that are in GB2312. Chinese prose has nearly all there; of
-UTF-8 or Big5 read as GBK, about half are."""
+"""Smallest share of a GBK text's characters outside ASCII that must be in GB2312. In Chinese prose nearly all are; in
+UTF-8 or Big5 misread as GBK, about half."""
 
 CHUNK = 2**20
 
@@ -28,15 +28,15 @@ ENDINGS = (".json", ".jsonl", ".ndjson", ".tsv", ".urdf")
 
 
 def encoding_of(path: Path) -> str:
-    """The codec that reads a text file: `utf-8`, also for one with a byte order mark or with other bytes than UTF-8's,
-    `utf-16...`, `utf-32...` or `gb18030`."""
+    """The codec that reads a text file: `utf-16...`, `utf-32...`, `gb18030`, or else `utf-8`, even if the file has a
+    byte order mark or bytes that are not UTF-8."""
     status = path.stat()
     return _encoding_of(path, status.st_size, status.st_mtime_ns)
 
 
 @cache
 def _encoding_of(path: Path, size: int, changed: int) -> str:
-    """`encoding_of`, once for each state of a file: it reads all of it."""
+    """`encoding_of`, cached by size (bytes) and time of change (ns), because it may read the whole file."""
     with path.open("rb") as file:
         wide = _wide_encoding(file.read(4))
         file.seek(0)
@@ -54,8 +54,8 @@ def _encoding_of(path: Path, size: int, changed: int) -> str:
 
 
 def other_encodings(folder: Path) -> dict[str, str]:
-    """The data files below a folder that are not UTF-8, by their path in it, each with the name of its encoding, such
-    as `GBK`; without the folder of documents."""
+    """The encodings (`GBK`, `UTF-16` or `UTF-32`) of the data files below a folder that are not UTF-8, by path relative
+    to it. Files in `documents/` are left out."""
     found = {}
     for path in data_files(folder):
         inside = path.relative_to(folder)
@@ -65,7 +65,7 @@ def other_encodings(folder: Path) -> dict[str, str]:
 
 
 def _wide_encoding(beginning: bytes) -> str | None:
-    """The encoding that a file's first four bytes show, if it has two or four bytes a character."""
+    """The UTF-16 or UTF-32 codec that a file's first four bytes show; None if they show neither."""
     found = json.detect_encoding(beginning) if len(beginning) > 1 else UTF8
     return found if found.startswith(("utf-16", "utf-32")) else None
 
@@ -92,8 +92,8 @@ def _is_gbk(lines: Iterator[bytes] | list[bytes]) -> bool:
 
 
 def utf8_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a text file in UTF-8, without byte order marks, read one at a time. Bytes that are not of the file's
-    encoding stay as they are in UTF-8, and become U+FFFD in others."""
+    """The lines of a text file, converted to UTF-8 and without byte order marks, read one at a time. Invalid bytes stay
+    as they are in a UTF-8 file, and become U+FFFD in a file of another encoding."""
     encoding = encoding_of(path)
     if encoding == UTF8:
         with path.open("rb") as file:  # in bytes: text would also be split at U+2028, which JSON may contain
@@ -104,7 +104,7 @@ def utf8_lines(path: Path) -> Iterator[bytes]:
 
 
 def decode(content: bytes) -> str:
-    """The text of a file's content, without a byte order mark. Raises UnicodeDecodeError (a ValueError) where no
+    """The text of a file's content, without a byte order mark. Raises UnicodeDecodeError (a ValueError) if no
     encoding fits."""
     wide = _wide_encoding(content[:4])
     if wide is not None:

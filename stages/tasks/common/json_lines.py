@@ -1,6 +1,6 @@
 """The records of a questions file, each as a JSON object, and the fields of that object.
 
-A field that is null, an empty text, an empty list or NaN is not given: it counts as missing.
+A field counts as missing if it is null, NaN, an empty list or object, or a text of white space only (`is_given`).
 """
 
 import json
@@ -28,8 +28,8 @@ class BadRecordError(Exception):
 def lines_in(path: Path) -> Iterator[tuple[str, Row]]:
     """The records of a JSON Lines file, read one at a time, each with its place: the 1-based line.
 
-    A file that holds one JSON array is read too, record by record. There, a place is `1-500` for record 500 if it
-    begins on line 1, as another record does.
+    A file that holds one JSON array is read too, record by record. There, record 500 has the
+    place `1-500` if it and an earlier record begin on line 1.
     """
     yield from ((row.place, row) for row in read_rows(path))
 
@@ -58,7 +58,7 @@ def object_of(content: bytes) -> dict[str, Any]:
 
 
 def is_given(value: Any) -> bool:
-    """Whether data give a value: not where it is null, NaN, an empty list or object, or a text of white space."""
+    """Whether data give a value: False if it is null, NaN, an empty list or object, or a text of white space only."""
     if isinstance(value, str):
         return value.strip() != ""
     if isinstance(value, float):
@@ -67,7 +67,7 @@ def is_given(value: Any) -> bool:
 
 
 def found_keys(record: Mapping[str, Any]) -> str:
-    """The keys of a record, for a message: `found the keys instruction, output`."""
+    """The keys of a record, for a message: `found the keys instruction, output`. At most 200 characters."""
     return ("found the keys " + ", ".join(map(str, record)))[:200] if record else "found no keys"
 
 
@@ -86,8 +86,11 @@ def text_of(record: dict[str, Any], field: str) -> str:
 
 
 def text_or_number(value: Any) -> str | None:
-    """A text as it is, or a number as text: as JSON writes it (`3.50`, `true`), and a whole number of a binary table
-    without a fraction, because there a column with missing values holds floats. None for other values."""
+    """A text unchanged; a number or a truth value as JSON writes it (`3.50`, `true`); None for other values.
+
+    A whole float of a binary table is written without a fraction, because integer columns with missing values hold
+    floats.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -100,8 +103,8 @@ def text_or_number(value: Any) -> str | None:
 
 
 def texts_of(value: Any) -> list[str] | None:
-    """The texts and numbers that are given in a value or a list of values, as stripped texts; None if it holds any
-    other value."""
+    """The texts and numbers in a value or a list of values, as stripped texts, without missing ones (`is_given`). None
+    if there is any other value."""
     values = [one for one in (value if isinstance(value, list) else [value]) if is_given(one)]
     texts = [text for text in map(text_or_number, values) if text is not None]
     return [text.strip() for text in texts] if len(texts) == len(values) else None

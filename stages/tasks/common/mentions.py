@@ -20,7 +20,7 @@ _PAGE_PATTERNS = (
     re.compile(r"(?<![a-z\d])(\d{1,6})(?:st|nd|rd|th)\s+page(?![a-z])", re.IGNORECASE),
 )
 
-# 图一侧, 图一样, 图三维: the numeral belongs to the next word. 图两侧 names no figure 2 either: 两 never numbers one
+# 图一侧, 图一样, 图三维: the numeral belongs to the next word. Nor does 图两侧 name figure 2: 两 never numbers a figure
 _NO_NUMERAL = "(?![样般些个種种侧側端面直定致起边邊维維角周分零〇一二三四五六七八九十百千])"
 _LETTER = r"(?:([a-z])(?![a-z\d])|\s?\(\s?([a-z])\s?\))?"
 _FIGURE_PATTERNS = (
@@ -41,7 +41,7 @@ _POSITION = re.compile(
 
 
 def pages_named(text: str) -> list[int]:
-    """1-based pages that a question names, in its order, each once.
+    """1-based pages that a question names, each once, in order of mention.
 
     Reads `第3页和第5页`, `第3、5页` and `pages 3 and 5`. Full-width digits count as digits. Page 0 is left out. A range
     such as `pages 3-5` names its first page.
@@ -97,7 +97,7 @@ def asks_position(text: str) -> bool:
 
 
 def chinese_number(text: str) -> int | None:
-    """The value of a Chinese numeral below ten thousand; None for a text that is not a well-formed number.
+    """The value of a Chinese numeral; None if it is not well-formed. It must consist of Chinese digits, 十, 百 and 千.
 
     `二十一` -> 21, `一百零五` -> 105, `一百五` -> 150 (spoken form), and a row of digits: `一二` -> 12.
     """

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 
 
 def _current_name(value: Any) -> Any:
-    """The value; `original` for `seed_001`, which is its name in older recipes."""
+    """The name of a normalisation. `seed_001`, used in older recipes, becomes `original`."""
     return "original" if value == "seed_001" else value
 
 
@@ -24,7 +24,7 @@ _PUNCTUATION = set(string.punctuation)
 
 
 def normalize(text: str) -> str:
-    """The text normalised as SQuAD does, in its order: lower case, no ASCII punctuation, no articles, single spaces.
+    """The text normalised by SQuAD's steps: lower case, then no ASCII punctuation, no articles, single spaces.
 
     Source: the official SQuAD v1.1 evaluation script (Rajpurkar et al. 2016).
     """
@@ -33,10 +33,10 @@ def normalize(text: str) -> str:
 
 
 def normalize_original(text: str) -> str:
-    """The text normalised as the original of extractive_qa does, in its order: lower case, one space for each sequence
-    of characters that are neither letters nor digits, no articles, single spaces.
+    """The text normalised by the steps of extractive_qa's original: lower case, then one space for each run of
+    characters that are neither letters nor digits, no articles, single spaces.
 
-    More texts become equal than by SQuAD's rules, such as 3.5% and "3 5", and words get lost: "N/A" becomes "n".
+    More texts become equal than by SQuAD's rules, such as 3.5% and "3 5", and words are lost: "N/A" becomes "n".
     """
     text = re.sub(r"[\W_]+", " ", text.lower())
     return " ".join(_ARTICLES.sub(" ", text).split())
@@ -48,16 +48,17 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """F1 over bags of white-space tokens after normalisation (SQuAD). 0 if they share no token.
+    """F1 over bags of white-space tokens after normalisation (SQuAD). 0 if they share no token, but 1 if neither has
+    one.
 
-    If neither has a token, 1, the exact match, as in SQuAD's script of version 2.0; that of version 1.1 gives 0.
-    Chinese text has no spaces: a phrase is one token, which makes this an exact match. See `character_f1`.
+    In the second case SQuAD's script of version 2.0 also gives 1, and that of version 1.1 gives 0. Chinese text has no
+    spaces: a phrase is one token, which makes this an exact match. See `character_f1`.
     """
     return _bag_f1(normalize(answer).split(), normalize(reference).split())
 
 
 def character_exact_match(answer: str, reference: str) -> float:
-    """1 if both have the same characters that count, else 0. See `characters`."""
+    """1 if the characters that count are the same in both, in order, else 0. See `characters`."""
     return float(characters(answer) == characters(reference))
 
 
@@ -84,8 +85,8 @@ _IN_NUMERALS = re.compile(
 
 
 def characters(text: str) -> list[str]:
-    """The characters of a text that count in Lorry's own scores: all but white space and punctuation, after NFKC, which
-    makes full-width characters normal ones, and case folding.
+    """The characters of a text that count in Lorry's own scores: all but white space and punctuation. Case and width do
+    not matter (NFKC and case folding).
 
     Punctuation that changes a numeral counts: 3.5 is not 35, and -5 is not 5. Commas between groups of three digits do
     not: 1,000 is 1000. If nothing is left, all that is not white space counts.
@@ -99,7 +100,7 @@ def characters(text: str) -> list[str]:
 
 
 def _bag_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
-    """F1 of two bags of tokens; 0 if they share none."""
+    """F1 of two bags of tokens; 0 if they share none, but 1 if both are empty."""
     shared = sum((Counter(answer) & Counter(reference)).values())
     if shared == 0:
         return float(not answer and not reference)

@@ -21,11 +21,12 @@ _LABELLED = re.compile(
 
 
 def options_of(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The texts of options, and the labels that the data give them: empty if there are none.
+    """The texts of options without letters before them, and the labels that the data give them; no labels if there are
+    none.
 
-    `value` is a list of texts or numbers, with or without their letters before them, or an object of them by label:
-    `{"A": "red", "B": "blue"}`, or `{"label": ["A", "B"], "text": ["red", "blue"]}`. Options at the end that are null
-    or empty are left out. Raises BadRecordError for anything else.
+    `value` is a list of texts or numbers, with or without letters before them, or an object of texts or numbers by
+    label: `{"A": "red", "B": "blue"}`, or `{"label": ["A", "B"], "text": ["red", "blue"]}`. After the second option,
+    null or empty ones at the end are left out. Raises BadRecordError for anything else.
     """
     labels: tuple[str, ...] = ()
     values = value
@@ -46,28 +47,30 @@ def options_of(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _label_in(text: str) -> str | None:
-    """The letter, as a capital, or the number that a text consists of, but for brackets and punctuation."""
+    """The label that is all of a text, apart from brackets, punctuation and words such as `option`: a capital letter or
+    a number. None without one."""
     found = _LABEL.fullmatch(unicodedata.normalize("NFKC", text).strip())
     return found[1].upper() if found else None
 
 
 def _follow_each_other(labels: tuple[str, ...]) -> bool:
-    """Whether labels are A, B, C... or numbers one after the other, from 0 or 1."""
+    """Whether labels are A, B, C..., or consecutive numbers from 0 or 1; True if there are no labels."""
     numbers = tuple(str(number) for number in range(len(labels) + 1))
     return labels in (tuple(LETTERS[: len(labels)]), numbers[:-1], numbers[1:]) or not labels
 
 
 def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
-    """The options without the letters A, B, C... before them, which a prompt adds itself."""
+    """The options without the letters A, B, C... before them, because prompts add letters; unchanged if one has
+    none."""
     found = [_LABELLED.fullmatch(option) for option in options]
     letters = "".join(unicodedata.normalize("NFKC", match[1]).upper() for match in found if match)
     return tuple(match[2] for match in found if match) if letters == LETTERS[: len(options)] else options
 
 
 def first_index(answers: Iterable[tuple[Any, int]]) -> int:
-    """The number by which a file's answers call the first option, 0 or 1, where they are numbers; 0 if both fit.
+    """The number of the first option, 0 or 1, in a file with numbers as answers; 0 if both fit.
 
-    `answers` has each answer and the number of its options.
+    `answers` has each answer and how many options its question has.
     """
     numbers = [(int(label), count) for answer, count in answers if (label := _number_in(answer)) is not None]
     return int(any(number == count for number, count in numbers) and all(number for number, _ in numbers))
@@ -79,13 +82,13 @@ def _number_in(answer: Any) -> str | None:
 
 
 def _label_of(answer: Any) -> str | None:
-    """The label that an answer consists of; of a whole number with a fraction, the number without it."""
+    """The label that is all of an answer; None without one. A float with a zero fraction counts as an integer."""
     text = _text(answer) or ""
     return _label_in(re.sub(r"(?<=\d)\.0+", "", text.strip()) if isinstance(answer, float) else text)
 
 
 def _text(answer: Any) -> str | None:
-    """An answer's text; of a list with one answer, that one's."""
+    """The text of an answer, or of the only answer in a list; None if it is neither a text nor a number."""
     return text_or_number(answer[0] if isinstance(answer, list) and len(answer) == 1 else answer)
 
 
@@ -93,8 +96,8 @@ def letter_of(answer: Any, options: tuple[str, ...], labels: tuple[str, ...] = (
     """The letter for an answer in the data; None if the answer is not given.
 
     An answer is a letter (`B`, `b`, `(B)`, `B.`, `B、`, full width), a letter with its option's text, an option's text,
-    one of the labels that the data give the options, or a number that counts the options from `first`. An option's text
-    comes before a number. Raises BadRecordError for an answer that fits no option or two.
+    one of the labels that the data give the options, or a number that counts the options from `first`. If an
+    option's text is a number, the text decides. Raises BadRecordError for an answer that fits no option, or several.
     """
     if not is_given(answer):
         return None

@@ -9,19 +9,20 @@ from stages.tasks.common.wording import is_chinese
 
 
 def on_one_line(text: str) -> str:
-    """The text with a blank for each run of white space. Models learn answers in this form."""
+    """The text, stripped, with one blank for each run of white space. Models learn answers in this form."""
     return " ".join(text.split())
 
 
 def learnt_answer(answers: Sequence[str]) -> str | None:
-    """The completion to learn: the first answer on one line; None if it is on one already, or there is none."""
+    """The completion to learn, if it is not the first answer as given: that answer on one line. None if both are equal,
+    or without an answer."""
     line = on_one_line(answers[0]) if answers else None
     return line if answers and line != answers[0] else None
 
 
 def first_lines(text: str, sample: Sample) -> str:
-    """As many lines of a text as the longest reference has, without blank ones; one if there is no reference. Models
-    go on after the answer, with explanations or further questions."""
+    """The first lines of a text, as many as the longest reference has, without blank lines; one line if there is no
+    reference. The rest is left out, because models add explanations or further questions after the answer."""
     count = max((len(_lines(reference)) for reference in sample["references"]), default=1)
     return "\n".join(_lines(text)[: max(count, 1)])
 
@@ -29,11 +30,11 @@ def first_lines(text: str, sample: Sample) -> str:
 def scores(
     answer: str, sample: Sample, plain: Callable[[str], str] = str, squad_first: Callable[[str], str] = str
 ) -> dict[str, float]:
-    """Exact match and F1 by the rules of SQuAD, of CMRC 2018 for Chinese samples, and of Lorry; each the best over all
-    references.
+    """Exact match and F1 (0..1) by the rules of SQuAD, of CMRC 2018 for Chinese samples, and of Lorry; each the best
+    over all references. Raises ValueError if there are none.
 
-    An answer is compared with a reference line by line, as far as the reference goes, and `plain` is applied to both.
-    For SQuAD's scores, `squad_first` is applied to both, too.
+    Of an answer, as many lines count as the reference has. Lines are joined by blanks, and `plain` is applied to answer
+    and reference. For SQuAD's scores, `squad_first` is then applied to both.
     """
     pairs = [
         (plain(" ".join(_lines(answer)[: len(lines) or 1])), plain(" ".join(lines)))
@@ -61,7 +62,7 @@ def is_about_chinese(sample: Sample) -> bool:
 
 
 def score_notes(samples: Sequence[Sample]) -> list[str]:
-    """Sentences on whose scores these are."""
+    """Sentences on whose scores these are, and on references of which SQuAD's rules leave nothing."""
     chinese = sum(map(is_about_chinese, samples))
     cmrc = (
         f" CMRC 2018's: cmrc_exact_match, cmrc_f1 ({chinese} of {len(samples)} samples, in Chinese);" if chinese else ""
@@ -77,5 +78,5 @@ def score_notes(samples: Sequence[Sample]) -> list[str]:
 
 
 def _lines(text: str) -> list[str]:
-    """The lines of a text with a blank for each run of white space, without empty lines."""
+    """The lines of a text, stripped, with one blank for each run of white space, without empty lines."""
     return [line for line in map(on_one_line, text.splitlines()) if line]

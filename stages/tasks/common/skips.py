@@ -1,4 +1,4 @@
-"""What is skipped while data are read, and the commonest reason, for the error where nothing usable is left."""
+"""Keeps what is skipped while data are read, to state the most common reason if nothing usable is left."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from stages.tasks.task import Skip
 
 
 class Skips:
-    """Passes on each skip, and counts them by reason."""
+    """A `Skip` that passes each skip on to another one, and remembers it."""
 
     def __init__(self, skip: Skip) -> None:
         self._skip = skip
@@ -19,13 +19,13 @@ class Skips:
 
     @property
     def why(self) -> str:
-        """`commonest_reason` of what was skipped so far."""
+        """`commonest_reason` of the records skipped so far."""
         return commonest_reason(self._seen)
 
 
 def commonest_reason(skipped: Sequence[Mapping[str, str]]) -> str:
-    """Why nothing usable is left, for a message: how many records were skipped, the commonest reason, and the first
-    record that was skipped for it, with what was found there."""
+    """Why nothing usable is left, for a message: how many records were skipped, the most common reason, and the
+    first record that was skipped for it, with what was found there."""
     if not skipped:
         return "there is no record; put some there"
     reason, count = Counter(one["reason"] for one in skipped).most_common(1)[0]

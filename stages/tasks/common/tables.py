@@ -46,7 +46,7 @@ class Row:
     where: str
     """File and place for messages: `a.jsonl:7`, `a.json:1 record 500`, `b.parquet row 7`."""
     split: Split | None
-    """The split that the name of its file or folder states."""
+    """The split that the name of its file or folder states; None without one."""
     record: Any
     """The JSON value; None if it cannot be read. In a bad row, `?` is in place of what is not UTF-8."""
     bad: tuple[str, str] | None = None
@@ -54,14 +54,15 @@ class Row:
 
 
 def data_set_name(path: Path) -> str | None:
-    """The name of the data set at a path; None if the path is not a data set."""
+    """The name of the data set at a path; None if the path is not a data set. Raises DataError for a folder with
+    missing parts."""
     if path.is_dir():
         return path.name if _files(path) else None
     return path.stem if path.suffix.lower() in ENDINGS and path.is_file() else None
 
 
 def names_in(folder: Path) -> str:
-    """The names of the first entries of a folder, for the message that what is needed is not there."""
+    """The names of a folder's first five entries, for an error message; `nothing` if it is empty or missing."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
     return ", ".join([*names[:5], *["..."] * (len(names) > 5)]) or "nothing"
 
@@ -76,7 +77,8 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _files(folder: Path) -> list[tuple[Path, Split | None]]:
-    """The data files of a folder in order, each with the split that its name states."""
+    """The data files of a folder in order, each with the split that its name or its folder's name states. Raises
+    DataError if the folder's metadata list a missing part."""
     saved = _json(folder / "dataset_dict.json")
     if isinstance(saved, dict) and isinstance(saved.get("splits"), list):
         parts = [folder / str(name) for name in saved["splits"]]
@@ -105,7 +107,7 @@ def _json(path: Path) -> Any:
 
 
 def _split_of(path: Path) -> Split | None:
-    """The split stated by a file's name, or else by the innermost of its folders that states one."""
+    """The split that a file's name states, or else the innermost of its folders that states one; None without one."""
     names = [path.name.partition(".")[0], *[parent.name for parent in path.parents]]
     return next((split for split in map(_split_in, names) if split), None)
 
@@ -135,7 +137,7 @@ def _read_file(path: Path, file: str, split: Split | None) -> Iterator[Row]:
     count = before = 0
 
     def row(number: int, record: Any = None, *, bad: tuple[str, str] | None = None, last: int | None = None) -> Row:
-        """The Row at `number`, numbered by place if an earlier one has the same line."""
+        """The Row at `number`. Its place also has the record's number if the row before it has the same line."""
         nonlocal count, before
         count, shared, before = count + 1, number == before, number
         if ending in TEXT:
@@ -156,7 +158,7 @@ def _read_file(path: Path, file: str, split: Split | None) -> Iterator[Row]:
 
 
 class JsonFloat(float):
-    """A number with a fraction or an exponent, as JSON writes it: 3.50 is `3.50`."""
+    """A float that keeps its spelling in JSON in `written`: `3.50`, not `3.5`."""
 
     written: str
 
@@ -202,7 +204,7 @@ def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
 
 
 def _beginning(path: Path) -> str:
-    """The first 4,096 bytes of a file, or a few more, from its first character on."""
+    """The first 4,096 bytes of a file as text, from its first character on that is not white space."""
     found = b""
     for line in utf8_lines(path):
         found = (found + line).lstrip()
@@ -217,7 +219,8 @@ def _text_in(path: Path) -> str:
 
 
 def _begins_with_json_line(path: Path) -> bool:
-    """Whether a file's first line is a JSON value, though perhaps a broken one, and more lines follow."""
+    """Whether a file's first line is a JSON value, even a broken one, and more lines follow. Blank lines do not
+    count."""
     lines = (line for line in utf8_lines(path) if line.strip())
     first, more = next(lines, b""), next(lines, None) is not None
     text = first.decode("utf-8", "surrogateescape").strip()
@@ -241,8 +244,8 @@ def _read_lines(path: Path, row: MakeRow) -> Iterator[Row]:
 
 
 def _read_elements(text: str, place: int, array: bool, row: MakeRow) -> Iterator[Row]:
-    """The elements of an array, or the values that follow each other in a file, also without commas. After a broken
-    element, reading resumes at the next one."""
+    """The rows of an array whose elements begin at `place`, or of values that follow each other, with or without
+    commas. After a broken element, reading resumes at the next one."""
     number, counted, key, broken = 1, 0, "", False
     while True:
         place = _after_space(text, place)
@@ -348,7 +351,7 @@ def _error_text(error: BaseException) -> str:
 
 
 def _read_parquet(path: Path, row: MakeRow) -> Iterator[Row]:
-    """The rows, read by row group, so that a damaged group affects no other."""
+    """The rows of a Parquet file, read by row group, so that a damaged group affects no other."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

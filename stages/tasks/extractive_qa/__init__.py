@@ -7,7 +7,7 @@ folders named train, validation and test state the splits. Records have one of t
     {"messages": [{"role": "user", "content": "Context: ...\\nQuestion: ..."}, {"role": "assistant", "content": "..."}]}
     {"context": "...", "question": "...", "answers": {"text": ["...", ...]}, "id": "", "group": "" or "title": ""}
 
-A field that is null or empty counts as missing, and a number as an answer is its text.
+A field that is null or empty counts as missing. A number as an answer is read as text.
 
 All questions about the same context, or with the same `group` (or `title`), fall into the same split.
 """
@@ -45,7 +45,7 @@ class Scoring(Section):
 
 
 def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None, split: str) -> list[Sample]:
-    """The one sample of a question, the same in every split."""
+    """The one sample of a question, the same in every split except for the target, which the test split lacks."""
     meta: ExtractiveMeta = {
         "group": question.group,
         "source": question.source,
@@ -68,7 +68,7 @@ def build_samples(recipe: Recipe, question: ContextQuestion, found: Found | None
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """The first line of a completion, or as many as the longest reference has; None if there is none."""
+    """The first line of a completion, or as many lines as the longest reference has; None if all lines are blank."""
     return short_answers.first_lines(text, sample) or None
 
 
@@ -87,5 +87,5 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def score_notes(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
-    """Whose scores these are."""
+    """Sentences on whose scores these are; see `short_answers.score_notes`."""
     return short_answers.score_notes(samples)

@@ -36,12 +36,13 @@ class ContextQuestion:
 
 
 def sources(folder: Path) -> list[str]:
-    """The names of the data sets in the data folder, sorted. Raises DataError for no data set and ambiguous names."""
+    """The names of the data sets in the data folder, sorted. Raises DataError if there is none, or if a name
+    is ambiguous."""
     return sorted(_data_sets(folder))
 
 
 def _data_sets(folder: Path) -> dict[str, Path]:
-    """The paths of the data sets in the data folder by name."""
+    """The paths of the data sets in the data folder by name. Raises DataError as `sources` does."""
     found: dict[str, Path] = {}
     for path in _entries(folder):
         name = data_set_name(path)
@@ -66,7 +67,7 @@ def _data_sets(folder: Path) -> dict[str, Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """The files and folders in the data folder, sorted, without hidden ones."""
+    """The files and folders in the data folder, sorted, without hidden ones. Raises DataError if it does not exist."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; put the data sets there")
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -76,7 +77,8 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ContextQuestion]:
-    """Usable questions by data set. Others go to `skip` with file and line. Raises DataError if none is usable."""
+    """All usable questions, in the order of the data sets' names. Unusable records go to `skip` with file and line, and
+    entries that are not data sets with their names. Raises DataError if no question is usable."""
     data_sets, skip = _data_sets(folder), Skips(skip)
     for path in _entries(folder):
         if path not in data_sets.values() and path.stem.upper() not in ("README", "LICENSE", "NOTICE"):
@@ -88,7 +90,8 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
 
 
 def _read_data_set(source: str, path: Path, skip: Skip) -> list[ContextQuestion]:
-    """The questions of one data set. `group` is the record's own group, or empty."""
+    """The usable questions of one data set; unusable records go to `skip`. `group` is the record's own group; empty if
+    it has none, or if all questions share one."""
     found: dict[str, ContextQuestion] = {}
     stated: dict[str, Split | None] = {}
     files: dict[str, str] = {}
@@ -122,11 +125,12 @@ def _read_data_set(source: str, path: Path, skip: Skip) -> list[ContextQuestion]
 
 
 def _split_uses(stated: set[Split]) -> dict[Split, Given]:
-    """The split that Lorry makes of each split that a data set states.
+    """How Lorry uses each split that a data set states; a split that is missing here is Lorry's to choose.
 
     The test split is the test set. With a test split, the validation split is trained on, because Lorry holds out its
-    own part of the training data to choose checkpoints. Without a test split, the validation split is the test set, as
-    for SQuAD, whose test set is not public. A training split alone states nothing: Lorry splits the data set itself.
+    own part of the training data to choose checkpoints. With a training split but no test split, the
+    validation split is the test set, as for SQuAD, whose test set is not public. A training or validation split alone
+    states nothing: Lorry splits the data set itself.
     """
     splits: dict[Split, Given] = {"test": "test"}
     if stated & {"test", "validation"}:
@@ -167,7 +171,7 @@ def _group_name(question: ContextQuestion) -> str:
 
 
 def asked_rows(folder: Path, tested: list[ContextQuestion]) -> list[dict[str, Any]]:
-    """A row of the submission for each test question, in the order of the data."""
+    """A row of the submission for each test question, in the order of `tested`."""
     return [{"ids": [one.id], "id": one.id, "dataset": one.source, "question": one.text} for one in tested]
 
 
@@ -175,7 +179,8 @@ def asked_rows(folder: Path, tested: list[ContextQuestion]) -> list[dict[str, An
 
 
 def _nested_records(record: Any) -> Iterator[Any]:
-    """The questions nested in a record: in SQuAD's own files, articles contain paragraphs with questions."""
+    """The records of single questions in a record of SQuAD's own files, where articles contain paragraphs with
+    questions. Any other record is its own only one."""
     if not isinstance(record, dict):
         yield record
     elif isinstance(record.get("data"), list):
@@ -192,14 +197,15 @@ def _nested_records(record: Any) -> Iterator[Any]:
 
 
 def _with_those_above(nested: Any, record: dict[str, Any], *fields: str) -> Any:
-    """A nested record with the fields of the record around it that it does not give itself."""
+    """A nested record, with each of `fields` that it lacks copied from the record around it."""
     if not isinstance(nested, dict):
         return nested
     return {**nested, **{field: record.get(field) for field in fields if not is_given(nested.get(field))}}
 
 
 def _parse_record(record: Any) -> tuple[str, ContextQuestion]:
-    """A record's id, empty if it has none, and its question without id and source."""
+    """A record's id, empty if it has none, and its question without id and source. Raises BadRecordError if it is
+    unusable."""
     if not isinstance(record, dict):
         raise BadRecordError("not a JSON object", f"found {type(record).__name__}")
     messages = record.get("messages")
@@ -223,10 +229,11 @@ _QUESTION_IN_LINE = re.compile(r"(?<=[\s.!?;。！？；…”」）)])(?:questi
 
 def _parse_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
     """Context, question and answers of a conversation. A system message is allowed and ignored: the task has its own.
+    Raises BadRecordError for another form.
 
     The context begins after the marker at the start of the text, and the question after the last marker at the start
-    of a line, so both may contain the marker's words. If no marker is at the start of a line, the last one after a
-    sentence or white space counts. Without both markers, the whole text is the question.
+    of a line, so both may contain the marker's words. If no question marker is at the start of a line, the
+    last one after a sentence or white space counts. Unless both markers are found, the whole text is the question.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecordError("messages is not a list of objects", repr(messages)[:100])
@@ -254,14 +261,14 @@ def _text(record: dict[str, Any], field: str) -> str:
 
 
 def _texts(record: dict[str, Any], field: str) -> list[str]:
-    """A field's text, which may be a number."""
+    """The text or number of a field as text, in a list of one. Raises BadRecordError for any other value."""
     number = None if isinstance(record.get(field), str) else text_or_number(record.get(field))
     return [_text(record, field) if number is None else number]
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
     """The answers in `answers`, or else in `answer`: a text or number, a list of them or of `{"text"}`, or
-    `{"text": [...]}`."""
+    `{"text": [...]}`. Raises BadRecordError for any other value."""
     for value in (record.get("answers"), record.get("answer")):
         given = value.get("text") if isinstance(value, dict) else value
         texts = texts_of([one.get("text") if isinstance(one, dict) else one for one in _listed(given)])
@@ -277,12 +284,12 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _lines(texts: list[str]) -> tuple[str, ...]:
-    """The texts without blank lines and superfluous blanks, and without empty and repeated ones."""
+    """The texts without blank lines and superfluous blanks. Empty and repeated texts are left out."""
     found = ("\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip()) for text in texts)
     return tuple(dict.fromkeys(filter(None, found)))
 
 
 def _name(record: dict[str, Any], field: str) -> str:
-    """A field's string or integer as text; empty for anything else. A record without an id is named by its place."""
+    """A field's string or integer as text; empty for anything else."""
     value = record.get(field)
     return str(value).strip() if isinstance(value, str) or type(value) is int else ""

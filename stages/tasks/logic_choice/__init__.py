@@ -6,8 +6,8 @@ problems to train on. One problem a line:
     {"id": "p1", "problem": "...", "questions": [{"question": "...", "options": ["...", "..."], "answer": "A"}]}
 
 with 2 to 7 options for each question. `options` may also be an object by letter, and `answer` another form of the
-letter (`(A)`, `a.`), the text of an option, or its number: from 1 in a file where a number is that of the last option
-and none is 0, else from 0. An answer that is null or empty counts as missing.
+letter (`(A)`, `a.`), the text of an option, or its number. Numbers count from 1 in a file where one of them equals
+the number of its options and none is 0, else from 0. An answer that is null or empty counts as missing.
 `labels/<name>.jsonl` has guessed answers to problems of these files:
 
     {"id": "p1", "questions": [{"answer": "A"}]}
@@ -104,7 +104,8 @@ def _pass_settings(recipe: Recipe) -> Passes:
 
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask | None:
-    """The prompt of the question, in a retry with a temperature. No retry, and None, if a completion has a letter."""
+    """The prompt of the question; a retry samples at `retry_temperature`. None for a retry if an earlier completion has
+    a letter, or if `without` has `retry`."""
     if name == "answer":
         return Ask(sample["messages"])
     if "retry" in without or any(read_answer(text, sample) for text in before.values()):
@@ -120,12 +121,12 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """The letter in a completion that names one of the question's options; None without one: there is no default."""
+    """The letter of the option that a completion chooses; None if it chooses none, as there is no default."""
     return prompts.letter_in(text, _meta(sample)["options"])
 
 
 def narrowed_sample(sample: Sample, answers: Sequence[str]) -> Sample | None:
-    """The question with only these options, which keep their letters; None if fewer than two remain or all do."""
+    """The question with only these options, which keep their letters; None if fewer than two would remain, or all."""
     meta = _meta(sample)
     options = {letter: option for letter, option in meta["options"].items() if letter in answers}
     if len(options) < 2 or len(options) == len(meta["options"]):
@@ -141,7 +142,7 @@ def _meta(sample: Sample) -> LogicMeta:
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """A line with the answers to a problem in the order of its questions. An answer is empty if there is none."""
+    """A line with the answers to a problem's sub-questions, in order. An answer is empty if there is none."""
     found = [predictions.get(place) if place else None for place in row["places"]]
     return {"id": row["id"], "questions": [{"answer": (one["answer"] if one else None) or ""} for one in found]}
 

@@ -18,7 +18,7 @@ from stages.tasks.task import Given, Skip
 LETTERS = "ABCDEFG"
 """Letters of options, in order."""
 TRAIN, TEST = "train", "test"
-"""Names of files. Both belong to the data set `train`, because adapters trained on one are tested on the other."""
+"""Names of files. Both belong to the data set `train`, because its adapters are tested on test.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _add(questions: dict[str, LogicQuestion], question: LogicQuestion) -> None:
 
 
 def _read_file(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
-    """The usable problems of a file, each with file and line."""
+    """The usable problems of a file, each with file and line. Unusable lines and sub-questions go to `skip`."""
     found: dict[str, tuple[str, _Problem]] = {}
     lines = list(_lines(path))
     first = first_index(_answers(line.record for _, line in lines))
@@ -186,7 +186,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _questions(problem: _Problem, source: str, where: str, skip: Skip) -> Iterator[LogicQuestion]:
-    """The usable sub-questions of a problem. Only those of test.jsonl may lack an answer."""
+    """The usable sub-questions of a problem. Only those of test.jsonl may lack an answer; others without one go to
+    `skip`."""
     for index in range(len(problem.parts)):
         question = problem.question(index, source)
         if question is None:
@@ -198,7 +199,8 @@ def _questions(problem: _Problem, source: str, where: str, skip: Skip) -> Iterat
 
 
 def _labelled_questions(path: Path, by_id: dict[str, list[_Problem]], skip: Skip) -> Iterator[LogicQuestion]:
-    """Sub-questions with their answers from a file of guesses, matched by problem id and index."""
+    """The sub-questions that a file of guesses answers, with these answers, matched by problem id and index. Unusable
+    guesses go to `skip`."""
     seen: set[str] = set()
     lines = list(_lines(path))
     first = first_index(_guesses((line for _, line in lines), by_id))
@@ -248,7 +250,8 @@ def _labels(line: Row) -> tuple[str, list[Any]]:
 
 
 def _labelled_problem(name: str, answers: list[Any], by_id: dict[str, list[_Problem]]) -> _Problem:
-    """The problem that a line of labels belongs to. Raises BadRecordError for none, several, or other sub-questions."""
+    """The problem that a line of labels belongs to. Raises BadRecordError if there is none, if several
+    problems have its id, or if the number of sub-questions differs."""
     found = by_id.get(name, [])
     if not found:
         raise BadRecordError("label of an unknown problem", name)
@@ -278,7 +281,7 @@ def _problem(line: Row, where: str, first: int, skip: Skip) -> _Problem:
             parts.append(_part(question, first))
         except BadRecordError as error:
             skip(f"{where}, question {number}", error.reason, str(error))
-            parts.append(None)  # so that those after it keep their positions
+            parts.append(None)  # so that later sub-questions keep their positions
     return _Problem(name, text, tuple(parts))
 
 
@@ -299,8 +302,8 @@ def _part(question: Any, first: int) -> _Part:
 
 
 def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]]:
-    """The rows of the submission, one for each line of test.jsonl, also for unusable lines. Without that file, one for
-    each problem held out from train.jsonl, in its order.
+    """The rows of the submission, one for each line of test.jsonl, including unusable lines. Without that file, one for
+    each problem held out from train.jsonl, in the order of that file.
 
     A row has the problem's `id` as written in the file, a number or a text. `places` has the sample id of each
     sub-question, None for an unusable one, and `ids` all sample ids. If test.jsonl has no answers, problems held out

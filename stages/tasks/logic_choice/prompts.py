@@ -1,4 +1,4 @@
-"""The prompt, Chinese for a Chinese problem and else English, and the meaning of completions.
+"""The prompt, which is Chinese for a Chinese problem and else English, and the letters that completions mean.
 
 The prompt is short so that small models can follow it.
 """
@@ -59,7 +59,7 @@ _MARKED = re.compile(
 _CHOSEN = re.compile(
     rf"(?:(?<![候备])选择?(?!项)|\b(?:choose|pick|select)\b){_LINK}{{0,2}}{_OPENING}{_NOUN}{_LETTER}", re.IGNORECASE
 )
-"""Weaker than an answer marker, because reasoning also chooses on its way."""
+"""Weaker than an answer marker, because reasoning also chooses along the way."""
 _JUDGED = re.compile(
     r"(?<![A-Za-z0-9'’\-])(?P<letter>[A-Z])[\"'”’)\]】」 ]{0,3}项?\s*"
     r"(?:\bis\s+(?:(?:clearly|definitely)\s+)?(?:the\s+)?(?:only\s+)?(?:(?:correct|right)\b|answer\b)"
@@ -71,7 +71,7 @@ _SUPPOSED = re.compile(
     r"(?:(?!\b(?:then|so)\b|[则就]|那么|所以)[^.,;:!?。\n])*$",
     re.IGNORECASE,
 )
-"""Before a letter in its clause: the letter is not an answer."""
+"""Before a letter in the same clause: the letter is only supposed, and is not an answer."""
 _REFUSED = re.compile(
     r"(?:\b(?:not|never|cannot|nor|rather than|instead of)|n['’]t|\bno reason to)"
     r"(?:\s+(?:really|actually|simply|just|ever|even|be|want to|have to|able to|going to))*\s+$"
@@ -133,7 +133,7 @@ def _meant_letters(pattern: re.Pattern[str], text: str, options: Mapping[str, st
 
 
 def _only_letter_called_right(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter that is called right; None if there are none or several."""
+    """The letter that is called right. None if none or several are, or if an option mentions a single letter."""
     if any(re.search(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", option) for option in options.values()):
         return None  # 'A is right' may be about a person named A
     found = set(_meant_letters(_JUDGED, text, options))
@@ -141,7 +141,8 @@ def _only_letter_called_right(text: str, options: Mapping[str, str]) -> str | No
 
 
 def _option_letter(text: str, match: re.Match[str], options: Mapping[str, str]) -> str | None:
-    """The letter that a pattern found; None if it names no option, is an article, or is one of several letters."""
+    """The letter of the option that a match names. If the text there begins with an option's text, it is that option.
+    None if the letter names no option, is an article, or is one of several."""
     written, rest = match["letter"], text[match.end("letter") :]
     named = [letter for letter, option in options.items() if len(option) > 1 and _begins_with(written + rest, option)]
     if named:  # 'A is taller', 'A同学': options that begin with a letter

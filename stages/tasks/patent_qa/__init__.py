@@ -1,8 +1,8 @@
 """patent_qa: questions about patent PDFs, answered from the pages that a question names or that are most similar to it.
 
-A question about a page is shown that page and a few others, or the page alone if its drawing is enough. A question that
-names no page is shown the most similar pages. Pages are shown as pictures, or as text to a model without vision. Up to
-three passes prompt the model: whether the drawing is enough, the answer, and the answer in the style of the data.
+With a question that names a page, the prompt shows that page and a few others, or that page alone if its drawing is
+enough. Otherwise it shows the most similar pages. Pages are pictures, or text for a model without vision. Up to three
+passes ask the model whether the drawing is enough, for the answer, and for the answer in the style of the data.
 
 Data folder: `documents/` with PDFs, also in subfolders, and either `questions.jsonl`, split by document, or
 `train.jsonl` and `test.jsonl`. One question a line:
@@ -11,7 +11,7 @@ Data folder: `documents/` with PDFs, also in subfolders, and either `questions.j
 
 `question` and `document` are required, and `answer` for training and scoring. Retrieval is scored by `pages`, the
 1-based pages of the evidence. Scores are broken down by `kind`. A missing `id` becomes `<file>-<line>`. A field that is
-null or empty counts as missing, and a number as an answer is its text.
+null or empty counts as missing. A number as an answer is read as text.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -56,7 +56,7 @@ class PatentMeta(Meta, total=False):
     also_named: list[int]
     """The other usable pages that the question names."""
     evidence: list[int]
-    """Pages that hold the answer, by the data."""
+    """Pages that hold the answer, according to the data."""
     ranked: list[int]
     """Pages, most similar to the question first."""
     first: list[int]
@@ -159,10 +159,11 @@ def read_classification(text: str) -> bool:
 
 
 def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None, split: str) -> list[Sample]:
-    """The samples of one question, by the same rule in training and test.
+    """The samples of one question, which show pages by the same rule in every split.
 
-    If the question names no usable page, its sample shows the most similar pages. Otherwise it shows the named pages,
-    then similar ones. If the drawing of a page is enough, training gets a second sample with that page alone.
+    If the question names no usable page, its sample shows the most similar pages. Otherwise it shows the named pages
+    and similar ones. If the drawing of the page is enough, train and validation get a second sample with that page
+    alone. The one sample in test has all pages that a prompt may show, because the passes choose among them.
     """
     assert found is not None  # the task reads documents
     settings, top_k = _sample_settings(recipe), _top_k(recipe)
@@ -214,7 +215,7 @@ def _page_record(settings: Samples, page: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_pages(settings: Samples, meta: PatentMeta, without: Collection[str]) -> list[int]:
     """Numbers of the pages to show besides the first named page, if there is one: other named pages, then the most
-    similar ones. Sorted."""
+    similar ones, or the document's first pages if `without` has `retrieval`. Sorted."""
     ranked = meta["first"] if "retrieval" in without else meta["ranked"]
     count = meta["top_k"] if meta["named"] is None else max(settings.others, len(meta["also_named"]))
     others = dict.fromkeys([*meta["also_named"], *ranked])
@@ -222,7 +223,8 @@ def _other_pages(settings: Samples, meta: PatentMeta, without: Collection[str]) 
 
 
 def _set_prompt(recipe: Recipe, sample: Sample, others: list[int], pages: Mapping[int, Mapping[str, Any]]) -> None:
-    """Set the messages and images of a sample to its question with these pages."""
+    """Set a sample's messages, images and page metadata so that it shows its named page, if there is one, and
+    `others`."""
     meta = _meta(sample)
     ask = _answer_prompt(recipe, meta, others, {str(number): page for number, page in pages.items()}, ())
     shown = sorted([*others, *([meta["named"]] if meta["named"] else [])])
@@ -289,8 +291,8 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """All prompts that the passes may ask about a sample, each with the most tokens that earlier completions add to
-    it."""
+    """All prompts that the passes may use for a sample, each with the largest number of tokens that earlier completions
+    can add to it."""
     asks: list[tuple[Ask | None, int]] = [
         (ask(recipe, sample, "answer", {"classify": word}, without), 0) for word in "YN"
     ]
@@ -311,8 +313,8 @@ def _shows_page_alone(meta: PatentMeta, before: Mapping[str, str], without: Coll
 
 
 def read_answer(text: str, sample: Sample) -> str:
-    """The answer in a completion: its first line, or as many as the longest reference has, without a final full
-    stop."""
+    """The answer in a completion: its first line, or as many lines as the longest reference has, without a final full
+    stop. Empty if there is none."""
     return _without_stop(short_answers.first_lines(text, sample))
 
 
@@ -341,7 +343,7 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     """Exact match and F1 by the rules of SQuAD, of CMRC 2018 for Chinese, and of Lorry; see `short_answers.scores`. For
-    questions about positions, SQuAD's exact match also under its own name."""
+    questions about positions, SQuAD's exact match is also reported as `position_exact_match`."""
     found = short_answers.scores(answer, sample, _without_stop)
     if not asks_position(sample["meta"].get("question", "")):
         return found
@@ -350,12 +352,13 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def score_notes(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
-    """Whose scores these are."""
+    """Sentences on whose scores these are; see `short_answers.score_notes`."""
     return short_answers.score_notes(samples)
 
 
 def facts(sample: Sample) -> dict[str, float]:
-    """Recall of retrieval in 0..1: the share of evidence pages that are shown, and that are among the k most similar.
+    """Recall of retrieval in 0..1: the share of evidence pages that the sample shows, and the share among the k most
+    similar pages.
     Empty if the data name no evidence."""
     meta = _meta(sample)
     evidence = set(meta["evidence"])

@@ -47,7 +47,8 @@ _CARE = {True: "请先仔细看图和文字，再给出答案。", False: "Look 
 
 
 def picture_prompt(question: str, named: int, others: int, hint: bool) -> list[Message]:
-    """The prompt for a question with pictures of pages: first `named`, which the question names, then `others` more."""
+    """The prompt for a question with pictures of pages: first the `named` pages that the question names, then
+    `others` further pages."""
     chinese = is_chinese(question)
     parts = [_ROLE[chinese]]
     if named:

@@ -27,12 +27,12 @@ class PatentQuestion:
     document: str
     """Path of the PDF relative to `documents/`, with its ending."""
     pages: tuple[int, ...]
-    """1-based pages that the text names, in its order."""
+    """1-based pages that the text names, in order of mention."""
     figure: str | None
     """Figure that the text names, such as `2a`; None without one."""
     answers: tuple[str, ...]
     evidence: tuple[int, ...]
-    """1-based pages that hold the answer, by the data."""
+    """1-based pages that hold the answer, according to the data."""
     kind: str
     split: Literal["train", "test"] | None
     """The split that the data state; None: Lorry chooses it."""
@@ -71,7 +71,8 @@ def find_documents(folder: Path) -> list[Path]:
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[PatentQuestion]:
-    """All usable questions. Unusable lines go to `skip` with file and line. Raises DataError if none is usable."""
+    """All usable questions. Unusable lines go to `skip` with file and line; so do training questions about a test
+    document, with their ids. Raises DataError if a file is missing or no line is usable."""
     sources: list[tuple[Path, Literal["train", "test"] | None]] = [
         (folder / "test.jsonl", "test"),
         (folder / "train.jsonl", "train"),
@@ -111,8 +112,8 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
 
 
 def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any]]:
-    """The rows of the submission in the order of the file, one for each line of test.jsonl, also for unusable lines.
-    Without that file, one for each question about the documents held out.
+    """The rows of the submission in the order of the file, one for each line of test.jsonl, including unusable
+    lines. Without that file, one for each question about the held-out documents.
 
     A row has `idx` (0-based, as text), `ids` (empty for an unusable line), `document` and `question`.
     """
@@ -139,7 +140,7 @@ def _parse_line(
     record = object_in(line)
     text = text_of(record, "question")
     document = text_of(record, "document")
-    if document not in documents:  # spelled so, where several names differ only by composition
+    if document not in documents:  # as spelled, if names differ only by composition
         document = unicodedata.normalize("NFC", document)
     if document not in documents:
         raise BadRecordError("unknown document", document)
@@ -174,7 +175,7 @@ def _evidence(record: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _without_leaks(questions: list[PatentQuestion], skip: Skip) -> list[PatentQuestion]:
-    """The questions. Training questions about a document that also has test questions are left out and go to `skip`."""
+    """The questions without training questions about a document that also has test questions. Those go to `skip`."""
     tested = {question.document for question in questions if question.split == "test"}
     usable = []
     for question in questions:
