@@ -23,11 +23,12 @@ class Ablation:
     """The component left out; EVERYTHING if none is."""
     figures: Figures
     difference: Figures
-    """Gain over the scores with everything, paired, in percentage points; below 0 the component is useful."""
+    """Paired difference from the scores with everything, in percentage points: negative if the component helps. Empty
+    for EVERYTHING."""
     changed: int
-    """Scored samples whose answer is not the same as with everything."""
+    """Number of scored samples whose answer is not the same as with everything."""
     seconds: float | None
-    """Per question, without the engine's start; None if not recorded."""
+    """Seconds per question, without the engine's start; None if not recorded."""
 
 
 def ablated_adapter(recipe: Recipe, predictions: Mapping[str, Any]) -> str | None:
@@ -38,11 +39,11 @@ def ablated_adapter(recipe: Recipe, predictions: Mapping[str, Any]) -> str | Non
 def ablations(
     run: Run, task: Any, samples: Sequence[Sample], predictions: Mapping[str, list[Prediction]], asked: Asked
 ) -> list[Ablation]:
-    """Return the scores with EVERYTHING, then without each ablated component in the recipe's order; empty if the recipe
-    ablates nothing.
+    """Return the scores with EVERYTHING, then without each ablated component, in the recipe's order. Empty if the
+    recipe ablates nothing, no adapter has predictions, or the adapter was asked none of the samples.
 
-    `samples` are those with references, `predictions` those of all models. Samples that the adapter was not
-    given do not count.
+    `samples` are those with references, `predictions` those of all models. Samples that the adapter was not asked do
+    not count.
     """
     recipe = run.recipe
     whole = ablated_adapter(recipe, predictions)
@@ -74,12 +75,12 @@ def _answers_without(run: Run, component: str, predictions: Mapping[str, list[Pr
 
 
 def _variant_name(component: str) -> str:
-    """The name by which infer's manifest records the answers without a component."""
+    """The name under which infer's manifest records the answers without a component."""
     return "base" if component == "adapter" else f"without {component}"
 
 
 def _count_changed_answers(model: Model, everything: Model) -> int:
-    """Count the samples to which a model gives another answer than with everything."""
+    """Count the samples for which a model's answer is not the one with everything."""
     answers, others = (
         [prediction and prediction["answer"] for prediction in each.predictions] for each in (model, everything)
     )

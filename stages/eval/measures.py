@@ -20,7 +20,10 @@ class Measure:
 
 
 def measure_answers(task: Any, recipe: Recipe, scores: Scores) -> dict[str, dict[str, Measure]]:
-    """Return the measures of each model by name; empty if the task has none. The task gets None for a failed answer."""
+    """Return the measures by model and name; empty if no answer has one. Values are rounded to four decimals.
+
+    The task gets None for a failed answer. Samples that a model was not asked are left out.
+    """
     found: dict[str, dict[str, Measure]] = {}
     for name, model in scores.models.items():
         values: dict[str, list[float]] = defaultdict(list)

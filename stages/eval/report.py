@@ -32,10 +32,10 @@ from stages.tasks import load_task
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 PICTURE_WIDTH = 500
-"""Pixels; enough to read a drawing's part numbers, small enough for twenty pages in one file."""
+"""Largest width, in pixels: enough to read a drawing's part numbers, small enough for twenty pages in one file."""
 
 MOST_DRAWN = 200
-"""Most samples that a task draws in one report, not counting the worst answers."""
+"""Largest number of samples that one report shows as the task's drawings, not counting the worst answers."""
 
 ON_TRAINING_DATA = "Scored on training data: these figures say nothing about other data."
 
@@ -103,7 +103,7 @@ def write_report(
 
 @cache
 def _load_template() -> Template:
-    """Load the report's template. Later calls return the same."""
+    """Return the report's template, which is loaded once."""
     # adapter names and model output are untrusted: everything is escaped except Markup
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -114,7 +114,8 @@ def _load_template() -> Template:
 
 
 def format_interval(figure: dict[str, Any], sign: str = "") -> str:
-    """Format a figure as `34.4 [25.0, 43.8]`. `sign` is that of a format specification: `+` for differences."""
+    """Format a figure as `34.4 [25.0, 43.8]`, or as `34.4 [too few]` if it has no interval. `sign` is that of a format
+    specification: `+` for differences."""
     return interval_text(figure["value"], figure["low"], figure["high"], sign)
 
 
@@ -129,7 +130,7 @@ def _colour_placeholder(index: int) -> str:
 
 
 def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup | None:
-    """Draw training loss (thin) and validation loss (dashed, with points) over steps, as inline SVG. Returns None
+    """Return a curve of training loss (thin) and validation loss (dashed, with points) over steps, as inline SVG; None
     without losses.
 
     `curve` has the lines of train's metrics.jsonl. The same lines give the same bytes.
@@ -172,8 +173,8 @@ def _coordinates(points: list[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def _loss_table(curve: list[dict[str, Any]], trained: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each adapter the first and last training loss, the last and lowest validation loss, and memory and speed from
-    train's manifest. A value that was not measured is None."""
+    """For each adapter the last step, the first and last training loss, the last and lowest validation loss, and memory
+    (GiB) and speed (tokens per second) from train's manifest. A value that was not measured is None."""
     rows = []
     for adapter in dict.fromkeys(entry["adapter"] for entry in curve):
         own = [entry for entry in curve if entry["adapter"] == adapter]
@@ -269,7 +270,8 @@ def question_text(sample: Sample) -> str:
 
 
 def picture_data(path: Path) -> str | None:
-    """Return a picture as a data URI, shrunk to PICTURE_WIDTH; None if it cannot be read, as a report may lack it."""
+    """Return a picture as the data URI of a JPEG, at most PICTURE_WIDTH wide. Returns None if it cannot be read: the
+    report then lacks this picture."""
     content = io.BytesIO()
     try:
         picture = read_picture(path, (2 * PICTURE_WIDTH, 2 * PICTURE_WIDTH))

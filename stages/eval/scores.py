@@ -26,7 +26,7 @@ class Model:
     predictions: list[Prediction | None]
     """None if infer wrote no record of the sample."""
     errors: list[str | None]
-    """Why there is no answer; None if there is one."""
+    """Why there is no answer; None if there is one, or if the model was not asked."""
     values: Values
     """Shape (samples, metrics), 0..1; NaN where a metric does not apply or the model was not asked."""
 
@@ -61,8 +61,9 @@ def score_models(
     predictions: Mapping[str, Sequence[Prediction]],
     asked: Asked = lambda name, sample: True,
 ) -> Scores:
-    """Score predictions, by model name, of samples that have references. A sample counts only for models that were
-    asked it.
+    """Return the scores of every model's predictions. A sample counts only for models that were asked it.
+
+    All `samples` have references; `predictions` has the predictions by model name.
 
     Raises DataError if a model has two predictions of one sample.
     """
@@ -84,7 +85,8 @@ def score_models(
 
 
 def _merge_metrics(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Merge the metrics of all rows into one list. The metrics of each row keep their order."""
+    """Merge the metrics of all rows into one list. The metrics of each row keep their order; if rows contradict each
+    other, the first one decides."""
     names: list[str] = []
     for row in dict.fromkeys(rows):
         place = next((names.index(metric) for metric in row if metric in names), len(names))
@@ -155,7 +157,7 @@ def _score_rows(
     predictions: Sequence[Prediction | None],
     errors: Sequence[str | None],
 ) -> list[dict[str, float]]:
-    """The scores of each sample by metric: 0 for a failed answer, none for a sample that was not asked."""
+    """The scores of each sample by metric: 0 for a failed answer, and an empty dict for a sample that was not asked."""
     rows = []
     for sample, prediction, error in zip(samples, predictions, errors, strict=True):
         if error is not None:
@@ -189,7 +191,8 @@ def scores_by_question(scores: Scores) -> Scores:
 
 
 def overall_figures(scores: Scores) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    """Return every model's figures and each adapter's differences from base, in percent, with 95% intervals.
+    """Return every model's figures, in percent, and the differences of every other model from base, in percentage
+    points. Both have 95% intervals.
 
     Differences are paired: both models answered the same samples. Facts have none.
     """
@@ -251,8 +254,8 @@ def _count_rows(scores: Scores, name: str, chosen: Sequence[int]) -> dict[str, d
 
 
 def worst_rows(scores: Scores, name: str, count: int) -> list[int]:
-    """Return the rows of a model's worst answers, worst first: failures, then by score, ties by sample id. Perfect
-    answers are left out.
+    """Return the rows of a model's worst answers, at most `count`, worst first: failures, then by score, ties by sample
+    id. Perfect answers are left out.
 
     Scores are ordered by a task's last metric first: tasks list the strictest metric first, and the most lenient says
     most about how wrong an answer is.

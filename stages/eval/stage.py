@@ -31,7 +31,11 @@ from stages.tasks import load_task
 
 
 def work(stage: Stage) -> None:
-    """Score the answers and write the report. `run_stage` calls this."""
+    """Score the answers and write the report. `run_stage` calls this.
+
+    Raises DataError if no test sample has a reference or the predictions do not fit the samples, and
+    InterruptedRunError if the stage is asked to stop.
+    """
     recipe = stage.run.recipe
     samples = cast(list[Sample], read_jsonl(stage.run.path("preprocess", "samples", "test.jsonl")))
     predictions = _read_predictions(stage.run, {sample["id"] for sample in samples})
@@ -94,7 +98,7 @@ def work(stage: Stage) -> None:
 def _write_uploads(
     stage: Stage, task: Any, samples: list[Sample], predictions: Mapping[str, list[Prediction]]
 ) -> list[str]:
-    """Write every model's files for a benchmark's own server. Returns the files' names."""
+    """Write every model's files for a benchmark's own server. Returns the files' paths in the stage's folder."""
     written = []
     for name, records in predictions.items():
         by_id = {prediction["id"]: prediction for prediction in records}
@@ -104,7 +108,7 @@ def _write_uploads(
 
 
 def _asked_function(recipe: Recipe) -> Asked:
-    """Return a function that says whether a model was asked a sample, as infer.answers sets it."""
+    """Return a function that says whether a model was asked a sample, which `infer.answers` decides."""
     adapters = {adapter.name: adapter for adapter in recipe.train.adapters}
 
     def was_asked(model: str, sample: Sample) -> bool:
@@ -116,7 +120,7 @@ def _asked_function(recipe: Recipe) -> Asked:
 
 
 def _write_summary(stage: Stage, figures: Mapping[str, Figures], suspicious: Sequence[str]) -> None:
-    """Write summary.json, and write it again after each adapter, as train does."""
+    """Write summary.json after each adapter, with the results so far, as train does."""
     run, infer = stage.run, stage.run.manifest("infer") or {}
     untrained = (run.manifest("train") or {}).get("untrained", {})
     batch = run.recipe.infer.batch_size
@@ -151,7 +155,8 @@ def _write_summary(stage: Stage, figures: Mapping[str, Figures], suspicious: Seq
 
 
 def _generation_settings(recipe: Recipe) -> dict[str, Any]:
-    """How the answers were generated, in transformers' terms. A task's retries may sample; `passes` says so."""
+    """How the answers were generated, in transformers' terms. The settings of a task's passes, which may sample, are in
+    `passes`."""
     return {
         "max_new_tokens": recipe.infer.max_new_tokens,
         "do_sample": False,
@@ -163,9 +168,9 @@ def _generation_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _read_predictions(run: Run, ids: set[str]) -> dict[str, list[Prediction]]:
-    """Read the predictions by model: base, the vote, the adapters in the recipe's order, then any others.
+    """Return the predictions by model: base, the vote, the adapters in the recipe's order, then any others.
 
-    `ids` are those of the test samples. Raises DataError for a prediction of another sample, or if base has none.
+    `ids` are those of the test samples. Raises DataError for a prediction of another sample, or if base has no file.
     """
     folder = run.path("infer", "predictions")
     found = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
@@ -197,8 +202,8 @@ def _print_tables(
     notes: Sequence[str],
     suspicious: Sequence[str],
 ) -> None:
-    """Print to the console a table of base against each adapter, one of the vote, one of the ablations, what to know
-    about the scores, what is suspicious about the answers, and the path of the report."""
+    """Print the results to the console: a table of base against each other model, notes on the scores, tables of the
+    vote and of the ablations if there are any, warnings of suspicious answers, and the path of the report."""
     from rich.console import Console
 
     seconds = {name: seconds_per_question(stage.run, name) for name in scores.models}
@@ -206,7 +211,7 @@ def _print_tables(
         console = Console(file=file, width=100, highlight=False, markup=False, emoji=False)
 
         def print_table(table: Any) -> None:
-            """Print a table. Its caption says if samples are training data."""
+            """Print a table. If samples are training data, its caption says so."""
             table.caption = ON_TRAINING_DATA if stage.counts["scored on training data"] else None
             console.print(table)
 
@@ -235,7 +240,7 @@ def _print_tables(
 
 
 def _model_table(name: str, figures: dict[str, Figures], differences: Figures, seconds: dict[str, float | None]) -> Any:
-    """Base against one adapter, or base alone, as a rich table."""
+    """Base against another model, or base alone, as a rich table."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -277,7 +282,8 @@ def _vote_table(vote: VoteOutcome, figures: dict[str, Figures]) -> Any:
 
 
 def _vote_line(vote: VoteOutcome) -> str:
-    """One line on the vote: its difference from the best voter, how it was decided, agreement and entropy."""
+    """One line on the vote: its difference from the best voter, how it was decided, agreement, entropy, and the number
+    of samples with a second round."""
     metric, gain = next(iter(vote.over_best.items()))
     decided = ", ".join(f"{by} {count}" for by, count in sorted(vote.decided_by.items()))
     return (
@@ -287,7 +293,7 @@ def _vote_line(vote: VoteOutcome) -> str:
 
 
 def _format_seconds(took: float | None) -> str:
-    """Format seconds with three significant digits; empty if not recorded."""
+    """Format seconds with three significant digits. Returns an empty text if they are not recorded."""
     return "" if took is None else f"{took:.3g}"
 
 

@@ -24,7 +24,7 @@ class Voter:
     weight: float | None
     """The weight of its vote; None if it does not vote."""
     agreement: float | None
-    """Percent of the samples on which its own answer is the vote's; None if it does not vote."""
+    """Percent of the samples on which its first-round answer is the vote's final one; None if it does not vote."""
     abstained: int
 
 
@@ -82,8 +82,8 @@ def vote_outcome(
 
 
 def _first_round_line(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of votes.jsonl with votes, agreement and entropy of the first round: in a second, voters see each other's
-    answers."""
+    """A line of votes.jsonl with votes, agreement and entropy of the first round, because voters see each other's
+    answers in a second one."""
     first = row.get("first_round", row)
     return {**row, **{name: first[name] for name in ("votes", "agreement", "entropy")}}
 

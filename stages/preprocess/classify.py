@@ -44,7 +44,7 @@ def _prompt_digest(ask: Ask) -> str:
 
 
 def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
-    """The model's completions by the prompts' digests, with those of earlier prompts in the cache.
+    """The model's completions of these prompts, and all others in its cache, by the digest of the prompt.
 
     Asks the model only for completions that are not cached. Raises InterruptedRunError if the stage is asked to stop.
     """
@@ -62,7 +62,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
         engine = _start_engine(stage, model, prompts, limit)
 
         def note(place: int, completion: Completion) -> None:
-            """Add the completion of prompt number `place` to the cache, and report progress."""
+            """Add the completion of `prompts[place]` to the cache, and report progress."""
             key = prompts[place].id
             question = missing[key].messages[-1]["content"]
             journal.append([{"asked": key, "prompt": question, "text": completion.text}])
@@ -79,7 +79,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
 
 
 def _start_engine(stage: Stage, model: Any, prompts: list[Prompt], limit: int) -> Any:
-    """Start the engine for these prompts and return it. `limit` is the largest number of tokens of a completion."""
+    """Return an engine, started for these prompts. `limit` is the largest number of tokens of a completion."""
     recipe, target = stage.run.recipe, working_target(probe(), load_targets())
     stage.decide("classifier", recipe.model.path, f"{len(prompts)} questions, in {target.dtype}")
     return start_engine(

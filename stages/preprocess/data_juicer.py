@@ -46,10 +46,11 @@ def run_operators(stage: Stage, records: Path) -> Path:
     keeps the order of the input. A record that an operator adds (such as a second caption) follows its source record.
     It has a new id, and the source's id as `original_id`.
 
-    Writes <run>/preprocess/records/kept.jsonl, and operators.json with each operator's seconds and the numbers of
-    records that it read, kept, dropped, changed, added and failed on. Raises UsageError for an operator, a parameter or
-    weights that do not exist, DataError if no record is left, InterruptedRunError if the stage is asked to stop, and
-    LorryError if the child process ends without a message.
+    Writes into <run>/preprocess/records: kept.jsonl, operators.json with each operator's seconds and the numbers of
+    records that it read, kept, dropped, changed, added and failed on, and failed.jsonl. Skips unusable records and
+    those that an operator fails on. Raises UsageError for an operator, a parameter or weights that do not exist,
+    DataError if no record is usable or left, or an operator fails on the data, InterruptedRunError if the stage is
+    asked to stop, and LorryError if the child process fails without a message.
     """
     settings = stage.run.recipe.preprocess.data_juicer
     assert settings is not None
@@ -76,7 +77,8 @@ def run_operators(stage: Stage, records: Path) -> Path:
 
 
 def _report_counts(stage: Stage, operators: list[dict[str, Any]], read: int, kept: Path) -> None:
-    """Print each operator's numbers of records, and add them to the stage. Raises DataError if no record is left.
+    """Print each operator's numbers of records. Add the numbers read and kept, and the output files, to the stage.
+    Raises DataError if no record is left.
 
     `operators` is the content of operators.json, `read` the number of records before the first, `kept` the output file.
     """
@@ -161,7 +163,7 @@ def _usable_records(path: Path, stage: Stage) -> Records:
 
 
 def _images(record: dict[str, Any]) -> Any:
-    """The record's pictures: an empty list where it gives none."""
+    """The record's pictures: an empty list if it has none."""
     return record["images"] if is_given(record.get("images")) else []
 
 
@@ -186,7 +188,8 @@ def _run_child(
 ) -> None:
     """Run all operators in the child process, or resume them from the last saved chunk in `work`.
 
-    Raises the error that the child sends, and LorryError if it ends without one.
+    Raises the error that the child sends, InterruptedRunError if the stage is asked to stop, and LorryError if the
+    child fails without sending an error.
     """
     work.mkdir(parents=True, exist_ok=True)
     before = read_json(work / "job.json")
@@ -246,7 +249,7 @@ def _operator_rows(known: Records) -> Iterable[dict[str, Any]]:
 
 
 def _follow(stage: Stage, reading: int) -> LorryError | None:
-    """Print the child's messages and progress until it ends. Returns the error that it sent; None if it sent none."""
+    """Return the error that the child sent; None if it sent none. Prints its messages and progress until it ends."""
     kinds = {"usage": UsageError, "data": DataError, "stopped": InterruptedRunError}
     error = None
     with os.fdopen(reading, encoding="utf-8") as channel:
@@ -262,7 +265,7 @@ def _follow(stage: Stage, reading: int) -> LorryError | None:
 
 
 def _child_environment(scratch: Path) -> dict[str, str]:
-    """Return the child's environment. It keeps Data-Juicer and its libraries off the network and the home folder."""
+    """Return the child's environment, which keeps Data-Juicer and its libraries off the network and the home folder."""
     given = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
     return {
         **given,

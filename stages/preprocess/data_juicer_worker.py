@@ -9,8 +9,9 @@ It runs the operators one after the other, on one chunk of records at a time, an
 Operators that compare records (deduplicators, selectors) get all records as one chunk. With `executor: ray`, those that
 do not support Ray run in local processes.
 
-The result does not depend on the sizes of chunks or the number of processes. Captions are sampled with a seed from the
-record's id. On a GPU, records that are captioned together share one seed; with Ray on a GPU, captions have no seed.
+On a CPU, the result does not depend on the size of chunks or the number of processes: captions are sampled with a seed
+from the record's id. On a GPU, records that are captioned together share one seed; with Ray on a GPU, captions have no
+seed.
 """
 
 import difflib
@@ -82,7 +83,8 @@ cannot process a row."""
 
 
 def main() -> None:
-    """Run the operators of the job that the command line names. Send an error to the stage and exit with its code."""
+    """Run the operators of the job that the command line names. After a UsageError or DataError, sends it to the stage
+    and exits with its exit code."""
     job = Job(**read_json(Path(sys.argv[1])))
     make_forks_die_with_parents()  # operators' workers, and Ray
     try:
@@ -141,9 +143,10 @@ def _damage_reason(path: str) -> str:
 
 
 def _run_operator(job: Job, number: int, operator: Any, rows: list[Row]) -> list[Row]:
-    """Run one operator over all rows. Returns the rows that it returns.
+    """Run one operator over all rows. Returns its output rows.
 
-    Raises DataError if a mapper or filter fails on every one of the first records, or another operator fails at all.
+    Raises DataError if a mapper or filter fails on each of the first FAILURES_BEFORE_GIVING_UP records, or if another
+    operator fails.
     """
     from data_juicer.ops.base_op import Filter, Mapper
 
@@ -198,7 +201,8 @@ class _Bisection:
 def _run_step(
     job: Job, number: int, name: str, rows: list[Row], size: int, work: Callable[[list[Row], list[Row]], list[Row]]
 ) -> list[Row]:
-    """Process the chunks of a step that are not saved yet, `size` rows each. Returns the rows of all chunks.
+    """Process the chunks of a step that are not saved yet, `size` rows each. Returns the rows of all chunks, or none if
+    the next step is finished, too.
 
     `work` processes one chunk: it returns the rows, and adds the records that fail to the list of problems.
     """
@@ -404,7 +408,8 @@ def _parameters_with_defaults(job: Job, kind: Any, given: dict[str, Any]) -> dic
 
 
 def _seed_each_call(function: Any, seed: str) -> Any:
-    """Return a mapper's function, wrapped so that each call starts from a seed of `seed` and its first record's id.
+    """Return a mapper's function, wrapped so that each call first seeds the random generators from `seed` and the id of
+    its first record.
 
     Otherwise sampled captions would depend on the process.
     """
@@ -460,7 +465,7 @@ def _supports_ray(job: Job, operator: Any) -> bool:
 
 
 def _run_here(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
-    """Run an operator over rows in local processes. Returns the rows that it returns."""
+    """Run an operator over rows in local processes. Returns its output rows."""
     from data_juicer.core.data import NestedDataset
     from datasets import Dataset, disable_caching
     from pyarrow.ipc import new_stream
@@ -476,7 +481,7 @@ def _run_here(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
 
 
 def _run_on_ray(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
-    """Run an operator over rows on Ray. Returns the rows that it returns."""
+    """Run an operator over rows on Ray. Returns its output rows."""
     _start_ray(job)
     import ray
     from data_juicer.core.data.ray_dataset import RayDataset
@@ -491,7 +496,8 @@ def _run_on_ray(job: Job, operator: Any, rows: list[Row]) -> list[Row]:
 
 
 def _ray_options(job: Job) -> dict[str, Any]:
-    """Return the arguments of `ray.init`: none if RAY_ADDRESS is set, else those of a Ray for this machine only."""
+    """Return the arguments of `ray.init`: none if RAY_ADDRESS is set, else those that start a Ray on this machine
+    only."""
     if os.environ.get("RAY_ADDRESS"):
         return {}
     return {
@@ -518,7 +524,7 @@ def _start_ray(job: Job) -> None:
 
 
 def _arrow_table(job: Job, rows: list[Row]) -> Any:
-    """Return the rows as an Arrow table, with absolute paths of pictures."""
+    """Return the rows as an Arrow table, with absolute paths of pictures and without `original_id`."""
     import pyarrow as pa
 
     columns: dict[str, Any] = {
@@ -531,8 +537,8 @@ def _arrow_table(job: Job, rows: list[Row]) -> Any:
 
 
 def _output_rows(job: Job, samples: list[dict[str, Any]]) -> list[Row]:
-    """Return an operator's output as rows, without statistics and hashes, and with pictures relative to the data
-    folder."""
+    """Return an operator's output as rows, without statistics, hashes and empty fields, and with pictures relative to
+    the data folder."""
     rows = []
     for sample in samples:
         row = {key: value for key, value in sample.items() if not key.startswith("__dj__") and value is not None}

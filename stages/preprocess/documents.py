@@ -32,7 +32,8 @@ from stages.preprocess.render import PageRange, count_pages, render_range
 from stages.preprocess.workers import TOOK_TOO_LONG, run_in_workers
 
 RANGE = 16
-"""Pages that a worker renders at once. A kill costs at most these, and workers share one long document."""
+"""Number of pages that a worker renders at once. A kill loses at most these for each worker, and several workers can
+share one long document."""
 
 PAGE_TABLE = pa.schema(
     [
@@ -56,10 +57,10 @@ FIGURE = re.compile(r"[0-9]+-figure-[0-9a-z]+\.jpg")
 
 
 def document_ids(documents: list[Path], folder: Path) -> dict[str, Path]:
-    """Documents by id: the path below the folder, with its suffix, composed (Unicode's NFC).
+    """Documents by id: the path below the folder, with its suffix, in Unicode's composed form (NFC).
 
-    Of several paths that are equal when composed, the one that is spelled so has that id, or else the first. The others
-    have ids of their own: their spelling, numbered if it is taken.
+    If several paths have the same composed form, the one that is spelled in it gets this id, or else the first path.
+    The id of each other one is its path as spelled, with a number such as ` (2)` if that is taken.
     """
     alike: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for path in documents:
@@ -84,11 +85,12 @@ def picture_folder(document: str) -> str:
 def render_documents(
     stage: Stage, documents: dict[str, Path], passages_of: Callable[[dict[str, Any]], int] = lambda page: 1
 ) -> list[dict[str, Any]]:
-    """Render every page of every document and write pages.parquet. Returns the usable pages' records, in its order.
-    `passages_of` returns the number of a page's passages.
+    """Return the records of the usable pages of all documents, in order. Renders the pages that no earlier start has
+    rendered. Writes pages.parquet, unless in a shard. `passages_of` returns the number of a page's passages.
 
     Each record has the table's columns except the words, which for many pages would not fit in memory. Unreadable
-    documents, blank pages and failing pages go to `stage.skip`. Raises DataError when no page is left.
+    documents, blank pages and failing pages go to `stage.skip`. Raises DataError if no page is usable, unless in a
+    shard. Deletes the pictures of other pages.
     """
     settings = stage.run.recipe.preprocess
     hashes = FileHashes(stage.path(".pages.json"))
@@ -125,7 +127,7 @@ def render_documents(
 
 
 def _is_usable(stage: Stage, document: str, record: dict[str, Any]) -> bool:
-    """Count a page. Record it as skipped if it cannot be used."""
+    """Whether a page is usable. Counts it, and records it as skipped if it is not usable."""
     stage.counts["pages"] += 1
     where = f"{document} page {record['page']}"
     if record["status"] == "blank":
@@ -158,7 +160,7 @@ def _write_table(stage: Stage, ranges: list[PageRange], passages_of: Callable[[d
 
 
 def _ranges(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -> Iterator[PageRange]:
-    """The page ranges of all documents that can be read, in order. The others go to `stage.skip`."""
+    """The page ranges of all readable documents, in order. Unreadable documents go to `stage.skip`."""
     counted = _count_pages(stage, documents, hashes)
     for name, path in documents.items():
         found = counted[name]
@@ -174,8 +176,8 @@ def _ranges(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -> Ite
 
 
 def _count_pages(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -> dict[str, dict[str, Any]]:
-    """Each document's record of `count_pages`, by id: an earlier start's, or made now in worker processes, since a
-    damaged document may take for ever to open."""
+    """Each document's record of `count_pages`, by id, from an earlier start if it is still valid. Worker processes make
+    the others, because opening a damaged document may never end."""
     settings = stage.run.recipe.preprocess
     counted: dict[str, dict[str, Any]] = {}
     missing: list[PageRange] = []
@@ -186,7 +188,7 @@ def _count_pages(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -
         else:
             missing.append(PageRange(name, path, 0, 1))
         stage.stop.check()
-    workers = min(_workers(settings), math.ceil(len(missing) / RANGE))  # starting one takes as long as many counts
+    workers = min(_workers(settings), math.ceil(len(missing) / RANGE))  # starting one takes as long as counting many
     for document, (record,) in run_in_workers(
         lambda document: (count_pages, (document.source,)),
         missing,
@@ -232,8 +234,9 @@ def _range_key(settings: Preprocess, pages: PageRange, hashes: FileHashes) -> st
 
 
 def _finished_records(stage: Stage, pages: PageRange, hashes: FileHashes) -> list[dict[str, Any]] | None:
-    """Records of a range that an earlier start finished; None if it did not, if a picture is missing or changed, or if
-    a page took too long then and may now take another time."""
+    """The records of a range that an earlier start finished, without words. None if there are none for this document
+    and these settings, if a picture is missing or changed, or if a page took too long and the time limit has changed
+    since."""
     settings = stage.run.recipe.preprocess
     saved = read_json(_range_file(stage, pages))
     if saved is None or saved["key"] != _range_key(settings, pages, hashes):
@@ -252,7 +255,8 @@ def _finished_records(stage: Stage, pages: PageRange, hashes: FileHashes) -> lis
 def _render_missing(
     stage: Stage, missing: list[PageRange], done: dict[PageRange, list[dict[str, Any]]], settings: Preprocess
 ) -> None:
-    """Render ranges in worker processes. Save each as soon as all its pages are rendered."""
+    """Render ranges in worker processes. Saves each range, and adds its records to `done`, as soon as all its pages are
+    rendered."""
     hashes = FileHashes(stage.path(".pages.json"))
     look, rendered, total = settings.pages, 0, sum(len(pages) for pages in missing)
     assert look is not None
@@ -285,7 +289,8 @@ def _render_missing(
 def _save_range(
     stage: Stage, pages: PageRange, records: list[dict[str, Any]], hashes: FileHashes
 ) -> list[dict[str, Any]]:
-    """Write a finished range's records, for this start and the next. Returns them without the words."""
+    """Return a finished range's records, sorted by page and without words. Saves them, with words, for the next
+    start."""
     folder = f"preprocess/pages/{picture_folder(pages.document)}"
     finished = sorted(records, key=lambda record: int(record["page"]))
     for record in finished:
@@ -297,12 +302,13 @@ def _save_range(
 
 
 def _picture_path(stage: Stage, record: dict[str, Any]) -> Path:
-    """A page's picture in this stage's or shard's folder. The record always has its path after merging."""
+    """A page's picture in the folder of this stage or shard. The record has the path that the picture has after
+    merging."""
     return stage.path(str(Path(record["image"]).relative_to(stage.name)))
 
 
 def _remove_stale_pictures(stage: Stage, usable: list[dict[str, Any]]) -> None:
-    """Delete pictures of documents that are gone, and of pages that are now skipped."""
+    """Delete the pictures of documents that are gone and of pages that are now skipped, but no crops of figures."""
     wanted = {_picture_path(stage, record) for record in usable}
     for path in visible_files(stage.path("pages")):
         if path not in wanted and not FIGURE.fullmatch(path.name):

@@ -1,7 +1,7 @@
 """Embed pages and questions, batch by batch. Each batch is saved at once, so that a restart does not repeat it.
 
-There are two kinds of embedders: GME-Qwen2-VL takes a page's picture, a sentence-transformers model its text, in
-passages that it reads whole. Each passage has a vector.
+There are two kinds of embedders: GME-Qwen2-VL takes a page's picture, and a sentence-transformers model takes its text,
+in passages that it reads whole. Each picture or passage has a vector.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ Vectors = npt.NDArray[np.float32]
 
 
 def split_into_chunks(texts: list[str]) -> list[list[str]]:
-    """Split texts, in order, into chunks of CHUNK."""
+    """Split texts, in order, into chunks of CHUNK. The last one may be shorter."""
     return [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
 
 
@@ -47,7 +47,7 @@ class Settings:
     max_pixels: int
     batch_size: int
     dtype: str
-    """Of the vectors on disk: float32 or float16."""
+    """Number format of the vectors on disk: float32 or float16."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Piece:
 
 
 class Embedder:
-    """The recipe's embedder. It is loaded for the first missing piece, so a restart that finds all pieces needs neither
-    the model nor a GPU."""
+    """The recipe's embedder. Its model is loaded for the first missing piece, so a restart that finds all pieces needs
+    no GPU."""
 
     def __init__(self, stage: Stage, devices: Sequence[str] | None = None) -> None:
         settings = stage.run.recipe.preprocess.retrieval
@@ -82,29 +82,30 @@ class Embedder:
         self._pool: ProcessPoolExecutor | None = None
 
     def passages_of(self, page: Mapping[str, Any]) -> int:
-        """Number of a page's passages, and so of its vectors: 1 for a picture."""
+        """Number of a page's passages, and so of its vectors; 1 if the embedder takes pictures."""
         return 1 if self._settings.takes_pictures else len(self._split(str(page["text"])))
 
     def embed_pages(self, pages: Sequence[Mapping[str, Any]]) -> None:
-        """Embed pages: records of `render_documents`, those of a document one after the other.
+        """Embed pages, which are records of `render_documents`, and save their vectors in the cache.
 
-        A batch has passages or pictures of one document and of similar size, so that a shard of the documents makes
-        the same bytes as a run without shards.
+        A batch has passages or pictures of one document only, so that a shard makes the same bytes as a run without
+        shards.
         """
         what = "pages" if self._settings.takes_pictures else "passages"
         self._embed([piece for _, pieces in self._pieces_by_document(pages) for piece, _ in pieces], what)
 
     def write_pages(self, pages: Sequence[Mapping[str, Any]], path: Path) -> Vectors:
-        """Write the vectors of embedded pages: a row for each passage, in the order of the pages. Returns them mapped
-        from the file: float32 or float16, shape (passages, dimensions), each of length one or zero."""
+        """Write the vectors of embedded pages: a row for each passage, in the order of the pages, of which those of a
+        document must be adjacent. Returns them mapped from the file: float32 or float16, shape (passages, dimensions),
+        each of length one or zero."""
         rows = sum(map(self.passages_of, pages))
         self._write(path, rows, (self._vectors_of(pieces) for _, pieces in self._pieces_by_document(pages)))
         found: Vectors = np.load(path, mmap_mode="r", allow_pickle=False)
         return found
 
     def embed_questions(self, chunks: list[list[str]]) -> Vectors:
-        """Return unit vectors of questions: float32, shape (questions, dimensions). An empty text gets the zero
-        vector. Counts the questions whose end the embedder does not read."""
+        """Return unit vectors of questions: float32, shape (questions, dimensions), or (0, 0) without questions. An
+        empty text gets the zero vector. Counts the questions whose end the embedder does not read."""
         longer = sum(self._window.is_longer(text) for chunk in chunks for text in chunk)
         if longer:
             self._stage.counts["questions embedded without their end"] = longer
@@ -133,7 +134,7 @@ class Embedder:
     def _pieces_by_document(
         self, pages: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[str, list[tuple[Piece, list[int]]]]]:
-        """Each document's pieces, with the indices of their pages' passages in the document."""
+        """Each document's id and pieces, each piece with the places of its passages or pictures in the document."""
         own: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for page in pages:
             own[page["document"]].append(page)
@@ -156,20 +157,21 @@ class Embedder:
         return sentence_window(self._settings.folder)
 
     def _split(self, text: str) -> list[str]:
-        """A page's passages, which are needed several times."""
+        """A page's passages. They are kept, because they are needed several times."""
         if text not in self._passages:
             self._passages[text] = self._window.passages(text)
         return self._passages[text]
 
     def _picture_path(self, page: Mapping[str, Any]) -> str:
-        """A page's picture in this stage's or shard's folder. The record always has its path after merging."""
+        """A page's picture in the folder of this stage or shard. The record has the path that the picture has after
+        merging."""
         return str(self._stage.path(str(Path(page["image"]).relative_to(self._stage.name))))
 
     def _pieces(
         self, items: list[tuple[str, str]], are_pictures: bool, sizes: list[int] | None = None
     ) -> list[tuple[Piece, list[int]]]:
-        """Batches of similar size, each with the indices of its items. An item is the text or path to embed, and the
-        text or digest that identifies it."""
+        """Batches of items of similar size, each with the places of its items. An item is the text or path to embed,
+        and the text or digest that identifies it."""
         sizes = sizes or [-len(item) for item, _ in items]
         order = sorted(range(len(items)), key=lambda place: (sizes[place], place))
         found = []
@@ -219,7 +221,7 @@ class Embedder:
 
     @functools.cached_property
     def _precision_and_devices(self) -> tuple[str, list[str]]:
-        """Lorry probes for GPUs only when a piece is missing."""
+        """The number format and the devices to embed with. Lorry probes for GPUs only when a piece is missing."""
         machine = probe()
         target = working_target(machine, load_targets())
         if self._settings.takes_pictures:
@@ -305,7 +307,7 @@ class _Model:
 
 
 _load_model: Callable[[], _Model]
-"""The worker process's model, loaded at the first call."""
+"""Returns the worker process's model, which it loads at the first call."""
 
 
 def _start_worker(settings: Settings, dtype: str, free: Any, parent: int) -> None:

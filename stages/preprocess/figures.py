@@ -27,8 +27,7 @@ def crop_figures(stage: Stage, wanted: list[Figure], documents: dict[str, Path])
 
     Returns `image` (path relative to the run), `width`, `height` (pixels) and `sha256` of each figure that was found.
     The others are counted (`figure not found` on its page, `figure fills its page`, or `figure failed`, with the reason
-    in the log), and their whole pages serve instead. Crops that are not wanted are deleted, so call it also with
-    nothing wanted, after `render_documents`.
+    in the log), and have no crop. Crops that are not wanted are deleted, so call it even if nothing is wanted.
     """
     hashes = FileHashes(stage.path(".pages.json"))
     done: dict[Figure, dict[str, Any]] = {}
@@ -92,7 +91,8 @@ def _key(settings: Preprocess, figure: Figure, documents: dict[str, Path], hashe
 def _finished_record(
     stage: Stage, figure: Figure, documents: dict[str, Path], hashes: FileHashes
 ) -> dict[str, Any] | None:
-    """An earlier start's record of a figure; None if there is none, or if the crop is missing or changed."""
+    """An earlier start's record of a figure; None if there is none for this document and these settings, or if the crop
+    is missing or changed."""
     saved = read_json(_record_path(stage, figure))
     if saved is None or saved["key"] != _key(stage.run.recipe.preprocess, figure, documents, hashes):
         return None
@@ -110,7 +110,8 @@ def _crop_missing(
     documents: dict[str, Path],
     hashes: FileHashes,
 ) -> None:
-    """Crop in worker processes, page by page. Saves each page's records as soon as it is done."""
+    """Crop in worker processes, page by page. Saves each page's records, and adds them to `done`, as soon as the page
+    is done."""
     settings, cropped = stage.run.recipe.preprocess, 0
     names: dict[PageRange, list[str]] = defaultdict(list)
     for document, number, name in missing:

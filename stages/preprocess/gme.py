@@ -2,8 +2,8 @@
 
 The vectors are those of its authors' gme_inference.py, but computed in batches. The input is a chat with the text or
 picture as the user's message, and `<|endoftext|>` at the end. Positions count token by token, unlike in generation,
-where pictures have two-dimensional positions. The vector is the last token's hidden state, scaled to length one. A
-picture has 256 to 1,280 tokens.
+where pictures have two-dimensional positions. The vector is the last token's hidden state, scaled to length one. With
+the default pixel budget, a picture has 256 to 1,280 tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ SHOWN = "<|vision_start|>", "<|vision_end|>"
 MAX_LENGTH = 1800
 """Largest number of tokens of the whole input. A longer text is cut, as in GME's training."""
 MIN_TOKENS = 256
-"""Smallest number of tokens of a picture. Smaller pictures are enlarged."""
+"""Smallest number of tokens of a picture, unless the pixel budget is below it. Smaller pictures are enlarged."""
 READERS = 8
 """Number of threads that read pictures while the GPU computes."""
 

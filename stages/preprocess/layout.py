@@ -2,8 +2,8 @@
 
 A page is an array of ink: booleans, rows x columns, true where something is printed. Boxes are in pixels of that array.
 The page is cut between its labels where a cut crosses the least ink, until each part has one label. The figure is the
-drawing in that part, above the label or below it. Ruled tables are no drawings, and lines of a list of figures no
-labels.
+drawing in that part, above the label or below it. Ruled tables do not count as drawings, nor lines of a list of figures
+as labels.
 """
 
 import re
@@ -133,7 +133,8 @@ def _crop(page: pymupdf.Page, figure: str, path: Path, max_pixels: int, jpeg_qua
 
 
 def page_ink(page: pymupdf.Page) -> Ink:
-    """Return where a page is darker than its paper, in any colour: rows x columns, at most `INK_PIXELS` in all."""
+    """Return a page's ink, which is true where the page is darker than its paper in any colour channel: rows x columns,
+    at most `INK_PIXELS` in all."""
     picture = render_page(page, INK_PIXELS)
     colours = np.frombuffer(picture.samples, np.uint8).reshape(picture.height, picture.width, 3)
     darkest = colours.min(axis=2).astype(np.int16)
@@ -142,7 +143,8 @@ def page_ink(page: pymupdf.Page) -> Ink:
 
 
 def figure_box(words: Iterable[Sequence[Any]], figure: str, ink: Ink) -> tuple[float, float, float, float] | None:
-    """Return the box (x0, y0, x1, y1) of a figure with its label, in 0..1 of the page. None: no such label or drawing.
+    """Return the box (x0, y0, x1, y1) of a figure with its label, in 0..1 of the page; None if there is no such label
+    or drawing.
 
     `words` are `[x0, y0, x1, y1, word]` in 0..1 of the page; `figure` is as `mentions.figure_named` returns it. A
     figure `2` with labels `2a` and `2b` covers both; a figure `2b` without a label of its own is figure `2`.
@@ -252,7 +254,7 @@ def _list_lines(lines: list[Line], page: Box, ink: Ink) -> list[Line]:
 
 
 def _is_next(upper: Line, lower: Line, drawn: Ink) -> bool:
-    """Whether a line is the next entry of a list: at most two lines lie between, and nothing is drawn there."""
+    """Whether a line is the next entry of a list: at most two lines lie between, and at most specks are drawn there."""
     height = max(upper.box.y1 - upper.box.y0, lower.box.y1 - lower.box.y0)
     apart = lower.box.y0 - upper.box.y1
     between = Box(min(upper.box.x0, lower.box.x0), upper.box.y1, max(upper.box.x1, lower.box.x1), lower.box.y0)
@@ -307,8 +309,11 @@ def _is_prose(box: Box, drawn: Ink) -> bool:
 
 
 def _boxes_of(labels: list[Label], figure: str) -> tuple[list[Box], list[Label]]:
-    """The boxes of a figure's labels, and the labels that cut the page: of a figure whose parts have labels, too, those
-    of its parts if one of them is wanted, and else its own."""
+    """The boxes of a figure's labels, and of all labels between which the page is cut.
+
+    If a figure and its parts both have labels, only one kind cuts: those of the parts if one of these parts is wanted,
+    else the figure's own.
+    """
     whole, named = _number(figure), {label.figure for label in labels}
     exact = [label for label in labels if label.figure == figure]
     wants_part = figure != whole and bool(exact)
@@ -323,7 +328,7 @@ def _boxes_of(labels: list[Label], figure: str) -> tuple[list[Box], list[Label]]
 
 
 def _number(figure: str) -> str:
-    """The figure that a part such as `2a` belongs to."""
+    """The number of a figure, or of the figure that a part such as `2a` belongs to."""
     return figure.rstrip("abcdefghijklmnopqrstuvwxyz")
 
 
@@ -331,7 +336,7 @@ def _number(figure: str) -> str:
 
 
 def _tables(words: Iterable[Sequence[Any]], ink: Ink) -> list[Box]:
-    """The ruled tables of a page: rules of the same length below each other, with text in several cells and nothing
+    """The ruled tables of a page: rules with the same ends, one below the other, with text in several cells and nothing
     else between them."""
     height, width = ink.shape
     by_ends: list[list[Box]] = []
@@ -386,7 +391,7 @@ def _is_below(rule: Box, row: int, start: int, stop: int) -> bool:
 
 
 def _cell_rows(upper: Box, lower: Box, words: list[Box], ink: Ink) -> int | None:
-    """How many rows of text with several cells are between two rules of a table; None where it is no table's row."""
+    """How many rows of text with several cells are between two rules; None if the rules are not of one table."""
     x0, x1, y0, y1 = upper.x0, upper.x1, upper.y1, lower.y0
     if y1 - y0 < 3:
         return 0
@@ -418,16 +423,16 @@ def _cell_rows(upper: Box, lower: Box, words: list[Box], ink: Ink) -> int | None
 
 
 def _labels_are_below(marks: list[Box], drawn: Ink) -> bool:
-    """Whether labels are below their figures: more is drawn above the first label than below the last."""
+    """Whether labels are below their figures: at least as much is drawn above the first label as below the last."""
     inked = np.flatnonzero(drawn.any(axis=1))
     first, last = min(mark.y0 for mark in marks), max(mark.y1 for mark in marks)
     return bool((inked < first).sum() >= (inked >= last).sum())
 
 
 def _with_numbers(drawn: Ink, texts: list[Box]) -> Ink:
-    """Return the drawing with its part numbers, each as a cross that reaches its leader line.
+    """Return the drawing with its part numbers: each text near ink becomes a cross that reaches its leader line.
 
-    Texts themselves have no ink, so a cut through the page's head, far from all drawings, costs nothing.
+    Other texts have no ink, so a cut through the page's header, far from all drawings, costs nothing.
     """
     height, width = drawn.shape
     solid = drawn.copy()
@@ -457,7 +462,8 @@ def _part_of(mark: Box, marks: list[Box], ink: Ink, below: bool) -> Box:
 
 
 def _side_of(mark: Box, part: Box, drawn: Ink, below: bool) -> Box:
-    """The side of a label with its figure. It reaches past the label for as long as the drawing goes on beside it."""
+    """The part of the page on the side of a label where its figure is. It reaches past the label for as long as the
+    drawing goes on beside it."""
     inked = np.any(part.crop(drawn), axis=1).tolist()
     row = mark.y1 if below else mark.y0 - 1
     step = 1 if below else -1
@@ -469,8 +475,8 @@ def _side_of(mark: Box, part: Box, drawn: Ink, below: bool) -> Box:
 def _cuts_across(marks: list[Box], ink: Ink, part: Box, below: bool) -> Iterator[tuple[int, int, int]]:
     """Cuts between labels one above the other: (ink crossed, 0, row).
 
-    A cut is as close as possible to the label whose figure is on its far side, and leaves part of the other label's
-    figure between itself and that label.
+    Of the rows that cross the least ink, a cut takes the one closest to the label whose figure lies away from the cut.
+    It leaves at least some of the other figure between itself and the other label.
     """
     for upper, lower in pairwise(sorted(marks, key=lambda mark: mark.y1)):
         end = min(mark.y0 for mark in marks if mark.y1 >= lower.y1)
@@ -487,8 +493,8 @@ def _cuts_across(marks: list[Box], ink: Ink, part: Box, below: bool) -> Iterator
 
 
 def _cuts_down(marks: list[Box], ink: Ink, part: Box) -> Iterator[tuple[int, int, int]]:
-    """Cuts between labels side by side: (ink crossed, 1, column). Each is in the widest gap; of gaps about as wide, in
-    the one nearest to the middle. A figure's parts are closer to each other than figures are."""
+    """Cuts between labels side by side: (ink crossed, 1, column). Each is in the widest gap, because figures are
+    farther apart than the parts of one figure; if several gaps are about as wide, in the one nearest to the middle."""
     for left, right in pairwise(sorted(marks, key=lambda mark: mark.x1)):
         end = min(mark.x0 for mark in marks if mark.x1 >= right.x1)
         if left.x1 > end:
@@ -503,7 +509,8 @@ def _cuts_down(marks: list[Box], ink: Ink, part: Box) -> Iterator[tuple[int, int
 
 
 def _drawing(side: Box, prose: list[Box], drawn: Ink) -> Box | None:
-    """The drawing in a part of the page: of the stretches between lines of prose, the one with most ink rows."""
+    """The drawing in a part of the page: of the stretches between lines of prose, the one with ink in the most rows.
+    None if it is too small for a drawing."""
     edges = sorted({side.y0, side.y1, *((box.y0 + box.y1) // 2 for box in prose if box.touches(side))})
     stretches = [side._replace(y0=top, y1=bottom) for top, bottom in pairwise(edges)]
     best = max(stretches, key=lambda box: box.crop(drawn).any(axis=1).sum(), default=side)

@@ -1,4 +1,4 @@
-"""A page's text in passages that an embedder reads whole: what is beyond its window would never be found."""
+"""Split a page's text into passages that an embedder reads whole: text beyond its window would never be found."""
 
 import json
 import re
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 OVERLAP = 0.25
-"""Share of a passage that the next one repeats. A sentence on the border is whole in one of them, if no longer."""
+"""Share of a passage that the next one repeats. A sentence on the border is whole in one of the two, unless it is
+longer than this share."""
 
 SPARE = 2
-"""Tokens that a passage may have more than its part of the page has: its beginning may be split otherwise."""
+"""Tokens kept free in each passage: without the text before it, its beginning may be split into more tokens."""
 
 Spans = list[tuple[int, int]]
 """First and last character, the latter exclusive, of each token of a text."""
@@ -27,12 +28,12 @@ class Window:
     """How many tokens of the text; those that the embedder adds do not count."""
 
     def is_longer(self, text: str) -> bool:
-        """Whether the embedder does not read the end of a text."""
+        """Whether a text is longer than the embedder reads."""
         return len(self._spans(text)) > self.tokens
 
     def passages(self, text: str) -> list[str]:
-        """Return the text as it is if the embedder reads it whole. Otherwise return passages that it reads whole, in
-        order, each of which repeats the end of the one before it. Always at least one, which may be empty."""
+        """Return passages that the embedder reads whole, in order: the text itself if it is short enough, otherwise
+        parts of it, each of which repeats the end of the one before. Always at least one, which may be empty."""
         return split_text(text, self._spans, self.tokens)
 
     def _spans(self, text: str) -> Spans:
@@ -44,7 +45,7 @@ def sentence_window(folder: Path) -> Window:
     """The window of a sentence-transformers model.
 
     Its size is `max_seq_length` in sentence_bert_config.json, or else the smaller of the tokenizer's `model_max_length`
-    and the model's `max_position_embeddings`, as in sentence-transformers.
+    and the model's `max_position_embeddings`, as in sentence-transformers, or else 512; less the special tokens.
     """
     modules = _json(folder / "modules.json") or [{"path": ""}]
     folder = folder / modules[0]["path"]
@@ -60,7 +61,7 @@ def sentence_window(folder: Path) -> Window:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """A model's `tokenizers.Tokenizer` without truncation and padding."""
+    """A model's `tokenizers.Tokenizer` without truncation or padding."""
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
@@ -80,7 +81,8 @@ def _json(path: Path) -> Any:
 
 
 def split_text(text: str, spans_of: Callable[[str], Spans], most: int) -> list[str]:
-    """Split a text into passages of at most `most` tokens. `spans_of` gives the tokens of a text."""
+    """Split a text into overlapping passages of at most `most` tokens. Returns a text that is short enough unchanged.
+    `spans_of` returns the spans of a text's tokens."""
     spans = spans_of(text)
     if len(spans) <= most:
         return [text]
@@ -101,7 +103,8 @@ def split_text(text: str, spans_of: Callable[[str], Spans], most: int) -> list[s
 
 
 def _word_starts(text: str, spans: Spans) -> set[int]:
-    """The tokens that begin a word: those after white space, and every one at a Chinese or Japanese character."""
+    """The places of the tokens that begin a word: the first, those after white space, and those that begin with a
+    Chinese or Japanese character."""
     return {
         place
         for place, (start, _) in enumerate(spans)

@@ -1,10 +1,10 @@
 """The text of a page in the order in which a person reads it. Runs in worker processes: keep imports light.
 
-A content stream may place its words in any order, so only their boxes count. Words are joined to segments, pieces of a
-line without a wide gap. A page is then cut along its white corridors (Breuel 2002, 'Two geometric algorithms for layout
-analysis'): what is above a corridor comes first, then its left column, its right column, and what is below. Rows of a
-table have corridors, too, but are read across. Vertical, rotated and skewed text is turned upright first; right-to-left
-text is mirrored.
+A content stream may place its words in any order, so only their boxes count. Words are joined into segments, which are
+pieces of a line without a wide gap. A page is then cut along its white corridors (Breuel 2002, 'Two geometric
+algorithms for layout analysis'): what is above a corridor comes first, then its left column, its right column, and what
+is below. A table has corridors, too, but its rows are read across. Vertical, rotated and skewed text is turned upright
+first; right-to-left text is mirrored.
 """
 
 import math
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pymupdf
 
 RULES_VERSION = 2
-"""Increase it when a page's text changes: pages read by earlier rules are then read again."""
+"""Increase it when the rules change: pages read by earlier rules are then read again."""
 
 Boxes = npt.NDArray[np.float64]
 """Shape (n, 4): x0, y0, x1, y1."""
@@ -29,41 +29,43 @@ Boxes = npt.NDArray[np.float64]
 Places = npt.NDArray[np.int64]
 
 FLAGS = pymupdf.TEXT_PRESERVE_WHITESPACE | pymupdf.TEXT_MEDIABOX_CLIP | pymupdf.TEXT_CID_FOR_UNKNOWN_UNICODE
-"""Without TEXT_PRESERVE_LIGATURES: MuPDF spells them out."""
+"""TEXT_PRESERVE_LIGATURES is left out, so that MuPDF spells ligatures out."""
 
 GAP = 0.5
-"""Gap between two words, in heights of a line, that ends a segment, and least width of a corridor. Justified text has
-wider gaps, but not below each other."""
+"""Gap between two words that ends a segment, and smallest width of a corridor, in heights of a line. Justified text has
+wider gaps, but not one below the other."""
 
 MARK_GAP = 2.5
-"""The same between a list's mark and its item."""
+"""Gap that separates a list's mark from its item, in heights of a line: larger than GAP, so that the two stay one
+segment."""
 
 NEAR = 0.1
 """How far beyond a corridor's edge, in heights of a line, a segment may reach."""
 
 MOST_EDGES = 200
-"""Places that are tried for a corridor: a drawing may have thousands of labels."""
+"""Largest number of places that are tried for a corridor: a drawing may have thousands of labels."""
 
 LEAST_ROWS = 2
-"""On both sides of a corridor: fewer are read row by row."""
+"""Smallest number of segments on either side of a corridor; with fewer, a region is read row by row."""
 
 MANY_ROWS = 8
-"""From which on white space between words is no accident, however narrow."""
+"""Number of rows from which white space between words counts as a corridor, however narrow: it is no accident."""
 
 WIDE = 0.7
-"""Least width of a corridor, in heights of a line, beside fewer rows."""
+"""Smallest width of a corridor beside fewer than MANY_ROWS rows, in heights of a line."""
 
 PROSE = 2.5
-"""Words a row from which on a column is prose. Cells of a table have fewer."""
+"""Number of words per row from which a column is prose. Cells of a table have fewer."""
 
 FULL = 0.65
-"""Share of a column's width that a row of prose covers."""
+"""Share of a column's width that a full row of prose covers at least."""
 
 LONG = 10
-"""Least length of a line of prose, in heights of a line, for numbers beside it to be those of lines."""
+"""Smallest length of a line of prose, in heights of a line, for the numbers beside it to count as line numbers."""
 
 ASKEW = math.sin(math.radians(8))
-"""Text at a larger angle is no line of the page, such as a mark across it."""
+"""Sine of the largest angle between a line of text and the page's edges. Text at a larger angle, such as a watermark,
+is not part of the page's lines."""
 
 _RTL = re.compile(r"[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefe]")
 _CJK = re.compile(r"[\u3000-\u9fff\uf900-\ufaff\uff00-\uffef]")
@@ -72,7 +74,7 @@ _FORMS = re.compile(r"[\ufb00-\ufb4f\ufb50-\ufdff\ufe70-\ufefe]")
 _NUMBER = re.compile(r"[1-9][0-9]{0,3}")
 _NUMERIC = re.compile(r"[^\w]*[0-9][0-9.,:/%\u2212-]*[^\w]*")
 _MARK = re.compile(r"[\u2022\u2023\u25aa\u25cf\u25e6\u00b7*\u2013\u2014-]|\(?[0-9a-zA-Z]{1,3}[.)]|[0-9]+(\.[0-9]+)+")
-"""At the beginning of a list's item or a heading."""
+"""The mark at the beginning of a list's item or a heading."""
 _HYPHENS = "-\u2010\u00ad"
 
 
@@ -106,7 +108,8 @@ class Direction(NamedTuple):
 
 
 def read_page(page: pymupdf.Page, content: pymupdf.DisplayList | None = None) -> PageText:
-    """The text of a page and its words. `content` is the page's, for a caller that draws it, too."""
+    """The text of a page and its words, in reading order. `content` is the page's display list if the caller has one,
+    because it also draws the page."""
     # a display list has the page as it is shown: rotated, and in points
     textpage = pymupdf.TextPage((content or page.get_displaylist()).get_textpage(FLAGS))
     found = textpage.extractWORDS()
@@ -177,7 +180,11 @@ def _is_visual_order(textpage: pymupdf.TextPage) -> bool:
 
 
 def _plain_text(text: str, reverse: bool) -> str:
-    """A word without presentation forms and soft hyphens, but for one at its end, where the word goes on."""
+    """A word without presentation forms and soft hyphens. A soft hyphen at its end stays, because the word goes on in
+    the next line.
+
+    `reverse`: whether right-to-left words are stored from left to right.
+    """
     if text.isascii():
         return text
     if _FORMS.search(text):
@@ -208,7 +215,7 @@ def _without_doubles(words: list[Word]) -> list[Word]:
 
 
 def _read_group(words: list[Word], turn: int, slope: float, shown: tuple[float, float]) -> tuple[list[Word], list[str]]:
-    """Words that run in one direction, in reading order, and their lines' texts.
+    """Return words that run in one direction, in reading order, and the texts of their lines.
 
     `turn` is in quarter turns clockwise, `slope` as in `Direction`, `shown` the page's size in points.
     """
@@ -260,8 +267,8 @@ def _is_stacked(boxes: Boxes, texts: Sequence[str]) -> bool:
 
 
 def _lines_in_order(boxes: Boxes, texts: Sequence[str]) -> list[list[int]]:
-    """Lines of words, by their places, in reading order. Line numbers and the readings beside Chinese characters come
-    last: they would break the text."""
+    """Lines of words, by their places, in reading order. Line numbers, and kana that show how Chinese characters are
+    read, come last: they would break the text."""
     height = float(np.median(boxes[:, 3] - boxes[:, 1])) or 1.0
     aside = [*_readings(boxes, texts), *_line_numbers(boxes, texts, height)]
     body = np.setdiff1d(np.arange(len(texts)), aside)
@@ -274,7 +281,7 @@ def _lines_in_order(boxes: Boxes, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _readings(boxes: Boxes, texts: Sequence[str]) -> list[int]:
-    """Small kana right above larger characters, which say how these are read."""
+    """The places of small kana right above larger characters: they show how these are read."""
     kana = [place for place, text in enumerate(texts) if _KANA.fullmatch(text)]
     if not kana:
         return []
@@ -291,8 +298,8 @@ def _readings(boxes: Boxes, texts: Sequence[str]) -> list[int]:
 
 
 def _line_numbers(boxes: Boxes, texts: Sequence[str], height: float) -> list[int]:
-    """Numbers of lines (5, 10, 15, ... or 1, 2, 3, ...) in a column of their own: between a patent's columns, or in a
-    margin."""
+    """The places of line numbers (5, 10, 15, ... or 1, 2, 3, ...) in a column of their own: between a patent's columns,
+    or in a margin."""
     numbers = [place for place, text in enumerate(texts) if _NUMBER.fullmatch(text)]
     middle = (boxes[:, 0] + boxes[:, 2]) / 2
     numbers.sort(key=lambda place: middle[place])
@@ -311,7 +318,11 @@ def _line_numbers(boxes: Boxes, texts: Sequence[str], height: float) -> list[int
 
 
 def _counted_run(column: list[int], boxes: Boxes, texts: Sequence[str], height: float) -> list[int]:
-    """The numbers of a column that grow with the lines: the same distance for each line. Empty for fewer than 3."""
+    """The longest run of a column's numbers that grow with the lines, at the same distance for each line.
+
+    Empty if it has fewer than 3 numbers (5 if they grow by one), if they are not multiples of their step, or if the
+    step is above 10.
+    """
     if len(column) < 3:
         return []
     values, tops = np.array([int(texts[place]) for place in column]), boxes[column, 3]
@@ -351,7 +362,7 @@ def _has_own_column(run: list[int], boxes: Boxes, height: float) -> bool:
 
 
 def _segments(boxes: Boxes, texts: Sequence[str], places: Places, height: float) -> list[list[int]]:
-    """Words joined from left to right to pieces of a line."""
+    """The segments: the places of words, joined from left to right into pieces of a line."""
     is_mark = [bool(_MARK.fullmatch(text)) for text in texts]
     # plain lists: single numbers of an array cost ten times as much
     lefts, tops, rights, bottoms = boxes.T.tolist()
@@ -390,7 +401,7 @@ def _segments(boxes: Boxes, texts: Sequence[str], places: Places, height: float)
 
 
 class _Side(NamedTuple):
-    """The rows of one side of a corridor, from the top down; one number for each."""
+    """The rows of one side of a corridor, from the top down. Every field has one number for each row."""
 
     middle: npt.NDArray[np.float64]
     start: npt.NDArray[np.float64]
@@ -405,7 +416,7 @@ class _Side(NamedTuple):
 
 
 class _Layout:
-    """Segments of a page, and their order. Regions are arrays of segments' places."""
+    """Segments of a page, and their order. A region is an array of the places of segments."""
 
     def __init__(self, segments: list[list[int]], boxes: Boxes, texts: Sequence[str], height: float) -> None:
         first, last = np.array([one[0] for one in segments]), np.array([one[-1] for one in segments])
@@ -421,7 +432,7 @@ class _Layout:
         self.height = height
 
     def rows(self, members: Places) -> Iterator[list[int]]:
-        """Rows of segments in reading order."""
+        """The rows of a region in reading order, each as the places of its segments."""
         if len(members) > 2 * LEAST_ROWS - 1:
             parts = self._columns(members[np.argsort(self.middle[members], kind="stable")])
             if parts is not None:
@@ -432,8 +443,8 @@ class _Layout:
         yield from self._cells(list(self._lines(members)))
 
     def _columns(self, order: Places) -> list[Places] | None:
-        """The parts of a region that its tallest corridor leaves, in reading order; None where it has no columns.
-        `order` is from the top down."""
+        """The parts of a region around its tallest corridor between columns: above, left, right and below. None if it
+        has no columns. `order` has the region's segments from the top down."""
         starts = _row_starts(self.middle[order], 0.3 * self.height)
         row_of = np.repeat(np.arange(len(starts)), np.diff([*starts, len(order)]))
         order = order[np.lexsort((self.x0[order], row_of))]  # of a skewed scan, a row's middles differ
@@ -453,7 +464,8 @@ class _Layout:
         return None
 
     def _are_tabular(self, rows: list[Places]) -> npt.NDArray[np.bool_]:
-        """Which rows have three or more short pieces far apart, as at least two rows beside them have."""
+        """Which rows are like a table's, with three or more short pieces far apart, in a run of at least three such
+        rows."""
         found = np.zeros(len(rows), bool)
         members = np.concatenate(rows)
         width = self.x1[members].max() - self.x0[members].min()
@@ -473,7 +485,7 @@ class _Layout:
         return bool(sizes.max() < 0.35 * width and sizes.sum() < 0.7 * extent and gaps.min() > 0.9 * self.height)
 
     def _are_columns(self, left: Places, right: Places, edge: float) -> bool:
-        """Whether the sides of a corridor are read one after the other, not as rows of a table. `edge` is where the
+        """Whether the sides of a corridor are read one after the other, and not as rows of a table. `edge` is where the
         right side's text may end."""
         top = max(self.middle[left[0]], self.middle[right[0]])
         bottom = min(self.middle[left[-1]], self.middle[right[-1]])
@@ -528,7 +540,8 @@ class _Layout:
         )
 
     def _without_running_heads(self, order: Places, start: int, stop: int) -> tuple[int, int]:
-        """A corridor's rows without a head or foot of one row that stands well apart from the columns."""
+        """The first and last place (the latter exclusive) of a corridor's segments, without a running head or foot that
+        stands well apart from the columns."""
         rows = np.arange(start, stop)
         tops, bottoms = self.y0[order[rows]], self.y1[order[rows]]
         first = tops < tops.min() + 0.7 * self.height
@@ -542,7 +555,7 @@ class _Layout:
         return (begun, ended) if begun < ended else (start, stop)
 
     def _lines(self, members: Places) -> Iterator[list[int]]:
-        """Segments of a region without columns, row by row."""
+        """The rows of a region without columns, from the top down."""
         row: list[int] = []
         top = bottom = 0.0
         for place in members[np.argsort(self.middle[members], kind="stable")].tolist():
@@ -557,8 +570,8 @@ class _Layout:
             yield sorted(row, key=lambda one: self.x0[one])
 
     def _cells(self, rows: list[list[int]]) -> Iterator[list[int]]:
-        """The rows of a region, but a table's cells of several lines cell by cell. Rows of such a table are set apart
-        by wider white space than lines."""
+        """The rows of a region in reading order. A table's cells of several lines are read cell by cell: the rows of
+        such a table are farther apart than the lines in a cell."""
         middles = np.array([self.middle[row].mean() for row in rows])
         steps = np.diff(middles)
         if len(steps) < 3:
@@ -571,12 +584,12 @@ class _Layout:
             yield from self._cells_of(lines) if len(bands) > 2 and 1 < len(lines) <= 8 else lines
 
     def _are_labels(self, lines: list[list[int]]) -> bool:
-        """Whether the first of two lines has the labels of what is filled in below, in another size."""
+        """Whether these are two lines in different sizes, as in a form with labels above what is filled in."""
         sizes = [float(np.median(self.y1[line] - self.y0[line])) for line in lines]
         return len(lines) == 2 and max(sizes) > 1.15 * min(sizes)
 
     def _cells_of(self, lines: list[list[int]]) -> list[list[int]]:
-        """The lines of one row of a table, cell by cell; as they are where they are no such row."""
+        """The lines of one row of a table, cell by cell. Lines that are not such a row are returned unchanged."""
         members = np.array([place for line in lines for place in line])
         members = members[np.argsort(self.x0[members])]
         ends = np.maximum.accumulate(self.x1[members])
@@ -617,7 +630,8 @@ def _row_starts(middles: npt.NDArray[np.float64], most: float) -> Places:
 
 
 def _ends(values: npt.NDArray[np.float64], near: float, least: int) -> npt.NDArray[np.float64]:
-    """Places near which at least so many ends of segments are, the most frequented ones."""
+    """Places that have at least `least` ends of segments within `near`, at most MOST_EDGES, those with the most ends
+    first."""
     values = np.sort(values)
     places = np.unique(np.round(values, 1))
     counts = np.searchsorted(values, places + near) - np.searchsorted(values, places - near)
@@ -626,8 +640,8 @@ def _ends(values: npt.NDArray[np.float64], near: float, least: int) -> npt.NDArr
 
 
 def _stretches(free: Any, left_of: Any, right_of: Any) -> list[list[int]]:
-    """Stretches of segments that an edge does not cross: start, stop and the edge's place, those with most segments on
-    both sides first. All three arrays have the shape (edges, segments)."""
+    """Stretches of segments that an edge does not cross, as start, stop and the edge's row, those with the most
+    segments on both sides first; at most MOST_EDGES. All three arrays have the shape (edges, segments)."""
     changes = np.diff(np.pad(free.astype(np.int8), ((0, 0), (1, 1))), axis=1)
     (rows, starts), stops = np.nonzero(changes == 1), np.nonzero(changes == -1)[1]
     sums = [np.pad(side.cumsum(axis=1, dtype=np.int32), ((0, 0), (1, 0))) for side in (left_of, right_of)]
@@ -646,9 +660,10 @@ def _stretches(free: Any, left_of: Any, right_of: Any) -> list[list[int]]:
 
 
 def _with_runs_turned(line: list[int], texts: Sequence[str], right_to_left: bool) -> list[int]:
-    """A line whose runs of words of the other direction, such as English ones between Hebrew, are in their own order.
+    """A line in which each run of words of the other direction, such as English words in Hebrew text, is in its own
+    order.
 
-    A number goes with the words before and after it; between words of both directions, with the line's.
+    A number belongs to a run if it is between words of the run, else to the line.
     """
     own = [_direction(texts[place]) for place in line]
     found: list[int] = []
@@ -670,12 +685,14 @@ def _sign(right_to_left: bool) -> int:
 
 
 def _direction(text: str) -> int:
-    """1 for a word that runs to the right, -1 for one that runs to the left, 0 for a number."""
+    """1 for a word that runs to the right, -1 for one that runs to the left, 0 for one without letters, such as a
+    number."""
     return -1 if _RTL.search(text) else int(any(map(str.isalpha, text)))
 
 
 def _line_text(line: list[int], boxes: list[list[float]], texts: Sequence[str]) -> str:
-    """A line's text. Pieces that touch are one word, and Chinese has no spaces but where there is a gap."""
+    """A line's text. Pieces that touch are one word, and between two Chinese or Japanese characters there is a space
+    only if there is a wide gap."""
     parts: list[str] = []
     for number, place in enumerate(line):
         if number:
@@ -693,7 +710,8 @@ def join_lines(lines: Sequence[str]) -> str:
     """Lines as flowing text: a word that a hyphen breaks at a line's end is made whole, and Chinese or Japanese lines
     are joined without a space.
 
-    A hyphen stays between digits, before a capital letter, and where the page has the word with it elsewhere.
+    A hyphen stays between digits, before a capital letter, and if the word occurs elsewhere in the lines with the
+    hyphen but not without it.
     """
     lines = [line.strip() for line in lines if line.strip()]
     inside = Counter(word.strip(".,;:()\"'") for line in lines for word in line.split()[:-1])

@@ -27,8 +27,8 @@ MAX_RATIO = 200
 """Largest ratio of the sides that this family's processors accept."""
 
 LEAST_LINE = 1.5
-"""Smallest width of a drawn line, in pixels: between two rows of them, each still gets three quarters of its colour.
-Drawings of patents are made of hairlines (`0 w`), which MuPDF would draw nearly white."""
+"""Smallest width of a drawn line, in pixels: a line between two rows of pixels still gives each three quarters of its
+colour. Drawings of patents are made of hairlines (`0 w`), which MuPDF would draw nearly white."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PageRange:
         return self.last - self.first
 
     def pages(self) -> list["PageRange"]:
-        """The same pages, one by one."""
+        """The same pages, as one range for each."""
         return [PageRange(self.document, self.source, i, i + 1) for i in range(self.first, self.last)]
 
     def split_at(self, index: int) -> tuple["PageRange", "PageRange", "PageRange"]:
@@ -58,7 +58,8 @@ class PageRange:
 
 
 def open_document(source: Path) -> pymupdf.Document:
-    """Open a PDF. Raises ValueError with a short reason for a file that cannot be read as one."""
+    """Open a PDF, and restart the time limit of a worker. Raises ValueError with a short reason for a file that cannot
+    be read as a PDF."""
     document, _ = _open(source)
     watch.restart()
     return document
@@ -83,7 +84,7 @@ def _open(source: Path) -> tuple[pymupdf.Document, int]:
     if stored_name(source) != str(source):
         raise ValueError("its name is not UTF-8, so MuPDF cannot open it; rename it")
     try:
-        document = pymupdf.open(source, filetype="pdf")  # finds the objects where the header or their table is missing
+        document = pymupdf.open(source, filetype="pdf")  # finds the objects even without the header or their table
         if not document.is_pdf:  # MuPDF opens pictures and more, whatever type it is given
             raise ValueError("not a PDF")
         if document.needs_pass:
@@ -121,7 +122,7 @@ _sound: set[tuple[Path, int, int]] = set()
 def _mend_page_tree(document: pymupdf.Document, source: Path) -> int:
     """Correct, in memory, a page tree that states another number of pages than it has. Returns the number stated.
 
-    MuPDF believes it: a document would lose pages, or have 100,000 that fail.
+    MuPDF trusts the stated number: otherwise, a document would lose pages, or have 100,000 that fail.
     """
     pdf = pymupdf._as_pdf_document(document)
     root = mupdf.pdf_dict_get(
@@ -146,8 +147,8 @@ def _mend_page_tree(document: pymupdf.Document, source: Path) -> int:
 
 
 def _leaves(root: mupdf.PdfObj) -> Iterator[mupdf.PdfObj | None]:
-    """The pages of a page tree in order, readable or not. None in place of what is no page and no new node: a node that
-    came before, or an object such as null."""
+    """The pages of a page tree in order, readable or not. Yields None for anything else: a node that came before, or an
+    object such as null."""
     seen: set[int] = set()
     stack = [iter([root])]
     while stack:
@@ -172,10 +173,12 @@ def _elements(array: mupdf.PdfObj) -> Iterator[mupdf.PdfObj]:
 
 
 def picture_size(width: float, height: float, max_pixels: int) -> tuple[int, int]:
-    """Return the pixels (width, height) closest to a page's shape within the budget, both multiples of PATCH.
+    """Return the size of a page's picture, (width, height) in pixels: within the budget, close to the page's shape, and
+    both multiples of PATCH.
 
-    `width` and `height` are the page's, in points of 1/72 inch. A page is never larger than at 200 DPI: a small page
-    shows no more detail. Raises ValueError for a shape that no vision model accepts.
+    `width` and `height` are the page's, in points of 1/72 inch. Unless it is smaller than a patch, a page is drawn at
+    200 DPI at most: a small page shows no more detail above that. Raises ValueError for a shape that no vision model
+    accepts.
     """
     if not (width > 0 and height > 0 and math.isfinite(width * height)):
         raise ValueError("page without a size")
@@ -199,8 +202,8 @@ def render_page(
     region: pymupdf.Rect | None = None,
     content: pymupdf.DisplayList | None = None,
 ) -> pymupdf.Pixmap:
-    """Draw a page, or a region of it in points, at exactly `picture_size`. `content` is the page's, for a caller that
-    reads it, too."""
+    """Draw a page, or a region of the page in points, at exactly `picture_size`. `content` is the page's display list
+    if the caller has one, because it also reads the page."""
     drawn = page.rect if region is None else region
     width, height = picture_size(drawn.width, drawn.height, max_pixels)
     scale = pymupdf.Matrix(width / drawn.width, height / drawn.height)
@@ -215,9 +218,9 @@ def render_page(
 def render_range(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: int) -> list[dict[str, Any]]:
     """Render pages into `folder/<number>.jpg` (1-based). Returns a record for each page.
 
-    A record has `page`, `status` (`ok`, `blank` or a reason), and for `ok`: `width`, `height` (pixels), `text`,
-    `words` (`[x0, y0, x1, y1, word]`, in 0..1 of the page's width and height) and the picture's `sha256`; also
-    `nothing_drawn`, MuPDF's warning, where the picture has one colour although the page has text.
+    A record has `page`, `status` (`ok`, `blank` or a reason), and for `ok`: `width`, `height` (pixels), `text`, `words`
+    (`[x0, y0, x1, y1, word]`, in 0..1 of the page's width and height) and the picture's `sha256`; also `nothing_drawn`,
+    with MuPDF's warning or `no warning`, if the picture has one colour although the page has text.
     """
     records = []
     with open_document(pages.source) as document:
@@ -250,7 +253,7 @@ def _render_one(page: pymupdf.Page, path: Path, max_pixels: int, jpeg_quality: i
 
 def is_unicolor(picture: pymupdf.Pixmap) -> bool:
     """Whether all pixels have one colour. PyMuPDF's own property walks over the pixels in Python: 200 times slower."""
-    some = picture.samples_mv[:: 101 * picture.n].tobytes()  # tells most pages without a copy of all pixels
+    some = picture.samples_mv[:: 101 * picture.n].tobytes()  # decides for most pages, without a copy of all pixels
     if some.count(some[:1]) < len(some):
         return False
     samples = picture.samples
@@ -267,7 +270,7 @@ def _rounded_words(words: Iterable[Word]) -> list[list[Any]]:
 
 
 def write_picture(picture: pymupdf.Pixmap, path: Path, jpeg_quality: int) -> dict[str, Any]:
-    """Write a picture atomically. Returns its `width` and `height` (pixels) and its `sha256`."""
+    """Write a picture as JPEG, atomically. Returns its `width` and `height` (pixels) and its `sha256`."""
     content = picture.tobytes("jpeg", jpg_quality=jpeg_quality)
     partial = path.with_suffix(".partial")
     partial.write_bytes(content)

@@ -33,14 +33,15 @@ class Index:
     documents: Mapping[str, Path]
     pages: Pages
     first_rows: Sequence[int]
-    """The row of `page_vectors` where each page's passages begin, and the number of rows."""
+    """The row of `page_vectors` where each page's passages begin, then the number of all rows."""
     page_vectors: Vectors
     question_vectors: Mapping[str, Vectors]
     """By the questions' ids."""
 
 
 def read_documents(stage: Stage, documents: Mapping[str, Path], questions: list[Any]) -> Index | None:
-    """Render and embed this process's share. Returns None for a shard: the merging stage does the rest."""
+    """Return the index of all pages and questions, and write vectors.npy and questions.parquet. A shard only renders
+    and embeds its share, and returns None: the merging stage does the rest."""
     _adopt_shards(stage)
     embedder = Embedder(stage)
     mine = {name: documents[name] for n, name in enumerate(documents) if stage.does_piece(n)}
@@ -61,14 +62,15 @@ def read_documents(stage: Stage, documents: Mapping[str, Path], questions: list[
 
 
 def _adopt_shards(stage: Stage) -> None:
-    """Put pictures, page records and vectors of finished shards where an earlier start of this stage would have."""
+    """Put pictures, page records and vectors of finished shards where an earlier start of this stage would have put
+    them."""
     for folder in stage.finished_shards:
         for path in [*visible_files(folder / "pages"), *visible_files(folder / "cache")]:
             link_or_copy(path, stage.path(str(path.relative_to(folder))))
 
 
 def _list_outputs_of_shard(stage: Stage) -> None:
-    """List what the merging stage needs; that stage writes tables and samples."""
+    """Record as outputs what the merging stage needs. Only that stage writes tables and samples."""
     for name in ("pages/", "cache/"):
         stage.path(name).mkdir(exist_ok=True)  # missing if no document is readable
         stage.outputs[name] = None
@@ -85,7 +87,8 @@ def _write_questions(stage: Stage, questions: list[Any], vectors: Vectors) -> No
 def find_for_questions(
     stage: Stage, task: Any, questions: list[Any], splits: Mapping[str, str | None], index: Index
 ) -> dict[str, Found]:
-    """Return by question id what belongs to the question. `splits` has the questions' splits by id."""
+    """Return by question id what belongs to the question: its document's pages, ranked, its figure's crop, examples,
+    and whether the drawing is enough. `splits` has the questions' splits by id."""
     wanted = task.retrieval_needs(stage.run.recipe)
     rows: dict[str, list[int]] = defaultdict(list)
     for row, page in enumerate(index.pages):
@@ -118,8 +121,8 @@ def find_for_questions(
 
 
 def _rank_pages(index: Index, own: list[int], question: Vectors) -> list[int]:
-    """A document's pages by the similarity of their best passage to a question, best first, ties by number. `own` are
-    the places of its pages, which follow each other."""
+    """The numbers of a document's pages, by the similarity of each page's best passage to a question, the best first;
+    ties in the order of the pages. `own` has the places of its pages in the index, which are adjacent."""
     if not own:
         return []
     start, stop = index.first_rows[own[0]], index.first_rows[own[-1] + 1]
@@ -131,8 +134,8 @@ def _rank_pages(index: Index, own: list[int], question: Vectors) -> list[int]:
 def _examples(
     tested: list[Any], training: list[Any], vectors: Mapping[str, Vectors], count: int
 ) -> dict[str, list[str]]:
-    """The answers of the training questions most similar to each test question, best first. None is from the test
-    question's own document."""
+    """The answers of the `count` training questions most similar to each test question, by its id, the most similar
+    first. Training questions on the test question's own document do not count."""
     if not (tested and training and count):
         return {}
     most = max(Counter(one.document for one in training).values())  # as many may be from its own document

@@ -1,4 +1,4 @@
-"""Exact search for the most similar vectors, as matrix products of blocks.
+"""Exact search for the most similar vectors, by matrix products, block by block.
 
 faiss's exact index is about as fast on the same machine (benchmarks/many_pages.py), so Lorry does not depend on it.
 """

@@ -19,7 +19,8 @@ from stages.tasks.task import QuestionTask, RecordTask, Task, reads_documents, r
 
 
 def work(stage: Stage) -> None:
-    """Turn the input into samples. A shard only processes its documents. `run_stage` calls this."""
+    """Turn the input into samples. A shard only renders and embeds its share of the documents and questions.
+    `run_stage` calls this."""
     try:
         _make_samples(stage)
     except DataError:  # its message names the commonest reason
@@ -28,7 +29,7 @@ def work(stage: Stage) -> None:
 
 
 def _make_samples(stage: Stage) -> None:
-    """Read, split and search, and write the samples."""
+    """Read and split the questions, search the documents, and write the samples; a shard writes none."""
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
     for path, (reason, detail) in unread_data(data).items():
@@ -62,7 +63,8 @@ def _make_samples(stage: Stage) -> None:
 
 
 def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
-    """Read a task's questions and write their pictures. If the recipe sets Data-Juicer, it processes records first."""
+    """Return a task's questions, and write their pictures. If the recipe sets Data-Juicer, it processes records
+    first."""
     recipe, data = stage.run.recipe, stage.run.data
     records = task.records(data)
     pictures = stage.path("pictures")
@@ -109,7 +111,7 @@ def _group_questions(questions: list[Any], documents: dict[str, Path], known_has
 
 
 def _show_encodings(stage: Stage) -> None:
-    """Show which data files are read in another encoding than UTF-8, and add them to the manifest."""
+    """Show which data files are read in an encoding other than UTF-8, and add them to the manifest."""
     found = other_encodings(stage.run.data)
     for name, encoding in found.items():
         stage.events.say(f"{name}: read as {encoding}; save it as UTF-8 if its text looks wrong")

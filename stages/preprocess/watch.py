@@ -1,4 +1,4 @@
-"""What a worker process is doing, for its parent, and the time limit on it.
+"""Show a worker's parent what the worker is doing, and limit its time.
 
 The kernel keeps the time: its alarm kills the process even inside a library's C code, where no Python code runs.
 """
@@ -7,7 +7,7 @@ import signal
 from collections.abc import MutableSequence
 
 OPENING = -1
-"""On the board: the worker opens a document."""
+"""Stands on the board while the worker opens a document."""
 
 
 class Watch:
@@ -19,13 +19,14 @@ class Watch:
         self._seconds = 0.0
 
     def share(self, board: MutableSequence[int]) -> None:
-        """Use a board that the parent can read: one slot per piece of work, with the 0-based page it is at."""
+        """Use a board that the parent can read: one slot per piece of work, with the 0-based page that the worker is
+        at, or OPENING."""
         self._board = board
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent may ignore it, and a child inherits that
 
     def begin(self, slot: int, seconds: float) -> None:
-        """Begin a piece of work whose pages may take `seconds` each. Opening its document may take twice as long:
-        another worker has opened it within `seconds` to count its pages."""
+        """Begin a piece of work whose pages may take `seconds` each. Opening its document may take twice as long. That
+        is enough, because a worker has opened it within `seconds` before, to count its pages."""
         self._slot, self._seconds = slot, seconds
         self._board[slot] = OPENING
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds)

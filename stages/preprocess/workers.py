@@ -29,12 +29,16 @@ def run_in_workers(
     stop: StopRequest,
     unit: str = "page",
 ) -> Iterator[tuple[PageRange, Records]]:
-    """Process page ranges in `workers` processes. Yields each range with its records as soon as it is done.
+    """Process page ranges in `workers` processes. Yields each range, or each part that is tried again, with its records
+    as soon as it is done.
 
     `call` returns the function and arguments for a range. If a worker crashes, or takes longer than `page_timeout`
     seconds for a page, that page yields one record, whose `status` begins with `unit` and says so, and the rest of its
-    range is tried again. If the worker did not say which page it was at (`Watch.at_page`), all pages are, one by one.
-    Only a few ranges per worker are submitted at a time, so the cost per range does not grow with their number.
+    range is tried again. If the worker did not say which page it was at (`Watch.at_page`), all pages of the range are
+    tried again, one by one. Only a few ranges per worker are submitted at a time, so the cost per range does not grow
+    with their number.
+
+    Raises what the function raises, and InterruptedRunError if the stage is asked to stop.
     """
     if not ranges:
         return

@@ -1,6 +1,6 @@
 """Compare runs: their scores on the same samples, paired differences, and suspicious answers.
 
-All of it is read from eval's scores.json and scored.jsonl.
+All of it is read from the runs' recipes and manifests, and from eval's scores.json and scored.jsonl.
 """
 
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ from stages.results.run_reader import DamagedError, RunReader, read_recipe
 from stages.results.uncertainty import outdated_note
 
 LEAST_ANSWERS = 10
-"""With fewer answers, identical or repetitive ones may be due to chance, so none are reported."""
+"""Smallest number of answers for a report that they are identical or repetitive: with fewer, that may be chance."""
 
 REPETITIVE = 10
 """A model with this many distinct references for each distinct answer, or more, is suspicious."""
@@ -38,7 +38,7 @@ class EvaluatedRun:
     shown: Mapping[str, Any]
     """preprocess.samples of the recipe: what the prompts show."""
     base_model: str
-    """sha256 of the base."""
+    """sha256 of the base; empty if infer's manifest has none."""
     figures: Mapping[str, Figures]
     """scores.json."""
     lines: Sequence[Mapping[str, Any]]
@@ -78,7 +78,7 @@ class EvaluatedRun:
         }
 
     def scores(self, model: str, metric: str) -> dict[str, float]:
-        """A model's scores in 0..1, by the key in `together`: the lowest one of the samples counted together."""
+        """A model's scores in 0..1, by the key in `together`: the lowest score of the samples that count together."""
         found: dict[str, float] = {}
         for line in self.lines:
             value = line["models"].get(model, {}).get("scores", {}).get(metric)
@@ -98,9 +98,10 @@ class ComparisonRow:
     """The entry of scores.json."""
     difference: Mapping[str, Any] | None
     """Points over the reference model, as in differences.json, on the samples that both have scores for; None for the
-    reference model itself, and if there are none. `p` is corrected for all rows of the metric."""
+    reference model itself, and if there are no such samples. `p` is corrected for all rows of the metric."""
     same_answers: float | None
-    """Percent of the samples answered by both that have the same answer; None for the reference model itself."""
+    """Percent of the samples answered by both models that have the same answer; None for the reference model itself,
+    and if no sample was answered by both."""
 
 
 def evaluated_run(run: Run, figures: Mapping[str, Figures], lines: Sequence[Mapping[str, Any]]) -> EvaluatedRun:
@@ -114,8 +115,8 @@ def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[EvaluatedR
     """The runs among `names` that eval has scored, at least two, and for each other run a note that says why it is not
     compared.
 
-    Raises UsageError for fewer than two scored runs, for scores that are stale or damaged, and for runs of another
-    task, scoring or test set than the first.
+    Raises UsageError for fewer than two scored runs, for scores that are stale, damaged or without a score per sample,
+    and for runs of another task, scoring or test set than the first.
     """
     runs, notes = [], []
     for name in names:
@@ -135,7 +136,8 @@ def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[EvaluatedR
 
 
 def _read_run(roots: Roots, name: str) -> EvaluatedRun | str:
-    """The run `name`, or the reason why it cannot be compared. Raises UsageError if its scores are stale or damaged."""
+    """The run `name`, or the reason why it cannot be compared. Raises UsageError if its scores are stale, damaged or
+    without a score per sample."""
     folder = roots.runs / name
     try:
         recipe = read_recipe(folder)
@@ -187,7 +189,7 @@ def reference_model(run: EvaluatedRun) -> str:
 
 
 def comparison_rows(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
-    """A row for every metric and every model of every run, sorted by metric. All runs must have the same test set, and
+    """A row for every metric of every model of every run, grouped by metric. All runs must have the same test set, and
     the documents are those of the first run."""
     first, model = runs[0], reference_model(runs[0])
     metrics = dict.fromkeys(metric for run in runs for line in run.lines for metric in _line_metrics(line))
@@ -210,7 +212,7 @@ def comparison_rows(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
 
 
 def _line_metrics(line: Mapping[str, Any]) -> list[str]:
-    """The metrics of a line of scored.jsonl, once for each model."""
+    """The metrics of a line of scored.jsonl, once for each model that has them."""
     return [metric for model in line["models"].values() for metric in model["scores"]]
 
 
@@ -230,8 +232,8 @@ def _percent_equal(answers: Mapping[str, str], others: Mapping[str, str]) -> flo
 
 
 def prompt_differences(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """A sentence for each run whose prompts show something else than those of the first. This may explain differences
-    in scores."""
+    """A sentence for each run whose prompts show something else than those of the first run, which may explain
+    differences in scores."""
     first, found = runs[0], []
     for other in runs[1:]:
         keys = sorted(key for key in {*first.shown, *other.shown} if first.shown.get(key) != other.shown.get(key))
@@ -289,7 +291,7 @@ def suspicions(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def _sources(run: EvaluatedRun) -> list[str]:
-    """The data sets of a run's samples, in their order."""
+    """The data sets of a run's samples, in the order in which they first occur."""
     return list(dict.fromkeys(str(line["source"]) for line in run.lines))
 
 
@@ -326,8 +328,8 @@ def _may_be_identical(run: EvaluatedRun, name: str, other: EvaluatedRun, other_n
 
 
 def _identical_answers(run: EvaluatedRun, name: str, other: EvaluatedRun, other_name: str) -> dict[str, int]:
-    """The data sets to which two models give the same answers, wrong ones included, with the number of answers. Right
-    ones are the same for all good models."""
+    """The data sets on which two models give the same answers, at least LEAST_ANSWERS of them and not all right, with
+    the number of answers. All good models share their right answers."""
     found = {}
     for source in _sources(run):
         answers, others = run.answers(name, source), other.answers(other_name, source)

@@ -53,7 +53,7 @@ def _table(rows: Sequence[ComparisonRow], reference: str) -> "Table":
 
 
 def _gain_text(row: ComparisonRow) -> str:
-    """The difference with its interval, and a star if the interval excludes 0; empty if there is no difference."""
+    """The difference with its interval, and a star if it is clear; empty if there is no difference."""
     if row.difference is None:
         return ""
     value, low, high = (row.difference[name] for name in ("value", "low", "high"))

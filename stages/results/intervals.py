@@ -1,12 +1,12 @@
-"""Means of scores with their intervals, as eval computes and comparisons show them.
+"""Means of scores and of paired differences with their intervals, for eval and for comparisons of runs.
 
 The document is the unit, not the sample: samples of one document share its pages and are right or wrong together. The
 interval is a t interval with the cluster-robust variance CR2 (Bell and McCaffrey 2002), and degrees of freedom from the
-effective number of documents (Carter, Schnepel and Steigerwald 2017). Pseudo-observations at both ends of the range
-are added first: two and two for a mean in 0..1 ("plus four", Agresti and Coull 1998), one and one for a paired
-difference in -1..1 (Bonett and Price 2012). They keep the interval from shrinking to a point if the scores hardly
-differ, for example if all answers are right. Each weighs as many samples as carry the information of one independent
-sample: the design effect of Kish (1965), for CORRELATION within a document.
+effective number of documents (Carter, Schnepel and Steigerwald 2017). Pseudo-observations at both ends of the range are
+added first: two and two for a mean in 0..1 ("plus four", Agresti and Coull 1998), one and one for a paired difference
+in -1..1 (Bonett and Price 2012). They keep the interval from shrinking to a point if the scores hardly differ, for
+example if all answers are right. Each weighs as many samples as carry the information of one independent sample: the
+design effect of Kish (1965), for CORRELATION within a document.
 
 `python -m benchmarks.intervals` measures how often the interval covers the true mean.
 """
@@ -121,17 +121,17 @@ def holm_p_values(tests: Sequence[float]) -> list[float]:
 
 
 def percent(value: float) -> float:
-    """A score in percent, rounded to four digits."""
+    """A score in percent, rounded to four decimals."""
     return round(100 * float(value), 4) + 0.0  # -0.0 becomes 0.0
 
 
 def _percent_or_none(value: float) -> float | None:
-    """A score in percent; None for NaN."""
+    """A score in percent, rounded to four decimals; None for NaN."""
     return None if math.isnan(value) else percent(value)
 
 
 def _column_means(values: Values) -> Values:
-    """The mean of each column, without NaN."""
+    """The mean of each column, ignoring NaN; NaN for a column without scores."""
     with np.errstate(invalid="ignore"):  # 0/0 in a column without scores
         return np.asarray(np.nansum(values, axis=0) / (~np.isnan(values)).sum(0))
 

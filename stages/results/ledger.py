@@ -56,7 +56,8 @@ class Row:
     base_model: str = ""
     seed: int | None = None
     recipe: str = ""
-    """The start of the recipe's digest, from the manifest that the row is read from."""
+    """The start of the recipe's digest, from the manifest that the row is read from; without one, that of the run's own
+    recipe."""
     metric: str = ""
     score: float | None = None
     """In percent, like all scores here; None if untested."""
@@ -75,7 +76,8 @@ class Row:
     gain_p: float | None = None
     """Two-sided, after Holm's correction for the models of the run; below 0.05 the gain gets a star."""
     in_vote: str = ""
-    """`yes` or `no`; empty in a run without a vote."""
+    """`yes` or `no`; empty without a vote, for base, for the vote itself, and for an adapter that has been trained
+    again since."""
     weight: float | None = None
     """The weight of its vote."""
     scored_on: str = ""
@@ -95,11 +97,11 @@ class Ledger:
 
 
 def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledger:
-    """Read the rows of the runs `names`, in that order. Each run has base, the adapters in the recipe's order, and the
-    vote.
+    """Read the rows of the runs `names`, in that order. Each run has a row for base, for each adapter, in the recipe's
+    order, and for the vote if there is one.
 
     `metric` is the metric of the scores; None: each run's first. A damaged run folder raises no error: the state of its
-    row says what is damaged.
+    only row says what is damaged.
     """
     rows: list[Row] = []
     metrics: dict[str, None] = {}
@@ -122,7 +124,7 @@ def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledge
 
 def parse_order(order: str | None) -> tuple[str | None, bool]:
     """Return the column in `COLUMN` or `COLUMN:desc`, and whether the order is descending. The column is None if
-    `order` is None. Raises UsageError for anything else."""
+    `order` is None. Raises UsageError for an unknown column or direction."""
     if order is None:
         return None, False
     column, colon, direction = order.partition(":")
@@ -135,7 +137,7 @@ def parse_order(order: str | None) -> tuple[str | None, bool]:
 
 
 def refuse_unknown_metric(metric: str | None, known: Sequence[str]) -> None:
-    """Raise UsageError for a metric by which no run is scored."""
+    """Raise UsageError for a metric by which no run is scored, unless no run is scored at all."""
     if metric is not None and known and metric not in known:
         raise UsageError(f"--metric {metric}: no run is scored by it; {suggestion(metric, known, 'metrics')}")
 
@@ -181,7 +183,7 @@ class _RowReader(RunReader):
 
     @property
     def metrics(self) -> list[str]:
-        """The run's metrics, the main one first."""
+        """The run's metrics, the main one first; empty if its scores are damaged."""
         try:
             return list(dict.fromkeys(metric for figures in self._scores.values() for metric in figures))
         except DamagedError:
@@ -201,8 +203,8 @@ class _RowReader(RunReader):
 
     @cached_property
     def _failed_adapters(self) -> dict[str, str]:
-        """Adapters that could not be trained, with the reason: from the manifest if train went on without them, else
-        from its summary."""
+        """Adapters that could not be trained, with the reason: from train's manifest if there is one, else from train's
+        summary. Empty while train runs without a manifest."""
         manifest = self.manifests.get("train")
         if manifest is not None:
             return manifest.get("untrained", {})  # type: ignore[no-any-return]
@@ -341,7 +343,8 @@ class _RowReader(RunReader):
     # -- scores --------------------------------------------------------------------------------------------------
 
     def _vote_columns(self, name: str) -> dict[str, Any]:
-        """The columns of an adapter's part in the vote; empty if it has no part, or has been trained again since."""
+        """The columns of an adapter's part in the vote; empty without a vote, for base and the vote, and if the adapter
+        has been trained again since."""
         if not self._vote or name in (BASE, VOTE) or not self._has_current_answers(name):
             return {}
         weight = _finite_number(self._vote["weights"].get(name))

@@ -10,11 +10,11 @@ from stages.results.ledger_page import render_html
 from stages.results.ledger_table import render_csv, render_table
 
 SUFFIXES = {".csv": "csv", ".html": "html"}
-"""Formats by a file's suffix; any other is a table."""
+"""Formats by a file's suffix; any other suffix means a table."""
 
 
 def render_ledger(rows: Sequence[Row], form: str, sorted_by: str | None, descending: bool, coloured: bool) -> str:
-    """Return the ledger as text in the format `form`: `table`, `csv` or `html`."""
+    """Return the ledger as text in the format `form`: `table`, `csv` or `html`. A table without rows is empty."""
     if form == "csv":
         return render_csv(rows)
     if form == "html":

@@ -37,7 +37,8 @@ class Cell(NamedTuple):
 
 
 def render_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) -> str:
-    """Return the ledger as an HTML page with all columns."""
+    """Return the ledger as an HTML page with all columns of `table_columns`. `sorted_by` and `descending` say how the
+    rows are sorted already."""
     columns = table_columns(rows)
     direction = "descending" if descending else "ascending"
     heads = [Head(each.title, each.number, direction if sorted_by == each.values[0] else None) for each in columns]

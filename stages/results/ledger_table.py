@@ -25,7 +25,8 @@ MOST_WIDTH = 40
 """Largest width of a column in a terminal, in characters; longer texts are folded."""
 
 LEAST_WIDTH = 24
-"""The same for columns of long texts, which are folded sooner to make room for others."""
+"""Width for which a column of long texts needs room, in characters: its texts are folded sooner to make room for
+others."""
 
 GAP = 2
 """Blanks between columns."""
@@ -110,7 +111,7 @@ def _score_text(row: Row) -> str:
 
 
 def _gain_text(row: Row) -> str:
-    """The gain with its interval, and a star if the interval excludes 0; empty without a gain."""
+    """The gain with its interval, and a star if it is clear; empty without a gain."""
     return interval_text(row.gain, row.gain_low, row.gain_high, "+") + ("*" if is_clear({"p": row.gain_p}) else "")
 
 
@@ -182,7 +183,8 @@ def render_table(rows: Sequence[Row], sorted_by: str | None, coloured: bool) -> 
 
 
 def _fitting_columns(every: list[Column], rows: Sequence[Row], sorted_by: str | None, width: int) -> list[Column]:
-    """The columns that a terminal of this width has room for, in order."""
+    """The columns that always stay, that of `sorted_by` among them, and those that a terminal of `width` characters has
+    room for, in order."""
     from rich.cells import cell_len
 
     def needed_width(column: Column) -> int:

@@ -58,13 +58,13 @@ class RunReader:
                 return
 
     def fits_recipe(self, stage: str) -> bool:
-        """Whether a finished stage ran with the run's recipe, in this or an earlier version."""
+        """Whether a finished stage ran with the run's recipe, as this or an earlier version of Lorry reads it."""
         key, inputs = self.manifests[stage]["key"], self.manifests[stage]["inputs"]
         return bool(key == self.run.key(stage, inputs) or key == self.run.key(stage, inputs, self._replaced))
 
     @cached_property
     def _replaced(self) -> dict[str, dict[str, Any]]:
-        """The values in the run's recipe that this version ignores, and an earlier one counted."""
+        """The values in the run's recipe that this version of Lorry ignores, but an earlier one read."""
         return replaced_values(self.run.folder / "recipe.yaml")
 
     def output_digest(self, stage: str, name: str) -> str | None:

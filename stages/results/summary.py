@@ -1,5 +1,5 @@
 """summary.json: the result for each adapter's data set. Its field names are those of extractive_qa's original, because
-its users' programs read them.
+programs of that original's users read them.
 
 Train writes it after each adapter, eval adds the scores. Times are in seconds, metrics in percent. It is for people and
 their programs: no stage reads it, and no manifest records its digest.
@@ -134,7 +134,7 @@ def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] |
 
 
 def _summary_statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The entry `summary_statistics`: means and best scores over all results."""
+    """The entry `summary_statistics`: means and best scores over all results, and the number of failed answers."""
     training = [r["training"]["training_time"] for r in results if r.get("training")]
     evaluation = [r["evaluation"] for r in results if "evaluation" in r]
     exact, f1 = ([e["metrics"][name] for e in evaluation if name in e["metrics"]] for name in ("exact_match", "f1"))
@@ -152,5 +152,5 @@ def _summary_statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _rounded_mean(values: Sequence[float]) -> float | None:
-    """The mean, rounded to four digits; None without values."""
+    """The mean, rounded to four decimals; None without values."""
     return round(fmean(values), 4) if values else None

@@ -1,4 +1,5 @@
-"""Say in words how uncertain a figure is. This module needs no numpy, because the ledger runs where it is missing.
+"""Say in words how uncertain a figure is. This module needs no numpy, because the ledger also runs on hosts without
+numpy.
 
 stages/results/intervals.py describes the figures.
 """
