@@ -15,7 +15,8 @@ from stages.host.outcome import Problem
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add RECIPE, --profile, --data, --set and --run to a command. They name a run, and `open_run` takes them.
 
-    Compose files and Kubernetes Jobs set them as environment variables; the command line takes precedence.
+    All except --data may also come from environment variables, as in Compose files and Kubernetes Jobs; the command
+    line takes precedence.
     """
     for decorate in (
         click.option(

@@ -12,7 +12,7 @@ class Exit(IntEnum):
 
     DONE = 0
     CRASHED = 1  # a bug in Lorry: the traceback is in the stage's log
-    USAGE = 2  # the command or the recipe is wrong; also a training whose loss is not finite: its settings do that
+    USAGE = 2  # the command or the recipe is wrong; also if a loss is not finite, which the settings cause
     DATA = 3  # the input data are unusable
     DOES_NOT_FIT = 4  # the job does not fit this hardware: memory, disk, kind of card
     INTERRUPTED = 75  # state is saved: run the same command again (EX_TEMPFAIL of sysexits.h)

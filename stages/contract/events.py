@@ -38,7 +38,7 @@ class Events:
         """Append one event to the file, without the fields that are None."""
         known = {key: value for key, value in fields.items() if value is not None}
         self._journal.append([{"time": round(time.time(), 3), "event": event, **known}])
-        self._journal.records.clear()  # a long run must not grow in memory; readers take the file
+        self._journal.records.clear()  # a long run must not grow in memory; readers use the file
 
     def say(self, text: str) -> None:
         """Print one line on the console, prefixed with the stage."""
@@ -46,10 +46,10 @@ class Events:
         print(f"{self._stage}: {text}", file=self._console, flush=True)
 
     def report_progress(self, activity: str, step: int, total: int, unit: str, **fields: Any) -> None:
-        """Write to events.jsonl and the console that `step` of `total` units of an activity, such as `render pages`,
-        are done. Calls that follow too closely write nothing; the last step always does.
+        """Show progress on the console and write it to events.jsonl: `step` of `total` units of an activity are done.
 
-        `fields` are further figures of the event, such as `loss`; those that are None are left out.
+        An activity is, for example, `render pages`. A call soon after the last one writes nothing, except for the last
+        step. `fields` are further figures of the event, such as `loss`; those that are None are left out.
         """
         now = time.monotonic()
         if activity != self._activity:
@@ -96,7 +96,7 @@ def say(stage: str, text: str, error: bool = False) -> None:
 
 
 def read_last_event(path: Path) -> dict[str, Any] | None:
-    """The last complete event of an events.jsonl, read from its end; None if there is none."""
+    """The last complete event of an events.jsonl, searched in its last 64 KiB; None if there is none."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

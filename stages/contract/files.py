@@ -42,7 +42,10 @@ def stored_name(path: Path) -> str:
 
 @contextmanager
 def open_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file that replaces `path` once it is complete and on the disk; after an error it is deleted."""
+    """Open a temporary file that replaces `path` once it is complete and on the disk.
+
+    After an error the temporary file is deleted, and `path` stays as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_path(path)
     try:
@@ -136,7 +139,7 @@ class JsonlJournal:
 
 
 class FileHashes:
-    """Computes sha256 of files. A cache by size, time stamps and inode spares reading unchanged files again.
+    """Computes sha256 of files. A cache by size, time stamps and inode avoids reading unchanged files again.
 
     The cache is one JSON file in the run folder. Without it the digests are the same and only take longer. A file that
     changed in the last two seconds is not cached: another change could leave the same size and time stamps.
@@ -181,8 +184,7 @@ class FileHashes:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """The regular files below a folder, sorted; hidden files and those in hidden folders are left out, and so are those
-    behind links to folders."""
+    """The regular files below a folder, sorted, without hidden files and folders. Links to folders are not followed."""
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not _is_hidden(f))
@@ -191,8 +193,11 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Regular files below a folder of input data, sorted, without hidden files and folders. Follows links to folders,
-    as people link their data instead of copying them; `unread_data` has what it leaves out."""
+    """Regular files below a folder of input data, sorted, without hidden files and folders.
+
+    Follows links to folders, as people link their data instead of copying it, but at most `_LINKS_DEEP` inside each
+    other; `unread_data` returns what is left out.
+    """
     return _walk_data(folder)[0]
 
 
@@ -202,7 +207,7 @@ def unread_data(folder: Path) -> dict[Path, tuple[str, str]]:
 
 
 _LINKS_DEEP = 2
-"""Links to folders followed inside each other: links among n folders make up to n paths per level."""
+"""How many links to folders are followed inside each other: links among n folders make up to n paths per level."""
 
 
 def _walk_data(top: Path) -> tuple[list[Path], dict[Path, tuple[str, str]]]:
@@ -244,7 +249,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy if the file system has no links.
+    """Make `target` a hard link to `source`, or a copy if it cannot be linked, as across file systems.
 
     Use it only for files that are never changed in place: a link would change with its source.
     """
@@ -281,7 +286,7 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocat
 def machine_error(error: BaseException) -> LorryError | None:
     """The LorryError for a full disk, a forbidden file or a lack of memory; None for any other error.
 
-    It also reads messages: libraries in C and Rust raise their own types for these errors.
+    It also looks at the causes of the error and at messages, as libraries in C and Rust raise types of their own.
     """
     seen: BaseException | None = error
     while seen is not None:

@@ -11,7 +11,7 @@ from stages.contract.errors import UsageError
 from stages.contract.recipe import Train, problem_text
 
 NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
-"""PEFT's keys of settings that a recipe has, and the recipe's keys."""
+"""PEFT's keys of the settings that a recipe has too, and the recipe's names for them."""
 
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -68,7 +68,7 @@ def _is_off(value: Any) -> bool:
 
 
 def _read_lora_config(path: Path) -> dict[str, Any]:
-    """The mapping in the JSON file. Raises UsageError if the file is missing, not JSON or not a mapping."""
+    """The mapping in a JSON file. Raises UsageError if the file is missing, unreadable, not JSON or not a mapping."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

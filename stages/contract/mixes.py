@@ -10,10 +10,10 @@ Samples = list[dict[str, Any]]
 
 
 def training_samples(samples: Samples, adapter: Adapter, seed: int) -> Samples:
-    """The training samples that an adapter's data mix takes out of all training samples.
+    """The samples that an adapter trains on: its data mix, drawn from all training samples; all without a mix.
 
-    They come part by part, each part in its data set's order. Raises UsageError for a part whose data set has no
-    training samples.
+    They come part by part, each in its data set's order. Samples repeat if a part asks for more than its data set has.
+    Raises UsageError for a part whose data set has no training samples.
     """
     if not adapter.data:
         return samples
@@ -23,7 +23,7 @@ def training_samples(samples: Samples, adapter: Adapter, seed: int) -> Samples:
 def samples_with_pictures(samples: Samples, most: int, seed: int) -> tuple[Samples, dict[str, int]]:
     """At most `most` of a connector's samples, all with pictures, and the number left out for each reason.
 
-    The seed draws them. A connector learns nothing from a sample without a picture.
+    If there are more, they are drawn by the seed. A connector learns nothing from a sample without a picture.
     """
     seen = [sample for sample in samples if sample.get("images")]
     left_out = {"without_picture": len(samples) - len(seen), "beyond_most_samples": max(len(seen) - most, 0)}
@@ -34,12 +34,12 @@ def samples_with_pictures(samples: Samples, most: int, seed: int) -> tuple[Sampl
 
 
 def validation_samples(samples: Samples, adapter: Adapter) -> Samples:
-    """The validation samples of the data sets in an adapter's data mix; all validation samples if they have none."""
+    """The validation samples of the data sets in an adapter's data mix; all of them if those data sets have none."""
     return [sample for sample in samples if adapter.covers(sample["meta"]["source"])] or samples
 
 
 def _draw_samples(samples: Samples, part: Source, adapter: str, seed: int) -> Samples:
-    """The samples of one part of a data mix."""
+    """The samples of one part of a data mix, at least one. Raises UsageError if its data set has no samples."""
     own = [sample for sample in samples if sample["meta"]["source"] == part.source]
     if not own:
         known = ", ".join(sorted({str(sample["meta"]["source"]) for sample in samples}))

@@ -56,7 +56,8 @@ Part = Shard | Node | None
 def requested_part(stage: str, option: str | None, environment: Mapping[str, str]) -> Part:
     """The part that `--shard` or the environment asks for. None: the whole stage on one machine.
 
-    Raises UsageError if their values are wrong, incomplete, or exclude each other.
+    Only train has nodes. Raises UsageError if the values are wrong, incomplete or exclude each other, and for a shard
+    of a stage that has none.
     """
     shard = _shard(option, environment)
     if shard is not None and stage not in SHARDED:

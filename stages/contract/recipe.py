@@ -25,7 +25,10 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 
 
 def file_name(text: str) -> str:
-    """The text itself if it is a valid FileName; else a FileName of its letters and digits and part of its sha256."""
+    """The text itself if it is a FileName other than `base` and `vote`; else a FileName made from it.
+
+    It consists of the text's ASCII letters and digits, and the first 8 hex digits of its digest (`digest_of`).
+    """
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) and text not in (BASE, VOTE):
         return text
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_")[:48]
@@ -38,7 +41,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """A mapping of a recipe, or of a task's settings. Unknown keys and values of another type are refused.
 
-    A validator's ValueError says `key: what was found; what to do`, with the key as from this section on.
+    A validator's ValueError says `key: what was found; what to do`, with the key relative to this section.
     `problem_text` completes the key.
     """
 
@@ -178,7 +181,10 @@ class Source(Section):
     @model_validator(mode="before")
     @classmethod
     def _parse_text(cls, value: Any) -> Any:
-        """The mapping that `name` or `name#100` stands for. Raises ValueError for another text."""
+        """The mapping that `name` or `name#100` stands for; a value that is not text is returned as it is.
+
+        Raises ValueError if the text after `#` is not a number.
+        """
         if not isinstance(value, str):
             return value
         name, hash_sign, count = value.rpartition("#")
@@ -530,7 +536,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_voters_are_trained(self) -> "Recipe":
-        """Raise ValueError if an adapter that is listed to vote is not trained."""
+        """Raise ValueError if `infer.vote` lists an adapter that is not trained. An empty train.adapters passes."""
         vote = self.infer.vote
         if vote is not None and isinstance(vote.adapters, list) and self.train.adapters:
             unknown = sorted(set(vote.adapters) - {adapter.name for adapter in self.train.adapters})
@@ -545,7 +551,7 @@ class Recipe(Section):
         """sha256 (hex) of the values of the named sections or keys (`section.key`); without names, of the whole recipe.
 
         `RESULT_NEUTRAL`, description and profile are left out: a run resumes with other values of these. `replaced`
-        adds the values of `replaced_values`, for the digest by an earlier version.
+        adds the values of `replaced_values` to the named sections, for the digest that an earlier version computed.
         """
         values = self.model_dump(mode="json", exclude={"description": True, "profile": True, **_LEFT_OUT})
         if not sections:
@@ -564,7 +570,7 @@ REPLACED = {("eval", "bootstrap"): "intervals are computed without resamples (do
 
 
 def replaced_values(path: Path) -> dict[str, dict[str, Any]]:
-    """The values in a recipe file, by section and name, of keys that are ignored."""
+    """The values that a recipe file has outside its profiles for the keys in REPLACED, by section and name."""
     values, _, _ = _read_recipe_file(path)
     return {section: {name: values[section][name]} for section, name in REPLACED if name in values.get(section, {})}
 
@@ -578,8 +584,8 @@ def load_recipe(
 ) -> Recipe:
     """The resolved recipe of a file, after a profile, a data folder and `section.key=value` overrides, in this order.
 
-    `say` gets a line on each key that is ignored because something replaced it. Raises UsageError with file and line
-    for a recipe that cannot be read, unknown keys and wrong values.
+    `say` gets a line on each key that is ignored because something replaced it. Raises UsageError for a file that
+    cannot be read, an unknown profile, and unknown keys and wrong values, these with their lines in the file.
     """
     values, profiles, text = _read_recipe_file(path)
     prefix: tuple[str, ...] = ()
@@ -609,7 +615,10 @@ def load_recipe(
 
 
 def _read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """A recipe file's values without profiles, its profiles by name, and its text."""
+    """A recipe file's values without profiles, its profiles by name, and its text.
+
+    Raises UsageError if the file cannot be read, or is not a YAML mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -628,7 +637,7 @@ def _read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 def locate_key(path: Path, location: tuple[str, ...], profile: str | None) -> str:
-    """Find where a recipe file sets a key. Returns `file:line`; only the file if it does not set the key.
+    """The place where a recipe file sets a key, as `file:line`; only the file if it does not set the key.
 
     A profile's value takes precedence. Raises OSError if the file cannot be read.
     """
@@ -683,7 +692,7 @@ _UniqueKeyLoader.add_implicit_resolver(
 
 
 def _merge(base: Any, over: Any, where: str) -> dict[str, Any]:
-    """`base` with the values of `over`. Mappings are merged key by key; other values, also lists, are replaced.
+    """`base` with the values of `over`. Mappings are merged key by key; other values, including lists, are replaced.
 
     Raises UsageError, which begins with `where`, if `over` is not a mapping.
     """
@@ -734,7 +743,7 @@ def _describe_problems(error: ValidationError, path: Path, text: str, prefix: tu
 
 
 def problem_text(detail: "ErrorDetails", key: str) -> str:
-    """One of pydantic's problems as `key: what was found; what to do`; `key` is that of the wrong value or section."""
+    """One of pydantic's problems as `key: what was found; what to do`. `key` names the wrong value or section."""
     if detail["type"] == "value_error":
         section = f"{key}." if key else ""
         return f"{section}{detail['ctx']['error']}"
@@ -773,7 +782,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _key_line(text: str, location: tuple[int | str, ...]) -> int | None:
-    """The line (1-based) of a key in YAML text; None if the text does not have the key."""
+    """The line (1-based) of a key or list item in YAML text; None if the text does not have it."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     line = None
     for part in location:

@@ -16,13 +16,15 @@ PLACE = "<image>"
 
 
 def escape_places(text: str) -> str:
-    """A text of the data as messages have it: where it says `<image>`, a word joiner, which has no width, comes after
-    the bracket, so that it marks no picture's place. Prompts and training get the text without it."""
+    """Text from the data, escaped for a message: an `<image>` in it must not mark the place of a picture.
+
+    A word joiner, which has no width, is inserted after its `<`. Prompts and training get the text without it.
+    """
     return re.sub("<(?=\u2060*image>)", "<\u2060", text)
 
 
 def unescape_places(text: str) -> str:
-    """The text that was escaped."""
+    """The text that `escape_places` escaped."""
     return re.sub("<\u2060(?=\u2060*image>)", "<", text)
 
 
@@ -35,7 +37,7 @@ class Message(TypedDict):
 
 
 class Meta(TypedDict):
-    """What the stages know of a sample besides its messages. A task with further keys extends this TypedDict."""
+    """What the stages know about a sample besides its messages. A task with further keys extends this TypedDict."""
 
     group: str
     """Samples of one group, such as a document, are in the same split; intervals of scores count groups."""
@@ -77,7 +79,7 @@ class Prediction(TypedDict):
     answer: str | None
     """The answer that the task read out of the text; None if the sample failed."""
     text: str | None
-    """The completion of the last pass, as generated; None if the sample failed. Of a vote, its answer."""
+    """The completion of the last pass, as generated; None if the sample failed. For a vote: its answer."""
     finish_reason: str | None
     """`stop`, or `length` when max_new_tokens cut it off."""
     prompt_tokens: int

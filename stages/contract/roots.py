@@ -1,4 +1,4 @@
-"""The three mounts: `/data` and `/models` (read-only), and `/runs`, the only place that Lorry writes to.
+"""The three mounts: `/data` and `/models` (read-only), and `/runs`, where stages write their results.
 
 Without containers they are the folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name.
 """

@@ -67,7 +67,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """The run folder: it need not exist yet."""
+        """The run folder, which need not exist yet."""
         return self.roots.runs / self.name
 
     def stage_folder(self, stage: str, part: Part = None) -> Path:
@@ -116,7 +116,8 @@ class Run:
     def inputs(self, stage: str, hashes: FileHashes) -> dict[str, str]:
         """sha256 (hex) of each input of a stage, by name, such as `models/base` or `preprocess/samples/test.jsonl`.
 
-        Raises UsageError if an earlier stage is not done, or its outputs no longer match its manifest.
+        Raises UsageError if an earlier stage is not done, ran with another recipe, other inputs or another version of
+        Lorry, or if its outputs no longer match its manifest; also if a data or model folder is missing.
         """
         found: dict[str, str] = {}
         for earlier, wanted in UPSTREAM[stage].items():
@@ -180,13 +181,19 @@ class Run:
                     raise UsageError(f"{self.folder}: {earlier} has changed since {stage} used it; run {stage} again")
 
     def key(self, stage: str, inputs: dict[str, str], replaced: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-        """sha256 (hex) of all that a stage's result depends on. Equal keys mean equal results. `replaced` is for the
-        key by an earlier version (`Recipe.digest`)."""
+        """sha256 (hex) of all that a stage's result depends on. Equal keys mean equal results.
+
+        With `replaced`, it is the key that an earlier version of Lorry computed (`Recipe.digest`).
+        """
         recipe = self.recipe.digest(*SECTIONS[stage], replaced=replaced)
         return digest_of({"contract": CONTRACT_VERSION, "stage": stage, "recipe": recipe, "inputs": inputs})
 
     def is_done(self, stage: str, hashes: FileHashes, shard: Shard | None = None) -> bool:
-        """Whether a stage, or a shard of it, is done with the present recipe and inputs, and its outputs are intact."""
+        """Whether a stage, or a shard of it, is done with the present recipe and inputs, and its outputs are intact.
+
+        False also if adapters failed to train. Raises UsageError if another version of Lorry did the stage, and the
+        errors of `inputs`.
+        """
         self.refuse_other_version(stage, shard)
         if (self.manifest(stage, shard) or {}).get("untrained"):
             return False  # later stages use the other adapters; each start of train tries these again
@@ -209,7 +216,10 @@ class Run:
         return sorted(found, key=lambda shard: (shard.count, shard.index))
 
     def finished_shards(self, stage: str, key: str, hashes: FileHashes) -> list[Shard]:
-        """The shards of a stage that are done with this key and have intact outputs."""
+        """The shards of a stage that are done with this key and have intact outputs.
+
+        Raises UsageError if another version of Lorry did one of them.
+        """
         matching = [shard for shard in self.shards(stage) if self._is_done_with_key(stage, shard, key, hashes)]
         for shard in matching:
             self.refuse_other_version(stage, shard)
@@ -267,7 +277,7 @@ def lock_stage_folder(folder: Path) -> Iterator[int]:
 
 
 def _lock(descriptor: int, tries: int = 5) -> None:
-    """Lock a file for this process alone. Raises BlockingIOError if it is still locked after half a second.
+    """Lock a file for this process alone. Raises BlockingIOError if all `tries`, 0.1 s apart, find it locked.
 
     It tries again because `lorry status` holds the lock for a moment.
     """

@@ -68,7 +68,7 @@ class Stage:
         return self.shard is None or number % self.shard.count == self.shard.index
 
     def has_nothing_to_do(self, pieces: int, unit: str) -> bool:
-        """Whether this shard has nothing to do, because there are fewer pieces than shards; if so, it prints a line."""
+        """Whether this process is a shard that gets no piece, because pieces are too few; if so, prints a line."""
         if self.shard is None or self.shard.index < pieces:
             return False
         self.events.say(f"shard {self.shard} has nothing to do, as there are only {pieces} {unit}")
@@ -102,7 +102,7 @@ class Stage:
         return dict(Counter(one["reason"] for one in self.skipped))
 
     def named_skips(self) -> list[dict[str, str]]:
-        """The first `NAMED` skipped records or files of each reason, long names and details cut."""
+        """The first `NAMED` skipped records or files of each reason, with texts cut to `LONGEST` characters."""
         named: Counter[str] = Counter()
         found = []
         for one in self.skipped:
@@ -112,7 +112,7 @@ class Stage:
         return found
 
     def decide(self, what: str, value: Any, why: str) -> None:
-        """Record a decision for the manifest, with its reason, and print it."""
+        """Record a decision, with its reason, for the manifest and in events.jsonl, and print it."""
         self.decisions.append({"what": what, "value": value, "why": why})
         self.events.emit("decision", what=what, value=value, why=why)
         self.events.say(f"{what}: {value} ({why})")

@@ -1,4 +1,4 @@
-"""Stops a stage in order: after SIGTERM or Ctrl-C it saves its state at the next safe point and exits 75."""
+"""Stops a stage cleanly: after SIGTERM or Ctrl-C it saves its state at the next safe point and exits with 75."""
 
 import ctypes
 import os
@@ -17,7 +17,10 @@ class Child(Protocol):
 
 
 class StopRequest:
-    """Records that SIGTERM or Ctrl-C asks this process to stop. A second Ctrl-C stops it at once."""
+    """Records that SIGTERM or Ctrl-C asks this process to stop.
+
+    A second Ctrl-C stops it at once, unless it passes signals on to a child.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -32,14 +35,18 @@ class StopRequest:
     def pass_on_to(self, child: Child, hears_ctrl_c: bool = True) -> None:
         """Pass each stop signal on to the child at once, as this process may be waiting for the child.
 
-        `hears_ctrl_c` says whether the terminal's Ctrl-C reaches the child directly. In another session it does not.
+        `hears_ctrl_c` says whether the terminal's Ctrl-C reaches the child directly, so that it is not passed on; a
+        child in another session does not hear it. If a signal came before this call, the child gets SIGTERM now.
         """
         self._child, self._hears_ctrl_c = child, hears_ctrl_c
         if self.signal is not None:
             child.send_signal(signal.SIGTERM)
 
     def _handle_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Note the signal, and pass it on to the child. A second Ctrl-C without a child raises KeyboardInterrupt."""
+        """Note the signal, and pass it on to the child, unless the terminal sent it to the child too.
+
+        A second Ctrl-C without a child raises KeyboardInterrupt.
+        """
         if self.signal is signal.Signals.SIGINT and number == signal.SIGINT and self._child is None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)

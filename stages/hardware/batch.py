@@ -28,7 +28,7 @@ class BatchPlan:
 def plan_batch(effective_batch: int, micro_batch: int, gpus: int) -> BatchPlan:
     """The plan whose effective batch is nearest to `effective_batch` (samples); of two equally near, the larger.
 
-    `micro_batch` is the largest allowed; a smaller one is used only if it comes closer.
+    `micro_batch` is the largest allowed; a smaller one is used only if it comes closer, or as close from above.
     """
     plans = []
     for micro in range(micro_batch, 0, -1):

@@ -38,7 +38,10 @@ def architectures(library: Path) -> set[str]:
 
 
 def _sections(file: IO[bytes], path: Path, wanted: bytes) -> Iterator[tuple[int, int]]:
-    """Offset and size, in bytes, of the sections named `wanted` in a 64-bit ELF file (System V ABI, chapter 4)."""
+    """Yield offset and size, in bytes, of the sections named `wanted` in a 64-bit ELF file (System V ABI, chapter 4).
+
+    Raises UsageError for any other file.
+    """
     header = file.read(64)
     if header[:6] != b"\x7fELF\x02\x01" or len(header) < 64:
         raise UsageError(f"{path}: not a 64-bit ELF library; install the library again")
@@ -54,7 +57,7 @@ def _sections(file: IO[bytes], path: Path, wanted: bytes) -> Iterator[tuple[int,
 
 
 def _entries(file: IO[bytes], position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Kind, architecture and flags of each entry of the fatbins between two offsets of a file."""
+    """Yield kind, architecture and flags of each entry of the fatbins between two offsets of a file."""
     while position + FATBIN.size <= end:
         file.seek(position)
         magic, _, header, size = FATBIN.unpack(file.read(FATBIN.size))
@@ -74,10 +77,10 @@ def _entries(file: IO[bytes], position: int, end: int) -> Iterator[tuple[int, in
 def has_code_for(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
     """Whether a library with code for these architectures runs on a GPU of this compute capability.
 
-    A binary for X.y runs on X.z with z >= y, and on no other major version; one with an `a` runs on X.y only. The
-    driver compiles PTX for any GPU that is not older. Here PTX counts only for GPUs that are newer than all binaries: a
-    library that dropped a GPU may still have one kernel as old PTX (vLLM has one for 5.2). Source: NVIDIA, CUDA C++
-    Programming Guide, "Binary Compatibility" and "PTX Compatibility".
+    A binary for X.y runs on X.z with z >= y, and on no other major version; one with a suffix, as in sm_90a, runs on
+    X.y only. The driver compiles PTX for any GPU that is not older. Here PTX counts only for GPUs that are newer than
+    all binaries: a library that dropped a GPU may still have one kernel as old PTX (vLLM has one for 5.2). Source:
+    NVIDIA, CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
     """
     parsed = [_parse_architecture(name) for name in compiled]
     binaries = [(number, suffix) for kind, number, suffix in parsed if kind == "sm"]
@@ -89,7 +92,10 @@ def has_code_for(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
 
 
 def _parse_architecture(name: str) -> tuple[str, tuple[int, int], str]:
-    """Kind, compute capability and suffix of an architecture: `sm_90a` is ("sm", (9, 0), "a")."""
+    """Kind, compute capability and suffix of an architecture: `sm_90a` is ("sm", (9, 0), "a").
+
+    Raises UsageError for another name.
+    """
     found = re.fullmatch(r"(sm|compute)_(\d+)(\d)(\D?)", name)
     if found is None:
         raise UsageError(f"{name}: not a CUDA architecture; name it as in sm_80")

@@ -19,7 +19,7 @@ SHORT = 64
 MOST_GPUS = 8
 """The number of GPUs up to which Lorry suggests more: one machine rarely has more."""
 LEAST_PIXELS = 200_000
-"""Pixels of the smallest picture to suggest: there one can just distinguish a page's text from its drawing."""
+"""Pixels of the smallest picture to suggest: at this size one can just distinguish text and drawing of a page."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Way:
     """Data type that the frozen base computes in."""
     estimate: Estimate
     changes: tuple[str, ...] = ()
-    """Differences from the recipe, as `key=value for the recipe's value`."""
+    """Differences from the recipe as text, such as `train.micro_batch=1 for 4`."""
 
     def fits(self, memory: int | None) -> bool:
         """Whether the peak fits in `memory` bytes on each GPU; None: no limit."""
@@ -48,7 +48,7 @@ class Way:
 def plan_training(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int | None, lengths: Lengths | None = None
 ) -> Way:
-    """The fastest way that fits in `memory` bytes on each GPU; if none fits, the one that takes least memory.
+    """The fastest way that fits in `memory` bytes on each GPU; if none fits, the one that takes the least memory.
 
     `processes` is the number of GPUs. `memory` None means no limit, as on a CPU. Without `lengths`, every sample and
     its answer count as max_length tokens.
@@ -88,7 +88,7 @@ def recipe_way(shape: ModelShape, settings: Train, processes: int, dtype: str, l
 
 
 def least_memory(shape: ModelShape, settings: Train, processes: int, dtype: str) -> int:
-    """Bytes on each GPU of the way that takes least memory, with very short samples: training cannot take less."""
+    """The fewest bytes that training takes on each GPU: those of the leanest way, with very short samples."""
     lengths = Lengths(SHORT, SHORT // 4)
     return min(way.estimate.total for way in _ways(shape, settings, processes, dtype, lengths))
 
@@ -170,7 +170,10 @@ def smallest_changes(
 def _ways_with_other_sharding(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths, offers: Offers
 ) -> Iterator[Way]:
-    """The way on the same number of GPUs with sharding `auto`, if the recipe sets another."""
+    """The way on the same number of GPUs with sharding `auto`, or `none` without DeepSpeed.
+
+    Yields nothing if the recipe leaves the choice to Lorry already.
+    """
     if settings.sharding != "auto":
         free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
         way = plan_training(shape, free, processes, dtype, memory, lengths)
@@ -182,7 +185,8 @@ def _ways_on_other_gpus(
 ) -> Iterator[Way]:
     """Ways on fewer or more GPUs, the nearest number first.
 
-    Fewer may fit, as one GPU needs no NCCL. More may fit, as ZeRO-3 then puts a smaller part of the base on each.
+    A sharding that the recipe sets is tried first on each number, then any other. Fewer GPUs may fit, as one GPU needs
+    no NCCL. More may fit, as ZeRO-3 then puts a smaller part of the base on each.
     """
     free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
     most = min(MOST_GPUS, most_gpus(settings))
@@ -197,7 +201,10 @@ def _ways_on_other_gpus(
 def _ways_in_4bit(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
 ) -> Iterator[Way]:
-    """The way with the frozen base in 4 bits, which ZeRO-3 cannot shard."""
+    """The way with the frozen base in 4 bits, unsharded.
+
+    Yields nothing if the base is quantised or in 4 bits already, or if the recipe sets zero3, which cannot shard it.
+    """
     if shape.quantisation is None and not settings.load_in_4bit and settings.sharding != "zero3":
         changed = settings.model_copy(update={"load_in_4bit": True, "sharding": "none"})
         way = plan_training(shape, changed, processes, dtype, memory, lengths)
@@ -207,7 +214,10 @@ def _ways_in_4bit(
 def _ways_with_smaller_pictures(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
 ) -> Iterator[Way]:
-    """Ways with smaller pictures, the largest first. A sample gets shorter by the tokens that its picture loses."""
+    """Ways with smaller pictures, the largest first. A sample gets shorter by the tokens that its picture loses.
+
+    Yields nothing for a model without a vision tower, or if train.max_pixels is null.
+    """
     if shape.vision is None or settings.max_pixels is None:
         return
     side = int(shape.vision.get("patch_size", 14)) * int(shape.vision.get("spatial_merge_size", 1))
@@ -234,9 +244,10 @@ def _ways_with_shorter_samples(
 
 
 def disk_bytes(shape: ModelShape, settings: Train) -> int:
-    """The most bytes that training has on disk, over both phases.
+    """The maximum number of bytes that training keeps on disk.
 
-    They are those of all adapters and of the checkpoints of one adapter at a time, each with the optimizer's moments.
+    This counts all adapters, and the checkpoints of one adapter at a time, each with its optimizer state. If a
+    connector is trained first, its weights and checkpoints are added.
     """
     adapter = 4 * trained_parameters(shape, settings)
     checkpoints = (settings.keep_checkpoints + 1) * 4 * adapter  # each has weights, ZeRO's master copy and two moments

@@ -47,9 +47,10 @@ class Holds:
 
     @contextmanager
     def choice_lock(self) -> Iterator[None]:
-        """Keep other Lorry processes from choosing GPUs meanwhile. Raises InterruptedRunError after PATIENCE seconds.
+        """Keep other Lorry processes from choosing GPUs while the context is open.
 
-        Without it, two processes that each want two of three GPUs could both fail.
+        Without it, two processes that each want two of three GPUs could both fail. Raises InterruptedRunError if
+        another process is still choosing after PATIENCE seconds.
         """
         descriptor = self._open_lock_file("choosing")
         try:
@@ -67,7 +68,10 @@ class Holds:
             os.close(descriptor)
 
     def take(self, uuid: str, exclusive: bool) -> bool:
-        """Hold a GPU. Returns False if another process holds it and either of the two does so exclusively."""
+        """Hold a GPU. Returns False if another process holds it and one of the two holds is exclusive.
+
+        Raises UsageError if the lock file cannot be used.
+        """
         while True:
             descriptor = self._open_lock_file(uuid)
             if not _try_lock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH):
@@ -83,7 +87,7 @@ class Holds:
         os.close(self._held.pop(uuid))
 
     def keep_only(self, uuids: set[str]) -> None:
-        """Release all GPUs except these."""
+        """Release all GPUs except those with these UUIDs."""
         for uuid in self._held.keys() - uuids:
             self.release(uuid)
 
@@ -113,10 +117,10 @@ class Holds:
             self._directory = None
 
     def _open_lock_file(self, name: str) -> int:
-        """Open a lock file, or create it. Opening it for reading is enough to lock it, also if another user owns it.
+        """Open a lock file, or create it, and return its descriptor. Raises UsageError if that fails.
 
-        Links are not followed, and an existing file is not opened with O_CREAT, which fs.protected_regular refuses for
-        other users' files.
+        A lock needs only read access, so the file may belong to another user. Links are not followed, and an existing
+        file is not opened with O_CREAT, which fs.protected_regular refuses for other users' files.
         """
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block
         try:
@@ -132,7 +136,7 @@ class Holds:
             raise self._unusable_error(name, error.strerror or str(error)) from error
 
     def _open_directory(self) -> int:
-        """Open the folder, or create it. A shared lock on it keeps systemd-tmpfiles from deleting it."""
+        """Open the folder, or create it, and return its descriptor. A shared lock keeps systemd-tmpfiles off it."""
         if self._directory is None:
             with suppress(FileExistsError):
                 self.folder.mkdir(parents=True)
@@ -143,7 +147,7 @@ class Holds:
         return self._directory
 
     def _require_regular(self, descriptor: int) -> int:
-        """The same descriptor. If it is not that of a regular file, closes it and raises OSError."""
+        """Return the descriptor if it is that of a regular file; else close it and raise OSError."""
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError("not a regular file")

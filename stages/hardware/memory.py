@@ -38,7 +38,7 @@ FRAGMENTS_PER_LOGIT = 3.55
 """Bytes per logit that fragmentation costs: these tensors are larger than all others, fit in no free block, and the
 allocator takes new memory."""
 FRAGMENTS_SHARE = 0.01
-"""Share of everything else that fragmentation costs, with expandable segments."""
+"""What fragmentation adds, with expandable segments, as a share of adapter, optimizer state and activations."""
 
 NF4_BYTES = 0.5 + 1 / 64
 """Bytes per weight in bitsandbytes' NF4 with double quantisation: 4 bits, and a byte for each block of 64."""
@@ -117,9 +117,9 @@ def estimate_memory(
 ) -> Estimate:
     """The estimated peak memory of training on one GPU.
 
-    `dtype` is the frozen base's; `sharding` is `none`, `zero2` or `zero3`. The peak is the
-    maximum of four moments: the loss, with the activations of all layers and the logits; the backward pass of the last
-    layer and that of the first, with a layer's working set; and the reading of MGM's pictures.
+    `dtype` is the frozen base's; `sharding` is `none`, `zero2` or `zero3`. The peak is the maximum of four moments: the
+    loss, with the activations of all layers and the logits; the backward pass of the last layer and that of the first,
+    each with a layer's working set; and the reading of MGM's pictures.
     """
     size = FLOAT32 if dtype == "float32" else 2
     tokens = batch.micro_batch * lengths.longest
@@ -178,8 +178,8 @@ def adapter_parameters(shape: ModelShape, settings: Train) -> int:
 def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
     """Paths of the linear modules that get LoRA, by the rules of ms-swift and PEFT.
 
-    The head never gets LoRA, nor does a frozen vision tower. In the first phase, which trains the connector, no module
-    does.
+    The head never gets LoRA, nor does a frozen vision tower with its connector. In the first phase, which trains the
+    connector, no module does.
     """
     if settings.trains_connector:
         return []
@@ -253,7 +253,10 @@ def _large_map_bytes(shape: ModelShape, settings: Train, micro_batch: int) -> tu
 
 
 def _weight_bytes(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
-    """Bytes of the frozen base on one GPU. Weights that are stored as integers (GPTQ) keep their size."""
+    """Bytes of the frozen base on one GPU; under ZeRO-3 with the weights that it gathers at a time.
+
+    Weights that are stored as integers (GPTQ) keep their size. A connector that is trained is not counted here.
+    """
     total = 0.0
     in_4bit = (
         {name for name in shape.linears if name.rpartition(".")[2] != "lm_head"}
@@ -278,7 +281,7 @@ def _weight_bytes(shape: ModelShape, settings: Train, size: int, sharding: str, 
 
 
 def _sum_of_inputs(shape: ModelShape, modules: Iterable[str]) -> int:
-    """The number of inputs of these modules together."""
+    """The total number of inputs of these modules."""
     return sum(shape.linears[name][0] for name in modules)
 
 

@@ -23,7 +23,7 @@ class Need:
     """The memory that a job needs on each GPU, and the numbers of GPUs that it can use."""
 
     asked: Bytes
-    """Memory for training as the recipe asks."""
+    """Memory for the job as the recipe asks."""
     least: Bytes
     """Least memory for the same result; it decides if too few GPUs have `asked` free."""
     most: int
@@ -50,7 +50,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Pick:
-    """The GPUs that `auto` took, sorted by index, and a line to print about each."""
+    """The GPUs that `auto` took, sorted by index, and the lines to print about them."""
 
     cards: tuple[Gpu, ...]
     lines: tuple[str, ...]
@@ -78,7 +78,8 @@ def parse_wish(text: str) -> Wish:
 def denied_cards(text: str | None, gpus: tuple[Gpu, ...]) -> frozenset[int]:
     """Indexes of the GPUs that LORRY_GPU_DENY denies.
 
-    Raises UsageError for an entry that is not a GPU: a typing error must not let a job use a denied GPU.
+    Raises UsageError for an entry that is not a GPU: a typing error must not let a job use a denied GPU. Ignores a UUID
+    that may be that of a lost GPU.
     """
     if not text or not text.strip():
         return frozenset()
@@ -93,8 +94,9 @@ def denied_cards(text: str | None, gpus: tuple[Gpu, ...]) -> frozenset[int]:
 def hide_denied_cards(needs_one: bool = True) -> None:
     """Remove the GPUs in LORRY_GPU_DENY from CUDA_VISIBLE_DEVICES, for this process and those that it starts.
 
-    A stage that `lorry launch` did not start needs this. Raises UsageError for an entry that is not a GPU, and
-    DoesNotFitError if no GPU is left and `needs_one`, as the stage would take hours on a CPU.
+    A stage that `lorry launch` did not start needs this. Does nothing without visible GPUs. Raises UsageError for an
+    entry that is not a GPU, and DoesNotFitError if no GPU is left and `needs_one`, as the stage would take hours on a
+    CPU.
     """
     text = os.environ.get("LORRY_GPU_DENY", "").strip()
     gpus = read_cards().gpus if text and os.environ.get("LORRY_TARGET") != "cpu" else ()
@@ -145,7 +147,10 @@ def refuse_unusable_gpu(gpu: Gpu, where: str, denied: frozenset[int]) -> None:
 
 
 def _find_gpu(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
-    """The GPU that has `name` as its index, or whose UUID alone begins with it. Raises UsageError if there is none."""
+    """The GPU with the index `name`, or the only GPU whose UUID begins with it.
+
+    Raises UsageError if there is none or more than one, and for a MIG slice.
+    """
     here = f"this machine has: {_gpu_names(gpus)}"
     if name.upper().startswith("MIG-"):
         raise UsageError(f"{where}: {name} is a MIG slice, and Lorry binds whole GPUs; name one; {here}")
@@ -180,7 +185,7 @@ def _gpu_names(gpus: tuple[Gpu, ...]) -> str:
 def hold_named_cards(cards: tuple[Gpu, ...], where: str, holds: Holds) -> None:
     """Hold the GPUs that the user named, which several jobs may share.
 
-    Raises InterruptedRunError if another process holds one of them for itself, as GPUS=auto does.
+    Raises InterruptedRunError if another process holds one of them exclusively, as GPUS=auto does.
     """
     with holds.choice_lock():
         for gpu in cards:
@@ -200,8 +205,9 @@ def pick_cards(
 ) -> Pick:
     """Choose the GPUs for `auto` and hold them for this process alone.
 
-    It takes those with the most free memory, all of one compute capability from `oldest` on: as many as the wish says,
-    or all that the job can use. Raises DoesNotFitError, with one reason for each GPU, if too few have enough free.
+    It takes those with the most free memory, all of one compute capability that is not below `oldest`: as many as the
+    wish says, or as many as the job can use. Raises DoesNotFitError, with the state of each GPU, if too few have enough
+    free memory, and InterruptedRunError if another Lorry process does not finish choosing.
     """
     with holds.choice_lock():
         free, reasons = [], {}
@@ -242,7 +248,7 @@ def reason_to_skip(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0)
 def _best_gpus(free: list[Gpu], count: int | None, need: Need, amount: Bytes) -> tuple[Gpu, ...]:
     """The GPUs to take, sorted by index; empty if the job fits on too few. `free` is sorted by free memory, most first.
 
-    Of several compute capabilities, that with the most GPUs that fit is chosen, then the newer.
+    All have one compute capability: the one with the most GPUs on which the job fits; of equals, the newest.
     """
     found: list[tuple[int, Capability, list[Gpu]]] = []
     kinds = sorted(free, key=lambda gpu: gpu.capability)

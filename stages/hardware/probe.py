@@ -49,7 +49,7 @@ class Gpu:
         return f"GPU {self.index} ({self.name})" if self.name else f"GPU {self.index}"
 
     def identity(self) -> dict[str, Any]:
-        """The GPU's fields for a manifest, without those that other processes on the GPU change."""
+        """The GPU's fields for a manifest, without those that change over time."""
         passing = ("memory_free", "processes", "lost")
         return {key: value for key, value in asdict(self).items() if key not in passing}
 
@@ -67,18 +67,19 @@ class Cards:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this process can use of the machine."""
+    """The CPUs and GPUs that this process can use, and the machine's memory."""
 
     cpus: int
     """CPUs that this process may use."""
     memory_bytes: int
+    """Physical memory of the machine, whatever the limit of a container."""
     gpus: tuple[Gpu, ...]
     problem: str = ""
     """Why this machine's GPUs cannot be seen, although a driver is installed; else empty."""
 
 
 def probe() -> Machine:
-    """The CPUs, memory and GPUs that this process can use. Without the NVIDIA driver there are no GPUs, and no error.
+    """The CPUs and GPUs that this process can use, and the machine's memory. No NVIDIA driver: no GPUs, and no error.
 
     GPUs that CUDA_VISIBLE_DEVICES hides are left out, as CUDA does. So are GPUs that no longer answer. With
     LORRY_TARGET=cpu, which the CPU images and the demo set, there are no GPUs.
@@ -111,7 +112,7 @@ def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
 
 
 def read_cards() -> Cards:
-    """All GPUs that the NVIDIA driver shows, also lost ones. An error of the driver is in `problem`, and not raised."""
+    """All GPUs that the NVIDIA driver shows, including lost ones. Driver errors are in `problem`, and not raised."""
     import pynvml
 
     try:

@@ -24,7 +24,7 @@ class Serving:
     weights: int
     """Bytes of the weights on each GPU."""
     kv_token: int
-    """Bytes of a token's keys and values on each GPU."""
+    """Bytes that a token's keys and values take on each GPU."""
     room: int | None
     """Tokens that fit in the KV cache, over all sequences; None if the memory is not known."""
     why: str
@@ -32,7 +32,7 @@ class Serving:
 
 
 def plan_serving(shape: ModelShape, free: list[int], asked: int | None, dtype: str, max_length: int) -> Serving:
-    """The plan to serve a model on `asked` GPUs; None: on as many as its heads can be split over.
+    """The plan to serve a model on `asked` GPUs; None: on as many of the GPUs as its heads can be split over.
 
     `free` has the free bytes of each GPU; 0: not known. Raises UsageError if the heads cannot be split over `asked`
     GPUs, and DoesNotFitError if the weights and one sequence of `max_length` tokens do not fit.

@@ -23,7 +23,7 @@ class Target:
     dtype: str
     """Data type that the frozen base computes in: float32, float16 or bfloat16."""
     cuda: str | None
-    """Line of wheels, such as cu128; None for the CPU."""
+    """CUDA line of its wheels, such as cu128; None for the CPU."""
     min_driver: int | None
     """Least major version of the NVIDIA driver; None for the CPU."""
     quantisation: tuple[str, ...]
@@ -35,7 +35,7 @@ class Target:
     node_label: str | None
     """Value of nvidia.com/gpu.product on Kubernetes nodes with the card."""
     variant_of: str | None
-    """The target of the same card, if this one has only other wheels; else None."""
+    """The target of the same card from which this one differs in train's wheels; None if it is not a variant."""
 
 
 def load_targets(path: Path = TARGETS_FILE) -> dict[str, Target]:
@@ -57,7 +57,7 @@ def named_target(name: str, targets: dict[str, Target]) -> Target:
 
 
 def _target(name: str, values: dict[str, object]) -> Target:
-    """The target with the facts of one table of targets.toml."""
+    """The target with the facts of one table of targets.toml. Raises UsageError for an unknown or missing fact."""
     known = {field.name for field in fields(Target)} - {"name"}
     for key in [*(values.keys() - known), *({"dtype", "quantisation"} - values.keys())]:
         known_facts = ", ".join(sorted(known))
@@ -105,10 +105,11 @@ def machine_target(machine: Machine, targets: dict[str, Target]) -> Target:
 
 
 def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
-    """The target of the GPUs that a stage uses; `cpu` in an image for cpu.
+    """The target of the GPUs that a stage uses; `cpu` if LORRY_TARGET is `cpu`.
 
-    LORRY_TARGET names the image's target; outside an image, the GPUs alone decide. Raises DoesNotFitError if an image
-    for a card sees no GPU, its GPU is older than the image's kernels, or the driver is too old for the image's CUDA.
+    LORRY_TARGET names the image's target; without it, the GPUs alone decide. Raises DoesNotFitError if the machine's
+    GPUs cannot be seen because of a driver problem, if an image for a card sees no GPU, if its GPU is older than the
+    image's kernels, or if the driver is too old for the image's CUDA. Raises the errors of `machine_target` too.
     """
     name = os.environ.get("LORRY_TARGET")
     if name != "cpu" and machine.problem:  # it has GPUs that cannot be used: do not spend hours on its CPU
@@ -190,7 +191,7 @@ def refuse_base_without_kernels(model: Path, quantisation: str | None, target: T
 def base_dtype(setting: str, target: Target) -> str:
     """Data type that the frozen base computes in: `float32`, `float16` or `bfloat16`. `setting` is train.precision.
 
-    The compute capability decides, and not torch, which reports bfloat16 on a V100, where it is emulated and slow.
+    The compute capability decides. torch does not: it reports bfloat16 as supported on a V100, which only emulates it.
     Raises DoesNotFitError for a data type that the target does not have.
     """
     if setting == "auto":

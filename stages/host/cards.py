@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stages.models.shape import ModelShape
 
 DEFAULT = "GPUS is not set (default: 0)"
-"""GPU 0, as in plain Compose, and not every GPU of a machine that others share."""
+"""Beginning of errors about the default: GPU 0, as in plain Compose, because others may share the machine's GPUs."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ def choose_cards(
 ) -> CardChoice:
     """Choose the GPUs for these stages, and hold them if one of the stages computes on GPUs.
 
-    `text` is the value of GPUS, `target` a target's name, and `options` name the run (`open_run`). Raises UsageError
-    for a wrong list, or a list with the target `cpu`; InterruptedRunError for GPUs that another Lorry process holds for
-    itself; DoesNotFitError if `auto` finds too few, or NVML does not answer.
+    `text` is the value of GPUS, `target` a target's name, and `options` name the run (`open_run`). If NVML shows no
+    GPUs, nothing is held. Raises UsageError for an unknown target, for a wrong list, and for a list with the target
+    `cpu`; InterruptedRunError if another Lorry process holds the GPUs exclusively, or does not end its choice;
+    DoesNotFitError if `auto` finds too few GPUs, if a named GPU no longer answers, or if NVML does not answer.
     """
     wish = parse_wish(text) if text and text.strip() else None
     gpu_stages = tuple(stage for stage in stages if stage in GPU_STAGES)
@@ -93,8 +94,9 @@ def choose_cards(
 def choose_target(name: str | None, choice: CardChoice, gpus: tuple[Gpu, ...]) -> Target:
     """The target called `name`; None: the target of the chosen GPUs.
 
-    If no GPU was chosen, it is that of the machine's first working GPU, for which the images were built. Raises
-    UsageError for an unknown target, and if NVML shows no GPUs to read it from.
+    If no GPU was chosen, it is that of the machine's first working GPU, for which the images were built, or `cpu` if
+    there is none. Raises UsageError for an unknown target, for named GPUs that NVML does not show, and for GPUs that
+    differ in compute capability or are older than every target.
     """
     targets = load_targets()
     if name:
@@ -117,7 +119,8 @@ def _pick_and_hold(
 ) -> CardChoice:
     """Choose and hold the GPUs for `auto`; none if no stage computes on GPUs.
 
-    Raises DoesNotFitError if too few have enough free memory, or cannot reach an exact batch.
+    Raises DoesNotFitError if too few GPUs have enough free memory, or if the wished number of GPUs cannot reach the
+    effective batch that train.exact_batch requires.
     """
     if not gpu_stages:
         return CardChoice(auto=True)
@@ -133,7 +136,8 @@ def _pick_and_hold(
 def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
     """The GPUs as the user named them, if NVML shows none here, as when the Docker engine runs on another machine.
 
-    Raises UsageError for a name that is not a GPU's number or UUID, comes twice or is denied.
+    No GPUs if GPUS is not set. Raises UsageError for a name that is not a GPU's number or UUID, comes twice or is
+    denied; without GPUS, if a stage needs a GPU and GPU 0 is denied.
     """
     denied = [name.strip() for name in os.environ.get("LORRY_GPU_DENY", "").split(",")]
     if wish is None:
@@ -152,7 +156,7 @@ def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
 
 
 def _default_cards(gpus: tuple[Gpu, ...], denied: frozenset[int], needs_gpu: bool) -> tuple[Gpu, ...]:
-    """GPU 0; no GPU if it cannot be used and no stage needs one. Else raises the error of `refuse_unusable_gpu`."""
+    """GPU 0. If it is unusable: none if no stage needs a GPU, else raises the error of `refuse_unusable_gpu`."""
     try:
         refuse_unusable_gpu(gpus[0], DEFAULT, denied)
     except LorryError:
@@ -163,7 +167,7 @@ def _default_cards(gpus: tuple[Gpu, ...], denied: frozenset[int], needs_gpu: boo
 
 
 def _oldest_capability(target: Target | None) -> Capability:
-    """The lowest compute capability that the images of a target have code for; None: those of all targets."""
+    """The lowest compute capability that a target's images have code for; None or cpu: the lowest of all targets."""
     known = [each.capability for each in load_targets().values() if each.capability]
     least: Capability = (target.capability if target and target.capability else min(known))[:2]  # type: ignore[assignment]
     return least
@@ -197,7 +201,10 @@ def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
 
 
 def _refuse_inexact_batches(stages: tuple[str, ...], options: dict[str, Any], number: int) -> None:
-    """Raise DoesNotFitError if train.exact_batch is set and an effective batch cannot be split over `number` GPUs."""
+    """Raise DoesNotFitError if `number` GPUs cannot reach an effective batch exactly, as train.exact_batch requires.
+
+    Nothing is refused if train is not among the stages.
+    """
     from stages.hardware.batch import plan_batch, refuse_inexact_batch
 
     settings = open_run(**options).recipe.train
@@ -214,7 +221,7 @@ def _phases(settings: "Train") -> "list[Train]":
 
 
 def inference_bytes(weights: int) -> int:
-    """Bytes that inference takes on one GPU, by a rule of thumb, for a model of `weights` bytes in half precision.
+    """Bytes that inference takes on one GPU, by a rule of thumb, for a model with `weights` bytes of weights.
 
     Activations and the KV cache add a fifth of the weights; CUDA, its graphs and the adapters add 2 GiB.
     """
@@ -222,9 +229,9 @@ def inference_bytes(weights: int) -> int:
 
 
 def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes]:
-    """Two functions for the bytes that training takes on each GPU: as the recipe asks, and with least memory.
+    """Two functions that return the bytes training takes on each GPU: as the recipe asks, and with the least memory.
 
-    The bytes are those that `lorry plan` estimates. Of two phases, the larger counts.
+    The bytes are those that `lorry plan` estimates. Of two phases, the one that takes more counts.
     """
     from stages.hardware.fit import plan_training
     from stages.hardware.memory import max_lengths
@@ -235,7 +242,7 @@ def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes
 
     @cache
     def planned_bytes(number: int, capability: Capability, memory: int | None) -> int:
-        """Bytes of the larger phase, planned to fit in `memory` bytes; None: as asked."""
+        """Bytes that the larger phase takes if planned for `memory` bytes per GPU; None: as the recipe asks."""
         dtype = machine_target(_machine_with_capability(capability), load_targets()).dtype
         dtype = dtype if recipe.train.precision == "auto" else recipe.train.precision
         ways = [plan_training(shape, settings, number, dtype, memory, lengths) for settings, lengths in phases]

@@ -61,7 +61,7 @@ def find_engine(timeout: float = 20) -> tuple[Any, str]:
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """The operating system's error that docker-py, requests and urllib3 wrapped in others; None if there is none."""
+    """The operating system's error inside those of docker-py, requests and urllib3; None if there is none."""
     left = [error]
     while left:
         one = left.pop()
@@ -79,7 +79,7 @@ def container_runner(
     devices: Callable[[str], list[str]],
     target: Target,
 ) -> tuple[Runner, str]:
-    """A function that runs a stage in a container, and the image of the last stage.
+    """A function that runs a stage in a container, and the name of the last stage's image.
 
     `devices` returns the UUIDs of a stage's GPUs. Raises UsageError or DoesNotFitError if a container could not run: no
     Compose plugin, no NVIDIA runtime, no image, an image of another version, or no folder to mount.
@@ -95,7 +95,7 @@ def container_runner(
     signals = _collect_signals()
 
     def run(stage: str, more: list[str]) -> Outcome:
-        """Run a stage in a container, with further arguments."""
+        """Run a stage in a container, with further arguments. Raises InterruptedRunError after a stop signal."""
         if signals:
             raise InterruptedRunError(
                 f"{stage}: stopped by {signals[0].name} before it began; run the same command again"
@@ -111,7 +111,7 @@ def container_runner(
 
 
 def image_name(stage: str, version: str, target: Target) -> str:
-    """The name of a stage's image, as images/docker-bake.hcl gives it."""
+    """The name of a stage's image, as in images/docker-bake.hcl."""
     registry = os.environ.get("REGISTRY")
     prefix = f"{registry}/" if registry else ""
     return f"{prefix}lorry-{stage}:{version}-{image_target(stage, target)}"
@@ -141,7 +141,7 @@ def compose_command() -> list[str]:
 
 
 def refuse_without_nvidia(info: dict[str, Any], target: Target) -> None:
-    """Raise DoesNotFitError if the Docker engine cannot give GPUs to containers, with NVIDIA's runtime, hook or CDI.
+    """Raise DoesNotFitError if the Docker engine has no way to give GPUs to containers: NVIDIA's runtime, hook or CDI.
 
     `info` is the answer of docker-py's `info()`.
     """
@@ -156,7 +156,10 @@ def refuse_without_nvidia(info: dict[str, Any], target: Target) -> None:
 
 
 def refuse_image(engine: Any, image: str, version: str, target: str) -> None:
-    """Raise UsageError if the Docker engine lacks an image, or if the image holds another version of Lorry."""
+    """Raise UsageError if the Docker engine lacks an image, or if the image holds another version of Lorry.
+
+    Nothing is checked if PULL lets Compose fetch images.
+    """
     from docker.errors import ImageNotFound
 
     if os.environ.get("PULL", "never") not in ("", "never"):
@@ -178,9 +181,10 @@ def refuse_image(engine: Any, image: str, version: str, target: str) -> None:
 
 
 def _compose_variables(options: dict[str, Any]) -> dict[str, str]:
-    """The variables that compose.yaml reads: the folders to mount, the registry, and the owner of the outputs.
+    """The variables that compose.yaml reads: folders to mount, registry, pull policy, and owner of the outputs.
 
-    It also creates the runs folder. Raises UsageError if another folder to mount does not exist.
+    Also creates the runs folder; run by root, it gives a runs folder that root owns to the containers' user. Raises
+    UsageError if the data or model folder does not exist.
     """
     roots = Roots.from_environment()
     data = Path(options["data"]).absolute() if options["data"] else roots.data
@@ -198,7 +202,7 @@ def _compose_variables(options: dict[str, Any]) -> dict[str, str]:
 
 
 def container_user() -> tuple[int, int]:
-    """The uid and gid that containers run as: LORRY_UID and LORRY_GID, or this process's own, but never root."""
+    """The uid and gid that containers run as: LORRY_UID and LORRY_GID, or this process's own; USER in place of root."""
     uid = int(os.environ.get("LORRY_UID") or os.getuid()) or USER
     gid = int(os.environ.get("LORRY_GID") or os.getgid()) or USER
     return uid, gid
@@ -223,7 +227,7 @@ def _run_options(name: str, options: dict[str, Any]) -> list[str]:
 
 
 def _mounted_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with their paths as they are inside a container."""
+    """The options with the paths of recipe and data as a container sees them."""
     recipe = f"/recipe/{Path(options['recipe']).name}" if options["recipe"] else None
     return {**options, "recipe": recipe, "data": "/data" if options["data"] else None}
 
@@ -241,8 +245,8 @@ def _run_container(
 ) -> int:
     """Run `docker compose run` to its end and pass signals on to the container. Returns the container's exit code.
 
-    Signals go through the Docker engine, as Compose would exit at once and leave the container running. Therefore
-    Compose must not get a Ctrl-C either, unless it has the terminal and passes the key on.
+    Signals go through the Docker engine, because Compose exits at once on a signal and leaves the container running.
+    For the same reason Compose must not get a Ctrl-C, unless it has the terminal and passes the key on.
     """
     terminal = "-T" not in command
     process = subprocess.Popen(
@@ -262,7 +266,10 @@ def _run_container(
 
 
 def _send_signal(engine: Any, name: str, number: signal.Signals) -> bool:
-    """Send a signal to a container. Returns False if that failed, as when the container has not started yet."""
+    """Send SIGINT to a container, or SIGTERM for any other signal.
+
+    Returns False if that fails, for example because the container has not started yet.
+    """
     from docker.errors import DockerException
 
     try:

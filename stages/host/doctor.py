@@ -89,7 +89,7 @@ def _error_finding(what: str, error: LorryError) -> Finding:
 
 
 def exit_code(findings: Iterable[Finding]) -> Exit:
-    """The exit code of `lorry doctor`: 4 if a finding has code 4 (hardware or disk), else 2; 0 if none is a FAIL."""
+    """The exit code of `lorry doctor`: 0 without a FAIL, 4 if a FAIL has code 4 (hardware or disk), else 2."""
     codes = {finding.code for finding in findings if finding.state == "FAIL"}
     if not codes:
         return Exit.DONE
@@ -97,9 +97,10 @@ def exit_code(findings: Iterable[Finding]) -> Exit:
 
 
 def examine(target: str | None, run: "Run | None") -> Iterator[Finding]:
-    """Run all checks and yield their findings, for a target (None: that of this machine's GPUs) and a run's recipe.
+    """Run all checks and yield their findings.
 
-    Raises UsageError for an unknown target.
+    `target` is a target's name; None: the targets of this machine's GPUs. `run` has the recipe whose data and models
+    are checked; None: all data and models here. Raises UsageError for an unknown target.
     """
     known = load_targets()
     if target:
@@ -124,7 +125,7 @@ def examine(target: str | None, run: "Run | None") -> Iterator[Finding]:
 
 
 def _targets_to_check(name: str | None, cards: Cards, known: dict[str, Target]) -> list[Target]:
-    """The target called `name`; None: the targets of all GPUs here, or cpu without GPUs."""
+    """The target called `name`; None: the targets of all GPUs here, or cpu if none has a target."""
     if name:
         return [known[name]]
     found = {}
@@ -171,7 +172,7 @@ def _check_driver(cards: Cards, targets: list[Target]) -> Iterator[Finding]:
 
 
 def _find_engine() -> tuple[Any, dict[str, Any], Finding]:
-    """The client of the Docker engine (None if none answers), the engine's own facts, and the finding."""
+    """The client of the Docker engine (None if none answers), the answer of its `info()`, and the finding."""
     name = "Docker engine"
     if importlib.util.find_spec("docker") is None:  # as inside an image
         return None, {}, _unchecked_finding(name, "docker-py is not installed here, so stages run as local processes")
@@ -208,7 +209,7 @@ def _check_engine(engine: Any, info: dict[str, Any], targets: list[Target]) -> I
 
 
 def _check_images(engine: Any, target: Target) -> Iterator[Finding]:
-    """Check whether the images of a target exist in Lorry's version."""
+    """Check whether the Docker engine has the images of a target, in the version of Lorry that a launch would use."""
     import importlib.metadata
 
     version = os.environ.get("LORRY_VERSION") or importlib.metadata.version("lorry")
@@ -227,7 +228,7 @@ def _check_images(engine: Any, target: Target) -> Iterator[Finding]:
 
 
 def _check_libraries() -> Iterator[Finding]:
-    """Check whether the libraries of each stage are installed, to run as local processes."""
+    """Check whether the libraries that each stage needs to run as a local process are installed."""
     for stage in STAGES:
         missing = missing_libraries(stage)
         if missing:
@@ -263,7 +264,7 @@ def _check_free_space(whose: str, folder: Path, cure: str) -> Finding:
 
 
 def _check_shared_memory(cards: Cards, in_containers: bool, folder: Path = Path("/dev/shm")) -> Finding:
-    """A finding on the size of /dev/shm, which only several GPUs on the host itself need."""
+    """A finding on the size of /dev/shm. It matters only for several GPUs without containers."""
     if in_containers:
         return _ok_finding("/dev/shm", "containers get their own (LORRY_SHM in compose/<target>.env)")
     if len(cards.gpus) < 2:
@@ -285,7 +286,7 @@ class _User:
     groups: frozenset[int]
 
     def has_access(self, path: Path, wanted: int) -> bool:
-        """Whether a path's mode gives this user the `wanted` access, a sum of r=4, w=2 and x=1."""
+        """Whether a path's mode gives this user the `wanted` access, a sum of r=4, w=2 and x=1. Root has all access."""
         # os.access would answer for this process's user, who may be root
         found = path.stat()
         if self.uid == 0:
@@ -295,7 +296,7 @@ class _User:
 
 
 def _check_folders(roots: Roots, run: "Run | None", in_containers: bool) -> Iterator[Finding]:
-    """Check whether the stages' user can read data and models, and write runs."""
+    """Check whether the user that the stages run as can read data and models, and write runs."""
     uid, gid = container_user() if in_containers else (os.getuid(), os.getgid())
     user = _User(uid, frozenset([gid] if in_containers else [gid, *os.getgroups()]))
     data = run.roots.data / run.recipe.data.path if run is not None else roots.data
@@ -318,7 +319,7 @@ def _check_folders(roots: Roots, run: "Run | None", in_containers: bool) -> Iter
 
 
 def _first_unreadable_path(folder: Path, user: _User) -> Path | None:
-    """The first path that the user cannot read: the folder, or a path up to two levels below it; None: all readable.
+    """The first path that the user cannot read: the folder, or a path up to two levels below it; None if there is none.
 
     It looks at 2000 paths at most, to stay quick.
     """
@@ -354,7 +355,7 @@ def _check_runs_folder(runs: Path, user: _User, gid: int, in_containers: bool) -
 
 
 def _run_folders(run: "Run | None") -> list[Path]:
-    """The folder of a run and those of its stages, as far as they exist: they may belong to another user."""
+    """A run's folder and the folders directly in it, which may belong to another user; empty if there is no run."""
     if run is None or not run.folder.is_dir():
         return []
     return [run.folder, *(path for path in sorted(run.folder.iterdir()) if path.is_dir())]
@@ -364,7 +365,10 @@ def _run_folders(run: "Run | None") -> list[Path]:
 
 
 def _check_weights(roots: Roots, run: "Run | None") -> Iterator[Finding]:
-    """Check whether the models' safetensors files exist and are as long as their headers say. It reads no weights."""
+    """Check whether models' safetensors files exist and are as long as their headers say. It reads no weights.
+
+    The models are those of the run's recipe, base and embedder; without a run, all in the model folder.
+    """
     if run is not None:
         named = {"model.path": run.recipe.model.path}
         if run.recipe.preprocess.retrieval is not None:
@@ -399,7 +403,7 @@ def _check_model(folder: Path) -> Finding:
 
 
 def _check_gpus(cards: Cards) -> Iterator[Finding]:
-    """Check each GPU: its free memory, and the processes that hold the rest."""
+    """Yield a finding on each GPU: whether Lorry can use it, its free memory, and the processes that use the rest."""
     if not cards.gpus:
         yield _unchecked_finding("GPUs", "NVML shows none")
         return
@@ -415,7 +419,7 @@ def _check_gpus(cards: Cards) -> Iterator[Finding]:
 
 
 def _check_gpu(gpu: Gpu, denied: bool, holders: list[str]) -> Finding:
-    """A finding on one GPU."""
+    """A finding on one GPU. `holders` are the Lorry processes that hold it, as text."""
     if gpu.lost:
         cure = f"see `dmesg | grep Xid`; nvidia-smi --gpu-reset -i {gpu.index}, or reboot; until then name other GPUs"
         return _failure("GPUs", f"{gpu} no longer answers (NVML: {gpu.lost}); {cure}", Exit.DOES_NOT_FIT)

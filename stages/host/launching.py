@@ -24,14 +24,14 @@ from stages.host.runs import recipe_path, unfinished_stages
 def launch(
     stage: str, options: dict[str, Any], gpus: str | None, target: str | None, force: bool, shard: str | None
 ) -> Lines:
-    """Run a stage, after the stages that it needs. Yields lines to print; returns the exit code.
+    """Run the stages that a stage needs, then the stage itself. Yields lines to print; returns the exit code.
 
     The first stage that does not exit with 0 ends the launch.
 
     `options` name the run (`open_run`), `gpus` is the value of GPUS, `target` a target's name. `force` and `shard`
     (such as `0/2`) are for the stage itself; a shard starts without the earlier stages. Raises the errors of
-    `choose_cards`, UsageError or DoesNotFitError for a stage that cannot start here, and those of `_check_gpus` after a
-    failure.
+    `choose_cards`, UsageError or DoesNotFitError for a stage that cannot start here, InterruptedRunError if stopped
+    between two stages, and the errors of `_check_gpus` after a failure.
     """
     if options["recipe"]:
         options = {**options, "recipe": str(recipe_path(options["recipe"]).absolute())}
@@ -58,7 +58,7 @@ def launch(
 
 
 def _run_stage(run: Runner, stage: str, arguments: list[str], choice: CardChoice) -> Generator[str, None, int]:
-    """Run one stage to its end. Yields lines on its failure; returns its exit code."""
+    """Run one stage to its end. Yields lines if it fails; returns its exit code. Raises the errors of `_check_gpus`."""
     outcome = run(stage, arguments)
     if outcome.problem:
         yield outcome.problem
@@ -70,7 +70,10 @@ def _run_stage(run: Runner, stage: str, arguments: list[str], choice: CardChoice
 def _choose_runner(
     stages: tuple[str, ...], options: dict[str, Any], target: str | None, choice: CardChoice, found: Cards
 ) -> Generator[str, None, Runner]:
-    """The function that runs a stage: in a container, or as a process if no Docker engine answers. Yields a line."""
+    """Return the function that runs a stage: in a container, or as a process if no Docker engine answers.
+
+    Yields a line that says which. Raises UsageError or DoesNotFitError if the stages cannot run here.
+    """
     card = choose_target(target, choice, found.gpus)
     engine, address = find_engine()
     nodes = int(os.environ.get("LORRY_NODES") or 1)

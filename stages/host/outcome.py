@@ -23,15 +23,18 @@ class Outcome:
     code: int
     """The exit code, as the stage's own process would have it."""
     problem: Problem | None = None
-    """A line on its end that the stage itself could not print; None if it could."""
+    """A line on how the stage ended, if it could not print one itself; else None."""
 
 
 Runner = Callable[[str, list[str]], Outcome]
-"""Runs one stage to its end, with further arguments of its command."""
+"""Runs one stage to its end, with additional arguments for its command."""
 
 
 def signal_outcome(stage: str, number: int) -> Outcome:
-    """The outcome of a stage that signal `number` ended: code 75 for SIGTERM and SIGINT, 1 for others."""
+    """The outcome of a stage that signal `number` ended: code 75 for SIGTERM and SIGINT, else 1.
+
+    A number that is no signal comes from a container's exit code above 128: also code 1.
+    """
     if number not in signal.valid_signals():
         return Outcome(Exit.CRASHED, Problem(f"{stage}: exited with {128 + number}; see what it printed above"))
     name = signal.Signals(number).name

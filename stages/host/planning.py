@@ -1,4 +1,4 @@
-"""Does the work of `lorry plan`: says whether training a recipe fits the GPUs, which need not be here."""
+"""Does the work of `lorry plan`: estimates whether training a recipe fits the GPUs, which need not be here."""
 
 import os
 import shutil
@@ -38,10 +38,11 @@ USABLE = 0.985
 
 
 def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Lines:
-    """Plan the training of a run's recipe. Yields lines on memory and disk; returns 0, or 4 if it does not fit.
+    """Plan the training of a run's recipe. Yields lines on memory, disk and inference.
 
-    `count` is the number of GPUs, of the target or (None) of this machine. `memory` is the memory of a GPU in GiB;
-    None: that of the target or machine. Raises the errors with which train would refuse the recipe.
+    Returns 0, or 4 if training does not fit memory or disk. `target` is a target's name; None: this machine's GPUs.
+    `count` is the number of GPUs. `memory` is the memory of a GPU in GiB; None: that of the target or machine. Raises
+    the errors of `_planned_gpus`, and those with which train would refuse the recipe.
     """
     train = run.recipe.train
     model = run.model(run.recipe.model.path, "model.path")
@@ -90,7 +91,9 @@ class _Gpus:
 def _planned_gpus(target: str | None, count: int, memory: float | None, precision: str) -> _Gpus:
     """The GPUs to plan for: `count` of a target; without a target, those with the most free memory here.
 
-    Raises UsageError or DoesNotFitError if too few are here.
+    `memory`, in GiB, replaces theirs; then their number is not checked. Raises UsageError for an unknown target, for
+    several GPUs or `memory` with the target cpu, and if too few GPUs are here; DoesNotFitError if Lorry may use
+    none, or if the target does not have the precision.
     """
     targets = load_targets()
     here = () if target else _usable_gpus()
@@ -123,7 +126,11 @@ def _planned_gpus(target: str | None, count: int, memory: float | None, precisio
 
 
 def _usable_gpus() -> tuple[Gpu, ...]:
-    """The GPUs here that a launch could take. Raises DoesNotFitError if there are GPUs, but it could take none."""
+    """The GPUs here that a launch could take; empty without GPUs, and with LORRY_TARGET=cpu.
+
+    Raises DoesNotFitError if there are GPUs but a launch could take none, or if the driver does not answer, and
+    UsageError if LORRY_GPU_DENY is wrong.
+    """
     if os.environ.get("LORRY_TARGET") == "cpu":
         return ()
     found = read_cards()
@@ -139,7 +146,10 @@ def _usable_gpus() -> tuple[Gpu, ...]:
 
 
 def _allowed_settings(train: Train, target: Target) -> Train:
-    """The settings as train uses them on the target. Raises the error with which train would refuse them."""
+    """The settings as train uses them on the target: without DeepSpeed there, `auto` sharding is none.
+
+    Raises the error with which train would refuse them.
+    """
     if train.load_in_4bit:
         refuse_4bit_without_kernels(target)
     if target.deepspeed or train.sharding == "none":
@@ -209,7 +219,7 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
 
 
 def _memory_table(phase: _Phase) -> Iterator[str]:
-    """Yield a table of the peak memory by component, in GiB: as asked, and as train would change it if it does."""
+    """Yield the lines of a table of peak memory by component, in GiB: as asked, and as changed if train changes it."""
     ways = [phase.asked] if phase.asked == phase.way else [phase.asked, phase.way]
     heads = ("as asked", "changed")[: len(ways)]
     yield "".join([f"{'peak on each GPU, GiB':<24}", *(f"{head:>12}" for head in heads)])
@@ -251,7 +261,7 @@ def _verdict(phase: _Phase) -> tuple[bool, list[str]]:
 
 
 def _fitting_changes(phase: _Phase) -> list[Way]:
-    """The ways that fit by a change of the recipe, the smallest change first."""
+    """Ways that fit after a change to the recipe or the number of GPUs, the smallest change first."""
     gpus = phase.gpus
     assert gpus.memory is not None
     offers = Offers("bitsandbytes" in gpus.target.quantisation, gpus.target.deepspeed)
@@ -261,7 +271,7 @@ def _fitting_changes(phase: _Phase) -> list[Way]:
 
 
 def _tight_note(way: Way, gpus: _Gpus, explained: bool = False) -> str:
-    """A warning if the way fits only if the estimate is not too low; else empty."""
+    """A warning if the way would not fit if the estimate were slightly too low; else empty. `explained` adds why."""
     if not way.is_tight(gpus.memory):
         return ""
     return ": tight" + (
@@ -273,7 +283,7 @@ def _tight_note(way: Way, gpus: _Gpus, explained: bool = False) -> str:
 
 
 def _disk_verdict(run: "Run", shape: ModelShape) -> tuple[bool, str]:
-    """Whether the disk has room for the files that training writes, and a line on it."""
+    """Whether the disk has room for the files that training writes, and a line that says so."""
     needed = disk_bytes(shape, run.recipe.train)
     place = run.roots.runs
     while not place.exists():

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
-    """Run the four stages in order, each in a process of its own, and skip those that are done, unless `force`.
+    """Run the four stages in order, each in a process of its own. Skips stages that are done, unless `force`.
 
-    `options` name the run (`open_run`). Yields lines to print; returns the first exit code that is not 0. Raises
-    InterruptedRunError if it is stopped between two stages.
+    `options` name the run (`open_run`). Yields lines to print. The first stage that does not exit with 0 ends the run;
+    returns its exit code, else 0. Raises the errors of `open_run`, and InterruptedRunError if this process is stopped
+    before a stage starts.
     """
     run = open_run(**options)
     arguments = [*stage_arguments(options), *(["--force"] if force else [])]
@@ -47,7 +48,7 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
 def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardChoice", target: str | None) -> Runner:
     """A function that runs a stage as a local process, on the chosen GPUs.
 
-    `target` is a target's name; None: by the GPUs. Raises UsageError if a library of one of the stages is missing.
+    `target` is a target's name; None: that of the GPUs. Raises UsageError if a library of one of the stages is missing.
     """
     for stage in stages:
         missing = missing_libraries(stage)
@@ -62,11 +63,11 @@ def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardC
     stop.install()
 
     def run(stage: str, more: list[str]) -> Outcome:
-        """Run a stage as a process, with further arguments."""
+        """Run a stage as a process, with further arguments. Raises InterruptedRunError after a stop signal."""
         stop.check()
-        if cards.auto or cards.visible_devices(stage):  # it is empty if `auto` took none
+        if cards.auto or cards.visible_devices(stage):  # an empty list, if `auto` took none, hides all GPUs
             environment["CUDA_VISIBLE_DEVICES"] = cards.visible_devices(stage)
-            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # numbers as nvidia-smi has them
+            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the same numbers as in nvidia-smi
         return run_process(stage, [*stage_arguments(options), *more], stop, environment)
 
     return run
@@ -75,7 +76,10 @@ def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardC
 def run_process(
     stage: str, arguments: list[str], stop: StopRequest, environment: dict[str, str] | None = None
 ) -> Outcome:
-    """Run a stage in its own process, and pass stop signals on to it. `environment` None: that of this process."""
+    """Run a stage in its own process to its end, and pass stop signals on to it. Returns its outcome.
+
+    `environment` None: that of this process.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", f"entrypoints.{stage}", *arguments],
         env=environment,

@@ -41,7 +41,9 @@ DEPENDENCIES = (
 def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = False, part: Part = None) -> Exit:
     """Run one stage of a run, or a part of it, unless it is done. Prints an error as one line; returns the exit code.
 
-    The whole stage uses the results of finished shards with the same key, unless `force`.
+    The whole stage, on one node or several, uses the results of finished shards with the same key, unless it was
+    started with `force`. `force` discards finished work, except that of an interrupted start with `force`; it is
+    refused on several nodes.
     """
     stop = StopRequest()
     stop.install()
@@ -65,7 +67,7 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
 
 
 def write_recipe(run: Run) -> None:
-    """Write the resolved recipe to the run folder, unless the same is there already."""
+    """Write the resolved recipe to `recipe.yaml` in the run folder, unless the file has the same text already."""
     text = dump_recipe(run.recipe)
     path = run.folder / "recipe.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -76,7 +78,10 @@ def write_recipe(run: Run) -> None:
 def _run_with_lock(
     run: Run, name: str, work: Callable[[Stage], None], force: bool, stop: StopRequest, lock: int, part: Part
 ) -> Exit:
-    """Run a stage, or a part of it, in its locked folder. Returns the exit code."""
+    """Run a stage, or a part of it, in its locked folder. Returns the exit code.
+
+    Errors of the work are printed. Raises LorryError for inputs that are missing, or changed since they were written.
+    """
     folder = run.stage_folder(name, part)
     label = f"{name} {part.label}" if part else name
     helps = isinstance(part, Node) and part.rank > 0  # node 0 prepares the folder and writes results and manifest
@@ -125,7 +130,10 @@ def _run_with_lock(
 
 
 def _take_over_shards(stage: Stage) -> None:
-    """Note the finished shards whose results this start uses, and add the GPUs and decisions of their manifests."""
+    """Find the finished shards whose results this start uses, and add their folders, GPUs and decisions to the stage.
+
+    Raises UsageError if another version of Lorry wrote one of them.
+    """
     every = stage.run.shards(stage.name)
     if not every:
         return
@@ -143,9 +151,9 @@ def _take_over_shards(stage: Stage) -> None:
 
 
 def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> dict[str, Any]:
-    """Prepare a stage's folder for a start: keep half-done work of the same key, and remove work of another key.
+    """Prepare a stage's folder for a start: keep half-done work of the same key, else all but `reusable` is deleted.
 
-    Folders in `reusable` stay in any case, except with `force`, which keeps only half-done work of a forced start.
+    With `force`, half-done work stays only if it was started with `force` too; else `reusable` is deleted as well.
     Returns the state: `key`, `forced`, and `starts`, the times of this start and of earlier ones of the same work.
     """
     state = read_json(folder / "state.json") or {}
@@ -179,7 +187,7 @@ def _report_end(stage: Stage, error: BaseException) -> Exit:
 
 
 def _emit_stop_event(stage: Stage, error: LorryError) -> None:
-    """Write the event of a stop; ignore an OSError."""
+    """Write the event that the stage stopped with this error; ignore an OSError."""
     try:
         stage.events.emit("stopped", error=str(error), exit_code=int(error.exit_code))
     except OSError:  # the disk may be full
@@ -232,7 +240,7 @@ def _manifest(stage: Stage, key: str, inputs: dict[str, str], starts: list[str],
 
 
 def _present_time() -> str:
-    """The present time in UTC, as ISO 8601 with milliseconds."""
+    """The current time in UTC, as ISO 8601 with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -248,7 +256,7 @@ def _dependency_versions() -> dict[str, str]:
 
 
 def _git_revision() -> str | None:
-    """The git revision of this code, which images have in LORRY_REVISION; None outside a checkout."""
+    """The git revision of this code: LORRY_REVISION, which images set, else the checkout's; None without either."""
     if "LORRY_REVISION" in os.environ:
         return os.environ["LORRY_REVISION"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -14,7 +14,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def recipe_path(recipe: str) -> Path:
-    """The file of a recipe that is named by path or by its name in recipes/. Raises UsageError if there is none."""
+    """The file of a recipe, given as a path or as its name in recipes/. Raises UsageError if there is none."""
     for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
         if path.is_file():
             return path
@@ -56,7 +56,8 @@ def open_run(
     """The run that a command's options name, with its resolved recipe.
 
     Without `recipe`, it is the recipe of the existing run `run_name`. `say` gets a line on each key of the recipe that
-    is ignored. Raises UsageError if the recipe, run, task or engine does not exist, or the recipe is wrong.
+    is ignored. Raises UsageError if the recipe, run, task or engine does not exist, if the recipe is wrong, or if
+    `run_name` cannot be the name of one folder.
     """
     from stages.contract.recipe import load_recipe, locate_key
     from stages.contract.run import Run
@@ -94,7 +95,10 @@ def stage_arguments(options: dict[str, Any]) -> list[str]:
 
 
 def is_done(run: "Run", stage: str) -> bool:
-    """Whether a stage is done and unchanged. Also False after an error, which the stage itself then reports."""
+    """Whether a stage is done with the present recipe and inputs.
+
+    False also if this cannot be checked: the stage then starts and reports the error itself.
+    """
     from stages.contract.files import FileHashes
 
     hashes = FileHashes(run.stage_folder(stage) / ".hashes.json")
@@ -105,7 +109,10 @@ def is_done(run: "Run", stage: str) -> bool:
 
 
 def unfinished_stages(stages: tuple[str, ...], last: str, force: bool, options: dict[str, Any]) -> tuple[str, ...]:
-    """The stages from the first one that is not done, or from `last` if `force`; only these can need a GPU."""
+    """The stages from the first one that is not done; empty if all are. Only these can need a GPU.
+
+    With `force`, the stage `last` counts as not done.
+    """
     run = open_run(**options)
     for number, stage in enumerate(stages):
         if (force and stage == last) or not is_done(run, stage):

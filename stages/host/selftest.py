@@ -22,10 +22,10 @@ from stages.host.needs import GPU_STAGES, LIBRARIES, OPTIONAL_LIBRARIES
 
 
 def selftest(stage: str) -> Generator[str, None, None]:
-    """Check this image, or this host, for a stage. Yields one line for each check.
+    """Check that this image, or this host, has what a stage needs. Yields a line for each check.
 
-    Raises UsageError for a library that cannot be imported or a mount that is not writable, and DoesNotFitError for a
-    library without code for the target's card, or a GPU that does not compute.
+    Raises UsageError for an unknown LORRY_TARGET, a library that cannot be imported or read, or a mount that is not
+    writable, and DoesNotFitError for a library without code for the target's card, or a GPU that does not compute.
     """
     name = os.environ.get("LORRY_TARGET")
     target = named_target(name, load_targets()) if name else None
@@ -50,7 +50,7 @@ def selftest(stage: str) -> Generator[str, None, None]:
 
 
 def _import_library(library: str) -> Any:
-    """The imported library. Raises UsageError, whatever its import raises."""
+    """Import a library and return it. Raises UsageError if the import fails, whatever the exception."""
     try:
         return importlib.import_module(library)
     except Exception as error:  # a missing module, a missing .so, or a bug in the library
@@ -61,7 +61,7 @@ def _import_library(library: str) -> Any:
 
 
 def _version(library: str, module: Any) -> str:
-    """The version of an imported library."""
+    """The version of an imported library; `of unknown version` if it states none."""
     distributions = importlib.metadata.packages_distributions().get(library, [])
     if distributions:
         return importlib.metadata.version(distributions[0])
@@ -69,7 +69,10 @@ def _version(library: str, module: Any) -> str:
 
 
 def _check_code(stage: str, modules: dict[str, Any], target: Target | None) -> Iterator[str]:
-    """Yield the architectures of each library with device code. Raises DoesNotFitError if one lacks the target's."""
+    """Yield a line with the architectures that each library has device code for.
+
+    Raises DoesNotFitError if a library has no code for the target's card.
+    """
     for name, found in _device_code(stage, modules):
         yield f"code in {name}: {' '.join(sorted(found, key=_sort_key)) or 'none for any card'}"
         if target is not None and target.capability is not None and not has_code_for(found, target.capability):
@@ -78,9 +81,10 @@ def _check_code(stage: str, modules: dict[str, Any], target: Target | None) -> I
 
 
 def _device_code(stage: str, modules: dict[str, Any]) -> Iterator[tuple[str, set[str]]]:
-    """Yield each file that needs code for the target's card, and the architectures that it has code for.
+    """Yield the name of each library file that needs code for the target's card, and the architectures of its code.
 
-    Files that are meant for some cards only, such as vLLM's flash attention, are left out.
+    Files that are meant for some cards only, such as vLLM's flash attention, are left out. Yields nothing for a stage
+    without torch.
     """
     torch = modules.get("torch")
     if torch is None:
@@ -107,13 +111,13 @@ def _device_code(stage: str, modules: dict[str, Any]) -> Iterator[tuple[str, set
 
 
 def _sort_key(name: str) -> tuple[str, int]:
-    """The key that sorts architectures by kind and number: sm_90 before sm_100."""
+    """The key to sort architectures by kind, then by number: sm_90 before sm_100."""
     kind, _, number = name.partition("_")
     return kind, int("".join(character for character in number if character.isdigit()))
 
 
 def _check_gpus(torch: Any) -> Iterator[str]:
-    """Compute on each visible GPU, and yield a line on it. Raises DoesNotFitError for a GPU that fails."""
+    """Compute on each visible GPU, and yield a line on each. Raises DoesNotFitError for a GPU that fails."""
     if torch is None:
         yield "GPU not used by this stage"
         return

@@ -1,4 +1,4 @@
-"""Does the work of `lorry status`: says how far runs are, from manifests and events."""
+"""Does the work of `lorry status`: shows how far runs are, from manifests and events."""
 
 import json
 import time
@@ -28,7 +28,7 @@ def status_lines(run_name: str | None) -> Generator[str, None, None]:
 
 
 def _state_lines(folder: Path, stage: str) -> list[str]:
-    """Lines on the state of a stage, and of its shards if there are any."""
+    """Lines on the state of a stage, and on its shards if there are any and the stage itself is not done."""
     from stages.contract.run import is_held
 
     try:
@@ -45,7 +45,7 @@ def _state_lines(folder: Path, stage: str) -> list[str]:
 
 
 def _event_text(event: dict[str, Any], running: bool) -> str:
-    """An event of events.jsonl as text, with a colon before it; empty for the end of a process."""
+    """An event of events.jsonl as text that begins with a colon; empty for the event `end`."""
     if event["event"] == "end":
         return ""
     if event["event"] != "progress":
@@ -57,7 +57,7 @@ def _event_text(event: dict[str, Any], running: bool) -> str:
 
 
 def _shard_counts(folder: Path, stage: str) -> str:
-    """How many shards of a stage are done and running, for each count that it was split into; empty without shards."""
+    """How many shards of a stage are done and running, for each number of shards in use; empty without shards."""
     from stages.contract.run import is_held
 
     counts: dict[int, list[Path]] = {}

@@ -1,4 +1,4 @@
-"""Runs the work of a stage. It imports the stage only then, as that takes seconds."""
+"""Runs the work of a stage. It imports the stage only when it runs it, as that takes seconds."""
 
 import importlib
 
@@ -10,7 +10,8 @@ from stages.host.needs import GPU_STAGES
 def run_work(stage: Stage) -> None:
     """Run `work` of `stages.<stage>.stage`, on GPUs that LORRY_GPU_DENY does not name.
 
-    Raises DoesNotFitError if the stage needs a GPU and LORRY_GPU_DENY leaves none.
+    Raises UsageError if LORRY_GPU_DENY is wrong, DoesNotFitError if the stage needs a GPU and LORRY_GPU_DENY leaves
+    none, and what the work raises.
     """
     if stage.name != "eval":
         hide_denied_cards(needs_one=stage.name in GPU_STAGES)
