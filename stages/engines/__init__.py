@@ -1,6 +1,6 @@
 """The inference engines: a recipe's `infer.engine` names one. docs/add-an-engine.md shows how to add one.
 
-This table says what each engine can do. Reading it loads no engine, neither torch nor vLLM.
+ENGINES says what each engine can do. Importing this package loads no engine, and neither torch nor vLLM.
 """
 
 import difflib
@@ -32,8 +32,8 @@ class EngineKind:
     cannot_serve: tuple[str, ...] = ()
     """Model types, as in a model's config.json, that it does not support."""
     libraries: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Libraries to import, in order. Each has the patterns of its files that must hold device code for the GPU.
-    `lorry-infer selftest` refuses an image without them."""
+    """Libraries to import, in this order. The patterns name the files of each that must hold device code for the GPU.
+    `lorry-infer selftest` refuses an image that lacks a library or the device code."""
     distributions: tuple[str, ...] = ()
     """Names of the packages that hold its libraries. The manifest records their versions."""
 
@@ -78,8 +78,11 @@ def engine_libraries() -> dict[str, tuple[str, ...]]:
 
 
 def start_engine(name: str, settings: "EngineSettings") -> "Engine":
-    """Start the engine `name`, which loads model and adapters. Returns it. Raises UsageError for an unknown name, and
-    for a model type that the engine cannot serve."""
+    """Start the engine `name`, which loads model and adapters. Returns it.
+
+    Raises UsageError for an unknown name and for a model type that the engine cannot serve, and the engine's own
+    errors, such as DoesNotFitError.
+    """
     kind = engine_kind(name)
     model_type = (read_json(settings.model / "config.json") or {}).get("model_type")
     if model_type in kind.cannot_serve:

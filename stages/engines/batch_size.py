@@ -12,7 +12,8 @@ MOST = 256
 """Largest batch to try, in sequences. A larger one was not faster on any card that was measured."""
 
 WORTH = 1.1
-"""Least speed-up, in sequences per second, for which a batch of twice the size is used: a kill loses a whole batch."""
+"""Least speed-up, as a ratio of sequences per second, for which a batch of twice the size is used: a kill loses a whole
+batch."""
 
 SHARE = 0.7
 """Largest share of the free memory that a batch may use. The rest is for completions, which are short in trials."""
@@ -22,7 +23,7 @@ def best_batch_size(attempt: Callable[[int], None], most: int = MOST) -> tuple[i
     """Find the best batch size by trial. Returns it, in sequences, and the reason.
 
     `attempt(n)` must decode the n longest prompts together. The size doubles, up to `most`, until a larger batch would
-    take too much memory or is not faster.
+    take too much memory or is not faster. Raises torch.OutOfMemoryError if the longest prompt alone does not fit.
     """
     attempt(1)  # not measured: the first attempt loads and compiles kernels
     best, speed, why = 1, 0.0, "larger ones were not faster"
@@ -50,7 +51,7 @@ def best_batch_size(attempt: Callable[[int], None], most: int = MOST) -> tuple[i
 
 
 def _free_caches() -> None:
-    """Free the caches of earlier attempts, and reset the peak of the GPU's memory."""
+    """Free the memory that earlier attempts left cached, and reset torch's record of the GPU's peak memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -58,7 +59,7 @@ def _free_caches() -> None:
 
 
 def _free_memory() -> int:
-    """The free bytes of the GPU's memory; without a GPU, of the machine's."""
+    """Free memory of the GPU or, without a GPU, of the machine, in bytes. What torch has only cached counts as free."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -66,9 +67,9 @@ def _free_memory() -> int:
 
 
 def _peak_memory(before: int) -> int:
-    """The peak memory of the last attempt, without the weights, in bytes.
+    """Peak memory of the last attempt, without the weights, in bytes.
 
-    On a CPU, that of all attempts: `before` is the number of bytes that the process used before them.
+    On a CPU, the process's peak so far, minus `before`: the bytes that it used before the measured attempts.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()

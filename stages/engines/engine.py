@@ -20,7 +20,7 @@ class Completion:
 
 
 Done = Callable[[int, Completion], None]
-"""A function that the engine calls for each finished completion, with the place of its prompt in the list."""
+"""A function that the engine calls for each finished completion, with the index of its prompt in the list."""
 
 
 class Engine(Protocol):

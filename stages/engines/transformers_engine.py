@@ -99,7 +99,8 @@ class TransformersEngine:
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
         """Find the batch size by completing these prompts in growing batches. Returns it and the reason.
 
-        Completions are short. The prompts are completed with the first adapter, which needs more memory than the base.
+        Completions are short. The first adapter completes the prompts, because it needs more memory than the base;
+        without adapters, the base does. Without prompts, the batch size is 1.
         """
         if not prompts:  # every prompt is too long for infer.max_length
             self.batch_size = 1
@@ -128,7 +129,7 @@ class TransformersEngine:
         return [c for part in (prompts[:half], prompts[half:]) for c in self._complete_or_halve(part, adapter)]
 
     def _complete_batch(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
-        """Complete a batch of prompts with the same token limit. Returns the completions."""
+        """Complete prompts as one batch, with the first one's token limit. Returns the completions in order."""
         pictures = self._picture_inputs(prompts)
         rows = [self._input_tokens(prompt) for prompt in prompts]
         longest = max(map(len, rows))
@@ -155,8 +156,7 @@ class TransformersEngine:
         return [self._completion(row[longest:].tolist()) for row in output]
 
     def _picture_inputs(self, prompts: list[Prompt]) -> dict[str, Any]:
-        """The model's input tensors for the pictures of all prompts, by the names of its processor. Empty if no prompt
-        has a picture."""
+        """The model's input tensors for all prompts' pictures, by the processor's names. Empty without pictures."""
         opened = [picture.load() for prompt in prompts for picture in prompt.pictures]
         if not opened:
             return {}
@@ -222,7 +222,8 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
         ]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Add noise, in place, to the logits of prompts with a temperature. Returns all, (prompts, vocabulary)."""
+        """Divide the logits of prompts with a temperature by it and add noise, in place. Returns all logits, (prompts,
+        vocabulary)."""
         for row, temperature, generator in self._sampled:
             uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
             noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
@@ -232,7 +233,7 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The ids of the tokens that end a completion, from tokenizer and generation config. Raises ValueError if neither
-    has one."""
+    names an end token."""
     configured = model.generation_config.eos_token_id
     found = configured if isinstance(configured, list) else [configured]
     ends = [token for token in dict.fromkeys([tokenizer.eos_token_id, *found]) if token is not None]

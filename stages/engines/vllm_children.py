@@ -15,7 +15,7 @@ NAME = "lorry"
 def end_with_parent() -> None:
     """Make the kernel end this process when its parent ends. Does nothing in the stage's own process.
 
-    vLLM calls it in each of its processes and in the stage's.
+    vLLM calls this in the stage's process and in each process that it starts.
     """
     if multiprocessing.parent_process() is not None:
         die_with_parent(os.getppid())

@@ -19,8 +19,8 @@ MOST_OF_A_GPU, SPARE = 0.9, 0.02
 GPU too. vLLM reserves a share of the whole GPU and refuses to start if less is free."""
 
 IN_FLIGHT = 2
-"""Prompts in the engine for each one that it decodes at once: enough that it never waits for prompts. Few enough that
-memory never holds the pictures of all prompts, which are read when their prompt is submitted."""
+"""Prompts submitted to the engine per sequence that it decodes at once. Enough that it never waits for prompts, and few
+enough that memory never holds the pictures of all prompts, which are read shortly before a prompt is submitted."""
 
 AUTO_BATCH, AUTO_BATCH_ON_CPU = 256, 16
 """Number of sequences decoded together with `batch_size: auto`, on a GPU and on a CPU. If they do not fit the KV cache,
@@ -126,7 +126,10 @@ class VllmEngine:
                 engine.abort_request(list(places))
 
     def _submit(self, prompt: Prompt, pictures: list[Any], request: Any) -> str:
-        """Add one prompt to vLLM's queue. Returns the id of its output. `request` is the adapter's; None: the base."""
+        """Add one prompt with its opened pictures to vLLM's queue. Returns the id of its output.
+
+        `request` is vLLM's LoRARequest for the adapter; None: the base.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -148,7 +151,10 @@ class VllmEngine:
 
 
 def _read_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
-    """Yield each prompt with its pictures. Threads read and scale the pictures of the next AHEAD prompts in advance."""
+    """Yield each prompt with its pictures. Threads read and scale the pictures of the next AHEAD prompts in advance.
+
+    Raises DataError for a picture that cannot be read.
+    """
     with ThreadPoolExecutor(READERS) as readers:
         ahead: deque[list[Future[Any]]] = deque()
         for place, prompt in enumerate(prompts):
@@ -191,5 +197,6 @@ def _kv_cache_bytes(settings: EngineSettings, batch_size: int) -> int:
 
 
 def _supported_rank(rank: int) -> int:
-    """The smallest `max_lora_rank` that vLLM accepts for `rank`. A larger one would waste memory and time."""
+    """The smallest `max_lora_rank` that vLLM accepts for `rank`; above 512, `rank` itself. A larger value would waste
+    memory and time."""
     return next((allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), rank)

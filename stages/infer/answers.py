@@ -21,9 +21,10 @@ def answer_round(
     """Answer the unanswered samples of a round and add the completions to the journals. Loads no model if all samples
     are answered.
 
-    If the engine fails on a sample, the journals get the error. Raises InterruptedRunError if the stage is asked to
-    stop, UsageError if the engine cannot serve an adapter, and the engine's own error if it fails on every sample. The
-    journals then have all completions up to the error.
+    If the engine fails on a sample but completes another, the journals get the error. If it completes no other, raises
+    the engine's error. Raises a LorryError at once if the machine is the cause, such as a full disk. Raises
+    InterruptedRunError if the stage is asked to stop, UsageError if the engine cannot serve the model or an adapter,
+    and DoesNotFitError if the weights do not fit. The journals then have all completions up to the error.
     """
     if not asked.chunks:
         return
@@ -81,7 +82,10 @@ class _EngineSession:
                     self.stop.check()
 
     def _answer_chunk(self, variant: Variant, name: str, chunk: list[Sample]) -> bool:
-        """Answer a chunk's unanswered samples in the pass `name`. Returns whether the engine was asked."""
+        """Answer a chunk's unanswered samples in the pass `name`. Returns whether the engine was asked.
+
+        If a prompt cannot be used, the journals get the reason as its error.
+        """
         missing: dict[str, Step] = {}
         prompts: list[Prompt] = []
         for sample in chunk:
@@ -104,8 +108,8 @@ class _EngineSession:
     def _generate(self, prompts: list[Prompt], missing: dict[str, Step]) -> None:
         """Complete these prompts and add the completions of those in `missing` to the journals. Empties `missing`.
 
-        If the engine fails, tries each missing prompt alone and adds the error of those that fail again. Raises the
-        error instead if the machine is its cause, or if the engine fails on other prompts too.
+        If the engine fails, tries each missing prompt alone and adds the error of those that fail again. Raises
+        a LorryError instead if the machine is the cause, and the engine's error if it completes no other prompt either.
         """
         (model,) = {step.model for step in missing.values()}
         clock = time.monotonic()

@@ -27,8 +27,8 @@ class Journals:
     """The completions of all models. A model is an adapter's name; None: base."""
 
     def __init__(self, folder: Path, names: Mapping[str | None, str], key: str) -> None:
-        """Open the files `names` in `folder`, one for each model, and delete all others: they are of other weights or
-        pictures.
+        """Open the files `names` in `folder`, one for each model, and delete all others: they hold completions of other
+        weights, settings or pages.
 
         `key` is the stage's key. Errors recorded under another key are ignored: the recipe may have changed to avoid
         them.
@@ -51,7 +51,7 @@ class Journals:
         }
 
     def find(self, model: str | None, question: Question) -> Record | None:
-        """Return the record of a model's completion of a question, or of its error; None if there is none yet."""
+        """Return the record of a completion, or of the error in its place, by model and question; None without one."""
         return self._known[model].get(question)
 
     def add(
@@ -65,7 +65,7 @@ class Journals:
     ) -> None:
         """Add a completion, or the error in its place, with the number of prompt tokens and the seconds it took.
 
-        Once this returns, it survives a SIGKILL.
+        Once this returns, the record survives a SIGKILL.
         """
         record: Record = {
             **dict(zip(("id", "pass", "asked"), question, strict=True)),
@@ -96,8 +96,9 @@ class Journals:
 def journal_names(run: Run, model: Path, adapters: list[str], hashes: FileHashes) -> dict[str | None, str]:
     """The file name of each model's journal, by the adapter's name (None: base).
 
-    The name changes with the weights, engine, batches, seed and pictures. It does not depend on the rest of the
-    recipe, so completions stay usable if that changes. `hashes` caches the sha256 of the model's files.
+    The name changes with the weights, the engine, `infer.merged`, the sizes of batches and chunks, the seed and the
+    folder `pages/` of preprocess. It does not depend on the rest of the recipe, so completions stay usable if that
+    changes. `hashes` caches the sha256 of files.
     """
     infer = run.recipe.infer
     pages = ((run.manifest("preprocess") or {}).get("outputs") or {}).get("pages/", {}).get("sha256")

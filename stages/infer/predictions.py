@@ -25,9 +25,9 @@ def predict_round(
 ) -> tuple[dict[Variant, list[Prediction]], dict[str, dict[str, float]]]:
     """Return a round's predictions by variant, in the order of the samples, and the time that they took.
 
-    Requires that all samples are answered. The time is by the variant's name: `samples` is the number of samples that
-    no shard had answered, `seconds` what their completions took over all starts, without the engine's start. A variant
-    that shards answered completely has no entry.
+    Requires that all samples are answered. The times are by the variant's name: `samples` is the number of samples that
+    no shard had answered, `seconds` is how long their completions took over all starts, without the engine's start. A
+    completion that variants share counts for each of them. A variant that shards answered completely has no entry.
     """
     found: dict[Variant, list[Prediction]] = {}
     took: dict[str, dict[str, float]] = {}
@@ -73,7 +73,8 @@ class WrittenFiles:
     outputs: dict[str, int] = field(default_factory=dict)
     """Number of records in each file, by its name relative to the stage's folder."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Number of `answered` and `failed` predictions; `abstained` counts the failed ones without an answer."""
+    """Number of `answered` and `failed` predictions; `abstained` counts the failed predictions whose
+    completion has no valid answer."""
     submissions: dict[str, dict[str, int]] = field(default_factory=dict)
     """Number of `lines` in each variant's submission, and of lines `without answer`."""
 
@@ -87,8 +88,9 @@ def write_predictions(
 ) -> WrittenFiles:
     """Write each variant's predictions into the stage's folder. Returns what was written.
 
-    With `submits`, also writes the submission of base, of each adapter and of the vote, and reports with `say` how many
-    of its lines have no answer. Raises DataError if a submission would not have exactly one line for each question.
+    With `submits`, also writes the submissions of base, adapters and vote, but none for ablations and validation
+    samples, and prints with `say` how many lines have no answer. Raises DataError if asked.jsonl does not name each
+    predicted question exactly once, or if the file on the disk differs from what was written.
     """
     written = WrittenFiles()
     for variant, found in predictions.items():
@@ -111,8 +113,11 @@ def write_predictions(
 def _submission_lines(
     run: Run, variant: Variant, predictions: Mapping[str, Prediction]
 ) -> tuple[list[dict[str, Any]], int]:
-    """Return the lines of a submission, one for each question in the order of the data, and how many have no answer.
-    Raises DataError if asked.jsonl does not name each predicted question once."""
+    """Return a submission's lines, in the order of asked.jsonl, and how many of them lack an answer.
+
+    With `infer.answers: own sources`, an adapter's submission has only the lines with a question that it answered.
+    Raises DataError if asked.jsonl does not name each predicted question exactly once.
+    """
     task = load_task(run.recipe.task)
     rows = read_jsonl(run.path("preprocess", "asked.jsonl"))
     asked = [row for row in rows if row.get("line", True)]

@@ -1,4 +1,4 @@
-"""The prompts of a task for one model: a sample has one prompt for each pass, and the passes follow one another."""
+"""The prompts of a task for one model. A sample has one prompt per pass; a later pass can use earlier completions."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -64,11 +64,14 @@ class Prompts:
         self.passes: tuple[str, ...] = self._task.passes(recipe)
 
     def answering_model(self, variant: Variant, name: str) -> str | None:
-        """The adapter that answers the pass `name` of a variant; None: base, which answers the shared passes of all."""
+        """The adapter that answers a variant's pass `name`; None: base, which answers the task's shared passes."""
         return None if name in self._task.SHARED else variant.adapter
 
     def steps(self, variant: Variant, sample: Sample, journals: Journals) -> list[Step]:
-        """The sample's passes in order, up to the first one that is unanswered or failed."""
+        """The sample's passes in order, up to and including the first one that is unanswered or failed.
+
+        Leaves out passes that the sample skips. Empty if preprocess put an error into the sample's `meta`.
+        """
         steps: list[Step] = []
         texts: dict[str, str] = {}
         if "error" in sample["meta"]:
@@ -112,13 +115,13 @@ class Prompts:
         return EngineLimits(min(length, self._recipe.infer.max_length), pictures - 1, pixels)
 
     def control_words(self, samples: Iterable[Sample]) -> dict[str, int]:
-        """`count_said` of the samples' own messages."""
+        """How often control words occur in the samples' messages, in the form that `count_said` returns."""
         return count_said(
             self._renderer.control_words_in(sample["messages"], bool(sample["images"])) for sample in samples
         )
 
     def longest_prompts(self) -> list[Prompt]:
-        """The longest prompts rendered so far, at most LONGEST of them, by tokens, the longest first."""
+        """At most LONGEST of the prompts rendered so far: those with the most tokens, the longest first."""
         return sorted(self._prompts(), key=lambda prompt: (-prompt.length, prompt.id))[:LONGEST]
 
     def shortest_other_prompts(self, sample_id: str, count: int) -> list[Prompt]:
@@ -135,11 +138,11 @@ class Prompts:
         return digest_of([ask.messages, ask.images, ask.max_pixels, self._token_limit(ask), ask.temperature, ask.seed])
 
     def _token_limit(self, ask: Ask) -> int:
-        """The largest number of tokens in a completion."""
+        """The largest number of tokens in the completion of a prompt."""
         return ask.max_new_tokens or self._recipe.infer.max_new_tokens
 
     def _render(self, sample_id: str, ask: Ask) -> Prompt | str:
-        """Render a prompt without the cache. Returns what `render` returns."""
+        """Render a prompt, bypassing the cache. Returns what `render` returns."""
         pictures = [self._run_folder / name for name in ask.images]
         try:
             prompt = self._renderer.render(sample_id, ask.messages, pictures, ask.max_pixels, ask.max_new_tokens)

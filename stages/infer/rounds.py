@@ -62,7 +62,7 @@ class Round:
     samples: dict[Variant, list[Sample]]
     """The samples whose predictions it writes, in the order of the file."""
     chunks: dict[Variant, list[list[Sample]]]
-    """The chunks that no finished shard has answered completely."""
+    """This process's chunks that finished shards have not answered completely."""
     from_shards: dict[Variant, dict[str, Prediction]]
     """Predictions of finished shards, by sample id."""
 
@@ -78,8 +78,8 @@ def trained_adapters(run: Run) -> list[Adapter]:
 
 
 def list_variants(run: Run) -> list[Variant]:
-    """List all variants of a run: base, each adapter, and the first adapter without each component in `infer.ablate`.
-    With a vote, also each adapter on the validation samples.
+    """List all variants of a run: base, each trained adapter, and the first adapter without each component in
+    `infer.ablate`. With a vote, also each trained adapter on the validation samples.
 
     The component `adapter` adds no variant, because leaving it out gives base.
     """
@@ -94,7 +94,7 @@ def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
     """The samples that each variant answers, in the order of `list_variants`."""
 
     def read_samples(name: str) -> list[Sample]:
-        """Return the samples in a file of preprocess's, named without `.jsonl`."""
+        """Return the samples in a file that preprocess wrote. `name` is its name without `.jsonl`."""
         return cast(list[Sample], read_jsonl(run.path("preprocess", "samples", f"{name}.jsonl")))
 
     tested = read_samples("test")
@@ -115,8 +115,8 @@ def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
 def cut_into_chunks(samples: Mapping[Variant, list[Sample]], size: int) -> list[Chunk]:
     """Cut the samples of each variant into chunks of at most `size`. Returns the chunks of all variants.
 
-    Samples that are answered, or belong to another shard, are cut too, so that the same samples always share a batch:
-    in another batch, sums are rounded differently, which can change a greedy completion at a near tie.
+    Samples that are answered already or belong to another shard are included, so that the same samples always share a
+    batch: in another batch, sums are rounded differently, which can change a greedy completion at a near tie.
     """
     return [(v, members[at : at + size]) for v, members in samples.items() for at in range(0, len(members), size)]
 
@@ -127,8 +127,10 @@ def first_round(
     is_mine: Callable[[int], bool],
     finished_shards: Sequence[Path],
 ) -> Round:
-    """The first round of this process: the chunks for whose numbers `is_mine` is true, and the predictions of finished
-    shards, whose folders are `finished_shards`."""
+    """This process's first round: its own chunks, and the predictions in the folders `finished_shards`.
+
+    `is_mine` returns whether this process answers the chunk with a given number, counted from 0.
+    """
     from_shards = {variant: _read_predictions(finished_shards, variant) for variant in samples}
     mine = [chunk for number, chunk in enumerate(chunks) if is_mine(number)]
     missing: dict[Variant, list[list[Sample]]] = {variant: [] for variant in samples}

@@ -1,8 +1,8 @@
 """Start and close infer's engine with the weights that are needed, and choose its batch size.
 
 One engine runs at a time, and as few are started as the weights allow: one for base and all adapters together; with a
-trained connector (`train.connector`), one for base and one for the adapters; one for each merged adapter
-(`infer.merged`).
+trained connector (`train.connector`), one for base and one for the adapters; with `infer.merged`, one for base and one
+for each adapter.
 """
 
 import time
@@ -59,7 +59,8 @@ class Engines:
         """Seconds that all starts of engines took together; None before the first one."""
 
     def refuse_unserved(self, adapters: Sequence[str]) -> None:
-        """Raise UsageError if the recipe's engine would ignore the LoRA weights of an adapter's vision tower."""
+        """Raise UsageError if one of these adapters has LoRA weights of a vision tower or connector that the recipe's
+        engine would ignore."""
         if not self._recipe.infer.merged and not self._kind.serves_adapted_vision:
             others = [name for name in engine_names() if engine_kind(name).serves_adapted_vision]
             refuse_adapted_vision({name: self._adapters[name] for name in adapters}, self._kind.name, others)
@@ -70,7 +71,9 @@ class Engines:
         """Yield engines that together serve these adapters and, with `asks_base`, base. Each comes with the models that
         it serves (None: base), and is closed before the next one starts.
 
-        `longest` returns the prompts with which the batch size is found, the longest first.
+        `longest` returns the prompts with which the batch size is found, the longest first. Raises DoesNotFitError if
+        the weights do not fit the GPUs or a merged copy does not fit the disk, and UsageError if the engine cannot
+        serve the model or an adapter cannot be merged.
         """
         merged = self._recipe.infer.merged
         if not merged and self._connector is None:
@@ -110,7 +113,7 @@ class Engines:
     def _running_engine(
         self, model: Path, adapters: dict[str, Path], limits: EngineLimits, longest: Callable[[], list[Prompt]]
     ) -> Engine:
-        """Return an engine that serves these weights within these limits: the running one if possible, else a new one.
+        """Return an engine that serves these weights with at least these limits: the running one, or else a new one.
 
         A second round can need larger limits, if shards answered the longest prompts of the first.
         """
@@ -133,7 +136,8 @@ class Engines:
     def _start(self, model: Path, adapters: dict[str, Path], limits: EngineLimits) -> Engine:
         """Start an engine with these weights and limits, and record the decisions.
 
-        Raises DoesNotFitError if the weights do not fit, UsageError if the engine cannot serve the model."""
+        Raises DoesNotFitError if the weights do not fit, UsageError if the engine cannot serve the model.
+        """
         recipe, target = self._recipe, _target()
         size = recipe.infer.batch_size
         settings = EngineSettings(
@@ -158,7 +162,8 @@ class Engines:
         return engine
 
     def _plan_tensor_parallel(self, model: Path, dtype: str, max_length: int) -> int:
-        """Choose how many GPUs share the weights, and record it. Raises DoesNotFitError if the weights do not fit."""
+        """Choose how many GPUs share the weights, and record it. Returns 1 without a record if there is no GPU or the
+        engine cannot split weights. Raises DoesNotFitError if the weights do not fit."""
         gpus = probe().gpus
         asked = self._recipe.infer.tensor_parallel
         if not gpus or not self._kind.shares_weights:

@@ -37,7 +37,10 @@ from stages.tasks import load_task
 
 
 def work(stage: Stage) -> None:
-    """Answer the samples with base and adapters, then vote. `run_stage` calls this."""
+    """Answer the samples with base and adapters, then hold the vote if the recipe has one. `run_stage` calls this.
+
+    A shard answers only its own chunks. It writes predictions, but no submissions and no vote.
+    """
     run, recipe, vote = stage.run, stage.run.recipe, stage.run.recipe.infer.vote
     samples, size = samples_by_variant(run), recipe.infer.chunk_size
     chunks = cut_into_chunks(samples, size)
@@ -80,7 +83,7 @@ def work(stage: Stage) -> None:
 
 
 def _report_control_words(stage: Stage, prompts: Prompts, tested: list[Sample]) -> None:
-    """Put into the manifest which control words of the model the test samples say: they are text in the prompts."""
+    """Record and print which control words of the model occur in the test samples. Prompts have them as text."""
     if said := prompts.control_words(tested):
         stage.facts["control_words"] = said
         stage.events.say(said_note(said))

@@ -27,7 +27,7 @@ class Decision:
     agreement: float
     """Share of the voters that gave this answer, 0..1. Voters that abstain count."""
     entropy: float
-    """Entropy of the valid votes, unweighted, in bits; 0 if all are equal."""
+    """Entropy of the valid votes, unweighted, in bits; 0 if all agree."""
     leading: tuple[str, ...]
     """The sorted answers that a second round would choose from: those with the most weight and, if that is only one,
     those with the second most."""
@@ -99,8 +99,8 @@ def choose_greedily(
     'Ensemble selection from libraries of models').
 
     Returns the voters in the order in which they were added, and the vote's score (0..1) after each step, until all
-    adapters are added. `answers` has each sample's answers, `right` the score (0..1) of each answer, and `scores` each
-    adapter's mean score. With `weighted`, a vote's weight is its adapter's score, else 1.
+    adapters are added. `answers` has the adapters' answers to each sample, `right` the score (0..1) of each of these
+    answers, and `scores` each adapter's mean score. With `weighted`, a vote's weight is its adapter's score, else 1.
 
     The selection starts with the best single adapter. Each step adds the adapter with which the vote scores best; if
     several are equal, the one with the better own score, then by name. A step that does not help does not end the
@@ -119,7 +119,7 @@ def choose_greedily(
         return math.fsum(known.get(answer or "", 0.0) for known, answer in zip(right, decisions, strict=True))
 
     while left:
-        best = max(left, key=score_with) if chosen else left[0]  # among equally good ones, the first in `left`
+        best = max(left, key=score_with) if chosen else left[0]  # at equal scores, the first in `left`
         path.append(score_with(best) / max(len(answers), 1))
         chosen.append(best)
         left.remove(best)

@@ -64,10 +64,10 @@ def hold_election(
     predictions: Mapping[Variant, list[Prediction]],
     say: Say,
 ) -> Election:
-    """Choose the voters and let them vote on every test sample. Returns the first round.
+    """Choose the voters and let them vote on every test sample. Returns the first round of the vote.
 
-    `samples` and `predictions` are by variant, in the same order. Reports voters that are not trained with `say`.
-    Requires that `refuse_impossible_vote` has passed.
+    `samples` and `predictions` are by variant, and a variant has both in the same order. If the recipe names adapters
+    that are not trained, prints a line with `say`. Call `refuse_impossible_vote` first.
     """
     vote = recipe.infer.vote
     assert vote is not None
@@ -100,9 +100,10 @@ def hold_election(
 def samples_to_vote_again(
     recipe: Recipe, task: Task, tested: list[Sample], election: Election, say: Say
 ) -> list[Sample]:
-    """The samples of a second round: those without a majority, with the leading answers as the only choices.
+    """The samples of a second round, with the leading answers as the only choices.
 
-    Reports their number with `say`. Returns none if the recipe has no second round.
+    They are the samples without a majority that have at least two leading answers and whose choices can be reduced to
+    these. Empty if the recipe has no second round. Prints their number with `say` if the recipe has a second round.
     """
     assert recipe.infer.vote is not None
     if not recipe.infer.vote.second_round:
@@ -128,7 +129,8 @@ def count_votes(
 ) -> list[dict[str, Any]]:
     """Count the votes of both rounds. Returns the lines of votes.jsonl, one for each test sample.
 
-    `again` has the samples of the second round, `predictions` the voters' predictions on them.
+    `again` has the samples of the second round, `predictions` the voters' predictions on them by variant. If all voters
+    abstain in the second round, the first one decides.
     """
     second: dict[str, tuple[Answers, Decision]] = {}
     for place, sample in enumerate(again):
@@ -142,7 +144,7 @@ def count_votes(
 
 
 def describe_election(vote: Vote, election: Election, rows: Sequence[Mapping[str, Any]], again: int) -> dict[str, Any]:
-    """Describe a vote for the manifest: voters, weights, scores (0..1), and how many samples were decided in which way.
+    """Describe a vote for the manifest: voters, weights, scores (0..1), and how many samples each rule decided.
 
     `rows` are the lines of votes.jsonl, `again` is the number of samples in the second round.
     """
@@ -190,8 +192,8 @@ def _mean(values: list[float]) -> float:
 def _vote_line(
     sample: Sample, ballot: Answers, decision: Decision, second: tuple[Answers, Decision] | None
 ) -> dict[str, Any]:
-    """A line of votes.jsonl: the decision of the first round or, if the second round decided, its decision, with the
-    first round's as `first_round`."""
+    """A sample's line of votes.jsonl. It has the decision of the first round or, if a second round decided, that of the
+    second, with the first as `first_round`."""
     first = {"votes": dict(sorted(ballot.items())), **asdict(decision), "leading": list(decision.leading)}
     if second is None or second[1].answer is None:  # if all abstain from a second round, the first one decides
         return {"id": sample["id"], "round": 1, **first}
@@ -201,7 +203,7 @@ def _vote_line(
 
 
 def _vote_prediction(row: Mapping[str, Any]) -> Prediction:
-    """The vote's prediction for one sample. Its text lists the answers with their numbers of votes."""
+    """The vote's prediction for one sample. Its text is the answer that won; it is failed if all voters abstained."""
     if row["answer"] is None:
         return failed_prediction(row["id"], "no adapter gave a valid answer")
     return {**failed_prediction(row["id"], ""), "answer": row["answer"], "text": row["answer"], "error": None}

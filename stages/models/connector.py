@@ -82,8 +82,8 @@ def link_connector(model: Path, connector: Path, sha256: str, folder: Path) -> P
 
 
 def tensor_files(model: Path) -> dict[str, Path]:
-    """Return the file of each tensor in a model folder, by tensor name. Raises UsageError if there are no safetensors
-    files."""
+    """Return the file of each tensor in a model folder, by tensor name. Raises UsageError if it has neither an
+    index nor a model.safetensors."""
     index: Any = read_json(model / INDEX)
     if index is not None:
         return {name: model / file for name, file in index["weight_map"].items()}

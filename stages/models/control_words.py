@@ -1,11 +1,11 @@
 """Control words: the words that a tokenizer turns into one token, such as `<|im_end|>`, `</s>` or `<think>`.
 
-A chat template writes them to mark turns. Where data say the same words, they are text: this module encodes them as the
-tokenizer encodes any other text, and they keep their meaning where the template writes them.
+A chat template writes them to mark turns, and there they keep their meaning. If the same words occur in the data, they
+are plain text: this module encodes them as the tokenizer encodes any other text.
 
-While a template or another library handles a text, each control word that data say is hidden: a stand-in of two
-characters takes its place. `encode` puts the words back and encodes them as text. The tokens of a text without
-stand-ins are the tokenizer's own.
+While a template or another library handles a text, each control word from the data is hidden: a stand-in of two
+characters replaces it. `encode` puts the words back and encodes them as text. A text without stand-ins gets the
+tokenizer's own tokens.
 """
 
 import json
@@ -18,21 +18,22 @@ from typing import Any
 from stages.contract.errors import UsageError
 
 STAND_IN = "\U0010fffd"
-"""Begins each stand-in: a character for private use, which no text has. If one does, a stand-in takes its place too."""
+"""First character of each stand-in, a private-use character. In a text, a stand-in replaces it too."""
 FIRST = 0x100000
-"""Second character of the first word's stand-in. It and those after it are for private use, too."""
+"""Second character of the first word's stand-in. It and the following characters, for the other words, are
+private-use."""
 
 _STOOD_IN = re.compile(f"{STAND_IN}(.)", re.DOTALL)
 _MARKUP = re.compile(r"\s*[<\[{|].*[>\]}|]\s*", re.DOTALL)
-"""Form of a control word that the tokenizer does not call special, such as `<think>`. Others are words of a language
-or white space that were added to the vocabulary."""
+"""Form of a control word that the tokenizer does not mark as special, such as `<think>`. Tokens of another form are
+words of a language or white space that were added to the vocabulary."""
 
 
 class ControlWords:
     """The control words of one tokenizer."""
 
     def __init__(self, tokenizer: Any, others: Collection[str] = ()) -> None:
-        """`others` are words that are hidden too, because they have a meaning for what handles the texts."""
+        """`others` are more words to hide, because they have a meaning for the library that handles the texts."""
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self._tokens: dict[str, int] = {
@@ -48,15 +49,17 @@ class ControlWords:
 
     @cached_property
     def in_answers(self) -> frozenset[str]:
-        """The control words that keep their meaning in an assistant's turn: those that the chat template names and that
-        the tokenizer does not call special, such as `<think>` and `<tool_call>`. They are a part of what the model
-        answers, and templates look for them there."""
+        """The control words that keep their meaning in an assistant's turn, such as `<think>` and `<tool_call>`.
+
+        The chat template names them, and the tokenizer does not mark them as special. They are part of the model's
+        answers, and templates look for them there.
+        """
         template = self._tokenizer.chat_template
         named = template if isinstance(template, str) else "".join((template or {}).values())
         return frozenset(word for word in self._plain & self._tokens.keys() if word in named)
 
     def hide(self, text: str, kept: Collection[str] = ()) -> str:
-        """The text with a stand-in for each word that it says, but for those in `kept`."""
+        """The text with a stand-in for each control word and each of `others`, except for those in `kept`."""
         return self._said.sub(lambda found: found[0] if found[0] in kept else self._stand_ins[found[0]], text)
 
     def show(self, text: str) -> str:
@@ -64,15 +67,15 @@ class ControlWords:
         return _STOOD_IN.sub(lambda found: self._words[ord(found[1]) - FIRST], text)
 
     def hidden_in(self, texts: Iterable[str]) -> Counter[str]:
-        """The control words that are hidden in texts, with how often each is."""
+        """How often these texts contain a stand-in for each control word."""
         places = (character for text in texts for character in _STOOD_IN.findall(text))
         words = (self._words[ord(character) - FIRST] for character in places)
         return Counter(word for word in words if word in self._tokens)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without those that the tokenizer adds around it. What is hidden is encoded as text.
+        """The tokens of a text, without those that the tokenizer adds around it. Hidden words are encoded as text.
 
-        Raises UsageError if something is hidden and the tokenizer is not one of the tokenizers library.
+        Raises UsageError if the text has hidden words and the tokenizer is not a fast one (tokenizers library).
         """
         if STAND_IN not in text:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -89,8 +92,10 @@ SAMPLES = "samples"
 
 
 def count_said(each: Iterable[Counter[str]]) -> dict[str, int]:
-    """How often control words are said in samples, by word, and in how many of the samples any is, for the manifest;
-    empty if none is. `each` has the words of each sample."""
+    """How often each control word occurs in samples and, as SAMPLES, in how many samples any of them occurs.
+
+    For the manifest; empty if none occurs. `each` has the counts of each sample.
+    """
     said: Counter[str] = Counter()
     for words in filter(None, each):
         said += words + Counter({SAMPLES: 1})
@@ -98,16 +103,19 @@ def count_said(each: Iterable[Counter[str]]) -> dict[str, int]:
 
 
 def said_note(said: Mapping[str, int]) -> str:
-    """What `count_said` counted, for the console."""
+    """A note for the console about the counts `said`, which `count_said` returned. They must not be empty."""
     word = next(word for word in said if word != SAMPLES)
     return f"{said[SAMPLES]} samples say control words of the model, such as {word!r}; they are encoded as text"
 
 
 class _Twin:
-    """A copy of a tokenizer that knows its control words by another spelling only."""
+    """A copy of a tokenizer that recognises its control words only in another spelling."""
 
     def __init__(self, tokenizer: Any, tokens: Collection[str], mark: str) -> None:
-        """`mark` is a character that is in no text to encode; each other spelling begins with it."""
+        """`tokens` are the control words. `mark` begins each new spelling; it must not occur in a text to encode.
+
+        Raises UsageError if the tokenizer is not a fast one.
+        """
         if not tokenizer.is_fast:
             raise UsageError(
                 f"{tokenizer.name_or_path}: the data contain control words of this tokenizer, which cannot encode them"
@@ -124,16 +132,19 @@ class _Twin:
         self._twin = Tokenizer.from_str(json.dumps(values))
         self._twin.no_truncation()
         self._twin.no_padding()
-        # a word that is in no vocabulary gets another number
+        # a token that is missing from the vocabulary gets a new number in the copy
         self._numbers = {self._twin.token_to_id(self.spelling.get(word, word)): own for word, own in numbers.items()}
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text in which control words have this tokenizer's spelling, as the other numbers them."""
+        """The original tokenizer's token ids of a text. Control words in the new spelling become single tokens."""
         return [self._numbers.get(token, token) for token in self._twin.encode(text, add_special_tokens=False).ids]
 
 
 def _rename(model: dict[str, Any], spelling: dict[str, str]) -> None:
-    """Rename control words in a tokenizer model's vocabulary: some models find a whole word there by itself."""
+    """Rename control words in a tokenizer model's vocabulary, where some models would find them as whole words.
+
+    Words that a merge makes or uses keep their names.
+    """
     merged = {
         part for merge in model.get("merges", []) for part in (merge if isinstance(merge, list) else merge.split(" "))
     }
@@ -148,6 +159,6 @@ def _rename(model: dict[str, Any], spelling: dict[str, str]) -> None:
 
 
 def _any_of(words: Collection[str]) -> re.Pattern[str]:
-    """A pattern for the longest of the words at a place."""
+    """A pattern that matches the longest of the words that begins at a position; without words, it matches nothing."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

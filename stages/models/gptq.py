@@ -56,10 +56,10 @@ def gptq_library(model: Path) -> str:
 
 @contextmanager
 def patch_gptq_kernels(model: Path, on_card: bool, training: bool) -> Iterator[None]:
-    """Make transformers, PEFT and ms-swift load a GPTQ base with a kernel that has a backward pass, within the context.
+    """Within this context, make transformers, PEFT and ms-swift load a GPTQ base with this module's choice of kernel.
 
-    `on_card`: the base is loaded on a GPU. `training`: it is loaded to be trained. Raises UsageError if the base is in
-    GPTQ's format and no library for it is installed.
+    For a base that is not quantised, only keeps PEFT from importing gptqmodel. `on_card`: the base is loaded on a GPU.
+    `training`: it is loaded for training. Raises UsageError if a GPTQ base's library, or optimum, is not installed.
     """
     with ExitStack() as patches:
         if quantisation_method(model) is None:
@@ -76,7 +76,7 @@ def patch_gptq_kernels(model: Path, on_card: bool, training: bool) -> Iterator[N
 
 
 def _patch_gptqmodel(patches: ExitStack, model: Path, on_card: bool, training: bool) -> None:
-    """Patch how gptqmodel loads a base."""
+    """Patch how gptqmodel loads a base, until `patches` closes."""
     with redirect_stdout(StringIO()):  # the import prints a banner
         import gptqmodel  # noqa: F401
 
@@ -90,7 +90,7 @@ def _patch_gptqmodel(patches: ExitStack, model: Path, on_card: bool, training: b
 
 
 def _patch_auto_gptq(patches: ExitStack, training: bool) -> None:
-    """Patch how auto-gptq loads a base."""
+    """Patch how auto-gptq loads a base, until `patches` closes."""
     _choose_kernel(patches, use_exllama=False)
     if training:
         from auto_gptq.nn_modules.qlinear import qlinear_cuda, qlinear_cuda_old

@@ -99,7 +99,7 @@ class Picture:
     width: int
     height: int
     tokens: int = 0
-    """Number of tokens that the model sees of it."""
+    """Number of tokens that the model gets for it."""
 
     def load(self) -> "Image":
         """Return the picture in RGB, scaled to `width` x `height`. Raises DataError if the file cannot be read."""
@@ -116,7 +116,7 @@ class Picture:
 ORIENTATION = 0x0112
 """EXIF's tag for how the camera was held."""
 ON_ITS_SIDE = (5, 6, 7, 8)
-"""Its values for a picture whose width is the height of the file's pixels."""
+"""Values of this tag for a picture whose width, when upright, is the height of the file's pixels."""
 
 BAD_PICTURE: tuple[type[Exception], ...] = (
     *(OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, EOFError, struct.error, zlib.error),
@@ -126,7 +126,7 @@ BAD_PICTURE: tuple[type[Exception], ...] = (
 
 def read_picture(file: Path | BinaryIO, least: tuple[int, int] | None = None) -> "Image":
     """Return a picture file as a person sees it, in RGB: upright by its EXIF orientation, transparent parts over white,
-    more than 8 bits a channel scaled to 8, and of an animation the first frame. `format` is the file's.
+    more than 8 bits a channel scaled to 8, and only the first frame of an animation. Its `format` is the file's.
 
     A JPEG may be decoded smaller, but no smaller than `least` (width, height), which is faster. Raises DataError for a
     file that is not a picture, or damaged. All of Lorry opens pictures here or with `picture_size`.
@@ -142,8 +142,10 @@ def read_picture(file: Path | BinaryIO, least: tuple[int, int] | None = None) ->
 
 
 def picture_size(file: Path | BinaryIO) -> tuple[int, int]:
-    """Return the pixels (width, height) of an upright picture. Reads only the header. Raises DataError for a file that
-    is not a picture."""
+    """Return the (width, height) of a picture in pixels, upright by its EXIF orientation. Reads only the header.
+
+    Raises DataError for a file that is not a picture.
+    """
     with _opened(file) as opened:
         width, height = opened.size
         return (height, width) if _orientation(opened) in ON_ITS_SIDE else (width, height)
@@ -151,7 +153,7 @@ def picture_size(file: Path | BinaryIO) -> tuple[int, int]:
 
 @contextmanager
 def _opened(file: Path | BinaryIO) -> Iterator[Any]:
-    """Open a picture file. Raises DataError if that, or what is done with the picture, fails."""
+    """Open a picture file for this context. Raises DataError if opening it fails, or using it within the context."""
     from PIL import Image
 
     bad: tuple[type[Exception], ...] = (*BAD_PICTURE, Image.DecompressionBombError)
@@ -164,7 +166,7 @@ def _opened(file: Path | BinaryIO) -> Iterator[Any]:
 
 
 def _orientation(opened: Any) -> int:
-    """A picture's EXIF orientation, 1 to 8; 1, upright, where it has none or its EXIF data are damaged."""
+    """A picture's EXIF orientation, 1 to 8. It is 1 (upright) for TIFF, and if EXIF data are missing or damaged."""
     from PIL.Image import Image
 
     if opened.format == "TIFF":  # Pillow itself turns these upright
@@ -177,7 +179,7 @@ def _orientation(opened: Any) -> int:
 
 
 def _turned(picture: Any, orientation: int) -> Any:
-    """A picture turned or mirrored so that it is upright."""
+    """The picture, turned or mirrored to be upright."""
     from PIL.Image import Transpose
 
     turns = {
@@ -193,7 +195,7 @@ def _turned(picture: Any, orientation: int) -> Any:
 
 
 def _rgb(picture: Any) -> "Image":
-    """A picture in RGB; `convert` alone clips 16 bits and drops transparency."""
+    """The picture in RGB, over white and scaled to 8 bits: `convert` alone drops transparency and clips 16 bits."""
     from PIL import Image
 
     if picture.mode == "F" or picture.mode.startswith("I"):
@@ -206,9 +208,10 @@ def _rgb(picture: Any) -> "Image":
 
 
 def _in_8_bits(picture: Any) -> "Image":
-    """A grey picture of 16 or 32 bits, integers or floats, in 8 bits.
+    """A grey picture of 16 or 32 bits, integers or floats, scaled to 8 bits.
 
-    16 bits range from 0 to 65,535, and floats from 0 to 1 or to 255. Other values range from the least to the greatest.
+    The full range is 0 to 65,535 for integers, and 0 to 1 or 0 to 255 for floats. If some values lie outside, the range
+    from the least to the greatest value is scaled. NaN and infinite values count as 0.
     """
     import numpy as np
     from PIL import Image
@@ -288,10 +291,10 @@ def read_rules(model: Path) -> PictureRules:
 
 
 def open_picture(path: Path, rules: Rules, budget: int | None = None) -> Picture:
-    """Return a picture file with the size and the number of tokens at which the model reads it.
+    """Return a picture file with the size at which the model reads it, and its number of tokens.
 
     Reads only the file's header. `budget` limits the number of pixels; None: the model's own limit. Raises DataError if
-    the file cannot be read, or no model accepts its shape.
+    the file cannot be read, or `rules` do not accept the ratio of its sides.
     """
     width, height = picture_size(path)
     columns, rows = rules.size(width, height, budget)

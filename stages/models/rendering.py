@@ -1,6 +1,6 @@
 """Renders conversations as prompts, with the model's own chat template and rules for pictures.
 
-What messages say is text. Only the template writes control words such as `<|im_end|>`.
+The content of messages is text. Only the template writes control words such as `<|im_end|>`.
 
 All engines get the same tokens and pictures of the same size. Greedy completions of two engines then differ only by the
 arithmetic of their kernels.
@@ -33,7 +33,7 @@ class Prompt:
     temperature: float = 0.0
     """Temperature of sampling; 0: greedy."""
     seed: int = 0
-    """Seed of sampling. A prompt with the same seed gets the same completion, whatever else is in its batch."""
+    """Seed of sampling. The random numbers depend on it alone, not on the other prompts of a batch."""
 
     @property
     def length(self) -> int:
@@ -75,8 +75,8 @@ class Renderer:
         """The prompt of a conversation, including the tokens with which the chat template begins the answer.
 
         The messages contain `<image>` once for each of `pictures`, in order. Each picture is scaled to at most
-        `max_pixels`. Raises DataError for a picture that cannot be read, and for messages with another number of
-        `<image>` than pictures.
+        `max_pixels`; None: the model's own limit. Raises DataError for a picture that cannot be read, and if the
+        numbers of `<image>` and pictures differ. Raises UsageError if there are pictures, but the model reads none.
         """
         opened = tuple(open_picture(path, self.rules, max_pixels) for path in pictures)
         tokens = self._tokens_of(messages, bool(opened))
@@ -89,11 +89,14 @@ class Renderer:
         return Prompt(prompt_id, tokens, opened, max_new_tokens)
 
     def control_words_in(self, messages: Sequence[Message], has_pictures: bool) -> Counter[str]:
-        """The model's control words that the messages say, which are encoded as text, with how often each occurs.
-        `has_pictures`: whether the messages come with pictures."""
+        """How often each of the model's control words occurs in the messages, where it is encoded as text.
+
+        `has_pictures`: whether the messages come with pictures.
+        """
         return self._words.hidden_in(hidden_content(self._words, message, has_pictures) for message in messages)
 
     def _tokens_of(self, messages: Sequence[Message], has_pictures: bool) -> list[int]:
+        """The token ids of a conversation as a prompt, with one placeholder token for each picture."""
         hidden: list[Message] = [
             {"role": message["role"], "content": hidden_content(self._words, message, has_pictures)}
             for message in messages
@@ -143,8 +146,11 @@ def picture_token(model: Path) -> int:
 
 
 def hidden_content(words: ControlWords, message: Message, has_pictures: bool) -> str:
-    """A message's content with all control words hidden that it says itself, and of its `<image>` all but the places of
-    pictures. `has_pictures`: whether it comes with pictures; without any, no `<image>` is a place."""
+    """A message's content, in which its own control words are hidden, and so is each `<image>` that marks no picture.
+
+    An assistant's message keeps the words in `ControlWords.in_answers`. `has_pictures`: whether the message comes with
+    pictures; if not, no `<image>` marks one.
+    """
     kept = words.in_answers if message["role"] == "assistant" else ()
     pieces = message["content"].split(PLACE) if has_pictures else [message["content"]]
     return PLACE.join(words.hide(unescape_places(piece), kept) for piece in pieces)

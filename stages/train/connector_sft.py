@@ -1,4 +1,4 @@
-"""The first phase in ms-swift's trainer: it trains and saves only the connector of a whole model.
+"""The first phase of training, in ms-swift's trainer: it trains and saves only the connector of a whole model.
 
 checkpoint-<step>/connector.safetensors   the connector's weights in float32, named as in the base's own files
 """

@@ -1,10 +1,10 @@
 """The ladder: what the next attempt changes after training ran out of memory, and the file that records it.
 
-Each rung is one change: it needs less memory and keeps the effective batch. Pixels and length decide what the adapter
+Each rung is one change that lowers memory use and keeps the effective batch. Pixels and length decide what the adapter
 learns from, so Lorry lowers them only if the recipe allows it. If an evaluation runs out of memory, only the evaluation
 changes.
 
-    <checkpoints>/ladder.json   the rungs so far; a later start of the same training begins at the last one
+    <checkpoints>/ladder.json   the rungs so far; a later start of the same training applies them first
 """
 
 import re
@@ -94,14 +94,14 @@ def _next_training_change(attempt: Attempt) -> Change | None:
 
 
 def _next_evaluation_change(attempt: Attempt) -> Change | None:
-    """The next change of the evaluation: half its micro-batch, or no evaluation if that is 1; None if it is off."""
+    """The next change of the evaluation: half the micro-batch or, after 1, no evaluation; None if it is already off."""
     if attempt.eval_micro_batch > 1:
         return {"eval_micro_batch": attempt.eval_micro_batch // 2}
     return {"evaluate": False} if attempt.evaluate else None
 
 
 def lowered_attempt(attempt: Attempt, change: Change) -> Attempt:
-    """The attempt with a rung's change. A value that is already lower stays: other GPUs may start with lower ones."""
+    """The attempt with a rung's change. A value that is already lower stays: other GPUs may start lower."""
     batch, settings = attempt.batch, attempt.settings
     if "micro_batch" in change:
         batch = plan_batch(batch.wanted, min(batch.micro_batch, int(change["micro_batch"])), batch.gpus)

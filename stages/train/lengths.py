@@ -12,8 +12,8 @@ from stages.hardware.memory import Lengths
 from stages.models.pictures import family_rules, open_picture
 
 CANDIDATES = 64
-"""How many of the longest samples, and of the shortest, are tokenised. Estimated lengths choose them; the longest and
-the shortest in tokens are among them, or close."""
+"""How many of the longest samples, of the longest answers and of the shortest prompts are tokenised. They are chosen by
+estimated length; the extremes in tokens are among them, or close."""
 
 CHARACTERS = 2
 """Characters that count as one token in an estimated length: four would fit English, one Chinese."""
@@ -50,12 +50,13 @@ class _Sample:
 
 
 def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train, run: Path) -> Lengths:
-    """Measure in tokens the longest sample, the longest answer and the shortest prompt. The first two are at most
+    """Measure the longest sample, the longest answer and the shortest prompt, in tokens. The first two are at most
     max_length. Picture names are relative to the folder `run`.
 
     For the Qwen2-VL family and LLaVAs, a picture's tokens are computed from its size in the file's header. For other
     models, a sample with pictures counts as max_length. If the model has no tokenizer.json, or there are no samples,
-    sample and answer count as max_length. Raises DataError for a file that is not a picture.
+    sample and answer count as max_length and the shortest prompt is None. Raises DataError for a file that is not a
+    picture.
     """
     limit = settings.max_length
     if not samples or not (model / "tokenizer.json").is_file():
@@ -63,7 +64,7 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # what samples say is text: `</s>` takes more tokens than one
+    tokenizer.encode_special_tokens = True  # control words in samples are text: `</s>` takes more than one token
     rules = family_rules(model)
 
     @cache  # samples share pages

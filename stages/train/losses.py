@@ -74,7 +74,8 @@ class Losses:
         return self._norm
 
     def _log_token_means(self, logs: dict[str, Any], *rest: Any) -> None:
-        """Log an entry as the trainer does, with losses replaced by means over tokens."""
+        """Log an entry as the trainer does, but with means over tokens as losses and the learning rate of its last
+        step."""
         if "loss" in logs:
             logs |= {"loss": self._since_log.value, "learning_rate": self._rate}
             self._since_log = TokenMean()
@@ -90,7 +91,7 @@ class Losses:
         """Keep the learning rate and float16's loss scale that training starts or resumes with."""
         self.note_learning_rate()
         self._scale = self._loss_scale()
-        if self._trainer.is_deepspeed_enabled:  # it would fail when its scale is to fall below 1
+        if self._trainer.is_deepspeed_enabled:  # else DeepSpeed fails before `step_problem` sees a scale below 1
             self._trainer.model_wrapped.optimizer.loss_scaler.min_scale = 0.5
 
     def note_learning_rate(self) -> None:
@@ -118,6 +119,7 @@ class Losses:
             raise self._divergence_error(problem, state)
 
     def _loss_scale(self) -> float | None:
+        """float16's current loss scale; None without one, or if it is fixed."""
         scale = read_loss_scale(self._trainer)
         return None if scale is None else float(scale["scale"])
 

@@ -120,7 +120,10 @@ class ZeroStates:
         self._groups: list[list[Parameter]] = zero.fp16_groups if self._is_3 else zero.bit16_groups
 
     def read(self) -> dict[str, Tensor]:
-        """Gather the whole state from all processes, by weight name. All processes must call this."""
+        """Return the whole state by weight name, gathered from all processes. Empty before the first step.
+
+        All processes must call this.
+        """
         found: dict[str, Tensor] = {}
         for flat, group in zip(self._flats, self._groups, strict=True):
             state = self._optimizer.state.get(flat, {})
@@ -145,14 +148,14 @@ class ZeroStates:
                     self._scatter_weight(parameter, state[what], states.get(f"{self._names[parameter]}.{what}"))
 
     def gather_weights(self) -> dict[str, Tensor]:
-        """Gather the optimizer's float32 weights by name, in the weights' shapes. All processes must call this."""
+        """Return the optimizer's float32 weights by name, in their shapes. All processes must call this."""
         pairs = zip(self._flats, self._groups, strict=True)
         return {
             self._names[parameter]: self._gather_weight(parameter, flat) for flat, group in pairs for parameter in group
         }
 
     def write_weights(self, weight: Callable[[str], Tensor]) -> None:
-        """Set the optimizer's float32 weights; `weight` returns one by its name. The model's own weights stay."""
+        """Set the optimizer's float32 weights; `weight` returns one by its name. The model's own stay unchanged."""
         for flat, group in zip(self._flats, self._groups, strict=True):
             for parameter in group:
                 self._scatter_weight(parameter, flat, weight(self._names[parameter]))
@@ -237,7 +240,10 @@ class _Saving:
             write_json(folder / POSITION, {"schedule": schedule, "loss_scale": scale})
 
     def load(self, checkpoint: str | None) -> None:
-        """Restore optimizer, schedule and loss scale from a checkpoint. Does nothing if it is None."""
+        """Restore optimizer, schedule and loss scale from a checkpoint. Does nothing if it is None.
+
+        Raises ValueError if the checkpoint has other learning rates.
+        """
         if checkpoint is None:
             return
         folder = Path(checkpoint)
@@ -262,7 +268,7 @@ class _Saving:
             self._trainer._save(output_dir, state_dict=weights)
 
     def _write_loss_scale(self, saved: Mapping[str, Any]) -> None:
-        """Restore what `read_loss_scale` returned. Does nothing without a loss scale, as with another precision."""
+        """Restore what `read_loss_scale` returned. Does nothing if there is no loss scale, as with bfloat16."""
         zero = self._zero_optimizer()
         if zero is not None:
             write_zero_loss_scale(zero.loss_scaler, saved)
@@ -278,7 +284,7 @@ POSITION = "optimizer.json"
 
 
 def read_schedule(schedule: Any) -> dict[str, Any]:
-    """The position of a torch LambdaLR, `last_epoch` and `step_count`, and the base learning rate of each group."""
+    """The position of a torch LambdaLR, `last_epoch` and `step_count`, and each group's base rate, `learning_rates`."""
     rates = [float(rate) for rate in schedule.base_lrs]
     return {"last_epoch": schedule.last_epoch, "step_count": schedule._step_count, "learning_rates": rates}
 
@@ -286,7 +292,7 @@ def read_schedule(schedule: Any) -> dict[str, Any]:
 def write_schedule(schedule: Any, saved: Mapping[str, Any]) -> None:
     """Set a torch LambdaLR to the position that `read_schedule` returned, and the optimizer to its learning rates.
 
-    Raises ValueError if the base learning rates differ from the saved ones.
+    Raises ValueError if the base learning rates differ from the saved rates.
     """
     if saved["learning_rates"] != schedule.base_lrs:
         raise ValueError(

@@ -101,14 +101,14 @@ def convert_trainable_weights(dtype: str, model: "torch.nn.Module") -> None:
 
 
 def gather_by_layer(model: "torch.nn.Module", whole_layers: bool) -> None:
-    """Make ZeRO-3 gather and release all weights of a layer together. Call it before DeepSpeed gets the model.
+    """Make ZeRO-3 gather whole layers at once, with `whole_layers`, and no frozen embedding for a backward pass.
 
-    By default, ZeRO-3 gathers the weights of each module separately. These thousands of small steps take most of the
-    time, and with gradient checkpointing the weights are gathered twice. A layer is a module that transformers never
-    splits over GPUs (`_no_split_modules`).
+    Call it before DeepSpeed gets the model. By default, ZeRO-3 gathers the weights of each module separately. These
+    thousands of small steps take most of the time, and with gradient checkpointing the weights are gathered twice. A
+    layer is a module that transformers never splits over GPUs (`_no_split_modules`).
 
     Set `whole_layers` only if the input of every layer with trained weights requires gradients, as it does with
-    gradient checkpointing. Otherwise DeepSpeed takes a layer's backward pass for finished before it starts, and fails.
+    gradient checkpointing. Otherwise DeepSpeed considers a layer's backward pass finished before it starts, and fails.
     """
     import torch
     from deepspeed.utils import set_z3_leaf_module
@@ -154,8 +154,8 @@ def fix_zero3_loading() -> None:
     Rotary embeddings with frequencies in bfloat16 are wrong by whole turns after some thousand tokens. The weights do
     not need this conversion: transformers sets their type as torch's default while loading.
 
-    DeepSpeed also gathers several weights into one buffer and then copies each, so that all exist twice. Its option
-    stage3_allgather_sequential avoids that but also turns off prefetching.
+    DeepSpeed also gathers several weights into one buffer and then copies each, so that all of them exist twice. Its
+    option stage3_allgather_sequential avoids that but also turns off prefetching.
     """
     from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride, Init
 

@@ -1,8 +1,8 @@
-"""train: one LoRA adapter for each entry of `train.adapters`, each trained in its own process.
+"""train: one LoRA adapter for each entry of `train.adapters`, each trained in processes of its own.
 
-The process ends and frees its memory before the next one starts on the GPU; a crash there does not end the stage. If a
-GPU's memory runs out, the next process starts from the newest checkpoint with settings that need less memory
-(`ladder.py`).
+The processes end and free their memory before the next adapter starts. If training one adapter fails, Lorry still
+trains the others, except after a lost GPU or on several nodes. If a GPU's memory runs out, new processes start from the
+newest checkpoint with settings that need less memory (`ladder.py`).
 
 With `train.connector`, a first phase trains the connector in the same way. The adapters are then trained on the base
 with that connector. If the connector changes, Lorry trains the adapters again.
@@ -73,7 +73,10 @@ LEARNT = set(Train.model_fields) - {*RESULT_NEUTRAL, "adapters", "adapter_for_ea
 
 
 def work(stage: Stage) -> None:
-    """Train the connector, if the recipe has one, and the adapters of this shard, or all. `run_stage` calls this."""
+    """Train the connector, if the recipe has one, and the adapters of this shard, or all. `run_stage` calls this.
+
+    On nodes other than node 0, joins the trainings that node 0 announces.
+    """
     recipe = stage.run.recipe
     node = stage.part if isinstance(stage.part, Node) else None
     if node is not None and node.rank > 0:
@@ -124,7 +127,7 @@ def work(stage: Stage) -> None:
 
 
 def _train_with_node_0(stage: Stage, node: Node) -> None:
-    """Train each adapter that node 0 announces, together with node 0 and the other nodes."""
+    """Train each adapter, or connector, that node 0 announces, together with node 0 and the other nodes."""
     recipe = stage.run.recipe
     by_name = {adapter.name: adapter for adapter in recipe.train.adapters}
     plans: dict[bool, _Plan] = {}
@@ -158,9 +161,9 @@ def _train_connector(
 ) -> tuple[tuple[Path, str], "_Plan | None"]:
     """Train the connector, unless an earlier start trained it. Returns ((file, sha256), plan of the second phase).
 
-    The plan is None if this start trained no connector. It is made first: the second phase must not turn out impossible
-    after hours of training. Raises UsageError if the connector's file has changed since it was trained, and for a shard
-    or a quantised base.
+    The plan is None if this start trained no connector. Otherwise it is made before the connector is trained: the
+    second phase must not turn out impossible after hours of training. Raises UsageError if the connector's file has
+    changed since it was trained, and for a shard or a quantised base.
     """
     if stage.shard is not None:
         raise UsageError(
@@ -193,7 +196,7 @@ def _train_connector(
 
 
 def _connector_key(stage: Stage, settings: Train) -> str:
-    """Digest of everything that the connector depends on, so not of the adapters' own settings and mixes."""
+    """Digest of everything that the connector depends on, which excludes the adapters' own settings and mixes."""
     run = stage.run
     assert settings.connector is not None
     train, validation = _read_samples(stage)
@@ -225,7 +228,7 @@ def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
 
 
 def _read_samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Read the training samples and the validation samples of all data sets."""
+    """Return the training samples and the validation samples of all data sets."""
     train, validation = (
         read_jsonl(stage.run.path("preprocess", "samples", f"{name}.jsonl")) for name in ("train", "validation")
     )
@@ -262,9 +265,9 @@ Mixes = dict[str, list[list[dict[str, Any]]]]
 
 
 def _read_mixes(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, LorryError]]:
-    """Each adapter's samples by its name, and an error for each adapter that wants a data set without samples.
+    """Each adapter's samples by its name, and an error for each adapter whose mix names a data set without samples.
 
-    Raises UsageError instead if `adapters` has only one, or train.keep_going is not set.
+    Raises UsageError instead if `adapters` has only one entry, or train.keep_going is not set.
     """
     train, validation = _read_samples(stage)
     mixes: Mixes = {}
@@ -327,9 +330,9 @@ def _note_result(stage: Stage, results: dict[str, dict[str, Any]], adapter: Adap
 
 
 def _raise_or_report_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:
-    """Raise LorryError if an adapter failed, with the exit code of the first.
+    """Raise LorryError if an adapter failed, with the exit code of the first failure.
 
-    If train.keep_going is set and another one was trained, reports the failures instead.
+    If train.keep_going is set and another adapter was trained, records and prints the failures instead.
     """
     if not failures:
         return
@@ -412,8 +415,9 @@ class _Plan:
 def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Plan:
     """Plan the training on the GPUs of this machine and of the other nodes, and check the plan. Returns it.
 
-    Raises DoesNotFitError if the training does not fit the GPUs or they do not fit the image, and UsageError if the
-    sharding or effective_batch is impossible here. `settings` defaults to the recipe's.
+    Raises DoesNotFitError if the training does not fit the GPUs, they do not fit the image, or they cannot reach
+    effective_batch exactly although train.exact_batch is set. Raises UsageError if the sharding or the quantisation is
+    impossible here. `settings` defaults to the recipe's.
     """
     settings = settings or stage.run.recipe.train
     plan = _unchecked_plan(stage, settings, node)
@@ -425,7 +429,7 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
 
 
 def _unchecked_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
-    """Plan the training, and add the decisions to the stage. Returns the plan, which `_plan` checks."""
+    """Plan the training, and add the decisions to the stage. Returns the plan, which `_plan` checks further."""
     machine, recipe = probe(), stage.run.recipe
     gpus = machine.gpus
     label = f"{CONNECTOR} " if settings.trains_connector else ""
@@ -519,7 +523,7 @@ def _train(
     """Train one adapter or the connector. Each time memory runs out, try again with the ladder's next change.
 
     `connector` is the file and sha256 of the connector that an adapter is trained with; None: the base's own. Raises
-    DoesNotFitError if memory runs out and no change is left.
+    DoesNotFitError if memory runs out and no change is left, or several nodes train together.
     """
     name = adapter.name
     # with several nodes, checkpoints and adapter are in node 0's folder
@@ -631,7 +635,8 @@ def _job(
     node: Node | None,
     connector: tuple[Path, str] | None,
 ) -> Job:
-    """The job of this machine's training processes. With several nodes, they write to node 0's folder."""
+    """The job of this machine's training processes. With several nodes, checkpoints and results are in node 0's
+    folder."""
     run, recipe, name = stage.run, stage.run.recipe, adapter.name
     own = stage.path("checkpoints", name)
     return Job(

@@ -56,7 +56,7 @@ PeftModel.load_adapter = partialmethod(  # type: ignore[assignment, method-assig
 
 
 READ_BY_SWIFT = (PLACE, "<img>")
-"""What ms-swift's templates take for a picture wherever it occurs; `<img>` begins the name of a picture's file."""
+"""Texts that ms-swift's templates take for a picture wherever they occur; a file name follows `<img>`."""
 
 
 class LorrySft(SwiftSft):  # type: ignore[misc]
@@ -87,7 +87,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         self.skipped_steps = 0
         """Steps that float16's loss scale skipped, set by `train`."""
         self.said: list[Counter[str]] = []
-        """The control words that each fitting sample says, which are learnt as text. Set by `fitting_samples`."""
+        """How often each control word occurs in each fitting sample, where it is learnt as text. Set by
+        `fitting_samples`."""
 
     def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
         """The samples of at most max_length tokens, with only ms-swift's fields, and the ids of the others.
@@ -95,13 +96,14 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         Raises UsageError if ms-swift's template renders another prompt than the model's own chat template, which
         inference uses: the adapter would learn prompts that it never gets. The check compares the first sample without
         a picture and, if Lorry can count the tokens of the model's pictures, the first sample with one. Raises
-        DataError for a file that is not a picture.
+        DataError for a file that is not a picture, and for a sample without an answer to learn.
         """
         with self._use_blank_pictures():
             return self._split_by_length(samples)
 
     def _split_by_length(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-        """The samples of at most max_length tokens, and the ids of the others, as `fitting_samples` returns them."""
+        """The samples of at most max_length tokens, and the ids of the others. Returns and raises as
+        `fitting_samples`."""
         kept: list[dict[str, Any]] = []
         left_out: list[str] = []
         compared: set[bool] = set()
@@ -254,8 +256,8 @@ def _refuse_adapted_vision(model: Any) -> None:
 
 
 def _encode_as_said(words: ControlWords, text: str, **_: Any) -> list[int]:
-    """The tokens of a part of a sample, as ms-swift's template joins it: control words of the template, and those that
-    the sample says as text."""
+    """The tokens of a piece of text from ms-swift's template. The template's control words become single tokens;
+    those in a sample's messages are encoded as text."""
     return words.encode(text)
 
 
@@ -276,8 +278,8 @@ def _check_picture(path: Path, sample: str) -> Path:
 def _load_picture(rules: Rules | None, budget: int | None, picture: Any, load: bool = True) -> Any:
     """The picture at the size that inference uses, within `budget` pixels (None: the model's own budget).
 
-    If Lorry does not know the model's rules, the picture has its own size, and a template that reads the file itself
-    (`load` is false) gets the name.
+    If Lorry does not know the model's rules, the picture keeps its own size, and a template that reads the file itself
+    (`load` is false) gets the name. Anything but a file name is returned unchanged.
 
     Replaces ms-swift's method, whose result may exceed the budget: it rounds both sides after scaling.
     """
@@ -302,8 +304,8 @@ def _evaluate_without_side_effects(
 ) -> dict[str, float]:
     """Evaluate in a way that does not affect training. Returns the metrics.
 
-    Saves this step's checkpoint first, because the evaluation may run out of memory, and restores the random state
-    afterwards.
+    Saves this step's checkpoint first if one is due, because the evaluation may run out of memory, and restores the
+    random state afterwards. Raises UsageError if the validation loss is not finite.
     """
     if trainer.control.should_save:
         trainer._save_checkpoint(trainer.model, None)
@@ -339,7 +341,7 @@ class _TokenCount:
         self._tokens = 0
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate samples to a micro-batch. Counts its tokens if it is for training."""
+        """Collate samples into a micro-batch. Counts its tokens if it is for training."""
         batch: dict[str, Any] = self._collate(samples)
         if self._progress.during == "training":
             mask = batch.get("attention_mask")
@@ -390,7 +392,10 @@ class _Checkpoints(TrainerCallback):
         self._since = time.monotonic()
 
     def _mark_complete(self, state: TrainerState) -> None:
-        """Flush this step's checkpoint to the disk, write its complete.json, and delete the oldest checkpoints."""
+        """Flush this step's checkpoint to the disk, write its complete.json, and delete the oldest checkpoints.
+
+        Every process flushes its own random state; the first process does the rest.
+        """
         checkpoint = self._job.work / f"checkpoint-{state.global_step}"
         # each process wrote its random state; the first process may not see the files of other machines yet
         random_states = self._together.gather(_flush_file(checkpoint / f"rng_state_{self._together.rank}.pth"))

@@ -17,7 +17,8 @@ class Together:
     """The processes that train one adapter together. torchrun starts them if there are several."""
 
     def __init__(self, processes: int, use_cpu: bool, sharding: str = "none") -> None:
-        """Join the group of all training processes, if several or ZeRO need one. `sharding` is that of `Job`."""
+        """Join the group of all training processes, if there are several or ZeRO needs one. `sharding` is that of
+        `Job`."""
         self.rank = 0
         self._group: Any = None
         if processes == 1:

@@ -28,7 +28,7 @@ WORKER = "stages.train.worker"
 """The module that each training process runs."""
 
 JOIN_SECONDS = 900
-"""Seconds that the first node waits for the last one: a new machine in a cluster may have to pull its image first."""
+"""Seconds that nodes wait for one another: a new machine in a cluster may have to pull its image first."""
 
 
 @dataclass
@@ -60,9 +60,10 @@ def train_adapter(stage: Stage, job: Job, here: int, node: Node | None, environm
     """Train one adapter with `here` processes on this machine. Returns tokens per second over all processes, or None
     after fewer than two steps.
 
-    `environment` holds the target's variables; they do not replace variables that are already set. Raises
-    MemoryRanOutError if a GPU's memory ran out, InterruptedRunError after a stop or the loss of a GPU or node, and
-    LorryError with a process's exit code for every other failure.
+    `environment` holds the target's variables for several processes; they do not replace variables that are already
+    set, and a single process does not get them. Raises MemoryRanOutError if a GPU's memory ran out, InterruptedRunError
+    after a stop or the loss of a GPU or node, and LorryError for every other failure, with the process's exit code if
+    it has one.
     """
     received = _Messages()
     if job.processes == 1:
@@ -190,7 +191,10 @@ def _training_error(stage: Stage, name: str, code: Exit, text: str) -> LorryErro
 
 
 def _follow(stage: Stage, name: str, reading: int, received: _Messages, workers: _Workers | None = None) -> None:
-    """Print the processes' progress, and add their messages to `received`, until the last process ends."""
+    """Print the processes' progress, and add their messages to `received`, until the last process ends.
+
+    `reading` is the file descriptor with the messages. `workers` that start after a stop get a SIGTERM.
+    """
     activity, loss = f"train {name}", None
     with os.fdopen(reading, "r", encoding="utf-8") as messages:
         for line in messages:

@@ -69,7 +69,8 @@ def _load_processors_without_videos() -> None:
 
 
 def rescaled_picture(picture: Any, max_pixels: int) -> Any:
-    """Scale a PIL picture down to at most `max_pixels` pixels, in the same aspect ratio. A smaller one stays as it is.
+    """Scale a PIL picture down to at most `max_pixels` pixels, in the same aspect ratio. A smaller one stays as it is,
+    and so does any picture if `max_pixels` is None, 0 or less.
 
     Replaces torchvision's Resize in ms-swift.
     """

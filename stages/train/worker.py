@@ -1,8 +1,9 @@
 """The training process: it trains one adapter or the connector with ms-swift. The stage starts and watches it.
 
 The command is `python -m stages.train.worker JOB.json`; the file has the fields of `Job`. torchrun starts several of
-these processes to train one adapter together. Each sends its progress as JSON Lines to the file descriptor
-`job.progress`, and exits with the codes of `stages.contract.errors`. The first process writes:
+these processes to train one adapter together. Each sends messages as JSON Lines to the file descriptor `job.progress`:
+the first process its progress, the others only their ids and errors. Each exits with a code of
+`stages.contract.errors`. The first process writes:
 
     <work>/checkpoint-<step>/complete.json   marks the checkpoint as complete
     <adapter>/                               the finished adapter or connector with `training.json`, moved in one step
@@ -41,7 +42,7 @@ TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", 
 
 
 def newest_complete_checkpoint(work: Path) -> Path | None:
-    """Find the newest complete checkpoint in the folder `work`; None if it has none. Deletes incomplete checkpoints.
+    """Return the newest complete checkpoint in the folder `work`; None if it has none. Deletes incomplete checkpoints.
 
     A checkpoint is complete if its files have the sizes in its complete.json. That file is missing if the process was
     killed while it saved.
@@ -60,8 +61,8 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     """Train the adapter or the connector, from its newest complete checkpoint if it has one.
 
     If this or another process is asked to stop, saves a checkpoint and raises InterruptedRunError. Raises UsageError
-    for settings that cannot work here, DoesNotFitError for GPUs that torch cannot use, and DataError if no training
-    sample fits max_length.
+    for settings that cannot work here and for a training that diverges, DoesNotFitError for GPUs that torch cannot use,
+    and DataError for an unusable sample or if no training sample fits max_length.
     """
     check_sharding(job.sharding, job.use_cpu, quantisation_method(job.model))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -161,7 +162,7 @@ def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], d
 
 
 def _refuse_dead_cards(job: Job) -> None:
-    """Raise DoesNotFitError if torch cannot use the GPUs. Its own message comes late and hides the cause."""
+    """Raise DoesNotFitError if torch cannot use the GPUs. torch's own error comes late and hides the cause."""
     import torch
 
     if torch.cuda.is_available():
@@ -211,7 +212,7 @@ def largest_figures(measured: list[dict[str, int]]) -> dict[str, int]:
 
 
 def pad_samples(samples: list[T], processes: int) -> list[T]:
-    """The samples, with the first ones repeated at the end until all processes get the same number.
+    """The samples, padded with repetitions of the first samples until every process gets the same number.
 
     Without this, ms-swift would leave the last samples out of every epoch, and the number of steps would depend on the
     number of GPUs.
@@ -245,9 +246,10 @@ def _refuse_different_job(job: Job, together: Together) -> None:
 
 
 def _publish_weights(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Move the last checkpoint's adapter or connector to its folder in one step, with `facts` for the stage.
+    """Copy the last checkpoint's adapter or connector to its final folder, which appears in one step.
 
-    `history` is the trainer's log of all steps. The checkpoint's own log lacks the evaluation at its step.
+    `facts` go into its training.json, for the stage. `history` is the trainer's log of all steps; the checkpoint's own
+    log lacks the evaluation at its step.
     """
     last = newest_complete_checkpoint(job.work)
     assert last is not None, "training ended without a checkpoint"
@@ -286,7 +288,7 @@ def _write_adapter_config(job: Job, path: Path) -> None:
 
 
 def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
-    """The arguments of the command `swift sft`. They leave ms-swift nothing to choose by the machine.
+    """The arguments of the command `swift sft`. They leave ms-swift no choice that depends on the machine.
 
     `resume` is the checkpoint to resume from; None: train from the start.
     """
@@ -325,7 +327,7 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
         and not (settings.freeze_vision or settings.trains_connector),
         "max_pixels": settings.max_pixels,
         "max_length": settings.max_length,
-        "truncation_strategy": "delete",  # the template raises instead of cutting; `_write_samples` leaves these out
+        "truncation_strategy": "delete",  # the template raises instead of cutting; `_write_samples` omits long samples
         "lr_scheduler_type": "cosine",
         "warmup_ratio": settings.warmup_ratio,
         "weight_decay": settings.weight_decay,
@@ -389,7 +391,7 @@ def _quantisation_options(job: Job) -> dict[str, Any]:
 def _explained_error(job: Job, error: BaseException, progress: Progress) -> tuple[LorryError | None, Shortage | None]:
     """The error as one that the user can understand, and the shortage if memory ran out.
 
-    Both are None if the error is a bug in Lorry.
+    Both are None for any other error, such as a bug in Lorry or the loss of another process.
     """
     if isinstance(error, LorryError):
         return error, None

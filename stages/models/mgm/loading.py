@@ -65,12 +65,12 @@ def convert(
     connector: Path | None = None,
     seed: int = 42,
 ) -> str:
-    """Write the Hugging Face folder `output` from a published one. `clip` and `convnext` supply the towers.
+    """Write the Hugging Face folder `output` from a published folder. `clip` and `convnext` supply the towers.
 
     A tensor in `published` takes precedence over the same one in `clip` or `convnext`, and the file `connector` over
     the published connector. `published` may be Gemma's folder: without `connector`, a new connector is then
     initialised by `seed`. All tensors get Gemma's dtype. Returns the source of the connector, in words. Raises
-    UsageError for another model, and for missing, unknown or misshapen tensors, with their names.
+    UsageError for another model, for a file that cannot be read, and for missing, unknown or misshapen tensors.
     """
     values = _read_object(published / "config.json")
     _refuse_other_models(published, values)

@@ -173,8 +173,8 @@ class MgmModel(MgmPreTrainedModel):
         tokens, in order.
 
         `input_ids`: (samples, length), with `config.image_token_id` once for each token of a picture. `pixel_values`:
-        (pictures of all samples, 3, side, side). Raises ValueError if there are
-        pictures without `input_ids`, or if the number of image tokens does not match.
+        (pictures of all samples, 3, side, side). Raises ValueError if there are pictures without `input_ids`, or if
+        the number of image tokens does not match.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
