@@ -1,1 +1,1 @@
-"""The benchmarks behind every figure in the docs. Each module is a command that writes one file in results/."""
+"""The benchmarks behind every figure in the docs, and what they share. README.md lists the commands."""

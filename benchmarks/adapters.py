@@ -6,7 +6,7 @@
 Prompts are random words, as long as a problem with its question and options. Every completion has the maximal length,
 since random weights do not learn to stop. The time of one adapter is measured in an engine of its own, with room for
 one. Both ways answer the same prompts, and the prefix cache is emptied between adapters, so that neither way profits
-from earlier prompts.
+from earlier prompts. `small` writes the same row file.
 """
 
 import random
@@ -55,7 +55,7 @@ def time_start(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Eng
 
 
 def time_answers(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[float, list[str]]:
-    """Answer all prompts. Returns the seconds and the texts of the completions."""
+    """Empty vLLM's prefix cache, then answer all prompts. Returns the seconds and the texts of the completions."""
     if hasattr(engine, "_llm"):
         engine._llm.reset_prefix_cache()
     began = time.perf_counter()
@@ -64,7 +64,7 @@ def time_answers(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[f
 
 
 def _wait_for_memory(patience: float = 60.0) -> None:
-    """Wait until the closed engine's memory is free again, or for `patience` seconds."""
+    """Wait until 90% of the GPU's memory is free, now that an engine has closed, for `patience` seconds at most."""
     import torch
 
     until = time.monotonic() + patience
@@ -76,7 +76,7 @@ def _wait_for_memory(patience: float = 60.0) -> None:
 
 
 def main(small: bool) -> None:
-    """Measure both ways, and write their rows. `small` tests the benchmark on a CPU."""
+    """Measure both ways, and write their rows. `small` uses SmolLM2 on the transformers engine, which suits a CPU."""
     model = ROOTS.models / ("SmolLM2-135M-Instruct" if small else "Qwen2.5-7B")
     if not model.is_dir():
         make_model(model, CONFIGS["Qwen2.5-7B"])

@@ -1,4 +1,4 @@
-"""Run the benchmarks that need neither a GPU nor images, one after the other: `make bench`."""
+"""Run four short benchmarks that need neither a GPU nor images, one after the other: `make bench`."""
 
 import subprocess
 import sys

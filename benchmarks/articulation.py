@@ -5,8 +5,8 @@
 Needs SmolLM2-135M-Instruct. Takes minutes on a GPU. To test it on a CPU, use `--objects 16 4 --set train.epochs=1 --set
 train.micro_batch=4 --set train.effective_batch=4`, which learns nothing. recipes/data/make_articulation.py makes the
 cabinets; none of the held-out ones is trained on. The row has the scores of base and tuned, their difference with its
-interval, and those of a guess that knows the form of an answer but no object: the largest box is the root, and every
-other box has the most frequent joint of the training data.
+interval, and those of a guess that looks only at the sizes of an object's boxes: the largest one is the root, and every
+other one has the most frequent joint of the training data.
 
 The same command resumes after a stop.
 """
@@ -45,7 +45,7 @@ SETTINGS = (
 
 
 def run_stage(name: str, stage: str, data: Path, sets: list[str]) -> float:
-    """Run a stage's command. Returns its seconds. If it fails, ends the benchmark with the same exit code."""
+    """Run a stage's command. Returns its seconds. If the command fails, ends the benchmark with its exit code."""
     words = [word for value in sets for word in ("--set", value)]
     command = [sys.executable, "-m", f"entrypoints.{stage}", "articulation", "--profile", "tiny", "--run", name]
     began = time.monotonic()
@@ -59,7 +59,10 @@ def run_stage(name: str, stage: str, data: Path, sets: list[str]) -> float:
 
 
 def guess_scores(samples: list[Sample], trained: list[Sample]) -> dict[str, float]:
-    """Return the mean scores, in percent by metric, of a guess that has the right form and ignores the object."""
+    """Return the mean scores of a guess, in percent by metric.
+
+    It names an object's largest box as the root and gives each other box the most frequent joint of `trained`.
+    """
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "articulation.yaml", "tiny")
     lines = Counter(
         line.partition(",")[2]
@@ -102,7 +105,7 @@ def finished_row(folder: Path, seed: int, objects: list[int], seconds: dict[str,
 
 
 def main() -> None:
-    """Run the stages, and write the row."""
+    """Make the cabinets if they are missing, run the stages, and write the row and its copy in OUT."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="Seed of cabinets and training. Default: 0.")
     parser.add_argument(

@@ -3,9 +3,10 @@
     python -m benchmarks.data_juicer
 
 Writes results/data_juicer.json: each operator's counts of records and seconds, the records per second of the whole, the
-cost of a SIGKILL half-way, and a digest of the kept records, which must be the same each time. The operators are those
-of the "quality" recipe that need no weights, with its thresholds. The records are made here (seed 42): texts of real
-words, some with one fault each, some near-duplicates; 300 pictures of noise, some too small, too narrow or too light.
+cost of a SIGKILL half-way, and a digest of the kept records, which should be the same in all three runs. The operators
+are filters of captions and pictures that need no weights, and a deduplicator. The records are made here (seed 42):
+texts of real words, some with one fault each, some near-duplicates; 300 pictures of noise, some too narrow, some too
+tall, some too small a file.
 """
 
 import hashlib
@@ -52,11 +53,11 @@ OPERATORS: list[dict[str, Any]] = [
     },
 ]
 """Data-Juicer counts spaces as special characters and common endings as repetition, so texts of real words need 0.35
-and 0.2; the recipe that this follows has 0.2 and 0.05."""
+and 0.2 here."""
 
 
 def make_data(folder: Path) -> None:
-    """Write records, pictures and the list of flagged words."""
+    """Write records.jsonl, pictures in images/, and the list of flagged words in words/."""
     from PIL import Image
 
     draw = random.Random(42)
@@ -109,12 +110,15 @@ def process_records(root: Path, name: str, executor: str) -> int:
 
 
 def start_process(root: Path, name: str, executor: str) -> "subprocess.Popen[bytes]":
-    """Start `process_records` in a process of its own."""
+    """Start `process_records` in a new process. Returns the process."""
     return subprocess.Popen([sys.executable, "-m", "benchmarks.data_juicer", "stage", str(root), name, executor])
 
 
 def time_records(root: Path, name: str, executor: str) -> dict[str, Any]:
-    """Process the records in a process of their own. Returns the row with seconds and a digest of the kept records."""
+    """Process the records in a new process. Returns the row with seconds and a digest of the kept records.
+
+    Ends the benchmark if the process fails.
+    """
     began = time.monotonic()
     code = start_process(root, name, executor).wait()
     if code:
@@ -147,7 +151,7 @@ def kill_and_resume(root: Path, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Process the records in three ways, and write the rows."""
+    """Process the records in processes, with a kill, and on Ray. Write a row for each, and rows for the operators."""
     root = Path(tempfile.mkdtemp(prefix="data-juicer-"))
     try:
         make_data(root / "made")

@@ -1,8 +1,9 @@
-"""The demo after set-up: seconds and memory of each stage, scores, and a second `make demo`.
+"""`make demo` without an earlier run: seconds, peak memory, seconds of each stage, scores, and a second `make demo`.
 
     python -m benchmarks.demo
 
-Memory is the proportional set size of all processes of the run together, sampled five times a second.
+Deletes runs/demo first. Memory is the proportional set size of all processes of the run together, sampled five times a
+second.
 """
 
 import json
@@ -22,7 +23,10 @@ RUN = ROOT / "runs" / "demo"
 
 
 def time_command(command: list[str]) -> tuple[float, float]:
-    """Run a command. Returns its seconds and the peak memory, in GiB, of it and its children."""
+    """Run a command. Returns its seconds and the peak memory in GiB of all its processes together.
+
+    Raises AssertionError if the command fails.
+    """
     before = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT)
     peak = 0.0
@@ -51,7 +55,7 @@ def time_command(command: list[str]) -> tuple[float, float]:
 
 
 def stage_rows() -> list[dict[str, Any]]:
-    """Return a row for each stage, from its manifest."""
+    """Return a row for each stage, with the seconds and counts from its manifest."""
     rows = []
     for stage in ("preprocess", "train", "infer", "eval"):
         manifest = json.loads((RUN / stage / "manifest.json").read_text())

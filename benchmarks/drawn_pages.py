@@ -5,9 +5,10 @@ from pathlib import Path
 
 
 def draw_page(page: tuple[Path, int, int, int]) -> None:
-    """Write a page of A4 as `D<document>/<number>.jpg` below a folder.
+    """Write an A4 page with random lines and numbers as `D<document>/<number>.jpg` below a folder.
 
-    `page` has folder, document, number and approximate pixels, in one argument because a pool's `map` passes one.
+    `page` is (folder, document, number, approximate number of pixels), one argument because a pool's `map` passes one.
+    Both sides are multiples of 28 pixels. The same document and number give the same page.
     """
     from PIL import Image, ImageDraw
 

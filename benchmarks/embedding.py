@@ -3,7 +3,7 @@
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.embedding [tiny]
 
 Needs a GPU of 40 GB and SmolLM2's tokenizer; the model has GME-Qwen2-VL-7B's shape and random weights. `tiny` uses
-models/tiny-gme instead, to test the benchmark itself. It compares three ways:
+models/tiny-gme instead, to test the benchmark itself. Three ways are compared:
 
     original    pages drawn at 600 DPI, opened, shrunk to 1,280 tokens, processed and embedded one per call, in float16
     one by one  pages drawn at the budget, one per call
@@ -31,7 +31,7 @@ FOLDER = ROOTS.runs / "embedding"
 
 
 def draw_pages(tiny: bool) -> tuple[list[Path], list[Path]]:
-    """Draw pages at the budget, and some of them at 600 DPI. Returns the paths of both."""
+    """Draw pages at the budget, and some of them at 600 DPI (`tiny`: smaller and fewer). Returns the paths of both."""
     count, few = (8, 4) if tiny else (128, 24)
     drawn = [(FOLDER / "budget", n // 8, n % 8 + 1, BUDGET) for n in range(count)]
     fine = [(FOLDER / "fine", n // 8, n % 8 + 1, FINE // (100 if tiny else 1)) for n in range(few)]
@@ -78,7 +78,7 @@ class OneByOne:
 
 
 def time_pages(what: str, count: int, work: Callable[[], Any], **more: Any) -> dict[str, Any]:
-    """Run `work`, which embeds `count` pages. Returns the row with pages per second and peak GPU memory in GB."""
+    """Run `work`, which embeds `count` pages. Returns the row with pages per second and, on a GPU, torch's peak GB."""
     import torch
 
     if torch.cuda.is_available():
@@ -96,8 +96,10 @@ def time_pages(what: str, count: int, work: Callable[[], Any], **more: Any) -> d
 def measure_one_by_one(
     model: Path, device: str, fine: list[Path], few: list[Path]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Embed in both ways with one picture per call. Returns their rows, and four vectors to compare batched ones
-    with."""
+    """Measure both ways with one picture per call: `fine` is the pages of `original`, `few` those of `one by one`.
+
+    Returns the two rows, and the vectors of the first four pages of `few`, to compare with those of `batched`.
+    """
     embed = OneByOne(model, device)
     embed(fine[0])  # warm-up: the first call compiles and loads
     rows = [
@@ -108,7 +110,7 @@ def measure_one_by_one(
 
 
 def main() -> None:
-    """Measure all ways, and write their rows."""
+    """Measure all ways, `batched` at several batch sizes, and write their rows."""
     import torch
 
     from stages.preprocess.gme import Gme

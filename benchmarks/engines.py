@@ -2,7 +2,8 @@
 
     python -m benchmarks.engines
 
-Needs the demo's run (`make demo`). Both engines answer the same prompts, base and adapter, in turn.
+Needs the demo's run (`make demo`). Each engine answers the same prompts with the base and with the adapter,
+transformers first.
 """
 
 import json
@@ -22,7 +23,10 @@ MODELS = ("base", "tuned")
 
 
 def answer(engine: str) -> dict[str, Any]:
-    """Answer the demo's test set with an engine, in a copy of its run. Returns the seconds and the predictions."""
+    """Answer the demo's test set with an engine, in a copy of the demo's run that is deleted afterwards.
+
+    Returns `seconds` of the whole command, `start` (seconds of the engine's start), and `predictions` by model.
+    """
     run = ROOT / "runs" / f"bench-{engine}"
     shutil.rmtree(run, ignore_errors=True)
     for stage in ("preprocess", "train"):

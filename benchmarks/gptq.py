@@ -4,8 +4,8 @@
 
 Needs an NVIDIA GPU of 80 GB, gptqmodel and SmolLM2's tokenizer. The base has Qwen2.5-7B's shape and random integers
 (benchmarks.random_models). Each setting is one training by the train command, as in benchmarks.memory. Then the
-transformers engine loads the adapter: the loss of a validation sample should be the trainer's last one, and the answers
-should differ from the base's. Nothing is asserted: the rows have the numbers.
+transformers engine loads the adapter: the loss of a validation sample should be near the trainer's last validation
+loss, and the answers should differ from the base's. Nothing is asserted: the rows have the numbers.
 """
 
 import json
@@ -41,7 +41,7 @@ PROMPTS = ("What is a lever?", "Name a part of a pump.", "the the the", "Where i
 
 
 def losses(run: Run) -> dict[str, Any]:
-    """Return the first and last training losses and the last validation loss."""
+    """Return the number of steps, the first and last training losses, and the last validation loss of a run."""
     log = list(read_jsonl(run.path("train", "metrics.jsonl")))
     steps = [entry["loss"] for entry in log if "loss" in entry]
     evaluated = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
@@ -55,8 +55,11 @@ def losses(run: Run) -> dict[str, Any]:
 
 
 def measure_served_adapter(setting: Setting, name: str) -> dict[str, Any]:
-    """Load a run's adapter in the transformers engine. Returns the kernel, the number of answers that differ from the
-    base's, and the loss of a validation sample with and without the adapter."""
+    """Load the adapter of the run `name` in the transformers engine.
+
+    Returns the class of a GPTQ module, the number of answers that differ from the base's, and the loss of a validation
+    sample with and without the adapter.
+    """
     import torch
 
     from stages.engines.engine import EngineSettings
@@ -93,8 +96,10 @@ def measure_served_adapter(setting: Setting, name: str) -> dict[str, Any]:
 
 
 def _tokens_and_labels(renderer: Any, messages: list[Any]) -> tuple[list[int], list[int]]:
-    """Return a conversation's tokens and labels. Only the answer, its end token and the line break that ms-swift's
-    template chatml appends have a loss."""
+    """Return a conversation's tokens and labels, which are -100 for all tokens without a loss.
+
+    Only the answer, its end token and the line break that ms-swift's template chatml appends have a loss.
+    """
     prompt = renderer.render("x", messages[:-1]).tokens
     answer = renderer.tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
     answer += [renderer.tokenizer.eos_token_id, *renderer.tokenizer.encode("\n", add_special_tokens=False)]
@@ -102,8 +107,10 @@ def _tokens_and_labels(renderer: Any, messages: list[Any]) -> tuple[list[int], l
 
 
 def add_losses(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the trainings with their losses; for those that measure learning, also with the results of
-    `measure_served_adapter`."""
+    """Yield the rows of the trainings, with losses if they succeeded.
+
+    Trainings that measure learning also get the results of `measure_served_adapter`, or its error.
+    """
     number = {one.name: place for place, one in enumerate(settings)}
     for row in rows:
         if row.get("exit code") != 0:
@@ -127,7 +134,10 @@ def add_losses(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[
 
 
 def main() -> None:
-    """Measure the settings, or those named, and write a row for each."""
+    """Measure all settings, or those named as arguments, and write a row for each.
+
+    `--reload SETTING RUN` prints the results of `measure_served_adapter` instead. `add_losses` starts that.
+    """
     if sys.argv[1:2] == ["--reload"]:
         print(json.dumps(measure_served_adapter(next(one for one in SETTINGS if one.name == sys.argv[2]), sys.argv[3])))
         return

@@ -1,4 +1,4 @@
-"""Seconds that `--help`, `lorry plan` and `lorry doctor` take as whole processes: the median of eleven.
+"""Seconds that `--help`, `lorry plan` and `lorry doctor` take as whole processes: median and maximum of eleven.
 
 python -m benchmarks.help
 """

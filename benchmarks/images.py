@@ -2,8 +2,8 @@
 
     python -m benchmarks.images cpu a800 v100 v100-gptq
 
-Builds missing images (`make images` says what that needs). Writes results/images.json. Sizes are those of the unpacked
-layers, in GB of 1e9 bytes, as in `docker image ls`.
+The arguments are targets. Builds their images from the current code first (images/build.sh says what that needs). Sizes
+are those of the unpacked layers, in GB of 1e9 bytes, as in `docker image ls`.
 """
 
 import importlib.metadata
@@ -21,7 +21,7 @@ STAGES = ("preprocess", "train", "infer", "eval")
 
 
 def main() -> None:
-    """Build and measure the images of each target, and write a row for each."""
+    """Build and measure the images of each target. Write a row for each target and one for each image."""
     client = docker.from_env(timeout=600)
     rows: list[dict[str, Any]] = []
     for target in sys.argv[1:]:
@@ -42,8 +42,7 @@ def main() -> None:
 
 
 def _size_together(client: docker.DockerClient, images: dict[str, Any]) -> float:
-    """Return the size of these images together, in GB. Layers that they share, which come first in the history, count
-    once."""
+    """Return the size of these images together, in GB. A layer counts once if images share it and all before it."""
     layers: dict[str, int] = {}
     for image in images.values():
         chain = ""

@@ -30,12 +30,12 @@ DOCUMENTS = (5, 8, 10, 20)
 CORRELATIONS = (0.0, 0.1, 0.25, 0.5)
 MEANS = (0.5, 0.95, 0.1)
 PAIRS = ((0.5, 0.5), (0.95, 0.95), (0.1, 0.1), (0.5, 0.95), (0.1, 0.5))
-"""True means of base and tuned."""
+"""Pairs of true means: base, tuned."""
 AGREE = 0.5
-"""Share of the questions, and of the documents, for which base and tuned get the same numbers."""
+"""Share of the questions, and of the documents, for which base and tuned get the same random number."""
 KINDS = (("right or wrong", "shared"), ("right or wrong", "beta"), ("F1", "shared"))
 DESIGNS = (*product(KINDS, ("2 to 20", "1 to 80, skewed")), (KINDS[0], "20 to 60"))
-"""Kinds of scores, with the questions of a document."""
+"""Pairs of a kind (the scores, and how they correlate) and the range of questions per document."""
 RESAMPLES = 2000
 
 
@@ -60,12 +60,15 @@ def score_function(scores: str, mean: float) -> Callable[[Array], Array]:
 
 
 def true_mean(scores: str, mean: float) -> float:
-    """The true mean of the scores that `score_function` gives, accurate to 1e-5."""
+    """Return the true mean of the scores that `score_function` gives, accurate to 1e-5."""
     return float(score_function(scores, mean)((np.arange(100_000) + 0.5) / 100_000).mean())
 
 
 def random_sizes(generator: np.random.Generator, sizes: str, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """Random numbers of questions per document, of this shape. `sizes` is their range as text, such as `2 to 20`."""
+    """Return how many questions each document has, drawn at random, in an array of this shape.
+
+    `sizes` is the range as text, such as `2 to 20`, drawn uniformly; `1 to 80, skewed` is log-normal.
+    """
     if sizes != "1 to 80, skewed":
         first, last = map(int, sizes.split(" to "))
         return generator.integers(first, last + 1, shape)
@@ -75,7 +78,8 @@ def random_sizes(generator: np.random.Generator, sizes: str, shape: tuple[int, i
 class Luck:
     """The uniform random numbers behind a model's scores: `own` for each question, `shared` for each document.
 
-    Shapes: (draws, documents, questions), and 1 instead of questions. `like` makes them agree with another model's.
+    Shapes: `own` (draws, documents, questions), `shared` (draws, documents, 1). With `like`, each number is that of the
+    other model with probability AGREE.
     """
 
     def __init__(self, generator: np.random.Generator, shape: tuple[int, int, int], like: "Luck | None" = None) -> None:
@@ -85,8 +89,11 @@ class Luck:
             self.own = np.where(generator.random(shape) < AGREE, like.own, self.own)
 
     def scores(self, scores: str, mean: float, alike: NDArray[np.bool_], chances: Array | None) -> Array:
-        """The scores, of shape (draws, documents, questions). `alike` marks questions that get the document's shared
-        score. `chances` has each document's chance of a right answer, if it has one."""
+        """Return the scores, of shape (draws, documents, questions).
+
+        `alike` marks the questions that get their document's shared score. `chances` is each document's own chance of a
+        right answer, of shape (draws, documents, 1); unless it is None, the other arguments are ignored.
+        """
         if chances is not None:
             return (self.own > 1 - chances).astype(np.float64)
         return score_function(scores, mean)(np.where(alike, self.shared, self.own))
@@ -100,8 +107,11 @@ def draw_scores(
     correlation: float,
     means: tuple[float, ...],
 ) -> tuple[Array, Array]:
-    """The sum and the number of each document's simulated scores, both of shape (documents, draws). With two means, the
-    scores are differences: tuned minus base."""
+    """Return the sum and the number of each document's simulated scores, both of shape (documents, draws).
+
+    `kind` and `sizes` are as in DESIGNS, and `shape` is (draws, documents). With two means, base and tuned, the scores
+    are differences: tuned minus base.
+    """
     scores, way = kind
     count = random_sizes(generator, sizes, shape)
     cells = (*shape, int(count.max()))
@@ -123,8 +133,11 @@ def draw_scores(
 
 
 def bootstrap_intervals(sums: Array, sizes: Array) -> tuple[Array, Array]:
-    """Return the low and high ends of percentile intervals. All test sets share the resamples, as runs with one seed
-    did."""
+    """Return the low and high ends of the percentile intervals, both of shape (draws,).
+
+    `sums` and `sizes` are of shape (documents, draws). All draws share the resamples, as all runs with the same seed
+    did.
+    """
     documents = len(sums)
     times = np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES).astype(float)
     # nearest ranks: interpolating between them changes a fraction of a point
@@ -134,7 +147,7 @@ def bootstrap_intervals(sums: Array, sizes: Array) -> tuple[Array, Array]:
 
 
 def interval_figures(low: Array, high: Array, true: float) -> dict[str, float]:
-    """Three figures: `coverage`, the percent of draws whose interval covers the true mean; `stars`, the percent of
+    """Return figures: `coverage`, the percent of draws whose interval covers the true mean; `stars`, the percent of
     draws whose interval excludes 0; `width`, the mean width in points."""
     holds = (low <= true + 1e-9) & (true - 1e-9 <= high)
     return {
@@ -145,7 +158,10 @@ def interval_figures(low: Array, high: Array, true: float) -> dict[str, float]:
 
 
 def simulated_rows(draws: int) -> Iterator[dict[str, Any]]:
-    """Yield a row for each way to simulate and each true mean or pair. Figures are lists by number of documents."""
+    """Yield a row for each design, each true mean or pair of means, and each correlation.
+
+    Each figure of a row is a list with one value for each number in DOCUMENTS.
+    """
     for number, ((kind, sizes), means, correlation) in enumerate(
         product(DESIGNS, [*((mean,) for mean in MEANS), *PAIRS], CORRELATIONS)
     ):
@@ -176,7 +192,10 @@ def simulated_rows(draws: int) -> Iterator[dict[str, Any]]:
 
 
 def extreme_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with the worst figures of `rows`, and with the interval if every answer is right."""
+    """Return rows with the least coverage and most false stars of `rows`, and the low ends if all answers are right.
+
+    Each figure is a list with one value, in percent, for each number in DOCUMENTS.
+    """
     found = []
     for of in ("mean", "tuned less base"):
         those = [row for row in rows if row["of"] == of]
@@ -207,7 +226,7 @@ def extreme_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Simulate every design, true mean and correlation, and write a row for each, after the rows of the worst."""
+    """Simulate all combinations of design, true mean and correlation, and write their rows after the extreme ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=4000, help="Number of test sets of each kind. Default: 4000.")
     arguments = parser.parse_args()

@@ -7,10 +7,10 @@ from typing import Any
 
 
 def load_maker(name: str) -> Any:
-    """Load the script `make_<name>.py`. Returns it as a module."""
+    """Import recipes/data/make_<name>.py. Returns the module."""
     script = Path(__file__).parents[1] / "recipes" / "data" / f"make_{name}.py"
     spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec is not None and spec.loader is not None
-    module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)  # because dataclasses look it up
+    module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
     spec.loader.exec_module(module)
     return module

@@ -1,11 +1,12 @@
 """Twenty thousand small pages through preprocess: speed of its parts, memory over time, and the cost of a kill.
 
-    python -m benchmarks.many_pages [documents | search]
+    python -m benchmarks.many_pages [DOCUMENTS | search]
 
-Makes 1,000 PDFs of 20 pages in a temporary folder. `lorry-preprocess` renders and embeds them with tiny-gme at a small
-pixel budget. Memory is the resident set of the stage's main process at each quarter of the pages. When half of the
-pages are embedded, the stage is killed with SIGKILL and started again. `search` measures only the search, also with
-faiss's exact index if it can be imported (`pip install --target FOLDER faiss-cpu`, and FOLDER in PYTHONPATH).
+Makes DOCUMENTS (by default 1,000) PDFs of 20 pages in a temporary folder. `lorry-preprocess` renders and embeds them
+with tiny-gme at a small pixel budget. Memory is the resident set of the stage's main process after each quarter of the
+pages. When half of the pages are embedded, the stage is killed with SIGKILL and started again. Last, exact search over
+random vectors is timed, also with faiss's exact index if it can be imported (`pip install --target FOLDER faiss-cpu`,
+and FOLDER in PYTHONPATH). `search` measures only that.
 """
 
 import importlib.util
@@ -43,7 +44,7 @@ SETS = (
 
 
 def make_data(folder: Path, documents: int) -> None:
-    """Write PDFs of PAGES pages each, and a question about each of them."""
+    """Write `documents` PDFs of PAGES pages each, and questions.jsonl with one question about each PDF."""
     (folder / "documents").mkdir(parents=True)
     generator = random.Random(0)
     lines = []
@@ -60,7 +61,7 @@ def make_data(folder: Path, documents: int) -> None:
 
 
 class WatchedStage:
-    """A start of the stage, with its memory and progress over time."""
+    """One start of the preprocess stage, with its memory and progress over time."""
 
     def __init__(self, environment: dict[str, str], events: Path) -> None:
         sets = [word for value in SETS for word in ("--set", value)]
@@ -79,11 +80,13 @@ class WatchedStage:
             [*command, "--run", "many", "--set", "data.path=many", *sets], env=environment, stdout=subprocess.DEVNULL
         )
         self.seen: list[tuple[float, str, int, int, float]] = []
-        """By time: seconds, activity, pages done, pages in total, and MB of the process."""
+        """In order of time: seconds, activity, pages done, pages in total, and MiB of the main process."""
 
     def watch(self, until: tuple[str, int] | None = None) -> int | None:
-        """Record memory and progress until the stage ends. Returns the exit code. `until` is an activity and the
-        number of its pages after which to kill the stage."""
+        """Record memory and progress twice a second until the stage ends. Returns its exit code.
+
+        `until` is an activity and a number of its pages: once they are done, the stage is killed with SIGKILL.
+        """
         began = time.monotonic()
         while self._process.poll() is None:
             time.sleep(0.5)
@@ -96,7 +99,7 @@ class WatchedStage:
         return self._process.wait()
 
     def _last_progress(self) -> dict[str, Any] | None:
-        """The last progress event of this start; None if there is none yet."""
+        """Return this start's last progress event; None if the last 4 KiB of the events have none of it."""
         try:
             with self._events.open("rb") as file:
                 file.seek(max(self._skip, self._events.stat().st_size - 4096))
@@ -107,7 +110,7 @@ class WatchedStage:
         return dict(json.loads(whole[-1])) if whole else None
 
     def _memory(self) -> float:
-        """The resident memory of the stage's main process in MB; 0 once it has ended."""
+        """Return the resident memory of the stage's main process in MiB; 0 once it has ended."""
         try:
             status = Path(f"/proc/{self._process.pid}/status").read_text()
         except OSError:
@@ -116,9 +119,10 @@ class WatchedStage:
 
 
 def quarter_rows(seen: list[tuple[float, str, int, int, float]], activity: str, known: int = 0) -> list[dict[str, Any]]:
-    """Return a row for each quarter of the pages of this start, with its seconds and its memory at the end.
+    """Return a row for each quarter of the pages that a start did in `activity`: its seconds, and MiB at its end.
 
-    `known` pages were already done before the start.
+    `seen` is as in `WatchedStage`. `known` pages were done before the start. Without any entry of `activity`, there are
+    no rows.
     """
     own = [entry for entry in seen if entry[1] == activity]
     if not own:
@@ -133,8 +137,10 @@ def quarter_rows(seen: list[tuple[float, str, int, int, float]], activity: str, 
 
 
 def measure_search() -> list[dict[str, Any]]:
-    """Time exact search over this job's pages and over a million small vectors. Returns the rows, in seconds, each the
-    median of three."""
+    """Time exact search of 100 queries over random vectors, also with faiss if it is installed.
+
+    Returns two rows: 20,000 vectors of GME-7B's dimensions, and a million of MiniLM's. Seconds are medians of three.
+    """
     rows = []
     generator = np.random.default_rng(0)
     for what, pages, dimensions in (("20,000 of GME-7B", 20_000, 3584), ("1,000,000 of MiniLM", 1_000_000, 384)):
@@ -161,10 +167,10 @@ def measure_search() -> list[dict[str, Any]]:
 def search_with_faiss(
     many: np.ndarray[Any, Any], queries: np.ndarray[Any, Any]
 ) -> tuple[float, float, np.ndarray[Any, Any]]:
-    """Search with faiss's exact index. Returns the seconds to build it from float16 vectors and to search it, and the
-    rows found.
+    """Build faiss's exact index from float16 vectors and search it.
 
-    Shapes: `many` (pages, dimensions), `queries` (queries, dimensions), rows (queries, 5).
+    Returns the seconds to build, the seconds to search, and the indices of the five best vectors for each query.
+    Shapes: `many` (pages, dimensions), `queries` (queries, dimensions), indices (queries, 5).
     """
     import faiss
 
@@ -180,7 +186,7 @@ def search_with_faiss(
 
 
 def main() -> None:
-    """Measure preprocess with a kill, or only the search, and write the rows."""
+    """Measure preprocess with a kill and the search, or only the search, and write the rows."""
     if sys.argv[1:] == ["search"]:
         write_rows("many_pages", measure_search(), "python -m benchmarks.many_pages", by="part")
         return

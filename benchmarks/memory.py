@@ -3,9 +3,10 @@
     LORRY_MODELS=... LORRY_RUNS=... python -m benchmarks.memory [NAME...]
 
 Needs an NVIDIA GPU with 80 GB or more, SmolLM2's tokenizer, and 65 GB of disk for the models, which
-benchmarks.random_models makes if they are missing. Each setting is one training by the train command, with samples of
-exactly `length` tokens; several run at once if memory allows. The measured peak is the driver's number for the training
-process, as in nvidia-smi, sampled ten times a second. Nothing is asserted: estimates that are too low are rows, too.
+benchmarks.random_models makes if they are missing; some settings need two GPUs. Each setting is one training by the
+train command, with samples of exactly `Setting.sample_length` tokens. Several run at once if memory allows. The
+measured peak is the driver's number for the training process, as in nvidia-smi, sampled ten times a second; with
+several GPUs, that of the largest process. Nothing is asserted: estimates that are too low are rows, too.
 """
 
 import json
@@ -33,16 +34,17 @@ from stages.models.shape import read_shape
 
 ROOTS = Roots.from_environment()
 EFFECTIVE = 2
-"""Micro-batches per optimizer step, and most GPUs: gradients of the first are in memory during the second."""
+"""Micro-batches per optimizer step over all GPUs. On one GPU, the gradients of the first stay during the second."""
 STEPS = 4
 ONCE, BUDGET = 6, 70e9
-"""Number of trainings at a time, and bytes above which no other starts, so that each finds enough memory free."""
+"""Most trainings at a time, and estimated bytes in use from which on no further one starts, so that each finds enough
+memory free."""
 PICTURE = (1120, 1092)
-"""Width and height: 1560 tokens, near the pixel budget of patent pages."""
+"""Width and height in pixels: 1560 tokens, near the pixel budget of patent pages."""
 PICTURE_TOKENS = 1562
-"""Tokens of that picture, including the two around it."""
+"""Tokens of that picture, including its start and end token."""
 TEMPLATE_TOKENS = 16
-"""Tokens that the template adds to question and answer, except the three that count as the answer's."""
+"""Tokens of a sample besides its answer, its pictures and the repeated ` the` of its question."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,11 @@ class Setting:
     gpus: int = 1
     picture: bool = False
     shorter: int = 9
-    """Tokens by which every other sample is shorter if a micro-batch has several, so that there is padding, as in real
+    """Tokens by which every other sample is shorter if `micro_batch` is above 1, so that there is padding, as in real
     data."""
 
     def sample_length(self, sample: int) -> int:
-        """The number of tokens of sample number `sample`."""
+        """Return the number of tokens of sample number `sample`."""
         return self.length - self.shorter * (sample % 2) * (self.micro_batch > 1)
 
     @property
@@ -80,7 +82,7 @@ class Setting:
             f"model.path={self.model}",
             f"model.swift_type={kind[0]}",
             f"model.swift_template={kind[1]}",
-            "preprocess.retrieval.embedder=none",  # there are no pages; this folder is quick to read
+            "preprocess.retrieval.embedder=none",  # no pages are embedded, and this model folder is quick to read
             "train.target_modules=[all-linear]",
             f"train.max_length={self.length}",
             f"infer.max_new_tokens={self.answer}",
@@ -127,8 +129,11 @@ SETTINGS = (
 
 
 def prepare(setting: Setting, name: str) -> None:
-    """Write a run with samples of the setting's lengths, as if preprocess had made them."""
-    none = ROOTS.models / "none"  # stands for the embedder
+    """Write the run `name` with samples of the setting's lengths, as if preprocess had made them.
+
+    Also saves the model's digest in it. Raises SystemExit if the samples cannot be written.
+    """
+    none = ROOTS.models / "none"  # in place of the embedder
     none.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "none.safetensors"):
         (none / file).write_text("{}")
@@ -151,7 +156,7 @@ def prepare(setting: Setting, name: str) -> None:
 
 
 def _save_digests(model: str, folder: Path) -> None:
-    """Save a model's digest in the stage's folder, as the first start does: hashing 30 GB takes half a minute."""
+    """Save a model's digest in the stage's folder. It is computed once for all runs: 30 GB take half a minute."""
     known = ROOTS.runs / f".{model}.json"
     if not known.is_file():
         hashes = FileHashes(known)
@@ -162,7 +167,7 @@ def _save_digests(model: str, folder: Path) -> None:
 
 
 def _sample(number: int, length: int, answer: int, pictures: list[str]) -> dict[str, Any]:
-    """Return a conversation of `length` tokens of SmolLM2's tokenizer, in which ` the` is one token."""
+    """Return a sample of `length` tokens, `answer` of them its answer's. ` the` is one token of SmolLM2's tokenizer."""
     words = length - answer - TEMPLATE_TOKENS - len(pictures) * PICTURE_TOKENS
     question = "<image>" * len(pictures) + "x" + " the" * words
     contents = {"system": "s", "user": question, "assistant": "y" + " the" * (answer - 3)}
@@ -187,7 +192,7 @@ def _picture(stage: Stage) -> str:
 
 @dataclass
 class Training:
-    """A start of the train command, and its peak memory."""
+    """One start of the train command, and its peak memory."""
 
     setting: Setting
     run: str
@@ -195,11 +200,11 @@ class Training:
     process: "subprocess.Popen[str]"
     began: float = field(default_factory=time.monotonic)
     peaks: dict[str, int] = field(default_factory=dict)
-    """Peak bytes by process, by the driver."""
+    """Peak bytes by process id, as the driver counts them."""
 
     @staticmethod
     def start(setting: Setting, number: int) -> "Training":
-        """Write the samples of a setting, and start its training. `number` is part of the run's name."""
+        """Write the samples of a setting and start its training. Returns it. `number` is part of the run's name."""
         name = f"memory-{number:02}"
         prepare(setting, name)
         opened = open_run("patent-qa", "text", None, setting.overrides, name)
@@ -238,7 +243,7 @@ class Training:
                 self.peaks[str(pid)] = max(self.peaks.get(str(pid), 0), used[pid])
 
     def finish(self) -> dict[str, Any]:
-        """Wait for the end of the training. Returns the row with estimated and measured bytes."""
+        """Wait for the end of the training. Returns the row with the estimated and measured bytes per process."""
         output = self.process.communicate()[0]
         measured = max(self.peaks.values(), default=0)
         row: dict[str, Any] = {
@@ -268,8 +273,10 @@ class Training:
 
 
 def measure(settings: list[Setting]) -> list[dict[str, Any]]:
-    """Run the trainings. Returns a row for each setting. Settings for more GPUs than this machine has do not run, and
-    their rows say so."""
+    """Run the trainings, several at once. Returns a row for each setting, in the order in which they ended.
+
+    Settings for more GPUs than this machine has do not run; their rows come first and say so.
+    """
     import pynvml
 
     pynvml.nvmlInit()
@@ -281,7 +288,7 @@ def measure(settings: list[Setting]) -> list[dict[str, Any]]:
             rows.append({"setting": one.name, "not run": f"{one.gpus} GPUs, and {len(handles)} here"})
         else:
             waiting.append((number, one))
-    waiting.sort(key=lambda item: -len(item[1].model))  # large models first, because they take longest
+    waiting.sort(key=lambda item: -len(item[1].model))  # longest model name first: VL-7B, 0.5B, 14B, 7B
     running: list[Training] = []
 
     def poll_memory_peaks() -> None:
@@ -311,7 +318,7 @@ def measure(settings: list[Setting]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure the settings, or those named, and write a row for each."""
+    """Measure all settings, or those named as arguments, and write a row for each."""
     wanted = [one for one in SETTINGS if not sys.argv[1:] or one.name in sys.argv[1:]]
     for model in dict.fromkeys(one.model for one in wanted):
         if not (ROOTS.models / model / "model.safetensors.index.json").is_file():

@@ -40,7 +40,7 @@ def training_settings(phase: str, micro_batch: int, checkpointing: bool) -> Trai
 
 
 def model_to_train(phase: str, checkpointing: bool) -> Any:
-    """Return the model on the GPU, ready for a training step."""
+    """Return MGM-2B with random weights on the GPU; only LoRA, or the connector, is trained, in float32."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def model_to_train(phase: str, checkpointing: bool) -> Any:
 
 
 def measure_peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> float:
-    """Run three training steps. Returns the peak of torch's allocated memory in GB."""
+    """Run three training steps with samples of `length` tokens. Returns the peak of torch's allocated memory in GB."""
     model = model_to_train(phase, checkpointing)
     config = MgmConfig()
     pictures = config.tokens_across**2
@@ -89,7 +89,7 @@ def measure_peak(phase: str, micro_batch: int, length: int, checkpointing: bool)
 
 
 def mgm_shape() -> ModelShape:
-    """Return MGM-2B's shape as its folder's headers would give it, without writing 6 GB of weights."""
+    """Return MGM-2B's shape as `read_shape` would read it from its files, without writing 6 GB of weights."""
     with torch.device("meta"):
         state = MgmForConditionalGeneration(MgmConfig()).state_dict()
     weights = (Weight(name, tuple(t.shape), "BF16") for name, t in state.items() if name != "lm_head.weight")

@@ -46,7 +46,7 @@ class PrecisionTraining(Training):
     """A training whose row also says whether every loss was finite."""
 
     def _results(self) -> dict[str, Any]:
-        """Return the columns of any finished training, and those on its losses."""
+        """Return the columns that every training has, and those about its losses and unscale errors."""
         found = super()._results()
         losses = self.losses() if not self.process.returncode else {}
         log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
@@ -60,7 +60,7 @@ class PrecisionTraining(Training):
 
 
 def measure_precision() -> None:
-    """Train 208 steps by the V100's rule (base in float16, LoRA in float32), and the same steps in bfloat16."""
+    """Train 208 steps by the V100's rule (base in float16, LoRA in float32) and, at the same time, in bfloat16."""
     long = (*SMALL, "train.epochs=16", "train.log_every=1", "train.checkpoint_every=100")
     for training in [
         PrecisionTraining(f"{dtype}, 208 steps", f"precision-{dtype}", "0", (*long, f"train.precision={dtype}"))
@@ -73,7 +73,10 @@ def measure_precision() -> None:
 
 
 def measure_kills() -> None:
-    """Stop a job with SIGTERM and kill it with SIGKILL, resume it, and compare its losses with an undisturbed job's."""
+    """Stop one training with SIGTERM, kill another and the training process of a third with SIGKILL, and resume all.
+
+    Adds rows that compare their losses with those of an undisturbed training.
+    """
     from benchmarks.two_gpus import add_differences
 
     whole = Training("one GPU, undisturbed", "kill-none", "0")
@@ -103,7 +106,7 @@ for line in sys.stdin:
 
 
 class Hog:
-    """A process that holds all but a given number of GiB of the GPU's memory."""
+    """A process that holds as much of the GPU's memory as `take_all_but` asks for, until the `with` block ends."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -114,7 +117,7 @@ class Hog:
         self._hear.readline()
 
     def take_all_but(self, gib: float) -> float:
-        """Take all free memory but `gib` GiB. Returns the GiB that are left."""
+        """Take all free memory but `gib` GiB. Returns the GiB that are still free."""
         self._say.write(f"{gib}\n")
         self._say.flush()
         return round(float(self._hear.readline()), 2)
@@ -155,7 +158,7 @@ def measure_hog() -> None:
 
 
 def measure_full() -> None:
-    """Train while another program holds most of the GPU's memory from the start: the plan uses less, or refuses."""
+    """Measure what the plan does if another program leaves 1 or 5 GiB of the GPU's memory free from the start."""
     if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
         make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
     for leave in (1, 5):
@@ -173,7 +176,7 @@ def _finish_disturbed(training: Training, other: Hog, leave: float, whole: Train
 
 
 def _finish(training: Training, whole: Training | None) -> None:
-    """Wait for the end of a training. Add rows with its decisions and, against `whole`, its losses."""
+    """Wait for the end of a training. Add rows with its memory decisions and, with `whole`, how their losses differ."""
     training.finish(alone=False)
     manifest = read_json(training.folder / "manifest.json") or {"decisions": []}
     rungs = [made for made in manifest["decisions"] if made["what"] in ("out of memory", "fit", "memory")]
@@ -183,13 +186,13 @@ def _finish(training: Training, whole: Training | None) -> None:
 
 
 def _memory_by_step(training: Training) -> dict[int, float]:
-    """The GPU memory of a training by step, in GiB."""
+    """Return the GPU memory of a training by step, in GiB, from its events."""
     steps = [event for event in read_jsonl(training.events) if event.get("unit") == "steps" and event.get("memory")]
     return {event["step"]: round(event["memory"] / GIB, 2) for event in steps}
 
 
 def _add_loss_row(whole: Training, other: Training) -> None:
-    """Add a row with the differences between the losses of a resumed training and of the undisturbed one."""
+    """Add a row with the differences between the losses of `other` and the undisturbed `whole`; none if one failed."""
     if whole.process.returncode or other.process.returncode:
         return
     one, two = whole.losses(), other.losses()
@@ -212,7 +215,10 @@ def _add_loss_row(whole: Training, other: Training) -> None:
 
 def measure_speed() -> None:
     """Measure tokens per second of the train command and of `swift sft` with the same arguments, alternating the order.
-    A warm-up run, which reads the model from disk, is not counted."""
+
+    A warm-up run, which reads the model from disk, has a row of its own and is not counted. If it fails, nothing else
+    runs.
+    """
     model = "Qwen2.5-7B" if (ROOTS.models / "Qwen2.5-7B").is_dir() else "Qwen2.5-0.5B"
     if not (ROOTS.models / model).is_dir():
         make_model(ROOTS.models / model, CONFIGS[model])
@@ -227,7 +233,7 @@ def measure_speed() -> None:
     began = time.monotonic()
     for turn in range(TURNS):
         if turn >= 2 and (time.monotonic() - began) * (turn + 1) / turn > SPEED_SECONDS:
-            break  # two turns are better than none if there is a time limit
+            break  # two turns are enough for a median if time is short
         for who in sorted(found, reverse=bool(turn % 2)):
             pace = _train_pace(setting, str(turn))[0] if who == "lorry" else _swift_pace(arguments, setting, turn)
             if pace:
@@ -247,11 +253,11 @@ def measure_speed() -> None:
 
 
 TURNS, SPEED_SECONDS = 3, 330
-"""Number of turns, each with both programs, and seconds after which only the first two turns still start."""
+"""Most turns, each with both programs, and the seconds in which all must be expected to end for a third to start."""
 
 
 def _train_pace(setting: Setting, turn: str) -> tuple[dict[str, float], list[str]]:
-    """Train with the train command. Returns its pace, and its arguments to ms-swift; both empty if it failed."""
+    """Train with the train command. Returns its pace and its arguments to ms-swift, each empty if the log has none."""
     name = f"speed-{turn}"
     prepare(setting, name)
     sets = [word for one in setting.overrides for word in ("--set", one)]
@@ -265,7 +271,7 @@ def _train_pace(setting: Setting, turn: str) -> tuple[dict[str, float], list[str
 
 
 def _swift_pace(arguments: list[str], setting: Setting, turn: int) -> dict[str, float]:
-    """Train with `swift sft` and the same arguments. Returns its pace; empty if it failed."""
+    """Train with `swift sft` and the same arguments. Returns its pace; empty if the output has none."""
     output = ROOTS.runs / f"by-hand-{turn}"
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
     by_hand = _redirected_arguments(arguments, "speed-warm-up", output)
@@ -276,9 +282,10 @@ def _swift_pace(arguments: list[str], setting: Setting, turn: int) -> dict[str, 
 
 
 def read_pace(log: str) -> dict[str, float]:
-    """Return two means of the seconds per step: over all steps, and from the third step on. The first two are slower.
+    """Return the mean seconds per step, over all steps and from the third one on, because the first two are slower.
 
-    Both come from the trainer's log, which has the mean so far. Empty if it has fewer than three steps.
+    Both come from the trainer's log, which gives the mean over the steps so far. Empty if the log has fewer than three
+    steps, or not the second.
     """
     said = re.findall(r"'global_step/max_steps': '(\d+)/\d+'.*?'train_speed\(s/it\)': '([0-9.]+)'", log)
     total = {int(step): int(step) * float(pace) for step, pace in said}
@@ -292,14 +299,16 @@ def read_pace(log: str) -> dict[str, float]:
 
 
 def _read_arguments(log: str) -> list[str]:
-    """Return the arguments that the training process passed to ms-swift, from its log; empty if it passed none."""
+    """Return the arguments that the training process last passed to ms-swift; empty if its log has none."""
     found = re.findall(r"^swift sft (.*)$", log, re.MULTILINE)
     return shlex.split(found[-1]) if found else []
 
 
 def _redirected_arguments(arguments: list[str], run: str, output: Path) -> list[str]:
-    """Return the arguments with the output folder `output`, and a new copy of the samples, as the stage has deleted its
-    own."""
+    """Return the arguments with `output` as the output folder, and with a new file of the run's training samples.
+
+    This function writes that file beside `output`, because the stage has deleted its own.
+    """
     samples = output.with_suffix(".jsonl")
     source = ROOTS.runs / run / "preprocess" / "samples" / "train.jsonl"
     rows_of_it = [{"messages": sample["messages"]} for sample in read_jsonl(source)]
@@ -315,8 +324,10 @@ def _redirected_arguments(arguments: list[str], run: str, output: Path) -> list[
 
 
 def measure_use() -> None:
-    """Run `lorry doctor`, `lorry plan` and wrong uses of --gpus. Add a row with exit code, seconds and last lines of
-    each."""
+    """Run `lorry doctor`, `lorry plan`, and `lorry launch` with wrong values of --gpus and one right value.
+
+    Adds a row for each, with exit code, seconds and last lines.
+    """
     import pynvml
 
     pynvml.nvmlInit()
@@ -354,14 +365,14 @@ def _measure_command(what: str, command: list[str], environment: dict[str, str],
 
 
 def _run(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Run a command with these environment variables added. Returns its exit code and output."""
+    """Run a command with these environment variables added. Returns its exit code and output. Raises after 240 s."""
     return subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240
     )
 
 
 def main() -> None:
-    """Measure all parts, or those named, and write their rows."""
+    """Measure all parts, or those named as arguments, and write their rows after each. A failed part stops no other."""
     parts = {"precision": measure_precision, "kills": measure_kills, "hog": measure_hog, "full": measure_full}
     parts |= {"speed": measure_speed, "use": measure_use}
     make_model_in_a_process("random-llama", RANDOM_LLAMA)

@@ -6,7 +6,7 @@ Needs a GPU of 80 GB, vLLM, and SmolLM2's tokenizer. The model has Qwen2.5-VL-7B
 completion has the maximal length: `long` uses the original's limits (768 and 2,000 tokens, 768 for the short form),
 `short` the lengths of a tuned model (96 and 24). Both ways ask the same engine the same questions about the same pages,
 not counting the engine's start. For the original's way, pages are drawn at 600 DPI and shrunk at each call. `stage`
-measures the infer stage instead, with base and adapter and including the engine's start.
+measures the infer stage instead, with base and adapter and including the engine's start, and only prints its rows.
 """
 
 import importlib.metadata
@@ -40,7 +40,7 @@ from stages.tasks.task import Found
 MODEL = "Qwen2.5-VL-7B"
 DOCUMENTS, PAGES, QUESTIONS = 32, 6, 96
 ONE_BY_ONE = 8
-"""Questions that the original's way answers, the last ones: it takes minutes where batches take seconds."""
+"""Number of questions, the last ones, with pages at 600 DPI: the original's way takes minutes, batches take seconds."""
 LIMITS = {
     "long": ("infer.max_new_tokens=2000", "infer.passes.page_tokens=768", "infer.passes.refine_tokens=768"),
     "short": ("infer.max_new_tokens=96", "infer.passes.page_tokens=96", "infer.passes.refine_tokens=24"),
@@ -51,7 +51,7 @@ ROOTS = Roots.from_environment()
 
 
 def run_for_length(length: str) -> Run:
-    """Return the run whose answers have the length `long` or `short`."""
+    """Return the run with the token limits of `length`, which is `long` or `short`."""
     sets = (f"model.path={MODEL}", *LIMITS[length])
     recipe = settle_recipe(
         load_recipe(Path("recipes/patent-qa.yaml"), None, sets), "recipes/patent-qa.yaml", Path("recipes/data")
@@ -63,7 +63,7 @@ def run_for_length(length: str) -> Run:
 
 
 def prepare() -> None:
-    """Write a model, pages and questions, as if preprocess and train had run."""
+    """Write model, adapter, pages and questions for both lengths, as if preprocess and train had run."""
     model = ROOTS.models / MODEL
     make_model(model, CONFIGS[MODEL])
     _silence_unused_tokens(model)
@@ -93,7 +93,7 @@ def prepare() -> None:
 
 
 def _question(number: int) -> PatentQuestion:
-    """Return a question; two of three name a page."""
+    """Return question number `number`. Two of three name a page."""
     page = number % PAGES + 1 if number % 3 else None
     text = f"该装置的部件{number}起什么作用？"
     if page:
@@ -104,7 +104,7 @@ def _question(number: int) -> PatentQuestion:
 
 
 def _sample(run: Run, question: PatentQuestion) -> Any:
-    """The test sample of a question, with pages in random order of similarity."""
+    """Return the test sample of a question, with the pages of its document ranked at random."""
     name = question.document.removesuffix(".pdf")
     pages = {p: {"page": p, "text": "", "image": f"preprocess/pages/{name}/{p}.jpg"} for p in range(1, PAGES + 1)}
     ranked = random.sample(range(1, PAGES + 1), PAGES)
@@ -113,7 +113,7 @@ def _sample(run: Run, question: PatentQuestion) -> Any:
 
 
 def _silence_unused_tokens(folder: Path) -> None:
-    """Set the head's rows of tokens without text to 0. Their logits are then 0, and that of another token is higher."""
+    """Set the head's rows of tokens without text to 0, so that their logits are 0 and some other token's is higher."""
     import struct
 
     index = read_json(folder / "model.safetensors.index.json")["weight_map"]
@@ -147,14 +147,14 @@ class FineDrawing(Picture):
     """A page at 600 DPI, decoded at full size and then shrunk."""
 
     def load(self) -> Any:
-        """Return the page as an RGB picture of its own width and height."""
+        """Return the page as an RGB picture, shrunk to `width` and `height`."""
         from PIL import Image
 
         return Image.open(self.path).convert("RGB").resize((self.width, self.height))
 
 
 class Job:
-    """The questions with one limit of answer tokens, and the engine that answers them."""
+    """The questions with the token limits of `length`, and the engine that answers them."""
 
     def __init__(self, engine: Engine, length: str) -> None:
         self._engine, self._length, self._run = engine, length, run_for_length(length)
@@ -164,7 +164,7 @@ class Job:
         self._tokens = 0
 
     def _prompt(self, sample: Any, name: str, fine: bool) -> Prompt | None:
-        """The prompt of a pass, with pages at 600 DPI if `fine`; None if the sample skips the pass."""
+        """Return the prompt of a pass, with pages at 600 DPI if `fine`; None if the sample skips the pass."""
         wanted = ask(self._run.recipe, sample, name, self._texts[sample["id"]], ())
         if wanted is None:
             return None
@@ -193,7 +193,7 @@ class Job:
         return row
 
     def answer_one_by_one(self, count: int) -> dict[str, Any]:
-        """Answer question by question: classify, answer, refine. Returns the row."""
+        """Answer the last `count` questions one by one: classify, answer, refine. Returns the row."""
         self._texts, self._tokens = {sample["id"]: {} for sample in self._samples}, 0
         began = time.monotonic()
         for sample in self._samples[-count:]:
@@ -202,7 +202,7 @@ class Job:
         return self._row("one request at a time", count, time.monotonic() - began)
 
     def answer_batched(self, adapter: str | None, count: int = QUESTIONS) -> dict[str, Any]:
-        """Answer pass by pass: classify all, answer all, refine all. Returns the row."""
+        """Answer the first `count` questions pass by pass: classify all, answer all, refine all. Returns the row."""
         samples = self._samples[:count]
         self._texts, self._tokens = {sample["id"]: {} for sample in self._samples}, 0
         began, times = time.monotonic(), {}
@@ -258,7 +258,7 @@ def _empty_caches(engine: Any) -> None:
 
 
 def measure_stage() -> None:
-    """Run the infer stage with base and adapter, each in three passes over all questions, and print its row."""
+    """Run the infer stage for each length, with base and adapter in three passes over all questions. Print its rows."""
     for length, values in LIMITS.items():
         run = run_for_length(length)
         began = time.monotonic()
@@ -278,7 +278,7 @@ def measure_stage() -> None:
 
 
 def main() -> None:
-    """Measure both ways, or the infer stage, and write or print the rows."""
+    """Measure both ways and write their rows, or measure the infer stage and print its rows."""
     if not (ROOTS.models / MODEL / "config.json").is_file():
         prepare()
     measure_stage() if sys.argv[1:] == ["stage"] else measure_both()

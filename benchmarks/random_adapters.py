@@ -1,4 +1,4 @@
-"""Write LoRA adapters with random weights, in the form of trained ones, for benchmarks without training."""
+"""Write LoRA adapters with random weights in PEFT's format, for benchmarks that do not train any."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stages.models.shape import read_shape
 
 
 def make_adapter(folder: Path, model: Path, rank: int, seed: int) -> None:
-    """Write an adapter of rank `rank` for all linear modules of a language model, with weights from the seed."""
+    """Write an adapter of rank `rank` for the modules that training adapts by default, with weights from the seed."""
     import torch
     from safetensors.torch import save_file
 
@@ -25,7 +25,7 @@ def make_adapter(folder: Path, model: Path, rank: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "adapter_model.safetensors")
     targets = sorted({module.rpartition(".")[2] for module in modules})
-    if shape.vision is not None:  # vision towers have modules of the same names
+    if shape.vision is not None:  # modules of the vision tower have the same names and get no LoRA
         targets = [rf"^(.*language_model(?=\.).*\.({'|'.join(targets)}))$"]
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 32, "task_type": "CAUSAL_LM", "bias": "none"}
     config |= {"target_modules": targets if shape.vision is None else targets[0], "base_model_name_or_path": model.name}

@@ -3,8 +3,9 @@
     python -m benchmarks.random_models FOLDER NAME...
 
 The tokenizer is SmolLM2's, from LORRY_MODELS; the larger vocabularies contain all its token ids. Weights are one block
-of normal random numbers in bfloat16, repeated, since memory and time do not depend on the values. Those of a 4-bit GPTQ
-model are random integers with one scale, packed as auto-gptq and gptqmodel do.
+of normal random numbers in bfloat16, repeated, since memory and time do not depend on the values. LLaVA's norms are
+ones. In a 4-bit GPTQ model, linear modules have random integers with one scale, packed as auto-gptq and gptqmodel do,
+norms are ones, and the rest is in float16.
 """
 
 import json
@@ -99,7 +100,7 @@ CONFIGS |= {
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> None:
-    """Write a model folder: config, tokenizer, and random weights named as transformers names them."""
+    """Write a model folder: config, tokenizer or processor, and random weights named as transformers names them."""
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(config)
     source = Roots.from_environment().models / "SmolLM2-135M-Instruct"
@@ -131,8 +132,8 @@ class Tensor:
     """As safetensors names it: BF16, F16 or I32."""
     shape: list[int]
     kind: str = "weight"
-    """`weight` for random numbers; else a GPTQ tensor, or `norm` for ones, without which the signal in a packed model
-    would be too small to learn from."""
+    """`weight`: random numbers; `norm` (float16) or `norm of 16 bits` (bfloat16): ones, because with random norms the
+    signal would be too small to learn from; any other: the GPTQ tensor of that name."""
 
     @property
     def bytes(self) -> int:
@@ -141,7 +142,7 @@ class Tensor:
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Return the shapes of a model's parameters by name, from transformers, without allocating them."""
+    """Return the shapes of a model's parameters by name, except a tied head, without allocating them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -154,13 +155,13 @@ def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _tensor_kind(config: dict[str, Any], name: str) -> str:
-    """Return the kind of a tensor. A LLaVA's norms are ones, because its connector would have no effect otherwise."""
+    """Return the kind of a tensor. LLaVA's norms are ones, because its connector would otherwise have no effect."""
     is_norm = name.endswith(("norm.weight", "layrnorm.weight", "layer_norm1.weight", "layer_norm2.weight"))
     return "norm of 16 bits" if config["model_type"] == "llava" and is_norm else "weight"
 
 
 def _pack(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Return the tensors of the same model with the linear modules of its layers in 4-bit GPTQ."""
+    """Return the tensors of a model of these parameter shapes, with the linear modules of its layers in 4-bit GPTQ."""
     found = {}
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
@@ -176,11 +177,11 @@ def _pack(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
 
 
 SCALE = 0.0043
-"""Scale of an integer from 0 to 15, minus 8, so that the weights' standard deviation is 0.02."""
+"""A weight is this times an integer from -8 to 7, so that the weights' standard deviation is 0.02."""
 
 
 def _repeated_blocks() -> dict[str, bytes]:
-    """Return, by dtype or kind of tensor, the block of bytes that is written repeatedly."""
+    """Return the block of bytes that fills the tensors of each dtype or kind, repeated."""
     import torch
 
     normal = torch.randn(32 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -198,9 +199,9 @@ def _repeated_blocks() -> dict[str, bytes]:
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors as safetensors files of at most SHARD bytes, with their index."""
+    """Write an index and safetensors files of at most SHARD bytes, or of one tensor that is larger."""
     contents = _repeated_blocks()
-    written = Counter[str]()  # bytes so far: each tensor starts elsewhere in its block, so that no two are equal
+    written = Counter[str]()  # bytes so far: tensors start at different places of their block, so that they differ
     files: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

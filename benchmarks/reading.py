@@ -1,11 +1,11 @@
-"""Text of pages in reading order: what is kept of it, and what it costs.
+"""Text of pages in reading order: how much of it stays together, and what it costs.
 
     python -m benchmarks.reading [kept | speed]
 
-`kept` is the share of runs of 15 words that the text has, on made pages whose words are placed in a shuffled order
-(tests/preprocess/corpus.py and layouts.py): MuPDF's text as stored; sorted by MuPDF, which was Lorry's text before; and
-in Lorry's reading order. `speed` is pages per CPU second of three kinds of pages, with text and JPEG: Lorry's
-`render_range` and PyMuPDF called directly for the same pictures, in turn.
+`kept` is the share of all runs of 15 words that a text has whole, on made pages whose words are placed in a shuffled
+order (tests/preprocess/corpus.py and layouts.py): MuPDF's text as stored; sorted by MuPDF, which was Lorry's text
+before; and in Lorry's reading order. `speed` is pages per CPU second for three kinds of pages, with text and JPEG:
+Lorry's `render_range` against PyMuPDF called directly for the same pictures, in turn.
 """
 
 import random
@@ -25,11 +25,11 @@ from tests.preprocess.layouts import layouts
 
 MAX_PIXELS = 1_229_312
 PAGES = 12
-"""Of each kind."""
+"""Number of pages of each kind in `speed`."""
 
 
 def kept_rows() -> list[dict[str, object]]:
-    """Return a row for each kind of page: the share of runs that each way keeps."""
+    """Return a row for each kind of page, with the share of runs of 15 words that each of the three texts has whole."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0, 0])
     for number, (page, writer) in enumerate([*corpus(), *((page, "operators") for page in layouts(6))]):
         document = pymupdf.open("pdf", write_pdf(page, writer, number))
@@ -58,7 +58,7 @@ def kept_rows() -> list[dict[str, object]]:
 
 
 def documents(folder: Path) -> dict[str, Path]:
-    """Write a PDF of each kind."""
+    """Write PDFs of PAGES pages: of text, of drawings, and of blank pages and scans. Returns their paths by kind."""
     chance = random.Random(0)
     noise = pymupdf.Pixmap(pymupdf.csGRAY, 1240, 1754, bytearray(chance.randbytes(1240 * 1754)), False)
     scan = noise.tobytes("jpeg", jpg_quality=60)
@@ -79,7 +79,7 @@ def documents(folder: Path) -> dict[str, Path]:
 
 
 def draw_directly(path: Path, folder: Path) -> None:
-    """Read and draw the same with PyMuPDF alone."""
+    """Read each page's text and write its picture at the same size into `folder`, with PyMuPDF alone."""
     with pymupdf.open(path) as document:
         for page in document:
             page.get_text("text", sort=True)
@@ -90,7 +90,7 @@ def draw_directly(path: Path, folder: Path) -> None:
 
 
 def speed_rows() -> list[dict[str, object]]:
-    """Return a row for each kind: pages per CPU second, both ways in turn, the best of seven."""
+    """Return a row for each kind of page: pages per CPU second of both ways, each the best of seven turns."""
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

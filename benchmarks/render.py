@@ -1,8 +1,9 @@
-"""Pages per second rendered at the pixel budget, against 600 DPI, JPEG, reloading and shrinking to the same size.
+"""Pages rendered per second: straight at the pixel budget, against 600 DPI, saved, reloaded and shrunk to the budget.
 
     python -m benchmarks.render
 
-Both ways run in one process and in turn, page by page, so that other load slows both; then Lorry's with more processes.
+Both ways run in one process and in turn, page by page, so that other load slows both. Then the preprocess stage's
+renderer runs in one and in two processes, twice each.
 600 DPI is the original's way to prepare pages for a vision model.
 """
 
@@ -61,13 +62,16 @@ def measure_both() -> dict[str, object]:
 
 
 def measure_processes(processes: int, repeats: int) -> dict[str, object]:
-    """Render the demo's pages, with text layer and words, by the stage's renderer. Returns the row with its speed."""
+    """Render the demo's pages `repeats` times with the stage's renderer, including text and words.
+
+    Returns the row with pages per second over all processes.
+    """
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         jobs = []
         for path in sorted(DOCUMENTS.glob("*.pdf")) * repeats:
             with pymupdf.open(path) as document:
                 jobs.append((PageRange(path.name, path, 0, len(document)), Path(folder)))
-        list(pool.map(_render, jobs[: processes * 2]))  # starts the workers
+        list(pool.map(_render, jobs[: processes * 2]))  # start the workers before the clock
         before = time.perf_counter()
         pages = sum(pool.map(_render, jobs))
         seconds = time.perf_counter() - before

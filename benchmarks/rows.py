@@ -27,8 +27,9 @@ SOFTWARE = (
 def write_rows(name: str, rows: list[dict[str, Any]], command: str, by: str | None = None) -> None:
     """Write rows to results/<name>.json and print them.
 
-    `by` names the column with the part of the benchmark that a row belongs to. Earlier rows of other parts then stay,
-    with the day and the GPUs of their measurement. A row with `not run` replaces no row.
+    Without `by`, all earlier rows of the file are replaced. `by` names the column with the part of the benchmark that a
+    row belongs to. Earlier rows of other parts then stay, with the day and the GPUs of their measurement, and a row
+    with `not run` never replaces a measured one.
     """
     machine = probe()
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
@@ -68,7 +69,7 @@ def _kept_and_new_rows(
 
 
 def _software(driver: str) -> dict[str, str]:
-    """Return the version of the driver and of each installed library in SOFTWARE."""
+    """Return versions by name: the driver's, and that of each installed library in SOFTWARE."""
     found = {"driver": driver}
     for name in SOFTWARE:
         try:

@@ -43,7 +43,7 @@ rows: list[dict[str, Any]] = []
 
 
 def make_model(name: str, shape: dict[str, int]) -> None:
-    """Write a Llama of this shape with random weights and SmolLM2's tokenizer."""
+    """Write the model folder of a Llama of this shape, with random weights and SmolLM2's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -104,14 +104,14 @@ class Training:
         return [process for _, process in sorted(found)]
 
     def wait_for(self, step: int) -> "Training":
-        """Wait until the training reaches this step, then add the number of processes on each GPU to the row."""
+        """Wait until the training reaches this step or ends. Add the number of processes on each GPU to the row."""
         while self.process.poll() is None and (not self.steps() or self.steps()[-1]["step"] < step):
             time.sleep(0.01)
         self.row["on GPUs"] = processes_on_gpus()
         return self
 
     def signal_at(self, sig: signal.Signals, worker: int | None = None, at: int = 20) -> "Training":
-        """Send a signal at step `at` to the training process of rank `worker`; None: to the stage."""
+        """Wait for step `at`, then send a signal to the training process of rank `worker`; None: to the stage."""
         self.wait_for(at)
         self.row["signal"] = f"{sig.name} to {'the stage' if worker is None else f'process {worker}'}"
         self.row["sent at step"] = self.steps()[-1]["step"] if self.steps() else None
@@ -121,8 +121,10 @@ class Training:
         return self
 
     def finish(self, alone: bool = True) -> "Training":
-        """Wait until the training ends, and add its row to `rows`. `alone`: no other process uses the GPUs, so also
-        wait until they are free."""
+        """Wait until the training ends, and add its row to `rows`. After 300 s it is killed.
+
+        `alone`: no other process uses the GPUs, so also wait until they are free, for 45 s at most.
+        """
         try:
             output, _ = self.process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
@@ -152,7 +154,7 @@ class Training:
         return self
 
     def _results(self) -> dict[str, Any]:
-        """Return the columns from the manifest and the metrics of a finished training."""
+        """Return the columns from the events and, if the training is done, from its manifest and metrics."""
         times = [event["time"] for event in self.steps()]
         pace = [b - a for a, b in pairwise(times[3:])]
         speed = {"median seconds a step": round(statistics.median(pace), 4)} if pace else {}
@@ -184,7 +186,7 @@ def processes_on_gpus() -> list[int]:
 
 
 def add_differences(what: str, one: Training, other: Training) -> None:
-    """Add a row with the differences between the losses of two finished trainings."""
+    """Add a row with the differences between the losses of two finished trainings; none if one failed."""
     if one.process.returncode or other.process.returncode:
         return
     first, second = one.losses(), other.losses()
@@ -195,7 +197,7 @@ def add_differences(what: str, one: Training, other: Training) -> None:
 
 
 def mean_tokens() -> float:
-    """Return the mean number of tokens of a training sample."""
+    """Return the mean number of tokens of a training sample of the run `prepared`."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(ROOTS.models / "random-1.7b")
@@ -229,7 +231,7 @@ def measure_small() -> None:
 
 
 def measure_large() -> None:
-    """Measure the speed of a model that keeps a GPU busy, with gradient checkpointing; also after a stop."""
+    """Measure speed and losses on two GPUs, with a stop, against one, for a model that keeps a GPU busy."""
     make_model_in_a_process("random-1.7b", RANDOM_LARGE)
     stopped = Training("1.7B, two GPUs, stopped", "large-two", BOTH, LARGE).signal_at(signal.SIGTERM, at=12).finish()
     two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).wait_for(14).finish()
@@ -239,7 +241,7 @@ def measure_large() -> None:
 
 
 def measure_sharded() -> None:
-    """Measure the speed with and without ZeRO, with the model of `measure_large` on two GPUs."""
+    """Measure speed and losses with and without ZeRO, with the model of `measure_large` on two GPUs."""
     make_model_in_a_process("random-1.7b", RANDOM_LARGE)
     found = {
         name: Training(f"1.7B, two GPUs, {name}", f"large-{name}", BOTH, (*LARGE, f"train.sharding={name}")).finish()
@@ -251,7 +253,7 @@ def measure_sharded() -> None:
 
 
 def add_speed(*trainings: Training) -> None:
-    """Add samples and tokens per second to the trainings' rows."""
+    """Add samples and tokens per second to the rows of those trainings that have a time per step."""
     tokens = mean_tokens()
     for training in trainings:
         if "median seconds a step" in training.row:

@@ -43,7 +43,7 @@ DATA = str(Path("recipes/data/patent-qa").absolute())
 
 
 def recipe_overrides(model: str) -> tuple[str, ...]:
-    """Return the overrides of the recipe."""
+    """Return the recipe's overrides, as KEY=VALUE."""
     return (
         *(f"model.path={model}", "model.swift_template=llava_chatml", "preprocess.data_juicer=null"),
         *(f"train.connector.effective_batch={BATCH}", f"train.effective_batch={BATCH}", "train.learning_rate=2e-4"),
@@ -55,8 +55,10 @@ def recipe_overrides(model: str) -> tuple[str, ...]:
 
 
 def prepare(run: Run) -> None:
-    """Write samples with captions of pictures and with questions about them, as if preprocess had written them. The
-    pictures show one colour under noise."""
+    """Write samples with captions of pictures and with questions about them, as if preprocess had written them.
+
+    Each picture shows one colour under noise. Raises SystemExit if the samples cannot be written.
+    """
 
     def write_samples(stage: Stage) -> None:
         """Write the files of samples that the train command reads."""
@@ -70,7 +72,10 @@ def prepare(run: Run) -> None:
 
 
 def _sample(stage: Stage, source: str, number: int) -> dict[str, Any]:
-    """A sample with one picture, of the caption (`pretrain`) or of a question (`finetune`)."""
+    """Return a sample with a picture and its caption (`pretrain`) or a question about it (`finetune`).
+
+    Writes the picture if it is missing.
+    """
     from PIL import Image
 
     name, colour = f"{source}{number}", COLOURS[number % len(COLOURS)]
@@ -101,7 +106,7 @@ sys.stdin.read()
 
 
 class Neighbour:
-    """A process that holds all but `left` bytes of the GPU's memory, until it is closed."""
+    """A process that holds all but `left` bytes of the GPU's free memory, until it is closed. `free` bytes are left."""
 
     def __init__(self, left: int) -> None:
         command = [sys.executable, "-c", HOLD, str(left)]
@@ -117,7 +122,7 @@ class Neighbour:
 
 
 class Peaks:
-    """Peak bytes of each descendant of a process, by the driver, in the order of their start."""
+    """Peak bytes of each descendant of a process on the first GPU, as the driver counts them."""
 
     def __init__(self, root: int) -> None:
         self.bytes: dict[int, int] = {}
@@ -139,7 +144,7 @@ class Peaks:
                     self.bytes[process.pid] = max(most, process.usedGpuMemory or 0)
 
     def stop(self) -> list[int]:
-        """Stop measuring. Returns the peak bytes of each process, in the order of their start."""
+        """Stop measuring. Returns the peak bytes of each process, in the order in which they came to the GPU."""
         self._stopped.set()
         self._thread.join()
         return list(self.bytes.values())
@@ -149,7 +154,7 @@ class Peaks:
 
 
 def train(sets: list[str]) -> tuple[int, str, float, list[int]]:
-    """Run the train command. Returns its exit code, output, seconds, and its training processes' peak bytes."""
+    """Run the train command. Returns exit code, output, seconds, and the peak bytes of its processes on the GPU."""
     command = [sys.executable, "-m", "entrypoints.train", "better-synth", "--run", NAME, "--data", DATA, *sets]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -168,7 +173,7 @@ def plan_row(sets: list[str]) -> dict[str, Any]:
 
 
 def phase_row(run: Run, name: str, peak: int | None, free: int | None) -> dict[str, Any]:
-    """Return the row of one phase: its losses, and its memory against the estimate."""
+    """Return the row of one phase: its losses and, if a peak was measured, its memory against the estimate."""
     manifest = read_json(run.path("train", "manifest.json"))
     losses = [r["loss"] for r in read_jsonl(run.path("train", "metrics.jsonl")) if r["adapter"] == name and "loss" in r]
     first, last = (sum(part) / len(part) for part in (losses[:3], losses[-3:]))
@@ -198,7 +203,7 @@ def phase_row(run: Run, name: str, peak: int | None, free: int | None) -> dict[s
 
 
 def connector_row(run: Run) -> dict[str, Any]:
-    """Return the row of the connector: its sha256, and whether manifest and adapter name it."""
+    """Return the row of the connector: its size, its sha256, and whether manifest and adapter name that."""
     manifest, file = (
         read_json(run.path("train", "manifest.json")),
         run.path("train", "connector", "connector.safetensors"),
@@ -215,7 +220,7 @@ def connector_row(run: Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train both phases, and write their rows."""
+    """Train both phases, and write their rows; with `tiny`, only print them."""
     tiny = sys.argv[1:] == ["tiny"]
     model = "tiny-llava" if tiny else "LLaVA-1.5-7B"
     if not tiny and not (ROOTS.models / model / "model.safetensors.index.json").is_file():

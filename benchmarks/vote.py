@@ -5,15 +5,15 @@
 Needs SmolLM2-135M-Instruct. Takes minutes on a GPU. Each seed makes its own puzzles
 (recipes/data/make_logic_choice.py): a few of every kind in train.jsonl, many of one kind in each file of sources/, and
 held-out ones of every kind, on which no adapter is trained, chosen or weighed. A mix has train.jsonl and parts of all
-sources but one, so no adapter knows everything. A tenth adapter, which does not vote, has parts of all sources: the
-alternative to training nine.
+sources but one, so none of the nine knows everything. A tenth adapter, which does not vote, has parts of all sources:
+the alternative to training nine.
 
 The seeds run side by side on all GPUs; each runs the four stages' commands one after the other. After `--seconds` all
 get SIGTERM, and the same command resumes them. Each seed writes its row when it is done, after voting again in other
-ways. Only the second round prompts a model again.
+ways. Of these, only the second round prompts a model again.
 
-`--probe 'KEY=VALUE;KEY=VALUE' ...` is for choosing settings: it trains one adapter on each source alone, on the first
-seed, with each of these settings side by side, and prints accuracy by kind of puzzle.
+`--probe 'KEY=VALUE;KEY=VALUE' ...` is for choosing settings. It runs the first seed with each of these settings, side
+by side, with one adapter per source, trained on train.jsonl and that source, and prints accuracy by kind of puzzle.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from stages.contract.roots import Roots
 
 ROOTS = Roots.from_environment()
 OUT = Path(os.environ.get("OUT", ROOTS.runs))
-"""Folder of finished rows."""
+"""Folder of a second copy of each finished row."""
 
 PROBLEMS = {"train": 300, "test": 400, "source": 1500}
 """Problems in train.jsonl, in test.jsonl, and in each file of sources/."""
@@ -68,11 +68,15 @@ OTHER_VOTES = {
     "second round": "{second_round: true}",
     "chosen greedily, of all ten": "{adapters: greedy}",
 }
-"""Settings of other ways to vote, by name. Only the second round prompts a model; the last may choose all ten."""
+"""Keys of `infer.vote` for other ways to vote, by name, as YAML. The last may choose among all ten adapters."""
 
 
 def make_mixes(seed: int, count: int, kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return the data mixes of a seed by adapter: each has all sources but one, in turn, and the last has all."""
+    """Return the data mixes of a seed, by adapter.
+
+    Each of the `count` first ones has parts of all sources but one, which changes from mix to mix; the last has parts
+    of all.
+    """
     found = {}
     for number in range(1, count + 1):
         left_out = kinds[number % len(kinds)]
@@ -81,12 +85,15 @@ def make_mixes(seed: int, count: int, kinds: Sequence[str]) -> dict[str, list[di
 
 
 def parts(kinds: Sequence[str], draw: int) -> list[dict[str, Any]]:
-    """Return a mix of train.jsonl and parts of sources, in the form of `train.adapters`."""
+    """Return a mix of train.jsonl and parts of sources, as `data` of an adapter. `draw` is the seed of the parts."""
     return [{"source": "train"}, *({"source": kind, "fraction": SHARE, "seed": draw} for kind in kinds)]
 
 
 def make_data(folder: Path, seed: int, problems: dict[str, int], kinds: Sequence[str], most_options: int) -> None:
-    """Write train.jsonl and test.jsonl with answers, and a file of each kind of puzzle in sources/."""
+    """Write train.jsonl and test.jsonl with answers, and a file of each kind of puzzle in sources/.
+
+    The files in sources/ have no problem of test.jsonl.
+    """
     made = load_maker("logic_choice")
     some = {"train": problems["train"], "test": problems["test"], "more": 0}
     made.make(folder, seed, **some, answers=True, kinds=kinds, most_options=most_options)
@@ -98,7 +105,7 @@ def make_data(folder: Path, seed: int, problems: dict[str, int], kinds: Sequence
 
 
 class Seed:
-    """The run of one seed."""
+    """The run of one seed, or of one setting of a probe."""
 
     def __init__(
         self,
@@ -125,11 +132,14 @@ class Seed:
             make_data(self.data, seed, problems, kinds, most_options)
 
     def _vote_setting(self, otherwise: str = "{}") -> str:
-        """Return the override of `infer.vote` for the mixes' adapters. `otherwise`: its other keys, as YAML."""
+        """Return the override of `infer.vote`: the mixes' adapters vote. `otherwise` adds or replaces keys, as YAML."""
         return f"infer.vote={json.dumps({'adapters': self.voters, **yaml.safe_load(otherwise)})}"
 
     def run_stage(self, stage: str, *more: str) -> bool:
-        """Run a stage's command. Returns whether it is done."""
+        """Run a stage's command; train runs in shards first. Returns whether the stage is done.
+
+        After `stop`, returns False and starts nothing.
+        """
         if self.stopped:
             return False
         began = time.monotonic()
@@ -146,7 +156,7 @@ class Seed:
         return code == 0
 
     def _run_processes(self, stage: str, more: tuple[str, ...], shards: list[str | None]) -> list[int]:
-        """Run a stage's command for all `shards` at once (None: without a shard). Returns the exit codes."""
+        """Run a stage's command for all `shards` at once (None: without --shard). Returns the exit codes."""
         sets = [word for value in (*self.sets, *more) for word in ("--set", value)]
         command = [sys.executable, "-m", f"entrypoints.{stage}", "logic-choice", "--profile", "tiny"]
         command += ["--run", self.name, "--data", str(self.data), *sets]
@@ -166,33 +176,33 @@ class Seed:
             return [process.wait() for process in self.processes]
 
     def stop(self) -> None:
-        """Stop the running stage, and start no other."""
+        """Send SIGTERM to the running stage, and start no other."""
         self.stopped = True
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
     def run_stages(self) -> dict[str, Any] | None:
-        """Run all stages. Returns the row, unchanged if an earlier start wrote it; None if a stage is not done."""
+        """Run all stages. Returns the row, unchanged if an earlier start wrote it, or None if a stage is not done."""
         kept = ROOTS.runs / f"vote-row-{self.seed}.json"
         row = read_json(kept)
         if row is None and all(self.run_stage(stage) for stage in STAGES):
             row = self.add_other_votes(self.finished_row())
-            if not self.stopped:  # a stopped seed lacks other ways to vote
+            if not self.stopped:  # the row of a stopped seed lacks some of the other votes
                 write_json(kept, row)
         if row is not None:
             write_json(OUT / kept.name, row)
         return row
 
     def add_other_votes(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Vote again in the other ways, and add their accuracies to the row. Returns the row."""
+        """Vote again in the other ways, and add the accuracies of those that succeed to the row. Returns the row."""
         for name, vote in OTHER_VOTES.items():
             if self.run_stage("infer", self._vote_setting(vote)) and self.run_stage("eval", self._vote_setting(vote)):
                 row["other votes"][name] = read_json(self.folder("eval") / "scores.json")["vote"]["accuracy"]["value"]
         return row
 
     def run_probe(self) -> None:
-        """Run all stages, and print the accuracy by kind of puzzle."""
+        """Run all stages and, if they are done, print the accuracy by kind of puzzle."""
         if all(self.run_stage(stage) for stage in STAGES):
             print(f"vote: probe of {self.sets[len(SETTINGS) + 3 :]}: seconds {dict(self.seconds)}", flush=True)
             self.print_accuracies()
@@ -233,7 +243,7 @@ class Seed:
         }
 
     def print_accuracies(self) -> None:
-        """Print the accuracy of base, adapters and vote by kind of puzzle and number of options of a question."""
+        """Print the accuracy, in percent, of each model by kind of puzzle and number of options of a question."""
         test = read_jsonl(self.folder("preprocess") / "samples" / "test.jsonl")
         kinds = {sample["id"]: f"{sample['id'].split('-')[1]}, {sample['meta']['kind']}" for sample in test}
         right = {sample["id"]: sample["references"][0] for sample in test}
@@ -245,7 +255,7 @@ class Seed:
 
 
 def main() -> None:
-    """Run all seeds, or the probe, and write a row for each finished seed."""
+    """Run all seeds, and write a row for each finished one and a summary; or run the probe, which only prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="Seeds to run. Default: 0 to 4.")
     parser.add_argument("--adapters", type=int, default=ADAPTERS, help="Number of voting adapters. Default: 9.")

@@ -1,4 +1,4 @@
-"""Training with ZeRO-2 and ZeRO-3 against training without: losses, and resuming in another way.
+"""Training with ZeRO-2 and ZeRO-3 against training without: losses, and resuming with other sharding or GPU counts.
 
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.zero [PART...]
 
@@ -26,7 +26,7 @@ from stages.contract.files import read_json, read_jsonl
 
 SETTINGS = (
     *("model.path=random-llama", "train.target_modules=[all-linear]", "train.epochs=8", "train.micro_batch=1"),
-    *("train.lora_plus_ratio=4", "train.checkpoint_every=1000", "train.dropout=0"),  # its random numbers differ by rank
+    *("train.lora_plus_ratio=4", "train.checkpoint_every=1000", "train.dropout=0"),  # dropout masks differ by rank
 )
 HALF = (*SETTINGS, "train.precision=float16")
 STOPS = (20, 50)
@@ -35,7 +35,7 @@ ONCE = max(2, (os.cpu_count() or 2) * 3 // 8)
 
 
 class Start(Training):
-    """A start of the train command with a sharding and a number of processes."""
+    """One start of the train command with a sharding and a number of processes, each on a GPU of its own."""
 
     def __init__(
         self, run: str, sharding: str, processes: int, settings: tuple[str, ...] = SETTINGS, **environment: str
@@ -58,7 +58,7 @@ class Start(Training):
         )
 
     def finish(self, alone: bool = False) -> "Start":
-        """Wait for the end, then add the GPU memory to the row."""
+        """Wait for the end, then add the GPU memory to the row if the training succeeded."""
         super().finish(alone)
         manifest = read_json(self.folder / "manifest.json")
         if self.process.returncode == 0 and manifest is not None:
@@ -75,14 +75,21 @@ def gpu_count() -> int:
 
 
 def train_undisturbed(sharding: str, processes: int, kind: str = "", **environment: str) -> Start:
-    """Train without a stop. `kind` is the start of the run's name; `half` trains in float16."""
+    """Train without a stop. Returns the training.
+
+    `kind` starts the run's name, by default `whole`; one that starts with `half` trains in float16. `environment` is
+    added to the command's environment.
+    """
     settings = HALF if kind.startswith("half") else SETTINGS
     return Start(f"{kind or 'whole'}-{sharding}-{processes}", sharding, processes, settings, **environment).finish()
 
 
 def train_in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[str, ...] = SETTINGS) -> Start:
-    """Train in the first of `ways`, stop, and resume in the next one, until the last one ends. A way is a sharding and
-    a number of processes."""
+    """Train in the first of `ways`, stop, and resume in the next, until the last one ends.
+
+    A way is a sharding and a number of processes. Returns the last training, or the first that a stop did not end with
+    exit code 75.
+    """
     for (sharding, processes), stop in zip(ways[:-1], STOPS, strict=False):
         start = Start(name, sharding, processes, settings)
         start.signal_at(signal.SIGTERM, at=stop)
@@ -95,14 +102,16 @@ def train_in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[
 
 
 def environment_without_nvcc() -> dict[str, str]:
-    """Return an environment without a GPU compiler, as in the images."""
+    """Return PATH and CUDA_HOME such that no CUDA compiler is found, as in the images."""
     paths = [path for path in os.environ["PATH"].split(":") if not (Path(path) / "nvcc").exists()]
     return {"PATH": ":".join(paths), "CUDA_HOME": "/nowhere"}
 
 
 def try_part(part: str, work: Callable[[], Start]) -> Start | None:
-    """Run one part. Returns its training. If it fails, adds a row that says so and returns None, so that the other rows
-    are still written."""
+    """Run one part. Returns its training.
+
+    If it fails, adds a row that says so and returns None, so that the other rows are still written.
+    """
     try:
         return work()
     except Exception as error:  # noqa: BLE001
@@ -112,7 +121,10 @@ def try_part(part: str, work: Callable[[], Start]) -> Start | None:
 
 
 def main(wanted: list[str]) -> None:
-    """Measure all parts, or those named, and their differences from `none 1` or `half none 1` if that is among them."""
+    """Measure all parts, or those named in `wanted`, and how their losses differ from those of an undisturbed training.
+
+    That is `half none 1` for parts in float16 and `none 1` for the others; without it, there are no differences.
+    """
     make_model_in_a_process("random-llama", RANDOM_LLAMA)
     parts: dict[str, Callable[[], Start]] = {
         "none 1": lambda: train_undisturbed("none", 1),
