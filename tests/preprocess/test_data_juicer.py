@@ -282,7 +282,7 @@ def test_an_operator_that_fails_on_all_is_given_up() -> None:
 def test_a_record_whose_pictures_are_null_has_none(made: Made, stage_of: Callable[..., Stage]) -> None:
     write(made.folder, ['{"id": "a", "text": "words", "images": null}', '{"id": "b", "text": "words", "images": ""}'])
     stage = stage_of(made.root, "null", made.OPERATORS)
-    rows = list(data_juicer._rows(data_juicer._usable_records(made.file, stage)))
+    rows = list(data_juicer._operator_rows(data_juicer._usable_records(made.file, stage)))
     assert [(row["id"], row["images"]) for row in rows] == [("a", []), ("b", [])]
     assert stage.skipped == []
 

@@ -122,7 +122,7 @@ def test_a_changed_connector_is_refused(trained: TwoPhases, tmp_path: Path) -> N
 
 def test_shards_are_refused(trained: TwoPhases, tmp_path: Path) -> None:
     code, output = trained.copied(tmp_path)("--shard", "0/2")
-    assert code == 2 and "leave out --shard, or use nodes" in output.splitlines()[-1]
+    assert code == 2 and "leave out --shard, or train on several nodes" in output.splitlines()[-1]
 
 
 def test_gpus_that_make_no_exact_batch_are_refused_before_anything_is_trained(tmp_path: Path) -> None:

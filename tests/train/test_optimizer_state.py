@@ -88,7 +88,7 @@ def test_the_names_are_those_of_the_adapter_file(tmp_path: Path) -> None:
 
 def test_other_learning_rates_are_refused() -> None:
     """ms-swift forgets LoRA+ when it goes on without additional_config.json, and says nothing."""
-    with pytest.raises(ValueError, match=r"are \[0.01, 0.04\], not \[0.01, 0.01\]"):
+    with pytest.raises(ValueError, match=r"are \[0.01, 0.04\], but \[0.01, 0.01\] are set"):
         write_schedule(Small(ratio=1).schedule, read_schedule(Small().schedule))
 
 
