@@ -381,7 +381,7 @@ def test_defect_2_an_evaluation_without_answers_fails(job: Job, capfd: Any, monk
     done = CliRunner().invoke(main, ["compare", "whole", "r"])
     assert done.exit_code == Exit.USAGE
     assert "r: not compared, because eval is half done" in done.output
-    assert f"none of {len(rows)} test samples has a reference" in done.output
+    assert f"none of {len(job.samples('test'))} test samples has a reference" in done.output
 
 
 # -- 3: steps that were not done ------------------------------------------------------------------------
