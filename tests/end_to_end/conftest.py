@@ -12,8 +12,8 @@ __all__ = ["demo_subset", "small_models"]
 
 OPTIONS = (
     *("patent-qa", "--profile", "tiny", "--run", "job"),
-    *("--set", "train.epochs=2", "--set", "train.effective_batch=4", "--set", "infer.max_new_tokens=12"),
-    *("--set", "train.checkpoint_every=4"),
+    *("--set", "train.epochs=1", "--set", "train.effective_batch=4", "--set", "infer.max_new_tokens=12"),
+    *("--set", "train.checkpoint_every=2"),
 )
 
 
