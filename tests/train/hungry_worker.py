@@ -3,7 +3,8 @@
 HUNGER says when, as JSON: `{"during": "training", "above": 1, "from_step": 3}` lets no forward pass of training have
 more than one sample once three steps are done. `above` 0 fails whatever is done, and with `unless_checkpointing` only
 without gradient checkpointing; `longer` adds a limit of tokens. During "saving" the process is killed instead, once a
-checkpoint's files are written and it is not yet marked as whole.
+checkpoint's files are written and it is not yet marked as whole. During "scaling" no memory is short: gradients are
+scaled as for float16, from `scale` on.
 
 Each of these processes also fails if PEFT chooses a device for an adapter that it reads, as on resuming from a
 checkpoint. PEFT's choice is GPU 0 in every process.
