@@ -28,7 +28,10 @@ ROOTS = Roots.from_environment()
 
 
 def make_prompts(model: Path, count: int) -> list[Prompt]:
-    """Return `count` prompts as long as a problem with its question and options. No two begin alike."""
+    """Return `count` prompts of random words, about as long as a problem with its question and options.
+
+    Each message starts with its own number, so that no two prompts share more than the start of the chat template.
+    """
     renderer, words = Renderer(model), random.Random(0)
     vocabulary = ("red", "cup", "stands", "left", "of", "box", "seven", "and", "nobody", "taller", "than", "Ann", "is")
     prompts = []
@@ -39,7 +42,10 @@ def make_prompts(model: Path, count: int) -> list[Prompt]:
 
 
 def time_start(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Engine, float]:
-    """Start an engine with these adapters. Returns it and the seconds of its start."""
+    """Start an engine with these adapters. Returns the engine, and the seconds that it took to start.
+
+    The engine is vLLM in bfloat16, or transformers in float32 if `small`.
+    """
     settings = EngineSettings(
         model=model,
         adapters=adapters,
@@ -55,7 +61,10 @@ def time_start(model: Path, adapters: dict[str, Path], small: bool) -> tuple[Eng
 
 
 def time_answers(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[float, list[str]]:
-    """Empty vLLM's prefix cache, then answer all prompts. Returns the seconds and the texts of the completions."""
+    """Answer all prompts with an adapter. Returns the seconds and the texts of the completions.
+
+    Empties vLLM's prefix cache first, which does not count as time. The transformers engine has no such cache.
+    """
     if hasattr(engine, "_llm"):
         engine._llm.reset_prefix_cache()
     began = time.perf_counter()
@@ -64,7 +73,10 @@ def time_answers(engine: Engine, prompts: list[Prompt], adapter: str) -> tuple[f
 
 
 def _wait_for_memory(patience: float = 60.0) -> None:
-    """Wait until 90% of the GPU's memory is free, now that an engine has closed, for `patience` seconds at most."""
+    """Wait until 90% of the GPU's memory is free, for at most `patience` seconds. Without a GPU, do not wait.
+
+    A closed engine's memory is not free at once, and the next engine needs it.
+    """
     import torch
 
     until = time.monotonic() + patience
@@ -76,7 +88,10 @@ def _wait_for_memory(patience: float = 60.0) -> None:
 
 
 def main(small: bool) -> None:
-    """Measure both ways, and write their rows. `small` uses SmolLM2 on the transformers engine, which suits a CPU."""
+    """Measure nine adapters in one engine and one adapter in its own engine. Write their rows and a row of ratios.
+
+    `small` uses eight prompts and SmolLM2 on the transformers engine, which suits a CPU.
+    """
     model = ROOTS.models / ("SmolLM2-135M-Instruct" if small else "Qwen2.5-7B")
     if not model.is_dir():
         make_model(model, CONFIGS["Qwen2.5-7B"])

@@ -45,7 +45,7 @@ SETTINGS = (
 
 
 def run_stage(name: str, stage: str, data: Path, sets: list[str]) -> float:
-    """Run a stage's command. Returns its seconds. If the command fails, ends the benchmark with its exit code."""
+    """Run a stage's command. Returns its wall seconds. Raises SystemExit with the exit code if the command fails."""
     words = [word for value in sets for word in ("--set", value)]
     command = [sys.executable, "-m", f"entrypoints.{stage}", "articulation", "--profile", "tiny", "--run", name]
     began = time.monotonic()
@@ -59,9 +59,10 @@ def run_stage(name: str, stage: str, data: Path, sets: list[str]) -> float:
 
 
 def guess_scores(samples: list[Sample], trained: list[Sample]) -> dict[str, float]:
-    """Return the mean scores of a guess, in percent by metric.
+    """Return the mean score of a guess in percent, by metric.
 
-    It names an object's largest box as the root and gives each other box the most frequent joint of `trained`.
+    The guess names an object's largest box as the root and gives each other box the most frequent joint of `trained`.
+    A metric's mean is over the samples that have it.
     """
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "articulation.yaml", "tiny")
     lines = Counter(
@@ -83,7 +84,10 @@ def guess_scores(samples: list[Sample], trained: list[Sample]) -> dict[str, floa
 
 
 def finished_row(folder: Path, seed: int, objects: list[int], seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the row of a finished run."""
+    """Return the row of the finished run in `folder`.
+
+    `objects` is the numbers of training and held-out objects; `seconds` has the wall seconds by stage.
+    """
     scores = read_json(folder / "eval" / "scores.json")
     gains = read_json(folder / "eval" / "differences.json")["joints"]
     samples: Any = read_jsonl(folder / "preprocess" / "samples" / "test.jsonl")

@@ -57,7 +57,7 @@ and 0.2 here."""
 
 
 def make_data(folder: Path) -> None:
-    """Write records.jsonl, pictures in images/, and the list of flagged words in words/."""
+    """Write into `folder`: records.jsonl, pictures in images/, and the list of flagged words in words/."""
     from PIL import Image
 
     draw = random.Random(42)
@@ -89,7 +89,10 @@ def make_data(folder: Path) -> None:
 
 
 def make_run(root: Path, name: str, executor: str) -> Run:
-    """Return the run `name` below `root`, whose operators use an executor: `default` or `ray`."""
+    """Write the recipe <root>/<name>.yaml. Returns a run of that recipe, named `name`, in <root>/runs.
+
+    `executor` is Data-Juicer's: `default` (processes) or `ray`.
+    """
     juicer = {"process": OPERATORS, "executor": executor, "chunk_size": CHUNK}
     recipe = root / f"{name}.yaml"
     values: dict[str, Any] = {
@@ -104,7 +107,7 @@ def make_run(root: Path, name: str, executor: str) -> Run:
 
 
 def process_records(root: Path, name: str, executor: str) -> int:
-    """Run the part of the preprocess stage that runs Data-Juicer's operators. Returns its exit code."""
+    """Run a preprocess stage that only applies Data-Juicer's operators to the records. Returns its exit code."""
     run = make_run(root, name, executor)
     return run_stage(run, "preprocess", lambda stage: run_operators(stage, run.data / "records.jsonl") and None)
 
@@ -115,9 +118,9 @@ def start_process(root: Path, name: str, executor: str) -> "subprocess.Popen[byt
 
 
 def time_records(root: Path, name: str, executor: str) -> dict[str, Any]:
-    """Process the records in a new process. Returns the row with seconds and a digest of the kept records.
+    """Process the records in a new process. Returns the row with its speed and a digest of the kept records.
 
-    Ends the benchmark if the process fails.
+    Raises SystemExit if the process fails.
     """
     began = time.monotonic()
     code = start_process(root, name, executor).wait()
@@ -136,7 +139,11 @@ def time_records(root: Path, name: str, executor: str) -> dict[str, Any]:
 
 
 def kill_and_resume(root: Path, name: str) -> dict[str, Any]:
-    """Kill the stage with SIGKILL after half of its operators, and run it again. Returns the second run's row."""
+    """Kill the stage with SIGKILL three seconds after five of its nine operators are done, and start it again.
+
+    Returns the row of the second start, with the seconds before the kill as another column. Raises SystemExit if the
+    second start fails.
+    """
     began = time.monotonic()
     child = start_process(root, name, "default")
     half = root / "runs" / name / "preprocess" / "records" / "work" / f"{len(OPERATORS) // 2 + 1:02}.json"
@@ -151,7 +158,10 @@ def kill_and_resume(root: Path, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Process the records in processes, with a kill, and on Ray. Write a row for each, and rows for the operators."""
+    """Process the records in processes, with a kill, and on Ray. Write a row for each.
+
+    Also writes a row for each operator of the first and the last run.
+    """
     root = Path(tempfile.mkdtemp(prefix="data-juicer-"))
     try:
         make_data(root / "made")

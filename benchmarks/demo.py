@@ -23,9 +23,9 @@ RUN = ROOT / "runs" / "demo"
 
 
 def time_command(command: list[str]) -> tuple[float, float]:
-    """Run a command. Returns its seconds and the peak memory in GiB of all its processes together.
+    """Run a command. Returns its wall seconds, and the peak memory of all its processes together in GiB.
 
-    Raises AssertionError if the command fails.
+    Memory is the proportional set size, sampled every 0.2 s. Raises AssertionError if the command fails.
     """
     before = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT)
@@ -55,7 +55,7 @@ def time_command(command: list[str]) -> tuple[float, float]:
 
 
 def stage_rows() -> list[dict[str, Any]]:
-    """Return a row for each stage, with the seconds and counts from its manifest."""
+    """Return a row for each stage of the demo's run, with the seconds and counts from the stage's manifest."""
     rows = []
     for stage in ("preprocess", "train", "infer", "eval"):
         manifest = json.loads((RUN / stage / "manifest.json").read_text())

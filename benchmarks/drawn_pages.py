@@ -5,10 +5,11 @@ from pathlib import Path
 
 
 def draw_page(page: tuple[Path, int, int, int]) -> None:
-    """Write an A4 page with random lines and numbers as `D<document>/<number>.jpg` below a folder.
+    """Write a page with 60 numbered lines in random places as `D<document>/<number>.jpg` below a folder.
 
     `page` is (folder, document, number, approximate number of pixels), one argument because a pool's `map` passes one.
-    Both sides are multiples of 28 pixels. The same document and number give the same page.
+    The page has about the proportions of A4, and both sides are multiples of 28 pixels. The same document and number
+    give the same drawing at any size.
     """
     from PIL import Image, ImageDraw
 

@@ -31,7 +31,10 @@ FOLDER = ROOTS.runs / "embedding"
 
 
 def draw_pages(tiny: bool) -> tuple[list[Path], list[Path]]:
-    """Draw pages at the budget, and some of them at 600 DPI (`tiny`: smaller and fewer). Returns the paths of both."""
+    """Draw pages at the budget, and the first of them also at 600 DPI. Returns the paths of both.
+
+    `tiny` draws fewer pages, and those at 600 DPI with a hundredth of the pixels.
+    """
     count, few = (8, 4) if tiny else (128, 24)
     drawn = [(FOLDER / "budget", n // 8, n % 8 + 1, BUDGET) for n in range(count)]
     fine = [(FOLDER / "fine", n // 8, n % 8 + 1, FINE // (100 if tiny else 1)) for n in range(few)]
@@ -42,7 +45,7 @@ def draw_pages(tiny: bool) -> tuple[list[Path], list[Path]]:
 
 
 class OneByOne:
-    """The original's way: transformers' processor and model, one picture per call."""
+    """Transformers' processor and model, which embed one picture per call, as in the original."""
 
     def __init__(self, model: Path, device: str) -> None:
         import torch
@@ -78,7 +81,10 @@ class OneByOne:
 
 
 def time_pages(what: str, count: int, work: Callable[[], Any], **more: Any) -> dict[str, Any]:
-    """Run `work`, which embeds `count` pages. Returns the row with pages per second and, on a GPU, torch's peak GB."""
+    """Run `work`, which embeds `count` pages. Returns the row, and prints it.
+
+    The row has pages per second, `more` as further columns and, on a GPU, torch's peak memory in GB of 1e9 bytes.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -96,9 +102,9 @@ def time_pages(what: str, count: int, work: Callable[[], Any], **more: Any) -> d
 def measure_one_by_one(
     model: Path, device: str, fine: list[Path], few: list[Path]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Measure both ways with one picture per call: `fine` is the pages of `original`, `few` those of `one by one`.
+    """Measure `original` with the pages `fine`, and `one by one` with the pages `few`.
 
-    Returns the two rows, and the vectors of the first four pages of `few`, to compare with those of `batched`.
+    Returns the two rows, and the vectors of at most four pages, the first of `few`, to compare with those of `batched`.
     """
     embed = OneByOne(model, device)
     embed(fine[0])  # warm-up: the first call compiles and loads
@@ -110,7 +116,7 @@ def measure_one_by_one(
 
 
 def main() -> None:
-    """Measure all ways, `batched` at several batch sizes, and write their rows."""
+    """Measure all three ways, `batched` at four batch sizes, and write their rows and one that compares vectors."""
     import torch
 
     from stages.preprocess.gme import Gme

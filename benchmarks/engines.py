@@ -23,9 +23,10 @@ MODELS = ("base", "tuned")
 
 
 def answer(engine: str) -> dict[str, Any]:
-    """Answer the demo's test set with an engine, in a copy of the demo's run that is deleted afterwards.
+    """Answer the demo's test set with an engine, in a copy of the demo's run.
 
-    Returns `seconds` of the whole command, `start` (seconds of the engine's start), and `predictions` by model.
+    Returns `seconds` of the whole command, `start` (seconds of the engine's start), and `predictions` (records by
+    model). Deletes the copy at the end. If the command fails, raises CalledProcessError and leaves the copy.
     """
     run = ROOT / "runs" / f"bench-{engine}"
     shutil.rmtree(run, ignore_errors=True)

@@ -41,7 +41,10 @@ PROMPTS = ("What is a lever?", "Name a part of a pump.", "the the the", "Where i
 
 
 def losses(run: Run) -> dict[str, Any]:
-    """Return the number of steps, the first and last training losses, and the last validation loss of a run."""
+    """Return columns from a run's log: the first and the last logged training loss, and the last validation loss.
+
+    `steps` is the number of logged training losses. The validation loss is None if there was no validation.
+    """
     log = list(read_jsonl(run.path("train", "metrics.jsonl")))
     steps = [entry["loss"] for entry in log if "loss" in entry]
     evaluated = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
@@ -55,10 +58,10 @@ def losses(run: Run) -> dict[str, Any]:
 
 
 def measure_served_adapter(setting: Setting, name: str) -> dict[str, Any]:
-    """Load the adapter of the run `name` in the transformers engine.
+    """Load the adapter of the run `name` in the transformers engine, and answer PROMPTS with and without it.
 
-    Returns the class of a GPTQ module, the number of answers that differ from the base's, and the loss of a validation
-    sample with and without the adapter.
+    Returns columns: the class of a GPTQ module, the number of answers that differ between adapter and base, and the
+    loss of the first validation sample with (`tuned`) and without (`base`) the adapter.
     """
     import torch
 
@@ -107,9 +110,10 @@ def _tokens_and_labels(renderer: Any, messages: list[Any]) -> tuple[list[int], l
 
 
 def add_losses(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the trainings, with losses if they succeeded.
+    """Yield each of `rows`, with the training's losses added if the training succeeded.
 
-    Trainings that measure learning also get the results of `measure_served_adapter`, or its error.
+    If its setting measures learning, the row also gets the columns of `measure_served_adapter`, which runs in a new
+    process, or the end of that process's error output. `settings` are those that `measure` ran, in the same order.
     """
     number = {one.name: place for place, one in enumerate(settings)}
     for row in rows:
@@ -136,7 +140,7 @@ def add_losses(settings: list[Setting], rows: list[dict[str, Any]]) -> Iterator[
 def main() -> None:
     """Measure all settings, or those named as arguments, and write a row for each.
 
-    `--reload SETTING RUN` prints the results of `measure_served_adapter` instead. `add_losses` starts that.
+    With `--reload SETTING RUN`, which `add_losses` uses, only print the columns of `measure_served_adapter` as JSON.
     """
     if sys.argv[1:2] == ["--reload"]:
         print(json.dumps(measure_served_adapter(next(one for one in SETTINGS if one.name == sys.argv[2]), sys.argv[3])))

@@ -21,7 +21,10 @@ STAGES = ("preprocess", "train", "infer", "eval")
 
 
 def main() -> None:
-    """Build and measure the images of each target. Write a row for each target and one for each image."""
+    """Build and measure the images of the targets that the arguments name.
+
+    Writes a row for each target and one for each image. Raises CalledProcessError if a build fails.
+    """
     client = docker.from_env(timeout=600)
     rows: list[dict[str, Any]] = []
     for target in sys.argv[1:]:
@@ -42,7 +45,10 @@ def main() -> None:
 
 
 def _size_together(client: docker.DockerClient, images: dict[str, Any]) -> float:
-    """Return the size of these images together, in GB. A layer counts once if images share it and all before it."""
+    """Return the size of these images together, in GB of 1e9 bytes.
+
+    A layer counts once for all images that share it and every layer before it.
+    """
     layers: dict[str, int] = {}
     for image in images.values():
         chain = ""

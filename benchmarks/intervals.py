@@ -40,7 +40,10 @@ RESAMPLES = 2000
 
 
 def score_function(scores: str, mean: float) -> Callable[[Array], Array]:
-    """Return a function that turns uniform numbers in 0..1 into scores of the kind `scores` with this mean."""
+    """Return a function that turns uniform numbers in 0..1 into scores of the kind `scores` with about this mean.
+
+    For `F1`, the mean has to be one of MEANS.
+    """
     if scores == "right or wrong":
         return lambda luck: (luck > 1 - mean).astype(np.float64)
     # the shares of scores 0 and 1, and the ends of the range in which the others are uniform
@@ -65,7 +68,7 @@ def true_mean(scores: str, mean: float) -> float:
 
 
 def random_sizes(generator: np.random.Generator, sizes: str, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """Return how many questions each document has, drawn at random, in an array of this shape.
+    """Return random numbers of questions per document, in an array of this shape.
 
     `sizes` is the range as text, such as `2 to 20`, drawn uniformly; `1 to 80, skewed` is log-normal.
     """
@@ -135,8 +138,8 @@ def draw_scores(
 def bootstrap_intervals(sums: Array, sizes: Array) -> tuple[Array, Array]:
     """Return the low and high ends of the percentile intervals, both of shape (draws,).
 
-    `sums` and `sizes` are of shape (documents, draws). All draws share the resamples, as all runs with the same seed
-    did.
+    `sums` and `sizes` are of shape (documents, draws). All draws share the resamples, as all runs of Lorry with the
+    same seed and number of documents did.
     """
     documents = len(sums)
     times = np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES).astype(float)
@@ -147,8 +150,11 @@ def bootstrap_intervals(sums: Array, sizes: Array) -> tuple[Array, Array]:
 
 
 def interval_figures(low: Array, high: Array, true: float) -> dict[str, float]:
-    """Return figures: `coverage`, the percent of draws whose interval covers the true mean; `stars`, the percent of
-    draws whose interval excludes 0; `width`, the mean width in points."""
+    """Return three figures of the draws' intervals, by name.
+
+    `coverage` is the percentage of intervals that cover the true mean, `width` their mean width in points, and `stars`
+    the percentage of intervals that exclude 0.
+    """
     holds = (low <= true + 1e-9) & (true - 1e-9 <= high)
     return {
         "coverage": round(100 * float(holds.mean()), 2),
@@ -192,9 +198,10 @@ def simulated_rows(draws: int) -> Iterator[dict[str, Any]]:
 
 
 def extreme_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows with the least coverage and most false stars of `rows`, and the low ends if all answers are right.
+    """Return four rows: two with the least coverage in `rows`, one with the most false stars, one with low ends.
 
-    Each figure is a list with one value, in percent, for each number in DOCUMENTS.
+    Coverage has one row for a model's mean and one for differences. The low ends are those of intervals if all answers
+    are right. Each figure is a list with one value, in percent, for each number in DOCUMENTS.
     """
     found = []
     for of in ("mean", "tuned less base"):

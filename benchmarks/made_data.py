@@ -7,7 +7,7 @@ from typing import Any
 
 
 def load_maker(name: str) -> Any:
-    """Import recipes/data/make_<name>.py. Returns the module."""
+    """Import recipes/data/make_<name>.py. Returns the module. Raises FileNotFoundError if there is no such script."""
     script = Path(__file__).parents[1] / "recipes" / "data" / f"make_{name}.py"
     spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec is not None and spec.loader is not None

@@ -44,7 +44,7 @@ SETS = (
 
 
 def make_data(folder: Path, documents: int) -> None:
-    """Write `documents` PDFs of PAGES pages each, and questions.jsonl with one question about each PDF."""
+    """Write a data folder: `documents` PDFs of PAGES pages each, and questions.jsonl with one question per PDF."""
     (folder / "documents").mkdir(parents=True)
     generator = random.Random(0)
     lines = []
@@ -83,9 +83,9 @@ class WatchedStage:
         """In order of time: seconds, activity, pages done, pages in total, and MiB of the main process."""
 
     def watch(self, until: tuple[str, int] | None = None) -> int | None:
-        """Record memory and progress twice a second until the stage ends. Returns its exit code.
+        """Add memory and progress to `seen` twice a second until the stage ends. Returns its exit code.
 
-        `until` is an activity and a number of its pages: once they are done, the stage is killed with SIGKILL.
+        `until` is an activity and a number of pages: once that activity has done so many, kills the stage with SIGKILL.
         """
         began = time.monotonic()
         while self._process.poll() is None:
@@ -99,7 +99,7 @@ class WatchedStage:
         return self._process.wait()
 
     def _last_progress(self) -> dict[str, Any] | None:
-        """Return this start's last progress event; None if the last 4 KiB of the events have none of it."""
+        """Return this start's last progress event; None if the last 4 KiB of its events contain no progress event."""
         try:
             with self._events.open("rb") as file:
                 file.seek(max(self._skip, self._events.stat().st_size - 4096))
@@ -110,7 +110,7 @@ class WatchedStage:
         return dict(json.loads(whole[-1])) if whole else None
 
     def _memory(self) -> float:
-        """Return the resident memory of the stage's main process in MiB; 0 once it has ended."""
+        """Return the resident memory of the stage's main process in MiB; 0 if the process has ended."""
         try:
             status = Path(f"/proc/{self._process.pid}/status").read_text()
         except OSError:
@@ -119,10 +119,10 @@ class WatchedStage:
 
 
 def quarter_rows(seen: list[tuple[float, str, int, int, float]], activity: str, known: int = 0) -> list[dict[str, Any]]:
-    """Return a row for each quarter of the pages that a start did in `activity`: its seconds, and MiB at its end.
+    """Return a row for each quarter of an activity's pages: the quarter's seconds, and the memory in MiB at its end.
 
-    `seen` is as in `WatchedStage`. `known` pages were done before the start. Without any entry of `activity`, there are
-    no rows.
+    `seen` is as in `WatchedStage`. The `known` pages, which were done before this start, do not count. If `seen` has no
+    entry of `activity`, there are no rows.
     """
     own = [entry for entry in seen if entry[1] == activity]
     if not own:
@@ -137,9 +137,10 @@ def quarter_rows(seen: list[tuple[float, str, int, int, float]], activity: str, 
 
 
 def measure_search() -> list[dict[str, Any]]:
-    """Time exact search of 100 queries over random vectors, also with faiss if it is installed.
+    """Time exact search for 100 queries in random vectors, also with faiss if it is installed.
 
-    Returns two rows: 20,000 vectors of GME-7B's dimensions, and a million of MiniLM's. Seconds are medians of three.
+    Returns two rows: for 20,000 vectors of GME-7B's dimensions, and for a million of MiniLM's. Seconds are medians of
+    three turns.
     """
     rows = []
     generator = np.random.default_rng(0)
@@ -167,10 +168,11 @@ def measure_search() -> list[dict[str, Any]]:
 def search_with_faiss(
     many: np.ndarray[Any, Any], queries: np.ndarray[Any, Any]
 ) -> tuple[float, float, np.ndarray[Any, Any]]:
-    """Build faiss's exact index from float16 vectors and search it.
+    """Build faiss's exact index of the vectors `many`, which are in float16, and search it.
 
-    Returns the seconds to build, the seconds to search, and the indices of the five best vectors for each query.
-    Shapes: `many` (pages, dimensions), `queries` (queries, dimensions), indices (queries, 5).
+    Returns the seconds to normalise the vectors and build the index, the seconds to search, and the indices of the five
+    best vectors for each query. Shapes: `many` (pages, dimensions), `queries` (queries, dimensions), indices
+    (queries, 5).
     """
     import faiss
 
@@ -186,7 +188,10 @@ def search_with_faiss(
 
 
 def main() -> None:
-    """Measure preprocess with a kill and the search, or only the search, and write the rows."""
+    """Measure the preprocess stage with a kill, then the search, and write the rows.
+
+    With the argument `search`, measure only the search.
+    """
     if sys.argv[1:] == ["search"]:
         write_rows("many_pages", measure_search(), "python -m benchmarks.many_pages", by="part")
         return

@@ -37,14 +37,14 @@ EFFECTIVE = 2
 """Micro-batches per optimizer step over all GPUs. On one GPU, the gradients of the first stay during the second."""
 STEPS = 4
 ONCE, BUDGET = 6, 70e9
-"""Most trainings at a time, and estimated bytes in use from which on no further one starts, so that each finds enough
-memory free."""
+"""Maximum number of trainings at a time, and estimated bytes. While the running trainings need that many bytes or more,
+no other starts, so that each finds enough free memory."""
 PICTURE = (1120, 1092)
 """Width and height in pixels: 1560 tokens, near the pixel budget of patent pages."""
 PICTURE_TOKENS = 1562
 """Tokens of that picture, including its start and end token."""
 TEMPLATE_TOKENS = 16
-"""Tokens of a sample besides its answer, its pictures and the repeated ` the` of its question."""
+"""Tokens of a sample, not counting its answer, its pictures and the repeated ` the` of its question."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ class Setting:
     data."""
 
     def sample_length(self, sample: int) -> int:
-        """Return the number of tokens of sample number `sample`."""
+        """Return the number of tokens of sample number `sample`, counted from 0."""
         return self.length - self.shorter * (sample % 2) * (self.micro_batch > 1)
 
     @property
     def lengths(self) -> Lengths:
-        """The samples' lengths, as the plan gets them."""
+        """The lengths of the samples in tokens, in the form that the memory estimate uses."""
         return Lengths(self.length, self.answer, self.sample_length(1) - self.answer)
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """The recipe's overrides, as KEY=VALUE."""
+        """The recipe overrides of this setting, as KEY=VALUE."""
         vision = "vision_config" in CONFIGS[self.model]
         kind = ("qwen2_5_vl", "qwen2_5_vl") if vision else ("qwen2", "chatml")
         return (
@@ -131,9 +131,10 @@ SETTINGS = (
 def prepare(setting: Setting, name: str) -> None:
     """Write the run `name` with samples of the setting's lengths, as if preprocess had made them.
 
-    Also saves the model's digest in it. Raises SystemExit if the samples cannot be written.
+    Also saves the model's digest in the run's train folder, and writes a placeholder model folder `none`. Raises
+    SystemExit if the samples cannot be written.
     """
-    none = ROOTS.models / "none"  # in place of the embedder
+    none = ROOTS.models / "none"  # the recipe names it as the embedder, so it has to exist
     none.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "none.safetensors"):
         (none / file).write_text("{}")
@@ -143,7 +144,7 @@ def prepare(setting: Setting, name: str) -> None:
         """Write the files of samples that the train command reads."""
         picture = []
         if setting.picture:
-            picture = [_picture(stage)]
+            picture = [_write_picture(stage)]
         number_of_all = STEPS * EFFECTIVE * 8
         samples = [_sample(i, setting.sample_length(i), setting.answer, picture) for i in range(number_of_all)]
         train = samples[: STEPS * EFFECTIVE * setting.micro_batch]
@@ -156,7 +157,10 @@ def prepare(setting: Setting, name: str) -> None:
 
 
 def _save_digests(model: str, folder: Path) -> None:
-    """Save a model's digest in the stage's folder. It is computed once for all runs: 30 GB take half a minute."""
+    """Save a model's digest in a stage's folder, where the stage looks for known digests.
+
+    The digest is computed once for all runs, because 30 GB take half a minute.
+    """
     known = ROOTS.runs / f".{model}.json"
     if not known.is_file():
         hashes = FileHashes(known)
@@ -167,7 +171,8 @@ def _save_digests(model: str, folder: Path) -> None:
 
 
 def _sample(number: int, length: int, answer: int, pictures: list[str]) -> dict[str, Any]:
-    """Return a sample of `length` tokens, `answer` of them its answer's. ` the` is one token of SmolLM2's tokenizer."""
+    """Return a sample of `length` tokens, of which the answer has `answer`. `pictures` are paths."""
+    # ` the` is one token of SmolLM2's tokenizer
     words = length - answer - TEMPLATE_TOKENS - len(pictures) * PICTURE_TOKENS
     question = "<image>" * len(pictures) + "x" + " the" * words
     contents = {"system": "s", "user": question, "assistant": "y" + " the" * (answer - 3)}
@@ -176,7 +181,7 @@ def _sample(number: int, length: int, answer: int, pictures: list[str]) -> dict[
     return {"id": str(number), "messages": messages, "images": pictures, "references": [], "meta": meta}
 
 
-def _picture(stage: Stage) -> str:
+def _write_picture(stage: Stage) -> str:
     """Write a picture of noise into the run. Returns its path relative to the run."""
     from PIL import Image
 
@@ -204,7 +209,10 @@ class Training:
 
     @staticmethod
     def start(setting: Setting, number: int) -> "Training":
-        """Write the samples of a setting and start its training. Returns it. `number` is part of the run's name."""
+        """Write the samples of a setting and start its training. Returns the training.
+
+        `number` is part of the run's name.
+        """
         name = f"memory-{number:02}"
         prepare(setting, name)
         opened = open_run("patent-qa", "text", None, setting.overrides, name)
@@ -237,13 +245,16 @@ class Training:
         return Training(setting, name, {**way.estimate.parts(), "total": way.estimate.total}, process)
 
     def update_peaks(self, used: dict[int, int]) -> None:
-        """Update the peaks of this training's processes. `used` has the driver's bytes by process id."""
+        """Update the peaks of this training's processes. `used` has bytes by process id, from the driver."""
         for pid in descendants(self.process.pid):
             if pid in used:
                 self.peaks[str(pid)] = max(self.peaks.get(str(pid), 0), used[pid])
 
     def finish(self) -> dict[str, Any]:
-        """Wait for the end of the training. Returns the row with the estimated and measured bytes per process."""
+        """Wait for the end of the training. Returns the row with estimated and measured bytes.
+
+        Measured is the largest peak of a process, or 0 if none was seen on a GPU.
+        """
         output = self.process.communicate()[0]
         measured = max(self.peaks.values(), default=0)
         row: dict[str, Any] = {
@@ -273,9 +284,9 @@ class Training:
 
 
 def measure(settings: list[Setting]) -> list[dict[str, Any]]:
-    """Run the trainings, several at once. Returns a row for each setting, in the order in which they ended.
+    """Run the trainings of the settings, several at once. Returns a row for each, in the order in which they ended.
 
-    Settings for more GPUs than this machine has do not run; their rows come first and say so.
+    A setting for more GPUs than this machine has does not run; its row comes first and says so.
     """
     import pynvml
 

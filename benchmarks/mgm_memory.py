@@ -31,7 +31,7 @@ CASES += (("connector", 4, 1024, True), ("connector", 2, 1024, False))
 
 
 def training_settings(phase: str, micro_batch: int, checkpointing: bool) -> Train:
-    """Return the training settings of a phase, `lora` or `connector`."""
+    """Return the training settings of a phase (`lora` or `connector`), with one micro-batch per optimizer step."""
     fields = {"adapters": [{"name": "a"}], "rank": 16, "dropout": 0.0, "micro_batch": micro_batch}
     fields |= {"effective_batch": micro_batch, "gradient_checkpointing": checkpointing}
     connector = {"effective_batch": micro_batch, "micro_batch": micro_batch}
@@ -40,7 +40,10 @@ def training_settings(phase: str, micro_batch: int, checkpointing: bool) -> Trai
 
 
 def model_to_train(phase: str, checkpointing: bool) -> Any:
-    """Return MGM-2B with random weights on the GPU; only LoRA, or the connector, is trained, in float32."""
+    """Return MGM-2B on the GPU, with random weights in bfloat16, in training mode.
+
+    Only the weights that the phase trains, those of LoRA or the connector, are in float32 and need gradients.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -64,7 +67,10 @@ def model_to_train(phase: str, checkpointing: bool) -> Any:
 
 
 def measure_peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> float:
-    """Run three training steps with samples of `length` tokens. Returns the peak of torch's allocated memory in GB."""
+    """Run three training steps with samples of `length` tokens.
+
+    Returns the peak of the memory that torch allocates, in GB of 1e9 bytes.
+    """
     model = model_to_train(phase, checkpointing)
     config = MgmConfig()
     pictures = config.tokens_across**2
@@ -89,7 +95,8 @@ def measure_peak(phase: str, micro_batch: int, length: int, checkpointing: bool)
 
 
 def mgm_shape() -> ModelShape:
-    """Return MGM-2B's shape as `read_shape` would read it from its files, without writing 6 GB of weights."""
+    """Return MGM-2B's shape, equal to what `read_shape` returns for the model's folder."""
+    # a folder with all weights would have 6 GB, so only the config is real
     with torch.device("meta"):
         state = MgmForConditionalGeneration(MgmConfig()).state_dict()
     weights = (Weight(name, tuple(t.shape), "BF16") for name, t in state.items() if name != "lm_head.weight")
@@ -100,7 +107,7 @@ def mgm_shape() -> ModelShape:
 
 
 def main() -> None:
-    """Measure all cases, and write a row for each."""
+    """Measure all CASES, and write a row for each with the measured and the estimated GB."""
     shape = mgm_shape()
     rows = []
     for phase, micro_batch, length, checkpointing in CASES:

@@ -34,7 +34,7 @@ rows: list[dict[str, Any]] = []
 
 
 def add_row(**row: Any) -> None:
-    """Add a row and print it."""
+    """Add a row to `rows` and print its first 1,500 characters. The arguments are its columns."""
     rows.append(row)
     print(json.dumps(row)[:1500], flush=True)
 
@@ -43,10 +43,10 @@ def add_row(**row: Any) -> None:
 
 
 class PrecisionTraining(Training):
-    """A training whose row also says whether every loss was finite."""
+    """A training whose row also says whether all losses are finite, with the mean of the last 13 and unscale errors."""
 
     def _results(self) -> dict[str, Any]:
-        """Return the columns that every training has, and those about its losses and unscale errors."""
+        """Return the columns that every training has, and columns about its losses and unscale errors."""
         found = super()._results()
         losses = self.losses() if not self.process.returncode else {}
         log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
@@ -60,7 +60,7 @@ class PrecisionTraining(Training):
 
 
 def measure_precision() -> None:
-    """Train 208 steps by the V100's rule (base in float16, LoRA in float32) and, at the same time, in bfloat16."""
+    """Train 208 steps in float16 (LoRA in float32, as on a V100) and, at the same time, 208 steps in bfloat16."""
     long = (*SMALL, "train.epochs=16", "train.log_every=1", "train.checkpoint_every=100")
     for training in [
         PrecisionTraining(f"{dtype}, 208 steps", f"precision-{dtype}", "0", (*long, f"train.precision={dtype}"))
@@ -73,9 +73,9 @@ def measure_precision() -> None:
 
 
 def measure_kills() -> None:
-    """Stop one training with SIGTERM, kill another and the training process of a third with SIGKILL, and resume all.
+    """Interrupt and resume three trainings, and add rows that compare their losses with an undisturbed training's.
 
-    Adds rows that compare their losses with those of an undisturbed training.
+    SIGTERM stops the first one's stage, SIGKILL kills the second one's stage and the third one's training process.
     """
     from benchmarks.two_gpus import add_differences
 
@@ -106,7 +106,7 @@ for line in sys.stdin:
 
 
 class Hog:
-    """A process that holds as much of the GPU's memory as `take_all_but` asks for, until the `with` block ends."""
+    """A process that holds GPU memory until the `with` block ends. `take_all_but` says how much."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -117,7 +117,10 @@ class Hog:
         self._hear.readline()
 
     def take_all_but(self, gib: float) -> float:
-        """Take all free memory but `gib` GiB. Returns the GiB that are still free."""
+        """Take more memory until only `gib` GiB are free. Returns the GiB that are free then.
+
+        Takes nothing if less is free already.
+        """
         self._say.write(f"{gib}\n")
         self._say.flush()
         return round(float(self._hear.readline()), 2)
@@ -139,8 +142,10 @@ HUNGRY = (
 
 
 def measure_hog() -> None:
-    """Measure whether training recovers, with the same losses, if another program takes most of the GPU's memory after
-    planning or during training."""
+    """Measure whether training recovers, with the same losses, if another program takes most of the GPU's memory.
+
+    The program does so in the middle of one training, and after the planning of another.
+    """
     if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
         make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
     whole = Training("0.5B, the card is free", "hog-none", "0", HUNGRY).finish()
@@ -158,7 +163,7 @@ def measure_hog() -> None:
 
 
 def measure_full() -> None:
-    """Measure what the plan does if another program leaves 1 or 5 GiB of the GPU's memory free from the start."""
+    """Add rows with what training decides, and how it ends, if only 1 or 5 GiB of the GPU are free from the start."""
     if not (ROOTS.models / "Qwen2.5-0.5B").is_dir():
         make_model(ROOTS.models / "Qwen2.5-0.5B", CONFIGS["Qwen2.5-0.5B"])
     for leave in (1, 5):
@@ -176,7 +181,10 @@ def _finish_disturbed(training: Training, other: Hog, leave: float, whole: Train
 
 
 def _finish(training: Training, whole: Training | None) -> None:
-    """Wait for the end of a training. Add rows with its memory decisions and, with `whole`, how their losses differ."""
+    """Wait until a training ends, and add a row with its memory decisions.
+
+    With `whole`, an undisturbed training, also adds a row that compares the losses of the two.
+    """
     training.finish(alone=False)
     manifest = read_json(training.folder / "manifest.json") or {"decisions": []}
     rungs = [made for made in manifest["decisions"] if made["what"] in ("out of memory", "fit", "memory")]
@@ -186,13 +194,16 @@ def _finish(training: Training, whole: Training | None) -> None:
 
 
 def _memory_by_step(training: Training) -> dict[int, float]:
-    """Return the GPU memory of a training by step, in GiB, from its events."""
+    """Return the GPU memory in GiB by step, as a training's events give it."""
     steps = [event for event in read_jsonl(training.events) if event.get("unit") == "steps" and event.get("memory")]
     return {event["step"]: round(event["memory"] / GIB, 2) for event in steps}
 
 
 def _add_loss_row(whole: Training, other: Training) -> None:
-    """Add a row with the differences between the losses of `other` and the undisturbed `whole`; none if one failed."""
+    """Add a row with the largest difference between the losses of `other` and of the undisturbed training `whole`.
+
+    Only steps that both have are compared. If a training failed, no row is added.
+    """
     if whole.process.returncode or other.process.returncode:
         return
     one, two = whole.losses(), other.losses()
@@ -214,10 +225,10 @@ def _add_loss_row(whole: Training, other: Training) -> None:
 
 
 def measure_speed() -> None:
-    """Measure tokens per second of the train command and of `swift sft` with the same arguments, alternating the order.
+    """Add a row with the tokens per second of the train command and of `swift sft` with the same arguments.
 
-    A warm-up run, which reads the model from disk, has a row of its own and is not counted. If it fails, nothing else
-    runs.
+    The two take turns, and who goes first alternates. A warm-up training, which reads the model from disk, has a row of
+    its own and is not counted. If its log has no arguments for ms-swift, nothing else runs.
     """
     model = "Qwen2.5-7B" if (ROOTS.models / "Qwen2.5-7B").is_dir() else "Qwen2.5-0.5B"
     if not (ROOTS.models / model).is_dir():
@@ -225,7 +236,7 @@ def measure_speed() -> None:
     setting = Setting(
         "speed", model, 1024, 64, 4, ("train.epochs=3", "train.log_every=1", "train.checkpoint_every=999")
     )
-    warm, arguments = _train_pace(setting, "warm-up")
+    warm, arguments = _measure_lorry_pace(setting, "warm-up")
     add_row(what=f"{model}, warm-up, not counted", **warm)
     if not arguments:
         return
@@ -235,7 +246,11 @@ def measure_speed() -> None:
         if turn >= 2 and (time.monotonic() - began) * (turn + 1) / turn > SPEED_SECONDS:
             break  # two turns are enough for a median if time is short
         for who in sorted(found, reverse=bool(turn % 2)):
-            pace = _train_pace(setting, str(turn))[0] if who == "lorry" else _swift_pace(arguments, setting, turn)
+            pace = (
+                _measure_lorry_pace(setting, str(turn))[0]
+                if who == "lorry"
+                else _measure_swift_pace(arguments, setting, turn)
+            )
             if pace:
                 found[who].append(pace)
     tokens = 2 * setting.micro_batch * setting.length
@@ -253,11 +268,15 @@ def measure_speed() -> None:
 
 
 TURNS, SPEED_SECONDS = 3, 330
-"""Most turns, each with both programs, and the seconds in which all must be expected to end for a third to start."""
+"""Maximum number of turns, each with both programs. A third turn starts only if all three are expected to take at most
+SPEED_SECONDS."""
 
 
-def _train_pace(setting: Setting, turn: str) -> tuple[dict[str, float], list[str]]:
-    """Train with the train command. Returns its pace and its arguments to ms-swift, each empty if the log has none."""
+def _measure_lorry_pace(setting: Setting, turn: str) -> tuple[dict[str, float], list[str]]:
+    """Train with the train command. Returns its pace (see `read_pace`), and the arguments that it passed to ms-swift.
+
+    Either is empty if the log does not have it.
+    """
     name = f"speed-{turn}"
     prepare(setting, name)
     sets = [word for one in setting.overrides for word in ("--set", one)]
@@ -270,11 +289,14 @@ def _train_pace(setting: Setting, turn: str) -> tuple[dict[str, float], list[str
     return read_pace(log), _read_arguments(log)
 
 
-def _swift_pace(arguments: list[str], setting: Setting, turn: int) -> dict[str, float]:
-    """Train with `swift sft` and the same arguments. Returns its pace; empty if the output has none."""
+def _measure_swift_pace(arguments: list[str], setting: Setting, turn: int) -> dict[str, float]:
+    """Train with `swift sft` and these arguments, except for its own data and output folder.
+
+    Returns its pace (see `read_pace`), which is empty if the output has none.
+    """
     output = ROOTS.runs / f"by-hand-{turn}"
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
-    by_hand = _redirected_arguments(arguments, "speed-warm-up", output)
+    by_hand = _redirect_arguments(arguments, "speed-warm-up", output)
     done = _run([sys.executable, "-m", "swift.cli.sft", *by_hand], offline)
     if done.returncode:
         print(done.stdout[-800:], done.stderr[-1500:], flush=True)
@@ -282,10 +304,10 @@ def _swift_pace(arguments: list[str], setting: Setting, turn: int) -> dict[str, 
 
 
 def read_pace(log: str) -> dict[str, float]:
-    """Return the mean seconds per step, over all steps and from the third one on, because the first two are slower.
+    """Return the mean seconds per step, over all steps and from the third on, because the first two are slower.
 
-    Both come from the trainer's log, which gives the mean over the steps so far. Empty if the log has fewer than three
-    steps, or not the second.
+    Both are computed from the trainer's log, which gives the mean over the steps so far. Returns an empty dictionary if
+    the log has fewer than three steps or lacks the second.
     """
     said = re.findall(r"'global_step/max_steps': '(\d+)/\d+'.*?'train_speed\(s/it\)': '([0-9.]+)'", log)
     total = {int(step): int(step) * float(pace) for step, pace in said}
@@ -299,15 +321,15 @@ def read_pace(log: str) -> dict[str, float]:
 
 
 def _read_arguments(log: str) -> list[str]:
-    """Return the arguments that the training process last passed to ms-swift; empty if its log has none."""
+    """Return the last arguments in the log that the training process passed to ms-swift; empty if there are none."""
     found = re.findall(r"^swift sft (.*)$", log, re.MULTILINE)
     return shlex.split(found[-1]) if found else []
 
 
-def _redirected_arguments(arguments: list[str], run: str, output: Path) -> list[str]:
-    """Return the arguments with `output` as the output folder, and with a new file of the run's training samples.
+def _redirect_arguments(arguments: list[str], run: str, output: Path) -> list[str]:
+    """Write the run's training samples to a file beside `output`. Returns the arguments with both paths in place.
 
-    This function writes that file beside `output`, because the stage has deleted its own.
+    That file becomes the data and `output` the output folder. The file that the stage trained on is deleted by now.
     """
     samples = output.with_suffix(".jsonl")
     source = ROOTS.runs / run / "preprocess" / "samples" / "train.jsonl"
@@ -324,9 +346,10 @@ def _redirected_arguments(arguments: list[str], run: str, output: Path) -> list[
 
 
 def measure_use() -> None:
-    """Run `lorry doctor`, `lorry plan`, and `lorry launch` with wrong values of --gpus and one right value.
+    """Run `lorry doctor`, `lorry plan`, and `lorry launch` with values of --gpus that it must refuse with one GPU.
 
-    Adds a row for each, with exit code, seconds and last lines.
+    Last, runs `lorry launch` with a value that works. Adds a row for each command, with exit code, seconds and last
+    lines.
     """
     import pynvml
 
@@ -357,7 +380,7 @@ def measure_use() -> None:
 
 
 def _measure_command(what: str, command: list[str], environment: dict[str, str], lines: int) -> None:
-    """Run a command. Add a row with its exit code, seconds and last lines."""
+    """Run a command. Add a row with its exit code, its seconds and the last `lines` lines of its output."""
     began = time.monotonic()
     done = _run(command, environment)
     said = (done.stdout + done.stderr).strip().splitlines()[-lines:]
@@ -365,14 +388,20 @@ def _measure_command(what: str, command: list[str], environment: dict[str, str],
 
 
 def _run(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Run a command with these environment variables added. Returns its exit code and output. Raises after 240 s."""
+    """Run a command with these environment variables added. Returns its exit code and output.
+
+    Raises subprocess.TimeoutExpired if it takes more than 240 s.
+    """
     return subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240
     )
 
 
 def main() -> None:
-    """Measure all parts, or those named as arguments, and write their rows after each. A failed part stops no other."""
+    """Measure all parts, or those named as arguments, and write the rows after each part.
+
+    If a part raises an exception, the other parts still run.
+    """
     parts = {"precision": measure_precision, "kills": measure_kills, "hog": measure_hog, "full": measure_full}
     parts |= {"speed": measure_speed, "use": measure_use}
     make_model_in_a_process("random-llama", RANDOM_LLAMA)

@@ -40,7 +40,7 @@ from stages.tasks.task import Found
 MODEL = "Qwen2.5-VL-7B"
 DOCUMENTS, PAGES, QUESTIONS = 32, 6, 96
 ONE_BY_ONE = 8
-"""Number of questions, the last ones, with pages at 600 DPI: the original's way takes minutes, batches take seconds."""
+"""Number of questions that have pages at 600 DPI, the last of all questions. The rest would take too long."""
 LIMITS = {
     "long": ("infer.max_new_tokens=2000", "infer.passes.page_tokens=768", "infer.passes.refine_tokens=768"),
     "short": ("infer.max_new_tokens=96", "infer.passes.page_tokens=96", "infer.passes.refine_tokens=24"),
@@ -63,7 +63,10 @@ def run_for_length(length: str) -> Run:
 
 
 def prepare() -> None:
-    """Write model, adapter, pages and questions for both lengths, as if preprocess and train had run."""
+    """Write the model, and a run for each length with adapter, pages and questions, as if preprocess and train had run.
+
+    Also draws, at 600 DPI, the pages of the last ONE_BY_ONE questions.
+    """
     model = ROOTS.models / MODEL
     make_model(model, CONFIGS[MODEL])
     _silence_unused_tokens(model)
@@ -93,7 +96,7 @@ def prepare() -> None:
 
 
 def _question(number: int) -> PatentQuestion:
-    """Return question number `number`. Two of three name a page."""
+    """Return question number `number`. Two of three questions name a page of their document."""
     page = number % PAGES + 1 if number % 3 else None
     text = f"该装置的部件{number}起什么作用？"
     if page:
@@ -104,7 +107,7 @@ def _question(number: int) -> PatentQuestion:
 
 
 def _sample(run: Run, question: PatentQuestion) -> Any:
-    """Return the test sample of a question, with the pages of its document ranked at random."""
+    """Return the test sample of a question, as if retrieval had ranked the pages of its document at random."""
     name = question.document.removesuffix(".pdf")
     pages = {p: {"page": p, "text": "", "image": f"preprocess/pages/{name}/{p}.jpg"} for p in range(1, PAGES + 1)}
     ranked = random.sample(range(1, PAGES + 1), PAGES)
@@ -113,7 +116,10 @@ def _sample(run: Run, question: PatentQuestion) -> Any:
 
 
 def _silence_unused_tokens(folder: Path) -> None:
-    """Set the head's rows of tokens without text to 0, so that their logits are 0 and some other token's is higher."""
+    """Set the output head's rows to 0 for all tokens without text, so that none of these is generated.
+
+    Their logits are then 0, and some token with text has a higher one.
+    """
     import struct
 
     index = read_json(folder / "model.safetensors.index.json")["weight_map"]
@@ -128,7 +134,7 @@ def _silence_unused_tokens(folder: Path) -> None:
 
 
 def _write_manifest(run: Run, stage: str, *names: str) -> None:
-    """Write the manifest of a stage with these outputs, as if it had run."""
+    """Write the manifest of a stage as if the stage had run. `names` are its outputs, which exist already."""
     hashes = FileHashes(run.folder / "none")
     manifest = {
         "contract": CONTRACT_VERSION,
@@ -144,7 +150,7 @@ def _write_manifest(run: Run, stage: str, *names: str) -> None:
 
 
 class FineDrawing(Picture):
-    """A page at 600 DPI, decoded at full size and then shrunk."""
+    """A page drawn at 600 DPI, which each `load` decodes at full size and then shrinks."""
 
     def load(self) -> Any:
         """Return the page as an RGB picture, shrunk to `width` and `height`."""
@@ -164,7 +170,10 @@ class Job:
         self._tokens = 0
 
     def _prompt(self, sample: Any, name: str, fine: bool) -> Prompt | None:
-        """Return the prompt of a pass, with pages at 600 DPI if `fine`; None if the sample skips the pass."""
+        """Return the prompt of a sample in the pass `name`, or None if the sample skips that pass.
+
+        `fine` takes the pages drawn at 600 DPI. Later passes use the completions of earlier ones.
+        """
         wanted = ask(self._run.recipe, sample, name, self._texts[sample["id"]], ())
         if wanted is None:
             return None
@@ -178,37 +187,46 @@ class Job:
         pages = tuple(FineDrawing(path, *size) for path, size in zip(drawn, sizes, strict=True))
         return replace(prompt, pictures=pages)
 
-    def _call(self, name: str, samples: list[Any], adapter: str | None, fine: bool) -> None:
-        """Answer the samples in the pass `name`, and keep the completions."""
+    def _answer_samples(self, name: str, samples: list[Any], adapter: str | None, fine: bool) -> None:
+        """Answer the samples that do not skip the pass `name`. Keep the completions and add up their tokens.
+
+        `adapter` None is the base.
+        """
         prompts = [prompt for sample in samples if (prompt := self._prompt(sample, name, fine)) is not None]
         for prompt, completion in zip(prompts, self._engine.generate(prompts, adapter), strict=True):
             self._texts[prompt.id][name] = completion.text
             self._tokens += completion.tokens
 
     def _row(self, way: str, questions: int, seconds: float, **more: Any) -> dict[str, Any]:
-        """Return the row of a way to answer, and print it."""
+        """Return the row of a way to answer, and print it. `seconds` is the time of all `questions` together."""
         row = {"way": way, "answers": self._length, "questions": questions, **more}
         row |= {"seconds a question": round(seconds / questions, 3), "tokens written": self._tokens}
         print(f"passes: {json.dumps(row)}", flush=True)
         return row
 
     def answer_one_by_one(self, count: int) -> dict[str, Any]:
-        """Answer the last `count` questions one by one: classify, answer, refine. Returns the row."""
+        """Answer the last `count` questions one after the other, each in three passes. Returns the row.
+
+        Uses the base and pages at 600 DPI, as the original does. `count` is at most ONE_BY_ONE.
+        """
         self._texts, self._tokens = {sample["id"]: {} for sample in self._samples}, 0
         began = time.monotonic()
         for sample in self._samples[-count:]:
             for name in PASSES:
-                self._call(name, [sample], None, fine=True)
+                self._answer_samples(name, [sample], None, fine=True)
         return self._row("one request at a time", count, time.monotonic() - began)
 
     def answer_batched(self, adapter: str | None, count: int = QUESTIONS) -> dict[str, Any]:
-        """Answer the first `count` questions pass by pass: classify all, answer all, refine all. Returns the row."""
+        """Answer the first `count` questions pass by pass: classify all, answer all, refine all. Returns the row.
+
+        `adapter` None is the base.
+        """
         samples = self._samples[:count]
         self._texts, self._tokens = {sample["id"]: {} for sample in self._samples}, 0
         began, times = time.monotonic(), {}
         for name in PASSES:
             before = time.monotonic()
-            self._call(name, samples, adapter, fine=False)
+            self._answer_samples(name, samples, adapter, fine=False)
             times[name] = round(time.monotonic() - before, 1)
         who = "adapter" if adapter else "base"
         seconds = time.monotonic() - began
@@ -219,7 +237,7 @@ PASSES = ("classify", "answer", "refine")
 
 
 def measure_both() -> None:
-    """Measure both ways with one engine, and write their rows."""
+    """Measure both ways for both lengths with one engine, using the base, and write their rows."""
     from stages.engines.vllm_engine import VllmEngine
 
     recipe = run_for_length("long").recipe
@@ -258,7 +276,10 @@ def _empty_caches(engine: Any) -> None:
 
 
 def measure_stage() -> None:
-    """Run the infer stage for each length, with base and adapter in three passes over all questions. Print its rows."""
+    """Run the infer stage for each length, and print a row for each.
+
+    The stage answers all questions in three passes, with the base and then with the adapter.
+    """
     for length, values in LIMITS.items():
         run = run_for_length(length)
         began = time.monotonic()
@@ -278,7 +299,7 @@ def measure_stage() -> None:
 
 
 def main() -> None:
-    """Measure both ways and write their rows, or measure the infer stage and print its rows."""
+    """Measure both ways, or the infer stage if the argument is `stage`. Writes the input first if there is no model."""
     if not (ROOTS.models / MODEL / "config.json").is_file():
         prepare()
     measure_stage() if sys.argv[1:] == ["stage"] else measure_both()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def descendants(root: int) -> set[int]:
-    """Return the ids of the process `root` and of all processes below it."""
+    """Return the ids of the process `root` and of its children, their children and so on."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

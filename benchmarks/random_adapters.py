@@ -9,7 +9,10 @@ from stages.models.shape import read_shape
 
 
 def make_adapter(folder: Path, model: Path, rank: int, seed: int) -> None:
-    """Write an adapter of rank `rank` for the modules that training adapts by default, with weights from the seed."""
+    """Write a LoRA adapter with random weights for the modules of `model` that training adapts by default.
+
+    `folder` gets PEFT's two files. `rank` is the LoRA rank. The same seed gives the same weights.
+    """
     import torch
     from safetensors.torch import save_file
 

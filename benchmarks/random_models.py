@@ -100,7 +100,10 @@ CONFIGS |= {
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> None:
-    """Write a model folder: config, tokenizer or processor, and random weights named as transformers names them."""
+    """Write a model folder: `config`, tokenizer or processor, and random weights under the names of transformers.
+
+    With `quantization_config` in `config`, the linear modules are in 4-bit GPTQ.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(config)
     source = Roots.from_environment().models / "SmolLM2-135M-Instruct"
@@ -115,13 +118,13 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
             shutil.copy(source / name, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    shapes = _shapes(plain)
+    shapes = _parameter_shapes(plain)
     if plain == config:
         _write_weights(
             folder, {name: Tensor("BF16", shape, _tensor_kind(config, name)) for name, shape in shapes.items()}
         )
     else:
-        _write_weights(folder, _pack(shapes))
+        _write_weights(folder, _gptq_tensors(shapes))
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class Tensor:
         return prod(self.shape) * {"BF16": 2, "F16": 2, "I32": 4}[self.dtype]
 
 
-def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
+def _parameter_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
     """Return the shapes of a model's parameters by name, except a tied head, without allocating them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -155,13 +158,19 @@ def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _tensor_kind(config: dict[str, Any], name: str) -> str:
-    """Return the kind of a tensor. LLaVA's norms are ones, because its connector would otherwise have no effect."""
+    """Return the kind of a tensor, as in `Tensor`: `norm of 16 bits` for norms of LLaVA, otherwise `weight`.
+
+    With random norms, LLaVA's connector would have no effect.
+    """
     is_norm = name.endswith(("norm.weight", "layrnorm.weight", "layer_norm1.weight", "layer_norm2.weight"))
     return "norm of 16 bits" if config["model_type"] == "llava" and is_norm else "weight"
 
 
-def _pack(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Return the tensors of a model of these parameter shapes, with the linear modules of its layers in 4-bit GPTQ."""
+def _gptq_tensors(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Return the tensors, by name, of a 4-bit GPTQ model whose parameters would have these shapes unquantized.
+
+    The linear modules of the layers are quantized, and all other tensors are in float16.
+    """
     found = {}
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
@@ -181,7 +190,7 @@ SCALE = 0.0043
 
 
 def _repeated_blocks() -> dict[str, bytes]:
-    """Return the block of bytes that fills the tensors of each dtype or kind, repeated."""
+    """Return, by dtype or kind of tensor, the block of bytes that is repeated to fill such tensors."""
     import torch
 
     normal = torch.randn(32 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -199,7 +208,10 @@ def _repeated_blocks() -> dict[str, bytes]:
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write an index and safetensors files of at most SHARD bytes, or of one tensor that is larger."""
+    """Write safetensors files with at most SHARD bytes of tensors each, and their index.
+
+    A tensor that is larger than SHARD gets a file of its own.
+    """
     contents = _repeated_blocks()
     written = Counter[str]()  # bytes so far: tensors start at different places of their block, so that they differ
     files: list[dict[str, Tensor]] = [{}]

@@ -25,7 +25,10 @@ MAX_PIXELS = 1_229_312
 
 
 def draw_at_600_dpi(page: pymupdf.Page) -> bytes:
-    """Draw a page at 600 DPI, save it as JPEG, reload it, shrink it to the budget, save it again. Returns the JPEG."""
+    """Return a page as JPEG bytes at the budget, drawn at 600 DPI first.
+
+    The page at 600 DPI is saved as JPEG, reloaded and shrunk, all in memory.
+    """
     large = page.get_pixmap(dpi=600).tobytes("jpeg", jpg_quality=90)
     with Image.open(io.BytesIO(large)) as picture:
         small = picture.resize(picture_size(page.rect.width, page.rect.height, MAX_PIXELS), Image.Resampling.BICUBIC)
@@ -35,12 +38,12 @@ def draw_at_600_dpi(page: pymupdf.Page) -> bytes:
 
 
 def draw_at_budget(page: pymupdf.Page) -> bytes:
-    """Draw a page at the budget and save it as JPEG. Returns the JPEG."""
+    """Return a page as JPEG bytes, drawn at the budget."""
     return bytes(render_page(page, MAX_PIXELS).tobytes("jpeg", jpg_quality=90))
 
 
 def measure_both() -> dict[str, object]:
-    """Draw the pages of every fourth document in both ways in turn. Returns the row with both speeds."""
+    """Draw each page of every fourth document at the budget, then at 600 DPI. Returns the row with both speeds."""
     seconds = {"straight": 0.0, "at 600 DPI": 0.0}
     pages = 0
     for path in sorted(DOCUMENTS.glob("*.pdf"))[::4]:
@@ -62,9 +65,9 @@ def measure_both() -> dict[str, object]:
 
 
 def measure_processes(processes: int, repeats: int) -> dict[str, object]:
-    """Render the demo's pages `repeats` times with the stage's renderer, including text and words.
+    """Render the demo's pages `repeats` times with the preprocess stage's renderer, in `processes` processes.
 
-    Returns the row with pages per second over all processes.
+    The renderer also reads each page's text and words. Returns the row with pages per second of all processes together.
     """
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         jobs = []
@@ -83,7 +86,10 @@ def measure_processes(processes: int, repeats: int) -> dict[str, object]:
 
 
 def _render(job: tuple[PageRange, Path]) -> int:
-    """Render a range of pages into a temporary folder. Returns the number of pages."""
+    """Render a range of pages into a folder that is deleted afterwards. Returns the number of pages.
+
+    `job` is the range and the parent of that folder, one argument because a pool's `map` passes one.
+    """
     with tempfile.TemporaryDirectory(dir=job[1]) as folder:
         return len(render_range(job[0], Path(folder), MAX_PIXELS, 90))
 

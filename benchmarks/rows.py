@@ -25,11 +25,13 @@ SOFTWARE = (
 
 
 def write_rows(name: str, rows: list[dict[str, Any]], command: str, by: str | None = None) -> None:
-    """Write rows to results/<name>.json and print them.
+    """Write rows to results/<name>.json with `command`, today's date and the machine. Print all rows.
 
-    Without `by`, all earlier rows of the file are replaced. `by` names the column with the part of the benchmark that a
-    row belongs to. Earlier rows of other parts then stay, with the day and the GPUs of their measurement, and a row
-    with `not run` never replaces a measured one.
+    With a GPU, the file also gets the versions of driver and libraries.
+
+    Without `by`, the rows replace the whole file. `by` names the column with the part of the benchmark that a row
+    belongs to. Earlier rows of other parts then stay, with the day and the GPUs of their measurement, and a row with
+    `not run` never replaces a measured one.
     """
     machine = probe()
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
@@ -58,8 +60,11 @@ def write_rows(name: str, rows: list[dict[str, Any]], command: str, by: str | No
 def _kept_and_new_rows(
     before: dict[str, Any], rows: list[dict[str, Any]], by: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the earlier rows that stay, and the rows to add. `before` is the content of the file, `by` the column with
-    the part."""
+    """Return the earlier rows that stay, each with the day and GPUs of its measurement, and the new rows to write.
+
+    `before` is the content of the row file. `by` is the column that names the part. A new row with `not run` is dropped
+    if the part has a measured row.
+    """
     run_before = {row.get(by) for row in before["rows"] if "not run" not in row}
     new = [row for row in rows if "not run" not in row or row.get(by) not in run_before]
     replaced = {row.get(by) for row in new}
@@ -69,7 +74,7 @@ def _kept_and_new_rows(
 
 
 def _software(driver: str) -> dict[str, str]:
-    """Return versions by name: the driver's, and that of each installed library in SOFTWARE."""
+    """Return versions by name: `driver` as given, and the version of each library in SOFTWARE that is installed."""
     found = {"driver": driver}
     for name in SOFTWARE:
         try:

@@ -23,8 +23,8 @@ def main() -> None:
 def measure(caches: Path) -> dict[str, object]:
     """Compile a small model and a loss with inductor.
 
-    Returns the row: versions, C compilers on PATH, number of compiled stubs in `caches`, the largest difference between
-    the compiled and the eager model's logits, and whether the loss has a finite gradient.
+    Returns the row: the GPU, versions, CC, other C compilers on PATH, the number of compiled stubs in `caches`, the
+    largest difference between the compiled and the eager model's logits, and whether the loss has a finite gradient.
     """
     import torch
     import triton

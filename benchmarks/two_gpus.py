@@ -43,7 +43,10 @@ rows: list[dict[str, Any]] = []
 
 
 def make_model(name: str, shape: dict[str, int]) -> None:
-    """Write the model folder of a Llama of this shape, with random weights and SmolLM2's tokenizer."""
+    """Write a model folder: a Llama with random weights in bfloat16 and SmolLM2's tokenizer.
+
+    `shape` has the values that replace those of SmolLM2's config.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,8 +60,10 @@ def make_model(name: str, shape: dict[str, int]) -> None:
 
 
 def make_model_in_a_process(name: str, shape: dict[str, int]) -> None:
-    """Write a model in another process, so that this one never holds a GPU. Keeps an existing model, because trainings
-    may be reading it."""
+    """Write a model folder with `make_model` in a new process, so that this process never holds a GPU.
+
+    Keeps an existing model, because trainings may be reading it. Raises CalledProcessError if the new process fails.
+    """
     if (ROOTS.models / name / "model.safetensors").is_file():
         return
     code = f"from benchmarks.two_gpus import make_model; make_model({name!r}, {shape!r})"
@@ -86,13 +91,16 @@ class Training:
         )
 
     def steps(self) -> list[dict[str, Any]]:
-        """Return the loss events of this start, one for each logged step."""
+        """Return the loss events of this start, one for each logged step.
+
+        Returns none if the file is missing or its last line is not complete yet.
+        """
         with suppress(OSError, json.JSONDecodeError):  # there is no file yet, or only half a line
             return [event for event in read_jsonl(self.events)[self.earlier :] if event["event"] == "loss"]
         return []
 
     def workers(self) -> list[int]:
-        """Return the process ids of the training processes, by rank."""
+        """Return the ids of the training processes that are running, sorted by rank."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -104,14 +112,21 @@ class Training:
         return [process for _, process in sorted(found)]
 
     def wait_for(self, step: int) -> "Training":
-        """Wait until the training reaches this step or ends. Add the number of processes on each GPU to the row."""
+        """Wait until the training reaches this step or ends, and then count the processes on each GPU for the row.
+
+        Returns the training.
+        """
         while self.process.poll() is None and (not self.steps() or self.steps()[-1]["step"] < step):
             time.sleep(0.01)
         self.row["on GPUs"] = processes_on_gpus()
         return self
 
     def signal_at(self, sig: signal.Signals, worker: int | None = None, at: int = 20) -> "Training":
-        """Wait for step `at`, then send a signal to the training process of rank `worker`; None: to the stage."""
+        """Wait for step `at`, then send a signal, and start to measure the seconds to the training's end.
+
+        The signal goes to the training process of rank `worker`, or to the stage's process if `worker` is None, and to
+        none if that process has ended. Returns the training.
+        """
         self.wait_for(at)
         self.row["signal"] = f"{sig.name} to {'the stage' if worker is None else f'process {worker}'}"
         self.row["sent at step"] = self.steps()[-1]["step"] if self.steps() else None
@@ -121,9 +136,10 @@ class Training:
         return self
 
     def finish(self, alone: bool = True) -> "Training":
-        """Wait until the training ends, and add its row to `rows`. After 300 s it is killed.
+        """Wait until the training ends, then complete its row, add it to `rows` and print it. Returns the training.
 
-        `alone`: no other process uses the GPUs, so also wait until they are free, for 45 s at most.
+        Kills the training after 300 s. `alone` means that no other process uses the GPUs: then also waits until the
+        GPUs are free and the training processes have ended, for at most 45 s.
         """
         try:
             output, _ = self.process.communicate(timeout=300)
@@ -154,7 +170,7 @@ class Training:
         return self
 
     def _results(self) -> dict[str, Any]:
-        """Return the columns from the events and, if the training is done, from its manifest and metrics."""
+        """Return the median seconds per step and, if the training has a manifest, columns from manifest and metrics."""
         times = [event["time"] for event in self.steps()]
         pace = [b - a for a, b in pairwise(times[3:])]
         speed = {"median seconds a step": round(statistics.median(pace), 4)} if pace else {}
@@ -172,7 +188,7 @@ class Training:
         return found
 
     def losses(self) -> dict[int, float]:
-        """Return the training losses by step."""
+        """Return the training losses by step; the last one if a step was logged twice."""
         return {row["step"]: row["loss"] for row in read_jsonl(self.folder / "metrics.jsonl") if "loss" in row}
 
 
@@ -186,7 +202,10 @@ def processes_on_gpus() -> list[int]:
 
 
 def add_differences(what: str, one: Training, other: Training) -> None:
-    """Add a row with the differences between the losses of two finished trainings; none if one failed."""
+    """Add a row with the largest and the mean difference between the losses of two finished trainings.
+
+    Only steps that both have are compared. If a training failed, no row is added.
+    """
     if one.process.returncode or other.process.returncode:
         return
     first, second = one.losses(), other.losses()
@@ -197,7 +216,7 @@ def add_differences(what: str, one: Training, other: Training) -> None:
 
 
 def mean_tokens() -> float:
-    """Return the mean number of tokens of a training sample of the run `prepared`."""
+    """Return the mean number of tokens per training sample of the run `prepared`, by the large model's tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(ROOTS.models / "random-1.7b")
@@ -207,7 +226,10 @@ def mean_tokens() -> float:
 
 
 def measure_small() -> None:
-    """Measure losses, stops and kills on two GPUs, with a model too small to measure speed."""
+    """Add rows that compare the losses of a small model on two GPUs, on one, and after stops, kills and resumes.
+
+    Some trainings resume with another number of GPUs. The model is too small to measure speed.
+    """
     make_model_in_a_process("random-llama", RANDOM_LLAMA)
     two = Training("two GPUs", "two", BOTH).finish()
     one = Training("one GPU", "one", "0")
@@ -231,7 +253,7 @@ def measure_small() -> None:
 
 
 def measure_large() -> None:
-    """Measure speed and losses on two GPUs, with a stop, against one, for a model that keeps a GPU busy."""
+    """Add rows with speed and losses of a model that keeps a GPU busy: on two GPUs, with a stop, and on one."""
     make_model_in_a_process("random-1.7b", RANDOM_LARGE)
     stopped = Training("1.7B, two GPUs, stopped", "large-two", BOTH, LARGE).signal_at(signal.SIGTERM, at=12).finish()
     two = Training("1.7B, two GPUs go on", "large-two", BOTH, LARGE).wait_for(14).finish()
@@ -241,7 +263,7 @@ def measure_large() -> None:
 
 
 def measure_sharded() -> None:
-    """Measure speed and losses with and without ZeRO, with the model of `measure_large` on two GPUs."""
+    """Add rows with speed and losses of `measure_large`'s model on two GPUs: without ZeRO, with ZeRO-2 and ZeRO-3."""
     make_model_in_a_process("random-1.7b", RANDOM_LARGE)
     found = {
         name: Training(f"1.7B, two GPUs, {name}", f"large-{name}", BOTH, (*LARGE, f"train.sharding={name}")).finish()
@@ -253,7 +275,7 @@ def measure_sharded() -> None:
 
 
 def add_speed(*trainings: Training) -> None:
-    """Add samples and tokens per second to the rows of those trainings that have a time per step."""
+    """Add samples and tokens per second to the rows of the trainings that have a time per step of 104 samples."""
     tokens = mean_tokens()
     for training in trainings:
         if "median seconds a step" in training.row:

@@ -43,7 +43,7 @@ DATA = str(Path("recipes/data/patent-qa").absolute())
 
 
 def recipe_overrides(model: str) -> tuple[str, ...]:
-    """Return the recipe's overrides, as KEY=VALUE."""
+    """Return the overrides of better-synth's recipe for this benchmark and model, as KEY=VALUE."""
     return (
         *(f"model.path={model}", "model.swift_template=llava_chatml", "preprocess.data_juicer=null"),
         *(f"train.connector.effective_batch={BATCH}", f"train.effective_batch={BATCH}", "train.learning_rate=2e-4"),
@@ -55,13 +55,14 @@ def recipe_overrides(model: str) -> tuple[str, ...]:
 
 
 def prepare(run: Run) -> None:
-    """Write samples with captions of pictures and with questions about them, as if preprocess had written them.
+    """Write the run's samples and pictures, as if preprocess had written them.
 
-    Each picture shows one colour under noise. Raises SystemExit if the samples cannot be written.
+    Half of the training samples ask for a caption of the picture, the others for its colour. Each picture shows one
+    colour under noise. Raises SystemExit if the samples cannot be written.
     """
 
     def write_samples(stage: Stage) -> None:
-        """Write the files of samples that the train command reads."""
+        """Write the samples of all splits, and name them and the pictures as the stage's outputs."""
         rows = [_sample(stage, source, i) for source in ("pretrain", "finetune") for i in range(STEPS * BATCH)]
         for split, part in (("train", rows), ("validation", []), ("test", rows[:1])):
             stage.outputs[f"samples/{split}.jsonl"] = write_jsonl(stage.path("samples", f"{split}.jsonl"), part)
@@ -72,7 +73,7 @@ def prepare(run: Run) -> None:
 
 
 def _sample(stage: Stage, source: str, number: int) -> dict[str, Any]:
-    """Return a sample with a picture and its caption (`pretrain`) or a question about it (`finetune`).
+    """Return a sample that asks for a picture's caption (`source` is `pretrain`) or its colour (`finetune`).
 
     Writes the picture if it is missing.
     """
@@ -106,7 +107,10 @@ sys.stdin.read()
 
 
 class Neighbour:
-    """A process that holds all but `left` bytes of the GPU's free memory, until it is closed. `free` bytes are left."""
+    """A process that holds all free memory of the GPU except `left` bytes, until `close` is called.
+
+    `free` is the number of bytes that are then free, as CUDA reports it.
+    """
 
     def __init__(self, left: int) -> None:
         command = [sys.executable, "-c", HOLD, str(left)]
@@ -122,7 +126,10 @@ class Neighbour:
 
 
 class Peaks:
-    """Peak bytes of each descendant of a process on the first GPU, as the driver counts them."""
+    """Peak GPU memory in bytes of the process `root` and of each process below it, as the driver counts it.
+
+    Measures the first GPU in a thread, from creation until `stop` is called.
+    """
 
     def __init__(self, root: int) -> None:
         self.bytes: dict[int, int] = {}
@@ -144,7 +151,7 @@ class Peaks:
                     self.bytes[process.pid] = max(most, process.usedGpuMemory or 0)
 
     def stop(self) -> list[int]:
-        """Stop measuring. Returns the peak bytes of each process, in the order in which they came to the GPU."""
+        """Stop measuring. Returns the peak bytes of each process, in the order in which they first used the GPU."""
         self._stopped.set()
         self._thread.join()
         return list(self.bytes.values())
@@ -154,7 +161,10 @@ class Peaks:
 
 
 def train(sets: list[str]) -> tuple[int, str, float, list[int]]:
-    """Run the train command. Returns exit code, output, seconds, and the peak bytes of its processes on the GPU."""
+    """Run the train command. Returns exit code, output, seconds, and the peak bytes of each process that used the GPU.
+
+    Without a GPU, there are no peaks.
+    """
     command = [sys.executable, "-m", "entrypoints.train", "better-synth", "--run", NAME, "--data", DATA, *sets]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -164,7 +174,7 @@ def train(sets: list[str]) -> tuple[int, str, float, list[int]]:
 
 
 def plan_row(sets: list[str]) -> dict[str, Any]:
-    """Return the row with the verdicts of `lorry plan` for a card of 24 GB, before there are samples."""
+    """Return the row with the verdicts of `lorry plan` for a card of 24 GB. The plan does not see the run's samples."""
     options = ["--data", DATA, "--target", "rtx4090", "--gpus", "1"]
     command = [sys.executable, "-m", "entrypoints.lorry", "plan", "better-synth", *options, *sets]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -173,7 +183,10 @@ def plan_row(sets: list[str]) -> dict[str, Any]:
 
 
 def phase_row(run: Run, name: str, peak: int | None, free: int | None) -> dict[str, Any]:
-    """Return the row of one phase: its losses and, if a peak was measured, its memory against the estimate."""
+    """Return the row of a phase: its losses and, if a peak was measured, the peak against the estimate.
+
+    `name` is `connector` or `tuned`. `peak` and `free` are in bytes; `free` is None if no `Neighbour` holds memory.
+    """
     manifest = read_json(run.path("train", "manifest.json"))
     losses = [r["loss"] for r in read_jsonl(run.path("train", "metrics.jsonl")) if r["adapter"] == name and "loss" in r]
     first, last = (sum(part) / len(part) for part in (losses[:3], losses[-3:]))
@@ -203,7 +216,10 @@ def phase_row(run: Run, name: str, peak: int | None, free: int | None) -> dict[s
 
 
 def connector_row(run: Run) -> dict[str, Any]:
-    """Return the row of the connector: its size, its sha256, and whether manifest and adapter name that."""
+    """Return the row of the trained connector: its size, its sha256, and whether manifest and adapter name that sha256.
+
+    Also has the run's decisions on `out of memory`.
+    """
     manifest, file = (
         read_json(run.path("train", "manifest.json")),
         run.path("train", "connector", "connector.safetensors"),
@@ -220,7 +236,7 @@ def connector_row(run: Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train both phases, and write their rows; with `tiny`, only print them."""
+    """Train both phases, and print and write the rows. With `tiny`, only print them."""
     tiny = sys.argv[1:] == ["tiny"]
     model = "tiny-llava" if tiny else "LLaVA-1.5-7B"
     if not tiny and not (ROOTS.models / model / "model.safetensors.index.json").is_file():

@@ -47,8 +47,8 @@ PROBLEMS = {"train": 300, "test": 400, "source": 1500}
 """Problems in train.jsonl, in test.jsonl, and in each file of sources/."""
 KINDS = ("chain", "clubs", "family")
 MOST_OPTIONS = 7
-"""Kinds of puzzles that so small a model learns in minutes, and most options per question. It only learns to guess
-other kinds."""
+"""Kinds of puzzles, and the maximum number of options per question. SmolLM2 learns these kinds in minutes; of other
+kinds, it only learns to guess."""
 
 ADAPTERS = 9
 SHARE = 0.7
@@ -74,8 +74,8 @@ OTHER_VOTES = {
 def make_mixes(seed: int, count: int, kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Return the data mixes of a seed, by adapter.
 
-    Each of the `count` first ones has parts of all sources but one, which changes from mix to mix; the last has parts
-    of all.
+    `count` mixes have parts of all sources but one, which changes from mix to mix. The last mix, EVERYTHING, has parts
+    of all sources. Every mix also has train.jsonl.
     """
     found = {}
     for number in range(1, count + 1):
@@ -85,14 +85,18 @@ def make_mixes(seed: int, count: int, kinds: Sequence[str]) -> dict[str, list[di
 
 
 def parts(kinds: Sequence[str], draw: int) -> list[dict[str, Any]]:
-    """Return a mix of train.jsonl and parts of sources, as `data` of an adapter. `draw` is the seed of the parts."""
+    """Return a mix of train.jsonl and a part of each source in `kinds`, in the form of an adapter's `data` key.
+
+    `draw` is the seed with which the parts are drawn.
+    """
     return [{"source": "train"}, *({"source": kind, "fraction": SHARE, "seed": draw} for kind in kinds)]
 
 
 def make_data(folder: Path, seed: int, problems: dict[str, int], kinds: Sequence[str], most_options: int) -> None:
-    """Write train.jsonl and test.jsonl with answers, and a file of each kind of puzzle in sources/.
+    """Write a data folder: train.jsonl and test.jsonl with answers, and a file in sources/ for each kind of puzzle.
 
-    The files in sources/ have no problem of test.jsonl.
+    `problems` has the number of problems by file, as PROBLEMS. Problems of test.jsonl are left out of the other files,
+    which may therefore have fewer.
     """
     made = load_maker("logic_choice")
     some = {"train": problems["train"], "test": problems["test"], "more": 0}
@@ -132,13 +136,16 @@ class Seed:
             make_data(self.data, seed, problems, kinds, most_options)
 
     def _vote_setting(self, otherwise: str = "{}") -> str:
-        """Return the override of `infer.vote`: the mixes' adapters vote. `otherwise` adds or replaces keys, as YAML."""
+        """Return the override of `infer.vote`, as KEY=VALUE, by which all adapters but EVERYTHING vote.
+
+        `otherwise` has keys, as YAML, that are added or replace others.
+        """
         return f"infer.vote={json.dumps({'adapters': self.voters, **yaml.safe_load(otherwise)})}"
 
     def run_stage(self, stage: str, *more: str) -> bool:
-        """Run a stage's command; train runs in shards first. Returns whether the stage is done.
+        """Run a stage's command with the overrides `more`. Returns whether the stage is done.
 
-        After `stop`, returns False and starts nothing.
+        For train, first runs all shards at once. After `stop`, returns False and starts nothing.
         """
         if self.stopped:
             return False
@@ -156,7 +163,10 @@ class Seed:
         return code == 0
 
     def _run_processes(self, stage: str, more: tuple[str, ...], shards: list[str | None]) -> list[int]:
-        """Run a stage's command for all `shards` at once (None: without --shard). Returns the exit codes."""
+        """Run a stage's command once for each of `shards`, all at the same time. Returns the exit codes.
+
+        None in `shards` is a command without --shard. The output is appended to the run's log.
+        """
         sets = [word for value in (*self.sets, *more) for word in ("--set", value)]
         command = [sys.executable, "-m", f"entrypoints.{stage}", "logic-choice", "--profile", "tiny"]
         command += ["--run", self.name, "--data", str(self.data), *sets]
@@ -176,14 +186,18 @@ class Seed:
             return [process.wait() for process in self.processes]
 
     def stop(self) -> None:
-        """Send SIGTERM to the running stage, and start no other."""
+        """Send SIGTERM to the stage's running processes, and keep further stages from starting."""
         self.stopped = True
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
     def run_stages(self) -> dict[str, Any] | None:
-        """Run all stages. Returns the row, unchanged if an earlier start wrote it, or None if a stage is not done."""
+        """Run all stages, vote in the other ways too, and write the row. Returns the row; None if a stage is not done.
+
+        If an earlier start wrote the row, only copies that row to OUT and returns it. After `stop`, the row may lack
+        other votes; it is then written to OUT only, so that the next start completes it.
+        """
         kept = ROOTS.runs / f"vote-row-{self.seed}.json"
         row = read_json(kept)
         if row is None and all(self.run_stage(stage) for stage in STAGES):
@@ -195,7 +209,10 @@ class Seed:
         return row
 
     def add_other_votes(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Vote again in the other ways, and add the accuracies of those that succeed to the row. Returns the row."""
+        """Run infer and eval again for each of OTHER_VOTES, and add the accuracy of those that succeed to the row.
+
+        Returns the row.
+        """
         for name, vote in OTHER_VOTES.items():
             if self.run_stage("infer", self._vote_setting(vote)) and self.run_stage("eval", self._vote_setting(vote)):
                 row["other votes"][name] = read_json(self.folder("eval") / "scores.json")["vote"]["accuracy"]["value"]
@@ -212,7 +229,7 @@ class Seed:
         return ROOTS.runs / self.name / stage
 
     def finished_row(self) -> dict[str, Any]:
-        """Return the row of a finished run, without other votes."""
+        """Return the row of this seed's finished run, with no other votes yet."""
         scores = {name: one["accuracy"] for name, one in read_json(self.folder("eval") / "scores.json").items()}
         vote = read_json(self.folder("eval") / "vote.json")
         single = {name: scores[name]["value"] for name in self.voters}
@@ -255,7 +272,7 @@ class Seed:
 
 
 def main() -> None:
-    """Run all seeds, and write a row for each finished one and a summary; or run the probe, which only prints."""
+    """Run all seeds, and write a row for each finished seed and a summary of them. `--probe` only prints accuracies."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="Seeds to run. Default: 0 to 4.")
     parser.add_argument("--adapters", type=int, default=ADAPTERS, help="Number of voting adapters. Default: 9.")

@@ -35,7 +35,7 @@ ONCE = max(2, (os.cpu_count() or 2) * 3 // 8)
 
 
 class Start(Training):
-    """One start of the train command with a sharding and a number of processes, each on a GPU of its own."""
+    """One start of the train command with a given sharding and number of processes, each on a GPU of its own."""
 
     def __init__(
         self, run: str, sharding: str, processes: int, settings: tuple[str, ...] = SETTINGS, **environment: str
@@ -58,7 +58,10 @@ class Start(Training):
         )
 
     def finish(self, alone: bool = False) -> "Start":
-        """Wait for the end, then add the GPU memory to the row if the training succeeded."""
+        """Wait for the end and add the row to `rows`, as `Training.finish` does.
+
+        If the training succeeded, the row also gets the GPU memory from its manifest.
+        """
         super().finish(alone)
         manifest = read_json(self.folder / "manifest.json")
         if self.process.returncode == 0 and manifest is not None:
@@ -75,20 +78,20 @@ def gpu_count() -> int:
 
 
 def train_undisturbed(sharding: str, processes: int, kind: str = "", **environment: str) -> Start:
-    """Train without a stop. Returns the training.
+    """Train without a stop. Returns the finished training, which may have failed.
 
-    `kind` starts the run's name, by default `whole`; one that starts with `half` trains in float16. `environment` is
-    added to the command's environment.
+    The run's name starts with `kind`, or with `whole` if it is empty. If `kind` starts with `half`, the training is in
+    float16. `environment` is added to the command's environment.
     """
     settings = HALF if kind.startswith("half") else SETTINGS
     return Start(f"{kind or 'whole'}-{sharding}-{processes}", sharding, processes, settings, **environment).finish()
 
 
 def train_in_turn(name: str, ways: tuple[tuple[str, int], ...], settings: tuple[str, ...] = SETTINGS) -> Start:
-    """Train in the first of `ways`, stop, and resume in the next, until the last one ends.
+    """Train a part of the steps in each of `ways`, with a stop and a resume in between.
 
-    A way is a sharding and a number of processes. Returns the last training, or the first that a stop did not end with
-    exit code 75.
+    A way is a sharding and a number of processes. SIGTERM stops the training at the steps in STOPS. Returns the last
+    start of the train command. If a stop does not end with exit code 75, returns that start and does not resume.
     """
     for (sharding, processes), stop in zip(ways[:-1], STOPS, strict=False):
         start = Start(name, sharding, processes, settings)
@@ -108,9 +111,9 @@ def environment_without_nvcc() -> dict[str, str]:
 
 
 def try_part(part: str, work: Callable[[], Start]) -> Start | None:
-    """Run one part. Returns its training.
+    """Run one part. Returns its training, which may have ended with any exit code.
 
-    If it fails, adds a row that says so and returns None, so that the other rows are still written.
+    If `work` raises an exception, adds a row with it and returns None, so that the other rows are still written.
     """
     try:
         return work()
@@ -121,9 +124,10 @@ def try_part(part: str, work: Callable[[], Start]) -> Start | None:
 
 
 def main(wanted: list[str]) -> None:
-    """Measure all parts, or those named in `wanted`, and how their losses differ from those of an undisturbed training.
+    """Add rows for all parts, or for those named in `wanted`, and compare losses with an undisturbed training's.
 
-    That is `half none 1` for parts in float16 and `none 1` for the others; without it, there are no differences.
+    The undisturbed training is `half none 1` for parts in float16 and `none 1` for the others. If it is not among the
+    parts or fails, there is no comparison. With one GPU, parts for two get a row with `not run`.
     """
     make_model_in_a_process("random-llama", RANDOM_LLAMA)
     parts: dict[str, Callable[[], Start]] = {

@@ -79,8 +79,8 @@ def test_speeds_are_medians_and_the_first_run_is_not_counted(monkeypatch: pytest
 
     noted: list[dict[str, Any]] = []
     monkeypatch.setattr(one_gpu, "make_model", lambda *_: None)
-    monkeypatch.setattr(one_gpu, "_train_pace", by_command)
-    monkeypatch.setattr(one_gpu, "_swift_pace", by_swift)
+    monkeypatch.setattr(one_gpu, "_measure_lorry_pace", by_command)
+    monkeypatch.setattr(one_gpu, "_measure_swift_pace", by_swift)
     monkeypatch.setattr(one_gpu, "add_row", lambda **row: noted.append(row))
     one_gpu.measure_speed()
     assert order == ["lorry warm-up", "lorry 0", "swift 0", "swift 1", "lorry 1", "lorry 2", "swift 2"]
