@@ -13,7 +13,8 @@ from stages.host.outcome import Problem
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add RECIPE, --profile, --data, --set and --run to a command. They name a run, and `open_run` takes them.
+    """Add RECIPE, --profile, --data, --set and --run to a command. The command gets them as the keyword arguments of
+    `open_run`, which finds the run.
 
     All except --data may also come from environment variables, as in Compose files and Kubernetes Jobs; the command
     line takes precedence.

@@ -65,6 +65,7 @@ def list_recipes() -> None:
 
 
 def _warn(line: str) -> None:
+    """Print a line on standard error."""
     click.echo(line, err=True)
 
 

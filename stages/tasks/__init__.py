@@ -22,8 +22,8 @@ NO_TASKS = ("common", "task")
 def load_task(name: str) -> Task:
     """The module of a recipe's task.
 
-    Raises UsageError for a name that no module has, and for a module that cannot be imported or breaks the contract of
-    `stages.tasks.task`.
+    Raises UsageError for a name that no module has, for a module whose import fails with ImportError or SyntaxError,
+    and for a module that breaks the contract of `stages.tasks.task`.
     """
     names = task_names()
     if name not in names:
@@ -45,8 +45,9 @@ def task_names() -> list[str]:
 def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
     """The complete recipe: with all settings of its task, its list of adapters, and the settings of its LoRA file.
 
-    `where` names the recipe's file in messages, `data` is the data mount. Raises UsageError for an
-    unknown task, a task that breaks its contract, and a wrong or missing setting.
+    `where` names the recipe's file in messages, `data` is the data mount. Raises UsageError for an unknown task, a task
+    that breaks its contract, a wrong or missing setting, an unusable LoRA file, and if the recipe wants an adapter for
+    each data set but the data folder has none.
     """
     try:
         task = load_task(recipe.task)
@@ -79,8 +80,9 @@ def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
 
 
 def _settle_training(recipe: Recipe, task: Task, where: str, data: Path) -> Train:
-    """The training settings, with those of the LoRA file if they name one, and with an adapter for each data set if
-    `adapter_for_each_source` is set. Raises UsageError for a wrong LoRA file, or if there is no data set."""
+    """The settings of `train`, with values from the LoRA file if `lora_config` names one, and with an adapter for each
+    data set if `adapter_for_each_source` is set. Raises UsageError for an unusable LoRA file, and if an adapter for
+    each data set is wanted but the data sets cannot be listed."""
     settings = recipe.train
     if settings.lora_config is not None:
         settings = apply_lora_config(settings, data / settings.lora_config)
@@ -95,7 +97,8 @@ def _settle_training(recipe: Recipe, task: Task, where: str, data: Path) -> Trai
 
 
 def _settings(kind: type[Section], values: dict[str, object], where: str) -> Section:
-    """The settings of a section, with defaults. Raises UsageError for an unknown key or a wrong value."""
+    """The settings of a section, with its defaults filled in. `where` begins the message. Raises UsageError for an
+    unknown key or a wrong value."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

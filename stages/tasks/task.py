@@ -159,7 +159,7 @@ class Task(Protocol):
         there is none."""
 
     def asked_rows(self, folder: Path, tested: list[Any]) -> list[dict[str, Any]]:
-        """The rows of the submission, in order. `tested` has the test questions.
+        """The rows of the submission, in the order of its lines. `tested` has the test questions.
 
         Each row has `ids`: the ids of the samples whose answers it uses. Each test sample is in exactly one row. A row
         with `line` False is scored but not submitted.
@@ -205,20 +205,20 @@ class Task(Protocol):
         """Metrics of a sample that do not depend on its answer, such as retrieval recall, by name, each in 0..1."""
 
     def score_notes(self, recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
-        """Sentences for console and report on how the scored samples are scored: whose metrics these are, and where
-        they differ from published ones."""
+        """Sentences for console and report on how the samples are scored: by whose rules each metric is computed, and
+        how it differs from published figures."""
 
     def together(self, sample: Sample) -> str:
-        """The key that a sample shares with those that count as one with it, such as the rotations of one question.
-        Samples with the same key count once, with their lowest score. A sample that counts alone has its id as key."""
+        """The key of the samples that are scored together, such as all rotations of one question. Samples with the same
+        key count once, with their lowest score. A sample that counts alone has its id as key."""
 
     def uploads(self, folder: Path, samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[str]:
-        """Write one model's answers below `folder`, in the format that a benchmark's server accepts. Returns the names
-        of the files. `predictions` are by sample id; some may be missing."""
+        """Write one model's answers below `folder`, in the format that a benchmark's server accepts. Returns the paths
+        of the files relative to `folder`. `predictions` are by sample id; some may be missing."""
 
     def measures(self, recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
-        """Values of an answer in units, by a name with the unit, such as `axis angle, degrees`. A name may have any
-        number of values. `answer` is None for a failed sample. Measures do not rank adapters."""
+        """Values of an answer that have a unit, by name. The name includes the unit, such as `axis angle, degrees`, and
+        may have any number of values. `answer` is None for a failed sample. Measures do not rank adapters."""
 
     def picture(self, recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
         """An SVG of reference and answer for the report; None if there is nothing to draw. The task must escape text
@@ -261,7 +261,8 @@ class RecordTask(Task, Protocol):
         missing."""
 
     def read_others(self, recipe: Recipe, folder: Path, pictures: Path, skip: Skip) -> list[Any]:
-        """All usable questions that do not come from records. Unusable ones go to `skip`.
+        """All usable questions that do not come from records. Unusable ones go to `skip`. Raises DataError if there is
+        nothing to train on or nothing to test on.
 
         Preprocess reads them before Data-Juicer starts, so that faults in them are found before hours of work. Their
         pictures are written to `pictures`, <run>/preprocess/pictures.

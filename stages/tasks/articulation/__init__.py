@@ -98,7 +98,7 @@ def prompt_boxes(boxes: Mapping[int, Box], mode: Mode) -> dict[int, Box]:
 
 
 def label(view: Object, mode: Mode) -> str:
-    """The code to learn: the root and the joints, ordered by box."""
+    """The code to learn: the root and the joints, ordered by box. `view` must have a root."""
     assert view.root is not None
     boxes = prompt_boxes(view.boxes, mode)
     return grammar.joints_code(view.root, [encode(one, boxes[number], mode) for number, one in view.joints.items()])
@@ -139,7 +139,8 @@ def _sample(question: ObjectQuestion, view: Object, mode: Mode, name: str) -> Sa
 
 
 def _joint_record(view: Object, joint: Joint) -> dict[str, Any]:
-    """A joint as the URDF states it: the exact values behind its label, and those that the label leaves out."""
+    """A joint for the metadata: the exact values behind its label, and the two that the label leaves out, `parent` and
+    `range`. Position and axis are in the frame of `view`."""
     nested = view.nested[joint.box]
     return {
         "box": joint.box,
@@ -167,7 +168,8 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """Metrics of the answer's joints against the label's, in world coordinates; see `scoring.metrics`."""
+    """Metrics of the answer's joints against the label's, in world coordinates; see `scoring.metrics`. With
+    `official_joint_eval`, also `official_type`: the share of right types by Real2Code's rule."""
     predicted, true, found = _compare(answer, sample)
     values = scoring.metrics(found)
     if _scoring_settings(recipe).official_joint_eval:
@@ -177,9 +179,10 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, list[float]]:
-    """Angles, distances and counts of an answer. Without an answer, all joints count as missing."""
+    """Angles (degrees), distances (cm) and counts of joints of an answer, by name. Without an answer there are only
+    counts, and all joints count as missing."""
     if answer is None:
-        return {"missing joints": [float(len(_label(sample)[1]))], "extra joints": [0.0]}
+        return {"missing joints": [float(len(_root_and_joints(sample)[1]))], "extra joints": [0.0]}
     predicted, true, found = _compare(answer, sample)
     values = scoring.measures(found)
     if _scoring_settings(recipe).official_joint_eval:
@@ -193,7 +196,7 @@ def facts(sample: Sample) -> dict[str, float]:
     If boxes are rough, or rotated against the joints, no answer can do better.
     """
     boxes = _boxes(sample)
-    _, labelled = _label(sample)
+    _, labelled = _root_and_joints(sample)
     accurate = []
     for stated, joint in zip(_meta(sample)["joints"], labelled, strict=True):
         true = Joint(stated["box"], stated["type"], np.array(stated["pos"]), np.array(stated["axis"]))
@@ -204,7 +207,7 @@ def facts(sample: Sample) -> dict[str, float]:
 
 def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> str | None:
     """An SVG of the boxes with the label's joints and, beside them, with the answer's joints, if there is an answer."""
-    boxes, (root, true) = _boxes(sample), _label(sample)
+    boxes, (root, true) = _boxes(sample), _root_and_joints(sample)
     answer = prediction["answer"] if prediction else None
     if answer is None:
         return draw(boxes, root, true)
@@ -213,8 +216,9 @@ def picture(recipe: Recipe, sample: Sample, prediction: Prediction | None) -> st
 
 
 def _compare(answer: str, sample: Sample) -> tuple[list[Joint | None], list[Joint], scoring.Comparison]:
-    """The joints of an answer, None for each whose box does not exist; the joints of the label; and how both match."""
-    boxes, (root, true) = _boxes(sample), _label(sample)
+    """The joints of an answer, None for each whose box does not exist; the joints of the label; and how both are
+    paired."""
+    boxes, (root, true) = _boxes(sample), _root_and_joints(sample)
     code = grammar.parse(answer, _meta(sample)["mode"])
     predicted = _decode_joints(code, boxes, _meta(sample)["mode"])
     return predicted, true, scoring.compare(predicted, true, boxes, code.root == root)
@@ -226,15 +230,15 @@ def _official_joints(predicted: Sequence[Joint | None]) -> list[Joint]:
     return known if len(known) == len(predicted) else []
 
 
-def _label(sample: Sample) -> tuple[int, list[Joint]]:
-    """The root and the joints of a sample's label."""
+def _root_and_joints(sample: Sample) -> tuple[int, list[Joint]]:
+    """The root in a sample's label, and the label's joints in world coordinates."""
     mode, boxes = _meta(sample)["mode"], _boxes(sample)
     code = grammar.parse(sample["references"][0], mode)
     return code.root, [decode(joint, boxes[joint["box"]], mode) for joint in code.joints]
 
 
 def _decode_joints(code: grammar.Code, boxes: Mapping[int, Box], mode: Mode) -> list[Joint | None]:
-    """The joints of a code; None for each whose box does not exist."""
+    """The joints of a code in world coordinates; None for each whose box does not exist."""
     return [decode(one, boxes[one["box"]], mode) if one["box"] in boxes else None for one in code.joints]
 
 

@@ -42,6 +42,7 @@ def draw(
     room = 0.14 * SIDE  # margin for joints that extend beyond the boxes
 
     def place(point: Array) -> tuple[float, float]:
+        """A point (3) in world coordinates as x and y in a panel, scaled so that all boxes fit."""
         x, y = (point @ _VIEW.T - low) / size * (SIDE - 2 * room) + room
         return round(float(x), 1), round(float(y), 1)
 

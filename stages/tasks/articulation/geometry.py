@@ -38,7 +38,7 @@ class Box:
         return np.asarray(column / np.linalg.norm(column))
 
     def edge(self, idx: int, edge: Sequence[int]) -> Array:
-        """The midpoint (3) of the edge along axis `idx` with these two signs."""
+        """The midpoint (3) of an edge along axis `idx`. `edge` has its signs (1 or -1) on the other two axes."""
         return np.asarray(self.center + self.rotation @ (np.insert(np.array(edge, float), idx, 0.0) * self.extent / 2))
 
     def corners(self) -> Array:
@@ -95,10 +95,12 @@ def encode(joint: Joint, box: Box, mode: Mode) -> dict[str, Any]:
     """The fields of a joint in its label. In `obb_rot` the box must have ordered axes (`Box.with_ordered_axes`).
 
     `idx` is the box axis with the smallest angle to the joint's axis, `sign` its direction. `obb_rel` names the corner
-    edge nearest to the joint's line. `obb_rot` writes two of the three world coordinates from the box center to a
-    point of the joint's line. It takes the point whose third coordinate is 0, so nothing is lost if the box is
-    rotated against the world. `absolute` takes the point nearest to the box center, because the error of a rounded
-    axis grows with the distance. A slide has no position: its edge is constant and its point is the box center.
+    edge nearest to the joint's line. `obb_rot` writes two of the three world coordinates from the box center to a point
+    of the joint's line. It takes the point whose third coordinate is 0, so nothing is lost if the box is rotated
+    against the world. If the line is almost perpendicular to the axis of that coordinate, it takes the point nearest to
+    the box center and drops the third coordinate. `absolute` takes the point nearest to the box center, because the
+    error of a rounded axis grows with the distance. A slide has no position: its edge is constant and its point is the
+    box center.
     """
     along = [float(box.axis(idx) @ joint.axis) for idx in range(3)]
     idx = int(np.argmax(np.abs(along)))
@@ -148,12 +150,12 @@ def angle(first: Array, second: Array, signed: bool) -> float:
 
 
 def nearest_point(joint: Joint, point: Array) -> Array:
-    """The point on the joint's line (3) that is nearest to a point (3)."""
+    """The point (3) of the joint's line that is nearest to `point` (3)."""
     return np.asarray(joint.pos + joint.axis * float(joint.axis @ (point - joint.pos)))
 
 
 def distance(joint: Joint, point: Array) -> float:
-    """The distance from a point (3) to the joint's line, in metres."""
+    """The distance from `point` (3) to the joint's line, in metres."""
     return float(np.linalg.norm(nearest_point(joint, point) - point))
 
 
@@ -168,6 +170,7 @@ def line_distance(true: Joint, other: Joint, near: Array) -> float:
 
 
 def edge_of(joint: Joint, box: Box) -> tuple[int, int, int]:
-    """The corner edge of a box that is nearest to a hinge: its axis and its two signs."""
+    """The axis index and the two signs of the box edge that `encode` names for a hinge in `obb_rel`: of the four edges
+    along the axis with the smallest angle to the hinge, the nearest one."""
     label = encode(joint, box, "obb_rel")
     return label["idx"], *label["edge"]

@@ -56,11 +56,12 @@ def boxes_code(boxes: Mapping[int, Box]) -> str:
 
 
 def _compact_json(value: Any) -> str:
+    """A value as JSON without spaces."""
     return json.dumps(value, separators=(",", ":"))
 
 
 def joints_code(root: int, joints: Sequence[Mapping[str, Any]]) -> str:
-    """A label: the root's box, then a line for each joint."""
+    """The code of a label or an answer: the number of the root's box, then a line for each joint."""
     lines = [f"dict({','.join(f'{key}={value!r}' for key, value in joint.items())})," for joint in joints]
     return "\n".join([f"root_geom = {root}", "child_joints = [", *lines, "]"])
 
@@ -77,7 +78,8 @@ def find_code(text: str, mode: Mode) -> Code | None:
 
 
 def parse(code: str, mode: Mode) -> Code:
-    """The content of a label or an answer. Raises GrammarError unless it is the two assignments with the exact keys."""
+    """The content of a label or an answer. Raises GrammarError unless it is the two assignments, each joint with the
+    exact keys of the mode and values that they can have."""
     try:
         statements = ast.parse(code).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

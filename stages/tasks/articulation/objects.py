@@ -99,13 +99,13 @@ def read_objects(folder: Path, skip: Skip) -> list[ObjectQuestion]:
 
 
 def _split_folders(folder: Path) -> list[str]:
-    """The folders `test` and `train` that exist; the folder itself (`.`) without any."""
+    """The folders `test` and `train` that exist; the folder itself (`.`) if neither does."""
     given = [name for name in ("test", "train") if (folder / BOXES / name).is_dir()]
     return given or ["."]
 
 
 def _loops(folder: Path) -> Iterator[Path]:
-    """The folders `<Type>/<object>/loop_<n>`, numbers in numeric order."""
+    """The folders `<Type>/<object>/loop_<n>`, sorted by type, object and loop, with numbers by their value."""
     found = [path for path in folder.glob("*/*/loop_*") if path.is_dir() and not path.parts[-3].startswith(".")]
     return iter(sorted(found, key=lambda path: [_natural_sort_key(part) for part in path.parts[-3:]]))
 
@@ -116,7 +116,8 @@ def _natural_sort_key(text: str) -> list[tuple[int, str]]:
 
 
 def _question(folder: Path, split: str, loop: Path, skip: Skip) -> ObjectQuestion:
-    """The question of a loop. Raises BadRecordError if it is unusable."""
+    """The question of a loop, without its label. Joints of links without a box go to `skip`. Raises BadRecordError if
+    the loop is unusable. A loop without a mobility.urdf is usable only in the test folder."""
     kind, name = loop.parts[-3:-1]
     boxes = _boxes(loop)
     urdf = folder / URDFS / split / kind / name / "mobility.urdf"
@@ -184,7 +185,8 @@ def _with_joints(boxes: dict[int, Box], mobility: Mobility, where: str, skip: Sk
 
     Links that are fixed to each other form one body. One box stands for each body: the box of the link that the joint
     moves, or else the largest. The root is the box of the body that no joint moves, whatever its number. A body that
-    moves and has no box has no label, and goes to `skip`. Raises BadRecordError if boxes and links do not match.
+    moves and has no box has no label, and goes to `skip`. Raises BadRecordError if a box has no link, if the body that
+    does not move has no box, and if nothing with a box moves.
     """
     bodies: dict[str, list[int]] = {mobility.body(link): [] for link in (mobility.root, *mobility.joints)}
     for number in boxes:

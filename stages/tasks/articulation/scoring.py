@@ -93,7 +93,7 @@ def compare(
 
 
 def _pair(joint: Joint, true: Joint, boxes: Mapping[int, Box]) -> Pair:
-    """The errors of a predicted joint, if it were the partner of a true one."""
+    """The errors of a predicted joint compared with a true one, as a possible pair."""
     box = boxes[true.box]
     hinges = joint.type == true.type == HINGE
     return Pair(
@@ -143,7 +143,8 @@ def _is_within(value: float | None, limit: float) -> bool:
 
 
 def measures(found: Comparison) -> dict[str, list[float]]:
-    """Values with a unit: angles and distances of the paired joints, and the counts of unpaired ones."""
+    """Values by name: angles (degrees) and hinge distances (cm) of the paired joints, and the counts of missing and
+    extra joints."""
     pairs = [pair for pair in found.pairs if pair is not None]
     return {
         "axis angle with sign, degrees": [pair.signed_angle for pair in pairs],
@@ -177,9 +178,9 @@ def official_error(predicted: Joint, true: Joint) -> OfficialError:
     a position error.
 
     For parallel lines, the position error is the distance along cross(axis, x) alone, or along cross(axis, y) if the
-    predicted axis is x. This is too small, and 0 for some lines that are clearly apart. The official code returns
-    NaN if it divides 0 by 0 (axis -x) or if rounding lifts a cosine above 1. Here the position error is then None, and
-    the cosine is clipped.
+    predicted axis is x. This is too small, and 0 for some lines that are clearly apart. The official code returns NaN
+    if it divides 0 by 0 (axis -x) or if rounding lifts a cosine above 1. Here the position error is None in the first
+    case, and the cosine is clipped in the second.
     """
     if predicted.type != true.type:
         return OfficialError(0)
@@ -197,14 +198,15 @@ def official_error(predicted: Joint, true: Joint) -> OfficialError:
 
 
 def official_pairs(predicted: Sequence[Joint], true: Sequence[Joint]) -> list[OfficialError]:
-    """The errors of all pairs by the official evaluation (Real2Code, eval_utils/joint_eval.py).
+    """The errors of the joints that the official evaluation compares (Real2Code, eval_utils/joint_eval.py).
 
-    It compares predicted and true joints position by position, in the order of the predictions with the lowest mean of
-    mean type error, mean degrees and mean metres. Missing and extra joints are dropped and cost nothing; only an empty
-    answer is penalised, with all types wrong. Too few predictions are compared with the first true joints.
+    It compares predicted and true joints position by position. Of all orders of the predictions, it takes the one with
+    the lowest mean of mean type error, mean degrees and mean metres. Missing and extra joints are dropped and cost
+    nothing; only an empty answer is penalised, with all types wrong. Too few predictions are compared with the first
+    true joints.
 
-    Up to MOST_PERMUTATIONS orders are all tried, as in the official code. Beyond that, the optimal assignment of the
-    sum of the three errors finds one.
+    Up to MOST_PERMUTATIONS orders are all tried, as in the official code. Beyond that, the order is the one that
+    minimises the sum of the three errors over all joints.
     """
     if not predicted:
         return [OfficialError(0) for _ in true]

@@ -83,8 +83,8 @@ def read_urdf(path: Path) -> Mobility:
 
 
 def _compose(root: str, parents: dict[str, str], elements: dict[str, ET.Element]) -> Mobility:
-    """The object with all joints in world coordinates: the transforms composed from the root to the leaves. Raises
-    BadRecordError for joints that form a cycle."""
+    """The object with all joints in world coordinates: their transforms are composed from the root to the leaves.
+    Raises BadRecordError for joints that form a cycle, and for an unusable joint."""
     turns = {child: _transform(element) for child, element in elements.items()}
     upright = any(
         parents[child] == root and elements[child].get("type") == "fixed" and np.allclose(turn, UPRIGHT, atol=1e-3)
@@ -144,7 +144,8 @@ def _link(element: ET.Element, end: str) -> str:
 
 
 def _numbers(element: ET.Element | None, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    """Three numbers of an attribute, or the default. Raises BadRecordError for anything else."""
+    """The three numbers of an attribute; the default if it is missing or blank. Raises BadRecordError for anything
+    else."""
     text = element.get(key) if element is not None else None
     if text is None or not text.strip():
         return default

@@ -78,14 +78,16 @@ def records(folder: Path) -> Path:
 
 
 def read_others(recipe: Recipe, folder: Path, pictures: Path, skip: Skip) -> list[PictureQuestion]:
-    """The questions of the test sets and the conversations to train on. Raises DataError if none can be tested."""
+    """The questions of the test sets and the conversations to train on. Unusable ones go to `skip`. Raises DataError if
+    there is no data set to train on, or no usable question to test on."""
     return other_questions(folder, pictures, Samples.model_validate(recipe.preprocess.samples), skip)
 
 
 def read_records(
     recipe: Recipe, folder: Path, records: Path, pictures: Path, others: list[PictureQuestion], skip: Skip
 ) -> list[PictureQuestion]:
-    """The questions to train on in the file `records`, which has captions or whole conversations."""
+    """The questions to train on in the file `records`, which has captions or whole conversations. Unusable and
+    duplicate records, and records with a picture of a test set, go to `skip`."""
     settings = Samples.model_validate(recipe.preprocess.samples)
     return caption_questions(folder, records, pictures, settings, others, skip)
 
@@ -132,8 +134,8 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
 
 
 def read_answer(text: str, sample: Sample) -> str | None:
-    """For MMBench, the letter that a completion means; for TextVQA, the whole completion. None if there is
-    none."""
+    """For MMBench, the letter that a completion means; None if it means none or several. For TextVQA, the whole
+    completion, stripped; None if nothing is left."""
     if sample["meta"]["source"] == MMBENCH:
         return letters.letter_in(text, _meta(sample)["options"])
     return text.strip() or None
@@ -167,8 +169,8 @@ def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, P
 
 
 def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
-    """TextVQA's accuracy in 0..1, or 1 if MMBench's letter is right, else 0. The rotations of an MMBench question count
-    once, with the lowest of their scores (`together`)."""
+    """For TextVQA its accuracy in 0..1; for MMBench 1 if the letter is right, else 0. Eval counts the rotations of an
+    MMBench question once, with the lowest of their scores (`together`)."""
     references = sample["references"]
     if sample["meta"]["source"] == MMBENCH:
         return {"mmbench_accuracy": float(answer in references)}
@@ -177,7 +179,7 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def score_notes(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
-    """Sentences on whose metrics these are, and where they differ from published ones."""
+    """Sentences on the rules by which each metric is computed, and on how it differs from published figures."""
     asked = {sample["meta"]["source"] for sample in samples}
     notes = []
     if TEXTVQA in asked:

@@ -123,7 +123,7 @@ def letter_in(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _bare_letter(line: str) -> str:
-    """A line without all that may surround a letter, in upper case."""
+    """The line in upper case, without markup, and without brackets and punctuation at both ends."""
     return _plain_text(line).strip("()[].:,;!/\"' ").upper()
 
 
@@ -138,7 +138,7 @@ def _plain_text(text: str) -> str:
 
 
 def _without_options(text: str, options: Mapping[str, str]) -> str:
-    """The text with a white square in place of each option whose text contains a letter, such as `vitamin B`."""
+    """The text with a white square in place of each option that contains a lone letter, such as `vitamin B`."""
     texts = {_plain_text(option) for option in options.values()}
     for option in sorted((each for each in texts if len(each) > 1 and _LONE.search(each)), key=len, reverse=True):
         text = re.sub(
@@ -151,8 +151,8 @@ def _without_options(text: str, options: Mapping[str, str]) -> str:
 
 
 def _letters_by_rule(text: str) -> list[str]:
-    """The one letter, perhaps repeated, that the first successful rule of 3 to 6 finds; empty if none finds exactly
-    one."""
+    """The result of the first of the rules 3 to 6 of `letter_in` that finds exactly one letter: that letter, as often
+    as the rule finds it. Empty if no rule does."""
     denied = {
         match.start("letters") + letter.start()
         for pattern in _DENIED
@@ -161,17 +161,25 @@ def _letters_by_rule(text: str) -> list[str]:
     }
     named = {place: letter for place, letter in _lone_letters(text) if place not in denied}
 
-    def finds(pattern: re.Pattern[str]) -> list[str]:
+    def meant_letters(pattern: re.Pattern[str]) -> list[str]:
+        """The letters that a pattern finds, in upper case, without those denied and those that begin a list. Small
+        letters are never left out."""
         return [
             match["letter"].upper()
             for match in pattern.finditer(text)
-            if match["letter"].islower() or (match.start("letter") in named and not _goes_on(text, match, named))
+            if match["letter"].islower()
+            or (match.start("letter") in named and not _is_first_of_several(text, match, named))
         ]
 
     leading = _LEADING.match(text)
     led = {match["letter"] for match in _LED.finditer(text)} | set(leading["letter"] if leading else "")
-    leads = leading and leading.start("letter") in named and not _goes_on(text, leading, named) and len(led) == 1
-    rules = (finds(_STATED)[-1:], finds(_JUDGED), list(led) if leads else [], list(named.values()))
+    leads = (
+        leading
+        and leading.start("letter") in named
+        and not _is_first_of_several(text, leading, named)
+        and len(led) == 1
+    )
+    rules = (meant_letters(_STATED)[-1:], meant_letters(_JUDGED), list(led) if leads else [], list(named.values()))
     return next((found for found in rules if len(set(found)) == 1), [])
 
 
@@ -189,7 +197,7 @@ def _lone_letters(text: str) -> Iterator[tuple[int, str]]:
         yield match.start(), match.group()
 
 
-def _goes_on(text: str, match: re.Match[str], named: Mapping[int, str]) -> bool:
+def _is_first_of_several(text: str, match: re.Match[str], named: Mapping[int, str]) -> bool:
     """Whether the letter that a pattern found is the first of several: `B or C`."""
     following = _NEXT.match(text, match.end("letter"))
     return following is not None and following.start("letter") in named
@@ -199,11 +207,12 @@ def _goes_on(text: str, match: re.Match[str], named: Mapping[int, str]) -> bool:
 
 
 def _comparable_text(text: str) -> str:
+    """The folded text in lower case, without punctuation and blanks at both ends."""
     return _folded_text(text).casefold().strip(".,!?:;\"' ")
 
 
 def _joined_letters(text: str, options: Mapping[str, str]) -> list[str]:
-    """The letters for which the text is only the letter and its option, which begins with a Chinese character."""
+    """The letters whose option begins with a Chinese character, if the text is only letter and option, such as B猫."""
     whole = _comparable_text(text)
     return [
         letter

@@ -50,10 +50,10 @@ class Original:
 
 
 def to_messages(record: Llava) -> tuple[list[Message], list[str]]:
-    """A LLaVA record's messages, and its pictures, one for each `<image>` in them.
+    """A LLaVA record's messages, and the names of its pictures, one for each `<image>` outside the answers.
 
-    Raises BadRecordError if the turns do not alternate and end with an answer, if one is empty, or if `<image>` occurs
-    more or less often than there are pictures.
+    Raises BadRecordError if turns or pictures have another form, if the turns do not alternate and end with an answer,
+    if a turn is empty, or if the number of `<image>` outside the answers is not the number of pictures.
     """
     turns, pictures = turns_of(record), pictures_of(record)
     speakers = [speaker for speaker, _ in turns]
@@ -70,7 +70,7 @@ def to_messages(record: Llava) -> tuple[list[Message], list[str]]:
 
 
 def from_messages(name: str | int, messages: list[Message], pictures: list[str]) -> Llava:
-    """The LLaVA record of messages and their pictures."""
+    """The LLaVA record with the id `name`, made from messages and the names of their pictures."""
     turns = [(_SPEAKERS[message["role"]], message["content"]) for message in messages]
     return _llava_record(name, turns, pictures)
 
@@ -90,7 +90,8 @@ def id_of(record: Mapping[str, Any]) -> str | int:
 
 
 def turns_of(record: Llava) -> list[tuple[str, str]]:
-    """The turns of a LLaVA record, each with speaker and text. Raises BadRecordError for any other form."""
+    """The turns of a LLaVA record, each with speaker and text. An answer that is a number becomes text. Raises
+    BadRecordError for any other form."""
     found = record.get("conversations")
     if not isinstance(found, list) or not found:
         raise BadRecordError("no conversations", repr(found)[:100] if is_given(found) else found_keys(record))
@@ -106,13 +107,15 @@ def turns_of(record: Llava) -> list[tuple[str, str]]:
 
 
 def pictures_of(record: Llava) -> list[str]:
-    """The names of a LLaVA record's pictures. Raises BadRecordError for anything else in `image`."""
+    """The names of a LLaVA record's pictures; empty without `image`. Raises BadRecordError unless `image` is a name or
+    a list of names."""
     found = record.get("image")
     return _list_of_names([found] if isinstance(found, str) else found)
 
 
 def _list_of_names(value: Any) -> list[str]:
-    """The names in a list, without missing ones (`is_given`). Raises BadRecordError for another value."""
+    """The names in a list, without missing names (`is_given`); empty if the list itself is missing. Raises
+    BadRecordError for another value."""
     given = value if is_given(value) else []
     if not isinstance(given, list) or not all(isinstance(name, str) for name in filter(is_given, given)):
         raise BadRecordError("pictures are not a list of names", repr(value)[:100])
@@ -125,7 +128,8 @@ def _list_of_names(value: Any) -> list[str]:
 def to_dj(record: Llava) -> DataJuicer:
     """The Data-Juicer record with all turns of a LLaVA record.
 
-    Raises BadRecordError if a turn contains one of Data-Juicer's marks of a turn, a picture or an end.
+    Raises BadRecordError if the id, the turns or the pictures are unusable, or if a turn contains one of Data-Juicer's
+    marks of a turn, a picture or an end.
     """
     turns = turns_of(record)
     text = "\n".join(f"[[{speaker}]]: {_dj_text(value)}" for speaker, value in turns)
@@ -133,8 +137,9 @@ def to_dj(record: Llava) -> DataJuicer:
 
 
 def to_dj_caption(record: Llava) -> DataJuicer:
-    """The Data-Juicer record with only the answer of a LLaVA record. Raises BadRecordError if there are
-    more turns, or the answer contains a picture or a mark of Data-Juicer."""
+    """The Data-Juicer record with only the answer of a LLaVA record. Raises BadRecordError if the record is unusable,
+    if its turns are not one question and one answer, or if the answer contains `<image>` or one of Data-Juicer's
+    marks."""
     turns, pictures = turns_of(record), pictures_of(record)
     if [speaker for speaker, _ in turns] != ["human", "gpt"]:
         raise BadRecordError("not one question and one answer", f"found {len(turns)} turns")
@@ -154,7 +159,8 @@ def _dj_text(value: str) -> str:
 
 
 def has_turns(record: DataJuicer) -> bool:
-    """Whether a Data-Juicer record has all turns, not only a caption."""
+    """Whether a Data-Juicer record has all turns, not only a caption: whether its text begins with the mark of a turn.
+    Raises BadRecordError if the text is not a string."""
     return _TURN.match(text_of_dj(record)) is not None
 
 
@@ -184,7 +190,7 @@ def restored_record(record: DataJuicer, originals: Mapping[str, Original | None]
 
     The question is found by the record's id; for a caption that Data-Juicer added, by its `original_id`. `originals`
     are by id as text; None if records with the same id have different questions. Raises BadRecordError if there is no
-    question, or more than one.
+    question or more than one, or if the record's id, text or pictures are unusable.
     """
     name = id_of({"id": record["original_id"]} if is_given(record.get("original_id")) else record)
     if str(name) not in originals:
@@ -208,7 +214,8 @@ def _pictures(record: DataJuicer, turns: list[tuple[str, str]]) -> list[str]:
 def caption_in(text: str) -> str:
     """The caption in a Data-Juicer text, without the marks of pictures and end.
 
-    Removes each mark with the one blank or line end beside it. Several chunks become lines.
+    A mark at the start or end is removed with the white space outside it and one blank or line end inside it. Marks
+    further inside separate chunks, which become lines.
     """
     place = DJ_PLACE if DJ_PLACE in text else PLACE
     caption = _without_end(text)
@@ -225,7 +232,7 @@ def caption_in(text: str) -> str:
 
 
 def _without_end(text: str) -> str:
-    """The text without Data-Juicer's mark of the end, and without the blank before it."""
+    """The text without Data-Juicer's mark of the end and one blank before it; unchanged if it does not end with one."""
     if not text.rstrip().endswith(DJ_END):
         return text
     return text.rstrip().removesuffix(DJ_END).removesuffix(" ")

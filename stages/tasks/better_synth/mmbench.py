@@ -83,7 +83,7 @@ class MMBenchRow:
 
 def read_rows(path: Path, skip: Skip) -> Iterator[MMBenchRow]:
     """The usable rows of a TSV, read one at a time. The others go to `skip` with the line on which they end. Raises
-    DataError if a required column is missing."""
+    DataError if a required column is missing, or if the TSV cannot be read."""
     seen: set[int] = set()
     first = first_index((_cell(columns, "answer"), len(_options(columns))) for _, columns in _rows(path))
     for where, columns in _rows(path):
@@ -99,7 +99,8 @@ def read_rows(path: Path, skip: Skip) -> Iterator[MMBenchRow]:
 
 
 def has_rotations(path: Path) -> bool:
-    """Whether a TSV contains the rotations of its questions. Reads until it finds one."""
+    """Whether a TSV contains the rotations of its questions. Reads rows until it finds a rotation. Raises DataError as
+    `read_rows` does."""
     return any((_index(columns) or 0) >= COPIES for _, columns in _rows(path))
 
 
@@ -187,12 +188,13 @@ _EMPTY = frozenset(
 
 
 def _is_empty(text: str) -> bool:
-    """Whether a cell is empty: for pandas, and by LLaVA's rule `nan` and `none` in any case."""
+    """Whether a cell counts as empty: if pandas reads it so, or if it is blank, `nan` or `none` in any case, as in
+    LLaVA's programs."""
     return text in _EMPTY or text.strip().lower() in ("", "nan", "none")
 
 
 def _cell(columns: Mapping[str, str], name: str) -> str:
-    """A cell's text; empty if the column is missing."""
+    """A cell's text; an empty text if the column is missing or the cell counts as empty."""
     text = columns.get(name, "")
     return "" if _is_empty(text) else text
 
@@ -230,8 +232,8 @@ class Round:
 
 
 def rounds(row: MMBenchRow, rotate: bool = True) -> list[Round]:
-    """The rotations of a row, one for each option, each rotated to the left by one more. Without `rotate`, only the row
-    as it is, for a TSV that contains the rotations."""
+    """The rounds of a row, one for each option. In round n the option texts are rotated by n letters towards A. Without
+    `rotate`, only round 0, which is the row as it is."""
     letters = LETTERS[: len(row.options)]
     found = []
     for number in range(len(letters) if rotate else 1):
@@ -243,7 +245,8 @@ def rounds(row: MMBenchRow, rotate: bool = True) -> list[Round]:
 
 
 def incomplete_questions(options: Iterable[tuple[int, int]]) -> list[int]:
-    """The questions that lack a rotation, sorted. `options` has each round's question and its number of options.
+    """The indices of the questions that lack a rotation, sorted: those whose number of rounds is not their number of
+    options. `options` has a pair for each round: the question's index, and its number of options.
 
     Circular evaluation is easier for these questions, so they must be left out.
     """
@@ -272,8 +275,8 @@ LONGEST_CELL = 32_767
 
 
 def upload_row(uploaded: Mapping[str, str], text: str | None) -> dict[str, str | int]:
-    """A row of the upload: its columns, with the completion after the last option. The completion is unchanged but cut
-    to LONGEST_CELL characters, because the server reads the letter by its own rules."""
+    """A row of the upload: the columns of `uploaded`, with the completion after the last option. The completion is
+    unchanged but cut to LONGEST_CELL characters, because the server reads the letter by its own rules."""
     row: dict[str, str | int] = dict(uploaded)
     row["index"] = int(uploaded["index"])
     last = max(place for place, name in enumerate(row) if name in LETTERS)

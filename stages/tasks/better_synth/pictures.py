@@ -114,7 +114,8 @@ class Pictures:
 
 
 def _padded_file(picture: Image.Image) -> bytes:
-    """The file content of an RGB picture centred in a square of its longer side."""
+    """The content of a file with an RGB picture centred in a square of its longer side, on MEAN_COLOUR: JPEG if the
+    picture was JPEG, else PNG."""
     side = max(picture.size)
     square = Image.new("RGB", (side, side), MEAN_COLOUR)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))

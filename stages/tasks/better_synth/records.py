@@ -126,7 +126,7 @@ def records_file(folder: Path) -> Path:
 
 def other_questions(folder: Path, pictures: Path, settings: Samples, skip: Skip) -> list[PictureQuestion]:
     """The questions of the test sets, then the conversations to train on. Unusable ones go to `skip` with file and
-    line. Raises DataError if no question can be tested."""
+    line. Raises DataError if there is no data set to train on, or no usable question to test on."""
     sources(folder)
     skip = Skips(skip)
     store = Pictures(folder, pictures, settings.pad)
@@ -146,7 +146,8 @@ def caption_questions(
 ) -> list[PictureQuestion]:
     """The questions to train on in the file `records`, which has captions or whole conversations.
 
-    `others` has all other questions. A record with a picture that a test question shows goes to `skip`.
+    `others` has all other questions. Unusable and duplicate records, and records with a picture that a test question in
+    `others` shows, go to `skip`. Returns an empty list if `records` does not exist.
     """
     tested = [question for question in others if question.source in (TEXTVQA, MMBENCH)]
     store = Pictures(folder, pictures, settings.pad)
@@ -162,7 +163,8 @@ def _picture_groups(tested: list[PictureQuestion]) -> set[str]:
 
 
 def _finetune_questions(folder: Path, store: Pictures, tested: set[str], skip: Skip) -> Iterator[PictureQuestion]:
-    """The conversations of finetune.json; none without that file."""
+    """The conversations of finetune.json; none if that file is missing. See `_conversations` for what goes to
+    `skip`."""
     path = folder / FILES[FINETUNE]
     if path.is_file():
         yield from _conversations(FINETUNE, path, _record_in, store, tested, skip)
@@ -171,14 +173,15 @@ def _finetune_questions(folder: Path, store: Pictures, tested: set[str], skip: S
 def _pretrain_questions(
     folder: Path, records: Path, store: Pictures, tested: set[str], skip: Skip
 ) -> Iterator[PictureQuestion]:
-    """The questions to train on in the file `records`; none without that file. LLaVA's file has the question of each
-    caption."""
+    """The questions to train on in the file `records`; none if that file is missing. The question of a caption comes
+    from LLaVA's file. See `_conversations` for what goes to `skip`."""
     if not records.is_file():
         return
     path = folder / ORIGINALS
     originals = read_originals(path, skip) if path.is_file() else {}
 
     def read(row: Row) -> Llava:
+        """The LLaVA record of a row, which has all turns or only a caption. Raises BadRecordError if it is unusable."""
         record = _record_in(row)
         if has_turns(record):
             return from_dj(record)
@@ -188,8 +191,8 @@ def _pretrain_questions(
 
 
 def read_originals(path: Path, skip: Skip) -> dict[str, Original | None]:
-    """The questions of a LLaVA file by id as text; None if records with the same id have different questions. Unusable
-    records go to `skip`."""
+    """The first question of each record of a LLaVA file, by id as text; None for an id whose records have different
+    questions. Unusable records go to `skip`."""
     found: dict[str, Original | None] = {}
     for row in read_rows(path):
         try:
@@ -220,9 +223,9 @@ def _record_in(row: Row) -> dict[str, Any]:
 def _conversations(
     source: str, path: Path, read: Callable[[Row], Llava], store: Pictures, tested: set[str], skip: Skip
 ) -> Iterator[PictureQuestion]:
-    """The conversations of a file; `read` converts a row to a LLaVA record. Later ones with the same id get a number:
-    ids repeat in LLaVA's own mix, and if Data-Juicer writes a second caption. Unusable and duplicate records, and those
-    that show a picture of a test set, go to `skip`."""
+    """The conversations of a file; `read` converts a row to a LLaVA record. If an id repeats, as in LLaVA's own mix and
+    when Data-Juicer adds a second caption, `#2`, `#3` and so on make the later ids unique. Unusable and duplicate
+    records, and those that show a picture of a test set, go to `skip`."""
     times: dict[str, int] = {}
     seen: set[str] = set()
     for row, record in _read_records(path, read, store):
@@ -246,9 +249,11 @@ def _conversations(
 def _read_records(
     path: Path, read: Callable[[Row], Llava], store: Pictures
 ) -> Iterator[tuple[Row, Llava | BadRecordError]]:
-    """The rows of a file, each with its LLaVA record or the record's error. The pictures of the records are stored."""
+    """The rows of a file, each with its LLaVA record or the record's error. Stores the pictures of a batch of AHEAD
+    records before it yields the first of them."""
 
-    def attempt(row: Row) -> Llava | BadRecordError:
+    def record_or_error(row: Row) -> Llava | BadRecordError:
+        """The LLaVA record of a row, or the error that makes it or its list of pictures unusable."""
         try:
             record = read(row)
             pictures_of(record)
@@ -258,7 +263,7 @@ def _read_records(
 
     rows = read_rows(path)
     while batch := list(islice(rows, AHEAD)):
-        records = [attempt(row) for row in batch]
+        records = [record_or_error(row) for row in batch]
         store.fetch(name for one in records if not isinstance(one, BadRecordError) for name in pictures_of(one))
         yield from zip(batch, records, strict=True)
 
@@ -273,7 +278,7 @@ def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestio
     return PictureQuestion(
         id=f"{source}/{name}",
         source=source,
-        messages=tuple(map(_escaped, asked)),
+        messages=tuple(map(_escape_answer, asked)),
         images=tuple(image.name for image in images),
         answers=(answer["content"].strip(),),
         group=groups[0] if groups else f"text-{digest_of(messages[0])[:16]}",
@@ -282,8 +287,9 @@ def _conversation(record: Llava, source: str, store: Pictures) -> PictureQuestio
     )
 
 
-def _escaped(message: Message) -> Message:
-    """The message with `<image>` escaped if it is an answer. In other messages, `<image>` is the place of a picture."""
+def _escape_answer(message: Message) -> Message:
+    """The message, with `<image>` escaped in an answer. In other messages `<image>` stays: it is the place of a
+    picture."""
     pieces = message["content"].split(PLACE) if message["role"] != "assistant" else [message["content"]]
     return {"role": message["role"], "content": PLACE.join(map(escape_places, pieces))}
 
@@ -292,12 +298,13 @@ def _escaped(message: Message) -> Message:
 
 
 def _picture_message(text: str) -> tuple[Message, ...]:
-    """One user message: a picture, then the text."""
+    """One user message in a tuple: the place of a picture, then the text."""
     return ({"role": "user", "content": f"{PLACE}\n{escape_places(text)}"},)
 
 
 def _textvqa_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> Iterator[PictureQuestion]:
-    """TextVQA's questions with their pictures; none without its file."""
+    """TextVQA's questions with their pictures; none if textvqa.jsonl is missing. Unusable lines go to `skip`. Raises
+    DataError if the annotations are unusable."""
     path, annotations = folder / FILES[TEXTVQA], folder / ANNOTATIONS
     if not path.is_file():
         return
@@ -345,11 +352,11 @@ def _with_stored_picture(question: PictureQuestion, picture: StoredPicture) -> P
 
 
 def _mmbench_questions(folder: Path, settings: Samples, store: Pictures, skip: Skip) -> list[PictureQuestion]:
-    """MMBench's questions, each repeated with its options rotated; none without its file.
+    """MMBench's questions, each once for every rotation of its options; none if mmbench.tsv is missing.
 
-    A question without an answer is asked once, and so is each row of a table that contains the rotations, and each
-    question without `circular`. With `circular`, questions of a table with rotations that lack one go to `skip`,
-    because they would be easier.
+    Without `circular`, a row is asked once. So is a row without an answer, and a row of a table that contains the
+    rotations. With `circular`, if such a table lacks a rotation of a question, all rounds of that question go to
+    `skip`, because it would be easier to get right. Unusable rows also go to `skip`.
     """
     path = folder / FILES[MMBENCH]
     if not path.is_file():
@@ -378,7 +385,11 @@ def _mmbench_questions(folder: Path, settings: Samples, store: Pictures, skip: S
 def _picture_of(
     row: mmbench.MMBenchRow, shown: dict[int, StoredPicture], store: Pictures
 ) -> tuple[StoredPicture | None, str | None]:
-    """A row's picture and None, or None and the reason why there is none. An earlier row may have the picture."""
+    """A row's picture and None, or None and the reason why there is none.
+
+    `shown` has the pictures of earlier rows by index, because a row may name another row's picture. A row's own picture
+    is added to it.
+    """
     if row.picture_of != row.index:
         other = shown.get(row.picture_of)
         return other, None if other else f"its picture is that of row {row.picture_of}, which has none before it"
@@ -418,8 +429,8 @@ def _mmbench_question(row: mmbench.MMBenchRow, turn: mmbench.Round, circular: bo
 def asked_rows(folder: Path, tested: list[PictureQuestion]) -> list[dict[str, Any]]:
     """The rows of the submission: one for each TextVQA question and each row of MMBench's table, in the files' order.
 
-    `asked` has the keys of LLaVA's lines about the question, `ids` the ids of its samples, one for each rotation. The
-    first one is submitted.
+    `asked` has the keys of LLaVA's lines that describe the question, `ids` the ids of its samples, one for each
+    rotation. The completion for the first sample is submitted.
     """
     rows: dict[str, dict[str, Any]] = {}
     for question in tested:
@@ -435,5 +446,6 @@ def asked_rows(folder: Path, tested: list[PictureQuestion]) -> list[dict[str, An
 
 
 def _without_picture(text: str) -> str:
-    """The text of a prompt without its picture."""
+    """The text of a prompt, without the place of its picture, and with `<image>` in the data's text no longer
+    escaped."""
     return unescape_places(text.removeprefix(f"{PLACE}\n"))

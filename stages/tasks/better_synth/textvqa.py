@@ -138,9 +138,10 @@ with a capital (so "Im" stays "im") or with `'s`; and entries that change nothin
 
 
 def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> Iterator[TextVqaQuestion]:
-    """The questions of a file, line by line. Unusable lines go to `skip`, including those without an annotation.
+    """The questions of a file, read one at a time. Unusable lines go to `skip`, including questions without an
+    annotation.
 
-    `annotations` is None if the questions are not scored.
+    `annotations` is None if the questions are not scored; then none needs an annotation.
     """
     for place, line in lines_in(path):
         where = f"{path.name}:{place}"
@@ -151,7 +152,8 @@ def read_questions(path: Path, annotations: Annotations | None, skip: Skip) -> I
 
 
 def _question(line: Row, annotations: Annotations | None, where: str) -> TextVqaQuestion:
-    """The question in a line. Raises BadRecordError if the line is unusable or has no annotation."""
+    """The question in a line. Raises BadRecordError if the line is unusable, or if `annotations` lacks the question or
+    has another number of answers than HUMANS for it."""
     record = object_in(line)
     name, image = _id(record, "question_id"), text_of(record, "image")
     text_of(record, "text")
@@ -186,8 +188,8 @@ def question_in(prompt: str) -> str:
 
 
 def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
-    """Human answers by image id and lower-case question, none if the file gives none. If a question occurs twice, the
-    last one counts, as in LLaVA. Raises DataError for a file of another form."""
+    """Human answers by image id and lower-case question, empty for a question without any. If a question occurs twice,
+    the last occurrence counts, as in LLaVA. Raises DataError for a file of another form."""
     try:
         content = json.loads(decode(path.read_bytes()), parse_float=JsonFloat)
         return {
@@ -201,17 +203,17 @@ def read_annotations(path: Path) -> dict[tuple[str, str], list[str]]:
 
 
 def _texts(values: object) -> list[str]:
-    """Human answers as texts. A missing answer becomes an empty text; if all are missing, the list is empty. Raises
-    TypeError for other values."""
+    """Human answers, texts or numbers, as texts. A missing answer becomes an empty text; if all are missing, the list
+    is empty. Raises TypeError for other values."""
     if not is_given(values):
         return []
     if not isinstance(values, list):
-        raise TypeError("answers are not a list of strings")
+        raise TypeError(f"answers are not a list of texts or numbers, found {values!r}"[:200])
     if not any(map(is_given, values)):
         return []
     found = [text_or_number(value) if is_given(value) else "" for value in values]
     if None in found:
-        raise TypeError("answers are not a list of strings")
+        raise TypeError(f"answers are not a list of texts or numbers, found {values!r}"[:200])
     return [str(text) for text in found]
 
 

@@ -30,7 +30,7 @@ _ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "co", "corp
 
 def cmrc_exact_match(answer: str, reference: str) -> float:
     """1 if both are equal in lower case and without the signs that do not count, else 0."""
-    return float(_counted(answer) == _counted(reference))
+    return float(_without_uncounted_signs(answer) == _without_uncounted_signs(reference))
 
 
 def cmrc_f1(answer: str, reference: str) -> float:
@@ -41,11 +41,11 @@ def cmrc_f1(answer: str, reference: str) -> float:
 
 
 def segments(text: str) -> list[str]:
-    """The Chinese characters and the words of other scripts, in order, in lower case and without the signs that do not
-    count."""
+    """The tokens of a text, in order and in lower case: Chinese characters, words of other scripts, and signs, without
+    the signs that do not count."""
     found: list[str] = []
     run = ""
-    for character in _counted(text):
+    for character in _without_uncounted_signs(text):
         if _CHINESE.match(character):
             found += [*_words(run), character]
             run = ""
@@ -54,7 +54,8 @@ def segments(text: str) -> list[str]:
     return [*found, *_words(run)]
 
 
-def _counted(text: str) -> str:
+def _without_uncounted_signs(text: str) -> str:
+    """The text in lower case, stripped, without the signs that do not count."""
     return "".join(character for character in text.lower().strip() if character not in _LEFT_OUT)
 
 

@@ -54,8 +54,8 @@ def _encoding_of(path: Path, size: int, changed: int) -> str:
 
 
 def other_encodings(folder: Path) -> dict[str, str]:
-    """The encodings (`GBK`, `UTF-16` or `UTF-32`) of the data files below a folder that are not UTF-8, by path relative
-    to it. Files in `documents/` are left out."""
+    """The encodings (`GBK`, `UTF-16` or `UTF-32`) of text files in other encodings than UTF-8, by path relative to
+    `folder`. Checks the data files below `folder` whose names end with one of ENDINGS, except those in `documents/`."""
     found = {}
     for path in data_files(folder):
         inside = path.relative_to(folder)
@@ -71,7 +71,8 @@ def _wide_encoding(beginning: bytes) -> str | None:
 
 
 def _is_gbk(lines: Iterator[bytes] | list[bytes]) -> bool:
-    """Whether lines, some of which are not UTF-8, are GBK."""
+    """Whether lines, some of which are not UTF-8, are GBK: all must be valid GBK, most of those that are not ASCII must
+    be invalid UTF-8, and at least the share COMMON of their characters outside ASCII must be in GB2312."""
     utf8 = other = common = characters = 0
     for line in lines:
         if line.isascii():

@@ -75,7 +75,8 @@ def figure_named(text: str) -> str | None:
 
 
 def figure_labelled(text: str) -> tuple[str, str] | None:
-    """The figure that a text begins with, and the rest of the text: `图2 剖视图` -> (`2`, ` 剖视图`). Else None."""
+    """The figure that a text begins with, and the rest of the text: `图2 剖视图` -> (`2`, ` 剖视图`). None if the text
+    begins otherwise."""
     text = unicodedata.normalize("NFKC", text).strip().removeprefix("附")
     for match in filter(None, (pattern.match(text) for pattern in _FIGURE_PATTERNS[:2])):
         figure = _figure(match)
@@ -84,7 +85,7 @@ def figure_labelled(text: str) -> tuple[str, str] | None:
 
 
 def _figure(match: re.Match[str]) -> str | None:
-    """The figure of a match as number and letter; None for a number that is not well-formed."""
+    """The figure of a match as number and letter; None if its number is 0 or not well-formed."""
     digits, numeral, *letters = match.groups()
     number = int(digits) if digits else chinese_number(numeral)
     return f"{number}{''.join(filter(None, letters)).lower()}" if number else None
@@ -97,7 +98,8 @@ def asks_position(text: str) -> bool:
 
 
 def chinese_number(text: str) -> int | None:
-    """The value of a Chinese numeral; None if it is not well-formed. It must consist of Chinese digits, 十, 百 and 千.
+    """The value of a Chinese numeral; None if it is not well-formed. `text` may contain only Chinese digits, 十, 百 and
+    千.
 
     `二十一` -> 21, `一百零五` -> 105, `一百五` -> 150 (spoken form), and a row of digits: `一二` -> 12.
     """

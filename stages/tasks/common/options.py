@@ -21,12 +21,12 @@ _LABELLED = re.compile(
 
 
 def options_of(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The texts of options without letters before them, and the labels that the data give them; no labels if there are
-    none.
+    """The texts of options without letters before them, and the labels that the data give the options. Without labels
+    in the data, the second tuple is empty.
 
     `value` is a list of texts or numbers, with or without letters before them, or an object of texts or numbers by
     label: `{"A": "red", "B": "blue"}`, or `{"label": ["A", "B"], "text": ["red", "blue"]}`. After the second option,
-    null or empty ones at the end are left out. Raises BadRecordError for anything else.
+    null and empty options at the end are left out. Raises BadRecordError for anything else.
     """
     labels: tuple[str, ...] = ()
     values = value
@@ -77,6 +77,7 @@ def first_index(answers: Iterable[tuple[Any, int]]) -> int:
 
 
 def _number_in(answer: Any) -> str | None:
+    """The number that is all of an answer, as text, apart from what `_label_in` ignores; None for any other answer."""
     label = _label_of(answer)
     return label if label is not None and label.isdecimal() else None
 
@@ -125,4 +126,5 @@ def letter_of(answer: Any, options: tuple[str, ...], labels: tuple[str, ...] = (
 
 
 def _is_same_text(option: str, answer: str) -> bool:
+    """Whether an option and an answer, which is in NFKC already, differ at most in width, case and white space."""
     return " ".join(unicodedata.normalize("NFKC", option).split()).casefold() == " ".join(answer.split()).casefold()

@@ -14,8 +14,8 @@ def on_one_line(text: str) -> str:
 
 
 def learnt_answer(answers: Sequence[str]) -> str | None:
-    """The completion to learn, if it is not the first answer as given: that answer on one line. None if both are equal,
-    or without an answer."""
+    """The first answer on one line, for training to learn instead of the answer as given. None if both are equal, or if
+    there is no answer."""
     line = on_one_line(answers[0]) if answers else None
     return line if answers and line != answers[0] else None
 
@@ -43,16 +43,21 @@ def scores(
     if not pairs:
         raise ValueError("references: empty, so the answer cannot be scored; pass at least one")
 
-    def best(metric: Callable[[str, str], float], first: Callable[[str], str] = str) -> float:
+    def highest_score(metric: Callable[[str, str], float], first: Callable[[str], str] = str) -> float:
+        """The best score over all references, after `first` is applied to answer and reference."""
         return max(metric(first(given), first(reference)) for given, reference in pairs)
 
-    chinese = {"cmrc_exact_match": best(cmrc_exact_match), "cmrc_f1": best(cmrc_f1)} if is_about_chinese(sample) else {}
+    chinese = (
+        {"cmrc_exact_match": highest_score(cmrc_exact_match), "cmrc_f1": highest_score(cmrc_f1)}
+        if is_about_chinese(sample)
+        else {}
+    )
     return {
-        "exact_match": best(metrics.exact_match, squad_first),
-        "f1": best(metrics.token_f1, squad_first),
+        "exact_match": highest_score(metrics.exact_match, squad_first),
+        "f1": highest_score(metrics.token_f1, squad_first),
         **chinese,
-        "character_exact_match": best(metrics.character_exact_match),
-        "character_f1": best(metrics.character_f1),
+        "character_exact_match": highest_score(metrics.character_exact_match),
+        "character_f1": highest_score(metrics.character_f1),
     }
 
 
@@ -62,7 +67,8 @@ def is_about_chinese(sample: Sample) -> bool:
 
 
 def score_notes(samples: Sequence[Sample]) -> list[str]:
-    """Sentences on whose scores these are, and on references of which SQuAD's rules leave nothing."""
+    """Sentences on the rules by which each metric is computed, and on the number of samples with a reference that is
+    empty after SQuAD's normalisation."""
     chinese = sum(map(is_about_chinese, samples))
     cmrc = (
         f" CMRC 2018's: cmrc_exact_match, cmrc_f1 ({chinese} of {len(samples)} samples, in Chinese);" if chinese else ""

@@ -14,6 +14,7 @@ class Skips:
         self._seen: list[dict[str, str]] = []
 
     def __call__(self, what: str, reason: str, detail: str = "") -> None:
+        """Remember the skip, and pass it on."""
         self._seen.append({"what": what, "reason": reason, "detail": detail})
         self._skip(what, reason, detail)
 
@@ -24,8 +25,9 @@ class Skips:
 
 
 def commonest_reason(skipped: Sequence[Mapping[str, str]]) -> str:
-    """Why nothing usable is left, for a message: how many records were skipped, the most common reason, and the
-    first record that was skipped for it, with what was found there."""
+    """Why nothing usable is left, as the end of a message: how often the most common reason occurs among all skips, and
+    the first record with that reason, with what was found there. If nothing was skipped, the text says that there is no
+    record."""
     if not skipped:
         return "there is no record; put some there"
     reason, count = Counter(one["reason"] for one in skipped).most_common(1)[0]

@@ -68,7 +68,8 @@ def names_in(folder: Path) -> str:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a data set, a file or a folder of files. Raises DataError for a folder with missing parts."""
+    """The rows of a data set, which is a file or a folder of files. Raises DataError for a folder with missing
+    parts."""
     if path.is_dir():
         for file, split in _files(path):
             yield from _read_file(file, str(file.relative_to(path.parent)), split)
@@ -77,8 +78,8 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _files(folder: Path) -> list[tuple[Path, Split | None]]:
-    """The data files of a folder in order, each with the split that its name or its folder's name states. Raises
-    DataError if the folder's metadata list a missing part."""
+    """The data files of a folder in the order in which to read them, each with the split that its name or its folder's
+    name states. Raises DataError if the folder's metadata list a missing part."""
     saved = _json(folder / "dataset_dict.json")
     if isinstance(saved, dict) and isinstance(saved.get("splits"), list):
         parts = [folder / str(name) for name in saved["splits"]]
@@ -169,6 +170,7 @@ class JsonFloat(float):
 
 
 def _read_constant(name: str) -> None:
+    """None, in place of NaN. Raises ValueError for `Infinity` and `-Infinity`."""
     if name != "NaN":
         raise ValueError(f"{name} is not JSON")
 
@@ -204,7 +206,7 @@ def _read_text(path: Path, row: MakeRow) -> Iterator[Row]:
 
 
 def _beginning(path: Path) -> str:
-    """The first 4,096 bytes of a file as text, from its first character on that is not white space."""
+    """The start of a file as text: 4,096 bytes from the first character that is not white space."""
     found = b""
     for line in utf8_lines(path):
         found = (found + line).lstrip()
@@ -274,7 +276,7 @@ def _read_elements(text: str, place: int, array: bool, row: MakeRow) -> Iterator
 
 
 def _after_space(text: str, place: int) -> int:
-    """The place of the first character from `place` on that is not white space."""
+    """The place of the next character that is not white space, at `place` or later; the end of the text if none is."""
     found = _SPACE.match(text, place)
     return found.end() if found else place
 
@@ -304,7 +306,8 @@ def _next_element(text: str, place: int, key: str) -> int:
 
 
 def _is_element(text: str, place: int, opening: re.Pattern[str]) -> bool:
-    """Whether the object at a place is complete, and followed by another one or by the end of the array."""
+    """Whether the object at a place is complete, and followed by an object that `opening` matches or by the end of the
+    array."""
     try:
         _, end = _DECODER.raw_decode(text, place)
     except (ValueError, RecursionError):

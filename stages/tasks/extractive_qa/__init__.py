@@ -87,5 +87,5 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def score_notes(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
-    """Sentences on whose scores these are; see `short_answers.score_notes`."""
+    """Sentences on the rules by which each metric is computed; see `short_answers.score_notes`."""
     return short_answers.score_notes(samples)

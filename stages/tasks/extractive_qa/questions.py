@@ -36,8 +36,8 @@ class ContextQuestion:
 
 
 def sources(folder: Path) -> list[str]:
-    """The names of the data sets in the data folder, sorted. Raises DataError if there is none, or if a name
-    is ambiguous."""
+    """The names of the data sets in the data folder, sorted. Raises DataError if there is none, if two have the same
+    name, or if there are several and each is named after a split."""
     return sorted(_data_sets(folder))
 
 
@@ -77,8 +77,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[ContextQuestion]:
-    """All usable questions, in the order of the data sets' names. Unusable records go to `skip` with file and line, and
-    entries that are not data sets with their names. Raises DataError if no question is usable."""
+    """All usable questions, in the order of the data sets' names. Unusable records go to `skip` with file and line.
+    Files and folders that are not data sets go there by name, except README, LICENSE and NOTICE. Raises DataError if no
+    question is usable, and as `sources` does."""
     data_sets, skip = _data_sets(folder), Skips(skip)
     for path in _entries(folder):
         if path not in data_sets.values() and path.stem.upper() not in ("README", "LICENSE", "NOTICE"):
@@ -125,12 +126,13 @@ def _read_data_set(source: str, path: Path, skip: Skip) -> list[ContextQuestion]
 
 
 def _split_uses(stated: set[Split]) -> dict[Split, Given]:
-    """How Lorry uses each split that a data set states; a split that is missing here is Lorry's to choose.
+    """How Lorry uses each split that a data set states. Lorry itself splits questions whose stated split is not a key
+    of the result.
 
     The test split is the test set. With a test split, the validation split is trained on, because Lorry holds out its
-    own part of the training data to choose checkpoints. With a training split but no test split, the
-    validation split is the test set, as for SQuAD, whose test set is not public. A training or validation split alone
-    states nothing: Lorry splits the data set itself.
+    own part of the training data to choose checkpoints. With a training split but no test split, the validation split
+    is the test set, as for SQuAD, whose test set is not public. If a data set states only a training split, or only a
+    validation split, Lorry splits it itself.
     """
     splits: dict[Split, Given] = {"test": "test"}
     if stated & {"test", "validation"}:
@@ -148,19 +150,20 @@ def _with_groups(questions: list[ContextQuestion]) -> list[ContextQuestion]:
     Questions about the same context fall into one group, whatever their data sets. So do questions of one data set that
     state the same group. The name of a group does not depend on the order of questions.
     """
-    above: dict[str, str] = {}
+    parents: dict[str, str] = {}
 
-    def top(name: str) -> str:
-        while above.setdefault(name, name) != name:
-            above[name] = name = above[above[name]]
+    def root_of(name: str) -> str:
+        """The name of the whole group that a name belongs to: the root of its tree in `parents`, a union-find."""
+        while parents.setdefault(name, name) != name:
+            parents[name] = name = parents[parents[name]]  # each step halves the path, so later look-ups are fast
         return name
 
     shared = [_group_name(question) for question in questions]
     for question, name in zip(questions, shared, strict=True):
         if question.group:
-            first, second = sorted((top(name), top(f"{question.source}/{question.group}")))
-            above[second] = first
-    return [replace(question, group=top(name)) for question, name in zip(questions, shared, strict=True)]
+            first, second = sorted((root_of(name), root_of(f"{question.source}/{question.group}")))
+            parents[second] = first
+    return [replace(question, group=root_of(name)) for question, name in zip(questions, shared, strict=True)]
 
 
 def _group_name(question: ContextQuestion) -> str:
@@ -179,8 +182,8 @@ def asked_rows(folder: Path, tested: list[ContextQuestion]) -> list[dict[str, An
 
 
 def _nested_records(record: Any) -> Iterator[Any]:
-    """The records of single questions in a record of SQuAD's own files, where articles contain paragraphs with
-    questions. Any other record is its own only one."""
+    """The records of single questions in a record of SQuAD's own files, where articles contain paragraphs and
+    paragraphs contain questions. A record of another form is yielded unchanged."""
     if not isinstance(record, dict):
         yield record
     elif isinstance(record.get("data"), list):
@@ -188,24 +191,25 @@ def _nested_records(record: Any) -> Iterator[Any]:
             yield from _nested_records(article)
     elif isinstance(record.get("paragraphs"), list):
         for paragraph in record["paragraphs"]:
-            yield from _nested_records(_with_those_above(paragraph, record, "title"))
+            yield from _nested_records(_with_inherited_fields(paragraph, record, "title"))
     elif isinstance(record.get("qas"), list):
         for question in record["qas"]:
-            yield _with_those_above(question, record, "title", "group", "context")
+            yield _with_inherited_fields(question, record, "title", "group", "context")
     else:
         yield record
 
 
-def _with_those_above(nested: Any, record: dict[str, Any], *fields: str) -> Any:
-    """A nested record, with each of `fields` that it lacks copied from the record around it."""
+def _with_inherited_fields(nested: Any, record: dict[str, Any], *fields: str) -> Any:
+    """A nested record, with each of `fields` that it lacks copied from the record that contains it. Anything but an
+    object is returned unchanged."""
     if not isinstance(nested, dict):
         return nested
     return {**nested, **{field: record.get(field) for field in fields if not is_given(nested.get(field))}}
 
 
 def _parse_record(record: Any) -> tuple[str, ContextQuestion]:
-    """A record's id, empty if it has none, and its question without id and source. Raises BadRecordError if it is
-    unusable."""
+    """A record's id, empty if it has none, and its question, whose id, source and split are not set yet. Raises
+    BadRecordError if the record is unusable."""
     if not isinstance(record, dict):
         raise BadRecordError("not a JSON object", f"found {type(record).__name__}")
     messages = record.get("messages")
@@ -218,8 +222,8 @@ def _parse_record(record: Any) -> tuple[str, ContextQuestion]:
         raise BadRecordError("empty question")
     if not answers:
         raise BadRecordError("no answer", found_keys(record))
-    group = _name(record, "group") or _name(record, "title")
-    return _name(record, "id"), ContextQuestion("", text, context, answers, "", group, None)
+    group = _string_or_integer(record, "group") or _string_or_integer(record, "title")
+    return _string_or_integer(record, "id"), ContextQuestion("", text, context, answers, "", group, None)
 
 
 _CONTEXT = re.compile(r"\s*(?:context|上下文)\s*[:：]", re.IGNORECASE)
@@ -231,9 +235,9 @@ def _parse_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
     """Context, question and answers of a conversation. A system message is allowed and ignored: the task has its own.
     Raises BadRecordError for another form.
 
-    The context begins after the marker at the start of the text, and the question after the last marker at the start
-    of a line, so both may contain the marker's words. If no question marker is at the start of a line, the
-    last one after a sentence or white space counts. Unless both markers are found, the whole text is the question.
+    The context begins after the marker at the start of the text, and the question after the last marker at the start of
+    a line, so context and question may contain the words of a marker. If no question marker is at the start of a line,
+    the last one after a sentence or white space counts. Unless both markers are found, the whole text is the question.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecordError("messages is not a list of objects", repr(messages)[:100])
@@ -248,7 +252,7 @@ def _parse_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:
     found = ("", asked)
     if context and questions and questions[-1].start() >= context.end():
         found = (asked[context.end() : questions[-1].start()].strip(), asked[questions[-1].end() :].strip())
-    return *found, _lines(answer)
+    return *found, _tidy_answers(answer)
 
 
 def _text(record: dict[str, Any], field: str) -> str:
@@ -261,35 +265,38 @@ def _text(record: dict[str, Any], field: str) -> str:
 
 
 def _texts(record: dict[str, Any], field: str) -> list[str]:
-    """The text or number of a field as text, in a list of one. Raises BadRecordError for any other value."""
+    """A field's text, number or truth value as text, in a list of one. Raises BadRecordError if the field is missing or
+    has another value."""
     number = None if isinstance(record.get(field), str) else text_or_number(record.get(field))
     return [_text(record, field) if number is None else number]
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
-    """The answers in `answers`, or else in `answer`: a text or number, a list of them or of `{"text"}`, or
-    `{"text": [...]}`. Raises BadRecordError for any other value."""
+    """The answers in `answers`, or in `answer` if `answers` has none; empty if both have none. Either field is a text
+    or number, a list of them or of `{"text"}`, or `{"text": [...]}`. Raises BadRecordError for any other value."""
     for value in (record.get("answers"), record.get("answer")):
         given = value.get("text") if isinstance(value, dict) else value
-        texts = texts_of([one.get("text") if isinstance(one, dict) else one for one in _listed(given)])
+        texts = texts_of([one.get("text") if isinstance(one, dict) else one for one in _as_list(given)])
         if texts is None:
             raise BadRecordError("answer is neither a text nor a number, nor a list of them", repr(value)[:100])
         if texts:
-            return _lines(texts)
+            return _tidy_answers(texts)
     return ()
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
+    """A list unchanged; any other value as the only element of a list."""
     return value if isinstance(value, list) else [value]
 
 
-def _lines(texts: list[str]) -> tuple[str, ...]:
-    """The texts without blank lines and superfluous blanks. Empty and repeated texts are left out."""
+def _tidy_answers(texts: list[str]) -> tuple[str, ...]:
+    """The answers without blank lines, and with one blank for each run of white space in a line. Empty and repeated
+    answers are left out."""
     found = ("\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip()) for text in texts)
     return tuple(dict.fromkeys(filter(None, found)))
 
 
-def _name(record: dict[str, Any], field: str) -> str:
+def _string_or_integer(record: dict[str, Any], field: str) -> str:
     """A field's string or integer as text; empty for anything else."""
     value = record.get(field)
     return str(value).strip() if isinstance(value, str) or type(value) is int else ""

@@ -61,7 +61,8 @@ class Passes(Section):
 
 
 def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip) -> list[LogicQuestion]:
-    """The sub-questions of all files. Unusable ones go to `skip`. Raises DataError if none is usable."""
+    """The usable sub-questions of all files. Unusable ones go to `skip`. Raises DataError if none is usable, or if
+    there is no file to train on."""
     return read_problems(folder, skip)
 
 
@@ -116,7 +117,7 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
 
 
 def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
-    """The one prompt, which retries repeat."""
+    """The one prompt, which retries repeat and to which no earlier completion adds tokens."""
     return [(Ask(sample["messages"]), 0)]
 
 
@@ -126,7 +127,8 @@ def read_answer(text: str, sample: Sample) -> str | None:
 
 
 def narrowed_sample(sample: Sample, answers: Sequence[str]) -> Sample | None:
-    """The question with only these options, which keep their letters; None if fewer than two would remain, or all."""
+    """The sample with only these options, which keep their letters. None if fewer than two options would remain, or if
+    none would be removed."""
     meta = _meta(sample)
     options = {letter: option for letter, option in meta["options"].items() if letter in answers}
     if len(options) < 2 or len(options) == len(meta["options"]):

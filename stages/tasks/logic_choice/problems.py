@@ -68,11 +68,13 @@ class _Problem:
 
     @property
     def parts_without_answers(self) -> tuple[tuple[str, tuple[str, ...]] | None, ...]:
-        """The text and options of each sub-question. Answers are left out, because some files may lack them."""
+        """The text and options of each sub-question; None for an unusable one. Answers are left out, because some files
+        may lack them."""
         return tuple((part.text, part.options) if part else None for part in self.parts)
 
     def question(self, index: int, source: str) -> LogicQuestion | None:
-        """The sub-question at a position, to train on; None if it is unusable."""
+        """The sub-question at a position, as in a file that is only trained on: its id ends with `@<source>`, and its
+        split is `train only`. None if it is unusable."""
         part = self.parts[index]
         if part is None:
             return None
@@ -113,7 +115,7 @@ def _jsonl_files(folder: Path, part: str) -> list[Path]:
 
 def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
     """The sub-questions of all files, those of test.jsonl first. Unusable lines and sub-questions go to `skip` with
-    file and line. Raises DataError if no sub-question is usable."""
+    file and line. Raises DataError if no sub-question is usable, and as `sources` does."""
     sources(folder)
     skip = Skips(skip)
     problems = _read_file(folder / "test.jsonl", skip) if (folder / "test.jsonl").is_file() else []
@@ -146,13 +148,14 @@ def read_problems(folder: Path, skip: Skip) -> list[LogicQuestion]:
 
 
 def _add(questions: dict[str, LogicQuestion], question: LogicQuestion) -> None:
-    """Add a question under its id."""
+    """Add a question under its id, which must be new."""
     assert question.id not in questions, question.id  # ids contain the file's name, which is unique
     questions[question.id] = question
 
 
 def _read_file(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
-    """The usable problems of a file, each with file and line. Unusable lines and sub-questions go to `skip`."""
+    """The usable problems of a file, each with file and line. Unusable lines and sub-questions go to `skip`, and so do
+    lines with the id of an earlier problem."""
     found: dict[str, tuple[str, _Problem]] = {}
     lines = list(_lines(path))
     first = first_index(_answers(line.record for _, line in lines))
@@ -170,7 +173,8 @@ def _read_file(path: Path, skip: Skip) -> list[tuple[str, _Problem]]:
 
 
 def _answers(records: Iterable[Any]) -> Iterator[tuple[Any, int]]:
-    """Each answer in problem records, with the number of its options."""
+    """Each answer in problem records, with the number of options of its sub-question. Sub-questions with unusable
+    options are left out."""
     for record in records:
         questions = record.get("questions") if isinstance(record, dict) else None
         for question in questions if isinstance(questions, list) else []:
@@ -180,14 +184,14 @@ def _answers(records: Iterable[Any]) -> Iterator[tuple[Any, int]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """The lines of a file, each with file and place: `sources/a.jsonl:7`."""
+    """The lines of a file, each as a pair: file name with line number, such as `sources/a.jsonl:7`, and row."""
     name = path.name if path.stem in (TRAIN, TEST) else f"{path.parent.name}/{path.name}"
     yield from ((f"{name}:{place}", line) for place, line in lines_in(path))
 
 
 def _questions(problem: _Problem, source: str, where: str, skip: Skip) -> Iterator[LogicQuestion]:
-    """The usable sub-questions of a problem. Only those of test.jsonl may lack an answer; others without one go to
-    `skip`."""
+    """The usable sub-questions of a problem. Only those of test.jsonl may lack an answer; without an answer, those of
+    other files go to `skip`."""
     for index in range(len(problem.parts)):
         question = problem.question(index, source)
         if question is None:
@@ -199,8 +203,8 @@ def _questions(problem: _Problem, source: str, where: str, skip: Skip) -> Iterat
 
 
 def _labelled_questions(path: Path, by_id: dict[str, list[_Problem]], skip: Skip) -> Iterator[LogicQuestion]:
-    """The sub-questions that a file of guesses answers, with these answers, matched by problem id and index. Unusable
-    guesses go to `skip`."""
+    """The sub-questions that a file of guessed answers covers, each with its guess. Guesses are matched by problem id
+    and index. Unusable guesses go to `skip`."""
     seen: set[str] = set()
     lines = list(_lines(path))
     first = first_index(_guesses((line for _, line in lines), by_id))
@@ -232,7 +236,7 @@ def _labelled_questions(path: Path, by_id: dict[str, list[_Problem]], skip: Skip
 
 
 def _guesses(lines: Iterable[Row], by_id: dict[str, list[_Problem]]) -> Iterator[tuple[Any, int]]:
-    """Each guessed answer to a usable question, with the number of its options."""
+    """Each guessed answer to a usable sub-question, with the number of options of that sub-question."""
     for line in lines:
         with suppress(BadRecordError):
             name, answers = _labels(line)
@@ -250,8 +254,8 @@ def _labels(line: Row) -> tuple[str, list[Any]]:
 
 
 def _labelled_problem(name: str, answers: list[Any], by_id: dict[str, list[_Problem]]) -> _Problem:
-    """The problem that a line of labels belongs to. Raises BadRecordError if there is none, if several
-    problems have its id, or if the number of sub-questions differs."""
+    """The problem that a line of labels belongs to. Raises BadRecordError if there is none, if different problems have
+    its id, or if the number of sub-questions differs."""
     found = by_id.get(name, [])
     if not found:
         raise BadRecordError("label of an unknown problem", name)
@@ -306,8 +310,9 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
     each problem held out from train.jsonl, in the order of that file.
 
     A row has the problem's `id` as written in the file, a number or a text. `places` has the sample id of each
-    sub-question, None for an unusable one, and `ids` all sample ids. If test.jsonl has no answers, problems held out
-    from train.jsonl are tested too. They are in a last row, which is not submitted.
+    sub-question, None for one that is unusable or in a line with a repeated id. `ids` has those sample ids without
+    None. If test.jsonl has no answers, problems held out from train.jsonl are tested too. They are in a last row, which
+    is not submitted.
     """
     given = folder / f"{TEST}.jsonl"
     lines = list(_lines(given)) if given.is_file() else []
@@ -328,7 +333,8 @@ def asked_rows(folder: Path, tested: list[LogicQuestion]) -> list[dict[str, Any]
 
 
 def _id_and_count(line: Row) -> tuple[str | int, int]:
-    """A line's problem id and number of sub-questions; empty and 0 if they cannot be read."""
+    """A line's problem id and number of sub-questions. The id is empty if it cannot be read, and the number is 0 if
+    `questions` is not a list."""
     if not isinstance(line.record, dict):
         return "", 0
     name, questions = line.record.get("id"), line.record.get("questions")

@@ -157,7 +157,8 @@ def _option_letter(text: str, match: re.Match[str], options: Mapping[str, str]) 
 
 
 def _lone_letter(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter of a last line that is only a letter, or of the only line with a letter and its option; else None."""
+    """The letter in the last line, if that line is only a letter; else the letter of the only line that is a letter and
+    its option. None without either, or if the letter is not one of `options`."""
     lines = text.strip().split("\n")
     bare = _BARE.fullmatch(lines[-1])
     if bare is not None:
@@ -195,7 +196,8 @@ def _only_option(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _option_pattern(option: str) -> str:
-    """A regular expression that finds an option as whole words, or as a whole clause if its text is a common word."""
+    """A regular expression that finds an option as whole words, or as a whole clause if it is one character or a common
+    word. The option must be folded."""
     if len(option) == 1 or option in _WHOLE_CLAUSE:
         return rf"(?:(?<=[.,;:!?。、\n\0\"“(])|^)\s*{re.escape(option)}(?=\s*(?:[.,;:!?。、\n\"”)]|$))"
     before = r"(?<![a-z0-9])" if _is_latin_or_digit(option[0]) else ""
@@ -209,6 +211,6 @@ def _is_latin_or_digit(character: str) -> bool:
 
 
 def _folded_text(text: str) -> str:
-    """The text without differences of width, case and white space, line by line."""
+    """The text in one width and case, with one blank for each run of white space in a line. Line ends stay."""
     lines = unicodedata.normalize("NFKC", text).casefold().strip().split("\n")
     return "\n".join(" ".join(line.split()) for line in lines)

@@ -109,7 +109,7 @@ class Passes(Section):
 
 
 def sources(folder: Path) -> list[str]:
-    """The name of the one data set, in a list."""
+    """The name of the one data set, in a list. `read_questions` checks whether the folder has it."""
     return [SOURCE]
 
 
@@ -162,8 +162,9 @@ def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None,
     """The samples of one question, which show pages by the same rule in every split.
 
     If the question names no usable page, its sample shows the most similar pages. Otherwise it shows the named pages
-    and similar ones. If the drawing of the page is enough, train and validation get a second sample with that page
-    alone. The one sample in test has all pages that a prompt may show, because the passes choose among them.
+    and similar ones. If the drawing of the only named page is enough, the question gets a second sample in train and
+    validation, which shows that page alone. The one sample in test has all pages that a prompt may show, because the
+    passes choose among them.
     """
     assert found is not None  # the task reads documents
     settings, top_k = _sample_settings(recipe), _top_k(recipe)
@@ -215,7 +216,8 @@ def _page_record(settings: Samples, page: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_pages(settings: Samples, meta: PatentMeta, without: Collection[str]) -> list[int]:
     """Numbers of the pages to show besides the first named page, if there is one: other named pages, then the most
-    similar ones, or the document's first pages if `without` has `retrieval`. Sorted."""
+    similar ones, or the document's first pages if `without` has `retrieval`. Sorted. At most `top_k` pages if the
+    question names no usable page; else `settings.others`, or all other named pages if they are more."""
     ranked = meta["first"] if "retrieval" in without else meta["ranked"]
     count = meta["top_k"] if meta["named"] is None else max(settings.others, len(meta["also_named"]))
     others = dict.fromkeys([*meta["also_named"], *ranked])
@@ -304,7 +306,8 @@ def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[
 
 
 def _shows_page_alone(meta: PatentMeta, before: Mapping[str, str], without: Collection[str]) -> bool:
-    """Whether to show a question's page alone, by the classifier's verdict."""
+    """Whether to show a question's page alone: by the completion of the pass `classify`, else by the verdict in the
+    sample. False if the question does not name exactly one usable page, or if `without` has `classifier`."""
     if meta.get("named") is None or meta["also_named"] or "classifier" in without:
         return False
     if "classify" in before:
@@ -313,18 +316,20 @@ def _shows_page_alone(meta: PatentMeta, before: Mapping[str, str], without: Coll
 
 
 def read_answer(text: str, sample: Sample) -> str:
-    """The answer in a completion: its first line, or as many lines as the longest reference has, without a final full
-    stop. Empty if there is none."""
+    """The answer in a completion: its first line, or as many lines as the longest reference has, without full stops at
+    its end. Empty if there is none."""
     return _without_stop(short_answers.first_lines(text, sample))
 
 
 def _without_stop(text: str) -> str:
+    """The text without Chinese and Latin full stops, blanks and line ends at its end."""
     return text.rstrip("。. \n")
 
 
 def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) -> dict[str, str]:
-    """A line with the original's keys. `question_type` is the classifier's completion, `answer` the long answer and
-    `style_answer` the final one; each is empty if there is none."""
+    """A line with the original's keys. `question_type` is the classifier's completion, `answer` the answer before the
+    refining pass and `style_answer` the final answer; both are the same without that pass. Each is empty if there is
+    none."""
     prediction = next((predictions[name] for name in row["ids"] if name in predictions), None)
     texts = prediction["passes"] if prediction else {}
     final = (prediction["answer"] if prediction else None) or ""
@@ -352,14 +357,13 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
 
 
 def score_notes(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
-    """Sentences on whose scores these are; see `short_answers.score_notes`."""
+    """Sentences on the rules by which each metric is computed; see `short_answers.score_notes`."""
     return short_answers.score_notes(samples)
 
 
 def facts(sample: Sample) -> dict[str, float]:
-    """Recall of retrieval in 0..1: the share of evidence pages that the sample shows, and the share among the k most
-    similar pages.
-    Empty if the data name no evidence."""
+    """Recall of retrieval by name, in 0..1: the share of the evidence pages that the sample shows, and the share that
+    is among the k most similar pages, for each k of RECALL_AT. Empty if the data name no evidence."""
     meta = _meta(sample)
     evidence = set(meta["evidence"])
     if not evidence:

@@ -13,8 +13,8 @@ from stages.tasks.common.wording import is_chinese
 READER = "Answer with the shortest exact words from the pages."
 
 
-def _user(content: str) -> list[Message]:
-    """One message of the user."""
+def _user_message(content: str) -> list[Message]:
+    """One user message with this content, in a list."""
     return [{"role": "user", "content": content}]
 
 
@@ -58,7 +58,7 @@ def picture_prompt(question: str, named: int, others: int, hint: bool) -> list[M
     if hint:
         parts.append(POSITION_HINT[chinese])
     parts += [_QUESTION[chinese].format(escape_places(question)), _CARE[chinese]]
-    return _user("\n".join(parts))
+    return _user_message("\n".join(parts))
 
 
 # -- is the drawing enough ---------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ _CLASSIFY = {
 
 def classification_prompt(question: str) -> list[Message]:
     """The prompt that asks whether a page's drawing alone answers a question: Y or N."""
-    return _user(_CLASSIFY[is_chinese(question)].format(escape_places(question)))
+    return _user_message(_CLASSIFY[is_chinese(question)].format(escape_places(question)))
 
 
 def says_yes(text: str) -> bool:
@@ -142,4 +142,6 @@ def refinement_prompt(question: str, answer: str, examples: Sequence[str]) -> li
     """The prompt to shorten an answer to the style of `examples`, which are answers in the training data."""
     chinese = is_chinese(question)
     style = _STYLE[chinese].format("\n".join(map(escape_places, examples))) if examples else ""
-    return _user(_REFINE[chinese] + style + _LAST[chinese].format(escape_places(question), escape_places(answer)))
+    return _user_message(
+        _REFINE[chinese] + style + _LAST[chinese].format(escape_places(question), escape_places(answer))
+    )

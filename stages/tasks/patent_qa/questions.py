@@ -51,7 +51,7 @@ class PatentQuestion:
 
     @property
     def page(self) -> int | None:
-        """The first page that the text names."""
+        """The first page (1-based) that the text names; None if it names none."""
         return self.pages[0] if self.pages else None
 
 
@@ -125,7 +125,7 @@ def asked_rows(folder: Path, tested: list[PatentQuestion]) -> list[dict[str, Any
 
 
 def _row(row: int, question: PatentQuestion | None, record: Any) -> dict[str, Any]:
-    """The row of the submission for a line; `record` is the JSON value of an unusable one."""
+    """The row of the submission for a line. For an unusable line `question` is None, and `record` is its JSON value."""
     if question is not None:
         return {"idx": str(row), "ids": [question.id], "document": question.document, "question": question.text}
     given = record if isinstance(record, dict) else {}
@@ -136,7 +136,7 @@ def _row(row: int, question: PatentQuestion | None, record: Any) -> dict[str, An
 def _parse_line(
     line: Row, default_id: str, split: Literal["train", "test"] | None, documents: set[str]
 ) -> PatentQuestion:
-    """The question in a line. Raises BadRecordError if it is unusable."""
+    """The question in a line, whose `row` is not set yet. Raises BadRecordError if it is unusable."""
     record = object_in(line)
     text = text_of(record, "question")
     document = text_of(record, "document")
@@ -159,7 +159,7 @@ def _parse_line(
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
-    """The answers of a record, numbers as text. Raises BadRecordError for other values."""
+    """The answers of a record, with numbers as text; empty if it has none. Raises BadRecordError for other values."""
     found = texts_of(record.get("answer"))
     if found is None:
         raise BadRecordError("answer is neither a text nor a number, nor a list of them", repr(record["answer"])[:100])
@@ -167,7 +167,8 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _evidence(record: dict[str, Any]) -> tuple[int, ...]:
-    """The pages of a record's evidence. Raises BadRecordError for values that are not page numbers."""
+    """The pages of a record's evidence; empty if it has none. Raises BadRecordError for values that are not page
+    numbers."""
     value = record["pages"] if is_given(record.get("pages")) else []
     if not isinstance(value, list) or not all(type(v) is int and v >= 1 for v in filter(is_given, value)):
         raise BadRecordError("pages is not a list of page numbers", repr(value)[:100])
