@@ -20,7 +20,8 @@ class Measure:
 
 
 def measure_answers(task: Any, recipe: Recipe, scores: Scores) -> dict[str, dict[str, Measure]]:
-    """Return the measures by model and name; empty if no answer has one. Values are rounded to four decimals.
+    """Return the measures by model and by the measure's name; empty if no model has one. Values are rounded to four
+    decimals.
 
     The task gets None for a failed answer. Samples that a model was not asked are left out.
     """

@@ -57,8 +57,9 @@ def write_report(
     notes: Sequence[str],
     suspicious: Sequence[str],
 ) -> None:
-    """Write `report.html`. `groups` has the result of `scores.breakdown` for `group` and for `kind`, `ablated` that of
-    `ablation.ablations`, `notes` that of the task's `score_notes`, `suspicious` that of `comparison.suspicions`."""
+    """Write `report.html`. `figures` and `differences` are those of `scores.overall_figures`. `groups` has the result
+    of `scores.breakdown` for `group` and for `kind`, `ablated` that of `ablation.ablations`, `notes` that of the task's
+    `score_notes`, `suspicious` that of `comparison.suspicions`."""
     run, recipe = stage.run, stage.run.recipe
     adapters = [name for name in scores.models if name != "base"]
     task = load_task(recipe.task)
@@ -103,7 +104,7 @@ def write_report(
 
 @cache
 def _load_template() -> Template:
-    """Return the report's template, which is loaded once."""
+    """Return the report's template. It is loaded only once."""
     # adapter names and model output are untrusted: everything is escaped except Markup
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -130,10 +131,11 @@ def _colour_placeholder(index: int) -> str:
 
 
 def loss_curve(curve: list[dict[str, Any]], colours: dict[str, int]) -> Markup | None:
-    """Return a curve of training loss (thin) and validation loss (dashed, with points) over steps, as inline SVG; None
-    without losses.
+    """Return the adapters' curves of training loss (thin) and validation loss (dashed, with points) over steps, as
+    inline SVG; None without losses.
 
-    `curve` has the lines of train's metrics.jsonl. The same lines give the same bytes.
+    `curve` has the lines of train's metrics.jsonl, `colours` the index of each model's colour. The same lines give the
+    same bytes.
     """
     if not any("loss" in entry or "eval_loss" in entry for entry in curve):
         return None
@@ -173,8 +175,8 @@ def _coordinates(points: list[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def _loss_table(curve: list[dict[str, Any]], trained: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each adapter the last step, the first and last training loss, the last and lowest validation loss, and memory
-    (GiB) and speed (tokens per second) from train's manifest. A value that was not measured is None."""
+    """For each adapter the last step, the first and last training loss, the last and lowest validation loss, and, as
+    texts, memory (GiB) and speed (tokens per second) from train's manifest. A value that was not measured is None."""
     rows = []
     for adapter in dict.fromkeys(entry["adapter"] for entry in curve):
         own = [entry for entry in curve if entry["adapter"] == adapter]
@@ -199,7 +201,7 @@ def _loss_table(curve: list[dict[str, Any]], trained: dict[str, Any]) -> list[di
 
 
 def _worst_answers(run: Run, scores: Scores, task: Any) -> list[dict[str, Any]]:
-    """The first adapter's worst answers, or base's if there is no adapter, as the template needs them."""
+    """The worst answers of the model that the report shows, each beside base's answer, as the template needs them."""
     name = _shown_model(scores)
     shown = []
     for row in worst_rows(scores, name, run.recipe.eval.worst):
@@ -231,12 +233,13 @@ def _worst_answers(run: Run, scores: Scores, task: Any) -> list[dict[str, Any]]:
 
 
 def _shown_model(scores: Scores) -> str:
-    """The model whose worst answers the report shows: the first adapter, or base if there is none."""
+    """The model whose worst answers the report shows: the vote if there is one, else the first adapter, else base."""
     return next((model for model in scores.models if model != "base"), "base")
 
 
 def _drawing(recipe: Recipe, scores: Scores, task: Any, row: int) -> Markup | None:
-    """The task's drawing of a sample and the answer of the model that the report shows; None if the task draws none."""
+    """The task's drawing of a sample, with the answer of the model that the report shows unless that answer failed.
+    None if the task draws none."""
     graded = scores.models[_shown_model(scores)]
     prediction = graded.predictions[row] if graded.errors[row] is None else None
     svg = task.picture(recipe, scores.samples[row], prediction)
@@ -257,7 +260,8 @@ def _other_drawings(recipe: Recipe, scores: Scores, task: Any) -> list[dict[str,
 
 
 def _pages_and_pictures(sample: Sample) -> list[tuple[int | None, str]]:
-    """The pictures of a prompt: pages of a document with their numbers, or other pictures with None."""
+    """The number and path of each picture of a prompt. The number is that of the document's page, None for a picture
+    that is no page."""
     meta = sample["meta"]
     if "pages" in meta:
         return list(zip(meta["pages"], meta.get("page_images", []), strict=True))
@@ -270,8 +274,8 @@ def question_text(sample: Sample) -> str:
 
 
 def picture_data(path: Path) -> str | None:
-    """Return a picture as the data URI of a JPEG, at most PICTURE_WIDTH wide. Returns None if it cannot be read: the
-    report then lacks this picture."""
+    """Return a picture as the data URI of a JPEG, at most PICTURE_WIDTH pixels wide and 4 x PICTURE_WIDTH high. Returns
+    None if the picture cannot be read: the report then lacks it."""
     content = io.BytesIO()
     try:
         picture = read_picture(path, (2 * PICTURE_WIDTH, 2 * PICTURE_WIDTH))

@@ -61,11 +61,13 @@ def score_models(
     predictions: Mapping[str, Sequence[Prediction]],
     asked: Asked = lambda name, sample: True,
 ) -> Scores:
-    """Return the scores of every model's predictions. A sample counts only for models that were asked it.
+    """Return the scores of every model's predictions. A missing prediction is a failed answer, except for a sample that
+    the model was not asked: that sample does not count for the model.
 
-    All `samples` have references; `predictions` has the predictions by model name.
+    All `samples` have references; `predictions` has the predictions by model name. `asked` says which models were asked
+    which samples.
 
-    Raises DataError if a model has two predictions of one sample.
+    Raises DataError if a model has two predictions for one sample.
     """
     answered = {name: _align_predictions(samples, records, name) for name, records in predictions.items()}
     errors = {
@@ -103,7 +105,8 @@ def scored_lines(scores: Scores) -> list[dict[str, Any]]:
     """Return each sample with every model's answer, error and scores (0..1, without the facts): the lines of
     scored.jsonl, which `lorry compare` reads.
 
-    `references` is a digest of the sample's references; `models` leaves out models that were not asked the sample.
+    `references` is a digest of the sample's references. `models` leaves out models without a score, because they were
+    not asked the sample or no metric applies to it.
     """
     metrics = [metric for metric in scores.metrics if metric not in scores.facts]
     lines = []
@@ -141,7 +144,7 @@ def _align_predictions(
     samples: Sequence[Sample], predictions: Sequence[Prediction], name: str
 ) -> list[Prediction | None]:
     """A model's predictions in the order of the samples, with None for a missing one. Raises DataError if a sample has
-    two."""
+    two predictions."""
     by_id: dict[str, Prediction] = {}
     for prediction in predictions:
         if prediction["id"] in by_id:
@@ -194,7 +197,8 @@ def overall_figures(scores: Scores) -> tuple[dict[str, Figures], dict[str, Figur
     """Return every model's figures, in percent, and the differences of every other model from base, in percentage
     points. Both have 95% intervals.
 
-    Differences are paired: both models answered the same samples. Facts have none.
+    Differences are paired: both models answered the same samples. They do not include the facts, which are the same for
+    every model.
     """
     scores = scores_by_question(scores)
     groups = scores.groups("group")
@@ -255,7 +259,7 @@ def _count_rows(scores: Scores, name: str, chosen: Sequence[int]) -> dict[str, d
 
 def worst_rows(scores: Scores, name: str, count: int) -> list[int]:
     """Return the rows of a model's worst answers, at most `count`, worst first: failures, then by score, ties by sample
-    id. Perfect answers are left out.
+    id. Perfect answers and samples that the model was not asked are left out.
 
     Scores are ordered by a task's last metric first: tasks list the strictest metric first, and the most lenient says
     most about how wrong an answer is.

@@ -112,7 +112,7 @@ def _asked_function(recipe: Recipe) -> Asked:
     adapters = {adapter.name: adapter for adapter in recipe.train.adapters}
 
     def was_asked(model: str, sample: Sample) -> bool:
-        """Return whether a model was asked a sample."""
+        """Whether a model was asked a sample. Base and the vote are asked every sample."""
         own = recipe.infer.answers == "own sources" and model in adapters
         return not own or adapters[model].covers(sample["meta"]["source"])
 
@@ -120,7 +120,7 @@ def _asked_function(recipe: Recipe) -> Asked:
 
 
 def _write_summary(stage: Stage, figures: Mapping[str, Figures], suspicious: Sequence[str]) -> None:
-    """Write summary.json after each adapter, with the results so far, as train does."""
+    """Write summary.json again after each adapter, with the results so far, as train does."""
     run, infer = stage.run, stage.run.manifest("infer") or {}
     untrained = (run.manifest("train") or {}).get("untrained", {})
     batch = run.recipe.infer.batch_size
@@ -155,8 +155,8 @@ def _write_summary(stage: Stage, figures: Mapping[str, Figures], suspicious: Seq
 
 
 def _generation_settings(recipe: Recipe) -> dict[str, Any]:
-    """How the answers were generated, in transformers' terms. The settings of a task's passes, which may sample, are in
-    `passes`."""
+    """The settings with which answers were generated, under transformers' names. Those of a task's passes, which may
+    sample, are in `passes`."""
     return {
         "max_new_tokens": recipe.infer.max_new_tokens,
         "do_sample": False,
@@ -240,7 +240,7 @@ def _print_tables(
 
 
 def _model_table(name: str, figures: dict[str, Figures], differences: Figures, seconds: dict[str, float | None]) -> Any:
-    """Base against another model, or base alone, as a rich table."""
+    """Base against another model, or base alone, as a rich table. `seconds` has the seconds per question by model."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -298,7 +298,9 @@ def _format_seconds(took: float | None) -> str:
 
 
 def _ablation_table(adapter: str, ablated: list[Ablation]) -> Any:
-    """The adapter's figures with everything, then its gain or loss without each component, as a rich table."""
+    """The adapter's figures with everything, then its gain or loss without each component, as a rich table. Each row
+    also has the number of failed answers and the seconds per question, and without a component the number of changed
+    answers."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -321,10 +323,10 @@ def _ablation_table(adapter: str, ablated: list[Ablation]) -> Any:
 
 
 def _gain_text(gain: dict[str, Any]) -> str:
-    """A difference with its interval, and a star if it is clear."""
+    """A difference with its interval, then a star if it is clear, else a blank for alignment."""
     return format_interval(gain, sign="+") + ("*" if is_clear(gain) else " ")
 
 
 def _format_points(gain: dict[str, Any]) -> str:
-    """Format a difference in percentage points, with a star if it is clear."""
+    """Format a difference in percentage points, then a star if it is clear, else a blank for alignment."""
     return f"{gain['value']:+.1f}{'*' if is_clear(gain) else ' '}"

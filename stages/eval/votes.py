@@ -82,8 +82,8 @@ def vote_outcome(
 
 
 def _first_round_line(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of votes.jsonl with votes, agreement and entropy of the first round, because voters see each other's
-    answers in a second one."""
+    """A line of votes.jsonl with the votes, agreement and entropy of the first round. In a second round, voters see
+    each other's answers, so its agreement says little."""
     first = row.get("first_round", row)
     return {**row, **{name: first[name] for name in ("votes", "agreement", "entropy")}}
 

@@ -16,7 +16,8 @@ ENGINE = "transformers"
 
 
 def classify_drawings(stage: Stage, task: Any, questions: list[Any]) -> dict[str, bool]:
-    """Return, by question id, whether a page's drawing alone answers the question.
+    """Return, by question id, whether a page's drawing alone answers the question. Counts the questions for which it
+    does.
 
     Questions that the task does not classify are left out.
 
@@ -61,8 +62,9 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
         limit = max(ask.max_new_tokens or recipe.infer.max_new_tokens for ask in asks)
         engine = _start_engine(stage, model, prompts, limit)
 
-        def note(place: int, completion: Completion) -> None:
-            """Add the completion of `prompts[place]` to the cache, and report progress."""
+        def save_completion(place: int, completion: Completion) -> None:
+            """Add the completion of `prompts[place]` to the cache, and report progress. Raises InterruptedRunError if
+            the stage is asked to stop."""
             key = prompts[place].id
             question = missing[key].messages[-1]["content"]
             journal.append([{"asked": key, "prompt": question, "text": completion.text}])
@@ -72,14 +74,15 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
             stage.stop.check()
 
         try:
-            engine.generate(prompts, None, note)
+            engine.generate(prompts, None, save_completion)
         finally:
             engine.close()
     return known
 
 
 def _start_engine(stage: Stage, model: Any, prompts: list[Prompt], limit: int) -> Any:
-    """Return an engine, started for these prompts. `limit` is the largest number of tokens of a completion."""
+    """Return an engine, started for these prompts, and record the decision. `limit` is the largest number of tokens of
+    a completion."""
     recipe, target = stage.run.recipe, working_target(probe(), load_targets())
     stage.decide("classifier", recipe.model.path, f"{len(prompts)} questions, in {target.dtype}")
     return start_engine(

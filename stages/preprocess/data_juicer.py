@@ -163,12 +163,13 @@ def _usable_records(path: Path, stage: Stage) -> Records:
 
 
 def _images(record: dict[str, Any]) -> Any:
-    """The record's pictures: an empty list if it has none."""
+    """The record's `images` as they are, without a check; an empty list if there are none."""
     return record["images"] if is_given(record.get("images")) else []
 
 
 def _refuse_bad_record(record: dict[str, Any]) -> None:
-    """Raise BadRecordError for a record that is not in Data-Juicer's format."""
+    """Raise BadRecordError for a record without text, or whose pictures are no list of paths, lie outside the data
+    folder, or are fewer than the text shows."""
     text_of(record, "text")
     images = _images(record)
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
@@ -195,9 +196,8 @@ def _run_child(
     before = read_json(work / "job.json")
     if before is not None:  # an earlier start was killed
         shutil.rmtree(before["scratch"], ignore_errors=True)
-    scratch = Path(
-        tempfile.mkdtemp(prefix="lorry-")
-    )  # in the system's temporary folder: Ray's sockets need short paths
+    # in the system's temporary folder: Ray's sockets need short paths
+    scratch = Path(tempfile.mkdtemp(prefix="lorry-"))
     reading, writing = os.pipe()
     job = {
         "operators": operators,
@@ -249,7 +249,8 @@ def _operator_rows(known: Records) -> Iterable[dict[str, Any]]:
 
 
 def _follow(stage: Stage, reading: int) -> LorryError | None:
-    """Return the error that the child sent; None if it sent none. Prints its messages and progress until it ends."""
+    """Return the error that the child sent; None if it sent none. Prints the child's messages and progress until the
+    child closes the channel."""
     kinds = {"usage": UsageError, "data": DataError, "stopped": InterruptedRunError}
     error = None
     with os.fdopen(reading, encoding="utf-8") as channel:
@@ -280,9 +281,8 @@ def _child_environment(scratch: Path) -> dict[str, str]:
         "UV_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": str(scratch),
-        "RAY_AUTH_TOKEN": os.environ.get(
-            "RAY_AUTH_TOKEN", secrets.token_hex(32)
-        ),  # else Ray writes one into the home folder
+        # else Ray writes one into the home folder
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32)),
         "TOKENIZERS_PARALLELISM": "false",
         # one thread for each process: there are as many processes as CPUs
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -290,7 +290,8 @@ def _child_environment(scratch: Path) -> dict[str, str]:
 
 
 def _kept_record(row: dict[str, Any], known: Records) -> dict[str, Any]:
-    """Return an output record: the fields of the input record, with those that operators changed or added."""
+    """Return an output record: the fields of the input record, with those that operators changed or added. A record
+    that an operator added has its own id, and the input record's as `original_id`."""
     origin = row.pop("original_id", row["id"])
     record = known[origin][1]
     if row["id"] != origin:

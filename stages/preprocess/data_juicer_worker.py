@@ -83,8 +83,8 @@ cannot process a row."""
 
 
 def main() -> None:
-    """Run the operators of the job that the command line names. After a UsageError or DataError, sends it to the stage
-    and exits with its exit code."""
+    """Run the operators of the job that the command line names, then exit with code 0. After a UsageError or DataError,
+    sends it to the stage and exits with its exit code."""
     job = Job(**read_json(Path(sys.argv[1])))
     make_forks_die_with_parents()  # operators' workers, and Ray
     try:
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def _check_pictures(job: Job) -> list[Row]:
-    """Return the records whose pictures can all be read.
+    """Return the records whose pictures can all be read, or none if the first operator is finished, too.
 
     Without this step, Data-Juicer would drop the whole batch that contains an unreadable picture.
     """
@@ -130,7 +130,7 @@ def _drop_damaged_rows(job: Job, pool: Any, rows: list[Row], problems: list[Row]
 
 
 def _damage_reason(path: str) -> str:
-    """Return the reason why a picture cannot be read; empty if it can."""
+    """Return the reason why a picture cannot be read, in at most 200 characters; empty if it can be read."""
     from PIL import ImageFile
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # Data-Juicer sets it
@@ -143,10 +143,10 @@ def _damage_reason(path: str) -> str:
 
 
 def _run_operator(job: Job, number: int, operator: Any, rows: list[Row]) -> list[Row]:
-    """Run one operator over all rows. Returns its output rows.
+    """Run one operator over all rows. Returns its output rows, or none if the next operator is finished, too.
 
-    Raises DataError if a mapper or filter fails on each of the first FAILURES_BEFORE_GIVING_UP records, or if another
-    operator fails.
+    Raises DataError if a mapper or filter fails on each of the first FAILURES_BEFORE_GIVING_UP records, or if an
+    operator of another kind fails at all.
     """
     from data_juicer.ops.base_op import Filter, Mapper
 
@@ -175,9 +175,9 @@ class _Bisection:
         self._one_done, self._failed = False, 0
 
     def __call__(self, rows: list[Row], problems: list[Row]) -> list[Row]:
-        """Return the operator's rows, and add a problem for each record that it fails on to `problems`.
+        """Return the operator's rows, and add a problem to `problems` for each record on which the operator fails.
 
-        Raises DataError if it fails on each of the first FAILURES_BEFORE_GIVING_UP records.
+        Raises DataError if the operator fails on each of the first FAILURES_BEFORE_GIVING_UP records.
         """
         try:
             done = self._run(rows)
@@ -204,7 +204,8 @@ def _run_step(
     """Process the chunks of a step that are not saved yet, `size` rows each. Returns the rows of all chunks, or none if
     the next step is finished, too.
 
-    `work` processes one chunk: it returns the rows, and adds the records that fail to the list of problems.
+    `work` processes one chunk: it returns the rows, and adds the records that fail to the list of problems. After the
+    last chunk, writes the step's rows and counts, and deletes its chunks and the previous step's rows.
     """
     whole = Path(job.work, f"{number:02}.jsonl")
     if _is_done(job, number):
@@ -284,7 +285,8 @@ def _error_text(error: BaseException) -> str:
 
 
 def _forbid_installs_and_downloads() -> None:
-    """Patch Data-Juicer to raise an error when it would install a package or download weights."""
+    """Patch Data-Juicer to raise an error when it would install a package or download weights. Also limits its log to
+    warnings."""
     from data_juicer.utils import model_utils
     from data_juicer.utils.lazy_loader import LazyLoader
     from loguru import logger
@@ -310,7 +312,8 @@ def _forbid_installs_and_downloads() -> None:
 
 
 def _load_operators(job: Job) -> list[Any]:
-    """Return the loaded operators. Raises UsageError, with the key in the recipe, for one that cannot be loaded."""
+    """Return the loaded operators, with mappers seeded by record. Imports their models if any operator can use a GPU.
+    Raises UsageError, with the key in the recipe, for an operator that cannot be loaded."""
     from data_juicer.ops import OPERATORS, base_op
 
     loaded = []
@@ -389,7 +392,8 @@ def _refuse_unusable_operator(job: Job, kind: Any, where: str, given: dict[str, 
 
 
 def _parameters_with_defaults(job: Job, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return an operator's parameters with Lorry's defaults: the number of processes, and of records per call."""
+    """Return an operator's parameters with Lorry's defaults for those that the recipe leaves out: processes, GPUs, and
+    records per call."""
     from data_juicer.utils.resource_utils import is_cuda_available
 
     weights = kind._accelerator == "cuda"
@@ -416,7 +420,7 @@ def _seed_each_call(function: Any, seed: str) -> Any:
 
     @functools.wraps(function)  # Data-Juicer finds the operator through __wrapped__
     def call_with_seed(samples: Any, *arguments: Any, **named: Any) -> Any:
-        """Seed Python, numpy and torch, then call the mapper's function."""
+        """Seed Python, numpy and torch, make BLIP-2 keep its picture token, then call the mapper's function."""
         import numpy as np
 
         first = samples["id"][0] if not isinstance(samples["id"], str) else samples["id"]

@@ -59,8 +59,8 @@ FIGURE = re.compile(r"[0-9]+-figure-[0-9a-z]+\.jpg")
 def document_ids(documents: list[Path], folder: Path) -> dict[str, Path]:
     """Documents by id: the path below the folder, with its suffix, in Unicode's composed form (NFC).
 
-    If several paths have the same composed form, the one that is spelled in it gets this id, or else the first path.
-    The id of each other one is its path as spelled, with a number such as ` (2)` if that is taken.
+    If several paths have the same composed form, the path that is itself composed gets this id; if there is none, the
+    first path does. The id of each other path is the path as spelled, with a number such as ` (2)` if that id is taken.
     """
     alike: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for path in documents:
@@ -88,9 +88,9 @@ def render_documents(
     """Return the records of the usable pages of all documents, in order. Renders the pages that no earlier start has
     rendered. Writes pages.parquet, unless in a shard. `passages_of` returns the number of a page's passages.
 
-    Each record has the table's columns except the words, which for many pages would not fit in memory. Unreadable
-    documents, blank pages and failing pages go to `stage.skip`. Raises DataError if no page is usable, unless in a
-    shard. Deletes the pictures of other pages.
+    A record has the table's columns except `passages` and `words`; the words of many pages would not fit in memory.
+    Unreadable documents, blank pages and failing pages go to `stage.skip`. Deletes the pictures of other pages. Raises
+    DataError if no page is usable, unless in a shard, and InterruptedRunError if the stage is asked to stop.
     """
     settings = stage.run.recipe.preprocess
     hashes = FileHashes(stage.path(".pages.json"))
@@ -127,7 +127,8 @@ def render_documents(
 
 
 def _is_usable(stage: Stage, document: str, record: dict[str, Any]) -> bool:
-    """Whether a page is usable. Counts it, and records it as skipped if it is not usable."""
+    """Whether a page is usable. Counts the page, skips it if it is not usable, and logs it if it has text but nothing
+    is drawn."""
     stage.counts["pages"] += 1
     where = f"{document} page {record['page']}"
     if record["status"] == "blank":
@@ -160,7 +161,8 @@ def _write_table(stage: Stage, ranges: list[PageRange], passages_of: Callable[[d
 
 
 def _ranges(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -> Iterator[PageRange]:
-    """The page ranges of all readable documents, in order. Unreadable documents go to `stage.skip`."""
+    """The page ranges of all readable documents, in order. Unreadable documents go to `stage.skip`, and so does a note
+    on each readable document that has fewer pages than it states."""
     counted = _count_pages(stage, documents, hashes)
     for name, path in documents.items():
         found = counted[name]
@@ -176,8 +178,9 @@ def _ranges(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -> Ite
 
 
 def _count_pages(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -> dict[str, dict[str, Any]]:
-    """Each document's record of `count_pages`, by id, from an earlier start if it is still valid. Worker processes make
-    the others, because opening a damaged document may never end."""
+    """Each document's record of `render.count_pages`, by id. An earlier start's record is used if it is still valid.
+    The other documents are counted in worker processes, because opening a damaged document may never end. Raises
+    InterruptedRunError if the stage is asked to stop."""
     settings = stage.run.recipe.preprocess
     counted: dict[str, dict[str, Any]] = {}
     missing: list[PageRange] = []
@@ -188,7 +191,8 @@ def _count_pages(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -
         else:
             missing.append(PageRange(name, path, 0, 1))
         stage.stop.check()
-    workers = min(_workers(settings), math.ceil(len(missing) / RANGE))  # starting one takes as long as counting many
+    # starting a worker takes as long as counting many documents
+    workers = min(_worker_count(settings), math.ceil(len(missing) / RANGE))
     for document, (record,) in run_in_workers(
         lambda document: (count_pages, (document.source,)),
         missing,
@@ -207,26 +211,33 @@ def _count_pages(stage: Stage, documents: dict[str, Path], hashes: FileHashes) -
 
 
 def _count_file(stage: Stage, document: str) -> Path:
+    """The file of a document's record of `render.count_pages`, with the record's key."""
     return stage.cache_file("counts", f"{picture_folder(document)}.json")
 
 
 def _count_key(document: Path, hashes: FileHashes) -> str:
+    """The key of a document's page count: it changes with the document's content and with MuPDF's version."""
     return digest_of([hashes.file_digest(document), pymupdf.VersionBind])
 
 
-def _workers(settings: Preprocess) -> int:
+def _worker_count(settings: Preprocess) -> int:
+    """The number of worker processes: that of the recipe, else one for each CPU."""
     return settings.workers or len(os.sched_getaffinity(0))
 
 
 def _range_file(stage: Stage, pages: PageRange) -> Path:
+    """The file of a range's records, with their key and time limit."""
     return stage.cache_file("pages", picture_folder(pages.document), f"{pages.first}-{pages.last}.json")
 
 
-def _without_words(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _drop_words(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records without their words."""
     return [{key: value for key, value in record.items() if key != "words"} for record in records]
 
 
 def _range_key(settings: Preprocess, pages: PageRange, hashes: FileHashes) -> str:
+    """The key of a range's records: it changes with the document's content, the settings for pictures, the rules for
+    reading, and MuPDF's version."""
     look = settings.pages
     assert look is not None  # a recipe of a task that reads documents has it
     made_from = [hashes.file_digest(pages.source), pages.first, pages.last, look.max_pixels, look.jpeg_quality]
@@ -249,28 +260,29 @@ def _finished_records(stage: Stage, pages: PageRange, hashes: FileHashes) -> lis
         picture = folder / f"{record['page']}.jpg"
         if record["status"] == "ok" and not (picture.is_file() and hashes.file_digest(picture) == record["sha256"]):
             return None
-    return _without_words(saved["records"])
+    return _drop_words(saved["records"])
 
 
 def _render_missing(
     stage: Stage, missing: list[PageRange], done: dict[PageRange, list[dict[str, Any]]], settings: Preprocess
 ) -> None:
     """Render ranges in worker processes. Saves each range, and adds its records to `done`, as soon as all its pages are
-    rendered."""
+    rendered. Raises InterruptedRunError if the stage is asked to stop."""
     hashes = FileHashes(stage.path(".pages.json"))
     look, rendered, total = settings.pages, 0, sum(len(pages) for pages in missing)
     assert look is not None
     collected: dict[PageRange, list[dict[str, Any]]] = defaultdict(list)
     whole = {(pages.document, index): pages for pages in missing for index in range(pages.first, pages.last)}
 
-    def folder(pages: PageRange) -> Path:
+    def make_folder(pages: PageRange) -> Path:
+        """Return the folder of a document's pictures. Creates it if it is missing."""
         path = stage.path("pages", picture_folder(pages.document))
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    workers = min(_workers(settings), len(missing))
+    workers = min(_worker_count(settings), len(missing))
     for part, records in run_in_workers(
-        lambda pages: (render_range, (pages, folder(pages), look.max_pixels, look.jpeg_quality)),
+        lambda pages: (render_range, (pages, make_folder(pages), look.max_pixels, look.jpeg_quality)),
         missing,
         workers,
         settings.page_timeout,
@@ -289,8 +301,8 @@ def _render_missing(
 def _save_range(
     stage: Stage, pages: PageRange, records: list[dict[str, Any]], hashes: FileHashes
 ) -> list[dict[str, Any]]:
-    """Return a finished range's records, sorted by page and without words. Saves them, with words, for the next
-    start."""
+    """Return a finished range's records, sorted by page and without words. Saves them, with words, for the next start.
+    Adds document and picture to each of `records`."""
     folder = f"preprocess/pages/{picture_folder(pages.document)}"
     finished = sorted(records, key=lambda record: int(record["page"]))
     for record in finished:
@@ -298,7 +310,7 @@ def _save_range(
     settings = stage.run.recipe.preprocess
     saved = {"key": _range_key(settings, pages, hashes), "page_timeout": settings.page_timeout, "records": finished}
     write_json(_range_file(stage, pages), saved)
-    return _without_words(finished)
+    return _drop_words(finished)
 
 
 def _picture_path(stage: Stage, record: dict[str, Any]) -> Path:

@@ -65,6 +65,8 @@ class Embedder:
     no GPU."""
 
     def __init__(self, stage: Stage, devices: Sequence[str] | None = None) -> None:
+        """Read the embedder's settings. `devices` are torch's names; None: all GPUs, or the CPU if there is none.
+        Raises UsageError if the embedder's folder holds no Hugging Face model."""
         settings = stage.run.recipe.preprocess.retrieval
         assert settings is not None  # a recipe of a task that reads documents has it
         self._stage = stage
@@ -89,15 +91,15 @@ class Embedder:
         """Embed pages, which are records of `render_documents`, and save their vectors in the cache.
 
         A batch has passages or pictures of one document only, so that a shard makes the same bytes as a run without
-        shards.
+        shards. Raises InterruptedRunError if the stage is asked to stop.
         """
         what = "pages" if self._settings.takes_pictures else "passages"
         self._embed([piece for _, pieces in self._pieces_by_document(pages) for piece, _ in pieces], what)
 
     def write_pages(self, pages: Sequence[Mapping[str, Any]], path: Path) -> Vectors:
-        """Write the vectors of embedded pages: a row for each passage, in the order of the pages, of which those of a
-        document must be adjacent. Returns them mapped from the file: float32 or float16, shape (passages, dimensions),
-        each of length one or zero."""
+        """Write the vectors of embedded pages into `path`, a row for each passage in the order of the pages. The pages
+        of each document must be adjacent. Returns the vectors mapped from the file: float32 or float16, shape
+        (passages, dimensions), each of length one or zero."""
         rows = sum(map(self.passages_of, pages))
         self._write(path, rows, (self._vectors_of(pieces) for _, pieces in self._pieces_by_document(pages)))
         found: Vectors = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -105,7 +107,8 @@ class Embedder:
 
     def embed_questions(self, chunks: list[list[str]]) -> Vectors:
         """Return unit vectors of questions: float32, shape (questions, dimensions), or (0, 0) without questions. An
-        empty text gets the zero vector. Counts the questions whose end the embedder does not read."""
+        empty text gets the zero vector. Counts the questions whose end the embedder does not read. Raises
+        InterruptedRunError if the stage is asked to stop."""
         longer = sum(self._window.is_longer(text) for chunk in chunks for text in chunk)
         if longer:
             self._stage.counts["questions embedded without their end"] = longer
@@ -120,7 +123,7 @@ class Embedder:
         return np.concatenate([self._vectors_of(pieces) for pieces in grouped]).astype(np.float32)
 
     def close(self) -> None:
-        """Free the GPUs' memory for what runs next."""
+        """Free the GPUs' memory for what runs next, and end the worker processes."""
         self._model = None
         self._close_pool()
         with contextlib.suppress(ImportError):
@@ -134,7 +137,8 @@ class Embedder:
     def _pieces_by_document(
         self, pages: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[str, list[tuple[Piece, list[int]]]]]:
-        """Each document's id and pieces, each piece with the places of its passages or pictures in the document."""
+        """Yield each document's id and pieces, each piece with the places of its passages or pictures in the
+        document."""
         own: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for page in pages:
             own[page["document"]].append(page)
@@ -157,7 +161,7 @@ class Embedder:
         return sentence_window(self._settings.folder)
 
     def _split(self, text: str) -> list[str]:
-        """A page's passages. They are kept, because they are needed several times."""
+        """A page's passages. They are cached, because they are needed several times."""
         if text not in self._passages:
             self._passages[text] = self._window.passages(text)
         return self._passages[text]
@@ -171,7 +175,8 @@ class Embedder:
         self, items: list[tuple[str, str]], are_pictures: bool, sizes: list[int] | None = None
     ) -> list[tuple[Piece, list[int]]]:
         """Batches of items of similar size, each with the places of its items. An item is the text or path to embed,
-        and the text or digest that identifies it."""
+        and the text or digest that identifies it. `sizes` has each item's size, negative so that the largest come
+        first; None: the lengths of the texts."""
         sizes = sizes or [-len(item) for item, _ in items]
         order = sorted(range(len(items)), key=lambda place: (sizes[place], place))
         found = []
@@ -191,7 +196,8 @@ class Embedder:
         return found
 
     def _write(self, path: Path, rows: int, documents: Iterator[Vectors]) -> None:
-        """Write a .npy file document by document, so that memory never holds all vectors of a large job."""
+        """Write a .npy file with `rows` rows, document by document, so that memory never holds all vectors of a large
+        job. `documents` yields the vectors of each document."""
         with open_atomically(path, "wb") as file:
             first = next(documents, np.zeros((0, 0), self._settings.dtype))
             header = {"descr": first.dtype.str, "fortran_order": False, "shape": (rows, first.shape[1])}
@@ -203,6 +209,8 @@ class Embedder:
     # -- embedding -------------------------------------------------------------------------------------------
 
     def _embed(self, pieces: list[Piece], what: str) -> None:
+        """Embed the pieces whose vectors are not cached, on all devices, and report progress in `what`. Raises
+        InterruptedRunError if the stage is asked to stop."""
         missing = [piece for piece in pieces if not piece.path.is_file()]
         total = sum(len(piece.items) for piece in pieces)
         done = total - sum(len(piece.items) for piece in missing)
@@ -221,7 +229,8 @@ class Embedder:
 
     @functools.cached_property
     def _precision_and_devices(self) -> tuple[str, list[str]]:
-        """The number format and the devices to embed with. Lorry probes for GPUs only when a piece is missing."""
+        """The number format and the devices to embed with. Lorry probes for GPUs only if a piece is missing. Records
+        the format as a decision if the embedder takes pictures."""
         machine = probe()
         target = working_target(machine, load_targets())
         if self._settings.takes_pictures:
@@ -229,14 +238,18 @@ class Embedder:
         return target.dtype, list(self._devices or [f"cuda:{n}" for n in range(len(machine.gpus))] or ["cpu"])
 
     def _embed_here(self, pieces: list[Piece], dtype: str, device: str) -> Iterator[Piece]:
+        """Embed pieces in this process, and yield each when its vectors are written. Loads the model at the first
+        call."""
         if self._model is None:
             self._model = _Model(self._settings, dtype, device)
         yield from self._model.embed(pieces)
 
     def _embed_in_processes(self, pieces: list[Piece], dtype: str, devices: list[str]) -> Iterator[Piece]:
-        """Embed in one process per device. Each writes files, so that nothing large goes through a queue.
+        """Embed in one process per device, and yield each piece when its vectors are written. The processes write
+        files, so that nothing large goes through a queue.
 
-        The processes stay until `close`: questions do not load the model again after pages.
+        The processes stay until `close`, so that questions do not load the model again after pages. An error, or a
+        caller that stops early, ends them.
         """
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
@@ -259,6 +272,7 @@ class Embedder:
                 self._close_pool()
 
     def _close_pool(self) -> None:
+        """End the worker processes, after the pieces that they are at."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -268,6 +282,7 @@ class _Model:
     """The embedder's network on one device."""
 
     def __init__(self, settings: Settings, dtype: str, device: str) -> None:
+        """Load the embedder without network. `dtype` and `device` are torch's names."""
         os.environ["HF_HUB_OFFLINE"] = "1"
         self._settings = settings
         self._network: Any
@@ -295,6 +310,8 @@ class _Model:
             yield piece
 
     def _embed_texts(self, texts: Sequence[str]) -> Vectors:
+        """Return the unit vectors of texts: float32, shape (texts, dimensions). An empty or blank text gets the zero
+        vector."""
         if self._settings.takes_pictures:
             vectors = self._network.embed_texts(texts)
         else:
@@ -311,6 +328,7 @@ _load_model: Callable[[], _Model]
 
 
 def _start_worker(settings: Settings, dtype: str, free: Any, parent: int) -> None:
+    """Prepare a worker process, which takes one of the devices in the queue `free` and dies with its parent."""
     global _load_model  # noqa: PLW0603 - a worker process has one model
     die_with_parent(parent)
     device = free.get()
@@ -318,4 +336,5 @@ def _start_worker(settings: Settings, dtype: str, free: Any, parent: int) -> Non
 
 
 def _embed_piece(piece: Piece) -> Piece:
+    """Embed a piece in a worker process. Returns it when its vectors are written."""
     return next(_load_model().embed([piece]))

@@ -27,7 +27,8 @@ def crop_figures(stage: Stage, wanted: list[Figure], documents: dict[str, Path])
 
     Returns `image` (path relative to the run), `width`, `height` (pixels) and `sha256` of each figure that was found.
     The others are counted (`figure not found` on its page, `figure fills its page`, or `figure failed`, with the reason
-    in the log), and have no crop. Crops that are not wanted are deleted, so call it even if nothing is wanted.
+    in the log), and have no crop. Crops that are not wanted are deleted, so call it even if nothing is wanted. Raises
+    InterruptedRunError if the stage is asked to stop.
     """
     hashes = FileHashes(stage.path(".pages.json"))
     done: dict[Figure, dict[str, Any]] = {}
@@ -52,13 +53,16 @@ def crop_figures(stage: Stage, wanted: list[Figure], documents: dict[str, Path])
         hashes.file_digest(path)
     hashes.save()
     return {
-        figure: {"image": f"preprocess/pages/{_name(figure)}", **{k: record[k] for k in ("width", "height", "sha256")}}
+        figure: {
+            "image": f"preprocess/pages/{_crop_file(figure)}",
+            **{k: record[k] for k in ("width", "height", "sha256")},
+        }
         for figure, record in found.items()
     }
 
 
 def _is_found(stage: Stage, figure: Figure, record: dict[str, Any]) -> bool:
-    """Whether a figure was found. Counts it if not."""
+    """Whether a figure was found. Counts it if not, and logs why it failed if it did."""
     if record["status"] in ("not found", "fills its page"):
         stage.counts[f"figure {record['status']}"] += 1
     elif record["status"] != "ok":
@@ -67,21 +71,25 @@ def _is_found(stage: Stage, figure: Figure, record: dict[str, Any]) -> bool:
     return bool(record["status"] == "ok")
 
 
-def _name(figure: Figure) -> str:
+def _crop_file(figure: Figure) -> str:
+    """The path of a figure's crop below pages/."""
     document, page, name = figure
     return f"{picture_folder(document)}/{page}-figure-{name}.jpg"
 
 
 def _crop_path(stage: Stage, figure: Figure) -> Path:
-    return stage.path("pages", _name(figure))
+    """The path of a figure's crop in the folder of this stage."""
+    return stage.path("pages", _crop_file(figure))
 
 
 def _record_path(stage: Stage, figure: Figure) -> Path:
     """The file of a figure's record: its key and what was found."""
-    return stage.cache_file("figures", f"{_name(figure).removesuffix('.jpg')}.json")
+    return stage.cache_file("figures", f"{_crop_file(figure).removesuffix('.jpg')}.json")
 
 
 def _key(settings: Preprocess, figure: Figure, documents: dict[str, Path], hashes: FileHashes) -> str:
+    """The key of a figure's record: it changes with the document's content, the page, the figure, the settings for
+    pictures, the rules, and MuPDF's version."""
     look = settings.pages
     assert look is not None  # a recipe of a task that reads documents has it
     made_from = [hashes.file_digest(documents[figure[0]]), *figure[1:], look.max_pixels, look.jpeg_quality]
@@ -111,13 +119,14 @@ def _crop_missing(
     hashes: FileHashes,
 ) -> None:
     """Crop in worker processes, page by page. Saves each page's records, and adds them to `done`, as soon as the page
-    is done."""
+    is done. Raises InterruptedRunError if the stage is asked to stop."""
     settings, cropped = stage.run.recipe.preprocess, 0
     names: dict[PageRange, list[str]] = defaultdict(list)
     for document, number, name in missing:
         names[PageRange(document, documents[document], number - 1, number)].append(name)
 
     def call(page: PageRange) -> tuple[Any, tuple[Any, ...]]:
+        """Return the function and arguments that crop a page's figures. Creates the crops' folder."""
         folder = stage.path("pages", picture_folder(page.document))
         folder.mkdir(parents=True, exist_ok=True)
         look = settings.pages

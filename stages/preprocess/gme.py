@@ -35,7 +35,7 @@ READERS = 8
 
 
 def text_window(folder: Path) -> Window:
-    """What GME reads of a text."""
+    """The window of GME: how many tokens of a text it reads, given the chat around it."""
     tokenizer = read_tokenizer(folder)
     around = [tokenizer.encode(part, add_special_tokens=False).ids for part in (BEFORE, AFTER)]
     return Window(tokenizer, MAX_LENGTH - sum(map(len, around)))
@@ -73,7 +73,8 @@ class Gme:
         )
 
     def embed_texts(self, texts: Sequence[str]) -> Vectors:
-        """Return the unit vectors of texts: float32, shape (texts, dimensions)."""
+        """Return the unit vectors of texts: float32, shape (texts, dimensions). The end of a text is cut off if the
+        input would exceed MAX_LENGTH."""
         room = MAX_LENGTH - len(self._before) - len(self._after)
         encoded = [self._words.encode(self._words.hide(text)) for text in texts]
         return self._embed([[*self._before, *tokens[:room], *self._after] for tokens in encoded], None)

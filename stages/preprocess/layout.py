@@ -75,11 +75,12 @@ class Box(NamedTuple):
         return ink[self.y0 : self.y1, self.x0 : self.x1]
 
     def expand(self, margin: int, within: "Box") -> "Box":
-        """Return the box with a margin on all sides, cut to the box `within`."""
+        """Return the box with a margin of this many pixels on all sides, cut to the box `within`."""
         x0, y0, x1, y1 = self.x0 - margin, self.y0 - margin, self.x1 + margin, self.y1 + margin
         return Box(max(x0, within.x0), max(y0, within.y0), min(x1, within.x1), min(y1, within.y1))
 
     def touches(self, other: "Box") -> bool:
+        """Whether the boxes have a pixel in common."""
         return self.x0 < other.x1 and other.x0 < self.x1 and self.y0 < other.y1 and other.y0 < self.y1
 
 
@@ -121,6 +122,7 @@ def crop_page_figures(
 
 
 def _crop(page: pymupdf.Page, figure: str, path: Path, max_pixels: int, jpeg_quality: int) -> dict[str, Any]:
+    """Draw one figure of a page into `path`. Returns its record as in `crop_page_figures`, but without `figure`."""
     box = figure_box(page_words(page), figure, page_ink(page))
     if box is None:
         return NOT_FOUND
@@ -172,7 +174,7 @@ def figure_box(words: Iterable[Sequence[Any]], figure: str, ink: Ink) -> tuple[f
         and (_TABLE.match(line.text) or _is_prose(line.box, drawn))
     ] + [table for table in tables if _is_prose(table, drawn)]
     others = [line.box for line in lines if line.box not in prose]
-    solid = _with_numbers(drawn, [box for box in others if box not in marks])
+    solid = _add_part_numbers(drawn, [box for box in others if box not in marks])
     below = _labels_are_below(marks, drawn)
     found = []
     for mark in wanted:
@@ -193,7 +195,7 @@ def figure_box(words: Iterable[Sequence[Any]], figure: str, ink: Ink) -> tuple[f
 
 
 def _lines(words: Iterable[Sequence[Any]], page: Box) -> list[Line]:
-    """Join words into lines, from left to right."""
+    """Join words into lines, from left to right. Words outside the page are left out."""
     lines: list[Line] = []
     for x0, y0, x1, y1, word in sorted(words, key=lambda word: word[0]):
         exact = Box(round(x0 * page.x1), round(y0 * page.y1), round(x1 * page.x1), round(y1 * page.y1))
@@ -201,7 +203,7 @@ def _lines(words: Iterable[Sequence[Any]], page: Box) -> list[Line]:
         if box.x0 >= box.x1 or box.y0 >= box.y1:  # outside the page
             continue
         for number, line in enumerate(lines):
-            if _continues(line.box, box):
+            if _is_continuation(line.box, box):
                 lines[number] = Line(_union([line.box, box]), f"{line.text} {word}")
                 break
         else:
@@ -209,14 +211,16 @@ def _lines(words: Iterable[Sequence[Any]], page: Box) -> list[Line]:
     return lines
 
 
-def _continues(line: Box, word: Box) -> bool:
+def _is_continuation(line: Box, word: Box) -> bool:
+    """Whether a word continues a line: on the same row, with at most a wide space between them."""
     height = min(line.y1 - line.y0, word.y1 - word.y0)
     on_one_row = abs((line.y0 + line.y1) - (word.y0 + word.y1)) < height
     return on_one_row and -height < word.x0 - line.x1 < 1.5 * height
 
 
 def _labels(lines: list[Line], page: Box, ink: Ink) -> list[Label]:
-    """Find the labels of the page's figures: `图2` by itself, or else a caption that begins with it."""
+    """Find the labels of the page's figures: a line with the name only, such as `图2`, or else a caption that begins
+    with the name. A line in a list of figures, right below prose, or taller than wide is no label."""
     listed = _list_lines(lines, page, ink)
     bare: list[Label] = []
     captions: list[Label] = []
@@ -234,8 +238,9 @@ def _labels(lines: list[Line], page: Box, ink: Ink) -> list[Label]:
 
 
 def _list_lines(lines: list[Line], page: Box, ink: Ink) -> list[Line]:
-    """The lines of a list of figures: with dots or a page number behind them, below the list's heading, or with the
-    next figure right below."""
+    """The lines of a list of figures, some of them twice. A line with a figure's name belongs to a list if dots or a
+    page number follow it, if the list's heading or another line of the list is next to it, or if the line of another
+    figure is next to it."""
     drawn = ink.copy()
     for line in lines:
         line.box.expand(1, page).crop(drawn)[:] = False
@@ -254,7 +259,8 @@ def _list_lines(lines: list[Line], page: Box, ink: Ink) -> list[Line]:
 
 
 def _is_next(upper: Line, lower: Line, drawn: Ink) -> bool:
-    """Whether a line is the next entry of a list: at most two lines lie between, and at most specks are drawn there."""
+    """Whether `lower` may be the entry of a list after `upper`: less than four heights of a line below it, aligned with
+    it unless `upper` is a heading, and with at most specks drawn between them."""
     height = max(upper.box.y1 - upper.box.y0, lower.box.y1 - lower.box.y0)
     apart = lower.box.y0 - upper.box.y1
     between = Box(min(upper.box.x0, lower.box.x0), upper.box.y1, max(upper.box.x1, lower.box.x1), lower.box.y0)
@@ -266,7 +272,7 @@ def _is_next(upper: Line, lower: Line, drawn: Ink) -> bool:
 
 
 def _has_page_number(line: Line, lines: list[Line], drawn: Ink) -> bool:
-    """Whether a caption has a number far to its right, and nothing is drawn between."""
+    """Whether a caption has a number on its row, in the right part of the page, and nothing is drawn between them."""
     found = figure_labelled(line.text)
     if found is None or not found[1].strip(" .:。"):
         return False
@@ -299,6 +305,7 @@ def _is_amid_text(line: Line, lines: list[Line], page: Box) -> bool:
 
 
 def _is_wide(box: Box, columns: int) -> bool:
+    """Whether a box covers more than the share WIDE of the page's columns."""
     return box.x1 - box.x0 > WIDE * columns
 
 
@@ -309,7 +316,7 @@ def _is_prose(box: Box, drawn: Ink) -> bool:
 
 
 def _boxes_of(labels: list[Label], figure: str) -> tuple[list[Box], list[Label]]:
-    """The boxes of a figure's labels, and of all labels between which the page is cut.
+    """The boxes of a figure's labels, and all labels between which the page is cut.
 
     If a figure and its parts both have labels, only one kind cuts: those of the parts if one of these parts is wanted,
     else the figure's own.
@@ -328,7 +335,7 @@ def _boxes_of(labels: list[Label], figure: str) -> tuple[list[Box], list[Label]]
 
 
 def _number(figure: str) -> str:
-    """The number of a figure, or of the figure that a part such as `2a` belongs to."""
+    """The number of a figure, without the letter of a part: `2` for `2` and for `2a`."""
     return figure.rstrip("abcdefghijklmnopqrstuvwxyz")
 
 
@@ -363,7 +370,8 @@ def _tables(words: Iterable[Sequence[Any]], ink: Ink) -> list[Box]:
 
 
 def _rules(ink: Ink) -> list[Box]:
-    """Horizontal rules, from the top down, and the upper and lower edges of filled areas."""
+    """The horizontal rules, and the upper and lower edges of filled areas, in the order in which rules and areas begin
+    from the top down."""
     height, width = ink.shape
     edges = np.diff(np.pad(ink.astype(np.int8), ((0, 0), (1, 1))), axis=1)
     (rows, starts), stops = np.nonzero(edges == 1), np.nonzero(edges == -1)[1]
@@ -391,7 +399,7 @@ def _is_below(rule: Box, row: int, start: int, stop: int) -> bool:
 
 
 def _cell_rows(upper: Box, lower: Box, words: list[Box], ink: Ink) -> int | None:
-    """How many rows of text with several cells are between two rules; None if the rules are not of one table."""
+    """The number of rows of text with several cells between two rules; None if the rules are not of one table."""
     x0, x1, y0, y1 = upper.x0, upper.x1, upper.y1, lower.y0
     if y1 - y0 < 3:
         return 0
@@ -423,13 +431,14 @@ def _cell_rows(upper: Box, lower: Box, words: list[Box], ink: Ink) -> int | None
 
 
 def _labels_are_below(marks: list[Box], drawn: Ink) -> bool:
-    """Whether labels are below their figures: at least as much is drawn above the first label as below the last."""
+    """Whether labels are below their figures: at least as many rows have ink above the first label as below the
+    last."""
     inked = np.flatnonzero(drawn.any(axis=1))
     first, last = min(mark.y0 for mark in marks), max(mark.y1 for mark in marks)
     return bool((inked < first).sum() >= (inked >= last).sum())
 
 
-def _with_numbers(drawn: Ink, texts: list[Box]) -> Ink:
+def _add_part_numbers(drawn: Ink, texts: list[Box]) -> Ink:
     """Return the drawing with its part numbers: each text near ink becomes a cross that reaches its leader line.
 
     Other texts have no ink, so a cut through the page's header, far from all drawings, costs nothing.
@@ -445,7 +454,8 @@ def _with_numbers(drawn: Ink, texts: list[Box]) -> Ink:
 
 
 def _part_of(mark: Box, marks: list[Box], ink: Ink, below: bool) -> Box:
-    """The part of the page that belongs to one label after cutting it from the others."""
+    """The part of the page that belongs to one label after cutting it from the others. If labels overlap, the part
+    still contains them."""
     part = Box(0, 0, ink.shape[1], ink.shape[0])
     while len(marks) > 1:
         cuts = [*_cuts_across(marks, ink, part, below), *_cuts_down(marks, ink, part)]
@@ -462,8 +472,8 @@ def _part_of(mark: Box, marks: list[Box], ink: Ink, below: bool) -> Box:
 
 
 def _side_of(mark: Box, part: Box, drawn: Ink, below: bool) -> Box:
-    """The part of the page on the side of a label where its figure is. It reaches past the label for as long as the
-    drawing goes on beside it."""
+    """The part of the page on the side of a label on which its figure is. It extends past the label for as many rows as
+    the drawing continues beside the label."""
     inked = np.any(part.crop(drawn), axis=1).tolist()
     row = mark.y1 if below else mark.y0 - 1
     step = 1 if below else -1
@@ -523,5 +533,6 @@ def _drawing(side: Box, prose: list[Box], drawn: Ink) -> Box | None:
 
 
 def _union(boxes: Sequence[Box]) -> Box:
+    """The smallest box that contains all boxes, of which there must be at least one."""
     x0, y0, x1, y1 = zip(*boxes, strict=True)
     return Box(min(x0), min(y0), max(x1), max(y1))

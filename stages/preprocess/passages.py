@@ -28,7 +28,7 @@ class Window:
     """How many tokens of the text; those that the embedder adds do not count."""
 
     def is_longer(self, text: str) -> bool:
-        """Whether a text is longer than the embedder reads."""
+        """Whether a text has more tokens than the embedder reads."""
         return len(self._spans(text)) > self.tokens
 
     def passages(self, text: str) -> list[str]:
@@ -37,6 +37,7 @@ class Window:
         return split_text(text, self._spans, self.tokens)
 
     def _spans(self, text: str) -> Spans:
+        """The spans of a text's tokens, without special tokens."""
         spans: Spans = self.tokenizer.encode(text, add_special_tokens=False).offsets
         return spans
 
@@ -44,16 +45,17 @@ class Window:
 def sentence_window(folder: Path) -> Window:
     """The window of a sentence-transformers model.
 
-    Its size is `max_seq_length` in sentence_bert_config.json, or else the smaller of the tokenizer's `model_max_length`
-    and the model's `max_position_embeddings`, as in sentence-transformers, or else 512; less the special tokens.
+    Its size is `max_seq_length` in sentence_bert_config.json. Without that, it is the smaller of the tokenizer's
+    `model_max_length` and the model's `max_position_embeddings`, as in sentence-transformers, or 512 if neither is set.
+    The special tokens are subtracted.
     """
-    modules = _json(folder / "modules.json") or [{"path": ""}]
+    modules = _read_json_file(folder / "modules.json") or [{"path": ""}]
     folder = folder / modules[0]["path"]
-    most = (_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
+    most = (_read_json_file(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
     if not most:
         known = [
-            (_json(folder / "tokenizer_config.json") or {}).get("model_max_length"),
-            (_json(folder / "config.json") or {}).get("max_position_embeddings"),
+            (_read_json_file(folder / "tokenizer_config.json") or {}).get("model_max_length"),
+            (_read_json_file(folder / "config.json") or {}).get("max_position_embeddings"),
         ]
         most = min((int(value) for value in known if value and value > 0), default=512)
     tokenizer = read_tokenizer(folder)
@@ -76,13 +78,14 @@ def read_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _json(path: Path) -> Any:
+def _read_json_file(path: Path) -> Any:
+    """The content of a JSON file; None if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def split_text(text: str, spans_of: Callable[[str], Spans], most: int) -> list[str]:
-    """Split a text into overlapping passages of at most `most` tokens. Returns a text that is short enough unchanged.
-    `spans_of` returns the spans of a text's tokens."""
+    """Split a text into overlapping passages of at most `most` tokens. A text that is short enough is the only passage,
+    unchanged. `spans_of` returns the spans of a text's tokens."""
     spans = spans_of(text)
     if len(spans) <= most:
         return [text]

@@ -108,8 +108,8 @@ class Direction(NamedTuple):
 
 
 def read_page(page: pymupdf.Page, content: pymupdf.DisplayList | None = None) -> PageText:
-    """The text of a page and its words, in reading order. `content` is the page's display list if the caller has one,
-    because it also draws the page."""
+    """Return the text of a page and its words, in reading order; text that is askew comes last. A caller that also
+    draws the page passes the page's display list as `content`, so that the page is parsed once."""
     # a display list has the page as it is shown: rotated, and in points
     textpage = pymupdf.TextPage((content or page.get_displaylist()).get_textpage(FLAGS))
     found = textpage.extractWORDS()
@@ -130,7 +130,7 @@ def read_page(page: pymupdf.Page, content: pymupdf.DisplayList | None = None) ->
             slopes[turn].append(slope)
     texts, words = [], []
     for turn in sorted(groups, key=lambda turn: (turn < 0, -sum(len(word.text) for word in groups[turn]))):
-        members = _without_doubles(groups[turn])
+        members = _drop_doubles(groups[turn])
         if turn < 0:
             lines = [" ".join(word.text for word in members)]
         else:
@@ -183,7 +183,7 @@ def _plain_text(text: str, reverse: bool) -> str:
     """A word without presentation forms and soft hyphens. A soft hyphen at its end stays, because the word goes on in
     the next line.
 
-    `reverse`: whether right-to-left words are stored from left to right.
+    `reverse`: whether right-to-left words are stored from left to right, so that they have to be turned.
     """
     if text.isascii():
         return text
@@ -195,8 +195,8 @@ def _plain_text(text: str, reverse: bool) -> str:
     return text[:-1].replace("\u00ad", "") + text[-1:]
 
 
-def _without_doubles(words: list[Word]) -> list[Word]:
-    """The words without those that lie on their own copy: some writers print a word twice to make it bold."""
+def _drop_doubles(words: list[Word]) -> list[Word]:
+    """Return the words without those that lie on their own copy: some writers print a word twice to make it bold."""
     places: dict[str, list[int]] = defaultdict(list)
     for place, word in enumerate(words):
         places[word.text].append(place)
@@ -234,13 +234,14 @@ def _read_group(words: list[Word], turn: int, slope: float, shown: tuple[float, 
         boxes = np.stack([wide - boxes[:, 2], boxes[:, 1], wide - boxes[:, 0], boxes[:, 3]], axis=1)
     lines = _lines_in_order(boxes, texts)
     if any(map(_RTL.search, letters)):
-        lines = [_with_runs_turned(line, texts, right_to_left) for line in lines]
+        lines = [_turn_runs(line, texts, right_to_left) for line in lines]
     places = boxes.tolist()
     return [words[place] for line in lines for place in line], [_line_text(line, places, texts) for line in lines]
 
 
 def _upright_boxes(boxes: Boxes, turn: int, shown: tuple[float, float]) -> Boxes:
-    """Boxes in a frame in which their text runs from left to right and its lines from top to bottom."""
+    """Boxes in a frame in which their text runs from left to right and its lines from top to bottom. `turn` is in
+    quarter turns clockwise, `shown` the page's size in points."""
     (width, height), (x0, y0, x1, y1) = shown, boxes.T
     if turn == 1:  # runs downward: lines follow each other from right to left
         return np.stack([y0, width - x1, y1, width - x0], axis=1)
@@ -252,7 +253,8 @@ def _upright_boxes(boxes: Boxes, turn: int, shown: tuple[float, float]) -> Boxes
 
 
 def _is_stacked(boxes: Boxes, texts: Sequence[str]) -> bool:
-    """Whether Chinese or Japanese characters stand one below the other: vertical writing that was placed one by one."""
+    """Whether Chinese or Japanese characters stand one below the other: vertical writing whose characters were placed
+    one by one."""
     single = np.array([len(text) == 1 and bool(_CJK.match(text)) for text in texts])
     if single.sum() < 8 or single.sum() < 0.6 * sum(bool(_CJK.search(text)) for text in texts):
         return False
@@ -318,10 +320,11 @@ def _line_numbers(boxes: Boxes, texts: Sequence[str], height: float) -> list[int
 
 
 def _counted_run(column: list[int], boxes: Boxes, texts: Sequence[str], height: float) -> list[int]:
-    """The longest run of a column's numbers that grow with the lines, at the same distance for each line.
+    """The places of the longest run of a column's numbers that grow with the lines, at the same distance for each line.
+    `column` has the numbers' places from the top down.
 
-    Empty if it has fewer than 3 numbers (5 if they grow by one), if they are not multiples of their step, or if the
-    step is above 10.
+    Empty if the run has fewer than 3 numbers (5 if they grow by one), if they are not multiples of their step, or if
+    the step is above 10.
     """
     if len(column) < 3:
         return []
@@ -344,7 +347,8 @@ def _counted_run(column: list[int], boxes: Boxes, texts: Sequence[str], height: 
 
 
 def _has_own_column(run: list[int], boxes: Boxes, height: float) -> bool:
-    """Whether numbers have a column of their own beside full lines of text; numbers of a table or list do not."""
+    """Whether numbers have a column of their own beside full lines of text, unlike those of a table or list. `run` has
+    their places."""
     (left, top), (right, bottom) = boxes[run, :2].min(axis=0), boxes[run, 2:].max(axis=0)
     others = np.delete(boxes, run, axis=0)
     beside = others[(others[:, 3] > top) & (others[:, 1] < bottom)]
@@ -419,6 +423,7 @@ class _Layout:
     """Segments of a page, and their order. A region is an array of the places of segments."""
 
     def __init__(self, segments: list[list[int]], boxes: Boxes, texts: Sequence[str], height: float) -> None:
+        """Measure the segments. `boxes` and `texts` are those of all words, `height` that of a line."""
         first, last = np.array([one[0] for one in segments]), np.array([one[-1] for one in segments])
         starts = np.cumsum([0, *map(len, segments[:-1])])
         flat = boxes[[place for one in segments for place in one]]
@@ -450,7 +455,9 @@ class _Layout:
         order = order[np.lexsort((self.x0[order], row_of))]  # of a skewed scan, a row's middles differ
         x0, x1 = self.x0[order], self.x1[order]
         # the left ends of a column's lines are below each other; right ends, too, beside labels that are scattered
-        edges = np.concatenate([_ends(x0, 0.3 * self.height, 2), _ends(x1, 0.1 * self.height, 5) + GAP * self.height])
+        edges = np.concatenate(
+            [_common_ends(x0, 0.3 * self.height, 2), _common_ends(x1, 0.1 * self.height, 5) + GAP * self.height]
+        )
         left_of = x1[None] <= edges[:, None] - (GAP - NEAR / 2) * self.height
         right_of = x0[None] >= edges[:, None] - NEAR * self.height
         free = np.logical_and.reduceat(left_of | right_of, starts, axis=1)  # a segment across bars its whole row
@@ -458,14 +465,14 @@ class _Layout:
         for start, stop, row in _stretches(free, left_of, right_of):
             inside, left = order[start:stop], left_of[row, start:stop]
             if self._are_columns(inside[left], inside[~left], float(x1.max())):
-                first, last = self._without_running_heads(order, start, stop)
+                first, last = self._trim_running_heads(order, start, stop)
                 inside, left = order[first:last], left_of[row, first:last]
                 return [order[:first], inside[left], inside[~left], order[last:]]
         return None
 
     def _are_tabular(self, rows: list[Places]) -> npt.NDArray[np.bool_]:
-        """Which rows are like a table's, with three or more short pieces far apart, in a run of at least three such
-        rows."""
+        """For each row, whether it is like a table's: three or more short pieces far apart, in a run of at least three
+        such rows."""
         found = np.zeros(len(rows), bool)
         members = np.concatenate(rows)
         width = self.x1[members].max() - self.x0[members].min()
@@ -477,6 +484,7 @@ class _Layout:
         return found
 
     def _is_tabular(self, row: Places, width: float) -> bool:
+        """Whether a row has three or more short pieces far apart. `width` is that of the region."""
         if len(row) < 3:
             return False
         row = row[np.argsort(self.x0[row])]
@@ -525,6 +533,7 @@ class _Layout:
         return len(side.start) > 3 and max(shares) < 0.5
 
     def _side(self, members: Places) -> _Side:
+        """The rows of one side of a corridor. `members` has its segments from the top down."""
         rows = _row_starts(self.middle[members], 0.5 * self.height)
         start, end = np.minimum.reduceat(self.x0[members], rows), np.maximum.reduceat(self.x1[members], rows)
         words = np.add.reduceat(self.words[members], rows)
@@ -539,9 +548,9 @@ class _Layout:
             np.maximum(end - start - inked, 0) / np.maximum(words - 1, 1),
         )
 
-    def _without_running_heads(self, order: Places, start: int, stop: int) -> tuple[int, int]:
-        """The first and last place (the latter exclusive) of a corridor's segments, without a running head or foot that
-        stands well apart from the columns."""
+    def _trim_running_heads(self, order: Places, start: int, stop: int) -> tuple[int, int]:
+        """Return the first and last place (the latter exclusive) of a corridor's segments, without a running head or
+        foot that stands well apart from the columns."""
         rows = np.arange(start, stop)
         tops, bottoms = self.y0[order[rows]], self.y1[order[rows]]
         first = tops < tops.min() + 0.7 * self.height
@@ -589,14 +598,14 @@ class _Layout:
         return len(lines) == 2 and max(sizes) > 1.15 * min(sizes)
 
     def _cells_of(self, lines: list[list[int]]) -> list[list[int]]:
-        """The lines of one row of a table, cell by cell. Lines that are not such a row are returned unchanged."""
+        """Return the lines of one row of a table, cell by cell; the lines unchanged if they are not such a row."""
         members = np.array([place for line in lines for place in line])
         members = members[np.argsort(self.x0[members])]
         ends = np.maximum.accumulate(self.x1[members])
         begins = np.flatnonzero(np.r_[True, self.x0[members][1:] > ends[:-1] + self.height])
         column_of = dict(zip(members.tolist(), np.searchsorted(begins, np.arange(len(members)), "right"), strict=True))
         columns = range(1, len(begins) + 1)
-        # how many lines each cell has, if they are its first ones
+        # the number of lines of each cell; a whole cell fills the row's first lines without a gap
         filled = [[any(column_of[place] == column for place in line) for line in lines] for column in columns]
         counts = [sum(one) for one in filled]
         is_whole = all(all(one[:count]) for one, count in zip(filled, counts, strict=True))
@@ -607,7 +616,8 @@ class _Layout:
 
 
 def _words_in(segment: list[int], boxes: Boxes, texts: Sequence[str], height: float) -> float:
-    """How many words a segment has: pieces that touch are one, and two Chinese or Japanese characters are about one."""
+    """The number of words in a segment. Pieces that touch are one word, and each Chinese or Japanese character is half
+    a word."""
     count = characters = 0
     right = -math.inf
     for place in segment:
@@ -620,7 +630,8 @@ def _words_in(segment: list[int], boxes: Boxes, texts: Sequence[str], height: fl
 
 
 def _row_starts(middles: npt.NDArray[np.float64], most: float) -> Places:
-    """Where rows begin among segments from the top down: a row's segments are within `most` of its first."""
+    """The places at which rows begin among segments sorted from the top down. A row's segments are within `most` of its
+    first. `middles` has the segments' middles."""
     found, first = [], -math.inf
     for place, middle in enumerate(middles.tolist()):
         if middle - first > most:
@@ -629,9 +640,9 @@ def _row_starts(middles: npt.NDArray[np.float64], most: float) -> Places:
     return np.array(found)
 
 
-def _ends(values: npt.NDArray[np.float64], near: float, least: int) -> npt.NDArray[np.float64]:
-    """Places that have at least `least` ends of segments within `near`, at most MOST_EDGES, those with the most ends
-    first."""
+def _common_ends(values: npt.NDArray[np.float64], near: float, least: int) -> npt.NDArray[np.float64]:
+    """The coordinates that have at least `least` of the values within `near`, those with the most values first; at most
+    MOST_EDGES. `values` has the left or right ends of segments."""
     values = np.sort(values)
     places = np.unique(np.round(values, 1))
     counts = np.searchsorted(values, places + near) - np.searchsorted(values, places - near)
@@ -640,8 +651,8 @@ def _ends(values: npt.NDArray[np.float64], near: float, least: int) -> npt.NDArr
 
 
 def _stretches(free: Any, left_of: Any, right_of: Any) -> list[list[int]]:
-    """Stretches of segments that an edge does not cross, as start, stop and the edge's row, those with the most
-    segments on both sides first; at most MOST_EDGES. All three arrays have the shape (edges, segments)."""
+    """Stretches of segments that do not cross an edge, as start, stop and the edge's row, those with the most segments
+    on both sides first; at most MOST_EDGES. All three arrays have the shape (edges, segments)."""
     changes = np.diff(np.pad(free.astype(np.int8), ((0, 0), (1, 1))), axis=1)
     (rows, starts), stops = np.nonzero(changes == 1), np.nonzero(changes == -1)[1]
     sums = [np.pad(side.cumsum(axis=1, dtype=np.int32), ((0, 0), (1, 0))) for side in (left_of, right_of)]
@@ -659,9 +670,9 @@ def _stretches(free: Any, left_of: Any, right_of: Any) -> list[list[int]]:
 # -- lines ---------------------------------------------------------------------------------------------------------
 
 
-def _with_runs_turned(line: list[int], texts: Sequence[str], right_to_left: bool) -> list[int]:
-    """A line in which each run of words of the other direction, such as English words in Hebrew text, is in its own
-    order.
+def _turn_runs(line: list[int], texts: Sequence[str], right_to_left: bool) -> list[int]:
+    """Return a line in which each run of words of the other direction, such as English words in Hebrew text, is in its
+    own order.
 
     A number belongs to a run if it is between words of the run, else to the line.
     """
@@ -681,12 +692,13 @@ def _with_runs_turned(line: list[int], texts: Sequence[str], right_to_left: bool
 
 
 def _sign(right_to_left: bool) -> int:
+    """The direction of a line as in `_direction`: -1 if it runs to the left, else 1."""
     return -1 if right_to_left else 1
 
 
 def _direction(text: str) -> int:
-    """1 for a word that runs to the right, -1 for one that runs to the left, 0 for one without letters, such as a
-    number."""
+    """The direction of a word: 1 if it runs to the right, -1 if it runs to the left, and 0 if it has no letters, such
+    as a number."""
     return -1 if _RTL.search(text) else int(any(map(str.isalpha, text)))
 
 
@@ -707,8 +719,8 @@ def _line_text(line: list[int], boxes: list[list[float]], texts: Sequence[str]) 
 
 
 def join_lines(lines: Sequence[str]) -> str:
-    """Lines as flowing text: a word that a hyphen breaks at a line's end is made whole, and Chinese or Japanese lines
-    are joined without a space.
+    """Return lines as flowing text: a word that a hyphen breaks at a line's end is made whole, and Chinese or Japanese
+    lines are joined without a space.
 
     A hyphen stays between digits, before a capital letter, and if the word occurs elsewhere in the lines with the
     hyphen but not without it.

@@ -44,10 +44,11 @@ class PageRange:
     """0-based, exclusive."""
 
     def __len__(self) -> int:
+        """The number of pages."""
         return self.last - self.first
 
     def pages(self) -> list["PageRange"]:
-        """The same pages, as one range for each."""
+        """The same pages, as one range for each page."""
         return [PageRange(self.document, self.source, i, i + 1) for i in range(self.first, self.last)]
 
     def split_at(self, index: int) -> tuple["PageRange", "PageRange", "PageRange"]:
@@ -58,16 +59,16 @@ class PageRange:
 
 
 def open_document(source: Path) -> pymupdf.Document:
-    """Open a PDF, and restart the time limit of a worker. Raises ValueError with a short reason for a file that cannot
-    be read as a PDF."""
+    """Open a PDF. In a worker, also restarts the time limit. Raises ValueError with a short reason for a file that
+    cannot be read as a PDF."""
     document, _ = _open(source)
     watch.restart()
     return document
 
 
 def count_pages(source: Path) -> list[dict[str, Any]]:
-    """Count a document's pages. Returns one record with their number `pages` and the number `stated` in the document,
-    or with the `status` of a file that cannot be read."""
+    """Return a list of one record: with a document's number of pages, `pages`, and the number `stated` in it, or with
+    the `status` of a file that cannot be read. In a worker, also restarts the time limit."""
     watch.restart()
     try:
         document, stated = _open(source)
@@ -78,7 +79,8 @@ def count_pages(source: Path) -> list[dict[str, Any]]:
 
 
 def _open(source: Path) -> tuple[pymupdf.Document, int]:
-    """Open a PDF. Returns it, and the number of pages that it states, which may be wrong. Raises as `open_document`."""
+    """Open a PDF. Returns the document, and the number of pages that it states, which may be wrong. Raises ValueError
+    with a short reason for a file that cannot be read as a PDF."""
     if source.stat().st_size == 0:
         raise ValueError("empty file")
     if stored_name(source) != str(source):
@@ -101,7 +103,7 @@ def _open(source: Path) -> tuple[pymupdf.Document, int]:
 
 
 def _reason(source: Path, error: str) -> str:
-    """Why a file has no pages to read, from MuPDF's message."""
+    """The reason why a file has no pages to read. `error` is MuPDF's message."""
     what = re.sub(r"^code=\d+: ", "", error).replace(str(source), source.name)
     if "encryption" in what:
         return f"encrypted: {what}"
@@ -169,6 +171,7 @@ def _leaves(root: mupdf.PdfObj) -> Iterator[mupdf.PdfObj | None]:
 
 
 def _elements(array: mupdf.PdfObj) -> Iterator[mupdf.PdfObj]:
+    """The elements of a PDF array, in order."""
     return (mupdf.pdf_array_get(array, place) for place in range(mupdf.pdf_array_len(array)))
 
 
@@ -176,9 +179,9 @@ def picture_size(width: float, height: float, max_pixels: int) -> tuple[int, int
     """Return the size of a page's picture, (width, height) in pixels: within the budget, close to the page's shape, and
     both multiples of PATCH.
 
-    `width` and `height` are the page's, in points of 1/72 inch. Unless it is smaller than a patch, a page is drawn at
-    200 DPI at most: a small page shows no more detail above that. Raises ValueError for a shape that no vision model
-    accepts.
+    `width` and `height` are the page's, in points of 1/72 inch. A page is drawn at 200 DPI at most, because a small
+    page shows no more detail above that; only a side shorter than PATCH is lengthened to PATCH. Raises ValueError for a
+    shape that no vision model accepts.
     """
     if not (width > 0 and height > 0 and math.isfinite(width * height)):
         raise ValueError("page without a size")
@@ -202,8 +205,9 @@ def render_page(
     region: pymupdf.Rect | None = None,
     content: pymupdf.DisplayList | None = None,
 ) -> pymupdf.Pixmap:
-    """Draw a page, or a region of the page in points, at exactly `picture_size`. `content` is the page's display list
-    if the caller has one, because it also reads the page."""
+    """Return the picture of a page, or of a region of the page in points, at exactly `picture_size`. A caller that also
+    reads the page's text passes the page's display list as `content`, so that the page is parsed once. Raises
+    ValueError as `picture_size` does."""
     drawn = page.rect if region is None else region
     width, height = picture_size(drawn.width, drawn.height, max_pixels)
     scale = pymupdf.Matrix(width / drawn.width, height / drawn.height)
@@ -237,6 +241,8 @@ def render_range(pages: PageRange, folder: Path, max_pixels: int, jpeg_quality: 
 
 
 def _render_one(page: pymupdf.Page, path: Path, max_pixels: int, jpeg_quality: int) -> dict[str, Any]:
+    """Render one page into `path`. Returns its record as in `render_range`, but without `page`. Raises any exception
+    for bad content."""
     pymupdf.TOOLS.reset_mupdf_warnings()
     content = page.get_displaylist()  # reads the content stream, for text and picture
     written = read_page(page, content)
@@ -266,6 +272,7 @@ def page_words(page: pymupdf.Page) -> list[list[Any]]:
 
 
 def _rounded_words(words: Iterable[Word]) -> list[list[Any]]:
+    """The words as lists `[x0, y0, x1, y1, word]`, with coordinates rounded to four decimals."""
     return [[*(round(value, 4) for value in word[:4]), word.text] for word in words]
 
 

@@ -40,8 +40,8 @@ class Index:
 
 
 def read_documents(stage: Stage, documents: Mapping[str, Path], questions: list[Any]) -> Index | None:
-    """Return the index of all pages and questions, and write vectors.npy and questions.parquet. A shard only renders
-    and embeds its share, and returns None: the merging stage does the rest."""
+    """Return the index of all pages and questions, and write pages.parquet, vectors.npy and questions.parquet. A shard
+    only renders and embeds its share, and returns None: the merging stage does the rest."""
     _adopt_shards(stage)
     embedder = Embedder(stage)
     mine = {name: documents[name] for n, name in enumerate(documents) if stage.does_piece(n)}
@@ -77,7 +77,7 @@ def _list_outputs_of_shard(stage: Stage) -> None:
 
 
 def _write_questions(stage: Stage, questions: list[Any], vectors: Vectors) -> None:
-    """Write the questions' ids and vectors. Pages' vectors are in vectors.npy."""
+    """Write the questions' ids and vectors to questions.parquet."""
     table = pa.table({"id": [question.id for question in questions], "vector": list(vectors)})
     with open_atomically(stage.path("questions.parquet"), "wb") as file:
         pq.write_table(table, file)
@@ -88,7 +88,8 @@ def find_for_questions(
     stage: Stage, task: Any, questions: list[Any], splits: Mapping[str, str | None], index: Index
 ) -> dict[str, Found]:
     """Return by question id what belongs to the question: its document's pages, ranked, its figure's crop, examples,
-    and whether the drawing is enough. `splits` has the questions' splits by id."""
+    and whether the drawing is enough. Counts questions that name a missing page. `splits` has the questions' splits by
+    id."""
     wanted = task.retrieval_needs(stage.run.recipe)
     rows: dict[str, list[int]] = defaultdict(list)
     for row, page in enumerate(index.pages):
@@ -121,8 +122,9 @@ def find_for_questions(
 
 
 def _rank_pages(index: Index, own: list[int], question: Vectors) -> list[int]:
-    """The numbers of a document's pages, by the similarity of each page's best passage to a question, the best first;
-    ties in the order of the pages. `own` has the places of its pages in the index, which are adjacent."""
+    """The numbers of a document's pages, ranked by the similarity of each page's best passage to a question, the best
+    first; ties in the order of the pages. `own` has the places of the document's pages in the index, which must be
+    adjacent."""
     if not own:
         return []
     start, stop = index.first_rows[own[0]], index.first_rows[own[-1] + 1]
@@ -134,8 +136,9 @@ def _rank_pages(index: Index, own: list[int], question: Vectors) -> list[int]:
 def _examples(
     tested: list[Any], training: list[Any], vectors: Mapping[str, Vectors], count: int
 ) -> dict[str, list[str]]:
-    """The answers of the `count` training questions most similar to each test question, by its id, the most similar
-    first. Training questions on the test question's own document do not count."""
+    """Examples for each test question, by its id: the first answers of the `count` training questions most similar to
+    it, the most similar first. Training questions on the test question's own document do not count. Empty without
+    examples."""
     if not (tested and training and count):
         return {}
     most = max(Counter(one.document for one in training).values())  # as many may be from its own document

@@ -24,10 +24,11 @@ def write_samples(
     groups: Mapping[str, str],
     founds: Mapping[str, Found] | None,
 ) -> None:
-    """Write the samples of each split and the rows of a submission, and add them to outputs and counts.
+    """Write the samples of each split and the rows of a submission, and add them to outputs and counts. Questions that
+    cannot be used go to `stage.skip`.
 
     `splits`, `groups` and `founds` are by question id; `founds` is None if the task reads no documents. Raises
-    DataError if there is no training sample, or no test question of a data set has a usable prompt.
+    DataError if there is no training sample, or if no test question of a data set has a usable prompt.
     """
     recipe = stage.run.recipe
     learnt = {group for name, group in groups.items() if splits.get(name) == "train"}
@@ -63,9 +64,9 @@ def write_samples(
 
 
 def _check_test_samples(stage: Stage, tested: list[Sample]) -> None:
-    """Count and print the test samples of each data set that have errors.
+    """Count and print, for each data set, the test samples with an error.
 
-    Raises DataError if all samples of a data set have errors: its score of 0 would be meaningless.
+    Raises DataError if all test samples of a data set have errors: its score of 0 would be meaningless.
     """
     for source in sorted({str(sample["meta"]["source"]) for sample in tested}):
         members = [sample for sample in tested if sample["meta"]["source"] == source]
@@ -93,7 +94,8 @@ def _answered_samples(recipe: Recipe, task: Any, question: Any, found: Found | N
 
 
 def _prompt_sample(recipe: Recipe, task: Any, question: Any, found: Found | None, trained_on: bool = False) -> Sample:
-    """The sample of a question for inference, without the answer. `trained_on`: whether training has it too."""
+    """The sample of a question for inference, without the answer. It has an error if its document has no readable page.
+    `trained_on`: whether the question is also in the training data."""
     sample: Sample
     (sample,) = task.build_samples(recipe, question, found, "test")
     sample["meta"]["source"] = question.source

@@ -16,11 +16,11 @@ Matches = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
 
 def top_k(vectors: npt.NDArray[Any], queries: npt.NDArray[Any], k: int, block: int = BLOCK) -> Matches:
-    """Return the cosines and the numbers of the `k` rows most similar to each query, or of all rows if there are fewer.
+    """Return the cosines and the numbers of the `k` rows most similar to each query.
 
-    Both have shape (queries, k), the largest cosine first; equal cosines are ordered by row. The cosine with a zero
-    vector is 0. `vectors`: (rows, dimensions), float16 or float32, in memory or mapped from a file. `queries`:
-    (queries, dimensions).
+    Both have shape (queries, k), or (queries, rows) if there are fewer than `k` rows, with the largest cosine first;
+    equal cosines are ordered by row. The cosine with a zero vector is 0. `vectors`: (rows, dimensions), float16 or
+    float32, in memory or mapped from a file. `queries`: (queries, dimensions).
     """
     units = _unit_vectors(queries)
     best: list[Matches] = [(np.zeros(0, np.float32), np.zeros(0, np.int64)) for _ in units]

@@ -18,9 +18,9 @@ def split_questions(
     """Return the split of each question by id; None for a question that is neither trained on nor scored.
 
     `groups` has each question's group by id. Each data set is split separately and contributes its share to the test
-    set. A group in several data sets has the same split in all. A data set that suffices for only one of train and test
-    is not split: its questions go to `skip` and are not in the result, except those of split `asked`, `train only` or
-    `test only`. Raises DataError if no data set can be split.
+    set, but a group in several data sets has one split. A data set for which `split_groups` raises DataError is not
+    split: its questions go to `skip` and are not in the result, except those of split `asked`, `train only` or `test
+    only`. Raises DataError if no data set can be split.
     """
     splits = {groups[question.id]: "test" for question in questions if question.split in ("test", "test only")}
     divided: dict[str, dict[str, str | None]] = {}
@@ -71,10 +71,14 @@ def split_groups(
 ) -> dict[str, str]:
     """Return the split of each group: `train`, `validation` or `test`.
 
-    `given` has the splits in the data itself (`train`, `test` or None), `taken` the splits that the groups have in
-    other data sets. `learnt`: whether the data set has training questions in any case. The other groups are ordered by
-    a hash of seed and name, so a group's split does not depend on the order of the data. Raises DataError if there is
-    no group to train on, or none to test on and `data.evaluate_on_training` is false.
+    `given` has the splits in the data itself (`train`, `test` or None), `taken` the splits that groups already have in
+    other data sets. A group that is `test` in either is for testing, and any other group in `taken` keeps its split. If
+    `given` has no split at all, groups are held out until `data.test_fraction` of all are for testing, except with
+    `data.evaluate_on_training`. Groups for testing and validation are chosen by a hash of seed and name, so a group's
+    split does not depend on the order of the data.
+
+    `learnt`: whether the data set has questions that are trained on even if no group is. Raises DataError if there is
+    no group to train on and `learnt` is false, or no group to test on and `data.evaluate_on_training` is false.
     """
     taken = taken or {}
     order = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).hexdigest())

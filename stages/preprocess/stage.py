@@ -20,7 +20,7 @@ from stages.tasks.task import QuestionTask, RecordTask, Task, reads_documents, r
 
 def work(stage: Stage) -> None:
     """Turn the input into samples. A shard only renders and embeds its share of the documents and questions.
-    `run_stage` calls this."""
+    `run_stage` calls this. Raises DataError, after the skipped records are logged, if the data cannot be used."""
     try:
         _make_samples(stage)
     except DataError:  # its message names the commonest reason
@@ -80,7 +80,8 @@ def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
 
 
 def _find_documents(stage: Stage, task: Task, data: Path) -> dict[str, Path]:
-    """The file of each document by its id; empty if the task reads no documents."""
+    """The file of each document by its id; empty if the task reads no documents. Prints a notice if names differ only
+    by Unicode composition."""
     if not reads_documents(task):
         return {}
     from stages.preprocess.documents import document_ids
@@ -96,10 +97,10 @@ def _find_documents(stage: Stage, task: Task, data: Path) -> dict[str, Path]:
 
 
 def _group_questions(questions: list[Any], documents: dict[str, Path], known_hashes: Path) -> dict[str, str]:
-    """The group of each question by id: its document, or what the task names. All questions of a group get one split.
+    """The group of each question by id: the question's document, or what the task names. Documents with the same
+    content are one group, with the name of the first of them.
 
-    Documents with the same content are one group. The file `known_hashes` holds the digests of the documents that the
-    stage has already computed.
+    `known_hashes` is the file in which the stage keeps the digests of documents.
     """
     if not documents:
         return {question.id: question.group for question in questions}

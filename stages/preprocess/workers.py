@@ -33,10 +33,10 @@ def run_in_workers(
     as soon as it is done.
 
     `call` returns the function and arguments for a range. If a worker crashes, or takes longer than `page_timeout`
-    seconds for a page, that page yields one record, whose `status` begins with `unit` and says so, and the rest of its
-    range is tried again. If the worker did not say which page it was at (`Watch.at_page`), all pages of the range are
-    tried again, one by one. Only a few ranges per worker are submitted at a time, so the cost per range does not grow
-    with their number.
+    seconds for a page, that page yields one record, whose `status` begins with `unit` and says what happened, and the
+    rest of its range is tried again. If the board does not show which of several pages the worker was at, all pages of
+    the range are tried again, one by one. Only a few ranges per worker are submitted at a time, so the cost per range
+    does not grow with their number.
 
     Raises what the function raises, and InterruptedRunError if the stage is asked to stop.
     """
@@ -78,12 +78,14 @@ def run_in_workers(
 
 
 def _begin_worker(parent: int, board: MutableSequence[int]) -> None:
+    """Prepare a worker process: it dies with its parent, can be terminated at any time, and shares its board."""
     die_with_parent(parent)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool's handler does not run inside a library's C code
     watch.share(board)
 
 
 def _work(slot: int, page_timeout: float, function: Callable[..., Records], arguments: tuple[Any, ...]) -> Records:
+    """Return the records that the function makes of a range, with the time limit on."""
     watch.begin(slot, page_timeout)
     try:
         return function(*arguments)

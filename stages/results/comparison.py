@@ -115,8 +115,8 @@ def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[EvaluatedR
     """The runs among `names` that eval has scored, at least two, and for each other run a note that says why it is not
     compared.
 
-    Raises UsageError for fewer than two scored runs, for scores that are stale, damaged or without a score per sample,
-    and for runs of another task, scoring or test set than the first.
+    Raises UsageError for fewer than two scored runs, for a recipe that is missing or invalid, for scores that are
+    stale, damaged or without a score per sample, and for runs of another task, scoring or test set than the first.
     """
     runs, notes = [], []
     for name in names:
@@ -136,8 +136,8 @@ def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[EvaluatedR
 
 
 def _read_run(roots: Roots, name: str) -> EvaluatedRun | str:
-    """The run `name`, or the reason why it cannot be compared. Raises UsageError if its scores are stale, damaged or
-    without a score per sample."""
+    """The run `name`, or the reason why it cannot be compared. Raises UsageError if its recipe is missing or invalid,
+    or if its scores are stale, damaged or without a score per sample."""
     folder = roots.runs / name
     try:
         recipe = read_recipe(folder)
@@ -160,7 +160,7 @@ def _read_run(roots: Roots, name: str) -> EvaluatedRun | str:
 
 
 def refuse_incomparable_runs(runs: Sequence[EvaluatedRun]) -> None:
-    """Raise UsageError for a run of another task, scoring or test set than the first."""
+    """Raise UsageError if a run has another task, scoring or test set than the first run."""
     first = runs[0]
     for other in runs[1:]:
         if other.task != first.task:
@@ -183,14 +183,15 @@ def refuse_incomparable_runs(runs: Sequence[EvaluatedRun]) -> None:
 
 
 def reference_model(run: EvaluatedRun) -> str:
-    """The model of the first run that all models are compared with: its vote, else its first adapter, else base."""
+    """The model that all models are compared with if `run` is the first run: its vote, else its first adapter, else
+    base."""
     adapters = [name for name in run.models if name not in (BASE, VOTE)]
     return VOTE if VOTE in run.models else [*adapters, BASE][0]
 
 
 def comparison_rows(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
-    """A row for every metric of every model of every run, grouped by metric. All runs must have the same test set, and
-    the documents are those of the first run."""
+    """A row for every metric of every model of every run, grouped by metric. The runs must have the same test set. A
+    sample's document is the one that the first run has for it."""
     first, model = runs[0], reference_model(runs[0])
     metrics = dict.fromkeys(metric for run in runs for line in run.lines for metric in _line_metrics(line))
     rows = []
@@ -219,8 +220,8 @@ def _line_metrics(line: Mapping[str, Any]) -> list[str]:
 def _paired_differences(
     first: EvaluatedRun, scores: Mapping[str, float], beside: Mapping[str, float]
 ) -> tuple[Values, list[str]]:
-    """The differences `scores` - `beside` of the samples in both, of shape (samples,), and the documents of these
-    samples in the first run."""
+    """The differences `scores` - `beside`, of shape (keys,), for the keys that both have, and the first run's documents
+    of these keys. The keys are those in `together`."""
     both = [name for name in first.groups if name in scores and name in beside]
     return np.array([scores[name] - beside[name] for name in both]), [first.groups[name] for name in both]
 
@@ -232,7 +233,7 @@ def _percent_equal(answers: Mapping[str, str], others: Mapping[str, str]) -> flo
 
 
 def prompt_differences(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """A sentence for each run whose prompts show something else than those of the first run, which may explain
+    """A sentence for each run whose recipe shows other things in prompts than the first run's recipe: that may explain
     differences in scores."""
     first, found = runs[0], []
     for other in runs[1:]:
@@ -264,8 +265,9 @@ def outdated_interval_notes(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def suspicions(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """Sentences on models that failed on every sample, answer repetitively, or share another model's wrong answers."""
-    found = [line for run in runs for name in run.models for line in _repetitive_answers(run, name)]
+    """Sentences on models that failed on every sample of a data set, answer repetitively, or share another model's
+    wrong answers."""
+    found = [line for run in runs for name in run.models for line in _model_suspicions(run, name)]
     models = [(run, name) for run in runs for name in run.models]
     alike: dict[str, list[tuple[set[int], int]]] = defaultdict(list)  # by data set: places in `models`, and answers
     for first, (run, name) in enumerate(models):
@@ -273,6 +275,7 @@ def suspicions(runs: Sequence[EvaluatedRun]) -> list[str]:
             if _may_be_identical(run, name, other, other_name):
                 continue
             for source, count in _identical_answers(run, name, other, other_name).items():
+                # models that are alike in pairs are reported as one group
                 joined, counts = {first, second}, [count]
                 for group in [group for group in alike[source] if group[0] & joined]:
                     alike[source].remove(group)
@@ -300,8 +303,9 @@ def _source_phrase(source: str, run: EvaluatedRun) -> str:
     return f" of {source}" if source and len(_sources(run)) > 1 else ""
 
 
-def _repetitive_answers(run: EvaluatedRun, model: str) -> list[str]:
-    """Sentences on data sets on which a model failed on every sample, or gave few distinct answers."""
+def _model_suspicions(run: EvaluatedRun, model: str) -> list[str]:
+    """Sentences on data sets on which a model failed on every sample, or gave few distinct answers. One sentence if it
+    failed on all data sets."""
     found, where = [], f"{run.run}/{model}"
     asked = Counter(line["source"] for line in run.lines if model in line["models"])
     if asked and not run.answers(model):
@@ -328,8 +332,9 @@ def _may_be_identical(run: EvaluatedRun, name: str, other: EvaluatedRun, other_n
 
 
 def _identical_answers(run: EvaluatedRun, name: str, other: EvaluatedRun, other_name: str) -> dict[str, int]:
-    """The data sets on which two models give the same answers, at least LEAST_ANSWERS of them and not all right, with
-    the number of answers. All good models share their right answers."""
+    """The data sets on which two models give the same answer to every sample that both answered, each with the number
+    of these samples. Leaves out data sets with fewer than LEAST_ANSWERS such samples, and those on which all answers
+    are right: all good models share these."""
     found = {}
     for source in _sources(run):
         answers, others = run.answers(name, source), other.answers(other_name, source)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def comparison_tables(runs: Sequence[EvaluatedRun], coloured: bool) -> Iterator[str]:
-    """Yield a table for each metric, then lines that say how the scores are counted. The runs must have the same test
-    set. `coloured`: with ANSI colours."""
+    """Yield a table for each metric, then a line that says how the scores are counted, and a note if there are few
+    documents. The runs must have the same test set. `coloured`: with ANSI colours."""
     from rich.console import Console
 
     first = runs[0]
@@ -53,7 +53,8 @@ def _table(rows: Sequence[ComparisonRow], reference: str) -> "Table":
 
 
 def _gain_text(row: ComparisonRow) -> str:
-    """The difference with its interval, and a star if it is clear; empty if there is no difference."""
+    """The difference with its interval, then a star if it is clear, else blanks for alignment; empty if there is no
+    difference."""
     if row.difference is None:
         return ""
     value, low, high = (row.difference[name] for name in ("value", "low", "high"))

@@ -121,12 +121,12 @@ def holm_p_values(tests: Sequence[float]) -> list[float]:
 
 
 def percent(value: float) -> float:
-    """A score in percent, rounded to four decimals."""
+    """A score or difference of scores as percent, rounded to four decimals."""
     return round(100 * float(value), 4) + 0.0  # -0.0 becomes 0.0
 
 
 def _percent_or_none(value: float) -> float | None:
-    """A score in percent, rounded to four decimals; None for NaN."""
+    """A score or difference of scores as percent, rounded to four decimals; None for NaN."""
     return None if math.isnan(value) else percent(value)
 
 
@@ -152,7 +152,8 @@ def student_tails(t: Values, freedom: Values) -> Values:
 
 
 def student_quantile(freedom: Values) -> Values:
-    """The t with P(|T| > t) = LEVEL, by Newton's method. It starts from below, because the tail is convex in t."""
+    """The t with P(|T| > t) = LEVEL, by Newton's method. The iteration starts below the result, because the tail is
+    convex in t."""
     t, peak = np.full(freedom.shape, 1.9599), _density_at_zero(freedom)
     for _ in range(20):
         density = peak * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)

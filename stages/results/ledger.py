@@ -97,11 +97,12 @@ class Ledger:
 
 
 def read_ledger(roots: Roots, names: Sequence[str], metric: str | None) -> Ledger:
-    """Read the rows of the runs `names`, in that order. Each run has a row for base, for each adapter, in the recipe's
-    order, and for the vote if there is one.
+    """Return the rows of the runs `names`, in that order, and the runs' metrics. Each run has a row for base, for each
+    of the recipe's adapters in order, for each other adapter that it has, and for the vote if there is one or the
+    recipe wants one.
 
-    `metric` is the metric of the scores; None: each run's first. A damaged run folder raises no error: the state of its
-    only row says what is damaged.
+    `metric` is the metric of the scores; None: each run's first. A damaged run raises no error: the state of its rows
+    says what is damaged. A run that cannot be read at all has only one row.
     """
     rows: list[Row] = []
     metrics: dict[str, None] = {}
@@ -143,7 +144,8 @@ def refuse_unknown_metric(metric: str | None, known: Sequence[str]) -> None:
 
 
 def sorted_rows(rows: Sequence[Row], column: str | None, descending: bool) -> list[Row]:
-    """The rows sorted by a column. Equal rows keep their order, and rows without a value come last in either direction.
+    """The rows sorted by a column, or unchanged if `column` is None. Equal rows keep their order, and rows without a
+    value come last in either direction.
 
     Numbers sort as numbers, within texts too; texts are compared without regard to case.
     """
@@ -151,7 +153,7 @@ def sorted_rows(rows: Sequence[Row], column: str | None, descending: bool) -> li
         return list(rows)
 
     def sort_key(row: Row) -> Any:
-        """What a row sorts by: its value, or its text with padded numbers."""
+        """What a row sorts by: its value, or its text without regard to case and with padded numbers."""
         value = getattr(row, column)
         if not isinstance(value, str):
             return value
@@ -173,12 +175,13 @@ class _RowReader(RunReader):
 
     @cached_property
     def _scores(self) -> dict[str, Any]:
-        """Figures by model and metric; empty if eval is not done."""
+        """Figures by model and metric; empty if eval is not done. Raises DamagedError if scores.json has changed."""
         return self.read_output("eval", "scores.json") or {}
 
     @cached_property
     def _differences(self) -> dict[str, Any]:
-        """Gains over base by model and metric; empty if eval is not done."""
+        """Gains over base by model and metric; empty if eval is not done. Raises DamagedError if differences.json has
+        changed."""
         return self.read_output("eval", "differences.json") or {}
 
     @property
@@ -204,7 +207,7 @@ class _RowReader(RunReader):
     @cached_property
     def _failed_adapters(self) -> dict[str, str]:
         """Adapters that could not be trained, with the reason: from train's manifest if there is one, else from train's
-        summary. Empty while train runs without a manifest."""
+        summary. Empty while train runs without a manifest, and if the summary is damaged."""
         manifest = self.manifests.get("train")
         if manifest is not None:
             return manifest.get("untrained", {})  # type: ignore[no-any-return]
@@ -234,7 +237,8 @@ class _RowReader(RunReader):
         return [self._row(name, adapters.get(name)) for name in names]
 
     def _row(self, name: str, adapter: Adapter | None) -> Row:
-        """The row of one model. `adapter` is its entry in the recipe, None for others."""
+        """The row of one model. `adapter` is its entry in the recipe, None for others. If a file is damaged, the row's
+        state says so."""
         row = Row(
             self._name,
             task=_one_line(self.run.recipe.task),
@@ -286,8 +290,9 @@ class _RowReader(RunReader):
 
     @cached_property
     def _data_columns(self) -> dict[str, Any]:
-        """The columns of the connector's training and of Data-Juicer's work on the data. Without the latter if the data
-        have changed since train."""
+        """The columns of the connector's training and of Data-Juicer's work on the data; empty if train is not done.
+        Data-Juicer's are left out if the training samples have changed since train read them, or if preprocess ran with
+        another recipe than the run's."""
         made: dict[str, Any] = {}
         if "train" not in self.manifests:
             return made
@@ -307,7 +312,8 @@ class _RowReader(RunReader):
         return made
 
     def _sources_text(self, adapter: Adapter | None, training: Mapping[str, Any]) -> str:
-        """The text of `sources`: each data set with the number of samples trained on; empty if that is unknown."""
+        """The text of `sources`: each data set with the number of samples trained on; empty if that is unknown.
+        `adapter` is the recipe's entry, None if the adapter was trained on another mix than that."""
         total = training["samples"]["train"]
         if adapter is None:
             return ""
@@ -327,7 +333,8 @@ class _RowReader(RunReader):
 
     @cached_property
     def _train_samples(self) -> list[dict[str, Any]]:
-        """The id and data set of each sample that train read; empty if the file has changed since."""
+        """The id and data set of each sample that train read; empty if train is not done, or if the file is missing or
+        has changed since."""
         wanted = self.manifests.get("train", {}).get("inputs", {}).get("preprocess/samples/train.jsonl")
         path = self.run.path("preprocess", "samples", "train.jsonl")
         if wanted is None or not path.is_file():
@@ -353,7 +360,8 @@ class _RowReader(RunReader):
         return {"in_vote": "no" if weight is None else "yes", "weight": weight, "validation": validation}
 
     def _score_columns(self, name: str, trained: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns of a model's score, and its state."""
+        """The columns of a model's score, and its state. `trained` has the columns of its training, and is empty if it
+        is not trained."""
         untrained = self._failed_adapters.get(name)
         if untrained is not None:
             return {"state": _one_line(f"not trained: {untrained}")}
@@ -448,7 +456,8 @@ def _contract_note(folder: Path) -> str:
 
 
 def _error_text(error: Exception, folder: Path) -> str:
-    """The text of an error, with paths relative to the run's folder."""
+    """The text of an error. Errors of Lorry and of the operating system have paths relative to the run's folder; any
+    other begins with its type."""
     if isinstance(error, LorryError | DamagedError | OSError):
         return str(error).replace(f"{folder}/", "")
     return f"{type(error).__name__}: {error}"

@@ -23,7 +23,8 @@ def render_ledger(rows: Sequence[Row], form: str, sorted_by: str | None, descend
 
 
 def write_ledger(path: Path, text: str, form: str) -> None:
-    """Write a rendered ledger. Raises UsageError if the file cannot be written, DoesNotFitError if the disk is full."""
+    """Write a rendered ledger, as UTF-8. Raises DoesNotFitError if the disk is full, and UsageError if the file cannot
+    be written for any other reason."""
     mark = "\ufeff" if form == "csv" else ""  # spreadsheets read a file as UTF-8 only if it starts with this
     try:
         with open_atomically(path.absolute()) as file:

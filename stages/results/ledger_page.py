@@ -37,8 +37,8 @@ class Cell(NamedTuple):
 
 
 def render_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) -> str:
-    """Return the ledger as an HTML page with all columns of `table_columns`. `sorted_by` and `descending` say how the
-    rows are sorted already."""
+    """Return the ledger as an HTML page with all columns of `table_columns`. `sorted_by` is the column by which the
+    rows are already sorted, None if there is none; `descending` is the direction."""
     columns = table_columns(rows)
     direction = "descending" if descending else "ascending"
     heads = [Head(each.title, each.number, direction if sorted_by == each.values[0] else None) for each in columns]
@@ -55,7 +55,8 @@ def render_html(rows: Sequence[Row], sorted_by: str | None, descending: bool) ->
 
 
 def _style_class(row: Row) -> str:
-    """The style class of a row: `base`, `vote`, `adapter`, or `doubtful`."""
+    """The style class of a row: `base`, `vote` or `adapter` if its score is current and on test data only, else
+    `doubtful`."""
     if not row.state.startswith("scored") or row.scored_on.startswith("training"):
         return "doubtful"
     return row.adapter if row.adapter in ("base", "vote") else "adapter"
@@ -64,7 +65,8 @@ def _style_class(row: Row) -> str:
 def _page_html(
     heads: Sequence[Head], rows: Sequence[tuple[str, Sequence[Cell]]], lead: str, notes: Sequence[str]
 ) -> str:
-    """The HTML of the page. `rows`: each row's style class and its cells, one for each head. Every text is escaped."""
+    """The HTML of the page. `rows` has each row's style class and its cells, one for each head. `lead` is the text
+    above the table, `notes` are the paragraphs below it. Every text is escaped."""
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script is not None
@@ -79,7 +81,7 @@ def _page_html(
 
 
 def _head_html(head: Head) -> str:
-    """The HTML of a column's head, with a button that sorts by it."""
+    """The HTML of a column's head, with a button that sorts by the column."""
     order = f' aria-sort="{escape(head.sorted)}"' if head.sorted else ""
     number = ' class="number"' if head.number else ""
     return f'<th scope="col"{number}{order}><button type="button">{escape(head.title)}</button></th>'
@@ -92,7 +94,7 @@ def _row_html(kind: str, cells: Sequence[Cell], heads: Sequence[Head]) -> str:
 
 
 def _cell_html(cell: Cell, head: Head) -> str:
-    """The HTML of a cell, with the key that it sorts by."""
+    """The HTML of a cell, with its sort key."""
     number = ' class="number"' if head.number else ""
     key = "" if cell.key is None else f' data-key="{escape(str(cell.key))}"'
     return f"<td{number}{key}>{escape(cell.text)}</td>"

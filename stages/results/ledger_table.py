@@ -138,8 +138,9 @@ def score_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def render_csv(rows: Sequence[Row]) -> str:
-    """Return the ledger as CSV: a head, then one line for each row with all its values. A text that a spreadsheet would
-    take for a formula gets an apostrophe in front."""
+    """Return the ledger as CSV: a head, then one line for each row. Columns of RARE_COLUMNS without any value are left
+    out, a missing score is UNTESTED, and a text that a spreadsheet would take for a formula gets an apostrophe in
+    front."""
     every = [field.name for field in fields(Row)]
     names = [n for n in every if n not in RARE_COLUMNS or any(getattr(row, n) not in (None, "") for row in rows)]
     text = io.StringIO()
@@ -203,7 +204,7 @@ def _fitting_columns(every: list[Column], rows: Sequence[Row], sorted_by: str | 
 
 
 def _table(columns: list[Column], rows: Sequence[Row]) -> "Table":
-    """The table of these columns, without notes."""
+    """The table of these columns for rich, without notes."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

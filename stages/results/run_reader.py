@@ -38,7 +38,9 @@ class RunReader:
                 self.troubles[stage] = f"{stage}/manifest.json is damaged"
 
     def _check_stage(self, stage: str) -> None:
-        """Add a stage's manifest to `manifests`, or the reason why its result is missing or stale to `troubles`."""
+        """Add a stage's manifest to `manifests` if the stage is done, and the reason why its result is missing or
+        stale, if it is, to `troubles`. May raise any of the errors that `__init__` handles if the manifest is
+        damaged."""
         manifest = read_json(self.run.path(stage, "manifest.json"))
         if manifest is None:
             self.troubles[stage] = _unfinished_state(self.run, stage)
@@ -89,7 +91,7 @@ class RunReader:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """Read the recipe in a run's folder, with profile and overrides applied. Raises DamagedError if the file is
+    """Return the recipe in a run's folder, with profile and overrides applied. Raises DamagedError if the file is
     missing, and UsageError if it is not a valid recipe."""
     path = folder / "recipe.yaml"
     if not path.is_file():
@@ -98,7 +100,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def run_names(runs: Path) -> list[str]:
-    """The sorted names of the folders in `runs` that are runs, or the remains of one."""
+    """The sorted names of the folders in `runs` that are runs or remains of runs; empty without such a folder."""
     if not runs.is_dir():
         return []
     return sorted(path.name for path in runs.iterdir() if not path.name.startswith(".") and _is_run(path))
@@ -116,15 +118,15 @@ def select_runs(wanted: Sequence[str], runs: Path) -> list[str]:
 
 
 def suggestion(name: str, known: Sequence[str], what: str) -> str:
-    """A hint for an unknown name: the most similar known name, if one is similar, then all known names. `what` is their
-    noun in the plural."""
+    """A hint for an unknown name: the most similar known name, if one is similar, then all known names. `what` is the
+    plural noun for the names."""
     near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}{what}: {', '.join(known)}"
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a folder is a run, or the remains of one."""
+    """Whether a path is the folder of a run, or the remains of one; also if the folder cannot be read."""
     try:
         return path.is_dir() and any((path / part).exists() for part in ("recipe.yaml", "shards", *STAGES))
     except OSError:  # a folder that cannot be read is listed, too
@@ -145,7 +147,8 @@ def _unfinished_state(run: Run, stage: str) -> str:
 
 
 def _last_error(events: Path) -> str | None:
-    """The error with which the last start of a stage ended; None if it ended without one."""
+    """The error with which the last start of a stage ended; None if it ended without one, or if there is no event
+    log."""
     try:
         with events.open("rb") as file:
             file.seek(max(0, events.stat().st_size - 65_536))

@@ -22,8 +22,8 @@ SUMMARY = "summary.json"
 
 
 def read_summary(run: Run, stage: str) -> dict[str, Any]:
-    """Return the summary that a stage has written, under its present or earlier name; one without results if it is
-    missing."""
+    """Return the summary that a stage has written, under its present or earlier name; a summary without results if
+    there is no file."""
     for name in (SUMMARY, "report.json"):
         if (found := read_json(run.path(stage, name))) is not None:
             return dict(found)
@@ -59,7 +59,8 @@ def build_summary(
 
 
 def dataset_result(run: Run, adapter: Adapter, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of `dataset_results` for one adapter. `result` has `training` and `evaluation`, or `error`."""
+    """The entry of `dataset_results` for one adapter. `result` has `training`, and `evaluation` if eval writes the
+    summary; or only `error`."""
     names = [each.name for each in run.recipe.train.adapters]
     return {
         "dataset_index": names.index(adapter.name),
@@ -71,13 +72,14 @@ def dataset_result(run: Run, adapter: Adapter, result: Mapping[str, Any]) -> dic
 
 
 def stage_seconds(manifest: Mapping[str, Any]) -> float:
-    """The seconds from a stage's first start to its end, at least those that its manifest counts."""
+    """The seconds from a stage's first start to its end, or the seconds that its manifest counts if these are more."""
     first, end = (datetime.fromisoformat(text) for text in (manifest["starts"][0], manifest["end"]))
     return max((end - first).total_seconds(), float(manifest["seconds"]))
 
 
 def _data_set_path(run: Run, adapter: Adapter) -> str:
-    """The path of the adapter's data set, as a recipe would name it; for a mix of several, that of the data folder."""
+    """The path of the adapter's data set, as a recipe would name it; that of the data folder for a mix of several, and
+    if the data set is no longer there."""
     folder = run.roots.data / run.recipe.data.path
     if len(adapter.data) != 1 or not folder.is_dir():
         return run.recipe.data.path
@@ -100,7 +102,8 @@ def dataset_name(adapter: Adapter) -> str:
 
 
 def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] | None:
-    """The entry `training` for the finished adapter in `folder`; None if the folder has no training.json."""
+    """The entry `training` for the finished adapter in `folder`: facts of its training, and settings of the recipe.
+    None if the folder has no training.json."""
     settings = run.recipe.train
     if not (folder / "training.json").is_file():
         return None
@@ -134,7 +137,8 @@ def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] |
 
 
 def _summary_statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The entry `summary_statistics`: means and best scores over all results, and the number of failed answers."""
+    """The entry `summary_statistics`: mean times in seconds, mean and best scores in percent, and the number of failed
+    answers, over all results."""
     training = [r["training"]["training_time"] for r in results if r.get("training")]
     evaluation = [r["evaluation"] for r in results if "evaluation" in r]
     exact, f1 = ([e["metrics"][name] for e in evaluation if name in e["metrics"]] for name in ("exact_match", "f1"))
