@@ -48,8 +48,9 @@ class Events:
     def report_progress(self, activity: str, step: int, total: int, unit: str, **fields: Any) -> None:
         """Show progress on the console and write it to events.jsonl: `step` of `total` units of an activity are done.
 
-        An activity is, for example, `render pages`. A call soon after the last one writes nothing, except for the last
-        step. `fields` are further figures of the event, such as `loss`; those that are None are left out.
+        An activity is, for example, `render pages`. The first call and the last step of an activity always take effect.
+        Other calls are written at most once per EVENT_INTERVAL, and shown at most once per CONSOLE_INTERVAL, or per 0.1
+        s on a terminal. `fields` are further figures of the event, such as `loss`; those that are None are left out.
         """
         now = time.monotonic()
         if activity != self._activity:
@@ -67,7 +68,7 @@ class Events:
     def _show_progress(
         self, activity: str, step: int, total: int, unit: str, eta: float | None, fields: dict[str, Any], last: bool
     ) -> None:
-        """Print progress as a line, or as a bar on a terminal. `eta` is in seconds."""
+        """Print progress as a line, or as a bar on a terminal. `eta` is in seconds; None: not known."""
         extras = "".join(f"  {_field_text(key, value)}" for key, value in fields.items() if value is not None)
         left = f"  {_duration_text(eta)} left" if eta is not None and not last else ""
         text = f"{self._stage}: {activity} {step}/{total} {unit}{extras}{left}"
@@ -91,12 +92,15 @@ class Events:
 
 
 def say(stage: str, text: str, error: bool = False) -> None:
-    """Print one line for a stage without `Events`, on standard output, or on standard error if `error` is set."""
+    """Print one line about a stage on standard output, or on standard error if `error` is set.
+
+    This is for lines before the stage has its `Events`.
+    """
     print(f"{stage}: {text}", file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def read_last_event(path: Path) -> dict[str, Any] | None:
-    """The last complete event of an events.jsonl, searched in its last 64 KiB; None if there is none."""
+    """The last complete event in the last 64 KiB of an events.jsonl; None if it has none or cannot be read."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -114,7 +118,8 @@ def read_last_event(path: Path) -> dict[str, Any] | None:
 def redirect_output(log: Path) -> Iterator[IO[str]]:
     """Redirect the output of this process and its children to a log file. Yields the real console.
 
-    Libraries print hundreds of lines. The user needs the progress, and the log only if something breaks.
+    The console is the former standard error. Libraries print hundreds of lines, but the user needs the progress, and
+    the log only if something breaks.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -133,7 +138,7 @@ def redirect_output(log: Path) -> Iterator[IO[str]]:
 
 
 def _field_text(key: str, value: Any) -> str:
-    """A field of a progress event as text with its unit."""
+    """A field of a progress event as text: `tokens_per_second` and `memory` (in GiB) with units, others with names."""
     if key == "tokens_per_second":
         return f"{value:,.0f} tokens/s"
     if key == "memory":
@@ -142,7 +147,7 @@ def _field_text(key: str, value: Any) -> str:
 
 
 def _duration_text(seconds: float) -> str:
-    """A duration as h:mm:ss, or m:ss below an hour."""
+    """A duration in seconds as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

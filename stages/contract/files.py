@@ -19,7 +19,8 @@ from stages.contract.errors import DoesNotFitError, LorryError, UsageError
 def canonical_json(value: Any) -> str:
     """A value as JSON in one canonical form, so that equal values give equal texts.
 
-    Keys are sorted, there are no spaces, and non-ASCII characters are not escaped.
+    Keys are sorted, no spaces separate the tokens, and non-ASCII characters are not escaped. Raises ValueError for a
+    NaN or infinite number.
     """
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
@@ -36,7 +37,7 @@ def sha256_file(path: Path) -> str:
 
 
 def stored_name(path: Path) -> str:
-    """A path as valid UTF-8 text. Other bytes, as in old archives, are escaped: `\\xb5`."""
+    """A path as valid UTF-8 text. Bytes that are not UTF-8, as in names from old archives, are escaped: `\\xb5`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -44,7 +45,7 @@ def stored_name(path: Path) -> str:
 def open_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file that replaces `path` once it is complete and on the disk.
 
-    After an error the temporary file is deleted, and `path` stays as it was.
+    Creates the parent folder. After an error the temporary file is deleted, and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_path(path)
@@ -99,7 +100,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 class JsonlJournal:
     """A JSON Lines file that records are appended to.
 
-    A kill may leave its last line incomplete. Opening the file reads the complete records and cuts off the rest.
+    A kill may leave its last line incomplete. Opening the file reads the records before the first line that is not
+    complete JSON, and cuts off that line and all after it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -184,7 +186,10 @@ class FileHashes:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """The regular files below a folder, sorted, without hidden files and folders. Links to folders are not followed."""
+    """The files below a folder and links to files, sorted, without hidden files and folders.
+
+    Links to folders are not followed.
+    """
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not _is_hidden(f))
@@ -193,16 +198,19 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Regular files below a folder of input data, sorted, without hidden files and folders.
+    """The files below a folder of input data and links to files, sorted, without hidden files and folders.
 
     Follows links to folders, as people link their data instead of copying it, but at most `_LINKS_DEEP` inside each
-    other; `unread_data` returns what is left out.
+    other. `unread_data` returns what is left out.
     """
     return _walk_data(folder)[0]
 
 
 def unread_data(folder: Path) -> dict[Path, tuple[str, str]]:
-    """What `data_files` leaves out besides hidden files and folders: reason and detail by path, sorted."""
+    """The paths that `data_files` leaves out, with reason and detail of each, sorted by path.
+
+    Hidden files and folders are not among them.
+    """
     return dict(sorted(_walk_data(folder)[1].items()))
 
 
@@ -211,6 +219,7 @@ _LINKS_DEEP = 2
 
 
 def _walk_data(top: Path) -> tuple[list[Path], dict[Path, tuple[str, str]]]:
+    """The files that `data_files` returns, sorted, and the paths that `unread_data` returns, not sorted."""
     files: list[Path] = []
     unread: dict[Path, tuple[str, str]] = {}
     todo: list[tuple[Path, tuple[Path, ...]]] = [(top, ())]  # a folder, and the real folders of the links to it
@@ -244,7 +253,10 @@ def _walk_data(top: Path) -> tuple[list[Path], dict[Path, tuple[str, str]]]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a name begins with exactly one dot. Two dots may be an ellipsis in a title, whose file must be read."""
+    """Whether a name begins with exactly one dot.
+
+    Several dots may be the ellipsis of a title, and a file named after that title must be read.
+    """
     return name.startswith(".") and not name.startswith("..")
 
 
@@ -284,9 +296,9 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocat
 
 
 def machine_error(error: BaseException) -> LorryError | None:
-    """The LorryError for a full disk, a forbidden file or a lack of memory; None for any other error.
+    """The LorryError for a full disk, a forbidden or read-only file, or a lack of memory; None for any other error.
 
-    It also looks at the causes of the error and at messages, as libraries in C and Rust raise types of their own.
+    Also searches the causes of the error, and their messages, as libraries in C and Rust raise types of their own.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -309,7 +321,10 @@ def machine_error(error: BaseException) -> LorryError | None:
 
 
 def _permission_cure(code: int, error: BaseException) -> str:
-    """Who owns a forbidden file or its folder, and the command that gives this process access."""
+    """Text that says who owns a forbidden file or its folder, and which command gives this process access.
+
+    On a read-only file system, or if the error names no file, it is general advice instead.
+    """
     filename = error.filename if isinstance(error, OSError) else None
     needs = "make the data and model folders readable and the run folder writable"
     if code == errno.EROFS:
@@ -332,5 +347,5 @@ def _permission_cure(code: int, error: BaseException) -> str:
 
 
 def _name_on_host(folder: Path) -> str:
-    """A folder's name for a user on the host; in a container, it says which mounted folder is meant."""
+    """The text that names a folder to a user on the host. In a container, it says that the folder is a mounted one."""
     return f"the host's folder mounted as {folder}" if "LORRY_IMAGE" in os.environ else str(folder)

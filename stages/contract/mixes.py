@@ -10,10 +10,11 @@ Samples = list[dict[str, Any]]
 
 
 def training_samples(samples: Samples, adapter: Adapter, seed: int) -> Samples:
-    """The samples that an adapter trains on: its data mix, drawn from all training samples; all without a mix.
+    """The samples that an adapter trains on: those of its data mix, or all of `samples` if it has no mix.
 
-    They come part by part, each in its data set's order. Samples repeat if a part asks for more than its data set has.
-    Raises UsageError for a part whose data set has no training samples.
+    `samples` are the training samples of all data sets; `seed` is for parts without a seed of their own. The result has
+    the parts in the mix's order. If a part asks for more samples than its data set has, samples repeat. Raises
+    UsageError for a part whose data set has no training samples.
     """
     if not adapter.data:
         return samples
@@ -23,7 +24,8 @@ def training_samples(samples: Samples, adapter: Adapter, seed: int) -> Samples:
 def samples_with_pictures(samples: Samples, most: int, seed: int) -> tuple[Samples, dict[str, int]]:
     """At most `most` of a connector's samples, all with pictures, and the number left out for each reason.
 
-    If there are more, they are drawn by the seed. A connector learns nothing from a sample without a picture.
+    If more than `most` have pictures, the seed decides which stay; the order does not change. A connector learns
+    nothing from a sample without a picture.
     """
     seen = [sample for sample in samples if sample.get("images")]
     left_out = {"without_picture": len(samples) - len(seen), "beyond_most_samples": max(len(seen) - most, 0)}
@@ -39,7 +41,10 @@ def validation_samples(samples: Samples, adapter: Adapter) -> Samples:
 
 
 def _draw_samples(samples: Samples, part: Source, adapter: str, seed: int) -> Samples:
-    """The samples of one part of a data mix, at least one. Raises UsageError if its data set has no samples."""
+    """The samples of one part of a data mix, at least one. Raises UsageError if its data set has no training samples.
+
+    `adapter` is the name of the mix's adapter, for the message.
+    """
     own = [sample for sample in samples if sample["meta"]["source"] == part.source]
     if not own:
         known = ", ".join(sorted({str(sample["meta"]["source"]) for sample in samples}))

@@ -54,10 +54,10 @@ Part = Shard | Node | None
 
 
 def requested_part(stage: str, option: str | None, environment: Mapping[str, str]) -> Part:
-    """The part that `--shard` or the environment asks for. None: the whole stage on one machine.
+    """The part that `--shard` or the environment asks for; None: the whole stage on one machine.
 
-    Only train has nodes. Raises UsageError if the values are wrong, incomplete or exclude each other, and for a shard
-    of a stage that has none.
+    `option` is the value of `--shard`; None: not given. Only train has nodes. Raises UsageError if a value is wrong or
+    missing, if a shard and several nodes are asked for, and for a shard of a stage that cannot run in shards.
     """
     shard = _shard(option, environment)
     if shard is not None and stage not in SHARDED:
@@ -71,7 +71,7 @@ def requested_part(stage: str, option: str | None, environment: Mapping[str, str
 
 
 def _shard(option: str | None, environment: Mapping[str, str]) -> Shard | None:
-    """The shard that `--shard`, LORRY_SHARD or an Indexed Job's index names, in this order; None: no shards.
+    """The shard that the first of `--shard`, LORRY_SHARD and an Indexed Job's index names; None: no shards.
 
     Raises UsageError for a value that is not I/N with I below N.
     """
@@ -91,9 +91,10 @@ def _shard(option: str | None, environment: Mapping[str, str]) -> Shard | None:
 
 
 def _node(environment: Mapping[str, str]) -> Node | None:
-    """The machine that the environment names; None if one machine trains alone.
+    """This machine's place in a training on several machines, from the environment; None if one machine trains alone.
 
-    Raises UsageError if the environment lacks a value, or has a wrong one.
+    Raises UsageError if LORRY_NODES is wrong, or missing although one of the others is set. With several machines, also
+    raises it if the rank (LORRY_NODE_RANK or JOB_COMPLETION_INDEX) or LORRY_RENDEZVOUS is wrong or missing.
     """
     count, rendezvous = environment.get("LORRY_NODES"), environment.get("LORRY_RENDEZVOUS")
     rank = environment.get("LORRY_NODE_RANK")
@@ -112,7 +113,7 @@ def _node(environment: Mapping[str, str]) -> Node | None:
         last = int(count) - 1
         raise UsageError(
             f"LORRY_NODE_RANK: found {rank or 'no value'}; with LORRY_NODES {count} set it to a number from 0 to"
-            f" {last}, another one on each machine (an Indexed Job's JOB_COMPLETION_INDEX also counts)"
+            f" {last}, a different one on each machine (an Indexed Job's JOB_COMPLETION_INDEX also counts)"
         )
     if not rendezvous or not re.fullmatch(r"[^\s:]+:[0-9]{1,5}", rendezvous):
         raise UsageError(

@@ -27,7 +27,8 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 def file_name(text: str) -> str:
     """The text itself if it is a FileName other than `base` and `vote`; else a FileName made from it.
 
-    It consists of the text's ASCII letters and digits, and the first 8 hex digits of its digest (`digest_of`).
+    To make one, `-` replaces each run of characters that are not ASCII letters, digits, `_` or `-`. The first 48
+    characters stay (`data` if nothing is left), then `-` and the first 8 hex digits of the text's digest (`digest_of`).
     """
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) and text not in (BASE, VOTE):
         return text
@@ -239,7 +240,7 @@ class Adapter(Section):
         return ", ".join(map(str, self.data)) or "all"
 
     def covers(self, source: str) -> bool:
-        """Whether the data mix has samples of the data set `source`."""
+        """Whether the data mix names the data set `source`. An empty mix covers every data set."""
         return not self.data or any(part.source == source for part in self.data)
 
 
@@ -352,7 +353,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _check_adapters(self) -> "Train":
-        """Raise ValueError if there is no adapter, or two have the same name."""
+        """Raise ValueError if two adapters have the same name, or if none is listed without adapter_for_each_source."""
         names = [adapter.name for adapter in self.adapters]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -374,7 +375,8 @@ class Train(Section):
     def connector_settings(self) -> "Train":
         """The settings of the first phase: `train` with the values of `train.connector`, without LoRA.
 
-        The base is never in 4 bits, and nothing is sharded, as a connector is small.
+        The base is never in 4 bits, and nothing is sharded, as a connector is small. least_max_length is lowered to the
+        connector's max_length. Call it only if `connector` is set.
         """
         assert self.connector is not None
         own = {name: getattr(self.connector, name) for name in Connector.model_fields if name in Train.model_fields}
@@ -399,7 +401,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _check_lower_bounds(self) -> "Train":
-        """Raise ValueError if a lower bound is above the value that it limits."""
+        """Raise ValueError if a lower bound is above the value that it limits, or limits a max_pixels that is null."""
         if self.least_max_length is not None and self.least_max_length > self.max_length:
             raise ValueError(
                 f"least_max_length {self.least_max_length}: above train.max_length, which is {self.max_length}; lower"
@@ -422,7 +424,7 @@ RESULT_NEUTRAL = {
 refuses, and what happens after a failure."""
 
 _LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(RESULT_NEUTRAL, True), "connector": {"micro_batch": True}}}
-"""RESULT_NEUTRAL as pydantic's `exclude` takes it."""
+"""RESULT_NEUTRAL and the connector's micro_batch, in the form of pydantic's `exclude`."""
 
 
 class Vote(Section):
@@ -441,7 +443,7 @@ class Vote(Section):
 
     @model_validator(mode="after")
     def _check_voters(self) -> "Vote":
-        """Raise ValueError if no adapter votes, or one is listed twice."""
+        """Raise ValueError if the list of adapters is empty, or has an adapter twice."""
         if not self.adapters:
             raise ValueError("adapters: lists none; list at least one, or write all or greedy")
         names = self.adapters if isinstance(self.adapters, list) else []
@@ -536,7 +538,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_voters_are_trained(self) -> "Recipe":
-        """Raise ValueError if `infer.vote` lists an adapter that is not trained. An empty train.adapters passes."""
+        """Raise ValueError if `infer.vote` lists an adapter that is not trained.
+
+        Nothing is checked while train.adapters is empty: with adapter_for_each_source, `settle_recipe` fills it.
+        """
         vote = self.infer.vote
         if vote is not None and isinstance(vote.adapters, list) and self.train.adapters:
             unknown = sorted(set(vote.adapters) - {adapter.name for adapter in self.train.adapters})
@@ -550,8 +555,9 @@ class Recipe(Section):
     def digest(self, *sections: str, replaced: Mapping[str, Mapping[str, Any]] | None = None) -> str:
         """sha256 (hex) of the values of the named sections or keys (`section.key`); without names, of the whole recipe.
 
-        `RESULT_NEUTRAL`, description and profile are left out: a run resumes with other values of these. `replaced`
-        adds the values of `replaced_values` to the named sections, for the digest that an earlier version computed.
+        `RESULT_NEUTRAL`, the connector's micro_batch, description and profile are left out: a run resumes even if they
+        change. `replaced` adds the values of `replaced_values` to the named sections, for the digest that an earlier
+        version of Lorry computed.
         """
         values = self.model_dump(mode="json", exclude={"description": True, "profile": True, **_LEFT_OUT})
         if not sections:
@@ -570,7 +576,10 @@ REPLACED = {("eval", "bootstrap"): "intervals are computed without resamples (do
 
 
 def replaced_values(path: Path) -> dict[str, dict[str, Any]]:
-    """The values that a recipe file has outside its profiles for the keys in REPLACED, by section and name."""
+    """The values of the keys in REPLACED that a recipe file sets outside its profiles, by section and name.
+
+    Raises UsageError if the file cannot be read, or is not a YAML mapping.
+    """
     values, _, _ = _read_recipe_file(path)
     return {section: {name: values[section][name]} for section, name in REPLACED if name in values.get(section, {})}
 
@@ -585,7 +594,8 @@ def load_recipe(
     """The resolved recipe of a file, after a profile, a data folder and `section.key=value` overrides, in this order.
 
     `say` gets a line on each key that is ignored because something replaced it. Raises UsageError for a file that
-    cannot be read, an unknown profile, and unknown keys and wrong values, these with their lines in the file.
+    cannot be read, an unknown profile, an override of another form, an unknown or missing key, and a wrong value. The
+    message has the line of a key or value that the file sets.
     """
     values, profiles, text = _read_recipe_file(path)
     prefix: tuple[str, ...] = ()
@@ -617,7 +627,7 @@ def load_recipe(
 def _read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     """A recipe file's values without profiles, its profiles by name, and its text.
 
-    Raises UsageError if the file cannot be read, or is not a YAML mapping.
+    Raises UsageError if the file cannot be read, or if it or its `profiles` is not a YAML mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -639,7 +649,7 @@ def _read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
 def locate_key(path: Path, location: tuple[str, ...], profile: str | None) -> str:
     """The place where a recipe file sets a key, as `file:line`; only the file if it does not set the key.
 
-    A profile's value takes precedence. Raises OSError if the file cannot be read.
+    A line in the profile takes precedence; `profile` None: no profile. Raises OSError if the file cannot be read.
     """
     text = path.read_text(encoding="utf-8")
     line = _key_line(text, ("profiles", profile, *location)) if profile else None
@@ -648,7 +658,7 @@ def locate_key(path: Path, location: tuple[str, ...], profile: str | None) -> st
 
 
 def profile_names(path: Path) -> list[str]:
-    """Names of a recipe file's profiles. Raises UsageError if the file is not a recipe."""
+    """Names of a recipe file's profiles. Raises UsageError if the file cannot be read, or is not a YAML mapping."""
     return list(_read_recipe_file(path)[1])
 
 
@@ -694,7 +704,7 @@ _UniqueKeyLoader.add_implicit_resolver(
 def _merge(base: Any, over: Any, where: str) -> dict[str, Any]:
     """`base` with the values of `over`. Mappings are merged key by key; other values, including lists, are replaced.
 
-    Raises UsageError, which begins with `where`, if `over` is not a mapping.
+    Raises UsageError if `over` is not a mapping; `where` begins the message.
     """
     if not isinstance(over, dict):
         raise UsageError(f"{where}: found {over!r}; write a mapping of keys to values")
@@ -706,7 +716,10 @@ def _merge(base: Any, over: Any, where: str) -> dict[str, Any]:
 
 
 def _parse_override(text: str) -> dict[str, Any]:
-    """The nested mapping that `section.key=value` stands for. Raises UsageError for another text."""
+    """The nested mapping that `section.key=value` stands for.
+
+    Raises UsageError if the text has another form, or if the value is not YAML.
+    """
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UsageError(f"--set {text}: not section.key=value; write it as in train.learning_rate=2e-4")
@@ -720,7 +733,11 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _describe_problems(error: ValidationError, path: Path, text: str, prefix: tuple[str, ...]) -> str:
-    """The first three problems in one line, each with file, line and cure, and the number of further problems."""
+    """The first three problems in one line, each with its place and cure, and the number of further problems.
+
+    The place is file and line, or only the file `path` if its text does not set the key. `prefix` is the location of
+    the applied profile, where a key is looked for first.
+    """
     problems: dict[str, str] = {}
     for detail in error.errors():
         location = _location(detail)
@@ -770,7 +787,7 @@ def _location(detail: "ErrorDetails") -> tuple[int | str, ...]:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that a section may have."""
+    """The keys that the recipe section at this location may have. List indexes in the location are ignored."""
     section: type[BaseModel] = Recipe
     for part in location:
         if isinstance(part, int):

@@ -18,13 +18,13 @@ PLACE = "<image>"
 def escape_places(text: str) -> str:
     """Text from the data, escaped for a message: an `<image>` in it must not mark the place of a picture.
 
-    A word joiner, which has no width, is inserted after its `<`. Prompts and training get the text without it.
+    Inserts a word joiner, which has no width, after the `<`. Prompts and training get the text without the joiner.
     """
     return re.sub("<(?=\u2060*image>)", "<\u2060", text)
 
 
 def unescape_places(text: str) -> str:
-    """The text that `escape_places` escaped."""
+    """A text as it was before `escape_places`."""
     return re.sub("<\u2060(?=\u2060*image>)", "<", text)
 
 
@@ -92,7 +92,10 @@ class Prediction(TypedDict):
 
 
 def failed_prediction(sample_id: str, error: str, prompt_tokens: int = 0) -> Prediction:
-    """The prediction of a failed sample: without an answer, and with `error`, the reason."""
+    """The prediction of a failed sample: no answer, and `error` as the reason.
+
+    `prompt_tokens` is the number of tokens in the prompts of all passes.
+    """
     return {
         "id": sample_id,
         "answer": None,

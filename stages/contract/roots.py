@@ -18,7 +18,10 @@ class Roots:
 
     @staticmethod
     def from_environment() -> "Roots":
-        """The folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name; default: recipes/data, models and runs."""
+        """The folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name.
+
+        Defaults, below the current folder: recipes/data, models and runs.
+        """
         return Roots(
             data=Path(os.environ.get("LORRY_DATA", "recipes/data")).absolute(),
             models=Path(os.environ.get("LORRY_MODELS", "models")).absolute(),

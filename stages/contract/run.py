@@ -100,7 +100,11 @@ class Run:
         return folder
 
     def model(self, path: str, key: str) -> Path:
-        """The model folder that the recipe's `key` names. Raises UsageError if it is not a Hugging Face model."""
+        """The folder of a model; `path` is relative to the model mount, or absolute.
+
+        Raises UsageError if it is not the folder of a Hugging Face model. The message names `key`, the recipe key that
+        sets the path.
+        """
         folder = self.roots.models / path
         if not folder.is_dir():
             raise UsageError(
@@ -116,8 +120,9 @@ class Run:
     def inputs(self, stage: str, hashes: FileHashes) -> dict[str, str]:
         """sha256 (hex) of each input of a stage, by name, such as `models/base` or `preprocess/samples/test.jsonl`.
 
-        Raises UsageError if an earlier stage is not done, ran with another recipe, other inputs or another version of
-        Lorry, or if its outputs no longer match its manifest; also if a data or model folder is missing.
+        Raises UsageError if an earlier stage is not done, ran with another recipe or another version of Lorry, or read
+        outputs that have changed since; if its own outputs no longer match its manifest; and if a data or model folder
+        that `stage` reads is missing.
         """
         found: dict[str, str] = {}
         for earlier, wanted in UPSTREAM[stage].items():
@@ -167,9 +172,10 @@ class Run:
         )
 
     def _refuse_stale(self, stage: str, manifest: dict[str, Any]) -> None:
-        """Raise UsageError if a stage ran with another recipe, or if its inputs have changed since.
+        """Raise UsageError if a stage ran with another recipe, or if outputs that it read have changed since.
 
-        Otherwise an adapter trained on one split could be scored on the test set of another split.
+        Data and models are not checked. Without this check, an adapter trained on one split could be scored on the test
+        set of another split.
         """
         if manifest["key"] != self.key(stage, manifest["inputs"]):
             raise UsageError(f"{self.folder}: {stage} ran with another recipe; run {stage} again")
@@ -232,9 +238,9 @@ def is_same_series(version: str, other: str) -> bool:
 
 
 def describe_output(folder: Path, name: str, records: int | None, hashes: FileHashes) -> dict[str, Any]:
-    """The manifest's entry for an output: sha256 (hex), size in bytes, and the number of files or records.
+    """The manifest's entry for an output: sha256 (hex), size in bytes, and a folder's number of files.
 
-    A name that ends in `/` is a whole folder.
+    A name that ends in `/` is a whole folder. For a file, `records` is the number of records; None: left out.
     """
     path = folder / name
     if name.endswith("/"):
@@ -254,10 +260,10 @@ def output_is_intact(folder: Path, name: str, entry: dict[str, Any], hashes: Fil
 
 @contextmanager
 def lock_stage_folder(folder: Path) -> Iterator[int]:
-    """Lock a stage's folder for this process and its children. Yields the lock's file descriptor.
+    """Lock a stage's folder, and create it first if it is missing. Yields the lock's file descriptor.
 
-    The kernel releases the lock when the last holder dies, even by SIGKILL. Raises InterruptedRunError (75) if another
-    process holds it.
+    Children that inherit the descriptor hold the lock too. The kernel releases it when the last holder dies, even by
+    SIGKILL. Raises InterruptedRunError (75) if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -292,7 +298,7 @@ def _lock(descriptor: int, tries: int = 5) -> None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a running process holds the lock of a stage's folder."""
+    """Whether a running process holds the lock of a stage's folder. False also if the lock cannot be opened."""
     try:
         with (folder / ".lock").open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

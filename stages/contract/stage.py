@@ -64,11 +64,17 @@ class Stage:
         return self.part if isinstance(self.part, Shard) else None
 
     def does_piece(self, number: int) -> bool:
-        """Whether this process does piece `number` (0-based), which is a document, an adapter or a chunk."""
+        """Whether this process does piece `number` (0-based); a piece is a document, an adapter or a chunk.
+
+        Always True if this process is not a shard.
+        """
         return self.shard is None or number % self.shard.count == self.shard.index
 
     def has_nothing_to_do(self, pieces: int, unit: str) -> bool:
-        """Whether this process is a shard that gets no piece, because pieces are too few; if so, prints a line."""
+        """Whether this process is a shard that gets no piece, as the stage has only `pieces` of them.
+
+        If so, prints a line; `unit` is the plural of a piece, such as `documents`.
+        """
         if self.shard is None or self.shard.index < pieces:
             return False
         self.events.say(f"shard {self.shard} has nothing to do, as there are only {pieces} {unit}")
@@ -79,22 +85,23 @@ class Stage:
         return self.folder.joinpath(*parts)
 
     def cache_file(self, *parts: str) -> Path:
-        """The path of a file that stays when inputs change. The caller checks that it still matches its own input.
+        """The path of a file in the folder `cache`, which stays when inputs change. Also records that it is used.
 
-        `remove_unused_cache` deletes the files that this start did not ask for.
+        The caller checks that the file still matches its own input. `remove_unused_cache` deletes the files whose path
+        this start did not ask for.
         """
         path = self.path("cache", *parts)
         self._cache_used.add(path)
         return path
 
     def remove_unused_cache(self) -> None:
-        """Delete the cached files that this start did not use."""
+        """Delete the files in the folder `cache` whose path this start did not get from `cache_file`."""
         for path in visible_files(self.path("cache")):
             if path not in self._cache_used:
                 path.unlink()
 
     def skip(self, what: str, reason: str, detail: str = "") -> None:
-        """Count a record or file as skipped, with the reason."""
+        """Count a record or file, by its name `what`, as skipped for a reason."""
         self.skipped.append({"what": what, "reason": reason, "detail": detail})
 
     def skipped_counts(self) -> dict[str, int]:

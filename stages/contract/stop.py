@@ -64,7 +64,8 @@ class StopRequest:
 def die_with_parent(parent: int) -> None:
     """Ask the kernel to kill this process when its parent, with process id `parent`, dies (prctl(2), Linux).
 
-    Otherwise the children of a killed stage would write into a run folder that the next start uses.
+    Exits with code 1 if the parent has died already. Without this, the children of a killed stage would write into a
+    run folder that the next start uses.
     """
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

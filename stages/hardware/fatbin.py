@@ -79,8 +79,9 @@ def has_code_for(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
 
     A binary for X.y runs on X.z with z >= y, and on no other major version; one with a suffix, as in sm_90a, runs on
     X.y only. The driver compiles PTX for any GPU that is not older. Here PTX counts only for GPUs that are newer than
-    all binaries: a library that dropped a GPU may still have one kernel as old PTX (vLLM has one for 5.2). Source:
-    NVIDIA, CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
+    all binaries: a library that dropped a GPU may still have one kernel as old PTX (vLLM has one for 5.2). PTX with a
+    suffix never counts. Raises UsageError for a name that is not an architecture. Source: NVIDIA, CUDA C++ Programming
+    Guide, "Binary Compatibility" and "PTX Compatibility".
     """
     parsed = [_parse_architecture(name) for name in compiled]
     binaries = [(number, suffix) for kind, number, suffix in parsed if kind == "sm"]
@@ -94,7 +95,7 @@ def has_code_for(compiled: Iterable[str], capability: tuple[int, int]) -> bool:
 def _parse_architecture(name: str) -> tuple[str, tuple[int, int], str]:
     """Kind, compute capability and suffix of an architecture: `sm_90a` is ("sm", (9, 0), "a").
 
-    Raises UsageError for another name.
+    Raises UsageError if the name has another form.
     """
     found = re.fullmatch(r"(sm|compute)_(\d+)(\d)(\D?)", name)
     if found is None:

@@ -94,7 +94,10 @@ def least_memory(shape: ModelShape, settings: Train, processes: int, dtype: str)
 
 
 def _ways(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Iterator[Way]:
-    """All ways with the same result, the fastest first: smaller micro-batches, then checkpointing, then sharding."""
+    """Yield all ways with the same result, the fastest first.
+
+    From one way to the next, the micro-batch is halved. Then checkpointing is turned on, and last comes more sharding.
+    """
     shardings = ["none", "zero2", "zero3"] if processes > 1 else ["none"]
     if settings.load_in_4bit or shape.quantisation is not None:
         shardings = shardings[:2]  # ZeRO-3 cannot shard a quantised base
@@ -170,7 +173,7 @@ def smallest_changes(
 def _ways_with_other_sharding(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths, offers: Offers
 ) -> Iterator[Way]:
-    """The way on the same number of GPUs with sharding `auto`, or `none` without DeepSpeed.
+    """Yield the way on the same number of GPUs with sharding `auto`, or `none` without DeepSpeed.
 
     Yields nothing if the recipe leaves the choice to Lorry already.
     """
@@ -183,10 +186,10 @@ def _ways_with_other_sharding(
 def _ways_on_other_gpus(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths, offers: Offers
 ) -> Iterator[Way]:
-    """Ways on fewer or more GPUs, the nearest number first.
+    """Yield ways on fewer or more GPUs, the nearest number first.
 
-    A sharding that the recipe sets is tried first on each number, then any other. Fewer GPUs may fit, as one GPU needs
-    no NCCL. More may fit, as ZeRO-3 then puts a smaller part of the base on each.
+    For each number, the recipe's sharding comes first, then `auto`, or `none` without DeepSpeed. Fewer GPUs may fit, as
+    one GPU needs no NCCL. More may fit, as ZeRO-3 then puts a smaller part of the base on each.
     """
     free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
     most = min(MOST_GPUS, most_gpus(settings))
@@ -201,9 +204,10 @@ def _ways_on_other_gpus(
 def _ways_in_4bit(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
 ) -> Iterator[Way]:
-    """The way with the frozen base in 4 bits, unsharded.
+    """Yield the way with the frozen base in 4 bits, without sharding.
 
-    Yields nothing if the base is quantised or in 4 bits already, or if the recipe sets zero3, which cannot shard it.
+    Yields nothing if the base is quantised or in 4 bits already, or if the recipe sets zero3, which cannot shard such a
+    base.
     """
     if shape.quantisation is None and not settings.load_in_4bit and settings.sharding != "zero3":
         changed = settings.model_copy(update={"load_in_4bit": True, "sharding": "none"})
@@ -214,7 +218,7 @@ def _ways_in_4bit(
 def _ways_with_smaller_pictures(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
 ) -> Iterator[Way]:
-    """Ways with smaller pictures, the largest first. A sample gets shorter by the tokens that its picture loses.
+    """Yield ways with smaller pictures, the largest first. A sample gets shorter by the tokens that its picture loses.
 
     Yields nothing for a model without a vision tower, or if train.max_pixels is null.
     """
@@ -232,7 +236,7 @@ def _ways_with_smaller_pictures(
 def _ways_with_shorter_samples(
     shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int, lengths: Lengths
 ) -> Iterator[Way]:
-    """Ways with a lower train.max_length, the longest first; training leaves out the longer samples."""
+    """Yield ways with a lower train.max_length, the longest first; training leaves out the longer samples."""
     length = lengths.longest
     while (length := length * 3 // 4) >= SHORT:
         shorter = replace(lengths, longest=length, answer=min(lengths.answer, length))

@@ -49,8 +49,8 @@ class Holds:
     def choice_lock(self) -> Iterator[None]:
         """Keep other Lorry processes from choosing GPUs while the context is open.
 
-        Without it, two processes that each want two of three GPUs could both fail. Raises InterruptedRunError if
-        another process is still choosing after PATIENCE seconds.
+        Otherwise, two processes that each want two of three GPUs could both fail. Raises InterruptedRunError if another
+        process is still choosing after PATIENCE seconds, and UsageError if the lock file cannot be used.
         """
         descriptor = self._open_lock_file("choosing")
         try:
@@ -109,7 +109,7 @@ class Holds:
         return [Lock(int(row[4]), process_user(int(row[4])), row[3] == "WRITE") for row in same or rows]
 
     def close(self) -> None:
-        """Release all GPUs and the folder."""
+        """Release all GPUs, and the lock on the folder."""
         for uuid in [*self._held]:
             self.release(uuid)
         if self._directory is not None:
@@ -136,7 +136,10 @@ class Holds:
             raise self._unusable_error(name, error.strerror or str(error)) from error
 
     def _open_directory(self) -> int:
-        """Open the folder, or create it, and return its descriptor. A shared lock keeps systemd-tmpfiles off it."""
+        """Open the folder of the lock files, and create it first if it is missing. Returns its descriptor.
+
+        Takes a shared lock on the folder, as systemd-tmpfiles does not clean a folder that is locked.
+        """
         if self._directory is None:
             with suppress(FileExistsError):
                 self.folder.mkdir(parents=True)

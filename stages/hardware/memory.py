@@ -178,14 +178,14 @@ def adapter_parameters(shape: ModelShape, settings: Train) -> int:
 def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
     """Paths of the linear modules that get LoRA, by the rules of ms-swift and PEFT.
 
-    The head never gets LoRA, nor does a frozen vision tower with its connector. In the first phase, which trains the
-    connector, no module does.
+    The head never gets LoRA, nor does a frozen vision tower with its connector; `all-linear` always leaves out the
+    connector. In the first phase, which trains the connector, no module gets LoRA.
     """
     if settings.trains_connector:
         return []
     linears = [name for name in shape.linears if name.rpartition(".")[2] != "lm_head"]
     if settings.freeze_vision:
-        linears = [name for name in linears if not _is_vision(name)]
+        linears = [name for name in linears if not _is_vision_or_connector(name)]
     wanted = settings.target_modules
     if isinstance(wanted, str):
         return [name for name in linears if re.fullmatch(wanted, name)]
@@ -195,13 +195,13 @@ def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
 
 
 def gap_in_estimate(shape: ModelShape, settings: Train) -> str | None:
-    """What the estimate of this training does not count, as text; None if it counts all."""
-    if settings.freeze_vision or not any(map(_is_vision, adapted_modules(shape, settings))):
+    """The part of the memory that the estimate of this training leaves out, as text; None if it leaves out nothing."""
+    if settings.freeze_vision or not any(map(_is_vision_or_connector, adapted_modules(shape, settings))):
         return None
     return "activations of the adapted vision tower (train.freeze_vision is false)"
 
 
-def _is_vision(module: str) -> bool:
+def _is_vision_or_connector(module: str) -> bool:
     """Whether a module is part of a vision tower or of a connector."""
     towers = {"visual", "vision_tower", "vision_tower_aux", "vision_model"}
     return bool(towers & set(module.split("."))) or _is_connector(module)
@@ -214,18 +214,18 @@ def _is_connector(module: str) -> bool:
 
 
 def _adapted_layer_modules(shape: ModelShape, settings: Train) -> list[str]:
-    """Paths of the modules in decoder layers that get LoRA."""
-    return [name for name in adapted_modules(shape, settings) if not _is_vision(name)]
+    """Paths of those modules that get LoRA and are in decoder layers."""
+    return [name for name in adapted_modules(shape, settings) if not _is_vision_or_connector(name)]
 
 
 def _quantised_layer_sizes(shape: ModelShape) -> list[tuple[int, int]]:
-    """Numbers of inputs and outputs of each module in decoder layers whose weights are stored quantised."""
+    """Numbers of inputs and outputs of each quantised module in the decoder layers."""
     return [shape.linears[name] for name in shape.packed_modules if _is_in_decoder_layer(name)]
 
 
 def _is_in_decoder_layer(linear: str) -> bool:
-    """Whether a linear module is in a decoder layer: neither the head nor in a vision tower."""
-    return not _is_vision(linear) and linear.rpartition(".")[2] != "lm_head"
+    """Whether a linear module is in a decoder layer: not the head, nor part of a vision tower or connector."""
+    return not _is_vision_or_connector(linear) and linear.rpartition(".")[2] != "lm_head"
 
 
 def _connector_activations(shape: ModelShape, settings: Train) -> int:
@@ -253,9 +253,10 @@ def _large_map_bytes(shape: ModelShape, settings: Train, micro_batch: int) -> tu
 
 
 def _weight_bytes(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
-    """Bytes of the frozen base on one GPU; under ZeRO-3 with the weights that it gathers at a time.
+    """Bytes of the frozen base on one GPU; under ZeRO-3, its share and the weights that the GPU gathers at a time.
 
-    Weights that are stored as integers (GPTQ) keep their size. A connector that is trained is not counted here.
+    `size` is the number of bytes of a weight in the base's data type. Weights that are stored as integers (GPTQ) keep
+    their stored size. The connector is not counted if it is trained.
     """
     total = 0.0
     in_4bit = (
@@ -286,7 +287,10 @@ def _sum_of_inputs(shape: ModelShape, modules: Iterable[str]) -> int:
 
 
 def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batch: int, length: int) -> int:
-    """Bytes per token that one decoder layer keeps for its backward pass."""
+    """Bytes per token that one decoder layer keeps for its backward pass.
+
+    `size` is the number of bytes of a value in the base's data type.
+    """
     queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     norms = 2 * FLOAT32 * shape.hidden  # two, each keeps its input in float32
     attention = size * (2 * queries + 2 * keys)  # query, key, value, output
@@ -301,7 +305,10 @@ def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batc
 
 
 def _layer_working_set(shape: ModelShape, settings: Train, sharding: str) -> int:
-    """Bytes per token that the backward pass of one layer needs besides the kept activations; the MLP takes most."""
+    """Bytes per token that the backward pass of one layer needs besides the activations that the layer kept.
+
+    The tensors of the MLP take most of them.
+    """
     adapts_mlp = any(shape.linears[name][0] == shape.intermediate for name in _adapted_layer_modules(shape, settings))
     # without sharding LoRA is in float32, and so are the gradients through it
     in_float32 = adapts_mlp and sharding == "none"

@@ -33,7 +33,7 @@ class Need:
 
     @staticmethod
     def per_gpu(amount: int, most: int = 1) -> "Need":
-        """The need of a job that takes `amount` bytes on each GPU, whatever their number."""
+        """The need of a job that takes `amount` bytes on each of its GPUs, and can use at most `most` GPUs."""
         return Need(lambda _number, _capability: amount, lambda _number, _capability: amount, most)
 
 
@@ -76,7 +76,7 @@ def parse_wish(text: str) -> Wish:
 
 
 def denied_cards(text: str | None, gpus: tuple[Gpu, ...]) -> frozenset[int]:
-    """Indexes of the GPUs that LORRY_GPU_DENY denies.
+    """Indexes of the GPUs that LORRY_GPU_DENY denies; `text` is its value.
 
     Raises UsageError for an entry that is not a GPU: a typing error must not let a job use a denied GPU. Ignores a UUID
     that may be that of a lost GPU.
@@ -94,9 +94,9 @@ def denied_cards(text: str | None, gpus: tuple[Gpu, ...]) -> frozenset[int]:
 def hide_denied_cards(needs_one: bool = True) -> None:
     """Remove the GPUs in LORRY_GPU_DENY from CUDA_VISIBLE_DEVICES, for this process and those that it starts.
 
-    A stage that `lorry launch` did not start needs this. Does nothing without visible GPUs. Raises UsageError for an
-    entry that is not a GPU, and DoesNotFitError if no GPU is left and `needs_one`, as the stage would take hours on a
-    CPU.
+    Also sets CUDA_DEVICE_ORDER, so that CUDA numbers GPUs as NVML does. A stage that `lorry launch` did not start needs
+    this. Does nothing without visible GPUs, and with LORRY_TARGET=cpu. Raises UsageError for an entry that is not a
+    GPU, and DoesNotFitError if no GPU is left and `needs_one`, as the stage would take hours on a CPU.
     """
     text = os.environ.get("LORRY_GPU_DENY", "").strip()
     gpus = read_cards().gpus if text and os.environ.get("LORRY_TARGET") != "cpu" else ()
@@ -131,7 +131,10 @@ def named_cards(wish: Wish, gpus: tuple[Gpu, ...], denied: frozenset[int]) -> tu
 
 
 def refuse_unusable_gpu(gpu: Gpu, where: str, denied: frozenset[int]) -> None:
-    """Raise UsageError or DoesNotFitError if a GPU is denied, no longer answers or is in MIG mode."""
+    """Raise UsageError if a GPU is denied or in MIG mode, and DoesNotFitError if it no longer answers.
+
+    `where` begins the message.
+    """
     if gpu.index in denied:
         raise UsageError(f"{where}: {gpu} is denied by LORRY_GPU_DENY; name other GPUs, or GPUS=auto")
     if gpu.lost:
@@ -172,20 +175,21 @@ def _find_gpu(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
 
 
 def _may_be_lost(name: str, gpus: tuple[Gpu, ...]) -> bool:
-    """Whether a UUID is unknown here, but may be that of a GPU that no longer reports its UUID."""
+    """Whether a UUID, or the beginning of one, is unknown here, but may be that of a GPU that no longer reports it."""
     known = any(gpu.uuid.lower().startswith(name.lower()) for gpu in gpus if gpu.uuid)
     return name.upper().startswith("GPU-") and not known and any(not gpu.uuid for gpu in gpus)
 
 
 def _gpu_names(gpus: tuple[Gpu, ...]) -> str:
-    """Index and name of each GPU, as text."""
+    """Index and name of each GPU as text, for messages; also says so if there are no GPUs."""
     return "; ".join(f"{gpu.index} {gpu.name or 'lost'}" for gpu in gpus) or "none that NVML shows"
 
 
 def hold_named_cards(cards: tuple[Gpu, ...], where: str, holds: Holds) -> None:
     """Hold the GPUs that the user named, which several jobs may share.
 
-    Raises InterruptedRunError if another process holds one of them exclusively, as GPUS=auto does.
+    Raises InterruptedRunError if another process holds one of them exclusively, as GPUS=auto does, and the errors of
+    `Holds.choice_lock`. `where` begins the message.
     """
     with holds.choice_lock():
         for gpu in cards:
@@ -207,7 +211,7 @@ def pick_cards(
 
     It takes those with the most free memory, all of one compute capability that is not below `oldest`: as many as the
     wish says, or as many as the job can use. Raises DoesNotFitError, with the state of each GPU, if too few have enough
-    free memory, and InterruptedRunError if another Lorry process does not finish choosing.
+    free memory, and the errors of `Holds.choice_lock`.
     """
     with holds.choice_lock():
         free, reasons = [], {}
@@ -233,7 +237,7 @@ def pick_cards(
 
 
 def reason_to_skip(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0)) -> str:
-    """Why `auto` cannot take a GPU, apart from memory; empty if it can."""
+    """Why `auto` cannot take a GPU, as text; empty if it can. Memory and other processes' holds are not considered."""
     if gpu.index in denied:
         return "in LORRY_GPU_DENY"
     if gpu.lost:
@@ -264,7 +268,7 @@ def _best_gpus(free: list[Gpu], count: int | None, need: Need, amount: Bytes) ->
 
 
 def _choice_lines(taken: tuple[Gpu, ...], need: Need) -> list[str]:
-    """A line on each GPU that was taken, and one more if some have less free than the recipe asks for."""
+    """A line on each GPU in `taken`, and one more if some have less free memory than the recipe asks for."""
     number, capability = len(taken), taken[0].capability
     asked = need.asked(number, capability)
     lines = [

@@ -79,10 +79,10 @@ class Machine:
 
 
 def probe() -> Machine:
-    """The CPUs and GPUs that this process can use, and the machine's memory. No NVIDIA driver: no GPUs, and no error.
+    """The CPUs and GPUs that this process can use, and the machine's memory.
 
-    GPUs that CUDA_VISIBLE_DEVICES hides are left out, as CUDA does. So are GPUs that no longer answer. With
-    LORRY_TARGET=cpu, which the CPU images and the demo set, there are no GPUs.
+    GPUs that CUDA_VISIBLE_DEVICES hides are left out, and so are GPUs that no longer answer. There are no GPUs, and no
+    error, without an NVIDIA driver, and with LORRY_TARGET=cpu, which the CPU images and the demo set.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cards = Cards(()) if os.environ.get("LORRY_TARGET") == "cpu" else read_cards()
@@ -142,7 +142,7 @@ def has_card_on_bus() -> bool:
 
 
 def _driver_problem(pynvml: Any, error: Any) -> str:
-    """Why NVML cannot reach the driver, and the cure; empty if no driver is installed."""
+    """Why NVML cannot reach the driver, and the cure; empty without a driver, or with its library alone and no card."""
     if isinstance(error, pynvml.NVMLError_LibraryNotFound):
         return ""
     if isinstance(error, pynvml.NVMLError_LibRmVersionMismatch):
@@ -162,7 +162,7 @@ def _driver_problem(pynvml: Any, error: Any) -> str:
 
 
 def _gpu(pynvml: Any, index: int, driver: str) -> Gpu:
-    """The GPU with an index in NVML. It counts as lost if it refuses a query that every working GPU answers."""
+    """The GPU with this NVML index. It counts as lost if it refuses a query that every working GPU answers."""
     uuid = name = ""
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -184,9 +184,9 @@ def _gpu(pynvml: Any, index: int, driver: str) -> Gpu:
 
 
 def _memory(pynvml: Any, handle: Any) -> tuple[int, int]:
-    """Total and free bytes of a GPU; 0 if it does not report them.
+    """Total and free bytes of a GPU; both are 0 if it does not report them.
 
-    That is so for a GPU that shares the CPU's memory, and in MIG mode without permission.
+    A GPU that shares the CPU's memory does not, nor does one in MIG mode to a process without permission.
     """
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
@@ -196,7 +196,7 @@ def _memory(pynvml: Any, handle: Any) -> tuple[int, int]:
 
 
 def _is_in_mig_mode(pynvml: Any, handle: Any) -> bool:
-    """Whether a GPU is in MIG mode. Cards and drivers that do not know MIG are not."""
+    """Whether a GPU is in MIG mode; False if the card or the driver does not know MIG."""
     try:
         current, _pending = pynvml.nvmlDeviceGetMigMode(handle)
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
@@ -207,7 +207,7 @@ def _is_in_mig_mode(pynvml: Any, handle: Any) -> bool:
 def _holders(pynvml: Any, handle: Any) -> tuple[Holder, ...]:
     """The processes on a GPU, those with the most memory first; empty if the GPU does not report them.
 
-    Raises NVMLError if the GPU is lost.
+    Raises NVMLError if the GPU is lost or needs a reset.
     """
     found: dict[int, Any] = {}
     for ask in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses):
@@ -218,7 +218,7 @@ def _holders(pynvml: Any, handle: Any) -> tuple[Holder, ...]:
 
 
 def _query(pynvml: Any, ask: Callable[[Any], list[Any]], handle: Any) -> list[Any]:
-    """What NVML answers to a query; empty if the GPU does not support it. Raises NVMLError if the GPU is lost."""
+    """NVML's answer to a query; empty if it refuses. Raises NVMLError if the GPU is lost or needs a reset."""
     try:
         return ask(handle)
     except (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired):

@@ -32,9 +32,10 @@ class Serving:
 
 
 def plan_serving(shape: ModelShape, free: list[int], asked: int | None, dtype: str, max_length: int) -> Serving:
-    """The plan to serve a model on `asked` GPUs; None: on as many of the GPUs as its heads can be split over.
+    """The plan to serve a model on `asked` GPUs; None: on as many GPUs as the model's heads can be split over.
 
-    `free` has the free bytes of each GPU; 0: not known. Raises UsageError if the heads cannot be split over `asked`
+    `free` has the free bytes of each GPU; 0: not known. The GPUs with the most free memory count. If one of those is 0,
+    `room` is None and nothing is checked against memory. Raises UsageError if the heads cannot be split over `asked`
     GPUs, and DoesNotFitError if the weights and one sequence of `max_length` tokens do not fit.
     """
     allowed = [n for n in range(1, len(free) + 1) if _can_split_heads(shape, n)]

@@ -82,8 +82,8 @@ def _target(name: str, values: dict[str, object]) -> Target:
 def machine_target(machine: Machine, targets: dict[str, Target]) -> Target:
     """The target of a machine's GPUs, by their compute capability, not by their name; `cpu` without GPUs.
 
-    It is the newest target that is not newer than the GPUs; of several with the same capability, the first. Raises
-    UsageError if the GPUs differ in compute capability or are older than every target.
+    It is the newest target that is not newer than the GPUs; of several with the same capability, the first. Variants
+    are left out. Raises UsageError if the GPUs differ in compute capability or are older than every target.
     """
     capabilities = {gpu.capability for gpu in machine.gpus}
     if not capabilities:
@@ -107,9 +107,11 @@ def machine_target(machine: Machine, targets: dict[str, Target]) -> Target:
 def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
     """The target of the GPUs that a stage uses; `cpu` if LORRY_TARGET is `cpu`.
 
-    LORRY_TARGET names the image's target; without it, the GPUs alone decide. Raises DoesNotFitError if the machine's
-    GPUs cannot be seen because of a driver problem, if an image for a card sees no GPU, if its GPU is older than the
-    image's kernels, or if the driver is too old for the image's CUDA. Raises the errors of `machine_target` too.
+    LORRY_TARGET names the image's target. It is returned only if it has the same compute capability as the target of
+    the GPUs (`machine_target`); otherwise, and without LORRY_TARGET, the target of the GPUs is returned. Raises
+    DoesNotFitError if the machine's GPUs cannot be seen because of a driver problem, if an image for a card sees no GPU
+    or an older GPU than its kernels need, or if the driver is too old for the image's CUDA. Raises UsageError for an
+    unknown LORRY_TARGET, and the errors of `machine_target`.
     """
     name = os.environ.get("LORRY_TARGET")
     if name != "cpu" and machine.problem:  # it has GPUs that cannot be used: do not spend hours on its CPU

@@ -54,7 +54,7 @@ class CardChoice:
         return [gpu.uuid for gpu in self.stage_cards(stage)] or list(self.names)
 
     def visible_devices(self, stage: str) -> str:
-        """CUDA_VISIBLE_DEVICES of a stage as a local process, such as `0,2`."""
+        """The value of CUDA_VISIBLE_DEVICES for a stage that runs as a local process, such as `0,2`."""
         # not UUIDs: libraries read it as integers
         return ",".join([str(gpu.index) for gpu in self.stage_cards(stage)] or self.names)
 
@@ -65,9 +65,11 @@ def choose_cards(
     """Choose the GPUs for these stages, and hold them if one of the stages computes on GPUs.
 
     `text` is the value of GPUS, `target` a target's name, and `options` name the run (`open_run`). If NVML shows no
-    GPUs, nothing is held. Raises UsageError for an unknown target, for a wrong list, and for a list with the target
-    `cpu`; InterruptedRunError if another Lorry process holds the GPUs exclusively, or does not end its choice;
-    DoesNotFitError if `auto` finds too few GPUs, if a named GPU no longer answers, or if NVML does not answer.
+    GPUs, nothing is held. Raises UsageError for an unknown target, a wrong GPUS or LORRY_GPU_DENY, GPUS with the target
+    `cpu`, and lock files that cannot be used; InterruptedRunError if another Lorry process holds the GPUs exclusively,
+    or is still choosing; DoesNotFitError if `auto` finds too few GPUs, if a named GPU no longer answers, or if NVML
+    does not answer. With `auto`, also raises the errors of `job_need`, and DoesNotFitError if the number of GPUs cannot
+    reach the effective batch that train.exact_batch requires.
     """
     wish = parse_wish(text) if text and text.strip() else None
     gpu_stages = tuple(stage for stage in stages if stage in GPU_STAGES)
@@ -117,10 +119,10 @@ def _pick_and_hold(
     holds: Holds,
     target: Target | None,
 ) -> CardChoice:
-    """Choose and hold the GPUs for `auto`; none if no stage computes on GPUs.
+    """Choose and hold the GPUs for `auto`; no GPUs if no stage computes on GPUs.
 
-    Raises DoesNotFitError if too few GPUs have enough free memory, or if the wished number of GPUs cannot reach the
-    effective batch that train.exact_batch requires.
+    Without train, it takes one GPU, whatever the number in GPUS. Raises the errors of `job_need` and `pick_cards`, and
+    DoesNotFitError if the number in GPUS cannot reach the effective batch that train.exact_batch requires.
     """
     if not gpu_stages:
         return CardChoice(auto=True)
@@ -136,8 +138,8 @@ def _pick_and_hold(
 def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
     """The GPUs as the user named them, if NVML shows none here, as when the Docker engine runs on another machine.
 
-    No GPUs if GPUS is not set. Raises UsageError for a name that is not a GPU's number or UUID, comes twice or is
-    denied; without GPUS, if a stage needs a GPU and GPU 0 is denied.
+    No GPUs if GPUS is not set (`wish` is None). Raises UsageError for a name that is not a GPU's number or UUID, comes
+    twice or is denied. Also raises it if GPUS is not set, a stage needs a GPU, and GPU 0 is denied.
     """
     denied = [name.strip() for name in os.environ.get("LORRY_GPU_DENY", "").split(",")]
     if wish is None:
@@ -156,7 +158,10 @@ def _cards_by_name(wish: Wish | None, needs_gpu: bool) -> CardChoice:
 
 
 def _default_cards(gpus: tuple[Gpu, ...], denied: frozenset[int], needs_gpu: bool) -> tuple[Gpu, ...]:
-    """GPU 0. If it is unusable: none if no stage needs a GPU, else raises the error of `refuse_unusable_gpu`."""
+    """GPU 0; no GPU if it is unusable and no stage needs one.
+
+    Raises the errors of `refuse_unusable_gpu` if GPU 0 is unusable and a stage needs a GPU.
+    """
     try:
         refuse_unusable_gpu(gpus[0], DEFAULT, denied)
     except LorryError:
@@ -179,7 +184,8 @@ def _oldest_capability(target: Target | None) -> Capability:
 def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
     """The memory that these stages need on each GPU, and the numbers of GPUs that they can use.
 
-    Raises UsageError if the recipe or the model does not exist.
+    `stages` are among train and infer. Raises the errors of `open_run`, and UsageError if the base does not exist, is
+    damaged, or has a shape whose memory Lorry cannot estimate.
     """
     from stages.hardware.fit import makes_exact_batches, most_gpus
     from stages.models.shape import read_shape
@@ -203,7 +209,7 @@ def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
 def _refuse_inexact_batches(stages: tuple[str, ...], options: dict[str, Any], number: int) -> None:
     """Raise DoesNotFitError if `number` GPUs cannot reach an effective batch exactly, as train.exact_batch requires.
 
-    Nothing is refused if train is not among the stages.
+    Does nothing if train is not among the stages, or if train.exact_batch is not set.
     """
     from stages.hardware.batch import plan_batch, refuse_inexact_batch
 
@@ -242,7 +248,7 @@ def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes
 
     @cache
     def planned_bytes(number: int, capability: Capability, memory: int | None) -> int:
-        """Bytes that the larger phase takes if planned for `memory` bytes per GPU; None: as the recipe asks."""
+        """Bytes on each GPU in the larger phase, planned for `memory` bytes of a GPU; None: as the recipe asks."""
         dtype = machine_target(_machine_with_capability(capability), load_targets()).dtype
         dtype = dtype if recipe.train.precision == "auto" else recipe.train.precision
         ways = [plan_training(shape, settings, number, dtype, memory, lengths) for settings, lengths in phases]

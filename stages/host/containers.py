@@ -61,7 +61,7 @@ def find_engine(timeout: float = 20) -> tuple[Any, str]:
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """The operating system's error inside those of docker-py, requests and urllib3; None if there is none."""
+    """The operating system's error that caused an error of docker-py, requests or urllib3; None if there is none."""
     left = [error]
     while left:
         one = left.pop()
@@ -81,8 +81,9 @@ def container_runner(
 ) -> tuple[Runner, str]:
     """A function that runs a stage in a container, and the name of the last stage's image.
 
-    `devices` returns the UUIDs of a stage's GPUs. Raises UsageError or DoesNotFitError if a container could not run: no
-    Compose plugin, no NVIDIA runtime, no image, an image of another version, or no folder to mount.
+    `devices` returns the UUIDs or names of a stage's GPUs. From now on, stop signals go to the container that runs.
+    Also creates the runs folder. Raises UsageError or DoesNotFitError if a container could not run: no Compose plugin,
+    no NVIDIA runtime, no image, an image of another version, or no folder to mount.
     """
     compose = compose_command()
     if target.capability and set(stages) & set(GPU_STAGES):
@@ -91,11 +92,14 @@ def container_runner(
     images = {stage: image_name(stage, version, target) for stage in stages}
     for stage, image in images.items():
         refuse_image(engine, image, version, image_target(stage, target))
-    environment = {**os.environ, **_compose_variables(options), "LORRY_VERSION": version}
+    environment = {**os.environ, **_prepare_mounts(options), "LORRY_VERSION": version}
     signals = _collect_signals()
 
     def run(stage: str, more: list[str]) -> Outcome:
-        """Run a stage in a container, with further arguments. Raises InterruptedRunError after a stop signal."""
+        """Run a stage in a container to its end, and return its outcome. `more` are further arguments of its command.
+
+        Raises InterruptedRunError if a stop signal came before the container starts.
+        """
         if signals:
             raise InterruptedRunError(
                 f"{stage}: stopped by {signals[0].name} before it began; run the same command again"
@@ -180,11 +184,12 @@ def refuse_image(engine: Any, image: str, version: str, target: str) -> None:
 # -- the container -------------------------------------------------------------------------------------------------
 
 
-def _compose_variables(options: dict[str, Any]) -> dict[str, str]:
-    """The variables that compose.yaml reads: folders to mount, registry, pull policy, and owner of the outputs.
+def _prepare_mounts(options: dict[str, Any]) -> dict[str, str]:
+    """Create the runs folder, and return the variables that compose.yaml reads.
 
-    Also creates the runs folder; run by root, it gives a runs folder that root owns to the containers' user. Raises
-    UsageError if the data or model folder does not exist.
+    These are the folders to mount, registry, pull policy, and owner of the outputs. If this process is root's and root
+    owns the runs folder, the containers' user becomes its owner. Raises UsageError if the data or model folder does not
+    exist.
     """
     roots = Roots.from_environment()
     data = Path(options["data"]).absolute() if options["data"] else roots.data
@@ -233,7 +238,7 @@ def _mounted_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _collect_signals() -> list[signal.Signals]:
-    """Handle stop signals from now on. Returns a list to which each signal is appended."""
+    """Handle SIGTERM, SIGINT and SIGHUP from now on. Returns a list to which each signal is appended."""
     signals: list[signal.Signals] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: signals.append(signal.Signals(got)))
@@ -245,8 +250,9 @@ def _run_container(
 ) -> int:
     """Run `docker compose run` to its end and pass signals on to the container. Returns the container's exit code.
 
-    Signals go through the Docker engine, because Compose exits at once on a signal and leaves the container running.
-    For the same reason Compose must not get a Ctrl-C, unless it has the terminal and passes the key on.
+    `signals` is the list of `_collect_signals`, which grows while the container runs. Signals go through the Docker
+    engine, because Compose exits at once on a signal and leaves the container running. For the same reason Compose must
+    not get a Ctrl-C, unless it has the terminal and passes the key on.
     """
     terminal = "-T" not in command
     process = subprocess.Popen(

@@ -84,7 +84,7 @@ def _failure(what: str, text: str, code: Exit) -> Finding:
 
 
 def _error_finding(what: str, error: LorryError) -> Finding:
-    """A FAIL with the message and exit code with which the job itself would end."""
+    """A FAIL with an error's message and exit code. A job would end with the same error."""
     return Finding("FAIL", what, " ".join(str(error).split()), error.exit_code)
 
 
@@ -193,7 +193,7 @@ def _find_engine() -> tuple[Any, dict[str, Any], Finding]:
 
 
 def _check_engine(engine: Any, info: dict[str, Any], targets: list[Target]) -> Iterator[Finding]:
-    """Check whether the Docker engine can run the stages of these targets."""
+    """Check whether the Docker engine can run the stages of these targets. `info` is the answer of its `info()`."""
     try:
         yield _ok_finding("compose", " ".join(compose_command()[:2]))
     except LorryError as error:
@@ -228,7 +228,7 @@ def _check_images(engine: Any, target: Target) -> Iterator[Finding]:
 
 
 def _check_libraries() -> Iterator[Finding]:
-    """Check whether the libraries that each stage needs to run as a local process are installed."""
+    """Yield a warning on each stage that cannot run as a local process, as a library is not installed here."""
     for stage in STAGES:
         missing = missing_libraries(stage)
         if missing:
@@ -240,7 +240,7 @@ def _check_libraries() -> Iterator[Finding]:
 
 
 def _check_disk(roots: Roots, info: dict[str, Any]) -> Iterator[Finding]:
-    """Check the free disk space for runs and for Docker's images."""
+    """Check the free disk space for runs and, if `info` of a Docker engine is not empty, for Docker's images."""
     yield _check_free_space("runs", roots.runs, "delete old runs, or name another folder (LORRY_RUNS)")
     if not info:
         return
@@ -296,7 +296,10 @@ class _User:
 
 
 def _check_folders(roots: Roots, run: "Run | None", in_containers: bool) -> Iterator[Finding]:
-    """Check whether the user that the stages run as can read data and models, and write runs."""
+    """Check whether the user that the stages run as can read data and models, and write to the runs folder.
+
+    With `run`, the data are those of its recipe, and the folders of the run are checked too.
+    """
     uid, gid = container_user() if in_containers else (os.getuid(), os.getgid())
     user = _User(uid, frozenset([gid] if in_containers else [gid, *os.getgroups()]))
     data = run.roots.data / run.recipe.data.path if run is not None else roots.data
@@ -367,7 +370,7 @@ def _run_folders(run: "Run | None") -> list[Path]:
 def _check_weights(roots: Roots, run: "Run | None") -> Iterator[Finding]:
     """Check whether models' safetensors files exist and are as long as their headers say. It reads no weights.
 
-    The models are those of the run's recipe, base and embedder; without a run, all in the model folder.
+    The models are base and embedder of the run's recipe; without a run, all in the model folder.
     """
     if run is not None:
         named = {"model.path": run.recipe.model.path}

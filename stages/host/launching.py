@@ -29,8 +29,8 @@ def launch(
     The first stage that does not exit with 0 ends the launch.
 
     `options` name the run (`open_run`), `gpus` is the value of GPUS, `target` a target's name. `force` and `shard`
-    (such as `0/2`) are for the stage itself; a shard starts without the earlier stages. Raises the errors of
-    `choose_cards`, UsageError or DoesNotFitError for a stage that cannot start here, InterruptedRunError if stopped
+    (such as `0/2`) are for the stage itself; a shard starts without the earlier stages. Raises the errors of `open_run`
+    and `choose_cards`, UsageError or DoesNotFitError for a stage that cannot start here, InterruptedRunError if stopped
     between two stages, and the errors of `_check_gpus` after a failure.
     """
     if options["recipe"]:
@@ -58,7 +58,10 @@ def launch(
 
 
 def _run_stage(run: Runner, stage: str, arguments: list[str], choice: CardChoice) -> Generator[str, None, int]:
-    """Run one stage to its end. Yields lines if it fails; returns its exit code. Raises the errors of `_check_gpus`."""
+    """Run one stage to its end. Returns its exit code; yields lines on a failure that the stage could not print.
+
+    Raises InterruptedRunError if stopped before the stage starts, and the errors of `_check_gpus`.
+    """
     outcome = run(stage, arguments)
     if outcome.problem:
         yield outcome.problem

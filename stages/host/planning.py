@@ -42,7 +42,8 @@ def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Li
 
     Returns 0, or 4 if training does not fit memory or disk. `target` is a target's name; None: this machine's GPUs.
     `count` is the number of GPUs. `memory` is the memory of a GPU in GiB; None: that of the target or machine. Raises
-    the errors of `_planned_gpus`, and those with which train would refuse the recipe.
+    the errors of `_planned_gpus`, those with which train would refuse the recipe, and UnknownShapeError for a model
+    whose memory Lorry cannot estimate.
     """
     train = run.recipe.train
     model = run.model(run.recipe.model.path, "model.path")
@@ -91,9 +92,9 @@ class _Gpus:
 def _planned_gpus(target: str | None, count: int, memory: float | None, precision: str) -> _Gpus:
     """The GPUs to plan for: `count` of a target; without a target, those with the most free memory here.
 
-    `memory`, in GiB, replaces theirs; then their number is not checked. Raises UsageError for an unknown target, for
-    several GPUs or `memory` with the target cpu, and if too few GPUs are here; DoesNotFitError if Lorry may use
-    none, or if the target does not have the precision.
+    `memory`, in GiB, is taken as the memory of each; the number of GPUs here is then not checked. Raises UsageError for
+    an unknown target, for several GPUs or `memory` with the target cpu, and if too few GPUs are here; DoesNotFitError
+    if Lorry may use none, or if the target does not have the precision.
     """
     targets = load_targets()
     here = () if target else _usable_gpus()
@@ -146,7 +147,7 @@ def _usable_gpus() -> tuple[Gpu, ...]:
 
 
 def _allowed_settings(train: Train, target: Target) -> Train:
-    """The settings as train uses them on the target: without DeepSpeed there, `auto` sharding is none.
+    """The settings as train uses them on the target: sharding `auto` becomes `none` if the target has no DeepSpeed.
 
     Raises the error with which train would refuse them.
     """
@@ -271,7 +272,10 @@ def _fitting_changes(phase: _Phase) -> list[Way]:
 
 
 def _tight_note(way: Way, gpus: _Gpus, explained: bool = False) -> str:
-    """A warning if the way would not fit if the estimate were slightly too low; else empty. `explained` adds why."""
+    """A warning if the way fits, but might not, as estimates can be slightly too low; else empty.
+
+    `explained` adds the reason for the warning.
+    """
     if not way.is_tight(gpus.memory):
         return ""
     return ": tight" + (

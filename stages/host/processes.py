@@ -48,7 +48,8 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
 def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardChoice", target: str | None) -> Runner:
     """A function that runs a stage as a local process, on the chosen GPUs.
 
-    `target` is a target's name; None: that of the GPUs. Raises UsageError if a library of one of the stages is missing.
+    `target` is a target's name; None: that of the GPUs. From now on, stop signals go to the process that runs. Raises
+    UsageError if a library of one of the stages is missing.
     """
     for stage in stages:
         missing = missing_libraries(stage)
@@ -63,7 +64,10 @@ def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardC
     stop.install()
 
     def run(stage: str, more: list[str]) -> Outcome:
-        """Run a stage as a process, with further arguments. Raises InterruptedRunError after a stop signal."""
+        """Run a stage as a process to its end, and return its outcome. `more` are further arguments of its command.
+
+        Raises InterruptedRunError if a stop signal came before the process starts.
+        """
         stop.check()
         if cards.auto or cards.visible_devices(stage):  # an empty list, if `auto` took none, hides all GPUs
             environment["CUDA_VISIBLE_DEVICES"] = cards.visible_devices(stage)
@@ -91,7 +95,7 @@ def run_process(
 
 
 def missing_libraries(stage: str) -> list[str]:
-    """The libraries that a stage requires and that are not installed here."""
+    """Those of a stage's required libraries that are not installed here."""
     return [library for library in LIBRARIES[stage] if importlib.util.find_spec(library) is None]
 
 

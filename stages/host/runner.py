@@ -80,7 +80,7 @@ def _run_with_lock(
 ) -> Exit:
     """Run a stage, or a part of it, in its locked folder. Returns the exit code.
 
-    Errors of the work are printed. Raises LorryError for inputs that are missing, or changed since they were written.
+    Errors of the work are printed. Raises the errors of `Run.inputs` and `Run.is_done`, before the work starts.
     """
     folder = run.stage_folder(name, part)
     label = f"{name} {part.label}" if part else name
@@ -151,10 +151,11 @@ def _take_over_shards(stage: Stage) -> None:
 
 
 def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ...]) -> dict[str, Any]:
-    """Prepare a stage's folder for a start: keep half-done work of the same key, else all but `reusable` is deleted.
+    """Prepare a stage's folder for a start: keep half-done work of the same key, or else delete all but `reusable`.
 
-    With `force`, half-done work stays only if it was started with `force` too; else `reusable` is deleted as well.
-    Returns the state: `key`, `forced`, and `starts`, the times of this start and of earlier ones of the same work.
+    With `force`, half-done work stays only if it was started with `force` too; or else `reusable` is deleted as well.
+    Also deletes the manifest and temporary files, and writes state.json. Returns the state: `key`, `forced`, and
+    `starts`, the times of this start and of earlier starts of the same work.
     """
     state = read_json(folder / "state.json") or {}
     resumes = state.get("key") == key and (state["forced"] or not force)
@@ -170,7 +171,10 @@ def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ..
 
 
 def _report_end(stage: Stage, error: BaseException) -> Exit:
-    """Print how the stage ended, and write the traceback of a bug to the log. Returns the exit code."""
+    """Print the error that ended a stage, write it to events.jsonl, and return the exit code.
+
+    The traceback of a bug goes to the log.
+    """
     explained = error if isinstance(error, LorryError) else machine_error(error)
     if explained is None and isinstance(error, KeyboardInterrupt):
         explained = InterruptedRunError("interrupted after saving finished work; run the same command again")
@@ -205,7 +209,7 @@ def _clear_folder(folder: Path, keep: tuple[str, ...] = ()) -> None:
 
 
 def _manifest(stage: Stage, key: str, inputs: dict[str, str], starts: list[str], hashes: FileHashes) -> dict[str, Any]:
-    """The manifest of a finished stage."""
+    """The manifest of a finished stage or shard. `seconds` counts from the last of the `starts`."""
     run, machine = stage.run, probe()
     end = datetime.now(UTC)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

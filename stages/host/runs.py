@@ -28,7 +28,7 @@ def shipped_recipes() -> list[Path]:
 
 
 def recipe_summary(path: Path) -> tuple[str, list[str]]:
-    """The description of a recipe file, and the names of its profiles."""
+    """The description in a recipe file (empty if it has none), and the names of its profiles."""
     import yaml
 
     from stages.contract.recipe import profile_names
@@ -111,7 +111,7 @@ def is_done(run: "Run", stage: str) -> bool:
 def unfinished_stages(stages: tuple[str, ...], last: str, force: bool, options: dict[str, Any]) -> tuple[str, ...]:
     """The stages from the first one that is not done; empty if all are. Only these can need a GPU.
 
-    With `force`, the stage `last` counts as not done.
+    With `force`, the stage `last` counts as not done. `options` name the run; raises the errors of `open_run`.
     """
     run = open_run(**options)
     for number, stage in enumerate(stages):

@@ -69,7 +69,7 @@ def _version(library: str, module: Any) -> str:
 
 
 def _check_code(stage: str, modules: dict[str, Any], target: Target | None) -> Iterator[str]:
-    """Yield a line with the architectures that each library has device code for.
+    """Yield a line on each library file: the architectures that it has device code for.
 
     Raises DoesNotFitError if a library has no code for the target's card.
     """
@@ -117,7 +117,10 @@ def _sort_key(name: str) -> tuple[str, int]:
 
 
 def _check_gpus(torch: Any) -> Iterator[str]:
-    """Compute on each visible GPU, and yield a line on each. Raises DoesNotFitError for a GPU that fails."""
+    """Compute on each visible GPU, and yield a line on each, or one line without torch or GPUs.
+
+    Raises DoesNotFitError for a GPU that fails or computes a wrong result.
+    """
     if torch is None:
         yield "GPU not used by this stage"
         return

@@ -45,7 +45,10 @@ def _state_lines(folder: Path, stage: str) -> list[str]:
 
 
 def _event_text(event: dict[str, Any], running: bool) -> str:
-    """An event of events.jsonl as text that begins with a colon; empty for the event `end`."""
+    """An event of events.jsonl as text that begins with a colon; empty for the event `end`.
+
+    The time left is in the text only if `running`.
+    """
     if event["event"] == "end":
         return ""
     if event["event"] != "progress":
@@ -57,7 +60,10 @@ def _event_text(event: dict[str, Any], running: bool) -> str:
 
 
 def _shard_counts(folder: Path, stage: str) -> str:
-    """How many shards of a stage are done and running, for each number of shards in use; empty without shards."""
+    """Text on how many shards of a stage are done and how many run; empty without shards.
+
+    If a stage was started with different numbers of shards, the text has each of these numbers.
+    """
     from stages.contract.run import is_held
 
     counts: dict[int, list[Path]] = {}
