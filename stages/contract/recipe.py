@@ -581,7 +581,11 @@ def replaced_values(path: Path) -> dict[str, dict[str, Any]]:
     Raises UsageError if the file cannot be read, or is not a YAML mapping.
     """
     values, _, _ = _read_recipe_file(path)
-    return {section: {name: values[section][name]} for section, name in REPLACED if name in values.get(section, {})}
+    return {
+        section: {name: values[section][name]}
+        for section, name in REPLACED
+        if isinstance(values.get(section), dict) and name in values[section]
+    }
 
 
 def load_recipe(
