@@ -80,7 +80,7 @@ def _total_weight(votes: Mapping[str, str], answer: str, weights: Mapping[str, f
 
 
 def _rounded_sum(values: Iterable[float]) -> float:
-    """The sum of the values, whatever their order, rounded to 12 decimals so that rounding errors break no tie."""
+    """The sum of the values, rounded to 12 decimals: neither their order nor rounding errors can break a tie."""
     return round(math.fsum(values), 12)
 
 
@@ -112,7 +112,7 @@ def choose_greedily(
     path: list[float] = []
 
     def score_with(name: str) -> float:
-        """The sum of the vote's scores over all samples, with one more voter."""
+        """The sum of the vote's scores over all samples, with `name` as one more voter."""
         voters = [*chosen, name]
         electorate = Electorate({each: scores[each] if weighted else 1.0 for each in voters}, scores)
         decisions = [decide(each, electorate).answer for each in answers]

@@ -41,7 +41,7 @@ class Prompt:
         return len(self.tokens) + sum(picture.tokens - 1 for picture in self.pictures)
 
     def repeat_placeholders(self, counts: Sequence[int], placeholder: int) -> list[int]:
-        """The prompt's token ids, with its n-th token `placeholder` repeated `counts[n]` times."""
+        """The prompt's token ids, with the n-th occurrence of `placeholder` repeated `counts[n]` times."""
         left = iter(counts)
         return [same for token in self.tokens for same in [token] * (next(left) if token == placeholder else 1)]
 
@@ -146,7 +146,7 @@ def picture_token(model: Path) -> int:
 
 
 def hidden_content(words: ControlWords, message: Message, has_pictures: bool) -> str:
-    """A message's content, in which its own control words are hidden, and so is each `<image>` that marks no picture.
+    """A message's content, with its control words and every `<image>` that marks no picture hidden.
 
     An assistant's message keeps the words in `ControlWords.in_answers`. `has_pictures`: whether the message comes with
     pictures; if not, no `<image>` marks one.
@@ -159,7 +159,7 @@ def hidden_content(words: ControlWords, message: Message, has_pictures: bool) ->
 def _with_parts(message: Message, breaks_line: bool = False) -> dict[str, Any]:
     """A message with its content as a list of texts and pictures, the form of vision-language models' chat templates.
 
-    If the template adds a line break after a picture (`breaks_line`), the message's own one is removed.
+    If the template adds a line break after a picture (`breaks_line`), the message's own line break there is removed.
     """
     parts: list[dict[str, str]] = []
     for piece in re.split(rf"({PLACE}\n?)" if breaks_line else f"({PLACE})", message["content"]):

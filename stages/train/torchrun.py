@@ -40,9 +40,9 @@ class _Messages:
     errors: list[tuple[Exit, str]] = field(default_factory=list)
     """Exit code and text of each error that a process sent, in the order of arrival."""
     shortages: list[Shortage] = field(default_factory=list)
-    """The out-of-memory errors among them."""
+    """Those errors that mean out of memory, in the order of arrival."""
     lost: list[str] = field(default_factory=list)
-    """Texts of the errors among them that mean a GPU stopped working."""
+    """Texts of those errors that mean a GPU stopped working."""
     tokens: int = 0
     """Tokens of all steps of this start except the first, which includes the start of CUDA and its kernels."""
     seconds: float = 0.0
@@ -160,7 +160,7 @@ def torchrun_command(job_file: Path, here: int, node: Node | None) -> list[str]:
 
 
 def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messages) -> LorryError:
-    """The error that made torchrun fail, chosen from the processes' messages: torchrun exits with one code for all."""
+    """The error that made torchrun fail, from the processes' messages: torchrun has one exit code for all errors."""
     for code, text in received.errors:
         if code != Exit.INTERRUPTED:
             return _training_error(stage, name, code, text)
@@ -193,7 +193,8 @@ def _training_error(stage: Stage, name: str, code: Exit, text: str) -> LorryErro
 def _follow(stage: Stage, name: str, reading: int, received: _Messages, workers: _Workers | None = None) -> None:
     """Print the processes' progress, and add their messages to `received`, until the last process ends.
 
-    `reading` is the file descriptor with the messages. `workers` that start after a stop get a SIGTERM.
+    Adds a decision to the stage if training resumes from a checkpoint. `reading` is the file descriptor with the
+    messages. `workers` that start after a stop get a SIGTERM.
     """
     activity, loss = f"train {name}", None
     with os.fdopen(reading, "r", encoding="utf-8") as messages:
