@@ -226,8 +226,8 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
         ]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Divide the logits of prompts with a temperature by it and add noise, in place. Returns all logits, (prompts,
-        vocabulary)."""
+        """Divide logits by the temperature of their prompt and add noise, in place, except where the temperature is 0.
+        Returns all logits, (prompts, vocabulary)."""
         for row, temperature, generator in self._sampled:
             uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
             noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))

@@ -43,7 +43,8 @@ def answer_round(
 def _missing_models(
     variant: Variant, chunks: list[list[Sample]], prompts: Prompts, journals: Journals
 ) -> set[str | None]:
-    """The models that the samples' next unanswered passes need (None: base). Empty if all passes are answered."""
+    """The models that the samples' next unanswered passes need (None: base). Empty if every sample is answered or
+    failed."""
     steps = (step for chunk in chunks for sample in chunk for step in prompts.steps(variant, sample, journals))
     return {step.model for step in steps if step.record is None}
 

@@ -193,8 +193,11 @@ def _mean(values: list[float]) -> float:
 def _vote_line(
     sample: Sample, ballot: Answers, decision: Decision, second: tuple[Answers, Decision] | None
 ) -> dict[str, Any]:
-    """A sample's line of votes.jsonl. It has the decision of the first round or, if a second round decided, that of the
-    second, with the first as `first_round`."""
+    """A sample's line of votes.jsonl, with the votes and the decision of the first round.
+
+    If a second round decided the sample, the line has the second round's instead, and the first round's in
+    `first_round`.
+    """
     first = {"votes": dict(sorted(ballot.items())), **asdict(decision), "leading": list(decision.leading)}
     if second is None or second[1].answer is None:  # if all abstain in the second round, the first decides
         return {"id": sample["id"], "round": 1, **first}

@@ -115,7 +115,8 @@ class _Twin:
     """A copy of a tokenizer that recognises its control words only in another spelling."""
 
     def __init__(self, tokenizer: Any, tokens: Collection[str], mark: str) -> None:
-        """`tokens` are the control words. `mark` begins each new spelling; it must not occur in a text to encode.
+        """Copy a tokenizer and give its control words, `tokens`, a new spelling. Each begins with `mark`, which must
+        not occur in a text to encode.
 
         Raises UsageError if the tokenizer is not a fast one.
         """

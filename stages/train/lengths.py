@@ -53,11 +53,12 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
     """Measure the longest sample, the longest answer and the shortest prompt, in tokens. The first two are at most
     max_length. Picture names are relative to the folder `run`.
 
-    Only CANDIDATES samples of each kind are tokenised. The first two lengths include the most tokens that a chat
-    template can add, the third includes none. For the Qwen2-VL family, LLaVAs and MGM, only the header of a picture's
-    file is read to count its tokens. For other models, a sample with pictures counts as max_length. If the model has no
-    tokenizer.json, or there are no samples, sample and answer count as max_length and the shortest prompt is None.
-    Raises DataError for a file that is not a picture, or whose sides have a ratio that the model does not accept.
+    Tokenises only CANDIDATES samples for each of the three, chosen by estimated length. The first two lengths include
+    the most tokens that a chat template can add, the third only those around pictures. For the Qwen2-VL family, LLaVAs
+    and MGM, only the header of a picture's file is read to count its tokens. For other models, a sample with pictures
+    counts as max_length. If the model has no tokenizer.json, or there are no samples, sample and answer count as
+    max_length and the shortest prompt is None. Raises DataError for a file that is not a picture, or whose sides have a
+    ratio that the model does not accept.
     """
     limit = settings.max_length
     if not samples or not (model / "tokenizer.json").is_file():
@@ -93,7 +94,7 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
     if rules is None and any(sample.get("images") for sample in samples):
         whole = limit
     answer = max(sum(count_tokens(text) + OF_A_MESSAGE for text in texts) for texts in answers)
-    # without the template's tokens, whose number is an upper bound: the shortest prompt must be a lower bound
+    # without the template's tokens around messages, whose number is an upper bound: this must be a lower bound
     shortest = min(sum(map(count_tokens, one.texts[: one.prompt_messages])) + one.pictures for one in prompts)
     return Lengths(min(whole, limit), min(answer, limit), shortest)
 

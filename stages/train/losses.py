@@ -185,8 +185,8 @@ def process_batches(samples: int, micro_batch: int, rank: int, processes: int) -
 
 
 def step_problem(loss: float, norm: float | None, skipped: bool, scale: float | None) -> str | None:
-    """Describe what is not finite after an optimizer step; None if everything is finite or the loss scale skipped the
-    step.
+    """Describe the value that ends training because it is not finite; None if training goes on. Call it after each
+    optimizer step.
 
     `norm` is that of the gradients, None if it was not computed. `scale` is float16's loss scale after the step, None
     without one. It is normal that a step is `skipped` because its scaled gradients overflowed: the scale is halved each

@@ -330,7 +330,7 @@ def read_loss_scale(trainer: Any) -> dict[str, Any] | None:
 def read_zero_loss_scale(scaler: Any) -> dict[str, Any] | None:
     """DeepSpeed's loss scale as `scale` and the number of steps since its last change as `steps`; None if it is fixed.
 
-    DeepSpeed counts steps from the start of training and records the last one whose gradients overflowed.
+    DeepSpeed counts steps from the start of training and records the last step whose gradients overflowed.
     """
     if not scaler.dynamic:
         return None

@@ -71,7 +71,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         self._job, self._progress, self._stop, self._together = job, progress, stop, together
         self._renderer = Renderer(job.model)
         self._words = ControlWords(self.template.tokenizer, READ_BY_SWIFT)
-        self.template._tokenize = partial(_encode_as_said, self._words)
+        self.template._tokenize = partial(_encode_template_text, self._words)
         self._rules = family_rules(job.model)
         self.template._load_image = partial(_load_picture, self._rules, job.settings.max_pixels)
         if self._rules is not None:
@@ -259,7 +259,7 @@ def _refuse_adapted_vision(model: Any) -> None:
             )
 
 
-def _encode_as_said(words: ControlWords, text: str, **_: Any) -> list[int]:
+def _encode_template_text(words: ControlWords, text: str, **_: Any) -> list[int]:
     """The tokens of a piece of text from ms-swift's template. The template's control words become single tokens;
     those in a sample's messages are encoded as text."""
     return words.encode(text)

@@ -149,7 +149,8 @@ def _train_together(
 
 
 def torchrun_command(job_file: Path, here: int, node: Node | None) -> list[str]:
-    """The torchrun command that starts `here` training processes on this machine. Node 0 starts the first ranks."""
+    """The torchrun command that starts `here` training processes on this machine. On several nodes, their ranks follow
+    the order of the nodes."""
     where = ["--standalone", "--local-addr=127.0.0.1"]  # a container without network cannot resolve its own name
     if node is not None:
         host, _, port = node.rendezvous.rpartition(":")
