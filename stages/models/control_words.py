@@ -47,7 +47,7 @@ class ControlWords:
         self._plain = {token.content for token in added.values() if not token.special}
         self._words = [STAND_IN, *self._tokens, *(word for word in others if word not in self._tokens)]
         self._stand_ins = {word: STAND_IN + chr(FIRST + place) for place, word in enumerate(self._words)}
-        self._said, self._written = _any_of(self._words), _any_of(self._tokens)
+        self._said, self._written = _pattern_of_any(self._words), _pattern_of_any(self._tokens)
         self._twins: dict[str, _Twin] = {}
 
     @cached_property
@@ -132,7 +132,7 @@ class _Twin:
         numbers = {token["content"]: token["id"] for token in values["added_tokens"]}
         for token in values["added_tokens"]:
             token["content"] = self.spelling.get(token["content"], token["content"])
-        _rename(values["model"], self.spelling)
+        _rename_control_words(values["model"], self.spelling)
         self._twin = Tokenizer.from_str(json.dumps(values))
         self._twin.no_truncation()
         self._twin.no_padding()
@@ -144,7 +144,7 @@ class _Twin:
         return [self._numbers.get(token, token) for token in self._twin.encode(text, add_special_tokens=False).ids]
 
 
-def _rename(model: dict[str, Any], spelling: dict[str, str]) -> None:
+def _rename_control_words(model: dict[str, Any], spelling: dict[str, str]) -> None:
     """Rename the control words in the vocabulary of a tokenizer's model, in place.
 
     Some kinds of tokenizer models would otherwise still find them as whole words. Words that a merge makes or uses keep
@@ -163,7 +163,7 @@ def _rename(model: dict[str, Any], spelling: dict[str, str]) -> None:
         model["unk_token"] = names[model["unk_token"]]
 
 
-def _any_of(words: Collection[str]) -> re.Pattern[str]:
+def _pattern_of_any(words: Collection[str]) -> re.Pattern[str]:
     """A pattern that matches any of the words, the longest if several fit. Without words, it matches nothing."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

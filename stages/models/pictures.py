@@ -136,7 +136,7 @@ def read_picture(file: Path | BinaryIO, least: tuple[int, int] | None = None) ->
         if least is not None:
             opened.draft("RGB", least[::-1] if orientation in ON_ITS_SIDE else least)
         opened.load()
-        picture = _rgb(_upright(opened, orientation))
+        picture = _rgb_picture(_upright_picture(opened, orientation))
         picture.format = opened.format
     return picture
 
@@ -178,7 +178,7 @@ def _orientation(opened: Any) -> int:
         return 1
 
 
-def _upright(picture: Any, orientation: int) -> Any:
+def _upright_picture(picture: Any, orientation: int) -> Any:
     """The picture, rotated or mirrored to be upright. `orientation` is its EXIF orientation."""
     from PIL.Image import Transpose
 
@@ -194,12 +194,12 @@ def _upright(picture: Any, orientation: int) -> Any:
     return picture.transpose(turns[orientation]) if orientation in turns else picture
 
 
-def _rgb(picture: Any) -> "Image":
+def _rgb_picture(picture: Any) -> "Image":
     """The picture in RGB, over white and scaled to 8 bits: `convert` alone drops transparency and clips 16 bits."""
     from PIL import Image
 
     if picture.mode == "F" or picture.mode.startswith("I"):
-        picture = _in_8_bits(picture)
+        picture = _picture_in_8_bits(picture)
     if picture.has_transparency_data:
         above = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
@@ -207,7 +207,7 @@ def _rgb(picture: Any) -> "Image":
     return rgb
 
 
-def _in_8_bits(picture: Any) -> "Image":
+def _picture_in_8_bits(picture: Any) -> "Image":
     """A grey picture of 16 or 32 bits, integers or floats, scaled to 8 bits.
 
     The full range is 0 to 65,535 for integers, and 0 to 1 or 0 to 255 for floats. If some values lie outside, the range

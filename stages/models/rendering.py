@@ -79,7 +79,7 @@ class Renderer:
         numbers of `<image>` and pictures differ. Raises UsageError if there are pictures, but the model reads none.
         """
         opened = tuple(open_picture(path, self.rules, max_pixels) for path in pictures)
-        tokens = self._tokens_of(messages, bool(opened))
+        tokens = self._prompt_tokens(messages, bool(opened))
         if opened:
             found = tokens.count(self.picture_token)
             if found != len(opened):
@@ -95,7 +95,7 @@ class Renderer:
         """
         return self._words.hidden_in(hidden_content(self._words, message, has_pictures) for message in messages)
 
-    def _tokens_of(self, messages: Sequence[Message], has_pictures: bool) -> list[int]:
+    def _prompt_tokens(self, messages: Sequence[Message], has_pictures: bool) -> list[int]:
         """The token ids of a conversation as a prompt, with one placeholder token for each picture."""
         hidden: list[Message] = [
             {"role": message["role"], "content": hidden_content(self._words, message, has_pictures)}
@@ -103,11 +103,11 @@ class Renderer:
         ]
         template = self.tokenizer.apply_chat_template
         if not self._is_llava:
-            conversation = [_with_parts(message) for message in hidden] if has_pictures else hidden
+            conversation = [_message_with_parts(message) for message in hidden] if has_pictures else hidden
             return self._words.encode(template(conversation, add_generation_prompt=True, tokenize=False))
         # published LLaVAs' templates take parts only, and leave the first token to the processor, which adds it if it
         # is missing (transformers' ProcessorMixin.apply_chat_template)
-        conversation = [_with_parts(message, self._breaks_line) for message in hidden]
+        conversation = [_message_with_parts(message, self._breaks_line) for message in hidden]
         text = template(conversation, add_generation_prompt=True, tokenize=False)
         return self._words.encode(self._missing_first_token(text) + text)
 
@@ -156,7 +156,7 @@ def hidden_content(words: ControlWords, message: Message, has_pictures: bool) ->
     return PLACE.join(words.hide(unescape_places(piece), kept) for piece in pieces)
 
 
-def _with_parts(message: Message, breaks_line: bool = False) -> dict[str, Any]:
+def _message_with_parts(message: Message, breaks_line: bool = False) -> dict[str, Any]:
     """A message with its content as a list of texts and pictures, the form of vision-language models' chat templates.
 
     If the template adds a line break after a picture (`breaks_line`), the message's own line break there is removed.

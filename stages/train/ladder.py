@@ -35,6 +35,7 @@ class Shortage:
     """Memory requested and memory free, as torch reports them."""
 
     def __str__(self) -> str:
+        """When memory ran out, and how much was requested and free, as a message has it after `out of memory`."""
         at = "while loading the model" if self.during == "loading" else f"in {self.during} after step {self.step}"
         return f"{at} ({self.said})"
 

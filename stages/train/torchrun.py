@@ -85,7 +85,7 @@ def _train_alone(stage: Stage, job: Job, received: _Messages) -> None:
     ) as worker:
         os.close(writing)
         stage.stop.pass_on_to(worker)
-        _follow(stage, name, reading, received)
+        _follow_progress(stage, name, reading, received)
         code = worker.wait()
     error = received.errors[-1][1] if received.errors else None
     if code == Exit.DONE:
@@ -140,7 +140,7 @@ def _train_together(
         os.close(writing)
         workers = _Workers(torchrun_process, received.processes)
         stage.stop.pass_on_to(workers, hears_ctrl_c=False)
-        _follow(stage, job.adapter.name, reading, received, workers)
+        _follow_progress(stage, job.adapter.name, reading, received, workers)
         code = torchrun_process.wait()
     if received.shortages:  # checked first: the other processes failed because of it
         raise MemoryRanOutError("out of memory", received.shortages[0], tuple(received.processes))
@@ -191,7 +191,9 @@ def _training_error(stage: Stage, name: str, code: Exit, text: str) -> LorryErro
     return failure
 
 
-def _follow(stage: Stage, name: str, reading: int, received: _Messages, workers: _Workers | None = None) -> None:
+def _follow_progress(
+    stage: Stage, name: str, reading: int, received: _Messages, workers: _Workers | None = None
+) -> None:
     """Print the processes' progress, and add their messages to `received`, until the last process ends.
 
     Adds a decision to the stage if training resumes from a checkpoint. `reading` is the file descriptor with the
