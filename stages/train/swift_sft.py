@@ -177,7 +177,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
     def _check_prompt(
         self, sample: str, messages: list[dict[str, str]], pictures: list[Path], encoded: dict[str, Any]
     ) -> None:
-        """Raise UsageError if ms-swift's prompt differs from that of inference, or its answer has no end token.
+        """Raise UsageError if ms-swift's prompt differs from inference's, or its answer lacks the model's end token.
 
         Each picture counts as a blank one in both prompts. Raises DataError if the sample cannot be rendered.
         """
