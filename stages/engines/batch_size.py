@@ -23,7 +23,8 @@ def best_batch_size(attempt: Callable[[int], None], most: int = MOST) -> tuple[i
     """Find the best batch size by trial. Returns it, in sequences, and the reason.
 
     `attempt(n)` must decode the n longest prompts together. The size doubles, up to `most`, until a larger batch would
-    take too much memory or is not faster. Raises torch.OutOfMemoryError if the longest prompt alone does not fit.
+    take too much memory or is less than WORTH times as fast. Raises torch.OutOfMemoryError if the longest prompt alone
+    does not fit.
     """
     attempt(1)  # not measured: the first attempt loads and compiles kernels
     best, speed, why = 1, 0.0, "larger ones were not faster"

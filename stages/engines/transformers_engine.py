@@ -39,7 +39,7 @@ class TransformersEngine:
     continuous = False
 
     def __init__(self, settings: EngineSettings) -> None:
-        """Load base and adapters."""
+        """Load base and adapters. Raises ValueError if the base has no end token."""
         self._settings = settings
         self.batch_size = settings.batch_size
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,8 +99,9 @@ class TransformersEngine:
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
         """Find the batch size by completing these prompts in growing batches. Returns it and the reason.
 
-        Completions are short. The first adapter completes the prompts, because it needs more memory than the base;
-        without adapters, the base does. Without prompts, the batch size is 1.
+        Completions have at most TRIED_TOKENS tokens. The first adapter completes the prompts, because it needs more
+        memory than the base; without adapters, the base does. Without prompts, the batch size is 1. Raises
+        torch.OutOfMemoryError if the longest prompt does not fit alone.
         """
         if not prompts:  # every prompt is too long for infer.max_length
             self.batch_size = 1
@@ -129,7 +130,7 @@ class TransformersEngine:
         return [c for part in (prompts[:half], prompts[half:]) for c in self._complete_or_halve(part, adapter)]
 
     def _complete_batch(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
-        """Complete prompts as one batch, with the first one's token limit. Returns the completions in order."""
+        """Complete prompts as one batch, all with the token limit of the first. Returns the completions in order."""
         pictures = self._picture_inputs(prompts)
         rows = [self._input_tokens(prompt) for prompt in prompts]
         longest = max(map(len, rows))
@@ -180,7 +181,10 @@ class TransformersEngine:
         return prompt.repeat_placeholders([picture.tokens for picture in prompt.pictures], self._picture_token)
 
     def _adapter_context(self, adapter: str | None) -> Any:
-        """Return a context in which the model uses this adapter; None: the base alone."""
+        """Switch the model to this adapter, and return a context to call it in.
+
+        If `adapter` is None, the context disables all adapters, so that the base alone answers.
+        """
         if not isinstance(self._model, PeftModel):
             return nullcontext()
         if adapter is None:
@@ -222,8 +226,8 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
         ]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Divide the logits of prompts with a temperature by it and add noise, in place. Returns all logits, (prompts,
-        vocabulary)."""
+        """Divide logits by the temperature of their prompt and add noise, in place, except where the temperature is 0.
+        Returns all logits, (prompts, vocabulary)."""
         for row, temperature, generator in self._sampled:
             uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
             noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))

@@ -170,7 +170,10 @@ def _completion(output: Any) -> Completion:
 
 
 def _usable_memory_share(gpus: int) -> float:
-    """The share of each GPU's memory that vLLM may use. Raises DoesNotFitError if a GPU has hardly any free memory."""
+    """The share, 0..1, of each GPU's memory that vLLM may use, on the first `gpus` GPUs.
+
+    Raises DoesNotFitError if a GPU has hardly any free memory.
+    """
     import torch
 
     free, total = min((torch.cuda.mem_get_info(gpu) for gpu in range(gpus)), key=lambda one: one[0] / one[1])

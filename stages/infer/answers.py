@@ -43,7 +43,8 @@ def answer_round(
 def _missing_models(
     variant: Variant, chunks: list[list[Sample]], prompts: Prompts, journals: Journals
 ) -> set[str | None]:
-    """The models that the samples' next unanswered passes need (None: base). Empty if all passes are answered."""
+    """The models that the samples' next unanswered passes need (None: base). Empty if every sample is answered or
+    failed."""
     steps = (step for chunk in chunks for sample in chunk for step in prompts.steps(variant, sample, journals))
     return {step.model for step in steps if step.record is None}
 
@@ -62,8 +63,8 @@ class _EngineSession:
     def answer(self, asked: Round) -> None:
         """Answer the passes of a round that need these models: variant by variant, pass by pass, chunk by chunk.
 
-        An engine that computes in padded batches always gets the same samples together, even those that are answered
-        already.
+        Skips chunks without an unanswered sample. An engine that computes in padded batches gets all samples of a
+        chunk, even those that are answered already, but not those that failed.
         """
         for variant, chunks in asked.chunks.items():
             for name in self.prompts.passes:
@@ -108,14 +109,18 @@ class _EngineSession:
     def _generate(self, prompts: list[Prompt], missing: dict[str, Step]) -> None:
         """Complete these prompts and add the completions of those in `missing` to the journals. Empties `missing`.
 
-        If the engine fails, tries each missing prompt alone and adds the error of those that fail again. Raises
-        a LorryError instead if the machine is the cause, and the engine's error if it completes no other prompt either.
+        If the engine fails, tries each missing prompt alone and adds the error of those that fail again. Raises a
+        LorryError instead if the machine is the cause, and the engine's error if it completes no other prompt either.
+        Raises InterruptedRunError if the stage is asked to stop.
         """
         (model,) = {step.model for step in missing.values()}
         clock = time.monotonic()
 
         def add_completion(place: int, completion: Completion) -> None:
-            """Add the completion of prompt number `place` to the journals, unless they have it."""
+            """Add the completion of prompt number `place` to the journals, unless they have it.
+
+            With a continuous engine, raises InterruptedRunError if the stage is asked to stop.
+            """
             nonlocal clock
             before, clock = clock, time.monotonic()
             prompt = prompts[place]

@@ -51,7 +51,7 @@ class Journals:
         }
 
     def find(self, model: str | None, question: Question) -> Record | None:
-        """Return the record of a completion, or of the error in its place, by model and question; None without one."""
+        """Return a model's record for a question, a completion or an error; None if it has none."""
         return self._known[model].get(question)
 
     def add(

@@ -89,8 +89,8 @@ def write_predictions(
     """Write each variant's predictions into the stage's folder. Returns what was written.
 
     With `submits`, also writes the submissions of base, adapters and vote, but none for ablations and validation
-    samples, and prints with `say` how many lines have no answer. Raises DataError if asked.jsonl does not name each
-    predicted question exactly once, or if the file on the disk differs from what was written.
+    samples. Prints with `say` how many lines lack an answer, if any do. Raises DataError if asked.jsonl does not name
+    each predicted question exactly once, or if the file on the disk differs from what was written.
     """
     written = WrittenFiles()
     for variant, found in predictions.items():
@@ -113,10 +113,11 @@ def write_predictions(
 def _submission_lines(
     run: Run, variant: Variant, predictions: Mapping[str, Prediction]
 ) -> tuple[list[dict[str, Any]], int]:
-    """Return a submission's lines, in the order of asked.jsonl, and how many of them lack an answer.
+    """Return a submission's lines, in the order of asked.jsonl, and how many lack the answer to one of their questions.
 
-    With `infer.answers: own sources`, an adapter's submission has only the lines with a question that it answered.
-    Raises DataError if asked.jsonl does not name each predicted question exactly once.
+    A row of asked.jsonl with `"line": false` makes no line. With `infer.answers: own sources`, an adapter's submission
+    has only the lines with a question that it answered. Raises DataError if asked.jsonl does not name each predicted
+    question exactly once.
     """
     task = load_task(run.recipe.task)
     rows = read_jsonl(run.path("preprocess", "asked.jsonl"))

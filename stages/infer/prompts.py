@@ -37,7 +37,7 @@ class Step:
 
     @property
     def question(self) -> Question:
-        """The key of its completion in the journals."""
+        """The key of the step's completion in the journals."""
         return self.sample_id, self.name, self.asked
 
 

@@ -60,7 +60,7 @@ class Round:
     """The samples that this process answers together."""
 
     samples: dict[Variant, list[Sample]]
-    """The samples whose predictions it writes, in the order of the file."""
+    """The samples whose predictions this process writes, in the order of preprocess's file."""
     chunks: dict[Variant, list[list[Sample]]]
     """This process's chunks that finished shards have not answered completely."""
     from_shards: dict[Variant, dict[str, Prediction]]

@@ -80,12 +80,12 @@ def _total_weight(votes: Mapping[str, str], answer: str, weights: Mapping[str, f
 
 
 def _rounded_sum(values: Iterable[float]) -> float:
-    """The sum of the values, whatever their order, rounded to 12 decimals so that rounding errors break no tie."""
+    """The sum of the values, rounded to 12 decimals: neither their order nor rounding errors can break a tie."""
     return round(math.fsum(values), 12)
 
 
 def _leading_answers(totals: Mapping[str, float]) -> tuple[str, ...]:
-    """The answers of a second round, as in `Decision.leading`. `totals` has each answer's weight."""
+    """The answers that a second round would choose from: see `Decision.leading`. `totals` has each answer's weight."""
     levels = sorted(set(totals.values()), reverse=True)
     first = [answer for answer, total in totals.items() if total == levels[0]]
     second = [answer for answer, total in totals.items() if len(levels) > 1 and total == levels[1]]
@@ -102,17 +102,18 @@ def choose_greedily(
     adapters are added. `answers` has the adapters' answers to each sample, `right` the score (0..1) of each of these
     answers, and `scores` each adapter's mean score. With `weighted`, a vote's weight is its adapter's score, else 1.
 
-    The selection starts with the best single adapter. Each step adds the adapter with which the vote scores best; if
-    several are equal, the one with the better own score, then by name. A step that does not help does not end the
-    selection, because a second voter can never outvote the first. The voters are those of the best step. If several
-    steps are equal, those of the last one, because the errors of more voters even out. No adapter votes twice.
+    The selection starts with the best single adapter. Each step adds the adapter with which the vote scores best; among
+    equals, the adapter with the highest score of its own, then the first by name. A step that does not help does not
+    end the selection, because a second voter can never outvote the first. The voters are those chosen up to the best
+    step. If several steps are equally good, the last of them counts, because the errors of more voters even out. No
+    adapter votes twice.
     """
     left = sorted(scores, key=lambda name: (-scores[name], name))
     chosen: list[str] = []
     path: list[float] = []
 
     def score_with(name: str) -> float:
-        """The sum of the vote's scores over all samples, with one more voter."""
+        """The sum of the vote's scores over all samples, with `name` as one more voter."""
         voters = [*chosen, name]
         electorate = Electorate({each: scores[each] if weighted else 1.0 for each in voters}, scores)
         decisions = [decide(each, electorate).answer for each in answers]

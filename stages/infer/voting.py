@@ -103,7 +103,8 @@ def samples_to_vote_again(
     """The samples of a second round, with the leading answers as the only choices.
 
     They are the samples without a majority that have at least two leading answers and whose choices can be reduced to
-    these. Empty if the recipe has no second round. Prints their number with `say` if the recipe has a second round.
+    these. Prints with `say` how many there are or why there are none. Without a second round in the recipe, returns an
+    empty list and prints nothing.
     """
     assert recipe.infer.vote is not None
     if not recipe.infer.vote.second_round:
@@ -130,7 +131,7 @@ def count_votes(
     """Count the votes of both rounds. Returns the lines of votes.jsonl, one for each test sample.
 
     `again` has the samples of the second round, `predictions` the voters' predictions on them by variant. If all voters
-    abstain in the second round, the first one decides.
+    abstain on a sample in the second round, the first one decides.
     """
     second: dict[str, tuple[Answers, Decision]] = {}
     for place, sample in enumerate(again):
@@ -192,10 +193,13 @@ def _mean(values: list[float]) -> float:
 def _vote_line(
     sample: Sample, ballot: Answers, decision: Decision, second: tuple[Answers, Decision] | None
 ) -> dict[str, Any]:
-    """A sample's line of votes.jsonl. It has the decision of the first round or, if a second round decided, that of the
-    second, with the first as `first_round`."""
+    """A sample's line of votes.jsonl, with the votes and the decision of the first round.
+
+    If a second round decided the sample, the line has the second round's instead, and the first round's in
+    `first_round`.
+    """
     first = {"votes": dict(sorted(ballot.items())), **asdict(decision), "leading": list(decision.leading)}
-    if second is None or second[1].answer is None:  # if all abstain from a second round, the first one decides
+    if second is None or second[1].answer is None:  # if all abstain in the second round, the first decides
         return {"id": sample["id"], "round": 1, **first}
     votes, again = second
     decided = {"votes": dict(sorted(votes.items())), **asdict(again), "leading": list(again.leading)}

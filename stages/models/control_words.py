@@ -33,7 +33,10 @@ class ControlWords:
     """The control words of one tokenizer."""
 
     def __init__(self, tokenizer: Any, others: Collection[str] = ()) -> None:
-        """`others` are more words to hide, because they have a meaning for the library that handles the texts."""
+        """Find the control words of a tokenizer and choose their stand-ins.
+
+        `others` are more words to hide, because they have a meaning for the library that handles the texts.
+        """
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self._tokens: dict[str, int] = {
@@ -44,7 +47,7 @@ class ControlWords:
         self._plain = {token.content for token in added.values() if not token.special}
         self._words = [STAND_IN, *self._tokens, *(word for word in others if word not in self._tokens)]
         self._stand_ins = {word: STAND_IN + chr(FIRST + place) for place, word in enumerate(self._words)}
-        self._said, self._written = _any_of(self._words), _any_of(self._tokens)
+        self._said, self._written = _pattern_of_any(self._words), _pattern_of_any(self._tokens)
         self._twins: dict[str, _Twin] = {}
 
     @cached_property
@@ -63,7 +66,7 @@ class ControlWords:
         return self._said.sub(lambda found: found[0] if found[0] in kept else self._stand_ins[found[0]], text)
 
     def show(self, text: str) -> str:
-        """The text with the words in place of their stand-ins."""
+        """The text with each stand-in replaced by its word."""
         return _STOOD_IN.sub(lambda found: self._words[ord(found[1]) - FIRST], text)
 
     def hidden_in(self, texts: Iterable[str]) -> Counter[str]:
@@ -103,7 +106,7 @@ def count_said(each: Iterable[Counter[str]]) -> dict[str, int]:
 
 
 def said_note(said: Mapping[str, int]) -> str:
-    """A note for the console about the counts `said`, which `count_said` returned. They must not be empty."""
+    """A line for the console about `said`, the counts that `count_said` returned. There must be at least one."""
     word = next(word for word in said if word != SAMPLES)
     return f"{said[SAMPLES]} samples say control words of the model, such as {word!r}; they are encoded as text"
 
@@ -112,7 +115,8 @@ class _Twin:
     """A copy of a tokenizer that recognises its control words only in another spelling."""
 
     def __init__(self, tokenizer: Any, tokens: Collection[str], mark: str) -> None:
-        """`tokens` are the control words. `mark` begins each new spelling; it must not occur in a text to encode.
+        """Copy a tokenizer and give its control words, `tokens`, a new spelling. Each begins with `mark`, which must
+        not occur in a text to encode.
 
         Raises UsageError if the tokenizer is not a fast one.
         """
@@ -128,7 +132,7 @@ class _Twin:
         numbers = {token["content"]: token["id"] for token in values["added_tokens"]}
         for token in values["added_tokens"]:
             token["content"] = self.spelling.get(token["content"], token["content"])
-        _rename(values["model"], self.spelling)
+        _rename_control_words(values["model"], self.spelling)
         self._twin = Tokenizer.from_str(json.dumps(values))
         self._twin.no_truncation()
         self._twin.no_padding()
@@ -140,10 +144,11 @@ class _Twin:
         return [self._numbers.get(token, token) for token in self._twin.encode(text, add_special_tokens=False).ids]
 
 
-def _rename(model: dict[str, Any], spelling: dict[str, str]) -> None:
-    """Rename control words in a tokenizer model's vocabulary, where some models would find them as whole words.
+def _rename_control_words(model: dict[str, Any], spelling: dict[str, str]) -> None:
+    """Rename the control words in the vocabulary of a tokenizer's model, in place.
 
-    Words that a merge makes or uses keep their names.
+    Some kinds of tokenizer models would otherwise still find them as whole words. Words that a merge makes or uses keep
+    their names.
     """
     merged = {
         part for merge in model.get("merges", []) for part in (merge if isinstance(merge, list) else merge.split(" "))
@@ -158,7 +163,7 @@ def _rename(model: dict[str, Any], spelling: dict[str, str]) -> None:
         model["unk_token"] = names[model["unk_token"]]
 
 
-def _any_of(words: Collection[str]) -> re.Pattern[str]:
-    """A pattern that matches the longest of the words that begins at a position; without words, it matches nothing."""
+def _pattern_of_any(words: Collection[str]) -> re.Pattern[str]:
+    """A pattern that matches any of the words, the longest if several fit. Without words, it matches nothing."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

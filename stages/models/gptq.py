@@ -40,7 +40,7 @@ def quantisation_method(model: Path) -> str | None:
 
 
 def gptq_library(model: Path) -> str:
-    """Return the name of the installed GPTQ library: `gptqmodel` or `auto_gptq`.
+    """Return the name of the installed GPTQ library: `gptqmodel` or, without it, `auto_gptq`.
 
     Raises UsageError if neither is installed, or optimum is not.
     """
@@ -58,8 +58,9 @@ def gptq_library(model: Path) -> str:
 def patch_gptq_kernels(model: Path, on_card: bool, training: bool) -> Iterator[None]:
     """Within this context, make transformers, PEFT and ms-swift load a GPTQ base with this module's choice of kernel.
 
-    For a base that is not quantised, only keeps PEFT from importing gptqmodel. `on_card`: the base is loaded on a GPU.
-    `training`: it is loaded for training. Raises UsageError if a GPTQ base's library, or optimum, is not installed.
+    For a base that is not quantised, only keeps PEFT from importing gptqmodel. Does nothing for a base that is
+    quantised with another method. `on_card`: the base is loaded on a GPU. `training`: it is loaded for training. Raises
+    UsageError if a GPTQ base's library, or optimum, is not installed.
     """
     with ExitStack() as patches:
         if quantisation_method(model) is None:
@@ -100,7 +101,8 @@ def _patch_auto_gptq(patches: ExitStack, training: bool) -> None:
 
 
 def _choose_kernel(patches: ExitStack, **kernel: Any) -> None:
-    """Add these options to every new GPTQConfig, because neither ms-swift nor PEFT has an option for the kernel."""
+    """Add these options to every new GPTQConfig, until `patches` closes. Neither ms-swift nor PEFT has an option for
+    the kernel."""
     from transformers import GPTQConfig
 
     plain = GPTQConfig.__init__

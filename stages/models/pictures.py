@@ -131,12 +131,12 @@ def read_picture(file: Path | BinaryIO, least: tuple[int, int] | None = None) ->
     A JPEG may be decoded smaller, but no smaller than `least` (width, height), which is faster. Raises DataError for a
     file that is not a picture, or damaged. All of Lorry opens pictures here or with `picture_size`.
     """
-    with _opened(file) as opened:
+    with _open_picture_file(file) as opened:
         orientation = _orientation(opened)
         if least is not None:
             opened.draft("RGB", least[::-1] if orientation in ON_ITS_SIDE else least)
         opened.load()
-        picture = _rgb(_turned(opened, orientation))
+        picture = _rgb_picture(_upright_picture(opened, orientation))
         picture.format = opened.format
     return picture
 
@@ -146,14 +146,14 @@ def picture_size(file: Path | BinaryIO) -> tuple[int, int]:
 
     Raises DataError for a file that is not a picture.
     """
-    with _opened(file) as opened:
+    with _open_picture_file(file) as opened:
         width, height = opened.size
         return (height, width) if _orientation(opened) in ON_ITS_SIDE else (width, height)
 
 
 @contextmanager
-def _opened(file: Path | BinaryIO) -> Iterator[Any]:
-    """Open a picture file for this context. Raises DataError if opening it fails, or using it within the context."""
+def _open_picture_file(file: Path | BinaryIO) -> Iterator[Any]:
+    """Within this context, a picture file is open with Pillow. Raises DataError if opening or using it fails."""
     from PIL import Image
 
     bad: tuple[type[Exception], ...] = (*BAD_PICTURE, Image.DecompressionBombError)
@@ -166,7 +166,7 @@ def _opened(file: Path | BinaryIO) -> Iterator[Any]:
 
 
 def _orientation(opened: Any) -> int:
-    """A picture's EXIF orientation, 1 to 8. It is 1 (upright) for TIFF, and if EXIF data are missing or damaged."""
+    """A picture's EXIF orientation, 1 (upright) to 8. It is 1 for TIFF, and if EXIF data are missing or damaged."""
     from PIL.Image import Image
 
     if opened.format == "TIFF":  # Pillow itself turns these upright
@@ -178,8 +178,8 @@ def _orientation(opened: Any) -> int:
         return 1
 
 
-def _turned(picture: Any, orientation: int) -> Any:
-    """The picture, turned or mirrored to be upright."""
+def _upright_picture(picture: Any, orientation: int) -> Any:
+    """The picture, rotated or mirrored to be upright. `orientation` is its EXIF orientation."""
     from PIL.Image import Transpose
 
     turns = {
@@ -194,12 +194,12 @@ def _turned(picture: Any, orientation: int) -> Any:
     return picture.transpose(turns[orientation]) if orientation in turns else picture
 
 
-def _rgb(picture: Any) -> "Image":
+def _rgb_picture(picture: Any) -> "Image":
     """The picture in RGB, over white and scaled to 8 bits: `convert` alone drops transparency and clips 16 bits."""
     from PIL import Image
 
     if picture.mode == "F" or picture.mode.startswith("I"):
-        picture = _in_8_bits(picture)
+        picture = _picture_in_8_bits(picture)
     if picture.has_transparency_data:
         above = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
@@ -207,7 +207,7 @@ def _rgb(picture: Any) -> "Image":
     return rgb
 
 
-def _in_8_bits(picture: Any) -> "Image":
+def _picture_in_8_bits(picture: Any) -> "Image":
     """A grey picture of 16 or 32 bits, integers or floats, scaled to 8 bits.
 
     The full range is 0 to 65,535 for integers, and 0 to 1 or 0 to 255 for floats. If some values lie outside, the range
@@ -228,7 +228,8 @@ def _in_8_bits(picture: Any) -> "Image":
 
 
 def family_rules(model: Path) -> Rules | None:
-    """Return how a Qwen2-VL, LLaVA or MGM model reads pictures; None for any other model.
+    """Return how a Qwen2-VL, LLaVA or MGM model reads pictures; None for any other model, or one without a
+    preprocessor_config.json.
 
     `model` is a folder in Hugging Face format. Raises UsageError if a Qwen2-VL's settings are incomplete.
     """
@@ -266,13 +267,13 @@ def _square_rules(model: Path, config: dict[str, Any], processor: dict[str, Any]
 
 
 def rules_of(model: Path) -> Rules:
-    """Return how a model reads pictures. Raises UsageError if it reads none, or Lorry does not support its family."""
+    """Return how a model reads pictures. Raises UsageError if it reads none, or Lorry does not know its rules."""
     return family_rules(model) or read_rules(model)
 
 
 def read_rules(model: Path) -> PictureRules:
-    """Return how a Qwen2-VL model reads pictures, from its preprocessor_config.json. Raises UsageError for any other
-    model."""
+    """Return how a Qwen2-VL model reads pictures, from its preprocessor_config.json. Raises UsageError if the file
+    cannot be read, or has no patch_size or merge_size."""
     path = model / "preprocessor_config.json"
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -41,7 +41,7 @@ class Prompt:
         return len(self.tokens) + sum(picture.tokens - 1 for picture in self.pictures)
 
     def repeat_placeholders(self, counts: Sequence[int], placeholder: int) -> list[int]:
-        """The prompt's token ids, with its n-th token `placeholder` repeated `counts[n]` times."""
+        """The prompt's token ids, with the n-th occurrence of `placeholder` repeated `counts[n]` times."""
         left = iter(counts)
         return [same for token in self.tokens for same in [token] * (next(left) if token == placeholder else 1)]
 
@@ -79,7 +79,7 @@ class Renderer:
         numbers of `<image>` and pictures differ. Raises UsageError if there are pictures, but the model reads none.
         """
         opened = tuple(open_picture(path, self.rules, max_pixels) for path in pictures)
-        tokens = self._tokens_of(messages, bool(opened))
+        tokens = self._prompt_tokens(messages, bool(opened))
         if opened:
             found = tokens.count(self.picture_token)
             if found != len(opened):
@@ -95,7 +95,7 @@ class Renderer:
         """
         return self._words.hidden_in(hidden_content(self._words, message, has_pictures) for message in messages)
 
-    def _tokens_of(self, messages: Sequence[Message], has_pictures: bool) -> list[int]:
+    def _prompt_tokens(self, messages: Sequence[Message], has_pictures: bool) -> list[int]:
         """The token ids of a conversation as a prompt, with one placeholder token for each picture."""
         hidden: list[Message] = [
             {"role": message["role"], "content": hidden_content(self._words, message, has_pictures)}
@@ -103,11 +103,11 @@ class Renderer:
         ]
         template = self.tokenizer.apply_chat_template
         if not self._is_llava:
-            conversation = [_with_parts(message) for message in hidden] if has_pictures else hidden
+            conversation = [_message_with_parts(message) for message in hidden] if has_pictures else hidden
             return self._words.encode(template(conversation, add_generation_prompt=True, tokenize=False))
         # published LLaVAs' templates take parts only, and leave the first token to the processor, which adds it if it
         # is missing (transformers' ProcessorMixin.apply_chat_template)
-        conversation = [_with_parts(message, self._breaks_line) for message in hidden]
+        conversation = [_message_with_parts(message, self._breaks_line) for message in hidden]
         text = template(conversation, add_generation_prompt=True, tokenize=False)
         return self._words.encode(self._missing_first_token(text) + text)
 
@@ -146,7 +146,7 @@ def picture_token(model: Path) -> int:
 
 
 def hidden_content(words: ControlWords, message: Message, has_pictures: bool) -> str:
-    """A message's content, in which its own control words are hidden, and so is each `<image>` that marks no picture.
+    """A message's content, with its control words and every `<image>` that marks no picture hidden.
 
     An assistant's message keeps the words in `ControlWords.in_answers`. `has_pictures`: whether the message comes with
     pictures; if not, no `<image>` marks one.
@@ -156,10 +156,10 @@ def hidden_content(words: ControlWords, message: Message, has_pictures: bool) ->
     return PLACE.join(words.hide(unescape_places(piece), kept) for piece in pieces)
 
 
-def _with_parts(message: Message, breaks_line: bool = False) -> dict[str, Any]:
+def _message_with_parts(message: Message, breaks_line: bool = False) -> dict[str, Any]:
     """A message with its content as a list of texts and pictures, the form of vision-language models' chat templates.
 
-    If the template adds a line break after a picture (`breaks_line`), the message's own one is removed.
+    If the template adds a line break after a picture (`breaks_line`), the message's own line break there is removed.
     """
     parts: list[dict[str, str]] = []
     for piece in re.split(rf"({PLACE}\n?)" if breaks_line else f"({PLACE})", message["content"]):

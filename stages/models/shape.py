@@ -68,7 +68,7 @@ class ModelShape:
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(number of inputs, number of outputs) of every linear module by name, including quantised modules."""
+        """(number of inputs, number of outputs) of every linear module by name, packed modules of GPTQ and AWQ too."""
         found: dict[str, tuple[int, int]] = {}
         scales = {weight.name: weight.shape for weight in self.weights if weight.name.endswith(".scales")}
         for weight in self.weights:

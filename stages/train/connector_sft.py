@@ -18,7 +18,9 @@ def patch_connector_training(trainer: Any, model: Path, together: Together) -> N
     """Convert the trainable weights to float32 and patch a transformers Trainer to save and load only these weights.
     Call it before training.
 
-    LoRA weights are in float32 too when the base is in 16 bits. Raises UsageError if the model has no connector.
+    Like LoRA weights, the connector is trained in float32 even if the base is in 16 bits. `model` is the model's
+    folder. Raises UsageError if the model has no connector, or no file in its folder has one of the connector's
+    weights.
     """
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     if not trained:
@@ -35,7 +37,7 @@ def patch_connector_training(trainer: Any, model: Path, together: Together) -> N
             save_file(weights, Path(output_dir) / FILE, metadata={"format": "pt"})
 
     def load(checkpoint: str, model: Any = None) -> None:
-        """Copy the connector of a checkpoint into the model that is trained. `model` is ignored."""
+        """Copy the connector in the folder `checkpoint` into the model in training. `model` is ignored."""
         weights = load_file(Path(checkpoint) / FILE)
         with torch.no_grad():
             for name, weight in trained.items():

@@ -78,14 +78,17 @@ class Progress:
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8")
         self.only_problems = False
-        """Whether to send only errors: of several processes, only the first sends progress, which counts for all."""
+        """Whether to send only errors. Of several processes, only the first sends progress, on behalf of all."""
         self.during: During = "loading"
         """What this process is doing. It decides what the next attempt changes if memory runs out."""
         self.step = 0
         """Number of the last finished optimizer step."""
 
     def send(self, **fields: Any) -> None:
-        """Send one message as a line of JSON. Its field `event` is `process`, `loaded`, `step`, `loss` or `error`."""
+        """Send these fields as a line of JSON. With `only_problems`, send them only if they are an error.
+
+        The field `event` is `process`, `loaded`, `step`, `loss` or `error`.
+        """
         if self.only_problems and fields["event"] != "error":
             return
         self._file.write(json.dumps(fields) + "\n")
@@ -93,5 +96,5 @@ class Progress:
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
-    """Sizes in bytes of a checkpoint's files, by name. Leaves out complete.json, which holds them."""
+    """Sizes in bytes of a checkpoint's files, by name, without complete.json, which records these sizes."""
     return {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir()) if p.name != "complete.json"}

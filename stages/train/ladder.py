@@ -35,6 +35,7 @@ class Shortage:
     """Memory requested and memory free, as torch reports them."""
 
     def __str__(self) -> str:
+        """When memory ran out, and how much was requested and free, as a message has it after `out of memory`."""
         at = "while loading the model" if self.during == "loading" else f"in {self.during} after step {self.step}"
         return f"{at} ({self.said})"
 
@@ -70,7 +71,7 @@ Change = dict[str, int | bool]
 def next_rung(attempt: Attempt, during: During) -> Change | None:
     """The next change that lowers memory use; None if no change is left that the recipe allows.
 
-    `during` is what ran out of memory. No change helps while the model is loading.
+    `during` is what the process was doing when memory ran out. No change helps while the model is loading.
     """
     if during == "evaluation":
         return _next_evaluation_change(attempt)
@@ -172,7 +173,7 @@ class Ladder:
 
     @staticmethod
     def read(work: Path, room: int = 0) -> "Ladder":
-        """Read the ladder of the adapter whose checkpoints are in `work`; without a ladder.json, one without rungs."""
+        """Read the ladder of the adapter whose checkpoints are in `work`. Without a ladder.json, it has no rungs."""
         path = work / "ladder.json"
         return Ladder(path, (read_json(path) or {"rungs": []})["rungs"], room)
 
@@ -216,7 +217,10 @@ _LOST = re.compile(
 
 
 def find_shortage(error: BaseException, during: During, step: int) -> Shortage | None:
-    """Find an out-of-memory error in an error or its causes. Returns it as a shortage; None if there is none."""
+    """Find an out-of-memory error in an error or its causes. Returns it as a shortage; None if there is none.
+
+    `during` is what the process was doing, `step` the number of its last finished optimizer step.
+    """
     for one in _error_chain(error):
         if type(one).__name__ == "OutOfMemoryError" or (isinstance(one, RuntimeError) and _NO_MEMORY.search(str(one))):
             return Shortage(during, step, _requested_memory(str(one)))
@@ -224,9 +228,9 @@ def find_shortage(error: BaseException, during: During, step: int) -> Shortage |
 
 
 def lost_gpu_message(error: BaseException) -> str | None:
-    """The line in which CUDA says that a GPU stopped working, from an error or its causes; None if there is none.
+    """The first line of CUDA's message that a GPU stopped working, at most 200 characters; None if there is none.
 
-    At most 200 characters.
+    Searches an error and its causes.
     """
     for one in _error_chain(error):
         if isinstance(one, RuntimeError) and _LOST.search(str(one)):
@@ -235,7 +239,7 @@ def lost_gpu_message(error: BaseException) -> str | None:
 
 
 def _error_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, its cause, the cause of that, and so on."""
+    """Yield an error, then its cause or the error that was being handled when it was raised, and so on."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
@@ -245,7 +249,8 @@ def _error_chain(error: BaseException) -> Iterator[BaseException]:
 def _requested_memory(text: str) -> str:
     """Memory requested and free in torch's error text, as `asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free`.
 
-    If the text has no such figures, returns its first 150 characters.
+    If the text does not say how much was requested, returns its first 150 characters. If it does not say how much is
+    free, leaves that out.
     """
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
     free = re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text)

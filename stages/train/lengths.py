@@ -31,7 +31,7 @@ class _Sample:
     prompt_messages: int
     """Number of messages before the first answer."""
     pictures: int
-    """Number of tokens of its pictures and around them."""
+    """Number of tokens of its pictures, with those that the template adds around them."""
 
     @property
     def size(self) -> int:
@@ -53,10 +53,12 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
     """Measure the longest sample, the longest answer and the shortest prompt, in tokens. The first two are at most
     max_length. Picture names are relative to the folder `run`.
 
-    For the Qwen2-VL family and LLaVAs, a picture's tokens are computed from its size in the file's header. For other
-    models, a sample with pictures counts as max_length. If the model has no tokenizer.json, or there are no samples,
-    sample and answer count as max_length and the shortest prompt is None. Raises DataError for a file that is not a
-    picture.
+    Tokenises only CANDIDATES samples for each of the three, chosen by estimated length. The first two lengths include
+    the most tokens that a chat template can add, the third only those around pictures. For the Qwen2-VL family, LLaVAs
+    and MGM, only the header of a picture's file is read to count its tokens. For other models, a sample with pictures
+    counts as max_length. If the model has no tokenizer.json, or there are no samples, sample and answer count as
+    max_length and the shortest prompt is None. Raises DataError for a file that is not a picture, or whose sides have a
+    ratio that the model does not accept.
     """
     limit = settings.max_length
     if not samples or not (model / "tokenizer.json").is_file():
@@ -69,11 +71,11 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
 
     @cache  # samples share pages
     def count_picture_tokens(name: str) -> int:
-        """Count the tokens of a picture and around it; 0 if Lorry does not know the model's rules for pictures."""
+        """Count a picture's tokens and those around it; 0 if Lorry does not know the model's rules for pictures."""
         return open_picture(run / name, rules, settings.max_pixels).tokens + OF_A_PICTURE if rules else 0
 
     def count_tokens(text: str) -> int:
-        """Count the tokens of a text, without those of its pictures."""
+        """Count the tokens of a text. Its `<image>` tags count as text only if `count_picture_tokens` returns 0."""
         pieces = text.split("<image>") if rules else [text]
         return sum(len(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in pieces)
 
@@ -92,7 +94,7 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
     if rules is None and any(sample.get("images") for sample in samples):
         whole = limit
     answer = max(sum(count_tokens(text) + OF_A_MESSAGE for text in texts) for texts in answers)
-    # without the template's tokens, whose number is an upper bound: the shortest prompt must be a lower bound
+    # without the template's tokens around messages, whose number is an upper bound: this must be a lower bound
     shortest = min(sum(map(count_tokens, one.texts[: one.prompt_messages])) + one.pictures for one in prompts)
     return Lengths(min(whole, limit), min(answer, limit), shortest)
 

@@ -74,8 +74,8 @@ class Losses:
         return self._norm
 
     def _log_token_means(self, logs: dict[str, Any], *rest: Any) -> None:
-        """Log an entry as the trainer does, but with means over tokens as losses and the learning rate of its last
-        step."""
+        """Log an entry as the trainer does, but with means over tokens as losses, with the learning rate of the last
+        step, and without a gradient norm that is not finite."""
         if "loss" in logs:
             logs |= {"loss": self._since_log.value, "learning_rate": self._rate}
             self._since_log = TokenMean()
@@ -88,7 +88,11 @@ class Losses:
         self._log(logs, *rest)
 
     def begin(self) -> None:
-        """Keep the learning rate and float16's loss scale that training starts or resumes with."""
+        """Keep the learning rate and float16's loss scale that training starts or resumes with. Call it once before the
+        first step.
+
+        Also lets DeepSpeed's loss scale fall to 0.5.
+        """
         self.note_learning_rate()
         self._scale = self._loss_scale()
         if self._trainer.is_deepspeed_enabled:  # else DeepSpeed fails before `step_problem` sees a scale below 1
@@ -105,7 +109,7 @@ class Losses:
         return losses, tokens
 
     def end_step(self, losses: float, tokens: float, state: TrainerState) -> None:
-        """Add a step's losses to the means. Raises UsageError if the loss or the gradient norm is not finite.
+        """Add a step's losses to the means. Raises UsageError if `step_problem` finds that training diverges.
 
         `losses` is the sum of the losses, `tokens` the number of learnt tokens, both over all processes.
         """
@@ -181,11 +185,12 @@ def process_batches(samples: int, micro_batch: int, rank: int, processes: int) -
 
 
 def step_problem(loss: float, norm: float | None, skipped: bool, scale: float | None) -> str | None:
-    """Describe what is not finite after an optimizer step; None if everything is finite.
+    """Describe the value that ends training because it is not finite; None if training goes on. Call it after each
+    optimizer step.
 
     `norm` is that of the gradients, None if it was not computed. `scale` is float16's loss scale after the step, None
     without one. It is normal that a step is `skipped` because its scaled gradients overflowed: the scale is halved each
-    time. Below 1, the gradients overflow even without a scale.
+    time. It is not normal at a scale below 1, where the gradients would overflow even without a scale.
     """
     if not math.isfinite(loss):
         return f"the loss is {_nonfinite_name(loss)}"

@@ -34,7 +34,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def patch_state_saving(trainer: Any, together: Together) -> None:
     """Patch a transformers Trainer to save and load the state of optimizer and schedule by weight name.
 
-    Call it before training.
+    With DeepSpeed, the trainer then also saves the adapter in float32, and transformers no longer looks for DeepSpeed's
+    own checkpoints. Call it before training.
     """
     saving = _Saving(trainer, together)
     trainer._save_optimizer_and_scheduler = saving.save
@@ -62,7 +63,7 @@ class States(Protocol):
         """
 
     def write(self, states: Mapping[str, Tensor]) -> None:
-        """Restore a state that `read` returned, here or on another number of processes."""
+        """Restore a state that `read` returned. The number of processes may have been another."""
 
 
 class TorchStates:
@@ -155,7 +156,10 @@ class ZeroStates:
         }
 
     def write_weights(self, weight: Callable[[str], Tensor]) -> None:
-        """Set the optimizer's float32 weights; `weight` returns one by its name. The model's own stay unchanged."""
+        """Set this process's parts of the optimizer's float32 weights. The model's 16-bit weights stay unchanged.
+
+        `weight` returns a whole weight by its name.
+        """
         for flat, group in zip(self._flats, self._groups, strict=True):
             for parameter in group:
                 self._scatter_weight(parameter, flat, weight(self._names[parameter]))
@@ -227,12 +231,14 @@ class _Saving:
         if zero is not None:
             return ZeroStates(zero, self._parameter_names())
         optimizer = self._trainer.optimizer
-        return TorchStates(
-            getattr(optimizer, "optimizer", optimizer), self._parameter_names()
-        )  # without accelerate's wrapper
+        # accelerate wraps the optimizer
+        return TorchStates(getattr(optimizer, "optimizer", optimizer), self._parameter_names())
 
     def save(self, checkpoint: str) -> None:
-        """Save optimizer, schedule and loss scale to a checkpoint. Only the first process writes."""
+        """Save optimizer, schedule and loss scale to a checkpoint.
+
+        All processes must call this; only the first one writes.
+        """
         states, folder = self._optimizer_states().read(), Path(checkpoint)
         if self._together.is_first:
             save_file({name: value.detach().cpu().contiguous() for name, value in states.items()}, folder / STATES)
@@ -240,9 +246,10 @@ class _Saving:
             write_json(folder / POSITION, {"schedule": schedule, "loss_scale": scale})
 
     def load(self, checkpoint: str | None) -> None:
-        """Restore optimizer, schedule and loss scale from a checkpoint. Does nothing if it is None.
+        """Restore optimizer, schedule and loss scale from a checkpoint. Does nothing if `checkpoint` is None.
 
-        Raises ValueError if the checkpoint has other learning rates.
+        With ZeRO, also restores the optimizer's float32 weights. Raises ValueError if the checkpoint has other learning
+        rates than this training.
         """
         if checkpoint is None:
             return
@@ -258,9 +265,10 @@ class _Saving:
             self._write_loss_scale(position["loss_scale"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter with the optimizer's float32 weights, as training without ZeRO does.
+        """Save the adapter in float32, from the optimizer's weights. Training without ZeRO saves float32 too.
 
-        The trainer's own method saves the 16-bit weights and, with ZeRO-2, copies the whole base in each process.
+        The trainer's own method would save the 16-bit weights and, with ZeRO-2, copy the whole base in each process.
+        All processes must call this; only the first one writes.
         """
         zero = self._zero_optimizer()
         weights = ZeroStates(zero, {p: n for n, p in self._trainer.model.named_parameters()}).gather_weights()
@@ -322,7 +330,7 @@ def read_loss_scale(trainer: Any) -> dict[str, Any] | None:
 def read_zero_loss_scale(scaler: Any) -> dict[str, Any] | None:
     """DeepSpeed's loss scale as `scale` and the number of steps since its last change as `steps`; None if it is fixed.
 
-    DeepSpeed counts steps from the start of training and records the last one whose gradients overflowed.
+    DeepSpeed counts steps from the start of training and records the last step whose gradients overflowed.
     """
     if not scaler.dynamic:
         return None

@@ -90,8 +90,8 @@ def check_sharding(sharding: str, use_cpu: bool, quantisation: str | None) -> No
 def convert_trainable_weights(dtype: str, model: "torch.nn.Module") -> None:
     """Convert a model's trainable weights to `dtype`, the type that the base computes in. ZeRO requires this.
 
-    DeepSpeed converts them itself unless ZeRO-3 sharded the base while it was loaded. Without this function, LoRA would
-    then compute in float32.
+    DeepSpeed converts them itself unless ZeRO-3 sharded the base while it was loaded. In that case, LoRA would compute
+    in float32 without this function.
     """
     import torch
 
@@ -101,7 +101,8 @@ def convert_trainable_weights(dtype: str, model: "torch.nn.Module") -> None:
 
 
 def gather_by_layer(model: "torch.nn.Module", whole_layers: bool) -> None:
-    """Make ZeRO-3 gather whole layers at once, with `whole_layers`, and no frozen embedding for a backward pass.
+    """Keep ZeRO-3 from gathering frozen embeddings for a backward pass. With `whole_layers`, also make it gather all
+    weights of a layer at once.
 
     Call it before DeepSpeed gets the model. By default, ZeRO-3 gathers the weights of each module separately. These
     thousands of small steps take most of the time, and with gradient checkpointing the weights are gathered twice. A

@@ -73,9 +73,9 @@ LEARNT = set(Train.model_fields) - {*RESULT_NEUTRAL, "adapters", "adapter_for_ea
 
 
 def work(stage: Stage) -> None:
-    """Train the connector, if the recipe has one, and the adapters of this shard, or all. `run_stage` calls this.
+    """Train the connector, if the recipe has one, and then the adapters. `run_stage` calls this.
 
-    On nodes other than node 0, joins the trainings that node 0 announces.
+    A shard trains only its own adapters. A node other than node 0 joins the trainings that node 0 announces.
     """
     recipe = stage.run.recipe
     node = stage.part if isinstance(stage.part, Node) else None
@@ -127,7 +127,7 @@ def work(stage: Stage) -> None:
 
 
 def _train_with_node_0(stage: Stage, node: Node) -> None:
-    """Train each adapter, or connector, that node 0 announces, together with node 0 and the other nodes."""
+    """Train the connector and the adapters that node 0 announces, together with node 0 and the other nodes."""
     recipe = stage.run.recipe
     by_name = {adapter.name: adapter for adapter in recipe.train.adapters}
     plans: dict[bool, _Plan] = {}
@@ -162,8 +162,9 @@ def _train_connector(
     """Train the connector, unless an earlier start trained it. Returns ((file, sha256), plan of the second phase).
 
     The plan is None if this start trained no connector. Otherwise it is made before the connector is trained: the
-    second phase must not turn out impossible after hours of training. Raises UsageError if the connector's file has
-    changed since it was trained, and for a shard or a quantised base.
+    second phase must not turn out impossible after hours of training. Adds the connector's rows of metrics.jsonl to
+    `log`. Raises UsageError if the connector's file has changed since it was trained, and for a shard or a quantised
+    base.
     """
     if stage.shard is not None:
         raise UsageError(
@@ -265,9 +266,9 @@ Mixes = dict[str, list[list[dict[str, Any]]]]
 
 
 def _read_mixes(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str, LorryError]]:
-    """Each adapter's samples by its name, and an error for each adapter whose mix names a data set without samples.
+    """Return two dicts by adapter name: its samples, or an error if its mix names a data set without samples.
 
-    Raises UsageError instead if `adapters` has only one entry, or train.keep_going is not set.
+    Raises the error instead, a UsageError, if `adapters` has only one entry or train.keep_going is not set.
     """
     train, validation = _read_samples(stage)
     mixes: Mixes = {}
@@ -286,7 +287,8 @@ def _read_mixes(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str,
 
 
 def _remove_outdated_adapters(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None) -> dict[str, str]:
-    """Remove adapters of earlier starts that are damaged or no longer what the recipe says. Returns the keys by name.
+    """Remove adapters of earlier starts that are damaged or no longer what the recipe says, and those that are not in
+    `mixes`. Returns the key of each adapter in `mixes`, by name.
 
     An adapter's key is a digest of everything that it depends on. If one data mix changes, one adapter is trained
     again; if the connector changes, all are.
@@ -332,7 +334,8 @@ def _note_result(stage: Stage, results: dict[str, dict[str, Any]], adapter: Adap
 def _raise_or_report_failures(stage: Stage, failures: dict[str, LorryError], adapters: int) -> None:
     """Raise LorryError if an adapter failed, with the exit code of the first failure.
 
-    If train.keep_going is set and another adapter was trained, records and prints the failures instead.
+    `adapters` is the number of adapters that this process trains. If train.keep_going is set and one of them was
+    trained, records and prints the failures instead.
     """
     if not failures:
         return
@@ -357,7 +360,11 @@ def _raise_or_report_failures(stage: Stage, failures: dict[str, LorryError], ada
 
 
 def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> None:
-    """Add the facts in an adapter's training.json to the manifest. An earlier start or a shard may have written it."""
+    """Add the facts in the training.json of an adapter or the connector to the manifest: samples that were too long,
+    control words, GPU memory, and what changed when memory ran out. Also prints the control words.
+
+    An earlier start or a shard may have written the file.
+    """
     settings, what = stage.run.recipe.train, f"adapter {name}"
     if name == CONNECTOR:
         settings, what = settings.connector_settings(), name
@@ -380,7 +387,10 @@ def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> No
 
 
 def _copy_from_shard(stage: Stage, name: str) -> None:
-    """Copy an adapter from the shard that trained it, in one step. Does nothing if no finished shard has it."""
+    """Copy an adapter's folder from the shard that trained it. Does nothing if no finished shard has it.
+
+    The copy appears only when it is complete.
+    """
     for shard in stage.finished_shards:
         source = shard / "adapters" / name
         if source.is_dir():
@@ -429,7 +439,11 @@ def _plan(stage: Stage, node: Node | None, settings: Train | None = None) -> _Pl
 
 
 def _unchecked_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
-    """Plan the training, and add the decisions to the stage. Returns the plan, which `_plan` checks further."""
+    """Plan the training, and add the decisions to the stage. Returns the plan, which `_plan` checks further.
+
+    Raises DoesNotFitError if the training does not fit the GPUs, or they do not fit the image or the base. Raises
+    UsageError for train.load_in_4bit with a quantised base, and for a damaged model folder.
+    """
     machine, recipe = probe(), stage.run.recipe
     gpus = machine.gpus
     label = f"{CONNECTOR} " if settings.trains_connector else ""
@@ -499,7 +513,7 @@ def _usable_libraries(settings: Train, target: Target) -> Offers:
 def _memory_error(
     shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths, gpu: Gpu, offers: Offers
 ) -> DoesNotFitError:
-    """The error for a GPU with less free memory than training needs at least. It lists changes that would fit."""
+    """The error for a GPU whose free memory is below the least that training needs. It lists changes that would fit."""
     least, free = least_memory(shape, settings, processes, dtype), gpu.memory_free
     holders = f" (held by {', '.join(map(str, gpu.processes))})" if gpu.processes else ""
     cures = ["free that GPU or use another (GPUS=...)"] if least <= gpu.memory_total else []
@@ -522,8 +536,10 @@ def _train(
 ) -> None:
     """Train one adapter or the connector. Each time memory runs out, try again with the ladder's next change.
 
+    `key` is a digest of everything that the result depends on; nodes other than node 0 write no result and need none.
     `connector` is the file and sha256 of the connector that an adapter is trained with; None: the base's own. Raises
-    DoesNotFitError if memory runs out and no change is left, or several nodes train together.
+    DoesNotFitError if memory runs out and no change is left, or several nodes train together, and the errors of
+    `train_adapter` for any other failure.
     """
     name = adapter.name
     # with several nodes, checkpoints and adapter are in node 0's folder
@@ -569,7 +585,7 @@ def _record_seconds(work: Path, adapter: Path, node: Node | None) -> Iterator[No
 def _next_attempt(
     stage: Stage, name: str, ladder: Ladder, attempt: Attempt, error: MemoryRanOutError, node: Node | None
 ) -> Attempt:
-    """Take the ladder's next change after memory ran out. Returns the next attempt.
+    """Add the ladder's next change to ladder.json and print it, after memory ran out. Returns the next attempt.
 
     Raises DoesNotFitError if no change is left, or if several nodes train together.
     """
@@ -595,7 +611,8 @@ def _next_attempt(
 def _wait_for_memory(stage: Stage, before: tuple[Gpu, ...], processes: tuple[int, ...]) -> None:
     """Wait until the GPUs have freed the memory of these ended processes, at most MEMORY_PATIENCE seconds.
 
-    `before` are the GPUs as they were before these processes started.
+    Prints how long it waited. `before` are the GPUs as they were before these processes started; without any, does not
+    wait. Raises InterruptedRunError if the stage is asked to stop.
     """
     if not before:
         return

@@ -71,7 +71,7 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         self._job, self._progress, self._stop, self._together = job, progress, stop, together
         self._renderer = Renderer(job.model)
         self._words = ControlWords(self.template.tokenizer, READ_BY_SWIFT)
-        self.template._tokenize = partial(_encode_as_said, self._words)
+        self.template._tokenize = partial(_encode_template_text, self._words)
         self._rules = family_rules(job.model)
         self.template._load_image = partial(_load_picture, self._rules, job.settings.max_pixels)
         if self._rules is not None:
@@ -87,16 +87,16 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         self.skipped_steps = 0
         """Steps that float16's loss scale skipped, set by `train`."""
         self.said: list[Counter[str]] = []
-        """How often each control word occurs in each fitting sample, where it is learnt as text. Set by
-        `fitting_samples`."""
+        """How often each control word occurs as text in each fitting sample. `fitting_samples` adds to it."""
 
     def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
         """The samples of at most max_length tokens, with only ms-swift's fields, and the ids of the others.
 
-        Raises UsageError if ms-swift's template renders another prompt than the model's own chat template, which
-        inference uses: the adapter would learn prompts that it never gets. The check compares the first sample without
-        a picture and, if Lorry can count the tokens of the model's pictures, the first sample with one. Raises
-        DataError for a file that is not a picture, and for a sample without an answer to learn.
+        Adds the fitting samples' control words to `said`. Raises UsageError if ms-swift's template renders another
+        prompt than the model's own chat template, which inference uses: the adapter would learn prompts that it never
+        gets. The check compares the first sample without a picture and, if Lorry can count the tokens of the model's
+        pictures, the first sample with one. Raises DataError for a file that is not a picture, and for a sample without
+        an answer to learn.
         """
         with self._use_blank_pictures():
             return self._split_by_length(samples)
@@ -132,8 +132,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
 
     @contextmanager
     def _use_blank_pictures(self) -> Iterator[None]:
-        """Within this context, a LLaVA's processor returns the same prepared blank picture for every picture. Resizing
-        each blank picture would take minutes for ten thousand samples. Does nothing for other models."""
+        """Within this context, the processor of a LLaVA or MGM returns a prepared blank picture for every picture.
+        Resizing each blank picture would take minutes for ten thousand samples. Does nothing for other models."""
         if not isinstance(self._rules, SquareRules):
             yield
             return
@@ -171,15 +171,15 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
 
     @property
     def _blank_tokens(self) -> int:
-        """Number of tokens of a blank picture of one patch; 0 if Lorry cannot count this model's."""
+        """Number of tokens of a blank picture of one patch; 0 if Lorry does not know the model's rules for pictures."""
         return self._rules.tokens(self._rules.factor, self._rules.factor) if self._rules else 0
 
     def _check_prompt(
         self, sample: str, messages: list[dict[str, str]], pictures: list[Path], encoded: dict[str, Any]
     ) -> None:
-        """Raise UsageError if ms-swift's prompt differs from that of inference, or its answer has no end token.
+        """Raise UsageError if ms-swift's prompt differs from inference's, or its answer lacks the model's end token.
 
-        Both prompts have blank pictures. Raises DataError if the sample cannot be rendered.
+        Each picture counts as a blank one in both prompts. Raises DataError if the sample cannot be rendered.
         """
         tokens, labels = list(encoded["input_ids"]), list(encoded["labels"])
         prompt = next(i for i, label in enumerate(labels) if label != -100)
@@ -208,7 +208,11 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             )
 
     def train(self, trainer: Any) -> Any:
-        """Train with Lorry's patches of ms-swift's trainer. Returns what `swift sft` returns."""
+        """Train with Lorry's patches of ms-swift's trainer. Returns what `swift sft` returns.
+
+        Sets `log`, `tokens` and `skipped_steps`. Raises UsageError if the base has no connector to train, if LoRA is on
+        a vision tower that the recipe freezes, or if training diverges.
+        """
         if self._job.settings.trains_connector:
             patch_connector_training(trainer, self._job.model, self._together)
         elif self._job.settings.freeze_vision:
@@ -255,7 +259,7 @@ def _refuse_adapted_vision(model: Any) -> None:
             )
 
 
-def _encode_as_said(words: ControlWords, text: str, **_: Any) -> list[int]:
+def _encode_template_text(words: ControlWords, text: str, **_: Any) -> list[int]:
     """The tokens of a piece of text from ms-swift's template. The template's control words become single tokens;
     those in a sample's messages are encoded as text."""
     return words.encode(text)
@@ -278,8 +282,8 @@ def _check_picture(path: Path, sample: str) -> Path:
 def _load_picture(rules: Rules | None, budget: int | None, picture: Any, load: bool = True) -> Any:
     """The picture at the size that inference uses, within `budget` pixels (None: the model's own budget).
 
-    If Lorry does not know the model's rules, the picture keeps its own size, and a template that reads the file itself
-    (`load` is false) gets the name. Anything but a file name is returned unchanged.
+    If Lorry does not know the model's rules, the picture keeps its own size. `picture` is returned unchanged if it
+    names no file, or if the rules are unknown and the template reads the file itself (`load` is false).
 
     Replaces ms-swift's method, whose result may exceed the budget: it rounds both sides after scaling.
     """
@@ -375,7 +379,8 @@ class _Checkpoints(TrainerCallback):
         self._since = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock. Evaluate first if the last start ended before the evaluation at its checkpoint's step."""
+        """Start the clock. Have the trainer evaluate first if the last start ended after saving the checkpoint, but
+        before the evaluation at the same step."""
         self._progress.during, self._progress.step = "training", state.global_step
         self._losses.begin()
         # a checkpoint is saved before the evaluation at its step, which may be missing when training resumes
@@ -394,7 +399,8 @@ class _Checkpoints(TrainerCallback):
     def _mark_complete(self, state: TrainerState) -> None:
         """Flush this step's checkpoint to the disk, write its complete.json, and delete the oldest checkpoints.
 
-        Every process flushes its own random state; the first process does the rest.
+        train.keep_checkpoints checkpoints are left. Every process flushes its own random state; the first process does
+        the rest. All processes must call this.
         """
         checkpoint = self._job.work / f"checkpoint-{state.global_step}"
         # each process wrote its random state; the first process may not see the files of other machines yet
@@ -422,9 +428,10 @@ class _Checkpoints(TrainerCallback):
         self._losses.note_learning_rate()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Send the step's progress. Save a checkpoint and end training after the last step, or if asked to stop.
+        """Send the step's progress. Have the trainer save a checkpoint and end after the last step, or if any process
+        is asked to stop.
 
-        Raises UsageError if a loss, gradient norm or weight is not finite.
+        Raises UsageError if the loss or the gradient norm is not finite or, when a checkpoint is due, a weight.
         """
         stops, tokens, loss, learnt = self._together.sums(
             int(self._stop.signal is not None), self._count.take_tokens(), *self._losses.take_sums()

@@ -17,8 +17,10 @@ class Together:
     """The processes that train one adapter together. torchrun starts them if there are several."""
 
     def __init__(self, processes: int, use_cpu: bool, sharding: str = "none") -> None:
-        """Join the group of all training processes, if there are several or ZeRO needs one. `sharding` is that of
-        `Job`."""
+        """Join the group of all training processes. A single process joins a group only with ZeRO, which requires one.
+
+        `sharding` is `none`, `zero2` or `zero3`.
+        """
         self.rank = 0
         self._group: Any = None
         if processes == 1:
@@ -71,7 +73,7 @@ class Together:
         return bool(self.sums(int(flag))[0])
 
     def check_stop(self, stop: StopRequest) -> None:
-        """Raise InterruptedRunError in every process if at least one is asked to stop."""
+        """Raise InterruptedRunError in every process if at least one is asked to stop. Waits for all processes."""
         if self.is_set_anywhere(stop.signal is not None):
             stop.check()
             raise InterruptedRunError("another training process: asked to stop; run the same command again to resume")
@@ -86,7 +88,7 @@ class Together:
 
 
 def _join_group_of_one(use_cpu: bool) -> None:
-    """Set up a group of one process and the variables that torchrun sets: DeepSpeed requires both."""
+    """Set up a group of one process and the environment variables that torchrun sets: DeepSpeed requires both."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 

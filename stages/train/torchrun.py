@@ -40,9 +40,9 @@ class _Messages:
     errors: list[tuple[Exit, str]] = field(default_factory=list)
     """Exit code and text of each error that a process sent, in the order of arrival."""
     shortages: list[Shortage] = field(default_factory=list)
-    """The out-of-memory errors among them."""
+    """Those errors that mean out of memory, in the order of arrival."""
     lost: list[str] = field(default_factory=list)
-    """Texts of the errors among them that mean a GPU stopped working."""
+    """Texts of those errors that mean a GPU stopped working."""
     tokens: int = 0
     """Tokens of all steps of this start except the first, which includes the start of CUDA and its kernels."""
     seconds: float = 0.0
@@ -85,7 +85,7 @@ def _train_alone(stage: Stage, job: Job, received: _Messages) -> None:
     ) as worker:
         os.close(writing)
         stage.stop.pass_on_to(worker)
-        _follow(stage, name, reading, received)
+        _follow_progress(stage, name, reading, received)
         code = worker.wait()
     error = received.errors[-1][1] if received.errors else None
     if code == Exit.DONE:
@@ -140,7 +140,7 @@ def _train_together(
         os.close(writing)
         workers = _Workers(torchrun_process, received.processes)
         stage.stop.pass_on_to(workers, hears_ctrl_c=False)
-        _follow(stage, job.adapter.name, reading, received, workers)
+        _follow_progress(stage, job.adapter.name, reading, received, workers)
         code = torchrun_process.wait()
     if received.shortages:  # checked first: the other processes failed because of it
         raise MemoryRanOutError("out of memory", received.shortages[0], tuple(received.processes))
@@ -149,7 +149,8 @@ def _train_together(
 
 
 def torchrun_command(job_file: Path, here: int, node: Node | None) -> list[str]:
-    """The torchrun command that starts `here` training processes on this machine. Node 0 starts the first ranks."""
+    """The torchrun command that starts `here` training processes on this machine. On several nodes, their ranks follow
+    the order of the nodes."""
     where = ["--standalone", "--local-addr=127.0.0.1"]  # a container without network cannot resolve its own name
     if node is not None:
         host, _, port = node.rendezvous.rpartition(":")
@@ -160,7 +161,7 @@ def torchrun_command(job_file: Path, here: int, node: Node | None) -> list[str]:
 
 
 def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messages) -> LorryError:
-    """The error that made torchrun fail, chosen from the processes' messages: torchrun exits with one code for all."""
+    """The error that made torchrun fail, from the processes' messages: torchrun has one exit code for all errors."""
     for code, text in received.errors:
         if code != Exit.INTERRUPTED:
             return _training_error(stage, name, code, text)
@@ -190,10 +191,13 @@ def _training_error(stage: Stage, name: str, code: Exit, text: str) -> LorryErro
     return failure
 
 
-def _follow(stage: Stage, name: str, reading: int, received: _Messages, workers: _Workers | None = None) -> None:
+def _follow_progress(
+    stage: Stage, name: str, reading: int, received: _Messages, workers: _Workers | None = None
+) -> None:
     """Print the processes' progress, and add their messages to `received`, until the last process ends.
 
-    `reading` is the file descriptor with the messages. `workers` that start after a stop get a SIGTERM.
+    Adds a decision to the stage if training resumes from a checkpoint. `reading` is the file descriptor with the
+    messages. `workers` that start after a stop get a SIGTERM.
     """
     activity, loss = f"train {name}", None
     with os.fdopen(reading, "r", encoding="utf-8") as messages:

@@ -46,7 +46,7 @@ def _import_picture_utils() -> None:
 
 
 def _load_processors_without_videos() -> None:
-    """Patch transformers' AutoProcessor to load the family's processor without its part for videos."""
+    """Patch transformers' AutoProcessor to load the Qwen2-VL family's processors without their part for videos."""
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 
     class PictureProcessor(ProcessorMixin):  # type: ignore[misc]
@@ -58,7 +58,7 @@ def _load_processors_without_videos() -> None:
     load = AutoProcessor.from_pretrained
 
     def from_pretrained(folder: Any, **options: Any) -> Any:
-        """Load the processor of the model in a folder; for this family, without its part for videos."""
+        """Load the processor of the model in a folder; for the Qwen2-VL family, without its part for videos."""
         preprocessor = Path(folder) / "preprocessor_config.json"
         if not preprocessor.is_file() or "Qwen2VLImageProcessor" not in preprocessor.read_text(encoding="utf-8"):
             return load(folder, **options)
@@ -69,8 +69,9 @@ def _load_processors_without_videos() -> None:
 
 
 def rescaled_picture(picture: Any, max_pixels: int) -> Any:
-    """Scale a PIL picture down to at most `max_pixels` pixels, in the same aspect ratio. A smaller one stays as it is,
-    and so does any picture if `max_pixels` is None, 0 or less.
+    """Return a PIL picture scaled down to at most `max_pixels` pixels, in the same aspect ratio.
+
+    Returns a picture that is small enough unchanged, and every picture if `max_pixels` is None, 0 or less.
 
     Replaces torchvision's Resize in ms-swift.
     """

@@ -58,7 +58,8 @@ def newest_complete_checkpoint(work: Path) -> Path | None:
 
 
 def train(job: Job, progress: Progress, stop: StopRequest) -> None:
-    """Train the adapter or the connector, from its newest complete checkpoint if it has one.
+    """Train the adapter or the connector, and write it to its final folder. Resumes from the newest complete
+    checkpoint, if there is one.
 
     If this or another process is asked to stop, saves a checkpoint and raises InterruptedRunError. Raises UsageError
     for settings that cannot work here and for a training that diverges, DoesNotFitError for GPUs that torch cannot use,
@@ -131,7 +132,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
 
 
 def _refuse_no_samples(job: Job, samples: int) -> None:
-    """Raise DataError if no sample is left to train on."""
+    """Raise DataError if no sample is left to train on. `samples` is the number of training samples left."""
     if samples:
         return
     what, other = (" with a picture", ", or add pictures") if job.settings.trains_connector else ("", "")
@@ -140,10 +141,10 @@ def _refuse_no_samples(job: Job, samples: int) -> None:
 
 
 def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], dict[str, list[str]], dict[str, int]]:
-    """Write the training and validation samples as files for ms-swift.
+    """Write the training and validation samples that fit max_length as files for ms-swift.
 
-    Returns the number of samples by split, the ids of samples longer than max_length by split, and for a connector the
-    number of unused training samples by reason.
+    Raises the errors of `LorrySft.fitting_samples`. Returns the number of samples by split, the ids of samples longer
+    than max_length by split, and for a connector the number of unused training samples by reason.
     """
     counts, left_out, unused = {}, {}, dict[str, int]()
     for split, sources in (("train", job.train), ("validation", job.validation)):
@@ -246,10 +247,11 @@ def _refuse_different_job(job: Job, together: Together) -> None:
 
 
 def _publish_weights(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Copy the last checkpoint's adapter or connector to its final folder, which appears in one step.
+    """Copy the last checkpoint's adapter or connector to its final folder, which appears only when it is complete.
 
-    `facts` go into its training.json, for the stage. `history` is the trainer's log of all steps; the checkpoint's own
-    log lacks the evaluation at its step.
+    Adds training.json, timing.json and made.json. The last has the key and the sha256 of each file except timing.json.
+    `facts` go into training.json, for the stage. `history` is the trainer's log of all steps; the checkpoint's own log
+    lacks the evaluation at its step.
     """
     last = newest_complete_checkpoint(job.work)
     assert last is not None, "training ended without a checkpoint"
@@ -290,7 +292,8 @@ def _write_adapter_config(job: Job, path: Path) -> None:
 def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
     """The arguments of the command `swift sft`. They leave ms-swift no choice that depends on the machine.
 
-    `resume` is the checkpoint to resume from; None: train from the start.
+    `resume` is the checkpoint to resume from; None: train from the start. Raises UsageError if train.load_in_4bit is
+    set and the base is quantised already.
     """
     settings = job.settings
     values: dict[str, Any] = {
@@ -389,9 +392,9 @@ def _quantisation_options(job: Job) -> dict[str, Any]:
 
 
 def _explained_error(job: Job, error: BaseException, progress: Progress) -> tuple[LorryError | None, Shortage | None]:
-    """The error as one that the user can understand, and the shortage if memory ran out.
+    """Return the LorryError that explains an error to the user, and the shortage if memory ran out.
 
-    Both are None for any other error, such as a bug in Lorry or the loss of another process.
+    Both are None for an error without an explanation, such as a bug in Lorry or the loss of another process.
     """
     if isinstance(error, LorryError):
         return error, None

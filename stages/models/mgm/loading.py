@@ -143,7 +143,8 @@ def model_name_from_openclip(name: str) -> str | None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a published folder. Raises UsageError if it is missing or not an object."""
+    """Return the object in a JSON file of a published folder. Raises UsageError if the file is missing, is not JSON or
+    holds no object."""
     values = read_json(path)
     if not isinstance(values, dict):
         found = "is not a JSON object" if path.is_file() else "is missing"
@@ -183,7 +184,7 @@ def _add_tensors(
 
 
 def _read_all_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and tensor of each weight in a folder. Raises UsageError if there are none."""
+    """Yield the name and tensor of each weight in a folder. Raises UsageError if it has none or a file is damaged."""
     for path in _weight_files(folder):
         yield from _read_tensors(path)
 
@@ -232,7 +233,7 @@ def _gemma_config(values: dict[str, Any]) -> GemmaConfig:
 
 
 def _clip_config(folder: Path | None) -> CLIPVisionConfig:
-    """Return the low-resolution tower's config from CLIP's folder; None: that of MGM-2B."""
+    """Return the low-resolution tower's config from CLIP's folder; MGM-2B's if `folder` is None."""
     if folder is None:
         return CLIPVisionConfig(**CLIP_L_14_336)
     values = _read_object(folder / "config.json")
@@ -299,13 +300,14 @@ def _refuse_other_tensors(model: MgmForConditionalGeneration, found: Tensors, un
 
 
 def _name_list(names: list[str]) -> str:
-    """Return the first six names and the number of the others, in words."""
+    """Return up to six names, joined by commas, and the number of further names, if any."""
     more = len(names) - 6
     return ", ".join(names[:6]) + (f" and {more} more" if more > 0 else "")
 
 
 def _copy_tokenizer(published: Path, output: Path) -> int:
-    """Copy the tokenizer, with RESERVED_TOKEN renamed to IMAGE_TOKEN. Returns the id of that token.
+    """Copy the tokenizer without its chat template and with RESERVED_TOKEN renamed to IMAGE_TOKEN. Returns the id of
+    that token.
 
     Raises UsageError if the tokenizer is missing or has no RESERVED_TOKEN.
     """

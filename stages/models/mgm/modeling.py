@@ -129,7 +129,7 @@ class MgmModel(MgmPreTrainedModel):
         columns). `pixel_values`: (pictures, 3, side, side).
 
         A frozen tower runs without gradients. With gradient checkpointing, trainers make the embeddings of every tower
-        require gradients, and torch would store all its activations for nothing.
+        require gradients, and torch would store all activations of a frozen tower for nothing.
         """
         size, dtype = self.config.vision_config.image_size, self.vision_tower_aux.dtype
         # scale in float32, as the published code does
@@ -260,7 +260,7 @@ class MgmForConditionalGeneration(MgmPreTrainedModel, GenerationMixin):  # type:
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return `forward`'s inputs for one step of `generate`. With a cache, only the first step has pictures.
 
-        `generate` requires the name `kwargs`: it recognises `forward`'s arguments by it.
+        transformers requires the name `kwargs`, by which it recognises the arguments of `forward`.
         """
         pixel_values = kwargs.pop("pixel_values", None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
