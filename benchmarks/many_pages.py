@@ -188,9 +188,9 @@ def search_with_faiss(
 
 
 def main() -> None:
-    """Measure the preprocess stage with a kill, then the search, and write the rows.
+    """Measure the preprocess stage, which is killed and resumed half-way, then the search, and write the rows.
 
-    With the argument `search`, measure only the search.
+    The argument is the number of documents (default: 1,000), or `search` to measure only the search.
     """
     if sys.argv[1:] == ["search"]:
         write_rows("many_pages", measure_search(), "python -m benchmarks.many_pages", by="part")
@@ -219,9 +219,9 @@ def main() -> None:
         rows: list[dict[str, Any]] = [
             {"part": "render", "pages": total, "pages a second": round(total / rendering, 1), "quarters": drawn},
             {
-                **{"part": "kill", "signal": "SIGKILL", "pages told": shown, "pages kept": kept},
+                **{"part": "kill", "signal": "SIGKILL", "pages reported": shown, "pages kept": kept},
                 **{"pages rendered again": sum(entry[1] == "render pages" for entry in second.seen)},
-                "first pages told after the restart": resumed[0][2],
+                "first pages reported after the restart": resumed[0][2],
             },
             {
                 **{"part": "embed", "model": "tiny-gme, 16 tokens a page", "pages": total - kept},

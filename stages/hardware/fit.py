@@ -83,7 +83,7 @@ def _effective_batches(settings: Train) -> list[int]:
 
 
 def recipe_way(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Way:
-    """The way that the recipe asks for; with sharding `auto`, without sharding."""
+    """The way that the recipe asks for. If sharding is `auto`, the way that does not shard."""
     return next(_ways(shape, settings, processes, dtype, lengths))
 
 

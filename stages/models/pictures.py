@@ -279,9 +279,10 @@ def read_rules(model: Path) -> PictureRules:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); use a vision-language model for pictures") from error
-    if "patch_size" not in values or "merge_size" not in values:
+    missing = [name for name in ("patch_size", "merge_size") if name not in values]
+    if missing:
         raise UsageError(
-            f"{path}: no patch_size and merge_size; for pictures use a model of the Qwen2-VL family, a LLaVA or an MGM"
+            f"{path}: no {' and '.join(missing)}; for pictures use a model of the Qwen2-VL family, a LLaVA or an MGM"
         )
     size = values.get("size") or {}
     return PictureRules(

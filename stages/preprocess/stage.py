@@ -91,7 +91,7 @@ def _find_documents(stage: Stage, task: Task, data: Path) -> dict[str, Path]:
     if decomposed:  # their composed names are others' ids
         stage.events.say(
             f"{len(decomposed)} documents have names that differ from others' only by Unicode composition, such as"
-            f" {decomposed[0]!a}; questions mean the document that is spelled as they spell it"
+            f" {decomposed[0]!a}; a question refers to the document whose name has the same code points"
         )
     return documents
 

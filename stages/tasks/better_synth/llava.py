@@ -59,7 +59,7 @@ def to_messages(record: Llava) -> tuple[list[Message], list[str]]:
     speakers = [speaker for speaker, _ in turns]
     spoken = speakers[1:] if speakers[0] == "system" else speakers
     if not spoken or spoken != ["human", "gpt"] * (len(spoken) // 2):
-        raise BadRecordError("human and gpt do not alternate", ", ".join(speakers)[:100])
+        raise BadRecordError("turns are not pairs of human and gpt", ", ".join(speakers)[:100])
     for place, (speaker, value) in enumerate(turns, start=1):
         if not value.strip():
             raise BadRecordError("empty turn", f"turn {place}, from {speaker}")
