@@ -27,7 +27,7 @@ from stages.tasks.better_synth.llava import (
     turns_of,
 )
 from stages.tasks.better_synth.pictures import Pictures, StoredPicture
-from stages.tasks.common.json_lines import BadRecordError
+from stages.tasks.common.json_lines import BadRecordError, object_in
 from stages.tasks.common.skips import Skips
 from stages.tasks.common.tables import Row, names_in, read_rows
 from stages.tasks.task import Given, Skip
@@ -117,7 +117,7 @@ def records_file(folder: Path) -> Path:
     if not originals.is_file():
         for row in read_rows(path):
             with suppress(BadRecordError):
-                if not has_turns(_record_in(row)):
+                if not has_turns(object_in(row)):
                     raise DataError(
                         f"{originals}: no such file; put the question of {row.where} there, as it has only a caption"
                     )
@@ -167,7 +167,7 @@ def _finetune_questions(folder: Path, store: Pictures, tested: set[str], skip: S
     `skip`."""
     path = folder / FILES[FINETUNE]
     if path.is_file():
-        yield from _conversations(FINETUNE, path, _record_in, store, tested, skip)
+        yield from _conversations(FINETUNE, path, object_in, store, tested, skip)
 
 
 def _pretrain_questions(
@@ -182,7 +182,7 @@ def _pretrain_questions(
 
     def read(row: Row) -> Llava:
         """The LLaVA record of a row, which has all turns or only a caption. Raises BadRecordError if it is unusable."""
-        record = _record_in(row)
+        record = object_in(row)
         if has_turns(record):
             return from_dj(record)
         return restored_record(record, originals)
@@ -196,7 +196,7 @@ def read_originals(path: Path, skip: Skip) -> dict[str, Original | None]:
     found: dict[str, Original | None] = {}
     for row in read_rows(path):
         try:
-            record = _record_in(row)
+            record = object_in(row)
             name = id_of(record)
             question = next(value for speaker, value in turns_of(record) if speaker == "human")
         except StopIteration:
@@ -209,15 +209,6 @@ def read_originals(path: Path, skip: Skip) -> dict[str, Original | None]:
         if known is not None and known.question != question:
             found[str(name)] = None
     return found
-
-
-def _record_in(row: Row) -> dict[str, Any]:
-    """The JSON object of a row. Raises BadRecordError for another value, or a row that could not be read."""
-    if row.bad is not None:
-        raise BadRecordError(*row.bad)
-    if not isinstance(row.record, dict):
-        raise BadRecordError("not a JSON object", f"found {type(row.record).__name__}")
-    return row.record
 
 
 def _conversations(
