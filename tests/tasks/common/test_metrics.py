@@ -191,5 +191,5 @@ def test_another_reference_never_lowers_the_best(  # type: ignore[no-untyped-def
 
 @METRICS
 def test_nothing_is_scored_without_references(metric) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match="without references"):
+    with pytest.raises(ValueError, match="references: empty, so the answer cannot be scored"):
         best_score(metric, "x", [])
