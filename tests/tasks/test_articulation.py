@@ -190,7 +190,7 @@ def test_transforms_of_the_parents_are_composed(tmp_path: Path) -> None:
     # in the file's frame: (1, 0, 0), then z runs along x: 1 + 1 + 1, and y is unchanged
     np.testing.assert_allclose(inner.pos, UPRIGHT @ [3, 0.5, 0], atol=1e-9)
     np.testing.assert_allclose(inner.axis, UPRIGHT @ [0, 0, -1], atol=1e-9)
-    assert [found.body(f"link_{n}") for n in range(4)] == ["link_0", "link_1", "link_2", "link_0"]
+    assert [found.body_link(f"link_{n}") for n in range(4)] == ["link_0", "link_1", "link_2", "link_0"]
 
 
 def test_roll_pitch_and_yaw_are_applied_in_urdfs_order(tmp_path: Path) -> None:

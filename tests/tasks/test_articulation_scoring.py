@@ -23,7 +23,7 @@ from stages.tasks.articulation.scoring import (
     measures,
     metrics,
     official_error,
-    official_pairs,
+    official_errors,
 )
 from tests.conftest import REPOSITORY
 
@@ -244,24 +244,24 @@ def test_the_official_errors_of_a_pair(name: str) -> None:
 
 
 def test_the_official_rule_silently_drops_missing_and_extra_joints() -> None:
-    assert [pair.type for pair in official_pairs([DRAWER], TRUE)] == [0], "it is compared with the first true joint"
-    assert [pair.type for pair in official_pairs([LEFT], TRUE)] == [1], "one of three, without an error"
-    assert official_pairs([*TRUE, *[hinge(0, 5, 5)] * 3], TRUE) == [
+    assert [pair.type for pair in official_errors([DRAWER], TRUE)] == [0], "it is compared with the first true joint"
+    assert [pair.type for pair in official_errors([LEFT], TRUE)] == [1], "one of three, without an error"
+    assert official_errors([*TRUE, *[hinge(0, 5, 5)] * 3], TRUE) == [
         OfficialError(1, 0, 0), OfficialError(1, 0, 0), OfficialError(1, 0)]  # fmt: skip
-    assert official_pairs([], TRUE) == [OfficialError(0)] * 3, "only an empty answer is penalised"
+    assert official_errors([], TRUE) == [OfficialError(0)] * 3, "only an empty answer is penalised"
 
 
 def test_the_official_order_weighs_degrees_above_all() -> None:
     """A wrong type has no degrees, so it costs less than a right type 90 degrees off: 1/2 + 0 against 0 + 45."""
     true = [hinge(1, 0, 0), slide(3)]
     predicted = [hinge(1, 0, 0, (1, 0, 0)), slide(3)]
-    found = official_pairs(predicted, true)
+    found = official_errors(predicted, true)
     assert [pair.type for pair in found] == [0, 0]
 
 
 def test_many_joints_are_ordered_without_trying_all_orders() -> None:
     true = [hinge(1, 0, 0.1 * place) for place in range(12)]
-    found = official_pairs(true[::-1], true)
+    found = official_errors(true[::-1], true)
     assert found == [OfficialError(1, 0, 0)] * 12
 
 
@@ -269,13 +269,13 @@ def test_with_many_joints_too_only_the_first_true_ones_are_compared() -> None:
     """The official rule zips orders of the predictions with the true joints. With 9 predictions for 10 joints, the last
     joint has no partner, and the first one, which was not predicted, has a wrong one."""
     true = [DRAWER, *[hinge(1, 0, 0.1 * place) for place in range(9)]]
-    found = official_pairs(true[1:], true)
+    found = official_errors(true[1:], true)
     assert found == [OfficialError(0), *[OfficialError(1, 0, 0)] * 8]
 
 
 def test_any_extra_prediction_may_be_dropped() -> None:
     true = [hinge(1, 0, 0.1 * place) for place in range(9)]
-    assert official_pairs([DRAWER, *true], true) == [OfficialError(1, 0, 0)] * 9
+    assert official_errors([DRAWER, *true], true) == [OfficialError(1, 0, 0)] * 9
 
 
 # -- through the task ------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def score(recipe: Recipe, answer: str, sample: Sample) -> dict[str, float]:
     predicted, true, found = _compare(answer, sample)
     values = scoring.metrics(found)
     if _scoring_settings(recipe).official_joint_eval:
-        pairs = scoring.official_pairs(_official_joints(predicted), true)
+        pairs = scoring.official_errors(_official_joints(predicted), true)
         values["official_type"] = sum(pair.type for pair in pairs) / len(pairs)
     return values
 
@@ -186,7 +186,7 @@ def measures(recipe: Recipe, answer: str | None, sample: Sample) -> dict[str, li
     predicted, true, found = _compare(answer, sample)
     values = scoring.measures(found)
     if _scoring_settings(recipe).official_joint_eval:
-        values |= scoring.official_measures(scoring.official_pairs(_official_joints(predicted), true))
+        values |= scoring.official_measures(scoring.official_errors(_official_joints(predicted), true))
     return values
 
 

@@ -188,11 +188,11 @@ def _with_joints(boxes: dict[int, Box], mobility: Mobility, where: str, skip: Sk
     moves and has no box has no label, and goes to `skip`. Raises BadRecordError if a box has no link, if the body that
     does not move has no box, and if nothing with a box moves.
     """
-    bodies: dict[str, list[int]] = {mobility.body(link): [] for link in (mobility.root, *mobility.joints)}
+    bodies: dict[str, list[int]] = {mobility.body_link(link): [] for link in (mobility.root, *mobility.joints)}
     for number in boxes:
         if f"link_{number}" not in mobility.joints and f"link_{number}" != mobility.root:
             raise BadRecordError("box of a link that is not in mobility.urdf", f"link_{number}")
-        bodies[mobility.body(f"link_{number}")].append(number)
+        bodies[mobility.body_link(f"link_{number}")].append(number)
     box_of: dict[str, int] = {}
     for body, numbers in bodies.items():
         own = [number for number in numbers if body == f"link_{number}"]
@@ -205,7 +205,7 @@ def _with_joints(boxes: dict[int, Box], mobility: Mobility, where: str, skip: Sk
     moving = sorted((number, mobility.joints[body]) for body, number in box_of.items() if body != mobility.root)
     if not moving:
         raise BadRecordError("nothing moves")
-    parents = {number: box_of.get(mobility.body(joint.parent)) for number, joint in moving}
+    parents = {number: box_of.get(mobility.body_link(joint.parent)) for number, joint in moving}
     return Object(
         boxes,
         box_of[mobility.root],

@@ -1,7 +1,7 @@
 """Scores of an answer's joints.
 
 Predicted and true joints are paired by an optimal assignment (Kuhn 1955), whatever their order. A true joint without a
-partner is missing; a predicted one is extra. `official_pairs` follows the rule of Real2Code's own evaluation instead.
+partner is missing; a predicted one is extra. `official_errors` follows the rule of Real2Code's own evaluation instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -197,7 +197,7 @@ def official_error(predicted: Joint, true: Joint) -> OfficialError:
     return OfficialError(1, turned, abs(float((true.pos - predicted.pos) @ across)) / length)
 
 
-def official_pairs(predicted: Sequence[Joint], true: Sequence[Joint]) -> list[OfficialError]:
+def official_errors(predicted: Sequence[Joint], true: Sequence[Joint]) -> list[OfficialError]:
     """The errors of the joints that the official evaluation compares (Real2Code, eval_utils/joint_eval.py).
 
     It compares predicted and true joints position by position. Of all orders of the predictions, it takes the one with

@@ -51,8 +51,9 @@ class Mobility:
     joints: dict[str, UrdfJoint]
     """By child link."""
 
-    def body(self, link: str) -> str:
-        """The link that a link is rigidly attached to: the root link, or a link that a joint moves."""
+    def body_link(self, link: str) -> str:
+        """The link that stands for the rigid body of `link`: `link` itself or its nearest ancestor that a joint moves,
+        or the root link if no joint moves any of them."""
         while link != self.root and self.joints[link].type is None:
             link = self.joints[link].parent
         return link
