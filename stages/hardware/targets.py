@@ -136,17 +136,20 @@ def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
     return image if image.capability == cards_target.capability else cards_target
 
 
-def refuse_old_driver(image: Target, driver: str) -> None:
-    """Raise DoesNotFitError if the NVIDIA driver is older than the CUDA of the target's images needs."""
-    if image.min_driver and int(driver.partition(".")[0]) < image.min_driver:
+def refuse_old_driver(target: Target, driver: str) -> None:
+    """Raise DoesNotFitError if the NVIDIA driver is too old for the CUDA in the target's images.
+
+    `driver` is its version as NVIDIA writes it, such as `535.129.03`.
+    """
+    if target.min_driver and int(driver.partition(".")[0]) < target.min_driver:
         raise DoesNotFitError(
-            f"target {image.name}: its CUDA ({image.cuda}) needs NVIDIA driver {image.min_driver} or newer, but this"
+            f"target {target.name}: its CUDA ({target.cuda}) needs NVIDIA driver {target.min_driver} or newer, but this"
             f" machine has {driver}; update the driver, or use a target with an older CUDA (images/{TARGETS_FILE.name})"
         )
 
 
 def refuse_driver_too_old_for_cuda(cuda: str, driver: str, targets: dict[str, Target]) -> None:
-    """Raise DoesNotFitError if the NVIDIA driver is older than a CUDA version, such as `12.8`, needs.
+    """Raise DoesNotFitError if the NVIDIA driver is too old for a CUDA version, such as `12.8`.
 
     This is for a torch outside the images. CUDA versions with the same major number need the same driver. A major
     number that no target has is not checked.

@@ -122,7 +122,8 @@ def image_name(stage: str, version: str, target: Target) -> str:
 
 
 def image_target(stage: str, target: Target) -> str:
-    """The target whose image a stage uses. A variant has its own image for train; other stages use its card's image."""
+    """The name of the target whose image a stage uses: for a variant's stages other than train, the target that it is
+    a variant of; otherwise the target itself."""
     return target.name if stage == "train" or target.variant_of is None else target.variant_of
 
 

@@ -186,7 +186,10 @@ class Task(Protocol):
 
     def rehearsal(self, recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
         """All prompts that the passes may use for a sample, each with the largest number of tokens that earlier
-        completions can add to it."""
+        completions can add to it. infer sets the engine's limits by them before it answers any pass.
+
+        `without` has the components that an ablation leaves out.
+        """
 
     def read_answer(self, text: str, sample: Sample) -> str | None:
         """The answer in a completion; None if there is none."""
