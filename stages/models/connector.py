@@ -44,7 +44,7 @@ def check_connector(connector: Path, sha256: str) -> None:
     if found != sha256:
         state = f"has sha256 {found[:16]}" if found else "is missing"
         raise UsageError(
-            f"{connector}: {state}, but was trained as sha256 {sha256[:16]}; restore it, or delete"
+            f"{connector}: {state}, but train wrote it with sha256 {sha256[:16]}; restore it, or delete"
             f" {connector.parent} to train it again"
         )
 
@@ -62,7 +62,7 @@ def link_connector(model: Path, connector: Path, sha256: str, folder: Path) -> P
     if not names or not names <= places.keys():
         strange = next(iter(sorted(names - places.keys())), None)
         found = f"contains {strange}, which {model} does not have" if strange else "contains no tensors"
-        raise UsageError(f"{connector}: {found}; use the model and the connector of one training")
+        raise UsageError(f"{connector}: {found}; use a model and a connector from the same training")
     links = {path.name: path for path in set(places.values())}
     if len(links) == 1:  # a file named model.safetensors would be read without the index
         links = {"model-00001-of-00001.safetensors": next(iter(links.values()))}

@@ -196,8 +196,8 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             raise DataError(f"sample {sample}: {error}") from error
         if swifts != own:
             raise UsageError(
-                f"model.swift_template: {self._job.model_settings.swift_template!r} renders another prompt than the"
-                f" chat template in {self._job.model} ({self.tokenizer.decode(swifts)[:300]!r} instead of"
+                f"model.swift_template: {self._job.model_settings.swift_template!r} renders a different prompt from"
+                f" the chat template in {self._job.model} ({self.tokenizer.decode(swifts)[:300]!r} instead of"
                 f" {self.tokenizer.decode(own)[:300]!r}); set it to the template that matches"
             )
         if self.tokenizer.eos_token_id not in labels[prompt:]:

@@ -114,7 +114,7 @@ def test_a_changed_connector_is_refused(trained: TwoPhases, tmp_path: Path) -> N
     code, output = other()
     assert code == 2, output
     assert re.search(
-        r"connector\.safetensors: has sha256 \w{16}, but was trained as sha256 \w{16}; restore it, or delete .* to"
+        r"connector\.safetensors: has sha256 \w{16}, but train wrote it with sha256 \w{16}; restore it, or delete .* to"
         " train it again",
         output.splitlines()[-1],
     )
@@ -239,9 +239,9 @@ def test_another_model_s_connector_is_refused(trained: TwoPhases, tmp_path: Path
     other = trained.lorry.models / "SmolLM2-135M-Instruct"
     with pytest.raises(UsageError, match=r"contains multi_modal_projector\.linear_1\.bias, which .* does not have"):
         link_connector(other, trained.connector, sha256_file(trained.connector), tmp_path / "both")
-    with pytest.raises(UsageError, match=rf": has sha256 \w+, but was trained as sha256 {'0' * 16}; restore it"):
+    with pytest.raises(UsageError, match=rf": has sha256 \w+, but train wrote it with sha256 {'0' * 16}; restore it"):
         check_connector(trained.connector, "0" * 64)
-    with pytest.raises(UsageError, match=rf": is missing, but was trained as sha256 {'0' * 16}; restore it, or delete"):
+    with pytest.raises(UsageError, match=rf": is missing, but train wrote it with sha256 {'0' * 16}; restore it"):
         check_connector(tmp_path / "missing", "0" * 64)
 
 

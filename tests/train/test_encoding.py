@@ -182,7 +182,7 @@ def test_pictures_are_read_when_their_sample_s_turn_comes(encoded: dict[str, dic
 
 def test_a_template_that_shows_pictures_otherwise_is_refused(encoded: dict[str, dict[str, Any]]) -> None:
     assert "rows" in encoded["budget"], "the model's own is taken"
-    assert "renders another prompt than the chat template" in encoded["other template"]["error"]
+    assert "renders a different prompt from the chat template" in encoded["other template"]["error"]
     assert "Picture: <|vision_start|>" in encoded["other template"]["error"]
     assert "\n" not in encoded["other template"]["error"].replace("\\n", "")
 
@@ -201,7 +201,7 @@ def test_ms_swift_s_prompts_are_those_of_published_chat_templates(
     counted = measure_lengths(TALKS, llava, settings, pages)
     assert 0 <= counted.longest - ours["rows"][0]["length"] <= 60
     assert counted.answer >= len(tokenizer.encode("A square.USER: Which colour? 颜色？ ASSISTANT:Red."))
-    assert "renders another prompt than the chat template" in theirs["error"]
+    assert "renders a different prompt from the chat template" in theirs["error"]
 
 
 @pytest.mark.parametrize("ask", ["said", "said to llava"])

@@ -57,7 +57,7 @@ def test_a_template_that_breaks_a_line_after_a_picture_is_refused(training: Trai
     seeing, _ = with_pictures(training, tmp_path, 4, "model.swift_template=llava1_5_hf")
     code, output = seeing()
     assert code == 2, output
-    assert "renders another prompt than the chat template" in output.splitlines()[-1]
+    assert "renders a different prompt from the chat template" in output.splitlines()[-1]
 
 
 def test_lora_on_the_vision_tower_is_refused(training: Training, tmp_path: Path) -> None:
