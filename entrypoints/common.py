@@ -76,7 +76,8 @@ def stage_command(name: str, summary: str) -> click.Command:
         from stages.host.work import run_work
 
         part = requested_part(name, shard, os.environ)
-        say = partial(click.echo, err=True) if name == "eval" else None  # once in a run of all stages
+        # only eval prints what open_run says, so that a run of all stages prints it once
+        say = partial(click.echo, err=True) if name == "eval" else None
         sys.exit(run_stage(open_run(**options, say=say), name, run_work, force, part))
 
     return command

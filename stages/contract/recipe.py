@@ -410,8 +410,8 @@ class Train(Section):
         if self.least_max_pixels is not None and (self.max_pixels is None or self.least_max_pixels > self.max_pixels):
             found = self.max_pixels or "null"
             raise ValueError(
-                f"least_max_pixels {self.least_max_pixels}: train.max_pixels is {found}; set that to at least as much,"
-                " or this to null"
+                f"least_max_pixels {self.least_max_pixels}: train.max_pixels is {found}; set"
+                f" train.max_pixels to {self.least_max_pixels} or more, or train.least_max_pixels to null"
             )
         return self
 

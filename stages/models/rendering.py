@@ -84,7 +84,7 @@ class Renderer:
             found = tokens.count(self.picture_token)
             if found != len(opened):
                 raise DataError(
-                    f"the prompt has {found} places of pictures for {len(opened)} pictures; write {PLACE} for each"
+                    f"the prompt has {found} picture tokens for {len(opened)} picture(s); write one {PLACE} for each"
                 )
         return Prompt(prompt_id, tokens, opened, max_new_tokens)
 

@@ -494,7 +494,7 @@ def _unchecked_plan(stage: Stage, settings: Train, node: Node | None) -> _Plan:
     if left_out:
         decide("memory not estimated", left_out, "it must fit in the remaining memory")
     for change in way.changes:
-        why = "to fit the memory" if way.fits(memory) else "the smallest possible"
+        why = "to fit the memory" if way.fits(memory) else "takes the least memory"
         decide("fit", change, f"{why}; the result stays the same")
     if settings.sharding in ("zero2", "zero3"):
         decide("sharding", settings.sharding, "train.sharding")

@@ -109,7 +109,7 @@ def test_a_picture_changes_the_answer_as_the_model_itself_would(model: Path, pag
 
 def test_another_number_of_places_than_of_pictures_fails_the_prompt(model: Path, pages: list[Path]) -> None:
     message: Any = [{"role": "user", "content": "<image> and <image>"}]
-    with pytest.raises(DataError, match="the prompt has 2 places of pictures for 1 pictures; write <image> for each"):
+    with pytest.raises(DataError, match=r"the prompt has 2 picture tokens for 1 picture\(s\); write one <image>"):
         Renderer(model).render("x", message, pages[:1])
 
 

@@ -432,7 +432,7 @@ def test_mmbench_without_answers_is_asked_once_and_not_scored(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ({"records_llava": None}, "records_llava.json: no such file; put the question of records.jsonl:1 there"),
+        ({"records_llava": None}, "records_llava.json: no such file, but records.jsonl:1 has only a caption; put"),
         (
             {"textvqa": None, "mmbench": None},
             "no question to test on, found .*; put textvqa.jsonl or mmbench.tsv there",
@@ -541,7 +541,7 @@ def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"no usable question to test on in textvqa.jsonl or mmbench.tsv; {why}"):
         read(make(tmp_path / "other", textvqa=[{"image": "x.png", "question": "q?"}], mmbench=None))
     with pytest.raises(
-        DataError, match=r"records_llava\.json: no such file; put the question of records\.jsonl:1 there"
+        DataError, match=r"records_llava\.json: no such file, but records\.jsonl:1 has only a caption; put"
     ):
         read(make(tmp_path / "two", records_llava=None))
     assert sources(make(tmp_path / "three", records=None)) == ["finetune"]

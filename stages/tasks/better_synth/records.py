@@ -119,7 +119,8 @@ def records_file(folder: Path) -> Path:
             with suppress(BadRecordError):
                 if not has_turns(object_in(row)):
                     raise DataError(
-                        f"{originals}: no such file; put the question of {row.where} there, as it has only a caption"
+                        f"{originals}: no such file, but {row.where} has only a caption; put the records with the"
+                        " questions there"
                     )
     return path
 
