@@ -164,7 +164,7 @@ def interval_figures(low: Array, high: Array, true: float) -> dict[str, float]:
 
 
 def simulated_rows(draws: int) -> Iterator[dict[str, Any]]:
-    """Yield a row for each design, each true mean or pair of means, and each correlation.
+    """Yield a row for each combination of a design, a true mean or pair of means, and a correlation.
 
     Each figure of a row is a list with one value for each number in DOCUMENTS.
     """

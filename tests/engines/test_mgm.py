@@ -471,5 +471,5 @@ def test_mgm_2b_has_its_parameters() -> None:
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"vision_config_aux\.image_size: 700 is no multiple of patch_size 4 times 24"):
+    with pytest.raises(ValueError, match=r"vision_config_aux\.image_size: 700 is not a multiple of 96, patch_size"):
         MgmConfig(vision_config_aux={"image_size": 700})

@@ -53,8 +53,9 @@ class MgmConfig(PreTrainedConfig):  # type: ignore[misc]
         high = self.vision_config_aux
         if high.image_size % (high.patch_size * self.tokens_across):
             raise ValueError(
-                f"vision_config_aux.image_size: {high.image_size} is no multiple of patch_size {high.patch_size} times"
-                f" {self.tokens_across} tokens along a side; choose a multiple"
+                f"vision_config_aux.image_size: {high.image_size} is not a multiple of"
+                f" {high.patch_size * self.tokens_across}, patch_size times {self.tokens_across} tokens along a side;"
+                " set it to one"
             )
 
     @property

@@ -54,7 +54,7 @@ def _encoding_of(path: Path, size: int, changed: int) -> str:
 
 
 def other_encodings(folder: Path) -> dict[str, str]:
-    """The encodings (`GBK`, `UTF-16` or `UTF-32`) of text files in other encodings than UTF-8, by path relative to
+    """The encodings (`GBK`, `UTF-16` or `UTF-32`) of text files in encodings other than UTF-8, by path relative to
     `folder`. Checks the data files below `folder` whose names end with one of ENDINGS, except those in `documents/`."""
     found = {}
     for path in data_files(folder):
