@@ -105,7 +105,7 @@ class Prompts:
             for sample in (sample for chunk in members for sample in chunk):
                 if "error" in sample["meta"]:
                     continue
-                for ask, spare in self._task.rehearsal(self._recipe, sample, variant.left_out_components):
+                for ask, spare in self._task.possible_prompts(self._recipe, sample, variant.left_out_components):
                     prompt = self.render(sample["id"], ask)
                     if isinstance(prompt, str):
                         continue

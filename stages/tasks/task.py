@@ -184,7 +184,7 @@ class Task(Protocol):
         `before` has the completions of earlier passes by name, `without` the components that an ablation leaves out.
         """
 
-    def rehearsal(self, recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
+    def possible_prompts(self, recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
         """All prompts that the passes may use for a sample, each with the largest number of tokens that earlier
         completions can add to it. infer sets the engine's limits by them before it answers any pass.
 
@@ -293,7 +293,7 @@ def reads_records(task: Task) -> TypeGuard[RecordTask]:
 
 HAVE_DEFAULTS = {
     **dict.fromkeys(("COMPONENTS", "READS_DOCUMENTS", "READS_RECORDS", "Passes", "Samples", "Scoring"), "settings"),
-    **dict.fromkeys(("SHARED", "ask", "narrowed_sample", "passes", "rehearsal"), "prompts"),
+    **dict.fromkeys(("SHARED", "ask", "narrowed_sample", "passes", "possible_prompts"), "prompts"),
     **dict.fromkeys(("asked_rows", "facts", "measures", "picture", "score_notes", "submission"), "results"),
     **dict.fromkeys(("together", "uploads"), "results"),
 }

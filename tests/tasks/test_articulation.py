@@ -310,6 +310,10 @@ def test_code_is_found_whatever_surrounds_it(text: str) -> None:
         LABEL.replace("idx=2", f"idx={'9' * 5000}"),
         LABEL.replace("idx=2", "idx=" + "(" * 3000 + "2" + ")" * 3000),
         LABEL.replace("idx=2", "idx=" + "-" * 10_000 + "2"),
+        LABEL.replace("idx=2", "idx=" + "1+" * 2000 + "1"),
+        LABEL.replace("'hinge'", "1+" * 2000 + "1"),
+        LABEL.replace("edge=[1, -1]", "edge=" + "1+" * 2000 + "1"),
+        "root_geom = 1\nchild_joints = [\n" + "1+" * 2000 + "1\n]",
         LABEL.replace("child_joints = [", "child_joints = [child_joints, "),
     ],
 )

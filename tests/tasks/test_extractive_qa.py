@@ -19,9 +19,9 @@ from stages.tasks.extractive_qa import (
     asked_rows,
     build_samples,
     passes,
+    possible_prompts,
     read_answer,
     read_questions,
-    rehearsal,
     score,
     sources,
     submission,
@@ -435,7 +435,7 @@ def test_training_and_inference_have_the_same_prompt() -> None:
     (name,) = passes(RECIPE)
     asked = ask(RECIPE, test, name, {}, ())
     assert asked.messages == train["messages"] and asked.images == []
-    assert rehearsal(RECIPE, test, ()) == [(asked, 0)]
+    assert possible_prompts(RECIPE, test, ()) == [(asked, 0)]
     assert train["references"][0] == "gear", "training learns the first reference only"
 
 

@@ -24,9 +24,9 @@ from stages.tasks.logic_choice import (
     build_samples,
     narrowed_sample,
     passes,
+    possible_prompts,
     read_answer,
     read_questions,
-    rehearsal,
     score,
     sources,
     submission,
@@ -625,7 +625,7 @@ def test_a_retrys_seed_depends_on_the_sample() -> None:
 
 
 def test_rehearsal_returns_the_prompt() -> None:
-    ((rehearsed, spare),) = rehearsal(recipe(), one_sample(), ())
+    ((rehearsed, spare),) = possible_prompts(recipe(), one_sample(), ())
     assert rehearsed.messages == one_sample()["messages"] and spare == 0
 
 

@@ -104,7 +104,7 @@ def _assigned_value(statement: ast.stmt, name: str) -> ast.expr:
 def _joint(node: ast.expr, mode: Mode) -> dict[str, Any]:
     """The fields of one `dict(...)`. Raises GrammarError for another form."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict") or node.args:
-        raise GrammarError(f"found {ast.unparse(node)[:60]} as a joint; expected dict(...) with keyword arguments only")
+        raise GrammarError(f"found {_source(node)} as a joint; expected dict(...) with keyword arguments only")
     keys = [keyword.arg for keyword in node.keywords]
     if sorted(map(str, keys)) != sorted(KEYS[mode]):
         raise GrammarError(f"found a joint with {', '.join(map(str, keys))}; expected {', '.join(KEYS[mode])}")
@@ -123,10 +123,10 @@ def _value(key: str, node: ast.expr, mode: Mode) -> Any:
     if key == "type":
         if isinstance(node, ast.Constant) and node.value in (HINGE, SLIDE):
             return node.value
-        raise GrammarError(f"type={ast.unparse(node)[:60]} is not allowed; expected {HINGE} or {SLIDE}")
+        raise GrammarError(f"type={_source(node)} is not allowed; expected {HINGE} or {SLIDE}")
     count = 2 if key == "edge" else 3
     if not isinstance(node, ast.List) or len(node.elts) != count:
-        raise GrammarError(f"{key}={ast.unparse(node)[:60]} is not a list of {count}")
+        raise GrammarError(f"{key}={_source(node)} is not a list of {count}")
     if mode == "obb_rel":
         return [_integer(each, key, (1, -1)) for each in node.elts]
     values = [float(_number(each, key)) for each in node.elts]
@@ -151,5 +151,13 @@ def _number(node: ast.expr, key: str) -> float:
         sign, node = -1 if isinstance(node.op, ast.USub) else 1, node.operand
     value = node.value if isinstance(node, ast.Constant) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not value < 1e6:
-        raise GrammarError(f"{key} is not a number below a million")
+        raise GrammarError(f"{key}={_source(node)} is not a number below a million")
     return sign * value
+
+
+def _source(node: ast.expr) -> str:
+    """An expression as Python code, shortened to 60 characters. A completion may nest it too deep to be written."""
+    try:
+        return ast.unparse(node)[:60]
+    except RecursionError:
+        return f"{type(node).__name__} (nested too deep)"

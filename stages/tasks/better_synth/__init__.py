@@ -128,7 +128,7 @@ def _with_content(message: Message, content: str) -> Message:
     return {"role": message["role"], "content": content}
 
 
-def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
+def possible_prompts(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
     """The one prompt of a sample, to which no earlier completion adds tokens."""
     return [(ask(recipe, sample, "answer", {}, without), 0)]
 

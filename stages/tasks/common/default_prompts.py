@@ -19,7 +19,7 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
     return Ask(sample["messages"], sample["images"])
 
 
-def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
+def possible_prompts(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
     """The one prompt of `ask`, to which no earlier completion adds tokens."""
     return [(Ask(sample["messages"], sample["images"]), 0)]
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Meta, Prediction, Sample
 from stages.tasks.common import metrics, short_answers
-from stages.tasks.common.default_prompts import SHARED, ask, narrowed_sample, passes, rehearsal
+from stages.tasks.common.default_prompts import SHARED, ask, narrowed_sample, passes, possible_prompts
 from stages.tasks.common.default_results import facts, measures, picture, together, uploads
 from stages.tasks.common.default_settings import COMPONENTS, READS_DOCUMENTS, READS_RECORDS, Passes, Samples
 from stages.tasks.extractive_qa import prompts

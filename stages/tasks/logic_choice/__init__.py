@@ -116,7 +116,7 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
     return Ask(sample["messages"], temperature=_pass_settings(recipe).retry_temperature, seed=seed)
 
 
-def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
+def possible_prompts(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
     """The one prompt, which retries repeat and to which no earlier completion adds tokens."""
     return [(Ask(sample["messages"]), 0)]
 

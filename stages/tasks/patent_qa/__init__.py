@@ -292,7 +292,7 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
     return Ask(sample["messages"], sample["images"], meta.get("max_pixels"), limit)
 
 
-def rehearsal(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
+def possible_prompts(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
     """All prompts that the passes may use for a sample, each with the largest number of tokens that earlier completions
     can add to it."""
     asks: list[tuple[Ask | None, int]] = [
