@@ -43,13 +43,13 @@ test: setup .venv/.zero ## run the tests, with real models (12 to 15 minutes on 
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.ready ## run the tests that need no model, run no whole stage and start no process (under a minute on 2 cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 120 -m "not heavy and not kill and not images"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 120 -m "not heavy and not kill and not long and not images"
 
 image-test: setup .venv/.zero ## build the cpu images and run the demo in them with Docker Compose; starts a Docker engine if none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
 
-kill-test: setup .venv/.zero ## kill stages, shards and nodes at any moment and compare with an undisturbed run (14 to 20 minutes)
-	@$(BIN)/python -m pytest -m kill --timeout 3600
+kill-test: setup .venv/.zero ## run whole jobs, and kill stages, shards and nodes at any moment and compare with an undisturbed run (20 to 25 minutes)
+	@$(BIN)/python -m pytest -m "kill or long" --timeout 3600
 
 lint: setup ## check style, types, import rules, Dockerfiles and shell scripts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

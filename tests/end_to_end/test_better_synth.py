@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 from stages.contract.files import read_json, read_jsonl, sha256_file
 from tests.conftest import MODELS, REPOSITORY, Lorry, need_model, snapshot
 
+pytestmark = pytest.mark.long
+
 Job = tuple[Lorry, tuple[str, ...]]
 RECORDS, TALKS, TEXTVQA, MMBENCH = 80, 48, 8, 4
 LOST = 4

@@ -12,6 +12,8 @@ import pytest
 from stages.contract.files import read_json, read_jsonl, write_jsonl
 from tests.conftest import MODELS, REPOSITORY, Lorry, need_model
 
+pytestmark = pytest.mark.long
+
 DATA = REPOSITORY / "recipes" / "data" / "logic-choice"
 ADAPTERS = {
     "plain": "[{source: train, count: 24, seed: 1}]",

@@ -12,6 +12,8 @@ import pytest
 from stages.contract.files import read_json, read_jsonl, write_jsonl
 from tests.conftest import MODELS, REPOSITORY, Lorry, need_model
 
+pytestmark = pytest.mark.long
+
 SETS = REPOSITORY / "recipes" / "data" / "extractive-qa"
 SETTINGS = (
     # the last layers are enough to learn the form of an answer
