@@ -26,8 +26,12 @@ def test_a_training_takes_no_denied_card_and_cards_that_torch_cannot_use_are_tol
         output
     )
     assert f"GPU 1 (NVIDIA A800-SXM4-80GB), {box.uuid(1)}; GPU 3 (" in last
-    code, output = training(**{**environment, "LORRY_GPU_DENY": "0,1,2,3,4,5,6,7"})
-    assert (code, "denies every GPU here" in output) == (4, True), output
+    code, output = training(**{**environment, "CUDA_VISIBLE_DEVICES": f"{box.uuid(2)[:12]},{box.uuid(1)[:12]}"})
+    assert (code, f"GPU 1 (NVIDIA A800-SXM4-80GB), {box.uuid(1)}: torch" in output) == (4, True), output
+    assert f", {box.uuid(2)}" not in output, "which is denied"
+    box.slice(1)
+    code, output = training(**{**environment, "LORRY_GPU_DENY": "0,2,3,4,5,6,7"})
+    assert (code, "Lorry may use none" in output, "in MIG mode" in output) == (4, True, True), output
 
 
 def test_a_driver_too_old_for_torch_is_named_with_torchs_cuda(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
