@@ -1,11 +1,14 @@
 """The three mounts: `/data` and `/models` (read-only), and `/runs`, where stages write their results.
 
-Without containers they are the folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name.
+Without containers they are the folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name, or those of the checkout.
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[2]
+"""The folder that holds this code and the recipes, whatever the current folder is."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,12 @@ class Roots:
 
     @staticmethod
     def from_environment() -> "Roots":
-        """The folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name.
+        """The folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name, relative to the current folder.
 
-        Defaults, below the current folder: recipes/data, models and runs.
+        Defaults, in the checkout: recipes/data, models and runs. An empty variable counts as not set.
         """
         return Roots(
-            data=Path(os.environ.get("LORRY_DATA", "recipes/data")).absolute(),
-            models=Path(os.environ.get("LORRY_MODELS", "models")).absolute(),
-            runs=Path(os.environ.get("LORRY_RUNS", "runs")).absolute(),
+            data=Path(os.environ.get("LORRY_DATA") or CHECKOUT / "recipes" / "data").absolute(),
+            models=Path(os.environ.get("LORRY_MODELS") or CHECKOUT / "models").absolute(),
+            runs=Path(os.environ.get("LORRY_RUNS") or CHECKOUT / "runs").absolute(),
         )
