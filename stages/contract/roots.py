@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
-"""The folder that holds this code and the recipes, whatever the current folder is."""
+"""The folder that holds this code and the recipes."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class Roots:
     def from_environment() -> "Roots":
         """The folders that LORRY_DATA, LORRY_MODELS and LORRY_RUNS name, relative to the current folder.
 
-        Defaults, in the checkout: recipes/data, models and runs. An empty variable counts as not set.
+        Defaults, in the checkout, whatever the current folder is: recipes/data, models and runs. Without a checkout, as
+        after `pip install` of a wheel, they are in the current folder. An empty variable counts as not set.
         """
+        home = CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path()
         return Roots(
-            data=Path(os.environ.get("LORRY_DATA") or CHECKOUT / "recipes" / "data").absolute(),
-            models=Path(os.environ.get("LORRY_MODELS") or CHECKOUT / "models").absolute(),
-            runs=Path(os.environ.get("LORRY_RUNS") or CHECKOUT / "runs").absolute(),
+            data=Path(os.environ.get("LORRY_DATA") or home / "recipes" / "data").absolute(),
+            models=Path(os.environ.get("LORRY_MODELS") or home / "models").absolute(),
+            runs=Path(os.environ.get("LORRY_RUNS") or home / "runs").absolute(),
         )

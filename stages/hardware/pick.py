@@ -99,32 +99,41 @@ def denied_cards(text: str | None, gpus: tuple[Gpu, ...]) -> frozenset[int]:
 def hide_unusable_gpus(needs_one: bool = True) -> list[str]:
     """Set CUDA_VISIBLE_DEVICES to the GPUs that a stage may use, for this process and those that it starts.
 
-    They are the GPUs of `shown_gpus`, without those in LORRY_GPU_DENY, lost ones and those in MIG mode; with
-    LORRY_TARGET=cpu, none. The variable gets NVML's numbers, as libraries read it as integers, and CUDA_DEVICE_ORDER is
-    set, so that CUDA numbers GPUs as NVML does. Returns lines to print, on GPUs that are left out. Raises the errors of
-    `denied_cards` and `shown_gpus`, and DoesNotFitError if no GPU is left and `needs_one`, as the stage would take
-    hours on a CPU.
+    They are those of `allowed_gpus`. The variable gets NVML's numbers, as libraries read it as integers, and
+    CUDA_DEVICE_ORDER is set, so that CUDA numbers GPUs as NVML does. Returns lines to print, on GPUs that are left out.
+    Raises the errors of `allowed_gpus`.
+    """
+    shown, left = allowed_gpus(needs_one)
+    setting, on_cpu = os.environ.get(VISIBLE), os.environ.get("LORRY_TARGET") == "cpu"
+    hides_one = any(gpu not in left and not gpu.lost for gpu in shown)
+    os.environ["CUDA_DEVICE_ORDER"] = NVML_ORDER
+    if on_cpu or hides_one or setting is not None:
+        os.environ[VISIBLE] = ",".join(str(gpu.index) for gpu in left)
+    if setting and not left and not on_cpu:
+        return [f"{VISIBLE}={setting}: leaves no GPU, so this stage computes on the CPU"]
+    return [f"{gpu} is left out: {reason_to_skip(gpu, frozenset())}" for gpu in shown if gpu.lost or gpu.mig]
+
+
+def allowed_gpus(needs_one: bool) -> tuple[tuple[Gpu, ...], tuple[Gpu, ...]]:
+    """The GPUs of `shown_gpus`, and those of them that a stage may use: not denied, not lost, not in MIG mode.
+
+    Both are empty with LORRY_TARGET=cpu. Raises the errors of `denied_cards` and `shown_gpus`. With `needs_one`, raises
+    DoesNotFitError if the driver does not answer or no GPU may be used, as the stage would take hours on a CPU.
     """
     if os.environ.get("LORRY_TARGET") == "cpu":
-        os.environ[VISIBLE] = ""
-        return []
-    found, setting = read_cards(), os.environ.get(VISIBLE)
-    if found.problem:  # `working_target` reports it to the stages that compute on GPUs
-        return []
-    text = os.environ.get("LORRY_GPU_DENY", "").strip()
+        return (), ()
+    found, text = read_cards(), os.environ.get("LORRY_GPU_DENY", "").strip()
+    if found.problem:
+        if needs_one:
+            raise DoesNotFitError(f"{found.problem}, or set LORRY_TARGET=cpu to compute without GPUs")
+        return (), ()
     denied = denied_cards(text, found.gpus) if found.gpus else frozenset()
     shown = shown_gpus(found.gpus)
-    os.environ["CUDA_DEVICE_ORDER"] = NVML_ORDER
     reasons = {gpu: reason_to_skip(gpu, denied) for gpu in shown}
-    left = [gpu for gpu, reason in reasons.items() if not reason]
+    left = tuple(gpu for gpu, reason in reasons.items() if not reason)
     if shown and not left and needs_one:
         raise DoesNotFitError(_none_left_text(text, reasons))
-    if setting is not None or any(gpu.index in denied or gpu.mig for gpu in shown):
-        os.environ[VISIBLE] = ",".join(str(gpu.index) for gpu in left)
-    lines = [f"{gpu} is left out: {reason}" for gpu, reason in reasons.items() if reason and gpu.index not in denied]
-    if setting and not left:
-        lines.append(f"{VISIBLE}={setting}: leaves no GPU, so this stage computes on the CPU")
-    return lines
+    return shown, left
 
 
 def shown_gpus(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:

@@ -221,9 +221,10 @@ def test_a_named_card_that_is_lost_or_not_there_does_not_end_on_the_cpu(
 
 
 def test_a_list_that_leaves_no_card_is_reported(box: Box, monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
-    for visible, lines in (("-1", 1), ("-1,0", 1), ("", 0)):
+    monkeypatch.setenv("LORRY_GPU_DENY", "5")
+    for visible, lines in (("-1", 1), ("-1,0", 1), ("", 0), ("GPU-41e9", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        found = start()
+        found = start("preprocess")
         assert found == [f"CUDA_VISIBLE_DEVICES={visible}: leaves no GPU, so this stage computes on the CPU"][:lines]
         assert (os.environ["CUDA_VISIBLE_DEVICES"], probe().gpus) == ("", ())
 

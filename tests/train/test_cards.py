@@ -4,12 +4,11 @@ cards that are there and cannot be computed on."""
 import os
 import sys
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from stages.contract.errors import DoesNotFitError
-from stages.train import worker
+from stages.engines.cuda import refuse_dead_cards
 from tests.hardware.recorded import Box, box
 from tests.train.conftest import Training
 
@@ -40,8 +39,7 @@ def test_a_driver_too_old_for_torch_is_named_with_torchs_cuda(box: Box, monkeypa
     cuda = SimpleNamespace(is_available=lambda: False)
     torch = SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="12.8"), __version__="2.10.0+cu128")
     monkeypatch.setitem(sys.modules, "torch", torch)
-    job: Any = SimpleNamespace(cards=["GPU 0 (A800)"])
     with pytest.raises(DoesNotFitError, match=r"GPU 0 \(A800\): torch 2.10.0\+cu128 .*CUDA 12.8 .*driver 450.80.02"):
-        worker._refuse_dead_cards(job)
+        refuse_dead_cards(["GPU 0 (A800)"])
     cuda.is_available = lambda: True
-    worker._refuse_dead_cards(job)
+    refuse_dead_cards(["GPU 0 (A800)"])
