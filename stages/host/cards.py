@@ -9,6 +9,7 @@ from stages.contract.errors import DoesNotFitError, LorryError, UsageError
 from stages.hardware.holds import Holds
 from stages.hardware.pick import (
     GIB,
+    VISIBLE,
     Bytes,
     Capability,
     Need,
@@ -92,7 +93,9 @@ def choose_cards(
     cards = named_cards(wish, found.gpus, denied) if wish else _default_cards(found.gpus, denied, bool(gpu_stages))
     if gpu_stages:
         hold_named_cards(cards, f"GPUS={wish.text}" if wish else DEFAULT, holds)
-    return CardChoice(cards)
+    setting = os.environ.get(VISIBLE)
+    ignored = f"{VISIBLE}={setting}: not read here; GPUS names the GPUs of a launch (default: 0)"
+    return CardChoice(cards, lines=(ignored,) if setting and cards and wish is None else ())
 
 
 def choose_target(name: str | None, choice: CardChoice, gpus: tuple[Gpu, ...]) -> Target:

@@ -407,10 +407,11 @@ def _check_model(folder: Path) -> Finding:
 
 def _check_gpus(cards: Cards) -> Iterator[Finding]:
     """Yield a finding on each GPU: whether Lorry can use it, its free memory, and the processes that use the rest."""
-    try:
-        shown_gpus(cards.gpus)
-    except LorryError as error:
-        yield _error_finding("GPUs", error)
+    if not cards.problem:
+        try:
+            shown_gpus(cards.gpus)
+        except LorryError as error:
+            yield _error_finding("GPUs", error)
     if not cards.gpus:
         yield _unchecked_finding("GPUs", "NVML shows none")
         return

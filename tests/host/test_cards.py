@@ -48,6 +48,12 @@ def test_without_a_list_it_is_card_0_unless_that_is_denied(
     assert choose(None, holds, "eval") == CardChoice(), "which takes no card"
 
 
+def test_a_list_for_cuda_is_not_ignored_in_silence(box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    told = ("CUDA_VISIBLE_DEVICES=3: not read here; GPUS names the GPUs of a launch (default: 0)",)
+    assert (choose(None, holds).lines, choose("1", holds).lines) == (told, ())
+
+
 def test_the_machine_without_cards_needs_no_list(box: Box, holds: Holds) -> None:
     box.keep(0)
     assert choose(None, holds) == CardChoice()
