@@ -1,14 +1,17 @@
 # The commands that a user types. `make` lists them.
 SHELL := /bin/bash
-PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A job's GPUs and recipe: make train GPUS=0,1,2,3,4 RECIPE=patent-qa SET="train.epochs=3 seed=7"
 # GPUS: numbers or UUIDs; auto or auto:4 chooses GPUs with enough free memory; default: 0. LORRY_GPU_DENY=5,6,7 denies some
-RECIPE ?= patent-qa
-ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) $(if $(DATA),--data $(DATA)) \
-  $(foreach setting,$(SET),--set $(setting)) $(if $(GPUS),--gpus $(GPUS)) $(if $(TARGET),--target $(TARGET))
+ARGS = "$${RECIPE:-patent-qa}" $${PROFILE:+--profile "$$PROFILE"} $${RUN:+--run "$$RUN"} $${DATA:+--data "$$DATA"} \
+  $${GPUS:+--gpus "$$GPUS"} $${TARGET:+--target "$$TARGET"}
+SETTINGS = LORRY_SET="$${SET:-$$LORRY_SET}"
+
+# a value may hold blanks, quotes and `$`: recipes read it from the environment, and make expands nothing in it
+$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(eval override $(name) := $$(value $(name)))\
+  $(eval export $(name))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo preprocess train infer eval ledger images push .env k8s-run test test-fast image-test kill-test lint bench lock reference clean
@@ -16,27 +19,31 @@ ARGS = $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN))
 help: ## list the commands
 	@grep -E '^[a-z0-9. -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/^preprocess.*eval/preprocess, train, infer, eval/' | expand -t 32
 
-setup: .venv/.ready .venv/.gptq models/.ready ## install all that a CPU needs into .venv, and make the small models (once)
+setup: .venv/.ready .venv/.gptq models/.ready ## install all that a CPU needs into .venv, and make the demo's models (once)
 
-demo: setup ## run the demo on this CPU, from PDFs to scored answers; DATA=folder has your own documents and questions
-	@export LORRY_TARGET=cpu CUDA_VISIBLE_DEVICES=; if [ -n "$(DATA)" ]; then \
-	  exec $(BIN)/lorry run patent-qa --profile tiny --data "$(DATA)" --run "demo-$$(basename "$(DATA)")-$$(realpath "$(DATA)" | cksum | cut -d " " -f 1)"; \
-	else exec $(BIN)/lorry run patent-qa --profile tiny --run demo; fi
+# the run's name says what differs from the plain demo, so that no job replaces another's run
+demo: .venv/.ready models/.ready ## run the demo on this CPU, from PDFs to scored answers; DATA=folder: your own (RECIPE= PROFILE= RUN= SET=)
+	@$(if $(filter override,$(origin GPUS) $(if $(filter-out cpu,$(TARGET)),$(origin TARGET))), \
+	  echo "error: make demo runs on the CPU; leave out GPUS and TARGET or run make train" >&2; exit 2)
+	@export LORRY_TARGET=cpu CUDA_VISIBLE_DEVICES= $(SETTINGS); recipe="$${RECIPE:-patent-qa}" run=demo; \
+	[ "$$recipe" = patent-qa ] || run="demo-$$(basename "$$recipe" .yaml)"; \
+	[ -z "$$DATA" ] || run="$$run-$$(basename "$$DATA")-$$(realpath -m "$$DATA" | cksum | cut -d " " -f 1)"; \
+	exec $(BIN)/lorry run "$$recipe" --profile "$${PROFILE:-tiny}" --run "$${RUN:-$$run}" $${DATA:+--data "$$DATA"}
 
 preprocess train infer eval: .venv/.host ## run a stage of RECIPE (PROFILE= RUN= DATA= SET=) on GPUS=0,1 or auto:2, in a container if a Docker engine answers
-	@$(BIN)/lorry launch $@ $(ARGS)
+	@$(SETTINGS) $(BIN)/lorry launch $@ $(ARGS)
 
 ledger: .venv/.host ## list each adapter's data mix, score and vote, over all runs (RUN= SORT=score:desc OUT=ledger.html)
-	@$(BIN)/lorry ledger $(RUN) $(if $(SORT),--sort $(SORT)) $(if $(OUT),--out "$(OUT)")
+	@$(BIN)/lorry ledger $${RUN:+"$$RUN"} $${SORT:+--sort "$$SORT"} $${OUT:+--out "$$OUT"}
 
 images: ## build the stage images of TARGET=a800 (STAGE=train: only one); images/targets.toml lists the targets
-	@images/build.sh "$(TARGET)" "$(STAGE)"
+	@images/build.sh "$$TARGET" "$$STAGE"
 
 push: ## tag the images of TARGET=a800 for REGISTRY=host/team and push them
-	@REGISTRY="$(REGISTRY)" images/build.sh --push "$(TARGET)" "$(STAGE)"
+	@images/build.sh --push "$$TARGET" "$$STAGE"
 
 k8s-run: ## run the four stages as Kubernetes Jobs on cards of TARGET=a800, with images from REGISTRY
-	@REGISTRY="$(REGISTRY)" k8s/run.sh "$(TARGET)" $(NAMESPACE)
+	@k8s/run.sh "$$TARGET" $${NAMESPACE:+"$$NAMESPACE"}
 
 # three processes: with two, two cores are idle for a seventh of the time
 test: setup .venv/.zero ## run the tests, with real models (12 to 15 minutes on 2 cores)
@@ -65,21 +72,25 @@ reference: setup ## write docs/recipe-reference.md from the recipe's schema
 lock: setup ## write the locked requirements of host and images from their inputs
 	@PATH="$$PWD/$(BIN):$$PATH" sh requirements/lock.sh && PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python images/lock.py
 
-.env: ## write settings for `docker compose up infer`: your uid and TARGET=a800
+.env: ## write settings for `docker compose up infer`: your uid and TARGET=a800; with TARGET=cpu also the profile tiny
 	@[ ! -e $@ ] || { echo "error: $@ exists; edit it, or delete it first" >&2; exit 2; }
-	@# never root: uid 0 becomes 1000, the user of the images
-	@uid=$$(id -u) gid=$$(id -g); printf 'TARGET=%s\nLORRY_UID=%s\nLORRY_GID=%s\n' "$(or $(TARGET),a800)" \
-	  "$${uid/#0/1000}" "$${gid/#0/1000}" > $@ && cat $@
+	@target="$${TARGET:-a800}"; [ -f "compose/$${target//\//?}.env" ] || { exec >&2; \
+	  echo "error: no target '$$target'; known targets: $(sort $(basename $(notdir $(wildcard compose/*.env))))"; exit 2; }; \
+	uid=$$(id -u) gid=$$(id -g); printf '%s\n' "TARGET=$$target" "LORRY_UID=$${uid/#0/1000}" "LORRY_GID=$${gid/#0/1000}" > $@; \
+	[ "$$target" != cpu ] || printf '%s\n' "# small models: a recipe's own are too large for a CPU" LORRY_PROFILE=tiny >> $@; \
+	cat $@
 
 clean: ## delete the demo's run and Python's caches; keeps .venv and models
 	@rm -rf runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/.host: requirements/host.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
-	@$(PYTHON) -c 'import ensurepip, venv' \
-	  || { echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 2; }
-	@$(PYTHON) -m venv .venv
+	@command -v "$${PYTHON:-python3}" > /dev/null \
+	  || { echo "error: $${PYTHON:-python3}: no such command; name a Python from 3.11 on: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@"$${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $${PYTHON:-python3} is older than Python 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@"$${PYTHON:-python3}" -c 'import ensurepip, venv' \
+	  || { echo "error: $${PYTHON:-python3} has no venv module; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	@"$${PYTHON:-python3}" -m venv .venv
 	@$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/host.txt
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -102,6 +113,6 @@ clean: ## delete the demo's run and Python's caches; keeps .venv and models
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --require-hashes --upgrade --target .venv/zero \
 	  -r requirements/zero.txt && touch $@
 
-models/.ready: recipes/demo_models.py | .venv/.ready .venv/.gptq
+models/.ready: recipes/demo_models.py | .venv/.ready
 	@$(BIN)/python recipes/demo_models.py models 2> models.log || { tail -20 models.log >&2; exit 1; }
 	@rm -f models.log && touch $@

@@ -1,6 +1,7 @@
 """What the commands share: their options, printing, and errors as one line."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Generator
 from functools import partial, wraps
@@ -10,6 +11,14 @@ import click
 
 from stages.contract.errors import LorryError
 from stages.host.outcome import Problem
+
+
+class _Setting(click.types.StringParamType):
+    """A KEY=VALUE of --set. In an environment variable there may be several, with blanks between them."""
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """The settings in an environment variable. A value may hold blanks: the next setting starts at a KEY=."""
+        return re.split(r"\s+(?=[A-Za-z_][\w.]*=)", rv.strip())
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,6 +39,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--set",
             "overrides",
+            type=_Setting(),
             multiple=True,
             metavar="KEY=VALUE",
             envvar="LORRY_SET",

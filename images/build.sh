@@ -41,6 +41,14 @@ for stage in $stages; do
   [ -s "images/$stage/$LINE.txt" ] || fail "no images/$stage/$LINE.txt, the lock of $stage for $target; write it: make lock"
 done
 
+case ${KERNELS:-none} in
+  none | compiled) ;;
+  *) fail "KERNELS=$KERNELS: no such value; known values: none compiled" ;;
+esac
+for name in PIP_CONF CA_CERT; do
+  [ -z "${!name-}" ] || [ -f "${!name}" ] || fail "$name=${!name}: no such file; name another, or leave it out"
+done
+
 answer=$(docker info 2>&1) || case $answer in
   *"permission denied"*) fail "uid $(id -u) may not use the Docker socket; join the group docker, or use sudo" ;;
   *) fail "no Docker engine answers (${DOCKER_HOST:-/var/run/docker.sock}); start it: systemctl start docker" ;;
@@ -64,6 +72,10 @@ REVISION=$(git rev-parse HEAD 2> /dev/null || true)
 LOCKS=$(cat images/*/*.txt | sha256sum | cut -d ' ' -f 1)
 export BUILDX_BAKE_ENTITLEMENTS_FS=0 # newer buildx asks before it reads PIP_CONF and CA_CERT
 export TARGET=$target LINE ARCHITECTURE VARIANT VERSION REVISION LOCKS REGISTRY=
+if [ "$LINE" = cpu ] && [ -z "${PIP_CONF-}" ]; then # a base image may have its own pip.conf
+  echo "note: target cpu needs an index that has the CPU build of torch; if the build finds none, add PIP_CONF=pip.conf" \
+    "(docs/cards-and-images.md shows one)" >&2
+fi
 # shellcheck disable=SC2086 # one word for each stage
 docker buildx bake --file images/docker-bake.hcl --load $stages
 for stage in $stages; do

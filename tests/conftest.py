@@ -1,5 +1,6 @@
 """What the tests share: PDFs that they make, the real models, and the real commands as processes."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -131,6 +132,17 @@ def embedder() -> Path:
 def language_model() -> Path:
     """The folder of a real language model."""
     return need_model("SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def gptq_base(language_model: Path) -> Path:
+    """The folder of that language model in GPTQ's 4 bits. The first test that needs it makes it, in 1.5 minutes."""
+    if importlib.util.find_spec("gptqmodel") is None:
+        pytest.skip("gptqmodel is not installed: `make setup` installs it where there is a C compiler")
+    folder = MODELS / "SmolLM2-135M-Instruct-GPTQ-Int4"
+    if not folder.exists():
+        subprocess.run([sys.executable, REPOSITORY / "recipes" / "demo_models.py", MODELS, folder.name], check=True)
+    return need_model(folder.name)
 
 
 def make_pdf(path: Path, texts: list[str], size: tuple[float, float] = (200, 280), **save: Any) -> Path:

@@ -80,8 +80,8 @@ def engine_libraries() -> dict[str, tuple[str, ...]]:
 def start_engine(name: str, settings: "EngineSettings") -> "Engine":
     """Start the engine `name`, which loads model and adapters. Returns it.
 
-    Raises UsageError for an unknown name and for a model type that the engine cannot serve, and the engine's own
-    errors, such as DoesNotFitError.
+    Raises UsageError for an unknown name and for a model type that the engine cannot serve, DoesNotFitError for GPUs
+    that torch cannot use, and the engine's own errors.
     """
     kind = engine_kind(name)
     model_type = (read_json(settings.model / "config.json") or {}).get("model_type")
@@ -90,6 +90,10 @@ def start_engine(name: str, settings: "EngineSettings") -> "Engine":
         raise UsageError(
             f"{settings.model}: {name} cannot serve {model_type} models; set infer.engine to {' or '.join(others)}"
         )
+    if "torch" in kind.libraries:
+        from stages.engines.cuda import refuse_dead_gpus
+
+        refuse_dead_gpus()
     module, _, attribute = kind.path.partition(":")
     engine: Engine = getattr(importlib.import_module(module), attribute)(settings)
     return engine

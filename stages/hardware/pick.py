@@ -8,9 +8,14 @@ from itertools import groupby
 
 from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
 from stages.hardware.holds import Holds
-from stages.hardware.probe import Gpu, read_cards, visible_gpus
+from stages.hardware.probe import Gpu, gpus_named, read_cards
+from stages.hardware.targets import gpu_target, load_targets
 
 GIB = 2**30
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+NVML_ORDER = "PCI_BUS_ID"
+"""The value of CUDA_DEVICE_ORDER with which CUDA numbers GPUs by their place on the bus, as NVML and nvidia-smi do."""
 
 Capability = tuple[int, int]
 
@@ -91,27 +96,90 @@ def denied_cards(text: str | None, gpus: tuple[Gpu, ...]) -> frozenset[int]:
     return frozenset(denied)
 
 
-def hide_denied_cards(needs_one: bool = True) -> None:
-    """Remove the GPUs in LORRY_GPU_DENY from CUDA_VISIBLE_DEVICES, for this process and those that it starts.
+def hide_unusable_gpus(needs_one: bool = True) -> list[str]:
+    """Set CUDA_VISIBLE_DEVICES to the GPUs that a stage may use, for this process and those that it starts.
 
-    Also sets CUDA_DEVICE_ORDER, so that CUDA numbers GPUs as NVML does. A stage that `lorry launch` did not start needs
-    this. Does nothing without visible GPUs, and with LORRY_TARGET=cpu. Raises UsageError for an entry that is not a
-    GPU, and DoesNotFitError if no GPU is left and `needs_one`, as the stage would take hours on a CPU.
+    They are those of `allowed_gpus`. The variable gets NVML's numbers, as libraries read it as integers, and
+    CUDA_DEVICE_ORDER is set, so that CUDA numbers GPUs as NVML does. Returns lines to print, on GPUs that are left out.
+    Raises the errors of `allowed_gpus`.
     """
-    text = os.environ.get("LORRY_GPU_DENY", "").strip()
-    gpus = read_cards().gpus if text and os.environ.get("LORRY_TARGET") != "cpu" else ()
-    shown = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if not shown:
-        return
-    denied = denied_cards(text, gpus)
-    left = [gpu for gpu in shown if gpu.index not in denied]
-    if not left and needs_one:
-        raise DoesNotFitError(
-            f"LORRY_GPU_DENY={text}: denies every GPU here ({_gpu_names(shown)}); allow one, or set LORRY_TARGET=cpu"
+    shown, left = allowed_gpus(needs_one)
+    setting, on_cpu = os.environ.get(VISIBLE), os.environ.get("LORRY_TARGET") == "cpu"
+    hides_one = any(gpu not in left and not gpu.lost for gpu in shown)
+    os.environ["CUDA_DEVICE_ORDER"] = NVML_ORDER
+    if on_cpu or hides_one or setting is not None:
+        os.environ[VISIBLE] = ",".join(str(gpu.index) for gpu in left)
+    if setting and not left and not on_cpu:
+        return [f"{VISIBLE}={setting}: leaves no GPU, so this stage computes on the CPU"]
+    return [f"{gpu} is left out: {reason_to_skip(gpu, frozenset())}" for gpu in shown if gpu.lost or gpu.mig]
+
+
+def allowed_gpus(needs_one: bool) -> tuple[tuple[Gpu, ...], tuple[Gpu, ...]]:
+    """The GPUs of `shown_gpus`, and those of them that a stage may use: not denied, not lost, not in MIG mode.
+
+    Both are empty with LORRY_TARGET=cpu. Raises the errors of `denied_cards` and `shown_gpus`. With `needs_one`, raises
+    DoesNotFitError if the driver does not answer or no GPU may be used, as the stage would take hours on a CPU.
+    """
+    if os.environ.get("LORRY_TARGET") == "cpu":
+        return (), ()
+    found, text = read_cards(), os.environ.get("LORRY_GPU_DENY", "").strip()
+    if found.problem:
+        if needs_one:
+            raise DoesNotFitError(f"{found.problem}, or set LORRY_TARGET=cpu to compute without GPUs")
+        return (), ()
+    denied = denied_cards(text, found.gpus) if found.gpus else frozenset()
+    shown = shown_gpus(found.gpus)
+    reasons = {gpu: reason_to_skip(gpu, denied) for gpu in shown}
+    left = tuple(gpu for gpu, reason in reasons.items() if not reason)
+    if shown and not left and needs_one:
+        raise DoesNotFitError(_none_left_text(text, reasons))
+    return shown, left
+
+
+def shown_gpus(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES shows, in its order; all of `gpus` if it is not set. `-1` ends the list.
+
+    Where CUDA would hide GPUs without a word, and a stage would compute on the CPU, an error says so. Raises UsageError
+    for an entry that is not a GPU, for a GPU that is named twice or in MIG mode, and for a CUDA_DEVICE_ORDER that is
+    not NVML's; DoesNotFitError for a named GPU that no longer answers.
+    """
+    setting = os.environ.get(VISIBLE)
+    refuse_other_order(gpus)
+    if not setting:
+        return gpus if setting is None else ()
+    where, chosen = f"{VISIBLE}={setting}", []
+    for name in map(str.strip, setting.split(",")):
+        if name == "-1":
+            break
+        if not gpus:
+            raise UsageError(
+                f"{where}: names a GPU, but NVML shows none on this machine; unset it, or set LORRY_TARGET=cpu"
+            )
+        gpu = _find_gpu(name, gpus, where)
+        if gpu in chosen:
+            raise UsageError(f"{where}: names {gpu} twice, and CUDA then shows none; name each GPU once")
+        refuse_unusable_gpu(gpu, where, frozenset())
+        chosen.append(gpu)
+    return tuple(chosen)
+
+
+def refuse_other_order(gpus: tuple[Gpu, ...]) -> None:
+    """Raise UsageError if CUDA_DEVICE_ORDER makes CUDA number several GPUs otherwise than NVML does."""
+    order = os.environ.get("CUDA_DEVICE_ORDER") or NVML_ORDER
+    if order != NVML_ORDER and len(gpus) > 1:
+        raise UsageError(
+            f"CUDA_DEVICE_ORDER={order}: Lorry numbers GPUs as nvidia-smi does; unset it, or set it to {NVML_ORDER}"
         )
-    if len(left) < len(shown):  # NVML numbers GPUs by their place on the bus
-        numbers = ",".join(str(gpu.index) for gpu in left)
-        os.environ |= {"CUDA_VISIBLE_DEVICES": numbers, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def _none_left_text(deny: str, reasons: dict[Gpu, str]) -> str:
+    """The error for GPUs of which a stage may use none, for these reasons. `deny` is the value of LORRY_GPU_DENY."""
+    if len({*reasons.values()}) == 1 and deny and "LORRY_GPU_DENY" in next(iter(reasons.values())):
+        names = _gpu_names(tuple(reasons))
+        return f"LORRY_GPU_DENY={deny}: denies every GPU here ({names}); allow one, or set LORRY_TARGET=cpu"
+    texts = "; ".join(f"{gpu}: {reason}" for gpu, reason in reasons.items())
+    mig = " (sudo nvidia-smi -i N -mig 0 turns MIG mode off)" if any(gpu.mig for gpu in reasons) else ""
+    return f"GPUs here: Lorry may use none ({texts}); make one usable{mig}, or set LORRY_TARGET=cpu"
 
 
 def named_cards(wish: Wish, gpus: tuple[Gpu, ...], denied: frozenset[int]) -> tuple[Gpu, ...]:
@@ -157,8 +225,8 @@ def _find_gpu(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
     here = f"this machine has: {_gpu_names(gpus)}"
     if name.upper().startswith("MIG-"):
         raise UsageError(f"{where}: {name} is a MIG slice, and Lorry binds whole GPUs; name one; {here}")
+    found = gpus_named(name, gpus)
     if name.upper().startswith("GPU-"):
-        found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(name.lower())]
         if len(found) > 1:
             which = ", ".join(f"{gpu.index} {gpu.uuid}" for gpu in found)
             raise UsageError(f"{where}: {len(found)} UUIDs begin with {name}: {which}; write more of the UUID")
@@ -168,10 +236,9 @@ def _find_gpu(name: str, gpus: tuple[Gpu, ...], where: str) -> Gpu:
         return found[0]
     if not name.isdecimal() or not name.isascii():
         raise UsageError(f"{where}: {name!r} is not a GPU's number or UUID, as in 0,2 or GPU-8f5e; {here}")
-    for gpu in gpus:
-        if gpu.index == int(name):
-            return gpu
-    raise UsageError(f"{where}: no GPU {int(name)}; {here}")
+    if not found:
+        raise UsageError(f"{where}: no GPU {int(name)}; {here}")
+    return found[0]
 
 
 def _may_be_lost(name: str, gpus: tuple[Gpu, ...]) -> bool:
@@ -209,9 +276,9 @@ def pick_cards(
 ) -> Pick:
     """Choose the GPUs for `auto` and hold them for this process alone.
 
-    It takes those with the most free memory, all of one compute capability that is not below `oldest`: as many as the
-    wish says, or as many as the job can use. Raises DoesNotFitError, with the state of each GPU, if too few have enough
-    free memory, and the errors of `Holds.choice_lock`.
+    It takes those with the most free memory, all of one target and of one compute capability that is not below
+    `oldest`: as many as the wish says, or as many as the job can use. Raises DoesNotFitError, with the state of each
+    GPU, if too few have enough free memory, and the errors of `Holds.choice_lock`.
     """
     with holds.choice_lock():
         free, reasons = [], {}
@@ -252,11 +319,17 @@ def reason_to_skip(gpu: Gpu, denied: frozenset[int], oldest: Capability = (0, 0)
 def _best_gpus(free: list[Gpu], count: int | None, need: Need, amount: Bytes) -> tuple[Gpu, ...]:
     """The GPUs to take, sorted by index; empty if the job fits on too few. `free` is sorted by free memory, most first.
 
-    All have one compute capability: the one with the most GPUs on which the job fits; of equals, the newest.
+    All have one compute capability and one target: the ones with the most GPUs on which the job fits; of equals, the
+    newest.
     """
     found: list[tuple[int, Capability, list[Gpu]]] = []
-    kinds = sorted(free, key=lambda gpu: gpu.capability)
-    for capability, group in groupby(kinds, key=lambda gpu: gpu.capability):
+    targets = load_targets()
+
+    def kind(gpu: Gpu) -> tuple[Capability, str]:
+        target = gpu_target(gpu, targets)
+        return gpu.capability, target.name if target else ""
+
+    for (capability, _), group in groupby(sorted(free, key=kind), key=kind):
         cards = list(group)
         for number in [count] if count else filter(need.usable, range(min(len(cards), need.most), 0, -1)):
             fitting = [gpu for gpu in cards if gpu.memory_free >= amount(number, capability)]

@@ -81,8 +81,9 @@ class Machine:
 def probe() -> Machine:
     """The CPUs and GPUs that this process can use, and the machine's memory.
 
-    GPUs that CUDA_VISIBLE_DEVICES hides are left out, and so are GPUs that no longer answer. There are no GPUs, and no
-    error, without an NVIDIA driver, and with LORRY_TARGET=cpu, which the CPU images and the demo set.
+    GPUs that CUDA_VISIBLE_DEVICES hides are left out, and so are GPUs that no longer answer or are in MIG mode. There
+    are no GPUs, and no error, without an NVIDIA driver, and with LORRY_TARGET=cpu, which the CPU images and the demo
+    set.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cards = Cards(()) if os.environ.get("LORRY_TARGET") == "cpu" else read_cards()
@@ -90,25 +91,35 @@ def probe() -> Machine:
     return Machine(
         cpus=len(os.sched_getaffinity(0)),
         memory_bytes=memory,
-        gpus=tuple(gpu for gpu in shown if not gpu.lost),
+        gpus=tuple(gpu for gpu in shown if not gpu.lost and not gpu.mig),
         problem=cards.problem,
     )
 
 
 def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that are visible if CUDA_VISIBLE_DEVICES is `setting`; None: all.
+    """The GPUs that are visible if CUDA_VISIBLE_DEVICES is `setting`, in its order; None: all.
 
-    As in CUDA, an entry that is no GPU's number or UUID hides itself and all entries after it.
+    As in CUDA, an entry that does not name one GPU (-1, say) hides itself and all entries after it, and a GPU that is
+    named twice hides all. Source: CUDA C++ Programming Guide, "CUDA environment variables".
     """
     if setting is None:
         return gpus
     chosen: list[Gpu] = []
     for name in setting.split(","):
-        found = [gpu for gpu in gpus if name.strip() in (str(gpu.index), gpu.uuid) and name.strip()]
-        if not found:
+        found = gpus_named(name.strip(), gpus)
+        if len(found) != 1:
             break
+        if found[0] in chosen:
+            return ()
         chosen += found
     return tuple(chosen)
+
+
+def gpus_named(name: str, gpus: tuple[Gpu, ...]) -> list[Gpu]:
+    """The GPU with the index `name`, or the GPUs whose UUID begins with it."""
+    if name.upper().startswith("GPU-"):
+        return [gpu for gpu in gpus if gpu.uuid.lower().startswith(name.lower())]
+    return [gpu for gpu in gpus if name.isascii() and name.isdecimal() and gpu.index == int(name)]
 
 
 def read_cards() -> Cards:

@@ -2,11 +2,11 @@
 
 import os
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from stages.contract.errors import DoesNotFitError, UsageError
-from stages.hardware.probe import Machine
+from stages.hardware.probe import Gpu, Machine
 
 TARGETS_FILE = Path(__file__).parents[2] / "images" / "targets.toml"
 
@@ -36,6 +36,20 @@ class Target:
     """Value of nvidia.com/gpu.product on Kubernetes nodes with the card."""
     variant_of: str | None
     """The target of the same card from which this one differs in train's wheels; None if it is not a variant."""
+
+    def is_product(self, gpu: Gpu) -> bool:
+        """Whether a GPU's name has every word of `node_label`, which is a product's name with dashes for blanks."""
+        return bool(self.node_label) and _words(self.node_label) <= _words(gpu.name)
+
+    def likeness(self, gpu: Gpu) -> tuple[bool, int, int, str]:
+        """How well the target describes a GPU of its compute capability; the larger, the better.
+
+        It compares the product's name, then the words that it shares with it, then the memory; the target's name
+        decides between equals, so that the order of the targets never does.
+        """
+        shared = len(_words(self.node_label) & _words(gpu.name))
+        gap = abs((self.memory_gib or 0) - round(gpu.memory_total / 2**30))
+        return self.is_product(gpu), shared, -gap, self.name
 
 
 def load_targets(path: Path = TARGETS_FILE) -> dict[str, Target]:
@@ -80,10 +94,11 @@ def _target(name: str, values: dict[str, object]) -> Target:
 
 
 def machine_target(machine: Machine, targets: dict[str, Target]) -> Target:
-    """The target of a machine's GPUs, by their compute capability, not by their name; `cpu` without GPUs.
+    """The target of a machine's GPUs; `cpu` without GPUs.
 
-    It is the newest target that is not newer than the GPUs; of several with the same capability, the first. Variants
-    are left out. Raises UsageError if the GPUs differ in compute capability or are older than every target.
+    It is the newest target that is not newer than the GPUs; of several with the same capability, the one that is most
+    like the GPUs' product (`Target.likeness`). Variants are left out. Raises UsageError if the GPUs differ in compute
+    capability or target, or are older than every target.
     """
     capabilities = {gpu.capability for gpu in machine.gpus}
     if not capabilities:
@@ -93,22 +108,35 @@ def machine_target(machine: Machine, targets: dict[str, Target]) -> Target:
         raise UsageError(
             f"visible GPUs: differ in compute capability ({different}); choose GPUs of one kind (GPUS=...)"
         )
-    found = capabilities.pop()
-    cards = [target for target in targets.values() if target.variant_of is None]
-    fitting = [target for target in cards if target.capability is not None and target.capability <= found]
-    if not fitting:
+    found = {target.name: target for gpu in machine.gpus if (target := gpu_target(gpu, targets))}
+    if not found:
         raise UsageError(
-            f"visible GPUs: compute capability {_version_text(found)} is older than every target in"
+            f"visible GPUs: compute capability {_version_text(capabilities.pop())} is older than every target in"
             f" images/{TARGETS_FILE.name}; choose other GPUs (GPUS=...), or set TARGET=cpu"
         )
-    return max(fitting, key=lambda target: target.capability or (0, 0))
+    if len(found) > 1:
+        raise UsageError(f"visible GPUs: differ in target ({', '.join(found)}); choose GPUs of one kind (GPUS=...)")
+    return found.popitem()[1]
+
+
+def gpu_target(gpu: Gpu, targets: dict[str, Target]) -> Target | None:
+    """The target of one GPU, as `machine_target` chooses it; None if the GPU is older than every target."""
+    cards = [target for target in targets.values() if target.variant_of is None and target.capability is not None]
+    fitting = [target for target in cards if (target.capability or (0, 0)) <= gpu.capability]
+    return max(fitting, key=lambda target: (target.capability or (0, 0), target.likeness(gpu)), default=None)
+
+
+def _words(name: str | None) -> set[str]:
+    """The words of a product's name, in lower case. NVML puts blanks or dashes between them, Kubernetes only dashes."""
+    return {*(name or "").lower().replace("-", " ").split()}
 
 
 def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
     """The target of the GPUs that a stage uses; `cpu` if LORRY_TARGET is `cpu`.
 
     LORRY_TARGET names the image's target. It is returned only if it has the same compute capability as the target of
-    the GPUs (`machine_target`); otherwise, and without LORRY_TARGET, the target of the GPUs is returned. Raises
+    the GPUs (`machine_target`) and they are not another target's product; otherwise, and without LORRY_TARGET, the
+    target of the GPUs is returned. A variant keeps its facts on wheels, and gets the environment of the GPUs. Raises
     DoesNotFitError if the machine's GPUs cannot be seen because of a driver problem, if an image for a card sees no GPU
     or an older GPU than its kernels need, or if the driver is too old for the image's CUDA. Raises UsageError for an
     unknown LORRY_TARGET, and the errors of `machine_target`.
@@ -133,7 +161,10 @@ def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
             f" {card.name} has {_version_text(card.capability)}; use TARGET={cards_target.name}"
         )
     refuse_old_driver(image, card.driver)
-    return image if image.capability == cards_target.capability else cards_target
+    is_other_product = cards_target.is_product(card) and not image.is_product(card)
+    if image.capability != cards_target.capability or (is_other_product and image.variant_of is None):
+        return cards_target
+    return replace(image, environment=cards_target.environment) if is_other_product else image
 
 
 def refuse_old_driver(target: Target, driver: str) -> None:

@@ -9,6 +9,7 @@ from stages.contract.errors import DoesNotFitError, LorryError, UsageError
 from stages.hardware.holds import Holds
 from stages.hardware.pick import (
     GIB,
+    VISIBLE,
     Bytes,
     Capability,
     Need,
@@ -18,6 +19,7 @@ from stages.hardware.pick import (
     named_cards,
     parse_wish,
     pick_cards,
+    refuse_other_order,
     refuse_unusable_gpu,
 )
 from stages.hardware.probe import Cards, Gpu, Machine
@@ -65,11 +67,11 @@ def choose_cards(
     """Choose the GPUs for these stages, and hold them if one of the stages computes on GPUs.
 
     `text` is the value of GPUS, `target` a target's name, and `options` name the run (`open_run`). If NVML shows no
-    GPUs, nothing is held. Raises UsageError for an unknown target, a wrong GPUS or LORRY_GPU_DENY, GPUS with the target
-    `cpu`, and lock files that cannot be used; InterruptedRunError if another Lorry process holds the GPUs exclusively,
-    or is still choosing; DoesNotFitError if `auto` finds too few GPUs, if a named GPU no longer answers, or if NVML
-    does not answer. With `auto`, also raises the errors of `job_need`, and DoesNotFitError if the number of GPUs cannot
-    reach the effective batch that train.exact_batch requires.
+    GPUs, nothing is held. Raises UsageError for an unknown target, a wrong GPUS or LORRY_GPU_DENY, a CUDA_DEVICE_ORDER
+    that is not NVML's, GPUS with the target `cpu`, and lock files that cannot be used; InterruptedRunError if another
+    Lorry process holds the GPUs exclusively, or is still choosing; DoesNotFitError if `auto` finds too few GPUs, if a
+    named GPU no longer answers, or if NVML does not answer. With `auto`, also raises the errors of `job_need`, and
+    DoesNotFitError if the number of GPUs cannot reach the effective batch that train.exact_batch requires.
     """
     wish = parse_wish(text) if text and text.strip() else None
     gpu_stages = tuple(stage for stage in stages if stage in GPU_STAGES)
@@ -82,6 +84,7 @@ def choose_cards(
         return CardChoice()
     if found.problem and (gpu_stages or named is None):
         raise DoesNotFitError(f"{found.problem}, or set TARGET=cpu")
+    refuse_other_order(found.gpus)
     if not found.gpus and not (wish and wish.auto):
         return _cards_by_name(wish, named is not None and bool(gpu_stages))
     denied = denied_cards(os.environ.get("LORRY_GPU_DENY"), found.gpus)
@@ -90,7 +93,9 @@ def choose_cards(
     cards = named_cards(wish, found.gpus, denied) if wish else _default_cards(found.gpus, denied, bool(gpu_stages))
     if gpu_stages:
         hold_named_cards(cards, f"GPUS={wish.text}" if wish else DEFAULT, holds)
-    return CardChoice(cards)
+    setting = os.environ.get(VISIBLE)
+    ignored = f"{VISIBLE}={setting}: not read here; GPUS names the GPUs of a launch (default: 0)"
+    return CardChoice(cards, lines=(ignored,) if setting and cards and wish is None else ())
 
 
 def choose_target(name: str | None, choice: CardChoice, gpus: tuple[Gpu, ...]) -> Target:

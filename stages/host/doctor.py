@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stages.contract.errors import Exit, LorryError, UsageError
 from stages.contract.roots import Roots
 from stages.hardware.holds import Holds
-from stages.hardware.pick import denied_cards, gib_text
+from stages.hardware.pick import denied_cards, gib_text, shown_gpus
 from stages.hardware.probe import Cards, Gpu, Machine, has_card_on_bus, read_cards
 from stages.hardware.targets import Target, load_targets, machine_target, named_target, refuse_old_driver
 from stages.host.containers import (
@@ -407,6 +407,11 @@ def _check_model(folder: Path) -> Finding:
 
 def _check_gpus(cards: Cards) -> Iterator[Finding]:
     """Yield a finding on each GPU: whether Lorry can use it, its free memory, and the processes that use the rest."""
+    if not cards.problem:
+        try:
+            shown_gpus(cards.gpus)
+        except LorryError as error:
+            yield _error_finding("GPUs", error)
     if not cards.gpus:
         yield _unchecked_finding("GPUs", "NVML shows none")
         return

@@ -12,8 +12,8 @@ from stages.engines import engine_kind
 from stages.hardware.batch import refuse_inexact_batch
 from stages.hardware.fit import Offers, Way, disk_bytes, plan_training, recipe_way, smallest_changes
 from stages.hardware.memory import Lengths, gap_in_estimate, max_lengths, trained_parameters
-from stages.hardware.pick import denied_cards, describe_memory, reason_to_skip
-from stages.hardware.probe import Gpu, Machine, read_cards, visible_gpus
+from stages.hardware.pick import denied_cards, describe_memory, reason_to_skip, shown_gpus
+from stages.hardware.probe import Gpu, Machine, read_cards
 from stages.hardware.serve import plan_serving
 from stages.hardware.targets import (
     Target,
@@ -129,8 +129,8 @@ def _planned_gpus(target: str | None, count: int, memory: float | None, precisio
 def _usable_gpus() -> tuple[Gpu, ...]:
     """The GPUs here that a launch could take; empty without GPUs, and with LORRY_TARGET=cpu.
 
-    Raises DoesNotFitError if there are GPUs but a launch could take none, or if the driver does not answer, and
-    UsageError if LORRY_GPU_DENY is wrong.
+    Raises DoesNotFitError if there are GPUs but a launch could take none, or if the driver does not answer, UsageError
+    if LORRY_GPU_DENY is wrong, and the errors of `shown_gpus`.
     """
     if os.environ.get("LORRY_TARGET") == "cpu":
         return ()
@@ -138,7 +138,7 @@ def _usable_gpus() -> tuple[Gpu, ...]:
     if found.problem:
         raise DoesNotFitError(f"{found.problem}; to plan for other GPUs, name a --target")
     denied = denied_cards(os.environ.get("LORRY_GPU_DENY"), found.gpus) if found.gpus else frozenset()
-    shown = visible_gpus(found.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    shown = shown_gpus(found.gpus)
     reasons = {gpu: reason_to_skip(gpu, denied) for gpu in shown}
     if shown and all(reasons.values()):
         texts = "; ".join(f"GPU {gpu.index}: {reason}" for gpu, reason in reasons.items())

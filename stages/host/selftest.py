@@ -17,6 +17,7 @@ from stages.contract.errors import DoesNotFitError, UsageError
 from stages.contract.roots import Roots
 from stages.engines import engine_libraries
 from stages.hardware.fatbin import architectures, has_code_for
+from stages.hardware.pick import hide_unusable_gpus
 from stages.hardware.targets import Target, load_targets, named_target
 from stages.host.needs import GPU_STAGES, LIBRARIES, OPTIONAL_LIBRARIES
 
@@ -25,7 +26,8 @@ def selftest(stage: str) -> Generator[str, None, None]:
     """Check that this image, or this host, has what a stage needs. Yields a line for each check.
 
     Raises UsageError for an unknown LORRY_TARGET, a library that cannot be imported or read, or a mount that is not
-    writable, and DoesNotFitError for a library without code for the target's card, or a GPU that does not compute.
+    writable, DoesNotFitError for a library without code for the target's card, or a GPU that does not compute, and the
+    errors of `hide_unusable_gpus`.
     """
     name = os.environ.get("LORRY_TARGET")
     target = named_target(name, load_targets()) if name else None
@@ -33,6 +35,7 @@ def selftest(stage: str) -> Generator[str, None, None]:
     yield f"lorry {importlib.metadata.version('lorry')}, revision {revision or 'unknown'}"
     yield f"image {image or 'none (a local process)'}, target {name or 'by the GPUs'}"
     yield f"python {platform.python_version()}"
+    yield from hide_unusable_gpus(needs_one=False)
     optional = [library for library in OPTIONAL_LIBRARIES.get(stage, ()) if importlib.util.find_spec(library)]
     modules = {library: _import_library(library) for library in (*LIBRARIES[stage], *optional)}
     yield from (f"{library} {_version(library, module)}" for library, module in modules.items())

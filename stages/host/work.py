@@ -3,16 +3,16 @@
 import importlib
 
 from stages.contract.stage import Stage
-from stages.hardware.pick import hide_denied_cards
+from stages.hardware.pick import hide_unusable_gpus
 from stages.host.needs import GPU_STAGES
 
 
 def run_work(stage: Stage) -> None:
-    """Run `work` of `stages.<stage>.stage`, on GPUs that LORRY_GPU_DENY does not name.
+    """Run `work` of `stages.<stage>.stage`, on the GPUs that it may use.
 
-    Raises UsageError if LORRY_GPU_DENY is wrong, DoesNotFitError if the stage needs a GPU and LORRY_GPU_DENY leaves
-    none, and what the work raises.
+    Raises the errors of `hide_unusable_gpus`, and what the work raises.
     """
     if stage.name != "eval":
-        hide_denied_cards(needs_one=stage.name in GPU_STAGES)
+        for line in hide_unusable_gpus(needs_one=stage.name in GPU_STAGES):
+            stage.events.say(line)
     importlib.import_module(f"stages.{stage.name}.stage").work(stage)

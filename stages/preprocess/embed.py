@@ -22,6 +22,7 @@ import numpy.typing as npt
 from stages.contract.files import FileHashes, digest_of, open_atomically, read_json
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
+from stages.engines.cuda import refuse_dead_gpus
 from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
 from stages.preprocess.passages import Window, sentence_window
@@ -233,6 +234,8 @@ class Embedder:
         the format as a decision if the embedder takes pictures."""
         machine = probe()
         target = working_target(machine, load_targets())
+        if not self._devices:
+            refuse_dead_gpus()
         if self._settings.takes_pictures:
             self._stage.decide("embedding in", target.dtype, f"target {target.name}")
         return target.dtype, list(self._devices or [f"cuda:{n}" for n in range(len(machine.gpus))] or ["cpu"])

@@ -25,7 +25,7 @@ from stages.contract.files import machine_error, read_json, read_jsonl, remove, 
 from stages.contract.mixes import samples_with_pictures, training_samples, validation_samples
 from stages.contract.recipe import Train
 from stages.contract.stop import StopRequest, die_with_parent, make_forks_die_with_parents
-from stages.hardware.probe import read_cards
+from stages.engines.cuda import refuse_dead_cards
 from stages.hardware.targets import refuse_4bit_twice
 from stages.models.connector import link_connector
 from stages.models.control_words import count_said
@@ -74,7 +74,7 @@ def train(job: Job, progress: Progress, stop: StopRequest) -> None:
     os.environ |= {"HF_DATASETS_CACHE": str(scratch / "datasets"), "MODELSCOPE_CACHE": str(scratch / "modelscope")}
 
     if not job.use_cpu:
-        _refuse_dead_cards(job)
+        refuse_dead_cards(job.cards)
     if job.connector is not None:
         job = replace(job, model=link_connector(job.model, *job.connector, scratch / "model"))
     from stages.train.older_torch import add_missing_names
@@ -160,25 +160,6 @@ def _write_samples(job: Job, sft: Any, scratch: Path) -> tuple[dict[str, int], d
         counts[split] = len(kept)
         write_jsonl(scratch / f"{split}.jsonl", pad_samples(kept, job.processes) if split == "train" else kept)
     return counts, left_out, unused
-
-
-def _refuse_dead_cards(job: Job) -> None:
-    """Raise DoesNotFitError if torch cannot use the GPUs. torch's own error comes late and hides the cause."""
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    driver = read_cards().driver or "of an unknown version"
-    cards, version = "; ".join(job.cards), torch.__version__
-    if torch.version.cuda is None:
-        raise DoesNotFitError(
-            f"{cards}: torch {version} is built without CUDA (NVIDIA driver {driver}); install a torch with CUDA, or"
-            " set LORRY_TARGET=cpu to train without GPUs"
-        )
-    raise DoesNotFitError(
-        f"{cards}: torch {version} is built for CUDA {torch.version.cuda} and cannot use them with NVIDIA driver"
-        f" {driver}; update the driver, or install a torch for an older CUDA (`lorry doctor` shows both)"
-    )
 
 
 def _let_memory_segments_grow() -> None:

@@ -14,22 +14,19 @@ from stages.engines.engine import EngineSettings
 from stages.models import gptq
 from stages.models.merge import write_merged_copy
 from stages.models.rendering import Renderer
-from tests.conftest import need_model
 
 QUESTIONS = ("What is the capital of France?", "Which is larger, a lake or an ocean?", "What does a valve do?")
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
-def base() -> Iterator[Path]:
+def base(gptq_base: Path) -> Iterator[Path]:
     """The model, and one thread: unpacking is many small steps, in which two threads wait for each other."""
-    if importlib.util.find_spec("gptqmodel") is None:
-        pytest.skip("gptqmodel is not installed: `make setup` installs it where there is a C compiler")
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield need_model("SmolLM2-135M-Instruct-GPTQ-Int4")
+    yield gptq_base
     torch.set_num_threads(threads)
 
 

@@ -14,11 +14,12 @@ def show(lorry: Lorry, *arguments: str, **variables: str) -> Finished:
 
 
 def test_every_option_can_come_from_the_environment(lorry: Lorry) -> None:
-    settings = "train.epochs=9 seed=7"
+    settings = " train.connector={micro_batch: 1, max_length: 64}  train.epochs=9\nseed=7 "
     done = show(lorry, LORRY_RECIPE="patent-qa", LORRY_PROFILE="tiny", LORRY_SET=settings)
     assert done.code == 0, done.output
     shown = yaml.safe_load(done.output)
     assert (shown["profile"], shown["train"]["epochs"], shown["seed"]) == ("tiny", 9, 7)
+    assert shown["train"]["connector"]["max_length"] == 64, "a value may hold blanks"
 
 
 def test_the_command_line_wins(lorry: Lorry, recipe_file: object) -> None:

@@ -116,6 +116,8 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
     for name, value in found.variables.items():
         if name != "PYTHONPATH":
             monkeypatch.setenv(name, value)
-    for name in ("GPUS", "TARGET", "CUDA_VISIBLE_DEVICES"):
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):  # which the code under test sets
+        monkeypatch.setenv(name, "")
+    for name in ("GPUS", "TARGET", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         monkeypatch.delenv(name, raising=False)
     yield found

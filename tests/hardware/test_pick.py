@@ -3,22 +3,26 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
+from stages.hardware import targets
 from stages.hardware.holds import Holds
 from stages.hardware.pick import (
     Need,
     Pick,
     denied_cards,
-    hide_denied_cards,
     hold_named_cards,
     named_cards,
     parse_wish,
     pick_cards,
 )
 from stages.hardware.probe import Gpu, probe, read_cards
+from stages.host.work import run_work
 from tests.conftest import REPOSITORY
 from tests.hardware.recorded import GIB, Box
 
@@ -107,6 +111,21 @@ def test_the_deny_list_may_name_a_card_that_no_longer_tells_its_uuid(box: Box) -
 
 # -- a stage by itself, without a launcher ---------------------------------------------------------------------------
 
+Start = Callable[..., list[str]]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Starts a stage that does nothing, train by default, and returns the lines that it prints."""
+
+    def run(name: str = "train") -> list[str]:
+        lines: list[str] = []
+        monkeypatch.setitem(sys.modules, f"stages.{name}.stage", SimpleNamespace(work=lambda _stage: None))
+        run_work(SimpleNamespace(name=name, events=SimpleNamespace(say=lines.append)))  # type: ignore[arg-type]
+        return lines
+
+    return run
+
 
 @pytest.mark.parametrize(
     ("deny", "visible", "left"),
@@ -115,42 +134,139 @@ def test_the_deny_list_may_name_a_card_that_no_longer_tells_its_uuid(box: Box) -
         ("5,6,7", "6,4,5,1", "4,1"),
         ("5,6,7", "1,2", "1,2"),
         ("GPU-2ac", "2,3", "3"),
+        ("5", "GPU-41e9d2b6,GPU-2ac", "2"),
+        ("GPU-41e9", "5,2", "2"),
+        ("", "GPU-41e9d2b6", "5"),
+        ("", "gpu-41E9D2B6, 3", "5,3"),
+        ("", "4,-1,3", "4"),
         ("", "6", "6"),
         ("", None, None),
     ],
 )
 def test_a_stage_sees_no_denied_card(
-    box: Box, monkeypatch: pytest.MonkeyPatch, deny: str, visible: str | None, left: str | None
+    box: Box, monkeypatch: pytest.MonkeyPatch, start: Start, deny: str, visible: str | None, left: str | None
 ) -> None:
     monkeypatch.setenv("LORRY_GPU_DENY", deny)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
-    hide_denied_cards()
+    assert start() == []
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
-    if left is not None and left != visible:
+    if left is not None:
         assert ",".join(str(gpu.index) for gpu in probe().gpus) == left
-        assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
 
 
 def test_where_all_are_denied_a_stage_does_not_go_on_for_hours_without(
-    box: Box, monkeypatch: pytest.MonkeyPatch
+    box: Box, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     box.keep(2)
     monkeypatch.setenv("LORRY_GPU_DENY", "0,1")
     with pytest.raises(DoesNotFitError, match=r"LORRY_GPU_DENY=0,1: denies every GPU here \(0 NVIDIA A800"):
-        hide_denied_cards()
-    hide_denied_cards(needs_one=False)
+        start()
+    start("preprocess")
     assert os.environ.pop("CUDA_VISIBLE_DEVICES") == ""
     monkeypatch.setenv("LORRY_TARGET", "cpu")
-    hide_denied_cards()
+    start()
     monkeypatch.setenv("LORRY_TARGET", "")
     monkeypatch.setenv("LORRY_GPU_DENY", "0,9")
     with pytest.raises(UsageError, match="no GPU 9"):
-        hide_denied_cards()
+        start()
     box.keep(0)
-    hide_denied_cards()  # a machine without cards, where the variable is set for all
+    start()  # a machine without cards, where the variable is set for all
+
+
+@pytest.mark.parametrize(
+    ("visible", "message"),
+    [
+        ("8", "CUDA_VISIBLE_DEVICES=8: no GPU 8; this machine has: 0 NVIDIA A800"),
+        ("0,9,2", "CUDA_VISIBLE_DEVICES=0,9,2: no GPU 9"),
+        ("0,0", r"names GPU 0 \(NVIDIA A800-SXM4-80GB\) twice, and CUDA then shows none"),
+        ("5,GPU-41e9", r"names GPU 5 \(NVIDIA A800-SXM4-80GB\) twice"),
+        ("GPU-8f5e", "2 UUIDs begin with GPU-8f5e: 0 GPU-8f5e3c1a-"),
+        ("GPU-0000", "no GPU's UUID begins with GPU-0000"),
+        ("NoDevFiles", "'NoDevFiles' is not a GPU's number or UUID"),
+        ("1abc", "'1abc' is not a GPU's number or UUID"),
+        ("0,,1", "'' is not a GPU's number or UUID"),
+        (" ", "'' is not a GPU's number or UUID"),
+        ("MIG-41e9d2b6-8a05-4f7c-9d13-7c2f6e8b0a59", "is a MIG slice, and Lorry binds whole GPUs"),
+        ("MIG-GPU-41e9d2b6-8a05-4f7c-9d13-7c2f6e8b0a59/7/0", "is a MIG slice, and Lorry binds whole GPUs"),
+        ("0,1", r"GPU 1 \(NVIDIA A800-SXM4-80GB\) is in MIG mode, and Lorry binds whole GPUs"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["train", "preprocess"])
+def test_what_cuda_would_hide_is_refused_in_one_line(
+    box: Box, monkeypatch: pytest.MonkeyPatch, visible: str, message: str, stage: str, start: Start
+) -> None:
+    box.slice(1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UsageError, match=message) as caught:
+        start(stage)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_named_card_that_is_lost_or_not_there_does_not_end_on_the_cpu(
+    box: Box, monkeypatch: pytest.MonkeyPatch, start: Start
+) -> None:
+    box.lose(3, function="nvmlDeviceGetMemoryInfo")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(DoesNotFitError, match=r"CUDA_VISIBLE_DEVICES=3: GPU 3 \(NVIDIA.*no longer answers"):
+        start()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    box.keep(0)
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=0: names a GPU, but NVML shows none on this machine"):
+        start()
+    monkeypatch.setenv("LORRY_TARGET", "cpu")
+    assert (start(), os.environ["CUDA_VISIBLE_DEVICES"]) == ([], "")
+
+
+def test_a_list_that_leaves_no_card_is_reported(box: Box, monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
+    monkeypatch.setenv("LORRY_GPU_DENY", "5")
+    for visible, lines in (("-1", 1), ("-1,0", 1), ("", 0), ("GPU-41e9", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found = start("preprocess")
+        assert found == [f"CUDA_VISIBLE_DEVICES={visible}: leaves no GPU, so this stage computes on the CPU"][:lines]
+        assert (os.environ["CUDA_VISIBLE_DEVICES"], probe().gpus) == ("", ())
+
+
+def test_a_card_in_mig_mode_is_left_out_as_auto_leaves_it_out(
+    box: Box, monkeypatch: pytest.MonkeyPatch, start: Start
+) -> None:
+    box.keep(3)
+    box.slice(1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpu.index for gpu in probe().gpus] == [0, 2]
+    assert start() == ["GPU 1 (NVIDIA A800-SXM4-80GB) is left out: in MIG mode"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,2"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("LORRY_GPU_DENY", "0,2")
+    none = r"Lorry may use none \(GPU 0 \(.*\): in LORRY_GPU_DENY; GPU 1 .*in MIG mode; .*-mig 0"
+    with pytest.raises(DoesNotFitError, match=none):
+        start()
+
+
+def test_where_every_card_is_lost_no_stage_computes_on_the_cpu(box: Box, start: Start) -> None:
+    box.keep(1)
+    box.lose(0)
+    with pytest.raises(DoesNotFitError, match=r"Lorry may use none \(GPU 0: no longer answers \(GPU is lost\)\)"):
+        start()
+
+
+def test_another_order_than_nvmls_is_refused_where_it_can_matter(
+    box: Box, monkeypatch: pytest.MonkeyPatch, start: Start
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    with pytest.raises(UsageError, match="CUDA_DEVICE_ORDER=FASTEST_FIRST: Lorry numbers GPUs as nvidia-smi does"):
+        start()
+    box.keep(1)
+    assert (start(), os.environ["CUDA_DEVICE_ORDER"]) == ([], "PCI_BUS_ID")
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "train", "infer"])
+def test_cuda_numbers_cards_as_nvml_does_in_every_stage_that_computes(box: Box, start: Start, stage: str) -> None:
+    """On a mixed host the fastest card is CUDA's first, unless it is told otherwise."""
+    start(stage)
+    assert os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
 
 
 # -- auto ----------------------------------------------------------------------------------------------------------
@@ -245,6 +361,22 @@ def test_cards_of_one_kind_only_and_the_kind_with_the_most_that_fit(box: Box) ->
     assert indexes(auto(box, "auto:2", need=20)) == [0, 2]
     assert indexes(auto(box, "auto:2", need=20, deny="0,5,6,7")) == [1, 3], "two of each fit: the newer"
     assert "no 4 GPUs of one kind have 20.0 GiB" in no_room(box, "auto:4", need=20)
+
+
+def test_cards_of_one_target_only(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100 of 40 GB has the capability of an A800."""
+    for index in (1, 3):
+        box.cards[index]["name"] = "NVIDIA A100-SXM4-40GB"
+    box.free(*[30.0] * 8)
+    assert indexes(auto(box, need=20)) == [0, 1, 2, 3, 4], "both are of target a800, as long as there is no other"
+    path = tmp_path / "targets.toml"
+    text = targets.TARGETS_FILE.read_text(encoding="utf-8")
+    own = '[a100-40]\ncapability = "8.0"\nmemory_gib = 40\ndtype = "bfloat16"\nquantisation = []\n'
+    path.write_text(f'{text}\n{own}node_label = "NVIDIA-A100-SXM4-40GB"\n', encoding="utf-8")
+    monkeypatch.setattr(targets.load_targets, "__defaults__", (path,))
+    for deny, taken in (("5,6,7", [0, 2, 4]), ("0,2,5,6,7", [1, 3])):
+        monkeypatch.setenv("LORRY_GPU_HOLDS", str(tmp_path / deny))  # not what the calls before hold
+        assert indexes(auto(box, need=20, deny=deny)) == taken
 
 
 def test_cards_older_than_the_target_are_not_taken(box: Box) -> None:

@@ -7,6 +7,8 @@ import pytest
 from stages.contract.errors import DoesNotFitError, UsageError
 from stages.hardware.probe import Gpu, Machine, probe, visible_gpus
 from stages.hardware.targets import (
+    TARGETS_FILE,
+    Target,
     load_targets,
     machine_target,
     refuse_4bit_twice,
@@ -113,8 +115,95 @@ def test_a_card_newer_than_all_takes_the_newest_target() -> None:
     assert machine_target(machine((99, 0)), TARGETS) == newest
 
 
-def test_the_name_decides_nothing() -> None:
-    assert machine_target(machine((8, 0), name="Tesla V100"), TARGETS).name == "a800"
+def test_the_name_decides_nothing_between_capabilities() -> None:
+    assert machine_target(machine((8, 0), name="Tesla V100-SXM2-32GB"), TARGETS).name == "a800"
+
+
+L40S = """
+[l40s]
+capability = "8.9"
+memory_gib = 48
+cuda = "cu128"
+dtype = "bfloat16"
+quantisation = ["gptq"]
+node_label = "NVIDIA-L40S"
+
+[a100-40]
+capability = "8.0"
+memory_gib = 40
+cuda = "cu128"
+dtype = "bfloat16"
+quantisation = ["gptq"]
+node_label = "NVIDIA-A100-SXM4-40GB"
+"""
+
+
+@pytest.fixture(params=["first", "last"])
+def both(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Target]:
+    """The targets with two more that share capabilities with others, at the file's beginning or end."""
+    text = TARGETS_FILE.read_text(encoding="utf-8")
+    path = tmp_path / "targets.toml"
+    path.write_text(L40S + text if request.param == "first" else text + L40S, encoding="utf-8")
+    return load_targets(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "target"),
+    [
+        ("NVIDIA L40S", (8, 9), "l40s"),
+        ("NVIDIA GeForce RTX 4090", (8, 9), "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 D", (8, 9), "rtx4090"),
+        ("NVIDIA GeForce RTX 4080", (8, 9), "rtx4090"),
+        ("NVIDIA L40", (8, 9), "rtx4090"),  # as many words in common: the nearer memory, here 24 GiB
+        ("NVIDIA A800-SXM4-80GB", (8, 0), "a800"),
+        ("NVIDIA A800 80GB PCIe", (8, 0), "a800"),
+        ("NVIDIA A100-SXM4-40GB", (8, 0), "a100-40"),
+        ("NVIDIA A100-PCIE-40GB", (8, 0), "a100-40"),
+        ("Tesla V100-SXM2-32GB", (7, 0), "v100"),
+    ],
+)
+def test_of_targets_of_one_capability_the_product_decides_and_not_the_files_order(
+    both: dict[str, Target], name: str, capability: tuple[int, int], target: str
+) -> None:
+    found = machine_target(machine(capability, capability, name=name), both)
+    assert found.name == target
+    assert ("NCCL_P2P_DISABLE" in found.environment) == (target == "rtx4090")
+
+
+def test_cards_of_two_targets_are_refused(both: dict[str, Target]) -> None:
+    gpus = [*machine((8, 9), name="NVIDIA L40S").gpus, *machine((8, 9), name="NVIDIA GeForce RTX 4090").gpus]
+    with pytest.raises(UsageError, match=r"visible GPUs: differ in target \(l40s, rtx4090\); choose GPUs of one kind"):
+        machine_target(Machine(2, 8 << 30, tuple(gpus)), both)
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "works_as"),
+    [
+        ("l40s", "NVIDIA L40S", "l40s"),
+        ("l40s", "NVIDIA GeForce RTX 4090", "rtx4090"),  # whose NCCL needs other settings
+        ("rtx4090", "NVIDIA L40S", "l40s"),
+        ("l40s", "NVIDIA L40", "l40s"),  # no target is that product: the user's choice
+    ],
+)
+def test_an_image_for_another_product_gets_the_settings_of_the_card(
+    both: dict[str, Target], monkeypatch: pytest.MonkeyPatch, image: str, name: str, works_as: str
+) -> None:
+    monkeypatch.setenv("LORRY_TARGET", image)
+    found = working_target(machine((8, 9), name=name), both)
+    assert (found.name, found.environment) == (works_as, both[works_as].environment)
+
+
+def test_a_variants_image_keeps_its_wheels_and_gets_the_settings_of_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "targets.toml"
+    own = '[v100-16]\ncapability = "7.0"\nmemory_gib = 16\ndtype = "float16"\n'
+    own += 'quantisation = []\nenvironment = { NCCL_P2P_DISABLE = "1" }\nnode_label = "Tesla-V100-PCIE-16GB"\n'
+    path.write_text(f"{own}{TARGETS_FILE.read_text(encoding='utf-8')}", encoding="utf-8")
+    monkeypatch.setenv("LORRY_TARGET", "v100-gptq")
+    for name, environment in (("Tesla V100-PCIE-16GB", {"NCCL_P2P_DISABLE": "1"}), ("Tesla V100-SXM2-32GB", {})):
+        found = working_target(machine((7, 0), name=name), load_targets(path))
+        assert (found.name, found.deepspeed, found.environment) == ("v100-gptq", False, environment)
 
 
 def test_cards_of_different_kinds_are_refused() -> None:
@@ -208,6 +297,11 @@ def test_an_unknown_target_is_refused_with_the_known_ones(monkeypatch: pytest.Mo
         ("GPU-1", [1]),
         ("1,9,2", [1]),
         ("-1", []),
+        ("1,-1,2", [1]),
+        ("0,1,0", []),
+        ("gpu-2,1", [2, 1]),
+        ("GPU-", []),
+        ("MIG-GPU-1/0/0,1", []),
         (" 1 , 2", [1, 2]),
     ],
 )

@@ -29,6 +29,14 @@ def test_cards_reach_containers_by_uuid_and_local_processes_by_number(box: Box, 
     assert chosen.visible_devices("train") == "3,1"
 
 
+def test_an_order_in_which_the_numbers_would_be_other_cards_is_refused(
+    box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    with pytest.raises(UsageError, match="CUDA_DEVICE_ORDER=FASTEST_FIRST: Lorry numbers GPUs as nvidia-smi does"):
+        choose("0", holds)
+
+
 def test_without_a_list_it_is_card_0_unless_that_is_denied(
     box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,6 +46,12 @@ def test_without_a_list_it_is_card_0_unless_that_is_denied(
     with pytest.raises(UsageError, match=told):
         choose(None, holds)
     assert choose(None, holds, "eval") == CardChoice(), "which takes no card"
+
+
+def test_a_list_for_cuda_is_not_ignored_in_silence(box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    told = ("CUDA_VISIBLE_DEVICES=3: not read here; GPUS names the GPUs of a launch (default: 0)",)
+    assert (choose(None, holds).lines, choose("1", holds).lines) == (told, ())
 
 
 def test_the_machine_without_cards_needs_no_list(box: Box, holds: Holds) -> None:

@@ -179,6 +179,13 @@ def test_a_slip_in_the_deny_list(box: Box, doctor: Doctor, monkeypatch: pytest.M
     assert "LORRY_GPU_DENY=5,9: no GPU 9; this machine has: " in told.of("GPUs", "FAIL")[0]
 
 
+def test_a_list_for_cuda_that_hides_cards(box: Box, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-0000")
+    told = doctor()
+    assert told.code == 2
+    assert "CUDA_VISIBLE_DEVICES=0,GPU-0000: no GPU's UUID begins with GPU-0000" in told.of("GPUs", "FAIL")[0]
+
+
 def test_cards_that_cannot_be_used(box: Box, doctor: Doctor) -> None:
     box.lose(3)
     box.slice(1)

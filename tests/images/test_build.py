@@ -34,6 +34,18 @@ def test_an_unknown_target_or_stage_is_refused_with_the_known_ones(arguments: tu
     assert "known targets: cpu v100 " in error or "its stages: " in error
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("PIP_CONF", "/no such/pip.conf", "PIP_CONF=/no such/pip.conf: no such file; name another, or leave it out"),
+        ("CA_CERT", "/", "CA_CERT=/: no such file; name another, or leave it out"),
+        ("KERNELS", "all", "KERNELS=all: no such value; known values: none compiled"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_the_build(variable: str, value: str, message: str) -> None:
+    assert build("cpu", **{variable: value}) == (2, f"error: {message}\n")
+
+
 def test_a_missing_lock_is_named(tmp_path: Path) -> None:
     shutil.copytree(IMAGES, tmp_path / "images")
     (tmp_path / "images" / "train" / "cu128.txt").unlink()

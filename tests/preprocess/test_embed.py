@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from stages.contract.errors import Exit
 from stages.contract.part import Shard
@@ -23,6 +24,9 @@ from stages.preprocess import embed
 from stages.preprocess.documents import document_ids, render_documents
 from stages.preprocess.embed import Embedder, Piece
 from tests.conftest import Lorry, need_model
+from tests.hardware.recorded import Box, box
+
+__all__ = ["box"]
 
 PICTURES = (
     *("preprocess.retrieval.embedder=tiny-gme", "preprocess.retrieval.batch_size=2"),
@@ -105,6 +109,20 @@ def test_vectors_have_length_one_and_that_of_an_empty_text_is_zero(few_pages: Ru
     assert found["pages"].shape[0] == 12 and found["pages"].dtype == np.float32
     assert np.linalg.norm(found["pages"], axis=1) == pytest.approx(np.ones(12), abs=1e-3)
     assert np.linalg.norm(found["questions"], axis=1) == pytest.approx([1, 0, 1, 1], abs=1e-3)
+
+
+def test_gpus_that_torch_cannot_use_are_one_line(
+    run: Callable[..., Run], few: Path, embedder: Path, box: Box, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch can use a GPU of this machine")
+
+    def ask(stage: Stage) -> None:
+        Embedder(stage).embed_questions([["a question"]])
+
+    code = run_stage(run(), "preprocess", ask)
+    assert code == Exit.DOES_NOT_FIT
+    assert "GPU 7 (NVIDIA A800-SXM4-80GB), " in "".join(capfd.readouterr())
 
 
 def test_a_restart_embeds_only_what_is_missing(few_pages: Run, calls: list[int]) -> None:

@@ -4,12 +4,11 @@ cards that are there and cannot be computed on."""
 import os
 import sys
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from stages.contract.errors import DoesNotFitError
-from stages.train import worker
+from stages.engines.cuda import refuse_dead_cards
 from tests.hardware.recorded import Box, box
 from tests.train.conftest import Training
 
@@ -26,8 +25,12 @@ def test_a_training_takes_no_denied_card_and_cards_that_torch_cannot_use_are_tol
         output
     )
     assert f"GPU 1 (NVIDIA A800-SXM4-80GB), {box.uuid(1)}; GPU 3 (" in last
-    code, output = training(**{**environment, "LORRY_GPU_DENY": "0,1,2,3,4,5,6,7"})
-    assert (code, "denies every GPU here" in output) == (4, True), output
+    code, output = training(**{**environment, "CUDA_VISIBLE_DEVICES": f"{box.uuid(2)[:12]},{box.uuid(1)[:12]}"})
+    assert (code, f"GPU 1 (NVIDIA A800-SXM4-80GB), {box.uuid(1)}: torch" in output) == (4, True), output
+    assert f", {box.uuid(2)}" not in output, "which is denied"
+    box.slice(1)
+    code, output = training(**{**environment, "LORRY_GPU_DENY": "0,2,3,4,5,6,7"})
+    assert (code, "Lorry may use none" in output, "in MIG mode" in output) == (4, True, True), output
 
 
 def test_a_driver_too_old_for_torch_is_named_with_torchs_cuda(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,8 +39,7 @@ def test_a_driver_too_old_for_torch_is_named_with_torchs_cuda(box: Box, monkeypa
     cuda = SimpleNamespace(is_available=lambda: False)
     torch = SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="12.8"), __version__="2.10.0+cu128")
     monkeypatch.setitem(sys.modules, "torch", torch)
-    job: Any = SimpleNamespace(cards=["GPU 0 (A800)"])
     with pytest.raises(DoesNotFitError, match=r"GPU 0 \(A800\): torch 2.10.0\+cu128 .*CUDA 12.8 .*driver 450.80.02"):
-        worker._refuse_dead_cards(job)
+        refuse_dead_cards(["GPU 0 (A800)"])
     cuda.is_available = lambda: True
-    worker._refuse_dead_cards(job)
+    refuse_dead_cards(["GPU 0 (A800)"])

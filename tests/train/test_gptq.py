@@ -11,33 +11,26 @@ from stages.contract.errors import UsageError
 from stages.contract.files import FileHashes, read_json, read_jsonl
 from stages.models import gptq
 from stages.train.worker import _quantisation_options
-from tests.conftest import Lorry, need_model
+from tests.conftest import Lorry
 from tests.train.conftest import Training
 
 BASE = "SmolLM2-135M-Instruct-GPTQ-Int4"
 
 
-@pytest.fixture
-def base() -> Path:
-    if importlib.util.find_spec("gptqmodel") is None:
-        pytest.skip("gptqmodel is not installed: `make setup` installs it where there is a C compiler")
-    return need_model(BASE)
-
-
-def test_an_adapter_learns_on_it_and_loads_again(lorry: Lorry, base: Path, tmp_path: Path) -> None:
+def test_an_adapter_learns_on_it_and_loads_again(lorry: Lorry, gptq_base: Path, tmp_path: Path) -> None:
     overrides = (
         *(f"model.path={BASE}", "train.target_modules=[all-linear]", "train.effective_batch=8", "train.micro_batch=8"),
         *("train.epochs=2", "train.learning_rate=2e-3", "train.warmup_ratio=0", "train.log_every=1"),
         *("train.gradient_checkpointing=false", "train.checkpoint_every=1000"),
     )
-    before = FileHashes(tmp_path / "none").tree_digest(base)
+    before = FileHashes(tmp_path / "none").tree_digest(gptq_base)
     training = Training(lorry, overrides).with_samples(16, validation=0)
     code, output = training(OMP_NUM_THREADS="1")
     assert code == 0, output
     losses = [entry["loss"] for entry in read_jsonl(training.run.path("train", "metrics.jsonl")) if "loss" in entry]
     assert len(losses) == 4
     assert losses[-1] < 0.7 * losses[0]
-    assert FileHashes(tmp_path / "none").tree_digest(base) == before, "the base is never written to"
+    assert FileHashes(tmp_path / "none").tree_digest(gptq_base) == before, "the base is never written to"
     adapter = training.run.path("train", "adapters", "tuned")
     assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == BASE
 
@@ -54,9 +47,9 @@ def test_an_adapter_learns_on_it_and_loads_again(lorry: Lorry, base: Path, tmp_p
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        engine = TransformersEngine(EngineSettings(base, {"tuned": adapter}, "float32", 12, 2, 256, 0))
+        engine = TransformersEngine(EngineSettings(gptq_base, {"tuned": adapter}, "float32", 12, 2, 256, 0))
         messages = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "What is train3?"}]
-        prompt = Renderer(base).render("x", messages)  # type: ignore[arg-type]
+        prompt = Renderer(gptq_base).render("x", messages)  # type: ignore[arg-type]
         tuned, plain = (engine.generate([prompt], name)[0].text for name in ("tuned", None))
     finally:
         torch.set_num_threads(threads)
@@ -81,7 +74,7 @@ def test_without_a_library_one_line_says_what_to_do(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.kill
-def test_without_a_library_the_command_ends_in_that_line(lorry: Lorry, base: Path, tmp_path: Path) -> None:
+def test_without_a_library_the_command_ends_in_that_line(lorry: Lorry, gptq_base: Path, tmp_path: Path) -> None:
     """As where gptqmodel was never installed: Python finds no such package."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util, sys\n"
