@@ -98,20 +98,29 @@ def hide_denied_cards(needs_one: bool = True) -> None:
     this. Does nothing without visible GPUs, and with LORRY_TARGET=cpu. Raises UsageError for an entry that is not a
     GPU, and DoesNotFitError if no GPU is left and `needs_one`, as the stage would take hours on a CPU.
     """
+    shown, left = allowed_gpus(needs_one)
+    if len(left) < len(shown):  # NVML numbers GPUs by their place on the bus
+        numbers = ",".join(str(gpu.index) for gpu in left)
+        os.environ |= {"CUDA_VISIBLE_DEVICES": numbers, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def allowed_gpus(needs_one: bool) -> tuple[tuple[Gpu, ...], tuple[Gpu, ...]]:
+    """The visible GPUs, and those of them that LORRY_GPU_DENY does not name. Both are empty if it names none.
+
+    Raises the errors of `hide_denied_cards`.
+    """
     text = os.environ.get("LORRY_GPU_DENY", "").strip()
     gpus = read_cards().gpus if text and os.environ.get("LORRY_TARGET") != "cpu" else ()
     shown = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not shown:
-        return
+        return (), ()
     denied = denied_cards(text, gpus)
-    left = [gpu for gpu in shown if gpu.index not in denied]
+    left = tuple(gpu for gpu in shown if gpu.index not in denied)
     if not left and needs_one:
         raise DoesNotFitError(
             f"LORRY_GPU_DENY={text}: denies every GPU here ({_gpu_names(shown)}); allow one, or set LORRY_TARGET=cpu"
         )
-    if len(left) < len(shown):  # NVML numbers GPUs by their place on the bus
-        numbers = ",".join(str(gpu.index) for gpu in left)
-        os.environ |= {"CUDA_VISIBLE_DEVICES": numbers, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return shown, left
 
 
 def named_cards(wish: Wish, gpus: tuple[Gpu, ...], denied: frozenset[int]) -> tuple[Gpu, ...]:
