@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from stages.contract.errors import UsageError
+from stages.contract.machine_errors import raise_machine_fault
 
 
 def canonical_json(value: Any) -> str:
@@ -226,6 +227,7 @@ def _walk_data(top: Path) -> tuple[list[Path], dict[Path, tuple[str, str]]]:
         try:
             paths = list(folder.iterdir())
         except OSError as error:
+            raise_machine_fault(error)
             unread[folder] = ("folder that cannot be read", str(error.strerror))
             continue
         for path in paths:

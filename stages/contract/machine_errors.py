@@ -179,6 +179,17 @@ def machine_error(error: BaseException) -> LorryError | None:
     return None
 
 
+def raise_machine_fault(error: BaseException) -> None:
+    """Raise the LorryError for a machine that fails whatever the file: a full or lost disk, a limit on open files.
+
+    Returns for any other error, such as a forbidden file. Call it before a file or record is blamed for an error. Only
+    errors with a number count: a damaged file can lead to a message about memory.
+    """
+    explained = machine_error(error) if isinstance(error, OSError) and error.errno else None
+    if isinstance(explained, DoesNotFitError | InterruptedRunError):
+        raise explained from error
+
+
 def _error_number(error: BaseException) -> int | None:
     """The number of the operating system's error, from the error or its message; None without one.
 

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import pytest
 
 from stages.contract import run as run_module
-from stages.contract.errors import DoesNotFitError, Exit, UsageError
+from stages.contract.errors import DataError, DoesNotFitError, Exit, LorryError, UsageError
 from stages.contract.machine_errors import ERRORS, machine_error
 from stages.contract.run import Run
 from stages.host.runner import run_stage
+from stages.models.pictures import picture_size
+from stages.tasks.common.tables import read_rows
 
 FULL, QUOTA, AGAIN = "free some space", "quota", "run the same command again"
 
@@ -103,6 +105,35 @@ def test_a_librarys_message_without_a_number_is_known(text: str, code: Exit, cur
 )
 def test_other_errors_stay_bugs(error: Exception) -> None:
     assert machine_error(error) is None
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOSPC], ids=errno.errorcode.get)
+def test_no_file_is_blamed_for_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Else its rows or its picture would be left out, and the adapter would be trained on less."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path))
+
+    monkeypatch.setattr(pq, "ParquetFile", fail)
+    monkeypatch.setattr(Image, "open", fail)
+    for read in (lambda: list(read_rows(tmp_path / "a.parquet")), lambda: picture_size(tmp_path / "a.png")):
+        with pytest.raises(LorryError) as caught:
+            read()
+        assert str(caught.value) == str(machine_error(OSError(number, os.strerror(number), str(tmp_path))))
+
+
+def test_a_damaged_file_is_still_blamed(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + b"\xff" * 40 + b"PAR1")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
+    assert [row.bad is not None for row in read_rows(tmp_path / "a.parquet")] == [True]
+    with pytest.raises(DataError):
+        picture_size(tmp_path / "a.png")
 
 
 def test_every_error_has_a_cure_of_one_line_and_no_number_stands_twice() -> None:
