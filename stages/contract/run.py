@@ -235,7 +235,10 @@ class Run:
 
 
 def _download_advice(path: str) -> str:
-    """Text that says how to download a model, if `path` looks like its name on a hub, such as Qwen/Qwen3-0.6B."""
+    """Text that says how to get a model, if `path` looks like its name on a hub, such as Qwen/Qwen3-0.6B, or is a
+    folder relative to the current one."""
+    if Path(path).is_dir():
+        return f"a path is relative to the model mount, and {Path(path).absolute()} is elsewhere; "
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         return ""
     return f"Lorry downloads nothing: if this is its name on a hub, run `hf download {path} --local-dir FOLDER`; "

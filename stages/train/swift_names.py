@@ -35,7 +35,7 @@ def refuse_unknown_names(model: Model) -> None:
     ):
         known = names_in_file(swift / folder / "constant.py")
         if known and name not in (known := known | set(own)):
-            near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+            near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.7)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see ms-swift's list of models"
             faults.append(f"model.{key}: ms-swift has no {name!r}; {hint}")
     if faults:

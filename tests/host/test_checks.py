@@ -117,6 +117,15 @@ def test_each_stage_finds_its_own(refused: Any) -> None:
     assert "none: no such model folder" in found["train"][0]
 
 
+def test_a_path_from_the_current_folder_is_no_name_on_a_hub(
+    refused: Any, mounts: Lorry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mounts.models.parent)
+    lines, _ = refused("model.path=models/gptq", stages=("train",))
+    assert f"a path is relative to the model mount, and {mounts.models}/gptq is elsewhere; set model.path" in lines[0]
+    assert "hf download" not in lines[0]
+
+
 def test_a_damaged_model_is_found(refused: Any, mounts: Lorry) -> None:
     weights = mounts.models / "SmolLM2-135M-Instruct" / "model.safetensors"
     with weights.open("r+b") as file:
