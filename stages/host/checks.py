@@ -76,6 +76,7 @@ def _folder_checks(run: Run, stages: Sequence[str]) -> Iterator[Check]:
     if asks or "train" in stages or "infer" in stages:
         yield partial(_base_shape, run)
     if "train" in stages:
+        yield partial(_check_swift_names, run)
         yield partial(_check_training, run)
     if "infer" in stages:
         yield partial(_check_serving, run)
@@ -120,16 +121,20 @@ def _check_data(run: Run) -> None:
                 )
 
 
-def _check_training(run: Run) -> None:
-    """Raise the errors with which train would refuse the base or the names that ms-swift needs."""
-    from stages.models.connector import refuse_quantised_connector
-    from stages.train.swift_names import refuse_unknown_names
+def _check_swift_names(run: Run) -> None:
+    """Raise UsageError if ms-swift does not know the recipe's model type or template, or the type is not the base's."""
+    from stages.train.swift_names import refuse_wrong_names
 
-    refuse_unknown_names(run.recipe.model)
+    base = run.roots.models / run.recipe.model.path
+    refuse_wrong_names(run.recipe.model, base if base.is_dir() else None)
+
+
+def _check_training(run: Run) -> None:
+    """Raise the errors with which train would refuse the base, whatever the GPUs."""
+    from stages.models.connector import refuse_quantised_connector
+
     shape, train = _base_shape(run), run.recipe.train
-    if shape is None:
-        return
-    if train.load_in_4bit:
+    if train.load_in_4bit and shape is not None:
         refuse_4bit_twice(_base(run), shape.quantisation)
     if train.connector is not None:
         refuse_quantised_connector(_base(run))

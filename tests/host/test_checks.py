@@ -73,6 +73,10 @@ def test_a_sound_recipe_has_no_mistake(refused: Any) -> None:
             "run `hf download Alibaba/gte --local-dir FOLDER`; set prepro",
         ),
         (("model.swift_type=lama",), "model.swift_type: ms-swift has no 'lama'; did you mean 'llama'"),
+        (
+            ("model.path=llava", "model.swift_type=qwen2"),
+            "model.swift_type: 'qwen2' is for Qwen2ForCausalLM, but ",
+        ),
         (("model.swift_template=chtml",), "model.swift_template: ms-swift has no 'chtml'; did you mean 'chatml'"),
         (
             ("train.adapters=[{name: a, data: [train, mroe]}]",),
