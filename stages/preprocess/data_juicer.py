@@ -251,7 +251,7 @@ def _operator_rows(known: Records) -> Iterable[dict[str, Any]]:
 def _follow(stage: Stage, reading: int) -> LorryError | None:
     """Return the error that the child sent; None if it sent none. Prints the child's messages and progress until the
     child closes the channel."""
-    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, DoesNotFitError, InterruptedRunError)}
+    kinds = {int(kind.exit_code): kind for kind in (UsageError, DataError, DoesNotFitError, InterruptedRunError)}
     error = None
     with os.fdopen(reading, encoding="utf-8") as channel:
         for line in channel:
