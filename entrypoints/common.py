@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from stages.contract.errors import LorryError
+from stages.contract.machine_errors import machine_error
 from stages.host.outcome import Problem
 
 
@@ -81,6 +82,7 @@ def stage_command(name: str, summary: str) -> click.Command:
 
             sys.exit(print_lines(selftest(name)))
         from stages.contract.part import requested_part
+        from stages.host.checks import refuse_mistakes
         from stages.host.runner import run_stage
         from stages.host.runs import open_run
         from stages.host.work import run_work
@@ -88,7 +90,8 @@ def stage_command(name: str, summary: str) -> click.Command:
         part = requested_part(name, shard, os.environ)
         # only eval prints what open_run says, so that a run of all stages prints it once
         say = partial(click.echo, err=True) if name == "eval" else None
-        sys.exit(run_stage(open_run(**options, say=say), name, run_work, force, part))
+        run = open_run(**options, say=say)
+        sys.exit(run_stage(run, name, run_work, force, part, check=partial(refuse_mistakes, run, (name,))))
 
     return command
 
@@ -104,14 +107,21 @@ def print_lines(lines: Generator[str, None, int | None]) -> int:
 
 
 def one_line_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a command print a LorryError as one line on standard error, and exit with the error's code."""
+    """Make a command print a LorryError on standard error, each line of it an error, and exit with the error's code.
+
+    Errors of the machine, such as a forbidden folder, are printed like that too.
+    """
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except LorryError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
+        except (LorryError, OSError) as error:
+            explained = error if isinstance(error, LorryError) else machine_error(error)
+            if explained is None:
+                raise
+            for line in str(explained).splitlines():
+                click.echo(f"error: {line}", err=True)
+            sys.exit(explained.exit_code)
 
     return wrapped

@@ -55,6 +55,7 @@ def recipe() -> None:
 
 
 @recipe.command("list")
+@one_line_errors
 def list_recipes() -> None:
     """List the recipes that come with Lorry."""
     from stages.host.runs import recipe_summary, shipped_recipes

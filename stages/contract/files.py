@@ -1,10 +1,8 @@
 """Reads and writes files so that a kill at any moment leaves them usable; computes their digests."""
 
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -13,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from stages.contract.errors import DoesNotFitError, LorryError, UsageError
+from stages.contract.errors import UsageError
+from stages.contract.machine_errors import raise_machine_fault
 
 
 def canonical_json(value: Any) -> str:
@@ -228,6 +227,7 @@ def _walk_data(top: Path) -> tuple[list[Path], dict[Path, tuple[str, str]]]:
         try:
             paths = list(folder.iterdir())
         except OSError as error:
+            raise_machine_fault(error)
             unread[folder] = ("folder that cannot be read", str(error.strerror))
             continue
         for path in paths:
@@ -283,69 +283,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-# messages of Rust, numpy and torch, whose errors have no errno
-_FULL = re.compile(
-    r"No space left on device|os error 28|Not enough free space to write|\d+ requested and \d+ written"
-    r"|PytorchStreamWriter failed writing"
-)
-
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
-
-
-def machine_error(error: BaseException) -> LorryError | None:
-    """The LorryError for a full disk, a forbidden or read-only file, or a lack of memory; None for any other error.
-
-    Also searches the causes of the error, and their messages, as libraries in C and Rust raise types of their own.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        code = seen.errno if isinstance(seen, OSError) else None
-        where = f"{seen.filename}: " if isinstance(seen, OSError) and seen.filename else ""
-        text = str(seen)
-        if code in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(text):
-            return DoesNotFitError(
-                f"{where}the disk is full, finished work is kept; free some space and run the same command again"
-            )
-        if isinstance(seen, MemoryError) or _OUT_OF_MEMORY.search(text):
-            return DoesNotFitError(
-                f"out of memory ({' '.join(text.split())[:200]}); lower the stage's workers, batch size or max_length"
-                " in the recipe, or use a machine with more memory"
-            )
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
-            return UsageError(f"{where}not permitted ({os.strerror(code)}); {_permission_cure(code, seen)}")
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _permission_cure(code: int, error: BaseException) -> str:
-    """Text that says who owns a forbidden file or its folder, and which command gives this process access.
-
-    On a read-only file system, or if the error names no file, it is general advice instead.
-    """
-    filename = error.filename if isinstance(error, OSError) else None
-    needs = "make the data and model folders readable and the run folder writable"
-    if code == errno.EROFS:
-        return f"{needs} (mount it read-write)"
-    uid, gid = os.getuid(), os.getgid()
-    if not isinstance(filename, str | bytes):
-        return f"{needs} for uid {uid}"
-    path = Path(os.fsdecode(filename)).absolute()
-    while not os.access(path, os.F_OK):  # up to a path that exists and can be seen
-        path = path.parent
-    if path.stat().st_uid == uid and os.access(path, os.R_OK | os.W_OK):  # then its folder forbids it
-        path = path.parent
-    owner, folder = path.stat().st_uid, path if path.is_dir() else path.parent
-    if owner == uid:
-        return f"{path} belongs to this uid {uid}, but its mode forbids access; chmod -R u+rwX {folder}"
-    return (
-        f"{path} belongs to uid {owner}, this process is uid {uid}; chown -R {uid}:{gid} {_name_on_host(folder)}, or"
-        " start as its owner (Compose: LORRY_UID=$(id -u) LORRY_GID=$(id -g))"
-    )
-
-
-def _name_on_host(folder: Path) -> str:
-    """The text that names a folder to a user on the host. In a container, it says that the folder is a mounted one."""
-    return f"the host's folder mounted as {folder}" if "LORRY_IMAGE" in os.environ else str(folder)

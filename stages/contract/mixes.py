@@ -29,9 +29,7 @@ def samples_with_pictures(samples: Samples, most: int, seed: int) -> tuple[Sampl
     """
     seen = [sample for sample in samples if sample.get("images")]
     left_out = {"without_picture": len(samples) - len(seen), "beyond_most_samples": max(len(seen) - most, 0)}
-    if len(seen) <= most:
-        return seen, left_out
-    chosen = sorted(random.Random(f"{seed}:connector").sample(range(len(seen)), most))
+    chosen = sorted(random.Random(f"{seed}:connector").sample(range(len(seen)), min(most, len(seen))))
     return [seen[place] for place in chosen], left_out
 
 

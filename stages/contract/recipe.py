@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -372,6 +372,11 @@ class Train(Section):
         section = f"train.{CONNECTOR}" if self.trains_connector and name in Connector.model_fields else "train"
         return f"{section}.{name}"
 
+    @property
+    def phases(self) -> "list[Train]":
+        """The settings of each phase of training: the connector's, if the recipe trains one, and the adapters'."""
+        return [self] if self.connector is None else [self.connector_settings(), self]
+
     def connector_settings(self) -> "Train":
         """The settings of the first phase: `train` with the values of `train.connector`, without LoRA.
 
@@ -625,7 +630,7 @@ def load_recipe(
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UsageError(_describe_problems(error, path, text, prefix)) from error
+        raise UsageError(_describe_problems(error, path, text, prefix, values, overrides)) from error
 
 
 def _read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -736,23 +741,29 @@ def _parse_override(text: str) -> dict[str, Any]:
     return dict(parsed)
 
 
-def _describe_problems(error: ValidationError, path: Path, text: str, prefix: tuple[str, ...]) -> str:
+def _describe_problems(
+    error: ValidationError,
+    path: Path,
+    text: str,
+    prefix: tuple[str, ...],
+    values: dict[str, Any],
+    overrides: tuple[str, ...],
+) -> str:
     """The first three problems in one line, each with its place and cure, and the number of further problems.
 
-    The place is file and line, or only the file `path` if its text does not set the key. `prefix` is the location of
-    the applied profile, where a key is looked for first.
+    The place is the override that sets the key, else file and line, or only the file `path` if its text does not set
+    the key. `prefix` is the location of the applied profile, where a key is looked for first. `values` are the wrong
+    ones.
     """
     problems: dict[str, str] = {}
     for detail in error.errors():
         location = _location(detail)
         line = _key_line(text, prefix + location) or _key_line(text, location)
-        where = f"{path}:{line}" if line else str(path)
         key = ".".join(map(str, location))
+        options = [f"--set {one}" for one in overrides if _sets(one.partition("=")[0], key, detail)]
+        where = options[-1] if options else f"{path}:{line}" if line else str(path)
         if detail["type"] == "extra_forbidden":
-            known = _known_keys(location[:-1])
-            near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            problems[key] = f"{where}: unknown key {key!r}; {hint}"
+            problems[key] = f"{where}: unknown key {key!r}; {_hint(location, values)}"
         elif detail["type"] == "missing":
             problems[key] = f"{where}: {key!r} is missing; set it"
         elif key in problems:  # if a key may have values of several types, pydantic lists a problem for each of them
@@ -761,6 +772,13 @@ def _describe_problems(error: ValidationError, path: Path, text: str, prefix: tu
             problems[key] = f"{where}: {problem_text(detail, key)}"
     more = len(problems) - 3
     return "; ".join([*problems.values()][:3]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _sets(override: str, key: str, detail: "ErrorDetails") -> bool:
+    """Whether an override of the full key `override` sets the wrong value at `key`: that key, its section, or a part of
+    a value that has no parts. A section may also be wrong because of its other keys."""
+    deeper = detail["type"] != "value_error" and f"{override}.".startswith(f"{key}.")
+    return f"{key}.".startswith(f"{override}.") or deeper
 
 
 def problem_text(detail: "ErrorDetails", key: str) -> str:
@@ -790,16 +808,51 @@ def _location(detail: "ErrorDetails") -> tuple[int | str, ...]:
     )
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that the recipe section at this location may have. List indexes in the location are ignored."""
-    section: type[BaseModel] = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        arguments = [*getattr(annotation, "__args__", ()), annotation]
-        section = next(a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel))
-    return list(section.model_fields)
+def _hint(location: tuple[int | str, ...], values: dict[str, Any]) -> str:
+    """What the unknown key at this location may be meant to be: at most three full keys, or the known keys there.
+
+    In this order: a similar key of the same section, keys of other sections with the same last part, similar keys of
+    other sections. `values` are the recipe's, which may set keys that only its task knows.
+    """
+    *around, name = [str(part) for part in location if not isinstance(part, int)]
+    full_keys = {key: key.rpartition(".")[2] for key in _full_keys(Recipe, values)}
+    section = ".".join(around)
+    beside = {last: key for key, last in full_keys.items() if key.rpartition(".")[0] == section}
+    similar = difflib.get_close_matches(name, full_keys.values(), n=1, cutoff=0.7)
+    found = (
+        [beside[last] for last in difflib.get_close_matches(name, beside, n=1, cutoff=0.7)]
+        or [key for key, last in full_keys.items() if last == name]
+        or [key for key, last in full_keys.items() if last in similar]
+        or difflib.get_close_matches(".".join([*around, name]), full_keys, n=1, cutoff=0.8)
+        or [beside[last] for last in difflib.get_close_matches(name, beside, n=1, cutoff=0.5)]
+    )
+    if not found:
+        return f"known keys: {', '.join(beside)}"
+    return f"did you mean {' or '.join(map(repr, sorted(found, key=lambda key: key.count('.'))[:3]))}?"
+
+
+def _full_keys(section: type[BaseModel], values: Any, prefix: str = "") -> list[str]:
+    """All keys of a recipe section and of the sections in it, with `prefix` before each: `train.adapters.name`.
+
+    Of the settings of a task, those that `values` sets.
+    """
+    found = []
+    for name, field in section.model_fields.items():
+        given = values.get(name) if isinstance(values, dict) else None
+        inner = _sections_in(field.annotation)
+        found.append(f"{prefix}{name}")
+        for one in inner:
+            found += _full_keys(one, given, f"{prefix}{name}.")
+        if not inner and isinstance(given, dict):
+            found += [f"{prefix}{name}.{key}" for key in given]
+    return found
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field with this annotation may hold, by itself or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
 
 
 def _key_line(text: str, location: tuple[int | str, ...]) -> int | None:

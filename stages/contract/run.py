@@ -11,6 +11,7 @@
 import fcntl
 import importlib.metadata
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from stages.contract.errors import InterruptedRunError, UsageError
 from stages.contract.files import FileHashes, data_files, digest_of, read_json, stored_name, visible_files
 from stages.contract.part import Node, Part, Shard
 from stages.contract.recipe import Recipe
-from stages.contract.roots import Roots
+from stages.contract.roots import Roots, refuse_other_than_folder
 
 STAGES = ("preprocess", "train", "infer", "eval")
 
@@ -108,7 +109,8 @@ class Run:
         folder = self.roots.models / path
         if not folder.is_dir():
             raise UsageError(
-                f"{folder}: no such model folder; set {key} to a folder below LORRY_MODELS ({self.roots.models})"
+                f"{folder}: no such model folder; {_download_advice(path)}set {key} to a folder below LORRY_MODELS"
+                f" ({self.roots.models}){_folders_in(self.roots.models)}"
             )
         for needed in ("config.json", "*.safetensors"):
             if not any(folder.glob(needed)):
@@ -232,6 +234,25 @@ class Run:
         return matching
 
 
+def _download_advice(path: str) -> str:
+    """Text that says how to get a model, if `path` looks like its name on a hub, such as Qwen/Qwen3-0.6B, or is a
+    folder relative to the current one."""
+    if Path(path).is_dir():
+        return f"a path is relative to the model mount, and {Path(path).absolute()} is elsewhere; "
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        return ""
+    return f"Lorry downloads nothing: if this is its name on a hub, run `hf download {path} --local-dir FOLDER`; "
+
+
+def _folders_in(models: Path) -> str:
+    """The names of at most ten folders in the model mount, in brackets; empty if it has none or cannot be read."""
+    try:
+        names = sorted(one.name for one in models.iterdir() if one.is_dir() and not one.name.startswith("."))
+    except OSError:
+        return ""
+    return f", which has {', '.join(names[:10])}{' and others' if names[10:] else ''}" if names else ""
+
+
 def is_same_series(version: str, other: str) -> bool:
     """Whether two versions of Lorry have the same major and minor number, so that they can read each other's runs."""
     return version.split(".")[:2] == other.split(".")[:2]
@@ -263,8 +284,9 @@ def lock_stage_folder(folder: Path) -> Iterator[int]:
     """Lock a stage's folder, and create it first if it is missing. Yields the lock's file descriptor.
 
     Children that inherit the descriptor hold the lock too. The kernel releases it when the last holder dies, even by
-    SIGKILL. Raises InterruptedRunError (75) if another process holds it.
+    SIGKILL. Raises InterruptedRunError (75) if another process holds it, and UsageError if its path is not a folder.
     """
+    refuse_other_than_folder(folder, "name another --run, or move it away")
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -275,6 +297,8 @@ def lock_stage_folder(folder: Path) -> Iterator[int]:
             raise InterruptedRunError(
                 f"{folder}: {holder} is running this stage; wait until it ends, then run again"
             ) from error
+        except OSError as error:  # without the file's name, as the lock is on a descriptor
+            raise OSError(error.errno, error.strerror, str(folder / ".lock")) from error
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield descriptor

@@ -12,10 +12,13 @@ from stages.contract.run import Run
 from stages.contract.stop import StopRequest
 
 NAMED = 1000
-"""Skipped records or files that a manifest names per reason: data can have millions. The log of preprocess has all."""
+"""Skipped records or files that a manifest names per reason: data can have millions. The stage's log has all."""
 
 LONGEST = 500
-"""Characters of a skipped record's name or detail in a manifest."""
+"""Characters of a skipped record's name or detail in a manifest, and of its line on the console."""
+
+SHOWN = 3
+"""Skipped records or files that the console shows if the stage ends with an error."""
 
 
 @dataclass
@@ -101,8 +104,20 @@ class Stage:
                 path.unlink()
 
     def skip(self, what: str, reason: str, detail: str = "") -> None:
-        """Count a record or file, by its name `what`, as skipped for a reason."""
+        """Count a record or file, by its name `what`, as skipped for a reason, and write it to the log."""
         self.skipped.append({"what": what, "reason": reason, "detail": detail})
+        print(_skip_text(self.skipped[-1]))  # standard output is the log
+
+    def show_first_skips(self) -> None:
+        """Print the first skipped records or files on the console, and how many others there are.
+
+        For a stage that ends with an error, which these may explain.
+        """
+        for one in self.skipped[:SHOWN]:
+            self.events.say(" ".join(_skip_text(one).split())[:LONGEST])
+        others = len(self.skipped) - SHOWN
+        if others > 0:
+            self.events.say(f"and {others} more; all are in {self.path('log.txt')}")
 
     def skipped_counts(self) -> dict[str, int]:
         """How many records or files are skipped for each reason."""
@@ -123,3 +138,9 @@ class Stage:
         self.decisions.append({"what": what, "value": value, "why": why})
         self.events.emit("decision", what=what, value=value, why=why)
         self.events.say(f"{what}: {value} ({why})")
+
+
+def _skip_text(skipped: dict[str, str]) -> str:
+    """An entry of `Stage.skipped` in words."""
+    detail = f" ({skipped['detail']})" if skipped["detail"] else ""
+    return f"skipped {skipped['what']}: {skipped['reason']}{detail}"

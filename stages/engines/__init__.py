@@ -7,6 +7,7 @@ import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.contract.errors import UsageError
@@ -77,6 +78,16 @@ def engine_libraries() -> dict[str, tuple[str, ...]]:
     return {library: files for kind in ENGINES for library, files in kind.libraries.items()}
 
 
+def refuse_unserved_model(kind: EngineKind, model: Path) -> None:
+    """Raise UsageError if the type of the model in this folder is one that the engine cannot serve."""
+    model_type = (read_json(model / "config.json") or {}).get("model_type")
+    if model_type in kind.cannot_serve:
+        others = [other.name for other in ENGINES if model_type not in other.cannot_serve]
+        raise UsageError(
+            f"{model}: {kind.name} cannot serve {model_type} models; set infer.engine to {' or '.join(others)}"
+        )
+
+
 def start_engine(name: str, settings: "EngineSettings") -> "Engine":
     """Start the engine `name`, which loads model and adapters. Returns it.
 
@@ -84,12 +95,7 @@ def start_engine(name: str, settings: "EngineSettings") -> "Engine":
     that torch cannot use, and the engine's own errors.
     """
     kind = engine_kind(name)
-    model_type = (read_json(settings.model / "config.json") or {}).get("model_type")
-    if model_type in kind.cannot_serve:
-        others = [other.name for other in ENGINES if model_type not in other.cannot_serve]
-        raise UsageError(
-            f"{settings.model}: {name} cannot serve {model_type} models; set infer.engine to {' or '.join(others)}"
-        )
+    refuse_unserved_model(kind, settings.model)
     if "torch" in kind.libraries:
         from stages.engines.cuda import refuse_dead_gpus
 

@@ -55,8 +55,10 @@ class Target:
 def load_targets(path: Path = TARGETS_FILE) -> dict[str, Target]:
     """All targets, by name. A variant has the facts of the target in `variant_of`, except for those that it states.
 
-    Raises UsageError for an unknown or missing fact.
+    Raises UsageError for an unknown or missing fact, and if there is no such file.
     """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; install Lorry again")
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     return {
         name: _target(name, {**table.get(values.get("variant_of"), {}), **values}) for name, values in table.items()

@@ -28,7 +28,7 @@ from stages.host.needs import GPU_STAGES
 from stages.host.runs import open_run
 
 if TYPE_CHECKING:
-    from stages.contract.recipe import Recipe, Train
+    from stages.contract.recipe import Recipe
     from stages.models.shape import ModelShape
 
 DEFAULT = "GPUS is not set (default: 0)"
@@ -221,14 +221,9 @@ def _refuse_inexact_batches(stages: tuple[str, ...], options: dict[str, Any], nu
     settings = open_run(**options).recipe.train
     if "train" not in stages or not settings.exact_batch:
         return
-    for phase in _phases(settings):
+    for phase in settings.phases:
         batch = plan_batch(phase.effective_batch, phase.micro_batch, number)
         refuse_inexact_batch(batch, phase.full_key("effective_batch"))
-
-
-def _phases(settings: "Train") -> "list[Train]":
-    """The settings of each phase of training: the connector's, if the recipe trains one, and the adapters'."""
-    return [settings] if settings.connector is None else [settings.connector_settings(), settings]
 
 
 def inference_bytes(weights: int) -> int:
@@ -248,7 +243,7 @@ def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes
     from stages.hardware.memory import max_lengths
 
     phases = [
-        (settings, max_lengths(recipe.model_copy(update={"train": settings}))) for settings in _phases(recipe.train)
+        (settings, max_lengths(recipe.model_copy(update={"train": settings}))) for settings in recipe.train.phases
     ]
 
     @cache

@@ -133,8 +133,13 @@ def image_target(stage: str, target: Target) -> str:
 def compose_command() -> list[str]:
     """The command line of `docker compose`, with the first docker client on PATH that has the plugin.
 
-    Raises UsageError if no client has it.
+    Raises UsageError if no client has it, or if compose.yaml is not here.
     """
+    if not (REPOSITORY / "compose.yaml").is_file():  # installed from a wheel
+        raise UsageError(
+            f"{REPOSITORY}: no compose.yaml here; launch containers from a checkout, or run the stages as local"
+            " processes with `lorry run`"
+        )
     for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
         client = shutil.which("docker", path=folder)
         if client and subprocess.run([client, "compose", "version"], capture_output=True, check=False).returncode == 0:

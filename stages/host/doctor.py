@@ -25,8 +25,7 @@ from stages.host.containers import (
     refuse_image,
     refuse_without_nvidia,
 )
-from stages.host.needs import STAGES
-from stages.host.processes import missing_libraries
+from stages.host.needs import STAGES, missing_libraries
 
 if TYPE_CHECKING:
     from stages.contract.run import Run
@@ -314,7 +313,7 @@ def _check_folders(roots: Roots, run: "Run | None", in_containers: bool) -> Iter
             yield _failure("folders", f"{closed}: uid {uid} cannot read it; {cure}", Exit.USAGE)
         else:
             yield _ok_finding("folders", f"{folder}: readable for uid {uid}")
-    yield _check_runs_folder(roots.runs, user, gid, in_containers)
+    yield _check_runs_folder(roots, user, gid, in_containers)
     for folder in _run_folders(run):
         if not user.has_access(folder, 7):
             cure = f"sudo chown -R {uid}:{gid} {folder}, or name another --run"
@@ -341,8 +340,13 @@ def _paths_two_levels_deep(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _check_runs_folder(runs: Path, user: _User, gid: int, in_containers: bool) -> Finding:
+def _check_runs_folder(roots: Roots, user: _User, gid: int, in_containers: bool) -> Finding:
     """A finding on whether the stages can write to the runs folder, which need not exist yet."""
+    try:
+        roots.refuse_missing_runs()
+    except UsageError as error:
+        return _error_finding("folders", error)
+    runs = roots.runs
     there = next(path for path in (runs, *runs.parents) if path.is_dir())
     cure = f"sudo chown {user.uid}:{gid} {there}, or name another folder (LORRY_RUNS)"
     if os.statvfs(there).f_flag & os.ST_RDONLY:

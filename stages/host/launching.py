@@ -14,11 +14,12 @@ from stages.hardware.holds import Holds
 from stages.hardware.probe import Cards, read_cards
 from stages.hardware.targets import load_targets, refuse_driver_too_old_for_cuda, refuse_old_driver
 from stages.host.cards import CardChoice, choose_cards, choose_target
+from stages.host.checks import refuse_mistakes
 from stages.host.containers import container_runner, find_engine
 from stages.host.needs import GPU_STAGES, STAGES
 from stages.host.outcome import Lines, Problem, Runner
 from stages.host.processes import installed_cuda, local_runner
-from stages.host.runs import recipe_path, unfinished_stages
+from stages.host.runs import open_run, recipe_path, unfinished_stages
 
 
 def launch(
@@ -91,6 +92,7 @@ def _choose_runner(
         cuda = installed_cuda() if uses_gpus else None
         if cuda:
             refuse_driver_too_old_for_cuda(cuda, found.driver, load_targets())
+        refuse_mistakes(open_run(**options), stages, machine=False)
         return local_runner(stages, options, choice, target)
     if uses_gpus:
         refuse_old_driver(card, found.driver)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.contract.errors import Exit, UsageError
 from stages.contract.stop import StopRequest, die_with_parent
-from stages.host.needs import LIBRARIES, STAGES
+from stages.host.checks import refuse_mistakes
+from stages.host.needs import STAGES, missing_libraries
 from stages.host.outcome import Lines, Outcome, Runner, signal_outcome
 from stages.host.runs import is_done, open_run, stage_arguments
 
@@ -23,19 +24,23 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
     """Run the four stages in order, each in a process of its own. Skips stages that are done, unless `force`.
 
     `options` name the run (`open_run`). Yields lines to print. The first stage that does not exit with 0 ends the run;
-    returns its exit code, else 0. Raises the errors of `open_run`, and InterruptedRunError if this process is stopped
-    before a stage starts.
+    returns its exit code, else 0. Raises the errors of `open_run`, those of `refuse_mistakes` before the first stage
+    that is not done, and InterruptedRunError if this process is stopped before a stage starts.
     """
     run = open_run(**options)
     arguments = [*stage_arguments(options), *(["--force"] if force else [])]
     stop = StopRequest()
     stop.install()
-    for stage in STAGES:
+    checked = False
+    for number, stage in enumerate(STAGES):
         done = not force and is_done(run, stage)
         stop.check()
         if done:
             yield f"{stage}: up to date"
             continue
+        if not checked:
+            refuse_mistakes(run, STAGES[number:])
+            checked = True
         outcome = run_process(stage, arguments, stop)
         if outcome.problem:
             yield outcome.problem
@@ -92,11 +97,6 @@ def run_process(
     stop.pass_on_to(process)
     code = process.wait()
     return signal_outcome(stage, -code) if code < 0 else Outcome(code)
-
-
-def missing_libraries(stage: str) -> list[str]:
-    """Those of a stage's required libraries that are not installed here."""
-    return [library for library in LIBRARIES[stage] if importlib.util.find_spec(library) is None]
 
 
 def installed_cuda() -> str | None:

@@ -7,21 +7,21 @@ import resource
 import subprocess
 import traceback
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stages.contract.errors import Exit, InterruptedRunError, LorryError, UsageError
+from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.events import Events, redirect_output, say
 from stages.contract.files import (
     FileHashes,
-    machine_error,
     open_atomically,
     read_json,
     remove,
     write_json,
 )
+from stages.contract.machine_errors import machine_error
 from stages.contract.part import Node, Part, Shard
 from stages.contract.recipe import dump_recipe
 from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, lock_stage_folder
@@ -38,31 +38,47 @@ DEPENDENCIES = (
 """Libraries whose versions the manifest records, if they are installed."""
 
 
-def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = False, part: Part = None) -> Exit:
-    """Run one stage of a run, or a part of it, unless it is done. Prints an error as one line; returns the exit code.
+def run_stage(
+    run: Run,
+    name: str,
+    work: Callable[[Stage], None],
+    force: bool = False,
+    part: Part = None,
+    check: Callable[[], None] | None = None,
+) -> Exit:
+    """Run one stage of a run, or a part of it, unless it is done. Prints an error in lines; returns the exit code.
 
     The whole stage, on one node or several, uses the results of finished shards with the same key, unless it was
     started with `force`. `force` discards finished work, except that of an interrupted start with `force`; it is
     refused on several nodes.
+
+    `check` raises a LorryError for mistakes that can be found before the work. It is called before anything is hashed
+    if the stage has no manifest or `force` is set, else once the stage turns out not to be up to date.
     """
     stop = StopRequest()
     stop.install()
+    folder = run.stage_folder(name, part)
     try:
         if isinstance(part, Node) and force:
             raise UsageError(
                 f"--force on {part.count} nodes: the nodes cannot agree when to start again; delete"
                 f" {run.stage_folder(name)} and start them without --force"
             )
-        with lock_stage_folder(run.stage_folder(name, part)) as lock:
-            return _run_with_lock(run, name, work, force, stop, lock, part)
-    except LorryError as error:
-        say(name, str(error), error=True)
-        return error.exit_code
-    except OSError as error:
-        explained = machine_error(error)
+        with lock_stage_folder(folder) as lock:
+            try:
+                if check is not None and (force or not (folder / "manifest.json").exists()):
+                    check()
+                    check = None
+                return _run_with_lock(run, name, work, force, stop, lock, part, check)
+            except (LorryError, OSError) as error:  # before or after the work, whose own errors are reported inside
+                _log_error(folder, error)
+                raise
+    except (LorryError, OSError) as error:
+        explained = error if isinstance(error, LorryError) else machine_error(error)
         if explained is None:
             raise
-        say(name, str(explained), error=True)
+        for line in str(explained).splitlines():
+            say(name, line, error=True)
         return explained.exit_code
 
 
@@ -76,11 +92,19 @@ def write_recipe(run: Run) -> None:
 
 
 def _run_with_lock(
-    run: Run, name: str, work: Callable[[Stage], None], force: bool, stop: StopRequest, lock: int, part: Part
+    run: Run,
+    name: str,
+    work: Callable[[Stage], None],
+    force: bool,
+    stop: StopRequest,
+    lock: int,
+    part: Part,
+    check: Callable[[], None] | None,
 ) -> Exit:
     """Run a stage, or a part of it, in its locked folder. Returns the exit code.
 
-    Errors of the work are printed. Raises the errors of `Run.inputs` and `Run.is_done`, before the work starts.
+    Errors of the work are printed. Raises the errors of `Run.inputs`, `Run.is_done` and `check` (None: no check),
+    before the work starts.
     """
     folder = run.stage_folder(name, part)
     label = f"{name} {part.label}" if part else name
@@ -94,6 +118,8 @@ def _run_with_lock(
         say(label, "up to date")
         return Exit.DONE
     hashes.save()
+    if check is not None:
+        check()
     state: dict[str, Any] = {"starts": [_present_time()], "forced": False}
     if not helps:
         write_recipe(run)
@@ -171,23 +197,37 @@ def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ..
 
 
 def _report_end(stage: Stage, error: BaseException) -> Exit:
-    """Print the error that ended a stage, write it to events.jsonl, and return the exit code.
+    """Print the error that ended a stage, write it to events.jsonl and its traceback to the log. Returns the exit code.
 
-    The traceback of a bug goes to the log.
+    Before an error of data or recipe, also prints the first skipped records.
     """
+    _log_error(stage.folder, error)
     explained = error if isinstance(error, LorryError) else machine_error(error)
     if explained is None and isinstance(error, KeyboardInterrupt):
         explained = InterruptedRunError("interrupted after saving finished work; run the same command again")
     if explained is not None:
         _emit_stop_event(stage, explained)
-        stage.events.say(str(explained))
+        if isinstance(explained, DataError | UsageError):
+            stage.show_first_skips()
+        for line in str(explained).splitlines():
+            stage.events.say(line)
         return explained.exit_code
-    traceback.print_exception(error)  # into the log, which standard error is
     stage.events.emit("crashed", error=repr(error))
     stage.events.say(
         f"failed: {type(error).__name__}: {error}; report this bug, with the traceback in {stage.path('log.txt')}"
     )
     return Exit.CRASHED
+
+
+def _log_error(folder: Path, error: BaseException) -> None:
+    """Append an error with its traceback to the log of a stage's folder; ignore an OSError.
+
+    A stop is no error: of an InterruptedRunError, only the message is appended.
+    """
+    text = f"{error}\n" if isinstance(error, InterruptedRunError) else "".join(traceback.format_exception(error))
+    # not through standard error, which would keep the text after a failed write and fail again when it is flushed
+    with suppress(OSError), (folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as log:
+        log.write(text)
 
 
 def _emit_stop_event(stage: Stage, error: LorryError) -> None:
@@ -263,7 +303,10 @@ def _git_revision() -> str | None:
     """The git revision of this code: LORRY_REVISION, which images set, else the checkout's; None without either."""
     if "LORRY_REVISION" in os.environ:
         return os.environ["LORRY_REVISION"]
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():  # installed from a wheel, maybe inside the checkout of something else
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -23,8 +23,11 @@ def recipe_path(recipe: str) -> Path:
 
 
 def shipped_recipes() -> list[Path]:
-    """The files of the recipes that come with Lorry, sorted by name."""
-    return sorted(RECIPES.glob("*.yaml"))
+    """The files of the recipes that come with Lorry, sorted by name. Raises UsageError if there are none."""
+    found = sorted(RECIPES.glob("*.yaml"))
+    if not found:
+        raise UsageError(f"{RECIPES}: no recipes here; install Lorry again, or name a recipe by its path")
+    return found
 
 
 def recipe_summary(path: Path) -> tuple[str, list[str]]:

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 from stages.contract.events import Events
-from stages.contract.files import machine_error
+from stages.contract.machine_errors import machine_error
 from stages.contract.records import Sample
 from stages.contract.stop import StopRequest
 from stages.engines.engine import Completion, Engine

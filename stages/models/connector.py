@@ -38,6 +38,15 @@ def trained_connector(run: Run) -> tuple[Path, str] | None:
     return folder / FILE, str(made["files"][FILE])
 
 
+def refuse_quantised_connector(model: Path) -> None:
+    """Raise UsageError if the base is quantised, so that no connector can be trained on it."""
+    if (read_json(model / "config.json") or {}).get("quantization_config"):
+        raise UsageError(
+            f"{model}: train.connector needs a base in 16 bits or more, but this one is quantised; use another base, or"
+            " leave out train.connector"
+        )
+
+
 def check_connector(connector: Path, sha256: str) -> None:
     """Raise UsageError if the connector's file is missing, or has another sha256 than after its training."""
     found = sha256_file(connector) if connector.is_file() else None

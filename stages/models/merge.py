@@ -33,14 +33,29 @@ def refuse_adapted_vision(adapters: dict[str, Path], engine: str, others: list[s
             )
 
 
+def refuse_unserved_vision(model: Path, engine: str) -> None:
+    """Raise UsageError if the model reads pictures: its vision tower is to be adapted, which `engine` would ignore."""
+    config = read_json(model / "config.json") or {}
+    if "vision_config" in config or "mm_vision_tower" in config:
+        raise UsageError(
+            f"train.freeze_vision: false adapts the vision tower of {model}, which {engine} would ignore; set"
+            " infer.merged to true to merge the adapters, or train.freeze_vision to true"
+        )
+
+
+def refuse_merging_quantised(model: Path) -> None:
+    """Raise UsageError if the model is quantised."""
+    if (read_json(model / "config.json") or {}).get("quantization_config"):
+        raise UsageError(f"{model}: is quantised, so no adapter can be merged into it; set infer.merged to false")
+
+
 def write_merged_copy(model: Path, adapter: Path, folder: Path, dtype: str) -> Path:
     """Write a copy of the base with the adapter merged into it, as a Hugging Face model folder. Returns `folder`.
 
     The folder appears only when it is complete. An existing one is not written again. `dtype` is torch's name of the
     weights' type. Raises UsageError for a quantised base, and DoesNotFitError if the disk has too little space.
     """
-    if read_json(model / "config.json").get("quantization_config"):
-        raise UsageError(f"{model}: is quantised, so no adapter can be merged into it; set infer.merged to false")
+    refuse_merging_quantised(model)
     if folder.is_dir():
         return folder
     needed = sum(path.stat().st_size for path in model.glob("*.safetensors"))

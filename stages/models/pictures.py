@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from stages.contract.errors import DataError, UsageError
+from stages.contract.machine_errors import raise_machine_fault
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -161,6 +162,7 @@ def _open_picture_file(file: Path | BinaryIO) -> Iterator[Any]:
         with Image.open(file) as opened:
             yield opened
     except bad as error:
+        raise_machine_fault(error)
         name = file if isinstance(file, Path) else "picture"
         raise DataError(f"{name}: not a readable picture ({error}); run preprocess again") from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import UsageError
+from stages.contract.machine_errors import machine_error
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes per element, by safetensors' names of types. Types that are missing here, such as F8_E4M3, have one byte."""
@@ -152,7 +153,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); copy a whole Hugging Face model folder there") from error
+        raise machine_error(error) or UsageError(
+            f"{path}: cannot be read ({error}); copy a whole Hugging Face model folder there"
+        ) from error
     if not isinstance(value, dict):
         raise UsageError(f"{path}: not a JSON object; copy a whole Hugging Face model folder there")
     return value
@@ -193,7 +196,7 @@ def _read_header(path: Path) -> list[Weight]:
         end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
         found = [Weight(name, tuple(value["shape"]), value["dtype"]) for name, value in tensors.items()]
     except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: damaged ({error}); copy it again") from error
+        raise machine_error(error) or UsageError(f"{path}: damaged ({error}); copy it again") from error
     size = path.stat().st_size
     if size != 8 + length + end:
         raise UsageError(f"{path}: damaged ({size} bytes, but its header says {8 + length + end}); copy it again")

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError, UsageError
+from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.files import read_json, read_jsonl, remove, write_json, write_jsonl
 from stages.contract.recipe import DataJuicer
 from stages.contract.run import Run
@@ -251,7 +251,7 @@ def _operator_rows(known: Records) -> Iterable[dict[str, Any]]:
 def _follow(stage: Stage, reading: int) -> LorryError | None:
     """Return the error that the child sent; None if it sent none. Prints the child's messages and progress until the
     child closes the channel."""
-    kinds = {"usage": UsageError, "data": DataError, "stopped": InterruptedRunError}
+    kinds = {int(kind.exit_code): kind for kind in (UsageError, DataError, DoesNotFitError, InterruptedRunError)}
     error = None
     with os.fdopen(reading, encoding="utf-8") as channel:
         for line in channel:

@@ -33,8 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.contract.errors import DataError, Exit, UsageError
+from stages.contract.errors import DataError, Exit, LorryError, UsageError
 from stages.contract.files import read_json, read_jsonl, remove, write_json, write_jsonl
+from stages.contract.machine_errors import raise_machine_fault
 from stages.contract.stop import make_forks_die_with_parents
 from stages.models.pictures import read_picture
 
@@ -83,8 +84,8 @@ cannot process a row."""
 
 
 def main() -> None:
-    """Run the operators of the job that the command line names, then exit with code 0. After a UsageError or DataError,
-    sends it to the stage and exits with its exit code."""
+    """Run the operators of the job that the command line names, then exit with code 0. After a LorryError, sends it to
+    the stage and exits with its exit code."""
     job = Job(**read_json(Path(sys.argv[1])))
     make_forks_die_with_parents()  # operators' workers, and Ray
     try:
@@ -93,9 +94,9 @@ def main() -> None:
         rows = _check_pictures(job)
         for number, operator in enumerate(operators, start=1):
             rows = _run_operator(job, number, operator, rows)
-    except (UsageError, DataError) as error:
+    except LorryError as error:
         traceback.print_exc()
-        job.send(error="usage" if isinstance(error, UsageError) else "data", text=str(error))
+        job.send(error=int(error.exit_code), text=str(error))
         sys.exit(error.exit_code)
     sys.exit(Exit.DONE)
 
@@ -161,6 +162,7 @@ def _run_operator(job: Job, number: int, operator: Any, rows: list[Row]) -> list
         try:
             return run(rows)
         except Exception as error:
+            raise_machine_fault(error)
             raise DataError(f"{where}: fails ({_error_text(error)}); remove it, or correct the data") from error
 
     return _run_step(job, number, name, rows, max(len(rows), 1), process_all)
@@ -185,6 +187,7 @@ class _Bisection:
             if len(rows) > 1:
                 middle = len(rows) // 2
                 return self(rows[:middle], problems) + self(rows[middle:], problems)
+            raise_machine_fault(error)
             traceback.print_exc()
             self._failed += 1
             if self._failed >= FAILURES_BEFORE_GIVING_UP and not self._one_done:
@@ -328,6 +331,7 @@ def _load_operators(job: Job) -> list[Any]:
         try:
             operator = kind(**_parameters_with_defaults(job, kind, given))
         except Exception as error:
+            raise_machine_fault(error)
             raise UsageError(
                 f"{where}.{name}: cannot be loaded ({_error_text(error)}); correct its parameters, or remove it"
             ) from error

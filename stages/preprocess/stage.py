@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
-from stages.contract.errors import DataError
 from stages.contract.files import FileHashes, stored_name, unread_data
 from stages.contract.stage import Stage
 from stages.preprocess.rows import write_samples
@@ -19,17 +18,11 @@ from stages.tasks.task import QuestionTask, RecordTask, Task, reads_documents, r
 
 
 def work(stage: Stage) -> None:
-    """Turn the input into samples. A shard only renders and embeds its share of the documents and questions.
-    `run_stage` calls this. Raises DataError, after the skipped records are logged, if the data cannot be used."""
-    try:
-        _make_samples(stage)
-    except DataError:  # its message names the commonest reason
-        _log_skips(stage)
-        raise
+    """Turn the input into samples: read and split the questions, and search the documents. `run_stage` calls this.
 
-
-def _make_samples(stage: Stage) -> None:
-    """Read and split the questions, search the documents, and write the samples; a shard writes none."""
+    A shard only renders and embeds its share of the documents and questions. Raises DataError if the data cannot be
+    used.
+    """
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
     for path, (reason, detail) in unread_data(data).items():
@@ -120,15 +113,8 @@ def _show_encodings(stage: Stage) -> None:
         stage.facts["encodings"] = found
 
 
-def _log_skips(stage: Stage) -> None:
-    """Write every skipped record to the log."""
-    for skipped in stage.skipped:
-        print(f"skipped {skipped['what']}: {skipped['reason']} {skipped['detail']}")  # into the log
-
-
 def _show_counts(stage: Stage) -> None:
-    """Print the number of skipped records by reason, then the number of samples by split. Log each skipped record."""
-    _log_skips(stage)
+    """Print the number of skipped records by reason, then the number of samples by split."""
     first: dict[str, str] = {}
     for skipped in stage.skipped:
         first.setdefault(skipped["reason"], skipped["what"])

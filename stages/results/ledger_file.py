@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.contract.errors import UsageError
-from stages.contract.files import machine_error, open_atomically
+from stages.contract.files import open_atomically
+from stages.contract.machine_errors import machine_error
 from stages.results.ledger import Row
 from stages.results.ledger_page import render_html
 from stages.results.ledger_table import render_csv, render_table

@@ -47,7 +47,7 @@ from stages.hardware.targets import (
     working_target,
 )
 from stages.models.connector import FILE as CONNECTOR_FILE
-from stages.models.connector import check_connector, trained_connector
+from stages.models.connector import check_connector, refuse_quantised_connector, trained_connector
 from stages.models.control_words import said_note
 from stages.models.gptq import quantisation_method
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
@@ -172,12 +172,7 @@ def _train_connector(
             " --shard, or train on several nodes"
         )
     settings = stage.run.recipe.train.connector_settings()
-    model = stage.run.model(stage.run.recipe.model.path, "model.path")
-    if quantisation_method(model) is not None:
-        raise UsageError(
-            f"{model}: train.connector needs a base in 16 bits or more, but this one is quantised; use another base, or"
-            " leave out train.connector"
-        )
+    refuse_quantised_connector(stage.run.model(stage.run.recipe.model.path, "model.path"))
     mix, folder = settings.adapters[0], stage.path(*folder_parts(CONNECTOR))
     key = _connector_key(stage, settings)
     second: _Plan | None = None

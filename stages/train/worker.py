@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError, UsageError
-from stages.contract.files import machine_error, read_json, read_jsonl, remove, sha256_file, write_json, write_jsonl
+from stages.contract.files import read_json, read_jsonl, remove, sha256_file, write_json, write_jsonl
+from stages.contract.machine_errors import machine_error
 from stages.contract.mixes import samples_with_pictures, training_samples, validation_samples
 from stages.contract.recipe import Train
 from stages.contract.stop import StopRequest, die_with_parent, make_forks_die_with_parents

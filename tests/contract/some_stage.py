@@ -66,6 +66,8 @@ def crash(stage: Stage) -> None:
 
 
 def unusable(stage: Stage) -> None:
+    for number in range(1, 6):
+        stage.skip(f"x.jsonl:{number}", "no question", f"found {number}")
     raise DataError("x.jsonl: nothing in it")
 
 

@@ -1,12 +1,10 @@
 """Files survive kills, full disks and unusual text."""
 
-import errno
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.contract import files
-from stages.contract.errors import DoesNotFitError, UsageError
+from stages.contract.errors import UsageError
 from stages.contract.files import (
     FileHashes,
     JsonlJournal,
     data_files,
     digest_of,
-    machine_error,
     open_atomically,
     read_json,
     read_jsonl,
@@ -231,49 +228,6 @@ def test_a_file_name_that_is_no_utf8_is_hashed_and_remembered(tmp_path: Path, mo
     hashes.save()
     assert json.loads((tmp_path / ".memory").read_text())
     assert FileHashes(tmp_path / ".memory").tree_digest(folder) == digest
-
-
-# -- disk errors ---------------------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_is_not_taken_for_a_forbidden_one() -> None:
-    full = machine_error(OSError(errno.ENOSPC, "No space left on device", "/runs/a"))
-    assert isinstance(full, DoesNotFitError)
-    assert "/runs/a" in str(full)
-    assert isinstance(machine_error(OSError(errno.EROFS, "Read-only file system", "/runs/a")), UsageError)
-    assert isinstance(machine_error(RuntimeError("I/O error: No space left on device (os error 28)")), DoesNotFitError)
-    assert machine_error(ValueError("something else")) is None
-
-
-def test_a_full_disk_behind_a_librarys_own_error_is_found() -> None:
-    try:
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        except OSError as cause:
-            raise RuntimeError("could not save the checkpoint") from cause
-    except RuntimeError as error:
-        assert isinstance(machine_error(error), DoesNotFitError)
-
-
-def test_the_libraries_own_errors_on_a_full_disk_are_known(small_disk: Path) -> None:
-    """numpy says `6144 requested and 3040 written`, without the error's number."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from safetensors.numpy import save_file
-
-    many = np.zeros(3_000_000)
-    writers: dict[str, Callable[[Path], object]] = {
-        "text": lambda path: path.write_text("x" * 20_000_000),
-        "numpy": lambda path: np.save(path, many),
-        "pyarrow": lambda path: pq.write_table(pa.table({"a": np.arange(3_000_000)}), path),
-        "safetensors": lambda path: save_file({"a": many}, path),
-    }
-    for name, write in writers.items():
-        with pytest.raises(Exception) as caught:
-            write(small_disk / name)
-        (small_disk / name).unlink(missing_ok=True)
-        assert isinstance(machine_error(caught.value), DoesNotFitError), (name, caught.value)
 
 
 def test_hidden_files_are_left_out_and_a_name_with_two_dots_in_front_is_not(tmp_path: Path) -> None:

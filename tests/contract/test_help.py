@@ -61,6 +61,11 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     assert modules & set(HEAVY) == set()
 
 
+def test_a_command_that_is_gone_fails() -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        imported_by("entrypoints.gone", "--help")
+
+
 def test_the_check_sees_a_heavy_import() -> None:
     _, modules = imported_by("stages.preprocess.render")
     assert "pymupdf" in modules

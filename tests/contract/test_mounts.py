@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.contract.files import machine_error
+from stages.contract.machine_errors import machine_error
 from tests.conftest import Finished, Lorry
 from tests.other_user import UID, folder_for_all, run_as_other_user
 

@@ -79,9 +79,15 @@ def test_every_recipe_file_satisfies_the_exported_schema() -> None:
     ("old", "new", "line", "found", "nearest"),
     [
         ("task: patent_qa", "task: patent_qa\nsead: 1", 2, "'sead'", "'seed'"),
-        ("    - name: tuned", "    - name: tuned\n  learnin_rate: 1.0", 10, "'train.learnin_rate'", "'learning_rate'"),
-        ("    - name: tuned", "    - nmae: tuned", 9, "'train.adapters.0.nmae'", "'name'"),
-        ("data: {path: few}", "data: {path: few, test_fracton: 0.5}", 3, "'data.test_fracton'", "'test_fraction'"),
+        (
+            "    - name: tuned",
+            "    - name: tuned\n  learnin_rate: 1.0",
+            10,
+            "'train.learnin_rate'",
+            "'train.learning_rate'",
+        ),
+        ("    - name: tuned", "    - nmae: tuned", 9, "'train.adapters.0.nmae'", "'train.adapters.name'"),
+        ("data: {path: few}", "data: {path: few, test_fracton: 0.5}", 3, "'data.test_fracton'", "'data.test_fraction'"),
     ],
 )
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known(
@@ -92,6 +98,37 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known(
     assert f"{path}:{line}: unknown key {found}; did you mean {nearest}?" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "key", "meant"),
+    [
+        ("epochs=3", "epochs", "'train.epochs' or 'train.connector.epochs'"),
+        ("epoch=3", "epoch", "'train.epochs' or 'train.connector.epochs'"),
+        ("learning-rate=1e-4", "learning-rate", "'train.learning_rate' or 'train.connector.learning_rate'"),
+        ("rank=4", "rank", "'train.rank'"),
+        ("embedder=x", "embedder", "'preprocess.retrieval.embedder'"),
+        ("top_k=3", "top_k", "'preprocess.retrieval.top_k'"),
+        ("model_path=x", "model_path", "'model.path'"),
+        ("engine=vllm", "engine", "'infer.engine'"),
+        ("infer.rank=4", "infer.rank", "'train.rank'"),
+        ("train.epoch=3", "train.epoch", "'train.epochs'"),
+        ("train.batch_size=3", "train.batch_size", "'infer.batch_size' or 'preprocess.retrieval.batch_size'"),
+        ("trian.epochs=3", "trian", "'train'"),
+        ("refine=false", "refine", "'infer.passes.refine'"),  # a setting of the task, which this recipe has
+    ],
+)
+def test_a_key_without_its_section_is_found_in_all_sections(
+    tmp_path: Path, override: str, key: str, meant: str
+) -> None:
+    path = written(tmp_path, MINIMAL_RECIPE + "infer:\n  passes: {refine: true}\n")
+    message = refused(path, None, override)
+    assert message == f"--set {override}: unknown key {key!r}; did you mean {meant}?"
+
+
+def test_an_override_of_a_sound_key_is_not_blamed_for_a_wrong_one_in_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL_RECIPE.replace("few}", "few, test_fracton: 0.5}"))
+    assert refused(path, None, "data.path=x", "train.rank=4").startswith(f"{path}:3: unknown key 'data.test_fracton'")
+
+
 def test_an_unknown_key_like_no_other_lists_the_known_ones(tmp_path: Path) -> None:
     message = refused(written(tmp_path, MINIMAL_RECIPE.replace("{path: few}", "{path: few, zzz: 1}")))
     assert "known keys: path, test_fraction, validation_fraction" in message
@@ -100,7 +137,7 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones(tmp_path: Path) -> No
 def test_an_unknown_key_in_a_profile_is_found_on_the_profiles_line(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL_RECIPE + "profiles:\n  big:\n    train:\n      epoch: 3\n")
     load_recipe(path)
-    assert f"{path}:13: unknown key 'train.epoch'; did you mean 'epochs'?" in refused(path, "big")
+    assert f"{path}:13: unknown key 'train.epoch'; did you mean 'train.epochs'?" in refused(path, "big")
 
 
 def test_a_key_that_was_replaced_is_ignored_with_one_line(tmp_path: Path) -> None:
@@ -242,7 +279,7 @@ def test_an_override_in_the_wrong_form_says_how_to_write_it(recipe_file: Path, o
     ("override", "message"),
     [
         ("train.rank=[1", "is not a YAML value"),
-        ("train.rnk=3", "did you mean 'rank'?"),
+        ("train.rnk=3", "did you mean 'train.rank'?"),
         ("train.rank.deep=3", "train.rank"),
         ("train.adapters.0.name=x", "train.adapters"),
         ("train=3", "train"),
@@ -329,7 +366,10 @@ WRITE_A_PART = "write a data set's name, or name#100 for 100 of its samples"
         ),
         ("[{source: train, fraction: 0}]", "train.adapters.0.data.0.fraction: found 0; it must be greater than 0"),
         ("[{source: train, draw: last}]", "train.adapters.0.data.0.draw: found 'last'; it must be 'random' or 'first'"),
-        ("[{source: train, cuont: 3}]", "unknown key 'train.adapters.0.data.0.cuont'; did you mean 'count'?"),
+        (
+            "[{source: train, cuont: 3}]",
+            "unknown key 'train.adapters.0.data.0.cuont'; did you mean 'train.adapters.data.count'?",
+        ),
         ("[{count: 3}]", "'train.adapters.0.data.0.source' is missing"),
         ("[3]", "train.adapters.0.data.0"),
         ("train", "train.adapters.0.data: found 'train'; it must be a valid list"),
@@ -380,7 +420,7 @@ def test_ways_to_vote(recipe_file: Path, vote: str) -> None:
             ("infer.vote={adapters: some}",),
             "infer.vote.adapters: found 'some'; it must be 'all' or 'greedy', or be a valid list",
         ),
-        (("infer.vote={wieghts: uniform}",), "unknown key 'infer.vote.wieghts'; did you mean 'weights'?"),
+        (("infer.vote={wieghts: uniform}",), "unknown key 'infer.vote.wieghts'; did you mean 'infer.vote.weights'?"),
         (
             ("infer.vote={}", "infer.answers=own sources"),
             "infer.answers own sources: adapters that answer different samples cannot vote together; set it to all, or",

@@ -143,10 +143,42 @@ def test_a_crash_exits_1_and_leaves_the_traceback_in_the_log(stage: Runner) -> N
 def test_known_errors_are_one_line_with_their_code(stage: Runner, work: str, code: int, message: str) -> None:
     done = stage(work)
     assert done.code == code
-    assert len(done.lines) == 1
-    assert message in done.output
+    assert message in done.lines[-1]
     stopped = next(event for event in stage.events() if event["event"] == "stopped")
     assert stopped["exit_code"] == code
+    assert "Traceback" not in done.output
+    log = (stage.folder / "log.txt").read_text()
+    assert "Traceback" in log and f"in {work}" in log
+
+
+def test_the_first_reasons_of_refused_data_are_shown_and_the_log_has_all(stage: Runner) -> None:
+    done = stage("unusable")
+    log = stage.folder / "log.txt"
+    assert done.lines == [
+        *(f"preprocess: skipped x.jsonl:{number}: no question (found {number})" for number in (1, 2, 3)),
+        f"preprocess: and 2 more; all are in {log}",
+        "preprocess: x.jsonl: nothing in it",
+    ]
+    for number in range(1, 6):
+        assert f"skipped x.jsonl:{number}: no question (found {number})\n" in log.read_text()
+
+
+def test_a_refusal_before_the_work_has_its_traceback_in_the_log(stage: Runner) -> None:
+    (stage.lorry.data / "few").rename(stage.lorry.data / "other")
+    done = stage("write")
+    assert (done.code, len(done.lines)) == (2, 1), done.output
+    log = (stage.folder / "log.txt").read_text()
+    assert log.startswith("Traceback") and "few: no such data folder" in log
+
+
+def test_a_stop_leaves_no_traceback_in_the_log(stage: Runner) -> None:
+    process = stage.start("count")
+    stage.wait_for_records(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert (stage.folder / "log.txt").read_text().splitlines() == [
+        "stopped by SIGTERM after saving finished work; run the same command again"
+    ]
 
 
 # -- two at once ---------------------------------------------------------------------------------------------------

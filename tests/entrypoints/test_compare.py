@@ -98,6 +98,7 @@ def test_identical_answers_are_reported(tmp_path: Path, lorry: Callable[..., Res
         "suspicious: baseline/tuned and custom/tuned: all 24 answers are identical, wrong ones included" in done.output
     )
     assert "100.0%" in line_of(done, "custom", "tuned")
+    assert "if two models give identical answers, wrong ones included" in " ".join(lorry("--help").output.split())
 
 
 def one_line(done: Result, *told: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 from entrypoints.launch import launch
 from stages.hardware.holds import Holds
 from stages.hardware.targets import Target
-from stages.host import containers, launching, processes
+from stages.host import containers, launching, needs, processes
 from stages.host.cards import job_need
 from stages.host.needs import STAGES
 from stages.host.outcome import Outcome
@@ -111,7 +111,8 @@ def local(
     for name, value in {"DOCKER_HOST": NO_ENGINE, "LORRY_DATA": lorry.data, "LORRY_RUNS": lorry.runs}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LORRY_MODELS", str(lorry.models))
-    monkeypatch.setattr(processes, "LIBRARIES", dict.fromkeys(STAGES, ()))
+    monkeypatch.setattr(needs, "LIBRARIES", dict.fromkeys(STAGES, ()))
+    monkeypatch.setattr(launching, "refuse_mistakes", lambda *_, **__: None)  # there are neither data nor models
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(*arguments: str, end: Callable[[str], int] = lambda _: 0) -> Launched:

@@ -18,7 +18,7 @@ from stages.contract.errors import DoesNotFitError, UsageError
 from stages.hardware import probe
 from stages.hardware.holds import Holds
 from stages.host import doctor as module
-from stages.host import processes
+from stages.host import needs
 from stages.host.needs import LIBRARIES
 from stages.host.runs import open_run
 from tests.conftest import Lorry, make_data
@@ -144,7 +144,7 @@ def test_a_card_without_a_driver(bare: Box, doctor: Doctor, tmp_path: Path, monk
 
 
 def test_a_library_that_is_not_here(bare: Box, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "LIBRARIES", {**LIBRARIES, "train": ("click", "no_such_library")})
+    monkeypatch.setattr(needs, "LIBRARIES", {**LIBRARIES, "train": ("click", "no_such_library")})
     lines = doctor().of("libraries", "warn")
     assert "train: needs no_such_library, which is not installed here; run `make setup`, or start Docker" in lines
 
@@ -393,10 +393,14 @@ def test_a_runs_folder_of_somebody_else(box: Box, engine: Engine, doctor: Doctor
 def test_a_runs_folder_that_is_not_made_yet(
     bare: Box, doctor: Doctor, healthy: Lorry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LORRY_RUNS", str(healthy.runs / "not" / "yet"))
+    monkeypatch.setenv("LORRY_RUNS", str(healthy.runs / "yet"))
     told = doctor()
     assert told.code == 0
     assert told.of("folders", "ok")[-1].endswith("(created by the first launch)")
+    monkeypatch.setenv("LORRY_RUNS", str(healthy.runs / "not" / "yet"))
+    told = doctor()
+    assert told.code == 2
+    assert told.of("folders", "FAIL")[-1].startswith(f"{healthy.runs}/not/yet: no such folder, and no ")
 
 
 # -- weights -------------------------------------------------------------------------------------------------------
@@ -424,7 +428,7 @@ def test_the_recipes_models_are_looked_at_with_one(
     assert told.code == 2
     assert told.failed == [
         f"weights: {healthy.models}/none: no such model folder; set preprocess.retrieval.embedder to a folder"
-        f" below LORRY_MODELS ({healthy.models})"
+        f" below LORRY_MODELS ({healthy.models}), which has cut, small"
     ]
     assert told.of("folders", "ok")[0] == f"{healthy.data}/few: readable for uid {os.getuid()}"
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from stages.contract.errors import UsageError
-from stages.host import processes
+from stages.host import needs, processes
 from stages.host.cards import CardChoice
 
 
 def test_a_host_without_the_libraries_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "LIBRARIES", {"train": ("click", "no_such_library")})
+    monkeypatch.setattr(needs, "LIBRARIES", {"train": ("click", "no_such_library")})
     with pytest.raises(
         UsageError,
         match="train: needs no_such_library, which is not installed here; run `make setup`, or",

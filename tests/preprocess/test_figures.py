@@ -378,12 +378,18 @@ ENTRIES = {
 }
 
 
-@pytest.mark.parametrize("kind", ENTRIES)
-@pytest.mark.parametrize("heading", ["List of Figures", "图目录", ""])
-@pytest.mark.parametrize("count", [1, 4])
+# nothing tells a single line without a heading and a page number from a caption
+LISTS = [
+    (kind, heading, count)
+    for kind in ENTRIES
+    for heading in ("List of Figures", "图目录", "")
+    for count in (1, 4)
+    if count > 1 or heading or kind in ("dots", "wide")
+]
+
+
+@pytest.mark.parametrize(("kind", "heading", "count"), LISTS)
 def test_a_line_of_a_list_of_figures_is_no_caption(kind: str, heading: str, count: int) -> None:
-    if count == 1 and not heading and kind not in ("dots", "wide"):
-        pytest.skip("nothing tells it from a caption")
     page = Page().write(160, 80, heading or " ", 14)
     for number in range(1, count + 1):
         page.write_left(80, 90 + 22 * number, ENTRIES[kind].format(number, number + 3))

@@ -427,8 +427,16 @@ def test_questions_of_another_form_are_refused_with_the_commonest_reason_and_the
     other = {"instruction": "What is part 1?", "input": "D1.pdf", "output": "gear"}
     lines = [json.dumps(other)] * 2 + ["What is part 1?,D1.pdf,gear"]
     (few / "questions.jsonl").write_text("\n".join(lines))
-    code, line = refused(lorry, str(recipe_file), "--run", "r")
-    assert code == 3
+    done = lorry.preprocess(str(recipe_file), "--run", "r")
+    *shown, line = done.lines
+    assert (done.code, [one[: one.index(" (")] for one in shown]) == (
+        3,
+        [
+            "preprocess: skipped questions.jsonl:1: no question",
+            "preprocess: skipped questions.jsonl:2: no question",
+            "preprocess: skipped questions.jsonl:3: not JSON",
+        ],
+    )
     assert "few: no usable question in questions.jsonl; 2 of 3 skipped: no question, first questions.jsonl:1" in line
     assert "(found the keys instruction, input, output); correct them" in line
     log = (lorry.runs / "r" / "preprocess" / "log.txt").read_text(encoding="utf-8")
@@ -465,7 +473,7 @@ def test_a_wrong_recipe_or_option(lorry: Lorry, recipe_file: Path) -> None:
             "../up",
         ): "--run ../up: not a name for one folder; choose a name with letters or digits and",
         (str(recipe_file), "--profile", "tiny"): "no profile 'tiny'",
-        (str(recipe_file), "--set", "train.rnk=2"): "did you mean 'rank'?",
+        (str(recipe_file), "--set", "train.rnk=2"): "did you mean 'train.rank'?",
         (
             str(recipe_file),
             "--set",

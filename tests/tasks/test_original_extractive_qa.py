@@ -379,7 +379,7 @@ def test_defect_04_a_missing_lora_config_is_an_error_and_not_a_silent_default(fr
 
     with pytest.raises(UsageError, match=r"no\.json: no such file"):
         assert replace(fresh, overrides=("train.lora_config=no.json",)).recipe
-    with pytest.raises(UsageError, match="did you mean 'epochs'"):
+    with pytest.raises(UsageError, match=r"did you mean 'train\.epochs'"):
         assert replace(fresh, overrides=("train.epoch=2",)).recipe
 
 

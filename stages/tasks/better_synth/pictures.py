@@ -12,6 +12,7 @@ from PIL import Image
 
 from stages.contract.errors import DataError
 from stages.contract.files import open_atomically
+from stages.contract.machine_errors import raise_machine_fault
 from stages.models.pictures import picture_size, read_picture
 from stages.tasks.common.json_lines import BadRecordError
 
@@ -77,6 +78,7 @@ class Pictures:
         try:
             return self._prepare((self._data / path).read_bytes(), name)
         except OSError as error:
+            raise_machine_fault(error)
             return BadRecordError("picture cannot be read", f"{name} ({error.strerror})")
         except ValueError as error:  # an impossible file name, such as one with a null byte
             return BadRecordError("picture cannot be read", f"{name!a} ({error})")

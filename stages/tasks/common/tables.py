@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from stages.contract.errors import DataError
 from stages.contract.files import data_files
+from stages.contract.machine_errors import raise_machine_fault
 from stages.tasks.common.encodings import utf8_lines
 
 Split = Literal["train", "validation", "test"]
@@ -361,6 +362,7 @@ def _read_parquet(path: Path, row: MakeRow) -> Iterator[Row]:
     try:
         table = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
+        raise_machine_fault(error)
         yield row(1, bad=("unreadable file", _error_text(error)))
         return
     with table:
@@ -372,6 +374,7 @@ def _read_parquet(path: Path, row: MakeRow) -> Iterator[Row]:
                     yield from _read_batch(batch, number, row)
                     number += batch.num_rows
             except (pa.ArrowException, OSError, ValueError) as error:
+                raise_machine_fault(error)
                 yield row(number + 1, bad=("unreadable rows", _error_text(error)), last=last)
             number = last
 
@@ -390,6 +393,7 @@ def _read_arrow(path: Path, row: MakeRow) -> Iterator[Row]:
                 yield from _read_batch(batch, number, row)
                 number += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
+        raise_machine_fault(error)
         yield row(number + 1, bad=("unreadable file" if number == 0 else "cut off", _error_text(error)))
 
 

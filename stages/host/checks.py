@@ -1,0 +1,196 @@
+"""Finds the mistakes that recipe, folders and machine show before a stage runs.
+
+A job of hours must not end with a mistake that its first second could have shown. Each check below calls the function
+that knows the fact, which the stage itself may call again.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from stages.contract.errors import LorryError, UsageError
+from stages.contract.machine_errors import machine_error
+from stages.contract.run import Run
+from stages.engines import engine_kind, refuse_unserved_model
+from stages.hardware.batch import plan_batch, refuse_inexact_batch
+from stages.hardware.pick import allowed_gpus
+from stages.hardware.probe import Machine, probe
+from stages.hardware.serve import plan_serving
+from stages.hardware.targets import (
+    Target,
+    base_dtype,
+    load_targets,
+    named_target,
+    refuse_4bit_twice,
+    refuse_4bit_without_kernels,
+    refuse_base_without_kernels,
+    working_target,
+)
+from stages.host.needs import GPU_STAGES, refuse_missing_libraries
+from stages.models.merge import refuse_merging_quantised, refuse_unserved_vision
+from stages.models.shape import ModelShape, UnknownShapeError, read_shape
+
+Check = Callable[[], object]
+"""Raises a LorryError, or an OSError that `machine_error` explains, if it finds a mistake."""
+
+
+def refuse_mistakes(run: Run, stages: Sequence[str], machine: bool = True) -> None:
+    """Raise a LorryError with a line for each mistake that would end one of these stages of a run.
+
+    Without `machine`, only recipe and folders are checked: the stages have GPUs, target and libraries of their own, as
+    in containers. The error has the exit code of the first mistake.
+    """
+    checks = [*_folder_checks(run, stages), *(_machine_checks(run, stages) if machine else ())]
+    mistakes: dict[str, LorryError] = {}
+    for check in checks:
+        try:
+            check()
+        except (LorryError, OSError) as error:
+            explained = error if isinstance(error, LorryError) else machine_error(error)
+            if explained is None:
+                raise
+            mistakes.setdefault(str(explained), explained)  # several checks may find the same missing folder
+    if mistakes:
+        together = LorryError("\n".join(mistakes))
+        together.exit_code = next(iter(mistakes.values())).exit_code
+        raise together
+
+
+# -- recipe and folders --------------------------------------------------------------------------------------------
+
+
+def _folder_checks(run: Run, stages: Sequence[str]) -> Iterator[Check]:
+    """Yield the checks of the mounts, the data folder and the model folders."""
+    recipe = run.recipe
+    yield run.roots.refuse_unwritable_runs
+    if "preprocess" in stages:
+        yield partial(_check_data, run)
+        if recipe.preprocess.retrieval is not None:
+            yield partial(run.model, recipe.preprocess.retrieval.embedder, "preprocess.retrieval.embedder")
+        juicer = recipe.preprocess.data_juicer
+        for key, weights in juicer.weight_folders().items() if juicer else ():
+            yield partial(run.model, weights, key)
+    asks = "preprocess" in stages and recipe.preprocess.classifier == "model"
+    if asks or "train" in stages or "infer" in stages:
+        yield partial(_base_shape, run)
+    if "train" in stages:
+        yield partial(_check_swift_names, run)
+        yield partial(_check_training, run)
+    if "infer" in stages:
+        yield partial(_check_serving, run)
+
+
+def _base(run: Run) -> Path:
+    """The folder of the base. Raises UsageError if it is missing or no model folder."""
+    return run.model(run.recipe.model.path, "model.path")
+
+
+def _base_shape(run: Run) -> ModelShape | None:
+    """The shape of the base; None if Lorry cannot read it from the config. Raises UsageError if the folder is missing
+    or damaged."""
+    try:
+        return read_shape(_base(run))
+    except UnknownShapeError:  # train says so itself, and goes on
+        return None
+
+
+def _check_data(run: Run) -> None:
+    """Raise UsageError or DataError if the data folder lacks files that the task needs, or a data set of a mix."""
+    from stages.tasks import load_task
+    from stages.tasks.task import reads_documents, reads_records
+
+    folder, task, train = run.data, load_task(run.recipe.task), run.recipe.train
+    if reads_documents(task):
+        task.find_documents(folder)
+    if reads_records(task):
+        task.records(folder)
+    known = task.sources(folder)
+    mixes = {f"the data mix of {adapter.name}": adapter.data for adapter in train.adapters}
+    if train.keep_going:  # train leaves out such an adapter
+        mixes = {}
+    if train.connector is not None:
+        mixes["train.connector.data"] = train.connector.data
+    for mix, parts in mixes.items():
+        for part in parts:
+            if part.source not in known:
+                raise UsageError(
+                    f"train.adapters: {mix} names {part.source!r}, which {folder} lacks; name a data set that is there:"
+                    f" {', '.join(known)}"
+                )
+
+
+def _check_swift_names(run: Run) -> None:
+    """Raise UsageError if ms-swift does not know the recipe's model type or template, or the type is not the base's."""
+    from stages.train.swift_names import refuse_wrong_names
+
+    base = run.roots.models / run.recipe.model.path
+    refuse_wrong_names(run.recipe.model, base if base.is_dir() else None)
+
+
+def _check_training(run: Run) -> None:
+    """Raise the errors with which train would refuse the base, whatever the GPUs."""
+    from stages.models.connector import refuse_quantised_connector
+
+    shape, train = _base_shape(run), run.recipe.train
+    if train.load_in_4bit and shape is not None:
+        refuse_4bit_twice(_base(run), shape.quantisation)
+    if train.connector is not None:
+        refuse_quantised_connector(_base(run))
+
+
+def _check_serving(run: Run) -> None:
+    """Raise the errors with which infer would refuse the base, or adapters trained as the recipe says."""
+    infer, train, model = run.recipe.infer, run.recipe.train, _base(run)
+    kind = engine_kind(infer.engine)
+    refuse_unserved_model(kind, model)
+    if infer.merged:
+        refuse_merging_quantised(model)
+    adapts_vision = not train.freeze_vision and "all-linear" in train.target_modules
+    if adapts_vision and not (infer.merged or kind.serves_adapted_vision):
+        refuse_unserved_vision(model, kind.name)
+
+
+# -- GPUs, target and libraries ------------------------------------------------------------------------------------
+
+
+def _machine_checks(run: Run, stages: Sequence[str]) -> Iterator[Check]:
+    """Yield the checks of what these stages need of this machine."""
+    for stage in stages:
+        yield partial(refuse_missing_libraries, run.recipe, stage)
+    if set(stages) & set(GPU_STAGES):
+        yield partial(_check_gpus, run, stages)
+    elif "preprocess" in stages and (name := os.environ.get("LORRY_TARGET")):
+        yield partial(named_target, name, load_targets())
+
+
+def _check_gpus(run: Run, stages: Sequence[str]) -> None:
+    """Raise the errors with which train or infer would refuse target and GPUs."""
+    shown, allowed = allowed_gpus(needs_one=True)
+    machine = replace(probe(), gpus=allowed) if shown else probe()
+    target, shape = working_target(machine, load_targets()), _base_shape(run)
+    if "train" in stages:
+        _check_training_on(run, target, machine, shape)
+    if "infer" in stages and shape is not None and machine.gpus and engine_kind(run.recipe.infer.engine).shares_weights:
+        infer = run.recipe.infer
+        unknown = [0] * len(machine.gpus)  # free memory is another matter: it changes until then
+        plan_serving(shape, unknown, infer.tensor_parallel, target.dtype, infer.max_length)
+
+
+def _check_training_on(run: Run, target: Target, machine: Machine, shape: ModelShape | None) -> None:
+    """Raise the errors with which train would refuse the recipe on this target. `shape` None: not known."""
+    from stages.train.sharding import check_sharding
+
+    train, model = run.recipe.train, _base(run)
+    base_dtype(train.precision, target)
+    if train.load_in_4bit:
+        refuse_4bit_without_kernels(target)
+    quantisation = shape.quantisation if shape else None
+    refuse_base_without_kernels(model, quantisation, target)
+    if train.sharding in ("zero2", "zero3"):
+        check_sharding(train.sharding, use_cpu=not machine.gpus, quantisation=quantisation)
+    if train.exact_batch and int(os.environ.get("LORRY_NODES") or 1) == 1:
+        for phase in train.phases:
+            batch = plan_batch(phase.effective_batch, phase.micro_batch, len(machine.gpus))
+            refuse_inexact_batch(batch, phase.full_key("effective_batch"))
