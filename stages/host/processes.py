@@ -23,10 +23,11 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
     """Run the four stages in order, each in a process of its own. Skips stages that are done, unless `force`.
 
     `options` name the run (`open_run`). Yields lines to print. The first stage that does not exit with 0 ends the run;
-    returns its exit code, else 0. Raises the errors of `open_run`, and InterruptedRunError if this process is stopped
-    before a stage starts.
+    returns its exit code, else 0. Raises the errors of `open_run` and `Run.refuse_other_job`, and InterruptedRunError
+    if this process is stopped before a stage starts.
     """
     run = open_run(**options)
+    run.refuse_other_job()
     arguments = [*stage_arguments(options), *(["--force"] if force else [])]
     stop = StopRequest()
     stop.install()

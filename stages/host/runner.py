@@ -27,6 +27,7 @@ from stages.contract.recipe import dump_recipe
 from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, lock_stage_folder
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
+from stages.contract.superseded import SUPERSEDED, set_all_aside
 from stages.engines import ENGINES
 from stages.hardware.probe import probe
 
@@ -53,6 +54,7 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
                 f"--force on {part.count} nodes: the nodes cannot agree when to start again; delete"
                 f" {run.stage_folder(name)} and start them without --force"
             )
+        run.refuse_other_job()
         with lock_stage_folder(run.stage_folder(name, part)) as lock:
             return _run_with_lock(run, name, work, force, stop, lock, part)
     except LorryError as error:
@@ -103,7 +105,7 @@ def _run_with_lock(
         redirect_output(folder / "log.txt") as console,
         closing(Events(folder / "events.jsonl", label, console)) as events,
     ):
-        stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"])
+        stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"], state["forced"])
         events.emit("start", key=key, starts=len(state["starts"]))
         try:
             if not (helps or stage.shard or state["forced"]):
@@ -121,6 +123,8 @@ def _run_with_lock(
         manifest = _manifest(stage, key, inputs, state["starts"], hashes)
         write_json(folder / "manifest.json", manifest)
         if not manifest.get("untrained"):  # else the next start resumes, with the adapters that failed
+            if state["forced"]:
+                remove(folder / SUPERSEDED)
             (folder / "state.json").unlink(missing_ok=True)
         hashes.save()
         skipped = f", {len(stage.skipped)} skipped" if stage.skipped else ""
@@ -154,13 +158,16 @@ def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ..
     """Prepare a stage's folder for a start: keep half-done work of the same key, or else delete all but `reusable`.
 
     With `force`, half-done work stays only if it was started with `force` too; or else `reusable` is deleted as well.
-    Also deletes the manifest and temporary files, and writes state.json. Returns the state: `key`, `forced`, and
-    `starts`, the times of this start and of earlier starts of the same work.
+    Adapters and connectors are never deleted here: with `force` they are set aside, until the stage is done. Also
+    deletes the manifest and temporary files, and writes state.json. Returns the state: `key`, `forced`, and `starts`,
+    the times of this start and of earlier starts of the same work.
     """
     state = read_json(folder / "state.json") or {}
     resumes = state.get("key") == key and (state["forced"] or not force)
+    if not resumes and force:
+        set_all_aside(folder)
     if not resumes:
-        _clear_folder(folder, keep=() if force else reusable)
+        _clear_folder(folder, keep=(SUPERSEDED,) if force else reusable)
     starts = [*(state["starts"] if resumes else []), _present_time()]
     state = {"key": key, "forced": force or (resumes and state["forced"]), "starts": starts}
     write_json(folder / "state.json", state)
