@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from stages.contract.errors import LorryError
+from stages.contract.errors import Exit, LorryError
 from stages.host.outcome import Problem
 
 
@@ -94,7 +94,8 @@ def print_lines(lines: Generator[str, None, int | None]) -> int:
 
 
 def one_line_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a command print a LorryError as one line on standard error, and exit with the error's code."""
+    """Make a command print a LorryError as one line on standard error, and exit with the error's code. After Ctrl-C it
+    exits with 75."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -103,5 +104,8 @@ def one_line_errors(function: Callable[..., Any]) -> Callable[..., Any]:
         except LorryError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("error: interrupted; run the same command again", err=True)
+            sys.exit(Exit.INTERRUPTED)
 
     return wrapped

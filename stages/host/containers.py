@@ -18,7 +18,7 @@ from typing import Any
 
 from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
 from stages.contract.roots import Roots
-from stages.contract.stop import die_with_parent
+from stages.contract.stop import STOPS, die_with_parent
 from stages.hardware.targets import Target
 from stages.host.needs import GPU_STAGES
 from stages.host.outcome import Outcome, Runner, signal_outcome
@@ -241,10 +241,12 @@ def _mounted_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _collect_signals() -> list[signal.Signals]:
-    """Handle SIGTERM, SIGINT and SIGHUP from now on. Returns a list to which each signal is appended."""
+    """Handle the stop signals from now on, except for a SIGHUP that is ignored, as by nohup. Returns a list to which
+    each signal is appended."""
     signals: list[signal.Signals] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda got, _: signals.append(signal.Signals(got)))
+    for number in STOPS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda got, _: signals.append(signal.Signals(got)))
     return signals
 
 

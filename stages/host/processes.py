@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.contract.errors import Exit, UsageError
-from stages.contract.stop import StopRequest, die_with_parent
+from stages.contract.stop import StopRequest, begin_child
 from stages.host.needs import LIBRARIES, STAGES
 from stages.host.outcome import Lines, Outcome, Runner, signal_outcome
 from stages.host.runs import is_done, open_run, stage_arguments
@@ -88,10 +88,12 @@ def run_process(
     process = subprocess.Popen(
         [sys.executable, "-m", f"entrypoints.{stage}", *arguments],
         env=environment,
-        preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
+        process_group=0,
+        preexec_fn=partial(begin_child, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     )
-    stop.pass_on_to(process)
+    stop.pass_on_to(process, ends_itself=True)
     code = process.wait()
+    stop.pass_on_to(None)
     return signal_outcome(stage, -code) if code < 0 else Outcome(code)
 
 

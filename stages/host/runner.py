@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stages.contract.errors import Exit, InterruptedRunError, LorryError, UsageError
+from stages.contract.errors import Exit, LorryError, UsageError
 from stages.contract.events import Events, redirect_output, say
 from stages.contract.files import (
     FileHashes,
@@ -38,6 +38,9 @@ DEPENDENCIES = (
 )
 """Libraries whose versions the manifest records, if they are installed."""
 
+SAVES_FIRST = {"train": "saves a checkpoint after this step"}
+"""What a stage does before a stop, where a line can say more than that it saves what is in progress."""
+
 
 def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = False, part: Part = None) -> Exit:
     """Run one stage of a run, or a part of it, unless it is done. Prints an error as one line; returns the exit code.
@@ -57,6 +60,9 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
         run.refuse_other_job()
         with lock_stage_folder(run.stage_folder(name, part)) as lock:
             return _run_with_lock(run, name, work, force, stop, lock, part)
+    except KeyboardInterrupt:  # before the work or after it
+        say(name, str(stop.error()), error=True)
+        return Exit.INTERRUPTED
     except LorryError as error:
         say(name, str(error), error=True)
         return error.exit_code
@@ -106,11 +112,13 @@ def _run_with_lock(
         closing(Events(folder / "events.jsonl", label, console)) as events,
     ):
         stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"], state["forced"])
+        stop.notify(console.fileno(), f"{label}: {SAVES_FIRST.get(name, 'saves what is in progress')}, then stops")
         events.emit("start", key=key, starts=len(state["starts"]))
         try:
             if not (helps or stage.shard or state["forced"]):
                 _take_over_shards(stage)
-            work(stage)
+            with stop.waiting(True):
+                work(stage)
             if helps:
                 events.say("done")
                 return Exit.DONE
@@ -184,7 +192,7 @@ def _report_end(stage: Stage, error: BaseException) -> Exit:
     """
     explained = error if isinstance(error, LorryError) else machine_error(error)
     if explained is None and isinstance(error, KeyboardInterrupt):
-        explained = InterruptedRunError("interrupted after saving finished work; run the same command again")
+        explained = stage.stop.error()
     if explained is not None:
         _emit_stop_event(stage, explained)
         stage.events.say(str(explained))

@@ -10,9 +10,11 @@ from stages.host.needs import GPU_STAGES
 def run_work(stage: Stage) -> None:
     """Run `work` of `stages.<stage>.stage`, on GPUs that LORRY_GPU_DENY does not name.
 
-    Raises UsageError if LORRY_GPU_DENY is wrong, DoesNotFitError if the stage needs a GPU and LORRY_GPU_DENY leaves
-    none, and what the work raises.
+    A stop ends it at once, as all that is finished is on the disk; only training processes save first. Raises
+    UsageError if LORRY_GPU_DENY is wrong, DoesNotFitError if the stage needs a GPU and LORRY_GPU_DENY leaves none, and
+    what the work raises.
     """
     if stage.name != "eval":
         hide_denied_cards(needs_one=stage.name in GPU_STAGES)
-    importlib.import_module(f"stages.{stage.name}.stage").work(stage)
+    with stage.stop.waiting(False):
+        importlib.import_module(f"stages.{stage.name}.stage").work(stage)
