@@ -1,9 +1,10 @@
 """Finished adapters and connectors: whether one is intact, and where it stays after a later training replaced it.
 
-<stage folder>/adapters/<name>/               the adapter of the run
-<stage folder>/superseded/<name>@<key>/       one that was replaced, with the first 12 hex digits of its key
+<stage folder>/adapters/<name>/                 the adapter of the run
+<stage folder>/superseded/<name>@<key>/         one that was replaced, with the first 12 hex digits of its key
+<stage folder>/superseded/checkpoints@<key>/    the checkpoints of a training that was left for one with other settings
 
-No stage reads the folder `superseded`, except to put an adapter back: train does so if the recipe wants it again.
+No stage reads the folder `superseded`, except to put something back: train does so if the recipe wants it again.
 """
 
 from pathlib import Path
@@ -12,6 +13,10 @@ from stages.contract.files import FileHashes, read_json, remove, sha256_file
 
 SUPERSEDED = "superseded"
 """Name of the folder of replaced adapters and connectors, in the folder of train or of one of its shards."""
+
+
+CHECKPOINTS = "checkpoints"
+"""Name of the folder of a half-done training's checkpoints, in the folder of train or of one of its shards."""
 
 
 def trained_key(folder: Path, hashes: FileHashes | None = None) -> str | None:
@@ -65,6 +70,30 @@ def set_all_aside(stage_folder: Path) -> None:
     for folder in (*stage_folder.glob("adapters/*/"), stage_folder / "connector"):
         if not folder.name.startswith("."):
             set_aside(folder, stage_folder)
+
+
+def set_checkpoints_aside(stage_folder: Path, key: str) -> None:
+    """Move the checkpoints of the half-done training with this key of the stage to the folder `superseded`."""
+    checkpoints = stage_folder / CHECKPOINTS
+    if checkpoints.is_dir():
+        target = _place(checkpoints, stage_folder, key)
+        remove(target)
+        target.parent.mkdir(exist_ok=True)
+        checkpoints.rename(target)
+
+
+def put_checkpoints_back(stage_folder: Path, key: str) -> None:
+    """Move the checkpoints of the training with this key of the stage back to their place, if there are any and the
+    place is free."""
+    found = _place(stage_folder / CHECKPOINTS, stage_folder, key)
+    if found.is_dir() and not (stage_folder / CHECKPOINTS).exists():
+        found.rename(stage_folder / CHECKPOINTS)
+
+
+def remove_other_checkpoints(stage_folder: Path) -> None:
+    """Delete the checkpoints in the folder `superseded`. Call it when a training is complete."""
+    for folder in (stage_folder / SUPERSEDED).glob(f"{CHECKPOINTS}@*/"):
+        remove(folder)
 
 
 def _place(folder: Path, stage_folder: Path, key: str) -> Path:

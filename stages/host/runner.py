@@ -27,7 +27,7 @@ from stages.contract.recipe import dump_recipe
 from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, lock_stage_folder
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
-from stages.contract.superseded import SUPERSEDED, set_all_aside
+from stages.contract.superseded import SUPERSEDED, put_checkpoints_back, set_all_aside, set_checkpoints_aside
 from stages.engines import ENGINES
 from stages.hardware.probe import probe
 
@@ -166,18 +166,24 @@ def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ..
     """Prepare a stage's folder for a start: keep half-done work of the same key, or else delete all but `reusable`.
 
     With `force`, half-done work stays only if it was started with `force` too; or else `reusable` is deleted as well.
-    Adapters and connectors are never deleted here: with `force` they are set aside, until the stage is done. Also
-    deletes the manifest and temporary files, and writes state.json. Returns the state: `key`, `forced`, and `starts`,
-    the times of this start and of earlier starts of the same work.
+    Adapters and connectors are never deleted here: with `force` they are set aside, until the stage is done. So are the
+    checkpoints of a training with other settings, without `force`; those with this key are put back. Also deletes the
+    manifest and temporary files, and writes state.json. Returns the state: `key`, `forced`, and `starts`, the times of
+    this start and of earlier starts of the same work.
     """
     state = read_json(folder / "state.json") or {}
     resumes = state.get("key") == key and (state["forced"] or not force)
     if not resumes and force:
         set_all_aside(folder)
+    elif not resumes and "key" in state:
+        set_checkpoints_aside(folder, state["key"])
     if not resumes:
         _clear_folder(folder, keep=(SUPERSEDED,) if force else reusable)
+    forced = force or (resumes and state["forced"])
+    if not forced:
+        put_checkpoints_back(folder, key)
     starts = [*(state["starts"] if resumes else []), _present_time()]
-    state = {"key": key, "forced": force or (resumes and state["forced"]), "starts": starts}
+    state = {"key": key, "forced": forced, "starts": starts}
     write_json(folder / "state.json", state)
     (folder / "manifest.json").unlink(missing_ok=True)
     for partial in folder.rglob(".*.partial"):  # left by writes that a kill interrupted

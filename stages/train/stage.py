@@ -35,7 +35,7 @@ from stages.contract.part import Node
 from stages.contract.recipe import CONNECTOR, RESULT_NEUTRAL, Adapter, Train
 from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
-from stages.contract.superseded import publish, put_back, set_aside, trained_key
+from stages.contract.superseded import publish, put_back, remove_other_checkpoints, set_aside, trained_key
 from stages.hardware.batch import refuse_inexact_batch
 from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unestimated_way
 from stages.hardware.memory import Lengths, gap_in_estimate
@@ -224,12 +224,14 @@ LORAS_OWN = {"rank", "alpha", "dropout", "target_modules", "lora_plus_ratio", "f
 
 
 def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
-    """Remove the checkpoints of trained adapters. The next start resumes from those of failed adapters."""
+    """Remove the checkpoints of trained adapters, and if none failed, those of trainings with other settings too. The
+    next start resumes from those of failed adapters."""
     for path in stage.path("checkpoints").glob("*"):
         if path.name not in failures:
             remove(path)
     if not failures:
         remove(stage.path("checkpoints"))
+        remove_other_checkpoints(stage.folder)
 
 
 def _read_samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -112,14 +112,18 @@ class _Workers:
     """The processes that torchrun started. They get signals directly: torchrun would kill a process half a minute after
     a signal, possibly in the middle of a step or while it saves."""
 
-    def __init__(self, torchrun_process: "subprocess.Popen[bytes]", processes: list[int]) -> None:
-        self._torchrun, self._processes = torchrun_process, processes
+    def __init__(self, torchrun_process: "subprocess.Popen[bytes]", received: _Messages, node: Node | None) -> None:
+        self._torchrun, self._received, self._node = torchrun_process, received, node
 
     def send_signal(self, sig: int, /) -> None:
-        """Send a signal to each process, or SIGTERM to torchrun if no process has started."""
-        if not self._processes:  # the nodes have not met yet: no work is lost
+        """Send a signal to each process, or SIGTERM to torchrun if no process has started. Kill torchrun, and its
+        processes with it, if they have made no step and no other machine takes part."""
+        if not self._received.processes:  # the nodes have not met yet: no work is lost
             self._torchrun.send_signal(signal.SIGTERM)
-        for process in self._processes:
+        elif self._node is None and not self._received.steps:  # still loading: no work is lost
+            self._torchrun.kill()
+            return
+        for process in self._received.processes:
             with suppress(ProcessLookupError):
                 os.kill(process, sig)
 
@@ -140,7 +144,7 @@ def _train_together(
         preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     ) as torchrun_process:
         os.close(writing)
-        workers = _Workers(torchrun_process, received.processes)
+        workers = _Workers(torchrun_process, received, node)
         stage.stop.pass_on_to(workers)
         _follow_progress(stage, job.adapter.name, reading, received, workers)
         code = torchrun_process.wait()

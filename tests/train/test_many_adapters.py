@@ -419,6 +419,23 @@ def test_a_failed_training_with_other_settings_leaves_the_finished_adapter(job: 
     assert kept and kept.items() <= adapters(job).items()
 
 
+def test_half_a_training_is_gone_on_with_after_one_with_other_settings_was_left(job: Job) -> None:
+    assert job(two=InterruptedRunError("stopped"))[0] == Exit.INTERRUPTED
+    code, trainer = job.but(RATE)(one=InterruptedRunError("stopped"))
+    assert (code, trainer.trained, trainer.resumed) == (Exit.INTERRUPTED, ["one"], []), "another training's"
+    code, trainer = job()
+    assert (code, trainer.trained, trainer.resumed) == (Exit.DONE, ["two", "three"], ["two"])
+    assert not job.run.path("train", "checkpoints").exists()
+    assert list(job.run.path("train").glob("superseded/checkpoints@*")) == [], "nor of the one that was left"
+
+
+def test_force_goes_on_with_no_checkpoint(job: Job) -> None:
+    assert job(two=InterruptedRunError("stopped"))[0] == Exit.INTERRUPTED
+    assert job.but(RATE)(one=InterruptedRunError("stopped"))[0] == Exit.INTERRUPTED
+    code, trainer = job(force=True)
+    assert (code, trainer.trained, trainer.resumed) == (Exit.DONE, NAMES, [])
+
+
 def test_a_replaced_adapter_stays_beside_the_new_one_until_it_is_pruned(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
