@@ -79,6 +79,7 @@ def test_force_does_it_again_from_nothing(stage: Runner) -> None:
 # -- stopped, killed -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("number", STOPS)
 def test_a_stop_in_the_middle_saves_and_exits_75_and_the_next_start_goes_on(stage: Runner, number: int) -> None:
     process = stage.start("count")
@@ -118,6 +119,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_safe_point(stage: Runner) -> None
     assert output == "preprocess: stopped by SIGINT after saving finished work; run the same command again\n"
 
 
+@pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("number", STOPS)
 def test_a_stop_does_not_wait_where_nothing_is_to_be_saved(stage: Runner, number: int) -> None:
     process = stage.start("load")
@@ -139,6 +141,7 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(stage: Runner) -> None:
     assert process.returncode == 0, output
 
 
+@pytest.mark.usefixtures("hang_up")
 def test_a_lost_terminal_does_not_keep_a_stage_from_saving(stage: Runner) -> None:
     """As when the SSH connection is lost: writing to the terminal fails, and SIGHUP comes."""
     ours, theirs = os.openpty()
@@ -156,6 +159,7 @@ def test_a_lost_terminal_does_not_keep_a_stage_from_saving(stage: Runner) -> Non
     assert stopped["error"] == "stopped by SIGHUP after saving finished work; run the same command again"
 
 
+@pytest.mark.usefixtures("hang_up")
 def test_a_stop_while_a_child_begins_is_not_lost() -> None:
     """Python's own handlers would end it with a traceback, or the default ones before it can say so."""
     program = """

@@ -94,6 +94,7 @@ def test_other_learning_rates_are_refused() -> None:
 
 
 @pytest.mark.kill
+@pytest.mark.usefixtures("hang_up")
 def test_a_stopped_training_with_lora_plus_ends_in_the_bytes_of_an_undisturbed_one(
     training: Training, tmp_path: Path
 ) -> None:
