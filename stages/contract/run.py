@@ -138,7 +138,7 @@ class Run:
             return
         before = job_of_recipe(recipe)
         now = {"task": self.recipe.task, "data.path": self.recipe.data.path, "model.path": self.recipe.model.path}
-        others = [key for key in now if before[key] is not None and not self._is_same(key, before[key], now[key])]
+        others = [key for key in before if not self._is_same(key, before[key], now[key])]
         if others:
             held, asked = (", ".join(f"{key} {job[key]}" for key in others) for job in (before, now))
             raise UsageError(

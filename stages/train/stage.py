@@ -575,10 +575,10 @@ def _train(
         stage.events.say(f"train {name}: an earlier start ran out of memory; its change was {made['value']}")
     with _record_seconds(work, stage.path(*folder_parts(name)), node):
         writes = node is None or node.rank == 0
-        made = work / "finished" / name
-        trained = writes and trained_key(made) == key  # a kill came just before it was moved to its place
+        finished = work / "finished" / name
+        trained = writes and trained_key(finished) == key  # a kill came just before it was moved to its place
         if writes and not trained:
-            remove(made.parent)
+            remove(finished.parent)
         while not trained:
             before = probe().gpus if plan.gpus else ()
             try:
@@ -592,7 +592,7 @@ def _train(
                 stage.facts.setdefault("tokens_per_second", {})[name] = round(speed, 1)
             trained = True
         if writes:
-            publish(made, stage.path(*folder_parts(name)), stage.folder)
+            publish(finished, stage.path(*folder_parts(name)), stage.folder)
 
 
 @contextmanager
