@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from stages.contract.errors import LorryError
+from stages.contract.errors import Exit, LorryError
 from stages.contract.machine_errors import machine_error
 from stages.host.outcome import Problem
 
@@ -108,6 +108,7 @@ def print_lines(lines: Generator[str, None, int | None]) -> int:
 
 def one_line_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a command print a LorryError on standard error, each line of it an error, and exit with the error's code.
+    After Ctrl-C it exits with 75.
 
     Errors of the machine, such as a forbidden folder, are printed like that too.
     """
@@ -123,5 +124,8 @@ def one_line_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             for line in str(explained).splitlines():
                 click.echo(f"error: {line}", err=True)
             sys.exit(explained.exit_code)
+        except KeyboardInterrupt:
+            click.echo("error: interrupted; run the same command again", err=True)
+            sys.exit(Exit.INTERRUPTED)
 
     return wrapped

@@ -12,6 +12,7 @@ from entrypoints.doctor import doctor
 from entrypoints.launch import launch
 from entrypoints.ledger import ledger
 from entrypoints.plan import plan
+from entrypoints.prune import prune
 
 
 @click.group()
@@ -20,7 +21,7 @@ def main() -> None:
     """Carry a fine-tuning job from raw documents to scored answers."""
 
 
-for command in (launch, doctor, plan, ledger, compare):
+for command in (launch, doctor, plan, ledger, compare, prune):
     main.add_command(command)
 
 

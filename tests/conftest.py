@@ -217,6 +217,14 @@ def few(lorry: Lorry) -> Path:
     return make_data(lorry.data / "few")
 
 
+@pytest.fixture
+def hang_up() -> Iterator[None]:
+    """SIGHUP as a terminal's processes have it, also if nohup started the tests: processes inherit what is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     """The content of every file below a folder, by relative name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -5,6 +5,8 @@ An event is `{"time": epoch seconds, "event": name, ...}`. Progress events have 
 """
 
 import contextlib
+import errno
+import io
 import json
 import os
 import sys
@@ -96,7 +98,8 @@ def say(stage: str, text: str, error: bool = False) -> None:
 
     This is for lines before the stage has its `Events`.
     """
-    print(f"{stage}: {text}", file=sys.stderr if error else sys.stdout, flush=True)
+    with _ignore_lost_console():
+        print(f"{stage}: {text}", file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def read_last_event(path: Path) -> dict[str, Any] | None:
@@ -114,6 +117,36 @@ def read_last_event(path: Path) -> dict[str, Any] | None:
     return None
 
 
+class _Console(io.TextIOWrapper):
+    """The console. What it cannot show any more is dropped: after a lost SSH connection the stage still has to save."""
+
+    def write(self, text: str, /) -> int:
+        """Write a text. Returns its length."""
+        with _ignore_lost_console():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Show all that was written."""
+        with _ignore_lost_console():
+            super().flush()
+
+    def close(self) -> None:
+        """Show all that was written, and close the file."""
+        with _ignore_lost_console():
+            super().close()
+
+
+@contextlib.contextmanager
+def _ignore_lost_console() -> Iterator[None]:
+    """Ignore the errors of a terminal or a pipe that is gone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            raise
+
+
 @contextlib.contextmanager
 def redirect_output(log: Path) -> Iterator[IO[str]]:
     """Redirect the output of this process and its children to a log file. Yields the real console.
@@ -124,7 +157,7 @@ def redirect_output(log: Path) -> Iterator[IO[str]]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log.open("ab") as file, os.fdopen(os.dup(saved[1]), "w", encoding="utf-8") as console:
+    with log.open("ab") as file, _Console(os.fdopen(os.dup(saved[1]), "wb"), encoding="utf-8") as console:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:

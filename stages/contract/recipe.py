@@ -593,6 +593,18 @@ def replaced_values(path: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def job_of_recipe(path: Path) -> dict[str, str]:
+    """What a run's recipe file says of its job: those of `task`, `data.path` and `model.path` that it has, by key. It
+    may be of another version of Lorry.
+
+    Raises UsageError if the file cannot be read, or is not a YAML mapping.
+    """
+    values, _, _ = _read_recipe_file(path)
+    places = {"task": values, "data.path": values.get("data"), "model.path": values.get("model")}
+    found = {key: place.get(key.rpartition(".")[2]) for key, place in places.items() if isinstance(place, dict)}
+    return {key: str(value) for key, value in found.items() if value is not None}
+
+
 def load_recipe(
     path: Path,
     profile: str | None = None,

@@ -14,6 +14,15 @@ CHECKOUT = Path(__file__).parents[2]
 """The folder that holds this code and the recipes."""
 
 
+def data_folder(mount: Path, path: str) -> Path:
+    """The folder that a recipe's `data.path` names, on this data mount.
+
+    In a container that `lorry launch --data FOLDER` starts, the mount is that folder itself: LORRY_DATA_FROM then has
+    the folder's path on the host, which is also the recipe's `data.path`, as without containers.
+    """
+    return mount if path == os.environ.get("LORRY_DATA_FROM") else mount / path
+
+
 @dataclass(frozen=True)
 class Roots:
     """The folders of the three mounts, as absolute paths."""

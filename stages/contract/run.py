@@ -4,6 +4,7 @@
 <runs>/<run>/<stage>/manifest.json       written last: a stage is done if this file exists and matches
 <runs>/<run>/<stage>/state.json          while the stage is half done: the key that the finished half belongs to
 <runs>/<run>/<stage>/{events.jsonl,log.txt}
+<runs>/<run>/train/superseded/           adapters that a later training replaced (superseded.py)
 <runs>/<run>/shards/<stage>/<i>-of-<n>/  the same four files for a shard of the stage, and its outputs
 <runs>/<run>/nodes/train/<rank>/         what machines 1 and up write when several train together
 """
@@ -23,8 +24,9 @@ from typing import Any
 from stages.contract.errors import InterruptedRunError, UsageError
 from stages.contract.files import FileHashes, data_files, digest_of, read_json, stored_name, visible_files
 from stages.contract.part import Node, Part, Shard
-from stages.contract.recipe import Recipe
-from stages.contract.roots import Roots, refuse_other_than_folder
+from stages.contract.recipe import Recipe, job_of_recipe
+from stages.contract.roots import Roots, data_folder, refuse_other_than_folder
+from stages.contract.superseded import SUPERSEDED
 
 STAGES = ("preprocess", "train", "infer", "eval")
 
@@ -39,8 +41,15 @@ SECTIONS = {
 }
 """The recipe sections that a stage's result depends on."""
 
-REUSABLE = {"preprocess": ("cache", "pages"), "train": ("adapters", "connector"), "infer": ("partial",)}
+REUSABLE = {
+    "preprocess": ("cache", "pages"),
+    "train": ("adapters", "connector", SUPERSEDED),
+    "infer": ("partial",),
+}
 """Folders that a stage may keep when its inputs change: it checks each piece in them against that piece's own input."""
+
+_TRAINED = ("train/adapters/*", "train/connector", "train/superseded/*", "shards/train/*/adapters/*")
+"""Where a run's folder holds finished adapters and connectors, as glob patterns."""
 
 UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
     "preprocess": {},
@@ -93,7 +102,7 @@ class Run:
     @property
     def data(self) -> Path:
         """The folder with the task's input. Raises UsageError if it does not exist."""
-        folder = self.roots.data / self.recipe.data.path
+        folder = data_folder(self.roots.data, self.recipe.data.path)
         if not folder.is_dir():
             raise UsageError(
                 f"{folder}: no such data folder; set data.path to a folder below LORRY_DATA ({self.roots.data})"
@@ -118,6 +127,36 @@ class Run:
                     f"{folder}: no {needed} in this folder; set {key} to the folder of a Hugging Face model"
                 )
         return folder
+
+    def refuse_other_job(self) -> None:
+        """Raise UsageError if the run's folder holds results of another task, data folder or base than the recipe's:
+        this run would replace them.
+
+        A folder without a finished stage or adapter is free for any job.
+        """
+        made = ("*/manifest.json", "shards/*/*/manifest.json", *(f"{folder}/made.json" for folder in _TRAINED))
+        recipe = self.folder / "recipe.yaml"
+        if not recipe.is_file() or not any(next(self.folder.glob(one), None) for one in made):
+            return
+        before = job_of_recipe(recipe)
+        now = {"task": self.recipe.task, "data.path": self.recipe.data.path, "model.path": self.recipe.model.path}
+        others = [key for key in before if not self._is_same(key, before[key], now[key])]
+        if others:
+            held, asked = (", ".join(f"{key} {job[key]}" for key in others) for job in (before, now))
+            raise UsageError(
+                f"{self.folder}: holds results of {held}, but this recipe has {asked}; give this job a run of its own:"
+                " --run NAME"
+            )
+
+    def _is_same(self, key: str, before: str, now: str) -> bool:
+        """Whether two values of `task` are the same, or two of `data.path` or `model.path` name the same folder."""
+        if key == "task":
+            return before == now
+        one, other = (
+            data_folder(self.roots.data, path) if key == "data.path" else self.roots.models / path
+            for path in (before, now)
+        )
+        return one.resolve() == other.resolve()
 
     def inputs(self, stage: str, hashes: FileHashes) -> dict[str, str]:
         """sha256 (hex) of each input of a stage, by name, such as `models/base` or `preprocess/samples/test.jsonl`.

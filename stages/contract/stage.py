@@ -39,6 +39,8 @@ class Stage:
     """Digest (sha256, hex) of all that the result depends on."""
     starts: list[str] = field(default_factory=list)
     """Times (ISO 8601, UTC) of this start and of earlier starts of the same work."""
+    forced: bool = False
+    """Whether this work began with `--force`: it uses nothing that was made before."""
     finished_shards: list[Path] = field(default_factory=list)
     """Folders of finished shards, whose results the whole stage uses."""
     outputs: dict[str, int | None] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from typing import Any
 
 from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
 from stages.contract.roots import Roots
-from stages.contract.stop import die_with_parent
+from stages.contract.stop import STOPS, die_with_parent
 from stages.hardware.targets import Target
 from stages.host.needs import GPU_STAGES
 from stages.host.outcome import Outcome, Runner, signal_outcome
@@ -232,22 +232,26 @@ def _run_options(name: str, options: dict[str, Any]) -> list[str]:
     ]
     for setting in ("LORRY_RECIPE", "LORRY_PROFILE", "LORRY_RUN", "LORRY_SET"):
         arguments += ["--env", f"{setting}="]  # the command line decides, not a default of compose.yaml
+    if options["data"]:  # the recipe names the folder as this machine does, so that another folder is noticed
+        arguments += ["--env", f"LORRY_DATA_FROM={_mounted_options(options)['data']}"]
     if options["recipe"]:  # this machine's file, and not that in the image
         arguments += ["--volume", f"{options['recipe']}:{_mounted_options(options)['recipe']}:ro"]
     return arguments
 
 
 def _mounted_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the paths of recipe and data as a container sees them."""
+    """The options with the recipe's path as a container sees it, and the absolute path of the data on this machine."""
     recipe = f"/recipe/{Path(options['recipe']).name}" if options["recipe"] else None
-    return {**options, "recipe": recipe, "data": "/data" if options["data"] else None}
+    return {**options, "recipe": recipe, "data": str(Path(options["data"]).absolute()) if options["data"] else None}
 
 
 def _collect_signals() -> list[signal.Signals]:
-    """Handle SIGTERM, SIGINT and SIGHUP from now on. Returns a list to which each signal is appended."""
+    """Handle the stop signals from now on, except for a SIGHUP that is ignored, as by nohup. Returns a list to which
+    each signal is appended."""
     signals: list[signal.Signals] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda got, _: signals.append(signal.Signals(got)))
+    for number in STOPS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda got, _: signals.append(signal.Signals(got)))
     return signals
 
 

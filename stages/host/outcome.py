@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from stages.contract.errors import Exit
+from stages.contract.stop import STOPS
 
 Lines = Generator[str, None, int | None]
 """Yields lines to print as they come; returns the exit code, where None means 0."""
@@ -31,12 +32,12 @@ Runner = Callable[[str, list[str]], Outcome]
 
 
 def signal_outcome(stage: str, number: int) -> Outcome:
-    """The outcome of a stage that signal `number` ended: code 75 for SIGTERM and SIGINT, else 1.
+    """The outcome of a stage that signal `number` ended: code 75 for a stop signal, else 1.
 
     A number that is no signal comes from a container's exit code above 128: also code 1.
     """
     if number not in signal.valid_signals():
         return Outcome(Exit.CRASHED, Problem(f"{stage}: exited with {128 + number}; see what it printed above"))
     name = signal.Signals(number).name
-    code = Exit.INTERRUPTED if name in ("SIGTERM", "SIGINT") else Exit.CRASHED
+    code = Exit.INTERRUPTED if number in STOPS else Exit.CRASHED
     return Outcome(code, Problem(f"{stage}: ended by {name}; run the same command again to resume"))

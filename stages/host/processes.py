@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.contract.errors import Exit, UsageError
-from stages.contract.stop import StopRequest, die_with_parent
+from stages.contract.stop import StopRequest, begin_child
 from stages.host.checks import refuse_mistakes
 from stages.host.needs import STAGES, missing_libraries
 from stages.host.outcome import Lines, Outcome, Runner, signal_outcome
@@ -24,10 +24,12 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
     """Run the four stages in order, each in a process of its own. Skips stages that are done, unless `force`.
 
     `options` name the run (`open_run`). Yields lines to print. The first stage that does not exit with 0 ends the run;
-    returns its exit code, else 0. Raises the errors of `open_run`, those of `refuse_mistakes` before the first stage
-    that is not done, and InterruptedRunError if this process is stopped before a stage starts.
+    returns its exit code, else 0. Raises the errors of `open_run` and `Run.refuse_other_job`, those of
+    `refuse_mistakes` before the first stage that is not done, and InterruptedRunError if this process is stopped before
+    a stage starts.
     """
     run = open_run(**options)
+    run.refuse_other_job()
     arguments = [*stage_arguments(options), *(["--force"] if force else [])]
     stop = StopRequest()
     stop.install()
@@ -92,10 +94,12 @@ def run_process(
     process = subprocess.Popen(
         [sys.executable, "-m", f"entrypoints.{stage}", *arguments],
         env=environment,
-        preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
+        process_group=0,
+        preexec_fn=partial(begin_child, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     )
-    stop.pass_on_to(process)
+    stop.pass_on_to(process, ends_itself=True)
     code = process.wait()
+    stop.pass_on_to(None)
     return signal_outcome(stage, -code) if code < 0 else Outcome(code)
 
 

@@ -27,6 +27,7 @@ from stages.contract.recipe import dump_recipe
 from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run, describe_output, lock_stage_folder
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
+from stages.contract.superseded import SUPERSEDED, put_checkpoints_back, set_all_aside, set_checkpoints_aside
 from stages.engines import ENGINES
 from stages.hardware.probe import probe
 
@@ -36,6 +37,9 @@ DEPENDENCIES = (
     *("sentence-transformers", "pymupdf", "py-data-juicer", "ray"),
 )
 """Libraries whose versions the manifest records, if they are installed."""
+
+SAVES_FIRST = {"train": "saves a checkpoint after this step"}
+"""What a stage does before a stop, where a line can say more than that it saves what is in progress."""
 
 
 def run_stage(
@@ -64,6 +68,7 @@ def run_stage(
                 f"--force on {part.count} nodes: the nodes cannot agree when to start again; delete"
                 f" {run.stage_folder(name)} and start them without --force"
             )
+        run.refuse_other_job()
         with lock_stage_folder(folder) as lock:
             try:
                 if check is not None and (force or not (folder / "manifest.json").exists()):
@@ -73,6 +78,9 @@ def run_stage(
             except (LorryError, OSError) as error:  # before or after the work, whose own errors are reported inside
                 _log_error(folder, error)
                 raise
+    except KeyboardInterrupt:  # before the work or after it
+        say(name, str(stop.error()), error=True)
+        return Exit.INTERRUPTED
     except (LorryError, OSError) as error:
         explained = error if isinstance(error, LorryError) else machine_error(error)
         if explained is None:
@@ -129,12 +137,14 @@ def _run_with_lock(
         redirect_output(folder / "log.txt") as console,
         closing(Events(folder / "events.jsonl", label, console)) as events,
     ):
-        stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"])
+        stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"], state["forced"])
+        stop.notify(console.fileno(), f"{label}: {SAVES_FIRST.get(name, 'saves what is in progress')}, then stops")
         events.emit("start", key=key, starts=len(state["starts"]))
         try:
             if not (helps or stage.shard or state["forced"]):
                 _take_over_shards(stage)
-            work(stage)
+            with stop.waiting(True):
+                work(stage)
             if helps:
                 events.say("done")
                 return Exit.DONE
@@ -147,6 +157,8 @@ def _run_with_lock(
         manifest = _manifest(stage, key, inputs, state["starts"], hashes)
         write_json(folder / "manifest.json", manifest)
         if not manifest.get("untrained"):  # else the next start resumes, with the adapters that failed
+            if state["forced"]:
+                remove(folder / SUPERSEDED)
             (folder / "state.json").unlink(missing_ok=True)
         hashes.save()
         skipped = f", {len(stage.skipped)} skipped" if stage.skipped else ""
@@ -180,15 +192,24 @@ def _prepare_folder(folder: Path, key: str, force: bool, reusable: tuple[str, ..
     """Prepare a stage's folder for a start: keep half-done work of the same key, or else delete all but `reusable`.
 
     With `force`, half-done work stays only if it was started with `force` too; or else `reusable` is deleted as well.
-    Also deletes the manifest and temporary files, and writes state.json. Returns the state: `key`, `forced`, and
-    `starts`, the times of this start and of earlier starts of the same work.
+    Adapters and connectors are never deleted here: with `force` they are set aside, until the stage is done. So are the
+    checkpoints of a training with other settings, without `force`; those with this key are put back. Also deletes the
+    manifest and temporary files, and writes state.json. Returns the state: `key`, `forced`, and `starts`, the times of
+    this start and of earlier starts of the same work.
     """
     state = read_json(folder / "state.json") or {}
     resumes = state.get("key") == key and (state["forced"] or not force)
+    if not resumes and force:
+        set_all_aside(folder)
+    elif not resumes and "key" in state:
+        set_checkpoints_aside(folder, state["key"])
     if not resumes:
-        _clear_folder(folder, keep=() if force else reusable)
+        _clear_folder(folder, keep=(SUPERSEDED,) if force else reusable)
+    forced = force or (resumes and state["forced"])
+    if not forced:
+        put_checkpoints_back(folder, key)
     starts = [*(state["starts"] if resumes else []), _present_time()]
-    state = {"key": key, "forced": force or (resumes and state["forced"]), "starts": starts}
+    state = {"key": key, "forced": forced, "starts": starts}
     write_json(folder / "state.json", state)
     (folder / "manifest.json").unlink(missing_ok=True)
     for partial in folder.rglob(".*.partial"):  # left by writes that a kill interrupted
@@ -204,7 +225,7 @@ def _report_end(stage: Stage, error: BaseException) -> Exit:
     _log_error(stage.folder, error)
     explained = error if isinstance(error, LorryError) else machine_error(error)
     if explained is None and isinstance(error, KeyboardInterrupt):
-        explained = InterruptedRunError("interrupted after saving finished work; run the same command again")
+        explained = stage.stop.error()
     if explained is not None:
         _emit_stop_event(stage, explained)
         if isinstance(explained, DataError | UsageError):

@@ -10,9 +10,11 @@ from stages.host.needs import GPU_STAGES
 def run_work(stage: Stage) -> None:
     """Run `work` of `stages.<stage>.stage`, on the GPUs that it may use.
 
-    Raises the errors of `hide_unusable_gpus`, and what the work raises.
+    A stop ends it at once, as all that is finished is on the disk; only training processes save first. Raises the
+    errors of `hide_unusable_gpus`, and what the work raises.
     """
     if stage.name != "eval":
         for line in hide_unusable_gpus(needs_one=stage.name in GPU_STAGES):
             stage.events.say(line)
-    importlib.import_module(f"stages.{stage.name}.stage").work(stage)
+    with stage.stop.waiting(False):
+        importlib.import_module(f"stages.{stage.name}.stage").work(stage)

@@ -27,8 +27,8 @@ class Journals:
     """The completions of all models. A model is an adapter's name; None: base."""
 
     def __init__(self, folder: Path, names: Mapping[str | None, str], key: str) -> None:
-        """Open the files `names` in `folder`, one for each model, and delete all others: they hold completions of other
-        weights, settings or pages.
+        """Open the files `names` in `folder`, one for each model. Other files there hold completions of other weights,
+        settings or pages, and stay until `remove_others`.
 
         `key` is the stage's key. Errors recorded under another key are ignored: the recipe may have changed to avoid
         them.
@@ -37,9 +37,7 @@ class Journals:
         """Number of tokens in the completions that this start added."""
         self._key = key
         paths = {model: folder / name for model, name in names.items()}
-        for path in visible_files(folder):
-            if path not in paths.values():
-                path.unlink()
+        self._folder = folder
         self._files = {model: JsonlJournal(path) for model, path in paths.items()}
         self._known = {
             model: {
@@ -80,6 +78,14 @@ class Journals:
         self.completion_tokens += record["completion_tokens"]
         self._files[model].append([record])
         self._known[model][question] = record
+
+    def remove_others(self) -> None:
+        """Delete the files of other weights, settings or pages. Call it once the answers that replace them are
+        written."""
+        own = {file.path for file in self._files.values()}
+        for path in visible_files(self._folder):
+            if path not in own:
+                path.unlink()
 
     def close(self) -> None:
         """Close all files."""

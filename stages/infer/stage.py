@@ -79,6 +79,7 @@ def work(stage: Stage) -> None:
             votes = {VOTE: vote_predictions(rows)}
             written = write_predictions(run, stage.folder, votes, True, stage.events.say)
             _record_output(stage, engines, written)
+        journals.remove_others()
     remove(stage.path("merged"))
 
 

@@ -224,9 +224,10 @@ def _run_child(
             preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
         ) as child:
             os.close(writing)
-            stage.stop.pass_on_to(child, hears_ctrl_c=False)
+            stage.stop.pass_on_to(child)
             error = _follow(stage, reading)
             code = child.wait()
+            stage.stop.pass_on_to(None)
             with suppress(ProcessLookupError):  # processes of Ray that have not ended yet
                 os.killpg(child.pid, signal.SIGKILL)
     finally:

@@ -78,8 +78,13 @@ def run_in_workers(
 
 
 def _begin_worker(parent: int, board: MutableSequence[int]) -> None:
-    """Prepare a worker process: it dies with its parent, can be terminated at any time, and shares its board."""
+    """Prepare a worker process: it dies with its parent, can be terminated at any time, and shares its board.
+
+    The terminal's Ctrl-C and hang-up are the parent's to handle.
+    """
     die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool's handler does not run inside a library's C code
     watch.share(board)
 

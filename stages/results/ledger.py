@@ -213,11 +213,24 @@ class _RowReader(RunReader):
             return manifest.get("untrained", {})  # type: ignore[no-any-return]
         if is_held(self.run.stage_folder("train")):  # they are being trained again
             return {}
+        return {name: error for name, error in self._summarised_adapters.items() if error is not None}
+
+    @cached_property
+    def _summarised_adapters(self) -> dict[str, str | None]:
+        """The adapters in train's summary, each with the reason why it could not be trained; None: it is trained.
+
+        They are those that train, while it has no manifest, has finished or tried with the present recipe. Empty if the
+        summary is missing or damaged.
+        """
         adapters = self.run.recipe.train.adapters
         try:
             summary = read_summary(self.run, "train")
-            failed = [(adapters[e["dataset_index"]], e) for e in summary["dataset_results"] if e.get("error")]
-            return {a.name: str(e["error"]) for a, e in failed if e["dataset_name"] == dataset_name(a)}
+            found = [(adapters[e["dataset_index"]], e) for e in summary["dataset_results"]]
+            return {
+                a.name: str(e["error"]) if e.get("error") else None
+                for a, e in found
+                if e["dataset_name"] == dataset_name(a)
+            }
         except (LorryError, LookupError, TypeError, AttributeError):
             return {}  # people may edit the summary: no manifest records its digest
 
@@ -225,7 +238,9 @@ class _RowReader(RunReader):
         """The rows of base, each adapter, and the vote if there is one or the recipe wants one."""
         adapters = {adapter.name: adapter for adapter in self.run.recipe.train.adapters}
         folder = self.run.path("train", "adapters")
-        there = sorted(path.name for path in folder.glob("*/") if not path.name.startswith("."))
+        # until train is done, adapters of an earlier recipe are in the folder
+        done = "train" in self.manifests
+        there = sorted(path.name for path in folder.glob("*/") if done and not path.name.startswith("."))
         try:
             scored = list(self._scores)
         except DamagedError:
@@ -268,8 +283,9 @@ class _RowReader(RunReader):
         output = f"adapters/{name}/training.json"
         if "train" in self.manifests:
             training = self.read_output("train", output)
-        else:  # an adapter's folder appears only when it is complete
-            training = read_json(self.run.path("train", output))
+        else:  # the folder of another adapter is of an earlier recipe
+            finished = name in self._summarised_adapters and self._summarised_adapters[name] is None
+            training = read_json(self.run.path("train", output)) if finished else None
         if training is None:
             return {}
         losses = [entry["loss"] for entry in training["log"] if "loss" in entry]

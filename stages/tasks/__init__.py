@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from stages.contract.errors import DataError, UsageError
 from stages.contract.lora_config import apply_lora_config
 from stages.contract.recipe import Adapter, Recipe, Section, Source, Train, file_name, problem_text
+from stages.contract.roots import data_folder
 from stages.tasks.task import Task, check_task
 
 NO_TASKS = ("common", "task")
@@ -89,7 +90,7 @@ def _settle_training(recipe: Recipe, task: Task, where: str, data: Path) -> Trai
     if not settings.adapter_for_each_source:
         return settings
     try:
-        names = task.sources(data / recipe.data.path)
+        names = task.sources(data_folder(data, recipe.data.path))
     except DataError as error:
         raise UsageError(f"{where}: train.adapter_for_each_source: {error}") from error
     adapters = [Adapter(name=file_name(name), data=[Source(source=name)]) for name in names]

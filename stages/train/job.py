@@ -21,7 +21,7 @@ class Job:
     scratch: Path
     """Folder for temporary files of this machine's processes."""
     adapter: Path
-    """Folder of the finished adapter or connector."""
+    """Folder for the finished adapter or connector. The stage moves it from there to its place."""
     run: Path
     """The run's folder; picture names are relative to it."""
     key: str

@@ -22,8 +22,8 @@ def folder_parts(name: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def announce_training(stage: Stage, adapter: str, node: Node | None) -> Iterator[None]:
-    """Within this context, announce the training of an adapter or the connector to the other nodes.
+def announce_training(stage: Stage, adapter: str, key: str, node: Node | None) -> Iterator[None]:
+    """Within this context, announce the training of an adapter or the connector, with its key, to the other nodes.
 
     Does nothing if `node` is None: there are no other nodes.
     """
@@ -31,7 +31,7 @@ def announce_training(stage: Stage, adapter: str, node: Node | None) -> Iterator
         yield
         return
     path = stage.path("checkpoints", "announced.json")
-    write_json(path, {"key": stage.key, "adapter": adapter, "round": time.time_ns()})
+    write_json(path, {"key": stage.key, "adapter": adapter, "made": key, "round": time.time_ns()})
     try:
         yield
     finally:
@@ -52,7 +52,8 @@ def announced_adapters(stage: Stage) -> Iterator[str]:
         found = read_json(run.path(stage.name, "checkpoints", "announced.json"))
         # a killed start may have left the file: for other inputs, or for an adapter that is trained already
         is_new = found is not None and found["key"] == stage.key and found["round"] != joined
-        if is_new and not run.path(stage.name, *folder_parts(found["adapter"])).is_dir():
+        made = read_json(run.path(stage.name, *folder_parts(found["adapter"]), "made.json")) if is_new else None
+        if is_new and (made or {}).get("key") != found.get("made"):
             joined = found["round"]
             yield found["adapter"]
             patience = time.monotonic() + JOIN_SECONDS

@@ -6,6 +6,8 @@ newest checkpoint with settings that need less memory (`ladder.py`).
 
 With `train.connector`, a first phase trains the connector in the same way. The adapters are then trained on the base
 with that connector. If the connector changes, Lorry trains the adapters again.
+
+An adapter or connector stays in its place until the one that replaces it is complete, and then in `superseded/`.
 """
 
 import importlib.util
@@ -33,6 +35,7 @@ from stages.contract.part import Node
 from stages.contract.recipe import CONNECTOR, RESULT_NEUTRAL, Adapter, Train
 from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
+from stages.contract.superseded import publish, put_back, remove_other_checkpoints, set_aside, trained_key
 from stages.hardware.batch import refuse_inexact_batch
 from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unestimated_way
 from stages.hardware.memory import Lengths, gap_in_estimate
@@ -91,10 +94,9 @@ def work(stage: Stage) -> None:
     plan: _Plan | None = None  # made when something has to be trained: existing adapters need no GPU
     if recipe.train.connector is not None:
         connector, plan = _train_connector(stage, node, log)
-    else:
-        remove(stage.path(*folder_parts(CONNECTOR)))  # from an earlier recipe
-    keys = _remove_outdated_adapters(stage, mixes, connector)
-    results = _earlier_results(stage, [adapter for adapter in adapters if adapter.name not in failures])
+    trained = _Trained(stage, _adapter_keys(stage, mixes, connector))
+    trained.put_back()
+    results = _earlier_results(stage, [adapter for adapter in adapters if trained.has(adapter.name)])
     for adapter in adapters:
         name = adapter.name
         folder = stage.path("adapters", name)
@@ -102,13 +104,13 @@ def work(stage: Stage) -> None:
             stage.events.say(f"train {name}: {failures[name]}")
             _note_result(stage, results, adapter, {"error": str(failures[name])})
             continue
-        if not folder.is_dir():
+        if not trained.has(name):
             _copy_from_shard(stage, name)
-        if not folder.is_dir():
+        if not trained.has(name):
             plan = plan or _plan(stage, node)
             try:
-                with announce_training(stage, name, node):
-                    _train(stage, adapter, keys[name], plan, node, connector)
+                with announce_training(stage, name, trained.keys[name], node):
+                    _train(stage, adapter, trained.keys[name], plan, node, connector)
             except LorryError as error:
                 # a stop, a lost GPU or a failure of another node concerns more than this adapter
                 if isinstance(error, InterruptedRunError) or node is not None:
@@ -123,6 +125,7 @@ def work(stage: Stage) -> None:
         stage.stop.check()
     _raise_or_report_failures(stage, failures, len(adapters))
     stage.outputs["metrics.jsonl"] = write_jsonl(stage.path("metrics.jsonl"), log)
+    trained.set_others_aside()
     _remove_checkpoints(stage, failures)
 
 
@@ -176,10 +179,11 @@ def _train_connector(
     mix, folder = settings.adapters[0], stage.path(*folder_parts(CONNECTOR))
     key = _connector_key(stage, settings)
     second: _Plan | None = None
+    if (read_json(folder / "made.json") or {}).get("key") != key and not stage.forced:
+        put_back(folder, stage.folder, key)
     if (read_json(folder / "made.json") or {}).get("key") != key:
         first, second = _plan(stage, node, settings), _plan(stage, node)
-        remove(folder)
-        with announce_training(stage, CONNECTOR, node):
+        with announce_training(stage, CONNECTOR, key, node):
             _train(stage, mix, key, first, node, None)
     sha256 = str(read_json(folder / "made.json")["files"][CONNECTOR_FILE])
     check_connector(folder / CONNECTOR_FILE, sha256)
@@ -215,12 +219,14 @@ LORAS_OWN = {"rank", "alpha", "dropout", "target_modules", "lora_plus_ratio", "f
 
 
 def _remove_checkpoints(stage: Stage, failures: Collection[str]) -> None:
-    """Remove the checkpoints of trained adapters. The next start resumes from those of failed adapters."""
+    """Remove the checkpoints of trained adapters, and if none failed, those of trainings with other settings too. The
+    next start resumes from those of failed adapters."""
     for path in stage.path("checkpoints").glob("*"):
         if path.name not in failures:
             remove(path)
     if not failures:
         remove(stage.path("checkpoints"))
+        remove_other_checkpoints(stage.folder)
 
 
 def _read_samples(stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -281,12 +287,10 @@ def _read_mixes(stage: Stage, adapters: list[Adapter]) -> tuple[Mixes, dict[str,
     return mixes, failures
 
 
-def _remove_outdated_adapters(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None) -> dict[str, str]:
-    """Remove adapters of earlier starts that are damaged or no longer what the recipe says, and those that are not in
-    `mixes`. Returns the key of each adapter in `mixes`, by name.
+def _adapter_keys(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None) -> dict[str, str]:
+    """The key of each adapter in `mixes`, by name: a digest of everything that the adapter depends on.
 
-    An adapter's key is a digest of everything that it depends on. If one data mix changes, one adapter is trained
-    again; if the connector changes, all are.
+    If one data mix changes, one adapter is trained again; if the connector changes, all are.
     """
     run = stage.run
     hashes = FileHashes(stage.path(".hashes.json"))
@@ -296,15 +300,36 @@ def _remove_outdated_adapters(stage: Stage, mixes: Mixes, connector: tuple[Path,
     for name, samples in mixes.items():
         parts = [CONTRACT_VERSION, recipe, model, samples, _picture_hashes(stage, samples, hashes)]
         keys[name] = digest_of(parts if connector is None else [*parts, connector[1]])
-    for path in stage.path("adapters").glob("*/"):
-        made = read_json(path / "made.json") or {}
-        whole = all(
-            (path / name).is_file() and hashes.file_digest(path / name) == digest
-            for name, digest in made.get("files", {}).items()
-        )
-        if made.get("key") != keys.get(path.name, "") or not whole:
-            remove(path)
     return keys
+
+
+class _Trained:
+    """The finished adapters in the stage's folder."""
+
+    def __init__(self, stage: Stage, keys: dict[str, str]) -> None:
+        """`keys` has the keys of the adapters that the recipe wants, by name."""
+        self.keys = keys
+        self._stage, self._hashes = stage, FileHashes(stage.path(".hashes.json"))
+
+    def has(self, name: str) -> bool:
+        """Whether an adapter is there, intact and what the recipe says."""
+        folder = self._stage.path("adapters", name)
+        return name in self.keys and trained_key(folder, self._hashes) == self.keys[name]
+
+    def put_back(self) -> None:
+        """Put back the adapters that a training with other settings replaced and that the recipe wants again. A forced
+        start does not use them."""
+        for name, key in self.keys.items():
+            if not self._stage.forced and not self.has(name):
+                put_back(self._stage.path("adapters", name), self._stage.folder, key)
+
+    def set_others_aside(self) -> None:
+        """Set aside the adapters that are not what the recipe says, and the connector if the recipe has none."""
+        for folder in self._stage.path("adapters").glob("*/"):
+            if not folder.name.startswith(".") and not self.has(folder.name):
+                set_aside(folder, self._stage.folder)
+        if self._stage.run.recipe.train.connector is None:
+            set_aside(self._stage.path(*folder_parts(CONNECTOR)), self._stage.folder)
 
 
 def _earlier_results(stage: Stage, adapters: list[Adapter]) -> dict[str, dict[str, Any]]:
@@ -393,7 +418,7 @@ def _copy_from_shard(stage: Stage, name: str) -> None:
             remove(partial)
             for path in visible_files(source):
                 link_or_copy(path, partial / path.relative_to(source))
-            partial.rename(stage.path("adapters", name))
+            publish(partial, stage.path("adapters", name), stage.folder)
             return
 
 
@@ -531,10 +556,10 @@ def _train(
 ) -> None:
     """Train one adapter or the connector. Each time memory runs out, try again with the ladder's next change.
 
-    `key` is a digest of everything that the result depends on; nodes other than node 0 write no result and need none.
-    `connector` is the file and sha256 of the connector that an adapter is trained with; None: the base's own. Raises
-    DoesNotFitError if memory runs out and no change is left, or several nodes train together, and the errors of
-    `train_adapter` for any other failure.
+    The result replaces an earlier one when it is complete. `key` is a digest of everything that it depends on; nodes
+    other than node 0 write no result and need none. `connector` is the file and sha256 of the connector that an adapter
+    is trained with; None: the base's own. Raises DoesNotFitError if memory runs out and no change is left, or several
+    nodes train together, and the errors of `train_adapter` for any other failure.
     """
     name = adapter.name
     # with several nodes, checkpoints and adapter are in node 0's folder
@@ -544,7 +569,12 @@ def _train(
     for made in ladder.decisions:
         stage.events.say(f"train {name}: an earlier start ran out of memory; its change was {made['value']}")
     with _record_seconds(work, stage.path(*folder_parts(name)), node):
-        while True:
+        writes = node is None or node.rank == 0
+        finished = work / "finished" / name
+        trained = writes and trained_key(finished) == key  # a kill came just before it was moved to its place
+        if writes and not trained:
+            remove(finished.parent)
+        while not trained:
             before = probe().gpus if plan.gpus else ()
             try:
                 job = _job(stage, adapter, key, plan, attempt, node, connector)
@@ -555,7 +585,9 @@ def _train(
                 continue
             if speed is not None:
                 stage.facts.setdefault("tokens_per_second", {})[name] = round(speed, 1)
-            return
+            trained = True
+        if writes:
+            publish(finished, stage.path(*folder_parts(name)), stage.folder)
 
 
 @contextmanager
@@ -651,11 +683,12 @@ def _job(
     folder."""
     run, recipe, name = stage.run, stage.run.recipe, adapter.name
     own = stage.path("checkpoints", name)
+    work = run.path("train", "checkpoints", name) if node else own
     return Job(
         model=run.model(recipe.model.path, "model.path"),
-        work=run.path("train", "checkpoints", name) if node else own,
+        work=work,
         scratch=own / "scratch",
-        adapter=run.path("train", *folder_parts(name)) if node else stage.path(*folder_parts(name)),
+        adapter=work / "finished" / name,
         run=run.folder,
         key=key,
         mix=adapter,

@@ -20,7 +20,7 @@ from stages.contract.errors import Exit, InterruptedRunError, LorryError
 from stages.contract.files import write_json
 from stages.contract.part import Node
 from stages.contract.stage import Stage
-from stages.contract.stop import die_with_parent
+from stages.contract.stop import begin_child, die_with_parent
 from stages.train.job import Job
 from stages.train.ladder import MemoryRanOutError, Shortage
 
@@ -81,16 +81,18 @@ def _train_alone(stage: Stage, job: Job, received: _Messages) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", WORKER, str(job_file)],
         pass_fds=[writing, stage.lock],  # a worker that outlives this process must still hold the stage's lock
-        preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
+        process_group=0,
+        preexec_fn=partial(begin_child, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     ) as worker:
         os.close(writing)
         stage.stop.pass_on_to(worker)
         _follow_progress(stage, name, reading, received)
         code = worker.wait()
+        stage.stop.pass_on_to(None)
     error = received.errors[-1][1] if received.errors else None
     if code == Exit.DONE:
         return
-    if code == Exit.INTERRUPTED:
+    if code == Exit.INTERRUPTED or (code < 0 and stage.stop.signal is not None):
         raise InterruptedRunError(error or f"training {name}: stopped; run the same command again to resume")
     if received.shortages:
         raise MemoryRanOutError("out of memory", received.shortages[0], (worker.pid,))
@@ -110,14 +112,18 @@ class _Workers:
     """The processes that torchrun started. They get signals directly: torchrun would kill a process half a minute after
     a signal, possibly in the middle of a step or while it saves."""
 
-    def __init__(self, torchrun_process: "subprocess.Popen[bytes]", processes: list[int]) -> None:
-        self._torchrun, self._processes = torchrun_process, processes
+    def __init__(self, torchrun_process: "subprocess.Popen[bytes]", received: _Messages, node: Node | None) -> None:
+        self._torchrun, self._received, self._node = torchrun_process, received, node
 
     def send_signal(self, sig: int, /) -> None:
-        """Send a signal to each process, or SIGTERM to torchrun if no process has started."""
-        if not self._processes:  # the nodes have not met yet: no work is lost
+        """Send a signal to each process, or SIGTERM to torchrun if no process has started. Kill torchrun, and its
+        processes with it, if they have made no step and no other machine takes part."""
+        if not self._received.processes:  # the nodes have not met yet: no work is lost
             self._torchrun.send_signal(signal.SIGTERM)
-        for process in self._processes:
+        elif self._node is None and not self._received.steps:  # still loading: no work is lost
+            self._torchrun.kill()
+            return
+        for process in self._received.processes:
             with suppress(ProcessLookupError):
                 os.kill(process, sig)
 
@@ -134,14 +140,15 @@ def _train_together(
         stdin=writing,
         pass_fds=[stage.lock],
         env=environment,
-        start_new_session=True,  # Ctrl-C must not reach torchrun either
+        start_new_session=True,
         preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     ) as torchrun_process:
         os.close(writing)
-        workers = _Workers(torchrun_process, received.processes)
-        stage.stop.pass_on_to(workers, hears_ctrl_c=False)
+        workers = _Workers(torchrun_process, received, node)
+        stage.stop.pass_on_to(workers)
         _follow_progress(stage, job.adapter.name, reading, received, workers)
         code = torchrun_process.wait()
+        stage.stop.pass_on_to(None)
     if received.shortages:  # checked first: the other processes failed because of it
         raise MemoryRanOutError("out of memory", received.shortages[0], tuple(received.processes))
     if code != Exit.DONE:
@@ -165,6 +172,8 @@ def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messa
     for code, text in received.errors:
         if code != Exit.INTERRUPTED:
             return _training_error(stage, name, code, text)
+    if stage.stop.signal is not None:  # torchrun may have ended processes that waited for one that stopped
+        return InterruptedRunError(f"training {name}: stopped by {stage.stop.signal.name}; run the same command again")
     texts = received.lost or [text for _, text in received.errors]  # a lost GPU stops the other processes too
     if len(received.processes) > len(received.errors) and not received.lost:
         # one ended without a message, and the others may have stopped because of that
@@ -174,8 +183,6 @@ def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messa
         )
     if texts:
         return InterruptedRunError(texts[0])
-    if stage.stop.signal is not None:
-        return InterruptedRunError(f"training {name}: stopped by {stage.stop.signal.name}; run the same command again")
     if node is not None:
         return InterruptedRunError(
             f"{node.rendezvous}: the {node.count} nodes did not meet there; start this command on each of them within"

@@ -398,7 +398,8 @@ def main() -> None:
     """Run the job in the file that the command line names. Send every error to the stage and exit with its code."""
     job = Job.read(Path(sys.argv[1]))
     progress = Progress(job.progress)
-    stop = StopRequest()
+    # before training and in an evaluation there is no step to save; but processes that train together stop together
+    stop = StopRequest(waits=lambda: progress.during == "training" or job.processes > 1)
     stop.install()
     make_forks_die_with_parents()  # ms-swift forks processes that read the samples
     if job.processes > 1:

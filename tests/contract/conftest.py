@@ -10,6 +10,7 @@ import pytest
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
+from stages.contract.stop import STOPS
 from tests.conftest import Lorry, make_data
 
 
@@ -33,7 +34,7 @@ def run(small_mounts: Lorry, recipe_file: Path) -> Run:
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
     """Restore the signal handlers, which `run_stage` replaces in the tests' process."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOPS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

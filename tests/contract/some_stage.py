@@ -60,6 +60,12 @@ def deaf(stage: Stage) -> None:
         time.sleep(0.05)
 
 
+def load(stage: Stage) -> None:
+    """Sleep where nothing is to be saved."""
+    with stage.stop.waiting(False):
+        deaf(stage)
+
+
 def crash(stage: Stage) -> None:
     print("a library's last words")
     raise ZeroDivisionError("a bug in Lorry")
@@ -81,7 +87,7 @@ def killed(stage: Stage) -> None:
 
 
 WORKS: dict[str, Callable[[Stage], None]] = {
-    work.__name__: work for work in (count, write, wait, deaf, crash, unusable, out_of_memory, killed)
+    work.__name__: work for work in (count, write, wait, deaf, load, crash, unusable, out_of_memory, killed)
 }
 
 if __name__ == "__main__":

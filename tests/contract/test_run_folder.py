@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from stages.contract.errors import Exit, InterruptedRunError, UsageError
-from stages.contract.files import FileHashes, remove, write_jsonl
+from stages.contract.files import FileHashes, remove, write_json, write_jsonl
 from stages.contract.recipe import load_recipe
 from stages.contract.run import CONTRACT_VERSION, REUSABLE, Run
 from stages.contract.stage import Stage
 from stages.host import runner as runner_module
-from stages.host.runner import run_stage
+from stages.host.runner import run_stage, write_recipe
+from tests.conftest import make_data, snapshot
 from tests.contract import some_stage
 
 
@@ -341,3 +342,69 @@ def test_a_kill_while_clearing_leaves_nothing_old_to_be_taken_for_new(
 
         assert run_stage(other, "preprocess", look) == Exit.DONE
         assert found == []
+
+
+# -- another job ---------------------------------------------------------------------------------------------------
+
+OTHER_JOBS = {
+    "task": ("task=logic_choice", "holds results of task patent_qa, but this recipe has task logic_choice"),
+    "data": ("data.path=more", "holds results of data.path few, but this recipe has data.path more"),
+    "model": (
+        "model.path=all-MiniLM-L6-v2",
+        "holds results of model.path SmolLM2-135M-Instruct, but this recipe has model.path all-MiniLM-L6-v2",
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "train", "infer", "eval"])
+@pytest.mark.parametrize("other", OTHER_JOBS)
+def test_another_job_in_a_run_with_results_is_refused_and_changes_nothing(
+    preprocessed: Run, recipe_file: Path, other: str, stage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    override, found = OTHER_JOBS[other]
+    make_data(preprocessed.roots.data / "more", documents=1, pages=1)
+    before = snapshot(preprocessed.folder)
+    capfd.readouterr()
+    changed = with_override(preprocessed, recipe_file, override)
+    for force in (False, True):
+        assert run_stage(changed, stage, some_stage.write, force) == Exit.USAGE
+        line = f"{stage}: {preprocessed.folder}: {found}; give this job a run of its own: --run NAME\n"
+        assert capfd.readouterr().err == line
+    assert snapshot(preprocessed.folder) == before
+
+
+@pytest.mark.parametrize("path", ["./few", "more/../few", "absolute", "link"])
+def test_another_name_for_the_same_data_is_not_another_job(preprocessed: Run, recipe_file: Path, path: str) -> None:
+    data = preprocessed.roots.data
+    (data / "more").mkdir()
+    (data / "link").symlink_to(data / "few")
+    name = str(data / "few") if path == "absolute" else path
+    with_override(preprocessed, recipe_file, f"data.path={name}").refuse_other_job()
+
+
+def test_a_run_without_results_is_free_for_another_job(run: Run, recipe_file: Path) -> None:
+    assert run_stage(run, "preprocess", some_stage.unusable) == Exit.DATA
+    make_data(run.roots.data / "more", documents=1, pages=1)
+    assert run_stage(with_override(run, recipe_file, "data.path=more"), "preprocess", some_stage.write) == Exit.DONE
+
+
+def test_an_adapter_alone_is_a_result(run: Run, recipe_file: Path) -> None:
+    write_recipe(run)
+    write_json(run.path("train", "adapters", "tuned", "made.json"), {})
+    with pytest.raises(UsageError, match="holds results of task"):
+        with_override(run, recipe_file, "task=logic_choice").refuse_other_job()
+
+
+def test_a_container_knows_the_data_by_the_hosts_name(
+    run: Run, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lorry launch --data` mounts any folder as `/data`."""
+    mounted = replace(run, roots=replace(run.roots, data=run.roots.data / "few"))
+    monkeypatch.setenv("LORRY_DATA_FROM", "/home/someone/few")
+    here = with_override(mounted, recipe_file, "data.path=/home/someone/few")
+    assert here.data == run.roots.data / "few"
+    assert run_stage(here, "preprocess", some_stage.write) == Exit.DONE
+    here.refuse_other_job()
+    monkeypatch.setenv("LORRY_DATA_FROM", "/home/someone/more")
+    with pytest.raises(UsageError, match=r"results of data\.path /home/someone/few, but .* /home/someone/more; give"):
+        with_override(mounted, recipe_file, "data.path=/home/someone/more").refuse_other_job()

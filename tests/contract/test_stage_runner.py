@@ -4,12 +4,16 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stages.contract.files import read_jsonl
+from stages.contract.stop import STOPS, begin_child
 from tests.conftest import Finished, Lorry
 from tests.contract.some_stage import STEPS
 
@@ -26,8 +30,8 @@ class Runner:
     def __call__(self, work: str, *options: str) -> Finished:
         return self.lorry(MODULE, work, self.recipe, *options)
 
-    def start(self, work: str) -> subprocess.Popen[str]:
-        return self.lorry.start(MODULE, work, self.recipe)
+    def start(self, work: str, **options: Any) -> subprocess.Popen[str]:
+        return self.lorry.start(MODULE, work, self.recipe, **options)
 
     def events(self) -> list[dict[str, object]]:
         return read_jsonl(self.folder / "events.jsonl")
@@ -75,7 +79,8 @@ def test_force_does_it_again_from_nothing(stage: Runner) -> None:
 # -- stopped, killed -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("hang_up")
+@pytest.mark.parametrize("number", STOPS)
 def test_a_stop_in_the_middle_saves_and_exits_75_and_the_next_start_goes_on(stage: Runner, number: int) -> None:
     process = stage.start("count")
     stage.wait_for_records(3)
@@ -101,13 +106,81 @@ def test_a_stop_in_the_middle_saves_and_exits_75_and_the_next_start_goes_on(stag
 def test_a_second_ctrl_c_does_not_wait_for_the_safe_point(stage: Runner) -> None:
     process = stage.start("deaf")
     wait_until_waiting(process)
+    assert process.stdout is not None
     process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == (
+        "preprocess: saves what is in progress, then stops (SIGINT); press Ctrl-C again to stop at once\n"
+    )
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=10)
     assert process.returncode == 75
-    assert "Traceback" not in output
+    assert output == "preprocess: stopped by SIGINT after saving finished work; run the same command again\n"
+
+
+@pytest.mark.usefixtures("hang_up")
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stop_does_not_wait_where_nothing_is_to_be_saved(stage: Runner, number: int) -> None:
+    process = stage.start("load")
+    wait_until_waiting(process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=10)
+    name = signal.Signals(number).name
+    assert (process.returncode, output) == (
+        75,
+        f"preprocess: stopped by {name} after saving finished work; run the same command again\n",
+    )
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(stage: Runner) -> None:
+    process = stage.start("count", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    stage.wait_for_records(3)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.usefixtures("hang_up")
+def test_a_lost_terminal_does_not_keep_a_stage_from_saving(stage: Runner) -> None:
+    """As when the SSH connection is lost: writing to the terminal fails, and SIGHUP comes."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", MODULE, "count", stage.recipe], env=stage.lorry.environment, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    stage.wait_for_records(3)
+    os.close(ours)
+    stage.wait_for_records(5)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=30) == 75
+    assert 5 <= len(read_jsonl(stage.folder / "records.jsonl")) < STEPS
+    stopped = next(event for event in stage.events() if event["event"] == "stopped")
+    assert stopped["error"] == "stopped by SIGHUP after saving finished work; run the same command again"
+
+
+@pytest.mark.usefixtures("hang_up")
+def test_a_stop_while_a_child_begins_is_not_lost() -> None:
+    """Python's own handlers would end it with a traceback, or the default ones before it can say so."""
+    program = """
+import time
+from stages.contract.stop import StopRequest
+time.sleep(0.5)  # as if it imported something
+stop = StopRequest(waits=lambda: True)
+stop.install()
+print(stop.signal.name)
+"""
+    for number in STOPS:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=partial(begin_child, os.getpid()),  # noqa: PLW1509 - no other thread runs here
+        )
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+        assert (process.returncode, output) == (0, f"{signal.Signals(number).name}\n")
 
 
 def test_a_kill_leaves_no_manifest_and_the_next_start_goes_on(stage: Runner) -> None:

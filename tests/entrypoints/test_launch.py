@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from entrypoints.launch import launch
+from stages.contract.stop import STOPS
 from stages.hardware.holds import Holds
 from stages.hardware.targets import Target
 from stages.host import containers, launching, needs, processes
@@ -113,7 +114,7 @@ def local(
     monkeypatch.setenv("LORRY_MODELS", str(lorry.models))
     monkeypatch.setattr(needs, "LIBRARIES", dict.fromkeys(STAGES, ()))
     monkeypatch.setattr(launching, "refuse_mistakes", lambda *_, **__: None)  # there are neither data nor models
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOPS}
 
     def run(*arguments: str, end: Callable[[str], int] = lambda _: 0) -> Launched:
         seen: list[tuple[str, list[str], dict[str, str]]] = []
@@ -385,16 +386,20 @@ def test_a_driver_that_dies_with_the_stage_is_reported(box: Box, local: Launch) 
     assert "infer: NVIDIA driver: does not answer (Unknown Error)" in done.output
 
 
-def test_a_stop_reaches_the_local_process(bare: Lorry, few: Path, recipe_file: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_reaches_the_local_process(bare: Lorry, few: Path, recipe_file: Path, number: int) -> None:
     process = bare.start("entrypoints.lorry", "launch", "preprocess", str(recipe_file), "--run", "r")
     deadline = time.monotonic() + 60
     while not (bare.runs / "r" / "preprocess" / "events.jsonl").exists():
         assert time.monotonic() < deadline, "it does not begin"
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)  # as a terminal does: the whole group
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    assert "run the same command again" in output
+    name = signal.Signals(number).name
+    last = output.splitlines()[-1]
+    assert last == f"preprocess: stopped by {name} after saving finished work; run the same command again"
+    assert "Traceback" not in output + (bare.runs / "r" / "preprocess" / "log.txt").read_text()
 
 
 def test_a_stage_that_said_75_keeps_it_though_a_card_fell_away(box: Box, local: Launch) -> None:

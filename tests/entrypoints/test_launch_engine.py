@@ -32,7 +32,7 @@ signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
 stage = pathlib.Path(sys.argv[0]).name
 print(stage, *sys.argv[1:], {name: value for name, value in os.environ.items() if value and name in
-    ("LORRY_RECIPE", "LORRY_PROFILE", "LORRY_RUN", "LORRY_SET")}, flush=True)
+    ("LORRY_DATA_FROM", "LORRY_RECIPE", "LORRY_PROFILE", "LORRY_RUN", "LORRY_SET")}, flush=True)
 pathlib.Path("/runs/written-by-" + stage).write_text("")
 if "wait" in sys.argv:
     time.sleep(60)
@@ -150,11 +150,11 @@ def test_this_machines_recipe_and_data_reach_the_container(launched: Lorry, tmp_
     folder = launched.runs.parent
     recipe = folder / "mine.yaml"
     recipe.write_text("as edited here")
-    (folder / "input").mkdir()
-    (folder / "input" / "documents").mkdir()
-    done = launch(launched, "preprocess", str(recipe), "--data", str(folder / "input"), "--run", "show")
+    data = folder / "input"
+    (data / "documents").mkdir(parents=True)
+    done = launch(launched, "preprocess", str(recipe), "--data", str(data), "--run", "show")
     assert done.lines[1:] == [
-        "preprocess /recipe/mine.yaml --data /data --run show {}",
+        f"preprocess /recipe/mine.yaml --data {data} --run show {{'LORRY_DATA_FROM': '{data}'}}",
         "as edited here ['documents']",
     ]
 

@@ -121,7 +121,8 @@ def test_train_survives_kills(arena: Arena) -> None:
         folder = arena.runs / "killed-train" / "train"
         whole = folder.glob("checkpoints/tuned/checkpoint-*/complete.json")
         steps = [int(path.parent.name.split("-")[1]) for path in whole]
-        return {"newest": max(steps, default=0), "adapter": int((folder / "adapters" / "tuned").is_dir())}
+        finished = ("adapters/tuned", "checkpoints/tuned/finished/tuned")
+        return {"newest": max(steps, default=0), "adapter": int(any((folder / one).is_dir() for one in finished))}
 
     kill_repeatedly(arena, "train", finished, grows=True)
     from safetensors.numpy import load_file

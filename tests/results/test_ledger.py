@@ -275,6 +275,22 @@ def test_an_adapter_that_is_being_trained_again_has_lost_its_score(tmp_path: Pat
     assert row_of(tmp_path, "plain").score == 42.5
 
 
+def test_until_train_is_done_an_adapter_of_an_earlier_recipe_is_none_of_this_one(tmp_path: Path) -> None:
+    """It stays in its place until the new one is complete."""
+    run = make_run(tmp_path)
+    renamed = make_recipe(tmp_path, {"plain": MIXES["plain"], "other": MIXES["mixed"]}, seed=7)
+    (run.folder / "recipe.yaml").write_text(dump_recipe(renamed), encoding="utf-8")
+    train = run.stage_folder("train")
+    (train / "manifest.json").unlink()
+    for stage in ("infer", "eval"):
+        shutil.rmtree(run.stage_folder(stage))
+    assert [(row.adapter, row.samples, row.steps) for row in rows_of(tmp_path)] == [
+        *(("base", None, None), ("plain", None, None), ("other", None, None)),
+    ]
+    write_json(train / "summary.json", {"dataset_results": [{"dataset_index": 0, "dataset_name": "main"}]})
+    assert row_of(tmp_path, "plain").samples == 6, "which this start has found or trained"
+
+
 def test_a_recipe_that_has_changed_since(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     changed = make_recipe(tmp_path, {**MIXES, "plain": ["extra"]}, eval={"worst": 3})

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -292,9 +293,10 @@ def test_a_stopped_first_phase_is_interrupted_and_goes_on(trained: TwoPhases, tm
     process = other.start()
     assert process.stdout is not None
     said = next(line for line in process.stdout if "train connector: 16 samples" in line)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the whole group
     rest = process.stdout.read()
     assert process.wait() == 75, said + rest
+    assert "then stops (SIGINT); press Ctrl-C again to stop at once\n" in rest
     assert not other.connector.exists()
     other.done()
     assert other.connector.read_bytes() == trained.connector.read_bytes()

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError
+from entrypoints.lorry import main as lorry
+from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError, UsageError
 from stages.contract.files import FileHashes, read_json, write_json, write_jsonl
 from stages.contract.part import Part, Shard
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
-from stages.contract.run import CONTRACT_VERSION, Run, describe_output
+from stages.contract.run import CONTRACT_VERSION, Run, describe_output, lock_stage_folder
 from stages.hardware.memory import Lengths
-from stages.host.runner import run_stage
+from stages.host.runner import run_stage, write_recipe
 from stages.train import stage as train
 from stages.train.ladder import LostCardError, MemoryRanOutError, Shortage
 from tests.conftest import REPOSITORY, snapshot
@@ -71,8 +73,8 @@ class Job:
         """The same run with another recipe."""
         return replace(self, run=replace(self.run, recipe=recipe(*overrides, mixes=mixes or MIXES)), **changes)
 
-    def __call__(self, part: Part = None, **fails: BaseException) -> tuple[Exit, Trainer]:
-        return self.trains(self.run, part, fails)
+    def __call__(self, part: Part = None, force: bool = False, **fails: BaseException) -> tuple[Exit, Trainer]:
+        return self.trains(self.run, part, fails, force)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -130,10 +132,10 @@ def job(tmp_path: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LORRY_TARGET", "cpu")
     monkeypatch.setattr(train, "read_lengths", lambda *_: Lengths(longest=20, answer=5))
 
-    def trains(run: Run, part: Part, fails: Mapping[str, BaseException]) -> tuple[Exit, Trainer]:
+    def trains(run: Run, part: Part, fails: Mapping[str, BaseException], force: bool) -> tuple[Exit, Trainer]:
         trainer = Trainer(fails)
         monkeypatch.setattr(train, "train_adapter", trainer)
-        return run_stage(run, "train", train.work, part=part), trainer
+        return run_stage(run, "train", train.work, force, part), trainer
 
     job = Job(Run("r", recipe(), Roots(tmp_path / "data", small_models, tmp_path / "runs")), trains)
     job.write("train", *every_id())
@@ -317,7 +319,8 @@ def test_another_mix_trains_that_adapter_alone(job: Job) -> None:
     assert {name.split("/")[0] for name in before if before[name] != after.get(name)} == {"three"}
     assert job.manifest["counts"]["three samples"] == 4
     code, trainer = job()
-    assert (code, trainer.trained) == (Exit.DONE, ["three"]), "and back"
+    assert (code, trainer.trained) == (Exit.DONE, []), "and back: the first adapter was kept"
+    assert snapshot(job.run.path("train", "adapters")) == before
     assert job()[1].trained == []
 
 
@@ -356,7 +359,7 @@ def test_new_data_train_those_who_learn_from_them(job: Job) -> None:
     job.write("train", *every_id(), "b/new")
     assert job()[1].trained == ["two"]
     job.write("train", *(name for name in every_id() if name != "c/5"))
-    assert set(job()[1].trained) == {"two", "three"}, "two has lost b/new, three draws among fewer"
+    assert job()[1].trained == ["three"], "two is as it was at first, three draws among fewer"
     job.write("validation", "a/v", "a/w", "b/v")
     assert job()[1].trained == NAMES, "three has none of its own and is validated on all"
 
@@ -378,6 +381,120 @@ def test_the_order_in_the_recipe_trains_nothing_again(job: Job) -> None:
     job()
     code, trainer = job.but(mixes=dict(reversed(MIXES.items())))()
     assert (code, trainer.trained) == (Exit.DONE, [])
+
+
+# -- replaced ------------------------------------------------------------------------------------------------------
+
+RATE = "train.learning_rate=3e-3"
+
+
+def superseded(job: Job) -> dict[str, bytes]:
+    """What is kept of adapters that were replaced, by name without the key."""
+    found = snapshot(job.run.path("train", "superseded"))
+    return {f"{name.partition('@')[0]}/{name.partition('/')[2]}": content for name, content in found.items()}
+
+
+def adapters(job: Job) -> dict[str, bytes]:
+    return snapshot(job.run.path("train", "adapters"))
+
+
+def test_a_stopped_training_with_other_settings_leaves_the_finished_adapters(job: Job) -> None:
+    job()
+    before, outputs = adapters(job), job.manifest["outputs"]
+    code, trainer = job.but(RATE)(one=InterruptedRunError("stopped"))
+    assert (code, trainer.trained) == (Exit.INTERRUPTED, ["one"])
+    assert adapters(job) == before
+    with pytest.raises(UsageError, match="infer needs train, which is not done"):
+        job.but(RATE).run.inputs("infer", FileHashes(job.run.folder / "none"))
+    code, trainer = job()
+    assert (code, trainer.trained, job.manifest["outputs"]) == (Exit.DONE, [], outputs), "with the first settings"
+
+
+def test_a_failed_training_with_other_settings_leaves_the_finished_adapter(job: Job) -> None:
+    job()
+    before = adapters(job)
+    code, _ = job.but(RATE)(two=DataError("no training sample fits"))
+    assert code == Exit.DATA
+    kept = {name: content for name, content in before.items() if name.startswith("two/")}
+    assert kept and kept.items() <= adapters(job).items()
+
+
+def test_half_a_training_is_gone_on_with_after_one_with_other_settings_was_left(job: Job) -> None:
+    assert job(two=InterruptedRunError("stopped"))[0] == Exit.INTERRUPTED
+    code, trainer = job.but(RATE)(one=InterruptedRunError("stopped"))
+    assert (code, trainer.trained, trainer.resumed) == (Exit.INTERRUPTED, ["one"], []), "another training's"
+    code, trainer = job()
+    assert (code, trainer.trained, trainer.resumed) == (Exit.DONE, ["two", "three"], ["two"])
+    assert not job.run.path("train", "checkpoints").exists()
+    assert list(job.run.path("train").glob("superseded/checkpoints@*")) == [], "nor of the one that was left"
+
+
+def test_force_goes_on_with_no_checkpoint(job: Job) -> None:
+    assert job(two=InterruptedRunError("stopped"))[0] == Exit.INTERRUPTED
+    assert job.but(RATE)(one=InterruptedRunError("stopped"))[0] == Exit.INTERRUPTED
+    code, trainer = job(force=True)
+    assert (code, trainer.trained, trainer.resumed) == (Exit.DONE, NAMES, [])
+
+
+def test_a_replaced_adapter_stays_beside_the_new_one_until_it_is_pruned(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job()
+    before = adapters(job)
+    changed = job.but(RATE)
+    assert changed()[1].trained == NAMES
+    after = adapters(job)
+    assert superseded(job) == before and after.keys() == before.keys()
+    assert {name for name in before if name.endswith("made.json") and before[name] == after[name]} == set()
+    assert {name.partition("/")[0] for name in job.manifest["outputs"]} == {"adapters", "metrics.jsonl"}
+    assert (job()[1].trained, adapters(job), superseded(job)) == ([], before, after), "and back without a training"
+
+    monkeypatch.setenv("LORRY_RUNS", str(job.run.roots.runs))
+    write_recipe(job.run)
+    done = CliRunner().invoke(lorry, ["prune", "r"])
+    assert (done.exit_code, len(done.output.splitlines())) == (0, 3), done.output
+    assert "/superseded/one@" in done.output
+    assert not job.run.path("train", "superseded").exists() and adapters(job) == before
+    assert job()[1].trained == [], "the run is as done as before"
+    assert CliRunner().invoke(lorry, ["prune", "r"]).output == f"{job.run.folder}: nothing to prune\n"
+    assert changed()[1].trained == NAMES
+
+
+def test_prune_waits_for_a_training_and_names_an_unknown_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_RUNS", str(job.run.roots.runs))
+    job()
+    job.but(RATE)()
+    kept = superseded(job)
+    with lock_stage_folder(job.run.path("train")):
+        done = CliRunner().invoke(lorry, ["prune", "r"])
+    assert (done.exit_code, superseded(job)) == (75, kept), done.output
+    done = CliRunner().invoke(lorry, ["prune", "nowhere"])
+    assert (done.exit_code, done.output.count("\n")) == (2, 1) and "no such run" in done.output
+
+
+def test_force_replaces_an_adapter_only_when_the_new_one_is_complete(job: Job) -> None:
+    job()
+    before = adapters(job)
+    code, trainer = job(force=True, two=InterruptedRunError("stopped"))
+    assert (code, trainer.trained) == (Exit.INTERRUPTED, ["one", "two"])
+    assert superseded(job) == before
+    code, trainer = job()
+    assert (code, trainer.trained) == (Exit.DONE, ["two", "three"]), "it goes on from nothing that was made before"
+    assert job.kept == set(NAMES)
+    assert not job.run.path("train", "superseded").exists(), "as --force asked"
+
+
+def test_an_adapter_whose_training_was_killed_just_before_it_got_its_place_is_not_trained_again(job: Job) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*_: Any) -> None:
+            raise Killed
+
+        patch.setattr(train, "publish", killed)
+        assert job()[0] == Exit.CRASHED
+    assert job.kept == set()
+    code, trainer = job()
+    assert (code, trainer.trained) == (Exit.DONE, ["two", "three"])
 
 
 # -- touched -------------------------------------------------------------------------------------------------------
@@ -429,8 +546,8 @@ def test_an_adapter_that_was_touched_is_trained_again_and_never_blessed(
 
 def test_half_an_adapter_that_a_kill_left_is_none(job: Job) -> None:
     job(two=LorryError("later"))
-    half = job.run.path("train", "adapters", ".two")
-    half.mkdir()
+    half = job.run.path("train", "checkpoints", "two", "finished", ".two")
+    half.mkdir(parents=True)
     (half / WEIGHTS).write_text("half")
     code, trainer = job()
     assert (code, trainer.trained) == (Exit.DONE, ["two"])

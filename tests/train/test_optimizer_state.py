@@ -1,6 +1,7 @@
 """The optimizer's state by the weights' names: going on from it is as if nothing had been."""
 
 import math
+import os
 import signal
 import time
 from dataclasses import replace
@@ -93,6 +94,7 @@ def test_other_learning_rates_are_refused() -> None:
 
 
 @pytest.mark.kill
+@pytest.mark.usefixtures("hang_up")
 def test_a_stopped_training_with_lora_plus_ends_in_the_bytes_of_an_undisturbed_one(
     training: Training, tmp_path: Path
 ) -> None:
@@ -104,9 +106,10 @@ def test_a_stopped_training_with_lora_plus_ends_in_the_bytes_of_an_undisturbed_o
     while not events.is_file() or events.read_text().count('"loss"') < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGHUP)  # as a lost SSH connection does
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 75, output
+    assert "train: saves a checkpoint after this step, then stops (SIGHUP)\n" in output
     (checkpoint,) = stopped.run.path("train", "checkpoints", "tuned").glob("checkpoint-*")
     assert 3 <= int(checkpoint.name.rpartition("-")[2]) < 48
     assert sorted(path.name for path in checkpoint.iterdir()) == [

@@ -1,8 +1,11 @@
 """Real training that runs out of memory: the error is torch's own, raised where a small card would raise it."""
 
 import json
+import os
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +187,42 @@ def test_a_kill_does_not_forget_the_rung(tmp_path: Path, small_models: Path) -> 
     assert rungs(training) == ["micro-batch 2, accumulation 2: 2 x 2 x 1 GPU(s) = 4"]
     assert list(metrics(training, "loss")) == list(range(1, 49))
     assert load_file(adapter(training) / "adapter_model.safetensors")
+
+
+def wait_until(process: "subprocess.Popen[str]", happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.kill
+def test_ctrl_c_while_the_model_loads_saves_nothing_and_a_second_one_keeps_the_last_checkpoint(
+    tmp_path: Path, small_models: Path
+) -> None:
+    training = make(tmp_path / "t", small_models, "train.epochs=20")
+    log = training.run.path("train", "log.txt")
+    process = training.start()
+    wait_until(process, lambda: log.is_file() and "swift sft" in log.read_text())
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    output, _ = process.communicate(timeout=100)
+    assert (process.returncode, "24 samples" in output) == (75, False), output
+    assert output.splitlines()[-1] == "train: training tuned: stopped by SIGINT; run the same command again"
+
+    checkpoints = training.run.path("train", "checkpoints", "tuned")
+    assert list(checkpoints.glob("checkpoint-*")) == []
+    process = training.start()
+    wait_until(process, (checkpoints / "checkpoint-2" / "complete.json").is_file)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stdout is not None
+    assert any("then stops (SIGINT); press Ctrl-C again to stop at once\n" in line for line in process.stdout)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 75, output
+    assert output.splitlines()[-1] == (
+        "train: stopped by SIGINT after saving finished work; run the same command again"
+    )
+    assert newest_complete_checkpoint(checkpoints) is not None
 
 
 @pytest.mark.kill

@@ -1,6 +1,8 @@
 """Checkpoints: which one a restart takes; and what swift is told."""
 
 import os
+import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from stages.contract.part import Node
 from stages.contract.recipe import Adapter, load_recipe
 from stages.train.job import Job, Progress
 from stages.train.ladder import LostCardError
-from stages.train.torchrun import torchrun_command
+from stages.train.torchrun import _Messages, _Workers, torchrun_command
 from stages.train.worker import (
     _arguments,
     _explained_error,
@@ -177,6 +179,20 @@ def test_of_several_processes_the_largest_memory_counts() -> None:
         "reserved": 3,
         "allocated": 5,
     }
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_processes_that_still_load_are_ended_and_others_save_first(steps: int) -> None:
+    launcher, process = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    try:
+        workers = _Workers(launcher, _Messages(processes=[process.pid], steps=steps), None)
+        workers.send_signal(signal.SIGTERM)
+        ended, other, number = (process, launcher, -signal.SIGTERM) if steps else (launcher, process, -signal.SIGKILL)
+        assert ended.wait(timeout=10) == number and other.poll() is None
+    finally:
+        for one in (launcher, process):
+            one.kill()
+            one.wait()
 
 
 def test_one_machine_needs_no_meeting_and_nodes_keep_their_ranks(tmp_path: Path) -> None:
