@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from stages.contract.errors import Exit, UsageError
 from stages.contract.stop import StopRequest, die_with_parent
 from stages.host.needs import LIBRARIES, STAGES
-from stages.host.outcome import Lines, Outcome, Runner, signal_outcome
-from stages.host.runs import is_done, open_run, stage_arguments
+from stages.host.outcome import Lines, Note, Outcome, Runner, signal_outcome
+from stages.host.runs import is_done, open_run, result_lines, stage_arguments
 
 if TYPE_CHECKING:
     from stages.host.cards import CardChoice
@@ -34,14 +34,16 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
         done = not force and is_done(run, stage)
         stop.check()
         if done:
-            yield f"{stage}: up to date"
+            yield Note(f"{stage}: up to date")
             continue
         outcome = run_process(stage, arguments, stop)
         if outcome.problem:
             yield outcome.problem
         if outcome.code != Exit.DONE:
             return outcome.code
-    yield f"all four stages are up to date; report: {run.path('eval', 'report.html')}"
+    yield Note("all four stages are up to date")
+    if done:  # else eval's process has just printed them
+        yield from result_lines(run.folder, STAGES[-1])
     return Exit.DONE
 
 

@@ -56,13 +56,13 @@ def run_stage(run: Run, name: str, work: Callable[[Stage], None], force: bool = 
         with lock_stage_folder(run.stage_folder(name, part)) as lock:
             return _run_with_lock(run, name, work, force, stop, lock, part)
     except LorryError as error:
-        say(name, str(error), error=True)
+        say(name, str(error))
         return error.exit_code
     except OSError as error:
         explained = machine_error(error)
         if explained is None:
             raise
-        say(name, str(explained), error=True)
+        say(name, str(explained))
         return explained.exit_code
 
 
@@ -100,10 +100,10 @@ def _run_with_lock(
         state = _prepare_folder(folder, key, force, REUSABLE.get(name, ()))
 
     with (
-        redirect_output(folder / "log.txt") as console,
+        redirect_output(folder / "log.txt") as (console, output),
         closing(Events(folder / "events.jsonl", label, console)) as events,
     ):
-        stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"])
+        stage = Stage(run, name, events, stop, lock, output.fileno(), part, key, state["starts"])
         events.emit("start", key=key, starts=len(state["starts"]))
         try:
             if not (helps or stage.shard or state["forced"]):
@@ -125,7 +125,8 @@ def _run_with_lock(
         hashes.save()
         skipped = f", {len(stage.skipped)} skipped" if stage.skipped else ""
         failed = f", {stage.counts['failed']} failed" if stage.counts["failed"] else ""
-        events.say(f"done in {manifest['seconds']:.0f} s{skipped}{failed}")
+        empty = f", {stage.counts['empty']} empty answers" if stage.counts["empty"] else ""
+        events.say(f"done in {manifest['seconds']:.0f} s{skipped}{failed}{empty}")
     return Exit.DONE
 
 
