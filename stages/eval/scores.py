@@ -231,8 +231,8 @@ def _figures_beside(scores: Scores, base: Model, figures: Figures, other: Model,
     """Base's figures on the samples that another model has scores for. `figures` are those on all samples."""
     missing = np.isnan(other.values)
     if (missing <= np.isnan(base.values)).all():
-        with_scores = ~missing.all(axis=0)
-        return {metric: figures[metric] for metric, some in zip(scores.metrics, with_scores, strict=True) if some}
+        lacking = [metric for column, metric in enumerate(scores.metrics) if missing[:, column].all()]
+        return {metric: figure for metric, figure in figures.items() if metric not in lacking}
     return _model_figures(scores, replace(base, values=np.where(missing, np.nan, base.values)), groups)
 
 

@@ -128,7 +128,7 @@ def run_folder(options: dict[str, Any]) -> Path:
 def result_lines(folder: Path, stage: str) -> list[str]:
     """Lines that name a stage's results in the run's folder, as absolute paths: the adapters after train, the
     predictions after infer; all of these and the report after eval. What is not there has no line."""
-    found = {}
+    found: dict[str, Path] = {}
     if stage in ("train", "eval"):
         adapters = sorted(path for path in folder.glob("train/adapters/*") if not path.name.startswith("."))
         found |= {f"adapter {path.name}": path for path in adapters}

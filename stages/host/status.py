@@ -151,7 +151,7 @@ def _work_texts(state: dict[str, Any], folder: Path) -> list[str]:
     code = f", exit code {state['exit_code']}" if state.get("exit_code") is not None else ""
     at = f" at {progress}" if progress else ""
     cure = f"`lorry run --run {folder.name}` resumes it"
-    error = [state["error"]] if "error" in state else [f"it ended without a word, as by a kill; {cure}"]
+    error = state["error"].splitlines() if "error" in state else [f"it ended without a word, as by a kill; {cure}"]
     return [f"{state['state']}{code}{at}{ago}", *error]
 
 

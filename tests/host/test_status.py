@@ -123,6 +123,14 @@ def test_a_stage_that_failed_says_why_and_what_to_do(run: Path) -> None:
     assert "eta_seconds" not in train
 
 
+def test_each_mistake_of_an_error_has_its_line(run: Path) -> None:
+    error = "train.epochs 0: must be 1 or more; raise it\nmodel.path x: no such folder; name another"
+    happened(run / "train", START, {"event": "stopped", "error": error, "exit_code": 2}, END)
+    lines = list(status_lines("job"))
+    place = lines.index("  train      failed, exit code 2 (0 s ago)")
+    assert lines[place + 1 : place + 3] == [f"{' ' * 13}{line}" for line in error.splitlines()]
+
+
 def test_an_interrupted_stage_says_so(run: Path) -> None:
     error = "stopped by SIGTERM after saving finished work; run the same command again"
     happened(run / "train", START, STEP, {"event": "stopped", "error": error, "exit_code": 75}, END)
