@@ -141,7 +141,7 @@ def _work_texts(state: dict[str, Any], folder: Path) -> list[str]:
     progress = ""
     if "step" in state:
         figures = field_texts({key: state.get(key) for key in FIGURES})
-        eta = [f"{duration_text(state['eta_seconds'])} left"] if state.get("eta_seconds") is not None else []
+        eta = [f"{duration_text(state['eta_seconds'])} left"] if state.get("eta_seconds") else []  # 0: it takes longer
         progress = ", ".join([f"{state['activity']} {state['step']}/{state['total']} {state['unit']}", *figures, *eta])
     ago = ""
     if "updated" in state:
