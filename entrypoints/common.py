@@ -11,7 +11,7 @@ import click
 
 from stages.contract.errors import Exit, LorryError
 from stages.contract.machine_errors import machine_error
-from stages.host.outcome import Problem
+from stages.host.outcome import Note
 
 
 class _Setting(click.types.StringParamType):
@@ -81,29 +81,33 @@ def stage_command(name: str, summary: str) -> click.Command:
             from stages.host.selftest import selftest
 
             sys.exit(print_lines(selftest(name)))
-        from stages.contract.part import requested_part
+        from stages.contract.part import Node, requested_part
         from stages.host.checks import refuse_mistakes
         from stages.host.runner import run_stage
-        from stages.host.runs import open_run
+        from stages.host.runs import open_run, result_lines
         from stages.host.work import run_work
 
         part = requested_part(name, shard, os.environ)
         # only eval prints what open_run says, so that a run of all stages prints it once
         say = partial(click.echo, err=True) if name == "eval" else None
         run = open_run(**options, say=say)
-        sys.exit(run_stage(run, name, run_work, force, part, check=partial(refuse_mistakes, run, (name,))))
+        code = run_stage(run, name, run_work, force, part, check=partial(refuse_mistakes, run, (name,)))
+        if code == Exit.DONE and (part is None or (isinstance(part, Node) and part.rank == 0)):
+            for line in result_lines(run.folder, name):
+                click.echo(line)
+        sys.exit(code)
 
     return command
 
 
 def print_lines(lines: Generator[str, None, int | None]) -> int:
-    """Print lines as they come, problems on standard error. Returns the exit code that the generator returns."""
+    """Print lines as they come, notes on standard error. Returns the exit code that the generator returns."""
     while True:
         try:
             line = next(lines)
         except StopIteration as end:
             return end.value or 0
-        click.echo(line, err=isinstance(line, Problem))
+        click.echo(line, err=isinstance(line, Note))
 
 
 def one_line_errors(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,12 +42,17 @@ def run(force: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("run_name", metavar="[RUN]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON: a list with one entry a run.")
 @one_line_errors
-def status(run_name: str | None) -> None:
-    """Show how far RUN is. Default: all runs."""
-    from stages.host.status import status_lines
+def status(run_name: str | None, as_json: bool) -> None:
+    """Show how far RUN is: steps, loss, speed and time left, or the error and its cure. Default: all runs."""
+    from stages.contract.columns import terminal_width
+    from stages.host.status import status_facts, status_lines
 
-    sys.exit(print_lines(status_lines(run_name)))
+    if as_json:
+        click.echo(json.dumps(status_facts(run_name), indent=2, ensure_ascii=False))
+    else:
+        sys.exit(print_lines(status_lines(run_name, terminal_width(sys.stdout))))
 
 
 @main.group()

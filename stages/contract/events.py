@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from stages.contract.columns import cut_text, terminal_width, text_width
 from stages.contract.files import JsonlJournal
 
 CONSOLE_INTERVAL = 5.0
@@ -22,6 +23,12 @@ CONSOLE_INTERVAL = 5.0
 
 EVENT_INTERVAL = 0.5
 """Seconds between progress events, so that a stage of a million records does not write a million lines."""
+
+BAR_WIDTH = 24
+"""Largest number of columns of the progress bar. Below a quarter of it, there is none."""
+
+ACTIVITY_WIDTH = 24
+"""Columns of an activity's name for which the figures make room."""
 
 
 class Events:
@@ -31,7 +38,7 @@ class Events:
         self._journal = JsonlJournal(path)
         self._stage = stage
         self._console = console
-        self._terminal = console.isatty()
+        self._terminal = console.isatty() and os.environ.get("TERM") != "dumb"
         self._activity = ""
         self._began = (0.0, 0)  # time and step at which this process began the activity
         self._emitted = self._shown = 0.0
@@ -71,15 +78,15 @@ class Events:
         self, activity: str, step: int, total: int, unit: str, eta: float | None, fields: dict[str, Any], last: bool
     ) -> None:
         """Print progress as a line, or as a bar on a terminal. `eta` is in seconds; None: not known."""
-        extras = "".join(f"  {_field_text(key, value)}" for key, value in fields.items() if value is not None)
-        left = f"  {_duration_text(eta)} left" if eta is not None and not last else ""
-        text = f"{self._stage}: {activity} {step}/{total} {unit}{extras}{left}"
-        if not self._terminal:
-            print(text, file=self._console, flush=True)
+        head, count = f"{self._stage}: {activity}", f"{step}/{total} {unit}"
+        extras = field_texts(fields)
+        left = [f"{duration_text(eta)} left"] if eta is not None and not last else []
+        width = terminal_width(self._console) if self._terminal else None
+        if width is None:
+            print(f"{head} {'  '.join([count, *extras, *left])}", file=self._console, flush=True)
             return
-        width = 24
-        filled = width * step // max(total, 1)
-        self._console.write(f"\r\x1b[2K[{'#' * filled}{'.' * (width - filled)}] {text}" + ("\n" if last else ""))
+        text = _bar_text(head, count, extras, left, step / max(total, 1), width - 1)  # a full line would wrap
+        self._console.write(f"\r\x1b[2K{text}" + ("\n" if last else ""))
         self._console.flush()
 
     def _clear_bar(self) -> None:
@@ -93,28 +100,29 @@ class Events:
         self._journal.close()
 
 
-def say(stage: str, text: str, error: bool = False) -> None:
-    """Print one line about a stage on standard output, or on standard error if `error` is set.
-
-    This is for lines before the stage has its `Events`.
-    """
+def say(stage: str, text: str) -> None:
+    """Print one line about a stage on standard error, before the stage has its `Events`."""
     with _ignore_lost_console():
-        print(f"{stage}: {text}", file=sys.stderr if error else sys.stdout, flush=True)
+        print(f"{stage}: {text}", file=sys.stderr, flush=True)
 
 
-def read_last_event(path: Path) -> dict[str, Any] | None:
-    """The last complete event in the last 64 KiB of an events.jsonl; None if it has none or cannot be read."""
+def read_last_start(path: Path) -> list[dict[str, Any]]:
+    """The events of a stage's last start, in order, from the last 64 KiB of an events.jsonl. Empty if there are none,
+    or if the file cannot be read."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 65_536))
             lines = file.read().split(b"\n")[:-1]
     except OSError:
-        return None
-    for line in reversed(lines):
+        return []
+    events: list[dict[str, Any]] = []
+    for line in lines:
         with contextlib.suppress(ValueError):
-            return dict(json.loads(line))
-    return None
+            event = json.loads(line)
+            if isinstance(event, dict) and {"event", "time"} <= event.keys():
+                events = [event] if event["event"] == "start" else [*events, event]
+    return events
 
 
 class _Console(io.TextIOWrapper):
@@ -148,20 +156,24 @@ def _ignore_lost_console() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def redirect_output(log: Path) -> Iterator[IO[str]]:
-    """Redirect the output of this process and its children to a log file. Yields the real console.
+def redirect_output(log: Path) -> Iterator[tuple[IO[str], IO[str]]]:
+    """Redirect the output of this process and its children to a log file. Yields the real console and the real output.
 
-    The console is the former standard error. Libraries print hundreds of lines, but the user needs the progress, and
-    the log only if something breaks.
+    The console is the former standard error, for progress and notes; the output is the former standard output, for
+    results. Libraries print hundreds of lines, but the user needs the progress, and the log only if something breaks.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log.open("ab") as file, _Console(os.fdopen(os.dup(saved[1]), "wb"), encoding="utf-8") as console:
+    with (
+        log.open("ab") as file,
+        _Console(os.fdopen(os.dup(saved[0]), "wb"), encoding="utf-8") as output,
+        _Console(os.fdopen(os.dup(saved[1]), "wb"), encoding="utf-8") as console,
+    ):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            yield console
+            yield console, output
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -170,16 +182,41 @@ def redirect_output(log: Path) -> Iterator[IO[str]]:
                 os.close(real)
 
 
-def _field_text(key: str, value: Any) -> str:
-    """A field of a progress event as text: `tokens_per_second` and `memory` (in GiB) with units, others with names."""
-    if key == "tokens_per_second":
-        return f"{value:,.0f} tokens/s"
-    if key == "memory":
-        return f"{value / 1024**3:.1f} GiB"
-    return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+def _bar_text(head: str, count: str, extras: list[str], left: list[str], share: float, width: int) -> str:
+    """One line of at most `width` columns: a bar of which `share` is full, an activity, and its figures.
+
+    If there is no room for all, the bar gets shorter, then the last of `extras` go, then the activity's end.
+    """
+    extras = list(extras)
+    room = width - min(text_width(head), ACTIVITY_WIDTH) - 1
+    while extras and text_width("  ".join([count, *extras, *left])) > room:
+        extras.pop()
+    figures = "  ".join([count, *extras, *left])
+    text = cut_text(f"{cut_text(head, max(width - text_width(figures) - 1, 1))} {figures}", width)
+    bar = min(BAR_WIDTH, width - text_width(text) - 3)
+    if bar < BAR_WIDTH // 4:
+        return text
+    filled = int(bar * min(share, 1))
+    return f"[{'#' * filled}{'.' * (bar - filled)}] {text}"
 
 
-def _duration_text(seconds: float) -> str:
+def field_texts(fields: dict[str, Any]) -> list[str]:
+    """The fields of a progress event as texts, without those that are None: `tokens_per_second` and `memory` (in GiB)
+    with units, others with names."""
+    texts = []
+    for key, value in fields.items():
+        if value is None:
+            continue
+        if key == "tokens_per_second":
+            texts.append(f"{value:,.0f} tokens/s")
+        elif key == "memory":
+            texts.append(f"{value / 1024**3:.1f} GiB")
+        else:
+            texts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    return texts
+
+
+def duration_text(seconds: float) -> str:
     """A duration in seconds as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

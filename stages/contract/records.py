@@ -106,3 +106,8 @@ def failed_prediction(sample_id: str, error: str, prompt_tokens: int = 0) -> Pre
         "error": error,
         "passes": {},
     }
+
+
+def is_empty(prediction: Prediction | None) -> bool:
+    """Whether a prediction has an answer without text."""
+    return prediction is not None and prediction["answer"] is not None and not prediction["answer"].strip()

@@ -31,8 +31,8 @@ class Stage:
     stop: StopRequest
     lock: int
     """File descriptor of the folder's lock, for children to inherit."""
-    console: int
-    """File descriptor of the real console."""
+    output: int
+    """File descriptor of the real standard output, for results; `events.say` prints progress and notes."""
     part: Part = None
     """The shard or node that this process does; None: the whole stage."""
     key: str = ""

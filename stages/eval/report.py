@@ -5,6 +5,7 @@ The report does not contain the time of writing: the same inputs give the same b
 
 import base64
 import io
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cache
@@ -212,7 +213,10 @@ def _worst_answers(run: Run, scores: Scores, task: Any) -> list[dict[str, Any]]:
                 "error": graded.errors[row],
                 "passes": prediction.get("passes", {}) if prediction else {},
                 "cut_off": bool(prediction and prediction["finish_reason"] == "length"),
-                "values": dict(zip(scores.metrics, graded.values[row].tolist(), strict=True)),
+                "values": {
+                    metric: None if math.isnan(value) else value
+                    for metric, value in zip(scores.metrics, graded.values[row].tolist(), strict=True)
+                },
             }
             for model, graded in scores.models.items()
             if model in ("base", name)

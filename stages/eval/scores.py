@@ -7,7 +7,7 @@ belong together, such as the rotations of a question, are scored one by one and 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from stages.contract.errors import DataError
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe
-from stages.contract.records import BASE, Prediction, Sample
+from stages.contract.records import BASE, Prediction, Sample, is_empty
 from stages.results.intervals import Figures, Values, difference_figures, mean_figures, percent
 
 
@@ -27,6 +27,8 @@ class Model:
     """None if infer wrote no record of the sample."""
     errors: list[str | None]
     """Why there is no answer; None if there is one, or if the model was not asked."""
+    empty: list[bool]
+    """Whether there is an answer, but one without text."""
     values: Values
     """Shape (samples, metrics), 0..1; NaN where a metric does not apply or the model was not asked."""
 
@@ -82,7 +84,8 @@ def score_models(
     for name, rows in scored.items():
         full = [{**row, **fact} if row else {} for row, fact in zip(rows, facts, strict=True)]  # {}: not asked
         table = [[row.get(metric, np.nan) for metric in names + fact_names] for row in full]
-        models[name] = Model(answered[name], errors[name], np.array(table, dtype=np.float64))
+        empty = [is_empty(record) for record in answered[name]]
+        models[name] = Model(answered[name], errors[name], empty, np.array(table, dtype=np.float64))
     return Scores(list(samples), names + fact_names, fact_names, models, [task.together(sample) for sample in samples])
 
 
@@ -175,7 +178,8 @@ def _score_rows(
 
 def scores_by_question(scores: Scores) -> Scores:
     """Return scores with one row for samples that count together: the first sample, the lowest score in each metric,
-    and the first error, if any. Returns `scores` itself if every sample counts by itself."""
+    the first error, if any, and whether any answer is empty. Returns `scores` itself if every sample counts by
+    itself."""
     places: dict[str, list[int]] = defaultdict(list)
     for row, name in enumerate(scores.together):
         places[name].append(row)
@@ -186,7 +190,8 @@ def scores_by_question(scores: Scores) -> Scores:
     for name, model in scores.models.items():
         failed = [next((model.errors[row] for row in rows if model.errors[row]), None) for rows in places.values()]
         least = [np.fmin.reduce(model.values[rows]) for rows in places.values()]  # fmin: NaN only where all are
-        models[name] = Model([model.predictions[row] for row in first], failed, np.array(least))
+        empty = [any(model.empty[row] for row in rows) for rows in places.values()]
+        models[name] = Model([model.predictions[row] for row in first], failed, empty, np.array(least))
     return Scores([scores.samples[row] for row in first], scores.metrics, scores.facts, models, list(places))
 
 
@@ -197,25 +202,38 @@ def overall_figures(scores: Scores) -> tuple[dict[str, Figures], dict[str, Figur
     """Return every model's figures, in percent, and the differences of every other model from base, in percentage
     points. Both have 95% intervals.
 
-    Differences are paired: both models answered the same samples. They do not include the facts, which are the same for
-    every model.
+    Differences are paired: both models answered the same samples. A difference has `beside`, base's figure on these
+    samples. Differences do not include the facts, which are the same for every model.
     """
     scores = scores_by_question(scores)
     groups = scores.groups("group")
-    figures = {}
-    for name, model in scores.models.items():
-        cells = dict(zip(scores.metrics, mean_figures(model.values, groups), strict=True))
-        counts = _count_rows(scores, name, range(len(scores.samples)))
-        figures[name] = {metric: {**cells[metric], **counts[metric]} for metric in counts}
-    base = scores.models[BASE].values
+    figures = {name: _model_figures(scores, model, groups) for name, model in scores.models.items()}
+    base = scores.models[BASE]
     adapters = [name for name in scores.models if name != BASE]
+    beside = {name: _figures_beside(scores, base, figures[BASE], scores.models[name], groups) for name in adapters}
     differences: dict[str, Figures] = {name: {} for name in adapters}
     for column, metric in enumerate(scores.metrics):
-        compared = [name for name in adapters if metric in figures[name] and metric not in scores.facts]
-        pairs = [(scores.models[name].values[:, column] - base[:, column], groups) for name in compared]
+        compared = [name for name in adapters if metric in beside[name] and metric not in scores.facts]
+        pairs = [(scores.models[name].values[:, column] - base.values[:, column], groups) for name in compared]
         for name, figure in zip(compared, difference_figures(pairs), strict=True):
-            differences[name][metric] = figure
+            differences[name][metric] = {**figure, "beside": beside[name][metric]}
     return figures, differences
+
+
+def _model_figures(scores: Scores, model: Model, groups: Sequence[str]) -> Figures:
+    """A model's figures by metric. `groups` has each sample's document."""
+    cells = dict(zip(scores.metrics, mean_figures(model.values, groups), strict=True))
+    counts = _count_rows(scores, model, range(len(scores.samples)))
+    return {metric: {**cells[metric], **counts[metric]} for metric in counts}
+
+
+def _figures_beside(scores: Scores, base: Model, figures: Figures, other: Model, groups: Sequence[str]) -> Figures:
+    """Base's figures on the samples that another model has scores for. `figures` are those on all samples."""
+    missing = np.isnan(other.values)
+    if (missing <= np.isnan(base.values)).all():
+        lacking = [metric for column, metric in enumerate(scores.metrics) if missing[:, column].all()]
+        return {metric: figure for metric, figure in figures.items() if metric not in lacking}
+    return _model_figures(scores, replace(base, values=np.where(missing, np.nan, base.values)), groups)
 
 
 def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
@@ -228,7 +246,7 @@ def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
     result: dict[str, dict[str, Figures]] = defaultdict(dict)
     for name, model in scores.models.items():
         for group, chosen in sorted(rows.items()):
-            counts = _count_rows(scores, name, chosen)
+            counts = _count_rows(scores, model, chosen)
             part = model.values[chosen]
             result[name][group] = {
                 metric: {"value": percent(float(np.nanmean(part[:, column]))), **counts[metric]}
@@ -238,19 +256,21 @@ def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
     return dict(result)
 
 
-def _count_rows(scores: Scores, name: str, chosen: Sequence[int]) -> dict[str, dict[str, int]]:
-    """Count scored and failed rows among those chosen, as `n` and `failed` by metric. Facts never fail.
+def _count_rows(scores: Scores, model: Model, chosen: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Count a model's scored, failed and empty rows among those chosen, as `n`, `failed` and `empty` by metric. Facts
+    never fail.
 
     Leaves out metrics that none of these rows has.
     """
-    model = scores.models[name]
     present = ~np.isnan(model.values[chosen])
-    failed = np.array([error is not None for error in model.errors])[chosen]
+    lost = {"failed": np.array([error is not None for error in model.errors])[chosen]}
+    lost["empty"] = np.array(model.empty)[chosen]
     counts = {}
     for column, metric in enumerate(scores.metrics):
         if present[:, column].any():
-            lost = 0 if metric in scores.facts else int((present[:, column] & failed).sum())
-            counts[metric] = {"n": int(present[:, column].sum()), "failed": lost}
+            is_fact = metric in scores.facts
+            found = {key: 0 if is_fact else int((present[:, column] & rows).sum()) for key, rows in lost.items()}
+            counts[metric] = {"n": int(present[:, column].sum()), **found}
     return counts
 
 

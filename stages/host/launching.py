@@ -17,9 +17,9 @@ from stages.host.cards import CardChoice, choose_cards, choose_target
 from stages.host.checks import refuse_mistakes
 from stages.host.containers import container_runner, find_engine
 from stages.host.needs import GPU_STAGES, STAGES
-from stages.host.outcome import Lines, Problem, Runner
+from stages.host.outcome import Lines, Note, Problem, Runner
 from stages.host.processes import installed_cuda, local_runner
-from stages.host.runs import open_run, recipe_path, unfinished_stages
+from stages.host.runs import open_run, recipe_path, result_lines, run_folder, unfinished_stages
 
 
 def launch(
@@ -39,22 +39,25 @@ def launch(
     stages = (stage,) if shard else STAGES[: STAGES.index(stage) + 1]
     if gpus and gpus.strip().startswith("auto") and not shard:  # finished stages need no GPU and are not started
         left = unfinished_stages(stages, stage, force, options)
-        yield from (f"{name}: up to date" for name in stages if name not in left)
+        yield from (Note(f"{name}: up to date") for name in stages if name not in left)
         if not left:
+            yield from result_lines(run_folder(options), stage)
             return Exit.DONE
         stages = left
     own_arguments = [*(["--force"] if force else []), *(["--shard", shard] if shard else [])]
     with closing(Holds()) as holds:  # the kernel releases them if this process is killed
         found = read_cards()
         choice = choose_cards(gpus, target, stages, options, found, holds)
-        yield from choice.lines
-        run = yield from _choose_runner(stages, options, target, choice, found)
+        yield from map(Note, choice.lines)
+        run, in_containers = yield from _choose_runner(stages, options, target, choice, found)
         for number, name in enumerate(stages):
             code = yield from _run_stage(run, name, own_arguments if name == stage else [], choice)
             if code != Exit.DONE:
                 return code
             later = [following for following in stages[number + 1 :] if following in GPU_STAGES]
             holds.keep_only({gpu.uuid for following in later for gpu in choice.stage_cards(following)})
+    if in_containers and not shard:  # a container names the paths that it sees, such as /runs/job
+        yield from result_lines(run_folder(options), stage)
     return Exit.DONE
 
 
@@ -73,8 +76,9 @@ def _run_stage(run: Runner, stage: str, arguments: list[str], choice: CardChoice
 
 def _choose_runner(
     stages: tuple[str, ...], options: dict[str, Any], target: str | None, choice: CardChoice, found: Cards
-) -> Generator[str, None, Runner]:
-    """Return the function that runs a stage: in a container, or as a process if no Docker engine answers.
+) -> Generator[str, None, tuple[Runner, bool]]:
+    """Return the function that runs a stage: in a container, or as a process if no Docker engine answers; and whether
+    in a container.
 
     Yields a line that says which. Raises UsageError or DoesNotFitError if the stages cannot run here.
     """
@@ -88,19 +92,19 @@ def _choose_runner(
         )
     uses_gpus = bool(choice.cards and set(stages) & set(GPU_STAGES))
     if engine is None:
-        yield f"no Docker engine answers at {address}; running as a local process"
+        yield Note(f"no Docker engine answers at {address}; running as a local process")
         cuda = installed_cuda() if uses_gpus else None
         if cuda:
             refuse_driver_too_old_for_cuda(cuda, found.driver, load_targets())
         refuse_mistakes(open_run(**options), stages, machine=False)
-        return local_runner(stages, options, choice, target)
+        return local_runner(stages, options, choice, target), False
     if uses_gpus:
         refuse_old_driver(card, found.driver)
     run, image = container_runner(engine, stages, options, choice.devices, card)
     stage = stages[-1]
     gpus = f" with GPUs {choice.visible_devices(stage) or '0'}" if stage in GPU_STAGES and card.capability else ""
-    yield f"Docker engine {engine.version()['Version']} at {address}: running {image}{gpus}"
-    return run
+    yield Note(f"Docker engine {engine.version()['Version']} at {address}: running {image}{gpus}")
+    return run, True
 
 
 def _check_gpus(choice: CardChoice, stage: str, code: Exit) -> Iterator[str]:

@@ -11,8 +11,14 @@ Lines = Generator[str, None, int | None]
 """Yields lines to print as they come; returns the exit code, where None means 0."""
 
 
-class Problem(str):
-    """A line to print on standard error."""
+class Note(str):
+    """A line to print on standard error, which has progress and notes: standard output has results only."""
+
+    __slots__ = ()
+
+
+class Problem(Note):
+    """A note on what is wrong."""
 
     __slots__ = ()
 

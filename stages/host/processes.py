@@ -13,8 +13,8 @@ from stages.contract.errors import Exit, UsageError
 from stages.contract.stop import StopRequest, begin_child
 from stages.host.checks import refuse_mistakes
 from stages.host.needs import STAGES, missing_libraries
-from stages.host.outcome import Lines, Outcome, Runner, signal_outcome
-from stages.host.runs import is_done, open_run, stage_arguments
+from stages.host.outcome import Lines, Note, Outcome, Runner, signal_outcome
+from stages.host.runs import is_done, open_run, result_lines, stage_arguments
 
 if TYPE_CHECKING:
     from stages.host.cards import CardChoice
@@ -38,7 +38,7 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
         done = not force and is_done(run, stage)
         stop.check()
         if done:
-            yield f"{stage}: up to date"
+            yield Note(f"{stage}: up to date")
             continue
         if not checked:
             refuse_mistakes(run, STAGES[number:])
@@ -48,7 +48,9 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
             yield outcome.problem
         if outcome.code != Exit.DONE:
             return outcome.code
-    yield f"all four stages are up to date; report: {run.path('eval', 'report.html')}"
+    yield Note("all four stages are up to date")
+    if done:  # else eval's process has just printed them
+        yield from result_lines(run.folder, STAGES[-1])
     return Exit.DONE
 
 

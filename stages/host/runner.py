@@ -79,14 +79,14 @@ def run_stage(
                 _log_error(folder, error)
                 raise
     except KeyboardInterrupt:  # before the work or after it
-        say(name, str(stop.error()), error=True)
+        say(name, str(stop.error()))
         return Exit.INTERRUPTED
     except (LorryError, OSError) as error:
         explained = error if isinstance(error, LorryError) else machine_error(error)
         if explained is None:
             raise
         for line in str(explained).splitlines():
-            say(name, line, error=True)
+            say(name, line)
         return explained.exit_code
 
 
@@ -134,10 +134,10 @@ def _run_with_lock(
         state = _prepare_folder(folder, key, force, REUSABLE.get(name, ()))
 
     with (
-        redirect_output(folder / "log.txt") as console,
+        redirect_output(folder / "log.txt") as (console, output),
         closing(Events(folder / "events.jsonl", label, console)) as events,
     ):
-        stage = Stage(run, name, events, stop, lock, console.fileno(), part, key, state["starts"], state["forced"])
+        stage = Stage(run, name, events, stop, lock, output.fileno(), part, key, state["starts"], state["forced"])
         stop.notify(console.fileno(), f"{label}: {SAVES_FIRST.get(name, 'saves what is in progress')}, then stops")
         events.emit("start", key=key, starts=len(state["starts"]))
         try:
@@ -163,7 +163,8 @@ def _run_with_lock(
         hashes.save()
         skipped = f", {len(stage.skipped)} skipped" if stage.skipped else ""
         failed = f", {stage.counts['failed']} failed" if stage.counts["failed"] else ""
-        events.say(f"done in {manifest['seconds']:.0f} s{skipped}{failed}")
+        empty = f", {stage.counts['empty']} empty answers" if stage.counts["empty"] else ""
+        events.say(f"done in {manifest['seconds']:.0f} s{skipped}{failed}{empty}")
     return Exit.DONE
 
 

@@ -121,3 +121,22 @@ def unfinished_stages(stages: tuple[str, ...], last: str, force: bool, options: 
         if (force and stage == last) or not is_done(run, stage):
             return stages[number:]
     return ()
+
+
+def run_folder(options: dict[str, Any]) -> Path:
+    """The folder of the run that `options` name, as for `open_run`, without reading its recipe."""
+    return Roots.from_environment().runs / (options["run_name"] or recipe_path(options["recipe"]).stem)
+
+
+def result_lines(folder: Path, stage: str) -> list[str]:
+    """Lines that name a stage's results in the run's folder, as absolute paths: the adapters after train, the
+    predictions after infer; all of these and the report after eval. What is not there has no line."""
+    found: dict[str, Path] = {}
+    if stage in ("train", "eval"):
+        adapters = sorted(path for path in folder.glob("train/adapters/*") if not path.name.startswith("."))
+        found |= {f"adapter {path.name}": path for path in adapters}
+    if stage in ("infer", "eval"):
+        found["predictions"] = folder / "infer" / "predictions"
+    if stage == "eval":
+        found["report"] = folder / "eval" / "report.html"
+    return [f"{what}: {path}" for what, path in found.items() if path.exists()]

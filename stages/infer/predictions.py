@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.files import read_jsonl, write_jsonl
-from stages.contract.records import Prediction, Sample, failed_prediction
+from stages.contract.records import Prediction, Sample, failed_prediction, is_empty
 from stages.contract.run import Run
 from stages.infer.journal import Journals
 from stages.infer.prompts import Prompts
@@ -73,8 +73,8 @@ class WrittenFiles:
     outputs: dict[str, int] = field(default_factory=dict)
     """Number of records in each file, by its name relative to the stage's folder."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Number of `answered` and `failed` predictions; `abstained` counts the failed predictions whose
-    completion has no valid answer."""
+    """Number of `answered` and `failed` predictions; `empty` counts the answers without text, `abstained` the failed
+    predictions whose completion has no valid answer."""
     submissions: dict[str, dict[str, int]] = field(default_factory=dict)
     """Number of `lines` in each variant's submission, and of lines `without answer`."""
 
@@ -97,6 +97,7 @@ def write_predictions(
         written.outputs[variant.output] = write_jsonl(folder / variant.output, found)  # type: ignore[arg-type]
         outcomes = Counter("failed" if prediction["error"] else "answered" for prediction in found)
         outcomes["abstained"] = sum((prediction["error"] or "").startswith(NO_ANSWER) for prediction in found)
+        outcomes["empty"] = sum(is_empty(prediction) for prediction in found)
         written.counts.update(+outcomes)
         if submits and variant.without is None and variant.asks == "test":
             lines, empty = _submission_lines(run, variant, {prediction["id"]: prediction for prediction in found})

@@ -265,8 +265,8 @@ def outdated_interval_notes(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def suspicions(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """Sentences on models that failed on every sample of a data set, answer repetitively, or share another model's
-    wrong answers."""
+    """Sentences on models that failed on every sample of a data set, gave empty answers only, answer repetitively, or
+    share another model's wrong answers."""
     found = [line for run in runs for name in run.models for line in _model_suspicions(run, name)]
     models = [(run, name) for run in runs for name in run.models]
     alike: dict[str, list[tuple[set[int], int]]] = defaultdict(list)  # by data set: places in `models`, and answers
@@ -304,8 +304,8 @@ def _source_phrase(source: str, run: EvaluatedRun) -> str:
 
 
 def _model_suspicions(run: EvaluatedRun, model: str) -> list[str]:
-    """Sentences on data sets on which a model failed on every sample, or gave few distinct answers. One sentence if it
-    failed on all data sets."""
+    """Sentences on data sets on which a model failed on every sample, gave empty answers only, or few distinct ones.
+    One sentence if it failed on all data sets."""
     found, where = [], f"{run.run}/{model}"
     asked = Counter(line["source"] for line in run.lines if model in line["models"])
     if asked and not run.answers(model):
@@ -316,7 +316,11 @@ def _model_suspicions(run: EvaluatedRun, model: str) -> list[str]:
         wanted = len({run.by_id[name]["references"] for name in answers})
         if not answers:
             found.append(f"{where}: all {count} answers{_source_phrase(source, run)} failed")
-        if len(answers) >= LEAST_ANSWERS and (distinct * REPETITIVE <= wanted or distinct == 1 < wanted):
+        elif len(answers) >= LEAST_ANSWERS and not any(map(str.strip, answers.values())):
+            found.append(
+                f"{where}: all {len(answers)} answers{_source_phrase(source, run)} are empty; check its prompts"
+            )
+        elif len(answers) >= LEAST_ANSWERS and (distinct * REPETITIVE <= wanted or distinct == 1 < wanted):
             found.append(
                 f"{where}: only {distinct} distinct answer{'' if distinct == 1 else 's'} among {len(answers)}"
                 f"{_source_phrase(source, run)}, and {wanted} distinct references; check its prompts"

@@ -26,8 +26,9 @@ Values = NDArray[np.float64]
 
 Figures = dict[str, dict[str, Any]]
 """By metric: `value`, perhaps `low` and `high` (percent; None with too few documents), `n` and `failed` in samples
-(those counted together: 1), and `groups`, the number of documents. Differences have no `n` and `failed` but `p`:
-two-sided, after Holm's correction over all models compared; None with too few documents."""
+(those counted together: 1), `empty`, the number of answers without text, and `groups`, the number of documents.
+Differences have no `failed` and `empty` but `p`: two-sided, after Holm's correction over all models compared; None with
+too few documents."""
 
 CORRELATION = 1 / 3
 """Assumed within a document, for the weight of a pseudo-observation. A lower value lets coverage fall below 93% if
@@ -94,7 +95,7 @@ def mean_figures(values: Values, groups: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def difference_figures(differences: Sequence[tuple[Values, Sequence[str]]]) -> list[dict[str, Any]]:
-    """The figures of each compared model: `value`, `low` and `high` in points, `groups` and `p`.
+    """The figures of each compared model: `value`, `low` and `high` in points, `groups`, `n` pairs, and `p`.
 
     `differences` has the paired differences of each model by one metric, of shape (rows,), and the rows' documents.
     `p` is corrected for all models.
@@ -103,7 +104,8 @@ def difference_figures(differences: Sequence[tuple[Values, Sequence[str]]]) -> l
     for values, groups in differences:
         found = mean_intervals(values[:, None], groups, least=-1.0)
         ends = {"low": _percent_or_none(found.low[0]), "high": _percent_or_none(found.high[0])}
-        figures.append({"value": percent(_column_means(values[:, None])[0]), **ends, "groups": int(found.groups[0])})
+        counts = {"groups": int(found.groups[0]), "n": int((~np.isnan(values)).sum())}
+        figures.append({"value": percent(_column_means(values[:, None])[0]), **ends, **counts})
         tests.append(float(found.p[0]))
     corrected = (None if math.isnan(p) else round(p, 6) for p in holm_p_values(tests))
     return [{**figure, "p": p} for figure, p in zip(figures, corrected, strict=True)]

@@ -30,6 +30,9 @@ from stages.results.summary import dataset_name, read_summary
 LONGEST_TEXT = 500
 """Largest number of characters in a cell; a traceback must not fill the table."""
 
+FIGURE_COLUMNS = ("low", "high", "n", "failed", "empty", "groups")
+"""Columns of a row that have the same names in scores.json."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -65,6 +68,8 @@ class Row:
     high: float | None = None
     n: int | None = None
     failed: int | None = None
+    empty: int | None = None
+    """Answers without text; None if an earlier version of Lorry scored it."""
     groups: int | None = None
     """Documents behind the score."""
     validation: float | None = None
@@ -396,7 +401,7 @@ class _RowReader(RunReader):
         gain = self._differences.get(name, {}).get(self._row_metric, {})
         columns |= {
             "score": _finite_number(figure["value"]),
-            **{column: _finite_number(figure.get(column)) for column in ("low", "high", "n", "failed", "groups")},
+            **{column: _finite_number(figure.get(column)) for column in FIGURE_COLUMNS},
             "gain": _finite_number(gain.get("value")),
             **{f"gain_{name}": _finite_number(gain.get(name)) for name in ("low", "high", "p")},
         }

@@ -82,6 +82,7 @@ def table_columns(rows: Sequence[Row]) -> list[Column]:
         Column("over base", _gain_text, ("gain", "gain_low", "gain_high"), 1, number=True),
         Column("n", lambda row: _format(row.n), ("n",), 2, number=True),
         Column("failed", lambda row: _format(row.failed), ("failed",), 3, number=True),
+        Column("empty", lambda row: _format(row.empty), ("empty",), 3, number=True),
         Column("validation", lambda row: _format(row.validation, ".1f"), ("validation",), 5 if votes else 16, True),
         Column("in the vote", lambda row: _vote_text(row, weighted), ("in_vote", "weight"), 0 if votes else 15),
         Column("state", lambda row: row.state, ("state", "scored_on"), long=True),

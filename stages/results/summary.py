@@ -142,7 +142,9 @@ def _summary_statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     answers, over all results."""
     training = [r["training"]["training_time"] for r in results if r.get("training")]
     evaluation = [r["evaluation"] for r in results if "evaluation" in r]
-    exact, f1 = ([e["metrics"][name] for e in evaluation if name in e["metrics"]] for name in ("exact_match", "f1"))
+    exact, f1 = (
+        [score for e in evaluation if (score := e["metrics"].get(name)) is not None] for name in ("exact_match", "f1")
+    )
     return {
         "avg_training_time": _rounded_mean([time for time in training if time is not None]),
         "avg_evaluation_time": _rounded_mean(

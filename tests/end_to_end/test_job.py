@@ -83,6 +83,13 @@ def test_a_second_run_does_nothing(job: Job) -> None:
     assert [line for line in again.lines if line.endswith(": up to date")] == [
         f"{stage}: up to date" for stage in ("preprocess", "train", "infer", "eval")
     ]
+    folder = lorry.runs / "job"
+    assert again.lines[-4:] == [
+        "all four stages are up to date",
+        f"adapter tuned: {folder / 'train' / 'adapters' / 'tuned'}",
+        f"predictions: {folder / 'infer' / 'predictions'}",
+        f"report: {folder / 'eval' / 'report.html'}",
+    ]
     assert before == {s: manifest(job, s) for s in ("preprocess", "train", "infer", "eval")}
 
 

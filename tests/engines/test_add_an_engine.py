@@ -68,7 +68,7 @@ def test_the_page_is_followed_to_the_letter(tmp_path: Path, small_models: Path) 
     tests, first, second = shown[-3:]
     assert re.search(r"^\.\s+\[100%\]", tests.stdout, re.MULTILINE), tests.stdout
     assert "infer: engine: echo (infer.engine; float32 on target cpu)" in first.stdout
-    assert second.stdout.strip() == "infer: up to date"
+    assert second.stdout.splitlines() == ["infer: up to date", f"predictions: {run.path('infer', 'predictions')}"]
     for name in ("base", "tuned"):
         rows = read_jsonl(run.path("infer", "predictions", f"{name}.jsonl"))
         assert [row["id"] for row in rows] == ["s0", "s1", "s2"]

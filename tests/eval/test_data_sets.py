@@ -102,8 +102,12 @@ def test_tables_show_each_adapters_own_n_and_groups(build: Build, samples: list[
     predictions = {"base": right(samples), "a": right(samples, "first"), "b": right(samples, "second", "third")}
     run = build(samples, predictions, pictures=False, recipe=recipe(OWN))
     evaluate(run)
-    rows = [line.split() for line in capfd.readouterr().err.splitlines() if line.strip().startswith("exact_match")]
-    assert [row[-4:] for row in rows] == [[n, "0", "/", "0"] for n in ("4", "8")]
+    lines = [line.strip() for line in capfd.readouterr().out.splitlines()]
+    rows = [line.split() for line in lines[lines.index("exact_match") + 1 : lines.index("f1")]]
+    own = [("base", "12"), ("base, of a's samples", "4"), ("a", "4"), ("base, of b's samples", "8"), ("b", "8")]
+    assert [(" ".join(row[: row.index("100.0")]), row[-3]) for row in rows] == own
+    report = run.path("eval", "report.html").read_text(encoding="utf-8")
+    assert "base, of a’s samples" in report and "base 100.0 on the same 4" in report
     kinds = read_json(run.path("eval", "by_group.json"))["a"]["kind"]
     assert sum(one["exact_match"]["n"] for one in kinds.values() if one) == 4
     assert not re.search(r"\bnan\b", run.path("eval", "report.html").read_text(encoding="utf-8"))
@@ -167,7 +171,7 @@ def test_ablations_are_of_the_first_adapter_with_predictions(build: Build, sampl
     assert "b answered all questions again without each component in turn." in run.path(
         "eval", "report.html"
     ).read_text(encoding="utf-8")
-    assert "without style" in capfd.readouterr().err
+    assert "without style" in capfd.readouterr().out
 
 
 # -- training data -------------------------------------------------------------------------------------------------
@@ -207,9 +211,9 @@ def test_scores_of_training_data_say_so_in_every_table(build: Build, samples: li
     evaluate(run, vote=vote_facts())
     manifest = run.manifest("eval") or {}
     assert manifest["counts"]["scored on training data"] == 5
-    shown = " ".join(capfd.readouterr().err.split())
+    shown = " ".join(capfd.readouterr().out.split())
     words = ON_TRAINING_DATA.split(":")[0]
-    assert shown.count(words) == 1 + 3 + 1 + 1, "above; below base against vote, a and b; the votes; the ablations"
+    assert shown.count(words) == 1 + 1 + 1 + 1, "above; below the scores; the votes; the ablations"
     report = run.path("eval", "report.html").read_text(encoding="utf-8")
     sections = [part for part in report.split("<section") if "<table" in part]
     silent = {re.findall(r"<h2>(.*?)</h2>", part)[0] for part in sections if ON_TRAINING_DATA not in part}
@@ -221,7 +225,7 @@ def test_scores_of_held_out_data_have_no_warning(build: Build, samples: list[Sam
     run = build(samples, {"base": right(samples)}, pictures=False, recipe=recipe())
     evaluate(run)
     assert "scored on training data" not in (run.manifest("eval") or {})["counts"]
-    assert ON_TRAINING_DATA not in " ".join(capfd.readouterr().err.split())
+    assert ON_TRAINING_DATA not in " ".join(capfd.readouterr().out.split())
     assert ON_TRAINING_DATA not in run.path("eval", "report.html").read_text(encoding="utf-8")
     assert read_json(run.path("eval", "summary.json"))["pipeline_info"]["evaluated_on_training_data"] is False
 
@@ -276,7 +280,7 @@ def test_without_validation_no_voter_is_called_the_best_by_it(build: Build, samp
     predictions = {"base": right(samples), "vote": right(samples), "a": right(samples), "b": right(samples)}
     run = with_votes(build(samples, predictions, pictures=False, recipe=recipe("infer.vote={}")), samples)
     evaluate(run, vote=vote_facts(validation={}))
-    shown = " ".join(capfd.readouterr().err.split())
+    shown = " ".join(capfd.readouterr().out.split())
     for text in (shown, run.path("eval", "report.html").read_text(encoding="utf-8")):
         assert "the best by validation" not in text
         assert "a, the first by name, as nothing was validated:" in text

@@ -151,7 +151,7 @@ def test_out_of_memory_steps_memory_and_speed_of_training_are_shown(
 def test_base_alone(build: Build, samples: list[Sample], predictions: Predictions) -> None:
     text = report_of(build(samples, {"base": predictions["base"]}))
     assert "Worst answers of base" in text
-    assert '<td class="model">tuned</td><td colspan="5" class="muted">not run</td>' in text
+    assert '<td class="model">tuned</td><td colspan="6" class="muted">not run</td>' in text
 
 
 def test_an_answer_that_was_cut_off_says_so(build: Build) -> None:

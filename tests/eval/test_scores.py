@@ -48,7 +48,15 @@ def test_facts_count_only_the_samples_that_have_them() -> None:
     samples = [make_sample(1), make_sample(2, evidence=[])]
     scores = score_models(patent_qa, RECIPE, samples, {"base": [answer(sample, "x") for sample in samples]})
     figures, _ = overall_figures(scores)
-    recall = {"value": 100.0, "low": None, "high": None, "groups": 1, "n": 1, "failed": 0}  # too few documents
+    recall = {
+        "value": 100.0,
+        "low": None,
+        "high": None,
+        "groups": 1,
+        "n": 1,
+        "failed": 0,
+        "empty": 0,
+    }  # too few documents
     assert figures["base"]["retrieval_recall"] == recall
     assert figures["base"]["f1"]["n"] == 2
     assert "retrieval_recall" not in breakdown(scores, "kind")["base"]["position"]

@@ -91,7 +91,7 @@ def test_the_interval_is_that_of_the_questions() -> None:
     figure = overall_figures(scores)[0]["base"]["letter"]
     coins = np.array([[1.0]] * 20 + [[0.0]] * 20)
     (expected,) = mean_figures(coins, [f"g{number}" for number in range(40)])
-    assert figure == {**expected, "n": 40, "failed": 0}
+    assert figure == {**expected, "n": 40, "failed": 0, "empty": 0}
     assert (figure["value"], figure["groups"]) == (50, 40)
 
 

@@ -44,7 +44,7 @@ def make_recipe(folder: Path, mixes: Mapping[str, Any] = MIXES, **changes: Any) 
 def figures_of(value: float, n: int = 40) -> dict[str, Any]:
     def figure(middle: float) -> dict[str, Any]:
         ends = {"low": middle - 10, "high": middle + 10}
-        return {"value": middle, **ends, "groups": 12, "n": n, "failed": 3, "p": 0.01}
+        return {"value": middle, **ends, "groups": 12, "n": n, "failed": 3, "empty": 2, "p": 0.01}
 
     return {"exact_match": figure(value), "f1": figure(value / 2)}
 

@@ -1,10 +1,13 @@
 """Runs side by side: paired differences, other test sets refused, and what is suspicious about answers."""
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 
 from stages.contract.errors import UsageError
 from stages.contract.files import digest_of
@@ -17,8 +20,9 @@ from stages.results.comparison import (
     refuse_incomparable_runs,
     suspicions,
 )
+from stages.results.comparison_table import comparison_tables
 from stages.results.intervals import difference_figures
-from stages.results.uncertainty import is_clear
+from stages.results.uncertainty import interval_text, is_clear
 
 COUNT = 40
 
@@ -65,7 +69,15 @@ def run_of(name: str, models: dict[str, Answers], count: int = COUNT, **changes:
     figures: dict[str, Any] = {}
     for model in models:
         values = np.array([line["models"][model]["scores"]["exact"] for line in lines])  # type: ignore[index]
-        cell = {"value": 100 * values.mean(), "low": 0.0, "high": 100.0, "groups": count // 4, "n": count, "failed": 0}
+        cell = {
+            "value": 100 * values.mean(),
+            "low": 0.0,
+            "high": 100.0,
+            "groups": count // 4,
+            "n": count,
+            "failed": 0,
+            "empty": 0,
+        }
         figures[model] = {"exact": cell}
     fields: dict[str, Any] = {"task": "words", "scoring": {}, "shown": {}, "base_model": "b" * 64, **changes}
     return EvaluatedRun(name, figures=figures, lines=lines, **fields)
@@ -122,7 +134,7 @@ def test_models_are_corrected_for_each_other() -> None:
 def test_four_documents_are_too_few() -> None:
     first, other = (run_of(name, {"base": every(nth)}, count=16) for name, nth in (("a", 2), ("b", 8)))
     row = comparison_rows([first, other])[1]
-    assert row.difference == {"value": 37.5, "low": None, "high": None, "groups": 4, "p": None}
+    assert row.difference == {"value": 37.5, "low": None, "high": None, "groups": 4, "n": 16, "p": None}
 
 
 def test_intervals_of_an_older_version_are_reported() -> None:
@@ -251,3 +263,38 @@ def test_where_one_data_set_failed_that_is_reported() -> None:
 
 def test_a_handful_of_answers_says_nothing() -> None:
     assert suspicions([run_of("a", {"base": lambda n: "x", "x": lambda n: "x"}, count=9)]) == []
+
+
+def test_where_all_answers_are_empty_it_is_reported() -> None:
+    run = run_of("a", {"base": right, "x": lambda number: " "})
+    assert suspicions([run]) == ["a/x: all 40 answers are empty; check its prompts"]
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_tables_of_many_models_with_long_names_fit_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ["an-adapter-with-a-very-long-name-of-its-own", "名字很长的一个适配器", *(f"mix-{n}" for n in range(7))]
+    models = {"base": every(2), **{name: every(3 + place) for place, name in enumerate(names)}}
+    runs = [run_of("一个中文名字的运行", models), run_of("another-run-with-a-long-name", models)]
+    *tables, _ = comparison_tables(runs, coloured=False)
+    lines = [line for table in tables for line in table.splitlines()]
+    assert max(map(cell_len, lines)) <= width
+    expected = Counter()
+    for row in comparison_rows(runs):
+        for figure, sign in ((row.figure, ""), (row.difference, "+")):
+            if figure is not None:
+                expected[interval_text(figure["value"], figure["low"], figure["high"], sign)] += 1
+    assert Counter(re.findall(r"[+-]?\d+\.\d \[[^\]\n]*\]", "\n".join(lines))) == expected, "no figure is broken"
+
+
+def test_a_difference_over_fewer_samples_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    first, other = run_of("a", {"base": every(2)}), run_of("b", {"base": every(3)})
+    for line in other.lines[:20]:
+        del line["models"]["base"]
+    table, *_ = comparison_tables([other, first], coloured=False)
+    (row,) = [line for line in table.splitlines() if line.split()[:2] == ["a", "base"]]
+    assert " n 20 " in row

@@ -158,7 +158,7 @@ def test_with_too_few_documents_there_is_no_interval_and_no_star() -> None:
         (figure,) = mean_figures(np.ones((8 * count, 1)), groups)
         assert figure == {"value": 100, "low": None, "high": None, "groups": count}
         (figure,) = difference_figures([(np.ones(8 * count), groups)])
-        assert figure == {"value": 100, "low": None, "high": None, "groups": count, "p": None}
+        assert figure == {"value": 100, "low": None, "high": None, "groups": count, "n": 8 * count, "p": None}
         assert not is_clear(figure)
 
 

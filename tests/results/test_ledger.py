@@ -70,6 +70,7 @@ def test_an_adapter_its_data_and_its_score(tmp_path: Path) -> None:
             high=71.25,
             n=40,
             failed=3,
+            empty=2,
             groups=12,
             gain=41.25,
             gain_low=31.25,
