@@ -26,7 +26,7 @@ from stages.hardware.targets import (
     refuse_base_without_kernels,
 )
 from stages.host.outcome import Lines
-from stages.models.shape import ModelShape, read_shape
+from stages.models.shape import ModelShape, planned_shape
 
 if TYPE_CHECKING:
     from stages.contract.run import Run
@@ -38,7 +38,8 @@ USABLE = 0.985
 
 
 def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Lines:
-    """Plan the training of a run's recipe. Yields lines on memory, disk and inference.
+    """Plan the training of a run's recipe. Yields lines on memory, disk and inference. The model's config.json will do:
+    one plans before a download.
 
     Returns 0, or 4 if training does not fit memory or disk. `target` is a target's name; None: this machine's GPUs.
     `count` is the number of GPUs. `memory` is the memory of a GPU in GiB; None: that of the target or machine. Raises
@@ -46,14 +47,16 @@ def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Li
     whose memory Lorry cannot estimate.
     """
     train = run.recipe.train
-    model = run.model(run.recipe.model.path, "model.path")
-    shape = read_shape(model)
+    model = run.model(run.recipe.model.path, "model.path", needs_weights=False)
+    shape, made = planned_shape(model)
     gpus = _planned_gpus(target, count, memory, train.precision)
     train = _allowed_settings(train, gpus.target)
     refuse_base_without_kernels(model, shape.quantisation, gpus.target)
     if train.load_in_4bit:
         refuse_4bit_twice(model, shape.quantisation)
     yield f"{run.name}: {model.name}, {shape.parameters / 1e9:.2f} billion parameters, on {gpus.text}"
+    if made:
+        yield f"{made}: the plan takes the model's tensors from its config.json"
     fits = True
     if train.connector is not None:
         first = _plan_phase(run.recipe, shape, train.connector_settings(), gpus)
