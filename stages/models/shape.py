@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import UsageError
-from stages.models.config_sizes import Sizes, UnknownShapeError, decoder_sizes
+from stages.models.config_sizes import Sizes, decoder_sizes
+from stages.models.config_sizes import UnknownShapeError as UnknownShapeError  # noqa: PLC0414 - raised here too
 from stages.models.config_tensors import make_tensors
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
