@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from stages.contract.errors import Exit, UsageError
 from stages.contract.stop import StopRequest, die_with_parent
+from stages.engines import engine_kind, refuse_unserved_pictures, refuse_unserved_rank
+from stages.hardware.probe import probe
 from stages.host.needs import LIBRARIES, STAGES
 from stages.host.outcome import Lines, Outcome, Runner, signal_outcome
 from stages.host.runs import is_done, open_run, stage_arguments
 
 if TYPE_CHECKING:
+    from stages.contract.run import Run
     from stages.host.cards import CardChoice
 
 
@@ -27,6 +30,7 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
     before a stage starts.
     """
     run = open_run(**options)
+    _refuse_unserved(run)
     arguments = [*stage_arguments(options), *(["--force"] if force else [])]
     stop = StopRequest()
     stop.install()
@@ -43,6 +47,15 @@ def run_all_stages(options: dict[str, Any], force: bool) -> Lines:
             return outcome.code
     yield f"all four stages are up to date; report: {run.path('eval', 'report.html')}"
     return Exit.DONE
+
+
+def _refuse_unserved(run: "Run") -> None:
+    """Raise UsageError if infer's engine could not serve the run's model or adapters here, and the model exists."""
+    infer, model = run.recipe.infer, run.roots.models / run.recipe.model.path
+    if not infer.merged:
+        refuse_unserved_rank(engine_kind(infer.engine), run.recipe.train.rank)
+    if not probe().gpus:
+        refuse_unserved_pictures(engine_kind(infer.engine), model)
 
 
 def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardChoice", target: str | None) -> Runner:
