@@ -46,6 +46,10 @@ DEFAULTS: dict[str, tuple[int | bool | None, ...]] = {
     "smollm3": (2048, 11008, 36, 16, 4, None, 128256, True),
     "cohere": (8192, 22528, 40, 64, None, None, 256000, True),
     "cohere2": (8192, 22528, 40, 64, None, None, 256000, True),
+    "gemma3n_text": (2048, 16384, 35, 8, 2, 256, 262400, True),
+    "glm4v_text": (*_GLM[:5], None, 151552, False),
+    "mllama_text_model": (4096, 14336, 40, 32, 8, None, 128256, False),
+    "qwen3_5_text": (4096, 12288, 32, 16, 4, 256, 248320, False),
 }
 """Defaults of transformers' config classes (transformers 5.19, `transformers.models.*.configuration_*`), by model type.
 The values are those of NAMES. None: as many num_key_value_heads as heads; a head_dim of hidden_size / heads."""
@@ -127,7 +131,8 @@ def decoder_sizes(config: dict[str, Any], path: Path) -> Sizes:
 
     try:
         heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
-        intermediate = int(text["intermediate_size"])
+        wide = text["intermediate_size"]  # gemma3n has one for each layer
+        intermediate = int(wide[0] if isinstance(wide, list) and wide else wide)
         experts = first(("num_local_experts", "num_experts", "n_routed_experts"), known.get("experts", 0))
         width = first(("moe_intermediate_size",), known.get("width", intermediate))
         shared = first(("shared_expert_intermediate_size",), known.get("shared", 0))

@@ -30,6 +30,8 @@ TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 VISION: dict[str, dict[str, int]] = {
     "clip_vision_model": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
     "siglip_vision_model": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+    "idefics3_vision": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12},
+    "smolvlm_vision": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12},
     "pixtral": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24},
     "qwen2_vl": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4},
     "qwen2_5_vl": {"depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "out_hidden_size": 3584},
@@ -68,7 +70,7 @@ def make_tensors(config: dict[str, Any], sizes: Sizes, path: Path) -> Iterator[T
     if vision := config.get("vision_config"):
         tower = {**VISION.get(str(vision.get("model_type") or config.get("model_type")), {}), **vision}
         try:
-            for name, shape in _vision(tower, sizes.hidden):
+            for name, shape in _vision(tower, sizes.hidden, int(config.get("scale_factor") or 1)):
                 yield name, shape, dtype
         except KeyError as error:
             raise UnknownShapeError(
@@ -190,8 +192,9 @@ def _packed(
         yield f"{module}.g_idx", (inputs,), "I32"
 
 
-def _vision(tower: dict[str, Any], text: int) -> Iterator[Named]:
-    """Yield the tensors of a vision tower and its connector; `text` is the language model's hidden size.
+def _vision(tower: dict[str, Any], text: int, scale: int) -> Iterator[Named]:
+    """Yield the tensors of a vision tower and its connector. `text` is the language model's hidden size. If `scale` is
+    above 1, the connector is one module that reads `scale` x `scale` patches together (Idefics3).
 
     Raises KeyError for a size that is missing.
     """
@@ -209,8 +212,9 @@ def _vision(tower: dict[str, Any], text: int) -> Iterator[Named]:
         else:
             yield f"{here}.mlp.fc1.weight", (inner, hidden)
             yield f"{here}.mlp.fc2.weight", (hidden, inner)
-    yield "multi_modal_projector.linear_1.weight", (text, hidden)
-    yield "multi_modal_projector.linear_2.weight", (text, text)
+    yield "multi_modal_projector.linear_1.weight", (text, hidden * scale**2)
+    if scale == 1:
+        yield "multi_modal_projector.linear_2.weight", (text, text)
 
 
 def _qwen_vision(tower: dict[str, Any]) -> Iterator[Named]:

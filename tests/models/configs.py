@@ -152,6 +152,21 @@ CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
         },
         108.6e9,
     ),
+    "SmolVLM-500M": (
+        {
+            **{"architectures": ["Idefics3ForConditionalGeneration"], "model_type": "idefics3", "scale_factor": 4},
+            **{"tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 49280},
+            "text_config": {
+                **{"hidden_size": 960, "intermediate_size": 2560, "model_type": "llama", "vocab_size": 49280},
+                **{"num_attention_heads": 15, "num_hidden_layers": 32, "num_key_value_heads": 5},
+            },
+            "vision_config": {
+                **{"hidden_size": 768, "image_size": 512, "model_type": "idefics3_vision", "patch_size": 16},
+                **{"num_attention_heads": 12},
+            },
+        },
+        0.507e9,
+    ),
     "Qwen2.5-7B in GPTQ's 4 bits": (
         {
             **{"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},

@@ -136,6 +136,7 @@ def test_the_defaults_are_those_of_transformers_classes() -> None:
         config = CONFIG_MAPPING[kind]().get_text_config()
         for name, value in zip(NAMES, row, strict=True):
             default = getattr(config, name, None)
+            default = default[0] if isinstance(default, list) else default
             if value is None:  # as derived: as many as heads, or divided by them
                 derived = {"num_key_value_heads": config.num_attention_heads}
                 derived["head_dim"] = config.hidden_size // config.num_attention_heads
