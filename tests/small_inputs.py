@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ DOCUMENTS = ("CN1000003A", "US1000001A", "US1000004A", "US1000006A")
 
 
 @pytest.fixture(scope="session")
-def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models mount with `random-llama` (float32, 2 layers) and `all-MiniLM-L6-v2`."""
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A models mount with `random-llama` (float32, 2 layers) and `all-MiniLM-L6-v2`.
+
+    The Llama's folder has Python files that no library may run.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,7 +40,36 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "random-llama")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(real / "SmolLM2-135M-Instruct" / name, folder / "random-llama" / name)
-    return folder
+    ran = add_python_files(folder / "random-llama", "llama")
+    yield folder
+    assert not ran.exists(), "a library ran the Python files in a model's folder"
+
+
+PYTHON = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({ran!r}).touch()
+
+
+class Config(LlamaConfig):
+    model_type = {kind!r}
+
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def add_python_files(folder: Path, kind: str) -> Path:
+    """Give the folder of a Llama Python files of its own, for this model type. Returns the file that they write if they
+    run."""
+    ran = folder.parent / f"{folder.name}-ran"
+    (folder / "surprise.py").write_text(PYTHON.format(ran=str(ran), kind=kind))
+    config = json.loads((folder / "config.json").read_text())
+    named = {"AutoConfig": "surprise.Config", "AutoModelForCausalLM": "surprise.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind, "auto_map": named}))
+    return ran
 
 
 @pytest.fixture(scope="session")

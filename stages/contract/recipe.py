@@ -55,6 +55,9 @@ class Model(Section):
     path: str = Field(description="Folder of a Hugging Face model, relative to the model mount or absolute")
     swift_type: str = Field(description="ms-swift's --model_type of the model; ms-swift needs it for a local folder")
     swift_template: str = Field(description="ms-swift's --template of the model; ms-swift needs it for a local folder")
+    trust_remote_code: bool = Field(
+        False, description="Run the Python files in the model's folder, for a model that transformers has no code for"
+    )
 
 
 class Data(Section):

@@ -109,11 +109,11 @@ class Run:
             )
         return folder
 
-    def model(self, path: str, key: str) -> Path:
+    def model(self, path: str, key: str, needs_weights: bool = True) -> Path:
         """The folder of a model; `path` is relative to the model mount, or absolute.
 
-        Raises UsageError if it is not the folder of a Hugging Face model. The message names `key`, the recipe key that
-        sets the path.
+        Raises UsageError if it is not the folder of a Hugging Face model; without `needs_weights`, a config.json makes
+        it one. The message names `key`, the recipe key that sets the path.
         """
         folder = self.roots.models / path
         if not folder.is_dir():
@@ -121,7 +121,7 @@ class Run:
                 f"{folder}: no such model folder; {_download_advice(path)}set {key} to a folder below LORRY_MODELS"
                 f" ({self.roots.models}){_folders_in(self.roots.models)}"
             )
-        for needed in ("config.json", "*.safetensors"):
+        for needed in ("config.json", "*.safetensors") if needs_weights else ("config.json",):
             if not any(folder.glob(needed)):
                 raise UsageError(
                     f"{folder}: no {needed} in this folder; set {key} to the folder of a Hugging Face model"

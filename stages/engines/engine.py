@@ -72,3 +72,5 @@ class EngineSettings:
     """Largest number of pictures in a prompt."""
     max_pixels: int = 0
     """Number of pixels of the largest picture."""
+    trust_remote_code: bool = False
+    """Whether Python files in the model's folder may run."""

@@ -4,7 +4,6 @@ It serves cards for which vLLM has no kernels, and small jobs, which it finishes
 """
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,7 +25,9 @@ import stages.models.mgm  # noqa: F401 - registers it with transformers
 from stages.engines.batch_size import best_batch_size
 from stages.engines.engine import Completion, Done, EngineSettings
 from stages.models import gptq
+from stages.models.end_tokens import end_tokens
 from stages.models.pictures import PictureRules, rules_of
+from stages.models.reasoning import marked_text
 from stages.models.rendering import Prompt, load_tokenizer
 
 TRIED_TOKENS = 16
@@ -39,7 +40,7 @@ class TransformersEngine:
     continuous = False
 
     def __init__(self, settings: EngineSettings) -> None:
-        """Load base and adapters. Raises ValueError if the base has no end token."""
+        """Load base and adapters. Raises UsageError if the base has no end token."""
         self._settings = settings
         self.batch_size = settings.batch_size
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +66,7 @@ class TransformersEngine:
                     model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         self._picture_token: int = getattr(config, "image_token_id", -1)
         self._processor: Any = None
-        self._end_tokens = _end_tokens(model, self._tokenizer)
+        self._end_tokens = end_tokens(settings.model, self._tokenizer)
         model.generation_config = GenerationConfig()  # the one in the folder may add penalties
         self._model = (model if spread else model.to(self._device)).eval()
 
@@ -196,7 +197,9 @@ class TransformersEngine:
         """The completion in the tokens after a prompt, up to the first end token."""
         ends = [i for i, token in enumerate(tokens) if token in self._end_tokens]
         length = ends[0] if ends else len(tokens)
-        text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        text = marked_text(self._tokenizer, tokens[:length])
+        if text is None:
+            text = str(self._tokenizer.decode(tokens[:length], skip_special_tokens=True))
         if not ends:
             # the limit may cut a character in two; vLLM drops the incomplete one, too
             text = text.rstrip("\ufffd")
@@ -233,17 +236,3 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
             noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
             scores[row] = scores[row].float() / temperature + noise.to(scores.device, torch.float32)
         return scores
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The ids of the tokens that end a completion, from tokenizer and generation config. Raises ValueError if neither
-    names an end token."""
-    configured = model.generation_config.eos_token_id
-    found = configured if isinstance(configured, list) else [configured]
-    ends = [token for token in dict.fromkeys([tokenizer.eos_token_id, *found]) if token is not None]
-    if not ends:
-        raise ValueError(
-            f"{model.name_or_path}: neither tokenizer nor generation config has an end token (config:"
-            f" {json.dumps(model.config.to_dict())[:200]}); set eos_token_id in generation_config.json"
-        )
-    return ends

@@ -12,6 +12,7 @@ from stages.contract.files import read_json
 from stages.engines import vllm_children
 from stages.engines.engine import Completion, Done, EngineSettings
 from stages.models.pictures import PictureRules, rules_of
+from stages.models.reasoning import marked_text
 from stages.models.rendering import Prompt
 
 MOST_OF_A_GPU, SPARE = 0.9, 0.02
@@ -65,7 +66,7 @@ class VllmEngine:
         options: dict[str, Any] = {}
         if ranks:
             held = min(len(ranks), MOST_ADAPTERS)
-            options = {"enable_lora": True, "max_loras": held, "max_lora_rank": _supported_rank(max(ranks))}
+            options = {"enable_lora": True, "max_loras": held, "max_lora_rank": supported_rank(max(ranks))}
         if settings.max_pictures:
             options["limit_mm_per_prompt"] = {"image": settings.max_pictures}
             if isinstance(rules_of(settings.model), PictureRules):
@@ -81,6 +82,7 @@ class VllmEngine:
         self._llm = LLM(
             model=str(settings.model),
             dtype=settings.dtype,  # type: ignore[arg-type]
+            trust_remote_code=settings.trust_remote_code,  # vLLM's processes do not know what this one has settled
             max_model_len=settings.max_length,
             max_num_seqs=self.batch_size,
             enable_prefix_caching=True,
@@ -120,7 +122,7 @@ class VllmEngine:
                 finished: list[Any] = [output for output in engine.step() if output.finished]
                 left -= len(finished)
                 for output in finished:
-                    yield places.pop(output.request_id), _completion(output.outputs[0])
+                    yield places.pop(output.request_id), self._completion(output.outputs[0])
         finally:
             if places:  # after an error or a stop, so that the next call does not get the outputs of these prompts
                 engine.abort_request(list(places))
@@ -144,6 +146,12 @@ class VllmEngine:
         (name,) = self._llm.enqueue([tokens], sampling, lora_request=request, use_tqdm=False)
         return str(name).partition("-")[0]  # vLLM appends a hyphen and a suffix
 
+    def _completion(self, output: Any) -> Completion:
+        """The completion in vLLM's output. Its end token is not counted."""
+        length = len(output.token_ids) - (output.finish_reason == "stop")
+        text = marked_text(self._llm.get_tokenizer(), output.token_ids[:length])
+        return Completion(output.text if text is None else text, length, str(output.finish_reason))
+
     def close(self) -> None:
         """End vLLM's processes and free its memory."""
         self._llm.llm_engine.engine_core.shutdown()  # waits for the engine's processes, if it has any
@@ -161,12 +169,6 @@ def _read_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
             for next_one in prompts[place + len(ahead) : place + AHEAD]:
                 ahead.append([readers.submit(picture.load) for picture in next_one.pictures])
             yield prompt, [future.result() for future in ahead.popleft()]
-
-
-def _completion(output: Any) -> Completion:
-    """The completion in vLLM's output. Its end token is not counted."""
-    ended = output.finish_reason == "stop"
-    return Completion(output.text, len(output.token_ids) - ended, str(output.finish_reason))
 
 
 def _usable_memory_share(gpus: int) -> float:
@@ -199,7 +201,11 @@ def _kv_cache_bytes(settings: EngineSettings, batch_size: int) -> int:
     return int(token * batch_size * (settings.max_length + block))
 
 
-def _supported_rank(rank: int) -> int:
-    """The smallest `max_lora_rank` that vLLM accepts for `rank`; above 512, `rank` itself. A larger value would waste
-    memory and time."""
-    return next((allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), rank)
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM's `max_lora_rank` may have (vllm/config/lora.py)."""
+
+
+def supported_rank(rank: int) -> int:
+    """The smallest `max_lora_rank` that vLLM accepts for `rank`; above the last of RANKS, `rank` itself. A larger value
+    would waste memory and time."""
+    return next((allowed for allowed in RANKS if allowed >= rank), rank)

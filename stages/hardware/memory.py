@@ -6,8 +6,8 @@ measured on an H200 with torch 2.11 (benchmarks/memory.py; docs/measurements.md)
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from math import prod
 
 from stages.contract.recipe import Recipe, Train
@@ -15,6 +15,10 @@ from stages.hardware.batch import BatchPlan
 from stages.models.shape import ModelShape
 
 FLOAT32 = 4
+
+CACHED = 16
+"""Results kept of each function that depends on a shape and few settings. A plan estimates hundreds of ways, and a
+mixture of experts has 19,000 tensors."""
 
 FRAMEWORK = 862_000_000
 """CUDA context with the kernels that training loads (795 MB), and cuBLAS' two workspaces (67 MB)."""
@@ -135,8 +139,8 @@ def estimate_memory(
     connector += of_pictures
     layer = _layer_activations(shape, settings, size, batch.micro_batch, lengths.longest) * tokens
     # with a GPTQ base autograd also keeps each module's unpacked weights, for any number of tokens
-    layer += size * sum(map(prod, _quantised_layer_sizes(shape))) // shape.layers
-    unpacking = UNPACKING[dtype] * max(map(prod, _quantised_layer_sizes(shape)), default=0)
+    layer += size * sum(_quantised_layer_sizes(shape)) // shape.layers
+    unpacking = UNPACKING[dtype] * max(_quantised_layer_sizes(shape), default=0)
     working = max(_layer_working_set(shape, settings, sharding) * tokens, unpacking)
     kept = shape.layers * (2 * shape.hidden * size // 2 * tokens if settings.gradient_checkpointing else layer)
     logits = (lengths.logit_positions(batch.micro_batch) + batch.micro_batch) * shape.vocabulary
@@ -172,25 +176,36 @@ def trained_parameters(shape: ModelShape, settings: Train) -> int:
 
 def adapter_parameters(shape: ModelShape, settings: Train) -> int:
     """The number of parameters that LoRA adds: rank x (inputs + outputs) for each adapted module (arXiv:2106.09685)."""
-    return sum(settings.rank * sum(shape.linears[name]) for name in adapted_modules(shape, settings))
+    if settings.trains_connector:
+        return 0
+    return settings.rank * _adapted_sums(shape, settings.freeze_vision, _wanted_modules(settings)).sizes
 
 
 def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
     """Paths of the linear modules that get LoRA, by the rules of ms-swift and PEFT.
 
-    The head never gets LoRA, nor does a frozen vision tower with its connector; `all-linear` always leaves out the
-    connector. In the first phase, which trains the connector, no module gets LoRA.
+    A frozen vision tower with its connector never gets LoRA; `all-linear` always leaves out the head and the connector.
+    In the first phase, which trains the connector, no module gets LoRA.
     """
     if settings.trains_connector:
         return []
-    linears = [name for name in shape.linears if name.rpartition(".")[2] != "lm_head"]
-    if settings.freeze_vision:
-        linears = [name for name in linears if not _is_vision_or_connector(name)]
+    return _matching_modules(shape, settings.freeze_vision, _wanted_modules(settings))
+
+
+def _wanted_modules(settings: Train) -> str | tuple[str, ...]:
+    """The value of `train.target_modules` as a key of a cache."""
     wanted = settings.target_modules
+    return wanted if isinstance(wanted, str) else tuple(wanted)
+
+
+@lru_cache(CACHED)
+def _matching_modules(shape: ModelShape, freeze_vision: bool, wanted: str | tuple[str, ...]) -> list[str]:
+    """Paths of the linear modules that `train.target_modules` matches."""
+    linears = [name for name in shape.linears if not (freeze_vision and _is_vision_or_connector(name))]
     if isinstance(wanted, str):
         return [name for name in linears if re.fullmatch(wanted, name)]
     if "all-linear" in wanted:
-        return [name for name in linears if not _is_connector(name)]
+        return [name for name in linears if not _is_connector(name) and not _is_head(name)]
     return [name for name in linears if any(name == one or name.endswith(f".{one}") for one in wanted)]
 
 
@@ -213,19 +228,60 @@ def _is_connector(module: str) -> bool:
     return any(part in names or "merger" in part or part.startswith("vlm_uni_") for part in module.split("."))
 
 
-def _adapted_layer_modules(shape: ModelShape, settings: Train) -> list[str]:
-    """Paths of those modules that get LoRA and are in decoder layers."""
-    return [name for name in adapted_modules(shape, settings) if not _is_vision_or_connector(name)]
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the modules that get LoRA. Those in decoder layers count as often as a token passes them: of a mixture
+    of experts, a token passes a few only."""
+
+    sizes: int
+    """Inputs and outputs of all adapted modules, each counted once."""
+    passes: float
+    """Adapted modules in decoder layers that one token passes."""
+    inputs: float
+    """Inputs of those."""
+    adapts_mlp: bool
+    """Whether they include an MLP's last module."""
 
 
-def _quantised_layer_sizes(shape: ModelShape) -> list[tuple[int, int]]:
-    """Numbers of inputs and outputs of each quantised module in the decoder layers."""
-    return [shape.linears[name] for name in shape.packed_modules if _is_in_decoder_layer(name)]
+_NO_SUMS = _Sums(0, 0, 0, False)
+
+
+def _layer_sums(shape: ModelShape, settings: Train) -> _Sums:
+    """The sums over the modules that get LoRA with these settings."""
+    if settings.trains_connector:
+        return _NO_SUMS
+    return _adapted_sums(shape, settings.freeze_vision, _wanted_modules(settings))
+
+
+@lru_cache(CACHED)
+def _adapted_sums(shape: ModelShape, freeze_vision: bool, wanted: str | tuple[str, ...]) -> _Sums:
+    """The sums over the modules that `_matching_modules` returns."""
+    adapted = _matching_modules(shape, freeze_vision, wanted)
+    in_layers = [name for name in adapted if _is_in_decoder_layer(name)]
+    shares = {name: shape.active_experts if ".experts." in name else 1.0 for name in in_layers}
+    widths = {shape.intermediate, shape.expert_intermediate}
+    return _Sums(
+        sizes=sum(sum(shape.linears[name]) for name in adapted),
+        passes=sum(shares.values()),
+        inputs=sum(share * shape.linears[name][0] for name, share in shares.items()),
+        adapts_mlp=any(shape.linears[name][0] in widths for name in in_layers),
+    )
+
+
+@lru_cache(CACHED)
+def _quantised_layer_sizes(shape: ModelShape) -> list[int]:
+    """Number of weights of each quantised module in the decoder layers."""
+    return [prod(shape.linears[name]) for name in shape.packed_modules if _is_in_decoder_layer(name)]
 
 
 def _is_in_decoder_layer(linear: str) -> bool:
     """Whether a linear module is in a decoder layer: not the head, nor part of a vision tower or connector."""
-    return not _is_vision_or_connector(linear) and linear.rpartition(".")[2] != "lm_head"
+    return not _is_vision_or_connector(linear) and not _is_head(linear)
+
+
+def _is_head(module: str) -> bool:
+    """Whether a module is the language-model head, by its name."""
+    return module.rpartition(".")[2] == "lm_head"
 
 
 def _connector_activations(shape: ModelShape, settings: Train) -> int:
@@ -258,32 +314,37 @@ def _weight_bytes(shape: ModelShape, settings: Train, size: int, sharding: str, 
     `size` is the number of bytes of a weight in the base's data type. Weights that are stored as integers (GPTQ) keep
     their stored size. The connector is not counted if it is trained.
     """
+    in_4bit = settings.load_in_4bit and shape.quantisation is None
+    total = _base_bytes(shape, size, in_4bit, settings.trains_connector)
+    if sharding != "zero3" or gpus == 1:
+        return round(total)
+    # ZeRO-3 gathers a layer at a time, together with the head, the embeddings or the next layers
+    layer, largest = _gathered_sizes(shape)
+    return round(total / gpus) + size * (max(ZERO3_LIVE, largest) + max(ZERO3_PREFETCH, layer))
+
+
+@lru_cache(CACHED)
+def _base_bytes(shape: ModelShape, size: int, in_4bit: bool, without_connector: bool) -> float:
+    """Bytes of the frozen base on one GPU that has all of it; `size` as in `_weight_bytes`."""
+    packed = {name for name in shape.linears if not _is_head(name)} if in_4bit else set()
     total = 0.0
-    in_4bit = (
-        {name for name in shape.linears if name.rpartition(".")[2] != "lm_head"}
-        if settings.load_in_4bit and shape.quantisation is None
-        else set()
-    )
     for weight in shape.weights:
-        if settings.trains_connector and _is_connector(weight.name):
+        if without_connector and _is_connector(weight.name):
             continue  # in float32, with the trained parameters
-        if weight.name.rpartition(".")[0] in in_4bit and len(weight.shape) == 2:
+        if weight.name.rpartition(".")[0] in packed and len(weight.shape) == 2:
             total += weight.count * NF4_BYTES
         elif weight.dtype.startswith(("F", "BF")):
             total += weight.count * size
         else:
             total += weight.stored_bytes
-    if sharding != "zero3" or gpus == 1:
-        return round(total)
-    # ZeRO-3 gathers a layer at a time, together with the head, the embeddings or the next layers
-    layer = sum(prod(sizes) for name, sizes in shape.linears.items() if _is_in_decoder_layer(name)) // shape.layers
-    largest = max(weight.count for weight in shape.weights)
-    return round(total / gpus) + size * (max(ZERO3_LIVE, largest) + max(ZERO3_PREFETCH, layer))
+    return total
 
 
-def _sum_of_inputs(shape: ModelShape, modules: Iterable[str]) -> int:
-    """The total number of inputs of these modules."""
-    return sum(shape.linears[name][0] for name in modules)
+@lru_cache(CACHED)
+def _gathered_sizes(shape: ModelShape) -> tuple[int, int]:
+    """Number of weights of the linear modules of an average decoder layer, and of the largest tensor."""
+    in_layers = sum(prod(sizes) for name, sizes in shape.linears.items() if _is_in_decoder_layer(name))
+    return in_layers // shape.layers, max(weight.count for weight in shape.weights)
 
 
 def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batch: int, length: int) -> int:
@@ -298,10 +359,10 @@ def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batc
         # samples of different lengths need a mask, with which keys and values are repeated for each head
         attention += size * 2 * (queries - keys)
     mlp = 3 * size * shape.intermediate  # gate, its activation, up
-    adapted = _adapted_layer_modules(shape, settings)
+    adapted = _layer_sums(shape, settings)
     # LoRA casts its input to float32 and autocast casts it back: a copy per module; dropout keeps a mask of one byte
-    copies = (size + bool(settings.dropout)) * _sum_of_inputs(shape, adapted) // shape.layers
-    return norms + attention + mlp + copies + 2 * size * settings.rank * len(adapted) // shape.layers
+    copies = (size + bool(settings.dropout)) * int(adapted.inputs) // shape.layers
+    return norms + attention + mlp + copies + int(2 * size * settings.rank * adapted.passes) // shape.layers
 
 
 def _layer_working_set(shape: ModelShape, settings: Train, sharding: str) -> int:
@@ -309,7 +370,6 @@ def _layer_working_set(shape: ModelShape, settings: Train, sharding: str) -> int
 
     The tensors of the MLP take most of them.
     """
-    adapts_mlp = any(shape.linears[name][0] == shape.intermediate for name in _adapted_layer_modules(shape, settings))
     # without sharding LoRA is in float32, and so are the gradients through it
-    in_float32 = adapts_mlp and sharding == "none"
+    in_float32 = _layer_sums(shape, settings).adapts_mlp and sharding == "none"
     return 12 * shape.intermediate if in_float32 else 6 * shape.intermediate + 4 * shape.hidden

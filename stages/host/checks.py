@@ -13,7 +13,7 @@ from pathlib import Path
 from stages.contract.errors import LorryError, UsageError
 from stages.contract.machine_errors import machine_error
 from stages.contract.run import Run
-from stages.engines import engine_kind, refuse_unserved_model
+from stages.engines import engine_kind, refuse_unserved_model, refuse_unserved_pictures, refuse_unserved_rank
 from stages.hardware.batch import plan_batch, refuse_inexact_batch
 from stages.hardware.pick import allowed_gpus
 from stages.hardware.probe import Machine, probe
@@ -147,6 +147,8 @@ def _check_serving(run: Run) -> None:
     refuse_unserved_model(kind, model)
     if infer.merged:
         refuse_merging_quantised(model)
+    else:
+        refuse_unserved_rank(kind, train.rank)
     adapts_vision = not train.freeze_vision and "all-linear" in train.target_modules
     if adapts_vision and not (infer.merged or kind.serves_adapted_vision):
         refuse_unserved_vision(model, kind.name)
@@ -172,6 +174,8 @@ def _check_gpus(run: Run, stages: Sequence[str]) -> None:
     target, shape = working_target(machine, load_targets()), _base_shape(run)
     if "train" in stages:
         _check_training_on(run, target, machine, shape)
+    if "infer" in stages and not machine.gpus:
+        refuse_unserved_pictures(engine_kind(run.recipe.infer.engine), _base(run))
     if "infer" in stages and shape is not None and machine.gpus and engine_kind(run.recipe.infer.engine).shares_weights:
         infer = run.recipe.infer
         unknown = [0] * len(machine.gpus)  # free memory is another matter: it changes until then

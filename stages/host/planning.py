@@ -4,11 +4,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.contract.errors import DoesNotFitError, Exit, UsageError
 from stages.contract.recipe import Infer, Recipe, Train
-from stages.engines import engine_kind
+from stages.engines import engine_kind, refuse_unserved_pictures, refuse_unserved_rank
 from stages.hardware.batch import refuse_inexact_batch
 from stages.hardware.fit import Offers, Way, disk_bytes, plan_training, recipe_way, smallest_changes
 from stages.hardware.memory import Lengths, gap_in_estimate, max_lengths, trained_parameters
@@ -26,7 +27,7 @@ from stages.hardware.targets import (
     refuse_base_without_kernels,
 )
 from stages.host.outcome import Lines
-from stages.models.shape import ModelShape, read_shape
+from stages.models.shape import ModelShape, planned_shape
 
 if TYPE_CHECKING:
     from stages.contract.run import Run
@@ -38,22 +39,25 @@ USABLE = 0.985
 
 
 def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Lines:
-    """Plan the training of a run's recipe. Yields lines on memory, disk and inference.
+    """Plan the training of a run's recipe. Yields lines on memory, disk and inference. The model's config.json will do:
+    one plans before a download.
 
     Returns 0, or 4 if training does not fit memory or disk. `target` is a target's name; None: this machine's GPUs.
     `count` is the number of GPUs. `memory` is the memory of a GPU in GiB; None: that of the target or machine. Raises
     the errors of `_planned_gpus`, those with which train would refuse the recipe, and UnknownShapeError for a model
-    whose memory Lorry cannot estimate.
+    whose memory Lorry cannot estimate; at last UsageError if infer's engine cannot serve the model or its adapters.
     """
     train = run.recipe.train
-    model = run.model(run.recipe.model.path, "model.path")
-    shape = read_shape(model)
+    model = run.model(run.recipe.model.path, "model.path", needs_weights=False)
+    shape, made = planned_shape(model)
     gpus = _planned_gpus(target, count, memory, train.precision)
     train = _allowed_settings(train, gpus.target)
     refuse_base_without_kernels(model, shape.quantisation, gpus.target)
     if train.load_in_4bit:
         refuse_4bit_twice(model, shape.quantisation)
     yield f"{run.name}: {model.name}, {shape.parameters / 1e9:.2f} billion parameters, on {gpus.text}"
+    if made:
+        yield f"{made}: the plan takes the model's tensors from its config.json"
     fits = True
     if train.connector is not None:
         first = _plan_phase(run.recipe, shape, train.connector_settings(), gpus)
@@ -67,6 +71,7 @@ def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Li
     yield f"{_inference_line(run.recipe.infer, shape, gpus)}\n"
     last_fits, lines = _verdict(phase)
     yield from lines
+    _refuse_unserved(run.recipe, model, gpus.target)
     return Exit.DONE if fits and last_fits and enough_disk else Exit.DOES_NOT_FIT
 
 
@@ -158,6 +163,15 @@ def _allowed_settings(train: Train, target: Target) -> Train:
     if train.sharding != "auto":
         raise UsageError(f"train.sharding {train.sharding}: target {target.name} has no DeepSpeed; set it to auto")
     return train.model_copy(update={"sharding": "none"})
+
+
+def _refuse_unserved(recipe: Recipe, model: Path, target: Target) -> None:
+    """Raise UsageError if infer's engine cannot serve the model or its adapters on a target."""
+    kind = engine_kind(recipe.infer.engine)
+    if target.capability is None:
+        refuse_unserved_pictures(kind, model)
+    if not recipe.infer.merged:
+        refuse_unserved_rank(kind, recipe.train.rank)
 
 
 # -- training ------------------------------------------------------------------------------------------------------

@@ -126,6 +126,7 @@ class _EngineSession:
             prompt = prompts[place]
             step = missing.pop(prompt.id, None)
             if step is not None:
+                completion = self.prompts.complete_reasoning(prompt, completion)
                 self.journals.add(model, step.question, completion, None, prompt.length, clock - before)
             if self.engine.continuous:
                 self.stop.check()

@@ -9,9 +9,11 @@ from stages.contract.errors import DataError
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe
 from stages.contract.records import Sample
+from stages.engines.engine import Completion
 from stages.infer.journal import Journals, Question, Record
 from stages.infer.rounds import Variant
 from stages.models.control_words import count_said
+from stages.models.reasoning import opened_reasoning
 from stages.models.rendering import Prompt, Renderer
 from stages.tasks import load_task
 from stages.tasks.task import Ask
@@ -87,6 +89,12 @@ class Prompts:
                 break
             texts[name] = record["text"]
         return steps
+
+    def complete_reasoning(self, prompt: Prompt, completion: Completion) -> Completion:
+        """The completion with the mark that opens its reasoning, if the prompt ends with that mark. Without it,
+        reasoning that the limit of tokens cut off would look like an answer."""
+        opened = opened_reasoning(self._renderer.tokenizer, prompt.tokens)
+        return replace(completion, text=opened + completion.text) if opened else completion
 
     def render(self, sample_id: str, ask: Ask) -> Prompt | str:
         """Render the prompt of a pass. Returns it, or a text that says why it cannot be used."""

@@ -12,7 +12,13 @@ from typing import Any
 
 from stages.contract.files import read_json, remove, write_json
 from stages.contract.recipe import Recipe
-from stages.engines import engine_kind, engine_names, start_engine
+from stages.engines import (
+    engine_kind,
+    engine_names,
+    refuse_unserved_pictures,
+    refuse_unserved_rank,
+    start_engine,
+)
 from stages.engines.engine import Engine, EngineSettings
 from stages.hardware.probe import probe
 from stages.hardware.serve import plan_serving
@@ -59,9 +65,16 @@ class Engines:
         """Seconds that all starts of engines took together; None before the first one."""
 
     def refuse_unserved(self, adapters: Sequence[str]) -> None:
-        """Raise UsageError if one of these adapters has LoRA weights of a vision tower or connector that the recipe's
-        engine would ignore."""
-        if not self._recipe.infer.merged and not self._kind.serves_adapted_vision:
+        """Raise UsageError if the recipe's engine cannot serve the base here or one of these adapters: its rank is too
+        high, or it has LoRA weights of a vision tower or connector that the engine would ignore."""
+        if not probe().gpus:
+            refuse_unserved_pictures(self._kind, self._model)
+        if self._recipe.infer.merged:
+            return
+        for name in adapters:
+            config = read_json(self._adapters[name] / "adapter_config.json") or {}
+            refuse_unserved_rank(self._kind, int(config.get("r", 1)))
+        if not self._kind.serves_adapted_vision:
             others = [name for name in engine_names() if engine_kind(name).serves_adapted_vision]
             refuse_adapted_vision({name: self._adapters[name] for name in adapters}, self._kind.name, others)
 
@@ -151,6 +164,7 @@ class Engines:
             tensor_parallel=self._plan_tensor_parallel(model, target.dtype, limits.max_length),
             max_pictures=limits.pictures,
             max_pixels=limits.pixels,
+            trust_remote_code=recipe.model.trust_remote_code,
         )
         self._decide("engine", self._kind.name, f"infer.engine; {target.dtype} on target {target.name}")
         why = "the longest prompt with its completion, at most infer.max_length"

@@ -1,4 +1,7 @@
-"""A model's shape: the sizes in its config.json and in the headers of its safetensors files. No weights are read."""
+"""A model's shape: the sizes in its config.json and in the headers of its safetensors files. No weights are read.
+
+`read_shape` needs all files of the weights. `planned_shape` does without them: one plans before a download.
+"""
 
 import json
 import struct
@@ -10,14 +13,18 @@ from typing import Any
 
 from stages.contract.errors import UsageError
 from stages.contract.machine_errors import machine_error
+from stages.models.config_sizes import Sizes, decoder_sizes
+from stages.models.config_sizes import UnknownShapeError as UnknownShapeError  # noqa: PLC0414 - raised here too
+from stages.models.config_tensors import make_tensors
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes per element, by safetensors' names of types. Types that are missing here, such as F8_E4M3, have one byte."""
 
 
-class UnknownShapeError(UsageError):
-    """The model is intact, but Lorry cannot estimate its memory."""
+INDEX = "model.safetensors.index.json"
 
+TOLERANCE = 0.03
+"""Share by which the bytes of tensors made from a config.json may differ from those that the index states."""
 
 MAX_HEADER = 100_000_000
 """Largest number of bytes in a header, by the safetensors format (https://huggingface.co/docs/safetensors)."""
@@ -43,7 +50,7 @@ class Weight:
         return self.count * BYTES.get(self.dtype, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, so that what is computed from a shape can be cached
 class ModelShape:
     """The sizes on which a model's memory depends. They are those of the language model; `vision` has the vision
     tower's."""
@@ -55,6 +62,7 @@ class ModelShape:
     kv_heads: int
     head_size: int
     intermediate: int
+    """Width of the MLP that one token passes; of a mixture, that of all experts that it passes together."""
     vocabulary: int
     tied: bool
     """Whether the language-model head shares the embedding's weights."""
@@ -66,6 +74,10 @@ class ModelShape:
     """Bits per quantised weight."""
     vision_aux: dict[str, Any] | None = None
     """Config of MGM's second tower, a ConvNeXt; None for other models."""
+    expert_intermediate: int = 0
+    """Width of one expert of a mixture; 0 for other models."""
+    active_experts: float = 1.0
+    """Share (0..1) of a mixture's experts that one token passes."""
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -90,9 +102,9 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Number of parameters, as on model cards: quantised modules count as if they were not packed."""
-        packing = {f"{module}.{kind}" for module in self.linears for kind in ("qweight", "qzeros", "scales", "g_idx")}
-        plain = {f"{module}.weight" for module in self.linears}
-        others = sum(weight.count for weight in self.weights if weight.name not in packing | plain)
+        kinds = ("weight", "qweight", "qzeros", "scales", "g_idx")
+        counted = {f"{module}.{kind}" for module in self.linears for kind in kinds}
+        others = sum(_unpacked_count(weight) for weight in self.weights if weight.name not in counted)
         return sum(inputs * outputs for inputs, outputs in self.linears.values()) + others
 
     @property
@@ -101,16 +113,16 @@ class ModelShape:
         return sum(weight.stored_bytes for weight in self.weights)
 
 
+def _unpacked_count(weight: Weight) -> int:
+    """Number of parameters in a tensor. MXFP4 packs two into a byte of `*_blocks`, and `*_scales` has none."""
+    if weight.dtype == "U8" and weight.name.endswith("_blocks"):
+        return 2 * weight.count
+    return 0 if weight.dtype == "U8" and weight.name.endswith("_scales") else weight.count
+
+
 def _is_embedding(module: str) -> bool:
     """Whether a module is an embedding, by its name."""
     return module.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings", "embedding", "position_embedding")
-
-
-LLAMA = {
-    **{"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
-    "vocab_size": 32000,
-}
-"""Defaults of a Llama config, those of a 7B: the `text_config` of published LLaVAs leaves them out."""
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -120,32 +132,57 @@ def read_shape(folder: Path) -> ModelShape:
     sizes of a decoder, or they are not numbers.
     """
     config = _read_object(folder / "config.json")
-    text = {**config, **(config.get("text_config") or {})}
-    if text.get("model_type") == "llama" and "text_config" in config:
-        text = {**LLAMA, **text}
-    quantisation = config.get("quantization_config") or {}
-    try:
-        heads = int(text["num_attention_heads"])
-        return ModelShape(
-            weights=tuple(weight for path in _weight_files(folder) for weight in _read_header(path)),
-            hidden=int(text["hidden_size"]),
-            layers=int(text["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(text.get("num_key_value_heads") or heads),
-            head_size=int(text.get("head_dim") or text["hidden_size"] // heads),
-            intermediate=int(text["intermediate_size"]),
-            vocabulary=int(text["vocab_size"]),
-            tied=bool(text.get("tie_word_embeddings", False)),
-            quantisation=quantisation.get("quant_method"),
-            vision=config.get("vision_config"),
-            bits=int(quantisation.get("bits") or 4),
-            vision_aux=config.get("vision_config_aux"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        found = f"no {error}" if isinstance(error, KeyError) else f"a size is not a number ({error})"
+    weights = tuple(weight for path in weight_files(folder) for weight in _read_header(path))
+    return _shape(config, decoder_sizes(config, folder / "config.json"), weights)
+
+
+def planned_shape(folder: Path) -> tuple[ModelShape, str | None]:
+    """Return the shape of a model whose weights may be missing, and where its tensors come from: None for its files, or
+    the reason why they were made from its config.json.
+
+    Raises UsageError for a folder without a config.json and for damaged files. Raises UnknownShapeError as `read_shape`
+    does, and if the weights are missing and Lorry cannot make the tensors of the model's architecture, or their size
+    is not the one that the index states.
+    """
+    index = folder / INDEX
+    files = {folder / name for name in _indexed_names(index)} if index.is_file() else set(folder.glob("*.safetensors"))
+    missing = sum(not path.is_file() for path in files)
+    if files and not missing:
+        return read_shape(folder), None
+    path = folder / "config.json"
+    config = _read_object(path)
+    sizes = decoder_sizes(config, path)
+    made = tuple(Weight(*tensor) for tensor in make_tensors(config, sizes, path))
+    shape = _shape(config, sizes, made)
+    stated = (_read_object(index).get("metadata") or {}).get("total_size") if index.is_file() else None
+    if stated and abs(shape.disk_bytes / stated - 1) > TOLERANCE:
         raise UnknownShapeError(
-            f"{folder / 'config.json'}: {found}, so memory cannot be estimated; use a decoder such as Llama or Qwen"
-        ) from error
+            f"{path}: tensors of these sizes have {shape.disk_bytes / 1e9:.1f} GB, but {INDEX} states"
+            f" {stated / 1e9:.1f} GB, so memory cannot be estimated without the weights; copy them there"
+        )
+    return shape, f"{missing} of {len(files)} weight files are missing" if files else "its weights are missing"
+
+
+def _shape(config: dict[str, Any], sizes: Sizes, weights: tuple[Weight, ...]) -> ModelShape:
+    """Return the shape of a model with this config.json, these sizes and these weights."""
+    quantisation = config.get("quantization_config") or {}
+    return ModelShape(
+        weights=weights,
+        hidden=sizes.hidden,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_size=sizes.head_size,
+        intermediate=sizes.token_intermediate,
+        vocabulary=sizes.vocabulary,
+        tied=sizes.tied,
+        quantisation=quantisation.get("quant_method"),
+        vision=config.get("vision_config"),
+        bits=int(quantisation.get("bits") or 4),
+        vision_aux=config.get("vision_config_aux"),
+        expert_intermediate=sizes.expert_intermediate if sizes.experts else 0,
+        active_experts=sizes.experts_per_token / sizes.experts if sizes.experts else 1.0,
+    )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -166,21 +203,34 @@ def tensor_names(path: Path) -> list[str]:
     return [weight.name for weight in _read_header(path)]
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return a model folder's safetensors files. Raises UsageError if it has none, or not all that its index names."""
-    index = folder / "model.safetensors.index.json"
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files from which libraries load a model: those that its index names, else
+    model.safetensors. Other copies of the weights (consolidated.safetensors, adapters) are left out.
+
+    Raises UsageError if the folder has none, or not all that its index names.
+    """
+    index = folder / INDEX
     if index.is_file():
-        names = sorted(set(_read_object(index).get("weight_map", {}).values()))
+        names = _indexed_names(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UsageError(
                 f"{folder}: {missing[0]} is missing, one of {len(names)} files that {index.name} names; copy it again"
             )
         return [folder / name for name in names]
-    found = sorted(folder.glob("*.safetensors"))
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    # older GPTQ models name their file after the quantisation
+    others = ("consolidated", "adapter_", "optimizer")
+    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(others))
     if not found:
         raise UsageError(f"{folder}: no *.safetensors; copy a whole Hugging Face model folder there")
     return found
+
+
+def _indexed_names(index: Path) -> list[str]:
+    """Return the names of the files that an index names, sorted. Raises UsageError if it cannot be read."""
+    return sorted(set(_read_object(index).get("weight_map", {}).values()))
 
 
 def _read_header(path: Path) -> list[Weight]:

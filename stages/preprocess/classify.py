@@ -8,6 +8,7 @@ from stages.engines import start_engine
 from stages.engines.engine import Completion, EngineSettings
 from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
+from stages.models.remote_code import settle_remote_code
 from stages.models.rendering import Prompt, Renderer
 from stages.tasks.task import Ask
 
@@ -57,6 +58,7 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
         missing = {_prompt_digest(ask): ask for ask in asks if _prompt_digest(ask) not in known}
         if not missing:
             return known
+        settle_remote_code(model, recipe.model.trust_remote_code)
         renderer = Renderer(model)
         prompts = [renderer.render(key, ask.messages) for key, ask in missing.items()]
         limit = max(ask.max_new_tokens or recipe.infer.max_new_tokens for ask in asks)
@@ -95,5 +97,6 @@ def _start_engine(stage: Stage, model: Any, prompts: list[Prompt], limit: int) -
             batch_size=16 if recipe.infer.batch_size == "auto" else recipe.infer.batch_size,
             max_length=max(prompt.length for prompt in prompts) + limit,
             seed=recipe.seed,
+            trust_remote_code=recipe.model.trust_remote_code,
         ),
     )

@@ -25,6 +25,7 @@ from stages.contract.recipe import DataJuicer
 from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
+from stages.models.remote_code import names_python_files
 from stages.tasks.common.json_lines import BadRecordError, is_given, lines_in, object_in, text_of
 from stages.tasks.common.skips import Skips
 
@@ -114,6 +115,15 @@ def _refuse_missing_packages(settings: DataJuicer) -> None:
             )
 
 
+def _refuse_python_files(weights: Path, where: str) -> None:
+    """Raise UsageError if weights name Python files: several operators run them without being asked to."""
+    if names_python_files(weights):
+        raise UsageError(
+            f"{where}: {weights} names Python files (auto_map), which the operator may run; remove auto_map from its"
+            " JSON files or, if you trust them, set the operator's trust_remote_code to true"
+        )
+
+
 def _operator_with_absolute_paths(
     run: Run, name: str, given: dict[str, Any], number: int
 ) -> tuple[str, dict[str, Any]]:
@@ -125,7 +135,10 @@ def _operator_with_absolute_paths(
     found = dict(given)
     for key, value in given.items():
         if key.startswith("hf_") and isinstance(value, str):
-            found[key] = str(run.model(value, f"{where}.{key}").absolute())
+            folder = run.model(value, f"{where}.{key}")
+            if not given.get("trust_remote_code"):
+                _refuse_python_files(folder, where)
+            found[key] = str(folder.absolute())
         if key in WORDS:
             folder = run.data / str(value)
             kind = key.removesuffix("_dir")

@@ -25,6 +25,7 @@ from stages.contract.stop import die_with_parent
 from stages.engines.cuda import refuse_dead_gpus
 from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
+from stages.models.remote_code import refuse_embedder_code
 from stages.preprocess.passages import Window, sentence_window
 
 CHUNK = 256
@@ -72,6 +73,7 @@ class Embedder:
         assert settings is not None  # a recipe of a task that reads documents has it
         self._stage = stage
         folder = stage.run.model(settings.embedder, "preprocess.retrieval.embedder")
+        refuse_embedder_code(folder)
         takes_pictures = (read_json(folder / "config.json") or {}).get("model_type") == "qwen2_vl"
         self._settings = Settings(folder, takes_pictures, settings.max_pixels, settings.batch_size, settings.vectors)
         self._passages: dict[str, list[str]] = {}

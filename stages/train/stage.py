@@ -36,6 +36,7 @@ from stages.contract.recipe import CONNECTOR, RESULT_NEUTRAL, Adapter, Train
 from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
 from stages.contract.superseded import publish, put_back, remove_other_checkpoints, set_aside, trained_key
+from stages.engines import engine_kind, refuse_unserved_rank
 from stages.hardware.batch import refuse_inexact_batch
 from stages.hardware.fit import Offers, Way, least_memory, plan_training, smallest_changes, unestimated_way
 from stages.hardware.memory import Lengths, gap_in_estimate
@@ -53,6 +54,7 @@ from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.models.connector import check_connector, refuse_quantised_connector, trained_connector
 from stages.models.control_words import said_note
 from stages.models.gptq import quantisation_method
+from stages.models.remote_code import settle_remote_code
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
 from stages.results.summary import SUMMARY, build_summary, dataset_result, training_facts
 from stages.train.job import Job
@@ -87,6 +89,7 @@ def work(stage: Stage) -> None:
         return
     if stage.has_nothing_to_do(len(recipe.train.adapters), "adapters"):
         return
+    _check_model(stage)
     log: list[dict[str, Any]] = []
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.does_piece(number)]
     mixes, failures = _read_mixes(stage, adapters)
@@ -127,6 +130,19 @@ def work(stage: Stage) -> None:
     stage.outputs["metrics.jsonl"] = write_jsonl(stage.path("metrics.jsonl"), log)
     trained.set_others_aside()
     _remove_checkpoints(stage, failures)
+
+
+def _check_model(stage: Stage) -> None:
+    """Settle whether the base's Python files run, before anything loads it.
+
+    Raises UsageError if they would have to run and may not, and if infer's engine could not serve the adapters.
+    """
+    recipe = stage.run.recipe
+    settle_remote_code(stage.run.model(recipe.model.path, "model.path"), recipe.model.trust_remote_code)
+    if recipe.model.trust_remote_code:
+        stage.decide("Python files of the model", "may run", "model.trust_remote_code")
+    if not recipe.infer.merged:
+        refuse_unserved_rank(engine_kind(recipe.infer.engine), recipe.train.rank)
 
 
 def _train_with_node_0(stage: Stage, node: Node) -> None:

@@ -27,6 +27,7 @@ from stages.contract.records import PLACE
 from stages.contract.stop import StopRequest
 from stages.models import gptq, mgm
 from stages.models.control_words import ControlWords
+from stages.models.end_tokens import end_tokens
 from stages.models.pictures import (
     PictureRules,
     Rules,
@@ -200,11 +201,12 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
                 f" the chat template in {self._job.model} ({self.tokenizer.decode(swifts)[:300]!r} instead of"
                 f" {self.tokenizer.decode(own)[:300]!r}); set it to the template that matches"
             )
-        if self.tokenizer.eos_token_id not in labels[prompt:]:
+        ends = end_tokens(self._job.model, self.tokenizer)
+        if not set(ends) & set(labels[prompt:]):
             raise UsageError(
                 f"model.swift_template: {self._job.model_settings.swift_template!r} ends the answer without the model's"
-                f" end token {self.tokenizer.eos_token!r}, so the tuned model would never stop; set it to the template"
-                " that matches"
+                f" end token {self.tokenizer.decode(ends[-1:])!r}, so the tuned model would never stop; set it to the"
+                " template that matches"
             )
 
     def train(self, trainer: Any) -> Any:

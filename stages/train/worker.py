@@ -31,6 +31,8 @@ from stages.hardware.targets import refuse_4bit_twice
 from stages.models.connector import link_connector
 from stages.models.control_words import count_said
 from stages.models.gptq import quantisation_method
+from stages.models.remote_code import settle_remote_code
+from stages.train.adapter_card import adapter_card, base_name
 from stages.train.job import Job, Progress, file_sizes
 from stages.train.ladder import Ladder, LostCardError, Shortage, find_shortage, lost_gpu_message
 from stages.train.sharding import check_sharding, deepspeed_config, fix_zero3_loading
@@ -251,7 +253,7 @@ def _publish_weights(job: Job, history: list[dict[str, Any]], facts: dict[str, A
     timed = [entry for entry in history if "train_runtime" in entry]
     write_json(partial / "timing.json", {key: timed[-1][key] for key in TIMES if key in timed[-1]} if timed else {})
     if not job.settings.trains_connector:
-        _write_adapter_config(job, partial / "adapter_config.json")
+        _write_adapter_config(job, partial)
     made = {
         name: sha256_file(partial / name)
         for name in sorted(path.name for path in partial.iterdir())
@@ -261,11 +263,16 @@ def _publish_weights(job: Job, history: list[dict[str, Any]], facts: dict[str, A
     partial.rename(job.adapter)
 
 
-def _write_adapter_config(job: Job, path: Path) -> None:
-    """Rewrite PEFT's adapter_config.json so that it is the same on every machine."""
+def _write_adapter_config(job: Job, folder: Path) -> None:
+    """Rewrite PEFT's adapter_config.json so that it is the same on every machine, and write a README.md that says how
+    to load the adapter."""
+    path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    # the base's name below the model mount, not its path on this machine
-    config["base_model_name_or_path"] = job.model_settings.path
+    # the base's name on its hub or below the model mount, not its path on this machine
+    name, config["revision"] = base_name(job.model, job.model_settings.path)
+    config["base_model_name_or_path"] = name
+    card = adapter_card(name, config, job.model, has_connector=job.connector is not None)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     if isinstance(config["target_modules"], list):  # PEFT keeps a set, whose order changes from process to process
         config["target_modules"].sort()
     write_json(path, config)
@@ -406,6 +413,7 @@ def main() -> None:
         die_with_parent(os.getppid())  # torchrun, which dies with the stage
         progress.send(event="process", id=os.getpid())
     try:
+        settle_remote_code(job.model, job.model_settings.trust_remote_code)
         train(job, progress, stop)
     except BaseException as error:  # noqa: BLE001 - every end must be reported to the stage
         explained, shortage = _explained_error(job, error, progress)

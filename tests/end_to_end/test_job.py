@@ -34,6 +34,7 @@ def test_training_lowers_the_loss_and_keeps_the_adapter(job: Job) -> None:
         "adapter_model.safetensors",
         "adapter_config.json",
         "training.json",
+        "README.md",
         "made.json",
         "timing.json",
     }

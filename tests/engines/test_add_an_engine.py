@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,16 @@ from stages.contract.files import read_json, read_jsonl, write_json
 from stages.contract.recipe import dump_recipe, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
-from stages.engines import ENGINES, engine_kind, engine_libraries, start_engine
+from stages.engines import (
+    ENGINES,
+    engine_kind,
+    engine_libraries,
+    refuse_unserved_pictures,
+    refuse_unserved_rank,
+    start_engine,
+)
 from stages.engines.engine import EngineSettings
+from stages.engines.vllm_engine import RANKS, supported_rank
 from stages.tasks import settle_recipe
 from tests.conftest import REPOSITORY
 from tests.infer.conftest import ask, describe, sample
@@ -113,6 +122,39 @@ def test_a_model_type_that_the_engine_cannot_serve_is_refused(tmp_path: Path) ->
         start_engine("vllm", EngineSettings(tmp_path, {}, "float32", 8, 1, 64, 0))
     others = " or ".join(kind.name for kind in ENGINES if "mgm" not in kind.cannot_serve)
     assert str(caught.value) == f"{tmp_path}: vllm cannot serve mgm models; set infer.engine to {others}"
+
+
+def test_vllm_on_a_cpu_refuses_a_vision_language_model(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "qwen2_5_vl", "vision_config": {"depth": 2}})
+    with pytest.raises(UsageError) as caught:
+        refuse_unserved_pictures(engine_kind("vllm"), tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: is a vision-language model, which vllm cannot serve on a CPU; set infer.engine to transformers"
+    )
+    refuse_unserved_pictures(engine_kind("transformers"), tmp_path)
+    write_json(tmp_path / "config.json", {"model_type": "qwen2"})
+    refuse_unserved_pictures(engine_kind("vllm"), tmp_path)
+
+
+def test_a_rank_that_the_engine_cannot_serve_is_refused() -> None:
+    with pytest.raises(UsageError) as caught:
+        refuse_unserved_rank(engine_kind("vllm"), 513)
+    assert str(caught.value) == (
+        "train.rank 513: vllm serves adapters up to rank 512; lower it, set infer.merged to true, or infer.engine to"
+        " transformers"
+    )
+    refuse_unserved_rank(engine_kind("vllm"), 512)
+    refuse_unserved_rank(engine_kind("transformers"), 513)
+
+
+def test_each_rank_gets_the_smallest_that_vllm_accepts() -> None:
+    found = find_spec("vllm")  # importing it takes ten seconds
+    assert found is not None and found.origin is not None
+    source = (Path(found.origin).parent / "config" / "lora.py").read_text(encoding="utf-8")
+    assert f"MaxLoRARanks = Literal[{', '.join(map(str, RANKS))}]" in source
+    assert engine_kind("vllm").most_rank == RANKS[-1]
+    given = [1, 2, 8, 9, 16, 17, 64, 100, 129, 257, 321, 512]
+    assert list(map(supported_rank, given)) == [1, 8, 8, 16, 16, 32, 64, 128, 256, 320, 512, 512]
 
 
 @pytest.mark.parametrize(

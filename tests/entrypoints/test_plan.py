@@ -1,5 +1,6 @@
 """`lorry plan`: a table and a verdict for cards that are not here, from headers alone."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from tests.conftest import Finished, Lorry
 from tests.hardware.recorded import Box
-from tests.hardware.shapes import make_llava_shape, make_shape, write_safetensors
+from tests.hardware.shapes import CONFIGS, make_llava_shape, make_shape, write_safetensors
 
 RECIPE = ("patent-qa", "--profile", "text")
 """Qwen2.5-7B on text."""
@@ -131,6 +132,39 @@ def test_an_adapted_tower_is_counted_and_what_is_not_estimated_is_reported(lorry
     assert found[1] - found[0] == pytest.approx(of_tower, abs=0.011)
     note = "not in the estimate: activations of the adapted vision tower (train.freeze_vision is false)"
     assert note in adapted.output and "not in the estimate" not in frozen.output
+
+
+def test_a_config_is_enough_before_a_download(lorry: Lorry, models: Path) -> None:
+    whole = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "rtx4090")
+    folder = models / "later" / "Qwen2.5-7B-Instruct"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS["Qwen2.5-7B"]))
+    done = replace(lorry, models=models / "later")("entrypoints.lorry", "plan", *RECIPE, "--target", "rtx4090")
+    assert done.code == 0, done.output
+    assert done.lines[1] == "its weights are missing: the plan takes the model's tensors from its config.json"
+    assert [done.lines[0], *done.lines[2:]] == whole.lines
+
+
+def test_what_inference_cannot_serve_is_said_before_anything_runs(lorry: Lorry, models: Path) -> None:
+    """A rank that vLLM refuses, and a vision-language model on a CPU: after the table, and before the first stage."""
+    ranked = ("--set", "train.rank=513", "--set", "train.target_modules=[q_proj]")  # of few, for the disk
+    done = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", *ranked)
+    says = "error: train.rank 513: vllm serves adapters up to rank 512; lower it, set infer.merged to true, or"
+    assert done.code == 2 and done.lines[-1].startswith(says), done.output
+    merged = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", *ranked, "--set", "infer.merged=true")
+    assert merged.code == 0, merged.output
+    run = lorry("entrypoints.lorry", "run", *RECIPE, *ranked)
+    assert run.code == 2 and run.lines == done.lines[-1:], run.output
+    seeing = ("--set", "model.path=llava-1.5-7b-hf")
+    for done in (
+        lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "cpu", *seeing),
+        lorry("entrypoints.lorry", "run", *RECIPE, *seeing),
+    ):
+        assert done.code == 2, done.output
+        assert done.lines[-1] == (
+            f"error: {models / 'llava-1.5-7b-hf'}: is a vision-language model, which vllm cannot serve on a CPU; set"
+            " infer.engine to transformers"
+        )
 
 
 def test_a_v100_computes_in_float16_and_takes_no_other(lorry: Lorry) -> None:

@@ -35,6 +35,9 @@ def test_a_quantised_model_is_counted_unpacked(tmp_path: Path, method: str, bits
     write_safetensors(tmp_path / "scales.safetensors", {"model.layers.0.mlp.down_proj.scales": [38, 896]}, "F16")
     names = {name: shape for name, shape in tensors(CONFIGS["Qwen2.5-0.5B"]).items() if "layers.0.mlp.down" not in name}
     write_safetensors(tmp_path / "model.safetensors", names)
+    files = ("model.safetensors", "packed.safetensors", "scales.safetensors")
+    index = {"weight_map": {str(number): name for number, name in enumerate(files)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "config.json").write_text(
         json.dumps({**CONFIGS["Qwen2.5-0.5B"], "quantization_config": {"quant_method": method, "bits": bits}})
     )

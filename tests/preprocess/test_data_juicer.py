@@ -19,7 +19,7 @@ from PIL import Image
 
 from stages.contract.errors import DataError, UsageError
 from stages.contract.events import Events
-from stages.contract.files import read_json, read_jsonl
+from stages.contract.files import read_json, read_jsonl, write_json
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
@@ -370,6 +370,15 @@ def test_missing_folders_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         run_operators(stage_of(made.root, "missing", [entry]), made.file)
+
+
+def test_weights_that_name_python_files_are_refused(tmp_path: Path, made: Made, stage_of: Callable[..., Stage]) -> None:
+    """Several of Data-Juicer's operators trust them without being asked to."""
+    write_json(tmp_path / "own" / "config.json", {"auto_map": {"AutoModel": "own.Model"}})
+    (tmp_path / "own" / "model.safetensors").touch()
+    stage = stage_of(made.root, "own", [{"image_text_similarity_filter": {"hf_clip": "own"}}], tmp_path)
+    with pytest.raises(UsageError, match=r"own names Python files \(auto_map\), which the operator may run"):
+        run_operators(stage, made.file)
 
 
 def test_without_data_juicer_the_message_says_how_to_install_it(

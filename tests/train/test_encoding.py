@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from stages.contract.files import write_jsonl
+from stages.contract.files import read_json, write_json, write_jsonl
 from stages.contract.recipe import Adapter, Train
 from stages.models.pictures import read_rules
 from stages.models.rendering import Renderer
@@ -120,11 +120,19 @@ def encoded(
     shutil.copytree(model, other)
     template = other / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|vision_start|>", "Picture: <|vision_start|>"))
+    elsewhere = tmp_path_factory.mktemp("models") / "elsewhere"
+    shutil.copytree(model, elsewhere)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ends = [tokenizer.convert_tokens_to_ids(word) for word in ("<|endoftext|>", tokenizer.eos_token)]
+    settings = {**read_json(elsewhere / "tokenizer_config.json"), "eos_token": "<|endoftext|>"}
+    write_json(elsewhere / "tokenizer_config.json", settings)
+    write_json(elsewhere / "generation_config.json", {"eos_token_id": ends})
     seeing = ["model.swift_type=llava1_5_hf", "train.max_pixels=null"]
     asks = {
         "budget": (model, "samples", [f"train.max_pixels={BUDGET}"]),
         "least": (model, "samples", [f"train.max_pixels={LEAST}"]),
         "other template": (other, "samples", [f"train.max_pixels={BUDGET}"]),
+        "end elsewhere": (elsewhere, "said", [f"train.max_pixels={BUDGET}"]),
         "llava_vicuna": (llava, "talks", [*seeing, "model.swift_template=llava_vicuna"]),
         "llava1_5_hf": (llava, "talks", [*seeing, "model.swift_template=llava1_5_hf"]),
         "said": (model, "said", [f"train.max_pixels={BUDGET}"]),
@@ -185,6 +193,12 @@ def test_a_template_that_shows_pictures_otherwise_is_refused(encoded: dict[str, 
     assert "renders a different prompt from the chat template" in encoded["other template"]["error"]
     assert "Picture: <|vision_start|>" in encoded["other template"]["error"]
     assert "\n" not in encoded["other template"]["error"].replace("\\n", "")
+
+
+def test_an_end_token_that_only_generation_config_names_ends_an_answer(encoded: dict[str, dict[str, Any]]) -> None:
+    """As in Phi-3 and Gemma, whose tokenizers name another one."""
+    assert "rows" in encoded["end elsewhere"], encoded["end elsewhere"]
+    assert encoded["end elsewhere"]["rows"] == encoded["said"]["rows"]
 
 
 def test_ms_swift_s_prompts_are_those_of_published_chat_templates(

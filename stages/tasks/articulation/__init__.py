@@ -40,6 +40,7 @@ from stages.tasks.articulation.objects import BOXES, SOURCE, Object, ObjectQuest
 from stages.tasks.common.default_prompts import SHARED, ask, narrowed_sample, passes, possible_prompts
 from stages.tasks.common.default_results import asked_rows, score_notes, together, uploads
 from stages.tasks.common.default_settings import COMPONENTS, READS_DOCUMENTS, READS_RECORDS, Passes
+from stages.tasks.common.reasoning import without_reasoning
 from stages.tasks.task import Found, Skip
 
 
@@ -154,7 +155,7 @@ def _joint_record(view: Object, joint: Joint) -> dict[str, Any]:
 
 def read_answer(text: str, sample: Sample) -> str | None:
     """The code in a completion, formatted like a label; None without complete and valid code."""
-    code = grammar.find_code(text, _meta(sample)["mode"])
+    code = grammar.find_code(without_reasoning(text), _meta(sample)["mode"])
     return grammar.joints_code(code.root, code.joints) if code is not None else None
 
 

@@ -38,6 +38,7 @@ from stages.tasks.better_synth.records import (
 from stages.tasks.common.default_prompts import SHARED, narrowed_sample, passes
 from stages.tasks.common.default_results import facts, measures, picture
 from stages.tasks.common.default_settings import READS_DOCUMENTS, Passes
+from stages.tasks.common.reasoning import without_reasoning
 from stages.tasks.task import Ask, Found, Skip
 
 READS_RECORDS = True
@@ -136,6 +137,7 @@ def possible_prompts(recipe: Recipe, sample: Sample, without: Collection[str]) -
 def read_answer(text: str, sample: Sample) -> str | None:
     """For MMBench, the letter that a completion means; None if it means none or several. For TextVQA, the whole
     completion, stripped; None if nothing is left."""
+    text = without_reasoning(text)
     if sample["meta"]["source"] == MMBENCH:
         return letters.letter_in(text, _meta(sample)["options"])
     return text.strip() or None
@@ -149,7 +151,7 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
     samples; empty if there is none."""
     name = row["ids"][0]
     prediction = predictions.get(name)
-    text = (prediction["text"] if prediction else None) or ""
+    text = without_reasoning((prediction["text"] if prediction else None) or "")
     marks = {"answer_id": name, "model_id": "lorry", "metadata": {}}  # the file's name says which model it is
     return {**row["asked"], "text": text.strip(), **marks}
 
@@ -163,7 +165,8 @@ def uploads(folder: Path, samples: Sequence[Sample], predictions: Mapping[str, P
     rows = []
     for sample in asked:
         prediction = predictions.get(sample["id"])
-        rows.append(mmbench.upload_row(_meta(sample)["uploaded"], prediction["text"] if prediction else None))
+        text = without_reasoning((prediction["text"] if prediction else None) or "")
+        rows.append(mmbench.upload_row(_meta(sample)["uploaded"], text))
     mmbench.write_xlsx(folder / "mmbench.xlsx", rows)
     return ["mmbench.xlsx"]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from stages.contract.records import Sample
 from stages.tasks.common import metrics
 from stages.tasks.common.cmrc import cmrc_exact_match, cmrc_f1
+from stages.tasks.common.reasoning import without_reasoning
 from stages.tasks.common.wording import is_chinese
 
 
@@ -21,10 +22,11 @@ def learnt_answer(answers: Sequence[str]) -> str | None:
 
 
 def first_lines(text: str, sample: Sample) -> str:
-    """The first lines of a text, as many as the longest reference has, without blank lines; one line if there is no
-    reference. The rest is left out, because models add explanations or further questions after the answer."""
+    """The first lines of a completion without its reasoning, as many as the longest reference has, without blank lines;
+    one line if there is no reference. The rest is left out, because models add explanations or further questions after
+    the answer."""
     count = max((len(_lines(reference)) for reference in sample["references"]), default=1)
-    return "\n".join(_lines(text)[: max(count, 1)])
+    return "\n".join(_lines(without_reasoning(text))[: max(count, 1)])
 
 
 def scores(

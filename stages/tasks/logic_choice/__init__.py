@@ -29,6 +29,7 @@ from stages.contract.records import Meta, Prediction, Sample
 from stages.tasks.common.default_prompts import SHARED
 from stages.tasks.common.default_results import facts, measures, picture, score_notes, together, uploads
 from stages.tasks.common.default_settings import READS_DOCUMENTS, READS_RECORDS, Samples, Scoring
+from stages.tasks.common.reasoning import without_reasoning
 from stages.tasks.logic_choice import prompts
 from stages.tasks.logic_choice.problems import LETTERS, LogicQuestion, asked_rows, read_problems, sources
 from stages.tasks.task import Ask, Found, Skip
@@ -123,7 +124,7 @@ def possible_prompts(recipe: Recipe, sample: Sample, without: Collection[str]) -
 
 def read_answer(text: str, sample: Sample) -> str | None:
     """The letter of the option that a completion chooses; None if it chooses none, as there is no default."""
-    return prompts.letter_in(text, _meta(sample)["options"])
+    return prompts.letter_in(without_reasoning(text), _meta(sample)["options"])
 
 
 def narrowed_sample(sample: Sample, answers: Sequence[str]) -> Sample | None:

@@ -27,6 +27,7 @@ from stages.tasks.common.default_prompts import narrowed_sample
 from stages.tasks.common.default_results import measures, picture, together, uploads
 from stages.tasks.common.default_settings import READS_RECORDS, Scoring
 from stages.tasks.common.mentions import asks_position
+from stages.tasks.common.reasoning import without_reasoning
 from stages.tasks.patent_qa import prompts
 from stages.tasks.patent_qa.questions import SOURCE, PatentQuestion, asked_rows, find_documents, read_questions
 from stages.tasks.task import Ask, Found, RetrievalNeeds
@@ -155,7 +156,7 @@ def classification(recipe: Recipe, question: PatentQuestion) -> Ask | bool | Non
 
 def read_classification(text: str) -> bool:
     """Whether the completion says that the drawing is enough."""
-    return prompts.says_yes(text)
+    return prompts.says_yes(without_reasoning(text))
 
 
 def build_samples(recipe: Recipe, question: PatentQuestion, found: Found | None, split: str) -> list[Sample]:
@@ -282,7 +283,7 @@ def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], wi
         if "refine" in without:
             return None
         examples = [] if "style" in without else meta["examples"]
-        messages = prompts.refinement_prompt(meta["question"], before["answer"], examples)
+        messages = prompts.refinement_prompt(meta["question"], without_reasoning(before["answer"]), examples)
         return Ask(messages, max_new_tokens=settings.refine_tokens)
     alone = _shows_page_alone(meta, before, without)
     if alone or "retrieval" in without:
@@ -337,8 +338,8 @@ def submission(row: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
         "idx": row["idx"],
         "document": row["document"],
         "question": row["question"],
-        "question_type": texts.get("classify", ""),
-        "answer": texts.get("answer") or final,
+        "question_type": without_reasoning(texts.get("classify", "")),
+        "answer": without_reasoning(texts.get("answer", "")) or final,
         "style_answer": final,
     }
 
