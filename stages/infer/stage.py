@@ -33,6 +33,7 @@ from stages.infer.voting import (
 )
 from stages.models.connector import trained_connector
 from stages.models.control_words import said_note
+from stages.models.rendering import checked_renderer
 from stages.tasks import load_task
 
 
@@ -51,9 +52,10 @@ def work(stage: Stage) -> None:
         compared = max(len(members) for variant, members in samples.items() if variant.asks == "validation")
         refuse_impossible_vote(vote, names, compared)
     task, model = load_task(recipe.task), run.model(recipe.model.path, "model.path")
+    renderer = checked_renderer(stage)
     adapters = {name: run.path("train", "adapters", name) for name in names}
     files = journal_names(run, model, names, FileHashes(stage.path(".hashes.json")))
-    prompts = Prompts(recipe, model, run.folder)
+    prompts = Prompts(recipe, run.folder, renderer)
     _report_control_words(stage, prompts, samples[Variant(None)])
     with (
         Journals(stage.path("partial"), files, stage.key) as journals,
