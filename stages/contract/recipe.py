@@ -49,15 +49,43 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
+CHAT_TEMPLATES = ("chatml", "plain")
+"""The names of Lorry's own chat templates, for `model.chat_template`."""
+
+
 class Model(Section):
     """The base that is tuned."""
 
     path: str = Field(description="Folder of a Hugging Face model, relative to the model mount or absolute")
     swift_type: str = Field(description="ms-swift's --model_type of the model; ms-swift needs it for a local folder")
-    swift_template: str = Field(description="ms-swift's --template of the model; ms-swift needs it for a local folder")
+    swift_template: str | None = Field(
+        None,
+        description="ms-swift's --template of the model; only for training on samples with pictures. Everything else is"
+        " rendered with the chat template",
+    )
     trust_remote_code: bool = Field(
         False, description="Run the Python files in the model's folder, for a model that transformers has no code for"
     )
+    chat_template: str | None = Field(
+        None,
+        description="Chat template in place of the model's own, for a base model, which has none: chatml; plain, which"
+        " writes roles as words; or a .jinja file, relative to the model mount or absolute. null: the model's own",
+    )
+    enable_thinking: bool | None = Field(
+        None,
+        description="Value of the chat template's variable of this name: whether hybrid models such as Qwen3 think"
+        " before they answer; null: not set",
+    )
+
+    @model_validator(mode="after")
+    def _check_chat_template(self) -> "Model":
+        """Raise ValueError if chat_template is neither a known name nor a .jinja file."""
+        found = self.chat_template
+        if found is not None and found not in CHAT_TEMPLATES and not found.endswith(".jinja"):
+            raise ValueError(
+                f"chat_template: found {found!r}; set it to {', '.join(CHAT_TEMPLATES)} or the name of a .jinja file"
+            )
+        return self
 
 
 class Data(Section):
@@ -435,6 +463,10 @@ _LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(RESULT_NEUTRAL, True), "c
 """RESULT_NEUTRAL and the connector's micro_batch, in the form of pydantic's `exclude`."""
 
 
+ADDED = {"model": ("chat_template", "enable_thinking")}
+"""Keys that recipes of earlier runs lack, by section. At null, which is what those runs did, digests leave them out."""
+
+
 class Vote(Section):
     """The adapters' common answer: the answer that most of them give."""
 
@@ -564,10 +596,14 @@ class Recipe(Section):
         """sha256 (hex) of the values of the named sections or keys (`section.key`); without names, of the whole recipe.
 
         `RESULT_NEUTRAL`, the connector's micro_batch, description and profile are left out: a run resumes even if they
-        change. `replaced` adds the values of `replaced_values` to the named sections, for the digest that an earlier
-        version of Lorry computed.
+        change. So are the keys in ADDED while they are null. `replaced` adds the values of `replaced_values` to the
+        named sections, for the digest that an earlier version of Lorry computed.
         """
         values = self.model_dump(mode="json", exclude={"description": True, "profile": True, **_LEFT_OUT})
+        for section, keys in ADDED.items():
+            values[section] = {
+                key: value for key, value in values[section].items() if key not in keys or value is not None
+            }
         if not sections:
             return digest_of(values)
         found = {}

@@ -1,6 +1,7 @@
 """The run folder: where each stage writes, and where the next one reads.
 
 <runs>/<run>/recipe.yaml                 the resolved recipe, as run
+<runs>/<run>/date.json                   the date in its prompts, if the chat template writes one
 <runs>/<run>/<stage>/manifest.json       written last: a stage is done if this file exists and matches
 <runs>/<run>/<stage>/state.json          while the stage is half done: the key that the finished half belongs to
 <runs>/<run>/<stage>/{events.jsonl,log.txt}
@@ -18,13 +19,22 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import InterruptedRunError, UsageError
-from stages.contract.files import FileHashes, data_files, digest_of, read_json, stored_name, visible_files
+from stages.contract.files import (
+    FileHashes,
+    data_files,
+    digest_of,
+    read_json,
+    stored_name,
+    visible_files,
+    write_json,
+)
 from stages.contract.part import Node, Part, Shard
-from stages.contract.recipe import Recipe, job_of_recipe
+from stages.contract.recipe import ADDED, CHAT_TEMPLATES, Recipe, job_of_recipe
 from stages.contract.roots import Roots, data_folder, refuse_other_than_folder
 from stages.contract.superseded import SUPERSEDED
 
@@ -158,6 +168,36 @@ class Run:
         )
         return one.resolve() == other.resolve()
 
+    @property
+    def chat_template_file(self) -> Path | None:
+        """The file that `model.chat_template` names, which need not exist; None if it names none."""
+        name = self.recipe.model.chat_template
+        return None if name is None or name in CHAT_TEMPLATES else self.roots.models / name
+
+    def prompt_date(self) -> str:
+        """The date (ISO 8601) that chat templates of this run write as today's.
+
+        It is that of the first call, which records it in the run folder: all stages and all starts of a run have the
+        same prompts. Raises UsageError if the recorded date cannot be read.
+        """
+        path = self.folder / "date.json"
+        recorded = read_json(path)
+        if recorded is None:
+            partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+            write_json(partial, {"date": datetime.now().date().isoformat()})
+            try:
+                os.link(partial, path)
+            except FileExistsError:  # another stage or shard was first
+                pass
+            except OSError:  # a mount without links: the last of several that begin at once counts
+                partial.replace(path)
+            partial.unlink(missing_ok=True)
+            recorded = read_json(path)
+        try:
+            return date.fromisoformat(recorded["date"]).isoformat()
+        except (TypeError, KeyError, ValueError) as error:
+            raise UsageError(f'{path}: found {recorded!r}; write {{"date": "2026-01-31"}}') from error
+
     def inputs(self, stage: str, hashes: FileHashes) -> dict[str, str]:
         """sha256 (hex) of each input of a stage, by name, such as `models/base` or `preprocess/samples/test.jsonl`.
 
@@ -192,7 +232,24 @@ class Run:
                 found[f"models/{weights}"] = hashes.tree_digest(self.model(weights, key))[0]
         asks_the_model = stage == "preprocess" and self.recipe.preprocess.classifier == "model"
         if stage in ("train", "infer") or asks_the_model:
-            found["models/base"] = hashes.tree_digest(self.model(self.recipe.model.path, "model.path"))[0]
+            found |= self._base_inputs(hashes)
+        if asks_the_model:
+            chat = {name: value for name in ADDED["model"] if (value := getattr(self.recipe.model, name)) is not None}
+            found |= {"model": digest_of(chat)} if chat else {}
+        return found
+
+    def _base_inputs(self, hashes: FileHashes) -> dict[str, str]:
+        """sha256 (hex) of the base and of the file that replaces its chat template, by name. Raises UsageError if one
+        is missing."""
+        found = {"models/base": hashes.tree_digest(self.model(self.recipe.model.path, "model.path"))[0]}
+        template = self.chat_template_file
+        if template is not None:
+            if not template.is_file():
+                raise UsageError(
+                    f"{template}: no such file; set model.chat_template to a .jinja file below LORRY_MODELS"
+                    f" ({self.roots.models})"
+                )
+            found["models/chat_template"] = hashes.file_digest(template)
         return found
 
     def refuse_other_version(self, stage: str, shard: Shard | None = None, reader: str | None = None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from stages.contract.files import FileHashes, JsonlJournal, digest_of, visible_files
 from stages.contract.run import Run
 from stages.engines.engine import Completion
+from stages.models.chat_template import chat_settings
 from stages.models.connector import trained_connector
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -102,11 +103,12 @@ class Journals:
 def journal_names(run: Run, model: Path, adapters: list[str], hashes: FileHashes) -> dict[str | None, str]:
     """The file name of each model's journal, by the adapter's name (None: base).
 
-    The name changes with the weights, the engine, `infer.merged`, the sizes of batches and chunks, the seed and the
-    folder `pages/` of preprocess. It does not depend on the rest of the recipe, so completions stay usable if that
-    changes. `hashes` caches the sha256 of files.
+    The name changes with the weights, the engine, `infer.merged`, the sizes of batches and chunks, the seed, the folder
+    `pages/` of preprocess and what the run sets for the chat template. It does not depend on the rest of the recipe, so
+    completions stay usable if that changes. `hashes` caches the sha256 of files.
     """
     infer = run.recipe.infer
+    chat = chat_settings(run).facts
     pages = ((run.manifest("preprocess") or {}).get("outputs") or {}).get("pages/", {}).get("sha256")
 
     def journal_name(adapter: str | None) -> str:
@@ -118,6 +120,7 @@ def journal_names(run: Run, model: Path, adapters: list[str], hashes: FileHashes
             connector = trained_connector(run)
             weights += [connector[1]] if connector else []
         made_from = [infer.engine, infer.merged, infer.batch_size, infer.chunk_size, run.recipe.seed, weights, pages]
+        made_from += [chat] if chat else []
         return f"{adapter or 'base'}.{digest_of(made_from)[:16]}.jsonl"
 
     return {adapter: journal_name(adapter) for adapter in dict.fromkeys([None, *adapters])}

@@ -57,11 +57,11 @@ class EngineLimits(NamedTuple):
 class Prompts:
     """A task's prompts for one model, each rendered once."""
 
-    def __init__(self, recipe: Recipe, model: Path, run_folder: Path) -> None:
-        """Load the task's passes and the tokenizer in the folder `model`. Pictures are relative to `run_folder`."""
+    def __init__(self, recipe: Recipe, run_folder: Path, renderer: Renderer) -> None:
+        """Load the task's passes. `renderer` is that of the model. Pictures are relative to `run_folder`."""
         self._recipe, self._run_folder = recipe, run_folder
         self._task = load_task(recipe.task)
-        self._renderer = Renderer(model)
+        self._renderer = renderer
         self._rendered: dict[str, Prompt | str] = {}
         self.passes: tuple[str, ...] = self._task.passes(recipe)
 

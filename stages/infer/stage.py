@@ -34,6 +34,7 @@ from stages.infer.voting import (
 from stages.models.connector import trained_connector
 from stages.models.control_words import said_note
 from stages.models.remote_code import settle_remote_code
+from stages.models.rendering import checked_renderer
 from stages.tasks import load_task
 
 
@@ -55,9 +56,10 @@ def work(stage: Stage) -> None:
     settle_remote_code(model, recipe.model.trust_remote_code)
     if recipe.model.trust_remote_code:
         stage.decide("Python files of the model", "may run", "model.trust_remote_code")
+    renderer = checked_renderer(stage)
     adapters = {name: run.path("train", "adapters", name) for name in names}
     files = journal_names(run, model, names, FileHashes(stage.path(".hashes.json")))
-    prompts = Prompts(recipe, model, run.folder)
+    prompts = Prompts(recipe, run.folder, renderer)
     _report_control_words(stage, prompts, samples[Variant(None)])
     with (
         Journals(stage.path("partial"), files, stage.key) as journals,

@@ -23,6 +23,9 @@ FIRST = 0x100000
 """Second character of the first word's stand-in. It and the following characters, for the other words, are
 private-use."""
 
+LOOKED_AT = 256
+"""Number of characters at the end of a text in which `ControlWords.starts` searches."""
+
 _STOOD_IN = re.compile(f"{STAND_IN}(.)", re.DOTALL)
 _MARKUP = re.compile(r"\s*[<\[{|].*[>\]}|]\s*", re.DOTALL)
 """Form of a control word that the tokenizer does not mark as special, such as `<think>`. Tokens of another form are
@@ -32,12 +35,13 @@ words of a language or white space that were added to the vocabulary."""
 class ControlWords:
     """The control words of one tokenizer."""
 
-    def __init__(self, tokenizer: Any, others: Collection[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, others: Collection[str] = (), template: str | None = None) -> None:
         """Find the control words of a tokenizer and choose their stand-ins.
 
-        `others` are more words to hide, because they have a meaning for the library that handles the texts.
+        `others` are more words to hide, because they have a meaning for the library that handles the texts. `template`
+        is the chat template that is used; None: the tokenizer's own.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._template = tokenizer, template
         added = tokenizer.added_tokens_decoder
         self._tokens: dict[str, int] = {
             token.content: number
@@ -57,9 +61,14 @@ class ControlWords:
         The chat template names them, and the tokenizer does not mark them as special. They are part of the model's
         answers, and templates look for them there.
         """
-        template = self._tokenizer.chat_template
+        template = self._template or self._tokenizer.chat_template
         named = template if isinstance(template, str) else "".join((template or {}).values())
         return frozenset(word for word in self._plain & self._tokens.keys() if word in named)
+
+    def starts(self, text: str) -> int:
+        """The place of the last control word in a text that is one token; 0 if its last LOOKED_AT characters have
+        none."""
+        return max((found.start() for found in self._written.finditer(text, max(len(text) - LOOKED_AT, 0))), default=0)
 
     def hide(self, text: str, kept: Collection[str] = ()) -> str:
         """The text with a stand-in for each control word and each of `others`, except for those in `kept`."""

@@ -1,6 +1,10 @@
-"""Renders conversations as prompts, with the model's own chat template and rules for pictures.
+"""Renders conversations as prompts and as sequences to learn from, with the model's chat template and picture rules.
 
-The content of messages is text. Only the template writes control words such as `<|im_end|>`.
+This is the only place that turns a conversation into tokens, except that ms-swift renders samples with pictures for
+training. The content of messages is text. Only the template writes control words such as `<|im_end|>`.
+
+What an adapter learns is what inference needs: each learnt answer follows exactly the tokens that inference gives the
+model for the same messages, and ends with an end token.
 
 All engines get the same tokens and pictures of the same size. Greedy completions of two engines then differ only by the
 arithmetic of their kernels.
@@ -16,6 +20,8 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.records import PLACE, Message, unescape_places
+from stages.contract.stage import Stage
+from stages.models.chat_template import ChatSettings, ChatTemplate, Turn, chat_settings
 from stages.models.control_words import ControlWords
 from stages.models.pictures import Picture, Rules, SquareRules, family_rules, open_picture, rules_of
 
@@ -46,16 +52,50 @@ class Prompt:
         return [same for token in self.tokens for same in [token] * (next(left) if token == placeholder else 1)]
 
 
-class Renderer:
-    """Turns conversations into prompts, with the chat template and the picture rules of one model."""
+UNLEARNT = -100
+"""Label of a token that is not learnt, as torch's cross entropy has it."""
 
-    def __init__(self, model: Path) -> None:
-        """Load the tokenizer from a model folder. The rules for pictures are read when a prompt needs them."""
-        self.tokenizer = load_tokenizer(model)
-        self._words = ControlWords(self.tokenizer, [PLACE])
-        self._model = model
+GUARD = "\ue000"
+"""Precedes a text to encode that begins no text: a private-use character, which joins no other into a token."""
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """A conversation as training reads it."""
+
+    tokens: list[int]
+    labels: list[int]
+    """As many as tokens: the token's id if it is learnt, else UNLEARNT. A label belongs to the token at its place, not
+    to the token before it."""
+
+
+class Renderer:
+    """Turns conversations into tokens, with the chat template and the picture rules of one model.
+
+    It can be sent to another process, which loads the files again.
+    """
+
+    def __init__(self, model: Path, settings: ChatSettings | None = None) -> None:
+        """Read the chat template in a model folder. The tokenizer and the rules for pictures are loaded when they are
+        needed. Raises UsageError if there is no chat template, neither in the folder nor in the settings."""
+        self._model, self._settings = model, settings or ChatSettings()
         self._rules: Rules | None = None
         self._placeholder: int | None = None
+        # published LLaVAs' templates take parts only
+        self.template = ChatTemplate(model, self._settings, self._as_llava if self._is_llava else dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Renderer, (self._model, self._settings)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer in the model folder."""
+        return load_tokenizer(self._model)
+
+    @cached_property
+    def _words(self) -> ControlWords:
+        """The control words of the tokenizer."""
+        return ControlWords(self.tokenizer, [PLACE], self.template.source)
 
     @property
     def rules(self) -> Rules:
@@ -97,25 +137,113 @@ class Renderer:
 
     def _prompt_tokens(self, messages: Sequence[Message], has_pictures: bool) -> list[int]:
         """The token ids of a conversation as a prompt, with one placeholder token for each picture."""
-        hidden: list[Message] = [
-            {"role": message["role"], "content": hidden_content(self._words, message, has_pictures)}
-            for message in messages
-        ]
-        template = self.tokenizer.apply_chat_template
-        if not self._is_llava:
-            conversation = [_message_with_parts(message) for message in hidden] if has_pictures else hidden
-            return self._words.encode(template(conversation, add_generation_prompt=True, tokenize=False))
-        # published LLaVAs' templates take parts only, and leave the first token to the processor, which adds it if it
-        # is missing (transformers' ProcessorMixin.apply_chat_template)
-        conversation = [_message_with_parts(message, self._breaks_line) for message in hidden]
-        text = template(conversation, add_generation_prompt=True, tokenize=False)
-        return self._words.encode(self._missing_first_token(text) + text)
+        shape = _message_with_parts if has_pictures and not self._is_llava else None
+        text = self.template.text(self._hidden(messages, has_pictures), True, shape)
+        return self._words.encode(self._first_token(text) + text)
 
-    def _missing_first_token(self, text: str) -> str:
-        """The tokenizer's first token as text, if it begins every text with one and this text lacks it; else empty."""
+    def _hidden(self, messages: Sequence[Message], has_pictures: bool) -> list[Message]:
+        """The messages as the template gets them: control words hidden, and without a role that it does not have."""
+        return [
+            {**message, "content": hidden_content(self._words, message, has_pictures)}
+            for message in self.template.folded(messages)
+        ]
+
+    def check_template(self, messages: Sequence[Message] | None = None) -> list[str]:
+        """Check the chat template, without loading the tokenizer. Returns the lines of `ChatTemplate.check`.
+
+        `messages` is a conversation of the run, without pictures; None: only a short one is tried. Raises UsageError if
+        the template cannot be used, or would ignore a setting.
+        """
+        lines = self.template.check()
+        if messages is not None:
+            self._turns(self.template.folded(messages))
+        return lines
+
+    def _turns(self, messages: list[Message]) -> list[Turn]:
+        """Each answer of a conversation with its prompt, in order. Raises the errors of `ChatTemplate.turn`."""
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        return [self.template.turn(messages[: place + 1]) for place in answers]
+
+    def training_sequences(self, messages: Sequence[Message], only_last: bool = False) -> list[TrainingSequence]:
+        """A conversation without pictures as sequences in which every answer, or with `only_last` the last message, is
+        learnt exactly once.
+
+        There is one sequence if a prompt of inference holds the earlier answers as the model wrote them. Templates that
+        leave out earlier thoughts need another one for each answer with thoughts. Raises the errors of
+        `ChatTemplate.turn`.
+        """
+        hidden = self._hidden(messages, has_pictures=False)
+        turns = [self.template.turn(hidden)] if only_last else self._turns(hidden)
+        encoded = [self._encode_turn(turn) for turn in turns]
+        todo, found = list(range(len(turns))), list[TrainingSequence]()
+        while todo:
+            last = todo[-1]
+            tokens = [token for part in encoded[last] for token in part]
+            learnt = [place for place in todo if turns[last].text.startswith(turns[place].text)]
+            learnt = [place for place in learnt if _begins_with(tokens, *encoded[place])]
+            labels = [UNLEARNT] * len(tokens)
+            for place in learnt:
+                prompt, completion = map(len, encoded[place])
+                labels[prompt : prompt + completion] = tokens[prompt : prompt + completion]
+            rest = self._rest_tokens(turns[last].rest)
+            found.insert(0, TrainingSequence(tokens + rest, labels + [UNLEARNT] * len(rest)))
+            todo = [place for place in todo if place not in learnt]
+        return found
+
+    def _encode_turn(self, turn: Turn) -> tuple[list[int], list[int]]:
+        """The tokens of a turn's prompt, which are those of inference, and of its completion."""
+        prompt = self._first_token(turn.prompt) + turn.prompt
+        return self._words.encode(prompt), self._following_tokens(prompt, turn.completion)
+
+    def _following_tokens(self, before: str, text: str) -> list[int]:
+        """The tokens of a text that follows the tokens of another one.
+
+        They are those that the tokenizer gives both texts together, unless it joins the end of the one with the
+        beginning of the other.
+        """
+        for beginning in (before[self._words.starts(before) :], GUARD):
+            tokens, own = self._words.encode(beginning + text), self._own_tokens(beginning)
+            if tokens[: len(own)] == own:
+                return tokens[len(own) :]
+        return self._words.encode(text)
+
+    def _own_tokens(self, text: str) -> list[int]:
+        """The tokens of a text, the same for many samples."""
+        if text not in self._constant:
+            if len(self._constant) > 1000:
+                self._constant.clear()
+            self._constant[text] = self._words.encode(text)
+        return self._constant[text]
+
+    @cached_property
+    def _constant(self) -> dict[str, list[int]]:
+        """Tokens of texts that many samples share."""
+        return {}
+
+    def _rest_tokens(self, rest: str) -> list[int]:
+        """The tokens of what the template writes after the last end token."""
+        end = self.template.end_words[0]
+        return self._own_tokens(end + rest)[len(self._own_tokens(end)) :] if rest else []
+
+    def _first_token(self, text: str) -> str:
+        """The tokenizer's first token as text, if the template leaves it to Lorry and the text lacks it; else empty.
+
+        Lorry's own templates leave it, and those of published LLaVAs, whose processor adds it (transformers'
+        ProcessorMixin.apply_chat_template).
+        """
+        first = self._added_first_token if self._is_llava or self._settings.named else ""
+        return first if not text.startswith(first) else ""
+
+    @cached_property
+    def _added_first_token(self) -> str:
+        """The token that the tokenizer adds at the beginning of every text, as text; empty if it adds none."""
         first = self.tokenizer.bos_token
         adds = first is not None and self.tokenizer.encode("")[:1] == [self.tokenizer.bos_token_id]
-        return str(first) if adds and not text.startswith(first) else ""
+        return str(first) if adds else ""
+
+    def _as_llava(self, message: Message) -> dict[str, Any]:
+        """A message in the form of published LLaVAs' templates."""
+        return _message_with_parts(message, self._breaks_line)
 
     @cached_property
     def _is_llava(self) -> bool:
@@ -126,7 +254,7 @@ class Renderer:
     def _breaks_line(self) -> bool:
         """Whether the chat template adds a line break after a picture."""
         probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
-        return f"{PLACE}\nx" in self.tokenizer.apply_chat_template(probe, tokenize=False)
+        return f"{PLACE}\nx" in self.template.text(probe, False)
 
     @property
     def picture_token(self) -> int:
@@ -134,6 +262,36 @@ class Renderer:
         if self._placeholder is None:
             self._placeholder = picture_token(self._model)
         return self._placeholder
+
+
+def checked_renderer(stage: Stage) -> Renderer:
+    """The renderer of a run's model, after a check of its chat template. No tokenizer is loaded yet.
+
+    Prints what is unusual about the template, and adds what changes prompts to the manifest as `chat`. Raises
+    UsageError if the template cannot be used, or would ignore a setting.
+    """
+    recipe, settings = stage.run.recipe, chat_settings(stage.run)
+    renderer = Renderer(stage.run.model(recipe.model.path, "model.path"), settings)
+    for line in renderer.check_template():
+        stage.events.say(line)
+    system = {} if renderer.template.has_system_role else {"system": "in the user's message"}
+    if facts := {**settings.facts, **system}:
+        stage.facts["chat"] = facts
+    return renderer
+
+
+def missing_swift_template(sample: str) -> str:
+    """The message for a recipe without `model.swift_template`, although the training sample of this id has pictures."""
+    return (
+        f"model.swift_template: found null, but sample {sample} has pictures; set it to ms-swift's name of the model's"
+        " template"
+    )
+
+
+def _begins_with(tokens: list[int], *parts: list[int]) -> bool:
+    """Whether tokens begin with these parts, one after the other."""
+    beginning = [token for part in parts for token in part]
+    return tokens[: len(beginning)] == beginning
 
 
 def picture_token(model: Path) -> int:

@@ -8,6 +8,7 @@ from stages.engines import start_engine
 from stages.engines.engine import Completion, EngineSettings
 from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
+from stages.models.chat_template import chat_settings
 from stages.models.remote_code import settle_remote_code
 from stages.models.rendering import Prompt, Renderer
 from stages.tasks.task import Ask
@@ -53,13 +54,15 @@ def _completions(stage: Stage, asks: list[Ask]) -> dict[str, str]:
     recipe = stage.run.recipe
     model = stage.run.model(recipe.model.path, "model.path")
     weights, _ = FileHashes(stage.path(".hashes.json")).tree_digest(model)
-    with JsonlJournal(stage.cache_file("classifier", f"{weights}.jsonl")) as journal:
+    settings = chat_settings(stage.run)
+    name = digest_of([weights, settings.facts]) if settings.facts else weights
+    with JsonlJournal(stage.cache_file("classifier", f"{name}.jsonl")) as journal:
         known = {record["asked"]: str(record["text"]) for record in journal.records}
         missing = {_prompt_digest(ask): ask for ask in asks if _prompt_digest(ask) not in known}
         if not missing:
             return known
         settle_remote_code(model, recipe.model.trust_remote_code)
-        renderer = Renderer(model)
+        renderer = Renderer(model, settings)
         prompts = [renderer.render(key, ask.messages) for key, ask in missing.items()]
         limit = max(ask.max_new_tokens or recipe.infer.max_new_tokens for ask in asks)
         engine = _start_engine(stage, model, prompts, limit)

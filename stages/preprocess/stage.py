@@ -8,8 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
+from stages.contract.errors import UsageError
 from stages.contract.files import FileHashes, stored_name, unread_data
+from stages.contract.records import Sample
 from stages.contract.stage import Stage
+from stages.models.rendering import Renderer, checked_renderer, missing_swift_template
 from stages.preprocess.rows import write_samples
 from stages.preprocess.split import SPLITS, split_questions
 from stages.tasks import load_task
@@ -25,6 +28,7 @@ def work(stage: Stage) -> None:
     """
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
+    renderer = _renderer(stage)
     for path, (reason, detail) in unread_data(data).items():
         stage.skip(stored_name(path.relative_to(data)), reason, detail)
     documents = _find_documents(stage, task, data)
@@ -51,8 +55,33 @@ def work(stage: Stage) -> None:
         if index is None:
             return
         founds = find_for_questions(stage, task, questions, splits, index)
-    write_samples(stage, task, questions, splits, groups, founds)
+    example = write_samples(stage, task, questions, splits, groups, founds)
+    if renderer is not None:
+        _check_example(stage, renderer, example)
     _show_counts(stage)
+
+
+def _renderer(stage: Stage) -> Renderer | None:
+    """The renderer of the model that will be trained, after a check of its chat template; None if the model is not
+    here.
+
+    Training and inference would refuse the same template after hours of work. Raises UsageError for a template that
+    cannot be used.
+    """
+    folder = stage.run.roots.models / stage.run.recipe.model.path
+    if not (folder / "config.json").is_file():
+        stage.events.say(f"{folder}: no model here, so its chat template is not checked")
+        return None
+    return checked_renderer(stage)
+
+
+def _check_example(stage: Stage, renderer: Renderer, sample: Sample) -> None:
+    """Check that the chat template accepts a training sample. Raises UsageError if it does not, or if samples have
+    pictures and the recipe does not name ms-swift's template."""
+    if not sample["images"]:
+        renderer.check_template(sample["messages"])
+    elif stage.run.recipe.model.swift_template is None:
+        raise UsageError(missing_swift_template(sample["id"]))
 
 
 def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:

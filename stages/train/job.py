@@ -2,13 +2,17 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stages.contract.recipe import Adapter, Model, Train
+from stages.models.chat_template import ChatSettings
 from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.train.ladder import During
+
+TEMPLATE_FILE = "chat_template.jinja"
+"""The file with the recipe's chat template in the folder of an adapter that was trained with it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Job:
     """File descriptor to which the process writes its progress."""
     connector: tuple[Path, str] | None = None
     """File and sha256 of the connector that the base gets before the adapter is trained; None: the base's own."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    """What the run sets for the chat template."""
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -66,6 +72,7 @@ class Job:
         values["model_settings"] = Model(**values["model_settings"])
         values["settings"] = Train(**values["settings"])
         values["mix"] = Adapter(**values["mix"])
+        values["chat"] = ChatSettings(**values["chat"])
         if values["connector"] is not None:
             file, sha256 = values["connector"]
             values["connector"] = Path(file), sha256

@@ -50,14 +50,16 @@ from stages.hardware.targets import (
     refuse_base_without_kernels,
     working_target,
 )
+from stages.models.chat_template import chat_settings
 from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.models.connector import check_connector, refuse_quantised_connector, trained_connector
 from stages.models.control_words import said_note
 from stages.models.gptq import quantisation_method
 from stages.models.remote_code import settle_remote_code
+from stages.models.rendering import checked_renderer, missing_swift_template
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
 from stages.results.summary import SUMMARY, build_summary, dataset_result, training_facts
-from stages.train.job import Job
+from stages.train.job import TEMPLATE_FILE, Job
 from stages.train.ladder import Attempt, Ladder, MemoryRanOutError, change_as_options, memory_advice, next_rung
 from stages.train.lengths import read_lengths
 from stages.train.nodes import announce_training, announced_adapters, folder_parts
@@ -92,7 +94,9 @@ def work(stage: Stage) -> None:
     _check_model(stage)
     log: list[dict[str, Any]] = []
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.does_piece(number)]
+    checked_renderer(stage)
     mixes, failures = _read_mixes(stage, adapters)
+    _refuse_pictures_without_template(stage, mixes)
     connector = None
     plan: _Plan | None = None  # made when something has to be trained: existing adapters need no GPU
     if recipe.train.connector is not None:
@@ -124,7 +128,8 @@ def work(stage: Stage) -> None:
                 _note_result(stage, results, adapter, {"error": str(error)})
                 continue
         _note_result(stage, results, adapter, {"training": training_facts(stage.run, adapter, folder)})
-        log += _add_outputs(stage, name, ("adapter_model.safetensors", "adapter_config.json"))
+        files = ("adapter_model.safetensors", "adapter_config.json", TEMPLATE_FILE)
+        log += _add_outputs(stage, name, tuple(file for file in files if (folder / file).is_file()))
         stage.stop.check()
     _raise_or_report_failures(stage, failures, len(adapters))
     stage.outputs["metrics.jsonl"] = write_jsonl(stage.path("metrics.jsonl"), log)
@@ -143,6 +148,13 @@ def _check_model(stage: Stage) -> None:
         stage.decide("Python files of the model", "may run", "model.trust_remote_code")
     if not recipe.infer.merged:
         refuse_unserved_rank(engine_kind(recipe.infer.engine), recipe.train.rank)
+
+
+def _refuse_pictures_without_template(stage: Stage, mixes: "Mixes") -> None:
+    """Raise UsageError if a sample has pictures and the recipe does not name ms-swift's template, which renders it."""
+    if stage.run.recipe.model.swift_template is None:
+        for sample in (sample for parts in mixes.values() for part in parts for sample in part if sample["images"]):
+            raise UsageError(missing_swift_template(sample["id"]))
 
 
 def _train_with_node_0(stage: Stage, node: Node) -> None:
@@ -227,7 +239,9 @@ def _connector_key(stage: Stage, settings: Train) -> str:
     hashes = FileHashes(stage.path(".hashes.json"))  # has model and pictures from hashing the stage's inputs
     pictures = _picture_hashes(stage, [samples, validated_on], hashes)
     model, recipe = _model_digest(stage, hashes), run.recipe.digest("seed", "model")
-    return digest_of([CONTRACT_VERSION, recipe, learnt, model, samples, validated_on, pictures])
+    parts = [CONTRACT_VERSION, recipe, learnt, model, samples, validated_on, pictures]
+    chat = chat_settings(run).facts
+    return digest_of([*parts, chat] if chat else parts)
 
 
 LORAS_OWN = {"rank", "alpha", "dropout", "target_modules", "lora_plus_ratio", "freeze_vision", "load_in_4bit"}
@@ -313,9 +327,11 @@ def _adapter_keys(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None
     model = _model_digest(stage, hashes)
     recipe = run.recipe.digest("seed", "model", *(f"train.{name}" for name in Train.model_fields if name in LEARNT))
     keys: dict[str, str] = {}
+    chat = chat_settings(run).facts
     for name, samples in mixes.items():
         parts = [CONTRACT_VERSION, recipe, model, samples, _picture_hashes(stage, samples, hashes)]
-        keys[name] = digest_of(parts if connector is None else [*parts, connector[1]])
+        parts += [connector[1]] if connector else []
+        keys[name] = digest_of([*parts, chat] if chat else parts)
     return keys
 
 
@@ -724,4 +740,5 @@ def _job(
         settings=attempt.settings,
         progress=-1,
         connector=connector,
+        chat=chat_settings(run),
     )

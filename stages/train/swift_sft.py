@@ -23,7 +23,7 @@ from transformers import BatchFeature, TrainerCallback, TrainerControl, TrainerS
 
 from stages.contract.errors import DataError, UsageError
 from stages.contract.files import remove, write_json
-from stages.contract.records import PLACE
+from stages.contract.records import PLACE, Message
 from stages.contract.stop import StopRequest
 from stages.models import gptq, mgm
 from stages.models.control_words import ControlWords
@@ -37,7 +37,7 @@ from stages.models.pictures import (
     picture_size,
     read_picture,
 )
-from stages.models.rendering import Renderer, hidden_content
+from stages.models.rendering import UNLEARNT, Renderer, hidden_content
 from stages.train import llava_templates  # noqa: F401 - registers templates
 from stages.train.connector_sft import patch_connector_training
 from stages.train.job import Job, Progress, file_sizes
@@ -56,6 +56,9 @@ PeftModel.load_adapter = partialmethod(  # type: ignore[assignment, method-assig
 )
 
 
+_Sequence = tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]
+"""Tokens and labels of a sample without pictures."""
+
 READ_BY_SWIFT = (PLACE, "<img>")
 """Texts that ms-swift's templates take for a picture wherever they occur; a file name follows `<img>`."""
 
@@ -70,9 +73,11 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         with gptq.patch_gptq_kernels(job.model, on_card=not job.use_cpu, training=True):
             super().__init__(arguments)
         self._job, self._progress, self._stop, self._together = job, progress, stop, together
-        self._renderer = Renderer(job.model)
+        self._renderer = Renderer(job.model, job.chat)
         self._words = ControlWords(self.template.tokenizer, READ_BY_SWIFT)
         self.template._tokenize = partial(_encode_template_text, self._words)
+        self._sequences: list[_Sequence] = []
+        self.template._encode = partial(_encode_row, self._sequences, self.template._encode)
         self._rules = family_rules(job.model)
         self.template._load_image = partial(_load_picture, self._rules, job.settings.max_pixels)
         if self._rules is not None:
@@ -91,13 +96,16 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         """How often each control word occurs as text in each fitting sample. `fitting_samples` adds to it."""
 
     def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-        """The samples of at most max_length tokens, with only ms-swift's fields, and the ids of the others.
+        """The samples of at most max_length tokens as rows with only ms-swift's fields, and the ids of the others.
 
-        Adds the fitting samples' control words to `said`. Raises UsageError if ms-swift's template renders another
-        prompt than the model's own chat template, which inference uses: the adapter would learn prompts that it never
-        gets. The check compares the first sample without a picture and, if Lorry can count the tokens of the model's
-        pictures, the first sample with one. Raises DataError for a file that is not a picture, and for a sample without
-        an answer to learn.
+        A sample without pictures is rendered here, as inference renders it; its row has the number of its tokens in
+        memory in place of its messages. It has several rows if its answers need several sequences. ms-swift's template
+        renders a sample with pictures. Raises UsageError if that template renders another prompt than the model's chat
+        template, which inference uses: the adapter would learn prompts that it never gets. The check compares the first
+        sample with a picture, if Lorry can count the tokens of the model's pictures.
+
+        Adds the fitting samples' control words to `said`. Raises DataError for a file that is not a picture, and for a
+        sample without an answer to learn.
         """
         with self._use_blank_pictures():
             return self._split_by_length(samples)
@@ -107,29 +115,58 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         `fitting_samples`."""
         kept: list[dict[str, Any]] = []
         left_out: list[str] = []
-        compared: set[bool] = set()
+        compared = self._rules is None
         for sample in samples:
-            files = [self._job.run / name for name in sample.get("images") or []]
-            contents = [hidden_content(self._words, message, bool(files)) for message in sample["messages"]]
-            roles = [message["role"] for message in sample["messages"]]
-            row: dict[str, Any] = {
-                "messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-            }
-            if files:
-                row["images"] = [str(_check_picture(file, str(sample["id"]))) for file in files]
-            try:
-                encoded = self._encode_sample(row)
-            except MaxLengthError:
-                left_out.append(str(sample["id"]))
+            name, files = str(sample["id"]), [self._job.run / name for name in sample.get("images") or []]
+            messages = self._renderer.template.folded(sample["messages"])
+            if not files:
+                rows = self._text_rows(name, messages)
+            else:
+                row = self._picture_row(name, messages, files)
+                try:
+                    encoded = self._encode_sample(row)
+                except MaxLengthError:
+                    rows = []
+                else:
+                    if all(label == UNLEARNT for label in encoded["labels"]):
+                        raise DataError(f"sample {name}: has no answer to learn; run preprocess again")
+                    if not compared:
+                        self._check_prompt(name, messages, files, encoded)
+                        compared = True
+                    rows = [row]
+            if not rows:
+                left_out.append(name)
                 continue
-            if all(label == -100 for label in encoded["labels"]):
-                raise DataError(f"sample {sample['id']}: has no answer to learn; run preprocess again")
-            if bool(files) not in compared and (not files or self._rules is not None):
-                self._check_prompt(str(sample["id"]), sample["messages"], files, encoded)
-                compared.add(bool(files))
-            kept.append(row)
-            self.said.append(self._words.hidden_in(contents))
+            kept += rows
+            self.said.append(self._renderer.control_words_in(messages, bool(files)))
         return kept, left_out
+
+    def _text_rows(self, sample: str, messages: list[Message]) -> list[dict[str, Any]]:
+        """The rows of a sample without pictures, whose tokens stay in memory; empty if one is longer than max_length.
+
+        Raises DataError if the sample has no answer to learn, and the errors of `Renderer.training_sequences`.
+        """
+        sequences = self._renderer.training_sequences(messages)
+        if not sequences:
+            raise DataError(f"sample {sample}: has no answer to learn; run preprocess again")
+        if any(len(sequence.tokens) > self._job.settings.max_length for sequence in sequences):
+            return []
+        rows = []
+        for sequence in sequences:
+            number = {"role": "user", "content": str(len(self._sequences))}
+            rows.append({"messages": [number, {"role": "assistant", "content": "-"}]})
+            tokens, labels = (numpy.array(values, numpy.int32) for values in (sequence.tokens, sequence.labels))
+            self._sequences.append((tokens, labels))
+        return rows
+
+    def _picture_row(self, sample: str, messages: list[Message], files: list[Path]) -> dict[str, Any]:
+        """The row of a sample with pictures. Raises DataError for a file that is not a picture."""
+        contents = [hidden_content(self._words, message, has_pictures=True) for message in messages]
+        roles = [message["role"] for message in messages]
+        return {
+            "messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)],
+            "images": [str(_check_picture(file, sample)) for file in files],
+        }
 
     @contextmanager
     def _use_blank_pictures(self) -> Iterator[None]:
@@ -153,13 +190,13 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
             processor.image_processor = real
 
     def _encode_sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Encode a sample with ms-swift's template. Raises MaxLengthError if it is longer than max_length.
+        """Encode the row of a sample with pictures. Raises MaxLengthError if it is longer than max_length.
 
         If Lorry can count a picture's tokens from its size, a blank picture of one patch replaces it, and no pixel is
         read.
         """
         row = copy.deepcopy(row)  # the template replaces the names with the opened pictures
-        if "images" not in row or self._rules is None:
+        if self._rules is None:
             encoded: dict[str, Any] = self.template.encode(row)
             return encoded
         pictures = [open_picture(Path(name), self._rules, self._job.settings.max_pixels) for name in row["images"]]
@@ -176,23 +213,21 @@ class LorrySft(SwiftSft):  # type: ignore[misc]
         return self._rules.tokens(self._rules.factor, self._rules.factor) if self._rules else 0
 
     def _check_prompt(
-        self, sample: str, messages: list[dict[str, str]], pictures: list[Path], encoded: dict[str, Any]
+        self, sample: str, messages: list[Message], pictures: list[Path], encoded: dict[str, Any]
     ) -> None:
         """Raise UsageError if ms-swift's prompt differs from inference's, or its answer lacks the model's end token.
 
         Each picture counts as a blank one in both prompts. Raises DataError if the sample cannot be rendered.
         """
         tokens, labels = list(encoded["input_ids"]), list(encoded["labels"])
-        prompt = next(i for i, label in enumerate(labels) if label != -100)
+        prompt = next(i for i, label in enumerate(labels) if label != UNLEARNT)
         swifts = tokens[:prompt]
         try:
             # up to the first answer: the adapter learns every answer of a conversation
             asked = list(takewhile(lambda message: message["role"] != "assistant", messages))
             shown = pictures[: sum(message["content"].count(PLACE) for message in asked)]
-            rendered = self._renderer.render(sample, asked, shown)  # type: ignore[arg-type]
-            own = rendered.tokens  # a text-only model has no token for pictures
-            if pictures:
-                own = rendered.repeat_placeholders([self._blank_tokens] * len(shown), self._renderer.picture_token)
+            rendered = self._renderer.render(sample, asked, shown)
+            own = rendered.repeat_placeholders([self._blank_tokens] * len(shown), self._renderer.picture_token)
         except DataError as error:
             raise DataError(f"sample {sample}: {error}") from error
         if swifts != own:
@@ -259,6 +294,18 @@ def _refuse_adapted_vision(model: Any) -> None:
                 " train.freeze_vision freezes; set it to [all-linear] or to a regular expression that matches only the"
                 " language model, or set train.freeze_vision=false and infer.merged=true"
             )
+
+
+def _encode_row(sequences: "list[_Sequence]", encode: Any, inputs: Any) -> dict[str, Any]:
+    """The tokens and labels of a row: those in memory or, for a row with pictures, those of ms-swift's template.
+
+    Replaces `Template._encode`; `encode` is the method that it replaces.
+    """
+    if inputs.images:
+        encoded: dict[str, Any] = encode(inputs)
+        return encoded
+    tokens, labels = sequences[int(inputs.messages[0]["content"])]
+    return {"input_ids": tokens.tolist(), "labels": labels.tolist()}
 
 
 def _encode_template_text(words: ControlWords, text: str, **_: Any) -> list[int]:

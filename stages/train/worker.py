@@ -33,7 +33,7 @@ from stages.models.control_words import count_said
 from stages.models.gptq import quantisation_method
 from stages.models.remote_code import settle_remote_code
 from stages.train.adapter_card import adapter_card, base_name
-from stages.train.job import Job, Progress, file_sizes
+from stages.train.job import TEMPLATE_FILE, Job, Progress, file_sizes
 from stages.train.ladder import Ladder, LostCardError, Shortage, find_shortage, lost_gpu_message
 from stages.train.sharding import check_sharding, deepspeed_config, fix_zero3_loading
 from stages.train.together import Together, is_peer_lost
@@ -233,9 +233,9 @@ def _refuse_different_job(job: Job, together: Together) -> None:
 def _publish_weights(job: Job, history: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Copy the last checkpoint's adapter or connector to its final folder, which appears only when it is complete.
 
-    Adds training.json, timing.json and made.json. The last has the key and the sha256 of each file except timing.json.
-    `facts` go into training.json, for the stage. `history` is the trainer's log of all steps; the checkpoint's own log
-    lacks the evaluation at its step.
+    Adds the recipe's chat template, if it sets one, training.json, timing.json and made.json. The last has the key and
+    the sha256 of each file except timing.json. `facts` go into training.json, for the stage. `history` is the trainer's
+    log of all steps; the checkpoint's own log lacks the evaluation at its step.
     """
     last = newest_complete_checkpoint(job.work)
     assert last is not None, "training ended without a checkpoint"
@@ -254,6 +254,8 @@ def _publish_weights(job: Job, history: list[dict[str, Any]], facts: dict[str, A
     write_json(partial / "timing.json", {key: timed[-1][key] for key in TIMES if key in timed[-1]} if timed else {})
     if not job.settings.trains_connector:
         _write_adapter_config(job, partial)
+        if job.chat.template is not None:
+            (partial / TEMPLATE_FILE).write_text(job.chat.template, encoding="utf-8")
     made = {
         name: sha256_file(partial / name)
         for name in sorted(path.name for path in partial.iterdir())
@@ -288,7 +290,9 @@ def _arguments(job: Job, scratch: Path, resume: Path | None) -> list[str]:
     values: dict[str, Any] = {
         "model": job.model,
         "model_type": job.model_settings.swift_type,
-        "template": job.model_settings.swift_template,
+        # renders samples with pictures only; `LorrySft` gives ms-swift the tokens of the others
+        "template": job.model_settings.swift_template or "dummy",
+        "enable_thinking": job.chat.enable_thinking,
         "torch_dtype": job.dtype,
         # set explicitly: with torch_dtype float32, ms-swift chooses mixed precision with float16
         "fp16": job.dtype == "float16",

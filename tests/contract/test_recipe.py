@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.contract.errors import UsageError
+from stages.contract.files import digest_of
 from stages.contract.recipe import (
+    CHAT_TEMPLATES,
     Adapter,
     Recipe,
     Source,
@@ -21,6 +23,7 @@ from stages.contract.recipe import (
     recipe_file_schema,
 )
 from stages.engines import engine_names
+from stages.models.chat_template import NAMED
 from tests.conftest import MINIMAL_RECIPE, REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -487,3 +490,23 @@ def test_the_digest_of_a_section_follows_that_section_alone(recipe_file: Path, o
     assert before.digest() != after.digest()
     changed = {name for name in ("seed", "train", "data", "preprocess") if before.digest(name) != after.digest(name)}
     assert changed == {section}
+
+
+# -- keys that recipes of earlier runs lack --------------------------------------------------------------------------
+
+
+def test_a_new_key_at_null_leaves_the_digests_of_earlier_runs(recipe_file: Path) -> None:
+    """The values are those that a version without the keys computes from the same recipe."""
+    recipe = load_recipe(recipe_file)
+    earlier = {"path": "SmolLM2-135M-Instruct", "swift_type": "llama", "swift_template": "chatml"}
+    assert recipe.digest("model") == digest_of({"model": earlier})
+    changed = load_recipe(recipe_file, None, ("model.enable_thinking=false",))
+    assert changed.digest("model") == digest_of({"model": {**earlier, "enable_thinking": False}})
+    assert changed.digest() != recipe.digest()
+
+
+def test_a_chat_template_is_a_known_name_or_a_file(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, None, ("model.chat_template=a/b.jinja",)).model.chat_template == "a/b.jinja"
+    assert set(NAMED) == set(CHAT_TEMPLATES)
+    with pytest.raises(UsageError, match=r"model.chat_template: found 'llama3'; set it to chatml, plain or the"):
+        load_recipe(recipe_file, None, ("model.chat_template=llama3",))

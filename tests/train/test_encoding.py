@@ -17,11 +17,13 @@ from transformers import AutoTokenizer
 
 from stages.contract.files import read_json, write_json, write_jsonl
 from stages.contract.recipe import Adapter, Train
+from stages.models.chat_template import ChatSettings
 from stages.models.pictures import read_rules
-from stages.models.rendering import Renderer
+from stages.models.rendering import UNLEARNT, Renderer
 from stages.train.lengths import measure_lengths
 from tests.conftest import REPOSITORY, need_model
 from tests.engines.test_llava import with_published_template
+from tests.models.chat_models import HYBRID, chat_model
 
 BUDGET = 50176
 """64 tokens."""
@@ -107,15 +109,45 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_published_template(need_model("tiny-llava"), tmp_path_factory.mktemp("models") / "published")
 
 
+THOUGHTS = [
+    {
+        "id": "thought",
+        "images": [],
+        "messages": [
+            {"role": role, "content": text}
+            for role, text in (
+                ("user", "A?"),
+                ("assistant", "<think>\nHm.\n</think>\n\nYes"),
+                ("user", "B?"),
+                ("assistant", "<think>\nSo.\n</think>\n\nNo"),
+            )
+        ],
+    }
+]
+"""A sample whose answers need a sequence each with a model that leaves out earlier thoughts."""
+
+
+@pytest.fixture(scope="module")
+def hybrid(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with the tokenizer and chat template of a hybrid."""
+    folder = tmp_path_factory.mktemp("models") / "hybrid"
+    shutil.copytree(small_models / "random-llama", folder)
+    weights = (folder / "config.json").read_text()
+    chat_model(folder, HYBRID)
+    (folder / "config.json").write_text(weights)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def encoded(
-    model: Path, llava: Path, pages: Path, tmp_path_factory: pytest.TempPathFactory
+    model: Path, llava: Path, hybrid: Path, pages: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """SAMPLES at the budget, at the least budget that there is, and with a model of another template; TALKS with the
-    template that a LLaVA needs, and with ms-swift's own."""
+    template that a LLaVA needs, and with ms-swift's own; THOUGHTS with a model that ms-swift's templates do not fit."""
     write_jsonl(pages / "samples.jsonl", SAMPLES)
     write_jsonl(pages / "talks.jsonl", TALKS)
     write_jsonl(pages / "said.jsonl", SAID)
+    write_jsonl(pages / "thoughts.jsonl", THOUGHTS)
     other = tmp_path_factory.mktemp("models") / "other"
     shutil.copytree(model, other)
     template = other / "chat_template.jinja"
@@ -136,6 +168,11 @@ def encoded(
         "llava_vicuna": (llava, "talks", [*seeing, "model.swift_template=llava_vicuna"]),
         "llava1_5_hf": (llava, "talks", [*seeing, "model.swift_template=llava1_5_hf"]),
         "said": (model, "said", [f"train.max_pixels={BUDGET}"]),
+        "thoughts": (
+            hybrid,
+            "thoughts",
+            ["model.swift_type=llama", "model.swift_template=null", "model.enable_thinking=false"],
+        ),
         "said to llava": (llava, "said", [*seeing, "model.swift_template=llava_vicuna"]),
     }
     fields = [
@@ -216,6 +253,22 @@ def test_ms_swift_s_prompts_are_those_of_published_chat_templates(
     assert 0 <= counted.longest - ours["rows"][0]["length"] <= 60
     assert counted.answer >= len(tokenizer.encode("A square.USER: Which colour? 颜色？ ASSISTANT:Red."))
     assert "renders a different prompt from the chat template" in theirs["error"]
+
+
+def test_samples_without_pictures_need_no_template_of_ms_swift(
+    hybrid: Path, encoded: dict[str, dict[str, Any]]
+) -> None:
+    """ms-swift has no template that fits this model; each answer is learnt after the prompt that inference gives."""
+    assert "error" not in encoded["thoughts"], encoded["thoughts"]
+    renderer = Renderer(hybrid, ChatSettings(enable_thinking=False))
+    own = renderer.training_sequences(THOUGHTS[0]["messages"])
+    found = [(row["tokens"], row["labels"]) for row in encoded["thoughts"]["rows"]]
+    assert found == [(sequence.tokens, sequence.labels) for sequence in own] and len(own) == 2
+    for number, (tokens, labels) in zip((1, 3), found, strict=True):
+        prompt = renderer.render("x", THOUGHTS[0]["messages"][:number]).tokens
+        assert tokens[: len(prompt)] == prompt and labels[: len(prompt)] == [UNLEARNT] * len(prompt)
+        learnt = [label for label in labels if label != UNLEARNT]
+        assert renderer.tokenizer.decode(learnt) == ("Yes<|im_end|>" if number == 1 else "No<|im_end|>")
 
 
 @pytest.mark.parametrize("ask", ["said", "said to llava"])

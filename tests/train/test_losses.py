@@ -35,7 +35,8 @@ def token_mean(model: Path, samples: list[dict[str, Any]]) -> float:
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
             for messages, prompt in ((each["messages"], False), (each["messages"][:-1], True))
         )
-        tokens, prompt = (torch.tensor(tokenizer.encode(part)) for part in (text, asked))
+        # the line break after the end token is not learnt
+        tokens, prompt = (torch.tensor(tokenizer.encode(part)) for part in (text.removesuffix("\n"), asked))
         with torch.no_grad():
             logits = llama(tokens[None]).logits[0]
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none")[len(prompt) - 1 :])

@@ -13,13 +13,14 @@ from click.testing import CliRunner
 
 from entrypoints.lorry import main as lorry
 from stages.contract.errors import DataError, DoesNotFitError, Exit, InterruptedRunError, LorryError, UsageError
-from stages.contract.files import FileHashes, read_json, write_json, write_jsonl
+from stages.contract.files import FileHashes, digest_of, read_json, write_json, write_jsonl
 from stages.contract.part import Part, Shard
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output, lock_stage_folder
 from stages.hardware.memory import Lengths
 from stages.host.runner import run_stage, write_recipe
+from stages.models.chat_template import PLAIN, ChatSettings
 from stages.train import stage as train
 from stages.train.ladder import LostCardError, MemoryRanOutError, Shortage
 from tests.conftest import REPOSITORY, snapshot
@@ -608,3 +609,23 @@ def test_a_shard_whose_only_adapter_fails_has_nothing_to_go_on_with(job: Job) ->
     code, trainer = going(two=DataError("bad"))
     assert (code, trainer.trained) == (Exit.DONE, ["two"])
     assert job.manifest["untrained"] == {"two": "bad"}
+
+
+# -- the chat template ---------------------------------------------------------------------------------------------
+
+
+def test_adapters_of_another_chat_template_are_trained_again_with_it(job: Job) -> None:
+    before = {each.adapter.name: each.key for each in job()[1].jobs}
+    code, trainer = job.but("model.chat_template=plain")()
+    assert (code, trainer.trained) == (Exit.DONE, NAMES)
+    assert all(each.key != before[each.adapter.name] for each in trainer.jobs)
+    assert {each.chat for each in trainer.jobs} == {ChatSettings(PLAIN, named=True)}
+    assert job.manifest["chat"] == {"template": digest_of(PLAIN)}
+
+
+def test_a_template_that_cannot_be_used_ends_the_stage_before_a_training(
+    job: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, trainer = job.but("model.enable_thinking=true")()
+    assert (code, trainer.trained) == (Exit.USAGE, [])
+    assert "model.enable_thinking: found true, but the chat template of" in capfd.readouterr().err

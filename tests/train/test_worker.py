@@ -3,21 +3,23 @@
 import os
 import signal
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from stages.contract.files import write_json
+from stages.contract.files import read_json, write_json
 from stages.contract.part import Node
 from stages.contract.recipe import Adapter, load_recipe
-from stages.train.job import Job, Progress
+from stages.models.chat_template import ChatSettings
+from stages.train.job import Job, Progress, file_sizes
 from stages.train.ladder import LostCardError
-from stages.train.torchrun import _Messages, _Workers, torchrun_command
+from stages.train.torchrun import _json_value, _Messages, _Workers, torchrun_command
 from stages.train.worker import (
     _arguments,
     _explained_error,
     _let_memory_segments_grow,
+    _publish_weights,
     largest_figures,
     newest_complete_checkpoint,
     pad_samples,
@@ -109,6 +111,24 @@ def test_swift_is_told_batch_precision_and_seed(tmp_path: Path) -> None:
     assert options["--seed"] == options["--data_seed"] == ["7"]
     assert options["--split_dataset_ratio"] == ["0"]  # a split by rows would leak documents
     assert "--resume_from_checkpoint" not in options
+
+
+def test_swift_is_told_of_a_template_only_for_samples_with_pictures(tmp_path: Path) -> None:
+    assert told(tmp_path)["--template"] == ["chatml"] and "--enable_thinking" not in told(tmp_path)
+    assert told(tmp_path, "model.swift_template=null")["--template"] == ["dummy"]
+
+
+def test_the_recipe_s_chat_template_is_saved_with_the_adapter(tmp_path: Path) -> None:
+    trained = replace(job(tmp_path), chat=ChatSettings("{{ messages }}", enable_thinking=False))
+    last = checkpoint(trained.work, 3, whole=False)
+    write_json(last / "adapter_config.json", {"target_modules": ["b", "a"]})
+    write_json(last / "trainer_state.json", {"global_step": 3})
+    write_json(last / "complete.json", {"sizes": file_sizes(last)})
+    _publish_weights(trained, [], {})
+    assert (trained.adapter / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "chat_template.jinja" in read_json(trained.adapter / "made.json")["files"]
+    write_json(tmp_path / "job.json", _json_value(asdict(trained)))
+    assert Job.read(tmp_path / "job.json").chat == trained.chat
 
 
 def test_target_modules_are_names_or_one_regular_expression(tmp_path: Path) -> None:

@@ -1,0 +1,155 @@
+"""preprocess checks the chat template of the model that will be trained, before its own work, and records what changes
+prompts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.contract.errors import Exit, UsageError
+from stages.contract.files import FileHashes, read_json, write_json, write_jsonl
+from stages.contract.recipe import Recipe, load_recipe
+from stages.contract.roots import Roots
+from stages.contract.run import Run
+from stages.host.runner import run_stage
+from stages.infer.journal import journal_names
+from stages.models.chat_template import PLAIN, chat_settings
+from stages.models.rendering import Renderer
+from stages.preprocess import stage as preprocess
+from tests.conftest import REPOSITORY
+from tests.models.chat_models import KINDS, chat_model
+from tests.preprocess.test_rows import make_files
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models mount with a model of each kind of chat template, and a template file."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, kind in KINDS.items():
+        chat_model(folder / name, kind)
+        (folder / name / "model.safetensors").write_bytes(b"weights")
+    (folder / "own.jinja").write_text(PLAIN)
+    return folder
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, models: Path) -> Callable[..., Run]:
+    """Return a function that makes a run of logic-choice on small files, with a model and overrides."""
+    make_files(tmp_path / "data" / "logic")
+
+    def made(model: str, *overrides: str, name: str = "r") -> Run:
+        sets = ("data.path=logic", "data.test_fraction=0.2", f"model.path={model}", *overrides)
+        recipe = load_recipe(REPOSITORY / "recipes" / "logic-choice.yaml", "tiny", sets)
+        return Run(name, recipe, Roots(tmp_path / "data", models, tmp_path / "runs"))
+
+    return made
+
+
+def preprocessed(run: Run, capfd: pytest.CaptureFixture[str]) -> tuple[Exit, list[str]]:
+    """The exit code of the stage, and its lines."""
+    code = run_stage(run, "preprocess", preprocess.work)
+    output = capfd.readouterr()
+    return code, [line for line in (output.out + output.err).splitlines() if line.startswith("preprocess: ")]
+
+
+def test_a_base_model_is_refused_before_the_data_are_read(
+    make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("base")
+    code, lines = preprocessed(run, capfd)
+    assert code == Exit.USAGE
+    assert lines == [
+        f"preprocess: {run.roots.models / 'base'}: has no chat template, as base models; set model.chat_template to"
+        " chatml or plain, or to a .jinja file below the model mount"
+    ]
+    code, lines = preprocessed(make_run("base", "model.chat_template=plain"), capfd)
+    assert code == Exit.DONE, lines
+    code, lines = preprocessed(make_run("base", "model.chat_template=own.jinja", name="file"), capfd)
+    assert code == Exit.DONE, lines
+
+
+def test_a_missing_system_role_is_reported_once_and_recorded(
+    make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("no_system")
+    code, lines = preprocessed(run, capfd)
+    assert code == Exit.DONE, lines
+    line = "preprocess: the chat template has no system role: the system message goes into the user's message"
+    assert lines.count(line) == 1
+    assert read_json(run.path("preprocess", "manifest.json"))["chat"] == {"system": "in the user's message"}
+
+
+def test_a_model_with_a_system_role_leaves_no_line_and_no_fact(
+    make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("chatml")
+    code, lines = preprocessed(run, capfd)
+    assert code == Exit.DONE and not any("chat template" in line for line in lines)
+    assert "chat" not in read_json(run.path("preprocess", "manifest.json"))
+    assert not (run.folder / "date.json").exists()
+
+
+def test_an_ignored_setting_ends_the_stage(make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]) -> None:
+    code, lines = preprocessed(make_run("chatml", "model.enable_thinking=true"), capfd)
+    assert code == Exit.USAGE
+    assert len(lines) == 1 and "model.enable_thinking: found true, but the chat template of" in lines[0]
+    run = make_run("hybrid", "model.enable_thinking=false", name="hybrid")
+    assert preprocessed(run, capfd)[0] == Exit.DONE
+    assert read_json(run.path("preprocess", "manifest.json"))["chat"] == {"enable_thinking": False}
+
+
+def test_a_run_has_one_date_on_every_day(make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run("dated")
+    assert preprocessed(run, capfd)[0] == Exit.DONE
+    recorded = read_json(run.folder / "date.json")["date"]
+    assert read_json(run.path("preprocess", "manifest.json"))["chat"] == {"date": recorded}
+    write_json(run.folder / "date.json", {"date": "2026-02-03"})  # as if it had begun on that day
+    assert chat_settings(run).date == "2026-02-03"
+    asked: list[Any] = [{"role": "user", "content": "A?"}]
+    renderer = Renderer(run.roots.models / "dated", chat_settings(run))
+    assert "Today: 03 Feb 2026" in renderer.tokenizer.decode(renderer.render("x", asked).tokens)
+    write_json(run.folder / "date.json", {"date": "yesterday"})
+    with pytest.raises(UsageError, match=r"date.json: found .*; write "):
+        chat_settings(run)
+
+
+def test_samples_with_pictures_need_ms_swift_s_template(
+    make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("chatml", "model.swift_template=null")
+    assert preprocessed(run, capfd)[0] == Exit.DONE, "samples without pictures do not"
+    write_jsonl(run.folder / "x.jsonl", [])
+    with pytest.raises(UsageError, match=r"model.swift_template: found null, but sample s has pictures; set it to"):
+        preprocess._check_example(  # type: ignore[arg-type]
+            type("Stage", (), {"run": run}), Renderer(run.roots.models / "chatml"), {"id": "s", "images": ["a.png"]}
+        )
+
+
+# -- what depends on it --------------------------------------------------------------------------------------------
+
+
+def with_model(recipe: Recipe, **values: Any) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=values)})
+
+
+@pytest.mark.parametrize(
+    "change", [{"enable_thinking": False}, {"chat_template": "chatml"}, {"chat_template": "own.jinja"}]
+)
+def test_completions_of_other_prompts_are_not_reused(make_run: Callable[..., Run], change: dict[str, Any]) -> None:
+    run = make_run("hybrid")
+    other = replace(run, recipe=with_model(run.recipe, **change))
+    hashes = FileHashes(run.folder / "none")
+    names = [journal_names(one, run.roots.models / "hybrid", [], hashes) for one in (run, other)]
+    assert names[0] != names[1]
+    assert run.recipe.digest("model") != other.recipe.digest("model")
+
+
+def test_the_content_of_a_template_file_is_an_input(make_run: Callable[..., Run], models: Path, tmp_path: Path) -> None:
+    run = make_run("base", "model.chat_template=own.jinja", "preprocess.classifier=model")
+    before = run.inputs("preprocess", FileHashes(tmp_path / "none"))
+    assert set(before) >= {"models/base", "models/chat_template", "model"}
+    missing = make_run("base", "model.chat_template=other.jinja", "preprocess.classifier=model")
+    with pytest.raises(UsageError, match=r"other.jinja: no such file; set model.chat_template to a .jinja file below"):
+        missing.inputs("preprocess", FileHashes(tmp_path / "none"))
