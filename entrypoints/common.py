@@ -1,7 +1,6 @@
-"""What the commands share: their options, printing, and errors as one line."""
+"""What the commands share: a stage's command, printing, and errors as one line."""
 
 import os
-import re
 import sys
 from collections.abc import Callable, Generator
 from functools import partial, wraps
@@ -9,54 +8,10 @@ from typing import Any
 
 import click
 
+from entrypoints.options import recipe_options
 from stages.contract.errors import Exit, LorryError
 from stages.contract.machine_errors import machine_error
 from stages.host.outcome import Note
-
-
-class _Setting(click.types.StringParamType):
-    """A KEY=VALUE of --set. In an environment variable there may be several, with blanks between them."""
-
-    def split_envvar_value(self, rv: str) -> list[str]:
-        """The settings in an environment variable. A value may hold blanks: the next setting starts at a KEY=."""
-        return re.split(r"\s+(?=[A-Za-z_][\w.]*=)", rv.strip())
-
-
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add RECIPE, --profile, --data, --set and --run to a command. The command gets them as the keyword arguments of
-    `open_run`, which finds the run.
-
-    All except --data may also come from environment variables, as in Compose files and Kubernetes Jobs; the command
-    line takes precedence.
-    """
-    for decorate in (
-        click.option(
-            "--run",
-            "run_name",
-            metavar="NAME",
-            envvar="LORRY_RUN",
-            help="Name of the run: its folder below the runs mount. Default: the recipe's name. [env: LORRY_RUN]",
-        ),
-        click.option(
-            "--set",
-            "overrides",
-            type=_Setting(),
-            multiple=True,
-            metavar="KEY=VALUE",
-            envvar="LORRY_SET",
-            help="Override a recipe value, such as train.epochs=2; may be repeated. [env: LORRY_SET]",
-        ),
-        click.option("--data", metavar="FOLDER", help="Folder with the input data. Default: the recipe's data.path."),
-        click.option(
-            "--profile",
-            metavar="NAME",
-            envvar="LORRY_PROFILE",
-            help="Profile of the recipe to apply, such as tiny. [env: LORRY_PROFILE]",
-        ),
-        click.argument("recipe", required=False, envvar="LORRY_RECIPE"),
-    ):
-        command = decorate(command)
-    return command
 
 
 def stage_command(name: str, summary: str) -> click.Command:

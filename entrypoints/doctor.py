@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from entrypoints.common import one_line_errors, recipe_options
+from entrypoints.common import one_line_errors
+from entrypoints.options import recipe_options
 
 
 @click.command()

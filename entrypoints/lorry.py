@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from entrypoints.common import one_line_errors, print_lines, recipe_options
+from entrypoints.common import one_line_errors, print_lines
 from entrypoints.compare import compare
 from entrypoints.doctor import doctor
 from entrypoints.launch import launch
 from entrypoints.ledger import ledger
+from entrypoints.options import recipe_options
 from entrypoints.plan import plan
 from entrypoints.prune import prune
 

@@ -463,8 +463,9 @@ _LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(RESULT_NEUTRAL, True), "c
 """RESULT_NEUTRAL and the connector's micro_batch, in the form of pydantic's `exclude`."""
 
 
-ADDED = {"model": ("chat_template", "enable_thinking")}
-"""Keys that recipes of earlier runs lack, by section. At null, which is what those runs did, digests leave them out."""
+ADDED = {"model": {"chat_template": None, "enable_thinking": None, "trust_remote_code": False}}
+"""Keys that recipes of earlier runs lack, by section, with the value for what those runs did. Digests leave out a key
+with that value."""
 
 
 class Vote(Section):
@@ -596,13 +597,13 @@ class Recipe(Section):
         """sha256 (hex) of the values of the named sections or keys (`section.key`); without names, of the whole recipe.
 
         `RESULT_NEUTRAL`, the connector's micro_batch, description and profile are left out: a run resumes even if they
-        change. So are the keys in ADDED while they are null. `replaced` adds the values of `replaced_values` to the
+        change. So are the keys in ADDED with the value there. `replaced` adds the values of `replaced_values` to the
         named sections, for the digest that an earlier version of Lorry computed.
         """
         values = self.model_dump(mode="json", exclude={"description": True, "profile": True, **_LEFT_OUT})
         for section, keys in ADDED.items():
             values[section] = {
-                key: value for key, value in values[section].items() if key not in keys or value is not None
+                key: value for key, value in values[section].items() if key not in keys or value != keys[key]
             }
         if not sections:
             return digest_of(values)

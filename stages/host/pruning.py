@@ -3,7 +3,8 @@
 from collections.abc import Generator
 
 from stages.contract.errors import UsageError
-from stages.contract.files import machine_error, remove, visible_files
+from stages.contract.files import remove, visible_files
+from stages.contract.machine_errors import machine_error
 from stages.contract.roots import Roots
 from stages.contract.run import lock_stage_folder
 from stages.contract.superseded import SUPERSEDED

@@ -11,7 +11,7 @@ from typing import Any
 from stages.contract.files import FileHashes, JsonlJournal, digest_of, visible_files
 from stages.contract.run import Run
 from stages.engines.engine import Completion
-from stages.models.chat_template import chat_settings
+from stages.models.chat_settings import chat_settings
 from stages.models.connector import trained_connector
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -21,7 +21,8 @@ from typing import Any
 from stages.contract.errors import DataError
 from stages.contract.records import PLACE, Message, unescape_places
 from stages.contract.stage import Stage
-from stages.models.chat_template import ChatSettings, ChatTemplate, Turn, chat_settings
+from stages.models.chat_settings import ChatSettings, chat_settings
+from stages.models.chat_template import ChatTemplate, Turn
 from stages.models.control_words import ControlWords
 from stages.models.pictures import Picture, Rules, SquareRules, family_rules, open_picture, rules_of
 

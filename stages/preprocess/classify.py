@@ -8,7 +8,7 @@ from stages.engines import start_engine
 from stages.engines.engine import Completion, EngineSettings
 from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
-from stages.models.chat_template import chat_settings
+from stages.models.chat_settings import chat_settings
 from stages.models.remote_code import settle_remote_code
 from stages.models.rendering import Prompt, Renderer
 from stages.tasks.task import Ask

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.recipe import Adapter, Model, Train
-from stages.models.chat_template import ChatSettings
+from stages.models.chat_settings import ChatSettings
 from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.train.ladder import During
 

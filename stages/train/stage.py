@@ -50,7 +50,7 @@ from stages.hardware.targets import (
     refuse_base_without_kernels,
     working_target,
 )
-from stages.models.chat_template import chat_settings
+from stages.models.chat_settings import chat_settings
 from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.models.connector import check_connector, refuse_quantised_connector, trained_connector
 from stages.models.control_words import said_note

@@ -23,7 +23,7 @@ from stages.contract.recipe import (
     recipe_file_schema,
 )
 from stages.engines import engine_names
-from stages.models.chat_template import NAMED
+from stages.models.chat_settings import NAMED
 from tests.conftest import MINIMAL_RECIPE, REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))

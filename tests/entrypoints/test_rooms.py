@@ -12,7 +12,7 @@ COMMANDS = sorted((REPOSITORY / "entrypoints").glob("*.py"))
 BELOW = sorted(path for room in ("host", "results") for path in (REPOSITORY / "stages" / room).glob("*.py"))
 
 ALLOWED = ("click", "entrypoints", "stages.contract", "stages.host", "stages.results")
-STANDARD = ("collections.abc", "functools", "json", "os", "pathlib", "sys", "typing")
+STANDARD = ("collections.abc", "functools", "json", "os", "pathlib", "re", "sys", "typing")
 
 MOST_LINES = 40
 """Of a function of a command, help text included."""

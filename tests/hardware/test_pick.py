@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
+from stages.contract.stop import StopRequest
 from stages.hardware import targets
 from stages.hardware.holds import Holds
 from stages.hardware.pick import (
@@ -121,7 +122,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     def run(name: str = "train") -> list[str]:
         lines: list[str] = []
         monkeypatch.setitem(sys.modules, f"stages.{name}.stage", SimpleNamespace(work=lambda _stage: None))
-        run_work(SimpleNamespace(name=name, events=SimpleNamespace(say=lines.append)))  # type: ignore[arg-type]
+        stage = SimpleNamespace(name=name, events=SimpleNamespace(say=lines.append), stop=StopRequest())
+        run_work(stage)  # type: ignore[arg-type]
         return lines
 
     return run

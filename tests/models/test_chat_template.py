@@ -12,7 +12,7 @@ import pytest
 
 from stages.contract.errors import UsageError
 from stages.contract.records import Message
-from stages.models.chat_template import CHATML, NAMED, PLAIN, ChatSettings
+from stages.models.chat_settings import CHATML, NAMED, PLAIN, ChatSettings
 from stages.models.rendering import UNLEARNT, Renderer, TrainingSequence
 from tests.models.chat_models import KINDS, chat_model
 

@@ -15,7 +15,7 @@ from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.host.runner import run_stage
 from stages.infer.journal import journal_names
-from stages.models.chat_template import PLAIN, chat_settings
+from stages.models.chat_settings import PLAIN, chat_settings
 from stages.models.rendering import Renderer
 from stages.preprocess import stage as preprocess
 from tests.conftest import REPOSITORY

@@ -19,7 +19,7 @@ from tests.conftest import REPOSITORY
 
 def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple[str, ...]) -> dict[str, Any]:
     """Which samples are kept, how long each is, and the sizes of its pictures in patches."""
-    from stages.models.chat_template import ChatSettings
+    from stages.models.chat_settings import ChatSettings
     from stages.models.pictures import Picture
     from stages.train.job import Job, Progress
     from stages.train.swift_sft import LorrySft

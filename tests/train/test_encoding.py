@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from stages.contract.files import read_json, write_json, write_jsonl
 from stages.contract.recipe import Adapter, Train
-from stages.models.chat_template import ChatSettings
+from stages.models.chat_settings import ChatSettings
 from stages.models.pictures import read_rules
 from stages.models.rendering import UNLEARNT, Renderer
 from stages.train.lengths import measure_lengths

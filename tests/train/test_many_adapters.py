@@ -20,7 +20,7 @@ from stages.contract.roots import Roots
 from stages.contract.run import CONTRACT_VERSION, Run, describe_output, lock_stage_folder
 from stages.hardware.memory import Lengths
 from stages.host.runner import run_stage, write_recipe
-from stages.models.chat_template import PLAIN, ChatSettings
+from stages.models.chat_settings import PLAIN, ChatSettings
 from stages.train import stage as train
 from stages.train.ladder import LostCardError, MemoryRanOutError, Shortage
 from tests.conftest import REPOSITORY, snapshot

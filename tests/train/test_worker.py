@@ -11,7 +11,7 @@ import pytest
 from stages.contract.files import read_json, write_json
 from stages.contract.part import Node
 from stages.contract.recipe import Adapter, load_recipe
-from stages.models.chat_template import ChatSettings
+from stages.models.chat_settings import ChatSettings
 from stages.train.job import Job, Progress, file_sizes
 from stages.train.ladder import LostCardError
 from stages.train.torchrun import _json_value, _Messages, _Workers, torchrun_command
