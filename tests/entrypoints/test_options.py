@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from entrypoints.common import print_lines
+from stages.host.outcome import Lines, Note, Problem
 from tests.conftest import Finished, Lorry
 
 
@@ -49,3 +51,16 @@ def test_a_run_can_come_from_the_environment(lorry: Lorry, command: str) -> None
         2,
         [f"error: {lorry.runs}/mine/recipe.yaml: no such run; name a RECIPE to start one"],
     )
+
+
+def test_results_go_to_standard_output_and_notes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def lines() -> Lines:
+        yield Note("train: up to date")
+        yield "report: /runs/job/eval/report.html"
+        yield Problem("infer: ended by SIGKILL")
+        return 1
+
+    assert print_lines(lines()) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "report: /runs/job/eval/report.html\n"
+    assert shown.err == "train: up to date\ninfer: ended by SIGKILL\n"
