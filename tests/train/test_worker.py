@@ -121,7 +121,7 @@ def test_swift_is_told_of_a_template_only_for_samples_with_pictures(tmp_path: Pa
 def test_the_recipe_s_chat_template_is_saved_with_the_adapter(tmp_path: Path) -> None:
     trained = replace(job(tmp_path), chat=ChatSettings("{{ messages }}", enable_thinking=False))
     last = checkpoint(trained.work, 3, whole=False)
-    write_json(last / "adapter_config.json", {"target_modules": ["b", "a"]})
+    write_json(last / "adapter_config.json", {"target_modules": ["b", "a"], "r": 8, "lora_alpha": 32})
     write_json(last / "trainer_state.json", {"global_step": 3})
     write_json(last / "complete.json", {"sizes": file_sizes(last)})
     _publish_weights(trained, [], {})
