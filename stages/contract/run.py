@@ -34,7 +34,7 @@ from stages.contract.files import (
     write_json,
 )
 from stages.contract.part import Node, Part, Shard
-from stages.contract.recipe import CHAT_TEMPLATES, Recipe, job_of_recipe
+from stages.contract.recipe import ADDED, CHAT_TEMPLATES, Recipe, job_of_recipe
 from stages.contract.roots import Roots, data_folder, refuse_other_than_folder
 from stages.contract.superseded import SUPERSEDED
 
@@ -234,9 +234,9 @@ class Run:
         if stage in ("train", "infer") or asks_the_model:
             found |= self._base_inputs(hashes)
         if asks_the_model:
-            names = ("chat_template", "enable_thinking")
-            chat = {name: value for name in names if (value := getattr(self.recipe.model, name)) is not None}
-            found |= {"model": digest_of(chat)} if chat else {}
+            # digests that earlier versions computed lack these keys
+            model = self.recipe.model.model_dump(mode="json", include=set(ADDED["model"]))
+            found |= {"model": digest_of(model)} if model != ADDED["model"] else {}
         return found
 
     def _base_inputs(self, hashes: FileHashes) -> dict[str, str]:
