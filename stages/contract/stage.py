@@ -106,8 +106,12 @@ class Stage:
                 path.unlink()
 
     def skip(self, what: str, reason: str, detail: str = "") -> None:
-        """Count a record or file, by its name `what`, as skipped for a reason, and write it to the log."""
-        self.skipped.append({"what": what, "reason": reason, "detail": detail})
+        """Count a record or file, by its name `what`, as skipped for a reason, and write it to the log.
+
+        Half a surrogate pair, which JSON may contain, is escaped: no file can hold it.
+        """
+        texts = (text.encode("utf-8", "backslashreplace").decode() for text in (what, reason, detail))
+        self.skipped.append(dict(zip(("what", "reason", "detail"), texts, strict=True)))
         print(_skip_text(self.skipped[-1]))  # standard output is the log
 
     def show_first_skips(self) -> None:

@@ -239,7 +239,7 @@ def test_the_manifest_says_what_was_made_from_what(preprocessed: Run) -> None:
         "data/documents/D2.pdf",
         "models/embedder",
     }
-    assert manifest["skipped"] == [{"what": "q1", "reason": "empty question", "detail": ""}]
+    assert manifest["skipped"] == [{"what": "q1", "reason": "empty question", "detail": "half a pair: \\ud800"}]
     assert manifest["recipe"] == preprocessed.recipe.digest()
     assert manifest["seed"] == 42
     assert manifest["peak_memory_bytes"] > 1 << 20
