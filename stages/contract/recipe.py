@@ -463,7 +463,9 @@ _LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(RESULT_NEUTRAL, True), "c
 """RESULT_NEUTRAL and the connector's micro_batch, in the form of pydantic's `exclude`."""
 
 
-ADDED: dict[str, dict[str, Any]] = {"model": {"chat_template": None, "enable_thinking": None, "trust_remote_code": False}}
+ADDED: dict[str, dict[str, Any]] = {
+    "model": {"chat_template": None, "enable_thinking": None, "trust_remote_code": False}
+}
 """Keys that recipes of earlier runs lack, by section, with the value for what those runs did. Digests leave out a key
 with that value."""
 
