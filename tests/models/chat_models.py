@@ -105,11 +105,13 @@ INST = Kind(
     "{{ bos_token }}{% for m in messages %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
     "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}",
+    "{% else %}{% generation %}{{ ' ' + m['content'] | trim + eos_token }}{% endgeneration %}"
+    "{% endif %}{% endfor %}",
     ("<s>", "</s>"),
     "</s>",
 )
-"""As Mistral's first: no system role, marks in plain words, no generation prompt, a blank before the answer."""
+"""As Mistral's first: no system role, marks in plain words, no generation prompt, a blank before the answer. Has the tag
+`generation`."""
 
 SYSTEM_LAST = Kind(
     "{%- if messages[0].role == 'system' -%}{%- set system = messages[0].content -%}{%- set messages = messages[1:] -%}"
