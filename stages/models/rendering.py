@@ -12,14 +12,15 @@ arithmetic of their kernels.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stages.contract.errors import DataError
+from stages.contract.errors import DataError, UsageError
 from stages.contract.records import PLACE, Message, unescape_places
+from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.models.chat_settings import ChatSettings, chat_settings
 from stages.models.chat_template import ChatTemplate, Turn
@@ -271,8 +272,8 @@ def checked_renderer(stage: Stage) -> Renderer:
     Prints what is unusual about the template, and adds what changes prompts to the manifest as `chat`. Raises
     UsageError if the template cannot be used, or would ignore a setting.
     """
-    recipe, settings = stage.run.recipe, chat_settings(stage.run)
-    renderer = Renderer(stage.run.model(recipe.model.path, "model.path"), settings)
+    settings = chat_settings(stage.run)
+    renderer = Renderer(stage.run.roots.models / stage.run.recipe.model.path, settings)
     for line in renderer.check_template():
         stage.events.say(line)
     system = {} if renderer.template.has_system_role else {"system": "in the user's message"}
@@ -281,12 +282,22 @@ def checked_renderer(stage: Stage) -> Renderer:
     return renderer
 
 
-def missing_swift_template(sample: str) -> str:
-    """The message for a recipe without `model.swift_template`, although the training sample of this id has pictures."""
-    return (
-        f"model.swift_template: found null, but sample {sample} has pictures; set it to ms-swift's name of the model's"
-        " template"
-    )
+def check_samples(run: Run, renderer: Renderer, samples: Iterable[Mapping[str, Any]]) -> None:
+    """Check that training can render the first sample without pictures, and the first one with pictures.
+
+    Raises UsageError if the chat template refuses the first, or the recipe does not name ms-swift's template, which
+    renders the second.
+    """
+    checked = False
+    for sample in samples:
+        if sample["images"] and run.recipe.model.swift_template is None:
+            raise UsageError(
+                f"model.swift_template: found null, but sample {sample['id']} has pictures; set it to ms-swift's name"
+                " of the model's template"
+            )
+        if not sample["images"] and not checked:
+            renderer.check_template(sample["messages"])
+            checked = True
 
 
 def _begins_with(tokens: list[int], *parts: list[int]) -> bool:

@@ -23,9 +23,9 @@ def write_samples(
     splits: Mapping[str, str | None],
     groups: Mapping[str, str],
     founds: Mapping[str, Found] | None,
-) -> Sample:
+) -> list[Sample]:
     """Write the samples of each split and the rows of a submission, and add them to outputs and counts. Questions that
-    cannot be used go to `stage.skip`. Returns a training sample, one with pictures if there is any.
+    cannot be used go to `stage.skip`. Returns the training samples.
 
     `splits`, `groups` and `founds` are by question id; `founds` is None if the task reads no documents. Raises
     DataError if there is no training sample, or if no test question of a data set has a usable prompt.
@@ -61,7 +61,7 @@ def write_samples(
     _check_test_samples(stage, samples["test"])
     rows = task.asked_rows(stage.run.data, tested)
     stage.outputs["asked.jsonl"] = write_jsonl(stage.path("asked.jsonl"), rows)
-    return next((sample for sample in samples["train"] if sample["images"]), samples["train"][0])
+    return samples["train"]
 
 
 def _check_test_samples(stage: Stage, tested: list[Sample]) -> None:

@@ -8,11 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
-from stages.contract.errors import UsageError
 from stages.contract.files import FileHashes, stored_name, unread_data
-from stages.contract.records import Sample
 from stages.contract.stage import Stage
-from stages.models.rendering import Renderer, checked_renderer, missing_swift_template
+from stages.models.rendering import Renderer, check_samples, checked_renderer
 from stages.preprocess.rows import write_samples
 from stages.preprocess.split import SPLITS, split_questions
 from stages.tasks import load_task
@@ -55,9 +53,9 @@ def work(stage: Stage) -> None:
         if index is None:
             return
         founds = find_for_questions(stage, task, questions, splits, index)
-    example = write_samples(stage, task, questions, splits, groups, founds)
+    learnt = write_samples(stage, task, questions, splits, groups, founds)
     if renderer is not None:
-        _check_example(stage, renderer, example)
+        check_samples(stage.run, renderer, learnt)
     _show_counts(stage)
 
 
@@ -73,15 +71,6 @@ def _renderer(stage: Stage) -> Renderer | None:
         stage.events.say(f"{folder}: no model here, so its chat template is not checked")
         return None
     return checked_renderer(stage)
-
-
-def _check_example(stage: Stage, renderer: Renderer, sample: Sample) -> None:
-    """Check that the chat template accepts a training sample. Raises UsageError if it does not, or if samples have
-    pictures and the recipe does not name ms-swift's template."""
-    if not sample["images"]:
-        renderer.check_template(sample["messages"])
-    elif stage.run.recipe.model.swift_template is None:
-        raise UsageError(missing_swift_template(sample["id"]))
 
 
 def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:

@@ -56,7 +56,7 @@ from stages.models.connector import check_connector, refuse_quantised_connector,
 from stages.models.control_words import said_note
 from stages.models.gptq import quantisation_method
 from stages.models.remote_code import settle_remote_code
-from stages.models.rendering import checked_renderer, missing_swift_template
+from stages.models.rendering import check_samples, checked_renderer
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
 from stages.results.summary import SUMMARY, build_summary, dataset_result, training_facts
 from stages.train.job import TEMPLATE_FILE, Job
@@ -94,9 +94,9 @@ def work(stage: Stage) -> None:
     _check_model(stage)
     log: list[dict[str, Any]] = []
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.does_piece(number)]
-    checked_renderer(stage)
+    renderer = checked_renderer(stage)
     mixes, failures = _read_mixes(stage, adapters)
-    _refuse_pictures_without_template(stage, mixes)
+    check_samples(stage.run, renderer, (sample for parts in mixes.values() for part in parts for sample in part))
     connector = None
     plan: _Plan | None = None  # made when something has to be trained: existing adapters need no GPU
     if recipe.train.connector is not None:
@@ -148,13 +148,6 @@ def _check_model(stage: Stage) -> None:
         stage.decide("Python files of the model", "may run", "model.trust_remote_code")
     if not recipe.infer.merged:
         refuse_unserved_rank(engine_kind(recipe.infer.engine), recipe.train.rank)
-
-
-def _refuse_pictures_without_template(stage: Stage, mixes: "Mixes") -> None:
-    """Raise UsageError if a sample has pictures and the recipe does not name ms-swift's template, which renders it."""
-    if stage.run.recipe.model.swift_template is None:
-        for sample in (sample for parts in mixes.values() for part in parts for sample in part if sample["images"]):
-            raise UsageError(missing_swift_template(sample["id"]))
 
 
 def _train_with_node_0(stage: Stage, node: Node) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from stages.contract.errors import Exit, UsageError
-from stages.contract.files import FileHashes, read_json, write_json, write_jsonl
+from stages.contract.files import FileHashes, read_json, write_json
 from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.host.runner import run_stage
 from stages.infer.journal import journal_names
 from stages.models.chat_settings import PLAIN, chat_settings
-from stages.models.rendering import Renderer
+from stages.models.rendering import Renderer, check_samples
 from stages.preprocess import stage as preprocess
 from tests.conftest import REPOSITORY
 from tests.models.chat_models import KINDS, chat_model
@@ -120,11 +120,8 @@ def test_samples_with_pictures_need_ms_swift_s_template(
 ) -> None:
     run = make_run("chatml", "model.swift_template=null")
     assert preprocessed(run, capfd)[0] == Exit.DONE, "samples without pictures do not"
-    write_jsonl(run.folder / "x.jsonl", [])
     with pytest.raises(UsageError, match=r"model.swift_template: found null, but sample s has pictures; set it to"):
-        preprocess._check_example(  # type: ignore[arg-type]
-            type("Stage", (), {"run": run}), Renderer(run.roots.models / "chatml"), {"id": "s", "images": ["a.png"]}
-        )
+        check_samples(run, Renderer(run.roots.models / "chatml"), [{"id": "s", "images": ["a.png"]}])
 
 
 # -- what depends on it --------------------------------------------------------------------------------------------
