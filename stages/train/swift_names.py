@@ -42,10 +42,10 @@ def refuse_wrong_names(names: Model, model: Path | None) -> None:
         raise UsageError("\n".join(fault for fault in faults if fault))
 
 
-def _unknown_name(key: str, name: str, file: Path, own: tuple[str, ...]) -> str:
-    """What is wrong with a name that is neither in ms-swift's file nor in `own`; empty if nothing is."""
+def _unknown_name(key: str, name: str | None, file: Path, own: tuple[str, ...]) -> str:
+    """What is wrong with a name that is neither in ms-swift's file nor in `own`; else empty, as without a name."""
     known = names_in_file(file)
-    if not known or name in known or name in own:
+    if name is None or not known or name in known or name in own:
         return ""
     near = difflib.get_close_matches(name, sorted(known | {*own}), n=3, cutoff=0.7)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see ms-swift's list of models"
