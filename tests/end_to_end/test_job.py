@@ -57,7 +57,7 @@ def test_scores_have_the_published_form(job: Job) -> None:
     for metrics in scores.values():
         for metric in ("exact_match", "f1", "character_f1", "retrieval_recall"):
             entry = metrics[metric]
-            assert set(entry) == {"value", "low", "high", "groups", "n", "failed"}
+            assert set(entry) == {"value", "low", "high", "groups", "n", "failed", "empty"}
             assert 0 <= entry["value"] <= 100
             assert (entry["groups"], entry["n"], entry["failed"]) == (1, 8, 0)
             assert entry["low"] is entry["high"] is None  # one document is too few
