@@ -35,8 +35,7 @@ def refuse_wrong_names(names: Model, model: Path | None) -> None:
     faults = [
         _unknown_name("swift_type", names.swift_type, swift / "model" / "constant.py", OWN_TYPES)
         or _other_architecture(names.swift_type, model, swift),
-        names.swift_template
-        and _unknown_name("swift_template", names.swift_template, swift / "template" / "constant.py", OWN_TEMPLATES),
+        _unknown_name("swift_template", names.swift_template, swift / "template" / "constant.py", OWN_TEMPLATES),
     ]
     if any(faults):
         raise UsageError("\n".join(fault for fault in faults if fault))

@@ -110,8 +110,8 @@ INST = Kind(
     ("<s>", "</s>"),
     "</s>",
 )
-"""As Mistral's first: no system role, marks in plain words, no generation prompt, a blank before the answer. Has the tag
-`generation`."""
+"""As Mistral's first: no system role, marks in plain words, no generation prompt, a blank before the answer. Has the
+tag `generation`."""
 
 SYSTEM_LAST = Kind(
     "{%- if messages[0].role == 'system' -%}{%- set system = messages[0].content -%}{%- set messages = messages[1:] -%}"
