@@ -106,6 +106,14 @@ def say(stage: str, text: str) -> None:
         print(f"{stage}: {text}", file=sys.stderr, flush=True)
 
 
+def write_refusal(path: Path, error: str, exit_code: int) -> None:
+    """Append the events of a start that ended with an error before its work, and so before it had its `Events`."""
+    now = round(time.time(), 3)
+    stopped = {"time": now, "event": "stopped", "error": error, "exit_code": exit_code}
+    with JsonlJournal(path) as journal:
+        journal.append([{"time": now, "event": "start"}, stopped, {"time": now, "event": "end"}])
+
+
 def read_last_start(path: Path) -> list[dict[str, Any]]:
     """The events of a stage's last start, in order, from the last 64 KiB of an events.jsonl. Empty if there are none,
     or if the file cannot be read."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import DataError, Exit, InterruptedRunError, LorryError, UsageError
-from stages.contract.events import Events, redirect_output, say
+from stages.contract.events import Events, redirect_output, say, write_refusal
 from stages.contract.files import (
     FileHashes,
     open_atomically,
@@ -77,6 +77,7 @@ def run_stage(
                 return _run_with_lock(run, name, work, force, stop, lock, part, check)
             except (LorryError, OSError) as error:  # before or after the work, whose own errors are reported inside
                 _log_error(folder, error)
+                _write_refusal(folder, error)
                 raise
     except KeyboardInterrupt:  # before the work or after it
         say(name, str(stop.error()))
@@ -250,6 +251,14 @@ def _log_error(folder: Path, error: BaseException) -> None:
     # not through standard error, which would keep the text after a failed write and fail again when it is flushed
     with suppress(OSError), (folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as log:
         log.write(text)
+
+
+def _write_refusal(folder: Path, error: LorryError | OSError) -> None:
+    """Write an error from before the work to events.jsonl, for `lorry status`, if that can be done."""
+    explained = error if isinstance(error, LorryError) else machine_error(error)
+    if explained is not None:
+        with suppress(OSError, UnicodeError):  # the disk may be full, and the error may name a file that is not UTF-8
+            write_refusal(folder / "events.jsonl", str(explained), int(explained.exit_code))
 
 
 def _emit_stop_event(stage: Stage, error: LorryError) -> None:

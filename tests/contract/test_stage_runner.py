@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 
+from stages.contract.errors import Exit, UsageError
 from stages.contract.files import read_jsonl
+from stages.contract.run import Run
 from stages.contract.stop import STOPS, begin_child
+from stages.host.runner import run_stage, write_recipe
+from stages.host.status import status_lines
 from tests.conftest import Finished, Lorry
 from tests.contract.some_stage import STEPS
 
@@ -294,3 +298,15 @@ def test_of_many_started_at_once_one_runs(stage: Runner) -> None:
     records = read_jsonl(stage.folder / "records.jsonl")
     assert [record["step"] for record in records] == list(range(STEPS))
     assert len({record["process"] for record in records}) == 1
+
+
+def test_status_shows_an_error_from_before_the_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise UsageError("train.epochs 0: must be 1 or more; raise it")
+
+    monkeypatch.setenv("LORRY_RUNS", str(run.roots.runs))
+    write_recipe(run)
+    assert run_stage(run, "train", lambda stage: None, check=refuse) == Exit.USAGE
+    lines = list(status_lines(run.name))
+    place = next(number for number, line in enumerate(lines) if line.startswith("  train      failed, exit code 2 ("))
+    assert lines[place + 1].strip() == "train.epochs 0: must be 1 or more; raise it"
