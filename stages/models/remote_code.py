@@ -1,7 +1,7 @@
 """Whether the Python files in a model's folder run (`model.trust_remote_code`).
 
-transformers imports the files that `auto_map` names in a folder's JSON files, if it is asked to trust them or has no
-code of its own for the model. ms-swift always asks it to. Here the recipe alone decides, for every library that loads
+transformers imports the files that `auto_map` names in a folder's JSON files, and custom_generate/generate.py, if it is
+asked to trust them. ms-swift always asks it to. Here the recipe alone decides, for every library that loads
 through transformers.
 """
 
@@ -32,11 +32,11 @@ MODULES = "modules.json"
 
 def settle_remote_code(model: Path, trusted: bool) -> None:
     """From now on, run the Python files of model folders in this process if `trusted` is true, and never if it is not,
-    whatever a library asks for. Does nothing if the folder `model` names no such file.
+    whatever a library asks for. Does nothing if the folder `model` neither has nor names such a file.
 
     Raises UsageError as `refuse_remote_code`, before a library is loaded that would run them.
     """
-    if not names_python_files(model):
+    if not names_python_files(model) and next(model.rglob("*.py"), None) is None:
         return
     if not trusted:
         refuse_remote_code(model, "set model.trust_remote_code to true if you trust them")

@@ -1,9 +1,10 @@
 """Python files in a model's folder: they run if the recipe says so, and never else."""
 
+import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,38 +19,62 @@ from tests.train.conftest import Training, training
 __all__ = ["small_models", "training"]
 
 
-def load(folder: Path, trusted: bool) -> str:
-    """Load a folder in a process of its own, as ms-swift does: it always trusts. Returns the class, or the error."""
-    program = f"""
+PROGRAM = """
+import json, sys
 from pathlib import Path
-from stages.contract.errors import UsageError
 from stages.models.remote_code import settle_remote_code
-try:
-    settle_remote_code(Path({str(folder)!r}), {trusted})
+for name, (folder, trusted) in json.loads(sys.argv[1]).items():
+    settle_remote_code(Path(folder), trusted)
     from transformers import AutoModelForCausalLM
-    print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)).__module__)
-except UsageError as error:
-    print(error)
+    print(name, type(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)).__module__)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()[-1]
+"""Loads folders as ms-swift does, which always trusts them, and prints the module of each model's class."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A folder that PROGRAM has loaded."""
+
+    module: str
+    ran: bool
+    """Whether its Python files ran."""
 
 
 @pytest.fixture
 def llama(small_models: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(small_models / "random-llama", tmp_path / "models" / "random-llama"))
+    return copy_llama(small_models, tmp_path / "models" / "random-llama")
 
 
-def test_a_model_of_transformers_own_is_loaded_without_its_python_files(llama: Path) -> None:
-    mark = add_python_files(llama, "llama")
-    assert load(llama, trusted=False) == "transformers.models.llama.modeling_llama"
-    assert not mark.exists()
+def copy_llama(models: Path, folder: Path) -> Path:
+    """Copy the random Llama without its Python files. Returns the folder."""
+    return Path(shutil.copytree(models / "random-llama", folder, ignore=shutil.ignore_patterns("*.py", "custom_*")))
 
 
-def test_files_that_the_recipe_trusts_run(llama: Path) -> None:
-    mark = add_python_files(llama, "surprising")
-    assert load(llama, trusted=True).endswith("surprise")
-    assert mark.exists()
+@pytest.fixture(scope="module")
+def loaded(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    """Three folders with Python files: of a model that transformers has, of the same without a word in its JSON files,
+    and of one that transformers does not have and the recipe trusts."""
+    folder = tmp_path_factory.mktemp("models")
+    kinds = {"known": ("llama", False), "unnamed": ("llama", False), "trusted": ("surprising", True)}
+    ran = {name: add_python_files(copy_llama(small_models, folder / name), kind) for name, (kind, _) in kinds.items()}
+    config = read_json(folder / "unnamed" / "config.json")
+    del config["auto_map"]
+    write_json(folder / "unnamed" / "config.json", config)
+    asks = {name: (str(folder / name), trusted) for name, (_, trusted) in kinds.items()}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(asks)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    modules = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0] in kinds)
+    return {name: Loaded(module, ran[name].exists()) for name, module in modules.items()}
+
+
+@pytest.mark.parametrize("name", ["known", "unnamed"])
+def test_a_model_of_transformers_own_is_loaded_without_its_python_files(loaded: dict[str, Loaded], name: str) -> None:
+    """Neither those that `auto_map` names, nor a way to generate of its own, which no JSON file has to name."""
+    assert loaded[name] == Loaded("transformers.models.llama.modeling_llama", ran=False)
+
+
+def test_files_that_the_recipe_trusts_run(loaded: dict[str, Loaded]) -> None:
+    assert loaded["trusted"].module.endswith(".surprise") and loaded["trusted"].ran
 
 
 def test_a_model_that_needs_its_files_is_refused_before_anything_loads(llama: Path) -> None:
