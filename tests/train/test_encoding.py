@@ -283,6 +283,8 @@ def test_what_samples_say_is_learnt_as_text(
         tokens, labels = row["tokens"], row["labels"]
         learnt = [label for label in labels if label != -100]
         answer = one["messages"][1]["content"].replace("\u2060", "")
+        if ask == "said to llava" and not one["images"]:
+            answer = f" {answer}"  # as the template writes it after ASSISTANT:
         assert learnt.count(end) == 1 and tokenizer.decode(learnt).startswith(answer + tokenizer.eos_token)
         assert learnt[: learnt.index(end)] == plain(tokenizer, answer)
         assert SAYS in tokenizer.decode(tokens)
