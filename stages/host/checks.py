@@ -30,6 +30,7 @@ from stages.hardware.targets import (
 )
 from stages.host.needs import GPU_STAGES, refuse_missing_libraries
 from stages.models.merge import refuse_merging_quantised, refuse_unserved_vision
+from stages.models.remote_code import refuse_remote_code
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
 
 Check = Callable[[], object]
@@ -75,6 +76,8 @@ def _folder_checks(run: Run, stages: Sequence[str]) -> Iterator[Check]:
     asks = "preprocess" in stages and recipe.preprocess.classifier == "model"
     if asks or "train" in stages or "infer" in stages:
         yield partial(_base_shape, run)
+        if not recipe.model.trust_remote_code:
+            yield partial(_check_remote_code, run)
     if "train" in stages:
         yield partial(_check_swift_names, run)
         yield partial(_check_training, run)
@@ -94,6 +97,11 @@ def _base_shape(run: Run) -> ModelShape | None:
         return read_shape(_base(run))
     except UnknownShapeError:  # train says so itself, and goes on
         return None
+
+
+def _check_remote_code(run: Run) -> None:
+    """Raise UsageError if Python files in the base's folder would have to run."""
+    refuse_remote_code(_base(run), "set model.trust_remote_code to true if you trust them")
 
 
 def _check_data(run: Run) -> None:

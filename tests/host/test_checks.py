@@ -146,6 +146,14 @@ def test_a_data_folder_without_documents_is_found(refused: Any, mounts: Lorry) -
     assert "documents: no documents; put the PDFs there" in lines[0]
 
 
+def test_python_files_that_would_have_to_run_are_found(refused: Any, mounts: Lorry) -> None:
+    path = mounts.models / "SmolLM2-135M-Instruct" / "config.json"
+    config = {**json.loads(path.read_text()), "model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    path.write_text(json.dumps(config))
+    assert any("its Python files (own.py) would have to run; set model.trust" in line for line in refused()[0])
+    assert not any("Python files" in line for line in refused("model.trust_remote_code=true")[0])
+
+
 def test_a_model_type_that_the_engine_cannot_serve_is_found(refused: Any, mounts: Lorry) -> None:
     config = mounts.models / "SmolLM2-135M-Instruct" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "mgm"}))
