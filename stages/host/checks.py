@@ -169,10 +169,17 @@ def _machine_checks(run: Run, stages: Sequence[str]) -> Iterator[Check]:
     """Yield the checks of what these stages need of this machine."""
     for stage in stages:
         yield partial(refuse_missing_libraries, run.recipe, stage)
-    if set(stages) & set(GPU_STAGES):
-        yield partial(_check_gpus, run, stages)
+    computing = [stage for stage in stages if stage in GPU_STAGES and not (stage == "train" and _has_adapters(run))]
+    if computing:
+        yield partial(_check_gpus, run, computing)
     elif "preprocess" in stages and (name := os.environ.get("LORRY_TARGET")):
         yield partial(named_target, name, load_targets())
+
+
+def _has_adapters(run: Run) -> bool:
+    """Whether the run has all its adapters: train then needs no GPU, unless it finds that one is outdated."""
+    names = [adapter.name for adapter in run.recipe.train.adapters]
+    return all(run.path("train", "adapters", name, "made.json").is_file() for name in names)
 
 
 def _check_gpus(run: Run, stages: Sequence[str]) -> None:

@@ -224,10 +224,10 @@ def _report_end(stage: Stage, error: BaseException) -> Exit:
 
     Before an error of data or recipe, also prints the first skipped records.
     """
+    if isinstance(error, KeyboardInterrupt):
+        error = stage.stop.error()
     _log_error(stage.folder, error)
     explained = error if isinstance(error, LorryError) else machine_error(error)
-    if explained is None and isinstance(error, KeyboardInterrupt):
-        explained = stage.stop.error()
     if explained is not None:
         _emit_stop_event(stage, explained)
         if isinstance(explained, DataError | UsageError):

@@ -154,7 +154,8 @@ def test_what_inference_cannot_serve_is_said_before_anything_runs(lorry: Lorry, 
     merged = lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "a800", *ranked, "--set", "infer.merged=true")
     assert merged.code == 0, merged.output
     run = lorry("entrypoints.lorry", "run", *RECIPE, *ranked)
-    assert run.code == 2 and run.lines == done.lines[-1:], run.output
+    assert run.code == 2 and run.lines[-1:] == done.lines[-1:], run.output
+    assert all(line.startswith("error: ") for line in run.lines), "nothing has run"
     seeing = ("--set", "model.path=llava-1.5-7b-hf")
     for done in (
         lorry("entrypoints.lorry", "plan", *RECIPE, "--target", "cpu", *seeing),

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from entrypoints.lorry import main
 from stages.contract.errors import Exit
-from stages.contract.files import digest_of, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from stages.contract.files import digest_of, read_json, read_jsonl, remove, sha256_file, write_json, write_jsonl
 from stages.contract.mixes import training_samples
 from stages.contract.recipe import Adapter, Recipe, load_recipe
 from stages.contract.records import failed_prediction
@@ -402,10 +402,11 @@ def test_defect_3_a_failed_step_is_reported_as_failed(job: Job) -> None:
         environment = {**os.environ, **mounts}
         return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
-    sets = ("--set", "preprocess.data_juicer=null", "--set", "model.path=not-there")
+    sets = ("--set", "preprocess.data_juicer=null", "--set", "train.connector.max_length=16")  # no sample fits
     done = lorry("run", "better-synth", "--profile", "tiny", "--run", "failing", *sets)
-    assert done.returncode == Exit.USAGE
-    assert "not-there" in done.stderr and "all four stages are up to date" not in done.stdout
+    assert done.returncode == Exit.DATA
+    assert "no training sample with a picture fits in train.connector.max_length 16" in done.stderr
+    assert "all four stages are up to date" not in done.stdout
     states = {line.split()[0]: line for line in lorry("status", "failing").stdout.splitlines()[1:]}
     assert "done" in states["preprocess"] and not any("done," in states[stage] for stage in ("train", "infer", "eval"))
 
@@ -422,6 +423,7 @@ def train(job: Job) -> None:
         samples = training_samples(job.samples("train"), adapter, job.recipe.seed)
         digest = digest_of([[sample["messages"] for sample in samples], connector and connector[1]])
         folder = stage.path(*folder_parts(adapter.name))
+        remove(folder)  # as publishing does
         folder.mkdir(parents=True)
         if adapter.name == "connector":
             weights = load_file(job.models / "tiny-llava" / "model.safetensors")

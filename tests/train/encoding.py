@@ -21,6 +21,7 @@ def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple
     """Which samples are kept, how long each is, and the sizes of its pictures in patches."""
     from stages.models.chat_settings import ChatSettings
     from stages.models.pictures import Picture
+    from stages.models.remote_code import settle_remote_code
     from stages.train.job import Job, Progress
     from stages.train.swift_sft import LorrySft
     from stages.train.together import Together
@@ -48,6 +49,7 @@ def told(model: Path, run: Path, samples: list[dict[str, Any]], overrides: tuple
         progress=nothing,
         chat=ChatSettings(enable_thinking=recipe.model.enable_thinking),
     )
+    settle_remote_code(model, trusted=False)  # as the training process does
     sft = LorrySft(_arguments(job, work, None), job, Progress(nothing), StopRequest(), Together(1, True, "none"))
     read: list[Path] = []
     load = Picture.load
