@@ -67,7 +67,8 @@ def add_python_files(folder: Path, kind: str) -> Path:
     ran = folder.parent / f"{folder.name}-ran"
     (folder / "surprise.py").write_text(PYTHON.format(ran=str(ran), kind=kind))
     (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text(PYTHON.format(ran=str(ran), kind=kind))
+    own_way = f"{PYTHON.format(ran=str(ran), kind=kind)}\n\ndef generate(*_, **__):\n    pass\n"
+    (folder / "custom_generate" / "generate.py").write_text(own_way)
     config = json.loads((folder / "config.json").read_text())
     named = {"AutoConfig": "surprise.Config", "AutoModelForCausalLM": "surprise.Model"}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": kind, "auto_map": named}))
