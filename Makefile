@@ -55,7 +55,7 @@ test-fast: .venv/.ready ## run the tests that need no model, run no whole stage 
 image-test: setup .venv/.zero ## build the cpu images and run the demo in them with Docker Compose; starts a Docker engine if none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
 
-kill-test: setup .venv/.zero ## run whole jobs, and kill stages, shards and nodes at any moment and compare with an undisturbed run (20 to 25 minutes)
+kill-test: setup .venv/.zero ## run whole jobs and trainings, and kill stages, shards and nodes at any moment (25 to 30 minutes)
 	@$(BIN)/python -m pytest -m "kill or long" --timeout 3600
 
 lint: setup ## check style, types, import rules, Dockerfiles and shell scripts

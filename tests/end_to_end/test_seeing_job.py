@@ -11,6 +11,8 @@ import pytest
 from stages.contract.files import read_json, read_jsonl
 from tests.conftest import MODELS, Lorry, need_model
 
+pytestmark = pytest.mark.long
+
 Job = tuple[Lorry, tuple[str, ...]]
 
 

@@ -69,6 +69,7 @@ def test_the_second_phase_is_lora_on_the_language_model_with_that_connector(trai
     assert decided["connector effective batch"] == "4 x 1 x 1 GPU(s) = 4"
 
 
+@pytest.mark.long
 def test_another_data_mix_for_adapters_keeps_the_connector(
     trained: TwoPhases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,7 @@ def test_another_data_mix_for_adapters_keeps_the_connector(
     assert other.adapter.read_bytes() != before
 
 
+@pytest.mark.long
 def test_another_data_mix_for_the_connector_trains_the_adapters_again(trained: TwoPhases, tmp_path: Path) -> None:
     """What captions say has an effect: the adapter's own data are the same."""
     fewer = CONNECTOR.replace("captions", "'captions#9'").replace("max_length", "most_samples: 4, max_length")

@@ -17,6 +17,7 @@ from tests.train.conftest import Training
 BASE = "SmolLM2-135M-Instruct-GPTQ-Int4"
 
 
+@pytest.mark.long
 def test_an_adapter_learns_on_it_and_loads_again(lorry: Lorry, gptq_base: Path, tmp_path: Path) -> None:
     overrides = (
         *(f"model.path={BASE}", "train.target_modules=[all-linear]", "train.effective_batch=8", "train.micro_batch=8"),

@@ -43,6 +43,7 @@ def token_mean(model: Path, samples: list[dict[str, Any]]) -> float:
     return float(torch.cat(losses).double().mean())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("nodes", "micro_batch"), [(1, 4), (2, 2)])
 def test_losses_are_means_over_tokens_whatever_the_batches_and_processes(
     tmp_path: Path, small_models: Path, nodes: int, micro_batch: int
@@ -77,6 +78,7 @@ def losses_on_the_way(training: Training) -> list[float]:
     return [event["loss"] for event in read_jsonl(training.run.path("train", "events.jsonl")) if "loss" in event]
 
 
+@pytest.mark.long
 def test_a_training_that_diverges_ends_in_one_line_and_a_lower_rate_starts_anew(
     tmp_path: Path, small_models: Path
 ) -> None:
@@ -109,6 +111,7 @@ def test_a_training_that_diverges_ends_in_one_line_and_a_lower_rate_starts_anew(
     assert rates[0] == 1e-3 and rates[-1] > 0, "of the step itself, not of the one after it"
 
 
+@pytest.mark.long
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, small_models: Path) -> None:
     """Each step's loss is a number: that of the first is computed before the update, and no other step follows."""
     once = ("train.learning_rate=1e39", "train.warmup_ratio=0", "train.effective_batch=24")
@@ -137,6 +140,7 @@ def damaged_models(small_models: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.mark.long
 def test_an_adapter_whose_loss_is_no_number_fails_and_leaves_the_others(tmp_path: Path, damaged_models: Path) -> None:
     mixes = [{"name": name, "data": [name]} for name in ("fine", "broken", "blind")]
     training = make(
@@ -178,6 +182,7 @@ def test_a_sample_without_an_answer_is_named(tmp_path: Path, small_models: Path)
     assert "sample nothing: has no answer to learn; run preprocess again" in output.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_steps_that_float16_s_loss_scale_skips_are_counted_and_training_goes_on(
     tmp_path: Path, small_models: Path
 ) -> None:

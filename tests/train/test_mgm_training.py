@@ -35,6 +35,7 @@ def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> TwoPhases
     return training
 
 
+@pytest.mark.long
 def test_both_phases_train_what_they_should(trained: TwoPhases, models: Path) -> None:
     weights, before = load_file(trained.connector), load_file(models / "tiny-mgm" / "model.safetensors")
     assert set(weights) == {name for name in before if name.startswith(("model.mm_projector.", "model.vlm_uni_"))}
@@ -47,6 +48,7 @@ def test_both_phases_train_what_they_should(trained: TwoPhases, models: Path) ->
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
 
 
+@pytest.mark.long
 def test_base_connector_and_adapter_answer_together(trained: TwoPhases, models: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -41,6 +41,7 @@ def weights_of(training: Training) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_it_is_trained_with_a_frozen_tower_and_goes_on_after_a_kill(lorry: Lorry, model: Path) -> None:
     training = seeing(replace(lorry, models=model.parent), 12, "train.checkpoint_every=2")
     code, output = training(HUNGER=json.dumps({"during": "saving", "from_step": 4}))
@@ -60,6 +61,7 @@ def test_it_is_trained_with_a_frozen_tower_and_goes_on_after_a_kill(lorry: Lorry
     refuse_adapted_vision({"tuned": training.run.path("train", "adapters", "tuned")}, "vllm", ["transformers"])
 
 
+@pytest.mark.long
 def test_an_adapted_tower_is_served_merged_only(lorry: Lorry, model: Path, tmp_path: Path) -> None:
     asked = ("train.freeze_vision=false", "train.gradient_checkpointing=true")
     training = seeing(replace(lorry, models=model.parent), 4, *asked)

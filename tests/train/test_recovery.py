@@ -60,6 +60,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, small_models: Path) -> Traini
     return training
 
 
+@pytest.mark.long
 def test_training_goes_on_with_half_the_micro_batch_and_the_loss_joins(
     calm: Training, tmp_path: Path, small_models: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_training_goes_on_with_half_the_micro_batch_and_the_loss_joins(
     assert not processes_naming(training.run.folder)
 
 
+@pytest.mark.long
 def test_an_evaluation_out_of_memory_leaves_training_untouched(
     calm: Training, tmp_path: Path, small_models: Path
 ) -> None:

@@ -40,6 +40,7 @@ def wide_models(small_models: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+@pytest.mark.long
 def test_two_layers_and_the_head_are_whole_at_most(wide_models: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = [str(Path(__file__).with_name("weights_under_zero3.py")), str(wide_models / "wide-llama")]
