@@ -176,6 +176,7 @@ def test_a_stage_that_the_kernel_kills_is_reported(launched: Lorry) -> None:
     assert done.lines[-1] == "preprocess: ended by SIGKILL; run the same command again to resume"
 
 
+@pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize(
     ("number", "seen"),
     [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT"), (signal.SIGHUP, "SIGTERM")],
