@@ -59,8 +59,8 @@ class ChatTemplate:
         text = settings.template or read_template(model)
         if text is None:
             raise UsageError(
-                f"{model}: has no chat template, as base models; set model.chat_template to {' or '.join(NAMED)}, or"
-                " to a .jinja file below the model mount"
+                f"{model}: has no chat template, as is usual for a base model; set model.chat_template to"
+                f" {' or '.join(NAMED)}, or to a .jinja file below the model mount"
             )
         self.source = text
         """The template itself, as Jinja text."""

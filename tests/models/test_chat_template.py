@@ -248,7 +248,7 @@ def test_a_base_model_takes_its_template_from_the_recipe(
     models: dict[str, Path], renderer: Callable[..., Renderer]
 ) -> None:
     with pytest.raises(
-        UsageError, match=r"base: has no chat template, as base models; set model.chat_template to chat"
+        UsageError, match=r"base: has no chat template, as is usual for a base model; set model.chat_template to chat"
     ):
         Renderer(models["base"])
     check(

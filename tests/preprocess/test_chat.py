@@ -61,8 +61,8 @@ def test_a_base_model_is_refused_before_the_data_are_read(
     code, lines = preprocessed(run, capfd)
     assert code == Exit.USAGE
     assert lines == [
-        f"preprocess: {run.roots.models / 'base'}: has no chat template, as base models; set model.chat_template to"
-        " chatml or plain, or to a .jinja file below the model mount"
+        f"preprocess: {run.roots.models / 'base'}: has no chat template, as is usual for a base model; set"
+        " model.chat_template to chatml or plain, or to a .jinja file below the model mount"
     ]
     code, lines = preprocessed(make_run("base", "model.chat_template=plain"), capfd)
     assert code == Exit.DONE, lines
