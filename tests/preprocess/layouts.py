@@ -1,7 +1,7 @@
 """Made pages of more layouts than `corpus` has, most of them set in a proportional font with its own widths."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pymupdf
 
@@ -614,8 +614,10 @@ LAYOUTS: list[Callable[[int], MadePage]] = [
 ]
 
 
-def layouts(pages_a_kind: int = 3, seed: int = 5000) -> Iterator[MadePage]:
-    """Pages of all layouts, for the writer by operators."""
-    for make in LAYOUTS:
+def layouts(
+    pages_a_kind: int = 3, seed: int = 5000, makers: Sequence[Callable[[int], MadePage]] = LAYOUTS
+) -> Iterator[MadePage]:
+    """Pages of these layouts, for the writer by operators."""
+    for make in makers:
         for number in range(pages_a_kind):
             yield make(seed + number)
