@@ -5,12 +5,12 @@ import os
 import pty
 import re
 import struct
-import sys
 import termios
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import IO
+
+from stages.contract.events import output_to
 
 
 class Terminal:
@@ -43,30 +43,12 @@ class Terminal:
         return self._content.decode()
 
 
-@contextmanager
-def standard_output_on(terminal: Terminal) -> Iterator[None]:
-    """Make the terminal this process's standard output and standard error."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    os.dup2(terminal.slave, 1)
-    os.dup2(terminal.slave, 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, real in enumerate(saved, start=1):
-            os.dup2(real, number)
-            os.close(real)
-
-
 def shown_on_terminal(width: int, function: Callable[[], object]) -> list[str]:
     """The lines that a function prints on a terminal of `width` columns, on standard output and standard error, without
     colours."""
     terminal = Terminal(width)
     try:
-        with standard_output_on(terminal):
+        with output_to(terminal.slave):
             function()
     finally:
         content = terminal.close()

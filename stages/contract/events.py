@@ -170,24 +170,32 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], IO[str]]]:
     The console is the former standard error, for progress and notes; the output is the former standard output, for
     results. Libraries print hundreds of lines, but the user needs the progress, and the log only if something breaks.
     """
+    with (
+        log.open("ab") as file,
+        _Console(os.fdopen(os.dup(1), "wb"), encoding="utf-8") as output,
+        _Console(os.fdopen(os.dup(2), "wb"), encoding="utf-8") as console,
+        output_to(file.fileno()),
+    ):
+        yield console, output
+
+
+@contextlib.contextmanager
+def output_to(descriptor: int) -> Iterator[None]:
+    """Within this context, the output of this process and its children, standard error too, goes to a file
+    descriptor."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with (
-        log.open("ab") as file,
-        _Console(os.fdopen(os.dup(saved[0]), "wb"), encoding="utf-8") as output,
-        _Console(os.fdopen(os.dup(saved[1]), "wb"), encoding="utf-8") as console,
-    ):
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield console, output
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, real in enumerate(saved, start=1):
-                os.dup2(real, number)
-                os.close(real)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, real in enumerate(saved, start=1):
+            os.dup2(real, number)
+            os.close(real)
 
 
 def _bar_text(head: str, count: str, extras: list[str], left: list[str], share: float, width: int) -> str:
