@@ -33,7 +33,7 @@ from stages.infer.voting import (
 )
 from stages.models.connector import trained_connector
 from stages.models.control_words import said_note
-from stages.models.remote_code import settle_remote_code
+from stages.models.remote_code import settle_base
 from stages.models.rendering import checked_renderer
 from stages.tasks import load_task
 
@@ -53,9 +53,7 @@ def work(stage: Stage) -> None:
         compared = max(len(members) for variant, members in samples.items() if variant.asks == "validation")
         refuse_impossible_vote(vote, names, compared)
     task, model = load_task(recipe.task), run.model(recipe.model.path, "model.path")
-    settle_remote_code(model, recipe.model.trust_remote_code)
-    if recipe.model.trust_remote_code:
-        stage.decide("Python files of the model", "may run", "model.trust_remote_code")
+    settle_base(stage)
     renderer = checked_renderer(stage)
     adapters = {name: run.path("train", "adapters", name) for name in names}
     files = journal_names(run, model, names, FileHashes(stage.path(".hashes.json")))

@@ -13,6 +13,7 @@ from typing import Any
 
 from stages.contract.errors import UsageError
 from stages.contract.files import read_json
+from stages.contract.stage import Stage
 
 CONFIGS = (
     *("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
@@ -48,6 +49,17 @@ def settle_remote_code(model: Path, trusted: bool) -> None:
         except ModuleNotFoundError:  # transformers 4 has no videos
             continue
         module.resolve_trust_remote_code = partial(_decision, decide, trusted)
+
+
+def settle_base(stage: Stage) -> None:
+    """Settle as the stage's recipe says whether the base's Python files run, and record it if they may.
+
+    Raises UsageError as `settle_remote_code`, and if the base's folder is missing.
+    """
+    model = stage.run.recipe.model
+    settle_remote_code(stage.run.model(model.path, "model.path"), model.trust_remote_code)
+    if model.trust_remote_code:
+        stage.decide("Python files of the model", "may run", "model.trust_remote_code")
 
 
 def refuse_remote_code(model: Path, cure: str) -> None:

@@ -55,7 +55,7 @@ from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.models.connector import check_connector, refuse_quantised_connector, trained_connector
 from stages.models.control_words import said_note
 from stages.models.gptq import quantisation_method
-from stages.models.remote_code import settle_remote_code
+from stages.models.remote_code import settle_base
 from stages.models.rendering import check_samples, checked_renderer
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
 from stages.results.summary import SUMMARY, build_summary, dataset_result, training_facts
@@ -142,10 +142,8 @@ def _check_model(stage: Stage) -> None:
 
     Raises UsageError if they would have to run and may not, and if infer's engine could not serve the adapters.
     """
+    settle_base(stage)
     recipe = stage.run.recipe
-    settle_remote_code(stage.run.model(recipe.model.path, "model.path"), recipe.model.trust_remote_code)
-    if recipe.model.trust_remote_code:
-        stage.decide("Python files of the model", "may run", "model.trust_remote_code")
     if not recipe.infer.merged:
         refuse_unserved_rank(engine_kind(recipe.infer.engine), recipe.train.rank)
 
