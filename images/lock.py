@@ -3,9 +3,9 @@
     python images/lock.py           # after a change of an input (`make lock`)
     python images/lock.py --check   # compile again and compare, without writing (CI)
 
-Inputs, with a reason for each line: `<stage>/requirements.in`, `<stage>/{gpu,cpu}.in`, and `base/<line>.versions`, the
-versions that all images of a line share. Needs `uv` (requirements/dev.txt has it) and a package index. PIP_FIND_LINKS
-or PIP_EXTRA_INDEX_URL must lead to the CPU build of torch, as for `make setup`.
+Inputs, with a reason for each line: `<stage>/requirements.in`, `<stage>/{gpu,cpu}.in`, `<stage>/<line>.in` for one line
+alone, and `base/<line>.versions`, which all images of a line share. Needs `uv` (requirements/dev.txt has it) and a
+package index. PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL must lead to the CPU build of torch, as for `make setup`.
 
 Outputs are exact versions with hashes, split so that images share layers:
 
@@ -86,7 +86,7 @@ def lock_files(line: str) -> dict[Path, str]:
         return {IMAGES / "train" / f"{line}.txt": lock_text(compile_lock(line, [f"train/{line}.in"]))}
     whole = {}
     for stage in STAGES:
-        inputs = [f"{stage}/requirements.in", f"{stage}/{LINES[line]}.in"]
+        inputs = [f"{stage}/requirements.in", *(f"{stage}/{name}.in" for name in dict.fromkeys((LINES[line], line)))]
         whole[stage] = compile_lock(line, [name for name in inputs if (IMAGES / name).exists()])
     light = common_entries([whole[stage] for stage in STAGES])
     torch = remaining_entries(common_entries([whole[stage] for stage in HEAVY]), light)
