@@ -46,7 +46,7 @@ k8s-run: ## run the four stages as Kubernetes Jobs on cards of TARGET=a800, with
 	@k8s/run.sh "$$TARGET" $${NAMESPACE:+"$$NAMESPACE"}
 
 # three processes: with two, two cores are idle for a seventh of the time
-test: setup .venv/.zero ## run the tests, with real models (11 to 12 minutes on 2 cores)
+test: setup .venv/.zero .venv/.nf4 ## run the tests, with real models (10 to 11 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.ready ## run the tests that need no model, run no whole stage and start no process (under a minute on 2 cores)
@@ -55,7 +55,7 @@ test-fast: .venv/.ready ## run the tests that need no model, run no whole stage 
 image-test: setup .venv/.zero ## build the cpu images and run the demo in them with Docker Compose; starts a Docker engine if none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
 
-kill-test: setup .venv/.zero ## run whole jobs and trainings, and kill stages, shards and nodes at any moment (35 to 40 minutes)
+kill-test: setup .venv/.zero .venv/.nf4 .venv/.v100-gptq ## run whole jobs and trainings, and kill stages, shards and nodes at any moment (30 to 35 minutes)
 	@$(BIN)/python -m pytest -m "kill or long" --timeout 3600
 
 lint: setup ## check style, types, import rules, Dockerfiles and shell scripts
@@ -112,6 +112,16 @@ clean: ## delete the demo's run and Python's caches; keeps .venv and models
 .venv/.zero: requirements/zero.txt .venv/.ready
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --require-hashes --upgrade --target .venv/zero \
 	  -r requirements/zero.txt && touch $@
+
+.venv/.nf4: requirements/nf4.txt .venv/.ready
+	@$(BIN)/pip install --quiet --no-deps --require-hashes --upgrade --target .venv/nf4 -r requirements/nf4.txt && touch $@
+
+# a Python of its own: the wheels of the image v100-gptq are older than those in .venv. uv, as pip would take minutes
+.venv/.v100-gptq: images/train/v100-gptq.txt requirements/dev.txt .venv/.ready
+	@echo "installing the wheels of v100-gptq into .venv/v100-gptq (5.6 GB)"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv/v100-gptq
+	@export VIRTUAL_ENV=.venv/v100-gptq; $(BIN)/uv pip install --quiet --no-deps --require-hashes -r images/train/v100-gptq.txt \
+	  && $(BIN)/uv pip install --quiet --no-deps --constraint requirements/dev.txt pytest pluggy iniconfig && touch $@
 
 models/.ready: recipes/demo_models.py | .venv/.ready
 	@$(BIN)/python recipes/demo_models.py models 2> models.log || { tail -20 models.log >&2; exit 1; }

@@ -43,9 +43,7 @@ def stage_command(name: str, summary: str) -> click.Command:
         from stages.host.work import run_work
 
         part = requested_part(name, shard, os.environ)
-        # only eval prints what open_run says, so that a run of all stages prints it once
-        say = partial(click.echo, err=True) if name == "eval" else None
-        run = open_run(**options, say=say)
+        run = open_run(**options, say=partial(warn_of, name))
         code = run_stage(run, name, run_work, force, part, check=partial(refuse_mistakes, run, (name,)))
         if code == Exit.DONE and (part is None or (isinstance(part, Node) and part.rank == 0)):
             for line in result_lines(run.folder, name):
@@ -53,6 +51,17 @@ def stage_command(name: str, summary: str) -> click.Command:
         sys.exit(code)
 
     return command
+
+
+def warn_of(stage: str, section: str, line: str) -> None:
+    """Print a line on a key of this stage's section: in a run of all stages each comes once."""
+    if section == stage:
+        warn(section, line)
+
+
+def warn(_section: str, line: str) -> None:
+    """Print a line on a key of a recipe that is ignored, for `open_run`."""
+    click.echo(line, err=True)
 
 
 def print_lines(lines: Generator[str, None, int | None]) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from entrypoints.common import one_line_errors, print_lines
+from entrypoints.common import one_line_errors, print_lines, warn
 from entrypoints.compare import compare
 from entrypoints.doctor import doctor
 from entrypoints.launch import launch
@@ -72,11 +72,6 @@ def list_recipes() -> None:
         click.echo(f"{path.stem:<16}{description}" + (f" (profiles: {', '.join(profiles)})" if profiles else ""))
 
 
-def _warn(line: str) -> None:
-    """Print a line on standard error."""
-    click.echo(line, err=True)
-
-
 @recipe.command()
 @recipe_options
 @one_line_errors
@@ -85,7 +80,7 @@ def show(**options: Any) -> None:
     from stages.contract.recipe import dump_recipe
     from stages.host.runs import open_run
 
-    click.echo(dump_recipe(open_run(**options, say=_warn).recipe), nl=False)
+    click.echo(dump_recipe(open_run(**options, say=warn).recipe), nl=False)
 
 
 @recipe.command()
@@ -97,7 +92,7 @@ def validate(recipe: str) -> None:
     from stages.host.runs import open_run, recipe_path
 
     for profile in [None, *profile_names(recipe_path(recipe))]:
-        open_run(recipe, profile, say=_warn)
+        open_run(recipe, profile, say=warn)
         click.echo(f"{recipe}: valid" + (f" with profile {profile}" if profile else ""))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from entrypoints.common import one_line_errors, print_lines
+from entrypoints.common import one_line_errors, print_lines, warn
 from entrypoints.options import recipe_options
 
 
@@ -37,4 +37,4 @@ def plan(target: str | None, count: int, memory: float | None, **options: Any) -
     from stages.host import planning
     from stages.host.runs import open_run
 
-    sys.exit(print_lines(planning.plan(open_run(**options), target, count, memory)))
+    sys.exit(print_lines(planning.plan(open_run(**options, say=warn), target, count, memory)))

@@ -82,7 +82,7 @@ def test_a_value_reaches_the_command_as_typed(make: Make, value: str, by_environ
 
 
 def test_settings_reach_it_as_one_variable(make: Make) -> None:
-    settings = 'train.connector={micro_batch: 1, max_length: 64} train.note="$5" seed=7'
+    settings = 'train.connector={epochs: 2, max_length: 64} train.note="$5" seed=7'
     assert make.lorry("infer", f"SET={settings}")[-1] == f"LORRY_SET={settings}"
     assert make.lorry("infer", LORRY_SET="seed=1")[-1] == "LORRY_SET=seed=1"
     assert make.lorry("infer", "SET=seed=2", LORRY_SET="seed=1")[-1] == "LORRY_SET=seed=2"

@@ -57,11 +57,15 @@ class Model(Section):
     """The base that is tuned."""
 
     path: str = Field(description="Folder of a Hugging Face model, relative to the model mount or absolute")
-    swift_type: str = Field(description="ms-swift's --model_type of the model; ms-swift needs it for a local folder")
+    swift_type: str | None = Field(
+        None,
+        description="ms-swift's --model_type of the model; only for training on samples with pictures, and not for the"
+        " Qwen2-VL family, LLaVA and MGM, whose pictures Lorry reads itself",
+    )
     swift_template: str | None = Field(
         None,
-        description="ms-swift's --template of the model; only for training on samples with pictures. Everything else is"
-        " rendered with the chat template",
+        description="ms-swift's --template of the model, for the same models as swift_type; it has to write the same as"
+        " the chat template",
     )
     trust_remote_code: bool = Field(
         False, description="Run the Python files in the model's folder, for a model that transformers has no code for"
@@ -291,8 +295,7 @@ class Connector(Section):
     )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate")
     epochs: float = Field(1.0, gt=0, description="Passes over the samples")
-    effective_batch: int = Field(256, ge=1, description="Samples per optimizer step, over all GPUs")
-    micro_batch: int = Field(1, ge=1, description="Samples per forward pass on one GPU")
+    effective_batch: int = Field(256, ge=1, description="Samples per optimizer step, over all GPUs: exactly so many")
     max_length: int = Field(
         2048, ge=16, description="Maximum tokens of a sample; longer ones are counted and left out, never cut"
     )
@@ -338,13 +341,7 @@ class Train(Section):
         None, gt=0, description="LoRA+: learning rate of B divided by that of A; null: the same for both"
     )
     epochs: float = Field(1.0, gt=0, description="Passes over an adapter's samples")
-    effective_batch: int = Field(16, ge=1, description="Samples per optimizer step, over all GPUs")
-    exact_batch: bool = Field(
-        False, description="Refuse GPU counts that cannot reach effective_batch exactly; also for the connector"
-    )
-    micro_batch: int = Field(
-        1, ge=1, description="Samples per forward pass on one GPU; Lorry halves it if memory requires that"
-    )
+    effective_batch: int = Field(16, ge=1, description="Samples per optimizer step, over all GPUs: exactly so many")
     max_length: int = Field(
         2048, ge=16, description="Maximum tokens of a sample; longer ones are counted and left out, never cut"
     )
@@ -359,16 +356,17 @@ class Train(Section):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="Compute activations again in the backward pass: less memory, slower; Lorry turns it on if memory"
-        " requires that",
+        description="Compute activations again in the backward pass of all layers: less memory, slower; false: of as"
+        " many as memory requires",
     )
     precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
         description="Data type that the frozen base computes in; auto: by compute capability. LoRA weights are float32",
     )
     load_in_4bit: bool = Field(False, description="Keep the frozen base in 4 bits (bitsandbytes' NF4) while training")
-    sharding: Literal["auto", "none", "zero2", "zero3"] = Field(
-        "auto", description="DeepSpeed ZeRO over several GPUs; auto: the first of none, zero2 and zero3 that fits"
+    sharding: Literal["auto", "none", "zero3"] = Field(
+        "auto",
+        description="Share the frozen base out over several GPUs by DeepSpeed's ZeRO-3; auto: if it does not fit whole",
     )
     least_max_length: int | None = Field(
         None, ge=16, description="Lower bound for max_length when out of memory; null: never shortened"
@@ -431,7 +429,7 @@ class Train(Section):
         """Raise ValueError for zero3 with a base in 4 bits."""
         if self.load_in_4bit and self.sharding == "zero3":
             raise ValueError(
-                "sharding zero3: cannot shard a base in 4 bits; set it to zero2, or train.load_in_4bit to false"
+                "sharding zero3: cannot shard a base in 4 bits; set it to none, or train.load_in_4bit to false"
             )
         return self
 
@@ -453,14 +451,10 @@ class Train(Section):
 
 
 RESULT_NEUTRAL = {
-    *("micro_batch", "gradient_checkpointing", "sharding", "least_max_length", "least_max_pixels", "keep_checkpoints"),
-    *("keep_going", "exact_batch"),
+    *("gradient_checkpointing", "sharding", "least_max_length", "least_max_pixels", "keep_checkpoints", "keep_going"),
 }
-"""Settings of `train` that do not change what an adapter learns. They change memory, disk space, speed, what Lorry
-refuses, and what happens after a failure."""
-
-_LEFT_OUT: dict[str, Any] = {"train": {**dict.fromkeys(RESULT_NEUTRAL, True), "connector": {"micro_batch": True}}}
-"""RESULT_NEUTRAL and the connector's micro_batch, in the form of pydantic's `exclude`."""
+"""Settings of `train` that do not change what an adapter learns. They change memory, disk space, speed, and what
+happens after a failure."""
 
 
 ADDED: dict[str, dict[str, Any]] = {
@@ -598,11 +592,11 @@ class Recipe(Section):
     def digest(self, *sections: str, replaced: Mapping[str, Mapping[str, Any]] | None = None) -> str:
         """sha256 (hex) of the values of the named sections or keys (`section.key`); without names, of the whole recipe.
 
-        `RESULT_NEUTRAL`, the connector's micro_batch, description and profile are left out: a run resumes even if they
-        change. So are the keys in ADDED with the value there. `replaced` adds the values of `replaced_values` to the
-        named sections, for the digest that an earlier version of Lorry computed.
+        `RESULT_NEUTRAL`, description and profile are left out: a run resumes even if they change. So are the keys in
+        ADDED with the value there. `replaced` adds the values of `replaced_values` to the named sections, for the
+        digest that an earlier version of Lorry computed.
         """
-        values = self.model_dump(mode="json", exclude={"description": True, "profile": True, **_LEFT_OUT})
+        values = self.model_dump(mode="json", exclude={"description": True, "profile": True, "train": RESULT_NEUTRAL})
         for section, keys in ADDED.items():
             values[section] = {
                 key: value for key, value in values[section].items() if key not in keys or value != keys[key]
@@ -618,19 +612,30 @@ class Recipe(Section):
         return digest_of(found)
 
 
-REPLACED = {("eval", "bootstrap"): "intervals are computed without resamples (docs/runs.md#intervals)"}
+REPLACED = {
+    ("eval", "bootstrap"): "intervals are computed without resamples (docs/runs.md#intervals)",
+    ("train", "micro_batch"): "a pass holds as many tokens as memory allows (docs/memory.md)",
+    ("train", "connector", "micro_batch"): "a pass holds as many tokens as memory allows (docs/memory.md)",
+    ("train", "exact_batch"): "a step has exactly train.effective_batch samples on any number of GPUs",
+}
 """Keys that recipes of earlier runs have, and what replaced them. They are read and ignored."""
+
+REPLACED_VALUES = {("train", "sharding"): ("zero2", "auto", "Lorry shards the base (zero3) or nothing")}
+"""Values that recipes of earlier runs have, each with the value that it is read as, and why."""
+
+IN_EARLIER_DIGESTS = (("eval", "bootstrap"),)
+"""Those of REPLACED that were in the digest of a recipe. The others never changed a result."""
 
 
 def replaced_values(path: Path) -> dict[str, dict[str, Any]]:
-    """The values of the keys in REPLACED that a recipe file sets outside its profiles, by section and name.
+    """The values of the keys IN_EARLIER_DIGESTS that a recipe file sets outside its profiles, by section and name.
 
     Raises UsageError if the file cannot be read, or is not a YAML mapping.
     """
     values, _, _ = _read_recipe_file(path)
     return {
         section: {name: values[section][name]}
-        for section, name in REPLACED
+        for section, name in IN_EARLIER_DIGESTS
         if isinstance(values.get(section), dict) and name in values[section]
     }
 
@@ -652,13 +657,14 @@ def load_recipe(
     profile: str | None = None,
     overrides: tuple[str, ...] = (),
     data: Path | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str, str], None] | None = None,
 ) -> Recipe:
     """The resolved recipe of a file, after a profile, a data folder and `section.key=value` overrides, in this order.
 
-    `say` gets a line on each key that is ignored because something replaced it. Raises UsageError for a file that
-    cannot be read, an unknown profile, an override of another form, an unknown or missing key, and a wrong value. The
-    message has the line of a key or value that the file sets.
+    `say` gets, for each key that is ignored because something replaced it, and for each value that is read as another,
+    its section and a line. Raises UsageError
+    for a file that cannot be read, an unknown profile, an override of another form, an unknown or missing key, and a
+    wrong value. The message has the line of a key or value that the file sets.
     """
     values, profiles, text = _read_recipe_file(path)
     prefix: tuple[str, ...] = ()
@@ -672,15 +678,17 @@ def load_recipe(
         values = _merge(values, {"data": {"path": str(data.absolute())}}, "--data")
     for override in overrides:
         values = _merge(values, _parse_override(override), f"--set {override}")
-    for (section, name), instead in REPLACED.items():
-        given = values.get(section)
-        if not isinstance(given, dict) or name not in given:
-            continue
-        values[section] = {key: value for key, value in given.items() if key != name}
-        if say is not None:
-            options = [f"--set {override}" for override in overrides if override.startswith(f"{section}.{name}=")]
-            where = options[0] if options else locate_key(path, (section, name), profile)
-            say(f"{where}: '{section}.{name}' is ignored: {instead}; remove it")
+    for location, instead in REPLACED.items():
+        key = ".".join(location)
+        if _remove_key(values, location) and say is not None:
+            where = _where_set(path, location, profile, overrides)
+            say(location[0], f"{where}: {key!r} is ignored: {instead}; remove it")
+    for (section, name), (value, other, why) in REPLACED_VALUES.items():
+        if isinstance(values.get(section), dict) and values[section].get(name) == value:
+            values[section] = {**values[section], name: other}
+            if say is not None:
+                where = _where_set(path, (section, name), profile, overrides)
+                say(section, f"{where}: {f'{section}.{name}'!r} {value} is read as {other}: {why}; set it to {other}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -707,6 +715,12 @@ def _read_recipe_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     if not isinstance(profiles, dict):
         raise UsageError(f"{path}: profiles: found {profiles!r}; write a mapping of names to sections")
     return values, profiles, text
+
+
+def _where_set(path: Path, location: tuple[str, ...], profile: str | None, overrides: tuple[str, ...]) -> str:
+    """The place where a recipe sets a key: the last override that does, or else file and line."""
+    options = [f"--set {override}" for override in overrides if _sets_key(override, location)]
+    return options[-1] if options else locate_key(path, location, profile)
 
 
 def locate_key(path: Path, location: tuple[str, ...], profile: str | None) -> str:
@@ -776,6 +790,30 @@ def _merge(base: Any, over: Any, where: str) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = _merge(result[key], value, where) if both else value
     return result
+
+
+def _sets_key(override: str, location: tuple[str, ...]) -> bool:
+    """Whether an override of the form `section.key=value` sets a key, also as part of a mapping."""
+    values: Any = _parse_override(override)
+    for name in location:
+        if not isinstance(values, dict) or name not in values:
+            return False
+        values = values[name]
+    return True
+
+
+def _remove_key(values: dict[str, Any], location: tuple[str, ...]) -> bool:
+    """Remove a key from nested mappings, in copies of those above it. Returns whether it was there."""
+    name, *inner = location
+    if name not in values:
+        return False
+    if not inner:
+        del values[name]
+        return True
+    if not isinstance(values[name], dict):
+        return False
+    values[name] = dict(values[name])
+    return _remove_key(values[name], tuple(inner))
 
 
 def _parse_override(text: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The records that stages hand to each other, as JSON Lines; joined by `id`, never by position.
 
-A sample has ms-swift's message format, so that training reads it unchanged, and the fields that scoring needs. A
+A sample has the messages that chat templates take, so that training reads it unchanged, and what scoring needs. A
 prediction is one model's answer to a sample; a failed one has `error` and no answer, and is counted.
 """
 
@@ -29,7 +29,7 @@ def unescape_places(text: str) -> str:
 
 
 class Message(TypedDict):
-    """One message of a conversation, in ms-swift's format."""
+    """One message of a conversation, in the form that chat templates take."""
 
     role: str
     """`system`, `user` or `assistant`."""

@@ -192,10 +192,20 @@ def _loss_table(curve: list[dict[str, Any]], trained: dict[str, Any]) -> list[di
                 "validation": validation[-1] if validation else None,
                 "lowest": min(validation) if validation else None,
                 "memory": (peak := trained.get("gpu_memory", {}).get(adapter)) and f"{peak['reserved'] / GIB:.1f} GiB",
-                "speed": (speed := trained.get("tokens_per_second", {}).get(adapter)) and f"{speed:,.0f}",
+                "speed": _speed_text(trained, adapter),
             }
         )
     return rows
+
+
+def _speed_text(trained: dict[str, Any], adapter: str) -> str | None:
+    """An adapter's training speed in tokens per second, with its share of the GPUs' peak, from train's manifest.
+
+    None if it was not measured.
+    """
+    speed = trained.get("tokens_per_second", {}).get(adapter)
+    share = trained.get("share_of_peak", {}).get(adapter)
+    return speed and f"{speed:,.0f}" + (f" ({share:.0%} of peak)" if share else "")
 
 
 # -- the worst answers -------------------------------------------------------------------------------------------

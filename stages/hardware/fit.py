@@ -1,19 +1,24 @@
 """Finds a way to train that fits the GPUs: as the recipe says, or with the same result in less memory.
 
-Micro-batch, gradient checkpointing and sharding change memory and speed, but not the result, so Lorry changes them on
-its own. A base in 4 bits, smaller pictures and shorter samples change the result, so Lorry only suggests them.
+The tokens of a pass, gradient checkpointing and sharding change memory and speed, but not the result, so Lorry chooses
+them on its own. A base in 4 bits, smaller pictures and shorter samples change the result, so Lorry only suggests them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 
 from stages.contract.recipe import Train
-from stages.hardware.batch import BatchPlan, plan_batch
 from stages.hardware.memory import Estimate, Lengths, estimate_memory, trained_parameters
+from stages.hardware.step import StepPlan
 from stages.models.shape import ModelShape
 
 UNSURE = 0.03
-"""Share by which an estimate may be too low. In measurements it was up to 2.3% too low (docs/measurements.md)."""
+"""Share by which an estimate may be too low. With earlier code it was up to 2.3% too low (docs/measurements.md)."""
+MOST_TOKENS = 16_384
+"""Most tokens of a pass: longer ones are hardly faster (`_relative_time`)."""
+PLAIN_TOKENS = 2_048
+"""Most tokens of a pass where no memory limit is known, as on a CPU, whose passes are no faster if they are longer."""
 SHORT = 64
 """Tokens of a very short sample: almost every job has longer ones."""
 MOST_GPUS = 8
@@ -24,17 +29,17 @@ LEAST_PIXELS = 200_000
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: settings, batch plan, sharding and data type, with the memory that they take."""
+    """One way to train: settings, passes, sharding and data type, with the memory that they take."""
 
     settings: Train
-    batch: BatchPlan
+    step: StepPlan
     sharding: str
-    """`none`, `zero2` or `zero3`."""
+    """`none` or `zero3`."""
     dtype: str
     """Data type that the frozen base computes in."""
     estimate: Estimate
     changes: tuple[str, ...] = ()
-    """Differences from the recipe as text, such as `train.micro_batch=1 for 4`."""
+    """Differences from the fastest way of the same kind, or from the recipe, as text."""
 
     def fits(self, memory: int | None) -> bool:
         """Whether the peak fits in `memory` bytes on each GPU; None: no limit."""
@@ -54,26 +59,24 @@ def plan_training(
     its answer count as max_length tokens.
     """
     lengths = lengths or Lengths(settings.max_length, settings.max_length)
-    ways = list(_ways(shape, settings, processes, dtype, lengths))
+    ways = list(_ways(shape, settings, processes, dtype, memory, lengths))
     leanest = min(ways, key=lambda way: way.estimate.total)
     return next((way for way in ways if way.fits(memory)), leanest)
 
 
 def unestimated_way(settings: Train, processes: int, dtype: str) -> Way:
-    """The way that the recipe asks for, with an estimate of 0, for a model whose memory cannot be estimated."""
+    """The way that the recipe asks for, with an estimate of 0, for a model whose memory cannot be estimated.
+
+    Its number of layers is unknown: train.gradient_checkpointing decides whether all of them are checkpointed.
+    """
     sharding = "none" if settings.sharding == "auto" else settings.sharding
-    batch = plan_batch(settings.effective_batch, settings.micro_batch, processes)
-    return Way(settings, batch, sharding, dtype, Estimate(*[0] * 8))
+    step = StepPlan(settings.effective_batch, processes, max(PLAIN_TOKENS, settings.max_length))
+    return Way(settings, step, sharding, dtype, Estimate(*[0] * 8))
 
 
 def most_gpus(settings: Train) -> int:
     """The largest number of GPUs that training can use: with more, some would get no sample in a step of some phase."""
     return min(_effective_batches(settings))
-
-
-def makes_exact_batches(settings: Train, gpus: int) -> bool:
-    """Whether `gpus` divides the effective batch of each phase; always True without train.exact_batch."""
-    return not settings.exact_batch or all(batch % gpus == 0 for batch in _effective_batches(settings))
 
 
 def _effective_batches(settings: Train) -> list[int]:
@@ -82,56 +85,86 @@ def _effective_batches(settings: Train) -> list[int]:
     return [settings.effective_batch, *first]
 
 
-def recipe_way(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Way:
-    """The way that the recipe asks for. If sharding is `auto`, the way that does not shard."""
-    return next(_ways(shape, settings, processes, dtype, lengths))
+def recipe_way(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths, memory: int | None = None
+) -> Way:
+    """The fastest way, whether it fits or not. If sharding is `auto`, it does not shard.
+
+    `memory` as in `plan_training`.
+    """
+    return next(_ways(shape, settings, processes, dtype, memory, lengths))
 
 
 def least_memory(shape: ModelShape, settings: Train, processes: int, dtype: str) -> int:
     """The fewest bytes that training takes on each GPU: those of the leanest way, with very short samples."""
     lengths = Lengths(SHORT, SHORT // 4)
-    return min(way.estimate.total for way in _ways(shape, settings, processes, dtype, lengths))
+    return min(way.estimate.total for way in _ways(shape, settings, processes, dtype, None, lengths))
 
 
-def _ways(shape: ModelShape, settings: Train, processes: int, dtype: str, lengths: Lengths) -> Iterator[Way]:
-    """Yield all ways with the same result, the fastest first.
-
-    From one way to the next, the micro-batch is halved. Then checkpointing is turned on, and last comes more sharding.
-    """
-    shardings = ["none", "zero2", "zero3"] if processes > 1 else ["none"]
-    if settings.load_in_4bit or shape.quantisation is not None:
-        shardings = shardings[:2]  # ZeRO-3 cannot shard a quantised base
+def _ways(
+    shape: ModelShape, settings: Train, processes: int, dtype: str, memory: int | None, lengths: Lengths
+) -> Iterator[Way]:
+    """Yield all ways with the same result: those without sharding first, and of each sharding the fastest first."""
+    # ZeRO-3 cannot shard a quantised base
+    whole = processes == 1 or settings.load_in_4bit or shape.quantisation is not None
+    shardings = ["none"] if whole else ["none", "zero3"]
     if settings.sharding != "auto":
         shardings = [settings.sharding]
+    steps = _steps(shape, settings, processes, memory, lengths)
     for sharding in shardings:
-        for checkpointing in sorted({settings.gradient_checkpointing, True}):
-            for micro_batch in _halves(settings.micro_batch):
-                changed = settings.model_copy(
-                    update={"micro_batch": micro_batch, "gradient_checkpointing": checkpointing}
-                )
-                batch = plan_batch(settings.effective_batch, micro_batch, processes)
-                found = estimate_memory(shape, changed, batch, dtype, sharding, lengths)
-                yield Way(changed, batch, sharding, dtype, found, _changes(settings, changed, sharding))
+        for step in steps:
+            found = estimate_memory(shape, settings, step, dtype, sharding, lengths)
+            changes = (*_step_changes(steps[0], step), *_sharding_change(settings, sharding))
+            yield Way(settings, step, sharding, dtype, found, changes)
 
 
-def _halves(most: int) -> list[int]:
-    """`most`, its half, the half of that and so on down to 1; halves are rounded down."""
-    found = [most]
-    while found[-1] > 1:
-        found.append(found[-1] // 2)
-    return found
+def _steps(shape: ModelShape, settings: Train, processes: int, memory: int | None, lengths: Lengths) -> list[StepPlan]:
+    """The ways to compute a step, the fastest first.
+
+    The tokens of a pass are halved down to the longest sample, from what one process's samples of a step have at most.
+    No layer is checkpointed, or a fourth, and so on up to all; all if the recipe says so.
+    """
+    one = StepPlan(settings.effective_batch, processes, PLAIN_TOKENS if memory is None else MOST_TOKENS)
+    most = lengths.largest_pass(one)
+    quarters = (4,) if settings.gradient_checkpointing else range(5)
+    found = [
+        replace(one, pass_tokens=tokens, checkpointed_layers=ceil(shape.layers * quarter / 4))
+        for tokens in _halves(most, lengths.longest)
+        for quarter in quarters
+    ]
+    return sorted(found, key=lambda step: _relative_time(step, shape.layers))
 
 
-def _changes(asked: Train, changed: Train, sharding: str) -> tuple[str, ...]:
-    """The settings that differ from the recipe's, as text for `Way.changes`."""
+def _relative_time(step: StepPlan, layers: int) -> float:
+    """The estimated time per token. Checkpointing repeats the forward pass, a third of the work; and each pass takes
+    about as much time for its launches as for 400 tokens."""
+    return (1 + step.checkpointed_layers / layers / 3) * (1 + 400 / step.pass_tokens)
+
+
+def _halves(most: int, least: int) -> list[int]:
+    """`most`, its half, the half of that and so on, rounded down, and `least` at the end."""
     found = []
-    if changed.micro_batch != asked.micro_batch:
-        found.append(f"{asked.full_key('micro_batch')}={changed.micro_batch} for {asked.micro_batch}")
-    if changed.gradient_checkpointing != asked.gradient_checkpointing:
-        found.append("train.gradient_checkpointing=true")
-    if sharding != ("none" if asked.sharding == "auto" else asked.sharding):
-        found.append(f"train.sharding={sharding}")
+    while most > least:
+        found.append(most)
+        most //= 2
+    return [*found, least]
+
+
+def _step_changes(fastest: StepPlan, step: StepPlan) -> tuple[str, ...]:
+    """In what a step is computed otherwise than in the fastest way, as text for `Way.changes`."""
+    found = []
+    if step.pass_tokens != fastest.pass_tokens:
+        found.append(f"passes of at most {step.pass_tokens:,} tokens for {fastest.pass_tokens:,}")
+    if step.checkpointed_layers != fastest.checkpointed_layers:
+        found.append(f"{step.checkpointed_layers} checkpointed layers")
     return tuple(found)
+
+
+def _sharding_change(asked: Train, sharding: str) -> tuple[str, ...]:
+    """The sharding as text for `Way.changes`, if it differs from the recipe's."""
+    return (
+        () if sharding == ("none" if asked.sharding == "auto" else asked.sharding) else (f"train.sharding={sharding}",)
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +174,7 @@ class Offers:
     bitsandbytes: bool = True
     """Whether it has kernels for a base in 4 bits."""
     deepspeed: bool = True
-    """Whether it has DeepSpeed, which ZeRO needs."""
+    """Whether it has DeepSpeed, which ZeRO-3 needs."""
 
 
 def smallest_changes(
@@ -155,8 +188,9 @@ def smallest_changes(
 ) -> list[Way]:
     """Ways that fit in `memory` bytes on each GPU, at most one of each kind, the smallest change first.
 
-    Kinds with the same result: the settings that Lorry changes on its own, another sharding, another number of GPUs.
-    Kinds with another result: a base in 4 bits, smaller pictures, shorter samples. Empty if no way fits.
+    Kinds with the same result: what Lorry chooses on its own, another sharding, another number of GPUs. Kinds with
+    another result: a base in 4 bits, smaller pictures, shorter samples. Of these, the changes name only what the recipe
+    or the command has to say. Empty if no way fits.
     """
     kinds: list[Iterator[Way]] = [
         iter([plan_training(shape, settings, processes, dtype, memory, lengths)]),
@@ -180,7 +214,7 @@ def _ways_with_other_sharding(
     if settings.sharding != "auto":
         free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
         way = plan_training(shape, free, processes, dtype, memory, lengths)
-        yield replace(way, changes=_changes(settings, way.settings, way.sharding))
+        yield replace(way, changes=_sharding_change(settings, way.sharding))
 
 
 def _ways_on_other_gpus(
@@ -193,12 +227,12 @@ def _ways_on_other_gpus(
     """
     free = settings.model_copy(update={"sharding": "auto" if offers.deepspeed else "none"})
     most = min(MOST_GPUS, most_gpus(settings))
-    others = [gpus for gpus in range(1, most + 1) if gpus != processes and makes_exact_batches(settings, gpus)]
+    others = [gpus for gpus in range(1, most + 1) if gpus != processes]
     for gpus in sorted(others, key=lambda gpus: (abs(gpus - processes), gpus)):
         for each in (settings, free) if settings.sharding != "auto" else (free,):
             way = plan_training(shape, each, gpus, dtype, memory, lengths)
             count = f"{gpus} GPU{'s' if gpus > 1 else ''}"
-            yield replace(way, changes=(count, *_changes(settings, way.settings, way.sharding)))
+            yield replace(way, changes=(count, *_sharding_change(settings, way.sharding)))
 
 
 def _ways_in_4bit(
@@ -212,7 +246,7 @@ def _ways_in_4bit(
     if shape.quantisation is None and not settings.load_in_4bit and settings.sharding != "zero3":
         changed = settings.model_copy(update={"load_in_4bit": True, "sharding": "none"})
         way = plan_training(shape, changed, processes, dtype, memory, lengths)
-        yield replace(way, changes=("train.load_in_4bit=true", *way.changes))
+        yield replace(way, changes=("train.load_in_4bit=true",))
 
 
 def _ways_with_smaller_pictures(
@@ -230,7 +264,10 @@ def _ways_with_smaller_pictures(
         length = max(lengths.longest - (settings.max_pixels - pixels) // side**2, lengths.answer)
         changed = settings.model_copy(update={"max_pixels": pixels})
         way = plan_training(shape, changed, processes, dtype, memory, replace(lengths, longest=length))
-        yield replace(way, changes=(f"train.max_pixels={pixels} for {settings.max_pixels}", *way.changes))
+        yield replace(
+            way,
+            changes=(f"train.max_pixels={pixels} for {settings.max_pixels}", *_sharding_change(settings, way.sharding)),
+        )
 
 
 def _ways_with_shorter_samples(
@@ -242,9 +279,8 @@ def _ways_with_shorter_samples(
         shorter = replace(lengths, longest=length, answer=min(lengths.answer, length))
         changed = settings.model_copy(update={"max_length": length})
         way = plan_training(shape, changed, processes, dtype, memory, shorter)
-        yield replace(
-            way, changes=(f"{settings.full_key('max_length')}={length}, longer samples left out", *way.changes)
-        )
+        change = f"{settings.full_key('max_length')}={length}, longer samples left out"
+        yield replace(way, changes=(change, *_sharding_change(settings, way.sharding)))
 
 
 def disk_bytes(shape: ModelShape, settings: Train) -> int:
@@ -254,7 +290,7 @@ def disk_bytes(shape: ModelShape, settings: Train) -> int:
     connector is trained first, its weights and checkpoints are added.
     """
     adapter = 4 * trained_parameters(shape, settings)
-    checkpoints = (settings.keep_checkpoints + 1) * 4 * adapter  # each has weights, ZeRO's master copy and two moments
+    checkpoints = (settings.keep_checkpoints + 1) * 3 * adapter  # each has weights and two moments
     first = settings.connector is not None and not settings.trains_connector
     return (
         len(settings.adapters) * adapter

@@ -1,17 +1,19 @@
 """Estimates the memory that training an adapter or a connector takes on each GPU, from the model's shape alone.
 
-It counts one by one the tensors that autograd keeps in a decoder layer as transformers runs it: RMSNorm in float32,
-scaled dot-product attention, a gated MLP, and PEFT's LoRA in float32 under autocast. Constants without a source were
-measured on an H200 with torch 2.11 (benchmarks/memory.py; docs/measurements.md). Sizes are in bytes.
+It counts one by one the tensors that a pass keeps in a decoder layer as `stages/train` runs it: fused norms, packed
+attention, LoRA and a gated MLP in one autograd function each, and logits in chunks. Without a GPU, and before compute
+capability 8.0, norms also keep float32 copies, which are not counted. Constants without a source were measured on an
+H200 (docs/measurements.md). Sizes are in bytes.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from math import prod
+from math import ceil, prod
 
 from stages.contract.recipe import Recipe, Train
-from stages.hardware.batch import BatchPlan
+from stages.hardware.step import StepPlan
 from stages.models.shape import ModelShape
 
 FLOAT32 = 4
@@ -23,24 +25,21 @@ mixture of experts has 19,000 tensors."""
 FRAMEWORK = 862_000_000
 """CUDA context with the kernels that training loads (795 MB), and cuBLAS' two workspaces (67 MB)."""
 NCCL = 1_000_000_000
-"""NCCL's buffers and channels for each process in a group; measured with a group of one (under ZeRO-2)."""
+"""NCCL's buffers and channels for each process in a group; measured with a group of one."""
 
-ZERO_BUCKET = 20_000_000
-"""Elements that ZeRO reduces or gathers at a time, in a buffer of 40 to 80 MB. DeepSpeed's default of 500 million would
-take 1 GB or more for gradients that LoRA does not have."""
 ZERO3_LIVE = 500_000_000
 """Weights that a GPU gathers at a time under ZeRO-3, if the current layer is smaller: 1 GB in 16 bits, two layers of a
 7B model. DeepSpeed's default of 1 billion would take 2 GB."""
 ZERO3_PREFETCH = 250_000_000
 """Weights that ZeRO-3 prefetches, 0.5 GB in 16 bits: one whole layer of a 7B model."""
 
-LOSS_PER_LOGIT = 12.05
-"""Bytes per logit when the backward pass of the loss begins: log-softmax and its gradient in float32, with copies."""
-SAVED_PER_LOGIT = 4
-"""Bytes per logit that stay after the forward pass: its log-softmax."""
-FRAGMENTS_PER_LOGIT = 3.55
-"""Bytes per logit that fragmentation costs: these tensors are larger than all others, fit in no free block, and the
-allocator takes new memory."""
+LOGITS = 128 * 1024**2
+"""Most logits that are computed at a time (stages/train/head.py)."""
+LEAST_RANK = 16
+"""Rank to which LoRA's products are padded at least (stages/train/kernels.py)."""
+LEAST_ROUNDING = 128
+"""Tokens to whose multiple a pass is rounded up at least (stages/train/passes.py)."""
+
 FRAGMENTS_SHARE = 0.01
 """What fragmentation adds, with expandable segments, as a share of adapter, optimizer state and activations."""
 
@@ -70,27 +69,38 @@ class Lengths:
     """Length of the longest sample, with its images."""
     answer: int
     """Length of the longest answer: only tokens with a loss get logits."""
-    shortest_prompt: int | None = None
-    """Length of the shortest prompt before an answer; None: all samples are alike."""
+    mean: float | None = None
+    """Mean length of a sample; None: all are as long as the longest."""
+    deviation: float = 0.0
+    """Standard deviation of the lengths."""
 
-    def logit_positions(self, micro_batch: int) -> int:
-        """The maximum number of positions in a micro-batch that get logits.
+    def largest_pass(self, step: StepPlan) -> int:
+        """The tokens that hardly a pass exceeds: as many as it may have, or the samples of a step if these have fewer.
 
-        With several samples, ms-swift computes them from the first answer's start to the longest sample's end.
+        The samples of a step exceed their mean by three standard deviations in one step of a thousand.
         """
-        if micro_batch == 1 or self.shortest_prompt is None:
-            return micro_batch * self.answer
-        return micro_batch * (self.longest - min(self.shortest_prompt, self.longest - self.answer))
+        samples = step.samples_of_a_process
+        together = samples * self.longest
+        if self.mean is not None:
+            together = min(together, ceil(samples * self.mean + 3 * samples**0.5 * self.deviation))
+        return max(self.longest, min(step.pass_tokens, together))
+
+    def samples(self, tokens: int) -> int:
+        """The number of samples of mean length in a pass of so many tokens."""
+        return max(round(tokens / min(self.mean or self.longest, self.longest)), 1)
+
+    def learnt(self, tokens: int) -> int:
+        """The most learnt tokens of such a pass."""
+        return min(self.samples(tokens) * self.answer, tokens)
 
 
 def max_lengths(recipe: Recipe) -> Lengths:
     """The longest samples that the recipe allows, for an estimate before preprocess has run.
 
-    A sample has train.max_length tokens, of which infer.max_new_tokens are the answer. In a micro-batch of several,
-    one sample has an empty prompt.
+    A sample has train.max_length tokens, of which infer.max_new_tokens are the answer.
     """
     longest = recipe.train.max_length
-    return Lengths(longest, min(longest, recipe.infer.max_new_tokens), shortest_prompt=0)
+    return Lengths(longest, min(longest, recipe.infer.max_new_tokens))
 
 
 @dataclass(frozen=True)
@@ -117,61 +127,66 @@ class Estimate:
 
 
 def estimate_memory(
-    shape: ModelShape, settings: Train, batch: BatchPlan, dtype: str, sharding: str, lengths: Lengths
+    shape: ModelShape, settings: Train, step: StepPlan, dtype: str, sharding: str, lengths: Lengths
 ) -> Estimate:
     """The estimated peak memory of training on one GPU.
 
-    `dtype` is the frozen base's; `sharding` is `none`, `zero2` or `zero3`. The peak is the maximum of four moments: the
-    loss, with the activations of all layers and the logits; the backward pass of the last layer and that of the first,
-    each with a layer's working set; and the reading of MGM's pictures.
+    `dtype` is the frozen base's; `sharding` is `none` or `zero3`. The peak is the maximum of four moments: the
+    loss, with the activations of all layers and a chunk of logits; the backward pass of the last layer, and that of the
+    last checkpointed one, each with a layer's working set; and the reading of MGM's pictures.
     """
     size = FLOAT32 if dtype == "float32" else 2
-    tokens = batch.micro_batch * lengths.longest
+    tokens = _rounded_up(lengths.largest_pass(step))
     adapter = trained_parameters(shape, settings)
-    shards = batch.gpus if sharding != "none" else 1
-    # under ZeRO the adapter is in the base's precision, with a float32 master copy beside the optimizer's moments
-    held = adapter * (FLOAT32 if sharding == "none" else size)
-    moments = adapter * FLOAT32 * (2 if sharding == "none" else 3) // shards
-    gradients = adapter * FLOAT32 if sharding == "none" else adapter * size + ZERO_BUCKET * FLOAT32
+    held = gradients = adapter * FLOAT32  # ZeRO-3 shards the base alone
+    moments = adapter * FLOAT32 * 2
 
     connector = _connector_activations(shape, settings) * tokens
-    of_pictures, reading = _large_map_bytes(shape, settings, batch.micro_batch)
+    of_pictures, reading = _large_map_bytes(shape, settings, step, lengths.samples(tokens))
     connector += of_pictures
-    layer = _layer_activations(shape, settings, size, batch.micro_batch, lengths.longest) * tokens
-    # with a GPTQ base autograd also keeps each module's unpacked weights, for any number of tokens
-    layer += size * sum(_quantised_layer_sizes(shape)) // shape.layers
-    unpacking = UNPACKING[dtype] * max(_quantised_layer_sizes(shape), default=0)
-    working = max(_layer_working_set(shape, settings, sharding) * tokens, unpacking)
-    kept = shape.layers * (2 * shape.hidden * size // 2 * tokens if settings.gradient_checkpointing else layer)
-    logits = (lengths.logit_positions(batch.micro_batch) + batch.micro_batch) * shape.vocabulary
-    earlier = gradients if batch.accumulation > 1 else 0  # of earlier micro-batches
-    at_loss = (kept + connector, round(LOSS_PER_LOGIT * logits), earlier)
-    recomputed = layer if settings.gradient_checkpointing else 0
-    in_first = (kept + connector + recomputed + working, SAVED_PER_LOGIT * logits // 2, earlier)
-    in_last = (layer + connector + working, 0, gradients)
-    at_pictures = (connector + reading, 0, gradients if settings.trains_connector else earlier)
-    activations, of_logits, alive = max(at_loss, in_first, in_last, at_pictures, key=sum)
+    hidden = size * shape.hidden * tokens
+    layer = _layer_activations(shape, settings, size) * tokens
+    # autograd keeps the unpacked weights of quantised modules without LoRA, for any number of tokens
+    without = _packed_without_lora(shape, settings.freeze_vision, _wanted_modules(settings))
+    layer += size * without // shape.layers
+    working = _layer_working_set(shape, settings, size) * tokens + _unpacked_module(shape, settings, dtype, size)
+    checkpointed = min(step.checkpointed_layers, shape.layers)
+    inputs = checkpointed * hidden  # a checkpointed layer keeps its input alone
+    kept = inputs + (shape.layers - checkpointed) * layer
+    # the input and the output of the last norm, and hidden states with their gradients where something is learnt
+    learnt = lengths.learnt(tokens)
+    of_logits = min(learnt * shape.vocabulary, max(LOGITS, shape.vocabulary)) * size
+    at_loss = (kept + connector + 2 * hidden + 2 * size * shape.hidden * learnt, of_logits)
+    in_last = (kept + connector + working, 0)
+    # by then the other layers have given back what they kept
+    in_checkpointed = (inputs + connector + layer - hidden + working if checkpointed else 0, 0)
+    at_pictures = (connector + reading, 0)
+    activations, of_logits = max(at_loss, in_last, in_checkpointed, at_pictures, key=sum)
 
-    weights = _weight_bytes(shape, settings, size, sharding, batch.gpus)
-    grouped = batch.gpus > 1 or sharding != "none"
-    parts = weights + held + moments + activations
+    weights = _weight_bytes(shape, settings, size, sharding, step.processes)
     return Estimate(
         weights=weights,
         adapter=held,
-        gradients=alive,
+        gradients=gradients,
         optimizer=moments,
         activations=activations,
         logits=of_logits,
-        framework=FRAMEWORK + (NCCL if grouped else 0),
-        fragmentation=round(FRAGMENTS_PER_LOGIT * logits + FRAGMENTS_SHARE * (parts - weights)),
+        framework=FRAMEWORK + (NCCL if step.processes > 1 else 0),
+        fragmentation=round(FRAGMENTS_SHARE * (held + moments + gradients + activations + of_logits)),
     )
+
+
+def _rounded_up(tokens: int) -> int:
+    """The tokens of a pass with its padding: a multiple of a sixteenth of the power of two below, or of 128."""
+    rounding = max(LEAST_ROUNDING, 1 << max(tokens.bit_length() - 5, 0))
+    return tokens + -tokens % rounding
 
 
 def trained_parameters(shape: ModelShape, settings: Train) -> int:
     """The number of parameters that get gradients: those of LoRA, or in the first phase those of the connector."""
     if not settings.trains_connector:
         return adapter_parameters(shape, settings)
-    return sum(weight.count for weight in shape.weights if _is_connector(weight.name))
+    return sum(weight.count for weight in shape.weights if is_connector(weight.name))
 
 
 def adapter_parameters(shape: ModelShape, settings: Train) -> int:
@@ -182,7 +197,7 @@ def adapter_parameters(shape: ModelShape, settings: Train) -> int:
 
 
 def adapted_modules(shape: ModelShape, settings: Train) -> list[str]:
-    """Paths of the linear modules that get LoRA, by the rules of ms-swift and PEFT.
+    """Paths of the linear modules that get LoRA, by the rules of PEFT.
 
     A frozen vision tower with its connector never gets LoRA; `all-linear` always leaves out the head and the connector.
     In the first phase, which trains the connector, no module gets LoRA.
@@ -201,28 +216,28 @@ def _wanted_modules(settings: Train) -> str | tuple[str, ...]:
 @lru_cache(CACHED)
 def _matching_modules(shape: ModelShape, freeze_vision: bool, wanted: str | tuple[str, ...]) -> list[str]:
     """Paths of the linear modules that `train.target_modules` matches."""
-    linears = [name for name in shape.linears if not (freeze_vision and _is_vision_or_connector(name))]
+    linears = [name for name in shape.linears if not (freeze_vision and is_vision_or_connector(name))]
     if isinstance(wanted, str):
         return [name for name in linears if re.fullmatch(wanted, name)]
     if "all-linear" in wanted:
-        return [name for name in linears if not _is_connector(name) and not _is_head(name)]
+        return [name for name in linears if not is_connector(name) and not _is_head(name)]
     return [name for name in linears if any(name == one or name.endswith(f".{one}") for one in wanted)]
 
 
 def gap_in_estimate(shape: ModelShape, settings: Train) -> str | None:
     """The part of the memory that the estimate of this training leaves out, as text; None if it leaves out nothing."""
-    if settings.freeze_vision or not any(map(_is_vision_or_connector, adapted_modules(shape, settings))):
+    if settings.freeze_vision or not any(map(is_vision_or_connector, adapted_modules(shape, settings))):
         return None
     return "activations of the adapted vision tower (train.freeze_vision is false)"
 
 
-def _is_vision_or_connector(module: str) -> bool:
+def is_vision_or_connector(module: str) -> bool:
     """Whether a module is part of a vision tower or of a connector."""
     towers = {"visual", "vision_tower", "vision_tower_aux", "vision_model"}
-    return bool(towers & set(module.split("."))) or _is_connector(module)
+    return bool(towers & set(module.split("."))) or is_connector(module)
 
 
-def _is_connector(module: str) -> bool:
+def is_connector(module: str) -> bool:
     """Whether a module is part of the connector of LLaVA, Qwen2-VL or MGM."""
     names = ("multi_modal_projector", "mm_projector")
     return any(part in names or "merger" in part or part.startswith("vlm_uni_") for part in module.split("."))
@@ -237,13 +252,11 @@ class _Sums:
     """Inputs and outputs of all adapted modules, each counted once."""
     passes: float
     """Adapted modules in decoder layers that one token passes."""
-    inputs: float
-    """Inputs of those."""
-    adapts_mlp: bool
-    """Whether they include an MLP's last module."""
+    shares: dict[str, float]
+    """By name of a module in a decoder layer, such as `q_proj`: the share of layers in which it has LoRA."""
 
 
-_NO_SUMS = _Sums(0, 0, 0, False)
+_NO_SUMS = _Sums(0, 0, {})
 
 
 def _layer_sums(shape: ModelShape, settings: Train) -> _Sums:
@@ -258,25 +271,42 @@ def _adapted_sums(shape: ModelShape, freeze_vision: bool, wanted: str | tuple[st
     """The sums over the modules that `_matching_modules` returns."""
     adapted = _matching_modules(shape, freeze_vision, wanted)
     in_layers = [name for name in adapted if _is_in_decoder_layer(name)]
-    shares = {name: shape.active_experts if ".experts." in name else 1.0 for name in in_layers}
-    widths = {shape.intermediate, shape.expert_intermediate}
+    counts = Counter(name.rpartition(".")[2] for name in in_layers)
     return _Sums(
         sizes=sum(sum(shape.linears[name]) for name in adapted),
-        passes=sum(shares.values()),
-        inputs=sum(share * shape.linears[name][0] for name, share in shares.items()),
-        adapts_mlp=any(shape.linears[name][0] in widths for name in in_layers),
+        passes=sum(shape.active_experts if ".experts." in name else 1.0 for name in in_layers),
+        shares={name: min(count / shape.layers, 1.0) for name, count in counts.items()},
     )
 
 
 @lru_cache(CACHED)
-def _quantised_layer_sizes(shape: ModelShape) -> list[int]:
-    """Number of weights of each quantised module in the decoder layers."""
-    return [prod(shape.linears[name]) for name in shape.packed_modules if _is_in_decoder_layer(name)]
+def _largest_module(shape: ModelShape, packed: bool) -> int:
+    """Number of weights of the largest linear module in the decoder layers; of those that are stored as packed
+    integers, with `packed`."""
+    names = shape.packed_modules if packed else shape.linears
+    return max((prod(shape.linears[name]) for name in names if _is_in_decoder_layer(name)), default=0)
+
+
+@lru_cache(CACHED)
+def _packed_without_lora(shape: ModelShape, freeze_vision: bool, wanted: str | tuple[str, ...]) -> int:
+    """Number of weights of the packed modules in the decoder layers that get no LoRA."""
+    others = shape.packed_modules - set(_matching_modules(shape, freeze_vision, wanted))
+    return sum(prod(shape.linears[name]) for name in others if _is_in_decoder_layer(name))
+
+
+def _unpacked_module(shape: ModelShape, settings: Train, dtype: str, size: int) -> int:
+    """Bytes that unpacking the largest quantised module of a decoder layer takes: its weights, and what makes them.
+
+    0 if the base is not quantised. `size` is the number of bytes of a weight in `dtype`.
+    """
+    if settings.load_in_4bit:
+        return size * _largest_module(shape, packed=False)
+    return (size + UNPACKING[dtype]) * _largest_module(shape, packed=True)
 
 
 def _is_in_decoder_layer(linear: str) -> bool:
     """Whether a linear module is in a decoder layer: not the head, nor part of a vision tower or connector."""
-    return not _is_vision_or_connector(linear) and not _is_head(linear)
+    return not is_vision_or_connector(linear) and not _is_head(linear)
 
 
 def _is_head(module: str) -> bool:
@@ -291,11 +321,11 @@ def _connector_activations(shape: ModelShape, settings: Train) -> int:
     """
     if not settings.trains_connector:
         return 0
-    return FLOAT32 * sum(sum(sizes) for name, sizes in shape.linears.items() if _is_connector(name))
+    return FLOAT32 * sum(sum(sizes) for name, sizes in shape.linears.items() if is_connector(name))
 
 
-def _large_map_bytes(shape: ModelShape, settings: Train, micro_batch: int) -> tuple[int, int]:
-    """Bytes that MGM keeps for the pictures of a micro-batch, one per sample, and bytes that reading one picture takes.
+def _large_map_bytes(shape: ModelShape, settings: Train, step: StepPlan, pictures: int) -> tuple[int, int]:
+    """Bytes that MGM keeps for the pictures of a pass, one per sample, and bytes that reading one picture takes.
 
     MGM reads them one by one. Both are 0 for other models, whose pictures are small compared with their tokens.
     """
@@ -305,7 +335,7 @@ def _large_map_bytes(shape: ModelShape, settings: Train, micro_batch: int) -> tu
     size = (tower["image_size"] // tower["patch_size"]) ** 2 * sum(tower["hidden_sizes"])
     if not settings.trains_connector:
         return 0, MGM_READS * size
-    return MGM_KEEPS[settings.gradient_checkpointing] * micro_batch * size, MGM_READS_BACK * size
+    return MGM_KEEPS[step.checkpointed_layers >= shape.layers] * pictures * size, MGM_READS_BACK * size
 
 
 def _weight_bytes(shape: ModelShape, settings: Train, size: int, sharding: str, gpus: int) -> int:
@@ -329,7 +359,7 @@ def _base_bytes(shape: ModelShape, size: int, in_4bit: bool, without_connector: 
     packed = {name for name in shape.linears if not _is_head(name)} if in_4bit else set()
     total = 0.0
     for weight in shape.weights:
-        if without_connector and _is_connector(weight.name):
+        if without_connector and is_connector(weight.name):
             continue  # in float32, with the trained parameters
         if weight.name.rpartition(".")[0] in packed and len(weight.shape) == 2:
             total += weight.count * NF4_BYTES
@@ -347,29 +377,43 @@ def _gathered_sizes(shape: ModelShape) -> tuple[int, int]:
     return in_layers // shape.layers, max(weight.count for weight in shape.weights)
 
 
-def _layer_activations(shape: ModelShape, settings: Train, size: int, micro_batch: int, length: int) -> int:
-    """Bytes per token that one decoder layer keeps for its backward pass.
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")
+"""Names of the linear modules that read a decoder layer's norms."""
+
+
+def _layer_activations(shape: ModelShape, settings: Train, size: int) -> int:
+    """Bytes per token that one decoder layer keeps for its backward pass; the mean over the layers.
 
     `size` is the number of bytes of a value in the base's data type.
     """
     queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    norms = 2 * FLOAT32 * shape.hidden  # two, each keeps its input in float32
-    attention = size * (2 * queries + 2 * keys)  # query, key, value, output
-    if micro_batch > 1:
-        # samples of different lengths need a mask, with which keys and values are repeated for each head
-        attention += size * 2 * (queries - keys)
-    mlp = 3 * size * shape.intermediate  # gate, its activation, up
-    adapted = _layer_sums(shape, settings)
-    # LoRA casts its input to float32 and autocast casts it back: a copy per module; dropout keeps a mask of one byte
-    copies = (size + bool(settings.dropout)) * int(adapted.inputs) // shape.layers
-    return norms + attention + mlp + copies + int(2 * size * settings.rank * adapted.passes) // shape.layers
+    sums = _layer_sums(shape, settings)
+    share = sums.shares
+    fused = _fused_share(shape, share)
+    norms: float = 2 * shape.hidden  # what they read
+    for readers in (ATTENTION_INPUTS, MLP_INPUTS):  # what they write is kept once for all LoRA modules that read it
+        norms += shape.hidden * max(share.get(name, 0.0) for name in readers)
+    attention = 2 * queries + 2 * keys  # query, key, value, output
+    # gate and up; unless fused with LoRA, also the activated gate, and their product if `down_proj` has LoRA
+    mlp = shape.intermediate * (2 + (1 - fused) + (share.get("down_proj", 0.0) - fused))
+    inner = max(settings.rank, LEAST_RANK) * sums.passes / shape.layers  # products with LoRA's A
+    in_float32 = 2 + shape.heads  # of each norm the scale, of each head the softmax's sum
+    return round(size * (norms + attention + mlp + inner) + FLOAT32 * in_float32)
 
 
-def _layer_working_set(shape: ModelShape, settings: Train, sharding: str) -> int:
+def _layer_working_set(shape: ModelShape, settings: Train, size: int) -> int:
     """Bytes per token that the backward pass of one layer needs besides the activations that the layer kept.
 
-    The tensors of the MLP take most of them.
+    Most are gradients in the MLP: if it is fused with LoRA, those of gate and up take the place of gate and up. The
+    others are those of the layer's output, of the MLP's input and of the hidden states.
     """
-    # without sharding LoRA is in float32, and so are the gradients through it
-    in_float32 = _layer_sums(shape, settings).adapts_mlp and sharding == "none"
-    return 12 * shape.intermediate if in_float32 else 6 * shape.intermediate + 4 * shape.hidden
+    fused = _fused_share(shape, _layer_sums(shape, settings).shares)
+    return size * (shape.intermediate * (1 if fused == 1 else 3) + 3 * shape.hidden)
+
+
+def _fused_share(shape: ModelShape, share: dict[str, float]) -> float:
+    """The share of decoder layers whose gated MLP is fused with the LoRA on its three modules (SwiGLU only)."""
+    if shape.activation != "silu":
+        return 0.0
+    return min(share.get(name, 0.0) for name in ("gate_proj", "up_proj", "down_proj"))

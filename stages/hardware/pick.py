@@ -28,13 +28,11 @@ class Need:
     """The memory that a job needs on each GPU, and the numbers of GPUs that it can use."""
 
     asked: Bytes
-    """Memory for the job as the recipe asks."""
+    """Memory with which the job is fast."""
     least: Bytes
     """Least memory for the same result; it decides if too few GPUs have `asked` free."""
     most: int
     """The largest number of GPUs that the job can use."""
-    usable: Callable[[int], bool] = lambda _number: True
-    """Whether the job can use exactly this number of GPUs."""
 
     @staticmethod
     def per_gpu(amount: int, most: int = 1) -> "Need":
@@ -331,7 +329,7 @@ def _best_gpus(free: list[Gpu], count: int | None, need: Need, amount: Bytes) ->
 
     for (capability, _), group in groupby(sorted(free, key=kind), key=kind):
         cards = list(group)
-        for number in [count] if count else filter(need.usable, range(min(len(cards), need.most), 0, -1)):
+        for number in [count] if count else range(min(len(cards), need.most), 0, -1):
             fitting = [gpu for gpu in cards if gpu.memory_free >= amount(number, capability)]
             if len(fitting) >= number:
                 found.append((len(fitting), capability, fitting[:number]))
@@ -362,7 +360,7 @@ def _refusal_text(wish: Wish, need: Need, gpus: tuple[Gpu, ...], free: list[Gpu]
     if not gpus:
         return f"GPUS={wish.text}: NVML shows no GPU on this machine; name GPUs, or use TARGET=cpu"
     newest = max(gpu.capability for gpu in free or gpus)
-    possible = filter(need.usable, range(1, max(min(len(free), need.most), 1) + 1))
+    possible = range(1, max(min(len(free), need.most), 1) + 1)
     number = wish.count or min(possible, key=lambda number: need.least(number, newest))
     asked, least = need.asked(number, newest), need.least(number, newest)
     lean = f" ({gib_text(least)} at least)" if least < asked else ""

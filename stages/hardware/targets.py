@@ -29,7 +29,7 @@ class Target:
     quantisation: tuple[str, ...]
     """Weight formats with kernels for the card."""
     deepspeed: bool
-    """Whether its train image has DeepSpeed, which ZeRO needs."""
+    """Whether its train image has DeepSpeed, which ZeRO-3 needs."""
     environment: dict[str, str]
     """Environment variables for its containers."""
     node_label: str | None

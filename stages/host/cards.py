@@ -70,8 +70,7 @@ def choose_cards(
     GPUs, nothing is held. Raises UsageError for an unknown target, a wrong GPUS or LORRY_GPU_DENY, a CUDA_DEVICE_ORDER
     that is not NVML's, GPUS with the target `cpu`, and lock files that cannot be used; InterruptedRunError if another
     Lorry process holds the GPUs exclusively, or is still choosing; DoesNotFitError if `auto` finds too few GPUs, if a
-    named GPU no longer answers, or if NVML does not answer. With `auto`, also raises the errors of `job_need`, and
-    DoesNotFitError if the number of GPUs cannot reach the effective batch that train.exact_batch requires.
+    named GPU no longer answers, or if NVML does not answer. With `auto`, also raises the errors of `job_need`.
     """
     wish = parse_wish(text) if text and text.strip() else None
     gpu_stages = tuple(stage for stage in stages if stage in GPU_STAGES)
@@ -126,16 +125,13 @@ def _pick_and_hold(
 ) -> CardChoice:
     """Choose and hold the GPUs for `auto`; no GPUs if no stage computes on GPUs.
 
-    Without train, it takes one GPU, whatever the number in GPUS. Raises the errors of `job_need` and `pick_cards`, and
-    DoesNotFitError if the number in GPUS cannot reach the effective batch that train.exact_batch requires.
+    Without train, it takes one GPU, whatever the number in GPUS. Raises the errors of `job_need` and `pick_cards`.
     """
     if not gpu_stages:
         return CardChoice(auto=True)
     need, note = job_need(gpu_stages, options), []
     if "train" not in gpu_stages and (wish.count or 1) > 1:
         wish, note = replace(wish, count=1), [f"GPUS={wish.text}: takes one GPU, as infer computes on one"]
-    if wish.count is not None:
-        _refuse_inexact_batches(gpu_stages, options, wish.count)
     pick = pick_cards(wish, need, found.gpus, denied, holds, _oldest_capability(target))
     return CardChoice(pick.cards, auto=True, lines=(*pick.lines, *note))
 
@@ -192,7 +188,7 @@ def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
     `stages` are among train and infer. Raises the errors of `open_run`, and UsageError if the base does not exist, is
     damaged, or has a shape whose memory Lorry cannot estimate.
     """
-    from stages.hardware.fit import makes_exact_batches, most_gpus
+    from stages.hardware.fit import most_gpus
     from stages.models.shape import read_shape
 
     run = open_run(**options)
@@ -207,23 +203,7 @@ def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
         asked=lambda number, capability: max(asked(number, capability), least_inference),
         least=lambda number, capability: max(least(number, capability), least_inference),
         most=most_gpus(settings),
-        usable=lambda number: makes_exact_batches(settings, number),
     )
-
-
-def _refuse_inexact_batches(stages: tuple[str, ...], options: dict[str, Any], number: int) -> None:
-    """Raise DoesNotFitError if `number` GPUs cannot reach an effective batch exactly, as train.exact_batch requires.
-
-    Does nothing if train is not among the stages, or if train.exact_batch is not set.
-    """
-    from stages.hardware.batch import plan_batch, refuse_inexact_batch
-
-    settings = open_run(**options).recipe.train
-    if "train" not in stages or not settings.exact_batch:
-        return
-    for phase in settings.phases:
-        batch = plan_batch(phase.effective_batch, phase.micro_batch, number)
-        refuse_inexact_batch(batch, phase.full_key("effective_batch"))
 
 
 def inference_bytes(weights: int) -> int:
@@ -235,7 +215,7 @@ def inference_bytes(weights: int) -> int:
 
 
 def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes]:
-    """Two functions that return the bytes training takes on each GPU: as the recipe asks, and with the least memory.
+    """Two functions that return the bytes training takes on each GPU: in short passes, and with the least memory.
 
     The bytes are those that `lorry plan` estimates. Of two phases, the one that takes more counts.
     """
@@ -248,7 +228,7 @@ def _training_bytes(shape: "ModelShape", recipe: "Recipe") -> tuple[Bytes, Bytes
 
     @cache
     def planned_bytes(number: int, capability: Capability, memory: int | None) -> int:
-        """Bytes on each GPU in the larger phase, planned for `memory` bytes of a GPU; None: as the recipe asks."""
+        """Bytes on each GPU in the larger phase, planned for `memory` bytes of a GPU; None: in short passes."""
         dtype = machine_target(_machine_with_capability(capability), load_targets()).dtype
         dtype = dtype if recipe.train.precision == "auto" else recipe.train.precision
         ways = [plan_training(shape, settings, number, dtype, memory, lengths) for settings, lengths in phases]

@@ -14,7 +14,6 @@ from stages.contract.errors import LorryError, UsageError
 from stages.contract.machine_errors import machine_error
 from stages.contract.run import Run
 from stages.engines import engine_kind, refuse_unserved_model, refuse_unserved_pictures, refuse_unserved_rank
-from stages.hardware.batch import plan_batch, refuse_inexact_batch
 from stages.hardware.pick import allowed_gpus
 from stages.hardware.probe import Machine, probe
 from stages.hardware.serve import plan_serving
@@ -130,11 +129,16 @@ def _check_data(run: Run) -> None:
 
 
 def _check_swift_names(run: Run) -> None:
-    """Raise UsageError if ms-swift does not know the recipe's model type or template, or the type is not the base's."""
+    """Raise UsageError if ms-swift does not know the recipe's model type or template, or the type is not the base's.
+
+    Nothing is checked for a base whose pictures Lorry reads itself: the names are not used.
+    """
+    from stages.models.pictures import family_rules
     from stages.train.swift_names import refuse_wrong_names
 
     base = run.roots.models / run.recipe.model.path
-    refuse_wrong_names(run.recipe.model, base if base.is_dir() else None)
+    if family_rules(base) is None:
+        refuse_wrong_names(run.recipe.model, base if base.is_dir() else None)
 
 
 def _check_training(run: Run) -> None:
@@ -207,9 +211,4 @@ def _check_training_on(run: Run, target: Target, machine: Machine, shape: ModelS
         refuse_4bit_without_kernels(target)
     quantisation = shape.quantisation if shape else None
     refuse_base_without_kernels(model, quantisation, target)
-    if train.sharding in ("zero2", "zero3"):
-        check_sharding(train.sharding, use_cpu=not machine.gpus, quantisation=quantisation)
-    if train.exact_batch and int(os.environ.get("LORRY_NODES") or 1) == 1:
-        for phase in train.phases:
-            batch = plan_batch(phase.effective_batch, phase.micro_batch, len(machine.gpus))
-            refuse_inexact_batch(batch, phase.full_key("effective_batch"))
+    check_sharding(train.sharding, use_cpu=not machine.gpus, quantisation=quantisation)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = {
     "preprocess": ("pymupdf", "torch", "sentence_transformers", "data_juicer", "ray"),
-    "train": ("torch", "transformers", "peft", "swift"),
+    "train": ("torch", "transformers", "peft"),
     "infer": tuple(engine_libraries()),
     "eval": ("numpy", "matplotlib", "jinja2"),
 }
@@ -20,8 +20,8 @@ LIBRARIES = {
 STAGES = tuple(LIBRARIES)
 """The stages in the order in which they run."""
 
-OPTIONAL_LIBRARIES = {"train": ("bitsandbytes", "deepspeed", "gptqmodel", "auto_gptq", "flash_attn")}
-"""Libraries that only some targets have."""
+OPTIONAL_LIBRARIES = {"train": ("swift", "bitsandbytes", "deepspeed", "gptqmodel", "auto_gptq", "flash_attn")}
+"""Libraries that only some targets have or models need."""
 
 GPU_STAGES = ("train", "infer")
 """The stages that need a GPU, unless the target is cpu."""

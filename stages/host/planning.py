@@ -3,14 +3,13 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.contract.errors import DoesNotFitError, Exit, UsageError
 from stages.contract.recipe import Infer, Recipe, Train
 from stages.engines import engine_kind, refuse_unserved_pictures, refuse_unserved_rank
-from stages.hardware.batch import refuse_inexact_batch
 from stages.hardware.fit import Offers, Way, disk_bytes, plan_training, recipe_way, smallest_changes
 from stages.hardware.memory import Lengths, gap_in_estimate, max_lengths, trained_parameters
 from stages.hardware.pick import denied_cards, describe_memory, reason_to_skip, shown_gpus
@@ -185,8 +184,8 @@ class _Phase:
     train: Train
     gpus: _Gpus
     lengths: Lengths
-    asked: Way
-    """The way that the recipe asks for."""
+    fastest: Way
+    """The fastest way, whether it fits or not."""
     way: Way
     """The way that train would choose."""
 
@@ -194,16 +193,13 @@ class _Phase:
 def _plan_phase(recipe: Recipe, shape: ModelShape, train: Train, gpus: _Gpus) -> _Phase:
     """The plan of the phase whose settings are `train`."""
     lengths = max_lengths(recipe.model_copy(update={"train": train}))
-    asked = recipe_way(shape, train, gpus.count, gpus.dtype, lengths)
+    fastest = recipe_way(shape, train, gpus.count, gpus.dtype, lengths, gpus.memory)
     way = plan_training(shape, train, gpus.count, gpus.dtype, gpus.memory, lengths)
-    return _Phase(shape, train, gpus, lengths, asked, way)
+    return _Phase(shape, train, gpus, lengths, fastest, way)
 
 
 def _phase_lines(phase: _Phase) -> Iterator[str]:
-    """Yield lines on a phase: its parameters, samples, effective batch and memory.
-
-    Raises DoesNotFitError if the effective batch must be exact and cannot be.
-    """
+    """Yield lines on a phase: its parameters, samples, steps and memory."""
     shape, train, lengths = phase.shape, phase.train, phase.lengths
     if train.connector is not None:
         title = (
@@ -216,17 +212,7 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
         f"samples of {lengths.longest} tokens ({train.full_key('max_length')}), {lengths.answer} of them the answer"
         " (infer.max_new_tokens)"
     )
-    if train.micro_batch > 1:
-        equal = recipe_way(
-            shape, train, phase.gpus.count, phase.gpus.dtype, replace(lengths, shortest_prompt=None)
-        ).estimate.total
-        yield (
-            "worst case: one sample of a micro-batch has almost no prompt; with samples of equal length the peak is"
-            f" {equal / GIB:.2f} GiB as asked. train plans again with the real samples"
-        )
-    if train.exact_batch:
-        refuse_inexact_batch(phase.way.batch, train.full_key("effective_batch"))
-    yield f"effective batch: {phase.way.batch}\n"
+    yield f"effective batch: {phase.way.step}; train plans again with the real samples\n"
     yield from _memory_table(phase)
     left_out = gap_in_estimate(shape, train)
     if left_out:
@@ -234,31 +220,31 @@ def _phase_lines(phase: _Phase) -> Iterator[str]:
 
 
 def _memory_table(phase: _Phase) -> Iterator[str]:
-    """Yield the lines of a table of peak memory by component, in GiB: as asked, and as changed if train changes it."""
-    ways = [phase.asked] if phase.asked == phase.way else [phase.asked, phase.way]
-    heads = ("as asked", "changed")[: len(ways)]
+    """Yield the lines of a table of peak memory by component, in GiB, of the fastest way and of the chosen one."""
+    ways = [phase.fastest] if phase.fastest == phase.way else [phase.fastest, phase.way]
+    heads = ("fastest", "chosen")[: len(ways)]
     yield "".join([f"{'peak on each GPU, GiB':<24}", *(f"{head:>12}" for head in heads)])
-    for name in [*phase.asked.estimate.parts(), "total"]:
+    for name in [*phase.fastest.estimate.parts(), "total"]:
         values = [{**way.estimate.parts(), "total": way.estimate.total}[name] for way in ways]
         yield "".join([f"{name:<24}", *(f"{value / GIB:>12.2f}" for value in values)])
 
 
 def _verdict(phase: _Phase) -> tuple[bool, list[str]]:
     """Whether a phase fits, and lines that say why; if it does not, also the smallest changes that fit."""
-    asked, way, gpus = phase.asked, phase.way, phase.gpus
+    fastest, way, gpus = phase.fastest, phase.way, phase.gpus
     if gpus.memory is None:
         return True, ["fits: Lorry knows no memory limit for a CPU"]
     room = f"{gpus.memory / GIB:.1f} GiB"
-    if asked.fits(gpus.memory):
-        note = _tight_note(asked, gpus, explained=True)
-        return True, [f"fits: {asked.estimate.total / GIB:.1f} of {room} on each GPU{note}"]
-    lines = [f"does not fit as asked: {asked.estimate.total / GIB:.1f} of {room} on each GPU"]
     if way.fits(gpus.memory):
-        lines.append(
-            f"fits with {' and '.join(way.changes)}, which train changes on its own and which does not affect the"
-            f" result: {way.estimate.total / GIB:.1f} of {room}{_tight_note(way, gpus, explained=True)}"
-        )
-        return True, lines
+        total = f"{way.estimate.total / GIB:.1f} of {room} on each GPU{_tight_note(way, gpus, explained=True)}"
+        if way == fastest:
+            return True, [f"fits: {total}"]
+        return True, [
+            f"the fastest way does not fit: {fastest.estimate.total / GIB:.1f} of {room} on each GPU",
+            f"fits with {' and '.join(way.changes)}, which train chooses on its own and which does not affect the"
+            f" result: {total}",
+        ]
+    lines = [f"does not fit: at least {way.estimate.total / GIB:.1f} of {room} on each GPU"]
     changes = _fitting_changes(phase)
     freed = gpus.fullest is not None and way.fits(int(gpus.fullest.memory_total * USABLE))
     if gpus.fullest is not None and freed:
@@ -280,7 +266,7 @@ def _fitting_changes(phase: _Phase) -> list[Way]:
     gpus = phase.gpus
     assert gpus.memory is not None
     offers = Offers("bitsandbytes" in gpus.target.quantisation, gpus.target.deepspeed)
-    if phase.train.trains_connector:  # the first phase uses neither 4 bits nor ZeRO
+    if phase.train.trains_connector:  # the first phase uses neither 4 bits nor ZeRO-3
         offers = Offers(bitsandbytes=False, deepspeed=False)
     return smallest_changes(phase.shape, phase.train, gpus.count, gpus.dtype, gpus.memory, phase.lengths, offers)
 
@@ -293,7 +279,7 @@ def _tight_note(way: Way, gpus: _Gpus, explained: bool = False) -> str:
     if not way.is_tight(gpus.memory):
         return ""
     return ": tight" + (
-        "; estimates were up to 2.3 % too low; if memory runs out, train resumes with less" if explained else ""
+        "; estimates may be up to 3 % too low; if memory runs out, train resumes with less" if explained else ""
     )
 
 

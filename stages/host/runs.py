@@ -54,13 +54,13 @@ def open_run(
     data: str | None = None,
     overrides: tuple[str, ...] = (),
     run_name: str | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str, str], None] | None = None,
 ) -> "Run":
     """The run that a command's options name, with its resolved recipe.
 
-    Without `recipe`, it is the recipe of the existing run `run_name`. `say` gets a line on each key of the recipe that
-    is ignored. Raises UsageError if the recipe, run, task or engine does not exist, if the recipe is wrong, or if
-    `run_name` cannot be the name of one folder.
+    Without `recipe`, it is the recipe of the existing run `run_name`. `say` gets, for each key of the recipe that is
+    ignored, its section and a line. Raises UsageError if the recipe, run, task or engine does not exist, if the recipe
+    is wrong, or if `run_name` cannot be the name of one folder.
     """
     from stages.contract.recipe import load_recipe, locate_key
     from stages.contract.run import Run

@@ -244,6 +244,15 @@ def family_rules(model: Path) -> Rules | None:
     return read_rules(model)
 
 
+def is_read_in_training(model: Path) -> bool:
+    """Whether Lorry itself reads a model's pictures in training, by `family_rules`.
+
+    Not if its decoder layers read them too, as Qwen3-VL's do (`deepstack_visual_indexes` in its config.json).
+    """
+    vision = (_read(model / "config.json") or {}).get("vision_config") or {}
+    return family_rules(model) is not None and not vision.get("deepstack_visual_indexes")
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the values in a JSON file; None if it cannot be read."""
     try:

@@ -1,7 +1,8 @@
 """Renders conversations as prompts and as sequences to learn from, with the model's chat template and picture rules.
 
-This is the only place that turns a conversation into tokens, except that ms-swift renders samples with pictures for
-training. The content of messages is text. Only the template writes control words such as `<|im_end|>`.
+This is the only place that turns a conversation into tokens. For training on pictures that Lorry has no rules for,
+ms-swift does (`stages.train.swift`), and has to write the same. The content of messages is text. Only the template
+writes control words such as `<|im_end|>`.
 
 What an adapter learns is what inference needs: each learnt answer follows exactly the tokens that inference gives the
 model for the same messages, and ends with an end token.
@@ -25,7 +26,15 @@ from stages.contract.stage import Stage
 from stages.models.chat_settings import ChatSettings, chat_settings
 from stages.models.chat_template import ChatTemplate, Turn
 from stages.models.control_words import ControlWords
-from stages.models.pictures import Picture, Rules, SquareRules, family_rules, open_picture, rules_of
+from stages.models.pictures import (
+    Picture,
+    Rules,
+    SquareRules,
+    family_rules,
+    is_read_in_training,
+    open_picture,
+    rules_of,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,14 @@ class TrainingSequence:
     labels: list[int]
     """As many as tokens: the token's id if it is learnt, else UNLEARNT. A label belongs to the token at its place, not
     to the token before it."""
+
+    def repeat_placeholders(self, counts: Sequence[int], placeholder: int) -> "TrainingSequence":
+        """The sequence with the n-th occurrence of `placeholder` repeated `counts[n]` times."""
+        left = iter(counts)
+        times = [next(left) if token == placeholder else 1 for token in self.tokens]
+        pairs = zip(zip(self.tokens, self.labels, strict=True), times, strict=True)
+        repeated = [pair for pair, count in pairs for _ in range(count)]
+        return TrainingSequence([token for token, _ in repeated], [label for _, label in repeated])
 
 
 class Renderer:
@@ -166,15 +183,19 @@ class Renderer:
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         return [self.template.turn(messages[: place + 1]) for place in answers]
 
-    def training_sequences(self, messages: Sequence[Message], only_last: bool = False) -> list[TrainingSequence]:
-        """A conversation without pictures as sequences in which every answer, or with `only_last` the last message, is
-        learnt exactly once.
+    def training_sequences(
+        self, messages: Sequence[Message], only_last: bool = False, has_pictures: bool = False
+    ) -> list[TrainingSequence]:
+        """A conversation as sequences in which every answer, or with `only_last` the last message, is learnt exactly
+        once. `has_pictures`: whether each `<image>` marks a picture, which becomes one placeholder token.
 
         There is one sequence if a prompt of inference holds the earlier answers as the model wrote them. Templates that
         leave out earlier thoughts need another one for each answer with thoughts. Raises the errors of
         `ChatTemplate.turn`.
         """
-        hidden = self._hidden(messages, has_pictures=False)
+        hidden = self._hidden(messages, has_pictures)
+        if has_pictures and not self._is_llava:
+            hidden = [one if one["role"] == "assistant" else _message_with_parts(one) for one in hidden]  # type: ignore[misc]
         turns = [self.template.turn(hidden)] if only_last else self._turns(hidden)
         encoded = [self._encode_turn(turn) for turn in turns]
         todo, found = list(range(len(turns))), list[TrainingSequence]()
@@ -285,15 +306,17 @@ def checked_renderer(stage: Stage) -> Renderer:
 def check_samples(run: Run, renderer: Renderer, samples: Iterable[Mapping[str, Any]]) -> None:
     """Check that training can render the first sample without pictures, and the first one with pictures.
 
-    Raises UsageError if the chat template refuses the first, or the recipe does not name ms-swift's template, which
-    renders the second.
+    Raises UsageError if the chat template refuses the first, or Lorry has no rules for the second's pictures and the
+    recipe does not name ms-swift's model type and template.
     """
-    checked = False
+    names, checked = run.recipe.model, False
+    has_rules = is_read_in_training(run.roots.models / names.path)
     for sample in samples:
-        if sample["images"] and run.recipe.model.swift_template is None:
+        missing = [key for key in ("swift_type", "swift_template") if getattr(names, key) is None]
+        if sample["images"] and missing and not has_rules:
             raise UsageError(
-                f"model.swift_template: found null, but sample {sample['id']} has pictures; set it to ms-swift's name"
-                " of the model's template"
+                f"model.{missing[0]}: found null, but sample {sample['id']} has pictures, which Lorry itself reads for"
+                " the Qwen2-VL family, LLaVA and MGM; set it to ms-swift's name for this model"
             )
         if not sample["images"] and not checked:
             renderer.check_template(sample["messages"])

@@ -78,6 +78,8 @@ class ModelShape:
     """Width of one expert of a mixture; 0 for other models."""
     active_experts: float = 1.0
     """Share (0..1) of a mixture's experts that one token passes."""
+    activation: str = "silu"
+    """Activation function of the MLPs, by transformers' names."""
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -166,6 +168,7 @@ def planned_shape(folder: Path) -> tuple[ModelShape, str | None]:
 def _shape(config: dict[str, Any], sizes: Sizes, weights: tuple[Weight, ...]) -> ModelShape:
     """Return the shape of a model with this config.json, these sizes and these weights."""
     quantisation = config.get("quantization_config") or {}
+    text = {**config, **(config.get("text_config") or {})}
     return ModelShape(
         weights=weights,
         hidden=sizes.hidden,
@@ -182,6 +185,7 @@ def _shape(config: dict[str, Any], sizes: Sizes, weights: tuple[Weight, ...]) ->
         vision_aux=config.get("vision_config_aux"),
         expert_intermediate=sizes.expert_intermediate if sizes.experts else 0,
         active_experts=sizes.experts_per_token / sizes.experts if sizes.experts else 1.0,
+        activation=str(text.get("hidden_activation") or text.get("hidden_act") or "silu"),
     )
 
 

@@ -120,8 +120,8 @@ def training_facts(run: Run, adapter: Adapter, folder: Path) -> dict[str, Any] |
         "training_metrics": {name: value for name, value in timing.items() if name != "seconds"},
         "training_args": {
             "num_train_epochs": settings.epochs,
-            "per_device_train_batch_size": training["micro_batch"],
-            "gradient_accumulation_steps": training["accumulation"],
+            "effective_batch": settings.effective_batch,
+            "pass_tokens": training.get("pass_tokens"),  # null for an adapter of an earlier version
             "learning_rate": settings.learning_rate,
             "max_grad_norm": settings.max_grad_norm,
             "warmup_ratio": settings.warmup_ratio,

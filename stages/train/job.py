@@ -2,10 +2,11 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.contract.files import write_json
 from stages.contract.recipe import Adapter, Model, Train
 from stages.models.chat_settings import ChatSettings
 from stages.models.connector import FILE as CONNECTOR_FILE
@@ -37,12 +38,13 @@ class Job:
     seed: int
     dtype: str
     sharding: str
-    """`none`, `zero2` or `zero3`."""
-    micro_batch: int
-    accumulation: int
+    """`none` or `zero3`."""
+    pass_tokens: int
+    """Most tokens of a training pass, unless one sample is longer."""
     processes: int
     """Training processes over all machines."""
-    eval_micro_batch: int
+    evaluation_tokens: int
+    """As pass_tokens, in an evaluation."""
     evaluate: bool
     use_cpu: bool
     cards: list[str]
@@ -51,10 +53,18 @@ class Job:
     settings: Train
     progress: int
     """File descriptor to which the process writes its progress."""
+    checkpointed_layers: int = 0
+    """Number of decoder layers that compute their activations again in the backward pass: the first ones. All if
+    `settings.gradient_checkpointing` is set."""
     connector: tuple[Path, str] | None = None
     """File and sha256 of the connector that the base gets before the adapter is trained; None: the base's own."""
     chat: ChatSettings = field(default_factory=ChatSettings)
     """What the run sets for the chat template."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the base is sharded over the processes."""
+        return self.sharding == "zero3" and self.processes > 1
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -63,9 +73,20 @@ class Job:
             return (CONNECTOR_FILE,)
         return ("adapter_model.safetensors", "adapter_config.json")
 
+    @property
+    def base(self) -> tuple[Any, ...] | None:
+        """What decides which base a process has on its GPU; None if it cannot be kept there for the next adapter."""
+        if self.is_sharded or self.settings.trains_connector:
+            return None
+        return self.model, self.dtype, self.settings.load_in_4bit, self.connector, self.processes, self.cards
+
+    def write(self, path: Path) -> None:
+        """Write the job to a JSON file, for `read`."""
+        write_json(path, _json_value(asdict(self)))
+
     @staticmethod
     def read(path: Path) -> "Job":
-        """Read the job from a JSON file that `stages.train.torchrun` wrote."""
+        """Read the job from a file that `write` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
         values |= {name: Path(values[name]) for name in ("model", "work", "scratch", "adapter", "run")}
         values |= {name: [Path(p) for p in values[name]] for name in ("train", "validation")}
@@ -94,7 +115,7 @@ class Progress:
     def send(self, **fields: Any) -> None:
         """Send these fields as a line of JSON. With `only_problems`, send them only if they are an error.
 
-        The field `event` is `process`, `loaded`, `step`, `loss` or `error`.
+        The field `event` is `process`, `loaded`, `step`, `loss`, `done` or `error`.
         """
         if self.only_problems and fields["event"] != "error":
             return
@@ -105,3 +126,16 @@ class Progress:
 def file_sizes(checkpoint: Path) -> dict[str, int]:
     """Sizes in bytes of a checkpoint's files, by name, without complete.json, which records these sizes."""
     return {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir()) if p.name != "complete.json"}
+
+
+def _json_value(value: Any) -> Any:
+    """Convert a value to JSON's types: paths become text, settings become dicts. Returns the result."""
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    return value

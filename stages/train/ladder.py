@@ -10,13 +10,14 @@ changes.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
 from stages.contract.errors import DoesNotFitError, InterruptedRunError
 from stages.contract.files import read_json, write_json
 from stages.contract.recipe import Train
-from stages.hardware.batch import BatchPlan, plan_batch
+from stages.hardware.step import StepPlan, count_samples
 
 During = Literal["loading", "training", "evaluation"]
 
@@ -57,15 +58,23 @@ class Attempt:
     """The settings of one attempt at a training that depend on the memory."""
 
     settings: Train
-    batch: BatchPlan
-    eval_micro_batch: int
-    """Samples per forward pass of an evaluation on one GPU."""
+    step: StepPlan
+    evaluation_tokens: int
+    """Most tokens of a pass of an evaluation, unless one sample is longer."""
+    longest: int
+    """Tokens of the longest sample: a pass cannot hold fewer."""
+    layers: int = 0
+    """Number of decoder layers; 0 if the model's shape is unknown."""
     evaluate: bool = True
     """Whether to evaluate during training."""
 
 
 Change = dict[str, int | bool]
-"""What a rung sets: `micro_batch`, `eval_micro_batch`, `evaluate`, or a field of the recipe's `train`."""
+"""What a rung sets: `pass_tokens`, `checkpointed_layers`, `evaluation_tokens`, `evaluate`, or a field of the recipe's
+`train`."""
+
+REPLACED = ("micro_batch", "eval_micro_batch")
+"""What rungs of earlier versions set: samples of a pass. They do not apply to passes of packed samples."""
 
 
 def next_rung(attempt: Attempt, during: During) -> Change | None:
@@ -77,16 +86,21 @@ def next_rung(attempt: Attempt, during: During) -> Change | None:
         return _next_evaluation_change(attempt)
     if during == "training":
         return _next_training_change(attempt)
-    return None  # while loading, no sample is on the GPU yet: a smaller batch frees nothing
+    return None  # while loading, no sample is on the GPU yet: a shorter pass frees nothing
 
 
 def _next_training_change(attempt: Attempt) -> Change | None:
     """The mildest change that makes training need less memory; None if none is left that the recipe allows."""
-    settings, micro_batch = attempt.settings, attempt.batch.micro_batch
-    if micro_batch > 1:
-        return {"micro_batch": micro_batch // 2}
+    settings, step = attempt.settings, attempt.step
+    if step.pass_tokens > attempt.longest:
+        return {"pass_tokens": max(step.pass_tokens // 2, attempt.longest)}
     if not settings.gradient_checkpointing:
-        return {"gradient_checkpointing": True}
+        if attempt.layers == 0:
+            return {"gradient_checkpointing": True}
+        more = (ceil(attempt.layers * quarter / 4) for quarter in range(1, 5))
+        layers = next((number for number in more if number > step.checkpointed_layers), None)
+        if layers is not None:
+            return {"checkpointed_layers": layers}
     if settings.least_max_pixels and settings.max_pixels and settings.max_pixels > settings.least_max_pixels:
         return {"max_pixels": max(settings.max_pixels * 2 // 3, settings.least_max_pixels)}
     if settings.least_max_length and settings.max_length > settings.least_max_length:
@@ -95,17 +109,18 @@ def _next_training_change(attempt: Attempt) -> Change | None:
 
 
 def _next_evaluation_change(attempt: Attempt) -> Change | None:
-    """The next change of the evaluation: half the micro-batch or, after 1, no evaluation; None if it is already off."""
-    if attempt.eval_micro_batch > 1:
-        return {"eval_micro_batch": attempt.eval_micro_batch // 2}
+    """The next change of the evaluation: half the tokens of a pass, down to the longest sample, then no evaluation.
+
+    None if it is already off.
+    """
+    if attempt.evaluation_tokens > attempt.longest:
+        return {"evaluation_tokens": max(attempt.evaluation_tokens // 2, attempt.longest)}
     return {"evaluate": False} if attempt.evaluate else None
 
 
 def lowered_attempt(attempt: Attempt, change: Change) -> Attempt:
     """The attempt with a rung's change. A value that is already lower stays: other GPUs may start lower."""
-    batch, settings = attempt.batch, attempt.settings
-    if "micro_batch" in change:
-        batch = plan_batch(batch.wanted, min(batch.micro_batch, int(change["micro_batch"])), batch.gpus)
+    step, settings = attempt.step, attempt.settings
     update: Change = {}
     if "gradient_checkpointing" in change:
         update["gradient_checkpointing"] = True
@@ -113,38 +128,41 @@ def lowered_attempt(attempt: Attempt, change: Change) -> Attempt:
         update["max_pixels"] = min(settings.max_pixels or int(change["max_pixels"]), int(change["max_pixels"]))
     if "max_length" in change:
         update["max_length"] = min(settings.max_length, int(change["max_length"]))
+    settings = settings.model_copy(update=update)
+    longest = min(attempt.longest, settings.max_length)
+    # no pass needs more tokens than before: with shorter samples, the longest one was the limit
+    most = step.pass_tokens if longest == attempt.longest else longest
+    layers = max(step.checkpointed_layers, int(change.get("checkpointed_layers", 0)))
     return replace(
         attempt,
-        settings=settings.model_copy(update=update),
-        batch=batch,
-        eval_micro_batch=min(attempt.eval_micro_batch, int(change.get("eval_micro_batch", attempt.eval_micro_batch))),
+        settings=settings,
+        step=replace(
+            step,
+            pass_tokens=min(most, int(change.get("pass_tokens", most))),
+            checkpointed_layers=attempt.layers if settings.gradient_checkpointing else min(layers, attempt.layers),
+        ),
+        evaluation_tokens=min(
+            attempt.evaluation_tokens, int(change.get("evaluation_tokens", attempt.evaluation_tokens))
+        ),
+        longest=longest,
         evaluate=attempt.evaluate and bool(change.get("evaluate", True)),
     )
 
 
 def describe_change(change: Change, after: Attempt) -> str:
     """A rung's change in words, for console, manifest and report. `after` is the attempt that has the change."""
-    batch = after.batch
+    step = after.step
+    still = f"still {count_samples(step.effective_batch)} a step"
     words = {
-        "micro_batch": f"micro-batch {batch.micro_batch}, accumulation {batch.accumulation}: {batch}",
-        "gradient_checkpointing": f"gradient checkpointing on, effective batch still {batch.effective_batch}",
+        "pass_tokens": f"passes of at most {step.pass_tokens:,} tokens, {still}",
+        "checkpointed_layers": f"{step.checkpointed_layers} of {after.layers} layers checkpointed, {still}",
+        "gradient_checkpointing": f"gradient checkpointing on, {still}",
         "max_pixels": f"max_pixels {after.settings.max_pixels}",
         "max_length": f"max_length {after.settings.max_length}: longer samples are skipped",
-        "eval_micro_batch": f"evaluation {after.eval_micro_batch} at a time; training unchanged",
+        "evaluation_tokens": f"evaluation in passes of at most {after.evaluation_tokens:,} tokens; training unchanged",
         "evaluate": "no evaluation; training unchanged",
     }
     return "; ".join(words[name] for name in change)
-
-
-def change_as_options(change: Change, settings: Train) -> str:
-    """A rung's change as command options, such as `--set train.micro_batch=2`.
-
-    An evaluation's micro-batch has no option of its own: train.micro_batch sets both.
-    """
-    if "evaluate" in change:
-        return "--set data.validation_fraction=0 (preprocess too)"
-    options = {settings.full_key(name.removeprefix("eval_")): value for name, value in change.items()}
-    return " ".join(f"--set {key}={str(value).lower()}" for key, value in options.items())
 
 
 def memory_advice(attempt: Attempt) -> str:
@@ -170,12 +188,16 @@ class Ladder:
     """`{"decision": as in the manifest, "change": Change, "room": as below}`"""
     room: int = 0
     """Total memory of the smallest GPU, in bytes; 0 on a CPU. A rung of a start with smaller GPUs does not apply."""
+    ignored: list[dict[str, Any]] = field(default_factory=list)
+    """Rungs of earlier versions that set something REPLACED."""
 
     @staticmethod
     def read(work: Path, room: int = 0) -> "Ladder":
         """Read the ladder of the adapter whose checkpoints are in `work`. Without a ladder.json, it has no rungs."""
         path = work / "ladder.json"
-        return Ladder(path, (read_json(path) or {"rungs": []})["rungs"], room)
+        found = (read_json(path) or {"rungs": []})["rungs"]
+        ignored = [rung for rung in found if any(name in REPLACED for name in rung["change"])]
+        return Ladder(path, [rung for rung in found if rung not in ignored], room, ignored)
 
     @property
     def decisions(self) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Lengths of the samples in tokens, counted before training starts: the memory plan needs them."""
 
 import heapq
+import statistics
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,12 @@ from stages.hardware.memory import Lengths
 from stages.models.pictures import family_rules, open_picture
 
 CANDIDATES = 64
-"""How many of the longest samples, of the longest answers and of the shortest prompts are tokenised. They are chosen by
-estimated length; the extremes in tokens are among them, or close."""
+"""How many of the longest samples and of the longest answers are tokenised. They are chosen by estimated length; the
+extremes in tokens are among them, or close."""
+
+DRAWN = 200
+"""How many samples, evenly spaced, are tokenised for the mean length. Its standard error is then a fourteenth of the
+lengths' standard deviation."""
 
 CHARACTERS = 2
 """Characters that count as one token in an estimated length: four would fit English, one Chinese."""
@@ -39,26 +44,21 @@ class _Sample:
         return sum(map(len, self.texts)) + CHARACTERS * self.pictures
 
     @property
-    def prompt_size(self) -> int:
-        """Estimated length of the prompt, in characters."""
-        return self.size - sum(map(len, self.answers))
-
-    @property
     def answers(self) -> list[str]:
         """Texts of the first answer and of every message after it: the adapter learns all answers of a conversation."""
         return self.texts[self.prompt_messages :]
 
 
 def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train, run: Path) -> Lengths:
-    """Measure the longest sample, the longest answer and the shortest prompt, in tokens. The first two are at most
-    max_length. Picture names are relative to the folder `run`.
+    """Measure the longest sample, the longest answer, and the mean length of a sample with its standard deviation, in
+    tokens. All are at most max_length. Picture names are relative to the folder `run`.
 
-    Tokenises only CANDIDATES samples for each of the three, chosen by estimated length. The first two lengths include
-    the most tokens that a chat template can add, the third only those around pictures. For the Qwen2-VL family, LLaVAs
-    and MGM, only the header of a picture's file is read to count its tokens. For other models, a sample with pictures
-    counts as max_length. If the model has no tokenizer.json, or there are no samples, sample and answer count as
-    max_length and the shortest prompt is None. Raises DataError for a file that is not a picture, or whose sides have a
-    ratio that the model does not accept.
+    Tokenises only CANDIDATES samples for each of the first two, chosen by estimated length, and DRAWN for the last.
+    Lengths include the most tokens that a chat template can add. For the Qwen2-VL family, LLaVAs and MGM, only the
+    header of a picture's file is read to count its tokens. For other models, a sample with pictures counts as
+    max_length. If the model has no tokenizer.json, or there are no samples, all samples and answers count as
+    max_length. Raises DataError for a file that is not a picture, or whose sides have a ratio that the model does not
+    accept.
     """
     limit = settings.max_length
     if not samples or not (model / "tokenizer.json").is_file():
@@ -85,18 +85,19 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
         before = next(place for place, message in enumerate(sample["messages"]) if message["role"] == "assistant")
         counted.append(_Sample(texts, before, sum(map(count_picture_tokens, sample.get("images") or []))))
     longest = heapq.nlargest(CANDIDATES, counted, key=lambda sample: sample.size)
-    prompts = heapq.nsmallest(CANDIDATES, counted, key=lambda sample: sample.prompt_size)
     answers = heapq.nlargest(CANDIDATES, (sample.answers for sample in counted), key=lambda texts: sum(map(len, texts)))
-    whole = (
-        max(sum(count_tokens(text) + OF_A_MESSAGE for text in one.texts) + one.pictures for one in longest)
-        + OF_A_PROMPT
-    )
-    if rules is None and any(sample.get("images") for sample in samples):
-        whole = limit
     answer = max(sum(count_tokens(text) + OF_A_MESSAGE for text in texts) for texts in answers)
-    # without the template's tokens around messages, whose number is an upper bound: this must be a lower bound
-    shortest = min(sum(map(count_tokens, one.texts[: one.prompt_messages])) + one.pictures for one in prompts)
-    return Lengths(min(whole, limit), min(answer, limit), shortest)
+    if rules is None and any(sample.get("images") for sample in samples):
+        return Lengths(limit, min(answer, limit))
+
+    def count_sample(sample: _Sample) -> int:
+        """Count a sample's tokens, at most `limit`."""
+        texts = sum(count_tokens(text) + OF_A_MESSAGE for text in sample.texts)
+        return min(texts + sample.pictures + OF_A_PROMPT, limit)
+
+    drawn = [count_sample(sample) for sample in counted[:: -(-len(counted) // DRAWN)]]
+    whole = max(map(count_sample, longest))
+    return Lengths(whole, min(answer, limit), statistics.fmean(drawn), statistics.pstdev(drawn))
 
 
 def read_lengths(path: Path, model: Path, settings: Train, run: Path) -> Lengths:

@@ -1,70 +1,51 @@
-"""DeepSpeed's ZeRO for LoRA: its configuration, and what has to be changed in the model first.
+"""DeepSpeed's ZeRO-3 for a base that does not fit one GPU: each process keeps a part of every frozen weight, and a
+layer is whole only while it computes.
 
-ZeRO-2 shards gradients and optimizer states over the GPUs. ZeRO-3 also shards the frozen base. With LoRA, ZeRO-2 saves
-little, because most of the memory holds the base. ZeRO-3 can train a base that is too large for one GPU. Lorry
-offloads nothing to the CPU's memory. ZeRO: https://arxiv.org/abs/1910.02054; DeepSpeed's options:
-https://www.deepspeed.ai/docs/config-json
+DeepSpeed gets the frozen base and nothing else. The trained weights are small beside it: each process has all of them,
+in float32, so gradients, optimizer and checkpoints are the same with and without ZeRO-3. Every pass is a collective:
+all processes make the same number of passes through the same layers (`packing.level`). Nothing is offloaded to the
+CPU's memory. ZeRO: https://arxiv.org/abs/1910.02054; DeepSpeed's options: https://www.deepspeed.ai/docs/config-json
+
+This is the one module that changes DeepSpeed (`sharded_loading`), for version 0.19.8; a test checks the argument.
 """
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.contract.errors import UsageError
-from stages.hardware.memory import ZERO3_LIVE, ZERO3_PREFETCH, ZERO_BUCKET
+from stages.hardware.memory import ZERO3_LIVE, ZERO3_PREFETCH
 
 if TYPE_CHECKING:
     import torch
 
-STAGES = {"zero2": 2, "zero3": 3}
+T = TypeVar("T")
 
 UNDIVIDED_ELEMENTS = 100_000
-"""ZeRO-3 keeps tensors of fewer elements whole on each GPU: norms, biases and small LoRA weights, some 40 MB of a 7B
-model. Gathering each of them would take more time than the memory is worth."""
+"""ZeRO-3 keeps tensors of fewer elements whole on each GPU: norms and biases, a few MB of a 7B model. Gathering each of
+them would take more time than the memory is worth."""
 
 
-def deepspeed_config(
-    sharding: str, dtype: str, micro_batch: int, accumulation: int, max_grad_norm: float
-) -> dict[str, Any]:
-    """DeepSpeed's configuration, with every option that affects memory or the result. `sharding` is `zero2` or `zero3`.
-
-    Optimizer and schedule are the trainer's own: torch's AdamW with the groups of LoRA+ and weight decay. DeepSpeed
-    compiles none of its kernels. With bfloat16 and float16, the model computes with LoRA weights of that type; the
-    optimizer keeps the weights and sums the gradients in float32.
-    """
-    zero: dict[str, Any] = {
-        "stage": STAGES[sharding],
-        "contiguous_gradients": True,
-        "reduce_bucket_size": ZERO_BUCKET,
-        "allgather_bucket_size": ZERO_BUCKET,
-        "overlap_comm": False,  # LoRA's gradients are small and not worth the memory of a second buffer
-    }
-    if sharding == "zero3":
-        zero |= {
+def deepspeed_config(dtype: str) -> dict[str, Any]:
+    """DeepSpeed's configuration for a frozen base in `dtype`, with every option that affects memory or the result."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # required, and without an optimizer of no effect
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "zero_optimization": {
+            "stage": 3,
             "overlap_comm": True,  # fetch the next layer's weights while this one computes
+            # a place of its own for each weight: in one buffer for several, all of them would be there twice
+            "stage3_allgather_sequential": True,
+            "memory_efficient_linear": False,  # would replace torch's function, also for models that are not sharded
             "stage3_max_live_parameters": ZERO3_LIVE,
             "stage3_max_reuse_distance": ZERO3_LIVE,
             "stage3_prefetch_bucket_size": ZERO3_PREFETCH,
             "stage3_param_persistence_threshold": UNDIVIDED_ELEMENTS,
-        }
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": max_grad_norm,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        # the values of torch's GradScaler, used without DeepSpeed: both must read a checkpoint's loss scale alike
-        "fp16": {
-            "enabled": dtype == "float16",
-            "loss_scale": 0,
-            "initial_scale_power": 16,
-            "loss_scale_window": 2000,
-            "hysteresis": 1,
-            "min_loss_scale": 1,
         },
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
     }
 
 
@@ -73,99 +54,104 @@ def check_sharding(sharding: str, use_cpu: bool, quantisation: str | None) -> No
 
     `quantisation` is the method that the base is quantised with, such as `gptq`; None if it is not quantised.
     """
-    if sharding == "none":
+    if sharding != "zero3":
         return
-    if sharding == "zero3" and quantisation is not None:
+    if quantisation is not None:
         raise UsageError(
-            f"train.sharding: zero3 cannot shard a base quantised with {quantisation}; set it to zero2, none or auto"
+            f"train.sharding: zero3 cannot shard a base quantised with {quantisation}; set it to none or auto"
         )
     if use_cpu and os.environ.get("DS_ACCELERATOR") != "cpu":  # DeepSpeed's own variable, for tests
-        raise UsageError(f"train.sharding: {sharding} needs a GPU, but there is none here; set it to none or auto")
+        raise UsageError("train.sharding: zero3 needs a GPU, but there is none here; set it to none or auto")
     if importlib.util.find_spec("deepspeed") is None:
-        raise UsageError(
-            f"train.sharding: {sharding} needs DeepSpeed, which is not installed here; set it to none or auto"
-        )
+        raise UsageError("train.sharding: zero3 needs DeepSpeed, which is not installed here; set it to none or auto")
 
 
-def convert_trainable_weights(dtype: str, model: "torch.nn.Module") -> None:
-    """Convert a model's trainable weights to `dtype`, the type that the base computes in. ZeRO requires this.
+@contextmanager
+def sharded_loading(dtype: str) -> Iterator[None]:
+    """Within this context, transformers shards a model over the processes while it loads it. `dtype` is the model's.
 
-    DeepSpeed converts them itself unless ZeRO-3 sharded the base while it was loaded. In that case, LoRA would compute
-    in float32 without this function.
+    transformers calls `deepspeed.zero.Init` without its argument `tensor_overrides`, which is set here. While a model
+    is built, DeepSpeed would convert every new tensor to the type of the weights, even one created in float32: rotary
+    embeddings with frequencies in bfloat16 are wrong by whole turns after some thousand tokens. The weights do not need
+    this conversion: transformers sets their type as torch's default.
     """
-    import torch
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-
-
-def gather_by_layer(model: "torch.nn.Module", whole_layers: bool) -> None:
-    """Keep ZeRO-3 from gathering frozen embeddings for a backward pass. With `whole_layers`, also make it gather all
-    weights of a layer at once.
-
-    Call it before DeepSpeed gets the model. By default, ZeRO-3 gathers the weights of each module separately. These
-    thousands of small steps take most of the time, and with gradient checkpointing the weights are gathered twice. A
-    layer is a module that transformers never splits over GPUs (`_no_split_modules`).
-
-    Set `whole_layers` only if the input of every layer with trained weights requires gradients, as it does with
-    gradient checkpointing. Otherwise DeepSpeed considers a layer's backward pass finished before it starts, and fails.
-    """
-    import torch
-    from deepspeed.utils import set_z3_leaf_module
-
-    layers = set(getattr(model, "_no_split_modules", None) or ())
-    for module in model.modules():
-        if whole_layers and type(module).__name__ in layers:
-            set_z3_leaf_module(module, True)
-        elif isinstance(module, torch.nn.Embedding) and not module.weight.requires_grad:
-            # gradient checkpointing makes the embeddings' output require gradients, so DeepSpeed would gather the whole
-            # table for a backward pass that computes nothing. It does not replace an attribute that exists
-            module.pre_bwd_fn = _NoGathering  # type: ignore[assignment]
+    original = deepspeed.zero.Init
+    only_the_device = frozenset({deepspeed.zero.DeepSpeedTensorOverride.device})
+    config = HfDeepSpeedConfig(deepspeed_config(dtype))  # transformers shards while this object exists
+    deepspeed.zero.Init = partial(original, tensor_overrides=only_the_device)
+    try:
+        yield
+    finally:
+        deepspeed.zero.Init = original
+        del config
 
 
-class _NoGathering:
-    """Replaces DeepSpeed's autograd function that gathers weights before a module's backward pass."""
+class ShardedBase:
+    """A frozen model of transformers whose weights are sharded over the processes. Its head is gathered apart."""
 
-    @staticmethod
-    def apply(output: "torch.Tensor") -> "torch.Tensor":
-        """Return the output unchanged."""
-        return output
+    def __init__(self, model: Any, dtype: str) -> None:
+        """Have DeepSpeed gather the weights of a model that was loaded in `sharded_loading`, without LoRA.
+
+        A layer's weights are gathered at once: module by module takes most of the time, and LoRA's layers read weights
+        outside of the modules that hold them. The embeddings' output gets a gradient, because DeepSpeed finds the end
+        of a layer's backward pass by the gradient of its input.
+        """
+        import deepspeed
+        from deepspeed.utils import set_z3_leaf_module
+        from torch import nn
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        from stages.train.vision import text_decoder
+
+        class Pass(nn.Module):
+            """DeepSpeed takes what lies within a call of this module as one pass."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.base = model.base_model
+
+            def forward(self, compute: Callable[[], T]) -> T:
+                """Do the work of a pass."""
+                return compute()
+
+        model.requires_grad_(False)
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.layers: list[nn.Module] = list(dict.fromkeys([*text_decoder(model).layers, *blocks]))
+        """Those of the language model and of a vision tower: a layer's weights are gathered together."""
+        for layer in self.layers:
+            set_z3_leaf_module(layer, True)
+        self._pass = Pass()
+        self._engine, *_ = deepspeed.initialize(model=self._pass, config=deepspeed_config(dtype))
+        model.get_input_embeddings().register_forward_hook(lambda _module, _input, output: output.requires_grad_())
+
+    def run(self, compute: Callable[[], T]) -> T:
+        """Do the work of one pass over the model, forward. All processes must call this."""
+        result: T = self._pass(compute)
+        return result
+
+    def release(self) -> None:
+        """Free the whole weights that DeepSpeed keeps for a backward pass. Call it after a pass without one."""
+        self._engine.optimizer.empty_partition_cache()
+
+    def refuse_other_modules(self, model: Any) -> None:
+        """Raise UsageError if a module outside of the layers has LoRA: its weight is not gathered for LoRA's layer."""
+        from peft.tuners.lora import LoraLayer
+
+        within = {id(module) for layer in self.layers for module in layer.modules()}
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer) and id(module) not in within:
+                raise UsageError(
+                    f"train.target_modules: matches {name}, which is in no layer, and train.sharding zero3 gathers"
+                    " whole layers; leave it out, or set train.sharding to none"
+                )
 
 
-def free_whole_weights(model: "torch.nn.Module") -> None:
-    """Free the whole weights that ZeRO-3 keeps after a forward pass. Call it after each batch of an evaluation.
+def gathered(module: "torch.nn.Module") -> AbstractContextManager[None]:
+    """A context in which a module's sharded weights are whole. All processes must enter it."""
+    import deepspeed
 
-    ZeRO-3 keeps the head and the last layers for the backward pass. An evaluation has no backward pass, so the next
-    forward pass would need memory for these weights and its own.
-    """
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    for weight in model.parameters():
-        status = getattr(weight, "ds_status", None)
-        if status is ZeroParamStatus.AVAILABLE and not weight.ds_persist:  # type: ignore[attr-defined]
-            weight.partition()  # type: ignore[attr-defined]
-
-
-def fix_zero3_loading() -> None:
-    """Patch ZeRO-3 to keep float32 constants while a model loads, and to gather each weight into its own memory. Call
-    it before the model is loaded.
-
-    While a model is built, DeepSpeed converts every new tensor to the type of the weights, even one created in float32.
-    Rotary embeddings with frequencies in bfloat16 are wrong by whole turns after some thousand tokens. The weights do
-    not need this conversion: transformers sets their type as torch's default while loading.
-
-    DeepSpeed also gathers several weights into one buffer and then copies each, so that all of them exist twice. Its
-    option stage3_allgather_sequential avoids that but also turns off prefetching.
-    """
-    from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride, Init
-
-    original = Init.__init__
-    only_the_device = frozenset({DeepSpeedTensorOverride.device})
-
-    def patched_init(self: Any, *arguments: Any, **named: Any) -> None:
-        """Call DeepSpeed's `Init.__init__` with the two settings changed."""
-        original(self, *arguments, **{"tensor_overrides": only_the_device, **named})
-        self.allgather_sequential = True
-
-    Init.__init__ = patched_init
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(module.parameters()))
+    return context

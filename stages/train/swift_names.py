@@ -15,11 +15,11 @@ from stages.contract.errors import UsageError
 from stages.contract.files import read_json
 from stages.contract.recipe import Model
 
-OWN_TYPES = ("mgm",)
-"""Model types that Lorry registers with ms-swift (mgm_swift.py)."""
+EARLIER_TYPES = ("mgm",)
+"""Model types of recipes of earlier versions, which are not used any more."""
 
-OWN_TEMPLATES = ("llava_chatml", "llava_vicuna", "mgm")
-"""Templates that Lorry registers with ms-swift (llava_templates.py, mgm_swift.py)."""
+EARLIER_TEMPLATES = ("llava_chatml", "llava_vicuna", "mgm")
+"""Templates of recipes of earlier versions, which are not used any more."""
 
 
 def refuse_wrong_names(names: Model, model: Path | None) -> None:
@@ -33,30 +33,30 @@ def refuse_wrong_names(names: Model, model: Path | None) -> None:
         return
     swift = Path(spec.submodule_search_locations[0])
     faults = [
-        _unknown_name("swift_type", names.swift_type, swift / "model" / "constant.py", OWN_TYPES)
+        _unknown_name("swift_type", names.swift_type, swift / "model" / "constant.py", EARLIER_TYPES)
         or _other_architecture(names.swift_type, model, swift),
-        _unknown_name("swift_template", names.swift_template, swift / "template" / "constant.py", OWN_TEMPLATES),
+        _unknown_name("swift_template", names.swift_template, swift / "template" / "constant.py", EARLIER_TEMPLATES),
     ]
     if any(faults):
         raise UsageError("\n".join(fault for fault in faults if fault))
 
 
-def _unknown_name(key: str, name: str | None, file: Path, own: tuple[str, ...]) -> str:
-    """What is wrong with a name that is neither in ms-swift's file nor in `own`; else empty, as without a name."""
+def _unknown_name(key: str, name: str | None, file: Path, earlier: tuple[str, ...]) -> str:
+    """What is wrong with a name that is neither in ms-swift's file nor in `earlier`; else empty, as without a name."""
     known = names_in_file(file)
-    if name is None or not known or name in known or name in own:
+    if name is None or not known or name in known or name in earlier:
         return ""
-    near = difflib.get_close_matches(name, sorted(known | {*own}), n=3, cutoff=0.7)
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.7)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see ms-swift's list of models"
     return f"model.{key}: ms-swift has no {name!r}; {hint}"
 
 
-def _other_architecture(name: str, model: Path | None, swift: Path) -> str:
+def _other_architecture(name: str | None, model: Path | None, swift: Path) -> str:
     """What is wrong with a model type for another architecture than the model's; empty if nothing is, or if one of the
-    two is not known."""
+    two is not known or there is no name."""
     config: dict[str, Any] = (read_json(model / "config.json") if model else None) or {}
     own = next(iter(config.get("architectures") or []), None)
-    if own is None:
+    if own is None or name is None:
         return ""
     known = architectures_by_type(swift)
     fitting = sorted(kind for kind, found in known.items() if own in found)

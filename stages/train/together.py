@@ -8,7 +8,7 @@ from stages.contract.errors import InterruptedRunError
 from stages.contract.stop import StopRequest
 
 SILENCE = timedelta(minutes=30)
-"""Longest time that a process waits for another one in training. ms-swift's own default is 208 days."""
+"""Longest time that a process waits for another one in training."""
 
 T = TypeVar("T")
 
@@ -16,16 +16,11 @@ T = TypeVar("T")
 class Together:
     """The processes that train one adapter together. torchrun starts them if there are several."""
 
-    def __init__(self, processes: int, use_cpu: bool, sharding: str = "none") -> None:
-        """Join the group of all training processes. A single process joins a group only with ZeRO, which requires one.
-
-        `sharding` is `none`, `zero2` or `zero3`.
-        """
+    def __init__(self, processes: int, use_cpu: bool) -> None:
+        """Join the group of all training processes. A single process joins none."""
         self.rank = 0
         self._group: Any = None
         if processes == 1:
-            if sharding != "none":
-                _join_group_of_one(use_cpu)
             return
         import torch
         import torch.distributed as dist
@@ -33,7 +28,6 @@ class Together:
         self.rank = int(os.environ["RANK"])
         if not use_cpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # join before swift and accelerate do: they use an existing group
         dist.init_process_group("gloo" if use_cpu else "nccl", timeout=SILENCE)
         # a group on the CPUs: the exchange of stop requests at each step must not delay a GPU
         self._group = dist.new_group(backend="gloo", timeout=SILENCE)
@@ -85,16 +79,6 @@ class Together:
 
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _join_group_of_one(use_cpu: bool) -> None:
-    """Set up a group of one process and the environment variables that torchrun sets: DeepSpeed requires both."""
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import HashStore
-
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {**one, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # no process connects there
-    dist.init_process_group("gloo" if use_cpu else "nccl", store=HashStore(), rank=0, world_size=1)
 
 
 def is_peer_lost(error: BaseException) -> bool:

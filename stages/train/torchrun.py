@@ -1,7 +1,10 @@
-"""Start the training processes of one adapter on this machine, and follow their progress until they end.
+"""The training processes on this machine: start them, give them one adapter after the other, follow their progress.
 
 Lorry starts a single process itself. torchrun starts several processes, on one machine or more: it gives each its rank,
-and ends all processes of a machine if one fails.
+and ends all processes of a machine if one fails. Processes that have trained an adapter keep the base on their GPUs for
+the next one. All processes of a machine read their jobs from a folder:
+
+    <checkpoints>/.jobs/<number>.json   the jobs of these processes, from 1 on; they end when the folder is removed
 """
 
 import json
@@ -11,16 +14,17 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stages.contract.errors import Exit, InterruptedRunError, LorryError
-from stages.contract.files import write_json
+from stages.contract.files import remove
 from stages.contract.part import Node
 from stages.contract.stage import Stage
 from stages.contract.stop import begin_child, die_with_parent
+from stages.hardware.probe import Gpu, probe
 from stages.train.job import Job
 from stages.train.ladder import MemoryRanOutError, Shortage
 
@@ -29,6 +33,9 @@ WORKER = "stages.train.worker"
 
 JOIN_SECONDS = 900
 """Seconds that nodes wait for one another: a new machine in a cluster may have to pull its image first."""
+
+ENDING_SECONDS = 30
+"""Seconds in which processes that have no more jobs must end."""
 
 
 @dataclass
@@ -56,56 +63,128 @@ class _Messages:
         return self.tokens / self.seconds if self.seconds else None
 
 
-def train_adapter(stage: Stage, job: Job, here: int, node: Node | None, environment: Mapping[str, str]) -> float | None:
-    """Train one adapter with `here` processes on this machine. Returns tokens per second over all processes, or None
-    after fewer than two steps.
+class TrainingProcesses:
+    """The training processes of a stage on this machine. They end with the context of this object at the latest."""
 
-    `environment` holds the target's variables for several processes; they do not replace variables that are already
-    set, and a single process does not get them. Raises MemoryRanOutError if a GPU's memory ran out, InterruptedRunError
-    after a stop or the loss of a GPU or node, and LorryError for every other failure, with the process's exit code if
-    it has one.
-    """
-    received = _Messages()
-    if job.processes == 1:
-        _train_alone(stage, job, received)
-    else:
-        _train_together(stage, job, here, node, {**environment, **os.environ}, received)
-    return received.tokens_per_second
+    def __init__(self, stage: Stage, node: Node | None) -> None:
+        self.gpus_before: tuple[Gpu, ...] = ()
+        """This machine's GPUs as they were before the newest processes started."""
+        self._stage, self._node = stage, node
+        self._jobs = stage.path("checkpoints", ".jobs")
+        self._running: _Running | None = None
+        self._last: Job | None = None  # the last job, if it ended well
 
+    def __enter__(self) -> "TrainingProcesses":
+        return self
 
-def _train_alone(stage: Stage, job: Job, received: _Messages) -> None:
-    """Train in one process, without torchrun. Raises the errors of `train_adapter`."""
-    name = job.adapter.name
-    reading, writing = os.pipe()
-    job_file = _write_job(replace(job, progress=writing), job.work)
-    with subprocess.Popen(
-        [sys.executable, "-m", WORKER, str(job_file)],
-        pass_fds=[writing, stage.lock],  # a worker that outlives this process must still hold the stage's lock
-        process_group=0,
-        preexec_fn=partial(begin_child, os.getpid()),  # noqa: PLW1509 - no other thread runs here
-    ) as worker:
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def train(self, job: Job, here: int, environment: Mapping[str, str]) -> float | None:
+        """Train one adapter or the connector with `here` processes on this machine. Returns tokens per second over all
+        processes, or None after fewer than two steps.
+
+        Processes that have the job's base on their GPUs train it, or else new ones. `environment` holds the target's
+        variables for several processes; they do not replace variables that are already set, and a single process does
+        not get them. Raises MemoryRanOutError if a GPU's memory ran out, InterruptedRunError after a stop or the loss
+        of a GPU or node, and LorryError for every other failure, with the process's exit code if it has one.
+        """
+        name, last, self._last = job.adapter.name, self._last, None
+        if self._running is not None and (self._running.base != job.base or self._running.process.poll() is not None):
+            self.end()
+        if self._running is not None:
+            self._running.jobs, self._running.is_idle = self._running.jobs + 1, False
+            job.write(self._jobs / f"{self._running.jobs}.json")
+        else:
+            if last is not None:
+                self._stage.events.say(f"train {name}: loads the base again{self._why_again(last, job)}")
+            self._running = self._start(job, here, environment)
+        running = self._running
+        received = running.received = _Messages(running.received.processes)
+        workers = None if job.processes == 1 else _Workers(running.process, received, self._node)
+        self._stage.stop.pass_on_to(workers or running.process)
+        if _follow_progress(self._stage, name, running.messages, received, workers):
+            self._stage.stop.pass_on_to(None)
+            running.is_idle = True
+        else:
+            code, self._running = running.process.wait(), None
+            self._stage.stop.pass_on_to(None)
+            running.messages.close()
+            if workers is not None:
+                _raise_torchrun_error(self._stage, name, code, self._node, received)
+            else:
+                _raise_process_error(self._stage, name, code, running.process.pid, received)
+        self._last = job
+        return received.tokens_per_second
+
+    def end(self) -> None:
+        """End the processes, and wait until they have ended. Those that are still training are killed."""
+        running, self._running = self._running, None
+        remove(self._jobs)
+        if running is None:
+            return
+        with running.messages:
+            if not running.is_idle:
+                running.process.kill()
+            try:
+                running.process.wait(ENDING_SECONDS)
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+                running.process.wait()
+
+    def _start(self, job: Job, here: int, environment: Mapping[str, str]) -> "_Running":
+        """Start `here` processes with their first job. It is their only one if the base is not kept; on several nodes
+        it is not: only the first process of node 0 says when a job is done."""
+        self.gpus_before = () if job.use_cpu else probe().gpus
+        remove(self._jobs)  # a killed start may have left it
+        jobs = self._jobs if job.base is not None and self._node is None else self._jobs / "1.json"
+        reading, writing = os.pipe()
+        if job.processes == 1:
+            replace(job, progress=writing).write(self._jobs / "1.json")
+            process = subprocess.Popen(
+                [sys.executable, "-m", WORKER, str(jobs)],
+                pass_fds=[writing, self._stage.lock],  # a worker that outlives this process must still hold the lock
+                process_group=0,
+                preexec_fn=partial(begin_child, os.getpid()),  # noqa: PLW1509 - no other thread runs here
+            )
+        else:
+            # torchrun passes only the standard descriptors to its processes, and standard input is not used otherwise
+            replace(job, progress=0).write(self._jobs / "1.json")
+            process = subprocess.Popen(
+                torchrun_command(jobs, here, self._node),
+                stdin=writing,
+                pass_fds=[self._stage.lock],
+                env={**environment, **os.environ},
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
+            )
         os.close(writing)
-        stage.stop.pass_on_to(worker)
-        _follow_progress(stage, name, reading, received)
-        code = worker.wait()
-        stage.stop.pass_on_to(None)
-    error = received.errors[-1][1] if received.errors else None
-    if code == Exit.DONE:
-        return
-    if code == Exit.INTERRUPTED or (code < 0 and stage.stop.signal is not None):
-        raise InterruptedRunError(error or f"training {name}: stopped; run the same command again to resume")
-    if received.shortages:
-        raise MemoryRanOutError("out of memory", received.shortages[0], (worker.pid,))
-    if code < 0:
-        ended_by = signal.Signals(-code).name
-        raise LorryError(
-            f"training {name}: ended by {ended_by}"
-            + (" (the kernel sends it when memory runs out)" if ended_by == "SIGKILL" else "")
-            + f"; run the same command again to resume from the last checkpoint; log: {stage.path('log.txt')}"
-        )
-    raise _training_error(
-        stage, name, Exit(code) if code in tuple(Exit) else Exit.CRASHED, error or f"exit code {code} without a message"
-    )
+        return _Running(process, os.fdopen(reading, "r", encoding="utf-8"), job.base)
+
+    def _why_again(self, last: Job, job: Job) -> str:
+        """Why new processes load the base for a job, after processes that did their last job well."""
+        if last.connector != job.connector:
+            return ", with the trained connector"
+        if self._node is not None:
+            return f", as {self._node.count} nodes train together"
+        return ", as it is sharded over the GPUs" if job.is_sharded else ""
+
+
+@dataclass
+class _Running:
+    """Processes that run."""
+
+    process: "subprocess.Popen[bytes]"
+    """The training process, or torchrun."""
+    messages: IO[str]
+    base: tuple[Any, ...] | None
+    """`Job.base` of their jobs."""
+    jobs: int = 1
+    """Number of jobs that they got."""
+    received: _Messages = field(default_factory=_Messages)
+    """What they have sent about the newest job."""
+    is_idle: bool = False
+    """Whether they wait for a job."""
 
 
 class _Workers:
@@ -128,42 +207,44 @@ class _Workers:
                 os.kill(process, sig)
 
 
-def _train_together(
-    stage: Stage, job: Job, here: int, node: Node | None, environment: Mapping[str, str], received: _Messages
-) -> None:
-    """Train in several processes, which torchrun starts. Raises the errors of `train_adapter`."""
-    reading, writing = os.pipe()
-    # torchrun passes only the standard descriptors to its processes, and standard input is not used otherwise
-    job_file = _write_job(replace(job, progress=0), job.scratch)
-    with subprocess.Popen(
-        torchrun_command(job_file, here, node),
-        stdin=writing,
-        pass_fds=[stage.lock],
-        env=environment,
-        start_new_session=True,
-        preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
-    ) as torchrun_process:
-        os.close(writing)
-        workers = _Workers(torchrun_process, received, node)
-        stage.stop.pass_on_to(workers)
-        _follow_progress(stage, job.adapter.name, reading, received, workers)
-        code = torchrun_process.wait()
-        stage.stop.pass_on_to(None)
+def _raise_process_error(stage: Stage, name: str, code: int, process: int, received: _Messages) -> None:
+    """Raise the error for a single process that ended with this code, unless it is done. `process` is its id."""
+    error = received.errors[-1][1] if received.errors else None
+    if code == Exit.DONE:
+        return
+    if code == Exit.INTERRUPTED or (code < 0 and stage.stop.signal is not None):
+        raise InterruptedRunError(error or f"training {name}: stopped; run the same command again to resume")
+    if received.shortages:
+        raise MemoryRanOutError("out of memory", received.shortages[0], (process,))
+    if code < 0:
+        ended_by = signal.Signals(-code).name
+        raise LorryError(
+            f"training {name}: ended by {ended_by}"
+            + (" (the kernel sends it when memory runs out)" if ended_by == "SIGKILL" else "")
+            + f"; run the same command again to resume from the last checkpoint; log: {stage.path('log.txt')}"
+        )
+    raise _training_error(
+        stage, name, Exit(code) if code in tuple(Exit) else Exit.CRASHED, error or f"exit code {code} without a message"
+    )
+
+
+def _raise_torchrun_error(stage: Stage, name: str, code: int, node: Node | None, received: _Messages) -> None:
+    """Raise the error for several processes after torchrun ended with this code, unless they are done."""
     if received.shortages:  # checked first: the other processes failed because of it
         raise MemoryRanOutError("out of memory", received.shortages[0], tuple(received.processes))
     if code != Exit.DONE:
-        raise _torchrun_error(stage, job.adapter.name, node, received)
+        raise _torchrun_error(stage, name, node, received)
 
 
-def torchrun_command(job_file: Path, here: int, node: Node | None) -> list[str]:
-    """The torchrun command that starts `here` training processes on this machine. On several nodes, their ranks follow
-    the order of the nodes."""
+def torchrun_command(jobs: Path, here: int, node: Node | None) -> list[str]:
+    """The torchrun command that starts `here` training processes on this machine, which do the job in a
+    file or those in a folder. On several nodes, their ranks follow the order of the nodes."""
     where = ["--standalone", "--local-addr=127.0.0.1"]  # a container without network cannot resolve its own name
     if node is not None:
         host, _, port = node.rendezvous.rpartition(":")
         where = [f"--nnodes={node.count}", f"--node-rank={node.rank}", f"--master-addr={host}", f"--master-port={port}"]
         where += [f"--rdzv-conf=timeout={JOIN_SECONDS}"]
-    worker = ["-m", WORKER, str(job_file)]
+    worker = ["-m", WORKER, str(jobs)]
     return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={here}", *worker]
 
 
@@ -199,61 +280,51 @@ def _training_error(stage: Stage, name: str, code: Exit, text: str) -> LorryErro
 
 
 def _follow_progress(
-    stage: Stage, name: str, reading: int, received: _Messages, workers: _Workers | None = None
-) -> None:
-    """Print the processes' progress, and add their messages to `received`, until the last process ends.
+    stage: Stage, name: str, messages: IO[str], received: _Messages, workers: _Workers | None = None
+) -> bool:
+    """Print the processes' progress, and add their messages to `received`, until they are done with their job.
 
-    Adds a decision to the stage if training resumes from a checkpoint. `reading` is the file descriptor with the
-    messages. `workers` that start after a stop get a SIGTERM.
+    Returns whether they are: false if the last process ended before. Adds a decision to the stage if training resumes
+    from a checkpoint. `workers` that start after a stop get a SIGTERM.
     """
     activity, loss = f"train {name}", None
-    with os.fdopen(reading, "r", encoding="utf-8") as messages:
-        for line in messages:
-            message = json.loads(line)
-            if message["event"] == "step":
-                speed = message["tokens"] / message["seconds"] if message["seconds"] > 0 else None
-                received.steps += 1
-                if received.steps > 1:
-                    received.tokens += message["tokens"]
-                    received.seconds += message["seconds"]
-                shown = {"loss": loss, "tokens_per_second": speed and round(speed, 1), "memory": message["memory"]}
-                stage.events.report_progress(activity, message["step"], message["total"], "steps", **shown)
-            elif message["event"] == "loss":
-                loss = message["loss"]
-                stage.events.emit("loss", adapter=name, step=message["step"], loss=loss)
-            elif message["event"] == "loaded":
-                resumed = f", resuming from {message['resumed_from']}" if message["resumed_from"] else ""
-                stage.events.say(f"{activity}: {message['samples']['train']} samples{resumed}")
-                if resumed:
-                    why = name if message["random_states"] else f"{name}, with new random numbers for its dropout"
-                    stage.decisions.append({"what": "resumed", "value": message["resumed_from"], "why": why})
-            elif message["event"] == "process":
-                received.processes.append(message["id"])
-                if workers is not None and stage.stop.signal is not None:  # it started after the stop
-                    workers.send_signal(signal.SIGTERM)
-            elif message["event"] == "error":
-                received.errors.append((Exit(message["code"]), message["text"]))
-                if "lost" in message:
-                    received.lost.append(message["text"])
-                if "shortage" in message:
-                    received.shortages.append(Shortage(**message["shortage"]))
+    for line in messages:
+        message = json.loads(line)
+        if message["event"] == "step":
+            speed = message["tokens"] / message["seconds"] if message["seconds"] > 0 else None
+            received.steps += 1
+            if received.steps > 1:
+                received.tokens += message["tokens"]
+                received.seconds += message["seconds"]
+            shown = {"loss": loss, "tokens_per_second": speed and round(speed, 1), "memory": message["memory"]}
+            stage.events.report_progress(activity, message["step"], message["total"], "steps", **shown)
+        elif message["event"] == "loss":
+            loss = message["loss"]
+            stage.events.emit("loss", adapter=name, step=message["step"], loss=loss)
+        elif message["event"] == "loaded":
+            _say_loaded(stage, name, message)
+        elif message["event"] == "done":
+            return True
+        elif message["event"] == "process":
+            received.processes.append(message["id"])
+            if workers is not None and stage.stop.signal is not None:  # it started after the stop
+                workers.send_signal(signal.SIGTERM)
+        elif message["event"] == "error":
+            received.errors.append((Exit(message["code"]), message["text"]))
+            if "lost" in message:
+                received.lost.append(message["text"])
+            if "shortage" in message:
+                received.shortages.append(Shortage(**message["shortage"]))
+    return False
 
 
-def _write_job(job: Job, folder: Path) -> Path:
-    """Write a job to job.json in a folder, for `Job.read`. Returns the file's path."""
-    path = folder / "job.json"
-    write_json(path, _json_value(asdict(job)))
-    return path
-
-
-def _json_value(value: Any) -> Any:
-    """Convert a value to JSON's types: paths become text, settings become dicts. Returns the result."""
-    if isinstance(value, dict):
-        return {key: _json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    return value
+def _say_loaded(stage: Stage, name: str, message: dict[str, Any]) -> None:
+    """Print what a process loaded before it trains the adapter `name`, and record what it resumes from."""
+    activity = f"train {name}"
+    resumed = f", resuming from {message['resumed_from']}" if message["resumed_from"] else ""
+    base = "" if message["loads_base"] else ", on the base that is loaded"
+    stage.events.say(f"{activity}: {message['samples']['train']} samples{resumed}{base}")
+    if message["one_sample_a_pass"]:
+        stage.events.say(f"{activity}: each pass has one sample, because {message['one_sample_a_pass']}")
+    if resumed:
+        stage.decisions.append({"what": "resumed", "value": message["resumed_from"], "why": name})

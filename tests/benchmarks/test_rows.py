@@ -1,4 +1,4 @@
-"""Rows of the benchmarks for GPUs: parts that are measured apart stay together, and speeds are computed correctly."""
+"""Rows of the benchmarks for GPUs: parts that are measured apart stay together."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import one_gpu, rows, two_gpus
+from benchmarks import rows, two_gpus
 from benchmarks.memory import SETTINGS
-from benchmarks.one_gpu import PrecisionTraining, read_pace
+from benchmarks.one_gpu import PrecisionTraining
 from benchmarks.rows import write_rows
 from stages.hardware.memory import Lengths
+from stages.hardware.step import StepPlan
 
 
 @pytest.fixture
@@ -53,42 +54,6 @@ def test_the_committed_rows_say_which_part_they_are_of() -> None:
         assert all(by in row for row in read(rows.RESULTS / f"{name}.json")), name
 
 
-def test_the_pace_is_over_all_steps_and_without_the_first_two() -> None:
-    """The trainer says the time so far over the steps so far: here 3, 1, 1 and 1 seconds."""
-    said = [3.0, 2.0, 1.667, 1.5]
-    lines = [
-        f"Train: {step}/4 {{'loss': '1', 'global_step/max_steps': '{step}/4', 'train_speed(s/it)': '{pace}'}}"
-        for step, pace in enumerate(said, start=1)
-    ]
-    assert read_pace("\n".join(lines)) == {"all steps": 1.5, "from the third step on": 1.0}
-    assert read_pace(lines[0]) == read_pace("") == {}
-
-
-def test_speeds_are_medians_and_the_first_run_is_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    order: list[str] = []
-    paces = iter([9.0, 2.0, 4.0, 3.0])
-
-    def by_command(_: object, turn: str) -> tuple[dict[str, float], list[str]]:
-        order.append(f"lorry {turn}")
-        pace = next(paces)
-        return {"all steps": 2 * pace, "from the third step on": pace}, ["--model", "m"]
-
-    def by_swift(_a: object, _s: object, turn: int) -> dict[str, float]:
-        order.append(f"swift {turn}")
-        return {"all steps": 6.0, "from the third step on": 3.0}
-
-    noted: list[dict[str, Any]] = []
-    monkeypatch.setattr(one_gpu, "make_model", lambda *_: None)
-    monkeypatch.setattr(one_gpu, "_measure_lorry_pace", by_command)
-    monkeypatch.setattr(one_gpu, "_measure_swift_pace", by_swift)
-    monkeypatch.setattr(one_gpu, "add_row", lambda **row: noted.append(row))
-    one_gpu.measure_speed()
-    assert order == ["lorry warm-up", "lorry 0", "swift 0", "swift 1", "lorry 1", "lorry 2", "swift 2"]
-    assert noted[-1]["seconds a step, from the third step on"] == {"lorry": [2.0, 4.0, 3.0], "swift": [3.0] * 3}
-    assert noted[-1]["lorry over swift, from the third step on"] == 1.0
-    assert noted[-1]["tokens per second, median, all steps"]["lorry"] == round(8 * 1024 / 6)
-
-
 def test_a_row_of_precision_has_its_losses_when_it_is_first_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,11 +70,11 @@ def test_a_row_of_precision_has_its_losses_when_it_is_first_written(
     assert found == [2, False, 1]
 
 
-def test_one_setting_has_samples_of_mixed_lengths_in_a_micro_batch() -> None:
+def test_one_setting_has_samples_of_mixed_lengths_in_a_pass() -> None:
     mixed = next(one for one in SETTINGS if "mixed lengths" in one.name)
     assert [mixed.sample_length(sample) for sample in range(3)] == [2048, 648, 2048]
-    assert mixed.lengths == Lengths(2048, 512, 136)
-    assert mixed.lengths.logit_positions(4) == 4 * (2048 - 136)
-    alike = next(one for one in SETTINGS if one.name == "7B, 2048, micro-batch 4")
-    assert alike.lengths.logit_positions(4) == 4 * (512 + 9)
+    assert mixed.lengths == Lengths(2048, 512, 1348.0, 700.0)
+    alike = next(one for one in SETTINGS if one.name == "7B, 4 x 2048")
+    step = StepPlan(4, 1, 16_384)
+    assert (alike.lengths.largest_pass(step), mixed.lengths.largest_pass(step)) == (4 * 2048, 4 * 2048)
     assert len({one.name for one in SETTINGS}) == len(SETTINGS)

@@ -21,6 +21,7 @@ from stages.contract.recipe import (
     load_recipe,
     profile_names,
     recipe_file_schema,
+    replaced_values,
 )
 from stages.engines import engine_names
 from stages.models.chat_settings import NAMED
@@ -149,15 +150,75 @@ def test_a_key_that_was_replaced_is_ignored_with_one_line(tmp_path: Path) -> Non
     )
     assert "bootstrap" not in dump_recipe(load_recipe(path)) + dump_recipe(load_recipe(path, "big"))
     lines: list[str] = []
-    recipe = load_recipe(path, say=lines.append)
+
+    def say(section: str, line: str) -> None:
+        lines.append(line)
+        assert section == line.partition("'")[2].partition(".")[0]
+
+    recipe = load_recipe(path, say=say)
     cure = "is ignored: intervals are computed without resamples (docs/runs.md#intervals); remove it"
     assert lines == [f"{path}:12: 'eval.bootstrap' {cure}"]
     assert recipe == load_recipe(written(tmp_path, MINIMAL_RECIPE), overrides=("eval.worst=3",))
     path = written(tmp_path, MINIMAL_RECIPE)
     lines.clear()
-    assert load_recipe(path, overrides=("eval.bootstrap=200",), say=lines.append) == load_recipe(path)
+    assert load_recipe(path, overrides=("eval.bootstrap=200",), say=say) == load_recipe(path)
     assert lines == [f"--set eval.bootstrap=200: 'eval.bootstrap' {cure}"]
     assert "unknown key 'eval.bootstrab'" in refused(path, None, "eval.bootstrab=200")
+
+
+REPLACED_IN_TRAIN = """\
+train:
+  adapters: [{name: tuned}]
+  micro_batch: 4
+  exact_batch: true
+  connector: {effective_batch: 8, micro_batch: 2}
+"""
+
+
+def test_what_packed_passes_replaced_is_ignored_with_a_line_for_each_key(tmp_path: Path) -> None:
+    text, _, _ = MINIMAL_RECIPE.partition("train:")
+    path = written(tmp_path, text + REPLACED_IN_TRAIN)
+    lines: list[str] = []
+    recipe = load_recipe(path, say=lambda section, line: lines.append(f"{section} {line}"))
+    first = len(text.splitlines()) + 1
+    tokens = "is ignored: a pass holds as many tokens as memory allows (docs/memory.md); remove it"
+    assert lines == [
+        f"train {path}:{first + 2}: 'train.micro_batch' {tokens}",
+        f"train {path}:{first + 4}: 'train.connector.micro_batch' {tokens}",
+        f"train {path}:{first + 3}: 'train.exact_batch' is ignored: a step has exactly train.effective_batch samples"
+        " on any number of GPUs; remove it",
+    ]
+    assert recipe.train.connector is not None and recipe.train.connector.effective_batch == 8
+    assert "micro_batch" not in dump_recipe(recipe) and "exact_batch" not in dump_recipe(recipe)
+    lines.clear()
+    plain = written(tmp_path, MINIMAL_RECIPE)
+    given = "train.connector={micro_batch: 2}"
+    load_recipe(plain, overrides=(given,), say=lambda _, line: lines.append(line))
+    assert lines == [f"--set {given}: 'train.connector.micro_batch' {tokens}"]
+
+
+def test_a_value_that_was_replaced_is_read_as_another_with_a_line(tmp_path: Path) -> None:
+    text, _, _ = MINIMAL_RECIPE.partition("train:")
+    path = written(tmp_path, f"{text}train:\n  adapters: [{{name: tuned}}]\n  sharding: zero2\n")
+    lines: list[str] = []
+    assert load_recipe(path, say=lambda section, line: lines.append(f"{section} {line}")).train.sharding == "auto"
+    cure = "is read as auto: Lorry shards the base (zero3) or nothing; set it to auto"
+    assert lines == [f"train {path}:{len(text.splitlines()) + 3}: 'train.sharding' zero2 {cure}"]
+    lines.clear()
+    given = "train.sharding=zero2"
+    plain = written(tmp_path, MINIMAL_RECIPE)
+    assert load_recipe(plain, overrides=(given,), say=lambda _, line: lines.append(line)) == load_recipe(plain)
+    assert lines == [f"--set {given}: 'train.sharding' zero2 {cure}"]
+
+
+def test_a_finished_adapter_of_a_recipe_with_replaced_keys_stays_valid(tmp_path: Path) -> None:
+    """Digests as the version before computed them, in which these keys never counted."""
+    text, _, _ = MINIMAL_RECIPE.partition("train:")
+    path = written(tmp_path, text + REPLACED_IN_TRAIN)
+    recipe = load_recipe(path)
+    before = "9f902dd2936f9e31fa33791cd06676dbe1708aa6f68f6fba64aa1f528901ad84"
+    assert recipe.digest("seed", "train") == before
+    assert recipe.digest("seed", "train", replaced=replaced_values(path)) == before
 
 
 def test_a_wrong_type_is_reported_with_line_and_value(tmp_path: Path) -> None:

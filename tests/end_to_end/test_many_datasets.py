@@ -56,9 +56,17 @@ def test_each_data_set_has_an_adapter_that_has_learnt(job: Path) -> None:
     weights = {name: load_file(adapters / name / "adapter_model.safetensors") for name in ("harbour", "orders")}
     (first, second) = weights.values()
     assert set(first) == set(second) and any((first[name] != second[name]).any() for name in first)
-    for entry in read_json(job / "train" / "summary.json")["dataset_results"]:
-        if "training" in entry:
-            assert entry["training"]["final_loss"] < entry["training"]["initial_loss"] / 2
+    for name in weights:
+        log = read_json(adapters / name / "training.json")["log"]
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        assert len(losses) == 6, "two steps, which have all samples, in each of three epochs"
+        assert sum(losses[-2:]) < 0.6 * sum(losses[:2])
+        said = next(
+            entry["training"]
+            for entry in read_json(job / "train" / "summary.json")["dataset_results"]
+            if entry.get("training", {}).get("dataset_name") == name
+        )
+        assert (said["initial_loss"], said["final_loss"]) == (losses[0], losses[-1])
 
 
 def test_too_long_samples_are_skipped_and_a_data_set_of_nothing_else_fails_alone(job: Path) -> None:

@@ -190,20 +190,15 @@ def test_auto_takes_no_more_cards_than_the_effective_batch(
     assert done.visible[-1] == ("train", "1,3"), done.output
 
 
-def test_auto_takes_a_number_of_cards_that_makes_the_exact_batches(
+def test_auto_takes_any_number_of_cards_up_to_the_smaller_effective_batch(
     box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORRY_GPU_DENY", "5,6,7")
-    exact = ("--set", "train.effective_batch=16", "--set", "train.exact_batch=true")
-    assert small(local, "train", "--gpus", "auto", *exact).visible[-1] == ("train", "1,2,3,4"), "5 do not divide 16"
-    both = ("--set", "train.connector={effective_batch: 6}")
-    assert small(local, "train", "--gpus", "auto", *exact, *both).visible[-1] == ("train", "1,3")
-    refused = small(local, "train", "--gpus", "auto:3", *exact)
-    assert (refused.code, refused.visible) == (4, []), refused.output
-    assert (
-        "train.effective_batch 16: train.exact_batch is set, but the nearest that 3 GPU(s) can do is 15"
-        in refused.output
-    )
+    sixteen = ("--set", "train.effective_batch=16")
+    assert small(local, "train", "--gpus", "auto", *sixteen).visible[-1] == ("train", "0,1,2,3,4"), "5 do not divide 16"
+    both = ("--set", "train.connector={effective_batch: 3}")
+    assert small(local, "train", "--gpus", "auto", *sixteen, *both).visible[-1] == ("train", "1,2,3")
+    assert small(local, "train", "--gpus", "auto:3", *sixteen).visible[-1] == ("train", "1,2,3")
 
 
 def test_auto_takes_cards_that_only_a_leaner_way_fits_on(

@@ -16,7 +16,7 @@ def show(lorry: Lorry, *arguments: str, **variables: str) -> Finished:
 
 
 def test_every_option_can_come_from_the_environment(lorry: Lorry) -> None:
-    settings = " train.connector={micro_batch: 1, max_length: 64}  train.epochs=9\nseed=7 "
+    settings = " train.connector={epochs: 2, max_length: 64}  train.epochs=9\nseed=7 "
     done = show(lorry, LORRY_RECIPE="patent-qa", LORRY_PROFILE="tiny", LORRY_SET=settings)
     assert done.code == 0, done.output
     shown = yaml.safe_load(done.output)

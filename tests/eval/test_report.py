@@ -134,18 +134,19 @@ def test_out_of_memory_steps_memory_and_speed_of_training_are_shown(
     run = build(samples, predictions)
     path = run.path("train", "manifest.json")
     manifest = read_json(path)
-    rung = {"what": "out of memory", "value": "micro-batch 2", "why": "adapter tuned, in training after step 3: <b>"}
+    rung = {"what": "out of memory", "value": "max_length 64", "why": "adapter tuned, in training after step 3: <b>"}
     manifest["decisions"].append(rung)
     manifest["gpu_memory"] = {"tuned": {"allocated": 3 * 2**30, "reserved": 7 * 2**29, "device_used": 2**33}}
     manifest["tokens_per_second"] = {"tuned": 12345.6}
+    manifest["share_of_peak"] = {"tuned": 0.4321}
     assert "Memory ran out" not in report_of(run)
     write_json(path, manifest)
     assert run_stage(run, "eval", work, force=True) == Exit.DONE
     text = run.path("eval", "report.html").read_text(encoding="utf-8")
     Page(text)
     assert "Memory ran out once" in text and "<th>Resumed with</th><th>Reason</th>" in text
-    assert '<th scope="row">micro-batch 2</th><td>adapter tuned, in training after step 3: &lt;b&gt;</td>' in text
-    assert '<td class="number">12,346</td><td class="number">3.5 GiB</td>' in text
+    assert '<th scope="row">max_length 64</th><td>adapter tuned, in training after step 3: &lt;b&gt;</td>' in text
+    assert '<td class="number">12,346 (43% of peak)</td><td class="number">3.5 GiB</td>' in text
 
 
 def test_base_alone(build: Build, samples: list[Sample], predictions: Predictions) -> None:

@@ -14,14 +14,13 @@ CARD = round(23.63 * GIB)
 CONNECTOR_PARAMETERS = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
 RECIPE = Train(
     adapters=[Adapter(name="tuned")],
-    connector=Connector(micro_batch=8),
+    connector=Connector(),
     rank=16,
-    micro_batch=4,
     effective_batch=128,
     max_length=1024,
     gradient_checkpointing=True,
 )
-LENGTHS = Lengths(700, 100, shortest_prompt=580)
+LENGTHS = Lengths(700, 100)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_both_phases_fit_24_gb_where_all_weights_trained_did_not(shape: ModelSha
     """The original's full fine-tuning of 3 billion parameters died on such a card, short of 500 MiB."""
     for settings in (RECIPE.connector_settings(), RECIPE):
         way = plan_training(shape, settings, 1, "bfloat16", CARD, LENGTHS)
-        assert way.fits(CARD) and way.batch.effective_batch == settings.effective_batch
+        assert way.fits(CARD) and way.step.effective_batch == settings.effective_batch
         assert way.sharding == "none"
     small = round(12 * GIB)
     assert not plan_training(shape, RECIPE.connector_settings(), 1, "bfloat16", small, LENGTHS).fits(small)

@@ -6,8 +6,15 @@ from pathlib import Path
 import pytest
 
 from stages.contract.recipe import Train
-from stages.hardware.fit import recipe_way
-from stages.hardware.memory import Estimate, Lengths, adapted_modules, adapter_parameters, trained_parameters
+from stages.hardware.memory import (
+    Estimate,
+    Lengths,
+    adapted_modules,
+    adapter_parameters,
+    estimate_memory,
+    trained_parameters,
+)
+from stages.hardware.step import StepPlan
 from stages.models.shape import ModelShape, read_shape
 from tests.conftest import Lorry
 from tests.hardware.shapes import write_safetensors
@@ -42,8 +49,11 @@ def settings(**values: object) -> Train:
     return Train.model_validate({**fields, **values})
 
 
-def estimate(shape: ModelShape, train: Train) -> Estimate:
-    return recipe_way(shape, train, 1, "bfloat16", LENGTHS).estimate
+def estimate(shape: ModelShape, train: Train, samples: int = 1) -> Estimate:
+    """The estimate for passes of so many samples."""
+    layers = shape.layers if train.gradient_checkpointing else 0
+    step = StepPlan(train.effective_batch, 1, samples * LENGTHS.longest, layers)
+    return estimate_memory(shape, train, step, "bfloat16", "none", LENGTHS)
 
 
 def test_parts_are_distinguished_by_their_names(shape: ModelShape) -> None:
@@ -52,8 +62,7 @@ def test_parts_are_distinguished_by_their_names(shape: ModelShape) -> None:
     assert len(adapted) == 18 * 7 and all(name.startswith("model.language_model.layers.") for name in adapted)
     # of each layer: query and output 2048 to 2048, key and value 2048 to 256, gate, up and down 2048 to 16384
     assert adapter_parameters(shape, settings()) == 18 * 16 * (2 * 4096 + 2 * 2304 + 3 * 18432)
-    connector = {"data": ["pretrain"], "effective_batch": 256, "micro_batch": 8}
-    first = settings(connector=connector).connector_settings()
+    first = settings(connector={"data": ["pretrain"], "effective_batch": 256}).connector_settings()
     assert trained_parameters(shape, first) == 6_295_552 + 1_051_648 + 2 * 2_955_904 and not adapted_modules(
         shape, first
     )
@@ -62,16 +71,14 @@ def test_parts_are_distinguished_by_their_names(shape: ModelShape) -> None:
 def test_one_picture_at_a_time_is_in_the_estimate(shape: ModelShape) -> None:
     least = settings(target_modules=["q_proj"], rank=1)
     assert estimate(shape, least).activations == 16 * PICTURE  # more than a layer of 1024 tokens, and freed before it
-    assert estimate(shape, settings(micro_batch=8)).activations > 16 * PICTURE
-    connector = {"data": ["pretrain"], "effective_batch": 256, "micro_batch": 8}
-    first = settings(connector=connector).connector_settings()
+    assert estimate(shape, settings(), 16).activations > 16 * PICTURE
+    first = settings(connector={"data": ["pretrain"], "effective_batch": 256}).connector_settings()
     without = replace(shape, vision_aux=None)
-    kept = estimate(shape, first).activations - estimate(without, first).activations
+    kept = estimate(shape, first, 8).activations - estimate(without, first, 8).activations
     assert kept == 8 * 5 * PICTURE
     whole = first.model_copy(update={"gradient_checkpointing": False})
-    assert estimate(shape, whole).activations - estimate(without, whole).activations == 8 * 15 * PICTURE
-    one = first.model_copy(update={"micro_batch": 1})
-    assert estimate(shape, one).activations > (5 + 20) * PICTURE
+    assert estimate(shape, whole, 8).activations - estimate(without, whole, 8).activations == 8 * 15 * PICTURE
+    assert estimate(shape, first).activations > (5 + 20) * PICTURE
 
 
 def test_plan_for_24_gb(models: Path, tmp_path: Path) -> None:
@@ -81,7 +88,6 @@ def test_plan_for_24_gb(models: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.output
     assert "MGM-2B, 3.02 billion parameters, on rtx4090 of 24 GiB, in bfloat16" in done.lines[0]
     assert "of 23.6 GiB on each GPU" in done.lines[-1] and done.lines[-1].startswith("fits")
-    rows = {line.split()[0]: float(line.split()[1]) for line in done.lines if len(line.split()) == 2}
-    assert rows["weights"] == pytest.approx(2 * 3_019_166_144 / 2**30, abs=0.01)
-    without = lorry(*asked, "--set", "train.gradient_checkpointing=false", "--set", "train.micro_batch=16")
-    assert "does not fit as asked" in without.output
+    rows = [line.split() for line in done.lines if line.startswith("weights ")]
+    assert float(rows[-1][-1]) == pytest.approx(2 * 3_019_166_144 / 2**30, abs=0.01)
+    assert "the fastest way does not fit: " in done.output and "fits with passes of at most " in done.output

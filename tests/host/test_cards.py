@@ -125,8 +125,9 @@ def test_auto_counts_with_the_larger_of_both_phases(language_model: Path, box: B
         return job_need(("train",), recipe).asked(1, (8, 0))
 
     alone = asked()
-    assert asked("train.connector={micro_batch: 1, max_length: 64}") == alone, "the second phase is the larger"
-    assert asked("train.connector={micro_batch: 64, max_length: 4096}") > 2 * alone, "the first is"
+    small = "train.connector={effective_batch: 1, max_length: 64}"
+    assert asked(small) == alone, "the second phase is the larger"
+    assert asked("train.connector={effective_batch: 64, max_length: 65536}") > 1.5 * alone, "the first is"
 
 
 def test_answering_needs_its_weights_and_a_fifth_more() -> None:

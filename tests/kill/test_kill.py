@@ -1,8 +1,7 @@
 """Kill every stage with SIGKILL at random moments, run the same command again, and compare with an undisturbed run.
 
 Twenty-four kills: six for each stage, at moments drawn from a seed over the stage's own undisturbed duration. Samples,
-predictions and scores must be the same bytes; adapter weights equal within ADAPTER_TOLERANCE. What was finished before
-the kill must not be done again.
+adapters, predictions and scores must be the same bytes. What was finished before the kill must not be done again.
 """
 
 import json
@@ -22,8 +21,6 @@ from stages.contract.files import sha256_file
 from tests.small_inputs import RANDOM_LLAMA
 
 KILLS = 6
-ADAPTER_TOLERANCE = 1e-6
-"""Largest difference of an adapter weight. 0 is seen here; sums may be ordered otherwise on another machine."""
 
 OUTPUTS = {
     "preprocess": [
@@ -33,6 +30,7 @@ OUTPUTS = {
         "pages.parquet",
         "vectors.npy",
     ],
+    "train": ["adapters/tuned/adapter_model.safetensors", "metrics.jsonl"],
     "infer": ["predictions/base.jsonl", "predictions/tuned.jsonl"],
     "eval": ["scores.json", "by_group.json"],
 }
@@ -68,7 +66,6 @@ class Arena:
         for override in (
             *RANDOM_LLAMA,
             "train.effective_batch=4",
-            "train.micro_batch=2",
             "train.checkpoint_every=2",
             "train.epochs=2",
             "infer.chunk_size=4",
@@ -125,18 +122,7 @@ def test_train_survives_kills(arena: Arena) -> None:
         return {"newest": max(steps, default=0), "adapter": int(any((folder / one).is_dir() for one in finished))}
 
     kill_repeatedly(arena, "train", finished, grows=True)
-    from safetensors.numpy import load_file
-
-    calm, killed = (
-        load_file(arena.runs / run / "train" / "adapters" / "tuned" / "adapter_model.safetensors")
-        for run in ("calm", "killed-train")
-    )
-    assert calm.keys() == killed.keys()
-    worst = max(float(abs(calm[name] - killed[name]).max()) for name in calm)
-    print(f"largest difference of an adapter weight after {KILLS} kills: {worst}")
-    assert worst <= ADAPTER_TOLERANCE
-    metrics = [(arena.runs / run / "train" / "metrics.jsonl").read_text() for run in ("calm", "killed-train")]
-    assert metrics[0] == metrics[1]
+    same_bytes(arena, "train")
 
 
 def test_infer_survives_kills(arena: Arena) -> None:
@@ -152,27 +138,6 @@ def test_infer_survives_kills(arena: Arena) -> None:
 def test_eval_survives_kills(arena: Arena) -> None:
     kill_repeatedly(arena, "eval", dict)
     same_bytes(arena, "eval")
-
-
-def test_a_kill_while_training_reads_its_samples_leaves_nothing(arena: Arena) -> None:
-    """`datasets` maps them in processes of its own, which wait for work that nobody will give them any more."""
-    arena.begin("forks", "train")
-    process = arena.start("forks", "train")
-    deadline = time.monotonic() + 120
-    while not (forked := [pid for pid in _alive(process.pid) if _is_fork(pid)]):
-        assert process.poll() is None and time.monotonic() < deadline, arena.log("forks", "train")
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    nothing_left_of(process.pid)
-    assert forked
-
-
-def _is_fork(pid: str) -> bool:
-    """Whether a process runs what its parent does, without having been started anew."""
-    stat = _stat(pid)
-    commands = {_command(pid), _command(stat[1])} if stat else set()
-    return len(commands) == 1 and b"stages.train.worker" in commands.pop()
 
 
 def kill_repeatedly(arena: Arena, stage: str, finished, grows: bool = False) -> None:  # type: ignore[no-untyped-def]

@@ -45,9 +45,9 @@ def test_a_plan_reads_the_modules_of_a_mixture_once(tmp_path: Path, monkeypatch:
     shape, _ = planned_shape(tmp_path)
     assert (len(shape.weights), shape.intermediate, shape.active_experts) == (18867, 8 * 768, 8 / 128)
     read: list[str] = []
-    is_connector = memory._is_connector
-    monkeypatch.setattr(memory, "_is_connector", lambda module: read.append(module) or is_connector(module))
-    settings = Train.model_validate({"adapters": [{"name": "a"}], "micro_batch": 8})
+    is_connector = memory.is_connector
+    monkeypatch.setattr(memory, "is_connector", lambda module: read.append(module) or is_connector(module))
+    settings = Train.model_validate({"adapters": [{"name": "a"}]})
     plan_training(shape, settings, 2, "bfloat16", 24 * 1024**3)
     smallest_changes(shape, settings, 2, "bfloat16", 24 * 1024**3, memory.Lengths(2048, 64))
     assert len(read) < 8 * len(shape.weights)

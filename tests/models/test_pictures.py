@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stages.contract.errors import DataError, UsageError
-from stages.models.pictures import Picture, PictureRules, open_picture, read_rules
+from stages.models.pictures import Picture, PictureRules, family_rules, is_read_in_training, open_picture, read_rules
 
 sides = st.integers(1, 5000)
 
@@ -203,3 +203,15 @@ def test_rules_come_from_the_models_folder(tmp_path: Path) -> None:
     assert read_rules(tmp_path) == PictureRules(32, 65536, 16777216)
     path.write_text(json.dumps({**patches, "min_pixels": 3136, "max_pixels": 12845056}))
     assert read_rules(tmp_path) == PictureRules(32, 3136, 12845056)
+
+
+@pytest.mark.parametrize(("vision", "is_read"), [({"depth": 32}, True), ({"deepstack_visual_indexes": [8, 16]}, False)])
+def test_pictures_that_decoder_layers_read_too_are_not_read_here_in_training(
+    vision: dict[str, Any], is_read: bool, tmp_path: Path
+) -> None:
+    """As Qwen3-VL's, whose preprocessor_config.json names the processor of Qwen2-VL."""
+    processor = {"image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": 16, "merge_size": 2}
+    processor |= {"size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen_vl", "vision_config": vision}))
+    assert family_rules(tmp_path) is not None and is_read_in_training(tmp_path) == is_read

@@ -18,7 +18,7 @@ from stages.infer.journal import journal_names
 from stages.models.chat_settings import PLAIN, chat_settings
 from stages.models.rendering import Renderer, check_samples
 from stages.preprocess import stage as preprocess
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, need_model
 from tests.models.chat_models import KINDS, chat_model
 from tests.preprocess.test_rows import make_files
 
@@ -115,13 +115,16 @@ def test_a_run_has_one_date_on_every_day(make_run: Callable[..., Run], capfd: py
         chat_settings(run)
 
 
-def test_samples_with_pictures_need_ms_swift_s_template(
+def test_samples_with_pictures_that_lorry_does_not_read_need_ms_swift_s_names(
     make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run("chatml", "model.swift_template=null")
+    run = make_run("chatml")
     assert preprocessed(run, capfd)[0] == Exit.DONE, "samples without pictures do not"
-    with pytest.raises(UsageError, match=r"model.swift_template: found null, but sample s has pictures; set it to"):
-        check_samples(run, Renderer(run.roots.models / "chatml"), [{"id": "s", "images": ["a.png"]}])
+    samples = [{"id": "s", "images": ["a.png"]}]
+    with pytest.raises(UsageError, match=r"model.swift_type: found null, but sample s has pictures, which Lorry"):
+        check_samples(run, Renderer(run.roots.models / "chatml"), samples)
+    run = make_run("chatml", f"model.path={need_model('tiny-llava')}")
+    check_samples(run, Renderer(need_model("tiny-llava")), samples)
 
 
 # -- what depends on it --------------------------------------------------------------------------------------------

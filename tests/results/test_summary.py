@@ -61,7 +61,7 @@ def trained(run: Run, name: str, **facts: Any) -> dict[str, Any]:
     """`training` of an adapter that has been trained."""
     folder = run.path("train", "adapters", name)
     log = [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": 1.1}, {"step": 2, "loss": 0.5}]
-    known = {"samples": {"train": 24, "validation": 2}, "micro_batch": 4, "accumulation": 16, "log": log}
+    known = {"samples": {"train": 24, "validation": 2}, "pass_tokens": 8192, "log": log}
     write_json(folder / "training.json", {**known, **facts})
     write_json(folder / "timing.json", TIMING)
     adapter = next(each for each in run.recipe.train.adapters if each.name == name)
@@ -115,13 +115,13 @@ def test_a_mix_is_named_after_its_adapter_and_is_in_the_data_folder(run: Run) ->
 
 
 def test_training_is_told_by_what_was_used(run: Run) -> None:
-    found = trained(run, "boats", micro_batch=2, accumulation=32)
+    found = trained(run, "boats", pass_tokens=4096)
     assert (found["initial_loss"], found["final_loss"]) == (2.5, 0.5), "of training, not of validation; never null"
     assert found["train_samples"] == 24
-    assert found["training_time"] == 20.0, "all of it; the trainer's own is in training_metrics"
+    assert found["training_time"] == 20.0, "all of it; the loop's own is in training_metrics"
     assert found["training_metrics"]["train_runtime"] == 12.5
     arguments = found["training_args"]
-    assert (arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]) == (2, 32)
+    assert (arguments["effective_batch"], arguments["pass_tokens"]) == (run.recipe.train.effective_batch, 4096)
     assert arguments["num_train_epochs"] == run.recipe.train.epochs
     lora = found["lora_config"]
     assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"]) == (8, 16, 0.05)

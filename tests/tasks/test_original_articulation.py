@@ -1,13 +1,11 @@
 """The numbered defects of the program that articulation replaces. Each test has a short function that does as that
 program did, shows that it is wrong on a small input, and that Lorry is right on the same input."""
 
-import json
 import math
 import random
 import re
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import pytest
 from benchmarks.made_data import load_maker
 from stages.contract.errors import Exit
 from stages.contract.files import read_json, read_jsonl
-from stages.contract.recipe import Adapter, Recipe, load_recipe
+from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.host.runner import run_stage
@@ -27,8 +25,8 @@ from stages.tasks.articulation import grammar
 from stages.tasks.articulation.geometry import HINGE, Array, Box, Joint, Mode, angle, decode, encode, line_distance
 from stages.tasks.articulation.objects import Object, read_objects
 from stages.tasks.articulation.urdf import UPRIGHT, read_urdf
-from stages.train.worker import _write_samples
 from tests.conftest import REPOSITORY
+from tests.tasks.stand_ins.encoding import encoded
 
 RECIPE = REPOSITORY / "recipes" / "articulation.yaml"
 DEMO = REPOSITORY / "recipes" / "data" / "articulation"
@@ -223,28 +221,10 @@ def test_defect_07_samples_that_are_too_long_are_listed_and_no_answer_is_cut(
         "the program learns code that is cut off"
     )
 
-    class Sft:
-        """Encodes like the trainer, which refuses samples that are too long."""
-
-        def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-            fits = [len(tokens(sample["messages"])) <= 800 for sample in samples]
-            kept = [{"messages": one["messages"]} for one, fit in zip(samples, fits, strict=True) if fit]
-            return kept, [one["id"] for one, fit in zip(samples, fits, strict=True) if not fit]
-
-    path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in made), encoding="utf-8")
-    work: Any = SimpleNamespace(
-        train=[path],
-        validation=[path],
-        mix=Adapter(name="all"),
-        seed=0,
-        processes=1,
-        settings=SimpleNamespace(trains_connector=False),
-    )
-    _, left_out, *_ = _write_samples(work, Sft(), tmp_path)
-    assert left_out["train"] == [long["id"]]
-    (kept,) = read_jsonl(tmp_path / "train.jsonl")
-    assert kept["messages"][-1]["content"] == short["references"][0], "whole"
+    found = encoded(tmp_path, language_model, made, 800)
+    assert found.facts.left_out == [long["id"]]
+    ((kept,),) = found
+    assert tokenizer.decode(kept.tokens[kept.learnt]) == short["references"][0] + tokenizer.eos_token, "whole"
 
 
 def test_defect_08_an_answer_is_scored_by_the_place_of_its_joints() -> None:

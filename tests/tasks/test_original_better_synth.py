@@ -418,7 +418,13 @@ def train(job: Job) -> None:
     """train, with stand-ins for its processes: what they leave is a function of all that they would learn from."""
 
     def learn(
-        stage: Stage, adapter: Adapter, key: str, plan: Any, node: Any, connector: tuple[Path, str] | None
+        stage: Stage,
+        adapter: Adapter,
+        key: str,
+        _plan: Any,
+        _processes: Any,
+        _node: Any,
+        connector: tuple[Path, str] | None,
     ) -> None:
         samples = training_samples(job.samples("train"), adapter, job.recipe.seed)
         digest = digest_of([[sample["messages"] for sample in samples], connector and connector[1]])
@@ -435,8 +441,7 @@ def train(job: Job) -> None:
         counts = {
             "samples": {"train": len(samples)},
             "steps": 1,
-            "micro_batch": 1,
-            "accumulation": 1,
+            "pass_tokens": 1024,
             "max_length": 512,
         }
         write_json(
@@ -447,8 +452,8 @@ def train(job: Job) -> None:
         write_json(folder / "made.json", {"key": key, "files": files})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_plan", lambda *_: None)
-        patch.setattr(training, "_train", learn)
+        patch.setattr(training, "make_plan", lambda *_: None)
+        patch.setattr(training, "train_through_ladder", learn)
         assert run_stage(job.run, "train", training.work) == Exit.DONE
 
 

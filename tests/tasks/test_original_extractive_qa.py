@@ -136,14 +136,16 @@ class Job:
     def train(self, deaths: str = "", stop_before: str | None = None) -> Exit:
         """Train. The trainings of data sets in `deaths` are killed; a stop comes before the one of `stop_before`."""
 
-        def train_adapter(stage: Any, job: Any, *rest: Any) -> float | None:
+        original = torchrun.TrainingProcesses.train
+
+        def train_adapter(processes: Any, job: Any, *rest: Any) -> float | None:
             if job.adapter.name == stop_before:
                 raise KeyboardInterrupt
-            return torchrun.train_adapter(stage, job, *rest)
+            return original(processes, job, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torchrun, "WORKER", "tests.tasks.stand_ins.worker")
-            patch.setattr(train, "train_adapter", train_adapter)
+            patch.setattr(torchrun.TrainingProcesses, "train", train_adapter)
             patch.setenv("LORRY_TARGET", "cpu")
             patch.setenv("STAND_IN_LOG", str(self.root / "trained.jsonl"))
             patch.setenv("STAND_IN_DEATHS", deaths)

@@ -21,7 +21,7 @@ import yaml
 from stages.contract.errors import Exit
 from stages.contract.files import read_json, read_jsonl, write_json, write_jsonl
 from stages.contract.mixes import training_samples
-from stages.contract.recipe import Adapter, Recipe, Train, load_recipe
+from stages.contract.recipe import Recipe, load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.engines.engine import Completion, Done, EngineSettings
@@ -33,10 +33,10 @@ from stages.models.rendering import Prompt, load_tokenizer
 from stages.preprocess import stage as preprocess
 from stages.tasks import settle_recipe
 from stages.tasks.logic_choice.prompts import letter_in
-from stages.train.worker import _write_samples
 from tests.conftest import REPOSITORY
 from tests.infer.conftest import describe
 from tests.infer.engines import use_engine
+from tests.tasks.stand_ins.encoding import encoded
 
 RECIPE = REPOSITORY / "recipes" / "logic-choice.yaml"
 ADAPTERS = {
@@ -129,7 +129,7 @@ class Job:
             folder = self.run.path("train", "adapters", name)
             write_json(folder / "adapter_config.json", {"r": 8})
             samples = {"train": 1, "validation": 1}
-            facts = {"steps": 1, "samples": samples, "micro_batch": 1, "accumulation": 1, "left_out": {}, "log": []}
+            facts = {"steps": 1, "samples": samples, "pass_tokens": 1024, "left_out": {}, "log": []}
             write_json(folder / "training.json", facts)
         write_jsonl(self.run.path("train", "metrics.jsonl"), [])
         describe(self.run, "train", "metrics.jsonl", *(f"adapters/{name}/adapter_config.json" for name in ADAPTERS))
@@ -242,31 +242,12 @@ def test_defect_02_samples_that_are_too_long_are_counted_and_listed_and_never_cu
     long["messages"][1]["content"] = "word " * 200 + long["messages"][1]["content"]
     assert original(long["messages"], 128).endswith("word word") and "green" not in original(long["messages"], 128)
 
-    class Sft:
-        """Encodes like the trainer, which refuses samples that are too long."""
-
-        def fitting_samples(self, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-            fits = [length(sample["messages"]) <= 128 for sample in samples]
-            kept = [{"messages": s["messages"]} for s, fit in zip(samples, fits, strict=True) if fit]
-            return kept, [s["id"] for s, fit in zip(samples, fits, strict=True) if not fit]
-
-    @dataclass
-    class Work:
-        train: list[Path]
-        validation: list[Path]
-        mix: Adapter
-        settings: Train
-        seed: int = 0
-        processes: int = 1
-
-    write_jsonl(tmp_path / "in.jsonl", [*samples, long])
-    work: Any = Work([tmp_path / "in.jsonl"], [tmp_path / "in.jsonl"], Adapter(name="all"), job.recipe.train)
-    counts, left_out, _ = _write_samples(work, Sft(), tmp_path)
-    assert left_out == {"train": ["long/0"], "validation": ["long/0"]}
-    kept = read_jsonl(tmp_path / "train.jsonl")
-    assert counts["train"] == len(kept) == len(samples)
-    assert [row["messages"] for row in kept] == [sample["messages"] for sample in samples], "uncut, with their targets"
-    assert re.fullmatch(r"Answer: [A-C]", kept[0]["messages"][-1]["content"]) and (not target or target == "Answer: B")
+    found = encoded(tmp_path, language_model, [*samples, long], 128)
+    assert found.facts.left_out == ["long/0"]
+    learnt = [tokenizer.decode(kept.tokens[kept.learnt]) for (kept,) in found]
+    whole = [str(sample["messages"][-1]["content"]) for sample in samples]
+    assert sorted(learnt) == sorted(answer + tokenizer.eos_token for answer in whole), "uncut, with their targets"
+    assert re.fullmatch(r"Answer: [A-C]", whole[0]) and (not target or target == "Answer: B")
 
     short = Job(job.root, recipe_with(job.root / "data", "infer.max_length=80", "infer.max_new_tokens=8"))
     assert short.preprocess() == Exit.DONE

@@ -34,7 +34,6 @@ from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
 from stages.engines.engine import Completion, Done, EngineSettings
-from stages.hardware.batch import plan_batch
 from stages.host.runner import run_stage
 from stages.infer import stage as infer
 from stages.models.rendering import Prompt, load_tokenizer
@@ -53,7 +52,8 @@ from stages.tasks.patent_qa import build_samples, classification, read_classific
 from stages.tasks.patent_qa.prompts import POSITION_HINT
 from stages.tasks.patent_qa.questions import PatentQuestion
 from stages.tasks.task import Ask, Found
-from stages.train.stage import _plan
+from stages.train.packing import Steps, pack
+from stages.train.planning import make_plan
 from tests.conftest import MODELS, REPOSITORY, Lorry, make_pdf, need_model
 from tests.hardware.recorded import Box, box
 from tests.infer.conftest import ask as ask_samples
@@ -686,9 +686,9 @@ def test_defect_09_both_samples_of_a_question_fall_into_one_split(job: Job) -> N
         assert set(splits) == set(documents) and {"train", "validation", "test"} == set(splits.values())
 
 
-@pytest.mark.parametrize(("gpus", "made"), [(1, 16), (3, 15), (5, 15), (8, 16)])
+@pytest.mark.parametrize("gpus", [1, 3, 5, 8])
 def test_defect_10_the_effective_batch_is_the_recipes_and_is_recorded(
-    gpus: int, made: int, lorry: Lorry, language_model: Path, box: Box, monkeypatch: pytest.MonkeyPatch
+    gpus: int, lorry: Lorry, language_model: Path, box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def original(gpus: int, processes: int) -> tuple[int, int]:
         """The stated effective batch, and the real one if one process has a model spread over all GPUs."""
@@ -698,20 +698,25 @@ def test_defect_10_the_effective_batch_is_the_recipes_and_is_recorded(
     assert done == 16 and (claimed == done) == (gpus == 1)
     assert [original(count, 1)[0] for count in (8, 5)] == [128, 80], "fewer GPUs silently change the batch"
 
-    training = Training(lorry, ("train.effective_batch=16", "train.micro_batch=1")).with_samples()
+    training = Training(lorry, ("train.effective_batch=16",)).with_samples()
     box.free(*[70.0] * 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
     events = Events(training.run.path("train", "events.jsonl"), "train", sys.stderr)
     stage = Stage(training.run, "train", events, StopRequest(), -1, -1)
-    plan = _plan(stage, None)
-    assert (plan.processes_here, plan.way.batch.effective_batch) == (gpus, made)
+    plan = make_plan(stage, None)
+    assert (plan.processes_here, plan.way.step.effective_batch) == (gpus, 16)
     recorded = {decision["what"]: decision["value"] for decision in stage.decisions}["effective batch"]
-    assert recorded == str(plan.way.batch) and f"= {made}" in recorded
-    assert ("the nearest to 16" in recorded) == (made != 16), "in the manifest and on the console"
+    assert recorded == str(plan.way.step) and recorded.startswith("16 samples a step"), (
+        "in the manifest, on the console"
+    )
 
 
 def test_defect_10_five_cards_do_not_turn_128_into_80() -> None:
-    assert [plan_batch(128, 1, gpus).effective_batch for gpus in (8, 5, 1)] == [128, 130, 128]
+    steps = Steps(samples=1280, effective_batch=128, epochs=1, seed=0)
+    samples = [len(steps.samples_of(step)) for step in range(steps.total)]
+    assert samples == [128] * 10
+    shared = [pack([7] * 128, 70, processes) for processes in (8, 5, 1)]
+    assert [sum(len(one) for passes in each for one in passes) for each in shared] == [128, 128, 128]
 
 
 @pytest.mark.parametrize(("kind", "width"), [("float32", 4), ("float16", 2)])

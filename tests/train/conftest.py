@@ -91,5 +91,5 @@ def sample(
 @pytest.fixture
 def training(lorry: Lorry, small_models: Path) -> Training:
     """A small training: 24 samples, batches of 4."""
-    overrides = (*RANDOM_LLAMA, "train.effective_batch=4", "train.micro_batch=1", "train.checkpoint_every=1000")
+    overrides = (*RANDOM_LLAMA, "train.effective_batch=4", "train.checkpoint_every=1000")
     return Training(replace(lorry, models=small_models), overrides).with_samples()

@@ -5,14 +5,12 @@ more than one sample once three steps are done. `above` 0 fails whatever is done
 without gradient checkpointing; `longer` adds a limit of tokens. During "saving" the process is killed instead, once a
 checkpoint's files are written and it is not yet marked as whole. During "scaling" no memory is short: gradients are
 scaled as for float16, from `scale` on.
-
-Each of these processes also fails if PEFT chooses a device for an adapter that it reads, as on resuming from a
-checkpoint. PEFT's choice is GPU 0 in every process.
 """
 
 import json
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 from stages.train import worker
@@ -23,72 +21,66 @@ SAID = (
 )
 
 
-def refuse_device() -> str:
-    raise AssertionError("PEFT chose a device")
-
-
 def make_hungry() -> None:
-    import peft.peft_model
     import torch
 
-    from stages.train import swift_sft
-
-    peft.peft_model.infer_device = refuse_device
+    from stages.train import base, checkpoints
+    from stages.train.loop import Loop, LossScale
+    from stages.train.trainee import Trainee
 
     hunger = json.loads(os.environ["HUNGER"])
-    train = swift_sft.LorrySft.train
+    loops: list[Loop] = []
+    began, add_gradients, loss, write_json = Loop.__init__, Trainee.add_gradients, Trainee.loss, checkpoints.write_json
 
-    def killed(self: Any, trainer: Any) -> Any:
-        real = trainer._save_checkpoint
+    def begin(self: Loop, *arguments: Any) -> None:
+        began(self, *arguments)
+        loops.append(self)
+        if hunger["during"] == "scaling":  # a CPU has no scale of its own
+            self._scale = LossScale(hunger["scale"])
 
-        def save(*arguments: Any) -> None:
-            real(*arguments)
-            if trainer.state.global_step >= hunger["from_step"]:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def refuse(samples: int, tokens: int) -> None:
+        settings = loops[-1]._job.settings
+        fed = hunger.get("unless_checkpointing", False) and (
+            loops[-1]._job.checkpointed_layers or settings.gradient_checkpointing
+        )
+        late = loops[-1].state.step >= hunger.get("from_step", 0)
+        if late and not fed and samples > hunger["above"] and tokens > hunger.get("longer", 0):
+            raise torch.OutOfMemoryError(SAID)
 
-        trainer._save_checkpoint = save
-        return train(self, trainer)
+    def hungry_gradients(self: Trainee, prepared: Any, factor: float) -> None:
+        refuse(prepared.sequences, len(prepared.tensors.tokens))
+        add_gradients(self, prepared, factor)
 
-    def hungry(self: Any, trainer: Any) -> Any:
-        name = {"training": "training_step", "evaluation": "prediction_step"}[hunger["during"]]
-        real = getattr(trainer, name)
-        fed = hunger.get("unless_checkpointing", False) and self._job.settings.gradient_checkpointing
+    def hungry_loss(self: Trainee, sequences: Any) -> tuple[float, float]:
+        refuse(len(sequences), sum(sequence.length for sequence in sequences))
+        return loss(self, sequences)
 
-        def step(model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-            late = trainer.state.global_step >= hunger.get("from_step", 0)
-            samples, tokens = inputs["input_ids"].shape
-            if late and not fed and samples > hunger["above"] and tokens > hunger.get("longer", 0):
-                raise torch.OutOfMemoryError(SAID)
-            return real(model, inputs, *arguments, **named)
-
-        setattr(trainer, name, step)
-        return train(self, trainer)
-
-    def scaled(self: Any, trainer: Any) -> Any:
-        accelerator = trainer.accelerator  # which has no scaler on a CPU
-        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=hunger["scale"])
-        return train(self, trainer)
+    def kill_before_mark(path: Path, value: Any) -> None:
+        if path.name == "complete.json" and loops[-1].state.step >= hunger["from_step"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_json(path, value)
 
     def loads_nothing(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError(SAID)
 
+    Loop.__init__ = begin  # type: ignore[method-assign]
     if hunger["during"] == "loading":
-        swift_sft.LorrySft._prepare_model_tokenizer = loads_nothing  # type: ignore[method-assign]
+        base.load_base = loads_nothing
     elif hunger["during"] == "saving":
-        swift_sft.LorrySft.train = killed  # type: ignore[method-assign]
-    elif hunger["during"] == "scaling":
-        swift_sft.LorrySft.train = scaled  # type: ignore[method-assign]
-    else:
-        swift_sft.LorrySft.train = hungry  # type: ignore[method-assign]
+        checkpoints.write_json = kill_before_mark
+    elif hunger["during"] == "training":
+        Trainee.add_gradients = hungry_gradients  # type: ignore[method-assign]
+    elif hunger["during"] == "evaluation":
+        Trainee.loss = hungry_loss  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    arguments = worker._arguments
+    read_encoded = worker.read_encoded
 
-    def then_make_hungry(*values: Any) -> list[str]:  # the real process imports swift only when it is about to train
+    def then_make_hungry(job: worker.Job) -> Any:  # every process calls it, once it has imported torch
+        worker.read_encoded = read_encoded
         make_hungry()
-        return arguments(*values)
+        return read_encoded(job)
 
-    worker._arguments = then_make_hungry
+    worker.read_encoded = then_make_hungry
     worker.main()

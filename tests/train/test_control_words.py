@@ -20,6 +20,7 @@ def test_what_samples_say_is_counted_and_reported(training: Training) -> None:
     assert code == 0, output
     said = {"samples": 2, "<|im_end|>": 3, "<repo_name>": 1}
     assert training.manifest().get("control_words") == {"tuned": said}
+    assert training.manifest()["attention"] == {"tuned": {"kernel": "plain"}}
     assert read_json(run.path("train", "adapters", "tuned", "training.json"))["control_words"] == said
     line = (
         "train: adapter tuned: 2 samples say control words of the model, such as '<|im_end|>'; they are encoded as text"

@@ -1,27 +1,28 @@
-"""What a training process makes of samples before it trains: pixel budget, tokens, prompts. Qwen2.5-VL and LLaVA, tiny.
+"""What a training process makes of samples before it trains: pixel budget, tokens, prompts."""
 
-One process encodes everything: ms-swift takes ten seconds to import.
-"""
-
-import json
 import math
 import shutil
-import subprocess
-import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+from stages.contract.errors import DataError
 from stages.contract.files import read_json, write_json, write_jsonl
-from stages.contract.recipe import Adapter, Train
+from stages.contract.recipe import Adapter, Model, Train
 from stages.models.chat_settings import ChatSettings
 from stages.models.pictures import read_rules
-from stages.models.rendering import UNLEARNT, Renderer
+from stages.models.rendering import Renderer, picture_token
+from stages.train.encoding import BATCH, Encoded, SampleEncoder, encode_samples, read_encoded
+from stages.train.job import Job
 from stages.train.lengths import measure_lengths
-from tests.conftest import REPOSITORY, need_model
+from stages.train.samples import TokenSequence
+from stages.train.vision import PictureReader
+from tests.conftest import need_model
 from tests.engines.test_llava import with_published_template
 from tests.models.chat_models import HYBRID, chat_model
 
@@ -33,7 +34,7 @@ LEAST = 3136
 
 SHAPES = [
     *((1240, 1754), (1754, 1240), (350, 300), (224, 224), (225, 224), (20, 30), (56, 56), (2000, 60), (2400, 150)),
-    (860, 744),  # ms-swift shrinks it to 240.8 x 208.3, and rounds 8.6 and 7.4 tiles to 9 x 7; here nearly so
+    (860, 744),  # 8.6 x 7.4 tiles at the budget
     (952, 673),  # 9.5 x 6.7 tiles at the budget: rounded to the nearest they are 10 x 7, above it
 ]
 
@@ -100,7 +101,7 @@ SAID = [
         ],
     },
 ]
-"""Samples whose texts say control words of the models, and what ms-swift takes for pictures."""
+"""Samples whose texts say control words of the models, and what looks like pictures."""
 
 
 @pytest.fixture(scope="module")
@@ -138,60 +139,31 @@ def hybrid(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.fixture(scope="module")
 def encoded(
-    model: Path, llava: Path, hybrid: Path, pages: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Any]]:
-    """SAMPLES at the budget, at the least budget that there is, and with a model of another template; TALKS with the
-    template that a LLaVA needs, and with ms-swift's own; THOUGHTS with a model that ms-swift's templates do not fit."""
-    write_jsonl(pages / "samples.jsonl", SAMPLES)
-    write_jsonl(pages / "talks.jsonl", TALKS)
-    write_jsonl(pages / "said.jsonl", SAID)
-    write_jsonl(pages / "thoughts.jsonl", THOUGHTS)
-    other = tmp_path_factory.mktemp("models") / "other"
-    shutil.copytree(model, other)
-    template = other / "chat_template.jinja"
-    template.write_text(template.read_text().replace("<|vision_start|>", "Picture: <|vision_start|>"))
-    elsewhere = tmp_path_factory.mktemp("models") / "elsewhere"
-    shutil.copytree(model, elsewhere)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ends = [tokenizer.convert_tokens_to_ids(word) for word in ("<|endoftext|>", tokenizer.eos_token)]
-    settings = {**read_json(elsewhere / "tokenizer_config.json"), "eos_token": "<|endoftext|>"}
-    write_json(elsewhere / "tokenizer_config.json", settings)
-    write_json(elsewhere / "generation_config.json", {"eos_token_id": ends})
-    seeing = ["model.swift_type=llava1_5_hf", "train.max_pixels=null"]
-    asks = {
-        "budget": (model, "samples", [f"train.max_pixels={BUDGET}"]),
-        "least": (model, "samples", [f"train.max_pixels={LEAST}"]),
-        "other template": (other, "samples", [f"train.max_pixels={BUDGET}"]),
-        "end elsewhere": (elsewhere, "said", [f"train.max_pixels={BUDGET}"]),
-        "llava_vicuna": (llava, "talks", [*seeing, "model.swift_template=llava_vicuna"]),
-        "llava1_5_hf": (llava, "talks", [*seeing, "model.swift_template=llava1_5_hf"]),
-        "said": (model, "said", [f"train.max_pixels={BUDGET}"]),
-        "thoughts": (
-            hybrid,
-            "thoughts",
-            ["model.swift_type=llama", "model.swift_template=null", "model.enable_thinking=false"],
-        ),
-        "said to llava": (llava, "said", [*seeing, "model.swift_template=llava_vicuna"]),
-    }
-    fields = [
-        {"model": str(folder), "run": str(pages), "samples": str(pages / f"{name}.jsonl"), "overrides": overrides}
-        for folder, name, overrides in asks.values()
-    ]
-    command = [sys.executable, "-m", "tests.train.encoding", json.dumps(fields)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(asks, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    model: Path, run: Path, samples: list[dict[str, Any]], max_pixels: int | None = None, **settings: Any
+) -> list[Encoded]:
+    encode = SampleEncoder(Renderer(model, ChatSettings(**settings)), run, 2048, max_pixels)
+    return [encode(one) for one in samples]
 
 
-@pytest.mark.parametrize(("ask", "budget"), [("budget", BUDGET), ("least", LEAST)])
+def grid(model: Path, run: Path, sequence: TokenSequence) -> list[list[int]]:
+    """The rows and columns of patches of a sequence's pictures, as the model gets them."""
+    rules = read_rules(model)
+    read = PictureReader(model, rules, run, torch.float32).read([sequence])
+    assert len(read["pixel_values"]) == int(read["image_grid_thw"].prod(1).sum())
+    found: list[list[int]] = read["image_grid_thw"][:, 1:].tolist()
+    return found
+
+
+@pytest.mark.parametrize("budget", [BUDGET, LEAST])
 def test_a_picture_becomes_as_many_tokens_as_the_budget_allows_and_keeps_its_shape(
-    model: Path, encoded: dict[str, dict[str, Any]], ask: str, budget: int
+    model: Path, pages: Path, budget: int
 ) -> None:
     rules = read_rules(model)
-    for (width, height), row in zip(SHAPES, encoded[ask]["rows"][: len(ALONE)], strict=True):
-        ((_, rows, columns),) = row["grids"]
+    for (width, height), one in zip(SHAPES, encoded(model, pages, ALONE, budget), strict=True):
+        (sequence,) = one.sequences
+        ((rows, columns),) = grid(model, pages, sequence)
+        assert Counter(sequence.tokens.tolist())[picture_token(model)] == rows * columns / 4
         size = columns * 14, rows * 14
         assert size == rules.size(width, height, budget), "as inference reads it"
         assert size[0] % 28 == size[1] % 28 == 0
@@ -202,98 +174,133 @@ def test_a_picture_becomes_as_many_tokens_as_the_budget_allows_and_keeps_its_sha
             assert abs(size[0] - width * grown) < 28 and abs(size[1] - height * grown) < 28
 
 
-def test_tokens_are_counted_before_training_from_the_pictures_sizes(
-    model: Path, pages: Path, encoded: dict[str, dict[str, Any]]
-) -> None:
-    settings = Train(adapters=[Adapter(name="tuned")], max_length=1024, max_pixels=BUDGET)
-    kept = [one for one in SAMPLES if one["id"] != "long"]
-    for one, row in zip(kept, encoded["budget"]["rows"], strict=True):
+def test_tokens_are_counted_before_training_from_the_pictures_sizes(model: Path, pages: Path) -> None:
+    settings = Train(adapters=[Adapter(name="tuned")], max_length=2048, max_pixels=BUDGET)
+    for one, found in zip(SAMPLES, encoded(model, pages, SAMPLES, BUDGET), strict=True):
         counted = measure_lengths([one], model, settings, pages)
-        assert 0 <= counted.longest - row["length"] <= 40, one["id"]
-        assert counted.shortest_prompt is not None
-        assert counted.shortest_prompt + counted.answer <= row["length"]
-    both = measure_lengths(kept, model, settings, pages)
-    assert both.longest == measure_lengths([kept[-1]], model, settings, pages).longest
-    assert measure_lengths(SAMPLES, model, settings, pages).longest == 1024
-    assert encoded["budget"]["left_out"] == ["long"]
+        assert 0 <= counted.longest - found.sequences[0].length <= 40 * max(len(one["images"]), 1), one["id"]
+        assert (counted.mean, counted.deviation) == (counted.longest, 0), "of one sample"
+    both = measure_lengths(SAMPLES, model, settings, pages)
+    assert both.longest == measure_lengths([SAMPLES[-1]], model, settings, pages).longest
+    short = SampleEncoder(Renderer(model), pages, 1024, BUDGET)
+    assert [bool(short(one).sequences) for one in SAMPLES[-2:]] == [True, False]
+    assert measure_lengths(SAMPLES, model, settings.model_copy(update={"max_length": 1024}), pages).longest == 1024
 
 
-def test_pictures_are_read_when_their_sample_s_turn_comes(encoded: dict[str, dict[str, Any]]) -> None:
-    assert encoded["budget"]["read before"] == 0
-    for row in encoded["budget"]["rows"]:
-        assert row["read"] == len(row["images"])
-        assert all(isinstance(image, str) for image in row["images"]), "a row holds names, not pictures"
+def test_pictures_are_read_when_their_sample_s_turn_comes(model: Path, tmp_path: Path) -> None:
+    """Encoding reads the header alone: the rest of the file may be missing."""
+    page = tmp_path / "0.jpg"
+    Image.effect_noise((300, 200), 80).convert("RGB").save(page)
+    page.write_bytes(page.read_bytes()[: page.stat().st_size // 2])
+    (one,) = encoded(model, tmp_path, [sample("torn", ("0.jpg",))])
+    with pytest.raises(DataError, match=r"0\.jpg: not a readable picture"):
+        grid(model, tmp_path, one.sequences[0])
 
 
-def test_a_template_that_shows_pictures_otherwise_is_refused(encoded: dict[str, dict[str, Any]]) -> None:
-    assert "rows" in encoded["budget"], "the model's own is taken"
-    assert "renders a different prompt from the chat template" in encoded["other template"]["error"]
-    assert "Picture: <|vision_start|>" in encoded["other template"]["error"]
-    assert "\n" not in encoded["other template"]["error"].replace("\\n", "")
+@pytest.mark.parametrize("pictures", [("none.jpg",), ("0.jpg", "0.jpg")], ids=["missing", "without a place"])
+def test_a_picture_that_is_missing_or_has_no_place_is_named(
+    model: Path, pages: Path, pictures: tuple[str, ...]
+) -> None:
+    one = {**sample("odd", pictures[:1]), "images": list(pictures)}
+    with pytest.raises(
+        DataError, match=r"none\.jpg: missing or not a picture, but sample odd|sample odd: has 2 pictures"
+    ):
+        encoded(model, pages, [one])
 
 
-def test_an_end_token_that_only_generation_config_names_ends_an_answer(encoded: dict[str, dict[str, Any]]) -> None:
+def test_an_end_token_that_only_generation_config_names_ends_an_answer(
+    model: Path, pages: Path, tmp_path: Path
+) -> None:
     """As in Phi-3 and Gemma, whose tokenizers name another one."""
-    assert "rows" in encoded["end elsewhere"], encoded["end elsewhere"]
-    assert encoded["end elsewhere"]["rows"] == encoded["said"]["rows"]
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(model, elsewhere)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ends = [tokenizer.convert_tokens_to_ids(word) for word in ("<|endoftext|>", tokenizer.eos_token)]
+    settings = {**read_json(elsewhere / "tokenizer_config.json"), "eos_token": "<|endoftext|>"}
+    write_json(elsewhere / "tokenizer_config.json", settings)
+    write_json(elsewhere / "generation_config.json", {"eos_token_id": ends})
+    for one, other in zip(*(encoded(folder, pages, SAID, BUDGET) for folder in (model, elsewhere)), strict=True):
+        assert one.sequences[0].tokens.tolist() == other.sequences[0].tokens.tolist()
+        assert one.sequences[0].learnt.tolist() == other.sequences[0].learnt.tolist()
 
 
-def test_ms_swift_s_prompts_are_those_of_published_chat_templates(
-    llava: Path, pages: Path, encoded: dict[str, dict[str, Any]]
-) -> None:
-    """Of conversations all answers are learnt; the prompt is what stands before the first."""
-    ours, theirs = encoded["llava_vicuna"], encoded["llava1_5_hf"]
-    assert "rows" in ours, ours
+def test_prompts_are_those_of_published_chat_templates(llava: Path, pages: Path) -> None:
+    """They end no earlier answer, so each answer has a sequence of its own, with its picture."""
     tokenizer = AutoTokenizer.from_pretrained(llava)
-    end = tokenizer.eos_token
-    written = f"USER: <image>\nWhat is it? ASSISTANT:A square.{end}USER: Which colour? 颜色？ ASSISTANT:Red.{end}"
-    assert ours["rows"][0]["length"] == len(tokenizer.encode(written)) + 15, "a picture has 16 tokens"
-    settings = Train(adapters=[Adapter(name="tuned")], max_length=1024)
-    counted = measure_lengths(TALKS, llava, settings, pages)
-    assert 0 <= counted.longest - ours["rows"][0]["length"] <= 60
-    assert counted.answer >= len(tokenizer.encode("A square.USER: Which colour? 颜色？ ASSISTANT:Red."))
-    assert "renders a different prompt from the chat template" in theirs["error"]
+    first, second = encoded(llava, pages, TALKS)[0].sequences
+    asked = "USER: <image>\nWhat is it? ASSISTANT: A square."
+    whole = f"{asked} USER: Which colour? 颜色？ ASSISTANT: Red.{tokenizer.eos_token}"
+    assert second.length == len(tokenizer.encode(whole)) + 15, "a picture has 16 tokens"
+    assert first.length == len(tokenizer.encode(asked + tokenizer.eos_token)) + 15
+    assert tokenizer.decode(second.tokens[second.learnt]) == f" Red.{tokenizer.eos_token}"
+    assert [len(one.pictures) for one in (first, second)] == [1, 1]
+    counted = measure_lengths(TALKS, llava, Train(adapters=[Adapter(name="tuned")], max_length=1024), pages)
+    assert 0 <= counted.longest - second.length <= 60
+    assert counted.answer >= len(tokenizer.encode("A square.USER: Which colour? 颜色？ ASSISTANT: Red."))
 
 
-def test_samples_without_pictures_need_no_template_of_ms_swift(
-    hybrid: Path, encoded: dict[str, dict[str, Any]]
+def test_each_answer_of_a_model_that_leaves_out_thoughts_is_learnt_after_its_own_prompt(
+    hybrid: Path, pages: Path
 ) -> None:
-    """ms-swift has no template that fits this model; each answer is learnt after the prompt that inference gives."""
-    assert "error" not in encoded["thoughts"], encoded["thoughts"]
     renderer = Renderer(hybrid, ChatSettings(enable_thinking=False))
-    own = renderer.training_sequences(THOUGHTS[0]["messages"])
-    found = [(row["tokens"], row["labels"]) for row in encoded["thoughts"]["rows"]]
-    assert found == [(sequence.tokens, sequence.labels) for sequence in own] and len(own) == 2
-    for number, (tokens, labels) in zip((1, 3), found, strict=True):
+    (one,) = encoded(hybrid, pages, THOUGHTS, enable_thinking=False)
+    assert len(one.sequences) == 2
+    for number, sequence in zip((1, 3), one.sequences, strict=True):
         prompt = renderer.render("x", THOUGHTS[0]["messages"][:number]).tokens
-        assert tokens[: len(prompt)] == prompt and labels[: len(prompt)] == [UNLEARNT] * len(prompt)
-        learnt = [label for label in labels if label != UNLEARNT]
+        assert sequence.tokens.tolist()[: len(prompt)] == prompt and not sequence.learnt[: len(prompt)].any()
+        learnt = sequence.tokens[sequence.learnt]
         assert renderer.tokenizer.decode(learnt) == ("Yes<|im_end|>" if number == 1 else "No<|im_end|>")
 
 
-@pytest.mark.parametrize("ask", ["said", "said to llava"])
-def test_what_samples_say_is_learnt_as_text(
-    model: Path, llava: Path, pages: Path, encoded: dict[str, dict[str, Any]], ask: str
+def test_processes_that_share_the_work_write_what_one_encodes(
+    hybrid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as the training process does before it forks
+    samples = [sample(f"gear {number}", question="Which one? " * (number % 7)) for number in range(2 * BATCH + 3)]
+    for split in ("train", "validation"):
+        rows = samples if split == "train" else samples[:1]
+        write_jsonl(tmp_path / f"{split}.jsonl", [{**row, "meta": {"source": "all"}} for row in rows])
+    job = Job(
+        **{name: tmp_path / name for name in ("work", "scratch", "adapter", "run")},
+        **{"model": hybrid, "key": "", "mix": Adapter(name="tuned"), "seed": 0, "dtype": "float32", "progress": 0},
+        **{split: [tmp_path / f"{split}.jsonl"] for split in ("train", "validation")},
+        **{"sharding": "none", "pass_tokens": 1024, "evaluation_tokens": 1024, "processes": 1, "cards": []},
+        **{"evaluate": False, "use_cpu": True, "model_settings": Model(path="hybrid")},
+        settings=Train(adapters=[Adapter(name="tuned")], max_length=40),
+    )
+    encode_samples(job, Renderer(hybrid))
+    train, validation, _ = read_encoded(job)
+    alone = SampleEncoder(Renderer(hybrid), tmp_path, 40, None)
+    wanted = [alone(one).sequences for one in samples]
+    assert 0 < len(train) == sum(map(bool, wanted)) < len(samples) and len(validation) == 1
+    assert [one.tokens.tolist() for kept in train for one in kept] == [
+        one.tokens.tolist() for kept in wanted for one in kept
+    ]
+    assert train.facts.left_out == [one["id"] for one, kept in zip(samples, wanted, strict=True) if not kept]
+
+
+@pytest.mark.parametrize("ask", ["said", "said to llava"])
+def test_what_samples_say_is_learnt_as_text(model: Path, llava: Path, pages: Path, ask: str) -> None:
     folder = model if ask == "said" else llava
     tokenizer, renderer = AutoTokenizer.from_pretrained(folder), Renderer(folder)
     picture, end = renderer.picture_token, tokenizer.eos_token_id
-    assert "error" not in encoded[ask], encoded[ask]
-    for one, row in zip(SAID, encoded[ask]["rows"], strict=True):
-        tokens, labels = row["tokens"], row["labels"]
-        learnt = [label for label in labels if label != -100]
+    budget = BUDGET if ask == "said" else None
+    found = encoded(folder, pages, SAID, budget)
+    for one, row in zip(SAID, found, strict=True):
+        (sequence,) = row.sequences
+        tokens, learnt = sequence.tokens.tolist(), sequence.tokens[sequence.learnt].tolist()
         answer = one["messages"][1]["content"].replace("\u2060", "")
-        if ask == "said to llava" and not one["images"]:
+        if ask == "said to llava":
             answer = f" {answer}"  # as the template writes it after ASSISTANT:
         assert learnt.count(end) == 1 and tokenizer.decode(learnt).startswith(answer + tokenizer.eos_token)
         assert learnt[: learnt.index(end)] == plain(tokenizer, answer)
         assert SAYS in tokenizer.decode(tokens)
         shown = [pages / name for name in one["images"]]
-        prompt = renderer.render("x", one["messages"][:1], shown, BUDGET if ask == "said" else None)
+        prompt = renderer.render("x", one["messages"][:1], shown, budget)
         expanded = prompt.repeat_placeholders([tokens.count(picture)] if shown else [], picture)
         assert tokens[: len(expanded)] == expanded, "the prompt is that of inference"
         assert bool(tokens.count(picture)) == bool(shown)
-    counts = [(one["<|im_end|>"], one["<repo_name>"]) for one in encoded[ask]["said"]]
+    counts = [(one["<|im_end|>"], one["<repo_name>"]) for one in (row.control_words for row in found)]
     assert counts == [(3, 1), (2, 1)]
 
 

@@ -10,7 +10,6 @@ import pytest
 from stages.contract.errors import UsageError
 from stages.contract.files import FileHashes, read_json, read_jsonl
 from stages.models import gptq
-from stages.train.worker import _quantisation_options
 from tests.conftest import Lorry
 from tests.train.conftest import Training
 
@@ -20,7 +19,7 @@ BASE = "SmolLM2-135M-Instruct-GPTQ-Int4"
 @pytest.mark.long
 def test_an_adapter_learns_on_it_and_loads_again(lorry: Lorry, gptq_base: Path, tmp_path: Path) -> None:
     overrides = (
-        *(f"model.path={BASE}", "train.target_modules=[all-linear]", "train.effective_batch=8", "train.micro_batch=8"),
+        *(f"model.path={BASE}", "train.target_modules=[all-linear]", "train.effective_batch=8"),
         *("train.epochs=2", "train.learning_rate=2e-3", "train.warmup_ratio=0", "train.log_every=1"),
         *("train.gradient_checkpointing=false", "train.checkpoint_every=1000"),
     )
@@ -62,8 +61,10 @@ def test_a_base_in_4_bits_is_not_put_in_4_bits_again(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
     job: Any = SimpleNamespace(model=tmp_path / "model", settings=SimpleNamespace(load_in_4bit=True))
+    from stages.train.base import quantisation_options
+
     with pytest.raises(UsageError, match=r"its weights are quantised already \(gptq\)"):
-        _quantisation_options(job)
+        quantisation_options(job)
 
 
 def test_without_a_library_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

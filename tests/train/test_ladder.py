@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from stages.contract.files import write_json
 from stages.contract.recipe import Adapter, Connector, Train
-from stages.hardware.batch import plan_batch
+from stages.hardware.step import StepPlan
 from stages.train.ladder import (
     Attempt,
     During,
     Ladder,
     Shortage,
-    change_as_options,
     describe_change,
     find_shortage,
     lost_gpu_message,
@@ -27,10 +27,10 @@ from tests.train.hungry_worker import SAID
 SHORT = Shortage("training", 3, "asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free")
 
 
-def attempt(gpus: int = 1, **settings: Any) -> Attempt:
+def attempt(gpus: int = 1, tokens: int = 2048, longest: int = 600, layers: int = 30, **settings: Any) -> Attempt:
     train = Train(adapters=[Adapter(name="tuned")], **settings)
-    batch = plan_batch(train.effective_batch, train.micro_batch, gpus)
-    return Attempt(train, batch, eval_micro_batch=batch.micro_batch)
+    step = StepPlan(train.effective_batch, gpus, tokens, layers if train.gradient_checkpointing else 0)
+    return Attempt(train, step, tokens, longest, layers)
 
 
 def descent(start: Attempt, during: During) -> list[tuple[str, Any]]:
@@ -43,12 +43,20 @@ def descent(start: Attempt, during: During) -> list[tuple[str, Any]]:
 
 
 def test_training_goes_down_rung_by_rung_and_takes_length_only_where_it_is_allowed() -> None:
-    assert descent(attempt(micro_batch=4), "training") == [
-        ("micro_batch", 2),
-        ("micro_batch", 1),
-        ("gradient_checkpointing", True),
+    assert descent(attempt(), "training") == [
+        ("pass_tokens", 1024),
+        ("pass_tokens", 600),
+        ("checkpointed_layers", 8),
+        ("checkpointed_layers", 15),
+        ("checkpointed_layers", 23),
+        ("checkpointed_layers", 30),
     ]
+    some = replace(attempt(tokens=600), step=StepPlan(16, 1, 600, checkpointed_layers=15))
+    assert descent(some, "training") == [("checkpointed_layers", 23), ("checkpointed_layers", 30)]
+    assert descent(attempt(tokens=600, layers=0), "training") == [("gradient_checkpointing", True)], "layers not known"
     allowed = attempt(
+        tokens=2048,
+        longest=2048,
         gradient_checkpointing=True,
         max_pixels=1_000_000,
         least_max_pixels=500_000,
@@ -65,57 +73,87 @@ def test_training_goes_down_rung_by_rung_and_takes_length_only_where_it_is_allow
 
 @pytest.mark.parametrize("gpus", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("effective", [1, 7, 16, 20, 128])
-@pytest.mark.parametrize("micro_batch", [1, 3, 4, 8, 32])
-def test_the_effective_batch_is_the_same_on_every_rung(gpus: int, effective: int, micro_batch: int) -> None:
-    start = now = attempt(gpus, effective_batch=effective, micro_batch=micro_batch)
+@pytest.mark.parametrize("tokens", [64, 600, 4000, 16_384])
+def test_the_effective_batch_is_the_same_on_every_rung(gpus: int, effective: int, tokens: int) -> None:
+    start = now = attempt(gpus, tokens, effective_batch=effective)
     while (change := next_rung(now, "training")) is not None:
         now = lowered_attempt(now, change)
-        assert now.batch.effective_batch == start.batch.effective_batch
-        assert now.eval_micro_batch == start.eval_micro_batch
-    assert now.batch.micro_batch == 1
+        assert now.step.effective_batch == start.step.effective_batch == effective
+        assert now.step.processes == gpus
+        assert now.evaluation_tokens == start.evaluation_tokens
+    assert now.step.pass_tokens == min(tokens, 600)
+    assert now.step.checkpointed_layers == 30
+
+
+def test_with_shorter_samples_a_pass_has_no_more_tokens_than_the_longest() -> None:
+    start = attempt(tokens=2048, longest=2048, max_length=2048, least_max_length=600, gradient_checkpointing=True)
+    shorter = lowered_attempt(start, {"max_length": 1024})
+    assert (shorter.longest, shorter.step.pass_tokens, shorter.settings.max_length) == (1024, 1024, 1024)
 
 
 def test_an_evaluation_changes_only_the_evaluation() -> None:
-    start = attempt(micro_batch=4)
-    assert descent(start, "evaluation") == [("eval_micro_batch", 2), ("eval_micro_batch", 1), ("evaluate", False)]
-    last = lowered_attempt(lowered_attempt(start, {"eval_micro_batch": 1}), {"evaluate": False})
-    assert replace(last, eval_micro_batch=4, evaluate=True) == start
+    start = attempt()
+    assert descent(start, "evaluation") == [
+        ("evaluation_tokens", 1024),
+        ("evaluation_tokens", 600),
+        ("evaluate", False),
+    ]
+    last = lowered_attempt(lowered_attempt(start, {"evaluation_tokens": 600}), {"evaluate": False})
+    assert replace(last, evaluation_tokens=2048, evaluate=True) == start
 
 
 def test_no_batch_is_small_enough_for_a_model_that_cannot_be_loaded() -> None:
-    assert next_rung(attempt(micro_batch=8), "loading") is None
+    assert next_rung(attempt(), "loading") is None
 
 
 def test_a_rung_taken_on_smaller_cards_says_nothing_of_larger_ones(tmp_path: Path) -> None:
-    start = attempt(micro_batch=4)
-    after = Ladder.read(tmp_path, 24).add_rung("tuned", SHORT, {"micro_batch": 2}, start)
+    start = attempt()
+    after = Ladder.read(tmp_path, 24).add_rung("tuned", SHORT, {"pass_tokens": 1024}, start)
     assert Ladder.read(tmp_path, 24).apply_rungs(start) == after
     assert Ladder.read(tmp_path, 16).apply_rungs(start) == after
     assert Ladder.read(tmp_path, 80).apply_rungs(start) == start
 
 
 def test_rungs_are_remembered_and_hold_on_other_cards(tmp_path: Path) -> None:
-    ladder, start = Ladder.read(tmp_path), attempt(micro_batch=4)
-    after = ladder.add_rung("tuned", SHORT, {"micro_batch": 2}, start)
-    after = ladder.add_rung("tuned", replace(SHORT, during="evaluation"), {"eval_micro_batch": 2}, after)
+    ladder, start = Ladder.read(tmp_path), attempt()
+    after = ladder.add_rung("tuned", SHORT, {"pass_tokens": 1024}, start)
+    after = ladder.add_rung("tuned", replace(SHORT, during="evaluation"), {"evaluation_tokens": 1024}, after)
     again = Ladder.read(tmp_path)
     assert again.apply_rungs(start) == after
     assert again.decisions == [
         {
             "what": "out of memory",
-            "value": "micro-batch 2, accumulation 8: 2 x 8 x 1 GPU(s) = 16",
+            "value": "passes of at most 1,024 tokens, still 16 samples a step",
             "why": "adapter tuned, in training after step 3 (asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free)",
         },
         {
             "what": "out of memory",
-            "value": "evaluation 2 at a time; training unchanged",
+            "value": "evaluation in passes of at most 1,024 tokens; training unchanged",
             "why": "adapter tuned, in evaluation after step 3 (asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free)",
         },
     ]
-    on_two = again.apply_rungs(attempt(2, micro_batch=4))
-    assert (on_two.batch.micro_batch, on_two.batch.effective_batch) == (2, 16)
-    lean = attempt(micro_batch=1)
-    assert again.apply_rungs(lean).batch.micro_batch == 1, "a plan that is lower already stays so"
+    on_two = again.apply_rungs(attempt(2))
+    assert (on_two.step.pass_tokens, on_two.step.effective_batch) == (1024, 16)
+    lean = attempt(tokens=700)
+    assert again.apply_rungs(lean).step.pass_tokens == 700, "a plan that is lower already stays so"
+
+
+def test_more_checkpointed_layers_are_not_taken_back_on_other_cards(tmp_path: Path) -> None:
+    Ladder.read(tmp_path).add_rung("tuned", SHORT, {"checkpointed_layers": 15}, attempt())
+    assert Ladder.read(tmp_path).apply_rungs(attempt()).step.checkpointed_layers == 15
+    more = replace(attempt(), step=StepPlan(16, 1, 2048, checkpointed_layers=23))
+    assert Ladder.read(tmp_path).apply_rungs(more).step.checkpointed_layers == 23
+
+
+def test_rungs_of_earlier_versions_that_counted_samples_are_ignored(tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [{"micro_batch": 2}, {"eval_micro_batch": 1}, {"gradient_checkpointing": True}]
+    rungs = [{"decision": {"value": str(change)}, "change": change, "room": 0} for change in changes]
+    write_json(tmp_path / "ladder.json", {"rungs": rungs})
+    ladder = Ladder.read(tmp_path)
+    assert [rung["change"] for rung in ladder.ignored] == changes[:2]
+    assert [made["value"] for made in ladder.decisions] == [str(changes[2])]
+    after = ladder.apply_rungs(attempt())
+    assert after.step == StepPlan(16, 1, 2048, checkpointed_layers=30), "all layers, as that rung meant"
 
 
 def test_a_lowered_length_is_a_recipe_that_the_worker_reads_again() -> None:
@@ -123,19 +161,11 @@ def test_a_lowered_length_is_a_recipe_that_the_worker_reads_again() -> None:
     assert Train(**after.settings.model_dump()).max_length == 600
 
 
-def test_what_to_set_by_hand() -> None:
-    settings = attempt(connector=Connector()).settings
-    for change in ({"micro_batch": 2}, {"eval_micro_batch": 2}):
-        assert change_as_options(change, settings) == "--set train.micro_batch=2"
-        assert change_as_options(change, settings.connector_settings()) == "--set train.connector.micro_batch=2"
-    for each in (settings, settings.connector_settings()):
-        assert change_as_options({"gradient_checkpointing": True}, each) == "--set train.gradient_checkpointing=true"
-        assert change_as_options({"evaluate": False}, each).startswith("--set data.validation_fraction=0")
-
-
 def test_every_change_has_words() -> None:
     start = attempt(max_pixels=10_000)
-    for change in descent(attempt(micro_batch=2), "training") + descent(start, "evaluation"):
+    for change in (
+        descent(attempt(), "training") + descent(attempt(layers=0), "training") + descent(start, "evaluation")
+    ):
         assert describe_change(dict([change]), start)
     for name in ("max_pixels", "max_length"):
         assert name in describe_change({name: 784}, lowered_attempt(start, {name: 784}))

@@ -44,13 +44,13 @@ def token_mean(model: Path, samples: list[dict[str, Any]]) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("nodes", "micro_batch"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_losses_are_means_over_tokens_whatever_the_batches_and_processes(
-    tmp_path: Path, small_models: Path, nodes: int, micro_batch: int
+    tmp_path: Path, small_models: Path, nodes: int
 ) -> None:
     """Five validation samples make an uneven last batch, and no two processes share them evenly. The log entry at step
     4 is of the second epoch."""
-    still = (f"train.micro_batch={micro_batch}", "train.learning_rate=1e-30", "train.epochs=2", "train.log_every=2")
+    still = ("train.learning_rate=1e-30", "train.epochs=2", "train.log_every=2")
     splits = {"train": uneven("train", 8), "validation": uneven("validation", 5)}
     training = make(tmp_path / "t", small_models, *still).with_splits(splits)
     codes, output = ended(TwoNodes(training).start()) if nodes == 2 else ([training.start().wait(300)], "")
@@ -163,7 +163,7 @@ def test_an_adapter_whose_loss_is_no_number_fails_and_leaves_the_others(tmp_path
     assert {path.name for path in (folder / "adapters").iterdir()} == {"fine"}
     untrained = manifest["untrained"]
     assert ": the loss is NaN at learning rate " in untrained["broken"]
-    assert "step 2 of 4: the validation loss is NaN at learning rate " in untrained["blind"]
+    assert "step 2 of 4: the validation loss is NaN; lower train.learning_rate or raise" in untrained["blind"]
     assert "loss 0" not in output
     check_numbers(folder)
     rows = read_jsonl(folder / "metrics.jsonl")
@@ -186,9 +186,9 @@ def test_a_sample_without_an_answer_is_named(tmp_path: Path, small_models: Path)
 def test_steps_that_float16_s_loss_scale_skips_are_counted_and_training_goes_on(
     tmp_path: Path, small_models: Path
 ) -> None:
-    """The scaler itself, with a scale at which float16's gradients overflow. It is halved at each skipped step."""
+    """With a scale at which float32's gradients overflow, as float16's do at a smaller one."""
     training = make(tmp_path / "t", small_models, "train.epochs=6", "train.warmup_ratio=0")
-    code, output = training(HUNGER=json.dumps({"during": "scaling", "scale": 2.0**36}))
+    code, output = training(HUNGER=json.dumps({"during": "scaling", "scale": 2.0**136}))
     assert code == 0, output
     losses = metrics(training, "loss")
     assert list(losses) == list(range(1, 37))
@@ -201,7 +201,7 @@ def test_steps_that_float16_s_loss_scale_skips_are_counted_and_training_goes_on(
 
 @pytest.mark.kill
 def test_where_one_of_two_processes_meets_it_both_end_with_the_line(tmp_path: Path, damaged_models: Path) -> None:
-    training = make(tmp_path / "t", damaged_models, "train.micro_batch=1").with_splits(
+    training = make(tmp_path / "t", damaged_models).with_splits(
         {"train": [*(sample(f"train{i}") for i in range(15)), sample("the" + ZEBRA)], "validation": []}
     )
     nodes = TwoNodes(training)
@@ -213,7 +213,7 @@ def test_where_one_of_two_processes_meets_it_both_end_with_the_line(tmp_path: Pa
 
 @pytest.mark.kill
 def test_the_connector_s_line_names_its_own_rate(tmp_path: Path) -> None:
-    phase = "train.connector={data: [captions], effective_batch: 4, micro_batch: 4, max_length: 256, learning_rate: %s}"
+    phase = "train.connector={data: [captions], effective_batch: 4, max_length: 256, learning_rate: %s}"
     training = two_phases(tmp_path, phase % "1e30", "train.log_every=1").prepared()
     code, output = training()
     assert code == 2, output

@@ -3,6 +3,9 @@ that was touched. A stand-in publishes what a training process would."""
 
 import importlib.metadata
 import json
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,11 +24,15 @@ from stages.contract.run import CONTRACT_VERSION, Run, describe_output, lock_sta
 from stages.hardware.memory import Lengths
 from stages.host.runner import run_stage, write_recipe
 from stages.models.chat_settings import PLAIN, ChatSettings
+from stages.train import attempts, planning
 from stages.train import stage as train
 from stages.train.ladder import LostCardError, MemoryRanOutError, Shortage
+from stages.train.torchrun import TrainingProcesses
 from tests.conftest import REPOSITORY, snapshot
 from tests.small_inputs import RANDOM_LLAMA
 from tests.tasks.stand_ins.worker import publish
+from tests.train.conftest import Training
+from tests.train.test_nodes import processes_naming
 
 MIXES: dict[str, list[Any]] = {"one": ["a"], "two": ["a#4", "b"], "three": ["c#3"]}
 NAMES = list(MIXES)
@@ -38,7 +45,7 @@ class Killed(BaseException):
 
 @dataclass
 class Trainer:
-    """Stands where `train_adapter` stands. It leaves a checkpoint, then fails or publishes."""
+    """Stands where `TrainingProcesses.train` stands. It leaves a checkpoint, then fails or publishes."""
 
     fails: Mapping[str, BaseException] = field(default_factory=dict)
     jobs: list[Any] = field(default_factory=list)
@@ -62,6 +69,10 @@ class Trainer:
             raise self.fails[name]
         publish(job)
         return 100.0
+
+
+def stand_in(patch: pytest.MonkeyPatch, trainer: Trainer) -> None:
+    patch.setattr(TrainingProcesses, "train", lambda self, job, *_: trainer(self._stage, job))
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,7 @@ class Job:
 
 def recipe(*overrides: str, mixes: Mapping[str, list[Any]] = MIXES) -> Any:
     adapters = json.dumps([{"name": name, "data": parts} for name, parts in mixes.items()])
-    sets = (*RANDOM_LLAMA, "train.effective_batch=4", "train.micro_batch=2", f"train.adapters={adapters}")
+    sets = (*RANDOM_LLAMA, "train.effective_batch=4", f"train.adapters={adapters}")
     return load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", (*sets, *overrides))
 
 
@@ -131,11 +142,11 @@ def every_id() -> list[str]:
 def job(tmp_path: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     """Three adapters on three data sets, with samples as preprocess leaves them."""
     monkeypatch.setenv("LORRY_TARGET", "cpu")
-    monkeypatch.setattr(train, "read_lengths", lambda *_: Lengths(longest=20, answer=5))
+    monkeypatch.setattr(planning, "read_lengths", lambda *_: Lengths(longest=20, answer=5))
 
     def trains(run: Run, part: Part, fails: Mapping[str, BaseException], force: bool) -> tuple[Exit, Trainer]:
         trainer = Trainer(fails)
-        monkeypatch.setattr(train, "train_adapter", trainer)
+        stand_in(monkeypatch, trainer)
         return run_stage(run, "train", train.work, force, part), trainer
 
     job = Job(Run("r", recipe(), Roots(tmp_path / "data", small_models, tmp_path / "runs")), trains)
@@ -258,17 +269,17 @@ def test_a_stop_or_a_lost_card_is_no_failure_of_an_adapter(job: Job, error: Lorr
 def test_memory_that_runs_out_goes_down_the_ladder_of_that_adapter_alone(job: Job) -> None:
     class Hungry(Trainer):
         def __call__(self, stage: Any, job: Any, *rest: Any) -> float | None:
-            if job.adapter.name == "two" and job.micro_batch > 1:
+            if job.adapter.name == "two" and job.pass_tokens > 40:
                 self.jobs.append(job)
                 raise MemoryRanOutError("out of memory", Shortage("training", 3, "asked for 2 GiB"))
             return super().__call__(stage, job, *rest)
 
     hungry = Hungry()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_adapter", hungry)
+        stand_in(patch, hungry)
         assert run_stage(job.run, "train", train.work) == Exit.DONE
-    assert [(one.adapter.name, one.micro_batch, one.accumulation) for one in hungry.jobs] == [
-        *(("one", 2, 2), ("two", 2, 2), ("two", 1, 4), ("three", 2, 2)),
+    assert [(one.adapter.name, one.pass_tokens, one.settings.effective_batch) for one in hungry.jobs] == [
+        *(("one", 80, 4), ("two", 80, 4), ("two", 40, 4), ("three", 80, 4)),
     ]
 
 
@@ -276,11 +287,13 @@ def test_below_the_last_rung_it_ends_in_one_line(job: Job, capfd: pytest.Capture
     short = MemoryRanOutError(
         "out of memory", Shortage("training", 3, "asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free")
     )
-    code, trainer = job.but("train.micro_batch=1", mixes={"one": MIXES["one"]})(one=short)
+    code, trainer = job.but(mixes={"one": MIXES["one"]})(one=short)
     assert code == Exit.DOES_NOT_FIT
-    assert [each.settings.gradient_checkpointing for each in trainer.jobs] == [False, True]
+    assert [(each.pass_tokens, each.checkpointed_layers) for each in trainer.jobs] == [
+        *((80, 0), (40, 0), (20, 0), (20, 1), (20, 2)),
+    ]
     lines = capfd.readouterr().err.strip().splitlines()
-    assert any("out of memory: gradient checkpointing on, effective batch still 4" in line for line in lines)
+    assert any("out of memory: 2 of 2 layers checkpointed, still 4 samples a step" in line for line in lines)
     assert "nothing is left to reduce" in lines[-1] and "train.load_in_4bit=true" in lines[-1]
     assert "asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free" in lines[-1]
     assert job.kept == set()
@@ -333,6 +346,7 @@ def test_another_mix_trains_that_adapter_alone(job: Job) -> None:
         ("train.max_length=300", NAMES),
         ("seed=7", NAMES),
         ("train.micro_batch=1", []),
+        ("train.gradient_checkpointing=true", []),
         ("train.keep_checkpoints=5", []),
         ("train.keep_going=true", []),
         ("infer.max_new_tokens=7", []),
@@ -491,7 +505,7 @@ def test_an_adapter_whose_training_was_killed_just_before_it_got_its_place_is_no
         def killed(*_: Any) -> None:
             raise Killed
 
-        patch.setattr(train, "publish", killed)
+        patch.setattr(attempts, "publish", killed)
         assert job()[0] == Exit.CRASHED
     assert job.kept == set()
     code, trainer = job()
@@ -560,7 +574,7 @@ def test_half_an_adapter_that_a_kill_left_is_none(job: Job) -> None:
 
 def test_a_crash_after_the_first_leaves_the_firsts_result_on_disk(job: Job) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_adapter", Trainer({"two": Killed()}))
+        stand_in(patch, Trainer({"two": Killed()}))
         code = run_stage(job.run, "train", train.work)
     assert code == Exit.CRASHED
     assert names(job.report) == ["one"]
@@ -629,3 +643,70 @@ def test_a_template_that_cannot_be_used_ends_the_stage_before_a_training(
     code, trainer = job.but("model.enable_thinking=true")()
     assert (code, trainer.trained) == (Exit.USAGE, [])
     assert "model.enable_thinking: found true, but the chat template of" in capfd.readouterr().err
+
+
+# -- the training processes ----------------------------------------------------------------------------------------
+
+
+def three_adapters(training: Training) -> Training:
+    adapters = "train.adapters=[{name: one}, {name: two}, {name: three}]"
+    return Training(training.lorry, (*training.overrides, adapters, "train.epochs=4", "train.checkpoint_every=2"))
+
+
+@pytest.mark.long
+def test_the_base_is_loaded_once_for_all_adapters(training: Training) -> None:
+    """The same data and seed make the same adapter, whatever was trained before."""
+    many = three_adapters(training)
+    code, output = many()
+    assert code == 0, output
+    lines = [line for line in output.splitlines() if ": 24 samples" in line]
+    loaded = ", on the base that is loaded"
+    assert lines == [
+        "train: train one: 24 samples",
+        *(f"train: train {name}: 24 samples{loaded}" for name in NAMES[1:]),
+    ]
+    files = [snapshot(many.run.path("train", "adapters", name)) for name in NAMES]
+    assert all(one.pop("timing.json") for one in files) and files[0] == files[1] == files[2]
+    assert not many.run.path("train", "checkpoints").exists()
+
+
+@pytest.mark.kill
+def test_a_kill_of_a_training_process_costs_a_new_one_for_that_adapter_alone(training: Training) -> None:
+    many = three_adapters(training)
+    folder = many.run.path("train", "checkpoints")
+    process = many.start()
+    deadline = time.monotonic() + 120
+    while not list((folder / "two").glob("checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    (worker,) = processes_naming(folder)
+    os.kill(worker, signal.SIGKILL)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, output
+    assert "train three: 24 samples\n" in output, "a new process loads the base"
+    assert "1 of 3 failed: two: training two: ended by SIGKILL" in output
+    assert not processes_naming(folder)
+    code, output = many()
+    assert code == 0 and "train two: 24 samples, resuming from checkpoint-" in output, output
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_trains_a_second_adapter_ends_with_its_stage(training: Training, sig: signal.Signals) -> None:
+    many = three_adapters(training)
+    folder = many.run.path("train", "checkpoints")
+    process = many.start()
+    deadline = time.monotonic() + 120
+    while not list((folder / "two").glob("checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(sig)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == (-sig if sig == signal.SIGKILL else 75), output
+    deadline = time.monotonic() + 10
+    while processes_naming(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    code, output = many()
+    assert code == 0 and "train two: 24 samples, resuming from checkpoint-" in output, output
+    assert "train three: 24 samples, on the base that is loaded" in output

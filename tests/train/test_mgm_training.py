@@ -1,4 +1,4 @@
-"""Both phases on a tiny MGM through ms-swift, and what then answers."""
+"""Both phases of training on a tiny MGM, and what then answers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from stages.models.rendering import Renderer
 from tests.tiny_mgm import TOKENS, published_weights, write_clip, write_published
 from tests.train.two_phases import TwoPhases, two_phases
 
-MGM = ("model.path=tiny-mgm", "model.swift_type=mgm", "model.swift_template=mgm", "train.gradient_checkpointing=true")
+MGM = ("model.path=tiny-mgm", "train.gradient_checkpointing=true")
 
 
 @pytest.fixture(scope="module")

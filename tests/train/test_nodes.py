@@ -12,8 +12,8 @@ import pytest
 
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.part import Node
-from stages.train.stage import _record_seconds
-from stages.train.worker import newest_complete_checkpoint
+from stages.train.attempts import record_seconds
+from stages.train.checkpoints import newest_complete_checkpoint
 from tests.train.conftest import Training
 
 
@@ -106,7 +106,7 @@ def test_two_nodes_train_together_and_survive_a_kill_and_a_stop(nodes: TwoNodes)
     saved = newest_complete_checkpoint(work)
     assert saved is not None
     sizes = read_json(saved / "complete.json")["sizes"]
-    assert {"adapter_model.safetensors", "optimizer.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= sizes.keys()
+    assert {"adapter_model.safetensors", "optimizer.safetensors", "state.json"} <= sizes.keys()
 
     codes, output = ended(nodes.start())
     assert codes == [0, 0], output + nodes.log()
@@ -115,13 +115,24 @@ def test_two_nodes_train_together_and_survive_a_kill_and_a_stop(nodes: TwoNodes)
     assert manifest["counts"] == {"tuned samples": 25, "tuned steps": 84}
     decisions = {made["what"]: made["value"] for made in manifest["decisions"]}
     assert decisions["training processes"] == 2
-    assert decisions["effective batch"] == "1 x 2 x 2 GPU(s) = 4"
+    assert decisions["effective batch"].startswith("4 samples a step in passes of at most ")
+    assert decisions["effective batch"].endswith(" by 2 processes")
     steps = [row["step"] for row in read_jsonl(nodes.training.run.path("train", "metrics.jsonl")) if "loss" in row]
     assert steps == list(range(1, 85)), "one process speaks for all, and no step is lost or done twice"
     assert read_json(nodes.training.run.path("train", "adapters", "tuned", "timing.json"))["seconds"] > 0
 
     late = nodes.training(LORRY_NODES="2", LORRY_RENDEZVOUS="127.0.0.1:1", JOB_COMPLETION_INDEX="1")
     assert late == (0, "train node 1: up to date\n")
+
+
+@pytest.mark.long
+def test_two_nodes_train_one_adapter_after_the_other(training: Training) -> None:
+    overrides = (*training.overrides, "train.epochs=1", "train.adapters=[{name: one}, {name: two}]")
+    nodes = TwoNodes(Training(training.lorry, overrides).with_samples(25))
+    codes, output = ended(nodes.start())
+    assert codes == [0, 0], output + nodes.log()
+    assert "train two: loads the base again, as 2 nodes train together" in output
+    assert not processes_naming(nodes.training.run.folder)
 
 
 def test_a_stop_while_waiting_for_the_other_node_exits_75_at_once(nodes: TwoNodes) -> None:
@@ -144,7 +155,7 @@ def test_only_node_0_notes_how_long_it_took(tmp_path: Path, rank: int) -> None:
     """What another wrote into its folder while it removed that made it fail."""
     work, adapter = tmp_path / "work", tmp_path / "adapter"
     work.mkdir()
-    with _record_seconds(work, adapter, Node(rank, 2, "127.0.0.1:1")):
+    with record_seconds(work, adapter, Node(rank, 2, "127.0.0.1:1")):
         pass
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")}
     assert written == (set() if rank else {"work/seconds.json", "adapter/timing.json"})

@@ -11,8 +11,6 @@ from stages.contract.files import read_jsonl
 from tests.conftest import need_model
 from tests.train.conftest import Training
 
-TEMPLATE = "llava_chatml"
-
 
 def with_pictures(training: Training, folder: Path, samples: int, *overrides: str) -> tuple[Training, Path]:
     """A LLaVA's training whose samples share one picture, and the picture."""
@@ -20,10 +18,8 @@ def with_pictures(training: Training, folder: Path, samples: int, *overrides: st
     models.mkdir()
     (models / "all-MiniLM-L6-v2").symlink_to(training.lorry.models / "all-MiniLM-L6-v2")
     (models / "tiny-llava").symlink_to(need_model("tiny-llava"))
-    kind = ("model.path=tiny-llava", "model.swift_type=llava1_5_hf", f"model.swift_template={TEMPLATE}")
-    seeing = Training(
-        replace(training.lorry, models=models), (*training.overrides, *kind, "train.epochs=1", *overrides)
-    )
+    kind = ("model.path=tiny-llava", "train.epochs=1")
+    seeing = Training(replace(training.lorry, models=models), (*training.overrides, *kind, *overrides))
     seeing = seeing.with_samples(samples, images=("preprocess/pages/one.png",))
     page = seeing.run.path("preprocess", "pages", "one.png")
     page.parent.mkdir(parents=True)
@@ -49,15 +45,6 @@ def test_a_missing_picture_is_reported_before_any_training(training: Training, t
     assert code == 3, output
     assert "one.png: not a readable picture" in output.splitlines()[-1]
     assert not seeing.run.path("train", "checkpoints", "tuned", "job.json").exists(), "no process was started"
-
-
-@pytest.mark.kill
-def test_a_template_that_breaks_a_line_after_a_picture_is_refused(training: Training, tmp_path: Path) -> None:
-    """The whole command; test_encoding.py has the refusal alone."""
-    seeing, _ = with_pictures(training, tmp_path, 4, "model.swift_template=llava1_5_hf")
-    code, output = seeing()
-    assert code == 2, output
-    assert "renders a different prompt from the chat template" in output.splitlines()[-1]
 
 
 def test_lora_on_the_vision_tower_is_refused(training: Training, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from stages.contract.files import read_json, read_jsonl
-from stages.train.worker import newest_complete_checkpoint
+from stages.train.checkpoints import newest_complete_checkpoint
 from tests.conftest import Lorry
 from tests.small_inputs import RANDOM_LLAMA
 from tests.train.conftest import Training
@@ -21,10 +22,12 @@ from tests.train.test_nodes import ended, free_port, processes_naming
 
 OVERRIDES = (
     *RANDOM_LLAMA,
-    *("train.effective_batch=4", "train.micro_batch=2", "train.checkpoint_every=2", "train.log_every=1"),
+    *("train.effective_batch=4", "train.checkpoint_every=2", "train.log_every=1"),
     "train.epochs=1",  # six steps
 )
 STEPS = [1, 2, 3, 4, 5, 6]
+SHORTER = r"passes of at most \d+ tokens, still 4 samples a step"
+"""A rung that shortens passes."""
 
 
 def make(folder: Path, models: Path, *overrides: str) -> Training:
@@ -61,18 +64,18 @@ def calm(tmp_path_factory: pytest.TempPathFactory, small_models: Path) -> Traini
 
 
 @pytest.mark.long
-def test_training_goes_on_with_half_the_micro_batch_and_the_loss_joins(
+def test_training_goes_on_with_half_the_tokens_of_a_pass_and_the_loss_joins(
     calm: Training, tmp_path: Path, small_models: Path
 ) -> None:
     training = make(tmp_path / "hungry", small_models)
     code, output = hungry(training, during="training", above=1, from_step=3)
     assert code == 0, output
-    assert rungs(training) == ["micro-batch 1, accumulation 4: 1 x 4 x 1 GPU(s) = 4"]
-    assert "out of memory: micro-batch 1" in output and "resuming from checkpoint-2" in output
+    assert rungs(training) and all(re.fullmatch(SHORTER, rung) for rung in rungs(training))
+    assert f"out of memory: {rungs(training)[0]}" in output and "resuming from checkpoint-2" in output
     losses, undisturbed = metrics(training, "loss"), metrics(calm, "loss")
     assert list(losses) == list(undisturbed) == STEPS
     assert {step: losses[step] for step in (1, 2)} == {step: undisturbed[step] for step in (1, 2)}
-    # another micro-batch sums in another order and draws other dropout masks; the samples are the same
+    # shorter passes sum in another order; samples and dropout masks are the same
     assert losses == pytest.approx(undisturbed, abs=0.05)
     made, wanted = (read_json(adapter(one) / "training.json") for one in (training, calm))
     assert made["tokens"] == wanted["tokens"] > 24 * 10, "every sample was used as often, padding not counted"
@@ -83,10 +86,11 @@ def test_training_goes_on_with_half_the_micro_batch_and_the_loss_joins(
 def test_an_evaluation_out_of_memory_leaves_training_untouched(
     calm: Training, tmp_path: Path, small_models: Path
 ) -> None:
-    training = make(tmp_path / "hungry", small_models)
-    code, output = hungry(training, during="evaluation", above=1, from_step=4)
+    training = make(tmp_path / "hungry", small_models).with_samples(validation=6)
+    code, output = hungry(training, during="evaluation", above=2, from_step=4)
     assert code == 0, output
-    assert rungs(training) == ["evaluation 1 at a time; training unchanged"]
+    unchanged = r"evaluation in passes of at most \d+ tokens; training unchanged"
+    assert rungs(training) and all(re.fullmatch(unchanged, rung) for rung in rungs(training))
     assert "resuming from checkpoint-4" in output, "the checkpoint of a step is saved before its evaluation"
     assert metrics(training, "loss") == metrics(calm, "loss")
     assert list(metrics(training, "eval_loss")) == list(metrics(calm, "eval_loss")) == [2, 4, 6]
@@ -96,10 +100,10 @@ def test_an_evaluation_out_of_memory_leaves_training_untouched(
 
 @pytest.mark.kill
 def test_below_the_last_rung_it_ends_in_one_line(tmp_path: Path, small_models: Path) -> None:
-    training = make(tmp_path / "hungry", small_models, "train.micro_batch=1")
+    training = make(tmp_path / "hungry", small_models)
     code, output = hungry(training, during="training", above=0)
     assert code == 4, output
-    assert "out of memory: gradient checkpointing on, effective batch still 4" in output
+    assert "out of memory: 2 of 2 layers checkpointed, still 4 samples a step" in output
     last = output.splitlines()[-1]
     assert "nothing is left to reduce" in last and "train.load_in_4bit=true" in last
     assert "asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free" in last
@@ -130,23 +134,22 @@ def test_an_evaluation_that_never_fits_is_given_up_and_training_ends_well(
 
 @pytest.mark.kill
 def test_checkpointing_and_a_shorter_length_where_the_recipe_allows_it(tmp_path: Path, small_models: Path) -> None:
-    training = make(
-        tmp_path / "hungry", small_models, "train.micro_batch=1", "train.max_length=256", "train.least_max_length=29"
-    )
+    training = make(tmp_path / "hungry", small_models, "train.max_length=256", "train.least_max_length=29")
     code, output = hungry(training, during="training", above=0, unless_checkpointing=True)
     assert code == 0, output
-    assert rungs(training) == ["gradient checkpointing on, effective batch still 4"]
+    assert rungs(training)[-1] == "1 of 2 layers checkpointed, still 4 samples a step"
+    assert all(re.fullmatch(SHORTER, rung) for rung in rungs(training)[:-1])
     assert list(metrics(training, "loss")) == STEPS
 
     shorter = make(
         tmp_path / "shorter",
         small_models,
-        *("train.micro_batch=1", "train.gradient_checkpointing=true"),
+        "train.gradient_checkpointing=true",
         *("train.max_length=32", "train.least_max_length=29"),
     )
     code, output = hungry(shorter, during="training", longer=29, above=0)
     assert code == 0, output
-    assert rungs(shorter) == ["max_length 29: longer samples are skipped"]
+    assert rungs(shorter)[-1] == "max_length 29: longer samples are skipped"
     manifest = shorter.manifest()
     left_out = [entry for entry in manifest["skipped"] if entry["detail"] == "train, adapter tuned"]
     assert {entry["reason"] for entry in left_out} == {
@@ -164,14 +167,14 @@ def test_of_several_machines_the_hungry_one_says_what_to_set(tmp_path: Path, sma
     second = training.start(**meeting, LORRY_NODE_RANK="1", HUNGER=hunger)
     codes, output = ended([first, second])
     assert codes == [75, 4], output
-    assert "start all 2 nodes again with --set train.micro_batch=1" in output
+    assert "start all 2 nodes again, which resume with less: passes of at most " in output
     assert ": the other processes are gone (" in output
     assert not processes_naming(training.run.folder)
 
 
 @pytest.mark.kill
 def test_a_kill_does_not_forget_the_rung(tmp_path: Path, small_models: Path) -> None:
-    training = make(tmp_path / "hungry", small_models, "train.epochs=8", "train.micro_batch=4")
+    training = make(tmp_path / "hungry", small_models, "train.epochs=8")
     hunger = json.dumps({"during": "training", "above": 2, "from_step": 3})
     process = training.start(HUNGER=hunger)
     work = training.run.path("train", "checkpoints", "tuned")
@@ -185,8 +188,8 @@ def test_a_kill_does_not_forget_the_rung(tmp_path: Path, small_models: Path) -> 
 
     code, output = hungry(training, during="training", above=2, from_step=3)
     assert code == 0, output
-    assert "an earlier start ran out of memory; its change was micro-batch 2" in output
-    assert rungs(training) == ["micro-batch 2, accumulation 2: 2 x 2 x 1 GPU(s) = 4"]
+    assert f"an earlier start ran out of memory; its change was {rungs(training)[0]}" in output
+    assert rungs(training) and all(re.fullmatch(SHORTER, rung) for rung in rungs(training))
     assert list(metrics(training, "loss")) == list(range(1, 49))
     assert load_file(adapter(training) / "adapter_model.safetensors")
 
@@ -203,15 +206,14 @@ def test_ctrl_c_while_the_model_loads_saves_nothing_and_a_second_one_keeps_the_l
     tmp_path: Path, small_models: Path
 ) -> None:
     training = make(tmp_path / "t", small_models, "train.epochs=20")
-    log = training.run.path("train", "log.txt")
+    checkpoints = training.run.path("train", "checkpoints", "tuned")
     process = training.start()
-    wait_until(process, lambda: log.is_file() and "swift sft" in log.read_text())
+    wait_until(process, (checkpoints / "samples" / "key.json").is_file)  # written just before the model loads
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
     output, _ = process.communicate(timeout=100)
     assert (process.returncode, "24 samples" in output) == (75, False), output
     assert output.splitlines()[-1] == "train: training tuned: stopped by SIGINT; run the same command again"
 
-    checkpoints = training.run.path("train", "checkpoints", "tuned")
     assert list(checkpoints.glob("checkpoint-*")) == []
     process = training.start()
     wait_until(process, (checkpoints / "checkpoint-2" / "complete.json").is_file)
@@ -243,3 +245,18 @@ def test_a_kill_before_a_checkpoint_is_marked_leaves_the_one_before_though_only_
     assert (code, "resuming from checkpoint-4" in output) == (0, True), output
     assert metrics(training, "loss") == metrics(calm, "loss")
     assert metrics(training, "eval_loss") == (metrics(calm, "eval_loss") if validation else {})
+
+
+@pytest.mark.kill
+def test_a_kill_while_samples_are_encoded_leaves_no_process(tmp_path: Path, small_models: Path) -> None:
+    """Several processes encode them, and would wait for work that nobody will give them any more."""
+    training = make(tmp_path / "t", small_models).with_samples(5000)
+    process = training.start()
+    wait_until(process, lambda: len(processes_naming(training.run.folder)) > 1)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while processes_naming(training.run.folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not list(training.run.path("train", "checkpoints", "tuned").glob("checkpoint-*"))

@@ -13,7 +13,7 @@ from stages.train.swift_names import architectures_by_type, names_in_file, refus
 from tests.conftest import REPOSITORY
 
 
-def model(kind: str, template: str = "chatml") -> Model:
+def model(kind: str | None, template: str | None = "chatml") -> Model:
     return Model(path="m", swift_type=kind, swift_template=template)
 
 
@@ -76,6 +76,14 @@ def test_a_type_for_another_architecture_is_refused(
         refuse_wrong_names(model(kind), tmp_path)
     assert str(caught.value).startswith(f"model.swift_type: '{kind}' is for Qwen2ForCausalLM")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "template"), [(None, None), ("mgm", "mgm"), ("llama", "llava_vicuna")])
+def test_names_may_be_missing_or_those_of_earlier_recipes(
+    tmp_path: Path, kind: str | None, template: str | None
+) -> None:
+    write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"]})
+    refuse_wrong_names(model(kind, template), tmp_path)
 
 
 def test_another_version_that_keeps_them_elsewhere_is_not_guessed_at(

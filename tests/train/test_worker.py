@@ -1,36 +1,46 @@
-"""Checkpoints: which one a restart takes; and what swift is told."""
+"""The training process: which checkpoint a restart takes, which jobs it does, what it says of an error."""
 
 import os
 import signal
 import subprocess
-from dataclasses import asdict, replace
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from stages.contract.files import read_json, write_json
+from stages.contract.errors import InterruptedRunError, UsageError
+from stages.contract.files import read_json, remove, write_json
 from stages.contract.part import Node
 from stages.contract.recipe import Adapter, load_recipe
+from stages.contract.stop import StopRequest
 from stages.models.chat_settings import ChatSettings
-from stages.train.job import Job, Progress, file_sizes
+from stages.train import checkpoints
+from stages.train.checkpoints import Checkpoints, State, checkpoints_of_earlier_versions, newest_complete_checkpoint
+from stages.train.job import Job, Progress
 from stages.train.ladder import LostCardError
-from stages.train.torchrun import _json_value, _Messages, _Workers, torchrun_command
+from stages.train.together import Together
+from stages.train.torchrun import _Messages, _Workers, torchrun_command
 from stages.train.worker import (
-    _arguments,
     _explained_error,
+    _jobs,
     _let_memory_segments_grow,
     _publish_weights,
+    _refuse_different_job,
     largest_figures,
-    newest_complete_checkpoint,
-    pad_samples,
 )
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, snapshot
 
 
-def checkpoint(work: Path, step: int, whole: bool = True) -> Path:
+def checkpoint(work: Path, step: int, whole: bool = True, earlier: bool = False) -> Path:
+    """Write a checkpoint, complete or not, of this version or of an earlier one."""
     folder = work / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+    own = "trainer_state.json" if earlier else "state.json"
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", own):
         (folder / name).write_bytes(b"x" * step)
     if whole:
         write_json(folder / "complete.json", {"sizes": {p.name: step for p in folder.iterdir()}})
@@ -63,6 +73,45 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert newest_complete_checkpoint(tmp_path) is None
 
 
+class Tiny(torch.nn.Module):
+    """Stands for a trainee with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = {"w": torch.nn.Parameter(torch.ones(2))}
+
+    def save(self, folder: Path) -> None:
+        save_file({"w": self.weights["w"].detach()}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("step", [10, 20, 30])
+def test_a_checkpoint_of_an_earlier_version_stays_until_the_first_new_one_is_complete(
+    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = job(tmp_path, "train.keep_checkpoints=2")
+    for old in (10, 20):
+        checkpoint(training.work, old, earlier=True)
+    assert newest_complete_checkpoint(training.work) is None
+    before = snapshot(training.work)
+    assert [path.name for path in checkpoints_of_earlier_versions(training.work)] == ["checkpoint-10", "checkpoint-20"]
+
+    trainee: Any = Tiny()
+    optimizer = torch.optim.AdamW(trainee.weights.values())
+    saves = Checkpoints(training, Together(1, use_cpu=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "file_sizes", lambda _: 1 / 0)  # a kill before the new one is marked
+        with pytest.raises(ZeroDivisionError):
+            saves.save(State(step), trainee, optimizer)
+    assert newest_complete_checkpoint(training.work) is None
+    kept = {name.removeprefix("earlier-"): content for name, content in snapshot(training.work).items()}
+    assert kept == before
+    assert len(checkpoints_of_earlier_versions(training.work)) == 2
+
+    saves.save(State(step), trainee, optimizer)
+    assert [path.name for path in training.work.iterdir()] == [f"checkpoint-{step}"]
+    assert newest_complete_checkpoint(training.work) == training.work / f"checkpoint-{step}"
+
+
 def job(tmp_path: Path, *overrides: str, processes: int = 1) -> Job:
     recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny", overrides)
     return Job(
@@ -77,11 +126,10 @@ def job(tmp_path: Path, *overrides: str, processes: int = 1) -> Job:
         validation=[],
         seed=7,
         dtype="float16",
-        micro_batch=2,
-        accumulation=5,
+        pass_tokens=100,
         processes=processes,
         sharding="none",
-        eval_micro_batch=3,
+        evaluation_tokens=100,
         evaluate=True,
         use_cpu=True,
         cards=[],
@@ -91,76 +139,66 @@ def job(tmp_path: Path, *overrides: str, processes: int = 1) -> Job:
     )
 
 
-def told(tmp_path: Path, *overrides: str, processes: int = 1) -> dict[str, list[str]]:
-    """What swift is told, by option."""
-    options: dict[str, list[str]] = {}
-    for argument in _arguments(job(tmp_path, *overrides, processes=processes), tmp_path, None):
-        if argument.startswith("--"):
-            options[argument] = []
-        else:
-            options[list(options)[-1]].append(argument)
-    return options
-
-
-def test_swift_is_told_batch_precision_and_seed(tmp_path: Path) -> None:
-    options = told(tmp_path)
-    assert options["--torch_dtype"] == ["float16"]
-    assert options["--lora_dtype"] == ["float32"]  # on a V100 the cure for 'Attempting to unscale FP16 gradients'
-    assert options["--per_device_train_batch_size"] == ["2"]
-    assert options["--gradient_accumulation_steps"] == ["5"]
-    assert options["--seed"] == options["--data_seed"] == ["7"]
-    assert options["--split_dataset_ratio"] == ["0"]  # a split by rows would leak documents
-    assert "--resume_from_checkpoint" not in options
-
-
-def test_swift_is_told_of_a_template_only_for_samples_with_pictures(tmp_path: Path) -> None:
-    assert told(tmp_path)["--template"] == ["chatml"] and "--enable_thinking" not in told(tmp_path)
-    assert told(tmp_path, "model.swift_template=null")["--template"] == ["dummy"]
-
-
 def test_the_recipe_s_chat_template_is_saved_with_the_adapter(tmp_path: Path) -> None:
     trained = replace(job(tmp_path), chat=ChatSettings("{{ messages }}", enable_thinking=False))
     last = checkpoint(trained.work, 3, whole=False)
     write_json(last / "adapter_config.json", {"target_modules": ["b", "a"], "r": 8, "lora_alpha": 32})
-    write_json(last / "trainer_state.json", {"global_step": 3})
-    write_json(last / "complete.json", {"sizes": file_sizes(last)})
-    _publish_weights(trained, [], {})
+    _publish_weights(trained, 3, [], None, {})
     assert (trained.adapter / "chat_template.jinja").read_text() == "{{ messages }}"
     assert "chat_template.jinja" in read_json(trained.adapter / "made.json")["files"]
-    write_json(tmp_path / "job.json", _json_value(asdict(trained)))
-    assert Job.read(tmp_path / "job.json").chat == trained.chat
 
 
-def test_target_modules_are_names_or_one_regular_expression(tmp_path: Path) -> None:
-    names = told(tmp_path, "train.target_modules=[q_proj, v_proj]")
-    assert names["--target_modules"] == ["q_proj", "v_proj"]
-    pattern = told(tmp_path, r"train.target_modules='.*\.[12]\..*_proj'")
-    assert pattern["--target_regex"] == [r".*\.[12]\..*_proj"]
-    assert "--target_modules" not in pattern
+def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = replace(job(tmp_path), chat=ChatSettings("{{ messages }}", enable_thinking=False))
+    for one in (written, replace(written, connector=(tmp_path / "connector", "abc"))):
+        one.write(tmp_path / "job.json")
+        assert Job.read(tmp_path / "job.json") == one
 
 
-def test_several_processes_are_told_how_to_talk(tmp_path: Path) -> None:
-    assert "--ddp_backend" not in told(tmp_path)
-    assert told(tmp_path, processes=2)["--ddp_backend"] == ["gloo"]
+def test_jobs_are_those_that_come_until_the_folder_is_removed(tmp_path: Path) -> None:
+    first, second = (replace(job(tmp_path), key=key) for key in ("first", "second"))
+    folder, stop = tmp_path / "jobs", StopRequest()
+    first.write(folder / "1.json")
+    jobs = _jobs(folder, stop)
+    assert next(jobs) == first
+    threading.Timer(0.1, lambda: second.write(folder / "2.json")).start()
+    assert next(jobs) == second
+    threading.Timer(0.1, lambda: remove(folder)).start()
+    assert list(jobs) == []
+    second.write(tmp_path / "job.json")
+    assert list(_jobs(tmp_path / "job.json", stop)) == [second]
 
 
-def test_memory_decides_batches_of_evaluation_pixels_and_bits(tmp_path: Path) -> None:
-    plain = told(tmp_path)
-    assert plain["--per_device_eval_batch_size"] == ["3"]
-    assert plain["--fp16"] == ["True"] and plain["--bf16"] == ["False"]
-    assert plain["--vit_gradient_checkpointing"] == ["False"]
-    assert not {"--max_pixels", "--quant_method"} & set(plain)
-    lean = told(tmp_path, "train.max_pixels=50176", "train.load_in_4bit=true")
-    assert lean["--max_pixels"] == ["50176"]
-    assert (lean["--quant_method"], lean["--quant_bits"], lean["--bnb_4bit_quant_type"]) == (["bnb"], ["4"], ["nf4"])
-    assert lean["--bnb_4bit_compute_dtype"] == ["float16"]
+def test_a_stop_ends_the_waiting_for_a_job(tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.signal = signal.SIGTERM
+    with pytest.raises(InterruptedRunError, match="SIGTERM"):
+        next(_jobs(tmp_path, stop))
 
 
-def test_under_zero3_checkpointing_is_not_the_reentrant_kind(tmp_path: Path) -> None:
-    """ms-swift's choice under DeepSpeed, with which a 14B model took 53 GB of each of two cards for 26 expected."""
-    assert not {"--gradient_checkpointing_kwargs", "--deepspeed"} & set(told(tmp_path))
-    sharded = _arguments(replace(job(tmp_path), sharding="zero3"), tmp_path, None)
-    assert sharded[sharded.index("--gradient_checkpointing_kwargs") + 1] == '{"use_reentrant": false}'
+def test_a_base_is_kept_only_for_the_same_base(tmp_path: Path) -> None:
+    one = job(tmp_path)
+    others = {
+        "model": tmp_path / "other",
+        "dtype": "bfloat16",
+        "connector": (tmp_path / "connector", "abc"),
+        "processes": 2,
+        "settings": one.settings.model_copy(update={"load_in_4bit": True}),
+    }
+    assert all(replace(one, **{name: value}).base != one.base for name, value in others.items())
+    same = {"mix": Adapter(name="other"), "seed": 8, "pass_tokens": 7, "checkpointed_layers": 1}
+    same |= {"settings": one.settings.model_copy(update={"rank": 3, "dropout": 0.5})}
+    assert all(replace(one, **{name: value}).base == one.base for name, value in same.items())
+    assert replace(one, sharding="zero3", processes=2).base is None
+
+
+def test_processes_with_other_checkpointed_layers_do_not_train_together(tmp_path: Path) -> None:
+    class Two(Together):
+        def first_value(self, value: Any) -> Any:
+            return value if isinstance(value, str) else {**value, "checkpointed layers": 3}
+
+    with pytest.raises(UsageError, match=r"'checkpointed layers': 0.*node 0 has.*'checkpointed layers': 3"):
+        _refuse_different_job(job(tmp_path), Two(1, use_cpu=True))
 
 
 def test_a_lost_card_is_named_with_cuda_s_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,14 +207,15 @@ def test_a_lost_card_is_named_with_cuda_s_words(tmp_path: Path, monkeypatch: pyt
     progress = Progress(os.open(os.devnull, os.O_WRONLY))
     progress.during, progress.step = "training", 12
     error = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
-    explained, shortage = _explained_error(lost, error, progress)
+    explained, shortage = _explained_error(lost, error, progress, StopRequest())
     assert isinstance(explained, LostCardError) and shortage is None
     assert explained.exit_code == 75, "what is saved can be gone on with"
     assert str(explained).startswith(
         "GPU 5 (A800), GPU-b: stopped working after step 12 (CUDA error: unspecified launch failure); run the same"
         " command again to resume from the last checkpoint"
     )
-    assert _explained_error(lost, RuntimeError("CUDA error: device-side assert triggered"), progress) == (None, None)
+    bug = RuntimeError("CUDA error: device-side assert triggered")
+    assert _explained_error(lost, bug, progress, StopRequest()) == (None, None)
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
@@ -216,19 +255,11 @@ def test_processes_that_still_load_are_ended_and_others_save_first(steps: int) -
 
 
 def test_one_machine_needs_no_meeting_and_nodes_keep_their_ranks(tmp_path: Path) -> None:
-    alone = torchrun_command(tmp_path / "job.json", 4, None)
+    alone = torchrun_command(tmp_path, 4, None)
     assert alone[1:] == [
         *("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=4"),
-        *("-m", "stages.train.worker", str(tmp_path / "job.json")),
+        *("-m", "stages.train.worker", str(tmp_path)),
     ]
-    second = torchrun_command(tmp_path / "job.json", 8, Node(1, 2, "node-0.train:29500"))
+    second = torchrun_command(tmp_path, 8, Node(1, 2, "node-0.train:29500"))
     where = ("--nnodes=2", "--node-rank=1", "--master-addr=node-0.train", "--master-port=29500", "--nproc-per-node=8")
     assert set(where) < set(second)
-
-
-@pytest.mark.parametrize(
-    ("samples", "processes", "shared"),
-    [("abc", 1, "abc"), ("abcd", 2, "abcd"), ("abc", 2, "abca"), ("ab", 5, "ababa"), ("", 4, "")],
-)
-def test_each_process_gets_as_many_samples_and_none_is_left_out(samples: str, processes: int, shared: str) -> None:
-    assert pad_samples(list(samples), processes) == list(shared)

@@ -1,13 +1,9 @@
 """ZeRO-3 by the train command: two processes on this machine's processors, each with half of the model."""
 
-import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +15,7 @@ from tests.train.test_nodes import TwoNodes, ended
 SITE = REPOSITORY / ".venv" / "zero"
 """Where `make test` puts DeepSpeed."""
 STEPS = 12
-ON_PROCESSORS = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(SITE)}
+ON_PROCESSORS = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{SITE}:{REPOSITORY}"}
 
 
 @pytest.fixture(scope="module")
@@ -32,41 +28,19 @@ def wide_models(small_models: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("wide")
     shutil.copytree(small_models / "random-llama", folder / "wide-llama")
     (folder / "all-MiniLM-L6-v2").symlink_to((small_models / "all-MiniLM-L6-v2").resolve())
-    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 64}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 64}
+    heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False}
     torch.manual_seed(0)
     config = LlamaConfig.from_pretrained(small_models / "random-llama", **shape, **heads)
     LlamaForCausalLM(config).save_pretrained(folder / "wide-llama")
     return folder
 
 
-@pytest.mark.long
-def test_two_layers_and_the_head_are_whole_at_most(wide_models: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(Path(__file__).with_name("weights_under_zero3.py")), str(wide_models / "wide-llama")]
-    path = f"{SITE}:{REPOSITORY}"
-    environment = {**os.environ, **ON_PROCESSORS, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *script], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    found = next((line for line in done.stdout.splitlines() if line.startswith("FOUND")), None)
-    assert found, done.stdout[-2000:] + done.stderr[-3000:]
-    numbers = json.loads(found.removeprefix("FOUND"))
-    layer, head = 1_048_576, 49_152 * 256
-    assert numbers["divided"] == 6 * layer + 2 * head
-    assert max(numbers["most"]) <= 2 * layer + head, numbers
-    assert numbers["after evaluation"] == 0
-    assert numbers["through one buffer"] == 0, "all would be there twice"
-    # not module by module, which is 751 times, and not the embeddings for the backward pass
-    assert set(numbers["fetches"]) == {30}
-
-
-def of(training: Training, models: Path, sharding: str, **more: str) -> TwoNodes:
+def of(training: Training, models: Path, sharding: str) -> TwoNodes:
     """The training with a sharding, on the same run folder."""
     settings = {
-        **{"model.path": "wide-llama", "train.epochs": "2", "train.dropout": "0", "train.checkpoint_every": "5"},
-        # LoRA weights of 131,072, so that these are divided, too
-        **{"train.gradient_checkpointing": "true", "train.rank": "128", "train.sharding": sharding, **more},
+        **{"model.path": "wide-llama", "train.epochs": "2", "train.checkpoint_every": "5"},
+        "train.sharding": sharding,
     }
     overrides = tuple(f"{name}={value}" for name, value in settings.items())
     lorry = replace(training.lorry, models=models)
@@ -96,16 +70,7 @@ def test_it_trains_as_without_stops_and_goes_on_without(training: Training, wide
     first.terminate()
     codes, output = ended([first, second])
     assert codes == [75, 75], output + sharded.log()
-    log = sharded.training.run.path("train", "log.txt").read_text()
-    assert re.search(r"use_reentrant: False", log), "ms-swift's own way keeps the whole base"
-    # without checkpointing, too, where no layer may be gathered as one
-    plain = {"train.gradient_checkpointing": "false"}
-    first, second = of(Training(other, training.overrides), wide_models, "zero3", **plain).start(**ON_PROCESSORS)
-    sharded.wait_for_steps(first)
-    first.terminate()
-    codes, output = ended([first, second])
-    assert codes == [75, 75], output + sharded.log()
     codes, output = ended(of(Training(other, training.overrides), wide_models, "none").start())
     assert codes == [0, 0], output + sharded.log()
     assert "resuming from checkpoint-" in output
-    assert losses(sharded.training) == pytest.approx(undisturbed, abs=2e-5)
+    assert losses(sharded.training) == pytest.approx(undisturbed, abs=1e-5)

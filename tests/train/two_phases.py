@@ -14,14 +14,19 @@ from tests.train.conftest import Training
 COLOURS = ("red", "green", "blue", "yellow")
 
 OVERRIDES = (
-    *("model.path=tiny-llava", "model.swift_type=llava1_5_hf", "model.swift_template=llava_chatml"),
-    *("train.max_pixels=null", "train.target_modules=[all-linear]", "train.epochs=1", "train.rank=4"),
-    *("train.effective_batch=4", "train.micro_batch=4", "train.log_every=1", "train.checkpoint_every=2"),
+    *(
+        "model.path=tiny-llava",
+        "train.max_pixels=null",
+        "train.target_modules=[all-linear]",
+        "train.epochs=1",
+        "train.rank=4",
+    ),
+    *("train.effective_batch=4", "train.log_every=1", "train.checkpoint_every=2"),
     "train.adapters=[{name: tuned, data: [questions]}]",
     *("infer.max_length=256", "infer.max_new_tokens=6", "infer.batch_size=4"),
 )
 
-CONNECTOR = "train.connector={data: [captions], effective_batch: 4, micro_batch: 4, max_length: 256}"
+CONNECTOR = "train.connector={data: [captions], effective_batch: 4, max_length: 256}"
 
 
 def sample(name: str, source: str, number: int, answer: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from stages.train.job import Job
 
 
 def main() -> None:
-    job = Job.read(Path(sys.argv[1]))
+    job = Job.read(Path(sys.argv[1]) / "1.json")
     name = job.adapter.name
     log = Path(os.environ["STAND_IN_LOG"])
     before = [json.loads(line)["pid"] for line in log.read_text().splitlines()] if log.exists() else []
@@ -43,7 +43,7 @@ def publish(job: Job) -> None:
     (folder / "adapter_model.safetensors").write_text(f"weights of {job.adapter.name}")
     write_json(folder / "adapter_config.json", {"r": job.settings.rank})
     facts = {"steps": 2, "samples": {"train": len(train), "validation": len(validation)}, "mix": job.mix.mix}
-    facts |= {"micro_batch": job.micro_batch, "accumulation": job.accumulation, "tokens": 1}
+    facts |= {"pass_tokens": job.pass_tokens, "tokens": 1}
     facts |= {"left_out": {}, "max_length": job.settings.max_length}
     write_json(folder / "training.json", {**facts, "log": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 0.5}]})
     timing = {"train_runtime": 1.5, "train_samples_per_second": 4.0, "train_steps_per_second": 1.3, "train_loss": 1.2}

@@ -1,0 +1,33 @@
+"""How an optimizer step is computed: in passes over packed samples, shared by any number of processes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How a step is computed. Only `effective_batch` changes what is learnt; the rest changes memory and speed."""
+
+    effective_batch: int
+    """Samples of a step, over all processes: exactly the recipe's, whatever their number."""
+    processes: int
+    pass_tokens: int
+    """Most tokens of a pass, which holds whole samples; a longer sample has a pass of its own."""
+    checkpointed_layers: int = 0
+    """Number of decoder layers that compute their activations again in the backward pass: the first ones."""
+
+    @property
+    def samples_of_a_process(self) -> int:
+        """The most samples of a step that one process gets, if all are of the same length."""
+        return -(-self.effective_batch // self.processes)
+
+    def __str__(self) -> str:
+        by = f" by {self.processes} processes" if self.processes > 1 else ""
+        layers = f", with {self.checkpointed_layers} checkpointed layers" if self.checkpointed_layers else ""
+        return (
+            f"{count_samples(self.effective_batch)} a step in passes of at most {self.pass_tokens:,} tokens{by}{layers}"
+        )
+
+
+def count_samples(number: int) -> str:
+    """A number of samples in words, such as `1 sample`."""
+    return f"{number:,} sample{'' if number == 1 else 's'}"

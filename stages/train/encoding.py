@@ -1,0 +1,185 @@
+"""Turns an adapter's samples into token sequences, on all cores, and keeps them for later starts."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.contract.errors import DataError
+from stages.contract.files import digest_of, read_json, read_jsonl, remove, write_json
+from stages.contract.mixes import samples_with_pictures, training_samples, validation_samples
+from stages.models.pictures import is_read_in_training, open_picture
+from stages.models.rendering import Renderer
+from stages.train.job import Job
+from stages.train.samples import NOT_LEARNT, Facts, Samples, SizedPicture, TokenSequence, write_samples
+from stages.train.swift import SwiftReader
+
+SPLITS = ("train", "validation")
+
+BATCH = 64
+"""Samples that a process encodes at a time."""
+
+
+def encode_samples(job: Job, renderer: Renderer) -> None:
+    """Write the sequences of both splits below the job's work folder, unless they are there.
+
+    They depend on the samples, the model's tokenizer and template, max_length and max_pixels; if one of these changes,
+    they are written again. Raises DataError for a sample without an answer to learn.
+    """
+    folder = job.work / "samples"
+    chosen = {split: _chosen(job, split) for split in SPLITS}
+    splits = {split: samples for split, (samples, _) in chosen.items()}
+    names = [job.model_settings.swift_type, job.model_settings.swift_template]
+    facts = [_model_files(job.model), names, job.chat.facts, job.settings.max_length, job.settings.max_pixels, splits]
+    key = digest_of(facts)
+    if (read_json(folder / "key.json") or {}).get("key") == key:
+        return
+    remove(folder)
+    for split, samples in splits.items():
+        found = Facts()
+        write_samples(folder / split, _encoded(job, renderer, samples, found), found)
+    write_json(folder / "key.json", {"key": key, "unused": chosen["train"][1]})
+
+
+def read_encoded(job: Job) -> tuple[Samples, Samples, dict[str, int]]:
+    """The training and the validation samples that `encode_samples` wrote, and for a connector the number of unused
+    training samples by reason."""
+    folder = job.work / "samples"
+    train, validation = (Samples(folder / split) for split in SPLITS)
+    return train, validation, read_json(folder / "key.json")["unused"]
+
+
+def _chosen(job: Job, split: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The adapter's samples of a split, by its data mix; for a connector, also the number of unused ones by reason."""
+    sources = job.train if split == "train" else job.validation
+    samples = [sample for source in sources for sample in read_jsonl(source)]
+    chosen = validation_samples(samples, job.mix) if split != "train" else training_samples(samples, job.mix, job.seed)
+    if not job.settings.trains_connector:
+        return chosen, {}
+    assert job.settings.connector is not None
+    return samples_with_pictures(chosen, job.settings.connector.most_samples, job.seed)
+
+
+def _model_files(model: Path) -> list[Any]:
+    """What of a model folder decides how samples are encoded: sizes and times of its small text files."""
+    files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".jinja", ".txt", ".model"))
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What encoding makes of a sample."""
+
+    sample: str
+    """The sample's id."""
+    sequences: list[TokenSequence]
+    """Empty if one is longer than max_length."""
+    control_words: dict[str, int]
+    """How often it says each control word."""
+    note: str | None = None
+    """A sentence for the log."""
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Encodes one sample; each process that shares the work has a copy."""
+
+    renderer: Renderer
+    run: Path
+    max_length: int
+    max_pixels: int | None
+    swift: SwiftReader | None = None
+    """Reads pictures in place of the renderer's rules; None: the renderer has rules."""
+
+    def __call__(self, sample: dict[str, Any]) -> Encoded:
+        """A sample's sequences; none if one is too long.
+
+        Raises DataError for a picture that is missing or cannot be read, and for a sample without an answer to learn.
+        """
+        name, files, note = str(sample["id"]), sample.get("images") or [], None
+        if files and self.swift is not None:
+            sequence, note = self.swift.encode(self.renderer, name, sample["messages"], files)
+            sequences = [sequence]
+        elif files:
+            found = self.renderer.training_sequences(sample["messages"], has_pictures=True)
+            pictures = [self._picture(file, name) for file in files]
+            token = self.renderer.picture_token
+            sequences = []
+            for one in found:  # an earlier answer's sequence has only the pictures before it
+                shown = pictures[: one.tokens.count(token)]
+                whole = one.repeat_placeholders([picture.tokens for picture in shown], token)
+                sequences.append(_token_sequence(whole.tokens, whole.labels, tuple(shown)))
+            if len(shown) != len(pictures):
+                raise DataError(
+                    f"sample {name}: has {len(pictures)} pictures but {len(shown)} <image>; run preprocess again"
+                )
+        else:
+            found = self.renderer.training_sequences(sample["messages"])
+            sequences = [_token_sequence(one.tokens, one.labels) for one in found]
+        if not any(sequence.targets for sequence in sequences):
+            raise DataError(f"sample {name}: has no answer to learn; run preprocess again")
+        if max(sequence.length for sequence in sequences) > self.max_length:
+            return Encoded(name, [], {}, note)
+        said = self.renderer.control_words_in(sample["messages"], bool(files))
+        return Encoded(name, sequences, dict(said), note)
+
+    def _picture(self, file: str, sample: str) -> SizedPicture:
+        """A sample's picture at the size that the model reads. Reads only the file's header."""
+        path = self.run / file
+        try:
+            found = open_picture(path, self.renderer.rules, self.max_pixels)
+        except DataError as error:
+            raise DataError(
+                f"{path}: missing or not a picture, but sample {sample} needs it; run preprocess again"
+            ) from error
+        return SizedPicture(file, found.width, found.height, found.tokens)
+
+
+def _token_sequence(tokens: list[int], labels: list[int], pictures: tuple[SizedPicture, ...] = ()) -> TokenSequence:
+    """A sequence with its learnt tokens marked."""
+    return TokenSequence(np.array(tokens, np.int32), np.array(labels, np.int64) != NOT_LEARNT, pictures)
+
+
+def _encoded(
+    job: Job, renderer: Renderer, samples: list[dict[str, Any]], facts: Facts
+) -> Iterator[list[TokenSequence]]:
+    """Yield the sequences of each sample that fits max_length, in order. Adds to `facts`."""
+    settings = job.settings
+    swift = None
+    if not is_read_in_training(job.model) and any(sample.get("images") for sample in samples):
+        swift = SwiftReader(job.model, job.model_settings, job.run, settings.max_pixels)
+        swift.load()
+    encode = SampleEncoder(renderer, job.run, settings.max_length, settings.max_pixels, swift)
+    cores = len(os.sched_getaffinity(0))
+    if cores == 1 or len(samples) <= BATCH:
+        yield from _kept(map(encode, samples), facts)
+        return
+    # these processes use no GPU, even where this one does; each gets the encoder once, not with each batch
+    with get_context("fork").Pool(min(cores, -(-len(samples) // BATCH)), _ENCODERS.append, (encode,)) as pool:
+        yield from _kept(pool.imap(_encode_in_pool, samples, BATCH), facts)
+
+
+_ENCODERS: list[SampleEncoder] = []
+"""The encoder of this process, if it is one of those that share the work."""
+
+
+def _encode_in_pool(sample: dict[str, Any]) -> Encoded:
+    """A sample's sequences, by this process's encoder."""
+    return _ENCODERS[0](sample)
+
+
+def _kept(results: Iterable[Encoded], facts: Facts) -> Iterator[list[TokenSequence]]:
+    """Yield the sequences of the samples that have some; add the others, the control words and notes to `facts`."""
+    for one in results:
+        if one.note is not None and one.note not in facts.notes:
+            facts.notes.append(one.note)
+        if not one.sequences:
+            facts.left_out.append(one.sample)
+            continue
+        if one.control_words:
+            facts.control_words.append(one.control_words)
+        yield one.sequences

@@ -1,0 +1,81 @@
+"""The base's linear layers, which training does not change: their product, and the gradient of its input.
+
+A layer in 4 bits is unpacked twice for each pass, in the forward and in the backward pass, and its unpacked weight is
+kept in neither.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def base_product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The output of a linear layer, with its bias, for x [tokens, inputs]. Call it where autograd records nothing."""
+    if type(layer) is nn.Linear:
+        return functional.linear(x, layer.weight, layer.bias)
+    weight = unpacked_weight(layer, x.dtype)
+    if weight is not None:
+        bias: Any = layer.bias  # in float16 in a GPTQ base, whatever the model computes in
+        return functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
+    output: torch.Tensor = layer(x)
+    return output.to(x.dtype)
+
+
+def base_gradient(layer: nn.Module, d_output: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+    """The gradient of a linear layer's input, [tokens, inputs], for that of its output; added to `into`, in place, if
+    there is one."""
+    weight = unpacked_weight(layer, d_output.dtype)
+    if weight is None:
+        found = _by_autograd(layer, d_output)
+        return found if into is None else into.add_(found)
+    return d_output @ weight if into is None else into.addmm_(d_output, weight)
+
+
+def unpacked_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    """A linear layer's weight, [outputs, inputs], in `dtype`; None if its library has no function for it."""
+    if type(layer) is nn.Linear:
+        return layer.weight
+    state = getattr(layer.weight, "quant_state", None) if hasattr(layer, "weight") else None
+    if state is not None:  # bitsandbytes' Linear4bit
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: torch.Tensor = dequantize_4bit(layer.weight.data, state).to(dtype)
+        return weight
+    if not hasattr(layer, "dequantize_weight"):
+        return None
+    # gptqmodel's layers; [inputs, outputs]
+    if layer.qweight.is_cuda and layer.bits in (2, 4, 8):
+        # in training they would unpack with torch, in some ten kernels
+        from gptqmodel.nn_modules.triton_utils.dequant import dequant
+
+        packed = layer.qweight, layer.scales, layer.qzeros, layer.g_idx
+        unpacked: torch.Tensor = dequant(dtype, *packed, layer.bits, layer.pack_dtype_bits, layer.maxq)
+    else:
+        unpacked = layer.dequantize_weight().to(dtype)
+    return unpacked.t()
+
+
+def _by_autograd(layer: Any, d_output: torch.Tensor) -> torch.Tensor:
+    """The gradient of a layer's input as its own library computes it. The layer is linear, so any input does."""
+    with torch.enable_grad():
+        x = torch.zeros(len(d_output), inputs_of(layer), device=d_output.device, dtype=d_output.dtype)
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(layer(x), x, d_output)
+    return gradient
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a module is a linear layer, of torch or of a library for fewer bits."""
+    return any(hasattr(layer, f"in{name}") and hasattr(layer, f"out{name}") for name in ("_features", "features"))
+
+
+def inputs_of(layer: Any) -> int:
+    """Number of inputs of a linear layer; auto-gptq names it `infeatures`."""
+    return int(getattr(layer, "in_features", None) or layer.infeatures)
+
+
+def has_bias(layer: Any) -> bool:
+    """Whether a linear layer adds a bias."""
+    return getattr(layer, "bias", None) is not None

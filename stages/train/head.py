@@ -1,0 +1,139 @@
+"""The loss of a pass, with logits only where something is learnt.
+
+A vocabulary of 152,000 makes 600 KB of float32 logits a token, and most tokens of a prompt are not learnt. `loss_sum`
+computes the logits of learnt positions alone, a chunk at a time, and makes their gradients in the forward pass, so that
+no logits are kept.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from stages.train.lora import has_kernels
+from stages.train.sharding import gathered
+
+CHUNK_BYTES = 512 * 1024**2
+"""Most bytes of the float32 logits of a chunk."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model makes logits of its last hidden states."""
+
+    module: nn.Module
+    """The output embeddings, which may have LoRA."""
+    scale: float = 1.0
+    """Factor of the logits (Cohere's logit_scale; one over Granite's logits_scaling)."""
+    softcap: float | None = None
+    """The logits are capped by tanh at this number (Gemma's final_logit_softcapping)."""
+    is_sharded: bool = False
+    """Whether its weights are sharded over the processes: `loss_sum` gathers them."""
+
+    @staticmethod
+    def of(model: Any, is_sharded: bool = False) -> "Head":
+        """The head of a model of transformers, by the names in its config. `Trainee.check` compares it with the
+        model's own logits."""
+        config = model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(model.get_output_embeddings(), scale, softcap, is_sharded)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits are one product with a frozen weight in the hidden states' type."""
+        return type(self.module) is nn.Linear and self.module.bias is None and self.scale == 1.0 and not self.softcap
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The trained weights of the head."""
+        return [weight for weight in self.module.parameters() if weight.requires_grad]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits in float32, [positions, vocabulary], of hidden states [positions, size]."""
+        logits: torch.Tensor = self.module(hidden).float() * self.scale
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+def loss_sum(
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the cross entropies of `targets` and the number of targets with the highest logit; scalars in float32.
+
+    `hidden` [targets, size] are the last hidden states before each target; a target below 0 has no loss.
+    """
+    chunk = max(CHUNK_BYTES // (4 * vocabulary), 1)
+    total, right = _LossSum.apply(hidden, head, targets, chunk, *head.trained)
+    return total, right
+
+
+class _LossSum(torch.autograd.Function):
+    """Sum of cross entropies, a chunk of positions at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: Head, targets: torch.Tensor, chunk: int, *trained: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the sum, the number of right targets, and the gradients of `hidden` and of the head's weights."""
+        needed = any(ctx.needs_input_grad)
+        gradient = torch.empty_like(hidden) if needed else None
+        more = [torch.zeros_like(weight) for weight in trained]
+        total, right = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        compute = _in_place if has_kernels(hidden.device) and head.is_plain else _by_autograd
+        with gathered(head.module) if head.is_sharded else nullcontext():
+            for first in range(0, len(targets), chunk):
+                part = slice(first, first + chunk)
+                into = None if gradient is None else gradient[part]
+                loss, count = compute(hidden[part], head, targets[part], into, trained, more)
+                total += loss
+                right += count
+        ctx.save_for_backward(*(() if gradient is None else (gradient, *more)))
+        ctx.mark_non_differentiable(right)
+        return total, right
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        """The gradients of `hidden` and of the head's trained weights."""
+        first, *more = (part * gradients[0].to(part.dtype) for part in ctx.saved_tensors)
+        return first, None, None, None, *more
+
+
+def _by_autograd(
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor,
+    into: torch.Tensor | None,
+    trained: tuple[torch.Tensor, ...],
+    more: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a chunk and its number of right targets. Writes the gradient of `hidden` to `into`, unless that is
+    None, and adds those of the trained weights to `more`."""
+    part = hidden.detach().requires_grad_(into is not None)
+    with torch.set_grad_enabled(into is not None):
+        logits = head.logits(part)
+        loss = functional.cross_entropy(logits, targets, reduction="sum")
+    if into is not None:
+        found = torch.autograd.grad(loss, (part, *trained))
+        into.copy_(found[0])
+        for summed, gradient in zip(more, found[1:], strict=True):
+            summed.add_(gradient)
+    return loss.detach(), (logits.argmax(1) == targets).sum()
+
+
+def _in_place(
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, into: torch.Tensor | None, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_by_autograd` for a plain head on a GPU, where the logits become their own gradient in one kernel."""
+    from stages.train.kernels import cross_entropy_in_place
+
+    weight: torch.Tensor = head.module.weight  # type: ignore[assignment]
+    logits = hidden @ weight.t()
+    found = cross_entropy_in_place(logits, targets)
+    if into is not None:
+        torch.mm(logits, weight, out=into)
+    return found

@@ -1,0 +1,164 @@
+"""A pass: packed sequences as tensors, and the sum of their losses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from stages.train.dropout import row_numbers
+from stages.train.head import Head, loss_sum
+from stages.train.samples import NOT_LEARNT, TokenSequence
+from stages.train.swift import SwiftReader
+from stages.train.vision import PictureReader, embed, text_decoder, three_places
+
+LEAST_STEP = 128
+"""`padded` rounds numbers of tokens and targets up to multiples of this, or of a sixteenth of the power of two below:
+few shapes occur then, and at most 6% of a pass of 2,000 tokens is padding."""
+
+
+@dataclass(frozen=True)
+class PassTensors:
+    """The inputs of a pass."""
+
+    tokens: torch.Tensor
+    """Token ids of all sequences; shape [tokens], int64."""
+    places: torch.Tensor
+    """Place of each token in its sequence; shape [tokens], int64. Shape [4, tokens] for the Qwen2-VL family: the rows
+    of `three_places` follow."""
+    bounds: torch.Tensor
+    """Where each sequence begins, and the number of tokens; shape [sequences + 1], int32."""
+    sources: torch.Tensor
+    """Places in `tokens` of the tokens before each target, whose outputs predict it; shape [targets], int64."""
+    targets: torch.Tensor
+    """Ids of the learnt tokens; shape [targets], int64. NOT_LEARNT in padding."""
+    rows: torch.Tensor
+    """A number for each token, for dropout; shape [tokens], int32."""
+    pictures: dict[str, Any] = field(default_factory=dict)
+    """As the reader of `Vision` returns them."""
+
+    def to(self, device: torch.device) -> "PassTensors":
+        """The same tensors on a device. Does not wait for the copies to a GPU."""
+
+        def moved(tensor: Any) -> Any:
+            """A tensor on the device; anything else as it is."""
+            if not isinstance(tensor, torch.Tensor):
+                return tensor
+            if device.type == "cuda":
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        own = {name: moved(getattr(self, name)) for name in TENSORS}
+        return PassTensors(**own, pictures={name: moved(tensor) for name, tensor in self.pictures.items()})
+
+    def copy_from(self, other: "PassTensors") -> None:
+        """Overwrite these tensors with those of another pass of the same shapes, without pictures."""
+        for name in TENSORS:
+            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+
+
+TENSORS = ("tokens", "places", "bounds", "sources", "targets", "rows")
+"""The fields of PassTensors that every pass has."""
+
+
+def pass_tensors(
+    sequences: Sequence[TokenSequence], keys: Sequence[int] | None, vision: "Vision | None" = None
+) -> PassTensors:
+    """The tensors of packed sequences, on the CPU. `keys` are the sequences' keys for dropout, from `sample_key`; None
+    if nothing is dropped. `vision`: how a vision-language model reads pictures. Raises DataError for a picture that
+    cannot be read."""
+    lengths = [sequence.length for sequence in sequences]
+    tokens = torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64))
+    places = torch.cat([torch.arange(length) for length in lengths])
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    is_target = np.concatenate([sequence.learnt for sequence in sequences])
+    is_target[bounds[:-1].numpy()] = False  # nothing in its own sequence predicts a first token
+    targets = torch.from_numpy(is_target.nonzero()[0])
+    rows = row_numbers(lengths, list(keys) if keys is not None else [0] * len(lengths))
+    pictures: dict[str, Any] = {}
+    if vision is not None:
+        pictures = vision.reader.read(sequences)
+        if vision.factor is not None and vision.placeholder is not None:
+            three = [three_places(sequence, vision.placeholder, vision.factor) for sequence in sequences]
+            places = torch.cat([places[None], torch.cat(three, 1)])
+    return PassTensors(tokens, places, bounds, targets - 1, tokens[targets], rows, pictures)
+
+
+def padded(tensors: PassTensors, sequences: int) -> PassTensors:
+    """A pass with rounded numbers of tokens and targets, and with room for `sequences` sequences.
+
+    The additional tokens are a sequence of their own, without targets, and the remaining sequences are empty.
+    """
+    more = _padding(len(tensors.tokens))
+    length = len(tensors.tokens) + more
+    pad = torch.nn.functional.pad
+    return PassTensors(
+        pad(tensors.tokens, (0, more)),
+        torch.cat([tensors.places, torch.arange(more).expand(*tensors.places.shape[:-1], more)], -1),
+        torch.cat([tensors.bounds, torch.full((sequences + 2 - len(tensors.bounds),), length, dtype=torch.int32)]),
+        pad(tensors.sources, (0, _padding(len(tensors.sources)))),
+        pad(tensors.targets, (0, _padding(len(tensors.targets))), value=NOT_LEARNT),
+        pad(tensors.rows, (0, more)),
+    )
+
+
+def _padding(number: int) -> int:
+    """How many tokens or targets `padded` adds to `number`."""
+    step = max(LEAST_STEP, 1 << max(number.bit_length() - 5, 0))
+    return -number % step
+
+
+@dataclass(frozen=True)
+class Vision:
+    """How a vision-language model reads pictures."""
+
+    reader: PictureReader | SwiftReader
+    placeholder: int | None
+    """Id of the token that marks a picture's tokens; None: the reader returns all inputs of the model's own forward
+    pass, for one sequence."""
+    factor: int | None = None
+    """Side of a token in pixels, for models whose tokens have three places; None for others."""
+
+
+def hidden_states(
+    model: Any, tensors: PassTensors, longest: int | None, placeholder: int | None = None
+) -> torch.Tensor:
+    """The last hidden states of a pass, [tokens, size].
+
+    `model` is a model of transformers. `longest` is at least the length of the longest sequence, for a model with
+    `use_packed_attention`; None: the pass has one sequence, and the attention is the model's own. `placeholder` is the
+    token of a picture.
+    """
+    places = tensors.places
+    bounds = {"cu_seq_lens_q": tensors.bounds, "max_length_q": longest} if longest else {}
+    hidden: torch.Tensor = text_decoder(model)(
+        inputs_embeds=embed(model, tensors.tokens, tensors.pictures, placeholder),
+        position_ids=places[None] if places.dim() == 1 else places[:, None],
+        use_cache=False,
+        **bounds,
+    ).last_hidden_state[0]
+    return hidden
+
+
+def pass_sums(
+    model: Any, head: Head, tensors: PassTensors, longest: int | None, placeholder: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the losses of a pass's targets, and the number of those with the highest logit; scalars in float32.
+
+    `head` is the model's; the others are as in `hidden_states`.
+    """
+    hidden = hidden_states(model, tensors, longest, placeholder)
+    vocabulary = model.config.get_text_config().vocab_size
+    return loss_sum(hidden.index_select(0, tensors.sources), head, tensors.targets, vocabulary)
+
+
+def own_sums(model: Any, tensors: PassTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `pass_sums`, for one sequence by the model's own forward pass, whose inputs are `tensors.pictures`."""
+    chooses = "logits_to_keep" in signature(model.forward).parameters
+    logits = model(**tensors.pictures, **({"logits_to_keep": tensors.sources} if chooses else {})).logits[0]
+    logits = (logits if chooses else logits.index_select(0, tensors.sources)).float()
+    loss = functional.cross_entropy(logits, tensors.targets, reduction="sum")
+    return loss, torch.eq(logits.argmax(1), tensors.targets).sum()
