@@ -3,10 +3,10 @@
     LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.articulation [--objects 2500 200] [--set KEY=VALUE]
 
 Needs SmolLM2-135M-Instruct. Takes minutes on a GPU. To test it on a CPU, use `--objects 16 4 --set train.epochs=1 --set
-train.micro_batch=4 --set train.effective_batch=4`, which learns nothing. recipes/data/make_articulation.py makes the
-cabinets; none of the held-out ones is trained on. The row has the scores of base and tuned, their difference with its
-interval, and those of a guess that looks only at the sizes of an object's boxes: the largest one is the root, and every
-other one has the most frequent joint of the training data.
+train.effective_batch=4`, which learns nothing. recipes/data/make_articulation.py makes the cabinets; none of the
+held-out ones is trained on. The row has the scores of base and tuned, their difference with its interval, and those of
+a guess that looks only at the sizes of an object's boxes: the largest one is the root, and every other one has the most
+frequent joint of the training data.
 
 The same command resumes after a stop.
 """
@@ -39,7 +39,7 @@ MOST_BOXES = 5
 STAGES = ("preprocess", "train", "infer", "eval")
 SETTINGS = (
     *("data.validation_fraction=0.02", "preprocess.samples.copies=0", "train.rank=32", "train.alpha=64"),
-    *("train.learning_rate=2e-3", "train.epochs=3", "train.effective_batch=32", "train.micro_batch=32"),
+    *("train.learning_rate=2e-3", "train.epochs=3", "train.effective_batch=32"),
     *("train.checkpoint_every=100000", "train.log_every=10", "infer.batch_size=200", "infer.chunk_size=200"),
 )
 

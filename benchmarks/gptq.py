@@ -4,7 +4,7 @@
 
 Needs an NVIDIA GPU of 80 GB, gptqmodel and SmolLM2's tokenizer. The base has Qwen2.5-7B's shape and random integers
 (benchmarks.random_models). Each setting is one training by the train command, as in benchmarks.memory. Then the
-transformers engine loads the adapter: the loss of a validation sample should be near the trainer's last validation
+transformers engine loads the adapter: the loss of a validation sample should be near training's last validation
 loss, and the answers should differ from the base's. Nothing is asserted: the rows have the numbers.
 """
 
@@ -34,7 +34,7 @@ SETTINGS = (
     Setting("GPTQ 7B, 2048, no checkpointing", BASE, 2048, 64, 1, ("train.gradient_checkpointing=false",)),
     Setting("GPTQ 7B, 2048", BASE, 2048, 64, 1, LEARN),
     Setting("GPTQ 7B, 512, whole sample learnt", BASE, 512, 480, 1, LEARN),  # lengths of extractive-qa
-    Setting("GPTQ 7B, 2048, micro-batch 4", BASE, 2048, 512, 4),
+    Setting("GPTQ 7B, 4 x 2048", BASE, 2048, 512, 4),
     Setting("GPTQ 7B, 2048, float16", BASE, 2048, 64, 1, (*LEARN, "train.precision=float16")),
 )
 PROMPTS = ("What is a lever?", "Name a part of a pump.", "the the the", "Where is part 12?")

@@ -12,6 +12,7 @@ several GPUs, that of the largest process. Nothing is asserted: estimates that a
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -28,13 +29,12 @@ from stages.contract.roots import Roots
 from stages.contract.stage import Stage
 from stages.hardware.fit import recipe_way
 from stages.hardware.memory import Lengths
+from stages.hardware.probe import probe
 from stages.host.runner import run_stage
 from stages.host.runs import open_run
 from stages.models.shape import read_shape
 
 ROOTS = Roots.from_environment()
-EFFECTIVE = 2
-"""Micro-batches per optimizer step over all GPUs. On one GPU, the gradients of the first stay during the second."""
 STEPS = 4
 ONCE, BUDGET = 6, 70e9
 """Maximum number of trainings at a time, and estimated bytes. While the running trainings need that many bytes or more,
@@ -56,39 +56,35 @@ class Setting:
     length: int
     answer: int
     """Tokens of the answer, including its end token."""
-    micro_batch: int = 1
+    samples: int = 1
+    """Samples of a step on each GPU, which make one pass."""
     sets: tuple[str, ...] = ()
     gpus: int = 1
     picture: bool = False
     shorter: int = 9
-    """Tokens by which every other sample is shorter if `micro_batch` is above 1, so that there is padding, as in real
-    data."""
+    """Tokens by which every other sample is shorter if `samples` is above 1, as in real data."""
 
     def sample_length(self, sample: int) -> int:
         """Return the number of tokens of sample number `sample`, counted from 0."""
-        return self.length - self.shorter * (sample % 2) * (self.micro_batch > 1)
+        return self.length - self.shorter * (sample % 2) * (self.samples > 1)
 
     @property
     def lengths(self) -> Lengths:
         """The lengths of the samples in tokens, in the form that the memory estimate uses."""
-        return Lengths(self.length, self.answer, self.sample_length(1) - self.answer)
+        both = [self.sample_length(0), self.sample_length(1)]
+        return Lengths(self.length, self.answer, statistics.fmean(both), statistics.pstdev(both))
 
     @property
     def overrides(self) -> tuple[str, ...]:
         """The recipe overrides of this setting, as KEY=VALUE."""
-        vision = "vision_config" in CONFIGS[self.model]
-        kind = ("qwen2_5_vl", "qwen2_5_vl") if vision else ("qwen2", "chatml")
         return (
             f"model.path={self.model}",
-            f"model.swift_type={kind[0]}",
-            f"model.swift_template={kind[1]}",
             "preprocess.retrieval.embedder=none",  # no pages are embedded, and this model folder is quick to read
             "train.target_modules=[all-linear]",
             f"train.max_length={self.length}",
             f"infer.max_new_tokens={self.answer}",
             f"infer.max_length={max(2 * self.answer, 8192)}",
-            f"train.micro_batch={self.micro_batch}",
-            f"train.effective_batch={self.micro_batch * EFFECTIVE}",
+            f"train.effective_batch={self.samples * self.gpus}",
             "train.epochs=1",
             "train.checkpoint_every=2",
             "train.dropout=0.05",
@@ -99,26 +95,23 @@ class Setting:
 
 PLAIN, R64 = "train.gradient_checkpointing=false", ("train.rank=64", "train.alpha=64")
 SETTINGS = (
-    Setting("0.5B, 512, micro-batch 8, no checkpointing", "Qwen2.5-0.5B", 512, 480, 8, (PLAIN,)),
+    Setting("0.5B, 8 x 512, no checkpointing", "Qwen2.5-0.5B", 512, 480, 8, (PLAIN,)),
     Setting("0.5B, 2048, no checkpointing", "Qwen2.5-0.5B", 2048, 64, 1, (PLAIN,)),
     Setting("0.5B, 8192, r64", "Qwen2.5-0.5B", 8192, 8000, 1, R64),
     Setting("0.5B, 2048, whole sample learnt", "Qwen2.5-0.5B", 2048, 2000),
     Setting("7B, 1024, r64, no checkpointing", "Qwen2.5-7B", 1024, 256, 1, (PLAIN, *R64)),
-    Setting("7B, 2048, micro-batch 4", "Qwen2.5-7B", 2048, 512, 4),
-    Setting("7B, 2048, micro-batch 4, mixed lengths", "Qwen2.5-7B", 2048, 512, 4, shorter=1400),
+    Setting("7B, 4 x 2048", "Qwen2.5-7B", 2048, 512, 4),
+    Setting("7B, 4 x 2048, mixed lengths", "Qwen2.5-7B", 2048, 512, 4, shorter=1400),
     Setting("7B, 4096", "Qwen2.5-7B", 4096, 64),
     Setting("7B, 8192, whole sample learnt", "Qwen2.5-7B", 8192, 8000),
     Setting("7B, 2048, r64", "Qwen2.5-7B", 2048, 64, 1, R64),
     Setting("7B, 2048, 4-bit", "Qwen2.5-7B", 2048, 64, 1, ("train.load_in_4bit=true",)),
     Setting("7B, 2048, float16", "Qwen2.5-7B", 2048, 1024, 1, ("train.precision=float16",)),
-    Setting("7B, 2048, ZeRO-2 on one", "Qwen2.5-7B", 2048, 64, 1, ("train.sharding=zero2",)),
-    Setting("7B, 2048, ZeRO-3 on one", "Qwen2.5-7B", 2048, 64, 1, ("train.sharding=zero3",)),
     Setting("14B, 2048", "Qwen2.5-14B", 2048, 512),
     Setting("14B, 1024, r64, no checkpointing", "Qwen2.5-14B", 1024, 64, 1, (PLAIN, *R64)),
     Setting("VL-7B, 2048, a page's picture", "Qwen2.5-VL-7B", 2048, 64, picture=True),
     Setting("VL-7B, 2048, no checkpointing", "Qwen2.5-VL-7B", 2048, 64, 1, (PLAIN,), picture=True),
     Setting("7B, 2048, two GPUs", "Qwen2.5-7B", 2048, 64, gpus=2),
-    Setting("7B, 2048, ZeRO-2 on two", "Qwen2.5-7B", 2048, 64, 1, ("train.sharding=zero2",), 2),
     Setting("7B, 2048, ZeRO-3 on two", "Qwen2.5-7B", 2048, 64, 1, ("train.sharding=zero3",), 2),
     Setting("14B, 8192, ZeRO-3 on two", "Qwen2.5-14B", 8192, 64, 1, ("train.sharding=zero3",), 2),
     Setting("VL-7B, 2048, a picture, ZeRO-3 on two", "Qwen2.5-VL-7B", 2048, 64, 1, ("train.sharding=zero3",), 2, True),
@@ -145,10 +138,9 @@ def prepare(setting: Setting, name: str) -> None:
         picture = []
         if setting.picture:
             picture = [_write_picture(stage)]
-        number_of_all = STEPS * EFFECTIVE * 8
-        samples = [_sample(i, setting.sample_length(i), setting.answer, picture) for i in range(number_of_all)]
-        train = samples[: STEPS * EFFECTIVE * setting.micro_batch]
-        for split, rows in (("train", train), ("validation", samples[:2]), ("test", samples[:1])):
+        number = STEPS * setting.samples * setting.gpus
+        samples = [_sample(i, setting.sample_length(i), setting.answer, picture) for i in range(number)]
+        for split, rows in (("train", samples), ("validation", samples[:2]), ("test", samples[:1])):
             stage.outputs[f"samples/{split}.jsonl"] = write_jsonl(stage.path("samples", f"{split}.jsonl"), rows)
 
     if run_stage(run, "preprocess", write_samples):
@@ -201,7 +193,8 @@ class Training:
 
     setting: Setting
     run: str
-    estimate: dict[str, int]
+    expected: int
+    """Bytes that the plan is expected to estimate, by which trainings share the GPUs."""
     process: "subprocess.Popen[str]"
     began: float = field(default_factory=time.monotonic)
     peaks: dict[str, int] = field(default_factory=dict)
@@ -219,7 +212,7 @@ class Training:
         train = opened.recipe.train
         shape = read_shape(ROOTS.models / setting.model)
         dtype = "bfloat16" if train.precision == "auto" else train.precision
-        way = recipe_way(shape, train, setting.gpus, dtype, setting.lengths)
+        way = recipe_way(shape, train, setting.gpus, dtype, setting.lengths, probe().gpus[0].memory_total)
         sets = [word for one in setting.overrides for word in ("--set", one)]
         data = str(Path("recipes/data/patent-qa").absolute())
         devices = ",".join(map(str, range(setting.gpus)))
@@ -242,7 +235,7 @@ class Training:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        return Training(setting, name, {**way.estimate.parts(), "total": way.estimate.total}, process)
+        return Training(setting, name, way.estimate.total, process)
 
     def update_peaks(self, used: dict[int, int]) -> None:
         """Update the peaks of this training's processes. `used` has bytes by process id, from the driver."""
@@ -257,22 +250,24 @@ class Training:
         """
         output = self.process.communicate()[0]
         measured = max(self.peaks.values(), default=0)
+        folder = ROOTS.runs / self.run / "train"
+        manifest = read_json(folder / "manifest.json") or {}
+        estimate = manifest.get("estimate", {})  # of the way that the plan chose for the memory that was free
         row: dict[str, Any] = {
             "setting": self.setting.name,
             "exit code": self.process.returncode,
             "seconds": round(time.monotonic() - self.began, 1),
-            "estimated bytes": self.estimate["total"],
+            "estimated bytes": estimate.get("total"),
             "measured bytes": measured,
-            "estimate over measured, percent": round(100 * (self.estimate["total"] / measured - 1), 1)
-            if measured
+            "estimate over measured, percent": round(100 * (estimate["total"] / measured - 1), 1)
+            if estimate and measured
             else None,
-            "parts": self.estimate,
+            "parts": estimate,
             "sets": list(self.setting.overrides),
             "lengths": asdict(self.setting.lengths),
             "GPUs": self.setting.gpus,
         }
-        folder = ROOTS.runs / self.run / "train"
-        if manifest := read_json(folder / "manifest.json"):
+        if manifest:
             row["torch says"] = manifest.get("gpu_memory")
             row["decisions"] = {made["what"]: made["value"] for made in manifest["decisions"]}
         if self.process.returncode:
@@ -319,7 +314,7 @@ def measure(settings: list[Setting]) -> list[dict[str, Any]]:
         for training in [one for one in running if one.process.poll() is not None]:
             rows.append(training.finish())
             running.remove(training)
-        taken = sum(training.estimate["total"] * training.setting.gpus for training in running)
+        taken = sum(training.expected * training.setting.gpus for training in running)
         if waiting and len(running) < ONCE and taken < BUDGET:
             number, setting = waiting[0]
             running.append(Training.start(setting, number))

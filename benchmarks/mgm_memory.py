@@ -27,14 +27,14 @@ ANSWER = 64
 """Tokens at a sample's end that have a loss."""
 CASES = (("lora", 1, 1024, True), ("lora", 4, 1024, True), ("lora", 4, 1024, False), ("connector", 1, 1024, True))
 CASES += (("connector", 4, 1024, True), ("connector", 2, 1024, False))
-"""Phase, micro-batch, tokens of a sample including 576 of a picture, gradient checkpointing."""
+"""Phase, samples of a pass, tokens of a sample including 576 of a picture, gradient checkpointing."""
 
 
-def training_settings(phase: str, micro_batch: int, checkpointing: bool) -> Train:
-    """Return the training settings of a phase (`lora` or `connector`), with one micro-batch per optimizer step."""
-    fields = {"adapters": [{"name": "a"}], "rank": 16, "dropout": 0.0, "micro_batch": micro_batch}
-    fields |= {"effective_batch": micro_batch, "gradient_checkpointing": checkpointing}
-    connector = {"effective_batch": micro_batch, "micro_batch": micro_batch}
+def training_settings(phase: str, samples: int, checkpointing: bool) -> Train:
+    """Return the training settings of a phase (`lora` or `connector`), with one pass per optimizer step."""
+    fields = {"adapters": [{"name": "a"}], "rank": 16, "dropout": 0.0}
+    fields |= {"effective_batch": samples, "gradient_checkpointing": checkpointing}
+    connector = {"effective_batch": samples}
     train = Train.model_validate({**fields, "connector": connector} if phase == "connector" else fields)
     return train.connector_settings() if phase == "connector" else train
 
@@ -66,7 +66,7 @@ def model_to_train(phase: str, checkpointing: bool) -> Any:
     return adapted.train()
 
 
-def measure_peak(phase: str, micro_batch: int, length: int, checkpointing: bool) -> float:
+def measure_peak(phase: str, samples: int, length: int, checkpointing: bool) -> float:
     """Run three training steps with samples of `length` tokens.
 
     Returns the peak of the memory that torch allocates, in GB of 1e9 bytes.
@@ -74,11 +74,11 @@ def measure_peak(phase: str, micro_batch: int, length: int, checkpointing: bool)
     model = model_to_train(phase, checkpointing)
     config = MgmConfig()
     pictures = config.tokens_across**2
-    tokens = torch.randint(1000, 200000, (micro_batch, length), device="cuda")
+    tokens = torch.randint(1000, 200000, (samples, length), device="cuda")
     tokens[:, 1 : 1 + pictures] = config.image_token_id
     labels = tokens.clone()
     labels[:, :-ANSWER] = -100
-    pixels = torch.randn(micro_batch, 3, 768, 768, device="cuda")
+    pixels = torch.randn(samples, 3, 768, 768, device="cuda")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
@@ -110,15 +110,16 @@ def main() -> None:
     """Measure all CASES, and write a row for each with the measured and the estimated GB."""
     shape = mgm_shape()
     rows = []
-    for phase, micro_batch, length, checkpointing in CASES:
-        train = training_settings(phase, micro_batch, checkpointing)
-        parts = recipe_way(shape, train, 1, "bfloat16", Lengths(length, ANSWER)).estimate.parts()
+    for phase, samples, length, checkpointing in CASES:
+        train = training_settings(phase, samples, checkpointing)
+        memory = torch.cuda.mem_get_info()[1]
+        parts = recipe_way(shape, train, 1, "bfloat16", Lengths(length, ANSWER), memory).estimate.parts()
         expected = sum(size for part, size in parts.items() if part not in ("framework", "fragmentation")) / 1e9
-        found = measure_peak(phase, micro_batch, length, checkpointing)
+        found = measure_peak(phase, samples, length, checkpointing)
         torch.cuda.empty_cache()
         rows.append(
             {
-                **{"card": torch.cuda.get_device_name(), "phase": phase, "micro-batch": micro_batch, "tokens": length},
+                **{"card": torch.cuda.get_device_name(), "phase": phase, "samples": samples, "tokens": length},
                 **{"checkpointing": checkpointing, "allocated GB": round(found, 3), "estimated GB": round(expected, 3)},
                 "off by": f"{100 * (expected / found - 1):+.1f} %",
             }

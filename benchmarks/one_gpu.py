@@ -1,6 +1,6 @@
-"""Training on one GPU: precision, stops and kills, memory that other programs hold, wrong use, and overhead.
+"""Training on one GPU: precision, stops and kills, memory that other programs hold, and wrong use.
 
-    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.one_gpu [precision | kills | hog | full | speed | use]
+    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.one_gpu [precision | kills | hog | full | use]
 
 Needs an NVIDIA GPU of 80 GB or more, SmolLM2's tokenizer, and a run `prepared` (see benchmarks.two_gpus). Models have
 random weights. Lorry's commands run in processes of their own. Nothing is asserted: the rows say what happened.
@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import statistics
 import subprocess
@@ -20,7 +19,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import Setting, prepare
 from benchmarks.random_models import CONFIGS, make_model
 from benchmarks.rows import write_rows
 from benchmarks.two_gpus import RANDOM_LLAMA, SMALL, Training, make_model_in_a_process, processes_on_gpus
@@ -136,8 +134,8 @@ class Hog:
 
 
 HUNGRY = (
-    *("model.path=Qwen2.5-0.5B", "model.swift_type=qwen2", "train.target_modules=[all-linear]"),
-    *("train.micro_batch=8", "train.effective_batch=8", "train.epochs=2", "train.checkpoint_every=5"),
+    *("model.path=Qwen2.5-0.5B", "train.target_modules=[all-linear]"),
+    *("train.effective_batch=8", "train.epochs=2", "train.checkpoint_every=5"),
 )
 
 
@@ -221,127 +219,6 @@ def _add_loss_row(whole: Training, other: Training) -> None:
     )
 
 
-# -- Lorry's overhead ----------------------------------------------------------------------------------------------
-
-
-def measure_speed() -> None:
-    """Add a row with the tokens per second of the train command and of `swift sft` with the same arguments.
-
-    The two take turns, and who goes first alternates. A warm-up training, which reads the model from disk, has a row of
-    its own and is not counted. If its log has no arguments for ms-swift, nothing else runs.
-    """
-    model = "Qwen2.5-7B" if (ROOTS.models / "Qwen2.5-7B").is_dir() else "Qwen2.5-0.5B"
-    if not (ROOTS.models / model).is_dir():
-        make_model(ROOTS.models / model, CONFIGS[model])
-    setting = Setting(
-        "speed", model, 1024, 64, 4, ("train.epochs=3", "train.log_every=1", "train.checkpoint_every=999")
-    )
-    warm, arguments = _measure_lorry_pace(setting, "warm-up")
-    add_row(what=f"{model}, warm-up, not counted", **warm)
-    if not arguments:
-        return
-    found: dict[str, list[dict[str, float]]] = {"lorry": [], "swift": []}
-    began = time.monotonic()
-    for turn in range(TURNS):
-        if turn >= 2 and (time.monotonic() - began) * (turn + 1) / turn > SPEED_SECONDS:
-            break  # two turns are enough for a median if time is short
-        for who in sorted(found, reverse=bool(turn % 2)):
-            pace = (
-                _measure_lorry_pace(setting, str(turn))[0]
-                if who == "lorry"
-                else _measure_swift_pace(arguments, setting, turn)
-            )
-            if pace:
-                found[who].append(pace)
-    tokens = 2 * setting.micro_batch * setting.length
-    row: dict[str, Any] = {"what": f"{model}, steps of {2 * setting.micro_batch} x {setting.length} tokens"}
-    for measure in ("all steps", "from the third step on"):
-        seconds = {who: [one[measure] for one in runs] for who, runs in found.items()}
-        middle = {who: statistics.median(each) for who, each in seconds.items() if each}
-        row |= {
-            f"seconds a step, {measure}": seconds,
-            f"tokens per second, median, {measure}": {who: round(tokens / one) for who, one in middle.items()},
-        }
-        if len(middle) == 2:
-            row[f"lorry over swift, {measure}"] = round(middle["swift"] / middle["lorry"], 4)
-    add_row(**row)
-
-
-TURNS, SPEED_SECONDS = 3, 330
-"""Maximum number of turns, each with both programs. A third turn starts only if all three are expected to take at most
-SPEED_SECONDS."""
-
-
-def _measure_lorry_pace(setting: Setting, turn: str) -> tuple[dict[str, float], list[str]]:
-    """Train with the train command. Returns its pace (see `read_pace`), and the arguments that it passed to ms-swift.
-
-    Either is empty if the log does not have it.
-    """
-    name = f"speed-{turn}"
-    prepare(setting, name)
-    sets = [word for one in setting.overrides for word in ("--set", one)]
-    command = [sys.executable, "-m", "entrypoints.train", "patent-qa", "--profile", "text", "--run", name]
-    done = _run([*command, "--data", DATA, *sets], {"CUDA_VISIBLE_DEVICES": "0"})
-    file = ROOTS.runs / name / "train" / "log.txt"
-    log = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    if done.returncode:
-        print(done.stdout[-500:], done.stderr[-500:], log[-1500:], flush=True)
-    return read_pace(log), _read_arguments(log)
-
-
-def _measure_swift_pace(arguments: list[str], setting: Setting, turn: int) -> dict[str, float]:
-    """Train with `swift sft` and these arguments, except for its own data and output folder.
-
-    Returns its pace (see `read_pace`), which is empty if the output has none.
-    """
-    output = ROOTS.runs / f"by-hand-{turn}"
-    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}
-    by_hand = _redirect_arguments(arguments, "speed-warm-up", output)
-    done = _run([sys.executable, "-m", "swift.cli.sft", *by_hand], offline)
-    if done.returncode:
-        print(done.stdout[-800:], done.stderr[-1500:], flush=True)
-    return read_pace(done.stdout + done.stderr)
-
-
-def read_pace(log: str) -> dict[str, float]:
-    """Return the mean seconds per step, over all steps and from the third on, because the first two are slower.
-
-    Both are computed from the trainer's log, which gives the mean over the steps so far. Returns an empty dictionary if
-    the log has fewer than three steps or lacks the second.
-    """
-    said = re.findall(r"'global_step/max_steps': '(\d+)/\d+'.*?'train_speed\(s/it\)': '([0-9.]+)'", log)
-    total = {int(step): int(step) * float(pace) for step, pace in said}
-    last = max(total, default=0)
-    if last < 3 or 2 not in total:
-        return {}
-    return {
-        "all steps": round(total[last] / last, 4),
-        "from the third step on": round((total[last] - total[2]) / (last - 2), 4),
-    }
-
-
-def _read_arguments(log: str) -> list[str]:
-    """Return the last arguments in the log that the training process passed to ms-swift; empty if there are none."""
-    found = re.findall(r"^swift sft (.*)$", log, re.MULTILINE)
-    return shlex.split(found[-1]) if found else []
-
-
-def _redirect_arguments(arguments: list[str], run: str, output: Path) -> list[str]:
-    """Write the run's training samples to a file beside `output`. Returns the arguments with both paths in place.
-
-    That file becomes the data and `output` the output folder. The file that the stage trained on is deleted by now.
-    """
-    samples = output.with_suffix(".jsonl")
-    source = ROOTS.runs / run / "preprocess" / "samples" / "train.jsonl"
-    rows_of_it = [{"messages": sample["messages"]} for sample in read_jsonl(source)]
-    samples.write_text("".join(json.dumps(row) + "\n" for row in rows_of_it), encoding="utf-8")
-    found = list(arguments)
-    for name, value in (("--output_dir", str(output)), ("--dataset", str(samples)), ("--val_dataset", str(samples))):
-        if name in found:
-            found[found.index(name) + 1] = value
-    return found
-
-
 # -- use -------------------------------------------------------------------------------------------------------------
 
 
@@ -403,7 +280,7 @@ def main() -> None:
     If a part raises an exception, the other parts still run.
     """
     parts = {"precision": measure_precision, "kills": measure_kills, "hog": measure_hog, "full": measure_full}
-    parts |= {"speed": measure_speed, "use": measure_use}
+    parts |= {"use": measure_use}
     make_model_in_a_process("random-llama", RANDOM_LLAMA)
     import traceback
 

@@ -25,10 +25,10 @@ from stages.contract.files import read_json, read_jsonl
 from stages.contract.roots import Roots
 
 ROOTS = Roots.from_environment()
-SMALL = ("model.path=random-llama", "train.target_modules=[all-linear]", "train.epochs=5", "train.micro_batch=1")
+SMALL = ("model.path=random-llama", "train.target_modules=[all-linear]", "train.epochs=5")
 LARGE = (  # all 104 samples in each step
     *("model.path=random-1.7b", "train.target_modules=[all-linear]", "train.epochs=16", "train.effective_batch=104"),
-    *("train.micro_batch=52", "train.gradient_checkpointing=true", "train.checkpoint_every=1000"),
+    *("train.gradient_checkpointing=true", "train.checkpoint_every=1000"),
 )
 RANDOM_LLAMA = {
     **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16},
@@ -263,15 +263,14 @@ def measure_large() -> None:
 
 
 def measure_sharded() -> None:
-    """Add rows with speed and losses of `measure_large`'s model on two GPUs: without ZeRO, with ZeRO-2 and ZeRO-3."""
+    """Add rows with speed and losses of `measure_large`'s model on two GPUs: without and with ZeRO-3."""
     make_model_in_a_process("random-1.7b", RANDOM_LARGE)
     found = {
         name: Training(f"1.7B, two GPUs, {name}", f"large-{name}", BOTH, (*LARGE, f"train.sharding={name}")).finish()
-        for name in ("none", "zero2", "zero3")
+        for name in ("none", "zero3")
     }
     add_speed(*found.values())
-    for name in ("zero2", "zero3"):
-        add_differences(f"1.7B, two GPUs: {name} against none", found["none"], found[name])
+    add_differences("1.7B, two GPUs: zero3 against none", found["none"], found["zero3"])
 
 
 def add_speed(*trainings: Training) -> None:

@@ -45,7 +45,7 @@ DATA = str(Path("recipes/data/patent-qa").absolute())
 def recipe_overrides(model: str) -> tuple[str, ...]:
     """Return the overrides of better-synth's recipe for this benchmark and model, as KEY=VALUE."""
     return (
-        *(f"model.path={model}", "model.swift_template=llava_chatml", "preprocess.data_juicer=null"),
+        *(f"model.path={model}", "preprocess.data_juicer=null"),
         *(f"train.connector.effective_batch={BATCH}", f"train.effective_batch={BATCH}", "train.learning_rate=2e-4"),
         "train.log_every=1",
     )

@@ -60,7 +60,7 @@ SETTINGS = (
     *("data.validation_fraction=0.3", "train.rank=32", "train.alpha=64"),
     # few modules of the upper layers: the time per step of such a small model grows with the number of LoRA modules
     r"train.target_modules='.*\.layers\.[12][0-9]\..*(q_proj|v_proj|down_proj)'",
-    *("train.learning_rate=2e-3", "train.epochs=2", "train.effective_batch=16", "train.micro_batch=16"),
+    *("train.learning_rate=2e-3", "train.epochs=2", "train.effective_batch=16"),
     *("train.checkpoint_every=100000", "train.log_every=10", "infer.batch_size=256", "infer.chunk_size=1024"),
 )
 OTHER_VOTES = {
