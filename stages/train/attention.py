@@ -69,6 +69,7 @@ class Attention:
     def __init__(self, kernel: str) -> None:
         self._kernel = KERNELS[kernel] if kernel != PLAIN else None
         self._knows_windows = kernel not in WITHOUT_WINDOW
+        self._has_torchs_order = kernel in ORDERED_BY_TORCH
         self.without_kernel: set[str] = set()
         """What the kernel does not know and is computed in plain torch, of what the model asked for so far."""
         self._windows: set[int | None] = set()
@@ -123,7 +124,11 @@ class Attention:
         if self._kernel is not None and not any(unknown.values()):
             bounds = torch.tensor([0, tokens], dtype=torch.int32) if cu_seq_lens_q is None else cu_seq_lens_q
             parts = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
-            return self._kernel(*parts, bounds.to(query.device), longest, scale, window).unsqueeze(0), None
+            output = self._kernel(*parts, bounds.to(query.device), longest, scale, window).unsqueeze(0)
+            if self._has_torchs_order and query.requires_grad:
+                output.register_hook(fix_order)  # before the kernel's backward pass, and after it
+                query.register_hook(warn_of_order)
+            return output, None
         places = [0, tokens] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
         compute: Callable[..., torch.Tensor] = exact_attention if softcap or s_aux is not None or window else _plain
         outputs = [
@@ -281,6 +286,20 @@ def _efficient(
     return output
 
 
+ORDERED_BY_TORCH = ("varlen", "efficient")
+"""Kernels whose backward pass adds up in a fixed order only while torch demands determinism without exception."""
+
+
+def fix_order(*_: Any) -> None:
+    """Have torch refuse what adds up in an order of chance; also as a hook of a gradient."""
+    torch.use_deterministic_algorithms(True)
+
+
+def warn_of_order(*_: Any) -> None:
+    """Have torch add up in a fixed order where it can, and warn where it cannot; also as a hook of a gradient."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 KERNELS: dict[str, Kernel] = {
     "flash-attn-4": _flash_attn_4,
     "flash-attn": _flash_attn,
@@ -337,7 +356,7 @@ def _problem(
 ) -> str | None:
     """What is wrong with a kernel, by two short sequences with each of these windows; None if nothing is."""
     torch.manual_seed(0)
-    lengths = [37, 91]
+    lengths = [700, 0, 37, 900]  # more than a block of a kernel, and an empty one, as in a padded pass
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).cuda()
     kernel = KERNELS[name]
     for window in windows:
@@ -345,13 +364,16 @@ def _problem(
         inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
         upstream = torch.randn(shapes[0], device="cuda", dtype=dtype)
         try:
+            fix_order()
             output = kernel(*inputs, bounds, max(lengths), size**-0.5, window)
             found = [output, *torch.autograd.grad(output, inputs, upstream)]
         except Exception as error:  # noqa: BLE001 - a library's kernel may fail in any way
             return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        finally:
+            warn_of_order()
         exact = [part.detach().float().requires_grad_() for part in inputs]
         parts = [part.transpose(0, 1)[None].split(lengths, 2) for part in exact]
-        pieces = [exact_attention(q, k, v, size**-0.5, window)[0] for q, k, v in zip(*parts, strict=True)]
+        pieces = [exact_attention(*one, size**-0.5, window)[0] for one in zip(*parts, strict=True) if one[0].numel()]
         wanted_output = torch.cat(pieces, 1).transpose(0, 1)
         wanted = [wanted_output, *torch.autograd.grad(wanted_output, exact, upstream.float())]
         for one, other in zip(found, wanted, strict=True):

@@ -70,8 +70,8 @@ def sample_key(seed: int, step: int, place: int) -> int:
 
 def _mix(numbers: torch.Tensor) -> torch.Tensor:
     """Spread every bit of each number over all its bits; shape and type (int32) stay."""
-    numbers = numbers ^ ((numbers >> 16) & 0xFFFF)  # int32's shift copies the sign
-    numbers = numbers * _FIRST
-    numbers = numbers ^ ((numbers >> 13) & 0x7FFFF)
-    numbers = numbers * _SECOND
-    return numbers ^ ((numbers >> 16) & 0xFFFF)
+    numbers = numbers ^ (numbers >> 16).bitwise_and_(0xFFFF)  # int32's shift copies the sign
+    numbers *= _FIRST
+    numbers ^= (numbers >> 13).bitwise_and_(0x7FFFF)
+    numbers *= _SECOND
+    return numbers.bitwise_xor_((numbers >> 16).bitwise_and_(0xFFFF))

@@ -28,9 +28,12 @@ def fuse_elementwise(model: nn.Module, shared: Pass) -> None:
 
     `shared` is what the layers read in each pass. Call it when LoRA's layers are `LoraLinear`s, on a GPU.
     """
+    # a layer in 4 bits has whole numbers as weights
+    frozen = (weight for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point())
+    dtype = next(frozen).dtype
     for name, module in list(model.named_modules()):
         for made in (_fused_norm(module), _fused_mlp(module, shared)):
-            if made is not None and _is_same(module, made, _inputs_of(module)):
+            if made is not None and _is_same(module, made, _inputs_of(module), dtype):
                 put_module(model, name, made)
     for module in {type(layer).__module__ for layer in model.modules() if hasattr(layer, "q_proj")}:
         _fuse_rotation(sys.modules[module])
@@ -44,17 +47,12 @@ def _inputs_of(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _is_same(module: nn.Module, other: nn.Module, features: int) -> bool:
+def _is_same(module: nn.Module, other: nn.Module, features: int, dtype: torch.dtype) -> bool:
     """Whether two modules give the same output for a random input."""
     weight = next(module.parameters())
-    x = torch.randn(1, TRIED, features, device=weight.device, dtype=_dtype(module))
+    x = torch.randn(1, TRIED, features, device=weight.device, dtype=dtype)
     wanted, found = module(x), other(x)
     return bool((found - wanted).norm() < 0.01 * wanted.norm())
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """The type that a module computes in: that of its frozen weights."""
-    return next((weight.dtype for weight in module.parameters() if not weight.requires_grad), torch.bfloat16)
 
 
 # -- norms -------------------------------------------------------------------------------------------------------
@@ -83,7 +81,7 @@ def _fused_norm(module: nn.Module) -> FusedNorm | None:
     if epsilon is None or weight.requires_grad or weight.dim() != 1:
         return None
     plain, gemma = (FusedNorm(weight, float(epsilon), offset) for offset in (0.0, 1.0))
-    return plain if _is_same(module, plain, len(weight)) else gemma
+    return plain if _is_same(module, plain, len(weight), weight.dtype) else gemma
 
 
 # -- gated MLPs --------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class _LossSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         """The gradients of `hidden` and of the head's trained weights."""
-        first, *more = (part * gradients[0].to(part.dtype) for part in ctx.saved_tensors)
+        first, *more = ((part.float() * gradients[0]).to(part.dtype) for part in ctx.saved_tensors)
         return first, None, None, None, *more
 
 

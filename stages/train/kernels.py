@@ -22,6 +22,12 @@ HEADS = 32
 """Most heads that one program rotates."""
 
 
+def columns_for(rank: int, most: int = COLUMNS) -> int:
+    """Columns of a block next to which a program holds `rank` rows or columns of LoRA: fewer for a high rank, so that
+    they fit the shared memory of an RTX 4090, the smallest."""
+    return max(16, min(most, 8192 // rank))
+
+
 def padded_rank(rank: int) -> int:
     """The number of rows or columns to which a matrix of LoRA is padded."""
     return max(RANKS, int(triton.next_power_of_2(rank)))
@@ -77,12 +83,13 @@ def dropped_product(x: torch.Tensor, a: torch.Tensor, dropout: Dropout, salt: in
     blocks = triton.cdiv(tokens, ROWS)
     # few rows make few programs: split the sum over the features, so that all of the card works
     parts = max(1, min(triton.cdiv(features, 512), 1056 // blocks))
-    span = triton.cdiv(triton.cdiv(features, parts), COLUMNS) * COLUMNS
+    columns = columns_for(a.shape[0])
+    span = triton.cdiv(triton.cdiv(features, parts), columns) * columns
     parts = triton.cdiv(features, span)
     out = torch.empty(parts, tokens, a.shape[0], device=x.device, dtype=torch.float32)
     _dropped_product[(blocks, parts)](
         x, a, dropout.rows, out, tokens, features, salt, dropout.threshold, dropout.upscale, span,
-        a.shape[0], ROWS, COLUMNS, num_warps=4, num_stages=3,
+        a.shape[0], ROWS, columns, num_warps=4, num_stages=3 if a.shape[0] < 128 else 2,
     )  # fmt: skip
     return out.sum(0).to(x.dtype) if parts > 1 else out[0].to(x.dtype)
 
@@ -110,10 +117,10 @@ def _add_dropped(  # type: ignore[no-untyped-def]
 def add_dropped(d_x: torch.Tensor, d_inner: torch.Tensor, a: torch.Tensor, dropout: Dropout, salt: int) -> None:
     """`d_x += dropout.apply(d_inner @ a, salt)`, in place."""
     tokens, features = d_x.shape
-    rows = 32
-    _add_dropped[(triton.cdiv(tokens, rows), triton.cdiv(features, COLUMNS))](
+    rows, columns = 32, columns_for(a.shape[0])
+    _add_dropped[(triton.cdiv(tokens, rows), triton.cdiv(features, columns))](
         d_x, d_inner, a, dropout.rows, tokens, features, salt, dropout.threshold, dropout.upscale,
-        a.shape[0], rows, COLUMNS, num_warps=4,
+        a.shape[0], rows, columns, num_warps=4,
     )  # fmt: skip
 
 
@@ -148,15 +155,16 @@ def _dropped_outer(  # type: ignore[no-untyped-def]
 def dropped_outer(x: torch.Tensor, d_inner: torch.Tensor, dropout: Dropout, salt: int) -> torch.Tensor:
     """`d_inner.t() @ dropout.apply(x, salt)`, [rank, features], in float32."""
     tokens, features = x.shape
-    blocks = triton.cdiv(features, COLUMNS)
+    rank = d_inner.shape[1]
+    columns = columns_for(rank)
+    blocks = triton.cdiv(features, columns)
     parts = max(1, min(triton.cdiv(tokens, 256), 1056 // blocks))
     span = triton.cdiv(triton.cdiv(tokens, parts), ROWS) * ROWS
     parts = triton.cdiv(tokens, span)
-    rank = d_inner.shape[1]
     out = torch.empty(parts, rank, features, device=x.device, dtype=torch.float32)
     _dropped_outer[(blocks, parts)](
         x, d_inner, dropout.rows, out, tokens, features, salt, dropout.threshold, dropout.upscale, span,
-        rank, ROWS, COLUMNS, num_warps=4, num_stages=3,
+        rank, ROWS, columns, num_warps=4, num_stages=3 if rank < 128 else 2,
     )  # fmt: skip
     return out.sum(0) if parts > 1 else out[0]
 
@@ -193,7 +201,7 @@ def swiglu(
     """
     tokens, features = gate.shape
     out = torch.empty_like(gate)
-    rows, columns = 64, 64
+    rows, columns = 64, columns_for(inner.shape[1], 64)
     _swiglu[(triton.cdiv(tokens, rows), triton.cdiv(features, columns))](
         gate, up, inner, b_gate, b_up, out, tokens, features, inner.shape[1], rows, columns, num_warps=4
     )
@@ -253,10 +261,11 @@ def swiglu_backward(
     tokens, features = gate.shape
     threshold, upscale = (dropout.threshold, dropout.upscale) if dropout else (0, 1.0)
     rows = 16  # six matrices at once: more rows do not fit the registers
-    _swiglu_backward[(triton.cdiv(tokens, rows), triton.cdiv(features, COLUMNS))](
+    columns = columns_for(max(inner.shape[1], d_down.shape[1]))
+    _swiglu_backward[(triton.cdiv(tokens, rows), triton.cdiv(features, columns))](
         gate, up, inner, b_gate, b_up, d_out, d_down, a_down, dropout.rows if dropout else gate,
         tokens, features, salt, threshold, upscale, inner.shape[1], d_down.shape[1], dropout is not None,
-        rows, COLUMNS, num_warps=8,
+        rows, columns, num_warps=8,
     )  # fmt: skip
 
 

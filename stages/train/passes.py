@@ -37,6 +37,8 @@ class PassTensors:
     """Ids of the learnt tokens; shape [targets], int64. NOT_LEARNT in padding."""
     rows: torch.Tensor
     """A number for each token, for dropout; shape [tokens], int32."""
+    predicts: torch.Tensor
+    """For each token, the place in `targets` of what its output predicts; -1: nothing. Shape [tokens], int64."""
     pictures: dict[str, Any] = field(default_factory=dict)
     """As the reader of `Vision` returns them."""
 
@@ -60,7 +62,7 @@ class PassTensors:
             getattr(self, name).copy_(getattr(other, name), non_blocking=True)
 
 
-TENSORS = ("tokens", "places", "bounds", "sources", "targets", "rows")
+TENSORS = ("tokens", "places", "bounds", "sources", "targets", "rows", "predicts")
 """The fields of PassTensors that every pass has."""
 
 
@@ -84,7 +86,9 @@ def pass_tensors(
         if vision.factor is not None and vision.placeholder is not None:
             three = [three_places(sequence, vision.placeholder, vision.factor) for sequence in sequences]
             places = torch.cat([places[None], torch.cat(three, 1)])
-    return PassTensors(tokens, places, bounds, targets - 1, tokens[targets], rows, pictures)
+    predicts = torch.full_like(tokens, -1)
+    predicts[targets - 1] = torch.arange(len(targets))
+    return PassTensors(tokens, places, bounds, targets - 1, tokens[targets], rows, predicts, pictures)
 
 
 def padded(tensors: PassTensors, sequences: int) -> PassTensors:
@@ -102,6 +106,7 @@ def padded(tensors: PassTensors, sequences: int) -> PassTensors:
         pad(tensors.sources, (0, _padding(len(tensors.sources)))),
         pad(tensors.targets, (0, _padding(len(tensors.targets))), value=NOT_LEARNT),
         pad(tensors.rows, (0, more)),
+        pad(tensors.predicts, (0, more), value=-1),
     )
 
 
@@ -152,7 +157,26 @@ def pass_sums(
     """
     hidden = hidden_states(model, tensors, longest, placeholder)
     vocabulary = model.config.get_text_config().vocab_size
-    return loss_sum(hidden.index_select(0, tensors.sources), head, tensors.targets, vocabulary)
+    chosen: torch.Tensor = _Chosen.apply(hidden, tensors.sources, tensors.predicts)
+    return loss_sum(chosen, head, tensors.targets, vocabulary)
+
+
+class _Chosen(torch.autograd.Function):
+    """The hidden states that predict something. torch's own backward pass of this would sort the places each time, so
+    that it adds up in a fixed order; here each gradient has one place."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, sources: torch.Tensor, predicts: torch.Tensor) -> torch.Tensor:
+        """The rows `sources` of `hidden` [tokens, size]."""
+        ctx.save_for_backward(predicts)
+        return hidden.index_select(0, sources)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient of `hidden`."""
+        (predicts,) = ctx.saved_tensors
+        spread = gradients[0].index_select(0, predicts.clamp(min=0))
+        return spread.masked_fill_((predicts < 0).unsqueeze(1), 0.0), None, None
 
 
 def own_sums(model: Any, tensors: PassTensors) -> tuple[torch.Tensor, torch.Tensor]:
