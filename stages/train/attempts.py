@@ -74,8 +74,8 @@ def train_through_ladder(
                 job = _job(stage, adapter, key, plan, attempt, node, connector)
                 speed = processes.train(job, plan.processes_here, plan.target.environment)
             except MemoryRanOutError as error:
+                _wait_for_memory(stage, processes.gpus_before, error.processes)  # a later adapter needs it, too
                 attempt = _next_attempt(stage, name, ladder, attempt, error, node)
-                _wait_for_memory(stage, processes.gpus_before, error.processes)
                 continue
             if speed is not None:
                 _add_speed(stage, name, speed, plan)

@@ -373,7 +373,8 @@ def _problem(
             warn_of_order()
         exact = [part.detach().float().requires_grad_() for part in inputs]
         parts = [part.transpose(0, 1)[None].split(lengths, 2) for part in exact]
-        pieces = [exact_attention(*one, size**-0.5, window)[0] for one in zip(*parts, strict=True) if one[0].numel()]
+        triples = [(q, k, v) for q, k, v in zip(*parts, strict=True) if q.numel()]
+        pieces = [exact_attention(q, k, v, size**-0.5, window)[0] for q, k, v in triples]
         wanted_output = torch.cat(pieces, 1).transpose(0, 1)
         wanted = [wanted_output, *torch.autograd.grad(wanted_output, exact, upstream.float())]
         for one, other in zip(found, wanted, strict=True):

@@ -7,12 +7,11 @@ checkpoint-<step>/
     complete.json               the files' sizes; written last, so a checkpoint without it is not whole
 """
 
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.contract.files import read_json, remove, write_json
+from stages.contract.files import flush, read_json, remove, write_json
 from stages.train.job import Job, file_sizes
 from stages.train.together import Together
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 
     from stages.train.trainee import Trainee
 
+NAMES = "checkpoint-*[0-9]"
+"""Pattern of the checkpoints' folders. A copy that a user made and named otherwise stays."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """torch's names of AdamW's state of a weight: two tensors of its shape, and a number."""
 
@@ -65,13 +66,11 @@ class Checkpoints:
         trainee.save(folder)
         save_file(optimizer_state(trainee, optimizer), folder / "optimizer.safetensors")
         write_json(folder / "state.json", asdict(state))
-        for path in folder.iterdir():  # flush before the mark: a power cut must not leave a mark without its files
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        flush(folder)  # before the mark: a power cut must not leave a mark without its files
         write_json(folder / "complete.json", {"sizes": file_sizes(folder)})
         for path in earlier:  # a user may have gone back to that version until now
             remove(path)
-        older = [path for path in self._job.work.glob("checkpoint-*") if step_of(path) < state.step]
+        older = [path for path in self._job.work.glob(NAMES) if step_of(path) < state.step]
         for path in sorted(older, key=step_of, reverse=True)[self._job.settings.keep_checkpoints - 1 :]:
             remove(path)
 
@@ -112,7 +111,7 @@ def newest_complete_checkpoint(work: Path) -> Path | None:
     killed while it saved.
     """
     good = []
-    for path in work.glob("checkpoint-*"):
+    for path in work.glob(NAMES):
         complete = read_json(path / "complete.json")
         if complete is None or file_sizes(path) != complete["sizes"]:
             remove(path)
@@ -124,7 +123,7 @@ def newest_complete_checkpoint(work: Path) -> Path | None:
 def checkpoints_of_earlier_versions(work: Path) -> list[Path]:
     """Complete checkpoints in the folder `work` that this version cannot resume, since another trainer saved them. They
     stay until the first checkpoint of this version is complete."""
-    found = (path for path in work.glob("*checkpoint-*") if (path / "complete.json").is_file())
+    found = (path for path in work.glob(f"*{NAMES}") if (path / "complete.json").is_file())
     return sorted((path for path in found if not (path / "state.json").is_file()), key=step_of)
 
 

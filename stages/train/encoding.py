@@ -1,7 +1,10 @@
 """Turns an adapter's samples into token sequences, on all cores, and keeps them for later starts."""
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.contract.errors import DataError
+from stages.contract.errors import DataError, DoesNotFitError
 from stages.contract.files import digest_of, read_json, read_jsonl, remove, write_json
 from stages.contract.mixes import samples_with_pictures, training_samples, validation_samples
 from stages.models.pictures import is_read_in_training, open_picture
@@ -22,6 +25,8 @@ SPLITS = ("train", "validation")
 
 BATCH = 64
 """Samples that a process encodes at a time."""
+MOST_PROCESSES = 32
+"""A container may have fewer cores than it sees."""
 
 
 def encode_samples(job: Job, renderer: Renderer) -> None:
@@ -154,17 +159,33 @@ def _encoded(
         swift = SwiftReader(job.model, job.model_settings, job.run, settings.max_pixels)
         swift.load()
     encode = SampleEncoder(renderer, job.run, settings.max_length, settings.max_pixels, swift)
-    cores = len(os.sched_getaffinity(0))
-    if cores == 1 or len(samples) <= BATCH:
+    processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES, -(-len(samples) // BATCH))
+    if processes <= 1:
         yield from _kept(map(encode, samples), facts)
         return
-    # these processes use no GPU, even where this one does; each gets the encoder once, not with each batch
-    with get_context("fork").Pool(min(cores, -(-len(samples) // BATCH)), _ENCODERS.append, (encode,)) as pool:
-        yield from _kept(pool.imap(_encode_in_pool, samples, BATCH), facts)
+    renderer.tokenizer  # noqa: B018 - loaded once, before these processes are forked
+    # they use no GPU, even where this one does; each gets the encoder once, not with each batch
+    try:
+        with ProcessPoolExecutor(processes, get_context("fork"), _begin_to_encode, (encode,)) as pool:
+            yield from _kept(pool.map(_encode_in_pool, samples, chunksize=BATCH), facts)
+    except BrokenProcessPool as error:
+        raise DoesNotFitError(
+            f"{job.work}: a process that encodes samples was ended from outside, as when the machine's memory runs out;"
+            " free memory and run the same command again"
+        ) from error
 
 
 _ENCODERS: list[SampleEncoder] = []
 """The encoder of this process, if it is one of those that share the work."""
+
+
+def _begin_to_encode(encoder: SampleEncoder) -> None:
+    """Prepare a process that shares the work. It leaves Ctrl-C to its parent, with which it dies, and ends at once at
+    a SIGTERM: only that ends the others if one of them dies."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _ENCODERS.append(encoder)
 
 
 def _encode_in_pool(sample: dict[str, Any]) -> Encoded:

@@ -104,7 +104,7 @@ class Progress:
     """Sends progress to the stage, one JSON object per line."""
 
     def __init__(self, descriptor: int) -> None:
-        self._file = os.fdopen(descriptor, "w", encoding="utf-8")
+        self._file = os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace")
         self.only_problems = False
         """Whether to send only errors. Of several processes, only the first sends progress, on behalf of all."""
         self.during: During = "loading"
@@ -119,7 +119,8 @@ class Progress:
         """
         if self.only_problems and fields["event"] != "error":
             return
-        self._file.write(json.dumps(fields) + "\n")
+        # a line of several processes is written whole only up to 4,096 bytes: no escapes
+        self._file.write(json.dumps(fields, ensure_ascii=False) + "\n")
         self._file.flush()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.contract.files import read_json, remove, write_json
+from stages.contract.files import flush, read_json, remove, write_json
 
 NOT_LEARNT = -100
 """Label of a token that is not learnt, as in transformers."""
@@ -141,8 +141,8 @@ def write_samples(folder: Path, samples: Iterable[list[TokenSequence]], facts: F
         sequences += sample
         counts.append(len(sequences))
     none = np.zeros(0, np.int32)
-    np.save(partial / "tokens.npy", np.concatenate([none, *(one.tokens for one in sequences)]).astype(np.int32))
-    np.save(partial / "learnt.npy", np.concatenate([none, *(one.learnt for one in sequences)]).astype(bool))
+    np.save(partial / "tokens.npy", np.concatenate([none, *(one.tokens for one in sequences)], dtype=np.int32))
+    np.save(partial / "learnt.npy", np.concatenate([none.astype(bool), *(one.learnt for one in sequences)]))
     np.save(partial / "ends.npy", np.cumsum([one.length for one in sequences], dtype=np.int64))
     np.save(partial / "sequences.npy", np.array(counts, np.int64))
     pictures = {
@@ -150,5 +150,6 @@ def write_samples(folder: Path, samples: Iterable[list[TokenSequence]], facts: F
     }
     rows = {place: one.row for place, one in enumerate(sequences) if one.row is not None}
     write_json(partial / "facts.json", {"facts": asdict(facts), "pictures": pictures, "rows": rows})
+    flush(partial)
     remove(folder)
     partial.rename(folder)

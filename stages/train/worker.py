@@ -68,6 +68,7 @@ def main() -> None:
         settle_remote_code(job.model, job.model_settings.trust_remote_code)
         for job in _jobs(place, stop):
             worker.train(job)
+            progress.during = "loading"  # nothing is left to save: a stop ends a single process at once
             if place.is_dir():
                 progress.send(event="done")
                 worker.begin_again()
@@ -91,6 +92,7 @@ def _jobs(place: Path, stop: StopRequest) -> Iterator[Job]:
             if not place.is_dir():
                 return
             time.sleep(0.01)
+        stop.check()
         yield Job.read(path)
 
 
@@ -119,11 +121,11 @@ class Worker:
         scratch.mkdir(parents=True)
         if not job.use_cpu and self._together is None:
             refuse_dead_cards(job.cards)
-        if job.connector is not None:
-            job = replace(job, model=link_connector(job.model, *job.connector, scratch / "model"))
         if os.environ.get("RANK", "0") == "0":  # the others wait for this process below
             self._renderer = self._renderer or Renderer(job.model, job.chat)
             encode_samples(job, self._renderer)
+        if job.connector is not None:
+            job = replace(job, model=link_connector(job.model, *job.connector, scratch / "model"))
         from stages.train.loop import Loop  # imports torch: takes seconds
 
         together = self._together = self._together or Together(job.processes, job.use_cpu)
