@@ -676,7 +676,7 @@ def test_a_kill_of_a_training_process_costs_a_new_one_for_that_adapter_alone(tra
     folder = many.run.path("train", "checkpoints")
     process = many.start()
     deadline = time.monotonic() + 120
-    while not list((folder / "two").glob("checkpoint-*")):
+    while not list((folder / "two").glob("checkpoint-*/complete.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     (worker,) = processes_naming(folder)
