@@ -13,7 +13,7 @@ from functools import lru_cache
 from math import ceil, prod
 
 from stages.contract.recipe import Recipe, Train
-from stages.hardware.step import StepPlan
+from stages.hardware.step import StepPlan, rounded_up
 from stages.models.shape import ModelShape
 
 FLOAT32 = 4
@@ -37,8 +37,6 @@ LOGITS = 128 * 1024**2
 """Most logits that are computed at a time (stages/train/head.py)."""
 LEAST_RANK = 16
 """Rank to which LoRA's products are padded at least (stages/train/kernels.py)."""
-LEAST_ROUNDING = 128
-"""Tokens to whose multiple a pass is rounded up at least (stages/train/passes.py)."""
 
 FRAGMENTS_SHARE = 0.01
 """What fragmentation adds, with expandable segments, as a share of adapter, optimizer state and activations."""
@@ -136,7 +134,7 @@ def estimate_memory(
     last checkpointed one, each with a layer's working set; and the reading of MGM's pictures.
     """
     size = FLOAT32 if dtype == "float32" else 2
-    tokens = _rounded_up(lengths.largest_pass(step))
+    tokens = rounded_up(lengths.largest_pass(step))
     adapter = trained_parameters(shape, settings)
     held = gradients = adapter * FLOAT32  # ZeRO-3 shards the base alone
     moments = adapter * FLOAT32 * 2
@@ -174,12 +172,6 @@ def estimate_memory(
         framework=FRAMEWORK + (NCCL if step.processes > 1 else 0),
         fragmentation=round(FRAGMENTS_SHARE * (held + moments + gradients + activations + of_logits)),
     )
-
-
-def _rounded_up(tokens: int) -> int:
-    """The tokens of a pass with its padding: a multiple of a sixteenth of the power of two below, or of 128."""
-    rounding = max(LEAST_ROUNDING, 1 << max(tokens.bit_length() - 5, 0))
-    return tokens + -tokens % rounding
 
 
 def trained_parameters(shape: ModelShape, settings: Train) -> int:

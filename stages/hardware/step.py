@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+LEAST_ROUNDING = 128
+"""Tokens to whose multiple `rounded_up` rounds at least."""
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -26,6 +29,12 @@ class StepPlan:
         return (
             f"{count_samples(self.effective_batch)} a step in passes of at most {self.pass_tokens:,} tokens{by}{layers}"
         )
+
+
+def rounded_up(number: int) -> int:
+    """The tokens, or the targets, of a short pass with its padding: a multiple of 128, or of a sixteenth of the power
+    of two below. Few shapes occur then, and at most 6% of a pass of 2,000 tokens is padding."""
+    return number + -number % max(LEAST_ROUNDING, 1 << max(number.bit_length() - 5, 0))
 
 
 def count_samples(number: int) -> str:

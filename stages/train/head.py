@@ -13,11 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from stages.hardware.memory import LOGITS
 from stages.train.lora import has_kernels
 from stages.train.sharding import gathered
-
-CHUNK_BYTES = 512 * 1024**2
-"""Most bytes of the float32 logits of a chunk."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def loss_sum(
 
     `hidden` [targets, size] are the last hidden states before each target; a target below 0 has no loss.
     """
-    chunk = max(CHUNK_BYTES // (4 * vocabulary), 1)
+    chunk = max(LOGITS // vocabulary, 1)
     total, right = _LossSum.apply(hidden, head, targets, chunk, *head.trained)
     return total, right
 

@@ -9,10 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from stages.hardware.memory import LEAST_RANK
 from stages.train.dropout import Dropout
-
-RANKS = 16
-"""Least number of columns of a product in Triton; LoRA's matrices are padded with zeros to it, or a power of two."""
 
 ROWS, COLUMNS = 64, 128
 """Block of a matrix that one program works on. The fastest of 18 shapes on an H200 with 8,192 tokens of a 7B's size;
@@ -29,8 +27,8 @@ def columns_for(rank: int, most: int = COLUMNS) -> int:
 
 
 def padded_rank(rank: int) -> int:
-    """The number of rows or columns to which a matrix of LoRA is padded."""
-    return max(RANKS, int(triton.next_power_of_2(rank)))
+    """The number of rows or columns to which a matrix of LoRA is padded with zeros, as Triton's products need."""
+    return max(LEAST_RANK, int(triton.next_power_of_2(rank)))
 
 
 # -- LoRA's products with dropout --------------------------------------------------------------------------------

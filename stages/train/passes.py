@@ -9,15 +9,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from stages.hardware.step import rounded_up
 from stages.train.dropout import row_numbers
 from stages.train.head import Head, loss_sum
 from stages.train.samples import NOT_LEARNT, TokenSequence
 from stages.train.swift import SwiftReader
 from stages.train.vision import PictureReader, embed, text_decoder, three_places
-
-LEAST_STEP = 128
-"""`padded` rounds numbers of tokens and targets up to multiples of this, or of a sixteenth of the power of two below:
-few shapes occur then, and at most 6% of a pass of 2,000 tokens is padding."""
 
 
 @dataclass(frozen=True)
@@ -96,24 +93,18 @@ def padded(tensors: PassTensors, sequences: int) -> PassTensors:
 
     The additional tokens are a sequence of their own, without targets, and the remaining sequences are empty.
     """
-    more = _padding(len(tensors.tokens))
-    length = len(tensors.tokens) + more
+    length, targets = rounded_up(len(tensors.tokens)), rounded_up(len(tensors.targets))
+    more, more_targets = length - len(tensors.tokens), targets - len(tensors.targets)
     pad = torch.nn.functional.pad
     return PassTensors(
         pad(tensors.tokens, (0, more)),
         torch.cat([tensors.places, torch.arange(more).expand(*tensors.places.shape[:-1], more)], -1),
         torch.cat([tensors.bounds, torch.full((sequences + 2 - len(tensors.bounds),), length, dtype=torch.int32)]),
-        pad(tensors.sources, (0, _padding(len(tensors.sources)))),
-        pad(tensors.targets, (0, _padding(len(tensors.targets))), value=NOT_LEARNT),
+        pad(tensors.sources, (0, more_targets)),
+        pad(tensors.targets, (0, more_targets), value=NOT_LEARNT),
         pad(tensors.rows, (0, more)),
         pad(tensors.predicts, (0, more), value=-1),
     )
-
-
-def _padding(number: int) -> int:
-    """How many tokens or targets `padded` adds to `number`."""
-    step = max(LEAST_STEP, 1 << max(number.bit_length() - 5, 0))
-    return -number % step
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,7 @@ def connector_key(stage: Stage, settings: Train) -> str:
     hashes = FileHashes(stage.path(".hashes.json"))  # has model and pictures from hashing the stage's inputs
     pictures = _picture_hashes(stage, [samples, validated_on], hashes)
     model, recipe = _model_digest(stage, hashes), run.recipe.digest("seed", "model")
-    parts = [CONTRACT_VERSION, recipe, learnt, model, samples, validated_on, pictures]
-    chat = chat_settings(run).facts
-    return digest_of([*parts, chat] if chat else parts)
+    return _key(stage, recipe, learnt, model, samples, validated_on, pictures)
 
 
 def adapter_keys(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None) -> dict[str, str]:
@@ -90,13 +88,17 @@ def adapter_keys(stage: Stage, mixes: Mixes, connector: tuple[Path, str] | None)
     hashes = FileHashes(stage.path(".hashes.json"))
     model = _model_digest(stage, hashes)
     recipe = run.recipe.digest("seed", "model", *(f"train.{name}" for name in Train.model_fields if name in LEARNT))
-    keys: dict[str, str] = {}
-    chat = chat_settings(run).facts
-    for name, samples in mixes.items():
-        parts = [CONTRACT_VERSION, recipe, model, samples, _picture_hashes(stage, samples, hashes)]
-        parts += [connector[1]] if connector else []
-        keys[name] = digest_of([*parts, chat] if chat else parts)
-    return keys
+    of_connector = [connector[1]] if connector else []
+    return {
+        name: _key(stage, recipe, model, samples, _picture_hashes(stage, samples, hashes), *of_connector)
+        for name, samples in mixes.items()
+    }
+
+
+def _key(stage: Stage, *parts: Any) -> str:
+    """Digest of these parts, the contract's version and what the run sets for the chat template, if anything."""
+    chat = chat_settings(stage.run).facts
+    return digest_of([CONTRACT_VERSION, *parts, *([chat] if chat else [])])
 
 
 def _model_digest(stage: Stage, hashes: FileHashes) -> str:

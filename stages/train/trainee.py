@@ -64,15 +64,13 @@ class Trainee:
         vision: Vision | None = None,
         dropout: float = 0.0,
         autocast: torch.dtype | None = None,
-        captures: bool = True,
         sharded: ShardedBase | None = None,
     ) -> None:
         """Choose the attention of a model. Its layers are those that training computes with.
 
         `weights` are the trained weights by their names in the finished file. `vision`: how a vision-language model
         reads pictures. `dropout` is LoRA's probability. `autocast`: the type to compute in, if the trained weights have
-        another. `captures`: whether passes are captured as CUDA graphs, by shape; not on a CPU, nor with pictures or a
-        sharded base. `sharded`: the base, if its weights are sharded over the processes.
+        another. `sharded`: the base, if its weights are sharded over the processes.
         """
         self.sharded = sharded
         self.model, self.weights, self.vision = model, weights, vision
@@ -87,7 +85,7 @@ class Trainee:
         self.pass_tokens = 0
         """Most tokens of a pass, for which memory is left free when passes are captured."""
         self._graphs: dict[Shape, _Captured] = {}
-        self._captures = captures and self.kernel in CAPTURED and sharded is None and not has_own_dropout(model)
+        self._captures = self.kernel in CAPTURED and sharded is None and not has_own_dropout(model)
         self._most_graphs = MOST_GRAPHS
         self._token_bytes: float | None = None  # of a padded pass, once there was one
         self._pool: Any = None
@@ -295,14 +293,13 @@ class LoraTrainee(Trainee):
         model: PeftModel,
         dropout: float,
         vision: Vision | None = None,
-        captures: bool = True,
         sharded: ShardedBase | None = None,
     ) -> None:
         """Fuse the layers of a model that `peft.get_peft_model` returned. `dropout` is LoRA's probability."""
         self._peft = model
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         weights = {name.replace(f".{ADAPTER}", ""): weight for name, weight in trained.items()}
-        super().__init__(model.get_base_model(), weights, vision, dropout, captures=captures, sharded=sharded)
+        super().__init__(model.get_base_model(), weights, vision, dropout, sharded=sharded)
         fuse(model, self.layers)
         if sharded is not None:
             for module in list(model.modules()):

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -670,15 +671,21 @@ def test_the_base_is_loaded_once_for_all_adapters(training: Training) -> None:
     assert not many.run.path("train", "checkpoints").exists()
 
 
-@pytest.mark.kill
-def test_a_kill_of_a_training_process_costs_a_new_one_for_that_adapter_alone(training: Training) -> None:
-    many = three_adapters(training)
-    folder = many.run.path("train", "checkpoints")
-    process = many.start()
+def start_second_adapter(many: Training) -> tuple[Path, "subprocess.Popen[str]"]:
+    """Start the stage, and wait for the first whole checkpoint of the second adapter. Returns the folder of all
+    checkpoints and the stage's process."""
+    folder, process = many.run.path("train", "checkpoints"), many.start()
     deadline = time.monotonic() + 120
     while not list((folder / "two").glob("checkpoint-*/complete.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
+    return folder, process
+
+
+@pytest.mark.kill
+def test_a_kill_of_a_training_process_costs_a_new_one_for_that_adapter_alone(training: Training) -> None:
+    many = three_adapters(training)
+    folder, process = start_second_adapter(many)
     (worker,) = processes_naming(folder)
     os.kill(worker, signal.SIGKILL)
     output, _ = process.communicate(timeout=200)
@@ -694,12 +701,7 @@ def test_a_kill_of_a_training_process_costs_a_new_one_for_that_adapter_alone(tra
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_trains_a_second_adapter_ends_with_its_stage(training: Training, sig: signal.Signals) -> None:
     many = three_adapters(training)
-    folder = many.run.path("train", "checkpoints")
-    process = many.start()
-    deadline = time.monotonic() + 120
-    while not list((folder / "two").glob("checkpoint-*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    folder, process = start_second_adapter(many)
     process.send_signal(sig)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == (-sig if sig == signal.SIGKILL else 75), output
