@@ -166,6 +166,8 @@ class _Chosen(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """The gradient of `hidden`."""
         (predicts,) = ctx.saved_tensors
+        if not len(gradients[0]):  # a pass that only keeps step with other processes
+            return gradients[0].new_zeros(len(predicts), gradients[0].shape[1]), None, None
         spread = gradients[0].index_select(0, predicts.clamp(min=0))
         return spread.masked_fill_((predicts < 0).unsqueeze(1), 0.0), None, None
 

@@ -173,6 +173,14 @@ def test_another_sample_of_the_pack_changes_no_gradient() -> None:
     assert torch.allclose(found[0], found[1], atol=1e-7) and found[0].norm() > 0
 
 
+def test_a_pass_in_which_nothing_is_learnt_adds_nothing() -> None:
+    """With a sharded base a process makes as many passes as the others, some of them such."""
+    trainee = LoraTrainee(adapted(CONFIGS["mistral, a window"]), 0.0)
+    gradients = Gradients(list(trainee.weights.values()))
+    trainee.add_gradients(trainee.prepare([one.unlearnt() for one in sequences()], [1, 2, 3]), 1.0)
+    assert trainee.sums.tolist() == [0, 0] and not gradients.flat.any()
+
+
 def test_a_model_that_cannot_keep_samples_apart_trains_one_at_a_time() -> None:
     """Qwen3-Next's linear attention carries a state from token to token, over the boundaries of a pack."""
     from transformers import Qwen3NextConfig

@@ -188,13 +188,13 @@ def test_steps_that_float16_s_loss_scale_skips_are_counted_and_training_goes_on(
 ) -> None:
     """With a scale at which float32's gradients overflow, as float16's do at a smaller one."""
     training = make(tmp_path / "t", small_models, "train.epochs=6", "train.warmup_ratio=0")
-    code, output = training(HUNGER=json.dumps({"during": "scaling", "scale": 2.0**136}))
+    code, output = training(HUNGER=json.dumps({"during": "scaling", "scale": 2.0**130}))
     assert code == 0, output
     losses = metrics(training, "loss")
     assert list(losses) == list(range(1, 37))
     rows = [row for row in read_jsonl(training.run.path("train", "metrics.jsonl")) if "loss" in row]
     skipped = [row["step"] for row in rows if "grad_norm" not in row]
-    assert skipped and skipped == list(range(1, len(skipped) + 1)), "the first ones, until the scale fits"
+    assert skipped[:3] == [1, 2, 3] and len(skipped) < 18, "the first ones, until the scale fits, and few after that"
     assert training.manifest()["counts"]["tuned steps skipped by the loss scale"] == len(skipped)
     assert losses[36] < losses[1]
 
