@@ -364,7 +364,7 @@ def measure(setting: Setting, tiny: bool, before: int, together: Any) -> dict[st
     tokens = [one["tokens"] for one in steps if one["event"] == "step"]
     counted = slice(setting.skipped, None)
     speed = sum(tokens[counted]) / sum(seconds[counted])
-    share = share_of_peak(probe().gpus, _products(model), speed, processes)
+    share = share_of_peak(probe().gpus, products_of(model), speed, processes)
     reserved = max((one["memory"] or 0 for one in steps if one["event"] == "step"), default=0)
     measured = peak.bytes
     row = {
@@ -478,7 +478,7 @@ def _train(
     return trainee, loaded, [json.loads(line) for line in messages.read_text().splitlines()]
 
 
-def _products(model: Path) -> int:
+def products_of(model: Path) -> int:
     """Number of weights of the language model by which each token is multiplied: all but the embeddings."""
     shape, _ = planned_shape(model)
     return sum(prod(sizes) for name, sizes in shape.linears.items() if not is_vision_or_connector(name))
