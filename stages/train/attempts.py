@@ -75,6 +75,12 @@ def train_through_ladder(
                 speed = processes.train(job, plan.processes_here, plan.target.environment)
             except MemoryRanOutError as error:
                 _wait_for_memory(stage, processes.gpus_before, error.processes)  # a later adapter needs it, too
+                if error.earlier_jobs:  # they may have held memory that new processes do not
+                    stage.events.say(
+                        f"train {name}: out of memory {error.shortage} in processes that had trained others; new ones"
+                        " try the same"
+                    )
+                    continue
                 attempt = _next_attempt(stage, name, ladder, attempt, error, node)
                 continue
             if speed is not None:
@@ -122,7 +128,7 @@ def _next_attempt(
     so at their next start all of them apply the change.
     """
     shortage = error.shortage
-    change = next_rung(attempt, shortage.during)
+    change = next_rung(attempt, shortage.during, shortage.one_by_one)
     if change is None:
         last = "" if shortage.during == "loading" else ", and nothing is left to reduce"
         raise DoesNotFitError(

@@ -111,6 +111,8 @@ class Progress:
         """What this process is doing. It decides what the next attempt changes if memory runs out."""
         self.step = 0
         """Number of the last finished optimizer step."""
+        self.one_by_one = False
+        """Whether each pass has one sample."""
 
     def send(self, **fields: Any) -> None:
         """Send these fields as a line of JSON. With `only_problems`, send them only if they are an error.

@@ -34,6 +34,8 @@ class Shortage:
     """Number of the last finished optimizer step."""
     said: str
     """Memory requested and memory free, as torch reports them."""
+    one_by_one: bool = False
+    """Whether each pass had one sample: fewer tokens a pass change nothing then."""
 
     def __str__(self) -> str:
         """When memory ran out, and how much was requested and free, as a message has it after `out of memory`."""
@@ -42,11 +44,12 @@ class Shortage:
 
 
 class MemoryRanOutError(DoesNotFitError):
-    """Training ran out of GPU memory. `processes` are the ids of the training processes, which have ended."""
+    """Training ran out of GPU memory. `processes` are the ids of the training processes, which have ended, and
+    `earlier_jobs` is the number of adapters that they had trained before."""
 
-    def __init__(self, text: str, shortage: Shortage, processes: tuple[int, ...] = ()) -> None:
+    def __init__(self, text: str, shortage: Shortage, processes: tuple[int, ...] = (), earlier_jobs: int = 0) -> None:
         super().__init__(text)
-        self.shortage, self.processes = shortage, processes
+        self.shortage, self.processes, self.earlier_jobs = shortage, processes, earlier_jobs
 
 
 class LostCardError(InterruptedRunError):
@@ -77,22 +80,23 @@ REPLACED = ("micro_batch", "eval_micro_batch")
 """What rungs of earlier versions set: samples of a pass. They do not apply to passes of packed samples."""
 
 
-def next_rung(attempt: Attempt, during: During) -> Change | None:
+def next_rung(attempt: Attempt, during: During, one_by_one: bool = False) -> Change | None:
     """The next change that lowers memory use; None if no change is left that the recipe allows.
 
     `during` is what the process was doing when memory ran out. No change helps while the model is loading.
+    `one_by_one`: whether each pass had one sample.
     """
     if during == "evaluation":
-        return _next_evaluation_change(attempt)
+        return _next_evaluation_change(attempt, one_by_one)
     if during == "training":
-        return _next_training_change(attempt)
+        return _next_training_change(attempt, one_by_one)
     return None  # while loading, no sample is on the GPU yet: a shorter pass frees nothing
 
 
-def _next_training_change(attempt: Attempt) -> Change | None:
+def _next_training_change(attempt: Attempt, one_by_one: bool) -> Change | None:
     """The mildest change that makes training need less memory; None if none is left that the recipe allows."""
     settings, step = attempt.settings, attempt.step
-    if step.pass_tokens > attempt.longest:
+    if step.pass_tokens > attempt.longest and not one_by_one:
         return {"pass_tokens": max(step.pass_tokens // 2, attempt.longest)}
     if not settings.gradient_checkpointing:
         if attempt.layers == 0:
@@ -108,12 +112,12 @@ def _next_training_change(attempt: Attempt) -> Change | None:
     return None
 
 
-def _next_evaluation_change(attempt: Attempt) -> Change | None:
+def _next_evaluation_change(attempt: Attempt, one_by_one: bool) -> Change | None:
     """The next change of the evaluation: half the tokens of a pass, down to the longest sample, then no evaluation.
 
     None if it is already off.
     """
-    if attempt.evaluation_tokens > attempt.longest:
+    if attempt.evaluation_tokens > attempt.longest and not one_by_one:
         return {"evaluation_tokens": max(attempt.evaluation_tokens // 2, attempt.longest)}
     return {"evaluate": False} if attempt.evaluate else None
 

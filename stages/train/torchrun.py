@@ -56,6 +56,8 @@ class _Messages:
     """Duration of the same steps."""
     steps: int = 0
     """Number of steps of this start."""
+    earlier_jobs: int = 0
+    """Number of jobs that these processes had done before this one."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -100,7 +102,7 @@ class TrainingProcesses:
                 self._stage.events.say(f"train {name}: loads the base again{self._why_again(last, job)}")
             self._running = self._start(job, here, environment)
         running = self._running
-        received = running.received = _Messages(running.received.processes)
+        received = running.received = _Messages(running.received.processes, earlier_jobs=running.jobs - 1)
         workers = None if job.processes == 1 else _Workers(running.process, received, self._node)
         self._stage.stop.pass_on_to(workers or running.process)
         if _follow_progress(self._stage, name, running.messages, received, workers):
@@ -215,7 +217,7 @@ def _raise_process_error(stage: Stage, name: str, code: int, process: int, recei
     if code == Exit.INTERRUPTED or (code < 0 and stage.stop.signal is not None):
         raise InterruptedRunError(error or f"training {name}: stopped; run the same command again to resume")
     if received.shortages:
-        raise MemoryRanOutError("out of memory", received.shortages[0], (process,))
+        raise MemoryRanOutError("out of memory", received.shortages[0], (process,), received.earlier_jobs)
     if code < 0:
         ended_by = signal.Signals(-code).name
         raise LorryError(
@@ -231,7 +233,9 @@ def _raise_process_error(stage: Stage, name: str, code: int, process: int, recei
 def _raise_torchrun_error(stage: Stage, name: str, code: int, node: Node | None, received: _Messages) -> None:
     """Raise the error for several processes after torchrun ended with this code, unless they are done."""
     if received.shortages:  # checked first: the other processes failed because of it
-        raise MemoryRanOutError("out of memory", received.shortages[0], tuple(received.processes))
+        raise MemoryRanOutError(
+            "out of memory", received.shortages[0], tuple(received.processes), received.earlier_jobs
+        )
     if code != Exit.DONE:
         raise _torchrun_error(stage, name, node, received)
 

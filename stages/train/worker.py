@@ -114,7 +114,7 @@ class Worker:
         torch cannot use, and DataError for an unusable sample or if no training sample fits max_length.
         """
         progress, stop = self._progress, self._stop
-        progress.during, progress.step = "loading", 0
+        progress.during, progress.step, progress.one_by_one = "loading", 0, False
         check_sharding(job.sharding, job.use_cpu, quantisation_method(job.model))
         scratch = job.scratch if job.processes == 1 else job.scratch / os.environ["LOCAL_RANK"]
         remove(scratch)
@@ -144,7 +144,7 @@ class Worker:
         if name:
             loop.resume(job.work / name)
         counts = {"train": len(samples), "validation": len(validation)}
-        one_by_one = trainee.why_one_by_one
+        one_by_one, progress.one_by_one = trainee.why_one_by_one, not trainee.packs
         progress.send(
             event="loaded", samples=counts, resumed_from=name, loads_base=loads_base, one_sample_a_pass=one_by_one
         )
@@ -341,6 +341,7 @@ def _explained_error(
         return error, None
     shortage = find_shortage(error, progress.during, progress.step)
     if shortage is not None:
+        shortage = replace(shortage, one_by_one=progress.one_by_one)
         return DoesNotFitError(f"out of memory {shortage}"), shortage
     words = lost_gpu_message(error)
     if words is not None:

@@ -2,9 +2,9 @@
 
 HUNGER says when, as JSON: `{"during": "training", "above": 1, "from_step": 3}` lets no forward pass of training have
 more than one sample once three steps are done. `above` 0 fails whatever is done, and with `unless_checkpointing` only
-without gradient checkpointing; `longer` adds a limit of tokens. During "saving" the process is killed instead, once a
-checkpoint's files are written and it is not yet marked as whole. During "scaling" no memory is short: gradients are
-scaled as for float16, from `scale` on.
+without gradient checkpointing; `longer` adds a limit of tokens, `adapter` names the only one that it is for. During
+"saving" the process is killed instead, once a checkpoint's files are written and it is not yet marked as whole. During
+"scaling" no memory is short: gradients are scaled as for float16, from `scale` on.
 """
 
 import json
@@ -43,6 +43,7 @@ def make_hungry() -> None:
         fed = hunger.get("unless_checkpointing", False) and (
             loops[-1]._job.checkpointed_layers or settings.gradient_checkpointing
         )
+        fed = fed or hunger.get("adapter", loops[-1]._job.adapter.name) != loops[-1]._job.adapter.name
         late = loops[-1].state.step >= hunger.get("from_step", 0)
         if late and not fed and samples > hunger["above"] and tokens > hunger.get("longer", 0):
             raise torch.OutOfMemoryError(SAID)

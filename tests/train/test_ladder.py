@@ -102,6 +102,11 @@ def test_an_evaluation_changes_only_the_evaluation() -> None:
     assert replace(last, evaluation_tokens=2048, evaluate=True) == start
 
 
+def test_where_each_pass_has_one_sample_fewer_tokens_a_pass_are_no_rung() -> None:
+    assert next_rung(attempt(), "training", one_by_one=True) == {"checkpointed_layers": 8}
+    assert next_rung(attempt(), "evaluation", one_by_one=True) == {"evaluate": False}
+
+
 def test_no_batch_is_small_enough_for_a_model_that_cannot_be_loaded() -> None:
     assert next_rung(attempt(), "loading") is None
 

@@ -284,6 +284,23 @@ def test_memory_that_runs_out_goes_down_the_ladder_of_that_adapter_alone(job: Jo
     ]
 
 
+def test_memory_that_runs_out_in_processes_that_trained_others_costs_new_processes_and_no_rung(job: Job) -> None:
+    class Held(Trainer):
+        def __call__(self, stage: Any, job: Any, *rest: Any) -> float | None:
+            if job.adapter.name == "two" and "two" not in self.trained:
+                self.jobs.append(job)
+                raise MemoryRanOutError("out of memory", Shortage("training", 3, "asked for 2 GiB"), earlier_jobs=1)
+            return super().__call__(stage, job, *rest)
+
+    held = Held()
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, held)
+        assert run_stage(job.run, "train", train.work) == Exit.DONE
+    assert [(one.adapter.name, one.pass_tokens) for one in held.jobs] == [
+        *(("one", 80), ("two", 80), ("two", 80), ("three", 80)),
+    ]
+
+
 def test_below_the_last_rung_it_ends_in_one_line(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
     short = MemoryRanOutError(
         "out of memory", Shortage("training", 3, "asked for 2.00 GiB, 1.94 MiB of 23.65 GiB free")
@@ -695,6 +712,19 @@ def test_a_kill_of_a_training_process_costs_a_new_one_for_that_adapter_alone(tra
     assert not processes_naming(folder)
     code, output = many()
     assert code == 0 and "train two: 24 samples, resuming from checkpoint-" in output, output
+
+
+@pytest.mark.kill
+def test_a_shortage_of_a_second_adapter_costs_new_processes_then_a_rung(training: Training) -> None:
+    many = three_adapters(training)
+    hunger = {"during": "training", "above": 2, "from_step": 3, "adapter": "two"}
+    code, output = many(HUNGER=json.dumps(hunger))
+    assert code == 0, output
+    lines = [line for line in output.splitlines() if "out of memory" in line]
+    assert lines[0].startswith("train: train two: out of memory in training after step 3 (asked for 2.00 GiB")
+    assert lines[0].endswith("in processes that had trained others; new ones try the same")
+    assert lines[1:] and all(line.startswith("train: out of memory: passes of at most ") for line in lines[1:])
+    assert "train three: 24 samples, on the base that is loaded" in output
 
 
 @pytest.mark.kill
