@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stages.contract.files import write_json
-from stages.train.adapter_card import adapter_card, base_name
+from stages.train.model_card import adapter_card, base_name
 
 
 def cached_model(folder: Path) -> Path:
