@@ -12,9 +12,6 @@
 set -eu
 
 folder=$(dirname "$0")
-poll=${LORRY_POLL_SECONDS:-5}
-# It gives up after so many unanswered requests to the API server: an upgrade of the control plane takes minutes.
-patience=60
 
 fail() { # code, message: print the message and exit with the code
     echo "error: $2" >&2
@@ -51,11 +48,6 @@ conditions() { # job: print its true conditions, such as Complete or Failed
     kube get job "$1" --output jsonpath='{range .status.conditions[?(@.status=="True")]}{.type}{" "}{end}'
 }
 
-pods() { # job, jsonpath: print the value of each of its pods, the oldest first
-    kube get pods --selector "job-name=$1" --sort-by=.metadata.creationTimestamp \
-        --output jsonpath="{range .items[*]}$2{\"\\n\"}{end}"
-}
-
 exists() { # job: whether it exists; a request that fails must not count as "no such Job"
     found=$(kube get job "$1" --ignore-not-found --output name) ||
         fail 2 "the cluster does not let you read Jobs; ask its admin for the right to get, create and delete them"
@@ -68,52 +60,6 @@ refuse_running() { # job: exit with 75 if it still runs; a second Job on its run
     *" Complete "* | *" Failed "* | *" Suspended "*) ;;
     *) fail 75 "job/$1 still runs; wait until it ends, or stop it (it saves its state): kubectl delete job $1" ;;
     esac
-}
-
-report_failure() { # job: print why it failed and exit with its stage's code
-    echo "error: job/$1 failed: $(kube get job "$1" --output \
-        jsonpath='{range .status.conditions[?(@.type=="Failed")]}{.reason}: {.message}{end}')" >&2
-    # the last pod with an exit code; a pod that was stopped, or never started, has none
-    failed=$(pods "$1" '{.metadata.name} {.status.containerStatuses[0].state.terminated.exitCode}' |
-        awk '$2 != "" && $2 != 0 { last = $0 } END { print last }')
-    if [ -z "$failed" ]; then
-        echo "its pods are gone; see the stage's log.txt in the run folder" >&2
-        exit 1
-    fi
-    pod=${failed% *} code=${failed##* }
-    echo "the last lines of pod/$pod, which exited with $code:" >&2
-    kube logs "$pod" --tail=40 >&2 || true
-    exit "$code"
-}
-
-wait_for() { # job, stage: wait until the Job is complete or failed; `kubectl wait` watches one condition only
-    shown='' unanswered=0
-    while :; do
-        if held=$(conditions "$1" 2>&1); then
-            unanswered=0
-            case " $held" in
-            *" Complete "*) break ;;
-            *" Failed "*) report_failure "$1" ;;
-            esac
-            state=$(pods "$1" '{.status.phase} {.status.containerStatuses[0].state.waiting.reason}' 2>/dev/null |
-                tail -n 1)
-            if [ "$state" != "$shown" ]; then
-                echo "$2: $state"
-                shown=$state
-            fi
-            case $state in
-            *ImagePullBackOff | *InvalidImageName | *ErrImageNeverPull)
-                fail 2 "$2: the nodes cannot pull its image ($state); make push REGISTRY=…, then make k8s-run REGISTRY=…"
-                ;;
-            esac
-        else
-            case $held in *NotFound*) fail 1 "job/$1 was deleted before it ended; run this again" ;; esac
-            unanswered=$((unanswered + 1))
-            [ "$unanswered" -lt "$patience" ] || fail 1 "the cluster no longer answers ($held); run this again"
-        fi
-        sleep "$poll"
-    done
-    echo "$2: done"
 }
 
 for stage in preprocess train infer eval; do
@@ -129,5 +75,5 @@ for stage in preprocess train infer eval; do
             fail 2 "job/$job cannot be deleted; see the cluster's reason above"
     fi
     apply "$stage"
-    wait_for "$job" "$stage"
+    "$folder/wait.sh" "$job" "$namespace"
 done

@@ -4,7 +4,7 @@ import importlib
 
 from stages.contract.stage import Stage
 from stages.hardware.pick import hide_unusable_gpus
-from stages.host.needs import GPU_STAGES
+from stages.host.needs import stages_on_gpus
 
 
 def run_work(stage: Stage) -> None:
@@ -14,7 +14,7 @@ def run_work(stage: Stage) -> None:
     errors of `hide_unusable_gpus`, and what the work raises.
     """
     if stage.name != "eval":
-        for line in hide_unusable_gpus(needs_one=stage.name in GPU_STAGES):
+        for line in hide_unusable_gpus(needs_one=bool(stages_on_gpus(stage.run, [stage.name]))):
             stage.events.say(line)
     with stage.stop.waiting(False):
         importlib.import_module(f"stages.{stage.name}.stage").work(stage)

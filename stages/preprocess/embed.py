@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stages.contract.files import FileHashes, digest_of, open_atomically, read_json
+from stages.contract.files import FileHashes, digest_of, open_atomically
 from stages.contract.stage import Stage
 from stages.contract.stop import die_with_parent
 from stages.engines.cuda import refuse_dead_gpus
 from stages.hardware.probe import probe
 from stages.hardware.targets import load_targets, working_target
+from stages.models.embedder import needs_gpu, reads_pictures
 from stages.models.remote_code import refuse_embedder_code
 from stages.preprocess.passages import Window, sentence_window
 
@@ -74,7 +75,7 @@ class Embedder:
         self._stage = stage
         folder = stage.run.model(settings.embedder, "preprocess.retrieval.embedder")
         refuse_embedder_code(folder)
-        takes_pictures = (read_json(folder / "config.json") or {}).get("model_type") == "qwen2_vl"
+        takes_pictures = reads_pictures(folder)
         self._settings = Settings(folder, takes_pictures, settings.max_pixels, settings.batch_size, settings.vectors)
         self._passages: dict[str, list[str]] = {}
         self._devices = devices
@@ -233,9 +234,14 @@ class Embedder:
     @functools.cached_property
     def _precision_and_devices(self) -> tuple[str, list[str]]:
         """The number format and the devices to embed with. Lorry probes for GPUs only if a piece is missing. Records
-        the format as a decision if the embedder takes pictures."""
-        machine = probe()
-        target = working_target(machine, load_targets())
+        the format as a decision if the embedder takes pictures.
+
+        A small embedder of texts computes on the CPU where no GPU is visible, in an image for a card too. Raises the
+        errors of `working_target` for any other.
+        """
+        machine, targets = probe(), load_targets()
+        on_cpu = not (machine.gpus or machine.problem or needs_gpu(self._settings.folder))
+        target = targets["cpu"] if on_cpu else working_target(machine, targets)
         if not self._devices:
             refuse_dead_gpus()
         if self._settings.takes_pictures:

@@ -17,7 +17,9 @@ from tests.k8s.manifests import Document, children
 
 GPU = "nvidia.com/gpu"
 STAGES = ("preprocess", "train", "infer", "eval")
-GPU_STAGES = ("train", "infer")
+GPU_STAGES = ("preprocess", "train", "infer")
+SERVE = "serve"
+"""Component of the Deployment, which runs infer's image."""
 
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
@@ -31,11 +33,12 @@ UNITS: dict[str | None, Decimal] = {
 }
 
 COMMON_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/part-of", "app.kubernetes.io/component")
+TERMS = "nodeSelectorTerms"
 RUN_LABEL = "app.kubernetes.io/instance"
 ENVIRONMENT = {"LORRY_RECIPE", "LORRY_PROFILE", "LORRY_SET", "LORRY_RUN", "LORRY_SHARDS", "LORRY_NODES"}
-ENVIRONMENT |= {"LORRY_RENDEZVOUS", "NVIDIA_VISIBLE_DEVICES", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"}
+ENVIRONMENT |= {"LORRY_API_KEY", "LORRY_RENDEZVOUS", "NVIDIA_VISIBLE_DEVICES", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"}
 """The variables that a stage or a library below it reads; one that nobody reads is a misspelt one."""
-LEAST_GRACE = {"preprocess": 60, "train": 600, "infer": 180, "eval": 30}
+LEAST_GRACE = {"preprocess": 60, "train": 600, "infer": 180, "eval": 30, SERVE: 30}
 """Seconds that a stage may need to save its state after SIGTERM."""
 MOUNTS = {"/data": True, "/models": True, "/runs": False, "/caches": False, "/tmp": False, "/dev/shm": False}
 """What a stage finds mounted, and whether read-only."""
@@ -61,13 +64,16 @@ def problems(document: Document, claims: set[str], version: str) -> list[str]:
         case "PersistentVolumeClaim":
             found += _claim(document["spec"])
         case "Service":
-            found += _service(document["spec"])
+            serves = document["metadata"].get("labels", {}).get("app.kubernetes.io/component") == SERVE
+            found += _serving_service(document["spec"]) if serves else _service(document["spec"])
         case "Pod":
             found += _pod(document["spec"], claims) + _restricted(document["spec"])
         case "Job":
             found += _job(document, claims, version)
             if "ttlSecondsAfterFinished" not in document["spec"]:
                 found.append("ttlSecondsAfterFinished is missing: finished Jobs would pile up")
+        case "Deployment":
+            found += _deployment(document, claims, version)
         case "JobSet":
             found += _jobset(document["spec"])
             found += chain.from_iterable(_job(job, claims, version) for job in children(document))
@@ -129,6 +135,58 @@ def _service(spec: Document) -> Iterator[str]:
     names = [port.get("name") for port in spec["ports"]]
     if len(set(names)) < len(names) or (len(names) > 1 and None in names):
         yield "each of several ports needs a name of its own"
+
+
+def _serving_service(spec: Document) -> Iterator[str]:
+    if spec.get("type") != "ClusterIP" or "clusterIP" in spec:
+        yield "the server's Service must be of type ClusterIP: only an Ingress with TLS may lead to it from outside"
+    if not spec.get("selector"):
+        yield "selector is missing"
+    if [port.get("targetPort") for port in spec["ports"]] != ["http"]:
+        yield "the one port must lead to the container's port `http`"
+
+
+def _deployment(deployment: Document, claims: set[str], version: str) -> list[str]:
+    spec, template = deployment["spec"], deployment["spec"]["template"]
+    return [
+        *_deployment_spec(spec),
+        *_labels(template["metadata"]["labels"]),
+        *_pod(template["spec"], claims),
+        *_restricted(template["spec"]),
+        *_stage(deployment, version),
+        *_server(template["spec"]["containers"][0]),
+    ]
+
+
+def _deployment_spec(spec: Document) -> Iterator[str]:
+    """The server's rules on a Deployment's own fields, and what a GPU and volumes of one node need."""
+    labels = spec["template"]["metadata"]["labels"]
+    selected = spec["selector"].get("matchLabels", {})
+    if not selected or not selected.items() <= labels.items():
+        yield "selector does not select the Deployment's own pods"
+    if spec["template"]["spec"].get("restartPolicy", "Always") != "Always":
+        yield "restartPolicy of a Deployment must be Always"
+    if spec.get("strategy") != {"type": "Recreate"}:
+        yield "strategy must be Recreate: a second pod would wait for the first one's GPU and volumes"
+    if spec.get("replicas") not in (0, 1):
+        yield "replicas must be 1, or 0 in overlays"
+
+
+def _server(container: Document) -> Iterator[str]:
+    """What the server's container needs: its command, one port, probes of it, and a token out of a Secret."""
+    if container.get("command", [])[:3] != ["tini", "--", "lorry-serve"]:
+        yield "command is not that of lorry-serve under the init"
+    if [port.get("name") for port in container.get("ports", [])] != ["http"]:
+        yield "the container needs one port, named http"
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        if container.get(name, {}).get("httpGet") != {"path": "/health", "port": "http"}:
+            yield f"{name} must ask /health on the port http"
+    startup = container.get("startupProbe", {})
+    if startup.get("periodSeconds", 10) * startup.get("failureThreshold", 3) < 900:
+        yield "startupProbe gives up too early: a large model takes minutes to load"
+    tokens = [v for v in container.get("env", []) if v["name"] == "LORRY_API_KEY"]
+    if not any("secretKeyRef" in v.get("valueFrom", {}) for v in tokens):
+        yield "LORRY_API_KEY must come from a Secret"
 
 
 def _jobset(spec: Document) -> Iterator[str]:
@@ -279,13 +337,14 @@ def _stage(job: Document, version: str) -> Iterator[str]:
     if labels.get("app.kubernetes.io/version") != version:
         yield f"label app.kubernetes.io/version is not {version}"
     stage = labels.get("app.kubernetes.io/component", "")
-    if stage not in STAGES:
+    if stage not in (*STAGES, SERVE):
         yield f"label app.kubernetes.io/component {stage!r} is no stage"
         return
     pod = job["spec"]["template"]["spec"]
     container = pod["containers"][0]
-    if not re.fullmatch(rf"(.+/)?lorry-{stage}:{re.escape(version)}-[a-z0-9-]+", container["image"]):
-        yield f"image {container['image']!r} is not lorry-{stage}:{version}-<target>"
+    image = "infer" if stage == SERVE else stage
+    if not re.fullmatch(rf"(.+/)?lorry-{image}:{re.escape(version)}-[a-z0-9-]+", container["image"]):
+        yield f"image {container['image']!r} is not lorry-{image}:{version}-<target>"
     if pod.get("terminationGracePeriodSeconds", 0) < LEAST_GRACE[stage]:
         yield f"terminationGracePeriodSeconds is below {LEAST_GRACE[stage]}: too short to save what {stage} has"
     mounts = {mount["mountPath"]: bool(mount.get("readOnly")) for mount in container["volumeMounts"]}
@@ -298,12 +357,29 @@ def _stage(job: Document, version: str) -> Iterator[str]:
     if environment.get("LORRY_RUN") != f"metadata.labels['{RUN_LABEL}']":
         yield f"LORRY_RUN does not come from the label {RUN_LABEL}"
     asks = bool(container["resources"].get("limits", {}).get(GPU))
-    if asks and stage not in GPU_STAGES:
+    if asks and stage not in (*GPU_STAGES, SERVE):
         yield f"{stage} needs no GPU"
+    yield from _placement(pod, bool(asks), container["image"])
     if asks and "NVIDIA_VISIBLE_DEVICES" in environment:
         yield "NVIDIA_VISIBLE_DEVICES is the device plugin's to set where GPUs are asked for"
     if not asks and environment.get("NVIDIA_VISIBLE_DEVICES") != "none":
         yield "a pod that asks for no GPU needs NVIDIA_VISIBLE_DEVICES none, or it sees all of them"
+
+
+def _placement(pod: Document, asks: bool, image: str) -> Iterator[str]:
+    """A pod with GPUs states on which cards; all pods of a target with cards may follow volumes to a tainted node."""
+    required = (pod.get("affinity") or {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution")
+    if asks and not required:
+        yield "nodeAffinity is missing: the pod could land on a card that its image has no code for"
+    for expression in chain.from_iterable(term["matchExpressions"] for term in (required or {}).get(TERMS, [])):
+        values = expression.get("values", [])
+        if expression["operator"] in {"Gt", "Lt"} and not (len(values) == 1 and values[0].isdecimal()):
+            yield f"nodeAffinity: {expression['key']} {expression['operator']} takes one whole number, not {values}"
+        if (expression["operator"] in {"Exists", "DoesNotExist"}) == bool(values):
+            yield f"nodeAffinity: {expression['key']} {expression['operator']} with values {values}"
+    tolerated = any(one.get("key") == GPU and one.get("effect") == "NoSchedule" for one in pod.get("tolerations") or [])
+    if tolerated == image.endswith("-cpu"):
+        yield f"the taint {GPU} is {'tolerated' if tolerated else 'not tolerated'}"
 
 
 def _pod(spec: Document, claims: set[str]) -> list[str]:
@@ -419,6 +495,10 @@ def _restricted(spec: Document) -> list[str]:
 
 
 def _environment(spec: Document) -> dict[str, str]:
-    """The variables of a Job's container; one taken from the pod has the field's path for its value."""
-    variables = spec["template"]["spec"]["containers"][0].get("env", [])
-    return {v["name"]: v["value"] if "value" in v else v["valueFrom"]["fieldRef"]["fieldPath"] for v in variables}
+    """The variables of the container; one taken from the pod or a Secret has the field's path or the key for value."""
+    found = {}
+    for variable in spec["template"]["spec"]["containers"][0].get("env", []):
+        source = variable.get("valueFrom", {})
+        taken = source.get("fieldRef", {}).get("fieldPath") or source.get("secretKeyRef", {}).get("key", "")
+        found[variable["name"]] = variable.get("value", taken)
+    return found

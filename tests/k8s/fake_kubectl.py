@@ -5,6 +5,7 @@
   jobs/<name>    a Job that exists: the conditions that it shows, one look after the other; the last one stays
   after/<name>   the same, for a Job that is yet to be made
   pods/<name>    "pod exit-code" lines of a Job
+  failed-indexes the failed indexes of an Indexed Job
   refuse/<verb>  what the server says to that verb instead of doing it
 """
 
@@ -53,6 +54,9 @@ def get(arguments: list[str]) -> str:
             return pods if "exitCode" in output else "Running \n"
         case "job" if output == "name":
             return f"job.batch/{arguments[2]}\n" if (CLUSTER / "jobs" / arguments[2]).is_file() else ""
+        case "job" if "failedIndexes" in output:
+            path = CLUSTER / "failed-indexes"
+            return path.read_text() if path.is_file() else ""
         case "job" if ".message" in output:
             return "PodFailurePolicy: Container lorry failed with exit code"
         case "job":

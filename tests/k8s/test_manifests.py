@@ -79,6 +79,7 @@ class TestFiles:
         assert f"kubectl apply -f k8s/{file.relative_to(K8S)}".replace("/base/", "/") in comment
         for name in re.findall(r"k8s/[\w/-]+\.yaml", comment):
             assert (REPOSITORY / name).is_file(), name
+        assert "condition=complete" not in comment, "kubectl would wait on after a failure"
         for timeout in re.findall(r"--timeout=(\S+)", comment):
             assert re.fullmatch(r"\d+[smh]", timeout), f"{timeout}: kubectl knows no days"
 
@@ -87,7 +88,7 @@ class TestFiles:
         names = [(d["kind"], d["metadata"]["name"]) for path in manifest_files() for d in read(path.read_text())]
         assert len(set(names)) == len(names)
 
-    @pytest.mark.parametrize("name", ["storage", *(f"{stage}-job" for stage in STAGES)])
+    @pytest.mark.parametrize("name", ["storage", "serve", *(f"{stage}-job" for stage in STAGES)])
     def test_links(self, name: str) -> None:
         """`kubectl apply -f k8s/train-job.yaml` and the overlays take the same file."""
         link = K8S / f"{name}.yaml"
@@ -126,7 +127,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("name", ["preprocess", "infer", "adapters"])
     def test_merge_goes_with_its_shards(self, name: str) -> None:
-        """The merge is the same run and recipe, without a shard and without a GPU."""
+        """The merge is the same run and recipe, without a shard; only that of preprocess needs a GPU, to classify."""
         shards, merge = (load(f"scale-out/{name}-{part}.yaml") for part in ("indexed", "merge"))
         of_shards, of_merge = (job["spec"]["template"]["spec"]["containers"][0] for job in (shards, merge))
         settings = {"LORRY_RECIPE", "LORRY_PROFILE", "LORRY_SET", "LORRY_RUN"}
@@ -136,7 +137,7 @@ class TestFiles:
         assert "LORRY_SHARDS" not in {v["name"] for v in of_merge["env"]}
         assert "completionMode" not in merge["spec"]
         assert of_shards["image"] == of_merge["image"]
-        assert GPU not in of_merge["resources"]["limits"]
+        assert (GPU in of_merge["resources"]["limits"]) == (name == "preprocess")
         assert shards["spec"]["template"]["metadata"] == merge["spec"]["template"]["metadata"]
 
     def test_one_adapters_bad_data_do_not_stop_the_others(self) -> None:
@@ -146,6 +147,12 @@ class TestFiles:
             3: "FailIndex",
             4: "FailJob",
         }
+
+
+def deployment(target: str) -> Document:
+    """The server of an overlay."""
+    (found,) = [document for document in built_overlay(target) if document["kind"] == "Deployment"]
+    return found
 
 
 def pod_without_addresses(job: Document) -> Document:
@@ -173,7 +180,7 @@ class TestOverlays:
 
     def test_is_whole(self, target: str) -> None:
         names = sorted(document["metadata"]["name"] for document in built_overlay(target))
-        assert names == sorted([*CLAIMS, *(f"lorry-{stage}" for stage in STAGES)])
+        assert names == sorted([*CLAIMS, *(f"lorry-{stage}" for stage in STAGES), "lorry-serve", "lorry-serve"])
 
     def test_leaves_storage_alone(self, target: str) -> None:
         """The server refuses to shrink a claim or to change its access mode: all overlays must agree with the file."""
@@ -184,22 +191,35 @@ class TestOverlays:
     def test_starts_nothing_by_itself(self, target: str) -> None:
         """Four Jobs that all started at once would fail, but for the first."""
         assert all(job["spec"]["suspend"] is True for job in jobs(built_overlay(target)))
+        assert deployment(target)["spec"]["replicas"] == 0
 
     def test_images_are_the_targets(self, target: str) -> None:
         for job in jobs(built_overlay(target)):
             stage = job["metadata"]["labels"]["app.kubernetes.io/component"]
             (container,) = job["spec"]["template"]["spec"]["containers"]
             assert container["image"] == f"lorry-{stage}:{VERSION}-{target}"
+        assert container_of(deployment(target))["image"] == f"lorry-infer:{VERSION}-{target}"
 
-    def test_node_label_and_environment_are_those_of_targets_toml(self, target: str) -> None:
+    def test_the_server_has_the_card_of_infer(self, target: str) -> None:
+        (infer,) = [job for job in jobs(built_overlay(target)) if job["metadata"]["name"] == "lorry-infer"]
+        served = deployment(target)
+        for key in ("nodeSelector", "tolerations", "volumes", "securityContext"):
+            assert pod_of(served).get(key) == pod_of(infer).get(key), key
+        for key in ("image", "resources", "volumeMounts", "securityContext"):
+            assert container_of(served)[key] == container_of(infer)[key], key
+        own = {"LORRY_PROFILE", "LORRY_SET"}
+        there = [v for v in container_of(infer)["env"] if v["name"] not in own]
+        assert [v for v in container_of(served)["env"] if v["name"] != "LORRY_API_KEY"] == there
+
+    def test_environment_is_that_of_targets_toml(self, target: str) -> None:
         facts = TARGETS[target]
         for job in jobs(built_overlay(target)):
             stage, pod = job["metadata"]["labels"]["app.kubernetes.io/component"], job["spec"]["template"]["spec"]
             nccl = {v["name"]: v["value"] for v in pod["containers"][0]["env"] if v["name"].startswith("NCCL_")}
-            on_card = stage in GPU_STAGES and "node_label" in facts
-            assert pod.get("nodeSelector") == ({"nvidia.com/gpu.product": facts["node_label"]} if on_card else None)
+            on_card = stage in GPU_STAGES and "capability" in facts
             assert nccl == (facts.get("environment", {}) if on_card else {})
-            assert bool(pod["containers"][0]["resources"]["limits"].get(GPU)) == on_card
+            if stage != "preprocess":  # whether it needs one is the recipe's: test_cards.py
+                assert bool(pod["containers"][0]["resources"]["limits"].get(GPU)) == on_card
 
     def test_cpu_takes_the_small_profile_and_no_gpu(self) -> None:
         for job in jobs(built_overlay("cpu")):
@@ -232,6 +252,12 @@ def pod_of(job: Document) -> Document:
 def container_of(job: Document) -> Document:
     container: Document = pod_of(job)["containers"][0]
     return container
+
+
+def cards_of(job: Document) -> list[Document]:
+    required = pod_of(job)["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    expressions: list[Document] = required["nodeSelectorTerms"][0]["matchExpressions"]
+    return expressions
 
 
 def rules_of(job: Document) -> list[Document]:
@@ -369,6 +395,15 @@ BROKEN_JOBS: dict[str, tuple[Break, str]] = {
         lambda j: [container_of(j)["resources"][kind].pop(GPU) for kind in ("requests", "limits")],
         "needs NVIDIA_VISIBLE_DEVICES none",
     ),
+    "any card": (lambda j: pod_of(j).pop("affinity"), "nodeAffinity is missing"),
+    "cards of two sizes": (lambda j: cards_of(j)[2].update(values=["1", "2"]), "gpu.memory Gt takes one whole number"),
+    "cards of no size": (lambda j: cards_of(j)[2].update(values=["80Gi"]), "gpu.memory Gt takes one whole number"),
+    "values of what does not exist": (lambda j: cards_of(j)[3].update(values=["1"]), "DoesNotExist with values"),
+    "no toleration": (lambda j: pod_of(j).pop("tolerations"), "the taint nvidia.com/gpu is not tolerated"),
+    "a CPU's pod on a GPU node": (
+        lambda j: container_of(j).update(image=f"lorry-train:{VERSION}-cpu"),
+        "the taint nvidia.com/gpu is tolerated",
+    ),
     "a GPU to evaluate": (lambda j: label_both(j, "app.kubernetes.io/component", "eval"), "eval needs no GPU"),
     "short grace": (lambda j: pod_of(j).update(terminationGracePeriodSeconds=30), "too short to save"),
     "default grace": (lambda j: pod_of(j).pop("terminationGracePeriodSeconds"), "too short to save"),
@@ -457,6 +492,37 @@ BROKEN_CLAIMS: dict[str, tuple[Break, str]] = {
     "no size": (lambda c: c["spec"]["resources"].pop("requests"), "storage"),
 }
 
+BROKEN_DEPLOYMENTS: dict[str, tuple[Break, str]] = {
+    "selects others": (
+        lambda d: d["spec"]["selector"]["matchLabels"].update({"app.kubernetes.io/name": "x"}),
+        "own pods",
+    ),
+    "restartPolicy": (lambda d: pod_of(d).update(restartPolicy="Never"), "must be Always"),
+    "rolls": (lambda d: d["spec"].update(strategy={"type": "RollingUpdate"}), "strategy must be Recreate"),
+    "many": (lambda d: d["spec"].update(replicas=2), "replicas must be 1"),
+    "another command": (lambda d: container_of(d).update(command=["lorry-infer"]), "that of lorry-serve"),
+    "no port": (lambda d: container_of(d).pop("ports"), "one port, named http"),
+    "no readiness": (lambda d: container_of(d).pop("readinessProbe"), "readinessProbe must ask /health"),
+    "liveness of a path with a token": (
+        lambda d: container_of(d)["livenessProbe"]["httpGet"].update(path="/v1/models"),
+        "livenessProbe must ask /health",
+    ),
+    "short start": (lambda d: container_of(d)["startupProbe"].update(failureThreshold=3), "gives up too early"),
+    "token in the open": (
+        lambda d: container_of(d)["env"].__setitem__(2, {"name": "LORRY_API_KEY", "value": "x"}),
+        "must come from a Secret",
+    ),
+    "another image": (lambda d: container_of(d).update(image=f"lorry-eval:{VERSION}-a800"), "is not lorry-infer"),
+    "root": (lambda d: pod_of(d)["securityContext"].pop("runAsNonRoot"), "runAsNonRoot must be true"),
+    "writable models": (lambda d: container_of(d)["volumeMounts"][1].pop("readOnly"), "mounts (read-only?)"),
+}
+
+BROKEN_SERVING: dict[str, tuple[Break, str]] = {
+    "for everybody": (lambda s: s["spec"].update(type="LoadBalancer"), "must be of type ClusterIP"),
+    "no selector": (lambda s: s["spec"].pop("selector"), "selector is missing"),
+    "another port": (lambda s: s["spec"]["ports"][0].update(targetPort="metrics"), "port `http`"),
+}
+
 BROKEN_SHARDS: dict[str, tuple[Break, str]] = {
     "shards are not completions": (lambda j: j["spec"].update(completions=5), "LORRY_SHARDS 4 is not completions 5"),
 }
@@ -468,6 +534,8 @@ BREAKS: list[Any] = [
         ("scale-out/train-multinode.yaml", "Job", BROKEN_MULTINODE),
         ("scale-out/train-multinode.yaml", "Service", BROKEN_SERVICES),
         ("scale-out/jobset.yaml", "JobSet", BROKEN_JOBSETS),
+        ("serve.yaml", "Deployment", BROKEN_DEPLOYMENTS),
+        ("serve.yaml", "Service", BROKEN_SERVING),
         ("scale-out/infer-indexed.yaml", "Job", BROKEN_SHARDS),
     )
     for name, (change, expected) in broken.items()
@@ -514,8 +582,8 @@ class TestTheChecksThemselves:
             read("metadata:\n  name: a\n  name: b\n")
 
     def test_unknown_kind(self) -> None:
-        document = {"kind": "Deployment", "metadata": {"name": "a"}}
-        assert "kind Deployment: no check knows it" in problems(document, CLAIMS, VERSION)
+        document = {"kind": "StatefulSet", "metadata": {"name": "a"}}
+        assert "kind StatefulSet: no check knows it" in problems(document, CLAIMS, VERSION)
 
     def test_quantities(self) -> None:
         assert [quantity(text) for text in ("100m", "1.5", 2, "1Gi")] == [quantity("0.1"), quantity("1500m"), 2, 2**30]

@@ -25,10 +25,10 @@ class Cluster:
     folder: Path
     path: str
 
-    def __call__(self, *arguments: str, path: str | None = None) -> Ended:
-        """Run k8s/run.sh."""
+    def __call__(self, *arguments: str, path: str | None = None, script: str = "run.sh") -> Ended:
+        """Run a script of k8s/."""
         ended = subprocess.run(
-            ["/bin/sh", str(K8S / "run.sh"), *arguments],
+            ["/bin/sh", str(K8S / script), *arguments],
             capture_output=True,
             text=True,
             timeout=300,
@@ -143,7 +143,7 @@ def test_a_job_deleted_by_somebody_else(cluster: Cluster) -> None:
     cluster.write("after/lorry-train", "\ndeleted")
     ended = cluster("a800")
     assert ended.code == 1
-    assert "job/lorry-train was deleted" in ended.error
+    assert "no job/lorry-train (it may have been deleted)" in ended.error
 
 
 def test_refused_by_the_server(cluster: Cluster) -> None:
@@ -193,7 +193,30 @@ def test_no_kubectl(cluster: Cluster) -> None:
     assert (ended.code, ended.error) == (2, "error: no kubectl on the PATH; install it, or add its folder to PATH\n")
 
 
+def test_waiting_ends_when_a_job_is_complete(cluster: Cluster) -> None:
+    cluster.write("jobs/lorry-train", "\nSuspended \n\nComplete ")
+    ended = cluster("job/lorry-train", "lab", script="wait.sh")
+    assert (ended.code, ended.output, ended.error) == (0, "train: Running \ntrain: done\n", "")
+    assert all(call.startswith("--namespace=lab ") for call in cluster.calls("get"))
+
+
+def test_waiting_ends_when_a_job_has_failed_and_names_its_failed_indexes(cluster: Cluster) -> None:
+    cluster.write("jobs/lorry-adapters-shards", "\nFailureTarget \nFailureTarget Failed ")
+    cluster.write("pods/lorry-adapters-shards", "lorry-adapters-shards-8-a 3\nlorry-adapters-shards-0-b 0\n")
+    cluster.write("failed-indexes", "4,8")
+    ended = cluster("lorry-adapters-shards", script="wait.sh")
+    assert ended.code == 3
+    assert "failed indexes, counted from 0: 4,8\n" in ended.error
+    assert "pod/lorry-adapters-shards-8-a, which exited with 3" in ended.error
+
+
+def test_waiting_for_no_job(cluster: Cluster) -> None:
+    ended = cluster("lorry-none", script="wait.sh")
+    assert (ended.code, len(ended.error.splitlines())) == (1, 1)
+    assert cluster(script="wait.sh").code == 2
+
+
 def test_shellcheck() -> None:
     tool = Path(sys.executable).with_name("shellcheck")  # requirements/dev.txt brings it; it need not be on the PATH
-    checked = subprocess.run([tool, str(K8S / "run.sh")], capture_output=True, text=True, check=False)
+    checked = subprocess.run([tool, *map(str, K8S.glob("*.sh"))], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
