@@ -28,6 +28,8 @@ class EngineKind:
     shares_weights: bool = False
     """Whether it splits a model's weights over GPUs (`infer.tensor_parallel`). `stages.hardware.serve` plans the memory
     of these engines; the memory of others is not estimated."""
+    has_server: bool = False
+    """Whether `lorry serve` starts a server of its own, which holds one base with its adapters."""
     serves_adapted_vision: bool = False
     """Whether it serves adapters of a vision tower. If not, Lorry refuses them unless `infer.merged` merges them."""
     cannot_serve: tuple[str, ...] = ()
@@ -48,6 +50,7 @@ ENGINES = (
         "vllm",
         "stages.engines.vllm_engine:VllmEngine",
         shares_weights=True,
+        has_server=True,
         cannot_serve=("mgm",),
         serves_pictures_on_cpu=False,  # its models need torchvision, which the images for the CPU do not have
         most_rank=512,

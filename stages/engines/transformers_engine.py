@@ -4,14 +4,16 @@ It serves cards for which vLLM has no kernels, and small jobs, which it finishes
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,16 +21,31 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 import stages.models.mgm  # noqa: F401 - registers it with transformers
 from stages.engines.batch_size import best_batch_size
-from stages.engines.engine import Completion, Done, EngineSettings
+from stages.engines.engine import Completion, Done, DoneLoss, EngineSettings, GivenAnswer, Shown, predicted_places
 from stages.models import gptq
 from stages.models.end_tokens import end_tokens
+from stages.models.head import Head
 from stages.models.pictures import PictureRules, rules_of
 from stages.models.reasoning import marked_text
 from stages.models.rendering import Prompt, load_tokenizer
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+LOSS_TOKENS = 8192
+"""Most tokens, with padding, of a batch whose losses are computed; a longer conversation is a batch of its own."""
+
+MOST_DIFFERENCE = 0.02
+"""Most that a head's logits may differ from the model's own, as a share of their norm: 16 bits round."""
+
+MOST_LOGITS = 32 * 1024**2
+"""Most logits that are computed at a time for losses: 128 MiB in float32."""
 
 TRIED_TOKENS = 16
 """Largest number of tokens in a completion during trials of batch sizes: prompts use most of the time and memory."""
@@ -75,9 +92,8 @@ class TransformersEngine:
         Raises torch.OutOfMemoryError if a prompt does not fit alone."""
         found: dict[int, Completion] = {}
         for batch in self._batches(prompts):
-            for place, completion in zip(
-                batch, self._complete_or_halve([prompts[i] for i in batch], adapter), strict=True
-            ):
+            completions = _all_or_halves(lambda part: self._complete_batch(part, adapter), [prompts[i] for i in batch])
+            for place, completion in zip(batch, completions, strict=True):
                 found[place] = completion
                 if done is not None:
                     done(place, completion)
@@ -117,21 +133,23 @@ class TransformersEngine:
         self.batch_size, why = best_batch_size(attempt, most=2 * len(prompts))
         return self.batch_size, why
 
-    def _complete_or_halve(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
-        """Complete a batch or, if memory runs out, its halves one after the other. Returns the completions. Raises
-        torch.OutOfMemoryError if one prompt alone does not fit."""
-        try:
-            return self._complete_batch(prompts, adapter)
-        except torch.OutOfMemoryError:
-            if len(prompts) == 1:
-                raise
-        torch.cuda.empty_cache()  # not inside the handler, where the error's traceback still holds the batch's memory
-        half = len(prompts) // 2
-        print(f"infer: out of memory with {len(prompts)} sequences; retries with {half} and {len(prompts) - half}")
-        return [c for part in (prompts[:half], prompts[half:]) for c in self._complete_or_halve(part, adapter)]
+    def stream(self, prompts: list[Prompt], adapter: str | None, shown: Shown) -> list[Completion]:
+        """Complete the prompts as one batch, and call `shown` each time that a text grows. Returns the completions in
+        order. Each prompt has its own limit of tokens. Raises torch.OutOfMemoryError if the batch does not fit."""
+        following = _Following(prompts, [self._token_limit(prompt) for prompt in prompts], self._completion, shown)
+        longest = max(prompts, key=self._token_limit)
+        self._complete_batch(
+            [replace(prompt, max_new_tokens=self._token_limit(longest)) for prompt in prompts], adapter, following
+        )
+        return following.completions
 
-    def _complete_batch(self, prompts: list[Prompt], adapter: str | None) -> list[Completion]:
-        """Complete prompts as one batch, all with the token limit of the first. Returns the completions in order."""
+    def _complete_batch(
+        self, prompts: list[Prompt], adapter: str | None, following: "_Following | None" = None
+    ) -> list[Completion]:
+        """Complete prompts as one batch, all with the token limit of the first. Returns the completions in order.
+
+        `following` sees each token as it is written, and can end completions.
+        """
         pictures = self._picture_inputs(prompts)
         rows = [self._input_tokens(prompt) for prompt in prompts]
         longest = max(map(len, rows))
@@ -153,11 +171,79 @@ class TransformersEngine:
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_Sampling(prompts)]),
+                stopping_criteria=StoppingCriteriaList([] if following is None else [following]),
                 **pictures,
             )
         return [self._completion(row[longest:].tolist()) for row in output]
 
-    def _picture_inputs(self, prompts: list[Prompt]) -> dict[str, Any]:
+    def losses(self, answers: list[GivenAnswer], adapter: str | None, done: DoneLoss | None = None) -> list[float]:
+        """The losses of given answers, in their order, from one forward pass over each batch of similar length. Raises
+        torch.OutOfMemoryError if one does not fit alone."""
+        found: dict[int, float] = {}
+        for batch in self._loss_batches(answers):
+            losses = _all_or_halves(lambda part: self._batch_losses(part, adapter), [answers[i] for i in batch])
+            for place, loss in zip(batch, losses, strict=True):
+                found[place] = loss
+                if done is not None:
+                    done(place, loss)
+        return [found[i] for i in range(len(answers))]
+
+    def _loss_batches(self, answers: list[GivenAnswer]) -> Iterator[list[int]]:
+        """Yield the indices of each batch's answers, the longest first."""
+        order = sorted(range(len(answers)), key=lambda i: (-answers[i].length, i))
+        while order:
+            most = LOSS_TOKENS // max(answers[order[0]].length, 1) if self._head is not None else 1
+            batch, order = order[: max(most, 1)], order[max(most, 1) :]
+            yield batch
+
+    def _batch_losses(self, answers: list[GivenAnswer], adapter: str | None) -> list[float]:
+        """The losses of given answers, as one batch. Logits are computed where they count, some positions at a time."""
+        sequences = [answer.whole_sequence(self._picture_token) for answer in answers]
+        longest = max(len(sequence.tokens) for sequence in sequences)
+        # padding on the right needs no mask: a decoder's tokens see only those before them
+        padded = [one.tokens + [self._end_tokens[0]] * (longest - len(one.tokens)) for one in sequences]
+        tokens = torch.tensor(padded, device=self._device)
+        inputs = self._picture_inputs(answers)
+        if "image_grid_thw" in inputs:
+            inputs["mm_token_type_ids"] = tokens.eq(self._picture_token).int()
+        places = [(row, place) for row, one in enumerate(sequences) for place in predicted_places(one)]
+        totals = torch.zeros(len(answers), dtype=torch.float64)
+        with torch.inference_mode(), self._adapter_context(adapter):
+            head = self._head
+            if head is None:
+                states = self._base(input_ids=tokens, use_cache=False, **inputs).logits
+            else:
+                states = self._base.base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
+            chunk = max(MOST_LOGITS // self._base.config.get_text_config().vocab_size, 1)
+            for first in range(0, len(places), chunk):
+                rows, columns = torch.tensor(places[first : first + chunk]).unbind(1)
+                before = states[rows.to(states.device), columns.to(states.device) - 1]
+                logits = before.float() if head is None else head.logits(before)
+                targets = tokens[rows.to(tokens.device), columns.to(tokens.device)].to(logits.device)
+                losses = functional.cross_entropy(logits, targets, reduction="none")
+                totals.index_add_(0, rows, losses.double().cpu())
+        return [float(total) for total in totals]
+
+    @property
+    def _base(self) -> Any:
+        """The model of transformers, in whose layers PEFT has put the adapters."""
+        return self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
+
+    @cached_property
+    def _head(self) -> Head | None:
+        """How the model makes logits of its last hidden states; None if not in a way that Lorry knows. Its own logits
+        are then computed of all tokens, one conversation at a time."""
+        tokens = torch.arange(8, device=self._device)[None]
+        with torch.inference_mode():
+            own = self._base(input_ids=tokens, use_cache=False).logits[0].float()
+            states = getattr(self._base.base_model(input_ids=tokens, use_cache=False), "last_hidden_state", None)
+            if states is None:
+                return None
+            head = Head.of(self._base)
+            off = (head.logits(states[0]) - own.to(states.device)).norm() / own.norm().to(states.device)
+        return head if off <= MOST_DIFFERENCE else None
+
+    def _picture_inputs(self, prompts: Sequence[Prompt | GivenAnswer]) -> dict[str, Any]:
         """The model's input tensors for all prompts' pictures, by the processor's names. Empty without pictures."""
         opened = [picture.load() for prompt in prompts for picture in prompt.pictures]
         if not opened:
@@ -212,6 +298,20 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
+def _all_or_halves(compute: Callable[[list[T]], list[R]], members: list[T]) -> list[R]:
+    """What `compute` returns for all members of a batch or, if memory runs out, for its halves one after the other.
+    Raises torch.OutOfMemoryError if one member alone does not fit."""
+    try:
+        return compute(members)
+    except torch.OutOfMemoryError:
+        if len(members) == 1:
+            raise
+    torch.cuda.empty_cache()  # not inside the handler, where the error's traceback still holds the batch's memory
+    half = len(members) // 2
+    print(f"infer: out of memory with {len(members)} sequences; retries with {half} and {len(members) - half}")
+    return [found for part in (members[:half], members[half:]) for found in _all_or_halves(compute, part)]
+
+
 class _Sampling(LogitsProcessor):  # type: ignore[misc]
     """Samples the next token of prompts with a temperature. Each prompt has its own random numbers, so its completion
     does not depend on its batch.
@@ -223,7 +323,7 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
     def __init__(self, prompts: list[Prompt]) -> None:
         """Seed the random numbers of each prompt with a temperature. `prompts` are the rows of the batch."""
         self._sampled = [
-            (row, prompt.temperature, torch.Generator().manual_seed(prompt.seed))
+            (row, prompt, torch.Generator().manual_seed(prompt.seed))
             for row, prompt in enumerate(prompts)
             if prompt.temperature
         ]
@@ -231,8 +331,57 @@ class _Sampling(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """Divide logits by the temperature of their prompt and add noise, in place, except where the temperature is 0.
         Returns all logits, (prompts, vocabulary)."""
-        for row, temperature, generator in self._sampled:
+        for row, prompt, generator in self._sampled:
             uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
             noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
-            scores[row] = scores[row].float() / temperature + noise.to(scores.device, torch.float32)
+            logits = _nucleus(scores[row].float() / prompt.temperature, prompt.top_p)
+            scores[row] = logits + noise.to(scores.device, torch.float32)
         return scores
+
+
+def _nucleus(logits: Any, top_p: float) -> Any:
+    """Logits, (vocabulary), with -inf for all tokens but the likeliest that together have the probability `top_p`
+    (Holtzman et al. 2019, 'The Curious Case of Neural Text Degeneration', arXiv:1904.09751)."""
+    if top_p >= 1:
+        return logits
+    ordered, places = logits.softmax(-1).sort(descending=True)
+    others = places[ordered.cumsum(-1) - ordered >= top_p]
+    return logits.index_fill(0, others, float("-inf"))
+
+
+class _Following(StoppingCriteria):  # type: ignore[misc]
+    """Shows the completions of a batch while they are written, and ends each at its own limit.
+
+    transformers calls it after each token of the batch, and drops the rows that it ends.
+    """
+
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        limits: list[int],
+        completion: Callable[[list[int]], Completion],
+        shown: Shown,
+    ) -> None:
+        """`limits` are the prompts' largest numbers of tokens. `completion` makes a completion of the tokens after a
+        prompt."""
+        self._limits, self._completion, self._shown = limits, completion, shown
+        self._tokens: list[list[int]] = [[] for _ in prompts]
+        self._open = set(range(len(prompts)))
+        self.completions = [Completion("", 0, "length") for _ in prompts]
+        """The completions so far, in the prompts' order."""
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Take the last token of each unfinished row of `input_ids`, (prompts, tokens). Returns which rows are
+        finished, (prompts)."""
+        last = input_ids[:, -1].tolist()
+        for row in sorted(self._open):
+            self._tokens[row].append(last[row])
+            found, before = self._completion(self._tokens[row]), self.completions[row]
+            self.completions[row] = found
+            goes_on = found.text == before.text or self._shown(row, found.text)
+            if found.finish_reason == "stop" or not goes_on or len(self._tokens[row]) >= self._limits[row]:
+                self._open.discard(row)
+            if not goes_on:
+                self.completions[row] = replace(found, finish_reason="stop")
+        finished = [row not in self._open for row in range(len(last))]
+        return torch.tensor(finished, device=input_ids.device)

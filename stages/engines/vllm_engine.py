@@ -1,37 +1,29 @@
 """The vLLM engine: it loads base and adapters once and uses continuous batching. It needs no server."""
 
+import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from stages.contract.errors import DoesNotFitError
-from stages.contract.files import read_json
 from stages.engines import vllm_children
-from stages.engines.engine import Completion, Done, EngineSettings
-from stages.models.pictures import PictureRules, rules_of
+from stages.engines.engine import Completion, Done, DoneLoss, EngineSettings, GivenAnswer, Shown, predicted_places
+from stages.engines.vllm_options import AUTO_BATCH, AUTO_BATCH_ON_CPU, ENVIRONMENT, vllm_arguments
 from stages.models.reasoning import marked_text
-from stages.models.rendering import Prompt
-
-MOST_OF_A_GPU, SPARE = 0.9, 0.02
-"""Shares of a GPU's memory: the most that vLLM uses (its own default), and what stays free if other programs use the
-GPU too. vLLM reserves a share of the whole GPU and refuses to start if less is free."""
+from stages.models.rendering import Prompt, picture_token
 
 IN_FLIGHT = 2
 """Prompts submitted to the engine per sequence that it decodes at once. Enough that it never waits for prompts, and few
 enough that memory never holds the pictures of all prompts, which are read shortly before a prompt is submitted."""
 
-AUTO_BATCH, AUTO_BATCH_ON_CPU = 256, 16
-"""Number of sequences decoded together with `batch_size: auto`, on a GPU and on a CPU. If they do not fit the KV cache,
-vLLM lets some wait."""
-
-MOST_ADAPTERS = 16
-"""Largest number of adapters on the GPU at once. infer uses one after the other; loading one takes half a second."""
-
 READERS, AHEAD = 8, 16
 """Number of threads that read pictures, and of prompts whose pictures are read in advance."""
+
+P = TypeVar("P", Prompt, GivenAnswer)
 
 
 class VllmEngine:
@@ -41,16 +33,7 @@ class VllmEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         """Start vLLM. Raises DoesNotFitError if a GPU has hardly any free memory."""
-        os.environ |= {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",  # else vLLM reports its use over the network
-            "DO_NOT_TRACK": "1",
-            # no other plugin: ms-swift's breaks vLLM without torchvision
-            "VLLM_PLUGINS": vllm_children.NAME,
-            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-            "TOKENIZERS_PARALLELISM": "false",
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # else a CPU build leaves one of two cores idle
-        }
+        os.environ |= ENVIRONMENT
         import torch
 
         # on a GPU, the engine's core gets its own process and computes while this one prepares pictures; but only with
@@ -62,34 +45,11 @@ class VllmEngine:
 
         self._settings = settings
         self.batch_size = settings.batch_size or (AUTO_BATCH if torch.cuda.is_available() else AUTO_BATCH_ON_CPU)
-        ranks = [read_json(folder / "adapter_config.json")["r"] for folder in settings.adapters.values()]
-        options: dict[str, Any] = {}
-        if ranks:
-            held = min(len(ranks), MOST_ADAPTERS)
-            options = {"enable_lora": True, "max_loras": held, "max_lora_rank": supported_rank(max(ranks))}
-        if settings.max_pictures:
-            options["limit_mm_per_prompt"] = {"image": settings.max_pictures}
-            if isinstance(rules_of(settings.model), PictureRules):
-                options["limit_mm_per_prompt"]["video"] = 0
-                # pictures already have their size, so vLLM needs memory for the largest, not for the model's limit
-                options["mm_processor_kwargs"] = {"max_pixels": settings.max_pixels}
+        memory = None
         if torch.cuda.is_available():
-            options["tensor_parallel_size"] = settings.tensor_parallel
-            options["gpu_memory_utilization"] = round(_usable_memory_share(settings.tensor_parallel), 3)
-        else:
-            options["kv_cache_memory_bytes"] = _kv_cache_bytes(settings, self.batch_size)
-            options["enforce_eager"] = True  # compiling for a CPU needs g++ and costs more time than it saves
-        self._llm = LLM(
-            model=str(settings.model),
-            dtype=settings.dtype,  # type: ignore[arg-type]
-            trust_remote_code=settings.trust_remote_code,  # vLLM's processes do not know what this one has settled
-            max_model_len=settings.max_length,
-            max_num_seqs=self.batch_size,
-            enable_prefix_caching=True,
-            seed=settings.seed,
-            disable_log_stats=True,
-            **options,
-        )
+            memory = [torch.cuda.mem_get_info(gpu) for gpu in range(settings.tensor_parallel)]
+        self._llm = LLM(**vllm_arguments(settings, self.batch_size, memory), disable_log_stats=True)
+        self._streams = count()
         self._requests = {
             name: LoRARequest(name, number, str(Path(folder)))
             for number, (name, folder) in enumerate(settings.adapters.items(), start=1)
@@ -98,53 +58,128 @@ class VllmEngine:
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
         """Complete the prompts with an adapter (None: the base). Returns the completions in the prompts' order."""
         found: dict[int, Completion] = {}
-        for place, completion in self._stream(prompts, adapter):
-            found[place] = completion
+        for place, output in self._stream(prompts, adapter, self._submit_prompt):
+            found[place] = self._completion(output.outputs[0])
             if done is not None:
-                done(place, completion)
+                done(place, found[place])
         return [found[place] for place in range(len(prompts))]
+
+    def losses(self, answers: list[GivenAnswer], adapter: str | None, done: DoneLoss | None = None) -> list[float]:
+        """The losses of given answers with an adapter (None: the base), in their order. Raises RuntimeError if vLLM
+        reads other tokens than those of an answer."""
+        found: dict[int, float] = {}
+        for place, output in self._stream(answers, adapter, self._submit_answer):
+            found[place] = self._loss(answers[place], output)
+            if done is not None:
+                done(place, found[place])
+        return [found[place] for place in range(len(answers))]
 
     def find_batch_size(self, prompts: list[Prompt]) -> tuple[int, str]:
         """Return the batch size, unchanged, and the reason. vLLM lets prompts wait until its KV cache has room."""
         return self.batch_size, "vLLM's own choice"
 
-    def _stream(self, prompts: list[Prompt], adapter: str | None) -> Iterator[tuple[int, Completion]]:
-        """Yield each prompt's index and completion, in the order in which the completions finish."""
-        request = self._requests[adapter] if adapter is not None else None
-        engine = self._llm.llm_engine
+    def stream(self, prompts: list[Prompt], adapter: str | None, shown: Shown) -> list[Completion]:
+        """Complete the prompts together, and call `shown` each time that a text grows. Returns the completions in their
+        order."""
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, request = self._llm.llm_engine, self._request(adapter)
+        found = {place: Completion("", 0, "stop") for place in range(len(prompts))}
         places: dict[str, int] = {}
-        waiting = enumerate(_read_pictures(prompts))
-        left = len(prompts)
+        try:
+            for place, (prompt, pictures) in enumerate(_read_pictures(prompts)):
+                name = f"stream-{next(self._streams)}"
+                sampling = self._sampling(prompt)
+                sampling.output_kind = RequestOutputKind.CUMULATIVE
+                engine.add_request(name, _tokens_prompt(prompt.tokens, pictures), sampling, lora_request=request)
+                places[name] = place
+            while places:
+                outputs: list[Any] = engine.step()
+                for output in (output for output in outputs if output.request_id in places):
+                    place = places[output.request_id]
+                    before, found[place] = found[place].text, self._completion(output.outputs[0])
+                    goes_on = found[place].text == before or shown(place, found[place].text)
+                    if output.finished or not goes_on:
+                        del places[output.request_id]
+                    if not goes_on:
+                        found[place] = replace(found[place], finish_reason="stop")
+                        engine.abort_request([output.request_id])
+        finally:
+            if places:
+                engine.abort_request(list(places))
+        return [found[place] for place in range(len(prompts))]
+
+    def _request(self, adapter: str | None) -> Any:
+        """vLLM's LoRARequest for an adapter; None for the base."""
+        return self._requests[adapter] if adapter is not None else None
+
+    def _stream(
+        self, asked: Sequence[P], adapter: str | None, submit: Callable[[P, list[Any], Any], str]
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield the index of each prompt or given answer and vLLM's output, in the order in which they finish.
+
+        `submit` adds one, with its opened pictures and vLLM's LoRARequest (None: the base), to vLLM's queue, and
+        returns the id of its output.
+        """
+        request, engine = self._request(adapter), self._llm.llm_engine
+        places: dict[str, int] = {}
+        waiting = enumerate(_read_pictures(asked))
+        left = len(asked)
         try:
             while left:
                 while len(places) < IN_FLIGHT * self.batch_size and (new := next(waiting, None)) is not None:
-                    places[self._submit(*new[1], request)] = new[0]
+                    places[submit(*new[1], request)] = new[0]
                 finished: list[Any] = [output for output in engine.step() if output.finished]
                 left -= len(finished)
                 for output in finished:
-                    yield places.pop(output.request_id), self._completion(output.outputs[0])
+                    yield places.pop(output.request_id), output
         finally:
             if places:  # after an error or a stop, so that the next call does not get the outputs of these prompts
                 engine.abort_request(list(places))
 
-    def _submit(self, prompt: Prompt, pictures: list[Any], request: Any) -> str:
-        """Add one prompt with its opened pictures to vLLM's queue. Returns the id of its output.
+    def _submit_prompt(self, prompt: Prompt, pictures: list[Any], request: Any) -> str:
+        """Submit a prompt to be completed. See `_stream`."""
+        return self._submit(prompt.tokens, self._sampling(prompt), pictures, request)
 
-        `request` is vLLM's LoRARequest for the adapter; None: the base.
-        """
+    def _sampling(self, prompt: Prompt) -> Any:
+        """vLLM's SamplingParams for a prompt."""
         from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
 
-        sampling = SamplingParams(
+        return SamplingParams(
             temperature=prompt.temperature,
+            top_p=prompt.top_p,
             seed=prompt.seed if prompt.temperature else None,
             max_tokens=prompt.max_new_tokens or self._settings.max_new_tokens,
         )
-        tokens = TokensPrompt(prompt_token_ids=prompt.tokens)
-        if pictures:
-            tokens["multi_modal_data"] = {"image": pictures}
+
+    def _submit_answer(self, answer: GivenAnswer, pictures: list[Any], request: Any) -> str:
+        """Submit a given answer, whose tokens get their own log probabilities. See `_stream`.
+
+        vLLM then reads no cached prefix, which has none, and has to write one token more.
+        """
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        return self._submit(answer.sequence.tokens, sampling, pictures, request)
+
+    def _submit(self, token_ids: list[int], sampling: Any, pictures: list[Any], request: Any) -> str:
+        """Add tokens with their pictures to vLLM's queue. Returns the id of their output."""
+        tokens = _tokens_prompt(token_ids, pictures)
         (name,) = self._llm.enqueue([tokens], sampling, lora_request=request, use_tqdm=False)
         return str(name).partition("-")[0]  # vLLM appends a hyphen and a suffix
+
+    def _loss(self, answer: GivenAnswer, output: Any) -> float:
+        """The loss of a given answer, from the log probabilities in vLLM's output."""
+        sequence = answer.whole_sequence(picture_token(self._settings.model)) if answer.pictures else answer.sequence
+        if list(output.prompt_token_ids) != sequence.tokens:
+            raise RuntimeError(
+                f"{answer.sample_id}: vLLM reads {len(output.prompt_token_ids)} tokens where training reads"
+                f" {len(sequence.tokens)}"
+            )
+        places = predicted_places(sequence)
+        return -math.fsum(output.prompt_logprobs[place][sequence.tokens[place]].logprob for place in places)
 
     def _completion(self, output: Any) -> Completion:
         """The completion in vLLM's output. Its end token is not counted."""
@@ -158,7 +193,17 @@ class VllmEngine:
         del self._llm
 
 
-def _read_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
+def _tokens_prompt(token_ids: list[int], pictures: list[Any]) -> Any:
+    """vLLM's TokensPrompt for tokens with their opened pictures."""
+    from vllm.inputs import TokensPrompt
+
+    tokens = TokensPrompt(prompt_token_ids=token_ids)
+    if pictures:
+        tokens["multi_modal_data"] = {"image": pictures}
+    return tokens
+
+
+def _read_pictures(prompts: Sequence[P]) -> Iterator[tuple[P, list[Any]]]:
     """Yield each prompt with its pictures. Threads read and scale the pictures of the next AHEAD prompts in advance.
 
     Raises DataError for a picture that cannot be read.
@@ -169,43 +214,3 @@ def _read_pictures(prompts: list[Prompt]) -> Iterator[tuple[Prompt, list[Any]]]:
             for next_one in prompts[place + len(ahead) : place + AHEAD]:
                 ahead.append([readers.submit(picture.load) for picture in next_one.pictures])
             yield prompt, [future.result() for future in ahead.popleft()]
-
-
-def _usable_memory_share(gpus: int) -> float:
-    """The share, 0..1, of each GPU's memory that vLLM may use, on the first `gpus` GPUs.
-
-    Raises DoesNotFitError if a GPU has hardly any free memory.
-    """
-    import torch
-
-    free, total = min((torch.cuda.mem_get_info(gpu) for gpu in range(gpus)), key=lambda one: one[0] / one[1])
-    share = min(MOST_OF_A_GPU, free / total - SPARE)
-    if share < SPARE:
-        raise DoesNotFitError(
-            f"GPUS: the fullest GPU has only {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; choose other GPUs"
-        )
-    return share
-
-
-def _kv_cache_bytes(settings: EngineSettings, batch_size: int) -> int:
-    """The bytes of the KV cache for a full batch in float32, on a CPU.
-
-    By default, vLLM takes nine tenths of the machine's memory, and refuses to start if other programs use part of it.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(settings.model, local_files_only=True).get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
-    block = 128  # tokens: the last block of a sequence is partly empty
-    return int(token * batch_size * (settings.max_length + block))
-
-
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM's `max_lora_rank` may have (vllm/config/lora.py)."""
-
-
-def supported_rank(rank: int) -> int:
-    """The smallest `max_lora_rank` that vLLM accepts for `rank`; above the last of RANKS, `rank` itself. A larger value
-    would waste memory and time."""
-    return next((allowed for allowed in RANKS if allowed >= rank), rank)

@@ -8,14 +8,17 @@ from stages.contract.columns import terminal_width
 from stages.contract.records import BASE, VOTE
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, seconds_per_question
+from stages.eval.losses import HeldOut
 from stages.eval.report import ON_TRAINING_DATA, format_interval
 from stages.eval.scores import Scores
 from stages.eval.votes import VoteOutcome
 from stages.results.fitted_tables import Row, fitted_tables
+from stages.results.held_out_table import held_out_notes, held_out_tables
 from stages.results.intervals import Figures
 from stages.results.uncertainty import documents_note, is_clear, star_note
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 FILE_WIDTH = 100
@@ -32,32 +35,28 @@ def print_results(
     differences: dict[str, Figures],
     ablated: list[Ablation],
     vote: VoteOutcome | None,
+    held_out: HeldOut | None,
     notes: Sequence[str],
     suspicious: Sequence[str],
 ) -> None:
-    """Print the results on standard output: a table of all models' scores, notes on them, tables of the vote and of the
-    ablations if there are any, and warnings of suspicious answers."""
+    """Print the results on standard output: a table of all models' scores with notes, tables of the held-out losses, of
+    the vote and of the ablations if there are any, and warnings of suspicious answers."""
     from rich.console import Console
 
-    seconds = {name: seconds_per_question(stage.run, name) for name in scores.models}
     with os.fdopen(os.dup(stage.output), "w", encoding="utf-8") as file:
         width = terminal_width(file) or FILE_WIDTH
         caption = ON_TRAINING_DATA if stage.counts["scored on training data"] else None
         console = Console(file=file, width=width, highlight=False, markup=False, emoji=False)
         if caption:
             console.print(caption, style="bold")
-        rows = [*_score_rows(scores, figures, differences), *_seconds_rows(seconds)]
-        heads = ("percent [95%]", "over base [95%]", *COUNTS)
-        for table in fitted_tables(["metric"], heads, rows, width, caption):
-            console.print(table)
-        console.print("failed: no answer, scores 0, counts in n; empty: an answer without text", style="dim")
-        if any(row.cells == _NO_CELLS for row in rows):
-            console.print("–: none of the model's test samples has this metric", style="dim")
-        for each in notes:
-            console.print(each, style="dim")
-        if differences:
-            console.print("over base: on the same samples", style="dim")
-            console.print(star_note(len(differences)), style="dim")
+        if scores.samples:
+            _print_scores(stage, console, width, caption, (scores, figures, differences), notes)
+        if held_out is not None:
+            losses = [((name,), figure, figure.get("over_base")) for name, figure in held_out.figures.items()]
+            for table in held_out_tables(losses, ["held-out loss"], BASE, width, caption):
+                console.print(table)
+            for each in [*held_out_notes(len(held_out.adapters)), *held_out.missing_notes()]:
+                console.print(each, style="dim")
         if vote is not None:
             for table in _vote_tables(vote, figures, width, caption):
                 console.print(table)
@@ -68,11 +67,37 @@ def print_results(
                 console.print(table)
             stars = star_note(len(ablated) - 1, "components")
             console.print(f"percent, then gain or loss in points; {stars}", style="dim")
-        note = documents_note(figure["groups"] for each in figures.values() for figure in each.values())
+        shown = [figure for each in figures.values() for figure in each.values()]
+        note = documents_note(figure["groups"] for figure in [*shown, *(held_out.figures.values() if held_out else ())])
         if note:
             console.print(note, style="bold")
         for line in suspicious:
             console.print(f"suspicious: {line}", style="bold red")
+
+
+def _print_scores(
+    stage: Stage,
+    console: "Console",
+    width: int,
+    caption: str | None,
+    scored: tuple[Scores, dict[str, Figures], dict[str, Figures]],
+    notes: Sequence[str],
+) -> None:
+    """Print the table of all models' scores, and notes on them. `scored` has scores, figures and differences."""
+    scores, figures, differences = scored
+    seconds = {name: seconds_per_question(stage.run, name) for name in scores.models}
+    rows = [*_score_rows(scores, figures, differences), *_seconds_rows(seconds)]
+    heads = ("percent [95%]", "over base [95%]", *COUNTS)
+    for table in fitted_tables(["metric"], heads, rows, width, caption):
+        console.print(table)
+    console.print("failed: no answer, scores 0, counts in n; empty: an answer without text", style="dim")
+    if any(row.cells == _NO_CELLS for row in rows):
+        console.print("–: none of the model's test samples has this metric", style="dim")
+    for each in notes:
+        console.print(each, style="dim")
+    if differences:
+        console.print("over base: on the same samples", style="dim")
+        console.print(star_note(len(differences)), style="dim")
 
 
 def _score_rows(scores: Scores, figures: dict[str, Figures], differences: dict[str, Figures]) -> Iterator[Row]:

@@ -5,9 +5,10 @@ The report does not contain the time of writing: the same inputs give the same b
 
 import base64
 import io
+import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from markupsafe import Markup
 from stages.contract.errors import DataError
 from stages.contract.files import open_atomically, read_jsonl
 from stages.contract.recipe import Recipe
-from stages.contract.records import Sample
+from stages.contract.records import BASE, Prediction, Sample
 from stages.contract.run import STAGES, Run
 from stages.contract.stage import Stage
 from stages.eval.ablation import EVERYTHING, Ablation, ablated_adapter, seconds_per_question
+from stages.eval.losses import HeldOut, changed_most
 from stages.eval.measures import Measure
-from stages.eval.scores import Scores, worst_rows
+from stages.eval.scores import Scores, failure_reason, worst_rows
 from stages.eval.votes import VoteOutcome
 from stages.models.pictures import read_picture
+from stages.results.held_out_table import loss_gain_text, range_text
 from stages.results.intervals import Figures
 from stages.results.uncertainty import documents_note, interval_text, is_clear, star_note
 from stages.tasks import load_task
@@ -37,6 +40,9 @@ PICTURE_WIDTH = 500
 
 MOST_DRAWN = 200
 """Largest number of samples that one report shows as the task's drawings, not counting the worst answers."""
+
+MOST_TEXT = 1000
+"""Largest number of characters that a report shows of a plain text."""
 
 ON_TRAINING_DATA = "Scored on training data: these figures say nothing about other data."
 
@@ -55,18 +61,21 @@ def write_report(
     ablated: list[Ablation],
     vote: VoteOutcome | None,
     measures: dict[str, dict[str, Measure]],
+    held_out: HeldOut | None,
+    predictions: Mapping[str, Sequence[Prediction]],
     notes: Sequence[str],
     suspicious: Sequence[str],
 ) -> None:
     """Write `report.html`. `figures` and `differences` are those of `scores.overall_figures`. `groups` has the result
-    of `scores.breakdown` for `group` and for `kind`, `ablated` that of `ablation.ablations`, `notes` that of the task's
-    `score_notes`, `suspicious` that of `comparison.suspicions`."""
+    of `scores.breakdown` for `group` and for `kind`, `ablated` that of `ablation.ablations`, `held_out` that of
+    `losses.read_held_out`, `notes` that of the task's `score_notes`, `suspicious` that of `comparison.suspicions`."""
     run, recipe = stage.run, stage.run.recipe
     adapters = [name for name in scores.models if name != "base"]
     task = load_task(recipe.task)
     trained = run.manifest("train") or {"decisions": []}
     curve = read_jsonl(metrics) if (metrics := run.path("train", "metrics.jsonl")).is_file() else []
     colours = {"base": 0} | {name: 1 + index % (COLOURS - 1) for index, name in enumerate(adapters)}
+    tested = scores.samples or (held_out.samples if held_out else [])
     html = _load_template().render(
         run=run,
         recipe=recipe,
@@ -76,8 +85,11 @@ def write_report(
         adapters=adapters,
         not_run=[adapter.name for adapter in recipe.train.adapters if adapter.name not in scores.models],
         colours=colours,
-        documents=len(set(scores.groups("group"))),
+        documents=len({str(sample["meta"].get("group", "")) for sample in tested}),
         documents_note=documents_note(figure["groups"] for each in figures.values() for figure in each.values()),
+        held_out=held_out,
+        loss_note=documents_note(figure["groups"] for figure in held_out.figures.values()) if held_out else None,
+        beside=_side_by_side(run, held_out, predictions) if held_out else [],
         star_note=star_note,
         notes=notes,
         suspicious=suspicious,
@@ -111,6 +123,8 @@ def _load_template() -> Template:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["interval"] = format_interval
+    environment.filters["range"] = range_text
+    environment.filters["loss_gain"] = loss_gain_text
     environment.tests["clear"] = is_clear
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
@@ -246,6 +260,59 @@ def _worst_answers(run: Run, scores: Scores, task: Any) -> list[dict[str, Any]]:
     return shown
 
 
+def _side_by_side(
+    run: Run, held_out: HeldOut, predictions: Mapping[str, Sequence[Prediction]]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The samples for which the first adapter's loss changed most, each with the answers of base and that adapter, as
+    the template needs them: a title, then the samples. Empty if no adapter has a loss."""
+    if not held_out.adapters:
+        return []
+    adapter = held_out.adapters[0]
+    answers = {name: {one["id"]: one for one in predictions.get(name, ())} for name in (BASE, adapter)}
+    gained, lost = changed_most(held_out, adapter, run.recipe.eval.worst)
+    return [
+        (title, [_compared_sample(run, held_out, answers, sample) for sample in samples])
+        for title, samples in ((f"Where {adapter} gained most", gained), (f"Where {adapter} lost most", lost))
+    ]
+
+
+def _compared_sample(
+    run: Run, held_out: HeldOut, answers: Mapping[str, Mapping[str, Prediction]], sample: Sample
+) -> dict[str, Any]:
+    """One sample with the answers and losses of some models, as the template needs it."""
+    name = sample["id"]
+    models = {}
+    for model, own in answers.items():
+        prediction = own.get(name)
+        models[model] = {
+            "loss": held_out.losses[model][name].per_token,
+            "text": prediction["text"] if prediction else None,
+            "error": failure_reason(prediction) if prediction else None,
+            "cut_off": bool(prediction and prediction["finish_reason"] == "length"),
+        }
+    return {
+        "sample": sample,
+        "question": question_text(sample),
+        "reference": reference_text(sample),
+        "tokens": held_out.losses[BASE][name].tokens,
+        "models": models,
+        "pictures": [
+            {"page": page, "path": path, "data": picture_data(run.folder / path)}
+            for page, path in _pages_and_pictures(sample)
+        ],
+    }
+
+
+def reference_text(sample: Sample) -> str | None:
+    """Return the text that answers a sample, with its tool calls as JSON; None if it has none, as plain text."""
+    if sample["references"]:
+        return " / ".join(sample["references"])
+    if (answer := sample["meta"].get("answer")) is None:
+        return None
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in answer.get("tool_calls") or ()]
+    return "\n".join([text for text in (answer.get("content"), *calls) if text]) or None
+
+
 def _shown_model(scores: Scores) -> str:
     """The model whose worst answers the report shows: the vote if there is one, else the first adapter, else base."""
     return next((model for model in scores.models if model != "base"), "base")
@@ -283,8 +350,11 @@ def _pages_and_pictures(sample: Sample) -> list[tuple[int | None, str]]:
 
 
 def question_text(sample: Sample) -> str:
-    """Return the question alone if the task provides it, else the whole last message."""
-    return str(sample["meta"].get("question") or sample["messages"][-1]["content"])
+    """Return the question alone if the task provides it, else the whole last message; of plain text the beginning."""
+    if not sample["messages"]:
+        text = sample.get("text") or ""
+        return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
+    return str(sample["meta"].get("question") or sample["messages"][-1].get("content") or "")
 
 
 def picture_data(path: Path) -> str | None:

@@ -85,7 +85,8 @@ def score_models(
         full = [{**row, **fact} if row else {} for row, fact in zip(rows, facts, strict=True)]  # {}: not asked
         table = [[row.get(metric, np.nan) for metric in names + fact_names] for row in full]
         empty = [is_empty(record) for record in answered[name]]
-        models[name] = Model(answered[name], errors[name], empty, np.array(table, dtype=np.float64))
+        values = np.array(table, dtype=np.float64).reshape(len(samples), len(names + fact_names))
+        models[name] = Model(answered[name], errors[name], empty, values)
     return Scores(list(samples), names + fact_names, fact_names, models, [task.together(sample) for sample in samples])
 
 
@@ -243,7 +244,7 @@ def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
     rows: dict[str, list[int]] = defaultdict(list)
     for row, group in enumerate(scores.groups(key)):
         rows[group].append(row)
-    result: dict[str, dict[str, Figures]] = defaultdict(dict)
+    result: dict[str, dict[str, Figures]] = {name: {} for name in scores.models}
     for name, model in scores.models.items():
         for group, chosen in sorted(rows.items()):
             counts = _count_rows(scores, model, chosen)
@@ -253,7 +254,7 @@ def breakdown(scores: Scores, key: str) -> dict[str, dict[str, Figures]]:
                 for column, metric in enumerate(scores.metrics)
                 if metric in counts
             }
-    return dict(result)
+    return result
 
 
 def _count_rows(scores: Scores, model: Model, chosen: Sequence[int]) -> dict[str, dict[str, int]]:

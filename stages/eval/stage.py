@@ -7,11 +7,12 @@ from typing import Any, cast
 from stages.contract.errors import DataError
 from stages.contract.files import read_jsonl, write_json, write_jsonl
 from stages.contract.recipe import Recipe
-from stages.contract.records import BASE, VOTE, Prediction, Sample
+from stages.contract.records import BASE, VOTE, Prediction, Sample, is_asked
 from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.eval.ablation import ablations
 from stages.eval.console import print_results
+from stages.eval.losses import HeldOut, loss_lines, read_held_out
 from stages.eval.measures import measure_answers
 from stages.eval.report import write_report
 from stages.eval.scores import Asked, Scores, breakdown, overall_figures, score_models, scored_lines
@@ -32,25 +33,26 @@ from stages.tasks import load_task
 def work(stage: Stage) -> None:
     """Score the answers and write the report. `run_stage` calls this.
 
-    Raises DataError if no test sample has a reference or the predictions do not fit the samples, and
+    Raises DataError if no test sample has a reference or a loss, or the predictions do not fit the samples, and
     InterruptedRunError if the stage is asked to stop.
     """
     recipe = stage.run.recipe
     samples = cast(list[Sample], read_jsonl(stage.run.path("preprocess", "samples", "test.jsonl")))
     predictions = _read_predictions(stage.run, {sample["id"] for sample in samples})
-    scored = [sample for sample in samples if sample["references"]]
+    scored = [sample for sample in samples if sample["references"] and is_asked(sample)]
     stage.counts["samples"] = len(samples)
     stage.counts["scored"] = len(scored)
     stage.counts["without references"] = len(samples) - len(scored)
     task = load_task(recipe.task)
     uploads = _write_uploads(stage, task, samples, predictions)
-    if not scored:
+    held_out = _write_losses(stage, samples)
+    if not scored and held_out is None:
         written = f" (files to upload are in {stage.path('uploads')})" if uploads else ""
         raise DataError(
             f"{stage.run.path('preprocess', 'samples', 'test.jsonl')}: none of {len(samples)} test samples has a"
             f" reference{written}; add answers to the test questions"
         )
-    if len(scored) < len(samples):
+    if len(scored) < len(samples) and held_out is None:
         stage.events.say(
             f"{len(samples) - len(scored)} of {len(samples)} test samples have no reference and are not scored"
         )
@@ -65,6 +67,7 @@ def work(stage: Stage) -> None:
         )
     lines = scored_lines(scores)
     stage.outputs["scored.jsonl"] = write_jsonl(stage.path("scored.jsonl"), lines)
+    _count_trained_on(stage, scored or samples)
     _count_answers(stage, scores)
     stage.stop.check()
     figures, differences = overall_figures(scores)
@@ -75,7 +78,7 @@ def work(stage: Stage) -> None:
     ablated = ablations(stage.run, task, scored, predictions, asked)
     if ablated:
         _write_output(stage, "ablations.json", {each.component: asdict(each) for each in ablated})
-    vote = vote_outcome(stage.run, task, scored, predictions)
+    vote = vote_outcome(stage.run, task, scored, predictions) if scored else None
     if vote is not None:
         _write_output(stage, "vote.json", asdict(vote))
     measures = measure_answers(task, recipe, scores)
@@ -86,9 +89,26 @@ def work(stage: Stage) -> None:
     _write_summary(stage, figures, suspicious)
     stage.stop.check()
     notes = task.score_notes(recipe, scored)
-    write_report(stage, scores, figures, differences, groups, ablated, vote, measures, notes, suspicious)
+    write_report(
+        stage, scores, figures, differences, groups, ablated, vote, measures, held_out, predictions, notes, suspicious
+    )
     stage.outputs["report.html"] = None
-    print_results(stage, scores, figures, differences, ablated, vote, notes, suspicious)
+    print_results(stage, scores, figures, differences, ablated, vote, held_out, notes, suspicious)
+
+
+def _write_losses(stage: Stage, samples: Sequence[Sample]) -> HeldOut | None:
+    """Write the figures of the held-out losses and the losses themselves, and count them. Returns them; None if infer
+    wrote none, or no model has any."""
+    found = read_held_out(stage.run, samples, [adapter.name for adapter in stage.run.recipe.train.adapters])
+    if found is None or not found.figures:
+        return None
+    lines = loss_lines(found)
+    stage.counts["with a loss"] = len(lines)
+    if found.missing:
+        stage.counts["without a loss"] = len(found.missing)
+    _write_output(stage, "losses.json", found.figures)
+    stage.outputs["losses.jsonl"] = write_jsonl(stage.path("losses.jsonl"), lines)
+    return found
 
 
 def _write_uploads(
@@ -104,12 +124,16 @@ def _write_uploads(
 
 
 def _count_answers(stage: Stage, scores: Scores) -> None:
-    """Count the samples that are also trained on, if any are, and the failed and the empty answers of all models."""
-    trained_on = sum(bool(sample["meta"].get("trained_on")) for sample in scores.samples)
-    if trained_on:
-        stage.counts["scored on training data"] = trained_on
+    """Count the failed and the empty answers of all models."""
     stage.counts["failed"] = sum(error is not None for model in scores.models.values() for error in model.errors)
     stage.counts["empty"] = sum(sum(model.empty) for model in scores.models.values())
+
+
+def _count_trained_on(stage: Stage, samples: Sequence[Sample]) -> None:
+    """Count the samples that are also trained on, if any are."""
+    trained_on = sum(bool(sample["meta"].get("trained_on")) for sample in samples)
+    if trained_on:
+        stage.counts["scored on training data"] = trained_on
 
 
 def _asked_function(recipe: Recipe) -> Asked:

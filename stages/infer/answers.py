@@ -1,4 +1,5 @@
-"""Step 2 of infer: the engine answers the unanswered samples of a round, and journals keep every completion."""
+"""Step 2 of infer: the engine answers the unanswered samples of a round and computes missing losses. Journals keep all
+completions and losses."""
 
 import time
 from dataclasses import dataclass
@@ -9,35 +10,52 @@ from stages.contract.records import Sample
 from stages.contract.stop import StopRequest
 from stages.engines.engine import Completion, Engine
 from stages.infer.journal import Journals
-from stages.infer.prompts import Prompts, Step
+from stages.infer.losses import GivenAnswers, LossSession, missing_losses
+from stages.infer.prompts import EngineLimits, Prompts, Step
 from stages.infer.rounds import Round, Variant
 from stages.infer.serving import Engines
 from stages.models.rendering import Prompt
 
+NO_LOSSES = Round({}, {}, {})
+"""A round without samples."""
+
 
 def answer_round(
-    asked: Round, prompts: Prompts, journals: Journals, engines: Engines, events: Events, stop: StopRequest
+    asked: Round,
+    prompts: Prompts,
+    journals: Journals,
+    engines: Engines,
+    events: Events,
+    stop: StopRequest,
+    losses: Round = NO_LOSSES,
+    given: GivenAnswers | None = None,
 ) -> None:
-    """Answer the unanswered samples of a round and add the completions to the journals. Loads no model if all samples
-    are answered.
+    """Answer the unanswered samples of a round and add the completions to the journals. Do the same for the missing
+    losses of the round `losses`, whose answers `given` renders. Loads no model if nothing is missing.
 
     If the engine fails on a sample but completes another, the journals get the error. If it completes no other, raises
     the engine's error. Raises a LorryError at once if the machine is the cause, such as a full disk. Raises
     InterruptedRunError if the stage is asked to stop, UsageError if the engine cannot serve the model or an adapter,
     and DoesNotFitError if the weights do not fit. The journals then have all completions up to the error.
     """
-    if not asked.chunks:
+    if not asked.chunks and not losses.chunks:
         return
     missing = {v: _missing_models(v, chunks, prompts, journals) for v, chunks in asked.chunks.items()}
-    adapters = sorted({variant.adapter for variant, models in missing.items() if models and variant.adapter})
-    if not any(missing.values()):
+    models: set[str | None] = set().union(*missing.values())
+    if given is not None:
+        models |= missing_losses(losses, given, journals)
+    adapters = sorted(model for model in models if model)
+    if not models:
         engines.record_batch_size()
         return
     engines.refuse_unserved(adapters)
-    asks_base = any(None in models for models in missing.values())
     limits = prompts.engine_limits(asked.chunks)
-    for engine, models in engines.serve(adapters, asks_base, limits, prompts.longest_prompts):
-        _EngineSession(engine, models, prompts, journals, events, stop).answer(asked)
+    if given is not None:
+        limits = EngineLimits(*map(max, limits, given.engine_limits(losses.chunks)))
+    for engine, served in engines.serve(adapters, None in models, limits, prompts.longest_prompts):
+        _EngineSession(engine, served, prompts, journals, events, stop).answer(asked)
+        if given is not None:
+            LossSession(engine, served, given, journals, events, stop).compute(losses)
 
 
 def _missing_models(

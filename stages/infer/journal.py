@@ -1,7 +1,8 @@
-"""Journals of completions: a file for each model, with a line for each completion, written as soon as it is finished.
+"""Journals of completions and losses: a file for each model, with a line for each, written as soon as it is finished.
 
 A completion is found by sample id, pass and a digest of the prompt. A later start therefore completes only the missing
-prompts, and variants with the same prompt share its completion.
+prompts, and variants with the same prompt share its completion. A loss is found by sample id and a digest of the given
+answer.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ Question = tuple[str, str, str]
 """A sample's id, the name of a pass, and the digest of the pass's prompt."""
 
 Record = dict[str, Any]
-"""A line of a journal: a completion or an error, with the fields that `Journals.add` writes."""
+"""A line of a journal: a completion, a loss or an error, with the fields that `Journals.add` or `add_loss` writes."""
 
 
 class Journals:
@@ -77,6 +78,20 @@ class Journals:
             "seconds": round(seconds, 4),
         }
         self.completion_tokens += record["completion_tokens"]
+        self._append(model, question, record)
+
+    def add_loss(
+        self, model: str | None, question: Question, loss: float | None, tokens: int, error: str | None
+    ) -> None:
+        """Add the loss of a given answer, in nats, with the number of its tokens, or the error in its place.
+
+        Once this returns, the record survives a SIGKILL.
+        """
+        key = dict(zip(("id", "pass", "asked"), question, strict=True))
+        self._append(model, question, {**key, "loss": loss, "tokens": tokens, "error": error, "key": self._key})
+
+    def _append(self, model: str | None, question: Question, record: Record) -> None:
+        """Write a record to a model's file."""
         self._files[model].append([record])
         self._known[model][question] = record
 

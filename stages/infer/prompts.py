@@ -8,11 +8,13 @@ from typing import NamedTuple
 from stages.contract.errors import DataError
 from stages.contract.files import digest_of
 from stages.contract.recipe import Recipe
-from stages.contract.records import Sample
+from stages.contract.records import Message, Sample
 from stages.engines.engine import Completion
 from stages.infer.journal import Journals, Question, Record
 from stages.infer.rounds import Variant
+from stages.models.chat_template import RefusedConversationError
 from stages.models.control_words import count_said
+from stages.models.cutting import cut_conversation
 from stages.models.reasoning import opened_reasoning
 from stages.models.rendering import Prompt, Renderer
 from stages.tasks import load_task
@@ -63,6 +65,9 @@ class Prompts:
         self._task = load_task(recipe.task)
         self._renderer = renderer
         self._rendered: dict[str, Prompt | str] = {}
+        self._shortened: dict[str, Ask] = {}
+        self.cut: set[str] = set()
+        """Ids of the samples of which a prompt was too long and begins at a later turn."""
         self.passes: tuple[str, ...] = self._task.passes(recipe)
 
     def answering_model(self, variant: Variant, name: str) -> str | None:
@@ -82,6 +87,7 @@ class Prompts:
             ask = self._task.ask(self._recipe, sample, name, texts, variant.left_out_components)
             if ask is None:
                 continue
+            ask = self._fitting(sample["id"], ask)
             model, asked = self.answering_model(variant, name), self._digest(ask)
             record = journals.find(model, (sample["id"], name, asked))
             steps.append(Step(sample["id"], name, ask, model, asked, record))
@@ -114,7 +120,7 @@ class Prompts:
                 if "error" in sample["meta"]:
                     continue
                 for ask, spare in self._task.possible_prompts(self._recipe, sample, variant.left_out_components):
-                    prompt = self.render(sample["id"], ask)
+                    prompt = self.render(sample["id"], self._fitting(sample["id"], ask))
                     if isinstance(prompt, str):
                         continue
                     length = max(length, prompt.length + spare + self._token_limit(ask))
@@ -124,9 +130,7 @@ class Prompts:
 
     def control_words(self, samples: Iterable[Sample]) -> dict[str, int]:
         """How often control words occur in the samples' messages, in the form that `count_said` returns."""
-        return count_said(
-            self._renderer.control_words_in(sample["messages"], bool(sample["images"])) for sample in samples
-        )
+        return count_said(self._renderer.control_words_in(sample) for sample in samples)
 
     def longest_prompts(self) -> list[Prompt]:
         """At most LONGEST of the prompts rendered so far: those with the most tokens, the longest first."""
@@ -143,18 +147,48 @@ class Prompts:
 
     def _digest(self, ask: Ask) -> str:
         """The digest of everything that a completion depends on, except the model."""
-        return digest_of([ask.messages, ask.images, ask.max_pixels, self._token_limit(ask), ask.temperature, ask.seed])
+        limit, tools = self._token_limit(ask), [ask.tools] if ask.tools else []
+        return digest_of([ask.messages, ask.images, ask.max_pixels, limit, ask.temperature, ask.seed, *tools])
 
     def _token_limit(self, ask: Ask) -> int:
         """The largest number of tokens in the completion of a prompt."""
         return ask.max_new_tokens or self._recipe.infer.max_new_tokens
 
+    def _fitting(self, sample_id: str, ask: Ask) -> Ask:
+        """The prompt of a pass; with train.too_long `cut`, from a later turn on if it is too long otherwise."""
+        if self._recipe.train.too_long != "cut":
+            return ask
+        key = f"{sample_id} {self._digest(ask)}"
+        if key not in self._shortened:
+            self._shortened[key] = self._cut(sample_id, ask)
+        return self._shortened[key]
+
+    def _cut(self, sample_id: str, ask: Ask) -> Ask:
+        """A prompt from a later turn on; as it is if that makes it no prompt that can be used."""
+        if isinstance(self.render(sample_id, ask), Prompt):
+            return ask
+
+        def with_turns(messages: list[Message], images: list[str]) -> Ask:
+            return replace(ask, messages=messages, images=images)
+
+        found = cut_conversation(
+            ask.messages,
+            ask.images,
+            lambda messages, images: isinstance(self._render(sample_id, with_turns(messages, images)), Prompt),
+        )
+        if found is None:
+            return ask
+        self.cut.add(sample_id)
+        return with_turns(*found)
+
     def _render(self, sample_id: str, ask: Ask) -> Prompt | str:
         """Render a prompt, bypassing the cache. Returns what `render` returns."""
         pictures = [self._run_folder / name for name in ask.images]
         try:
-            prompt = self._renderer.render(sample_id, ask.messages, pictures, ask.max_pixels, ask.max_new_tokens)
-        except DataError as error:
+            prompt = self._renderer.render(
+                sample_id, ask.messages, pictures, ask.max_pixels, ask.max_new_tokens, ask.tools
+            )
+        except (DataError, RefusedConversationError) as error:
             return str(error)
         prompt = replace(prompt, temperature=ask.temperature, seed=ask.seed)
         if prompt.length + self._token_limit(ask) > self._recipe.infer.max_length:

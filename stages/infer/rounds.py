@@ -7,12 +7,12 @@ those without a majority.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from stages.contract.files import read_jsonl
-from stages.contract.recipe import Adapter
-from stages.contract.records import Prediction, Sample
+from stages.contract.records import Sample, is_asked
 from stages.contract.run import Run
+from stages.engines.weights import trained_adapters
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Variant:
         return f"ablations/{self.without}.jsonl" if self.without else f"predictions/{self.name}.jsonl"
 
     @property
+    def losses(self) -> str:
+        """The file of its losses, relative to the stage's folder."""
+        return f"losses/{self.name}.jsonl"
+
+    @property
     def submission(self) -> str:
         """The file of its submission, relative to the stage's folder."""
         return f"submission/{self.name}.jsonl"
@@ -57,24 +62,18 @@ Chunk = tuple[Variant, list[Sample]]
 
 @dataclass(frozen=True)
 class Round:
-    """The samples that this process answers together."""
+    """The samples that this process answers together, or whose losses it computes."""
 
     samples: dict[Variant, list[Sample]]
-    """The samples whose predictions this process writes, in the order of preprocess's file."""
+    """The samples whose predictions or losses this process writes, in the order of preprocess's file."""
     chunks: dict[Variant, list[list[Sample]]]
     """This process's chunks that finished shards have not answered completely."""
-    from_shards: dict[Variant, dict[str, Prediction]]
-    """Predictions of finished shards, by sample id."""
+    from_shards: dict[Variant, dict[str, Any]]
+    """Predictions or losses of finished shards, by sample id."""
 
     def unanswered_by_shards(self, variant: Variant) -> list[Sample]:
         """The variant's samples that no finished shard has answered."""
         return [sample for sample in self.samples[variant] if sample["id"] not in self.from_shards[variant]]
-
-
-def trained_adapters(run: Run) -> list[Adapter]:
-    """The recipe's adapters, except those whose training failed."""
-    untrained = (run.manifest("train") or {}).get("untrained", {})
-    return [adapter for adapter in run.recipe.train.adapters if adapter.name not in untrained]
 
 
 def list_variants(run: Run) -> list[Variant]:
@@ -91,7 +90,20 @@ def list_variants(run: Run) -> list[Variant]:
 
 
 def samples_by_variant(run: Run) -> dict[Variant, list[Sample]]:
-    """The samples that each variant answers, in the order of `list_variants`."""
+    """The samples that each variant answers, in the order of `list_variants`: those that are asked."""
+    return {variant: [sample for sample in found if is_asked(sample)] for variant, found in _all_samples(run).items()}
+
+
+def samples_for_losses(run: Run) -> dict[Variant, list[Sample]]:
+    """The samples whose loss each variant has, also those that are not asked. Empty without `infer.losses`."""
+    if not run.recipe.infer.losses:
+        return {}
+    found = _all_samples(run).items()
+    return {variant: members for variant, members in found if variant.asks == "test" and variant.without is None}
+
+
+def _all_samples(run: Run) -> dict[Variant, list[Sample]]:
+    """The samples of each variant, in the order of `list_variants`."""
 
     def read_samples(name: str) -> list[Sample]:
         """Return the samples in a file that preprocess wrote. `name` is its name without `.jsonl`."""
@@ -126,12 +138,14 @@ def first_round(
     chunks: Sequence[Chunk],
     is_mine: Callable[[int], bool],
     finished_shards: Sequence[Path],
+    output: Callable[[Variant], str] = lambda variant: variant.output,
 ) -> Round:
     """This process's first round: its own chunks, and the predictions in the folders `finished_shards`.
 
-    `is_mine` returns whether this process answers the chunk with a given number, counted from 0.
+    `is_mine` returns whether this process answers the chunk with a given number, counted from 0. `output` names the
+    file of a variant: that of its predictions, or of its losses.
     """
-    from_shards = {variant: _read_predictions(finished_shards, variant) for variant in samples}
+    from_shards = {variant: _read_records(finished_shards, output(variant)) for variant in samples}
     mine = [chunk for number, chunk in enumerate(chunks) if is_mine(number)]
     missing: dict[Variant, list[list[Sample]]] = {variant: [] for variant in samples}
     for variant, members in mine:
@@ -150,8 +164,8 @@ def second_round(voters: Sequence[str], samples: list[Sample], size: int) -> Rou
     return Round(asked, missing, {variant: {} for variant in asked})
 
 
-def _read_predictions(folders: Sequence[Path], variant: Variant) -> dict[str, Prediction]:
-    """Return a variant's predictions in these folders, by sample id."""
-    paths = [folder / variant.output for folder in folders]
+def _read_records(folders: Sequence[Path], name: str) -> dict[str, Any]:
+    """Return the records in the file `name` of each of these folders, by sample id."""
+    paths = [folder / name for folder in folders]
     rows = [row for path in paths if path.is_file() for row in read_jsonl(path)]  # a shard without chunks has no file
-    return {row["id"]: row for row in rows}  # type: ignore[misc]
+    return {row["id"]: row for row in rows}

@@ -12,22 +12,13 @@ from typing import Any
 
 from stages.contract.files import read_json, remove, write_json
 from stages.contract.recipe import Recipe
-from stages.engines import (
-    engine_kind,
-    engine_names,
-    refuse_unserved_pictures,
-    refuse_unserved_rank,
-    start_engine,
-)
+from stages.engines import engine_kind, start_engine
 from stages.engines.engine import Engine, EngineSettings
-from stages.hardware.probe import probe
-from stages.hardware.serve import plan_serving
-from stages.hardware.targets import Target, load_targets, working_target
+from stages.engines.weights import plan_tensor_parallel, refuse_unserved, serving_target
 from stages.infer.prompts import EngineLimits
 from stages.models.connector import link_connector
-from stages.models.merge import refuse_adapted_vision, write_merged_copy
+from stages.models.merge import write_merged_copy
 from stages.models.rendering import Prompt
-from stages.models.shape import UnknownShapeError, read_shape
 
 BATCH_SIZE = "batch_size.json"
 """The file with the batch size that an engine found. Later starts read it, to batch the same samples together."""
@@ -65,18 +56,9 @@ class Engines:
         """Seconds that all starts of engines took together; None before the first one."""
 
     def refuse_unserved(self, adapters: Sequence[str]) -> None:
-        """Raise UsageError if the recipe's engine cannot serve the base here or one of these adapters: its rank is too
-        high, or it has LoRA weights of a vision tower or connector that the engine would ignore."""
-        if not probe().gpus:
-            refuse_unserved_pictures(self._kind, self._model)
-        if self._recipe.infer.merged:
-            return
-        for name in adapters:
-            config = read_json(self._adapters[name] / "adapter_config.json") or {}
-            refuse_unserved_rank(self._kind, int(config.get("r", 1)))
-        if not self._kind.serves_adapted_vision:
-            others = [name for name in engine_names() if engine_kind(name).serves_adapted_vision]
-            refuse_adapted_vision({name: self._adapters[name] for name in adapters}, self._kind.name, others)
+        """Raise UsageError if the recipe's engine cannot serve the base here or one of these adapters."""
+        wanted = {name: self._adapters[name] for name in adapters}
+        refuse_unserved(self._kind, self._model, wanted, self._recipe.infer.merged)
 
     def serve(
         self, adapters: Sequence[str], asks_base: bool, limits: EngineLimits, longest: Callable[[], list[Prompt]]
@@ -101,7 +83,9 @@ class Engines:
             yield self._running_engine(model, self._adapters, limits, longest), set(self._adapters)
             return
         for name in adapters:
-            copy = write_merged_copy(model, self._adapters[name], self._folder / "merged" / name, _target().dtype)
+            copy = write_merged_copy(
+                model, self._adapters[name], self._folder / "merged" / name, serving_target().dtype
+            )
             yield self._running_engine(copy, {}, limits, longest), {name}
             self.close()
             remove(copy)
@@ -151,7 +135,7 @@ class Engines:
 
         Raises DoesNotFitError if the weights do not fit, UsageError if the engine cannot serve the model.
         """
-        recipe, target = self._recipe, _target()
+        recipe, target = self._recipe, serving_target()
         size = recipe.infer.batch_size
         settings = EngineSettings(
             model=model,
@@ -165,6 +149,7 @@ class Engines:
             max_pictures=limits.pictures,
             max_pixels=limits.pixels,
             trust_remote_code=recipe.model.trust_remote_code,
+            computes_losses=recipe.infer.losses,
         )
         self._decide("engine", self._kind.name, f"infer.engine; {target.dtype} on target {target.name}")
         why = "the longest prompt with its completion, at most infer.max_length"
@@ -178,17 +163,10 @@ class Engines:
     def _plan_tensor_parallel(self, model: Path, dtype: str, max_length: int) -> int:
         """Choose how many GPUs share the weights, and record it. Returns 1 without a record if there is no GPU or the
         engine cannot split weights. Raises DoesNotFitError if the weights do not fit."""
-        gpus = probe().gpus
-        asked = self._recipe.infer.tensor_parallel
-        if not gpus or not self._kind.shares_weights:
-            return 1
-        try:
-            plan = plan_serving(read_shape(model), [gpu.memory_free for gpu in gpus], asked, dtype, max_length)
-        except UnknownShapeError as error:
-            self._decide("tensor parallel", asked or 1, f"not planned ({error})")
-            return asked or 1
-        self._decide("tensor parallel", plan.tensor_parallel, plan.why)
-        return plan.tensor_parallel
+        count, why = plan_tensor_parallel(self._recipe, self._kind, model, dtype, max_length)
+        if why is not None:
+            self._decide("tensor parallel", count, why)
+        return count
 
     def _set_batch_size(self, engine: Engine, longest: Callable[[], list[Prompt]]) -> None:
         """Let the engine find its batch size, unless an earlier start of the stage found one. Record it."""
@@ -198,8 +176,3 @@ class Engines:
             found = dict(zip(("batch_size", "why"), engine.find_batch_size(longest()), strict=True))
             write_json(path, found)
         self._decide("batch size", found["batch_size"], found["why"])
-
-
-def _target() -> Target:
-    """The target of this machine and image."""
-    return working_target(probe(), load_targets())

@@ -2,14 +2,19 @@
 
 It takes three steps. rounds.py finds the unanswered samples. answers.py lets the engine answer them and keeps each
 completion in a journal. predictions.py writes predictions and submissions. With `infer.vote` the adapters then vote. A
-second round of the vote takes the same three steps.
+second round of the vote takes the same three steps. With `infer.losses`, losses.py also has the engine compute the loss
+of the samples' own answers.
 """
+
+from collections.abc import Mapping
 
 from stages.contract.files import FileHashes, remove, write_jsonl
 from stages.contract.records import Sample
 from stages.contract.stage import Stage
+from stages.engines.weights import trained_adapters
 from stages.infer.answers import answer_round
 from stages.infer.journal import Journals, journal_names
+from stages.infer.losses import GivenAnswers, LossRecord, loss_records, missing_notes, write_losses
 from stages.infer.predictions import WrittenFiles, predict_round, write_predictions
 from stages.infer.prompts import Prompts
 from stages.infer.rounds import (
@@ -17,8 +22,8 @@ from stages.infer.rounds import (
     cut_into_chunks,
     first_round,
     samples_by_variant,
+    samples_for_losses,
     second_round,
-    trained_adapters,
 )
 from stages.infer.serving import Engines
 from stages.infer.voting import (
@@ -46,7 +51,9 @@ def work(stage: Stage) -> None:
     run, recipe, vote = stage.run, stage.run.recipe, stage.run.recipe.infer.vote
     samples, size = samples_by_variant(run), recipe.infer.chunk_size
     chunks = cut_into_chunks(samples, size)
-    if stage.has_nothing_to_do(len(chunks), "chunks of samples"):
+    loss_samples = samples_for_losses(run)
+    loss_chunks = cut_into_chunks(loss_samples, size)
+    if stage.has_nothing_to_do(len(chunks) + len(loss_chunks), "chunks of samples"):
         return
     names = [adapter.name for adapter in trained_adapters(run)]
     if vote is not None:
@@ -57,17 +64,27 @@ def work(stage: Stage) -> None:
     renderer = checked_renderer(stage)
     adapters = {name: run.path("train", "adapters", name) for name in names}
     files = journal_names(run, model, names, FileHashes(stage.path(".hashes.json")))
-    prompts = Prompts(recipe, run.folder, renderer)
+    prompts, given = Prompts(recipe, run.folder, renderer), GivenAnswers(recipe, run.folder, renderer)
     _report_control_words(stage, prompts, samples[Variant(None)])
     with (
         Journals(stage.path("partial"), files, stage.key) as journals,
         Engines(recipe, model, adapters, trained_connector(run), stage.folder, stage.decide) as engines,
     ):
-        first = first_round(samples, chunks, stage.does_piece, stage.finished_shards)
-        answer_round(first, prompts, journals, engines, stage.events, stage.stop)
+        shards = stage.finished_shards
+        first = first_round(samples, chunks, stage.does_piece, shards)
+        losses = first_round(
+            loss_samples,
+            loss_chunks,
+            lambda number: stage.does_piece(len(chunks) + number),
+            shards,
+            lambda variant: variant.losses,
+        )
+        answer_round(first, prompts, journals, engines, stage.events, stage.stop, losses, given)
         predictions, took = predict_round(first, prompts, journals, task)
         written = write_predictions(run, stage.folder, predictions, stage.shard is None, stage.events.say)
         _record_output(stage, engines, written)
+        if losses.samples:
+            _write_losses(stage, loss_records(losses, given, journals))
         if took:
             stage.facts["answering"] = took
         if vote is not None and stage.shard is None:
@@ -84,6 +101,9 @@ def work(stage: Stage) -> None:
             written = write_predictions(run, stage.folder, votes, True, stage.events.say)
             _record_output(stage, engines, written)
         journals.remove_others()
+        if prompts.cut:
+            stage.counts["prompts that begin at a later turn"] = len(prompts.cut)
+            stage.events.say(f"{len(prompts.cut)} prompts are longer than infer.max_length and begin at a later turn")
     remove(stage.path("merged"))
 
 
@@ -92,6 +112,16 @@ def _report_control_words(stage: Stage, prompts: Prompts, tested: list[Sample]) 
     if said := prompts.control_words(tested):
         stage.facts["control_words"] = said
         stage.events.say(said_note(said))
+
+
+def _write_losses(stage: Stage, records: Mapping[Variant, list[LossRecord]]) -> None:
+    """Write the losses, count them and the samples without one, and print why those have none."""
+    stage.outputs |= write_losses(stage.folder, records)
+    rows = [row for found in records.values() for row in found]
+    failed = sum("error" in row for row in rows)
+    stage.counts.update({"losses": len(rows) - failed} | ({"without a loss": failed} if failed else {}))
+    for line in missing_notes(records):
+        stage.events.say(line)
 
 
 def _record_output(stage: Stage, engines: Engines, written: WrittenFiles) -> None:

@@ -1,11 +1,12 @@
 """Compare runs: their scores on the same samples, paired differences, and suspicious answers.
 
-All of it is read from the runs' recipes and manifests, and from eval's scores.json and scored.jsonl.
+All of it is read from the runs' recipes and manifests, and from eval's scores.json and scored.jsonl, and with held-out
+losses from losses.json and losses.jsonl.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from stages.contract.files import digest_of
 from stages.contract.records import BASE, VOTE
 from stages.contract.roots import Roots
 from stages.contract.run import Run
+from stages.results.held_out import Loss, loss_comparisons
 from stages.results.intervals import Figures, Values, difference_figures
 from stages.results.run_reader import DamagedError, RunReader, read_recipe
 from stages.results.uncertainty import outdated_note
@@ -42,7 +44,11 @@ class EvaluatedRun:
     figures: Mapping[str, Figures]
     """scores.json."""
     lines: Sequence[Mapping[str, Any]]
-    """scored.jsonl: never empty."""
+    """scored.jsonl."""
+    held_out: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """losses.json; empty without held-out losses."""
+    loss_lines: Sequence[Mapping[str, Any]] = ()
+    """losses.jsonl."""
 
     @property
     def models(self) -> list[str]:
@@ -58,6 +64,11 @@ class EvaluatedRun:
     def samples(self) -> dict[str, str]:
         """By sample id, a digest of its references and of its key in `together`."""
         return {line["id"]: digest_of([line["references"], line["together"]]) for line in self.lines}
+
+    def losses(self, model: str) -> dict[str, Loss]:
+        """A model's held-out losses by sample id."""
+        own = {line["id"]: line["models"][model] for line in self.loss_lines if model in line["models"]}
+        return {name: Loss(loss["loss"], loss["tokens"]) for name, loss in own.items()}
 
     @cached_property
     def groups(self) -> dict[str, str]:
@@ -104,11 +115,18 @@ class ComparisonRow:
     and if no sample was answered by both."""
 
 
-def evaluated_run(run: Run, figures: Mapping[str, Figures], lines: Sequence[Mapping[str, Any]]) -> EvaluatedRun:
-    """A run with these contents of scores.json and scored.jsonl."""
+def evaluated_run(
+    run: Run,
+    figures: Mapping[str, Figures],
+    lines: Sequence[Mapping[str, Any]],
+    held_out: Mapping[str, Mapping[str, Any]] | None = None,
+    loss_lines: Sequence[Mapping[str, Any]] | None = None,
+) -> EvaluatedRun:
+    """A run with these contents of scores.json, scored.jsonl, losses.json and losses.jsonl."""
     recipe = run.recipe
     base = (run.manifest("infer") or {"inputs": {}})["inputs"].get("models/base", "")
-    return EvaluatedRun(run.name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base, figures, lines)
+    known = (run.name, recipe.task, recipe.eval.scoring, recipe.preprocess.samples, base)
+    return EvaluatedRun(*known, figures, lines, held_out or {}, loss_lines or ())
 
 
 def comparable_runs(roots: Roots, names: Sequence[str]) -> tuple[list[EvaluatedRun], list[str]]:
@@ -148,15 +166,17 @@ def _read_run(roots: Roots, name: str) -> EvaluatedRun | str:
             if stage in reader.troubles:
                 raise UsageError(f"{folder}: {reader.troubles[stage]}; run eval again, then compare")
         figures, lines = reader.read_output("eval", "scores.json"), reader.read_output("eval", "scored.jsonl")
+        held_out, losses = reader.read_output("eval", "losses.json"), reader.read_output("eval", "losses.jsonl")
     except DamagedError as error:
         raise UsageError(f"{folder}: {error}; run eval again") from error
     if lines is None:
         raise UsageError(
             f"{folder}: an older version of Lorry scored it and kept no score per sample; run eval again with --force"
         )
-    if not any(figure["n"] for model in (figures or {}).values() for figure in model.values()) or not lines:
+    scored = any(figure["n"] for model in (figures or {}).values() for figure in model.values()) and lines
+    if not scored and not losses:
         return "eval scored no sample"
-    return evaluated_run(reader.run, figures, lines)
+    return evaluated_run(reader.run, figures, lines, held_out, losses)
 
 
 def refuse_incomparable_runs(runs: Sequence[EvaluatedRun]) -> None:
@@ -212,6 +232,49 @@ def comparison_rows(runs: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
     return rows
 
 
+@dataclass(frozen=True)
+class LossRow:
+    """One model's held-out loss, beside that of the reference model."""
+
+    run: str
+    model: str
+    figure: Mapping[str, Any]
+    """The entry of losses.json."""
+    comparison: Mapping[str, Any] | None
+    """As `over_base` in losses.json, but with the reference model; None for the reference model itself, and if the two
+    share no sample with the same tokens."""
+
+
+def loss_reference(runs: Sequence[EvaluatedRun]) -> str | None:
+    """The model of the first run with which all others are compared by held-out loss: its first adapter that has any,
+    else base; None if neither has."""
+    return next((name for name in runs[0].held_out if name != BASE), next(iter(runs[0].held_out), None))
+
+
+def loss_rows(runs: Sequence[EvaluatedRun]) -> list[LossRow]:
+    """A row for each model with held-out losses. Losses are compared on the samples that both models read as the same
+    number of tokens. Empty if the first run has none."""
+    model = loss_reference(runs)
+    if model is None:
+        return []
+    first, beside = runs[0], runs[0].losses(model)
+    groups = {line["id"]: line["group"] for line in first.loss_lines}
+    contents = {line["id"]: line["content"] for line in first.loss_lines}
+    places = [(run, name) for run in runs for name in run.held_out]
+    shared: dict[str, dict[str, Loss]] = {}
+    for run, name in places:
+        if run is first and name == model:
+            continue
+        same = {line["id"] for line in run.loss_lines if contents.get(line["id"]) == line["content"]}
+        shared[f"{run.run}/{name}"] = {
+            one: loss
+            for one, loss in run.losses(name).items()
+            if one in same and one in beside and beside[one].tokens == loss.tokens
+        }
+    found = loss_comparisons(shared, beside, groups)
+    return [LossRow(run.run, name, run.held_out[name], found.get(f"{run.run}/{name}")) for run, name in places]
+
+
 def _line_metrics(line: Mapping[str, Any]) -> list[str]:
     """The metrics of a line of scored.jsonl, once for each model that has them."""
     return [metric for model in line["models"].values() for metric in model["scores"]]
@@ -252,8 +315,29 @@ def comparison_warnings(runs: Sequence[EvaluatedRun]) -> list[str]:
     return [
         *prompt_differences(runs),
         *outdated_interval_notes(runs),
+        *_loss_differences(runs),
         *(f"suspicious: {line}" for line in suspicions(runs)),
     ]
+
+
+def _loss_differences(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """A sentence for each run that does not have the first run's held-out losses on the same tokens."""
+    first, found = runs[0], []
+    mine = _read_tokens(first)
+    for other in runs[1:]:
+        own = _read_tokens(other)
+        differ = [name for name, what in mine.items() if own.get(name) != what]
+        if differ:
+            found.append(
+                f"{other.run}: {len(differ)} of {len(mine)} held-out losses, such as that of {differ[0]}, are not on"
+                f" the same tokens as in {first.run}, and are not compared"
+            )
+    return found
+
+
+def _read_tokens(run: EvaluatedRun) -> dict[str, tuple[str, int]]:
+    """By sample id, the digest of what a run's held-out losses are of, and the number of tokens."""
+    return {line["id"]: (line["content"], next(iter(line["models"].values()))["tokens"]) for line in run.loss_lines}
 
 
 def outdated_interval_notes(runs: Sequence[EvaluatedRun]) -> list[str]:

@@ -6,8 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stages.contract.records import BASE
-from stages.results.comparison import ComparisonRow, EvaluatedRun, comparison_rows, reference_model
+from stages.results.comparison import (
+    ComparisonRow,
+    EvaluatedRun,
+    comparison_rows,
+    loss_reference,
+    loss_rows,
+    reference_model,
+)
 from stages.results.fitted_tables import Row, fitted_tables
+from stages.results.held_out_table import held_out_notes, held_out_tables
 from stages.results.uncertainty import documents_note, interval_text, is_clear, star_note
 
 if TYPE_CHECKING:
@@ -15,21 +23,33 @@ if TYPE_CHECKING:
 
 
 def comparison_tables(runs: Sequence[EvaluatedRun], coloured: bool) -> Iterator[str]:
-    """Yield a table for each metric, then a line that says how the scores are counted, and a note if there are few
-    documents. The runs must have the same test set. `coloured`: with ANSI colours."""
+    """Yield a table of held-out losses with notes, if the first run has any. Then yield a table for each metric, a line
+    that says how the scores are counted, and a note if there are few documents. The runs must have the same test set.
+    `coloured`: with ANSI colours."""
     from rich.console import Console
 
     first, width = runs[0], Console().width
+
+    def shown(table: "Table") -> str:
+        """The text of a table."""
+        text = io.StringIO()
+        Console(file=text, width=width, force_terminal=coloured, highlight=False, markup=False, emoji=False).print(
+            table
+        )
+        return text.getvalue().removesuffix("\n")
+
+    losses = loss_rows(runs)
+    if losses:
+        figures = [((row.run, row.model), row.figure, row.comparison) for row in losses]
+        reference = f"{first.run}/{loss_reference(runs)}"
+        yield from map(shown, held_out_tables(figures, ["run", "held-out loss"], reference, width))
+        yield from held_out_notes(sum(row.comparison is not None for row in losses))
+    if not first.lines:
+        return
     rows = comparison_rows(runs)
     for metric in dict.fromkeys(row.metric for row in rows):
         own = [row for row in rows if row.metric == metric]
-        for table in _tables(own, f"{first.run}/{reference_model(first)}", width):
-            text = io.StringIO()
-            console = Console(
-                file=text, width=width, force_terminal=coloured, highlight=False, markup=False, emoji=False
-            )
-            console.print(table)
-            yield text.getvalue().removesuffix("\n")
+        yield from map(shown, _tables(own, f"{first.run}/{reference_model(first)}", width))
     samples, questions = len(first.lines), len(first.groups)
     counted = f"{samples} test samples" + (f", counted as {questions}" if questions < samples else "")
     compared = max(Counter(row.metric for row in rows if row.difference is not None).values(), default=0)

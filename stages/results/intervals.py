@@ -2,11 +2,11 @@
 
 The document is the unit, not the sample: samples of one document share its pages and are right or wrong together. The
 interval is a t interval with the cluster-robust variance CR2 (Bell and McCaffrey 2002), and degrees of freedom from the
-effective number of documents (Carter, Schnepel and Steigerwald 2017). Pseudo-observations at both ends of the range are
-added first: two and two for a mean in 0..1 ("plus four", Agresti and Coull 1998), one and one for a paired difference
-in -1..1 (Bonett and Price 2012). They keep the interval from shrinking to a point if the scores hardly differ, for
-example if all answers are right. Each weighs as many samples as carry the information of one independent sample: the
-design effect of Kish (1965), for CORRELATION within a document.
+effective number of documents (Carter, Schnepel and Steigerwald 2017). For scores, pseudo-observations at both ends of
+the range are added first: two and two for a mean in 0..1 ("plus four", Agresti and Coull 1998), one and one for a
+paired difference in -1..1 (Bonett and Price 2012). They keep the interval from shrinking to a point if the scores
+hardly differ, for example if all answers are right. Each weighs as many samples as carry the information of one
+independent sample: the design effect of Kish (1965), for CORRELATION within a document. Losses have no range.
 
 `python -m benchmarks.intervals` measures how often the interval covers the true mean.
 """
@@ -58,25 +58,29 @@ def mean_intervals(values: Values, groups: Sequence[str], least: float = 0.0) ->
     return intervals_from_totals(sums, sizes, least)
 
 
-def intervals_from_totals(sums: Values, sizes: Values, least: float = 0.0) -> Intervals:
+def intervals_from_totals(sums: Values, sizes: Values, least: float | None = 0.0) -> Intervals:
     """The intervals of the columns' means, from each document's sum and number of scores, both of shape (documents,
-    columns). `least` is that of `mean_intervals`."""
-    each = 2 if least == 0 else 1  # pseudo-observations at either end
+    columns). `least` is that of `mean_intervals`; None: the values have no ends, and so no pseudo-observations."""
+    if least is None:
+        each, least, most = 0, -math.inf, math.inf
+    else:
+        each, most = 2 if least == 0 else 1, 1.0  # pseudo-observations at either end
     n = sizes.sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 in a column without scores
         effective = n**2 / (sizes**2).sum(0)
         weight = 1 + (n / effective - 1) * CORRELATION
         total = n + 2 * each * weight
-        center = (sums.sum(0) + each * weight * (least + 1)) / total
+        center = (sums.sum(0) + (each * weight * (least + most) if each else 0)) / total
         observed = ((sums - sizes * center) ** 2 / (1 - sizes / total)).sum(0)
-        pseudo = each * weight**2 * ((least - center) ** 2 + (1 - center) ** 2) / (1 - weight / total)
+        pseudo = each * weight**2 * ((least - center) ** 2 + (most - center) ** 2) / (1 - weight / total) if each else 0
         error = np.sqrt(observed + pseudo) / total
     groups = (sizes > 0).sum(0)
     enough = groups >= LEAST_GROUPS
     freedom = np.where(enough, np.maximum(effective - 1, 1), 1)
     reach = student_quantile(freedom) * error
-    low, high = np.maximum(center - reach, least), np.minimum(center + reach, 1)
-    p = student_tails(np.abs(center) / error, freedom)
+    low, high = np.maximum(center - reach, least), np.minimum(center + reach, most)
+    with np.errstate(divide="ignore", invalid="ignore"):  # an error of 0, where all values are equal
+        p = student_tails(np.nan_to_num(np.abs(center) / error), freedom)
     low, high, p = (np.where(enough, column, np.nan) for column in (low, high, p))
     return Intervals(low, high, p, groups)
 
@@ -86,6 +90,8 @@ def intervals_from_totals(sums: Values, sizes: Values, least: float = 0.0) -> In
 
 def mean_figures(values: Values, groups: Sequence[str]) -> list[dict[str, Any]]:
     """The figures of each column of scores: `value`, `low` and `high` in percent, and `groups`."""
+    if not values.shape[1]:  # no sample, and so no metric
+        return []
     found = mean_intervals(values, groups)
     columns = zip(_column_means(values), found.low, found.high, found.groups, strict=True)
     return [

@@ -80,6 +80,14 @@ class Row:
     gain_high: float | None = None
     gain_p: float | None = None
     """Two-sided, after Holm's correction for the models of the run; below 0.05 the gain gets a star."""
+    perplexity: float | None = None
+    """Per token of the test samples' own answers; None without `infer.losses`."""
+    perplexity_low: float | None = None
+    perplexity_high: float | None = None
+    win_rate: float | None = None
+    """Percent of the test samples with a lower loss per token than base's, with half of the ties."""
+    win_rate_low: float | None = None
+    win_rate_high: float | None = None
     in_vote: str = ""
     """`yes` or `no`; empty without a vote, for base, for the vote itself, and for an adapter that has been trained
     again since."""
@@ -182,6 +190,11 @@ class _RowReader(RunReader):
     def _scores(self) -> dict[str, Any]:
         """Figures by model and metric; empty if eval is not done. Raises DamagedError if scores.json has changed."""
         return self.read_output("eval", "scores.json") or {}
+
+    @cached_property
+    def _held_out(self) -> dict[str, Any]:
+        """Figures of held-out losses by model; empty without any. Raises DamagedError if losses.json has changed."""
+        return self.read_output("eval", "losses.json") or {}
 
     @cached_property
     def _differences(self) -> dict[str, Any]:
@@ -390,23 +403,27 @@ class _RowReader(RunReader):
             return {"state": _one_line(self._unscored_state(name, bool(trained)))}
         figures, made = self._scores[name], self.manifests["eval"]
         columns = {"metric": _one_line(self._row_metric), **_provenance_columns(made)}
-        figure = figures.get(self._row_metric)
-        if figure is None:
+        figure, losses = figures.get(self._row_metric), self._loss_columns(name)
+        if figure is None and not (losses and not figures):
             why = f" by {self._row_metric}, but by {', '.join(figures)}" if figures else ": it got no test sample"
             return {**columns, "state": _one_line(f"not scored{why}")}
         replaced = self._stale_reason(name)
         if replaced is not None:  # the row's other columns are of a newer training than the score
             why = next(iter(self.troubles.values()), replaced)
-            return {"state": _one_line(f"stale: {why}; the score was {figure['value']:.1f}")}
+            was = f"score was {figure['value']:.1f}" if figure else f"perplexity was {losses['perplexity']:.2f}"
+            return {"state": _one_line(f"stale: {why}; the {was}")}
         gain = self._differences.get(name, {}).get(self._row_metric, {})
-        columns |= {
-            "score": _finite_number(figure["value"]),
-            **{column: _finite_number(figure.get(column)) for column in FIGURE_COLUMNS},
-            "gain": _finite_number(gain.get("value")),
-            **{f"gain_{name}": _finite_number(gain.get(name)) for name in ("low", "high", "p")},
-        }
+        columns |= losses
+        if figure is not None:
+            columns |= {
+                "score": _finite_number(figure["value"]),
+                **{column: _finite_number(figure.get(column)) for column in FIGURE_COLUMNS},
+                "gain": _finite_number(gain.get("value")),
+                **{f"gain_{name}": _finite_number(gain.get(name)) for name in ("low", "high", "p")},
+            }
         counts = made["counts"]
-        seen, scored = counts.get("scored on training data", 0), counts.get("scored", 0)
+        scored = counts.get("scored", 0) or counts.get("with a loss", 0)
+        seen = counts.get("scored on training data", 0)
         columns["scored_on"] = "test data" if not seen else "training data"
         if 0 < seen < scored:
             columns["scored_on"] = f"training data ({seen} of {scored} samples)"
@@ -417,6 +434,19 @@ class _RowReader(RunReader):
         if not is_same_series(str(made.get("version")), ours):
             state += f", by Lorry {made.get('version')} (this is {ours})"
         return {**columns, "state": _one_line(state)}
+
+    def _loss_columns(self, name: str) -> dict[str, Any]:
+        """The columns of a model's held-out loss; empty without one."""
+        figure = self._held_out.get(name)
+        if figure is None:
+            return {}
+        rate = (figure.get("over_base") or {}).get("win_rate") or {}
+        return {
+            "perplexity": _finite_number(figure["perplexity"]["value"]),
+            **{f"perplexity_{end}": _finite_number(figure["perplexity"][end]) for end in ("low", "high")},
+            "win_rate": _finite_number(rate.get("value")),
+            **{f"win_rate_{end}": _finite_number(rate.get(end)) for end in ("low", "high")},
+        }
 
     def _stale_reason(self, name: str) -> str | None:
         """Why eval's figures are not those of the model that the folder holds now; None if they are."""

@@ -31,8 +31,10 @@ others."""
 GAP = 2
 """Blanks between columns."""
 
-RARE_COLUMNS = ("data_recipe", "records_read", "records_kept", "connector_samples")
-"""Left out of the CSV if no row has them: only some tasks process their data."""
+LOSS_COLUMNS = tuple(f"{name}{end}" for name in ("perplexity", "win_rate") for end in ("", "_low", "_high"))
+
+RARE_COLUMNS = ("data_recipe", "records_read", "records_kept", "connector_samples", *LOSS_COLUMNS)
+"""Left out of the CSV if no row has them: only some tasks process their data, and only some runs have losses."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def table_columns(rows: Sequence[Row]) -> list[Column]:
         Column("metric", lambda row: row.metric, ("metric",), 17 if one else 0),
         Column(metrics[0] if one else "score", _score_text, ("score", "low", "high"), number=True),
         Column("over base", _gain_text, ("gain", "gain_low", "gain_high"), 1, number=True),
+        Column("perplexity", _perplexity_text, LOSS_COLUMNS[:3], 1, number=True, rare=True),
+        Column("wins over base %", _win_rate_text, LOSS_COLUMNS[3:], 1, number=True, rare=True),
         Column("n", lambda row: _format(row.n), ("n",), 2, number=True),
         Column("failed", lambda row: _format(row.failed), ("failed",), 3, number=True),
         Column("empty", lambda row: _format(row.empty), ("empty",), 3, number=True),
@@ -107,13 +111,23 @@ def _kept_text(row: Row) -> str:
 
 
 def _score_text(row: Row) -> str:
-    """The score with its interval, or UNTESTED."""
-    return interval_text(row.score, row.low, row.high) or UNTESTED
+    """The score with its interval, or UNTESTED; empty if there is only a held-out loss."""
+    return interval_text(row.score, row.low, row.high) or ("" if row.perplexity is not None else UNTESTED)
 
 
 def _gain_text(row: Row) -> str:
     """The gain with its interval, and a star if it is clear; empty without a gain."""
     return interval_text(row.gain, row.gain_low, row.gain_high, "+") + ("*" if is_clear({"p": row.gain_p}) else "")
+
+
+def _perplexity_text(row: Row) -> str:
+    """The held-out perplexity with its interval; empty without one."""
+    return interval_text(row.perplexity, row.perplexity_low, row.perplexity_high, digits=2)
+
+
+def _win_rate_text(row: Row) -> str:
+    """The share of wins over base with its interval; empty without one."""
+    return interval_text(row.win_rate, row.win_rate_low, row.win_rate_high)
 
 
 def _vote_text(row: Row, weighted: bool) -> str:
@@ -149,7 +163,7 @@ def render_csv(rows: Sequence[Row]) -> str:
     writer.writerow(names)
     for row in rows:
         cells = {name: getattr(row, name) for name in names}
-        if row.score is None:
+        if row.score is None and row.perplexity is None:
             cells["score"] = UNTESTED
         writer.writerow(_escape_formula(cell) if isinstance(cell, str) else cell for cell in cells.values())
     return text.getvalue()

@@ -14,7 +14,7 @@ from typing import Any
 from stages.contract.errors import DataError
 from stages.contract.files import read_json
 from stages.contract.recipe import Adapter
-from stages.contract.roots import data_folder
+from stages.contract.roots import data_path
 from stages.contract.run import Run
 from stages.tasks.common.tables import data_set_name
 
@@ -81,7 +81,7 @@ def stage_seconds(manifest: Mapping[str, Any]) -> float:
 def _data_set_path(run: Run, adapter: Adapter) -> str:
     """The path of the adapter's data set, as a recipe would name it; that of the data folder for a mix of several, and
     if the data set is no longer there."""
-    folder = data_folder(run.roots.data, run.recipe.data.path)
+    folder = data_path(run.roots.data, run.recipe.data.path)
     if len(adapter.data) != 1 or not folder.is_dir():
         return run.recipe.data.path
     name = adapter.data[0].source

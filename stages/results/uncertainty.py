@@ -23,16 +23,17 @@ def is_clear(difference: Mapping[str, Any]) -> bool:
     return p is not None and p < LEVEL
 
 
-def interval_text(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+def interval_text(value: float | None, low: float | None, high: float | None, sign: str = "", digits: int = 1) -> str:
     """A figure with its interval, such as `34.4 [25.0, 43.8]`, or `34.4 [too few]` without one; empty without a figure.
 
-    `sign` is `+` for differences: `+34.4 [+25.0, +43.8]`.
+    `sign` is `+` for differences: `+34.4 [+25.0, +43.8]`. `digits` is the number of decimals.
     """
     if value is None:
         return ""
+    form = f"{sign}.{digits}f"
     if low is None or high is None:
-        return f"{value:{sign}.1f} [too few]"
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+        return f"{value:{form}} [too few]"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def documents_note(groups: Iterable[int | None]) -> str | None:

@@ -25,7 +25,7 @@ from stages.engines import (
     start_engine,
 )
 from stages.engines.engine import EngineSettings
-from stages.engines.vllm_engine import RANKS, supported_rank
+from stages.engines.vllm_options import RANKS, supported_rank
 from stages.tasks import settle_recipe
 from tests.conftest import REPOSITORY
 from tests.infer.conftest import ask, describe, sample

@@ -35,6 +35,7 @@ def ask(run: Run, samples: list[dict[str, Any]]) -> None:
     rows = [
         {"idx": str(i), "ids": [one["id"]], "document": "a.pdf", "question": one["messages"][0]["content"]}
         for i, one in enumerate(samples)
+        if one["messages"]
     ]
     write_jsonl(run.path("preprocess", "asked.jsonl"), rows)
     describe(run, "preprocess", "samples/test.jsonl", "asked.jsonl")

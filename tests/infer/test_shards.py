@@ -11,9 +11,9 @@ from stages.contract.errors import Exit
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.part import Shard
 from stages.contract.run import Run
+from stages.engines import weights
 from stages.engines.engine import Completion
 from stages.host.runner import run_stage
-from stages.infer import serving
 from stages.infer import stage as infer
 from stages.models.rendering import Prompt
 from tests.conftest import snapshot
@@ -62,7 +62,7 @@ def test_shards_share_the_chunks_and_the_merge_gives_the_bytes_of_one_run(
     assert not run.path("infer").exists()
 
     with monkeypatch.context() as patch:
-        patch.setattr(serving, "probe", lambda: pytest.fail("no GPU is needed"))
+        patch.setattr(weights, "probe", lambda: pytest.fail("no GPU is needed"))
         assert answers(run, monkeypatch, no_engine) == Exit.DONE
     whole = unsharded(run, monkeypatch)
     assert predictions(run) == predictions(whole)

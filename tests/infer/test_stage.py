@@ -13,7 +13,7 @@ from stages.engines.engine import Completion, Done
 from stages.host.runner import run_stage
 from stages.infer import stage as infer
 from stages.models.rendering import Prompt
-from tests.infer.conftest import ask, sample
+from tests.infer.conftest import ask, describe, sample
 from tests.infer.engines import use_engine
 
 Answer = Callable[[list[Prompt], str | None], list[Completion]]
@@ -72,6 +72,35 @@ def test_control_words_in_samples_are_text_and_counted(
     assert read_json(run.path("infer", "manifest.json"))["control_words"] == said
     line = "2 samples say control words of the model, such as '<|im_end|>'; they are encoded as text"
     assert f"infer: {line}" in capfd.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_begins_at_a_later_turn_if_the_recipe_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    talk = sample("talk", "word " * 60)
+    talk["messages"][:0] = [{"role": "system", "content": "Be brief."}]
+    talk["messages"] += [{"role": "assistant", "content": "No."}, {"role": "user", "content": "Why?"}]
+    samples = [talk, sample("short", "What?"), sample("endless", "word " * 60)]
+    prompts: dict[str, int] = {}
+
+    def answer(asked: list[Prompt], adapter: str | None) -> list[Completion]:
+        prompts.update((prompt.id, prompt.length) for prompt in asked)
+        return echo(asked, adapter)
+
+    cutting = run.recipe.train.model_copy(update={"too_long": "cut"})
+    for train, asked in ((run.recipe.train, {"short"}), (cutting, {"short", "talk"})):
+        own = replace(run, recipe=run.recipe.model_copy(update={"train": train}))
+        ask(own, samples)
+        describe(own, "train", "adapters/tuned/adapter_config.json")
+        prompts.clear()
+        assert answers(own, monkeypatch, answer) == Exit.DONE
+        assert set(prompts) == asked and max(prompts.values()) <= 64 - 8
+        errors = {p["id"]: p["error"] for p in read_jsonl(own.path("infer", "predictions", "base.jsonl"))}
+        assert "leaves no room for an answer" in errors["endless"]
+        assert (errors["talk"] is None) == ("talk" in asked)
+    assert read_json(run.path("infer", "manifest.json"))["counts"]["prompts that begin at a later turn"] == 1
+    line = "infer: 1 prompts are longer than infer.max_length and begin at a later turn"
+    assert capfd.readouterr().err.splitlines().count(line) == 1
 
 
 def test_progress_counts_the_samples_of_each_pass(

@@ -93,8 +93,9 @@ def make_run(
     on."""
     untrained = untrained or {}
     (folder / "models" / "small").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "models" / "small" / "config.json", {})
-    (folder / "models" / "small" / "model.safetensors").write_bytes(b"")
+    if not (folder / "models" / "small" / "config.json").exists():
+        write_json(folder / "models" / "small" / "config.json", {})
+        (folder / "models" / "small" / "model.safetensors").write_bytes(b"")
     recipe = recipe or make_recipe(folder, mixes, infer={"vote": {"adapters": "all"}} if vote else {})
     run = Run(name, recipe, roots_of(folder))
     run.folder.mkdir(parents=True)
