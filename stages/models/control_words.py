@@ -13,15 +13,19 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from stages.contract.errors import UsageError
 
-STAND_IN = "\U0010fffd"
-"""First character of each stand-in, a private-use character. In a text, a stand-in replaces it too."""
+STAND_IN = "\U00010600"
+"""First character of each stand-in, of a script that nobody writes (Linear A). In a text, a stand-in replaces it too.
+Python's `repr`, in which some templates write tools, leaves it as it is, unlike a private-use character."""
+SECOND = 0x20000
+"""Second character of the first word's stand-in. It and the following 42,000, for the other words, are Chinese
+characters, which `repr` leaves too."""
 FIRST = 0x100000
-"""Second character of the first word's stand-in. It and the following characters, for the other words, are
-private-use."""
+"""Second character of a twin's first control word. It and the following ones are private-use."""
 
 LOOKED_AT = 256
 """Number of characters at the end of a text in which `ControlWords.starts` searches."""
@@ -50,7 +54,7 @@ class ControlWords:
         }
         self._plain = {token.content for token in added.values() if not token.special}
         self._words = [STAND_IN, *self._tokens, *(word for word in others if word not in self._tokens)]
-        self._stand_ins = {word: STAND_IN + chr(FIRST + place) for place, word in enumerate(self._words)}
+        self._stand_ins = {word: STAND_IN + chr(SECOND + place) for place, word in enumerate(self._words)}
         self._said, self._written = _pattern_of_any(self._words), _pattern_of_any(self._tokens)
         self._twins: dict[str, _Twin] = {}
 
@@ -74,14 +78,22 @@ class ControlWords:
         """The text with a stand-in for each control word and each of `others`, except for those in `kept`."""
         return self._said.sub(lambda found: found[0] if found[0] in kept else self._stand_ins[found[0]], text)
 
+    def hide_all(self, value: Any) -> Any:
+        """A JSON value with every text in it hidden, keys included."""
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.hide_all(inner) for key, inner in value.items()}
+        return [self.hide_all(inner) for inner in value] if isinstance(value, list | tuple) else value
+
     def show(self, text: str) -> str:
         """The text with each stand-in replaced by its word."""
-        return _STOOD_IN.sub(lambda found: self._words[ord(found[1]) - FIRST], text)
+        return _STOOD_IN.sub(lambda found: self._words[ord(found[1]) - SECOND], text)
 
     def hidden_in(self, texts: Iterable[str]) -> Counter[str]:
         """How often these texts contain a stand-in for each control word."""
         places = (character for text in texts for character in _STOOD_IN.findall(text))
-        words = (self._words[ord(character) - FIRST] for character in places)
+        words = (self._words[ord(character) - SECOND] for character in places)
         return Counter(word for word in words if word in self._tokens)
 
     def encode(self, text: str) -> list[int]:
@@ -97,6 +109,30 @@ class ControlWords:
             self._twins[mark] = _Twin(self._tokenizer, self._tokens, mark)
         twin = self._twins[mark]
         return twin.encode(self.show(self._written.sub(lambda found: twin.spelling[found[0]], text)))
+
+    def encode_parts(self, text: str, known: dict[str, list[int]]) -> list[int]:
+        """What `encode` returns, by the parts of the text that begin with a control word.
+
+        `known` has the tokens of parts, to which this adds those that it lacks: the prompts of a conversation share
+        most of theirs.
+        """
+        if not self._splits_texts:
+            return self.encode(text)
+        bounds = [0, *(found.start() for found in self._written.finditer(text)), len(text)]
+        tokens: list[int] = []
+        for begin, end in pairwise(bounds):
+            part = text[begin:end]
+            if part not in known:
+                known[part] = self.encode(part)
+            tokens += known[part]
+        return tokens
+
+    @cached_property
+    def _splits_texts(self) -> bool:
+        """Whether the tokens of a part do not depend on what is before it: no added token takes up white space before
+        it, needs a word's end there, or is looked for in a text that is normalised as a whole."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return not any(token.lstrip or token.single_word or token.normalized for token in added)
 
 
 SAMPLES = "samples"

@@ -13,7 +13,7 @@ arithmetic of their kernels.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from stages.contract.records import PLACE, Message, unescape_places
 from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.models.chat_settings import ChatSettings, chat_settings
-from stages.models.chat_template import ChatTemplate, Turn
+from stages.models.chat_template import ChatTemplate, Tools, Turn, texts_in
 from stages.models.control_words import ControlWords
 from stages.models.pictures import (
     Picture,
@@ -35,6 +35,7 @@ from stages.models.pictures import (
     open_picture,
     rules_of,
 )
+from stages.models.reasoning import MARKS
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Prompt:
     """Largest number of tokens of the completion; None: the engine's `EngineSettings.max_new_tokens`."""
     temperature: float = 0.0
     """Temperature of sampling; 0: greedy."""
+    top_p: float = 1.0
+    """Least probability that the tokens to sample from have together (nucleus sampling); 1: all tokens."""
     seed: int = 0
     """Seed of sampling. The random numbers depend on it alone, not on the other prompts of a batch."""
 
@@ -65,6 +68,12 @@ class Prompt:
 
 UNLEARNT = -100
 """Label of a token that is not learnt, as torch's cross entropy has it."""
+
+OTHER_TEXTS = ("reasoning_content", "tool_calls", "tool_call_id", "name")
+"""Keys of a message, besides role and content, that templates write."""
+PLAIN_KEYS = {"role", "content"}
+
+_THOUGHT_MARKS = frozenset(mark for pair in MARKS for mark in pair)
 
 GUARD = "\ue000"
 """Precedes a text to encode that begins no text: a private-use character, which joins no other into a token."""
@@ -130,15 +139,17 @@ class Renderer:
         pictures: Sequence[Path] = (),
         max_pixels: int | None = None,
         max_new_tokens: int | None = None,
+        tools: Tools | None = None,
     ) -> Prompt:
         """The prompt of a conversation, including the tokens with which the chat template begins the answer.
 
         The messages contain `<image>` once for each of `pictures`, in order. Each picture is scaled to at most
         `max_pixels`; None: the model's own limit. Raises DataError for a picture that cannot be read, and if the
-        numbers of `<image>` and pictures differ. Raises UsageError if there are pictures, but the model reads none.
+        numbers of `<image>` and pictures differ. Raises UsageError if there are pictures, but the model reads none, and
+        RefusedConversationError if the template does not accept the messages.
         """
         opened = tuple(open_picture(path, self.rules, max_pixels) for path in pictures)
-        tokens = self._prompt_tokens(messages, bool(opened))
+        tokens = self._prompt_tokens(messages, bool(opened), tools)
         if opened:
             found = tokens.count(self.picture_token)
             if found != len(opened):
@@ -147,44 +158,71 @@ class Renderer:
                 )
         return Prompt(prompt_id, tokens, opened, max_new_tokens)
 
-    def control_words_in(self, messages: Sequence[Message], has_pictures: bool) -> Counter[str]:
-        """How often each of the model's control words occurs in the messages, where it is encoded as text.
+    def control_words_in(self, sample: Mapping[str, Any]) -> Counter[str]:
+        """How often each of the model's control words occurs in a sample, where it is encoded as text."""
+        has_pictures, words = bool(sample.get("images")), self._words
+        messages = sample["messages"]
+        texts = [hidden_content(words, message, has_pictures) for message in messages]
+        others = [
+            {key: message.get(key) for key in OTHER_TEXTS} for message in messages if message.keys() != PLAIN_KEYS
+        ]
+        if others or sample.get("tools") or sample.get("text"):
+            texts += texts_in(words.hide_all([*others, sample.get("tools"), sample.get("text")]))
+        return words.hidden_in(texts)
 
-        `has_pictures`: whether the messages come with pictures.
-        """
-        return self._words.hidden_in(hidden_content(self._words, message, has_pictures) for message in messages)
-
-    def _prompt_tokens(self, messages: Sequence[Message], has_pictures: bool) -> list[int]:
+    def _prompt_tokens(self, messages: Sequence[Message], has_pictures: bool, tools: Tools | None) -> list[int]:
         """The token ids of a conversation as a prompt, with one placeholder token for each picture."""
         shape = _message_with_parts if has_pictures and not self._is_llava else None
-        text = self.template.text(self._hidden(messages, has_pictures), True, shape)
+        text = self.template.text(self._hidden(messages, has_pictures), True, shape, self._hidden_tools(tools))
         return self._words.encode(self._first_token(text) + text)
 
     def _hidden(self, messages: Sequence[Message], has_pictures: bool) -> list[Message]:
-        """The messages as the template gets them: control words hidden, and without a role that it does not have."""
-        return [
-            {**message, "content": hidden_content(self._words, message, has_pictures)}
-            for message in self.template.folded(messages)
-        ]
+        """The messages as the template gets them: control words hidden, without a role that it does not have, and with
+        thoughts where it takes them."""
+        return [self._hidden_message(message, has_pictures) for message in self.template.folded(messages)]
 
-    def check_template(self, messages: Sequence[Message] | None = None) -> list[str]:
+    def _hidden_message(self, message: Message, has_pictures: bool) -> Message:
+        """A message as the template gets it."""
+        hidden: Message = {**message, "content": hidden_content(self._words, message, has_pictures)}
+        if len(hidden) == 2:
+            return hidden
+        others: Any = {key: self._words.hide_all(message[key]) for key in OTHER_TEXTS if message.get(key)}  # type: ignore[literal-required]
+        given: Any = {"role": hidden["role"], "content": hidden["content"], **others}
+        return self.template.with_thoughts(given)
+
+    def _hidden_tools(self, tools: Tools | None) -> Tools | None:
+        """The tools as the template gets them."""
+        return self._words.hide_all(tools) if tools else None
+
+    def check_template(self) -> list[str]:
         """Check the chat template, without loading the tokenizer. Returns the lines of `ChatTemplate.check`.
 
-        `messages` is a conversation of the run, without pictures; None: only a short one is tried. Raises UsageError if
-        the template cannot be used, or would ignore a setting.
+        Raises UsageError if the template cannot be used, or would ignore a setting.
         """
-        lines = self.template.check()
-        if messages is not None:
-            self._turns(self.template.folded(messages))
-        return lines
+        return self.template.check()
 
-    def _turns(self, messages: list[Message]) -> list[Turn]:
+    def check_conversation(self, messages: Sequence[Message], tools: Tools | None = None) -> list[str]:
+        """Check that the template writes all of a conversation with answers and without pictures, without loading the
+        tokenizer. Returns what `ChatTemplate.check_conversation` returns, and raises its errors."""
+        given = list[Message]()
+        for message in self.template.folded(messages):
+            others: Any = {key: message[key] for key in OTHER_TEXTS if message.get(key)}  # type: ignore[literal-required]
+            whole: Any = {"role": message["role"], "content": message.get("content") or "", **others}
+            given.append(self.template.with_thoughts(whole))
+        self._turns(given, tools)
+        return self.template.check_conversation(given, tools)
+
+    def _turns(self, messages: list[Message], tools: Tools | None) -> list[Turn]:
         """Each answer of a conversation with its prompt, in order. Raises the errors of `ChatTemplate.turn`."""
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        return [self.template.turn(messages[: place + 1]) for place in answers]
+        return [self.template.turn(messages[: place + 1], tools) for place in answers]
 
     def training_sequences(
-        self, messages: Sequence[Message], only_last: bool = False, has_pictures: bool = False
+        self,
+        messages: Sequence[Message],
+        only_last: bool = False,
+        has_pictures: bool = False,
+        tools: Tools | None = None,
     ) -> list[TrainingSequence]:
         """A conversation as sequences in which every answer, or with `only_last` the last message, is learnt exactly
         once. `has_pictures`: whether each `<image>` marks a picture, which becomes one placeholder token.
@@ -193,11 +231,12 @@ class Renderer:
         leave out earlier thoughts need another one for each answer with thoughts. Raises the errors of
         `ChatTemplate.turn`.
         """
-        hidden = self._hidden(messages, has_pictures)
+        hidden, tools = self._hidden(messages, has_pictures), self._hidden_tools(tools)
         if has_pictures and not self._is_llava:
             hidden = [one if one["role"] == "assistant" else _message_with_parts(one) for one in hidden]  # type: ignore[misc]
-        turns = [self.template.turn(hidden)] if only_last else self._turns(hidden)
-        encoded = [self._encode_turn(turn) for turn in turns]
+        turns = [self.template.turn(hidden, tools)] if only_last else self._turns(hidden, tools)
+        parts = dict[str, list[int]]() if len(turns) > 1 else None  # of one prompt, nothing is encoded twice
+        encoded = [self._encode_turn(turn, parts) for turn in turns]
         todo, found = list(range(len(turns))), list[TrainingSequence]()
         while todo:
             last = todo[-1]
@@ -213,10 +252,25 @@ class Renderer:
             todo = [place for place in todo if place not in learnt]
         return found
 
-    def _encode_turn(self, turn: Turn) -> tuple[list[int], list[int]]:
-        """The tokens of a turn's prompt, which are those of inference, and of its completion."""
+    def text_sequences(self, text: str, max_length: int) -> list[TrainingSequence]:
+        """A plain text as sequences of about the same length, at most `max_length` tokens. All tokens are learnt.
+
+        The tokenizer's first token, if it adds one, stands before the text, and the end token after it. Raises
+        UsageError for a model without an end token.
+        """
+        first = [self.tokenizer.bos_token_id] if self._added_first_token else []
+        tokens = [*self._words.encode(self._words.hide(text)), *self._own_tokens(self.template.end_token)]
+        labels, tokens = [UNLEARNT] * len(first) + tokens, first + tokens
+        size = -(-len(tokens) // -(-len(tokens) // max_length))
+        places = [slice(place, place + size) for place in range(0, len(tokens), size)]
+        return [TrainingSequence(tokens[place], labels[place]) for place in places]
+
+    def _encode_turn(self, turn: Turn, parts: dict[str, list[int]] | None) -> tuple[list[int], list[int]]:
+        """The tokens of a turn's prompt, which are those of inference, and of its completion. `parts` has the tokens
+        that the conversation's prompts share; None: there is one prompt."""
         prompt = self._first_token(turn.prompt) + turn.prompt
-        return self._words.encode(prompt), self._following_tokens(prompt, turn.completion)
+        tokens = self._words.encode(prompt) if parts is None else self._words.encode_parts(prompt, parts)
+        return tokens, self._following_tokens(prompt, turn.completion)
 
     def _following_tokens(self, before: str, text: str) -> list[int]:
         """The tokens of a text that follows the tokens of another one.
@@ -303,14 +357,17 @@ def checked_renderer(stage: Stage) -> Renderer:
     return renderer
 
 
-def check_samples(run: Run, renderer: Renderer, samples: Iterable[Mapping[str, Any]]) -> None:
-    """Check that training can render the first sample without pictures, and the first one with pictures.
+def check_samples(run: Run, renderer: Renderer, samples: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Check that training can render a sample without pictures of each form, and the first one with pictures. Returns
+    what the chat template does not write as it is, each with the number of its messages.
 
-    Raises UsageError if the chat template refuses the first, or Lorry has no rules for the second's pictures and the
-    recipe does not name ms-swift's model type and template.
+    The form of a conversation is the order of its roles, and which messages have a text, thoughts or tool calls. Raises
+    UsageError if the chat template refuses one or leaves out a part of it, or Lorry has no rules for the pictures and
+    the recipe does not name ms-swift's model type and template, and DataError for a conversation without an answer.
     """
-    names, checked = run.recipe.model, False
+    names = run.recipe.model
     has_rules = is_read_in_training(run.roots.models / names.path)
+    forms, changes = set(), Counter[str]()
     for sample in samples:
         missing = [key for key in ("swift_type", "swift_template") if getattr(names, key) is None]
         if sample["images"] and missing and not has_rules:
@@ -318,9 +375,42 @@ def check_samples(run: Run, renderer: Renderer, samples: Iterable[Mapping[str, A
                 f"model.{missing[0]}: found null, but sample {sample['id']} has pictures, which Lorry itself reads for"
                 " the Qwen2-VL family, LLaVA and MGM; set it to ms-swift's name for this model"
             )
-        if not sample["images"] and not checked:
-            renderer.check_template(sample["messages"])
-            checked = True
+        if sample["images"] or sample.get("text") is not None:
+            continue
+        if all(message["role"] != "assistant" for message in sample["messages"]):
+            raise DataError(f"sample {sample['id']}: has no answer to learn; run preprocess again")
+        form = _form_of(sample)
+        if form not in forms:
+            forms.add(form)
+            try:
+                changed = renderer.check_conversation(sample["messages"], sample.get("tools"))
+            except UsageError as error:
+                raise UsageError(f"sample {sample['id']}: {error}") from error
+            changes.update(f"{role} messages that the chat template changes" for role in changed)
+        changes.update(_unwritten(renderer.template, sample["messages"]))
+    return dict(changes)
+
+
+def _form_of(sample: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The form of a conversation: what a template's refusal depends on."""
+    parts = (
+        (message["role"], bool(message.get("content")), bool(message.get("reasoning_content")), len(calls))
+        for message in sample["messages"]
+        for calls in [message.get("tool_calls") or ()]
+    )
+    return bool(sample.get("tools")), *parts
+
+
+def _unwritten(template: ChatTemplate, messages: Sequence[Message]) -> Iterator[str]:
+    """Yield, for each message of which the template leaves out something, what it leaves out."""
+    for message in template.folded(messages) if template.stripped_roles else messages:
+        content = message.get("content") or ""
+        if message["role"] in template.stripped_roles and content != content.strip():
+            yield "messages whose outer white space the chat template strips"
+        if message.get("reasoning_content") and not template.knows_thoughts:
+            yield "answers whose reasoning_content the chat template leaves out"
+        if message.get("tool_calls") and content and not template.writes_text_beside_calls:
+            yield "answers whose text beside tool calls the chat template leaves out"
 
 
 def _begins_with(tokens: list[int], *parts: list[int]) -> bool:
@@ -341,11 +431,14 @@ def picture_token(model: Path) -> int:
 def hidden_content(words: ControlWords, message: Message, has_pictures: bool) -> str:
     """A message's content, with its control words and every `<image>` that marks no picture hidden.
 
-    An assistant's message keeps the words in `ControlWords.in_answers`. `has_pictures`: whether the message comes with
-    pictures; if not, no `<image>` marks one.
+    An assistant's message keeps the words in `ControlWords.in_answers`, without those around thoughts if it has its
+    thoughts elsewhere. `has_pictures`: whether the message comes with pictures; if not, no `<image>` marks one.
     """
-    kept = words.in_answers if message["role"] == "assistant" else ()
-    pieces = message["content"].split(PLACE) if has_pictures else [message["content"]]
+    kept = words.in_answers if message["role"] == "assistant" else frozenset()
+    if message.get("reasoning_content"):
+        kept -= _THOUGHT_MARKS
+    content = message.get("content") or ""
+    pieces = content.split(PLACE) if has_pictures else [content]
     return PLACE.join(words.hide(unescape_places(piece), kept) for piece in pieces)
 
 
@@ -360,7 +453,7 @@ def _message_with_parts(message: Message, breaks_line: bool = False) -> dict[str
             parts.append({"type": "image"})
         elif piece:
             parts.append({"type": "text", "text": piece})
-    return {"role": message["role"], "content": parts}
+    return {**message, "content": parts}
 
 
 def load_tokenizer(model: Path) -> Any:

@@ -114,6 +114,11 @@ class ModelShape:
         """Bytes of all weights in their files."""
         return sum(weight.stored_bytes for weight in self.weights)
 
+    @property
+    def served_bytes(self) -> int:
+        """Bytes of all weights in 16 bits; of a quantised model, as they are stored."""
+        return self.disk_bytes if self.quantisation else self.parameters * 2
+
 
 def _unpacked_count(weight: Weight) -> int:
     """Number of parameters in a tensor. MXFP4 packs two into a byte of `*_blocks`, and `*_scales` has none."""
@@ -134,7 +139,7 @@ def read_shape(folder: Path) -> ModelShape:
     sizes of a decoder, or they are not numbers.
     """
     config = _read_object(folder / "config.json")
-    weights = tuple(weight for path in weight_files(folder) for weight in _read_header(path))
+    weights = tuple(weight for path in weight_files(folder) for weight in read_header(path))
     return _shape(config, decoder_sizes(config, folder / "config.json"), weights)
 
 
@@ -204,7 +209,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def tensor_names(path: Path) -> list[str]:
     """Return the names of all tensors in a safetensors file. Raises UsageError if the file is damaged."""
-    return [weight.name for weight in _read_header(path)]
+    return [weight.name for weight in read_header(path)]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -237,7 +242,7 @@ def _indexed_names(index: Path) -> list[str]:
     return sorted(set(_read_object(index).get("weight_map", {}).values()))
 
 
-def _read_header(path: Path) -> list[Weight]:
+def read_header(path: Path) -> list[Weight]:
     """Return the tensors that the header of a safetensors file lists. Raises UsageError if the file is damaged: the
     header cannot be read, or does not match the size of the file."""
     try:

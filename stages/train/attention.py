@@ -77,8 +77,9 @@ class Attention:
 
     @property
     def lost_windows(self) -> set[int]:
-        """Lengths of windows or chunks that the model has only in its masks, which `attend` does not get."""
-        return {window for window in self._windows_of_masks - self._windows if window is not None}
+        """Lengths of windows or chunks that the model has only in its masks, which `attend` does not get. A config
+        without windows may say 0."""
+        return {window for window in self._windows_of_masks - self._windows if window}
 
     def make_no_mask(self, *_: Any, local_size: int | None = None, **__: Any) -> None:
         """In place of a mask: `attend` knows the boundaries. `local_size` is the window or chunk of the mask."""

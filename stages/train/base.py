@@ -28,7 +28,7 @@ from stages.train.sharding import ShardedBase, sharded_loading
 from stages.train.swift import SwiftReader
 from stages.train.swift import load_base as load_swift_base
 from stages.train.trainee import ConnectorTrainee, LoraTrainee, Trainee, has_own_dropout, hidden_alone
-from stages.train.vision import PictureReader, text_decoder
+from stages.train.vision import PictureReader, decoder_layers, text_decoder
 
 PartTest = Callable[[str], bool]
 
@@ -83,7 +83,7 @@ def _load(job: Job, device: torch.device, probes: Sequence[TokenSequence], base:
     """As `load_trainee`, through transformers."""
     model = base.model if base else load_base(job, device)
     sharded = ShardedBase(model, job.dtype) if job.is_sharded else None
-    vision, layers = _vision(job, model), text_decoder(model).layers
+    vision, layers = _vision(job, model), decoder_layers(text_decoder(model))
     if job.settings.trains_connector:
         connector = [name for name, _ in model.named_parameters() if is_connector(name)]
         if not connector or vision is None:
@@ -180,7 +180,7 @@ def checkpoint_layers(model: Any, layers: int) -> None:
     if not layers:
         return
     _enable_checkpointing(model)
-    for number, layer in enumerate(text_decoder(model).layers):
+    for number, layer in enumerate(decoder_layers(text_decoder(model))):
         layer.gradient_checkpointing = number < layers
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from stages.contract.errors import DataError, DoesNotFitError
 from stages.contract.files import digest_of, read_json, read_jsonl, remove, write_json
 from stages.contract.mixes import samples_with_pictures, training_samples, validation_samples
+from stages.contract.records import Message
+from stages.models.cutting import cut_conversation
 from stages.models.pictures import is_read_in_training, open_picture
 from stages.models.rendering import Renderer
 from stages.train.job import Job
@@ -32,15 +34,16 @@ MOST_PROCESSES = 32
 def encode_samples(job: Job, renderer: Renderer) -> None:
     """Write the sequences of both splits below the job's work folder, unless they are there.
 
-    They depend on the samples, the model's tokenizer and template, max_length and max_pixels; if one of these changes,
-    they are written again. Raises DataError for a sample without an answer to learn.
+    They depend on the samples, the model's tokenizer and template, max_length, max_pixels, learn and too_long; if one
+    of these changes, they are written again. Raises DataError for a sample without an answer to learn.
     """
     folder = job.work / "samples"
     chosen = {split: _chosen(job, split) for split in SPLITS}
     splits = {split: samples for split, (samples, _) in chosen.items()}
     names = [job.model_settings.swift_type, job.model_settings.swift_template]
-    facts = [_model_files(job.model), names, job.chat.facts, job.settings.max_length, job.settings.max_pixels, splits]
-    key = digest_of(facts)
+    settings = job.settings
+    learnt = [settings.max_length, settings.max_pixels, settings.learn, settings.too_long]
+    key = digest_of([_model_files(job.model), names, job.chat.facts, learnt, splits])
     if (read_json(folder / "key.json") or {}).get("key") == key:
         return
     remove(folder)
@@ -82,11 +85,14 @@ class Encoded:
     sample: str
     """The sample's id."""
     sequences: list[TokenSequence]
-    """Empty if one is longer than max_length."""
+    """Empty if one is longer than max_length, and its conversation cannot or must not be cut."""
     control_words: dict[str, int]
     """How often it says each control word."""
     note: str | None = None
     """A sentence for the log."""
+    is_cut: bool = False
+    """Whether a conversation begins at a later turn, to fit max_length."""
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,38 +105,71 @@ class SampleEncoder:
     max_pixels: int | None
     swift: SwiftReader | None = None
     """Reads pictures in place of the renderer's rules; None: the renderer has rules."""
+    only_last: bool = False
+    """Whether only the last answer of a conversation is learnt."""
+    cuts: bool = False
+    """Whether a conversation that is too long is cut between turns."""
 
     def __call__(self, sample: dict[str, Any]) -> Encoded:
-        """A sample's sequences; none if one is too long.
+        """A sample's sequences; none if it is too long.
 
         Raises DataError for a picture that is missing or cannot be read, and for a sample without an answer to learn.
         """
-        name, files, note = str(sample["id"]), sample.get("images") or [], None
-        if files and self.swift is not None:
-            sequence, note = self.swift.encode(self.renderer, name, sample["messages"], files)
-            sequences = [sequence]
-        elif files:
-            found = self.renderer.training_sequences(sample["messages"], has_pictures=True)
-            pictures = [self._picture(file, name) for file in files]
-            token = self.renderer.picture_token
-            sequences = []
-            for one in found:  # an earlier answer's sequence has only the pictures before it
-                shown = pictures[: one.tokens.count(token)]
-                whole = one.repeat_placeholders([picture.tokens for picture in shown], token)
-                sequences.append(_token_sequence(whole.tokens, whole.labels, tuple(shown)))
-            if len(shown) != len(pictures):
-                raise DataError(
-                    f"sample {name}: has {len(pictures)} pictures but {len(shown)} <image>; run preprocess again"
-                )
-        else:
-            found = self.renderer.training_sequences(sample["messages"])
-            sequences = [_token_sequence(one.tokens, one.labels) for one in found]
+        name = str(sample["id"])
+        if sample.get("text") is not None:
+            found = self.renderer.text_sequences(sample["text"], self.max_length)
+            said = self.renderer.control_words_in(sample)
+            return Encoded(name, [_token_sequence(one.tokens, one.labels) for one in found], dict(said), is_text=True)
+        sequences, note = self._sequences(sample)
         if not any(sequence.targets for sequence in sequences):
             raise DataError(f"sample {name}: has no answer to learn; run preprocess again")
-        if max(sequence.length for sequence in sequences) > self.max_length:
-            return Encoded(name, [], {}, note)
-        said = self.renderer.control_words_in(sample["messages"], bool(files))
-        return Encoded(name, sequences, dict(said), note)
+        is_cut = False
+        if not self._fits(sequences):
+            cut = self._cut(sample) if self.cuts else None
+            if cut is None:
+                return Encoded(name, [], {}, note)
+            (sequences, note), sample, is_cut = self._sequences(cut), cut, True
+        said = self.renderer.control_words_in(sample)
+        return Encoded(name, sequences, dict(said), note, is_cut)
+
+    def _cut(self, sample: dict[str, Any]) -> dict[str, Any] | None:
+        """A conversation from a later turn on; None if not even its last exchange fits."""
+
+        def with_turns(messages: list[Message], images: list[str]) -> dict[str, Any]:
+            return {**sample, "messages": messages, "images": images}
+
+        found = cut_conversation(
+            sample["messages"],
+            sample.get("images") or [],
+            lambda messages, images: self._fits(self._sequences(with_turns(messages, images))[0]),
+        )
+        return with_turns(*found) if found else None
+
+    def _fits(self, sequences: list[TokenSequence]) -> bool:
+        """Whether no sequence is too long."""
+        return max(sequence.length for sequence in sequences) <= self.max_length
+
+    def _sequences(self, sample: dict[str, Any]) -> tuple[list[TokenSequence], str | None]:
+        """The sequences of a conversation, of any length, and a sentence for the log."""
+        name, files, tools = str(sample["id"]), sample.get("images") or [], sample.get("tools")
+        if files and self.swift is not None:
+            sequence, note = self.swift.encode(self.renderer, sample, self.only_last)
+            return [sequence], note
+        found = self.renderer.training_sequences(sample["messages"], self.only_last, bool(files), tools)
+        if not files:
+            return [_token_sequence(one.tokens, one.labels) for one in found], None
+        pictures = [self._picture(file, name) for file in files]
+        token = self.renderer.picture_token
+        sequences = []
+        for one in found:  # an earlier answer's sequence has only the pictures before it
+            shown = pictures[: one.tokens.count(token)]
+            whole = one.repeat_placeholders([picture.tokens for picture in shown], token)
+            sequences.append(_token_sequence(whole.tokens, whole.labels, tuple(shown)))
+        if len(shown) != len(pictures):
+            raise DataError(
+                f"sample {name}: has {len(pictures)} pictures but {len(shown)} <image>; run preprocess again"
+            )
+        return sequences, None
 
     def _picture(self, file: str, sample: str) -> SizedPicture:
         """A sample's picture at the size that the model reads. Reads only the file's header."""
@@ -158,7 +197,8 @@ def _encoded(
     if not is_read_in_training(job.model) and any(sample.get("images") for sample in samples):
         swift = SwiftReader(job.model, job.model_settings, job.run, settings.max_pixels)
         swift.load()
-    encode = SampleEncoder(renderer, job.run, settings.max_length, settings.max_pixels, swift)
+    only_last, cuts = settings.learn == "last", settings.too_long == "cut"
+    encode = SampleEncoder(renderer, job.run, settings.max_length, settings.max_pixels, swift, only_last, cuts)
     processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES, -(-len(samples) // BATCH))
     if processes <= 1:
         yield from _kept(map(encode, samples), facts)
@@ -203,4 +243,8 @@ def _kept(results: Iterable[Encoded], facts: Facts) -> Iterator[list[TokenSequen
             continue
         if one.control_words:
             facts.control_words.append(one.control_words)
+        if one.is_cut:
+            facts.cut.append(one.sample)
+        if one.is_text and len(one.sequences) > 1:
+            facts.pieces[one.sample] = len(one.sequences)
         yield one.sequences

@@ -32,8 +32,9 @@ def add_outputs(stage: Stage, name: str, files: tuple[str, ...]) -> list[dict[st
 
 
 def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> None:
-    """Add the facts in the training.json of an adapter or the connector to the manifest: samples that were too long,
-    control words, the attention, GPU memory, and what changed when memory ran out. Also prints the control words.
+    """Add the facts in the training.json of an adapter or the connector to the manifest: samples that were too long or
+    cut, control words, the attention, GPU memory, and what changed when memory ran out. Also prints what was cut, and
+    the control words.
 
     An earlier start or a shard may have written the file.
     """
@@ -47,6 +48,14 @@ def _add_training_facts(stage: Stage, name: str, training: dict[str, Any]) -> No
     for split, samples in training["left_out"].items():
         for sample in samples:
             stage.skip(sample, reason, f"{split}, {what}")
+    limit = f"{settings.full_key('max_length')}" + ("" if used == wanted else f", lowered to {used},")
+    if cut := training.get("cut"):
+        number = stage.counts[f"{name} conversations cut"] = sum(cut.values())
+        stage.events.say(f"{what}: {number} conversations are longer than {limit} and begin at a later turn")
+    if texts := training.get("in_pieces"):
+        number = stage.counts[f"{name} texts in pieces"] = texts["train"] + texts["validation"]
+        stage.counts[f"{name} pieces of texts"] = texts["pieces"]
+        stage.events.say(f"{what}: {number} texts are longer than {limit} and are cut into {texts['pieces']} pieces")
     if "control_words" in training:
         stage.facts.setdefault("control_words", {})[name] = training["control_words"]
         stage.events.say(f"{what}: {said_note(training['control_words'])}")

@@ -117,7 +117,7 @@ class Progress:
     def send(self, **fields: Any) -> None:
         """Send these fields as a line of JSON. With `only_problems`, send them only if they are an error.
 
-        The field `event` is `process`, `loaded`, `step`, `loss`, `done` or `error`.
+        The field `event` is `process`, `loaded`, `step`, `entry` (of the log), `done` or `error`.
         """
         if self.only_problems and fields["event"] != "error":
             return

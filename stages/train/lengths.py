@@ -1,6 +1,7 @@
 """Lengths of the samples in tokens, counted before training starts: the memory plan needs them."""
 
 import heapq
+import json
 import statistics
 from dataclasses import dataclass
 from functools import cache
@@ -81,8 +82,12 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
 
     counted = []
     for sample in samples:
-        texts = [str(message["content"]) for message in sample["messages"]]
-        before = next(place for place, message in enumerate(sample["messages"]) if message["role"] == "assistant")
+        texts = [_text_of(message) for message in sample["messages"]]
+        before = next((place for place, one in enumerate(sample["messages"]) if one["role"] == "assistant"), 0)
+        if sample.get("tools"):
+            texts.insert(0, json.dumps(sample["tools"], ensure_ascii=False, indent=4))
+            before += 1
+        texts += [sample["text"]] if sample.get("text") is not None else []
         counted.append(_Sample(texts, before, sum(map(count_picture_tokens, sample.get("images") or []))))
     longest = heapq.nlargest(CANDIDATES, counted, key=lambda sample: sample.size)
     answers = heapq.nlargest(CANDIDATES, (sample.answers for sample in counted), key=lambda texts: sum(map(len, texts)))
@@ -98,6 +103,12 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
     drawn = [count_sample(sample) for sample in counted[:: -(-len(counted) // DRAWN)]]
     whole = max(map(count_sample, longest))
     return Lengths(whole, min(answer, limit), statistics.fmean(drawn), statistics.pstdev(drawn))
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """All that a template writes of a message, and about as long as there."""
+    others = {key: value for key, value in message.items() if key not in ("role", "content") and value}
+    return str(message.get("content") or "") + (json.dumps(others, ensure_ascii=False) if others else "")
 
 
 def read_lengths(path: Path, model: Path, settings: Train, run: Path) -> Lengths:

@@ -263,9 +263,13 @@ class Loop:
         }
         if not skipped:
             entry["grad_norm"] = norm
-        state.log.append(entry)
-        self._progress.send(event="loss", step=state.step, loss=self._since_log.loss)
+        self._add_entry(entry)
         self._since_log = TokenMean()
+
+    def _add_entry(self, entry: dict[str, Any]) -> None:
+        """Add an entry to the log, and send it."""
+        self.state.log.append(entry)
+        self._progress.send(event="entry", entry=entry)
 
     def _is_evaluation_due(self) -> bool:
         """Whether the step that training is at comes with an evaluation."""
@@ -291,7 +295,7 @@ class Loop:
             raise self._divergence_error(f"the validation loss is {nonfinite_name(mean.loss)}", None)
         epoch = self.state.step / self.steps.in_epoch
         entry = {"step": self.state.step, "epoch": epoch, "eval_loss": mean.loss, "eval_token_acc": mean.accuracy}
-        self.state.log.append(entry)
+        self._add_entry(entry)
         if not self._job.use_cpu:
             torch.cuda.empty_cache()
         self._progress.during = "training"

@@ -145,7 +145,7 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def products(x: torch.Tensor, members: list[LoraLinear], dropout: Dropout | None) -> tuple[torch.Tensor, ...]:
     """The outputs of modules that read the same input `x`, of shape [..., inputs]; each of shape [..., outputs]."""
-    outputs: tuple[torch.Tensor, ...] = _Products.apply(
+    outputs = _Products.apply(
         x,
         [one.base_layer for one in members],
         [one.scale for one in members],
@@ -154,7 +154,8 @@ def products(x: torch.Tensor, members: list[LoraLinear], dropout: Dropout | None
         *(one.a for one in members),
         *(one.b for one in members),
     )
-    return outputs
+    # viewed here: a model such as OLMo changes them in place, which no view that a function returns allows
+    return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -231,7 +232,7 @@ class _Products(torch.autograd.Function):
         salt: int,
         *lora: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Compute the outputs. `lora`: all A, then all B."""
+        """Compute the outputs, [tokens, outputs] each. `lora`: all A, then all B."""
         a_parts, b_parts = lora[: len(layers)], lora[len(layers) :]
         flat = x.flatten(0, -2)
         a = stacked(a_parts, x.dtype)
@@ -241,7 +242,7 @@ class _Products(torch.autograd.Function):
         for layer, part in zip(layers, b, strict=True):
             output = base_product(layer, flat)
             output.addmm_(inner[:, first : first + part.shape[1]], part.t())
-            outputs.append(output.view(*x.shape[:-1], -1))
+            outputs.append(output)
             first += part.shape[1]
         ctx.save_for_backward(flat, a, inner, *b)
         ctx.shape, ctx.layers, ctx.scales, ctx.dropout, ctx.salt = x.shape, layers, scales, dropout, salt

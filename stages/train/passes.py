@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 
 from stages.hardware.step import rounded_up
+from stages.models.head import Head
 from stages.train.dropout import row_numbers
-from stages.train.head import Head, loss_sum
+from stages.train.head import loss_sum
 from stages.train.samples import NOT_LEARNT, TokenSequence
 from stages.train.swift import SwiftReader
 from stages.train.vision import PictureReader, embed, text_decoder, three_places

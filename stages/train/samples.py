@@ -7,8 +7,9 @@
         sequences.npy   for each sample, its end in `ends`: most samples are one sequence, int64
         facts.json      `Facts`, and the pictures or the row of each sequence that has some
 
-A sample is one sequence, unless the chat template leaves out earlier thoughts (`stages.models.rendering`). The arrays
-are mapped, not read: every process and every later start uses the same pages of memory.
+A sample is one sequence, unless the chat template leaves out earlier thoughts (`stages.models.rendering`) or a text is
+longer than max_length. The arrays are mapped, not read: every process and every later start uses the same pages of
+memory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -73,6 +74,10 @@ class Facts:
 
     left_out: list[str] = field(default_factory=list)
     """Ids of samples that are longer than max_length."""
+    cut: list[str] = field(default_factory=list)
+    """Ids of conversations that begin at a later turn, to fit max_length."""
+    pieces: dict[str, int] = field(default_factory=dict)
+    """By the id of each text that is longer than max_length, the number of sequences that it is cut into."""
     control_words: list[dict[str, int]] = field(default_factory=list)
     """How often each control word occurs as text in each kept sample that has some."""
     notes: list[str] = field(default_factory=list)

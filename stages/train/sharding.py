@@ -104,7 +104,7 @@ class ShardedBase:
         from torch import nn
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        from stages.train.vision import text_decoder
+        from stages.train.vision import decoder_layers, text_decoder
 
         class Pass(nn.Module):
             """DeepSpeed takes what lies within a call of this module as one pass."""
@@ -119,7 +119,7 @@ class ShardedBase:
 
         model.requires_grad_(False)
         blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        self.layers: list[nn.Module] = list(dict.fromkeys([*text_decoder(model).layers, *blocks]))
+        self.layers: list[nn.Module] = list(dict.fromkeys([*decoder_layers(text_decoder(model)), *blocks]))
         """Those of the language model and of a vision tower: a layer's weights are gathered together."""
         for layer in self.layers:
             set_z3_leaf_module(layer, True)

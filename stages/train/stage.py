@@ -6,6 +6,7 @@
     facts.py      what the manifest, the summary and the console say of each
     torchrun.py   the training processes, which keep the base for the next adapter
     worker.py     what such a process does
+    trackers.py   TensorBoard and others, which get each entry of the log
 
 If training one adapter fails, Lorry still trains the others in new processes, except after a lost GPU or on several
 nodes.
@@ -37,6 +38,7 @@ from stages.train.job import TEMPLATE_FILE
 from stages.train.nodes import announce_training, announced_adapters, folder_parts
 from stages.train.planning import Plan, make_plan
 from stages.train.torchrun import TrainingProcesses
+from stages.train.trackers import missing_trackers
 from stages.train.trained import Trained, adapter_keys, connector_key, copy_from_shard, read_mixes, remove_checkpoints
 
 
@@ -57,6 +59,8 @@ def _train_all(stage: Stage, node: Node | None, processes: TrainingProcesses) ->
     """Train what this process has to train and is not finished, and write the outputs."""
     recipe = stage.run.recipe
     _check_model(stage)
+    for line in missing_trackers(recipe.train.report_to):
+        stage.events.say(line)
     log: list[dict[str, Any]] = []
     adapters = [adapter for number, adapter in enumerate(recipe.train.adapters) if stage.does_piece(number)]
     renderer = checked_renderer(stage)

@@ -5,7 +5,7 @@ This module has all of Lorry's calls of ms-swift, which are public and of versio
 template with code for pictures for each of its families. Such a model reads one sample a pass, by its own forward pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from stages.contract.errors import DataError, DoesNotFitError, LorryError, UsageError
 from stages.contract.recipe import Model
-from stages.contract.records import PLACE, Message
+from stages.contract.records import PLACE
 from stages.hardware.memory import is_connector, is_vision_or_connector
 from stages.models.pictures import read_picture
 from stages.models.rendering import UNLEARNT, Renderer, TrainingSequence
@@ -66,26 +66,26 @@ class SwiftReader:
         return template
 
     def encode(
-        self, renderer: Renderer, name: str, messages: Sequence[Message], files: Sequence[str]
+        self, renderer: Renderer, sample: Mapping[str, Any], only_last: bool = False
     ) -> tuple[TokenSequence, str | None]:
         """A sample with pictures as one sequence, and a sentence for the log if its prompt cannot be compared.
 
-        `name` is the sample's id; `files` are the names of its pictures. The tokens are ms-swift's, which has to write
+        With `only_last`, only its last answer is learnt. The tokens are ms-swift's, which has to write
         the same around pictures as the model's chat template; what is learnt is as inference needs it. Raises
         UsageError if ms-swift writes another prompt, and DataError for a sample that its template cannot write, or a
         picture that cannot be read.
         """
-        row = {"messages": renderer.template.folded(messages), "images": list(files)}
-        encoded = self._encoded(row, name)
+        row = {"messages": renderer.template.folded(sample["messages"]), "images": list(sample["images"])}
+        encoded = self._encoded(row, str(sample["id"]))
         tokens = list(encoded["input_ids"])
-        own, note = self._own_sequence(renderer, name, messages), None
+        own, note = self._own_sequence(renderer, sample, only_last), None
         if own is None:
             labels = list(encoded["labels"])
             note = f"{self.model}: the chat template takes no pictures, so prompts with pictures are ms-swift's"
         else:
             found = self._labels(*own, tokens)
             if found is None:
-                raise self._difference(renderer, name, messages, own[0].tokens, tokens)
+                raise self._difference(renderer, sample, own[0].tokens, tokens)
             labels = found
         learnt = np.array(labels, np.int64) != NOT_LEARNT
         return TokenSequence(np.array(tokens, np.int32), learnt, row=row), note
@@ -100,26 +100,27 @@ class SwiftReader:
                 raise DataError(
                     f"{self.run / file}: missing or not a picture, but sample {name} needs it; run preprocess again"
                 ) from error
-        messages = [{"role": one["role"], "content": one["content"]} for one in row["messages"]]
+        messages = [{"role": one["role"], "content": one.get("content") or ""} for one in row["messages"]]
         encoded: dict[str, Any] = self._template.encode({"messages": messages, "images": pictures})
         return encoded
 
     def _own_sequence(
-        self, renderer: Renderer, name: str, messages: Sequence[Message]
+        self, renderer: Renderer, sample: Mapping[str, Any], only_last: bool
     ) -> tuple[TrainingSequence, list[list[int]]] | None:
         """A sample as the model's chat template writes it, and its tokens between the pictures; None if the template
         takes no pictures. Raises DataError if the sample needs several sequences."""
+        messages, tools = sample["messages"], sample.get("tools")
         try:
-            sequences = renderer.training_sequences(messages, has_pictures=True)
+            sequences = renderer.training_sequences(messages, only_last, has_pictures=True, tools=tools)
         except LorryError:
             return None
         if len(sequences) != 1:
             raise DataError(
-                f"sample {name}: its answers need {len(sequences)} sequences, but ms-swift's template writes one; leave"
-                " out its earlier thoughts"
+                f"sample {sample['id']}: its answers need {len(sequences)} sequences, but ms-swift's template writes"
+                " one; leave out its earlier thoughts"
             )
         (sequence,) = sequences
-        count = sum(message["content"].count(PLACE) for message in messages)
+        count = sum((message.get("content") or "").count(PLACE) for message in messages)
         for marker in self._template.placeholder_tokens:
             if sequence.tokens.count(marker) == count:
                 return sequence, _split(sequence.tokens, marker)
@@ -140,19 +141,19 @@ class SwiftReader:
         return labels
 
     def _difference(
-        self, renderer: Renderer, name: str, messages: Sequence[Message], own: list[int], tokens: list[int]
+        self, renderer: Renderer, sample: Mapping[str, Any], own: list[int], tokens: list[int]
     ) -> LorryError:
         """The error for a prompt of ms-swift's that is not the chat template's."""
-        words = renderer.control_words_in(messages, True)
+        words = renderer.control_words_in(sample)
         if words:
             return DataError(
-                f"sample {name}: says {next(iter(words))!r}, which ms-swift's template would read as the model's"
-                " control word; leave the sample out"
+                f"sample {sample['id']}: says {next(iter(words))!r}, which ms-swift's template would read as the"
+                " model's control word; leave the sample out"
             )
         decode = renderer.tokenizer.decode
         return UsageError(
-            f"model.swift_template: {self.names.swift_template!r} renders sample {name} differently from the chat"
-            f" template in {self.model} ({decode(tokens)[:300]!r} instead of {decode(own)[:300]!r}); set it to the"
+            f"model.swift_template: {self.names.swift_template!r} renders sample {sample['id']} differently from the"
+            f" chat template in {self.model} ({decode(tokens)[:300]!r} instead of {decode(own)[:300]!r}); set it to the"
             " template that matches"
         )
 

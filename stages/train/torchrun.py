@@ -27,6 +27,7 @@ from stages.contract.stop import begin_child, die_with_parent
 from stages.hardware.probe import Gpu, probe
 from stages.train.job import Job
 from stages.train.ladder import MemoryRanOutError, Shortage
+from stages.train.trackers import Trackers
 
 WORKER = "stages.train.worker"
 """The module that each training process runs."""
@@ -105,7 +106,13 @@ class TrainingProcesses:
         received = running.received = _Messages(running.received.processes, earlier_jobs=running.jobs - 1)
         workers = None if job.processes == 1 else _Workers(running.process, received, self._node)
         self._stage.stop.pass_on_to(workers or running.process)
-        if _follow_progress(self._stage, name, running.messages, received, workers):
+        trackers = Trackers(self._stage, name, job.key, job.settings.report_to)
+        done = False
+        try:
+            done = _follow_progress(self._stage, name, running.messages, received, trackers, workers)
+        finally:
+            trackers.end(done)
+        if done:
             self._stage.stop.pass_on_to(None)
             running.is_idle = True
         else:
@@ -284,9 +291,15 @@ def _training_error(stage: Stage, name: str, code: Exit, text: str) -> LorryErro
 
 
 def _follow_progress(
-    stage: Stage, name: str, messages: IO[str], received: _Messages, workers: _Workers | None = None
+    stage: Stage,
+    name: str,
+    messages: IO[str],
+    received: _Messages,
+    trackers: Trackers,
+    workers: _Workers | None = None,
 ) -> bool:
-    """Print the processes' progress, and add their messages to `received`, until they are done with their job.
+    """Print the processes' progress, send it to trackers, and add their messages to `received`, until they are done
+    with their job.
 
     Returns whether they are: false if the last process ended before. Adds a decision to the stage if training resumes
     from a checkpoint. `workers` that start after a stop get a SIGTERM.
@@ -300,12 +313,17 @@ def _follow_progress(
             if received.steps > 1:
                 received.tokens += message["tokens"]
                 received.seconds += message["seconds"]
+            trackers.add_step(message["tokens"], message["seconds"], message["memory"])
             shown = {"loss": loss, "tokens_per_second": speed and round(speed, 1), "memory": message["memory"]}
             stage.events.report_progress(activity, message["step"], message["total"], "steps", **shown)
-        elif message["event"] == "loss":
-            loss = message["loss"]
-            stage.events.emit("loss", adapter=name, step=message["step"], loss=loss)
+        elif message["event"] == "entry":
+            entry = message["entry"]
+            trackers.add_entry(entry)
+            if "loss" in entry:
+                loss = entry["loss"]
+                stage.events.emit("loss", adapter=name, step=entry["step"], loss=loss)
         elif message["event"] == "loaded":
+            trackers.begin(resumes=message["resumed_from"] is not None)
             _say_loaded(stage, name, message)
         elif message["event"] == "done":
             return True

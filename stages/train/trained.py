@@ -17,7 +17,7 @@ from stages.contract.files import (
     visible_files,
 )
 from stages.contract.mixes import samples_with_pictures, training_samples, validation_samples
-from stages.contract.recipe import CONNECTOR, RESULT_NEUTRAL, Adapter, Train
+from stages.contract.recipe import CONNECTOR, RESULT_NEUTRAL, Adapter, Train, without_added
 from stages.contract.run import CONTRACT_VERSION
 from stages.contract.stage import Stage
 from stages.contract.superseded import publish, put_back, remove_other_checkpoints, set_aside, trained_key
@@ -75,7 +75,7 @@ def connector_key(stage: Stage, settings: Train) -> str:
     validated_on = samples_with_pictures(
         validation_samples(validation, mix), settings.connector.most_samples, run.recipe.seed
     )[0]
-    learnt = settings.model_dump(mode="json", include=LEARNT - LORAS_OWN)
+    learnt = without_added("train", settings.model_dump(mode="json", include=LEARNT - LORAS_OWN))
     hashes = FileHashes(stage.path(".hashes.json"))  # has model and pictures from hashing the stage's inputs
     pictures = _picture_hashes(stage, [samples, validated_on], hashes)
     model, recipe = _model_digest(stage, hashes), run.recipe.digest("seed", "model")

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from stages.contract.errors import LorryError
 from stages.models.connector import FILE as CONNECTOR_FILE
 from stages.models.connector import names_in_files
+from stages.models.head import Head
 from stages.train.attention import PLAIN, choose_kernel, own_attention, use_packed_attention, warn_of_order
 from stages.train.dropout import Dropout
-from stages.train.head import Head
 from stages.train.lora import ADAPTER, LoraLinear, Pass, fuse, has_kernels
 from stages.train.passes import PassTensors, Vision, hidden_states, own_sums, padded, pass_sums, pass_tensors
 from stages.train.samples import TokenSequence

@@ -58,6 +58,11 @@ def text_decoder(base: Any) -> Any:
     return getattr(base.base_model, "language_model", None) or base.get_decoder()
 
 
+def decoder_layers(decoder: Any) -> Any:
+    """The list of a decoder's layers, by the name that its model has for it: Falcon's is `h`."""
+    return next(getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name))
+
+
 def three_places(sequence: TokenSequence, placeholder: int, factor: int) -> torch.Tensor:
     """The time, row and column of each token of a sequence; shape [3, length], int64.
 

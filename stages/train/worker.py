@@ -35,11 +35,11 @@ from stages.models.control_words import count_said
 from stages.models.gptq import quantisation_method
 from stages.models.remote_code import settle_remote_code
 from stages.models.rendering import Renderer
-from stages.train.adapter_card import adapter_card, base_name
 from stages.train.checkpoints import newest_complete_checkpoint
 from stages.train.encoding import encode_samples, read_encoded
 from stages.train.job import TEMPLATE_FILE, Job, Progress
 from stages.train.ladder import Ladder, LostCardError, Shortage, find_shortage, lost_gpu_message
+from stages.train.model_card import adapter_card, base_name
 from stages.train.samples import Samples
 from stages.train.sharding import check_sharding
 from stages.train.together import Together, is_peer_lost
@@ -160,6 +160,7 @@ class Worker:
                 **unused,
                 **({"control_words": said} if said else {}),
                 "left_out": {"train": samples.facts.left_out, "validation": validation.facts.left_out},
+                **_cut_facts(samples, validation),
                 "max_length": job.settings.max_length,
                 "attention": trainee.attention_facts,
                 "tokens": loop.state.tokens,
@@ -217,6 +218,18 @@ def _refuse_no_samples(job: Job, samples: int) -> None:
     what, other = (" with a picture", ", or add pictures") if job.settings.trains_connector else ("", "")
     limit = f"{job.settings.full_key('max_length')} {job.settings.max_length}"
     raise DataError(f"{job.train[0]}: no training sample{what} fits in {limit}; raise it{other}")
+
+
+def _cut_facts(samples: Samples, validation: Samples) -> dict[str, Any]:
+    """How many samples of each split are cut to fit max_length: conversations as `cut`, texts as `in_pieces` with the
+    number of their `pieces`. Empty if none is."""
+    found = {"train": samples.facts, "validation": validation.facts}
+    cut = {split: len(facts.cut) for split, facts in found.items()}
+    texts = {split: len(facts.pieces) for split, facts in found.items()}
+    pieces = sum(sum(facts.pieces.values()) for facts in found.values())
+    return ({"cut": cut} if any(cut.values()) else {}) | (
+        {"in_pieces": {**texts, "pieces": pieces}} if any(texts.values()) else {}
+    )
 
 
 def _refuse_different_job(job: Job, together: Together) -> None:

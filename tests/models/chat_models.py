@@ -142,10 +142,32 @@ KINDS = {
 }
 
 
-def chat_model(folder: Path, kind: Kind) -> Path:
-    """Write a model folder without weights. Returns it."""
+def small_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer of 400 tokens, all bytes among them, which loads at once. Returns the folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = [
+        "It is what it is.\n\n\n",
+        "system user assistant\n",
+        '{"name": "x", "arguments": {}}\n\n',
+        "  部件是什么？\r\n",
+    ]
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=words, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(text * 3, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(folder)
+    return folder
+
+
+def chat_model(folder: Path, kind: Kind, source: Path | None = None) -> Path:
+    """Write a model folder without weights, with the tokenizer in `source`; None: SmolLM2's. Returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    source = need_model("SmolLM2-135M-Instruct")
+    source = source or need_model("SmolLM2-135M-Instruct")
     values = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     known = {token["content"] for token in values["added_tokens"]}
     number = max(values["model"]["vocab"].values())

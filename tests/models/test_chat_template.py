@@ -373,7 +373,7 @@ def test_an_end_token_is_added_where_the_template_writes_none(tmp_path: Path) ->
 def test_a_conversation_that_the_template_refuses(renderer: Callable[..., Renderer]) -> None:
     messages = [*conversation("A?"), *conversation("B?", "Yes", system=None)]
     with pytest.raises(UsageError, match=r"refuses a conversation of user, user.* \(Roles must alternate\)"):
-        renderer("no_system").check_template(messages)
+        renderer("no_system").check_conversation(messages)
 
 
 def test_a_renderer_goes_to_another_process(renderer: Callable[..., Renderer]) -> None:

@@ -127,6 +127,73 @@ def test_samples_with_pictures_that_lorry_does_not_read_need_ms_swift_s_names(
     check_samples(run, Renderer(need_model("tiny-llava")), samples)
 
 
+ANSWER = "'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'"
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "why"),
+    [
+        (ANSWER, ANSWER.replace("m['content']", "m['content'][:1]"), "writes the answer 'yes' as 'y'"),
+        (
+            ANSWER,
+            ANSWER.replace("m['role']", "{'user': 'assistant', 'assistant': 'user'}.get(m['role'], m['role'])"),
+            "begins an answer with '<|im_end|>\\n<|im_start|>user\\n', but a prompt ends with",
+        ),
+        (
+            ANSWER,
+            ANSWER.replace("'<|im_end|>", "('' if m['role'] == 'assistant' else '<|im_end|>') + '"),
+            "writes an end token after a question, but none after an answer",
+        ),
+        ("'<|im_start|>assistant\n'", "'<|im_start|>assistant: '", "but a prompt ends with"),
+    ],
+    ids=["cut", "swapped", "endless", "other prompt"],
+)
+def test_a_mutated_template_is_refused(
+    make_run: Callable[..., Run], models: Path, capfd: pytest.CaptureFixture[str], was: str, becomes: str, why: str
+) -> None:
+    template = KINDS["chatml"].template or ""
+    assert was in template
+    (models / "mutated.jinja").write_text(template.replace(was, becomes))
+    code, lines = preprocessed(make_run("chatml", "model.chat_template=mutated.jinja"), capfd)
+    assert code == Exit.USAGE, lines
+    assert len(lines) == 1 and why in lines[0] and lines[0].endswith("with a corrected template")
+
+
+def conversations(*talks: list[dict[str, Any]], **others: Any) -> list[dict[str, Any]]:
+    return [{"id": f"s{number}", "messages": talk, "images": [], **others} for number, talk in enumerate(talks)]
+
+
+def test_a_conversation_that_the_template_cannot_write_is_refused_by_its_name(
+    make_run: Callable[..., Run], models: Path
+) -> None:
+    plain: list[dict[str, Any]] = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "Yes"}]
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
+    calling = [plain[0], {"role": "assistant", "tool_calls": [call]}]
+    twice = [plain[0], *plain]
+    renderers = {name: Renderer(models / name) for name in ("chatml", "no_system")}
+    with pytest.raises(
+        UsageError, match=r"^sample s1: .*chatml: the chat template leaves out the tool call 'look'; set"
+    ):
+        check_samples(make_run("chatml"), renderers["chatml"], conversations(plain, calling))
+    with pytest.raises(UsageError, match=r"^sample s0: .*chatml: the chat template leaves out the tools; set"):
+        check_samples(make_run("chatml"), renderers["chatml"], conversations(plain, tools=[call]))
+    with pytest.raises(UsageError, match=r"^sample s2: .*refuses a conversation of user, user \(Roles must alternate"):
+        check_samples(make_run("no_system"), renderers["no_system"], conversations(plain, plain, twice))
+    assert check_samples(make_run("chatml"), renderers["chatml"], conversations(plain, twice)) == {}
+
+
+def test_what_the_template_changes_is_counted(make_run: Callable[..., Run], models: Path) -> None:
+    texts = (" A?", "Yes \n"), ("A?", "Yes"), ("B?\n\n", "No")
+    talks = [[{"role": "user", "content": one}, {"role": "assistant", "content": other}] for one, other in texts]
+    talks[1][1]["reasoning_content"] = "Hm."
+    samples = conversations(*talks)
+    stripped = "messages whose outer white space the chat template strips"
+    unknown = "answers whose reasoning_content the chat template leaves out"
+    found = {name: check_samples(make_run(name), Renderer(models / name), samples) for name in ("chatml", "no_system")}
+    assert found == {"chatml": {unknown: 1}, "no_system": {unknown: 1, stripped: 3}}
+    assert check_samples(make_run("hybrid"), Renderer(models / "hybrid"), samples) == {}
+
+
 # -- what depends on it --------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from stages.train.together import Together
 from tests.conftest import snapshot
 from tests.train.conftest import Training
 from tests.train.sharded_training import make_inputs, train
+from tests.train.test_trackers import tensorboard_rows
 
 
 @pytest.mark.long
@@ -74,3 +75,6 @@ def test_a_stopped_training_with_lora_plus_ends_in_the_bytes_of_an_undisturbed_o
     mine, theirs = (snapshot(each.run.path("train", "adapters", "tuned")) for each in (stopped, whole))
     assert mine.pop("timing.json") != theirs.pop("timing.json")
     assert mine == theirs
+    shown, others = (tensorboard_rows(each.run.path("train", "tensorboard", "tuned")) for each in (stopped, whole))
+    for name in ("train/loss", "train/learning_rate", "train/grad_norm", "validation/loss"):
+        assert shown[name] == others[name] and shown[name], name

@@ -24,7 +24,8 @@ from stages.train.samples import TokenSequence
 from stages.train.vision import PictureReader
 from tests.conftest import need_model
 from tests.engines.test_llava import with_published_template
-from tests.models.chat_models import HYBRID, chat_model
+from tests.models.chat_models import HYBRID, chat_model, small_tokenizer
+from tests.models.published_forms import FORMS
 
 BUDGET = 50176
 """64 tokens."""
@@ -307,3 +308,98 @@ def test_what_samples_say_is_learnt_as_text(model: Path, llava: Path, pages: Pat
 def plain(tokenizer: Any, text: str) -> list[int]:
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return tokens
+
+
+# -- several turns, tools and texts --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    """A model with tools and a small tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    return Renderer(chat_model(folder / "small", FORMS["qwen2.5"].kind, small_tokenizer(folder / "source")))
+
+
+def turns(*texts: str) -> list[dict[str, Any]]:
+    roles = ("user", "assistant") * len(texts)
+    system = [{"role": "system", "content": "Be brief."}]
+    return [*system, *({"role": role, "content": text} for role, text in zip(roles, texts, strict=False))]
+
+
+CALLED: list[dict[str, Any]] = [
+    *turns("word " * 40, "No.", "Weather?"),
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]},
+    {"role": "tool", "content": "wet"},
+    {"role": "assistant", "content": "It rains."},
+]
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "See </s>.", "parameters": {}}}]
+
+
+def learnt(renderer: Renderer, one: Encoded) -> list[str]:
+    decode = renderer.tokenizer.decode
+    return [decode(sequence.tokens[sequence.learnt]) for sequence in one.sequences]
+
+
+def test_only_the_last_answer_is_learnt_if_the_recipe_says_so(small: Renderer, tmp_path: Path) -> None:
+    talk = {"id": "x", "messages": turns("A?", "Yes.", "B?", "No."), "images": []}
+    every, last = (SampleEncoder(small, tmp_path, 200, None, only_last=only)(talk) for only in (False, True))
+    assert learnt(small, every) == ["Yes.<|im_end|>No.<|im_end|>"]
+    assert learnt(small, last) == ["No.<|im_end|>"]
+    assert [one.tokens.tolist() for one in every.sequences] == [one.tokens.tolist() for one in last.sequences]
+
+
+def test_a_conversation_that_is_too_long_is_cut_between_turns(small: Renderer, tmp_path: Path) -> None:
+    talk = {"id": "x", "messages": CALLED, "tools": TOOLS, "images": []}
+    (whole,) = SampleEncoder(small, tmp_path, 10_000, None)(talk).sequences
+    assert not SampleEncoder(small, tmp_path, whole.length - 1, None)(talk).sequences
+    cut = SampleEncoder(small, tmp_path, whole.length - 1, None, cuts=True)(talk)
+    assert cut.is_cut and not SampleEncoder(small, tmp_path, whole.length, None, cuts=True)(talk).is_cut
+    text = small.tokenizer.decode(cut.sequences[0].tokens)
+    assert text.startswith("<|im_start|>system\nBe brief.") and "See </s>." in text and "word" not in text
+    assert "<|im_start|>user\nWeather?" in text
+    assert learnt(small, cut)[0].endswith("It rains.<|im_end|>") and "look" in learnt(small, cut)[0]
+    shortest = cut.sequences[0].length
+    assert not SampleEncoder(small, tmp_path, shortest - 1, None, cuts=True)(talk).sequences, "the last exchange"
+    assert cut.control_words == {}, "SmolLM2 has the word, this model has not"
+
+
+def test_as_many_turns_stay_as_fit(small: Renderer, tmp_path: Path) -> None:
+    texts = [f"{number} word" for number in range(40)]
+    talk = {"id": "x", "messages": turns(*texts), "images": []}
+    sizes = {}
+    for limit in range(60, 500, 20):
+        (sequence,) = SampleEncoder(small, tmp_path, limit, None, cuts=True)(talk).sequences
+        first = small.tokenizer.decode(sequence.tokens).partition("user\n")[2].partition(" ")[0]
+        sizes[limit] = int(first)
+        assert sequence.length <= limit and int(first) % 2 == 0
+        if int(first):  # one more exchange does not fit
+            longer = {**talk, "messages": [talk["messages"][0], *talk["messages"][int(first) - 1 :]]}
+            assert not SampleEncoder(small, tmp_path, limit, None)(longer).sequences
+    assert sorted(sizes.values(), reverse=True) == list(sizes.values()) and len(set(sizes.values())) > 5
+
+
+def test_pictures_of_the_turns_that_are_cut_off_go_with_them(model: Path, pages: Path) -> None:
+    first, second = (message["content"] for message in TURNS[::2])
+    messages = turns(first + " word" * 200, "A square.", f"<image>{second}", "Red.")
+    talk = {"id": "x", "messages": messages, "images": ["0.jpg", "5.jpg"]}
+    cut = SampleEncoder(Renderer(model), pages, 200, BUDGET, cuts=True)(talk)
+    assert cut.is_cut and [[one.path for one in sequence.pictures] for sequence in cut.sequences] == [["5.jpg"]]
+
+
+def test_a_text_that_is_too_long_becomes_several_sequences(small: Renderer, tmp_path: Path) -> None:
+    text = {"id": "x", "messages": [], "text": "word <|im_end|> " * 30, "images": []}
+    one = SampleEncoder(small, tmp_path, 100, None)(text)
+    assert len(one.sequences) > 1 and one.is_text and one.control_words == {"<|im_end|>": 30}
+    assert "".join(learnt(small, one)) == f"{text['text']}<|im_end|>"
+    settings = Train(adapters=[Adapter(name="tuned")], max_length=1000)
+    (folder,) = {Path(small.tokenizer.name_or_path)}
+    counted = measure_lengths([text], folder, settings, tmp_path)
+    assert 0 <= counted.longest - sum(sequence.length for sequence in one.sequences) <= 40
+
+
+def test_tools_and_calls_count_in_lengths(small: Renderer, tmp_path: Path) -> None:
+    talk = {"id": "x", "messages": CALLED, "tools": TOOLS, "images": []}
+    (whole,) = SampleEncoder(small, tmp_path, 10_000, None)(talk).sequences
+    settings = Train(adapters=[Adapter(name="tuned")], max_length=10_000)
+    counted = measure_lengths([talk], Path(small.tokenizer.name_or_path), settings, tmp_path)
+    assert 0 <= counted.longest - whole.length <= 150

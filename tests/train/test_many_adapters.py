@@ -367,6 +367,7 @@ def test_another_mix_trains_that_adapter_alone(job: Job) -> None:
         ("train.gradient_checkpointing=true", []),
         ("train.keep_checkpoints=5", []),
         ("train.keep_going=true", []),
+        ("train.report_to=[]", []),
         ("infer.max_new_tokens=7", []),
     ],
 )
