@@ -41,8 +41,8 @@ def stored_name(path: Path) -> str:
 
 
 def flush(folder: Path) -> None:
-    """Have a folder's files on the disk: from now on a power cut does not lose them."""
-    for path in folder.iterdir():
+    """Have the files below a folder on the disk: from now on a power cut does not lose them."""
+    for path in (one for one in folder.rglob("*") if one.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -204,12 +204,13 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files below a folder of input data and links to files, sorted, without hidden files and folders.
+    """The files below a folder of input data and links to files, sorted, without hidden files and folders; of a file,
+    only itself.
 
     Follows links to folders, as people link their data instead of copying it, but at most `_LINKS_DEEP` inside each
     other. `unread_data` returns what is left out.
     """
-    return _walk_data(folder)[0]
+    return [folder] if folder.is_file() else _walk_data(folder)[0]
 
 
 def unread_data(folder: Path) -> dict[Path, tuple[str, str]]:
@@ -217,7 +218,7 @@ def unread_data(folder: Path) -> dict[Path, tuple[str, str]]:
 
     Hidden files and folders are not among them.
     """
-    return dict(sorted(_walk_data(folder)[1].items()))
+    return {} if folder.is_file() else dict(sorted(_walk_data(folder)[1].items()))
 
 
 _LINKS_DEEP = 2

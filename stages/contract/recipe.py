@@ -95,7 +95,9 @@ class Model(Section):
 class Data(Section):
     """The task's input, and how it is split."""
 
-    path: str = Field(description="Folder with the task's input, relative to the data mount or absolute")
+    path: str = Field(
+        description="Folder with the task's input, relative to the data mount or absolute; for chat also a file"
+    )
     test_fraction: Fraction = Field(
         0.25, description="Share of the groups, such as documents, held out for test; data that state a split keep it"
     )
@@ -161,13 +163,17 @@ class DataJuicer(Section):
         """Name and parameters of each operator, in order."""
         return [(name, given or {}) for entry in self.process for name, given in entry.items()]
 
-    def weight_folders(self) -> dict[str, str]:
-        """The weight folders of the operators, relative to the model mount, by the recipe key that names each."""
+    def weight_folders(self, on_gpu: bool = False) -> dict[str, str]:
+        """The weight folders of the operators, relative to the model mount, by the recipe key that names each.
+
+        With `on_gpu`, without those of operators that the recipe keeps on the CPU (`accelerator: cpu`).
+        """
         return {
             f"preprocess.data_juicer.process[{number}].{name}.{key}": value
             for number, (name, given) in enumerate(self.operators())
             for key, value in given.items()
             if key.startswith("hf_") and isinstance(value, str)
+            if not (on_gpu and given.get("accelerator") == "cpu")
         }
 
 
@@ -342,8 +348,19 @@ class Train(Section):
     )
     epochs: float = Field(1.0, gt=0, description="Passes over an adapter's samples")
     effective_batch: int = Field(16, ge=1, description="Samples per optimizer step, over all GPUs: exactly so many")
+    learn: Literal["all", "last"] = Field(
+        "all", description="Answers of a conversation that are learnt: all of the assistant's turns, or only the last"
+    )
     max_length: int = Field(
-        2048, ge=16, description="Maximum tokens of a sample; longer ones are counted and left out, never cut"
+        2048,
+        ge=16,
+        description="Maximum tokens of a sample; longer conversations are counted, and left out or cut (too_long); a"
+        " longer plain text becomes several sequences",
+    )
+    too_long: Literal["leave out", "cut"] = Field(
+        "leave out",
+        description="A conversation longer than max_length is left out, or cut between turns: it keeps its system"
+        " message and tools and begins at a later user's turn. cut also shortens prompts longer than infer.max_length",
     )
     warmup_ratio: Fraction = Field(0.05, description="Share of the steps in which the learning rate rises to its peak")
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of AdamW")
@@ -379,6 +396,11 @@ class Train(Section):
         50, ge=1, description="Optimizer steps between two checkpoints; each comes with a validation pass"
     )
     keep_checkpoints: int = Field(2, ge=1, description="Number of checkpoints to keep while training, the newest ones")
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        ["tensorboard"],
+        description="Trackers that get losses, learning rate, gradient norm, speed and memory. tensorboard: event files"
+        " in the run; wandb, mlflow: if they are installed, without network into files in the run",
+    )
 
     @model_validator(mode="after")
     def _check_adapters(self) -> "Train":
@@ -452,16 +474,25 @@ class Train(Section):
 
 RESULT_NEUTRAL = {
     *("gradient_checkpointing", "sharding", "least_max_length", "least_max_pixels", "keep_checkpoints", "keep_going"),
+    "report_to",
 }
-"""Settings of `train` that do not change what an adapter learns. They change memory, disk space, speed, and what
-happens after a failure."""
+"""Settings of `train` that do not change what an adapter learns. They change memory, disk space, speed, what happens
+after a failure, and who is told."""
 
 
 ADDED: dict[str, dict[str, Any]] = {
-    "model": {"chat_template": None, "enable_thinking": None, "trust_remote_code": False}
+    "model": {"chat_template": None, "enable_thinking": None, "trust_remote_code": False},
+    "train": {"learn": "all", "too_long": "leave out"},
+    "infer": {"losses": False},
 }
 """Keys that recipes of earlier runs lack, by section, with the value for what those runs did. Digests leave out a key
 with that value."""
+
+
+def without_added(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a section, for a digest: without the keys in ADDED that have the value there."""
+    added = ADDED.get(section, {})
+    return {key: value for key, value in values.items() if key not in added or value != added[key]}
 
 
 class Vote(Section):
@@ -512,6 +543,10 @@ class Infer(Section):
     answers: Literal["all", "own sources"] = Field(
         "all", description="Test samples that an adapter answers; own sources: those of the data sets in its data mix"
     )
+    losses: bool = Field(
+        False,
+        description="Also compute the loss of the test samples' own answers, for base and adapters on the same tokens",
+    )
     vote: Vote | None = Field(None, description="How the adapters vote; null: no vote")
     merged: bool = Field(
         False, description="Merge each adapter into a copy of the weights before it answers, one adapter at a time"
@@ -546,7 +581,12 @@ class Infer(Section):
 class Eval(Section):
     """How answers are scored and reported."""
 
-    worst: int = Field(10, ge=0, description="Number of worst answers in the report")
+    worst: int = Field(
+        10,
+        ge=0,
+        description="Number of worst answers in the report; with infer.losses, also of the samples whose loss tuning"
+        " lowered most, and of those whose loss it raised most",
+    )
     scoring: dict[str, Any] = Field({}, description="Settings of the task: how answers are scored")
 
 
@@ -597,15 +637,15 @@ class Recipe(Section):
         digest that an earlier version of Lorry computed.
         """
         values = self.model_dump(mode="json", exclude={"description": True, "profile": True, "train": RESULT_NEUTRAL})
-        for section, keys in ADDED.items():
-            values[section] = {
-                key: value for key, value in values[section].items() if key not in keys or value != keys[key]
-            }
+        for section in ADDED:
+            values[section] = without_added(section, values[section])
         if not sections:
             return digest_of(values)
         found = {}
         for name in sections:
             section, _, key = name.partition(".")
+            if key in ADDED.get(section, {}) and key not in values[section]:
+                continue
             found[name] = values[section][key] if key else values[section]
             if not key and replaced and section in replaced:
                 found[name] = {**values[section], **replaced[section]}
@@ -677,7 +717,7 @@ def load_recipe(
     if data is not None:
         values = _merge(values, {"data": {"path": str(data.absolute())}}, "--data")
     for override in overrides:
-        values = _merge(values, _parse_override(override), f"--set {override}")
+        values = _merge(values, parse_override(override), f"--set {override}")
     for location, instead in REPLACED.items():
         key = ".".join(location)
         if _remove_key(values, location) and say is not None:
@@ -794,7 +834,7 @@ def _merge(base: Any, over: Any, where: str) -> dict[str, Any]:
 
 def _sets_key(override: str, location: tuple[str, ...]) -> bool:
     """Whether an override of the form `section.key=value` sets a key, also as part of a mapping."""
-    values: Any = _parse_override(override)
+    values: Any = parse_override(override)
     for name in location:
         if not isinstance(values, dict) or name not in values:
             return False
@@ -816,7 +856,7 @@ def _remove_key(values: dict[str, Any], location: tuple[str, ...]) -> bool:
     return _remove_key(values[name], tuple(inner))
 
 
-def _parse_override(text: str) -> dict[str, Any]:
+def parse_override(text: str) -> dict[str, Any]:
     """The nested mapping that `section.key=value` stands for.
 
     Raises UsageError if the text has another form, or if the value is not YAML.

@@ -5,7 +5,7 @@ prediction is one model's answer to a sample; a failed one has `error` and no an
 """
 
 import re
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 BASE, VOTE = "base", "vote"
 """Names of the untuned model and of the adapters' common answer in every table; no adapter may have them."""
@@ -29,11 +29,21 @@ def unescape_places(text: str) -> str:
 
 
 class Message(TypedDict):
-    """One message of a conversation, in the form that chat templates take."""
+    """One message of a conversation, in the form that chat templates take: OpenAI's, with arguments as objects."""
 
     role: str
-    """`system`, `user` or `assistant`."""
+    """`system`, `user`, `assistant` or `tool`."""
     content: str
+    """May be empty or missing in a message with `tool_calls`. The only text in which `<image>` marks a picture."""
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """Calls of tools in an assistant's message, in OpenAI's form, but with `arguments` as an object: `{"type":
+    "function", "function": {"name": ..., "arguments": {...}}}`."""
+    tool_call_id: NotRequired[str]
+    """In a tool's message: the `id` of the call that it answers."""
+    name: NotRequired[str]
+    """Who speaks, such as the tool."""
+    reasoning_content: NotRequired[str]
+    """What an assistant thought before its answer."""
 
 
 class Meta(TypedDict):
@@ -49,6 +59,8 @@ class Meta(TypedDict):
     """The question's own text, for the report."""
     target: NotRequired[str]
     """The completion to learn, if it is not the first reference; preprocess removes it."""
+    answer: NotRequired[Message]
+    """In a test sample of a conversation: the message that answers, whatever its form."""
     error: NotRequired[str]
     """Why there is no prompt for the sample, which then counts as failed."""
     trained_on: NotRequired[bool]
@@ -64,7 +76,12 @@ class Sample(TypedDict):
 
     id: str
     messages: list[Message]
-    """The conversation. In train and validation it ends with the assistant's answer; in test it does not."""
+    """The conversation. In train and validation it ends with the assistant's answer; in test it does not. Empty for
+    plain text."""
+    tools: NotRequired[list[dict[str, Any]]]
+    """Tools that the assistant may call, in OpenAI's form, for the chat template."""
+    text: NotRequired[str]
+    """Plain text without roles: training learns all of it. A model is asked nothing about it, only its loss counts."""
     images: list[str]
     """Paths relative to the run folder, one for each `<image>` in the messages. Without any, `<image>` is text."""
     references: list[str]
@@ -106,6 +123,11 @@ def failed_prediction(sample_id: str, error: str, prompt_tokens: int = 0) -> Pre
         "error": error,
         "passes": {},
     }
+
+
+def is_asked(sample: Sample) -> bool:
+    """Whether a test sample is a prompt that models complete. Without messages, only the loss of its text counts."""
+    return bool(sample["messages"])
 
 
 def is_empty(prediction: Prediction | None) -> bool:

@@ -14,13 +14,17 @@ CHECKOUT = Path(__file__).parents[2]
 """The folder that holds this code and the recipes."""
 
 
-def data_folder(mount: Path, path: str) -> Path:
-    """The folder that a recipe's `data.path` names, on this data mount.
+def data_path(mount: Path, path: str) -> Path:
+    """The folder or file that a recipe's `data.path` names, on this data mount.
 
-    In a container that `lorry launch --data FOLDER` starts, the mount is that folder itself: LORRY_DATA_FROM then has
-    the folder's path on the host, which is also the recipe's `data.path`, as without containers.
+    In a container that `lorry launch --data PATH` starts, the mount is that folder itself, or the folder of that file:
+    LORRY_DATA_FROM then has the mounted folder's path on the host. The recipe's `data.path` is a path on the host, as
+    without containers.
     """
-    return mount if path == os.environ.get("LORRY_DATA_FROM") else mount / path
+    mounted = os.environ.get("LORRY_DATA_FROM")
+    if mounted and Path(path).is_relative_to(mounted):
+        return mount / Path(path).relative_to(mounted)
+    return mount / path
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@
 <runs>/<run>/<stage>/manifest.json       written last: a stage is done if this file exists and matches
 <runs>/<run>/<stage>/state.json          while the stage is half done: the key that the finished half belongs to
 <runs>/<run>/<stage>/{events.jsonl,log.txt}
+<runs>/<run>/serve/                      links to the base with its connector, and merged copies, that servers load
 <runs>/<run>/train/superseded/           adapters that a later training replaced (superseded.py)
+<runs>/<run>/train/{tensorboard,trackers}/  what trackers show of each training
 <runs>/<run>/shards/<stage>/<i>-of-<n>/  the same four files for a shard of the stage, and its outputs
 <runs>/<run>/nodes/train/<rank>/         what machines 1 and up write when several train together
 """
@@ -35,7 +37,7 @@ from stages.contract.files import (
 )
 from stages.contract.part import Node, Part, Shard
 from stages.contract.recipe import ADDED, CHAT_TEMPLATES, Recipe, job_of_recipe
-from stages.contract.roots import Roots, data_folder, refuse_other_than_folder
+from stages.contract.roots import Roots, data_path, refuse_other_than_folder
 from stages.contract.superseded import SUPERSEDED
 
 STAGES = ("preprocess", "train", "infer", "eval")
@@ -46,14 +48,14 @@ CONTRACT_VERSION = 3
 SECTIONS = {
     "preprocess": ("task", "seed", "data", "preprocess"),
     "train": ("task", "seed", "model", "train"),
-    "infer": ("task", "seed", "model", "infer", "preprocess.classifier", "preprocess.samples"),
+    "infer": ("task", "seed", "model", "infer", "preprocess.classifier", "preprocess.samples", "train.too_long"),
     "eval": ("task", "seed", "eval", "infer.ablate", "infer.vote"),
 }
 """The recipe sections that a stage's result depends on."""
 
 REUSABLE = {
     "preprocess": ("cache", "pages"),
-    "train": ("adapters", "connector", SUPERSEDED),
+    "train": ("adapters", "connector", SUPERSEDED, "tensorboard", "trackers"),
     "infer": ("partial",),
 }
 """Folders that a stage may keep when its inputs change: it checks each piece in them against that piece's own input."""
@@ -71,7 +73,7 @@ UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {
         "preprocess": ("samples/test.jsonl", "pages/", "pictures/"),
         "train": ("metrics.jsonl",),
-        "infer": ("predictions/", "ablations/", "votes.jsonl"),
+        "infer": ("predictions/", "losses/", "ablations/", "votes.jsonl"),
     },
 }
 """The outputs of earlier stages that a stage reads, by the beginning of their names."""
@@ -111,13 +113,13 @@ class Run:
 
     @property
     def data(self) -> Path:
-        """The folder with the task's input. Raises UsageError if it does not exist."""
-        folder = data_folder(self.roots.data, self.recipe.data.path)
-        if not folder.is_dir():
+        """The folder or file with the task's input. Raises UsageError if it does not exist."""
+        path = data_path(self.roots.data, self.recipe.data.path)
+        if not path.is_dir() and not path.is_file():
             raise UsageError(
-                f"{folder}: no such data folder; set data.path to a folder below LORRY_DATA ({self.roots.data})"
+                f"{path}: no such data folder; set data.path to a folder below LORRY_DATA ({self.roots.data})"
             )
-        return folder
+        return path
 
     def model(self, path: str, key: str, needs_weights: bool = True) -> Path:
         """The folder of a model; `path` is relative to the model mount, or absolute.
@@ -163,7 +165,7 @@ class Run:
         if key == "task":
             return before == now
         one, other = (
-            data_folder(self.roots.data, path) if key == "data.path" else self.roots.models / path
+            data_path(self.roots.data, path) if key == "data.path" else self.roots.models / path
             for path in (before, now)
         )
         return one.resolve() == other.resolve()
@@ -221,8 +223,10 @@ class Run:
                     raise UsageError(f"{path}: {state}; run {earlier} again")
                 found[f"{earlier}/{name}"] = output["sha256"]
         if stage == "preprocess":
-            for path in data_files(self.data):
-                found[f"data/{stored_name(path.relative_to(self.data))}"] = hashes.file_digest(path)
+            data = self.data
+            for path in data_files(data):
+                name = path.relative_to(data if data.is_dir() else data.parent)
+                found[f"data/{stored_name(name)}"] = hashes.file_digest(path)
             retrieval = self.recipe.preprocess.retrieval
             if retrieval is not None:
                 folder = self.model(retrieval.embedder, "preprocess.retrieval.embedder")
@@ -338,7 +342,7 @@ def _download_advice(path: str) -> str:
         return f"a path is relative to the model mount, and {Path(path).absolute()} is elsewhere; "
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         return ""
-    return f"Lorry downloads nothing: if this is its name on a hub, run `hf download {path} --local-dir FOLDER`; "
+    return f"if this is its name on a hub, run `lorry fetch {path}`; "
 
 
 def _folders_in(models: Path) -> str:

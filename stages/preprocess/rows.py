@@ -6,7 +6,7 @@ from typing import Any
 from stages.contract.errors import DataError
 from stages.contract.files import write_jsonl
 from stages.contract.recipe import Recipe
-from stages.contract.records import Sample, escape_places
+from stages.contract.records import Sample, escape_places, is_asked
 from stages.contract.stage import Stage
 from stages.preprocess.split import SPLITS
 from stages.tasks.common.skips import commonest_reason
@@ -46,7 +46,8 @@ def write_samples(
         if split == "test" or scored_too:
             known = scored_too or (on_training_data and question.split == "test" and groups[question.id] in learnt)
             samples["test"].append(_prompt_sample(recipe, task, question, found, trained_on=known))
-            tested.append(question)
+            if is_asked(samples["test"][-1]):
+                tested.append(question)
         if split == "validation":
             samples[ASKED].append(_prompt_sample(recipe, task, question, found))
         if split != "test":
@@ -85,12 +86,16 @@ def _check_test_samples(stage: Stage, tested: list[Sample]) -> None:
 
 
 def _answered_samples(recipe: Recipe, task: Any, question: Any, found: Found | None, split: str) -> list[Sample]:
-    """The samples of a question for training or validation. Each ends with a message that holds the answer."""
+    """The samples of a question for training or validation. Each ends with a message that holds the answer, or is plain
+    text."""
     members: list[Sample] = task.build_samples(recipe, question, found, split)
     for sample in members:
-        target = sample["meta"].pop("target", sample["references"][0])
-        sample["messages"] = [*sample["messages"], {"role": "assistant", "content": escape_places(target)}]
         sample["meta"]["source"] = question.source
+        if "text" in sample or sample["messages"][-1]["role"] == "assistant":
+            continue  # whole already
+        target = sample["meta"].pop("target", None)
+        answer = escape_places(sample["references"][0] if target is None else target)
+        sample["messages"] = [*sample["messages"], {"role": "assistant", "content": answer}]
     return members
 
 

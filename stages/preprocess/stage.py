@@ -13,9 +13,17 @@ from stages.contract.stage import Stage
 from stages.models.rendering import Renderer, check_samples, checked_renderer
 from stages.preprocess.rows import write_samples
 from stages.preprocess.split import SPLITS, split_questions
-from stages.tasks import load_task
+from stages.tasks import load_task, refuse_file
 from stages.tasks.common.encodings import other_encodings
-from stages.tasks.task import QuestionTask, RecordTask, Task, reads_documents, reads_records
+from stages.tasks.task import (
+    ConversationTask,
+    QuestionTask,
+    RecordTask,
+    Task,
+    reads_conversations,
+    reads_documents,
+    reads_records,
+)
 
 
 def work(stage: Stage) -> None:
@@ -26,14 +34,18 @@ def work(stage: Stage) -> None:
     """
     recipe, data = stage.run.recipe, stage.run.data
     task = load_task(recipe.task)
+    refuse_file(task, recipe, data)
     renderer = _renderer(stage)
     for path, (reason, detail) in unread_data(data).items():
         stage.skip(stored_name(path.relative_to(data)), reason, detail)
     documents = _find_documents(stage, task, data)
+    # shards share neither records, as Data-Juicer has its own processes, nor conversations
+    if (task.READS_RECORDS or task.READS_CONVERSATIONS) and stage.has_nothing_to_do(0, "documents"):
+        return
     if reads_records(task):
-        if stage.has_nothing_to_do(0, "documents"):  # shards do not share records: Data-Juicer has its own processes
-            return
         questions = _questions_of_records(stage, task)
+    elif reads_conversations(task):
+        questions = _conversations(stage, task)
     else:
         questions = cast(QuestionTask, task).read_questions(recipe, data, set(documents), stage.skip)
     stage.counts["questions"] = len(questions)
@@ -55,7 +67,9 @@ def work(stage: Stage) -> None:
         founds = find_for_questions(stage, task, questions, splits, index)
     learnt = write_samples(stage, task, questions, splits, groups, founds)
     if renderer is not None:
-        check_samples(stage.run, renderer, learnt)
+        for change, number in check_samples(stage.run, renderer, learnt).items():
+            stage.counts[change] = number
+            stage.events.say(f"{number} {change}")
     _show_counts(stage)
 
 
@@ -88,6 +102,24 @@ def _questions_of_records(stage: Stage, task: RecordTask) -> list[Any]:
     made: list[Any] = task.read_records(recipe, data, records, pictures, others, stage.skip)
     stage.outputs["pictures/"] = None
     return others + made
+
+
+def _conversations(stage: Stage, task: ConversationTask) -> list[Any]:
+    """Return a task's conversations, and write their pictures. What was found out about the data is printed, and added
+    to the manifest."""
+    notes: list[str] = []
+
+    def say(sentence: str) -> None:
+        stage.events.say(sentence)
+        notes.append(sentence)
+
+    pictures = stage.path("pictures")
+    pictures.mkdir(parents=True, exist_ok=True)
+    found = task.read_conversations(stage.run.recipe, stage.run.data, pictures, stage.skip, say)
+    stage.facts["data"] = notes
+    if any(pictures.iterdir()):
+        stage.outputs["pictures/"] = None
+    return found
 
 
 def _find_documents(stage: Stage, task: Task, data: Path) -> dict[str, Path]:

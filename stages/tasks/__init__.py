@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from stages.contract.errors import DataError, UsageError
 from stages.contract.lora_config import apply_lora_config
 from stages.contract.recipe import Adapter, Recipe, Section, Source, Train, file_name, problem_text
-from stages.contract.roots import data_folder
-from stages.tasks.task import Task, check_task
+from stages.contract.roots import data_path
+from stages.tasks.task import Task, check_task, reads_conversations
 
 NO_TASKS = ("common", "task")
 """Modules of this package that are not tasks."""
@@ -41,6 +41,12 @@ def load_task(name: str) -> Task:
 def task_names() -> list[str]:
     """Names that a recipe's `task` may have, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in NO_TASKS)
+
+
+def refuse_file(task: Task, recipe: Recipe, data: Path) -> None:
+    """Raise UsageError if the data path is a file, and the task reads a folder."""
+    if data.is_file() and not reads_conversations(task):
+        raise UsageError(f"data.path: {data} is a file, but {recipe.task} reads a folder; name the folder")
 
 
 def settle_recipe(recipe: Recipe, where: str, data: Path) -> Recipe:
@@ -90,7 +96,7 @@ def _settle_training(recipe: Recipe, task: Task, where: str, data: Path) -> Trai
     if not settings.adapter_for_each_source:
         return settings
     try:
-        names = task.sources(data_folder(data, recipe.data.path))
+        names = task.sources(data_path(data, recipe.data.path))
     except DataError as error:
         raise UsageError(f"{where}: train.adapter_for_each_source: {error}") from error
     adapters = [Adapter(name=file_name(name), data=[Source(source=name)]) for name in names]

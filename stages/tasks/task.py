@@ -1,7 +1,8 @@
 """The contract for tasks: what a task's module must have, and what passes between it and the stages.
 
-Every task has the members of `Task`. `QuestionTask`, `DocumentTask` and `RecordTask` add how a task reads its
-questions: from its own files, about documents, or from Data-Juicer's records. `check_task` checks a module when a
+Every task has the members of `Task`. `QuestionTask`, `DocumentTask`, `RecordTask` and `ConversationTask` add how a task
+reads its questions: from its own files, about documents, from Data-Juicer's records, or from conversations in any
+form. `check_task` checks a module when a
 recipe is read. docs/add-a-workload.md walks through a first task.
 """
 
@@ -24,6 +25,12 @@ class Skip(Protocol):
     """
 
     def __call__(self, what: str, reason: str, detail: str = "") -> None: ...
+
+
+class Say(Protocol):
+    """Shows a sentence about the data on the console, and adds it to the manifest."""
+
+    def __call__(self, sentence: str) -> None: ...
 
 
 Given = Literal["train", "test", "train only", "test only", "asked"]
@@ -118,6 +125,8 @@ class Ask:
     """0: greedy."""
     seed: int = 0
     """Random seed for sampling."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """The tools that the model may call, in OpenAI's form."""
 
 
 class Task(Protocol):
@@ -133,6 +142,10 @@ class Task(Protocol):
     @property
     def READS_RECORDS(self) -> bool:  # noqa: N802
         """Whether the task is a RecordTask."""
+
+    @property
+    def READS_CONVERSATIONS(self) -> bool:  # noqa: N802
+        """Whether the task is a ConversationTask."""
 
     @property
     def Samples(self) -> type[Section]:  # noqa: N802 - a class of the module
@@ -159,9 +172,9 @@ class Task(Protocol):
         there is none."""
 
     def asked_rows(self, folder: Path, tested: list[Any]) -> list[dict[str, Any]]:
-        """The rows of the submission, in the order of its lines. `tested` has the test questions.
+        """The rows of the submission, in the order of its lines. `tested` has the test questions that are asked.
 
-        Each row has `ids`: the ids of the samples whose answers it uses. Each test sample is in exactly one row. A row
+        Each row has `ids`: the ids of the samples whose answers it uses. Each asked sample is in exactly one row. A row
         with `line` False is scored but not submitted.
         """
 
@@ -170,7 +183,7 @@ class Task(Protocol):
         reads no documents.
 
         The messages end before the answer. Training learns `meta["target"]` as the completion, or the first reference
-        if there is no target.
+        if there is no target. A sample for training may also be whole: end with the answer, or be plain text.
         """
 
     def passes(self, recipe: Recipe) -> tuple[str, ...]:
@@ -281,6 +294,18 @@ class RecordTask(Task, Protocol):
         """
 
 
+class ConversationTask(Task, Protocol):
+    """A task that reads conversations, whose data path may be a file. Such a task reads neither documents nor
+    records."""
+
+    def read_conversations(self, recipe: Recipe, path: Path, pictures: Path, skip: Skip, say: Say) -> list[Any]:
+        """All usable conversations of the data path. Unusable records go to `skip`, and what was found out about the
+        data to `say`. Raises DataError if none is usable.
+
+        Pictures are written to `pictures`, <run>/preprocess/pictures.
+        """
+
+
 def reads_documents(task: Task) -> TypeGuard[DocumentTask]:
     """Whether a task reads documents."""
     return task.READS_DOCUMENTS
@@ -291,8 +316,14 @@ def reads_records(task: Task) -> TypeGuard[RecordTask]:
     return task.READS_RECORDS
 
 
+def reads_conversations(task: Task) -> TypeGuard[ConversationTask]:
+    """Whether a task reads conversations."""
+    return task.READS_CONVERSATIONS
+
+
 HAVE_DEFAULTS = {
-    **dict.fromkeys(("COMPONENTS", "READS_DOCUMENTS", "READS_RECORDS", "Passes", "Samples", "Scoring"), "settings"),
+    **dict.fromkeys(("COMPONENTS", "READS_CONVERSATIONS", "READS_DOCUMENTS", "READS_RECORDS"), "settings"),
+    **dict.fromkeys(("Passes", "Samples", "Scoring"), "settings"),
     **dict.fromkeys(("SHARED", "ask", "narrowed_sample", "passes", "possible_prompts"), "prompts"),
     **dict.fromkeys(("asked_rows", "facts", "measures", "picture", "score_notes", "submission"), "results"),
     **dict.fromkeys(("together", "uploads"), "results"),
@@ -303,8 +334,8 @@ HAVE_DEFAULTS = {
 def check_task(module: ModuleType) -> Task:
     """The module as a Task, if it has all members of the contract.
 
-    Raises UsageError with the module's file and every member that is missing or differs from the contract, or if both
-    READS_DOCUMENTS and READS_RECORDS are set.
+    Raises UsageError with the module's file and every member that is missing or differs from the contract, or if more
+    than one of READS_DOCUMENTS, READS_RECORDS and READS_CONVERSATIONS is set.
     """
     contract = _contract_of(module)
     faults = [fault for name, member in _members(contract) if (fault := _fault(module, name, member))]
@@ -317,12 +348,13 @@ def check_task(module: ModuleType) -> Task:
 
 
 def _contract_of(module: ModuleType) -> type:
-    """The contract that a module must meet, by its constants READS_DOCUMENTS and READS_RECORDS. Raises UsageError if
-    both are set."""
-    documents, records = getattr(module, "READS_DOCUMENTS", False), getattr(module, "READS_RECORDS", False)
-    if documents and records:
-        raise UsageError(f"task: {module.__file__}: READS_DOCUMENTS and READS_RECORDS are both set; set at most one")
-    return DocumentTask if documents else RecordTask if records else QuestionTask
+    """The contract that a module must meet, by its constants READS_DOCUMENTS, READS_RECORDS and READS_CONVERSATIONS.
+    Raises UsageError if more than one is set."""
+    kinds = {"READS_DOCUMENTS": DocumentTask, "READS_RECORDS": RecordTask, "READS_CONVERSATIONS": ConversationTask}
+    found = [name for name in kinds if getattr(module, name, False)]
+    if len(found) > 1:
+        raise UsageError(f"task: {module.__file__}: {' and '.join(found)} are both set; set at most one")
+    return kinds[found[0]] if found else QuestionTask
 
 
 def _members(contract: type) -> list[tuple[str, Any]]:

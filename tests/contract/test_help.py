@@ -28,7 +28,7 @@ HEAVY = [
     "stages.tasks.patent_qa",
 ]
 
-COMMANDS = ["preprocess", "train", "infer", "eval", "lorry"]
+COMMANDS = ["preprocess", "train", "infer", "eval", "lorry", "serve", "chat"]
 
 PROGRAM = """
 import runpy, sys

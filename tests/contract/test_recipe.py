@@ -13,6 +13,7 @@ from stages.contract.errors import UsageError
 from stages.contract.files import digest_of
 from stages.contract.recipe import (
     CHAT_TEMPLATES,
+    RESULT_NEUTRAL,
     Adapter,
     Recipe,
     Source,
@@ -564,6 +565,18 @@ def test_a_new_key_at_null_leaves_the_digests_of_earlier_runs(recipe_file: Path)
     changed = load_recipe(recipe_file, None, ("model.enable_thinking=false",))
     assert changed.digest("model") == digest_of({"model": {**earlier, "enable_thinking": False}})
     assert changed.digest() != recipe.digest()
+
+
+def test_what_is_learnt_of_a_conversation_counts_in_digests_unless_it_is_as_before(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    earlier = recipe.model_dump(mode="json", exclude={"train": {*RESULT_NEUTRAL, "learn", "too_long"}})["train"]
+    assert recipe.digest("train") == digest_of({"train": earlier})
+    assert recipe.digest("seed", "train.learn", "train.too_long") == recipe.digest("seed")
+    cut = load_recipe(recipe_file, None, ("train.too_long=cut",))
+    assert cut.digest("train") == digest_of({"train": {**earlier, "too_long": "cut"}})
+    assert cut.digest("seed", "train.too_long") != recipe.digest("seed", "train.too_long")
+    last = load_recipe(recipe_file, None, ("train.learn=last",))
+    assert len({one.digest("train.learn", "train.rank") for one in (recipe, cut, last)}) == 2
 
 
 def test_a_chat_template_is_a_known_name_or_a_file(recipe_file: Path) -> None:

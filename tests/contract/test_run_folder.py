@@ -290,6 +290,18 @@ def test_a_missing_mount_names_folder_recipe_key_and_variable(run: Run, tmp_path
         run.inputs("preprocess", fresh(run))
 
 
+def test_the_data_path_may_be_a_file(run: Run, recipe_file: Path) -> None:
+    """Its inputs are the file alone, and not what is beside it."""
+    file = with_override(run, recipe_file, "data.path=few/questions.jsonl")
+    before = file.inputs("preprocess", fresh(file))
+    assert [name for name in before if name.startswith("data/")] == ["data/questions.jsonl"]
+    (file.data.parent / "beside.jsonl").write_text("{}")
+    assert file.inputs("preprocess", fresh(file)) == before
+    with file.data.open("a") as data:
+        data.write("\n")
+    assert file.inputs("preprocess", fresh(file)) != before
+
+
 # -- changed inputs ------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +417,8 @@ def test_a_container_knows_the_data_by_the_hosts_name(
     assert here.data == run.roots.data / "few"
     assert run_stage(here, "preprocess", some_stage.write) == Exit.DONE
     here.refuse_other_job()
+    file = with_override(mounted, recipe_file, "data.path=/home/someone/few/questions.jsonl")
+    assert file.data == run.roots.data / "few" / "questions.jsonl"
     monkeypatch.setenv("LORRY_DATA_FROM", "/home/someone/more")
     with pytest.raises(UsageError, match=r"results of data\.path /home/someone/few, but .* /home/someone/more; give"):
         with_override(mounted, recipe_file, "data.path=/home/someone/more").refuse_other_job()

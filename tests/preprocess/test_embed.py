@@ -56,6 +56,23 @@ def few_pages(request: Any, run: Callable[..., Run], few: Path) -> Run:
     return run(*request.param)
 
 
+def test_a_small_embedder_of_texts_computes_on_the_cpu_of_a_cards_image(
+    few_pages: Run, box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.keep(0)
+    monkeypatch.setenv("LORRY_TARGET", "a800")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert few_pages.recipe.preprocess.retrieval is not None
+    takes_pictures = few_pages.recipe.preprocess.retrieval.embedder == "tiny-gme"
+    found: list[tuple[str, list[str]]] = []
+
+    def work(stage: Stage) -> None:
+        found.append(Embedder(stage)._precision_and_devices)
+
+    code = run_stage(few_pages, "preprocess", work)
+    assert (code, found) == ((Exit.DOES_NOT_FIT, []) if takes_pictures else (Exit.DONE, [("float32", ["cpu"])]))
+
+
 @pytest.fixture(autouse=True)
 def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load each embedder once in this process; child processes still load their own."""

@@ -478,7 +478,7 @@ def test_a_wrong_recipe_or_option(lorry: Lorry, recipe_file: Path) -> None:
             str(recipe_file),
             "--set",
             "task=patent",
-        ): "no task 'patent'; did you mean 'patent_qa'? known tasks: articulation, better_synth, extractive_qa",
+        ): "no task 'patent'; did you mean 'patent_qa'? known tasks: articulation, better_synth, chat, extractive_qa",
     }.items():
         code, line = refused(lorry, *arguments)
         assert code == 2, arguments

@@ -35,9 +35,9 @@ from stages.tasks.better_synth import (
     together,
     uploads,
 )
-from stages.tasks.better_synth.pictures import MEAN_COLOUR, Pictures
 from stages.tasks.better_synth.records import AHEAD, PictureQuestion, without_ocr_words
 from stages.tasks.common.json_lines import BadRecordError
+from stages.tasks.common.pictures import MEAN_COLOUR, Pictures
 from stages.tasks.task import Skip
 from tests.conftest import REPOSITORY
 
@@ -322,7 +322,7 @@ def test_many_pictures_are_stored_in_parallel_and_none_twice(tmp_path: Path, mon
     def padded_file(picture: Any) -> bytes:
         raise AssertionError("an existing picture is written again")
 
-    monkeypatch.setattr("stages.tasks.better_synth.pictures._padded_file", padded_file)
+    monkeypatch.setattr("stages.tasks.common.pictures._padded_file", padded_file)
     again, _ = read(data)
     assert {name: question.images for name, question in again.items()} == {
         name: question.images for name, question in questions.items()

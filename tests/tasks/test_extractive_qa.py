@@ -213,8 +213,8 @@ def test_a_data_set_without_a_usable_record_is_refused(tmp_path: Path) -> None:
         DataError, match=r"usable question in a; 1 of 1 skipped: no question, first a\.jsonl:1 \(found the"
     ):
         read(tmp_path)
-    (tmp_path / "a.jsonl").rename(tmp_path / "a.csv")
-    with pytest.raises(DataError, match=r"no data set, found a\.csv; put files with an ending of \.json, "):
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"no data set, found a\.txt; put files with an ending of \.json, "):
         read(tmp_path)
 
 
@@ -292,14 +292,14 @@ def test_each_entry_is_a_data_set(tmp_path: Path) -> None:
         pa.Table.from_pylist([{**messages("q"), **dict.fromkeys(squad())}, {**squad(), "messages": None}]),
         tmp_path / "saved" / "0.parquet",
     )
-    for name in ("README.md", "LICENSE", ".hidden.jsonl", "old.csv"):
+    for name in ("README.md", "LICENSE", ".hidden.jsonl", "old.txt"):
         (tmp_path / name).write_text("{}")
     assert sources(tmp_path) == ["array", "lines", "parts", "saved"]
     questions, skipped = read(tmp_path)
     assert [q.source for q in questions] == ["array", "array", "lines", "parts", "saved", "saved"]
     assert [q.id for q in questions][::5] == ["array/array-1", "saved/0-2"]
     assert questions[1].id == "array/array-1-2", "on the same line"
-    assert skipped == [("old.csv", "not a data set")]
+    assert skipped == [("old.txt", "not a data set")]
 
 
 def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
@@ -336,14 +336,14 @@ def test_files_with_the_same_name_in_a_data_set_are_all_read(tmp_path: Path) -> 
     assert {question.id for question in questions if question.split == "test"} >= {"hub/3"}
 
 
-def test_files_named_after_splits_are_refused_as_data_sets(tmp_path: Path) -> None:
-    """Other tasks read them from the data folder itself; here the test file would be a data set and trained on."""
+def test_files_named_after_splits_are_one_data_set(tmp_path: Path) -> None:
+    """Else the test file would be a data set of its own and trained on."""
     for name in ("train", "test"):
         write(tmp_path / f"{name}.jsonl", squad())
-    with pytest.raises(
-        DataError, match=r"test.jsonl and train.jsonl are named after splits but .* put them into a subfolder"
-    ):
-        read(tmp_path)
+    assert sources(tmp_path) == ["data"]
+    assert {question.id: question.split for question in read(tmp_path)[0]} == {
+        "data/train-1": "train", "data/test-1": "test",
+    }  # fmt: skip
     write(tmp_path / "law-test.jsonl", squad())
     assert {question.source for question in read(tmp_path)[0]} == {"train", "test", "law-test"}
 

@@ -11,11 +11,11 @@ import pytest
 from stages.contract.errors import UsageError
 from stages.tasks import articulation, extractive_qa, load_task, patent_qa, task_names
 from stages.tasks.common import default_prompts, default_results, default_settings
-from stages.tasks.task import HAVE_DEFAULTS, check_task, reads_documents, reads_records
+from stages.tasks.task import HAVE_DEFAULTS, check_task, reads_conversations, reads_documents, reads_records
 from tests.conftest import REPOSITORY, Lorry
 from tests.pages import copy_checkout, read_page, run_command, write_files
 
-FIVE = ["articulation", "better_synth", "extractive_qa", "logic_choice", "patent_qa"]
+TASKS = ["articulation", "better_synth", "chat", "extractive_qa", "logic_choice", "patent_qa"]
 
 
 def module_with(source: types.ModuleType = extractive_qa, **changes: object) -> types.ModuleType:
@@ -35,17 +35,18 @@ def fault_of(module: types.ModuleType) -> str:
 
 
 def test_tasks_are_the_workloads_and_nothing_else() -> None:
-    assert task_names() == FIVE
+    assert task_names() == TASKS
     for name in ("common", "task", "common.metrics", "../patent_qa", ""):
         with pytest.raises(UsageError, match="no task"):
             load_task(name)
 
 
-@pytest.mark.parametrize("name", FIVE)
+@pytest.mark.parametrize("name", TASKS)
 def test_every_task_keeps_the_contract(name: str) -> None:
     task = load_task(name)
     assert reads_documents(task) == (name == "patent_qa")
     assert reads_records(task) == (name == "better_synth")
+    assert reads_conversations(task) == (name == "chat")
 
 
 def test_a_missing_function_is_named_with_the_file() -> None:
@@ -92,6 +93,7 @@ def test_a_document_task_needs_more_functions() -> None:
     check_task(patent_qa)
     both = fault_of(module_with(patent_qa, READS_RECORDS=True))
     assert "READS_DOCUMENTS and READS_RECORDS are both set" in both
+    assert "read_conversations is missing" in fault_of(module_with(READS_CONVERSATIONS=True))
 
 
 def test_a_record_task_needs_no_read_questions() -> None:
@@ -100,10 +102,12 @@ def test_a_record_task_needs_no_read_questions() -> None:
 
 
 def test_the_contract_and_its_typing_agree_for_every_task(tmp_path: Path) -> None:
-    lines = ["from stages.tasks.task import DocumentTask, QuestionTask, RecordTask"]
+    lines = ["from stages.tasks.task import ConversationTask, DocumentTask, QuestionTask, RecordTask"]
     for number, name in enumerate(task_names()):
         task = load_task(name)
-        kind = "DocumentTask" if task.READS_DOCUMENTS else "RecordTask" if task.READS_RECORDS else "QuestionTask"
+        kinds = {"DocumentTask": task.READS_DOCUMENTS, "RecordTask": task.READS_RECORDS}
+        kinds |= {"ConversationTask": task.READS_CONVERSATIONS}
+        kind = next((kind for kind, is_it in kinds.items() if is_it), "QuestionTask")
         lines += [f"from stages.tasks import {name}", f"task_{number}: {kind} = {name}"]
     (tmp_path / "typed.py").write_text("\n".join(lines) + "\n")
     command = [sys.executable, "-m", "mypy", "--config-file", str(REPOSITORY / "pyproject.toml")]

@@ -39,7 +39,13 @@ from stages.tasks.articulation.geometry import (
 from stages.tasks.articulation.objects import BOXES, SOURCE, Object, ObjectQuestion, read_objects
 from stages.tasks.common.default_prompts import SHARED, ask, narrowed_sample, passes, possible_prompts
 from stages.tasks.common.default_results import asked_rows, score_notes, together, uploads
-from stages.tasks.common.default_settings import COMPONENTS, READS_DOCUMENTS, READS_RECORDS, Passes
+from stages.tasks.common.default_settings import (
+    COMPONENTS,
+    READS_CONVERSATIONS,
+    READS_DOCUMENTS,
+    READS_RECORDS,
+    Passes,
+)
 from stages.tasks.common.reasoning import without_reasoning
 from stages.tasks.task import Found, Skip
 

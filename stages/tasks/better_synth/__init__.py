@@ -37,7 +37,7 @@ from stages.tasks.better_synth.records import (
 )
 from stages.tasks.common.default_prompts import SHARED, narrowed_sample, passes
 from stages.tasks.common.default_results import facts, measures, picture
-from stages.tasks.common.default_settings import READS_DOCUMENTS, Passes
+from stages.tasks.common.default_settings import READS_CONVERSATIONS, READS_DOCUMENTS, Passes
 from stages.tasks.common.reasoning import without_reasoning
 from stages.tasks.task import Ask, Found, Skip
 

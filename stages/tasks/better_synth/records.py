@@ -26,8 +26,8 @@ from stages.tasks.better_synth.llava import (
     to_messages,
     turns_of,
 )
-from stages.tasks.better_synth.pictures import Pictures, StoredPicture
 from stages.tasks.common.json_lines import BadRecordError, object_in
+from stages.tasks.common.pictures import Pictures, StoredPicture
 from stages.tasks.common.skips import Skips
 from stages.tasks.common.tables import Row, names_in, read_rows
 from stages.tasks.task import Given, Skip

@@ -16,12 +16,12 @@ def passes(recipe: Recipe) -> tuple[str, ...]:
 
 def ask(recipe: Recipe, sample: Sample, name: str, before: Mapping[str, str], without: Collection[str]) -> Ask:
     """The prompt with the sample's own messages and images, as in training."""
-    return Ask(sample["messages"], sample["images"])
+    return Ask(sample["messages"], sample["images"], tools=sample.get("tools") or [])
 
 
 def possible_prompts(recipe: Recipe, sample: Sample, without: Collection[str]) -> list[tuple[Ask, int]]:
     """The one prompt of `ask`, to which no earlier completion adds tokens."""
-    return [(Ask(sample["messages"], sample["images"]), 0)]
+    return [(ask(recipe, sample, "answer", {}, without), 0)]
 
 
 def narrowed_sample(sample: Sample, answers: Sequence[str]) -> Sample | None:

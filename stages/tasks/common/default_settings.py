@@ -1,10 +1,12 @@
-"""Default members of a task's module: it reads neither documents nor records, and has no settings of its own."""
+"""Default members of a task's module: it reads questions from its own files, and has no settings of its own."""
 
 from stages.contract.recipe import Section
 
 READS_DOCUMENTS = False
 
 READS_RECORDS = False
+
+READS_CONVERSATIONS = False
 
 COMPONENTS: tuple[str, ...] = ()
 

@@ -23,7 +23,7 @@ UTF-8 or Big5 misread as GBK, about half."""
 
 CHUNK = 2**20
 
-ENDINGS = (".json", ".jsonl", ".ndjson", ".tsv", ".urdf")
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".urdf")
 """Endings of text files that hold data, in lower case."""
 
 
@@ -55,10 +55,11 @@ def _encoding_of(path: Path, size: int, changed: int) -> str:
 
 def other_encodings(folder: Path) -> dict[str, str]:
     """The encodings (`GBK`, `UTF-16` or `UTF-32`) of text files in encodings other than UTF-8, by path relative to
-    `folder`. Checks the data files below `folder` whose names end with one of ENDINGS, except those in `documents/`."""
+    `folder`, or to its parent if it is a file. Checks the data files whose names end with one of ENDINGS, except those
+    in `documents/`."""
     found = {}
     for path in data_files(folder):
-        inside = path.relative_to(folder)
+        inside = path.relative_to(folder if folder.is_dir() else folder.parent)
         if path.suffix.lower() in ENDINGS and inside.parts[0] != "documents" and encoding_of(path) != UTF8:
             found[str(inside)] = "GBK" if encoding_of(path) == GBK else encoding_of(path).upper()[: len("UTF-16")]
     return found

@@ -54,7 +54,7 @@ def token_f1(answer: str, reference: str) -> float:
     In the second case SQuAD's script of version 2.0 also gives 1, and that of version 1.1 gives 0. Chinese text has no
     spaces: a phrase is one token, which makes this an exact match. See `character_f1`.
     """
-    return _bag_f1(normalize(answer).split(), normalize(reference).split())
+    return bag_f1(normalize(answer).split(), normalize(reference).split())
 
 
 def character_exact_match(answer: str, reference: str) -> float:
@@ -64,7 +64,7 @@ def character_exact_match(answer: str, reference: str) -> float:
 
 def character_f1(answer: str, reference: str) -> float:
     """F1 over bags of the characters that count. See `characters`."""
-    return _bag_f1(characters(answer), characters(reference))
+    return bag_f1(characters(answer), characters(reference))
 
 
 def best_score(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
@@ -99,7 +99,7 @@ def characters(text: str) -> list[str]:
     return [folded[place] for place in counted or visible]
 
 
-def _bag_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
+def bag_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
     """F1 of two bags of tokens; 0 if they share none, but 1 if both are empty."""
     shared = sum((Counter(answer) & Counter(reference)).values())
     if shared == 0:

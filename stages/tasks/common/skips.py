@@ -19,6 +19,11 @@ class Skips:
         self._skip(what, reason, detail)
 
     @property
+    def most_common(self) -> str | None:
+        """The most common reason so far; None if nothing was skipped."""
+        return Counter(one["reason"] for one in self._seen).most_common(1)[0][0] if self._seen else None
+
+    @property
     def why(self) -> str:
         """`commonest_reason` of the records skipped so far."""
         return commonest_reason(self._seen)

@@ -1,10 +1,13 @@
-"""Data sets on disk, read record by record: JSON arrays, JSON Lines, Parquet, Arrow, and folders saved by `datasets`.
+"""Data sets on disk, read record by record: JSON arrays, JSON Lines, CSV, TSV, Parquet, Arrow, and folders saved by
+`datasets`.
 
 A record that cannot be read becomes a row that says why; where possible, all other records are still read. The content
-of a text file decides its form and its encoding, not its name: an array in a `.jsonl` and lines in a `.json` are read
-too. NaN, which Python writes for a missing value, is read as null.
+of a JSON file decides its form, and that of any text file its encoding, not its name: an array in a `.jsonl` and lines
+in a `.json` are read too. NaN, which Python writes for a missing value, is read as null. An object with a key that
+comes twice is refused, as only one of the two values could be read.
 """
 
+import csv
 import json
 import re
 from collections.abc import Iterator
@@ -19,8 +22,10 @@ from stages.tasks.common.encodings import utf8_lines
 
 Split = Literal["train", "validation", "test"]
 
-TEXT = (".json", ".jsonl", ".ndjson")
-ENDINGS = (*TEXT, ".parquet", ".arrow")
+JSON = (".json", ".jsonl", ".ndjson")
+TEXT = (*JSON, ".csv", ".tsv")
+BINARY = (".parquet", ".arrow")
+ENDINGS = (*TEXT, *BINARY)
 """Endings of data files, in lower case."""
 
 _DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
@@ -121,8 +126,14 @@ def _split_in(name: str) -> Split | None:
 
 
 def names_a_split(name: str) -> bool:
-    """Whether a name is a split's name and nothing else: `test`, but not `law-test`."""
-    return name.lower() in _SPLITS
+    """Whether a name is a split's name and nothing else but a part's number: `test` and `train-00000-of-00002`, but not
+    `law-test`."""
+    return re.sub(r"-\d+-of-\d+$", "", name.lower()) in _SPLITS
+
+
+def is_saved_data_set(folder: Path) -> bool:
+    """Whether `datasets` saved this folder."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 class MakeRow(Protocol):
@@ -148,8 +159,10 @@ def _read_file(path: Path, file: str, split: Split | None) -> Iterator[Row]:
             where = f"{file} row {number}" if last in (None, number) else f"{file} rows {number} to {last}"
         return Row(file, number, f"{number}-{count}" if shared else f"{number}", where, split, record, bad)
 
-    if ending in TEXT:
+    if ending in JSON:
         yield from _read_text(path, row)
+    elif ending in TEXT:
+        yield from _read_cells(path, row)
     elif ending == ".parquet":
         yield from _read_parquet(path, row)
     else:
@@ -176,7 +189,17 @@ def _read_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_float=JsonFloat, parse_constant=_read_constant)
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these keys and values. Raises ValueError if a key comes twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_float=JsonFloat, parse_constant=_read_constant, object_pairs_hook=_object_of)
+"""Decodes the JSON of data."""
 _SPACE = re.compile(r"\s*")
 _TABLE = re.compile(r'\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[\d.]+)\s*,\s*)*"data"\s*:\s*\[')
 """Start of a file in SQuAD's published form: the records are in `data`, perhaps after a version."""
@@ -228,7 +251,7 @@ def _begins_with_json_line(path: Path) -> bool:
     first, more = next(lines, b""), next(lines, None) is not None
     text = first.decode("utf-8", "surrogateescape").strip()
     try:
-        _DECODER.decode(text)
+        DECODER.decode(text)
     except (ValueError, RecursionError):
         return more and _closing_place(text, 0) == len(text)
     return more
@@ -241,7 +264,7 @@ def _read_lines(path: Path, row: MakeRow) -> Iterator[Row]:
             continue
         text = line.decode("utf-8", "surrogateescape").strip()
         try:
-            yield _utf8_row(_DECODER.decode(text), number, row)
+            yield _utf8_row(DECODER.decode(text), number, row)
         except (ValueError, RecursionError) as error:
             yield row(number, bad=("not JSON", f"{_error_text(error)}, found {text[:60]!a}"))
 
@@ -263,7 +286,7 @@ def _read_elements(text: str, place: int, array: bool, row: MakeRow) -> Iterator
             place += 1
             continue
         try:
-            record, end = _DECODER.raw_decode(text, place)
+            record, end = DECODER.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
             end = _next_element(text, place, key)
             cut = array and end == len(text) and text.rstrip()[-1] not in "]}"
@@ -310,7 +333,7 @@ def _is_element(text: str, place: int, opening: re.Pattern[str]) -> bool:
     """Whether the object at a place is complete, and followed by an object that `opening` matches or by the end of the
     array."""
     try:
-        _, end = _DECODER.raw_decode(text, place)
+        _, end = DECODER.raw_decode(text, place)
     except (ValueError, RecursionError):
         return False
     end = _after_space(text, end)
@@ -349,6 +372,45 @@ def _utf8_row(record: Any, number: int, row: MakeRow) -> Row:
 def _error_text(error: BaseException) -> str:
     """The error's message in ASCII, at most 200 characters."""
     return str(error).encode("ascii", "backslashreplace").decode()[:200]
+
+
+# -- cells -------------------------------------------------------------------------------------------------------
+
+
+_LONGEST_CELL = 2**31 - 1
+"""Characters of a cell; Python's own limit is 131,072."""
+
+
+def _read_cells(path: Path, row: MakeRow) -> Iterator[Row]:
+    """The rows of a CSV or TSV file, whose first line names the columns. Each record is an object of texts.
+
+    A cell in quotation marks may contain line breaks, which stay as they are. In a CSV file the separator is what the
+    first line has most of: a comma, a semicolon, a tab or a bar.
+    """
+    lines = (line.decode("utf-8", "surrogateescape") for line in utf8_lines(path))
+    header, first = next(((number, line) for number, line in enumerate(lines, start=1) if line.strip()), (1, ""))
+    separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=re.sub('"[^"]*"', "", first).count)
+    csv.field_size_limit(_LONGEST_CELL)
+    columns = [column.strip() for column in next(csv.reader([first], delimiter=separator), [])]
+    twice = next((column for column in columns if column and columns.count(column) > 1), None)
+    if twice is not None:
+        yield row(header, bad=("a column that comes twice", twice.encode("ascii", "backslashreplace").decode()[:100]))
+        return
+    # strict, or text after a closing quotation mark would silently lose that mark
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    while True:
+        begun = header + reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield row(begun, bad=("not CSV", _error_text(error)))
+            continue
+        if cells is None:
+            return
+        if len(cells) == len(columns):
+            yield _utf8_row({name: cell for name, cell in zip(columns, cells, strict=True) if name}, begun, row)
+        elif any(cell.strip() for cell in cells):
+            yield row(begun, bad=("not one cell for each column", f"{len(cells)} cells, {len(columns)} columns"))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """extractive_qa: questions about a context, answered with words of the context; usually one adapter for each data set.
 
 Data folder: each entry directly below it is a data set, named after the entry without its ending. A data set is a JSON
-array, JSON Lines, Parquet or Arrow file, a folder of such files, or a folder saved by `datasets`. In a folder, files or
-folders named train, validation and test state the splits. Records have one of two forms, or that of SQuAD's own files:
+array, JSON Lines, CSV, TSV, Parquet or Arrow file, a folder of such files, or a folder saved by `datasets`. In a
+folder, files or folders named train, validation and test state the splits. Records have one of two forms, or that of
+SQuAD's own files:
 
     {"messages": [{"role": "user", "content": "Context: ...\\nQuestion: ..."}, {"role": "assistant", "content": "..."}]}
     {"context": "...", "question": "...", "answers": {"text": ["...", ...]}, "id": "", "group": "" or "title": ""}
@@ -22,7 +23,14 @@ from stages.contract.records import Meta, Prediction, Sample
 from stages.tasks.common import metrics, short_answers
 from stages.tasks.common.default_prompts import SHARED, ask, narrowed_sample, passes, possible_prompts
 from stages.tasks.common.default_results import facts, measures, picture, together, uploads
-from stages.tasks.common.default_settings import COMPONENTS, READS_DOCUMENTS, READS_RECORDS, Passes, Samples
+from stages.tasks.common.default_settings import (
+    COMPONENTS,
+    READS_CONVERSATIONS,
+    READS_DOCUMENTS,
+    READS_RECORDS,
+    Passes,
+    Samples,
+)
 from stages.tasks.extractive_qa import prompts
 from stages.tasks.extractive_qa.questions import ContextQuestion, asked_rows, read_questions, sources
 from stages.tasks.task import Found

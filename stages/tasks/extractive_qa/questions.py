@@ -10,9 +10,11 @@ from typing import Any
 
 from stages.contract.errors import DataError
 from stages.contract.recipe import Recipe
+from stages.tasks.common.data_sets import data_sets_in, file_of, skip_other_entries, uses_of_splits
+from stages.tasks.common.groups import Groups
 from stages.tasks.common.json_lines import BadRecordError, found_keys, is_given, text_or_number, texts_of
 from stages.tasks.common.skips import Skips
-from stages.tasks.common.tables import ENDINGS, Split, data_set_name, names_a_split, names_in, read_rows
+from stages.tasks.common.tables import Split, read_rows
 from stages.tasks.task import Given, Skip
 
 
@@ -36,41 +38,9 @@ class ContextQuestion:
 
 
 def sources(folder: Path) -> list[str]:
-    """The names of the data sets in the data folder, sorted. Raises DataError if there is none, if two have the same
-    name, or if there are several and each is named after a split."""
-    return sorted(_data_sets(folder))
-
-
-def _data_sets(folder: Path) -> dict[str, Path]:
-    """The paths of the data sets in the data folder by name. Raises DataError as `sources` does."""
-    found: dict[str, Path] = {}
-    for path in _entries(folder):
-        name = data_set_name(path)
-        if name in found:
-            raise DataError(
-                f"{folder}: {found[name].name} and {path.name} are both named {name!r}; rename one, or put both into"
-                f" one folder if they are parts of one data set"
-            )
-        if name is not None:
-            found[name] = path
-    if len(found) > 1 and all(map(names_a_split, found)):
-        raise DataError(
-            f"{folder}: {' and '.join(sorted(path.name for path in found.values()))} are named after splits but would"
-            f" be separate data sets; put them into a subfolder with the name of the data set"
-        )
-    if not found:
-        raise DataError(
-            f"{folder}: no data set, found {names_in(folder)}; put files with an ending of {', '.join(ENDINGS)}"
-            " there, or folders of such files"
-        )
-    return found
-
-
-def _entries(folder: Path) -> list[Path]:
-    """The files and folders in the data folder, sorted, without hidden ones. Raises DataError if it does not exist."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; put the data sets there")
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    """The names of the data sets in the data folder, sorted. Raises DataError if there is none, or if two have the same
+    name."""
+    return sorted(data_sets_in(folder))
 
 
 # -- questions ---------------------------------------------------------------------------------------------------
@@ -80,10 +50,8 @@ def read_questions(recipe: Recipe, folder: Path, documents: set[str], skip: Skip
     """All usable questions, in the order of the data sets' names. Unusable records go to `skip` with file and line.
     Files and folders that are not data sets go there by name, except README, LICENSE and NOTICE. Raises DataError if no
     question is usable, and as `sources` does."""
-    data_sets, skip = _data_sets(folder), Skips(skip)
-    for path in _entries(folder):
-        if path not in data_sets.values() and path.stem.upper() not in ("README", "LICENSE", "NOTICE"):
-            skip(path.name, "not a data set", f"its ending is none of {', '.join(ENDINGS)}")
+    data_sets, skip = data_sets_in(folder), Skips(skip)
+    skip_other_entries(folder, data_sets, skip)
     questions = [question for name in sorted(data_sets) for question in _read_data_set(name, data_sets[name], skip)]
     if not questions:
         raise DataError(f"{folder}: no usable question in {', '.join(sorted(data_sets))}; {skip.why}")
@@ -106,7 +74,7 @@ def _read_data_set(source: str, path: Path, skip: Skip) -> list[ContextQuestion]
             except BadRecordError as error:
                 skip(row.where, error.reason, str(error))
                 continue
-            file = str(Path(row.file).with_suffix("")).removeprefix(f"{source}/")
+            file = file_of(row, path)
             place = f"{file}-{row.place}" + (f".{number + 1}" if number else "")
             while name and files.get(name, row.file) != row.file:  # ids of each file may start at 1
                 name = f"{file}-{name}"
@@ -117,31 +85,12 @@ def _read_data_set(source: str, path: Path, skip: Skip) -> list[ContextQuestion]
             files[name] = row.file
             stated[key] = row.split
             found[key] = replace(question, id=key, source=source)
-    splits = _split_uses({split for split in stated.values() if split})
+    splits = uses_of_splits({split for split in stated.values() if split})
     one = len({question.group for question in found.values()}) == 1  # such as a title that names the data set
     return [
         replace(question, split=splits.get(stated[key]), group="" if one else question.group)  # type: ignore[arg-type]
         for key, question in found.items()
     ]
-
-
-def _split_uses(stated: set[Split]) -> dict[Split, Given]:
-    """How Lorry uses each split that a data set states. Lorry itself splits questions whose stated split is not a key
-    of the result.
-
-    The test split is the test set. With a test split, the validation split is trained on, because Lorry holds out its
-    own part of the training data to choose checkpoints. With a training split but no test split, the validation split
-    is the test set, as for SQuAD, whose test set is not public. If a data set states only a training split, or only a
-    validation split, Lorry splits it itself.
-    """
-    splits: dict[Split, Given] = {"test": "test"}
-    if stated & {"test", "validation"}:
-        splits["train"] = "train"
-    if "test" in stated:
-        splits["validation"] = "train"
-    elif "train" in stated:
-        splits["validation"] = "test"
-    return splits
 
 
 def _with_groups(questions: list[ContextQuestion]) -> list[ContextQuestion]:
@@ -150,20 +99,12 @@ def _with_groups(questions: list[ContextQuestion]) -> list[ContextQuestion]:
     Questions about the same context fall into one group, whatever their data sets. So do questions of one data set that
     state the same group. The name of a group does not depend on the order of questions.
     """
-    parents: dict[str, str] = {}
-
-    def root_of(name: str) -> str:
-        """The name of the whole group that a name belongs to: the root of its tree in `parents`, a union-find."""
-        while parents.setdefault(name, name) != name:
-            parents[name] = name = parents[parents[name]]  # each step halves the path, so later look-ups are fast
-        return name
-
+    groups = Groups()
     shared = [_group_name(question) for question in questions]
     for question, name in zip(questions, shared, strict=True):
         if question.group:
-            first, second = sorted((root_of(name), root_of(f"{question.source}/{question.group}")))
-            parents[second] = first
-    return [replace(question, group=root_of(name)) for question, name in zip(questions, shared, strict=True)]
+            groups.join(name, f"{question.source}/{question.group}")
+    return [replace(question, group=groups.name_of(name)) for question, name in zip(questions, shared, strict=True)]
 
 
 def _group_name(question: ContextQuestion) -> str:

@@ -28,7 +28,13 @@ from stages.contract.recipe import Recipe, Section
 from stages.contract.records import Meta, Prediction, Sample
 from stages.tasks.common.default_prompts import SHARED
 from stages.tasks.common.default_results import facts, measures, picture, score_notes, together, uploads
-from stages.tasks.common.default_settings import READS_DOCUMENTS, READS_RECORDS, Samples, Scoring
+from stages.tasks.common.default_settings import (
+    READS_CONVERSATIONS,
+    READS_DOCUMENTS,
+    READS_RECORDS,
+    Samples,
+    Scoring,
+)
 from stages.tasks.common.reasoning import without_reasoning
 from stages.tasks.logic_choice import prompts
 from stages.tasks.logic_choice.problems import LETTERS, LogicQuestion, asked_rows, read_problems, sources

@@ -25,7 +25,7 @@ from stages.contract.records import Meta, Prediction, Sample
 from stages.tasks.common import short_answers
 from stages.tasks.common.default_prompts import narrowed_sample
 from stages.tasks.common.default_results import measures, picture, together, uploads
-from stages.tasks.common.default_settings import READS_RECORDS, Scoring
+from stages.tasks.common.default_settings import READS_CONVERSATIONS, READS_RECORDS, Scoring
 from stages.tasks.common.mentions import asks_position
 from stages.tasks.common.reasoning import without_reasoning
 from stages.tasks.patent_qa import prompts

@@ -1,5 +1,6 @@
 """Data sets on disk: every form, the place of each record, and what is lost by a damaged one."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import feather
 
 from stages.contract.errors import DataError
-from stages.tasks.common.tables import Row, data_set_name, read_rows
+from stages.tasks.common.tables import Row, data_set_name, names_a_split, read_rows
 
 RECORDS = [{"id": f"r{n}", "text": f'line one\n"two" {{[{n}]}}, 中文\u2028'} for n in range(4)]
 
@@ -378,6 +379,43 @@ def test_names_of_data_sets(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     names = {path.name: data_set_name(path) for path in tmp_path.iterdir()}
     assert names == {
-        **{"a.json": "a", "b.v2.jsonl": "b.v2", "C.PARQUET": "C", "e": "e"},
-        **{"d.csv": None, "README.md": None, "f": None},
+        **{"a.json": "a", "b.v2.jsonl": "b.v2", "C.PARQUET": "C", "d.csv": "d", "e": "e"},
+        **{"README.md": None, "f": None},
     }
+
+
+# -- cells -------------------------------------------------------------------------------------------------------
+
+CELLS = ["a", "", " b ", 'say "x"', "one\ntwo\r\nthree", "1,5;2", "\t", "中文的字有很多\u2028\x0b"]
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.csv", ";"), ("a.csv", "|"), ("a.TSV", "\t")])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
+def test_cells_are_read_as_they_are(tmp_path: Path, name: str, separator: str, encoding: str) -> None:
+    records = [{"x": cell, "y": other} for cell, other in zip(CELLS, CELLS[::-1], strict=True)] * 5
+    with (tmp_path / name).open("w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, ["x", "y"], delimiter=separator)
+        writer.writeheader()
+        writer.writerows(records)
+    found = rows(tmp_path / name)
+    assert good(found) == records and not bad(found)
+
+
+def test_a_row_has_the_line_on_which_it_begins(tmp_path: Path) -> None:
+    found = rows(tmp_path / "a.csv", 'x,y\n1,"a\nb"\n\n2,c\n"d"e,f\n3\n4,"open\n')
+    assert [row.where for row in found] == [f"a.csv:{number}" for number in (2, 5, 6, 7, 8)]
+    assert bad(found) == [
+        ("a.csv:6", "not CSV"), ("a.csv:7", "not one cell for each column"), ("a.csv:8", "not CSV"),
+    ]  # fmt: skip
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    found = rows(tmp_path / "a.jsonl", '{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}\n{"a": 3}\n')
+    assert [row.record for row in found if row.bad is None] == [{"a": 1}, {"a": 3}]
+    assert found[1].bad == ("not JSON", 'the key \'c\' comes twice, found \'{"a": 1, "b": {"c": 1, "c": 2}}\'')
+    assert rows(tmp_path / "b.csv", "a,b,a\n1,2,3\n")[0].bad == ("a column that comes twice", "a")
+
+
+def test_names_of_splits() -> None:
+    assert all(map(names_a_split, ["train", "Test", "validation", "train-00000-of-00012"]))
+    assert not any(map(names_a_split, ["law-test", "train-2", "trains", "test-of"]))
