@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from entrypoints.common import one_line_errors, print_lines
-from entrypoints.options import recipe_options
+from entrypoints.options import card_options, recipe_options
 from stages.host.needs import STAGES
 
 
@@ -20,17 +20,7 @@ from stages.host.needs import STAGES
     envvar="LORRY_SHARD",
     help="Do only shard I of N of STAGE, counted from 0, and no earlier stage. [env: LORRY_SHARD]",
 )
-@click.option(
-    "--gpus",
-    metavar="LIST",
-    envvar="GPUS",
-    help="GPUs of this machine, by nvidia-smi's numbers or by UUID, such as 0,2. auto takes those with enough free"
-    " memory, auto:4 takes exactly four; other Lorry processes leave those alone. GPUs in LORRY_GPU_DENY are never"
-    " taken. Default: 0. [env: GPUS]",
-)
-@click.option(
-    "--target", metavar="NAME", envvar="TARGET", help="Kind of card. Default: this machine's cards. [env: TARGET]"
-)
+@card_options
 @one_line_errors
 def launch(stage: str, gpus: str | None, target: str | None, force: bool, shard: str | None, **options: Any) -> None:
     """Start STAGE and the stages it needs on this host's GPUs, in containers if a Docker engine answers.

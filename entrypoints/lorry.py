@@ -6,14 +6,19 @@ from typing import Any
 
 import click
 
+from entrypoints.chat import chat
 from entrypoints.common import one_line_errors, print_lines, warn
 from entrypoints.compare import compare
 from entrypoints.doctor import doctor
+from entrypoints.export import export
+from entrypoints.fetch import fetch
 from entrypoints.launch import launch
 from entrypoints.ledger import ledger
 from entrypoints.options import recipe_options
 from entrypoints.plan import plan
 from entrypoints.prune import prune
+from entrypoints.serve import serve
+from entrypoints.tune import tune
 
 
 @click.group()
@@ -22,7 +27,7 @@ def main() -> None:
     """Carry a fine-tuning job from raw documents to scored answers."""
 
 
-for command in (launch, doctor, plan, ledger, compare, prune):
+for command in (tune, launch, doctor, plan, fetch, ledger, compare, prune, export, chat, serve):
     main.add_command(command)
 
 

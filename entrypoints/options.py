@@ -39,7 +39,9 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             envvar="LORRY_SET",
             help="Override a recipe value, such as train.epochs=2; may be repeated. [env: LORRY_SET]",
         ),
-        click.option("--data", metavar="FOLDER", help="Folder with the input data. Default: the recipe's data.path."),
+        click.option(
+            "--data", metavar="PATH", help="Folder or file with the input data. Default: the recipe's data.path."
+        ),
         click.option(
             "--profile",
             metavar="NAME",
@@ -47,6 +49,28 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Profile of the recipe to apply, such as tiny. [env: LORRY_PROFILE]",
         ),
         click.argument("recipe", required=False, envvar="LORRY_RECIPE"),
+    ):
+        command = decorate(command)
+    return command
+
+
+def card_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --gpus and --target to a command: the GPUs of this host that it may use."""
+    for decorate in (
+        click.option(
+            "--target",
+            metavar="NAME",
+            envvar="TARGET",
+            help="Kind of card. Default: this machine's cards. [env: TARGET]",
+        ),
+        click.option(
+            "--gpus",
+            metavar="LIST",
+            envvar="GPUS",
+            help="GPUs of this machine, by nvidia-smi's numbers or by UUID, such as 0,2. auto takes those with enough"
+            " free memory, auto:4 takes exactly four; other Lorry processes leave those alone. GPUs in LORRY_GPU_DENY"
+            " are never taken. Default: 0. [env: GPUS]",
+        ),
     ):
         command = decorate(command)
     return command

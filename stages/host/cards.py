@@ -1,6 +1,7 @@
 """Chooses the GPUs of the stages that `lorry launch` starts, by GPUS, LORRY_GPU_DENY, NVML, and the job's needs."""
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,13 @@ from stages.hardware.pick import (
 )
 from stages.hardware.probe import Cards, Gpu, Machine
 from stages.hardware.targets import Target, load_targets, machine_target, named_target
-from stages.host.needs import GPU_STAGES
+from stages.host.needs import CLASSIFIER, EMBEDDER, GPU_STAGES, preprocess_models, stages_on_gpus
 from stages.host.runs import open_run
+from stages.models.embedder import reads_pictures, weights_bytes
 
 if TYPE_CHECKING:
     from stages.contract.recipe import Recipe
+    from stages.contract.run import Run
     from stages.models.shape import ModelShape
 
 DEFAULT = "GPUS is not set (default: 0)"
@@ -46,6 +49,8 @@ class CardChoice:
     """Whether `auto` chose them."""
     lines: tuple[str, ...] = ()
     """Lines to print about the choice."""
+    computing: tuple[str, ...] = ()
+    """The stages that compute on GPUs; none with the target `cpu`."""
 
     def stage_cards(self, stage: str) -> tuple[Gpu, ...]:
         """The GPUs of one stage. infer computes on one GPU, so it gets only the first of those that `auto` took."""
@@ -66,14 +71,14 @@ def choose_cards(
 ) -> CardChoice:
     """Choose the GPUs for these stages, and hold them if one of the stages computes on GPUs.
 
-    `text` is the value of GPUS, `target` a target's name, and `options` name the run (`open_run`). If NVML shows no
-    GPUs, nothing is held. Raises UsageError for an unknown target, a wrong GPUS or LORRY_GPU_DENY, a CUDA_DEVICE_ORDER
-    that is not NVML's, GPUS with the target `cpu`, and lock files that cannot be used; InterruptedRunError if another
-    Lorry process holds the GPUs exclusively, or is still choosing; DoesNotFitError if `auto` finds too few GPUs, if a
-    named GPU no longer answers, or if NVML does not answer. With `auto`, also raises the errors of `job_need`.
+    `text` is the value of GPUS, `target` a target's name, and `options` name the run (`open_run`), whose recipe says
+    whether preprocess computes on GPUs. If NVML shows no GPUs, nothing is held. Raises UsageError for an unknown
+    target, a wrong GPUS or LORRY_GPU_DENY, a CUDA_DEVICE_ORDER that is not NVML's, GPUS with the target `cpu`, and lock
+    files that cannot be used; InterruptedRunError if another Lorry process holds the GPUs exclusively, or is still
+    choosing; DoesNotFitError if `auto` finds too few GPUs, if a named GPU no longer answers, or if NVML does not
+    answer. Also raises the errors of `open_run` for preprocess, and with `auto` those of `job_need`.
     """
     wish = parse_wish(text) if text and text.strip() else None
-    gpu_stages = tuple(stage for stage in stages if stage in GPU_STAGES)
     named = named_target(target, load_targets()) if target else None
     if named is not None and named.capability is None:
         if wish is not None:
@@ -81,16 +86,40 @@ def choose_cards(
                 f"GPUS={wish.text}: target {named.name} has no GPUs; leave GPUS out, or set another TARGET"
             )
         return CardChoice()
-    if found.problem and (gpu_stages or named is None):
+    if found.problem and named is None:
         raise DoesNotFitError(f"{found.problem}, or set TARGET=cpu")
     refuse_other_order(found.gpus)
+    if not found.gpus and named is None and wish is None:  # the target is cpu
+        return CardChoice()
+    computing = _computing_stages(stages, options)
+    if found.problem and computing:
+        raise DoesNotFitError(f"{found.problem}, or set TARGET=cpu")
+    return replace(_choose_for(computing, wish, named, options, found, holds), computing=computing)
+
+
+def _computing_stages(stages: tuple[str, ...], options: dict[str, Any]) -> tuple[str, ...]:
+    """Those of the stages that compute on GPUs. Raises the errors of `open_run` if preprocess is one of the stages."""
+    if "preprocess" in stages:
+        return stages_on_gpus(open_run(**options), stages)
+    return tuple(stage for stage in stages if stage in GPU_STAGES)
+
+
+def _choose_for(
+    computing: tuple[str, ...],
+    wish: Wish | None,
+    target: Target | None,
+    options: dict[str, Any],
+    found: Cards,
+    holds: Holds,
+) -> CardChoice:
+    """Choose the GPUs for the stages that compute on them, as `choose_cards` does, and hold them."""
     if not found.gpus and not (wish and wish.auto):
-        return _cards_by_name(wish, named is not None and bool(gpu_stages))
+        return _cards_by_name(wish, target is not None and bool(computing))
     denied = denied_cards(os.environ.get("LORRY_GPU_DENY"), found.gpus)
     if wish is not None and wish.auto:
-        return _pick_and_hold(wish, gpu_stages, options, found, denied, holds, named)
-    cards = named_cards(wish, found.gpus, denied) if wish else _default_cards(found.gpus, denied, bool(gpu_stages))
-    if gpu_stages:
+        return _pick_and_hold(wish, computing, options, found, denied, holds, target)
+    cards = named_cards(wish, found.gpus, denied) if wish else _default_cards(found.gpus, denied, bool(computing))
+    if computing:
         hold_named_cards(cards, f"GPUS={wish.text}" if wish else DEFAULT, holds)
     setting = os.environ.get(VISIBLE)
     ignored = f"{VISIBLE}={setting}: not read here; GPUS names the GPUs of a launch (default: 0)"
@@ -125,12 +154,12 @@ def _pick_and_hold(
 ) -> CardChoice:
     """Choose and hold the GPUs for `auto`; no GPUs if no stage computes on GPUs.
 
-    Without train, it takes one GPU, whatever the number in GPUS. Raises the errors of `job_need` and `pick_cards`.
+    For infer alone, it takes one GPU, whatever the number in GPUS. Raises the errors of `job_need` and `pick_cards`.
     """
     if not gpu_stages:
         return CardChoice(auto=True)
     need, note = job_need(gpu_stages, options), []
-    if "train" not in gpu_stages and (wish.count or 1) > 1:
+    if gpu_stages == ("infer",) and (wish.count or 1) > 1:
         wish, note = replace(wish, count=1), [f"GPUS={wish.text}: takes one GPU, as infer computes on one"]
     pick = pick_cards(wish, need, found.gpus, denied, holds, _oldest_capability(target))
     return CardChoice(pick.cards, auto=True, lines=(*pick.lines, *note))
@@ -185,25 +214,47 @@ def _oldest_capability(target: Target | None) -> Capability:
 def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
     """The memory that these stages need on each GPU, and the numbers of GPUs that they can use.
 
-    `stages` are among train and infer. Raises the errors of `open_run`, and UsageError if the base does not exist, is
-    damaged, or has a shape whose memory Lorry cannot estimate.
+    `stages` are among preprocess, train and infer. Raises the errors of `open_run`, and UsageError if a model does not
+    exist, is damaged, or has a shape whose memory Lorry cannot estimate.
     """
     from stages.hardware.fit import most_gpus
     from stages.models.shape import read_shape
 
     run = open_run(**options)
-    settings = run.recipe.train
+    others = preprocess_bytes(run) if "preprocess" in stages else 0
+    if "train" not in stages and "infer" not in stages:
+        return Need.per_gpu(others, most=sys.maxsize)  # each GPU embeds a share of the pages
     shape = read_shape(run.model(run.recipe.model.path, "model.path"))
-    inference = inference_bytes(shape.disk_bytes if shape.quantisation else shape.parameters * 2)
+    if "infer" in stages:
+        others = max(others, inference_bytes(shape.served_bytes))
     if "train" not in stages:
-        return Need.per_gpu(inference)
-    least_inference = inference if "infer" in stages else 0
+        return Need.per_gpu(others)
     asked, least = _training_bytes(shape, run.recipe)
     return Need(
-        asked=lambda number, capability: max(asked(number, capability), least_inference),
-        least=lambda number, capability: max(least(number, capability), least_inference),
-        most=most_gpus(settings),
+        asked=lambda number, capability: max(asked(number, capability), others),
+        least=lambda number, capability: max(least(number, capability), others),
+        most=most_gpus(run.recipe.train),
     )
+
+
+def preprocess_bytes(run: "Run") -> int:
+    """Bytes that preprocess takes on one GPU, by a rule of thumb (`inference_bytes`): those of its largest model, as
+    it loads one after the other. 0 if it computes on none.
+
+    Weights may be missing: config.json will do for the base, and for an embedder that reads pictures. Raises UsageError
+    if a model does not exist, is damaged, or has a shape whose memory Lorry cannot estimate.
+    """
+    from stages.models.shape import planned_shape
+
+    largest = 0
+    for key, name in preprocess_models(run).items():
+        folder = run.model(name, "model.path" if key == CLASSIFIER else key, needs_weights=False)
+        if key == CLASSIFIER or (key == EMBEDDER and reads_pictures(folder)):
+            shape, _ = planned_shape(folder)
+            largest = max(largest, shape.served_bytes)
+        else:
+            largest = max(largest, weights_bytes(folder))
+    return inference_bytes(largest) if largest else 0
 
 
 def inference_bytes(weights: int) -> int:

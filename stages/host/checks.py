@@ -5,12 +5,13 @@ that knows the fact, which the stage itself may call again.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from stages.contract.errors import LorryError, UsageError
+from stages.contract.errors import DoesNotFitError, LorryError, UsageError
 from stages.contract.machine_errors import machine_error
 from stages.contract.run import Run
 from stages.engines import engine_kind, refuse_unserved_model, refuse_unserved_pictures, refuse_unserved_rank
@@ -27,7 +28,7 @@ from stages.hardware.targets import (
     refuse_base_without_kernels,
     working_target,
 )
-from stages.host.needs import GPU_STAGES, refuse_missing_libraries
+from stages.host.needs import EMBEDDER, preprocess_models, refuse_missing_libraries, stages_on_gpus
 from stages.models.merge import refuse_merging_quantised, refuse_unserved_vision
 from stages.models.remote_code import refuse_remote_code
 from stages.models.shape import ModelShape, UnknownShapeError, read_shape
@@ -105,10 +106,11 @@ def _check_remote_code(run: Run) -> None:
 
 def _check_data(run: Run) -> None:
     """Raise UsageError or DataError if the data folder lacks files that the task needs, or a data set of a mix."""
-    from stages.tasks import load_task
+    from stages.tasks import load_task, refuse_file
     from stages.tasks.task import reads_documents, reads_records
 
     folder, task, train = run.data, load_task(run.recipe.task), run.recipe.train
+    refuse_file(task, run.recipe, folder)
     if reads_documents(task):
         task.find_documents(folder)
     if reads_records(task):
@@ -173,24 +175,51 @@ def _machine_checks(run: Run, stages: Sequence[str]) -> Iterator[Check]:
     """Yield the checks of what these stages need of this machine."""
     for stage in stages:
         yield partial(refuse_missing_libraries, run.recipe, stage)
-    computing = [stage for stage in stages if stage in GPU_STAGES and not (stage == "train" and _has_adapters(run))]
-    if computing:
+    computing = [stage for stage in stages_on_gpus(run, stages) if _must_compute(run, stage)]
+    if computing == ["preprocess"]:
+        yield partial(_check_gpu_of_preprocess, run)
+    elif computing:
         yield partial(_check_gpus, run, computing)
     elif "preprocess" in stages and (name := os.environ.get("LORRY_TARGET")):
         yield partial(named_target, name, load_targets())
 
 
-def _has_adapters(run: Run) -> bool:
-    """Whether the run has all its adapters: train then needs no GPU, unless it finds that one is outdated."""
-    names = [adapter.name for adapter in run.recipe.train.adapters]
-    return all(run.path("train", "adapters", name, "made.json").is_file() for name in names)
+def _must_compute(run: Run, stage: str) -> bool:
+    """Whether a stage that computes on GPUs has work for them left, unless it finds that something is outdated.
+
+    train has none if the run has all its adapters, and no stage has any if all its shards are done and it merges them;
+    but preprocess still classifies then. Pages that were embedded once need no GPU either.
+    """
+    if stage == "train" and all(
+        run.path("train", "adapters", adapter.name, "made.json").is_file() for adapter in run.recipe.train.adapters
+    ):
+        return False
+    if _has_all_shards(run, stage) or (stage == "preprocess" and run.path(stage, "vectors.npy").is_file()):
+        return stage == "preprocess" and bool(preprocess_models(run).keys() - {EMBEDDER})
+    return True
+
+
+def _has_all_shards(run: Run, stage: str) -> bool:
+    """Whether a stage is done in shards, all of them finished, and maybe left to merge."""
+    done = Counter(shard.count for shard in run.shards(stage) if run.manifest(stage, shard))
+    return any(number == count for count, number in done.items())
+
+
+def _check_gpu_of_preprocess(run: Run) -> None:
+    """Raise the errors with which preprocess would refuse target and GPUs, once it has rendered all pages."""
+    try:
+        _check_gpus(run, ["preprocess"])
+    except DoesNotFitError as error:
+        needed = ", ".join(f"{key} ({name})" for key, name in preprocess_models(run).items())
+        raise DoesNotFitError(f"{needed}: {error}") from error
 
 
 def _check_gpus(run: Run, stages: Sequence[str]) -> None:
-    """Raise the errors with which train or infer would refuse target and GPUs."""
+    """Raise the errors with which these stages would refuse target and GPUs."""
     shown, allowed = allowed_gpus(needs_one=True)
     machine = replace(probe(), gpus=allowed) if shown else probe()
-    target, shape = working_target(machine, load_targets()), _base_shape(run)
+    target = working_target(machine, load_targets())
+    shape = _base_shape(run) if {"train", "infer"} & {*stages} else None
     if "train" in stages:
         _check_training_on(run, target, machine, shape)
     if "infer" in stages and not machine.gpus:

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,14 @@ from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageEr
 from stages.contract.roots import Roots
 from stages.contract.stop import STOPS, die_with_parent
 from stages.hardware.targets import Target
-from stages.host.needs import GPU_STAGES
+from stages.host.cards import CardChoice
 from stages.host.outcome import Outcome, Runner, signal_outcome
 from stages.host.runs import stage_arguments
 
 REPOSITORY = Path(__file__).parents[2]
 VERSION_LABEL = "org.opencontainers.image.version"
+ADDRESS = ("LORRY_HOST", "LORRY_PORT")
+"""The variables with which compose.yaml publishes the port of `serve`."""
 USER = 1000
 """The uid and gid of containers that root starts: containers never run as root."""
 
@@ -76,17 +77,17 @@ def container_runner(
     engine: Any,
     stages: tuple[str, ...],
     options: dict[str, Any],
-    devices: Callable[[str], list[str]],
+    choice: CardChoice,
     target: Target,
 ) -> tuple[Runner, str]:
     """A function that runs a stage in a container, and the name of the last stage's image.
 
-    `devices` returns the UUIDs or names of a stage's GPUs. From now on, stop signals go to the container that runs.
+    `choice` says which stages get which GPUs. From now on, stop signals go to the container that runs.
     Also creates the runs folder. Raises UsageError or DoesNotFitError if a container could not run: no Compose plugin,
     no NVIDIA runtime, no image, an image of another version, or no folder to mount.
     """
     compose = compose_command()
-    if target.capability and set(stages) & set(GPU_STAGES):
+    if choice.computing:
         refuse_without_nvidia(engine.info(), target)
     version = os.environ.get("LORRY_VERSION") or importlib.metadata.version("lorry")
     images = {stage: image_name(stage, version, target) for stage in stages}
@@ -106,9 +107,13 @@ def container_runner(
             )
         name = f"lorry-{stage}-{uuid.uuid4().hex[:8]}"
         arguments = stage_arguments(_mounted_options(options))
-        command = [*compose, *_run_options(name, options), stage, *arguments, *more]
-        environment.update({"TARGET": image_target(stage, target), "GPUS": ",".join(devices(stage))})
-        code = _run_container(engine, name, command, environment, signals)
+        published = ["--service-ports"] if stage == "serve" else []  # else `run` publishes no port
+        command = [*compose, *_run_options(name, options), *published, stage, *arguments, *more]
+        environment.update({"TARGET": image_target(stage, target), "GPUS": ",".join(choice.devices(stage))})
+        environment.update({each: os.environ[each] for each in ADDRESS if each in os.environ})
+        if stage == "preprocess":
+            environment["LORRY_PREPROCESS_DEVICES"] = "gpu" if stage in choice.computing else "none"
+        code = _run_container(engine, name, command, environment, signals, reads=stage == "chat")
         return signal_outcome(stage, code - 128) if code > 128 else Outcome(code)
 
     return run, images[stages[-1]]
@@ -198,7 +203,7 @@ def _prepare_mounts(options: dict[str, Any]) -> dict[str, str]:
     exist.
     """
     roots = Roots.from_environment()
-    data = Path(options["data"]).absolute() if options["data"] else roots.data
+    data = _mounted_data(options) or roots.data
     for folder, name in ((data, "LORRY_DATA"), (roots.models, "LORRY_MODELS")):
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder to mount; create it, or set {name} to another")
@@ -233,10 +238,17 @@ def _run_options(name: str, options: dict[str, Any]) -> list[str]:
     for setting in ("LORRY_RECIPE", "LORRY_PROFILE", "LORRY_RUN", "LORRY_SET"):
         arguments += ["--env", f"{setting}="]  # the command line decides, not a default of compose.yaml
     if options["data"]:  # the recipe names the folder as this machine does, so that another folder is noticed
-        arguments += ["--env", f"LORRY_DATA_FROM={_mounted_options(options)['data']}"]
+        arguments += ["--env", f"LORRY_DATA_FROM={_mounted_data(options)}"]
     if options["recipe"]:  # this machine's file, and not that in the image
         arguments += ["--volume", f"{options['recipe']}:{_mounted_options(options)['recipe']}:ro"]
     return arguments
+
+
+def _mounted_data(options: dict[str, Any]) -> Path | None:
+    """The folder to mount for `--data`: that folder, or the folder of that file, where its pictures are too; None
+    without `--data`."""
+    data = Path(options["data"]).absolute() if options["data"] else None
+    return data.parent if data is not None and data.is_file() else data
 
 
 def _mounted_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -256,10 +268,16 @@ def _collect_signals() -> list[signal.Signals]:
 
 
 def _run_container(
-    engine: Any, name: str, command: list[str], environment: dict[str, str], signals: list[signal.Signals]
+    engine: Any,
+    name: str,
+    command: list[str],
+    environment: dict[str, str],
+    signals: list[signal.Signals],
+    reads: bool = False,
 ) -> int:
     """Run `docker compose run` to its end and pass signals on to the container. Returns the container's exit code.
 
+    With `reads`, the container gets this process's standard input, also if that is no terminal.
     `signals` is the list of `_collect_signals`, which grows while the container runs. Signals go through the Docker
     engine, because Compose exits at once on a signal and leaves the container running. For the same reason Compose must
     not get a Ctrl-C, unless it has the terminal and passes the key on.
@@ -268,7 +286,7 @@ def _run_container(
     process = subprocess.Popen(
         command,
         env=environment,
-        stdin=None if terminal else subprocess.DEVNULL,
+        stdin=None if terminal or reads else subprocess.DEVNULL,
         start_new_session=not terminal,
         preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - no other thread runs here
     )

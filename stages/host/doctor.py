@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.contract.errors import Exit, LorryError, UsageError
-from stages.contract.roots import Roots, data_folder
+from stages.contract.roots import Roots, data_path
 from stages.hardware.holds import Holds
 from stages.hardware.pick import denied_cards, gib_text, shown_gpus
 from stages.hardware.probe import Cards, Gpu, Machine, has_card_on_bus, read_cards
@@ -301,9 +301,9 @@ def _check_folders(roots: Roots, run: "Run | None", in_containers: bool) -> Iter
     """
     uid, gid = container_user() if in_containers else (os.getuid(), os.getgid())
     user = _User(uid, frozenset([gid] if in_containers else [gid, *os.getgroups()]))
-    data = data_folder(run.roots.data, run.recipe.data.path) if run is not None else roots.data
+    data = data_path(run.roots.data, run.recipe.data.path) if run is not None else roots.data
     for folder, name in ((data, "LORRY_DATA"), (roots.models, "LORRY_MODELS")):
-        if not folder.is_dir():
+        if not folder.is_dir() and not (run is not None and folder == data and data.is_file()):
             yield _failure("folders", f"{folder}: no such folder; create it, or name another ({name})", Exit.USAGE)
             continue
         closed = _first_unreadable_path(folder, user)

@@ -16,7 +16,7 @@ from stages.hardware.targets import load_targets, refuse_driver_too_old_for_cuda
 from stages.host.cards import CardChoice, choose_cards, choose_target
 from stages.host.checks import refuse_mistakes
 from stages.host.containers import container_runner, find_engine
-from stages.host.needs import GPU_STAGES, STAGES
+from stages.host.needs import STAGES
 from stages.host.outcome import Lines, Note, Problem, Runner
 from stages.host.processes import installed_cuda, local_runner
 from stages.host.runs import open_run, recipe_path, result_lines, run_folder, unfinished_stages
@@ -54,7 +54,7 @@ def launch(
             code = yield from _run_stage(run, name, own_arguments if name == stage else [], choice)
             if code != Exit.DONE:
                 return code
-            later = [following for following in stages[number + 1 :] if following in GPU_STAGES]
+            later = [following for following in stages[number + 1 :] if following in choice.computing]
             holds.keep_only({gpu.uuid for following in later for gpu in choice.stage_cards(following)})
     if in_containers and not shard:  # a container names the paths that it sees, such as /runs/job
         yield from result_lines(run_folder(options), stage)
@@ -90,7 +90,7 @@ def _choose_runner(
             f"LORRY_NODES={nodes}: containers started here have no network and cannot train on several machines; start"
             " `lorry-train` on each machine, or see k8s/scale-out/train-multinode.yaml"
         )
-    uses_gpus = bool(choice.cards and set(stages) & set(GPU_STAGES))
+    uses_gpus = bool(choice.cards and choice.computing)
     if engine is None:
         yield Note(f"no Docker engine answers at {address}; running as a local process")
         cuda = installed_cuda() if uses_gpus else None
@@ -100,9 +100,9 @@ def _choose_runner(
         return local_runner(stages, options, choice, target), False
     if uses_gpus:
         refuse_old_driver(card, found.driver)
-    run, image = container_runner(engine, stages, options, choice.devices, card)
+    run, image = container_runner(engine, stages, options, choice, card)
     stage = stages[-1]
-    gpus = f" with GPUs {choice.visible_devices(stage) or '0'}" if stage in GPU_STAGES and card.capability else ""
+    gpus = f" with GPUs {choice.visible_devices(stage) or '0'}" if stage in choice.computing else ""
     yield Note(f"Docker engine {engine.version()['Version']} at {address}: running {image}{gpus}")
     return run, True
 

@@ -25,6 +25,8 @@ from stages.hardware.targets import (
     refuse_4bit_without_kernels,
     refuse_base_without_kernels,
 )
+from stages.host.cards import preprocess_bytes
+from stages.host.needs import preprocess_models
 from stages.host.outcome import Lines
 from stages.models.shape import ModelShape, planned_shape
 
@@ -43,13 +45,13 @@ def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Li
 
     Returns 0, or 4 if training does not fit memory or disk. `target` is a target's name; None: this machine's GPUs.
     `count` is the number of GPUs. `memory` is the memory of a GPU in GiB; None: that of the target or machine. Raises
-    the errors of `_planned_gpus`, those with which train would refuse the recipe, and UnknownShapeError for a model
+    the errors of `planned_gpus`, those with which train would refuse the recipe, and UnknownShapeError for a model
     whose memory Lorry cannot estimate; at last UsageError if infer's engine cannot serve the model or its adapters.
     """
     train = run.recipe.train
     model = run.model(run.recipe.model.path, "model.path", needs_weights=False)
     shape, made = planned_shape(model)
-    gpus = _planned_gpus(target, count, memory, train.precision)
+    gpus = planned_gpus(target, count, memory, train.precision)
     train = _allowed_settings(train, gpus.target)
     refuse_base_without_kernels(model, shape.quantisation, gpus.target)
     if train.load_in_4bit:
@@ -67,6 +69,7 @@ def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Li
     yield from _phase_lines(phase)
     enough_disk, line = _disk_verdict(run, shape)
     yield f"\n{line}"
+    yield _preprocess_line(run, gpus)
     yield f"{_inference_line(run.recipe.infer, shape, gpus)}\n"
     last_fits, lines = _verdict(phase)
     yield from lines
@@ -78,7 +81,7 @@ def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Li
 
 
 @dataclass(frozen=True)
-class _Gpus:
+class PlannedGpus:
     """The GPUs to plan for."""
 
     count: int
@@ -93,7 +96,7 @@ class _Gpus:
     """The GPU with the least free memory; None for GPUs that are not here."""
 
 
-def _planned_gpus(target: str | None, count: int, memory: float | None, precision: str) -> _Gpus:
+def planned_gpus(target: str | None, count: int, memory: float | None, precision: str) -> PlannedGpus:
     """The GPUs to plan for: `count` of a target; without a target, those with the most free memory here.
 
     `memory`, in GiB, is taken as the memory of each; the number of GPUs here is then not checked. Raises UsageError for
@@ -101,7 +104,7 @@ def _planned_gpus(target: str | None, count: int, memory: float | None, precisio
     if Lorry may use none, or if the target does not have the precision.
     """
     targets = load_targets()
-    here = () if target else _usable_gpus()
+    here = () if target else usable_gpus()
     try:
         card = named_target(target, targets) if target else machine_target(Machine(0, 0, here), targets)
     except UsageError as error:
@@ -111,13 +114,13 @@ def _planned_gpus(target: str | None, count: int, memory: float | None, precisio
         if count > 1 or memory:
             option = f"--memory {memory:g}" if memory else f"--gpus {count}"
             raise UsageError(f"{option}: target {card.name} has no GPUs; leave it out, or name the GPUs' --target")
-        return _Gpus(1, "a CPU", None, dtype, card)
+        return PlannedGpus(1, "a CPU", None, dtype, card)
     name = f"{count} x {card.name}" if count > 1 else card.name
     if memory:
-        return _Gpus(count, f"{name} of {memory:g} GiB, in {dtype}", round(memory * USABLE * GIB), dtype, card)
+        return PlannedGpus(count, f"{name} of {memory:g} GiB, in {dtype}", round(memory * USABLE * GIB), dtype, card)
     if target:
         nominal = card.memory_gib or 0
-        return _Gpus(count, f"{name} of {nominal} GiB, in {dtype}", round(nominal * USABLE * GIB), dtype, card)
+        return PlannedGpus(count, f"{name} of {nominal} GiB, in {dtype}", round(nominal * USABLE * GIB), dtype, card)
     freest = sorted((gpu for gpu in here if gpu.memory_total), key=lambda gpu: (-gpu.memory_free, gpu.index))
     if len(freest) < count:
         raise UsageError(
@@ -127,10 +130,10 @@ def _planned_gpus(target: str | None, count: int, memory: float | None, precisio
     text = f"the {count} freest GPUs of this machine" if count > 1 else "the freest GPU of this machine"
     numbers = ",".join(str(gpu.index) for gpu in chosen)
     text = f"{text}, GPU {numbers} ({card.name}), in {dtype}"
-    return _Gpus(count, text, chosen[-1].memory_free, dtype, card, chosen[-1])
+    return PlannedGpus(count, text, chosen[-1].memory_free, dtype, card, chosen[-1])
 
 
-def _usable_gpus() -> tuple[Gpu, ...]:
+def usable_gpus() -> tuple[Gpu, ...]:
     """The GPUs here that a launch could take; empty without GPUs, and with LORRY_TARGET=cpu.
 
     Raises DoesNotFitError if there are GPUs but a launch could take none, or if the driver does not answer, UsageError
@@ -182,7 +185,7 @@ class _Phase:
 
     shape: ModelShape
     train: Train
-    gpus: _Gpus
+    gpus: PlannedGpus
     lengths: Lengths
     fastest: Way
     """The fastest way, whether it fits or not."""
@@ -190,7 +193,7 @@ class _Phase:
     """The way that train would choose."""
 
 
-def _plan_phase(recipe: Recipe, shape: ModelShape, train: Train, gpus: _Gpus) -> _Phase:
+def _plan_phase(recipe: Recipe, shape: ModelShape, train: Train, gpus: PlannedGpus) -> _Phase:
     """The plan of the phase whose settings are `train`."""
     lengths = max_lengths(recipe.model_copy(update={"train": train}))
     fastest = recipe_way(shape, train, gpus.count, gpus.dtype, lengths, gpus.memory)
@@ -271,7 +274,7 @@ def _fitting_changes(phase: _Phase) -> list[Way]:
     return smallest_changes(phase.shape, phase.train, gpus.count, gpus.dtype, gpus.memory, phase.lengths, offers)
 
 
-def _tight_note(way: Way, gpus: _Gpus, explained: bool = False) -> str:
+def _tight_note(way: Way, gpus: PlannedGpus, explained: bool = False) -> str:
     """A warning if the way fits, but might not, as estimates can be slightly too low; else empty.
 
     `explained` adds the reason for the warning.
@@ -283,7 +286,7 @@ def _tight_note(way: Way, gpus: _Gpus, explained: bool = False) -> str:
     )
 
 
-# -- disk and inference --------------------------------------------------------------------------------------------
+# -- disk, preprocess and inference --------------------------------------------------------------------------------
 
 
 def _disk_verdict(run: "Run", shape: ModelShape) -> tuple[bool, str]:
@@ -297,7 +300,22 @@ def _disk_verdict(run: "Run", shape: ModelShape) -> tuple[bool, str]:
     return needed <= free, f"disk: {needed / GIB:.2f} GiB below {run.roots.runs}, {free / GIB:.1f} GiB free{short}"
 
 
-def _inference_line(settings: Infer, shape: ModelShape, gpus: _Gpus) -> str:
+def _preprocess_line(run: "Run", gpus: PlannedGpus) -> str:
+    """A line on whether preprocess needs a GPU, and fits one of these. It does not change the exit code."""
+    if gpus.memory is None:
+        return "preprocess: on a CPU; its memory is not estimated"
+    try:
+        total = preprocess_bytes(run)
+    except UsageError as error:
+        return f"preprocess: its memory is not estimated ({error})"
+    if not total:
+        return "preprocess needs no GPU"
+    needed = ", ".join(f"{key} ({name})" for key, name in preprocess_models(run).items())
+    verdict = "fits" if total <= gpus.memory else "does not fit"
+    return f"preprocess {verdict}: {total / GIB:.1f} of {gpus.memory / GIB:.1f} GiB on a GPU for {needed}"
+
+
+def _inference_line(settings: Infer, shape: ModelShape, gpus: PlannedGpus) -> str:
     """A line on whether inference fits the same GPUs. It does not change the exit code, as infer may run on others."""
     if gpus.memory is None or not engine_kind(settings.engine).shares_weights:
         where = "" if gpus.memory else " on a CPU"

@@ -66,9 +66,6 @@ def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardC
             raise UsageError(
                 f"{stage}: needs {missing[0]}, which is not installed here; run `make setup`, or start Docker"
             )
-    environment = dict(os.environ)
-    if target:
-        environment["LORRY_TARGET"] = target
     stop = StopRequest()
     stop.install()
 
@@ -78,12 +75,20 @@ def local_runner(stages: tuple[str, ...], options: dict[str, Any], cards: "CardC
         Raises InterruptedRunError if a stop signal came before the process starts.
         """
         stop.check()
-        if cards.auto or cards.visible_devices(stage):  # an empty list, if `auto` took none, hides all GPUs
-            environment["CUDA_VISIBLE_DEVICES"] = cards.visible_devices(stage)
-            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the same numbers as in nvidia-smi
+        environment = {**os.environ, **local_environment(cards, stage, target)}
         return run_process(stage, [*stage_arguments(options), *more], stop, environment)
 
     return run
+
+
+def local_environment(cards: "CardChoice", stage: str, target: str | None) -> dict[str, str]:
+    """The environment variables that give a local process the GPUs chosen for a stage. `target` is a target's name;
+    None: that of the GPUs."""
+    found = {"LORRY_TARGET": target} if target else {}
+    if cards.auto or cards.visible_devices(stage):  # an empty list, if `auto` took none, hides all GPUs
+        found["CUDA_VISIBLE_DEVICES"] = cards.visible_devices(stage)
+        found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the same numbers as in nvidia-smi
+    return found
 
 
 def run_process(

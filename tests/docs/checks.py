@@ -195,7 +195,7 @@ def _command(name: str) -> click.Command | None:
     if name == "lorry":
         return main
     stage = name.removeprefix("lorry-")
-    if stage not in STAGES:
+    if stage not in (*STAGES, "serve", "chat"):
         return None
     found: click.Command = importlib.import_module(f"entrypoints.{stage}").main
     return found

@@ -1,5 +1,7 @@
 """`lorry compare`: which runs it takes, what it shows, and how it answers for the others."""
 
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,10 @@ from stages.contract.roots import Roots
 from stages.contract.run import Run, describe_output
 from stages.eval.stage import work
 from stages.host.runner import run_stage
+from stages.results.ledger import read_ledger
+from stages.results.ledger_table import UNTESTED, render_csv, render_table
 from tests.eval.conftest import answer, make_run, make_samples
+from tests.eval.test_losses import conversation, make_chat_run, plain_text, with_losses
 
 Answer = Callable[[int, Sample], str]
 
@@ -201,3 +206,59 @@ def test_failures_are_no_answers(tmp_path: Path, lorry: Callable[..., Result]) -
     assert done.exit_code == 0
     assert "suspicious: custom/tuned: all 24 answers failed" in done.output
     assert line_of(done, "custom", "tuned").split()[-3:] == ["24", "24", "0"]
+
+
+# -- held-out losses ---------------------------------------------------------------------------------------------
+
+
+def scored_by_loss(folder: Path, name: str, samples: list[Sample], gain: float, more_tokens: int = 0) -> Run:
+    """A run whose adapter lowers each sample's loss by `gain` nats a token. Its tokenizer needs `more_tokens` for the
+    first sample."""
+    made = folder / "made"
+    run = make_chat_run(made, samples, lambda number: gain + 0.01 * number)
+    if more_tokens:
+        rows = {model: read_jsonl(run.path("infer", "losses", f"{model}.jsonl")) for model in ("base", "tuned")}
+        for own in rows.values():
+            own[0]["tokens"] += more_tokens
+        with_losses(run, rows)
+    (run.folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
+    assert run_stage(run, "eval", work) == Exit.DONE
+    (folder / "runs").mkdir(exist_ok=True)
+    shutil.move(run.folder, folder / "runs" / name)
+    shutil.rmtree(made)
+    return Run(name, run.recipe, Roots(folder / "data", folder / "models", folder / "runs"))
+
+
+def test_held_out_losses_are_compared_on_the_same_tokens(lorry: Callable[..., Result], tmp_path: Path) -> None:
+    samples = [conversation(number) for number in range(8)]
+    scored_by_loss(tmp_path, "a", samples, 0.1)
+    scored_by_loss(tmp_path, "b", samples, 0.3, more_tokens=2)
+    done = lorry("a", "b")
+    assert done.exit_code == 0, done.output
+    lines = [" ".join(line.split()) for line in done.output.splitlines()]
+    first, better = (next(line for line in lines if line.startswith(start)) for start in ("a tuned", "b tuned"))
+    assert "over a/tuned [95%]" in done.output
+    assert re.match(r"a tuned 17\.\d\d \[.*\] 2\.8\d\d 8 220$", first), "the model that others are compared with"
+    assert " -0.200 [-0.200, -0.200]* 7 0 0 " in better, "seven of eight are on the same tokens"
+    assert "b: 1 of 8 held-out losses, such as that of c0, are not on the same tokens as in a" in done.output
+
+
+def test_runs_that_are_scored_by_loss_only_are_compared_and_listed(
+    lorry: Callable[..., Result], tmp_path: Path
+) -> None:
+    samples = [plain_text(number) for number in range(6)]
+    for name, gain in (("a", 0.1), ("b", 0.2)):
+        run = scored_by_loss(tmp_path, name, samples, gain)
+    done = lorry("a", "b")
+    assert done.exit_code == 0, done.output
+    assert "held-out loss" in done.output and "test samples; percent" not in done.output
+    rows = {row.adapter: row for row in read_ledger(run.roots, ["b"], None).rows}
+    tuned = rows["tuned"]
+    nats = sum((3 - 0.2 - 0.01 * number) * (10 + 5 * number) for number in range(6))
+    assert tuned.perplexity == pytest.approx(math.exp(nats / 135), rel=1e-5)
+    assert tuned.perplexity_low is not None and tuned.perplexity_low < tuned.perplexity < (tuned.perplexity_high or 0)
+    assert (tuned.win_rate, tuned.score, tuned.state, tuned.scored_on) == (100.0, None, "scored", "test data")
+    assert (rows["base"].win_rate, rows["base"].perplexity) == (None, pytest.approx(math.exp(3), rel=1e-6))
+    table = render_table(list(rows.values()), None, False)
+    assert "perplexity" in table and UNTESTED not in table
+    assert "perplexity" in render_csv(list(rows.values())).splitlines()[0]

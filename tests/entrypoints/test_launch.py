@@ -19,7 +19,7 @@ from stages.contract.stop import STOPS
 from stages.hardware.holds import Holds
 from stages.hardware.targets import Target
 from stages.host import containers, launching, needs, processes
-from stages.host.cards import job_need
+from stages.host.cards import CardChoice, job_need
 from stages.host.needs import STAGES
 from stages.host.outcome import Outcome
 from tests.conftest import Lorry
@@ -33,7 +33,7 @@ NO_ENGINE = "unix:///nowhere/docker.sock"
     ("arguments", "told"),
     [
         (("--target", "a100"), "target 'a100': no such target; known targets: cpu, v100"),
-        (("--target", "a800", "--gpus", "1,1"), "GPUS=1,1: names a GPU twice"),
+        (("patent-qa", "--target", "a800", "--gpus", "1,1"), "GPUS=1,1: names a GPU twice"),
         (("--target", "a800", "--gpus", "0,,1"), "GPUS=0,,1: has an empty element"),
         (
             ("patent-qa", "--gpus", "auto:-2"),
@@ -257,7 +257,7 @@ def test_auto_where_all_are_busy_is_one_line_and_exit_4(box: Box, local: Launch,
 
 
 def test_auto_without_the_model_says_so(box: Box, local: Launch) -> None:
-    done = local("infer", "patent-qa", "--set", "model.path=not-there", "--gpus", "auto")
+    done = local("infer", "patent-qa", "--set", "model.path=not-there", "--gpus", "auto", "--shard", "0/2")
     assert (done.code, len(done.output.splitlines())) == (2, 1)
     assert "not-there: no such model folder; set model.path to a folder below LORRY_MODELS" in done.output
 
@@ -313,15 +313,15 @@ def test_containers_get_uuids_and_an_old_driver_is_reported_before(
     box: Box, local: Launch, language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices: list[tuple[str, list[str]]] = []
+    computing: list[tuple[str, ...]] = []
 
     class Engine:
         def version(self) -> dict[str, str]:
             return {"Version": "28"}
 
-    def container_runner(
-        _e: object, stages: tuple[str, ...], _o: object, of: Callable[[str], list[str]], target: Target
-    ) -> Any:
-        devices.extend((stage, of(stage)) for stage in stages)
+    def container_runner(_e: object, stages: tuple[str, ...], _o: object, choice: CardChoice, target: Target) -> Any:
+        devices.extend((stage, choice.devices(stage)) for stage in stages)
+        computing.append(choice.computing)
         return (lambda _stage, _more: Outcome(0)), f"lorry-x-{target.name}"
 
     monkeypatch.setattr(launching, "find_engine", lambda: (Engine(), "unix:///x"))
@@ -329,6 +329,9 @@ def test_containers_get_uuids_and_an_old_driver_is_reported_before(
     done = small(local, "infer", "--gpus", "2,GPU-c6")
     assert devices == [(stage, [box.uuid(2), box.uuid(3)]) for stage in ("preprocess", "train", "infer")]
     assert "Docker engine 28 at unix:///x: running lorry-x-a800 with GPUs 2,3" in done.output
+    assert computing == [("train", "infer")], "a small embedder of texts needs none"
+    local("preprocess", "patent-qa", "--gpus", "2")
+    assert computing[-1] == ("preprocess",), "GME and the classifier need one"
     box.recorded["driver_version"] = "515.105.01"
     box.save()
     refused = small(local, "infer", "--gpus", "0")
@@ -419,7 +422,7 @@ def test_an_old_driver_is_reported_before_a_local_process_starts(
     assert (done.code, done.seen) == (4, [])
     told = "CUDA 12.8, which needs NVIDIA driver 525 or newer, but this machine has 450.80.02"
     assert told in done.output.splitlines()[-1]
-    assert local("preprocess", "patent-qa", "--gpus", "1").code == 0, "which computes on no card"
+    assert local("eval", "patent-qa", "--gpus", "1", "--shard", "0/2").code == 0, "which computes on no card"
     box.recorded["driver_version"] = "535.183.06"
     box.save()
     assert local("train", "patent-qa", "--gpus", "1").code == 0

@@ -159,6 +159,21 @@ def test_this_machines_recipe_and_data_reach_the_container(launched: Lorry, tmp_
     ]
 
 
+def test_the_folder_of_a_data_file_reaches_the_container(launched: Lorry) -> None:
+    """With the pictures that the file may name."""
+    folder = launched.runs.parent
+    recipe = folder / "mine.yaml"
+    recipe.write_text("as edited here")
+    data = folder / "input" / "chats.jsonl"
+    data.parent.mkdir()
+    data.write_text("{}")
+    done = launch(launched, "preprocess", str(recipe), "--data", str(data), "--run", "show")
+    assert done.lines[1:] == [
+        f"preprocess /recipe/mine.yaml --data {data} --run show {{'LORRY_DATA_FROM': '{data.parent}'}}",
+        "as edited here ['chats.jsonl']",
+    ]
+
+
 def test_a_shard_runs_alone(launched: Lorry) -> None:
     done = launch(launched, "infer", "--run", "r", LORRY_SHARD="1/3")
     assert done.lines[1:] == ["infer --run r --shard 1/3 {}"]
@@ -234,7 +249,7 @@ def test_an_image_of_another_version(launched: Lorry) -> None:
 def test_an_engine_without_nvidia(launched: Lorry, engine: Any) -> None:
     if "nvidia" in engine.info()["Runtimes"] or shutil.which("nvidia-container-runtime-hook"):
         pytest.skip("this engine has it")
-    done = launch(launched, "train", TARGET="a800", GPUS="0,2")
+    done = launch(launched, "train", "patent-qa", TARGET="a800", GPUS="0,2")
     refused(
         done, 4, "target a800: needs GPUs, but this Docker engine has no NVIDIA runtime", "nvidia-container-toolkit"
     )

@@ -162,7 +162,11 @@ def test_a_config_is_enough_before_a_download(lorry: Lorry, models: Path) -> Non
     done = replace(lorry, models=models / "later")("entrypoints.lorry", "plan", *RECIPE, "--target", "rtx4090")
     assert done.code == 0, done.output
     assert done.lines[1] == "its weights are missing: the plan takes the model's tensors from its config.json"
-    assert [done.lines[0], *done.lines[2:]] == whole.lines
+    with_path = "preprocess: its memory is not estimated ("  # the embedder is not here
+    of_done, of_whole = (
+        [line for line in lines if not line.startswith(with_path)] for lines in (done.lines, whole.lines)
+    )
+    assert [of_done[0], *of_done[2:]] == of_whole and len(of_whole) == len(whole.lines) - 1
 
 
 def test_what_inference_cannot_serve_is_said_before_anything_runs(lorry: Lorry, models: Path) -> None:

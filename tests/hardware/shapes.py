@@ -32,6 +32,24 @@ CONFIGS["Qwen2.5-32B"] = {
 }
 
 
+TOWER = {"depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+PICTURE_CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen2.5-VL-32B-Instruct": {
+        **CONFIGS["Qwen2.5-32B"],
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "vision_config": {**TOWER, "hidden_size": 1280, "intermediate_size": 3456, "out_hidden_size": 5120},
+    },
+    "gme-Qwen2-VL-7B-Instruct": {
+        **CONFIGS["Qwen2.5-7B"],
+        "model_type": "qwen2_vl",
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "vision_config": {**TOWER, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4},
+    },
+}
+"""Models with a vision tower, from whose config the tensors can be made."""
+
+
 def tensors(config: dict[str, Any]) -> dict[str, list[int]]:
     """Names and shapes of the weights of a Qwen2 model."""
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]

@@ -133,7 +133,7 @@ def test_kubectl_builds_the_overlay(shell: Shell) -> None:
         pytest.skip("no kubectl here")
     done = shell(build)
     assert done.returncode == 0, done.stderr
-    assert f"nvidia.com/gpu.product: NVIDIA-GeForce-{CARD.upper().replace('RTX', 'RTX-')}" in done.stdout
+    assert f"-{CARD}\n" in done.stdout and '- "32000"' in done.stdout
     assert "4090" not in done.stdout
 
 

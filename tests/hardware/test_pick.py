@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from stages.contract.errors import DoesNotFitError, InterruptedRunError, UsageError
+from stages.contract.recipe import load_recipe
+from stages.contract.roots import Roots
+from stages.contract.run import Run
 from stages.contract.stop import StopRequest
 from stages.hardware import targets
 from stages.hardware.holds import Holds
@@ -122,7 +125,10 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     def run(name: str = "train") -> list[str]:
         lines: list[str] = []
         monkeypatch.setitem(sys.modules, f"stages.{name}.stage", SimpleNamespace(work=lambda _stage: None))
-        stage = SimpleNamespace(name=name, events=SimpleNamespace(say=lines.append), stop=StopRequest())
+        # its preprocess needs no GPU: the embedder is small
+        recipe = load_recipe(REPOSITORY / "recipes" / "patent-qa.yaml", "tiny")
+        job = Run("r", recipe, Roots(Path("data"), Path("models"), Path("runs")))
+        stage = SimpleNamespace(name=name, run=job, events=SimpleNamespace(say=lines.append), stop=StopRequest())
         run_work(stage)  # type: ignore[arg-type]
         return lines
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from stages.hardware.holds import Holds
 from stages.hardware.probe import read_cards
 from stages.host.cards import CardChoice, choose_cards, choose_target, inference_bytes, job_need
 from tests.hardware.recorded import Box
+from tests.hardware.shapes import make_shape
 
 
 @pytest.fixture
@@ -19,8 +21,12 @@ def holds(tmp_path: Path) -> Iterator[Holds]:
     found.close()
 
 
+def options(profile: str | None = None, recipe: str = "patent-qa", *overrides: str) -> dict[str, Any]:
+    return {"recipe": recipe, "profile": profile, "data": None, "overrides": overrides, "run_name": "r"}
+
+
 def choose(text: str | None, holds: Holds, stage: str = "train", target: str | None = None) -> CardChoice:
-    return choose_cards(text, target, (stage,), {}, read_cards(), holds)
+    return choose_cards(text, target, (stage,), options(), read_cards(), holds)
 
 
 def test_cards_reach_containers_by_uuid_and_local_processes_by_number(box: Box, holds: Holds) -> None:
@@ -72,7 +78,7 @@ def test_where_nvml_shows_no_card_any_may_be_one(box: Box, holds: Holds, monkeyp
     monkeypatch.setenv("LORRY_GPU_DENY", "5, 6")
     with pytest.raises(UsageError, match="GPU 6 is denied by LORRY_GPU_DENY; name others"):
         choose("6", holds)
-    assert choose(None, holds, "train", "a800") == CardChoice(), "Compose hands it card 0"
+    assert choose(None, holds, "train", "a800") == CardChoice(computing=("train",)), "Compose hands it card 0"
     monkeypatch.setenv("LORRY_GPU_DENY", "0")
     with pytest.raises(
         UsageError, match=r"GPUS is not set \(default: 0\): GPU 0 is denied by LORRY_GPU_DENY; name others"
@@ -104,7 +110,7 @@ def test_the_cpu_takes_no_gpus(box: Box, holds: Holds, text: str) -> None:
 
 
 def test_named_cards_are_held_only_where_a_stage_computes_on_them(box: Box, holds: Holds) -> None:
-    choose("1", holds, "preprocess")
+    choose("1", holds, "eval")
     assert holds.holders(box.uuid(1)) == []
     choose("1", holds, "infer")
     assert [lock.exclusive for lock in holds.holders(box.uuid(1))] == [False]
@@ -117,6 +123,30 @@ def test_a_driver_that_does_not_answer_is_not_a_machine_without_cards(box: Box, 
         with pytest.raises(DoesNotFitError, match=r"driver/library version mismatch.*reboot.*or set TARGET=cpu"):
             choose(None, holds, stage, target)
     assert choose(None, holds, "train", "cpu") == choose(None, holds, "eval", "a800") == CardChoice()
+
+
+def test_preprocess_gets_a_card_for_its_recipes_models(
+    box: Box, holds: Holds, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A 7B embedder of pictures and a 7B classifier: 17 GB of weights, a fifth more, and 2 GiB."""
+    for name in ("gme-Qwen2-VL-7B-Instruct", "all-MiniLM-L6-v2", "Qwen2.5-VL-32B-Instruct"):
+        make_shape(tmp_path / name, "Qwen2.5-0.5B" if name.startswith("all") else "Qwen2.5-7B")
+    config = tmp_path / "gme-Qwen2-VL-7B-Instruct" / "config.json"
+    config.write_text(config.read_text().replace('"qwen2"', '"qwen2_vl"'))
+    monkeypatch.setenv("LORRY_MODELS", str(tmp_path))
+
+    def chosen(text: str, **named: str) -> CardChoice:
+        return choose_cards(text, None, ("preprocess",), options(**named), read_cards(), holds)
+
+    assert chosen("1").computing == ("preprocess",)
+    assert [lock.exclusive for lock in holds.holders(box.uuid(1))] == [False]
+    assert chosen("2", profile="text").computing == ()
+    assert holds.holders(box.uuid(2)) == []
+    assert chosen("auto", profile="text") == CardChoice(auto=True)
+    monkeypatch.setenv("LORRY_GPU_DENY", "5,6,7")
+    taken = chosen("auto")
+    assert [gpu.index for gpu in taken.cards] == [2, 3], "each embeds a share; 0 and 4 are busy, and 1 is held"
+    assert all("19.0 asked for" in line for line in taken.lines), taken.lines
 
 
 def test_auto_counts_with_the_larger_of_both_phases(language_model: Path, box: Box) -> None:

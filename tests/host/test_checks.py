@@ -11,7 +11,7 @@ import pytest
 from stages.contract.errors import Exit, LorryError
 from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
-from stages.contract.run import STAGES, Run
+from stages.contract.run import CONTRACT_VERSION, STAGES, Run
 from stages.host.checks import refuse_mistakes
 from stages.tasks import settle_recipe
 from tests.conftest import Lorry, make_data
@@ -65,13 +65,10 @@ def test_a_sound_recipe_has_no_mistake(refused: Any) -> None:
         (("model.path=nowhere",), "nowhere: no such model folder; set model.path to a folder below LORRY_MODELS"),
         (
             ("model.path=Qwen/Qwen3-0.6B",),
-            "Qwen/Qwen3-0.6B: no such model folder; Lorry downloads nothing: if this is its name on a hub, run `hf"
-            " download Qwen/Qwen3-0.6B --local-dir FOLDER`; set model.path to a folder",
+            "Qwen/Qwen3-0.6B: no such model folder; if this is its name on a hub, run `lorry fetch Qwen/Qwen3-0.6B`;"
+            " set model.path to a folder",
         ),
-        (
-            ("preprocess.retrieval.embedder=Alibaba/gte",),
-            "run `hf download Alibaba/gte --local-dir FOLDER`; set prepro",
-        ),
+        (("preprocess.retrieval.embedder=Alibaba/gte",), "run `lorry fetch Alibaba/gte`; set prepro"),
         (("model.swift_type=lama",), "model.swift_type: ms-swift has no 'lama'; did you mean 'llama'"),
         (
             ("model.path=llava", "model.swift_type=qwen2"),
@@ -82,7 +79,7 @@ def test_a_sound_recipe_has_no_mistake(refused: Any) -> None:
             ("train.adapters=[{name: a, data: [train, mroe]}]",),
             "train.adapters: the data mix of a names 'train', which ",
         ),
-        (("model.path=gptq", "infer.merged=true"), "gptq: is quantised, so no adapter can be merged into it"),
+        (("model.path=gptq", "infer.merged=true"), "gptq: is quantised (gptq), so no adapter can be merged into it"),
         (("model.path=gptq", "train.load_in_4bit=true"), "gptq: its weights are quantised already (gptq)"),
         (("model.path=gptq", "train.connector={}"), "gptq: train.connector needs a base in 16 bits or more"),
         (
@@ -127,7 +124,7 @@ def test_a_path_from_the_current_folder_is_no_name_on_a_hub(
     monkeypatch.chdir(mounts.models.parent)
     lines, _ = refused("model.path=models/gptq", stages=("train",))
     assert f"a path is relative to the model mount, and {mounts.models}/gptq is elsewhere; set model.path" in lines[0]
-    assert "hf download" not in lines[0]
+    assert "lorry fetch" not in lines[0]
 
 
 def test_a_damaged_model_is_found(refused: Any, mounts: Lorry) -> None:
@@ -137,6 +134,14 @@ def test_a_damaged_model_is_found(refused: Any, mounts: Lorry) -> None:
     lines, code = refused(stages=("train",))
     assert (len(lines), code) == (1, Exit.USAGE)
     assert lines[0].startswith(f"{weights}: damaged (")
+
+
+def test_a_data_file_is_for_conversations_only(refused: Any, mounts: Lorry) -> None:
+    file = mounts.data / "few" / "questions.jsonl"
+    for stages in (STAGES, ("preprocess",)):
+        lines, code = refused("data.path=few/questions.jsonl", stages=stages)
+        assert lines == [f"data.path: {file} is a file, but patent_qa reads a folder; name the folder"]
+        assert code == Exit.USAGE
 
 
 def test_a_data_folder_without_documents_is_found(refused: Any, mounts: Lorry) -> None:
@@ -201,6 +206,56 @@ def test_a_mistake_about_the_cards_is_found(
     lines, found = refused(*overrides)
     assert (len(lines), found) == (1, code), lines
     assert line in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ((), ""),  # a small embedder of texts
+        (("preprocess.classifier=model",), "preprocess.classifier (SmolLM2-135M-Instruct): "),
+        (("preprocess.retrieval.embedder=gme",), "preprocess.retrieval.embedder (gme): "),
+        (("preprocess.retrieval.embedder=large",), "preprocess.retrieval.embedder (large): "),
+    ],
+)
+def test_preprocess_without_its_card_is_refused_before_a_page_is_rendered(
+    box: Box, refused: Any, mounts: Lorry, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], needed: str
+) -> None:
+    make_shape(mounts.models / "large", "Qwen2.5-7B")
+    (mounts.models / "gme").mkdir()
+    (mounts.models / "gme" / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    (mounts.models / "gme" / "model.safetensors").write_bytes(b"small")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("LORRY_TARGET", "a800")
+    assert refused(*overrides, stages=("preprocess",)) == ([], Exit.DONE), "with GPUs"
+    box.keep(0)
+    lines, code = refused(*overrides, stages=("preprocess",))
+    if not needed:
+        assert (lines, code) == ([], Exit.DONE)
+        return
+    assert (len(lines), code) == (1, Exit.DOES_NOT_FIT), lines
+    assert lines[0].startswith(f"{needed}LORRY_TARGET=a800: needs a GPU, but none is visible; give it one (")
+    monkeypatch.setenv("LORRY_TARGET", "cpu")
+    assert refused(*overrides, stages=("preprocess",)) == ([], Exit.DONE)
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "train", "infer"])
+def test_shards_that_are_all_done_are_merged_without_a_card(
+    box: Box, refused: Any, mounts: Lorry, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    make_shape(mounts.models / "large", "Qwen2.5-7B")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("LORRY_TARGET", "a800")
+    box.keep(0)
+    embedder = "preprocess.retrieval.embedder=large"
+    for number in range(2):
+        assert refused(embedder, stages=(stage,))[1] == Exit.DOES_NOT_FIT
+        folder = mounts.runs / "r" / "shards" / stage / f"{number}-of-2"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"contract": CONTRACT_VERSION}))
+    assert refused(embedder, stages=(stage,)) == ([], Exit.DONE)
+    if stage == "preprocess":
+        lines, _ = refused(embedder, "preprocess.classifier=model", stages=(stage,))
+        assert lines and "LORRY_TARGET=a800: needs a GPU" in lines[0], "the merge classifies"
 
 
 def test_denied_cards_do_not_count(box: Box, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """images/build.sh where it must refuse, and the files beside it that must agree. No engine is needed."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stages.hardware.targets import load_targets
 from tests.conftest import REPOSITORY
@@ -129,6 +131,30 @@ def test_a_target_has_an_env_file_that_agrees(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", load_targets())
+@pytest.mark.parametrize("preprocess", ["", "none"])
+def test_compose_gives_preprocess_the_gpus_of_train_unless_it_needs_none(name: str, preprocess: str) -> None:
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("no Docker Compose here")
+    done = subprocess.run(
+        [docker, "compose", "--env-file", os.devnull, "config", "--format", "json"],
+        cwd=REPOSITORY,
+        env={**os.environ, "TARGET": name, "GPUS": "0,2", "LORRY_PREPROCESS_DEVICES": preprocess},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    services = json.loads(done.stdout)["services"]
+    devices = {stage: service.get("deploy", {}).get("resources") for stage, service in services.items()}
+    hidden = {stage for stage, one in services.items() if one["environment"].get("NVIDIA_VISIBLE_DEVICES") == "none"}
+    on_card = load_targets()[name].capability is not None
+    request = {"driver": "nvidia", "device_ids": ["0,2"], "capabilities": ["gpu"]}
+    both = {"reservations": {"devices": [request]}} if on_card else None
+    assert devices == {
+        "preprocess": None if preprocess else both, "train": both, "infer": both, "eval": None,
+    }  # fmt: skip
+    assert hidden == {stage for stage, given in devices.items() if given is None}
+
+
+@pytest.mark.parametrize("name", load_targets())
 def test_a_target_is_in_the_docs_with_its_driver(name: str) -> None:
     table = (REPOSITORY / "docs" / "cards-and-images.md").read_text().splitlines()
     (row,) = [line for line in table if line.startswith(f"| `{name}` |")]
@@ -136,6 +162,27 @@ def test_a_target_is_in_the_docs_with_its_driver(name: str) -> None:
     if target.capability is not None and target.variant_of is None:
         assert ".".join(map(str, target.capability)) in row
     assert target.min_driver is None or str(target.min_driver) in row
+
+
+def test_only_the_server_has_a_port_and_that_for_this_machine() -> None:
+    compose = yaml.safe_load((REPOSITORY / "compose" / "stages.yaml").read_text())
+    services = compose["services"]
+    assert {name for name, service in services.items() if "ports" in service} == {"serve"}
+    assert services["serve"]["ports"] == ["${LORRY_HOST:-127.0.0.1}:${LORRY_PORT:-8000}:8000"]
+    assert {name for name, service in services.items() if service.get("network_mode") != "none"} == {"serve"}
+    (network,) = services["serve"]["networks"]
+    assert compose["networks"][network]["driver_opts"] == {"com.docker.network.bridge.enable_ip_masquerade": "false"}
+
+
+def test_serve_and_chat_start_on_request_only_and_in_infers_image() -> None:
+    services = yaml.safe_load((REPOSITORY / "compose" / "stages.yaml").read_text())["services"]
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    assert {name for name, service in services.items() if "profiles" in service} == {"serve", "chat"}
+    for name in ("serve", "chat"):
+        assert services[name]["image"] == services["infer"]["image"]
+        assert services[name]["entrypoint"][:3] == ["tini", "--", f"lorry-{name}"] and f"lorry-{name}" in scripts
+        closed = ("user", "init", "read_only", "cap_drop", "security_opt", "tmpfs", "volumes", "extends")
+        assert {key: services[name][key] for key in closed} == {key: services["infer"][key] for key in closed}
 
 
 def test_locks_are_what_their_inputs_give() -> None:

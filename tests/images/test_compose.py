@@ -2,18 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from stages.contract.files import read_jsonl
 from tests.conftest import MODELS, REPOSITORY, Lorry
 from tests.end_to_end.conftest import OPTIONS
 from tests.images.conftest import VERSION, Containers, compose_environment
+from tests.serve.test_servers import free_port
 from tests.small_inputs import demo_subset
 
 pytestmark = pytest.mark.images
@@ -22,6 +26,8 @@ __all__ = ["demo_subset"]
 
 UID, GID = 4321, 4322
 SETTINGS = " ".join(OPTIONS[i + 1] for i, option in enumerate(OPTIONS) if option == "--set") + " data.path=few"
+
+TOKEN = "s3cret"
 
 Compose = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -156,6 +162,87 @@ def test_containers_are_as_closed_as_they_can_be(job: Path, containers: Containe
     assert shm["train"] == shm["infer"] == 2**30
 
 
+def check_server(port: int) -> None:
+    """OpenAI's own client gets answers of base and adapter, as a whole and as a stream, with the token only."""
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=TOKEN, max_retries=0, timeout=300)
+    assert [model.id for model in client.models.list().data] == ["base", "tuned"]
+    for name in ("base", "tuned"):
+        asked: dict[str, Any] = {
+            "model": name,
+            "messages": [{"role": "user", "content": "什么是阀？"}],
+            "temperature": 0,
+            "max_tokens": 8,
+        }
+        whole = client.chat.completions.create(**asked).choices[0].message.content
+        chunks = client.chat.completions.create(**asked, stream=True)
+        assert whole == "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+
+
+def test_the_server_of_a_run_is_for_this_machine_only(job: Path, containers: Containers, call: Compose) -> None:
+    """`up --wait` ends once the service is healthy. The recipe's engine answers."""
+    port = str(free_port())
+    up = call("up", "--detach", "--wait", "serve", LORRY_PORT=port, LORRY_API_KEY=TOKEN)
+    try:
+        assert up.returncode == 0, up.stdout + up.stderr + call("logs", "serve").stdout
+        labels = ["com.docker.compose.project=lorry-test", "com.docker.compose.service=serve"]
+        [container] = containers.client.containers.list(filters={"label": labels})
+        host = container.attrs["HostConfig"]
+        assert host["PortBindings"] == {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": port}]}
+        assert (
+            host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges:true"]
+        )
+        check_server(int(port))
+        network = containers.client.networks.get("lorry-test_serve")
+        assert network.attrs["Options"]["com.docker.network.bridge.enable_ip_masquerade"] == "false"
+        assert call("stop", "serve").returncode == 0
+        container.reload()
+        assert container.attrs["State"]["ExitCode"] == 0
+    finally:
+        call("rm", "--force", "--stop", "serve")
+
+
+def test_lorry_serve_starts_a_container(job: Path, call: Compose, environment: dict[str, str]) -> None:
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "entrypoints.lorry",
+        "serve",
+        job.name,
+        "--port",
+        str(port),
+        "--engine",
+        "transformers",
+    ]
+    served = subprocess.Popen(
+        command, cwd=REPOSITORY, env={**environment, "LORRY_API_KEY": TOKEN, "GPUS": ""}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        lines = []
+        for line in served.stdout or ():
+            lines.append(line)
+            if "ready at" in line:
+                break
+        assert "ready at" in lines[-1], "".join(lines)
+        check_server(port)
+        served.send_signal(signal.SIGTERM)
+        assert served.wait(60) == 0
+    finally:
+        served.kill()
+
+
+def test_lorry_chat_reads_a_pipe(job: Path, call: Compose, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        ["docker", "compose", "run", "--rm", "-T", "chat", "--tuned-only", "--max-tokens", "4"], cwd=REPOSITORY,
+        env=environment, input="什么是阀？\n", capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tuned: ")
+
+
 def test_the_cards_asked_for_reach_the_engine(containers: Containers, call: Compose) -> None:
     """No card is needed to hand a request over: the engine looks for them when the container starts."""
     client = containers.client
@@ -167,10 +254,10 @@ def test_the_cards_asked_for_reach_the_engine(containers: Containers, call: Comp
         assert created.returncode == 0, created.stderr
         found = client.containers.list(all=True, filters={"label": "com.docker.compose.project=lorry-cards"})
         asked = {c.labels["com.docker.compose.service"]: c.attrs["HostConfig"]["DeviceRequests"] for c in found}
-        for stage in ("train", "infer"):
+        for stage in ("preprocess", "train", "infer"):
             [request] = asked[stage]
             assert (request["Driver"], request["DeviceIDs"], request["Capabilities"]) == ("nvidia", ["0,2"], [["gpu"]])
-        assert not asked["preprocess"] and not asked["eval"]
+        assert not asked["eval"]
         [train] = [c for c in found if c.labels["com.docker.compose.service"] == "train"]
         assert "NCCL_P2P_DISABLE=1" in train.attrs["Config"]["Env"]
         if "nvidia" not in client.info()["Runtimes"]:  # then no card that was asked for may silently be left out

@@ -31,8 +31,8 @@ OUTPUTS = {
         "vectors.npy",
     ],
     "train": ["adapters/tuned/adapter_model.safetensors", "metrics.jsonl"],
-    "infer": ["predictions/base.jsonl", "predictions/tuned.jsonl"],
-    "eval": ["scores.json", "by_group.json"],
+    "infer": ["predictions/base.jsonl", "predictions/tuned.jsonl", "losses/base.jsonl", "losses/tuned.jsonl"],
+    "eval": ["scores.json", "by_group.json", "losses.json", "losses.jsonl"],
 }
 
 pytestmark = pytest.mark.kill
@@ -71,6 +71,7 @@ class Arena:
             "infer.chunk_size=4",
             "infer.batch_size=2",
             "infer.max_new_tokens=16",
+            "infer.losses=true",
         ):
             self.options += ["--set", override]
 
