@@ -46,16 +46,16 @@ k8s-run: ## run the four stages as Kubernetes Jobs on cards of TARGET=a800, with
 	@k8s/run.sh "$$TARGET" $${NAMESPACE:+"$$NAMESPACE"}
 
 # three processes: with two, two cores are idle for a seventh of the time
-test: setup .venv/.zero .venv/.nf4 ## run the tests, with real models (10 to 11 minutes on 2 cores)
+test: setup .venv/.zero .venv/.nf4 ## run the tests, with real models (11 to 12 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test-fast: .venv/.ready ## run the tests that need no model, run no whole stage and start no process (under a minute on 2 cores)
+test-fast: .venv/.ready ## run the tests that need no model, run no whole stage and start no process (about a minute on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 120 -m "not heavy and not kill and not long and not images"
 
 image-test: setup .venv/.zero ## build the cpu images and run the demo in them with Docker Compose; starts a Docker engine if none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
 
-kill-test: setup .venv/.zero .venv/.nf4 .venv/.v100-gptq ## run whole jobs and trainings, and kill stages, shards and nodes at any moment (30 to 35 minutes)
+kill-test: setup .venv/.zero .venv/.nf4 .venv/.v100-gptq ## run whole jobs and trainings, and kill stages, shards and nodes at any moment (35 to 40 minutes)
 	@$(BIN)/python -m pytest -m "kill or long" --timeout 3600
 
 lint: setup ## check style, types, import rules, Dockerfiles and shell scripts

@@ -5,6 +5,7 @@ huggingface_hub, `http_get` does that and `hf_hub_download` does not: it deletes
 """
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -148,6 +149,7 @@ class ModelScope:
     def __init__(self) -> None:
         from modelscope_hub import HubApi, HubConfig
 
+        logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # each retry is no news
         config = HubConfig()
         self._endpoint = str(config.endpoint)
         self._api = HubApi(config)

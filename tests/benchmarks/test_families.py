@@ -9,6 +9,7 @@ from benchmarks.rows import RESULTS
 from stages.contract.files import read_json
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["Qwen3", "Gemma 2", "OLMo"])
 def test_a_family_renders_trains_answers_and_exports(name: str, tmp_path: Path) -> None:
     (family,) = (family for family in families.FAMILIES if family.name == name)

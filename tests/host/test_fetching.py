@@ -186,7 +186,10 @@ def test_a_token_opens_a_gated_model(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("name", "variable", "cure"),
-    [("huggingface", "HF_ENDPOINT", "set HF_ENDPOINT to a mirror"), ("modelscope", "MODELSCOPE_ENDPOINT", "--from")],
+    [
+        ("huggingface", "HF_ENDPOINT", "set HF_ENDPOINT to a mirror"),
+        pytest.param("modelscope", "MODELSCOPE_ENDPOINT", "--from", marks=pytest.mark.long),  # retries for 7 s
+    ],
 )
 def test_without_a_network_one_line_says_what_to_do(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str, variable: str, cure: str

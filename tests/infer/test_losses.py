@@ -256,6 +256,7 @@ def test_shards_share_the_chunks_and_the_merge_has_the_bytes_of_one_run(
     assert snapshot(run.path("infer", "predictions")) == snapshot(whole.path("infer", "predictions"))
 
 
+@pytest.mark.long
 def test_the_real_engine_resumes_merges_and_shares_with_equal_files(run: Run, small_models: Path) -> None:
     """In shards, merged into the weights, and beside another adapter: the same losses of the same adapter."""
     import torch
