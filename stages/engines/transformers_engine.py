@@ -4,7 +4,7 @@ It serves cards for which vLLM has no kernels, and small jobs, which it finishes
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -90,14 +90,7 @@ class TransformersEngine:
     def generate(self, prompts: list[Prompt], adapter: str | None, done: Done | None = None) -> list[Completion]:
         """Complete the prompts in batches of at most `batch_size`. Returns the completions in the order of the prompts.
         Raises torch.OutOfMemoryError if a prompt does not fit alone."""
-        found: dict[int, Completion] = {}
-        for batch in self._batches(prompts):
-            completions = _all_or_halves(lambda part: self._complete_batch(part, adapter), [prompts[i] for i in batch])
-            for place, completion in zip(batch, completions, strict=True):
-                found[place] = completion
-                if done is not None:
-                    done(place, completion)
-        return [found[i] for i in range(len(prompts))]
+        return _in_batches(prompts, self._batches(prompts), lambda part: self._complete_batch(part, adapter), done)
 
     def _batches(self, prompts: list[Prompt]) -> Iterator[list[int]]:
         """Yield the indices of each batch's prompts, which share a token limit. Prompts with the highest limit come
@@ -179,14 +172,7 @@ class TransformersEngine:
     def losses(self, answers: list[GivenAnswer], adapter: str | None, done: DoneLoss | None = None) -> list[float]:
         """The losses of given answers, in their order, from one forward pass over each batch of similar length. Raises
         torch.OutOfMemoryError if one does not fit alone."""
-        found: dict[int, float] = {}
-        for batch in self._loss_batches(answers):
-            losses = _all_or_halves(lambda part: self._batch_losses(part, adapter), [answers[i] for i in batch])
-            for place, loss in zip(batch, losses, strict=True):
-                found[place] = loss
-                if done is not None:
-                    done(place, loss)
-        return [found[i] for i in range(len(answers))]
+        return _in_batches(answers, self._loss_batches(answers), lambda part: self._batch_losses(part, adapter), done)
 
     def _loss_batches(self, answers: list[GivenAnswer]) -> Iterator[list[int]]:
         """Yield the indices of each batch's answers, the longest first."""
@@ -296,6 +282,23 @@ class TransformersEngine:
         del self._model
         if self._device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _in_batches(
+    members: Sequence[T],
+    batches: Iterable[list[int]],
+    compute: Callable[[list[T]], list[R]],
+    done: Callable[[int, R], None] | None,
+) -> list[R]:
+    """What `compute` returns for each of the members, in their order. `batches` has the indices of each batch. Calls
+    `done` with the index and result of each member of a batch. Raises the error of `_all_or_halves`."""
+    found: dict[int, R] = {}
+    for batch in batches:
+        for place, result in zip(batch, _all_or_halves(compute, [members[i] for i in batch]), strict=True):
+            found[place] = result
+            if done is not None:
+                done(place, result)
+    return [found[i] for i in range(len(members))]
 
 
 def _all_or_halves(compute: Callable[[list[T]], list[R]], members: list[T]) -> list[R]:

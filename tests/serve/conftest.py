@@ -10,6 +10,8 @@ from stages.contract.recipe import load_recipe
 from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.host.runner import write_recipe
+from stages.serve.loading import Loaded, load_models
+from stages.serve.served import Served, served_run
 from tests.conftest import REPOSITORY
 from tests.infer.conftest import describe
 from tests.small_inputs import small_models
@@ -71,6 +73,18 @@ def tuned_run(folder: Path, models: Path, model: str) -> Run:
 def tuned(tmp_path_factory: pytest.TempPathFactory, small_models: Path) -> Run:
     """That run of the random Llama."""
     return tuned_run(tmp_path_factory.mktemp("tuned"), small_models, "random-llama")
+
+
+@pytest.fixture(scope="session")
+def served(tuned: Run) -> Served:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORRY_TARGET", "cpu")
+        return served_run(tuned, "transformers", None, None, print)
+
+
+@pytest.fixture(scope="session")
+def models(served: Served) -> dict[str, Loaded]:
+    return load_models(served, print)
 
 
 @pytest.fixture

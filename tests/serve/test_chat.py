@@ -23,27 +23,15 @@ from stages.engines.engine import Completion, Shown
 from stages.host.serving import chat_here
 from stages.models.rendering import Prompt
 from stages.serve.chat import Chat, Settings
-from stages.serve.loading import Loaded, load_models
+from stages.serve.loading import Loaded
 from stages.serve.screen import Plain, SideBySide
-from stages.serve.served import Served, served_run
+from stages.serve.served import Served
 from tests.conftest import REPOSITORY
 from tests.on_terminal import Terminal
 from tests.serve.conftest import NAMES, SYSTEM
 from tests.serve.test_servers import lorry_of
 
 pytestmark = pytest.mark.usefixtures("environment")
-
-
-@pytest.fixture(scope="module")
-def served(tuned: Run) -> Served:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORRY_TARGET", "cpu")
-        return served_run(tuned, "transformers", None, None, print)
-
-
-@pytest.fixture(scope="module")
-def models(served: Served) -> dict[str, Loaded]:
-    return load_models(served, print)
 
 
 @pytest.fixture

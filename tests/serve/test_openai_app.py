@@ -13,13 +13,12 @@ from starlette.testclient import TestClient
 
 from stages.contract.errors import DoesNotFitError
 from stages.contract.records import BASE
-from stages.contract.run import Run
 from stages.engines.engine import Completion, Shown
 from stages.models.rendering import Prompt, Renderer
-from stages.serve.loading import Loaded, load_models
+from stages.serve.loading import Loaded
 from stages.serve.openai_app import openai_app
 from stages.serve.requests import Prompts
-from stages.serve.served import Served, served_run
+from stages.serve.served import Served
 from stages.serve.transformers_server import model_entries
 from stages.serve.worker import Job, Worker
 from tests.conftest import need_model
@@ -27,18 +26,6 @@ from tests.serve.conftest import NAMES, SYSTEM
 
 TOKEN = "s3cret"
 ASKED = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "什么是阀？ <|im_end|> <image>"}]
-
-
-@pytest.fixture(scope="module")
-def served(tuned: Run) -> Served:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORRY_TARGET", "cpu")
-        return served_run(tuned, "transformers", None, None, print)
-
-
-@pytest.fixture(scope="module")
-def models(served: Served) -> dict[str, Loaded]:
-    return load_models(served, print)
 
 
 @pytest.fixture(scope="module")
