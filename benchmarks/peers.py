@@ -14,7 +14,6 @@ Parts are `qa`, `docs` and `small`: docs on a GPU of which another process holds
 Speed counts the samples' own tokens, without padding, in the steps after the first `Peer.skipped`.
 """
 
-import gc
 import json
 import os
 import subprocess
@@ -33,6 +32,7 @@ from benchmarks.training import (
     GIB,
     LEARNT,
     Setting,
+    free_memory,
     lengths_of,
     memory_held,
     products_of,
@@ -418,7 +418,7 @@ def main() -> None:
             row = {"setting": peer.name, "not run": f"{type(error).__name__}: {error}"[-500:]}
         rows.append({**row, "learnt tokens a sample": "all" if kind == "unsloth" else LEARNT})
         print(json.dumps(rows[-1]), flush=True)
-        _free()
+        free_memory()
     if not tiny:
         write_rows("training", rows, f"python -m benchmarks.peers {' '.join(sys.argv[1:])}", by="setting")
 
@@ -428,16 +428,6 @@ def _chosen(kind: str, parts: list[str], tiny: bool) -> Iterator[Peer]:
     for peer in PEERS[kind]:
         if not parts or peer.part in parts:
             yield replace(peer, steps=3, skipped=1) if tiny else peer
-
-
-def _free() -> None:
-    """Free the memory of the last training."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

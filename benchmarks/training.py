@@ -388,7 +388,7 @@ def measure(setting: Setting, tiny: bool, before: int, together: Any) -> dict[st
         "tokens": tokens,
     }
     trainee = None
-    _free()
+    free_memory()
     return row
 
 
@@ -484,13 +484,14 @@ def products_of(model: Path) -> int:
     return sum(prod(sizes) for name, sizes in shape.linears.items() if not is_vision_or_connector(name))
 
 
-def _free() -> None:
-    """Free the memory of the last training."""
+def free_memory() -> None:
+    """Free the memory of the last training, and count the peak from here on."""
     import torch
 
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 # -- the start of a training ---------------------------------------------------------------------------------------
@@ -548,7 +549,7 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001 - the other settings still count
                 traceback.print_exc()
                 row = {"setting": setting.name, "not run": f"{type(error).__name__}: {error}"[:500]}
-                _free()
+                free_memory()
             rows.append(row)
             if is_first:
                 print(json.dumps(row), flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.models.chat_models import Kind
+from tests.models.chat_models import NO_SYSTEM, Kind
 
 
 class C(str):
@@ -330,17 +330,7 @@ def llama31_answer(message: dict[str, Any]) -> Pieces:
     return [llama_call(message) if message.get("tool_calls") else message["content"].strip(), C("<|eot|>")]
 
 
-GEMMA = Kind(
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
-    "{% for m in messages %}"
-    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
-    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
-    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-    ("<|begin|>", "<start_of_turn>", "<end_of_turn>", "<eos>"),
-    "<eos>",
-    ("<end_of_turn>",),
-)
+GEMMA = NO_SYSTEM
 """As Gemma: no system role, no tools, strips contents."""
 
 
