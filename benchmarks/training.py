@@ -383,7 +383,7 @@ def measure(setting: Setting, tiny: bool, before: int, together: Any) -> dict[st
         "graphs": len(trainee._graphs),
         "seconds to load": round(loaded, 1),
         "seconds in all": round(time.monotonic() - began, 1),
-        "losses": [round(one["loss"], 4) for one in steps if one["event"] == "loss"][:20],
+        "losses": [round(one["entry"]["loss"], 4) for one in steps if "loss" in one.get("entry", {})][:20],
         "seconds": [round(second, 3) for second in seconds],
         "tokens": tokens,
     }
