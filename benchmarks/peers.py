@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,7 +234,9 @@ def _prototype(model: Path, device: "torch.device", sets: dict[str, Any], bounds
         from torch.nn.attention.varlen import varlen_attn
 
         ends, longest = bounds["ends"], bounds["longest"]
-        window: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": True}
+        window: dict[str, Any] = {"window_size": (-1, 0)}
+        if "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.11 does it unasked
+            window["enable_gqa"] = True
         return varlen_attn(*parts, ends, ends, longest, longest, **window).unsqueeze(0), None
 
     ALL_ATTENTION_FUNCTIONS.register("prototype", attend)

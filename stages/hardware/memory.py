@@ -73,15 +73,18 @@ class Lengths:
     """Standard deviation of the lengths."""
 
     def largest_pass(self, step: StepPlan) -> int:
-        """The tokens that hardly a pass exceeds: as many as it may have, or the samples of a step if these have fewer.
+        """The tokens that hardly a pass exceeds: as many as it may have, or those of the samples that make it up.
 
-        The samples of a step exceed their mean by three standard deviations in one step of a thousand.
+        These are at most those of a step, and those that fit if all are short. The samples of a step exceed their mean
+        by three standard deviations in one step of a thousand.
         """
-        samples = step.samples_of_a_process
+        budget = max(step.pass_tokens, self.longest)
+        shortest = 1 if self.mean is None else max(ceil(self.mean - 3 * self.deviation), 1)
+        samples = min(step.samples_of_a_process, max(budget // shortest, 1))
         together = samples * self.longest
         if self.mean is not None:
             together = min(together, ceil(samples * self.mean + 3 * samples**0.5 * self.deviation))
-        return max(self.longest, min(step.pass_tokens, together))
+        return max(self.longest, min(budget, together))
 
     def samples(self, tokens: int) -> int:
         """The number of samples of mean length in a pass of so many tokens."""

@@ -32,9 +32,15 @@ class StepPlan:
 
 
 def rounded_up(number: int) -> int:
-    """The tokens, or the targets, of a short pass with its padding: a multiple of 128, or of a sixteenth of the power
-    of two below. Few shapes occur then, and at most 6% of a pass of 2,000 tokens is padding."""
+    """The tokens of a short pass with its padding: a multiple of 128, or of a sixteenth of the power of two below. Few
+    shapes occur then, and at most 6% of a pass of 2,000 tokens is padding."""
     return number + -number % max(LEAST_ROUNDING, 1 << max(number.bit_length() - 5, 0))
+
+
+def rounded_targets(targets: int, tokens: int) -> int:
+    """The targets of a short pass with padding: a power of two, at least 128, or all of its `tokens`. Coarser than
+    `rounded_up`, as the two numbers of a pass vary independently; only the head computes for them."""
+    return min(max(LEAST_ROUNDING, 1 << (targets - 1).bit_length() if targets else 0), tokens)
 
 
 def count_samples(number: int) -> str:

@@ -15,36 +15,49 @@ def base_product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The output of a linear layer, with its bias, for x [tokens, inputs]. Call it where autograd records nothing."""
     if type(layer) is nn.Linear:
         return functional.linear(x, layer.weight, layer.bias)
+    if not _can_unpack(layer):
+        output: torch.Tensor = layer(x)
+        return output.to(x.dtype)
+    # what is kept gets its memory before what is not: the other way around, unpacked weights leave gaps
+    product = x.new_empty(len(x), outputs_of(layer))
     weight = unpacked_weight(layer, x.dtype)
-    if weight is not None:
-        bias: Any = layer.bias  # in float16 in a GPTQ base, whatever the model computes in
-        return functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
-    output: torch.Tensor = layer(x)
-    return output.to(x.dtype)
+    bias: Any = layer.bias  # in float16 in a GPTQ base, whatever the model computes in
+    if bias is None:
+        return torch.mm(x, weight.t(), out=product)
+    return torch.addmm(bias.to(x.dtype), x, weight.t(), out=product)
 
 
 def base_gradient(layer: nn.Module, d_output: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
     """The gradient of a linear layer's input, [tokens, inputs], for that of its output; added to `into`, in place, if
     there is one."""
-    weight = unpacked_weight(layer, d_output.dtype)
-    if weight is None:
+    if not _can_unpack(layer):
         found = _by_autograd(layer, d_output)
         return found if into is None else into.add_(found)
-    return d_output @ weight if into is None else into.addmm_(d_output, weight)
+    if into is not None:
+        return into.addmm_(d_output, unpacked_weight(layer, d_output.dtype))
+    if type(layer) is nn.Linear:
+        return d_output @ layer.weight
+    gradient = d_output.new_empty(len(d_output), inputs_of(layer))
+    return torch.mm(d_output, unpacked_weight(layer, d_output.dtype), out=gradient)
 
 
-def unpacked_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
-    """A linear layer's weight, [outputs, inputs], in `dtype`; None if its library has no function for it."""
+def _can_unpack(layer: Any) -> bool:
+    """Whether `unpacked_weight` knows how to unpack a linear layer."""
+    if type(layer) is nn.Linear or hasattr(layer, "dequantize_weight"):
+        return True
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+def unpacked_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of a linear layer for which `_can_unpack` is true, [outputs, inputs], in `dtype`."""
     if type(layer) is nn.Linear:
         return layer.weight
-    state = getattr(layer.weight, "quant_state", None) if hasattr(layer, "weight") else None
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if state is not None:  # bitsandbytes' Linear4bit
         from bitsandbytes.functional import dequantize_4bit
 
         weight: torch.Tensor = dequantize_4bit(layer.weight.data, state).to(dtype)
         return weight
-    if not hasattr(layer, "dequantize_weight"):
-        return None
     # gptqmodel's layers; [inputs, outputs]
     if layer.qweight.is_cuda and layer.bits in (2, 4, 8):
         # in training they would unpack with torch, in some ten kernels
@@ -74,6 +87,11 @@ def is_linear(layer: nn.Module) -> bool:
 def inputs_of(layer: Any) -> int:
     """Number of inputs of a linear layer; auto-gptq names it `infeatures`."""
     return int(getattr(layer, "in_features", None) or layer.infeatures)
+
+
+def outputs_of(layer: Any) -> int:
+    """Number of outputs of a linear layer, as `inputs_of`."""
+    return int(getattr(layer, "out_features", None) or layer.outfeatures)
 
 
 def has_bias(layer: Any) -> bool:

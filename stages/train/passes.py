@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from stages.hardware.step import rounded_up
+from stages.hardware.step import rounded_targets, rounded_up
 from stages.models.head import Head
 from stages.train.dropout import row_numbers
 from stages.train.head import loss_sum
@@ -94,7 +94,8 @@ def padded(tensors: PassTensors, sequences: int) -> PassTensors:
 
     The additional tokens are a sequence of their own, without targets, and the remaining sequences are empty.
     """
-    length, targets = rounded_up(len(tensors.tokens)), rounded_up(len(tensors.targets))
+    length = rounded_up(len(tensors.tokens))
+    targets = rounded_targets(len(tensors.targets), length)
     more, more_targets = length - len(tensors.tokens), targets - len(tensors.targets)
     pad = torch.nn.functional.pad
     return PassTensors(

@@ -33,16 +33,17 @@ OWN = "the model's own"
 WEIGHTS = "adapter_model.safetensors"
 
 MOST_GRAPHS = 64
-"""Shapes of passes that are captured; the others are launched kernel by kernel."""
+"""Shapes of passes that are kept captured: those used last."""
 
-CAPTURED_TOKENS = 4096
-"""Most tokens of a captured pass. In a longer one the card computes longer than the host launches: measured on an H200
-with a 7B's shape, passes of 2,500 tokens take 0.12 s captured and 0.20 to 0.28 s launched; of 8,000, 0.43 s both."""
+CAPTURED_TOKENS = 6144
+"""Most tokens of a pass for which passes are captured. In a longer one the card computes longer than the host launches:
+measured on an H200 with a 7B's shape, passes of 2,500 tokens take 0.12 s captured and 0.20 to 0.28 s launched; of
+8,000, 0.43 s both."""
 
 CAPTURED = ("flash-attn-4", "flash-attn", "varlen")
 """Attention kernels whose passes are captured."""
 
-Shape = tuple[int, int, int, int]
+Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,10 @@ class Trainee:
         self.why_one_by_one = "ms-swift reads this model's pictures" if self._is_read_by_swift else None
         """Why each pass has one sequence; None if it may have several. `check` decides it."""
         self.pass_tokens = 0
-        """Most tokens of a pass, for which memory is left free when passes are captured."""
+        """Most tokens of a pass: passes are captured if all are short."""
         self._graphs: dict[Shape, _Captured] = {}
         self._captures = self.kernel in CAPTURED and sharded is None and not has_own_dropout(model)
-        self._most_graphs = MOST_GRAPHS
-        self._token_bytes: float | None = None  # of a padded pass, once there was one
+        self._is_warm = False  # whether the first pass has compiled the kernels, which a capture cannot do
         self._pool: Any = None
         self._attention = use_packed_attention(model, self.kernel) if self.packs else None
         if self.device.type == "cuda":
@@ -193,36 +193,21 @@ class Trainee:
         `sums`."""
         tensors, longest = prepared.tensors, prepared.longest
         # what the kernel does not know is computed sequence by sequence, whose number cannot be read in a capture
-        captures = self._captures and self.packs and not (self._attention and self._attention.without_kernel)
-        pads = captures and not tensors.pictures and len(tensors.tokens) <= CAPTURED_TOKENS
-        if pads:
-            # few shapes: room for longer sequences costs nothing, nor does room for more of them, but for
-            # FlashAttention 2's backward pass. A pass that is not captured is padded too, for the same bits
-            room = max(32 if self.kernel == "flash-attn-4" else 2, 1 << prepared.sequences.bit_length())
-            tensors, longest = padded(tensors, room), CAPTURED_TOKENS
-            shape = len(tensors.tokens), len(tensors.targets), room, longest
-            if shape in self._graphs or (self._has_room_for(shape) and self._capture(shape, tensors)):
-                self._replay(self._graphs[shape], tensors, factor)
-                return
-        on_device = tensors.to(self.device), longest, torch.full((), factor, device=self.device)
-        if pads and self._token_bytes is None:
-            torch.cuda.empty_cache()  # what is held afterwards is the pass's
-            before = torch.cuda.memory_reserved()
-            self._run(*on_device)
-            self._token_bytes = (torch.cuda.memory_reserved() - before) / len(tensors.tokens)
-        else:
-            self._run(*on_device)
-
-    def _has_room_for(self, shape: Shape) -> bool:
-        """Whether a pass of this shape may be captured, in memory of its own, so that the longest pass still has room.
-
-        The first pass of such a kind never is: it compiles kernels, and shows how much memory a token takes.
-        """
-        if self._token_bytes is None or len(self._graphs) >= self._most_graphs:
-            return False
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        free = torch.cuda.mem_get_info(self.device)[0] + unused
-        return free > self._token_bytes * (shape[0] + max(self.pass_tokens, CAPTURED_TOKENS))
+        knows_all = self.packs and not (self._attention and self._attention.without_kernel)
+        if self._captures and knows_all and self.pass_tokens <= CAPTURED_TOKENS:
+            if tensors.pictures or len(tensors.tokens) > CAPTURED_TOKENS:
+                self._stop_capturing()  # such a pass is launched, in memory besides that of the graphs
+            else:
+                # few shapes: room for longer sequences costs nothing, nor does room for more of them, but for
+                # FlashAttention 2's backward pass. A pass that is not captured is padded too, for the same bits
+                room = max(32 if self.kernel == "flash-attn-4" else 2, 1 << prepared.sequences.bit_length())
+                tensors, longest = padded(tensors, room), CAPTURED_TOKENS
+                shape = len(tensors.tokens), len(tensors.targets), room
+                if self._is_warm and (shape in self._graphs or self._capture(shape, tensors)):
+                    self._replay(shape, tensors, factor)
+                    return
+        self._run(tensors.to(self.device), longest, torch.full((), factor, device=self.device))
+        self._is_warm = True
 
     def _run(self, tensors: PassTensors, longest: int, factor: torch.Tensor) -> None:
         """Run a pass forward and backward."""
@@ -241,29 +226,41 @@ class Trainee:
             head, most = Head.of(self.model, self.sharded is not None), longest if self.packs else None
             return run_pass(self.sharded, lambda: pass_sums(self.model, head, tensors, most, self._placeholder))
 
-    def _replay(self, captured: "_Captured", tensors: PassTensors, factor: float) -> None:
-        """Run a pass as a graph."""
+    def _replay(self, shape: Shape, tensors: PassTensors, factor: float) -> None:
+        """Run a pass as the graph of its shape."""
+        captured = self._graphs.pop(shape)
+        self._graphs[shape] = captured  # the last one, as the one used last
         captured.tensors.copy_from(tensors.to(self.device))
         captured.factor.fill_(factor)
         captured.graph.replay()
 
     def _capture(self, shape: Shape, tensors: PassTensors) -> bool:
-        """Capture a pass of a shape, without running it. Returns whether it could be: a model that reads numbers back
-        from the GPU cannot, and then none of its passes is captured."""
+        """Capture a pass of a shape, without running it. Returns whether it could be: without the memory, or with a
+        model that reads numbers back from the GPU, it cannot, and then no pass is captured from here on.
+
+        All graphs share one memory, that of the longest. `torch.cuda.graph` first frees what launched passes have left.
+        """
         captured = _Captured(torch.cuda.CUDAGraph(), tensors.to(self.device), torch.ones((), device=self.device))
         torch.cuda.synchronize()
         try:
             with torch.cuda.graph(captured.graph, pool=self._pool):
-                self._run(captured.tensors, shape[3], captured.factor)
+                self._run(captured.tensors, CAPTURED_TOKENS, captured.factor)
         except RuntimeError as error:
             print(f"passes are not captured: {' '.join(str(error).split())[:300]}", flush=True)  # for the log
-            self._most_graphs = 0
-            self._graphs.clear()
-            torch.cuda.empty_cache()
+            self._stop_capturing()
             return False
         self._pool = self._pool or captured.graph.pool()
         self._graphs[shape] = captured
+        if len(self._graphs) > MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
         return True
+
+    def _stop_capturing(self) -> None:
+        """Launch all passes from here on, kernel by kernel."""
+        self._captures = False
+        if self._graphs:
+            self._graphs.clear()
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def loss(self, sequences: Sequence[TokenSequence]) -> tuple[float, float]:
