@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -378,6 +378,7 @@ def measure(setting: Setting, tiny: bool, before: int, together: Any) -> dict[st
         "measured bytes": measured,
         "estimate over measured, percent": round(100 * (way.estimate.total / measured - 1), 1) if measured else None,
         "attention": trainee.attention_facts,
+        "lengths": asdict(lengths_in(samples)),
         "pass tokens": job.pass_tokens,
         "checkpointed layers": job.checkpointed_layers,
         "sharding": job.sharding,
@@ -401,20 +402,30 @@ def _written_samples(setting: Setting, lengths: list[int], model: Path, folder: 
     return Samples(folder / "samples")
 
 
-def make_job(setting: Setting, model: Path, samples: Any, folder: Path, processes: int) -> tuple[Job, Any]:
-    """The job of a setting, and the way that the plan chose for it."""
+def lengths_in(samples: Any) -> Lengths:
+    """The lengths of samples, as the plan takes them."""
     lengths = [sequence.length for sample in samples for sequence in sample]
     learnt = max(sequence.targets for sample in samples for sequence in sample)
+    return Lengths(max(lengths), learnt, fmean(lengths), pstdev(lengths))
+
+
+def train_settings(setting: Setting, longest: int) -> Train:
+    """The settings of `train`, for samples of at most `longest` tokens."""
     values = {
         **{"adapters": [Adapter(name="tuned")], "dropout": setting.dropout, "effective_batch": setting.batch},
-        **{"log_every": 1, "checkpoint_every": 10**6, "max_length": max(lengths), "sharding": setting.sharding},
+        **{"log_every": 1, "checkpoint_every": 10**6, "max_length": longest, "sharding": setting.sharding},
         **setting.sets,
     }
-    settings = Train(**values)
+    return Train(**values)
+
+
+def make_job(setting: Setting, model: Path, samples: Any, folder: Path, processes: int) -> tuple[Job, Any]:
+    """The job of a setting, and the way that the plan chose for it."""
+    many = lengths_in(samples)
+    settings = train_settings(setting, many.longest)
     gpus = probe().gpus
     free = min((gpu.memory_free for gpu in gpus), default=None)
     shape, _ = planned_shape(model)
-    many = Lengths(max(lengths), learnt, fmean(lengths), pstdev(lengths))
     way = plan_training(shape, settings, processes, setting.dtype, free, many)
     dtype = setting.dtype if gpus else "float32"
     job = Job(

@@ -125,7 +125,7 @@ def _steps(shape: ModelShape, settings: Train, processes: int, memory: int | Non
     No layer is checkpointed, or a fourth, and so on up to all; all if the recipe says so.
     """
     one = StepPlan(settings.effective_batch, processes, PLAIN_TOKENS if memory is None else MOST_TOKENS)
-    most = lengths.largest_pass(one)
+    most = max(lengths.longest, min(one.pass_tokens, lengths.of_a_step(one)))
     quarters = (4,) if settings.gradient_checkpointing else range(5)
     found = [
         replace(one, pass_tokens=tokens, checkpointed_layers=ceil(shape.layers * quarter / 4))

@@ -72,19 +72,23 @@ class Lengths:
     deviation: float = 0.0
     """Standard deviation of the lengths."""
 
-    def largest_pass(self, step: StepPlan) -> int:
-        """The tokens that hardly a pass exceeds: as many as it may have, or those of the samples that make it up.
+    def of_a_step(self, step: StepPlan) -> int:
+        """The tokens that hardly a step exceeds on one process.
 
-        These are at most those of a step, and those that fit if all are short. The samples of a step exceed their mean
-        by three standard deviations in one step of a thousand.
+        The samples of a step exceed their mean by three standard deviations in one step of a thousand.
         """
-        budget = max(step.pass_tokens, self.longest)
-        shortest = 1 if self.mean is None else max(ceil(self.mean - 3 * self.deviation), 1)
-        samples = min(step.samples_of_a_process, max(budget // shortest, 1))
+        samples = step.samples_of_a_process
         together = samples * self.longest
         if self.mean is not None:
             together = min(together, ceil(samples * self.mean + 3 * samples**0.5 * self.deviation))
-        return max(self.longest, min(budget, together))
+        return max(self.longest, together)
+
+    def largest_pass(self, step: StepPlan) -> int:
+        """The tokens that hardly a pass exceeds: as many as it may have, those of a step, or, as a pass has whole
+        samples, those of as many of the longest as fit if all are short."""
+        budget = max(step.pass_tokens, self.longest)
+        shortest = 1 if self.mean is None else max(ceil(self.mean - 3 * self.deviation), 1)
+        return min(budget, self.of_a_step(step), max(budget // shortest, 1) * self.longest)
 
     def samples(self, tokens: int) -> int:
         """The number of samples of mean length in a pass of so many tokens."""
