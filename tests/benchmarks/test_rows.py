@@ -50,7 +50,7 @@ def test_a_setting_that_never_ran_is_a_row_too(results: Path) -> None:
 
 
 def test_the_committed_rows_say_which_part_they_are_of() -> None:
-    for name, by in (("two_gpus", "part"), ("one_gpu", "part"), ("memory", "setting")):
+    for name, by in (("two_gpus", "part"), ("one_gpu", "part"), ("training", "setting")):
         assert all(by in row for row in read(rows.RESULTS / f"{name}.json")), name
 
 
