@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes host.txt, cpu.txt, gptq.txt, dev.txt, zero.txt and nf4.txt from their .in files. Needs `uv`; called by `make lock`.
+# Writes host.txt, cpu.txt, gptq.txt, dev.txt, zero.txt, nf4.txt and trackers.txt from their .in files. Needs `uv`; called by `make lock`.
 #
 # Not emitted into the lock, though something asks for them:
 #   torch                               installed first by `make setup`: which build fits is the machine's affair
@@ -30,3 +30,5 @@ uv pip compile $common --no-deps gptq.in -o gptq.txt
 uv pip compile $common --no-deps zero.in -o zero.txt
 # shellcheck disable=SC2086
 uv pip compile $common --no-deps nf4.in -o nf4.txt
+# shellcheck disable=SC2086
+uv pip compile $common --no-deps trackers.in -o trackers.txt

@@ -1,6 +1,7 @@
 """Trackers: what a training sends, once, whatever happens to the training or to the tracker."""
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,20 @@ from stages.contract.roots import Roots
 from stages.contract.run import Run
 from stages.contract.stage import Stage
 from stages.contract.stop import StopRequest
+from stages.train.torchrun import _follow_progress, _Messages
 from stages.train.trackers import Trackers, missing_trackers
 from stages.train.trained import LEARNT
 from tests.conftest import REPOSITORY
+
+SITE = REPOSITORY / ".venv" / "trackers"
+"""Where `make kill-test` puts Weights & Biases and MLflow."""
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both libraries can be imported."""
+    assert (SITE / "wandb").is_dir() and (SITE / "mlflow").is_dir(), "not installed; `make kill-test` installs them"
+    monkeypatch.syspath_prepend(SITE)
 
 
 def recipe_with(*overrides: str) -> Recipe:
@@ -153,8 +165,11 @@ def wandb_records(content: bytes) -> Iterator[bytes]:
             record = b""
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("site")
 def test_weights_and_biases_writes_offline_and_asks_nobody(stage: Stage, console: io.StringIO) -> None:
-    wandb = pytest.importorskip("wandb")
+    import wandb
+
     send(stage, range(1, 7), False, "wandb", done=False)
     send(stage, range(3, 11), True, "wandb")
     wandb.teardown()  # its process writes what is left
@@ -176,8 +191,11 @@ def test_weights_and_biases_writes_offline_and_asks_nobody(stage: Stage, console
     assert all("wandb sync" in line for line in console.getvalue().splitlines())
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("site")
 def test_mlflow_writes_into_the_run(stage: Stage, console: io.StringIO) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     send(stage, range(1, 7), False, "mlflow", done=False)
     send(stage, range(3, 11), True, "mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{stage.path('trackers', 'mlflow', 'mlflow.db')}")
@@ -189,12 +207,26 @@ def test_mlflow_writes_into_the_run(stage: Stage, console: io.StringIO) -> None:
     assert console.getvalue() == ""
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("site")
 def test_a_server_that_does_not_answer_costs_one_line(
     stage: Stage, console: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     send(stage, range(1, 9), False, "mlflow", "tensorboard")
     (line,) = console.getvalue().splitlines()
     assert "train tuned: mlflow fails (" in line
     assert len(in_tensorboard(stage)["train/loss"]) == 4
+
+
+@pytest.mark.parametrize(("peak", "share"), [(1000.0, 0.2), (None, None)])
+def test_a_step_has_its_share_of_the_peak_on_a_known_card(
+    stage: Stage, console: io.StringIO, peak: float | None, share: float | None
+) -> None:
+    step = {"event": "step", "step": 1, "total": 2, "tokens": 100, "seconds": 0.5, "memory": 2**30}
+    messages = io.StringIO(f"{json.dumps(step)}\n{json.dumps({'event': 'done'})}\n")
+    sent = Trackers(stage, "tuned", "a key", ())
+    assert _follow_progress(stage, "tuned", messages, _Messages(), sent, lambda speed: peak and speed / peak)
+    (event,) = read_jsonl(stage.run.roots.runs / "events.jsonl")
+    assert (event["tokens_per_second"], event.get("share_of_peak")) == (200.0, share)
+    assert ("200 tokens/s  20% of peak  1.0 GiB" in console.getvalue()) == (share is not None)
