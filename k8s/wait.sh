@@ -4,10 +4,11 @@
 #
 #   k8s/wait.sh lorry-preprocess && kubectl apply -f k8s/train-job.yaml
 #
-# It prints what the pods do. If the Job failed, it prints why, with the last lines of a pod.
+# It prints what the pods do, and the cluster's own words while nothing starts. If the Job failed, it prints why, with
+# the last lines of a pod. `lorry launch --on kubernetes` also says what to do about each reason.
 #
-# Exit codes: 0 complete; 2 no kubectl, or an image that cannot be pulled; the exit code of the stage that failed; 1 if
-# its pods are gone, the Job was deleted, or the cluster no longer answers.
+# Exit codes: 0 complete; 2 no kubectl, or a pod whose image or container cannot be set up; the exit code of the stage
+# that failed; 1 if no pod of it ran or is left, the Job was deleted, or the cluster no longer answers.
 set -eu
 
 poll=${LORRY_POLL_SECONDS:-5}
@@ -36,6 +37,12 @@ pods() { # jsonpath: print the value of each of the Job's pods, the oldest first
         --output jsonpath="{range .items[*]}$1{\"\\n\"}{end}"
 }
 
+why() { # print the last warning about the Job or its pods, such as the scheduler's; nothing if there is none
+    kube get events --sort-by=.metadata.creationTimestamp --output \
+        jsonpath='{range .items[?(@.type=="Warning")]}{.involvedObject.name} {.reason}: {.message}{"\n"}{end}' 2>/dev/null |
+        awk -v job="$job" '$1 == job || index($1, job "-") == 1 { sub(/^[^ ]+ /, ""); last = $0 } END { print last }'
+}
+
 report_failure() { # print why the Job failed and exit with its stage's code
     echo "error: job/$job failed: $(kube get job "$job" --output \
         jsonpath='{range .status.conditions[?(@.type=="Failed")]}{.reason}: {.message}{end}')" >&2
@@ -44,14 +51,17 @@ report_failure() { # print why the Job failed and exit with its stage's code
     # the last pod with an exit code; a pod that was stopped, or never started, has none
     failed=$(pods '{.metadata.name} {.status.containerStatuses[0].state.terminated.exitCode}' |
         awk '$2 != "" && $2 != 0 { last = $0 } END { print last }')
-    [ -n "$failed" ] || fail 1 "its pods are gone; see the stage's log.txt in the run folder"
+    if [ -z "$failed" ]; then
+        reason=$(why)
+        fail 1 "no pod of it ran or is left (${reason:-no event says why}); correct that, and create the Job again"
+    fi
     pod=${failed% *} code=${failed##* }
     echo "the last lines of pod/$pod, which exited with $code:" >&2
     kube logs "$pod" --tail=40 >&2 || true
     exit "$code"
 }
 
-shown='' unanswered=0
+shown='' told='' unanswered=0
 while :; do
     if held=$(conditions 2>&1); then
         unanswered=0
@@ -65,8 +75,19 @@ while :; do
             shown=$state
         fi
         case $state in
+        *CreateContainerConfigError)
+            fail 2 "$name: its container cannot be set up ($(why)); create what is missing, and create the Job again"
+            ;;
         *ImagePullBackOff | *InvalidImageName | *ErrImageNeverPull)
-            fail 2 "$name: the nodes cannot pull its image ($state); make push REGISTRY=…, then make k8s-run REGISTRY=…"
+            fail 2 "$name: the nodes cannot pull its image ($state); make push REGISTRY=…, and put REGISTRY into the name of the image"
+            ;;
+        Running* | Failed* | Succeeded*) ;;
+        *) # nothing runs: pending, suspended, or no pod could be made
+            reason=$(why)
+            if [ "$reason" != "$told" ]; then
+                echo "$name: ${reason:-nothing is in the way}"
+                told=$reason
+            fi
             ;;
         esac
     else

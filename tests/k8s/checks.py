@@ -271,8 +271,7 @@ def _on_failure(spec: Document) -> Iterator[str]:
     together = "LORRY_NODES" in _environment(spec)
     if together and spec.get("backoffLimit") != 0:
         yield "pods that can only restart together need backoffLimit 0"
-    again = "Count" if together else "Ignore"
-    expected = {(75, False): again, (1, True): again, (1, False): "Count", (137, False): "Count"}
+    expected = {(75, False): "Ignore", (1, True): "Ignore", (1, False): "Count", (137, False): "Count"}
     expected |= {(code, False): "FailJob" for code in (2, 3, 4)}
     for (code, disrupted), action in expected.items():
         taken = failure_action(policy, code, disrupted)
@@ -348,13 +347,16 @@ def _stage(job: Document, version: str) -> Iterator[str]:
     if pod.get("terminationGracePeriodSeconds", 0) < LEAST_GRACE[stage]:
         yield f"terminationGracePeriodSeconds is below {LEAST_GRACE[stage]}: too short to save what {stage} has"
     mounts = {mount["mountPath"]: bool(mount.get("readOnly")) for mount in container["volumeMounts"]}
-    if mounts != MOUNTS:
-        yield f"mounts (read-only?) are {mounts}, not {MOUNTS}"
     environment = _environment(job["spec"])
+    expected = {**MOUNTS, "/recipe": True} if environment.get("LORRY_RECIPE", "").startswith("/recipe/") else MOUNTS
+    if mounts != expected:
+        yield f"mounts (read-only?) are {mounts}, not {expected}"
     yield from (f"environment: nobody reads {name}" for name in environment if name not in ENVIRONMENT)
     if not environment.get("LORRY_RECIPE"):
         yield "LORRY_RECIPE is missing"
-    if environment.get("LORRY_RUN") != f"metadata.labels['{RUN_LABEL}']":
+    if environment.get("LORRY_RUN") != f"metadata.labels['{RUN_LABEL}']" and not (
+        labels.get("app.kubernetes.io/managed-by") == "lorry" and environment.get("LORRY_RUN")
+    ):  # a label cannot have every run's name
         yield f"LORRY_RUN does not come from the label {RUN_LABEL}"
     asks = bool(container["resources"].get("limits", {}).get(GPU))
     if asks and stage not in (*GPU_STAGES, SERVE):

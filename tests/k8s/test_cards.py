@@ -1,6 +1,5 @@
 """What the pods need of cards: the nodes that they land on, what they are given, and that it fits by the plan."""
 
-import json
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from stages.host.planning import plan
 from stages.host.runs import open_run
 from stages.models.embedder import weights_bytes
 from stages.models.shape import planned_shape
-from tests.hardware.shapes import CONFIGS, PICTURE_CONFIGS, make_shape
 from tests.k8s.checks import GPU, STAGES, quantity
 from tests.k8s.manifests import K8S, Document, built_overlay, jobs, manifest_files, overlay_names, read
 from tests.k8s.nodes import NODES, preference, takes
@@ -56,18 +54,6 @@ def target_of(pod: Document) -> Target:
 
 def gpus_of(job: Document) -> int:
     return int(pod_of(job)["containers"][0]["resources"]["limits"].get(GPU, 0))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models of patent-qa, as configs; the small embedder also has weights, of a true size."""
-    folder = tmp_path_factory.mktemp("models")
-    configs = {**PICTURE_CONFIGS, "Qwen2.5-7B-Instruct": CONFIGS["Qwen2.5-7B"], "SmolLM2-135M-Instruct": None}
-    for name, config in configs.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config or CONFIGS["Qwen2.5-0.5B"]))
-    make_shape(folder / "all-MiniLM-L6-v2", "Qwen2.5-0.5B")
-    return folder
 
 
 def run_of(job: Document, models: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
