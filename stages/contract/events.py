@@ -1,7 +1,8 @@
 """Progress: each stage appends events to its `events.jsonl`; `lorry status` and the report read that file.
 
 An event is `{"time": epoch seconds, "event": name, ...}`. Progress events have `step`, `total`, `unit` and, if known,
-`loss`, `tokens_per_second`, `memory` (bytes on one GPU) and `eta_seconds`.
+`loss`, `tokens_per_second`, `share_of_peak` (0..1, of the GPUs' peak speed), `memory` (bytes on one GPU) and
+`eta_seconds`.
 """
 
 import contextlib
@@ -217,14 +218,16 @@ def _bar_text(head: str, count: str, extras: list[str], left: list[str], share: 
 
 
 def field_texts(fields: dict[str, Any]) -> list[str]:
-    """The fields of a progress event as texts, without those that are None: `tokens_per_second` and `memory` (in GiB)
-    with units, others with names."""
+    """The fields of a progress event as texts, without those that are None: `tokens_per_second`, `share_of_peak` and
+    `memory` (in GiB) with units, others with names."""
     texts = []
     for key, value in fields.items():
         if value is None:
             continue
         if key == "tokens_per_second":
             texts.append(f"{value:,.0f} tokens/s")
+        elif key == "share_of_peak":
+            texts.append(f"{value:.0%} of peak")
         elif key == "memory":
             texts.append(f"{value / 1024**3:.1f} GiB")
         else:

@@ -42,7 +42,8 @@ ERRORS = (
         (),
         DoesNotFitError,
         "/dev/shm is full",
-        f"enlarge it (`mount -o remount,size=16g /dev/shm`; containers: --shm-size=16g) and {_AGAIN}",
+        "enlarge it (`mount -o remount,size=16g /dev/shm`; containers: --shm-size=16g; pods: sizeLimit of the volume"
+        f" shm) and {_AGAIN}",
         (r"/(dev/shm|torch_).*No space left", r"No space left.*/(dev/shm|torch_)"),
     ),
     _Kind(
@@ -230,12 +231,21 @@ def _permission_cure(error: BaseException) -> str:
     owner, folder = path.stat().st_uid, path if path.is_dir() else path.parent
     if owner == uid:
         return f"{path} belongs to this uid {uid}, but its mode forbids access; chmod -R u+rwX {folder}"
+    found = f"{path} belongs to uid {owner}, this process is uid {uid}"
+    if in_pod():
+        return f"{found}; give the pod its group (securityContext: fsGroup {path.stat().st_gid}) or its uid (runAsUser)"
     return (
-        f"{path} belongs to uid {owner}, this process is uid {uid}; chown -R {uid}:{gid} {_name_on_host(folder)}, or"
-        " start as its owner (Compose: LORRY_UID=$(id -u) LORRY_GID=$(id -g))"
+        f"{found}; chown -R {uid}:{gid} {_name_on_host(folder)}, or start as its owner"
+        " (Compose: LORRY_UID=$(id -u) LORRY_GID=$(id -g))"
     )
 
 
 def _name_on_host(folder: Path) -> str:
     """The text that names a folder to a user on the host. In a container, it says that the folder is a mounted one."""
     return f"the host's folder mounted as {folder}" if "LORRY_IMAGE" in os.environ else str(folder)
+
+
+def in_pod() -> bool:
+    """Whether this process runs from an image of Lorry in a pod of Kubernetes, where advice for a Docker engine is of
+    no use. The kubelet sets the address of the API server in every container."""
+    return "LORRY_IMAGE" in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ

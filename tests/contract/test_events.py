@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from stages.contract.events import Events
 from tests.on_terminal import Terminal
 
-FIGURES = {"loss": 1.23456, "tokens_per_second": 12345.6, "memory": 68 * 1024**3}
+FIGURES = {"loss": 1.23456, "tokens_per_second": 12345.6, "share_of_peak": 0.4567, "memory": 68 * 1024**3}
 
 NAMES = ("tuned", "an-adapter-with-a-very-long-name-of-its-own", "名字很长的适配器" * 3)
 
@@ -36,7 +36,11 @@ def test_the_bar_takes_one_line_of_a_terminal(tmp_path: Path, width: int, name: 
         assert f" {step}/30 steps" in frame
     assert "left" in frames[-2]
     if width == 200:
-        assert "[####" in frames[-2] and "loss 1.235  12,346 tokens/s  68.0 GiB" in frames[-2] and name in frames[-2]
+        assert (
+            "[####" in frames[-2]
+            and "loss 1.235  12,346 tokens/s  46% of peak  68.0 GiB" in frames[-2]
+            and name in frames[-2]
+        )
 
 
 def test_a_terminal_that_tells_no_width_has_80_columns(tmp_path: Path) -> None:
@@ -53,5 +57,5 @@ def test_a_file_gets_lines_without_a_bar(tmp_path: Path) -> None:
     for step in range(1, 31):
         events.report_progress("train tuned", step, 30, "steps", **FIGURES)
     assert console.getvalue().splitlines() == [
-        f"train: train tuned {step}/30 steps  loss 1.235  12,346 tokens/s  68.0 GiB" for step in (1, 30)
+        f"train: train tuned {step}/30 steps  loss 1.235  12,346 tokens/s  46% of peak  68.0 GiB" for step in (1, 30)
     ]

@@ -264,15 +264,15 @@ def test_input_data_are_found_behind_links_and_what_is_left_out_is_named(tmp_pat
 
 
 def test_links_among_many_folders_end(tmp_path: Path) -> None:
-    """Every folder has a link to every other: the paths without a cycle are 8! for each."""
-    for one in range(9):
+    """Every folder has a link to every other: the paths without a cycle are 6! for each."""
+    for one in range(7):
         (tmp_path / f"{one}").mkdir()
         (tmp_path / f"{one}" / "file").write_text("")
-        for other in range(9):
+        for other in range(7):
             (tmp_path / f"{one}" / f"to-{other}").symlink_to(f"../{other}")
     found = data_files(tmp_path)
-    assert {f"{one}/file" for one in range(9)} <= {str(path.relative_to(tmp_path)) for path in found}
-    assert len(found) == 9 + 9 * 8 + 9 * 8 * 7
+    assert {f"{one}/file" for one in range(7)} <= {str(path.relative_to(tmp_path)) for path in found}
+    assert len(found) == 7 + 7 * 6 + 7 * 6 * 5
     assert {reason for reason, _ in unread_data(tmp_path).values()} == {
         "link to a folder that it is in",
         "linked folder in linked folders",

@@ -50,6 +50,15 @@ def test_a_runs_mount_of_another_user(mounts: Lorry) -> None:
     refused(preprocess(mounts), mounts.runs)
 
 
+def test_a_runs_mount_of_another_user_in_a_pod(mounts: Lorry) -> None:
+    os.chown(mounts.runs, 0, 0)
+    pod = {"LORRY_IMAGE": "lorry-train:0.1.0-a800", "KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+    done = preprocess(replace(mounts, extra=pod))
+    assert (done.code, len(done.lines)) == (2, 1), done.output
+    assert "give the pod its group (securityContext: fsGroup 0) or its uid (runAsUser)" in done.output
+    assert "Compose" not in done.output
+
+
 def test_a_run_of_another_user_in_a_mount_of_ones_own(mounts: Lorry) -> None:
     (mounts.runs / "r").mkdir()
     os.chown(mounts.runs / "r", 0, 0)

@@ -12,6 +12,7 @@ import pytest
 
 from stages.contract.files import read_json, read_jsonl
 from stages.contract.part import Node
+from stages.train import torchrun
 from stages.train.attempts import record_seconds
 from stages.train.checkpoints import newest_complete_checkpoint
 from tests.train.conftest import Training
@@ -137,7 +138,7 @@ def test_two_nodes_train_one_adapter_after_the_other(training: Training) -> None
 
 def test_a_stop_while_waiting_for_the_other_node_exits_75_at_once(nodes: TwoNodes) -> None:
     meeting = {"LORRY_NODES": "2", "LORRY_RENDEZVOUS": f"127.0.0.1:{free_port()}"}
-    for rank, waiting in enumerate(("training processes: 2", "waits for node 0")):
+    for rank, waiting in enumerate(("waits for node 1 at 127.0.0.1:", "waits for node 0")):
         process = nodes.training.start(**meeting, LORRY_NODE_RANK=str(rank))
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")
@@ -148,6 +149,28 @@ def test_a_stop_while_waiting_for_the_other_node_exits_75_at_once(nodes: TwoNode
         assert codes == [75], output
         assert "stopped by SIGTERM" in output
     assert not processes_naming(nodes.training.run.folder)
+
+
+@pytest.mark.long
+def test_a_node_without_its_partner_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Job of Kubernetes starts it again, and its GPUs do not idle until then."""
+    monkeypatch.setattr(torchrun, "MEET_SECONDS", 2)
+    command = torchrun.torchrun_command(tmp_path / "jobs", 1, Node(0, 2, f"127.0.0.1:{free_port()}"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "1/2 clients joined" in done.stderr
+
+
+def test_it_says_whom_it_waits_for() -> None:
+    assert (
+        torchrun._whom_it_waits_for(Node(0, 2, "node-0:29500")) == "waits for node 1 at node-0:29500, up to 5 minutes"
+    )
+    assert "waits for nodes 0, 2 and 3 at" in torchrun._whom_it_waits_for(Node(1, 4, "node-0:29500"))
+
+
+def test_nodes_are_still_there_when_a_job_starts_node_0_again() -> None:
+    """After at most ten minutes, the longest pause of Kubernetes' Job controller."""
+    assert torchrun.JOIN_SECONDS > 600 > torchrun.MEET_SECONDS
 
 
 @pytest.mark.parametrize("rank", [0, 1])
