@@ -16,7 +16,7 @@ from stages.models.shape import ModelShape
 UNSURE = 0.03
 """Share by which an estimate may be too low. With earlier code it was up to 2.3% too low (docs/measurements.md)."""
 MOST_TOKENS = 16_384
-"""Most tokens of a pass: longer ones are hardly faster (`_relative_time`)."""
+"""Most tokens of a pass: longer ones are hardly faster (`relative_time`)."""
 PLAIN_TOKENS = 2_048
 """Most tokens of a pass where no memory limit is known, as on a CPU, whose passes are no faster if they are longer."""
 SHORT = 64
@@ -132,10 +132,10 @@ def _steps(shape: ModelShape, settings: Train, processes: int, memory: int | Non
         for tokens in _halves(most, lengths.longest)
         for quarter in quarters
     ]
-    return sorted(found, key=lambda step: _relative_time(step, shape.layers))
+    return sorted(found, key=lambda step: relative_time(step, shape.layers))
 
 
-def _relative_time(step: StepPlan, layers: int) -> float:
+def relative_time(step: StepPlan, layers: int) -> float:
     """The estimated time per token. Checkpointing repeats the forward pass, a third of the work; and each pass takes
     about as much time for its launches as for 400 tokens."""
     return (1 + step.checkpointed_layers / layers / 3) * (1 + 400 / step.pass_tokens)

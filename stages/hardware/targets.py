@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from stages.contract.errors import DoesNotFitError, UsageError
+from stages.contract.machine_errors import in_pod
 from stages.hardware.probe import Gpu, Machine
 
 TARGETS_FILE = Path(__file__).parents[2] / "images" / "targets.toml"
@@ -152,10 +153,10 @@ def working_target(machine: Machine, targets: dict[str, Target]) -> Target:
     if image.capability is None:
         return image
     if not machine.gpus:
-        raise DoesNotFitError(
-            f"LORRY_TARGET={name}: needs a GPU, but none is visible; give it one (make: GPUS=0; docker run: --gpus;"
-            " Kubernetes: a limit of nvidia.com/gpu), or use TARGET=cpu"
+        cure = (
+            "give the pod a limit of nvidia.com/gpu" if in_pod() else "give it one (make: GPUS=0; docker run: --gpus)"
         )
+        raise DoesNotFitError(f"LORRY_TARGET={name}: needs a GPU, but none is visible; {cure}, or use TARGET=cpu")
     card, cards_target = machine.gpus[0], machine_target(machine, targets)
     if card.capability < image.capability:
         raise DoesNotFitError(

@@ -1,5 +1,6 @@
 """Does the work of `lorry plan`: estimates whether training a recipe fits the GPUs, which need not be here."""
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.contract.errors import DoesNotFitError, Exit, UsageError
+from stages.contract.files import read_jsonl
+from stages.contract.mixes import training_samples
 from stages.contract.recipe import Infer, Recipe, Train
 from stages.engines import engine_kind, refuse_unserved_pictures, refuse_unserved_rank
 from stages.hardware.fit import Offers, Way, disk_bytes, plan_training, recipe_way, smallest_changes
@@ -15,6 +18,7 @@ from stages.hardware.memory import Lengths, gap_in_estimate, max_lengths, traine
 from stages.hardware.pick import denied_cards, describe_memory, reason_to_skip, shown_gpus
 from stages.hardware.probe import Gpu, Machine, read_cards
 from stages.hardware.serve import plan_serving
+from stages.hardware.speed import ExpectedSpeed, Workload, expected_speed
 from stages.hardware.targets import (
     Target,
     base_dtype,
@@ -39,14 +43,15 @@ USABLE = 0.985
 """The share of a card's nominal memory that CUDA can use: 23.63 of 24 GiB on an RTX 4090."""
 
 
-def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Lines:
-    """Plan the training of a run's recipe. Yields lines on memory, disk and inference. The model's config.json will do:
-    one plans before a download.
+def plan(run: "Run", target: str | None, count: int, memory: float | None, workload: Workload | None = None) -> Lines:
+    """Plan the training of a run's recipe. Yields lines on memory, disk, time and inference. The model's config.json
+    will do: one plans before a download.
 
     Returns 0, or 4 if training does not fit memory or disk. `target` is a target's name; None: this machine's GPUs.
-    `count` is the number of GPUs. `memory` is the memory of a GPU in GiB; None: that of the target or machine. Raises
-    the errors of `planned_gpus`, those with which train would refuse the recipe, and UnknownShapeError for a model
-    whose memory Lorry cannot estimate; at last UsageError if infer's engine cannot serve the model or its adapters.
+    `count` is the number of GPUs. `memory` is the memory of a GPU in GiB; None: that of the target or machine.
+    `workload` is what is learnt from; None: the run's samples, if preprocess has made them. Raises the errors of
+    `planned_gpus`, those with which train would refuse the recipe, and UnknownShapeError for a model whose memory Lorry
+    cannot estimate; at last UsageError if infer's engine cannot serve the model or its adapters.
     """
     train = run.recipe.train
     model = run.model(run.recipe.model.path, "model.path", needs_weights=False)
@@ -70,11 +75,35 @@ def plan(run: "Run", target: str | None, count: int, memory: float | None) -> Li
     enough_disk, line = _disk_verdict(run, shape)
     yield f"\n{line}"
     yield _preprocess_line(run, gpus)
+    yield from _time_lines(run, model, phase, workload)
     yield f"{_inference_line(run.recipe.infer, shape, gpus)}\n"
     last_fits, lines = _verdict(phase)
     yield from lines
     _refuse_unserved(run.recipe, model, gpus.target)
     return Exit.DONE if fits and last_fits and enough_disk else Exit.DOES_NOT_FIT
+
+
+def training_fits(recipe: Recipe, shape: ModelShape, gpus: "PlannedGpus") -> bool:
+    """Whether each phase of training fits the memory of these GPUs, as `plan` says it.
+
+    Raises the errors with which train would refuse the recipe's settings on the target.
+    """
+    train = _allowed_settings(recipe.train, gpus.target)
+    phases = [_plan_phase(recipe, shape, settings, gpus) for settings in train.phases]
+    return all(phase.way.fits(gpus.memory) for phase in phases)
+
+
+def inference_fits(settings: Infer, shape: ModelShape, gpus: "PlannedGpus") -> bool:
+    """Whether inference fits these GPUs, or its memory is not estimated, as `plan` says it."""
+    if gpus.memory is None or not engine_kind(settings.engine).shares_weights:
+        return True
+    try:
+        plan_serving(
+            shape, [gpus.memory] * gpus.count, settings.tensor_parallel, gpus.target.dtype, settings.max_length
+        )
+    except (DoesNotFitError, UsageError):  # with more GPUs it may fit, or be split as asked
+        return False
+    return True
 
 
 # -- the GPUs ------------------------------------------------------------------------------------------------------
@@ -94,6 +123,11 @@ class PlannedGpus:
     target: Target
     fullest: Gpu | None = None
     """The GPU with the least free memory; None for GPUs that are not here."""
+
+    @property
+    def product(self) -> str:
+        """NVIDIA's name for the GPUs, with dashes or blanks; empty for a CPU."""
+        return self.fullest.name if self.fullest else self.target.node_label or ""
 
 
 def planned_gpus(target: str | None, count: int, memory: float | None, precision: str) -> PlannedGpus:
@@ -284,6 +318,56 @@ def _tight_note(way: Way, gpus: PlannedGpus, explained: bool = False) -> str:
     return ": tight" + (
         "; estimates may be up to 3 % too low; if memory runs out, train resumes with less" if explained else ""
     )
+
+
+# -- time ----------------------------------------------------------------------------------------------------------
+
+
+def _time_lines(run: "Run", model: Path, phase: _Phase, workload: Workload | None) -> Iterator[str]:
+    """Yield a line on the speed to expect, and one on how long all adapters take. Yields nothing if no training like
+    it was measured."""
+
+    def expect(tokens: float) -> ExpectedSpeed | None:
+        """The speed with samples of so many tokens in the mean."""
+        return expected_speed(phase.shape, phase.way, phase.gpus.product, tokens)
+
+    if (speed := expect(phase.lengths.longest)) is None:
+        return
+    if workload := workload or _known_workload(run, model, phase.train):
+        speed = expect(workload.tokens) or speed
+    peak = "their peak" if phase.gpus.count > 1 else "the peak"
+    yield f"speed: about {speed.tokens_per_second:,.0f} tokens/s, {speed.share_of_peak:.0%} of {peak}: {speed.why}"
+    if workload is None:
+        yield "training time: known once preprocess has made the samples; plan again then"
+        return
+    seconds = phase.train.epochs * workload.samples * workload.tokens / speed.tokens_per_second
+    count, adapters = f"{workload.samples:,} samples", len(phase.train.adapters)
+    of_all = f" of {adapters} adapters" if adapters > 1 else ""
+    yield (
+        f"training time: about {_time_text(seconds)}, an estimate: {phase.train.epochs:g}"
+        f" {'epoch' if phase.train.epochs == 1 else 'epochs'} of {count}{of_all}, {workload.tokens:,.0f} tokens each in"
+        " the mean"
+    )
+
+
+def _known_workload(run: "Run", model: Path, train: Train) -> Workload | None:
+    """What the run's adapters learn from; None if preprocess is not done, or tokens cannot be counted here."""
+    if not run.path("preprocess", "manifest.json").is_file() or importlib.util.find_spec("tokenizers") is None:
+        return None
+    from stages.train.lengths import measure_lengths
+
+    samples = read_jsonl(run.path("preprocess", "samples", "train.jsonl"))
+    mean = measure_lengths(samples, model, train, run.folder).mean
+    number = sum(len(training_samples(samples, adapter, run.recipe.seed)) for adapter in train.adapters)
+    return Workload(number, mean) if mean and number else None
+
+
+def _time_text(seconds: float) -> str:
+    """A duration in words."""
+    if seconds < 90 * 60:
+        minutes = max(round(seconds / 60), 1)
+        return f"{minutes} minute{'' if minutes == 1 else 's'}"
+    return f"{seconds / 3600:.1f} hours"
 
 
 # -- disk, preprocess and inference --------------------------------------------------------------------------------

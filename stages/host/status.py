@@ -17,7 +17,7 @@ from stages.host.outcome import Problem
 INDENT = 13
 """Columns before a stage's state."""
 
-FIGURES = ("loss", "tokens_per_second", "memory")
+FIGURES = ("loss", "tokens_per_second", "share_of_peak", "memory")
 """Figures of a progress event."""
 
 
@@ -64,9 +64,9 @@ def work_state(folder: Path) -> dict[str, Any]:
 
     `state` is `done`, `running`, `failed`, `interrupted` (exit code 75), `killed` (it ended without a word) or
     `not run`. If known, there are also: `seconds` and `end` (ISO 8601) of a finished stage, and its `counts`;
-    `activity`, `step`, `total` and `unit` of the progress, with `loss`, `tokens_per_second`, `memory` (bytes on one
-    GPU) and `eta_seconds`; `error`, which names the cure, and `exit_code`; and `updated` (ISO 8601), the time of the
-    last event.
+    `activity`, `step`, `total` and `unit` of the progress, with `loss`, `tokens_per_second`, `share_of_peak` (0..1),
+    `memory` (bytes on one GPU) and `eta_seconds`; `error`, which names the cure, and `exit_code`; and `updated` (ISO
+    8601), the time of the last event.
     """
     from stages.contract.run import is_held
 

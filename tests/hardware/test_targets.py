@@ -265,8 +265,17 @@ def test_no_gpu_visible_says_how_to_hand_it_one(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DoesNotFitError) as caught:
         working(monkeypatch, "a800", machine())
     assert "LORRY_TARGET=a800: needs a GPU, but none is visible; give it one" in str(caught.value)
-    for words in ("GPUS=0", "--gpus", "nvidia.com/gpu", "TARGET=cpu"):
+    for words in ("GPUS=0", "--gpus", "TARGET=cpu"):
         assert words in str(caught.value)
+
+
+def test_no_gpu_visible_in_a_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_IMAGE", "lorry-train:0.1.0-a800")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
+    with pytest.raises(
+        DoesNotFitError, match=r"none is visible; give the pod a limit of nvidia\.com/gpu, or use TARGET"
+    ):
+        working(monkeypatch, "a800", machine())
 
 
 def test_a_card_older_than_the_image_gets_the_right_target(monkeypatch: pytest.MonkeyPatch) -> None:

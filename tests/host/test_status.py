@@ -20,7 +20,7 @@ from tests.on_terminal import Terminal
 
 START = {"event": "start", "key": "0" * 64, "starts": 1}
 STEP = {"event": "progress", "activity": "train tuned", "step": 2, "total": 26, "unit": "steps", "eta_seconds": 90.0}
-FIGURES = {"loss": 2.5, "tokens_per_second": 1234.5, "memory": 3 * 1024**3}
+FIGURES = {"loss": 2.5, "tokens_per_second": 1234.5, "share_of_peak": 0.4567, "memory": 3 * 1024**3}
 LOSS = {"event": "loss", "adapter": "tuned", "step": 2, "loss": 1.25}
 END = {"event": "end"}
 
@@ -68,7 +68,7 @@ def test_each_stage_has_a_line(run: Path) -> None:
 def test_a_training_shows_steps_loss_speed_and_time_left(run: Path) -> None:
     happened(run / "train", START, {**STEP, **FIGURES}, LOSS)
     with lock_stage_folder(run / "train"):
-        figures = "2/26 steps, loss 1.25, 1,234 tokens/s, 3.0 GiB, 1:30 left"
+        figures = "2/26 steps, loss 1.25, 1,234 tokens/s, 46% of peak, 3.0 GiB, 1:30 left"
         assert f"  train      running: train tuned {figures} (0 s ago)" in status_lines("job")
         (job,) = facts()
     assert (job["run"], job["folder"]) == ("job", str(run))
@@ -198,7 +198,7 @@ def test_lines_fit_the_terminal_and_paths_stay_whole(run: Path, width: int, monk
     assert any(path in line for line in lines)
     assert all(line.startswith((" " * 13, "  train", "  pre", "  infer", "  eval", "job")) for line in lines)
     text = " ".join(" ".join(lines).split())
-    assert "2/26 steps, loss 1.25, 1,234 tokens/s, 3.0 GiB, 1:30 left" in text and error in text
+    assert "2/26 steps, loss 1.25, 1,234 tokens/s, 46% of peak, 3.0 GiB, 1:30 left" in text and error in text
 
 
 def test_no_run_is_no_error_but_a_wrong_name_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

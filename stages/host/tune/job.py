@@ -19,6 +19,7 @@ from stages.hardware.memory import Lengths
 from stages.hardware.pick import parse_wish
 from stages.hardware.probe import probe
 from stages.hardware.serve import plan_serving
+from stages.hardware.speed import Workload
 from stages.host import launching, planning
 from stages.host.containers import find_engine
 from stages.host.fetching import fetch
@@ -36,6 +37,7 @@ from stages.host.tune.values import (
     Values,
     choose_values,
     held_text,
+    learnt,
     least_inference_length,
 )
 from stages.models.shape import UnknownShapeError
@@ -86,12 +88,12 @@ def tune(wanted: Wanted) -> Lines:
     """
     if wanted.target and wanted.gpus is None:
         os.environ["LORRY_TARGET"] = wanted.target
-    options = yield from prepare(wanted, Roots.from_environment())
+    options, workload = yield from prepare(wanted, Roots.from_environment())
     run = open_run(**options)
     run.refuse_other_job()
     count, target = _planned_count(wanted)
     try:
-        code = yield from planning.plan(run, target, count, None)
+        code = yield from planning.plan(run, target, count, None, workload)
     except UnknownShapeError as error:
         yield Note(f"{error}")
         code = Exit.DONE
@@ -106,9 +108,9 @@ def tune(wanted: Wanted) -> Lines:
     return code
 
 
-def prepare(wanted: Wanted, roots: Roots) -> Generator[str, None, dict[str, Any]]:
+def prepare(wanted: Wanted, roots: Roots) -> Generator[str, None, tuple[dict[str, Any], Workload | None]]:
     """Download the model, if it is not here, and write the recipe, unless it is. Yields lines; returns the options of
-    the run (`open_run`).
+    the run (`open_run`), and what it learns from if the recipe is new.
 
     Raises UsageError for a model or data that are not here, and for a recipe of another job, DoesNotFitError for a
     model that is too large, and the errors of `look_at`, `read_base` and `fetch`.
@@ -131,14 +133,15 @@ def prepare(wanted: Wanted, roots: Roots) -> Generator[str, None, dict[str, Any]
     name = wanted.run_name or file_name(f"{Path(data).stem}-{base.folder.name}")
     if name != Path(name).name:
         raise UsageError(f"--run {name}: not a name for one folder; choose a name without '/'")
-    file = Path(f"{name}.yaml")
+    file, workload = Path(f"{name}.yaml"), None
     if file.exists():
         _refuse_other_recipe(file, data, path, roots, wanted)
         yield Note(f"{file}: here already, and used as it is; delete it for new values")
     else:
-        yield from _write_recipe(file, data, base, roots, wanted)
+        workload = yield from _write_recipe(file, data, base, roots, wanted)
     outside = data if Path(data).is_absolute() else None
-    return {"recipe": str(file), "profile": None, "data": outside, "overrides": (), "run_name": name}
+    options = {"recipe": str(file), "profile": None, "data": outside, "overrides": (), "run_name": name}
+    return options, workload
 
 
 def next_lines(run: str) -> Sequence[str]:
@@ -183,8 +186,9 @@ def _refuse_other_recipe(file: Path, data: str, path: str, roots: Roots, wanted:
 # -- the recipe ----------------------------------------------------------------------------------------------------
 
 
-def _write_recipe(file: Path, data: str, base: Base, roots: Roots, wanted: Wanted) -> Lines:
-    """Look at data and machine, choose the values, and write the recipe. Yields a line on each."""
+def _write_recipe(file: Path, data: str, base: Base, roots: Roots, wanted: Wanted) -> Generator[str, None, Workload]:
+    """Look at data and machine, choose the values, and write the recipe. Yields a line on each; returns what is
+    learnt from."""
     count, target = _planned_count(wanted)
     asked = wanted.asked
     gpus = planned_gpus(target, count, None, asked.get("train.precision", "auto"))
@@ -214,7 +218,7 @@ def _write_recipe(file: Path, data: str, base: Base, roots: Roots, wanted: Wante
     yield Note(f"{file}: written; keep it and edit it")
     for value in values.all():
         yield Note(f"  {value.key} {yaml_text(value.value)}: {value.why}")
-    return None
+    return learnt(values, seen)
 
 
 def _draft(wanted: Wanted, data: str, path: str, chat_template: str | None, roots: Roots) -> Recipe:

@@ -8,9 +8,11 @@ are those of the recipes here.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
+from statistics import fmean
 from typing import Any
 
+from stages.hardware.speed import Workload
 from stages.host.tune.base import Base
 from stages.host.tune.data import OF_A_PICTURE, Seen
 
@@ -142,6 +144,15 @@ def _choose_split(values: Values, seen: Seen, machine: Machine) -> int:
         f"about {validated:,} more give the curve of the validation loss" if validated else "too few for a validation",
     )
     return others - validated
+
+
+def learnt(values: Values, seen: Seen) -> Workload:
+    """What the adapter learns from: conversations that are not held out and not too long, or are cut to the length."""
+    shares = [1 - values.value(f"data.{name}_fraction") for name in ("test", "validation")]
+    length, cut = values.value("train.max_length"), values.value("train.too_long") == "cut"
+    lengths = [min(one, length) for one in seen.lengths if cut or one <= length] or [length]
+    number = (seen.conversations - seen.held_out) * prod(shares) * len(lengths) / len(seen.lengths)
+    return Workload(max(round(number), 1), fmean(lengths))
 
 
 def _fraction(part: int, whole: int) -> float:

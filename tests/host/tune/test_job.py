@@ -77,7 +77,7 @@ def prepared(**options: Any) -> tuple[dict[str, Any], list[str]]:
         try:
             said.append(str(next(lines)))
         except StopIteration as end:
-            return end.value, said
+            return end.value[0], said
 
 
 def test_the_recipe_is_written_valid_and_for_this_job(place: Path) -> None:

@@ -16,7 +16,7 @@ from stages.host.tune.base import Base
 from stages.host.tune.data import Seen
 from stages.host.tune.job import fit_values
 from stages.host.tune.recipe_text import recipe_text
-from stages.host.tune.values import Machine, Value, Values, choose_values
+from stages.host.tune.values import Machine, Value, Values, choose_values, learnt
 from stages.models.shape import planned_shape
 from stages.preprocess.split import split_groups
 
@@ -237,3 +237,14 @@ def test_the_recipe_is_valid_and_says_why(base: Base, tmp_path: Path) -> None:
     keys = list(yaml.safe_load(text))
     assert keys == ["description", "task", "model", "data", "train", "infer", "preprocess"]
     assert list(yaml.safe_load(text)["train"])[:4] == ["epochs", "effective_batch", "learning_rate", "max_length"]
+
+
+def test_what_is_learnt_leaves_out_what_is_held_out_or_too_long(base: Base) -> None:
+    lengths = (100, 300, 10_000, 10_000)
+    for cut, expected in ((False, (450, 200.0)), (True, (900, 625.0))):
+        asked = {"data.test_fraction": 0.1, "data.validation_fraction": 0.0, "train.max_length": 1050}
+        values = choose_values(
+            seen(1_000, lengths), base, GPU, {**asked, "train.too_long": "cut" if cut else "leave out"}
+        )
+        found = learnt(values, seen(1_000, lengths))
+        assert (found.samples, found.tokens) == expected
