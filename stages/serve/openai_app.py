@@ -27,6 +27,7 @@ from stages.contract.errors import DataError, LorryError, UsageError
 from stages.engines.engine import Completion
 from stages.models.rendering import Prompt
 from stages.serve.requests import ChatRequest, Prompts, Request, TextRequest
+from stages.serve.tool_calls import Reading
 from stages.serve.worker import Job, Worker
 
 
@@ -125,7 +126,9 @@ def openai_app(worker: Worker, prompts: Prompts, models: list[dict[str, Any]], t
         except BaseException:
             folder.cleanup()
             raise
-        reply = _Reply(worker, metrics, request, prompt, chat, folder)
+        tools = request.usable_tools if isinstance(request, ChatRequest) else []
+        reading = prompts.calls.begin(prompt.tokens, tools) if tools else None
+        reply = _Reply(worker, metrics, request, prompt, chat, folder, reading)
         if request.stream:
             return StreamingResponse(reply.events(), media_type="text/event-stream")
         return JSONResponse(await reply.whole(http))
@@ -160,8 +163,11 @@ class _Reply:
         prompt: Prompt,
         chat: bool,
         folder: tempfile.TemporaryDirectory[str],
+        reading: Reading | None,
     ) -> None:
-        """Submit the prompt. `folder` has its pictures, and is deleted after the answer."""
+        """Submit the prompt. `folder` has its pictures, and is deleted after the answer. `reading` finds the tool calls
+        in it; None without tools."""
+        self._reading = reading
         self._metrics, self._request, self._prompt, self._chat, self._folder = metrics, request, prompt, chat, folder
         self._began, self._loop = time.monotonic(), asyncio.get_running_loop()
         self._told: asyncio.Queue[tuple[str, Completion | Exception | None]] = asyncio.Queue()
@@ -216,8 +222,21 @@ class _Reply:
             end = task.result()
         finally:
             task.cancel()
-        said = {"message": {"role": "assistant", "content": end.text}} if self._chat else {"text": end.text}
-        return {**self._head(), "choices": [self._choice(said, end.finish_reason)], "usage": self._usage(end)}
+        message: dict[str, Any] = {"role": "assistant", "content": end.text}
+        reason = end.finish_reason
+        if self._reading is not None:
+            self._reading.read(end.text)
+            self._reading.end()
+            message = {"role": "assistant", "content": self._reading.content or None, **self._calls()}
+            reason = "tool_calls" if self._reading.calls else reason
+        said = {"message": message} if self._chat else {"text": end.text}
+        return {**self._head(), "choices": [self._choice(said, reason)], "usage": self._usage(end)}
+
+    def _calls(self) -> dict[str, Any]:
+        """The tool calls of an answer that is read, and its thoughts, if it has any."""
+        assert self._reading is not None
+        thoughts = {"reasoning_content": self._reading.thoughts} if self._reading.thoughts else {}
+        return {**thoughts, **({"tool_calls": self._reading.calls} if self._reading.calls else {})}
 
     async def events(self) -> AsyncIterator[str]:
         """The answer as server-sent events, as OpenAI's clients read them."""
@@ -229,11 +248,21 @@ class _Reply:
             async for text, end in self._texts():
                 # a tokenizer may write the last word anew; what is sent stays
                 new, sent = (text[len(sent) :], text) if text.startswith(sent) else ("", sent)
+                reason = end.finish_reason if end is not None else None
+                if self._reading is not None:
+                    new = self._reading.read(sent) + (self._reading.end() if end is not None else "")
                 if new:
                     said = {"delta": {"content": new}} if self._chat else {"text": new}
                     yield self._event([self._choice(said, None)])
                 if end is not None:
-                    yield self._event([self._choice({"delta": {}} if self._chat else {"text": ""}, end.finish_reason)])
+                    last: dict[str, Any] = {"delta": {}}
+                    if self._reading is not None and self._reading.calls:
+                        last["delta"] = self._calls()
+                        last["delta"]["tool_calls"] = [
+                            {"index": place, **call} for place, call in enumerate(self._reading.calls)
+                        ]
+                        reason = "tool_calls"
+                    yield self._event([self._choice(last if self._chat else {"text": ""}, reason)])
                     if wants_usage:
                         yield self._event([], usage=self._usage(end))
         except LorryError as error:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from stages.contract.errors import DataError, UsageError
 from stages.contract.records import PLACE, escape_places
 from stages.models.rendering import Prompt, Renderer
+from stages.serve.tool_calls import ToolCalls
 
 UNSUPPORTED: dict[str, Any] = {
     "n": 1,
@@ -25,8 +26,9 @@ UNSUPPORTED: dict[str, Any] = {
     "logit_bias": None,
     "presence_penalty": 0,
     "frequency_penalty": 0,
-    "tools": None,
     "functions": None,
+    "function_call": None,
+    "parallel_tool_calls": True,
     "response_format": None,
     "echo": False,
     "suffix": None,
@@ -77,11 +79,33 @@ class ChatMessage(BaseModel):
     content: str | list[dict[str, Any]] | None = None
 
 
+class Function(BaseModel):
+    """A tool's name, with its description and the JSON schema of its parameters."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+
+class Tool(BaseModel):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
 class ChatRequest(Request):
     """The body of /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+    @property
+    def usable_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else [tool.model_dump() for tool in self.tools or ()]
 
 
 class TextRequest(Request):
@@ -97,19 +121,30 @@ class Prompts:
         """`sampling` has `temperature` and `top_p` for requests that name none, where the model has such settings."""
         self._renderer, self._max_length, self._max_pixels = renderer, max_length, max_pixels
         self._sampling = sampling
+        self.calls = ToolCalls(renderer)
 
     def of_chat(self, request: ChatRequest, folder: Path) -> Prompt:
         """The prompt of a conversation. Its pictures are written to `folder`.
 
-        Raises UsageError for a conversation that the chat template refuses, or that is too long, and DataError for a
-        picture that cannot be read.
+        Raises UsageError for a conversation that the chat template refuses, or that is too long, and for tools whose
+        calls could not be read; DataError for a picture that cannot be read.
         """
+        if request.tool_choice not in (None, "none", "auto"):
+            raise UsageError(f"tool_choice: found {request.tool_choice!r}; this server takes auto and none")
+        if request.usable_tools and self.calls.problem:
+            raise UsageError(f"tools: this server cannot read this model's calls: {self.calls.problem}; leave them out")
         messages, pictures = [], list[Path]()
         for message in request.messages:
             role = "system" if message.role == "developer" else message.role
             content = self._content(message, folder, pictures)
             messages.append({**_extras(message), "role": role, "content": content})
-        prompt = self._renderer.render("request", messages, pictures, self._max_pixels)  # type: ignore[arg-type]
+        prompt = self._renderer.render(
+            "request",
+            messages,  # type: ignore[arg-type]
+            pictures,
+            self._max_pixels,
+            tools=request.usable_tools,
+        )
         return self._limited(prompt, request, request.max_completion_tokens or request.max_tokens)
 
     def of_text(self, request: TextRequest) -> Prompt:

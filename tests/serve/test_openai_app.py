@@ -142,7 +142,11 @@ def test_a_token_is_needed_below_v1_only(client: TestClient) -> None:
         ({"messages": []}, 400, "messages: "),
         ({"temperature": -1}, 400, "temperature: "),
         ({"n": 2}, 400, "n: this server does not support it; leave it out"),
-        ({"tools": [{"type": "function"}]}, 400, "tools: this server does not support it"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "x"}}]},
+            400,
+            "tools: this server cannot read this model",
+        ),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "but prompt and answer may have 512"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "found a part of type 'audio'"),
         (
