@@ -4,21 +4,16 @@ The tokens that count are those that training would learn of the same conversati
 their losses on the same tokens.
 """
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.contract.errors import DataError, UsageError
-from stages.contract.events import Events
 from stages.contract.files import digest_of, write_jsonl
-from stages.contract.machine_errors import machine_error
 from stages.contract.recipe import Recipe
 from stages.contract.records import PLACE, Message, Sample, escape_places
-from stages.contract.stop import StopRequest
-from stages.engines.engine import Engine, GivenAnswer, predicted_places
+from stages.engines.engine import GivenAnswer, predicted_places
 from stages.infer.journal import Journals, Question
 from stages.infer.prompts import EngineLimits
 from stages.infer.rounds import Round, Variant
@@ -142,116 +137,6 @@ def _answer(sample: Sample) -> Message | None:
         return meta["answer"]
     target = meta.get("target", next(iter(sample["references"]), None))
     return None if target is None else {"role": "assistant", "content": escape_places(target)}
-
-
-@dataclass
-class LossSession:
-    """A running engine that serves `models` (None: base), and what is needed to compute losses with it."""
-
-    engine: Engine
-    models: set[str | None]
-    given: GivenAnswers
-    journals: Journals
-    events: Events
-    stop: StopRequest
-
-    def compute(self, asked: Round) -> None:
-        """Compute the losses of a round that need these models, and add them to the journals: variant by variant, chunk
-        by chunk. A sample without a loss gets the reason instead.
-
-        Raises the errors of `answer_round`.
-        """
-        for variant, chunks in asked.chunks.items():
-            if variant.adapter not in self.models:
-                continue
-            done, total = 0, sum(map(len, chunks))
-            for chunk in chunks:
-                began = time.monotonic()
-                tokens = self._compute_chunk(variant.adapter, chunk)
-                done += len(chunk)
-                if tokens:
-                    rate = round(tokens / (time.monotonic() - began), 1)
-                    activity = f"losses of {variant.name}"
-                    self.events.report_progress(activity, done, total, "samples", tokens_per_second=rate)
-                self.stop.check()
-
-    def _compute_chunk(self, model: str | None, chunk: list[Sample]) -> int:
-        """Compute the missing losses of a chunk. Returns the number of tokens that the engine read.
-
-        An engine that computes in padded batches gets all samples of a chunk, even those with a known loss.
-        """
-        missing: dict[str, Question] = {}
-        asked: list[list[GivenAnswer]] = []
-        for sample in chunk:
-            question = self.given.question(sample)
-            record, given = self.journals.find(model, question), self.given.render(sample)
-            if record and (self.engine.continuous or record["error"] is not None):
-                continue
-            if isinstance(given, str):
-                self.journals.add_loss(model, question, None, 0, given)
-                continue
-            asked.append(given)
-            if record is None:
-                missing[sample["id"]] = question
-        if not missing:
-            return 0
-        self._compute(model, asked, missing)
-        return sum(one.length for given in asked for one in given)
-
-    def _compute(self, model: str | None, asked: list[list[GivenAnswer]], missing: dict[str, Question]) -> None:
-        """Compute the losses of these samples and add those in `missing`, by sample id, to the journals. Empties
-        `missing`.
-
-        If the engine fails, tries each missing sample alone and adds the error of those that fail again. Raises a
-        LorryError instead if the machine is the cause, and the engine's error if it computes no other sample either.
-        """
-        answers = [one for given in asked for one in given]
-        left = Counter(one.sample_id for one in answers)
-        sums: dict[str, dict[int, float]] = {name: {} for name in left}
-
-        def add_loss(place: int, loss: float) -> None:
-            """Keep the loss of answer number `place`, and add that of its sample to the journals once it is whole."""
-            name = answers[place].sample_id
-            sums[name][place] = loss
-            left[name] -= 1
-            if not left[name] and (question := missing.pop(name, None)) is not None:
-                tokens = sum(answers[one].learnt for one in sums[name])
-                # in the order of the sequences, whatever the order in which they were computed
-                total = sum(sums[name][one] for one in sorted(sums[name]))
-                self.journals.add_loss(model, question, total, tokens, None)
-            if self.engine.continuous:
-                self.stop.check()
-
-        try:
-            self.engine.losses(answers, model, add_loss)
-        except Exception as error:
-            self.stop.check()  # a Ctrl-C also ends the engine's processes, so it may be the cause of the error
-            explained = machine_error(error)
-            if explained is not None:
-                raise explained from error
-            undone = [given for given in asked if given[0].sample_id in missing]
-            if len(asked) > 1:
-                for given in undone:
-                    name = given[0].sample_id
-                    self._compute(model, [given], {name: missing.pop(name)})
-                return
-            for given in undone:
-                name = given[0].sample_id
-                print(f"infer: the loss of sample {name} failed: {error!r}")  # for the log
-                if not self._computes_another(model, name):
-                    raise
-                self.journals.add_loss(model, missing.pop(name), None, 0, f"{type(error).__name__}: {error}")
-
-    def _computes_another(self, model: str | None, failed: str) -> bool:
-        """Whether the engine still computes the loss of at least one of the three shortest other samples."""
-        for given in self.given.shortest_others(failed, 3):
-            try:
-                self.engine.losses(given, model)
-            except Exception as error:  # noqa: BLE001 - whatever the error, the engine does not answer
-                print(f"infer: after sample {failed}, sample {given[0].sample_id} failed too: {error!r}")
-            else:
-                return True
-        return False
 
 
 def missing_losses(asked: Round, given: GivenAnswers, journals: Journals) -> set[str | None]:

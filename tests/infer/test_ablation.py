@@ -115,6 +115,7 @@ def lives(run: Run, monkeypatch: pytest.MonkeyPatch, life: int) -> Iterator[Aske
     raise AssertionError("it never ends")
 
 
+@pytest.mark.long
 def test_a_component_added_to_a_finished_run_asks_only_new_prompts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, asked = infers(run, monkeypatch)
     assert (code, len(asked)) == (Exit.DONE, 2 + 4 * 4)

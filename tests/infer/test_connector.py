@@ -14,6 +14,8 @@ from stages.models.connector import link_connector
 from stages.models.rendering import Renderer
 from tests.train.two_phases import TwoPhases, two_phases
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TwoPhases:

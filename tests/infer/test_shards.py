@@ -134,6 +134,7 @@ def test_failed_samples_are_counted_as_in_one_run(run: Run, monkeypatch: pytest.
     assert manifest(run)["counts"] == {"answered": 10, "failed": 2}
 
 
+@pytest.mark.long
 def test_the_real_engine_gives_the_same_bytes_in_shards(run: Run, small_models: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
