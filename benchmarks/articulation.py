@@ -1,6 +1,6 @@
 """Scores of SmolLM2 on joint code for generated cabinets, before and after training, on held-out objects.
 
-    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.articulation [--objects 2500 200] [--set KEY=VALUE]
+    LORRY_MODELS=models LORRY_RUNS=runs python -m benchmarks.articulation [--objects 2500 200] [--boxes 5] [--set K=V]
 
 Needs SmolLM2-135M-Instruct. Takes minutes on a GPU. To test it on a CPU, use `--objects 16 4 --set train.epochs=1 --set
 train.effective_batch=4`, which learns nothing. recipes/data/make_articulation.py makes the cabinets; none of the
@@ -83,10 +83,11 @@ def guess_scores(samples: list[Sample], trained: list[Sample]) -> dict[str, floa
     return {name: round(100 * fmean(row[name] for row in rows if name in row), 4) for name in names}
 
 
-def finished_row(folder: Path, seed: int, objects: list[int], seconds: dict[str, float]) -> dict[str, Any]:
+def finished_row(folder: Path, seed: int, objects: list[int], boxes: int, seconds: dict[str, float]) -> dict[str, Any]:
     """Return the row of the finished run in `folder`.
 
-    `objects` is the numbers of training and held-out objects; `seconds` has the wall seconds by stage.
+    `objects` is the numbers of training and held-out objects, `boxes` the largest number of an object's; `seconds`
+    has the wall seconds by stage.
     """
     scores = read_json(folder / "eval" / "scores.json")
     gains = read_json(folder / "eval" / "differences.json")["joints"]
@@ -96,7 +97,7 @@ def finished_row(folder: Path, seed: int, objects: list[int], seconds: dict[str,
     return {
         "seed": seed,
         "objects": dict(zip(("trained on", "held out"), objects, strict=True)),
-        "boxes of an object, at most": MOST_BOXES,
+        "boxes of an object, at most": boxes,
         "samples trained on": len(trained),
         "base": {name: figure["value"] for name, figure in scores["base"].items()},
         "guess": guess_scores(samples, trained),
@@ -115,24 +116,25 @@ def main() -> None:
     parser.add_argument(
         "--objects", type=int, nargs=2, default=OBJECTS, metavar=("TRAIN", "TEST"), help="Objects. Default: 2500 200."
     )
+    parser.add_argument("--boxes", type=int, default=MOST_BOXES, help="Most boxes of an object. Default: 5.")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="Recipe override; may be repeated."
     )
     chosen = parser.parse_args()
     train, test = chosen.objects
-    name = f"articulation-{chosen.seed}-{train}-{test}"
+    name = f"articulation-{chosen.seed}-{train}-{test}-{chosen.boxes}"
     data = ROOTS.runs / "articulation-data" / name
     began = time.monotonic()
     if not data.is_dir():
         load_maker("articulation").make(
-            data.with_name(f"{name}.new"), chosen.seed, train, test, loops=1, most_boxes=MOST_BOXES
+            data.with_name(f"{name}.new"), chosen.seed, train, test, loops=1, most_boxes=chosen.boxes
         )
         data.with_name(f"{name}.new").rename(data)
     seconds = {"make": round(time.monotonic() - began, 1)}
     sets = [*SETTINGS, f"seed={chosen.seed}", *chosen.set]
     for stage in STAGES:
         seconds[stage] = run_stage(name, stage, data, sets)
-    row = finished_row(ROOTS.runs / name, chosen.seed, [train, test], seconds)
+    row = finished_row(ROOTS.runs / name, chosen.seed, [train, test], chosen.boxes, seconds)
     OUT.mkdir(parents=True, exist_ok=True)
     write_json(OUT / f"{name}.json", row)
     write_rows("articulation", [row], "python -m benchmarks.articulation")

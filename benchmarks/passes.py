@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.drawn_pages import draw_page
 from benchmarks.random_adapters import make_adapter
-from benchmarks.random_models import CONFIGS, make_model
+from benchmarks.random_models import CONFIGS, make_model, silence_unused_tokens
 from benchmarks.rows import write_rows
 from stages.contract.files import FileHashes, read_json, read_jsonl, write_json, write_jsonl
 from stages.contract.recipe import load_recipe
@@ -45,8 +45,6 @@ LIMITS = {
     "long": ("infer.max_new_tokens=2000", "infer.passes.page_tokens=768", "infer.passes.refine_tokens=768"),
     "short": ("infer.max_new_tokens=96", "infer.passes.page_tokens=96", "infer.passes.refine_tokens=24"),
 }
-REAL_TOKENS = 49152
-"""Size of SmolLM2's tokenizer; the rest of the vocabulary has no text and must not be generated."""
 ROOTS = Roots.from_environment()
 
 
@@ -69,7 +67,7 @@ def prepare() -> None:
     """
     model = ROOTS.models / MODEL
     make_model(model, CONFIGS[MODEL])
-    _silence_unused_tokens(model)
+    silence_unused_tokens(model)
     for length in LIMITS:
         random.seed(0)
         run = run_for_length(length)
@@ -113,24 +111,6 @@ def _sample(run: Run, question: PatentQuestion) -> Any:
     ranked = random.sample(range(1, PAGES + 1), PAGES)
     found = Found(pages=pages, ranked=ranked, examples=["在部件5的上方", "弹簧座"])
     return build_samples(run.recipe, question, found, "test")[0]
-
-
-def _silence_unused_tokens(folder: Path) -> None:
-    """Set the output head's rows to 0 for all tokens without text, so that none of these is generated.
-
-    Their logits are then 0, and some token with text has a higher one.
-    """
-    import struct
-
-    index = read_json(folder / "model.safetensors.index.json")["weight_map"]
-    path = folder / index["lm_head.weight"]
-    with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        entry = json.loads(file.read(length))["lm_head.weight"]
-        start, end = entry["data_offsets"]
-        row = 2 * entry["shape"][1]
-        file.seek(8 + length + start + REAL_TOKENS * row)
-        file.write(bytes(end - start - REAL_TOKENS * row))
 
 
 def _write_manifest(run: Run, stage: str, *names: str) -> None:

@@ -36,7 +36,6 @@ from benchmarks.training import (
     free_memory,
     lengths_of,
     memory_held,
-    products_of,
     random_base,
     sequences_of,
     shape_folder,
@@ -46,6 +45,7 @@ from benchmarks.training import (
 from stages.contract.roots import Roots
 from stages.hardware.peaks import share_of_peak
 from stages.hardware.probe import probe
+from stages.models.shape import planned_shape
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def _lengths(peer: Peer, tiny: bool) -> list[int]:
 def row_of(peer: Peer, model: Path, seconds: Sequence[float], tokens: Sequence[int], **more: Any) -> dict[str, Any]:
     """The row of a peer by the seconds and tokens of its steps."""
     speed = sum(tokens[peer.skipped :]) / sum(seconds[peer.skipped :])
-    share = share_of_peak(probe().gpus, products_of(model), speed, 1)
+    share = share_of_peak(probe().gpus, planned_shape(model)[0], speed, 1)
     return {
         "setting": peer.name,
         "tokens/s": round(speed),

@@ -2,6 +2,8 @@
 
     python -m benchmarks.random_models FOLDER NAME...
 
+`make_model` can also leave the contents out: the files then have their sizes, and take no disk.
+
 The tokenizer is SmolLM2's, from LORRY_MODELS; the larger vocabularies contain all its token ids. Weights are one block
 of normal random numbers in bfloat16, repeated, since memory and time do not depend on the values. LLaVA's norms are
 ones. In a 4-bit GPTQ model, linear modules have random integers with one scale, packed as auto-gptq and gptqmodel do,
@@ -84,6 +86,8 @@ CONFIGS["LLaVA-1.5-7B"] = {
     },
 }
 """As published, except that the vocabulary is SmolLM2's instead of 32,064 tokens: 0.14 billion more parameters."""
+REAL_TOKENS = 49152
+"""Size of SmolLM2's tokenizer; the rest of a vocabulary has no text and must not be generated."""
 GROUP = 128
 """Inputs of a GPTQ module that share a scale, as in published models."""
 CONFIGS |= {
@@ -99,10 +103,11 @@ CONFIGS |= {
 }
 
 
-def make_model(folder: Path, config: dict[str, Any]) -> None:
+def make_model(folder: Path, config: dict[str, Any], has_contents: bool = True) -> None:
     """Write a model folder: `config`, tokenizer or processor, and random weights under the names of transformers.
 
-    With `quantization_config` in `config`, the linear modules are in 4-bit GPTQ.
+    With `quantization_config` in `config`, the linear modules are in 4-bit GPTQ. Without `has_contents`, the weights'
+    files have headers and sizes only.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(config)
@@ -120,11 +125,10 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     shapes = _parameter_shapes(plain)
     if plain == config:
-        _write_weights(
-            folder, {name: Tensor("BF16", shape, _tensor_kind(config, name)) for name, shape in shapes.items()}
-        )
+        tensors = {name: Tensor("BF16", shape, _tensor_kind(config, name)) for name, shape in shapes.items()}
     else:
-        _write_weights(folder, _gptq_tensors(shapes))
+        tensors = _gptq_tensors(shapes)
+    _write_weights(folder, tensors, has_contents)
 
 
 @dataclass(frozen=True)
@@ -207,12 +211,12 @@ def _repeated_blocks() -> dict[str, bytes]:
     }
 
 
-def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _write_weights(folder: Path, tensors: dict[str, Tensor], has_contents: bool = True) -> None:
     """Write safetensors files with at most SHARD bytes of tensors each, and their index.
 
-    A tensor that is larger than SHARD gets a file of its own.
+    A tensor that is larger than SHARD gets a file of its own. Without `has_contents`, files end in a hole.
     """
-    contents = _repeated_blocks()
+    contents = _repeated_blocks() if has_contents else {}
     written = Counter[str]()  # bytes so far: tensors start at different places of their block, so that they differ
     files: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -232,7 +236,8 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
         text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
         with (folder / name).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in inside.values():
+            file.truncate(file.tell() + ends[-1])
+            for tensor in inside.values() if has_contents else ():
                 kind = tensor.dtype if tensor.kind == "weight" else tensor.kind
                 block, left = contents[kind], tensor.bytes
                 place = 0 if kind == "g_idx" else written[kind] % len(block)
@@ -242,6 +247,22 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
                 written[kind] += tensor.bytes
     weight_map = {weight: name for name, inside in zip(names, files, strict=True) for weight in inside}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def silence_unused_tokens(folder: Path) -> None:
+    """Set the output head's rows to 0 for all tokens without text, so that none of these is generated.
+
+    Their logits are then 0, and some token with text has a higher one.
+    """
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    path = folder / index["lm_head.weight"]
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entry = json.loads(file.read(length))["lm_head.weight"]
+        start, end = entry["data_offsets"]
+        row = 2 * entry["shape"][1]
+        file.seek(8 + length + start + REAL_TOKENS * row)
+        file.write(bytes(end - start - REAL_TOKENS * row))
 
 
 if __name__ == "__main__":

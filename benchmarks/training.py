@@ -10,7 +10,8 @@ float32 LoRA of rank 8 on all linear layers. Weights are made on the GPU, except
 `qa` has questions of lognormal length, 150 tokens in the mean and 2,048 at most, of which 24 are learnt; `docs` has
 samples of 2,000 to 4,000 tokens, of which 24 are learnt, or all of them. Speed is that of the steps after the first
 `Setting.skipped`, in which kernels are compiled and passes captured. `of the peak` is as in `stages.hardware.peaks`:
-four operations for each parameter and token. `measured bytes` is what the driver says that this process took at most.
+four operations for each token and weight that it is multiplied by. `measured bytes` is what the driver says that this
+process took at most.
 `tiny` takes shapes that a CPU can train, to try the script.
 """
 
@@ -28,7 +29,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from math import prod
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ from stages.contract.recipe import Adapter, Model, Train
 from stages.contract.roots import Roots
 from stages.contract.stop import StopRequest
 from stages.hardware.fit import plan_training
-from stages.hardware.memory import Lengths, is_vision_or_connector
+from stages.hardware.memory import Lengths
 from stages.hardware.peaks import share_of_peak
 from stages.hardware.probe import probe
 from stages.models.rendering import Renderer
@@ -364,7 +364,7 @@ def measure(setting: Setting, tiny: bool, before: int, together: Any) -> dict[st
     tokens = [one["tokens"] for one in steps if one["event"] == "step"]
     counted = slice(setting.skipped, None)
     speed = sum(tokens[counted]) / sum(seconds[counted])
-    share = share_of_peak(probe().gpus, products_of(model), speed, processes)
+    share = share_of_peak(probe().gpus, planned_shape(model)[0], speed, processes)
     reserved = max((one["memory"] or 0 for one in steps if one["event"] == "step"), default=0)
     measured = peak.bytes
     row = {
@@ -488,12 +488,6 @@ def _train(
     loaded = time.monotonic() - began
     loop.run()
     return trainee, loaded, [json.loads(line) for line in messages.read_text().splitlines()]
-
-
-def products_of(model: Path) -> int:
-    """Number of weights of the language model by which each token is multiplied: all but the embeddings."""
-    shape, _ = planned_shape(model)
-    return sum(prod(sizes) for name, sizes in shape.linears.items() if not is_vision_or_connector(name))
 
 
 def free_memory() -> None:

@@ -18,6 +18,7 @@ def test_a_family_renders_trains_answers_and_exports(name: str, tmp_path: Path) 
     assert row["exports"] and row["losses"][1] < row["losses"][0]
 
 
+@pytest.mark.heavy  # the function that it tests imports transformers
 def test_what_fails_is_named_with_its_step(tmp_path: Path) -> None:
     (family,) = (family for family in families.FAMILIES if family.name == "InternLM")
     row = families.try_family(family, tmp_path)
