@@ -1,30 +1,23 @@
 """`lorry chat`: base and tuned side by side in the terminal, and `lorry-chat`, which does it in the container."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from entrypoints.common import one_line_errors, print_lines
-from entrypoints.options import card_options
+from entrypoints.options import as_arguments, card_options, option_group
 
-
-def chat_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what `lorry chat` and `lorry-chat` share."""
-    for decorate in (
-        click.option(
-            "--engine", metavar="NAME", help="vllm or transformers. Default: transformers, which starts fast."
-        ),
-        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: greedy. Default: 0."),
-        click.option("--max-tokens", type=click.IntRange(min=1), default=1024, help="Of an answer. Default: 1024."),
-        click.option("--system", metavar="TEXT", help="System prompt. Default: the commonest of the training samples."),
-        click.option("--tuned-only", "only", flag_value="tuned", help="Ask the adapter only."),
-        click.option("--base-only", "only", flag_value="base", help="Ask the base only."),
-        click.option("--adapter", metavar="NAME", help="Adapter to ask. Default: the first one."),
-    ):
-        command = decorate(command)
-    return command
+chat_options = option_group(
+    click.option("--adapter", metavar="NAME", help="Adapter to ask. Default: the first one."),
+    click.option("--base-only", "only", flag_value="base", help="Ask the base only."),
+    click.option("--tuned-only", "only", flag_value="tuned", help="Ask the adapter only."),
+    click.option("--system", metavar="TEXT", help="System prompt. Default: the commonest of the training samples."),
+    click.option("--max-tokens", type=click.IntRange(min=1), default=1024, help="Of an answer. Default: 1024."),
+    click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: greedy. Default: 0."),
+    click.option("--engine", metavar="NAME", help="vllm or transformers. Default: transformers, which starts fast."),
+)
+"""What `lorry chat` and `lorry-chat` share."""
 
 
 @click.command()
@@ -40,8 +33,7 @@ def chat(run_name: str, gpus: str | None, target: str | None, only: str | None, 
     """
     from stages.host.serving import chat_here, chat_on_host
 
-    given = [part for name, value in options.items() if value for part in (f"--{name.replace('_', '-')}", str(value))]
-    arguments = [*given, *([f"--{only}-only"] if only else [])]
+    arguments = [*as_arguments(options), *([f"--{only}-only"] if only else [])]
     sys.exit(
         print_lines(chat_on_host(run_name, arguments, lambda: chat_here(run_name, only=only, **options), gpus, target))
     )

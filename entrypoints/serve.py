@@ -2,44 +2,40 @@
 
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from entrypoints.common import one_line_errors, print_lines
-from entrypoints.options import card_options
+from entrypoints.options import as_arguments, card_options, option_group
 
 HOST, PORT = "127.0.0.1", 8000
 
 
-def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what `lorry serve` and `lorry-serve` share."""
-    for decorate in (
-        click.argument("more", nargs=-1, type=click.UNPROCESSED),
-        click.option(
-            "--max-length",
-            type=click.IntRange(min=16),
-            metavar="N",
-            help="Tokens of prompt and answer together. Default: the recipe's infer.max_length.",
-        ),
-        click.option("--only", metavar="NAME", help="Serve one model only: base or an adapter. Default: all."),
-        click.option(
-            "--engine",
-            metavar="NAME",
-            help="vllm or transformers. Default: the recipe's, or transformers if that cannot serve RUN.",
-        ),
-        click.option(
-            "--api-key",
-            metavar="TOKEN",
-            envvar="LORRY_API_KEY",
-            help="Token that clients must send. Default: none. [env: LORRY_API_KEY]",
-        ),
-        click.option("--port", type=click.IntRange(0, 65535), default=PORT, help=f"Port. Default: {PORT}."),
-        click.option("--host", default=HOST, metavar="ADDRESS", help=f"Address to listen at. Default: {HOST}."),
-    ):
-        command = decorate(command)
-    return command
+server_options = option_group(
+    click.option("--host", default=HOST, metavar="ADDRESS", help=f"Address to listen at. Default: {HOST}."),
+    click.option("--port", type=click.IntRange(0, 65535), default=PORT, help=f"Port. Default: {PORT}."),
+    click.option(
+        "--api-key",
+        metavar="TOKEN",
+        envvar="LORRY_API_KEY",
+        help="Token that clients must send. Default: none. [env: LORRY_API_KEY]",
+    ),
+    click.option(
+        "--engine",
+        metavar="NAME",
+        help="vllm or transformers. Default: the recipe's, or transformers if that cannot serve RUN.",
+    ),
+    click.option("--only", metavar="NAME", help="Serve one model only: base or an adapter. Default: all."),
+    click.option(
+        "--max-length",
+        type=click.IntRange(min=16),
+        metavar="N",
+        help="Tokens of prompt and answer together. Default: the recipe's infer.max_length.",
+    ),
+    click.argument("more", nargs=-1, type=click.UNPROCESSED),
+)
+"""What `lorry serve` and `lorry-serve` share."""
 
 
 @click.command()
@@ -60,8 +56,8 @@ def serve(
     if api_key:
         os.environ[TOKEN] = api_key
     host, port = options.pop("host"), options.pop("port")
-    given = [part for name, value in options.items() if value for part in (f"--{name.replace('_', '-')}", str(value))]
-    sys.exit(print_lines(serve_on_host(run_name, host, port, [*given, *(("--", *more) if more else ())], gpus, target)))
+    arguments = [*as_arguments(options), *(("--", *more) if more else ())]
+    sys.exit(print_lines(serve_on_host(run_name, host, port, arguments, gpus, target)))
 
 
 @click.command(name="lorry-serve")

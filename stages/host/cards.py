@@ -239,7 +239,13 @@ def job_need(stages: tuple[str, ...], options: dict[str, Any]) -> Need:
 
 def preprocess_bytes(run: "Run") -> int:
     """Bytes that preprocess takes on one GPU, by a rule of thumb (`inference_bytes`): those of its largest model, as
-    it loads one after the other. 0 if it computes on none.
+    it loads one after the other. 0 if it computes on none. Raises UsageError as `preprocess_weights` does."""
+    largest = preprocess_weights(run)
+    return inference_bytes(largest) if largest else 0
+
+
+def preprocess_weights(run: "Run") -> int:
+    """Bytes of the weights of the largest model that preprocess computes on a GPU; 0 if it computes on none.
 
     Weights may be missing: config.json will do for the base, and for an embedder that reads pictures. Raises UsageError
     if a model does not exist, is damaged, or has a shape whose memory Lorry cannot estimate.
@@ -254,7 +260,7 @@ def preprocess_bytes(run: "Run") -> int:
             largest = max(largest, shape.served_bytes)
         else:
             largest = max(largest, weights_bytes(folder))
-    return inference_bytes(largest) if largest else 0
+    return largest
 
 
 def inference_bytes(weights: int) -> int:

@@ -119,9 +119,9 @@ def container_runner(
     return run, images[stages[-1]]
 
 
-def image_name(stage: str, version: str, target: Target) -> str:
-    """The name of a stage's image, as in images/docker-bake.hcl."""
-    registry = os.environ.get("REGISTRY")
+def image_name(stage: str, version: str, target: Target, registry: str | None = None) -> str:
+    """The name of a stage's image, as in images/docker-bake.hcl, with `registry` before it; None: REGISTRY."""
+    registry = os.environ.get("REGISTRY") if registry is None else registry
     prefix = f"{registry}/" if registry else ""
     return f"{prefix}lorry-{stage}:{version}-{image_target(stage, target)}"
 

@@ -17,7 +17,7 @@ STANDARD = ("collections.abc", "functools", "json", "os", "pathlib", "re", "sys"
 MOST_LINES = 40
 """Of a function of a command, help text included."""
 
-MOST_LINES_OF_ALL = 800
+MOST_LINES_OF_ALL = 870
 """Of the whole folder."""
 
 
