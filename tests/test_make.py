@@ -81,6 +81,21 @@ def test_a_value_reaches_the_command_as_typed(make: Make, value: str, by_environ
     assert make.lorry("ledger", f"RUN={value}", f"OUT={value}") == ["ledger", value, "--out", value]
 
 
+def test_a_launch_on_kubernetes_takes_the_variables_of_the_other_verbs(make: Make) -> None:
+    given = ["RECIPE=my.yaml", "PROFILE=tiny", "RUN=my run", "DATA=docs", "GPUS=auto:4", "TARGET=a800", "SET=seed=7"]
+    options = ["--profile", "tiny", "--run", "my run", "--data", "docs", "--gpus", "auto:4", "--target", "a800"]
+    more = ["--namespace", "lab", "--registry", "host/team", "--kubernetes", "my cluster.yaml"]
+    launch = ["launch", "eval", "--on", "kubernetes"]
+    assert make.lorry("k8s-run", "TARGET=a800") == [*launch, "patent-qa", "--target", "a800"]
+    assert make.lorry("k8s-run", *given, "NAMESPACE=lab", "REGISTRY=host/team", "KUBERNETES=my cluster.yaml") == [
+        *launch,
+        "my.yaml",
+        *options,
+        *more,
+        "LORRY_SET=seed=7",
+    ]
+
+
 def test_settings_reach_it_as_one_variable(make: Make) -> None:
     settings = 'train.connector={epochs: 2, max_length: 64} train.note="$5" seed=7'
     assert make.lorry("infer", f"SET={settings}")[-1] == f"LORRY_SET={settings}"

@@ -224,7 +224,7 @@ def _recipe(name: str | None, profile: str | None, overrides: Sequence[str]) -> 
 def _make(arguments: Sequence[str]) -> Iterator[str]:
     values = dict(word.split("=", 1) for word in arguments if "=" in word)
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    scripts = [*(REPOSITORY / "images").glob("*.*"), REPOSITORY / "k8s" / "run.sh"]
+    scripts = (REPOSITORY / "images").glob("*.*")
     readers = makefile + "".join(path.read_text(encoding="utf-8") for path in scripts)
     for word in arguments:
         if "=" not in word and word not in make_targets(makefile) and not PLACEHOLDER.fullmatch(word):

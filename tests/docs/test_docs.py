@@ -127,7 +127,10 @@ def test_a_good_link_passes() -> None:
         ("`lorry-fly x`", "no command lorry-fly"),
         ("`lorry recipe forget`", "no command lorry recipe forget"),
         ("`lorry run patent-qa --profil tiny`", "lorry run: No such option"),
-        ("```\nlorry launch fly patent-qa\n```", "2: lorry launch: Invalid value for '{preprocess|train|infer|eval}'"),
+        (
+            "```\nlorry launch fly patent-qa\n```",
+            "2: lorry launch: Invalid value for '{preprocess|train|infer|eval|load}'",
+        ),
         ("```\nlorry launch\n```", "lorry launch: Missing argument"),
         ("```\ncd x && lorry plan patent-qa \\\n  --gpus none\n```", "2: lorry plan: Invalid value for '--gpus'"),
         ("```\necho\nlorry run patents    # one\n```", "3: no recipe patents"),

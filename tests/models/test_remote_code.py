@@ -106,7 +106,12 @@ def test_training_refuses_it_in_one_line(training: Training, llama: Path) -> Non
             {},
             r"modules\.json: custom\.Pooling is Python of this folder, which never runs",
         ),
-        ([], {"model_type": "own", "auto_map": {"AutoModel": "own--code.Model"}}, r"no own model.*\(code\.py\)"),
+        pytest.param(
+            [],
+            {"model_type": "own", "auto_map": {"AutoModel": "own--code.Model"}},
+            r"no own model.*\(code\.py\)",
+            marks=pytest.mark.heavy,  # transformers is asked whether it knows the model
+        ),
     ],
 )
 def test_an_embedder_that_needs_its_files_is_refused(

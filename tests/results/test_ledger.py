@@ -412,7 +412,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_no_damage_is_a_crash(whole: Path, data: st.DataObject) -> None:
     """Any value of any manifest, or any whole file, replaced by anything."""
