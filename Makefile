@@ -7,6 +7,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # GPUS: numbers or UUIDs; auto or auto:4 chooses GPUs with enough free memory; default: 0. LORRY_GPU_DENY=5,6,7 denies some
 ARGS = "$${RECIPE:-patent-qa}" $${PROFILE:+--profile "$$PROFILE"} $${RUN:+--run "$$RUN"} $${DATA:+--data "$$DATA"} \
   $${GPUS:+--gpus "$$GPUS"} $${TARGET:+--target "$$TARGET"}
+# make ends with 2 whatever a command ends with
+SAY_CODE = || { code=$$?; echo "exit code $$code (docs/runs.md); make itself exits with 2" >&2; exit $$code; }
 SETTINGS = LORRY_SET="$${SET:-$$LORRY_SET}"
 
 # a value may hold blanks, quotes and `$`: recipes read it from the environment, and make expands nothing in it
@@ -31,7 +33,7 @@ demo: .venv/.ready models/.ready ## run the demo on this CPU, from PDFs to score
 	exec $(BIN)/lorry run "$$recipe" --profile "$${PROFILE:-tiny}" --run "$${RUN:-$$run}" $${DATA:+--data "$$DATA"}
 
 preprocess train infer eval: .venv/.host ## run a stage of RECIPE (PROFILE= RUN= DATA= SET=) on GPUS=0,1 or auto:2, in a container if a Docker engine answers
-	@$(SETTINGS) $(BIN)/lorry launch $@ $(ARGS)
+	@$(SETTINGS) $(BIN)/lorry launch $@ $(ARGS) $(SAY_CODE)
 
 ledger: .venv/.host ## list each adapter's data mix, score and vote, over all runs (RUN= SORT=score:desc OUT=ledger.html)
 	@$(BIN)/lorry ledger $${RUN:+"$$RUN"} $${SORT:+--sort "$$SORT"} $${OUT:+--out "$$OUT"}
@@ -42,8 +44,9 @@ images: ## build the stage images of TARGET=a800 (STAGE=train: only one); images
 push: ## tag the images of TARGET=a800 for REGISTRY=host/team and push them
 	@images/build.sh --push "$$TARGET" "$$STAGE"
 
-k8s-run: ## run the four stages as Kubernetes Jobs on cards of TARGET=a800, with images from REGISTRY
-	@k8s/run.sh "$$TARGET" $${NAMESPACE:+"$$NAMESPACE"}
+k8s-run: .venv/.host ## run the four stages as Kubernetes Jobs on cards of TARGET=a800 (RECIPE= PROFILE= RUN= DATA= SET= GPUS=auto:4 NAMESPACE= REGISTRY= KUBERNETES=)
+	@$(SETTINGS) $(BIN)/lorry launch eval --on kubernetes $(ARGS) $${NAMESPACE:+--namespace "$$NAMESPACE"} \
+	  $${REGISTRY:+--registry "$$REGISTRY"} $${KUBERNETES:+--kubernetes "$$KUBERNETES"} $(SAY_CODE)
 
 # three processes: with two, two cores are idle for a seventh of the time
 test: setup .venv/.zero .venv/.nf4 ## run the tests, with real models (11 to 12 minutes on 2 cores)
@@ -55,7 +58,7 @@ test-fast: .venv/.ready ## run the tests that need no model, run no whole stage 
 image-test: setup .venv/.zero ## build the cpu images and run the demo in them with Docker Compose; starts a Docker engine if none answers
 	@tests/images/with_engine.sh $(BIN)/python -m pytest -m images --timeout 5400
 
-kill-test: setup .venv/.zero .venv/.nf4 .venv/.v100-gptq ## run whole jobs and trainings, and kill stages, shards and nodes at any moment (35 to 40 minutes)
+kill-test: setup .venv/.zero .venv/.nf4 .venv/.trackers .venv/.v100-gptq ## run whole jobs and trainings, and kill stages, shards and nodes at any moment (35 to 40 minutes)
 	@$(BIN)/python -m pytest -m "kill or long" --timeout 3600
 
 lint: setup ## check style, types, import rules, Dockerfiles and shell scripts
@@ -115,6 +118,9 @@ clean: ## delete the demo's run and Python's caches; keeps .venv and models
 
 .venv/.nf4: requirements/nf4.txt .venv/.ready
 	@$(BIN)/pip install --quiet --no-deps --require-hashes --upgrade --target .venv/nf4 -r requirements/nf4.txt && touch $@
+
+.venv/.trackers: requirements/trackers.txt .venv/.ready
+	@$(BIN)/pip install --quiet --no-deps --require-hashes --upgrade --target .venv/trackers -r requirements/trackers.txt && touch $@
 
 # a Python of its own: the wheels of the image v100-gptq are older than those in .venv. uv, as pip would take minutes
 .venv/.v100-gptq: images/train/v100-gptq.txt requirements/dev.txt .venv/.ready

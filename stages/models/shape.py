@@ -45,6 +45,13 @@ class Weight:
         return prod(self.shape)
 
     @property
+    def unpacked_count(self) -> int:
+        """Number of parameters in it. MXFP4 packs two into a byte of `*_blocks`, and `*_scales` has none."""
+        if self.dtype == "U8" and self.name.endswith("_blocks"):
+            return 2 * self.count
+        return 0 if self.dtype == "U8" and self.name.endswith("_scales") else self.count
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes in the file."""
         return self.count * BYTES.get(self.dtype, 1)
@@ -106,7 +113,7 @@ class ModelShape:
         """Number of parameters, as on model cards: quantised modules count as if they were not packed."""
         kinds = ("weight", "qweight", "qzeros", "scales", "g_idx")
         counted = {f"{module}.{kind}" for module in self.linears for kind in kinds}
-        others = sum(_unpacked_count(weight) for weight in self.weights if weight.name not in counted)
+        others = sum(weight.unpacked_count for weight in self.weights if weight.name not in counted)
         return sum(inputs * outputs for inputs, outputs in self.linears.values()) + others
 
     @property
@@ -118,13 +125,6 @@ class ModelShape:
     def served_bytes(self) -> int:
         """Bytes of all weights in 16 bits; of a quantised model, as they are stored."""
         return self.disk_bytes if self.quantisation else self.parameters * 2
-
-
-def _unpacked_count(weight: Weight) -> int:
-    """Number of parameters in a tensor. MXFP4 packs two into a byte of `*_blocks`, and `*_scales` has none."""
-    if weight.dtype == "U8" and weight.name.endswith("_blocks"):
-        return 2 * weight.count
-    return 0 if weight.dtype == "U8" and weight.name.endswith("_scales") else weight.count
 
 
 def _is_embedding(module: str) -> bool:

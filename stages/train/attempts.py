@@ -72,7 +72,7 @@ def train_through_ladder(
         while not trained:
             try:
                 job = _job(stage, adapter, key, plan, attempt, node, connector)
-                speed = processes.train(job, plan.processes_here, plan.target.environment)
+                speed = processes.train(job, plan.processes_here, plan.target.environment, plan.share_of_peak)
             except MemoryRanOutError as error:
                 _wait_for_memory(stage, processes.gpus_before, error.processes)  # a later adapter needs it, too
                 if error.earlier_jobs:  # they may have held memory that new processes do not

@@ -61,7 +61,7 @@ class Plan:
         """The share of the GPUs' peak speed that training reaches; None if it is unknown."""
         if self.shape is None:
             return None
-        return share_of_peak(self.gpus, self.shape.parameters, tokens_per_second, self.way.step.processes)
+        return share_of_peak(self.gpus, self.shape, tokens_per_second, self.way.step.processes)
 
 
 def make_plan(stage: Stage, node: Node | None, settings: Train | None = None) -> Plan:

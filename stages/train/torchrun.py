@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,8 +32,13 @@ from stages.train.trackers import Trackers
 WORKER = "stages.train.worker"
 """The module that each training process runs."""
 
+MEET_SECONDS = 300
+"""Seconds that node 0 waits for the other nodes, with its GPUs idle. Who starts it again, such as a Job of Kubernetes,
+gives the others more time."""
+
 JOIN_SECONDS = 900
-"""Seconds that nodes wait for one another: a new machine in a cluster may have to pull its image first."""
+"""Seconds that the other nodes wait for node 0. It is longer than the pause before a Job of Kubernetes starts node 0
+again, which is at most ten minutes: they are there when it comes back."""
 
 ENDING_SECONDS = 30
 """Seconds in which processes that have no more jobs must end."""
@@ -83,14 +88,18 @@ class TrainingProcesses:
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def train(self, job: Job, here: int, environment: Mapping[str, str]) -> float | None:
+    def train(
+        self, job: Job, here: int, environment: Mapping[str, str], share_of_peak: Callable[[float], float | None]
+    ) -> float | None:
         """Train one adapter or the connector with `here` processes on this machine. Returns tokens per second over all
         processes, or None after fewer than two steps.
 
         Processes that have the job's base on their GPUs train it, or else new ones. `environment` holds the target's
         variables for several processes; they do not replace variables that are already set, and a single process does
-        not get them. Raises MemoryRanOutError if a GPU's memory ran out, InterruptedRunError after a stop or the loss
-        of a GPU or node, and LorryError for every other failure, with the process's exit code if it has one.
+        not get them. `share_of_peak` gives the share of the GPUs' peak for a number of tokens per second, or None; it
+        is shown with the progress. Raises MemoryRanOutError if a GPU's memory ran out, InterruptedRunError after a stop
+        or the loss of a GPU or node, and LorryError for every other failure, with the process's exit code if it has
+        one.
         """
         name, last, self._last = job.adapter.name, self._last, None
         if self._running is not None and (self._running.base != job.base or self._running.process.poll() is not None):
@@ -109,7 +118,7 @@ class TrainingProcesses:
         trackers = Trackers(self._stage, name, job.key, job.settings.report_to)
         done = False
         try:
-            done = _follow_progress(self._stage, name, running.messages, received, trackers, workers)
+            done = _follow_progress(self._stage, name, running.messages, received, trackers, share_of_peak, workers)
         finally:
             trackers.end(done)
         if done:
@@ -159,6 +168,8 @@ class TrainingProcesses:
         else:
             # torchrun passes only the standard descriptors to its processes, and standard input is not used otherwise
             replace(job, progress=0).write(self._jobs / "1.json")
+            if self._node is not None:
+                self._stage.events.say(f"train {job.adapter.name}: {_whom_it_waits_for(self._node)}")
             process = subprocess.Popen(
                 torchrun_command(jobs, here, self._node),
                 stdin=writing,
@@ -254,9 +265,16 @@ def torchrun_command(jobs: Path, here: int, node: Node | None) -> list[str]:
     if node is not None:
         host, _, port = node.rendezvous.rpartition(":")
         where = [f"--nnodes={node.count}", f"--node-rank={node.rank}", f"--master-addr={host}", f"--master-port={port}"]
-        where += [f"--rdzv-conf=timeout={JOIN_SECONDS}"]
+        where += [f"--rdzv-conf=timeout={MEET_SECONDS}"]
     worker = ["-m", WORKER, str(jobs)]
     return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={here}", *worker]
+
+
+def _whom_it_waits_for(node: Node) -> str:
+    """A line on the nodes that a node meets before it trains."""
+    others = [str(rank) for rank in range(node.count) if rank != node.rank]
+    names = f"node {others[0]}" if len(others) == 1 else f"nodes {', '.join(others[:-1])} and {others[-1]}"
+    return f"waits for {names} at {node.rendezvous}, up to {MEET_SECONDS // 60} minutes"
 
 
 def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messages) -> LorryError:
@@ -277,8 +295,8 @@ def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messa
         return InterruptedRunError(texts[0])
     if node is not None:
         return InterruptedRunError(
-            f"{node.rendezvous}: the {node.count} nodes did not meet there; start this command on each of them within"
-            f" {JOIN_SECONDS // 60} minutes; log: {stage.path('log.txt')}"
+            f"{node.rendezvous}: the {node.count} nodes did not meet there in {MEET_SECONDS // 60} minutes; start this"
+            f" command on each of them, as a Job of Kubernetes does on its own; log: {stage.path('log.txt')}"
         )
     return _training_error(stage, name, Exit.CRASHED, "torchrun started no process")
 
@@ -296,6 +314,7 @@ def _follow_progress(
     messages: IO[str],
     received: _Messages,
     trackers: Trackers,
+    share_of_peak: Callable[[float], float | None],
     workers: _Workers | None = None,
 ) -> bool:
     """Print the processes' progress, send it to trackers, and add their messages to `received`, until they are done
@@ -314,8 +333,17 @@ def _follow_progress(
                 received.tokens += message["tokens"]
                 received.seconds += message["seconds"]
             trackers.add_step(message["tokens"], message["seconds"], message["memory"])
-            shown = {"loss": loss, "tokens_per_second": speed and round(speed, 1), "memory": message["memory"]}
-            stage.events.report_progress(activity, message["step"], message["total"], "steps", **shown)
+            share = share_of_peak(speed) if speed else None
+            stage.events.report_progress(
+                activity,
+                message["step"],
+                message["total"],
+                "steps",
+                loss=loss,
+                tokens_per_second=speed and round(speed, 1),
+                share_of_peak=share and round(share, 3),
+                memory=message["memory"],
+            )
         elif message["event"] == "entry":
             entry = message["entry"]
             trackers.add_entry(entry)
