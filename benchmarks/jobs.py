@@ -516,7 +516,7 @@ def _infer_columns(named: Named, manifest: dict[str, Any], _began: float, called
     seconds = sum(call["time"] - call["began"] for call in calls)
     shape, _ = planned_shape(ROOTS.models / job_models.model_name(named.job.model, named.tiny))
     asked, written = (sum(call[name] for call in calls) for name in ("prompt_tokens", "tokens"))
-    share = share_of_peak(probe().gpus, shape.parameters, (asked + written) / seconds, 1) if seconds else None
+    share = share_of_peak(probe().gpus, shape, (asked + written) / seconds, 1) if seconds else None
     found = {
         "engine start seconds": manifest.get("engine_start_seconds"),
         "prompts": sum(call["prompts"] for call in calls),

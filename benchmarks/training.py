@@ -406,7 +406,7 @@ def lengths_in(samples: Any) -> Lengths:
     """The lengths of samples, as the plan takes them."""
     lengths = [sequence.length for sample in samples for sequence in sample]
     learnt = max(sequence.targets for sample in samples for sequence in sample)
-    return Lengths(max(lengths), learnt, fmean(lengths), pstdev(lengths))
+    return Lengths(max(lengths), learnt, fmean(lengths), pstdev(lengths), min(lengths))
 
 
 def train_settings(setting: Setting, longest: int) -> Train:

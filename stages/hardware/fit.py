@@ -14,7 +14,7 @@ from stages.hardware.step import StepPlan
 from stages.models.shape import ModelShape
 
 UNSURE = 0.03
-"""Share by which an estimate may be too low. With earlier code it was up to 2.3% too low (docs/measurements.md)."""
+"""Share by which an estimate may be too low: up to 2.1% in docs/measurements.md."""
 MOST_TOKENS = 16_384
 """Most tokens of a pass: longer ones are hardly faster (`relative_time`)."""
 PLAIN_TOKENS = 2_048

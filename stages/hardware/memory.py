@@ -71,6 +71,8 @@ class Lengths:
     """Mean length of a sample; None: all are as long as the longest."""
     deviation: float = 0.0
     """Standard deviation of the lengths."""
+    shortest: int = 1
+    """At most the length of the shortest sample."""
 
     def of_a_step(self, step: StepPlan) -> int:
         """The tokens that hardly a step exceeds on one process.
@@ -84,11 +86,13 @@ class Lengths:
         return max(self.longest, together)
 
     def largest_pass(self, step: StepPlan) -> int:
-        """The tokens that hardly a pass exceeds: as many as it may have, those of a step, or, as a pass has whole
-        samples, those of as many of the longest as fit if all are short."""
+        """The tokens that hardly a pass exceeds: as many as it may have, or those of a step.
+
+        A pass has whole samples: if all are of about the same length, it is not full.
+        """
         budget = max(step.pass_tokens, self.longest)
-        shortest = 1 if self.mean is None else max(ceil(self.mean - 3 * self.deviation), 1)
-        return min(budget, self.of_a_step(step), max(budget // shortest, 1) * self.longest)
+        most_samples = max(budget // self.shortest, 1)
+        return min(budget, self.of_a_step(step), most_samples * self.longest)
 
     def samples(self, tokens: int) -> int:
         """The number of samples of mean length in a pass of so many tokens."""

@@ -11,7 +11,7 @@ from stages.models.shape import ModelShape
 PEAKS = {
     r"H100.PCIe": 756e12,
     r"H[12]00(?!.NVL)": 989e12,
-    r"A[18]00": 312e12,
+    r"A[18]00(?!\d)": 312e12,
     r"RTX.4090$": 165.2e12,
     r"V100S": 130e12,
     r"V100-PCIE": 112e12,

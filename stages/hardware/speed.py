@@ -1,7 +1,7 @@
 """Expects the speed of a training: from the card's peak, and the share of it that trainings were measured to reach."""
 
 from dataclasses import dataclass, replace
-from math import log
+from math import ceil, log
 
 from stages.hardware.fit import Way, relative_time
 from stages.hardware.peaks import card_peak, operations_of_a_token
@@ -44,6 +44,9 @@ MEASURED: tuple[MeasuredShare, ...] = (
 """Shares from the rows of SOURCE, all of one card and a base of 7 billion parameters.
 `tests/hardware/test_speed.py` compares them with the rows, and shows what to write here."""
 
+MEASURED_BATCH = 16
+"""Samples of a step in all of them."""
+
 LEAST_WEIGHTS = 3.5e9
 """Weights by which a token is multiplied, from which on a base is like those in MEASURED. A base of half a billion
 reached a fifth of their share: launching its short kernels takes longer than computing."""
@@ -76,21 +79,26 @@ def expected_speed(shape: ModelShape, way: Way, card: str, tokens: float) -> Exp
 
     The share is that of the measured training whose samples are nearest in length, with the base's kind of weights;
     one on this card comes before others. Shorter passes and more checkpointed layers lower it as
-    `relative_time` says. None if the card's peak is unknown, or nothing like it was measured, as with a small
-    or a sharded base.
+    `relative_time` says. None if the card's peak is unknown, or nothing like it was measured, as with a small or a
+    sharded base, or a mixture of experts.
     """
     peak = card_peak(card)
     weights = "nf4" if way.settings.load_in_4bit else shape.quantisation or "16 bits"
     pictures = shape.vision is not None
     alike = [one for one in MEASURED if (one.weights, one.pictures) == (weights, pictures)]
-    small = operations_of_a_token(shape) < 4 * LEAST_WEIGHTS
-    if peak is None or small or not alike or way.sharding != "none" or way.dtype == "float32":
+    unlike = operations_of_a_token(shape) < 4 * LEAST_WEIGHTS or shape.active_experts < 1
+    if peak is None or unlike or not alike or way.sharding != "none" or way.dtype == "float32":
         return None
     nearest = min(alike, key=lambda one: (one.card not in card, abs(log(one.tokens / tokens))))
+    # a pass has no more than the samples of a step
+    own_tokens = min(way.step.pass_tokens, ceil(way.step.samples_of_a_process * tokens))
+    own = replace(way.step, pass_tokens=own_tokens)
     measured = replace(
-        way.step, pass_tokens=nearest.pass_tokens, checkpointed_layers=round(nearest.checkpointed * shape.layers)
+        way.step,
+        pass_tokens=min(nearest.pass_tokens, MEASURED_BATCH * nearest.tokens),
+        checkpointed_layers=round(nearest.checkpointed * shape.layers),
     )
-    share = nearest.share * relative_time(measured, shape.layers) / relative_time(way.step, shape.layers)
+    share = nearest.share * relative_time(measured, shape.layers) / relative_time(own, shape.layers)
     speed = share * peak * way.step.processes / operations_of_a_token(shape)
     others = "" if nearest.card in card else "; this card has not been measured"
     why = f"an estimate, from the share that an {nearest.card} reached ({SOURCE}: {nearest.setting}){others}"

@@ -338,13 +338,14 @@ def _time_lines(run: "Run", model: Path, phase: _Phase, workload: Workload | Non
     peak = "their peak" if phase.gpus.count > 1 else "the peak"
     yield f"speed: about {speed.tokens_per_second:,.0f} tokens/s, {speed.share_of_peak:.0%} of {peak}: {speed.why}"
     if workload is None:
-        yield "training time: known once preprocess has made the samples; plan again then"
+        yield "training time: not known before preprocess; run it, then plan again"
         return
     seconds = phase.train.epochs * workload.samples * workload.tokens / speed.tokens_per_second
     count, adapters = f"{workload.samples:,} samples", len(phase.train.adapters)
     of_all = f" of {adapters} adapters" if adapters > 1 else ""
+    of_phase = " of phase 2" if phase.train.connector else ""
     yield (
-        f"training time: about {_time_text(seconds)}, an estimate: {phase.train.epochs:g}"
+        f"training time{of_phase}: about {_time_text(seconds)}, an estimate: {phase.train.epochs:g}"
         f" {'epoch' if phase.train.epochs == 1 else 'epochs'} of {count}{of_all}, {workload.tokens:,.0f} tokens each in"
         " the mean"
     )

@@ -227,7 +227,11 @@ class _Reply:
         if self._reading is not None:
             self._reading.read(end.text)
             self._reading.end()
-            message = {"role": "assistant", "content": self._reading.content or None, **self._calls()}
+            message = {
+                "role": "assistant",
+                "content": self._reading.content or (None if self._reading.calls else ""),
+                **self._calls(),
+            }
             reason = "tool_calls" if self._reading.calls else reason
         said = {"message": message} if self._chat else {"text": end.text}
         return {**self._head(), "choices": [self._choice(said, reason)], "usage": self._usage(end)}

@@ -128,12 +128,14 @@ class Reading:
         From a call on that is not as the model's template has it, such as broken JSON, all is content.
         """
         before, new, self._text = len(self.content), text[len(self._text) :], text
-        try:
-            self._take([] if self._is_text else self._parser.feed(new))
-        except ValueError:
-            self._is_text = True
         if self._is_text:
-            self.content = text
+            self.content += new
+            return new
+        try:
+            self._take(self._parser.feed(new))
+        except (ValueError, KeyError, TypeError):
+            self._is_text = True
+            self._take_all()
         return self.content[before:]
 
     def end(self) -> str:
@@ -145,8 +147,14 @@ class Reading:
                 self._take(events)
                 self.calls = [_openai_call(call) for call in message.get("tool_calls") or ()]
             except (ValueError, KeyError, TypeError):
-                self.content = self._text
+                self._take_all()
         return self.content[before:]
+
+    def _take_all(self) -> None:
+        """Have all of the text as content. After a call that was read, what was sent is no beginning of the text: then
+        the text follows it whole."""
+        sent = self.content
+        self.content = self._text if self._text.startswith(sent) else f"{sent}\n{self._text}"
 
     def _take(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Add the texts in the parser's events."""

@@ -51,13 +51,13 @@ class _Sample:
 
 
 def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train, run: Path) -> Lengths:
-    """Measure the longest sample, the longest answer, and the mean length of a sample with its standard deviation, in
-    tokens. All are at most max_length. Picture names are relative to the folder `run`.
+    """Measure the longest and the shortest sample, the longest answer, and the mean length of a sample with its
+    standard deviation, in tokens. All are at most max_length. Picture names are relative to the folder `run`.
 
-    Tokenises only CANDIDATES samples for each of the first two, chosen by estimated length, and DRAWN for the last.
-    Lengths include the most tokens that a chat template can add. For the Qwen2-VL family, LLaVAs and MGM, only the
-    header of a picture's file is read to count its tokens. For other models, a sample with pictures counts as
-    max_length. If the model has no tokenizer.json, or there are no samples, all samples and answers count as
+    Tokenises only CANDIDATES samples for each of the first three, chosen by estimated length, and DRAWN for the last.
+    Lengths, but for the shortest, include the most tokens that a chat template can add. For the Qwen2-VL family, LLaVAs
+    and MGM, only the header of a picture's file is read to count its tokens. For other models, a sample with pictures
+    counts as max_length. If the model has no tokenizer.json, or there are no samples, all samples and answers count as
     max_length. Raises DataError for a file that is not a picture, or whose sides have a ratio that the model does not
     accept.
     """
@@ -102,7 +102,10 @@ def measure_lengths(samples: list[dict[str, Any]], model: Path, settings: Train,
 
     drawn = [count_sample(sample) for sample in counted[:: -(-len(counted) // DRAWN)]]
     whole = max(map(count_sample, longest))
-    return Lengths(whole, min(answer, limit), statistics.fmean(drawn), statistics.pstdev(drawn))
+    few = heapq.nsmallest(CANDIDATES, counted, key=lambda sample: sample.size)
+    shortest = min(sum(map(count_tokens, sample.texts)) + sample.pictures for sample in few)
+    mean, deviation = statistics.fmean(drawn), statistics.pstdev(drawn)
+    return Lengths(whole, min(answer, limit), mean, deviation, max(min(shortest, limit), 1))
 
 
 def _text_of(message: dict[str, Any]) -> str:

@@ -33,8 +33,8 @@ WORKER = "stages.train.worker"
 """The module that each training process runs."""
 
 MEET_SECONDS = 300
-"""Seconds that node 0 waits for the other nodes, with its GPUs idle. Who starts it again, such as a Job of Kubernetes,
-gives the others more time."""
+"""Seconds that node 0 waits for the other nodes, with its GPUs idle. Started again, as by a Job of Kubernetes, it waits
+for them again."""
 
 JOIN_SECONDS = 900
 """Seconds that the other nodes wait for node 0. It is longer than the pause before a Job of Kubernetes starts node 0
@@ -296,7 +296,7 @@ def _torchrun_error(stage: Stage, name: str, node: Node | None, received: _Messa
     if node is not None:
         return InterruptedRunError(
             f"{node.rendezvous}: the {node.count} nodes did not meet there in {MEET_SECONDS // 60} minutes; start this"
-            f" command on each of them, as a Job of Kubernetes does on its own; log: {stage.path('log.txt')}"
+            f" command on each node again (a Job of Kubernetes does so by itself); log: {stage.path('log.txt')}"
         )
     return _training_error(stage, name, Exit.CRASHED, "torchrun started no process")
 

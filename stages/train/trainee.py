@@ -36,9 +36,9 @@ MOST_GRAPHS = 64
 """Shapes of passes that are kept captured: those used last."""
 
 CAPTURED_TOKENS = 6144
-"""Most tokens of a pass for which passes are captured. In a longer one the card computes longer than the host launches:
-measured on an H200 with a 7B's shape, passes of 2,500 tokens take 0.12 s captured and 0.20 to 0.28 s launched; of
-8,000, 0.43 s both."""
+"""Passes are captured if none has more tokens than this. In a longer one the card computes longer than the host
+launches: measured on an H200 with a 7B's shape, passes of 2,500 tokens take 0.12 s captured and 0.20 to 0.28 s
+launched; of 8,000, 0.43 s both."""
 
 CAPTURED = ("flash-attn-4", "flash-attn", "varlen")
 """Attention kernels whose passes are captured."""
@@ -86,7 +86,8 @@ class Trainee:
         self.pass_tokens = 0
         """Most tokens of a pass: passes are captured if all are short."""
         self._graphs: dict[Shape, _Captured] = {}
-        self._captures = self.kernel in CAPTURED and sharded is None and not has_own_dropout(model)
+        self._pads = self.kernel in CAPTURED and sharded is None and not has_own_dropout(model)
+        self._captures = self._pads
         self._is_warm = False  # whether the first pass has compiled the kernels, which a capture cannot do
         self._pool: Any = None
         self._attention = use_packed_attention(model, self.kernel) if self.packs else None
@@ -194,7 +195,7 @@ class Trainee:
         tensors, longest = prepared.tensors, prepared.longest
         # what the kernel does not know is computed sequence by sequence, whose number cannot be read in a capture
         knows_all = self.packs and not (self._attention and self._attention.without_kernel)
-        if self._captures and knows_all and self.pass_tokens <= CAPTURED_TOKENS:
+        if self._pads and knows_all and self.pass_tokens <= CAPTURED_TOKENS:
             if tensors.pictures or len(tensors.tokens) > CAPTURED_TOKENS:
                 self._stop_capturing()  # such a pass is launched, in memory besides that of the graphs
             else:
@@ -203,7 +204,7 @@ class Trainee:
                 room = max(32 if self.kernel == "flash-attn-4" else 2, 1 << prepared.sequences.bit_length())
                 tensors, longest = padded(tensors, room), CAPTURED_TOKENS
                 shape = len(tensors.tokens), len(tensors.targets), room
-                if self._is_warm and (shape in self._graphs or self._capture(shape, tensors)):
+                if self._captures and self._is_warm and (shape in self._graphs or self._capture(shape, tensors)):
                     self._replay(shape, tensors, factor)
                     return
         self._run(tensors.to(self.device), longest, torch.full((), factor, device=self.device))
@@ -242,11 +243,17 @@ class Trainee:
         """
         captured = _Captured(torch.cuda.CUDAGraph(), tensors.to(self.device), torch.ones((), device=self.device))
         torch.cuda.synchronize()
+        stream, problem = torch.cuda.current_stream(self.device), ""
         try:
-            with torch.cuda.graph(captured.graph, pool=self._pool):
+            # other threads, such as NCCL's, may call the driver meanwhile
+            with torch.cuda.graph(captured.graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._run(captured.tensors, CAPTURED_TOKENS, captured.factor)
         except RuntimeError as error:
-            print(f"passes are not captured: {' '.join(str(error).split())[:300]}", flush=True)  # for the log
+            problem = " ".join(str(error).split())[:300]
+        if problem:  # out here the failed pass is freed, which the error's traceback held
+            print(f"passes are launched kernel by kernel, as one could not be captured: {problem}", flush=True)
+            torch.cuda.set_stream(stream)  # torch leaves its own only after a capture that ended well
+            del captured
             self._stop_capturing()
             return False
         self._pool = self._pool or captured.graph.pool()
@@ -257,8 +264,8 @@ class Trainee:
 
     def _stop_capturing(self) -> None:
         """Launch all passes from here on, kernel by kernel."""
-        self._captures = False
-        if self._graphs:
+        if self._captures:
+            self._captures = False
             self._graphs.clear()
             torch.cuda.empty_cache()
 

@@ -69,7 +69,7 @@ def test_the_speed_is_that_of_the_measured_training_nearest_in_length(seven: Mod
     assert share_of_peak([card], seven, found.tokens_per_second, 1) == pytest.approx(0.5)
     assert found.why == f"an estimate, from the share that an H200 reached ({SOURCE}: long)"
     short = expected_speed(seven, way(seven, SHORT), "NVIDIA H200", 200)
-    assert short is not None and "short" in short.why and short.share_of_peak == pytest.approx(0.4, rel=0.02)
+    assert short is not None and "short" in short.why and short.share_of_peak == pytest.approx(0.4, rel=0.05)
 
 
 def test_two_cards_are_twice_as_fast_and_checkpointing_costs_a_third(seven: ModelShape) -> None:

@@ -29,9 +29,6 @@ from tests.k8s.checks import DNS_LABEL, GPU, LABEL_VALUE, STAGES, problems, quan
 from tests.k8s.manifests import K8S, REPOSITORY, Document, built_overlay, jobs, overlay_names, read
 from tests.k8s.test_manifests import CLAIMS, NEWEST, OLDEST, VERSION
 
-PROFILES = {"cpu": "tiny", "rtx4090": "text", "v100": "text"}
-"""The profiles of patent-qa in the overlays."""
-
 Run = Any
 
 
@@ -69,6 +66,12 @@ def values_of(job: Document) -> dict[str, Any]:
     return {one["name"]: one.get("value", one.get("valueFrom")) for one in container_of(job)["env"]}
 
 
+def profile_of(target: str) -> str | None:
+    """The profile of patent-qa that an overlay sets."""
+    (train,) = (job for job in jobs(built_overlay(target)) if job["metadata"]["name"] == "lorry-train")
+    return values_of(train).get("LORRY_PROFILE") or None
+
+
 def plain(job: Document) -> Document:
     """A Job without its name, and without how it gets its recipe; lists of named things are mappings."""
     job = copy.deepcopy(job)
@@ -92,7 +95,7 @@ def test_the_jobs_are_those_of_the_overlay(target: str, roots: Path) -> None:
     """With the number of GPUs for training that the overlay has; all else is as planned."""
     static = {job["metadata"]["name"].removeprefix("lorry-"): job for job in jobs(built_overlay(target))}
     count = container_of(static["train"])["resources"]["limits"].get(GPU)
-    rendered = render(run_of(profile=PROFILES.get(target)), target, f"auto:{count}" if count else None)
+    rendered = render(run_of(profile=profile_of(target)), target, f"auto:{count}" if count else None)
     assert {stage: plain(job) for stage, job in rendered.items()} == {stage: plain(static[stage]) for stage in rendered}
 
 
@@ -112,7 +115,7 @@ def test_the_jobs_are_those_of_the_single_files(stage: str, roots: Path) -> None
     ],
 )
 def test_a_server_takes_them_whatever_the_run_is_called(target: str, name: str, roots: Path) -> None:
-    run = run_of(name, PROFILES.get(target.partition("-")[0]))
+    run = run_of(name, profile_of(target.partition("-")[0]))
     for stage, job in render(run, target).items():
         assert problems(job, CLAIMS, VERSION) == []
         assert schema_problems(job, OLDEST) == []

@@ -126,6 +126,14 @@ def test_what_is_no_call_stays_text(client: TestClient, writer: Writer, text: st
     assert "".join(one["delta"].get("content") or "" for one in streamed(client)) == text
 
 
+def test_a_broken_call_after_good_ones_loses_no_text(client: TestClient, writer: Writer, qwen: Renderer) -> None:
+    writer.text = written(qwen, "看一下。") + "\n再看。\n<tool_call>\n{broken\n</tool_call>"
+    said = "".join(one["delta"].get("content") or "" for one in streamed(client))
+    assert said.startswith("看一下。") and said.endswith(writer.text)
+    choice = client.post("/v1/chat/completions", json=body()).json()["choices"][0]
+    assert choice["message"]["content"].endswith(writer.text) and "tool_calls" not in choice["message"]
+
+
 def test_without_tools_or_with_none_chosen_nothing_is_read(client: TestClient, writer: Writer, qwen: Renderer) -> None:
     writer.text = written(qwen)
     for more in ({"tools": []}, {"tool_choice": "none"}):

@@ -27,7 +27,7 @@ from stages.train.base import checkpoint_layers
 from stages.train.dropout import Dropout, row_numbers, sample_key
 from stages.train.loop import Gradients
 from stages.train.samples import TokenSequence
-from stages.train.trainee import LoraTrainee, has_own_dropout, hidden_alone
+from stages.train.trainee import CAPTURED_TOKENS, LoraTrainee, has_own_dropout, hidden_alone
 
 SMALL = {
     "vocab_size": 300,
@@ -171,6 +171,35 @@ def test_another_sample_of_the_pack_changes_no_gradient() -> None:
         trainee.add_gradients(trainee.prepare([first, other, third], [1, 2, 3]), 1.0)
         found.append(gradients.flat.clone())
     assert torch.allclose(found[0], found[1], atol=1e-7) and found[0].norm() > 0
+
+
+def test_a_pass_has_the_same_padding_before_and_after_a_capture_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a resumed training, whose own capture fails later or not at all, has the same bits."""
+    trainee = LoraTrainee(adapted(CONFIGS["mistral, a window"]), 0.0)
+    Gradients(list(trainee.weights.values()))
+    trainee._pads = trainee._captures = True
+    tried, lengths, run = [], [], trainee._run
+
+    def fail(shape: Any, tensors: Any) -> bool:
+        tried.append(shape)
+        trainee._stop_capturing()
+        return False
+
+    def record(tensors: Any, longest: int, factor: torch.Tensor) -> None:
+        lengths.append((len(tensors.tokens), len(tensors.targets), longest))
+        run(tensors, longest, factor)
+
+    monkeypatch.setattr(trainee, "_capture", fail)
+    monkeypatch.setattr(trainee, "_run", record)
+    sums = []
+    for _ in range(3):
+        trainee.sums.zero_()
+        trainee.add_gradients(trainee.prepare(sequences(), [1, 2, 3]), 1.0)
+        sums.append(trainee.sums.tolist())
+    assert lengths == [(128, 128, CAPTURED_TOKENS)] * 3
+    assert len(tried) == 1, "the first pass compiles kernels and is never captured; after a failure none is"
+    assert sums == [sums[0]] * 3
+    assert sums[0][0] == pytest.approx(by_lorry(adapted(CONFIGS["mistral, a window"]))[0], rel=1e-5)
 
 
 def test_a_pass_in_which_nothing_is_learnt_adds_nothing() -> None:
