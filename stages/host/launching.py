@@ -84,8 +84,8 @@ def _choose_runner(
     """
     card = choose_target(target, choice, found.gpus)
     engine, address = find_engine()
-    nodes = int(os.environ.get("LORRY_NODES") or 1)
-    if engine is not None and nodes > 1:
+    nodes = os.environ.get("LORRY_NODES") or "1"
+    if engine is not None and nodes != "1":
         raise UsageError(
             f"LORRY_NODES={nodes}: containers started here have no network and cannot train on several machines; start"
             " `lorry-train` on each machine, or see k8s/scale-out/train-multinode.yaml"

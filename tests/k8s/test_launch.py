@@ -188,6 +188,47 @@ def test_a_job_whose_pod_never_started_is_replaced(api: Api, launched: Launcher)
     assert container_of(api.jobs[JOBS[0]])["image"].startswith("registry.example/")
 
 
+def test_the_same_command_replaces_a_job_whose_image_could_not_be_pulled(api: Api, launched: Launcher) -> None:
+    """It has been pushed since; the pod itself would try again minutes later."""
+    start_and_leave(api, launched, 0)
+    api.add_pod(JOBS[0], waiting="ImagePullBackOff")
+    assert launched().code == 0
+    assert api.calls[1:3] == [f"DELETE jobs/{JOBS[0]} in lab", f"PATCH jobs/{JOBS[0]} in lab"]
+
+
+def test_an_earlier_stage_waits_while_a_later_one_is_under_way(api: Api, launched: Launcher) -> None:
+    """That one reads the samples which the earlier stage writes, and the same ConfigMap."""
+    start_and_leave(api, launched, 1)
+    for more in ((), ("--set", "seed=7")):
+        done = launched(*more, stage="preprocess")
+        assert done.code == 75
+        assert "error: job/lorry-mine-train: a later stage of this run is under way; wait until it ends" in done.error
+        assert api.calls == []
+
+
+def test_a_job_that_another_launch_started_meanwhile_is_left_alone(
+    api: Api, launched: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_and_leave(api, launched, 1)
+    api.add_pod(JOBS[1])
+    monkeypatch.setattr("stages.host.kubernetes.launching._first_to_start", lambda *_: 1)  # that look is hours old
+    done = launched("--set", "seed=7", stage="train")
+    assert (done.code, "runs with other settings" in done.error) == (75, True)
+    assert not any("jobs" in call for call in api.calls)
+
+
+def test_a_job_that_is_being_deleted_is_not_gone_on_with(api: Api, launched: Launcher) -> None:
+    start_and_leave(api, launched, 0)
+    api.jobs[JOBS[0]]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    assert launched().code == 0
+    assert f"PATCH jobs/{JOBS[0]} in lab" in api.calls
+
+
+def test_gpus_for_a_stage_that_needs_none_are_refused(api: Api, launched: Launcher) -> None:
+    done = launched("--gpus", "auto:2", stage="preprocess", target="a800")
+    assert done.code == 2 and "need no GPU; leave GPUS out" in done.error, done.output
+
+
 def test_a_job_in_kueues_queue_keeps_its_place(api: Api, launched: Launcher, tmp_path: Path) -> None:
     settings = tmp_path / "cluster.yaml"
     settings.write_text("queue: team\n")
@@ -246,7 +287,8 @@ def test_a_refusal_is_one_line(
     api.refusals[verb, kind] = refusal
     done = launched()
     (line,) = [line for line in done.error.splitlines() if line.startswith("error: ")]
-    assert done.code == 2 and expected in line
+    assert expected in line
+    assert done.code == (75 if "run the same command again" in line else 2)
 
 
 def test_a_misspelt_field_of_the_settings_is_refused_by_the_server(

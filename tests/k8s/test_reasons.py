@@ -1,6 +1,7 @@
 """Why nothing starts, from answers of the API: recorded ones, and `written-` ones that were written after source."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ WAITING: dict[str, tuple[Exit, bool, str]] = {
     "written-kueue-cluster-queue-missing": (Exit.USAGE, False, "leads to no ClusterQueue"),
     "written-kueue-cluster-queue-stopped": (Exit.INTERRUPTED, False, "is stopped (ClusterQueue team is inactive)"),
     "written-kueue-no-workload": (Exit.USAGE, False, "but Kueue made no Workload for it"),
-    "written-kueue-not-installed": (Exit.USAGE, False, "but Kueue is not installed"),
+    "written-kueue-not-installed": (Exit.USAGE, False, "Kueue is not installed, or you have no right"),
     "written-kueue-preempted": (Exit.INTERRUPTED, False, "was suspended by Kueue (Preempted to accommodate"),
     "written-kueue-queue-full": (Exit.INTERRUPTED, False, "queue lorry, which is full (couldn't assign flavors"),
     "written-kueue-queue-missing": (Exit.USAGE, False, "has no queue lorry in this namespace; set `queue`"),
@@ -155,6 +156,33 @@ def test_a_lost_node() -> None:
     assert found is not None
     assert found.text.startswith("node gpu-a of pod/lorry-train-x7k2p no longer answers; ")
     assert pod_end(pod) is None
+
+
+def test_devices_claims_in_a_newer_schedulers_words_are_no_volumes() -> None:
+    """A claim whose class binds it at its first pod is pending until then."""
+    seen = answer("written-too-few-gpus")
+    (condition,) = [one for one in seen.pods[-1]["status"]["conditions"] if one["type"] == "PodScheduled"]
+    condition["message"] += " no new claims to deallocate, preemption: 0/1 nodes are available."
+    claims = answer("claims-unbound").claims
+    found = why_waiting(replace(seen, claims=claims))
+    assert found is not None and found.kind == why_waiting(answer("written-too-few-gpus")).kind  # type: ignore[union-attr]
+
+
+def test_a_mount_that_has_succeeded_since_is_no_reason() -> None:
+    seen = answer("written-volume-in-use")
+    assert why_waiting(seen) is not None
+    later = {**seen.events[-1], "reason": "SuccessfulAttachVolume", "message": "AttachVolume.Attach succeeded"}
+    found = why_waiting(replace(seen, events=[*seen.events, later]))
+    assert found is None or not found.kind.startswith(("mount", "volume"))
+
+
+def test_a_workload_that_kueue_has_stopped_is_not_waited_for() -> None:
+    seen = answer("written-kueue-preempted")
+    assert why_waiting(seen).is_final is False  # type: ignore[union-attr]
+    assert seen.workloads is not None
+    seen.workloads[-1].setdefault("spec", {})["active"] = False
+    found = why_waiting(seen)
+    assert found is not None and (found.kind, found.is_final, found.code) == ("deactivated", True, Exit.INTERRUPTED)
 
 
 def test_at_a_deadline_the_last_reason_counts() -> None:

@@ -301,6 +301,8 @@ def test_the_docs_show_every_setting(tmp_path: Path) -> None:
     [
         ("claim: {}", "unknown key 'claim'; known keys: pull_secrets, service_account"),
         ("claims: {datas: x}", "unknown key 'claims.datas'"),
+        ("pod: {containers: [{env: [{name: A, value: b}]}]}", "pod: an element of containers has no name; add it"),
+        ("pod: {containers: [{name: stage, env: [{value: b}]}]}", "pod: an element of env has no name; add it"),
         ("pull_secrets: regcred", "pull_secrets: found 'regcred'; it must be a valid list"),
         ("resources: {tran: {cpu: '1'}}", "resources.tran: no such stage; use preprocess, train, infer, eval"),
         ("[a]", "found a list"),

@@ -219,6 +219,24 @@ def test_a_job_that_is_not_there_or_no_longer(api: Any, looks: Looks) -> None:
     )
 
 
+def test_another_job_of_that_name_is_not_followed(api: Any, looks: Looks) -> None:
+    looks.add(job_of("written-drained"), [running()])
+    other = job_of("written-drained", **COMPLETE)
+    other["metadata"]["uid"] = "another one"
+    looks.add(other)
+    assert watched(api)[0] == Exit.INTERRUPTED
+
+
+def test_what_is_no_line_of_a_pod_silences_nothing(api: Any, looks: Looks) -> None:
+    """A node's own words on a log, and characters at which only Python ends a line."""
+    job = job_of("written-drained")
+    looks.add(job, [running()], lines=["unable to retrieve container logs for containerd://x"])
+    looks.add(job, [running()], lines=stamped("Loading:\x85 zz\u2028 zz"))
+    looks.add(job_of("written-drained", **COMPLETE), [ended(0)], lines=stamped("a", "train: done"))
+    code, lines = watched(api)
+    assert (code, lines[0], lines[1]) == (0, "Loading:\x85 zz\u2028 zz", "train: done")
+
+
 def test_pods_of_an_earlier_job_of_that_name_do_not_count(api: Any, looks: Looks) -> None:
     old = ended(3)
     old["metadata"]["ownerReferences"][0]["uid"] = "an earlier one"

@@ -67,14 +67,17 @@ class Cluster:
                     return None
                 raise
 
-    def has_started(self, name: str) -> bool:
-        """Whether a container of one of a Job's pods has ever started. Raises UsageError as `explained` does."""
+    def has_started(self, job: Any) -> bool:
+        """Whether a container of one of a Job's pods has ever started. Raises the errors of `explained`."""
+        name, uid = job.metadata.name, job.metadata.uid
         with explained(f"pods of job/{name}"):
             pods = self._core.list_namespaced_pod(
                 self.namespace, label_selector=f"batch.kubernetes.io/job-name={name}", _request_timeout=TIMEOUT
             )
-        states = [status.state for pod in pods.items for status in pod.status.container_statuses or []]
-        return any(state.running or state.terminated for state in states if state)
+        own = [pod for pod in pods.items if any(one.uid == uid for one in pod.metadata.owner_references or [])]
+        states = [status.state for pod in own for status in pod.status.container_statuses or []]
+        # a pod that was drained is gone, but a Job counts those that failed
+        return bool(job.status.failed) or any(state.running or state.terminated for state in states if state)
 
     def apply(self, document: Document) -> list[str]:
         """Apply a ConfigMap, a Job or a Pod by server-side apply, where unknown fields are refused.
@@ -101,18 +104,22 @@ class Cluster:
         warnings = headers.get("Warning")
         return [warnings] if warnings else []
 
-    def delete_job(self, name: str, say: Callable[[str], None], poll: float = 2) -> None:
-        """Delete a Job and wait until its pods, which lock the run, are gone. `poll` are seconds between two looks.
+    def delete_job(self, job: Any, say: Callable[[str], None], poll: float = 2) -> None:
+        """Delete this very Job and wait until its pods, which lock the run, are gone. `poll` are seconds between two
+        looks.
 
-        Raises UsageError as `explained` does, and InterruptedRunError if they are still there after GONE seconds.
+        Raises the errors of `explained`, and InterruptedRunError if they are still there after GONE seconds.
         """
+        from kubernetes import client
         from kubernetes.client.exceptions import ApiException
 
+        name = job.metadata.name
+        options = client.V1DeleteOptions(
+            propagation_policy="Foreground", preconditions=client.V1Preconditions(uid=job.metadata.uid)
+        )
         with explained(f"job/{name}"):
             try:
-                self._batch.delete_namespaced_job(
-                    name, self.namespace, propagation_policy="Foreground", _request_timeout=TIMEOUT
-                )
+                self._batch.delete_namespaced_job(name, self.namespace, body=options, _request_timeout=TIMEOUT)
             except ApiException as error:
                 if error.status != 404:
                     raise
@@ -156,7 +163,8 @@ def connect(namespace: str | None) -> Cluster:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn the errors of a request about `what` into a UsageError of one line, with the server's own reason."""
+    """Turn the errors of a request about `what` into one line with the server's own reason: an InterruptedRunError if
+    the same request may succeed later, else a UsageError."""
     from kubernetes.client.exceptions import ApiException
     from urllib3.exceptions import HTTPError
 
@@ -170,7 +178,8 @@ def explained(what: str) -> Iterator[None]:
         elif error.status in (400, 422) or "field not declared in schema" in _reason(error):  # some servers say 500
             cure = "correct that field in --kubernetes FILE or k8s/"
         else:
-            cure = "run the same command again"
+            again = f"{what}: the cluster refused it ({_reason(error)}); run the same command again"
+            raise InterruptedRunError(again) from error
         raise UsageError(f"{what}: the cluster refused it ({_reason(error)}); {cure}") from error
     except (HTTPError, OSError) as error:
         reason = " ".join(str(getattr(error, "reason", None) or error).split())

@@ -16,6 +16,7 @@ from stages.host.kubernetes.cluster import Cluster, connect
 from stages.host.kubernetes.jobs import (
     FINGERPRINT,
     QUEUE,
+    job_name,
     overlay_gpus,
     recipe_map,
     render_job,
@@ -25,7 +26,7 @@ from stages.host.kubernetes.jobs import (
 from stages.host.kubernetes.manifests import Document
 from stages.host.kubernetes.needs import pod_needs
 from stages.host.kubernetes.settings import Settings, load_settings
-from stages.host.kubernetes.watch import watch_job
+from stages.host.kubernetes.watch import cannot_start, watch_job
 from stages.host.needs import STAGES
 from stages.host.outcome import Lines, Note, Problem
 from stages.host.runs import recipe_path
@@ -82,7 +83,8 @@ def launch(
     cluster = connect(place.namespace)
     yield from map(Note, _refuse_missing_claims(cluster, settings))
     recipe, *jobs = documents
-    begin = _first_to_start(cluster, jobs, stages)
+    begin = _first_to_start(cluster, jobs)
+    _refuse_later_jobs(cluster, run.name, stages)
     for warning in cluster.apply(recipe):
         yield Problem(warning)
     for name, job in list(zip(stages, jobs, strict=True))[begin:]:
@@ -235,29 +237,48 @@ def _refuse_missing_claims(cluster: Cluster, settings: Settings) -> list[str]:
     return [f"namespace {cluster.namespace}"]
 
 
-def _first_to_start(cluster: Cluster, jobs: list[Document], stages: tuple[str, ...]) -> int:
+def _first_to_start(cluster: Cluster, jobs: list[Document]) -> int:
     """The number of the stage to begin with: the last whose Job is under way and does the same, or else 0.
 
-    Raises InterruptedRunError if a Job with other settings has a pod that has started: two would meet in one folder.
+    Raises the error of `_refuse_other`.
     """
     begin = 0
     for number, job in enumerate(jobs):
-        name = job["metadata"]["name"]
-        found = cluster.job(name)
-        if found is None or not _is_under_way(found):
-            continue
-        if _does_the_same(found, job):
+        found = cluster.job(job["metadata"]["name"])
+        _refuse_other(cluster, found, job)
+        if found is not None and _is_under_way(found) and _does_the_same(found, job):
             begin = number
-        elif cluster.has_started(name):
-            raise InterruptedRunError(
-                f"job/{name}: runs with other settings; wait until it ends, choose another --run, or stop it (it saves"
-                f" its state): kubectl --namespace {cluster.namespace} delete job {name}"
-            )
     return begin
 
 
+def _refuse_other(cluster: Cluster, found: Any | None, job: Document) -> None:
+    """Raise InterruptedRunError if the Job that was found under a Job's name has other settings and a pod that has
+    started: two would meet in one folder."""
+    if found is None or not _is_under_way(found) or _does_the_same(found, job) or not cluster.has_started(found):
+        return
+    name = found.metadata.name
+    raise InterruptedRunError(
+        f"job/{name}: runs with other settings; wait until it ends, choose another --run, or stop it (it saves"
+        f" its state): kubectl --namespace {cluster.namespace} delete job {name}"
+    )
+
+
+def _refuse_later_jobs(cluster: Cluster, run_name: str, stages: tuple[str, ...]) -> None:
+    """Raise InterruptedRunError if a stage after these is under way: it reads what these write, and their recipe."""
+    for stage in STAGES[len(stages) :]:
+        found = cluster.job(name := job_name(run_name, stage))
+        if found is not None and _is_under_way(found):
+            raise InterruptedRunError(
+                f"job/{name}: a later stage of this run is under way; wait until it ends, choose another --run, or stop"
+                f" it (it saves its state): kubectl --namespace {cluster.namespace} delete job {name}"
+            )
+
+
 def _is_under_way(job: Any) -> bool:
-    """Whether a Job has not ended, and is not suspended unless by Kueue, where it has its place in a queue."""
+    """Whether a Job has not ended, is not being deleted, and is not suspended unless by Kueue, where it has its place
+    in a queue."""
+    if job.metadata.deletion_timestamp is not None:
+        return False
     conditions = [one.type for one in job.status.conditions or [] if one.status == "True"]
     queued = QUEUE in (job.metadata.labels or {})
     return not set(ENDED) & set(conditions) and (queued or not job.spec.suspend)
@@ -270,14 +291,21 @@ def _does_the_same(found: Any, job: Document) -> bool:
 
 
 def _start(cluster: Cluster, stage: str, job: Document) -> Lines:
-    """Apply a stage's Job, in place of an earlier one. One that is under way and does the same stays as it is."""
+    """Apply a stage's Job, in place of an earlier one.
+
+    One that is under way and does the same stays as it is, unless its pod cannot start: it would try again minutes
+    after the cause was mended. Raises the error of `_refuse_other`.
+    """
     name = job["metadata"]["name"]
     found = cluster.job(name)
-    if found is not None and _is_under_way(found) and _does_the_same(found, job):
+    # the look at the start may be hours old
+    _refuse_other(cluster, found, job)
+    goes_on = found is not None and _is_under_way(found) and _does_the_same(found, job)
+    if goes_on and not cannot_start(cluster.api, cluster.namespace, name):
         yield Note(f"{stage}: job/{name} is under way; goes on with it")
         return None
     if found is not None:  # a Job's template cannot be changed
-        cluster.delete_job(name, _sayer(stage))
+        cluster.delete_job(found, _sayer(stage))
     for warning in cluster.apply(job):
         yield Problem(f"{stage}: {warning}")
     yield Note(f"{stage}: job/{name} is created")

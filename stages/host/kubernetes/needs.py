@@ -50,6 +50,10 @@ def pod_needs(run: "Run", card: Target, stages: tuple[str, ...], gpus: str | Non
     if card.capability is None:
         return PodNeeds({})
     computing = stages_on_gpus(run, stages)
+    if not computing:
+        if wish and wish.count:
+            raise UsageError(f"GPUS={gpus}: {' and '.join(stages)} of this recipe need no GPU; leave GPUS out")
+        return PodNeeds({})
     counts = {stage: own.get(stage, 1) for stage in computing}
     asked = {computing[-1] if "train" not in computing else "train": wish.count} if wish and wish.count else {}
     notes = []

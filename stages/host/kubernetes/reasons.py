@@ -99,7 +99,8 @@ def queue_reason(job: Document, workloads: list[Document] | None) -> Reason | No
         )
     own = [one for one in workloads or [] if _is_owned(one, job)]
     if not own:
-        missing = "Kueue is not installed" if workloads is None else "Kueue made no Workload for it"
+        unseen = "no Workload can be seen (Kueue is not installed, or you have no right to list Workloads)"
+        missing = unseen if workloads is None else "Kueue made no Workload for it"
         return Reason(
             "no workload",
             f"suspended for Kueue's queue {queue}, but {missing}; install Kueue, or let it manage this namespace"
@@ -109,14 +110,25 @@ def queue_reason(job: Document, workloads: list[Document] | None) -> Reason | No
     workload = own[-1]
     if condition(workload, "Admitted"):
         return None
-    for name, what in (("Evicted", "was suspended by Kueue"), ("QuotaReserved", "")):
-        found = [one for one in workload.get("status", {}).get("conditions") or [] if one["type"] == name]
-        if name == "Evicted" and found and found[-1]["status"] == "True":
-            text = f"{what} ({_line(found[-1]['message'])}); its state is saved, and Kueue starts it again"
-            return Reason("kueue evicted", text, Exit.INTERRUPTED)
-        if name == "QuotaReserved" and found and found[-1]["status"] == "False":
-            return _unreserved_reason(str(queue), _line(found[-1].get("message", "")))
+    found = [one for one in workload.get("status", {}).get("conditions") or [] if one["type"] == "QuotaReserved"]
+    if (stopped := _stopped_reason(workload)) is not None:
+        return stopped
+    if found and found[-1]["status"] == "False":
+        return _unreserved_reason(str(queue), _line(found[-1].get("message", "")))
     return Reason("queued", f"waits in Kueue's queue {queue}; see `kubectl get workloads`", Exit.INTERRUPTED)
+
+
+def _stopped_reason(workload: Document) -> Reason | None:
+    """Why Kueue has stopped a Workload; None if it has not."""
+    evicted = condition(workload, "Evicted")
+    why = f" ({_line(evicted.get('message', ''))})" if evicted else ""
+    if workload.get("spec", {}).get("active") is False:
+        text = f"Kueue has stopped it for good{why}; delete the Job, and run the same command again"
+        return Reason("deactivated", text, Exit.INTERRUPTED, is_final=True)
+    if evicted:
+        text = f"was suspended by Kueue{why}; its state is saved, and Kueue starts it again"
+        return Reason("kueue evicted", text, Exit.INTERRUPTED)
+    return None
 
 
 def _unreserved_reason(queue: str, message: str) -> Reason:
@@ -187,7 +199,8 @@ def container_reason(pod: Document, events: list[Document]) -> Reason | None:
         reason, message = waiting.get("reason", ""), _line(waiting.get("message", ""))
         if reason in ("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"):
             pulls = [event for event in _events_about(events, "Pod", pod) if event.get("reason") == "Failed"]
-            causes = [_line(event["message"]) for event in pulls if "Failed to pull image" in event["message"]]
+            said = [_line(event.get("message", "")) for event in pulls]
+            causes = [text for text in said if "Failed to pull image" in text]
             return _image_reason(one["image"], reason, causes[-1] if causes else message)
         if reason == "CreateContainerConfigError":
             text = (
@@ -221,10 +234,11 @@ def _image_reason(image: str, reason: str, message: str) -> Reason:
 
 def _mount_reason(events: list[Document]) -> Reason | None:
     """Why a pod that has a node waits for its volumes, from its events."""
-    failed = [one for one in events if one.get("reason") in ("FailedMount", "FailedAttachVolume")]
-    if not failed:
+    steps = ("FailedMount", "FailedAttachVolume", "SuccessfulAttachVolume", "Pulling", "Pulled", "Created")
+    last = next((one for one in reversed(events) if one.get("reason") in steps), None)
+    if last is None or not last["reason"].startswith("Failed"):
         return None
-    message = _line(failed[-1].get("message", ""))
+    message = _line(last.get("message", ""))
     if "Multi-Attach" in message:
         text = f"its volume is in use on another node ({message}); end the pod there, such as pod/lorry-load"
         return Reason("volume in use", text, Exit.INTERRUPTED)
@@ -244,12 +258,14 @@ def scheduling_reason(pod: Document, seen: Seen) -> Reason | None:
         gates = ", ".join(one["name"] for one in pod["spec"].get("schedulingGates") or [])
         return Reason("gated", f"its pod is held back by {gates}; it starts when that lets it", Exit.INTERRUPTED)
     message = _line(found[-1].get("message", ""))
-    claims = claim_reason(pod, seen) if "laim" in message or "bind" in message else None
+    # every message of a newer scheduler speaks of "no new claims to deallocate", which are devices
+    about_volumes = re.search(r"persistentvolumeclaim|volumes? to bind", message, re.IGNORECASE)
+    claims = claim_reason(pod, seen) if about_volumes else None
     if claims is not None:
         return claims
     grows = [one for one in events if one.get("reason") in ("TriggeredScaleUp", "NotTriggerScaleUp", "Nominated")]
     if grows and grows[-1]["reason"] != "NotTriggerScaleUp":
-        text = f"waits for a new node ({_line(grows[-1]['message'])}); it starts when the node is there"
+        text = f"waits for a new node ({_line(grows[-1].get('message', ''))}); it starts when the node is there"
         return Reason("scale up", text, Exit.INTERRUPTED)
     return nodes_reason(message, pod)
 
@@ -317,7 +333,7 @@ def nodes_reason(message: str, pod: Document) -> Reason:
         f" ({f'key: {taint[1]}' if taint else '`kubectl describe nodes` shows its key'})",
         "not ready": "wait until these nodes are ready: kubectl get nodes",
         "cordoned": "wait until these nodes take pods again: kubectl get nodes",
-        "cards": "give the --target of your cards, or label the nodes (docs/scale-out.md): kubectl get nodes -L"
+        "cards": "give the --target of your cards, or label the nodes (docs/kubernetes.md): kubectl get nodes -L"
         " nvidia.com/gpu.product,nvidia.com/gpu.memory",
         "other": "see `kubectl describe nodes`",
     }

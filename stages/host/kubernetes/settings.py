@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 
 from stages.contract.errors import UsageError
 from stages.contract.recipe import Section, problem_text
+from stages.host.kubernetes.manifests import NAMES
 from stages.host.needs import STAGES
 
 
@@ -72,4 +73,17 @@ def load_settings(path: str | None) -> Settings:
     unknown = [stage for stage in found.resources if stage not in STAGES]
     if unknown:
         raise UsageError(f"{path}: resources.{unknown[0]}: no such stage; use {', '.join(STAGES)}")
+    if nameless := _nameless(found.pod):
+        raise UsageError(f"{path}: pod: {nameless}; add it, so that it is known what it is merged into")
     return found
+
+
+def _nameless(value: Any, key: str = "") -> str | None:
+    """An element of one of NAMES' lists without its name, in words; None if each has one. `value` is that of `key`."""
+    if isinstance(value, dict):
+        return next(filter(None, (_nameless(one, name) for name, one in value.items())), None)
+    if not isinstance(value, list) or key not in NAMES:
+        return None
+    if any(not isinstance(one, dict) or NAMES[key] not in one for one in value):
+        return f"an element of {key} has no {NAMES[key]}"
+    return next(filter(None, map(_nameless, value)), None)

@@ -1,7 +1,9 @@
 """Watches a Job of a cluster to its end: its pods' lines, why nothing starts, and the stage's exit code."""
 
 import json
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -30,6 +32,12 @@ SETTLING = 10.0
 PATIENCE = 300.0
 """Seconds without an answer after which the watch ends: an upgrade of the control plane takes minutes."""
 
+LOOKS = 3
+"""Looks at the log of a pod that has ended, if it cannot be read."""
+
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+")
+"""The time before a line of a log."""
+
 FIRST_LINES = 1000
 """Lines of a pod's log at the first look: a watch that begins late shows no more."""
 
@@ -55,13 +63,24 @@ def watch_job(api: Any, namespace: str, name: str) -> Lines:
             answered = time.monotonic()
             if seen is None and not watch.has_begun:
                 raise UsageError(f"job/{name}: no such Job in namespace {namespace}; name one of `kubectl get jobs`")
-            if seen is None:
+            if seen is None or watch.uid not in (None, seen.job["metadata"]["uid"]):
                 yield Problem(f"job/{name}: was deleted while it was watched; run the same command again")
                 return Exit.INTERRUPTED
             code = yield from watch.news(seen)
             if code is not None:
                 return code
         time.sleep(POLL)
+
+
+def cannot_start(api: Any, namespace: str, name: str) -> bool:
+    """Whether a Job has no pod that runs, for a reason that waiting does not change by itself. Raises UsageError as
+    `explained` does if the cluster refuses a request."""
+    try:
+        seen = _Eyes(api, namespace, name).look()
+    except _UnansweredError:
+        return False
+    found = why_waiting(seen) if seen is not None else None
+    return found is not None and found.is_final
 
 
 class _Watch:
@@ -72,13 +91,14 @@ class _Watch:
         """Whether the Job has been seen."""
         self._name, self._logs = name, logs
         self._ends: dict[str, Reason | None] = {}  # how pods ended, by name; None: well
+        self.uid: str | None = None
         self._started = False
         self._waiting: Reason | None = None
         self._said, self._since = "", 0.0  # the kind of the reason said last; when the present one came up
 
     def news(self, seen: Seen) -> Generator[str, None, int | None]:
         """Yield what is new at a look. Returns the exit code if the watch is over."""
-        self.has_begun = True
+        self.has_begun, self.uid = True, seen.job["metadata"]["uid"]
         for pod in seen.pods:
             yield from self._pod_news(pod, seen.job["spec"].get("completions", 1) > 1)
         ends = [end for end in self._ends.values() if end is not None]
@@ -106,7 +126,10 @@ class _Watch:
             return
         if has_started(pod):
             self._started = True
-            yield from (Note(f"[{name}] {line}" if is_one_of_many else line) for line in self._logs.new_lines(name))
+            lines = self._logs.new_lines(name)
+            yield from (Note(f"[{name}] {line}" if is_one_of_many else line) for line in lines or ())
+            if lines is None and self._logs.may_come(name):
+                return  # its end is said after its last lines
         end = pod_end(pod)
         if end is not None or phase == "Succeeded":
             self._ends[name] = end
@@ -209,10 +232,15 @@ class _Logs:
 
         self._core: Any = client.CoreV1Api(api)  # its types do not know an answer that is not preloaded
         self._namespace = namespace
+        self._failed: Counter[str] = Counter()  # by pod: looks in a row at which its log could not be read
         self._last: dict[str, tuple[float, str]] = {}  # by pod: when it was read, and the time of its last line
 
-    def new_lines(self, pod: str) -> list[str]:
-        """The new lines of a pod; none if its log cannot be read for now, as that of a pod whose node is lost."""
+    def may_come(self, pod: str) -> bool:
+        """Whether a log that could not be read may be read at a later look."""
+        return self._failed[pod] < LOOKS
+
+    def new_lines(self, pod: str) -> list[str] | None:
+        """The new lines of a pod; None if its log cannot be read for now, as that of a pod whose node is lost."""
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -229,13 +257,16 @@ class _Logs:
                 _request_timeout=TIMEOUT,
                 **window,
             )
+            log = answer.data.decode("utf-8", "replace")  # read only here
         except (ApiException, HTTPError, OSError):
-            return []
+            self._failed[pod] += 1
+            return None
+        self._failed[pod] = 0
         lines = []
-        for line in answer.data.decode("utf-8", "replace").splitlines():
+        for line in log.split("\n"):
             stamp, _, text = line.partition(" ")
-            if stamp > last:
-                lines.append((stamp, text.rpartition("\r")[2]))
+            if STAMP.fullmatch(stamp) and stamp > last:  # a node's own words on a log have no time
+                lines.append((stamp, text.rstrip("\r").rpartition("\r")[2]))
         self._last[pod] = (begin, lines[-1][0] if lines else last)
         return [text for _, text in lines]
 
