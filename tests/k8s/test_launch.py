@@ -2,6 +2,7 @@
 
 import copy
 import signal
+import time
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -242,7 +243,9 @@ def test_a_job_in_kueues_queue_keeps_its_place(api: Api, launched: Launcher, tmp
 
 def test_ctrl_c_leaves_the_job(api: Api, launched: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     api.scripts[JOBS[0]] = [ACTIVE]
-    monkeypatch.setattr(watch.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    # the watch's own clock: threads of other tests in this process may sleep too
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(watch, "time", clock)
     done = launched()
     assert done.code == 75
     assert (
