@@ -2,8 +2,8 @@
 
 import copy
 import signal
-import time
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,6 +223,12 @@ def test_a_job_that_is_being_deleted_is_not_gone_on_with(api: Api, launched: Lau
     api.jobs[JOBS[0]]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     assert launched().code == 0
     assert f"PATCH jobs/{JOBS[0]} in lab" in api.calls
+
+
+def test_a_refusal_that_lasts_is_no_interruption(api: Api, launched: Launcher) -> None:
+    api.refusals["PATCH", "configmaps"] = (404, 'namespaces "lab" not found')
+    done = launched()
+    assert (done.code, "not found); correct --namespace" in done.error) == (2, True)
 
 
 def test_gpus_for_a_stage_that_needs_none_are_refused(api: Api, launched: Launcher) -> None:

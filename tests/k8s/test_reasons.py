@@ -163,8 +163,9 @@ def test_devices_claims_in_a_newer_schedulers_words_are_no_volumes() -> None:
     seen = answer("written-too-few-gpus")
     (condition,) = [one for one in seen.pods[-1]["status"]["conditions"] if one["type"] == "PodScheduled"]
     condition["message"] += " no new claims to deallocate, preemption: 0/1 nodes are available."
-    claims = answer("claims-unbound").claims
-    found = why_waiting(replace(seen, claims=claims))
+    mounted = {"name": "caches", "persistentVolumeClaim": {"claimName": "lorry-caches"}}
+    seen.pods[-1]["spec"]["volumes"] = [mounted]
+    found = why_waiting(replace(seen, claims=answer("claims-unbound").claims))
     assert found is not None and found.kind == why_waiting(answer("written-too-few-gpus")).kind  # type: ignore[union-attr]
 
 

@@ -26,6 +26,7 @@ class Looks:
     def __init__(self) -> None:
         self.looks: list[tuple[Any, list[Any], list[Any], list[str]]] = []
         self.log_queries: list[dict[str, list[str]]] = []
+        self.log_status = 200
 
     def add(self, job: Any, pods: Any = (), events: Any = (), lines: Any = ()) -> None:
         self.looks.append((job, list(pods), list(events), list(lines)))
@@ -41,7 +42,7 @@ class Looks:
         _, pods, events, lines = self.looks[0]
         if path.endswith("/log"):
             self.log_queries.append(query)
-            return 200, "".join(f"{line}\n" for line in lines)
+            return self.log_status, "".join(f"{line}\n" for line in lines)
         if path.endswith("/pods"):
             return 200, {"items": pods}
         if path.endswith("/events"):
@@ -235,6 +236,12 @@ def test_what_is_no_line_of_a_pod_silences_nothing(api: Any, looks: Looks) -> No
     looks.add(job_of("written-drained", **COMPLETE), [ended(0)], lines=stamped("a", "train: done"))
     code, lines = watched(api)
     assert (code, lines[0], lines[1]) == (0, "Loading:\x85 zz\u2028 zz", "train: done")
+
+
+def test_a_log_that_cannot_be_read_does_not_change_the_exit_code(api: Any, looks: Looks) -> None:
+    looks.log_status = 500
+    looks.add(job_of("written-data-unusable"), [ended(3)])
+    assert watched(api)[0] == Exit.DATA
 
 
 def test_pods_of_an_earlier_job_of_that_name_do_not_count(api: Any, looks: Looks) -> None:

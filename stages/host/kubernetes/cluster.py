@@ -76,7 +76,7 @@ class Cluster:
             )
         own = [pod for pod in pods.items if any(one.uid == uid for one in pod.metadata.owner_references or [])]
         states = [status.state for pod in own for status in pod.status.container_statuses or []]
-        # a pod that was drained is gone, but a Job counts those that failed
+        # of pods that are gone, a Job counts those that failed, but not those that were drained
         return bool(job.status.failed) or any(state.running or state.terminated for state in states if state)
 
     def apply(self, document: Document) -> list[str]:
@@ -177,9 +177,11 @@ def explained(what: str) -> Iterator[None]:
             cure = "ask the cluster's admin for this right, or name another --namespace"
         elif error.status in (400, 422) or "field not declared in schema" in _reason(error):  # some servers say 500
             cure = "correct that field in --kubernetes FILE or k8s/"
-        else:
+        elif error.status in (409, 429) or error.status >= 500:
             again = f"{what}: the cluster refused it ({_reason(error)}); run the same command again"
             raise InterruptedRunError(again) from error
+        else:
+            cure = "correct --namespace, --kubernetes FILE or the cluster in KUBECONFIG"
         raise UsageError(f"{what}: the cluster refused it ({_reason(error)}); {cure}") from error
     except (HTTPError, OSError) as error:
         reason = " ".join(str(getattr(error, "reason", None) or error).split())

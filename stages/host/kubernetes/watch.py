@@ -15,6 +15,7 @@ from stages.host.kubernetes.reasons import (
     Document,
     Reason,
     Seen,
+    condition,
     has_started,
     job_end,
     lost_node,
@@ -99,8 +100,10 @@ class _Watch:
     def news(self, seen: Seen) -> Generator[str, None, int | None]:
         """Yield what is new at a look. Returns the exit code if the watch is over."""
         self.has_begun, self.uid = True, seen.job["metadata"]["uid"]
+        is_one_of_many = seen.job["spec"].get("completions", 1) > 1
+        job_has_ended = any(condition(seen.job, kind) for kind in ("Complete", "Failed"))
         for pod in seen.pods:
-            yield from self._pod_news(pod, seen.job["spec"].get("completions", 1) > 1)
+            yield from self._pod_news(pod, is_one_of_many, job_has_ended)
         ends = [end for end in self._ends.values() if end is not None]
         ended = job_end(seen, ends, self._started, self._waiting)
         if ended is not None:
@@ -119,7 +122,7 @@ class _Watch:
                 return found.code
         return None
 
-    def _pod_news(self, pod: Document, is_one_of_many: bool) -> Generator[str, None, None]:
+    def _pod_news(self, pod: Document, is_one_of_many: bool, job_has_ended: bool) -> Generator[str, None, None]:
         """Yield a pod's new lines, and how it ended."""
         name, phase = pod["metadata"]["name"], pod.get("status", {}).get("phase")
         if name in self._ends:
@@ -128,8 +131,8 @@ class _Watch:
             self._started = True
             lines = self._logs.new_lines(name)
             yield from (Note(f"[{name}] {line}" if is_one_of_many else line) for line in lines or ())
-            if lines is None and self._logs.may_come(name):
-                return  # its end is said after its last lines
+            if lines is None and self._logs.may_come(name) and not job_has_ended:
+                return  # its end is said after its last lines; that of the Job needs it now
         end = pod_end(pod)
         if end is not None or phase == "Succeeded":
             self._ends[name] = end
