@@ -58,6 +58,7 @@ def prepare_demo(roots: Roots) -> Run:
     return run
 
 
+@pytest.mark.long
 def test_the_page_is_followed_to_the_letter(tmp_path: Path, small_models: Path) -> None:
     page, checkout = read_page(PAGE), copy_checkout(tmp_path / "checkout")
     write_files(page, checkout)

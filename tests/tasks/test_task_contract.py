@@ -136,6 +136,7 @@ def test_a_task_that_breaks_its_contract_ends_with_2_when_the_recipe_is_read(tmp
         assert len(done.stdout.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_the_page_is_followed_to_the_letter(tmp_path: Path, small_models: Path, lorry: Lorry) -> None:
     page = read_page("add-a-workload.md")
     checkout = copy_checkout(tmp_path / "checkout")
