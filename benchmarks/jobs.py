@@ -26,21 +26,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
 from benchmarks import job_models
 from benchmarks.made_data import load_maker
 from benchmarks.rows import write_rows
-from benchmarks.training import memory_held
+from benchmarks.training import Follower, memory_held
 from stages.contract.files import read_json, read_jsonl, write_json
 from stages.contract.roots import Roots
 from stages.hardware.peaks import share_of_peak
@@ -371,16 +370,15 @@ def make_data(named: Named) -> dict[str, Any]:
 # -- stages --------------------------------------------------------------------------------------------------------
 
 
-class Watch:
+class Watch(Follower):
     """Follows the GPUs' load and memory by NVML, at 20 Hz, while a stage runs. Use it as a context."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, list[int], list[int]]] = []
         """Time, percent of the last moments in which each GPU computed something, and bytes in use on each."""
         self.before: list[int] = []
-        self._ends = threading.Event()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         import pynvml
 
         self._handles: list[Any] = []
@@ -388,13 +386,7 @@ class Watch:
             pynvml.nvmlInit()
             self._handles = [pynvml.nvmlDeviceGetHandleByIndex(n) for n in range(pynvml.nvmlDeviceGetCount())]
         self.before = self._used()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._ends.set()
-        self._thread.join()
+        return super().__enter__()
 
     def _used(self) -> list[int]:
         """Bytes in use on each GPU."""
@@ -402,11 +394,11 @@ class Watch:
 
         return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in self._handles]
 
-    def _follow(self) -> None:
-        """Look every 50 ms."""
+    def look(self) -> None:
+        """Add what NVML says now; nothing without a GPU."""
         import pynvml
 
-        while self._handles and not self._ends.wait(0.05):
+        if self._handles:
             load = [int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) for handle in self._handles]
             self.seen.append((time.time(), load, self._used()))
 

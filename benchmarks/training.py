@@ -31,7 +31,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from unittest.mock import patch
 
 from benchmarks.random_models import CONFIGS, make_model
@@ -282,14 +282,11 @@ def write_base(name: str, tiny: bool) -> Path:
 # -- trainings -----------------------------------------------------------------------------------------------------
 
 
-class MemoryPeak:
-    """Follows the memory of this process's GPU, as the driver counts it. Use it as a context."""
+class Follower:
+    """Looks at something every 50 ms, in a thread, within its context."""
 
-    def __init__(self, before: int) -> None:
-        """`before`: bytes in use before this process began to use the GPU."""
-        self.bytes, self._before, self._ends = 0, before, threading.Event()
-
-    def __enter__(self) -> "MemoryPeak":
+    def __enter__(self) -> Self:
+        self._ends = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
         return self
@@ -299,9 +296,25 @@ class MemoryPeak:
         self._thread.join()
 
     def _follow(self) -> None:
-        """Update the peak every 50 ms."""
+        """Look until the context ends."""
         while not self._ends.wait(0.05):
-            self.bytes = max(self.bytes, used_bytes() - self._before)
+            self.look()
+
+    def look(self) -> None:
+        """Look once."""
+        raise NotImplementedError
+
+
+class MemoryPeak(Follower):
+    """Follows the memory of this process's GPU, as the driver counts it. Use it as a context."""
+
+    def __init__(self, before: int) -> None:
+        """`before`: bytes in use before this process began to use the GPU."""
+        self.bytes, self._before = 0, before
+
+    def look(self) -> None:
+        """Update the peak."""
+        self.bytes = max(self.bytes, used_bytes() - self._before)
 
 
 def used_bytes() -> int:

@@ -62,7 +62,7 @@ def watch_job(api: Any, namespace: str, name: str) -> Lines:
                 return Exit.INTERRUPTED
         else:
             answered = time.monotonic()
-            if seen is None and not watch.has_begun:
+            if seen is None and watch.uid is None:
                 raise UsageError(f"job/{name}: no such Job in namespace {namespace}; name one of `kubectl get jobs`")
             if seen is None or watch.uid not in (None, seen.job["metadata"]["uid"]):
                 yield Problem(f"job/{name}: was deleted while it was watched; run the same command again")
@@ -88,18 +88,17 @@ class _Watch:
     """What one watch has seen and said so far."""
 
     def __init__(self, name: str, logs: "_Logs") -> None:
-        self.has_begun = False
-        """Whether the Job has been seen."""
+        self.uid: str | None = None
+        """Of the Job; None before it has been seen."""
         self._name, self._logs = name, logs
         self._ends: dict[str, Reason | None] = {}  # how pods ended, by name; None: well
-        self.uid: str | None = None
         self._started = False
         self._waiting: Reason | None = None
         self._said, self._since = "", 0.0  # the kind of the reason said last; when the present one came up
 
     def news(self, seen: Seen) -> Generator[str, None, int | None]:
         """Yield what is new at a look. Returns the exit code if the watch is over."""
-        self.has_begun, self.uid = True, seen.job["metadata"]["uid"]
+        self.uid = seen.job["metadata"]["uid"]
         is_one_of_many = seen.job["spec"].get("completions", 1) > 1
         job_has_ended = any(condition(seen.job, kind) for kind in ("Complete", "Failed"))
         for pod in seen.pods:
